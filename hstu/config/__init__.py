@@ -1,0 +1,1 @@
+"""What a user edits: gin files become frozen dataclasses here, and gin stops here."""

@@ -1,0 +1,416 @@
+"""Every option a user can set, one frozen dataclass a gin class.
+
+The string under a field is its documentation: ``--explain`` and docs/configuration.md are made from it.
+What a value must satisfy on its own stands in the field (``choices``, ``minimum``, …) and is enforced both
+for gin files and for objects made in Python; checks across classes are in validate.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Optional
+
+from hstu.config.checks import check_instance
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    choices: Optional[tuple[Any, ...]] = None,
+    minimum: Optional[float] = None,
+    maximum: Optional[float] = None,
+    above: Optional[float] = None,
+    below: Optional[float] = None,
+    pattern: Optional[str] = None,
+    examples: tuple[str, ...] = (),
+    not_empty: bool = False,
+    aliases: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that carries its own check.
+
+    ``minimum``/``maximum`` are inclusive, ``above``/``below`` exclusive, ``pattern`` a regular expression that
+    every string of the value must match in full and ``examples`` what it means in words; ``aliases`` are other
+    names accepted in gin files.
+    """
+    metadata = {
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "below": below,
+        "pattern": pattern,
+        "examples": examples,
+        "not_empty": not_empty,
+        "aliases": aliases,
+    }
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Args:
+    """Base of all argument classes: checks each field against its declaration on construction."""
+
+    def __post_init__(self) -> None:
+        check_instance(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerArgs(Args):
+    """The training loop: how much, how often, where to."""
+
+    train_batch_size: int = option(minimum=1)
+    """Sequences per rank in a training step. Under tensor parallelism a group trains on this × its size."""
+    eval_batch_size: int = option(minimum=1)
+    """Sequences per rank in an evaluation step."""
+    eval_interval: int = option(100, minimum=1)
+    """Evaluate every this many iterations (optimizer steps)."""
+    log_interval: int = option(100, minimum=1)
+    """Log every this many iterations."""
+    max_train_iters: Optional[int] = option(None, minimum=1)
+    """Stop after this many iterations. None: one pass over the data. More than a pass: reshuffled epochs."""
+    num_train_epochs: Optional[float] = option(None, above=0)
+    """Stop after this many passes over the data (may be fractional). Exclusive with max_train_iters."""
+    max_eval_iters: Optional[int] = option(None, minimum=1)
+    """Evaluate on at most this many batches a rank. None: the whole evaluation set."""
+    seed: int = option(1234, minimum=0, maximum=2**32 - 1)
+    """Seed of initial weights, data order, dropout and negatives."""
+    profile: bool = option(False)
+    """Write a torch.profiler trace of the iterations [profile_step_start, profile_step_end)."""
+    profile_step_start: int = option(100, minimum=0)
+    """First profiled iteration."""
+    profile_step_end: int = option(200, minimum=1)
+    """First iteration that is no longer profiled."""
+    ckpt_save_interval: int = option(-1, minimum=-1)
+    """Save a checkpoint every this many iterations. -1: never."""
+    ckpt_save_dir: str = option("./checkpoints", not_empty=True)
+    """Directory that receives the checkpoints, one directory an iteration."""
+    ckpt_load_dir: str = option("")
+    """A checkpoint, a directory of them (the newest is taken), or "auto": the newest in ckpt_save_dir if any."""
+    save_at_end: bool = option(True)
+    """Also save after the last iteration, where ckpt_save_interval > 0."""
+    pipeline_type: str = option("native", choices=("none", "native", "prefetch"))
+    """How a step overlaps with the next batches. All kinds compute the same losses."""
+    eval_at_start: bool = option(False)
+    """Evaluate before the first iteration."""
+    eval_at_end: bool = option(True)
+    """Evaluate after the last iteration (for retrieval on the test split)."""
+    max_grad_norm: float = option(0.0, minimum=0)
+    """Clip the global L2 norm of the dense gradients to this. 0: off."""
+    deterministic: bool = option(False)
+    """Bitwise repeatable runs: deterministic algorithms only, and an error where one has none."""
+    data_workers: int = option(0, minimum=0)
+    """Processes a rank that read and collate batches. 0: in the training process."""
+    data_prefetch: int = option(2, minimum=1)
+    """Batches that each data worker keeps ready."""
+    output_dir: Optional[str] = option(None)
+    """Directory of the run. None: runs/<gin file name>-<time>."""
+    tensorboard: bool = option(True)
+    """Write TensorBoard event files to <output_dir>/tensorboard."""
+    progress_bar: str = option("auto", choices=("auto", "on", "off"))
+    """Progress bar on the terminal. auto: where standard error is one."""
+    gc_interval: int = option(0, minimum=0)
+    """> 0: automatic garbage collection off, one collection every this many iterations on all ranks alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingArgs(Args):
+    """One embedding table and the features that look it up."""
+
+    feature_names: list[str] = option(not_empty=True)
+    """Features that share this table."""
+    table_name: str = option(not_empty=True)
+    """Name of the table, unique in a run."""
+    item_vocab_size_or_capacity: int = option(minimum=1)
+    """Rows of the table: one more than the largest id."""
+    sharding_type: str = option("None", choices=("data_parallel", "model_parallel"))
+    """data_parallel: a replica on each rank, trained by the dense optimizer. model_parallel: sharded by TorchRec
+    over all ranks. Must be given: the default "None" is deliberately not a valid choice."""
+    sharding: str = option("auto", choices=("auto", "row_wise", "table_wise", "column_wise"))
+    """How a model_parallel table is cut. auto: TorchRec's planner decides."""
+    init_std: float = option(0.02, above=0)
+    """Standard deviation of the normal distribution of initial rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicEmbeddingArgs(EmbeddingArgs):
+    """A table for ids that no one enumerated; always model_parallel.
+
+    Until dynamic tables are served it is a static table of item_vocab_size_or_capacity rows: ids below the
+    capacity have their own row, any others share rows by a hash.
+    """
+
+    sharding_type: str = option("model_parallel", choices=("model_parallel",))
+    """Always model_parallel."""
+    global_hbm_for_values: Optional[int] = option(None, minimum=0)
+    """GPU memory for the rows, in bytes over all ranks. Takes precedence over the two capacities below."""
+    item_vocab_gpu_capacity: Optional[float] = option(None, above=0)
+    """Rows to keep in GPU memory. Takes precedence over the ratio."""
+    item_vocab_gpu_capacity_ratio: Optional[float] = option(None, above=0, maximum=1)
+    """Share of item_vocab_size_or_capacity to keep in GPU memory, in (0, 1]."""
+    evict_strategy: str = option("lru", choices=("lru", "lfu"))
+    """Which row goes when the table is full."""
+    caching: bool = option(False)
+    """True: the GPU memory budget is a cache in front of a table in host memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetArgs(Args):
+    """Which data, and how a user's history becomes samples."""
+
+    dataset_name: str = option(not_empty=True)
+    """ml-100k, ml-1m, ml-20m, kuairand-pure, kuairand-1k, kuairand-27k (tables predefined), or any other name for
+    your own data in the sequence format, with EmbeddingArgs in the file."""
+    max_sequence_length: int = option(minimum=1, aliases=("max_history_seqlen",))
+    """Items kept of a user's history, the newest ones. Also accepted as max_history_seqlen."""
+    dataset_path: Optional[str] = option(None)
+    """Directory of the preprocessed data. None: tmp_data/<dataset_name>."""
+    max_num_candidates: int = option(0, minimum=0)
+    """Ranking: this many of the newest items are candidates, scored without seeing one another. 0: none, every
+    item is scored."""
+    shuffle: bool = option(False)
+    """Reshuffle the users each epoch."""
+    split: str = option("auto", choices=("auto", "leave_one_out", "user_holdout", "time"))
+    """How training and evaluation are told apart. auto: leave_one_out for retrieval, user_holdout for ranking."""
+    valid_items: int = option(1, choices=(0, 1))
+    """leave_one_out: items before the last that are held out for validation. 0: the published protocol, train on
+    all but the last item and evaluate on the last."""
+    train_fraction: float = option(0.7, above=0, below=1)
+    """user_holdout: share of users that are trained on; time: share of events before the cut."""
+    eval_dataset_path: Optional[str] = option(None)
+    """A second preprocessed directory to evaluate on, all of it (ranking)."""
+    item_feature_name: Optional[str] = option(None)
+    """Own data: the item feature. None: the store's."""
+    action_feature_name: Optional[str] = option(None)
+    """Own data: the action feature. None: the store's, if it has one."""
+    contextual_feature_names: Optional[list[str]] = option(None)
+    """The contextual features to use, in this order. None: all that the store has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomDistribution(Args):
+    """A distribution of lengths or ids for random benchmark data; draws are clipped to [low, high)."""
+
+    dist_type: str = option("uniform", choices=("uniform", "normal", "zipf", "lognormal"))
+    """Kind of distribution."""
+    low: int = option(0, minimum=0)
+    """Smallest value."""
+    high: Optional[int] = option(None, minimum=1)
+    """One more than the largest value. None: the feature's own bound (its table's rows, its longest sequence)."""
+    mean: Optional[float] = option(None)
+    """normal: mean; lognormal: mean of the value itself. None: the middle of the range."""
+    std: Optional[float] = option(None, above=0)
+    """normal: standard deviation; lognormal: that of the logarithm. None: a quarter of the range; 1."""
+    alpha: float = option(1.2, above=0)
+    """zipf: exponent; value low + k has a probability proportional to 1 / (k + 1)^alpha."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureArgs(Args):
+    """Random benchmark data: a group of features of equal lengths."""
+
+    feature_names: list[str] = option(not_empty=True)
+    """Names of the features."""
+    max_sequence_length: int = option(minimum=1)
+    """Longest sequence (1 for contextual features)."""
+    is_jagged: bool = option(False)
+    """True: lengths vary, by seqlen_dist. False: every sequence has max_sequence_length."""
+    seqlen_dist: Optional[RandomDistribution] = option(None)
+    """Distribution of the lengths of jagged features. None: uniform on [1, max_sequence_length]."""
+    value_dists: Optional[list[RandomDistribution]] = option(None)
+    """Distribution of the ids, one a feature. None: uniform over the feature's table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkDatasetArgs(Args):
+    """Random data generated in memory, to measure speed; replaces DatasetArgs."""
+
+    feature_args: list[FeatureArgs] = option(not_empty=True)
+    """The features."""
+    embedding_args: list[EmbeddingArgs] = option(not_empty=True)
+    """The tables."""
+    item_feature_name: str = option(not_empty=True)
+    """The feature that is the item."""
+    contextual_feature_names: list[str] = option()
+    """The features that are context tokens, in this order; may be empty."""
+    action_feature_name: Optional[str] = option(None)
+    """The feature that is the action."""
+    max_num_candidates: int = option(0, minimum=0)
+    """As DatasetArgs.max_num_candidates."""
+    num_generated_batches: int = option(100, minimum=1)
+    """Distinct batches that are generated, then repeated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkArgs(Args):
+    """The HSTU stack."""
+
+    num_layers: int = option(minimum=1)
+    """HSTU layers."""
+    hidden_size: int = option(minimum=1)
+    """Width D of a token."""
+    num_attention_heads: int = option(minimum=1)
+    """Attention heads H."""
+    kv_channels: int = option(minimum=1)
+    """Width d of one head's query, key, value and gate."""
+    hidden_dropout: float = option(0.2, minimum=0, below=1)
+    """Dropout before the output projection of a layer."""
+    input_dropout: Optional[float] = option(None, minimum=0, below=1)
+    """Dropout on the input tokens. None: hidden_dropout."""
+    norm_epsilon: float = option(1e-5, above=0)
+    """Epsilon of the layer norms."""
+    is_causal: bool = option(True)
+    """False: history tokens see the whole history, also what comes after them."""
+    dtype_str: str = option("bfloat16", choices=("bfloat16", "float16", "float32"))
+    """Compute type of the dense model; parameters stay float32. float16 needs a GPU."""
+    kernel_backend: str = option("cutlass", choices=("cutlass", "triton", "pytorch"))
+    """Kernels of the HSTU layer. Where the asked one cannot run, the run says which is used and why."""
+    strict_kernel_backend: bool = option(False)
+    """True: it is an error where kernel_backend cannot run."""
+    target_group_size: int = option(1, minimum=1)
+    """Candidates per group; a candidate sees its own group only."""
+    num_position_buckets: int = option(8192, minimum=1)
+    """Rows of the absolute position table; positions beyond share the last."""
+    position_encoding: str = option("absolute", choices=("absolute", "relative_bias", "none"))
+    """absolute: a learned vector per position. relative_bias: learned attention biases by distance and by
+    logarithmic time difference."""
+    interleave_actions: bool = option(True)
+    """True: an action is a token after its item. False: its embedding is added to its item's token."""
+    recompute_input_layernorm: bool = option(False)
+    """Recompute the input layer norm in backward instead of keeping its output."""
+    recompute_input_silu: bool = option(False)
+    """Recompute SiLU of the uvqk projection in backward instead of keeping its output."""
+    recompute_layer: bool = option(False)
+    """Keep only a layer's input and recompute the layer in backward."""
+    item_embedding_dim: int = option(-1, minimum=-1)
+    """> 0: width of the item (and action) tables, projected to hidden_size."""
+    contextual_embedding_dim: int = option(-1, minimum=-1)
+    """> 0: width of the contextual tables, projected to hidden_size."""
+    scaling_seqlen: int = option(-1, minimum=-1)
+    """Divisor N of the attention. -1: the longest possible sequence of tokens."""
+    disable_contextual_mask: bool = option(False)
+    """True: contextual tokens are causal like all others instead of seeing the whole history."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerArgs(Args):
+    """The optimizers of the dense part and of the tables."""
+
+    optimizer_str: str = option(choices=("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad"))
+    """Optimizer. rowwise_adagrad is for tables; the dense part then uses adagrad."""
+    learning_rate: float = option(above=0)
+    """Peak learning rate."""
+    adam_beta1: float = option(0.9, minimum=0, below=1)
+    """Decay of the first moment."""
+    adam_beta2: float = option(0.999, minimum=0, below=1)
+    """Decay of the second moment."""
+    adam_eps: float = option(1e-8, above=0)
+    """Epsilon of adam, adamw, adagrad and rowwise_adagrad."""
+    weight_decay: float = option(0.0, minimum=0)
+    """Decoupled weight decay of dense weights; never on tables, norms or biases."""
+    momentum: float = option(0.0, minimum=0, below=1)
+    """Momentum of sgd, dense part only."""
+    sparse_optimizer_str: Optional[str] = option(None, choices=("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad"))
+    """Optimizer of the model_parallel tables. None: optimizer_str."""
+    sparse_learning_rate: Optional[float] = option(None, above=0)
+    """Peak learning rate of the model_parallel tables. None: learning_rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRScheduleArgs(Args):
+    """One multiplier over time for every learning rate, dense and tables alike."""
+
+    schedule: str = option(
+        "constant", choices=("constant", "linear", "cosine", "cosine_restarts", "exponential", "step")
+    )
+    """Shape of the decay after warm-up."""
+    warmup_iters: Optional[int] = option(None, minimum=0)
+    """Iterations of linear warm-up. Exclusive with warmup_ratio."""
+    warmup_ratio: Optional[float] = option(None, minimum=0, below=1)
+    """The same as a share of all iterations."""
+    warmup_start: float = option(0.0, minimum=0, maximum=1)
+    """Multiplier at the first iteration of the warm-up."""
+    decay_iters: Optional[int] = option(None, minimum=1)
+    """Iterations of decay (of one cycle for cosine_restarts). None: all that follow the warm-up."""
+    decay_ratio: Optional[float] = option(None, above=0, maximum=1)
+    """The same as a share of all iterations."""
+    min_ratio: float = option(0.0, minimum=0, maximum=1)
+    """Multiplier that linear, cosine, exponential and step do not fall below."""
+    decay_factor: float = option(0.1, above=0, maximum=1)
+    """exponential: multiplier at the end of the decay; step: factor at each milestone."""
+    milestones: list[int] = option([], minimum=1)
+    """step: where the factor applies, in iterations or epochs."""
+    by_epoch: bool = option(False)
+    """True: the schedule moves at epoch ends only, and milestones count epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorModelParallelArgs(Args):
+    """Tensor parallelism of the dense part."""
+
+    tensor_model_parallel_size: int = option(1, minimum=1)
+    """Ranks that share one dense model. Data-parallel size = world size / this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingArgs(Args):
+    """The ranking task."""
+
+    prediction_head_arch: list[int] = option(not_empty=True, minimum=1)
+    """Widths of the prediction head; the last is num_tasks, or the number of classes of one task."""
+    prediction_head_act_type: str = option("relu", choices=("relu", "gelu"))
+    """Activation between the layers of the head."""
+    prediction_head_bias: bool = option(True)
+    """Bias in the head's layers."""
+    num_tasks: int = option(1, minimum=1)
+    """Tasks. Last width = num_tasks: one sigmoid a task on the bits of the action; else one multi-class task."""
+    eval_metrics: tuple[str, ...] = option(
+        ("AUC",),
+        pattern=r"AUC|GAUC|ACC|LOGLOSS|NE|AUC>=\d+",
+        examples=("AUC", "AUC>=K", "GAUC", "ACC", "LOGLOSS", "NE"),
+        not_empty=True,
+    )
+    """Metrics: AUC, AUC>=K (star ratings), GAUC, ACC, LOGLOSS, NE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalArgs(Args):
+    """The retrieval task."""
+
+    num_negatives: int = option(-1, minimum=-1)
+    """Negatives a position. -1 or 0: all of the pool (in_batch), the whole corpus (full)."""
+    temperature: float = option(0.05, above=0)
+    """Temperature of the softmax."""
+    l2_norm_eps: float = option(1e-6, above=0)
+    """Lower bound of the norms that queries and items are divided by."""
+    negatives: str = option("in_batch", choices=("in_batch", "uniform", "full"))
+    """in_batch: distinct items of the batch over all data-parallel ranks. uniform: draws from the corpus. full:
+    softmax over the corpus."""
+    shared_negatives: bool = option(False)
+    """uniform: one set of draws for the whole global batch instead of one for each position."""
+    filter_seen: bool = option(True)
+    """Evaluation: remove the items that the user has seen."""
+    eval_metrics: tuple[str, ...] = option(
+        ("HR@10", "NDCG@10"),
+        pattern=r"(HR|NDCG|MRR)@[1-9]\d*|MRR",
+        examples=("HR@K", "NDCG@K", "MRR@K", "MRR"),
+        not_empty=True,
+    )
+    """Metrics: HR@K, NDCG@K, MRR@K for any K, and MRR."""
+
+
+ARGS_CLASSES: tuple[type[Args], ...] = (
+    TrainerArgs,
+    EmbeddingArgs,
+    DynamicEmbeddingArgs,
+    DatasetArgs,
+    FeatureArgs,
+    RandomDistribution,
+    BenchmarkDatasetArgs,
+    NetworkArgs,
+    OptimizerArgs,
+    LRScheduleArgs,
+    TensorModelParallelArgs,
+    RankingArgs,
+    RetrievalArgs,
+)

@@ -1,0 +1,275 @@
+"""Reads gin text into statements that remember their line. The grammar is gin's own parser.
+
+gin's own loader keeps neither lines nor duplicates, and stops at the first mistake. So we take the statements from
+its parser and do the rest ourselves: gin_io.py turns them into objects.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import tokenize
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gin import config_parser
+
+from hstu.config.problems import Location, Problem, did_you_mean, literal
+
+COMMAND_LINE = "--gin-bindings"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """``@scope/Class()`` in a value; ``call`` is False where the parentheses are missing."""
+
+    scope: str
+    selector: str
+    call: bool
+
+    def __repr__(self) -> str:
+        scope = f"{self.scope}/" if self.scope else ""
+        return f"@{scope}{self.selector}{'()' if self.call else ''}"
+
+
+@dataclass(frozen=True)
+class Macro:
+    """``%name`` in a value: a macro of the file, or a constant registered with gin."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return f"%{self.name}"
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Stands for a value that is wrong and already reported: nothing more is said about it."""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """``scope/selector.parameter = value``; a macro (``name = value``) has no parameter."""
+
+    scope: str
+    selector: str
+    parameter: str
+    value: Any
+    at: Location
+
+    @property
+    def name(self) -> str:
+        """The left side as written."""
+        scope = f"{self.scope}/" if self.scope else ""
+        return f"{scope}{self.selector}{f'.{self.parameter}' if self.parameter else ''}"
+
+
+@dataclass(frozen=True)
+class Import:
+    """``import module``."""
+
+    module: str
+    at: Location
+
+
+@dataclass
+class Scan:
+    """All statements of all files and command-line bindings, in the order in which gin would apply them."""
+
+    bindings: list[Binding] = field(default_factory=list)
+    imports: list[Import] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    sources: int = 0
+
+    def new_source(self, name: str) -> Location:
+        """The location of a further file or command-line binding, as a whole."""
+        self.sources += 1
+        return Location(self.sources, 0, name)
+
+
+def scan(files: Sequence[str], bindings: Sequence[str]) -> Scan:
+    """Reads files, those they include, and then command-line bindings. Mistakes are in ``problems``."""
+    result = Scan()
+    for file in files:
+        _scan_file(result, file, included_by=())
+    for text in bindings:
+        _scan_text(result, text, result.new_source(COMMAND_LINE), included_by=())
+    return result
+
+
+def _scan_file(result: Scan, name: str, included_by: tuple[str, ...]) -> None:
+    source = result.new_source(name)
+    try:
+        text = _read(Path(name))
+    except ValueError as error:
+        result.problems.append(Problem(str(error), source))
+    else:
+        _scan_text(result, text, source, (*included_by, name))
+
+
+def _read(path: Path) -> str:
+    """The text of a gin file; ValueError says what is wrong with it."""
+    try:
+        raw = path.read_bytes()
+    except IsADirectoryError:
+        raise ValueError("this is a directory; give a .gin file") from None
+    except FileNotFoundError:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ValueError(f"no such file{did_you_mean(path.name, siblings)}") from None
+    except (OSError, ValueError) as error:  # no permission; a NUL in the name
+        raise ValueError(f"cannot be read: {error}") from None
+    try:
+        text = raw.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"not UTF-8 text (line {line}); is this a gin file?") from None
+    if "\0" in text:
+        raise ValueError("holds NUL bytes; is this a gin file?")
+    return text
+
+
+def _scan_text(result: Scan, text: str, source: Location, included_by: tuple[str, ...]) -> None:
+    for statement in _statements(text, source, result.problems):
+        match statement:
+            case Binding():
+                result.bindings.append(statement)
+            case Import():
+                result.imports.append(statement)
+            case _Include(name, at):
+                _include(result, name, at, included_by)
+
+
+def _include(result: Scan, name: str, at: Location, included_by: tuple[str, ...]) -> None:
+    """Relative to where the command runs, as gin does; else to the file that includes it."""
+    beside = str(Path(at.name).parent / name)
+    found = next((candidate for candidate in (name, beside) if Path(candidate).is_file()), None)
+    if found is None:
+        guess = did_you_mean(Path(name).name, [entry.name for entry in sorted(Path(beside).parent.glob("*.gin"))])
+        result.problems.append(Problem(f"include {literal(name)}: no such file (nor {beside}){guess}", at))
+    elif any(Path(found).samefile(parent) for parent in included_by):
+        result.problems.append(Problem(f"include {literal(name)}: the file includes itself", at))
+    else:
+        _scan_file(result, found, included_by)
+
+
+# --- statements of one text ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Include:
+    name: str
+    at: Location
+
+
+_Statement = Binding | Import | _Include
+
+
+class _Delegate(config_parser.ParserDelegate):
+    """Keeps references and macros as they are written."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
+        scope, _, selector = scoped_configurable_name.rpartition("/")
+        return Reference(scope, selector, evaluate)
+
+    def macro(self, macro_name: str) -> Macro:
+        return Macro(macro_name)
+
+
+def _statements(text: str, source: Location, problems: list[Problem]) -> list[_Statement]:
+    """The statements of a text. After a syntax error every statement is parsed on its own, to find all errors."""
+    try:
+        return list(_parse(text, source, first_line=1))
+    except _GinSyntaxError as error:
+        whole = error
+    statements: list[_Statement] = []
+    errors: list[_GinSyntaxError] = []
+    for first_line, chunk in _chunks(text):
+        try:
+            statements += _parse(chunk, source, first_line)
+        except _GinSyntaxError as error:
+            errors.append(error)
+            statements += _broken_binding(chunk, Location(source.source, first_line, source.name))
+    problems += [Problem(error.text, error.at) for error in errors or [whole]]
+    return statements
+
+
+_STATEMENT_START = re.compile(r"([A-Za-z_][\w./]*)\s*[=:]|(import|from|include)\b")
+
+
+def _chunks(text: str) -> Iterator[tuple[int, str]]:
+    """Cuts a text where a line begins with what can only be a new statement: (number of its first line, lines)."""
+    lines = text.splitlines(keepends=True)
+    starts = [number for number, line in enumerate(lines) if number == 0 or _STATEMENT_START.match(line)]
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+        yield start + 1, "".join(lines[start:end])
+
+
+def _broken_binding(chunk: str, at: Location) -> list[_Statement]:
+    """The parameter on the left of an unreadable statement is bound all the same: it is not also missing."""
+    start = re.match(r"(?:([\w/]+)/)?([\w.]+)\.(\w+)\s*=", chunk)
+    return [Binding(start[1] or "", start[2], start[3], Broken(), at)] if start else []
+
+
+class _GinSyntaxError(Exception):
+    def __init__(self, text: str, at: Location) -> None:
+        super().__init__(text)
+        self.text, self.at = text, at
+
+
+def _parse(text: str, source: Location, first_line: int) -> Iterator[_Statement]:
+    def locate(line: int) -> Location:
+        return Location(source.source, line + first_line - 1, source.name)
+
+    try:
+        for statement in config_parser.ConfigParser(text, _Delegate()):
+            at = locate(statement.location.line_num)
+            if isinstance(statement, config_parser.BindingStatement):
+                yield _binding(statement, at)
+            elif isinstance(statement, config_parser.ImportStatement):
+                yield Import(statement.module, at)
+            elif isinstance(statement, config_parser.IncludeStatement):
+                yield _Include(statement.filename, at)
+    except Exception as error:  # on odd text gin's parser raises nearly anything; all of it means: not gin
+        line = _line_of(error, text)
+        raise _GinSyntaxError(_explain(error, text, line), locate(line)) from None
+
+
+def _binding(statement: config_parser.BindingStatement, at: Location) -> Binding:
+    scope, selector, parameter = statement.scope, statement.selector, statement.arg_name
+    if selector in ("macro", "gin.macro") and parameter == "value":  # the long spelling of a macro
+        scope, _, selector = scope.rpartition("/")
+        parameter = ""
+    return Binding(scope, selector, parameter, statement.value, at)
+
+
+def _line_of(error: Exception, text: str) -> int:
+    if isinstance(error, tokenize.TokenError):  # an open bracket or quote: where it opens is the first line
+        return next((n for n, line in enumerate(text.splitlines(), 1) if line.strip() and line[0] != "#"), 1)
+    return getattr(error, "lineno", None) or 1
+
+
+def _explain(error: Exception, text: str, line: int) -> str:
+    lines = text.splitlines()
+    content = lines[line - 1].strip() if 0 < line <= len(lines) else ""
+    return f"cannot be read as gin: {literal(content[:100])}{_reason(error, content)}"
+
+
+def _reason(error: Exception, content: str) -> str:
+    """Why, in the words of someone who has not read gin's parser."""
+    value = content.partition("=")[2].partition("#")[0].strip()
+    if isinstance(error, tokenize.TokenError):
+        return "; a bracket or a quote is not closed"
+    if "=" in content and not value:
+        return "; the value is missing"
+    if re.fullmatch(r"true|false|none|null", value, re.IGNORECASE):
+        return f"; write {'None' if value.lower() in ('none', 'null') else value.capitalize()}"
+    if re.fullmatch(r"[A-Za-z_./~][\w./~-]*", value):
+        return f"; a string needs quotes: '{value}'"
+    if "=" not in content and re.match(r"[\w./]+\s", content):
+        return "; expected Class.parameter = value"
+    if str(error).startswith("Expected newline"):
+        return "; expected one value after the ="
+    reason = (str(error.args[0]) if error.args else type(error).__name__).strip().splitlines()
+    return f"; {reason[0].strip().rstrip('.')}" if reason else ""

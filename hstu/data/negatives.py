@@ -1,0 +1,93 @@
+"""Negatives drawn on the host, from counters: a sample's draws do not depend on rank, world size or worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from hstu.config.args import RetrievalArgs
+from hstu.config.errors import ConfigError
+from hstu.data.hashing import random_below, random_bits
+
+# Above this many corpus items per draw, sorting the draws is cheaper than a table of the corpus.
+_DENSE_ITEMS_PER_DRAW = 32
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """What the training loss of retrieval is contrasted with. ``num``: draws a position, 0 for the whole pool."""
+
+    kind: Literal["in_batch", "uniform", "full"]
+    num: int = 0
+    shared: bool = False
+
+    @classmethod
+    def of(cls, args: RetrievalArgs) -> Negatives:
+        """From the user's options; ConfigError where uniform negatives lack a number of draws."""
+        num = max(args.num_negatives, 0)
+        if args.negatives == "uniform" and num == 0:
+            raise ConfigError(
+                'RetrievalArgs.negatives = "uniform" needs RetrievalArgs.num_negatives >= 1; '
+                'for the whole corpus use negatives = "full"'
+            )
+        return cls(args.negatives, num, args.shared_negatives)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class LabelKeys:
+    """Addresses of the M labelled items in the random stream, whatever batch they are in.
+
+    ``ordinals``: int64 [M], places of their samples in the epoch's order; ``places``: int64 [M], 0, 1, … within the
+    sample; ``global_start``: first ordinal of the global batch.
+    """
+
+    seed: int
+    epoch: int
+    ordinals: np.ndarray
+    places: np.ndarray
+    global_start: int
+
+
+def draw_31_bits(keys: LabelKeys, num: int) -> np.ndarray:
+    """Random int32 in [0, 2^31), [M, num]."""
+    return (_draw_32_bits(keys, num) >> np.uint32(1)).astype(np.int32)
+
+
+def draw_shared(keys: LabelKeys, num: int, corpus_size: int) -> np.ndarray:
+    """Item codes of a whole global batch, int64 [num], the same on all its ranks; repeats are kept."""
+    # The start is the key's third counter and one of a kind: samples' own draws have five counters.
+    bits = random_bits(keys.seed, keys.epoch, keys.global_start, np.arange(num))
+    return random_below(corpus_size, (bits >> np.uint64(32)).astype(np.uint32))
+
+
+def draw_uniform(keys: LabelKeys, num: int, corpus_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(candidate item codes int64 [S], indices into them int32 [M, num]), independent and uniform over the corpus.
+
+    The candidates are the distinct items drawn, or the whole corpus where it is smaller than the number of draws.
+    """
+    codes = random_below(corpus_size, _draw_32_bits(keys, num))
+    if corpus_size <= codes.size:
+        return np.arange(corpus_size, dtype=np.int64), codes.astype(np.int32)
+    distinct, indices = _distinct(codes, corpus_size)
+    return distinct, indices.astype(np.int32, copy=False)
+
+
+def _draw_32_bits(keys: LabelKeys, num: int) -> np.ndarray:
+    """Random uint32 [M, num]; each 64-bit number gives two."""
+    pairs = np.arange((num + 1) // 2)
+    bits = random_bits(keys.seed, keys.epoch, keys.ordinals[:, None], keys.places[:, None], pairs)
+    return bits.astype("<u8", copy=False).view("<u4")[:, :num]
+
+
+def _distinct(codes: np.ndarray, corpus_size: int) -> tuple[np.ndarray, np.ndarray]:
+    if corpus_size > _DENSE_ITEMS_PER_DRAW * codes.size:
+        distinct, indices = np.unique(codes, return_inverse=True)
+        return distinct, indices.reshape(codes.shape)
+    drawn = np.zeros(corpus_size, dtype=bool)
+    drawn[codes] = True
+    distinct = np.flatnonzero(drawn)
+    index_of = np.empty(corpus_size, dtype=np.int32)
+    index_of[distinct] = np.arange(len(distinct), dtype=np.int32)
+    return distinct, index_of[codes]

@@ -1,0 +1,50 @@
+"""KuaiRand Pure, 1K and 27K as raw tables. Format: https://kuairand.com/ (arXiv 2208.08696)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hstu.data.preprocess.build import RawTables
+from hstu.data.preprocess.tables import identifier, read_table_with_header
+
+ACTION_BITS = {
+    "is_click": 1,
+    "is_like": 2,
+    "is_follow": 4,
+    "is_comment": 8,
+    "is_forward": 16,
+    "is_hate": 32,
+    "long_view": 64,
+    "is_profile_enter": 128,
+}
+"""Column of the log -> its bit in the action; the ranking task t reads bit t."""
+
+_CONTEXT = (
+    "user_active_degree",
+    "follow_user_num_range",
+    "fans_user_num_range",
+    "friend_user_num_range",
+    "register_days_range",
+)
+
+
+def kuairand(files: Sequence[Path]) -> RawTables:
+    """The standard logs, earlier period first, and user_features. Ordered by time_ms, stored in seconds.
+
+    Users in only one of the logs are kept; users without a row of features have the value "unknown".
+    """
+    *logs, users = files
+    types = {"user_id": "BIGINT", "video_id": "BIGINT", "time_ms": "BIGINT", **dict.fromkeys(ACTION_BITS, "INTEGER")}
+    action = " + ".join(f"CAST({column} <> 0 AS INTEGER) * {bit}" for column, bit in ACTION_BITS.items())
+    features = dict.fromkeys(_CONTEXT, "VARCHAR")
+    return RawTables(
+        files=tuple(files),
+        events=f'SELECT user_id AS "user", video_id AS item, {action} AS action, time_ms AS "time", '
+        f'time_ms // 1000 AS "timestamp" FROM {read_table_with_header(logs, types)}',
+        context=f'SELECT user_id AS "user", {", ".join(map(identifier, _CONTEXT))} '
+        f"FROM {read_table_with_header([users], {'user_id': 'BIGINT', **features})}",
+    )
+
+
+READERS: dict[str, Callable[[Sequence[Path]], RawTables]] = {"kuairand": kuairand}

@@ -1,0 +1,277 @@
+"""The sequence store: a dataset as a directory of memory-mapped arrays, opened in milliseconds whatever its size.
+
+    meta.json                     version, features, counts, statistics, sources, and every array's dtype and length
+    offsets.npy                   int64 [U + 1]: the events of user u are [offsets[u], offsets[u + 1])
+    sequence.<feature>.npy        [E] item codes, actions or timestamps, of all users one after another
+    context.<feature>.npy         [U] codes of a contextual feature
+    vocabulary.<feature>.*        code -> raw id: int64 [cardinality], or UTF-8 bytes and their offsets
+    titles.*                      item code -> human title, where the data has titles
+
+U users, ordered by raw id; E events, within a user in time order with ties in the order of the raw file.
+``StoreWriter`` (store_writer.py) makes one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import numpy as np
+
+from hstu.config.dataset_names import resolve_dataset_name
+from hstu.config.errors import DataError
+
+FORMAT = "hstu-sequence-store"
+VERSION = 1
+META_FILE = "meta.json"
+OFFSETS_FILE = "offsets.npy"
+USER_FEATURE = "user_id"
+"""Name under which the users' raw ids are kept, also where the user is not a contextual feature."""
+UNKNOWN = "unknown"
+"""Raw value of a contextual feature for users of whom it is not known."""
+
+Role = Literal["item", "action", "timestamp", "context"]
+_OFFSET_SAMPLES = 1024
+
+
+@dataclass(frozen=True)
+class FeatureMeta:
+    """One feature. Its values lie in [0, cardinality); a timestamp is in seconds and has no cardinality."""
+
+    name: str
+    role: Role
+    dtype: str
+    cardinality: int | None
+    has_vocab: bool
+
+
+def feature_file(role: Role, feature: str) -> str:
+    """File of a feature's values; any character of a column name is safe."""
+    return f"{'context' if role == 'context' else 'sequence'}.{quote(feature, safe='')}.npy"
+
+
+def strings_files(stem: str) -> tuple[str, str]:
+    """Files of a list of strings: offsets int64 [n + 1] into bytes uint8."""
+    return f"{stem}.offsets.npy", f"{stem}.utf8.npy"
+
+
+def vocabulary_stem(feature: str) -> str:
+    """Start of the names of a vocabulary's files."""
+    return f"vocabulary.{quote(feature, safe='')}"
+
+
+class SequenceStore:
+    """A preprocessed dataset, read-only and memory mapped; pickles as its path and reopens where it is unpickled.
+
+    Arrays come as read-only numpy views of the maps: nothing is read before it is indexed.
+    """
+
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+        self.path = path
+        self.name: str = meta["name"]
+        self.num_users: int = meta["num_users"]
+        self.num_events: int = meta["num_events"]
+        self.statistics: dict[str, Any] = meta["statistics"]
+        self.sources: dict[str, str] = meta["sources"]
+        self.features = {f["name"]: FeatureMeta(**f) for f in meta["features"]}
+        self.item_feature: str = self._named("item")[0]
+        self.action_feature: str | None = next(iter(self._named("action")), None)
+        self.timestamp_feature: str | None = next(iter(self._named("timestamp")), None)
+        self.contextual_features: tuple[str, ...] = self._named("context")
+        self._files: dict[str, dict[str, Any]] = meta["files"]
+        self._command: str | None = meta["command"]
+        self._maps: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> SequenceStore:
+        """Opens and checks a store in time independent of its size.
+
+        Checked: version, presence, size, dtype and length of every array, and the offsets' ends and a sample of
+        them. Raises DataError that names what is wrong and the command that makes the store anew.
+        """
+        path = Path(path).absolute()
+        meta = _read_meta(path)
+        try:
+            store = cls(path, meta)
+        except (KeyError, TypeError, IndexError) as error:
+            raise DataError(f"{path / META_FILE} is incomplete ({error!r}). {_remedy(path, meta)}") from error
+        store._check_files()
+        store._check_offsets()
+        return store
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return SequenceStore.open, (self.path,)
+
+    def __repr__(self) -> str:
+        return f"SequenceStore({str(self.path)!r}, users={self.num_users}, events={self.num_events})"
+
+    def offsets(self) -> np.ndarray:
+        """int64 [U + 1]: user u's events are [offsets[u], offsets[u + 1])."""
+        return self._map(OFFSETS_FILE)
+
+    def sequence(self, feature: str) -> np.ndarray:
+        """[E] values of the item (int32), action (int32) or timestamp (int64, seconds) feature."""
+        return self._feature_values(feature, of_context=False)
+
+    def context(self, feature: str) -> np.ndarray:
+        """int32 [U] codes of a contextual feature."""
+        return self._feature_values(feature, of_context=True)
+
+    def cardinality(self, feature: str) -> int:
+        """Number of codes: values of the feature lie in [0, cardinality). A vocabulary's length for user_id."""
+        if feature == USER_FEATURE:
+            return self.num_users
+        cardinality = self._meta_of(feature).cardinality
+        if cardinality is None:
+            raise DataError(f"{self.path}: feature {feature!r} is a timestamp and has no cardinality")
+        return cardinality
+
+    def raw_ids(self, feature: str) -> np.ndarray:
+        """Code -> raw id, [cardinality]: int64, or str objects. For any feature with a vocabulary, and user_id."""
+        if feature != USER_FEATURE and not self._meta_of(feature).has_vocab:
+            raise DataError(f"{self.path}: feature {feature!r} has no vocabulary, its values are the raw ones")
+        stem = vocabulary_stem(feature)
+        if f"{stem}.npy" in self._files:
+            return self._map(f"{stem}.npy")
+        return self._strings(stem)
+
+    def encode(self, feature: str, raw: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """Raw ids -> codes, int64 of the same length. Raises DataError that names the unknown ones."""
+        known = self.raw_ids(feature)
+        wanted = np.array([str(value) for value in raw], dtype=object) if known.dtype == object else np.asarray(raw)
+        if known.dtype != object and not (wanted.dtype == np.int64 or len(wanted) == 0):
+            raise DataError(f"{self.path}: raw ids of {feature!r} are int64, got {list(raw[:5])!r}")
+        codes = np.minimum(np.searchsorted(known, wanted), len(known) - 1).astype(np.int64)
+        unknown = wanted[known[codes] != wanted]
+        if len(unknown):
+            shown = ", ".join(repr(value) for value in unknown[:5].tolist()) + (", …" if len(unknown) > 5 else "")
+            raise DataError(f"{self.path}: {len(unknown)} raw id(s) not in the vocabulary of {feature!r}: {shown}")
+        return codes
+
+    def titles(self) -> np.ndarray | None:
+        """Item code -> human title, str objects [cardinality]; None where the data has no titles."""
+        return self._strings("titles") if strings_files("titles")[0] in self._files else None
+
+    def verify_contents(self) -> None:
+        """Reads every array once: offsets ascending, codes in range, time ascending within users. Raises DataError."""
+        if (np.diff(self.offsets()) < 1).any():
+            raise self._damaged(OFFSETS_FILE, "a user has no events, or offsets are not ascending")
+        for name, feature in self.features.items():
+            file = feature_file(feature.role, name)
+            for start, values in _chunks(self._map(file)):
+                if feature.role == "timestamp":
+                    self._check_time_order(file, start, values)
+                elif values.min() < 0 or values.max() >= self.cardinality(name):
+                    raise self._damaged(file, f"values outside [0, {feature.cardinality})")
+
+    def _check_time_order(self, file: str, start: int, values: np.ndarray) -> None:
+        backwards = start + 1 + np.flatnonzero(values[1:] < values[:-1])
+        offsets = self.offsets()
+        if (offsets[np.searchsorted(offsets, backwards)] != backwards).any():
+            raise self._damaged(file, "a user's events are not in time order")
+
+    def _named(self, role: Role) -> tuple[str, ...]:
+        return tuple(name for name, feature in self.features.items() if feature.role == role)
+
+    def _meta_of(self, feature: str) -> FeatureMeta:
+        if feature not in self.features:
+            raise DataError(f"{self.path} has no feature {feature!r}; it has: {', '.join(self.features)}")
+        return self.features[feature]
+
+    def _feature_values(self, feature: str, *, of_context: bool) -> np.ndarray:
+        meta = self._meta_of(feature)
+        if (meta.role == "context") != of_context:
+            kind, method = ("contextual", "context") if meta.role == "context" else ("sequence", "sequence")
+            raise DataError(f"{self.path}: {feature!r} is a {kind} feature, use {method}({feature!r})")
+        return self._map(feature_file(meta.role, feature))
+
+    def _map(self, file: str) -> np.ndarray:
+        if file not in self._maps:
+            self._maps[file] = np.asarray(np.load(self.path / file, mmap_mode="r"))
+        return self._maps[file]
+
+    def _strings(self, stem: str) -> np.ndarray:
+        offsets, utf8 = (self._map(file) for file in strings_files(stem))
+        text = utf8.tobytes()
+        bounds = offsets.tolist()
+        strings = np.empty(len(bounds) - 1, dtype=object)
+        strings[:] = [text[a:b].decode() for a, b in zip(bounds, bounds[1:], strict=False)]
+        return strings
+
+    def _check_files(self) -> None:
+        for file, expected in self._files.items():
+            path = self.path / file
+            if not path.is_file():
+                raise self._damaged(file, "it is missing")
+            if path.stat().st_size != expected["bytes"]:
+                raise self._damaged(file, f"it has {path.stat().st_size} bytes instead of {expected['bytes']}")
+            try:
+                array = self._map(file)
+            except (ValueError, OSError, EOFError) as error:
+                raise self._damaged(file, str(error)) from error
+            if array.dtype.str != expected["dtype"] or array.shape != (expected["length"],):
+                found = f"{array.dtype.str} {list(array.shape)}"
+                raise self._damaged(file, f"it holds {found} instead of {expected['dtype']} [{expected['length']}]")
+        for file, length in self._needed_lengths().items():
+            if self._files.get(file, {}).get("length") != length:
+                raise self._damaged(META_FILE, f"it does not describe {file} with {length} values")
+
+    def _needed_lengths(self) -> dict[str, int]:
+        lengths = {OFFSETS_FILE: self.num_users + 1}
+        for name, feature in self.features.items():
+            length = self.num_users if feature.role == "context" else self.num_events
+            lengths[feature_file(feature.role, name)] = length
+        return lengths
+
+    def _check_offsets(self) -> None:
+        offsets = self.offsets()
+        if offsets[0] != 0 or offsets[-1] != self.num_events:
+            raise self._damaged(OFFSETS_FILE, f"it does not run from 0 to {self.num_events}")
+        sample = offsets[np.linspace(0, self.num_users, min(_OFFSET_SAMPLES, self.num_users + 1), dtype=np.int64)]
+        if (np.diff(sample) < 1).any():
+            raise self._damaged(OFFSETS_FILE, "its values are not ascending")
+
+    def _damaged(self, file: str, what: str) -> DataError:
+        return DataError(f"{self.path / file} is damaged: {what}. {_remedy(self.path, {'command': self._command})}")
+
+
+def _chunks(values: np.ndarray, size: int = 1 << 22) -> Any:
+    """(start, values[start : start + size + 1]): one value of overlap, so that neighbours are always seen together."""
+    return ((start, values[start : start + size + 1]) for start in range(0, len(values), size))
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise DataError(f"no preprocessed data at {path}. {_remedy(path, {})}")
+    try:
+        meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is not a sequence store: it has no {META_FILE}. {_remedy(path, {})}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path / META_FILE} cannot be read ({error}). {_remedy(path, {})}") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise DataError(f"{path / META_FILE} does not describe a sequence store. {_remedy(path, {})}")
+    if meta.get("version") != VERSION:
+        raise DataError(
+            f"{path} has store version {meta.get('version')}, this program reads version {VERSION}. "
+            f"{_remedy(path, meta)}"
+        )
+    return meta
+
+
+def _remedy(path: Path, meta: dict[str, Any]) -> str:
+    """The command that makes the store: as recorded in it, else as far as the directory's name tells."""
+    force = " --force" if path.exists() else ""
+    if command := meta.get("command"):
+        return f"Make it with: {command}{force}"
+    script = "python scripts/preprocess_dataset.py"
+    if name := resolve_dataset_name(path.name):
+        return f"Make it with: {script} --dataset_name {name} --output {path}{force}"
+    return (
+        f"Make it with: {script} --dataset_name NAME --output {path}{force} (a built-in NAME), or from your own table "
+        f"with: {script} --dataset_name NAME --interactions FILE --user COLUMN --item COLUMN --output {path}{force}"
+    )

@@ -1,0 +1,194 @@
+"""Writes a sequence store (see store.py) so that it either exists whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from hstu.config.errors import DataError
+from hstu.data.store import (
+    FORMAT,
+    META_FILE,
+    OFFSETS_FILE,
+    USER_FEATURE,
+    VERSION,
+    FeatureMeta,
+    Role,
+    SequenceStore,
+    feature_file,
+    strings_files,
+    vocabulary_stem,
+)
+
+SEQUENCE_DTYPE = {"item": np.dtype(np.int32), "action": np.dtype(np.int32), "timestamp": np.dtype(np.int64)}
+
+
+class StoreWriter:
+    """Context manager that fills ``.<name>.partial`` beside the target, verifies it and renames it into place.
+
+    Leaving the block normally commits; an exception removes everything. A killed writer leaves only the partial
+    directory, which the next writer of the same target clears. Two writers of one target exclude each other.
+
+        with StoreWriter(path, name="toy", command=None) as writer:
+            writer.write_offsets(np.array([0, 2, 5]))
+            writer.create_sequence("movie_id", "item", cardinality=9, length=5)[:] = codes
+            writer.write_vocabulary("movie_id", raw_ids)
+            writer.write_vocabulary("user_id", raw_users)
+    """
+
+    def __init__(self, target: str | Path, *, name: str, command: str | None, overwrite: bool = False) -> None:
+        """``command`` is what makes this store, shown wherever it turns out damaged; ``overwrite`` an existing one."""
+        self.target = Path(target).absolute()
+        self.statistics: Mapping[str, Any] = {}
+        self.sources: Mapping[str, str] = {}
+        self._name = name
+        self._command = command
+        self._partial = self.target.parent / f".{self.target.name}.partial"
+        self._features: list[tuple[str, Role, np.dtype, int | None]] = []
+        self._vocabularies: set[str] = set()
+        self._arrays: dict[str, tuple[str, int]] = {}
+        self._num_users = 0
+        self._check_target(overwrite)
+
+    @property
+    def scratch(self) -> Path:
+        """Directory for working files, on the target's disk; gone after the block."""
+        return self._partial / "scratch"
+
+    def __enter__(self) -> StoreWriter:
+        self._partial.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self._partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stale = os.fstat(self._lock).st_ino != self._partial.stat().st_ino
+        except (BlockingIOError, FileNotFoundError):
+            stale = True
+        if stale:
+            os.close(self._lock)
+            raise DataError(f"another process is writing {self.target} just now; wait for it, or end it")
+        for left_over in self._partial.iterdir():
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        self.scratch.mkdir()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            os.close(self._lock)
+
+    def write_offsets(self, offsets: np.ndarray) -> None:
+        """int64 [U + 1], from 0 to the number of events, strictly ascending."""
+        self._num_users = len(offsets) - 1
+        self._create(OFFSETS_FILE, np.dtype(np.int64), len(offsets))[:] = offsets
+
+    def create_sequence(self, feature: str, role: Role, *, cardinality: int | None, length: int) -> np.memmap:
+        """A flat [length] array to be filled: item and action int32, timestamp int64 (cardinality None)."""
+        dtype = SEQUENCE_DTYPE[role]
+        self._features.append((feature, role, dtype, cardinality))
+        return self._create(feature_file(role, feature), dtype, length)
+
+    def write_context(self, feature: str, codes: np.ndarray, *, cardinality: int) -> None:
+        """[U] codes of a contextual feature, stored as int32. Features keep the order of these calls."""
+        dtype = np.dtype(np.int32)
+        self._features.append((feature, "context", dtype, cardinality))
+        self._create(feature_file("context", feature), dtype, len(codes))[:] = codes
+
+    def write_vocabulary(self, feature: str, raw_ids: np.ndarray | Iterable[str]) -> None:
+        """Code -> raw id, ascending: an int64 array, or strings. The users' goes under "user_id"."""
+        self._vocabularies.add(feature)
+        stem = vocabulary_stem(feature)
+        if isinstance(raw_ids, np.ndarray) and raw_ids.dtype != object:
+            self._create(f"{stem}.npy", np.dtype(np.int64), len(raw_ids))[:] = raw_ids
+        else:
+            self._write_strings(stem, raw_ids)
+
+    def write_titles(self, titles: Iterable[str]) -> None:
+        """Item code -> human title; empty where there is none."""
+        self._write_strings("titles", titles)
+
+    def _create(self, file: str, dtype: np.dtype, length: int) -> np.memmap:
+        if file in self._arrays:
+            raise ValueError(f"{file} is written twice")
+        self._arrays[file] = (dtype.str, length)
+        return open_memmap(self._partial / file, mode="w+", dtype=dtype, shape=(length,))
+
+    def _write_strings(self, stem: str, strings: Iterable[str]) -> None:
+        encoded = [string.encode() for string in strings]
+        offsets_file, utf8_file = strings_files(stem)
+        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum([len(text) for text in encoded], out=offsets[1:])
+        utf8 = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        for file, array in ((offsets_file, offsets), (utf8_file, utf8)):
+            self._arrays[file] = (array.dtype.str, len(array))
+            np.save(self._partial / file, array)
+
+    def _commit(self) -> None:
+        shutil.rmtree(self.scratch)
+        meta = json.dumps(self._meta(), indent=1, ensure_ascii=False)
+        (self._partial / META_FILE).write_text(meta, encoding="utf-8")
+        SequenceStore.open(self._partial).verify_contents()
+        for file in self._partial.iterdir():
+            _fsync(file)
+        _fsync(self._partial)
+        discarded = self.target.parent / f".{self.target.name}.discarded"
+        shutil.rmtree(discarded, ignore_errors=True)
+        if self.target.exists():
+            self.target.rename(discarded)
+        self._partial.rename(self.target)
+        _fsync(self.target.parent)
+        shutil.rmtree(discarded, ignore_errors=True)
+
+    def _meta(self) -> dict[str, Any]:
+        features = [
+            FeatureMeta(name, role, dtype.str, cardinality, name in self._vocabularies)
+            for name, role, dtype, cardinality in self._features
+        ]
+        item = next(feature.name for feature in features if feature.role == "item")
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": self._name,
+            "command": self._command,
+            "num_users": self._num_users,
+            "num_events": self._arrays[feature_file("item", item)][1],
+            "features": [vars(feature) for feature in features],
+            "statistics": dict(self.statistics),
+            "sources": dict(self.sources),
+            "files": {
+                file: {"dtype": dtype, "length": length, "bytes": (self._partial / file).stat().st_size}
+                for file, (dtype, length) in self._arrays.items()
+            },
+        }
+
+    def _check_target(self, overwrite: bool) -> None:
+        """Only a store, damaged or not, is ever replaced: never a directory that holds something else."""
+        if not self.target.exists():
+            return
+        is_store = (self.target / META_FILE).is_file()
+        is_empty = self.target.is_dir() and not any(self.target.iterdir())
+        if not is_store and not is_empty:
+            raise DataError(f"{self.target} exists and is not a sequence store; give another --output, or move it away")
+        if is_store and not overwrite:
+            raise DataError(f"{self.target} exists; --force replaces it")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

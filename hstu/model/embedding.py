@@ -1,0 +1,164 @@
+"""The embedding tables before any parallelism: which there are, their initial rows, and the replicated kind.
+
+model_parallel tables become TorchRec EmbeddingCollections (on the meta device: no rank ever holds a whole table)
+that hstu.parallel.embedding shards; data_parallel tables are plain nn.Embeddings in the dense part of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
+
+from hstu.config.args import EmbeddingArgs, NetworkArgs
+from hstu.config.errors import ConfigError
+from hstu.data.batch import NEGATIVES
+
+_INIT_BLOCK_ROWS = 4096
+_DIM_MULTIPLE = 4  # FBGEMM's tables must be a multiple of 4 floats wide, on the CPU, too
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One table: ``rows`` × ``dim`` float32, looked up by ``features`` (keys of the batch)."""
+
+    name: str
+    rows: int
+    dim: int
+    features: tuple[str, ...]
+    replicated: bool
+    sharding: str
+    init_std: float
+
+    @property
+    def stored_dim(self) -> int:
+        """Columns that a sharded table has; those beyond ``dim`` are zero, get no gradient and are cut off."""
+        return -(-self.dim // _DIM_MULTIPLE) * _DIM_MULTIPLE
+
+
+def table_specs(
+    embeddings: Sequence[EmbeddingArgs],
+    network: NetworkArgs,
+    contextual_features: Sequence[str],
+    item_feature: str,
+    lookup_negatives: bool = False,
+) -> tuple[TableSpec, ...]:
+    """Specs of all tables, in the order given.
+
+    Contextual tables are contextual_embedding_dim wide, the others item_embedding_dim (hidden_size where that is
+    -1). ``lookup_negatives``: batches also carry NEGATIVES ids, which the item table serves. Raises ConfigError for a
+    table shared by features of different widths.
+    """
+    contextual_dim = network.contextual_embedding_dim if network.contextual_embedding_dim > 0 else network.hidden_size
+    item_dim = network.item_embedding_dim if network.item_embedding_dim > 0 else network.hidden_size
+    specs, problems = [], []
+    for table in embeddings:
+        dims = {contextual_dim if feature in contextual_features else item_dim for feature in table.feature_names}
+        if len(dims) > 1:
+            problems.append(
+                f"EmbeddingArgs {table.table_name!r}: its features {table.feature_names} are both contextual "
+                f"(width {contextual_dim}) and not (width {item_dim}); give them tables of their own, or equal widths "
+                "in NetworkArgs.contextual_embedding_dim and item_embedding_dim."
+            )
+        serves_negatives = lookup_negatives and item_feature in table.feature_names
+        specs.append(
+            TableSpec(
+                name=table.table_name,
+                rows=table.item_vocab_size_or_capacity,
+                dim=min(dims),
+                features=(*table.feature_names, *([NEGATIVES] if serves_negatives else [])),
+                replicated=table.sharding_type == "data_parallel",
+                sharding=table.sharding,
+                init_std=table.init_std,
+            )
+        )
+    if problems:
+        raise ConfigError(problems)
+    return tuple(specs)
+
+
+def initial_row_blocks(spec: TableSpec, seed: int, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+    """Initial rows [start, stop) of a table as (first row, float32 [n, dim]) blocks of bounded size.
+
+    A block's numbers, N(0, init_std²), depend on the seed, the table's name and the block's place alone, so they are
+    the same however, and over however many ranks, the table is cut.
+    """
+    for block in range(start // _INIT_BLOCK_ROWS, -(-stop // _INIT_BLOCK_ROWS)):
+        first = block * _INIT_BLOCK_ROWS
+        digest = hashlib.blake2b(f"{seed}/{spec.name}/{block}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        rows = torch.randn((_INIT_BLOCK_ROWS, spec.dim), generator=generator).mul_(spec.init_std)
+        low, high = max(start, first), min(stop, first + _INIT_BLOCK_ROWS)
+        yield low, rows[low - first : high - first]
+
+
+def build_collections(specs: Iterable[TableSpec]) -> nn.ModuleList:
+    """The sharded tables as EmbeddingCollections on the meta device, one for each width (as TorchRec demands)."""
+    by_dim: dict[int, list[EmbeddingConfig]] = {}
+    for spec in specs:
+        if not spec.replicated:
+            config = EmbeddingConfig(
+                name=spec.name,
+                num_embeddings=spec.rows,
+                embedding_dim=spec.stored_dim,
+                feature_names=list(spec.features),
+                init_fn=_leave_uninitialised,
+            )
+            by_dim.setdefault(spec.stored_dim, []).append(config)
+    return nn.ModuleList(EmbeddingCollection(tables=tables, device=torch.device("meta")) for tables in by_dim.values())
+
+
+def _leave_uninitialised(weight: Tensor) -> None:
+    """hstu.parallel.embedding writes the initial rows once the shards exist."""
+
+
+class ReplicatedTables(nn.Module):
+    """The data_parallel tables: each rank has all rows, and the dense optimizer trains them."""
+
+    def __init__(self, specs: Iterable[TableSpec], seed: int) -> None:
+        super().__init__()
+        self.specs = {spec.name: spec for spec in specs if spec.replicated}
+        self.tables = nn.ModuleDict()
+        for spec in self.specs.values():
+            weight = torch.empty(spec.rows, spec.dim)
+            for first, rows in initial_row_blocks(spec, seed, 0, spec.rows):
+                weight[first : first + len(rows)] = rows
+            self.tables[_module_name(spec.name)] = nn.Embedding(spec.rows, spec.dim, _weight=weight)
+
+    def weight(self, table: str) -> nn.Parameter:
+        """Rows of one table, float32 [rows, dim]."""
+        weight = self.tables[_module_name(table)].weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        """Look up the replicated tables' features: feature → float32 values [tokens, dim] with its lengths."""
+        looked_up: dict[str, JaggedTensor] = {}
+        by_key = features.to_dict() if self.specs else {}
+        for spec in self.specs.values():
+            for feature in spec.features:
+                ids = by_key[feature]
+                rows = functional.embedding(ids.values(), self.weight(spec.name))
+                looked_up[feature] = JaggedTensor(rows, lengths=ids.lengths(), offsets=ids.offsets())
+        return looked_up
+
+
+def _module_name(table: str) -> str:
+    """A table name as a key of nn.ModuleDict, which allows no dots."""
+    return table.replace(".", "/")
+
+
+def narrow_to_dim(
+    looked_up: Mapping[str, JaggedTensor], dim_of_feature: Mapping[str, int]
+) -> Iterator[tuple[str, JaggedTensor]]:
+    """Cut off the columns that only pad a sharded table's rows to FBGEMM's multiple."""
+    for feature, jagged in looked_up.items():
+        values, dim = jagged.values(), dim_of_feature[feature]
+        if values.shape[1] != dim:
+            jagged = JaggedTensor(values[:, :dim], lengths=jagged.lengths(), offsets=jagged.offsets())
+        yield feature, jagged

@@ -1,0 +1,103 @@
+"""The whole model: table lookups, then everything else.
+
+TorchRec's pipelines trace ``GRModel.forward`` symbolically to find the sharded tables and take their communication
+ahead, so it must stay a plain chain of calls; all control flow is inside ``dense``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchrec import JaggedTensor, KeyedJaggedTensor
+
+from hstu.data.batch import HSTUBatch
+from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections, narrow_to_dim
+from hstu.model.outputs import ModelOutput
+
+
+class DenseModel(nn.Module):
+    """What every data-parallel rank holds a copy of: the replicated tables and the task's dense model."""
+
+    def __init__(self, replicated: ReplicatedTables, task: nn.Module, specs: Sequence[TableSpec]) -> None:
+        super().__init__()
+        self.replicated = replicated
+        self.task = task
+        self._dim_of_feature = {feature: spec.dim for spec in specs for feature in spec.features}
+
+    def forward(self, looked_up: Sequence[Mapping[str, JaggedTensor]], batch: HSTUBatch) -> ModelOutput:
+        """``looked_up``: the sharded tables' rows, one mapping a collection."""
+        embeddings = self.replicated(batch.features)
+        for part in looked_up:
+            embeddings.update(narrow_to_dim(part, self._dim_of_feature))
+        output: ModelOutput = self.task(embeddings, batch)
+        if torch.is_grad_enabled() and batch.num_labels_total == 0:
+            # All ranks take part in the collectives of backward, so every parameter and every looked-up row needs a
+            # gradient even where this rank has nothing to learn from.
+            rows = [jagged.values() for jagged in embeddings.values()]
+            output.loss_sum = output.loss_sum + _zero_that_depends_on([*rows, *self.parameters()])
+        return output
+
+
+def _zero_that_depends_on(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([tensor.float().sum() for tensor in tensors if tensor.requires_grad]).sum() * 0.0
+
+
+class GRModel(nn.Module):
+    """Embedding tables and the dense model of one task.
+
+    ``feature_keys`` are the keys of every batch's ``features``, in order and the same in training and evaluation:
+    TorchRec remembers their places from the first batch.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TableSpec],
+        task: nn.Module,
+        feature_keys: Sequence[str],
+        item_feature: str,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.specs = tuple(specs)
+        self.feature_keys = tuple(feature_keys)
+        self.item_feature = item_feature
+        self.embedding = build_collections(self.specs)
+        self.dense: nn.Module = DenseModel(ReplicatedTables(self.specs, seed), task, self.specs)
+
+    def forward(self, batch: HSTUBatch) -> ModelOutput:
+        """Loss, and what the task's evaluation needs, of one batch."""
+        looked_up = [collection(batch.features) for collection in self.embedding]
+        output: ModelOutput = self.dense(looked_up, batch)
+        return output
+
+    @torch.no_grad()
+    def embed_items(self, ids: Tensor) -> Tensor:
+        """Rows of the item table, float32 [n, dim], for int64 ids [n] on this rank's device.
+
+        Collective where the table is sharded: all ranks call it equally often, each for ids of its own, of any
+        number. Not while a pipeline has replaced the sharded tables' forward (detach it first).
+        """
+        spec = next(spec for spec in self.specs if self.item_feature in spec.features)
+        if spec.replicated:
+            return functional.embedding(ids, self._replicated_tables().weight(spec.name))
+        lengths = [len(ids) if key == self.item_feature else 0 for key in self.feature_keys]
+        features = KeyedJaggedTensor(
+            keys=list(self.feature_keys),
+            values=ids,
+            lengths=torch.tensor(lengths, device=ids.device),
+            stride=1,
+            length_per_key=lengths,
+        )
+        looked_up = self._collection_of(spec)(features)[self.item_feature].values()
+        rows: Tensor = looked_up[:, : spec.dim]
+        return rows
+
+    def _replicated_tables(self) -> ReplicatedTables:
+        return next(module for module in self.dense.modules() if isinstance(module, ReplicatedTables))
+
+    def _collection_of(self, spec: TableSpec) -> nn.Module:
+        dims = list(dict.fromkeys(other.stored_dim for other in self.specs if not other.replicated))
+        return self.embedding[dims.index(spec.stored_dim)]

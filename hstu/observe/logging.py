@@ -1,0 +1,199 @@
+"""What a run says on the terminal and in log.txt: Python's logging, two line formats, one progress bar."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Optional, Self, TextIO
+
+from tqdm import tqdm
+
+from hstu.observe.records import EvalRecord, TrainRecord
+
+ROOT_LOGGER = "hstu"
+
+
+class _BesideProgressBar(logging.Handler):
+    """Writes a line so that a progress bar on the same terminal moves down instead of being broken."""
+
+    def __init__(self, stream: Optional[TextIO] = None) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        try:
+            # Looked up at each call: a test, or a notebook, may have put another stream in place.
+            stream = self._stream if self._stream is not None else sys.stdout
+            tqdm.write(self.format(record), file=stream)
+            stream.flush()
+        except Exception:
+            self.handleError(record)
+
+
+def set_up_logging(rank: int = 0, log_file: Optional[Path] = None) -> logging.Logger:
+    """Configure the logger "hstu", and with it those of all our modules.
+
+    Rank 0 tells everything from INFO up to standard output and, where given, to ``log_file`` (appended, with dates
+    and levels). The other ranks tell warnings only, to standard error, with a ``[rank N]`` prefix. Calling it again
+    replaces the former set-up, for example when the run directory becomes known.
+    """
+    logger = logging.getLogger(ROOT_LOGGER)
+    tear_down_logging()
+    logger.propagate = False
+    if rank != 0:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(message)s"))
+        handler.setLevel(logging.WARNING)
+        logger.setLevel(logging.WARNING)
+        logger.addHandler(handler)
+        return logger
+    logger.setLevel(logging.INFO)
+    console = _BesideProgressBar()
+    console.setFormatter(_ConsoleFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger.addHandler(console)
+    if log_file is not None:
+        to_file = logging.FileHandler(log_file, encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(to_file)
+    return logger
+
+
+def tear_down_logging() -> None:
+    """Take the handlers of ``set_up_logging`` away and close their files."""
+    logger = logging.getLogger(ROOT_LOGGER)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
+
+
+class _ConsoleFormatter(logging.Formatter):
+    """Shows the level only where it is a warning or worse."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line for one record."""
+        line = super().format(record)
+        if record.levelno < logging.WARNING:
+            return line
+        time_of_day = self.formatTime(record, self.datefmt)
+        return line.replace(time_of_day, f"{time_of_day} {record.levelname}:", 1)
+
+
+def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan) -> str:
+    """One aligned line of training; ``eta_s``: seconds that are left."""
+    width = len(str(total_iters))
+    parts = [
+        f"iter {record.iteration:>{width}}/{total_iters}",
+        f"epoch {record.epoch:6.2f}",
+        f"loss {record.loss:8.4f}",
+        f"lr {record.lr:.2e}",
+        f"{_short(record.samples_per_s):>5} samples/s",
+        f"{_short(record.tokens_per_s):>5} tokens/s",
+        f"{record.tflops:6.3g} TFLOPS",
+        f"MFU {_percent(record.mfu)}",
+        f"data wait {_percent(record.data_wait)}",
+        f"mem {_gigabytes(record.memory_bytes)}",
+        f"ETA {format_seconds(eta_s)}",
+    ]
+    return "  ".join(parts)
+
+
+def format_eval(record: EvalRecord, seconds: float = math.nan) -> str:
+    """One line of an evaluation; ``seconds``: what it took."""
+    parts = [f"eval {record.split} at iter {record.iteration}", format_metrics(record.metrics)]
+    if math.isfinite(seconds):
+        parts.append(f"({format_seconds(seconds)})")
+    return "  ".join(parts)
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """``HR@10 0.1234  NDCG@10 0.0567``; a metric that is undefined shows as n/a."""
+    return "  ".join(f"{name} {_metric(value)}" for name, value in metrics.items())
+
+
+def format_seconds(seconds: float) -> str:
+    """``45 s``, ``3 min 20 s``, ``2 h 05 min``; ``?`` where unknown."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class ProgressBar:
+    """A bar over the iterations on standard error; log lines appear above it.
+
+    mode: "on", "off", or "auto": where standard error is a terminal. visible: False on all ranks but one.
+    initial: iterations done before, in a resumed run. Showing something never asks the device: hand in only numbers
+    that are on the host already.
+    """
+
+    def __init__(
+        self, total: int, mode: str = "auto", *, visible: bool = True, initial: int = 0, label: str = "train"
+    ) -> None:
+        shown = visible and (mode == "on" or (mode == "auto" and sys.stderr.isatty()))
+        self._bar: Optional[tqdm[Any]] = None
+        if shown:
+            self._bar = tqdm(
+                total=total, initial=initial, desc=label, unit="it", dynamic_ncols=True, leave=False, smoothing=0.1
+            )
+
+    def update(self, steps: int = 1) -> None:
+        """Advance by ``steps`` iterations."""
+        if self._bar is not None:
+            self._bar.update(steps)
+
+    def show(self, **values: float) -> None:
+        """Show numbers beside the bar, for example ``show(loss=4.2)``."""
+        if self._bar is not None:
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+
+    def close(self) -> None:
+        """Remove the bar from the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+
+def _short(number: float) -> str:
+    """Three digits with a unit: 950, 13.7k, 1.20M."""
+    if not math.isfinite(number):
+        return "n/a"
+    # The bound is where rounding to three digits would carry over into the next unit.
+    units = ((1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G"))
+    scale, unit = next((pair for pair in units if number < 999.5 * pair[0]), units[-1])
+    value = number / scale
+    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f}{unit}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:5.1f}%" if math.isfinite(share) else "   n/a"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 2**30:5.2f} GiB"
+
+
+def _metric(value: float) -> str:
+    return f"{value:.4f}" if value is not None and math.isfinite(value) else "n/a"

@@ -1,0 +1,94 @@
+"""The peak arithmetic rate of a device, against which MFU is reckoned."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import NamedTuple
+
+import torch
+
+
+class PeakTflops(NamedTuple):
+    """A device's peak in TFLOPS (10^12 operations a second), and where the number comes from."""
+
+    value: float
+    source: str
+
+
+# Dense rates without sparsity from the makers' data sheets: device name → (bfloat16/float16 with float32
+# accumulation, TF32, float32). The first pattern that matches counts. 0: the device has no such unit.
+_DATA_SHEETS: tuple[tuple[str, tuple[float, float, float]], ...] = (
+    (r"GB200|GB300", (2500, 1250, 80)),
+    (r"B200|B300", (2250, 1125, 75)),
+    (r"H200 NVL|H100 NVL", (835, 417, 60)),
+    (r"H100 PCIe", (756, 378, 51)),
+    (r"GH200|H200|H100|H800", (989, 494.5, 67)),
+    (r"A100|A800", (312, 156, 19.5)),
+    (r"L40S", (362, 183, 91.6)),
+    (r"L40\b", (181, 90.5, 90.5)),
+    (r"L4\b", (121, 60, 30.3)),
+    (r"A40\b", (149.7, 74.8, 37.4)),
+    (r"A30\b", (165, 82, 10.3)),
+    (r"A10G", (70, 35, 35)),
+    (r"A10\b", (125, 62.5, 31.2)),
+    (r"RTX 4090", (165.2, 82.6, 82.6)),
+    (r"RTX 3090", (71, 35.6, 35.6)),
+    (r"V100", (125, 0, 15.7)),
+    (r"T4\b", (65, 0, 8.1)),
+)
+
+
+def data_sheet_tflops(name: str, dtype: torch.dtype, tf32: bool = False) -> float | None:
+    """The peak of the GPU called ``name`` (as torch names it), None where it is not in our table.
+
+    tf32: float32 matrix products run on the tensor cores in TF32.
+    """
+    for pattern, (half, tensor_float, single) in _DATA_SHEETS:
+        if re.search(pattern, name, re.IGNORECASE):
+            if dtype in (torch.bfloat16, torch.float16):
+                return half
+            if dtype == torch.float32:
+                return tensor_float if tf32 and tensor_float else single
+            return None
+    return None
+
+
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> PeakTflops:
+    """Peak of one device for matrix products of ``dtype``.
+
+    From the data sheet for a known GPU; otherwise measured, which takes up to 0.3 s. A measured peak is what a
+    matrix product reaches now, on the threads torch has: MFU on a CPU tells about efficiency, not about hardware.
+    Call it when a run starts: it waits for the device.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = data_sheet_tflops(name, dtype, tf32=torch.backends.cuda.matmul.allow_tf32)
+        if known is not None:
+            return PeakTflops(known, f"data sheet of {name}")
+    return PeakTflops(_measure(device, dtype), f"measured with {_name(dtype)} matrix products on this {device.type}")
+
+
+def _measure(device: torch.device, dtype: torch.dtype, budget_s: float = 0.2) -> float:
+    """Best rate over products of growing size; stops before a size that would not fit the budget."""
+    deadline = time.perf_counter() + budget_s
+    best_rate = 0.0
+    for size in (256, 512, 1024, *((4096, 8192) if device.type == "cuda" else ())):
+        flops = 2.0 * size**3
+        if best_rate and time.perf_counter() + 2 * flops / best_rate > deadline:
+            break
+        left = torch.ones(size, size, device=device, dtype=dtype)
+        for _ in range(4):  # the first of a size pays for warming up
+            begun = time.perf_counter()
+            torch.matmul(left, left)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            ended = time.perf_counter()
+            best_rate = max(best_rate, flops / (ended - begun))
+            if ended > deadline:
+                break
+    return best_rate / 1e12
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,157 @@
+"""The curves of a run: the training loss, and the evaluated metrics, over iterations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+import numpy as np
+
+from hstu.observe.records import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Point = tuple[int, float]
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_GREY = "#6b6b6b"
+_STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#b0b0b0",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+    "legend.frameon": False,
+}
+
+
+def draw_curves(metrics_file: Path, image: Path, title: Optional[str] = None) -> Optional[Path]:
+    """Draw a PNG of two panels from a metrics.jsonl: loss on the left, metrics on the right.
+
+    Metrics of the validation split are lines, those of the test split stars. Returns ``image``, or None where the
+    file has nothing to draw yet. title: None: the name of the run's directory.
+    """
+    if not metrics_file.exists():
+        return None
+    records = read_metrics(metrics_file)
+    losses = [(r["iter"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"] is not None]
+    curves = eval_curves(records)
+    if not losses and not curves:
+        return None
+
+    # The figure is made without pyplot, which would keep global state and may want a display.
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(12, 4.6), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(title or metrics_file.parent.resolve().name, x=0.01, ha="left", color=_GREY, fontsize=11)
+        left, right = figure.subplots(1, 2)
+        _draw_losses(left, losses)
+        _draw_metrics(right, curves)
+        temporary = image.with_name(image.name + ".new")
+        figure.savefig(temporary, format="png")
+    os.replace(temporary, image)
+    return image
+
+
+def eval_curves(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[Point]]:
+    """(split, metric) → its (iteration, value) points in order; undefined values are left out."""
+    curves: dict[tuple[str, str], list[Point]] = {}
+    for record in records:
+        if record["kind"] != "eval":
+            continue
+        for name, value in record["metrics"].items():
+            if value is not None:
+                curves.setdefault((record["split"], name), []).append((record["iter"], value))
+    return curves
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential moving average over about a thirtieth of the values, without the bias towards its start."""
+    weight = 1 - 1 / max(len(values) / 30, 1)
+    result = []
+    average = norm = 0.0
+    for value in values:
+        average = weight * average + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        result.append(average / norm)
+    return result
+
+
+def _draw_losses(axes: Axes, losses: Sequence[Point]) -> None:
+    axes.set(title="Training loss", xlabel="iteration")
+    if not losses:
+        _say_nothing(axes, "no training loss logged")
+        return
+    iterations, values = zip(*losses, strict=True)
+    many = len(values) >= 20
+    axes.plot(iterations, values, color=_COLOURS[0], alpha=0.3 if many else 1.0, linewidth=1.0 if many else 2.0)
+    if many:
+        axes.plot(iterations, smoothed(values), color=_COLOURS[0], linewidth=2.0)
+    else:
+        axes.plot(iterations, values, "o", color=_COLOURS[0], markersize=4)
+    # A few huge losses at the start would flatten all that follows.
+    low, high = min(values), float(np.quantile(values, 0.98))
+    if many and max(values) > high + 2 * (high - low) > low:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.2 * (high - low))
+    _annotate_last(axes, iterations[-1], smoothed(values)[-1] if many else values[-1])
+
+
+def _draw_metrics(axes: Axes, curves: dict[tuple[str, str], list[Point]]) -> None:
+    axes.set(title="Evaluation", xlabel="iteration")
+    if not curves:
+        _say_nothing(axes, "not evaluated yet")
+        return
+    last = {key: points[-1][1] for key, points in curves.items()}
+    # Names in the order in which their lines end, so that the legend reads like the picture.
+    height = {name: max(value for (_, other), value in last.items() if other == name) for _, name in curves}
+    for index, name in enumerate(sorted(height, key=lambda name: -height[name])):
+        colour = _COLOURS[index % len(_COLOURS)]
+        label = name
+        for split, marker, size in (("valid", "o-", 4.0), ("test", "*", 14.0)):
+            if (split, name) not in curves:
+                continue
+            sign = "★ " if split == "test" else ""
+            label += f"\n{sign}{split} {last[split, name]:.4f}"
+            axes.plot(
+                *zip(*curves[split, name], strict=True),
+                marker,
+                color=colour,
+                markersize=size,
+                markeredgecolor="white" if split == "test" else colour,
+                zorder=5 if split == "test" else 2,
+            )
+        axes.plot([], [], color=colour, linewidth=4, label=label)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=10, borderaxespad=0.0, handlelength=0.8)
+
+
+def _annotate_last(axes: Axes, iteration: int, value: float) -> None:
+    axes.annotate(
+        f"{value:.3f}",
+        (iteration, value),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        color=_COLOURS[0],
+        fontweight="bold",
+        annotation_clip=False,
+    )
+
+
+def _say_nothing(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
+    axes.set(xticks=[], yticks=[])

@@ -1,0 +1,95 @@
+"""A torch.profiler trace of a window of iterations."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import TracebackType
+from typing import Optional, Self
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+logger = logging.getLogger(__name__)
+
+
+class Profiler:
+    """Traces the iterations [start, end); open the file in https://ui.perfetto.dev or chrome://tracing.
+
+    On a GPU the window also lies between cudaProfilerStart and cudaProfilerStop, with an NVTX range an iteration,
+    so that ``nsys profile --capture-range=cudaProfilerApi`` records just it. Outside of the window it costs nothing
+    and never waits for the device.
+
+    directory: receives ``trace-rank<rank>.json.gz``. enabled: False does nothing. A run that ends inside the window
+    writes what it has; one that begins inside it (resumed) starts at once.
+
+    Usage::
+
+        with Profiler(run.path, start=100, end=200, enabled=args.profile) as profiler:
+            for iteration in range(...):
+                profiler.step(iteration)
+                ...
+    """
+
+    def __init__(self, directory: Path, start: int, end: int, *, rank: int = 0, enabled: bool = True) -> None:
+        self.trace_file = Path(directory) / f"trace-rank{rank}.json.gz"
+        self._window = range(start, end)
+        self._enabled = enabled
+        self._profile: Optional[profile] = None
+        self._cuda = torch.cuda.is_available()
+        self._last: Optional[int] = None
+
+    def step(self, iteration: int) -> None:
+        """Say that ``iteration`` is about to begin."""
+        if not self._enabled:
+            return
+        self._last = iteration
+        if self._profile is None:
+            if iteration not in self._window:
+                return
+            self._start()
+        elif iteration in self._window:
+            self._profile.step()
+        else:
+            self._stop()
+            return
+        if self._cuda:
+            torch.cuda.nvtx.range_push(f"iteration {iteration}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        if self._profile is not None:
+            self._stop()
+        elif self._enabled and not self.trace_file.exists():
+            first, last = self._window.start, self._window.stop
+            logger.warning("no profile: the run ended (at %s) outside of [%d, %d)", self._last, first, last)
+            self._enabled = False
+
+    def _start(self) -> None:
+        activities = [ProfilerActivity.CPU]
+        if self._cuda:
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaProfilerStart()
+        self._profile = profile(activities=activities)
+        self._profile.start()
+
+    def _stop(self) -> None:
+        assert self._profile is not None
+        if self._cuda:
+            torch.cuda.nvtx.range_pop()
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaProfilerStop()
+        self._profile.stop()
+        self.trace_file.parent.mkdir(parents=True, exist_ok=True)
+        self._profile.export_chrome_trace(str(self.trace_file))
+        self._profile = None
+        self._enabled = False
+        logger.info("profile written: %s", self.trace_file)

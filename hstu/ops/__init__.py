@@ -1,0 +1,1 @@
+"""Kernels: one file an operator with its dispatcher; pytorch/ is the oracle."""

@@ -1,0 +1,51 @@
+"""HSTU attention over jagged sequences: ``SiLU(α Q Kᵀ + bias) / N ⊙ mask @ V``. Dispatcher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hstu.ops.backends import Backend
+from hstu.ops.layout import JaggedLayout
+from hstu.ops.relative_bias import RelativeBias
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """What does not depend on the batch: the scale of scores, the divisor and the kind of mask."""
+
+    alpha: float
+    """Factor of Q Kᵀ."""
+    scaling_seqlen: int
+    """Divisor N: a constant, so that a result never depends on who else is in the batch."""
+    is_causal: bool = True
+    """False: bidirectional over context and history. Candidates never see another group, nor what follows."""
+    contextual_mask: bool = True
+    """True: contextual tokens see all context and history."""
+
+
+def hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: JaggedLayout,
+    *,
+    alpha: float,
+    scaling_seqlen: int,
+    is_causal: bool = True,
+    contextual_mask: bool = True,
+    bias: RelativeBias | None = None,
+    backend: Backend = Backend.PYTORCH,
+) -> Tensor:
+    """Attend within each sequence of ``layout``.
+
+    q, k, v: [T, H, d], any float type, any strides. Returns [T, H, d] of the same type; scores are computed in
+    float32 at least. ``bias`` needs the layout's times. Source: HSTU, arXiv 2402.17152, sec. 3.
+    """
+    rule = AttentionRule(alpha, scaling_seqlen, is_causal, contextual_mask)
+    if backend is Backend.PYTORCH:
+        from hstu.ops.pytorch.attention import attention
+
+        return attention(q, k, v, layout, rule, bias)
+    raise NotImplementedError(f"hstu_attention has no {backend.value} kernel")

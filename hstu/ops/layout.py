@@ -1,0 +1,140 @@
+"""Where each token of a jagged batch sits: lengths, offsets, positions, candidates, times.
+
+Tokens of B sequences lie one after another, without padding, in tensors of T rows. Sequence s is
+
+    [context_1 … context_C] [item_1 (action_1) … item_n (action_n)] [candidate_1 (action) … candidate_m (action)]
+
+The host (numpy) copies of the integers exist so that no operator ever has to ask the device for a size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class JaggedLayout:
+    """One jagged batch of token sequences; see the module's picture. Make one with :func:`build_layout`."""
+
+    seqlen_offsets: Tensor
+    """int64 [B + 1]: sequence s holds the tokens ``seqlen_offsets[s]:seqlen_offsets[s + 1]``."""
+    seqlens: np.ndarray
+    """int64 [B], host: tokens of each sequence, context and candidates included."""
+    num_contextuals: int
+    """C: the first C tokens of every sequence that is not empty."""
+    num_candidate_tokens: Tensor | None
+    """int64 [B]: the last so many tokens of a sequence are candidates. None: no sequence has any."""
+    num_candidate_tokens_host: np.ndarray
+    """int64 [B], host: the same, zeros where there are none."""
+    candidate_group_tokens: int
+    """Tokens of one target group: target_group_size × tokens_per_item."""
+    tokens_per_item: int
+    """2 where an action token follows each item token, else 1."""
+    positions: Tensor
+    """int64 [T]: place in the sequence from 0; all candidate tokens share that of the first."""
+    token_times: Tensor | None = None
+    """int64 [T], seconds: when a token happened (context: the first event; 0 where there is none)."""
+    query_times: Tensor | None = None
+    """int64 [T], seconds: time of the next token of context + history; its own for the last and for candidates."""
+    cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What operators derive from the layout once and use again in each layer and in backward."""
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences B, empty ones included."""
+        return len(self.seqlens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens T of the whole batch."""
+        return int(self.seqlens.sum())
+
+    @property
+    def num_items(self) -> np.ndarray:
+        """int64 [B], host: items of each sequence, candidates included."""
+        return np.maximum(self.seqlens - self.num_contextuals, 0) // self.tokens_per_item
+
+    def item_tokens(self, start: np.ndarray, stop: np.ndarray) -> Tensor:
+        """Token index of items ``start[s] … stop[s] - 1`` of each sequence s, in order: int64 [Σ (stop - start)]."""
+        return torch.from_numpy(self._item_tokens(start, stop)).to(self.positions.device, non_blocking=True)
+
+    def newest_item_tokens(self, count: np.ndarray) -> Tensor:
+        """Token index of the newest ``count[s]`` items of each sequence, oldest first: int64 [Σ count]."""
+        num_items = self.num_items
+        return self.item_tokens(num_items - count, num_items)
+
+    def step_tokens(self, start: np.ndarray, stop: np.ndarray) -> Tensor:
+        """Like :meth:`item_tokens`, but the newest token of each step: the item's action where it has a token."""
+        tokens = self._item_tokens(start, stop) + (self.tokens_per_item - 1)
+        return torch.from_numpy(tokens).to(self.positions.device, non_blocking=True)
+
+    def _item_tokens(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        sequence, place = places(np.asarray(stop) - np.asarray(start))
+        item = np.asarray(start)[sequence] + place
+        return offsets_of(self.seqlens)[sequence] + self.num_contextuals + item * self.tokens_per_item
+
+
+def build_layout(
+    *,
+    item_lengths: np.ndarray,
+    num_sequences: int,
+    num_contextuals: int,
+    num_candidates: np.ndarray | None,
+    tokens_per_item: int,
+    target_group_size: int,
+    device: torch.device,
+    item_times: Tensor | None = None,
+) -> JaggedLayout:
+    """Lay out a batch on ``device``.
+
+    item_lengths: int64 [B] host, items of each sequence, candidates included. The first ``num_sequences`` sequences
+    are real and carry context; the others are padding and empty. num_candidates: int64 [B] host, or None.
+    item_times: int64 [Σ item_lengths] seconds on ``device``, or None.
+    """
+    is_real = np.arange(len(item_lengths)) < num_sequences
+    seqlens = (num_contextuals * is_real + item_lengths * tokens_per_item).astype(np.int64)
+    candidates = np.zeros_like(seqlens) if num_candidates is None else (num_candidates * tokens_per_item)
+    candidates = candidates.astype(np.int64)
+    sequence, place = places(seqlens)
+    history_end = (seqlens - candidates)[sequence]
+
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    token_times = query_times = None
+    if item_times is not None:
+        item = np.maximum(place - num_contextuals, 0) // tokens_per_item + offsets_of(item_lengths)[sequence]
+        item = np.where((item_lengths > 0)[sequence], item, item_lengths.sum())  # context of a user with no event
+        next_token = np.arange(len(place)) + (place + 1 < history_end)
+        token_times = torch.cat([item_times, item_times.new_zeros(1)])[on_device(item)]
+        query_times = token_times[on_device(next_token)]
+    return JaggedLayout(
+        seqlen_offsets=on_device(np.append(offsets_of(seqlens), seqlens.sum())),
+        seqlens=seqlens,
+        num_contextuals=num_contextuals,
+        num_candidate_tokens=on_device(candidates) if candidates.any() else None,
+        num_candidate_tokens_host=candidates,
+        candidate_group_tokens=target_group_size * tokens_per_item,
+        tokens_per_item=tokens_per_item,
+        positions=on_device(np.minimum(place, history_end)),
+        token_times=token_times,
+        query_times=query_times,
+    )
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Start of each run when runs of these lengths lie one after another: int64 [B]."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    return np.cumsum(lengths) - lengths
+
+
+def places(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each element of runs of these lengths: its run, and its place in it. Both int64 [Σ lengths]."""
+    run = np.repeat(np.arange(len(lengths)), lengths)
+    return run, np.arange(len(run)) - offsets_of(lengths)[run]

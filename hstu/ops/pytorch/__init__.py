@@ -1,0 +1,1 @@
+"""Reference implementations, correct on every device and in float64."""

@@ -1,0 +1,196 @@
+"""PyTorch implementation of the softmax losses, for any device; the oracle of faster kernels.
+
+The loss is a scalar, so its gradients are those computed in forward, scaled: forward computes them while the scores
+are at hand, backward multiplies.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Elements of the largest temporary block: what stays in a CPU's cache; what keeps a GPU busy (256 MiB)."""
+MIN_BLOCK_ROWS = 256
+"""Rows of a block, however large the pool is: fewer make slow matrix products."""
+
+
+class PoolSoftmaxLoss(Function):
+    """Softmax against the whole pool, block by block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        positives: Tensor,
+        pool: Tensor,
+        target_ids: Tensor,
+        pool_ids: Tensor,
+        pool_valid: Tensor | None,
+        temperature: float,
+    ) -> Tensor:
+        """See hstu.ops.softmax_loss.pool_softmax_loss."""
+        positive_logits = (queries * positives).sum(dim=1) / temperature
+        losses = torch.empty_like(positive_logits)
+        wants_gradients = any(ctx.needs_input_grad)
+        grad_queries, grad_pool = torch.zeros_like(queries), torch.zeros_like(pool)
+        scaled_queries = queries / temperature
+
+        def block_logits(rows: slice, columns: slice) -> Tensor:
+            logits = scaled_queries[rows] @ pool[columns].t()
+            masked = target_ids[rows, None] == pool_ids[columns]
+            if pool_valid is not None:
+                masked |= ~pool_valid[columns]
+            return logits.masked_fill_(masked, -math.inf)
+
+        block_rows, block_columns = _block_shape(len(queries), len(pool), queries.device)
+        for rows in _slices(len(queries), block_rows):
+            peak, total = positive_logits[rows], torch.zeros_like(positive_logits[rows])
+            for columns in _slices(len(pool), block_columns):
+                logits = block_logits(rows, columns)
+                old_peak, peak = peak, torch.maximum(peak, logits.amax(dim=1))
+                exponentials = logits.sub_(peak[:, None]).exp_()
+                total = total * torch.exp(old_peak - peak) + exponentials.sum(dim=1)
+            losses[rows] = _losses(positive_logits[rows], peak + total.log())
+            if not wants_gradients:
+                continue
+            row_scales = torch.exp(peak - positive_logits[rows] - losses[rows])[:, None] / temperature
+            for columns in _slices(len(pool), block_columns):
+                if block_columns < len(pool):  # else the only block is still at hand
+                    exponentials = block_logits(rows, columns).sub_(peak[:, None]).exp_()
+                grad_queries[rows].addmm_(exponentials, pool[columns])
+                grad_pool[columns].addmm_(exponentials.t(), queries[rows] * row_scales)
+            grad_queries[rows] *= row_scales
+        if wants_gradients:
+            grad_positives = _add_positive_part(grad_queries, queries, positives, losses, temperature)
+            ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients that forward computed."""
+        return *(gradient * grad_loss for gradient in ctx.saved_tensors), None, None, None, None
+
+
+class SampledSoftmaxLoss(Function):
+    """Softmax against R negatives a query. The largest temporaries are [M, R]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        positives: Tensor,
+        pool: Tensor,
+        draws: Tensor,
+        target_ids: Tensor,
+        pool_ids: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        """See hstu.ops.softmax_loss.sampled_softmax_loss."""
+        positive_logits = (queries * positives).sum(dim=1) / temperature
+        logits = _draw_scores(queries, pool, draws).div_(temperature)
+        logits.masked_fill_(pool_ids[draws] == target_ids[:, None], -math.inf)
+        losses = _losses(positive_logits, logits.logsumexp(dim=1))
+        if any(ctx.needs_input_grad):
+            weights = logits.sub_((positive_logits + losses)[:, None]).exp_().div_(temperature)
+            grad_queries = _weighted_row_sums(pool, draws, weights)
+            grad_pool = _weighted_row_sums_transposed(queries, draws, weights, len(pool))
+            grad_positives = _add_positive_part(grad_queries, queries, positives, losses, temperature)
+            ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients that forward computed."""
+        return *(gradient * grad_loss for gradient in ctx.saved_tensors), None, None, None, None
+
+
+def _losses(positive_logits: Tensor, negative_log_totals: Tensor) -> Tensor:
+    """−log of the target's probability. Exact for small losses, too, and 0 without negatives (a log total of −inf)."""
+    return torch.logaddexp(torch.zeros_like(positive_logits), negative_log_totals - positive_logits)
+
+
+def _add_positive_part(
+    grad_queries: Tensor, queries: Tensor, positives: Tensor, losses: Tensor, temperature: float
+) -> Tensor:
+    """Add the targets' share to the queries' gradient, in place; returns the gradient of ``positives``."""
+    # A target's probability is exp(−loss). expm1, as that of a well-learnt one is so near 1 that p − 1 loses digits.
+    weights = torch.expm1(-losses).div_(temperature)[:, None]
+    grad_queries.addcmul_(weights, positives)
+    return weights * queries
+
+
+def _draw_scores(queries: Tensor, pool: Tensor, draws: Tensor) -> Tensor:
+    """[M, R]: the inner product of each query with its drawn rows of the pool."""
+    if len(pool) <= draws.shape[1]:
+        return (queries @ pool.t()).gather(1, draws.long())
+    if queries.device.type == "cpu" and draws.numel():
+        return _sampled_product(queries, pool, draws)
+    return _gathered_scores(queries, pool, draws)
+
+
+def _sampled_product(queries: Tensor, pool: Tensor, draws: Tensor) -> Tensor:
+    """Scores as a sampled matrix product, which gathers nothing: on a CPU 13 × faster than gathered rows and bmm."""
+    row_starts = torch.arange(0, draws.numel() + 1, draws.shape[1], dtype=draws.dtype, device=draws.device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        pattern = (
+            torch.sparse_csr_tensor(  # unchecked: columns are neither sorted nor distinct, which does no harm here
+                row_starts,
+                draws.flatten(),
+                queries.new_zeros(draws.numel()),
+                (len(queries), len(pool)),
+                check_invariants=False,
+            )
+        )
+    return torch.sparse.sampled_addmm(pattern, queries, pool.t(), beta=0.0).values().view(draws.shape)
+
+
+def _gathered_scores(queries: Tensor, pool: Tensor, draws: Tensor) -> Tensor:
+    """Scores of gathered rows, for as many queries at a time as a block holds."""
+    scores = queries.new_empty(draws.shape)
+    rows_at_once = max(1, BLOCK_ELEMENTS["cuda"] // max(1, draws.shape[1] * pool.shape[1]))
+    for rows in _slices(len(queries), rows_at_once):
+        scores[rows] = torch.bmm(pool[draws[rows]], queries[rows, :, None]).squeeze(2)
+    return scores
+
+
+def _weighted_row_sums(pool: Tensor, draws: Tensor, weights: Tensor) -> Tensor:
+    """[M, D]: for each query the sum of its drawn rows of the pool, weighted."""
+    if not draws.numel():
+        return pool.new_zeros(len(draws), pool.shape[1])
+    return F.embedding_bag(draws, pool, per_sample_weights=weights, mode="sum")
+
+
+def _weighted_row_sums_transposed(queries: Tensor, draws: Tensor, weights: Tensor, pool_size: int) -> Tensor:
+    """[S, D]: for each row of the pool the weighted sum of the queries that drew it.
+
+    Sorting the draws by row turns this scatter into sums of contiguous runs: no atomics, the same bits each time.
+    """
+    if not draws.numel():
+        return queries.new_zeros(pool_size, queries.shape[1])
+    drawn, order = draws.flatten().sort(stable=True)
+    run_starts = torch.searchsorted(drawn, torch.arange(pool_size, dtype=drawn.dtype, device=drawn.device))
+    query_rows = order // draws.shape[1]
+    return F.embedding_bag(query_rows, queries, run_starts, per_sample_weights=weights.flatten()[order], mode="sum")
+
+
+def _block_shape(rows: int, columns: int, device: torch.device) -> tuple[int, int]:
+    """Block of at most about BLOCK_ELEMENTS scores: whole rows of the matrix, unless too few would fit."""
+    elements = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"])
+    block_rows = max(1, min(rows, max(MIN_BLOCK_ROWS, elements // max(1, columns))))
+    return block_rows, max(1, min(columns, elements // block_rows))
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))

@@ -1,0 +1,1 @@
+"""Dense and table optimizers and the one schedule that drives both."""

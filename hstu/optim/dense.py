@@ -1,0 +1,109 @@
+"""The optimizer of the dense part: everything but the sharded tables."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from hstu.config.args import OptimizerArgs
+
+log = logging.getLogger(__name__)
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
+
+class DenseOptimizer:
+    """torch.optim with decoupled weight decay and state that exists from the start.
+
+    Weight decay is w ← w - lr · weight_decay · w before the update, whichever the optimizer (adam with it is adamw),
+    and only for weights of two or more dimensions that are no embedding and no norm. ``state`` keeps the names of
+    the parameters, so that checkpoints do not depend on their order.
+    """
+
+    def __init__(self, module: nn.Module, args: OptimizerArgs) -> None:
+        self.parameters = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+        self.learning_rate = args.learning_rate
+        self.weight_decay = args.weight_decay
+        self._decayed = decayed_parameters(module) if args.weight_decay > 0 else []
+        self._optimizer = _build(list(self.parameters.values()), args) if self.parameters else None
+        if self._optimizer is not None:
+            _create_state(self._optimizer)
+
+    def set_lr_multiplier(self, multiplier: float) -> None:
+        """Use ``learning_rate × multiplier`` from the next step on."""
+        for group in self._optimizer.param_groups if self._optimizer else ():
+            group["lr"] = self.learning_rate * multiplier
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        if self._optimizer is not None:
+            self._optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Decay, then update, all parameters."""
+        if self._optimizer is None:
+            return
+        if self._decayed:
+            torch._foreach_mul_(self._decayed, 1.0 - self._optimizer.param_groups[0]["lr"] * self.weight_decay)
+        self._optimizer.step()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The live state: ``<parameter>.<state>`` → tensor."""
+        if self._optimizer is None:
+            return {}
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self._optimizer.state[parameter].items()
+            if isinstance(value, Tensor)
+        }
+
+
+def decayed_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that weight decay applies to: two or more dimensions, neither an embedding's nor a norm's."""
+    exempt = {
+        id(parameter)
+        for child in module.modules()
+        if isinstance(child, (nn.Embedding, *_NORMS))
+        for parameter in child.parameters(recurse=False)
+    }
+    return [weight for weight in module.parameters() if weight.ndim >= 2 and id(weight) not in exempt]
+
+
+def _build(parameters: list[nn.Parameter], args: OptimizerArgs) -> torch.optim.Optimizer:
+    match args.optimizer_str:
+        case "sgd":
+            return torch.optim.SGD(parameters, lr=args.learning_rate, momentum=args.momentum)
+        case "adagrad" | "rowwise_adagrad":
+            if args.optimizer_str == "rowwise_adagrad":
+                log.info("rowwise_adagrad is for tables; the dense part uses adagrad")
+            return torch.optim.Adagrad(parameters, lr=args.learning_rate, eps=args.adam_eps)
+        case "adam" | "adamw":
+            betas = (args.adam_beta1, args.adam_beta2)
+            return torch.optim.Adam(parameters, lr=args.learning_rate, betas=betas, eps=args.adam_eps, fused=True)
+    raise ValueError(f"unknown dense optimizer {args.optimizer_str!r}")
+
+
+def _create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the lazily created state, equal to what the first step would start from.
+
+    Without it a checkpoint could not be restored in place into a new optimizer: DCP silently loads nothing for
+    state that is not there. A step with zero gradients at learning rate 0 changes no parameter and leaves zero
+    moments (with momentum, a zero buffer gives the same next step as none); only the step counts need resetting.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()

@@ -1,0 +1,1 @@
+"""Everything that spreads the model over ranks, applied from outside the model."""

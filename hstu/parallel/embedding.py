@@ -1,0 +1,152 @@
+"""Sharding of the model_parallel tables over all ranks with TorchRec."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
+
+from hstu.config.args import OptimizerArgs
+from hstu.config.run_config import RunConfig
+from hstu.model.embedding import TableSpec, initial_row_blocks
+from hstu.model.gr_model import GRModel
+from hstu.parallel.mesh import Mesh
+from hstu.parallel.row_sparse import RowSparseSharder
+from hstu.parallel.table_optimizer import FusedTables, SteppedTables, TableOptimizer
+
+log = logging.getLogger(__name__)
+
+# auto leaves out column_wise: it changes what rowwise_adagrad computes (one accumulator a row *and shard*).
+_SHARDING_TYPES = {
+    "auto": [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value],
+    "row_wise": [ShardingType.ROW_WISE.value],
+    "table_wise": [ShardingType.TABLE_WISE.value],
+    "column_wise": [ShardingType.COLUMN_WISE.value],
+}
+# No weight decay is passed on: adamw on tables is adam.
+_FUSED_OPTIMIZERS = {
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adam": EmbOptimType.ADAM,
+    "adamw": EmbOptimType.ADAM,
+}
+_COLUMN_MULTIPLE = 4  # FBGEMM: every shard's width
+
+
+def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, TableOptimizer]:
+    """Replace the model's EmbeddingCollections, in place, by sharded ones with their initial rows.
+
+    Collective. Returns the model and the optimizer of its tables (config.optimizer, sparse_* taking precedence).
+    """
+    args = config.optimizer
+    name, learning_rate = args.sparse_optimizer_str or args.optimizer_str, args.sparse_learning_rate or args.learning_rate
+    row_sparse = name in ("adam", "adamw") and mesh.device.type == "cpu"
+    sharder = RowSparseSharder() if row_sparse else EmbeddingCollectionSharder(_fused_params(name, learning_rate, args))
+    if len(model.embedding):
+        plan = _plan(model, sharder, mesh)
+        if row_sparse:  # the planner refuses what RowSparseSharder makes: gradients that leave the lookup
+            for table in _planned_tables(plan):
+                table.compute_kernel = EmbeddingComputeKernel.DENSE.value
+        DistributedModelParallel(
+            model,
+            env=ShardingEnv.from_process_group(mesh.world_group),
+            device=mesh.device,
+            plan=plan,
+            sharders=[sharder],
+            init_data_parallel=False,
+            init_parameters=False,
+        )
+    write_initial_rows(model, config.trainer.seed)
+    collections = sharded_collections(model)
+    if row_sparse:
+        return model, SteppedTables(collections, learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_eps)
+    return model, FusedTables(collections, learning_rate)
+
+
+def sharded_collections(model: GRModel) -> list[ShardedEmbeddingCollection]:
+    """The model's sharded collections, in order."""
+    return [collection for collection in model.embedding if isinstance(collection, ShardedEmbeddingCollection)]
+
+
+def sharded_weights(model: GRModel) -> dict[str, ShardedTensor]:
+    """Live rows of the sharded tables, table → ShardedTensor [rows, stored_dim] over all ranks."""
+    weights: dict[str, ShardedTensor] = {}
+    for collection in sharded_collections(model):
+        for key, weight in collection.state_dict().items():
+            weights[key.removeprefix("embeddings.").removesuffix(".weight")] = weight
+    return weights
+
+
+@torch.no_grad()
+def write_initial_rows(model: GRModel, seed: int) -> None:
+    """Fill this rank's shards block by block; the rows do not depend on the number of ranks or the sharding."""
+    specs = {spec.name: spec for spec in model.specs}
+    for table, weight in sharded_weights(model).items():
+        for local in weight.local_shards():
+            (first_row, first_col), (rows, cols) = local.metadata.shard_offsets, local.metadata.shard_sizes
+            local.tensor.zero_()  # columns beyond spec.dim stay zero
+            for row, block in initial_row_blocks(specs[table], seed, first_row, first_row + rows):
+                part = block[:, first_col : first_col + cols]
+                local.tensor[row - first_row : row - first_row + len(part), : part.shape[1]].copy_(part)
+
+
+def _fused_params(name: str, learning_rate: float, args: OptimizerArgs) -> dict[str, Any]:
+    params: dict[str, Any] = {
+        "optimizer": _FUSED_OPTIMIZERS[name],
+        "learning_rate": learning_rate,
+        # FBGEMM's default looks up row 0 for an id outside the table and goes on
+        "bounds_check_mode": BoundsCheckMode.FATAL,
+    }
+    if name != "sgd":
+        params["eps"] = args.adam_eps
+    if name in ("adam", "adamw"):
+        params |= {"beta1": args.adam_beta1, "beta2": args.adam_beta2}
+    return params
+
+
+def _plan(model: GRModel, sharder: EmbeddingCollectionSharder, mesh: Mesh) -> ShardingPlan:
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(
+            world_size=mesh.world_size, local_world_size=mesh.local_world_size, compute_device=mesh.device.type
+        ),
+        constraints={spec.name: _constraints(spec, mesh.world_size) for spec in model.specs if not spec.replicated},
+    )
+    plan = planner.collective_plan(model, [sharder], mesh.world_group)
+    log.info("tables: %s", {name: table.sharding_type for _, name, table in _named_planned_tables(plan)})
+    return plan
+
+
+def _constraints(spec: TableSpec, world_size: int) -> ParameterConstraints:
+    return ParameterConstraints(
+        sharding_types=_SHARDING_TYPES[spec.sharding],
+        compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+        min_partition=_column_shard_width(spec.stored_dim, world_size),
+    )
+
+
+def _column_shard_width(dim: int, world_size: int) -> int:
+    """Width of equal column shards: as many as there are ranks, or fewer where the width does not divide so."""
+    parts = next(n for n in range(world_size, 0, -1) if dim % (n * _COLUMN_MULTIPLE) == 0)
+    return dim // parts
+
+
+def _named_planned_tables(plan: ShardingPlan) -> Iterator[tuple[str, str, Any]]:
+    for module, tables in plan.plan.items():
+        for name, table in tables.items():
+            yield module, name, table
+
+
+def _planned_tables(plan: ShardingPlan) -> Iterator[Any]:
+    return (table for _, _, table in _named_planned_tables(plan))

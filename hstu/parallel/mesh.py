@@ -1,0 +1,158 @@
+"""Where this process stands: its device, its ranks and the process groups. The only place that decides them.
+
+Works under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK, …) and with plain ``python`` as a world of one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hstu.config.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT_S = 600.0
+_DROPOUT_STREAM = 0x64726F70  # keeps the dropout seeds of rank 0 apart from the seed of the initial weights
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks, groups and device of this process. Data-parallel size = world size / tensor-parallel size."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    """Ranks on this host."""
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    tp_size: int
+    world_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    tp_group: dist.ProcessGroup
+    seed: int
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes logs and files."""
+        return self.rank == 0
+
+
+def start(
+    tensor_parallel_size: int = 1,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    seed: int = 1234,
+    deterministic: bool = False,
+) -> Mesh:
+    """Pick the device, join the process group, cut it into data- and tensor-parallel groups, seed this process.
+
+    ``timeout_s``: a collective that waits longer fails. ``deterministic``: only bitwise repeatable kernels, an error
+    from torch where an operation has none. Afterwards torch's generator has the seed of the initial weights, the
+    same on all ranks; call ``seed_dropout`` once the model is built. Raises ConfigError for tensor parallelism.
+    """
+    if tensor_parallel_size > 1:
+        raise ConfigError(
+            f"TensorModelParallelArgs.tensor_model_parallel_size = {tensor_parallel_size}: tensor parallelism is not "
+            "available in this version; allowed is 1."
+        )
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = _pick_device(local_rank)
+    threads = max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    _join_world(device, timeout_s)
+    mesh = _make_groups(device, local_rank, local_world_size, tensor_parallel_size, timeout_s, seed)
+    seed_initial_weights(seed)
+    log.info("rank %d of %d on %s, %d CPU threads", mesh.rank, mesh.world_size, device, threads)
+    return mesh
+
+
+def finish() -> None:
+    """Wait for all ranks and leave the process group. Does nothing where none was joined."""
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    _parallel_state().destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def seed_initial_weights(seed: int) -> None:
+    """Seed Python, numpy and torch with the same value on all ranks."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def seed_dropout(mesh: Mesh) -> None:
+    """Seed torch differently on each data-parallel rank (tensor-parallel ranks share a stream)."""
+    words = np.random.SeedSequence([mesh.seed, _DROPOUT_STREAM, mesh.dp_rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0]))
+
+
+def _pick_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}. "
+            "Start at most that many processes a host (torchrun --nproc-per-node)."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _join_world(device: torch.device, timeout_s: float) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:  # plain python: a store in memory, so that no port can be taken
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _make_groups(
+    device: torch.device, local_rank: int, local_world_size: int, tp_size: int, timeout_s: float, seed: int
+) -> Mesh:
+    groups = _parallel_state()
+    groups.initialize_model_parallel(
+        tensor_model_parallel_size=tp_size,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
+        create_gloo_process_groups=False,
+    )
+    world_group = dist.group.WORLD
+    assert world_group is not None
+    return Mesh(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        dp_rank=groups.get_data_parallel_rank(),
+        dp_size=groups.get_data_parallel_world_size(),
+        tp_rank=groups.get_tensor_model_parallel_rank(),
+        tp_size=groups.get_tensor_model_parallel_world_size(),
+        world_group=world_group,
+        dp_group=groups.get_data_parallel_group(),
+        tp_group=groups.get_tensor_model_parallel_group(),
+        seed=seed,
+    )
+
+
+def _parallel_state():  # type: ignore[no-untyped-def]  # a module
+    """Megatron's group registry; importing it warns about optional CUDA packages that are not used here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core import parallel_state
+    return parallel_state

@@ -1,0 +1,1 @@
+"""How a training step overlaps with the batches that follow."""

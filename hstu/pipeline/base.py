@@ -1,0 +1,61 @@
+"""What every train pipeline does, whatever it overlaps: one iterator in, one optimizer step out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from hstu.data.batch import HSTUBatch
+from hstu.model.outputs import ModelOutput
+from hstu.optim.optimizers import Optimizers
+from hstu.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One finished optimizer step.
+
+    loss: mean over the labelled tokens of the *global* batch, fp32 scalar on the device, equal on all ranks.
+    batch: what was trained on; its ``position`` is where a resumed run goes on.
+    """
+
+    loss: torch.Tensor
+    batch: HSTUBatch
+
+
+class TrainPipeline(ABC):
+    """Turns batches into optimizer steps. The trainer never knows which kind it has."""
+
+    def __init__(self, model: torch.nn.Module, optimizers: Optimizers, mesh: Mesh, max_grad_norm: float) -> None:
+        self.model = model
+        self.optimizers = optimizers
+        self.mesh = mesh
+        self.max_grad_norm = max_grad_norm
+
+    @abstractmethod
+    def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
+        """Train on the next batch. Raises StopIteration when ``batches`` is exhausted."""
+
+    def normalise(self, output: ModelOutput) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss to differentiate, global mean loss to report).
+
+        DDP and TorchRec average gradients over ranks, so the local sum is divided by the global count of labelled
+        tokens and multiplied by the data-parallel size: the gradient is then the single-process one, however the
+        global batch is split. The count stays on the device: no host synchronisation.
+        """
+        totals = torch.stack([output.loss_sum.detach().float(), output.num_labels.detach().float()])
+        if self.mesh.dp_size > 1:
+            dist.all_reduce(totals, group=self.mesh.dp_group)
+        count = totals[1].clamp(min=1.0)
+        return output.loss_sum * (self.mesh.dp_size / count), totals[0] / count
+
+    def backward_and_step(self, loss: torch.Tensor) -> None:
+        """Backward (model-parallel tables may update inside it), clip, dense step."""
+        loss.backward()
+        if self.max_grad_norm > 0:
+            self.optimizers.clip_grad_norm(self.max_grad_norm)
+        self.optimizers.step()

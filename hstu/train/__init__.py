@@ -1,0 +1,1 @@
+"""Builder, training loop and evaluation."""

@@ -1,0 +1,207 @@
+"""Where a run's batches come from: a preprocessed store, or random data. One interface for the trainer."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, RetrievalArgs
+from hstu.config.errors import ConfigError
+from hstu.config.run_config import RunConfig
+from hstu.data.batch import HSTUBatch
+from hstu.data.collate import Collator, FeatureRoles, build_collator, resolve_roles
+from hstu.data.datasets import predefined_embeddings, resolve_name
+from hstu.data.loader import build_loader
+from hstu.data.negatives import Negatives
+from hstu.data.sampler import EvalSampler, SamplerPosition, TrainSampler
+from hstu.data.sequences import SampleTable, Split, build_samples
+from hstu.data.store import SequenceStore
+from hstu.data.synthetic import SyntheticDataset
+from hstu.parallel.mesh import Mesh
+from hstu.train.tables import check_rows, choose_tables
+
+log = logging.getLogger(__name__)
+
+
+class BatchSource(ABC):
+    """Training and evaluation batches of this data-parallel rank, and what the model must know of the data."""
+
+    roles: FeatureRoles
+    tables: tuple[EmbeddingArgs, ...]
+    cardinalities: dict[str, int]
+    """Ids of a feature lie in [0, cardinality)."""
+    max_items: int
+    """Items of the longest sequence."""
+    batches_per_epoch: int
+    eval_splits: tuple[Split, ...]
+    """What is evaluated while training; the first one selects the best model."""
+    final_splits: tuple[Split, ...]
+    """What is evaluated after the last iteration."""
+
+    @abstractmethod
+    def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
+        """Endless training batches on the host, from ``position`` on."""
+
+    @abstractmethod
+    def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
+        """One pass over a split; equally many batches on every rank."""
+
+
+class _Wanted:
+    """What the configuration asks of every batch, whatever its source."""
+
+    def __init__(self, config: RunConfig) -> None:
+        retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
+        self.negatives = Negatives.of(retrieval) if retrieval else None
+        self.timestamps = config.network.position_encoding == "relative_bias"
+        self.seen = retrieval is not None and retrieval.filter_seen
+
+
+def open_source(config: RunConfig, mesh: Mesh) -> BatchSource:
+    """The source that the configuration names. Raises DataError where the data is missing, ConfigError on a misfit."""
+    if isinstance(config.dataset, BenchmarkDatasetArgs):
+        return RandomSource(config, config.dataset, mesh)
+    return StoreSource(config, config.dataset, mesh)
+
+
+def open_store(args: DatasetArgs) -> SequenceStore:
+    """The preprocessed data that ``args`` names: dataset_path, or tmp_data/<canonical name>."""
+    return SequenceStore.open(args.dataset_path or Path("tmp_data") / (resolve_name(args.dataset_name) or args.dataset_name))
+
+
+class StoreSource(BatchSource):
+    """Real data: samples of a sequence store."""
+
+    def __init__(self, config: RunConfig, args: DatasetArgs, mesh: Mesh) -> None:
+        self._config, self._args, self._mesh = config, args, mesh
+        self._wanted = _Wanted(config)
+        self.store = open_store(args)
+        self._eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
+        self.roles = resolve_roles(self.store, args)
+        predefined = predefined_embeddings(self.store, config.network) if resolve_name(args.dataset_name) else ()
+        self.tables = choose_tables(config.embeddings, predefined, self.roles.names)
+        self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
+        self._check_eval_store()
+        self._hashed_rows = check_rows(self.tables, self.cardinalities)
+        self.max_items = args.max_sequence_length
+        self.eval_splits, self.final_splits = self._splits()
+        self._train_samples = self._samples("train")
+        sampler = self._train_sampler(SamplerPosition())
+        self.batches_per_epoch = sampler.batches_per_epoch
+
+    def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
+        """See BatchSource."""
+        trainer = self._config.trainer
+        collator = self._collator(self.store, self._train_samples, trainer.train_batch_size, training=True)
+        return build_loader(
+            collator,
+            self._train_sampler(position),
+            workers=trainer.data_workers,
+            prefetch=trainer.data_prefetch,
+            pin_memory=self._mesh.device.type == "cuda",
+        )
+
+    def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
+        """See BatchSource."""
+        trainer = self._config.trainer
+        samples = self._samples(split)
+        collator = self._collator(self._eval_store, samples, trainer.eval_batch_size, training=False)
+        sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._mesh.dp_rank, self._mesh.dp_size)
+        return build_loader(collator, sampler, workers=trainer.data_workers, prefetch=trainer.data_prefetch)
+
+    def _splits(self) -> tuple[tuple[Split, ...], tuple[Split, ...]]:
+        if self._config.task == "ranking":
+            return ("valid",), ("valid",)
+        # Without held-out validation items the published protocol evaluates on the last item throughout.
+        return (("valid",), ("valid", "test")) if self._args.valid_items else (("test",), ("test",))
+
+    def _samples(self, split: Split) -> SampleTable:
+        store = self.store if split == "train" else self._eval_store
+        kind: Split = "all" if split != "train" and self._args.eval_dataset_path else split
+        samples = build_samples(store, self._args, self._config.task, kind, self._config.trainer.seed)
+        if split == "train":
+            log.info("%s, %s: %s", store.path, split, ", ".join(f"{n} {name}" for name, n in samples.report.items()))
+        return samples
+
+    def _train_sampler(self, position: SamplerPosition) -> TrainSampler:
+        trainer, mesh = self._config.trainer, self._mesh
+        return TrainSampler(
+            len(self._train_samples),
+            trainer.train_batch_size,
+            mesh.dp_rank,
+            mesh.dp_size,
+            trainer.seed,
+            self._args.shuffle,
+            position,
+        )
+
+    def _collator(self, store: SequenceStore, samples: SampleTable, batch_size: int, *, training: bool) -> Collator:
+        return build_collator(
+            store,
+            samples,
+            self._args,
+            self._config.task,
+            batch_size=batch_size,
+            seed=self._config.trainer.seed,
+            negatives=self._wanted.negatives,
+            wants_timestamps=self._wanted.timestamps,
+            wants_seen=self._wanted.seen and not training,
+            table_rows=self._hashed_rows,
+        )
+
+    def _check_eval_store(self) -> None:
+        problems = [
+            f"DatasetArgs.eval_dataset_path: feature {name!r} has {self._eval_store.cardinality(name)} ids in "
+            f"{self._eval_store.path} and {rows} in {self.store.path}; preprocess both with one vocabulary"
+            for name, rows in self.cardinalities.items()
+            if self._eval_store.cardinality(name) > rows
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+
+class RandomSource(BatchSource):
+    """Random data in memory, to measure speed."""
+
+    def __init__(self, config: RunConfig, args: BenchmarkDatasetArgs, mesh: Mesh) -> None:
+        self._config, self._args, self._mesh = config, args, mesh
+        self._train = self._dataset("train", config.trainer.train_batch_size)
+        self.roles = FeatureRoles(
+            args.item_feature_name, args.action_feature_name, tuple(args.contextual_feature_names)
+        )
+        self.tables = tuple(args.embedding_args)
+        self.cardinalities = {
+            name: table.item_vocab_size_or_capacity for table in self.tables for name in table.feature_names
+        }
+        check_rows(self.tables, self.cardinalities)
+        self.max_items = next(
+            group.max_sequence_length for group in args.feature_args if args.item_feature_name in group.feature_names
+        )
+        self.batches_per_epoch = args.num_generated_batches
+        self.eval_splits = self.final_splits = ("valid",)
+
+    def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
+        """See BatchSource."""
+        return build_loader(self._train, self._train.train_sampler(position))
+
+    def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
+        """See BatchSource."""
+        dataset = self._dataset(split, self._config.trainer.eval_batch_size)
+        return build_loader(dataset, dataset.eval_sampler())
+
+    def _dataset(self, split: Split, batch_size: int) -> SyntheticDataset:
+        wanted = _Wanted(self._config)
+        return SyntheticDataset(
+            self._args,
+            self._config.task,
+            batch_size=batch_size,
+            rank=self._mesh.dp_rank,
+            world_size=self._mesh.dp_size,
+            seed=self._config.trainer.seed,
+            split=split,
+            negatives=wanted.negatives,
+            wants_timestamps=wanted.timestamps,
+            wants_seen=wanted.seen,
+        )

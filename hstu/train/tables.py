@@ -1,0 +1,67 @@
+"""Which embedding tables a run has: the predefined ones, those given by hand, and whether they fit the data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
+from hstu.config.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def choose_tables(
+    by_hand: Sequence[EmbeddingArgs], predefined: Sequence[EmbeddingArgs], features: Sequence[str]
+) -> tuple[EmbeddingArgs, ...]:
+    """One table for each of ``features``: the one given by hand or else the predefined one.
+
+    Raises ConfigError for a feature without a table and for a table of a feature that the data does not have.
+    """
+    problems = []
+    for table in by_hand:
+        unknown = [name for name in table.feature_names if name not in features]
+        if unknown:
+            problems.append(
+                f"EmbeddingArgs of table {table.table_name!r}: the data has no feature {', '.join(map(repr, unknown))}; "
+                f"it has {', '.join(features)}"
+            )
+    given = {name for table in by_hand for name in table.feature_names}
+    tables = list(by_hand)
+    for table in predefined:
+        left = [name for name in table.feature_names if name in features and name not in given]
+        if left:
+            tables.append(replace(table, feature_names=left))
+    served = {name for table in tables for name in table.feature_names}
+    for name in features:
+        if name not in served:
+            problems.append(f"feature {name!r} has no table: give an EmbeddingArgs with feature_names = [{name!r}]")
+    if problems:
+        raise ConfigError(problems)
+    return tuple(tables)
+
+
+def check_rows(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int]) -> dict[str, int]:
+    """Rows of the dynamic tables by feature, after checking that all others hold every id of their features.
+
+    ``cardinalities``: ids of a feature lie in [0, cardinality). Until dynamic tables are served, one is a static
+    table of its capacity, and ids that do not fit are hashed into it; this says so.
+    """
+    problems, dynamic_rows = [], {}
+    for table in tables:
+        rows = table.item_vocab_size_or_capacity
+        for name in table.feature_names:
+            ids = cardinalities[name]
+            if isinstance(table, DynamicEmbeddingArgs):
+                dynamic_rows[name] = rows
+                how = f"{ids} ids are hashed into it" if ids > rows else f"each of {ids} ids has its own row"
+                log.warning("table %r is served as a static table of %d rows: %s", table.table_name, rows, how)
+            elif ids > rows:
+                problems.append(
+                    f"EmbeddingArgs of table {table.table_name!r}: item_vocab_size_or_capacity = {rows}, but feature "
+                    f"{name!r} has {ids} ids; it must be at least {ids}, or the table a DynamicEmbeddingArgs"
+                )
+    if problems:
+        raise ConfigError(problems)
+    return dynamic_rows

@@ -1,0 +1,11 @@
+"""Train and evaluate a ranking model: ``torchrun pretrain_gr_ranking.py --gin-config-file configs/ml_1m_ranking.gin``."""
+
+import sys
+
+from hstu.config.cli import parse_command_line
+
+if __name__ == "__main__":
+    config = parse_command_line("ranking")  # tells of every mistake before anything heavy is imported
+    from hstu.train.main import run
+
+    sys.exit(run(config))

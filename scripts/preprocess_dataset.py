@@ -1,0 +1,83 @@
+"""Makes the sequence store of a built-in dataset or of one's own interactions table (docs/datasets.md).
+
+    python scripts/preprocess_dataset.py --dataset_name ml-1m [--raw_path DIR] [--output tmp_data/ml-1m]
+    python scripts/preprocess_dataset.py --dataset_name NAME --interactions FILE.csv|tsv|parquet --user COL --item COL
+        [--action COL] [--time COL] [--context FILE --context_columns a,b]
+
+Exit codes: 0 done, 2 bad arguments, 3 bad or missing data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hstu.config.errors import EXIT_DONE, ConfigError, UserError
+from hstu.data.datasets import DATASETS
+from hstu.data.preprocess import InteractionColumns, import_interactions, preprocess
+from hstu.data.preprocess.report import format_report
+from hstu.data.store import SequenceStore
+
+_OWN_TABLE_ONLY = ("user", "item", "action", "time", "context", "context_columns")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        print(format_report(SequenceStore.open(_run(_parser().parse_args(argv)))))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return EXIT_DONE
+
+
+def _run(args: argparse.Namespace) -> Path:
+    common = {"output": args.output, "force": args.force, "memory_limit": args.memory_limit}
+    if args.interactions is None:
+        misplaced = [f"--{name}" for name in _OWN_TABLE_ONLY if getattr(args, name)]
+        if misplaced:
+            raise ConfigError(f"{', '.join(misplaced)}: only with --interactions, your own table")
+        return preprocess(args.dataset_name, raw_path=args.raw_path, **common)
+    if args.raw_path or not args.user or not args.item:
+        raise ConfigError("--interactions needs --user and --item, and does not go with --raw_path")
+    columns = InteractionColumns(
+        interactions=args.interactions,
+        user=args.user,
+        item=args.item,
+        action=args.action,
+        time=args.time,
+        context=args.context,
+        context_columns=tuple(name.strip() for name in args.context_columns.split(",") if name.strip()),
+    )
+    return import_interactions(args.dataset_name, columns, **common)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--dataset_name", required=True, help=f"{', '.join(DATASETS)}, or any other name for your own table")
+    add("--raw_path", type=Path, help="directory with the raw files; without it they are downloaded to tmp_data/raw/")
+    add("--output", type=Path, help="directory of the store; without it tmp_data/<dataset_name>")
+    add("--force", action="store_true", help="replace an existing store")
+    add("--memory_limit", default="4GB", help="memory for sorting; beyond it, working files beside the store are used")
+    own = parser.add_argument_group("your own table")
+    own.add_argument("--interactions", type=Path, help="CSV, TSV or Parquet file, a row an event")
+    own.add_argument("--user", help="column of the user, int64 or strings")
+    own.add_argument("--item", help="column of the item, int64 or strings")
+    own.add_argument("--action", help="column of the action, integers >= 0")
+    own.add_argument("--time", help="column of the time, seconds since 1970 or dates; without it: order of the rows")
+    own.add_argument("--context", type=Path, help="CSV, TSV or Parquet file, a row a user, with the same user column")
+    own.add_argument("--context_columns", default="", help="columns of --context to use, a,b,c; the user column too")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Fixtures that every room's tests share: real raw data, a real store, small stores made from lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hstu.data.store import SequenceStore
+from hstu.data.store_writer import StoreWriter
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RAW_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+def write_small_store(
+    path: Path,
+    items: Sequence[Sequence[int]],
+    *,
+    actions: Sequence[Sequence[int]] | None = None,
+    timestamps: Sequence[Sequence[int]] | None = None,
+    context: Mapping[str, Sequence[int]] | None = None,
+    num_items: int | None = None,
+    num_actions: int | None = None,
+    item_feature: str = "item_id",
+    action_feature: str = "action",
+    timestamp_feature: str = "timestamp",
+    name: str = "toy",
+) -> SequenceStore:
+    """A store of the given item codes, one list a user.
+
+    ``timestamps`` in seconds (default: 60 s apart from 1,000,000), ``context`` feature -> one code a user; raw ids
+    are 1000 + code for items and 100 + row for users, so that a mix-up of raw ids and codes shows.
+    """
+    lengths = [len(row) for row in items]
+    if timestamps is None:
+        timestamps = [[1_000_000 + 60 * position for position in range(length)] for length in lengths]
+    for other in filter(None, (actions, timestamps)):
+        assert [len(row) for row in other] == lengths, "a user's lists have equal lengths"
+
+    def flat(rows: Sequence[Sequence[int]]) -> np.ndarray:
+        return np.array([value for row in rows for value in row], dtype=np.int64)
+
+    num_items = num_items or int(flat(items).max()) + 1
+    with StoreWriter(path, name=name, command=None) as writer:
+        writer.write_offsets(np.concatenate([[0], np.cumsum(lengths)]))
+        for feature, values in (context or {}).items():
+            writer.write_context(feature, np.asarray(values), cardinality=int(max(values)) + 1)
+        total = sum(lengths)
+        writer.create_sequence(item_feature, "item", cardinality=num_items, length=total)[:] = flat(items)
+        writer.write_vocabulary(item_feature, 1000 + np.arange(num_items))
+        writer.write_vocabulary("user_id", 100 + np.arange(len(items)))
+        if actions is not None:
+            cardinality = num_actions or int(flat(actions).max()) + 1
+            writer.create_sequence(action_feature, "action", cardinality=cardinality, length=total)[:] = flat(actions)
+        writer.create_sequence(timestamp_feature, "timestamp", cardinality=None, length=total)[:] = flat(timestamps)
+    return SequenceStore.open(path)
+
+
+@pytest.fixture(scope="session")
+def raw_data_dir() -> Path:
+    """Real data in its raw format: ml-100k/, ml-1m/, kuairand-pure/. It lies outside the repository."""
+    if not RAW_DATA.is_dir():
+        pytest.skip(f"NEEDS REAL DATA: {RAW_DATA} is absent (ml-100k/u.data, ml-1m/ratings.dat, …)")
+    return RAW_DATA
+
+
+@pytest.fixture(scope="session")
+def ml_100k_store(raw_data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
+    """The real MovieLens 100K, preprocessed once a session: 943 users, 1,682 items, 100,000 events."""
+    from hstu.data.preprocess import preprocess
+
+    return SequenceStore.open(
+        preprocess("ml-100k", raw_path=raw_data_dir / "ml-100k", output=tmp_path_factory.mktemp("stores") / "ml-100k")
+    )
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Callable[..., SequenceStore]:
+    """Factory of small stores: ``make_store([[3, 1], [0, 2, 2]], actions=..., context={"age": [0, 1]})``.
+
+    The arguments are those of write_small_store; each call makes another directory.
+    """
+    made: list[SequenceStore] = []
+
+    def make(items: Sequence[Sequence[int]], **options: object) -> SequenceStore:
+        made.append(write_small_store(tmp_path / f"store_{len(made)}", items, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    return make

@@ -1,0 +1,127 @@
+"""Run a function on several real processes that can form a process group, as torchrun would start them.
+
+    results = run_ranks("tests.distributed.table_cases:train", world_size=2, timeout_s=60, optimizer="sgd")
+
+The function is called as ``function(**kwargs)`` on each rank with RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT in its environment; it starts the process group itself (``hstu.parallel.mesh.start``).
+What it returns must be JSON; the list of all ranks' results comes back in rank order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STDERR_TAIL_CHARACTERS = 6000
+
+
+class RankFailure(Exception):
+    """A rank failed or the launch ran out of time. ``rank`` is None for a timeout; ``stderr`` is its whole output."""
+
+    def __init__(self, message: str, rank: int | None, stderr: str) -> None:
+        super().__init__(f"{message}\n{stderr[-STDERR_TAIL_CHARACTERS:]}")
+        self.rank = rank
+        self.stderr = stderr
+
+
+def run_ranks(target: str, world_size: int, timeout_s: float = 60.0, **kwargs: Any) -> list[Any]:
+    """Call ``target`` ("module:function") with JSON-able ``kwargs`` on ``world_size`` processes.
+
+    Returns the JSON results in rank order. Raises RankFailure as soon as one rank fails (the others, which may be
+    waiting for it, are killed) or after ``timeout_s``.
+    """
+    with tempfile.TemporaryDirectory(prefix="hstu-ranks-") as directory:
+        folder = Path(directory)
+        (folder / "call.json").write_text(json.dumps({"target": target, "kwargs": kwargs}))
+        port = _free_port()
+        processes = [_start_rank(folder, rank, world_size, port) for rank in range(world_size)]
+        try:
+            _wait(processes, folder, target, timeout_s)
+        finally:
+            for process in processes:
+                _kill(process)
+        return [json.loads((folder / f"result{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _start_rank(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+    }
+    with (folder / f"stderr{rank}.txt").open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.launch", str(folder)],
+            cwd=REPOSITORY,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, target: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while any(process.poll() is None for process in processes):
+        _raise_failure(processes, folder, target)
+        if time.monotonic() > deadline:
+            running = [rank for rank, process in enumerate(processes) if process.poll() is None]
+            stderr = "".join(f"--- rank {rank} ---\n{_stderr(folder, rank)}" for rank in running)
+            raise RankFailure(f"{target}: ranks {running} still running after {timeout_s:g} s", None, stderr)
+        time.sleep(0.02)
+    _raise_failure(processes, folder, target)
+
+
+def _raise_failure(processes: list[subprocess.Popen[bytes]], folder: Path, target: str) -> None:
+    for rank, process in enumerate(processes):
+        if process.poll():
+            message = f"{target}: rank {rank} of {len(processes)} failed with exit code {process.returncode}"
+            raise RankFailure(message, rank, _stderr(folder, rank))
+
+
+def _stderr(folder: Path, rank: int) -> str:
+    return (folder / f"stderr{rank}.txt").read_text(errors="replace")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a rank with everything it started (each rank leads a session of its own)."""
+    with contextlib.suppress(ProcessLookupError):  # raised once it has ended and been waited for
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _run_this_rank(folder: Path) -> None:
+    import torch.distributed as dist
+
+    call = json.loads((folder / "call.json").read_text())
+    module, _, function = call["target"].partition(":")
+    result = getattr(importlib.import_module(module), function)(**call["kwargs"])
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    (folder / f"result{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    _run_this_rank(Path(sys.argv[1]))

@@ -1,0 +1,88 @@
+"""Small factories that the tests of every room share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
+
+
+def _flat(lists: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.array([value for row in lists for value in row], dtype=np.int64)
+
+
+def _newest(lists: Sequence[Sequence[int]], counts: Sequence[int]) -> np.ndarray:
+    return _flat([row[len(row) - count :] for row, count in zip(lists, counts, strict=True)])
+
+
+def _tensor(values: object, dtype: torch.dtype = torch.int64) -> torch.Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=dtype)
+
+
+def make_batch(
+    item_lists: Sequence[Sequence[int]],
+    action_lists: Sequence[Sequence[int]] | None = None,
+    context: Mapping[str, Sequence[int]] | None = None,
+    *,
+    task: str = "ranking",
+    num_candidates: Sequence[int] | None = None,
+    num_labels: Sequence[int] | None = None,
+    labels: Sequence[int] | None = None,
+    timestamp_lists: Sequence[Sequence[int]] | None = None,
+    negatives: Sequence[int] | None = None,
+    draws: Sequence[Sequence[int]] | None = None,
+    in_batch_pool: bool = False,
+    seen_lists: Sequence[Sequence[int]] | None = None,
+    item: str = "item",
+    action: str = "action",
+) -> HSTUBatch:
+    """An HSTUBatch written out by hand; an empty item list is a padding sequence.
+
+    ``task``: "ranking" (labels: actions of the candidates, or of all items without candidates), "retrieval" (labels:
+    every item but the first) or "retrieval_eval" (give ``labels``, the held-out items, one a sequence).
+    ``num_labels`` and ``labels`` override that. ``context``: one id a sequence for each feature.
+    """
+    lengths = np.array([len(row) for row in item_lists], dtype=np.int64)
+    candidates = np.array(num_candidates if num_candidates is not None else [0] * len(lengths), dtype=np.int64)
+    if num_labels is None:
+        per_task = {"ranking": candidates if candidates.any() else lengths, "retrieval": np.maximum(lengths - 1, 0)}
+        num_labels = per_task.get(task, np.zeros_like(lengths)).tolist()
+    if labels is None:
+        if task == "retrieval_eval":
+            raise ValueError("retrieval_eval needs labels: the held-out item of each sequence")
+        rows = item_lists if task == "retrieval" else action_lists
+        labels = _newest(rows if rows is not None else [[0] * len(row) for row in item_lists], num_labels).tolist()
+
+    values: dict[str, np.ndarray] = {}
+    jagged_lengths: dict[str, np.ndarray] = {}
+    for name, ids in (context or {}).items():
+        jagged_lengths[name] = (lengths > 0).astype(np.int64)
+        values[name] = np.array(ids, dtype=np.int64)[lengths > 0]
+    for name, lists in ((item, item_lists), (action, action_lists)):
+        if lists is not None:
+            values[name], jagged_lengths[name] = _flat(lists), lengths
+    if negatives is not None:
+        values[NEGATIVES] = np.array(negatives, dtype=np.int64)
+        jagged_lengths[NEGATIVES] = np.array([len(negatives)] + [0] * (len(lengths) - 1), dtype=np.int64)
+
+    pool = np.unique(values[item], return_index=True)[1] if in_batch_pool else None
+    user_ids = np.where(lengths > 0, np.arange(len(lengths)), -1)
+    return HSTUBatch(
+        features=keyed_jagged(values, jagged_lengths),
+        num_candidates=torch.from_numpy(candidates),
+        num_labels=torch.tensor(num_labels, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        user_ids=torch.from_numpy(user_ids),
+        timestamps=None if timestamp_lists is None else torch.from_numpy(_flat(timestamp_lists)),
+        draws=_tensor(draws, torch.int32),
+        pool_positions=None if pool is None else torch.from_numpy(pool),
+        seen_values=None if seen_lists is None else torch.from_numpy(_flat(seen_lists)),
+        seen_offsets=None if seen_lists is None else _tensor([0, *np.cumsum([len(s) for s in seen_lists]).tolist()]),
+        real_batch_size=int((lengths > 0).sum()),
+        item_lengths=lengths,
+        num_candidates_host=candidates,
+        num_labels_total=int(sum(num_labels)),
+    )

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hstu.config.errors import UserError
+from hstu.observe import environment
+from hstu.observe.environment import PACKAGES, check_packages, missing_packages
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_here_everything_is_installed() -> None:
+    assert missing_packages() == []
+    check_packages()
+
+
+def test_a_missing_package_names_the_command_to_run() -> None:
+    with pytest.raises(UserError, match=r"Missing packages: no_such_package\. .*scripts/install\.sh"):
+        check_packages(["torch", "no_such_package"])
+
+
+def test_missing_torchrec_tells_the_cpu_and_the_cuda_way_with_the_pinned_versions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(environment.util, "find_spec", lambda name: None if name in ("torchrec", "fbgemm_gpu") else 1)
+    requires = ["torch==2.13.0", 'fbgemm-gpu-cpu==1.8.0; extra == "cpu"', 'torchrec==1.8.0 ; extra == "cuda"']
+    monkeypatch.setattr(environment.metadata, "requires", lambda name: requires)
+    with pytest.raises(UserError) as error:
+        check_packages()
+    assert "Missing packages: fbgemm-gpu, torchrec." in str(error.value)
+    assert "pip install -e '.[cuda]'" in str(error.value)
+    assert "pip install fbgemm-gpu-cpu==1.8.0 && pip install --no-deps torchrec==1.8.0" in str(error.value)
+
+
+def test_checking_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from hstu.observe.environment import check_packages\n"
+        "check_packages()\n"
+        f"print([name for name in {list(PACKAGES)} if name in sys.modules])"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert shown.stdout.strip() == "[]"

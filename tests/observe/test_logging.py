@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hstu.observe.logging import (
+    ProgressBar,
+    format_eval,
+    format_seconds,
+    format_train,
+    set_up_logging,
+    tear_down_logging,
+)
+from hstu.observe.records import EvalRecord, TrainRecord
+
+
+@pytest.fixture(autouse=True)
+def clean_logging() -> Iterator[None]:
+    yield
+    tear_down_logging()
+
+
+def record(iteration: int = 200, **values: float) -> TrainRecord:
+    given = dict(
+        epoch=1.5, loss=4.1234, lr=1e-3, samples_per_s=1234.0, tokens_per_s=131_000.0, tflops=0.123, mfu=0.345,
+        data_wait=0.01, memory_bytes=1.5 * 2**30, time_s=10.0,
+    )  # fmt: skip
+    return TrainRecord(iteration=iteration, **{**given, **values})  # type: ignore[arg-type]
+
+
+def test_the_main_rank_tells_the_terminal_and_the_log_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging(0, tmp_path / "log.txt")
+    logging.getLogger("hstu.train.trainer").info("begins")
+    logging.getLogger("hstu.train.trainer").warning("slow disk")
+    shown = capsys.readouterr()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d begins\n\d\d:\d\d:\d\d WARNING: slow disk\n", shown.out)
+    assert shown.err == ""
+    written = (tmp_path / "log.txt").read_text()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \S+ INFO begins\n\d{4}-\d\d-\d\d \S+ WARNING slow disk\n", written)
+
+
+def test_other_ranks_tell_warnings_only_with_their_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging(3)
+    logging.getLogger("hstu.data").info("not shown")
+    logging.getLogger("hstu.data").warning("shown")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == "[rank 3] WARNING shown\n"
+
+
+def test_setting_up_again_replaces_instead_of_doubling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging(0)
+    set_up_logging(0, tmp_path / "log.txt")
+    logging.getLogger("hstu").info("once")
+    assert capsys.readouterr().out.count("once") == 1
+
+
+def test_log_lines_of_training_are_aligned() -> None:
+    early = format_train(record(9, loss=12.5, samples_per_s=87.0, epoch=0.01, lr=5e-5), 12000, eta_s=7500)
+    late = format_train(record(12000, tokens_per_s=1.31e6, mfu=math.nan, tflops=341.6), 12000, eta_s=0)
+    assert early.startswith("iter     9/12000  epoch   0.01  loss  12.5000  lr 5.00e-05     87 samples/s")
+    assert early.endswith("mem  1.50 GiB  ETA 2 h 05 min")
+    assert "1.31M tokens/s" in late
+    assert "n/a" in late
+    assert early.index("ETA") == late.index("ETA")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.5, "0.50"), (9.996, "10.0"), (87, "87.0"), (950, "950"), (999.6, "1.00k"), (13650, "13.7k"), (2.5e9, "2.50G")],
+)
+def test_rates_have_three_digits(number: float, text: str) -> None:
+    assert f"{text:>5} samples/s" in format_train(record(samples_per_s=number), 1000)
+
+
+def test_an_undefined_metric_shows_as_such() -> None:
+    metrics = {"AUC": 0.71234, "GAUC": math.nan}
+    line = format_eval(EvalRecord(iteration=100, epoch=1.0, split="valid", metrics=metrics), seconds=3.2)
+    assert line == "eval valid at iter 100  AUC 0.7123  GAUC n/a  (3 s)"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (math.inf, "?"), (math.nan, "?")],
+)
+def test_durations_read_like_speech(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_a_log_line_does_not_break_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging(0)
+    with ProgressBar(10, "on", initial=4) as bar:
+        bar.update()
+        bar.show(loss=4.25)
+        logging.getLogger("hstu").info("beside")
+    shown = capsys.readouterr()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d beside\n", shown.out)
+    assert "5/10" in shown.err
+
+
+@pytest.mark.parametrize(("mode", "visible"), [("off", True), ("auto", True), ("on", False)])
+def test_no_bar_where_it_is_off_or_not_a_terminal_or_another_rank(
+    mode: str, visible: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ProgressBar(10, mode, visible=visible) as bar:
+        bar.update()
+        bar.show(loss=1.0)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hstu.observe.plots import draw_curves, eval_curves, smoothed
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def pixels(image: Path) -> np.ndarray[Any, Any]:
+    from matplotlib.image import imread
+
+    return np.asarray(imread(image))
+
+
+def losses(count: int) -> list[dict[str, Any]]:
+    return [{"kind": "train", "iter": 10 * (i + 1), "loss": 8 / (i + 1)} for i in range(count)]
+
+
+def evaluations() -> list[dict[str, Any]]:
+    return [
+        {"kind": "eval", "iter": 100, "split": "valid", "metrics": {"HR@10": 0.1, "MRR": None}},
+        {"kind": "eval", "iter": 200, "split": "valid", "metrics": {"HR@10": 0.2, "MRR": 0.1}},
+        {"kind": "eval", "iter": 200, "split": "test", "metrics": {"HR@10": 0.15}},
+    ]
+
+
+def test_both_panels_show_something(tmp_path: Path) -> None:
+    metrics = write(tmp_path / "metrics.jsonl", losses(50) + evaluations())
+    image = draw_curves(metrics, tmp_path / "curves.png")
+    assert image == tmp_path / "curves.png"
+    picture = pixels(image)[..., :3]
+    assert picture.shape[0] >= 600
+    assert picture.shape[1] >= 1500
+    blue = (np.abs(picture - np.array([0, 0x72, 0xB2]) / 255) < 0.02).all(axis=-1)
+    left, right = np.array_split(blue, 2, axis=1)
+    assert left.sum() > 500
+    assert right.sum() > 500
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".new"] == []
+
+
+@pytest.mark.parametrize("records", [losses(1), losses(3), evaluations(), [*losses(2), *evaluations()[:1]]])
+def test_a_short_run_can_be_drawn_too(tmp_path: Path, records: list[dict[str, Any]]) -> None:
+    metrics = write(tmp_path / "metrics.jsonl", records)
+    assert draw_curves(metrics, tmp_path / "curves.png") is not None
+
+
+def test_nothing_to_draw_is_no_picture(tmp_path: Path) -> None:
+    assert draw_curves(tmp_path / "absent.jsonl", tmp_path / "curves.png") is None
+    undefined = write(tmp_path / "metrics.jsonl", [{"kind": "train", "iter": 1, "loss": None}])
+    assert draw_curves(undefined, tmp_path / "curves.png") is None
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_curves_leave_undefined_values_out() -> None:
+    assert eval_curves(evaluations()) == {
+        ("valid", "HR@10"): [(100, 0.1), (200, 0.2)],
+        ("valid", "MRR"): [(200, 0.1)],
+        ("test", "HR@10"): [(200, 0.15)],
+    }
+
+
+def test_smoothing_starts_without_bias_and_follows() -> None:
+    assert smoothed([2.0] * 90) == pytest.approx([2.0] * 90)
+    assert smoothed([1.0, 5.0]) == [1.0, 5.0]  # too few to smooth
+    step = smoothed([0.0] * 150 + [1.0] * 150)
+    assert step[155] > 0.3
+    assert step[-1] == pytest.approx(1.0, abs=1e-6)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hstu.config.errors import ConfigError
+from hstu.observe.records import EvalRecord, TrainRecord, read_metrics
+from hstu.observe.run_directory import RunDirectory, default_path
+
+
+def train(iteration: int, **values: Any) -> TrainRecord:
+    given = dict(
+        epoch=0.5, loss=4.0, lr=1e-3, samples_per_s=100.0, tokens_per_s=1e4, tflops=0.1, mfu=0.3, data_wait=0.01,
+        memory_bytes=2**30, time_s=12.5,
+    )  # fmt: skip
+    return TrainRecord(iteration=iteration, **{**given, **values})
+
+
+def evaluation(iteration: int, **metrics: float) -> EvalRecord:
+    return EvalRecord(iteration=iteration, epoch=1.0, split="valid", metrics=metrics)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_a_run_leaves_its_configuration_its_metrics_its_curves_and_a_summary(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "deep" / "run", "A.b = 1\n") as run:
+        assert run.path.joinpath("operative.gin").read_text() == "A.b = 1\n"
+        run.write_train(train(10))
+        run.write_eval(evaluation(10, **{"HR@10": 0.25}))
+        run.write_summary(
+            status="done", iterations=10, best_metrics={"HR@10": 0.25}, last_metrics={"MRR": math.nan},
+            throughput={"samples_per_s": 100.0}, seconds=3.5, note="extra",
+        )  # fmt: skip
+        image = run.draw_curves()
+    assert image is not None
+    assert image.read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert summary["best_metrics"] == {"HR@10": 0.25}
+    assert summary["last_metrics"] == {"MRR": None}
+    assert summary["note"] == "extra"
+
+
+def test_the_lines_have_the_documented_keys(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, "") as run:
+        run.write_train(train(10))
+        run.write_eval(evaluation(10, AUC=0.7))
+    first, second = lines(run.metrics_file)
+    assert list(first) == [
+        "kind", "iter", "epoch", "loss", "lr", "samples_per_s", "tokens_per_s", "tflops", "mfu", "data_wait",
+        "memory_bytes", "time_s",
+    ]  # fmt: skip
+    assert second == {"kind": "eval", "iter": 10, "epoch": 1.0, "split": "valid", "metrics": {"AUC": 0.7}}
+
+
+def test_a_line_is_in_the_file_at_once_with_every_digit_of_the_loss(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, "")
+    loss = 4.123456789012345
+    run.write_train(train(1, loss=loss))
+    assert lines(run.metrics_file)[0]["loss"] == loss  # not closed yet
+    run.close()
+
+
+def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, "") as run:
+        run.write_train(train(1, loss=math.nan, mfu=math.inf, lr=np.float32(0.5), memory_bytes=np.int64(7)))
+        run.write_eval(evaluation(1, AUC=np.float64("nan")))
+    first, second = lines(run.metrics_file)
+    assert (first["loss"], first["mfu"], first["lr"], first["memory_bytes"]) == (None, None, 0.5, 7)
+    assert second["metrics"] == {"AUC": None}
+
+
+def test_a_directory_that_holds_a_run_is_continued_and_loses_nothing(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, "A.b = 1\n") as run:
+        run.write_train(train(10))
+    with RunDirectory(tmp_path, "A.b = 2\n") as run:
+        assert run.resumed
+        run.write_train(train(20))
+    first, marker, second = lines(run.metrics_file)
+    assert (first["iter"], second["iter"]) == (10, 20)
+    assert (marker["kind"], marker["configuration_changed"]) == ("resumed", True)
+    assert (tmp_path / "operative.gin").read_text() == "A.b = 2\n"
+    assert (tmp_path / "operative-1.gin").read_text() == "A.b = 1\n"
+
+    RunDirectory(tmp_path, "A.b = 2\n").close()
+    assert not (tmp_path / "operative-2.gin").exists()  # the same configuration is not kept twice
+    assert lines(run.metrics_file)[-1]["configuration_changed"] is False
+
+
+def test_reading_drops_what_a_killed_attempt_did_in_vain(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, "") as run:
+        for iteration in (10, 20, 30):
+            run.write_train(train(iteration, loss=float(iteration)))
+    with run.metrics_file.open("a") as file:
+        file.write('{"kind": "train", "iter": 40, "lo')  # killed while writing
+    with RunDirectory(tmp_path, "") as run:  # its checkpoint was of iteration 10
+        run.write_train(train(20, loss=-20.0))
+    assert [(record["iter"], record["loss"]) for record in read_metrics(run.metrics_file)] == [(10, 10.0), (20, -20.0)]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run", "A.b = 1\n", is_main=False, tensorboard=True)
+    run.write_train(train(1))
+    run.write_eval(evaluation(1, AUC=0.5))
+    run.write_summary(status="done", iterations=1, best_metrics={}, last_metrics={}, throughput={}, seconds=1.0)
+    assert run.draw_curves() is None
+    assert run.log_file is None
+    run.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError) as error:
+        RunDirectory(tmp_path / "file" / "run", "")
+    assert "TrainerArgs.output_dir" in str(error.value)
+    assert str(tmp_path / "file" / "run") in str(error.value)
+    assert "give another directory" in str(error.value)
+
+
+def test_the_default_directory_is_named_after_the_gin_file_and_never_taken_twice(tmp_path: Path) -> None:
+    paths = []
+    for _ in range(3):
+        path = default_path(["base.gin", "configs/ml_1m_ranking.gin"], root=tmp_path, now=0.0)
+        path.mkdir()
+        paths.append(path.name)
+    assert len(set(paths)) == 3
+    assert all(name.startswith("ml_1m_ranking-19") for name in paths)
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, "", tensorboard=True) as run:
+        run.write_train(train(10, loss=2.5))
+        run.write_eval(evaluation(10, **{"HR@10": 0.25}))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(10, 2.5)]
+    assert [(event.step, event.value) for event in events.Scalars("valid/HR@10")] == [(10, 0.25)]

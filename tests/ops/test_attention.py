@@ -1,0 +1,141 @@
+"""HSTU attention against the pair-by-pair oracle in float64, forward and backward."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hstu.ops.attention import hstu_attention
+from hstu.ops.pytorch import attention as pytorch_attention
+from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
+from tests.ops import oracle
+from tests.ops.oracle import User
+from tests.ops.strategies import Batch, batches
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+def random_inputs(batch: Batch, heads: int, width: int, dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """q, k, v, position weights, time weights, and the gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = sum(len(tokens) for tokens in batch.tokens())
+    shapes = [(num_tokens, heads, width)] * 3 + [(2 * 8 - 1,), (NUM_TIME_BUCKETS,), (num_tokens, heads, width)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def forward_and_gradients(attend, inputs: list[Tensor], with_bias: bool) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    *leaves, grad_out = [x.detach().clone().requires_grad_() for x in inputs]
+    out = attend(*leaves)
+    used = leaves if with_bias else leaves[:3]
+    return [out.detach(), *torch.autograd.grad(out, used, grad_out.detach(), materialize_grads=True)]
+
+
+def compare(batch: Batch, inputs: list[Tensor], *, with_bias: bool, is_causal: bool, contextual_mask: bool) -> None:
+    rule = dict(alpha=0.37, scaling_seqlen=7, is_causal=is_causal, contextual_mask=contextual_mask)
+    layout, sequences = batch.layout(), batch.tokens()
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, position: Tensor, time: Tensor) -> Tensor:
+        return hstu_attention(q, k, v, layout, **rule, bias=RelativeBias(position, time) if with_bias else None)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, position: Tensor, time: Tensor) -> Tensor:
+        return oracle.attention(q, k, v, sequences, **rule, bias=(position, time) if with_bias else None)
+
+    tolerance = TOLERANCE[inputs[0].dtype]
+    got = forward_and_gradients(ours, inputs, with_bias)
+    expected = forward_and_gradients(reference, [x.double() for x in inputs], with_bias)
+    for name, a, b in zip(["out", "q", "k", "v", "position", "time"], got, expected, strict=False):
+        assert a.dtype == inputs[0].dtype
+        scale = max(1.0, float(b.abs().max())) if b.numel() else 1.0
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    batch=batches(),
+    heads=st.integers(1, 2),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    with_bias=st.booleans(),
+    is_causal=st.booleans(),
+    contextual_mask=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_equals_the_oracle_forward_and_backward(
+    batch: Batch, heads: int, dtype: torch.dtype, with_bias: bool, is_causal: bool, contextual_mask: bool, seed: int
+) -> None:
+    inputs = random_inputs(batch, heads, width=3, dtype=dtype, seed=seed)
+    compare(batch, inputs, with_bias=with_bias, is_causal=is_causal, contextual_mask=contextual_mask)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("remembered", [0, 2**25])
+def test_blocks_of_few_rows_and_few_scores_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, with_bias: bool, is_causal: bool, remembered: int
+) -> None:
+    monkeypatch.setattr(pytorch_attention, "SCORES_PER_BLOCK", {"cpu": 40})
+    monkeypatch.setattr(pytorch_attention, "ROWS_PER_BLOCK", {"cpu": 3})
+    monkeypatch.setattr(pytorch_attention, "MOST_PAIRS_REMEMBERED", remembered)
+    users = (User(7, 4, tuple(range(0, 1100, 100))), User(0, 0), User(5, 0, (1, 1, 2, 90, 10**9)), User(1, 1, (3, 7)))
+    batch = Batch(users, contextuals=2, tokens_per_item=2, group_size=2)
+    inputs = random_inputs(batch, heads=2, width=4, dtype=torch.float64, seed=0)
+    compare(batch, inputs, with_bias=with_bias, is_causal=is_causal, contextual_mask=True)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradcheck(is_causal: bool) -> None:
+    batch = Batch((User(2, 2, (5, 9, 9, 4000)), User(3, 0, (1, 2, 3))), contextuals=1, tokens_per_item=1, group_size=1)
+    layout = batch.layout()
+    *inputs, _ = random_inputs(batch, heads=2, width=2, dtype=torch.float64, seed=1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor, time: Tensor) -> Tensor:
+        bias = RelativeBias(position, time)
+        return hstu_attention(q, k, v, layout, alpha=0.7, scaling_seqlen=5, is_causal=is_causal, bias=bias)
+
+    assert torch.autograd.gradcheck(attend, [x.requires_grad_() for x in inputs])
+
+
+@given(st.integers(0, 10**6))
+@settings(deadline=None, max_examples=10)
+def test_a_sequence_does_not_depend_on_who_else_is_in_the_batch(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    users = tuple(User(int(n), 0, tuple(range(int(n)))) for n in rng.integers(1, 90, 6))
+    alone = Batch(users[:1], contextuals=1, tokens_per_item=1, group_size=1)
+    together = Batch(users, contextuals=1, tokens_per_item=1, group_size=1)
+    q, k, v, *_ = random_inputs(together, heads=1, width=8, dtype=torch.float32, seed=seed)
+    own = users[0].history + 1
+    rule = dict(alpha=0.3, scaling_seqlen=90)
+    apart = hstu_attention(q[:own], k[:own], v[:own], alone.layout(), **rule)
+    torch.testing.assert_close(hstu_attention(q, k, v, together.layout(), **rule)[:own], apart, rtol=0, atol=1e-6)
+
+
+def test_strided_views_of_one_projection_are_accepted() -> None:
+    batch = Batch((User(4, 0), User(6, 0)), contextuals=0, tokens_per_item=1, group_size=1)
+    fused = torch.randn(10, 2, 4, 3, dtype=torch.float64)
+    _, v, q, k = fused.unbind(2)
+    out = hstu_attention(q, k, v, batch.layout(), alpha=1.0, scaling_seqlen=6)
+    again = hstu_attention(q.contiguous(), k.contiguous(), v.contiguous(), batch.layout(), alpha=1.0, scaling_seqlen=6)
+    assert torch.equal(out, again)
+
+
+def test_without_any_token_every_input_still_gets_a_gradient_of_zeros() -> None:
+    batch = Batch((User(0, 0, is_padding=True),) * 2, contextuals=3, tokens_per_item=2, group_size=1)
+    *inputs, _ = [x.requires_grad_() for x in random_inputs(batch, 2, 4, torch.float32, seed=0)]
+    q, k, v, position, time = inputs
+    out = hstu_attention(q, k, v, batch.layout(), alpha=1.0, scaling_seqlen=9, bias=RelativeBias(position, time))
+    out.sum().backward()
+    assert out.shape == (0, 2, 4)
+    for x in inputs:
+        assert x.grad is not None and not x.grad.any()
+
+
+def test_nothing_but_its_inputs_is_kept_for_backward() -> None:
+    batch = Batch((User(60, 0), User(50, 0)), contextuals=0, tokens_per_item=1, group_size=1)
+    q, k, v, *_ = random_inputs(batch, heads=2, width=4, dtype=torch.float32, seed=0)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        hstu_attention(q.requires_grad_(), k, v, batch.layout(), alpha=1.0, scaling_seqlen=60)
+    assert [x.data_ptr() for x in kept] == [q.data_ptr(), k.data_ptr(), v.data_ptr()]

@@ -1,0 +1,43 @@
+"""The layout against tokens written down one at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+
+from tests.ops.oracle import User
+from tests.ops.strategies import Batch, batches
+
+
+@given(batches())
+def test_positions_times_and_lengths_equal_those_written_down_token_by_token(batch: Batch) -> None:
+    layout, sequences = batch.layout(), batch.tokens()
+    tokens = [token for sequence in sequences for token in sequence]
+    assert layout.seqlens.tolist() == [len(sequence) for sequence in sequences]
+    assert layout.seqlen_offsets.tolist() == np.cumsum([0] + [len(sequence) for sequence in sequences]).tolist()
+    assert layout.num_tokens == len(tokens)
+    assert layout.positions.tolist() == [token.position for token in tokens]
+    assert layout.token_times is not None and layout.query_times is not None
+    assert layout.token_times.tolist() == [token.time for token in tokens]
+    assert layout.query_times.tolist() == [token.query_time for token in tokens]
+    candidates = [sum(token.kind == "candidate" for token in sequence) for sequence in sequences]
+    assert layout.num_candidate_tokens_host.tolist() == candidates
+    assert (layout.num_candidate_tokens is None) == (not any(candidates))
+
+
+def test_newest_items_and_steps_are_found_behind_context_and_between_actions() -> None:
+    # tokens: c i a i a i a | (empty) | c i a
+    batch = Batch((User(3, 0), User(1, 0), User(0, 0, is_padding=True)), contextuals=1, tokens_per_item=2, group_size=1)
+    layout = batch.layout()
+    assert layout.num_items.tolist() == [3, 1, 0]
+    assert layout.newest_item_tokens(np.array([2, 1, 0])).tolist() == [3, 5, 8]
+    assert layout.step_tokens(np.array([0, 0, 0]), np.array([2, 0, 0])).tolist() == [2, 4]
+    assert layout.newest_item_tokens(np.array([0, 0, 0])).dtype == torch.int64
+
+
+def test_without_actions_a_step_is_its_item() -> None:
+    layout = Batch((User(2, 1),), contextuals=2, tokens_per_item=1, group_size=1).layout()
+    assert layout.step_tokens(np.array([0]), np.array([3])).tolist() == [2, 3, 4]
+    assert layout.newest_item_tokens(np.array([1])).tolist() == [4]
+    assert layout.positions.tolist() == [0, 1, 2, 3, 4]

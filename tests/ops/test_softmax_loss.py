@@ -1,0 +1,228 @@
+"""The softmax losses against a loop over queries in float64, their gradients, and their edge cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import hstu.ops.pytorch.softmax_loss as implementation
+from hstu.ops.softmax_loss import pool_softmax_loss, sampled_softmax_loss
+
+TEMPERATURE = 0.1
+
+
+def oracle(queries, positives, target_ids, negatives_of_row) -> Tensor:
+    """One query at a time; ``negatives_of_row(i)`` gives the vectors and ids of its negatives."""
+    total = queries.new_zeros(())
+    for i, (query, positive, target) in enumerate(zip(queries, positives, target_ids, strict=True)):
+        vectors, ids = negatives_of_row(i)
+        negative_logits = vectors[ids != target] @ query / TEMPERATURE
+        positive_logit = (query @ positive / TEMPERATURE).reshape(1)
+        total = total + torch.cat([positive_logit, negative_logits]).logsumexp(0) - positive_logit[0]
+    return total
+
+
+def pool_oracle(queries, positives, pool, target_ids, pool_ids, pool_valid) -> Tensor:
+    keep = torch.ones_like(pool_ids, dtype=torch.bool) if pool_valid is None else pool_valid
+    return oracle(queries, positives, target_ids, lambda _: (pool[keep], pool_ids[keep]))
+
+
+def sampled_oracle(queries, positives, pool, draws, target_ids, pool_ids) -> Tensor:
+    return oracle(queries, positives, target_ids, lambda i: (pool[draws[i].long()], pool_ids[draws[i].long()]))
+
+
+def make_case(num_queries, pool_size, dim=4, num_ids=5, seed=0, dtype=torch.float64):
+    """Normalised vectors that require gradients, and ids from so small a range that targets meet negatives."""
+    generator = torch.Generator().manual_seed(seed)
+    queries, positives, pool = (
+        F.normalize(torch.randn(n, dim, generator=generator, dtype=dtype), dim=1).requires_grad_()
+        for n in (num_queries, num_queries, pool_size)
+    )
+    target_ids = torch.randint(num_ids, (num_queries,), generator=generator)
+    pool_ids = torch.randint(num_ids, (pool_size,), generator=generator)
+    return queries, positives, pool, target_ids, pool_ids
+
+
+def make_draws(num_queries, num_draws, pool_size, dtype=torch.int32):
+    generator = torch.Generator().manual_seed(num_draws)
+    return torch.randint(max(pool_size, 1), (num_queries, num_draws), generator=generator).to(dtype)
+
+
+def gradients(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(3 * loss, leaves)
+
+
+@pytest.fixture(params=[1 << 20, 12], ids=["one_block", "many_blocks"])
+def block_elements(request, monkeypatch):
+    """Blocks that hold all scores, and blocks of a few, cut along both sides."""
+    monkeypatch.setitem(implementation.BLOCK_ELEMENTS, "cpu", request.param)
+    monkeypatch.setitem(implementation.BLOCK_ELEMENTS, "cuda", request.param)
+    monkeypatch.setattr(implementation, "MIN_BLOCK_ROWS", 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_queries=st.integers(0, 9),
+    pool_size=st.integers(0, 12),
+    num_ids=st.integers(1, 20),
+    valid=st.sampled_from(["all", "some", "none"]),
+    block=st.sampled_from([1 << 20, 12, 1]),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_pool_loss_and_gradients_equal_the_oracle(num_queries, pool_size, num_ids, valid, block, seed):
+    queries, positives, pool, target_ids, pool_ids = make_case(num_queries, pool_size, num_ids=num_ids, seed=seed)
+    pool_valid = {"all": None, "some": torch.arange(pool_size) % 3 > 0, "none": torch.zeros(pool_size, dtype=bool)}[
+        valid
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(implementation.BLOCK_ELEMENTS, "cpu", block)
+        patch.setattr(implementation, "MIN_BLOCK_ROWS", 2)
+        actual = pool_softmax_loss(queries, positives, pool, target_ids, pool_ids, pool_valid, TEMPERATURE)
+        actual_gradients = gradients(actual, queries, positives, pool)
+    # A zero from every leaf keeps them in the oracle's graph when nothing is summed.
+    leaves = (queries, positives, pool)
+    expected = pool_oracle(*leaves, target_ids, pool_ids, pool_valid) + sum(0 * leaf.sum() for leaf in leaves)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    for got, want in zip(actual_gradients, gradients(expected, *leaves), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_queries=st.integers(0, 9),
+    pool_size=st.integers(1, 12),
+    num_draws=st.integers(0, 30),
+    num_ids=st.integers(1, 20),
+    index_dtype=st.sampled_from([torch.int32, torch.int64]),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_sampled_loss_and_gradients_equal_the_oracle(num_queries, pool_size, num_draws, num_ids, index_dtype, seed):
+    queries, positives, pool, target_ids, pool_ids = make_case(num_queries, pool_size, num_ids=num_ids, seed=seed)
+    draws = make_draws(num_queries, num_draws, pool_size, index_dtype)
+    leaves = (queries, positives, pool)
+    actual = sampled_softmax_loss(*leaves, draws, target_ids, pool_ids, TEMPERATURE)
+    actual_gradients = gradients(actual, *leaves)
+    expected = sampled_oracle(*leaves, draws, target_ids, pool_ids) + sum(0 * leaf.sum() for leaf in leaves)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    for got, want in zip(actual_gradients, gradients(expected, *leaves), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_gradcheck_of_the_pool_loss(block_elements):
+    queries, positives, pool, target_ids, pool_ids = make_case(5, 7)
+    valid = torch.arange(7) != 2
+    assert torch.autograd.gradcheck(
+        lambda q, p, s: pool_softmax_loss(q, p, s, target_ids, pool_ids, valid, TEMPERATURE), (queries, positives, pool)
+    )
+
+
+def test_gradcheck_of_the_sampled_loss(block_elements):
+    queries, positives, pool, target_ids, pool_ids = make_case(5, 7)
+    draws = make_draws(5, 6, 7)
+    assert torch.autograd.gradcheck(
+        lambda q, p, s: sampled_softmax_loss(q, p, s, draws, target_ids, pool_ids, TEMPERATURE),
+        (queries, positives, pool),
+    )
+
+
+def test_drawing_every_pool_row_once_equals_the_whole_pool(block_elements):
+    queries, positives, pool, target_ids, pool_ids = make_case(6, 9)
+    draws = torch.arange(9).expand(6, 9)
+    sampled = sampled_softmax_loss(queries, positives, pool, draws, target_ids, pool_ids, TEMPERATURE)
+    whole = pool_softmax_loss(queries, positives, pool, target_ids, pool_ids, None, TEMPERATURE)
+    assert whole > 0
+    torch.testing.assert_close(sampled, whole)
+
+
+def test_gathering_rows_in_blocks_equals_the_sampled_product(monkeypatch):
+    """The path for devices other than the CPU, run on it: scores of gathered rows, some at a time."""
+    queries, _, pool, _, _ = make_case(7, 5)
+    draws = make_draws(7, 4, 5, torch.int64)
+    monkeypatch.setitem(implementation.BLOCK_ELEMENTS, "cuda", 2 * 4 * 4)
+    gathered = implementation._gathered_scores(queries, pool, draws)
+    torch.testing.assert_close(gathered, implementation._draw_scores(queries, pool, draws))
+
+
+@pytest.mark.parametrize("pool_size", [0, 1, 4])
+def test_queries_without_negatives_cost_nothing(pool_size):
+    queries, positives, pool, _, _ = make_case(3, pool_size)
+    same = torch.full((3,), 7), torch.full((pool_size,), 7)
+    draws = make_draws(3, 2 if pool_size else 0, pool_size)
+    leaves = (queries, positives, pool)
+    for loss in (
+        pool_softmax_loss(*leaves, *same, None, TEMPERATURE),
+        sampled_softmax_loss(*leaves, draws, *same, TEMPERATURE),
+    ):
+        assert loss == 0
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(loss, *leaves))
+
+
+def test_a_repeated_negative_counts_each_time():
+    queries, positives, pool, target_ids, _ = make_case(4, 1)
+    once, thrice = torch.full((1,), 9), torch.full((3,), 9)
+    repeated = pool_softmax_loss(queries, positives, pool.repeat(3, 1), target_ids, thrice, None, TEMPERATURE)
+    drawn = sampled_softmax_loss(
+        queries, positives, pool, torch.zeros(4, 3, dtype=torch.int32), target_ids, once, TEMPERATURE
+    )
+    single = pool_softmax_loss(queries, positives, pool, target_ids, once, None, TEMPERATURE)
+    torch.testing.assert_close(repeated, drawn)
+    assert repeated > single
+
+
+@pytest.mark.parametrize("low_precision", [torch.bfloat16, torch.float32])
+def test_scores_are_kept_in_float32_even_under_autocast(low_precision):
+    queries, positives, pool, target_ids, pool_ids = make_case(64, 50, dim=16, num_ids=40)
+    expected = pool_oracle(
+        *(v.to(low_precision).double() for v in (queries, positives, pool)), target_ids, pool_ids, None
+    )
+    vectors = [v.detach().to(low_precision).requires_grad_() for v in (queries, positives, pool)]
+    draws = torch.arange(50, dtype=torch.int32).repeat(64, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = pool_softmax_loss(*vectors, target_ids, pool_ids, None, TEMPERATURE)
+        sampled = sampled_softmax_loss(*vectors, draws, target_ids, pool_ids, TEMPERATURE)
+    for loss in (whole, sampled):
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+        assert all(g.dtype == low_precision for g in gradients(loss, *vectors))
+
+
+def test_a_well_learnt_target_still_has_an_exact_gradient():
+    """p − 1 would be 0 in float32 here; the true gradient is not."""
+    query = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    positive, pool = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]])
+    loss = pool_softmax_loss(query, positive, pool, torch.tensor([0]), torch.tensor([1]), None, 0.1)
+    (gradient,) = torch.autograd.grad(loss, query)
+    expected = -2 / 0.1 * torch.exp(torch.tensor(-20.0))
+    torch.testing.assert_close(gradient[0, 0], expected, rtol=1e-4, atol=0)
+
+
+def test_whole_pool_memory_is_bounded_by_a_block(monkeypatch):
+    """The largest matrix the loss makes has a block's size, not that of queries × pool."""
+    monkeypatch.setitem(implementation.BLOCK_ELEMENTS, "cpu", 1 << 12)
+    monkeypatch.setattr(implementation, "MIN_BLOCK_ROWS", 16)
+    queries, positives, pool, target_ids, pool_ids = make_case(300, 700, num_ids=1000)
+
+    class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                self.elements = max(self.elements, result.numel())
+            return result
+
+    with LargestTensor() as largest:
+        pool_softmax_loss(queries, positives, pool, target_ids, pool_ids, None, TEMPERATURE).backward()
+    assert 0 < largest.elements <= 1 << 12
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    queries, positives, pool, target_ids, pool_ids = make_case(3, 4)
+    with pytest.raises(ValueError, match=r"pool_ids .* must be \[S\], S = 4"):
+        pool_softmax_loss(queries, positives, pool, target_ids, pool_ids[:-1], None, TEMPERATURE)
+    with pytest.raises(ValueError, match=r"draws must be \[3, R\]"):
+        sampled_softmax_loss(queries, positives, pool, make_draws(2, 5, 4), target_ids, pool_ids, TEMPERATURE)

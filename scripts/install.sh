@@ -69,8 +69,8 @@ explain_pip_failure() {
     tail -n 20 "$log" | sed 's/^/         /' >&2
     if grep -qiE 'no space left' "$log"; then
         fail "What to do: the disk is full. Free some space and run this again."
-    elif grep -qiE 'connection|resolution|timed out|unreachable|proxy|SSLError' "$log"; then
-        fail "What to do: the package index cannot be reached. Check the network, or name a mirror:" \
+    elif grep -qiE 'from versions: none|name resolution|NewConnectionError|connection (refused|reset|aborted|broken)|timed out|unreachable|ProxyError|SSLError' "$log"; then
+        fail "What to do: the package index cannot be reached, or has not this package. Check the network, or name a mirror:" \
             "PIP_INDEX_URL=https://your.mirror/simple scripts/install.sh"
     fi
     fail "What to do: read the lines above and run this again. If it stays, remove .venv first: rm -rf $venv"

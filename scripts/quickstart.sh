@@ -37,7 +37,8 @@ scripts/install.sh
 
 begin 2 "data" "MovieLens-100K"
 if ! "$python" -c "from hstu.data.store import SequenceStore; SequenceStore.open('$data')" >/dev/null 2>&1; then
-    "$python" scripts/preprocess_dataset.py --dataset_name ml-100k
+    # Replaces what is there, if anything: it did not open.
+    "$python" scripts/preprocess_dataset.py --dataset_name ml-100k --force
 fi
 
 # Trained is: the training of this very configuration ended well. Anything else in the directory is thrown away.
@@ -48,7 +49,8 @@ else
     begin 3 "training" "some minutes on a CPU"
     rm -rf "$run"
     "$python" -m torch.distributed.run --standalone --nproc_per_node 1 pretrain_gr_retrieval.py \
-        --gin-config-file "$config" --gin-bindings "TrainerArgs.output_dir = '$run'"
+        --gin-config-file "$config" --gin-bindings "TrainerArgs.output_dir = '$run'" \
+        --gin-bindings "TrainerArgs.ckpt_save_dir = '$run/checkpoints'"
     # A training that was told to stop (SIGTERM) also ends well, but has not drawn its summary of a whole run.
     if grep -q '"status": "done"' "$run/summary.json"; then echo "$wanted" >"$stamp"; fi
 fi

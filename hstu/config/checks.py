@@ -77,6 +77,8 @@ def coerce(annotation: Any, value: Any) -> Any:
         return _coerce_float(value)
     if annotation is int and (not isinstance(value, int) or isinstance(value, bool)):
         raise Mismatch(_quoted_hint(value))
+    if annotation is int and not -(2**63) <= value < 2**63:
+        raise Mismatch("; this needs more than 64 bits")
     if not isinstance(value, annotation):
         raise Mismatch(_quoted_hint(value))
     return value
@@ -127,6 +129,8 @@ def _within_limits(field: Field[Any], element: Any) -> bool:
 def _guess(field: Field[Any], element: Any) -> str:
     if not isinstance(element, str):
         return ""
+    if field.metadata["choices"] is None:
+        element = re.sub(r"\d+", "K", element)  # as the examples are written: HR10 is closest to HR@K
     return did_you_mean(element, field.metadata["choices"] or field.metadata["examples"])
 
 
@@ -148,6 +152,11 @@ def is_required(field: Field[Any]) -> bool:
 def default_of(field: Field[Any]) -> Any:
     """The default of a field that is not required."""
     return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def takes_references(cls: type, field: Field[Any]) -> bool:
+    """Whether the values of a field are argument objects themselves, ``@scope/Class()`` in gin."""
+    return "reference @" in describe(cls, field)
 
 
 def describe(cls: type, field: Field[Any]) -> str:

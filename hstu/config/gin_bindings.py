@@ -71,7 +71,7 @@ class Bindings:
 
     def _check_twice(self, binding: Binding, owner: str, parameter: str) -> None:
         first = self._seen.setdefault((binding.at.source, owner, parameter), binding)
-        if first is not binding:
+        if first is not binding and not isinstance(first.value, Broken) and not isinstance(binding.value, Broken):
             other = f" as {first.parameter}" if first.parameter != binding.parameter else ""
             text = f"bound twice: already {show(first.value)}{other} at {first.at}; keep one of them"
             self._problems.append(Problem(f"{binding.name} = {show(binding.value)}: {text}", binding.at))

@@ -7,7 +7,7 @@ parameter, ``_Builder`` makes the argument objects, and what no object asked for
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from hstu.config import user_code
@@ -25,7 +25,7 @@ from hstu.config.args import (
     TensorModelParallelArgs,
     TrainerArgs,
 )
-from hstu.config.checks import default_of, describe, field_problems, is_required
+from hstu.config.checks import default_of, describe, field_problems, is_required, takes_references
 from hstu.config.errors import ConfigError
 from hstu.config.gin_bindings import CLASSES, Bindings, Owner, find_class, written
 from hstu.config.gin_scan import Binding, Broken, Macro, Reference, Scan, scan
@@ -59,6 +59,8 @@ class Draft:
     parts: dict[str, Any]
     origins: dict[str, Mapping[str, Origin]]
     problems: list[Problem]
+    complete: bool
+    """False: a file could not be read, so that what does not fit together may be its fault."""
 
     def finish(self) -> RunConfig:
         """The RunConfig; ConfigError if there are problems."""
@@ -85,7 +87,7 @@ class _Builder:
     """Makes argument objects from bindings and remembers which bindings were used."""
 
     def __init__(self, statements: Scan, files: Sequence[str], task: Task) -> None:
-        self.files, self.task = tuple(files), task
+        self.files, self.task, self.complete = tuple(files), task, statements.complete
         self.problems = [*statements.problems, *user_code.run_imports(statements.imports)]
         self.bindings = Bindings(statements, self.problems)
         self._start = Location(1, 0, files[0] if files else "--gin-bindings")
@@ -94,6 +96,7 @@ class _Builder:
         self._objects: dict[Owner, Args | Partial | Broken] = {}
         self._origins: dict[int, Mapping[str, Origin]] = {}
         self._resolving: list[str] = []
+        self._references_wrong = False  # then what is referred to is not known
 
     def draft(self) -> Draft:
         self._bind_user_code()
@@ -102,10 +105,11 @@ class _Builder:
         if dataset:
             single.append(self.object(("", dataset)))
         tables = self._tables(single[-1] if dataset is BenchmarkDatasetArgs else None)
-        self._report_unused(dataset)
+        if self.complete:
+            self._report_unused(dataset)
         parts = named_parts(single, tables)
         origins = {name: self._origins.get(id(part), {}) for name, part in parts.items()}
-        return Draft(self.task, self.files, parts, origins, self.problems)
+        return Draft(self.task, self.files, parts, origins, self.problems, self.complete)
 
     def _dataset_class(self) -> type[Args] | None:
         """The one of the two kinds of dataset that the file describes."""
@@ -121,7 +125,8 @@ class _Builder:
                 "no dataset: bind DatasetArgs.dataset_name and DatasetArgs.max_sequence_length, "
                 "or BenchmarkDatasetArgs for random data"
             )
-        self.problems.append(Problem(text, at))
+        if found or self.complete:
+            self.problems.append(Problem(text, at))
         return None
 
     def _tables(self, benchmark: Any) -> list[Any]:
@@ -146,27 +151,52 @@ class _Builder:
     def _make(self, owner: Owner) -> Args | Partial:
         scope, cls = owner
         bound = self._bound(owner)
+        is_stray = self._is_stray(owner, bound)
         values: dict[str, Any] = {}
         for field in fields(cls):  # type: ignore[arg-type]
-            binding = bound.get(field.name)
-            if binding is not None:
-                value = self._resolve(binding.value, binding, scope)
-                problems = [] if _unfinished(value) else field_problems(cls, field, value)
-                self._complain(binding, problems, value)
-                value = Broken() if problems else value
-            elif is_required(field):
-                value = self._missing(owner, field, bound)
+            if field.name in bound:
+                values[field.name] = self._given(cls, field, bound[field.name], scope)
             else:
-                value = default_of(field)
-                for problem in field_problems(cls, field, value):
-                    self.problems.append(Problem(f"{written(owner)}.{field.name} {problem}", self._place(bound)))
-                    value = Broken()
-            values[field.name] = value
+                values[field.name] = Broken() if is_stray else self._left_out(owner, field, bound)
         known = {name: value for name, value in values.items() if not _holds(value, Broken)}
         complete = len(known) == len(values) and not any(_holds(value, Partial) for value in known.values())
         made = cls(**known) if complete else Partial(cls, known)
         self._origins[id(made)] = {name: Origin(b.at, b.name) for name, b in bound.items()}
         return made
+
+    def _given(self, cls: type[Args], field: Field[Any], binding: Binding, scope: str) -> Any:
+        """The value that is bound to a field, Broken if it is wrong."""
+        value = self._resolve(binding.value, binding, scope)
+        problems = [] if _unfinished(value) else field_problems(cls, field, value)
+        self._complain(binding, problems, value)
+        if problems or _holds(value, Broken):
+            self._references_wrong |= takes_references(cls, field)
+            return Broken()
+        return value
+
+    def _left_out(self, owner: Owner, field: Field[Any], bound: Mapping[str, Binding]) -> Any:
+        """The default of a field, Broken if there is none or it is not valid by itself."""
+        cls = owner[1]
+        value = Broken() if is_required(field) else default_of(field)
+        if is_required(field):
+            problems = [f"is required and not bound; expected {describe(cls, field)}"]
+        else:
+            problems = field_problems(cls, field, value)
+        if problems and self.complete:
+            place = self._place(bound)
+            self.problems += [Problem(f"{written(owner)}.{field.name} {problem}", place) for problem in problems]
+        return Broken() if problems else value
+
+    def _is_stray(self, owner: Owner, bound: Mapping[str, Binding]) -> bool:
+        """Whether this is a table that lacks parameters under a scope that looks like a misspelling; says so."""
+        scope, cls = owner
+        missing = [f.name for f in fields(cls) if is_required(f) and f.name not in bound]  # type: ignore[arg-type]
+        guess = nearest(scope, [other for other in self.bindings.scopes_of(*TABLES) if other != scope])
+        if not (scope and cls in TABLES and missing and guess):
+            return False
+        text = f"{written(owner)} lacks {', '.join(missing)}; is the scope {scope!r} a misspelling of {guess!r}?"
+        self.problems.append(Problem(text, self._place(bound)))
+        return True
 
     def _bound(self, owner: Owner) -> dict[str, Binding]:
         """The bindings in force under a scope: those of the outer scopes first, inner ones win, as in gin."""
@@ -183,18 +213,9 @@ class _Builder:
         """Where to report what is not there: the first line about the same object, else the file."""
         return min((binding.at for binding in bound.values()), default=self._start)
 
-    def _missing(self, owner: Owner, field: Any, bound: Mapping[str, Binding]) -> Broken:
-        scope, cls = owner
-        text = f"{written(owner)}.{field.name} is required and not bound; expected {describe(cls, field)}"
-        others = [other for other in self.bindings.scopes_of(*TABLES) if other != scope]
-        guess = nearest(scope, others) if scope else None
-        hint = f" (or is the scope {scope!r} a misspelling of {guess!r}?)" if guess else ""
-        self.problems.append(Problem(text + hint, self._place(bound)))
-        return Broken()
-
     def _complain(self, binding: Binding, problems: Sequence[str], value: Any) -> None:
         shown = show(binding.value)
-        if repr(value) != repr(binding.value) and not isinstance(value, (Args, Partial, Broken)):
+        if show(value) != shown and not isinstance(value, Args):
             shown += f" (which is {show(value)})"
         self.problems += [Problem(f"{binding.name} = {shown}: {problem}", binding.at) for problem in problems]
 
@@ -223,8 +244,13 @@ class _Builder:
         definition = self.bindings.macros.get(macro.name)
         if definition is None:
             found, value = user_code.constant(macro)
+            if found:
+                return value
+            guess = nearest(macro.name, self.bindings.macros)
+            if guess:  # then that one is not also unused
+                self._used.add(id(self.bindings.macros[guess]))
             known = did_you_mean(macro.name, self.bindings.macros)
-            return value if found else self._fail(binding, f"there is no macro or constant {macro}{known}")
+            return self._fail(binding, f"there is no macro or constant {macro}{known}")
         self._used.add(id(definition))
         self._resolving.append(macro.name)
         value = self._resolve(definition.value, definition, scope)
@@ -290,7 +316,7 @@ class _Builder:
             self._fail(binding, f"never used: this is a {self.task} run, which reads {TASK_ARGS[self.task].__name__}")
         elif scope and cls in (*ALWAYS_READ, *TASK_ARGS.values(), DatasetArgs, BenchmarkDatasetArgs):
             self._fail(binding, f"never used: {cls.__name__} is read without a scope; drop {scope}/")
-        elif dataset is BenchmarkDatasetArgs or cls in TABLES:
+        elif (dataset is BenchmarkDatasetArgs or cls in TABLES) and not self._references_wrong:
             hint = did_you_mean(written(owner), self._referred)
             self._fail(binding, f"never used: nothing refers to @{written(owner)}(){hint}")
         elif dataset is DatasetArgs:

@@ -82,6 +82,8 @@ class Scan:
     imports: list[Import] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     sources: int = 0
+    complete: bool = True
+    """False: a file could not be read, so that nothing can be said to be missing."""
 
     def new_source(self, name: str) -> Location:
         """The location of a further file or command-line binding, as a whole."""
@@ -105,6 +107,7 @@ def _scan_file(result: Scan, name: str, included_by: tuple[str, ...]) -> None:
         text = _read(Path(name))
     except ValueError as error:
         result.problems.append(Problem(str(error), source))
+        result.complete = False
     else:
         _scan_text(result, text, source, (*included_by, name))
 
@@ -148,6 +151,7 @@ def _include(result: Scan, name: str, at: Location, included_by: tuple[str, ...]
     if found is None:
         guess = did_you_mean(Path(name).name, [entry.name for entry in sorted(Path(beside).parent.glob("*.gin"))])
         result.problems.append(Problem(f"include {literal(name)}: no such file (nor {beside}){guess}", at))
+        result.complete = False
     elif any(Path(found).samefile(parent) for parent in included_by):
         result.problems.append(Problem(f"include {literal(name)}: the file includes itself", at))
     else:
@@ -186,11 +190,13 @@ def _statements(text: str, source: Location, problems: list[Problem]) -> list[_S
     statements: list[_Statement] = []
     errors: list[_GinSyntaxError] = []
     for first_line, chunk in _chunks(text):
+        before = len(statements)
         try:
-            statements += _parse(chunk, source, first_line)
+            statements.extend(_parse(chunk, source, first_line))  # keeps what is read before an error
         except _GinSyntaxError as error:
             errors.append(error)
-            statements += _broken_binding(chunk, Location(source.source, first_line, source.name))
+            if len(statements) == before:
+                statements += _broken_binding(chunk, Location(source.source, first_line, source.name))
     problems += [Problem(error.text, error.at) for error in errors or [whole]]
     return statements
 

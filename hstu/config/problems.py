@@ -15,12 +15,13 @@ class Location:
     source: int
     """Running number of the file or command-line binding."""
     line: int
-    """Counted from 1; 0: the source as a whole."""
+    """Counted from 1; 0: the file as a whole."""
     name: str
     """The file's path as given, or "--gin-bindings"."""
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.line}" if self.line else self.name
+        is_file = not self.name.startswith("--")
+        return f"{self.name}:{self.line}" if self.line and is_file else self.name
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hstu.config.args import DatasetArgs
 from hstu.config.errors import ConfigError, DataError
@@ -184,7 +185,8 @@ class StoreReader:
 class Assembler:
     """Turns rows into batches of ``batch_size`` sequences.
 
-    ``negatives``: for retrieval training, else None. ``corpus_size``: item codes lie in [0, corpus_size).
+    ``negatives``: of retrieval, else None. Batches of an evaluation have none, but the same keys: the tables that
+    serve NEGATIVES expect the key in every batch. ``corpus_size``: item codes lie in [0, corpus_size).
     ``table_rows``: of features whose ids do not fit their table; their ids are hashed to [0, rows). So are the
     labels of retrieval training, which are looked up; the items of an evaluation (labels, seen) stay codes.
     """
@@ -203,27 +205,12 @@ class Assembler:
 
     def assemble(self, rows: Rows, plan: BatchPlan) -> HSTUBatch:
         """The batch of ``rows``, padded with empty sequences."""
-        lengths = self._padded(rows.lengths)
         items = self._hashed(self.roles.item, rows.items)
         labelled = ranges(np.cumsum(rows.lengths) - rows.num_labels, rows.num_labels)
-        values = {name: self._hashed(name, rows.context[name]) for name in self.roles.contextual}
-        jagged_lengths = {name: (lengths > 0).astype(np.int64) for name in self.roles.contextual}
-        values[self.roles.item], jagged_lengths[self.roles.item] = items, lengths
-        if self.roles.action is not None and rows.actions is not None:
-            values[self.roles.action] = self._hashed(self.roles.action, rows.actions)
-            jagged_lengths[self.roles.action] = lengths
-
-        draws = pool_positions = None
-        if self.negatives is not None:
-            candidates, draws, pool_positions = self._negatives(self.negatives, rows, items, plan)
-            if candidates is not None:
-                values[NEGATIVES] = self._hashed(self.roles.item, candidates)
-                jagged_lengths[NEGATIVES] = np.zeros_like(lengths)
-                jagged_lengths[NEGATIVES][0] = len(candidates)
-
+        negatives, draws, pool_positions = self._negatives(rows, items, plan)
         num_candidates = self._padded(rows.num_candidates)
         return HSTUBatch(
-            features=keyed_jagged(values, jagged_lengths),
+            features=self._features(rows, items, negatives),
             num_candidates=torch.from_numpy(num_candidates),
             num_labels=torch.from_numpy(self._padded(rows.num_labels)),
             labels=torch.from_numpy(self._labels(rows, items, labelled)),
@@ -234,11 +221,24 @@ class Assembler:
             seen_values=_tensor(rows.seen),
             seen_offsets=None if rows.seen_lengths is None else _tensor(self._offsets(rows.seen_lengths)),
             real_batch_size=len(rows.lengths),
-            item_lengths=lengths,
+            item_lengths=self._padded(rows.lengths),
             num_candidates_host=num_candidates,
             num_labels_total=len(labelled),
             position=plan.position,
         )
+
+    def _features(self, rows: Rows, items: np.ndarray, negatives: np.ndarray | None) -> KeyedJaggedTensor:
+        lengths = self._padded(rows.lengths)
+        values = {name: self._hashed(name, rows.context[name]) for name in self.roles.contextual}
+        jagged_lengths = {name: (lengths > 0).astype(np.int64) for name in self.roles.contextual}
+        values[self.roles.item], jagged_lengths[self.roles.item] = items, lengths
+        if self.roles.action is not None and rows.actions is not None:
+            values[self.roles.action] = self._hashed(self.roles.action, rows.actions)
+            jagged_lengths[self.roles.action] = lengths
+        if negatives is not None:
+            values[NEGATIVES] = self._hashed(self.roles.item, negatives)
+            jagged_lengths[NEGATIVES] = self._padded(np.array([len(negatives)]))
+        return keyed_jagged(values, jagged_lengths)
 
     def _labels(self, rows: Rows, items: np.ndarray, labelled: np.ndarray) -> np.ndarray:
         if rows.held_out is not None:
@@ -248,9 +248,15 @@ class Assembler:
         return values[labelled]
 
     def _negatives(
-        self, negatives: Negatives, rows: Rows, items: np.ndarray, plan: BatchPlan
+        self, rows: Rows, items: np.ndarray, plan: BatchPlan
     ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
         """(item codes to look up, draws, pool positions), each None where the kind of negatives has none."""
+        negatives = self.negatives
+        if negatives is None:
+            return None, None, None
+        in_batch = negatives.kind == "in_batch"
+        if rows.held_out is not None:
+            return None if in_batch else np.empty(0, dtype=np.int64), None, None
         keys = LabelKeys(
             seed=self.seed,
             epoch=plan.epoch,
@@ -258,7 +264,7 @@ class Assembler:
             places=ranges(np.zeros_like(rows.num_labels), rows.num_labels),
             global_start=plan.global_start,
         )
-        if negatives.kind == "in_batch":
+        if in_batch:
             draws = draw_31_bits(keys, negatives.num) if negatives.num else None
             return None, draws, np.unique(items, return_index=True)[1]
         if negatives.kind == "full":

@@ -74,8 +74,18 @@ class DatasetSpec:
     wheel: WheelFiles | None = field(default=None)
 
 
-def _movielens(name: str, md5: str, raw_formats: tuple[RawFormat, ...], *, users: int, items: int, events: int,
-               context: tuple[str, ...], actions: int, wheel: WheelFiles | None = None) -> DatasetSpec:
+def _movielens(
+    name: str,
+    md5: str,
+    raw_formats: tuple[RawFormat, ...],
+    *,
+    users: int,
+    items: int,
+    events: int,
+    context: tuple[str, ...],
+    actions: int,
+    wheel: WheelFiles | None = None,
+) -> DatasetSpec:
     return DatasetSpec(
         name=name,
         homepage=f"https://grouplens.org/datasets/movielens/{name.removeprefix('ml-')}/",
@@ -93,8 +103,9 @@ def _kuairand(variant: str, md5: str, logs: tuple[str, ...], published: Mapping[
         name=f"kuairand-{variant}",
         homepage="https://kuairand.com/",
         archive=Archive(f"https://zenodo.org/records/10439422/files/{folder}.tar.gz", md5),
-        raw_formats=(RawFormat("kuairand", (*(f"log_standard_{log}.csv" for log in logs),
-                                            f"user_features_{variant}.csv")),),
+        raw_formats=(
+            RawFormat("kuairand", (*(f"log_standard_{log}.csv" for log in logs), f"user_features_{variant}.csv")),
+        ),
         schema=Schema(
             item="video_id",
             action="action",

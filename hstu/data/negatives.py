@@ -57,7 +57,6 @@ def draw_31_bits(keys: LabelKeys, num: int) -> np.ndarray:
 
 def draw_shared(keys: LabelKeys, num: int, corpus_size: int) -> np.ndarray:
     """Item codes of a whole global batch, int64 [num], the same on all its ranks; repeats are kept."""
-    # The start is the key's third counter and one of a kind: samples' own draws have five counters.
     bits = random_bits(keys.seed, keys.epoch, keys.global_start, np.arange(num))
     return random_below(corpus_size, (bits >> np.uint64(32)).astype(np.uint32))
 

@@ -150,9 +150,7 @@ def _in_training(store: SequenceStore, fraction: float, seed: int) -> np.ndarray
 def _cut_events(store: SequenceStore, fraction: float) -> np.ndarray:
     """Each user's first event at or after the cut in time, int64 [U]; the user's end where there is none."""
     if store.timestamp_feature is None:
-        raise ConfigError(
-            'DatasetArgs.split = "time" needs a timestamp feature, and the data has none; use another split'
-        )
+        raise ConfigError('DatasetArgs.split = "time" needs timestamps, and the data has none; use another split')
     times = store.sequence(store.timestamp_feature)
     middle = min(int(fraction * len(times)), len(times) - 1)
     cut = np.partition(times, middle)[middle]

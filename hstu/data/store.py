@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -83,7 +84,7 @@ class SequenceStore:
         self.timestamp_feature: str | None = next(iter(self._named("timestamp")), None)
         self.contextual_features: tuple[str, ...] = self._named("context")
         self._files: dict[str, dict[str, Any]] = meta["files"]
-        self._command: str | None = meta["command"]
+        self.command: str | None = meta["command"]
         self._maps: dict[str, np.ndarray] = {}
 
     @classmethod
@@ -199,7 +200,7 @@ class SequenceStore:
         text = utf8.tobytes()
         bounds = offsets.tolist()
         strings = np.empty(len(bounds) - 1, dtype=object)
-        strings[:] = [text[a:b].decode() for a, b in zip(bounds, bounds[1:], strict=False)]
+        strings[:] = [text[a:b].decode() for a, b in pairwise(bounds)]
         return strings
 
     def _check_files(self) -> None:
@@ -236,7 +237,7 @@ class SequenceStore:
             raise self._damaged(OFFSETS_FILE, "its values are not ascending")
 
     def _damaged(self, file: str, what: str) -> DataError:
-        return DataError(f"{self.path / file} is damaged: {what}. {_remedy(self.path, {'command': self._command})}")
+        return DataError(f"{self.path / file} is damaged: {what}. {_remedy(self.path, {'command': self.command})}")
 
 
 def _chunks(values: np.ndarray, size: int = 1 << 22) -> Any:

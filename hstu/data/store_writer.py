@@ -19,7 +19,6 @@ from hstu.data.store import (
     FORMAT,
     META_FILE,
     OFFSETS_FILE,
-    USER_FEATURE,
     VERSION,
     FeatureMeta,
     Role,
@@ -29,7 +28,11 @@ from hstu.data.store import (
     vocabulary_stem,
 )
 
-SEQUENCE_DTYPE = {"item": np.dtype(np.int32), "action": np.dtype(np.int32), "timestamp": np.dtype(np.int64)}
+SEQUENCE_DTYPE: dict[str, np.dtype] = {
+    "item": np.dtype(np.int32),
+    "action": np.dtype(np.int32),
+    "timestamp": np.dtype(np.int64),
+}
 
 
 class StoreWriter:

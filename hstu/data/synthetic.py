@@ -18,7 +18,7 @@ from hstu.config.args import BenchmarkDatasetArgs, FeatureArgs, RandomDistributi
 from hstu.config.errors import ConfigError
 from hstu.data.batch import HSTUBatch
 from hstu.data.collate import Assembler, Collator, FeatureRoles, Rows, ranges
-from hstu.data.hashing import random_bits
+from hstu.data.hashing import hash_ids, random_bits
 from hstu.data.negatives import Negatives
 from hstu.data.sampler import BatchPlan, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.sequences import Task
@@ -83,8 +83,8 @@ class _Feature:
 class SyntheticReader:
     """Draws the rows of a plan; ``plan.ordinals`` are what samples are drawn from.
 
-    Sequences have at least one item more than candidates. ``split`` tells the training stream from the evaluation's;
-    in an evaluation of retrieval a further item is drawn to be found.
+    Sequences have at least one item more than candidates. Ids beyond their table are hashed into it. ``split`` tells
+    the training stream from the evaluation's; in an evaluation of retrieval a further item is drawn to be found.
     """
 
     def __init__(
@@ -143,11 +143,12 @@ class SyntheticReader:
         gaps = 1 + np.floor(-np.log(self._uniforms(_TIMES, ordinals, places)) * _MEAN_GAP_S).astype(np.int64)
         elapsed = np.cumsum(gaps)
         starts = np.cumsum(lengths) - lengths
-        return _FIRST_TIME_S + elapsed - np.repeat(elapsed[starts] - gaps[starts], lengths)
+        return _FIRST_TIME_S + elapsed - np.repeat(elapsed[starts], lengths)
 
     def _ids(self, name: str, purpose: int, ordinals: np.ndarray, places: np.ndarray | int) -> np.ndarray:
         feature = self.features[name]
-        return feature.ids.values(self._uniforms(purpose, feature.index, ordinals, places))
+        ids = feature.ids.values(self._uniforms(purpose, feature.index, ordinals, places))
+        return ids if feature.ids.high <= feature.rows else hash_ids(ids, feature.rows)
 
     def _uniforms(self, *counters: int | np.ndarray) -> np.ndarray:
         """float64 in (0, 1)."""
@@ -178,14 +179,13 @@ class SyntheticDataset:
     ) -> None:
         _check(args)
         reader = SyntheticReader(args, task, split, seed, wants_timestamps=wants_timestamps, wants_seen=wants_seen)
-        tables = {name: feature.rows for name, feature in reader.features.items() if feature.ids.high > feature.rows}
-        if args.action_feature_name in tables:
+        action = reader.features.get(args.action_feature_name or "")
+        if action is not None and action.ids.high > action.rows:
             raise ConfigError(
-                f"value_dists of {args.action_feature_name!r}: actions must be below the rows of their table, "
-                f"{tables[args.action_feature_name]}"
+                f"value_dists of {args.action_feature_name!r}: actions must be below their table's rows, {action.rows}"
             )
-        corpus_size = reader.features[args.item_feature_name].ids.high
-        assembler = Assembler(batch_size, task, reader.roles, corpus_size, seed, negatives, tables)
+        corpus_size = reader.features[args.item_feature_name].rows
+        assembler = Assembler(batch_size, task, reader.roles, corpus_size, seed, negatives)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.num_samples = args.num_generated_batches * batch_size * world_size
         self._collator = Collator(reader, assembler)

@@ -86,19 +86,22 @@ class _ConsoleFormatter(logging.Formatter):
 
 
 def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan) -> str:
-    """One aligned line of training; ``eta_s``: seconds that are left."""
+    """One aligned line of training: rates of all ranks, TFLOPS and MFU of one, time waited for data, memory.
+
+    eta_s: seconds that are left.
+    """
     width = len(str(total_iters))
     parts = [
         f"iter {record.iteration:>{width}}/{total_iters}",
         f"epoch {record.epoch:6.2f}",
         f"loss {record.loss:8.4f}",
         f"lr {record.lr:.2e}",
-        f"{_short(record.samples_per_s):>5} samples/s",
-        f"{_short(record.tokens_per_s):>5} tokens/s",
+        f"{_short(record.samples_per_s):>5} smp/s",
+        f"{_short(record.tokens_per_s):>5} tok/s",
         f"{record.tflops:6.3g} TFLOPS",
         f"MFU {_percent(record.mfu)}",
-        f"data wait {_percent(record.data_wait)}",
-        f"mem {_gigabytes(record.memory_bytes)}",
+        f"wait {_percent(record.data_wait)}",
+        _gigabytes(record.memory_bytes),
         f"ETA {format_seconds(eta_s)}",
     ]
     return "  ".join(parts)

@@ -16,26 +16,19 @@ class PeakTflops(NamedTuple):
     source: str
 
 
-# Dense rates without sparsity from the makers' data sheets: device name → (bfloat16/float16 with float32
-# accumulation, TF32, float32). The first pattern that matches counts. 0: the device has no such unit.
-_DATA_SHEETS: tuple[tuple[str, tuple[float, float, float]], ...] = (
-    (r"GB200|GB300", (2500, 1250, 80)),
-    (r"B200|B300", (2250, 1125, 75)),
-    (r"H200 NVL|H100 NVL", (835, 417, 60)),
-    (r"H100 PCIe", (756, 378, 51)),
-    (r"GH200|H200|H100|H800", (989, 494.5, 67)),
-    (r"A100|A800", (312, 156, 19.5)),
+# Dense rates without sparsity as the maker publishes them: device name → (bfloat16 and float16 with float32
+# accumulation, TF32, float32). The first pattern that matches counts; None and names not listed are measured.
+_DATA_SHEETS: tuple[tuple[str, tuple[float, float | None, float | None]], ...] = (
+    (r"\bB200", (2250, None, None)),
+    (r"H100 NVL", (835, None, None)),
+    (r"H[18]00 PCIe", (756, 378, 51)),
+    (r"(GH200|H200|H100|H800)(?! NVL)", (989, 494.5, 67)),
+    (r"A[18]00", (312, 156, 19.5)),
     (r"L40S", (362, 183, 91.6)),
-    (r"L40\b", (181, 90.5, 90.5)),
-    (r"L4\b", (121, 60, 30.3)),
     (r"A40\b", (149.7, 74.8, 37.4)),
     (r"A30\b", (165, 82, 10.3)),
-    (r"A10G", (70, 35, 35)),
     (r"A10\b", (125, 62.5, 31.2)),
-    (r"RTX 4090", (165.2, 82.6, 82.6)),
-    (r"RTX 3090", (71, 35.6, 35.6)),
-    (r"V100", (125, 0, 15.7)),
-    (r"T4\b", (65, 0, 8.1)),
+    (r"V100-SXM", (125, 15.7, 15.7)),  # has no TF32
 )
 
 
@@ -49,7 +42,7 @@ def data_sheet_tflops(name: str, dtype: torch.dtype, tf32: bool = False) -> floa
             if dtype in (torch.bfloat16, torch.float16):
                 return half
             if dtype == torch.float32:
-                return tensor_float if tf32 and tensor_float else single
+                return tensor_float if tf32 else single
             return None
     return None
 

@@ -73,7 +73,8 @@ class ThroughputMeter:
             self._wait_s += self._clock() - begun
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time to get each counts as waiting for data."""
+        """The same batches; the time to get each counts as waiting for data. Starts the clock anew: training begins."""
+        self._reset()
         return _Timed(batches, self)
 
     def take(self, sum_over_ranks: SumOverRanks = list, num_ranks: int = 1) -> Throughput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from enum import Enum
+from enum import StrEnum
 
 import torch
 
@@ -12,7 +12,7 @@ from hstu.config.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-class Backend(str, Enum):
+class Backend(StrEnum):
     """Kernel implementations that this version has."""
 
     PYTORCH = "pytorch"

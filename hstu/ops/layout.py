@@ -60,24 +60,19 @@ class JaggedLayout:
         """int64 [B], host: items of each sequence, candidates included."""
         return np.maximum(self.seqlens - self.num_contextuals, 0) // self.tokens_per_item
 
-    def item_tokens(self, start: np.ndarray, stop: np.ndarray) -> Tensor:
-        """Token index of items ``start[s] … stop[s] - 1`` of each sequence s, in order: int64 [Σ (stop - start)]."""
-        return torch.from_numpy(self._item_tokens(start, stop)).to(self.positions.device, non_blocking=True)
+    def newest_item_tokens(self, count: Tensor, total: int) -> Tensor:
+        """Token index of the newest ``count[s]`` items of each sequence s, oldest first: int64 [total].
 
-    def newest_item_tokens(self, count: np.ndarray) -> Tensor:
-        """Token index of the newest ``count[s]`` items of each sequence, oldest first: int64 [Σ count]."""
-        num_items = self.num_items
-        return self.item_tokens(num_items - count, num_items)
+        count: int64 [B] on the device; ``total`` is its sum, which the device is not asked for. The token before an
+        item's is the newest one of the step before: the previous item's action, or that item.
+        """
+        sequence = torch.repeat_interleave(count, output_size=total)
+        place = torch.arange(total, device=count.device) - (count.cumsum(0) - count)[sequence]
+        return self.seqlen_offsets[1:][sequence] - (count[sequence] - place) * self.tokens_per_item
 
-    def step_tokens(self, start: np.ndarray, stop: np.ndarray) -> Tensor:
-        """Like :meth:`item_tokens`, but the newest token of each step: the item's action where it has a token."""
-        tokens = self._item_tokens(start, stop) + (self.tokens_per_item - 1)
-        return torch.from_numpy(tokens).to(self.positions.device, non_blocking=True)
-
-    def _item_tokens(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        sequence, place = places(np.asarray(stop) - np.asarray(start))
-        item = np.asarray(start)[sequence] + place
-        return offsets_of(self.seqlens)[sequence] + self.num_contextuals + item * self.tokens_per_item
+    def newest_tokens(self) -> Tensor:
+        """Index of each sequence's last token: int64 [B]; for an empty sequence that of another one, or -1."""
+        return self.seqlen_offsets[1:] - 1
 
 
 def build_layout(

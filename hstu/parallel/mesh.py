@@ -22,6 +22,7 @@ from hstu.config.errors import ConfigError
 log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
+_FINISH_TIMEOUT_S = 30.0
 _DROPOUT_STREAM = 0x64726F70  # keeps the dropout seeds of rank 0 apart from the seed of the initial weights
 
 
@@ -80,10 +81,14 @@ def start(
 
 
 def finish() -> None:
-    """Wait for all ranks and leave the process group. Does nothing where none was joined."""
+    """Wait for all ranks, but not for one that failed, and leave the process group, if one was joined."""
     if not dist.is_initialized():
         return
-    dist.barrier()
+    try:
+        last = dist.all_reduce(torch.zeros(1), async_op=True)
+        last.wait(timedelta(seconds=_FINISH_TIMEOUT_S))
+    except RuntimeError as error:
+        log.warning("not all ranks have finished: %s", error)
     _parallel_state().destroy_model_parallel()
     dist.destroy_process_group()
 

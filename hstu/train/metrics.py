@@ -95,12 +95,11 @@ class RankingMetrics:
 
     def compute(self, gather: Gather = only_rank) -> dict[str, float]:
         """All metrics over the predictions of all ranks. Collective; every rank gets the same numbers."""
-        if not self._chunks:
-            raise ValueError("no predictions: call update() first, if only with empty arrays of the right width")
+        if not self._chunks:  # then no rank has any: all see equally many batches
+            return self._undefined()
         logits, actions, users = (gather(np.concatenate(parts)) for parts in zip(*self._chunks, strict=True))
         if not len(actions):
-            logger.warning("metrics are undefined (nan): the evaluation set has no labelled items")
-            return dict.fromkeys(self.names, nan)
+            return self._undefined()
         logits = logits.astype(np.float64)
         if self.num_tasks is None:
             labelled = _classes(logits, actions - self.label_offset)
@@ -110,6 +109,10 @@ class RankingMetrics:
         for name in self.names:
             results |= self._compute_one(name, labelled, actions, users)
         return results
+
+    def _undefined(self) -> dict[str, float]:
+        logger.warning("metrics are undefined (nan): the evaluation set has no labelled items")
+        return dict.fromkeys(self.names, nan)
 
     def _compute_one(self, name: str, labelled: _Labelled, actions: np.ndarray, users: np.ndarray) -> dict[str, float]:
         if name == "AUC":

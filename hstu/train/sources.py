@@ -32,6 +32,8 @@ class BatchSource(ABC):
     tables: tuple[EmbeddingArgs, ...]
     cardinalities: dict[str, int]
     """Ids of a feature lie in [0, cardinality)."""
+    hashed_rows: dict[str, int]
+    """Rows of the tables, by feature, that the feature's ids do not fit into and are hashed to."""
     max_items: int
     """Items of the longest sequence."""
     batches_per_epoch: int
@@ -84,7 +86,7 @@ class StoreSource(BatchSource):
         self.tables = choose_tables(config.embeddings, predefined, self.roles.names)
         self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
         self._check_eval_store()
-        self._hashed_rows = check_rows(self.tables, self.cardinalities)
+        self.hashed_rows = check_rows(self.tables, self.cardinalities)
         self.max_items = args.max_sequence_length
         self.eval_splits, self.final_splits = self._splits()
         self._train_samples = self._samples("train")
@@ -148,7 +150,7 @@ class StoreSource(BatchSource):
             negatives=self._wanted.negatives,
             wants_timestamps=self._wanted.timestamps,
             wants_seen=self._wanted.seen and not training,
-            table_rows=self._hashed_rows,
+            table_rows=self.hashed_rows,
         )
 
     def _check_eval_store(self) -> None:
@@ -175,7 +177,7 @@ class RandomSource(BatchSource):
         self.cardinalities = {
             name: table.item_vocab_size_or_capacity for table in self.tables for name in table.feature_names
         }
-        check_rows(self.tables, self.cardinalities)
+        self.hashed_rows = check_rows(self.tables, self.cardinalities)
         self.max_items = next(
             group.max_sequence_length for group in args.feature_args if args.item_feature_name in group.feature_names
         )

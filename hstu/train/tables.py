@@ -43,18 +43,19 @@ def choose_tables(
 
 
 def check_rows(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int]) -> dict[str, int]:
-    """Rows of the dynamic tables by feature, after checking that all others hold every id of their features.
+    """Rows, by feature, of dynamic tables that ids are hashed into; all others are checked to hold every id.
 
     ``cardinalities``: ids of a feature lie in [0, cardinality). Until dynamic tables are served, one is a static
     table of its capacity, and ids that do not fit are hashed into it; this says so.
     """
-    problems, dynamic_rows = [], {}
+    problems, hashed_rows = [], {}
     for table in tables:
         rows = table.item_vocab_size_or_capacity
         for name in table.feature_names:
             ids = cardinalities[name]
             if isinstance(table, DynamicEmbeddingArgs):
-                dynamic_rows[name] = rows
+                if ids > rows:
+                    hashed_rows[name] = rows
                 how = f"{ids} ids are hashed into it" if ids > rows else f"each of {ids} ids has its own row"
                 log.warning("table %r is served as a static table of %d rows: %s", table.table_name, rows, how)
             elif ids > rows:
@@ -64,4 +65,4 @@ def check_rows(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int]
                 )
     if problems:
         raise ConfigError(problems)
-    return dynamic_rows
+    return hashed_rows

@@ -27,7 +27,7 @@ from hstu.optim.schedule import Schedule
 from hstu.parallel.collectives import sum_over_ranks
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.base import TrainPipeline
-from hstu.train.evaluate import Evaluator
+from hstu.train.evaluator import Evaluator
 from hstu.train.history import MetricsHistory
 from hstu.train.sources import BatchSource
 from hstu.train.stop import StopSignal

@@ -13,7 +13,9 @@ from hstu.data.sampler import BatchPlan, EvalSampler, SamplerPosition, TrainSamp
 
 def epoch_of_plans(world_size: int, epoch: int = 0, position: SamplerPosition | None = None, **options) -> list:
     """All ranks' plans of one epoch: a list of global batches, each a list over ranks."""
-    samplers = [TrainSampler(rank=rank, world_size=world_size, position=position, **options) for rank in range(world_size)]
+    samplers = [
+        TrainSampler(rank=rank, world_size=world_size, position=position, **options) for rank in range(world_size)
+    ]
     ranks = [list(takewhile(lambda plan: plan.epoch == epoch, sampler)) for sampler in samplers]
     assert len({len(plans) for plans in ranks}) == 1
     return list(zip(*ranks, strict=True))
@@ -45,8 +47,10 @@ def test_a_run_resumed_at_another_world_size_sees_each_sample_once(
     before = epoch_of_plans(world_1, batch_size=batch_1, **options)
     stop = data.draw(st.integers(1, len(before)))
     position = before[stop - 1][0].position
-    after = [] if position.consumed == num_samples else epoch_of_plans(
-        world_2, batch_size=batch_2, position=position, **options
+    after = (
+        []
+        if position.consumed == num_samples
+        else epoch_of_plans(world_2, batch_size=batch_2, position=position, **options)
     )
     assert samples_of(before[:stop]) + samples_of(after) == epoch_order(num_samples, 11, 0, True).tolist()
 

@@ -28,17 +28,18 @@ FEATURES = ("user", "item", "action", NEGATIVES)
 class ToyTask(nn.Module):
     """Squared error of an MLP on item rows (of two lookups), action rows and the user's row."""
 
-    def __init__(self, dim: int, user_dim: int) -> None:
+    def __init__(self, dim: int, user_dim: int, dropout: float) -> None:
         super().__init__()
         self.project = nn.Linear(user_dim, dim)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, 1)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
         items, actions, users = (embeddings[name] for name in ("item", "action", "user"))
         per_token = self.project(users.values()).repeat_interleave(items.lengths()[users.lengths() > 0], dim=0)
         hidden = self.norm(items.values() + actions.values() + per_token)
-        predictions = torch.tanh(self.head(hidden)).squeeze(1)
+        predictions = torch.tanh(self.head(self.dropout(hidden))).squeeze(1)
         extra = embeddings[NEGATIVES].values().square().sum()
         loss = (predictions - batch.labels.float()).square().sum() + extra
         return ModelOutput(loss, batch.num_labels.sum())
@@ -78,12 +79,14 @@ def make_batch(step: int, rank: int, world_size: int, empty_from: int | None = N
 
 def make_config(
     optimizer: str = "sgd", sharding: str = "row_wise", replicated: tuple[str, ...] | list[str] = ("action",),
-    dim: int = 8, user_dim: int = -1, learning_rate: float = 0.1, **optimizer_args: Any,
+    dim: int = 8, user_dim: int = -1, learning_rate: float = 0.1, init_seed_offset: int = 0,
+    dropout: float = 0.0, **optimizer_args: Any,
 ) -> Any:
     """The parts of a RunConfig that the toy needs."""
     tables = [("user", USERS), ("item", ITEMS), ("action", ACTIONS)]
     return SimpleNamespace(
-        trainer=SimpleNamespace(seed=7),
+        dropout=dropout,
+        trainer=SimpleNamespace(seed=7 + init_seed_offset),
         optimizer=OptimizerArgs(optimizer_str=optimizer, learning_rate=learning_rate, **optimizer_args),
         network=NetworkArgs(num_layers=1, hidden_size=dim, num_attention_heads=1, kv_channels=4,
                             contextual_embedding_dim=user_dim),
@@ -102,7 +105,7 @@ def build(config: Any, mesh: mesh_module.Mesh) -> tuple[GRModel, Optimizers]:
     mesh_module.seed_initial_weights(config.trainer.seed)
     dim, user_dim = config.network.hidden_size, config.network.contextual_embedding_dim
     specs = table_specs(config.embeddings, config.network, ["user"], "item", lookup_negatives=True)
-    task = ToyTask(dim, user_dim if user_dim > 0 else dim)
+    task = ToyTask(dim, user_dim if user_dim > 0 else dim, config.dropout)
     model, tables = shard(GRModel(specs, task, FEATURES, "item", config.trainer.seed), config, mesh)
     replicate_dense(model, mesh)
     return model, build_optimizers(model, config.optimizer, tables)

@@ -25,9 +25,7 @@ def test_without_a_causal_mask_nothing_is_taken_off_the_attention() -> None:
 
 def test_the_published_fixed_length_step_gives_the_published_rate() -> None:
     # L8 D1024 H4x256, 32 sequences of 4099 tokens: 187 ms a step are 341.6 TFLOPS.
-    flops = step_flops(
-        np.full(32, 4099), np.zeros(32, int), num_layers=8, hidden_size=1024, num_heads=4, head_dim=256
-    )
+    flops = step_flops(np.full(32, 4099), np.zeros(32, int), num_layers=8, hidden_size=1024, num_heads=4, head_dim=256)
     assert flops / 0.187 / 1e12 == pytest.approx(341.6, rel=0.005)
 
 

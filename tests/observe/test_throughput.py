@@ -51,6 +51,7 @@ def test_evaluation_is_left_out_and_waiting_for_data_is_not() -> None:
 def test_a_timed_iterator_gives_the_same_batches_and_counts_the_wait() -> None:
     clock = Clock()
     meter = ThroughputMeter(clock=clock)
+    clock.now += 1000.0  # building the model; training begins when batches are asked for
 
     def slow_loader():
         for batch in "abc":

@@ -51,8 +51,13 @@ class Batch:
 def users(draw: st.DrawFn, max_history: int, max_candidates: int) -> User:
     history = draw(st.integers(0, max_history))
     candidates = draw(st.integers(0, max_candidates))
-    gaps = draw(st.lists(st.sampled_from([0, 1, 2, 59, 3600, 10**6, 10**9]), min_size=history + candidates,
-                         max_size=history + candidates))
+    gaps = draw(
+        st.lists(
+            st.sampled_from([0, 1, 2, 59, 3600, 10**6, 10**9]),
+            min_size=history + candidates,
+            max_size=history + candidates,
+        )
+    )
     return User(history, candidates, tuple(int(t) for t in np.cumsum(gaps)))
 
 

@@ -26,18 +26,17 @@ def test_positions_times_and_lengths_equal_those_written_down_token_by_token(bat
     assert (layout.num_candidate_tokens is None) == (not any(candidates))
 
 
-def test_newest_items_and_steps_are_found_behind_context_and_between_actions() -> None:
+def test_newest_items_are_found_behind_context_and_between_actions() -> None:
     # tokens: c i a i a i a | (empty) | c i a
     batch = Batch((User(3, 0), User(1, 0), User(0, 0, is_padding=True)), contextuals=1, tokens_per_item=2, group_size=1)
     layout = batch.layout()
     assert layout.num_items.tolist() == [3, 1, 0]
-    assert layout.newest_item_tokens(np.array([2, 1, 0])).tolist() == [3, 5, 8]
-    assert layout.step_tokens(np.array([0, 0, 0]), np.array([2, 0, 0])).tolist() == [2, 4]
-    assert layout.newest_item_tokens(np.array([0, 0, 0])).dtype == torch.int64
+    assert layout.newest_item_tokens(torch.tensor([2, 1, 0]), total=3).tolist() == [3, 5, 8]
+    assert layout.newest_item_tokens(torch.tensor([0, 0, 0]), total=0).tolist() == []
+    assert layout.newest_tokens()[:2].tolist() == [6, 9]
 
 
-def test_without_actions_a_step_is_its_item() -> None:
+def test_without_actions_an_item_is_one_token() -> None:
     layout = Batch((User(2, 1),), contextuals=2, tokens_per_item=1, group_size=1).layout()
-    assert layout.step_tokens(np.array([0]), np.array([3])).tolist() == [2, 3, 4]
-    assert layout.newest_item_tokens(np.array([1])).tolist() == [4]
+    assert layout.newest_item_tokens(torch.tensor([3]), total=3).tolist() == [2, 3, 4]
     assert layout.positions.tolist() == [0, 1, 2, 3, 4]

@@ -122,9 +122,11 @@ def test_one_class_only_gives_nan_and_says_why(caplog):
     assert "AUC is undefined (nan)" in caplog.text
 
 
-def test_no_label_at_all_gives_nan_and_says_why(caplog):
+@pytest.mark.parametrize("empty_batch", [True, False])
+def test_no_label_at_all_gives_nan_and_says_why(empty_batch, caplog):
     collected = RankingMetrics(("AUC", "LOGLOSS"), num_tasks=1)
-    collected.update(np.zeros((0, 1)), np.zeros(0), np.zeros(0))
+    if empty_batch:
+        collected.update(np.zeros((0, 1)), np.zeros(0), np.zeros(0))
     assert all(math.isnan(value) for value in collected.compute().values())
     assert "no labelled items" in caplog.text
 

@@ -71,7 +71,9 @@ def import_interactions(
     if resolve_name(name) is not None:
         raise ConfigError(f"dataset_name {name!r} is a built-in dataset; give your own data another name")
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ConfigError(f"dataset_name {name!r}: allowed are letters, digits, '_', '-' and '.', as it names a directory")
+        raise ConfigError(
+            f"dataset_name {name!r}: allowed are letters, digits, '_', '-' and '.', as it names a directory"
+        )
     target = Path(output) if output else DATA_DIRECTORY / name
     if not force and _is_good(target):
         return target
@@ -92,10 +94,10 @@ def import_interactions(
 
 def _is_good(target: Path) -> bool:
     try:
-        SequenceStore.open(target)
+        store = SequenceStore.open(target)
     except DataError:
         return False
-    _log.info("%s is complete and left alone; --force makes it anew", target)
+    _log.warning("%s exists and is left alone; --force makes it anew. It was made with: %s", target, store.command)
     return True
 
 

@@ -96,7 +96,9 @@ def _load_events(engine: duckdb.DuckDBPyConnection, raw: RawTables, schema: Sche
     for column in columns:
         missing, first = _one(engine, f'SELECT count(*), min(rowid) + 1 FROM events WHERE "{column}" IS NULL')
         if missing:
-            raise DataError(f"{files}: {missing} row(s) have no {column}, the first is row {first}; fill or remove them")
+            raise DataError(
+                f"{files}: {missing} row(s) without a usable {column}, the first is row {first}; correct or remove them"
+            )
     (total,) = _one(engine, "SELECT count(*) FROM events")
     if total == 0:
         raise DataError(f"{files}: no events")
@@ -111,7 +113,7 @@ def _number_users_and_items(engine: duckdb.DuckDBPyConnection) -> np.ndarray:
     """Tables ``users`` and ``items`` (id, code, events), codes ascending in id; returns the events of each user."""
     for table, column in (("users", "user"), ("items", "item")):
         engine.execute(
-            f'CREATE TABLE {table} AS SELECT id, row_number() OVER (ORDER BY id) - 1 AS code, events '
+            f"CREATE TABLE {table} AS SELECT id, row_number() OVER (ORDER BY id) - 1 AS code, events "
             f'FROM (SELECT "{column}" AS id, count(*) AS events FROM events GROUP BY 1)'
         )
     return _column(engine, "SELECT events FROM users ORDER BY code")
@@ -124,7 +126,9 @@ def _write_context(
         engine.execute(f"CREATE TABLE context AS {raw.context}")
         repeated = engine.execute('SELECT "user" FROM context GROUP BY 1 HAVING count(*) > 1 LIMIT 3').fetchall()
         if repeated:
-            raise DataError(f"{raw.files[-1].name}: several rows for user {', '.join(repr(row[0]) for row in repeated)}")
+            raise DataError(
+                f"{raw.files[-1].name}: several rows for user {', '.join(repr(row[0]) for row in repeated)}"
+            )
     for feature in schema.context:
         if feature == USER_FEATURE:
             writer.write_context(feature, np.arange(num_users), cardinality=num_users)
@@ -149,9 +153,7 @@ def _write_events(
             schema.action, "action", cardinality=int(cardinality), length=num_events
         )
     if schema.timestamp:
-        arrays["timestamp"] = writer.create_sequence(
-            schema.timestamp, "timestamp", cardinality=None, length=num_events
-        )
+        arrays["timestamp"] = writer.create_sequence(schema.timestamp, "timestamp", cardinality=None, length=num_events)
     selected = ", ".join("i.code AS item" if name == "item" else f'e."{name}"' for name in arrays)
     order = f'e."user", {"e.time, " if schema.timestamp else ""}e.rowid'
     rows = engine.sql(f"SELECT {selected} FROM events e JOIN items i ON e.item = i.id ORDER BY {order}")
@@ -165,8 +167,7 @@ def _write_events(
 
 
 def _one(engine: duckdb.DuckDBPyConnection, query: str) -> tuple[int, ...]:
-    row = engine.execute(query).fetchone()
-    assert row is not None, "an aggregate has one row"
+    (row,) = engine.execute(query).fetchall()
     return row
 
 

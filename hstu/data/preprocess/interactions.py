@@ -6,7 +6,6 @@ values is. So ``007`` stays a string, distinct from ``7``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +128,9 @@ class _Table:
         self._type(column)
         name = identifier(column)
         number = f"TRY_CAST({name} AS DOUBLE)"
-        integer = f"CASE WHEN {number} = floor({number}) AND abs({number}) < 2147483647 THEN CAST({number} AS INTEGER) END"
+        integer = (
+            f"CASE WHEN {number} = floor({number}) AND abs({number}) < 2147483647 THEN CAST({number} AS INTEGER) END"
+        )
         self._demand(column, integer, "an integer from 0 up (for half stars, double them)")
         return integer
 
@@ -152,10 +153,8 @@ class _Table:
         return self.types[column]
 
     def _all(self, name: str, converted: str) -> bool:
-        row = self._engine.execute(
-            f"SELECT count(*) FROM {self.relation} WHERE {name} IS NOT NULL AND ({converted}) IS NULL"
-        ).fetchone()
-        return row == (0,)
+        query = f"SELECT 1 FROM {self.relation} WHERE {name} IS NOT NULL AND ({converted}) IS NULL LIMIT 1"
+        return not self._engine.execute(query).fetchall()
 
     def _demand(self, column: str, converted: str, allowed: str) -> None:
         name = identifier(column)
@@ -169,6 +168,5 @@ class _Table:
 
 def _as_integer(name: str) -> str:
     """BIGINT of a value whose text is that of an int64 in plain decimal notation, else NULL."""
-    return f"CASE WHEN CAST(TRY_CAST({name} AS BIGINT) AS VARCHAR) = CAST({name} AS VARCHAR) THEN TRY_CAST({name} AS BIGINT) END"
-
-
+    integer = f"TRY_CAST({name} AS BIGINT)"
+    return f"CASE WHEN CAST({integer} AS VARCHAR) = CAST({name} AS VARCHAR) THEN {integer} END"

@@ -77,9 +77,9 @@ READERS: dict[str, Callable[[Sequence[Path]], RawTables]] = {
 
 
 def _events(ratings: str, scale: int = 1) -> str:
-    return (
-        f'SELECT "user", item, CAST(rating * {scale} AS INTEGER) AS action, "time", "time" AS "timestamp" FROM {ratings}'
-    )
+    """A rating that is not whole after scaling is no rating of this data: NULL, which build_store refuses."""
+    whole = f"CASE WHEN rating * {scale} = floor(rating * {scale}) THEN CAST(rating * {scale} AS INTEGER) END"
+    return f'SELECT "user", item, {whole} AS action, "time", "time" AS "timestamp" FROM {ratings}'
 
 
 def _context_100k(users: str) -> str:
@@ -101,7 +101,7 @@ def _titles(
         return None
     try:
         with file.open(encoding=encoding, newline="\n") as lines:
-            return {int(movie): title for movie, title in parse(lines)}
+            return {int(movie): title.strip() for movie, title in parse(lines)}
     except (ValueError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} is not a list of movies and titles: {error}") from error
 

@@ -29,7 +29,7 @@ from hstu.ops.layout import JaggedLayout, offsets_of
 from hstu.ops.relative_bias import RelativeBias, distance_index, time_buckets
 
 MASKED = -1e30
-SCORES_PER_BLOCK = {"cpu": 2**18, "cuda": 2**26}  # CPU: the score matrices of a block stay in its cache
+SCORES_PER_BLOCK = {"cpu": 2**17, "cuda": 2**26}  # CPU: the score matrices of a block stay in its cache
 ROWS_PER_BLOCK = {"cpu": 64, "cuda": 1024}  # fewer rows skip more of the keys that a causal row cannot see
 MOST_PAIRS_REMEMBERED = 2**25  # of masks and buckets that are kept from layer to layer; beyond, they are made again
 
@@ -174,9 +174,7 @@ def _scores(q: Tensor, k: Tensor, terms: Terms, weights: tuple[Tensor, Tensor] |
     return added.repeat_interleave(heads, dim=0).baddbmm_(q, k.transpose(1, 2), alpha=alpha)
 
 
-def _add_weight_gradients(
-    grad_scores: Tensor, terms: Terms, grad_weights: tuple[Tensor, ...], heads: int
-) -> None:
+def _add_weight_gradients(grad_scores: Tensor, terms: Terms, grad_weights: tuple[Tensor, ...], heads: int) -> None:
     """Add a block's share to the gradients of the position and time weights. grad_scores: [b · H, r, k]."""
     grad_position, grad_time = grad_weights
     assert terms.distance is not None and terms.buckets is not None
@@ -269,9 +267,7 @@ def _make_plan(layout: JaggedLayout, rule: AttentionRule, heads: int) -> Plan:
 
 def _make_group(layout: JaggedLayout, members: np.ndarray, offsets: np.ndarray, length: int) -> Group:
     place = np.arange(length)
-    tokens = np.where(
-        place < layout.seqlens[members, None], offsets[members, None] + place, layout.num_tokens
-    )
+    tokens = np.where(place < layout.seqlens[members, None], offsets[members, None] + place, layout.num_tokens)
     candidates = layout.num_candidate_tokens_host[members]
     history_end = layout.seqlens[members] - candidates if candidates.any() else np.array([length])
     device = layout.positions.device

@@ -1,0 +1,79 @@
+"""What a checkpoint holds, under names that depend on neither the number of ranks nor how anything is wrapped."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from hstu.data.sampler import SamplerPosition
+from hstu.model.gr_model import GRModel
+from hstu.optim.optimizers import Optimizers
+from hstu.parallel.dense import unwrap_dense
+from hstu.parallel.embedding import sharded_weights
+
+_REPLICATED_PREFIX = "replicated.tables."
+
+
+@dataclass
+class TrainState:
+    """Everything that a resumed run needs to go on as if it had never stopped."""
+
+    model: GRModel
+    optimizers: Optimizers
+    operative_gin: str = ""
+    iteration: int = 0
+    """Optimizer steps done."""
+    position: SamplerPosition = field(default_factory=SamplerPosition)
+    """Where the data goes on."""
+
+    def tensors(self) -> dict[str, Tensor | ShardedTensor]:
+        """All live tensors, to be saved or overwritten in place.
+
+        ``model.tables.<table>`` for tables of either kind, ``model.task.<parameter>`` for the rest of the dense part,
+        ``optimizer.dense.<parameter>.<state>`` and ``optimizer.tables.<table>.<state>``.
+        """
+        dense = {_canonical(name): tensor for name, tensor in unwrap_dense(self.model).state_dict().items()}
+        tables = {f"tables.{name}": weight for name, weight in sharded_weights(self.model).items()}
+        optimizer = {f"optimizer.{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
+        return {f"model.{name}": tensor for name, tensor in (dense | tables).items()} | optimizer
+
+    def progress(self) -> dict[str, Any]:
+        """What is no tensor and equal on all ranks, as JSON."""
+        return {
+            "iteration": self.iteration,
+            "position": dataclasses.asdict(self.position),
+            "optimizer": self.optimizers.counters(),
+        }
+
+    def load_progress(self, progress: dict[str, Any]) -> None:
+        """Restore ``progress``."""
+        self.iteration = progress["iteration"]
+        self.position = SamplerPosition(**progress["position"])
+        self.optimizers.load_counters(progress["optimizer"])
+
+
+def _canonical(name: str) -> str:
+    """``replicated.tables.<table>.weight`` is called ``tables.<table>``, as a sharded table is."""
+    if not name.startswith(_REPLICATED_PREFIX):
+        return name
+    return f"tables.{name.removeprefix(_REPLICATED_PREFIX).removesuffix('.weight').replace('/', '.')}"
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """States of this rank's generators (dropout). Data order and negatives are counter-based and need none."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Restore ``random_state``."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,121 @@
+"""The reference of all parameters, made from args.py: for ``--explain`` and for docs/configuration.md.
+
+``python -m hstu.config.reference --write docs/configuration.md`` renews the tables of the page, ``--check`` tells
+whether they are up to date. What stands above the tables is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import inspect
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hstu.config.args import ARGS_CLASSES, Args
+from hstu.config.checks import default_of, describe_limits, is_required
+from hstu.config.errors import ConfigError
+from hstu.config.problems import did_you_mean, literal
+
+MARKER = "<!-- Made from hstu/config/args.py by: python -m hstu.config.reference --write docs/configuration.md -->"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row of the reference."""
+
+    name: str
+    type: str
+    default: str
+    """As written in gin, or "required"."""
+    allowed: str
+    """Limits beyond the type; may be empty."""
+    meaning: str
+
+
+def parameters_of(cls: type[Args]) -> list[Parameter]:
+    """The parameters of a class in order, those of its base included."""
+    return [_parameter(cls, field) for field in fields(cls)]  # type: ignore[arg-type]
+
+
+def _parameter(cls: type[Args], field: Field[Any]) -> Parameter:
+    docs = next(docs for base in cls.__mro__ if (docs := _field_docs(base)) and field.name in docs)
+    default = "required" if is_required(field) else literal(default_of(field))
+    return Parameter(field.name, str(field.type), default, describe_limits(field), docs[field.name])
+
+
+@functools.cache
+def _field_docs(cls: type) -> dict[str, str]:
+    """Field → the string literal that stands under it in the source."""
+    if not issubclass(cls, Args) or cls is Args:
+        return {}
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for statement, below in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
+            docs[statement.target.id] = " ".join(str(text).split())
+    return docs
+
+
+def explain(names: Sequence[str] = ()) -> str:
+    """The reference of the named classes (of all, if none is named) as plain text; ConfigError for an unknown name."""
+    classes = {cls.__name__: cls for cls in ARGS_CLASSES}
+    unknown = [name for name in names if name not in classes]
+    if unknown:
+        every = ", ".join(classes)
+        raise ConfigError(
+            [f"--explain {n}: no such class{did_you_mean(n, classes)} (there are {every})" for n in unknown]
+        )
+    return "\n\n".join(_as_text(classes[name]) for name in names or classes)
+
+
+def _as_text(cls: type[Args]) -> str:
+    lines = [f"{cls.__name__}: {' '.join((cls.__doc__ or '').split())}"]
+    for p in parameters_of(cls):
+        head = f"  {p.name}: {p.type}" + (" (required)" if p.default == "required" else f" = {p.default}")
+        lines.append(head + (f"   [{p.allowed}]" if p.allowed else ""))
+        lines.append(textwrap.fill(p.meaning, width=110, initial_indent="      ", subsequent_indent="      "))
+    return "\n".join(lines)
+
+
+def markdown(page: str) -> str:
+    """docs/configuration.md: what ``page`` says above the marker, then a table for each class."""
+    introduction, _, _ = page.partition(MARKER)
+    return "\n".join([f"{introduction}{MARKER}", "", *(_as_markdown(cls) for cls in ARGS_CLASSES)])
+
+
+def _as_markdown(cls: type[Args]) -> str:
+    rows = ["| parameter | type | default | allowed | meaning |", "|---|---|---|---|---|"]
+    for p in parameters_of(cls):
+        default = p.default if p.default == "required" else f"`{p.default}`"
+        cells = [f"`{p.name}`", f"`{p.type}`", default, p.allowed, p.meaning]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([f"### {cls.__name__}", "", " ".join((cls.__doc__ or "").split()), "", *rows, ""])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the page or checks it; 1 if it is out of date."""
+    parser = argparse.ArgumentParser(description="Make docs/configuration.md from the argument classes.")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--write", type=Path, metavar="FILE", help="write the page")
+    action.add_argument("--check", type=Path, metavar="FILE", help="exit with 1 if the page is out of date")
+    options = parser.parse_args(argv)
+    path: Path = options.write or options.check
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if options.write:
+        path.write_text(markdown(old), encoding="utf-8")
+    elif old != markdown(old):
+        print(f"{path} is out of date: python -m hstu.config.reference --write {path}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,397 @@
+"""Every rule that needs more than one value, one function each.
+
+A rule runs where the run has the classes of its signature (see rule_engine.py) and yields a problem for each
+mistake: the parameter it is about, and what to do. A rule's name says what it demands.
+"""
+# ruff: noqa: D103
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from hstu.config.args import (
+    BenchmarkDatasetArgs,
+    DatasetArgs,
+    LRScheduleArgs,
+    NetworkArgs,
+    OptimizerArgs,
+    RankingArgs,
+    RetrievalArgs,
+    TensorModelParallelArgs,
+    TrainerArgs,
+)
+from hstu.config.dataset_names import BUILT_IN_DATASETS, resolve_dataset_name
+from hstu.config.problems import Problem, did_you_mean
+from hstu.config.rule_engine import RuleBook, Run
+from hstu.config.run_config import kind_of
+
+rule = RuleBook()
+"""What makes a run impossible or a setting meaningless."""
+advice = RuleBook()
+"""What is allowed but probably not meant."""
+
+Problems = Iterator[Problem]
+
+
+# --- training loop -------------------------------------------------------------------------------------------------
+
+
+@rule
+def one_length_of_training(run: Run, trainer: TrainerArgs) -> Problems:
+    if trainer.max_train_iters is not None and trainer.num_train_epochs is not None:
+        other = run.cite(trainer, "max_train_iters")
+        yield run.problem(trainer, "num_train_epochs", f"exclusive with {other}; give one of them")
+
+
+@rule
+def profile_window(run: Run, trainer: TrainerArgs) -> Problems:
+    if trainer.profile and trainer.profile_step_start >= trainer.profile_step_end:
+        end = run.cite(trainer, "profile_step_end")
+        yield run.problem(trainer, "profile_step_start", f"must be below {end}")
+
+
+@rule
+def save_interval(run: Run, trainer: TrainerArgs) -> Problems:
+    if trainer.ckpt_save_interval == 0:
+        yield run.problem(trainer, "ckpt_save_interval", "expected -1 (never) or at least 1")
+
+
+# --- parallelism ---------------------------------------------------------------------------------------------------
+
+
+@rule
+def heads_divide_over_ranks(run: Run, network: NetworkArgs, tensor: TensorModelParallelArgs) -> Problems:
+    if network.num_attention_heads % tensor.tensor_model_parallel_size:
+        size = run.cite(tensor, "tensor_model_parallel_size")
+        yield run.problem(network, "num_attention_heads", f"must be a multiple of {size}")
+
+
+@rule
+def ranks_divide_into_groups(run: Run, tensor: TensorModelParallelArgs) -> Problems:
+    if run.world_size % tensor.tensor_model_parallel_size:
+        text = f"must divide the number of ranks, which is {run.world_size} (torchrun --nproc-per-node)"
+        yield run.problem(tensor, "tensor_model_parallel_size", text)
+
+
+# --- optimizer and schedule ----------------------------------------------------------------------------------------
+
+
+@rule
+def momentum_is_for_sgd(run: Run, optimizer: OptimizerArgs) -> Problems:
+    if optimizer.momentum > 0 and optimizer.optimizer_str != "sgd":
+        text = f"is for sgd and has no effect with {run.cite(optimizer, 'optimizer_str')}; remove it"
+        yield run.problem(optimizer, "momentum", text)
+
+
+@rule
+def one_length_of_warmup(run: Run, schedule: LRScheduleArgs) -> Problems:
+    if schedule.warmup_iters is not None and schedule.warmup_ratio is not None:
+        other = run.cite(schedule, "warmup_iters")
+        yield run.problem(schedule, "warmup_ratio", f"exclusive with {other}; give one of them")
+
+
+@rule
+def one_length_of_decay(run: Run, schedule: LRScheduleArgs) -> Problems:
+    if schedule.decay_iters is not None and schedule.decay_ratio is not None:
+        other = run.cite(schedule, "decay_iters")
+        yield run.problem(schedule, "decay_ratio", f"exclusive with {other}; give one of them")
+
+
+@rule
+def warmup_and_decay_fit(run: Run, schedule: LRScheduleArgs) -> Problems:
+    if (schedule.warmup_ratio or 0) + (schedule.decay_ratio or 0) > 1 and schedule.schedule != "cosine_restarts":
+        other = run.cite(schedule, "warmup_ratio")
+        yield run.problem(schedule, "decay_ratio", f"together with {other} this is more than the whole run")
+
+
+@rule
+def milestones_are_for_step(run: Run, schedule: LRScheduleArgs) -> Problems:
+    if schedule.schedule == "step" and not schedule.milestones:
+        yield run.problem(schedule, "schedule", "needs LRScheduleArgs.milestones, for example [1000, 2000]")
+    if schedule.schedule != "step" and schedule.milestones:
+        text = f"are for schedule 'step' and have no effect with {run.cite(schedule, 'schedule')}"
+        yield run.problem(schedule, "milestones", text)
+    if any(left >= right for left, right in pairwise(schedule.milestones)):
+        yield run.problem(schedule, "milestones", "must increase")
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+@rule
+def tables_have_names_of_their_own(run: Run) -> Problems:
+    yield from _once(run, [(table, [getattr(table, "table_name", None)]) for table in run.tables], "table_name")
+
+
+@rule
+def features_have_one_table(run: Run) -> Problems:
+    yield from _once(run, [(table, getattr(table, "feature_names", [])) for table in run.tables], "feature_names")
+
+
+def _once(run: Run, named: list[tuple[Any, list[Any]]], parameter: str) -> Problems:
+    """Each name occurs once over all parts."""
+    owners: dict[str, Any] = {}
+    for part, names in named:
+        for name in names:
+            if name in owners:
+                text = f"{name!r} is given twice, also in {run.cite(owners[name], parameter)}; keep one of them"
+                yield run.problem(part, parameter, text)
+            elif name is not None:
+                owners[name] = part
+
+
+def _features_of_tables(run: Run) -> list[str]:
+    return [name for table in run.tables for name in table.feature_names]
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+@rule
+def dataset_is_known_or_described(run: Run, dataset: DatasetArgs) -> Problems:
+    if resolve_dataset_name(dataset.dataset_name) is None and not run.tables:
+        guess = did_you_mean(dataset.dataset_name, BUILT_IN_DATASETS).removesuffix("?")
+        text = (
+            f"not a built-in dataset{guess}. Built in: "
+            f"{', '.join(BUILT_IN_DATASETS)}. For your own data: make it with scripts/preprocess_dataset.py "
+            f"--dataset_name {dataset.dataset_name} --interactions FILE --user COLUMN --item COLUMN, give "
+            "DatasetArgs.dataset_path, and describe one table for each feature with EmbeddingArgs"
+        )
+        yield run.problem(dataset, "dataset_name", text)
+
+
+@rule
+def own_features_have_tables(run: Run, dataset: DatasetArgs) -> Problems:
+    if resolve_dataset_name(dataset.dataset_name) is not None or not run.tables:
+        return
+    known = _features_of_tables(run)
+    for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names"):
+        value = getattr(dataset, parameter)
+        for name in value if isinstance(value, list) else [value]:
+            if name and name not in known:  # "" and None: none, the store's
+                text = f"no EmbeddingArgs has the feature {name!r}{did_you_mean(name, known)}"
+                yield run.problem(dataset, parameter, f"{text} (there are tables for {', '.join(known)})")
+
+
+@rule
+def features_have_one_role(run: Run, dataset: DatasetArgs | BenchmarkDatasetArgs) -> Problems:
+    context = dataset.contextual_feature_names or []
+    if len(set(context)) < len(context):
+        yield run.problem(dataset, "contextual_feature_names", "names a feature twice")
+    for parameter in ("item_feature_name", "action_feature_name"):
+        if getattr(dataset, parameter) in context:
+            text = f"also one of {run.cite(dataset, 'contextual_feature_names')}"
+            yield run.problem(dataset, parameter, text)
+    if dataset.item_feature_name and dataset.item_feature_name == dataset.action_feature_name:
+        yield run.problem(dataset, "action_feature_name", "this is the item feature; an action is another feature")
+
+
+@rule
+def history_remains(run: Run, dataset: DatasetArgs) -> Problems:
+    if dataset.max_num_candidates >= dataset.max_sequence_length:
+        length = run.cite(dataset, "max_sequence_length")
+        yield run.problem(dataset, "max_num_candidates", f"leaves no history: must be below {length}")
+
+
+@rule
+def splits_of_ranking(run: Run, dataset: DatasetArgs, ranking: RankingArgs) -> Problems:
+    if dataset.split == "leave_one_out":
+        yield run.problem(dataset, "split", "is for retrieval; ranking takes 'user_holdout' or 'time'")
+    elif dataset.valid_items != 1:
+        yield run.problem(dataset, "valid_items", "is for retrieval's leave_one_out and has no effect here; remove it")
+
+
+@rule
+def splits_of_retrieval(run: Run, dataset: DatasetArgs, retrieval: RetrievalArgs) -> Problems:
+    if dataset.split in ("user_holdout", "time"):
+        yield run.problem(dataset, "split", "is for ranking; retrieval takes 'leave_one_out'")
+    elif dataset.train_fraction != 0.7:
+        yield run.problem(dataset, "train_fraction", "has no effect with retrieval's leave_one_out split; remove it")
+    if dataset.eval_dataset_path is not None:
+        yield run.problem(dataset, "eval_dataset_path", "is for ranking; retrieval holds out each user's last items")
+
+
+# --- random benchmark data -----------------------------------------------------------------------------------------
+
+
+def _groups(dataset: BenchmarkDatasetArgs) -> dict[str, Any]:
+    """Feature → its FeatureArgs, the first one."""
+    return {name: group for group in reversed(dataset.feature_args) for name in group.feature_names}
+
+
+@rule
+def benchmark_features_are_described_once(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
+    yield from _once(run, [(group, group.feature_names) for group in dataset.feature_args], "feature_names")
+
+
+@rule
+def benchmark_roles_are_features(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
+    known = _groups(dataset)
+    for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names"):
+        value = getattr(dataset, parameter)
+        for name in value if isinstance(value, list) else [value]:
+            if name and name not in known:
+                text = f"no FeatureArgs has the feature {name!r}{did_you_mean(name, known)}"
+                yield run.problem(dataset, parameter, f"{text} (there are {', '.join(known)})")
+
+
+@rule
+def benchmark_features_have_roles(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
+    roles = {dataset.item_feature_name, dataset.action_feature_name, *dataset.contextual_feature_names}
+    groups = _groups(dataset)
+    if any(role and role not in groups for role in roles):  # reported: this may be the misspelt one
+        return
+    for name, group in groups.items():
+        if name not in roles:
+            text = f"{name!r} is not used: make it the item, the action or a contextual feature, or remove it"
+            yield run.problem(group, "feature_names", text)
+
+
+@rule
+def benchmark_features_have_tables(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
+    features, with_table = _groups(dataset), _features_of_tables(run)
+    for name, group in features.items():
+        if name not in with_table:
+            text = f"{name!r} has no table{did_you_mean(name, with_table)}; add EmbeddingArgs for it to embedding_args"
+            yield run.problem(group, "feature_names", text)
+    for table in run.tables:
+        for name in table.feature_names:
+            if name not in features:
+                text = f"no FeatureArgs has the feature {name!r}{did_you_mean(name, features)}"
+                yield run.problem(table, "feature_names", text)
+
+
+@rule
+def benchmark_context_is_one_token_a_feature(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
+    groups = _groups(dataset)
+    for group in {
+        id(groups[name]): groups[name] for name in dataset.contextual_feature_names if name in groups
+    }.values():
+        if group.is_jagged or group.max_sequence_length != 1:
+            parameter = "is_jagged" if group.is_jagged else "max_sequence_length"
+            yield run.problem(group, parameter, "a contextual feature has one id: max_sequence_length = 1, not jagged")
+
+
+@rule
+def benchmark_items_and_actions_are_equally_long(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
+    groups = _groups(dataset)
+    item, action = groups.get(dataset.item_feature_name), groups.get(dataset.action_feature_name or "")
+    if item is None or action is None or item is action:
+        return
+    if item.is_jagged or action.is_jagged or item.max_sequence_length != action.max_sequence_length:
+        text = f"must have the lengths of {dataset.item_feature_name!r}: put both into one FeatureArgs"
+        yield run.problem(dataset, "action_feature_name", text)
+
+
+@rule
+def benchmark_history_remains(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
+    item = _groups(dataset).get(dataset.item_feature_name)
+    if item is not None and dataset.max_num_candidates >= item.max_sequence_length:
+        length = run.cite(item, "max_sequence_length")
+        yield run.problem(dataset, "max_num_candidates", f"leaves no history: must be below {length}")
+
+
+@rule
+def benchmark_ids_have_one_distribution_each(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
+    for group in dataset.feature_args:
+        if group.value_dists is not None and len(group.value_dists) != len(group.feature_names):
+            text = f"expected one distribution for each of {run.cite(group, 'feature_names')}"
+            yield run.problem(group, "value_dists", text)
+        if group.seqlen_dist is not None and not group.is_jagged:
+            text = "has no effect where all sequences are equally long; set FeatureArgs.is_jagged = True"
+            yield run.problem(group, "seqlen_dist", text)
+
+
+@rule
+def distributions_have_a_range(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
+    for group in dataset.feature_args:
+        for dist in filter(None, [group.seqlen_dist, *(group.value_dists or [])]):
+            if dist.high is not None and dist.low >= dist.high:
+                yield run.problem(dist, "low", f"must be below {run.cite(dist, 'high')}")
+
+
+# --- ranking -------------------------------------------------------------------------------------------------------
+
+
+@rule
+def head_fits_the_tasks(run: Run, ranking: RankingArgs) -> Problems:
+    last = ranking.prediction_head_arch[-1]
+    if ranking.num_tasks not in (1, last):
+        tasks = run.cite(ranking, "num_tasks")
+        text = f"the last width must equal {tasks} (one sigmoid a task), or num_tasks must be 1 for {last} classes"
+        yield run.problem(ranking, "prediction_head_arch", text)
+
+
+@rule
+def metrics_fit_the_head(run: Run, ranking: RankingArgs) -> Problems:
+    multi_class = ranking.num_tasks == 1 and ranking.prediction_head_arch[-1] > 1
+    for metric in ranking.eval_metrics:
+        if metric.startswith("AUC>=") and not multi_class:
+            text = (
+                f"{metric} needs one task of several classes (star ratings): num_tasks = 1 and a last width above 1; "
+                f"here {run.cite(ranking, 'num_tasks')}, {run.cite(ranking, 'prediction_head_arch')}"
+            )
+            yield run.problem(ranking, "eval_metrics", text)
+
+
+@rule
+def labels_are_not_inputs(
+    run: Run, ranking: RankingArgs, network: NetworkArgs, dataset: DatasetArgs | BenchmarkDatasetArgs
+) -> Problems:
+    if not network.interleave_actions and dataset.max_num_candidates == 0:
+        candidates = run.cite(dataset, "max_num_candidates")
+        text = f"ranking with {candidates} would show each item its own label; set max_num_candidates above 0"
+        yield run.problem(network, "interleave_actions", text)
+
+
+@rule
+def ranking_has_actions(run: Run, ranking: RankingArgs, dataset: DatasetArgs | BenchmarkDatasetArgs) -> Problems:
+    absent = "" if kind_of(dataset) is DatasetArgs else None  # None: the store's
+    if dataset.action_feature_name in (absent, ""):
+        text = "ranking learns from actions: name the action feature"
+        yield run.problem(dataset, "action_feature_name", text)
+
+
+# --- retrieval -----------------------------------------------------------------------------------------------------
+
+
+@rule
+def retrieval_has_no_candidates(
+    run: Run, retrieval: RetrievalArgs, dataset: DatasetArgs | BenchmarkDatasetArgs
+) -> Problems:
+    if dataset.max_num_candidates > 0:
+        yield run.problem(
+            dataset, "max_num_candidates", "is for ranking; retrieval scores the whole corpus: set it to 0"
+        )
+
+
+@rule
+def retrieval_has_a_next_item(run: Run, retrieval: RetrievalArgs, dataset: DatasetArgs) -> Problems:
+    if dataset.max_sequence_length < 2:
+        yield run.problem(dataset, "max_sequence_length", "retrieval needs at least 2: an item and the next one")
+
+
+@rule
+def negatives_fit_their_number(run: Run, retrieval: RetrievalArgs) -> Problems:
+    kind = run.cite(retrieval, "negatives")
+    if retrieval.negatives == "uniform" and retrieval.num_negatives <= 0:
+        yield run.problem(retrieval, "num_negatives", f"{kind} needs a number above 0, for example 128")
+    if retrieval.negatives == "full" and retrieval.num_negatives > 0:
+        yield run.problem(retrieval, "num_negatives", f"{kind} takes the whole corpus; set it to -1")
+    if retrieval.shared_negatives and retrieval.negatives != "uniform":
+        yield run.problem(retrieval, "shared_negatives", f"is for negatives = 'uniform', here {kind}")
+
+
+# --- advice --------------------------------------------------------------------------------------------------------
+
+
+@advice
+def bidirectional_attention_sees_labels(
+    run: Run, network: NetworkArgs, dataset: DatasetArgs | BenchmarkDatasetArgs
+) -> Problems:
+    if not network.is_causal and dataset.max_num_candidates == 0:
+        what = "the next item, which is the target" if run.task == "retrieval" else "its own action, which is the label"
+        text = f"every item sees {what}: training looks perfect and nothing is learnt"
+        yield run.problem(network, "is_causal", text)

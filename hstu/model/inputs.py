@@ -1,0 +1,133 @@
+"""From table rows to the token sequence that the HSTU stack reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchrec import JaggedTensor
+
+from hstu.config.args import NetworkArgs
+from hstu.config.errors import ConfigError, DataError
+from hstu.data.batch import HSTUBatch
+from hstu.model.heads import MLP
+from hstu.ops.backends import Backend
+from hstu.ops.dropout import dropout
+from hstu.ops.jagged import jagged_concat, token_order
+from hstu.ops.layout import JaggedLayout, build_layout
+from hstu.ops.positions import add_positions
+
+
+@dataclass(frozen=True)
+class SequenceFeatures:
+    """Which features make a sequence, and how long it can get."""
+
+    item: str
+    action: str | None
+    contextual: tuple[str, ...]
+    max_items: int
+    """Items of the longest sequence, candidates included."""
+
+    def tokens_per_item(self, network: NetworkArgs) -> int:
+        """2 where an action is a token of its own."""
+        return 2 if self.action is not None and network.interleave_actions else 1
+
+    def max_tokens(self, network: NetworkArgs) -> int:
+        """Tokens of the longest possible sequence."""
+        return len(self.contextual) + self.max_items * self.tokens_per_item(network)
+
+
+class SequenceInputs(nn.Module):
+    """Table rows → tokens: scale by √D, project where widths differ, interleave, add positions, drop out.
+
+    Contextual features come first, one token each; then the items, each followed by its action, or with its action
+    added (``interleave_actions = False``; not for candidates, whose action is what is to be predicted).
+    Initial values: position rows N(0, 1/D), projections as :class:`hstu.model.heads.MLP`.
+    """
+
+    def __init__(self, network: NetworkArgs, features: SequenceFeatures, backend: Backend = Backend.PYTORCH) -> None:
+        super().__init__()
+        hidden = network.hidden_size
+        self.features = features
+        self.tokens_per_item = features.tokens_per_item(network)
+        self.target_group_size = network.target_group_size
+        self.needs_times = network.position_encoding == "relative_bias"
+        self.dropout = network.hidden_dropout if network.input_dropout is None else network.input_dropout
+        self.scale = math.sqrt(hidden)
+        self.backend = backend
+
+        widths = {"item": network.item_embedding_dim, "contextual": network.contextual_embedding_dim}
+        roles = {"item": "item", "action": "item", "contextual": "contextual"}
+        used = {"item": True, "action": features.action is not None, "contextual": bool(features.contextual)}
+        self.projections = nn.ModuleDict(
+            {
+                role: MLP(widths[table], (hidden, hidden), activation="silu")
+                for role, table in roles.items()
+                if used[role] and widths[table] not in (-1, hidden)
+            }
+        )
+        self.position_table: nn.Parameter | None = None
+        if network.position_encoding == "absolute":
+            self.position_table = nn.Parameter(torch.randn(network.num_position_buckets, hidden) / self.scale)
+
+    def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:
+        """Returns tokens [T, D] and their layout. ``embeddings``: rows of every feature in ``self.features``."""
+        layout = self._layout(batch)
+        x = jagged_concat(self._parts(embeddings, batch, layout), token_order(layout), self.backend)
+        if self.position_table is not None:
+            x = add_positions(x, self.position_table, layout.positions, self.backend)
+        return dropout(x, self.dropout, self.training), layout
+
+    def _layout(self, batch: HSTUBatch) -> JaggedLayout:
+        if self.needs_times and batch.timestamps is None:
+            raise ConfigError(
+                'NetworkArgs.position_encoding = "relative_bias" needs the time of every event, and this data '
+                'has none; use "absolute" or "none"'
+            )
+        return build_layout(
+            item_lengths=batch.item_lengths,
+            num_sequences=batch.real_batch_size,
+            num_contextuals=len(self.features.contextual),
+            num_candidates=batch.num_candidates_host,
+            tokens_per_item=self.tokens_per_item,
+            target_group_size=self.target_group_size,
+            device=batch.num_candidates.device,
+            item_times=batch.timestamps if self.needs_times else None,
+        )
+
+    def _parts(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, layout: JaggedLayout) -> list[Tensor]:
+        """Rows of width D in the order that :func:`hstu.ops.jagged.token_order` names."""
+        parts = []
+        for feature in self.features.contextual:
+            parts.append(self._embed("contextual", feature, embeddings, rows=batch.real_batch_size))
+        num_items = int(batch.item_lengths.sum())
+        items = self._embed("item", self.features.item, embeddings, rows=num_items)
+        if self.features.action is None:
+            return [*parts, items]
+        actions = self._embed("action", self.features.action, embeddings, rows=num_items)
+        if self.tokens_per_item == 2:
+            return [*parts, items, actions]
+        if layout.num_candidate_tokens is None:
+            return [*parts, items + actions]
+        is_history = torch.from_numpy(_is_history(batch)).to(actions.device, non_blocking=True)
+        return [*parts, items + actions * is_history[:, None]]
+
+    def _embed(self, role: str, feature: str, embeddings: dict[str, JaggedTensor], rows: int) -> Tensor:
+        values = embeddings[feature].values()
+        if len(values) != rows:
+            raise DataError(
+                f"feature {feature!r} has {len(values)} values in a batch that needs {rows}: a contextual feature has "
+                "exactly one value a sequence, an action exactly one an item"
+            )
+        values = values * self.scale
+        return self.projections[role](values) if role in self.projections else values
+
+
+def _is_history(batch: HSTUBatch) -> np.ndarray:
+    """bool [Σ item_lengths], host: False for candidates."""
+    lengths, candidates = batch.item_lengths, batch.num_candidates_host
+    flags = np.tile([True, False], len(lengths))
+    return np.repeat(flags, np.stack([lengths - candidates, candidates], axis=1).reshape(-1))

@@ -1,0 +1,18 @@
+"""Compute type of the dense model."""
+
+from __future__ import annotations
+
+import torch
+
+_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def mixed_precision(dtype_str: str, device_type: str) -> torch.autocast:
+    """A context in which matrix products run in this type; parameters and the residual stream stay float32.
+
+    With "float32" it turns an enclosing autocast off.
+    """
+    dtype = _TYPES[dtype_str]
+    if dtype == torch.float32:
+        return torch.autocast(device_type, enabled=False)
+    return torch.autocast(device_type, dtype=dtype)

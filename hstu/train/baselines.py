@@ -1,0 +1,85 @@
+"""What one gets without a model: the popularity ranking, and item means with users' running offsets.
+
+They put a run's figures into proportion, and show that a model uses the sequence at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hstu.data.collate import ranges
+from hstu.data.sequences import SampleTable
+from hstu.data.store import SequenceStore
+from hstu.train.metrics import auc, retrieval_metrics
+
+
+def popularity_baseline(
+    store: SequenceStore, train: SampleTable, test: SampleTable, metric_names: Sequence[str]
+) -> dict[str, float]:
+    """Retrieval metrics of ranking the whole corpus by the number of training events, seen items removed.
+
+    ``train`` and ``test`` are the samples of a leave-one-out split; events count even where truncation keeps them
+    from the model. Ties are midranks.
+    """
+    items = np.asarray(store.sequence(store.item_feature))
+    counts = np.bincount(
+        items[ranges(train.history_begin, train.stop - train.history_begin)],
+        minlength=store.cardinality(store.item_feature),
+    )
+    return retrieval_metrics(metric_names, _popularity_ranks(counts, items, test))
+
+
+def _popularity_ranks(counts: np.ndarray, items: np.ndarray, test: SampleTable) -> np.ndarray:
+    """float64 [S]: rank of each held-out item by ``counts`` [corpus] among the items not seen before."""
+    if test.target is None:
+        raise ValueError("the samples have no held-out items; they must be an evaluation split of leave_one_out")
+    own_items = items[test.target]
+    own = counts[own_items]
+    ascending = np.sort(counts)
+    higher = len(counts) - np.searchsorted(ascending, own, side="right")
+    equal = len(counts) - np.searchsorted(ascending, own, side="left") - higher - 1  # but for the target itself
+
+    seen_lengths = test.target - test.history_begin
+    seen_rows = np.repeat(np.arange(len(test)), seen_lengths)
+    seen_items = items[ranges(test.history_begin, seen_lengths)].astype(np.int64)
+    seen_rows, seen_items = np.divmod(np.unique(seen_rows * len(counts) + seen_items), len(counts))
+    rivals = seen_items != own_items[seen_rows]
+    seen_rows, seen_counts = seen_rows[rivals], counts[seen_items[rivals]]
+    higher = higher - np.bincount(seen_rows[seen_counts > own[seen_rows]], minlength=len(test))
+    equal = equal - np.bincount(seen_rows[seen_counts == own[seen_rows]], minlength=len(test))
+    return np.asarray(1 + higher + equal / 2)
+
+
+def running_mean_baseline(
+    store: SequenceStore, train: SampleTable, test: SampleTable, threshold: int
+) -> dict[str, float]:
+    """``AUC>=threshold`` of scoring ratings by item mean + running user offset, on the test samples' labels.
+
+    score = m(i) + Σ (r(j) − m(j)) / (n + 1), where m is an item's mean rating in the training samples (the mean of
+    all ratings where it has none) and the sum runs over the n events of the test sample before this one: how much
+    better the user has rated so far than others did, drawn towards 0 by one imaginary average rating.
+    """
+    if store.action_feature is None:
+        raise ValueError(f"{store.path} has no ratings")
+    items, actions = store.sequence(store.item_feature), store.sequence(store.action_feature)
+    means = _item_means(
+        items, actions, ranges(train.start, train.stop - train.start), store.cardinality(store.item_feature)
+    )
+
+    lengths = test.stop - test.start
+    events, place = ranges(test.start, lengths), ranges(np.zeros_like(lengths), lengths)
+    expected, ratings = means[items[events]], actions[events]
+    sums = np.concatenate([[0.0], np.cumsum(ratings - expected)])
+    first = np.arange(len(events)) - place
+    offsets = (sums[:-1] - sums[first]) / (place + 1)
+    labelled = place >= np.repeat(lengths - test.num_labels, lengths)
+    return {f"AUC>={threshold}": auc((expected + offsets)[labelled], ratings[labelled] >= threshold)}
+
+
+def _item_means(items: np.ndarray, ratings: np.ndarray, events: np.ndarray, corpus_size: int) -> np.ndarray:
+    """float64 [corpus_size]"""
+    counts = np.bincount(items[events], minlength=corpus_size)
+    sums = np.bincount(items[events], weights=ratings[events], minlength=corpus_size)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), ratings[events].mean())

@@ -1,0 +1,168 @@
+"""From a checked configuration to a Trainer: every part is made here, in the order in which it is needed."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hstu.checkpoint.state import TrainState
+from hstu.checkpoint.store import CheckpointStore
+from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
+from hstu.config.errors import ConfigError
+from hstu.config.run_config import RunConfig
+from hstu.data.batch import NEGATIVES
+from hstu.model.embedding import table_specs
+from hstu.model.gr_model import GRModel
+from hstu.model.inputs import SequenceFeatures
+from hstu.model.ranking import RankingDense
+from hstu.model.retrieval import RetrievalDense
+from hstu.model.stack import SequenceEncoder
+from hstu.observe.logging import set_up_logging
+from hstu.observe.peak import peak_tflops
+from hstu.observe.run_directory import RunDirectory, default_path
+from hstu.observe.throughput import ThroughputMeter
+from hstu.ops.backends import select_backend
+from hstu.optim.optimizers import Optimizers, build_optimizers
+from hstu.optim.schedule import Schedule
+from hstu.parallel.collectives import gather_objects, gather_rows
+from hstu.parallel.dense import replicate_dense
+from hstu.parallel.embedding import shard
+from hstu.parallel.mesh import Mesh, seed_dropout
+from hstu.pipeline.base import TrainPipeline
+from hstu.pipeline.none import SequentialPipeline
+from hstu.train.evaluator import Evaluator, RankingEvaluator, RetrievalEvaluator
+from hstu.train.sources import BatchSource, open_source
+from hstu.train.trainer import Trainer
+from hstu.train.work import StepWork
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
+    """A trainer that is ready to ``train()``. Raises ConfigError or DataError where the configuration cannot be."""
+    run_directory = open_run_directory(config, mesh)
+    source = open_source(config, mesh)
+    model, optimizers = build_model(config, source, mesh)
+    state = TrainState(model, optimizers, config.operative_gin())
+    peak = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
+    log.info("peak for MFU: %.3g TFLOPS a rank (%s)", peak.value, peak.source)
+    return Trainer(
+        args=config.trainer,
+        mesh=mesh,
+        source=source,
+        pipeline=build_pipeline(config.trainer, model, optimizers, mesh),
+        schedule=Schedule(config.schedule),
+        evaluator=build_evaluator(config, source, model, mesh),
+        checkpoints=CheckpointStore(config.trainer.ckpt_save_dir, config.trainer.ckpt_load_dir, mesh),
+        state=state,
+        run_directory=run_directory,
+        meter=ThroughputMeter(peak.value),
+        work=StepWork(config.network, source.roles),
+        total_iters=total_iters(config.trainer, source.batches_per_epoch),
+    )
+
+
+def open_run_directory(config: RunConfig, mesh: Mesh) -> RunDirectory:
+    """The run's directory, the same on all ranks, and the log that goes into it."""
+    path = config.trainer.output_dir or gather_objects(str(default_path(config.source_files)), mesh.world_group)[0]
+    run_directory = RunDirectory(
+        Path(path), config.operative_gin(), mesh.is_main, tensorboard=config.trainer.tensorboard
+    )
+    set_up_logging(mesh.rank, run_directory.log_file)
+    log.info("%s run in %s, %d rank(s) on %s", config.task, path, mesh.world_size, mesh.device)
+    return run_directory
+
+
+def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRModel, Optimizers]:
+    """The model, its tables sharded and its dense part replicated over ``mesh``, and its optimizers. Collective."""
+    if config.network.dtype_str == "float16" and mesh.device.type == "cpu":
+        raise ConfigError("NetworkArgs.dtype_str = 'float16' needs a GPU; use 'bfloat16' or 'float32' on a CPU")
+    retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
+    has_negatives = retrieval is not None and retrieval.negatives != "in_batch"
+    specs = table_specs(source.tables, config.network, source.roles.contextual, source.roles.item, has_negatives)
+    keys = (*source.roles.names, *([NEGATIVES] if has_negatives else []))
+    task = build_task(config, source, mesh)
+    model = GRModel(specs, task, keys, source.roles.item, config.trainer.seed)
+    model.dense.to(mesh.device)  # the sharded tables are made where they belong
+    model, table_optimizer = shard(model, config, mesh)
+    model = replicate_dense(model, mesh)
+    optimizers = build_optimizers(model, config.optimizer, table_optimizer)
+    seed_dropout(mesh)
+    parameters = sum(parameter.numel() for parameter in task.parameters())
+    rows = sum(spec.rows for spec in specs)
+    log.info("model: %s dense parameters, %s rows in %d tables", f"{parameters:,}", f"{rows:,}", len(specs))
+    return model, optimizers
+
+
+def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> nn.Module:
+    """The dense part: sequence encoder and the head or loss of the task."""
+    network, roles = config.network, source.roles
+    features = SequenceFeatures(roles.item, roles.action, roles.contextual, source.max_items)
+    backend = select_backend(network.kernel_backend, network.strict_kernel_backend, mesh.device)
+    encoder = SequenceEncoder(network, features, backend)
+    if isinstance(config.task_args, RankingArgs):
+        return RankingDense(
+            encoder,
+            config.task_args,
+            label_offset=label_offset(config.task_args, source),
+            max_num_candidates=config.dataset.max_num_candidates,
+        )
+    return RetrievalDense(
+        encoder,
+        item_feature=roles.item,
+        hidden_size=network.hidden_size,
+        item_dim=network.item_embedding_dim if network.item_embedding_dim > 0 else network.hidden_size,
+        args=config.task_args,
+        gather_pool=lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),
+    )
+
+
+def label_offset(args: RankingArgs, source: BatchSource) -> int:
+    """The action of class 0: 0 where the head has a class for every action from 0 on, 1 where it lacks one (ratings).
+
+    Raises ConfigError where the head has too few classes for the actions of the data.
+    """
+    last, action = args.prediction_head_arch[-1], source.roles.action
+    if action is None:
+        raise ConfigError("ranking needs an action feature, and the data has none; name one or train retrieval")
+    if last == args.num_tasks:
+        return 0
+    actions = source.cardinalities[action]
+    if last < actions - 1:
+        raise ConfigError(
+            f"RankingArgs.prediction_head_arch ends in {last} classes, but {action!r} takes values up to {actions - 1}: "
+            f"end it in {actions - 1} (values from 1 on) or {actions} (from 0 on), or in num_tasks for bit tasks"
+        )
+    return 1 if last == actions - 1 else 0
+
+
+def build_pipeline(args: TrainerArgs, model: GRModel, optimizers: Optimizers, mesh: Mesh) -> TrainPipeline:
+    """The pipeline that ``args`` asks for."""
+    if args.pipeline_type != "none":
+        log.warning(
+            "pipeline_type %r is served by the sequential pipeline ('none') in this version: the same losses, "
+            "no overlap with the next batches",
+            args.pipeline_type,
+        )
+    return SequentialPipeline(model, optimizers, mesh, args.max_grad_norm)
+
+
+def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh: Mesh) -> Evaluator:
+    """What turns evaluation batches into the task's metrics."""
+    if isinstance(config.task_args, RankingArgs):
+        offset = label_offset(config.task_args, source)
+        return RankingEvaluator(model, config.task_args, offset, mesh, config.trainer.max_eval_iters)
+    return RetrievalEvaluator(model, config.task_args, source, mesh, config.trainer.max_eval_iters)
+
+
+def total_iters(args: TrainerArgs, batches_per_epoch: int) -> int:
+    """Iterations of the whole run: max_train_iters, or num_train_epochs passes, or one."""
+    if args.max_train_iters is not None:
+        return args.max_train_iters
+    return max(1, math.ceil((args.num_train_epochs or 1.0) * batches_per_epoch))

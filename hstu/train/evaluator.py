@@ -1,0 +1,92 @@
+"""Evaluation as the trainer sees it: batches in, metrics out, the same on every rank."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu.config.args import RankingArgs, RetrievalArgs
+from hstu.data.batch import HSTUBatch
+from hstu.data.hashing import hash_ids
+from hstu.model.gr_model import GRModel
+from hstu.parallel.collectives import gather_objects
+from hstu.parallel.mesh import Mesh
+from hstu.train.evaluate import Corpus, evaluate_ranking, evaluate_retrieval
+from hstu.train.metrics import RankingMetrics
+from hstu.train.sources import BatchSource
+
+
+class Evaluator(ABC):
+    """Evaluates the model as it stands; collective."""
+
+    def __init__(self, model: GRModel, mesh: Mesh, max_iters: int | None) -> None:
+        self.model = model
+        self.mesh = mesh
+        self.max_iters = max_iters
+
+    @abstractmethod
+    def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
+        """Metrics over the batches of all data-parallel ranks, at most max_eval_iters of each."""
+
+    def _limited(self, batches: Iterable[HSTUBatch]) -> Iterator[HSTUBatch]:
+        return islice(batches, self.max_iters)
+
+    def _gather(self, array: np.ndarray) -> np.ndarray:
+        return np.concatenate(gather_objects(array, self.mesh.dp_group))
+
+
+class RankingEvaluator(Evaluator):
+    """Metrics of the predicted actions."""
+
+    def __init__(
+        self, model: GRModel, args: RankingArgs, label_offset: int, mesh: Mesh, max_iters: int | None = None
+    ) -> None:
+        super().__init__(model, mesh, max_iters)
+        self.names = args.eval_metrics
+        self.num_tasks = args.num_tasks if args.prediction_head_arch[-1] == args.num_tasks else None
+        self.label_offset = label_offset
+
+    def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
+        """See Evaluator."""
+        metrics = RankingMetrics(self.names, num_tasks=self.num_tasks, label_offset=self.label_offset)
+        return evaluate_ranking(self.model, self._limited(batches), metrics, self.mesh.device, self._gather)
+
+
+class RetrievalEvaluator(Evaluator):
+    """Ranks of the held-out items in the whole corpus."""
+
+    def __init__(
+        self, model: GRModel, args: RetrievalArgs, source: BatchSource, mesh: Mesh, max_iters: int | None = None
+    ) -> None:
+        super().__init__(model, mesh, max_iters)
+        self.args = args
+        self.corpus_size = source.cardinalities[source.roles.item]
+        self.hashed_rows = source.hashed_rows.get(source.roles.item)
+
+    def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
+        """See Evaluator."""
+        return evaluate_retrieval(
+            self.model,
+            self._limited(batches),
+            self.embed_items,
+            self.corpus_size,
+            self.args.eval_metrics,
+            l2_norm_eps=self.args.l2_norm_eps,
+            device=self.mesh.device,
+            gather=self._gather,
+        )
+
+    def corpus(self) -> Corpus:
+        """All items of the data, as ``recommend`` takes them."""
+        return Corpus(self.embed_items, self.corpus_size, self.args.l2_norm_eps, self.mesh.device)
+
+    def embed_items(self, codes: Tensor) -> Tensor:
+        """Rows of the item table for item codes; collective where the table is sharded."""
+        if self.hashed_rows is not None:
+            codes = torch.from_numpy(hash_ids(codes.cpu().numpy(), self.hashed_rows)).to(codes.device)
+        return self.model.embed_items(codes)

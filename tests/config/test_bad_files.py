@@ -1,0 +1,335 @@
+"""Every kind of mistake in a gin file, and what the user is told: where, what, what is allowed, what was meant.
+
+``HERE`` in a line of a case marks the line that the problem must name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from hstu.config.cli import parse_command_line
+from tests.config.gin_files import BASES, changed, task_of, write
+
+HERE = "  # HERE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    name: str
+    base: str
+    lines: tuple[str, ...]
+    """Changes of the base, see ``changed``."""
+    told: tuple[str, ...]
+    """Fragments of one line of what is printed."""
+    world_size: int = 1
+    alone: bool = True
+    """Whether this is the only problem; False where one mistake has consequences of its own."""
+
+
+def bad(name: str, base: str, *lines: str, told: tuple[str, ...], world_size: int = 1, alone: bool = True) -> Bad:
+    return Bad(name, base, lines, told, world_size, alone)
+
+
+NAMES = [
+    bad("misspelt class", "ranking", "NetworkArg.num_layers = 2" + HERE, "-NetworkArgs.num_layers",
+        told=("NetworkArg.num_layers = 2", "did you mean 'NetworkArgs'")),
+    bad("unknown class", "ranking", "Quux.width = 2" + HERE, told=("no class Quux", "TrainerArgs, EmbeddingArgs")),
+    bad("misspelt parameter", "ranking", "NetworkArgs.hiden_size = 32" + HERE, "-NetworkArgs.hidden_size",
+        told=("NetworkArgs.hiden_size = 32", "did you mean 'hidden_size'", "--explain NetworkArgs")),
+    bad("parameter of another class", "ranking", "TrainerArgs.learning_rate = 1.0" + HERE,
+        told=("TrainerArgs has no parameter learning_rate", "did you mean OptimizerArgs.learning_rate")),
+    bad("unknown parameter", "ranking", "RankingArgs.qqq = 1" + HERE,
+        told=("no parameter qqq", "prediction_head_arch")),
+    bad("class instead of parameter", "ranking", "NetworkArgs = 3" + HERE, told=("bind one of its parameters",)),
+    bad("bound twice", "ranking", "NetworkArgs.num_layers = 3", "TrainerArgs.seed = 1",
+        "TrainerArgs:\n  seed = 2" + HERE, told=("TrainerArgs.seed = 2: bound twice: already 1 at", "keep one")),
+    bad("macro bound twice", "ranking", "w = 32", "NetworkArgs.hidden_size = %w", "#\nw = 64" + HERE,
+        told=("w = 64: bound twice: already 32 at",)),
+    bad("alias and parameter", "ranking", "DatasetArgs.max_history_seqlen = 9" + HERE,
+        told=("DatasetArgs.max_history_seqlen = 9", "already 20 as max_sequence_length at")),
+    bad("missing parameter", "ranking", "-NetworkArgs.kv_channels", "NetworkArgs.num_layers = 2" + HERE,
+        told=("NetworkArgs.kv_channels is required and not bound", "int, at least 1")),
+    bad("missing class", "ranking", "-OptimizerArgs", told=("OptimizerArgs.learning_rate is required",), alone=False),
+    bad("missing head", "ranking", "-RankingArgs", told=("RankingArgs.prediction_head_arch is required",)),
+    bad("no dataset", "ranking", "-DatasetArgs", told=("no dataset: bind DatasetArgs.dataset_name",)),
+    bad("two datasets", "benchmark", 'DatasetArgs.dataset_name = "ml-1m"' + HERE,
+        told=("DatasetArgs and BenchmarkDatasetArgs are both bound",)),
+    bad("other task's class", "retrieval", "RankingArgs.num_tasks = 1" + HERE,
+        told=("RankingArgs.num_tasks = 1: never used", "retrieval run", "RetrievalArgs")),
+    bad("retrieval class in ranking", "ranking", "RetrievalArgs.temperature = 1.0" + HERE,
+        told=("RetrievalArgs.temperature = 1.0: never used", "ranking run")),
+    bad("unused macro", "ranking", "wide = 3" + HERE, told=("wide = 3: never used", "nothing refers to %wide")),
+    bad("scope on a class without", "ranking", "fast/TrainerArgs.seed = 1" + HERE,
+        told=("fast/TrainerArgs.seed = 1: never used", "drop fast/")),
+    bad("feature args without benchmark", "ranking", "FeatureArgs.max_sequence_length = 1" + HERE,
+        told=("never used", "belongs to BenchmarkDatasetArgs")),
+    bad("misspelt scope of a table", "own", "itme/EmbeddingArgs.init_std = 0.1" + HERE,
+        told=("itme/EmbeddingArgs lacks feature_names, table_name", "misspelling of 'item'")),
+]  # fmt: skip
+
+REFERENCES = [
+    bad("reference to a misspelt scope", "benchmark", "BenchmarkDatasetArgs.feature_args = "
+        "[@seqq/FeatureArgs(), @ctx/FeatureArgs()]" + HERE, told=("nothing is bound to seqq/FeatureArgs",
+        "did you mean '@seq/FeatureArgs()'")),
+    bad("scope that is not referred to", "benchmark", "usr/EmbeddingArgs.init_std = 0.1" + HERE,
+        told=("usr/EmbeddingArgs.init_std = 0.1: never used", "did you mean 'user/EmbeddingArgs'")),
+    bad("reference without parentheses", "benchmark", "seq/FeatureArgs.seqlen_dist = @RandomDistribution" + HERE,
+        told=("a reference needs parentheses: @RandomDistribution()",)),
+    bad("reference to an unknown class", "benchmark", "seq/FeatureArgs.seqlen_dist = @RandomDistributon()" + HERE,
+        told=("no class or function RandomDistributon", "did you mean 'RandomDistribution'")),
+    bad("reference of the wrong class", "benchmark", "seq/FeatureArgs.seqlen_dist = @item/EmbeddingArgs()" + HERE,
+        told=("seq/FeatureArgs.seqlen_dist", "a reference @RandomDistribution()")),
+    bad("one reference for a list", "benchmark", "BenchmarkDatasetArgs.feature_args = @seq/FeatureArgs()" + HERE,
+        told=("expected list of reference @FeatureArgs()",)),
+    bad("text for references", "benchmark", 'BenchmarkDatasetArgs.embedding_args = ["item"]' + HERE,
+        told=("expected list of reference @EmbeddingArgs()", "'item' is not")),
+    bad("bad value behind a reference", "benchmark", "item/EmbeddingArgs.init_std = -1" + HERE,
+        told=("item/EmbeddingArgs.init_std = -1: expected float, above 0",)),
+    bad("unknown macro", "ranking", "NetworkArgs.hidden_size = %widht" + HERE, "width = 32",
+        told=("NetworkArgs.hidden_size = %widht", "no macro or constant %widht", "did you mean 'width'")),
+    bad("macro of itself", "ranking", "a = %b" + HERE, "b = %a", "NetworkArgs.hidden_size = %b", told=("by itself",)),
+    bad("macro of a wrong type", "ranking", 'w = "x"', "NetworkArgs.hidden_size = %w" + HERE,
+        told=("NetworkArgs.hidden_size = %w (which is 'x'): expected int",)),
+    bad("unknown import", "ranking", "import no_such_module_of_mine" + HERE,
+        told=("import no_such_module_of_mine", "ModuleNotFoundError")),
+]  # fmt: skip
+
+VALUES = [
+    bad("float for int", "ranking", "NetworkArgs.num_layers = 1.5" + HERE,
+        told=("NetworkArgs.num_layers = 1.5: expected int, at least 1",)),
+    bad("whole float for int", "ranking", "NetworkArgs.num_layers = 2.0" + HERE, told=("= 2.0: expected int",)),
+    bad("bool for int", "ranking", "NetworkArgs.num_layers = True" + HERE, told=("= True: expected int",)),
+    bad("text for int", "ranking", 'NetworkArgs.num_layers = "abc"' + HERE, told=("= 'abc': expected int",)),
+    bad("quoted number", "ranking", 'NetworkArgs.num_layers = "2"' + HERE, told=("write 2 without quotes",)),
+    bad("int for bool", "ranking", "TrainerArgs.profile = 1" + HERE, told=("profile = 1: expected bool",)),
+    bad("bool for float", "ranking", "OptimizerArgs.learning_rate = True" + HERE, told=("= True: expected float",)),
+    bad("infinite", "ranking", "OptimizerArgs.learning_rate = 1e999" + HERE, told=("not finite",)),
+    bad("number for text", "ranking", "DatasetArgs.dataset_name = 1" + HERE, told=("= 1: expected str",)),
+    bad("None where required", "ranking", "NetworkArgs.num_layers = None" + HERE, told=("= None: expected int",)),
+    bad("scalar for list", "ranking", "RankingArgs.prediction_head_arch = 5" + HERE, told=("expected list of int",)),
+    bad("wrong element", "ranking", "RankingArgs.prediction_head_arch = [16, 5.5]" + HERE, told=("5.5 is not",)),
+    bad("element below", "ranking", "RankingArgs.prediction_head_arch = [0, 5]" + HERE,
+        told=("expected list of int, each at least 1", "0 is not")),
+    bad("empty list", "ranking", "RankingArgs.prediction_head_arch = []" + HERE, told=("must not be empty",)),
+    bad("bare text for a list", "own", 'item/EmbeddingArgs.feature_names = "item"' + HERE,
+        told=("expected list of str", "write ['item']")),
+    bad("dict", "ranking", 'NetworkArgs.num_layers = {"a": 1}' + HERE, told=("= {'a': 1}: expected int",)),
+    bad("below minimum", "ranking", "TrainerArgs.train_batch_size = 0" + HERE, told=("= 0: expected int, at least 1",)),
+    bad("above range", "ranking", "NetworkArgs.hidden_dropout = 1.0" + HERE, told=("at least 0, below 1",)),
+    bad("zero excluded", "ranking", "OptimizerArgs.learning_rate = 0" + HERE, told=("expected float, above 0",)),
+    bad("no such choice", "ranking", 'TrainerArgs.pipeline_type = "nativ"' + HERE,
+        told=("one of 'none', 'native', 'prefetch'", "did you mean 'native'")),
+    bad("ratio above 1", "own", "-item/EmbeddingArgs", 'item/DynamicEmbeddingArgs.feature_names = ["item"]',
+        'item/DynamicEmbeddingArgs.table_name = "i"', "item/DynamicEmbeddingArgs.item_vocab_size_or_capacity = 9",
+        "item/DynamicEmbeddingArgs.item_vocab_gpu_capacity_ratio = 1.5" + HERE, told=("above 0, at most 1",)),
+    bad("sharding not given", "own", "-item/EmbeddingArgs.sharding_type",
+        'item/EmbeddingArgs.feature_names = ["item"]' + HERE,
+        told=("item/EmbeddingArgs.sharding_type must be given", "'data_parallel', 'model_parallel'", "deliberately")),
+    bad("unknown metric", "ranking", 'RankingArgs.eval_metrics = ("AUC", "ACCURACY")' + HERE,
+        told=("one or more of AUC, AUC>=K", "'ACCURACY' is not")),
+    bad("metric without @", "retrieval", 'RetrievalArgs.eval_metrics = "HR10"' + HERE,
+        told=("HR@K, NDCG@K", "did you mean 'HR@K'")),
+]  # fmt: skip
+
+SYNTAX = [
+    bad("text without quotes", "ranking", "NetworkArgs.dtype_str = float32" + HERE,
+        told=("a string needs quotes: 'float32'",)),
+    bad("lower-case true", "ranking", "NetworkArgs.is_causal = true" + HERE, told=("write True",)),
+    bad("no value", "ranking", "NetworkArgs.num_layers =" + HERE, told=("cannot be read as gin",)),
+    bad("no equals sign", "ranking", "NetworkArgs.compile 3" + HERE, told=("expected Class.parameter = value",)),
+    bad("open bracket", "ranking", "RankingArgs.prediction_head_arch = [16," + HERE,
+        told=("a bracket or a quote is not closed",)),
+    bad("arithmetic", "ranking", "NetworkArgs.hidden_size = 4 * 8" + HERE, told=("expected one value after the =",)),
+    bad("two values", "ranking", "NetworkArgs.hidden_size = 4 8" + HERE, told=("expected one value after the =",)),
+    bad("scope in the wrong place", "own", "EmbeddingArgs.x/init_std = 1" + HERE, told=("cannot be read as gin",)),
+    bad("missing include", "ranking", 'include "nowhere.gin"' + HERE, told=("include 'nowhere.gin': no such file",)),
+    bad("include of itself", "ranking", 'include "run.gin"' + HERE, told=("the file includes itself",)),
+]  # fmt: skip
+
+TOGETHER = [
+    bad("heads and tensor parallelism", "ranking", "NetworkArgs.num_attention_heads = 3" + HERE,
+        "TensorModelParallelArgs.tensor_model_parallel_size = 2",
+        told=("num_attention_heads = 3: must be a multiple of", "tensor_model_parallel_size = 2"), world_size=2),
+    bad("ranks and tensor parallelism", "ranking", "TensorModelParallelArgs.tensor_model_parallel_size = 2" + HERE,
+        told=("must divide the number of ranks, which is 3",), world_size=3),
+    bad("iterations and epochs", "ranking", "TrainerArgs.max_train_iters = 5",
+        "TrainerArgs.num_train_epochs = 2" + HERE,
+        told=("exclusive with TrainerArgs.max_train_iters = 5",)),
+    bad("profile window", "ranking", "TrainerArgs.profile = True", "TrainerArgs.profile_step_start = 300" + HERE,
+        told=("must be below TrainerArgs.profile_step_end = 200",)),
+    bad("save every 0", "ranking", "TrainerArgs.ckpt_save_interval = 0" + HERE, told=("-1 (never) or at least 1",)),
+    bad("momentum of adam", "ranking", "OptimizerArgs.momentum = 0.9" + HERE, told=("no effect", "'adam'")),
+    bad("two warm-ups", "ranking", "LRScheduleArgs.warmup_iters = 5", "LRScheduleArgs.warmup_ratio = 0.1" + HERE,
+        told=("exclusive with LRScheduleArgs.warmup_iters = 5",)),
+    bad("two decays", "ranking", "LRScheduleArgs.decay_iters = 5", "LRScheduleArgs.decay_ratio = 0.1" + HERE,
+        told=("exclusive with LRScheduleArgs.decay_iters = 5",)),
+    bad("too long", "ranking", "LRScheduleArgs.warmup_ratio = 0.5", "LRScheduleArgs.decay_ratio = 0.6" + HERE,
+        told=("more than the whole run",)),
+    bad("step without milestones", "ranking", 'LRScheduleArgs.schedule = "step"' + HERE, told=("needs", "milestones")),
+    bad("milestones without step", "ranking", "LRScheduleArgs.milestones = [5]" + HERE, told=("no effect",)),
+    bad("milestones not in order", "ranking", 'LRScheduleArgs.schedule = "step"',
+        "LRScheduleArgs.milestones = [5, 5]" + HERE, told=("must increase",)),
+    bad("table twice", "own", 'action/EmbeddingArgs.table_name = "item"' + HERE,
+        told=("'item' is given twice", "item/EmbeddingArgs.table_name")),
+    bad("feature in two tables", "own", 'action/EmbeddingArgs.feature_names = ["action", "item"]' + HERE,
+        told=("'item' is given twice", "item/EmbeddingArgs.feature_names")),
+    bad("feature twice in a table", "own", 'item/EmbeddingArgs.feature_names = ["item", "item"]' + HERE,
+        told=("'item' is given twice",)),
+    bad("unknown dataset", "ranking", 'DatasetArgs.dataset_name = "ml-2m"' + HERE,
+        told=("did you mean 'ml-", "kuairand-27k", "preprocess_dataset.py", "EmbeddingArgs")),
+    bad("item without table", "own", 'DatasetArgs.item_feature_name = "itm"' + HERE,
+        told=("no EmbeddingArgs has the feature 'itm'", "did you mean 'item'")),
+    bad("context twice", "ranking", 'DatasetArgs.contextual_feature_names = ["sex", "sex"]' + HERE, told=("twice",)),
+    bad("item as context", "own", 'DatasetArgs.contextual_feature_names = ["item"]',
+        'DatasetArgs.item_feature_name = "item"' + HERE, told=("also one of", "contextual_feature_names")),
+    bad("item as action", "own", 'DatasetArgs.item_feature_name = "item"',
+        'DatasetArgs.action_feature_name = "item"' + HERE, told=("this is the item feature",)),
+    bad("no history left", "ranking", "DatasetArgs.max_num_candidates = 20" + HERE,
+        told=("leaves no history", "max_sequence_length = 20")),
+    bad("ranking split", "ranking", 'DatasetArgs.split = "leave_one_out"' + HERE, told=("is for retrieval",)),
+    bad("ranking valid items", "ranking", "DatasetArgs.valid_items = 0" + HERE, told=("leave_one_out",)),
+    bad("retrieval split", "retrieval", 'DatasetArgs.split = "time"' + HERE, told=("is for ranking",)),
+    bad("retrieval train fraction", "retrieval", "DatasetArgs.train_fraction = 0.5" + HERE, told=("no effect",)),
+    bad("retrieval eval data", "retrieval", 'DatasetArgs.eval_dataset_path = "x"' + HERE, told=("is for ranking",)),
+    bad("retrieval candidates", "retrieval", "DatasetArgs.max_num_candidates = 5" + HERE, told=("is for ranking",)),
+    bad("retrieval of one item", "retrieval", "DatasetArgs.max_sequence_length = 1" + HERE, told=("at least 2",)),
+    bad("uniform without number", "retrieval", 'RetrievalArgs.negatives = "uniform"',
+        "RetrievalArgs.num_negatives = 0" + HERE, told=("'uniform'", "above 0")),
+    bad("full with number", "retrieval", 'RetrievalArgs.negatives = "full"',
+        "RetrievalArgs.num_negatives = 9" + HERE, told=("whole corpus",)),
+    bad("shared in batch", "retrieval", "RetrievalArgs.shared_negatives = True" + HERE, told=("'uniform'",)),
+    bad("head and tasks", "ranking", "RankingArgs.num_tasks = 3", "RankingArgs.prediction_head_arch = [16, 5]" + HERE,
+        told=("must equal RankingArgs.num_tasks = 3",)),
+    bad("threshold of a sigmoid", "ranking", "RankingArgs.prediction_head_arch = [16, 1]",
+        'RankingArgs.eval_metrics = ("AUC>=4")' + HERE, told=("AUC>=4 needs one task of several classes",)),
+    bad("label as input", "ranking", "NetworkArgs.interleave_actions = False" + HERE, told=("its own label",)),
+    bad("ranking without actions", "ranking", 'DatasetArgs.action_feature_name = ""' + HERE, told=("learns from",)),
+    bad("benchmark without actions", "benchmark", "BenchmarkDatasetArgs.action_feature_name = None" + HERE,
+        told=("ranking learns from actions",), alone=False),
+    bad("benchmark item unknown", "benchmark", 'BenchmarkDatasetArgs.item_feature_name = "itme"' + HERE,
+        told=("no FeatureArgs has the feature 'itme'", "did you mean 'item'")),
+    bad("benchmark context unknown", "benchmark", 'BenchmarkDatasetArgs.contextual_feature_names = ["usr"]' + HERE,
+        told=("no FeatureArgs has the feature 'usr'",)),
+    bad("benchmark feature without role", "benchmark", "BenchmarkDatasetArgs.contextual_feature_names = []",
+        'ctx/FeatureArgs.feature_names = ["user"]' + HERE, told=("'user' is not used",)),
+    bad("benchmark feature twice", "benchmark", 'ctx/FeatureArgs.feature_names = ["user", "item"]' + HERE,
+        told=("'item' is given twice",)),
+    bad("benchmark feature without table", "benchmark", "BenchmarkDatasetArgs.embedding_args = "
+        "[@item/EmbeddingArgs(), @action/EmbeddingArgs()]", "-user/EmbeddingArgs",
+        'ctx/FeatureArgs.feature_names = ["user"]' + HERE, told=("'user' has no table",)),
+    bad("benchmark table without feature", "benchmark", 'user/EmbeddingArgs.feature_names = ["user", "x"]' + HERE,
+        told=("no FeatureArgs has the feature 'x'",)),
+    bad("benchmark unequal lengths", "benchmark", 'seq/FeatureArgs.feature_names = ["item"]',
+        'act/FeatureArgs.feature_names = ["action"]', "act/FeatureArgs.max_sequence_length = 30",
+        "BenchmarkDatasetArgs.feature_args = [@seq/FeatureArgs(), @act/FeatureArgs(), @ctx/FeatureArgs()]",
+        'BenchmarkDatasetArgs.action_feature_name = "action"' + HERE, told=("put both into one FeatureArgs",)),
+    bad("benchmark long context", "benchmark", "ctx/FeatureArgs.max_sequence_length = 2" + HERE, told=("one id",)),
+    bad("benchmark no history", "benchmark", "BenchmarkDatasetArgs.max_num_candidates = 30" + HERE,
+        told=("leaves no history",)),
+    bad("benchmark distributions", "benchmark", "seq/FeatureArgs.value_dists = [@RandomDistribution()]" + HERE,
+        told=("one distribution for each of",)),
+    bad("benchmark lengths not jagged", "benchmark", "seq/FeatureArgs.is_jagged = False",
+        "seq/FeatureArgs.seqlen_dist = @RandomDistribution()" + HERE, told=("is_jagged = True",)),
+    bad("benchmark empty range", "benchmark", "seq/FeatureArgs.seqlen_dist = @l/RandomDistribution()",
+        "l/RandomDistribution.low = 5" + HERE, "l/RandomDistribution.high = 5", told=("must be below", "high = 5")),
+]  # fmt: skip
+
+EVERY = [*NAMES, *REFERENCES, *VALUES, *SYNTAX, *TOGETHER]
+
+
+def told_about(argv: list[str], task: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command line prints; it must refuse with exit code 2."""
+    with pytest.raises(SystemExit) as exit_:
+        parse_command_line(task, argv)  # type: ignore[arg-type]
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
+def test_mistake_is_told_with_its_place_and_remedy(
+    case: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(case.world_size))
+    text = changed(BASES[case.base], *case.lines)
+    file = write(tmp_path, text)
+    numbers = [number for number, line in enumerate(text.splitlines(), 1) if line.endswith(HERE)]
+    place = f"{file}:{numbers[0]}: " if numbers else f"{file}: "
+
+    printed = told_about(["--gin-config-file", file], task_of(case.base), capsys)
+
+    about = [line for line in printed.splitlines() if place in line and all(part in line for part in case.told)]
+    assert about, f"expected {place!r} with {case.told} in:\n{printed}"
+
+
+@pytest.mark.parametrize("case", [case for case in EVERY if case.alone], ids=lambda case: case.name)
+def test_one_mistake_is_told_once_and_nothing_else_with_it(
+    case: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(case.world_size))
+    file = write(tmp_path, changed(BASES[case.base], *case.lines))
+    printed = told_about(["--gin-config-file", file], task_of(case.base), capsys)
+    assert len(printed.splitlines()) == 1, printed
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_files_that_the_cases_change_are_good(base: str, tmp_path: Path) -> None:
+    parse_command_line(task_of(base), ["--gin-config-file", write(tmp_path, BASES[base])])  # type: ignore[arg-type]
+
+
+def test_all_mistakes_are_told_at_once_from_top_to_bottom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = changed(
+        BASES["ranking"],
+        "TrainerArgs.train_batch_size = 0",
+        "NetworkArgs.num_layers = two",
+        "NetworkArgs.num_attention_heads = 3",
+        "TensorModelParallelArgs.tensor_model_parallel_size = 2",
+        "OptimizerArgs.optimiser_str = 'adam'",
+    )
+    printed = told_about(["--gin-config-file", write(tmp_path, text)], "ranking", capsys)
+    header, *problems = printed.splitlines()
+    assert header == "bad configuration, 5 problems:"
+    for problem, part in zip(
+        problems, ("train_batch_size", "two", "must be a multiple", "must divide", "optimiser_str"), strict=True
+    ):
+        assert part in problem
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\x89PNG\xff\xfe\x00", "not UTF-8 text (line 1)"),
+        (b"a = 1\nb = '\xe9'\n", "not UTF-8 text (line 2)"),
+        (b"a = 1\n\x00\x00", "holds NUL bytes"),
+    ],
+)
+def test_file_that_is_not_text(content: bytes, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, content)
+    printed = told_about(["--gin-config-file", file], "ranking", capsys)
+    assert f"{file}: {told}" in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_missing_file_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, BASES["ranking"], "ml_1m_ranking.gin")
+    printed = told_about(["--gin-config-file", str(tmp_path / "ml1m_ranking.gin")], "ranking", capsys)
+    assert "no such file; did you mean 'ml_1m_ranking.gin'?" in printed
+
+
+def test_directory_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "this is a directory" in told_about(["--gin-config-file", str(tmp_path)], "ranking", capsys)
+
+
+def test_empty_file_lists_everything_that_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = told_about(["--gin-config-file", write(tmp_path, "")], "ranking", capsys)
+    for required in ("train_batch_size", "num_layers", "optimizer_str", "prediction_head_arch", "no dataset"):
+        assert required in printed
+
+
+def test_mistake_on_the_command_line_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--gin-config-file", write(tmp_path, BASES["ranking"]), "--gin-bindings", "NetworkArgs.num_layers = 0"]
+    assert "--gin-bindings: NetworkArgs.num_layers = 0: expected int" in told_about(argv, "ranking", capsys)

@@ -1,0 +1,150 @@
+"""The command line as the shell sees it: exit codes, what is printed where, how soon, and by which rank."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hstu.config.cli import parse_command_line
+from tests.config.gin_files import OWN_DATA, RANKING, RETRIEVAL, changed, write
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = (
+    "import sys\n"
+    "from hstu.config.cli import parse_command_line\n"
+    "config = parse_command_line({task!r})\n"
+    "print('loaded', config.network.num_layers, 'torch' in sys.modules)"
+)
+
+
+def run(*argv: str, task: str = "ranking", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(task=task), *argv],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+    )
+
+
+def test_a_good_file_is_read_without_torch(tmp_path: Path) -> None:
+    result = run("--gin-config-file", write(tmp_path, RANKING))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "loaded 2 False\n", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("NetworkArgs.num_layers = 1.5", "NetworkArgs.num_layers = 1.5: expected int, at least 1"),
+        ("NetworkArgs.num_layers = two", "a string needs quotes"),
+        ("TrainerArgs.sead = 1", "did you mean 'seed'?"),
+        ("NetworkArgs.num_attention_heads = 3", "must be a multiple of"),
+    ],
+)
+def test_a_bad_file_is_refused_fast_with_exit_code_2_and_no_traceback(line: str, told: str, tmp_path: Path) -> None:
+    file = write(tmp_path, changed(RANKING, line, "TensorModelParallelArgs.tensor_model_parallel_size = 2"))
+    start = time.perf_counter()
+    result = run("--gin-config-file", file, WORLD_SIZE="2")
+    seconds = time.perf_counter() - start
+    assert result.returncode == 2
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert seconds < 3
+
+
+def test_only_rank_0_prints_but_every_rank_stops(tmp_path: Path) -> None:
+    file = write(tmp_path, changed(RANKING, "NetworkArgs.num_layers = 0"))
+    results = [run("--gin-config-file", file, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    assert [result.returncode for result in results] == [2, 2]
+    assert ["num_layers" in result.stderr for result in results] == [True, False]
+
+
+def test_the_config_room_imports_no_torch() -> None:
+    code = (
+        "import importlib, pkgutil, sys, hstu.config\n"
+        "for module in pkgutil.iter_modules(hstu.config.__path__):\n"
+        "    importlib.import_module(f'hstu.config.{module.name}')\n"
+        "print({'torch', 'numpy', 'pandas'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert result.stdout == "set()\n"
+
+
+def exit_of(task: str, *argv: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        parse_command_line(task, list(argv))  # type: ignore[arg-type]
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def test_without_a_file_it_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_of("retrieval") == 2
+    assert "--gin-config-file configs/ml_1m_retrieval.gin" in capsys.readouterr().err
+
+
+def test_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_of("ranking", "--gin-config", "x") == 2
+    assert "unrecognized arguments: --gin-config x" in capsys.readouterr().err
+
+
+def test_validate_only_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, OWN_DATA)
+    assert exit_of("ranking", "--gin-config-file", file, "--validate-only") == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"OK: {file} describes a ranking run for 1 rank\n"
+    assert captured.err == ""
+
+
+def test_validate_only_of_a_bad_file(tmp_path: Path) -> None:
+    assert exit_of("retrieval", "--gin-config-file", write(tmp_path, RANKING), "--validate-only") == 2
+
+
+def test_print_config_is_a_file_that_prints_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_of("ranking", "--gin-config-file", write(tmp_path, OWN_DATA), "--print-config") == 0
+    printed = capsys.readouterr().out
+    assert exit_of("ranking", "--gin-config-file", write(tmp_path, printed, "again.gin"), "--print-config") == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_explain_prints_the_named_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_of("ranking", "--explain", "NetworkArgs", "RankingArgs") == 0
+    printed = capsys.readouterr().out
+    assert "hidden_dropout: float = 0.2   [at least 0, below 1]" in printed
+    assert "prediction_head_arch: list[int] (required)" in printed
+    assert "train_batch_size" not in printed
+
+
+def test_explain_without_a_name_prints_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_of("ranking", "--explain") == 0
+    assert "RetrievalArgs: " in capsys.readouterr().out
+
+
+def test_explain_of_an_unknown_class(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_of("ranking", "--explain", "NetworkArg") == 2
+    assert "did you mean 'NetworkArgs'?" in capsys.readouterr().err
+
+
+def test_bindings_may_be_repeated_or_listed(tmp_path: Path) -> None:
+    config = parse_command_line(
+        "retrieval",
+        [
+            *("--gin-config-file", write(tmp_path, RETRIEVAL)),
+            *("--gin-bindings", "TrainerArgs.seed = 1", "NetworkArgs.num_layers = 3"),
+            *("--gin-bindings", "DatasetArgs.dataset_name = 'ml-20m'"),
+        ],
+    )
+    assert (config.trainer.seed, config.network.num_layers, config.dataset.dataset_name) == (1, 3, "ml-20m")  # type: ignore[union-attr]
+
+
+def test_warnings_go_to_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parse_command_line("ranking", ["--gin-config-file", write(tmp_path, RANKING + "NetworkArgs.is_causal = False\n")])
+    captured = capsys.readouterr()
+    assert captured.err.startswith("warning: ")
+    assert captured.out == ""

@@ -1,0 +1,230 @@
+"""What gin files may look like: the ways in which users write them, and what comes out."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+
+from hstu.config.args import (
+    BenchmarkDatasetArgs,
+    DatasetArgs,
+    DynamicEmbeddingArgs,
+    EmbeddingArgs,
+    RankingArgs,
+    RetrievalArgs,
+)
+from hstu.config.errors import ConfigError
+from hstu.config.gin_io import load
+from hstu.config.run_config import RunConfig, Task
+from hstu.config.validate import validate
+from tests.config.gin_files import BENCHMARK, OWN_DATA, OWN_TABLES, RANKING, RETRIEVAL, changed, write
+
+
+@pytest.fixture
+def load_text(tmp_path: Path):
+    def load_text(text: str, task: Task = "ranking", *bindings: str) -> RunConfig:
+        config = load([write(tmp_path, text)], bindings, task)
+        validate(config, world_size=1)
+        return config
+
+    return load_text
+
+
+def test_values_and_defaults(load_text) -> None:
+    config = load_text(RANKING)
+    assert config.task == "ranking"
+    assert config.trainer.train_batch_size == 4
+    assert config.trainer.seed == 1234
+    assert config.network.kernel_backend == "cutlass"
+    assert config.task_args == RankingArgs(prediction_head_arch=[16, 5])
+    assert config.embeddings == ()
+    assert config.schedule.schedule == "constant"
+    assert config.tensor_parallel.tensor_model_parallel_size == 1
+
+
+def test_retrieval_needs_no_class_of_its_own(load_text) -> None:
+    assert load_text(changed(RETRIEVAL, "-RetrievalArgs"), "retrieval").task_args == RetrievalArgs()
+
+
+def test_one_metric_in_parentheses_is_a_tuple_of_one(load_text) -> None:
+    assert load_text(changed(RANKING, 'RankingArgs.eval_metrics = ("AUC")')).task_args.eval_metrics == ("AUC",)
+    assert load_text(changed(RANKING, 'RankingArgs.eval_metrics = ["AUC"]')).task_args.eval_metrics == ("AUC",)
+
+
+def test_lossless_conversions(load_text) -> None:
+    config = load_text(
+        changed(RANKING, "OptimizerArgs.learning_rate = 1", "RankingArgs.prediction_head_arch = (16, 5)")
+    )
+    assert isinstance(config.optimizer.learning_rate, float)
+    assert config.task_args.prediction_head_arch == [16, 5]
+
+
+def test_max_history_seqlen_is_max_sequence_length(load_text) -> None:
+    text = changed(RANKING, "-DatasetArgs.max_sequence_length", "DatasetArgs.max_history_seqlen = 7")
+    assert load_text(text).dataset.max_sequence_length == 7
+
+
+def test_command_line_may_override_the_alias_by_the_other_spelling(load_text) -> None:
+    text = changed(RANKING, "-DatasetArgs.max_sequence_length", "DatasetArgs.max_history_seqlen = 7")
+    assert load_text(text, "ranking", "DatasetArgs.max_sequence_length = 9").dataset.max_sequence_length == 9
+
+
+def test_each_scope_is_a_table_in_file_order(load_text) -> None:
+    tables = load_text(OWN_DATA).embeddings
+    assert [table.table_name for table in tables] == ["item", "action"]
+    assert tables[1] == EmbeddingArgs(
+        feature_names=["action"],
+        table_name="action",
+        item_vocab_size_or_capacity=6,
+        sharding_type="data_parallel",
+    )
+
+
+def test_unscoped_bindings_are_defaults_of_scoped_tables(load_text) -> None:
+    text = changed(OWN_DATA, "-action/EmbeddingArgs.sharding_type", 'EmbeddingArgs.sharding_type = "data_parallel"')
+    assert [table.sharding_type for table in load_text(text).embeddings] == ["model_parallel", "data_parallel"]
+
+
+def test_an_unscoped_table_alone_is_one_table(load_text) -> None:
+    text = changed(RANKING, 'DatasetArgs.dataset_name = "criteo"') + OWN_TABLES.partition("action/")[0].replace(
+        "item/Emb", "Emb"
+    )
+    assert [table.table_name for table in load_text(text).embeddings] == ["item"]
+
+
+def test_nested_scopes_inherit(load_text) -> None:
+    text = OWN_DATA + 'action/b/EmbeddingArgs.feature_names = ["x"]\naction/b/EmbeddingArgs.table_name = "x"\n'
+    nested = load_text(text).embeddings[2]
+    assert (nested.table_name, nested.item_vocab_size_or_capacity) == ("x", 6)
+
+
+def test_dynamic_table_needs_no_sharding_type(load_text) -> None:
+    text = changed(OWN_DATA, "-item/EmbeddingArgs.sharding_type").replace("item/Emb", "item/DynamicEmb")
+    table = load_text(text).embeddings[0]
+    assert isinstance(table, DynamicEmbeddingArgs)
+    assert table.sharding_type == "model_parallel"
+
+
+def test_built_in_dataset_takes_tables_by_hand(load_text) -> None:
+    assert len(load_text(RANKING + OWN_TABLES).embeddings) == 2
+
+
+def test_benchmark_takes_features_and_tables_by_reference(load_text) -> None:
+    config = load_text(BENCHMARK)
+    assert isinstance(config.dataset, BenchmarkDatasetArgs)
+    assert [group.feature_names for group in config.dataset.feature_args] == [["item", "action"], ["user"]]
+    assert config.embeddings == tuple(config.dataset.embedding_args)
+    assert config.embeddings[0].sharding_type == "data_parallel"
+
+
+def test_benchmark_takes_distributions(load_text) -> None:
+    text = changed(
+        BENCHMARK,
+        "seq/FeatureArgs.seqlen_dist = @RandomDistribution()",
+        "seq/FeatureArgs.value_dists = [@ids/RandomDistribution(), @RandomDistribution()]",
+        'ids/RandomDistribution.dist_type = "zipf"',
+    )
+    group = load_text(text).dataset.feature_args[0]
+    assert group.seqlen_dist.dist_type == "uniform"
+    assert [dist.dist_type for dist in group.value_dists] == ["zipf", "uniform"]
+
+
+def test_macros_and_blocks(load_text) -> None:
+    text = changed(RANKING, "-NetworkArgs") + (
+        "width = 32\nhalf/macro.value = 16\n"
+        "NetworkArgs:\n  num_layers = 1\n  hidden_size = %width\n  num_attention_heads = 2\n  kv_channels = %half\n"
+    )
+    network = load_text(text).network
+    assert (network.hidden_size, network.kv_channels) == (32, 16)
+
+
+def test_class_with_its_module(load_text) -> None:
+    text = changed(RANKING, "-NetworkArgs.num_layers", "hstu.config.args.NetworkArgs.num_layers = 3")
+    assert load_text(text).network.num_layers == 3
+
+
+def test_later_files_and_then_bindings_win(tmp_path: Path) -> None:
+    first = write(tmp_path, RANKING)
+    second = write(tmp_path, "NetworkArgs.num_layers = 5\nTrainerArgs.seed = 5\n", "second.gin")
+    config = load([first, second], ["TrainerArgs.seed = 6", "TrainerArgs.seed = 7"], "ranking")
+    assert (config.network.num_layers, config.trainer.seed) == (5, 7)
+    assert config.source_files == (first, second)
+
+
+def test_include_beside_the_file_and_override_below_it(tmp_path: Path) -> None:
+    write(tmp_path, RANKING, "base.gin")
+    config = load([write(tmp_path, 'include "base.gin"\nNetworkArgs.num_layers = 7\n')], [], "ranking")
+    assert config.network.num_layers == 7
+
+
+def test_include_where_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path, RANKING, "base.gin")
+    monkeypatch.chdir(tmp_path)
+    assert load([write(tmp_path / "elsewhere", 'include "base.gin"\n')], [], "ranking").network.num_layers == 2
+
+
+def test_own_functions_and_constants(tmp_path: Path, load_text, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_sizes.py").write_text(
+        "import gin\n@gin.configurable\ndef my_width(heads, times=4):\n    return heads * times\n"
+        "gin.constant('MY_LAYERS', 3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "import my_sizes\nmy_width.heads = 2\nwide/my_width.times = 8\n" + changed(
+        RANKING, "NetworkArgs.hidden_size = @wide/my_width()", "NetworkArgs.num_layers = %MY_LAYERS"
+    )
+    for _ in range(2):  # a second load does not see the first
+        network = load_text(text).network
+        assert (network.hidden_size, network.num_layers) == (16, 3)
+    with pytest.raises(ConfigError, match=r"my_width\(\) raised TypeError"):
+        load_text(text.replace("my_width.heads = 2", ""))
+    sys.modules.pop("my_sizes")
+
+
+def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    config = load([write(tmp_path, b"\xef\xbb\xbf" + RANKING.replace("\n", "\r\n").encode())], [], "ranking")
+    assert config.network.num_layers == 2
+
+
+def test_two_loads_do_not_mix(load_text) -> None:
+    assert load_text(changed(RANKING, "TrainerArgs.seed = 5")).trainer.seed == 5
+    assert load_text(RANKING).trainer.seed == 1234
+
+
+def test_config_can_be_sent_to_another_process(load_text) -> None:
+    config = load_text(BENCHMARK)
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_config_made_in_python_is_checked_too() -> None:
+    with pytest.raises(ConfigError, match=r"DatasetArgs\.max_sequence_length = 0: expected int, at least 1"):
+        DatasetArgs(dataset_name="ml-1m", max_sequence_length=0)
+
+
+@pytest.mark.parametrize(
+    ("base", "task", "warned"),
+    [
+        (RANKING, "ranking", ["its own action"]),
+        (RETRIEVAL, "retrieval", ["the next item"]),
+        (changed(RANKING, "DatasetArgs.max_num_candidates = 5"), "ranking", []),
+    ],
+)
+def test_bidirectional_attention_over_labels_is_warned_of(
+    base: str, task: Task, warned: list[str], tmp_path: Path
+) -> None:
+    config = load([write(tmp_path, base + "NetworkArgs.is_causal = False\n")], [], task)
+    warnings = validate(config, world_size=1)
+    assert len(warnings) == len(warned)
+    assert all(part in warning for part, warning in zip(warned, warnings, strict=True))
+
+
+def test_warning_free_by_default(tmp_path: Path) -> None:
+    assert validate(load([write(tmp_path, RANKING)], [], "ranking"), world_size=1) == []
+
+
+def test_tensor_parallelism_is_accepted_where_it_divides(tmp_path: Path) -> None:
+    text = RANKING + "TensorModelParallelArgs.tensor_model_parallel_size = 2\n"
+    assert validate(load([write(tmp_path, text)], [], "ranking"), world_size=4) == []

@@ -1,0 +1,53 @@
+"""The reference is complete, and docs/configuration.md is up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hstu.config.args import ARGS_CLASSES, DynamicEmbeddingArgs
+from hstu.config.reference import MARKER, explain, main, markdown, parameters_of
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+@pytest.mark.parametrize("cls", ARGS_CLASSES, ids=lambda cls: cls.__name__)
+def test_every_class_and_parameter_says_what_it_means(cls: type) -> None:
+    assert cls.__doc__
+    undocumented = [parameter.name for parameter in parameters_of(cls) if not parameter.meaning]
+    assert undocumented == []
+
+
+def test_inherited_parameters_are_listed() -> None:
+    meanings = {parameter.name: parameter.meaning for parameter in parameters_of(DynamicEmbeddingArgs)}
+    assert meanings["table_name"] == "Name of the table, unique in a run."
+    assert meanings["sharding_type"] == "Always model_parallel."
+
+
+def test_explain_of_all_names_every_class() -> None:
+    text = explain()
+    assert all(f"{cls.__name__}: " in text for cls in ARGS_CLASSES)
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert main(["--check", str(PAGE)]) == 0, "python -m hstu.config.reference --write docs/configuration.md"
+
+
+def test_writing_keeps_what_is_written_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# By hand\n\n{MARKER}\nold tables\n", encoding="utf-8")
+    assert main(["--check", str(page)]) == 1
+    assert "out of date" in capsys.readouterr().err
+    assert main(["--write", str(page)]) == 0
+    written = page.read_text(encoding="utf-8")
+    assert written.startswith("# By hand\n\n")
+    assert "old tables" not in written
+    assert written == markdown(written)
+    assert main(["--check", str(page)]) == 0
+
+
+def test_bars_in_a_cell_are_escaped() -> None:
+    rows = [line for line in markdown("").splitlines() if line.startswith("| `")]
+    assert rows
+    assert all(row.replace("\\|", "").count("|") == 6 for row in rows)

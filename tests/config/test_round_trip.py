@@ -1,0 +1,106 @@
+"""The configuration in force, written as gin, describes the same run again."""
+
+from __future__ import annotations
+
+import tempfile
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hstu.config import args as a
+from hstu.config.checks import annotation_of, field_problems, is_required
+from hstu.config.gin_io import load
+from hstu.config.run_config import RunConfig
+from tests.config.gin_files import BASES, task_of, write
+
+TEXT = st.text(max_size=8)
+SIMPLE = {
+    bool: st.booleans(),
+    int: st.integers(-1, 2**40),
+    float: st.floats(0, 1e6) | st.floats(0, 1),
+    str: TEXT,
+    list[str]: st.lists(TEXT, max_size=40),
+    list[int]: st.lists(st.integers(0, 99), max_size=4),
+}
+
+
+def values_of(cls: type, field: Any) -> st.SearchStrategy[Any]:
+    """Valid values of a field that does not hold other argument objects."""
+    if field.metadata["choices"] is not None:
+        return st.sampled_from(field.metadata["choices"])
+    if field.name == "eval_metrics":
+        metrics = ["AUC", "GAUC", "AUC>=3"] if cls is a.RankingArgs else ["HR@5", "NDCG@100", "MRR"]
+        return st.lists(st.sampled_from(metrics), min_size=1).map(tuple)
+    annotation = annotation_of(cls, field)
+    optional = [inner for inner in typing.get_args(annotation) if inner in SIMPLE]
+    values = SIMPLE[optional[0]] | st.none() if annotation not in SIMPLE else SIMPLE[annotation]
+    return values.filter(lambda value: not field_problems(cls, field, value))
+
+
+def instances(cls: type, **given_fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Valid objects of a class; fields with defaults are sometimes left out."""
+    strategies = {f.name: given_fields[f.name] if f.name in given_fields else values_of(cls, f) for f in fields(cls)}
+    needed = {f.name for f in fields(cls) if is_required(f)} | set(given_fields) | {"sharding_type"} & set(strategies)
+    return st.fixed_dictionaries(
+        {name: strategies[name] for name in needed},
+        optional={name: strategy for name, strategy in strategies.items() if name not in needed},
+    ).map(lambda values: cls(**values))
+
+
+TABLES = st.lists(instances(a.EmbeddingArgs) | instances(a.DynamicEmbeddingArgs), max_size=4)
+DISTRIBUTION = instances(a.RandomDistribution)
+FEATURES = instances(
+    a.FeatureArgs,
+    seqlen_dist=st.none() | DISTRIBUTION,
+    value_dists=st.none() | st.lists(DISTRIBUTION, max_size=3),
+)
+BENCHMARKS = instances(
+    a.BenchmarkDatasetArgs,
+    feature_args=st.lists(FEATURES, min_size=1, max_size=3),
+    embedding_args=TABLES.filter(len),
+)
+
+
+@st.composite
+def run_configs(draw: st.DrawFn) -> RunConfig:
+    task = draw(st.sampled_from(["ranking", "retrieval"]))
+    dataset = draw(instances(a.DatasetArgs) | BENCHMARKS)
+    return RunConfig(
+        task=task,
+        trainer=draw(instances(a.TrainerArgs)),
+        dataset=dataset,
+        embeddings=() if isinstance(dataset, a.BenchmarkDatasetArgs) else tuple(draw(TABLES)),
+        network=draw(instances(a.NetworkArgs)),
+        optimizer=draw(instances(a.OptimizerArgs)),
+        schedule=draw(instances(a.LRScheduleArgs)),
+        tensor_parallel=draw(instances(a.TensorModelParallelArgs)),
+        task_args=draw(instances(a.RankingArgs if task == "ranking" else a.RetrievalArgs)),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(run_configs())
+def test_operative_gin_loads_to_an_equal_config(config: RunConfig) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        again = load([write(Path(folder), config.operative_gin())], [], config.task)
+    assert again == config
+    assert again.operative_gin() == config.operative_gin()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_operative_gin_of_a_file(base: str, tmp_path: Path) -> None:
+    task = task_of(base)
+    config = load([write(tmp_path, BASES[base])], [], task)  # type: ignore[arg-type]
+    text = config.operative_gin()
+    assert "TrainerArgs.seed = 1234\n" in text  # defaults are written out
+    assert load([write(tmp_path, text, "operative.gin")], [], task) == config  # type: ignore[arg-type]
+
+
+def test_configs_that_differ_are_not_equal(tmp_path: Path) -> None:
+    file = write(tmp_path, BASES["ranking"])
+    assert load([file], [], "ranking") != load([file], ["TrainerArgs.seed = 5"], "ranking")

@@ -1,0 +1,53 @@
+"""Every gin file that we ship, and every complete gin file in the documentation, is valid."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hstu.config.gin_io import load
+from hstu.config.validate import validate
+from tests.config.gin_files import write
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("**/*.gin"))
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))) if page.is_file()]
+NEWLINE = "\n"
+FENCE = re.compile(r"^```gin task=(ranking|retrieval)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def complete_files(page: Path) -> list[Any]:
+    """The gin blocks of a page that are whole files, with the line where each begins."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        pytest.param(block[1], block[2], id=f"{page.relative_to(ROOT)}:{text.count(NEWLINE, 0, block.start()) + 1}")
+        for block in FENCE.finditer(text)
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in complete_files(page)]
+
+
+def test_there_are_configs_to_check() -> None:
+    assert CONFIGS or not (ROOT / "configs").is_dir() or not any((ROOT / "configs").iterdir())
+
+
+def test_there_are_documented_files_to_check() -> None:
+    assert BLOCKS, "docs/configuration.md shows complete files in blocks marked ```gin task=..."
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shipped_config_is_valid(path: Path) -> None:
+    task = "retrieval" if "retrieval" in path.name else "ranking"
+    config = load([str(path)], [], task)
+    parallel = config.tensor_parallel.tensor_model_parallel_size
+    assert validate(config, world_size=parallel) == []
+
+
+@pytest.mark.parametrize(("task", "text"), BLOCKS)
+def test_documented_file_is_valid(task: str, text: str, tmp_path: Path) -> None:
+    config = load([write(tmp_path, text)], [], task)  # type: ignore[arg-type]
+    assert validate(config, world_size=config.tensor_parallel.tensor_model_parallel_size) == []

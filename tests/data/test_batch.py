@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
+from hstu.data.sampler import SamplerPosition
+from tests.helpers import make_batch
+
+
+def full_batch() -> HSTUBatch:
+    """A batch in which every optional field is present."""
+    batch = make_batch(
+        [[3, 1, 3], [], [2, 1]],
+        [[5, 4, 5], [], [1, 2]],
+        {"age": [6, 0, 7]},
+        task="retrieval",
+        timestamp_lists=[[10, 20, 30], [], [40, 50]],
+        negatives=[8, 9],
+        draws=[[0, 1], [1, 1], [0, 0]],
+        in_batch_pool=True,
+        seen_lists=[[3, 1], [], [2]],
+    )
+    return dataclasses.replace(batch, position=SamplerPosition(1, 2))
+
+
+def tensors_of(batch: HSTUBatch) -> dict[str, torch.Tensor]:
+    parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    flat = {name: part for name, part in parts.items() if isinstance(part, torch.Tensor)}
+    return flat | {"values": batch.features.values(), "lengths": batch.features.lengths()}
+
+
+def test_features_keep_their_order_and_padding_is_empty_everywhere() -> None:
+    features = full_batch().features
+    assert features.keys() == ["age", "item", "action", NEGATIVES]
+    assert [row.tolist() for row in features["age"].to_dense()] == [[6], [], [7]]
+    assert [row.tolist() for row in features["item"].to_dense()] == [[3, 1, 3], [], [2, 1]]
+    assert [row.tolist() for row in features[NEGATIVES].to_dense()] == [[8, 9], [], []]
+
+
+def test_sizes_are_known_on_the_host() -> None:
+    batch = full_batch()
+    assert (batch.batch_size, batch.real_batch_size, batch.num_item_tokens, batch.max_item_length) == (3, 2, 5, 3)
+    assert batch.num_labels_total == len(batch.labels) == 3
+    assert make_batch([[1, 2, 3], [4, 5]], num_candidates=[2, 1]).num_candidates_total == 3
+
+
+def test_splitting_features_by_key_asks_no_tensor_for_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = full_batch()
+
+    def refuse(self: torch.Tensor) -> None:
+        raise AssertionError("a size was read from a tensor: on a GPU that would wait for the device")
+
+    monkeypatch.setattr(torch.Tensor, "item", refuse)
+    monkeypatch.setattr(torch.Tensor, "tolist", refuse)
+    assert set(batch.features.to_dict()) == {"age", "item", "action", NEGATIVES}
+
+
+def test_moving_moves_every_tensor_and_keeps_the_rest() -> None:
+    batch = full_batch()
+    moved = batch.to(torch.device("meta"), non_blocking=True)
+    assert {tensor.device.type for tensor in tensors_of(moved).values()} == {"meta"}
+    assert moved.device.type == "meta" and batch.device.type == "cpu"
+    assert moved.item_lengths is batch.item_lengths and moved.position == SamplerPosition(1, 2)
+    assert isinstance(moved.features, KeyedJaggedTensor) and moved.features.length_per_key() == [2, 5, 5, 2]
+
+
+def test_a_batch_survives_pickling() -> None:
+    batch = full_batch()
+    copy = pickle.loads(pickle.dumps(batch))
+    assert len(tensors_of(batch)) == 11
+    for name, tensor in tensors_of(batch).items():
+        assert torch.equal(tensor, tensors_of(copy)[name]), name
+    assert copy.features.length_per_key() == batch.features.length_per_key()
+    assert np.array_equal(copy.item_lengths, batch.item_lengths) and copy.position == batch.position
+
+
+def test_a_feature_without_any_value_is_allowed() -> None:
+    features = keyed_jagged({"item": np.empty(0, np.int64)}, {"item": np.zeros(2, np.int64)})
+    assert features["item"].values().dtype == torch.int64 and features.stride() == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pinning and streams")
+def test_a_pinned_batch_is_copied_on_a_side_stream() -> None:
+    batch, stream = full_batch().pin_memory(), torch.cuda.Stream()
+    assert all(tensor.is_pinned() for tensor in tensors_of(batch).values())
+    with torch.cuda.stream(stream):
+        moved = batch.to(torch.device("cuda"), non_blocking=True)
+    torch.cuda.current_stream().wait_stream(stream)
+    moved.record_stream(torch.cuda.current_stream())
+    for name, tensor in tensors_of(batch).items():
+        assert torch.equal(tensor, tensors_of(moved)[name].cpu()), name

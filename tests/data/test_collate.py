@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hstu.config.args import DatasetArgs, RetrievalArgs
+from hstu.config.errors import ConfigError, DataError
+from hstu.data.batch import NEGATIVES, HSTUBatch
+from hstu.data.collate import Collator, build_collator, ranges, resolve_roles
+from hstu.data.hashing import hash_ids
+from hstu.data.negatives import Negatives
+from hstu.data.sampler import EvalSampler, TrainSampler
+from hstu.data.sequences import build_samples
+from hstu.data.store import SequenceStore
+from tests.data.test_batch import tensors_of
+from tests.data.test_hashing import chi_square_z
+from tests.data.toy_store import ToyStore
+from tests.helpers import make_batch
+
+
+def collator_of(
+    store: SequenceStore,
+    task: str = "retrieval",
+    split: str = "train",
+    *,
+    length: int = 100,
+    candidates: int = 0,
+    batch_size: int = 4,
+    seed: int = 0,
+    args: dict[str, object] | None = None,
+    **options: object,
+) -> Collator:
+    dataset = DatasetArgs(dataset_name="toy", max_sequence_length=length, max_num_candidates=candidates, **(args or {}))
+    samples = build_samples(store, dataset, task, split, seed)
+    return build_collator(store, samples, dataset, task, batch_size=batch_size, seed=seed, **options)
+
+
+def batches_of(collator: Collator, world_size: int = 1, rank: int = 0) -> list[HSTUBatch]:
+    """One pass in file order."""
+    sampler = EvalSampler(len(collator.reader.samples), collator.assembler.batch_size, rank, world_size)
+    return [collator(plan) for plan in sampler]
+
+
+def assert_same(batch: HSTUBatch, expected: HSTUBatch) -> None:
+    assert batch.features.keys() == expected.features.keys()
+    assert batch.features.length_per_key() == expected.features.length_per_key()
+    ours, theirs = tensors_of(batch), tensors_of(expected)
+    assert ours.keys() == theirs.keys()
+    for name in ours.keys() - {"user_ids"}:
+        assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]), name
+    for name in ("item_lengths", "num_candidates_host"):
+        assert np.array_equal(getattr(batch, name), getattr(expected, name)), name
+    for name in ("batch_size", "real_batch_size", "num_labels_total"):
+        assert getattr(batch, name) == getattr(expected, name), name
+
+
+users = st.lists(
+    st.lists(st.tuples(st.integers(0, 49), st.integers(0, 9)), min_size=1, max_size=9), min_size=4, max_size=4
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(users, st.integers(2, 6), st.integers(0, 2))
+def test_ranking_batches_equal_batches_written_out_by_hand(
+    rows: list[list[tuple[int, int]]], length: int, candidates: int
+) -> None:
+    candidates = min(candidates, length - 1)
+    items, actions = ([[pair[n] for pair in row] for row in rows] for n in (0, 1))
+    context = {"age": [1, 2, 3, 4], "sex": [5, 6, 7, 8]}
+    times = [[100 * user + n for n in range(len(row))] for user, row in enumerate(rows)]
+    store = ToyStore(items, actions=actions, times=times, context=context)
+    batches = batches_of(
+        collator_of(store, "ranking", "all", length=length, candidates=candidates, wants_timestamps=True)
+    )
+
+    kept = [user for user, row in enumerate(rows) if len(row) >= 1 + candidates]
+    if not kept:
+        assert batches == []
+        return
+    padding = [[]] * (4 - len(kept))
+
+    def newest(lists: list[list[int]]) -> list[list[int]]:
+        return [lists[user][-length:] for user in kept] + padding
+
+    expected = make_batch(
+        newest(items),
+        newest(actions),
+        {name: [ids[user] for user in kept] + [0] * len(padding) for name, ids in context.items()},
+        num_candidates=[candidates] * len(kept) + [0] * len(padding),
+        timestamp_lists=newest(times),
+    )
+    assert len(batches) == 1
+    assert_same(batches[0], expected)
+    assert batches[0].user_ids.tolist() == kept + [-1] * len(padding)
+
+
+def test_a_retrieval_batch_predicts_each_next_item() -> None:
+    store = ToyStore([[7, 8, 9, 1, 2], [5, 5, 3, 4], [1, 2]], actions=[[1, 2, 3, 4, 5], [6, 7, 8, 9], [1, 1]])
+    (batch,) = batches_of(collator_of(store, length=2, negatives=Negatives("in_batch")))
+    expected = make_batch([[8, 9], [5, 5], [], []], [[2, 3], [6, 7], [], []], task="retrieval", in_batch_pool=True)
+    assert_same(batch, expected)
+    assert batch.labels.tolist() == [9, 5]
+    assert batch.features["item"].values()[batch.pool_positions].tolist() == [5, 8, 9]
+    assert batch.pool_positions.tolist() == [2, 0, 1]
+
+
+def test_a_retrieval_evaluation_holds_out_the_last_item_and_knows_the_whole_history() -> None:
+    store = ToyStore([[7, 8, 9, 1], [5, 3], [4]])
+    (test,) = batches_of(collator_of(store, split="test", length=2, batch_size=3, wants_seen=True))
+    assert_same(
+        test,
+        make_batch([[8, 9], [5], []], task="retrieval_eval", labels=[1, 3, -1], seen_lists=[[7, 8, 9], [5], []]),
+    )
+    (valid,) = batches_of(collator_of(store, split="valid", length=2, batch_size=3))
+    assert valid.labels.tolist() == [9, -1, -1] and valid.seen_values is None
+    assert [row.tolist() for row in valid.features["item"].to_dense()] == [[7, 8], [], []]
+
+
+def test_time_split_evaluation_labels_later_events_only() -> None:
+    store = ToyStore([[1, 2, 3, 4], [5, 6]], actions=[[1, 2, 3, 4], [5, 6]], times=[[0, 1, 8, 9], [2, 3]])
+    args = {"split": "time", "train_fraction": 0.7}
+    (test,) = batches_of(collator_of(store, "ranking", "test", args=args))
+    assert test.item_lengths.tolist() == [4, 0, 0, 0] and test.num_labels.tolist() == [2, 0, 0, 0]
+    assert test.labels.tolist() == [3, 4]
+    (train,) = batches_of(collator_of(store, "ranking", "train", args=args))
+    assert train.labels.tolist() == [1, 2, 5, 6]
+
+
+def test_an_empty_plan_gives_an_empty_batch_of_full_size() -> None:
+    collator = collator_of(
+        ToyStore([[1, 2, 3, 4]], context={"age": [3]}), negatives=Negatives("uniform", 3), batch_size=2
+    )
+    plans = [next(iter(EvalSampler(1, 2, rank, world_size=2))) for rank in range(2)]
+    (empty,) = [collator(plan) for plan in plans if not len(plan.indices)]
+    assert empty.batch_size == 2 and empty.real_batch_size == empty.num_item_tokens == empty.num_labels_total == 0
+    assert empty.features.values().tolist() == [] and empty.draws.shape == (0, 3)
+
+
+def test_every_batch_says_where_the_run_stands() -> None:
+    collator = collator_of(ToyStore([[1, 2, 3, 4]] * 5), batch_size=2)
+    sampler = TrainSampler(5, 2, 0, 1, seed=0, shuffle=True)
+    consumed = [collator(plan).position for plan in islice(sampler, 4)]
+    assert [(position.epoch, position.consumed) for position in consumed] == [(0, 2), (0, 4), (0, 5), (1, 2)]
+
+
+def test_a_store_on_disk_and_one_in_memory_give_the_same_batches(make_store: Callable[..., SequenceStore]) -> None:
+    items, actions, context = [[1, 2, 3], [4, 5, 6, 7], [8, 9]], [[1, 2, 3], [4, 5, 6, 7], [8, 9]], {"age": [2, 1, 0]}
+    on_disk = make_store(items, actions=actions, context=context, item_feature="item", num_items=50)
+    in_memory = ToyStore(items, actions=actions, context=context)
+    for task, split in (("ranking", "all"), ("retrieval", "train"), ("retrieval", "test")):
+        pairs = [batches_of(collator_of(store, task, split, batch_size=3)) for store in (on_disk, in_memory)]
+        for one, other in zip(*pairs, strict=True):
+            assert_same(one, other)
+
+
+def test_roles_follow_the_users_choice_and_order(make_store: Callable[..., SequenceStore]) -> None:
+    store = make_store([[1, 2]], actions=[[1, 2]], context={"a": [0], "b": [0], "c": [0]})
+
+    def roles(**chosen: object) -> tuple[str, ...]:
+        return resolve_roles(store, DatasetArgs(dataset_name="toy", max_sequence_length=9, **chosen)).names
+
+    assert roles() == ("a", "b", "c", "item_id", "action")
+    assert roles(contextual_feature_names=["c", "a"]) == ("c", "a", "item_id", "action")
+    with pytest.raises(ConfigError) as error:
+        roles(contextual_feature_names=["d"], item_feature_name="movie", action_feature_name="a")
+    assert len(error.value.problems) == 3
+    assert "'d' is no context feature" in str(error.value) and "allowed: a, b, c" in str(error.value)
+
+
+# Damaged data
+
+
+@pytest.mark.parametrize(
+    ("feature", "position", "value", "message"),
+    [
+        ("item", 4, 50, "item = 50 of user 101 (event 4) is not in [0, 50)"),
+        ("item", 1, -1, "item = -1 of user 100"),
+        ("action", 5, 10, "action = 10 of user 101"),
+        ("age", 1, 77, "age = 77 of user 101"),
+    ],
+)
+def test_a_value_out_of_range_names_the_user(feature: str, position: int, value: int, message: str) -> None:
+    store = ToyStore([[1, 2, 3], [4, 5, 6]], actions=[[1, 2, 3], [4, 5, 6]], context={"age": [1, 2]})
+    collator = collator_of(store, "ranking", "all")
+    assert len(batches_of(collator)) == 1
+    store.arrays[feature][position] = value
+    with pytest.raises(DataError) as error:
+        batches_of(collator)
+    assert message in str(error.value) and "preprocess it again" in str(error.value)
+
+
+def test_what_the_data_lacks_is_a_configuration_error() -> None:
+    store = ToyStore([[1, 2, 3]])
+    with pytest.raises(ConfigError, match="ranking needs an action feature"):
+        collator_of(store, "ranking", "all")
+    with pytest.raises(ConfigError, match="needs times"):
+        collator_of(store, wants_timestamps=True)
+    with pytest.raises(ConfigError, match="num_negatives >= 1"):
+        Negatives.of(RetrievalArgs(negatives="uniform"))
+
+
+# Negatives
+
+
+def long_store(num_items: int = 60) -> ToyStore:
+    random = np.random.default_rng(0)
+    return ToyStore([random.integers(0, num_items, 30).tolist() for _ in range(40)], num_items=num_items)
+
+
+def drawn_items(batch: HSTUBatch) -> np.ndarray:
+    return batch.features[NEGATIVES].values().numpy()[batch.draws.numpy()]
+
+
+@pytest.mark.parametrize("num_items", [60, 5_000, 10_000_000], ids=["whole corpus", "dense", "sorted"])
+def test_uniform_draws_are_uniform_and_independent_of_the_position(num_items: int) -> None:
+    store = long_store()
+    store.features = {
+        name: meta.__class__(**{**vars(meta), "cardinality": num_items}) for name, meta in store.features.items()
+    }
+    (batch,) = batches_of(collator_of(store, batch_size=40, negatives=Negatives("uniform", 64)))
+    looked_up = batch.features[NEGATIVES].values().numpy()
+    assert len(np.unique(looked_up)) == len(looked_up)
+    assert (num_items == 60) == (len(looked_up) == 60)
+    items = drawn_items(batch)
+    assert batch.draws.dtype == torch.int32 and items.shape == (batch.num_labels_total, 64)
+    cells = items * 60 // num_items
+    assert abs(chi_square_z(np.bincount(cells.ravel(), minlength=60))) < 4
+    neighbours = cells[:, :-1] * 60 + cells[:, 1:]
+    assert abs(chi_square_z(np.bincount(neighbours.ravel(), minlength=3600))) < 4
+    below = cells[:-1] * 60 + cells[1:]
+    assert abs(chi_square_z(np.bincount(below.ravel(), minlength=3600))) < 4
+
+
+def draws_by_user(collator: Collator, world_size: int, batch_size: int, seed: int = 0) -> dict[tuple[int, int], bytes]:
+    """(epoch, user) -> what its positions were given, over two epochs."""
+    found = {}
+    num_samples = len(collator.reader.samples)
+    for rank in range(world_size):
+        for plan in TrainSampler(num_samples, batch_size, rank, world_size, seed=seed, shuffle=True):
+            if plan.epoch == 2:
+                break
+            batch = collator(plan)
+            values = drawn_items(batch) if NEGATIVES in batch.features.keys() else batch.draws.numpy()  # noqa: SIM118
+            per_sample = np.split(values, np.cumsum(batch.num_labels.numpy())[:-1])
+            for user, draws in zip(batch.user_ids.tolist(), per_sample, strict=True):
+                if user >= 0:
+                    found[plan.epoch, user] = draws.tobytes()
+    return found
+
+
+@pytest.mark.parametrize("negatives", [Negatives("uniform", 5), Negatives("in_batch", 5)], ids=lambda n: n.kind)
+def test_a_samples_draws_do_not_depend_on_the_world_size(negatives: Negatives) -> None:
+    collator = collator_of(long_store(3000), negatives=negatives, batch_size=8)
+    alone = draws_by_user(collator, world_size=1, batch_size=8)
+    assert len(alone) == 80
+    assert draws_by_user(collator, world_size=3, batch_size=5) == alone
+    assert len(set(alone.values())) == 80, "every sample and epoch has its own"
+
+
+def test_in_batch_draws_are_31_random_bits() -> None:
+    (batch,) = batches_of(collator_of(long_store(), batch_size=40, negatives=Negatives("in_batch", 33)))
+    draws = batch.draws.numpy()
+    assert draws.dtype == np.int32 and draws.min() >= 0 and NEGATIVES not in batch.features.keys()  # noqa: SIM118
+    assert abs(chi_square_z(np.bincount((draws >> 25).ravel(), minlength=64))) < 4
+    assert abs(chi_square_z(np.bincount((draws & 63).ravel(), minlength=64))) < 4
+
+
+def test_shared_negatives_are_the_same_on_all_ranks_and_new_for_each_batch() -> None:
+    collator = collator_of(long_store(), negatives=Negatives("uniform", 2000, shared=True), batch_size=5)
+    ranks = [batches_of(collator, world_size=2, rank=rank) for rank in range(2)]
+    shared = [[batch.features[NEGATIVES].values() for batch in batches] for batches in ranks]
+    assert all(torch.equal(one, other) for one, other in zip(*shared, strict=True))
+    assert not torch.equal(shared[0][0], shared[0][1])
+    assert shared[0][0].shape == (2000,) and ranks[0][0].draws is None
+    assert abs(chi_square_z(np.bincount(torch.cat(shared[0]).numpy(), minlength=60))) < 4
+
+
+def test_full_negatives_are_the_corpus() -> None:
+    batch = batches_of(collator_of(long_store(), negatives=Negatives("full")))[0]
+    assert batch.features[NEGATIVES].values().tolist() == list(range(60)) and batch.draws is None
+    assert batch.features[NEGATIVES].lengths().tolist() == [60, 0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["in_batch", "uniform", "full"])
+def test_an_evaluation_has_the_keys_of_training_but_no_negatives(kind: str) -> None:
+    negatives = Negatives(kind, 3)  # type: ignore[arg-type]
+    train, test = (
+        batches_of(collator_of(long_store(), split=split, negatives=negatives))[0] for split in ("train", "test")
+    )
+    assert test.features.keys() == train.features.keys()
+    assert test.features.length_per_key()[1:] == [0] * (kind != "in_batch")
+    assert test.draws is None and test.pool_positions is None
+
+
+# Ids that do not fit their table
+
+
+def test_ids_are_hashed_where_the_table_is_smaller_than_the_store() -> None:
+    store = long_store()
+    rows = {"item": 7}
+    plain, hashed = (
+        batches_of(collator_of(store, negatives=Negatives("full"), table_rows=table))[0]
+        for table in ({"item": 60}, rows)
+    )
+    items = plain.features["item"].values().numpy()
+    assert np.array_equal(hashed.features["item"].values().numpy(), hash_ids(items, 7))
+    assert np.array_equal(hashed.labels.numpy(), hash_ids(plain.labels.numpy(), 7))
+    assert np.array_equal(hashed.features[NEGATIVES].values().numpy(), hash_ids(np.arange(60), 7))
+    plain, hashed = (
+        batches_of(collator_of(store, split="test", wants_seen=True, table_rows=table))[0] for table in ({}, rows)
+    )
+    assert torch.equal(plain.labels, hashed.labels) and torch.equal(plain.seen_values, hashed.seen_values)
+
+
+def test_ranges_concatenates_runs() -> None:
+    assert ranges(np.array([5, 0, 9]), np.array([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
+    assert ranges(np.empty(0, np.int64), np.empty(0, np.int64)).tolist() == []
+
+
+def test_a_collator_reopens_its_store_where_it_is_unpickled(make_store: Callable[..., SequenceStore]) -> None:
+    collator = collator_of(make_store([[1, 2, 3, 4], [5, 6, 7]]), negatives=Negatives("uniform", 2))
+    copy = pickle.loads(pickle.dumps(collator))
+    assert copy.reader.store is not collator.reader.store
+    for one, other in zip(batches_of(collator), batches_of(copy), strict=True):
+        assert_same(one, other)

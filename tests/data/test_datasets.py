@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+
+from hstu.config.args import NetworkArgs
+from hstu.config.dataset_names import BUILT_IN_DATASETS
+from hstu.data.datasets import DATASETS, predefined_embeddings, resolve_name
+from hstu.data.preprocess import _READERS
+from hstu.data.store import SequenceStore
+
+
+def test_the_registry_holds_every_built_in_dataset_and_each_has_its_reader() -> None:
+    assert tuple(DATASETS) == BUILT_IN_DATASETS
+    assert {raw.reader for spec in DATASETS.values() for raw in spec.raw_formats} == set(_READERS)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("ml-1m", "ml-1m"),
+        ("movielens-1m", "ml-1m"),
+        ("MovieLens_100K", "ml-100k"),
+        ("KuaiRand-1K", "kuairand-1k"),
+        ("kuairand_27k", "kuairand-27k"),
+        ("ml-2m", None),
+        ("criteo", None),
+    ],
+)
+def test_spellings_resolve_to_one_name(spelling: str, name: str | None) -> None:
+    assert resolve_name(spelling) == name
+
+
+def test_every_looked_up_feature_has_one_table_of_its_size(ml_100k_store: SequenceStore) -> None:
+    network = NetworkArgs(num_layers=1, hidden_size=64, num_attention_heads=1, kv_channels=64)
+    tables = {table.table_name: table for table in predefined_embeddings(ml_100k_store, network)}
+    assert {name: (table.item_vocab_size_or_capacity, table.sharding_type) for name, table in tables.items()} == {
+        "user_id": (943, "model_parallel"),
+        "age_group": (7, "data_parallel"),
+        "sex": (2, "data_parallel"),
+        "occupation": (21, "data_parallel"),
+        "zip_code": (795, "data_parallel"),
+        "movie_id": (1682, "model_parallel"),
+        "rating": (6, "data_parallel"),
+    }
+    assert all(table.feature_names == [name] for name, table in tables.items())
+
+
+def test_a_context_table_is_sharded_once_replicas_would_be_large(ml_100k_store: SequenceStore) -> None:
+    wide = NetworkArgs(
+        num_layers=1, hidden_size=64, num_attention_heads=1, kv_channels=64, contextual_embedding_dim=2048
+    )
+    sharding = {t.table_name: t.sharding_type for t in predefined_embeddings(ml_100k_store, wide)}
+    assert sharding["zip_code"] == "model_parallel", "795 × 2048 × 4 bytes are more than 4 MiB"
+    assert sharding["occupation"] == "data_parallel"

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hstu.config.errors import ConfigError, DataError
+from hstu.data.preprocess import InteractionColumns, import_interactions
+from hstu.data.store import SequenceStore
+
+TABLE = pd.DataFrame(
+    {
+        "member": ["zoë", "abe", "zoë", "abe", "abe"],
+        "sku": [7, -3, 2**63 - 1, 7, 7],
+        "stars": [5, 0, 2, 3, 1],
+        "when": [20, 11, 20, 10, 10],
+    }
+)
+
+
+def write(table: pd.DataFrame, file: Path) -> Path:
+    if file.suffix == ".parquet":
+        table.to_parquet(file)
+    else:
+        table.to_csv(file, index=False, sep="\t" if file.suffix == ".tsv" else ",")
+    return file
+
+
+def make(folder: Path, table: pd.DataFrame, suffix: str = ".csv", **columns: Any) -> SequenceStore:
+    file = write(table, folder / f"events{suffix}")
+    columns = {"user": "member", "item": "sku"} | columns
+    return SequenceStore.open(
+        import_interactions("mine", InteractionColumns(interactions=file, **columns), output=folder / "mine")
+    )
+
+
+def histories(store: SequenceStore) -> dict[object, list[object]]:
+    """Raw user -> raw items in the store's order."""
+    items = store.raw_ids(store.item_feature)[store.sequence(store.item_feature)]
+    bounds = store.offsets()
+    users = store.raw_ids("user_id").tolist()
+    return {user: items[bounds[row] : bounds[row + 1]].tolist() for row, user in enumerate(users)}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+def test_a_table_becomes_a_store_in_time_order_with_ties_in_row_order(tmp_path: Path, suffix: str) -> None:
+    store = make(tmp_path, TABLE, suffix, action="stars", time="when")
+    assert histories(store) == {"abe": [7, 7, -3], "zoë": [7, 2**63 - 1]}
+    assert store.sequence("stars").tolist() == [3, 1, 0, 5, 2]
+    assert store.sequence("when").tolist() == [10, 10, 11, 20, 20]
+    assert (store.item_feature, store.action_feature, store.timestamp_feature) == ("sku", "stars", "when")
+    assert (store.cardinality("sku"), store.cardinality("stars")) == (3, 6)
+    assert store.contextual_features == ()
+
+
+def test_without_a_time_column_the_order_is_that_of_the_file(tmp_path: Path) -> None:
+    store = make(tmp_path, TABLE)
+    assert histories(store) == {"abe": [-3, 7, 7], "zoë": [7, 2**63 - 1]}
+    assert store.timestamp_feature is None and store.action_feature is None
+
+
+texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=8)
+int64s = st.integers(-(2**63), 2**63 - 1)
+ids = st.one_of(st.just(int64s), st.just(texts))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), ids, ids, st.sampled_from([".csv", ".parquet"]))
+def test_any_ids_come_back_as_they_were(
+    data: st.DataObject, users: st.SearchStrategy[Any], items: st.SearchStrategy[Any], suffix: str
+) -> None:
+    rows = data.draw(st.lists(st.tuples(users, items), min_size=1, max_size=30))
+    expected: dict[str, list[str]] = {}
+    for user, item in rows:
+        expected.setdefault(str(user), []).append(str(item))
+    with tempfile.TemporaryDirectory() as folder:
+        store = make(Path(folder), pd.DataFrame(rows, columns=["member", "sku"]), suffix)
+        found = {str(user): [str(item) for item in history] for user, history in histories(store).items()}
+        assert found == expected
+        raw = store.raw_ids("sku")
+        assert sorted(raw.tolist()) == raw.tolist()
+        assert store.encode("sku", raw).tolist() == list(range(len(raw)))
+
+
+def test_ids_with_leading_zeros_stay_apart(tmp_path: Path) -> None:
+    store = make(tmp_path, pd.DataFrame({"member": ["007", "7"], "sku": ["1", "01"]}))
+    assert histories(store) == {"007": ["1"], "7": ["01"]}
+
+
+def test_context_follows_its_columns_and_is_unknown_where_missing(tmp_path: Path) -> None:
+    context = pd.DataFrame({"member": ["zoë", "gone"], "town, or city": ["Ulm", "Rom"], "age": [31, 5]})
+    store = make(
+        tmp_path,
+        TABLE,
+        context=write(context, tmp_path / "members.csv"),
+        context_columns=("age", "member", "town, or city"),
+    )
+    assert store.contextual_features == ("age", "user_id", "town, or city")
+    assert store.raw_ids("age")[store.context("age")].tolist() == ["unknown", "31"]
+    assert store.raw_ids("town, or city")[store.context("town, or city")].tolist() == ["unknown", "Ulm"]
+    assert store.context("user_id").tolist() == [0, 1]
+    assert "Rom" not in store.raw_ids("town, or city"), "users without events are left out"
+
+
+def test_the_user_alone_can_be_the_context(tmp_path: Path) -> None:
+    assert make(tmp_path, TABLE, context_columns=("member",)).contextual_features == ("user_id",)
+
+
+def test_context_of_integer_users_matches_by_number(tmp_path: Path) -> None:
+    users = pd.DataFrame({"member": ["-5", "x", "005"], "age": ["a", "b", "c"]})
+    context = write(users, tmp_path / "members.csv")
+    table = pd.DataFrame({"member": [5, -5], "sku": ["p", "q"]})
+    store = make(tmp_path, table, context=context, context_columns=("age",))
+    assert store.raw_ids("age")[store.context("age")].tolist() == ["a", "unknown"]
+
+
+@pytest.mark.parametrize(
+    ("times", "seconds"),
+    [
+        (["1.75", "0.5", "1.25"], [0, 1, 1]),
+        (["2024-01-01 00:00:02", "2024-01-01", "2024-01-01 00:00:01.5"], [1704067200, 1704067201, 1704067202]),
+        (["-7", "3", "-9"], [-9, -7, 3]),
+    ],
+)
+def test_times_may_be_seconds_or_dates(tmp_path: Path, times: list[str], seconds: list[int]) -> None:
+    table = pd.DataFrame({"member": ["a"] * 3, "sku": ["late?", "early?", "mid?"], "at": times})
+    store = make(tmp_path, table, time="at")
+    assert store.sequence("at").tolist() == seconds
+
+
+def test_fractions_of_a_second_order_events_though_seconds_are_stored(tmp_path: Path) -> None:
+    table = pd.DataFrame({"member": [1, 1], "sku": ["second", "first"], "at": [5.9, 5.1]})
+    assert histories(make(tmp_path, table, ".parquet", time="at")) == {1: ["first", "second"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "columns", "message"),
+    [
+        ({}, {"item": "skuu"}, "no column 'skuu'. Did you mean 'sku'"),
+        ({"stars": ["1", "2.5", "3", "4", "5"]}, {"action": "stars"}, "'stars' holds '2.5'; allowed is an integer"),
+        ({"stars": [1, -2, 3, 4, 5]}, {"action": "stars"}, "actions run from -2 to 5"),
+        ({"when": ["1", "noon", "3", "4", "5"]}, {"time": "when"}, "'when' holds .*; allowed is seconds"),
+        ({"sku": ["a", None, "b", "c", "d"]}, {}, r"1 row\(s\) without a usable item, the first is row 2"),
+        ({"when": [1, None, 3, 4, 5]}, {"time": "when"}, r"1 row\(s\) without a usable time, the first is row 2"),
+    ],
+)
+def test_unusable_tables_are_answered_with_what_is_wrong(
+    tmp_path: Path, change: dict[str, list[Any]], columns: dict[str, str], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        make(tmp_path, TABLE.assign(**change), **columns)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_float_ids_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="must be integers or strings, the column is DOUBLE"):
+        make(tmp_path, TABLE.assign(sku=np.arange(5) / 2), ".parquet")
+
+
+def test_a_user_with_two_rows_of_context_is_refused(tmp_path: Path) -> None:
+    context = write(pd.DataFrame({"member": ["zoë", "zoë"], "age": [1, 2]}), tmp_path / "members.csv")
+    with pytest.raises(DataError, match=r"members\.csv: several rows for user 'zoë'"):
+        make(tmp_path, TABLE, context=context, context_columns=("age",))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"context": "members.csv"}, "--context needs --context_columns"),
+        ({"context_columns": ("age",)}, "--context_columns needs --context"),
+        ({"action": "sku"}, "sku would be two features"),
+        ({"item": "user_id"}, "cannot be the item"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        InteractionColumns(**({"interactions": Path("x.csv"), "user": "member", "item": "sku"} | columns))
+
+
+@pytest.mark.parametrize(("name", "message"), [("ML-1M", "built-in"), ("../up", "names a directory")])
+def test_names_that_cannot_be_ones_own_are_refused(tmp_path: Path, name: str, message: str) -> None:
+    columns = InteractionColumns(interactions=write(TABLE, tmp_path / "t.csv"), user="member", item="sku")
+    with pytest.raises(ConfigError, match=message):
+        import_interactions(name, columns, output=tmp_path / "mine")

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from itertools import islice
+
+import pytest
+import torch
+
+from hstu.config.args import DatasetArgs
+from hstu.config.errors import DataError
+from hstu.data.batch import HSTUBatch
+from hstu.data.collate import Collator, build_collator
+from hstu.data.loader import build_loader
+from hstu.data.negatives import Negatives
+from hstu.data.sampler import BatchPlan, EvalSampler, SamplerPosition, TrainSampler
+from hstu.data.sequences import build_samples
+from hstu.data.store import SequenceStore
+from tests.data.test_collate import assert_same
+from tests.data.toy_store import ToyStore
+
+NUM_USERS = 23
+
+
+def collator_of(store: SequenceStore) -> Collator:
+    args = DatasetArgs(dataset_name="toy", max_sequence_length=5)
+    samples = build_samples(store, args, "retrieval", "train", seed=0)
+    return build_collator(
+        store,
+        samples,
+        args,
+        "retrieval",
+        batch_size=3,
+        seed=0,
+        negatives=Negatives("uniform", 4),
+        wants_timestamps=True,
+    )
+
+
+@pytest.fixture
+def collator(make_store: Callable[..., SequenceStore]) -> Collator:
+    rows = [[(user * 7 + n) % 40 for n in range(4 + user % 5)] for user in range(NUM_USERS)]
+    return collator_of(make_store(rows, actions=rows, context={"age": list(range(NUM_USERS))}))
+
+
+def plans(position: SamplerPosition | None = None) -> TrainSampler:
+    return TrainSampler(NUM_USERS, 3, 0, 1, seed=4, shuffle=True, position=position)
+
+
+@pytest.mark.parametrize(
+    ("workers", "start_method"), [(1, None), (2, None), (1, "spawn")], ids=["one", "two", "one spawned"]
+)
+def test_workers_change_neither_order_nor_content(collator: Collator, workers: int, start_method: str | None) -> None:
+    alone = list(islice(build_loader(collator, plans()), 12))
+    ahead = list(islice(build_loader(collator, plans(), workers=workers, start_method=start_method), 12))
+    assert len(alone) == len(ahead) == 12
+    for one, other in zip(alone, ahead, strict=True):
+        assert_same(other, one)
+        assert other.position == one.position
+        assert torch.equal(other.user_ids, one.user_ids)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_resumes_where_a_batch_says_the_run_stands(collator: Collator, workers: int) -> None:
+    whole = list(islice(build_loader(collator, plans()), 12))
+    resumed = list(islice(build_loader(collator, plans(whole[4].position), workers=workers), 7))
+    for one, other in zip(whole[5:], resumed, strict=True):
+        assert_same(other, one)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_evaluation_ends_after_one_pass(collator: Collator, workers: int) -> None:
+    batches = list(build_loader(collator, EvalSampler(NUM_USERS, 3, 0, 1), workers=workers))
+    assert sorted(user for batch in batches for user in batch.user_ids.tolist() if user >= 0) == list(range(NUM_USERS))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_data_is_reported_the_same_from_a_worker(workers: int) -> None:
+    store = ToyStore([[1, 2, 3, 4]] * NUM_USERS, times=[[1, 2, 3, 4]] * NUM_USERS)
+    collator = collator_of(store)
+    store.arrays["item"][4 * 17] = 99
+    with pytest.raises(DataError) as error:
+        list(islice(build_loader(collator, plans(), workers=workers), 12))
+    assert str(error.value).startswith("toy: item = 99 of user 117")
+    assert "Traceback" not in str(error.value)
+
+
+class _Dies:
+    """Kills its process at the third batch, as the kernel does where memory ran out."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __call__(self, plan: BatchPlan) -> HSTUBatch:
+        if plan.global_start >= 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.collator(plan)
+
+
+def test_a_dead_worker_is_a_clear_error(collator: Collator) -> None:
+    with pytest.raises(DataError, match=r"a data worker died .*data_workers \(now 2\)"):
+        list(islice(build_loader(_Dies(collator), plans(), workers=2), 12))
+
+
+class _Breaks:
+    def __call__(self, plan: BatchPlan) -> HSTUBatch:
+        raise ZeroDivisionError("a defect")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_defect_of_ours_keeps_its_traceback(workers: int) -> None:
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        next(build_loader(_Breaks(), plans(), workers=workers))
+
+
+def test_dropping_the_loader_stops_its_workers(collator: Collator) -> None:
+    import multiprocessing
+
+    batches = build_loader(collator, plans(), workers=2)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    del batches
+    assert multiprocessing.active_children() == []

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hstu.config.errors import ConfigError, DataError
+from hstu.data.preprocess import preprocess
+from hstu.data.preprocess.report import format_report
+from hstu.data.store import SequenceStore
+from tests.conftest import REPOSITORY
+
+COLUMNS = ["user", "item", "rating", "time"]
+
+
+def read_ml_1m(directory: Path) -> pd.DataFrame:
+    return pd.read_csv(directory / "ratings.dat", sep="::", engine="python", names=COLUMNS)
+
+
+def assert_equals_stable_sort(store: SequenceStore, raw: pd.DataFrame) -> None:
+    """The whole store against ten lines of pandas."""
+    oracle = raw.sort_values(["user", "time"], kind="stable")
+    lengths = oracle.groupby("user").size()
+    assert store.raw_ids("user_id").tolist() == lengths.index.tolist()
+    assert np.diff(store.offsets()).tolist() == lengths.tolist()
+    assert (store.raw_ids("movie_id")[store.sequence("movie_id")] == oracle.item).all()
+    assert (store.sequence("rating") == oracle.rating).all()
+    assert (store.sequence("timestamp") == oracle.time).all()
+    assert store.raw_ids("movie_id").tolist() == sorted(raw.item.unique())
+
+
+def raw_context(store: SequenceStore, feature: str) -> list[str]:
+    return store.raw_ids(feature)[store.context(feature)].tolist()
+
+
+def test_ml_100k_is_the_stable_sort_of_its_file(ml_100k_store: SequenceStore, raw_data_dir: Path) -> None:
+    raw = pd.read_csv(raw_data_dir / "ml-100k" / "u.data", sep="\t", names=COLUMNS)
+    unstable = raw.iloc[::-1].sort_values(["user", "time"], kind="stable")
+    assert_equals_stable_sort(ml_100k_store, raw)
+    codes = ml_100k_store.encode("movie_id", unstable.item.to_numpy())
+    assert (codes != ml_100k_store.sequence("movie_id")).any(), "the data has ties, so the comparison can fail"
+    assert (ml_100k_store.num_users, ml_100k_store.cardinality("movie_id")) == (943, 1682)
+    assert (ml_100k_store.num_events, ml_100k_store.cardinality("rating")) == (100_000, 6)
+    assert "as published: users, items, events" in format_report(ml_100k_store)
+
+
+def test_ml_100k_context_and_titles_are_those_of_the_user_and_movie(
+    ml_100k_store: SequenceStore, raw_data_dir: Path
+) -> None:
+    names = ["user", "age", "sex", "occupation", "zip_code"]
+    users = pd.read_csv(raw_data_dir / "ml-100k" / "u.user", sep="|", names=names, dtype=str).sort_values(
+        "user", key=lambda ids: ids.astype(int)
+    )
+    groups = np.array(["1", "18", "25", "35", "45", "50", "56"])
+    expected = groups[np.digitize(users.age.astype(int), [18, 25, 35, 45, 50, 56])]
+    assert ml_100k_store.contextual_features == ("user_id", "age_group", "sex", "occupation", "zip_code")
+    assert raw_context(ml_100k_store, "age_group") == expected.tolist()
+    for feature in ("sex", "occupation", "zip_code"):
+        assert raw_context(ml_100k_store, feature) == users[feature].tolist()
+    assert ml_100k_store.context("user_id").tolist() == list(range(943))
+    titles = ml_100k_store.titles()
+    assert titles is not None
+    assert titles[ml_100k_store.encode("movie_id", [1, 543])].tolist() == ["Toy Story (1995)", "Misérables, Les (1995)"]
+
+
+def test_ml_1m_keeps_the_users_that_rated_and_reports_what_is_missing(raw_data_dir: Path, tmp_path: Path) -> None:
+    raw = read_ml_1m(raw_data_dir / "ml-1m")
+    store = SequenceStore.open(preprocess("MovieLens-1M", raw_path=raw_data_dir / "ml-1m", output=tmp_path / "s"))
+    assert_equals_stable_sort(store, raw)
+    assert (store.num_users, store.num_events) == (2_999, 487_650)
+    assert store.contextual_features == ("user_id", "sex", "age_group", "occupation", "zip_code")
+    assert raw_context(store, "zip_code")[:2] == ["48067", "70072"]
+    assert raw_context(store, "age_group")[:3] == ["1", "56", "25"]
+    titles = store.titles()
+    assert (
+        titles is not None and titles[store.encode("movie_id", [1193])[0]] == "One Flew Over the Cuckoo's Nest (1975)"
+    )
+    assert "users 2,999 instead of 6,040" in format_report(store)
+
+
+def test_ml_20m_ratings_are_doubled(raw_data_dir: Path, tmp_path: Path) -> None:
+    """Real ratings of ML-1M, some of them less a half, in ML-20M's files."""
+    raw = read_ml_1m(raw_data_dir / "ml-1m").head(20_000)
+    raw["rating"] = raw.rating - 0.5 * (raw.item % 2)
+    raw.to_csv(tmp_path / "ratings.csv", index=False, header=["userId", "movieId", "rating", "timestamp"])
+    with (tmp_path / "movies.csv").open("w", newline="") as file:
+        rows = ([movie, f'Movie, "the" {movie}', "Drama"] for movie in raw.item.unique())
+        csv.writer(file).writerows([["movieId", "title", "genres"], *rows])
+    store = SequenceStore.open(preprocess("ml-20m", raw_path=tmp_path, output=tmp_path / "store"))
+    assert_equals_stable_sort(store, raw.assign(rating=(2 * raw.rating).astype(int)))
+    assert store.cardinality("rating") == 11
+    assert store.contextual_features == ("user_id",)
+    titles = store.titles()
+    assert titles is not None and titles[0] == f'Movie, "the" {store.raw_ids("movie_id")[0]}'
+
+
+def test_recbole_files_give_the_same_store(ml_100k_store: SequenceStore, raw_data_dir: Path, tmp_path: Path) -> None:
+    """The real data rewritten in RecBole's atomic format; that the package's copy is the same: test_download.py."""
+    raw = raw_data_dir / "ml-100k"
+    (tmp_path / "ml-100k.inter").write_text(
+        "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + (raw / "u.data").read_text()
+    )
+    (tmp_path / "ml-100k.user").write_text(
+        "user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token\n"
+        + (raw / "u.user").read_text().replace("|", "\t")
+    )
+    movies = [line.split("|") for line in (raw / "u.item").read_text(encoding="latin-1").splitlines()]
+    header = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+    cut = [(movie[0], re.fullmatch(r"(.*?)(?: \((\d{4})\))?", movie[1].strip())) for movie in movies]
+    (tmp_path / "ml-100k.item").write_text(
+        header + "".join(f"{movie}\t{m[1]}\t{m[2] or ''}\tDrama\n" for movie, m in cut if m), encoding="utf-8"
+    )
+    store = SequenceStore.open(preprocess("ml-100k", raw_path=tmp_path, output=tmp_path / "store"))
+    for name, feature in store.features.items():
+        get = SequenceStore.context if feature.role == "context" else SequenceStore.sequence
+        assert (get(store, name) == get(ml_100k_store, name)).all(), name
+    titles, expected = store.titles(), ml_100k_store.titles()
+    assert titles is not None and expected is not None and (titles == expected).all()
+
+
+def test_a_good_store_is_left_alone_unless_forced(raw_data_dir: Path, tmp_path: Path) -> None:
+    make = {"raw_path": raw_data_dir / "ml-100k", "output": tmp_path / "store"}
+    meta = preprocess("ml-100k", **make) / "meta.json"  # type: ignore[arg-type]
+    first = meta.stat().st_ino
+    preprocess("ml-100k", **make)  # type: ignore[arg-type]
+    assert meta.stat().st_ino == first
+    preprocess("ml-100k", **make, force=True)  # type: ignore[arg-type]
+    assert meta.stat().st_ino != first
+    (tmp_path / "store" / "offsets.npy").unlink()
+    preprocess("ml-100k", **make)  # type: ignore[arg-type]
+    assert SequenceStore.open(tmp_path / "store").num_users == 943, "a damaged store is made anew"
+
+
+def test_sources_and_statistics_are_recorded(ml_100k_store: SequenceStore) -> None:
+    meta = json.loads((ml_100k_store.path / "meta.json").read_text())
+    assert set(meta["sources"]) == {"u.data", "u.user", "u.item"}
+    assert all(re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in meta["sources"].values())
+    statistics = meta["statistics"]
+    assert (statistics["length_max"], statistics["length_min"], statistics["length_median"]) == (737, 20, 65)
+    assert statistics["sparsity"] == pytest.approx(1 - 100_000 / (943 * 1682))
+
+
+def test_bad_raw_files_are_named(raw_data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"does not hold the files of ml-100k: u\.data, u\.user or ml-100k\.inter"):
+        preprocess("ml-100k", raw_path=tmp_path, output=tmp_path / "store")
+    (tmp_path / "u.user").write_text("1|24|M|technician|85711\n")
+    (tmp_path / "u.data").write_text("1\t2\t3\t881250949\n1\t2\tthree\t881250949\n")
+    with pytest.raises(DataError, match="three"):
+        preprocess("ml-100k", raw_path=tmp_path, output=tmp_path / "store")
+    (tmp_path / "u.data").write_text("1\t2\t3\t881250949\n1\t2\t9\t881250949\n")
+    with pytest.raises(DataError, match="actions run from 3 to 9, allowed are 0 to 5"):
+        preprocess("ml-100k", raw_path=tmp_path, output=tmp_path / "store")
+    (tmp_path / "u.data").write_text("1\t2\t3\t881250949\n1\t\t4\t881250949\n")
+    with pytest.raises(DataError, match=r"1 row\(s\) without a usable item, the first is row 2"):
+        preprocess("ml-100k", raw_path=tmp_path, output=tmp_path / "store")
+    (tmp_path / "u.data").write_text("")
+    with pytest.raises(DataError, match="no events"):
+        preprocess("ml-100k", raw_path=tmp_path, output=tmp_path / "store")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["u.data", "u.user"]
+
+
+def test_an_unknown_name_lists_the_built_in_ones_and_the_way_to_ones_own() -> None:
+    with pytest.raises(ConfigError, match=r"ml-100k, ml-1m.*--interactions"):
+        preprocess("ml-2m")
+
+
+def run_script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    script = REPOSITORY / "scripts" / "preprocess_dataset.py"
+    return subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_command_makes_a_store_and_reports_it(raw_data_dir: Path, tmp_path: Path) -> None:
+    done = run_script("--dataset_name", "movielens-100k", "--raw_path", str(raw_data_dir / "ml-100k"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "users 943, items 1,682, events 100,000" in done.stdout
+    assert SequenceStore.open(tmp_path / "tmp_data" / "ml-100k").name == "ml-100k"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--dataset_name", "ml-2m"], 2, "is not built in"),
+        (["--dataset_name", "ml-1m", "--user", "u"], 2, "only with --interactions"),
+        (["--dataset_name", "mine", "--interactions", "x.csv", "--user", "u"], 2, "needs --user and --item"),
+        (["--dataset_name", "ml-1m", "--raw_path", "."], 3, "ratings.dat, users.dat"),
+        (["--dataset_name", "mine", "--interactions", "x.csv", "--user", "u", "--item", "i"], 3, "no file x.csv"),
+    ],
+)
+def test_the_command_answers_errors_with_a_code_and_no_traceback(
+    arguments: list[str], code: int, message: str, tmp_path: Path
+) -> None:
+    failed = run_script(*arguments, cwd=tmp_path)
+    assert failed.returncode == code
+    assert message in failed.stderr and "Traceback" not in failed.stderr
+    assert not list(tmp_path.iterdir())

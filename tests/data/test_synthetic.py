@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from hstu.config.args import BenchmarkDatasetArgs, EmbeddingArgs, FeatureArgs, RandomDistribution
+from hstu.config.errors import ConfigError
+from hstu.data.batch import HSTUBatch
+from hstu.data.hashing import random_bits
+from hstu.data.loader import build_loader
+from hstu.data.negatives import Negatives
+from hstu.data.sampler import SamplerPosition
+from hstu.data.synthetic import Distribution, SyntheticDataset
+from tests.data.test_batch import tensors_of
+
+
+def table(features: list[str], rows: int) -> EmbeddingArgs:
+    return EmbeddingArgs(
+        feature_names=features,
+        table_name="_".join(features),
+        item_vocab_size_or_capacity=rows,
+        sharding_type="model_parallel",
+    )
+
+
+def sequence_group(**options: object) -> FeatureArgs:
+    return FeatureArgs(**{"feature_names": ["item", "action"], "max_sequence_length": 40, "is_jagged": True, **options})
+
+
+def benchmark_args(**options: object) -> BenchmarkDatasetArgs:
+    defaults: dict[str, object] = {
+        "feature_args": [sequence_group(), FeatureArgs(feature_names=["age", "sex"], max_sequence_length=1)],
+        "embedding_args": [table(["item"], 500), table(["action"], 8), table(["age", "sex"], 20)],
+        "item_feature_name": "item",
+        "action_feature_name": "action",
+        "contextual_feature_names": ["sex", "age"],
+        "num_generated_batches": 3,
+    }
+    return BenchmarkDatasetArgs(**{**defaults, **options})
+
+
+def dataset(task: str = "ranking", args: BenchmarkDatasetArgs | None = None, **options: object) -> SyntheticDataset:
+    settings: dict[str, object] = {"batch_size": 16, "rank": 0, "world_size": 1, "seed": 1, **options}
+    return SyntheticDataset(args or benchmark_args(), task, **settings)
+
+
+def train_batches(data: SyntheticDataset, count: int) -> list[HSTUBatch]:
+    return list(islice(build_loader(data, data.train_sampler()), count))
+
+
+def assert_equal(one: HSTUBatch, other: HSTUBatch) -> None:
+    ours, theirs = tensors_of(one), tensors_of(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def quantiles(distribution: RandomDistribution, bound: int, size: int = 200_000) -> np.ndarray:
+    uniforms = (random_bits(3, np.arange(size)) >> np.uint64(11)).astype(np.float64) / 2.0**53 + 2.0**-54
+    return Distribution(distribution, bound).values(uniforms)
+
+
+def test_uniform_values_fill_the_range_evenly() -> None:
+    values = quantiles(RandomDistribution(low=3), bound=13)
+    assert values.dtype == np.int64
+    assert np.allclose(np.bincount(values), [0] * 3 + [20_000] * 10, atol=600)
+
+
+def test_normal_values_have_the_mean_and_deviation_asked_for() -> None:
+    values = quantiles(RandomDistribution(dist_type="normal", mean=400, std=30), bound=1000)
+    assert abs(values.mean() - 400) < 0.5 and abs(values.std() - 30) < 0.5
+
+
+def test_a_normal_without_parameters_stands_in_the_middle_of_the_range() -> None:
+    values = quantiles(RandomDistribution(dist_type="normal", low=100, high=300), bound=10_000)
+    assert abs(values.mean() - 200) < 1 and values.min() == 100 and values.max() == 299
+
+
+def test_lognormal_values_have_the_mean_of_the_value_itself() -> None:
+    values = quantiles(RandomDistribution(dist_type="lognormal", mean=50, std=0.5), bound=100_000)
+    assert abs(values.mean() - 50) < 0.5
+    assert abs(np.median(values) - 50 * np.exp(-0.125)) < 1
+
+
+def test_zipf_probabilities_fall_with_the_power_of_the_rank() -> None:
+    counts = np.bincount(quantiles(RandomDistribution(dist_type="zipf", alpha=1.2), bound=1000), minlength=1000)
+    expected = np.arange(1, 1001) ** -1.2
+    expected *= 200_000 / expected.sum()
+    assert np.allclose(counts[:20], expected[:20], rtol=0.08)
+    assert len(counts) == 1000
+
+
+def test_draws_are_clipped_to_the_range() -> None:
+    values = quantiles(RandomDistribution(dist_type="normal", low=5, high=9, mean=7, std=50), bound=100)
+    assert set(np.unique(values)) == {5, 6, 7, 8}
+
+
+def test_batches_look_like_those_of_real_data() -> None:
+    batch = train_batches(dataset(args=benchmark_args(max_num_candidates=4)), 1)[0]
+    assert batch.features.keys() == ["sex", "age", "item", "action"]
+    lengths = batch.features["item"].lengths()
+    assert torch.equal(lengths, batch.features["action"].lengths())
+    assert lengths.tolist() == batch.item_lengths.tolist()
+    assert 5 <= batch.item_lengths.min() < batch.item_lengths.max() <= 40
+    assert batch.features["age"].lengths().tolist() == batch.features["sex"].lengths().tolist() == [1] * 16
+    assert batch.num_candidates.tolist() == batch.num_labels.tolist() == [4] * 16
+    actions = [row[-4:] for row in batch.features["action"].to_dense()]
+    assert torch.equal(batch.labels, torch.cat(actions))
+    assert 0 <= batch.labels.min() <= batch.labels.max() < 8
+    assert (batch.batch_size, batch.real_batch_size) == (16, 16)
+
+
+def test_features_of_a_group_are_drawn_independently() -> None:
+    batch = train_batches(dataset(), 1)[0]
+    same = (batch.features["item"].values() % 8 == batch.features["action"].values()).double().mean()
+    assert abs(same - 1 / 8) < 0.08
+
+
+def test_lengths_follow_their_distribution_and_fixed_ones_are_the_longest() -> None:
+    short = RandomDistribution(dist_type="normal", mean=10, std=2)
+    args = benchmark_args(feature_args=[sequence_group(seqlen_dist=short), *benchmark_args().feature_args[1:]])
+    (batch,) = train_batches(dataset(args=args, batch_size=4000), 1)
+    assert abs(batch.item_lengths.mean() - 10) < 0.2 and abs(batch.item_lengths.std() - 2) < 0.2
+    args = benchmark_args(feature_args=[sequence_group(is_jagged=False), *benchmark_args().feature_args[1:]])
+    assert train_batches(dataset(args=args), 1)[0].item_lengths.tolist() == [40] * 16
+
+
+def test_generated_batches_repeat_and_an_evaluation_has_its_own() -> None:
+    data = dataset()
+    batches = train_batches(data, 7)
+    for one, other in zip(batches, batches[3:], strict=False):
+        assert_equal(one, other)
+    firsts = {tuple(batch.features["item"].values()[:20].tolist()) for batch in batches[:3]}
+    assert len(firsts) == 3
+    positions = [(batch.position.epoch, batch.position.consumed) for batch in batches[:4]]
+    assert positions == [(0, 16), (0, 32), (0, 48), (1, 16)]
+    evaluation = dataset(split="eval")
+    held_out = list(build_loader(evaluation, evaluation.eval_sampler()))
+    assert len(held_out) == 3
+    assert tuple(held_out[0].features["item"].values()[:20].tolist()) not in firsts
+
+
+def test_random_data_depends_on_seed_and_place_alone() -> None:
+    assert_equal(train_batches(dataset(seed=5), 1)[0], train_batches(dataset(seed=5), 1)[0])
+    alone = train_batches(dataset(batch_size=16), 1)[0]
+    ranks = [train_batches(dataset(batch_size=8, rank=rank, world_size=2), 1)[0] for rank in range(2)]
+    for name in ("item", "action", "age"):
+        together = torch.cat([rank.features[name].values() for rank in ranks])
+        assert torch.equal(alone.features[name].values(), together)
+    other = train_batches(dataset(seed=6), 1)[0]
+    assert other.features["item"].values().tolist() != alone.features["item"].values().tolist()
+
+
+def test_a_run_on_random_data_resumes() -> None:
+    data = dataset()
+    resumed = next(build_loader(data, data.train_sampler(SamplerPosition(0, 32))))
+    assert_equal(resumed, train_batches(data, 3)[2])
+
+
+def test_retrieval_has_targets_negatives_times_and_held_out_items() -> None:
+    options = {"negatives": Negatives("uniform", 6), "wants_timestamps": True, "wants_seen": True}
+    batch = train_batches(dataset("retrieval", **options), 1)[0]
+    assert batch.num_labels.tolist() == (batch.item_lengths - 1).tolist() and batch.num_candidates_total == 0
+    items = batch.features["item"].to_dense()
+    assert torch.equal(batch.labels, torch.cat([row[1:] for row in items]))
+    assert batch.draws.shape == (batch.num_labels_total, 6) and batch.seen_values is None
+
+    for times in torch.split(batch.timestamps, batch.item_lengths.tolist()):
+        assert (times.diff() > 0).all() and times[0] == 1_000_000_000
+    gaps = torch.cat([times.diff() for times in torch.split(batch.timestamps, batch.item_lengths.tolist())])
+    assert abs(gaps.double().mean() / 3600 - 1) < 0.25
+
+    evaluation = dataset("retrieval", split="eval", wants_seen=True)
+    held_out = next(build_loader(evaluation, evaluation.eval_sampler()))
+    assert held_out.labels.shape == (16,) and 0 <= held_out.labels.min() <= held_out.labels.max() < 500
+    assert torch.equal(held_out.seen_values, held_out.features["item"].values())
+    assert torch.equal(held_out.seen_offsets.diff(), held_out.features["item"].lengths())
+
+
+def test_ids_beyond_their_table_are_hashed_into_it() -> None:
+    many = [RandomDistribution(high=10**9), RandomDistribution()]
+    args = benchmark_args(feature_args=[sequence_group(value_dists=many), *benchmark_args().feature_args[1:]])
+    items = train_batches(dataset(args=args), 1)[0].features["item"].values()
+    assert items.min() >= 0 and 400 < items.max() < 500
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contextual_feature_names": ["age"]}, "feature 'sex' is neither"),
+        ({"embedding_args": [table(["item"], 9), table(["age", "sex"], 9)]}, "feature 'action' stands in 0 Embedding"),
+        ({"item_feature_name": "movie"}, "feature 'movie' stands in 0 FeatureArgs"),
+        ({"max_num_candidates": 40}, "leaves no room for history"),
+    ],
+)
+def test_features_that_do_not_fit_together_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataset(args=benchmark_args(**options))
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([sequence_group(feature_names=["item"]), sequence_group(feature_names=["action"])], "must have equal lengths"),
+        ([sequence_group(is_jagged=False, seqlen_dist=RandomDistribution())], "seqlen_dist needs is_jagged"),
+        ([sequence_group(value_dists=[RandomDistribution()])], "value_dists must have one entry a feature"),
+        ([sequence_group(value_dists=[RandomDistribution(), RandomDistribution(high=9)])], "actions must be below"),
+        ([sequence_group(value_dists=[RandomDistribution(low=7, high=7), RandomDistribution()])], "must be below high"),
+        ([FeatureArgs(feature_names=["age"], max_sequence_length=3), sequence_group()], "'age' is one token"),
+    ],
+)
+def test_groups_that_make_no_sense_are_refused(groups: list[FeatureArgs], message: str) -> None:
+    named = {name for group in groups for name in group.feature_names}
+    others = [name for name in ("age", "sex") if name not in named]
+    context = FeatureArgs(feature_names=others, max_sequence_length=1)
+    with pytest.raises(ConfigError, match=message):
+        dataset(args=benchmark_args(feature_args=[*groups, context]))
+
+
+def test_item_and_action_may_stand_apart_where_their_lengths_are_fixed() -> None:
+    apart = [sequence_group(feature_names=[name], is_jagged=False) for name in ("item", "action")]
+    args = benchmark_args(feature_args=[*apart, *benchmark_args().feature_args[1:]])
+    batch = train_batches(dataset(args=args), 1)[0]
+    assert batch.features["item"].lengths().tolist() == batch.features["action"].lengths().tolist() == [40] * 16

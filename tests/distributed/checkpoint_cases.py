@@ -1,0 +1,106 @@
+"""What runs on each rank in test_resume.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hstu.checkpoint.state import TrainState
+from hstu.checkpoint.store import load, save
+from hstu.config.errors import DataError
+from hstu.data.sampler import SamplerPosition
+from hstu.parallel import mesh as mesh_module
+from tests.distributed.table_cases import full_tables
+from tests.distributed.toy import build, make_batch, make_config, train_step
+
+
+def _new_state(mesh: mesh_module.Mesh, config_args: dict[str, Any]) -> TrainState:
+    model, optimizers = build(make_config(**config_args), mesh)
+    mesh_module.seed_dropout(mesh)
+    return TrainState(model, optimizers, operative_gin="TrainerArgs.seed = 7\n")
+
+
+def _train(state: TrainState, mesh: mesh_module.Mesh, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        state.optimizers.set_lr_multiplier(1.0 / (1 + state.iteration))
+        batch = make_batch(state.iteration, mesh.rank, mesh.world_size)
+        losses.append(train_step(state.model, state.optimizers, mesh, batch))
+        state.iteration += 1
+        state.position = SamplerPosition(0, 12 * state.iteration)
+    return losses
+
+
+def interrupted_and_not(directory: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """For each case: three steps, a checkpoint, two more; the same two in a new model that loads the checkpoint."""
+    mesh = mesh_module.start(timeout_s=60)
+    results = {}
+    for name, config_args in cases.items():
+        first = _new_state(mesh, config_args)
+        before = _train(first, mesh, 3)
+        path = save(Path(directory) / name, first, mesh)
+        noise_straight_on = torch.rand(3).tolist()
+        straight_on = _train(first, mesh, 2)
+
+        second = _new_state(mesh, config_args | {"init_seed_offset": 1})
+        load(path, second, mesh)
+        noise_resumed = torch.rand(3).tolist()
+        resumed = _train(second, mesh, 2)
+        results[name] = {
+            "before": before,
+            "straight_on": [straight_on, noise_straight_on, full_tables(first.model, mesh)],
+            "resumed": [resumed, noise_resumed, full_tables(second.model, mesh)],
+            "position": [second.iteration, second.position.consumed],
+            "names": sorted(second.tensors()),
+        }
+    mesh_module.finish()
+    return results
+
+
+def continue_from(directory: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Load what ``interrupted_and_not`` saved, on another number of ranks, and train the two steps."""
+    mesh = mesh_module.start(timeout_s=60)
+    results = {}
+    for name, config_args in cases.items():
+        state = _new_state(mesh, config_args | {"init_seed_offset": 1})
+        load(Path(directory) / name / "iteration_00000003", state, mesh)
+        results[name] = {"losses": _train(state, mesh, 2), "tables": full_tables(state.model, mesh)}
+    mesh_module.finish()
+    return results
+
+
+def load_damaged(directory: str, cases: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Case → the message of the DataError that loading ``directory/<case>`` raises."""
+    mesh = mesh_module.start(timeout_s=60)
+    messages = {}
+    for name, config_args in cases.items():
+        try:
+            load(Path(directory) / name, _new_state(mesh, config_args), mesh)
+            messages[name] = "loaded without an error"
+        except DataError as error:
+            messages[name] = str(error)
+    mesh_module.finish()
+    return messages
+
+
+def save_into(directory: str) -> str:
+    """The message of what saving raises."""
+    mesh = mesh_module.start(timeout_s=60)
+    try:
+        save(directory, _new_state(mesh, {}), mesh)
+    except RuntimeError as error:
+        mesh_module.finish()
+        return str(error)
+    return "saved"
+
+
+def save_twice(directory: str) -> str:
+    """Save an iteration twice with another configuration text; the text that is there in the end."""
+    mesh = mesh_module.start(timeout_s=60)
+    state = _new_state(mesh, {})
+    for state.operative_gin in ("first", "second"):
+        path = save(directory, state, mesh)
+    mesh_module.finish()
+    return (path / "operative.gin").read_text()

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hstu.checkpoint.manifest import MANIFEST
+from tests.distributed.launch import run_ranks
+
+HERE = "tests.distributed.checkpoint_cases"
+CASES: dict[str, dict[str, Any]] = {
+    f"{optimizer}-{sharding}": {"optimizer": optimizer, "sharding": sharding, "dropout": 0.3}
+    for optimizer in ("sgd", "adagrad", "adam")
+    for sharding in ("row_wise", "table_wise", "column_wise")
+}
+CASES["rowwise_adagrad"] = {"optimizer": "rowwise_adagrad"}
+CASES["momentum"] = {"optimizer": "sgd", "momentum": 0.9}
+# column-wise states are one a shard, so they follow the number of ranks; without dropout, for other ranks draw others
+MOVED = {name: case | {"dropout": 0.0} for name, case in CASES.items() if "column_wise" not in name}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: Any) -> dict[int, tuple[Path, dict[str, Any]]]:
+    """World size → the directory with a checkpoint of each case, and what rank 0 reports."""
+    runs = {}
+    for size in (1, 2):
+        directory = tmp_path_factory.mktemp(f"ranks{size}")
+        results = run_ranks(
+            f"{HERE}:interrupted_and_not", size, timeout_s=100, directory=str(directory),
+            cases=CASES | {f"moved-{name}": case for name, case in MOVED.items()},
+        )
+        runs[size] = (directory, results[0])
+    return runs
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(saved: Any, size: int, case: str) -> None:
+    result = saved[size][1][case]
+    losses, noise, tables = result["straight_on"]
+    assert result["resumed"] == [losses, noise, tables]
+    assert result["position"] == [5, 60]
+    assert losses != result["before"][:2], "the steps after the checkpoint must have something to tell"
+
+
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(1, 2), (2, 1), (2, 3)])
+def test_a_checkpoint_goes_on_at_another_number_of_ranks(saved: Any, saved_by: int, loaded_by: int) -> None:
+    directory, results = saved[saved_by]
+    cases = {f"moved-{name}": case for name, case in MOVED.items()}
+    moved = run_ranks(f"{HERE}:continue_from", loaded_by, timeout_s=100, directory=str(directory), cases=cases)
+    for name in cases:
+        losses, _, tables = results[name]["straight_on"]
+        np.testing.assert_allclose(moved[0][name]["losses"], losses, rtol=1e-5, err_msg=name)
+        for table, rows in tables.items():
+            np.testing.assert_allclose(moved[0][name]["tables"][table], rows, rtol=1e-5, atol=2e-6, err_msg=name)
+
+
+def test_names_do_not_depend_on_wrapping(saved: Any) -> None:
+    alone, wrapped = (saved[size][1]["adam-row_wise"]["names"] for size in (1, 2))
+    assert alone == wrapped
+    assert {"model.tables.item_table", "model.tables.action_table", "model.task.head.weight"} < set(alone)
+
+
+def test_a_checkpoint_leaves_no_temporary_files(saved: Any) -> None:
+    directory, _ = saved[2]
+    assert [path.name for path in (directory / "adam-row_wise").iterdir()] == ["iteration_00000003"]
+    files = {path.name for path in (directory / "adam-row_wise" / "iteration_00000003").iterdir()}
+    assert files == {"tensors", "progress.json", "operative.gin", "rng_rank0.pt", "rng_rank1.pt", MANIFEST}
+
+
+def test_what_is_wrong_with_a_checkpoint_is_said_on_every_rank(saved: Any, tmp_path: Path) -> None:
+    good = saved[2][0] / "adam-row_wise" / "iteration_00000003"
+    names = ["flipped", "missing", "no-manifest", "other-width", "other-optimizer"]
+    for name in names:
+        shutil.copytree(good, tmp_path / name)
+    tensor_file = next(path.name for path in (good / "tensors").glob("__1_*"))
+    flipped = tmp_path / "flipped" / "tensors" / tensor_file
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    (tmp_path / "missing" / "rng_rank1.pt").unlink()
+    (tmp_path / "no-manifest" / MANIFEST).unlink()
+    config = {"optimizer": "adam", "sharding": "row_wise"}
+    cases = {name: config for name in names}
+    cases["other-width"] = config | {"dim": 12}
+    cases["other-optimizer"] = config | {"optimizer": "adagrad"}
+    expected = {
+        "flipped": f"{tensor_file} is damaged",
+        "missing": "rng_rank1.pt is missing",
+        "no-manifest": "it has no manifest.json",
+        "other-width": "model.tables.item_table is (41, 8) in the checkpoint, (41, 12) in this run",
+        "other-optimizer": "optimizer.tables.item_table.momentum1 is not in the checkpoint",
+    }
+    for messages in run_ranks(f"{HERE}:load_damaged", 2, directory=str(tmp_path), cases=cases):
+        for name, message in expected.items():
+            assert message in messages[name]
+
+
+def test_saving_where_nothing_can_be_written_fails_on_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    messages = run_ranks(f"{HERE}:save_into", 2, directory=str(tmp_path / "file"))
+    assert all("checkpointing failed on rank 0" in message for message in messages)
+
+
+def test_saving_an_iteration_again_replaces_its_checkpoint(tmp_path: Path) -> None:
+    assert run_ranks(f"{HERE}:save_twice", 1, directory=str(tmp_path)) == ["second"]
+    assert [path.name for path in tmp_path.iterdir()] == ["iteration_00000000"]

@@ -1,0 +1,210 @@
+"""One layer against its formula in float64; recomputation saves memory and changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hstu.model.layer import HSTULayer
+from tests.model.examples import gradients, make_network
+from tests.ops import oracle
+from tests.ops.oracle import User
+from tests.ops.strategies import Batch
+
+BATCH = Batch(
+    (
+        User(4, 2, (0, 5, 5, 90, 4000, 10**6)),
+        User(0, 0),
+        User(6, 0, (1, 2, 4, 8, 16, 10**9)),
+        User(0, 0, is_padding=True),
+    ),
+    contextuals=2,
+    tokens_per_item=2,
+    group_size=1,
+)
+MAX_TOKENS = 16
+
+
+def make_layer(seed: int = 0, **changes: Any) -> HSTULayer:
+    torch.manual_seed(seed)
+    layer = HSTULayer(make_network(**changes), MAX_TOKENS)
+    for parameter in layer.parameters():  # far from the initial values, so that each term counts
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def formula(layer: HSTULayer, x: Tensor) -> Tensor:
+    """The layer written down from the model's definition, with plain float64 operators."""
+    network, heads, width = layer.network, 2, 4
+    y = F.layer_norm(x, (8,), layer.input_norm.weight, layer.input_norm.bias, network.norm_epsilon)
+    projected = F.silu(y @ layer.uvqk.weight.T + layer.uvqk.bias)  # type: ignore[union-attr, operator]
+    per_head = [projected[:, head * 4 * width : (head + 1) * 4 * width] for head in range(heads)]
+    u, v, q, k = (torch.stack([h[:, i * width : (i + 1) * width] for h in per_head], dim=1) for i in range(4))
+    attended = oracle.attention(
+        q,
+        k,
+        v,
+        BATCH.tokens(),
+        alpha=1 / width**0.5,
+        scaling_seqlen=network.scaling_seqlen if network.scaling_seqlen > 0 else MAX_TOKENS,
+        is_causal=network.is_causal,
+        contextual_mask=not network.disable_contextual_mask,
+        bias=None if layer.bias is None else (layer.bias.position_weight, layer.bias.time_weight),
+    )
+    gated = oracle.norm_mul(attended, u, layer.output_norm.weight, layer.output_norm.bias, network.norm_epsilon)
+    return x + gated @ layer.out.weight.T  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"is_causal": False},
+        {"disable_contextual_mask": True},
+        {"position_encoding": "relative_bias"},
+        {"scaling_seqlen": 5},
+        {"norm_epsilon": 0.1},
+    ],
+    ids=str,
+)
+def test_equals_its_formula_forward_and_backward(changes: dict[str, Any]) -> None:
+    layer = make_layer(**changes).double()
+    reference = copy.deepcopy(layer)
+    layout = BATCH.layout()
+    x = torch.randn(layout.num_tokens, 8, dtype=torch.float64)
+    weight = torch.randn_like(x)
+    out, expected = layer(x, layout), formula(reference, x)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for name, gradient in gradients(reference).items():
+        torch.testing.assert_close(
+            gradients(layer)[name], gradient, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def step(layer: HSTULayer, x: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Output and all gradients of a training step with a fixed dropout seed."""
+    torch.manual_seed(7)
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        out = layer(x, BATCH.layout())
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    assert x.grad is not None
+    return [out.detach(), x.grad, *(gradient.clone() for gradient in gradients(layer).values())]
+
+
+RECOMPUTE = [
+    {"recompute_input_layernorm": True},
+    {"recompute_input_silu": True},
+    {"recompute_input_layernorm": True, "recompute_input_silu": True},
+    {"recompute_layer": True},
+    {"recompute_layer": True, "recompute_input_layernorm": True, "recompute_input_silu": True},
+]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("changes", RECOMPUTE, ids=str)
+def test_recomputing_gives_the_same_bits_with_dropout(changes: dict[str, bool], dtype: torch.dtype | None) -> None:
+    settings: dict[str, Any] = {"hidden_dropout": 0.3, "position_encoding": "relative_bias"}
+    x = torch.randn(BATCH.layout().num_tokens, 8)
+    plain = step(make_layer(**settings), x, dtype)
+    assert not torch.equal(plain[0], step(make_layer(**{**settings, "hidden_dropout": 0.0}), x, dtype)[0])
+    for a, b in zip(plain, step(make_layer(**settings, **changes), x, dtype), strict=True):
+        assert torch.equal(a, b)
+
+
+def bytes_kept(dtype: torch.dtype | None, **changes: Any) -> int:
+    """Bytes that are alive after a layer's forward and were not before, by the allocator's own count."""
+    layer = HSTULayer(make_network(hidden_size=32, kv_channels=16, hidden_dropout=0.2, **changes), 256)
+    layout = Batch((User(200, 0), User(180, 0)), 0, 1, 1).layout()
+    x = torch.randn(layout.num_tokens, 32, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        layer(x, layout)  # makes the plan of the attention, which stays in the layout
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            out = layer(x, layout)
+    assert out.requires_grad
+    return sum(event.self_cpu_memory_usage for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_recomputing_keeps_less_memory_by_what_it_promises(dtype: torch.dtype | None) -> None:
+    tokens, width, inner = 380, 32, 2 * 16
+    element = 4 if dtype is None else 2
+    plain = bytes_kept(dtype)
+    norm = bytes_kept(dtype, recompute_input_layernorm=True)
+    silu = bytes_kept(dtype, recompute_input_silu=True)
+    layer = bytes_kept(dtype, recompute_layer=True)
+    slack = 6000  # the state of the random generator, and allocations are rounded up
+    assert abs(plain - norm - tokens * width * element) < slack
+    assert abs(plain - silu - tokens * 4 * inner * element) < slack
+    assert layer < tokens * width * 4 + slack < plain / 4  # nothing but the output
+    assert layer == bytes_kept(dtype, recompute_layer=True, recompute_input_layernorm=True, recompute_input_silu=True)
+
+
+def saved_bytes(**changes: Any) -> int:
+    """Bytes of the distinct storages that autograd keeps, apart from parameters and the input."""
+    layer = HSTULayer(make_network(hidden_size=32, kv_channels=16, hidden_dropout=0.2, **changes), 256)
+    layout = Batch((User(200, 0), User(180, 0)), 0, 1, 1).layout()
+    x = torch.randn(layout.num_tokens, 32, requires_grad=True)
+    not_counted = {p.untyped_storage().data_ptr() for p in [x, *layer.parameters()]}
+    storages: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        if tensor.untyped_storage().data_ptr() not in not_counted:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x, layout)
+    return sum(storages.values())
+
+
+def test_autograd_is_handed_fewer_tensors_to_keep() -> None:
+    tokens, inner = 380, 2 * 16
+    plain = saved_bytes()
+    assert saved_bytes(recompute_layer=True) == 0
+    assert saved_bytes(recompute_input_silu=True) <= plain - tokens * 4 * inner * 4
+    assert saved_bytes(recompute_input_layernorm=True) <= plain - tokens * 32 * 4
+
+
+@pytest.mark.parametrize("changes", [{}, *RECOMPUTE], ids=str)
+def test_without_tokens_all_parameters_get_gradients_of_zero(changes: dict[str, bool]) -> None:
+    layer = make_layer(position_encoding="relative_bias", **changes)
+    layout = Batch((User(0, 0, is_padding=True),) * 3, 2, 2, 1).layout()
+    out = layer(torch.zeros(0, 8, requires_grad=True), layout)
+    assert out.shape == (0, 8)
+    out.sum().backward()
+    assert not any(gradient.any() for gradient in gradients(layer).values())
+
+
+def test_bfloat16_stays_close_to_float32() -> None:
+    x = torch.randn(BATCH.layout().num_tokens, 8)
+    exact, rounded = step(make_layer(), x), step(make_layer(), x, torch.bfloat16)
+    for a, b in zip(exact, rounded, strict=True):
+        assert b.dtype == torch.float32  # residual stream and gradients
+        torch.testing.assert_close(b, a, rtol=0, atol=0.03 * max(1.0, float(a.abs().max())))
+
+
+def test_linears_handed_in_are_asked_for_whole_heads() -> None:
+    asked = []
+
+    class Linears:
+        def column(self, in_width: int, out_width: int, bias: bool) -> nn.Module:
+            asked.append(("column", in_width, out_width, bias))
+            return nn.Linear(in_width, out_width, bias)
+
+        def row(self, in_width: int, out_width: int, bias: bool) -> nn.Module:
+            asked.append(("row", in_width, out_width, bias))
+            return nn.Linear(in_width, out_width, bias)
+
+    HSTULayer(make_network(num_attention_heads=2, kv_channels=5), MAX_TOKENS, linears=Linears())
+    assert asked == [("column", 8, 4 * 2 * 5, True), ("row", 2 * 5, 8, False)]

@@ -1,0 +1,131 @@
+"""The encoder as a whole: what a token can and cannot learn about the others."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from hstu.model.stack import HSTUStack, SequenceEncoder
+from tests.model.examples import (
+    ROWS,
+    Sample,
+    Tables,
+    gradients,
+    make_batch,
+    make_features,
+    make_network,
+    random_samples,
+)
+from tests.ops.oracle import User
+from tests.ops.strategies import Batch
+
+
+def encode(samples: list[Sample], contextuals: int, padding: int = 0, **changes: object) -> list[Tensor]:
+    """Encoded tokens of each user, from a model and tables that depend on the seed alone."""
+    torch.manual_seed(0)
+    features = make_features(contextuals)
+    encoder, tables = SequenceEncoder(make_network(**changes), features), Tables(features, 8, 8)
+    batch = make_batch(samples, features, padding)
+    tokens, layout = encoder(tables(batch), batch)
+    return list(tokens.detach().split(layout.seqlens.tolist()))
+
+
+def change(sample: Sample, item: int, *, action_only: bool = False) -> Sample:
+    """The user with another action (and item) at this place."""
+
+    def other(ids: tuple[int, ...]) -> tuple[int, ...]:
+        return (*ids[:item], (ids[item] + 1) % ROWS, *ids[item + 1 :])
+
+    items = sample.items if action_only else other(sample.items)
+    return dataclasses.replace(sample, items=items, actions=other(sample.actions))
+
+
+def changed_tokens(before: Tensor, after: Tensor) -> list[int]:
+    return torch.nonzero((before != after).any(1)).flatten().tolist()
+
+
+def test_causal_history_knows_nothing_of_what_follows() -> None:
+    (sample,) = random_samples([5], contextuals=1)
+    rule = {"disable_contextual_mask": True}
+    (before,), (after,) = encode([sample], 1, **rule), encode([change(sample, 2)], 1, **rule)
+    assert changed_tokens(before, after) == list(range(1 + 2 * 2, 11))
+    (after,) = encode([change(sample, 2, action_only=True)], 1, **rule)
+    assert changed_tokens(before, after) == list(range(1 + 2 * 2 + 1, 11))  # not its own item's token
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("group_size", "reached"), [(1, [12, 13]), (2, [12, 13, 14, 15])])
+def test_a_candidate_is_known_to_its_own_group_only(group_size: int, reached: list[int], is_causal: bool) -> None:
+    # tokens: c c | i a i a i a | i a i a i a i a (4 candidates: 8-9 10-11 12-13 14-15)
+    (sample,) = random_samples([7], contextuals=2, candidates=4)
+    rule = {"target_group_size": group_size, "is_causal": is_causal}
+    (before,), (after,) = encode([sample], 2, **rule), encode([change(sample, 5)], 2, **rule)
+    assert changed_tokens(before, after) == reached
+    (after,) = encode([change(sample, 5, action_only=True)], 2, **rule)
+    assert changed_tokens(before, after) == reached[1:]  # its item never sees its own action
+
+
+def test_context_sees_the_whole_history_unless_disabled() -> None:
+    (sample,) = random_samples([3], contextuals=1)
+    for disabled, context_changes in ((False, True), (True, False)):
+        rule = {"disable_contextual_mask": disabled, "num_layers": 1}
+        (before,), (after,) = encode([sample], 1, **rule), encode([change(sample, 2)], 1, **rule)
+        assert (0 in changed_tokens(before, after)) == context_changes
+
+
+@pytest.mark.parametrize("encoding", ["absolute", "relative_bias", "none"])
+@pytest.mark.parametrize("interleave", [True, False])
+def test_users_do_not_depend_on_their_neighbours_or_on_padding(encoding: str, interleave: bool) -> None:
+    samples = random_samples([4, 0, 9, 1], contextuals=2, candidates=2)
+    rule = {"position_encoding": encoding, "interleave_actions": interleave}
+    together = encode(samples, 2, padding=2, **rule)
+    assert [len(tokens) for tokens in together[4:]] == [0, 0]
+    for sample, tokens in zip(samples, together, strict=False):
+        (alone,) = encode([sample], 2, **rule)
+        torch.testing.assert_close(tokens, alone, rtol=0, atol=1e-6)
+        assert tokens.isfinite().all()
+
+
+@pytest.mark.parametrize("encoding", ["absolute", "relative_bias"])
+def test_a_rank_without_tokens_gives_every_parameter_a_gradient_of_zeros(encoding: str) -> None:
+    features = make_features(contextuals=2)
+    network = make_network(
+        position_encoding=encoding, item_embedding_dim=3, contextual_embedding_dim=5, hidden_dropout=0.2
+    )
+    encoder, tables = SequenceEncoder(network, features), Tables(features, 3, 5)
+    batch = make_batch([], features, padding=3)
+    tokens, _ = encoder(tables(batch), batch)
+    assert tokens.shape == (0, 8)
+    tokens.sum().backward()
+    for gradient in [*gradients(encoder).values(), *(w.grad for w in tables.weights.values())]:
+        assert gradient is not None and not gradient.any()
+
+
+def test_layers_run_in_order() -> None:
+    torch.manual_seed(0)
+    stack, layout = HSTUStack(make_network(num_layers=3), 16), Batch((User(4, 0),), 0, 1, 1).layout()
+    x = torch.randn(4, 8)
+    expected = x
+    for layer in stack.layers:
+        expected = layer(expected, layout)
+    assert torch.equal(stack(x, layout), expected)
+
+
+def test_one_seed_gives_one_model() -> None:
+    def model() -> dict[str, Tensor]:
+        torch.manual_seed(11)
+        return SequenceEncoder(make_network(position_encoding="relative_bias"), make_features(1)).state_dict()
+
+    first, second = model(), model()
+    assert first and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_bfloat16_computes_in_bfloat16_and_returns_float32() -> None:
+    samples = random_samples([6, 3], contextuals=1)
+    exact, rounded = encode(samples, 1), encode(samples, 1, dtype_str="bfloat16")
+    for a, b in zip(exact, rounded, strict=True):
+        assert b.dtype == torch.float32 and not torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=0, atol=0.05)

@@ -1,0 +1,76 @@
+"""The gate behind the attention against its formula; dropout against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hstu.ops.dropout import dropout
+from hstu.ops.norm_mul_dropout import norm_mul_dropout
+from tests.ops import oracle
+
+
+def inputs(tokens: int, heads: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(tokens)
+    shapes = [(tokens, heads, width)] * 2 + [(heads * width,)] * 2
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    tokens=st.integers(0, 7),
+    heads=st.integers(1, 3),
+    width=st.integers(1, 5),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_equals_the_formula_forward_and_backward(tokens: int, heads: int, width: int, dtype: torch.dtype) -> None:
+    ours = [x.requires_grad_() for x in inputs(tokens, heads, width, dtype)]
+    exact = [x.detach().double().requires_grad_() for x in ours]
+    out = norm_mul_dropout(*ours, eps=0.1, dropout=0.0, training=True)
+    expected = oracle.norm_mul(*exact, eps=0.1)
+    assert out.dtype == dtype and out.shape == (tokens, heads * width)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    weight = torch.randn_like(expected)
+    got = torch.autograd.grad((out.double() * weight).sum(), ours, materialize_grads=True)
+    wanted = torch.autograd.grad((expected * weight).sum(), exact, allow_unused=True, materialize_grads=True)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2 * tolerance, atol=4 * tolerance)
+
+
+def test_gradcheck() -> None:
+    leaves = [x.requires_grad_() for x in inputs(3, 2, 3, torch.float64)]
+    assert torch.autograd.gradcheck(lambda *x: norm_mul_dropout(*x, eps=1e-5, dropout=0.0, training=True), leaves)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.9])
+def test_dropout_drops_its_share_and_keeps_the_mean(p: float) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(1000, 333, requires_grad=True)
+    y = dropout(x, p, training=True)
+    kept = y != 0
+    assert float(kept.float().mean()) == pytest.approx(1 - p, abs=0.003)
+    assert float(y.mean()) == pytest.approx(1, abs=0.02)
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)), rtol=1e-4, atol=0)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)  # type: ignore[arg-type]  # x is 1: the gradient is the scaled mask
+    for shift in (1, 2, 3, 4):  # neighbours share a 64-bit draw and must still be independent
+        flat = kept.flatten().float()
+        both = float((flat[shift:] * flat[:-shift]).mean())
+        assert both == pytest.approx((1 - p) ** 2, abs=0.005)
+
+
+def test_dropout_follows_the_seed_and_is_off_in_evaluation() -> None:
+    x = torch.randn(7, 5)
+
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return dropout(x, 0.5, training=True)
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert dropout(x, 0.5, training=False) is x and dropout(x, 0.0, training=True) is x
+    assert dropout(torch.zeros(0, 5), 0.5, training=True).shape == (0, 5)
+    assert dropout(x.bfloat16(), 0.5, training=True).dtype == torch.bfloat16

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hstu.config.args import OptimizerArgs
+from hstu.optim.dense import DenseOptimizer, decayed_parameters
+
+NAMES = ["sgd", "adagrad", "adam", "adamw", "rowwise_adagrad"]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.norm = nn.LayerNorm((2, 4))  # a norm with a two-dimensional weight
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(self.embedding(ids)).flatten(1)).square().mean()
+
+
+IDS = torch.tensor([[0, 1], [3, 4]])
+
+
+def train(model: nn.Module, optimizer: Any, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(IDS).backward()
+        optimizer.step()
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [weight.detach().clone() for weight in model.parameters()]
+
+
+def test_weight_decay_is_for_matrices_that_are_no_embedding_norm_or_bias() -> None:
+    model = Net()
+    assert [id(weight) for weight in decayed_parameters(model)] == [id(model.linear.weight)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decay_shrinks_a_weight_by_its_learning_rate_whichever_the_optimizer(name: str) -> None:
+    torch.manual_seed(0)
+    plain = Net()
+    decayed = copy.deepcopy(plain)
+    args = {"optimizer_str": name, "learning_rate": 0.1}
+    before = plain.linear.weight.detach().clone()
+    train(plain, DenseOptimizer(plain, OptimizerArgs(**args)), 1)
+    train(decayed, DenseOptimizer(decayed, OptimizerArgs(**args, weight_decay=0.5)), 1)
+    torch.testing.assert_close(plain.linear.weight - decayed.linear.weight, 0.1 * 0.5 * before)
+    for key in ("embedding.weight", "norm.weight", "linear.bias"):
+        torch.testing.assert_close(decayed.get_parameter(key), plain.get_parameter(key), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reference"),
+    [
+        ("sgd", {"momentum": 0.9}, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+        ("adam", {}, lambda p: torch.optim.Adam(p, lr=0.1, eps=1e-5)),
+        ("adagrad", {}, lambda p: torch.optim.Adagrad(p, lr=0.1, eps=1e-5)),
+        ("rowwise_adagrad", {}, lambda p: torch.optim.Adagrad(p, lr=0.1, eps=1e-5)),
+    ],
+)
+def test_creating_the_state_early_changes_nothing(name: str, options: dict[str, Any], reference: Any) -> None:
+    torch.manual_seed(0)
+    ours = Net()
+    theirs = copy.deepcopy(ours)
+    optimizer = DenseOptimizer(ours, OptimizerArgs(optimizer_str=name, learning_rate=0.1, adam_eps=1e-5, **options))
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=0)
+    train(ours, optimizer, 4)
+    train(theirs, reference(theirs.parameters()), 4)
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=2e-5, atol=1e-6)
+
+
+def test_decoupled_decay_is_adamw() -> None:
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(4, 1, bias=False))
+    theirs = copy.deepcopy(ours)
+    optimizer = DenseOptimizer(ours, OptimizerArgs(optimizer_str="adamw", learning_rate=0.1, weight_decay=0.3))
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.3)
+    for step in range(4):
+        inputs = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+        for model, one in ((ours, optimizer), (theirs, reference)):
+            one.zero_grad()
+            model(inputs).square().sum().backward()
+            one.step()
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_is_named_by_parameter_and_there_before_the_first_step(name: str) -> None:
+    args = OptimizerArgs(optimizer_str=name, learning_rate=0.1, momentum=0.9)
+    model = Net()
+    optimizer = DenseOptimizer(model, args)
+    names_before = set(optimizer.state_tensors())
+    train(model, optimizer, 1)
+    assert set(optimizer.state_tensors()) == names_before
+    assert any(key.startswith("linear.weight.") for key in names_before)
+
+
+def test_the_multiplier_scales_the_learning_rate() -> None:
+    model = Net()
+    optimizer = DenseOptimizer(model, OptimizerArgs(optimizer_str="sgd", learning_rate=0.1))
+    before = weights(model)
+    optimizer.set_lr_multiplier(0.0)
+    train(model, optimizer, 1)
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+    optimizer.set_lr_multiplier(2.0)
+    gradient_step = model.linear.weight.detach().clone()
+    train(model, optimizer, 1)
+    assert model.linear.weight.grad is not None
+    torch.testing.assert_close(model.linear.weight, gradient_step - 0.2 * model.linear.weight.grad)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hstu.config.args import LRScheduleArgs
+from hstu.optim.schedule import Schedule
+
+TOTAL, PER_EPOCH = 100, 10
+
+
+def multipliers(**args: Any) -> list[float]:
+    schedule = Schedule(LRScheduleArgs(**args))
+    return [schedule.multiplier(iteration, TOTAL, PER_EPOCH) for iteration in range(TOTAL + 1)]
+
+
+def test_constant_is_one() -> None:
+    assert multipliers() == [1.0] * (TOTAL + 1)
+
+
+@pytest.mark.parametrize("warmup", [{"warmup_iters": 20}, {"warmup_ratio": 0.2}])
+def test_warmup_rises_linearly_from_its_start_to_one(warmup: dict[str, Any]) -> None:
+    values = multipliers(warmup_start=0.5, **warmup)
+    assert values[:21] == pytest.approx([0.5 + 0.5 * iteration / 20 for iteration in range(21)])
+    assert values[20:] == [1.0] * 81
+
+
+def test_linear_falls_to_the_floor_after_the_warmup() -> None:
+    values = multipliers(schedule="linear", warmup_iters=20, min_ratio=0.2)
+    assert values[20] == 1.0
+    assert values[60] == pytest.approx(0.6)
+    assert values[100] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("decay", [{"decay_iters": 50}, {"decay_ratio": 0.5}])
+def test_a_decay_shorter_than_the_run_stays_at_the_floor(decay: dict[str, Any]) -> None:
+    values = multipliers(schedule="linear", min_ratio=0.1, **decay)
+    assert values[25] == pytest.approx(0.55)
+    assert values[50:] == pytest.approx([0.1] * 51)
+
+
+def test_cosine() -> None:
+    values = multipliers(schedule="cosine", min_ratio=0.2)
+    assert values[25] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert values[50] == pytest.approx(0.6)
+    assert values[100] == pytest.approx(0.2)
+
+
+def test_cosine_restarts_begin_again_after_each_cycle() -> None:
+    values = multipliers(schedule="cosine_restarts", decay_iters=40)
+    assert values[0] == values[40] == values[80] == 1.0
+    assert values[20] == values[60] == pytest.approx(0.5)
+    assert values[39] == pytest.approx(0.5 * (1 + math.cos(math.pi * 39 / 40)))
+
+
+def test_exponential_reaches_its_factor_at_the_end() -> None:
+    values = multipliers(schedule="exponential", decay_factor=0.01)
+    assert values[50] == pytest.approx(0.1)
+    assert values[100] == pytest.approx(0.01)
+    assert multipliers(schedule="exponential", decay_factor=0.01, min_ratio=0.3)[100] == 0.3
+
+
+def test_step_multiplies_at_each_milestone() -> None:
+    values = multipliers(schedule="step", milestones=[30, 60], decay_factor=0.5)
+    assert (values[29], values[30], values[59], values[60]) == (1.0, 0.5, 0.5, 0.25)
+
+
+def test_by_epoch_moves_at_epoch_ends_and_counts_milestones_in_epochs() -> None:
+    values = multipliers(schedule="step", milestones=[3], decay_factor=0.5, by_epoch=True)
+    assert (values[29], values[30]) == (1.0, 0.5)
+    linear = multipliers(schedule="linear", by_epoch=True)
+    assert all(linear[iteration] == linear[iteration // 10 * 10] for iteration in range(TOTAL))
+    assert linear[50] == pytest.approx(0.5)
+
+
+@given(
+    shape=st.sampled_from(["constant", "linear", "cosine", "cosine_restarts", "exponential", "step"]),
+    warmup=st.integers(0, 150), total=st.integers(1, 120), per_epoch=st.integers(1, 50),
+    iteration=st.integers(0, 200), floor=st.floats(0, 1), by_epoch=st.booleans(),
+)  # fmt: skip
+def test_a_multiplier_is_always_between_zero_and_one(
+    shape: str, warmup: int, total: int, per_epoch: int, iteration: int, floor: float, by_epoch: bool
+) -> None:
+    args = LRScheduleArgs(
+        schedule=shape, warmup_iters=warmup, min_ratio=floor, milestones=[5, 9], by_epoch=by_epoch
+    )
+    assert 0.0 <= Schedule(args).multiplier(iteration, total, per_epoch) <= 1.0 + 1e-12

@@ -131,9 +131,7 @@ def _make_empty(directory: Path) -> None:
 
 
 def _write_tensors(root: Path, state: TrainState, mesh: Mesh) -> None:
-    dcp.save(
-        state.tensors(), storage_writer=dcp.FileSystemWriter(root / "tensors"), process_group=mesh.world_group
-    )
+    dcp.save(state.tensors(), storage_writer=dcp.FileSystemWriter(root / "tensors"), process_group=mesh.world_group)
 
 
 def _write_own_files(root: Path, state: TrainState, mesh: Mesh) -> dict[str, dict[str, Any]]:
@@ -183,9 +181,7 @@ def _tensor_problems(root: Path, state: TrainState) -> list[str]:
 
 
 def _read_tensors(root: Path, state: TrainState, mesh: Mesh) -> None:
-    dcp.load(
-        state.tensors(), storage_reader=dcp.FileSystemReader(root / "tensors"), process_group=mesh.world_group
-    )
+    dcp.load(state.tensors(), storage_reader=dcp.FileSystemReader(root / "tensors"), process_group=mesh.world_group)
 
 
 def _raise_problems(root: Path, by_rank: list[list[str]]) -> None:

@@ -107,6 +107,7 @@ class StoreReader:
     """Reads the samples of a table from a store, and checks every value that it reads.
 
     ``wants_timestamps``: read times, for relative biases; ``wants_seen``: read whole histories, for filter_seen.
+    ``recoding``: int64 [cardinality] a feature, from this store's codes to those of the store that is trained on.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class StoreReader:
         *,
         wants_timestamps: bool = False,
         wants_seen: bool = False,
+        recoding: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         if wants_timestamps and store.timestamp_feature is None:
             raise ConfigError(
@@ -128,6 +130,7 @@ class StoreReader:
         self.roles = roles
         self.timestamp_feature = store.timestamp_feature if wants_timestamps else None
         self.wants_seen = wants_seen and samples.target is not None
+        self.recoding = dict(recoding or {})
 
     def read(self, plan: BatchPlan) -> Rows:
         """The rows of ``plan.indices``. Raises DataError that names the user of a value out of range."""
@@ -161,13 +164,16 @@ class StoreReader:
         if feature != self.timestamp_feature and (wrong := self._out_of_range(feature, values)) is not None:
             user = int(np.searchsorted(self.store.offsets(), events[wrong], side="right")) - 1
             raise self._damaged(feature, int(values[wrong]), user, f"event {events[wrong]}")
-        return values
+        return self._recoded(feature, values)
 
     def _context(self, feature: str, users: np.ndarray) -> np.ndarray:
         values = self.store.context(feature)[users].astype(np.int64)
         if (wrong := self._out_of_range(feature, values)) is not None:
             raise self._damaged(feature, int(values[wrong]), int(users[wrong]), f"row {users[wrong]}")
-        return values
+        return self._recoded(feature, values)
+
+    def _recoded(self, feature: str, values: np.ndarray) -> np.ndarray:
+        return self.recoding[feature][values] if feature in self.recoding else values
 
     def _out_of_range(self, feature: str, values: np.ndarray) -> int | None:
         # A timestamp has no range. Seen as unsigned, a negative code is too large: one comparison, not two.
@@ -312,8 +318,9 @@ def build_collator(
     wants_timestamps: bool = False,
     wants_seen: bool = False,
     table_rows: Mapping[str, int] | None = None,
+    recoding: Mapping[str, np.ndarray] | None = None,
 ) -> Collator:
-    """The collator of one split of a store.
+    """The collator of one split of a store. ``recoding``: see StoreReader.
 
     ``table_rows``: rows of the tables by feature; where they are fewer than the store's codes, ids are hashed.
     """
@@ -324,6 +331,8 @@ def build_collator(
         if name in roles.names and rows < store.cardinality(name)
     }
     return Collator(
-        StoreReader(store, samples, roles, wants_timestamps=wants_timestamps, wants_seen=wants_seen),
+        StoreReader(
+            store, samples, roles, wants_timestamps=wants_timestamps, wants_seen=wants_seen, recoding=recoding
+        ),
         Assembler(batch_size, task, roles, store.cardinality(roles.item), seed, negatives, too_small),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +62,17 @@ def set_up_logging(rank: int = 0, log_file: Optional[Path] = None) -> logging.Lo
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(to_file)
     return logger
+
+
+def quiet_libraries() -> None:
+    """Silence what TorchRec 1.8 and torch 2.13 say in every run, whatever we do: it tells a user nothing.
+
+    The planner's advice on topologies and reservations, torch.fx' on a function of its own, and deprecations of
+    ShardedTensor, which TorchRec itself returns.
+    """
+    for name in ("torchrec", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def tear_down_logging() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from typing import NamedTuple
@@ -50,7 +51,7 @@ def data_sheet_tflops(name: str, dtype: torch.dtype, tf32: bool = False) -> floa
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> PeakTflops:
     """Peak of one device for matrix products of ``dtype``.
 
-    From the data sheet for a known GPU; otherwise measured, which takes up to 0.3 s. A measured peak is what a
+    From the data sheet for a known GPU; otherwise measured, which takes less than a second. A measured peak is what a
     matrix product reaches now, on the threads torch has: MFU on a CPU tells about efficiency, not about hardware.
     Call it when a run starts: it waits for the device.
     """
@@ -62,25 +63,23 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> PeakTflops:
     return PeakTflops(_measure(device, dtype), f"measured with {_name(dtype)} matrix products on this {device.type}")
 
 
-def _measure(device: torch.device, dtype: torch.dtype, budget_s: float = 0.2) -> float:
-    """Best rate over products of growing size; stops before a size that would not fit the budget."""
+def _measure(device: torch.device, dtype: torch.dtype, budget_s: float = 0.3, most_products: int = 10) -> float:
+    """Best rate over products of one size that is large enough to keep the device busy."""
+    size = 8192 if device.type == "cuda" else 1024
+    left = torch.ones(size, size, device=device, dtype=dtype)
+    torch.matmul(left, left)  # loads the library and starts its threads, which takes longer than the product
     deadline = time.perf_counter() + budget_s
-    best_rate = 0.0
-    for size in (256, 512, 1024, *((4096, 8192) if device.type == "cuda" else ())):
-        flops = 2.0 * size**3
-        if best_rate and time.perf_counter() + 2 * flops / best_rate > deadline:
+    shortest_s = math.inf
+    for _ in range(most_products):
+        begun = time.perf_counter()
+        torch.matmul(left, left)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        ended = time.perf_counter()
+        shortest_s = min(shortest_s, ended - begun)
+        if ended > deadline:
             break
-        left = torch.ones(size, size, device=device, dtype=dtype)
-        for _ in range(4):  # the first of a size pays for warming up
-            begun = time.perf_counter()
-            torch.matmul(left, left)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            ended = time.perf_counter()
-            best_rate = max(best_rate, flops / (ended - begun))
-            if ended > deadline:
-                break
-    return best_rate / 1e12
+    return 2.0 * size**3 / shortest_s / 1e12
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -51,7 +51,10 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
     Collective. Returns the model and the optimizer of its tables (config.optimizer, sparse_* taking precedence).
     """
     args = config.optimizer
-    name, learning_rate = args.sparse_optimizer_str or args.optimizer_str, args.sparse_learning_rate or args.learning_rate
+    name, learning_rate = (
+        args.sparse_optimizer_str or args.optimizer_str,
+        args.sparse_learning_rate or args.learning_rate,
+    )
     row_sparse = name in ("adam", "adamw") and mesh.device.type == "cpu"
     sharder = RowSparseSharder() if row_sparse else EmbeddingCollectionSharder(_fused_params(name, learning_rate, args))
     if len(model.embedding):

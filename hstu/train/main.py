@@ -7,6 +7,7 @@ import sys
 from hstu.config.errors import EXIT_DONE, ConfigError, UserError
 from hstu.config.run_config import RunConfig
 from hstu.observe.environment import check_packages
+from hstu.observe.logging import quiet_libraries
 
 
 def run(config: RunConfig) -> int:
@@ -16,6 +17,7 @@ def run(config: RunConfig) -> int:
     mesh = None
     try:
         check_packages()
+        quiet_libraries()
         mesh = meshes.start(
             tensor_parallel_size=config.tensor_parallel.tensor_model_parallel_size,
             seed=config.trainer.seed,

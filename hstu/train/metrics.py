@@ -96,10 +96,12 @@ class RankingMetrics:
     def compute(self, gather: Gather = only_rank) -> dict[str, float]:
         """All metrics over the predictions of all ranks. Collective; every rank gets the same numbers."""
         if not self._chunks:  # then no rank has any: all see equally many batches
-            return self._undefined()
+            return self._undefined("the evaluation set has no batches")
         logits, actions, users = (gather(np.concatenate(parts)) for parts in zip(*self._chunks, strict=True))
         if not len(actions):
-            return self._undefined()
+            return self._undefined("the evaluation set has no labelled items")
+        if not np.isfinite(logits).all():
+            return self._undefined("the model predicts values that are not finite")
         logits = logits.astype(np.float64)
         if self.num_tasks is None:
             labelled = _classes(logits, actions - self.label_offset)
@@ -110,8 +112,8 @@ class RankingMetrics:
             results |= self._compute_one(name, labelled, actions, users)
         return results
 
-    def _undefined(self) -> dict[str, float]:
-        logger.warning("metrics are undefined (nan): the evaluation set has no labelled items")
+    def _undefined(self, reason: str) -> dict[str, float]:
+        logger.warning("metrics are undefined (nan): %s", reason)
         return dict.fromkeys(self.names, nan)
 
     def _compute_one(self, name: str, labelled: _Labelled, actions: np.ndarray, users: np.ndarray) -> dict[str, float]:

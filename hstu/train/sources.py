@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, RetrievalArgs
 from hstu.config.errors import ConfigError
 from hstu.config.run_config import RunConfig
@@ -85,7 +87,7 @@ class StoreSource(BatchSource):
         predefined = predefined_embeddings(self.store, config.network) if resolve_name(args.dataset_name) else ()
         self.tables = choose_tables(config.embeddings, predefined, self.roles.names)
         self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
-        self._check_eval_store()
+        self._recoding = {} if self._eval_store is self.store else self._recode_eval_store()
         self.hashed_rows = check_rows(self.tables, self.cardinalities)
         self.max_items = args.max_sequence_length
         self.eval_splits, self.final_splits = self._splits()
@@ -112,6 +114,17 @@ class StoreSource(BatchSource):
         collator = self._collator(self._eval_store, samples, trainer.eval_batch_size, training=False)
         sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._mesh.dp_rank, self._mesh.dp_size)
         return build_loader(collator, sampler, workers=trainer.data_workers, prefetch=trainer.data_prefetch)
+
+    def history_batches(self, users: np.ndarray) -> Iterator[HSTUBatch]:
+        """The whole histories of ``users`` (rows of the store), in that order and without labels, on every rank."""
+        offsets = np.asarray(self.store.offsets())
+        begin, stop = offsets[users], offsets[users + 1]
+        nothing = np.zeros_like(stop)
+        start = np.maximum(begin, stop - self.max_items)
+        samples = SampleTable(users, start, stop, nothing, nothing, target=None, history_begin=begin)
+        batch_size = self._config.trainer.eval_batch_size
+        collator = self._collator(self.store, samples, batch_size, training=False)
+        return build_loader(collator, EvalSampler(len(users), batch_size, rank=0, world_size=1))
 
     def _splits(self) -> tuple[tuple[Split, ...], tuple[Split, ...]]:
         if self._config.task == "ranking":
@@ -151,17 +164,24 @@ class StoreSource(BatchSource):
             wants_timestamps=self._wanted.timestamps,
             wants_seen=self._wanted.seen and not training,
             table_rows=self.hashed_rows,
+            recoding=self._recoding if store is not self.store else None,
         )
 
-    def _check_eval_store(self) -> None:
-        problems = [
-            f"DatasetArgs.eval_dataset_path: feature {name!r} has {self._eval_store.cardinality(name)} ids in "
-            f"{self._eval_store.path} and {rows} in {self.store.path}; preprocess both with one vocabulary"
-            for name, rows in self.cardinalities.items()
-            if self._eval_store.cardinality(name) > rows
-        ]
+    def _recode_eval_store(self) -> dict[str, np.ndarray]:
+        """Codes of the second store → codes of the first; a store numbers the raw ids that it has seen."""
+        theirs, ours = self._eval_store, self.store
+        recoding, problems = {}, []
+        for name in self.roles.names:
+            if ours.features[name].has_vocab:
+                recoding[name] = ours.encode(name, theirs.raw_ids(name))
+            elif theirs.cardinality(name) > ours.cardinality(name):
+                problems.append(
+                    f"DatasetArgs.eval_dataset_path: {name!r} is up to {theirs.cardinality(name) - 1} in {theirs.path} "
+                    f"and up to {ours.cardinality(name) - 1} in {ours.path}, which is trained on"
+                )
         if problems:
             raise ConfigError(problems)
+        return recoding
 
 
 class RandomSource(BatchSource):

@@ -43,7 +43,12 @@ def run_cases(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     functions = {
         function.__name__: function
         for function in (
-            train, look_up_items, pipelined_modules, lr_multipliers, copy_optimizer_state, out_of_range_id,
+            train,
+            look_up_items,
+            pipelined_modules,
+            lr_multipliers,
+            copy_optimizer_state,
+            out_of_range_id,
             sparse_gradients,
         )
     }
@@ -55,9 +60,7 @@ def run_cases(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return results
 
 
-def train(
-    mesh: mesh_module.Mesh, steps: int = 3, empty_from: int | None = None, **config_args: Any
-) -> dict[str, Any]:
+def train(mesh: mesh_module.Mesh, steps: int = 3, empty_from: int | None = None, **config_args: Any) -> dict[str, Any]:
     """Train the toy; the initial and final tables, the dense weights, each step's loss."""
     model, optimizers = build(make_config(**config_args), mesh)
     initial = full_tables(model, mesh)
@@ -141,8 +144,6 @@ def sparse_gradients(mesh: mesh_module.Mesh) -> dict[str, Any]:
     model, optimizers = build(make_config(optimizer="adam"), mesh)
     batch = make_batch(0, mesh.rank, mesh.world_size)
     model(batch).loss_sum.backward()
-    weights = {
-        name: parameter for collection in model.embedding for name, parameter in collection.named_parameters()
-    }
+    weights = {name: parameter for collection in model.embedding for name, parameter in collection.named_parameters()}
     results = {name: [weight.grad.is_sparse, weight.grad._nnz()] for name, weight in weights.items()}
     return results

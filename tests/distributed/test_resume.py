@@ -29,7 +29,10 @@ def saved(tmp_path_factory: Any) -> dict[int, tuple[Path, dict[str, Any]]]:
     for size in (1, 2):
         directory = tmp_path_factory.mktemp(f"ranks{size}")
         results = run_ranks(
-            f"{HERE}:interrupted_and_not", size, timeout_s=100, directory=str(directory),
+            f"{HERE}:interrupted_and_not",
+            size,
+            timeout_s=100,
+            directory=str(directory),
             cases=CASES | {f"moved-{name}": case for name, case in MOVED.items()},
         )
         runs[size] = (directory, results[0])

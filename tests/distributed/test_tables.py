@@ -156,7 +156,9 @@ def reference(optimizer: str, initial: dict[str, Any], steps: int) -> tuple[dict
     return {name: table.detach().numpy() for name, table in tables.items()}, losses
 
 
-def update_rows(optimizer: str, table: torch.Tensor, rows: torch.Tensor, state: dict[str, torch.Tensor], t: int) -> None:
+def update_rows(
+    optimizer: str, table: torch.Tensor, rows: torch.Tensor, state: dict[str, torch.Tensor], t: int
+) -> None:
     assert table.grad is not None
     gradient = table.grad[rows]
     if optimizer == "sgd":

@@ -53,7 +53,9 @@ def global_sequences(step: int, empty_from: int | None = None) -> list[dict[str,
         length = 0 if empty_from is not None and index >= empty_from else int(rng.integers(1, 7))
         user = rng.integers(0, USERS, 1 if length else 0)
         items, actions = rng.integers(0, ITEMS, length), rng.integers(0, ACTIONS, length)
-        sequences.append({"user": user, "item": items, "action": actions, NEGATIVES: rng.integers(0, ITEMS, length // 2)})
+        sequences.append(
+            {"user": user, "item": items, "action": actions, NEGATIVES: rng.integers(0, ITEMS, length // 2)}
+        )
     return sequences
 
 
@@ -78,9 +80,15 @@ def make_batch(step: int, rank: int, world_size: int, empty_from: int | None = N
 
 
 def make_config(
-    optimizer: str = "sgd", sharding: str = "row_wise", replicated: tuple[str, ...] | list[str] = ("action",),
-    dim: int = 8, user_dim: int = -1, learning_rate: float = 0.1, init_seed_offset: int = 0,
-    dropout: float = 0.0, **optimizer_args: Any,
+    optimizer: str = "sgd",
+    sharding: str = "row_wise",
+    replicated: tuple[str, ...] | list[str] = ("action",),
+    dim: int = 8,
+    user_dim: int = -1,
+    learning_rate: float = 0.1,
+    init_seed_offset: int = 0,
+    dropout: float = 0.0,
+    **optimizer_args: Any,
 ) -> Any:
     """The parts of a RunConfig that the toy needs."""
     tables = [("user", USERS), ("item", ITEMS), ("action", ACTIONS)]
@@ -88,12 +96,17 @@ def make_config(
         dropout=dropout,
         trainer=SimpleNamespace(seed=7 + init_seed_offset),
         optimizer=OptimizerArgs(optimizer_str=optimizer, learning_rate=learning_rate, **optimizer_args),
-        network=NetworkArgs(num_layers=1, hidden_size=dim, num_attention_heads=1, kv_channels=4,
-                            contextual_embedding_dim=user_dim),
+        network=NetworkArgs(
+            num_layers=1, hidden_size=dim, num_attention_heads=1, kv_channels=4, contextual_embedding_dim=user_dim
+        ),
         embeddings=tuple(
             EmbeddingArgs(
-                feature_names=[name], table_name=f"{name}_table", item_vocab_size_or_capacity=rows, sharding=sharding,
-                sharding_type="data_parallel" if name in replicated else "model_parallel", init_std=0.5,
+                feature_names=[name],
+                table_name=f"{name}_table",
+                item_vocab_size_or_capacity=rows,
+                sharding=sharding,
+                sharding_type="data_parallel" if name in replicated else "model_parallel",
+                init_std=0.5,
             )
             for name, rows in tables
         ),

@@ -139,3 +139,16 @@ def test_nothing_but_its_inputs_is_kept_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         hstu_attention(q.requires_grad_(), k, v, batch.layout(), alpha=1.0, scaling_seqlen=60)
     assert [x.data_ptr() for x in kept] == [q.data_ptr(), k.data_ptr(), v.data_ptr()]
+
+
+def test_cost_follows_the_sum_of_squares_and_memory_is_bounded() -> None:
+    lengths = [2000, *np.random.default_rng(0).integers(1, 200, 127).tolist()]
+    layout = Batch(tuple(User(n, 0) for n in lengths), contextuals=0, tokens_per_item=1, group_size=1).layout()
+    q = torch.zeros(layout.num_tokens, 1, 1)
+    hstu_attention(q, q, q, layout, alpha=1.0, scaling_seqlen=2000)
+    (plan,) = layout.cache.values()
+    blocks = [g.size * (b.stop - b.start) * b.num_keys for g in plan.groups for b in g.blocks]
+    pairs = sum(n * n for n in lengths)
+    assert 0.5 * pairs < sum(blocks) < 0.7 * pairs  # causal: little more than half of Σ n²
+    assert sum(blocks) < 0.01 * len(lengths) * max(lengths) ** 2
+    assert max(blocks) <= max(pytorch_attention.SCORES_PER_BLOCK["cpu"], 64 * max(lengths))

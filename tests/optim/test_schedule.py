@@ -85,7 +85,5 @@ def test_by_epoch_moves_at_epoch_ends_and_counts_milestones_in_epochs() -> None:
 def test_a_multiplier_is_always_between_zero_and_one(
     shape: str, warmup: int, total: int, per_epoch: int, iteration: int, floor: float, by_epoch: bool
 ) -> None:
-    args = LRScheduleArgs(
-        schedule=shape, warmup_iters=warmup, min_ratio=floor, milestones=[5, 9], by_epoch=by_epoch
-    )
+    args = LRScheduleArgs(schedule=shape, warmup_iters=warmup, min_ratio=floor, milestones=[5, 9], by_epoch=by_epoch)
     assert 0.0 <= Schedule(args).multiplier(iteration, total, per_epoch) <= 1.0 + 1e-12

@@ -128,7 +128,14 @@ def test_no_label_at_all_gives_nan_and_says_why(empty_batch, caplog):
     if empty_batch:
         collected.update(np.zeros((0, 1)), np.zeros(0), np.zeros(0))
     assert all(math.isnan(value) for value in collected.compute().values())
-    assert "no labelled items" in caplog.text
+    assert "the evaluation set has no" in caplog.text
+
+
+def test_a_model_that_diverged_has_no_metrics(caplog):
+    collected = RankingMetrics(("AUC",), num_tasks=1)
+    collected.update(np.array([[0.3], [math.nan]]), np.array([1, 0]), np.array([0, 1]))
+    assert math.isnan(collected.compute()["AUC"])
+    assert "not finite" in caplog.text
 
 
 def test_labels_without_a_class_are_refused():

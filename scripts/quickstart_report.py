@@ -1,0 +1,69 @@
+"""What the quick start found: metrics beside the popularity baseline, the curve, three users' recommendations.
+
+python scripts/quickstart_report.py --run_dir runs/quickstart
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hstu.config.args import DatasetArgs, RetrievalArgs
+from hstu.config.errors import EXIT_DONE, ConfigError, DataError, UserError
+from hstu.config.gin_io import load
+from hstu.config.run_config import RunConfig
+from hstu.data.sequences import build_samples
+from hstu.observe.logging import quiet_libraries
+from hstu.parallel import mesh as meshes
+from hstu.train.baselines import popularity_baseline
+from hstu.train.sources import open_store
+from hstu.train.recommend import recommend_for
+from scripts.recommend import show
+
+
+FIRST_USERS = ("1", "2", "3")
+
+
+def print_metrics(config: RunConfig, metrics: dict[str, float]) -> None:
+    """The last evaluation on the test split beside the popularity baseline, on the same users and items."""
+    if not isinstance(config.dataset, DatasetArgs) or not isinstance(config.task_args, RetrievalArgs):
+        raise ConfigError("the report is about a retrieval run on real data")
+    store = open_store(config.dataset)
+    train, test = (build_samples(store, config.dataset, "retrieval", split, 0) for split in ("train", "test"))
+    names = config.task_args.eval_metrics
+    popularity = popularity_baseline(store, train, test, names)
+    print(f"\nLast item of {len(test)} users, found among all {store.cardinality(store.item_feature)} items")
+    print("(items that the user has seen are left out)\n")
+    print(f"  {'':<12}" + "".join(f"{name:>10}" for name in names))
+    for label, values in (("HSTU", metrics), ("popularity", popularity)):
+        print(f"  {label:<12}" + "".join(f"{values[name]:>10.4f}" for name in names))
+
+
+def main() -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run_dir", type=Path, required=True)
+    run_dir = parser.parse_args().run_dir
+    quiet_libraries()
+    try:
+        summary_file = run_dir / "summary.json"
+        if not summary_file.is_file():
+            raise DataError(f"{summary_file} does not exist: the training has not finished")
+        config = load([str(run_dir / "operative.gin")], [], "retrieval")
+        print_metrics(config, json.loads(summary_file.read_text())["last_metrics"]["test"])
+        print(f"\nLearning curve: {run_dir / 'curves.png'}")
+        show(recommend_for(config, config.trainer.ckpt_save_dir, FIRST_USERS, 10, meshes.start()))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    finally:
+        meshes.finish()
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

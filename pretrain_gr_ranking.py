@@ -1,4 +1,7 @@
-"""Train and evaluate a ranking model: ``torchrun pretrain_gr_ranking.py --gin-config-file configs/ml_1m_ranking.gin``."""
+"""Train and evaluate a ranking model.
+
+torchrun pretrain_gr_ranking.py --gin-config-file configs/ml_1m_ranking.gin
+"""
 
 import sys
 

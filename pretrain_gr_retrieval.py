@@ -1,4 +1,7 @@
-"""Train and evaluate a retrieval model: ``torchrun pretrain_gr_retrieval.py --gin-config-file configs/ml_1m_retrieval.gin``."""
+"""Train and evaluate a retrieval model.
+
+torchrun pretrain_gr_retrieval.py --gin-config-file configs/ml_1m_retrieval.gin
+"""
 
 import sys
 

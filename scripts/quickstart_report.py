@@ -20,10 +20,8 @@ from hstu.data.sequences import build_samples
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
 from hstu.train.baselines import popularity_baseline
+from hstu.train.recommend import recommend_for, table
 from hstu.train.sources import open_store
-from hstu.train.recommend import recommend_for
-from scripts.recommend import show
-
 
 FIRST_USERS = ("1", "2", "3")
 
@@ -56,7 +54,7 @@ def main() -> int:
         config = load([str(run_dir / "operative.gin")], [], "retrieval")
         print_metrics(config, json.loads(summary_file.read_text())["last_metrics"]["test"])
         print(f"\nLearning curve: {run_dir / 'curves.png'}")
-        show(recommend_for(config, config.trainer.ckpt_save_dir, FIRST_USERS, 10, meshes.start()))
+        print(table(recommend_for(config, config.trainer.ckpt_save_dir, FIRST_USERS, 10, meshes.start())))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
@@ -16,16 +15,7 @@ from hstu.config.errors import EXIT_DONE, DataError, UserError
 from hstu.config.gin_io import load
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
-from hstu.train.recommend import Recommendation, recommend_for
-
-
-def show(recommendations: Iterable[Recommendation]) -> None:
-    """Print each user's items as a short table."""
-    for entry in recommendations:
-        print(f"\nuser {entry.user}")
-        for place, (item, title, score) in enumerate(zip(entry.items, entry.titles, entry.scores, strict=True), 1):
-            raw_id = f"  [{item}]" if title != str(item) else ""
-            print(f"  {place:>3}.  {score:6.3f}  {title}{raw_id}")
+from hstu.train.recommend import recommend_for, table
 
 
 def main() -> int:
@@ -44,7 +34,7 @@ def main() -> int:
         config = load([str(operative)], [], "retrieval")
         mesh = meshes.start(seed=config.trainer.seed)
         ckpt = options.ckpt or config.trainer.ckpt_save_dir
-        show(recommend_for(config, ckpt, options.users.split(","), options.top, mesh))
+        print(table(recommend_for(config, ckpt, options.users.split(","), options.top, mesh)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

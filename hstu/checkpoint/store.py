@@ -207,9 +207,9 @@ def _agree(part: Callable[[], T], mesh: Mesh) -> list[T]:
     except Exception as error:
         failure = error
     outcomes = gather_objects((result, failure), mesh.world_group)
-    for rank, (_, error) in enumerate(outcomes):
-        if isinstance(error, DataError):
-            raise error
-        if error is not None:
-            raise RuntimeError(f"checkpointing failed on rank {rank}: {error}") from (failure or error)
+    for rank, (_, problem) in enumerate(outcomes):
+        if isinstance(problem, DataError):
+            raise problem
+        if problem is not None:
+            raise RuntimeError(f"checkpointing failed on rank {rank}: {problem}") from (failure or problem)
     return [value for value, _ in outcomes]

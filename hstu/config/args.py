@@ -182,7 +182,7 @@ class DatasetArgs(Args):
     item_feature_name: Optional[str] = option(None)
     """Own data: the item feature. None: the store's."""
     action_feature_name: Optional[str] = option(None)
-    """Own data: the action feature. None: the store's, if it has one."""
+    """The action feature. None: the store's, if it has one. "": none, sequences of items alone (retrieval)."""
     contextual_feature_names: Optional[list[str]] = option(None)
     """The contextual features to use, in this order. None: all that the store has."""
 

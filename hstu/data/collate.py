@@ -43,7 +43,7 @@ def resolve_roles(store: SequenceStore, args: DatasetArgs) -> FeatureRoles:
     """The store's features, or those named in ``args``; ConfigError names the ones that the store lacks."""
     chosen = FeatureRoles(
         item=args.item_feature_name or store.item_feature,
-        action=args.action_feature_name or store.action_feature,
+        action=store.action_feature if args.action_feature_name is None else args.action_feature_name or None,
         contextual=store.contextual_features
         if args.contextual_feature_names is None
         else tuple(args.contextual_feature_names),
@@ -331,8 +331,6 @@ def build_collator(
         if name in roles.names and rows < store.cardinality(name)
     }
     return Collator(
-        StoreReader(
-            store, samples, roles, wants_timestamps=wants_timestamps, wants_seen=wants_seen, recoding=recoding
-        ),
+        StoreReader(store, samples, roles, wants_timestamps=wants_timestamps, wants_seen=wants_seen, recoding=recoding),
         Assembler(batch_size, task, roles, store.cardinality(roles.item), seed, negatives, too_small),
     )

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import RankingArgs
-from hstu.config.errors import ConfigError
 from hstu.data.batch import HSTUBatch
 from hstu.model.heads import PredictionHead
 from hstu.model.outputs import ModelOutput
 from hstu.model.precision import mixed_precision
 from hstu.model.stack import SequenceEncoder
-
-logger = logging.getLogger(__name__)
 
 
 class RankingDense(nn.Module):
@@ -28,15 +23,10 @@ class RankingDense(nn.Module):
         args: the head; its last width is num_tasks (one sigmoid a task, on bit t of the action) or the number of
             classes of one task.
         label_offset: action of class 0 (1 for ratings that start at 1).
-        max_num_candidates: as in DatasetArgs. 0: every item is labelled, which demands a mask under which no item
-            sees its own action.
     """
 
-    def __init__(
-        self, encoder: SequenceEncoder, args: RankingArgs, *, label_offset: int = 0, max_num_candidates: int = 0
-    ) -> None:
+    def __init__(self, encoder: SequenceEncoder, args: RankingArgs, *, label_offset: int = 0) -> None:
         super().__init__()
-        _check_no_label_is_seen(encoder, max_num_candidates)
         self.encoder = encoder
         self.head = PredictionHead(
             encoder.network.hidden_size,
@@ -69,21 +59,3 @@ def task_labels(actions: Tensor, num_tasks: int) -> Tensor:
     """Bit t of each action as the label of task t: int64 [M] → float32 [M, num_tasks]."""
     tasks = torch.arange(num_tasks, device=actions.device)
     return (actions[:, None] >> tasks & 1).float()
-
-
-def _check_no_label_is_seen(encoder: SequenceEncoder, max_num_candidates: int) -> None:
-    network = encoder.network
-    if max_num_candidates > 0 or encoder.features.action is None:
-        return
-    if not network.is_causal or not network.interleave_actions:
-        option = "is_causal" if not network.is_causal else "interleave_actions"
-        raise ConfigError(
-            f"NetworkArgs.{option} = False lets every item see its own action, which ranking with "
-            f"DatasetArgs.max_num_candidates = 0 is to predict; set {option} = True or max_num_candidates > 0"
-        )
-    if encoder.features.contextual and network.num_layers > 1 and not network.disable_contextual_mask:
-        logger.warning(
-            "contextual tokens see the whole history, and items see them: from the second layer on an item can learn "
-            "its own action through them, so that losses and metrics look better than they are; set "
-            "NetworkArgs.disable_contextual_mask = True or DatasetArgs.max_num_candidates > 0"
-        )

@@ -26,7 +26,7 @@ class DenseOptimizer:
         self.parameters = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.learning_rate = args.learning_rate
         self.weight_decay = args.weight_decay
-        self._decayed = decayed_parameters(module) if args.weight_decay > 0 else []
+        self._decayed: list[Tensor] = [*decayed_parameters(module)] if args.weight_decay > 0 else []
         self._optimizer = _build(list(self.parameters.values()), args) if self.parameters else None
         if self._optimizer is not None:
             _create_state(self._optimizer)

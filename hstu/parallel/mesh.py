@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import random
+import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -80,17 +81,26 @@ def start(
     return mesh
 
 
-def finish() -> None:
-    """Wait for all ranks, but not for one that failed, and leave the process group, if one was joined."""
+def finish(wait: bool = True) -> None:
+    """Leave the process group, if one was joined, once all ranks are here.
+
+    A rank that failed must not wait (``wait=False``; it does not either while an exception passes through): the
+    others are in some other collective, and learn of the failure by its leaving.
+    """
     if not dist.is_initialized():
         return
+    if wait and sys.exception() is None:
+        _wait_for_all_ranks()
+    _parallel_state().destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _wait_for_all_ranks() -> None:
     try:
         last = dist.all_reduce(torch.zeros(1), async_op=True)
         last.wait(timedelta(seconds=_FINISH_TIMEOUT_S))
     except RuntimeError as error:
         log.warning("not all ranks have finished: %s", error)
-    _parallel_state().destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 def seed_initial_weights(seed: int) -> None:

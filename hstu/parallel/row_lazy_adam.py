@@ -31,7 +31,7 @@ class RowLazyAdam(torch.optim.Optimizer):
                 }
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the rows of each parameter's gradient (sparse COO, repeated rows are summed)."""
         self.steps += 1
         for group in self.param_groups:

@@ -68,7 +68,7 @@ class RowSparseEmbedding(BaseEmbedding):
         yield from self._weights.items()
 
     def as_sharded_tensors(self, tensors: Mapping[str, Tensor], suffix: str = "weight") -> dict[str, ShardedTensor]:
-        """Tensors shaped like this kernel's parameters (table → tensor), as live ``<table>.<suffix>`` ShardedTensors."""
+        """Tensors shaped like the parameters (table → tensor) as live ShardedTensors ``<table>.<suffix>``."""
         shards = [
             tensors[table.name].detach()[first_row : first_row + table.local_rows]
             for table, first_row in zip(self._config.embedding_tables, self._first_rows, strict=True)
@@ -76,7 +76,7 @@ class RowSparseEmbedding(BaseEmbedding):
         sharded = get_state_dict(self._config.embedding_tables, shards, self._pg)
         return {f"{key.removesuffix('.weight')}.{suffix}": tensor for key, tensor in sharded.items()}
 
-    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """The shards as ShardedTensors, as TorchRec's kernels give them."""
         state = {} if destination is None else destination
         state.update({f"{prefix}{key}": tensor for key, tensor in self.as_sharded_tensors(self._weights).items()})

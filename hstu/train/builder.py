@@ -35,6 +35,7 @@ from hstu.parallel.mesh import Mesh, seed_dropout
 from hstu.pipeline.base import TrainPipeline
 from hstu.pipeline.none import SequentialPipeline
 from hstu.train.evaluator import Evaluator, RankingEvaluator, RetrievalEvaluator
+from hstu.train.leaks import leak
 from hstu.train.sources import BatchSource, open_source
 from hstu.train.trainer import Trainer
 from hstu.train.work import StepWork
@@ -106,13 +107,11 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> nn.Module:
     features = SequenceFeatures(roles.item, roles.action, roles.contextual, source.max_items)
     backend = select_backend(network.kernel_backend, network.strict_kernel_backend, mesh.device)
     encoder = SequenceEncoder(network, features, backend)
+    seen = leak(config.task, network, roles, config.dataset.max_num_candidates)
+    if seen:
+        log.warning("losses and metrics will look better than they are: %s", seen)
     if isinstance(config.task_args, RankingArgs):
-        return RankingDense(
-            encoder,
-            config.task_args,
-            label_offset=label_offset(config.task_args, source),
-            max_num_candidates=config.dataset.max_num_candidates,
-        )
+        return RankingDense(encoder, config.task_args, label_offset=label_offset(config.task_args, source))
     return RetrievalDense(
         encoder,
         item_feature=roles.item,
@@ -136,7 +135,7 @@ def label_offset(args: RankingArgs, source: BatchSource) -> int:
     actions = source.cardinalities[action]
     if last < actions - 1:
         raise ConfigError(
-            f"RankingArgs.prediction_head_arch ends in {last} classes, but {action!r} takes values up to {actions - 1}: "
+            f"RankingArgs.prediction_head_arch ends in {last} classes, but {action!r} goes up to {actions - 1}: "
             f"end it in {actions - 1} (values from 1 on) or {actions} (from 0 on), or in num_tasks for bit tasks"
         )
     return 1 if last == actions - 1 else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,17 @@ def recommend_for(config: RunConfig, ckpt: str, users: Sequence[Any], top: int, 
         _in_raw_ids(source.store, user, user_codes[user_codes >= 0], user_scores)
         for user, user_codes, user_scores in zip(users, codes, scores, strict=True)
     ]
+
+
+def table(recommendations: Iterable[Recommendation]) -> str:
+    """The recommendations as lines to print, a block a user."""
+    lines = []
+    for entry in recommendations:
+        lines.append(f"\nuser {entry.user}")
+        for place, (item, title, score) in enumerate(zip(entry.items, entry.titles, entry.scores, strict=True), 1):
+            raw_id = f"  [{item}]" if title != str(item) else ""
+            lines.append(f"  {place:>3}.  {score:6.3f}  {title}{raw_id}")
+    return "\n".join(lines)
 
 
 def encode_users(store: SequenceStore, users: Sequence[Any]) -> np.ndarray:

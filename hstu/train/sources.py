@@ -72,7 +72,8 @@ def open_source(config: RunConfig, mesh: Mesh) -> BatchSource:
 
 def open_store(args: DatasetArgs) -> SequenceStore:
     """The preprocessed data that ``args`` names: dataset_path, or tmp_data/<canonical name>."""
-    return SequenceStore.open(args.dataset_path or Path("tmp_data") / (resolve_name(args.dataset_name) or args.dataset_name))
+    name = resolve_name(args.dataset_name) or args.dataset_name
+    return SequenceStore.open(args.dataset_path or Path("tmp_data") / name)
 
 
 class StoreSource(BatchSource):

@@ -24,8 +24,8 @@ def choose_tables(
         unknown = [name for name in table.feature_names if name not in features]
         if unknown:
             problems.append(
-                f"EmbeddingArgs of table {table.table_name!r}: the data has no feature {', '.join(map(repr, unknown))}; "
-                f"it has {', '.join(features)}"
+                f"EmbeddingArgs of table {table.table_name!r}: the data has no feature "
+                f"{', '.join(map(repr, unknown))}; it has {', '.join(features)}"
             )
     given = {name for table in by_hand for name in table.feature_names}
     tables = list(by_hand)

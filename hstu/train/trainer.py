@@ -179,12 +179,16 @@ class Trainer:
 
     def _summarise(self, status: str) -> None:
         rates = self._last_throughput
-        throughput = {} if rates is None else {
-            "samples_per_s": rates.samples_per_s,
-            "tokens_per_s": rates.tokens_per_s,
-            "tflops": rates.tflops,
-            "mfu": rates.mfu,
-        }
+        throughput = (
+            {}
+            if rates is None
+            else {
+                "samples_per_s": rates.samples_per_s,
+                "tokens_per_s": rates.tokens_per_s,
+                "tflops": rates.tflops,
+                "mfu": rates.mfu,
+            }
+        )
         self.run_directory.write_summary(
             status=status,
             iterations=self.state.iteration,

@@ -38,7 +38,7 @@ def test_a_directory_of_checkpoints_means_the_newest_and_a_checkpoint_itself(tmp
 
 
 def test_a_named_directory_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no complete checkpoint in .*ckpt_load_dir"):
+    with pytest.raises(DataError, match=r"no complete checkpoint in .*ckpt_load_dir"):
         find(str(tmp_path), str(tmp_path))
 
 
@@ -62,7 +62,7 @@ def test_a_changed_file_is_named(tmp_path: Path, content: bytes | None, problem:
 def test_an_unreadable_manifest_is_an_error(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "c")
     (path / MANIFEST).write_text('{"version": 1, "fi')
-    with pytest.raises(DataError, match="manifest.json is damaged"):
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
         read_manifest(path)
     (path / MANIFEST).write_text(json.dumps({"version": 99, "files": {}}))
     with pytest.raises(DataError, match="format version 99"):

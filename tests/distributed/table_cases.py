@@ -141,7 +141,7 @@ def out_of_range_id(mesh: mesh_module.Mesh, optimizer: str) -> str:
 
 def sparse_gradients(mesh: mesh_module.Mesh) -> dict[str, Any]:
     """Layout of the gradients of sharded tables under Adam on the CPU."""
-    model, optimizers = build(make_config(optimizer="adam"), mesh)
+    model, _ = build(make_config(optimizer="adam"), mesh)
     batch = make_batch(0, mesh.rank, mesh.world_size)
     model(batch).loss_sum.backward()
     weights = {name: parameter for collection in model.embedding for name, parameter in collection.named_parameters()}

@@ -56,6 +56,7 @@ def test_collectives_and_their_gradients() -> None:
         assert result["objects"] == [{"rank": 0}, {"rank": 1}]
 
 
-def test_a_failing_rank_leaves_with_its_own_error() -> None:
-    with pytest.raises(RankFailure, match="rank 1 has had enough|rank 0 of 2"):
-        run_ranks(f"{HERE}:rank_one_fails", 2, timeout_s=90)
+def test_the_failure_of_one_rank_ends_all() -> None:
+    with pytest.raises(RankFailure) as failure:
+        run_ranks(f"{HERE}:rank_one_fails", 2, timeout_s=40)
+    assert failure.value.rank is not None, "no rank may be left waiting"

@@ -82,5 +82,5 @@ def test_widths_follow_the_role_of_the_feature() -> None:
 
 
 def test_a_table_shared_by_features_of_two_widths_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="'shared'.*width 8"):
+    with pytest.raises(ConfigError, match=r"'shared'.*width 8"):
         table_specs([entry("shared", "user", "item")], network(contextual_embedding_dim=8), ["user"], "item")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hstu.config.args import RankingArgs
-from hstu.config.errors import ConfigError
 from hstu.model.ranking import RankingDense, task_labels
 from hstu.model.stack import SequenceEncoder
 from tests.model.examples import Tables, gradients, make_batch, make_features, make_network, random_samples
@@ -22,7 +20,6 @@ def make_model(
     num_tasks: int = 1,
     contextuals: int = 2,
     label_offset: int = 0,
-    candidates: int = 0,
     **changes: Any,
 ) -> RankingDense:
     torch.manual_seed(0)
@@ -30,7 +27,6 @@ def make_model(
         SequenceEncoder(make_network(**changes), make_features(contextuals)),
         RankingArgs(prediction_head_arch=arch, num_tasks=num_tasks),
         label_offset=label_offset,
-        max_num_candidates=candidates,
     )
 
 
@@ -38,7 +34,7 @@ def make_model(
 def test_logits_are_the_heads_at_the_labelled_items_in_the_order_of_the_labels(
     candidates: int, interleave: bool
 ) -> None:
-    model = make_model([6, 3], num_tasks=3, candidates=candidates, interleave_actions=interleave)
+    model = make_model([6, 3], num_tasks=3, interleave_actions=interleave)
     features = model.encoder.features
     samples = random_samples([4, 1, 3], contextuals=2, candidates=candidates)
     batch, tables = make_batch(samples, features, padding=1), Tables(features, 8, 8)
@@ -115,26 +111,8 @@ def test_bfloat16_keeps_losses_and_logits_in_float32_and_close() -> None:
     assert not torch.equal(rounded.logits, exact.logits)
 
 
-@pytest.mark.parametrize("changes", [{"is_causal": False}, {"interleave_actions": False}])
-def test_items_that_would_see_their_own_label_are_refused(changes: dict[str, bool]) -> None:
-    with pytest.raises(ConfigError, match="own action"):
-        make_model([3], num_tasks=3, **changes)
-    make_model([3], num_tasks=3, candidates=2, **changes)  # candidates never do
-
-
-def test_context_that_leaks_labels_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        make_model([3], num_tasks=3, disable_contextual_mask=True)
-        make_model([3], num_tasks=3, num_layers=1)
-        make_model([3], num_tasks=3, contextuals=0)
-        make_model([3], num_tasks=3, candidates=1)
-        assert not caplog.records
-        make_model([3], num_tasks=3)
-    assert "disable_contextual_mask = True" in caplog.text
-
-
 def test_training_learns_the_actions_of_a_few_users_by_heart() -> None:
-    model = make_model([16, 8], candidates=2)
+    model = make_model([16, 8])
     features = model.encoder.features
     batch = make_batch(random_samples([6, 9, 3], contextuals=2, candidates=2), features)
     tables = Tables(features, 8, 8)

@@ -14,7 +14,7 @@ LR, BETAS, EPS = 0.01, (0.9, 0.99), 1e-6
 
 
 def sparse(rows: list[int], values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return torch.sparse_coo_tensor(torch.tensor([rows]), values, size)
+    return torch.sparse_coo_tensor(torch.tensor([rows], dtype=torch.int64), values, size, check_invariants=True)
 
 
 def fbgemm_adam(weight: list[float], gradients: dict[int, list[list[float]]], steps: int) -> list[float]:
@@ -84,9 +84,9 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
-                if tensor.untyped_storage().data_ptr() not in self.known:
-                    self.largest = max(self.largest, tensor.numel())
+            own = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+            if own and tensor.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, tensor.numel())
         return result
 
 

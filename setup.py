@@ -36,7 +36,6 @@ REQUIRED = [
     "pyarrow==26.0.1",
     "matplotlib==3.11.2",
     "tensorboard==2.21.0",
-    "rich==15.0.0",
     # What TorchRec imports, named here because on CPU it is installed without its dependencies.
     "tensordict==0.15.3",
     "torchmetrics==1.0.3",

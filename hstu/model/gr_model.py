@@ -21,14 +21,21 @@ from hstu.model.outputs import ModelOutput
 class DenseModel(nn.Module):
     """What every data-parallel rank holds a copy of: the replicated tables and the task's dense model."""
 
-    def __init__(self, replicated: ReplicatedTables, task: nn.Module, specs: Sequence[TableSpec]) -> None:
+    def __init__(
+        self, replicated: ReplicatedTables, task: nn.Module, specs: Sequence[TableSpec], feature_keys: Sequence[str]
+    ) -> None:
         super().__init__()
         self.replicated = replicated
         self.task = task
+        self._feature_keys = list(feature_keys)
         self._dim_of_feature = {feature: spec.dim for spec in specs for feature in spec.features}
 
     def forward(self, looked_up: Sequence[Mapping[str, JaggedTensor]], batch: HSTUBatch) -> ModelOutput:
         """``looked_up``: the sharded tables' rows, one mapping a collection."""
+        if batch.features.keys() != self._feature_keys:  # TorchRec would look up other features' ids without a word
+            raise ValueError(
+                f"a batch has the features {batch.features.keys()}; the model was built for {self._feature_keys}"
+            )
         embeddings = self.replicated(batch.features)
         for part in looked_up:
             embeddings.update(narrow_to_dim(part, self._dim_of_feature))
@@ -65,7 +72,7 @@ class GRModel(nn.Module):
         self.feature_keys = tuple(feature_keys)
         self.item_feature = item_feature
         self.embedding = build_collections(self.specs)
-        self.dense: nn.Module = DenseModel(ReplicatedTables(self.specs, seed), task, self.specs)
+        self.dense: nn.Module = DenseModel(ReplicatedTables(self.specs, seed), task, self.specs, self.feature_keys)
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
         """Loss, and what the task's evaluation needs, of one batch."""

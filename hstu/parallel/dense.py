@@ -14,14 +14,11 @@ from hstu.parallel.mesh import Mesh
 
 
 def replicate_dense(model: GRModel, mesh: Mesh) -> GRModel:
-    """Move ``model.dense`` (replicated tables included) to the device and wrap it in DDP over the data-parallel group.
-
-    At data-parallel size 1 there is nothing to wrap.
+    """Wrap ``model.dense`` (replicated tables included) in DDP over the data-parallel group; at size 1 nothing is done.
 
     Every parameter gets a gradient on every rank (DenseModel sees to it for batches without labels), so DDP need not
     search for unused ones.
     """
-    model.dense.to(mesh.device)
     if mesh.dp_size > 1:
         model.dense = DistributedDataParallel(
             model.dense, process_group=mesh.dp_group, broadcast_buffers=False, gradient_as_bucket_view=True

@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-from hstu.config.errors import EXIT_DONE, ConfigError, UserError
+from hstu.config.errors import EXIT_DONE, UserError
 from hstu.config.run_config import RunConfig
 from hstu.observe.environment import check_packages
-from hstu.observe.logging import quiet_libraries
 
 
 def run(config: RunConfig) -> int:
     """Build the trainer, train, and return the process's exit code; a user's mistake is told without a traceback."""
-    from hstu.parallel import mesh as meshes
-
-    mesh = None
     try:
         check_packages()
-        quiet_libraries()
+    except UserError as error:
+        return _tell(error)
+
+    from hstu.observe.logging import quiet_libraries
+    from hstu.parallel import mesh as meshes
+    from hstu.train.builder import build_trainer
+
+    quiet_libraries()
+    trainer = None
+    try:
         mesh = meshes.start(
             tensor_parallel_size=config.tensor_parallel.tensor_model_parallel_size,
             seed=config.trainer.seed,
             deterministic=config.trainer.deterministic,
         )
-        from hstu.train.builder import build_trainer
-
-        build_trainer(config, mesh).train()
+        trainer = build_trainer(config, mesh)
+        trainer.train()
     except UserError as error:
-        # A bad configuration looks the same to every rank; damaged data may be one rank's alone.
-        if mesh is None or mesh.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        elif not isinstance(error, ConfigError):
-            print(f"[rank {mesh.rank}] error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    finally:
-        if mesh is not None:
-            meshes.finish()
+        # What is wrong before training is wrong for every rank; what is found while training may be one rank's alone.
+        meshes.finish(wait=False)
+        return _tell(error, every_rank=trainer is not None)
+    meshes.finish()
     return EXIT_DONE
+
+
+def _tell(error: UserError, every_rank: bool = False) -> int:
+    """Print the error, once a host unless ``every_rank``; returns its exit code."""
+    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        prefix = "" if rank == "0" else f"[rank {rank}] "
+        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code

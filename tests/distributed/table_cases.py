@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from torchrec.distributed.train_pipeline.utils import _rewrite_model
 
@@ -50,6 +51,7 @@ def run_cases(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
             copy_optimizer_state,
             out_of_range_id,
             sparse_gradients,
+            missing_feature,
         )
     }
     results = {}
@@ -147,3 +149,17 @@ def sparse_gradients(mesh: mesh_module.Mesh) -> dict[str, Any]:
     weights = {name: parameter for collection in model.embedding for name, parameter in collection.named_parameters()}
     results = {name: [weight.grad.is_sparse, weight.grad._nnz()] for name, weight in weights.items()}
     return results
+
+
+def missing_feature(mesh: mesh_module.Mesh) -> str:
+    """What a batch without one of the model's feature keys raises."""
+    model, _ = build(make_config(optimizer="sgd"), mesh)
+    batch = make_batch(0, mesh.rank, mesh.world_size)
+    model(batch)
+    jagged = batch.features.to_dict()
+    batch.features = KeyedJaggedTensor.from_jt_dict({key: jagged[key] for key in reversed(batch.features.keys())})
+    try:
+        model(batch)
+    except ValueError as error:
+        return str(error)
+    return "no error"

@@ -54,6 +54,7 @@ ON_ONE_RANK: dict[str, dict[str, Any]] = {
     "one step adamw": {"call": "train", "optimizer": "adamw", "weight_decay": 0.1, "steps": 1},
     **{f"out of range/{name}": {"call": "out_of_range_id", "optimizer": name} for name in ("sgd", "adam")},
     "sparse gradients": {"call": "sparse_gradients"},
+    "other features": {"call": "missing_feature"},
 }
 
 
@@ -200,6 +201,10 @@ def test_torchrec_pipelines_find_every_sharded_collection(on_two_ranks: Any, kin
         traced = result[f"trace/{kind}"]
         assert traced["pipelined"] == traced["collections"] == (2 if kind == "two widths" else 1)
         assert traced["not_pipelined"] == []
+
+
+def test_a_batch_with_its_features_in_another_order_is_refused(on_one_rank: Any) -> None:
+    assert "the model was built for ['user', 'item', 'action'" in on_one_rank["other features"]
 
 
 def test_one_multiplier_scales_dense_weights_and_both_kinds_of_tables(on_one_rank: Any) -> None:

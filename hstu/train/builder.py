@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from torch import nn
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
-from hstu.config.errors import ConfigError
+from hstu.config.errors import ConfigError, UserError
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES
 from hstu.model.embedding import table_specs
@@ -42,13 +44,14 @@ from hstu.train.work import StepWork
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
     """A trainer that is ready to ``train()``. Raises ConfigError or DataError where the configuration cannot be."""
     run_directory = open_run_directory(config, mesh)
-    source = open_source(config, mesh)
+    source = on_all_ranks(lambda: open_source(config, mesh), mesh)
     model, optimizers = build_model(config, source, mesh)
     state = TrainState(model, optimizers, config.operative_gin())
     peak = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
@@ -69,12 +72,27 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
     )
 
 
+def on_all_ranks(part: Callable[[], T], mesh: Mesh) -> T:
+    """What ``part``, which is no collective, makes on this rank; a user's error on any rank is raised on all.
+
+    A disk that one host lacks must not leave the other ranks waiting for it.
+    """
+    made, mistake = None, None
+    try:
+        made = part()
+    except UserError as error:
+        mistake = error
+    for problem in gather_objects(mistake, mesh.world_group):
+        if problem is not None:
+            raise problem
+    return cast(T, made)
+
+
 def open_run_directory(config: RunConfig, mesh: Mesh) -> RunDirectory:
     """The run's directory, the same on all ranks, and the log that goes into it."""
     path = config.trainer.output_dir or gather_objects(str(default_path(config.source_files)), mesh.world_group)[0]
-    run_directory = RunDirectory(
-        Path(path), config.operative_gin(), mesh.is_main, tensorboard=config.trainer.tensorboard
-    )
+    text, tensorboard = config.operative_gin(), config.trainer.tensorboard
+    run_directory = on_all_ranks(lambda: RunDirectory(Path(path), text, mesh.is_main, tensorboard=tensorboard), mesh)
     set_up_logging(mesh.rank, run_directory.log_file)
     log.info("%s run in %s, %d rank(s) on %s", config.task, path, mesh.world_size, mesh.device)
     return run_directory
@@ -125,7 +143,7 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> nn.Module:
 def label_offset(args: RankingArgs, source: BatchSource) -> int:
     """The action of class 0: 0 where the head has a class for every action from 0 on, 1 where it lacks one (ratings).
 
-    Raises ConfigError where the head has too few classes for the actions of the data.
+    Raises ConfigError where the head has no class for some action of the data.
     """
     last, action = args.prediction_head_arch[-1], source.roles.action
     if action is None:
@@ -138,7 +156,14 @@ def label_offset(args: RankingArgs, source: BatchSource) -> int:
             f"RankingArgs.prediction_head_arch ends in {last} classes, but {action!r} goes up to {actions - 1}: "
             f"end it in {actions - 1} (values from 1 on) or {actions} (from 0 on), or in num_tasks for bit tasks"
         )
-    return 1 if last == actions - 1 else 0
+    if last >= actions:
+        return 0
+    if source.least_action() == 0:
+        raise ConfigError(
+            f"RankingArgs.prediction_head_arch ends in {last} classes, which serve the actions 1 to {last}, but "
+            f"{action!r} also takes the value 0: end it in {actions}"
+        )
+    return 1
 
 
 def build_pipeline(args: TrainerArgs, model: GRModel, optimizers: Optimizers, mesh: Mesh) -> TrainPipeline:
@@ -164,4 +189,5 @@ def total_iters(args: TrainerArgs, batches_per_epoch: int) -> int:
     """Iterations of the whole run: max_train_iters, or num_train_epochs passes, or one."""
     if args.max_train_iters is not None:
         return args.max_train_iters
-    return max(1, math.ceil((args.num_train_epochs or 1.0) * batches_per_epoch))
+    # 0.7 epochs of 10 batches are 7 iterations, though 0.7 * 10 is 7.000000000000001.
+    return max(1, math.ceil(round((args.num_train_epochs or 1.0) * batches_per_epoch, 6)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
-from hstu.observe.records import EvalRecord
+from hstu.observe.records import EvalRecord, read_metrics
 
 LOWER_IS_BETTER = ("LOGLOSS", "NE")
 
@@ -25,6 +26,17 @@ class MetricsHistory:
         """split → metric → value of the last evaluation."""
         self.best: dict[str, dict[str, dict[str, Any]]] = {}
         """split → metric → {"value", "iter"} of the best evaluation, each metric by itself."""
+
+    def read(self, metrics_file: Path, iteration: int) -> None:
+        """Take note of the evaluations up to ``iteration`` that an earlier attempt of a resumed run has recorded."""
+        for record in read_metrics(metrics_file):
+            if record["kind"] == "eval" and record["iter"] <= iteration:
+                metrics = {name: math.nan if value is None else value for name, value in record["metrics"].items()}
+                self.add(
+                    EvalRecord(
+                        iteration=record["iter"], epoch=record["epoch"], split=record["split"], metrics=metrics
+                    )
+                )
 
     def add(self, record: EvalRecord) -> None:
         """Take note of one evaluation."""

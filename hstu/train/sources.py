@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, RetrievalArgs
-from hstu.config.errors import ConfigError
+from hstu.config.errors import ConfigError, DataError
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
-from hstu.data.collate import Collator, FeatureRoles, build_collator, resolve_roles
+from hstu.data.collate import Assembler, Collator, FeatureRoles, StoreReader, resolve_roles
 from hstu.data.datasets import predefined_embeddings, resolve_name
 from hstu.data.loader import build_loader
 from hstu.data.negatives import Negatives
@@ -43,6 +43,10 @@ class BatchSource(ABC):
     """What is evaluated while training; the first one selects the best model."""
     final_splits: tuple[Split, ...]
     """What is evaluated after the last iteration."""
+
+    @abstractmethod
+    def least_action(self) -> int:
+        """The smallest action of the data, which must have an action feature."""
 
     @abstractmethod
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
@@ -96,6 +100,11 @@ class StoreSource(BatchSource):
         sampler = self._train_sampler(SamplerPosition())
         self.batches_per_epoch = sampler.batches_per_epoch
 
+    def least_action(self) -> int:
+        """See BatchSource. Reads the whole feature once."""
+        assert self.roles.action is not None
+        return min(int(store.sequence(self.roles.action).min()) for store in (self.store, self._eval_store))
+
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""
         trainer = self._config.trainer
@@ -122,7 +131,8 @@ class StoreSource(BatchSource):
         begin, stop = offsets[users], offsets[users + 1]
         nothing = np.zeros_like(stop)
         start = np.maximum(begin, stop - self.max_items)
-        samples = SampleTable(users, start, stop, nothing, nothing, target=None, history_begin=begin)
+        # Nothing is held out, but a target makes these evaluation batches, for which no negatives are drawn.
+        samples = SampleTable(users, start, stop, nothing, nothing, target=stop - 1, history_begin=begin)
         batch_size = self._config.trainer.eval_batch_size
         collator = self._collator(self.store, samples, batch_size, training=False)
         return build_loader(collator, EvalSampler(len(users), batch_size, rank=0, world_size=1))
@@ -154,18 +164,20 @@ class StoreSource(BatchSource):
         )
 
     def _collator(self, store: SequenceStore, samples: SampleTable, batch_size: int, *, training: bool) -> Collator:
-        return build_collator(
+        # Roles, corpus and hashing are those of the data that is trained on, whichever store is read: a second one may
+        # have other features besides and fewer ids, which then fit the tables.
+        reader = StoreReader(
             store,
             samples,
-            self._args,
-            self._config.task,
-            batch_size=batch_size,
-            seed=self._config.trainer.seed,
-            negatives=self._wanted.negatives,
+            self.roles,
             wants_timestamps=self._wanted.timestamps,
             wants_seen=self._wanted.seen and not training,
-            table_rows=self.hashed_rows,
             recoding=self._recoding if store is not self.store else None,
+        )
+        corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed
+        negatives, task = self._wanted.negatives, self._config.task
+        return Collator(
+            reader, Assembler(batch_size, task, self.roles, corpus_size, seed, negatives, self.hashed_rows)
         )
 
     def _recode_eval_store(self) -> dict[str, np.ndarray]:
@@ -174,7 +186,13 @@ class StoreSource(BatchSource):
         recoding, problems = {}, []
         for name in self.roles.names:
             if ours.features[name].has_vocab:
-                recoding[name] = ours.encode(name, theirs.raw_ids(name))
+                try:
+                    recoding[name] = ours.encode(name, theirs.raw_ids(name))
+                except DataError as error:
+                    raise DataError(
+                        f"DatasetArgs.eval_dataset_path: {theirs.path} has ids that the data trained on has not. "
+                        f"{error}. Preprocess what is trained on so that it has them, or do without the feature"
+                    ) from error
             elif theirs.cardinality(name) > ours.cardinality(name):
                 problems.append(
                     f"DatasetArgs.eval_dataset_path: {name!r} is up to {theirs.cardinality(name) - 1} in {theirs.path} "
@@ -204,6 +222,10 @@ class RandomSource(BatchSource):
         )
         self.batches_per_epoch = args.num_generated_batches
         self.eval_splits = self.final_splits = ("valid",)
+
+    def least_action(self) -> int:
+        """See BatchSource. What is drawn may be any id of the table."""
+        return 0
 
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""

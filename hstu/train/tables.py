@@ -17,7 +17,8 @@ def choose_tables(
 ) -> tuple[EmbeddingArgs, ...]:
     """One table for each of ``features``: the one given by hand or else the predefined one.
 
-    Raises ConfigError for a feature without a table and for a table of a feature that the data does not have.
+    Raises ConfigError for a feature without a table, for a table of a feature that the data does not have, and for
+    two tables of one name.
     """
     problems = []
     for table in by_hand:
@@ -33,6 +34,12 @@ def choose_tables(
         left = [name for name in table.feature_names if name in features and name not in given]
         if left:
             tables.append(replace(table, feature_names=left))
+    names = [table.table_name for table in tables]
+    problems += [
+        f"two tables are called {name!r}: rename the one given by hand (EmbeddingArgs.table_name)"
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
     served = {name for table in tables for name in table.feature_names}
     for name in features:
         if name not in served:

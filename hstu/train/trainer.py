@@ -68,7 +68,8 @@ class Trainer:
             gc.disable()
         status = "failed"
         try:
-            self.checkpoints.restore(self.state)
+            if self.checkpoints.restore(self.state) and self.run_directory.resumed:
+                self._history.read(self.run_directory.metrics_file, self.state.iteration)
             if self.args.eval_at_start:
                 self.evaluate(self.source.eval_splits)
             finished = self._iterate()
@@ -76,6 +77,7 @@ class Trainer:
                 self.evaluate(self.source.final_splits)
             status = "done" if finished else "stopped"
         finally:
+            gc.enable()
             self._summarise(status)
 
     def _iterate(self) -> bool:

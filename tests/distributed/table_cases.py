@@ -14,7 +14,7 @@ from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.dense import unwrap_dense
 from hstu.parallel.embedding import sharded_weights
-from tests.distributed.toy import ITEMS, build, make_batch, make_config, train_step
+from tests.distributed.toy import FEATURES, ITEMS, build, make_batch, make_config, train_step
 
 
 def full_tables(model: GRModel, mesh: mesh_module.Mesh) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def run_cases(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
             copy_optimizer_state,
             out_of_range_id,
             sparse_gradients,
-            missing_feature,
+            swapped_features,
         )
     }
     results = {}
@@ -151,13 +151,14 @@ def sparse_gradients(mesh: mesh_module.Mesh) -> dict[str, Any]:
     return results
 
 
-def missing_feature(mesh: mesh_module.Mesh) -> str:
-    """What a batch without one of the model's feature keys raises."""
+def swapped_features(mesh: mesh_module.Mesh) -> str:
+    """What a batch raises whose features stand in another order, all ids of which happen to be in range."""
     model, _ = build(make_config(optimizer="sgd"), mesh)
     batch = make_batch(0, mesh.rank, mesh.world_size)
     model(batch)
     jagged = batch.features.to_dict()
-    batch.features = KeyedJaggedTensor.from_jt_dict({key: jagged[key] for key in reversed(batch.features.keys())})
+    user, item, action, negatives = FEATURES
+    batch.features = KeyedJaggedTensor.from_jt_dict({key: jagged[key] for key in (user, negatives, action, item)})
     try:
         model(batch)
     except ValueError as error:

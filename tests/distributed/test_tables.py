@@ -54,7 +54,7 @@ ON_ONE_RANK: dict[str, dict[str, Any]] = {
     "one step adamw": {"call": "train", "optimizer": "adamw", "weight_decay": 0.1, "steps": 1},
     **{f"out of range/{name}": {"call": "out_of_range_id", "optimizer": name} for name in ("sgd", "adam")},
     "sparse gradients": {"call": "sparse_gradients"},
-    "other features": {"call": "missing_feature"},
+    "other features": {"call": "swapped_features"},
 }
 
 

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hstu.config.errors import DataError, UserError
@@ -42,6 +43,8 @@ def build_loader(
         pin_memory=pin_memory,
         worker_init_fn=_leave_interrupts_to_the_parent,
         multiprocessing_context=start_method if workers else None,
+        # Without one of its own an iterator draws a number from torch's generator, which is that of dropout.
+        generator=torch.Generator(),
     )
     return _batches(iter(loader), workers)  # iter starts the workers
 
@@ -65,6 +68,8 @@ def _batches(batches: Iterator[Any], workers: int) -> Iterator[HSTUBatch]:
             batch = next(batches)
         except StopIteration:
             return
+        except (ConnectionError, EOFError) as error:  # it died while it handed a batch over
+            raise _dead_worker(error, workers) from error
         except RuntimeError as error:
             if _is_dead_worker(error):
                 raise _dead_worker(error, workers) from error
@@ -80,7 +85,7 @@ def _is_dead_worker(error: RuntimeError) -> bool:
     return message.startswith("DataLoader worker") and ("exited unexpectedly" in message or "is killed" in message)
 
 
-def _dead_worker(error: RuntimeError, workers: int) -> DataError:
+def _dead_worker(error: Exception, workers: int) -> DataError:
     return DataError(
         f"a data worker died ({error}). Most often memory ran out: lower TrainerArgs.data_workers (now {workers}) or "
         "data_prefetch, or set data_workers = 0 to see the error itself"

@@ -217,7 +217,8 @@ def retrieval_metrics(names: Sequence[str], ranks: np.ndarray) -> dict[str, floa
     if not len(ranks):
         logger.warning("metrics are undefined (nan): the evaluation set has no queries")
         return dict.fromkeys(names, nan)
-    return {name: float(_gains(name, ranks.astype(np.float64)).mean()) for name in names}
+    ordered = np.sort(ranks.astype(np.float64))  # so that sums do not depend on which process had which query
+    return {name: float(_gains(name, ordered).mean()) for name in names}
 
 
 def _gains(name: str, ranks: np.ndarray) -> np.ndarray:

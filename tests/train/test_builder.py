@@ -108,7 +108,7 @@ def test_a_run_directory_that_cannot_be_made_is_a_readable_error(
     mesh: Mesh, store: SequenceStore, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="TrainerArgs.output_dir"):
+    with pytest.raises(ConfigError, match=r"TrainerArgs\.output_dir"):
         build(tiny_config("ranking", store, tmp_path, trainer={"output_dir": f"{tmp_path}/file/run"}), mesh)
 
 

@@ -32,9 +32,7 @@ def test_tables_given_by_hand_take_the_place_of_predefined_ones() -> None:
 
 
 def test_a_shared_predefined_table_keeps_the_features_that_have_none_by_hand() -> None:
-    chosen = choose_tables(
-        [table("item", name="mine")], [table("item", "last_item", "town")], ["item", "last_item"]
-    )
+    chosen = choose_tables([table("item", name="mine")], [table("item", "last_item", "town")], ["item", "last_item"])
     assert {entry.table_name: entry.feature_names for entry in chosen} == {"mine": ["item"], "item": ["last_item"]}
 
 
@@ -43,7 +41,9 @@ def test_predefined_tables_of_features_that_are_not_used_are_left_out() -> None:
 
 
 def test_a_feature_without_a_table_is_named_with_the_remedy() -> None:
-    with pytest.raises(ConfigError, match=r"'town' has no table: give an EmbeddingArgs with feature_names = \['town'\]"):
+    with pytest.raises(
+        ConfigError, match=r"'town' has no table: give an EmbeddingArgs with feature_names = \['town'\]"
+    ):
         choose_tables([table("item")], [], ["item", "town"])
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from hstu.config.args import NetworkArgs
 from hstu.data.collate import FeatureRoles
+from hstu.observe.flops import step_flops
 from hstu.train.work import StepWork
 from tests.helpers import make_batch
 from tests.train.tiny import NETWORK
@@ -54,5 +56,7 @@ def test_looking_both_ways_is_more_attention() -> None:
     assert work(is_causal=False).of(batch([1, 2, 3]))[1] > work().of(batch([1, 2, 3]))[1]
 
 
-def test_candidates_that_do_not_see_each_other_are_less_attention() -> None:
-    assert work().of(batch([1, 2, 3, 4], candidates=[3]))[1] < work().of(batch([1, 2, 3, 4]))[1]
+def test_candidates_and_their_actions_are_told_from_history() -> None:
+    shape = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "head_dim": 8}
+    expected = step_flops(np.array([2 + 4 * 2]), np.array([3 * 2]), **shape)
+    assert work().of(batch([1, 2, 3, 4], candidates=[3]))[1] == expected

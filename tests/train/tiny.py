@@ -12,6 +12,7 @@ import numpy as np
 
 from hstu.config.args import (
     DatasetArgs,
+    DynamicEmbeddingArgs,
     EmbeddingArgs,
     LRScheduleArgs,
     NetworkArgs,
@@ -88,6 +89,15 @@ def tables_of(
         for name, feature in store.features.items()
         if feature.cardinality is not None
     )
+
+
+def hashed_tables(store: SequenceStore, rows: int) -> tuple[EmbeddingArgs, ...]:
+    """The same with fewer rows than items, which are hashed into them."""
+    others = (table for table in tables_of(store) if table.feature_names != ["item_id"])
+    dynamic = DynamicEmbeddingArgs(
+        feature_names=["item_id"], table_name="hashed", item_vocab_size_or_capacity=rows, init_std=0.3
+    )
+    return (dynamic, *others)
 
 
 def tiny_config(

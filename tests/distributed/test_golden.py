@@ -1,0 +1,100 @@
+"""Short runs on the real MovieLens-100K against stored numbers: a change of any digit that counts shows here.
+
+The numbers are those of this code. Where they move on purpose (another initialisation, another order of draws), run
+this file, look at the new ones in the message, and say in the change why they moved.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hstu.data.store import SequenceStore
+from tests.distributed.launch import run_ranks
+
+HERE = "tests.distributed.training_cases"
+NETWORK = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "kv_channels": 16,
+    "position_encoding": "relative_bias",
+}
+TRAINER = {
+    "train_batch_size": 16,
+    "eval_batch_size": 128,
+    "max_train_iters": 30,
+    "eval_at_end": True,
+    "max_grad_norm": 1.0,
+}
+DATASET = {"dataset_name": "ml-100k", "max_sequence_length": 50}
+CASES: dict[str, dict[str, Any]] = {
+    "ranking": {
+        "task": "ranking",
+        "dataset": {**DATASET, "contextual_feature_names": ["sex", "age_group"]},
+        "task_args": {"prediction_head_arch": [16, 5], "eval_metrics": ("AUC>=4", "LOGLOSS")},
+    },
+    "retrieval": {
+        "task": "retrieval",
+        "dataset": {**DATASET, "contextual_feature_names": []},
+        "network": {**NETWORK, "interleave_actions": False},
+        "task_args": {
+            "negatives": "uniform",
+            "num_negatives": 32,
+            "eval_metrics": ("HR@10", "HR@100", "MRR"),
+        },
+    },
+}
+GOLDEN: dict[str, dict[str, Any]] = {
+    "ranking": {
+        "losses": {"1": 1.623003, "2": 1.603958, "5": 1.578733, "10": 1.529133, "20": 1.516798, "30": 1.417306},
+        "metrics": {"valid": {"AUC>=4": 0.72927, "LOGLOSS": 1.41871}},
+    },
+    "retrieval": {
+        "losses": {"1": 7.902636, "2": 7.380500, "5": 6.481231, "10": 5.789752, "20": 4.289836, "30": 3.420493},
+        "metrics": {
+            "valid": {"HR@10": 0.05620, "HR@100": 0.26829, "MRR": 0.02478},
+            "test": {"HR@10": 0.04878, "HR@100": 0.25451, "MRR": 0.02336},
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def runs(ml_100k_store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output: Path = tmp_path_factory.mktemp("golden")
+    cases = {
+        name: {
+            "call": "train",
+            "store": str(ml_100k_store.path),
+            "output": str(output / name),
+            "predefined_tables": True,
+            "trainer": TRAINER,
+            "network": NETWORK,
+            "optimizer": {"optimizer_str": "adam", "learning_rate": 0.003},
+            **options,
+        }
+        for name, options in CASES.items()
+    }
+    results: dict[str, Any] = run_ranks(f"{HERE}:run_cases", 1, timeout_s=200, cases=cases)[0]
+    return results
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_metrics_are_those_of_before(runs: dict[str, Any], name: str) -> None:
+    golden, losses = GOLDEN[name], runs[name]["losses"]
+    new = {iteration: losses[iteration] for iteration in ("1", "2", "5", "10", "20", "30")}
+    assert losses["30"] < losses["1"]
+    message = f"now: {new}, {runs[name]['metrics']}"
+    assert new == pytest.approx(golden["losses"], rel=1e-4), message
+    for split, metrics in golden["metrics"].items():
+        # Metrics count ranks, of which the last digit of a score may decide some: one of 902 users is 0.0011.
+        assert runs[name]["metrics"][split] == pytest.approx(metrics, abs=3e-3), message
+
+
+def test_the_runs_are_on_the_real_data(ml_100k_store: SequenceStore) -> None:
+    assert (ml_100k_store.num_users, ml_100k_store.num_events) == (943, 100_000)
+    assert np.bincount(ml_100k_store.sequence("rating"))[1:].tolist() == [6110, 11370, 27145, 34174, 21201]

@@ -1,0 +1,363 @@
+"""The commands of the README in processes of their own, on own data with string ids."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hstu.config.gin_io import load
+from hstu.data.store import SequenceStore
+from hstu.observe.logging import tear_down_logging
+from hstu.observe.records import read_metrics
+from hstu.train.main import run
+from tests.train.tiny import ITEMS, walks
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RANKING, RETRIEVAL = "pretrain_gr_ranking.py", "pretrain_gr_retrieval.py"
+TIMEOUT_S = 150.0
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+GIN = """
+TrainerArgs.train_batch_size = 4
+TrainerArgs.eval_batch_size = 4
+TrainerArgs.max_train_iters = 6
+TrainerArgs.log_interval = 2
+TrainerArgs.eval_interval = 3
+TrainerArgs.pipeline_type = "none"
+
+DatasetArgs.dataset_name = "criteo"
+DatasetArgs.max_history_seqlen = 8
+DatasetArgs.shuffle = True
+
+ads/EmbeddingArgs.feature_names = ["ad"]
+ads/EmbeddingArgs.table_name = "ads"
+ads/EmbeddingArgs.item_vocab_size_or_capacity = 11
+ads/EmbeddingArgs.sharding_type = "model_parallel"
+clicks/EmbeddingArgs.feature_names = ["clicked"]
+clicks/EmbeddingArgs.table_name = "clicks"
+clicks/EmbeddingArgs.item_vocab_size_or_capacity = 2
+clicks/EmbeddingArgs.sharding_type = "data_parallel"
+towns/EmbeddingArgs.feature_names = ["town"]
+towns/EmbeddingArgs.table_name = "towns"
+towns/EmbeddingArgs.item_vocab_size_or_capacity = 3
+towns/EmbeddingArgs.sharding_type = "data_parallel"
+
+NetworkArgs.num_layers = 1
+NetworkArgs.hidden_size = 16
+NetworkArgs.num_attention_heads = 2
+NetworkArgs.kv_channels = 8
+NetworkArgs.dtype_str = "float32"
+NetworkArgs.kernel_backend = "pytorch"
+NetworkArgs.disable_contextual_mask = True
+
+OptimizerArgs.optimizer_str = "adam"
+OptimizerArgs.learning_rate = 0.01
+"""
+TASK = {
+    RANKING: 'RankingArgs.prediction_head_arch = [8, 1]\nRankingArgs.eval_metrics = ("AUC")\n',
+    RETRIEVAL: 'RetrievalArgs.eval_metrics = ("HR@3", "MRR")\nTrainerArgs.ckpt_save_interval = 100\n',
+}
+
+
+def start(*command: Any) -> subprocess.Popen[str]:
+    """A python process that leads a session of its own, with one thread, in the repository."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=REPOSITORY,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return process.returncode, output, errors
+
+
+def python(*command: Any) -> tuple[int, str, str]:
+    return finish(start(*command))
+
+
+def bindings(**values: Any) -> list[str]:
+    """``Class__parameter=value`` as --gin-bindings; a mapping of what a test changes."""
+    return ["--gin-bindings", *(f"{name.replace('__', '.')} = {value!r}" for name, value in values.items())]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The walks as CSV files with string ids, and the store that the script of the repository has made of them."""
+    path = tmp_path_factory.mktemp("own-data")
+    data = walks()
+    with (path / "events.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["reader", "ad", "clicked", "at"])
+        for user, row in enumerate(data["items"]):
+            writer.writerows([f"user-{user:02}", f"ad-{item:02}", item % 2, 60 * at] for at, item in enumerate(row))
+    with (path / "readers.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["reader", "town"])
+        writer.writerows([f"user-{user:02}", ["Ulm", "Bonn", "Kiel"][user % 3]] for user in range(len(data["items"])))
+    command = ["scripts/preprocess_dataset.py", "--dataset_name", "criteo", "--output", path / "criteo"]
+    columns = ["--user", "reader", "--item", "ad", "--action", "clicked", "--time", "at"]
+    context = ["--context", path / "readers.csv", "--context_columns", "town"]
+    code, output, errors = python(*command, "--interactions", path / "events.csv", *columns, *context)
+    assert code == 0, errors
+    assert f"items {ITEMS}" in output
+    for script, lines in TASK.items():
+        place_of_data = f"DatasetArgs.dataset_path = '{path / 'criteo'}'\n"
+        (path / script.replace(".py", ".gin")).write_text(GIN + place_of_data + lines)
+    return path
+
+
+def arguments(script: str, place: Path, output: str, **values: Any) -> list[Any]:
+    """Command line of a run into ``place``/``output``."""
+    given = {"TrainerArgs__output_dir": str(place / output), **values}
+    return [script, "--gin-config-file", place / script.replace(".py", ".gin"), *bindings(**given)]
+
+
+@pytest.fixture(scope="module")
+def ranking(place: Path) -> tuple[Path, str, str]:
+    """A finished ranking run by plain python: its directory, and what it said."""
+    code, output, errors = python(*arguments(RANKING, place, "ranking"))
+    assert code == 0, errors
+    return place / "ranking", output, errors
+
+
+@pytest.fixture(scope="module")
+def retrieval(place: Path) -> tuple[Path, str, str]:
+    """A finished retrieval run by two ranks."""
+    checkpoints = str(place / "retrieval" / "checkpoints")
+    command = arguments(RETRIEVAL, place, "retrieval", TrainerArgs__ckpt_save_dir=checkpoints)
+    code, output, errors = python(*TORCHRUN, *command)
+    assert code == 0, errors
+    return place / "retrieval", output, errors
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_directory(ranking: tuple[Path, str, str]) -> None:
+    directory, _, _ = ranking
+    names = {path.name for path in directory.iterdir()}
+    assert names == {"operative.gin", "metrics.jsonl", "summary.json", "curves.png", "log.txt", "tensorboard"}
+    assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert any(path.stat().st_size > 100 for path in (directory / "tensorboard").iterdir())
+
+
+def test_metrics_have_their_schema(ranking: tuple[Path, str, str]) -> None:
+    records = [json.loads(line) for line in (ranking[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["kind"], record["iter"]) for record in records] == [
+        ("train", 2),
+        ("eval", 3),
+        ("train", 4),
+        ("train", 6),
+        ("eval", 6),
+    ]
+    measured = {"epoch", "loss", "lr", "samples_per_s", "tokens_per_s", "tflops", "mfu", "data_wait", "memory_bytes"}
+    for record in records:
+        if record["kind"] == "train":
+            assert set(record) == {"kind", "iter", "time_s"} | measured
+        else:
+            assert set(record) == {"kind", "iter", "epoch", "split", "metrics"}
+            assert set(record["metrics"]) == {"AUC"}
+
+
+def test_the_summary_says_how_it_went(ranking: tuple[Path, str, str]) -> None:
+    summary = json.loads((ranking[0] / "summary.json").read_text())
+    assert (summary["status"], summary["iterations"]) == ("done", 6)
+    assert set(summary["best_metrics"]["valid"]["AUC"]) == {"value", "iter"}
+    assert set(summary["throughput"]) == {"samples_per_s", "tokens_per_s", "tflops", "mfu"}
+
+
+def test_the_operative_configuration_is_the_one_that_was_given(ranking: tuple[Path, str, str], place: Path) -> None:
+    output = f"TrainerArgs.output_dir = '{ranking[0]}'"
+    given = load([str(place / "pretrain_gr_ranking.gin")], [output], "ranking")
+    assert load([str(ranking[0] / "operative.gin")], [], "ranking") == given
+
+
+def test_the_terminal_shows_what_the_log_keeps(ranking: tuple[Path, str, str]) -> None:
+    directory, output, errors = ranking
+    kept = (directory / "log.txt").read_text()
+    for said in ("iter 6/6", "eval valid at iter 6", "14 users, 14 samples"):
+        assert said in output and said in kept
+    assert "Traceback" not in errors and "Warning" not in errors
+
+
+def test_two_ranks_write_one_run(retrieval: tuple[Path, str, str]) -> None:
+    directory, output, _ = retrieval
+    assert output.count("iter 6/6") == 1
+    assert "2 rank(s)" in output
+    records = read_metrics(directory / "metrics.jsonl")
+    assert [(r["iter"], r["split"]) for r in records if r["kind"] == "eval"] == [
+        (3, "valid"),
+        (6, "valid"),
+        (6, "test"),
+    ]
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["iteration_00000006"]
+
+
+def test_recommendations_are_the_users_own_ids(retrieval: tuple[Path, str, str], place: Path) -> None:
+    code, output, errors = python(
+        "scripts/recommend.py", "--run_dir", retrieval[0], "--users", "user-03,user-00", "--top", 4
+    )
+    assert code == 0, errors
+    assert [line for line in output.splitlines() if line.startswith("user")] == ["user user-03", "user user-00"]
+    for block, user in zip(output.split("user user-")[1:], (3, 0), strict=True):
+        items = re.findall(r"ad-(\d\d)", block)
+        unknown = ITEMS - len(set(walks()["items"][user]))
+        assert len(items) == min(4, unknown)
+        assert not set(map(int, items)) & set(walks()["items"][user])
+    assert SequenceStore.open(place / "criteo").raw_ids("ad")[0] == "ad-00"
+
+
+def test_the_benchmark_runs_small(tmp_path: Path) -> None:
+    small = {
+        "NetworkArgs__num_layers": 1,
+        "NetworkArgs__hidden_size": 32,
+        "NetworkArgs__kv_channels": 8,
+        "items/FeatureArgs__max_sequence_length": 16,
+        "item/EmbeddingArgs__item_vocab_size_or_capacity": 100,
+        "user/EmbeddingArgs__item_vocab_size_or_capacity": 100,
+        "TrainerArgs__max_train_iters": 3,
+        "TrainerArgs__train_batch_size": 4,
+        "TrainerArgs__log_interval": 1,
+        "BenchmarkDatasetArgs__num_generated_batches": 2,
+        "TrainerArgs__output_dir": str(tmp_path / "run"),
+        "TrainerArgs__tensorboard": False,
+    }
+    code, output, errors = python(RANKING, "--gin-config-file", "configs/benchmark_ranking.gin", *bindings(**small))
+    assert code == 0, errors
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert "MFU" in output and "pipeline_type 'native' is served by the sequential pipeline" in output
+
+
+def test_sigterm_ends_a_run_cleanly_with_a_checkpoint(place: Path) -> None:
+    values = {"max_train_iters": 10**6, "log_interval": 1, "ckpt_save_interval": 10**5, "tensorboard": False}
+    checkpoints = place / "stopped" / "checkpoints"
+    given = {f"TrainerArgs__{name}": value for name, value in values.items()}
+    process = start(*arguments(RANKING, place, "stopped", TrainerArgs__ckpt_save_dir=str(checkpoints), **given))
+    metrics = place / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= 3:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code, output, errors = finish(process)
+    assert code == 0, errors
+    summary = json.loads((place / "stopped" / "summary.json").read_text())
+    assert summary["status"] == "stopped" and 3 <= summary["iterations"] < 10**6
+    assert f"SIGTERM: stopping after iteration {summary['iterations']}" in output
+    assert [path.name for path in checkpoints.iterdir()] == [f"iteration_{summary['iterations']:08d}"]
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------------
+
+
+def validate(script: str, place: Path, *more: str) -> tuple[int, str, str]:
+    return python(script, "--gin-config-file", place / script.replace(".py", ".gin"), "--validate-only", *more)
+
+
+@pytest.mark.parametrize("script", [RANKING, RETRIEVAL])
+def test_validating_is_quick(place: Path, script: str) -> None:
+    begun = time.monotonic()
+    code, output, _ = validate(script, place)
+    assert code == 0 and output.startswith("OK: ")
+    assert time.monotonic() - begun < 3.0
+
+
+def test_a_bad_configuration_is_exit_code_2_with_every_mistake_once(place: Path) -> None:
+    wrong = ["--gin-bindings", "NetworkArgs.num_layers = 0", "OptimizerArgs.optimiser_str = 'adam'"]
+    code, output, errors = validate(RANKING, place, *wrong)
+    assert (code, output) == (2, "")
+    assert errors.startswith("bad configuration, 2 problems:")
+    assert errors.count("num_layers = 0") == 1 and errors.count("has no parameter optimiser_str") == 1
+    assert "Traceback" not in errors
+
+
+def test_a_configuration_that_does_not_fit_the_data_is_exit_code_2(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    too_small = "ads/EmbeddingArgs.item_vocab_size_or_capacity = 10"
+    output = f"TrainerArgs.output_dir = '{place}/too-small'"
+    try:  # in this process: another one of its own would tell nothing more
+        code = run(load([str(place / "pretrain_gr_ranking.gin")], [too_small, output], "ranking"))
+    finally:
+        tear_down_logging()
+    assert code == 2
+    assert capsys.readouterr().err.count("it must be at least 11, or the table a DynamicEmbeddingArgs") == 1
+
+
+def test_missing_data_is_exit_code_3(place: Path) -> None:
+    values = {"DatasetArgs__dataset_path": str(place / "nowhere"), "TrainerArgs__tensorboard": False}
+    code, _, errors = python(*arguments(RETRIEVAL, place, "no-data", **values))
+    assert code == 3
+    assert errors.count(f"error: no preprocessed data at {place / 'nowhere'}") == 1
+    assert "Traceback" not in errors
+
+
+def test_two_ranks_tell_of_a_bad_configuration_once(place: Path) -> None:
+    command = arguments(RANKING, place, "bad", NetworkArgs__num_layers=0)
+    code, _, errors = python(*TORCHRUN, *command)
+    assert code != 0
+    assert errors.count("bad configuration: ") == 1 and errors.count("num_layers") == 1
+    assert re.search(r"exitcode\s*:\s*2", errors)
+
+
+@pytest.mark.slow
+def test_two_ranks_tell_once_of_what_the_main_one_alone_finds(place: Path) -> None:
+    values = {"TrainerArgs__tensorboard": False, "TrainerArgs__output_dir": str(place / "events.csv" / "run")}
+    code, _, errors = python(*TORCHRUN, *arguments(RETRIEVAL, place, "failed", **values))
+    assert code != 0
+    assert errors.count("error: TrainerArgs.output_dir") == errors.count("error: ") == 1
+    assert re.search(r"exitcode\s*:\s*2", errors)
+
+
+@pytest.mark.slow
+def test_the_scheduler_of_two_ranks_can_stop_them(place: Path) -> None:
+    values = {"max_train_iters": 10**6, "log_interval": 1, "ckpt_save_interval": 10**5, "tensorboard": False}
+    given = {f"TrainerArgs__{name}": value for name, value in values.items()}
+    checkpoints = place / "stopped-2" / "checkpoints"
+    command = arguments(RETRIEVAL, place, "stopped-2", TrainerArgs__ckpt_save_dir=str(checkpoints), **given)
+    process = start(*TORCHRUN, *command)
+    metrics = place / "stopped-2" / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= 3:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on to its ranks
+    _, _, errors = finish(process)
+    summary = json.loads((place / "stopped-2" / "summary.json").read_text())
+    assert summary["status"] == "stopped", errors
+    assert [path.name for path in checkpoints.iterdir()] == [f"iteration_{summary['iterations']:08d}"]
+
+
+def test_the_walks_are_what_the_files_say(place: Path) -> None:
+    store = SequenceStore.open(place / "criteo")
+    begin, end = store.offsets()[3:5]
+    codes: Sequence[int] = store.sequence("ad")[begin:end]
+    assert store.raw_ids("ad")[np.asarray(codes)].tolist() == [f"ad-{item:02}" for item in walks()["items"][3]]

@@ -1,0 +1,54 @@
+"""Tiny runs learn what there is to learn, with every kind of negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.train.tiny import FinishedRun
+
+NEGATIVES: dict[str, dict[str, Any]] = {
+    "in_batch": {},
+    "in_batch, draws": {"num_negatives": 4},
+    "uniform": {"negatives": "uniform", "num_negatives": 4},
+    "uniform, shared": {"negatives": "uniform", "num_negatives": 6, "shared_negatives": True},
+    "full": {"negatives": "full"},
+}
+
+
+def learn(train: Callable[..., FinishedRun], task: str, **options: Any) -> FinishedRun:
+    """50 iterations, with the metrics before and after them."""
+    trainer = {"max_train_iters": 50, "eval_at_start": True, "eval_at_end": True, "eval_interval": 1000}
+    return train(task, trainer=trainer, **options)
+
+
+def test_actions_that_follow_from_items_are_learnt(train: Callable[..., FinishedRun]) -> None:
+    finished = learn(train, "ranking")
+    assert finished.losses[-1] < 0.1 < 1.0 < finished.losses[0]
+    before, after = (record["metrics"] for record in finished.records if record["kind"] == "eval")
+    assert before["AUC"] < 0.7
+    assert after["AUC"] > 0.95 and after["ACC"] > 0.9
+
+
+@pytest.mark.parametrize("options", NEGATIVES.values(), ids=NEGATIVES)
+def test_next_items_that_follow_from_items_are_learnt(
+    train: Callable[..., FinishedRun], options: dict[str, Any]
+) -> None:
+    finished = learn(train, "retrieval", task_args=options)
+    assert finished.losses[-1] < 0.3 * finished.losses[0]
+    before, after, test = (record["metrics"] for record in finished.records if record["kind"] == "eval")
+    assert before["MRR"] < 0.6
+    assert after["MRR"] > 0.85 and test["HR@3"] > 0.9
+
+
+def test_kinds_of_negatives_are_different_losses(train: Callable[..., FinishedRun]) -> None:
+    one_user = {"train_batch_size": 1}  # whose items are not the whole corpus
+    losses = [train("retrieval", trainer=one_user, task_args=options).losses[-1] for options in NEGATIVES.values()]
+    assert len(set(losses)) == len(NEGATIVES)
+
+
+def test_a_hotter_temperature_is_a_flatter_loss(train: Callable[..., FinishedRun]) -> None:
+    cold, hot = (train("retrieval", task_args={"temperature": value}).losses[0] for value in (0.05, 1.0))
+    assert cold > hot

@@ -1,0 +1,269 @@
+"""The training loop: what is done when, what is recorded, and how a run ends."""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hstu.config.errors import DataError, UserError
+from hstu.config.gin_io import load
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from hstu.pipeline.none import SequentialPipeline
+from hstu.train.builder import build_trainer
+from hstu.train.trainer import Trainer
+from tests.train.tiny import FinishedRun, build, run, tiny_config
+
+# --- what is done when ---------------------------------------------------------------------------------------------
+
+
+def kinds(finished: FinishedRun) -> list[tuple[Any, ...]]:
+    """(kind, iteration) of each record, with the split of an evaluation."""
+    return [(record["kind"], record["iter"], *filter(None, [record.get("split")])) for record in finished.records]
+
+
+def test_records_of_a_ranking_run_come_when_they_are_asked_for(train: Callable[..., FinishedRun]) -> None:
+    finished = train(
+        "ranking",
+        trainer={
+            "max_train_iters": 5,
+            "log_interval": 2,
+            "eval_interval": 2,
+            "eval_at_start": True,
+            "eval_at_end": True,
+        },
+    )
+    assert kinds(finished) == [
+        ("eval", 0, "valid"),
+        ("train", 2),
+        ("eval", 2, "valid"),
+        ("train", 4),
+        ("eval", 4, "valid"),
+        ("train", 5),
+        ("eval", 5, "valid"),
+    ]
+
+
+def test_records_of_a_retrieval_run_end_with_the_test_split(train: Callable[..., FinishedRun]) -> None:
+    finished = train("retrieval", trainer={"log_interval": 4, "eval_interval": 2, "eval_at_end": True})
+    assert kinds(finished) == [("eval", 2, "valid"), ("train", 4), ("eval", 4, "valid"), ("eval", 4, "test")]
+
+
+def test_the_last_interval_counts_where_there_is_no_evaluation_at_the_end(train: Callable[..., FinishedRun]) -> None:
+    finished = train("retrieval", trainer={"log_interval": 4, "eval_interval": 2, "eval_at_end": False})
+    assert kinds(finished) == [("eval", 2, "valid"), ("train", 4), ("eval", 4, "valid")]
+
+
+def test_a_loss_is_the_mean_since_the_record_before(train: Callable[..., FinishedRun]) -> None:
+    every, third = (train("ranking", trainer={"max_train_iters": 7, "log_interval": n}).losses for n in (1, 3))
+    means = [sum(every[:3]) / 3, sum(every[3:6]) / 3, every[6]]
+    assert third == pytest.approx(means, rel=1e-12)
+
+
+def test_a_training_record_tells_what_it_cost(train: Callable[..., FinishedRun]) -> None:
+    record = train("ranking", schedule={"schedule": "linear"}).records[1]
+    assert record["lr"] == pytest.approx(0.01 * 3 / 4)
+    assert record["epoch"] == 1.0
+    assert record["samples_per_s"] > 0 and record["tokens_per_s"] > record["samples_per_s"]
+    assert 0 < record["data_wait"] < 1 and 0 < record["mfu"] < 1 and record["memory_bytes"] > 2**20
+
+
+def test_evaluating_in_between_does_not_change_training(train: Callable[..., FinishedRun]) -> None:
+    dropout = {"hidden_dropout": 0.3}
+    for task in ("ranking", "retrieval"):
+        often = train(task, trainer={"eval_interval": 1, "eval_at_start": True}, network=dropout)
+        never = train(task, network=dropout)
+        assert len(often.evaluations) == 5 and not never.evaluations
+        assert often.losses == never.losses
+
+
+def test_evaluation_of_an_unchanged_model_repeats_exactly(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:
+    trainer = build(tiny_config("retrieval", store, tmp_path, network={"hidden_dropout": 0.5}), mesh)
+    for _ in range(2):
+        trainer.evaluate(("valid",))
+    first, second = FinishedRun(trainer, trainer.run_directory.path).records
+    assert first["metrics"] == second["metrics"]
+    assert trainer.state.model.training, "training mode is back"
+
+
+def test_evaluation_can_be_limited_to_some_batches(train: Callable[..., FinishedRun]) -> None:
+    limited = {"eval_batch_size": 2, "max_eval_iters": 1, "eval_at_end": True}
+    finished = train("retrieval", trainer=limited, task_args={"eval_metrics": ("HR@1",)})
+    assert finished.metrics["HR@1"] in (0, 0.5, 1), "of two users"
+
+
+def test_checkpoints_are_saved_at_the_interval_and_at_the_end(train: Callable[..., FinishedRun]) -> None:
+    def saved(finished: FinishedRun) -> list[str]:
+        directory = finished.path.parent / "checkpoints"
+        return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+
+    assert saved(train("ranking", trainer={"max_train_iters": 5, "ckpt_save_interval": 2})) == [
+        "iteration_00000002",
+        "iteration_00000004",
+        "iteration_00000005",
+    ]
+    at_end = {"max_train_iters": 5, "ckpt_save_interval": 2, "save_at_end": False}
+    assert saved(train("ranking", trainer=at_end)) == ["iteration_00000002", "iteration_00000004"]
+    assert saved(train("ranking", trainer={"ckpt_save_interval": -1})) == []
+
+
+def test_garbage_is_collected_at_the_interval_only(
+    train: Callable[..., FinishedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected: list[bool] = []
+    monkeypatch.setattr(gc, "collect", lambda *_: collected.append(gc.isenabled()) or 0)
+    train("ranking", trainer={"max_train_iters": 5, "gc_interval": 2})
+    assert collected == [False, False]
+    assert gc.isenabled(), "as it was before"
+
+
+def test_a_profile_of_the_chosen_iterations_is_written(train: Callable[..., FinishedRun]) -> None:
+    finished = train("ranking", trainer={"profile": True, "profile_step_start": 1, "profile_step_end": 3})
+    with gzip.open(finished.path / "trace-rank0.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "aten::addmm" in names or "aten::linear" in names
+
+
+# --- how a run ends ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_reaches_its_last_iteration_is_done(train: Callable[..., FinishedRun]) -> None:
+    finished = train("ranking", trainer={"eval_interval": 2, "eval_at_end": True})
+    summary = finished.summary
+    assert (summary["status"], summary["iterations"]) == ("done", 4)
+    assert summary["last_metrics"]["valid"] == finished.metrics
+    best = summary["best_metrics"]["valid"]["LOGLOSS"]
+    evaluated = {r["iter"]: r["metrics"]["LOGLOSS"] for r in finished.records if r["kind"] == "eval"}
+    assert best["value"] == min(evaluated.values()) == evaluated[best["iter"]]
+    assert summary["throughput"]["tokens_per_s"] > 0 and summary["seconds"] > 0
+    assert (finished.path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("saving", [True, False])
+def test_sigterm_stops_after_the_step_in_flight_and_saves_where_checkpoints_are_kept(
+    mesh: Mesh, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving: bool
+) -> None:
+    step = SequentialPipeline.progress
+
+    def signalled(self: SequentialPipeline, batches: Any) -> Any:
+        if trainer.state.iteration == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batches)
+
+    monkeypatch.setattr(SequentialPipeline, "progress", signalled)
+    options = {"max_train_iters": 50, "eval_at_end": True, "ckpt_save_interval": 100 if saving else -1}
+    trainer = build(tiny_config("ranking", store, tmp_path, trainer=options), mesh)
+    trainer.train()
+    finished = FinishedRun(trainer, trainer.run_directory.path)
+    assert (finished.summary["status"], finished.summary["iterations"]) == ("stopped", 3)
+    assert finished.evaluations == []
+    assert (tmp_path / "checkpoints" / "iteration_00000003").exists() == saving
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_with_what_to_do(
+    train: Callable[..., FinishedRun], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at iteration \d+; lower OptimizerArgs.learning_rate"):
+        train("ranking", output="diverged", optimizer={"optimizer_str": "sgd", "learning_rate": 1e30})
+    summary = json.loads((tmp_path / "diverged" / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and summary["iterations"] > 0
+
+
+def test_a_checkpoint_that_is_not_there_fails_before_training(
+    train: Callable[..., FinishedRun], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="no complete checkpoint"):
+        train("ranking", output="lost", trainer={"ckpt_load_dir": str(tmp_path / "nowhere")})
+    summary = json.loads((tmp_path / "lost" / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["iterations"]) == ("failed", 0)
+
+
+def test_an_error_of_ours_is_not_hidden_and_the_summary_says_failed(
+    mesh: Mesh, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Trainer, "_step", broken)
+    trainer = build(tiny_config("ranking", store, tmp_path), mesh)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert FinishedRun(trainer, trainer.run_directory.path).summary["status"] == "failed"
+
+
+# --- going on ------------------------------------------------------------------------------------------------------
+
+
+def test_a_continued_run_remembers_the_best_metrics_of_its_first_part(train: Callable[..., FinishedRun]) -> None:
+    options = {"eval_interval": 2, "ckpt_save_interval": 4, "ckpt_load_dir": "auto"}
+    first = train("ranking", output="one", trainer={**options, "max_train_iters": 4})
+    best = first.summary["best_metrics"]["valid"]["LOGLOSS"]
+    second = train(
+        "ranking",
+        output="one",
+        trainer={**options, "max_train_iters": 8},
+        optimizer={"learning_rate": 5.0},
+    )
+    assert [iteration for iteration, _ in second.evaluations] == [2, 4, 6, 8]
+    after = [r["metrics"]["LOGLOSS"] for r in second.records if r["kind"] == "eval" and r["iter"] > 4]
+    assert all(value is None or value > best["value"] for value in after), "the second part must be worse"
+    assert second.summary["best_metrics"]["valid"]["LOGLOSS"] == best
+
+
+def test_a_finished_run_that_is_started_again_only_evaluates(train: Callable[..., FinishedRun]) -> None:
+    options = {"ckpt_save_interval": 4, "ckpt_load_dir": "auto", "eval_at_end": True}
+    first = train("retrieval", output="one", trainer=options)
+    again = train("retrieval", output="one", trainer=options)
+    assert again.summary["status"] == "done" and again.summary["iterations"] == 4
+    assert again.metrics == first.metrics
+
+
+def test_the_operative_configuration_trains_the_same_model(
+    train: Callable[..., FinishedRun], mesh: Mesh, store: SequenceStore, tmp_path: Path
+) -> None:
+    config = tiny_config("retrieval", store, tmp_path / "first", network={"hidden_dropout": 0.2})
+    first = run(config, mesh)
+    again = load([str(first.path / "operative.gin")], [f"TrainerArgs.output_dir = '{tmp_path}/second'"], "retrieval")
+    assert first.losses == run(again, mesh).losses
+
+
+def test_another_seed_is_another_run(train: Callable[..., FinishedRun]) -> None:
+    assert train("retrieval").losses != train("retrieval", trainer={"seed": 5}).losses
+
+
+def test_clipping_bounds_the_dense_step(train: Callable[..., FinishedRun], mesh: Mesh) -> None:
+    def distance(max_grad_norm: float) -> float:
+        options = {
+            "sharded": ["item_id", "town", "action"],
+            "optimizer": {"optimizer_str": "sgd", "learning_rate": 1.0},
+            "trainer": {"max_train_iters": 1, "max_grad_norm": max_grad_norm},
+        }
+        finished = train("ranking", **options)
+        after = dict(finished.trainer.state.model.dense.named_parameters())
+        before = dict(build_untrained(finished, mesh).state.model.dense.named_parameters())
+        with torch.no_grad():
+            return math.sqrt(sum(float((after[name] - before[name]).square().sum()) for name in after))
+
+    assert distance(0.0) > 0.2
+    assert distance(0.1) == pytest.approx(0.1, rel=1e-4)
+    assert distance(100.0) == distance(0.0)
+
+
+def build_untrained(finished: FinishedRun, mesh: Mesh) -> Trainer:
+    """The model with which a run began."""
+    torch.manual_seed(finished.trainer.args.seed)
+    other = f"TrainerArgs.output_dir = '{finished.path.parent}/untrained'"
+    config = load([str(finished.path / "operative.gin")], [other], "ranking")
+    trainer = build_trainer(config, mesh)
+    trainer.run_directory.close()
+    return trainer

@@ -60,7 +60,8 @@ class TrainerArgs(Args):
     """The training loop: how much, how often, where to."""
 
     train_batch_size: int = option(minimum=1)
-    """Sequences per rank in a training step. Under tensor parallelism a group trains on this × its size."""
+    """Sequences per rank in a training step. Under tensor parallelism a group trains on this × its size. With
+    tokens_per_rank: the most sequences per rank."""
     eval_batch_size: int = option(minimum=1)
     """Sequences per rank in an evaluation step."""
     eval_interval: int = option(100, minimum=1)
@@ -91,6 +92,15 @@ class TrainerArgs(Args):
     """Also save after the last iteration, where ckpt_save_interval > 0."""
     pipeline_type: str = option("native", choices=("none", "native", "prefetch"))
     """How a step overlaps with the next batches. All kinds compute the same losses."""
+    enable_balanced_shuffler: bool = option(False)
+    """Share each global batch out so that the data-parallel ranks have equal attention cost (the FLOPs of their
+    sequences) to compute. The global batch, the number of sequences per rank and the loss stay what they are."""
+    tokens_per_rank: Optional[int] = option(None, minimum=1)
+    """Dynamic batching: each rank takes the next sequences until one more would exceed this many tokens (context,
+    items, actions) or it has train_batch_size sequences, so set train_batch_size to the most that a rank may take.
+    Steps per epoch then depend on the lengths; the loss is the mean over the labels of the global batch as ever.
+    With enable_balanced_shuffler, costs are equalised as far as no rank exceeds this. None: train_batch_size
+    sequences per rank."""
     eval_at_start: bool = option(False)
     """Evaluate before the first iteration."""
     eval_at_end: bool = option(True)

@@ -91,3 +91,9 @@ class RuleBook:
     def apply(self, run: Run) -> list[Problem]:
         """What all rules have to say."""
         return [problem for item in self.rules for problem in item.apply(run)]
+
+
+rule = RuleBook()
+"""What makes a run impossible or a setting meaningless."""
+advice = RuleBook()
+"""What is allowed but probably not meant."""

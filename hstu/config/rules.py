@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+from hstu.config import rules_batches  # noqa: F401 - its rules join the books
 from hstu.config.args import (
     BenchmarkDatasetArgs,
     DatasetArgs,
@@ -24,13 +25,8 @@ from hstu.config.args import (
 )
 from hstu.config.dataset_names import BUILT_IN_DATASETS, resolve_dataset_name
 from hstu.config.problems import Problem, did_you_mean
-from hstu.config.rule_engine import RuleBook, Run
+from hstu.config.rule_engine import Run, advice, rule
 from hstu.config.run_config import kind_of
-
-rule = RuleBook()
-"""What makes a run impossible or a setting meaningless."""
-advice = RuleBook()
-"""What is allowed but probably not meant."""
 
 Problems = Iterator[Problem]
 

@@ -16,6 +16,7 @@ import torch
 
 from hstu.config.args import BenchmarkDatasetArgs, FeatureArgs, RandomDistribution
 from hstu.config.errors import ConfigError
+from hstu.data.balance import Sharing
 from hstu.data.batch import HSTUBatch
 from hstu.data.collate import Assembler, Collator, FeatureRoles, Rows, ranges
 from hstu.data.hashing import hash_ids, random_bits
@@ -108,9 +109,8 @@ class SyntheticReader:
     def read(self, plan: BatchPlan) -> Rows:
         """The rows of ``plan.ordinals``."""
         ordinals = plan.ordinals
-        lengths = self._lengths(ordinals)
+        lengths, candidates = self.lengths_of(ordinals)
         tokens = np.repeat(ordinals, lengths), ranges(np.zeros_like(lengths), lengths)
-        candidates = np.full(len(ordinals), self.max_num_candidates if self.task == "ranking" else 0, dtype=np.int64)
         items = self._ids(self.roles.item, _VALUES, *tokens)
         is_retrieval_eval = self.task == "retrieval" and not self.is_training
         wants_seen = is_retrieval_eval and self.wants_seen
@@ -128,10 +128,13 @@ class SyntheticReader:
             seen_lengths=lengths if wants_seen else None,
         )
 
-    def _lengths(self, ordinals: np.ndarray) -> np.ndarray:
+    def lengths_of(self, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Items of samples, and how many of them are candidates, drawing nothing else; int64 [len(ordinals)]."""
+        candidates = np.full(len(ordinals), self.max_num_candidates if self.task == "ranking" else 0, dtype=np.int64)
         if self.lengths is None:
-            return np.full(len(ordinals), self.max_length, dtype=np.int64)
-        return np.clip(self.lengths.values(self._uniforms(_LENGTHS, ordinals)), self.min_length, self.max_length)
+            return np.full(len(ordinals), self.max_length, dtype=np.int64), candidates
+        drawn = self.lengths.values(self._uniforms(_LENGTHS, ordinals))
+        return np.clip(drawn, self.min_length, self.max_length), candidates
 
     def _num_labels(self, lengths: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         if self.task == "ranking":
@@ -188,13 +191,25 @@ class SyntheticDataset:
         assembler = Assembler(batch_size, task, reader.roles, corpus_size, seed, negatives)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.num_samples = args.num_generated_batches * batch_size * world_size
+        self._reader = reader
         self._collator = Collator(reader, assembler)
         self._made: dict[int, HSTUBatch] = {}
 
-    def train_sampler(self, position: SamplerPosition | None = None) -> TrainSampler:
-        """Endless plans; an epoch is the generated batches once."""
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Items of each sample, and how many of them are candidates; both int64 [num_samples]."""
+        return self._reader.lengths_of(np.arange(self.num_samples, dtype=np.int64))
+
+    def train_sampler(self, position: SamplerPosition | None = None, sharing: Sharing | None = None) -> TrainSampler:
+        """Endless plans; an epoch is the generated samples once. Batches are kept: use one ``sharing`` a dataset."""
         return TrainSampler(
-            self.num_samples, self.batch_size, self.rank, self.world_size, seed=0, shuffle=False, position=position
+            self.num_samples,
+            self.batch_size,
+            self.rank,
+            self.world_size,
+            seed=0,
+            shuffle=False,
+            position=position,
+            sharing=sharing,
         )
 
     def eval_sampler(self) -> EvalSampler:

@@ -22,6 +22,7 @@ from hstu.data.sequences import SampleTable, Split, build_samples
 from hstu.data.store import SequenceStore
 from hstu.data.synthetic import SyntheticDataset
 from hstu.parallel.mesh import Mesh
+from hstu.train.sharing import choose_sharing
 from hstu.train.tables import check_rows, choose_tables
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class BatchSource(ABC):
     max_items: int
     """Items of the longest sequence."""
     batches_per_epoch: int
+    """Steps of one pass over the training data; with tokens_per_rank those of the first, others differ a little."""
     eval_splits: tuple[Split, ...]
     """What is evaluated while training; the first one selects the best model."""
     final_splits: tuple[Split, ...]
@@ -97,8 +99,9 @@ class StoreSource(BatchSource):
         self.max_items = args.max_sequence_length
         self.eval_splits, self.final_splits = self._splits()
         self._train_samples = self._samples("train")
-        sampler = self._train_sampler(SamplerPosition())
-        self.batches_per_epoch = sampler.batches_per_epoch
+        items = self._train_samples.stop - self._train_samples.start
+        self._sharing = choose_sharing(config, self.roles, self.max_items, items, self._train_samples.num_candidates)
+        self.batches_per_epoch = self._train_sampler(SamplerPosition()).batches_per_epoch
 
     def least_action(self) -> int:
         """See BatchSource. Reads the whole feature once."""
@@ -161,6 +164,7 @@ class StoreSource(BatchSource):
             trainer.seed,
             self._args.shuffle,
             position,
+            self._sharing,
         )
 
     def _collator(self, store: SequenceStore, samples: SampleTable, batch_size: int, *, training: bool) -> Collator:
@@ -218,7 +222,8 @@ class RandomSource(BatchSource):
         self.max_items = next(
             group.max_sequence_length for group in args.feature_args if args.item_feature_name in group.feature_names
         )
-        self.batches_per_epoch = args.num_generated_batches
+        self._sharing = choose_sharing(config, self.roles, self.max_items, *self._train.lengths())
+        self.batches_per_epoch = self._train.train_sampler(sharing=self._sharing).batches_per_epoch
         self.eval_splits = self.final_splits = ("valid",)
 
     def least_action(self) -> int:
@@ -227,7 +232,7 @@ class RandomSource(BatchSource):
 
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""
-        return build_loader(self._train, self._train.train_sampler(position))
+        return build_loader(self._train, self._train.train_sampler(position, self._sharing))
 
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
         """See BatchSource."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from hstu.config.args import NetworkArgs
+from hstu.data.balance import Loads
 from hstu.data.batch import HSTUBatch
 from hstu.data.collate import FeatureRoles
-from hstu.observe.flops import sequence_tokens, step_flops
+from hstu.observe.flops import sequence_flops, sequence_tokens
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """Counts what one rank's batch asks of the network."""
+    """Counts what sequences ask of the network, before or after they are in a batch."""
 
     network: NetworkArgs
     roles: FeatureRoles
@@ -24,10 +27,15 @@ class StepWork:
 
     def of(self, batch: HSTUBatch) -> tuple[int, float]:
         """(tokens, floating-point operations of forward and backward); padding has none."""
+        loads = self.loads(batch.item_lengths, batch.num_candidates_host)
+        return int(loads.tokens.sum()), float(loads.costs.sum())
+
+    def loads(self, item_lengths: np.ndarray, num_candidates: np.ndarray) -> Loads:
+        """Tokens and floating-point operations of each sequence. item_lengths, num_candidates: integers [S]."""
         tokens, candidate_tokens = sequence_tokens(
-            batch.item_lengths, batch.num_candidates_host, len(self.roles.contextual), self.interleaved
+            item_lengths, num_candidates, len(self.roles.contextual), self.interleaved
         )
-        flops = step_flops(
+        costs = sequence_flops(
             tokens,
             candidate_tokens,
             num_layers=self.network.num_layers,
@@ -36,4 +44,4 @@ class StepWork:
             head_dim=self.network.kv_channels,
             is_causal=self.network.is_causal,
         )
-        return int(tokens.sum()), flops
+        return Loads(tokens, costs)

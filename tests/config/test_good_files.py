@@ -221,6 +221,21 @@ def test_bidirectional_attention_over_labels_is_warned_of(
     assert all(part in warning for part, warning in zip(warned, warnings, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("lines", "warned"),
+    [
+        (["TrainerArgs.tokens_per_rank = 61"], None),
+        (["TrainerArgs.tokens_per_rank = 244"], "never reached: TrainerArgs.train_batch_size = 4"),
+        (["TrainerArgs.enable_balanced_shuffler = True"], None),
+        (["TrainerArgs.enable_balanced_shuffler = True", "seq/FeatureArgs.is_jagged = False"], "nothing to balance"),
+    ],
+)
+def test_balancing_without_effect_is_warned_of(lines: list[str], warned: str | None, tmp_path: Path) -> None:
+    warnings = validate(load([write(tmp_path, changed(BENCHMARK, *lines))], [], "ranking"), world_size=2)
+    assert len(warnings) == (0 if warned is None else 1)
+    assert warned is None or warned in warnings[0]
+
+
 def test_warning_free_by_default(tmp_path: Path) -> None:
     assert validate(load([write(tmp_path, RANKING)], [], "ranking"), world_size=1) == []
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hstu.observe.flops import sequence_tokens, step_flops
+from hstu.observe.flops import sequence_flops, sequence_tokens, step_flops
 
 TINY = dict(num_layers=2, hidden_size=8, num_heads=2, head_dim=4)  # Hd = 8
 
@@ -44,3 +44,11 @@ def test_tokens_count_context_items_and_actions() -> None:
     assert candidates.tolist() == [4, 0, 2]
     tokens, candidates = sequence_tokens(np.array([5]), np.array([2]), num_contextuals=0, interleaved=False)
     assert (tokens.tolist(), candidates.tolist()) == ([5], [2])
+
+
+@pytest.mark.parametrize(("is_causal", "quadratic"), [(True, 7), (False, 14)])
+def test_a_sequence_without_candidates_costs_a_linear_and_a_quadratic_part(is_causal: bool, quadratic: int) -> None:
+    tokens = np.array([0, 1, 10, 4099])
+    flops = sequence_flops(tokens, np.zeros(4, int), **TINY, is_causal=is_causal)
+    assert flops.tolist() == (2 * (30 * 8 * 8 * tokens + quadratic * 8 * tokens**2)).tolist()
+    assert flops.sum() == step_flops(tokens, np.zeros(4, int), **TINY, is_causal=is_causal)

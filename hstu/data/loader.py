@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hstu.config.errors import DataError, UserError
@@ -42,6 +43,9 @@ def build_loader(
         pin_memory=pin_memory,
         worker_init_fn=_leave_interrupts_to_the_parent,
         multiprocessing_context=start_method if workers else None,
+        # Else the workers' seed is drawn from torch's generator: each evaluation, and each resume, would then change
+        # the dropout of the steps that follow. No worker draws anything from torch.
+        generator=torch.Generator(),
     )
     return _batches(iter(loader), workers)  # iter starts the workers
 

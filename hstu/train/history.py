@@ -33,9 +33,7 @@ class MetricsHistory:
             if record["kind"] == "eval" and record["iter"] <= iteration:
                 metrics = {name: math.nan if value is None else value for name, value in record["metrics"].items()}
                 self.add(
-                    EvalRecord(
-                        iteration=record["iter"], epoch=record["epoch"], split=record["split"], metrics=metrics
-                    )
+                    EvalRecord(iteration=record["iter"], epoch=record["epoch"], split=record["split"], metrics=metrics)
                 )
 
     def add(self, record: EvalRecord) -> None:

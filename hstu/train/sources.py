@@ -176,9 +176,7 @@ class StoreSource(BatchSource):
         )
         corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed
         negatives, task = self._wanted.negatives, self._config.task
-        return Collator(
-            reader, Assembler(batch_size, task, self.roles, corpus_size, seed, negatives, self.hashed_rows)
-        )
+        return Collator(reader, Assembler(batch_size, task, self.roles, corpus_size, seed, negatives, self.hashed_rows))
 
     def _recode_eval_store(self) -> dict[str, np.ndarray]:
         """Codes of the second store → codes of the first; a store numbers the raw ids that it has seen."""

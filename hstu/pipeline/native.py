@@ -80,6 +80,6 @@ class NativePipeline(TrainPipeline):
         try:
             yield
         finally:
-            # Without sparse_dist=False, TorchRec 1.8.0 sends the ids of the waiting batch a second time, and its
-            # look-up then takes the ids of the first exchange with the (unfinished) sizes of the second.
+            # Without sparse_dist=False, TorchRec 1.8.0 sends the ids of the waiting batch a second time and loses the
+            # sizes of the first exchange, which the look-up then lacks (tests/pipeline/test_defects.py).
             self._stages.attach(sparse_dist=False)

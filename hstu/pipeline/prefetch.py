@@ -3,9 +3,9 @@
 While batch i is trained on, on TorchRec's PrefetchTrainPipelineSparseDist:
 
     batch i + 2   next(batches), copy to the device      memcpy stream
-    batch i + 2   ids to the ranks that own their rows    data-dist stream (sizes behind step i, ids before forward i + 1)
-    batch i + 1   rows into the tables' caches            prefetch stream, behind forward i
-    batch i       look-up, forward, backward, step        default stream
+    batch i + 1   ids to the ranks that own their rows   data-dist stream (before forward; sizes behind step i - 1)
+    batch i + 1   rows into the tables' caches           prefetch stream, behind forward
+    batch i       look-up, forward, backward, step       default stream
 
 What is prefetched is the place of a row, not its value, so the losses are those of "none". A table that lies on the
 device as a whole has no cache: it is served as native serves it, one batch further ahead.

@@ -24,7 +24,7 @@ from hstu.data.batch import HSTUBatch
 from hstu.data.sampler import SamplerPosition
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects
-from hstu.pipeline.base import TrainPipeline
+from hstu.pipeline.base import StepResult, TrainPipeline
 from hstu.train.builder import build_evaluator, build_model, build_pipeline, build_trainer
 from hstu.train.evaluator import Evaluator
 from hstu.train.sources import BatchSource, open_source
@@ -201,9 +201,55 @@ def _what_it_raises(pipeline: TrainPipeline, batches: Iterator[HSTUBatch]) -> st
     return "no error"
 
 
-def run_trainer(store: str, directory: str, sigterm_after: int | None = None, **config: Any) -> list[Any]:
-    """A whole run of the trainer; (iteration, loss) of its lines and the positions that it ended at."""
+def streams(store: str) -> dict[str, Any]:
+    """On a GPU: pipeline → on which CUDA streams batches are copied and dense forwards run, and the losses."""
     mesh = start()
+    results = {}
+    for kind in PIPELINES:
+        pipeline, source, _, _ = assemble(make_config(store, kind), mesh)
+        batches = source.train_batches(SamplerPosition())
+        copies, forwards = _record_streams(pipeline)
+        losses = [float(pipeline.progress(batches).loss) for _ in range(STEPS)]
+        results[kind] = {"copy": copies, "forward": forwards, "losses": losses}
+    mesh_module.finish()
+    return results
+
+
+def _record_streams(pipeline: TrainPipeline) -> tuple[list[int], list[int]]:
+    """Lists that get the stream of each copy of a batch to the device, and of each forward of the dense part."""
+    copies: list[int] = []
+    forwards: list[int] = []
+    copy = _COPY
+
+    def recorded(batch: HSTUBatch, *args: Any, **options: Any) -> HSTUBatch:
+        copies.append(torch.cuda.current_stream().cuda_stream)
+        return copy(batch, *args, **options)
+
+    HSTUBatch.to = recorded  # type: ignore[method-assign]  # this process ends with the case
+    pipeline.model.dense.register_forward_pre_hook(
+        lambda *_: forwards.append(torch.cuda.current_stream().cuda_stream)  # type: ignore[func-returns-value]
+    )
+    return copies, forwards
+
+
+_COPY = HSTUBatch.to
+
+
+def stopped_and_resumed(store: str, directory: str) -> dict[str, Any]:
+    """Runs of the trainer: "none" straight on; the others stopped by SIGTERM in their third step, then resumed."""
+    mesh = start()
+    results = {"straight on": run_trainer(mesh, store, f"{directory}/none", "none")}
+    for kind in ("native", "prefetch"):
+        results[f"{kind}, stopped"] = run_trainer(mesh, store, f"{directory}/{kind}", kind, sigterm_in=3)
+        results[f"{kind}, resumed"] = run_trainer(mesh, store, f"{directory}/{kind}", kind)
+    mesh_module.finish()
+    return results
+
+
+def run_trainer(
+    mesh: mesh_module.Mesh, store: str, directory: str, kind: str, sigterm_in: int | None = None
+) -> dict[str, Any]:
+    """A whole run with Adam, from a checkpoint if there is one; all that metrics.jsonl says, and where it ended."""
     lines = [
         f"TrainerArgs.output_dir = {directory!r}",
         f"TrainerArgs.ckpt_save_dir = {directory + '/ckpt'!r}",
@@ -213,23 +259,21 @@ def run_trainer(store: str, directory: str, sigterm_after: int | None = None, **
         "TrainerArgs.eval_interval = 2",
         f"TrainerArgs.max_train_iters = {STEPS}",
     ]
-    trainer = build_trainer(make_config(store, lines=[*config.pop("lines", []), *lines], **config), mesh)
-    if sigterm_after is not None:
-        progress = trainer.pipeline.progress
+    mesh_module.seed_initial_weights(mesh.seed)
+    trainer = build_trainer(make_config(store, kind, optimizer="adam", lines=lines), mesh)
+    progress = trainer.pipeline.progress
 
-        def progress_until_sigterm(batches: Iterator[HSTUBatch]) -> Any:
-            if trainer.state.iteration + 1 == sigterm_after:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return progress(batches)
+    def progress_until_sigterm(batches: Iterator[HSTUBatch]) -> StepResult:
+        if trainer.state.iteration + 1 == sigterm_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return progress(batches)
 
-        trainer.pipeline.progress = progress_until_sigterm  # type: ignore[method-assign]
+    trainer.pipeline.progress = progress_until_sigterm  # type: ignore[method-assign]
     trainer.train()
-    position, weights = trainer.state.position, digest(trainer.state, mesh)
-    mesh_module.finish()
     records = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {record["iteration"]: record["loss"] for record in records if "loss" in record},
-        [record["metrics"] for record in records if "metrics" in record],
-        [position.epoch, position.consumed],
-        weights,
-    ]
+    return {
+        "losses": {record["iter"]: record["loss"] for record in records if record["kind"] == "train"},
+        "metrics": {record["iter"]: record["metrics"] for record in records if record["kind"] == "eval"},
+        "position": [trainer.state.position.epoch, trainer.state.position.consumed],
+        "weights": digest(trainer.state, mesh),
+    }

@@ -83,24 +83,24 @@ def test_iterators_end_and_follow_one_another_as_with_none(store: str) -> None:
         assert results[kind]["left"].startswith("2 batches of another iterator are in the pipeline")
 
 
-@pytest.mark.parametrize("kind", AHEAD)
-def test_a_run_that_was_stopped_in_mid_epoch_goes_on_as_if_it_had_not_been(
-    store: str, tmp_path: Path, kind: str
-) -> None:
-    def run(directory: str, **options: Any) -> list[Any]:
-        arguments = {"store": store, "directory": str(tmp_path / directory), "optimizer": "adam", **options}
-        return run_ranks(f"{HERE}:run_trainer", 1, **arguments)[0]
-
-    stopped = run("stopped", pipeline=kind, sigterm_after=3)
-    assert list(stopped[0]) == ["1", "2", "3"] and stopped[2] == [0, 12]
-    resumed, uninterrupted = run("stopped", pipeline=kind), run("uninterrupted", pipeline="none")
-    assert list(uninterrupted[0]) == [str(step) for step in range(1, STEPS + 1)]
-    assert resumed == uninterrupted
+def test_a_run_stopped_in_mid_epoch_goes_on_as_if_it_had_not_been(store: str, tmp_path: Path) -> None:
+    (runs,) = run_ranks(f"{HERE}:stopped_and_resumed", 1, timeout_s=120, store=store, directory=str(tmp_path))
+    assert list(runs["straight on"]["losses"]) == [str(step) for step in range(1, STEPS + 1)]
+    for kind in AHEAD:
+        stopped = runs[f"{kind}, stopped"]
+        assert list(stopped["losses"]) == ["1", "2", "3"]
+        assert stopped["position"] == [0, 12], "two more batches had been fetched, and must not be skipped"
+        assert runs[f"{kind}, resumed"] == runs["straight on"]
+        log = (tmp_path / kind / "log.txt").read_text()
+        assert log.count(f"pipeline_type '{kind}' on a CPU: ") == 2, "once a run"
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: copies and exchange on streams of their own")
-def test_on_a_gpu_copy_and_exchange_have_streams_of_their_own(store: str) -> None:
-    for case, told in run_ranks(f"{HERE}:streams", 1, store=store)[0].items():
-        assert told["copy streams"] and told["forward stream"] not in told["copy streams"], case
-        assert told["losses"] == pytest.approx(told["losses of none"], rel=1e-4), case
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: copies on streams of their own")
+def test_on_a_gpu_batches_are_copied_beside_the_stream_of_the_steps(store: str) -> None:
+    (results,) = run_ranks(f"{HERE}:streams", 1, store=store)
+    for kind in AHEAD:
+        told = results[kind]
+        assert set(told["forward"]) == set(results["none"]["forward"])
+        assert told["copy"] and not set(told["copy"]) & set(told["forward"])
+        assert told["losses"] == pytest.approx(results["none"]["losses"], rel=1e-4)

@@ -91,7 +91,8 @@ class TrainerArgs(Args):
     save_at_end: bool = option(True)
     """Also save after the last iteration, where ckpt_save_interval > 0."""
     pipeline_type: str = option("native", choices=("none", "native", "prefetch"))
-    """How a step overlaps with the next batches. All kinds compute the same losses."""
+    """How a step overlaps with the next batches: not at all; with their copy to the device and the exchange of their
+    ids; and with filling the caches of tables. All kinds compute the same losses."""
     enable_balanced_shuffler: bool = option(False)
     """Share each global batch out so that the data-parallel ranks have equal attention cost (the FLOPs of their
     sequences) to compute. The global batch, the number of sequences per rank and the loss stay what they are."""

@@ -43,7 +43,8 @@ def build_loader(
         pin_memory=pin_memory,
         worker_init_fn=_leave_interrupts_to_the_parent,
         multiprocessing_context=start_method if workers else None,
-        # Without one of its own an iterator draws a number from torch's generator, which is that of dropout.
+        # Else the workers' seed is drawn from torch's generator: each evaluation, and each resume, would then change
+        # the dropout of the steps that follow. No worker draws anything from torch.
         generator=torch.Generator(),
     )
     return _batches(iter(loader), workers)  # iter starts the workers

@@ -85,7 +85,7 @@ class GRModel(nn.Module):
         """Rows of the item table, float32 [n, dim], for int64 ids [n] on this rank's device.
 
         Collective where the table is sharded: all ranks call it equally often, each for ids of its own, of any
-        number. Not while a pipeline has replaced the sharded tables' forward (detach it first).
+        number. In training, only inside ``TrainPipeline.evaluation``: pipelines replace the sharded tables' forward.
         """
         spec = next(spec for spec in self.specs if self.item_feature in spec.features)
         if spec.replicated:

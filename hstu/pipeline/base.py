@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,19 @@ class TrainPipeline(ABC):
 
     @abstractmethod
     def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
-        """Train on the next batch. Raises StopIteration when ``batches`` is exhausted."""
+        """Train on the next batch. Raises StopIteration once all of ``batches`` have been trained on."""
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Between two steps: inside, the model's forward serves any batch, as if there were no pipeline.
+
+        What has been fetched ahead stays, untouched by what happens inside, and is trained on afterwards.
+        """
+        return nullcontext()
+
+    def forward(self, batch: HSTUBatch) -> tuple[torch.Tensor, StepResult]:
+        """(loss to differentiate, what ``progress`` returns) of a batch on the device."""
+        loss, mean_loss = self.normalise(self.model(batch))
+        return loss, StepResult(mean_loss, batch)
 
     def normalise(self, output: ModelOutput) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss to differentiate, global mean loss to report).
@@ -53,9 +66,12 @@ class TrainPipeline(ABC):
         count = totals[1].clamp(min=1.0)
         return output.loss_sum * (self.mesh.dp_size / count), totals[0] / count
 
-    def backward_and_step(self, loss: torch.Tensor) -> None:
-        """Backward (model-parallel tables may update inside it), clip, dense step."""
-        loss.backward()
+    def zero_grad(self) -> None:
+        """Before a step's look-ups in the tables."""
+        self.optimizers.zero_grad()
+
+    def step(self) -> None:
+        """After backward, inside which model-parallel tables may have been updated: clip, then the dense step."""
         if self.max_grad_norm > 0:
             self.optimizers.clip_grad_norm(self.max_grad_norm)
         self.optimizers.step()

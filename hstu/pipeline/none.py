@@ -17,7 +17,8 @@ class SequentialPipeline(TrainPipeline):
     def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
         """See TrainPipeline.progress."""
         batch = next(batches).to(self.mesh.device, non_blocking=True)
-        self.optimizers.zero_grad()
-        loss, mean_loss = self.normalise(self.model(batch))
-        self.backward_and_step(loss)
-        return StepResult(mean_loss, batch)
+        self.zero_grad()
+        loss, result = self.forward(batch)
+        loss.backward()
+        self.step()
+        return result

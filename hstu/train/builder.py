@@ -35,7 +35,9 @@ from hstu.parallel.dense import replicate_dense
 from hstu.parallel.embedding import shard
 from hstu.parallel.mesh import Mesh, seed_dropout
 from hstu.pipeline.base import TrainPipeline
+from hstu.pipeline.native import NativePipeline
 from hstu.pipeline.none import SequentialPipeline
+from hstu.pipeline.prefetch import PrefetchPipeline
 from hstu.train.evaluator import Evaluator, RankingEvaluator, RetrievalEvaluator
 from hstu.train.leaks import leak
 from hstu.train.sources import BatchSource, open_source
@@ -46,6 +48,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PIPELINES: dict[str, type[TrainPipeline]] = {
+    "none": SequentialPipeline,
+    "native": NativePipeline,
+    "prefetch": PrefetchPipeline,
+}
 
 
 def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
@@ -168,13 +175,7 @@ def label_offset(args: RankingArgs, source: BatchSource) -> int:
 
 def build_pipeline(args: TrainerArgs, model: GRModel, optimizers: Optimizers, mesh: Mesh) -> TrainPipeline:
     """The pipeline that ``args`` asks for."""
-    if args.pipeline_type != "none":
-        log.warning(
-            "pipeline_type %r is served by the sequential pipeline ('none') in this version: the same losses, "
-            "no overlap with the next batches",
-            args.pipeline_type,
-        )
-    return SequentialPipeline(model, optimizers, mesh, args.max_grad_norm)
+    return PIPELINES[args.pipeline_type](model, optimizers, mesh, args.max_grad_norm)
 
 
 def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh: Mesh) -> Evaluator:

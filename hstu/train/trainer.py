@@ -130,7 +130,7 @@ class Trainer:
         """Evaluate on each of ``splits`` and record the metrics; training state is left as it was."""
         for split in splits:
             begun = time.monotonic()
-            with self.meter.paused():
+            with self.meter.paused(), self.pipeline.evaluation():
                 metrics = self.evaluator.evaluate(self.source.eval_batches(split))
             record = EvalRecord(iteration=self.state.iteration, epoch=self._epoch(), split=split, metrics=metrics)
             self._history.add(record)

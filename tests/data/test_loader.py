@@ -122,3 +122,10 @@ def test_dropping_the_loader_stops_its_workers(collator: Collator) -> None:
     assert len(multiprocessing.active_children()) == 2
     del batches
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_draws_nothing_from_the_generator_of_dropout(collator: Collator, workers: int) -> None:
+    before = torch.get_rng_state()
+    next(build_loader(collator, plans(), workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)

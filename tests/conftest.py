@@ -7,9 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from hstu.data.store import SequenceStore
 from hstu.data.store_writer import StoreWriter
+
+# The same examples each time, and no verdict on speed: a run fails for what the code does, on any machine.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("repeatable")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RAW_DATA = REPOSITORY.parent / "shared" / "data"

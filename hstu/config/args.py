@@ -290,6 +290,9 @@ class NetworkArgs(Args):
     """Divisor N of the attention. -1: the longest possible sequence of tokens."""
     disable_contextual_mask: bool = option(False)
     """True: contextual tokens are causal like all others instead of seeing the whole history."""
+    sequence_parallel: bool = option(False)
+    """Under tensor parallelism, split the tokens between the layers' projections over the ranks of a group, too: less
+    memory for the same result."""
 
 
 @dataclass(frozen=True, kw_only=True)

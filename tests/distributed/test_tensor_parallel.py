@@ -34,13 +34,14 @@ CASES: dict[str, dict[str, Any]] = {
         "bindings": ["NetworkArgs.item_embedding_dim = 8", "NetworkArgs.contextual_embedding_dim = 4"],
     },
     "retrieval": {"task": "retrieval", "sharding": "column_wise"},
-    "retrieval, draws, by tokens": {
-        "task": "retrieval",
-        "bindings": [BY_TOKENS, RELATIVE, "RetrievalArgs.num_negatives = 9"],
-    },
-    "retrieval, uniform, adam": {
+    "retrieval, draws, adam, by tokens": {
         "task": "retrieval",
         "optimizer": "adam",
+        "bindings": [BY_TOKENS, RELATIVE, "RetrievalArgs.num_negatives = 9"],
+    },
+    "retrieval, uniform": {
+        "task": "retrieval",
+        "optimizer": "adagrad",
         "bindings": ["RetrievalArgs.negatives = 'uniform'", "RetrievalArgs.num_negatives = 2"],
     },
     "retrieval, uniform, replicated": {
@@ -56,11 +57,15 @@ CASES: dict[str, dict[str, Any]] = {
             "RetrievalArgs.shared_negatives = True",
         ],
     },
-    "retrieval, full, by tokens": {
+    "retrieval, full, adam, by tokens": {
         "task": "retrieval",
-        "optimizer": "adagrad",
+        "optimizer": "adam",
         "bindings": ["RetrievalArgs.negatives = 'full'", BY_TOKENS, "NetworkArgs.interleave_actions = False"],
     },
+}
+IN_BFLOAT16 = {
+    f"bfloat16{', by tokens' if by_tokens else ''}": {"bindings": ["NetworkArgs.dtype_str = 'bfloat16'", *by_tokens]}
+    for by_tokens in ([], [BY_TOKENS])
 }
 GRIDS = [(2, 1), (2, 2), (4, 2), (4, 4)]
 """(ranks, ranks of a tensor-parallel group)."""
@@ -86,14 +91,16 @@ def store(tmp_path_factory: Any) -> str:
 
 @pytest.fixture(scope="module")
 def alone(store: str) -> dict[str, Any]:
-    results: dict[str, Any] = run_ranks(f"{HERE}:run_cases", 1, timeout_s=150, store=store, tp=1, cases=CASES)[0]
+    results: dict[str, Any] = run_ranks(
+        f"{HERE}:run_cases", 1, timeout_s=150, store=store, tp=1, cases=CASES | IN_BFLOAT16
+    )[0]
     return results
 
 
 @pytest.fixture(scope="module", params=GRIDS, ids=lambda grid: f"{grid[0]}ranks-tp{grid[1]}")
 def over_ranks(request: Any, store: str) -> tuple[int, list[dict[str, Any]]]:
     ranks, tp = request.param
-    return tp, run_ranks(f"{HERE}:run_cases", ranks, timeout_s=200, store=store, tp=tp, cases=CASES)
+    return tp, run_ranks(f"{HERE}:run_cases", ranks, timeout_s=200, store=store, tp=tp, cases=CASES | IN_BFLOAT16)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -110,6 +117,13 @@ def test_a_group_computes_what_one_process_computes(alone: Any, over_ranks: Any,
         np.testing.assert_allclose(final[name], weight, rtol=1e-4, atol=2e-6, err_msg=name)
     if tp > 1:
         assert results[0][case]["held"] < expected["held"]
+
+
+@pytest.mark.parametrize("case", IN_BFLOAT16)
+def test_a_group_rounds_to_bfloat16_as_one_process_does(alone: Any, over_ranks: Any, case: str) -> None:
+    losses = over_ranks[1][0][case]["losses"]
+    np.testing.assert_allclose(losses, alone[case]["losses"], rtol=0.01)
+    assert losses != over_ranks[1][0]["ranking"]["losses"], "computed in another type"
 
 
 MOVED = {

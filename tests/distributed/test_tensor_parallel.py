@@ -91,9 +91,8 @@ def store(tmp_path_factory: Any) -> str:
 
 @pytest.fixture(scope="module")
 def alone(store: str) -> dict[str, Any]:
-    results: dict[str, Any] = run_ranks(
-        f"{HERE}:run_cases", 1, timeout_s=150, store=store, tp=1, cases=CASES | IN_BFLOAT16
-    )[0]
+    cases = CASES | IN_BFLOAT16
+    results: dict[str, Any] = run_ranks(f"{HERE}:run_cases", 1, timeout_s=150, store=store, tp=1, cases=cases)[0]
     return results
 
 
@@ -134,7 +133,7 @@ MOVED = {
 
 def test_checkpoints_move_between_tensor_parallel_sizes_bit_for_bit(store: str, tmp_path: Path) -> None:
     path, before = None, None
-    for number, (ranks, tp) in enumerate([(1, 1), (2, 2), (4, 4), (1, 1)]):
+    for number, (ranks, tp) in enumerate([(1, 1), (2, 2), (1, 1)]):
         target = str(tmp_path / str(number))
         results = run_ranks(
             f"{HERE}:move_checkpoints",

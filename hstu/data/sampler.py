@@ -70,7 +70,10 @@ class TrainSampler:
         position: SamplerPosition | None = None,
     ) -> None:
         if num_samples < 1:
-            raise DataError("the training split has no samples: see the counts of dropped users in the data report")
+            raise DataError(
+                "the training split has no samples: every user has too few events for it. Retrieval needs two events a "
+                "user besides those that are held out, ranking one event more than candidates"
+            )
         position = position or SamplerPosition()
         if not 0 <= position.consumed <= num_samples:
             raise DataError(

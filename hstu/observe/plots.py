@@ -122,18 +122,19 @@ def _draw_metrics(axes: Axes, curves: dict[tuple[str, str], list[Point]]) -> Non
     for index, name in enumerate(sorted(height, key=lambda name: -height[name])):
         colour = _COLOURS[index % len(_COLOURS)]
         label = name
-        for split, marker, size in (("valid", "o-", 4.0), ("test", "*", 14.0)):
+        for split in ("valid", "test"):
             if (split, name) not in curves:
                 continue
-            sign = "★ " if split == "test" else ""
-            label += f"\n{sign}{split} {last[split, name]:.4f}"
+            # One point beside a curve is the final word of a run; several are a curve of their own.
+            final = split == "test" and len(curves[split, name]) == 1
+            label += f"\n{'★ ' if final else ''}{split} {last[split, name]:.4f}"
             axes.plot(
                 *zip(*curves[split, name], strict=True),
-                marker,
+                "*" if final else "o-",
                 color=colour,
-                markersize=size,
-                markeredgecolor="white" if split == "test" else colour,
-                zorder=5 if split == "test" else 2,
+                markersize=14.0 if final else 4.0,
+                markeredgecolor="white" if final else colour,
+                zorder=5 if final else 2,
             )
         axes.plot([], [], color=colour, linewidth=4, label=label)
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=10, borderaxespad=0.0, handlelength=0.8)

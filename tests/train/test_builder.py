@@ -1,0 +1,123 @@
+"""What the builder decides, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hstu.config.args import RankingArgs, TrainerArgs
+from hstu.config.errors import ConfigError, DataError
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from hstu.train.builder import label_offset, on_all_ranks, total_iters
+from tests.train.tiny import FinishedRun, build, tiny_config
+
+
+def source(actions: int, least: int = 0) -> Any:
+    """Data whose actions are least, …, actions - 1."""
+    roles = SimpleNamespace(action="stars")
+    return SimpleNamespace(roles=roles, cardinalities={"stars": actions}, least_action=lambda: least)
+
+
+def head(*widths: int, num_tasks: int = 1) -> RankingArgs:
+    return RankingArgs(prediction_head_arch=list(widths), num_tasks=num_tasks)
+
+
+@pytest.mark.parametrize(
+    ("args", "data", "offset"),
+    [
+        (head(8, 5), source(6, least=1), 1),  # ratings 1 to 5, five classes
+        (head(8, 6), source(6, least=1), 0),
+        (head(8, 6), source(6, least=0), 0),
+        (head(8, 9), source(6), 0),
+        (head(8, 8, num_tasks=8), source(256), 0),  # bits
+        (head(8, 1), source(2), 0),
+        (head(8, 3, num_tasks=3), source(256), 0),
+    ],
+)
+def test_class_0_is_action_0_unless_the_head_has_no_class_for_it(args: RankingArgs, data: Any, offset: int) -> None:
+    assert label_offset(args, data) == offset
+
+
+def test_a_head_with_too_few_classes_is_refused_with_those_that_fit() -> None:
+    with pytest.raises(ConfigError, match=r"ends in 4 classes, but 'stars' goes up to 5: end it in 5 .* or 6"):
+        label_offset(head(8, 4), source(6, least=1))
+
+
+def test_a_head_without_a_class_for_action_0_is_refused_where_the_data_has_it() -> None:
+    with pytest.raises(ConfigError, match=r"serve the actions 1 to 5, but 'stars' also takes the value 0: end it in 6"):
+        label_offset(head(8, 5), source(6, least=0))
+
+
+def test_ranking_without_an_action_feature_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ranking needs an action feature"):
+        label_offset(head(8, 5), SimpleNamespace(roles=SimpleNamespace(action=None)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "batches_per_epoch", "iterations"),
+    [
+        ({}, 7, 7),
+        ({"max_train_iters": 3}, 7, 3),
+        ({"max_train_iters": 30}, 7, 30),
+        ({"num_train_epochs": 2.0}, 7, 14),
+        ({"num_train_epochs": 0.5}, 7, 4),  # half a batch is a batch
+        ({"num_train_epochs": 1.25}, 4, 5),
+        ({"num_train_epochs": 0.001}, 7, 1),
+        ({"num_train_epochs": 0.7}, 10, 7),  # as floats, 0.7 * 10 and 1.1 * 10 are a little more than 7 and 11
+        ({"num_train_epochs": 1.1}, 10, 11),
+    ],
+)
+def test_a_run_lasts_its_iterations_or_its_epochs_or_one_epoch(
+    options: dict[str, Any], batches_per_epoch: int, iterations: int
+) -> None:
+    assert total_iters(TrainerArgs(train_batch_size=1, eval_batch_size=1, **options), batches_per_epoch) == iterations
+
+
+def test_a_fraction_of_the_epochs_is_trained(train: Callable[..., FinishedRun]) -> None:
+    finished = train("retrieval", trainer={"max_train_iters": None, "num_train_epochs": 1.5})  # of 3 batches
+    assert finished.summary["iterations"] == 5
+    assert finished.records[-1]["epoch"] == pytest.approx(5 / 3)
+
+
+def test_float16_needs_a_gpu(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'float16' needs a GPU; use 'bfloat16' or 'float32' on a CPU"):
+        build(tiny_config("ranking", store, tmp_path, network={"dtype_str": "float16"}), mesh)
+
+
+@pytest.mark.parametrize("kind", ["native", "prefetch"])
+def test_pipelines_that_are_to_come_are_served_by_the_sequential_one_and_it_is_said(
+    train: Callable[..., FinishedRun], warnings_of_hstu: pytest.LogCaptureFixture, kind: str
+) -> None:
+    assert train("ranking", trainer={"pipeline_type": kind}).losses == train("ranking").losses
+    assert f"pipeline_type '{kind}' is served by the sequential pipeline" in warnings_of_hstu.text
+
+
+def test_a_head_that_does_not_fit_the_data_is_refused_before_training(
+    mesh: Mesh, store: SequenceStore, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"'action' also takes the value 0: end it in 4"):
+        build(tiny_config("ranking", store, tmp_path, task_args={"prediction_head_arch": [3]}), mesh)
+
+
+def test_a_run_directory_that_cannot_be_made_is_a_readable_error(
+    mesh: Mesh, store: SequenceStore, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="TrainerArgs.output_dir"):
+        build(tiny_config("ranking", store, tmp_path, trainer={"output_dir": f"{tmp_path}/file/run"}), mesh)
+
+
+def test_a_mistake_that_one_rank_finds_is_raised_and_other_errors_pass_through(mesh: Mesh) -> None:
+    def fails(error: Exception) -> None:
+        raise error
+
+    assert on_all_ranks(lambda: 3, mesh) == 3
+    with pytest.raises(DataError, match="this host's disk"):
+        on_all_ranks(lambda: fails(DataError("this host's disk")), mesh)
+    with pytest.raises(ZeroDivisionError):
+        on_all_ranks(lambda: fails(ZeroDivisionError()), mesh)

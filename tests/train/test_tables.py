@@ -1,0 +1,86 @@
+"""Which tables a run has, and whether the ids fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
+from hstu.config.errors import ConfigError
+from hstu.train.tables import check_rows, choose_tables
+
+
+def table(*features: str, name: str | None = None, rows: int = 10, **options: Any) -> EmbeddingArgs:
+    return EmbeddingArgs(
+        feature_names=list(features),
+        table_name=name or features[0],
+        item_vocab_size_or_capacity=rows,
+        sharding_type="data_parallel",
+        **options,
+    )
+
+
+def dynamic(feature: str, rows: int) -> DynamicEmbeddingArgs:
+    return DynamicEmbeddingArgs(feature_names=[feature], table_name=feature, item_vocab_size_or_capacity=rows)
+
+
+def test_tables_given_by_hand_take_the_place_of_predefined_ones() -> None:
+    mine = table("item", name="mine", rows=99)
+    predefined = [table("item"), table("action")]
+    assert choose_tables([mine], predefined, ["item", "action"]) == (mine, predefined[1])
+
+
+def test_a_shared_predefined_table_keeps_the_features_that_have_none_by_hand() -> None:
+    chosen = choose_tables(
+        [table("item", name="mine")], [table("item", "last_item", "town")], ["item", "last_item"]
+    )
+    assert {entry.table_name: entry.feature_names for entry in chosen} == {"mine": ["item"], "item": ["last_item"]}
+
+
+def test_predefined_tables_of_features_that_are_not_used_are_left_out() -> None:
+    assert [entry.table_name for entry in choose_tables([], [table("item"), table("town")], ["item"])] == ["item"]
+
+
+def test_a_feature_without_a_table_is_named_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"'town' has no table: give an EmbeddingArgs with feature_names = \['town'\]"):
+        choose_tables([table("item")], [], ["item", "town"])
+
+
+def test_a_table_of_an_unknown_feature_is_told_which_there_are() -> None:
+    with pytest.raises(ConfigError, match="'itme': the data has no feature 'itme'; it has item, action"):
+        choose_tables([table("itme")], [table("item"), table("action")], ["item", "action"])
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_tables([table("itme"), table("twon")], [], ["item", "town"])
+    assert len(caught.value.problems) == 4
+
+
+def test_a_table_by_hand_cannot_have_the_name_of_a_predefined_one_of_another_feature() -> None:
+    with pytest.raises(ConfigError, match="two tables are called 'town': rename the one given by hand"):
+        choose_tables([table("item", name="town")], [table("item"), table("town")], ["item", "town"])
+
+
+def test_a_table_that_holds_every_id_is_not_hashed() -> None:
+    assert check_rows([table("item", rows=10)], {"item": 10}) == {}
+
+
+def test_a_static_table_with_too_few_rows_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_rows([table("item", "last_item", rows=9), table("town", rows=2)], {"item": 10, "last_item": 9, "town": 5})
+    first, second = caught.value.problems
+    assert "table 'item': item_vocab_size_or_capacity = 9, but feature 'item' has 10 ids" in first
+    assert "it must be at least 10, or the table a DynamicEmbeddingArgs" in first
+    assert "table 'town'" in second
+
+
+def test_ids_that_do_not_fit_a_dynamic_table_are_hashed_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert check_rows([dynamic("item", 7)], {"item": 10}) == {"item": 7}
+    assert "table 'item' is served as a static table of 7 rows: 10 ids are hashed into it" in caplog.text
+
+
+def test_ids_that_fit_a_dynamic_table_keep_rows_of_their_own_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert check_rows([dynamic("item", 10)], {"item": 10}) == {}
+    assert "each of 10 ids has its own row" in caplog.text

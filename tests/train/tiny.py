@@ -1,0 +1,173 @@
+"""Runs small enough for a test: data that can be learnt, configurations over it, and what a run has left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hstu.config.args import (
+    DatasetArgs,
+    EmbeddingArgs,
+    LRScheduleArgs,
+    NetworkArgs,
+    OptimizerArgs,
+    RankingArgs,
+    RetrievalArgs,
+    TrainerArgs,
+)
+from hstu.config.run_config import RunConfig
+from hstu.data.store import SequenceStore
+from hstu.observe.records import read_metrics
+from hstu.parallel.mesh import Mesh, seed_initial_weights
+from hstu.train.builder import build_trainer
+from hstu.train.trainer import Trainer
+
+ITEMS, ACTIONS = 11, 4
+TRAINER = {
+    "train_batch_size": 8,
+    "eval_batch_size": 8,
+    "max_train_iters": 4,
+    "log_interval": 1,
+    "eval_at_end": False,
+    "tensorboard": False,
+    "progress_bar": "off",
+    "pipeline_type": "none",
+}
+NETWORK = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "kv_channels": 8,
+    "hidden_dropout": 0.0,
+    "dtype_str": "float32",
+    "kernel_backend": "pytorch",
+    "disable_contextual_mask": True,
+    "num_position_buckets": 64,
+}
+RANKING = {"prediction_head_arch": [8, ACTIONS], "eval_metrics": ("AUC", "GAUC", "ACC", "LOGLOSS")}
+RETRIEVAL = {"eval_metrics": ("HR@3", "NDCG@3", "MRR")}
+
+
+def walks(num_users: int = 20, seed: int = 0) -> dict[str, Any]:
+    """Arguments of make_store: users who walk along the items 0, 1, … 10, 0, … and act on an item as its code says.
+
+    The next item and the action are functions of the item, so both tasks can be learnt. Lengths 4 to 11.
+    """
+    rng = np.random.default_rng(seed)
+    items = [
+        ((start + np.arange(length)) % ITEMS).tolist()
+        for start, length in zip(rng.integers(0, ITEMS, num_users), rng.integers(4, 12, num_users), strict=True)
+    ]
+    return {
+        "items": items,
+        "actions": [[item % ACTIONS for item in row] for row in items],
+        "context": {"town": (np.arange(num_users) % 3).tolist()},
+        "num_items": ITEMS,
+        "num_actions": ACTIONS,
+    }
+
+
+def tables_of(
+    store: SequenceStore, sharded: Sequence[str] = ("item_id",), sharding: str = "row_wise"
+) -> tuple[EmbeddingArgs, ...]:
+    """One table for each feature of the store."""
+    return tuple(
+        EmbeddingArgs(
+            feature_names=[name],
+            table_name=f"{name}_table",
+            item_vocab_size_or_capacity=feature.cardinality,
+            sharding_type="model_parallel" if name in sharded else "data_parallel",
+            sharding=sharding,
+            init_std=0.3,
+        )
+        for name, feature in store.features.items()
+        if feature.cardinality is not None
+    )
+
+
+def tiny_config(
+    task: str,
+    store: SequenceStore | str,
+    output: Path | str,
+    *,
+    sharded: Sequence[str] = ("item_id",),
+    sharding: str = "row_wise",
+    tables: tuple[EmbeddingArgs, ...] | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    dataset: Mapping[str, Any] | None = None,
+    network: Mapping[str, Any] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
+    schedule: Mapping[str, Any] | None = None,
+    task_args: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """A run of a few iterations in ``output``/run with checkpoints, if any, in ``output``/checkpoints.
+
+    The mappings override single arguments of the class they are called after.
+    """
+    store = SequenceStore.open(store) if isinstance(store, str) else store
+    ranking = task == "ranking"
+    make_task, defaults = (RankingArgs, RANKING) if ranking else (RetrievalArgs, RETRIEVAL)
+    task_options = {**defaults, **(task_args or {})}
+    task_options["eval_metrics"] = tuple(task_options["eval_metrics"])  # JSON, as which it may have come, has lists
+    places = {"output_dir": f"{output}/run", "ckpt_save_dir": f"{output}/checkpoints"}
+    data = {"dataset_name": "toy", "dataset_path": str(store.path), "max_sequence_length": 8, "shuffle": True}
+    return RunConfig(
+        task=task,  # type: ignore[arg-type]
+        trainer=TrainerArgs(**{**TRAINER, **places, **(trainer or {})}),
+        dataset=DatasetArgs(**{**data, **(dataset or {})}),
+        embeddings=tables_of(store, sharded, sharding) if tables is None else tables,
+        network=NetworkArgs(**{**NETWORK, **(network or {})}),
+        optimizer=OptimizerArgs(**{"optimizer_str": "adam", "learning_rate": 0.01, **(optimizer or {})}),
+        schedule=LRScheduleArgs(**(schedule or {})),
+        task_args=make_task(**task_options),
+    )
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run has left behind."""
+
+    trainer: Trainer
+    path: Path
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return read_metrics(self.path / "metrics.jsonl")
+
+    @property
+    def losses(self) -> list[float]:
+        return [record["loss"] for record in self.records if record["kind"] == "train"]
+
+    @property
+    def evaluations(self) -> list[tuple[int, str]]:
+        """(iteration, split) of each."""
+        return [(record["iter"], record["split"]) for record in self.records if record["kind"] == "eval"]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the last evaluation."""
+        metrics: dict[str, float] = [record for record in self.records if record["kind"] == "eval"][-1]["metrics"]
+        return metrics
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
+        return summary
+
+
+def build(config: RunConfig, mesh: Mesh) -> Trainer:
+    """The trainer, from the random state that a fresh process starts with."""
+    seed_initial_weights(config.trainer.seed)
+    return build_trainer(config, mesh)
+
+
+def run(config: RunConfig, mesh: Mesh) -> FinishedRun:
+    """Build and train."""
+    trainer = build(config, mesh)
+    trainer.train()
+    return FinishedRun(trainer, trainer.run_directory.path)

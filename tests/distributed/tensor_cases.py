@@ -118,6 +118,7 @@ def move_checkpoints(
         names = sorted(state.tensors())
         save(Path(save_to) / name, state, mesh)
         losses = train(mesh, config, source, state, 2)
+        consolidated(state, mesh)  # refuses replicated weights that are not equal on all ranks: dropout is in step
         results[name] = {"stored": stored, "names": names, "losses": losses}
     mesh_module.finish()
     return results

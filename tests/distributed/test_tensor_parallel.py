@@ -73,16 +73,16 @@ GRIDS = [(2, 1), (2, 2), (4, 2), (4, 4)]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: Any) -> str:
-    """37 users: the last global batch of an epoch is ragged, and leaves some ranks with nothing."""
+    """33 users: the last global batch of a retrieval epoch has one, and leaves whole groups with nothing."""
     rng = np.random.default_rng(3)
-    lengths = [int(n) for n in rng.integers(4, 16, 37)]
+    lengths = [int(n) for n in rng.integers(4, 16, 33)]
     path = tmp_path_factory.mktemp("store") / "toy"
     write_small_store(
         path,
         [rng.integers(0, 30, n).tolist() for n in lengths],
         actions=[rng.integers(0, 4, n).tolist() for n in lengths],
         timestamps=[(10**6 + np.cumsum(rng.integers(0, 10**5, n))).tolist() for n in lengths],
-        context={"age": [*rng.integers(0, 4, 36).tolist(), 4]},
+        context={"age": [*rng.integers(0, 4, 32).tolist(), 4]},
         num_items=30,
         num_actions=4,
     )
@@ -128,12 +128,13 @@ def test_a_group_rounds_to_bfloat16_as_one_process_does(alone: Any, over_ranks: 
 MOVED = {
     "ranking": {"optimizer": "adam", "bindings": [RELATIVE]},
     "retrieval": {"task": "retrieval", "optimizer": "sgd", "bindings": ["OptimizerArgs.momentum = 0.9"]},
+    "dropout": {"bindings": ["NetworkArgs.hidden_dropout = 0.5"]},
 }
 
 
 def test_checkpoints_move_between_tensor_parallel_sizes_bit_for_bit(store: str, tmp_path: Path) -> None:
     path, before = None, None
-    for number, (ranks, tp) in enumerate([(1, 1), (2, 2), (1, 1)]):
+    for number, (ranks, tp) in enumerate([(2, 1), (2, 2), (1, 1)]):
         target = str(tmp_path / str(number))
         results = run_ranks(
             f"{HERE}:move_checkpoints",
@@ -148,7 +149,8 @@ def test_checkpoints_move_between_tensor_parallel_sizes_bit_for_bit(store: str, 
         for name in MOVED if before else ():
             assert results[name]["stored"] == before[name]["stored"]
             assert results[name]["names"] == before[name]["names"]
-            np.testing.assert_allclose(results[name]["losses"], before[name]["losses"], rtol=1e-5)
+            if name != "dropout":
+                np.testing.assert_allclose(results[name]["losses"], before[name]["losses"], rtol=1e-5)
         path, before = target, results
 
 

@@ -251,7 +251,7 @@ def test_the_benchmark_runs_small(tmp_path: Path) -> None:
     code, output, errors = python(RANKING, "--gin-config-file", "configs/benchmark_ranking.gin", *bindings(**small))
     assert code == 0, errors
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
-    assert "MFU" in output and "pipeline_type 'native' is served by the sequential pipeline" in output
+    assert "MFU" in output
 
 
 def test_sigterm_ends_a_run_cleanly_with_a_checkpoint(place: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, under names that depend on neither the number of ranks nor how anything is wrapped."""
+"""What a checkpoint holds, under names that depend on neither the number of ranks nor wrapping nor cutting."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.dense import unwrap_dense
 from hstu.parallel.embedding import sharded_weights
+from hstu.parallel.shards import as_whole, shard_dim
 
 _REPLICATED_PREFIX = "replicated.tables."
 
@@ -37,10 +38,22 @@ class TrainState:
         ``model.tables.<table>`` for tables of either kind, ``model.task.<parameter>`` for the rest of the dense part,
         ``optimizer.dense.<parameter>.<state>`` and ``optimizer.tables.<table>.<state>``.
         """
-        dense = {_canonical(name): tensor for name, tensor in unwrap_dense(self.model).state_dict().items()}
+        parts = unwrap_dense(self.model).state_dict().items()
+        dense = {_canonical(name): self._whole(name, part) for name, part in parts}
         tables = {f"tables.{name}": weight for name, weight in sharded_weights(self.model).items()}
-        optimizer = {f"optimizer.{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
+        optimizer = {
+            f"optimizer.{name}": self._whole(name.removeprefix("dense.").rpartition(".")[0], tensor)
+            for name, tensor in self.optimizers.state_tensors().items()
+        }
         return {f"model.{name}": tensor for name, tensor in (dense | tables).items()} | optimizer
+
+    def _whole(self, name: str, tensor: Tensor | ShardedTensor) -> Tensor | ShardedTensor:
+        """A tensor of the dense parameter ``name``, itself or of its optimizer's state, as it is without cutting."""
+        parameter, group = self.optimizers.dense.parameters.get(name), self.optimizers.tp_group
+        if parameter is None or group is None or tensor.shape != parameter.shape:
+            return tensor
+        dim = shard_dim(parameter)
+        return tensor if dim is None else as_whole(tensor, dim, group)
 
     def progress(self) -> dict[str, Any]:
         """What is no tensor and equal on all ranks, as JSON."""

@@ -104,7 +104,8 @@ def load(path: str | Path, state: TrainState, mesh: Mesh) -> None:
     """Read a checkpoint into ``state`` in place. Collective; the number of ranks may differ from that at saving.
 
     Raises DataError, on all ranks alike, for damaged or missing files and for tensors that the checkpoint lacks or
-    has in another shape. On another number of ranks the dropout generators keep their fresh seeds.
+    has in another shape. On another number of ranks, or of ranks in a tensor-parallel group, the dropout generators
+    keep their fresh seeds.
     """
     root = Path(path)
     _raise_problems(root, _agree(lambda: _share_of_file_problems(root, mesh), mesh))
@@ -112,10 +113,11 @@ def load(path: str | Path, state: TrainState, mesh: Mesh) -> None:
     _agree(lambda: _read_tensors(root, state, mesh), mesh)
     progress = json.loads((root / "progress.json").read_text())
     state.load_progress(progress)
-    if progress["world_size"] == mesh.world_size:
+    ranks, group = progress["world_size"], progress.get("tensor_parallel_size", 1)
+    if (ranks, group) == (mesh.world_size, mesh.tp_size):  # the generators of a group must agree
         set_random_state(torch.load(root / f"rng_rank{mesh.rank}.pt", weights_only=True), mesh.device)
     else:
-        log.info("%s was saved by %d ranks: dropout starts from fresh seeds", root, progress["world_size"])
+        log.info("%s was saved by %d ranks in groups of %d: dropout starts from fresh seeds", root, ranks, group)
 
 
 def _newest(directory: Path) -> Path | None:
@@ -140,8 +142,9 @@ def _write_own_files(root: Path, state: TrainState, mesh: Mesh) -> dict[str, dic
     torch.save(random_state(mesh.device), rng)
     files = [rng, *(root / "tensors").glob(f"__{mesh.rank}_*")]
     if mesh.is_main:
+        ranks = {"world_size": mesh.world_size, "tensor_parallel_size": mesh.tp_size}
         progress, gin = root / "progress.json", root / "operative.gin"
-        progress.write_text(json.dumps(state.progress() | {"world_size": mesh.world_size}, indent=1))
+        progress.write_text(json.dumps(state.progress() | ranks, indent=1))
         gin.write_text(state.operative_gin)
         files += [progress, gin, root / "tensors" / ".metadata"]
     return describe_files(root, files)

@@ -7,52 +7,10 @@ for gin files and for objects made in Python; checks across classes are in valid
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field
-from typing import Any, Optional
+from dataclasses import dataclass
+from typing import Optional
 
-from hstu.config.checks import check_instance
-
-
-def option(
-    default: Any = MISSING,
-    *,
-    choices: Optional[tuple[Any, ...]] = None,
-    minimum: Optional[float] = None,
-    maximum: Optional[float] = None,
-    above: Optional[float] = None,
-    below: Optional[float] = None,
-    pattern: Optional[str] = None,
-    examples: tuple[str, ...] = (),
-    not_empty: bool = False,
-    aliases: tuple[str, ...] = (),
-) -> Any:
-    """A dataclass field that carries its own check.
-
-    ``minimum``/``maximum`` are inclusive, ``above``/``below`` exclusive, ``pattern`` a regular expression that
-    every string of the value must match in full and ``examples`` what it means in words; ``aliases`` are other
-    names accepted in gin files.
-    """
-    metadata = {
-        "choices": choices,
-        "minimum": minimum,
-        "maximum": maximum,
-        "above": above,
-        "below": below,
-        "pattern": pattern,
-        "examples": examples,
-        "not_empty": not_empty,
-        "aliases": aliases,
-    }
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-class Args:
-    """Base of all argument classes: checks each field against its declaration on construction."""
-
-    def __post_init__(self) -> None:
-        check_instance(self)
+from hstu.config.option import Args, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +259,9 @@ class NetworkArgs(Args):
     """Divisor N of the attention. -1: the longest possible sequence of tokens."""
     disable_contextual_mask: bool = option(False)
     """True: contextual tokens are causal like all others instead of seeing the whole history."""
+    sequence_parallel: bool = option(False)
+    """Under tensor parallelism, split the tokens between the layers' projections over the ranks of a group, too: less
+    memory for the same result."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from typing import Any
 from hstu.config.problems import Origin, Problem, show
 from hstu.config.run_config import Task, Unknown, kind_of
 
-RuleFunction = Callable[..., Iterator[Problem]]
+Problems = Iterator[Problem]
+RuleFunction = Callable[..., Problems]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Run:
         if benchmark := self.parts.get("BenchmarkDatasetArgs"):
             return list(benchmark.embedding_args)  # Unknown, if the references are wrong
         return [part for name, part in self.parts.items() if name.startswith("embeddings[")]
+
+    @property
+    def table_features(self) -> list[str]:
+        """Features of the tables that are given by hand."""
+        return [name for table in self.tables for name in table.feature_names]
 
     def origin(self, part: Any, parameter: str) -> Origin | None:
         """Where a parameter was bound, None for a default."""
@@ -75,10 +81,13 @@ class Rule:
 
 
 class RuleBook:
-    """A list of rules. As a decorator it adds one: ``(run: Run, network: NetworkArgs, ...) -> Iterator[Problem]``."""
+    """A list of rules. As a decorator it adds one: ``(run: Run, network: NetworkArgs, ...) -> Problems``.
 
-    def __init__(self) -> None:
-        self.rules: list[Rule] = []
+    ``included``: books whose rules are part of this one.
+    """
+
+    def __init__(self, *included: RuleBook) -> None:
+        self.rules: list[Rule] = [item for book in included for item in book.rules]
 
     def __call__(self, check: RuleFunction) -> RuleFunction:
         """Adds a rule; what it needs is read from its annotations."""
@@ -93,7 +102,13 @@ class RuleBook:
         return [problem for item in self.rules for problem in item.apply(run)]
 
 
-rule = RuleBook()
-"""What makes a run impossible or a setting meaningless."""
-advice = RuleBook()
-"""What is allowed but probably not meant."""
+def each_once(run: Run, named: list[tuple[Any, list[Any]]], parameter: str) -> Problems:
+    """Problems where a name occurs twice: ``named`` lists parts with the names that each gives in ``parameter``."""
+    owners: dict[str, Any] = {}
+    for part, names in named:
+        for name in names:
+            if name in owners:
+                text = f"{name!r} is given twice, also in {run.cite(owners[name], parameter)}; keep one of them"
+                yield run.problem(part, parameter, text)
+            elif name is not None:
+                owners[name] = part

@@ -7,11 +7,9 @@ mistake: the parameter it is about, and what to do. A rule's name says what it d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
-from hstu.config import rules_batches  # noqa: F401 - its rules join the books
+from hstu.config import batch_rules, benchmark_rules
 from hstu.config.args import (
     BenchmarkDatasetArgs,
     DatasetArgs,
@@ -24,12 +22,14 @@ from hstu.config.args import (
     TrainerArgs,
 )
 from hstu.config.dataset_names import BUILT_IN_DATASETS, resolve_dataset_name
-from hstu.config.problems import Problem, did_you_mean
-from hstu.config.rule_engine import Run, advice, rule
+from hstu.config.problems import did_you_mean
+from hstu.config.rule_engine import Problems, RuleBook, Run, each_once
 from hstu.config.run_config import kind_of
 
-Problems = Iterator[Problem]
-
+rule = RuleBook(batch_rules.rule, benchmark_rules.rule)
+"""What makes a run impossible or a setting meaningless."""
+advice = RuleBook(batch_rules.advice)
+"""What is allowed but probably not meant."""
 
 # --- training loop -------------------------------------------------------------------------------------------------
 
@@ -69,6 +69,14 @@ def ranks_divide_into_groups(run: Run, tensor: TensorModelParallelArgs) -> Probl
     if run.world_size % tensor.tensor_model_parallel_size:
         text = f"must divide the number of ranks, which is {run.world_size} (torchrun --nproc-per-node)"
         yield run.problem(tensor, "tensor_model_parallel_size", text)
+
+
+@rule
+def tokens_are_split_over_a_group(run: Run, network: NetworkArgs, tensor: TensorModelParallelArgs) -> Problems:
+    if network.sequence_parallel and tensor.tensor_model_parallel_size == 1:
+        size = run.cite(tensor, "tensor_model_parallel_size")
+        text = f"splits tokens over the ranks of a tensor-parallel group and has no effect with {size}; remove it"
+        yield run.problem(network, "sequence_parallel", text)
 
 
 # --- optimizer and schedule ----------------------------------------------------------------------------------------
@@ -118,28 +126,12 @@ def milestones_are_for_step(run: Run, schedule: LRScheduleArgs) -> Problems:
 
 @rule
 def tables_have_names_of_their_own(run: Run) -> Problems:
-    yield from _once(run, [(table, [getattr(table, "table_name", None)]) for table in run.tables], "table_name")
+    yield from each_once(run, [(table, [getattr(table, "table_name", None)]) for table in run.tables], "table_name")
 
 
 @rule
 def features_have_one_table(run: Run) -> Problems:
-    yield from _once(run, [(table, getattr(table, "feature_names", [])) for table in run.tables], "feature_names")
-
-
-def _once(run: Run, named: list[tuple[Any, list[Any]]], parameter: str) -> Problems:
-    """Each name occurs once over all parts."""
-    owners: dict[str, Any] = {}
-    for part, names in named:
-        for name in names:
-            if name in owners:
-                text = f"{name!r} is given twice, also in {run.cite(owners[name], parameter)}; keep one of them"
-                yield run.problem(part, parameter, text)
-            elif name is not None:
-                owners[name] = part
-
-
-def _features_of_tables(run: Run) -> list[str]:
-    return [name for table in run.tables for name in table.feature_names]
+    yield from each_once(run, [(table, getattr(table, "feature_names", [])) for table in run.tables], "feature_names")
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
@@ -162,7 +154,7 @@ def dataset_is_known_or_described(run: Run, dataset: DatasetArgs) -> Problems:
 def own_features_have_tables(run: Run, dataset: DatasetArgs) -> Problems:
     if resolve_dataset_name(dataset.dataset_name) is not None or not run.tables:
         return
-    known = _features_of_tables(run)
+    known = run.table_features
     for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names"):
         value = getattr(dataset, parameter)
         for name in value if isinstance(value, list) else [value]:
@@ -207,105 +199,6 @@ def splits_of_retrieval(run: Run, dataset: DatasetArgs, retrieval: RetrievalArgs
         yield run.problem(dataset, "train_fraction", "has no effect with retrieval's leave_one_out split; remove it")
     if dataset.eval_dataset_path is not None:
         yield run.problem(dataset, "eval_dataset_path", "is for ranking; retrieval holds out each user's last items")
-
-
-# --- random benchmark data -----------------------------------------------------------------------------------------
-
-
-def _groups(dataset: BenchmarkDatasetArgs) -> dict[str, Any]:
-    """Feature → its FeatureArgs, the first one."""
-    return {name: group for group in reversed(dataset.feature_args) for name in group.feature_names}
-
-
-@rule
-def benchmark_features_are_described_once(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
-    yield from _once(run, [(group, group.feature_names) for group in dataset.feature_args], "feature_names")
-
-
-@rule
-def benchmark_roles_are_features(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
-    known = _groups(dataset)
-    for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names"):
-        value = getattr(dataset, parameter)
-        for name in value if isinstance(value, list) else [value]:
-            if name and name not in known:
-                text = f"no FeatureArgs has the feature {name!r}{did_you_mean(name, known)}"
-                yield run.problem(dataset, parameter, f"{text} (there are {', '.join(known)})")
-
-
-@rule
-def benchmark_features_have_roles(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
-    roles = {dataset.item_feature_name, dataset.action_feature_name, *dataset.contextual_feature_names}
-    groups = _groups(dataset)
-    if any(role and role not in groups for role in roles):  # reported: this may be the misspelt one
-        return
-    for name, group in groups.items():
-        if name not in roles:
-            text = f"{name!r} is not used: make it the item, the action or a contextual feature, or remove it"
-            yield run.problem(group, "feature_names", text)
-
-
-@rule
-def benchmark_features_have_tables(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
-    features, with_table = _groups(dataset), _features_of_tables(run)
-    for name, group in features.items():
-        if name not in with_table:
-            text = f"{name!r} has no table{did_you_mean(name, with_table)}; add EmbeddingArgs for it to embedding_args"
-            yield run.problem(group, "feature_names", text)
-    for table in run.tables:
-        for name in table.feature_names:
-            if name not in features:
-                text = f"no FeatureArgs has the feature {name!r}{did_you_mean(name, features)}"
-                yield run.problem(table, "feature_names", text)
-
-
-@rule
-def benchmark_context_is_one_token_a_feature(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
-    groups = _groups(dataset)
-    for group in {
-        id(groups[name]): groups[name] for name in dataset.contextual_feature_names if name in groups
-    }.values():
-        if group.is_jagged or group.max_sequence_length != 1:
-            parameter = "is_jagged" if group.is_jagged else "max_sequence_length"
-            yield run.problem(group, parameter, "a contextual feature has one id: max_sequence_length = 1, not jagged")
-
-
-@rule
-def benchmark_items_and_actions_are_equally_long(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
-    groups = _groups(dataset)
-    item, action = groups.get(dataset.item_feature_name), groups.get(dataset.action_feature_name or "")
-    if item is None or action is None or item is action:
-        return
-    if item.is_jagged or action.is_jagged or item.max_sequence_length != action.max_sequence_length:
-        text = f"must have the lengths of {dataset.item_feature_name!r}: put both into one FeatureArgs"
-        yield run.problem(dataset, "action_feature_name", text)
-
-
-@rule
-def benchmark_history_remains(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
-    item = _groups(dataset).get(dataset.item_feature_name)
-    if item is not None and dataset.max_num_candidates >= item.max_sequence_length:
-        length = run.cite(item, "max_sequence_length")
-        yield run.problem(dataset, "max_num_candidates", f"leaves no history: must be below {length}")
-
-
-@rule
-def benchmark_ids_have_one_distribution_each(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
-    for group in dataset.feature_args:
-        if group.value_dists is not None and len(group.value_dists) != len(group.feature_names):
-            text = f"expected one distribution for each of {run.cite(group, 'feature_names')}"
-            yield run.problem(group, "value_dists", text)
-        if group.seqlen_dist is not None and not group.is_jagged:
-            text = "has no effect where all sequences are equally long; set FeatureArgs.is_jagged = True"
-            yield run.problem(group, "seqlen_dist", text)
-
-
-@rule
-def distributions_have_a_range(run: Run, dataset: BenchmarkDatasetArgs) -> Problems:
-    for group in dataset.feature_args:
-        for dist in filter(None, [group.seqlen_dist, *(group.value_dists or [])]):
-            if dist.high is not None and dist.low >= dist.high:
-                yield run.problem(dist, "low", f"must be below {run.cite(dist, 'high')}")
 
 
 # --- ranking -------------------------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ class HSTUBatch(Pipelineable):
     """M, host."""
     position: SamplerPosition | None = None
     """Where the run stands once this batch has been trained on; None for random data."""
+    group: GroupBatch | None = None
+    """Under tensor parallelism: what the dense part computes on, together with the ranks of its group."""
 
     @property
     def batch_size(self) -> int:
@@ -101,13 +103,41 @@ class HSTUBatch(Pipelineable):
         for part in self._parts().values():
             part.record_stream(stream)
 
-    def _parts(self) -> dict[str, Tensor | KeyedJaggedTensor]:
+    def _parts(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if isinstance(value, (Tensor, KeyedJaggedTensor))}
+        movable = (Tensor, KeyedJaggedTensor, GroupBatch)
+        return {name: value for name, value in fields.items() if isinstance(value, movable)}
 
-    def _map(self, function: Callable[[Tensor | KeyedJaggedTensor], Tensor | KeyedJaggedTensor]) -> HSTUBatch:
-        moved: dict[str, Any] = {name: function(part) for name, part in self._parts().items()}
-        return dataclasses.replace(self, **moved)
+    def _map(self, function: Callable[[Any], Any]) -> HSTUBatch:
+        return dataclasses.replace(self, **{name: function(part) for name, part in self._parts().items()})
+
+
+@dataclass(kw_only=True)
+class GroupBatch:
+    """The batches of a tensor-parallel group's ranks as one, equal on all of them, and a rank's part of it."""
+
+    batch: HSTUBatch
+    """The real sequences of the group, rank after rank, then the padding. What only an evaluator reads of a rank's own
+    batch (seen_values, position) is left out."""
+    num_values: dict[str, list[int]]
+    """Feature → how many of its values come from each rank. Shared NEGATIVES, equal on all ranks, are not here: they
+    stand once in ``batch``, and each rank looks all of them up."""
+    sequences: slice
+    """This rank's real sequences."""
+    labels: slice
+    """This rank's labelled items, of the M of ``batch``."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> GroupBatch:
+        """See HSTUBatch."""
+        return dataclasses.replace(self, batch=self.batch.to(device, non_blocking))
+
+    def pin_memory(self) -> GroupBatch:
+        """See HSTUBatch."""
+        return dataclasses.replace(self, batch=self.batch.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """See HSTUBatch."""
+        self.batch.record_stream(stream)
 
 
 def keyed_jagged(values: dict[str, np.ndarray], lengths: dict[str, np.ndarray]) -> KeyedJaggedTensor:

@@ -6,39 +6,64 @@ ahead, so it must stay a plain chain of calls; all control flow is inside ``dens
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
-from hstu.data.batch import HSTUBatch
+from hstu.data.batch import GroupBatch, HSTUBatch
 from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections, narrow_to_dim
 from hstu.model.outputs import ModelOutput
 
+GatherRows = Callable[[Mapping[str, JaggedTensor], GroupBatch], dict[str, JaggedTensor]]
+"""Rows that this rank has looked up for its own batch → those of its tensor-parallel group. Differentiable,
+collective over the group."""
+
 
 class DenseModel(nn.Module):
-    """What every data-parallel rank holds a copy of: the replicated tables and the task's dense model."""
+    """What every data-parallel rank holds a copy of: the replicated tables and the task's dense model.
+
+    ``gather_rows``: for batches with a group, which are computed by the ranks of the group together.
+    """
 
     def __init__(
-        self, replicated: ReplicatedTables, task: nn.Module, specs: Sequence[TableSpec], feature_keys: Sequence[str]
+        self,
+        replicated: ReplicatedTables,
+        task: nn.Module,
+        specs: Sequence[TableSpec],
+        feature_keys: Sequence[str],
+        gather_rows: GatherRows | None = None,
     ) -> None:
         super().__init__()
         self.replicated = replicated
         self.task = task
+        self._gather_rows = gather_rows
         self._feature_keys = list(feature_keys)
         self._dim_of_feature = {feature: spec.dim for spec in specs for feature in spec.features}
 
     def forward(self, looked_up: Sequence[Mapping[str, JaggedTensor]], batch: HSTUBatch) -> ModelOutput:
-        """``looked_up``: the sharded tables' rows, one mapping a collection."""
+        """``looked_up``: the sharded tables' rows of this rank's batch, one mapping a collection.
+
+        Where the batch has a group, the loss and the count are the group's, the predictions this rank's own.
+        """
         if batch.features.keys() != self._feature_keys:  # TorchRec would look up other features' ids without a word
             raise ValueError(
                 f"a batch has the features {batch.features.keys()}; the model was built for {self._feature_keys}"
             )
-        embeddings = self.replicated(batch.features)
+        sharded: dict[str, JaggedTensor] = {}
         for part in looked_up:
-            embeddings.update(narrow_to_dim(part, self._dim_of_feature))
+            sharded.update(narrow_to_dim(part, self._dim_of_feature))
+        if batch.group is None:
+            return self._compute(sharded, batch)
+        assert self._gather_rows is not None, "only under tensor parallelism do batches have a group"
+        output = self._compute(self._gather_rows(sharded, batch.group), batch.group.batch)
+        return _own_part(output, batch, batch.group)
+
+    def _compute(self, sharded: Mapping[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
+        embeddings = self.replicated(batch.features) | sharded
         output: ModelOutput = self.task(embeddings, batch)
         if torch.is_grad_enabled() and batch.num_labels_total == 0:
             # All ranks take part in the collectives of backward, so every parameter and every looked-up row needs a
@@ -46,6 +71,15 @@ class DenseModel(nn.Module):
             rows = [jagged.values() for jagged in embeddings.values()]
             output.loss_sum = output.loss_sum + _zero_that_depends_on([*rows, *self.parameters()])
         return output
+
+
+def _own_part(output: ModelOutput, batch: HSTUBatch, group: GroupBatch) -> ModelOutput:
+    """The output of a group with the predictions for this rank's own samples alone."""
+    logits, queries = output.logits, output.queries
+    if queries is not None:
+        padding = batch.batch_size - batch.real_batch_size
+        queries = functional.pad(queries[group.sequences], (0, 0, 0, padding))
+    return replace(output, logits=None if logits is None else logits[group.labels], queries=queries)
 
 
 def _zero_that_depends_on(tensors: Sequence[Tensor]) -> Tensor:
@@ -66,13 +100,15 @@ class GRModel(nn.Module):
         feature_keys: Sequence[str],
         item_feature: str,
         seed: int,
+        gather_rows: GatherRows | None = None,
     ) -> None:
         super().__init__()
         self.specs = tuple(specs)
         self.feature_keys = tuple(feature_keys)
         self.item_feature = item_feature
         self.embedding = build_collections(self.specs)
-        self.dense: nn.Module = DenseModel(ReplicatedTables(self.specs, seed), task, self.specs, self.feature_keys)
+        replicated = ReplicatedTables(self.specs, seed)
+        self.dense: nn.Module = DenseModel(replicated, task, self.specs, self.feature_keys, gather_rows)
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
         """Loss, and what the task's evaluation needs, of one batch."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,34 +15,8 @@ from hstu.model.recompute import recomputed_in_backward
 from hstu.ops.attention import hstu_attention
 from hstu.ops.backends import Backend
 from hstu.ops.layout import JaggedLayout
-from hstu.ops.norm_mul_dropout import norm_mul_dropout
+from hstu.ops.norm_mul_dropout import SplitHeads, norm_mul_dropout
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
-
-
-class LinearFactory(Protocol):
-    """Makes the two projections of a layer, so that tensor parallelism can hand in its own.
-
-    Both take and give plain tensors. ``column`` may give a rank only its share of the outputs (whole heads),
-    ``row`` then takes that share.
-    """
-
-    def column(self, in_width: int, out_width: int, bias: bool) -> nn.Module:
-        """A projection whose outputs may be split over ranks."""
-
-    def row(self, in_width: int, out_width: int, bias: bool) -> nn.Module:
-        """A projection whose inputs may be split over ranks; its output is whole on every rank."""
-
-
-class LocalLinears:
-    """Ordinary linear layers."""
-
-    def column(self, in_width: int, out_width: int, bias: bool) -> nn.Module:
-        """[T, in_width] → [T, out_width]."""
-        return nn.Linear(in_width, out_width, bias=bias)
-
-    def row(self, in_width: int, out_width: int, bias: bool) -> nn.Module:
-        """[T, in_width] → [T, out_width]."""
-        return nn.Linear(in_width, out_width, bias=bias)
 
 
 class RelativeAttentionBias(nn.Module):
@@ -63,13 +36,13 @@ class HSTULayer(nn.Module):
     """x + W_o · Dropout(LayerNorm(attention) ⊙ U), with U, V, Q, K = SiLU(W_uvqk · LayerNorm(x) + b).
 
     The output of W_uvqk is laid out as [head, (u v q k), channel], for every tensor-parallel size: a shard holds
-    whole heads. Initial values: W_uvqk N(0, 0.02²), its bias 0, W_o Xavier uniform, norms 1 and 0.
+    whole heads (hstu.parallel.tensor cuts them, from outside). Initial values: W_uvqk N(0, 0.02²), its bias 0, W_o
+    Xavier uniform, norms 1 and 0.
 
     Args:
         network: widths, dropout, mask and what to recompute in backward.
         max_tokens: tokens of the longest possible sequence, the divisor N unless ``scaling_seqlen`` is given.
         backend: kernels.
-        linears: makes the two projections.
     """
 
     def __init__(
@@ -77,10 +50,8 @@ class HSTULayer(nn.Module):
         network: NetworkArgs,
         max_tokens: int,
         backend: Backend = Backend.PYTORCH,
-        linears: LinearFactory | None = None,
     ) -> None:
         super().__init__()
-        linears = linears or LocalLinears()
         self.network = network
         self.backend = backend
         self.head_dim = network.kv_channels
@@ -88,18 +59,18 @@ class HSTULayer(nn.Module):
         inner = network.num_attention_heads * network.kv_channels
 
         self.input_norm = nn.LayerNorm(network.hidden_size, eps=network.norm_epsilon)
-        self.uvqk = linears.column(network.hidden_size, 4 * inner, bias=True)
+        self.uvqk = nn.Linear(network.hidden_size, 4 * inner)
         self.output_norm = nn.LayerNorm(inner, eps=network.norm_epsilon)
-        self.out = linears.row(inner, network.hidden_size, bias=False)
+        self.out = nn.Linear(inner, network.hidden_size, bias=False)
+        self.split_heads: SplitHeads | None = None
+        """Where uvqk, output_norm and out hold only some of the heads: how to reach the ranks with the others."""
         self.bias: RelativeAttentionBias | None = None
         if network.position_encoding == "relative_bias":
             self.bias = RelativeAttentionBias(max_tokens)
 
-        if isinstance(linears, LocalLinears):  # others draw their shard's part themselves
-            assert isinstance(self.uvqk, nn.Linear) and isinstance(self.out, nn.Linear)
-            nn.init.normal_(self.uvqk.weight, std=0.02)
-            nn.init.zeros_(self.uvqk.bias)
-            nn.init.xavier_uniform_(self.out.weight)
+        nn.init.normal_(self.uvqk.weight, std=0.02)
+        nn.init.zeros_(self.uvqk.bias)
+        nn.init.xavier_uniform_(self.out.weight)
 
     def forward(self, x: Tensor, layout: JaggedLayout) -> Tensor:
         """x: [T, D] → [T, D]."""
@@ -137,6 +108,7 @@ class HSTULayer(nn.Module):
                 dropout=network.hidden_dropout,
                 training=self.training,
                 backend=self.backend,
+                split_heads=self.split_heads,
             )
         return x + self.out(gated)
 

@@ -8,7 +8,7 @@ from torchrec import JaggedTensor
 from hstu.config.args import NetworkArgs
 from hstu.data.batch import HSTUBatch
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
-from hstu.model.layer import HSTULayer, LinearFactory
+from hstu.model.layer import HSTULayer
 from hstu.model.precision import mixed_precision
 from hstu.ops.backends import Backend
 from hstu.ops.layout import JaggedLayout
@@ -22,10 +22,9 @@ class HSTUStack(nn.Module):
         network: NetworkArgs,
         max_tokens: int,
         backend: Backend = Backend.PYTORCH,
-        linears: LinearFactory | None = None,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(HSTULayer(network, max_tokens, backend, linears) for _ in range(network.num_layers))
+        self.layers = nn.ModuleList(HSTULayer(network, max_tokens, backend) for _ in range(network.num_layers))
 
     def forward(self, x: Tensor, layout: JaggedLayout) -> Tensor:
         """x: [T, D] → [T, D]."""
@@ -41,7 +40,6 @@ class SequenceEncoder(nn.Module):
         network: the model.
         features: what a sequence is made of.
         backend: kernels, from :func:`hstu.ops.backends.select_backend`.
-        linears: makes the projections of the layers.
     """
 
     def __init__(
@@ -49,13 +47,12 @@ class SequenceEncoder(nn.Module):
         network: NetworkArgs,
         features: SequenceFeatures,
         backend: Backend = Backend.PYTORCH,
-        linears: LinearFactory | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.features = features
         self.inputs = SequenceInputs(network, features, backend)
-        self.stack = HSTUStack(network, features.max_tokens(network), backend, linears)
+        self.stack = HSTUStack(network, features.max_tokens(network), backend)
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:
         """Returns tokens float32 [T, D] and their layout."""

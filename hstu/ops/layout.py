@@ -9,6 +9,7 @@ The host (numpy) copies of the integers exist so that no operator ever has to as
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,6 +121,29 @@ def build_layout(
         positions=on_device(np.minimum(place, history_end)),
         token_times=token_times,
         query_times=query_times,
+    )
+
+
+def pad_tokens(layout: JaggedLayout, padding: int) -> JaggedLayout:
+    """The layout with ``padding`` further tokens, which form a sequence of their own at the end."""
+    if padding == 0:
+        return layout
+
+    def longer(tensor: Tensor | None, count: int) -> Tensor | None:
+        return None if tensor is None else torch.cat([tensor, tensor.new_zeros(count)])
+
+    positions = longer(layout.positions, padding)
+    assert positions is not None
+    return dataclasses.replace(
+        layout,
+        seqlen_offsets=torch.cat([layout.seqlen_offsets, layout.seqlen_offsets[-1:] + padding]),
+        seqlens=np.append(layout.seqlens, padding),
+        num_candidate_tokens=longer(layout.num_candidate_tokens, 1),
+        num_candidate_tokens_host=np.append(layout.num_candidate_tokens_host, 0),
+        positions=positions,
+        token_times=longer(layout.token_times, padding),
+        query_times=longer(layout.query_times, padding),
+        cache={},
     )
 
 

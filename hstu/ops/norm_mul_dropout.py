@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from hstu.ops.backends import Backend
+
+
+@dataclass(frozen=True)
+class SplitHeads:
+    """The heads of a row lie on several ranks, equally many on each."""
+
+    rank: int
+    """Which of them this is; each drops out in a pattern of its own."""
+    gather: Callable[[Tensor], Tensor]
+    """A tensor of each rank [...], of one shape → [ranks, ...] on all; no gradient flows through it."""
 
 
 def norm_mul_dropout(
@@ -17,13 +30,16 @@ def norm_mul_dropout(
     dropout: float,
     training: bool,
     backend: Backend = Backend.PYTORCH,
+    split_heads: SplitHeads | None = None,
 ) -> Tensor:
     """x, u: [T, H, d]; weight, bias: [H · d]. Returns [T, H · d] of x's type; the norm is computed in float32 at least.
 
+    With ``split_heads`` H counts this rank's heads and the norm spans those of all ranks: they exchange two numbers a
+    row, forward and backward.
     Source: HSTU, arXiv 2402.17152, eq. 3.
     """
     if backend is Backend.PYTORCH:
         from hstu.ops.pytorch.norm_mul_dropout import norm_mul_dropout as pytorch
 
-        return pytorch(x, u, weight, bias, eps, dropout, training)
+        return pytorch(x, u, weight, bias, eps, dropout, training, split_heads)
     raise NotImplementedError(f"norm_mul_dropout has no {backend.value} kernel")

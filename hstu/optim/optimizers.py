@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
@@ -12,6 +13,8 @@ from hstu.config.args import OptimizerArgs
 from hstu.model.gr_model import GRModel
 from hstu.optim.dense import DenseOptimizer
 from hstu.parallel.dense import unwrap_dense
+from hstu.parallel.mesh import Mesh
+from hstu.parallel.shards import clip_grad_norm
 from hstu.parallel.table_optimizer import TableOptimizer
 
 
@@ -22,9 +25,13 @@ class Optimizers:
     in place through ``state_tensors`` (what a checkpoint uses) or with state_dict / load_state_dict.
     """
 
-    def __init__(self, dense: DenseOptimizer, tables: TableOptimizer) -> None:
+    def __init__(
+        self, dense: DenseOptimizer, tables: TableOptimizer, tp_group: dist.ProcessGroup | None = None
+    ) -> None:
         self.dense = dense
         self.tables = tables
+        self.tp_group = tp_group
+        """Over which dense parameters are cut; None where they are not."""
         self.lr_multiplier = 1.0
 
     def set_lr_multiplier(self, multiplier: float) -> None:
@@ -49,7 +56,7 @@ class Optimizers:
         Returns the norm before clipping as a scalar on the device; nothing waits for it. DDP has made the gradients
         equal on all ranks, so the norm is, too. Gradients of sharded tables are not part of it.
         """
-        return torch.nn.utils.clip_grad_norm_(self.dense.parameters.values(), max_norm)
+        return clip_grad_norm(self.dense.parameters.values(), max_norm, self.tp_group)
 
     def step(self) -> None:
         """Update what backward has not updated already."""
@@ -87,6 +94,6 @@ class Optimizers:
         self.load_counters(state["counters"])
 
 
-def build_optimizers(model: GRModel, args: OptimizerArgs, tables: TableOptimizer) -> Optimizers:
-    """The optimizers of a model whose tables are sharded (and whose dense part may be wrapped by DDP)."""
-    return Optimizers(DenseOptimizer(unwrap_dense(model), args), tables)
+def build_optimizers(model: GRModel, args: OptimizerArgs, tables: TableOptimizer, mesh: Mesh) -> Optimizers:
+    """The optimizers of a model whose tables are sharded (and whose dense part may be cut, and wrapped by DDP)."""
+    return Optimizers(DenseOptimizer(unwrap_dense(model), args), tables, mesh.tp_group if mesh.tp_size > 1 else None)

@@ -20,16 +20,11 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, local: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group  # type: ignore[attr-defined]
-        gathered = local.new_empty((dist.get_world_size(group) * local.shape[0], *local.shape[1:]))
-        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-        return gathered
+        return gather_copies(local, group).flatten(0, 1)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        group, (gradient,) = ctx.group, gradients  # type: ignore[attr-defined]
-        local = gradient.new_empty((gradient.shape[0] // dist.get_world_size(group), *gradient.shape[1:]))
-        dist.reduce_scatter_tensor(local, gradient.contiguous(), group=group)
-        return local, None
+        return _reduce_scatter(gradients[0], ctx.group), None  # type: ignore[attr-defined]
 
 
 def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -41,6 +36,72 @@ def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
         return local
     gathered: Tensor = _AllGather.apply(local, group)
     return gathered
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, shares: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group  # type: ignore[attr-defined]
+        return _reduce_scatter(shares, group)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gather_copies(gradients[0], ctx.group).flatten(0, 1), None  # type: ignore[attr-defined]
+
+
+def reduce_scatter(shares: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum the ranks' tensors [ranks · n, …] and leave each rank its part [n, …]. Backward: gathers the gradients."""
+    own: Tensor = _ReduceScatter.apply(shares, group)
+    return own
+
+
+class _SplitRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group  # type: ignore[attr-defined]
+        return rows.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gather_copies(gradients[0], ctx.group).flatten(0, 1), None  # type: ignore[attr-defined]
+
+
+def split_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's part [n, …] of rows [ranks · n, …] that all ranks have alike. Backward: gathers the gradients."""
+    own: Tensor = _SplitRows.apply(rows, group)
+    return own
+
+
+class _JoinRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, own: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group  # type: ignore[attr-defined]
+        return gather_copies(own, group).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        group = ctx.group  # type: ignore[attr-defined]
+        return gradients[0].chunk(dist.get_world_size(group))[dist.get_rank(group)], None
+
+
+def join_rows(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Undo ``split_rows``. Backward: what follows is the same on all ranks, so each keeps its part of the gradient."""
+    rows: Tensor = _JoinRows.apply(own, group)
+    return rows
+
+
+def _reduce_scatter(shares: Tensor, group: dist.ProcessGroup) -> Tensor:
+    own = shares.new_empty((shares.shape[0] // dist.get_world_size(group), *shares.shape[1:]))
+    dist.reduce_scatter_tensor(own, shares.contiguous(), group=group)
+    return own
+
+
+def gather_copies(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The ranks' tensors [n, …] of one shape as [ranks, n, …], in rank order; no gradient flows through it."""
+    ranks, local = dist.get_world_size(group), local.detach().contiguous()
+    gathered = local.new_empty((ranks * local.shape[0], *local.shape[1:]))
+    dist.all_gather_into_tensor(gathered, local, group=group)
+    return gathered.unflatten(0, (ranks, local.shape[0]))
 
 
 def gather_rows(rows: Tensor, ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

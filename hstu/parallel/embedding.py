@@ -133,10 +133,24 @@ def _plan(model: GRModel, sharder: EmbeddingCollectionSharder, mesh: Mesh) -> Sh
 
 def _constraints(spec: TableSpec, world_size: int) -> ParameterConstraints:
     return ParameterConstraints(
-        sharding_types=_SHARDING_TYPES[spec.sharding],
+        sharding_types=_sharding_types(spec, world_size),
         compute_kernels=[EmbeddingComputeKernel.FUSED.value],
         min_partition=_column_shard_width(spec.stored_dim, world_size),
     )
+
+
+def _sharding_types(spec: TableSpec, world_size: int) -> list[str]:
+    """What the planner may choose from.
+
+    A table with too few rows for every rank to get some lies on one rank: fbgemm-gpu 1.8.0 cannot look up in a shard
+    without rows on a CPU ("weights[0] must be a GPU or MTIA tensor").
+    """
+    rows_a_rank = -(-spec.rows // world_size)
+    if rows_a_rank * (world_size - 1) < spec.rows or spec.sharding not in ("auto", "row_wise"):
+        return _SHARDING_TYPES[spec.sharding]
+    if spec.sharding == "row_wise":
+        log.info("table %s: %d rows are too few to cut over %d ranks; table_wise", spec.name, spec.rows, world_size)
+    return [ShardingType.TABLE_WISE.value]
 
 
 def _column_shard_width(dim: int, world_size: int) -> int:

@@ -62,13 +62,8 @@ def start(
 
     ``timeout_s``: a collective that waits longer fails. ``deterministic``: only bitwise repeatable kernels, an error
     from torch where an operation has none. Afterwards torch's generator has the seed of the initial weights, the
-    same on all ranks; call ``seed_dropout`` once the model is built. Raises ConfigError for tensor parallelism.
+    same on all ranks; call ``seed_dropout`` once the model is built.
     """
-    if tensor_parallel_size > 1:
-        raise ConfigError(
-            f"TensorModelParallelArgs.tensor_model_parallel_size = {tensor_parallel_size}: tensor parallelism is not "
-            "available in this version; allowed is 1."
-        )
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = _pick_device(local_rank)
     threads = max(1, len(os.sched_getaffinity(0)) // local_world_size)

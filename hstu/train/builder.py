@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
-from torch import nn
 
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
@@ -33,7 +32,9 @@ from hstu.optim.schedule import Schedule
 from hstu.parallel.collectives import gather_objects, gather_rows
 from hstu.parallel.dense import replicate_dense
 from hstu.parallel.embedding import shard
+from hstu.parallel.group import embeddings_gatherer
 from hstu.parallel.mesh import Mesh, seed_dropout
+from hstu.parallel.tensor import split_encoder
 from hstu.pipeline.base import TrainPipeline
 from hstu.pipeline.native import NativePipeline
 from hstu.pipeline.none import SequentialPipeline
@@ -114,19 +115,21 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
     specs = table_specs(source.tables, config.network, source.roles.contextual, source.roles.item, has_negatives)
     keys = (*source.roles.names, *([NEGATIVES] if has_negatives else []))
     task = build_task(config, source, mesh)
-    model = GRModel(specs, task, keys, source.roles.item, config.trainer.seed)
+    parameters = sum(parameter.numel() for parameter in task.parameters())
+    split_encoder(cast(SequenceEncoder, task.encoder), mesh)
+    gather = embeddings_gatherer(mesh) if mesh.tp_size > 1 else None
+    model = GRModel(specs, task, keys, source.roles.item, config.trainer.seed, gather)
     model.dense.to(mesh.device)  # the sharded tables are made where they belong
     model, table_optimizer = shard(model, config, mesh)
     model = replicate_dense(model, mesh)
-    optimizers = build_optimizers(model, config.optimizer, table_optimizer)
+    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh)
     seed_dropout(mesh)
-    parameters = sum(parameter.numel() for parameter in task.parameters())
     rows = sum(spec.rows for spec in specs)
     log.info("model: %s dense parameters, %s rows in %d tables", f"{parameters:,}", f"{rows:,}", len(specs))
     return model, optimizers
 
 
-def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> nn.Module:
+def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDense | RetrievalDense:
     """The dense part: sequence encoder and the head or loss of the task."""
     network, roles = config.network, source.roles
     features = SequenceFeatures(roles.item, roles.action, roles.contextual, source.max_items)

@@ -31,13 +31,13 @@ class Evaluator(ABC):
 
     @abstractmethod
     def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
-        """Metrics over the batches of all data-parallel ranks, at most max_eval_iters of each."""
+        """Metrics over the batches of all ranks, at most max_eval_iters of each."""
 
     def _limited(self, batches: Iterable[HSTUBatch]) -> Iterator[HSTUBatch]:
         return islice(batches, self.max_iters)
 
     def _gather(self, array: np.ndarray) -> np.ndarray:
-        return np.concatenate(gather_objects(array, self.mesh.dp_group))
+        return np.concatenate(gather_objects(array, self.mesh.world_group))
 
 
 class RankingEvaluator(Evaluator):

@@ -21,6 +21,7 @@ from hstu.data.sampler import EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.sequences import SampleTable, Split, build_samples
 from hstu.data.store import SequenceStore
 from hstu.data.synthetic import SyntheticDataset
+from hstu.parallel.group import with_groups
 from hstu.parallel.mesh import Mesh
 from hstu.train.sharing import choose_sharing
 from hstu.train.tables import check_rows, choose_tables
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class BatchSource(ABC):
-    """Training and evaluation batches of this data-parallel rank, and what the model must know of the data."""
+    """Training and evaluation batches of this rank, and what the model must know of the data."""
 
     roles: FeatureRoles
     tables: tuple[EmbeddingArgs, ...]
@@ -112,21 +113,23 @@ class StoreSource(BatchSource):
         """See BatchSource."""
         trainer = self._config.trainer
         collator = self._collator(self.store, self._train_samples, trainer.train_batch_size, training=True)
-        return build_loader(
+        batches = build_loader(
             collator,
             self._train_sampler(position),
             workers=trainer.data_workers,
             prefetch=trainer.data_prefetch,
             pin_memory=self._mesh.device.type == "cuda",
         )
+        return with_groups(batches, self.roles.item, self._mesh)
 
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
         """See BatchSource."""
         trainer = self._config.trainer
         samples = self._samples(split)
         collator = self._collator(self._eval_store, samples, trainer.eval_batch_size, training=False)
-        sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._mesh.dp_rank, self._mesh.dp_size)
-        return build_loader(collator, sampler, workers=trainer.data_workers, prefetch=trainer.data_prefetch)
+        sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._mesh.rank, self._mesh.world_size)
+        batches = build_loader(collator, sampler, workers=trainer.data_workers, prefetch=trainer.data_prefetch)
+        return with_groups(batches, self.roles.item, self._mesh)
 
     def history_batches(self, users: np.ndarray) -> Iterator[HSTUBatch]:
         """The whole histories of ``users`` (rows of the store), in that order and without labels, on every rank."""
@@ -138,7 +141,8 @@ class StoreSource(BatchSource):
         samples = SampleTable(users, start, stop, nothing, nothing, target=stop - 1, history_begin=begin)
         batch_size = self._config.trainer.eval_batch_size
         collator = self._collator(self.store, samples, batch_size, training=False)
-        return build_loader(collator, EvalSampler(len(users), batch_size, rank=0, world_size=1))
+        batches = build_loader(collator, EvalSampler(len(users), batch_size, rank=0, world_size=1))
+        return with_groups(batches, self.roles.item, self._mesh)
 
     def _splits(self) -> tuple[tuple[Split, ...], tuple[Split, ...]]:
         if self._config.task == "ranking":
@@ -159,8 +163,8 @@ class StoreSource(BatchSource):
         return TrainSampler(
             len(self._train_samples),
             trainer.train_batch_size,
-            mesh.dp_rank,
-            mesh.dp_size,
+            mesh.rank,
+            mesh.world_size,
             trainer.seed,
             self._args.shuffle,
             position,
@@ -232,12 +236,13 @@ class RandomSource(BatchSource):
 
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""
-        return build_loader(self._train, self._train.train_sampler(position, self._sharing))
+        batches = build_loader(self._train, self._train.train_sampler(position, self._sharing))
+        return with_groups(batches, self.roles.item, self._mesh)
 
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
         """See BatchSource."""
         dataset = self._dataset(split, self._config.trainer.eval_batch_size)
-        return build_loader(dataset, dataset.eval_sampler())
+        return with_groups(build_loader(dataset, dataset.eval_sampler()), self.roles.item, self._mesh)
 
     def _dataset(self, split: Split, batch_size: int) -> SyntheticDataset:
         wanted = _Wanted(self._config)
@@ -245,8 +250,8 @@ class RandomSource(BatchSource):
             self._args,
             self._config.task,
             batch_size=batch_size,
-            rank=self._mesh.dp_rank,
-            world_size=self._mesh.dp_size,
+            rank=self._mesh.rank,
+            world_size=self._mesh.world_size,
             seed=self._config.trainer.seed,
             split=split,
             negatives=wanted.negatives,

@@ -153,6 +153,8 @@ TOGETHER = [
     bad("heads and tensor parallelism", "ranking", "NetworkArgs.num_attention_heads = 3" + HERE,
         "TensorModelParallelArgs.tensor_model_parallel_size = 2",
         told=("num_attention_heads = 3: must be a multiple of", "tensor_model_parallel_size = 2"), world_size=2),
+    bad("tokens of no group", "ranking", "NetworkArgs.sequence_parallel = True" + HERE,
+        told=("no effect with TensorModelParallelArgs.tensor_model_parallel_size = 1",)),
     bad("ranks and tensor parallelism", "ranking", "TensorModelParallelArgs.tensor_model_parallel_size = 2" + HERE,
         told=("must divide the number of ranks, which is 3",), world_size=3),
     bad("iterations and epochs", "ranking", "TrainerArgs.max_train_iters = 5",

@@ -241,5 +241,5 @@ def test_warning_free_by_default(tmp_path: Path) -> None:
 
 
 def test_tensor_parallelism_is_accepted_where_it_divides(tmp_path: Path) -> None:
-    text = RANKING + "TensorModelParallelArgs.tensor_model_parallel_size = 2\n"
+    text = RANKING + "TensorModelParallelArgs.tensor_model_parallel_size = 2\nNetworkArgs.sequence_parallel = True\n"
     assert validate(load([write(tmp_path, text)], [], "ranking"), world_size=4) == []

@@ -10,9 +10,9 @@ from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import all_gather, gather_objects, gather_rows, max_over_ranks, sum_over_ranks
 
 
-def describe() -> dict[str, Any]:
+def describe(tensor_parallel_size: int = 1) -> dict[str, Any]:
     """Ranks, threads and the first random numbers before and after seeding dropout."""
-    mesh = mesh_module.start(timeout_s=60, seed=5, deterministic=True)
+    mesh = mesh_module.start(tensor_parallel_size, timeout_s=60, seed=5, deterministic=True)
     weights = torch.rand(2).tolist()
     mesh_module.seed_dropout(mesh)
     result = {

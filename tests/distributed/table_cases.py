@@ -31,8 +31,9 @@ def full_tables(model: GRModel, mesh: mesh_module.Mesh) -> dict[str, Any]:
             continue
         whole = torch.full((spec.rows, spec.stored_dim), float("nan"))
         for (row, col), values in (part for rank in by_rank for part in rank[spec.name]):
-            part = torch.tensor(values).view(len(values), -1) if values else whole[:0]
-            whole[row : row + part.shape[0], col : col + part.shape[1]] = part
+            if values:  # a small table leaves some ranks without rows
+                part = torch.tensor(values)
+                whole[row : row + part.shape[0], col : col + part.shape[1]] = part
         assert not whole[:, spec.dim :].any(), "columns that only pad a row must stay zero"
         tables[spec.name] = whole[:, : spec.dim].tolist()
     return tables

@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from hstu.config.errors import ConfigError
-from hstu.parallel import mesh as mesh_module
 from tests.distributed.launch import REPOSITORY, RankFailure, run_ranks
 
 HERE = "tests.distributed.mesh_cases"
@@ -38,9 +36,9 @@ def test_plain_python_is_a_world_of_one_without_any_environment() -> None:
     assert "Apex" not in run.stderr
 
 
-def test_tensor_parallelism_is_refused_before_anything_is_joined() -> None:
-    with pytest.raises(ConfigError, match="tensor_model_parallel_size = 2"):
-        mesh_module.start(tensor_parallel_size=2)
+def test_groups_of_neighbours_share_a_dense_model() -> None:
+    ranks = [result["ranks"] for result in run_ranks(f"{HERE}:describe", 2, tensor_parallel_size=2)]
+    assert ranks == [[0, 2, 0, 1, 0, 2], [1, 2, 0, 1, 1, 2]]
 
 
 def test_collectives_and_their_gradients() -> None:

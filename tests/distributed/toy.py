@@ -121,7 +121,7 @@ def build(config: Any, mesh: mesh_module.Mesh) -> tuple[GRModel, Optimizers]:
     task = ToyTask(dim, user_dim if user_dim > 0 else dim, config.dropout)
     model, tables = shard(GRModel(specs, task, FEATURES, "item", config.trainer.seed), config, mesh)
     replicate_dense(model, mesh)
-    return model, build_optimizers(model, config.optimizer, tables)
+    return model, build_optimizers(model, config.optimizer, tables, mesh)
 
 
 def train_step(model: GRModel, optimizers: Optimizers, mesh: mesh_module.Mesh, batch: HSTUBatch) -> float:

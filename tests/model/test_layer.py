@@ -192,19 +192,3 @@ def test_bfloat16_stays_close_to_float32() -> None:
     for a, b in zip(exact, rounded, strict=True):
         assert b.dtype == torch.float32  # residual stream and gradients
         torch.testing.assert_close(b, a, rtol=0, atol=0.03 * max(1.0, float(a.abs().max())))
-
-
-def test_linears_handed_in_are_asked_for_whole_heads() -> None:
-    asked = []
-
-    class Linears:
-        def column(self, in_width: int, out_width: int, bias: bool) -> nn.Module:
-            asked.append(("column", in_width, out_width, bias))
-            return nn.Linear(in_width, out_width, bias)
-
-        def row(self, in_width: int, out_width: int, bias: bool) -> nn.Module:
-            asked.append(("row", in_width, out_width, bias))
-            return nn.Linear(in_width, out_width, bias)
-
-    HSTULayer(make_network(num_attention_heads=2, kv_channels=5), MAX_TOKENS, linears=Linears())
-    assert asked == [("column", 8, 4 * 2 * 5, True), ("row", 2 * 5, 8, False)]

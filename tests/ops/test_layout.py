@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from hypothesis import given
 
+from hstu.ops.layout import pad_tokens
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch, batches
 
@@ -40,3 +41,16 @@ def test_without_actions_an_item_is_one_token() -> None:
     layout = Batch((User(2, 1),), contextuals=2, tokens_per_item=1, group_size=1).layout()
     assert layout.newest_item_tokens(torch.tensor([3]), total=3).tolist() == [2, 3, 4]
     assert layout.positions.tolist() == [0, 1, 2, 3, 4]
+
+
+@given(batches())
+def test_padding_tokens_are_a_sequence_of_their_own(batch: Batch) -> None:
+    layout = batch.layout()
+    padded = pad_tokens(layout, 3)
+    assert padded.num_tokens == layout.num_tokens + 3
+    assert padded.seqlens.tolist() == [*layout.seqlens.tolist(), 3]
+    assert padded.seqlen_offsets.tolist() == [*layout.seqlen_offsets.tolist(), layout.num_tokens + 3]
+    assert padded.num_candidate_tokens_host.tolist() == [*layout.num_candidate_tokens_host.tolist(), 0]
+    for name in ("positions", "token_times", "query_times"):
+        assert getattr(padded, name).tolist() == [*getattr(layout, name).tolist(), 0, 0, 0]
+    assert pad_tokens(layout, 0) is layout

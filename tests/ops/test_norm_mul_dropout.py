@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hstu.ops.dropout import dropout
-from hstu.ops.norm_mul_dropout import norm_mul_dropout
+from hstu.ops.norm_mul_dropout import SplitHeads, norm_mul_dropout
 from tests.ops import oracle
 
 
@@ -74,3 +79,75 @@ def test_dropout_follows_the_seed_and_is_off_in_evaluation() -> None:
     assert dropout(x, 0.5, training=False) is x and dropout(x, 0.0, training=True) is x
     assert dropout(torch.zeros(0, 5), 0.5, training=True).shape == (0, 5)
     assert dropout(x.bfloat16(), 0.5, training=True).dtype == torch.bfloat16
+
+
+class Ranks:
+    """Threads that stand for ranks: ``gather`` brings the tensors of all together."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._barrier = Barrier(count, timeout=20)
+        self._given: list[Tensor] = [torch.empty(0)] * count
+
+    def gather(self, rank: int, x: Tensor) -> Tensor:
+        self._given[rank] = x
+        self._barrier.wait()
+        gathered = torch.stack(self._given)
+        self._barrier.wait()
+        return gathered
+
+    def run(self, function: Callable[[int], list[Tensor]]) -> list[list[Tensor]]:
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(function, range(self.count)))
+
+
+def over_ranks(whole: list[Tensor], weight: Tensor, count: int) -> list[Tensor]:
+    """Output and gradients of the gate with its heads on ``count`` ranks, put together again."""
+    ranks = Ranks(count)
+
+    def one(rank: int) -> list[Tensor]:
+        dims = (1, 1, 0, 0)
+        own = [x.chunk(count, dim)[rank].clone().requires_grad_() for x, dim in zip(whole, dims, strict=True)]
+        split = SplitHeads(rank, partial(ranks.gather, rank))
+        out = norm_mul_dropout(*own, eps=0.1, dropout=0.0, training=True, split_heads=split)
+        (out * weight.chunk(count, 1)[rank]).sum().backward()
+        return [out.detach(), *(x.grad for x in own if x.grad is not None)]
+
+    return [
+        torch.cat(parts, dim) for parts, dim in zip(zip(*ranks.run(one), strict=True), (1, 1, 1, 0, 0), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_heads_on_several_ranks_give_what_they_give_together(tokens: int, ranks: int) -> None:
+    whole = inputs(tokens, 4, 3, torch.float64)
+    weight = torch.randn(tokens, 12, dtype=torch.float64)
+    together = [x.clone().requires_grad_() for x in whole]
+    out = norm_mul_dropout(*together, eps=0.1, dropout=0.0, training=True)
+    (out * weight).sum().backward()
+    expected = [out.detach(), *(x.grad for x in together)]
+    for a, b in zip(over_ranks(whole, weight, ranks), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_split_heads_keep_their_precision_where_the_mean_is_large() -> None:
+    x, u, scale, bias = inputs(5, 4, 3, torch.float32)
+    whole = [x + 3000.0, u, scale, bias]
+    exact = norm_mul_dropout(*(part.double() for part in whole), eps=0.1, dropout=0.0, training=True)
+    out, *_ = over_ranks(whole, torch.ones(5, 12), 2)
+    torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=2e-3)
+
+
+def test_streams_drop_other_elements_and_leave_the_generators_in_step() -> None:
+    ones, kept, after = torch.ones(1000), [], []
+    for stream in (0, 1, 0):
+        torch.manual_seed(3)
+        kept.append(dropout(ones, 0.25, True, stream=stream))
+        after.append(torch.rand(3))
+    assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])
+    assert all(abs(float(part.mean()) - 1) < 0.06 for part in kept)
+    assert torch.equal(after[0], after[1])
+    torch.manual_seed(3)
+    first, second = (dropout(ones, 0.25, True, stream=0) for _ in range(2))
+    assert not torch.equal(first, second), "each call draws another pattern"

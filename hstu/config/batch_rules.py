@@ -1,17 +1,17 @@
-"""Rules about how many sequences and tokens make a batch; see rules.py."""
+"""The rules of rules.py that are about how many sequences and tokens make a batch."""
 # ruff: noqa: D103
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, NetworkArgs, TrainerArgs
-from hstu.config.problems import Problem
-from hstu.config.rule_engine import Run, advice, rule
+from hstu.config.rule_engine import Problems, RuleBook, Run
 from hstu.config.run_config import kind_of
 
-Problems = Iterator[Problem]
+rule = RuleBook()
+advice = RuleBook()
+"""Parts of the books of rules.py."""
 
 
 def _items(dataset: Any) -> tuple[Any, int] | None:

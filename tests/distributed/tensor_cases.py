@@ -1,0 +1,170 @@
+"""What runs on each rank in test_tensor_parallel.py: whole runs on a small store, over any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from hstu.checkpoint.state import TrainState
+from hstu.checkpoint.store import load, save
+from hstu.config.gin_io import load as load_gin
+from hstu.config.run_config import RunConfig
+from hstu.ops.dropout import dropout as dropout_op
+from hstu.parallel import mesh as mesh_module
+from hstu.parallel.collectives import gather_objects
+from hstu.pipeline.none import SequentialPipeline
+from hstu.train.builder import build_evaluator, build_model
+from hstu.train.sources import StoreSource
+from tests.distributed.table_cases import full_tables
+
+GLOBAL_BATCH = 8
+BASE = [
+    "TrainerArgs.seed = 7",
+    'DatasetArgs.dataset_name = "toy"',
+    "DatasetArgs.max_sequence_length = 12",
+    "DatasetArgs.shuffle = True",
+    "NetworkArgs.num_layers = 2",
+    "NetworkArgs.hidden_size = 12",
+    "NetworkArgs.num_attention_heads = 4",
+    "NetworkArgs.kv_channels = 3",
+    "NetworkArgs.hidden_dropout = 0.0",
+    'NetworkArgs.dtype_str = "float32"',
+    'NetworkArgs.kernel_backend = "pytorch"',
+    "OptimizerArgs.learning_rate = 0.02",
+    "OptimizerArgs.adam_eps = 1e-4",  # so that rounding does not turn the sign of an update
+]
+TASKS = {
+    "ranking": ["RankingArgs.prediction_head_arch = [6, 4]", "RankingArgs.eval_metrics = ('AUC', 'LOGLOSS', 'GAUC')"],
+    "retrieval": ["RetrievalArgs.eval_metrics = ('HR@5', 'NDCG@5', 'MRR')", "RetrievalArgs.temperature = 0.2"],
+}
+
+
+def make_config(
+    store: str,
+    world_size: int,
+    task: str = "ranking",
+    optimizer: str = "sgd",
+    sharding: str = "row_wise",
+    replicated: tuple[str, ...] | list[str] = ("action",),
+    bindings: tuple[str, ...] | list[str] = (),
+) -> RunConfig:
+    """A small run whose global batch does not depend on the number of ranks."""
+    tables = []
+    for name, rows in (("item_id", 30), ("action", 4), ("age", 5)):
+        kind = "data_parallel" if name in replicated else "model_parallel"
+        tables += [
+            f"{name}/EmbeddingArgs.feature_names = ['{name}']",
+            f"{name}/EmbeddingArgs.table_name = '{name}_table'",
+            f"{name}/EmbeddingArgs.item_vocab_size_or_capacity = {rows}",
+            f"{name}/EmbeddingArgs.sharding_type = '{kind}'",
+            f"{name}/EmbeddingArgs.sharding = '{sharding}'",
+            f"{name}/EmbeddingArgs.init_std = 0.3",
+        ]
+    run = [
+        f"TrainerArgs.train_batch_size = {GLOBAL_BATCH // world_size}",
+        f"TrainerArgs.eval_batch_size = {GLOBAL_BATCH // world_size}",
+        f"DatasetArgs.dataset_path = {store!r}",
+        f"OptimizerArgs.optimizer_str = {optimizer!r}",
+    ]
+    return load_gin([], [*BASE, *TASKS[task], *tables, *run, *bindings], task)  # type: ignore[arg-type]
+
+
+def new_run(mesh: mesh_module.Mesh, config: RunConfig) -> tuple[StoreSource, TrainState]:
+    """The data and the model of a run, as the builder makes them."""
+    mesh_module.seed_initial_weights(config.trainer.seed)
+    source = StoreSource(config, config.dataset, mesh)  # type: ignore[arg-type]
+    model, optimizers = build_model(config, source, mesh)
+    return source, TrainState(model, optimizers)
+
+
+def run_cases(store: str, tp: int, cases: dict[str, dict[str, Any]], steps: int = 8) -> dict[str, Any]:
+    """Train and evaluate each case; name → losses, initial and final weights, metrics."""
+    mesh = mesh_module.start(tensor_parallel_size=tp, timeout_s=60)
+    results = {}
+    for name, case in cases.items():
+        config = make_config(store, mesh.world_size, **case)
+        source, state = new_run(mesh, config)
+        initial = consolidated(state, mesh)
+        losses = train(mesh, config, source, state, steps)
+        evaluator = build_evaluator(config, source, state.model, mesh)
+        results[name] = {
+            "losses": losses,
+            "initial": initial,
+            "final": consolidated(state, mesh),
+            "metrics": evaluator.evaluate(source.eval_batches("valid")),
+            "held": sum(p.numel() for p in state.model.dense.parameters()),
+        }
+    mesh_module.finish()
+    return results
+
+
+def move_checkpoints(
+    store: str, tp: int, cases: dict[str, dict[str, Any]], load_from: str | None, save_to: str
+) -> dict[str, Any]:
+    """Load each case's checkpoint (or train three steps), save it again, and train two steps; weights and losses."""
+    mesh = mesh_module.start(tensor_parallel_size=tp, timeout_s=60)
+    results = {}
+    for name, case in cases.items():
+        config = make_config(store, mesh.world_size, **case)
+        source, state = new_run(mesh, config)
+        if load_from is None:
+            train(mesh, config, source, state, 3)
+        else:
+            load(Path(load_from) / name / "iteration_00000003", state, mesh)
+        stored = consolidated(state, mesh)
+        names = sorted(state.tensors())
+        save(Path(save_to) / name, state, mesh)
+        losses = train(mesh, config, source, state, 2)
+        consolidated(state, mesh)  # refuses replicated weights that are not equal on all ranks: dropout is in step
+        results[name] = {"stored": stored, "names": names, "losses": losses}
+    mesh_module.finish()
+    return results
+
+
+def dropout_patterns(store: str, tp: int) -> dict[str, Any]:
+    """Train with dropout; what the ranks of a group must share, and what they must not."""
+    mesh = mesh_module.start(tensor_parallel_size=tp, timeout_s=60)
+    dropout = "NetworkArgs.hidden_dropout = 0.5"
+    results: dict[str, Any] = {}
+    for name, bindings in (("kept", [dropout]), ("recomputed", [dropout, "NetworkArgs.recompute_layer = True"])):
+        config = make_config(store, mesh.world_size, bindings=bindings)
+        source, state = new_run(mesh, config)
+        results[name] = train(mesh, config, source, state, 3)
+        consolidated(state, mesh)  # refuses replicated weights that are not equal on all ranks
+    ones = torch.ones(64)
+    results["before W_o"] = dropout_op(ones, 0.5, True, stream=mesh.tp_rank).tolist()
+    results["input"] = dropout_op(ones, 0.5, True).tolist()
+    mesh_module.finish()
+    return results
+
+
+def train(mesh: mesh_module.Mesh, config: RunConfig, source: StoreSource, state: TrainState, steps: int) -> list[float]:
+    """So many steps from the state's position; the losses."""
+    pipeline = SequentialPipeline(state.model, state.optimizers, mesh, config.trainer.max_grad_norm)
+    batches, losses = source.train_batches(state.position), []
+    for _ in range(steps):
+        result = pipeline.progress(batches)
+        losses.append(float(result.loss))
+        state.iteration += 1
+        assert result.batch.position is not None
+        state.position = result.batch.position
+    return losses
+
+
+def consolidated(state: TrainState, mesh: mesh_module.Mesh) -> dict[str, Any]:
+    """Every weight and optimizer state of the run as a single process has it, as nested lists."""
+    tables = full_tables(state.model, mesh)
+    whole = {}
+    for name, tensor in state.tensors().items():
+        if name.startswith("model.tables."):
+            whole[name] = tables[name.removeprefix("model.tables.")]
+        elif isinstance(tensor, DTensor):
+            whole[name] = tensor.full_tensor().tolist()
+        elif not name.startswith("optimizer.tables."):
+            assert isinstance(tensor, torch.Tensor)
+            whole[name] = tensor.tolist()
+            assert all(other == whole[name] for other in gather_objects(whole[name], mesh.world_group)), name
+    return whole

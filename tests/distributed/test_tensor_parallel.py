@@ -1,0 +1,165 @@
+"""Tensor and sequence parallelism change where a run computes, not what: all is compared with a single process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import write_small_store
+from tests.distributed.launch import run_ranks
+
+HERE = "tests.distributed.tensor_cases"
+BY_TOKENS = "NetworkArgs.sequence_parallel = True"
+RELATIVE = "NetworkArgs.position_encoding = 'relative_bias'"
+CLIP = "TrainerArgs.max_grad_norm = 0.05"
+CASES: dict[str, dict[str, Any]] = {
+    "ranking": {},
+    "ranking, by tokens": {"bindings": [BY_TOKENS, RELATIVE, CLIP], "sharding": "table_wise"},
+    "ranking, adam": {"optimizer": "adam", "bindings": [RELATIVE, CLIP, "NetworkArgs.recompute_layer = True"]},
+    "ranking, adam, by tokens": {
+        "optimizer": "adam",
+        "replicated": ["item_id", "action", "age"],
+        "bindings": [
+            BY_TOKENS,
+            "DatasetArgs.max_num_candidates = 2",
+            "NetworkArgs.recompute_input_layernorm = True",
+            "RankingArgs.eval_metrics = ('LOGLOSS', 'NE')",  # equal candidates tie, but for rounding: no AUC
+        ],
+    },
+    "ranking, two widths": {
+        "replicated": [],
+        "bindings": ["NetworkArgs.item_embedding_dim = 8", "NetworkArgs.contextual_embedding_dim = 4"],
+    },
+    "retrieval": {"task": "retrieval", "sharding": "column_wise"},
+    "retrieval, draws, adam, by tokens": {
+        "task": "retrieval",
+        "optimizer": "adam",
+        "bindings": [BY_TOKENS, RELATIVE, "RetrievalArgs.num_negatives = 9"],
+    },
+    "retrieval, uniform": {
+        "task": "retrieval",
+        "optimizer": "adagrad",
+        "bindings": ["RetrievalArgs.negatives = 'uniform'", "RetrievalArgs.num_negatives = 2"],
+    },
+    "retrieval, uniform, replicated": {
+        "task": "retrieval",
+        "replicated": ["item_id"],
+        "bindings": ["RetrievalArgs.negatives = 'uniform'", "RetrievalArgs.num_negatives = 2", BY_TOKENS],
+    },
+    "retrieval, shared": {
+        "task": "retrieval",
+        "bindings": [
+            "RetrievalArgs.negatives = 'uniform'",
+            "RetrievalArgs.num_negatives = 9",
+            "RetrievalArgs.shared_negatives = True",
+        ],
+    },
+    "retrieval, full, adam, by tokens": {
+        "task": "retrieval",
+        "optimizer": "adam",
+        "bindings": ["RetrievalArgs.negatives = 'full'", BY_TOKENS, "NetworkArgs.interleave_actions = False"],
+    },
+}
+IN_BFLOAT16 = {
+    f"bfloat16{', by tokens' if by_tokens else ''}": {"bindings": ["NetworkArgs.dtype_str = 'bfloat16'", *by_tokens]}
+    for by_tokens in ([], [BY_TOKENS])
+}
+GRIDS = [(2, 1), (2, 2), (4, 2), (4, 4)]
+"""(ranks, ranks of a tensor-parallel group)."""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: Any) -> str:
+    """33 users: the last global batch of a retrieval epoch has one, and leaves whole groups with nothing."""
+    rng = np.random.default_rng(3)
+    lengths = [int(n) for n in rng.integers(4, 16, 33)]
+    path = tmp_path_factory.mktemp("store") / "toy"
+    write_small_store(
+        path,
+        [rng.integers(0, 30, n).tolist() for n in lengths],
+        actions=[rng.integers(0, 4, n).tolist() for n in lengths],
+        timestamps=[(10**6 + np.cumsum(rng.integers(0, 10**5, n))).tolist() for n in lengths],
+        context={"age": [*rng.integers(0, 4, 32).tolist(), 4]},
+        num_items=30,
+        num_actions=4,
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def alone(store: str) -> dict[str, Any]:
+    cases = CASES | IN_BFLOAT16
+    results: dict[str, Any] = run_ranks(f"{HERE}:run_cases", 1, timeout_s=150, store=store, tp=1, cases=cases)[0]
+    return results
+
+
+@pytest.fixture(scope="module", params=GRIDS, ids=lambda grid: f"{grid[0]}ranks-tp{grid[1]}")
+def over_ranks(request: Any, store: str) -> tuple[int, list[dict[str, Any]]]:
+    ranks, tp = request.param
+    return tp, run_ranks(f"{HERE}:run_cases", ranks, timeout_s=200, store=store, tp=tp, cases=CASES | IN_BFLOAT16)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_group_computes_what_one_process_computes(alone: Any, over_ranks: Any, case: str) -> None:
+    expected, (tp, results) = alone[case], over_ranks
+    assert expected["initial"] == results[0][case]["initial"], "the weights are drawn whole and then cut"
+    for result in results:
+        np.testing.assert_allclose(result[case]["losses"], expected["losses"], rtol=1e-5)
+        assert result[case]["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
+    assert expected["losses"][-1] != expected["losses"][0]
+    final = results[0][case]["final"]
+    assert final.keys() == expected["final"].keys()
+    for name, weight in expected["final"].items():
+        np.testing.assert_allclose(final[name], weight, rtol=1e-4, atol=2e-6, err_msg=name)
+    if tp > 1:
+        assert results[0][case]["held"] < expected["held"]
+
+
+@pytest.mark.parametrize("case", IN_BFLOAT16)
+def test_a_group_rounds_to_bfloat16_as_one_process_does(alone: Any, over_ranks: Any, case: str) -> None:
+    losses = over_ranks[1][0][case]["losses"]
+    np.testing.assert_allclose(losses, alone[case]["losses"], rtol=0.01)
+    assert losses != over_ranks[1][0]["ranking"]["losses"], "computed in another type"
+
+
+MOVED = {
+    "ranking": {"optimizer": "adam", "bindings": [RELATIVE]},
+    "retrieval": {"task": "retrieval", "optimizer": "sgd", "bindings": ["OptimizerArgs.momentum = 0.9"]},
+    "dropout": {"bindings": ["NetworkArgs.hidden_dropout = 0.5"]},
+}
+
+
+def test_checkpoints_move_between_tensor_parallel_sizes_bit_for_bit(store: str, tmp_path: Path) -> None:
+    path, before = None, None
+    for number, (ranks, tp) in enumerate([(2, 1), (2, 2), (1, 1)]):
+        target = str(tmp_path / str(number))
+        results = run_ranks(
+            f"{HERE}:move_checkpoints",
+            ranks,
+            timeout_s=120,
+            store=store,
+            tp=tp,
+            cases=MOVED,
+            load_from=path,
+            save_to=target,
+        )[0]
+        for name in MOVED if before else ():
+            assert results[name]["stored"] == before[name]["stored"]
+            assert results[name]["names"] == before[name]["names"]
+            if name != "dropout":
+                np.testing.assert_allclose(results[name]["losses"], before[name]["losses"], rtol=1e-5)
+        path, before = target, results
+
+
+def test_dropout_agrees_in_a_group_where_it_must_and_nowhere_else(store: str) -> None:
+    first, second, third, fourth = run_ranks(f"{HERE}:dropout_patterns", 4, timeout_s=120, store=store, tp=2)
+    assert first["input"] == second["input"]
+    assert third["input"] == fourth["input"]
+    assert first["input"] != third["input"], "data-parallel ranks"
+    patterns = [rank["before W_o"] for rank in (first, second, third, fourth)]
+    assert all(patterns[i] != patterns[j] for i in range(4) for j in range(i)), "split heads"
+    assert first["kept"] == first["recomputed"], "what is recomputed drops the same"
+    assert all(rank["kept"] == first["kept"] for rank in (second, third, fourth))

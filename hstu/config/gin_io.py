@@ -93,9 +93,10 @@ class _Builder:
         self._start = Location(1, 0, files[0] if files else "--gin-bindings")
         self._used: set[int] = set()
         self._referred: set[str] = set()
-        self._objects: dict[Owner, Args | Partial | Broken] = {}
+        self._objects: dict[Owner, Args | Partial] = {}
         self._origins: dict[int, Mapping[str, Origin]] = {}
         self._resolving: list[str] = []
+        self._making: set[Owner] = set()
         self._references_wrong = False  # then what is referred to is not known
 
     def draft(self) -> Draft:
@@ -141,11 +142,12 @@ class _Builder:
 
     # --- objects ---
 
-    def object(self, owner: Owner) -> Args | Partial | Broken:
+    def object(self, owner: Owner) -> Args | Partial:
         """The argument object of a class under a scope, made once."""
         if owner not in self._objects:
-            self._objects[owner] = Broken()  # what a reference to itself sees
+            self._making.add(owner)
             self._objects[owner] = self._make(owner)
+            self._making.remove(owner)
         return self._objects[owner]
 
     def _make(self, owner: Owner) -> Args | Partial:
@@ -167,7 +169,10 @@ class _Builder:
     def _given(self, cls: type[Args], field: Field[Any], binding: Binding, scope: str) -> Any:
         """The value that is bound to a field, Broken if it is wrong."""
         value = self._resolve(binding.value, binding, scope)
-        problems = [] if _unfinished(value) else field_problems(cls, field, value)
+        if _holds(value, Partial) and not takes_references(cls, field):
+            problems = [f"expected {describe(cls, field)}"]
+        else:
+            problems = [] if _unfinished(value) else field_problems(cls, field, value)
         self._complain(binding, problems, value)
         if problems or _holds(value, Broken):
             self._references_wrong |= takes_references(cls, field)
@@ -270,8 +275,9 @@ class _Builder:
             guess = nearest(written(owner), bound)
             hint = f"; did you mean '@{guess}()'?" if guess else ""
             return self._fail(binding, f"nothing is bound to {written(owner)}{hint}")
-        made = self.object(owner)
-        return made
+        if owner in self._making:
+            return self._fail(binding, f"{reference} is part of itself")
+        return self.object(owner)
 
     def _call_user_code(self, reference: Reference, binding: Binding) -> Any:
         if not user_code.is_registered(reference.selector):

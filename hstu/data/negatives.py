@@ -64,11 +64,10 @@ def draw_shared(keys: LabelKeys, num: int, corpus_size: int) -> np.ndarray:
 def draw_uniform(keys: LabelKeys, num: int, corpus_size: int) -> tuple[np.ndarray, np.ndarray]:
     """(candidate item codes int64 [S], indices into them int32 [M, num]), independent and uniform over the corpus.
 
-    The candidates are the distinct items drawn, or the whole corpus where it is smaller than the number of draws.
+    The candidates are the distinct items drawn. Never more: an optimizer moves every row that is looked up, so that
+    others would make the tables depend on the number of ranks.
     """
     codes = random_below(corpus_size, _draw_32_bits(keys, num))
-    if corpus_size <= codes.size:
-        return np.arange(corpus_size, dtype=np.int64), codes.astype(np.int32)
     distinct, indices = _distinct(codes, corpus_size)
     return distinct, indices.astype(np.int32, copy=False)
 

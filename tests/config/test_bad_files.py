@@ -78,6 +78,8 @@ REFERENCES = [
         told=("usr/EmbeddingArgs.init_std = 0.1: never used", "did you mean 'user/EmbeddingArgs'")),
     bad("reference without parentheses", "benchmark", "seq/FeatureArgs.seqlen_dist = @RandomDistribution" + HERE,
         told=("a reference needs parentheses: @RandomDistribution()",)),
+    bad("reference to what it is part of", "benchmark", "seq/FeatureArgs.seqlen_dist = @seq/FeatureArgs()" + HERE,
+        told=("seq/FeatureArgs.seqlen_dist", "@seq/FeatureArgs() is part of itself")),
     bad("reference to an unknown class", "benchmark", "seq/FeatureArgs.seqlen_dist = @RandomDistributon()" + HERE,
         told=("no class or function RandomDistributon", "did you mean 'RandomDistribution'")),
     bad("reference of the wrong class", "benchmark", "seq/FeatureArgs.seqlen_dist = @item/EmbeddingArgs()" + HERE,

@@ -51,7 +51,7 @@ def configured(kind: str, store: SequenceStore, output: Path, **trainer: Any) ->
 
 def steps_of(config: RunConfig, mesh: Mesh, position: SamplerPosition, count: int) -> list[tuple[HSTUBatch, ...]]:
     """Global batches, each a tuple over ranks. No communication is needed for them: the ranks are made one by one."""
-    sources = [open_source(config, dataclasses.replace(mesh, dp_rank=rank, dp_size=RANKS)) for rank in range(RANKS)]
+    sources = [open_source(config, dataclasses.replace(mesh, rank=rank, world_size=RANKS)) for rank in range(RANKS)]
     return list(zip(*(islice(source.train_batches(position), count) for source in sources), strict=True))
 
 

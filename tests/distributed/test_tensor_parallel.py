@@ -67,7 +67,7 @@ IN_BFLOAT16 = {
     f"bfloat16{', by tokens' if by_tokens else ''}": {"bindings": ["NetworkArgs.dtype_str = 'bfloat16'", *by_tokens]}
     for by_tokens in ([], [BY_TOKENS])
 }
-GRIDS = [pytest.param((2, 1), marks=pytest.mark.slow), (2, 2), (4, 2), (4, 4)]
+GRIDS = [(2, 2), *(pytest.param(grid, marks=pytest.mark.slow) for grid in ((2, 1), (4, 2), (4, 4)))]
 """(ranks, ranks of a tensor-parallel group)."""
 
 

@@ -91,7 +91,7 @@ def test_by_tokens_an_epoch_has_every_sample_once_and_a_resumed_one_the_rest(
 ) -> None:
     budget = 150 if kind == "random" else 34
     config = configured(kind, store, tmp_path, tokens_per_rank=budget, enable_balanced_shuffler=balance)
-    source = open_source(config, dataclasses.replace(mesh, dp_size=RANKS))
+    source = open_source(config, dataclasses.replace(mesh, world_size=RANKS))
     count = source.batches_per_epoch
     work = StepWork(config.network, source.roles)
     steps = steps_of(config, mesh, SamplerPosition(), count + 1)

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from hstu.config.args import DatasetArgs, RetrievalArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import NEGATIVES, HSTUBatch
-from hstu.data.collate import Collator, build_collator, ranges, resolve_roles
+from hstu.data.collate import Collator, ranges, resolve_roles
 from hstu.data.hashing import hash_ids
 from hstu.data.negatives import Negatives
 from hstu.data.sampler import EvalSampler, TrainSampler
 from hstu.data.sequences import build_samples
 from hstu.data.store import SequenceStore
+from tests.data.collators import build_collator
 from tests.data.test_batch import tensors_of
 from tests.data.test_hashing import chi_square_z
 from tests.data.toy_store import ToyStore

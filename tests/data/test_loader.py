@@ -11,12 +11,13 @@ import torch
 from hstu.config.args import DatasetArgs
 from hstu.config.errors import DataError
 from hstu.data.batch import HSTUBatch
-from hstu.data.collate import Collator, build_collator
+from hstu.data.collate import Collator
 from hstu.data.loader import build_loader
 from hstu.data.negatives import Negatives
 from hstu.data.sampler import BatchPlan, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.sequences import build_samples
 from hstu.data.store import SequenceStore
+from tests.data.collators import build_collator
 from tests.data.test_collate import assert_same
 from tests.data.toy_store import ToyStore
 

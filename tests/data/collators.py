@@ -1,0 +1,43 @@
+"""A collator for one split of a store, roles and hashing taken from that store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from hstu.config.args import DatasetArgs
+from hstu.data.collate import Assembler, Collator, StoreReader, resolve_roles
+from hstu.data.negatives import Negatives
+from hstu.data.sequences import SampleTable, Task
+from hstu.data.store import SequenceStore
+
+
+def build_collator(
+    store: SequenceStore,
+    samples: SampleTable,
+    args: DatasetArgs,
+    task: Task,
+    *,
+    batch_size: int,
+    seed: int,
+    negatives: Negatives | None = None,
+    wants_timestamps: bool = False,
+    wants_seen: bool = False,
+    table_rows: Mapping[str, int] | None = None,
+    recoding: Mapping[str, np.ndarray] | None = None,
+) -> Collator:
+    """The collator of one split of a store. ``recoding``: see StoreReader.
+
+    ``table_rows``: rows of the tables by feature; where they are fewer than the store's codes, ids are hashed.
+    """
+    roles = resolve_roles(store, args)
+    too_small = {
+        name: rows
+        for name, rows in (table_rows or {}).items()
+        if name in roles.names and rows < store.cardinality(name)
+    }
+    return Collator(
+        StoreReader(store, samples, roles, wants_timestamps=wants_timestamps, wants_seen=wants_seen, recoding=recoding),
+        Assembler(batch_size, task, roles, store.cardinality(roles.item), seed, negatives, too_small),
+    )

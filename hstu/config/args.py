@@ -263,6 +263,16 @@ class NetworkArgs(Args):
     """Under tensor parallelism, split the tokens between the layers' projections over the ranks of a group, too: less
     memory for the same result."""
 
+    @property
+    def item_width(self) -> int:
+        """Width of the item and action tables."""
+        return self.item_embedding_dim if self.item_embedding_dim > 0 else self.hidden_size
+
+    @property
+    def contextual_width(self) -> int:
+        """Width of the contextual tables."""
+        return self.contextual_embedding_dim if self.contextual_embedding_dim > 0 else self.hidden_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerArgs(Args):

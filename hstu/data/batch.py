@@ -61,7 +61,7 @@ class HSTUBatch(Pipelineable):
     num_labels_total: int
     """M, host."""
     position: SamplerPosition | None = None
-    """Where the run stands once this batch has been trained on; None for random data."""
+    """Where the run stands once this batch has been trained on; None for a batch made by hand."""
     group: GroupBatch | None = None
     """Under tensor parallelism: what the dense part computes on, together with the ranks of its group."""
 

@@ -226,8 +226,7 @@ def predefined_embeddings(store: SequenceStore, network: NetworkArgs) -> tuple[E
     for name, feature in store.features.items():
         if feature.cardinality is None:
             continue
-        own_width = network.contextual_embedding_dim if feature.role == "context" else network.item_embedding_dim
-        width = own_width if own_width > 0 else network.hidden_size
+        width = network.contextual_width if feature.role == "context" else network.item_width
         large = feature.cardinality * width * 4 > REPLICATED_TABLE_BYTES
         sharded = feature.role == "item" or name == USER_FEATURE or large
         tables.append(

@@ -54,8 +54,7 @@ def table_specs(
     -1). ``lookup_negatives``: batches also carry NEGATIVES ids, which the item table serves. Raises ConfigError for a
     table shared by features of different widths.
     """
-    contextual_dim = network.contextual_embedding_dim if network.contextual_embedding_dim > 0 else network.hidden_size
-    item_dim = network.item_embedding_dim if network.item_embedding_dim > 0 else network.hidden_size
+    contextual_dim, item_dim = network.contextual_width, network.item_width
     specs, problems = [], []
     for table in embeddings:
         dims = {contextual_dim if feature in contextual_features else item_dim for feature in table.feature_names}

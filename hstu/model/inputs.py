@@ -59,14 +59,14 @@ class SequenceInputs(nn.Module):
         self.scale = math.sqrt(hidden)
         self.backend = backend
 
-        widths = {"item": network.item_embedding_dim, "contextual": network.contextual_embedding_dim}
+        widths = {"item": network.item_width, "contextual": network.contextual_width}
         roles = {"item": "item", "action": "item", "contextual": "contextual"}
         used = {"item": True, "action": features.action is not None, "contextual": bool(features.contextual)}
         self.projections = nn.ModuleDict(
             {
                 role: MLP(widths[table], (hidden, hidden), activation="silu")
                 for role, table in roles.items()
-                if used[role] and widths[table] not in (-1, hidden)
+                if used[role] and widths[table] != hidden
             }
         )
         self.position_table: nn.Parameter | None = None

@@ -144,7 +144,7 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDen
         encoder,
         item_feature=roles.item,
         hidden_size=network.hidden_size,
-        item_dim=network.item_embedding_dim if network.item_embedding_dim > 0 else network.hidden_size,
+        item_dim=network.item_width,
         args=config.task_args,
         gather_pool=lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),
     )

@@ -100,6 +100,7 @@ class StoreSource(BatchSource):
         self.max_items = args.max_sequence_length
         self.eval_splits, self.final_splits = self._splits()
         self._train_samples = self._samples("train")
+        self._eval_samples: dict[Split, SampleTable] = {}
         items = self._train_samples.stop - self._train_samples.start
         self._sharing = choose_sharing(config, self.roles, self.max_items, items, self._train_samples.num_candidates)
         self.batches_per_epoch = self._train_sampler(SamplerPosition()).batches_per_epoch
@@ -125,7 +126,9 @@ class StoreSource(BatchSource):
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
         """See BatchSource."""
         trainer = self._config.trainer
-        samples = self._samples(split)
+        if split not in self._eval_samples:  # the same at every evaluation
+            self._eval_samples[split] = self._samples(split)
+        samples = self._eval_samples[split]
         collator = self._collator(self._eval_store, samples, trainer.eval_batch_size, training=False)
         sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._mesh.rank, self._mesh.world_size)
         batches = build_loader(collator, sampler, workers=trainer.data_workers, prefetch=trainer.data_prefetch)
@@ -215,6 +218,7 @@ class RandomSource(BatchSource):
     def __init__(self, config: RunConfig, args: BenchmarkDatasetArgs, mesh: Mesh) -> None:
         self._config, self._args, self._mesh = config, args, mesh
         self._train = self._dataset("train", config.trainer.train_batch_size)
+        self._eval: dict[Split, SyntheticDataset] = {}
         self.roles = FeatureRoles(
             args.item_feature_name, args.action_feature_name, tuple(args.contextual_feature_names)
         )
@@ -241,7 +245,9 @@ class RandomSource(BatchSource):
 
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
         """See BatchSource."""
-        dataset = self._dataset(split, self._config.trainer.eval_batch_size)
+        if split not in self._eval:  # a dataset keeps the batches that it has made
+            self._eval[split] = self._dataset(split, self._config.trainer.eval_batch_size)
+        dataset = self._eval[split]
         return with_groups(build_loader(dataset, dataset.eval_sampler()), self.roles.item, self._mesh)
 
     def _dataset(self, split: Split, batch_size: int) -> SyntheticDataset:

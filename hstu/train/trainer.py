@@ -107,8 +107,7 @@ class Trainer:
         self.state.optimizers.set_lr_multiplier(multiplier)
         result = self.pipeline.progress(batches)
         self.state.iteration += 1
-        # Random data has no position that matters: its batches repeat.
-        self.state.position = result.batch.position or SamplerPosition()
+        self.state.position = result.batch.position or SamplerPosition()  # only a batch made by hand has none
         self._loss_sum += result.loss
         self._steps_since_log += 1
         tokens, flops = self.work.of(result.batch)
@@ -175,7 +174,7 @@ class Trainer:
         return self.state.iteration / self.source.batches_per_epoch
 
     def _sum_over_ranks(self, numbers: list[float]) -> list[float]:
-        totals = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        totals = torch.tensor(numbers, dtype=torch.float64)
         summed: list[float] = sum_over_ranks(totals, self.mesh.world_group).tolist()
         return summed
 

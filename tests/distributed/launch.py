@@ -5,6 +5,9 @@
 The function is called as ``function(**kwargs)`` on each rank with RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
 MASTER_ADDR and MASTER_PORT in its environment; it starts the process group itself (``hstu.parallel.mesh.start``).
 What it returns must be JSON; the list of all ranks' results comes back in rank order.
+
+The ranks are forked from a server that has imported torch, TorchRec and Megatron once (seconds for each process
+otherwise) and has neither threads nor groups; each is a process and a session of its own.
 """
 
 from __future__ import annotations
@@ -12,18 +15,21 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STDERR_TAIL_CHARACTERS = 6000
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["hstu.train.builder"])
 
 
 class RankFailure(Exception):
@@ -60,59 +66,62 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _start_rank(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
+def _start_rank(folder: Path, rank: int, world_size: int, port: int) -> ForkServerProcess:
+    environment = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
     }
-    with (folder / f"stderr{rank}.txt").open("wb") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.launch", str(folder)],
-            cwd=REPOSITORY,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    process = SERVER.Process(target=_run_this_rank, args=(folder, dict(os.environ) | environment))
+    process.start()
+    return process
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, target: str, timeout_s: float) -> None:
+def _wait(processes: list[ForkServerProcess], folder: Path, target: str, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while any(process.poll() is None for process in processes):
+    while any(process.exitcode is None for process in processes):
         _raise_failure(processes, folder, target)
         if time.monotonic() > deadline:
-            running = [rank for rank, process in enumerate(processes) if process.poll() is None]
+            running = [rank for rank, process in enumerate(processes) if process.exitcode is None]
             stderr = "".join(f"--- rank {rank} ---\n{_stderr(folder, rank)}" for rank in running)
             raise RankFailure(f"{target}: ranks {running} still running after {timeout_s:g} s", None, stderr)
         time.sleep(0.02)
     _raise_failure(processes, folder, target)
 
 
-def _raise_failure(processes: list[subprocess.Popen[bytes]], folder: Path, target: str) -> None:
+def _raise_failure(processes: list[ForkServerProcess], folder: Path, target: str) -> None:
     for rank, process in enumerate(processes):
-        if process.poll():
-            message = f"{target}: rank {rank} of {len(processes)} failed with exit code {process.returncode}"
+        if process.exitcode:
+            message = f"{target}: rank {rank} of {len(processes)} failed with exit code {process.exitcode}"
             raise RankFailure(message, rank, _stderr(folder, rank))
 
 
 def _stderr(folder: Path, rank: int) -> str:
-    return (folder / f"stderr{rank}.txt").read_text(errors="replace")
+    output = folder / f"stderr{rank}.txt"
+    return output.read_text(errors="replace") if output.exists() else ""
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: ForkServerProcess) -> None:
     """Kill a rank with everything it started (each rank leads a session of its own)."""
-    with contextlib.suppress(ProcessLookupError):  # raised once it has ended and been waited for
+    assert process.pid is not None
+    with contextlib.suppress(ProcessLookupError):  # raised once all of it has ended
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()  # one that has not got as far as a session of its own
+    process.join()
 
 
-def _run_this_rank(folder: Path) -> None:
+def _run_this_rank(folder: Path, environment: dict[str, str]) -> None:
+    os.setsid()
+    os.chdir(REPOSITORY)
+    os.environ.clear()  # the server's own is that of the first launch
+    os.environ.update(environment)
+    with (folder / f"stderr{environment['RANK']}.txt").open("wb") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+
     import torch.distributed as dist
 
     call = json.loads((folder / "call.json").read_text())
@@ -121,7 +130,3 @@ def _run_this_rank(folder: Path) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     (folder / f"result{os.environ['RANK']}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    _run_this_rank(Path(sys.argv[1]))

@@ -168,7 +168,7 @@ def label_offset(args: RankingArgs, source: BatchSource) -> int:
         )
     if last >= actions:
         return 0
-    if source.least_action() == 0:
+    if source.least_action == 0:
         raise ConfigError(
             f"RankingArgs.prediction_head_arch ends in {last} classes, which serve the actions 1 to {last}, but "
             f"{action!r} also takes the value 0: end it in {actions}"

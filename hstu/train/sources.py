@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ class BatchSource(ABC):
     final_splits: tuple[Split, ...]
     """What is evaluated after the last iteration."""
 
+    @property
     @abstractmethod
     def least_action(self) -> int:
         """The smallest action of the data, which must have an action feature."""
@@ -105,8 +107,9 @@ class StoreSource(BatchSource):
         self._sharing = choose_sharing(config, self.roles, self.max_items, items, self._train_samples.num_candidates)
         self.batches_per_epoch = self._train_sampler(SamplerPosition()).batches_per_epoch
 
+    @cached_property
     def least_action(self) -> int:
-        """See BatchSource. Reads the whole feature once."""
+        """See BatchSource. Reads the whole feature, once."""
         assert self.roles.action is not None
         return min(int(store.sequence(self.roles.action).min()) for store in (self.store, self._eval_store))
 
@@ -234,6 +237,7 @@ class RandomSource(BatchSource):
         self.batches_per_epoch = self._train.train_sampler(sharing=self._sharing).batches_per_epoch
         self.eval_splits = self.final_splits = ("valid",)
 
+    @property
     def least_action(self) -> int:
         """See BatchSource. What is drawn may be any id of the table."""
         return 0

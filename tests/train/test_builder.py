@@ -20,7 +20,7 @@ from tests.train.tiny import FinishedRun, build, tiny_config
 def source(actions: int, least: int = 0) -> Any:
     """Data whose actions are least, …, actions - 1."""
     roles = SimpleNamespace(action="stars")
-    return SimpleNamespace(roles=roles, cardinalities={"stars": actions}, least_action=lambda: least)
+    return SimpleNamespace(roles=roles, cardinalities={"stars": actions}, least_action=least)
 
 
 def head(*widths: int, num_tasks: int = 1) -> RankingArgs:

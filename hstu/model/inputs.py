@@ -17,7 +17,7 @@ from hstu.model.heads import MLP
 from hstu.ops.backends import Backend
 from hstu.ops.dropout import dropout
 from hstu.ops.jagged import jagged_concat, token_order
-from hstu.ops.layout import JaggedLayout, build_layout
+from hstu.ops.layout import JaggedLayout, build_layout, to_device
 from hstu.ops.positions import add_positions
 
 
@@ -112,7 +112,7 @@ class SequenceInputs(nn.Module):
             return [*parts, items, actions]
         if layout.num_candidate_tokens is None:
             return [*parts, items + actions]
-        is_history = torch.from_numpy(_is_history(batch)).to(actions.device, non_blocking=True)
+        is_history = to_device(_is_history(batch), actions.device)
         return [*parts, items + actions * is_history[:, None]]
 
     def _embed(self, role: str, feature: str, embeddings: dict[str, JaggedTensor], rows: int) -> Tensor:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hstu.ops.backends import Backend
-from hstu.ops.layout import JaggedLayout, offsets_of, places
+from hstu.ops.layout import JaggedLayout, offsets_of, places, to_device
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,7 @@ def token_order(layout: JaggedLayout) -> TokenOrder:
     inverse = np.empty_like(source)
     inverse[source] = np.arange(len(source))
     device = layout.positions.device
-    return TokenOrder(
-        torch.from_numpy(source).to(device, non_blocking=True), torch.from_numpy(inverse).to(device, non_blocking=True)
-    )
+    return TokenOrder(to_device(source, device), to_device(inverse, device))
 
 
 def jagged_concat(parts: Sequence[Tensor], order: TokenOrder, backend: Backend = Backend.PYTORCH) -> Tensor:

@@ -101,7 +101,7 @@ def build_layout(
     history_end = (seqlens - candidates)[sequence]
 
     def on_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        return to_device(array, device)
 
     token_times = query_times = None
     if item_times is not None:
@@ -145,6 +145,15 @@ def pad_tokens(layout: JaggedLayout, padding: int) -> JaggedLayout:
         query_times=longer(layout.query_times, padding),
         cache={},
     )
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A host array as a tensor on ``device``, without waiting for what the device still has to do.
+
+    A copy from memory that is not page-locked is queued behind the stream's work and holds the host up until then.
+    """
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:

@@ -244,7 +244,8 @@ class RandomSource(BatchSource):
 
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""
-        batches = build_loader(self._train, self._train.train_sampler(position, self._sharing))
+        sampler = self._train.train_sampler(position, self._sharing)
+        batches = build_loader(self._train, sampler, pin_memory=self._mesh.device.type == "cuda")
         return with_groups(batches, self.roles.item, self._mesh)
 
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:

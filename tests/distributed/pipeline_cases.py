@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Iterator
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import hstu
 from hstu.checkpoint.state import TrainState
 from hstu.config.gin_io import load
 from hstu.data.batch import HSTUBatch
@@ -213,6 +216,45 @@ def streams(store: str) -> dict[str, Any]:
         results[kind] = {"copy": copies, "forward": forwards, "losses": losses}
     mesh_module.finish()
     return results
+
+
+def syncs(store: str, task: str) -> dict[str, Any]:
+    """On a GPU: pipeline → where steps wait for the device, as "file:line" by whose code it is."""
+    mesh = start()
+    results = {}
+    for kind in PIPELINES:
+        pipeline, source, _, _ = assemble(make_config(store, kind, task=task), mesh)
+        batches = source.train_batches(SamplerPosition())
+        for _ in range(3):  # the first steps make buffers, and tables their state
+            pipeline.progress(batches)
+        results[kind] = _waits_of(lambda pipeline=pipeline, batches=batches: pipeline.progress(batches))
+    mesh_module.finish()
+    return results
+
+
+def _waits_of(step: Callable[[], Any]) -> dict[str, list[str]]:
+    """Of three steps, by torch's sync-debug mode; a wait is whose line is the innermost one outside of torch."""
+    waits: dict[str, list[str]] = {"ours": [], "libraries'": []}
+    unasked = os.path.dirname(torch.__file__) + os.sep, warnings.__file__
+
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        if "synchroniz" not in str(message):
+            return
+        *stack, _ = traceback.extract_stack()
+        line = next(frame for frame in reversed(stack) if not frame.filename.startswith(unasked))
+        ours = line.filename.startswith(os.path.dirname(hstu.__file__))
+        waits["ours" if ours else "libraries'"].append(f"{line.filename}:{line.lineno}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for _ in range(3):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return waits
 
 
 def _record_streams(pipeline: TrainPipeline) -> tuple[list[int], list[int]]:

@@ -1,0 +1,241 @@
+"""How training scales from one rank to two, with one thread a rank on a core of its own; one JSON object.
+
+python scripts/bench/scaling_cpu.py retrieval|ranking|random [--steps 4 --rounds 5]
+
+"retrieval" and "ranking" are configs/ml_1m_*.gin and need their data, "random" is benchmark_ranking_balanced.gin made
+small; in all of them the item table is cut row-wise. Weak scaling: as many sequences a rank as the one rank has; strong
+scaling: half as many, so that the global batch is the same. "two alone" are two processes that have nothing to do with
+each other: what the machine allows at the most. All processes are started first, then take turns, round by round, and
+in a round all of them train on the same sequences; given are medians over the rounds.
+
+A rank's step is made of communication (the main thread is held up by a collective that all ranks have begun), waiting
+(by one that another rank has not begun yet), getting the batch, and computation, which is the rest. A table goes to
+standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import socket
+import statistics
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from collective_clock import split
+from scaling_rank import Measured, Variant, World, serve
+
+ROOT = Path(__file__).resolve().parents[2]
+WARM_UP_STEPS = 2
+ROW_WISE = (
+    'item/EmbeddingArgs.feature_names = ["movie_id"]',
+    'item/EmbeddingArgs.table_name = "item"',
+    "item/EmbeddingArgs.item_vocab_size_or_capacity = 4000",
+    'item/EmbeddingArgs.sharding_type = "model_parallel"',
+    'item/EmbeddingArgs.sharding = "row_wise"',
+)
+SMALL = (
+    'item/EmbeddingArgs.sharding = "row_wise"',
+    "item/EmbeddingArgs.item_vocab_size_or_capacity = 200000",
+    "user/EmbeddingArgs.item_vocab_size_or_capacity = 200000",
+    "items/FeatureArgs.max_sequence_length = 512",
+    "lengths/RandomDistribution.mean = 128",
+    "BenchmarkDatasetArgs.num_generated_batches = 64",
+    "NetworkArgs.num_layers = 2",
+    "NetworkArgs.hidden_size = 256",
+    "NetworkArgs.kv_channels = 64",
+    'NetworkArgs.dtype_str = "float32"',
+    'NetworkArgs.kernel_backend = "pytorch"',
+)
+TWO_HEADS = ("NetworkArgs.num_attention_heads = 2", "NetworkArgs.kv_channels = 25")
+CASES = {  # gin file, task, sequences of the one rank, bindings
+    "retrieval": ("configs/ml_1m_retrieval.gin", "retrieval", 128, (*ROW_WISE, *TWO_HEADS)),
+    "ranking": ("configs/ml_1m_ranking.gin", "ranking", 32, ROW_WISE),
+    "random": ("configs/benchmark_ranking_balanced.gin", "ranking", 16, SMALL),
+}
+PARTS = {"compute": "#0072B2", "data": "#56B4E9", "communication": "#E69F00", "waiting": "#D55E00"}
+ALONE, TOGETHER = "1 rank", "two alone"
+
+
+def variants_of(case: str, ranks: int, tp_size: int) -> dict[str, Variant]:
+    """Name → what to train with so many ranks."""
+    gin_file, task, sequences, bindings = CASES[case]
+
+    def variant(batch_size: int, balanced: bool) -> Variant:
+        lines = (
+            *bindings,
+            f"TrainerArgs.train_batch_size = {batch_size}",
+            f"TrainerArgs.enable_balanced_shuffler = {balanced}",
+            f"TensorModelParallelArgs.tensor_model_parallel_size = {tp_size}",
+            f"NetworkArgs.sequence_parallel = {tp_size > 1}",
+            'TrainerArgs.pipeline_type = "none"',
+        )
+        return Variant(str(ROOT / gin_file), task, lines)
+
+    if ranks == 1:
+        return {ALONE: variant(sequences, False), TOGETHER: variant(sequences, False)}
+    sizes = {"weak": sequences, "strong": sequences // 2}
+    if tp_size > 1:
+        return {f"{name}, tp 2": variant(size, False) for name, size in sizes.items()}
+    return {f"{name}{end}": variant(size, bool(end)) for name, size in sizes.items() for end in ("", ", balanced")}
+
+
+def start(world: World) -> list[Connection]:
+    """The world's processes; pipes to its ranks, in order."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    pipes = []
+    mine = os.sched_getaffinity(0)
+    for rank, core in enumerate(world.cores):
+        ours, theirs = context.Pipe()
+        os.sched_setaffinity(0, {core})  # a child has its parent's, from its first thread on
+        context.Process(target=serve, args=(theirs, world, rank, port), daemon=True).start()
+        os.sched_setaffinity(0, mine)
+        theirs.close()  # so that a rank that dies is an EOFError, not a pipe that is silent
+        pipes.append(ours)
+    return pipes
+
+
+def train(pipes: list[Connection], variant: str, steps: int) -> dict[str, float]:
+    """Train on the sequences of so many steps of the one rank, with all ranks of ``pipes`` at a time.
+
+    Returns milliseconds a step (of the mean rank) and rates (of all ranks).
+    """
+    steps = steps // 2 if variant.startswith("weak") else steps
+    for pipe in pipes:
+        pipe.send((variant, steps))
+    ranks: list[Measured] = [pipe.recv() for pipe in pipes]
+    together = variant != TOGETHER  # else nobody waits for anyone
+    alone = [rank.ended - rank.begun for rank in ranks]
+    elapsed = [max(rank.ended for rank in ranks) - min(rank.begun for rank in ranks)] * len(ranks)
+    seconds = elapsed if together else alone
+    begun = [rank.times.begun for rank in ranks]
+    parts = [split(rank.times, begun if together else begun[:0]) for rank in ranks]
+    share = 1e3 / steps / len(ranks)
+    communication, waiting = (share * sum(part[index] for part in parts) for index in (0, 1))
+    data = share * sum(rank.data_s for rank in ranks)
+    step_ms = share * sum(alone)
+    return {
+        "steps": steps,
+        "tokens": sum(rank.tokens for rank in ranks),
+        "step_ms": step_ms,
+        "compute_ms": step_ms - data - communication - waiting,
+        "data_ms": data,
+        "communication_ms": communication,
+        "waiting_ms": waiting,
+        "sequences_per_s": sum(rank.sequences / each for rank, each in zip(ranks, seconds, strict=True)),
+        "tokens_per_s": sum(rank.tokens / each for rank, each in zip(ranks, seconds, strict=True)),
+    }
+
+
+def measure(case: str, cores: tuple[int, int], steps: int, rounds: int) -> list[dict[str, dict[str, float]]]:
+    """Round by round: variant → summary."""
+    worlds = {
+        "first": World(cores[:1], 1, variants_of(case, 1, 1)),
+        "second": World(cores[1:], 1, variants_of(case, 1, 1)),
+        "data parallel": World(cores, 1, variants_of(case, 2, 1)),
+        "tensor parallel": World(cores, 2, variants_of(case, 2, 2)),
+    }
+    pipes = {name: start(world) for name, world in worlds.items()}
+    for pipe in (pipe for of_world in pipes.values() for pipe in of_world):
+        pipe.recv()
+    turns = {variant: pipes[name] for name, world in worlds.items() for variant in world.variants if name != "second"}
+    turns[TOGETHER] = pipes["first"] + pipes["second"]
+    order, measured = list(turns), []
+    for variant, of_variant in turns.items():
+        train(of_variant, variant, WARM_UP_STEPS)
+    for _ in range(rounds):
+        measured.append({variant: train(turns[variant], variant, steps) for variant in order})
+        order = order[1:] + order[:1]  # nothing always follows the same variant
+    for pipe in (pipe for of_world in pipes.values() for pipe in of_world):
+        pipe.send(None)
+    return measured
+
+
+def medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Variant → medians over the rounds; share: of a step; speed_up: tokens a second over one rank's in that round."""
+    result = {}
+    first = (ALONE, TOGETHER)
+    for name in sorted(rounds[0], key=lambda name: first.index(name) if name in first else len(first)):
+        result[name] = {key: round(statistics.median(row[name][key] for row in rounds), 2) for key in rounds[0][name]}
+        for part in PARTS:
+            shares = [row[name][f"{part}_ms"] / row[name]["step_ms"] for row in rounds]
+            result[name][f"{part}_share"] = round(statistics.median(shares), 4)
+        ratios = [row[name]["tokens_per_s"] / row[ALONE]["tokens_per_s"] for row in rounds]
+        spread = {"speed_up": statistics.median(ratios), "speed_up_min": min(ratios), "speed_up_max": max(ratios)}
+        result[name] |= {key: round(ratio, 3) for key, ratio in spread.items()}
+    return result
+
+
+def table(result: dict[str, dict[str, float]]) -> str:
+    """The medians as Markdown."""
+    lines = ["| | tokens/s | speed-up | ms a step | compute | batch | communication | waiting |", "|---|" + "---:|" * 7]
+    for name, row in result.items():
+        shares = " | ".join(f"{100 * row[f'{part}_share']:.1f} %" for part in PARTS)
+        lines.append(
+            f"| {name} | {row['tokens_per_s']:,.0f} | {row['speed_up']:.2f} | {row['step_ms']:.0f} | {shares} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[str, dict[str, float]]], image: Path) -> None:
+    """Where a token's time goes, as bars: one panel a case, one bar a variant, microseconds of a core a token."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * len(results) + 1, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (case, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        left = [0.0] * len(result)
+        for part, colour in PARTS.items():
+            ranks = [1 if name == ALONE else 2 for name in result]
+            widths = [
+                1e6 * count / row["tokens_per_s"] * row[f"{part}_share"]
+                for count, row in zip(ranks, result.values(), strict=True)
+            ]
+            axes.barh(list(result), widths, left=left, color=colour, label="batch" if part == "data" else part)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for place, row in enumerate(result.values()):
+            axes.text(left[place], place, f" × {row['speed_up']:.2f}", va="center")
+        axes.set(title=case, xlabel="µs of a core a token", xlim=(0, 1.15 * max(left)))
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(PARTS), frameon=False)
+    figure.savefig(image)
+
+
+def main() -> None:
+    """Measure one case, or draw those that have been."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=tuple(CASES), nargs="?")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of the one rank in a round, even")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=int, nargs=2, default=(0, 1))
+    parser.add_argument("--draw", type=Path, metavar="PNG", help="draw the files of --of instead of measuring")
+    parser.add_argument("--of", type=Path, nargs="+", help="what measurements have printed")
+    options = parser.parse_args()
+    if options.draw:
+        told = [json.loads(path.read_text()) for path in options.of]
+        draw({each["case"]: each["medians"] for each in told}, options.draw)
+        return
+    if options.case is None:
+        parser.error("which case?")
+    os.chdir(ROOT)  # preprocessed data is named relative to it
+    rounds = measure(options.case, tuple(options.cores), options.steps, options.rounds)
+    result = medians(rounds)
+    print(table(result), file=sys.stderr)
+    given = {"steps": options.steps, "rounds": options.rounds}
+    gin_file, _, sequences, bindings = CASES[options.case]
+    case = {"gin_file": gin_file, "sequences_of_one_rank": sequences, "bindings": bindings}
+    machine = platform.processor() or platform.machine()
+    print(json.dumps({"case": options.case, **given, **case, "machine": machine, "medians": result, "each": rounds}))
+
+
+if __name__ == "__main__":
+    main()

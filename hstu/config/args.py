@@ -96,7 +96,7 @@ class EmbeddingArgs(Args):
     """data_parallel: a replica on each rank, trained by the dense optimizer. model_parallel: sharded by TorchRec
     over all ranks. Must be given: the default "None" is deliberately not a valid choice."""
     sharding: str = option("auto", choices=("auto", "row_wise", "table_wise", "column_wise"))
-    """How a model_parallel table is cut. auto: TorchRec's planner decides."""
+    """How a model_parallel table is cut. auto: TorchRec's planner decides. column_wise: not with rowwise_adagrad."""
     init_std: float = option(0.02, above=0)
     """Standard deviation of the normal distribution of initial rows."""
 

@@ -134,6 +134,21 @@ def features_have_one_table(run: Run) -> Problems:
     yield from each_once(run, [(table, getattr(table, "feature_names", [])) for table in run.tables], "feature_names")
 
 
+@rule
+def rows_with_one_moment_stay_whole(run: Run, optimizer: OptimizerArgs) -> Problems:
+    given = "sparse_optimizer_str" if optimizer.sparse_optimizer_str is not None else "optimizer_str"
+    if getattr(optimizer, given) != "rowwise_adagrad":
+        return
+    for table in run.tables:
+        if table.sharding_type == "model_parallel" and table.sharding == "column_wise":
+            text = (
+                "each rank with some columns would have a moment of its own for a row, so that the result depends on "
+                f"the number of ranks with {run.cite(optimizer, given)}; use 'row_wise', 'table_wise' or 'auto', or "
+                "the optimizer 'adagrad'"
+            )
+            yield run.problem(table, "sharding", text)
+
+
 # --- data ----------------------------------------------------------------------------------------------------------
 
 

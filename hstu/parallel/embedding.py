@@ -27,7 +27,8 @@ from hstu.parallel.table_optimizer import FusedTables, SteppedTables, TableOptim
 
 log = logging.getLogger(__name__)
 
-# auto leaves out column_wise: it changes what rowwise_adagrad computes (one accumulator a row *and shard*).
+# auto leaves out column_wise: rowwise_adagrad would have one moment a row *and shard*, for which it is refused by hand
+# (hstu/config/rules.py).
 _SHARDING_TYPES = {
     "auto": [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value],
     "row_wise": [ShardingType.ROW_WISE.value],

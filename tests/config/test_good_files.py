@@ -243,3 +243,17 @@ def test_warning_free_by_default(tmp_path: Path) -> None:
 def test_tensor_parallelism_is_accepted_where_it_divides(tmp_path: Path) -> None:
     text = RANKING + "TensorModelParallelArgs.tensor_model_parallel_size = 2\nNetworkArgs.sequence_parallel = True\n"
     assert validate(load([write(tmp_path, text)], [], "ranking"), world_size=4) == []
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ['OptimizerArgs.sparse_optimizer_str = "adagrad"'],  # what trains the tables, and it keeps a moment an element
+        ['item/EmbeddingArgs.sharding_type = "data_parallel"'],  # replicated: nothing is cut
+        ['item/EmbeddingArgs.sharding = "table_wise"'],
+    ],
+)
+def test_rowwise_adagrad_is_accepted_where_no_row_is_cut(lines: list[str], tmp_path: Path) -> None:
+    wide = ['OptimizerArgs.optimizer_str = "rowwise_adagrad"', 'item/EmbeddingArgs.sharding = "column_wise"']
+    text = changed(OWN_DATA, *wide, *lines)
+    assert validate(load([write(tmp_path, text)], [], "ranking"), world_size=2) == []

@@ -50,7 +50,7 @@ def run_ranks(target: str, world_size: int, timeout_s: float = 60.0, **kwargs: A
     with tempfile.TemporaryDirectory(prefix="hstu-ranks-") as directory:
         folder = Path(directory)
         (folder / "call.json").write_text(json.dumps({"target": target, "kwargs": kwargs}))
-        port = _free_port()
+        port = free_port()
         processes = [_start_rank(folder, rank, world_size, port) for rank in range(world_size)]
         try:
             _wait(processes, folder, target, timeout_s)
@@ -60,7 +60,7 @@ def run_ranks(target: str, world_size: int, timeout_s: float = 60.0, **kwargs: A
         return [json.loads((folder / f"result{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

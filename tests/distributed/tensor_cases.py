@@ -1,10 +1,15 @@
-"""What runs on each rank in test_tensor_parallel.py: whole runs on a small store, over any number of ranks."""
+"""Whole runs on a small store, over any number of ranks: what runs on each in test_tensor_parallel.py.
+
+test_matrix.py has the same runs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -15,9 +20,10 @@ from hstu.config.run_config import RunConfig
 from hstu.ops.dropout import dropout as dropout_op
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects
-from hstu.pipeline.none import SequentialPipeline
-from hstu.train.builder import build_evaluator, build_model
+from hstu.pipeline.base import StepResult
+from hstu.train.builder import build_evaluator, build_model, build_pipeline
 from hstu.train.sources import StoreSource
+from tests.conftest import write_small_store
 from tests.distributed.table_cases import full_tables
 
 GLOBAL_BATCH = 8
@@ -27,19 +33,34 @@ BASE = [
     "DatasetArgs.max_sequence_length = 12",
     "DatasetArgs.shuffle = True",
     "NetworkArgs.num_layers = 2",
-    "NetworkArgs.hidden_size = 12",
+    "NetworkArgs.hidden_size = 16",  # columns are cut in multiples of 4: for 4 ranks
     "NetworkArgs.num_attention_heads = 4",
     "NetworkArgs.kv_channels = 3",
+    "NetworkArgs.num_position_buckets = 32",
     "NetworkArgs.hidden_dropout = 0.0",
     'NetworkArgs.dtype_str = "float32"',
     'NetworkArgs.kernel_backend = "pytorch"',
-    "OptimizerArgs.learning_rate = 0.02",
     "OptimizerArgs.adam_eps = 1e-4",  # so that rounding does not turn the sign of an update
 ]
 TASKS = {
     "ranking": ["RankingArgs.prediction_head_arch = [6, 4]", "RankingArgs.eval_metrics = ('AUC', 'LOGLOSS', 'GAUC')"],
     "retrieval": ["RetrievalArgs.eval_metrics = ('HR@5', 'NDCG@5', 'MRR')", "RetrievalArgs.temperature = 0.2"],
 }
+
+
+def write_store(path: Path) -> None:
+    """33 users: the last global batch of a retrieval epoch has one, and leaves whole groups with nothing."""
+    rng = np.random.default_rng(3)
+    lengths = [int(n) for n in rng.integers(4, 16, 33)]
+    write_small_store(
+        path,
+        [rng.integers(0, 30, n).tolist() for n in lengths],
+        actions=[rng.integers(0, 4, n).tolist() for n in lengths],
+        timestamps=[(10**6 + np.cumsum(rng.integers(0, 10**5, n))).tolist() for n in lengths],
+        context={"age": [*rng.integers(0, 4, 32).tolist(), 4]},
+        num_items=30,
+        num_actions=4,
+    )
 
 
 def make_config(
@@ -49,6 +70,8 @@ def make_config(
     optimizer: str = "sgd",
     sharding: str = "row_wise",
     replicated: tuple[str, ...] | list[str] = ("action",),
+    pipeline: str = "none",
+    learning_rate: float = 0.02,
     bindings: tuple[str, ...] | list[str] = (),
 ) -> RunConfig:
     """A small run whose global batch does not depend on the number of ranks."""
@@ -66,8 +89,10 @@ def make_config(
     run = [
         f"TrainerArgs.train_batch_size = {GLOBAL_BATCH // world_size}",
         f"TrainerArgs.eval_batch_size = {GLOBAL_BATCH // world_size}",
+        f"TrainerArgs.pipeline_type = {pipeline!r}",
         f"DatasetArgs.dataset_path = {store!r}",
         f"OptimizerArgs.optimizer_str = {optimizer!r}",
+        f"OptimizerArgs.learning_rate = {learning_rate}",
     ]
     return load_gin([], [*BASE, *TASKS[task], *tables, *run, *bindings], task)  # type: ignore[arg-type]
 
@@ -143,15 +168,21 @@ def dropout_patterns(store: str, tp: int) -> dict[str, Any]:
 
 def train(mesh: mesh_module.Mesh, config: RunConfig, source: StoreSource, state: TrainState, steps: int) -> list[float]:
     """So many steps from the state's position; the losses."""
-    pipeline = SequentialPipeline(state.model, state.optimizers, mesh, config.trainer.max_grad_norm)
-    batches, losses = source.train_batches(state.position), []
+    return [float(result.loss) for result in train_steps(mesh, config, source, state, steps)]
+
+
+def train_steps(
+    mesh: mesh_module.Mesh, config: RunConfig, source: StoreSource, state: TrainState, steps: int
+) -> Iterator[StepResult]:
+    """So many steps from the state's position, one after the other."""
+    pipeline = build_pipeline(config.trainer, state.model, state.optimizers, mesh)
+    batches = source.train_batches(state.position)
     for _ in range(steps):
         result = pipeline.progress(batches)
-        losses.append(float(result.loss))
         state.iteration += 1
         assert result.batch.position is not None
         state.position = result.batch.position
-    return losses
+        yield result
 
 
 def consolidated(state: TrainState, mesh: mesh_module.Mesh) -> dict[str, Any]:

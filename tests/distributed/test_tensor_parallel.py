@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import write_small_store
 from tests.distributed.launch import run_ranks
+from tests.distributed.tensor_cases import write_store
 
 HERE = "tests.distributed.tensor_cases"
 BY_TOKENS = "NetworkArgs.sequence_parallel = True"
@@ -73,19 +73,8 @@ GRIDS = [(2, 2), *(pytest.param(grid, marks=pytest.mark.slow) for grid in ((2, 1
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: Any) -> str:
-    """33 users: the last global batch of a retrieval epoch has one, and leaves whole groups with nothing."""
-    rng = np.random.default_rng(3)
-    lengths = [int(n) for n in rng.integers(4, 16, 33)]
     path = tmp_path_factory.mktemp("store") / "toy"
-    write_small_store(
-        path,
-        [rng.integers(0, 30, n).tolist() for n in lengths],
-        actions=[rng.integers(0, 4, n).tolist() for n in lengths],
-        timestamps=[(10**6 + np.cumsum(rng.integers(0, 10**5, n))).tolist() for n in lengths],
-        context={"age": [*rng.integers(0, 4, 32).tolist(), 4]},
-        num_items=30,
-        num_actions=4,
-    )
+    write_store(path)
     return str(path)
 
 

@@ -1,0 +1,271 @@
+"""Every way to spread a run over processes, against the single process: the matrix.
+
+    python -m tests.distributed.matrix                    # the pairs of tests/distributed/test_matrix.py
+    python -m tests.distributed.matrix --all              # all of it
+    python -m tests.distributed.matrix --all --world 4 --tp 2 --json matrix.json
+
+A line for each launch, then a summary; exit code 1 and the cases that fail, if any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hstu.config.errors import ConfigError
+from hstu.config.validate import validate
+from hstu.data.balance import even_bounds
+from tests.distributed.launch import RankFailure, free_port, run_ranks
+from tests.distributed.pairwise import covering
+from tests.distributed.tensor_cases import make_config, write_store
+
+TABLES = ("item_id", "action", "age")
+RTOL = 1e-5
+ATOL = 1.2e-7
+"""One unit in the last place of 1: weights near zero are what is left of larger updates, summed in another order.
+
+It is this small with adam_eps = 1e-4 (tensor_cases.py) and a small learning rate: of a gradient that cancels out to
+nothing but rounding Adam and Adagrad make a step, learning_rate / adam_eps times as large.
+"""
+
+
+class Case(NamedTuple):
+    """One cell: a level for each factor."""
+
+    world: int
+    tp: int
+    sharding: str
+    optimizer: str
+    pipeline: str
+    task: str
+    by_tokens: bool
+    """Sequence parallelism."""
+    balanced: bool
+
+    def __str__(self) -> str:
+        parts = [f"{self.world} ranks", f"tp {self.tp}", *self[2:6]]
+        return ", ".join(parts + ["by tokens"] * self.by_tokens + ["balanced"] * self.balanced)
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped: with one of the pipelines, for it is no factor of its own."""
+        return self.pipeline == "native"
+
+    @property
+    def is_refused(self) -> bool:
+        """One moment a row cannot be kept by ranks that have parts of a row: the configuration is refused."""
+        return self.optimizer == "rowwise_adagrad" and self.sharding == "column_wise"
+
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "world": (1, 2, 4),
+    "tp": (1, 2, 4),
+    "sharding": ("row_wise", "table_wise", "column_wise", "data_parallel"),
+    "optimizer": ("sgd", "rowwise_adagrad", "adam"),
+    "pipeline": ("none", "native", "prefetch"),
+    "task": ("ranking", "retrieval"),
+    "by_tokens": (False, True),
+    "balanced": (False, True),
+}
+
+
+def all_cases() -> list[Case]:
+    """The whole matrix: all combinations that mean something, those that are refused among them."""
+    return [case for case in (Case(*levels) for levels in product(*FACTORS.values())) if _means_something(case)]
+
+
+def pairwise_cases() -> list[Case]:
+    """The few of them, none refused, in which all pairs of levels meet."""
+    return covering([case for case in all_cases() if not case.is_refused])
+
+
+def _means_something(case: Case) -> bool:
+    # Groups are made of ranks, tokens are split within a group, and one rank has no one to share a batch with.
+    return case.tp <= case.world and (case.tp > 1 or not case.by_tokens) and (case.world > 1 or not case.balanced)
+
+
+def alone(case: Case) -> Case:
+    """The single process that a case is compared with.
+
+    It differs by what a user does not expect to change the numbers. A table that is replicated has the dense optimizer,
+    which for rowwise_adagrad is adagrad and whose adam also moves the rows that a batch does not have.
+    """
+    sharding = "data_parallel" if case.sharding == "data_parallel" else "row_wise"
+    return Case(1, 1, sharding, case.optimizer, "none", case.task, by_tokens=False, balanced=False)
+
+
+def options(case: Case, clips: bool) -> dict[str, Any]:
+    """A case as arguments of ``tensor_cases.make_config``."""
+    replicated = case.sharding == "data_parallel"
+    return {
+        "task": case.task,
+        "optimizer": case.optimizer,
+        "sharding": "auto" if replicated else case.sharding,
+        "replicated": TABLES if replicated else (),
+        "pipeline": case.pipeline,
+        "learning_rate": 0.4 if case.optimizer == "sgd" else 0.005,
+        "bindings": [
+            f"TensorModelParallelArgs.tensor_model_parallel_size = {case.tp}",
+            f"NetworkArgs.sequence_parallel = {case.by_tokens}",
+            f"TrainerArgs.enable_balanced_shuffler = {case.balanced}",
+            f"TrainerArgs.max_grad_norm = {0.5 if clips else 0.0}",
+            # Of the two encodings one is added to tokens, the other to what heads compute.
+            f"NetworkArgs.position_encoding = {'absolute' if case.task == 'ranking' else 'relative_bias'!r}",
+            # Divided by the longest sequence attention is so little that sgd hardly moves its weights.
+            "NetworkArgs.scaling_seqlen = 1",
+        ],
+    }
+
+
+def run(cases: Sequence[Case], store: str) -> dict[Case, list[str]]:
+    """Run the cases, none refused, in one launch for each number of ranks; what is wrong with each, or nothing."""
+    results: dict[Case, list[str]] = {}
+    expected: dict[str, Any] = {}
+    for world in sorted({1, *(case.world for case in cases)}):
+        here = [case for case in cases if case.world == world]
+        groups: dict[int, dict[str, Any]] = {}
+        if world == 1:
+            groups[1] = {_reference(case): options(alone(case), case.clips) for case in cases}
+        for case in here:
+            groups.setdefault(case.tp, {})[str(case)] = options(case, case.clips)
+        try:
+            ranks = _launch(store, world, groups)
+        except RankFailure as failure:
+            if world == 1:  # then there is nothing to compare with
+                raise
+            results |= {case: [f"in a launch that failed: {failure}"] for case in here}
+            continue
+        if world == 1:
+            expected = ranks[0]
+        results |= {case: _problems(case, [rank[str(case)] for rank in ranks], expected) for case in here}
+    return results
+
+
+def not_refused(case: Case, store: str) -> list[str]:
+    """What is wrong with a case that must be refused before anything is started."""
+    config = make_config(store, case.world, **options(case, case.clips))
+    try:
+        validate(config, case.world)
+    except ConfigError as error:
+        tables = [problem for problem in error.problems if "EmbeddingArgs.sharding = 'column_wise'" in problem]
+        return [] if len(tables) == len(error.problems) == len(TABLES) else [f"refused for another reason: {error}"]
+    return ["accepted"]
+
+
+def _reference(case: Case) -> str:
+    return f"reference: {alone(case)}{', clipped' if case.clips else ''}"
+
+
+def _launch(store: str, world: int, by_tp: dict[int, dict[str, Any]]) -> list[Any]:
+    groups = [{"tp": tp, "port": free_port(), "cases": cases} for tp, cases in by_tp.items()]
+    timeout_s = 120.0 + 10 * sum(len(cases) for cases in by_tp.values())
+    return run_ranks("tests.distributed.matrix_cases:run", world, timeout_s=timeout_s, store=store, groups=groups)
+
+
+def _problems(case: Case, ranks: list[Any], expected: dict[str, Any]) -> list[str]:
+    reference = expected[_reference(case)]
+    return [
+        *_too_easy(reference),
+        *_other_numbers(ranks, reference),
+        *_other_samples(case, ranks, reference),
+    ]
+
+
+def _too_easy(reference: Any) -> Iterable[str]:
+    """Weights that move so little that a wrong gradient would not show, and a run without an uneven batch."""
+    sizes = [len(users) for users in reference["users"]]
+    if min(sizes[:-1]) == max(sizes):
+        yield f"the single process's batches are {sizes}: no epoch ends with a smaller one"
+    for name, final in reference["weights"].items():
+        moved = np.abs(np.subtract(final, reference["initial"][name])).max()
+        if moved < 4 * (RTOL * np.abs(final).max() + ATOL):
+            yield f"{name} moves by {moved:.1e} only in the single process"
+
+
+def _other_numbers(ranks: list[Any], reference: Any) -> Iterable[str]:
+    """Losses of all ranks and consolidated weights that are not those of the single process."""
+    for rank, told in enumerate(ranks):
+        yield from _far(f"losses of rank {rank}", told["losses"], reference["losses"], 0.0)
+    weights = ranks[0]["weights"]
+    if weights.keys() != reference["weights"].keys():
+        yield f"in one of them only: {sorted(weights.keys() ^ reference['weights'].keys())}"
+        return
+    for name, weight in reference["weights"].items():
+        yield from _far(name, weights[name], weight, ATOL)
+
+
+def _far(name: str, actual: Any, expected: Any, atol: float) -> Iterable[str]:
+    left, right = np.array(actual), np.array(expected)
+    if left.shape != right.shape:
+        yield f"{name} has the shape {left.shape}, not {right.shape}"
+        return
+    over = np.abs(left - right) - RTOL * np.abs(right) - atol
+    if not (over <= 0).all():  # NaN is far, too
+        yield f"{name}: {(~(over <= 0)).sum()} of {over.size} are off, by up to {over.max():.1e} more than allowed"
+
+
+def _other_samples(case: Case, ranks: list[Any], reference: Any) -> Iterable[str]:
+    """Ranks share the single process's batches: in contiguous shares, or else where they are balanced."""
+    moved = False
+    for step, whole in enumerate(reference["users"]):
+        shares = [rank["users"][step] for rank in ranks]
+        if sorted(user for share in shares for user in share) != sorted(whole):
+            yield f"step {step}: ranks have the users {shares}, the single process {whole}"
+        bounds = even_bounds(0, len(whole), case.world)
+        moved |= shares != [whole[begin:end] for begin, end in pairwise(bounds)]
+    if moved != case.balanced:
+        yield f"samples {'were' if moved else 'were not'} moved between ranks"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """See the head of this file."""
+    parser = argparse.ArgumentParser(prog="python -m tests.distributed.matrix")
+    parser.add_argument("--all", action="store_true", help="the whole matrix, not only what covers its pairs")
+    parser.add_argument("--world", type=int, choices=FACTORS["world"], help="only on this many ranks")
+    parser.add_argument("--tp", type=int, choices=FACTORS["tp"], help="only with groups of this many ranks")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result of each case")
+    args = parser.parse_args(argv)
+    refused = [case for case in all_cases() if case.is_refused]
+    wanted = all_cases() if args.all else [*pairwise_cases(), *refused]
+    wanted = [case for case in wanted if args.world in (None, case.world) and args.tp in (None, case.tp)]
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="hstu-matrix-") as directory:
+        store = f"{directory}/store"
+        write_store(Path(store))
+        results = dict(_run_by_grid(wanted, store))
+    failed = {str(case): problems for case, problems in results.items() if problems}
+    ran = sum(not case.is_refused for case in results)
+    print(f"{ran} runs and {len(results) - ran} refusals in {time.monotonic() - begun:.0f} s, {len(failed)} failed")
+    for name, problems in failed.items():
+        print(f"FAILED {name}\n  " + "\n  ".join(problems))
+    if args.json:
+        told = {
+            str(case): problems or ["refused" if case.is_refused else "equal"] for case, problems in results.items()
+        }
+        args.json.write_text(json.dumps(told, indent=1) + "\n")
+    return 1 if failed or not results else 0
+
+
+def _run_by_grid(cases: Sequence[Case], store: str) -> Iterable[tuple[Case, list[str]]]:
+    """Run the cases, a launch for each number of ranks and size of groups."""
+    for world, tp in dict.fromkeys((case.world, case.tp) for case in cases):
+        begun, here = time.monotonic(), [case for case in cases if (case.world, case.tp) == (world, tp)]
+        results = run([case for case in here if not case.is_refused], store)
+        results |= {case: not_refused(case, store) for case in here if case.is_refused}
+        equal = sum(not problems for problems in results.values())
+        seconds = time.monotonic() - begun
+        print(f"{world} ranks, tp {tp}: {equal} of {len(results)} cases as they must be, {seconds:.0f} s", flush=True)
+        yield from results.items()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -142,7 +142,9 @@ def run(cases: Sequence[Case], store: str) -> dict[Case, list[str]]:
         except RankFailure as failure:
             if world == 1:  # then there is nothing to compare with
                 raise
-            results |= {case: [f"in a launch that failed: {failure}"] for case in here}
+            print(failure, file=sys.stderr)
+            last_line = failure.stderr.strip().rpartition("\n")[-1]
+            results |= {case: [f"in a launch that failed: {last_line}"] for case in here}
             continue
         if world == 1:
             expected = ranks[0]
@@ -195,6 +197,9 @@ def _other_numbers(ranks: list[Any], reference: Any) -> Iterable[str]:
     """Losses of all ranks and consolidated weights that are not those of the single process."""
     for rank, told in enumerate(ranks):
         yield from _far(f"losses of rank {rank}", told["losses"], reference["losses"], 0.0)
+    if "unequal" in ranks[0]:
+        yield f"ranks that should have the same weights differ: {ranks[0]['unequal']}"
+        return
     weights = ranks[0]["weights"]
     if weights.keys() != reference["weights"].keys():
         yield f"in one of them only: {sorted(weights.keys() ^ reference['weights'].keys())}"

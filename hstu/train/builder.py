@@ -147,6 +147,7 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDen
         item_dim=network.item_width,
         args=config.task_args,
         gather_pool=lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),
+        backend=backend,
     )
 
 

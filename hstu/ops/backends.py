@@ -8,6 +8,7 @@ from enum import StrEnum
 import torch
 
 from hstu.config.errors import ConfigError
+from hstu.ops.cpu.coverage import attention_gap, gate_gap, sampled_softmax_gap, type_gap
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,29 @@ def select_backend(requested: str, strict: bool, device: torch.device) -> Backen
             "use 'pytorch', or set strict_kernel_backend = False"
         )
     return _on_cpu(reason) if device.type == "cpu" else _fall_back(reason)
+
+
+def describe_kernels(backend: Backend, *, head_dim: int, item_dim: int, dtype: torch.dtype, split_heads: bool) -> str:
+    """What serves each operator of a model, for the log: ``operator: backend`` and why, where that is another.
+
+    ``dtype`` is that of the dense model; ``split_heads``: the heads of a row lie on several ranks.
+    """
+    gaps: dict[str, str | None] = {
+        "attention": attention_gap(head_dim, dtype),
+        "split_uvqk": type_gap(dtype),
+        "norm_mul_dropout": gate_gap(dtype, split=split_heads),
+        "sampled_softmax_loss": sampled_softmax_gap(item_dim, torch.float32),
+        "l2_normalise": None,
+        "pool_softmax_loss": "no kernel",
+        "jagged_concat": "no kernel",
+        "add_positions": "no kernel",
+    }
+    if backend is Backend.PYTORCH:
+        return f"all operators: {backend.value}"
+    return ", ".join(
+        f"{name}: {backend.value}" if gap is None else f"{name}: {Backend.PYTORCH.value} ({gap})"
+        for name, gap in gaps.items()
+    )
 
 
 def _on_cpu(reason: str) -> Backend:

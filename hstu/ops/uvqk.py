@@ -12,7 +12,7 @@ from hstu.ops.cpu.coverage import type_gap
 def split_uvqk(
     projected: Tensor, head_dim: int, backend: Backend = Backend.PYTORCH
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """u, v, q, k, each [T, H, d], views of one SiLU(projected); projected: [T, H · 4 · d] in the order [H, (u v q k), d].
+    """u, v, q, k, each [T, H, d]: views of one SiLU(projected). projected: [T, H · 4 · d], in the order [H, 4, d].
 
     Source: HSTU, arXiv 2402.17152, eq. 1.
     """

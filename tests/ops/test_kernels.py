@@ -1,7 +1,7 @@
 """Every fast backend against float64, forward and all gradients, over the shapes, masks, types and strides there are.
 
-The float64 results are the PyTorch backend's, which other tests hold against a pair-by-pair oracle; batches small enough
-are held against that here, too.
+The float64 results are the PyTorch backend's, which other tests hold against a pair-by-pair oracle; small batches are
+held against that here, too.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ MOST_BINS = 64  # parts that the work is dealt to, each with bias gradients of i
 class _Arguments(ctypes.Structure):
     """Mirrors HstuAttention of csrc/attention.h: same names, same order."""
 
-    _fields_ = [  # noqa: RUF012  # ctypes wants a plain list
+    _fields_ = [  # ctypes wants a plain list
         *((name, pointer) for name in ("q", "k", "v")),
         *((f"{name}_strides", int64 * 2) for name in ("q", "k", "v")),
         ("grad_out", pointer),

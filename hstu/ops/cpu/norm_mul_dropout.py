@@ -30,7 +30,7 @@ MOST_BINS = 64
 class _Arguments(ctypes.Structure):
     """Mirrors HstuGate of csrc/layer.cpp: same names, same order."""
 
-    _fields_ = [  # noqa: RUF012  # ctypes wants a plain list
+    _fields_ = [  # ctypes wants a plain list
         *((name, pointer) for name in ("x", "u", "grad_out")),
         ("u_strides", int64 * 2),
         *((name, pointer) for name in ("weight", "bias", "draws", "mean", "inverse_std", "out", "grad_x", "grad_u")),

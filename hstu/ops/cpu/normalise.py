@@ -15,7 +15,7 @@ from hstu.ops.cpu.library import address, float32, int32, int64, library, num_th
 class _Arguments(ctypes.Structure):
     """Mirrors HstuUnit of csrc/layer.cpp: same names, same order."""
 
-    _fields_ = [  # noqa: RUF012  # ctypes wants a plain list
+    _fields_ = [  # ctypes wants a plain list
         *((name, pointer) for name in ("x", "unit", "grad_out", "out", "norms", "grad_x")),
         *((name, int64) for name in ("rows", "width")),
         ("eps", float32),

@@ -1,4 +1,7 @@
-"""See :mod:`hstu.ops.softmax_loss`; the arithmetic is in csrc/softmax_loss.cpp. As there, forward makes the gradients."""
+"""See :mod:`hstu.ops.softmax_loss`; the arithmetic is in csrc/softmax_loss.cpp.
+
+As there, forward makes the gradients, and backward scales them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ MOST_PARTIAL_BYTES = 2**27
 class _Arguments(ctypes.Structure):
     """Mirrors HstuSampledSoftmax of csrc/softmax_loss.cpp: same names, same order."""
 
-    _fields_ = [  # noqa: RUF012  # ctypes wants a plain list
+    _fields_ = [  # ctypes wants a plain list
         *((name, pointer) for name in ("queries", "positives", "pool", "draws", "target_ids", "pool_ids")),
         *((name, pointer) for name in ("losses", "weights", "grad_queries", "grad_positives", "grad_pool")),
         *((name, pointer) for name in ("packed", "partial")),

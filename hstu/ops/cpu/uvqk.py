@@ -16,7 +16,7 @@ from hstu.ops.cpu.library import address, int32, int64, is_bfloat, library, num_
 class _Arguments(ctypes.Structure):
     """Mirrors HstuUvqk of csrc/layer.cpp: same names, same order."""
 
-    _fields_ = [  # noqa: RUF012  # ctypes wants a plain list
+    _fields_ = [  # ctypes wants a plain list
         ("projected", pointer),
         ("grads", pointer * 4),
         ("grad_projected", pointer),

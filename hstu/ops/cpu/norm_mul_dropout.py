@@ -67,8 +67,8 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, weight, bias, _, _ = saved = ctx.saved_tensors
-        arguments, used = _describe(*saved, ctx.draws)
+        x, u, weight, bias, mean, inverse_std = ctx.saved_tensors
+        arguments, used = _describe(x, u, weight, bias, mean, inverse_std, ctx.draws)
         grad_out = grad_out.contiguous()
         grad_x, grad_u = torch.empty_like(x), torch.empty(u.shape, dtype=u.dtype)
         sums = torch.zeros(2, arguments.bins, len(weight))

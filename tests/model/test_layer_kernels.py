@@ -83,7 +83,7 @@ def test_what_is_recomputed_is_not_kept(backend: Backend) -> None:
 
     tokens, inner = BATCH.layout().num_tokens, 2 * 4
     assert kept(recompute_input_silu=True) <= kept() - tokens * 4 * inner * 4
-    assert kept(recompute_layer=True) == 0
+    assert kept(recompute_layer=True) == tokens * 8 * 4, "the input alone"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -101,7 +101,7 @@ class PaddedModel(nn.Module):
         self.items = nn.Embedding(num_items, network.hidden_size)
         self.layers = nn.ModuleList(PaddedLayer(network, max_items) for _ in range(network.num_layers))
         self.temperature, self.eps = temperature, l2_norm_eps
-        self.register_buffer("mask", torch.ones(max_items, max_items).tril())
+        self.mask = torch.ones(max_items, max_items).tril()
 
     def forward(self, batch: PaddedBatch) -> Tensor:
         """Mean loss of the labels."""

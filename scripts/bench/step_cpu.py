@@ -36,6 +36,7 @@ from hstu.config.gin_io import load
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
 from hstu.data.sampler import SamplerPosition
+from hstu.model.gr_model import GRModel
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
 from hstu.train.builder import build_model, build_pipeline
@@ -64,7 +65,7 @@ class Bench:
     batches: list[HSTUBatch]
     padded: list[PaddedBatch]
 
-    def ours(self, variant: str, *bindings: str) -> tuple[Step, torch.nn.Module]:
+    def ours(self, variant: str, *bindings: str) -> tuple[Step, GRModel]:
         """A step of ours, and its model."""
         backend, dtype = VARIANTS[variant]
         config = _load(
@@ -73,7 +74,11 @@ class Bench:
         meshes.seed_initial_weights(config.trainer.seed)
         model, optimizers = build_model(config, self.source, self.mesh)
         pipeline = build_pipeline(config.trainer, model, optimizers, self.mesh)
-        return lambda number: pipeline.progress(iter([self.batches[number]])) and None, model
+
+        def step(number: int) -> None:
+            pipeline.progress(iter([self.batches[number]]))
+
+        return step, model
 
     def baseline(self, *bindings: str) -> tuple[Step, PaddedModel]:
         """A step of the padded baseline, and its model."""
@@ -131,7 +136,7 @@ def loss_difference(bench: Bench) -> float:
     quiet = "NetworkArgs.hidden_dropout = 0.0"
     _, model = bench.ours("cpp_float32", quiet)
     _, padded = bench.baseline(quiet)
-    padded.copy_weights(model)  # type: ignore[arg-type]
+    padded.copy_weights(model)
     with torch.no_grad():
         output = model(bench.batches[0])
         ours, theirs = float(output.loss_sum / output.num_labels), float(padded(bench.padded[0]))

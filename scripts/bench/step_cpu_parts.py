@@ -105,9 +105,9 @@ def attention_costs(width: int = 50, repeats: int = 5) -> list[dict[str, Any]]:
             tables = [torch.randn(n, requires_grad=True) for n in (2 * longest - 1, NUM_TIME_BUCKETS)]
 
             def run(layout=layout, inputs=inputs, tables=tables) -> None:  # type: ignore[no-untyped-def]
-                out = hstu_attention(
-                    *inputs, layout, alpha=0.1, scaling_seqlen=200, bias=RelativeBias(*tables), backend=Backend.CPU
-                )
+                q, k, v = inputs
+                bias = RelativeBias(*tables)
+                out = hstu_attention(q, k, v, layout, alpha=0.1, scaling_seqlen=200, bias=bias, backend=Backend.CPU)
                 torch.autograd.grad(out.sum(), [*inputs, *tables])
 
             best = min(_seconds(run) for _ in range(repeats))

@@ -233,7 +233,7 @@ class NetworkArgs(Args):
     dtype_str: str = option("bfloat16", choices=("bfloat16", "float16", "float32"))
     """Compute type of the dense model; parameters stay float32. float16 needs a GPU."""
     kernel_backend: str = option("cutlass", choices=("cutlass", "triton", "pytorch"))
-    """Kernels of the model; on a CPU the first two mean C++ kernels. What runs in place of what was asked for is logged."""
+    """Kernels of the model; on a CPU the first two mean C++ kernels. The log names what runs instead, and why."""
     strict_kernel_backend: bool = option(False)
     """True: it is an error where kernel_backend cannot run."""
     target_group_size: int = option(1, minimum=1)

@@ -201,6 +201,7 @@ def _agree(part: Callable[[], T], mesh: Mesh) -> list[T]:
 
     CheckpointException, which torch.distributed.checkpoint raises, is no Exception but a BaseException.
     """
+    mesh.progress.mark()
     result: T | None = None
     failure: Exception | None = None
     try:

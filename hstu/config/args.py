@@ -68,6 +68,8 @@ class TrainerArgs(Args):
     """Clip the global L2 norm of the dense gradients to this. 0: off."""
     deterministic: bool = option(False)
     """Bitwise repeatable runs: deterministic algorithms only, and an error where one has none."""
+    collective_timeout_s: float = option(600.0, above=0)
+    """Seconds that a rank may stay at one place (a step, a batch of an evaluation) before the run is ended as stuck."""
     data_workers: int = option(0, minimum=0)
     """Processes a rank that read and collate batches. 0: in the training process."""
     data_prefetch: int = option(2, minimum=1)

@@ -22,6 +22,7 @@ from hstu.config.run_config import RunConfig
 from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.progress import Progress
 from hstu.parallel.row_sparse import RowSparseSharder
 from hstu.parallel.table_optimizer import FusedTables, SteppedTables, TableOptimizer
 
@@ -72,7 +73,7 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
             init_data_parallel=False,
             init_parameters=False,
         )
-    write_initial_rows(model, config.trainer.seed)
+    write_initial_rows(model, config.trainer.seed, mesh.progress)
     collections = sharded_collections(model)
     if row_sparse:
         return model, SteppedTables(collections, learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_eps)
@@ -94,7 +95,7 @@ def sharded_weights(model: GRModel) -> dict[str, ShardedTensor]:
 
 
 @torch.no_grad()
-def write_initial_rows(model: GRModel, seed: int) -> None:
+def write_initial_rows(model: GRModel, seed: int, progress: Progress) -> None:
     """Fill this rank's shards block by block; the rows do not depend on the number of ranks or the sharding."""
     specs = {spec.name: spec for spec in model.specs}
     for table, weight in sharded_weights(model).items():
@@ -102,6 +103,7 @@ def write_initial_rows(model: GRModel, seed: int) -> None:
             (first_row, first_col), (rows, cols) = local.metadata.shard_offsets, local.metadata.shard_sizes
             local.tensor.zero_()  # columns beyond spec.dim stay zero
             for row, block in initial_row_blocks(specs[table], seed, first_row, first_row + rows):
+                progress.alive()
                 part = block[:, first_col : first_col + cols]
                 local.tensor[row - first_row : row - first_row + len(part), : part.shape[1]].copy_(part)
 

@@ -6,12 +6,11 @@ Works under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK, …) and with pla
 from __future__ import annotations
 
 import logging
-import math
 import os
 import random
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
@@ -19,10 +18,12 @@ import torch
 import torch.distributed as dist
 
 from hstu.config.errors import ConfigError
+from hstu.parallel.progress import Progress
 
 log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
+_HEAD_START_S = 10.0  # for the watchdog, which knows who is missing; NCCL's own would abort without saying so
 _FINISH_TIMEOUT_S = 30.0
 _DROPOUT_STREAM = 0x64726F70  # keeps the dropout seeds of rank 0 apart from the seed of the initial weights
 
@@ -45,6 +46,10 @@ class Mesh:
     dp_group: dist.ProcessGroup
     tp_group: dist.ProcessGroup
     seed: int
+    store: dist.Store | None = None
+    """What the launch shares beside collectives; None for a mesh that was never started."""
+    progress: Progress = field(default_factory=Progress)
+    """What this rank is at, for the watchdog."""
 
     @property
     def is_main(self) -> bool:
@@ -60,17 +65,18 @@ def start(
 ) -> Mesh:
     """Pick the device, join the process group, cut it into data- and tensor-parallel groups, seed this process.
 
-    ``timeout_s``: a collective that waits longer fails. ``deterministic``: only bitwise repeatable kernels, an error
-    from torch where an operation has none. Afterwards torch's generator has the seed of the initial weights, the
-    same on all ranks; call ``seed_dropout`` once the model is built.
+    ``timeout_s``: a collective that waits longer fails, ten seconds later. ``deterministic``: only bitwise repeatable
+    kernels, an error from torch where an operation has none. Afterwards torch's generator has the seed of the initial
+    weights, the same on all ranks; call ``seed_dropout`` once the model is built.
     """
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = _pick_device(local_rank)
     threads = max(1, len(os.sched_getaffinity(0)) // local_world_size)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
-    _join_world(device, timeout_s)
-    mesh = _make_groups(device, local_rank, local_world_size, tensor_parallel_size, timeout_s, seed)
+    timeout = timedelta(seconds=timeout_s + _HEAD_START_S)
+    store = _join_world(device, timeout)
+    mesh = _make_groups(device, local_rank, local_world_size, tensor_parallel_size, timeout, seed, store)
     seed_initial_weights(seed)
     log.info("rank %d of %d on %s, %d CPU threads", mesh.rank, mesh.world_size, device, threads)
     return mesh
@@ -123,22 +129,33 @@ def _pick_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _join_world(device: torch.device, timeout_s: float) -> None:
+def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        served, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # torch 2.13: torchrun --max-restarts serves the store of the first attempt to all. A rank that reads the old
+        # address of one that is gone hangs (tests/distributed/test_failures.py tells when it is fixed).
+        store: dist.Store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", served)
     else:  # plain python: a store in memory, so that no port can be taken
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        store, rank, world_size = dist.HashStore(), 0, 1
+    groups = dist.PrefixStore("groups", store)
+    dist.init_process_group(backend, timeout=timeout, store=groups, rank=rank, world_size=world_size)
+    return store
 
 
 def _make_groups(
-    device: torch.device, local_rank: int, local_world_size: int, tp_size: int, timeout_s: float, seed: int
+    device: torch.device,
+    local_rank: int,
+    local_world_size: int,
+    tp_size: int,
+    timeout: timedelta,
+    seed: int,
+    store: dist.Store,
 ) -> Mesh:
     groups = _parallel_state()
     groups.initialize_model_parallel(
         tensor_model_parallel_size=tp_size,
-        distributed_timeout_minutes=math.ceil(timeout_s / 60),
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=False,
     )
     world_group = dist.group.WORLD
@@ -157,6 +174,7 @@ def _make_groups(
         dp_group=groups.get_data_parallel_group(),
         tp_group=groups.get_tensor_model_parallel_group(),
         seed=seed,
+        store=store,
     )
 
 

@@ -6,14 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
 from hstu.data.batch import HSTUBatch
+from hstu.model.gr_model import GRModel
 from hstu.model.outputs import ModelOutput
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.mesh import Mesh
+from hstu.pipeline.finite import LossCheck
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class TrainPipeline(ABC):
         self.optimizers = optimizers
         self.mesh = mesh
         self.max_grad_norm = max_grad_norm
+        self.loss_check = LossCheck(mesh)
+        if self.loss_check.after_backward:
+            cast(GRModel, model).dense.register_forward_pre_hook(self.loss_check.mask_rows)
 
     @abstractmethod
     def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
@@ -49,8 +55,10 @@ class TrainPipeline(ABC):
         return nullcontext()
 
     def forward(self, batch: HSTUBatch) -> tuple[torch.Tensor, StepResult]:
-        """(loss to differentiate, what ``progress`` returns) of a batch on the device."""
-        loss, mean_loss = self.normalise(self.model(batch))
+        """(loss to differentiate, what ``progress`` returns) of a batch on the device. May raise NonFiniteLoss."""
+        output = self.model(batch)
+        loss, mean_loss = self.normalise(output)
+        self.loss_check.begin(output.loss_sum, mean_loss, batch)
         return loss, StepResult(mean_loss, batch)
 
     def normalise(self, output: ModelOutput) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +79,11 @@ class TrainPipeline(ABC):
         self.optimizers.zero_grad()
 
     def step(self) -> None:
-        """After backward, inside which model-parallel tables may have been updated: clip, then the dense step."""
+        """After backward, inside which model-parallel tables may have been updated: clip, then the dense step.
+
+        May raise NonFiniteLoss, before it.
+        """
+        self.loss_check.end()
         if self.max_grad_norm > 0:
             self.optimizers.clip_grad_norm(self.max_grad_norm)
         self.optimizers.step()

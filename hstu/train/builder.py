@@ -59,7 +59,9 @@ PIPELINES: dict[str, type[TrainPipeline]] = {
 def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
     """A trainer that is ready to ``train()``. Raises ConfigError or DataError where the configuration cannot be."""
     run_directory = open_run_directory(config, mesh)
+    mesh.progress.mark("opening the data")
     source = on_all_ranks(lambda: open_source(config, mesh), mesh)
+    mesh.progress.mark("building the model")
     model, optimizers = build_model(config, source, mesh)
     state = TrainState(model, optimizers, config.operative_gin())
     peak = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])

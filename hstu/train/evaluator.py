@@ -34,7 +34,9 @@ class Evaluator(ABC):
         """Metrics over the batches of all ranks, at most max_eval_iters of each."""
 
     def _limited(self, batches: Iterable[HSTUBatch]) -> Iterator[HSTUBatch]:
-        return islice(batches, self.max_iters)
+        for batch in islice(batches, self.max_iters):
+            self.mesh.progress.mark()
+            yield batch
 
     def _gather(self, array: np.ndarray) -> np.ndarray:
         return np.concatenate(gather_objects(array, self.mesh.world_group))
@@ -87,6 +89,7 @@ class RetrievalEvaluator(Evaluator):
 
     def embed_items(self, codes: Tensor) -> Tensor:
         """Rows of the item table for item codes; collective where the table is sharded."""
+        self.mesh.progress.mark()
         if self.hashed_rows is not None:
             codes = torch.from_numpy(hash_ids(codes.cpu().numpy(), self.hashed_rows)).to(codes.device)
         return self.model.embed_items(codes)

@@ -18,23 +18,36 @@ def run(config: RunConfig) -> int:
         return _tell(error)
 
     from hstu.observe.logging import quiet_libraries
+    from hstu.observe.watchdog import Watchdog
     from hstu.parallel import mesh as meshes
+    from hstu.pipeline.finite import NonFiniteLoss
     from hstu.train.builder import build_trainer
 
     quiet_libraries()
-    trainer = None
+    trainer, watchdog = None, None
     try:
         mesh = meshes.start(
             tensor_parallel_size=config.tensor_parallel.tensor_model_parallel_size,
+            timeout_s=config.trainer.collective_timeout_s,
             seed=config.trainer.seed,
             deterministic=config.trainer.deterministic,
         )
+        watchdog = Watchdog(mesh, config.trainer.collective_timeout_s)
+        watchdog.start()
         trainer = build_trainer(config, mesh)
         trainer.train()
     except UserError as error:
         # What is wrong before training is wrong for every rank; what is found while training may be one rank's alone.
+        in_training = trainer is not None
+        if watchdog is not None:
+            watchdog.leave(error if in_training and not isinstance(error, NonFiniteLoss) else None)
         meshes.finish(wait=False)
-        return _tell(error, every_rank=trainer is not None)
+        return _tell(error, every_rank=in_training)
+    except Exception as error:
+        if watchdog is not None:
+            watchdog.fail(error)
+        raise
+    watchdog.leave()
     meshes.finish()
     return EXIT_DONE
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import torch
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import TrainerArgs
-from hstu.config.errors import UserError
 from hstu.data.batch import HSTUBatch
 from hstu.data.sampler import SamplerPosition
 from hstu.data.sequences import Split
@@ -68,7 +66,9 @@ class Trainer:
             gc.disable()
         status = "failed"
         try:
-            if self.checkpoints.restore(self.state) and self.run_directory.resumed:
+            with self.mesh.progress.during("restoring a checkpoint"):
+                restored = self.checkpoints.restore(self.state)
+            if restored and self.run_directory.resumed:
                 self._history.read(self.run_directory.metrics_file, self.state.iteration)
             if self.args.eval_at_start:
                 self.evaluate(self.source.eval_splits)
@@ -82,7 +82,7 @@ class Trainer:
 
     def _iterate(self) -> bool:
         """Train to the last iteration; False where SIGTERM came first."""
-        batches = self.meter.timed(self.source.train_batches(self.state.position))
+        batches = self.meter.timed(self._loaded(self.source.train_batches(self.state.position)))
         args, path = self.args, self.run_directory.path
         profiler = Profiler(
             path, args.profile_step_start, args.profile_step_end, rank=self.mesh.rank, enabled=args.profile
@@ -102,7 +102,16 @@ class Trainer:
                     return False
         return True
 
+    def _loaded(self, batches: Iterator[HSTUBatch]) -> Iterator[HSTUBatch]:
+        while True:
+            with self.mesh.progress.during("loading a batch"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
     def _step(self, batches: Iterator[HSTUBatch]) -> None:
+        self.mesh.progress.mark("training step", self.state.iteration + 1)
         multiplier = self.schedule.multiplier(self.state.iteration, self.total_iters, self.source.batches_per_epoch)
         self.state.optimizers.set_lr_multiplier(multiplier)
         result = self.pipeline.progress(batches)
@@ -129,7 +138,8 @@ class Trainer:
         """Evaluate on each of ``splits`` and record the metrics; training state is left as it was."""
         for split in splits:
             begun = time.monotonic()
-            with self.meter.paused(), self.pipeline.evaluation():
+            during = self.mesh.progress.during(f"evaluating on {split}")
+            with self.meter.paused(), self.pipeline.evaluation(), during:
                 metrics = self.evaluator.evaluate(self.source.eval_batches(split))
             record = EvalRecord(iteration=self.state.iteration, epoch=self._epoch(), split=split, metrics=metrics)
             self._history.add(record)
@@ -138,11 +148,6 @@ class Trainer:
 
     def _log(self, progress: ProgressBar) -> None:
         loss = float(self._loss_sum) / self._steps_since_log
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at iteration {self.state.iteration}; lower OptimizerArgs.learning_rate, warm up "
-                "(LRScheduleArgs.warmup_iters), clip (TrainerArgs.max_grad_norm) or use float32"
-            )
         rates = self.meter.take(self._sum_over_ranks, self.mesh.world_size)
         self._last_throughput = rates
         record = TrainRecord(
@@ -167,7 +172,7 @@ class Trainer:
 
     def _save(self) -> None:
         if self.args.ckpt_save_interval > 0 and self.checkpoints.newest_iteration != self.state.iteration:
-            with self.meter.paused():
+            with self.meter.paused(), self.mesh.progress.during("saving a checkpoint"):
                 self.checkpoints.save(self.state)
 
     def _epoch(self) -> float:

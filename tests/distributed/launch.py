@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,8 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -41,23 +44,62 @@ class RankFailure(Exception):
         self.stderr = stderr
 
 
+@dataclass(frozen=True)
+class EndedRank:
+    """How a rank ended. ``at``: seconds since the epoch."""
+
+    exit_code: int
+    output: str
+    at: float
+
+
+def run_to_their_ends(
+    target: str, world_size: int, timeout_s: float, lasting: Collection[int] = (), **kwargs: Any
+) -> list[EndedRank]:
+    """As run_ranks, for ranks that fail: none is touched while others end; how each ended, in rank order.
+
+    ``lasting``: ranks that do not end by themselves. Raises RankFailure where others have not after ``timeout_s``.
+    """
+    with _launched(target, world_size, kwargs) as (folder, processes):
+        ended_at: dict[int, float] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(ended_at) < world_size - len(lasting):
+            for rank, process in enumerate(processes):
+                if process.exitcode is not None:
+                    ended_at.setdefault(rank, time.time())
+            _raise_overdue(processes, folder, target, deadline, timeout_s)
+            time.sleep(0.02)
+        for rank in lasting:
+            _kill(processes[rank])
+        return [
+            EndedRank(process.exitcode or 0, _stderr(folder, rank), ended_at.get(rank, math.inf))
+            for rank, process in enumerate(processes)
+        ]
+
+
 def run_ranks(target: str, world_size: int, timeout_s: float = 60.0, **kwargs: Any) -> list[Any]:
     """Call ``target`` ("module:function") with JSON-able ``kwargs`` on ``world_size`` processes.
 
     Returns the JSON results in rank order. Raises RankFailure as soon as one rank fails (the others, which may be
     waiting for it, are killed) or after ``timeout_s``.
     """
+    with _launched(target, world_size, kwargs) as (folder, processes):
+        _wait(processes, folder, target, timeout_s)
+        return [json.loads((folder / f"result{rank}.json").read_text()) for rank in range(world_size)]
+
+
+@contextlib.contextmanager
+def _launched(target: str, world_size: int, kwargs: Any) -> Iterator[tuple[Path, list[ForkServerProcess]]]:
     with tempfile.TemporaryDirectory(prefix="hstu-ranks-") as directory:
         folder = Path(directory)
         (folder / "call.json").write_text(json.dumps({"target": target, "kwargs": kwargs}))
         port = free_port()
         processes = [_start_rank(folder, rank, world_size, port) for rank in range(world_size)]
         try:
-            _wait(processes, folder, target, timeout_s)
+            yield folder, processes
         finally:
             for process in processes:
                 _kill(process)
-        return [json.loads((folder / f"result{rank}.json").read_text()) for rank in range(world_size)]
 
 
 def free_port() -> int:
@@ -84,12 +126,18 @@ def _wait(processes: list[ForkServerProcess], folder: Path, target: str, timeout
     deadline = time.monotonic() + timeout_s
     while any(process.exitcode is None for process in processes):
         _raise_failure(processes, folder, target)
-        if time.monotonic() > deadline:
-            running = [rank for rank, process in enumerate(processes) if process.exitcode is None]
-            stderr = "".join(f"--- rank {rank} ---\n{_stderr(folder, rank)}" for rank in running)
-            raise RankFailure(f"{target}: ranks {running} still running after {timeout_s:g} s", None, stderr)
+        _raise_overdue(processes, folder, target, deadline, timeout_s)
         time.sleep(0.02)
     _raise_failure(processes, folder, target)
+
+
+def _raise_overdue(
+    processes: list[ForkServerProcess], folder: Path, target: str, deadline: float, timeout_s: float
+) -> None:
+    if time.monotonic() > deadline:
+        running = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+        stderr = "".join(f"--- rank {rank} ---\n{_stderr(folder, rank)}" for rank in running)
+        raise RankFailure(f"{target}: ranks {running} still running after {timeout_s:g} s", None, stderr)
 
 
 def _raise_failure(processes: list[ForkServerProcess], folder: Path, target: str) -> None:

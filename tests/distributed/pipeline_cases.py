@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 import hstu
 from hstu.checkpoint.state import TrainState
@@ -125,7 +126,8 @@ def digest(state: TrainState, mesh: mesh_module.Mesh) -> list[str]:
     """A hash a rank of all tables, dense weights and optimizer states."""
     sha = hashlib.sha256()
     for _, tensor in sorted(state.tensors().items()):
-        shards = [part.tensor for part in tensor.local_shards()] if hasattr(tensor, "local_shards") else [tensor]
+        whole = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        shards = [part.tensor for part in tensor.local_shards()] if hasattr(tensor, "local_shards") else [whole]
         for part in shards:
             sha.update(part.detach().cpu().contiguous().numpy().tobytes())
     return gather_objects(sha.hexdigest(), mesh.world_group)

@@ -204,7 +204,7 @@ class BackwardSm90:
         if const_expr(not first):
             release(rings[1], count - 1)
             release(rings[3], count - 1)
-        self.weigh(scores, weights, factors[0], column, bounds, masked)
+        parts.slopes(scores, weights, factors[0], column, bounds, masked, self.with_weights, shape.dtype)
         warpgroup.wait_group(0)
         for e in cutlass.range_constexpr(cute.size(scores)):
             products[e] = products[e] * scores[e]
@@ -215,23 +215,3 @@ class BackwardSm90:
         if const_expr(self.with_weights):
             left = hopper.left_operand(weights, shape.dtype)
             multiply(hopper.sums_mma(shape), weight_sums, left, z_rows[None, None, None, stage], adds=True)
-
-    @cute.jit
-    def weigh(
-        self, scores: cute.Tensor, weights: cute.Tensor, alpha: Float32, column: Int32, bounds: list,
-        masked: cutlass.Constexpr,
-    ) -> None:
-        """Products → SiLU'(α product), and where ``masked`` 0 for pairs that do not count; packs SiLU into weights."""
-        values = cute.make_rmem_tensor(cute.size(scores), Float32)
-        for e in cutlass.range_constexpr(cute.size(scores)):
-            score = scores[e] * alpha
-            sigmoid = parts.sigmoid(score)
-            weight = score * sigmoid
-            slope = sigmoid + weight * (1.0 - sigmoid)
-            if const_expr(masked):
-                counts = parts.is_visible(column + e // 4 * 8 + e % 2, bounds[e // 2 % 2])
-                weight = Float32(parts.select_(counts, weight, Float32(0.0)))
-                slope = Float32(parts.select_(counts, slope, Float32(0.0)))
-            values[e], scores[e] = weight, slope
-        if const_expr(self.with_weights):
-            parts.pack(values, weights, self.shape.dtype)

@@ -5,7 +5,7 @@ Two products a tile. The scores of a tile are computed while the weights of the 
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float32, Int32, Int64, const_expr, cute
+from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import warpgroup
 
 from hstu.ops.cutlass import hopper, parts
@@ -163,7 +163,7 @@ class ForwardSm90:
             multiply(hopper.scores_mma(shape), scores, x[None, None, None, 0], y[None, None, None, stage], adds=False)
             warpgroup.wait_group(0)
             release(y_ring, count)
-            self.weigh(scores, factors[0], first_tile.load() + column_in_tile, bounds, True)
+            parts.weigh(scores, factors[0], first_tile.load() + column_in_tile, bounds, True)
             parts.pack(scores, weights, shape.dtype)
             for u in cutlass.range(1, num_masked, unroll=1):
                 column = (first_tile + u).load() + column_in_tile
@@ -199,20 +199,7 @@ class ForwardSm90:
         multiply(hopper.sums_mma(shape), sums, hopper.left_operand(weights, shape.dtype), z[None, None, None, z_stage], adds=True)
         warpgroup.wait_group(1)
         release(y_ring, count + 1)
-        self.weigh(scores, factors[0], column, bounds, masked)
+        parts.weigh(scores, factors[0], column, bounds, masked)
         warpgroup.wait_group(0)
         release(z_ring, count)
         parts.pack(scores, weights, shape.dtype)
-
-    @cute.jit
-    def weigh(
-        self, scores: cute.Tensor, alpha: Float32, column: Int32, bounds: list, masked: cutlass.Constexpr
-    ) -> None:
-        """Products → SiLU(α product), and where ``masked`` 0 for pairs that do not count."""
-        for e in cutlass.range_constexpr(cute.size(scores)):
-            score = scores[e] * alpha
-            weight = score * parts.sigmoid(score)
-            if const_expr(masked):
-                counts = parts.is_visible(column + e // 4 * 8 + e % 2, bounds[e // 2 % 2])
-                weight = Float32(parts.select_(counts, weight, Float32(0.0)))
-            scores[e] = weight

@@ -75,6 +75,50 @@ def sigmoid(x: Float32) -> Float32:
 
 
 @cute.jit
+def weigh(scores: cute.Tensor, alpha: Float32, column: Int32, bounds: list, masked: cutlass.Constexpr) -> None:
+    """Products → SiLU(α product), and where ``masked`` 0 for pairs that do not count.
+
+    scores: accumulators as in :func:`store_rows`; bounds: of the rows ``row`` and ``row + 8``.
+    """
+    for e in cutlass.range_constexpr(cute.size(scores)):
+        score = scores[e] * alpha
+        weight = score * sigmoid(score)
+        if const_expr(masked):
+            weight = _or_zero(is_visible(column + e // 4 * 8 + e % 2, bounds[e // 2 % 2]), weight)
+        scores[e] = weight
+
+
+@cute.jit
+def slopes(
+    scores: cute.Tensor,
+    weights: cute.Tensor,
+    alpha: Float32,
+    column: Int32,
+    bounds: list,
+    masked: cutlass.Constexpr,
+    with_weights: cutlass.Constexpr,
+    dtype: cutlass.Constexpr,
+) -> None:
+    """Products → SiLU'(α product), else as :func:`weigh`; ``with_weights``: packs SiLU(α product) into ``weights``."""
+    values = cute.make_rmem_tensor(cute.size(scores), Float32)
+    for e in cutlass.range_constexpr(cute.size(scores)):
+        score = scores[e] * alpha
+        rising = sigmoid(score)
+        weight = score * rising
+        slope = rising + weight * (1.0 - rising)
+        if const_expr(masked):
+            counts = is_visible(column + e // 4 * 8 + e % 2, bounds[e // 2 % 2])
+            weight, slope = _or_zero(counts, weight), _or_zero(counts, slope)
+        values[e], scores[e] = weight, slope
+    if const_expr(with_weights):
+        pack(values, weights, dtype)
+
+
+def _or_zero(condition: Boolean, value: Float32) -> Float32:
+    return Float32(select_(condition, value, Float32(0.0)))
+
+
+@cute.jit
 def pack(values: cute.Tensor, packed: cute.Tensor, dtype: cutlass.Constexpr) -> None:
     """float32 values, rounded to ``dtype``, two to an int32 of ``packed``.
 

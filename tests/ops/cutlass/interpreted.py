@@ -16,21 +16,6 @@ FIRST_ADDRESS = 2**32
 NUM_CTAS = 2  # so that each takes several turns
 
 
-class Arguments:
-    """Global memory and the parameters of a launch, in the order in which a kernel declares them."""
-
-    def __init__(self) -> None:
-        self.memory: dict[int, np.ndarray] = {}
-        self.maps: list[TensorMap] = []
-        self.numbers: list[bytes] = []
-
-    def place(self, array: np.ndarray) -> int:
-        """Put an array into global memory; its address."""
-        address = FIRST_ADDRESS + sum(2**28 for _ in self.memory)
-        self.memory[address] = array.reshape(-1).view(np.uint8)
-        return address
-
-
 def run_kernel(
     ptx: str,
     stationary: list[Tensor],
@@ -45,6 +30,7 @@ def run_kernel(
 ) -> list[Tensor]:
     """The outputs of an attention kernel. stationary and streamed: x, w and y, z of the kernels, [T, H, d]."""
     program = parse(ptx)
+    hopper = any(size == 128 for _, size in program.params)  # its inputs come as TMA descriptors
     schedule = make_schedule(layout, rule, rows, block, tile)
     tokens, heads, width = stationary[0].shape
     memory: dict[int, np.ndarray] = {}
@@ -61,7 +47,8 @@ def run_kernel(
     pairs = [loaded(stationary[0], block), loaded(streamed[0], tile)]
     pairs += [loaded(tensor, block) for tensor in stationary[1:]] + [loaded(streamed[1], tile)]
     outs = [torch.full((tokens, heads, width), float("nan"), dtype=stationary[0].dtype) for _ in range(num_outs)]
-    arrays = [out.view(torch.int16).numpy() for out in outs]
+    inputs = [] if hopper else [stationary[0], streamed[0], *stationary[1:], streamed[1]]
+    arrays = [tensor.contiguous().view(torch.int16).numpy() for tensor in (*inputs, *outs)]
     tensors = [
         np.array([place(array), tokens | heads << 32, heads * width, width], np.uint64).tobytes() for array in arrays
     ]

@@ -140,7 +140,7 @@ class Warp:
             self.values.write(targets[0], np.repeat(raw, LANES), mask)
             return
         assert "global" in instruction.parts, instruction
-        address = self.values.read(memory[1], "u64") + np.uint64(memory[2])
+        address = self.values.read(memory[1], "s64") + memory[2]
         for i, register in enumerate(targets):
             out = np.zeros(LANES, f"i{size}" if kind[0] == "s" else f"u{size}")
             for lane in np.flatnonzero(mask):
@@ -205,6 +205,9 @@ class Warp:
     # -- TMA and WGMMA -----------------------------------------------------------------------------------------
 
     def _cp(self, instruction: Instruction, mask: np.ndarray) -> None:
+        if instruction.parts[2] != "bulk":
+            self._copy(instruction, mask)
+            return
         assert instruction.opcode.startswith("cp.async.bulk.tensor.3d"), instruction
         lane = np.flatnonzero(mask)
         assert len(lane) == 1, "TMA by more than a thread"
@@ -224,16 +227,66 @@ class Warp:
 
     def _wgmma(self, instruction: Instruction, mask: np.ndarray) -> None:
         assert mask.all(), "a warp that has parted"
-        kind = instruction.parts[1]
-        if kind == "commit_group":
+        if instruction.parts[1] == "mma_async":
+            self.open.append(self._product(instruction))
+        else:
+            self._group(instruction)
+
+    def _group(self, instruction: Instruction) -> None:
+        """Commit what has been started, or carry out all but the latest groups. A kernel uses one kind of groups."""
+        if "commit_group" in instruction.parts:
             self.groups.append(self.open)
             self.open = []
-        elif kind == "wait_group":
+        elif "wait_group" in instruction.parts:
             while len(self.groups) > int(instruction.operands[0]):
-                for product in self.groups.pop(0):
-                    product()
-        elif kind == "mma_async":
-            self.open.append(self._product(instruction))
+                for work in self.groups.pop(0):
+                    work()
+
+    def _copy(self, instruction: Instruction, mask: np.ndarray) -> None:
+        """cp.async of 16 bytes a thread."""
+        if "global" not in instruction.parts:
+            self._group(instruction)
+            return
+        target, source = instruction.operands[:2]
+        to = self.values.read(target[1], "u32").astype(np.int64) + target[2]
+        of = self.values.read(source[1], "u64").astype(np.int64) + source[2]
+
+        def run() -> None:
+            for lane in np.flatnonzero(mask):
+                self.cta.shared[to[lane] : to[lane] + 16] = self.cta.global_bytes(int(of[lane]), 16)
+
+        self.open.append(run)
+
+    def _ldmatrix(self, instruction: Instruction, mask: np.ndarray) -> None:
+        assert mask.all() and "x4" in instruction.parts
+        targets, memory = instruction.operands
+        address = self.values.read(memory[1], "u32").astype(np.int64) + memory[2]
+        rows = self.cta.shared.view(np.uint16)[address[:, None] // 2 + np.arange(8)].reshape(4, 8, 8)
+        lane = np.arange(LANES)
+        for matrix, register in zip(rows, targets, strict=True):
+            of = matrix.T if "trans" in instruction.parts else matrix
+            low, high = (of[lane // 4, lane % 4 * 2 + c].astype(np.uint32) for c in (0, 1))
+            self.values.write(register, low | high << 16, mask)
+
+    def _mma(self, instruction: Instruction, mask: np.ndarray) -> None:
+        """m16n8k16 of a warp."""
+        assert mask.all() and "m16n8k16" in instruction.parts
+        sums, left, right, start = instruction.operands
+        dtype = instruction.parts[-2]
+        lane = np.arange(LANES)
+        a, b = np.zeros((16, 16), np.uint16), np.zeros((8, 16), np.uint16)
+        for r, register in enumerate(left):
+            pair = self.values.read(register, "u32")
+            for c in (0, 1):
+                a[lane // 4 + r % 2 * 8, lane % 4 * 2 + c + r // 2 * 8] = pair >> 16 * c & 0xFFFF
+        for r, register in enumerate(right):
+            pair = self.values.read(register, "u32")
+            for c in (0, 1):
+                b[lane // 4, lane % 4 * 2 + c + r * 8] = pair >> 16 * c & 0xFFFF
+        product = from_bits16(a, dtype) @ from_bits16(b, dtype).T
+        old = [self.values.read(register, "f32") for register in start]
+        for e, register in enumerate(sums):
+            self.values.write(register, old[e] + product[lane // 4 + e // 2 * 8, lane % 4 * 2 + e % 2], mask)
 
     def _product(self, instruction: Instruction) -> Callable[[], None]:
         """The product, with descriptors and predicate as they are now; registers and memory are read when it is run."""

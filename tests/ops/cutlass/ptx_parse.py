@@ -44,6 +44,7 @@ def parse(text: str) -> Program:
     labels: dict[str, int] = {}
     scopes: list[int] = []
     num_scopes = 0
+    body = re.sub(r"mma\.sync[^;]*;", lambda statement: " ".join(statement[0].split()), body)
     # One statement a line, braces of inline assembly on lines of their own.
     body = re.sub(r"\n\s*\{(\s*\.reg)", r"\n{\n\1", body)
     for line in body.replace(";", ";\n").split("\n"):

@@ -139,7 +139,7 @@ class _Call:
         if not layout.num_tokens:
             return position_totals.to(self.position_weight.dtype), time_totals[0].to(self.time_weight.dtype)
         scale = _fixed_point_scale(grad, self.v, pairs=heads * int((layout.seqlens**2).sum()))
-        config = bias_config(self._block_d)
+        config = bias_config(self._block_d, self.q.element_size())
         tiles = triton.cdiv(int(layout.seqlens.max()), config.kwargs["BLOCK"])
         looks_ahead = not self.rule.is_causal or (self.rule.contextual_mask and layout.num_contextuals > 0)
         tiles_ahead = tiles - 1 if looks_ahead else 0
@@ -195,7 +195,7 @@ class _Call:
             CAUSAL=rule.is_causal,
             CONTEXTUAL=rule.is_causal and rule.contextual_mask and layout.num_contextuals > 0,
             CANDIDATES=layout.num_candidate_tokens is not None,
-            **multiplication(kernel, self.q.dtype),
+            **multiplication(kernel, self.q.dtype, exact=self._block_d > 128 or kernel is attention_backward_bias),
         )
         return shared
 

@@ -70,14 +70,15 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def multiplication(kernel: Any, dtype: torch.dtype) -> dict[str, Any]:
+def multiplication(kernel: Any, dtype: torch.dtype, exact: bool = False) -> dict[str, Any]:
     """The constants PRECISION, UPCAST and FAST of kernels that multiply tiles of ``dtype``.
 
-    float32 is multiplied by tensor cores as three products of TF32, which is about as exact as float32.
+    float32 is multiplied by tensor cores as three products of TF32, which is about as exact as float32; ``exact``: by
+    ordinary arithmetic, which needs fewer registers.
     """
     interpreted = is_interpreted(kernel)
     return {
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "PRECISION": ("ieee" if exact else "tf32x3") if dtype == torch.float32 else "tf32",
         "UPCAST": interpreted and dtype == torch.bfloat16,
         "FAST": dtype.itemsize == 2 and not interpreted,
     }

@@ -64,6 +64,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["hstu", "hstu.*"]),
+    package_data={"hstu.ops.cpu": ["csrc/*"]},  # compiled on first use, for the processor that they run on
     install_requires=REQUIRED,
     extras_require={"cpu": [FBGEMM_CPU], "cuda": [TORCHREC, FBGEMM_CUDA], "dev": DEVELOPMENT},
 )

@@ -17,6 +17,7 @@ from hstu.ops.backends import Backend
 from hstu.ops.layout import JaggedLayout
 from hstu.ops.norm_mul_dropout import SplitHeads, norm_mul_dropout
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
+from hstu.ops.uvqk import split_uvqk
 
 
 class RelativeAttentionBias(nn.Module):
@@ -84,9 +85,8 @@ class HSTULayer(nn.Module):
         y = self._normalise(x)
         with self._maybe_recomputed(network.recompute_input_layernorm, y, self._normalise, x):
             projected = self.uvqk(y)
-        uvqk = F.silu(projected)
-        with self._maybe_recomputed(network.recompute_input_silu, uvqk, F.silu, projected):
-            u, v, q, k = uvqk.unflatten(1, (-1, 4, self.head_dim)).unbind(2)
+        u, v, q, k = split_uvqk(projected, self.head_dim, self.backend)  # views of one tensor, SiLU(projected)
+        with self._maybe_recomputed(network.recompute_input_silu, u, F.silu, projected):
             attended = hstu_attention(
                 q,
                 k,

@@ -42,9 +42,7 @@ def token_order(layout: JaggedLayout) -> TokenOrder:
 
 
 def jagged_concat(parts: Sequence[Tensor], order: TokenOrder, backend: Backend = Backend.PYTORCH) -> Tensor:
-    """Rows of ``parts`` (each [·, D], T rows together) as tokens [T, D] in ``order``."""
-    if backend is Backend.PYTORCH:
-        from hstu.ops.pytorch.jagged import jagged_concat as pytorch
+    """Rows of ``parts`` (each [·, D], T rows together) as tokens [T, D] in ``order``. PyTorch serves every backend."""
+    from hstu.ops.pytorch.jagged import jagged_concat as pytorch
 
-        return pytorch(parts, order)
-    raise NotImplementedError(f"jagged_concat has no {backend.value} kernel")
+    return pytorch(parts, order)

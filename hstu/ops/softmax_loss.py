@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hstu.ops.backends import Backend
+from hstu.ops.cpu.coverage import sampled_softmax_gap
 from hstu.ops.pytorch.softmax_loss import PoolSoftmaxLoss, SampledSoftmaxLoss
 
 
@@ -55,6 +57,7 @@ def sampled_softmax_loss(
     target_ids: Tensor,
     pool_ids: Tensor,
     temperature: float,
+    backend: Backend = Backend.PYTORCH,
 ) -> Tensor:
     """As :func:`pool_softmax_loss`, but each query has its own R negatives, drawn from the pool with repetition.
 
@@ -73,6 +76,10 @@ def sampled_softmax_loss(
         raise ValueError(f"draws must be [{len(queries)}, R], a row for each query, not {tuple(draws.shape)}")
     with torch.autocast(queries.device.type, enabled=False):
         vectors = _in_full_precision(queries, positives, pool)
+        if backend is Backend.CPU and sampled_softmax_gap(queries.shape[1], vectors[0].dtype) is None:
+            from hstu.ops.cpu.softmax_loss import SampledSoftmaxLoss as Cpu
+
+            return Cpu.apply(*vectors, draws, target_ids, pool_ids, temperature)
         return SampledSoftmaxLoss.apply(*vectors, draws, target_ids, pool_ids, temperature)
 
 

@@ -46,7 +46,7 @@ def describe(variant: Variant, compiled: Compiled, is_first: bool) -> Row:
 
 
 def without_repeats(rows: Iterable[Row]) -> list[Row]:
-    """Kernels that several variants launch alike (layer norm and the gated one, forward and backward) are listed once."""
+    """Rows that say the same are listed once."""
     seen: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         seen.setdefault(tuple(row.values()), row)
@@ -58,7 +58,7 @@ def as_markdown(rows: list[Row]) -> str:
     lines = [
         f"Triton {triton.__version__}. One line a kernel, variant and configuration; **bold** configurations are the",
         "ones that run where nothing may be measured. Shared memory in KiB a program. Spills: loads and stores of",
-        "registers that did not fit. wgmma: warp-group products, and their share of all instructions; mma: warp products.",
+        "registers that did not fit. wgmma: warp-group products and their share of all instructions; mma: warp products.",
         "",
         "| sm | kernel | head dim | variant | configuration | registers | shared | spills | wgmma | mma |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -1,1 +1,1 @@
-"""Triton kernels, for NVIDIA GPUs of compute capability 8.0 and later; each op has the signature of its pytorch/ twin."""
+"""Triton kernels, for NVIDIA GPUs of compute capability 8.0 on; each op is called like its pytorch/ twin."""

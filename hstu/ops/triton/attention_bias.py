@@ -98,7 +98,7 @@ def attention_backward_bias(
         bias = (query_times + start, token_times + start, thresholds, position_weight, time_weight, farthest)
         tiles = tl.cdiv(length, BLOCK)
         last_tile = tl.minimum(tiles, tiles + diagonal)
-        if CAUSAL:
+        if CAUSAL:  # noqa: SIM102  # decided by the compiler, the other by the program
             if diagonal < 0:  # only contextual rows look ahead
                 last_tile = tl.minimum(last_tile, tl.cdiv(num_contextuals, BLOCK))
         for tile in tl.range(tl.maximum(diagonal, 0), last_tile):

@@ -82,9 +82,7 @@ def attention_configs(
     else:
         by_width = from_90 if capability >= (9, 0) else before_90
     tiles = next(by_width[width] for width in sorted(by_width) if block_d <= width)
-    return [
-        Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in tiles
-    ]
+    return [Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in tiles]
 
 
 def bias_config(block_d: int, itemsize: int) -> Config:

@@ -66,7 +66,7 @@ def keys_of_rows(
     history_tiles = tl.cdiv(seen - full, BLOCK_N)
     own = full + history_tiles * BLOCK_N
     own_tiles = 0
-    if CANDIDATES:
+    if CANDIDATES:  # noqa: SIM102  # decided by the compiler, the other by the program
         if stop_row > end:
             oldest = tl.maximum(first_row, end)
             group_start = oldest - (oldest - end) % group_tokens
@@ -103,7 +103,7 @@ def rows_of_keys(
     else:
         first = tl.where(first_key < end, 0, first_key)
         masked_stop = tl.where(stop_key <= end, 0, length)
-    if CANDIDATES:
+    if CANDIDATES:  # noqa: SIM102
         if first_key >= end:
             last_group = (stop_key - 1 - end) // group_tokens
             stop = tl.minimum(length, end + (last_group + 1) * group_tokens)
@@ -133,9 +133,7 @@ def distance_index(i, j, end, farthest):
 
 
 @triton.jit
-def scores(
-    a, b, i, j, alpha, span, bias, BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
-):
+def scores(a, b, i, j, alpha, span, bias, BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """α a @ b + bias, float32; a @ b is q @ kᵀ or its transpose."""
     zero = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
     result = dot(a, b, zero, PRECISION, UPCAST) * alpha

@@ -20,6 +20,7 @@ from triton.runtime.interpreter import InterpretedFunction
 Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
 
 _tuners: dict[Hashable, Any] = {}
+_measures = True
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,20 @@ def is_interpreted(kernel: Any) -> bool:
     return isinstance(kernel, InterpretedFunction)
 
 
-def is_deterministic() -> bool:
-    """Whether runs have to repeat bit for bit, so that no measurement may choose a configuration."""
-    return torch.are_deterministic_algorithms_enabled()
+@contextmanager
+def first_configurations() -> Iterator[None]:
+    """Within, nothing is measured: the first configuration runs."""
+    global _measures
+    previous, _measures = _measures, False
+    try:
+        yield
+    finally:
+        _measures = previous
+
+
+def may_measure() -> bool:
+    """Whether measurements may choose a configuration: not where runs have to repeat bit for bit."""
+    return _measures and not torch.are_deterministic_algorithms_enabled()
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
@@ -89,24 +101,22 @@ def launch(
     grid: Grid,
     configs: Sequence[triton.Config],
     tune_key: Hashable,
-    *,
-    reset: Sequence[str] = (),
     **arguments: Any,
 ) -> None:
     """Run ``kernel`` with the fastest of ``configs``, measured at the first launch of each ``tune_key``.
 
     The first configuration that fits the device is taken instead where runs must repeat bit for bit, in the
-    interpreter, and where there is only one. ``reset``: arguments that a kernel adds to, zeroed before each measurement.
+    interpreter, and where there is only one.
     """
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, arguments, configs))
         return
     if is_interpreted(kernel):
         kernel[grid](**arguments, **configs[0].kwargs)
-    elif len(configs) == 1 or is_deterministic():
+    elif len(configs) == 1 or not may_measure():
         _launch_first(kernel, grid, configs, arguments)
     else:
-        _tuner(kernel, configs, tune_key, reset)[grid](**arguments, enable_fp_fusion=True)
+        _tuner(kernel, configs, tune_key)[grid](**arguments, enable_fp_fusion=True)
 
 
 def _launch_first(kernel: Any, grid: Grid, configs: Sequence[triton.Config], arguments: Mapping[str, Any]) -> None:
@@ -119,10 +129,10 @@ def _launch_first(kernel: Any, grid: Grid, configs: Sequence[triton.Config], arg
     raise refused
 
 
-def _tuner(kernel: Any, configs: Sequence[triton.Config], tune_key: Hashable, reset: Sequence[str]) -> Any:
+def _tuner(kernel: Any, configs: Sequence[triton.Config], tune_key: Hashable) -> Any:
     key = (kernel.fn.__qualname__, tune_key)
     if key not in _tuners:
-        _tuners[key] = triton.autotune(list(configs), key=[], reset_to_zero=list(reset), cache_results=True)(kernel)
+        _tuners[key] = triton.autotune(list(configs), key=[], cache_results=True)(kernel)
     return _tuners[key]
 
 

@@ -78,7 +78,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor, projected: Tensor, activat
         stride_pr=projected.stride(0),
         WIDTH_IN=x.shape[1],
         WIDTH_OUT=len(weight),
-        **multiplication(linear_silu, x.dtype),
+        **{name: constant for name, constant in multiplication(linear_silu, x.dtype).items() if name != "FAST"},
     )
 
 
@@ -107,5 +107,4 @@ def _through_silu(projected: Tensor, grads: tuple[Tensor, ...], grad_projected: 
         **strides,
         HEADS=heads,
         HEAD=head_dim,
-        FAST=multiplication(silu_split_backward, projected.dtype)["FAST"],
     )

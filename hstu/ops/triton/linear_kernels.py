@@ -13,7 +13,7 @@ def linear_silu(
     x, weight, bias, projected, activated, num_rows,
     stride_xr, stride_xc, stride_wr, stride_wc, stride_pr,
     WIDTH_IN: tl.constexpr, WIDTH_OUT: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """projected = x weightᵀ + bias, activated = SiLU(projected); both dense rows. Grid: (tiles,).
@@ -53,7 +53,7 @@ def linear_silu(
     inside = (rows < num_rows)[:, None] & (columns < WIDTH_OUT)[None, :]
     tl.store(projected + places, rounded, mask=inside)
     value = rounded.to(tl.float32)
-    tl.store(activated + places, (value * sigmoid(value, FAST)).to(activated.dtype.element_ty), mask=inside)
+    tl.store(activated + places, (value * sigmoid(value, False)).to(activated.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def silu_split_backward(
     projected, grad_u, grad_v, grad_q, grad_k, grad_projected, num_rows, stride_pr, stride_gr,
     stride_ut, stride_uh, stride_ud, stride_vt, stride_vh, stride_vd,
     stride_qt, stride_qh, stride_qd, stride_kt, stride_kh, stride_kd,
-    HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr,
+    HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the projection [T, head · (u v q k) · channel] from those of u, v, q and k, each [T, H, d].
 
@@ -88,5 +88,5 @@ def silu_split_backward(
         grad = _load_part(grad_k, rows, heads, channels, (stride_kt, stride_kh, stride_kd), inside)
     place = heads * (4 * HEAD) + part * HEAD + channels
     value = tl.load(projected + rows * stride_pr + place, mask=inside, other=0.0).to(tl.float32)
-    result = grad.to(tl.float32) * silu_derivative(value, sigmoid(value, FAST))
+    result = grad.to(tl.float32) * silu_derivative(value, sigmoid(value, False))
     tl.store(grad_projected + rows * stride_gr + place, result.to(grad_projected.dtype.element_ty), mask=inside)

@@ -23,13 +23,13 @@ PROGRAMS = 1024
 _SEEDS = 1 << 31
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm of x [T, D] over D, computed in float32: [T, D] of x's type. x may have any strides.
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """LayerNorm of x [T, D] over D, computed in float32: [T, D] of ``dtype`` (x's own by default), any strides.
 
     To spend a second computation in place of keeping the result for what follows, run it again on x
     (:class:`hstu.model.recompute.recomputed_in_backward`): the result has the same bits.
     """
-    normalised: Tensor = _Norm.apply(x.unsqueeze(1), None, weight, bias, eps, 0.0, 0, None)
+    normalised: Tensor = _Norm.apply(x.unsqueeze(1), None, weight, bias, eps, 0.0, 0, None, dtype or x.dtype)
     return normalised
 
 
@@ -51,7 +51,7 @@ def norm_mul_dropout(
     seed = int(torch.randint(_SEEDS, (), device="cpu")) if dropout > 0 else 0
     if split_heads is not None:  # generators of the ranks agree
         seed = (seed + split_heads.rank * 0x9E3779B1) % _SEEDS
-    gated: Tensor = _Norm.apply(x, u, weight, bias, eps, dropout, seed, split_heads)
+    gated: Tensor = _Norm.apply(x, u, weight, bias, eps, dropout, seed, split_heads, x.dtype)
     return gated
 
 
@@ -67,12 +67,13 @@ class _Norm(torch.autograd.Function):
         dropout: float,
         seed: int,
         split_heads: SplitHeads | None,
+        dtype: torch.dtype,
     ) -> Tensor:
         width = x.shape[1] * x.shape[2]
         if width > MAX_WIDTH:
             raise ValueError(f"rows of {width} columns: at most {MAX_WIDTH}")
         mean, inverse_std = _statistics_over_ranks(x, eps, split_heads)
-        out = torch.empty(len(x), width, dtype=x.dtype, device=x.device)
+        out = torch.empty(len(x), width, dtype=dtype, device=x.device)
         if len(x):
             launch(
                 norm_mul_dropout_forward,
@@ -126,7 +127,7 @@ class _Norm(torch.autograd.Function):
         if len(x):
             run("all" if ctx.split_heads is None else "rows")
         grad_weight, grad_bias = sums.sum(1)
-        return grad_x, grad_u, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None, None, None
+        return grad_x, grad_u, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *(None,) * 5
 
 
 _GATE_STRIDES = ("stride_ut", "stride_uh", "stride_ud")

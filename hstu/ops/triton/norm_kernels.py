@@ -57,7 +57,10 @@ def norm_mul_dropout_forward(
     WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
     GATED: tl.constexpr, DROPPED: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """out = dropout((norm(x) · weight + bias) ⊙ u). GIVEN: mean and inverse_std are read, else written. Grid: (programs,)."""
+    """out = dropout((norm(x) · weight + bias) ⊙ u). GIVEN: mean and inverse_std are read.
+
+    Else they are written. Grid: (programs,).
+    """
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
     scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)

@@ -129,9 +129,7 @@ class SampledSoftmaxLoss(Function):
         return *(gradient * grad_loss for gradient in ctx.saved_tensors), None, None, None, None
 
 
-def _shared(
-    queries: Tensor, pool: Tensor, target_ids: Tensor, pool_ids: Tensor, temperature: float
-) -> dict[str, Any]:
+def _shared(queries: Tensor, pool: Tensor, target_ids: Tensor, pool_ids: Tensor, temperature: float) -> dict[str, Any]:
     """The arguments that the kernels share."""
     width = queries.shape[1]
     if width > MAX_WIDTH or queries.dtype != torch.float32:

@@ -101,7 +101,9 @@ def _run_layer_norm() -> None:
 
 def _run_uvqk(dtype: torch.dtype) -> None:
     width = HEADS * 4 * 256
-    *parts, _ = uvqk(_zeros(64, HIDDEN, dtype=dtype), _zeros(width, HIDDEN, dtype=dtype), _zeros(width, dtype=dtype), 256)
+    *parts, _ = uvqk(
+        _zeros(64, HIDDEN, dtype=dtype), _zeros(width, HIDDEN, dtype=dtype), _zeros(width, dtype=dtype), 256
+    )
     torch.autograd.backward(parts, [torch.zeros_like(part) for part in parts])
 
 

@@ -58,7 +58,7 @@ def as_markdown(rows: list[Row]) -> str:
     lines = [
         f"Triton {triton.__version__}. One line a kernel, variant and configuration; **bold** configurations are the",
         "ones that run where nothing may be measured. Shared memory in KiB a program. Spills: loads and stores of",
-        "registers that did not fit. wgmma: warp-group products and their share of all instructions; mma: warp products.",
+        "registers that did not fit. wgmma: warp-group products, their share of all instructions; mma: warp products.",
         "",
         "| sm | kernel | head dim | variant | configuration | registers | shared | spills | wgmma | mma |",
         "|---|---|---|---|---|---|---|---|---|---|",

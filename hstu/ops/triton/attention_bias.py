@@ -31,7 +31,7 @@ def _scatter_times(totals, per_pair, rows, keys, span, bias, scale, BLOCK: tl.co
     tl.atomic_add(totals + next_bucket, -sums, mask=changes & ~is_last, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "first_diagonal"])
 def attention_backward_bias(
     q,
     k,

@@ -76,12 +76,13 @@ def _source(kernel: Any, values: Mapping[str, Any]) -> ASTSource:
     signature, constants, known = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        varies = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not varies):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
         signature[parameter.name] = _type_name(value)
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and not varies):
             known[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, known)
 

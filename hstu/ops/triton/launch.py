@@ -132,7 +132,7 @@ def _launch_first(kernel: Any, grid: Grid, configs: Sequence[triton.Config], arg
 def _tuner(kernel: Any, configs: Sequence[triton.Config], tune_key: Hashable) -> Any:
     key = (kernel.fn.__qualname__, tune_key)
     if key not in _tuners:
-        _tuners[key] = triton.autotune(list(configs), key=[], cache_results=True)(kernel)
+        _tuners[key] = triton.autotune(list(configs), key=[])(kernel)
     return _tuners[key]
 
 

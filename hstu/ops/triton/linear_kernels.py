@@ -8,7 +8,7 @@ import triton.language as tl
 from hstu.ops.triton.primitives import dot, sigmoid, silu_derivative
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def linear_silu(
     x, weight, bias, projected, activated, num_rows,
     stride_xr, stride_xc, stride_wr, stride_wc, stride_pr,
@@ -61,7 +61,7 @@ def _load_part(base, rows, heads, channels, strides, inside):
     return tl.load(base + rows * strides[0] + heads * strides[1] + channels * strides[2], mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def silu_split_backward(
     projected, grad_u, grad_v, grad_q, grad_k, grad_projected, num_rows, stride_pr, stride_gr,
     stride_ut, stride_uh, stride_ud, stride_vt, stride_vh, stride_vd,

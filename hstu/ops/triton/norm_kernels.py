@@ -35,7 +35,7 @@ def _store_row(base, row, columns, stride_t, stride_h, stride_d, values, WIDTH: 
     tl.store(pointers, values.to(base.dtype.element_ty), mask=columns < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def row_statistics(
     x, mean, variance, num_rows, stride_xt, stride_xh, stride_xd, WIDTH: tl.constexpr, HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -50,7 +50,7 @@ def row_statistics(
         tl.store(variance + row, tl.sum(centered * centered, axis=0) / WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "seed"])
 def norm_mul_dropout_forward(
     x, u, weight, bias, out, mean, inverse_std, num_rows, eps, dropout, seed,
     stride_xt, stride_xh, stride_xd, stride_ut, stride_uh, stride_ud, stride_ot,
@@ -84,7 +84,7 @@ def norm_mul_dropout_forward(
         tl.store(out + row * stride_ot + columns, result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "seed"])
 def norm_mul_dropout_backward(
     x, u, weight, bias, mean, inverse_std, grad, grad_x, grad_u, weight_sums, bias_sums, row_sums,
     num_rows, dropout, seed,

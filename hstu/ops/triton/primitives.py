@@ -1,4 +1,7 @@
-"""What several kernels share: matrix products, the sigmoid, and rows of strided tensors."""
+"""What several kernels share: matrix products, the sigmoid, and rows of strided tensors.
+
+Counts that change from batch to batch are not specialised (``do_not_specialize``), or Triton would compile again.
+"""
 
 from __future__ import annotations
 

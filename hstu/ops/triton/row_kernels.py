@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def permute_rows(
     source, target, index, num_rows, stride_sr, stride_sc, stride_tr, stride_tc,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SCATTER: tl.constexpr, ROWS: tl.constexpr,
@@ -23,7 +23,7 @@ def permute_rows(
     tl.store(target + written * stride_tr + columns[None, :] * stride_tc, values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def add_table_rows(
     x, table, positions, out, num_rows, last, stride_xr, stride_xc, stride_tr, stride_tc, stride_or,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,

@@ -26,7 +26,7 @@ def _pool_logits(
     return tl.where(is_negative, logits, NEVER)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "pool_size"])
 def pool_log_totals(
     queries, pool, target_ids, pool_ids, pool_valid, log_totals, num_queries, pool_size, inverse_temperature,
     stride_qr, stride_qc, stride_pr, stride_pc,
@@ -52,7 +52,7 @@ def pool_log_totals(
     tl.store(log_totals + rows, peak + tl.log(total), mask=rows < num_queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "pool_size"])
 def pool_gradients(
     queries, pool, target_ids, pool_ids, pool_valid, log_norms, grad, num_queries, pool_size, inverse_temperature,
     stride_qr, stride_qc, stride_pr, stride_pc, stride_gr,

@@ -37,5 +37,9 @@ def split_uvqk(
         from hstu.ops.cpu.uvqk import split_uvqk as cpu
 
         return cpu(projected, head_dim)
+    if backend is Backend.TRITON and triton_coverage.type_gap(projected.dtype) is None:
+        from hstu.ops.triton.linear import split_uvqk as triton
+
+        return triton(projected, head_dim)
     u, v, q, k = F.silu(projected).unflatten(1, (-1, 4, head_dim)).unbind(2)
     return u, v, q, k

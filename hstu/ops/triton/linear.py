@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -30,6 +31,30 @@ def uvqk(x: Tensor, weight: Tensor, bias: Tensor, head_dim: int) -> tuple[Tensor
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
         return _Uvqk.apply(x.to(dtype), weight.to(dtype), bias.to(dtype), head_dim)
+
+
+def split_uvqk(projected: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`hstu.ops.uvqk.split_uvqk`: for a projection that other code has computed."""
+    parts: tuple[Tensor, Tensor, Tensor, Tensor] = _Split.apply(projected, head_dim)
+    return parts
+
+
+class _Split(torch.autograd.Function):
+    """Its backward reads four gradients where they lie; autograd's would stack them first."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(projected)
+        return F.silu(projected).unflatten(1, (-1, 4, head_dim)).unbind(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (projected,) = ctx.saved_tensors
+        grad = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
+        if grad.numel():
+            _through_silu(projected, grads, grad)
+        return grad, None
 
 
 class _Uvqk(torch.autograd.Function):
@@ -103,6 +128,7 @@ def _through_silu(projected: Tensor, grads: tuple[Tensor, ...], grad_projected: 
         grad_projected=grad_projected,
         num_rows=len(projected),
         stride_pr=projected.stride(0),
+        stride_pc=projected.stride(1),
         stride_gr=grad_projected.stride(0),
         **strides,
         HEADS=heads,

@@ -63,7 +63,7 @@ def _load_part(base, rows, heads, channels, strides, inside):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def silu_split_backward(
-    projected, grad_u, grad_v, grad_q, grad_k, grad_projected, num_rows, stride_pr, stride_gr,
+    projected, grad_u, grad_v, grad_q, grad_k, grad_projected, num_rows, stride_pr, stride_pc, stride_gr,
     stride_ut, stride_uh, stride_ud, stride_vt, stride_vh, stride_vd,
     stride_qt, stride_qh, stride_qd, stride_kt, stride_kh, stride_kd,
     HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -87,6 +87,6 @@ def silu_split_backward(
     else:
         grad = _load_part(grad_k, rows, heads, channels, (stride_kt, stride_kh, stride_kd), inside)
     place = heads * (4 * HEAD) + part * HEAD + channels
-    value = tl.load(projected + rows * stride_pr + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(projected + rows * stride_pr + place * stride_pc, mask=inside, other=0.0).to(tl.float32)
     result = grad.to(tl.float32) * silu_derivative(value, sigmoid(value, False))
     tl.store(grad_projected + rows * stride_gr + place, result.to(grad_projected.dtype.element_ty), mask=inside)

@@ -13,7 +13,7 @@ from hstu.ops.backends import Backend
 from hstu.ops.layer_norm import layer_norm
 from hstu.ops.norm_mul_dropout import SplitHeads, norm_mul_dropout
 
-TOKENS, HEADS, WIDTH = 300, 2, 40
+TOKENS, HEADS, WIDTH = 50, 2, 150
 
 
 def inputs(device: torch.device) -> list[Tensor]:
@@ -107,7 +107,7 @@ def test_layer_norm_equals_float64_and_is_recomputed_with_the_same_bits(
     device: torch.device, width: int, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(width)
-    x = torch.randn(129, 2, width).to(device)[:, 1].requires_grad_()  # rows far apart
+    x = torch.randn(17, 2, width).to(device)[:, 1].requires_grad_()  # rows far apart
     weight, bias, factor = (torch.randn(width).to(device).requires_grad_() for _ in range(3))
 
     def norm(x: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ TORCH = "torch==2.13.0"
 TORCHREC = "torchrec==1.8.0"
 FBGEMM_CPU = "fbgemm-gpu-cpu==1.8.0"
 FBGEMM_CUDA = "fbgemm-gpu==1.8.0"
+# A CUDA build of torch brings its own; a CPU build none, but there kernels are still interpreted and compiled ahead.
+TRITON_CPU = "triton==3.9.0"
 
 REQUIRED = [
     TORCH,
@@ -64,6 +66,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["hstu", "hstu.*"]),
+    package_data={"hstu.ops.cpu": ["csrc/*"]},  # compiled on first use, for the processor that they run on
     install_requires=REQUIRED,
-    extras_require={"cpu": [FBGEMM_CPU], "cuda": [TORCHREC, FBGEMM_CUDA], "dev": DEVELOPMENT},
+    extras_require={"cpu": [FBGEMM_CPU, TRITON_CPU], "cuda": [TORCHREC, FBGEMM_CUDA], "dev": DEVELOPMENT},
 )

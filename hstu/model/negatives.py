@@ -1,4 +1,4 @@
-"""Negatives of retrieval: normalised vectors, the in-batch pool over ranks, and draws from it.
+"""Negatives of retrieval: the in-batch pool over ranks, and draws from it.
 
 Nothing here asks the device for a size: shapes depend on shapes only, what is invalid is masked.
 """
@@ -21,12 +21,6 @@ DRAW_BITS = 31
 def own_pool(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The gather of a single process."""
     return rows, ids
-
-
-def l2_normalise(vectors: Tensor, eps: float) -> Tensor:
-    """``vectors`` [n, E] in float32 (float64 stays), each divided by its L2 norm or by ``eps``, if that is larger."""
-    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
-    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=eps)
 
 
 def sorted_distinct(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,11 @@ from torchrec import JaggedTensor
 
 from hstu.config.args import RetrievalArgs
 from hstu.data.batch import NEGATIVES, HSTUBatch
-from hstu.model.negatives import GatherPool, choose_from_pool, first_occurrences, l2_normalise, own_pool
+from hstu.model.negatives import GatherPool, choose_from_pool, first_occurrences, own_pool
 from hstu.model.outputs import ModelOutput
+from hstu.ops.backends import Backend
 from hstu.ops.layout import JaggedLayout
+from hstu.ops.normalise import l2_normalise
 from hstu.ops.softmax_loss import pool_softmax_loss, sampled_softmax_loss
 
 
@@ -29,6 +31,7 @@ class RetrievalDense(nn.Module):
         item_dim: width of the item table; where it is not hidden_size, queries are projected to it.
         args: temperature and l2_norm_eps; the negatives themselves come with the batch.
         gather_pool: collects the in-batch pool over data-parallel ranks.
+        backend: kernels of the loss and of normalising.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class RetrievalDense(nn.Module):
         item_dim: int,
         args: RetrievalArgs,
         gather_pool: GatherPool = own_pool,
+        backend: Backend = Backend.PYTORCH,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -48,6 +52,7 @@ class RetrievalDense(nn.Module):
         self.temperature = args.temperature
         self.l2_norm_eps = args.l2_norm_eps
         self.gather_pool = gather_pool
+        self.backend = backend
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
         """In training mode the loss of the batch's labels, in evaluation mode the queries at the newest tokens.
@@ -63,7 +68,7 @@ class RetrievalDense(nn.Module):
         return ModelOutput(no_loss, num_labels, queries=self._newest_queries(tokens, layout))
 
     def _queries(self, tokens: Tensor) -> Tensor:
-        return l2_normalise(self.query_projection(tokens), self.l2_norm_eps)
+        return l2_normalise(self.query_projection(tokens), self.l2_norm_eps, self.backend)
 
     def _newest_queries(self, tokens: Tensor, layout: JaggedLayout) -> Tensor:
         """[B, item_dim], zero for empty sequences."""
@@ -82,7 +87,7 @@ class RetrievalDense(nn.Module):
         labelled_items = newest_elements(item_ends, batch.num_labels, batch.num_labels_total)
         positives = self._item_vectors(embeddings, labelled_items)
         if batch.pool_positions is None:
-            pool = l2_normalise(embeddings[NEGATIVES].values(), self.l2_norm_eps)
+            pool = l2_normalise(embeddings[NEGATIVES].values(), self.l2_norm_eps, self.backend)
             pool_ids, draws, valid = batch.features[NEGATIVES].values(), batch.draws, None
         else:
             own_ids = batch.features[self.item_feature].values()[batch.pool_positions]
@@ -90,13 +95,17 @@ class RetrievalDense(nn.Module):
             draws = None if batch.draws is None else choose_from_pool(batch.draws, pool_ids)
             valid = first_occurrences(pool_ids) if draws is None else None
         if draws is None:
-            return pool_softmax_loss(queries, positives, pool, batch.labels, pool_ids, valid, self.temperature)
-        return sampled_softmax_loss(queries, positives, pool, draws, batch.labels, pool_ids, self.temperature)
+            return pool_softmax_loss(
+                queries, positives, pool, batch.labels, pool_ids, valid, self.temperature, self.backend
+            )
+        return sampled_softmax_loss(
+            queries, positives, pool, draws, batch.labels, pool_ids, self.temperature, self.backend
+        )
 
     def _item_vectors(self, embeddings: dict[str, JaggedTensor], positions: Tensor) -> Tensor:
         """Normalised table rows of the items at ``positions`` among all items of the batch."""
         rows = embeddings[self.item_feature].values().index_select(0, positions)
-        return l2_normalise(rows, self.l2_norm_eps)
+        return l2_normalise(rows, self.l2_norm_eps, self.backend)
 
 
 def newest_elements(ends: Tensor, count: Tensor, total: int) -> Tensor:

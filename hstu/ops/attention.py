@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hstu.ops.backends import Backend
+from hstu.ops.cpu.coverage import attention_gap
 from hstu.ops.layout import JaggedLayout
 from hstu.ops.relative_bias import RelativeBias
+from hstu.ops.triton import coverage as triton_coverage
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,14 @@ def hstu_attention(
     float32 at least. ``bias`` needs the layout's times. Source: HSTU, arXiv 2402.17152, sec. 3.
     """
     rule = AttentionRule(alpha, scaling_seqlen, is_causal, contextual_mask)
-    if backend is Backend.PYTORCH:
-        from hstu.ops.pytorch.attention import attention
+    if backend is Backend.CPU and attention_gap(q.shape[2], q.dtype) is None:
+        from hstu.ops.cpu.attention import attention as cpu
 
-        return attention(q, k, v, layout, rule, bias)
-    raise NotImplementedError(f"hstu_attention has no {backend.value} kernel")
+        return cpu(q, k, v, layout, rule, bias)
+    if backend is Backend.TRITON and triton_coverage.attention_gap(q.shape[2], q.dtype) is None:
+        from hstu.ops.triton.attention import attention as triton
+
+        return triton(q, k, v, layout, rule, bias)
+    from hstu.ops.pytorch.attention import attention as pytorch
+
+    return pytorch(q, k, v, layout, rule, bias)

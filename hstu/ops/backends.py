@@ -8,6 +8,8 @@ from enum import StrEnum
 import torch
 
 from hstu.config.errors import ConfigError
+from hstu.ops.cpu import coverage as cpu_coverage
+from hstu.ops.triton import coverage as triton_coverage
 
 logger = logging.getLogger(__name__)
 
@@ -16,21 +18,119 @@ class Backend(StrEnum):
     """Kernel implementations that this version has."""
 
     PYTORCH = "pytorch"
+    TRITON = "triton"
+    """For NVIDIA GPUs."""
+    CPU = "cpu"
+    """C++ for the processor's vector instructions; what the fast backends mean where there is no GPU."""
 
 
 def select_backend(requested: str, strict: bool, device: torch.device) -> Backend:
     """The backend to use where ``requested`` (cutlass, triton, pytorch) was asked for on ``device``.
 
-    Falls back to pytorch, saying so in one line; with ``strict`` that is a ConfigError instead.
+    Where that cannot run the next best is taken, and said so in one line; with ``strict`` that is a ConfigError
+    instead.
     """
-    available = {backend.value for backend in Backend}
-    if requested in available:
-        return Backend(requested)
-    reason = f"kernel_backend {requested!r} is not available in this version (device {device.type})"
+    if requested == Backend.PYTORCH:
+        return Backend.PYTORCH
+    on_cpu = device.type == "cpu"
+    no_triton = f"device {device.type}" if device.type != "cuda" else _triton_gap(device)
+    if requested == Backend.TRITON and no_triton is None:
+        return Backend.TRITON
+    if on_cpu:
+        reason = f"kernel_backend {requested!r} runs on GPUs"
+    elif requested == Backend.TRITON:
+        reason = f"kernel_backend {requested!r} cannot run here: {no_triton}"
+    else:
+        reason = f"kernel_backend {requested!r} is not available in this version (device {device.type})"
     if strict:
+        others = "'pytorch'" if no_triton else "'triton' or 'pytorch'"
         raise ConfigError(
             f"NetworkArgs.{reason}, and strict_kernel_backend = True forbids another: "
-            f"use one of {sorted(available)}, or set strict_kernel_backend = False"
+            f"use {others}, or set strict_kernel_backend = False"
         )
+    if no_triton is None:
+        logger.warning("%s; %s is used", reason, Backend.TRITON.value)
+        return Backend.TRITON
+    return _on_cpu(reason) if on_cpu else _fall_back(reason)
+
+
+def describe_kernels(backend: Backend, *, head_dim: int, item_dim: int, dtype: torch.dtype, split_heads: bool) -> str:
+    """What serves each operator of a model, for the log: ``operator: backend`` and why, where that is another.
+
+    ``dtype`` is that of the dense model; ``split_heads``: the heads of a row lie on several ranks.
+    """
+    if backend is Backend.PYTORCH:
+        return f"all operators: {backend.value}"
+    if backend is Backend.TRITON:
+        gaps = _triton_gaps(head_dim, item_dim, dtype)
+    else:
+        gaps = _cpu_gaps(head_dim, item_dim, dtype, split_heads)
+    return ", ".join(
+        f"{name}: {backend.value}" if gap is None else f"{name}: {Backend.PYTORCH.value} ({gap})"
+        for name, gap in gaps.items()
+    )
+
+
+def _cpu_gaps(head_dim: int, item_dim: int, dtype: torch.dtype, split_heads: bool) -> dict[str, str | None]:
+    return {
+        "attention": cpu_coverage.attention_gap(head_dim, dtype),
+        "layer_norm": "no kernel",
+        "project_uvqk": cpu_coverage.type_gap(dtype),
+        "norm_mul_dropout": cpu_coverage.gate_gap(dtype, split=split_heads),
+        "sampled_softmax_loss": cpu_coverage.sampled_softmax_gap(item_dim, torch.float32),
+        "l2_normalise": None,
+        "pool_softmax_loss": "no kernel",
+        "jagged_concat": "no kernel",
+        "add_positions": "no kernel",
+    }
+
+
+def _triton_gaps(head_dim: int, item_dim: int, dtype: torch.dtype) -> dict[str, str | None]:
+    rows, softmax = triton_coverage.type_gap(dtype), triton_coverage.softmax_gap(item_dim, torch.float32)
+    return {
+        "attention": triton_coverage.attention_gap(head_dim, dtype),
+        "layer_norm": rows,
+        "project_uvqk": rows,
+        "norm_mul_dropout": rows,
+        "sampled_softmax_loss": softmax,
+        "l2_normalise": "no kernel",
+        "pool_softmax_loss": softmax,
+        "jagged_concat": rows,
+        "add_positions": rows,
+    }
+
+
+def _triton_gap(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot be used on this GPU; None: they can. The first time a machine they are checked."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < triton_coverage.LEAST_CAPABILITY:
+        least = ".".join(map(str, triton_coverage.LEAST_CAPABILITY))
+        return f"compute capability {'.'.join(map(str, capability))} < {least}"
+    try:
+        from hstu.ops.triton.self_check import KernelsDisagree, check_kernels
+    except ImportError as error:
+        return f"Triton does not import ({error})"
+    try:
+        check_kernels(device)
+    except KernelsDisagree as problem:
+        return str(problem)
+    return None
+
+
+def _on_cpu(reason: str) -> Backend:
+    from hstu.ops.cpu.build import KernelsUnavailable
+    from hstu.ops.cpu.check import check_kernels
+    from hstu.ops.cpu.library import keep_freed_memory
+
+    try:
+        check_kernels()
+        keep_freed_memory()
+    except KernelsUnavailable as problem:
+        return _fall_back(f"{reason}, and there are no C++ kernels for this CPU: {problem}")
+    logger.info("%s; on this CPU the C++ kernels are used", reason)
+    return Backend.CPU
+
+
+def _fall_back(reason: str) -> Backend:
     logger.warning("%s; %s is used", reason, Backend.PYTORCH.value)
     return Backend.PYTORCH

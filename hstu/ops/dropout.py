@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,10 +27,26 @@ def dropout(x: Tensor, p: float, training: bool, stream: int | None = None) -> T
         if generator is None:
             return F.dropout(x, p)
         return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+    draws = draw(x.numel(), p, generator)
+    return x * (draws.words.view(x.shape) >= draws.least) * draws.scale
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which elements a dropout on a CPU keeps: those whose word is not below ``least``, multiplied by ``scale``."""
+
+    words: Tensor
+    """int16 [elements]."""
+    least: int
+    scale: float
+
+
+def draw(elements: int, p: float, generator: torch.Generator | None = None) -> Draws:
+    """Draw for a dropout of probability p, from torch's generator of the CPU unless another is given."""
     dropped = round(p * _RESOLUTION)
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
-    keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - _RESOLUTION // 2
-    return x * keep * (_RESOLUTION / (_RESOLUTION - dropped))
+    words = torch.empty(-(-elements // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
+    scale = _RESOLUTION / (_RESOLUTION - dropped)
+    return Draws(words.view(torch.int16)[:elements], dropped - _RESOLUTION // 2, scale)
 
 
 def _generator_of(stream: int, device: torch.device) -> torch.Generator:

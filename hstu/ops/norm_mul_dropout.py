@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hstu.ops.backends import Backend
+from hstu.ops.cpu.coverage import gate_gap
+from hstu.ops.triton import coverage as triton_coverage
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,14 @@ def norm_mul_dropout(
     row, forward and backward.
     Source: HSTU, arXiv 2402.17152, eq. 3.
     """
-    if backend is Backend.PYTORCH:
-        from hstu.ops.pytorch.norm_mul_dropout import norm_mul_dropout as pytorch
+    if backend is Backend.CPU and gate_gap(x.dtype, split=split_heads is not None) is None:
+        from hstu.ops.cpu.norm_mul_dropout import norm_mul_dropout as cpu
 
-        return pytorch(x, u, weight, bias, eps, dropout, training, split_heads)
-    raise NotImplementedError(f"norm_mul_dropout has no {backend.value} kernel")
+        return cpu(x, u, weight, bias, eps, dropout if training else 0.0)
+    if backend is Backend.TRITON and triton_coverage.norm_gap(len(weight), x.dtype) is None:
+        from hstu.ops.triton.norm import norm_mul_dropout as triton
+
+        return triton(x, u, weight, bias, eps, dropout, training, split_heads)
+    from hstu.ops.pytorch.norm_mul_dropout import norm_mul_dropout as pytorch
+
+    return pytorch(x, u, weight, bias, eps, dropout, training, split_heads)

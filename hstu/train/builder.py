@@ -26,7 +26,7 @@ from hstu.observe.logging import set_up_logging
 from hstu.observe.peak import peak_tflops
 from hstu.observe.run_directory import RunDirectory, default_path
 from hstu.observe.throughput import ThroughputMeter
-from hstu.ops.backends import select_backend
+from hstu.ops.backends import describe_kernels, select_backend
 from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.optim.schedule import Schedule
 from hstu.parallel.collectives import gather_objects, gather_rows
@@ -134,6 +134,14 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDen
     network, roles = config.network, source.roles
     features = SequenceFeatures(roles.item, roles.action, roles.contextual, source.max_items)
     backend = select_backend(network.kernel_backend, network.strict_kernel_backend, mesh.device)
+    kernels = describe_kernels(
+        backend,
+        head_dim=network.kv_channels,
+        item_dim=network.item_width,
+        dtype=DTYPES[network.dtype_str],
+        split_heads=mesh.tp_size > 1,
+    )
+    log.info("kernels: %s", kernels)
     encoder = SequenceEncoder(network, features, backend)
     seen = leak(config.task, network, roles, config.dataset.max_num_candidates)
     if seen:
@@ -147,6 +155,7 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDen
         item_dim=network.item_width,
         args=config.task_args,
         gather_pool=lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),
+        backend=backend,
     )
 
 

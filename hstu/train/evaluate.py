@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu.data.batch import HSTUBatch
-from hstu.model.negatives import l2_normalise
+from hstu.ops.normalise import l2_normalise
 from hstu.train.metrics import Gather, RankingMetrics, only_rank, retrieval_metrics
 
 CHUNK_ITEMS = 16384

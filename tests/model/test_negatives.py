@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hstu.model.negatives import choose_from_pool, first_occurrences, l2_normalise, sorted_distinct
+from hstu.model.negatives import choose_from_pool, first_occurrences, sorted_distinct
+from hstu.ops.normalise import l2_normalise
 
 POOLS = st.lists(st.integers(-1, 8), max_size=20).map(lambda ids: torch.tensor(ids, dtype=torch.int64))
 

@@ -1,16 +1,34 @@
-"""Falling back is said in one line, or refused."""
+"""Falling back is said in one line, or refused; on a CPU the C++ kernels stand in for those of GPUs."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 
 from hstu.config.errors import ConfigError
-from hstu.ops.backends import Backend, select_backend
+from hstu.ops.backends import Backend, describe_kernels, select_backend
+from hstu.ops.cpu import build, check
 
 CPU = torch.device("cpu")
+FAST = pytest.mark.parametrize("requested", ["cutlass", "triton"])
+
+
+@pytest.fixture
+def compiler() -> None:
+    try:
+        build.library_file()
+    except build.KernelsUnavailable as reason:
+        pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
+
+
+def choose(requested: str, caplog: pytest.LogCaptureFixture) -> tuple[Backend, str]:
+    with caplog.at_level(logging.INFO, logger="hstu.ops.backends"):
+        backend = select_backend(requested, strict=False, device=CPU)
+    (record,) = (record for record in caplog.records if record.name == "hstu.ops.backends")
+    return backend, record.message
 
 
 def test_what_was_asked_for_is_used_in_silence(caplog: pytest.LogCaptureFixture) -> None:
@@ -18,14 +36,53 @@ def test_what_was_asked_for_is_used_in_silence(caplog: pytest.LogCaptureFixture)
     assert not caplog.records
 
 
-@pytest.mark.parametrize("requested", ["cutlass", "triton"])
-def test_a_missing_backend_falls_back_and_says_so_in_one_line(requested: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        assert select_backend(requested, strict=False, device=CPU) is Backend.PYTORCH
-    (record,) = caplog.records
-    assert requested in record.message and "pytorch is used" in record.message
+@FAST
+def test_on_a_cpu_the_cpp_kernels_are_used(requested: str, caplog: pytest.LogCaptureFixture, compiler: None) -> None:
+    backend, line = choose(requested, caplog)
+    assert backend is Backend.CPU
+    assert requested in line and "C++ kernels are used" in line
 
 
-def test_a_missing_backend_is_an_error_where_strict() -> None:
+@FAST
+def test_without_a_compiler_pytorch_is_used_and_the_line_says_what_to_install(
+    requested: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    backend, line = choose(requested, caplog)
+    assert backend is Backend.PYTORCH
+    assert "pytorch is used" in line and "apt-get install g++" in line
+
+
+def test_a_kernel_that_is_wrong_is_not_used_and_the_line_has_the_numbers(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: None
+) -> None:
+    twice = ("attention", lambda x: 2 * x, lambda x: x, [torch.randn(3, requires_grad=True)])
+    monkeypatch.setattr(check, "library_file", lambda: tmp_path / "kernels.so")
+    monkeypatch.setattr(check, "_cases", lambda: iter([twice]))
+    backend, line = choose("cutlass", caplog)
+    assert backend is Backend.PYTORCH
+    assert "attention differs from PyTorch by" in line
+
+
+def test_kernels_are_checked_once_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    same = ("gate", lambda x: x * 1, lambda x: x, [torch.randn(3, requires_grad=True)])
+    cases = iter([same])  # a second walk would find none
+    monkeypatch.setattr(check, "library_file", lambda: tmp_path / "kernels.so")
+    monkeypatch.setattr(check, "_cases", lambda: [next(cases)])
+    check.check_kernels()
+    check.check_kernels()
+    with pytest.raises(StopIteration):
+        next(cases)
+
+
+@FAST
+def test_another_backend_is_an_error_where_strict(requested: str) -> None:
     with pytest.raises(ConfigError, match="strict_kernel_backend"):
-        select_backend("cutlass", strict=True, device=CPU)
+        select_backend(requested, strict=True, device=CPU)
+
+
+def test_the_table_names_what_pytorch_does_and_why() -> None:
+    table = describe_kernels(Backend.CPU, head_dim=512, item_dim=64, dtype=torch.bfloat16, split_heads=True)
+    assert "attention: pytorch (heads of 512 > 256 channels)" in table
+    assert "norm_mul_dropout: pytorch (heads on several ranks)" in table
+    assert "sampled_softmax_loss: cpu" in table

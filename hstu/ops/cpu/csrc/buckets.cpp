@@ -1,0 +1,108 @@
+// Time buckets of the relative bias: floor(ln(max(1, |difference|)) / 0.301) without a logarithm a pair.
+#include <cmath>
+#include <limits>
+
+#include "attention.h"
+
+namespace hstu {
+namespace {
+
+constexpr double BUCKET_WIDTH = 0.301;
+
+// The least difference of each bucket floor(ln(max(1, x)) / 0.301), and the first bucket of each power of two.
+struct Thresholds {
+    int64_t least[TIME_BUCKETS + 4];
+    uint8_t first_of_power[64];
+
+    Thresholds() {
+        const auto exact = [](int64_t x) { return int64_t(std::log(double(x)) / BUCKET_WIDTH); };
+        for (int bucket = 0; bucket < TIME_BUCKETS + 4; ++bucket) least[bucket] = std::numeric_limits<int64_t>::max();
+        for (int bucket = 0; bucket < TIME_BUCKETS; ++bucket) {
+            const double guess = std::exp(bucket * BUCKET_WIDTH);
+            if (guess > 9e18) break;
+            int64_t x = std::max<int64_t>(1, int64_t(guess) - 2);
+            if (guess < 1e15) {
+                while (exact(x) < bucket) ++x;
+            } else {  // beyond 2^53 a double cannot tell neighbours apart: halve the interval
+                int64_t low = int64_t(guess * (1 - 1e-12)), high = int64_t(guess * (1 + 1e-12));
+                while (low < high) {
+                    const int64_t middle = low + (high - low) / 2;
+                    if (exact(middle) < bucket) low = middle + 1;
+                    else high = middle;
+                }
+                x = low;
+            }
+            least[bucket] = x;
+        }
+        for (int power = 0; power < 64; ++power) {
+            int bucket = 0;
+            const int64_t x = power < 63 ? int64_t(1) << power : std::numeric_limits<int64_t>::max();
+            while (bucket + 1 < TIME_BUCKETS && least[bucket + 1] <= x) ++bucket;
+            first_of_power[power] = uint8_t(bucket);
+        }
+    }
+};
+
+const Thresholds& thresholds() {
+    static const Thresholds made;
+    return made;
+}
+
+inline uint8_t bucket_of(const Thresholds& t, int64_t difference) {
+    const uint64_t x = difference < 0 ? uint64_t(0) - uint64_t(difference) : uint64_t(difference);
+    const int64_t seconds = int64_t(std::min<uint64_t>(std::max<uint64_t>(x, 1), INT64_MAX));
+    const int bucket = t.first_of_power[63 - __builtin_clzll(uint64_t(seconds))];
+    // An octave spans 2.3 buckets.
+    const int further = (seconds >= t.least[bucket + 1]) + (seconds >= t.least[bucket + 2]) +
+                        (seconds >= t.least[bucket + 3]);
+    return uint8_t(std::min(bucket + further, TIME_BUCKETS - 1));
+}
+
+}  // namespace
+
+int64_t bucket_bytes(const HstuAttention& a, int64_t sequence) {
+    const int64_t length = a.offsets[sequence + 1] - a.offsets[sequence];
+    int64_t bytes = 0;
+    for (int64_t first = 0; first < length; first += STRIP)
+        bytes += make_strip(a, first, length, length - a.candidates[sequence]).end * STRIP;
+    return bytes;
+}
+
+void fill_buckets(const HstuAttention& a, int64_t sequence, const Strip& s, int64_t j, int64_t keys, uint8_t* out) {
+    const Thresholds& t = thresholds();
+    const int64_t begin = a.offsets[sequence], length = a.offsets[sequence + 1] - begin;
+    int64_t query_times[STRIP];
+    for (int64_t lane = 0; lane < STRIP; ++lane)
+        query_times[lane] = a.query_times[begin + std::min(s.first + lane, length - 1)];
+    for (int64_t row = 0; row < keys; ++row) {
+        const int64_t key_time = a.token_times[begin + std::min(j + row, length - 1)];
+        for (int64_t lane = 0; lane < STRIP; ++lane)
+            out[row * STRIP + lane] = bucket_of(t, query_times[lane] - key_time);
+    }
+}
+
+}  // namespace hstu
+
+// Where each sequence's buckets begin, [B + 1] elements: the last is the number of bytes.
+extern "C" void hstu_bucket_offsets(const HstuAttention* a, int64_t* offsets) {
+    int64_t bytes = 0;
+    for (int64_t sequence = 0; sequence < a->sequences; ++sequence) {
+        offsets[sequence] = bytes;
+        bytes += hstu::bucket_bytes(*a, sequence);
+    }
+    offsets[a->sequences] = bytes;
+}
+
+// Fills a->buckets for all sequences.
+extern "C" void hstu_fill_buckets(const HstuAttention* a) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(a->threads)
+    for (int64_t rank = 0; rank < a->sequences; ++rank) {
+        const int64_t sequence = a->order[rank], length = a->offsets[sequence + 1] - a->offsets[sequence];
+        uint8_t* out = a->buckets + a->bucket_offsets[sequence];
+        for (int64_t first = 0; first < length; first += hstu::STRIP) {
+            const hstu::Strip strip = hstu::make_strip(*a, first, length, length - a->candidates[sequence]);
+            hstu::fill_buckets(*a, sequence, strip, 0, strip.end, out);
+            out += strip.end * hstu::STRIP;
+        }
+    }
+}

@@ -1,0 +1,105 @@
+// Vectors of floats as wide as the machine's registers, written with the vector extensions of GCC and Clang, so that
+// one source serves AVX-512, AVX2 and anything else. Intrinsics only where the extensions have no word.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define HSTU_LANES 16
+#elif defined(__AVX2__)
+#define HSTU_LANES 8
+#else
+#define HSTU_LANES 4
+#endif
+
+namespace hstu {
+
+constexpr int LANES = HSTU_LANES;
+typedef float vf __attribute__((vector_size(4 * HSTU_LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * HSTU_LANES)));
+typedef float vf_unaligned __attribute__((vector_size(4 * HSTU_LANES), aligned(4), may_alias));
+
+inline vf load(const float* from) { return *reinterpret_cast<const vf_unaligned*>(from); }
+inline void store(float* to, vf x) { *reinterpret_cast<vf_unaligned*>(to) = x; }
+inline vf splat(float x) { return x - vf{}; }
+inline vi splat_int(int32_t x) { return x - vi{}; }
+inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+
+inline vi lane_numbers() {
+    vi numbers;
+    for (int lane = 0; lane < LANES; ++lane) numbers[lane] = lane;
+    return numbers;
+}
+
+inline float sum(vf x) {
+    float total = 0;
+    for (int lane = 0; lane < LANES; ++lane) total += x[lane];
+    return total;
+}
+
+// e^x for x clamped to [-87, 88], relative error below 2e-7. e^x = 2^n · e^r with |r| <= ln 2 / 2; ln 2 in two parts
+// keeps r exact, and adding 1.5 · 2^23 rounds to an integer that then stands in the lowest bits.
+inline vf exp(vf x) {
+    const vf most = splat(88.0f), least = splat(-87.0f), magic = splat(12582912.0f);
+    x = select(x > most, most, x);
+    x = select(x < least, least, x);
+    const vf shifted = x * 1.44269504088896341f + magic;
+    const vf n = shifted - magic;
+    vf r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vf y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    return (vf)((vi)y + ((vi)shifted << 23));
+}
+
+inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+
+typedef uint16_t bfloat;  // the upper half of a float
+
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+    return x;
+}
+template <>
+inline bfloat from_float<bfloat>(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return bfloat(bits >> 16) | 0x40;  // a NaN stays one
+    return bfloat((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);               // to nearest, ties to even
+}
+
+// LANES x LANES floats, transposed from rows `in_stride` apart to rows `out_stride` apart.
+inline void transpose_block(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+    vf rows[LANES];
+    for (int row = 0; row < LANES; ++row) rows[row] = load(in + row * in_stride);
+    const vi lane = lane_numbers();
+#pragma GCC unroll 4
+    for (int bit = 1; bit < LANES; bit *= 2) {
+        // Swaps the off-diagonal squares of side `bit`: lanes from LANES on are those of the second operand.
+        const vi upper = (lane & bit) == 0 ? lane : lane - bit + LANES;
+        const vi lower = (lane & bit) == 0 ? lane + bit : lane + LANES;
+#pragma GCC unroll 16
+        for (int row = 0; row < LANES; ++row) {
+            if (row & bit) continue;
+            const vf x = rows[row], y = rows[row | bit];
+            rows[row] = __builtin_shuffle(x, y, upper);
+            rows[row | bit] = __builtin_shuffle(x, y, lower);
+        }
+    }
+    for (int row = 0; row < LANES; ++row) store(out + row * out_stride, rows[row]);
+}
+
+}  // namespace hstu

@@ -1,0 +1,70 @@
+"""Compiling the C++ kernels: once a machine, whoever else is at it, and a clear line where it cannot be."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hstu.ops.cpu import build
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, build.COMPILERS)), reason="NEEDS A C++ COMPILER: none is found"
+)
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def small_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    monkeypatch.setattr(build, "SOURCES", sources)
+    return sources
+
+
+def test_what_is_compiled_is_found_again_until_a_source_changes(small_sources: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = build.library_file(cache)
+    made = first.stat().st_mtime_ns
+    assert build.library_file(cache) == first and first.stat().st_mtime_ns == made
+    (small_sources / "one.cpp").write_text('extern "C" int one() { return 2; }\n')
+    assert build.library_file(cache) != first
+
+
+def test_processes_that_start_together_compile_once(small_sources: Path, tmp_path: Path) -> None:
+    code = (
+        "import logging, pathlib; from hstu.ops.cpu import build; logging.basicConfig(level=logging.INFO); "
+        f"build.SOURCES = pathlib.Path({str(small_sources)!r}); build.library_file(pathlib.Path({str(tmp_path)!r}))"
+    )
+    command = [sys.executable, "-c", code]
+    processes = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    lines = "".join(process.communicate(timeout=60)[1] for process in processes)
+    assert [process.returncode for process in processes] == [0] * 3, lines
+    assert lines.count("compiled the CPU kernels in") == 1
+
+
+def test_a_source_that_does_not_compile_is_told_with_the_error_and_leaves_nothing(
+    small_sources: Path, tmp_path: Path
+) -> None:
+    (small_sources / "two.cpp").write_text("int two() { return nothing; }\n")
+    cache = tmp_path / "cache"
+    with pytest.raises(build.KernelsUnavailable, match=r"cannot compile the CPU kernels: .*nothing"):
+        build.library_file(cache)
+    assert [path.name for path in cache.iterdir()] == ["lock"]
+
+
+def test_a_cache_that_cannot_be_written_is_told(small_sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file is in the way")
+    with pytest.raises(build.KernelsUnavailable, match="cannot write compiled kernels to"):
+        build.library_file(tmp_path / "cache")
+
+
+def test_the_sources_are_part_of_the_package() -> None:
+    """setup.py names them; a wheel without them could compile nothing."""
+    assert '"csrc/*"' in (REPOSITORY / "setup.py").read_text(encoding="utf-8")
+    assert {path.suffix for path in build.SOURCES.iterdir()} == {".cpp", ".h"}

@@ -1,0 +1,313 @@
+"""Every fast backend against float64, forward and all gradients, over the shapes, masks, types and strides there are.
+
+The float64 results are the PyTorch backend's, which other tests hold against a pair-by-pair oracle; small batches are
+held against that here, too. Triton's kernels are driven on a GPU, and interpreted (see backends.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hstu.ops.attention import hstu_attention
+from hstu.ops.backends import Backend
+from hstu.ops.cpu.build import KernelsUnavailable, library_file
+from hstu.ops.norm_mul_dropout import norm_mul_dropout
+from hstu.ops.normalise import l2_normalise
+from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias, time_buckets
+from hstu.ops.softmax_loss import sampled_softmax_loss
+from hstu.ops.uvqk import split_uvqk
+from tests.ops import oracle
+from tests.ops.backends import BACKENDS, INTERPRETED, TOLERANCE, TYPES, device_of, examples
+from tests.ops.oracle import User
+from tests.ops.strategies import Batch, batches
+
+LENGTHS = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 63, 65, 127, 129])
+
+
+@pytest.fixture(autouse=True)
+def kernels(request: pytest.FixtureRequest) -> None:
+    if request.getfixturevalue("backend") is not Backend.CPU:
+        return
+    try:
+        library_file()
+    except KernelsUnavailable as reason:
+        pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
+
+
+def differentiate(function: Callable[..., Tensor], leaves: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = function(*leaves)
+    grad_out = grad_out.to(out).view(out.shape)
+    grads = torch.autograd.grad(out, leaves, grad_out, materialize_grads=True)
+    return [out.detach(), *grads]
+
+
+def assert_near(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    for place, (ours, exact) in enumerate(zip(got, expected, strict=True)):
+        assert ours.shape == exact.shape
+        if exact.numel():
+            error = float(
+                (ours.cpu().double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-3)
+            )
+            assert error <= tolerance, f"result {place} (0: output, then gradients) is off by {error:.2g}"
+
+
+@st.composite
+def long_batches(draw: st.DrawFn) -> Batch:
+    """Sequences around the sizes of blocks and vectors, with candidates in groups."""
+    gap = draw(st.sampled_from([0, 1, 977, 10**6]))
+    users = []
+    for history in draw(st.lists(LENGTHS, min_size=1, max_size=3)):
+        candidates = draw(st.sampled_from([0, 0, 1, 7, 40]))
+        users.append(User(history, candidates, tuple(gap * i for i in range(history + candidates))))
+    return Batch(tuple(users), draw(st.integers(0, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 4)))
+
+
+def to(leaves: Sequence[Tensor], place: str | torch.device, dtype: torch.dtype | None = None) -> list[Tensor]:
+    return [x.to(place, dtype) for x in leaves]
+
+
+def attention_inputs(
+    tokens: int, heads: int, width: int, dtype: torch.dtype, strided: bool, backend: Backend
+) -> list[Tensor]:
+    torch.manual_seed(tokens)
+    fused = torch.randn(tokens, heads, 4, width).to(device_of(backend), dtype)
+    parts = fused.unbind(2)[1:] if strided else [part.clone() for part in fused.unbind(2)[1:]]
+    return [*parts, *to([torch.randn(2 * 150 - 1), torch.randn(NUM_TIME_BUCKETS)], fused.device, dtype)]
+
+
+def compare_attention(batch: Batch, backend: Backend, leaves: list[Tensor], grad_out: Tensor, **rule: object) -> None:
+    def attend_by(backend: Backend) -> Callable[..., Tensor]:
+        layout = batch.layout(device=device_of(backend))
+        return lambda q, k, v, *tables: hstu_attention(
+            q, k, v, layout, bias=RelativeBias(*tables) if tables else None, backend=backend, **rule  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    dtype = leaves[0].dtype
+    got = differentiate(attend_by(backend), leaves, grad_out.to(leaves[0].device))
+    assert all(ours.dtype == given.dtype for ours, given in zip(got[1:], leaves, strict=True))
+    exact = to(leaves, "cpu", torch.float64)
+    expected = differentiate(attend_by(Backend.PYTORCH), exact, grad_out.to(dtype).double())
+    assert_near(got, expected, TOLERANCE[backend][dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=examples(40))
+@given(
+    batch=long_batches(),
+    heads=st.integers(1, 3),
+    width=st.sampled_from([1, 3, 16, 25, 50, 64, 72, 128, 256]),
+    dtype=st.sampled_from(TYPES),
+    strided=st.booleans(),
+    with_bias=st.booleans(),
+    is_causal=st.booleans(),
+    contextual_mask=st.booleans(),
+)
+def test_attention_equals_float64(
+    backend: Backend,
+    batch: Batch,
+    heads: int,
+    width: int,
+    dtype: torch.dtype,
+    strided: bool,
+    with_bias: bool,
+    is_causal: bool,
+    contextual_mask: bool,
+) -> None:
+    tokens = batch.layout().num_tokens
+    leaves = attention_inputs(tokens, heads, width, dtype, strided, backend)[: 5 if with_bias else 3]
+    grad_out = torch.randn(tokens, width, heads).to(dtype).transpose(1, 2)
+    rule = dict(alpha=width**-0.5, scaling_seqlen=100, is_causal=is_causal, contextual_mask=contextual_mask)
+    compare_attention(batch, backend, leaves, grad_out, **rule)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("width", "dtype"), [(50, torch.float32), (64, torch.bfloat16)])
+def test_attention_equals_float64_on_a_long_sequence(backend: Backend, width: int, dtype: torch.dtype) -> None:
+    batch = Batch((User(1023, 0, tuple(3600 * i for i in range(1023))), User(5, 0, (1,) * 5)), 0, 1, 1)
+    leaves = attention_inputs(1028, 1, width, dtype, strided=True, backend=backend)
+    compare_attention(batch, backend, leaves, torch.randn(1028, 1, width), alpha=width**-0.5, scaling_seqlen=1023)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=examples(40))
+@given(batch=batches(), is_causal=st.booleans(), contextual_mask=st.booleans())
+def test_attention_equals_the_pair_by_pair_oracle(
+    backend: Backend, batch: Batch, is_causal: bool, contextual_mask: bool
+) -> None:
+    layout, sequences = batch.layout(device=device_of(backend)), batch.tokens()
+    leaves = attention_inputs(layout.num_tokens, 2, 3, torch.float32, strided=False, backend=backend)
+    rule = dict(alpha=0.37, scaling_seqlen=7, is_causal=is_causal, contextual_mask=contextual_mask)
+    grad_out = torch.randn(layout.num_tokens, 2, 3)
+    got = differentiate(
+        lambda q, k, v, p, t: hstu_attention(q, k, v, layout, bias=RelativeBias(p, t), backend=backend, **rule),
+        leaves,
+        grad_out.to(device_of(backend)),
+    )
+    expected = differentiate(
+        lambda q, k, v, p, t: oracle.attention(q, k, v, sequences, bias=(p, t), **rule),  # type: ignore[arg-type]
+        to(leaves, "cpu", torch.float64),
+        grad_out,
+    )
+    assert_near(got, expected, TOLERANCE[backend][torch.float32])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_time_buckets_are_those_of_the_definition_at_every_edge(backend: Backend) -> None:
+    edges = torch.exp(torch.arange(1, 128, dtype=torch.float64) * 0.301).long()
+    deltas = torch.cat([torch.tensor([0, 1, 2, 3, 2**62]), edges - 1, edges, edges + 1, 2 ** torch.arange(62)]).unique()
+    for some in deltas.split(50):
+        device = device_of(backend)
+        layout = Batch((User(len(some), 0, tuple(some.tolist())),), 0, 1, 1).layout(device=device)
+        layout.query_times = torch.zeros(len(some), dtype=torch.int64, device=device)
+        bias = RelativeBias(*to([torch.zeros(99), torch.arange(NUM_TIME_BUCKETS, dtype=torch.float32)], device))
+        zeros, one_hot = to([torch.zeros(len(some), 1, 50), torch.eye(len(some), 50)[:, None]], device)
+        out = hstu_attention(
+            *(zeros, zeros, one_hot, layout), alpha=1.0, scaling_seqlen=1, is_causal=False, bias=bias, backend=backend
+        )
+        # The weight of a pair is SiLU(its bucket), which tells neighbouring buckets apart.
+        torch.testing.assert_close(
+            out[0, 0, : len(some)].cpu(), F.silu(time_buckets(some).float()), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="one thread interprets")
+@pytest.mark.parametrize("backend", [Backend.CPU])
+def test_results_have_the_same_bits_on_any_number_of_threads(backend: Backend) -> None:
+    batch = Batch(tuple(User(n, 0, tuple(range(0, 9 * n, 9))) for n in (90, 3, 70, 41)), 1, 1, 1)
+    tokens = batch.layout().num_tokens
+    leaves = attention_inputs(tokens, 2, 20, torch.float32, strided=True, backend=backend)
+    grad_out = torch.randn(tokens, 2, 20)
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 5, 2):
+        torch.set_num_threads(threads)
+        layout = batch.layout()
+        results.append(
+            differentiate(
+                lambda q, k, v, p, t, layout=layout: hstu_attention(
+                    q, k, v, layout, alpha=0.2, scaling_seqlen=90, bias=RelativeBias(p, t), backend=backend
+                ),
+                leaves,
+                grad_out,
+            )
+        )
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=examples(30))
+@given(
+    tokens=st.sampled_from([0, 1, 5, 300]),
+    heads=st.integers(1, 3),
+    width=st.sampled_from([1, 5, 16, 50]),
+    dtype=st.sampled_from(TYPES),
+    dropout=st.sampled_from([0.0, 0.3]),
+)
+def test_the_gate_equals_float64(
+    backend: Backend, tokens: int, heads: int, width: int, dtype: torch.dtype, dropout: float
+) -> None:
+    if backend is Backend.TRITON:
+        dropout = 0.0  # its pattern is its own; see triton/test_norm.py
+    torch.manual_seed(width)
+    x, u = torch.randn(tokens, heads, width).to(dtype), torch.randn(tokens, heads, 2, width).to(dtype)[:, :, 1]
+    leaves = to([x, u, *torch.randn(2, heads * width)], device_of(backend))
+    grad_out = torch.randn(tokens, heads * width).to(dtype)
+
+    def run(leaves: list[Tensor], grad_out: Tensor, backend: Backend) -> list[Tensor]:
+        torch.manual_seed(7)  # both drop the same elements
+        return differentiate(
+            lambda *x: norm_mul_dropout(*x, eps=0.05, dropout=dropout, training=True, backend=backend), leaves, grad_out
+        )
+
+    got = run(leaves, grad_out.to(device_of(backend)), backend)
+    expected = run(to(leaves, "cpu", torch.float64), grad_out.double(), Backend.PYTORCH)
+    assert_near(got, expected, 3 * TOLERANCE[backend][dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=examples(20))
+@given(
+    tokens=st.sampled_from([0, 1, 40]),
+    heads=st.integers(1, 3),
+    width=st.sampled_from([1, 16, 50]),
+    dtype=st.sampled_from(TYPES),
+)
+def test_the_parts_of_the_projection_equal_float64(
+    backend: Backend, tokens: int, heads: int, width: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(width)
+    projected = 3 * torch.randn(tokens, heads * 4 * width).to(dtype)
+    factors = torch.randn(4, width).to(dtype)
+
+    def function(projected: Tensor, backend: Backend) -> Tensor:
+        u, v, q, _ = split_uvqk(projected, width, backend)  # one part has no gradient
+        return sum(part * factor.to(part) for part, factor in zip((u, v, q), factors[:3], strict=True))
+
+    grad_out = torch.randn(tokens, heads, width).to(dtype)
+    device = device_of(backend)
+    got = differentiate(lambda x: function(x, backend), [projected.to(device)], grad_out.to(device))
+    expected = differentiate(lambda x: function(x, Backend.PYTORCH), [projected.double()], grad_out.double())
+    assert_near(got, expected, 2 * TOLERANCE[backend][dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("by_rows", [False, True], ids=["small_pool", "large_pool"])
+@settings(deadline=None, max_examples=examples(30))
+@given(
+    queries=st.sampled_from([0, 1, 7, 130]),
+    pool_size=st.sampled_from([1, 3, 90]),
+    draws=st.sampled_from([0, 1, 15, 16, 40]),
+    width=st.sampled_from([1, 16, 50, 64, 100, 256]),
+    temperature=st.sampled_from([1.0, 0.05, 0.01]),
+    index_type=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_the_sampled_loss_equals_float64(
+    backend: Backend,
+    by_rows: bool,
+    queries: int,
+    pool_size: int,
+    draws: int,
+    width: int,
+    temperature: float,
+    index_type: torch.dtype,
+) -> None:
+    torch.manual_seed(draws)
+    leaves = [F.normalize(torch.randn(rows, width), dim=1) for rows in (queries, queries, pool_size)]
+    drawn = torch.randint(pool_size, (queries, draws)).to(index_type)
+    target_ids, pool_ids = torch.randint(5, (queries,)), torch.randint(9, (pool_size,))
+
+    def run(leaves: list[Tensor], backend: Backend) -> list[Tensor]:
+        ids = to([drawn, target_ids, pool_ids], device_of(backend))
+        return differentiate(
+            lambda q, p, s: sampled_softmax_loss(q, p, s, *ids, temperature, backend),
+            to(leaves, device_of(backend)),
+            torch.tensor(3.0),
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hstu.ops.cpu.softmax_loss.MOST_PARTIAL_BYTES", 0 if by_rows else 2**27)
+        got = run(leaves, backend)
+    expected = run([x.double() for x in leaves], Backend.PYTORCH)
+    # A score of size 1 / temperature is rounded before it is exponentiated.
+    assert_near(got, expected, TOLERANCE[backend][torch.float32] * max(1, 0.5 / temperature))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=examples(20))
+@given(rows=st.sampled_from([0, 1, 70]), width=st.sampled_from([1, 16, 50, 300]), eps=st.sampled_from([1e-6, 5.0]))
+def test_unit_vectors_equal_float64(backend: Backend, rows: int, width: int, eps: float) -> None:
+    torch.manual_seed(width)
+    vectors, grad_out = torch.randn(rows, width), torch.randn(rows, width)
+    device = device_of(backend)
+    got = differentiate(lambda x: l2_normalise(x, eps, backend), [vectors.to(device)], grad_out.to(device))
+    expected = differentiate(lambda x: l2_normalise(x, eps), [vectors.double()], grad_out.double())
+    assert_near(got, expected, TOLERANCE[backend][torch.float32])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from hstu.ops.attention import AttentionRule
-from hstu.ops.cutlass.schedule import ITEM_FIELDS, Rows, leading_rows, make_schedule
+from hstu.ops.cutlass.kernels import Variant
+from hstu.ops.cutlass.schedule import leading_rows, make_schedule
 from hstu.ops.layout import JaggedLayout
 from tests.ops.cutlass.ptx_machine import Cta, TensorMap
 from tests.ops.cutlass.ptx_parse import parse
@@ -17,22 +18,14 @@ NUM_CTAS = 2  # so that each takes several turns
 
 
 def run_kernel(
-    ptx: str,
-    stationary: list[Tensor],
-    streamed: list[Tensor],
-    num_outs: int,
-    layout: JaggedLayout,
-    rule: AttentionRule,
-    rows: Rows,
-    block: int,
-    tile: int,
-    num_threads: int,
+    variant: Variant, ptx: str, inputs: list[Tensor], layout: JaggedLayout, rule: AttentionRule
 ) -> list[Tensor]:
-    """The outputs of an attention kernel. stationary and streamed: x, w and y, z of the kernels, [T, H, d]."""
+    """The outputs of a kernel for its inputs x, y, z or x, y, w, z: [T, H, d]."""
     program = parse(ptx)
     hopper = any(size == 128 for _, size in program.params)  # its inputs come as TMA descriptors
-    schedule = make_schedule(layout, rule, rows, block, tile)
-    tokens, heads, width = stationary[0].shape
+    shape = variant.shape
+    schedule = make_schedule(layout, rule, shape.rows, shape.block, shape.tile)
+    tokens, heads, width = inputs[0].shape
     memory: dict[int, np.ndarray] = {}
 
     def place(array: np.ndarray) -> int:
@@ -43,12 +36,11 @@ def run_kernel(
     def loaded(tensor: Tensor, num_rows: int) -> TensorMap:
         return TensorMap(tensor.contiguous().view(torch.int16).numpy().view(np.uint16), num_rows, min(width, 64))
 
-    # x, y, z or x, y, w, z.
-    pairs = [loaded(stationary[0], block), loaded(streamed[0], tile)]
-    pairs += [loaded(tensor, block) for tensor in stationary[1:]] + [loaded(streamed[1], tile)]
-    outs = [torch.full((tokens, heads, width), float("nan"), dtype=stationary[0].dtype) for _ in range(num_outs)]
-    inputs = [] if hopper else [stationary[0], streamed[0], *stationary[1:], streamed[1]]
-    arrays = [tensor.contiguous().view(torch.int16).numpy() for tensor in (*inputs, *outs)]
+    at_once = [shape.block, shape.tile, shape.block, shape.tile]
+    if variant.num_inputs == 3:
+        at_once[2] = shape.tile
+    outs = [torch.full_like(inputs[0], float("nan")) for _ in range(variant.num_outputs)]
+    arrays = [tensor.contiguous().view(torch.int16).numpy() for tensor in (*(() if hopper else inputs), *outs)]
     tensors = [
         np.array([place(array), tokens | heads << 32, heads * width, width], np.uint64).tobytes() for array in arrays
     ]
@@ -58,7 +50,7 @@ def run_kernel(
     numbers = [np.array([number], np.int32).tobytes() for number in sizes]
     numbers += [np.array([number], np.float32).tobytes() for number in (rule.alpha, 1 / rule.scaling_seqlen)]
     numbers_then = iter([items, tiles, *numbers])
-    maps, structs = iter(pairs), iter(tensors)
+    maps, structs = iter(map(loaded, inputs, at_once)), iter(tensors)
     params: dict[str, object] = {}
     coordinates = False
     for name, size in program.params:
@@ -68,7 +60,7 @@ def run_kernel(
             params[name], coordinates = next(maps), True
         else:
             params[name] = next(structs) if size == 32 else next(numbers_then)
-    assert schedule.items.shape[1] == ITEM_FIELDS and next(numbers_then, None) is None
+    assert next(numbers_then, None) is None
     for index in range(NUM_CTAS):
-        Cta(program, params, memory, index, NUM_CTAS, num_threads).run()
+        Cta(program, params, memory, index, NUM_CTAS, 384 if hopper else 256).run()
     return outs

@@ -9,6 +9,7 @@ import torch
 
 from hstu.config.errors import ConfigError
 from hstu.ops.cpu import coverage as cpu_coverage
+from hstu.ops.cutlass import coverage as cutlass_coverage
 from hstu.ops.triton import coverage as triton_coverage
 
 logger = logging.getLogger(__name__)
@@ -18,10 +19,17 @@ class Backend(StrEnum):
     """Kernel implementations that this version has."""
 
     PYTORCH = "pytorch"
+    CUTLASS = "cutlass"
+    """For attention on NVIDIA GPUs; Triton for the rest."""
     TRITON = "triton"
     """For NVIDIA GPUs."""
     CPU = "cpu"
     """C++ for the processor's vector instructions; what the fast backends mean where there is no GPU."""
+
+    @property
+    def uses_triton(self) -> bool:
+        """Whether operators that have no kernel of this backend's own run on Triton's."""
+        return self in (Backend.CUTLASS, Backend.TRITON)
 
 
 def select_backend(requested: str, strict: bool, device: torch.device) -> Backend:
@@ -34,14 +42,13 @@ def select_backend(requested: str, strict: bool, device: torch.device) -> Backen
         return Backend.PYTORCH
     on_cpu = device.type == "cpu"
     no_triton = f"device {device.type}" if device.type != "cuda" else _triton_gap(device)
-    if requested == Backend.TRITON and no_triton is None:
-        return Backend.TRITON
+    no_kernels = no_triton or (_cutlass_gap(device) if requested == Backend.CUTLASS else None)
+    if no_kernels is None:
+        return Backend(requested)
     if on_cpu:
         reason = f"kernel_backend {requested!r} runs on GPUs"
-    elif requested == Backend.TRITON:
-        reason = f"kernel_backend {requested!r} cannot run here: {no_triton}"
     else:
-        reason = f"kernel_backend {requested!r} is not available in this version (device {device.type})"
+        reason = f"kernel_backend {requested!r} cannot run here: {no_kernels}"
     if strict:
         others = "'pytorch'" if no_triton else "'triton' or 'pytorch'"
         raise ConfigError(
@@ -54,13 +61,22 @@ def select_backend(requested: str, strict: bool, device: torch.device) -> Backen
     return _on_cpu(reason) if on_cpu else _fall_back(reason)
 
 
-def describe_kernels(backend: Backend, *, head_dim: int, item_dim: int, dtype: torch.dtype, split_heads: bool) -> str:
+def describe_kernels(
+    backend: Backend, *, head_dim: int, item_dim: int, dtype: torch.dtype, split_heads: bool, has_bias: bool = False
+) -> str:
     """What serves each operator of a model, for the log: ``operator: backend`` and why, where that is another.
 
-    ``dtype`` is that of the dense model; ``split_heads``: the heads of a row lie on several ranks.
+    ``dtype`` is that of the dense model; ``split_heads``: the heads of a row lie on several ranks; ``has_bias``:
+    attention has a relative bias.
     """
     if backend is Backend.PYTORCH:
         return f"all operators: {backend.value}"
+    if backend is Backend.CUTLASS:
+        gap = cutlass_coverage.attention_gap(head_dim, dtype, has_bias=has_bias)
+        rest = describe_kernels(
+            Backend.TRITON, head_dim=head_dim, item_dim=item_dim, dtype=dtype, split_heads=split_heads
+        )
+        return rest.replace("attention: triton", "attention: cutlass", 1) if gap is None else f"{rest}; cutlass has no attention ({gap})"
     if backend is Backend.TRITON:
         gaps = _triton_gaps(head_dim, item_dim, dtype)
     else:
@@ -110,6 +126,23 @@ def _triton_gap(device: torch.device) -> str | None:
         from hstu.ops.triton.self_check import KernelsDisagree, check_kernels
     except ImportError as error:
         return f"Triton does not import ({error})"
+    try:
+        check_kernels(device)
+    except KernelsDisagree as problem:
+        return str(problem)
+    return None
+
+
+def _cutlass_gap(device: torch.device) -> str | None:
+    """Why the CUTLASS kernels cannot be used on this GPU; None: they can. The first time a machine they are checked."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in cutlass_coverage.CAPABILITIES:
+        ours = " and ".join(".".join(map(str, known)) for known in cutlass_coverage.CAPABILITIES)
+        return f"compute capability {'.'.join(map(str, capability))}: CUTLASS kernels are for {ours}"
+    try:
+        from hstu.ops.cutlass.self_check import KernelsDisagree, check_kernels
+    except ImportError as error:
+        return f"nvidia-cutlass-dsl does not import ({error})"
     try:
         check_kernels(device)
     except KernelsDisagree as problem:

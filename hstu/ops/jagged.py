@@ -44,7 +44,7 @@ def token_order(layout: JaggedLayout) -> TokenOrder:
 
 def jagged_concat(parts: Sequence[Tensor], order: TokenOrder, backend: Backend = Backend.PYTORCH) -> Tensor:
     """Rows of ``parts`` (each [·, D], T rows together) as tokens [T, D] in ``order``."""
-    if backend is Backend.TRITON and triton_coverage.type_gap(parts[0].dtype) is None:
+    if backend.uses_triton and triton_coverage.type_gap(parts[0].dtype) is None:
         from hstu.ops.triton.jagged import jagged_concat as triton
 
         return triton(parts, order)

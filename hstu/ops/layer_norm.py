@@ -19,7 +19,7 @@ def layer_norm(
     backend: Backend = Backend.PYTORCH,
 ) -> Tensor:
     """x [T, D] → [T, D] of ``dtype``, or of what PyTorch gives where that is None. weight, bias: [D]."""
-    if backend is Backend.TRITON and triton_coverage.norm_gap(x.shape[1], x.dtype) is None:
+    if backend.uses_triton and triton_coverage.norm_gap(x.shape[1], x.dtype) is None:
         from hstu.ops.triton.norm import layer_norm as triton
 
         return triton(x, weight, bias, eps, dtype)

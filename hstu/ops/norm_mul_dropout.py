@@ -44,7 +44,7 @@ def norm_mul_dropout(
         from hstu.ops.cpu.norm_mul_dropout import norm_mul_dropout as cpu
 
         return cpu(x, u, weight, bias, eps, dropout if training else 0.0)
-    if backend is Backend.TRITON and triton_coverage.norm_gap(len(weight), x.dtype) is None:
+    if backend.uses_triton and triton_coverage.norm_gap(len(weight), x.dtype) is None:
         from hstu.ops.triton.norm import norm_mul_dropout as triton
 
         return triton(x, u, weight, bias, eps, dropout, training, split_heads)

@@ -10,7 +10,7 @@ from hstu.ops.triton import coverage as triton_coverage
 
 def add_positions(x: Tensor, table: Tensor, positions: Tensor, backend: Backend = Backend.PYTORCH) -> Tensor:
     """x [T, D] + table[positions]; table: [num_position_buckets, D], positions: int64 [T], beyond share the last."""
-    if backend is Backend.TRITON and triton_coverage.type_gap(x.dtype) is None:
+    if backend.uses_triton and triton_coverage.type_gap(x.dtype) is None:
         from hstu.ops.triton.positions import add_positions as triton
 
         return triton(x, table, positions)

@@ -48,7 +48,7 @@ def pool_softmax_loss(
         raise ValueError(f"pool_valid is {tuple(pool_valid.shape)}, but pool_ids is {tuple(pool_ids.shape)}")
     with torch.autocast(queries.device.type, enabled=False):
         vectors = _in_full_precision(queries, positives, pool)
-        if backend is Backend.TRITON and triton_coverage.softmax_gap(queries.shape[1], vectors[0].dtype) is None:
+        if backend.uses_triton and triton_coverage.softmax_gap(queries.shape[1], vectors[0].dtype) is None:
             from hstu.ops.triton.softmax_loss import PoolSoftmaxLoss as Triton
 
             return Triton.apply(*vectors, target_ids, pool_ids, pool_valid, temperature)
@@ -86,7 +86,7 @@ def sampled_softmax_loss(
             from hstu.ops.cpu.softmax_loss import SampledSoftmaxLoss as Cpu
 
             return Cpu.apply(*vectors, draws, target_ids, pool_ids, temperature)
-        if backend is Backend.TRITON and triton_coverage.softmax_gap(queries.shape[1], vectors[0].dtype) is None:
+        if backend.uses_triton and triton_coverage.softmax_gap(queries.shape[1], vectors[0].dtype) is None:
             from hstu.ops.triton.softmax_loss import SampledSoftmaxLoss as Triton
 
             return Triton.apply(*vectors, draws, target_ids, pool_ids, temperature)

@@ -18,7 +18,7 @@ def project_uvqk(
     ``projection``: D → H · 4 · d. A plain linear layer may be computed together with SiLU; then the last result is
     there to recompute from, and has no gradient.
     """
-    if backend is Backend.TRITON and type(projection) is nn.Linear and triton_coverage.type_gap(x.dtype) is None:
+    if backend.uses_triton and type(projection) is nn.Linear and triton_coverage.type_gap(x.dtype) is None:
         from hstu.ops.triton.linear import uvqk as triton
 
         return triton(x, projection.weight, projection.bias, head_dim)
@@ -37,7 +37,7 @@ def split_uvqk(
         from hstu.ops.cpu.uvqk import split_uvqk as cpu
 
         return cpu(projected, head_dim)
-    if backend is Backend.TRITON and triton_coverage.type_gap(projected.dtype) is None:
+    if backend.uses_triton and triton_coverage.type_gap(projected.dtype) is None:
         from hstu.ops.triton.linear import split_uvqk as triton
 
         return triton(projected, head_dim)

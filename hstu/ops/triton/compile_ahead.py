@@ -51,6 +51,8 @@ class Compiled:
     """Products by warp group (HGMMA)."""
     mma: int
     """Products by warp (HMMA)."""
+    wgmma_waits: int
+    """Places where warp-group products are waited for."""
 
     @property
     def wgmma_share(self) -> float:
@@ -101,27 +103,38 @@ def _described(config: triton.Config) -> str:
 
 
 def _inspect(built: Any, name: str, capability: int, config: str) -> Compiled:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(built.asm["cubin"])
-        usage = _output(tools / "cuobjdump", "--dump-resource-usage", cubin)
-        assembly = _output(tools / "nvdisasm", "-c", cubin)
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", assembly, re.MULTILINE)
-    roots = [opcode.split(".")[0] for opcode in opcodes]
     return Compiled(
         kernel=name,
         capability=capability,
         config=config,
-        registers=numbers["REG"],
         shared_bytes=built.metadata.shared,
-        spill_instructions=roots.count("LDL") + roots.count("STL"),
-        stack_bytes=numbers["STACK"] + numbers["LOCAL"],
-        instructions=len(roots),
-        wgmma=roots.count("HGMMA"),
-        mma=roots.count("HMMA"),
+        **read_cubin(built.asm["cubin"]),
     )
+
+
+def read_cubin(cubin: bytes) -> dict[str, int]:
+    """The fields of :class:`Compiled` that machine code tells."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file)
+        opcodes = _opcodes(_output(tools / "nvdisasm", "-c", file))
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    roots = [opcode.split(".")[0] for opcode in opcodes]
+    return {
+        "registers": numbers["REG"],
+        "spill_instructions": roots.count("LDL") + roots.count("STL"),
+        "stack_bytes": numbers["STACK"] + numbers["LOCAL"],
+        "instructions": len(roots),
+        "wgmma": roots.count("HGMMA"),
+        "mma": roots.count("HMMA"),
+        "wgmma_waits": sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in opcodes),
+    }
+
+
+def _opcodes(assembly: str) -> list[str]:
+    return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", assembly, re.MULTILINE)
 
 
 def _output(*command: str | Path) -> str:

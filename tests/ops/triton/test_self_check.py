@@ -62,8 +62,9 @@ def test_right_kernels_are_used_and_stand_in_for_cutlass(
     monkeypatch.setattr(checks, "kernel_errors", lambda device: {"attention": (1e-6, 1e-4)})
     assert select_backend("triton", strict=True, device=GPU) is Backend.TRITON
     assert not caplog.records
+    monkeypatch.setattr("hstu.ops.backends._cutlass_gap", lambda device: "dK differs from PyTorch by 0.5")
     assert select_backend("cutlass", strict=False, device=GPU) is Backend.TRITON
-    assert "triton is used" in caplog.text
+    assert "dK differs from PyTorch by 0.5" in caplog.text and "triton is used" in caplog.text
 
 
 def test_an_old_gpu_is_told(checks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]

@@ -51,7 +51,10 @@ def hstu_attention(
         from hstu.ops.cpu.attention import attention as cpu
 
         return cpu(q, k, v, layout, rule, bias)
-    if backend is Backend.CUTLASS and cutlass_coverage.attention_gap(q.shape[2], q.dtype, has_bias=bias is not None) is None:
+    if (
+        backend is Backend.CUTLASS
+        and cutlass_coverage.attention_gap(q.shape[2], q.dtype, has_bias=bias is not None) is None
+    ):
         from hstu.ops.cutlass.attention import attention as cutlass
 
         return cutlass(q, k, v, layout, rule)

@@ -71,20 +71,15 @@ def describe_kernels(
     """
     if backend is Backend.PYTORCH:
         return f"all operators: {backend.value}"
+    if backend.uses_triton:
+        gaps, serves = _triton_gaps(head_dim, item_dim, dtype), Backend.TRITON
+    else:
+        gaps, serves = _cpu_gaps(head_dim, item_dim, dtype, split_heads), backend
+    served = {name: serves.value if gap is None else f"{Backend.PYTORCH.value} ({gap})" for name, gap in gaps.items()}
     if backend is Backend.CUTLASS:
         gap = cutlass_coverage.attention_gap(head_dim, dtype, has_bias=has_bias)
-        rest = describe_kernels(
-            Backend.TRITON, head_dim=head_dim, item_dim=item_dim, dtype=dtype, split_heads=split_heads
-        )
-        return rest.replace("attention: triton", "attention: cutlass", 1) if gap is None else f"{rest}; cutlass has no attention ({gap})"
-    if backend is Backend.TRITON:
-        gaps = _triton_gaps(head_dim, item_dim, dtype)
-    else:
-        gaps = _cpu_gaps(head_dim, item_dim, dtype, split_heads)
-    return ", ".join(
-        f"{name}: {backend.value}" if gap is None else f"{name}: {Backend.PYTORCH.value} ({gap})"
-        for name, gap in gaps.items()
-    )
+        served["attention"] = backend.value if gap is None else f"{served['attention']} (no {backend.value}: {gap})"
+    return ", ".join(f"{name}: {kernels}" for name, kernels in served.items())
 
 
 def _cpu_gaps(head_dim: int, item_dim: int, dtype: torch.dtype, split_heads: bool) -> dict[str, str | None]:

@@ -39,10 +39,10 @@ def as_markdown(rows: list[Row]) -> str:
     """The table for people."""
     lines = [
         f"nvidia-cutlass-dsl {cutlass.__version__}, bfloat16. Compiled, interpreted on a CPU, **never run on a GPU**.",
-        "Tile: rows of a block × columns streamed at a time. Registers: what a thread is launched with; on sm_90 the two",
-        "warpgroups that compute then take 240 each. Shared memory in KiB a CTA. Spills: loads and stores of registers",
-        "that did not fit. wgmma: warp-group products, their share of all instructions (of the code, not of what is",
-        "executed), and the places that wait for them; mma: warp products.",
+        "Tile: rows of a block × columns streamed at a time. Registers: what a thread is launched with; on sm_90 both",
+        "warpgroups that compute then take 240 a thread. Shared memory in KiB a CTA. Spills: loads and stores of",
+        "registers that did not fit. wgmma: warp-group products, their share of all instructions (of the code, not of what",
+        "is executed), and the places that wait for them; mma: warp products.",
         "",
         "| sm | kernel | computes | head dim | tile | registers | shared | spills | wgmma | waits | mma |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

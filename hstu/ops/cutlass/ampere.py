@@ -61,9 +61,7 @@ def load(source: cute.Tensor, item: cute.Tensor, first: Int32, head: Int32, targ
 
 
 @cute.jit
-def multiply_shared(
-    shape: cutlass.Constexpr, sums: cute.Tensor, left: cute.Tensor, right: cute.Tensor
-) -> None:
+def multiply_shared(shape: cutlass.Constexpr, sums: cute.Tensor, left: cute.Tensor, right: cute.Tensor) -> None:
     """sums = left · rightᵀ, both in shared memory: [128, d] and [n, d]."""
     sums.fill(0.0)
     mma = product(shape)

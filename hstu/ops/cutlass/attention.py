@@ -50,7 +50,9 @@ class _Attention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None
 
 
-def _launch(kernel: Kernel, inputs: list[Tensor], outs: list[Tensor], layout: JaggedLayout, rule: AttentionRule) -> None:
+def _launch(
+    kernel: Kernel, inputs: list[Tensor], outs: list[Tensor], layout: JaggedLayout, rule: AttentionRule
+) -> None:
     tokens, heads, head_dim = inputs[0].shape
     if tokens == 0:
         return

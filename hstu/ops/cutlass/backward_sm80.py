@@ -94,7 +94,9 @@ class BackwardSm80:
             for u in cutlass.range(num_masked, unroll=1):
                 self.step(tensors, item, head, first_tile, u, buffers, registers, factors, column_in_tile, bounds, True)
             for u in cutlass.range(num_masked, num_tiles, unroll=1):
-                self.step(tensors, item, head, first_tile, u, buffers, registers, factors, column_in_tile, bounds, False)
+                self.step(
+                    tensors, item, head, first_tile, u, buffers, registers, factors, column_in_tile, bounds, False
+                )
             scale = factors[0] * factors[1]
             parts.store_rows(sums, tensors[4], item, head, row, column_in_tile, scale, shape.dtype)
             if const_expr(self.with_weights):
@@ -115,8 +117,18 @@ class BackwardSm80:
 
     @cute.jit
     def step(
-        self, tensors: tuple, item: cute.Tensor, head: Int32, first_tile: cute.Pointer, u: Int32, buffers: tuple,
-        registers: tuple, factors: tuple, column_in_tile: Int32, bounds: list, masked: cutlass.Constexpr,
+        self,
+        tensors: tuple,
+        item: cute.Tensor,
+        head: Int32,
+        first_tile: cute.Pointer,
+        u: Int32,
+        buffers: tuple,
+        registers: tuple,
+        factors: tuple,
+        column_in_tile: Int32,
+        bounds: list,
+        masked: cutlass.Constexpr,
     ) -> None:
         """Add tile ``u`` to the sums, while the next one is loaded."""
         shape = self.shape

@@ -46,9 +46,7 @@ class BackwardSm90:
         ]
         loads = [
             hopper.tma_load(tensor, of, rows, shape.head_dim)
-            for tensor, of, rows in zip(
-                tensors[:4], (x_layout, layout) * 2, (shape.block, shape.tile) * 2, strict=True
-            )
+            for tensor, of, rows in zip(tensors[:4], (x_layout, layout) * 2, (shape.block, shape.tile) * 2, strict=True)
         ]
         element, alignment = shape.dtype, hopper.BUFFER_ALIGNMENT
 
@@ -90,8 +88,10 @@ class BackwardSm90:
         x_layout = hopper.tile_layout(shape, shape.block, 1)
         layout = hopper.tile_layout(shape, shape.tile, shape.stages)
         buffers = (
-            hopper.view(smem.x, x_layout), hopper.view(smem.y, layout),
-            hopper.view(smem.w, x_layout), hopper.view(smem.z, layout),
+            hopper.view(smem.x, x_layout),
+            hopper.view(smem.y, layout),
+            hopper.view(smem.w, x_layout),
+            hopper.view(smem.z, layout),
         )
         if warp < 4:
             cute.arch.setmaxregister_decrease(hopper.PRODUCER_REGISTERS)
@@ -127,8 +127,16 @@ class BackwardSm90:
 
     @cute.jit
     def consume(
-        self, buffers: tuple, rows: tuple, rings: tuple, outs: tuple, items: cute.Pointer, tiles: cute.Pointer, sizes: tuple,
-        factors: tuple, thread: Int32,
+        self,
+        buffers: tuple,
+        rows: tuple,
+        rings: tuple,
+        outs: tuple,
+        items: cute.Pointer,
+        tiles: cute.Pointer,
+        sizes: tuple,
+        factors: tuple,
+        thread: Int32,
     ) -> None:
         """A thread of the two warpgroups that compute; ``thread`` counts from the first of them."""
         shape, with_weights = self.shape, self.with_weights
@@ -185,10 +193,18 @@ class BackwardSm90:
 
     @cute.jit
     def step(
-        self, count: Int32, operands: tuple, registers: tuple, rings: tuple, factors: tuple, column: Int32,
-        bounds: list, masked: cutlass.Constexpr, first: cutlass.Constexpr,
+        self,
+        count: Int32,
+        operands: tuple,
+        registers: tuple,
+        rings: tuple,
+        factors: tuple,
+        column: Int32,
+        bounds: list,
+        masked: cutlass.Constexpr,
+        first: cutlass.Constexpr,
     ) -> None:
-        """Scores of tile ``count`` and their gradients, while the tile before is added to the sums; then start to add it.
+        """Scores of tile ``count`` and their gradients, while the tile before is added to the sums; then that one.
 
         ``first``: there is no tile before.
         """

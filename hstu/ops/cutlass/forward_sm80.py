@@ -81,7 +81,9 @@ class ForwardSm80:
             for u in cutlass.range(num_masked, unroll=1):
                 self.step(tensors, item, head, first_tile, u, buffers, registers, factors, column_in_tile, bounds, True)
             for u in cutlass.range(num_masked, num_tiles, unroll=1):
-                self.step(tensors, item, head, first_tile, u, buffers, registers, factors, column_in_tile, bounds, False)
+                self.step(
+                    tensors, item, head, first_tile, u, buffers, registers, factors, column_in_tile, bounds, False
+                )
             parts.store_rows(sums, tensors[3], item, head, row, column_in_tile, factors[1], shape.dtype)
             turn += 1
             work = parts.nth_work(turn)
@@ -99,8 +101,18 @@ class ForwardSm80:
 
     @cute.jit
     def step(
-        self, tensors: tuple, item: cute.Tensor, head: Int32, first_tile: cute.Pointer, u: Int32, buffers: tuple,
-        registers: tuple, factors: tuple, column_in_tile: Int32, bounds: list, masked: cutlass.Constexpr,
+        self,
+        tensors: tuple,
+        item: cute.Tensor,
+        head: Int32,
+        first_tile: cute.Pointer,
+        u: Int32,
+        buffers: tuple,
+        registers: tuple,
+        factors: tuple,
+        column_in_tile: Int32,
+        bounds: list,
+        masked: cutlass.Constexpr,
     ) -> None:
         """Add tile ``u`` to the sums, while the next one is loaded."""
         shape = self.shape
@@ -115,4 +127,3 @@ class ForwardSm80:
         parts.pack(scores, weights, shape.dtype)
         ampere.add_product(shape, sums, weights, z_transposed[None, None, stage])
         cute.arch.sync_threads()
-

@@ -59,7 +59,14 @@ class ForwardSm90:
 
         self.storage = Storage
         self.kernel(
-            load_x, load_y, load_z, tensors[3], items, tiles, sizes, factors,
+            load_x,
+            load_y,
+            load_z,
+            tensors[3],
+            items,
+            tiles,
+            sizes,
+            factors,
         ).launch(grid=(grid, 1, 1), block=(hopper.THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
 
     @cute.kernel
@@ -100,14 +107,27 @@ class ForwardSm90:
             cute.arch.setmaxregister_increase(hopper.CONSUMER_REGISTERS)
             z_transposed = hopper.view(smem.z, hopper.transposed_layout(shape, shape.tile, shape.stages))
             self.consume(
-                (s_x, s_y, z_transposed), (x_ring, y_ring, z_ring), out, items, tiles, sizes, factors,
+                (s_x, s_y, z_transposed),
+                (x_ring, y_ring, z_ring),
+                out,
+                items,
+                tiles,
+                sizes,
+                factors,
                 thread - hopper.WARPGROUP,
             )
 
     @cute.jit
     def produce(
-        self, load_x: tuple, load_y: tuple, load_z: tuple, buffers: tuple, rings: tuple,
-        items: cute.Pointer, tiles: cute.Pointer, sizes: tuple,
+        self,
+        load_x: tuple,
+        load_y: tuple,
+        load_z: tuple,
+        buffers: tuple,
+        rings: tuple,
+        items: cute.Pointer,
+        tiles: cute.Pointer,
+        sizes: tuple,
     ) -> None:
         """One warp: load the blocks and their tiles, in the consumers' order."""
         x_ring, y_ring, z_ring = rings
@@ -131,8 +151,15 @@ class ForwardSm90:
 
     @cute.jit
     def consume(
-        self, buffers: tuple, rings: tuple, out: cute.Tensor, items: cute.Pointer, tiles: cute.Pointer,
-        sizes: tuple, factors: tuple, thread: Int32,
+        self,
+        buffers: tuple,
+        rings: tuple,
+        out: cute.Tensor,
+        items: cute.Pointer,
+        tiles: cute.Pointer,
+        sizes: tuple,
+        factors: tuple,
+        thread: Int32,
     ) -> None:
         """A thread of the two warpgroups that compute; ``thread`` counts from the first of them."""
         shape = self.shape
@@ -175,7 +202,13 @@ class ForwardSm90:
             release(x_ring, turn)
             stage = wait(z_ring, count)
             warpgroup.fence()
-            multiply(hopper.sums_mma(shape), sums, hopper.left_operand(weights, shape.dtype), z[None, None, None, stage], adds=True)
+            multiply(
+                hopper.sums_mma(shape),
+                sums,
+                hopper.left_operand(weights, shape.dtype),
+                z[None, None, None, stage],
+                adds=True,
+            )
             warpgroup.wait_group(0)
             release(z_ring, count)
             count += 1
@@ -185,8 +218,18 @@ class ForwardSm90:
 
     @cute.jit
     def step(
-        self, count: Int32, x: cute.Tensor, y: cute.Tensor, z: cute.Tensor, scores: cute.Tensor, sums: cute.Tensor,
-        weights: cute.Tensor, rings: tuple, factors: tuple, column: Int32, bounds: list,
+        self,
+        count: Int32,
+        x: cute.Tensor,
+        y: cute.Tensor,
+        z: cute.Tensor,
+        scores: cute.Tensor,
+        sums: cute.Tensor,
+        weights: cute.Tensor,
+        rings: tuple,
+        factors: tuple,
+        column: Int32,
+        bounds: list,
         masked: cutlass.Constexpr,
     ) -> None:
         """Scores of tile ``count + 1`` while tile ``count`` is added to the sums; then the weights of the new one."""
@@ -196,7 +239,13 @@ class ForwardSm90:
         z_stage = wait(z_ring, count)
         warpgroup.fence()
         multiply(hopper.scores_mma(shape), scores, x[None, None, None, 0], y[None, None, None, y_stage], adds=False)
-        multiply(hopper.sums_mma(shape), sums, hopper.left_operand(weights, shape.dtype), z[None, None, None, z_stage], adds=True)
+        multiply(
+            hopper.sums_mma(shape),
+            sums,
+            hopper.left_operand(weights, shape.dtype),
+            z[None, None, None, z_stage],
+            adds=True,
+        )
         warpgroup.wait_group(1)
         release(y_ring, count + 1)
         parts.weigh(scores, factors[0], column, bounds, masked)

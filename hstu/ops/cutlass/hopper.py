@@ -1,7 +1,7 @@
 """What the sm_90 kernels share: tiles in shared memory, TMA, mbarriers, WGMMA.
 
-A CTA has three warpgroups. The first gives up its registers; one of its warps loads tiles by TMA. The other two each own
-64 rows of the block. A tile is [rows, d], d contiguous, 128-byte swizzled; it serves as an operand that is contracted
+A CTA has three warpgroups. The first gives up its registers; one of its warps loads tiles by TMA. The others own 64
+rows of the block each. A tile is [rows, d], d contiguous, 128-byte swizzled; it serves as an operand that is contracted
 over d, and through a transposed view as one that is contracted over its rows.
 """
 
@@ -28,9 +28,7 @@ def tile_layout(shape: Shape, rows: int, stages: int) -> cute.ComposedLayout:
 
 def transposed_layout(shape: Shape, rows: int, stages: int) -> cute.ComposedLayout:
     """The same bytes as :func:`tile_layout`, as [d, rows]."""
-    return hopper_helpers.make_smem_layout_b(
-        LayoutEnum.COL_MAJOR, (0, shape.head_dim, rows), shape.dtype, stages
-    )
+    return hopper_helpers.make_smem_layout_b(LayoutEnum.COL_MAJOR, (0, shape.head_dim, rows), shape.dtype, stages)
 
 
 def view(buffer: Any, layout: cute.ComposedLayout) -> cute.Tensor:
@@ -61,9 +59,7 @@ def sums_mma(shape: Shape) -> cute.TiledMma:
 
 def tma_load(tensor: cute.Tensor, layout: cute.ComposedLayout, rows: int, head_dim: int) -> tuple[Any, Any]:
     """The copy atom that loads [rows, d] of one head, and the tensor of its coordinates."""
-    atom, coordinates = cpasync.make_tiled_tma_atom(
-        cpasync.CopyBulkTensorTileG2SOp(), tensor, layout, (rows, head_dim)
-    )
+    atom, coordinates = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tensor, layout, (rows, head_dim))
     return atom, coordinates
 
 

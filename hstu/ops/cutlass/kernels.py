@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -127,7 +128,9 @@ def compile_ahead(variant: Variant) -> tuple[str, bytes]:
 def _compile(variant: Variant, *options: Any) -> Any:
     tensors = [(ALIGNMENT, 8, 8)] * (variant.num_inputs + variant.num_outputs)
     examples = arguments(variant, tensors, schedule=(ALIGNMENT, ALIGNMENT), sizes=(1,) * 5, factors=(1.0, 1.0), grid=1)
-    return cute.compile[(GPUArch(ARCHITECTURES[variant.capability]), *options)](variant.make(), *examples)
+    with warnings.catch_warnings():  # it would have loops left as loops, which then index registers at run time
+        warnings.simplefilter("ignore")
+        return cute.compile[(GPUArch(ARCHITECTURES[variant.capability]), *options)](variant.make(), *examples)
 
 
 def arguments(

@@ -32,13 +32,16 @@ class Shape:
 
 @cute.jit
 def heads_of(
-    pointer: cute.Pointer, tokens: Int32, heads: Int32, row_stride: Int64, head_stride: Int64, head_dim: cutlass.Constexpr
+    pointer: cute.Pointer,
+    tokens: Int32,
+    heads: Int32,
+    row_stride: Int64,
+    head_stride: Int64,
+    head_dim: cutlass.Constexpr,
 ) -> cute.Tensor:
     """[T, d, H] of what lies at ``pointer`` as [T, H, d] with these strides, multiples of 8 elements."""
     row_stride, head_stride = cute.assume(row_stride, divby=8), cute.assume(head_stride, divby=8)
-    return cute.make_tensor(
-        pointer, cute.make_layout((tokens, head_dim, heads), stride=(row_stride, 1, head_stride))
-    )
+    return cute.make_tensor(pointer, cute.make_layout((tokens, head_dim, heads), stride=(row_stride, 1, head_stride)))
 
 
 @cute.jit

@@ -83,9 +83,8 @@ def make_schedule(layout: JaggedLayout, rule: AttentionRule, rows: Rows, block: 
     stop = np.minimum(first + block, length)
     of_block, place = places(-(-length // tile))
     left = place * tile
-    bounds = (first, stop, length, end)
-    visible = _needed_and_full(*(bound[of_block] for bound in bounds), left, left + tile, layout, rule, rows)
-    is_needed, is_full = visible
+    bounds = np.stack([first, stop, length, end])[:, of_block]
+    is_needed, is_full = _needed_and_full(bounds, left, left + tile, layout, rule, rows)
     of_block, left, is_full = of_block[is_needed], left[is_needed], is_full[is_needed]
     order = np.argsort(of_block * 2 + is_full, kind="stable")
     num_tiles = np.bincount(of_block, minlength=len(first))
@@ -98,17 +97,13 @@ def make_schedule(layout: JaggedLayout, rule: AttentionRule, rows: Rows, block: 
 
 
 def _needed_and_full(
-    first: np.ndarray,
-    stop: np.ndarray,
-    length: np.ndarray,
-    end: np.ndarray,
-    left: np.ndarray,
-    right: np.ndarray,
-    layout: JaggedLayout,
-    rule: AttentionRule,
-    rows: Rows,
+    bounds: np.ndarray, left: np.ndarray, right: np.ndarray, layout: JaggedLayout, rule: AttentionRule, rows: Rows
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whether any, and whether every pair of rows [first, stop) and columns [left, right) counts: bool, one a tile."""
+    """Whether any, and whether every pair of a block's rows and columns [left, right) counts: bool, one a tile.
+
+    bounds: [4, tiles]: first row, row behind the last, length and first candidate of each tile's block.
+    """
+    first, stop, length, end = bounds
     lead, group = leading_rows(layout, rule), max(layout.candidate_group_tokens, 1)
 
     def columns_of(row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -119,7 +114,7 @@ def _needed_and_full(
     edges = [first, stop - 1]
     edges += [np.clip(row, first, stop - 1) for row in (np.full_like(first, lead) - 1, np.full_like(first, lead))]
     edges += [np.clip(row, first, stop - 1) for row in (end - 1, end)]
-    a, b, c = (np.stack(bounds) for bounds in zip(*map(columns_of, edges), strict=True))
+    a, b, c = (np.stack(of_edges) for of_edges in zip(*map(columns_of, edges), strict=True))
     some = c > b
     reach, group_first = a.max(0), np.where(some, b, SEES_ALL).min(0)
     is_needed = (left < reach) | (some.any(0) & (left < c.max(0)) & (right > group_first))

@@ -1,6 +1,6 @@
 """The kernels are compared with PyTorch once on a machine before they are used: compilers and GPUs differ.
 
-    python -m hstu.ops.cutlass.self_check    check now, whatever has been checked before, and print the errors
+python -m hstu.ops.cutlass.self_check    check now, whatever has been checked before, and print the errors
 """
 
 from __future__ import annotations

@@ -39,10 +39,11 @@ def run_kernel(
     at_once = [shape.block, shape.tile, shape.block, shape.tile]
     if variant.num_inputs == 3:
         at_once[2] = shape.tile
-    outs = [torch.full_like(inputs[0], float("nan")) for _ in range(variant.num_outputs)]
-    arrays = [tensor.contiguous().view(torch.int16).numpy() for tensor in (*(() if hopper else inputs), *outs)]
+    outs = [torch.full((tokens, heads, width), float("nan"), dtype=variant.dtype) for _ in range(variant.num_outputs)]
+    in_memory = outs if hopper else [*inputs, *outs]
     tensors = [
-        np.array([place(array), tokens | heads << 32, heads * width, width], np.uint64).tobytes() for array in arrays
+        np.array([place(_bytes_of(tensor)), tokens | heads << 32, *tensor.stride()[:2]], np.uint64).tobytes()
+        for tensor in in_memory
     ]
     items, tiles = (np.array([place(array)], np.uint64).tobytes() for array in (schedule.items, schedule.tiles))
     group = max(layout.candidate_group_tokens, 1)
@@ -64,3 +65,9 @@ def run_kernel(
     for index in range(NUM_CTAS):
         Cta(program, params, memory, index, NUM_CTAS, 384 if hopper else 256).run()
     return outs
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    """What lies between the first and the last element of a tensor of 16-bit numbers, as it lies in memory."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((extent,), (1,)).view(torch.int16).numpy()

@@ -1,8 +1,8 @@
 """An interpreter of PTX for one CTA at a time: what a kernel computes, where no GPU is at hand.
 
 It follows the PTX ISA for registers, branches, mbarriers, TMA loads with their swizzles, and WGMMA with its shared
-memory descriptors. It is adversarial about time: a TMA load lands at once, an asynchronous product is computed only when
-something waits for it, so that a buffer given back too early, or a result used too early, shows as a wrong number; a
+memory descriptors. It is adversarial about time: a TMA load lands at once, an asynchronous product is computed only
+when something waits for it, so that a buffer given back or a result used too early shows as a wrong number, and a
 missing arrival shows as a deadlock. It knows nothing of proxies, caches and of the order of ordinary memory accesses.
 """
 

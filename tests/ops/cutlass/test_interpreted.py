@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,11 @@ from torch import Tensor
 
 from hstu.ops.attention import AttentionRule
 from hstu.ops.layout import JaggedLayout, build_layout
-from hstu.ops.pytorch.attention import attention
+from hstu.ops.pytorch.attention import attention as reference
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT compiled here")
 
+from hstu.ops.cutlass.attention import attention
 from hstu.ops.cutlass.kernels import Kernel, Variant, compile_ahead, variants
 from tests.ops.cutlass.interpreted import run_kernel
 
@@ -47,34 +50,52 @@ def small_layout() -> JaggedLayout:
     )
 
 
-def inputs_and_outputs(variant: Variant, layout: JaggedLayout, rule: AttentionRule) -> tuple[list[Tensor], list[Tensor]]:
-    """What the kernel is given, and what it should give, in float64."""
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of an H100 run on the interpreter."""
+
+    def launch(kernel: Kernel, inputs: list[Tensor], outs: list[Tensor], *layout_and_rule: Any) -> None:
+        _, _, head_dim = inputs[0].shape
+        variant = Variant(kernel, inputs[0].dtype, head_dim, 90)
+        for out, computed in zip(outs, run_kernel(variant, ptx_of(variant), inputs, *layout_and_rule), strict=True):
+            out.copy_(computed)
+
+    monkeypatch.setattr("hstu.ops.cutlass.attention._launch", launch)
+
+
+def slices(layout: JaggedLayout, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q, k, v as they lie in the model's projection, and the gradient of the output."""
     torch.manual_seed(0)
-    q, k, v, grad = (torch.randn(layout.num_tokens, HEADS, variant.head_dim).to(variant.dtype) for _ in range(4))
+    _, q, k, v = torch.randn(layout.num_tokens, HEADS, 4, head_dim).to(dtype).unbind(2)
+    return q, k, v, torch.randn(layout.num_tokens, HEADS, head_dim).to(dtype)
+
+
+def errors(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """Of each, relative, by norm."""
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)]
+
+
+def expected_of(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, layout: JaggedLayout, rule: AttentionRule
+) -> list[Tensor]:
+    """O, dQ, dK, dV in float64."""
     leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
-    out = attention(*leaves, layout, rule, None)
-    grad_q, grad_k, grad_v = torch.autograd.grad(out, leaves, grad.double())
-    inputs = {
-        Kernel.FORWARD: [q, k, v],
-        Kernel.QUERIES: [q, k, grad, v],
-        Kernel.KEYS: [k, q, v, grad],
-        Kernel.VALUES: [k, q, grad],
-    }
-    outputs = {
-        Kernel.FORWARD: [out.detach()],
-        Kernel.QUERIES: [grad_q],
-        Kernel.KEYS: [grad_k, grad_v],
-        Kernel.VALUES: [grad_v],
-    }
-    return inputs[variant.kernel], outputs[variant.kernel][: variant.num_outputs]
+    out = reference(*leaves, layout, rule, None)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
 
 
 def errors_of(variant: Variant, ptx: str, rule: AttentionRule) -> list[float]:
-    """Of each output, relative, by norm."""
+    """Of each output of one kernel."""
     layout = small_layout()
-    inputs, expected = inputs_and_outputs(variant, layout, rule)
-    outs = run_kernel(variant, ptx, inputs, layout, rule)
-    return [float((ours.double() - exact).norm() / exact.norm()) for ours, exact in zip(outs, expected, strict=True)]
+    q, k, v, grad = slices(layout, variant.head_dim, variant.dtype)
+    out, grad_q, grad_k, grad_v = expected_of(q, k, v, grad, layout, rule)
+    inputs, exact = {
+        Kernel.FORWARD: ([q, k, v], [out]),
+        Kernel.QUERIES: ([q, k, grad, v], [grad_q]),
+        Kernel.KEYS: ([k, q, v, grad], [grad_k, grad_v][: variant.num_outputs]),
+        Kernel.VALUES: ([k, q, grad], [grad_v]),
+    }[variant.kernel]
+    return errors(run_kernel(variant, ptx, inputs, layout, rule), exact)
 
 
 def check(variant: Variant, *, is_causal: bool, contextual_mask: bool) -> None:
@@ -82,16 +103,31 @@ def check(variant: Variant, *, is_causal: bool, contextual_mask: bool) -> None:
     assert max(errors_of(variant, ptx_of(variant), rule)) < BFLOAT16_TOLERANCE
 
 
-SMALL = [Variant(kernel, torch.bfloat16, 64, 90) for kernel in (Kernel.FORWARD, Kernel.QUERIES, Kernel.KEYS)]
+def compare_with_the_reference(head_dim: int) -> None:
+    layout, rule = small_layout(), AttentionRule(head_dim**-0.5, 150)
+    *inputs, grad = slices(layout, head_dim, torch.bfloat16)
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    out = attention(*leaves, layout, rule)
+    ours = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    assert max(errors(ours, expected_of(*inputs, grad, layout, rule))) < BFLOAT16_TOLERANCE
 
 
-@pytest.mark.parametrize("variant", SMALL, ids=name_of)
-def test_kernels_equal_the_reference(variant: Variant) -> None:
-    check(variant, is_causal=True, contextual_mask=True)
+@pytest.mark.usefixtures("interpreted")
+def test_attention_and_its_gradients_equal_the_reference() -> None:
+    compare_with_the_reference(head_dim=64)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [v for v in variants() if v not in SMALL], ids=name_of)
+@pytest.mark.usefixtures("interpreted")
+def test_wide_heads_equal_the_reference() -> None:
+    compare_with_the_reference(head_dim=256)
+
+
+FORWARD = Variant(Kernel.FORWARD, torch.bfloat16, 64, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", variants(), ids=name_of)
 def test_all_kernels_equal_the_reference(variant: Variant) -> None:
     check(variant, is_causal=True, contextual_mask=True)
 
@@ -99,9 +135,7 @@ def test_all_kernels_equal_the_reference(variant: Variant) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("is_causal", "contextual_mask"), [(True, False), (False, True)])
 @pytest.mark.parametrize("variant", variants((torch.float16,), head_dims=(32,)), ids=name_of)
-def test_other_masks_and_float16_equal_the_reference(
-    variant: Variant, is_causal: bool, contextual_mask: bool
-) -> None:
+def test_other_masks_and_float16_equal_the_reference(variant: Variant, is_causal: bool, contextual_mask: bool) -> None:
     check(variant, is_causal=is_causal, contextual_mask=contextual_mask)
 
 
@@ -113,7 +147,7 @@ def test_other_masks_and_float16_equal_the_reference(
     ],
 )
 def test_the_interpreter_notices_a_defect(of: str, to: str) -> None:
-    variant = SMALL[0]
+    variant = FORWARD
     ptx = ptx_of(variant)
     broken, count = re.subn(of, to, ptx)
     assert count
@@ -121,7 +155,7 @@ def test_the_interpreter_notices_a_defect(of: str, to: str) -> None:
 
 
 def test_the_interpreter_notices_a_buffer_that_is_never_given_back() -> None:
-    variant = SMALL[0]
+    variant = FORWARD
     broken, count = re.subn(r"mbarrier.arrive.shared.b64[^;]*;", "", ptx_of(variant))
     assert count
     with pytest.raises(RuntimeError, match="deadlock"):

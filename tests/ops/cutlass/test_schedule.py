@@ -34,9 +34,7 @@ def layout_of(users: list[User], contextuals: int, tokens_per_item: int, group_s
 def masks_of(users: list[User], rule: AttentionRule, contextuals: int, tokens_per_item: int, group_size: int):  # type: ignore[no-untyped-def]
     """bool [n, n] a sequence, query by key, from the oracle."""
     for user in users:
-        tokens = oracle.tokens_of(
-            user, contextuals=contextuals, tokens_per_item=tokens_per_item, group_size=group_size
-        )
+        tokens = oracle.tokens_of(user, contextuals=contextuals, tokens_per_item=tokens_per_item, group_size=group_size)
         yield np.array(
             [
                 [
@@ -91,7 +89,9 @@ def test_every_pair_is_met_once_and_masked_where_it_must_be(
                 )
                 for column in range(left, left + TILE):
                     assert (column < a or b <= column < c) == (column < length and mask[row, column])
-    expected = {(s, f) for s, n in zip(offsets_of(layout.seqlens), layout.seqlens, strict=True) for f in range(0, n, BLOCK)}
+    expected = {
+        (s, f) for s, n in zip(offsets_of(layout.seqlens), layout.seqlens, strict=True) for f in range(0, n, BLOCK)
+    }
     assert blocks == expected
 
 

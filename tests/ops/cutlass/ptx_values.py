@@ -178,6 +178,11 @@ class Values:
     def _ex2(self, instruction: Instruction, mask: np.ndarray) -> None:
         self.write(instruction.operands[0], np.exp2(self.read(instruction.operands[1], "f32")), mask)
 
+    def _tanh(self, instruction: Instruction, mask: np.ndarray) -> None:
+        """tanh.approx: towards zero by up to the 2^-11 of its value that the ISA allows."""
+        exact = np.tanh(self.read(instruction.operands[1], "f32"))
+        self.write(instruction.operands[0], exact * np.float32(1 - 2**-11), mask)
+
     def _shfl(self, instruction: Instruction, mask: np.ndarray) -> None:
         target, source, lane = instruction.operands[:3]
         value = self.read(source, "u32")

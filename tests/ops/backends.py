@@ -18,6 +18,9 @@ needs_gpu = (
 )
 TRITON = pytest.param(Backend.TRITON, marks=() if INTERPRETED else needs_gpu)
 BACKENDS = [TRITON] if INTERPRETED else [Backend.CPU, TRITON]
+FULL_SIZE = [pytest.param(Backend.TRITON, marks=pytest.mark.slow)] if INTERPRETED else BACKENDS
+"""For inputs that take minutes to interpret."""
+MOST_HEADS = 1 if INTERPRETED else 3
 
 # Of the largest number. bfloat16 rounds what a backend returns; Triton rounds the weights of the values, too, and on a
 # GPU multiplies float32 as three products of TF32.
@@ -35,4 +38,4 @@ def device_of(backend: Backend) -> torch.device:
 
 def examples(count: int) -> int:
     """So many, but few where every one is interpreted: there the sizes matter less than that each branch is taken."""
-    return max(3, count // 6) if INTERPRETED else count
+    return max(3, count // 10) if INTERPRETED else count

@@ -8,7 +8,7 @@ from tests.ops.backends import INTERPRETED
 
 if INTERPRETED:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
-pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[dev]'")
+pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
 
 from hstu.ops.triton.compile_ahead import Compiled, compile_launch
 from hstu.ops.triton.variants import Variant, record, variants

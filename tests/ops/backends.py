@@ -18,7 +18,9 @@ needs_gpu = (
 )
 TRITON = pytest.param(Backend.TRITON, marks=() if INTERPRETED else needs_gpu)
 BACKENDS = [TRITON] if INTERPRETED else [Backend.CPU, TRITON]
-FULL_SIZE = [pytest.param(Backend.TRITON, marks=pytest.mark.slow)] if INTERPRETED else BACKENDS
+CUTLASS = pytest.param(Backend.CUTLASS, marks=needs_gpu)
+ATTENTION = BACKENDS if INTERPRETED else [*BACKENDS, CUTLASS]
+FULL_SIZE = [pytest.param(Backend.TRITON, marks=pytest.mark.slow)] if INTERPRETED else ATTENTION
 """For inputs that take minutes to interpret."""
 MOST_HEADS = 1 if INTERPRETED else 3
 
@@ -27,13 +29,14 @@ MOST_HEADS = 1 if INTERPRETED else 3
 TOLERANCE = {
     Backend.CPU: {torch.float32: 4e-6, torch.bfloat16: 1e-2},
     Backend.TRITON: {torch.float32: 2e-5, torch.bfloat16: 2e-2},
+    Backend.CUTLASS: {torch.float32: 2e-5, torch.bfloat16: 2e-2},
 }
 TYPES = (torch.float32, torch.bfloat16)
 
 
 def device_of(backend: Backend) -> torch.device:
     """Where the backend's tensors lie."""
-    return torch.device("cuda" if backend is Backend.TRITON and not INTERPRETED else "cpu")
+    return torch.device("cuda" if backend.uses_triton and not INTERPRETED else "cpu")
 
 
 def examples(count: int) -> int:

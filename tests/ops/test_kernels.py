@@ -24,7 +24,17 @@ from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias, time_buckets
 from hstu.ops.softmax_loss import sampled_softmax_loss
 from hstu.ops.uvqk import split_uvqk
 from tests.ops import oracle
-from tests.ops.backends import BACKENDS, FULL_SIZE, INTERPRETED, MOST_HEADS, TOLERANCE, TYPES, device_of, examples
+from tests.ops.backends import (
+    ATTENTION,
+    BACKENDS,
+    FULL_SIZE,
+    INTERPRETED,
+    MOST_HEADS,
+    TOLERANCE,
+    TYPES,
+    device_of,
+    examples,
+)
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch, batches
 
@@ -98,7 +108,7 @@ def compare_attention(batch: Batch, backend: Backend, leaves: list[Tensor], grad
     assert_near(got, expected, TOLERANCE[backend][dtype])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ATTENTION)
 @settings(deadline=None, max_examples=examples(40))
 @given(
     batch=long_batches(),

@@ -25,6 +25,10 @@ TORCH = "torch==2.13.0"
 TORCHREC = "torchrec==1.8.0"
 FBGEMM_CPU = "fbgemm-gpu-cpu==1.8.0"
 FBGEMM_CUDA = "fbgemm-gpu==1.8.0"
+# A CUDA build of torch brings its own; a CPU build none, but there kernels are still interpreted and compiled ahead.
+TRITON_CPU = "triton==3.9.0"
+# Compiles the CUTLASS kernels, on a machine without a GPU, too.
+CUTLASS_DSL = "nvidia-cutlass-dsl==4.8.1"
 
 REQUIRED = [
     TORCH,
@@ -45,6 +49,7 @@ REQUIRED = [
     "iopath==0.1.10",
 ]
 DEVELOPMENT = [
+    CUTLASS_DSL,
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
     "hypothesis==6.170.15",
@@ -66,5 +71,5 @@ setup(
     packages=find_packages(include=["hstu", "hstu.*"]),
     package_data={"hstu.ops.cpu": ["csrc/*"]},  # compiled on first use, for the processor that they run on
     install_requires=REQUIRED,
-    extras_require={"cpu": [FBGEMM_CPU], "cuda": [TORCHREC, FBGEMM_CUDA], "dev": DEVELOPMENT},
+    extras_require={"cpu": [FBGEMM_CPU, TRITON_CPU], "cuda": [TORCHREC, FBGEMM_CUDA, CUTLASS_DSL], "dev": DEVELOPMENT},
 )

@@ -14,10 +14,11 @@ from hstu.config.args import NetworkArgs
 from hstu.model.recompute import recomputed_in_backward
 from hstu.ops.attention import hstu_attention
 from hstu.ops.backends import Backend
+from hstu.ops.layer_norm import layer_norm
 from hstu.ops.layout import JaggedLayout
 from hstu.ops.norm_mul_dropout import SplitHeads, norm_mul_dropout
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
-from hstu.ops.uvqk import split_uvqk
+from hstu.ops.uvqk import project_uvqk
 
 
 class RelativeAttentionBias(nn.Module):
@@ -84,8 +85,7 @@ class HSTULayer(nn.Module):
         network = self.network
         y = self._normalise(x)
         with self._maybe_recomputed(network.recompute_input_layernorm, y, self._normalise, x):
-            projected = self.uvqk(y)
-        u, v, q, k = split_uvqk(projected, self.head_dim, self.backend)  # views of one tensor, SiLU(projected)
+            u, v, q, k, projected = project_uvqk(y, self.uvqk, self.head_dim, self.backend)
         with self._maybe_recomputed(network.recompute_input_silu, u, F.silu, projected):
             attended = hstu_attention(
                 q,
@@ -114,9 +114,9 @@ class HSTULayer(nn.Module):
 
     def _normalise(self, x: Tensor) -> Tensor:
         """LayerNorm(x) in the type that the projection computes in, so that what backward keeps is this very tensor."""
-        y: Tensor = self.input_norm(x)
-        device = x.device.type
-        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
+        device, norm = x.device.type, self.input_norm
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return layer_norm(x, norm.weight, norm.bias, norm.eps, dtype, self.backend)
 
     def _maybe_recomputed(
         self, wanted: bool, output: Tensor, function: Callable[[Tensor], Tensor], given: Tensor

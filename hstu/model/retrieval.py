@@ -95,7 +95,9 @@ class RetrievalDense(nn.Module):
             draws = None if batch.draws is None else choose_from_pool(batch.draws, pool_ids)
             valid = first_occurrences(pool_ids) if draws is None else None
         if draws is None:
-            return pool_softmax_loss(queries, positives, pool, batch.labels, pool_ids, valid, self.temperature)
+            return pool_softmax_loss(
+                queries, positives, pool, batch.labels, pool_ids, valid, self.temperature, self.backend
+            )
         return sampled_softmax_loss(
             queries, positives, pool, draws, batch.labels, pool_ids, self.temperature, self.backend
         )

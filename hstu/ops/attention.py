@@ -8,8 +8,10 @@ from torch import Tensor
 
 from hstu.ops.backends import Backend
 from hstu.ops.cpu.coverage import attention_gap
+from hstu.ops.cutlass import coverage as cutlass_coverage
 from hstu.ops.layout import JaggedLayout
 from hstu.ops.relative_bias import RelativeBias
+from hstu.ops.triton import coverage as triton_coverage
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,17 @@ def hstu_attention(
         from hstu.ops.cpu.attention import attention as cpu
 
         return cpu(q, k, v, layout, rule, bias)
+    if (
+        backend is Backend.CUTLASS
+        and cutlass_coverage.attention_gap(q.shape[2], q.dtype, has_bias=bias is not None) is None
+    ):
+        from hstu.ops.cutlass.attention import attention as cutlass
+
+        return cutlass(q, k, v, layout, rule)
+    if backend.uses_triton and triton_coverage.attention_gap(q.shape[2], q.dtype) is None:
+        from hstu.ops.triton.attention import attention as triton
+
+        return triton(q, k, v, layout, rule, bias)
     from hstu.ops.pytorch.attention import attention as pytorch
 
     return pytorch(q, k, v, layout, rule, bias)

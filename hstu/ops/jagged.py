@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hstu.ops.backends import Backend
 from hstu.ops.layout import JaggedLayout, offsets_of, places, to_device
+from hstu.ops.triton import coverage as triton_coverage
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,11 @@ def token_order(layout: JaggedLayout) -> TokenOrder:
 
 
 def jagged_concat(parts: Sequence[Tensor], order: TokenOrder, backend: Backend = Backend.PYTORCH) -> Tensor:
-    """Rows of ``parts`` (each [·, D], T rows together) as tokens [T, D] in ``order``. PyTorch serves every backend."""
+    """Rows of ``parts`` (each [·, D], T rows together) as tokens [T, D] in ``order``."""
+    if backend.uses_triton and triton_coverage.type_gap(parts[0].dtype) is None:
+        from hstu.ops.triton.jagged import jagged_concat as triton
+
+        return triton(parts, order)
     from hstu.ops.pytorch.jagged import jagged_concat as pytorch
 
     return pytorch(parts, order)

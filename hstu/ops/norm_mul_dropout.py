@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hstu.ops.backends import Backend
 from hstu.ops.cpu.coverage import gate_gap
+from hstu.ops.triton import coverage as triton_coverage
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ def norm_mul_dropout(
         from hstu.ops.cpu.norm_mul_dropout import norm_mul_dropout as cpu
 
         return cpu(x, u, weight, bias, eps, dropout if training else 0.0)
+    if backend.uses_triton and triton_coverage.norm_gap(len(weight), x.dtype) is None:
+        from hstu.ops.triton.norm import norm_mul_dropout as triton
+
+        return triton(x, u, weight, bias, eps, dropout, training, split_heads)
     from hstu.ops.pytorch.norm_mul_dropout import norm_mul_dropout as pytorch
 
     return pytorch(x, u, weight, bias, eps, dropout, training, split_heads)

@@ -13,6 +13,7 @@ from torch import Tensor
 from hstu.ops.backends import Backend
 from hstu.ops.cpu.coverage import sampled_softmax_gap
 from hstu.ops.pytorch.softmax_loss import PoolSoftmaxLoss, SampledSoftmaxLoss
+from hstu.ops.triton import coverage as triton_coverage
 
 
 def pool_softmax_loss(
@@ -23,6 +24,7 @@ def pool_softmax_loss(
     pool_ids: Tensor,
     pool_valid: Tensor | None,
     temperature: float,
+    backend: Backend = Backend.PYTORCH,
 ) -> Tensor:
     """Sum over M queries of −log(e^{s⁺/τ} / (e^{s⁺/τ} + Σ e^{s⁻/τ})), the negatives being the whole pool.
 
@@ -46,6 +48,10 @@ def pool_softmax_loss(
         raise ValueError(f"pool_valid is {tuple(pool_valid.shape)}, but pool_ids is {tuple(pool_ids.shape)}")
     with torch.autocast(queries.device.type, enabled=False):
         vectors = _in_full_precision(queries, positives, pool)
+        if backend.uses_triton and triton_coverage.softmax_gap(queries.shape[1], vectors[0].dtype) is None:
+            from hstu.ops.triton.softmax_loss import PoolSoftmaxLoss as Triton
+
+            return Triton.apply(*vectors, target_ids, pool_ids, pool_valid, temperature)
         return PoolSoftmaxLoss.apply(*vectors, target_ids, pool_ids, pool_valid, temperature)
 
 
@@ -80,6 +86,10 @@ def sampled_softmax_loss(
             from hstu.ops.cpu.softmax_loss import SampledSoftmaxLoss as Cpu
 
             return Cpu.apply(*vectors, draws, target_ids, pool_ids, temperature)
+        if backend.uses_triton and triton_coverage.softmax_gap(queries.shape[1], vectors[0].dtype) is None:
+            from hstu.ops.triton.softmax_loss import SampledSoftmaxLoss as Triton
+
+            return Triton.apply(*vectors, draws, target_ids, pool_ids, temperature)
         return SampledSoftmaxLoss.apply(*vectors, draws, target_ids, pool_ids, temperature)
 
 

@@ -142,6 +142,7 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDen
         item_dim=network.item_width,
         dtype=DTYPES[network.dtype_str],
         split_heads=mesh.tp_size > 1,
+        has_bias=network.position_encoding == "relative_bias",
     )
     log.info("kernels: %s", kernels)
     encoder = SequenceEncoder(network, features, backend)

@@ -32,7 +32,7 @@ class Batch:
             for user in self.users
         ]
 
-    def layout(self, with_times: bool = True) -> JaggedLayout:
+    def layout(self, with_times: bool = True, device: str | torch.device = "cpu") -> JaggedLayout:
         items = np.array([user.history + user.candidates for user in self.users], dtype=np.int64)
         times = [time for user in self.users for time in (user.item_times or (0,) * (user.history + user.candidates))]
         return build_layout(
@@ -42,8 +42,8 @@ class Batch:
             num_candidates=np.array([user.candidates for user in self.users], dtype=np.int64),
             tokens_per_item=self.tokens_per_item,
             target_group_size=self.group_size,
-            device=torch.device("cpu"),
-            item_times=torch.tensor(times, dtype=torch.int64) if with_times else None,
+            device=torch.device(device),
+            item_times=torch.tensor(times, dtype=torch.int64, device=device) if with_times else None,
         )
 
 

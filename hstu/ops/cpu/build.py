@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hstu.ops.cache import cache_directory
+
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -45,7 +47,7 @@ def library_file(cache: Path | None = None) -> Path:
     one compiles, the others wait for it. An interrupted compilation leaves nothing that is taken for a library.
     """
     compiler = _compiler()
-    cache = _cache_directory() if cache is None else cache
+    cache = cache_directory() if cache is None else cache
     library = cache / f"cpu_kernels_{_key(compiler)}.so"
     if library.exists():
         return library
@@ -65,11 +67,6 @@ def _compiler() -> str:
         if path:
             return path
     raise KernelsUnavailable("no C++ compiler is found; install one (on Debian and Ubuntu: apt-get install g++)")
-
-
-def _cache_directory() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "hstu"
 
 
 def _key(compiler: str) -> str:

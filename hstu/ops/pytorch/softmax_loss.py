@@ -59,7 +59,7 @@ class PoolSoftmaxLoss(Function):
                 old_peak, peak = peak, torch.maximum(peak, logits.amax(dim=1))
                 exponentials = logits.sub_(peak[:, None]).exp_()
                 total = total * torch.exp(old_peak - peak) + exponentials.sum(dim=1)
-            losses[rows] = _losses(positive_logits[rows], peak + total.log())
+            losses[rows] = target_losses(positive_logits[rows], peak + total.log())
             if not wants_gradients:
                 continue
             row_scales = torch.exp(peak - positive_logits[rows] - losses[rows])[:, None] / temperature
@@ -70,7 +70,7 @@ class PoolSoftmaxLoss(Function):
                 grad_pool[columns].addmm_(exponentials.t(), queries[rows] * row_scales)
             grad_queries[rows] *= row_scales
         if wants_gradients:
-            grad_positives = _add_positive_part(grad_queries, queries, positives, losses, temperature)
+            grad_positives = add_positive_part(grad_queries, queries, positives, losses, temperature)
             ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
         return losses.sum()
 
@@ -99,12 +99,12 @@ class SampledSoftmaxLoss(Function):
         positive_logits = (queries * positives).sum(dim=1) / temperature
         logits = _draw_scores(queries, pool, draws).div_(temperature)
         logits.masked_fill_(pool_ids[draws] == target_ids[:, None], -math.inf)
-        losses = _losses(positive_logits, logits.logsumexp(dim=1))
+        losses = target_losses(positive_logits, logits.logsumexp(dim=1))
         if any(ctx.needs_input_grad):
             weights = logits.sub_((positive_logits + losses)[:, None]).exp_().div_(temperature)
             grad_queries = _weighted_row_sums(pool, draws, weights)
             grad_pool = _weighted_row_sums_transposed(queries, draws, weights, len(pool))
-            grad_positives = _add_positive_part(grad_queries, queries, positives, losses, temperature)
+            grad_positives = add_positive_part(grad_queries, queries, positives, losses, temperature)
             ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
         return losses.sum()
 
@@ -115,12 +115,12 @@ class SampledSoftmaxLoss(Function):
         return *(gradient * grad_loss for gradient in ctx.saved_tensors), None, None, None, None
 
 
-def _losses(positive_logits: Tensor, negative_log_totals: Tensor) -> Tensor:
+def target_losses(positive_logits: Tensor, negative_log_totals: Tensor) -> Tensor:
     """−log of the target's probability. Exact for small losses, too, and 0 without negatives (a log total of −inf)."""
     return torch.logaddexp(torch.zeros_like(positive_logits), negative_log_totals - positive_logits)
 
 
-def _add_positive_part(
+def add_positive_part(
     grad_queries: Tensor, queries: Tensor, positives: Tensor, losses: Tensor, temperature: float
 ) -> Tensor:
     """Add the targets' share to the queries' gradient, in place; returns the gradient of ``positives``."""

@@ -1,0 +1,38 @@
+"""The kernels are compiled for GPUs that are not there; what came out is as docs/benchmarks/kernels says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT compiled here")
+
+from hstu.ops.cutlass.compile_ahead import compile_variant
+from hstu.ops.cutlass.kernels import Kernel, Variant, variants
+
+TABLE = Path(__file__).resolve().parents[3] / "docs" / "benchmarks" / "kernels" / "cutlass.json"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_kernel_compiles_without_a_gpu_and_without_spills(capability: int) -> None:
+    compiled = compile_variant(Variant(Kernel.FORWARD, torch.bfloat16, 32, capability))
+    assert compiled.spill_instructions == compiled.stack_bytes == 0
+    assert (compiled.wgmma > 0, compiled.mma > 0) == (capability == 90, capability == 80)
+
+
+def test_the_table_has_every_kernel_and_no_spills() -> None:
+    rows = json.loads(TABLE.read_text())
+    listed = [(row["kernel"], row["head_dim"]) for row in rows]
+    assert listed == [(f"{v.kernel.value}_sm{v.capability}", v.head_dim) for v in variants()]
+    assert not any(row["spill_instructions"] or row["stack_bytes"] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_kernel_compiles_without_spills(dtype: torch.dtype) -> None:
+    for variant in variants((dtype,)):
+        compiled = compile_variant(variant)  # raises where registers or shared memory run out
+        assert compiled.spill_instructions == compiled.stack_bytes == 0, compiled

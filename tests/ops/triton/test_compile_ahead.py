@@ -1,0 +1,84 @@
+"""Every kernel compiles for sm_80 and sm_90 without a GPU, and up to head dim 128 none spills registers."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ops.backends import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+
+from hstu.ops.triton.compile_ahead import Compiled, compile_launch
+from hstu.ops.triton.variants import Variant, record, variants
+from scripts.bench.compile_kernels import as_markdown, describe
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+"""Most shared memory of a program."""
+HEAD_DIM_WITHOUT_SPILLS = 128
+VARIANTS = {f"{v.op} {v.head_dim} {v.description}": v for v in variants()}
+MAIN = {
+    "hstu_attention 128 causal, bfloat16": 90,
+    "hstu_attention 64 causal, bias, bfloat16": 80,
+    "layer_norm 0 [T, 1024], float32 in": 80,
+    "norm_mul_dropout 64 2 heads, heads on 2 ranks": 90,
+    "uvqk 256 1024 → 2 × 4 × 256, bfloat16": 90,
+    "jagged_concat 0 [T, 1024], float32": 80,
+    "add_positions 0 [T, 1024], float32": 90,
+    "pool_softmax_loss 0 [M, 64], float32": 80,
+    "sampled_softmax_loss 0 [M, 64], float32": 90,
+}
+
+
+def check(variant: Variant, capability: int, *, only_first: bool) -> list[Compiled]:
+    built = []
+    for launch in record(variant, capability):
+        for config in launch.configs[: 1 if only_first else None]:
+            compiled = compile_launch(launch, config, capability)
+            assert compiled.instructions > 50 and 0 < compiled.registers <= 255
+            assert compiled.shared_bytes <= SHARED_BYTES[capability], compiled
+            if variant.head_dim <= HEAD_DIM_WITHOUT_SPILLS:
+                assert not compiled.spill_instructions, compiled
+            built.append(compiled)
+    assert built
+    return built
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_the_main_kernels_compile_without_spilling(name: str) -> None:
+    built = check(VARIANTS[name], MAIN[name], only_first=True)
+    if name == "hstu_attention 128 causal, bfloat16":
+        assert [kernel.kernel for kernel in built] == [
+            "attention_forward",
+            "attention_backward_keys",
+            "attention_backward_queries",
+        ]
+        assert all(kernel.wgmma and not kernel.mma for kernel in built), "products are those of warp groups"
+
+
+def test_main_variants_launch_every_kernel_that_any_variant_does() -> None:
+    def kernels(names) -> set[str]:  # type: ignore[no-untyped-def]
+        return {launch.kernel.fn.__name__ for name in names for launch in record(VARIANTS[name], 90)}
+
+    assert kernels(MAIN) == kernels(VARIANTS)
+
+
+def test_the_table_names_what_was_compiled() -> None:
+    variant = VARIANTS["hstu_attention 64 causal, bfloat16"]
+    compiled = Compiled("attention_forward", 90, "128 × 64, 8 warps, 3 stages", 128, 65536, 0, 0, 1000, 16, 0)
+    table = as_markdown([describe(variant, compiled, is_first=True)])
+    assert (
+        "| 90 | attention_forward | 64 | causal, bfloat16 | **128 × 64, 8 warps, 3 stages** | 128 | 64 | 0 |" in table
+    )
+    assert "16 (1.6%)" in table
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("op", sorted({variant.op for variant in variants()}))
+def test_every_variant_compiles_in_every_configuration(op: str, capability: int) -> None:
+    for variant in VARIANTS.values():
+        if variant.op == op:
+            check(variant, capability, only_first=False)

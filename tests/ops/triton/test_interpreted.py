@@ -1,0 +1,40 @@
+"""Triton decides when it is imported whether it interprets: the tests of its kernels run in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ops.backends import INTERPRETED
+
+ROOT = Path(__file__).parents[3]
+SHARED = ("tests/ops/test_kernels.py", "tests/ops/triton")
+
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="this is that process")
+
+
+def interpret(*arguments: str, timeout_s: int) -> int:
+    """Tests passed, all of those run."""
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SHARED, *arguments]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    return int(passed[1]) if passed else 0
+
+
+def test_every_kernel_is_right_when_interpreted() -> None:
+    assert interpret(timeout_s=280) >= 40
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_long_sequences_are_right_when_interpreted() -> None:
+    assert interpret("-m", "slow", "-k", "float64", timeout_s=880) == 2

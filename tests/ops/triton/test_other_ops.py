@@ -1,0 +1,149 @@
+"""Triton's projection, jagged rows, positions and pool loss against float64; gradients of the bias are repeatable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hstu.ops.attention import hstu_attention
+from hstu.ops.backends import Backend
+from hstu.ops.jagged import TokenOrder, jagged_concat
+from hstu.ops.positions import add_positions
+from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
+from hstu.ops.softmax_loss import pool_softmax_loss
+from hstu.ops.uvqk import project_uvqk
+from tests.ops.oracle import User
+from tests.ops.strategies import Batch
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+def compare(
+    function: Callable[..., Tensor], leaves: list[Tensor], device: torch.device, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """``function(backend, *leaves)`` by Triton on ``device`` and by PyTorch in float64: result and gradients."""
+    results = []
+    for backend, place, kind in (
+        (Backend.TRITON, device, dtype),
+        (Backend.PYTORCH, torch.device("cpu"), torch.float64),
+    ):
+        given = [leaf.to(dtype).to(place, kind).detach().requires_grad_() for leaf in leaves]
+        out = function(backend, *given)
+        slope = torch.cos(torch.arange(out.numel())).view(out.shape).to(dtype)
+        results.append([out.detach(), *torch.autograd.grad(out, given, slope.to(out))])
+    for place, (ours, exact) in enumerate(zip(*results, strict=True)):
+        assert ours.shape == exact.shape
+        if exact.numel():
+            error = float((ours.cpu().double() - exact).abs().max() / exact.abs().max().clamp(min=1e-3))
+            assert error <= TOLERANCE[dtype], f"result {place} (0: output, then gradients) is off by {error:.2g}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("tokens", "hidden", "heads", "width"), [(0, 8, 1, 4), (1, 33, 1, 5), (150, 64, 2, 16)])
+def test_the_projection_equals_float64(
+    device: torch.device, dtype: torch.dtype, tokens: int, hidden: int, heads: int, width: int
+) -> None:
+    torch.manual_seed(tokens)
+
+    def project(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        linear = nn.Linear(hidden, 4 * heads * width, device=x.device, dtype=x.dtype)
+        with torch.no_grad():  # leaves as parameters, so that gradients reach the ones given
+            del linear.weight, linear.bias
+        linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
+        u, v, q, k, projected = project_uvqk(x, linear, width, backend)
+        torch.testing.assert_close(
+            F.silu(projected.detach().float()).view(tokens, heads, 4, width)[:, :, 1].to(v.dtype),
+            v,
+            rtol=2e-2,
+            atol=1e-2,
+        )
+        return torch.cat([u, v * 2, q * 3, k * 4], dim=1)
+
+    leaves = [torch.randn(tokens, hidden), torch.randn(4 * heads * width, hidden) / hidden**0.5]
+    compare(project, [*leaves, torch.randn(4 * heads * width)], device, dtype=dtype)
+
+
+def test_autocast_projects_in_its_type(device: torch.device) -> None:
+    linear = nn.Linear(32, 64).to(device)
+    x = torch.randn(5, 32).to(device).requires_grad_()
+    with torch.autocast(device.type, torch.bfloat16):
+        *parts, _ = project_uvqk(x, linear, 16, Backend.TRITON)
+    assert all(part.dtype == torch.bfloat16 for part in parts)
+    sum(part.float().sum() for part in parts).backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
+    assert linear.weight.grad is not None and linear.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (1, 0, 70), (5, 127, 130)])
+def test_jagged_concat_moves_rows_and_their_gradients_exactly(device: torch.device, rows: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    source = torch.randperm(sum(rows))
+    order = TokenOrder(source.to(device), source.argsort().to(device))
+    parts = [torch.randn(20, n).to(device).t().requires_grad_() for n in rows]  # columns lie apart
+    results = []
+    for backend in (Backend.TRITON, Backend.PYTORCH):
+        tokens = jagged_concat(parts, order, backend)
+        results.append([tokens, *torch.autograd.grad(tokens.sin().sum(), parts)])
+    assert all(torch.equal(ours, right) for ours, right in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 129])
+def test_positions_equal_float64_and_far_ones_share_the_last(device: torch.device, tokens: int) -> None:
+    torch.manual_seed(0)
+    positions = torch.randint(40, (tokens,))
+    compare(
+        lambda backend, x, table: add_positions(x, table, positions.to(x.device), backend),
+        [torch.randn(tokens, 70), torch.randn(30, 70)],
+        device,
+    )
+
+
+@pytest.mark.parametrize("has_valid", [False, True])
+@pytest.mark.parametrize(("queries", "pool", "width"), [(0, 4, 16), (1, 1, 3), (130, 70, 50), (5, 100, 200)])
+def test_the_pool_loss_equals_float64(
+    device: torch.device, queries: int, pool: int, width: int, has_valid: bool
+) -> None:
+    torch.manual_seed(0)
+    targets, ids, valid = torch.randint(5, (queries,)), torch.randint(9, (pool,)), torch.rand(pool) > 0.3
+
+    def loss(backend: Backend, *vectors: Tensor) -> Tensor:
+        place = vectors[0].device
+        given = valid.to(place) if has_valid else None
+        return pool_softmax_loss(*vectors, targets.to(place), ids.to(place), given, 0.3, backend)
+
+    compare(loss, [F.normalize(torch.randn(n, width), dim=1) for n in (queries, queries, pool)], device)
+
+
+def test_gradients_of_the_bias_have_the_same_bits_in_every_run(device: torch.device) -> None:
+    rng = np.random.default_rng(0)
+    users = tuple(User(n, 3, tuple(np.cumsum(rng.integers(0, 10**6, n + 3)).tolist())) for n in (150, 60, 1))
+    batch = Batch(users, contextuals=2, tokens_per_item=1, group_size=1)
+    results = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        layout = batch.layout(device=device)
+        leaves = [torch.randn(layout.num_tokens, 2, 16).to(device).requires_grad_() for _ in range(3)]
+        tables = [torch.randn(n).to(device).requires_grad_() for n in (99, NUM_TIME_BUCKETS)]
+        out = hstu_attention(
+            *leaves, layout, alpha=0.3, scaling_seqlen=9, bias=RelativeBias(*tables), backend=Backend.TRITON
+        )
+        results.append(torch.autograd.grad(out.sin().sum(), [*leaves, *tables]))
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+def test_a_gradient_that_is_not_finite_stays_so_in_the_gradients_of_the_bias(device: torch.device) -> None:
+    layout = Batch((User(5, 0, (1, 2, 3, 4, 5)),), 0, 1, 1).layout(device=device)
+    q, k, v = (torch.ones(5, 1, 16, device=device) for _ in range(3))
+    tables = [torch.zeros(n, device=device, requires_grad=True) for n in (9, NUM_TIME_BUCKETS)]
+    out = hstu_attention(
+        q, k, v, layout, alpha=1.0, scaling_seqlen=5, bias=RelativeBias(*tables), backend=Backend.TRITON
+    )
+    for bad in (float("nan"), float("inf")):
+        grads = torch.autograd.grad(out, tables, torch.full_like(out, bad), retain_graph=True)
+        assert not any(grad.isfinite().any() for grad in grads)

@@ -233,7 +233,7 @@ class NetworkArgs(Args):
     dtype_str: str = option("bfloat16", choices=("bfloat16", "float16", "float32"))
     """Compute type of the dense model; parameters stay float32. float16 needs a GPU."""
     kernel_backend: str = option("cutlass", choices=("cutlass", "triton", "pytorch"))
-    """Kernels of the HSTU layer. Where the asked one cannot run, the run says which is used and why."""
+    """Kernels of the model; on a CPU the first two mean C++ kernels. The log names what runs instead, and why."""
     strict_kernel_backend: bool = option(False)
     """True: it is an error where kernel_backend cannot run."""
     target_group_size: int = option(1, minimum=1)

@@ -160,6 +160,15 @@ def test_attention_equals_the_pair_by_pair_oracle(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_weight_of_a_score_is_exact_to_some_units_in_the_last_place(backend: Backend) -> None:
+    scores = torch.cat([torch.linspace(-80, 80, 3001), torch.logspace(-30, 1, 300), torch.tensor([-1e4, -200.0, 1e4])])
+    layout = Batch((User(1, 0),) * len(scores), 0, 1, 1).layout()  # every token is a sequence of its own
+    q, one = scores[:, None, None], torch.ones(len(scores), 1, 1)
+    out = hstu_attention(q, one, one, layout, alpha=1.0, scaling_seqlen=1, backend=backend).flatten()
+    torch.testing.assert_close(out.double(), F.silu(scores.double()), rtol=4e-7, atol=1e-33)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_time_buckets_are_those_of_the_definition_at_every_edge(backend: Backend) -> None:
     edges = torch.exp(torch.arange(1, 128, dtype=torch.float64) * 0.301).long()
     deltas = torch.cat([torch.tensor([0, 1, 2, 3, 2**62]), edges - 1, edges, edges + 1, 2 ** torch.arange(62)]).unique()

@@ -92,8 +92,8 @@ def _cases() -> Iterator[Case]:
     weight, bias = (torch.randn(51, requires_grad=True) for _ in range(2))
     yield (
         "norm_mul_dropout",
-        lambda *tensors: norm_mul_dropout(*tensors, eps=1e-5, dropout=0.0),
-        lambda *tensors: reference_gate.norm_mul_dropout(*tensors, eps=1e-5, dropout=0.0, training=True),
+        lambda x, u, w, b: norm_mul_dropout(x, u, w, b, 1e-5, 0.0),
+        lambda x, u, w, b: reference_gate.norm_mul_dropout(x, u, w, b, 1e-5, 0.0, True),
         [x, u, weight, bias],
     )
     yield (

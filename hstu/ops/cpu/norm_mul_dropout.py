@@ -56,19 +56,20 @@ class _Gate(torch.autograd.Function):
         x, u = x.contiguous(), with_contiguous_rows(u)
         mean, inverse_std = torch.empty(len(x)), torch.empty(len(x))
         out = torch.empty(len(x), x.shape[1] * x.shape[2], dtype=x.dtype)
-        arguments, used = _describe(x, u, weight, bias, mean, inverse_std, draws)
+        words = None if draws is None else draws.words
+        ctx.scale, ctx.least = (1.0, 0) if draws is None else (draws.scale, draws.least)
+        arguments, used = _describe(x, u, weight, bias, mean, inverse_std, words, ctx.scale, ctx.least)
         arguments.eps, arguments.out = eps, address(out)
         library().hstu_gate(ctypes.byref(arguments), 0)
         del used
-        ctx.save_for_backward(x, u, weight, bias, mean, inverse_std)
-        ctx.draws = draws
+        ctx.save_for_backward(x, u, weight, bias, mean, inverse_std, words)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, weight, bias, _, _ = saved = ctx.saved_tensors
-        arguments, used = _describe(*saved, ctx.draws)
+        x, u, weight, bias, mean, inverse_std, words = ctx.saved_tensors
+        arguments, used = _describe(x, u, weight, bias, mean, inverse_std, words, ctx.scale, ctx.least)
         grad_out = grad_out.contiguous()
         grad_x, grad_u = torch.empty_like(x), torch.empty(u.shape, dtype=u.dtype)
         sums = torch.zeros(2, arguments.bins, len(weight))
@@ -81,7 +82,15 @@ class _Gate(torch.autograd.Function):
 
 
 def _describe(
-    x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_std: Tensor, draws: Draws | None
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    words: Tensor | None,
+    scale: float,
+    least: int,
 ) -> tuple[_Arguments, list[Tensor]]:
     """What forward and backward both take, and the tensors that must live as long."""
     used = [weight.detach().float().contiguous(), bias.detach().float().contiguous()]
@@ -91,15 +100,15 @@ def _describe(
         u_strides=strides(u),
         weight=address(used[0]),
         bias=address(used[1]),
-        draws=None if draws is None else address(draws.words),
+        draws=address(words),
         mean=address(mean),
         inverse_std=address(inverse_std),
         tokens=len(x),
         heads=x.shape[1],
         width=x.shape[2],
         bins=max(1, min(MOST_BINS, len(x) // TOKENS_PER_BIN)),
-        scale=1.0 if draws is None else draws.scale,
-        least=0 if draws is None else draws.least,
+        scale=scale,
+        least=least,
         is_bfloat=is_bfloat((x, u)),
         threads=num_threads(),
     )

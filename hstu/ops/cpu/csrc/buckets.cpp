@@ -58,6 +58,45 @@ inline uint8_t bucket_of(const Thresholds& t, int64_t difference) {
     return uint8_t(std::min(bucket + further, TIME_BUCKETS - 1));
 }
 
+#if defined(__AVX512DQ__) && defined(__AVX512VL__)
+// Sixteenths of an octave, each of which has one bucket at its least number and at most one more above.
+struct Sixteenths {
+    int32_t bucket[64 * 16];
+
+    explicit Sixteenths(const Thresholds& t) {
+        for (int place = 0; place < 64 * 16; ++place) {
+            const double low = std::ceil(std::ldexp(1.0 + (place % 16) / 16.0, place / 16));
+            bucket[place] = low < 9.2e18 ? bucket_of(t, int64_t(low)) : TIME_BUCKETS - 1;
+        }
+    }
+};
+
+// The buckets of 8 differences.
+inline void buckets_of(const Thresholds& t, const Sixteenths& sixteenths, __m512i differences, uint8_t* out) {
+    const __m512i seconds = _mm512_max_epi64(_mm512_abs_epi64(differences), _mm512_set1_epi64(1));
+    // Towards zero: exponent and leading bits of the float are those of the integer.
+    const __m256 rounded = _mm512_cvt_roundepi64_ps(seconds, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+    const __m256i place = _mm256_sub_epi32(_mm256_srli_epi32(_mm256_castps_si256(rounded), 19),
+                                           _mm256_set1_epi32(127 * 16));
+    const __m256i bucket = _mm256_i32gather_epi32(sixteenths.bucket, place, 4);
+    const __m512i next = _mm512_i32gather_epi64(bucket, t.least + 1, 8);
+    const __mmask8 above = _mm512_cmpge_epi64_mask(seconds, next);
+    const __m256i found = _mm256_mask_add_epi32(bucket, above, bucket, _mm256_set1_epi32(1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm256_cvtepi32_epi8(found));
+}
+
+void row_of_buckets(const int64_t* query_times, int64_t key_time, uint8_t* out) {
+    static const Sixteenths sixteenths(thresholds());
+    const __m512i key = _mm512_set1_epi64(key_time);
+    for (int64_t lane = 0; lane < STRIP; lane += 8)
+        buckets_of(thresholds(), sixteenths, _mm512_sub_epi64(_mm512_loadu_si512(query_times + lane), key), out + lane);
+}
+#else
+void row_of_buckets(const int64_t* query_times, int64_t key_time, uint8_t* out) {
+    for (int64_t lane = 0; lane < STRIP; ++lane) out[lane] = bucket_of(thresholds(), query_times[lane] - key_time);
+}
+#endif
+
 }  // namespace
 
 int64_t bucket_bytes(const HstuAttention& a, int64_t sequence) {
@@ -69,15 +108,13 @@ int64_t bucket_bytes(const HstuAttention& a, int64_t sequence) {
 }
 
 void fill_buckets(const HstuAttention& a, int64_t sequence, const Strip& s, int64_t j, int64_t keys, uint8_t* out) {
-    const Thresholds& t = thresholds();
     const int64_t begin = a.offsets[sequence], length = a.offsets[sequence + 1] - begin;
     int64_t query_times[STRIP];
     for (int64_t lane = 0; lane < STRIP; ++lane)
         query_times[lane] = a.query_times[begin + std::min(s.first + lane, length - 1)];
     for (int64_t row = 0; row < keys; ++row) {
         const int64_t key_time = a.token_times[begin + std::min(j + row, length - 1)];
-        for (int64_t lane = 0; lane < STRIP; ++lane)
-            out[row * STRIP + lane] = bucket_of(t, query_times[lane] - key_time);
+        row_of_buckets(query_times, key_time, out + row * STRIP);
     }
 }
 

@@ -161,7 +161,7 @@ class SampledSoftmax {
 
     // A small pool: each part of the queries has sums of its own, which are then added in order.
     void by_queries() const {
-        if (!a_.grad_queries) return;
+        if (!a_.grad_pool) return;
         const int64_t size = a_.pool_size * W, parts = a_.parts;
 #pragma omp parallel for schedule(static, 1) num_threads(a_.threads)
         for (int64_t part = 0; part < parts; ++part)
@@ -178,7 +178,7 @@ class SampledSoftmax {
 
     // A large pool: each part of its rows looks at all draws. `packed` has served and takes the sums.
     void by_rows() const {
-        if (!a_.grad_queries) return;
+        if (!a_.grad_pool) return;
 #pragma omp parallel for schedule(static, 1) num_threads(a_.threads)
         for (int64_t part = 0; part < a_.parts; ++part) {
             const int64_t low = a_.pool_size * part / a_.parts, high = a_.pool_size * (part + 1) / a_.parts;

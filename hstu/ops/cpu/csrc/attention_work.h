@@ -1,0 +1,122 @@
+// One head of one sequence: what the kernels of all types of numbers share.
+#pragma once
+#include "bias.h"
+#include "pack.h"
+
+namespace hstu {
+
+struct Scratch {
+    Buffer q, k, v, grad, q_columns, grad_columns, tile, grad_tile, out, grad_q, grad_k, grad_v;
+    Buffer q_pairs, k_pairs, v_pairs, grad_pairs, tile_pairs, tile_rows;  // bfloat16 alone
+    BiasScratch bias;
+};
+
+// T: type of the tensors. W: row length of the scratch memory, a constant so that rows become address offsets;
+// width <= W. A product of q and k, of an output's gradient and v, becomes a score, a weight's gradient, by its scale.
+template <class T, int64_t W>
+class Work {
+  public:
+    Work(const HstuAttention& a, int64_t sequence, int64_t head, Scratch& scratch, float score_scale, float grad_scale)
+        : a_(a),
+          s_(scratch),
+          bias_(a, sequence, scratch.bias),
+          begin_(a.offsets[sequence]),
+          length_(a.offsets[sequence + 1] - begin_),
+          history_end_(length_ - a.candidates[sequence]),
+          head_(head),
+          rows_(round_up(length_, STRIP)),
+          vectors_((a.width + LANES - 1) / LANES),
+          score_scale_(score_scale),
+          grad_scale_(grad_scale) {
+        tile_ = s_.tile.get(BLOCK * STRIP);
+        grad_tile_ = s_.grad_tile.get(BLOCK * STRIP);
+    }
+
+  protected:
+    Strip begin(int64_t first) {
+        strip_ = make_strip(a_, first, length_, history_end_);
+        if (bias_.exists()) bias_.begin_strip(strip_);
+        return strip_;
+    }
+
+    const T* at(const void* tensor, const int64_t* strides, int64_t row) const {
+        return static_cast<const T*>(tensor) + (begin_ + row) * strides[0] + head_ * strides[1];
+    }
+
+    void put(void* tensor, const int64_t* strides, int64_t first, int64_t rows, const float* from, float scale) const {
+        unpack_rows(from, W, rows, a_.width, scale, const_cast<T*>(at(tensor, strides, first)), strides[0]);
+    }
+
+    static void clear(float* rows, int64_t count) { std::memset(rows, 0, sizeof(float) * size_t(count * W)); }
+
+    // Calls visit(place in the tile, score with its bias, who sees it) for each vector of a block.
+    template <class Visit>
+    void for_each_vector(const Strip& strip, int64_t j, int64_t keys, int first_vector, Visit visit) {
+        const bool masked = j + keys > strip.all_see;
+        const float scale = score_scale_;
+        const auto walk = [&](auto bias) {
+            for (int64_t key = 0; key < keys; ++key)
+                for (int vector = first_vector; vector < strip.vectors; ++vector) {
+                    const int64_t place = key * STRIP + vector * LANES;
+                    const vi seen = masked ? sees(strip.visible, vector, j + key, strip.first) : ~vi{};
+                    visit(place, load(tile_ + place) * scale + bias(key, vector), seen);
+                }
+        };
+        if (bias_.exists()) {
+            bias_.begin_block(j, keys);
+            const TimeTable times(a_.time_weight);
+            walk([&](int64_t key, int vector) { return bias_.at(times, key, vector); });
+        } else {
+            walk([](int64_t, int) { return vf{}; });
+        }
+    }
+
+    // Scores become weights.
+    void weigh(const Strip& strip, int64_t j, int64_t keys, int first_vector) {
+        for_each_vector(strip, j, keys, first_vector, [&](int64_t place, vf score, vi seen) {
+            store(tile_ + place, select(seen, score * sigmoid(score), vf{}));
+        });
+    }
+
+    // Scores become weights, and the gradients of weights those of scores.
+    void differentiate(const Strip& strip, int64_t j, int64_t keys, int first_vector) {
+        const float scale = grad_scale_;
+        for_each_vector(strip, j, keys, first_vector, [&](int64_t place, vf score, vi seen) {
+            const vf gate = sigmoid(score), weight = score * gate;
+            const vf slope = (gate + weight * (1.0f - gate)) * scale;
+            store(tile_ + place, select(seen, weight, vf{}));
+            store(grad_tile_ + place, select(seen, slope * load(grad_tile_ + place), vf{}));
+        });
+    }
+
+    const HstuAttention& a_;
+    Scratch& s_;
+    Bias bias_;
+    Strip strip_;
+    int64_t begin_, length_, history_end_, head_, rows_, vectors_;
+    float score_scale_, grad_scale_;
+    float *tile_, *grad_tile_;
+};
+
+// Work is dealt to a fixed number of bins, the dearest sequences first, and each bin sums the bias gradients of its own
+// in order: the result does not depend on which thread takes which bin, nor on how many there are.
+template <class Worker>
+void run_work(const HstuAttention& a, bool is_backward) {
+    const int64_t items = a.sequences * a.heads;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
+    for (int64_t bin = 0; bin < a.bins; ++bin) {
+        static thread_local Scratch scratch;
+        for (int64_t item = bin; item < items; item += a.bins) {
+            const int64_t sequence = a.order[item / a.heads];
+            if (a.offsets[sequence + 1] == a.offsets[sequence]) continue;
+            Worker worker(a, sequence, item % a.heads, scratch);
+            if (!is_backward) worker.forward();
+            else worker.backward(a.grad_position_weight + bin * a.positions, a.grad_time_weight + bin * TIME_BUCKETS);
+        }
+    }
+}
+
+// Pairs of bfloat16; only where HAS_PAIRS.
+void attention_of_pairs(const HstuAttention& a, bool is_backward);
+
+}  // namespace hstu

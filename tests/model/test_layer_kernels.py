@@ -1,0 +1,94 @@
+"""A layer on fast kernels: its formula, the same bits with whatever is recomputed, and the memory that that saves."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hstu.model.layer import HSTULayer
+from hstu.ops.backends import Backend
+from hstu.ops.cpu.build import KernelsUnavailable, library_file
+from tests.model.examples import gradients, make_network
+from tests.model.test_layer import BATCH, MAX_TOKENS, RECOMPUTE, formula, step
+
+BACKENDS = [Backend.CPU]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    try:
+        library_file()
+    except KernelsUnavailable as reason:
+        pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
+
+
+def make_layer(backend: Backend, **changes: Any) -> HSTULayer:
+    torch.manual_seed(0)
+    layer = HSTULayer(make_network(**changes), MAX_TOKENS, backend)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("changes", [{}, {"is_causal": False}, {"position_encoding": "relative_bias"}], ids=str)
+def test_equals_its_formula_forward_and_backward(backend: Backend, changes: dict[str, Any]) -> None:
+    layer = make_layer(backend, **changes)
+    reference = copy.deepcopy(layer).double()
+    x = torch.randn(BATCH.layout().num_tokens, 8)
+    out, expected = layer(x, BATCH.layout()), formula(reference, x.double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    out.sin().sum().backward()
+    expected.sin().sum().backward()
+    for name, exact in gradients(reference).items():
+        scale = float(exact.abs().max())
+        torch.testing.assert_close(gradients(layer)[name].double(), exact, rtol=0, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("changes", RECOMPUTE, ids=str)
+def test_recomputing_gives_the_same_bits_with_dropout(
+    backend: Backend, changes: dict[str, bool], dtype: torch.dtype | None
+) -> None:
+    settings: dict[str, Any] = {"hidden_dropout": 0.3, "position_encoding": "relative_bias"}
+    x = torch.randn(BATCH.layout().num_tokens, 8)
+    plain = step(make_layer(backend, **settings), x, dtype)
+    for a, b in zip(plain, step(make_layer(backend, **settings, **changes), x, dtype), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_recomputed_is_not_kept(backend: Backend) -> None:
+    def kept(**changes: Any) -> int:
+        layer, total = make_layer(backend, hidden_dropout=0.2, **changes), 0
+        x = torch.randn(BATCH.layout().num_tokens, 8, requires_grad=True)
+        seen: set[int] = set()
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                total += storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(x, BATCH.layout())
+        return total
+
+    tokens, inner = BATCH.layout().num_tokens, 2 * 4
+    assert kept(recompute_input_silu=True) <= kept() - tokens * 4 * inner * 4
+    assert kept(recompute_layer=True) == tokens * 8 * 4, "the input alone"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_drops_what_the_pytorch_kernels_drop(backend: Backend) -> None:
+    x = torch.randn(BATCH.layout().num_tokens, 8)
+    results = [step(make_layer(kind, hidden_dropout=0.4), x) for kind in (backend, Backend.PYTORCH)]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))

@@ -1,0 +1,47 @@
+"""Whole runs on the kernels that a CPU has where GPU kernels are asked for, which is the default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from hstu.ops.cpu.build import KernelsUnavailable, library_file
+from tests.train.tiny import FinishedRun
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    try:
+        library_file()
+    except KernelsUnavailable as reason:
+        pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
+
+
+def network(backend: str, task: str) -> dict[str, Any]:
+    encoding = "relative_bias" if task == "retrieval" else "absolute"
+    return {"kernel_backend": backend, "hidden_dropout": 0.2, "position_encoding": encoding}
+
+
+@pytest.mark.parametrize("task", ["retrieval", "ranking"])
+def test_they_train_as_pytorch_does_and_repeat_their_bits(train: Callable[..., FinishedRun], task: str) -> None:
+    runs = [train(task, network=network(backend, task)) for backend in ("cutlass", "triton", "pytorch")]
+    assert runs[0].losses == runs[1].losses
+    assert runs[0].losses == pytest.approx(runs[2].losses, rel=1e-4)
+
+
+def test_the_log_names_the_kernels(train: Callable[..., FinishedRun]) -> None:
+    text = (train("retrieval", network=network("cutlass", "retrieval")).path / "log.txt").read_text()
+    assert "kernel_backend 'cutlass' runs on GPUs; on this CPU the C++ kernels are used" in text
+    assert "attention: cpu" in text and "jagged_concat: pytorch (no kernel)" in text
+
+
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(train: Callable[..., FinishedRun]) -> None:
+    options = {"ckpt_save_interval": 2, "ckpt_load_dir": "auto"}
+    whole = train("retrieval", network=network("cutlass", "retrieval"), trainer={"max_train_iters": 4})
+    train("retrieval", output="one", network=network("cutlass", "retrieval"), trainer=options | {"max_train_iters": 2})
+    rest = train(
+        "retrieval", output="one", network=network("cutlass", "retrieval"), trainer=options | {"max_train_iters": 4}
+    )
+    assert rest.losses[-2:] == whole.losses[-2:]

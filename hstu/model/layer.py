@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +17,7 @@ from hstu.ops.layer_norm import layer_norm
 from hstu.ops.layout import JaggedLayout
 from hstu.ops.norm_mul_dropout import SplitHeads, norm_mul_dropout
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
-from hstu.ops.uvqk import project_uvqk
+from hstu.ops.uvqk import activate, project_uvqk
 
 
 class RelativeAttentionBias(nn.Module):
@@ -86,7 +85,7 @@ class HSTULayer(nn.Module):
         y = self._normalise(x)
         with self._maybe_recomputed(network.recompute_input_layernorm, y, self._normalise, x):
             u, v, q, k, projected = project_uvqk(y, self.uvqk, self.head_dim, self.backend)
-        with self._maybe_recomputed(network.recompute_input_silu, u, F.silu, projected):
+        with self._maybe_recomputed(network.recompute_input_silu, u, self._activate, projected):
             attended = hstu_attention(
                 q,
                 k,
@@ -117,6 +116,9 @@ class HSTULayer(nn.Module):
         device, norm = x.device.type, self.input_norm
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return layer_norm(x, norm.weight, norm.bias, norm.eps, dtype, self.backend)
+
+    def _activate(self, projected: Tensor) -> Tensor:
+        return activate(projected, self.backend)
 
     def _maybe_recomputed(
         self, wanted: bool, output: Tensor, function: Callable[[Tensor], Tensor], given: Tensor

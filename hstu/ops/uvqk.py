@@ -26,6 +26,15 @@ def project_uvqk(
     return *split_uvqk(projected, head_dim, backend), projected
 
 
+def activate(projected: Tensor, backend: Backend = Backend.PYTORCH) -> Tensor:
+    """SiLU(projected) with the bits of :func:`project_uvqk`, to recompute it; without a gradient."""
+    if backend is Backend.TRITON and triton_coverage.type_gap(projected.dtype) is None:
+        from hstu.ops.triton.linear import silu as triton
+
+        return triton(projected)
+    return F.silu(projected)
+
+
 def split_uvqk(
     projected: Tensor, head_dim: int, backend: Backend = Backend.PYTORCH
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -70,7 +70,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, position_weight, time_weight = ctx.saved_tensors
         grad_q, grad_k, grad_v = _empty_beside(q), _empty_beside(k), _empty_beside(v)
-        grad_bias = None, None
+        grad_bias: tuple[Tensor | None, Tensor | None] = None, None
         call = _Call(q, k, v, position_weight, time_weight, ctx.layout, ctx.rule)
         if ctx.layout.num_tokens:
             call.by_keys(grad, grad_k, grad_v)
@@ -139,7 +139,7 @@ class _Call:
         if not layout.num_tokens:
             return position_totals.to(self.position_weight.dtype), time_totals[0].to(self.time_weight.dtype)
         scale = _fixed_point_scale(grad, self.v, pairs=heads * int((layout.seqlens**2).sum()))
-        config = bias_config(self._block_d, self.q.element_size())
+        config = bias_config(self._block_d, self.q.element_size(), capability_of(grad.device))
         tiles = triton.cdiv(int(layout.seqlens.max()), config.kwargs["BLOCK"])
         looks_ahead = not self.rule.is_causal or (self.rule.contextual_mask and layout.num_contextuals > 0)
         tiles_ahead = tiles - 1 if looks_ahead else 0

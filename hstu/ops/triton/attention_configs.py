@@ -13,8 +13,8 @@ Tiles = tuple[tuple[int, int, int, int], ...]
 # By the widest tile (BLOCK_D) that they serve: 16-bit inputs without bias on compute capability 8.x and 9.0 on; with
 # bias, when a tile also holds times, buckets and the values gathered; float32.
 FORWARD_80: dict[int, Tiles] = {
-    64: ((128, 64, 4, 3), (64, 64, 4, 3), (128, 32, 4, 4)),
-    128: ((64, 64, 4, 2), (64, 32, 4, 3)),
+    64: ((64, 64, 4, 3), (128, 32, 4, 4)),
+    128: ((64, 64, 4, 2),),
     256: ((64, 64, 8, 1), (64, 32, 8, 2)),
 }
 FORWARD_90: dict[int, Tiles] = {
@@ -22,7 +22,8 @@ FORWARD_90: dict[int, Tiles] = {
     128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3)),
     256: ((128, 64, 8, 2), (128, 32, 8, 3)),
 }
-FORWARD_BIAS: dict[int, Tiles] = {
+FORWARD_BIAS_80: dict[int, Tiles] = {64: ((64, 32, 8, 1),), 128: ((64, 32, 8, 1),), 256: ((32, 32, 8, 1),)}
+FORWARD_BIAS_90: dict[int, Tiles] = {
     64: ((64, 64, 8, 1), (64, 32, 4, 2), (128, 32, 8, 2)),
     128: ((64, 32, 8, 1), (64, 32, 8, 2)),
     256: ((64, 32, 8, 1), (32, 32, 4, 1)),
@@ -30,16 +31,17 @@ FORWARD_BIAS: dict[int, Tiles] = {
 FORWARD_FLOAT32: dict[int, Tiles] = {64: ((32, 32, 4, 1),), 128: ((32, 16, 8, 1),), 256: ((16, 16, 8, 1),)}
 
 KEYS_80: dict[int, Tiles] = {
-    64: ((32, 64, 4, 2), (64, 64, 8, 2)),
+    64: ((32, 64, 4, 2),),
     128: ((64, 64, 8, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
-    256: ((32, 64, 8, 1), (32, 32, 8, 1)),
+    256: ((32, 32, 8, 1), (32, 64, 8, 1)),
 }
 KEYS_90: dict[int, Tiles] = {
     64: ((64, 128, 8, 2), (64, 64, 4, 2)),
     128: ((32, 128, 8, 2), (64, 64, 8, 2), (32, 128, 8, 3)),
     256: ((32, 64, 8, 2), (64, 64, 8, 2), (16, 64, 8, 2)),
 }
-KEYS_BIAS: dict[int, Tiles] = {
+KEYS_BIAS_80: dict[int, Tiles] = {64: ((32, 64, 8, 1),), 128: ((32, 64, 8, 1),), 256: ((32, 32, 8, 1),)}
+KEYS_BIAS_90: dict[int, Tiles] = {
     64: ((64, 64, 8, 1), (32, 64, 4, 2)),
     128: ((32, 64, 8, 1), (32, 64, 8, 2)),
     256: ((32, 32, 8, 1), (16, 32, 8, 1)),
@@ -56,17 +58,18 @@ QUERIES_90: dict[int, Tiles] = {
     128: ((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3)),
     256: ((128, 32, 8, 2), (64, 64, 8, 2)),
 }
-QUERIES_BIAS: dict[int, Tiles] = {
+QUERIES_BIAS_80: dict[int, Tiles] = {64: ((64, 32, 8, 1),), 128: ((64, 32, 8, 1),), 256: ((32, 32, 8, 1),)}
+QUERIES_BIAS_90: dict[int, Tiles] = {
     64: ((64, 64, 8, 1), (64, 32, 8, 2)),
     128: ((64, 32, 8, 1), (64, 32, 4, 1)),
     256: ((32, 32, 8, 1),),
 }
-QUERIES_FLOAT32: dict[int, Tiles] = {64: ((32, 32, 4, 1),), 128: ((16, 16, 8, 1),), 256: ((16, 16, 8, 1),)}
+QUERIES_FLOAT32: dict[int, Tiles] = {64: ((32, 32, 8, 1),), 128: ((16, 16, 8, 1),), 256: ((16, 16, 8, 1),)}
 
 TABLES = {
-    "forward": (FORWARD_80, FORWARD_90, FORWARD_BIAS, FORWARD_FLOAT32),
-    "keys": (KEYS_80, KEYS_90, KEYS_BIAS, KEYS_FLOAT32),
-    "queries": (QUERIES_80, QUERIES_90, QUERIES_BIAS, QUERIES_FLOAT32),
+    "forward": ((FORWARD_80, FORWARD_90), (FORWARD_BIAS_80, FORWARD_BIAS_90), FORWARD_FLOAT32),
+    "keys": ((KEYS_80, KEYS_90), (KEYS_BIAS_80, KEYS_BIAS_90), KEYS_FLOAT32),
+    "queries": ((QUERIES_80, QUERIES_90), (QUERIES_BIAS_80, QUERIES_BIAS_90), QUERIES_FLOAT32),
 }
 
 
@@ -74,19 +77,16 @@ def attention_configs(
     kernel: str, block_d: int, itemsize: int, has_bias: bool, capability: tuple[int, int]
 ) -> list[Config]:
     """Configurations of the kernel (forward, keys, queries) to choose from."""
-    before_90, from_90, with_bias, float32 = TABLES[kernel]
-    if itemsize > 2:
-        by_width = float32
-    elif has_bias:
-        by_width = with_bias
-    else:
-        by_width = from_90 if capability >= (9, 0) else before_90
+    plain, with_bias, float32 = TABLES[kernel]
+    by_width = float32 if itemsize > 2 else (with_bias if has_bias else plain)[capability >= (9, 0)]
     tiles = next(by_width[width] for width in sorted(by_width) if block_d <= width)
     return [Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in tiles]
 
 
-def bias_config(block_d: int, itemsize: int) -> Config:
+def bias_config(block_d: int, itemsize: int, capability: tuple[int, int]) -> Config:
     """Configuration of the kernel that makes the gradients of the bias; its grid depends on the tile size."""
     if itemsize > 2:
         return Config({"BLOCK": 16}, num_warps=8, num_stages=1)
-    return Config({"BLOCK": 64 if block_d <= 128 else 16}, num_warps=8 if block_d <= 128 else 4, num_stages=1)
+    if block_d > 128:
+        return Config({"BLOCK": 16}, num_warps=4, num_stages=1)
+    return Config({"BLOCK": 64 if capability >= (9, 0) else 32}, num_warps=8, num_stages=1)

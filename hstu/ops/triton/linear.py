@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu.ops.triton.launch import bucket, capability_of, launch, multiplication, strides_of
 from hstu.ops.triton.linear_kernels import linear_silu, silu_split_backward
+from hstu.ops.triton.linear_kernels import silu as silu_kernel
 from hstu.ops.triton.rows import row_config
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)
@@ -33,6 +33,23 @@ def uvqk(x: Tensor, weight: Tensor, bias: Tensor, head_dim: int) -> tuple[Tensor
         return _Uvqk.apply(x.to(dtype), weight.to(dtype), bias.to(dtype), head_dim)
 
 
+def silu(x: Tensor) -> Tensor:
+    """SiLU, without a gradient: the very bits that :func:`uvqk` and :func:`split_uvqk` made of ``x``."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel():
+        launch(
+            silu_kernel,
+            lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),),
+            [triton.Config({"BLOCK": 1024}, num_warps=4, num_stages=1)],
+            (),
+            x=x,
+            out=out,
+            num_elements=x.numel(),
+        )
+    return out
+
+
 def split_uvqk(projected: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`hstu.ops.uvqk.split_uvqk`: for a projection that other code has computed."""
     parts: tuple[Tensor, Tensor, Tensor, Tensor] = _Split.apply(projected, head_dim)
@@ -45,7 +62,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projected: Tensor, head_dim: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(projected)
-        return F.silu(projected).unflatten(1, (-1, 4, head_dim)).unbind(2)
+        return silu(projected).unflatten(1, (-1, 4, head_dim)).unbind(2)
 
     @staticmethod
     @once_differentiable

@@ -41,7 +41,7 @@ class PoolSoftmaxLoss(Function):
             num_queries=len(queries),
             pool_size=len(pool),
             VALIDATED=pool_valid is not None,
-            PRECISION="tf32x3",
+            PRECISION="tf32x3" if queries.shape[1] <= 128 else "ieee",
         )
         configs = _pool_configs(shared["BLOCK_D"])
         positive_logits = (queries * positives).sum(dim=1) / temperature

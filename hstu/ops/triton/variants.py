@@ -17,7 +17,7 @@ from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
 from hstu.ops.triton.attention import attention
 from hstu.ops.triton.jagged import jagged_concat
 from hstu.ops.triton.launch import Launch, recorded_launches
-from hstu.ops.triton.linear import uvqk
+from hstu.ops.triton.linear import split_uvqk, uvqk
 from hstu.ops.triton.norm import layer_norm, norm_mul_dropout
 from hstu.ops.triton.positions import add_positions
 from hstu.ops.triton.softmax_loss import PoolSoftmaxLoss, SampledSoftmaxLoss
@@ -54,6 +54,7 @@ def variants() -> list[Variant]:
         *(_norm(width, split) for width in (64, 256) for split in (False, True)),
         Variant("uvqk", 256, f"{HIDDEN} → {HEADS} × 4 × 256, bfloat16", lambda: _run_uvqk(torch.bfloat16)),
         Variant("uvqk", 256, f"{HIDDEN} → {HEADS} × 4 × 256, float32", lambda: _run_uvqk(torch.float32)),
+        Variant("split_uvqk", 256, f"{HEADS} × 4 × 256, bfloat16", _run_split),
         Variant("jagged_concat", 0, f"[T, {HIDDEN}], float32", _run_jagged),
         Variant("add_positions", 0, f"[T, {HIDDEN}], float32", _run_positions),
         *(
@@ -104,6 +105,11 @@ def _run_uvqk(dtype: torch.dtype) -> None:
     *parts, _ = uvqk(
         _zeros(64, HIDDEN, dtype=dtype), _zeros(width, HIDDEN, dtype=dtype), _zeros(width, dtype=dtype), 256
     )
+    torch.autograd.backward(parts, [torch.zeros_like(part) for part in parts])
+
+
+def _run_split() -> None:
+    parts = split_uvqk(_zeros(64, HEADS * 4 * 256, dtype=torch.bfloat16), 256)
     torch.autograd.backward(parts, [torch.zeros_like(part) for part in parts])
 
 

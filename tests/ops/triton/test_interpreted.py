@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def interpret(*arguments: str, timeout_s: int) -> int:
     """Tests passed, all of those run."""
     pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SHARED, *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -31,10 +31,16 @@ def interpret(*arguments: str, timeout_s: int) -> int:
 
 
 def test_every_kernel_is_right_when_interpreted() -> None:
-    assert interpret(timeout_s=280) >= 40
+    assert interpret(*SHARED, timeout_s=280) >= 40
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_long_sequences_are_right_when_interpreted() -> None:
-    assert interpret("-m", "slow", "-k", "float64", timeout_s=880) == 2
+    assert interpret(*SHARED, "-m", "slow", "-k", "float64", timeout_s=880) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_layer_of_interpreted_kernels_is_right_and_is_recomputed_with_the_same_bits() -> None:
+    assert interpret("tests/model/test_layer_kernels.py", "-k", "not dropout_drops", timeout_s=880) >= 10

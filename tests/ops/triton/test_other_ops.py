@@ -121,20 +121,19 @@ def test_the_pool_loss_equals_float64(
 
 def test_gradients_of_the_bias_have_the_same_bits_in_every_run(device: torch.device) -> None:
     rng = np.random.default_rng(0)
-    users = tuple(User(n, 3, tuple(np.cumsum(rng.integers(0, 10**6, n + 3)).tolist())) for n in (150, 60, 1))
+    users = tuple(User(n, 3, tuple(np.cumsum(rng.integers(0, 10**6, n + 3)).tolist())) for n in (80, 1))
     batch = Batch(users, contextuals=2, tokens_per_item=1, group_size=1)
     results = []
-    for _ in range(3):
+    for _ in range(2):
         torch.manual_seed(0)
         layout = batch.layout(device=device)
-        leaves = [torch.randn(layout.num_tokens, 2, 16).to(device).requires_grad_() for _ in range(3)]
+        leaves = [torch.randn(layout.num_tokens, 1, 16).to(device).requires_grad_() for _ in range(3)]
         tables = [torch.randn(n).to(device).requires_grad_() for n in (99, NUM_TIME_BUCKETS)]
         out = hstu_attention(
             *leaves, layout, alpha=0.3, scaling_seqlen=9, bias=RelativeBias(*tables), backend=Backend.TRITON
         )
         results.append(torch.autograd.grad(out.sin().sum(), [*leaves, *tables]))
-    for result in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def test_a_gradient_that_is_not_finite_stays_so_in_the_gradients_of_the_bias(device: torch.device) -> None:

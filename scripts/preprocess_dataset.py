@@ -3,6 +3,7 @@
     python scripts/preprocess_dataset.py --dataset_name ml-1m [--raw_path DIR] [--output tmp_data/ml-1m]
     python scripts/preprocess_dataset.py --dataset_name NAME --interactions FILE.csv|tsv|parquet --user COL --item COL
         [--action COL] [--time COL] [--context FILE --context_columns a,b]
+    python scripts/preprocess_dataset.py --dataset_name ml-1m --verify
 
 Exit codes: 0 done, 2 bad arguments, 3 bad or missing data.
 """
@@ -18,8 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hstu.config.errors import EXIT_DONE, ConfigError, UserError
-from hstu.data.datasets import DATASETS
-from hstu.data.preprocess import InteractionColumns, import_interactions, preprocess
+from hstu.data.datasets import DATASETS, resolve_name
+from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_interactions, preprocess
 from hstu.data.preprocess.report import format_report
 from hstu.data.store import SequenceStore
 
@@ -30,15 +31,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        print(format_report(SequenceStore.open(_run(_parser().parse_args(argv)))))
+        args = _parser().parse_args(argv)
+        if args.verify:
+            _verify(args)
+        else:
+            print(format_report(SequenceStore.open(_run(args))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return EXIT_DONE
 
 
+def _verify(args: argparse.Namespace) -> None:
+    path = args.output or DATA_DIRECTORY / (resolve_name(args.dataset_name) or args.dataset_name)
+    SequenceStore.open(path).verify_contents()
+    print(f"{path}: every checksum and every value is right")
+
+
 def _run(args: argparse.Namespace) -> Path:
-    common = {"output": args.output, "force": args.force, "memory_limit": args.memory_limit}
+    common = {
+        name: getattr(args, name) for name in ("output", "force", "memory_limit", "bad_row_policy", "max_bad_rows")
+    }
     if args.interactions is None:
         misplaced = [f"--{name}" for name in _OWN_TABLE_ONLY if getattr(args, name)]
         if misplaced:
@@ -68,8 +81,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, help="directory of the store; without it tmp_data/<dataset_name>")
     add("--force", action="store_true", help="replace an existing store")
     add("--memory_limit", default="4GB", help="memory for sorting; beyond it, working files beside the store are used")
+    add(
+        "--bad_row_policy",
+        choices=("raise", "skip"),
+        default="raise",
+        help="rows that cannot be used: the first one ends the run, or they are skipped and counted",
+    )
+    add("--max_bad_rows", type=int, default=1000, help="skip: with more than this many the run ends all the same")
+    add("--verify", action="store_true", help="only check an existing store: every checksum and every value")
     own = parser.add_argument_group("your own table")
-    own.add_argument("--interactions", type=Path, help="CSV, TSV or Parquet file, a row an event")
+    own.add_argument("--interactions", type=Path, help="CSV, TSV (perhaps gzipped) or Parquet file, a row an event")
     own.add_argument("--user", help="column of the user, int64 or strings")
     own.add_argument("--item", help="column of the item, int64 or strings")
     own.add_argument("--action", help="column of the action, integers >= 0")

@@ -26,9 +26,10 @@ def sealed(meta: Mapping[str, Any]) -> str:
 
 
 def is_intact(meta: Mapping[str, Any]) -> bool:
-    """Whether the seal fits; stores of before the seal have none and pass."""
-    rest = {name: value for name, value in meta.items() if name != _SEAL}
-    return _SEAL not in meta or meta[_SEAL] == _digest(rest)
+    """Whether the seal fits; stores of before the checksums have none and pass."""
+    if _SEAL not in meta:
+        return f'"{_SEAL}"' not in json.dumps(meta.get("files"))
+    return bool(meta[_SEAL] == _digest({name: value for name, value in meta.items() if name != _SEAL}))
 
 
 def _digest(meta: Mapping[str, Any]) -> str:

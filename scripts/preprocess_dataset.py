@@ -21,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hstu.config.errors import EXIT_DONE, ConfigError, UserError
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_interactions, preprocess
+from hstu.data.preprocess.engine import disk_errors
+from hstu.data.preprocess.markdown import REPORT, write_report
 from hstu.data.preprocess.report import format_report
-from hstu.data.store import SequenceStore
+from hstu.data.store import META_FILE, SequenceStore
 
 _OWN_TABLE_ONLY = ("user", "item", "action", "time", "context", "context_columns")
 
@@ -35,11 +37,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verify:
             _verify(args)
         else:
-            print(format_report(SequenceStore.open(_run(args))))
+            store = SequenceStore.open(_run(args))
+            print(format_report(store))
+            if not args.no_report:
+                print(f"  report: {_write_report(store, args.force)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return EXIT_DONE
+
+
+def _write_report(store: SequenceStore, anew: bool) -> Path:
+    """The report beside the store, <store>.report/report.md; an existing one of an existing store stays."""
+    folder = store.path.with_name(f"{store.path.name}.report")
+    report = folder / REPORT
+    made = (store.path / META_FILE).stat().st_mtime
+    if not anew and report.is_file() and report.stat().st_mtime >= made:
+        return report
+    with disk_errors(folder):
+        return write_report(store, folder)
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -89,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--max_bad_rows", type=int, default=1000, help="skip: with more than this many the run ends all the same")
     add("--verify", action="store_true", help="only check an existing store: every checksum and every value")
+    add("--no_report", action="store_true", help="do not write <output>.report/report.md with its plots")
     own = parser.add_argument_group("your own table")
     own.add_argument("--interactions", type=Path, help="CSV, TSV (perhaps gzipped) or Parquet file, a row an event")
     own.add_argument("--user", help="column of the user, int64 or strings")

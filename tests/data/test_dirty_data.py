@@ -382,4 +382,4 @@ def test_of_two_processes_at_once_one_makes_the_store(tmp_path: Path) -> None:
     assert 0 in told
     assert set(told) == {0} or "another process is writing" in told[3], told
     assert SequenceStore.open(tmp_path / "store").num_events == 300_000
-    assert sorted(os.listdir(tmp_path)) == ["events.csv", "store"]
+    assert sorted(os.listdir(tmp_path)) == ["events.csv", "store", "store.report"]

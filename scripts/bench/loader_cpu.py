@@ -92,8 +92,11 @@ class RowDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def row_batches(file: Path, item: str, options: argparse.Namespace, workers: int) -> Batches:
     """Shuffled, padded batches without end."""
     dataset = RowDataset(file, options.length)
+    loader = torch.utils.data.DataLoader(
+        dataset, options.batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
     while True:
-        for batch in torch.utils.data.DataLoader(dataset, options.batch, shuffle=True, num_workers=workers):
+        for batch in loader:
             yield 2 * int(batch[f"{item}_length"].sum())
 
 

@@ -1,11 +1,11 @@
-"""Preprocess generated KuaiRand logs under an enforced memory limit, undisturbed and killed; JSON on standard output.
+"""Preprocess a generated dataset under an enforced memory limit, undisturbed and killed; JSON on standard output.
 
 python scripts/bench/generate_kuairand.py --output DIR/raw --rows 30000000
-python scripts/bench/preprocess_kuairand.py --raw DIR/raw --work DIR [--memory_limit 4GB --kills 2]
+python scripts/bench/preprocess_cpu.py --raw DIR/raw --work DIR [--memory_limit 4GB --kills 2]
 
 The limit is the kernel's (RLIMIT_DATA: all private memory, an allocation beyond it fails), for the whole process. The
 second run is ended by SIGKILL at even distances of the first one's time, started again each time, and its store must be
-the first one's, byte for byte. Peaks are polled from /proc every 50 ms; rss_peak has the pages of mapped files as well.
+the first one's, byte for byte. Peaks are polled from /proc every 50 ms: VmData is what the limit is on, VmHWM has the pages of mapped files as well.
 """
 
 from __future__ import annotations
@@ -36,7 +36,15 @@ _PEAKS = ("VmData", "RssAnon", "VmHWM")
 def start(options: argparse.Namespace, folder: Path) -> subprocess.Popen[bytes]:
     """The command, in ``folder`` so that two runs' stores record the same command line."""
     command = [sys.executable, str(ROOT / "scripts" / "preprocess_dataset.py"), "--dataset_name", options.dataset]
-    command += ["--raw_path", str(options.raw.resolve()), "--output", "store", "--memory_limit", options.memory_limit]
+    command += [
+        "--raw_path",
+        str(options.raw.resolve()),
+        "--output",
+        "store",
+        "--memory_limit",
+        options.memory_limit,
+        "--no_report",
+    ]
     limit = memory_bytes(options.memory_limit)
     folder.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(

@@ -5,7 +5,8 @@ python scripts/bench/preprocess_cpu.py --raw DIR/raw --work DIR [--memory_limit 
 
 The limit is the kernel's (RLIMIT_DATA: all private memory, an allocation beyond it fails), for the whole process. The
 second run is ended by SIGKILL at even distances of the first one's time, started again each time, and its store must be
-the first one's, byte for byte. Peaks are polled from /proc every 50 ms: VmData is what the limit is on, VmHWM has the pages of mapped files as well.
+the first one's, byte for byte. Peaks are polled from /proc every 50 ms: VmData is what the limit is on, VmHWM
+has the pages of mapped files as well.
 """
 
 from __future__ import annotations

@@ -41,9 +41,16 @@ class SampleTable:
 
     def select(self, keep: np.ndarray) -> SampleTable:
         """Some of the samples, bool [S]; the report stays."""
-        target = None if self.target is None else self.target[keep]
-        columns = (self.user, self.start, self.stop, self.num_candidates, self.num_labels)
-        return SampleTable(*(column[keep] for column in columns), target, self.history_begin[keep], self.report)
+        return SampleTable(
+            user=self.user[keep],
+            start=self.start[keep],
+            stop=self.stop[keep],
+            num_candidates=self.num_candidates[keep],
+            num_labels=self.num_labels[keep],
+            target=None if self.target is None else self.target[keep],
+            history_begin=self.history_begin[keep],
+            report=self.report,
+        )
 
 
 def in_windows(samples: SampleTable, args: DatasetArgs, unlabelled: int) -> SampleTable:

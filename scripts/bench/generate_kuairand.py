@@ -13,6 +13,7 @@ import argparse
 import csv
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -106,7 +107,7 @@ def write_log(
     counts: np.ndarray,
     videos: int,
     period: tuple[int, int],
-    progress: tqdm[None],
+    progress: tqdm[NoReturn],
 ) -> None:
     """One log, its users in random order, the events of each in time order."""
     order = random.permutation(len(users))

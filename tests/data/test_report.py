@@ -12,6 +12,7 @@ import pytest
 from hstu.data.preprocess.markdown import repeated_events, write_report
 from hstu.data.preprocess.report import statistics_of
 from hstu.data.store import SequenceStore
+from tests.conftest import REPOSITORY
 
 MakeStore = Callable[..., SequenceStore]
 
@@ -33,6 +34,14 @@ def test_the_report_of_ml_100k_says_what_is_known_of_it(ml_100k_store: SequenceS
         content = (tmp_path / "report" / image).read_bytes()
         assert content.startswith(b"\x89PNG") and 5_000 < len(content) < 60_000
     assert os.listdir(tmp_path) == ["report"], "nothing is left beside it"
+
+
+def test_the_report_in_the_documentation_is_what_the_program_writes(
+    ml_100k_store: SequenceStore, tmp_path: Path
+) -> None:
+    documented = REPOSITORY / "docs" / "benchmarks" / "preprocess" / "ml-100k" / "report.md"
+    written = write_report(ml_100k_store, tmp_path / "report").read_text()
+    assert documented.read_text().partition("Made by")[0] == written.partition("Made by")[0]
 
 
 def test_differences_from_the_published_figures_are_shown(ml_100k_store: SequenceStore, tmp_path: Path) -> None:

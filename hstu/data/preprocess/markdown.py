@@ -255,7 +255,7 @@ def _whole_users(store: SequenceStore) -> Iterable[tuple[int, int]]:
     offsets = store.offsets()
     begin = 0
     while begin < store.num_events:
-        end = int(offsets[min(np.searchsorted(offsets, begin + _CHUNK), store.num_users)])
+        end = int(offsets[min(int(np.searchsorted(offsets, begin + _CHUNK)), store.num_users)])
         yield begin, end
         begin = end
 
@@ -269,7 +269,8 @@ def _repeated_in(store: SequenceStore, features: Sequence[str], begin: int, end:
     order = np.lexsort(keys)
     same = np.ones(max(len(order) - 1, 0), dtype=bool)
     for key in keys:
-        same &= np.diff(key[order]) == 0
+        ordered = np.asarray(key)[order]
+        same &= ordered[1:] == ordered[:-1]
     return int(same.sum())
 
 

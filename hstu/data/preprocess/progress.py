@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import duckdb
 from tqdm import tqdm
@@ -25,7 +26,7 @@ class Progress:
         """``unit``: the work of reading the logs."""
         self.unit = unit
         total = unit * (READING + NUMBERING + WRITING)
-        self._bar: tqdm[None] = tqdm(
+        self._bar: tqdm[NoReturn] = tqdm(
             total=total,
             disable=None,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left",

@@ -5,7 +5,7 @@
         [--action COL] [--time COL] [--context FILE --context_columns a,b]
     python scripts/preprocess_dataset.py --dataset_name ml-1m --verify
 
-Exit codes: 0 done, 2 bad arguments, 3 bad or missing data.
+Exit codes: 0 done, 2 bad arguments, 3 bad or missing data, 130 stopped with Ctrl-C: the same command goes on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from hstu.data.preprocess.markdown import REPORT, write_report
 from hstu.data.preprocess.report import format_report
 from hstu.data.store import META_FILE, SequenceStore
 
+_EXIT_INTERRUPTED = 130
 _OWN_TABLE_ONLY = ("user", "item", "action", "time", "context", "context_columns")
 
 
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return _EXIT_INTERRUPTED
     return EXIT_DONE
 
 

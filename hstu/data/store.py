@@ -242,7 +242,11 @@ class SequenceStore:
         for file, expected in sorted(self._files.items(), key=lambda item: item[1]["bytes"]):
             if left is not None and (left := left - expected["bytes"]) < 0:
                 return
-            if (found := sha256(self.path / file)) != expected.get("sha256", found):
+            try:
+                found = sha256(self.path / file)
+            except OSError as error:
+                raise self._damaged(file, str(error)) from error
+            if found != expected.get("sha256", found):
                 raise self._damaged(file, f"its SHA-256 is {found} instead of {expected['sha256']}")
 
     def _needed_lengths(self) -> dict[str, int]:

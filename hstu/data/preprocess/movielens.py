@@ -105,7 +105,7 @@ def _action_and_time(scale: int, time: str) -> str:
 
 
 def _recbole_titles(lines: Iterator[str]) -> Iterator[list[str]]:
-    next(lines)
+    next(lines, None)
     for line in lines:
         movie, title, year = line.rstrip("\n").split("\t")[:3]
         yield [movie, f"{title} ({year})" if year.isdigit() else title]

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hstu.data.journal import Journal
@@ -110,3 +111,12 @@ def test_no_byte_depends_on_the_memory_limit(limit: str, tmp_path: Path, monkeyp
     one = contents(preprocess("kuairand-pure", raw_path=raw, output=tmp_path / "one"))
     monkeypatch.setattr(write, "_SORT_BYTES_PER_ROW", 3 * 10**8 // 100)
     assert contents(preprocess("kuairand-pure", raw_path=raw, output=tmp_path / "two", memory_limit=limit)) == one
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50, 10**6])
+def test_buckets_hold_whole_users_and_about_as_many_events_as_wanted(rows: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 30, 40)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    bounds = write.bucket_bounds(offsets, rows)
+    assert (bounds[0], bounds[-1]) == (0, 40) and bounds == sorted(set(bounds))
+    assert np.diff(offsets[bounds]).max() <= rows + lengths.max()

@@ -80,14 +80,10 @@ def write_events(work: Work, offsets: np.ndarray, num_items: int) -> None:
 
 
 def bucket_bounds(offsets: np.ndarray, rows: int) -> list[int]:
-    """Users [bounds[i], bounds[i + 1]) make a bucket of about ``rows`` events; a user is never divided."""
-    bounds = [0]
-    last = len(offsets) - 1
-    while bounds[-1] < last:
-        begin = bounds[-1]
-        end = int(np.searchsorted(offsets, offsets[begin] + rows, side="right")) - 1
-        bounds.append(min(max(end, begin + 1), last))
-    return bounds
+    """Users [bounds[i], bounds[i + 1]) make a bucket of about ``rows`` events at most; a user is never divided."""
+    events = int(offsets[-1])
+    wanted = np.linspace(0, events, -(-events // rows) + 1)
+    return [int(bound) for bound in np.unique(np.searchsorted(offsets, wanted))]
 
 
 def _create_arrays(work: Work, num_items: int, num_events: int) -> dict[str, np.memmap]:

@@ -1,7 +1,8 @@
-"""A batch on its way from a worker process: one tensor in shared memory instead of one a field.
+"""A batch on its way from a worker process: one block of bytes through the pipe.
 
-Every tensor that a worker sends takes a file, a descriptor and a mapping of its own, a dozen a batch. Here all are
-copied into one and become slices of it again on arrival, so that pinning it pins them all.
+Every tensor that torch sends takes a shared file, a mapping and a connection of its own to hand the descriptor over, a
+dozen a batch: far more than copying some hundred kilobytes costs. Here all tensors are copied into one block and become
+slices of it again on arrival, so that pinning it pins them all.
 """
 
 from __future__ import annotations
@@ -19,14 +20,21 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Packed:
-    """Any object: its pickle, in which tensors are places in ``content``, uint8 [bytes of all tensors]."""
+    """Any object: its pickle, in which tensors are places in ``content``, the bytes of all tensors."""
 
     pickled: bytes
-    content: Tensor
+    content: bytearray | Tensor
+
+    @property
+    def tensor(self) -> Tensor:
+        """The content as uint8 [bytes], sharing its memory."""
+        if isinstance(self.content, Tensor):
+            return self.content
+        return torch.frombuffer(self.content, dtype=torch.uint8) if self.content else torch.empty(0, dtype=torch.uint8)
 
     def pin_memory(self) -> Packed:
         """The same in page-locked host memory; DataLoader asks for it."""
-        return Packed(self.pickled, self.content.pin_memory())
+        return Packed(self.pickled, self.tensor.pin_memory())
 
 
 def pack(thing: Any) -> Packed:
@@ -34,10 +42,11 @@ def pack(thing: Any) -> Packed:
     sink = io.BytesIO()
     packer = _Packer(sink)
     packer.dump(thing)
-    content = torch.empty(packer.size, dtype=torch.uint8)
+    packed = Packed(sink.getvalue(), bytearray(packer.size))
+    content = packed.tensor
     for start, tensor in packer.tensors:
         _slice(content, start, tensor.dtype, tuple(tensor.shape)).copy_(tensor)
-    return Packed(sink.getvalue(), content)
+    return packed
 
 
 def unpack(packed: Packed) -> Any:
@@ -63,7 +72,7 @@ class _Packer(pickle.Pickler):
 class _Unpacker(pickle.Unpickler):
     def __init__(self, packed: Packed) -> None:
         super().__init__(io.BytesIO(packed.pickled))
-        self._content = packed.content
+        self._content = packed.tensor
 
     def persistent_load(self, place: tuple[int, torch.dtype, tuple[int, ...]]) -> Tensor:
         return _slice(self._content, *place)

@@ -35,6 +35,6 @@ def test_a_keyed_jagged_tensor_keeps_what_it_knows_and_nothing_is_shared_with_th
 
 def test_all_tensors_are_slices_of_one() -> None:
     packed = pack([torch.arange(5), torch.ones(2, 2, dtype=torch.int32)])
-    assert packed.content.numel() == 128
+    assert len(packed.content) == 128
     one, other = unpack(packed)
-    assert one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() == packed.content.data_ptr()
+    assert one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() == packed.tensor.data_ptr()

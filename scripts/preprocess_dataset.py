@@ -3,8 +3,9 @@
     python scripts/preprocess_dataset.py --dataset_name ml-1m [--raw_path DIR] [--output tmp_data/ml-1m]
     python scripts/preprocess_dataset.py --dataset_name NAME --interactions FILE.csv|tsv|parquet --user COL --item COL
         [--action COL] [--time COL] [--context FILE --context_columns a,b]
+    python scripts/preprocess_dataset.py --dataset_name ml-1m --verify
 
-Exit codes: 0 done, 2 bad arguments, 3 bad or missing data.
+Exit codes: 0 done, 2 bad arguments, 3 bad or missing data, 130 stopped with Ctrl-C: the same command goes on.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hstu.config.errors import EXIT_DONE, ConfigError, UserError
-from hstu.data.datasets import DATASETS
-from hstu.data.preprocess import InteractionColumns, import_interactions, preprocess
+from hstu.data.datasets import DATASETS, resolve_name
+from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_interactions, preprocess
+from hstu.data.preprocess.engine import disk_errors
+from hstu.data.preprocess.markdown import REPORT, write_report
 from hstu.data.preprocess.report import format_report
-from hstu.data.store import SequenceStore
+from hstu.data.store import META_FILE, SequenceStore
 
+_EXIT_INTERRUPTED = 130
 _OWN_TABLE_ONLY = ("user", "item", "action", "time", "context", "context_columns")
 
 
@@ -30,15 +34,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        print(format_report(SequenceStore.open(_run(_parser().parse_args(argv)))))
+        args = _parser().parse_args(argv)
+        if args.verify:
+            _verify(args)
+        else:
+            store = SequenceStore.open(_run(args))
+            print(format_report(store))
+            if not args.no_report:
+                print(f"  report: {_write_report(store, args.force)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return _EXIT_INTERRUPTED
     return EXIT_DONE
 
 
+def _write_report(store: SequenceStore, anew: bool) -> Path:
+    """The report beside the store, <store>.report/report.md; an existing one of an existing store stays."""
+    folder = store.path.with_name(f"{store.path.name}.report")
+    report = folder / REPORT
+    made = (store.path / META_FILE).stat().st_mtime
+    if not anew and report.is_file() and report.stat().st_mtime >= made:
+        return report
+    with disk_errors(folder):
+        return write_report(store, folder)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    path = args.output or DATA_DIRECTORY / (resolve_name(args.dataset_name) or args.dataset_name)
+    SequenceStore.open(path).verify_contents()
+    print(f"{path}: every checksum and every value is right")
+
+
 def _run(args: argparse.Namespace) -> Path:
-    common = {"output": args.output, "force": args.force, "memory_limit": args.memory_limit}
+    common = {
+        name: getattr(args, name) for name in ("output", "force", "memory_limit", "bad_row_policy", "max_bad_rows")
+    }
     if args.interactions is None:
         misplaced = [f"--{name}" for name in _OWN_TABLE_ONLY if getattr(args, name)]
         if misplaced:
@@ -68,8 +101,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, help="directory of the store; without it tmp_data/<dataset_name>")
     add("--force", action="store_true", help="replace an existing store")
     add("--memory_limit", default="4GB", help="memory for sorting; beyond it, working files beside the store are used")
+    add(
+        "--bad_row_policy",
+        choices=("raise", "skip"),
+        default="raise",
+        help="rows that cannot be used: the first one ends the run, or they are skipped and counted",
+    )
+    add("--max_bad_rows", type=int, default=1000, help="skip: with more than this many the run ends all the same")
+    add("--verify", action="store_true", help="only check an existing store: every checksum and every value")
+    add("--no_report", action="store_true", help="do not write <output>.report/report.md with its plots")
     own = parser.add_argument_group("your own table")
-    own.add_argument("--interactions", type=Path, help="CSV, TSV or Parquet file, a row an event")
+    own.add_argument("--interactions", type=Path, help="CSV, TSV (perhaps gzipped) or Parquet file, a row an event")
     own.add_argument("--user", help="column of the user, int64 or strings")
     own.add_argument("--item", help="column of the item, int64 or strings")
     own.add_argument("--action", help="column of the action, integers >= 0")

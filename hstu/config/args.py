@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
+from hstu.config.dataset_args import DatasetArgs
 from hstu.config.option import Args, option
 
 
@@ -74,6 +75,10 @@ class TrainerArgs(Args):
     """Processes a rank that read and collate batches. 0: in the training process."""
     data_prefetch: int = option(2, minimum=1)
     """Batches that each data worker keeps ready."""
+    bad_row_policy: str = option("raise", choices=("raise", "skip"))
+    """A sample whose data is damaged: raise ends the run; skip leaves it out, counts it and warns."""
+    max_bad_rows: int = option(100, minimum=1)
+    """bad_row_policy = "skip": a rank that has left out more than this many samples ends the run all the same."""
     output_dir: Optional[str] = option(None)
     """Directory of the run. None: runs/<gin file name>-<time>."""
     tensorboard: bool = option(True)
@@ -123,39 +128,6 @@ class DynamicEmbeddingArgs(EmbeddingArgs):
     """Which row goes when the table is full."""
     caching: bool = option(False)
     """True: the GPU memory budget is a cache in front of a table in host memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetArgs(Args):
-    """Which data, and how a user's history becomes samples."""
-
-    dataset_name: str = option(not_empty=True)
-    """ml-100k, ml-1m, ml-20m, kuairand-pure, kuairand-1k, kuairand-27k (tables predefined), or any other name for
-    your own data in the sequence format, with EmbeddingArgs in the file."""
-    max_sequence_length: int = option(minimum=1, aliases=("max_history_seqlen",))
-    """Items kept of a user's history, the newest ones. Also accepted as max_history_seqlen."""
-    dataset_path: Optional[str] = option(None)
-    """Directory of the preprocessed data. None: tmp_data/<dataset_name>."""
-    max_num_candidates: int = option(0, minimum=0)
-    """Ranking: this many of the newest items are candidates, scored without seeing one another. 0: none, every
-    item is scored."""
-    shuffle: bool = option(False)
-    """Reshuffle the users each epoch."""
-    split: str = option("auto", choices=("auto", "leave_one_out", "user_holdout", "time"))
-    """How training and evaluation are told apart. auto: leave_one_out for retrieval, user_holdout for ranking."""
-    valid_items: int = option(1, choices=(0, 1))
-    """leave_one_out: items before the last that are held out for validation. 0: the published protocol, train on
-    all but the last item and evaluate on the last."""
-    train_fraction: float = option(0.7, above=0, below=1)
-    """user_holdout: share of users that are trained on; time: share of events before the cut."""
-    eval_dataset_path: Optional[str] = option(None)
-    """A second preprocessed directory to evaluate on, all of it (ranking)."""
-    item_feature_name: Optional[str] = option(None)
-    """Own data: the item feature. None: the store's."""
-    action_feature_name: Optional[str] = option(None)
-    """The action feature. None: the store's, if it has one. "": none, sequences of items alone (retrieval)."""
-    contextual_feature_names: Optional[list[str]] = option(None)
-    """The contextual features to use, in this order. None: all that the store has."""
 
 
 @dataclass(frozen=True, kw_only=True)

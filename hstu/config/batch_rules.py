@@ -46,6 +46,26 @@ def tokens_hold_the_longest_sequence(
         yield run.problem(trainer, "tokens_per_rank", text)
 
 
+@rule
+def windows_meet(run: Run, dataset: DatasetArgs) -> Problems:
+    if dataset.window_stride is not None and dataset.window_stride > dataset.max_sequence_length:
+        length = run.cite(dataset, "max_sequence_length")
+        yield run.problem(dataset, "window_stride", f"leaves items out between windows; at most {length}")
+
+
+@rule
+def lengths_are_known_to_the_plan(run: Run, trainer: TrainerArgs, dataset: DatasetArgs) -> Problems:
+    if dataset.stochastic_length_alpha is None:
+        return
+    for name, is_set in (
+        ("tokens_per_rank", trainer.tokens_per_rank is not None),
+        ("enable_balanced_shuffler", trainer.enable_balanced_shuffler),
+    ):
+        if is_set:
+            text = f"batches are planned by whole lengths, which cannot go with {run.cite(trainer, name)}; drop one"
+            yield run.problem(dataset, "stochastic_length_alpha", text)
+
+
 @advice
 def tokens_have_a_say(run: Run, trainer: TrainerArgs, network: NetworkArgs, dataset: BenchmarkDatasetArgs) -> Problems:
     if trainer.tokens_per_rank is None or (found := _items(dataset)) is None:

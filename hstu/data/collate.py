@@ -21,7 +21,9 @@ from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
 from hstu.data.hashing import hash_ids
 from hstu.data.negatives import LabelKeys, Negatives, draw_31_bits, draw_shared, draw_uniform
 from hstu.data.sampler import BatchPlan
-from hstu.data.sequences import SampleTable, Task
+from hstu.data.samples import SampleTable, StochasticLength
+from hstu.data.sequences import Task
+from hstu.data.skipping import SkippedSamples
 from hstu.data.store import USER_FEATURE, SequenceStore
 
 
@@ -108,6 +110,7 @@ class StoreReader:
 
     ``wants_timestamps``: read times, for relative biases; ``wants_seen``: read whole histories, for filter_seen.
     ``recoding``: int64 [cardinality] a feature, from this store's codes to those of the store that is trained on.
+    ``stochastic_length``: shortens training samples by chance.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class StoreReader:
         wants_timestamps: bool = False,
         wants_seen: bool = False,
         recoding: Mapping[str, np.ndarray] | None = None,
+        stochastic_length: StochasticLength | None = None,
     ) -> None:
         if wants_timestamps and store.timestamp_feature is None:
             raise ConfigError(
@@ -131,12 +135,17 @@ class StoreReader:
         self.timestamp_feature = store.timestamp_feature if wants_timestamps else None
         self.wants_seen = wants_seen and samples.target is not None
         self.recoding = dict(recoding or {})
+        self.stochastic_length = stochastic_length
 
     def read(self, plan: BatchPlan) -> Rows:
         """The rows of ``plan.indices``. Raises DataError that names the user of a value out of range."""
         samples, chosen = self.samples, plan.indices
         start, users = samples.start[chosen], samples.user[chosen]
-        lengths = samples.stop[chosen] - start
+        lengths, num_labels = samples.stop[chosen] - start, samples.num_labels[chosen]
+        if self.stochastic_length is not None:
+            whole = lengths
+            lengths, num_labels = self.stochastic_length.shorten(whole, num_labels, plan.epoch, plan.ordinals)
+            start = start + whole - lengths
         events = ranges(start, lengths)
         held_out = seen = seen_lengths = None
         if samples.target is not None:
@@ -149,7 +158,7 @@ class StoreReader:
             user_ids=users,
             lengths=lengths,
             num_candidates=samples.num_candidates[chosen],
-            num_labels=samples.num_labels[chosen],
+            num_labels=num_labels,
             items=self._events(self.roles.item, events),
             actions=None if self.roles.action is None else self._events(self.roles.action, events),
             timestamps=None if self.timestamp_feature is None else self._events(self.timestamp_feature, events),
@@ -296,11 +305,18 @@ def _tensor(array: np.ndarray | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes the batch of a plan. Picklable: a worker process gets its own, which reopens the memory maps."""
+    """Makes the batch of a plan. Picklable: a worker process gets its own, which reopens the memory maps.
+
+    ``skipped``: leaves samples with damaged data out, and counts them; None: they are an error.
+    """
 
     reader: RowReader
     assembler: Assembler
+    skipped: SkippedSamples | None = None
 
     def __call__(self, plan: BatchPlan) -> HSTUBatch:
         """Read and assemble."""
-        return self.assembler.assemble(self.reader.read(plan), plan)
+        if self.skipped is None:
+            return self.assembler.assemble(self.reader.read(plan), plan)
+        plan, rows = self.skipped.read(self.reader, plan)
+        return self.assembler.assemble(rows, plan)

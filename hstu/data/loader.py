@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from hstu.config.errors import DataError, UserError
 from hstu.data.batch import HSTUBatch
 from hstu.data.sampler import BatchPlan
+from hstu.data.transport import Packed, pack, unpack
 
 
 def build_loader(
@@ -34,7 +35,7 @@ def build_loader(
     Raises DataError where the data is damaged or a worker dies.
     """
     loader: DataLoader[Any] = DataLoader(
-        _PlannedBatches(collator),
+        _PlannedBatches(collator, packed=workers > 0),
         batch_size=None,
         sampler=sampler,
         collate_fn=_unchanged,
@@ -53,14 +54,16 @@ def build_loader(
 class _PlannedBatches(Dataset[Any]):
     """A dataset indexed by plans. A user's error is returned, not raised: DataLoader would bury it in a traceback."""
 
-    def __init__(self, collator: Callable[[BatchPlan], HSTUBatch]) -> None:
+    def __init__(self, collator: Callable[[BatchPlan], HSTUBatch], packed: bool) -> None:
         self.collator = collator
+        self.packed = packed
 
-    def __getitem__(self, plan: Any) -> HSTUBatch | UserError:
+    def __getitem__(self, plan: Any) -> HSTUBatch | Packed | UserError:
         try:
-            return self.collator(plan)
+            batch = self.collator(plan)
         except UserError as error:
             return error
+        return pack(batch) if self.packed else batch
 
 
 def _batches(batches: Iterator[Any], workers: int) -> Iterator[HSTUBatch]:
@@ -77,7 +80,7 @@ def _batches(batches: Iterator[Any], workers: int) -> Iterator[HSTUBatch]:
             raise
         if isinstance(batch, UserError):
             raise batch
-        yield batch
+        yield unpack(batch) if isinstance(batch, Packed) else batch
 
 
 def _is_dead_worker(error: RuntimeError) -> bool:

@@ -6,7 +6,7 @@ All of it is vectorised over users.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from hstu.config.args import DatasetArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.hashing import hash_strings, random_bits
+from hstu.data.samples import SampleTable, in_windows
 from hstu.data.store import USER_FEATURE, SequenceStore
 
 Task = Literal["ranking", "retrieval"]
@@ -24,32 +25,6 @@ _RULES_OF_TASK: dict[str, tuple[SplitRule, ...]] = {
     "retrieval": ("leave_one_out",),
     "ranking": ("user_holdout", "time"),
 }
-
-
-@dataclass(frozen=True)
-class SampleTable:
-    """S samples, in the store's order of users. Events are positions in the store's flat arrays; all int64 [S]."""
-
-    user: np.ndarray
-    """Row of the user in the store."""
-    start: np.ndarray
-    """First event of the sample, after truncation to the newest ones."""
-    stop: np.ndarray
-    """One past the last event of the sample."""
-    num_candidates: np.ndarray
-    """The newest events of the sample that are candidates."""
-    num_labels: np.ndarray
-    """The newest events of the sample that are labelled."""
-    target: np.ndarray | None
-    """Retrieval evaluation: the held-out event."""
-    history_begin: np.ndarray
-    """First event of the user; the seen items are those of [history_begin, target)."""
-    report: dict[str, int] = field(default_factory=dict)
-    """users of the split; samples made of them; dropped_short users; truncated samples; events kept."""
-
-    def __len__(self) -> int:
-        """S."""
-        return len(self.user)
 
 
 @dataclass(frozen=True)
@@ -90,7 +65,8 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
     precede; "valid" and "test" are the users with later events, of which only the later events are labelled. A user
     needs one event more than candidates.
     "all": every user, unsplit (ranking on a second store).
-    Too short users are dropped and counted in the report. ``seed`` matters to user_holdout alone.
+    Too short users are dropped and counted in the report. ``seed`` matters to user_holdout alone. With window_stride,
+    a long training history gives several samples (windows.py), the newest first.
     """
     rule = resolve_split(args, task)
     if task == "retrieval":
@@ -105,10 +81,12 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
         return _ranking_samples(runs, args)
     if rule == "user_holdout":
         chosen = _in_training(store, args.train_fraction, seed) == (split == "train")
-        return _ranking_samples(runs.select(chosen), args)
+        samples = _ranking_samples(runs.select(chosen), args)
+        return in_windows(samples, args, unlabelled=0) if split == "train" else samples
     cut = _cut_events(store, args.train_fraction)
     if split == "train":
-        return _ranking_samples(_Runs(runs.user, runs.begin, cut).select(cut > runs.begin), args)
+        earlier = _ranking_samples(_Runs(runs.user, runs.begin, cut).select(cut > runs.begin), args)
+        return in_windows(earlier, args, unlabelled=0)
     later = runs.stop - cut
     return _ranking_samples(runs.select(later > 0), args, num_later=later[later > 0])
 
@@ -130,7 +108,7 @@ def _leave_one_out(runs: _Runs, args: DatasetArgs, split: Split) -> SampleTable:
         stop = np.maximum(runs.stop - 1 - args.valid_items, runs.begin)
         kept = _Runs(runs.user, runs.begin, stop).select(stop - runs.begin >= 2)
         num_labels = np.minimum(kept.lengths, args.max_sequence_length) - 1
-        return _table(kept, args, len(runs.user), num_labels)
+        return in_windows(_table(kept, args, len(runs.user), num_labels), args, unlabelled=1)
     target = runs.stop - 1 - (args.valid_items if split == "valid" else 0)
     usable = target > runs.begin
     kept = _Runs(runs.user, runs.begin, target).select(usable)

@@ -1,6 +1,6 @@
 """The sequence store: a dataset as a directory of memory-mapped arrays, opened in milliseconds whatever its size.
 
-    meta.json                     version, features, counts, statistics, sources, and every array's dtype and length
+    meta.json                     version, features, counts, statistics, sources; each array's dtype, length and SHA-256
     offsets.npy                   int64 [U + 1]: the events of user u are [offsets[u], offsets[u + 1])
     sequence.<feature>.npy        [E] item codes, actions or timestamps, of all users one after another
     context.<feature>.npy         [U] codes of a contextual feature
@@ -14,7 +14,8 @@ U users, ordered by raw id; E events, within a user in time order with ties in t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tokenize
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,9 +23,11 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 import numpy as np
+from numpy.lib.format import open_memmap
 
 from hstu.config.dataset_names import resolve_dataset_name
 from hstu.config.errors import DataError
+from hstu.data.integrity import is_intact, sha256
 
 FORMAT = "hstu-sequence-store"
 VERSION = 1
@@ -37,6 +40,10 @@ UNKNOWN = "unknown"
 
 Role = Literal["item", "action", "timestamp", "context"]
 _OFFSET_SAMPLES = 1024
+_HASHED_ON_OPENING = 8 << 20
+"""Bytes, of the smallest files first, whose checksums are verified at every opening: some milliseconds."""
+_MALFORMED = (KeyError, TypeError, IndexError, ValueError, AttributeError)
+"""What reading a description raises that is valid JSON but not one of ours."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +98,20 @@ class SequenceStore:
     def open(cls, path: str | Path) -> SequenceStore:
         """Opens and checks a store in time independent of its size.
 
-        Checked: version, presence, size, dtype and length of every array, and the offsets' ends and a sample of
-        them. Raises DataError that names what is wrong and the command that makes the store anew.
+        Checked: the description's checksum, version, presence, size, dtype and length of every array, the offsets'
+        ends and a sample of them, and the checksums of the smallest files, up to 8 MiB: of a small store all.
+        verify_contents checks the rest. Raises DataError that names what is wrong and the command that makes the store
+        anew.
         """
         path = Path(path).absolute()
         meta = _read_meta(path)
         try:
             store = cls(path, meta)
-        except (KeyError, TypeError, IndexError) as error:
+            store._check_files()
+            store._check_offsets()
+        except _MALFORMED as error:
             raise DataError(f"{path / META_FILE} is incomplete ({error!r}). {_remedy(path, meta)}") from error
-        store._check_files()
-        store._check_offsets()
+        store._check_sums(up_to=_HASHED_ON_OPENING)
         return store
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
@@ -158,6 +168,11 @@ class SequenceStore:
         return self._strings("titles") if strings_files("titles")[0] in self._files else None
 
     def verify_contents(self) -> None:
+        """Reads every array: checksums, and verify_values. Raises DataError that names the damaged file."""
+        self._check_sums(up_to=None)
+        self.verify_values()
+
+    def verify_values(self) -> None:
         """Reads every array once: offsets ascending, codes in range, time ascending within users. Raises DataError."""
         if (np.diff(self.offsets()) < 1).any():
             raise self._damaged(OFFSETS_FILE, "a user has no events, or offsets are not ascending")
@@ -192,7 +207,7 @@ class SequenceStore:
 
     def _map(self, file: str) -> np.ndarray:
         if file not in self._maps:
-            self._maps[file] = np.asarray(np.load(self.path / file, mmap_mode="r"))
+            self._maps[file] = np.asarray(open_memmap(self.path / file, mode="r"))
         return self._maps[file]
 
     def _strings(self, stem: str) -> np.ndarray:
@@ -212,7 +227,7 @@ class SequenceStore:
                 raise self._damaged(file, f"it has {path.stat().st_size} bytes instead of {expected['bytes']}")
             try:
                 array = self._map(file)
-            except (ValueError, OSError, EOFError) as error:
+            except (*_MALFORMED, OSError, EOFError, SyntaxError, tokenize.TokenError) as error:
                 raise self._damaged(file, str(error)) from error
             if array.dtype.str != expected["dtype"] or array.shape != (expected["length"],):
                 found = f"{array.dtype.str} {list(array.shape)}"
@@ -220,6 +235,19 @@ class SequenceStore:
         for file, length in self._needed_lengths().items():
             if self._files.get(file, {}).get("length") != length:
                 raise self._damaged(META_FILE, f"it does not describe {file} with {length} values")
+
+    def _check_sums(self, up_to: int | None) -> None:
+        """Of the smallest files, ``up_to`` bytes in all; None: of every file. Older stores have no checksums."""
+        left = up_to
+        for file, expected in sorted(self._files.items(), key=lambda item: item[1]["bytes"]):
+            if left is not None and (left := left - expected["bytes"]) < 0:
+                return
+            try:
+                found = sha256(self.path / file)
+            except OSError as error:
+                raise self._damaged(file, str(error)) from error
+            if found != expected.get("sha256", found):
+                raise self._damaged(file, f"its SHA-256 is {found} instead of {expected['sha256']}")
 
     def _needed_lengths(self) -> dict[str, int]:
         lengths = {OFFSETS_FILE: self.num_users + 1}
@@ -240,7 +268,7 @@ class SequenceStore:
         return DataError(f"{self.path / file} is damaged: {what}. {_remedy(self.path, {'command': self.command})}")
 
 
-def _chunks(values: np.ndarray, size: int = 1 << 22) -> Any:
+def _chunks(values: np.ndarray, size: int = 1 << 22) -> Iterator[tuple[int, np.ndarray]]:
     """(start, values[start : start + size + 1]): one value of overlap, so that neighbours are always seen together."""
     return ((start, values[start : start + size + 1]) for start in range(0, len(values), size))
 
@@ -252,7 +280,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} is not a sequence store: it has no {META_FILE}. {_remedy(path, {})}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path / META_FILE} cannot be read ({error}). {_remedy(path, {})}") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DataError(f"{path / META_FILE} does not describe a sequence store. {_remedy(path, {})}")
@@ -261,6 +289,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
             f"{path} has store version {meta.get('version')}, this program reads version {VERSION}. "
             f"{_remedy(path, meta)}"
         )
+    if not is_intact(meta):
+        raise DataError(f"{path / META_FILE} is damaged: its checksum is wrong. {_remedy(path, meta)}")
     return meta
 
 

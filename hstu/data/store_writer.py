@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from hstu.config.errors import DataError
+from hstu.data.integrity import array_header, sealed, sha256
+from hstu.data.journal import Journal
 from hstu.data.store import (
     FORMAT,
     META_FILE,
@@ -38,8 +39,9 @@ SEQUENCE_DTYPE: dict[str, np.dtype] = {
 class StoreWriter:
     """Context manager that fills ``.<name>.partial`` beside the target, verifies it and renames it into place.
 
-    Leaving the block normally commits; an exception removes everything. A killed writer leaves only the partial
-    directory, which the next writer of the same target clears. Two writers of one target exclude each other.
+    Leaving the block normally commits; an error removes everything. A killed writer leaves only the partial directory,
+    which the next writer of the same target goes on with if it has the same ``resume_key``, and else clears. Ctrl-C
+    counts as a kill. Two writers of one target exclude each other.
 
         with StoreWriter(path, name="toy", command=None) as writer:
             writer.write_offsets(np.array([0, 2, 5]))
@@ -48,14 +50,27 @@ class StoreWriter:
             writer.write_vocabulary("user_id", raw_users)
     """
 
-    def __init__(self, target: str | Path, *, name: str, command: str | None, overwrite: bool = False) -> None:
-        """``command`` is what makes this store, shown wherever it turns out damaged; ``overwrite`` an existing one."""
+    def __init__(
+        self,
+        target: str | Path,
+        *,
+        name: str,
+        command: str | None,
+        overwrite: bool = False,
+        resume_key: str | None = None,
+    ) -> None:
+        """``command`` is what makes this store, shown wherever it turns out damaged; ``overwrite`` an existing one.
+
+        ``resume_key`` stands for all that the store's content depends on; None: never go on with what a killed
+        writer has left. With it, ``journal`` says which stages are done and ``scratch`` keeps what they left.
+        """
         self.target = Path(target).absolute()
         self.statistics: Mapping[str, Any] = {}
         self.sources: Mapping[str, str] = {}
         self._name = name
         self._command = command
-        self._partial = self.target.parent / f".{self.target.name}.partial"
+        self._resume_key = resume_key
+        self.partial = self.target.parent / f".{self.target.name}.partial"
         self._features: list[tuple[str, Role, np.dtype, int | None]] = []
         self._vocabularies: set[str] = set()
         self._arrays: dict[str, tuple[str, int]] = {}
@@ -65,32 +80,38 @@ class StoreWriter:
     @property
     def scratch(self) -> Path:
         """Directory for working files, on the target's disk; gone after the block."""
-        return self._partial / "scratch"
+        return self.partial / "scratch"
 
     def __enter__(self) -> StoreWriter:
-        self._partial.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self._partial, os.O_RDONLY)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.partial, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stale = os.fstat(self._lock).st_ino != self._partial.stat().st_ino
+            stale = os.fstat(self._lock).st_ino != self.partial.stat().st_ino
         except (BlockingIOError, FileNotFoundError):
             stale = True
         if stale:
             os.close(self._lock)
             raise DataError(f"another process is writing {self.target} just now; wait for it, or end it")
-        for left_over in self._partial.iterdir():
-            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-        self.scratch.mkdir()
+        journal_file, key = self.scratch / "journal.json", self._resume_key
+        journal = None if key is None else Journal.resume(journal_file, key)
+        if journal is None:
+            for left_over in self.partial.iterdir():
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+            self.scratch.mkdir()
+        self.journal = journal or Journal(journal_file, key or "")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        interrupted = kind is not None and not issubclass(kind, Exception)
         try:
             if kind is None:
                 self._commit()
         finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            if not (interrupted and self._resume_key):
+                shutil.rmtree(self.partial, ignore_errors=True)
             os.close(self._lock)
 
     def write_offsets(self, offsets: np.ndarray) -> None:
@@ -99,7 +120,10 @@ class StoreWriter:
         self._create(OFFSETS_FILE, np.dtype(np.int64), len(offsets))[:] = offsets
 
     def create_sequence(self, feature: str, role: Role, *, cardinality: int | None, length: int) -> np.memmap:
-        """A flat [length] array to be filled: item and action int32, timestamp int64 (cardinality None)."""
+        """A flat [length] array to be filled: item and action int32, timestamp int64 (cardinality None).
+
+        Where a killed writer has left it, it is as that one left it.
+        """
         dtype = SEQUENCE_DTYPE[role]
         self._features.append((feature, role, dtype, cardinality))
         return self._create(feature_file(role, feature), dtype, length)
@@ -127,7 +151,14 @@ class StoreWriter:
         if file in self._arrays:
             raise ValueError(f"{file} is written twice")
         self._arrays[file] = (dtype.str, length)
-        return open_memmap(self._partial / file, mode="w+", dtype=dtype, shape=(length,))
+        path = self.partial / file
+        size = len(array_header(dtype.str, length)) + length * dtype.itemsize
+        if not (path.is_file() and path.stat().st_size == size):
+            open_memmap(path, mode="w+", dtype=dtype, shape=(length,))
+        # Without blocks of its own a mapped page would end the process with SIGBUS where the disk is full.
+        with path.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, size)
+        return open_memmap(path, mode="r+")
 
     def _write_strings(self, stem: str, strings: Iterable[str]) -> None:
         encoded = [string.encode() for string in strings]
@@ -137,21 +168,21 @@ class StoreWriter:
         utf8 = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         for file, array in ((offsets_file, offsets), (utf8_file, utf8)):
             self._arrays[file] = (array.dtype.str, len(array))
-            np.save(self._partial / file, array)
+            np.save(self.partial / file, array)
 
     def _commit(self) -> None:
         shutil.rmtree(self.scratch)
-        meta = json.dumps(self._meta(), indent=1, ensure_ascii=False)
-        (self._partial / META_FILE).write_text(meta, encoding="utf-8")
-        SequenceStore.open(self._partial).verify_contents()
-        for file in self._partial.iterdir():
+        meta = sealed(self._meta())
+        (self.partial / META_FILE).write_text(meta, encoding="utf-8")
+        SequenceStore.open(self.partial).verify_values()
+        for file in self.partial.iterdir():
             _fsync(file)
-        _fsync(self._partial)
+        _fsync(self.partial)
         discarded = self.target.parent / f".{self.target.name}.discarded"
         shutil.rmtree(discarded, ignore_errors=True)
         if self.target.exists():
             self.target.rename(discarded)
-        self._partial.rename(self.target)
+        self.partial.rename(self.target)
         _fsync(self.target.parent)
         shutil.rmtree(discarded, ignore_errors=True)
 
@@ -172,7 +203,12 @@ class StoreWriter:
             "statistics": dict(self.statistics),
             "sources": dict(self.sources),
             "files": {
-                file: {"dtype": dtype, "length": length, "bytes": (self._partial / file).stat().st_size}
+                file: {
+                    "dtype": dtype,
+                    "length": length,
+                    "bytes": (self.partial / file).stat().st_size,
+                    "sha256": sha256(self.partial / file),
+                }
                 for file, (dtype, length) in self._arrays.items()
             },
         }

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hstu.data.collate import ranges
-from hstu.data.sequences import SampleTable
+from hstu.data.samples import SampleTable
 from hstu.data.store import SequenceStore
 from hstu.train.metrics import auc, retrieval_metrics
 

@@ -19,7 +19,9 @@ from hstu.data.datasets import predefined_embeddings, resolve_name
 from hstu.data.loader import build_loader
 from hstu.data.negatives import Negatives
 from hstu.data.sampler import EvalSampler, SamplerPosition, TrainSampler
-from hstu.data.sequences import SampleTable, Split, build_samples
+from hstu.data.samples import SampleTable, StochasticLength
+from hstu.data.sequences import Split, build_samples
+from hstu.data.skipping import SkippedSamples
 from hstu.data.store import SequenceStore
 from hstu.data.synthetic import SyntheticDataset
 from hstu.parallel.group import with_groups
@@ -103,6 +105,9 @@ class StoreSource(BatchSource):
         self.eval_splits, self.final_splits = self._splits()
         self._train_samples = self._samples("train")
         self._eval_samples: dict[Split, SampleTable] = {}
+        trainer, no_label = config.trainer, int(config.task == "retrieval")
+        self._stochastic_length = StochasticLength.of(args, trainer.seed, no_label)
+        self._skipped = SkippedSamples(trainer.max_bad_rows) if trainer.bad_row_policy == "skip" else None
         items = self._train_samples.stop - self._train_samples.start
         self._sharing = choose_sharing(config, self.roles, self.max_items, items, self._train_samples.num_candidates)
         self.batches_per_epoch = self._train_sampler(SamplerPosition()).batches_per_epoch
@@ -187,10 +192,12 @@ class StoreSource(BatchSource):
             wants_timestamps=self._wanted.timestamps,
             wants_seen=self._wanted.seen and not training,
             recoding=self._recoding if store is not self.store else None,
+            stochastic_length=self._stochastic_length if training else None,
         )
         corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed
         negatives, task = self._wanted.negatives, self._config.task
-        return Collator(reader, Assembler(batch_size, task, self.roles, corpus_size, seed, negatives, self.hashed_rows))
+        assembler = Assembler(batch_size, task, self.roles, corpus_size, seed, negatives, self.hashed_rows)
+        return Collator(reader, assembler, self._skipped)
 
     def _recode_eval_store(self) -> dict[str, np.ndarray]:
         """Codes of the second store → codes of the first; a store numbers the raw ids that it has seen."""

@@ -9,7 +9,8 @@ import numpy as np
 from hstu.config.args import DatasetArgs
 from hstu.data.collate import Assembler, Collator, StoreReader, resolve_roles
 from hstu.data.negatives import Negatives
-from hstu.data.sequences import SampleTable, Task
+from hstu.data.samples import SampleTable
+from hstu.data.sequences import Task
 from hstu.data.store import SequenceStore
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from hstu.config.args import DatasetArgs
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.sequences import SampleTable, build_samples, resolve_split
+from hstu.data.samples import SampleTable
+from hstu.data.sequences import build_samples, resolve_split
 from hstu.data.store import SequenceStore
 from tests.data.toy_store import ToyStore
 

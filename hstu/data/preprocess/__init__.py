@@ -11,8 +11,10 @@ from hstu.config.errors import ConfigError, DataError
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.download import by_hand, locate_raw, obtain_raw
 from hstu.data.preprocess import kuairand, movielens
-from hstu.data.preprocess.build import BuildOptions, build_store
+from hstu.data.preprocess.bad_rows import Policy
+from hstu.data.preprocess.build import build_store
 from hstu.data.preprocess.interactions import InteractionColumns, interactions
+from hstu.data.preprocess.work import BuildOptions
 from hstu.data.store import SequenceStore
 
 __all__ = ["InteractionColumns", "import_interactions", "preprocess"]
@@ -31,11 +33,14 @@ def preprocess(
     output: str | Path | None = None,
     force: bool = False,
     memory_limit: str = "4GB",
+    bad_row_policy: Policy = "raise",
+    max_bad_rows: int = 1000,
 ) -> Path:
     """Makes the store of a built-in dataset, in any spelling of its name, and returns its path.
 
     Raw files come from ``raw_path``; without it from tmp_data/raw/<name>, downloaded if need be. An existing good
-    store is left alone unless ``force``. Raises ConfigError for an unknown name, DataError for missing or bad files.
+    store is left alone unless ``force``. ``bad_row_policy`` and ``max_bad_rows``: see bad_rows.py.
+    Raises ConfigError for an unknown name, DataError for missing or bad files.
     """
     canonical = resolve_name(name)
     if canonical is None:
@@ -54,8 +59,16 @@ def preprocess(
     else:
         needed = " or ".join(", ".join(raw_format.files) for raw_format in spec.raw_formats)
         raise DataError(f"{raw_path} does not hold the files of {canonical}: {needed}. {by_hand(spec, Path(raw_path))}")
-    command = _command(dataset_name=canonical, raw_path=raw_path, output=target)
-    options = BuildOptions(name=canonical, output=target, command=command, memory_limit=memory_limit)
+    skipping = bad_row_policy if bad_row_policy != "raise" else None
+    command = _command(dataset_name=canonical, raw_path=raw_path, output=target, bad_row_policy=skipping)
+    options = BuildOptions(
+        name=canonical,
+        output=target,
+        command=command,
+        memory_limit=memory_limit,
+        bad_row_policy=bad_row_policy,
+        max_bad_rows=max_bad_rows,
+    )
     return build_store(_READERS[raw_format.reader](files), spec.schema, options, spec.published)
 
 
@@ -66,6 +79,8 @@ def import_interactions(
     output: str | Path | None = None,
     force: bool = False,
     memory_limit: str = "4GB",
+    bad_row_policy: Policy = "raise",
+    max_bad_rows: int = 1000,
 ) -> Path:
     """Makes the store of one's own table and returns its path; otherwise as preprocess."""
     if resolve_name(name) is not None:
@@ -87,8 +102,16 @@ def import_interactions(
         context=columns.context,
         context_columns=",".join(columns.context_columns) or None,
         output=target,
+        bad_row_policy=bad_row_policy if bad_row_policy != "raise" else None,
     )
-    options = BuildOptions(name=name, output=target, command=command, memory_limit=memory_limit)
+    options = BuildOptions(
+        name=name,
+        output=target,
+        command=command,
+        memory_limit=memory_limit,
+        bad_row_policy=bad_row_policy,
+        max_bad_rows=max_bad_rows,
+    )
     return build_store(interactions(columns), columns.schema(), options, {})
 
 

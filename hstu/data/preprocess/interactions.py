@@ -1,28 +1,37 @@
 """One's own interactions, a CSV, TSV or Parquet table with a row an event, as raw tables.
 
 Nothing is guessed from a sample: a column of text is taken as integers, numbers or dates only if every one of its
-values is. So ``007`` stays a string, distinct from ``7``.
+values is (of the time: if most are). So ``007`` stays a string, distinct from ``7``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import duckdb
 
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.datasets import Schema
-from hstu.data.preprocess.build import RawTables
-from hstu.data.preprocess.tables import identifier, literal, read_table_with_header, require_columns
+from hstu.data.preprocess.engine import Connection, one
+from hstu.data.preprocess.raw import Meaning, RawTables, Typed
+from hstu.data.preprocess.sniff import check_readable
+from hstu.data.preprocess.tables import RawFile, identifier, require_columns, table_with_header
 from hstu.data.store import USER_FEATURE
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _INTEGERS = frozenset(
     ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "HUGEINT", "UHUGEINT")
 )
-_FLOATS = frozenset(("FLOAT", "DOUBLE"))
 _DATES = ("DATE", "TIMESTAMP")
+_ALLOWED = {
+    "user": "an id, int64 or text",
+    "item": "an id, int64 or text",
+    "action": "an integer from 0 up (for half stars, double them)",
+    "time": "seconds since 1970, or a date and time like 2024-05-31 12:00:00",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,106 +73,118 @@ class InteractionColumns:
 
 
 def interactions(columns: InteractionColumns) -> RawTables:
-    """The tables as SQL, with the type of each column settled. Raises DataError that names what cannot be used."""
-    files = (columns.interactions,) + ((columns.context,) if columns.context else ())
-    for file in files:
-        if not file.is_file():
-            raise DataError(f"there is no file {file}")
-    try:
-        with duckdb.connect() as engine:
-            table = _Table(engine, columns.interactions)
-            user, user_is_integer = table.id(columns.user)
-            item, _ = table.id(columns.item)
-            selected = [f'{user} AS "user"', f"{item} AS item"]
-            if columns.action:
-                selected.append(f"{table.action(columns.action)} AS action")
-            if columns.time:
-                time, timestamp = table.time(columns.time)
-                selected += [f'{time} AS "time"', f'{timestamp} AS "timestamp"']
-            context = _context(engine, columns, user_is_integer) if columns.context else None
-    except duckdb.Error as error:
-        raise DataError(f"cannot read {' and '.join(map(str, files))}: {str(error).strip()}") from error
-    return RawTables(files=files, events=f"SELECT {', '.join(selected)} FROM {table.relation}", context=context)
+    """The tables as SQL, whose types are settled once they are read. Raises DataError for what cannot be used."""
+    log = _table(columns.interactions)
+    wanted = {"user": columns.user, "item": columns.item, "action": columns.action, "time": columns.time}
+    given = {name: column for name, column in wanted.items() if column}
+    _require(log, given.values())
+    context = None
+    if columns.context:
+        table = _table(columns.context)
+        features = [column for column in columns.context_columns if column != columns.user]
+        _require(table, [columns.user, *features])
+        named = {"user": columns.user} | {f"c{place}": column for place, column in enumerate(features)}
+        context = (table, _renamed(named))
+    return RawTables(
+        logs=(log,),
+        events=_renamed(given),
+        context=context,
+        settle=partial(_settle, columns),
+        meanings={name: Meaning(column, _ALLOWED[name]) for name, column in given.items()},
+    )
 
 
-def _context(engine: duckdb.DuckDBPyConnection, columns: InteractionColumns, user_is_integer: bool) -> str:
-    assert columns.context is not None
-    table = _Table(engine, columns.context)
-    wanted = [column for column in columns.context_columns if column != columns.user]
-    require_columns(columns.context, list(table.types), [columns.user, *wanted])
-    user = identifier(columns.user)
-    known = f"{_as_integer(user)} IS NOT NULL" if user_is_integer else "true"
-    features = ", ".join(f"CAST({identifier(column)} AS VARCHAR) AS {identifier(column)}" for column in wanted)
-    user = _as_integer(user) if user_is_integer else f"CAST({user} AS VARCHAR)"
-    return f'SELECT {user} AS "user"{", " if features else ""}{features} FROM {table.relation} WHERE {known}'
+def _table(file: Path) -> RawFile:
+    name = file.name.removesuffix(".gz")
+    suffix = Path(name).suffix
+    if suffix == ".parquet" and name == file.name:
+        table = RawFile(path=file)
+    elif suffix in _DELIMITERS:
+        table = RawFile(path=file, columns={}, delimiter=_DELIMITERS[suffix])
+    else:
+        raise ConfigError(f"{file}: the name of a table ends in .csv, .tsv (perhaps with .gz) or .parquet")
+    check_readable(table)  # before its columns are asked for
+    return table_with_header(file, {}, delimiter=table.delimiter) if table.is_text else table
 
 
-class _Table:
-    """A file as a relation, and SQL expressions that give its columns the types of RawTables.events."""
+def _require(table: RawFile, wanted: Iterable[str]) -> None:
+    if table.columns is None:
+        try:
+            with duckdb.connect() as engine:
+                described = engine.execute(f"DESCRIBE SELECT * FROM {table.relation()}").fetchall()
+        except duckdb.Error as error:
+            raise DataError(f"{table.path} is a damaged Parquet file: {str(error).splitlines()[0]}") from error
+        present = [row[0] for row in described]
+    else:
+        present = list(table.columns)
+    require_columns(table.path, present, wanted)
 
-    def __init__(self, engine: duckdb.DuckDBPyConnection, file: Path) -> None:
-        self.file = file
-        self._engine = engine
-        if file.suffix == ".parquet":
-            self.relation = f"read_parquet({literal(str(file))})"
-        elif file.suffix in _DELIMITERS:
-            self.relation = read_table_with_header([file], {}, delimiter=_DELIMITERS[file.suffix])
-        else:
-            raise ConfigError(f"{file}: the name of a table ends in .csv, .tsv or .parquet")
-        described = engine.execute(f"DESCRIBE SELECT * FROM {self.relation}").fetchall()
-        self.types: dict[str, str] = {row[0]: row[1] for row in described}
 
-    def id(self, column: str) -> tuple[str, bool]:
+def _renamed(columns: Mapping[str, str]) -> str:
+    return ", ".join(f"{identifier(column)} AS {identifier(name)}" for name, column in columns.items())
+
+
+def _settle(columns: InteractionColumns, engine: Connection, log: str, context: str | None) -> Typed:
+    table = _Columns(engine, columns.interactions, log)
+    user, user_is_integer = table.id("user", columns.user)
+    item, _ = table.id("item", columns.item)
+    selected = [f'{user} AS "user"', f"{item} AS item"]
+    if columns.action:
+        selected.append(f"{_ACTION} AS action")
+    if columns.time:
+        time, timestamp = table.time()
+        selected += [f'{time} AS "time"', f'{timestamp} AS "timestamp"']
+    return Typed(", ".join(selected), context and _context(columns, user_is_integer))
+
+
+def _context(columns: InteractionColumns, user_is_integer: bool) -> str:
+    # A user that is no integer is none of the events', which are: NULL, and its row is met by nobody.
+    user = _as_integer('"user"') if user_is_integer else 'CAST("user" AS VARCHAR)'
+    features = len([column for column in columns.context_columns if column != columns.user])
+    return ", ".join([f'{user} AS "user"', *(f"CAST(c{place} AS VARCHAR) AS c{place}" for place in range(features))])
+
+
+class _Columns:
+    """Ingested columns, and SQL expressions that give them the types of RawTables.events."""
+
+    def __init__(self, engine: Connection, file: Path, relation: str) -> None:
+        self._engine, self._file, self._relation = engine, file, relation
+        described = engine.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
+        self._types: dict[str, str] = {row[0]: row[1] for row in described}
+
+    def id(self, name: str, column: str) -> tuple[str, bool]:
         """(BIGINT or VARCHAR expression, whether it is BIGINT): integers only if all values are canonical int64."""
-        kind = self._type(column)
-        if kind in _FLOATS or kind.startswith(_DATES):
-            raise DataError(f"{self.file}: ids in {column!r} must be integers or strings, the column is {kind}")
-        name = identifier(column)
-        if self._all(name, _as_integer(name)):
-            return _as_integer(name), True
-        return f"CAST({name} AS VARCHAR)", False
+        kind = self._types[name]
+        if kind not in _INTEGERS and kind != "VARCHAR":
+            raise DataError(f"{self._file}: ids in {column!r} must be integers or strings, the column is {kind}")
+        integer = _as_integer(identifier(name))
+        if self._unlike(name, integer) == 0:
+            return integer, True
+        return f"CAST({identifier(name)} AS VARCHAR)", False
 
-    def action(self, column: str) -> str:
-        """INTEGER expression; 4.0 is an integer, 4.5 is not."""
-        self._type(column)
-        name = identifier(column)
-        number = f"TRY_CAST({name} AS DOUBLE)"
-        integer = (
-            f"CASE WHEN {number} = floor({number}) AND abs({number}) < 2147483647 THEN CAST({number} AS INTEGER) END"
-        )
-        self._demand(column, integer, "an integer from 0 up (for half stars, double them)")
-        return integer
+    def time(self) -> tuple[str, str]:
+        """(what to order by, BIGINT seconds): integers and numbers are seconds, dates and timestamps are UTC.
 
-    def time(self, column: str) -> tuple[str, str]:
-        """(what to order by, BIGINT seconds): integers and numbers are seconds, dates and timestamps are UTC."""
-        kind, name = self._type(column), identifier(column)
-        if not kind.startswith(_DATES):
-            if self._all(name, integer := _as_integer(name)):
-                return integer, integer
-            number = f"TRY_CAST({name} AS DOUBLE)"
-            finite = f"CASE WHEN isfinite({number}) AND abs({number}) < 9e18 THEN {number} END"
-            if self._all(name, finite):
-                return finite, f"CAST(floor({finite}) AS BIGINT)"
-        moment = f"TRY_CAST({name} AS TIMESTAMP)"
-        self._demand(column, moment, "seconds since 1970, or a date and time like 2024-05-31 12:00:00")
-        return moment, f"CAST(floor(epoch({moment})) AS BIGINT)"
+        What most values are; the others become NULL, and are refused or skipped as such.
+        """
+        integer, number = _as_integer('"time"'), 'TRY_CAST("time" AS DOUBLE)'
+        finite = f"CASE WHEN isfinite({number}) AND abs({number}) < 9e18 THEN {number} END"
+        date = 'TRY_CAST("time" AS TIMESTAMP)'
+        moment = f"CASE WHEN isfinite({date}) THEN {date} END"
+        kinds = [(moment, f"CAST(floor(epoch({moment})) AS BIGINT)")]
+        if not self._types["time"].startswith(_DATES):
+            kinds = [(integer, integer), (finite, f"CAST(floor({finite}) AS BIGINT)"), *kinds]
+        return min(kinds, key=lambda kind: self._unlike("time", kind[0]))
 
-    def _type(self, column: str) -> str:
-        require_columns(self.file, list(self.types), [column])
-        return self.types[column]
+    def _unlike(self, name: str, converted: str) -> int:
+        """How many values the conversion does not fit."""
+        condition = f"{identifier(name)} IS NOT NULL AND ({converted}) IS NULL"
+        return int(one(self._engine, f"SELECT count(*) FROM {self._relation} WHERE {condition}")[0])
 
-    def _all(self, name: str, converted: str) -> bool:
-        query = f"SELECT 1 FROM {self.relation} WHERE {name} IS NOT NULL AND ({converted}) IS NULL LIMIT 1"
-        return not self._engine.execute(query).fetchall()
 
-    def _demand(self, column: str, converted: str, allowed: str) -> None:
-        name = identifier(column)
-        bad = self._engine.execute(
-            f"SELECT {name} FROM {self.relation} WHERE {name} IS NOT NULL AND ({converted}) IS NULL LIMIT 3"
-        ).fetchall()
-        if bad:
-            shown = ", ".join(repr(row[0]) for row in bad)
-            raise DataError(f"{self.file}: {column!r} holds {shown}; allowed is {allowed}")
+_NUMBER = "TRY_CAST(action AS DOUBLE)"
+_ACTION = f"CASE WHEN {_NUMBER} = floor({_NUMBER}) AND abs({_NUMBER}) < 2147483647 THEN CAST({_NUMBER} AS INTEGER) END"
+"""4.0 is an integer, 4.5 is not."""
 
 
 def _as_integer(name: str) -> str:

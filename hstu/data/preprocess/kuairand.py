@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hstu.data.preprocess.build import RawTables
-from hstu.data.preprocess.tables import identifier, read_table_with_header
+from hstu.data.preprocess.raw import Meaning, RawTables
+from hstu.data.preprocess.tables import identifier, table_with_header
 
 ACTION_BITS = {
     "is_click": 1,
@@ -27,6 +27,12 @@ _CONTEXT = (
     "friend_user_num_range",
     "register_days_range",
 )
+_MEANINGS = {
+    "user": Meaning("user_id", "an integer"),
+    "item": Meaning("video_id", "an integer"),
+    "action": Meaning(", ".join(ACTION_BITS), "an integer in each of them"),
+    "time": Meaning("time_ms", "milliseconds since 1970"),
+}
 
 
 def kuairand(files: Sequence[Path]) -> RawTables:
@@ -37,13 +43,14 @@ def kuairand(files: Sequence[Path]) -> RawTables:
     *logs, users = files
     types = {"user_id": "BIGINT", "video_id": "BIGINT", "time_ms": "BIGINT", **dict.fromkeys(ACTION_BITS, "INTEGER")}
     action = " + ".join(f"CAST({column} <> 0 AS INTEGER) * {bit}" for column, bit in ACTION_BITS.items())
-    features = dict.fromkeys(_CONTEXT, "VARCHAR")
+    features = ", ".join(f"{identifier(name)} AS c{place}" for place, name in enumerate(_CONTEXT))
+    user_types = {"user_id": "BIGINT", **dict.fromkeys(_CONTEXT, "VARCHAR")}
     return RawTables(
-        files=tuple(files),
-        events=f'SELECT user_id AS "user", video_id AS item, {action} AS action, time_ms AS "time", '
-        f'time_ms // 1000 AS "timestamp" FROM {read_table_with_header(logs, types)}',
-        context=f'SELECT user_id AS "user", {", ".join(map(identifier, _CONTEXT))} '
-        f"FROM {read_table_with_header([users], {'user_id': 'BIGINT', **features})}",
+        logs=tuple(table_with_header(log, types) for log in logs),
+        events=f'user_id AS "user", video_id AS item, {action} AS action, time_ms AS "time", '
+        'time_ms // 1000 AS "timestamp"',
+        context=(table_with_header(users, user_types), f'user_id AS "user", {features}'),
+        meanings=_MEANINGS,
     )
 
 

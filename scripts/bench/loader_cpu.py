@@ -1,0 +1,237 @@
+"""Time the loader beside a reader that parses a row of text a sample; one JSON object on standard output.
+
+python scripts/bench/loader_cpu.py [--store tmp_data/ml-1m --batch 128 --length 200 --rounds 5]
+
+The same histories, as a sequence store and as a CSV with a row a user whose cells are JSON lists, read batch by batch
+in turn, each in this process and by one worker. Also: what a copy of memory reaches here; and how long a store of
+KuaiRand-27K's size (sparse files, so the disk need not hold it) takes to open and what memory that takes, each in a
+fresh process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
+
+from hstu.config.args import DatasetArgs
+from hstu.data.collate import Assembler, Collator, StoreReader, resolve_roles
+from hstu.data.integrity import array_header, sealed, sha256
+from hstu.data.loader import build_loader
+from hstu.data.sampler import TrainSampler
+from hstu.data.sequences import build_samples
+from hstu.data.store import FORMAT, META_FILE, VERSION, FeatureMeta, SequenceStore
+
+Batches = Iterator[int]
+"""Tokens (items and actions) of one batch after the other."""
+_COPIED_BYTES = 256 << 20
+
+
+def store_batches(store: SequenceStore, options: argparse.Namespace, workers: int) -> Batches:
+    """Retrieval training batches as a run gets them."""
+    args = DatasetArgs(dataset_name=store.name, max_sequence_length=options.length, shuffle=True)
+    samples = build_samples(store, args, "retrieval", "train", seed=1)
+    roles = resolve_roles(store, args)
+    items = store.cardinality(store.item_feature)
+    collator = Collator(StoreReader(store, samples, roles), Assembler(options.batch, "retrieval", roles, items, seed=1))
+    sampler = TrainSampler(len(samples), options.batch, 0, 1, seed=1, shuffle=True)
+    for batch in build_loader(collator, sampler, workers=workers):
+        yield 2 * int(batch.item_lengths.sum())
+
+
+def write_rows(store: SequenceStore, file: Path) -> None:
+    """A row a user: the contextual codes, then items, actions and times as JSON lists."""
+    offsets = store.offsets()
+    names = [store.item_feature, store.action_feature or "", store.timestamp_feature or ""]
+    with file.open("w", newline="") as lines:
+        writer = csv.writer(lines)
+        writer.writerow([*store.contextual_features, *filter(None, names)])
+        for user in range(store.num_users):
+            events = slice(offsets[user], offsets[user + 1])
+            lists = [json.dumps(store.sequence(name)[events].tolist()) for name in names if name]
+            writer.writerow([*(store.context(name)[user] for name in store.contextual_features), *lists])
+
+
+class RowDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The usual reader: all rows in memory as text; each sample is parsed, cut and padded by itself."""
+
+    def __init__(self, file: Path, length: int) -> None:
+        with file.open(newline="") as lines:
+            self.rows = list(csv.DictReader(lines))
+        self.length = length
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = {}
+        for name, cell in self.rows[index].items():
+            if cell.startswith("["):
+                values = json.loads(cell)[:-2][-self.length :]
+                sample[f"{name}_length"] = torch.tensor(len(values))
+                sample[name] = torch.tensor(values + [0] * (self.length - len(values)), dtype=torch.int64)
+            else:
+                sample[name] = torch.tensor(int(cell))
+        return sample
+
+
+def row_batches(file: Path, item: str, options: argparse.Namespace, workers: int) -> Batches:
+    """Shuffled, padded batches without end."""
+    dataset = RowDataset(file, options.length)
+    loader = torch.utils.data.DataLoader(
+        dataset, options.batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
+    while True:
+        for batch in loader:
+            yield 2 * int(batch[f"{item}_length"].sum())
+
+
+def measured(batches: Batches, count: int) -> tuple[float, int]:
+    """(seconds, tokens) of the next batches."""
+    begun = time.perf_counter()
+    tokens = sum(next(batches) for _ in range(count))
+    return time.perf_counter() - begun, tokens
+
+
+def copy_bytes_per_s() -> float:
+    """What copying a large array reaches, best of five; bytes read plus bytes written."""
+    source = np.ones(_COPIED_BYTES // 8)
+    target = np.empty_like(source)
+
+    def once() -> float:
+        begun = time.perf_counter()
+        np.copyto(target, source)
+        return time.perf_counter() - begun
+
+    return 2 * _COPIED_BYTES / min(once() for _ in range(5))
+
+
+def sparse_store(path: Path, users: int, events: int, items: int) -> SequenceStore:
+    """A store of any size whose large arrays are holes: every code 0, every time 0."""
+    path.mkdir(parents=True)
+    files: dict[str, dict[str, Any]] = {}
+
+    def create(file: str, dtype: str, length: int, values: np.ndarray | None = None) -> None:
+        header, body = array_header(dtype, length), length * np.dtype(dtype).itemsize
+        with (path / file).open("wb") as sink:
+            sink.write(header)
+            sink.write(b"" if values is None else values.astype(dtype).tobytes())
+            sink.truncate(len(header) + body)
+        described = {"dtype": dtype, "length": length, "bytes": len(header) + body}
+        files[file] = described if values is None else {**described, "sha256": sha256(path / file)}
+
+    create("offsets.npy", "<i8", users + 1, np.linspace(0, events, users + 1).astype(np.int64))
+    create("context.user_id.npy", "<i4", users, np.arange(users))
+    create("sequence.video_id.npy", "<i4", events)
+    create("sequence.action.npy", "<i4", events)
+    create("sequence.timestamp.npy", "<i8", events)
+    create("vocabulary.video_id.npy", "<i8", items)
+    create("vocabulary.user_id.npy", "<i8", users, np.arange(users))
+    features = [
+        FeatureMeta("user_id", "context", "<i4", users, True),
+        FeatureMeta("video_id", "item", "<i4", items, True),
+        FeatureMeta("action", "action", "<i4", 256, False),
+        FeatureMeta("timestamp", "timestamp", "<i8", None, False),
+    ]
+    meta = {
+        **{"format": FORMAT, "version": VERSION, "name": "sparse", "command": None, "num_users": users},
+        **{"num_events": events, "statistics": {}, "sources": {}, "files": files},
+        "features": [vars(feature) for feature in features],
+    }
+    (path / META_FILE).write_text(sealed(meta))
+    return SequenceStore.open(path)
+
+
+OPEN = """
+import json, psutil, sys, time
+from hstu.data.store import SequenceStore
+before = psutil.Process().memory_info().rss
+begun = time.perf_counter()
+store = SequenceStore.open(sys.argv[1])
+seconds = time.perf_counter() - begun
+print(json.dumps({"open_s": seconds, "rss_bytes": psutil.Process().memory_info().rss - before}))
+"""
+
+
+def opened(path: Path) -> dict[str, float]:
+    """Seconds and resident bytes that opening takes, in a fresh process."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", OPEN, str(path)]
+    found: dict[str, float] = json.loads(subprocess.run(command, cwd=root, capture_output=True, check=True).stdout)
+    return found
+
+
+def main() -> None:
+    """Run and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, default=Path("tmp_data/ml-1m"))
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--length", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=20, help="batches of the text reader a round; of the store ×10")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    store = SequenceStore.open(options.store)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.csv"
+        write_rows(store, rows)
+        readers: dict[str, tuple[Callable[[], Batches], int]] = {
+            "store": (lambda: store_batches(store, options, workers=0), 10 * options.batches),
+            "store, one worker process": (lambda: store_batches(store, options, workers=1), 10 * options.batches),
+            "text rows": (lambda: row_batches(rows, store.item_feature, options, 0), options.batches),
+            "text rows, one worker process": (
+                lambda: row_batches(rows, store.item_feature, options, 1),
+                options.batches,
+            ),
+        }
+        running = {name: make() for name, (make, _) in readers.items()}
+        for name, batches in running.items():
+            measured(batches, readers[name][1] // 4)
+        results: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
+        for _ in range(options.rounds):
+            for name, batches in running.items():
+                seconds, tokens = measured(batches, readers[name][1])
+                results[name].append((readers[name][1] * options.batch / seconds, tokens / seconds))
+        sizes = {"KuaiRand-27K": (27_285, 322_278_385, 32_038_725), "a thousandth of it": (27_285, 322_278, 32_039)}
+        start = {}
+        for name, (users, events, items) in sizes.items():
+            sparse_store(Path(folder) / name, users, events, items)
+            start[name] = opened(Path(folder) / name)
+    speed = {
+        name: {
+            "sequences_per_s": round(statistics.median(pair[0] for pair in pairs)),
+            "tokens_per_s": round(statistics.median(pair[1] for pair in pairs)),
+        }
+        for name, pairs in results.items()
+    }
+    copied = copy_bytes_per_s()
+    report = {
+        "options": {name: str(value) for name, value in vars(options).items()},
+        "cpus": len(os.sched_getaffinity(0)),
+        "speed": speed,
+        "times_text_rows": {
+            kind: round(speed[f"store{kind}"]["tokens_per_s"] / speed[f"text rows{kind}"]["tokens_per_s"], 1)
+            for kind in ("", ", one worker process")
+        },
+        "copy_gb_per_s": round(copied / 1e9, 2),
+        "start": start,
+    }
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

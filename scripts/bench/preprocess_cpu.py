@@ -1,0 +1,131 @@
+"""Preprocess a generated dataset under an enforced memory limit, undisturbed and killed; JSON on standard output.
+
+python scripts/bench/generate_kuairand.py --output DIR/raw --rows 30000000
+python scripts/bench/preprocess_cpu.py --raw DIR/raw --work DIR [--memory_limit 4GB --kills 2]
+
+The limit is the kernel's (RLIMIT_DATA: all private memory, an allocation beyond it fails), for the whole process. The
+second run is ended by SIGKILL at even distances of the first one's time, started again each time, and its store must be
+the first one's, byte for byte. Peaks are polled from /proc every 50 ms: VmData is what the limit is on, VmHWM
+has the pages of mapped files as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
+
+from hstu.data.preprocess.engine import memory_bytes
+from hstu.data.store import SequenceStore
+
+ROOT = Path(__file__).resolve().parents[2]
+_POLL_S = 0.05
+_PEAKS = ("VmData", "RssAnon", "VmHWM")
+
+
+def start(options: argparse.Namespace, folder: Path) -> subprocess.Popen[bytes]:
+    """The command, in ``folder`` so that two runs' stores record the same command line."""
+    command = [sys.executable, str(ROOT / "scripts" / "preprocess_dataset.py"), "--dataset_name", options.dataset]
+    command += [
+        "--raw_path",
+        str(options.raw.resolve()),
+        "--output",
+        "store",
+        "--memory_limit",
+        options.memory_limit,
+        "--no_report",
+    ]
+    limit = memory_bytes(options.memory_limit)
+    folder.mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen(
+        command, cwd=folder, preexec_fn=partial(resource.setrlimit, resource.RLIMIT_DATA, (limit, limit)), stdout=2
+    )
+
+
+def watch(process: subprocess.Popen[bytes], until_s: float | None, partial_store: Path) -> dict[str, float]:
+    """Waits for the end, or kills after ``until_s``; the peaks, in bytes, and seconds."""
+    begun, peaks = time.monotonic(), dict.fromkeys((*_PEAKS, "scratch"), 0)
+    while process.poll() is None:
+        if until_s is not None and time.monotonic() - begun > until_s:
+            process.kill()
+            process.wait()
+            break
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            used = sum(file.stat().st_size for file in partial_store.rglob("*") if file.is_file())
+        except OSError:  # it ended, or renamed a file, just now
+            continue
+        peaks["scratch"] = max(peaks["scratch"], used)
+        for name in _PEAKS:
+            if found := re.search(rf"{name}:\s+(\d+) kB", status):
+                peaks[name] = max(peaks[name], int(found[1]) * 1024)
+        time.sleep(_POLL_S)
+    return {**peaks, "seconds": time.monotonic() - begun}
+
+
+def digests(store: Path) -> dict[str, str]:
+    """SHA-256 of every file."""
+    return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in sorted(store.iterdir())}
+
+
+def killed_and_resumed(options: argparse.Namespace, folders: list[Path], every_s: float) -> dict[str, Any]:
+    """The second run: its parts, and whether it made the first one's store."""
+    unfinished = folders[1] / ".store.partial"
+    killed = [watch(start(options, folders[1]), every_s, unfinished) for _ in range(options.kills)]
+    process = start(options, folders[1])
+    resumed = watch(process, None, unfinished)
+    equal = process.returncode == 0 and digests(folders[0] / "store") == digests(folders[1] / "store")
+    return {"killed": killed, "resumed": resumed, "byte_equal": equal}
+
+
+def main() -> int:
+    """Run; 0 if the stores are equal."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--raw", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="directory for the stores, which are removed again")
+    parser.add_argument("--dataset", default="kuairand-27k")
+    parser.add_argument("--memory_limit", default="4GB")
+    parser.add_argument("--kills", type=int, default=2, help="0: no second run")
+    options = parser.parse_args()
+    report: dict[str, Any] = {"dataset": options.dataset, "memory_limit": options.memory_limit}
+    folders = [options.work / name for name in ("undisturbed", "killed")]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    process = start(options, folders[0])
+    report["undisturbed"] = watch(process, None, folders[0] / ".store.partial")
+    if process.returncode:
+        return process.returncode
+    whole = report["undisturbed"]["seconds"]
+    if options.kills:
+        report |= killed_and_resumed(options, folders, whole / (options.kills + 1))
+    store = SequenceStore.open(folders[0] / "store")
+    begun = time.perf_counter()
+    SequenceStore.open(folders[0] / "store")
+    report |= {
+        "events": store.num_events,
+        "users": store.num_users,
+        "items": store.cardinality(store.item_feature),
+        "raw_bytes": sum(file.stat().st_size for file in options.raw.iterdir()),
+        "store_bytes": sum(file.stat().st_size for file in (folders[0] / "store").iterdir()),
+        "rows_per_s": store.num_events / whole,
+        "open_s": time.perf_counter() - begun,
+    }
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps(report, indent=1))
+    return 0 if report.get("byte_equal", True) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

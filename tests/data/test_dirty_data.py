@@ -1,0 +1,239 @@
+"""What users bring: each kind of dirt gets one message that says what, where and what to do, and exit code 3."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hstu.config.errors import DataError
+from hstu.data.journal import Journal
+from hstu.data.preprocess import InteractionColumns, import_interactions
+from hstu.data.store import SequenceStore
+from tests.conftest import REPOSITORY
+from tests.data.dirty_inputs import ALL, DIRT, GOOD, named, zipped
+
+SCRIPT = REPOSITORY / "scripts" / "preprocess_dataset.py"
+
+
+def own_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("preprocess_dataset", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+main = own_script().main
+
+
+@pytest.mark.parametrize("dirt", DIRT)
+def test_dirt_is_named_with_its_place_and_nothing_is_left(
+    dirt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, files, message = DIRT[dirt]
+    monkeypatch.chdir(tmp_path)
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            Path(name).write_bytes(content)
+        else:
+            content(Path(name))
+    code = main([*arguments, "--output", "store"])
+    told = capsys.readouterr().err
+    assert re.search(message.replace(".csv", r"\.csv"), told), told
+    assert code == (2 if dirt == "another ending" else 3)
+    assert len([line for line in told.splitlines() if line]) == 1, "one clear message"
+    assert sorted(os.listdir()) == sorted(files), "nothing half-written"
+
+
+CLEANABLE = GOOD + b",7,1,1\n3,,1,2\n3,7,1\n3,7,one,4\n3,7,1,5\n"
+
+
+def test_bad_rows_may_be_skipped_and_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("events.csv").write_bytes(CLEANABLE)
+    assert main([*ALL, "--output", "dirty", "--bad_row_policy", "skip"]) == 0
+    Path("events.csv").write_bytes(GOOD + b"3,7,1,5\n")
+    assert main([*ALL, "--output", "clean"]) == 0
+    dirty, clean = SequenceStore.open("dirty"), SequenceStore.open("clean")
+    for name in ("i", "a", "t"):
+        assert dirty.sequence(name).tolist() == clean.sequence(name).tolist()
+    assert dirty.raw_ids("user_id").tolist() == [1, 2, 3]
+    assert dirty.statistics["skipped_rows"] == {
+        **{"too few columns": 1, "unusable user": 1, "unusable item": 1, "unusable action": 1}
+    }
+    assert "skipped: events.csv:7: expected columns: 4 found: 3" in caplog.text
+
+
+def test_skipping_has_a_cap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("events.csv").write_bytes(CLEANABLE)
+    assert main([*ALL, "--output", "s", "--bad_row_policy", "skip", "--max_bad_rows", "3"]) == 3
+    assert "That makes 4 bad rows, more than --max_bad_rows 3" in capsys.readouterr().err
+    assert os.listdir() == ["events.csv"]
+
+
+ACCEPTED = {
+    "BOM": b"\xef\xbb\xbf" + GOOD,
+    "CR LF": GOOD.replace(b"\n", b"\r\n"),
+    "no line break at the end": GOOD[:-1],
+    "unsorted": b"u,i,a,t\n2,7,1,12\n1,8,0,11\n1,7,2,10\n",
+    "blank lines": GOOD.replace(b"\n", b"\n\n"),
+    "quotes": GOOD.replace(b"7", b'"7"'),
+    "other columns besides": b"x,u,i,a,t\nq,1,7,2,10\nq,1,8,0,11\nq,2,7,1,12\n",
+}
+
+
+@pytest.mark.parametrize("form", ACCEPTED)
+def test_harmless_differences_of_form_change_nothing(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("events.csv", ACCEPTED[form]), ("plain.csv", GOOD)):
+        Path(name).write_bytes(content)
+        assert main([*named(name), "--output", name.removesuffix(".csv")]) == 0
+    for file in Path("plain").glob("*.npy"):
+        assert (Path("events") / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_gzipped_text_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("events.csv.gz").write_bytes(gzip.compress(GOOD))
+    assert main([*named("events.csv.gz"), "--output", "store"]) == 0
+    assert SequenceStore.open("store").sequence("t").tolist() == [10, 11, 12]
+
+
+def test_ids_beyond_int64_are_taken_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("events.csv").write_bytes(GOOD + b"18446744073709551616,7,1,13\n")
+    assert main([*ALL, "--output", "store"]) == 0
+    assert SequenceStore.open("store").raw_ids("user_id").tolist() == ["1", "18446744073709551616", "2"]
+
+
+def test_one_event_users_and_a_user_of_a_million_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    events = np.arange(1_000_000)
+    table = {"u": np.where(events % 1000, 5, events), "i": events % 97, "a": events % 3, "t": events[::-1]}
+    pd.DataFrame(table).to_parquet("e.parquet")
+    assert main([*named("e.parquet"), "--output", "store"]) == 0
+    store = SequenceStore.open("store")
+    lengths = np.diff(store.offsets())
+    assert sorted(lengths.tolist()) == [1] * 1000 + [999_000]
+    begin = store.offsets()[lengths.argmax()]
+    assert (np.diff(store.sequence("t")[begin : begin + 999_000]) > 0).all()
+
+
+def run_script(*arguments: str, cwd: Path, file_limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    def limit() -> None:
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False, preexec_fn=limit)
+
+
+def many_events(file: Path) -> None:
+    events = np.random.default_rng(0).permutation(300_000)
+    pd.DataFrame({"u": events % 1000, "i": events * 7919, "a": 1, "t": events}).to_csv(file, index=False)
+
+
+@pytest.mark.parametrize("limit", [100_000, 1_000_000, 2_000_000])
+def test_a_write_that_fails_is_told_and_undone(limit: int, tmp_path: Path) -> None:
+    """A limit on the size of a file stands in for the full disk; the kernel refuses the write in the same way."""
+    many_events(tmp_path / "events.csv")
+    failed = run_script(*ALL, "--output", "store", cwd=tmp_path, file_limit=limit)
+    assert failed.returncode == 3, failed.stderr
+    assert "choose another --output" in failed.stderr and "Traceback" not in failed.stderr
+    assert os.listdir(tmp_path) == ["events.csv"]
+
+
+@pytest.mark.parametrize(("size", "options"), [("3m", ""), ("8m", ""), ("8m", ",ro")])
+def test_a_full_and_a_read_only_disk(size: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, raw = tmp_path / "disk", tmp_path / "raw"
+    disk.mkdir()
+    raw.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}{options}", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("NEEDS THE RIGHT TO MOUNT: a small disk of its own")
+    try:
+        many_events(raw / "events.csv")
+        monkeypatch.setattr("hstu.data.preprocess.disk._WORKING_BYTES", -15)  # so that it is the write that fails
+        monkeypatch.chdir(raw)
+        with pytest.raises(DataError, match=r"free some space|Read-only file system"):
+            import_interactions("mine", InteractionColumns(interactions=Path("events.csv"), user="u", item="i",
+                                action="a", time="t"), output=disk / "store")  # fmt: skip
+        assert os.listdir(disk) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_too_small_a_disk_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many_events(tmp_path / "events.csv")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**7, 0, 10**7))
+    columns = InteractionColumns(interactions=tmp_path / "events.csv", user="u", item="i")
+    with pytest.raises(DataError, match=r"has 0\.0 GiB free, and preprocessing needs about 0\.0 GiB there"):
+        import_interactions("mine", columns, output=tmp_path / "store")
+    assert os.listdir(tmp_path) == ["events.csv"]
+
+
+def test_of_two_processes_at_once_one_makes_the_store(tmp_path: Path) -> None:
+    many_events(tmp_path / "events.csv")
+    command = [sys.executable, str(SCRIPT), *ALL, "--output", "store"]
+    both = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = {process.wait(timeout=120): process.stderr.read() for process in both if process.stderr}
+    assert 0 in told
+    assert set(told) == {0} or "another process is writing" in told[3], told
+    assert SequenceStore.open(tmp_path / "store").num_events == 300_000
+    assert sorted(os.listdir(tmp_path)) == ["events.csv", "store", "store.report"]
+
+
+def test_a_truncated_archive_is_told_from_the_real_one_by_its_checksum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    archive = Path("tmp_data/raw/ml-1m/ml-1m.zip")
+    archive.parent.mkdir(parents=True)
+    zipped(archive)
+    os.truncate(archive, archive.stat().st_size - 30)
+    assert main(["--dataset_name", "ml-1m"]) == 3
+    assert re.search(
+        r"ml-1m\.zip had md5 [0-9a-f]{32} instead of c4d9e.* run the command again", capsys.readouterr().err
+    )
+    assert not Path("tmp_data/ml-1m").exists() and not archive.exists()
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("events.csv").write_bytes(GOOD)
+    commit = Journal.commit
+
+    def stop(journal: Journal, stage: str, left: object = None) -> None:
+        commit(journal, stage, left)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "commit", stop)
+        assert main([*ALL, "--output", "store"]) == 130
+    assert capsys.readouterr().err.strip() == "stopped; the same command goes on from here"
+    assert sorted(os.listdir()) == [".store.partial", "events.csv"]
+    assert main([*ALL, "--output", "store"]) == 0
+    assert sorted(os.listdir()) == ["events.csv", "store", "store.report"]

@@ -1,0 +1,29 @@
+"""A short run of scripts/fuzz_data.py; give it hours with --seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+SCRIPT = REPOSITORY / "scripts" / "fuzz_data.py"
+
+
+def fuzz(seconds: int, seed: int) -> str:
+    command = [sys.executable, str(SCRIPT), "--seconds", str(seconds), "--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_mutated_raw_files_and_stores_are_used_or_refused() -> None:
+    told = fuzz(seconds=1, seed=2)
+    assert " 0 failures" in told and "refused" in told and "used" in told
+
+
+@pytest.mark.slow
+def test_mutated_raw_files_and_stores_for_longer() -> None:
+    fuzz(seconds=60, seed=3)

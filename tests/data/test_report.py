@@ -1,0 +1,69 @@
+"""The preprocessing report, its plots and its checks against the published statistics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hstu.data.preprocess.markdown import repeated_events, write_report
+from hstu.data.preprocess.report import statistics_of
+from hstu.data.store import SequenceStore
+from tests.conftest import REPOSITORY
+
+MakeStore = Callable[..., SequenceStore]
+
+
+def test_the_report_of_ml_100k_says_what_is_known_of_it(ml_100k_store: SequenceStore, tmp_path: Path) -> None:
+    text = write_report(ml_100k_store, tmp_path / "report").read_text()
+    for line in (
+        "| events | 100,000 | 100,000 | yes |",
+        "All as published.",
+        "| first event | 1997-09-20 03:05:10 UTC |",
+        "| 50 | Star Wars (1977) | 583 | 0.58 % |",
+        "| 4 | 34,174 | 34.17 % |",
+        "| sex | 2 | M 670, F 273 |",
+        "| skipped in all | 0 |",
+    ):
+        assert line in text
+    assert sorted(os.listdir(tmp_path / "report")) == ["lengths.png", "popularity.png", "report.md"]
+    for image in ("lengths.png", "popularity.png"):
+        content = (tmp_path / "report" / image).read_bytes()
+        assert content.startswith(b"\x89PNG") and 5_000 < len(content) < 60_000
+    assert os.listdir(tmp_path) == ["report"], "nothing is left beside it"
+
+
+def test_the_report_in_the_documentation_is_what_the_program_writes(
+    ml_100k_store: SequenceStore, tmp_path: Path
+) -> None:
+    documented = REPOSITORY / "docs" / "benchmarks" / "preprocess" / "ml-100k" / "report.md"
+    written = write_report(ml_100k_store, tmp_path / "report").read_text()
+    assert documented.read_text().partition("Made by")[0] == written.partition("Made by")[0]
+
+
+def test_differences_from_the_published_figures_are_shown(ml_100k_store: SequenceStore, tmp_path: Path) -> None:
+    ml_100k_store = SequenceStore.open(ml_100k_store.path)
+    ml_100k_store.statistics["published"]["users"] = 944
+    text = write_report(ml_100k_store, tmp_path / "report").read_text()
+    assert "| users | 944 | 943 | **no** |" in text
+    assert "Not the complete data, or another release of it." in text
+
+
+def test_repeated_events_are_counted(make_store: MakeStore) -> None:
+    items = [[1, 2, 1, 1, 1], [1], [1, 1]]
+    times = [[5, 5, 5, 5, 6], [5], [7, 8]]
+    assert repeated_events(make_store(items, timestamps=times)) == 2
+    assert repeated_events(make_store(items, timestamps=times, actions=[[0, 0, 0, 1, 0], [0], [0, 0]])) == 1
+
+
+def test_counts_do_not_depend_on_chunks(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    items = [rng.integers(0, 5, length).tolist() for length in rng.integers(1, 40, 20)]
+    store = make_store(items, timestamps=[sorted(rng.integers(0, 9, len(row)).tolist()) for row in items])
+    store.statistics = statistics_of(np.diff(store.offsets()), 5, published={})
+    whole = write_report(store, tmp_path / "whole").read_text()
+    monkeypatch.setattr("hstu.data.preprocess.markdown._CHUNK", 7)
+    assert write_report(store, tmp_path / "chunks").read_text() == whole

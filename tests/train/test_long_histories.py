@@ -1,0 +1,96 @@
+"""Windows, stochastic length and damaged samples, from the options to a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hstu.config.errors import DataError
+from hstu.data.sampler import SamplerPosition
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from hstu.train.sources import StoreSource, open_source
+from tests.train.tiny import FinishedRun, tiny_config
+
+LONGEST = 5
+
+
+@pytest.fixture
+def source(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> Callable[..., StoreSource]:
+    """``source("retrieval", dataset={...})`` over the walks, histories of at most 5."""
+
+    def open_it(task: str, store: SequenceStore = store, **options: Any) -> StoreSource:
+        dataset = {"max_sequence_length": LONGEST} | options.pop("dataset", {})
+        opened = open_source(tiny_config(task, store, tmp_path, dataset=dataset, **options), mesh)
+        assert isinstance(opened, StoreSource)
+        return opened
+
+    return open_it
+
+
+def lengths(source: StoreSource, epochs: int = 1) -> list[int]:
+    batches = islice(source.train_batches(SamplerPosition()), epochs * source.batches_per_epoch)
+    return [length for batch in batches for length in batch.item_lengths[: batch.real_batch_size].tolist()]
+
+
+def test_windows_train_on_whole_histories(source: Callable[..., StoreSource], store: SequenceStore) -> None:
+    newest, windows = source("retrieval"), source("retrieval", dataset={"window_stride": 4})
+    histories = np.diff(store.offsets()) - 2  # without the held-out items
+    labels = [
+        sum(batch.num_labels_total for batch in islice(each.train_batches(SamplerPosition()), each.batches_per_epoch))
+        for each in (newest, windows)
+    ]
+    assert labels == [int((np.minimum(histories, LONGEST) - 1).sum()), int((histories - 1).sum())]
+    assert max(lengths(windows)) == LONGEST and len(lengths(windows)) > len(lengths(newest))
+
+
+def test_evaluation_knows_nothing_of_windows(source: Callable[..., StoreSource]) -> None:
+    options = {"window_stride": 4, "stochastic_length_alpha": 1.0}
+    for task in ("retrieval", "ranking"):
+        plain, changed = source(task), source(task, dataset=options)
+        pairs = zip(plain.eval_batches("valid"), changed.eval_batches("valid"), strict=True)
+        assert all((one.features.values() == other.features.values()).all() for one, other in pairs)
+
+
+def test_stochastic_length_shortens_training_samples_anew_each_epoch(source: Callable[..., StoreSource]) -> None:
+    whole = lengths(source("ranking", dataset={"shuffle": False}))
+    drawn = lengths(source("ranking", dataset={"shuffle": False, "stochastic_length_alpha": 1.0}), epochs=4)  # s = 2
+    epochs = [drawn[start : start + len(whole)] for start in range(0, len(drawn), len(whole))]
+    assert {length for length in drawn if length != LONGEST} >= {2}
+    assert all(short in (2, long) for epoch in epochs for short, long in zip(epoch, whole, strict=True))
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+def test_a_run_resumed_with_both_options_is_the_run_that_went_through(
+    task: str, train: Callable[..., FinishedRun]
+) -> None:
+    options = {"dataset": {"max_sequence_length": LONGEST, "window_stride": 3, "stochastic_length_alpha": 1.2}}
+    through = train(task, trainer={"max_train_iters": 8, "log_interval": 1}, **options)
+    saving = {"ckpt_save_interval": 4, "log_interval": 1}
+    train(task, trainer={"max_train_iters": 4, **saving}, output="parts", **options)
+    resumed = train(task, trainer={"max_train_iters": 8, "ckpt_load_dir": "auto", **saving}, output="parts", **options)
+    assert resumed.losses[-4:] == through.losses[-4:]
+
+
+def test_a_damaged_sample_ends_the_run_or_is_left_out(
+    make_store: Callable[..., SequenceStore], source: Callable[..., StoreSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = make_store([[0, 1, 2, 3, 4, 5]] * 6, actions=[[1, 0, 1, 0, 1, 1]] * 6, num_items=11, num_actions=4)
+    monkeypatch.setattr("hstu.data.store._HASHED_ON_OPENING", 0)  # as in a large store, whose values are not read
+    file = damaged.path / "sequence.item_id.npy"
+    values = np.lib.format.open_memmap(file, mode="r+")
+    values[14] = 99
+    values.flush()
+    damaged = SequenceStore.open(damaged.path)
+    with pytest.raises(DataError, match="item_id = 99 of user 102"):
+        lengths(source("retrieval", damaged))
+    skipping = source("retrieval", damaged, trainer={"bad_row_policy": "skip"})
+    assert len(lengths(skipping)) == 5
+    with pytest.raises(DataError, match=r"damaged sample 3, TrainerArgs\.max_bad_rows = 2"):
+        lengths(source("retrieval", damaged, trainer={"bad_row_policy": "skip", "max_bad_rows": 2}), epochs=4)

@@ -2,7 +2,7 @@
 
     python scripts/bench/estimate_check.py [--only NAME] [--rounds 5] [--steps 10] [--output FILE.json]
 
-Each case runs in ranks of its own with one thread each: give this process as many cores as the case has ranks. Estimates
+Each case runs in ranks of its own with one thread each: give this process as many cores as a case has ranks. Estimates
 (this process, by the code of scripts/estimate.py) and steps take turns, since other work on the machine slows both:
 compared is the median over the rounds of estimate over measurement. Memory is the peak of what torch has allocated in
 a step, by its profiler, on rank 0. The MovieLens cases need tmp_data/ml-1m.

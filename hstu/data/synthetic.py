@@ -118,7 +118,7 @@ class SyntheticReader:
             user_ids=ordinals,
             lengths=lengths,
             num_candidates=candidates,
-            num_labels=self._num_labels(lengths, candidates),
+            num_labels=self.num_labels(lengths, candidates),
             items=items,
             actions=None if self.roles.action is None else self._ids(self.roles.action, _VALUES, *tokens),
             timestamps=self._times(lengths, *tokens) if self.wants_timestamps else None,
@@ -136,7 +136,8 @@ class SyntheticReader:
         drawn = self.lengths.values(self._uniforms(_LENGTHS, ordinals))
         return np.clip(drawn, self.min_length, self.max_length), candidates
 
-    def _num_labels(self, lengths: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    def num_labels(self, lengths: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """Labelled items of samples of these lengths; int64."""
         if self.task == "ranking":
             return candidates if self.max_num_candidates else lengths
         return lengths - 1 if self.is_training else np.zeros_like(lengths)
@@ -198,6 +199,11 @@ class SyntheticDataset:
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Items of each sample, and how many of them are candidates; both int64 [num_samples]."""
         return self._reader.lengths_of(np.arange(self.num_samples, dtype=np.int64))
+
+    def lengths_of(self, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Items, candidates and labels of these samples; all int64 [len(ordinals)]."""
+        lengths, candidates = self._reader.lengths_of(ordinals)
+        return lengths, candidates, self._reader.num_labels(lengths, candidates)
 
     def train_sampler(self, position: SamplerPosition | None = None, sharing: Sharing | None = None) -> TrainSampler:
         """Endless plans; an epoch is the generated samples once. Batches are kept: use one ``sharing`` a dataset."""

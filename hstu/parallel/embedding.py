@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,12 +53,9 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
     Collective. Returns the model and the optimizer of its tables (config.optimizer, sparse_* taking precedence).
     """
     args = config.optimizer
-    name, learning_rate = (
-        args.sparse_optimizer_str or args.optimizer_str,
-        args.sparse_learning_rate or args.learning_rate,
-    )
-    row_sparse = name in ("adam", "adamw") and mesh.device.type == "cpu"
-    sharder = RowSparseSharder() if row_sparse else EmbeddingCollectionSharder(_fused_params(name, learning_rate, args))
+    learning_rate = args.sparse_learning_rate or args.learning_rate
+    row_sparse = is_row_sparse(args, mesh.device.type)
+    sharder = table_sharder(args, mesh.device.type)
     if len(model.embedding):
         plan = _plan(model, sharder, mesh)
         if row_sparse:  # the planner refuses what RowSparseSharder makes: gradients that leave the lookup
@@ -78,6 +75,21 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
     if row_sparse:
         return model, SteppedTables(collections, learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_eps)
     return model, FusedTables(collections, learning_rate)
+
+
+def table_optimizer_name(args: OptimizerArgs) -> str:
+    """The optimizer of the sharded tables."""
+    return args.sparse_optimizer_str or args.optimizer_str
+
+
+def is_row_sparse(args: OptimizerArgs, device_type: str) -> bool:
+    """Whether the sharded tables' gradients leave the lookup as sparse rows, for an optimizer of our own."""
+    return table_optimizer_name(args) in ("adam", "adamw") and device_type == "cpu"
+
+
+def table_sharder(args: OptimizerArgs, device_type: str) -> EmbeddingCollectionSharder:
+    """What turns the collections into sharded ones that are trained as ``args`` says."""
+    return RowSparseSharder() if is_row_sparse(args, device_type) else EmbeddingCollectionSharder(_fused_params(args))
 
 
 def sharded_collections(model: GRModel) -> list[ShardedEmbeddingCollection]:
@@ -108,10 +120,11 @@ def write_initial_rows(model: GRModel, seed: int, progress: Progress) -> None:
                 local.tensor[row - first_row : row - first_row + len(part), : part.shape[1]].copy_(part)
 
 
-def _fused_params(name: str, learning_rate: float, args: OptimizerArgs) -> dict[str, Any]:
+def _fused_params(args: OptimizerArgs) -> dict[str, Any]:
+    name = table_optimizer_name(args)
     params: dict[str, Any] = {
         "optimizer": _FUSED_OPTIMIZERS[name],
-        "learning_rate": learning_rate,
+        "learning_rate": args.sparse_learning_rate or args.learning_rate,
         # FBGEMM's default looks up row 0 for an id outside the table and goes on
         "bounds_check_mode": BoundsCheckMode.FATAL,
     }
@@ -122,13 +135,18 @@ def _fused_params(name: str, learning_rate: float, args: OptimizerArgs) -> dict[
     return params
 
 
-def _plan(model: GRModel, sharder: EmbeddingCollectionSharder, mesh: Mesh) -> ShardingPlan:
-    planner = EmbeddingShardingPlanner(
-        topology=Topology(
-            world_size=mesh.world_size, local_world_size=mesh.local_world_size, compute_device=mesh.device.type
-        ),
-        constraints={spec.name: _constraints(spec, mesh.world_size) for spec in model.specs if not spec.replicated},
+def table_planner(
+    specs: Sequence[TableSpec], world_size: int, local_world_size: int, device_type: str
+) -> EmbeddingShardingPlanner:
+    """TorchRec's planner for the tables of ``specs`` that are not replicated. It needs no process group to plan."""
+    return EmbeddingShardingPlanner(
+        topology=Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device_type),
+        constraints={spec.name: _constraints(spec, world_size) for spec in specs if not spec.replicated},
     )
+
+
+def _plan(model: GRModel, sharder: EmbeddingCollectionSharder, mesh: Mesh) -> ShardingPlan:
+    planner = table_planner(model.specs, mesh.world_size, mesh.local_world_size, mesh.device.type)
     plan = planner.collective_plan(model, [sharder], mesh.world_group)
     log.info("tables: %s", {name: table.sharding_type for _, name, table in _named_planned_tables(plan)})
     return plan

@@ -12,6 +12,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import cast
 
 import numpy as np
 import torch
@@ -80,6 +81,28 @@ def start(
     seed_initial_weights(seed)
     log.info("rank %d of %d on %s, %d CPU threads", mesh.rank, mesh.world_size, device, threads)
     return mesh
+
+
+def planned(
+    world_size: int, local_world_size: int, tensor_parallel_size: int, device_type: str, seed: int = 1234
+) -> Mesh:
+    """Rank 0 of a mesh that was never started, to plan with: it has numbers, but no groups."""
+    no_group = cast(dist.ProcessGroup, None)
+    return Mesh(
+        device=torch.device(device_type),
+        rank=0,
+        world_size=world_size,
+        local_rank=0,
+        local_world_size=local_world_size,
+        dp_rank=0,
+        dp_size=world_size // tensor_parallel_size,
+        tp_rank=0,
+        tp_size=tensor_parallel_size,
+        world_group=no_group,
+        dp_group=no_group,
+        tp_group=no_group,
+        seed=seed,
+    )
 
 
 def finish(wait: bool = True) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from hstu.data.collate import Assembler, Collator, FeatureRoles, StoreReader, re
 from hstu.data.datasets import predefined_embeddings, resolve_name
 from hstu.data.loader import build_loader
 from hstu.data.negatives import Negatives
-from hstu.data.sampler import EvalSampler, SamplerPosition, TrainSampler
+from hstu.data.sampler import BatchPlan, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.samples import SampleTable, StochasticLength
 from hstu.data.sequences import Split, build_samples
 from hstu.data.skipping import SkippedSamples
@@ -30,6 +32,15 @@ from hstu.train.sharing import choose_sharing
 from hstu.train.tables import check_rows, choose_tables
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank trains on in one step, by its lengths. item_lengths, num_candidates, num_labels: int64 [b]."""
+
+    item_lengths: np.ndarray
+    num_candidates: np.ndarray
+    num_labels: np.ndarray
 
 
 class BatchSource(ABC):
@@ -54,6 +65,18 @@ class BatchSource(ABC):
     @abstractmethod
     def least_action(self) -> int:
         """The smallest action of the data, which must have an action feature."""
+
+    def train_shares(self, rank: int, steps: int) -> list[Share]:
+        """The shares of ``rank`` in the first ``steps`` steps of training, planned and not read."""
+        sampler = self._train_sampler(SamplerPosition())
+        sampler.rank = rank
+        return [self._share(plan) for plan in islice(sampler, steps)]
+
+    @abstractmethod
+    def _train_sampler(self, position: SamplerPosition) -> TrainSampler: ...
+
+    @abstractmethod
+    def _share(self, plan: BatchPlan) -> Share: ...
 
     @abstractmethod
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
@@ -182,6 +205,11 @@ class StoreSource(BatchSource):
             self._sharing,
         )
 
+    def _share(self, plan: BatchPlan) -> Share:
+        samples, chosen = self._train_samples, plan.indices
+        lengths = samples.stop[chosen] - samples.start[chosen]
+        return Share(lengths, samples.num_candidates[chosen], samples.num_labels[chosen])
+
     def _collator(self, store: SequenceStore, samples: SampleTable, batch_size: int, *, training: bool) -> Collator:
         # Roles, corpus and hashing are those of the data that is trained on, whichever store is read: a second one may
         # have other features besides and fewer ids, which then fit the tables.
@@ -241,7 +269,7 @@ class RandomSource(BatchSource):
             group.max_sequence_length for group in args.feature_args if args.item_feature_name in group.feature_names
         )
         self._sharing = choose_sharing(config, self.roles, self.max_items, *self._train.lengths())
-        self.batches_per_epoch = self._train.train_sampler(sharing=self._sharing).batches_per_epoch
+        self.batches_per_epoch = self._train_sampler(SamplerPosition()).batches_per_epoch
         self.eval_splits = self.final_splits = ("valid",)
 
     @property
@@ -251,8 +279,7 @@ class RandomSource(BatchSource):
 
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""
-        sampler = self._train.train_sampler(position, self._sharing)
-        batches = build_loader(self._train, sampler, pin_memory=self._mesh.device.type == "cuda")
+        batches = build_loader(self._train, self._train_sampler(position), pin_memory=self._mesh.device.type == "cuda")
         return with_groups(batches, self.roles.item, self._mesh)
 
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
@@ -261,6 +288,12 @@ class RandomSource(BatchSource):
             self._eval[split] = self._dataset(split, self._config.trainer.eval_batch_size)
         dataset = self._eval[split]
         return with_groups(build_loader(dataset, dataset.eval_sampler()), self.roles.item, self._mesh)
+
+    def _train_sampler(self, position: SamplerPosition) -> TrainSampler:
+        return self._train.train_sampler(position, self._sharing)
+
+    def _share(self, plan: BatchPlan) -> Share:
+        return Share(*self._train.lengths_of(plan.ordinals))
 
     def _dataset(self, split: Split, batch_size: int) -> SyntheticDataset:
         wanted = _Wanted(self._config)

@@ -1,0 +1,137 @@
+"""Bytes of what a rank keeps from step to step: weights, gradients, optimizer states, tables. Equal to the byte."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from hstu.config.args import OptimizerArgs, RankingArgs
+from hstu.model.embedding import TableSpec, build_collections
+from hstu.ops.relative_bias import NUM_TIME_BUCKETS
+from hstu.parallel.embedding import table_optimizer_name, table_planner, table_sharder
+from hstu.train.estimate.situation import Situation
+
+NUMBER = 4
+"""Parameters, gradients and states are float32, whatever the compute type."""
+_STATES_OF_DENSE = {"adam": 2, "adamw": 2, "adagrad": 1, "rowwise_adagrad": 1, "sgd": 0}
+_STATES_OF_TABLE = {"adam": 2, "adamw": 2, "adagrad": 1, "sgd": 0}  # numbers an element; rowwise_adagrad: one a row
+
+
+def dense_parameters(situation: Situation) -> dict[str, int]:
+    """Elements of each parameter of the dense part on a rank, the replicated tables not among them.
+
+    Over a tensor-parallel group the two projections and the output norm of a layer are cut, all else is on each rank.
+    """
+    network, features, tp = situation.config.network, situation.features, situation.tp_size
+    hidden, inner = network.hidden_size, network.num_attention_heads * network.kv_channels
+    counts: dict[str, int] = {}
+    for role, width in projected_roles(situation).items():
+        counts |= _mlp(f"projection of {role}", width, [hidden, hidden], bias=True)
+    if network.position_encoding == "absolute":
+        counts["positions"] = network.num_position_buckets * hidden
+    for layer in range(network.num_layers):
+        own = {
+            "input_norm.weight": hidden,
+            "input_norm.bias": hidden,
+            "uvqk.weight": hidden * 4 * inner // tp,
+            "uvqk.bias": 4 * inner // tp,
+            "output_norm.weight": inner // tp,
+            "output_norm.bias": inner // tp,
+            "out.weight": inner * hidden // tp,
+        }
+        if network.position_encoding == "relative_bias":
+            own |= {"position_bias": 2 * features.max_tokens(network) - 1, "time_bias": NUM_TIME_BUCKETS}
+        counts |= {f"layer {layer}.{name}": count for name, count in own.items()}
+    args = situation.config.task_args
+    if isinstance(args, RankingArgs):
+        counts |= _mlp("head", hidden, args.prediction_head_arch, args.prediction_head_bias)
+    elif network.item_width != hidden:
+        counts |= _mlp("query projection", hidden, [network.item_width], bias=True)
+    return counts
+
+
+def projected_roles(situation: Situation) -> dict[str, int]:
+    """The kinds of features whose rows are not hidden_size wide, with that width."""
+    network, roles = situation.config.network, situation.roles
+    widths = {"item": network.item_width}
+    if roles.action is not None:
+        widths["action"] = network.item_width
+    if roles.contextual:
+        widths["contextual"] = network.contextual_width
+    return {role: width for role, width in widths.items() if width != network.hidden_size}
+
+
+def _mlp(name: str, in_width: int, widths: list[int], bias: bool) -> dict[str, int]:
+    counts = {}
+    for layer, (before, after) in enumerate(zip([in_width, *widths], widths, strict=False)):
+        counts[f"{name}.{layer}.weight"] = before * after
+        if bias:
+            counts[f"{name}.{layer}.bias"] = after
+    return counts
+
+
+def replicated_elements(situation: Situation) -> int:
+    """Elements of the data_parallel tables, all of which every rank has."""
+    return sum(spec.rows * spec.dim for spec in situation.specs if spec.replicated)
+
+
+def dense_state_bytes(elements: int, tensors: int, args: OptimizerArgs) -> int:
+    """The dense optimizer's state of ``tensors`` parameters of so many elements together, step counts included."""
+    if args.optimizer_str == "sgd":
+        return elements * NUMBER if args.momentum > 0 else 0
+    return elements * NUMBER * _STATES_OF_DENSE[args.optimizer_str] + tensors * NUMBER
+
+
+@dataclass(frozen=True)
+class TableShards:
+    """How the planner cuts one table."""
+
+    spec: TableSpec
+    sharding: str
+    """row_wise, table_wise or column_wise."""
+    shards: tuple[tuple[int, int, int], ...]
+    """(rank, rows, columns) of each."""
+
+    def weight_bytes(self, ranks: int) -> np.ndarray:
+        """Bytes of the rows on each rank, int64 [ranks]."""
+        return self._by_rank(ranks, [(rank, rows * columns) for rank, rows, columns in self.shards])
+
+    def state_bytes(self, ranks: int, optimizer: str) -> np.ndarray:
+        """Bytes of the optimizer's state on each rank, int64 [ranks]."""
+        if optimizer == "rowwise_adagrad":
+            return self._by_rank(ranks, [(rank, rows) for rank, rows, _ in self.shards])
+        return self.weight_bytes(ranks) * _STATES_OF_TABLE[optimizer]
+
+    def _by_rank(self, ranks: int, elements: list[tuple[int, int]]) -> np.ndarray:
+        numbers = np.zeros(ranks, dtype=np.int64)
+        for rank, count in elements:
+            numbers[rank] += count
+        return numbers * NUMBER
+
+
+def plan_tables(situation: Situation) -> tuple[TableShards, ...]:
+    """What TorchRec's planner will do with the sharded tables: it is asked, with the constraints of a run."""
+    specs = {spec.name: spec for spec in situation.specs if not spec.replicated}
+    if not specs:
+        return ()
+    model = nn.Module()
+    model.embedding = build_collections(situation.specs)
+    planner = table_planner(situation.specs, situation.world_size, situation.ranks_per_host, situation.device_type)
+    plan = planner.plan(model, [table_sharder(situation.config.optimizer, situation.device_type)])
+    found = []
+    for tables in plan.plan.values():
+        for name, table in tables.items():
+            shards = tuple((s.placement.rank(), *s.shard_sizes) for s in table.sharding_spec.shards)
+            found.append(TableShards(specs[name], table.sharding_type, shards))
+    return tuple(found)
+
+
+def table_bytes(situation: Situation, plan: tuple[TableShards, ...]) -> tuple[int, int]:
+    """(rows, optimizer states) of the sharded tables on the rank that has most of both."""
+    ranks, optimizer = situation.world_size, table_optimizer_name(situation.config.optimizer)
+    weights = sum((table.weight_bytes(ranks) for table in plan), np.zeros(ranks, dtype=np.int64))
+    states = sum((table.state_bytes(ranks, optimizer) for table in plan), np.zeros(ranks, dtype=np.int64))
+    busiest = int((weights + states).argmax())
+    return int(weights[busiest]), int(states[busiest])

@@ -1,0 +1,108 @@
+"""Memory per rank, bytes exchanged and time of a training step, reckoned before any rank is started.
+
+    python scripts/estimate.py --gin-config-file configs/benchmark_ranking.gin --world-size 16 --tp 2 --device h100
+
+No GPU is touched. For a GPU the time is a roofline: published peaks times assumed efficiencies (``--set`` changes any
+number: --set network_gb_s=25 --set attention_efficiency=0.5). For the CPU (``--device cpu``, the default) the run's
+operators are timed here for some seconds. docs/distributed.md explains the formulas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
+
+from hstu.config.cli import read_and_check
+from hstu.config.errors import EXIT_DONE, ConfigError, UserError
+from hstu.config.run_config import RunConfig, Task
+from hstu.observe.environment import check_packages
+
+DEVICES = ("cpu", "h100", "h200", "a100", "b200", "l40s", "a10")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message} (--help lists the options)")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; ConfigError for what it does not allow."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--gin-config-file", dest="files", action="extend", nargs="+", default=[], metavar="FILE")
+    add("--gin-bindings", dest="bindings", action="extend", nargs="+", default=[], metavar="BINDING")
+    add("--world-size", type=int, default=1, help="ranks (1)")
+    add("--tp", type=int, help="tensor-parallel size (what the file says)")
+    add("--ranks-per-host", type=int, help="ranks of a host (8, or all where there are fewer; on a CPU all)")
+    add("--device", choices=DEVICES, default="cpu")
+    add("--set", dest="settings", action="append", default=[], metavar="NAME=NUMBER", help="a number of the machine")
+    add("--task", choices=("ranking", "retrieval"), help="what the file describes, if it does not tell")
+    add("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    for name in ("world_size", "tp", "ranks_per_host"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if options.ranks_per_host is None:
+        options.ranks_per_host = options.world_size if options.device == "cpu" else min(8, options.world_size)
+    if options.world_size % options.ranks_per_host:
+        raise ConfigError(f"--world-size {options.world_size} is no multiple of {options.ranks_per_host} ranks a host")
+    return options
+
+
+def read(options: argparse.Namespace) -> RunConfig:
+    """The checked configuration for ``world_size`` ranks."""
+    tp = [] if options.tp is None else [f"TensorModelParallelArgs.tensor_model_parallel_size = {options.tp}"]
+    task = options.task or _task_of(options)
+    return read_and_check(options.files, [*options.bindings, *tp], task, options.world_size)[0]
+
+
+def _task_of(options: argparse.Namespace) -> Task:
+    """The task whose arguments are bound."""
+    texts = [Path(file).read_text(encoding="utf-8") for file in options.files if Path(file).is_file()]
+    is_retrieval = any("RetrievalArgs." in text for text in [*texts, *options.bindings])
+    return "retrieval" if is_retrieval else "ranking"
+
+
+def run(options: argparse.Namespace) -> str:
+    """The report."""
+    config = read(options)
+    check_packages()
+
+    import torch
+
+    from hstu.observe.logging import quiet_libraries
+    from hstu.train.estimate import calibration, machine, report
+    from hstu.train.estimate.estimate import estimate
+    from hstu.train.estimate.situation import look_at
+
+    quiet_libraries()
+    on_cpu = options.device == "cpu"
+    situation = look_at(config, options.world_size, options.ranks_per_host, "cpu" if on_cpu else "cuda")
+    dtype = getattr(torch, config.network.dtype_str)
+    device = calibration.this_cpu(situation) if on_cpu else machine.gpu(options.device, dtype)
+    device = machine.with_settings(device, dict(text.partition("=")[::2] for text in options.settings))
+    found = estimate(situation, device, calibration.batch_seconds(situation) if on_cpu else 0.0)
+    if options.json:
+        return json.dumps(report.as_json(found, situation), indent=1)
+    return report.as_text(found, situation, device)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the estimate; returns the exit code."""
+    try:
+        print(run(parse(argv)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""scripts/estimate.py as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import estimate as script
+
+BENCHMARK = ["--gin-config-file", "configs/benchmark_ranking.gin"]
+
+
+@pytest.mark.parametrize("device", [device for device in script.DEVICES if device != "cpu"])
+def test_every_gpu_has_an_estimate(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main([*BENCHMARK, "--world-size", "16", "--tp", "2", "--device", device, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["world_size"] == 16 and found["tensor_parallel"] == 2
+    assert 0 < found["mfu"] < 1 and found["step_s"] > 0
+    assert found["memory"]["sharded tables"] == 2 * 1_000_000 * 1024 * 4 // 16
+
+
+def test_the_report_is_readable_and_names_what_was_assumed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        script.main(["--gin-config-file", "configs/ml_1m_retrieval.gin", "--world-size", "4", "--device", "a10"]) == 0
+    )
+    text = capsys.readouterr().out
+    for part in ("retrieval", "4 ranks on 1 host", "memory per rank", "expected step", "tokens/s", "note: "):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no configuration: give --gin-config-file"),
+        ([*BENCHMARK, "--world-size", "3", "--tp", "2"], "must divide the number of ranks, which is 3"),
+        ([*BENCHMARK, "--world-size", "0"], "--world-size 0: expected at least 1"),
+        ([*BENCHMARK, "--world-size", "12", "--device", "h100"], "no multiple of 8 ranks a host"),
+        ([*BENCHMARK, "--device", "tpu"], "command line: argument --device: invalid choice"),
+        ([*BENCHMARK, "--device", "h100", "--set", "speed=9"], "--set speed: no number of a machine"),
+        (["--gin-config-file", "missing.gin"], "missing.gin"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(arguments) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""What the estimate reckons with, and how its parts make a step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from hstu.config.errors import ConfigError
+from hstu.config.gin_io import load
+from hstu.parallel.mesh import Mesh
+from hstu.train.estimate import calibration, machine
+from hstu.train.estimate.estimate import estimate
+from hstu.train.estimate.report import as_text, size
+from hstu.train.estimate.situation import look_at
+from tests.train.estimate.runs import run_config
+
+H100 = machine.gpu("h100", torch.bfloat16)
+
+
+def test_lengths_are_those_of_the_run_and_the_slowest_rank_is_waited_for() -> None:
+    two = look_at(run_config(), 2, 2, "cuda")
+    one = look_at(run_config(bindings=["TrainerArgs.train_batch_size = 32"]), 1, 1, "cuda")
+    assert [sum(batch.items for batch in step) for step in two.steps] == [step[0].items for step in one.steps]
+    assert two.straggling > one.straggling == 1
+    balanced = look_at(run_config(bindings=["TrainerArgs.enable_balanced_shuffler = True"]), 2, 2, "cuda")
+    assert 1 <= balanced.straggling < two.straggling
+
+
+def test_exchanges_hide_behind_computation_as_the_pipeline_allows() -> None:
+    slow_links = dataclasses.replace(H100, link_gb_s=0.01)
+    steps = {}
+    for pipeline in ("none", "native"):
+        situation = look_at(run_config(bindings=[f"TrainerArgs.pipeline_type = {pipeline!r}"]), 2, 2, "cuda")
+        steps[pipeline] = estimate(situation, slow_links)
+    assert steps["native"].step["exchange for tables"] < steps["none"].step["exchange for tables"]
+    beside = dataclasses.replace(slow_links, overlaps=False)
+    assert estimate(situation, beside).step_s > steps["native"].step_s
+    assert estimate(situation, H100).step_s < steps["native"].step_s
+
+
+def test_recomputation_trades_memory_for_time() -> None:
+    plain, again = (
+        estimate(look_at(run_config(bindings=[f"NetworkArgs.recompute_layer = {wanted}"]), 1, 1, "cuda"), H100)
+        for wanted in (False, True)
+    )
+    assert again.memory["activations"] < plain.memory["activations"] / 3
+    assert again.memory["working memory"] > plain.memory["working memory"]
+    assert again.step_s > plain.step_s
+
+
+def test_data_that_is_not_there_is_taken_to_be_as_long_as_allowed(tmp_path) -> None:
+    bindings = [f"DatasetArgs.dataset_path = {str(tmp_path)!r}"]
+    config = load(["configs/ml_1m_retrieval.gin"], bindings, "retrieval")
+    situation = look_at(config, 2, 2, "cuda")
+    assert situation.typical.item_lengths.tolist() == [200] * 128
+    assert {spec.name: spec.rows for spec in situation.specs} == {"movie_id": 3706}
+    assert "not preprocessed" in as_text(estimate(situation, H100), situation, H100)
+
+
+def test_own_data_that_is_not_there_must_name_its_features(tmp_path) -> None:
+    config = run_config()
+    table = config.embeddings[:1]
+    own = load(
+        [],
+        [
+            "DatasetArgs.dataset_name = 'mine'",
+            f"DatasetArgs.dataset_path = {str(tmp_path)!r}",
+            "DatasetArgs.max_sequence_length = 10",
+            f"item/EmbeddingArgs.feature_names = {table[0].feature_names!r}",
+            "item/EmbeddingArgs.table_name = 'item'",
+            "item/EmbeddingArgs.item_vocab_size_or_capacity = 10",
+            "item/EmbeddingArgs.sharding_type = 'model_parallel'",
+            "TrainerArgs.train_batch_size = 1",
+            "TrainerArgs.eval_batch_size = 1",
+            "NetworkArgs.num_layers = 1",
+            "NetworkArgs.hidden_size = 8",
+            "NetworkArgs.num_attention_heads = 1",
+            "NetworkArgs.kv_channels = 8",
+            "OptimizerArgs.optimizer_str = 'sgd'",
+            "OptimizerArgs.learning_rate = 0.1",
+        ],
+        "retrieval",
+    )
+    with pytest.raises(ConfigError, match=r"preprocess_dataset\.py, or name them"):
+        look_at(own, 1, 1, "cuda")
+
+
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+def test_a_cpu_is_measured_operator_by_operator(mesh: Mesh, task: str) -> None:
+    situation = look_at(run_config(task), 2, 2, "cpu")
+    threads = torch.get_num_threads()
+    try:
+        found = estimate(situation, calibration.this_cpu(situation), calibration.batch_seconds(situation))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(seconds > 0 for seconds in found.computing.values())
+    assert 1e-4 < found.step_s < 5
+    assert found.step["exchange for tables"] > 0
+
+
+def test_numbers_of_a_machine_can_be_set() -> None:
+    assert machine.with_settings(H100, {"network_gb_s": "25"}).network_gb_s == 25
+    for settings, message in (({"network_gb": "25"}, "did you mean 'network_gb_s'"), ({"launch_us": "-1"}, "above 0")):
+        with pytest.raises(ConfigError, match=message):
+            machine.with_settings(H100, settings)
+
+
+def test_sizes_are_decimal() -> None:
+    assert [size(number) for number in (12, 3_400, 5.6e6, 7.8e9)] == ["12 B", "3.40 kB", "5.60 MB", "7.80 GB"]

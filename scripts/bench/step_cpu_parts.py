@@ -45,10 +45,10 @@ def matmul_ceiling(size: int = 2048, repeats: int = 5) -> dict[str, float]:
     return ceiling
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    begun = time.perf_counter()
+def _seconds(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    begun = clock()
     run()
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
 def parts_of_a_step(
@@ -90,7 +90,12 @@ def flops_of_parts(batches: Sequence[HSTUBatch], network: NetworkArgs) -> dict[s
 
 
 def attention_costs(width: int = 50, repeats: int = 5) -> list[dict[str, Any]]:
-    """Milliseconds of attention, forward and backward, of batches that differ in how unequal their lengths are."""
+    """Milliseconds of attention, forward and backward, of batches that differ in how unequal their lengths are.
+
+    Processor time on one thread, which neither other processes nor a waiting thread disturb.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     costs = []
     for longest in (100, 200, 400, 800):
@@ -110,10 +115,11 @@ def attention_costs(width: int = 50, repeats: int = 5) -> list[dict[str, Any]]:
                 out = hstu_attention(q, k, v, layout, alpha=0.1, scaling_seqlen=200, bias=bias, backend=Backend.CPU)
                 torch.autograd.grad(out.sum(), [*inputs, *tables])
 
-            best = min(_seconds(run) for _ in range(repeats))
+            best = min(_seconds(run, time.process_time) for _ in range(repeats))
             square = int((lengths**2).sum())
             padded = len(lengths) * longest**2
             costs.append({"lengths": name, "sum_n2": square, "b_n2": padded, "ms": round(best * 1e3, 3)})
+    torch.set_num_threads(threads)
     return costs
 
 
@@ -131,7 +137,7 @@ def draw_costs(costs: Sequence[dict[str, Any]], image: Path) -> None:
             panel.plot(*zip(*points, strict=True), marker, label=f"lengths {name}", alpha=0.8)
         panel.set(xscale="log", yscale="log", xlabel=f"{label} (pairs of tokens)")
         panel.grid(True, color="#e6e6e6")
-    panels[0].set(ylabel="attention, forward + backward (ms)", title="cost over Σ n²")
+    panels[0].set(ylabel="attention, forward + backward (CPU ms)", title="cost over Σ n²")
     panels[1].set(title="the same over B · N², what padding would cost")
     panels[0].legend(frameon=False)
     figure.savefig(image)

@@ -64,12 +64,13 @@ QUERIES_BIAS_90: dict[int, Tiles] = {
     128: ((64, 32, 8, 1), (64, 32, 4, 1)),
     256: ((32, 32, 8, 1),),
 }
-QUERIES_FLOAT32: dict[int, Tiles] = {64: ((16, 16, 4, 1),), 128: ((16, 16, 4, 2),), 256: ((16, 16, 8, 1),)}
+QUERIES_FLOAT32: dict[int, Tiles] = {128: ((16, 16, 4, 1),), 256: ((16, 16, 8, 1),)}
+QUERIES_BIAS_FLOAT32: dict[int, Tiles] = {64: ((16, 16, 4, 1),), 128: ((16, 16, 4, 2),), 256: ((16, 16, 8, 1),)}
 
 TABLES = {
-    "forward": ((FORWARD_80, FORWARD_90), (FORWARD_BIAS_80, FORWARD_BIAS_90), FORWARD_FLOAT32),
-    "keys": ((KEYS_80, KEYS_90), (KEYS_BIAS_80, KEYS_BIAS_90), KEYS_FLOAT32),
-    "queries": ((QUERIES_80, QUERIES_90), (QUERIES_BIAS_80, QUERIES_BIAS_90), QUERIES_FLOAT32),
+    "forward": ((FORWARD_80, FORWARD_90), (FORWARD_BIAS_80, FORWARD_BIAS_90), (FORWARD_FLOAT32, FORWARD_FLOAT32)),
+    "keys": ((KEYS_80, KEYS_90), (KEYS_BIAS_80, KEYS_BIAS_90), (KEYS_FLOAT32, KEYS_FLOAT32)),
+    "queries": ((QUERIES_80, QUERIES_90), (QUERIES_BIAS_80, QUERIES_BIAS_90), (QUERIES_FLOAT32, QUERIES_BIAS_FLOAT32)),
 }
 
 
@@ -78,7 +79,8 @@ def attention_configs(
 ) -> list[Config]:
     """Configurations of the kernel (forward, keys, queries) to choose from."""
     plain, with_bias, float32 = TABLES[kernel]
-    by_width = float32 if itemsize > 2 else (with_bias if has_bias else plain)[capability >= (9, 0)]
+    by_capability = with_bias if has_bias else plain
+    by_width = float32[has_bias] if itemsize > 2 else by_capability[capability >= (9, 0)]
     tiles = next(by_width[width] for width in sorted(by_width) if block_d <= width)
     return [Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in tiles]
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -86,9 +87,9 @@ def run(options: argparse.Namespace) -> str:
     on_cpu = options.device == "cpu"
     situation = look_at(config, options.world_size, options.ranks_per_host, "cpu" if on_cpu else "cuda")
     dtype = getattr(torch, config.network.dtype_str)
-    device = calibration.this_cpu(situation) if on_cpu else machine.gpu(options.device, dtype)
-    device = machine.with_settings(device, dict(text.partition("=")[::2] for text in options.settings))
-    found = estimate(situation, device, calibration.batch_seconds(situation) if on_cpu else 0.0)
+    with calibration.this_cpu(situation) if on_cpu else nullcontext(machine.gpu(options.device, dtype)) as device:
+        device = machine.with_settings(device, dict(text.partition("=")[::2] for text in options.settings))
+        found = estimate(situation, device, calibration.batch_seconds(situation) if on_cpu else 0.0)
     if options.json:
         return json.dumps(report.as_json(found, situation), indent=1)
     return report.as_text(found, situation, device)

@@ -169,7 +169,8 @@ def measure(name: str, rounds: int, steps: int) -> dict[str, Any]:
         ranks.ask("3")
         for _ in range(rounds):
             torch.set_num_threads(1)
-            expected = estimate(situation, this_cpu(situation, clock), batch_seconds(situation, clock))
+            with this_cpu(situation, clock) as machine:
+                expected = estimate(situation, machine, batch_seconds(situation, clock))
             estimates.append(expected.step_s)
             measured.append(statistics.median(ranks.ask(str(steps))))
         peak = ranks.ask("memory")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import statistics
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,6 +31,16 @@ from hstu.train.estimate.work import (
 )
 from hstu.train.sources import open_source
 
+_NEIGHBOUR = """
+import numpy as np
+matrix, array = np.ones((384, 384), np.float32), np.ones(1 << 21, np.float32)
+print(flush=True)
+while True:
+    for _ in range(20):
+        matrix @ matrix
+    for _ in range(4):
+        array += 1
+"""
 _BUDGET_S = 0.15
 _CACHE_BYTES = 1 << 25
 """What other operators of a step have touched since an operator's inputs were written: as large as a common cache."""
@@ -50,8 +63,9 @@ class ThisCpu(Machine):
         return timed.scale * (op.times * once * (1 + op.extra_forwards / 3) + more)
 
 
-def this_cpu(situation: Situation, clock: Clock = time.perf_counter) -> ThisCpu:
-    """The machine that a rank has to itself where ``ranks_per_host`` of them share this host.
+@contextmanager
+def this_cpu(situation: Situation, clock: Clock = time.perf_counter) -> Iterator[ThisCpu]:
+    """The machine that a rank has where ``ranks_per_host`` of them share this host, whose other cores work meanwhile.
 
     clock: seconds; that of the process where others disturb it and it has one thread.
     """
@@ -59,19 +73,40 @@ def this_cpu(situation: Situation, clock: Clock = time.perf_counter) -> ThisCpu:
     torch.set_num_threads(max(1, cores // situation.ranks_per_host))
     dtype = torch.float32 if situation.compute_bytes == 4 else torch.bfloat16
     latency_s, rate = _gloo() if situation.world_size > 1 else (1e-4, 1e9)
-    return ThisCpu(
-        name="this CPU",
-        memory_gb=psutil.virtual_memory().total / 1e9 / situation.ranks_per_host,
-        peak_tflops=peak_tflops(torch.device("cpu"), dtype).value,
-        memory_gb_s=_copy_rate() / 1e9,
-        link_gb_s=rate / 1e9,
-        network_gb_s=rate / 1e9,
-        link_latency_us=latency_s * 1e6,
-        network_latency_us=latency_s * 1e6,
-        link_efficiency=1.0,
-        overlaps=False,
-        clock=clock,
-    )
+    with _neighbours(min(situation.ranks_per_host, cores) - 1):
+        yield ThisCpu(
+            name="this CPU",
+            memory_gb=psutil.virtual_memory().total / 1e9 / situation.ranks_per_host,
+            peak_tflops=peak_tflops(torch.device("cpu"), dtype).value,
+            memory_gb_s=_copy_rate() / 1e9,
+            link_gb_s=rate / 1e9,
+            network_gb_s=rate / 1e9,
+            link_latency_us=latency_s * 1e6,
+            network_latency_us=latency_s * 1e6,
+            link_efficiency=1.0,
+            overlaps=False,
+            clock=clock,
+        )
+
+
+@contextmanager
+def _neighbours(count: int) -> Iterator[None]:
+    """``count`` processes that do what ranks do, products and sums of arrays, for as long as this is open.
+
+    Cores share caches, memory and power: each is slower when all are busy.
+    """
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _NEIGHBOUR]
+    processes = [subprocess.Popen(command, env=alone, stdout=subprocess.PIPE) for _ in range(count)]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()  # it has begun
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def batch_seconds(situation: Situation, clock: Clock = time.perf_counter) -> float:

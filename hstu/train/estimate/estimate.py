@@ -90,8 +90,8 @@ def memory(situation: Situation, plan: tuple[parameters.TableShards, ...]) -> di
     working = max(working_of_task, alive - kept + activations.backward_bytes(situation, tokens))
     activated = layers * kept + activations.input_bytes(situation, batch, tokens) + kept_of_task
     gradients = (dense + replicated) * NUMBER
-    if situation.dp_size == 1:  # no buckets of DDP: they take the place of the activations that backward lets go
-        gradients = max(0, gradients - activated)
+    if situation.dp_size == 1:  # no buckets of DDP
+        gradients = _beyond_activations(counts, layers, kept, gradients - activated - working)
     return {
         "dense weights": dense * NUMBER,
         "replicated tables": replicated * NUMBER,
@@ -104,6 +104,17 @@ def memory(situation: Situation, plan: tuple[parameters.TableShards, ...]) -> di
         "working memory": working,
         "batches": activations.batch_bytes(situation, batch),
     }
+
+
+def _beyond_activations(counts: dict[str, int], layers: int, kept: int, at_the_end: int) -> int:
+    """Bytes that gradients add to a step's peak where each comes into being as backward lets activations go.
+
+    counts: elements of the parameters. kept: activations of a layer. at_the_end: what all gradients take beyond them.
+    """
+    layer = sum(count for name, count in counts.items() if name.startswith("layer 0."))
+    after = sum(count for name, count in counts.items() if name.startswith(("head", "query")))
+    passed = (NUMBER * (after + (done + 1) * layer) - done * kept for done in range(layers))
+    return max(0, at_the_end, *passed)
 
 
 def _step(

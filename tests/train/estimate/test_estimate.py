@@ -92,7 +92,8 @@ def test_a_cpu_is_measured_operator_by_operator(mesh: Mesh, task: str) -> None:
     situation = look_at(run_config(task), 2, 2, "cpu")
     threads = torch.get_num_threads()
     try:
-        found = estimate(situation, calibration.this_cpu(situation), calibration.batch_seconds(situation))
+        with calibration.this_cpu(situation) as cpu:
+            found = estimate(situation, cpu, calibration.batch_seconds(situation))
     finally:
         torch.set_num_threads(threads)
     assert all(seconds > 0 for seconds in found.computing.values())

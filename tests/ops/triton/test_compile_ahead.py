@@ -67,7 +67,7 @@ def test_main_variants_launch_every_kernel_that_any_variant_does() -> None:
 
 def test_the_table_names_what_was_compiled() -> None:
     variant = VARIANTS["hstu_attention 64 causal, bfloat16"]
-    compiled = Compiled("attention_forward", 90, "128 × 64, 8 warps, 3 stages", 128, 65536, 0, 0, 1000, 16, 0)
+    compiled = Compiled("attention_forward", 90, "128 × 64, 8 warps, 3 stages", 128, 65536, 0, 0, 1000, 16, 0, 4)
     table = as_markdown([describe(variant, compiled, is_first=True)])
     assert (
         "| 90 | attention_forward | 64 | causal, bfloat16 | **128 × 64, 8 warps, 3 stages** | 128 | 64 | 0 |" in table

@@ -2,7 +2,7 @@
 
     python scripts/bench/estimate_check.py [--only NAME] [--rounds 5] [--steps 10] [--output FILE.json]
 
-Each case runs in ranks of its own with one thread each: give this process as many cores as a case has ranks. Estimates
+Each case runs in ranks of its own with one thread each; cases of more ranks than cores are left out. Estimates
 (this process, by the code of scripts/estimate.py) and steps take turns, since other work on the machine slows both:
 compared is the median over the rounds of estimate over measurement. Memory is the peak of what torch has allocated in
 a step, by its profiler, on rank 0. The MovieLens cases need tmp_data/ml-1m.
@@ -39,6 +39,7 @@ from hstu.train.estimate.situation import look_at
 from hstu.train.sources import open_source
 
 ROOT = Path(__file__).resolve().parents[2]
+CORES = sorted(os.sched_getaffinity(0))
 SMALL = [
     "NetworkArgs.num_layers = 2",
     "NetworkArgs.hidden_size = 128",
@@ -163,12 +164,12 @@ def measure(name: str, rounds: int, steps: int) -> dict[str, Any]:
     """One case."""
     config, world_size, clock = read(name), CASES[name][3], clock_of(name)
     situation = look_at(config, world_size, world_size, "cpu")
+    os.sched_setaffinity(0, CORES[:world_size])  # one each; the ranks inherit it
     ranks = Ranks(name)
     estimates, measured = [], []
     try:
         ranks.ask("3")
         for _ in range(rounds):
-            torch.set_num_threads(1)
             with this_cpu(situation, clock) as machine:
                 expected = estimate(situation, machine, batch_seconds(situation, clock))
             estimates.append(expected.step_s)
@@ -206,7 +207,7 @@ def main() -> None:
         return
     quiet_libraries()
     rows = []
-    for name in [options.only] if options.only else CASES:
+    for name in [options.only] if options.only else [name for name in CASES if CASES[name][3] <= len(CORES)]:
         rows.append(measure(name, options.rounds, options.steps))
         row = rows[-1]
         print(
@@ -217,7 +218,7 @@ def main() -> None:
     report = {
         "torch": torch.__version__,
         "cpu": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(CORES),
         "cases": rows,
     }
     text = json.dumps(report, indent=1)

@@ -26,9 +26,8 @@ from hstu.parallel.mesh import planned
 from hstu.train.estimate.machine import Machine
 from hstu.train.estimate.situation import Situation
 from hstu.train.estimate.timed_ops import prepare
-from hstu.train.estimate.work import (
-    Op,
-)
+from hstu.train.estimate.traffic import Transfer
+from hstu.train.estimate.work import Op
 from hstu.train.sources import open_source
 
 _NEIGHBOUR = """
@@ -61,6 +60,12 @@ class ThisCpu(Machine):
         once = seconds_of(timed.run, self.clock)
         more = max(0.0, seconds_of(timed.first, self.clock) - once) if timed.first else 0.0
         return timed.scale * (op.times * once * (1 + op.extra_forwards / 3) + more)
+
+    def transfer_seconds(self, transfer: Transfer, over_hosts: bool) -> float:
+        """As Machine, but gloo sums whole tensors where a part would do."""
+        if transfer.kind == "reduce_scatter":
+            transfer = dataclasses.replace(transfer, kind="all_reduce")
+        return super().transfer_seconds(transfer, over_hosts)
 
 
 @contextmanager

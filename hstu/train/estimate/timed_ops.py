@@ -25,7 +25,7 @@ from hstu.ops.attention import hstu_attention
 from hstu.ops.dropout import dropout
 from hstu.ops.jagged import jagged_concat, token_order
 from hstu.ops.layout import JaggedLayout, build_layout
-from hstu.ops.norm_mul_dropout import norm_mul_dropout
+from hstu.ops.norm_mul_dropout import SplitHeads, norm_mul_dropout
 from hstu.ops.positions import add_positions
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
 from hstu.ops.softmax_loss import pool_softmax_loss, sampled_softmax_loss
@@ -127,8 +127,20 @@ def _(op: Gate) -> Timed:
     x, u = torch.randn(rows, op.heads, op.width).to(_dtype(op.c)).requires_grad_(), uvqk[:, :, 0].requires_grad_()
     norm = nn.LayerNorm(op.heads * op.width)
 
+    # The exchange itself is counted as such (traffic.py).
+    split = SplitHeads(0, lambda own: own.expand(op.ranks, *own.shape)) if op.ranks > 1 else None
+
     def forward() -> Tensor:
-        return norm_mul_dropout(x, u, norm.weight, norm.bias, eps=norm.eps, dropout=op.dropout, training=True)
+        return norm_mul_dropout(
+            x,
+            u,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            dropout=op.dropout,
+            training=True,
+            split_heads=split,
+        )
 
     return Timed(_both_ways(forward, [x, u, *norm.parameters()]), scale)
 

@@ -117,6 +117,12 @@ def _layers(situation: Situation, batch: Batch) -> Iterator[Transfer]:
     yield Transfer(
         "statistics of the output norm", "all_gather", "tensor", tp, layers * (1 + again), norms * (1 + again)
     )
+    parameters = dense_parameters(situation)
+    names = ["position_bias", "time_bias", *(["input_norm.weight"] * 2 if network.sequence_parallel else [])]
+    shared = [parameters.get(f"layer 0.{name}", 0) for name in names]  # the norm's bias is as large as its weight
+    calls = layers * sum(count > 0 for count in shared)
+    payload = layers * sum(shared) * NUMBER
+    yield Transfer("gradients of what is shared", "all_reduce", "tensor", tp if calls else 1, calls, payload)
     if not network.sequence_parallel:
         yield Transfer("sums of W_o", "all_reduce", "tensor", tp, layers * again, layers * again * width * c)
         yield Transfer("gradients of W_uvqk's input", "all_reduce", "tensor", tp, layers, layers * width * c, "weights")

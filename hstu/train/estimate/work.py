@@ -105,6 +105,8 @@ class Silu(Op):
 class Gate(Op):
     """Dropout(LayerNorm(attention) ⊙ U) of [rows, heads, width] (hstu/ops/norm_mul_dropout.py)."""
 
+    ranks: int
+    """Over which the heads of a row are cut."""
     rows: int
     heads: int
     width: int
@@ -349,6 +351,7 @@ def _layers(situation: Situation, batch: Batch) -> Iterator[Op]:
     )
     yield Gate(
         name="norm, gate, dropout",
+        ranks=tp,
         times=layers,
         extra_forwards=whole,
         rows=tokens,

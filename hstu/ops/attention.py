@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.autograd import Function
 
 from hstu.ops.backends import Backend
 from hstu.ops.cpu.coverage import attention_gap
@@ -65,3 +66,20 @@ def hstu_attention(
     from hstu.ops.pytorch.attention import attention as pytorch
 
     return pytorch(q, k, v, layout, rule, bias)
+
+
+def apply_with_bias(
+    function: type[Function],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: JaggedLayout,
+    rule: AttentionRule,
+    bias: RelativeBias | None,
+) -> Tensor:
+    """Call a backend's autograd function, which takes the weights of the bias, or None twice, between v and layout."""
+    if bias is not None and layout.token_times is None:
+        raise ValueError("a relative bias needs the times of the layout")
+    weights = (None, None) if bias is None else (bias.position_weight, bias.time_weight)
+    out: Tensor = function.apply(q, k, v, *weights, layout, rule)
+    return out

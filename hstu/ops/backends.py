@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from enum import StrEnum
 
@@ -10,6 +11,7 @@ import torch
 from hstu.config.errors import ConfigError
 from hstu.ops.cpu import coverage as cpu_coverage
 from hstu.ops.cutlass import coverage as cutlass_coverage
+from hstu.ops.self_check import KernelsDisagree
 from hstu.ops.triton import coverage as triton_coverage
 
 logger = logging.getLogger(__name__)
@@ -117,15 +119,7 @@ def _triton_gap(device: torch.device) -> str | None:
     if capability < triton_coverage.LEAST_CAPABILITY:
         least = ".".join(map(str, triton_coverage.LEAST_CAPABILITY))
         return f"compute capability {'.'.join(map(str, capability))} < {least}"
-    try:
-        from hstu.ops.triton.self_check import KernelsDisagree, check_kernels
-    except ImportError as error:
-        return f"Triton does not import ({error})"
-    try:
-        check_kernels(device)
-    except KernelsDisagree as problem:
-        return str(problem)
-    return None
+    return _failed_check("hstu.ops.triton.self_check", "Triton", device)
 
 
 def _cutlass_gap(device: torch.device) -> str | None:
@@ -134,12 +128,17 @@ def _cutlass_gap(device: torch.device) -> str | None:
     if capability not in cutlass_coverage.CAPABILITIES:
         ours = " and ".join(".".join(map(str, known)) for known in cutlass_coverage.CAPABILITIES)
         return f"compute capability {'.'.join(map(str, capability))}: CUTLASS kernels are for {ours}"
+    return _failed_check("hstu.ops.cutlass.self_check", "nvidia-cutlass-dsl", device)
+
+
+def _failed_check(module: str, package: str, device: torch.device) -> str | None:
+    """Why the self check in ``module``, which needs ``package``, does not pass on this GPU; None: it does."""
     try:
-        from hstu.ops.cutlass.self_check import KernelsDisagree, check_kernels
+        self_check = importlib.import_module(module)
     except ImportError as error:
-        return f"nvidia-cutlass-dsl does not import ({error})"
+        return f"{package} does not import ({error})"
     try:
-        check_kernels(device)
+        self_check.check_kernels(device)
     except KernelsDisagree as problem:
         return str(problem)
     return None

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from hstu.ops.cpu.library import address, float32, int32, int64, library, num_threads, pointer
+from hstu.ops.pytorch.softmax_loss import SoftmaxLoss
 
 MOST_PARTIAL_BYTES = 2**27
 """Of gradients of the pool that are summed apart by the threads; beyond, each thread looks at all draws."""
@@ -32,7 +31,7 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-class SampledSoftmaxLoss(Function):
+class SampledSoftmaxLoss(SoftmaxLoss):
     """Softmax against R negatives a query; vectors float32, at most WIDEST_ROW wide."""
 
     @staticmethod
@@ -81,9 +80,3 @@ class SampledSoftmaxLoss(Function):
         if "weights" in made:
             ctx.save_for_backward(made["grad_queries"], made["grad_positives"], made["grad_pool"])
         return made["losses"].sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients that forward computed."""
-        return *(gradient * grad_loss for gradient in ctx.saved_tensors), None, None, None, None

@@ -5,7 +5,6 @@ python -m hstu.ops.cutlass.self_check    check now, whatever has been checked be
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from hstu.ops.cutlass.attention import attention
 from hstu.ops.cutlass.coverage import HEAD_DIMS
 from hstu.ops.layout import JaggedLayout, build_layout
 from hstu.ops.pytorch.attention import attention as reference
+from hstu.ops.self_check import KernelsDisagree, gpu_key, remember
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +29,13 @@ MASKS = ((True, True), (True, False), (False, True))
 """is_causal, contextual_mask."""
 
 
-class KernelsDisagree(Exception):
-    """A kernel is wrong on this machine: which one, and by how much."""
-
-
 def check_kernels(device: torch.device) -> None:
     """Compare the kernels with PyTorch if that has not been done on this machine. Mostly the time to compile them.
 
     Raises KernelsDisagree where a kernel is wrong, with the numbers.
     """
-    passed = cache_directory() / f"cutlass_kernels_{_key(device)}.checked"
+    key = gpu_key(Path(__file__).parent, device, [cutlass.__version__])
+    passed = cache_directory() / f"cutlass_kernels_{key}.checked"
     if passed.exists():
         return
     begun = time.monotonic()
@@ -51,11 +48,7 @@ def check_kernels(device: torch.device) -> None:
             )
     log.info("CUTLASS kernels agree with PyTorch to %.1g (checked in %.1f s)", max(errors.values()),
              time.monotonic() - begun)  # fmt: skip
-    try:
-        passed.parent.mkdir(parents=True, exist_ok=True)
-        passed.touch()
-    except OSError as error:
-        log.info("%s cannot be written (%s): the kernels will be checked again", passed, error.strerror)
+    remember(passed)
 
 
 def kernel_errors(device: torch.device) -> dict[str, float]:
@@ -107,16 +100,6 @@ def small_layout(device: torch.device) -> JaggedLayout:
         target_group_size=4,
         device=device,
     )
-
-
-def _key(device: torch.device) -> str:
-    """Changes with whatever changes the compiled kernels or runs them."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    digest.update(repr((cutlass.__version__, torch.__version__, torch.version.cuda, name, capability)).encode())
-    return digest.hexdigest()[:16]
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hstu.ops.attention import AttentionRule
+from hstu.ops.attention import AttentionRule, apply_with_bias
 from hstu.ops.layout import JaggedLayout, offsets_of
 from hstu.ops.relative_bias import RelativeBias, distance_index, time_buckets
 
@@ -81,11 +81,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, rule: AttentionRule, bias: RelativeBias | None
 ) -> Tensor:
     """See :func:`hstu.ops.attention.hstu_attention`."""
-    if bias is None:
-        return _Attention.apply(q, k, v, None, None, layout, rule)
-    if layout.token_times is None:
-        raise ValueError("a relative bias needs the times of the layout")
-    return _Attention.apply(q, k, v, bias.position_weight, bias.time_weight, layout, rule)
+    return apply_with_bias(_Attention, q, k, v, layout, rule, bias)
 
 
 class _Attention(torch.autograd.Function):

@@ -23,7 +23,17 @@ MIN_BLOCK_ROWS = 256
 """Rows of a block, however large the pool is: fewer make slow matrix products."""
 
 
-class PoolSoftmaxLoss(Function):
+class SoftmaxLoss(Function):
+    """A loss whose forward saves the gradients of queries, positives and pool; four more arguments have none."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients that forward computed."""
+        return *(gradient * grad_loss for gradient in ctx.saved_tensors), None, None, None, None
+
+
+class PoolSoftmaxLoss(SoftmaxLoss):
     """Softmax against the whole pool, block by block."""
 
     @staticmethod
@@ -74,14 +84,8 @@ class PoolSoftmaxLoss(Function):
             ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
         return losses.sum()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients that forward computed."""
-        return *(gradient * grad_loss for gradient in ctx.saved_tensors), None, None, None, None
 
-
-class SampledSoftmaxLoss(Function):
+class SampledSoftmaxLoss(SoftmaxLoss):
     """Softmax against R negatives a query. The largest temporaries are [M, R]."""
 
     @staticmethod
@@ -107,12 +111,6 @@ class SampledSoftmaxLoss(Function):
             grad_positives = add_positive_part(grad_queries, queries, positives, losses, temperature)
             ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
         return losses.sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients that forward computed."""
-        return *(gradient * grad_loss for gradient in ctx.saved_tensors), None, None, None, None
 
 
 def target_losses(positive_logits: Tensor, negative_log_totals: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hstu.ops.attention import AttentionRule
+from hstu.ops.attention import AttentionRule, apply_with_bias
 from hstu.ops.layout import JaggedLayout
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias, time_buckets
 from hstu.ops.triton.attention_backward import attention_backward_keys, attention_backward_queries
@@ -37,11 +37,7 @@ def attention(
         raise ValueError(f"head dim {q.shape[2]} of {q.dtype}: at most {MAX_HEAD_DIM}, in float16, bfloat16 or float32")
     if k.shape != q.shape or v.shape != q.shape or not q.dtype == k.dtype == v.dtype:
         raise ValueError("q, k and v must agree in shape and type")
-    if bias is None:
-        return _Attention.apply(q, k, v, None, None, layout, rule)
-    if layout.token_times is None:
-        raise ValueError("a relative bias needs the times of the layout")
-    return _Attention.apply(q, k, v, bias.position_weight, bias.time_weight, layout, rule)
+    return apply_with_bias(_Attention, q, k, v, layout, rule, bias)
 
 
 class _Attention(torch.autograd.Function):

@@ -5,7 +5,6 @@ python -m hstu.ops.triton.self_check    check now, whatever has been checked bef
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from hstu.ops.pytorch import norm_mul_dropout as reference_gate
 from hstu.ops.pytorch import positions as reference_positions
 from hstu.ops.pytorch import softmax_loss as reference_loss
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
+from hstu.ops.self_check import KernelsDisagree, gpu_key, remember
 from hstu.ops.triton.attention import attention
 from hstu.ops.triton.jagged import jagged_concat
 from hstu.ops.triton.launch import first_configurations
@@ -42,10 +42,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Largest difference, relative to the largest number: above the rounding of the type, far below a defect."""
 
 Function = Callable[..., Tensor]
-
-
-class KernelsDisagree(Exception):
-    """A kernel is wrong on this machine: which one, and by how much."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,8 @@ def check_kernels(device: torch.device) -> None:
 
     Raises KernelsDisagree where a kernel is wrong, with the numbers.
     """
-    passed = cache_directory() / f"triton_kernels_{_key(device)}.checked"
+    key = gpu_key(Path(__file__).parent, device, [triton.__version__])
+    passed = cache_directory() / f"triton_kernels_{key}.checked"
     if passed.exists():
         return
     begun = time.monotonic()
@@ -77,11 +74,7 @@ def check_kernels(device: torch.device) -> None:
     worst = max(error / tolerance for error, tolerance in errors.values())
     log.info("Triton kernels agree with PyTorch to %.0f %% of the tolerance (checked in %.1f s)", 100 * worst,
              time.monotonic() - begun)  # fmt: skip
-    try:
-        passed.parent.mkdir(parents=True, exist_ok=True)
-        passed.touch()
-    except OSError as error:
-        log.info("%s cannot be written (%s): the kernels will be checked again", passed, error.strerror)
+    remember(passed)
 
 
 def kernel_errors(device: torch.device) -> dict[str, tuple[float, float]]:
@@ -92,17 +85,6 @@ def kernel_errors(device: torch.device) -> dict[str, tuple[float, float]]:
         for case in _cases(device):
             errors[case.name] = _error(case, device), TOLERANCE[case.leaves[0].dtype]
     return errors
-
-
-def _key(device: torch.device) -> str:
-    """Changes with whatever changes the compiled kernels or runs them."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    name = torch.cuda.get_device_name(device)
-    parts = triton.__version__, torch.__version__, torch.version.cuda, name, torch.cuda.get_device_capability(device)
-    digest.update(repr(parts).encode())
-    return digest.hexdigest()[:16]
 
 
 def _error(case: Case, device: torch.device) -> float:

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from hstu.ops.pytorch.softmax_loss import add_positive_part, target_losses
+from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, add_positive_part, target_losses
 from hstu.ops.triton.launch import launch
 from hstu.ops.triton.rows import sums_by_key
 from hstu.ops.triton.softmax_kernels import draw_gradients, draw_logits, pool_gradients, pool_log_totals
@@ -21,7 +19,7 @@ MAX_WIDTH = 256
 """Numbers of a vector: what tiles of them leave room for."""
 
 
-class PoolSoftmaxLoss(Function):
+class PoolSoftmaxLoss(SoftmaxLoss):
     """Softmax against the whole pool, block by block. Vectors float32 of at most MAX_WIDTH numbers."""
 
     @staticmethod
@@ -66,14 +64,8 @@ class PoolSoftmaxLoss(Function):
             ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
         return losses.sum()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients that forward computed."""
-        return *(gradient * grad_loss for gradient in ctx.saved_tensors), None, None, None, None
 
-
-class SampledSoftmaxLoss(Function):
+class SampledSoftmaxLoss(SoftmaxLoss):
     """Softmax against R negatives a query. Vectors float32 of at most MAX_WIDTH numbers."""
 
     @staticmethod
@@ -121,12 +113,6 @@ class SampledSoftmaxLoss(Function):
             grad_positives = add_positive_part(grad_queries, queries, positives, losses, temperature)
             ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
         return losses.sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients that forward computed."""
-        return *(gradient * grad_loss for gradient in ctx.saved_tensors), None, None, None, None
 
 
 def _shared(queries: Tensor, pool: Tensor, target_ids: Tensor, pool_ids: Tensor, temperature: float) -> dict[str, Any]:

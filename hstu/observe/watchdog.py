@@ -62,6 +62,10 @@ class Watchdog:
         mesh.progress.mark()
         assert mesh.store is not None
         self._board = Board(mesh.store, mesh.rank, mesh.world_size, mesh.progress)
+        with suppress(RuntimeError):  # the thread will say so, too
+            self._board.tell_place()
+            # Should rank 0 serve the store and die at once, this is all that is known of it.
+            self._first_rank = self._board.await_place_of(0)
         # A signal wakes our thread up even while the main thread, which handles it, is inside a collective.
         self._waker.setblocking(False)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)

@@ -134,10 +134,13 @@ class Board:
 
     def place_of(self, rank: int) -> Place | None:
         """What ``rank`` has told last, if anything."""
-        key = f"place {rank}"
-        if not self._store.check([key]):
+        if not self._store.check([f"place {rank}"]):
             return None
-        told: dict[str, Any] = json.loads(self._store.get(key))
+        return self.await_place_of(rank)
+
+    def await_place_of(self, rank: int) -> Place:
+        """The same; waits a while for a rank that has told nothing yet."""
+        told: dict[str, Any] = json.loads(self._store.get(f"place {rank}"))
         return Place(**told)
 
     def places(self) -> dict[int, Place | None]:

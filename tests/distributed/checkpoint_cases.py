@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from hstu.checkpoint.load import load
+from hstu.checkpoint.save import save
 from hstu.checkpoint.state import TrainState
-from hstu.checkpoint.store import load, save
 from hstu.config.errors import DataError
 from hstu.data.sampler import SamplerPosition
 from hstu.parallel import mesh as mesh_module

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from hstu.checkpoint.load import load
+from hstu.checkpoint.save import save
 from hstu.checkpoint.state import TrainState
-from hstu.checkpoint.store import load, save
 from hstu.config.gin_io import load as load_gin
 from hstu.config.run_config import RunConfig
 from hstu.ops.dropout import dropout as dropout_op

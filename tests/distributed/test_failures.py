@@ -229,16 +229,19 @@ def test_torch_alone_cannot_restart_ranks(tmp_path: Path) -> None:
     """
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, sys, time, torch, torch.distributed as dist\n"
+        "import os, pathlib, sys, time, torch, torch.distributed as dist\n"
         "from datetime import timedelta\n"
-        "attempt = os.environ['TORCHELASTIC_RESTART_COUNT']\n"
-        "if attempt == '1' and os.environ['RANK'] == '0': time.sleep(5)\n"
+        "attempt, looks = os.environ['TORCHELASTIC_RESTART_COUNT'], pathlib.Path(sys.argv[1])\n"
+        "if attempt == '1' and os.environ['RANK'] == '0':\n"
+        "    while not looks.exists(): time.sleep(0.1)\n"
+        "    time.sleep(5)\n"
+        "elif attempt == '1': looks.touch()\n"
         "dist.init_process_group('gloo', timeout=timedelta(seconds=10))\n"
         "dist.all_reduce(torch.ones(1))\n"
-        "print('attempt', attempt, flush=True)\n"
+        "os.write(1, f'attempt {attempt}\\n'.encode())\n"
         "sys.exit(attempt == '0')\n"
     )
-    command = [*TORCHRUN, "2", "--max-restarts", "1", str(program)]
+    command = [*TORCHRUN, "2", "--max-restarts", "1", str(program), str(tmp_path / "looks")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=LAUNCH_S)
     assert "attempt 0" in ended.stdout and "attempt 1" not in ended.stdout
     assert ended.returncode != 0

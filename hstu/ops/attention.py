@@ -53,7 +53,7 @@ class AttentionKernels(Protocol):
         bias: RelativeBias | None,
         grads: tuple[Tensor, Tensor, Tensor],
     ) -> RelativeBias | None:
-        """Write the gradients of q, k and v to ``grads``, of any strides but dense channels; return that of the bias."""
+        """Write the gradients of q, k and v to ``grads``: any strides, dense channels. Returns that of the bias."""
 
 
 def attention_kernels(head_dim: int, dtype: torch.dtype, backend: Backend, *, has_bias: bool) -> AttentionKernels:
@@ -135,9 +135,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *weights = ctx.saved_tensors
-        grads = torch.empty(3, *q.shape, dtype=q.dtype, device=q.device).unbind(0)
-        bias = as_bias(*weights, ctx.layout)
+        q, k, v, position_weight, time_weight = ctx.saved_tensors
+        tokens, heads, width = q.shape
+        grads = torch.empty(tokens, heads, 3, width, dtype=q.dtype, device=q.device).unbind(2)  # as a layer's lie
+        bias = as_bias(position_weight, time_weight, ctx.layout)
         with torch.autocast(q.device.type, enabled=False):
             grad_bias = ctx.kernels.backward(grad, q, k, v, ctx.layout, ctx.rule, bias, grads)
         of_weights = (None, None) if grad_bias is None else (grad_bias.position_weight, grad_bias.time_weight)

@@ -153,46 +153,52 @@ class _Computation:
     def backward(self, grad: Tensor, x: Tensor, kept: Kept) -> tuple[Tensor, LayerWeights]:
         """Gradients of the input and of the weights. grad: [T, D]."""
         weights, rule, ranks = self.weights, self.rule, self.rule.ranks
-        grad_projected, grads = self._backward_to_the_projection(grad, kept)
+        grads: dict[str, Any] = dict.fromkeys(LayerWeights._fields)
+        grad_projected = self._backward_to_the_projection(grad, kept, grads)
         normalised = self._normalise(x)[0] if kept.normalised is None else kept.normalised
         every_token = ranks.every_token(normalised)
         grad_normalised = ranks.summed(grad_projected @ weights.uvqk_weight.to(self.dtype))
         grads["uvqk_weight"] = (grad_projected.t() @ every_token()).to(weights.uvqk_weight.dtype)
         grads["uvqk_bias"] = grad_projected.sum(0).to(weights.uvqk_bias.dtype)
-        grad_x, *grad_norm = normalise_backward(
-            grad_normalised(), x, weights.input_norm_weight, weights.input_norm_bias, kept.input_statistics, rule.backend
-        )
+        norm = weights.input_norm_weight, weights.input_norm_bias
+        grad_x, *grad_norm = normalise_backward(grad_normalised(), x, *norm, kept.input_statistics, rule.backend)
         grads["input_norm_weight"], grads["input_norm_bias"] = map(ranks.sum_over_tokens, grad_norm)
         return grad_x.add_(grad), LayerWeights(**grads)
 
-    def _backward_to_the_projection(self, grad: Tensor, kept: Kept) -> tuple[Tensor, dict[str, Any]]:
-        """Gradient of W_uvqk's output, and of the weights behind it."""
-        weights, rule = self.weights, self.rule
+    def _backward_to_the_projection(self, grad: Tensor, kept: Kept, grads: dict[str, Any]) -> Tensor:
+        """Gradient of W_uvqk's output; those of the weights behind it are put into ``grads``."""
+        rule, ranks = self.rule, self.rule.ranks
         activated = activate(kept.projected, rule.backend) if kept.activated is None else kept.activated
         u, v, q, k = parts(activated, rule.head_dim)
         grad_activated = torch.empty_like(activated)
         grad_u, grad_v, grad_q, grad_k = parts(grad_activated, rule.head_dim)
-        grad = rule.ranks.every_token(grad.to(self.dtype))()
-        grads: dict[str, Any] = dict.fromkeys(LayerWeights._fields)
+        grad_attended = self._backward_through_the_gate(grad, kept, u, grad_u, grads)
+        grad_bias = self.attention.backward(
+            grad_attended, q, k, v, self.layout, rule.attention, self.bias, (grad_q, grad_k, grad_v)
+        )
+        if grad_bias is not None:
+            grads["position_weight"] = ranks.sum_over_heads(grad_bias.position_weight)
+            grads["time_weight"] = ranks.sum_over_heads(grad_bias.time_weight)
+        return through_silu(grad_activated, kept.projected)
+
+    def _backward_through_the_gate(
+        self, grad: Tensor, kept: Kept, u: Tensor, grad_u: Tensor, grads: dict[str, Any]
+    ) -> Tensor:
+        """Gradient of the attention's output; that of u is written to ``grad_u``."""
+        weights, norm = self.weights, (self.weights.output_norm_weight, self.weights.output_norm_bias)
+        grad = self.rule.ranks.every_token(grad.to(self.dtype))()
         gated, grad_attended, grads["output_norm_weight"], grads["output_norm_bias"] = self.gate.backward(
             grad @ weights.out_weight.to(self.dtype),
             kept.attended,
             u,
-            weights.output_norm_weight,
-            weights.output_norm_bias,
+            *norm,
             self.gate_rule,
             kept.output_statistics,
             kept.pattern,
             grad_u,
         )
         grads["out_weight"] = (grad.t() @ gated).to(weights.out_weight.dtype)
-        grad_bias = self.attention.backward(
-            grad_attended, q, k, v, self.layout, rule.attention, self.bias, (grad_q, grad_k, grad_v)
-        )
-        if grad_bias is not None:
-            grads["position_weight"] = rule.ranks.sum_over_heads(grad_bias.position_weight)
-            grads["time_weight"] = rule.ranks.sum_over_heads(grad_bias.time_weight)
-        return through_silu(grad_activated, kept.projected), grads
+        return grad_attended
 
     def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights, rule = self.weights, self.rule

@@ -70,4 +70,5 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *normalise_backward(grad, *ctx.saved_tensors, ctx.backend), None, None, None
+        x, weight, bias, statistics = ctx.saved_tensors
+        return *normalise_backward(grad, x, weight, bias, statistics, ctx.backend), None, None, None

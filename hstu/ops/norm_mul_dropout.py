@@ -92,6 +92,7 @@ class _Gate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, statistics, pattern = ctx.saved_tensors
-        grad_u = torch.empty_like(inputs[1], memory_format=torch.contiguous_format)
+        tokens, heads, width = inputs[1].shape  # a layer's gradient of u is a view, too
+        grad_u = torch.empty(tokens, heads, 2, width, dtype=grad.dtype, device=grad.device)[:, :, 0]
         _, grad_x, *grad_affine = ctx.kernels.backward(grad, *inputs, ctx.rule, statistics, pattern, grad_u)
         return grad_x, grad_u, *grad_affine, None, None

@@ -53,9 +53,7 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-def forward(
-    x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`hstu.ops.norm_mul_dropout.GateKernels`. float32 or bfloat16; the pattern is bool [T, H · d]."""
     kept = draw(x.flatten(1).shape, rule.dropout, _CPU, rule.ranks) if rule.dropout > 0 else None
     statistics, out = torch.empty(2, len(x)), torch.empty(len(x), len(weight), dtype=x.dtype)
@@ -86,7 +84,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :class:`hstu.ops.norm_mul_dropout.GateKernels`."""
     call = _Call(x, u, weight, bias, rule, statistics, pattern)
-    grad, out, grad_x = grad.contiguous(), torch.empty(len(x), len(weight), dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
+    grad = grad.contiguous()
+    out, grad_x = torch.empty(len(x), len(weight), dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
     sums, along = torch.zeros(2, call.arguments.bins, len(weight)), torch.empty(2, len(x))
     call.arguments.grad_out, call.arguments.out, call.arguments.grad_x = map(address, (grad, out, grad_x))
     call.arguments.grad_u, call.arguments.grad_u_strides = address(grad_u), strides(grad_u)
@@ -106,7 +105,14 @@ class _Call:
     """What all passes take, and the tensors that must live as long."""
 
     def __init__(
-        self, x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule, statistics: Tensor, kept: Tensor | None
+        self,
+        x: Tensor,
+        u: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        rule: GateRule,
+        statistics: Tensor,
+        kept: Tensor | None,
     ) -> None:
         x, u = x.contiguous(), with_contiguous_rows(u)
         affine = [tensor.detach().float().contiguous() for tensor in (weight, bias)]

@@ -10,9 +10,7 @@ from hstu.ops.norm_mul_dropout import GateRule
 from hstu.ops.ranks import Ranks
 
 
-def forward(
-    x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`hstu.ops.norm_mul_dropout.GateKernels`; the pattern is bool [T, H · d]."""
     rows, weight, bias = _wide(x, weight, bias)
     centred, statistics = _centre(rows, rule.eps, rule.ranks)

@@ -137,9 +137,7 @@ class _Call:
             first_diagonal=-tiles_ahead,
         )
         factor = 1 / (scale.double() * self.rule.scaling_seqlen)
-        return RelativeBias(
-            (position_totals * factor).to(position.dtype), (time_totals.sum(0) * factor).to(time.dtype)
-        )
+        return RelativeBias((position_totals * factor).to(position.dtype), (time_totals.sum(0) * factor).to(time.dtype))
 
     @property
     def _block_d(self) -> int:

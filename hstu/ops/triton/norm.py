@@ -30,13 +30,12 @@ def normalise_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`hstu.ops.layer_norm.normalise_backward`."""
     rows = x.unsqueeze(1)
-    grad_x, *grad_affine = _backward(grad, rows, None, weight, bias, GateRule(0.0, 0.0), statistics, 0, None, None)
-    return grad_x.squeeze(1), *grad_affine
+    rule = GateRule(0.0, 0.0)  # nothing to drop, and of eps nothing is asked
+    grad_x, grad_weight, grad_bias = _backward(grad, rows, None, weight, bias, rule, statistics, 0, None, None)
+    return grad_x.squeeze(1), grad_weight, grad_bias
 
 
-def forward(
-    x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`hstu.ops.norm_mul_dropout.GateKernels`; the pattern is a seed, int64 [] on the host.
 
     It is drawn from torch's generator of the CPU: whoever sets that back repeats it, and no device is asked.

@@ -28,7 +28,6 @@ BACKENDS = [Backend.TRITON] if INTERPRETED else [Backend.PYTORCH, Backend.CPU]
 HIDDEN, HEADS, WIDTH, LONGEST = 6, 4, 3, 16
 USERS = (User(4, 2, (0, 5, 5, 90, 4000, 10**6)), User(0, 0), User(7, 0, (1, 2, 4, 8, 16, 10**5, 10**9)))
 TIMED = Batch(USERS, contextuals=2, tokens_per_item=1, group_size=1)
-"""17 tokens."""
 RECOMPUTE = [
     {},
     {"recompute_input_layernorm": True},
@@ -62,8 +61,8 @@ def make_rule(backend: Backend = Backend.PYTORCH, ranks: Ranks | None = None, **
 
 def padded_layout() -> JaggedLayout:
     """A multiple of 4 tokens, so that 4 ranks can share them."""
-    batch = Batch((*USERS, User(1, 0, (3,))), contextuals=2, tokens_per_item=1, group_size=1)
-    assert batch.layout().num_tokens == 20
+    batch = Batch((*USERS, User(3, 0, (3, 4, 9))), contextuals=2, tokens_per_item=1, group_size=1)
+    assert batch.layout().num_tokens == 24
     return batch.layout()
 
 

@@ -90,7 +90,7 @@ def forward(
             scores = _scores(q_pad[:, block.start : block.stop], k_pad[:, keys], terms, weights, rule.alpha)
             out_pad[:, block.start : block.stop] = F.silu(scores, inplace=True) @ v_pad[:, keys]
         _unpad(out_pad, group, out)
-    return out[:-1].div_(rule.scaling_seqlen).to(v.dtype)
+    return out[:-1].div(rule.scaling_seqlen).to(v.dtype)
 
 
 def backward(

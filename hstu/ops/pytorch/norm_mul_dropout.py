@@ -13,8 +13,7 @@ from hstu.ops.ranks import Ranks
 def forward(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`hstu.ops.norm_mul_dropout.GateKernels`; the pattern is bool [T, H · d]."""
     rows, weight, bias = _wide(x, weight, bias)
-    centred, statistics = _centre(rows, rule.eps, rule.ranks)
-    normalised = torch.addcmul(bias, centred, weight)
+    normalised, statistics = _normalise(rows, weight, bias, rule.eps, rule.ranks)
     kept = draw(rows.shape, rule.dropout, x.device, rule.ranks) if rule.dropout > 0 else None
     return _gated(normalised, u, x.dtype, kept, rule), statistics, kept
 
@@ -32,18 +31,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :class:`hstu.ops.norm_mul_dropout.GateKernels`."""
     rows, wide_weight, wide_bias = _wide(x, weight, bias)
-    mean, inverse_std = statistics.unsqueeze(2)
-    centred = (rows - mean).mul_(inverse_std)
-    normalised = torch.addcmul(wide_bias, centred, wide_weight)
+    normalised = torch.addcmul(wide_bias, _centred(rows, statistics), wide_weight)
     gated = _gated(normalised, u, x.dtype, pattern, rule)
-    grad = _dropped(grad, pattern, rule).view(u.shape).to(rows.dtype)
-    grad_u.copy_(grad * normalised.view(u.shape))
-    grad = (grad * u).flatten(1)
-    grad_weight, grad_bias = (grad * centred).sum(0), grad.sum(0)
-    grad = grad.mul_(wide_weight)
-    own = torch.stack([grad.mean(1), (grad * centred).mean(1)])
-    along_one, along_row = rule.ranks.gather(own).mean(0).unsqueeze(2)
-    grad_x = grad.sub_(along_one).sub_(centred.mul_(along_row)).mul_(inverse_std)
+    grad = _dropped(grad, pattern, rule).view(u.shape)
+    grad_u.copy_(normalised.view(u.shape).mul_(grad))
+    grad = (grad.to(rows.dtype) * u).flatten(1)
+    if rule.ranks.count == 1:
+        mean, inverse_std = statistics.unsqueeze(2)
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad, rows, wide_weight.shape, mean, inverse_std, wide_weight, wide_bias, [True] * 3
+        )
+    else:
+        grad_x, grad_weight, grad_bias = _through_norm(grad, rows, wide_weight, statistics, rule.ranks)
     return gated, grad_x.view(x.shape).to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
@@ -53,18 +52,35 @@ def _wide(x: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
     return rows, *(tensor.to(rows.dtype) for tensor in affine)
 
 
-def _centre(rows: Tensor, eps: float, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Rows without mean and deviation, and these: mean and inverse deviation [2, T] of rows that lie over the ranks."""
+def _normalise(rows: Tensor, weight: Tensor, bias: Tensor, eps: float, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """LayerNorm of rows that lie over the ranks; mean and inverse deviation [2, T]."""
     if ranks.count == 1:
-        centred, mean, inverse_std = torch.native_layer_norm(rows, rows.shape[1:], None, None, eps)
-        return centred, torch.stack([mean, inverse_std]).squeeze(2)
+        normalised, mean, inverse_std = torch.native_layer_norm(rows, weight.shape, weight, bias, eps)
+        return normalised, torch.stack([mean, inverse_std]).squeeze(2)
     # Mean and mean square about it, not the plain sum of squares: that cancels where the mean is large.
     own_mean = rows.mean(1)
     own_variance = (rows - own_mean[:, None]).square().mean(1)
     means, variances = ranks.gather(torch.stack([own_mean, own_variance])).unbind(1)
     mean = means.mean(0)
-    inverse_std = torch.rsqrt((variances + (means - mean).square()).mean(0) + eps)
-    return (rows - mean[:, None]).mul_(inverse_std[:, None]), torch.stack([mean, inverse_std])
+    statistics = torch.stack([mean, torch.rsqrt((variances + (means - mean).square()).mean(0) + eps)])
+    return torch.addcmul(bias, _centred(rows, statistics), weight), statistics
+
+
+def _through_norm(
+    grad: Tensor, rows: Tensor, weight: Tensor, statistics: Tensor, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows that lie over the ranks, and of this rank's weights and biases."""
+    centred = _centred(rows, statistics)
+    scaled = grad * weight
+    own = torch.stack([scaled.mean(1), (scaled * centred).mean(1)])
+    along_one, along_row = ranks.gather(own).mean(0).unsqueeze(2)
+    grad_x = (scaled - along_one - centred * along_row) * statistics[1, :, None]
+    return grad_x, (grad * centred).sum(0), grad.sum(0)
+
+
+def _centred(rows: Tensor, statistics: Tensor) -> Tensor:
+    mean, inverse_std = statistics.unsqueeze(2)
+    return (rows - mean).mul_(inverse_std)
 
 
 def _gated(normalised: Tensor, u: Tensor, dtype: torch.dtype, kept: Tensor | None, rule: GateRule) -> Tensor:
@@ -73,4 +89,4 @@ def _gated(normalised: Tensor, u: Tensor, dtype: torch.dtype, kept: Tensor | Non
 
 
 def _dropped(rows: Tensor, kept: Tensor | None, rule: GateRule) -> Tensor:
-    return rows if kept is None else rows * kept * scale_of(rule.dropout, rows.device)
+    return rows if kept is None else (rows * kept).mul_(scale_of(rule.dropout, rows.device))

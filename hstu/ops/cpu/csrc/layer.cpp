@@ -69,9 +69,11 @@ class Gate {
             const float *weight = packed(a_.weight, rows.weight), *bias = packed(a_.bias, rows.bias);
             float* out = rows.out.get(padded_);
             for (int64_t token = begin; token < end; ++token) {
-                if (MEASURES)
-                    a_.inverse_std[token] = 1 / std::sqrt(measure(token, rows.x.get(padded_)) + a_.eps);
-                const float *x = normalised(token, rows), *u = gate(token, rows), *keep = kept(token, rows);
+                float* x = rows.x.get(padded_);
+                if (MEASURES) a_.inverse_std[token] = 1 / std::sqrt(measure(token, x) + a_.eps);
+                else pack_row(row<const T>(a_.x, token), size_, 1.0f, x, padded_);
+                centre(token, x);
+                const float *u = gate(token, rows), *keep = kept(token, rows);
                 for (int64_t c = 0; c < padded_; c += LANES)
                     store(out + c, (load(x + c) * load(weight + c) + load(bias + c)) * load(u + c) * load(keep + c));
                 unpack_rows(out, padded_, 1, size_, 1.0f, row<T>(a_.out, token), size_);
@@ -174,9 +176,13 @@ class Gate {
     const float* normalised(int64_t token, Rows& rows) const {
         float* x = rows.x.get(padded_);
         pack_row(row<const T>(a_.x, token), size_, 1.0f, x, padded_);
+        centre(token, x);
+        return x;
+    }
+
+    void centre(int64_t token, float* x) const {
         const float mean = a_.mean[token], inverse_std = a_.inverse_std[token];
         for (int64_t c = 0; c < padded_; c += LANES) store(x + c, (load(x + c) - mean) * inverse_std);
-        return x;
     }
 
     const float* gate(int64_t token, Rows& rows) const {

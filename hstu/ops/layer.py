@@ -62,8 +62,12 @@ class LayerWeights(NamedTuple):
     """[D, H · d]."""
 
 
-class Kept(NamedTuple):
-    """What backward needs besides the input; None: is computed again, or there is none."""
+@dataclass
+class Kept:
+    """What backward needs besides the input, in this order; None: is computed again, or there is none.
+
+    Backward deletes what it is done with, so that the memory can be used again.
+    """
 
     input_statistics: Tensor
     """Mean and inverse deviation of this rank's tokens, [2, T]."""
@@ -99,20 +103,22 @@ class _Layer(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             kept, gated = layer.up_to_the_gate(x)
             if rule.recompute_normalised:
-                kept = kept._replace(normalised=None)
+                kept.normalised = None
             if rule.recompute_activated:
-                kept = kept._replace(activated=None)
-            ctx.save_for_backward(x, *weights, *(() if rule.recompute_all else kept))
+                kept.activated = None
+            ctx.save_for_backward(x, *weights, *(() if rule.recompute_all else vars(kept).values()))
             return x + rule.ranks.summed(F.linear(gated, layer.weights.out_weight.to(dtype)))()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()  # not under retain_graph: autograd would hold them until the end
         count = len(LayerWeights._fields)
         layer = _Computation(saved[:count], ctx.layout, ctx.rule, ctx.dtype)
         with torch.autocast(x.device.type, enabled=False):
             kept = _again(layer, x, ctx.random) if ctx.rule.recompute_all else Kept(*saved[count:])
+            del saved
             grad_x, grad_weights = layer.backward(grad, x, kept)
         return grad_x, None, None, None, *grad_weights
 
@@ -155,6 +161,7 @@ class _Computation:
         weights, rule, ranks = self.weights, self.rule, self.rule.ranks
         grads: dict[str, Any] = dict.fromkeys(LayerWeights._fields)
         grad_projected = self._backward_to_the_projection(grad, kept, grads)
+        del kept.projected
         normalised = self._normalise(x)[0] if kept.normalised is None else kept.normalised
         every_token = ranks.every_token(normalised)
         grad_normalised = ranks.summed(grad_projected @ weights.uvqk_weight.to(self.dtype))
@@ -169,6 +176,7 @@ class _Computation:
         """Gradient of W_uvqk's output; those of the weights behind it are put into ``grads``."""
         rule, ranks = self.rule, self.rule.ranks
         activated = activate(kept.projected, rule.backend) if kept.activated is None else kept.activated
+        del kept.activated
         u, v, q, k = parts(activated, rule.head_dim)
         grad_activated = torch.empty_like(activated)
         grad_u, grad_v, grad_q, grad_k = parts(grad_activated, rule.head_dim)
@@ -197,6 +205,7 @@ class _Computation:
             kept.pattern,
             grad_u,
         )
+        del kept.attended, kept.pattern
         grads["out_weight"] = (grad.t() @ gated).to(weights.out_weight.dtype)
         return grad_attended
 

@@ -20,9 +20,9 @@ from hstu.config.gin_io import load as load_gin
 from hstu.config.run_config import RunConfig
 from hstu.ops.dropout import draw
 from hstu.ops.ranks import Ranks
-from hstu.parallel.tensor import GroupRanks
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects
+from hstu.parallel.tensor import GroupRanks
 from hstu.pipeline.base import StepResult
 from hstu.train.builder import build_evaluator, build_model, build_pipeline
 from hstu.train.sources import StoreSource

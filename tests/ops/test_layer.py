@@ -178,3 +178,14 @@ def test_without_gradients_nothing_is_kept(backend: Backend) -> None:
         assert saved(backend, layer, x, layout, None) == 0
         if backend is not Backend.TRITON:
             assert stays(layer, x, layout, None) == 0
+
+
+def test_backward_runs_twice_where_the_graph_is_retained_and_lets_go_where_it_is_not() -> None:
+    layer, layout = HSTULayer(network_of(0.2), 256), Batch((User(20, 0), User(9, 0)), 0, 1, 1).layout()
+    x = torch.randn(layout.num_tokens, 32, requires_grad=True)
+    out = layer(x, layout)
+    first, again = (torch.autograd.grad(out.sum(), [x, *layer.parameters()], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    out.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.sum().backward()

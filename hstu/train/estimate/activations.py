@@ -122,8 +122,10 @@ def backward_bytes(situation: Situation, tokens: int) -> int:
 
     Alive are float32 copies of q, k, v and of the output's gradient, the gradients of q, k and v; the gradients of the
     attention's output, of U, V, Q and K and of the residual; and, where it is made again, SiLU of the projection.
+    The attention's output and the dropout's pattern are gone.
     """
     network, c = situation.config.network, situation.compute_bytes
     inner = network.num_attention_heads * network.kv_channels // situation.tp_size
     again = 4 * c * inner if network.recompute_input_silu and not network.recompute_layer else 0
-    return tokens * (NUMBER * network.hidden_size + 7 * NUMBER * inner + 5 * c * inner + again)
+    gone = c * inner + (inner if network.hidden_dropout > 0 else 0)
+    return tokens * (NUMBER * network.hidden_size + 7 * NUMBER * inner + 5 * c * inner + again - gone)

@@ -7,8 +7,8 @@ back in the order of the plans. The order and content of a run are therefore the
 from __future__ import annotations
 
 import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def build_loader(
     Raises DataError where the data is damaged or a worker dies.
     """
     loader: DataLoader[Any] = DataLoader(
-        _PlannedBatches(collator, packed=workers > 0),
+        _PlannedBatches(collator, sent=deque(maxlen=prefetch + 1) if workers else None),
         batch_size=None,
         sampler=sampler,
         collate_fn=_unchanged,
@@ -49,36 +49,26 @@ def build_loader(
         # the dropout of the steps that follow. No worker draws anything from torch.
         generator=torch.Generator(),
     )
-    batches = iter(loader)  # starts the workers
-    # Where batches are pinned DataLoader has such a thread already.
-    return _batches(_read_ahead(batches) if workers and not pin_memory else batches, workers)
-
-
-def _read_ahead(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same, but a thread takes the next one from its worker while this one is trained on.
-
-    Megabytes come through a pipe of some kilobytes, so that sender and receiver have to take turns.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="next_batch") as thread:
-        following = thread.submit(next, batches, None)
-        while (batch := following.result()) is not None:
-            following = thread.submit(next, batches, None)
-            yield batch
+    return _batches(iter(loader), workers)  # iter starts the workers
 
 
 class _PlannedBatches(Dataset[Any]):
     """A dataset indexed by plans. A user's error is returned, not raised: DataLoader would bury it in a traceback."""
 
-    def __init__(self, collator: Callable[[BatchPlan], HSTUBatch], packed: bool) -> None:
+    def __init__(self, collator: Callable[[BatchPlan], HSTUBatch], sent: deque[Packed] | None) -> None:
         self.collator = collator
-        self.packed = packed
+        self.sent = sent
+        """Of a worker: what may not have been received yet. DataLoader asks for no more than ``prefetch`` at a time."""
 
     def __getitem__(self, plan: Any) -> HSTUBatch | Packed | UserError:
         try:
             batch = self.collator(plan)
         except UserError as error:
             return error
-        return pack(batch) if self.packed else batch
+        if self.sent is None:
+            return batch
+        self.sent.append(pack(batch))
+        return self.sent[-1]
 
 
 def _batches(batches: Iterator[Any], workers: int) -> Iterator[HSTUBatch]:

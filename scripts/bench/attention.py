@@ -26,7 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
 from padded_baseline import padded_attention
-from timing import Panel, Pass, Row, begin, compiled, draw, finish, name_of, parser, rates, time_passes
+from timing import Panel, Pass, Row, begin, ceiling, compiled, draw, finish, name_of, parser, rates, time_passes
 
 from hstu.ops.attention import hstu_attention
 from hstu.ops.backends import Backend
@@ -190,13 +190,13 @@ def movielens(device: torch.device, rounds: int) -> list[Row]:
 
 def plot(report: Row, dtype: str, image: Path) -> None:
     """GFLOPS by length, forward and backward, under the ceiling."""
-    ceiling = (f"{dtype} products", report["ceilings"][f"{dtype}_gflops"])
+    limit = (f"{dtype} products", ceiling(report, f"{dtype}_gflops"))
     panels = []
     for way in ("forward", "backward"):
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in report["lengths"]:
             lines.setdefault(row["variant"], []).append((row["length"], row[f"{way}_gflops"]))
-        panels.append(Panel(way, "tokens a sequence", "GFLOPS", lines, ceiling))
+        panels.append(Panel(way, "tokens a sequence", "GFLOPS", lines, limit))
     draw(panels, image, f"Attention, {dtype}, {report['device']}")
 
 

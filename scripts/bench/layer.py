@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a chec
 
 from attention import BACKENDS, LABELS, MOST_SCORES, SEQUENCES, Shape, movielens_lengths, movielens_times
 from padded_baseline import PaddedLayer
-from timing import Panel, Pass, Row, begin, compiled, draw, finish, name_of, parser, rates, time_passes
+from timing import Panel, Pass, Row, begin, ceiling, compiled, draw, finish, name_of, parser, rates, time_passes
 
 from hstu.config.args import NetworkArgs
 from hstu.model.layer import HSTULayer
@@ -137,8 +137,8 @@ def plot(report: Row, image: Path) -> None:
         for row in report["layers"]:
             if row["dtype"] == dtype and row["case"].isdigit():
                 lines.setdefault(row["variant"], []).append((int(row["case"]), row["gflops"]))
-        ceiling = ("products", report["ceilings"][f"{dtype}_gflops"])
-        panels.append(Panel(dtype, "tokens a sequence", "GFLOPS", lines, ceiling))
+        limit = ("products", ceiling(report, f"{dtype}_gflops"))
+        panels.append(Panel(dtype, "tokens a sequence", "GFLOPS", lines, limit))
     draw(panels, image, f"A layer, forward and backward, {report['device']}")
 
 

@@ -110,6 +110,11 @@ def ceilings(device: torch.device, repeats: int = 5) -> dict[str, float]:
     return found
 
 
+def ceiling(report: Row, name: str) -> float:
+    """The higher of what was measured before and after: other processes only ever lower it."""
+    return float(max(report["ceilings"][name], report["ceilings_after"][name]))
+
+
 def _best(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     times = []
     for _ in range(repeats + WARM_UP):
@@ -182,6 +187,7 @@ def draw(panels: Iterable[Panel], image: Path, title: str) -> None:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     panels = list(panels)
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
@@ -195,6 +201,8 @@ def draw(panels: Iterable[Panel], image: Path, title: str) -> None:
             axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log", yscale="log")
             ticks = sorted({x for points in panel.lines.values() for x, _ in points})
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.minorticks_off()
             if panel.ceiling:
                 label, value = panel.ceiling

@@ -37,10 +37,7 @@ def agree(part: Callable[[], T], mesh: Mesh) -> list[T]:
         if isinstance(problem, UserError):
             raise problem
         if isinstance(problem, OSError):
-            raise CheckpointFailure(
-                f"checkpointing failed on rank {rank}: {problem}. What was complete before still is: free space or "
-                'permissions there and start again with TrainerArgs.ckpt_load_dir = "auto".'
-            ) from (failure or problem)
+            raise CheckpointFailure(f"checkpointing failed on rank {rank}: {problem}") from (failure or problem)
         if problem is not None:
             raise RuntimeError(f"checkpointing failed on rank {rank}: {problem}") from (failure or problem)
     return [value for value, _ in outcomes]

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.utils import find_state_dict_object
 
 from hstu.checkpoint import directory as place
-from hstu.checkpoint.agree import agree
+from hstu.checkpoint.agree import CheckpointFailure, agree
 from hstu.checkpoint.manifest import Files, describe_files, sync_to_disk, write_manifest
 from hstu.checkpoint.state import TrainState, random_state
 from hstu.parallel.mesh import Mesh
@@ -108,10 +108,15 @@ def write(directory: Path, contents: Contents, mesh: Mesh) -> Path:
         agree(lambda: _write_tensors(temporary, contents, mesh), mesh)
         parts = agree(lambda: _write_own_files(temporary, contents, mesh), mesh)
         return agree(lambda: _commit(temporary, iteration, parts) if mesh.is_main else Path(), mesh)[0]
-    except Exception:
+    except Exception as error:
         if mesh.is_main:
             place.remove_leftovers(directory)
-        raise
+        if not isinstance(error, CheckpointFailure):
+            raise
+        raise CheckpointFailure(
+            f"cannot save {place.place_of(directory, iteration)}: {error}. What was complete before still is: free "
+            'space or permissions there and start again with TrainerArgs.ckpt_load_dir = "auto".'
+        ) from error
 
 
 def _write_tensors(root: Path, contents: Contents, mesh: Mesh) -> None:

@@ -128,8 +128,12 @@ class CheckpointStore:
 
     def _publish(self, path: Path) -> None:
         place.point(self.save_dir, place.LATEST, path)
-        if self._keep_last is not None:
-            place.delete_older(self.save_dir, place.iteration_of(path), self._keep_last)
+        self._delete_older(place.iteration_of(path))
+
+    def _delete_older(self, iteration: int | None) -> None:
+        """Delete what is not to be kept beside the checkpoint of ``iteration``, if there is one."""
+        if self._keep_last is not None and iteration is not None:
+            place.delete_older(self.save_dir, iteration, self._keep_last)
 
     def _claim(self) -> None:
         try:
@@ -148,6 +152,7 @@ class CheckpointStore:
                 f"({others[0].name}{', …' if len(others) > 1 else ''}), which are never overwritten. Go on from them "
                 '(TrainerArgs.ckpt_load_dir = "auto"), or give another directory, or delete them.'
             )
+        self._delete_older(self.newest_iteration)
 
 
 def find(load_dir: str, save_dir: str) -> Path | None:

@@ -23,7 +23,7 @@ Files = dict[str, dict[str, Any]]
 
 
 class DamagedCheckpoint(DataError):
-    """Files of a checkpoint that are missing, torn or flipped, by name."""
+    """Files of a checkpoint that are missing, torn, flipped or not to be understood, by name."""
 
 
 def describe_files(root: Path, files: Iterable[Path]) -> Files:
@@ -44,9 +44,9 @@ def write_manifest(root: Path, files: Files) -> None:
 
 
 def read_manifest(root: Path) -> Files:
-    """The files of a checkpoint. Raises DamagedCheckpoint where there is no manifest that is byte for byte as written.
+    """The files of a checkpoint.
 
-    Raises DataError for a format that this program does not read.
+    Raises DamagedCheckpoint where there is no manifest of a known version that is byte for byte as written.
     """
     path = root / MANIFEST
     try:
@@ -62,7 +62,7 @@ def read_manifest(root: Path) -> Files:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{path} is damaged ({error}). Load another checkpoint.") from None
     if version not in (FORMAT_VERSION, _UNSIGNED_VERSION):
-        raise DataError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}.")
+        raise DamagedCheckpoint(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}.")
     return dict(files)
 
 

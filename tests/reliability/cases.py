@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 from hstu.checkpoint import save as saving
 from hstu.checkpoint.background import Background
@@ -180,30 +181,31 @@ def _note(trainer: Trainer, seen: dict[str, Any]) -> None:
 
 
 def in_saving(deed: Callable[[], None]) -> Callable[[Trainer, int, Path], None]:
-    """Do it before the tensors of a given iteration's checkpoint are written."""
+    """Do it instead of writing this rank's tensors of a given iteration's checkpoint."""
 
     def sabotage(_trainer: Trainer, iteration: int, _output: Path) -> None:
-        write = saving._write_tensors
+        write = FileSystemWriter.write_data
 
-        def write_tensors(root: Path, contents: saving.Contents, mesh: Mesh) -> None:
-            if contents.iteration == iteration:
+        def write_data(self: FileSystemWriter, *plan: Any) -> Any:
+            if f"iteration_{iteration:08d}" in str(self.path):
                 deed()
-            write(root, contents, mesh)
+            return write(self, *plan)
 
-        saving._write_tensors = write_tensors
+        FileSystemWriter.write_data = write_data  # type: ignore[method-assign]
 
     return sabotage
 
 
 def slowly(trainer: Trainer, _iteration: int, output: Path) -> None:
-    """Every checkpoint takes a while to be written; how many are being written at once goes into a file."""
-    write, at_once = saving._write_tensors, []
+    """Every checkpoint takes a while to be written; how many at once, and how late, goes into a file."""
+    write, at_once, behind = saving._write_tensors, [0], [0]
 
     def write_tensors(root: Path, contents: saving.Contents, mesh: Mesh) -> None:
         at_once.append(len(list(root.parent.glob(".writing_*"))))
-        time.sleep(0.3)
+        time.sleep(0.1)
+        behind.append(trainer.state.iteration - contents.iteration)
         write(root, contents, mesh)
-        (output / "at_once").write_text(json.dumps([max(at_once), trainer.state.iteration - contents.iteration]))
+        (output / "at_once").write_text(json.dumps([max(at_once), max(behind)]))
 
     saving._write_tensors = write_tensors
 
@@ -235,12 +237,14 @@ def terminate(trainer: Trainer) -> None:
 
 
 def lose_a_worker(_trainer: Trainer) -> None:
-    """As the kernel does where memory has run out."""
-    for name in Path("/proc/self/task").glob("*/children"):
-        for child in name.read_text().split():
-            command = Path(f"/proc/{child}/cmdline").read_bytes()
-            if b"resource_tracker" not in command:
-                os.kill(int(child), signal.SIGKILL)
+    """As the kernel does where memory has run out. Workers are children of the server that they are forked from."""
+    for child in _children(os.getpid()):
+        for worker in _children(child):
+            os.kill(worker, signal.SIGKILL)
+
+
+def _children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def fill_disk_of_run(trainer: Trainer) -> None:
@@ -262,3 +266,26 @@ DEEDS: dict[str, Callable[[Trainer, int, Path], None]] = {
     "worker lost": in_step(lose_a_worker),
     "disk of the run full": in_step(fill_disk_of_run),
 }
+
+
+def synchronised(directory: str) -> list[tuple[float, str, str]]:
+    """Save a checkpoint: the fsyncs and renames of this rank, with the time (the same clock for all ranks)."""
+    mesh = mesh_module.start(timeout_s=60)
+    state, store = _new_state(mesh, {}), CheckpointStore(directory, "", mesh)
+    deeds: list[tuple[float, str, str]] = []
+    fsync = os.fsync
+
+    def note_fsync(handle: int) -> None:
+        fsync(handle)
+        deeds.append((time.monotonic(), "fsync", os.readlink(f"/proc/self/fd/{handle}")))
+
+    def note_rename(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename":
+            deeds.append((time.monotonic(), "rename", str(arguments[0])))
+
+    os.fsync = note_fsync  # type: ignore[assignment]
+    sys.addaudithook(note_rename)
+    store.claim()
+    store.save(state)
+    mesh_module.finish()
+    return deeds

@@ -35,9 +35,9 @@ def committed(output: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    ("optimizer", "sharding"), [("adam", "row_wise"), ("rowwise_adagrad", "table_wise"), ("sgd", "row_wise")]
+    ("ranks", "optimizer", "sharding"),
+    [(1, "adam", "row_wise"), (2, "adam", "row_wise"), (2, "rowwise_adagrad", "table_wise")],
 )
 def test_what_is_written_later_is_what_was_there_when_it_was_saved(
     store: str, tmp_path: Path, ranks: int, optimizer: str, sharding: str
@@ -56,7 +56,7 @@ def test_what_is_written_later_is_what_was_there_when_it_was_saved(
         assert {name: found[iteration][name] for name in of_state} == {name: files[name] for name in of_state}
     at_once, steps_meanwhile = json.loads((tmp_path / "background" / "at_once").read_text())
     assert at_once == 1, "one is in flight"
-    assert steps_meanwhile == 0, "the last one is waited for"
+    assert steps_meanwhile > 0, "training has gone on"
     assert all(stall < 0.1 for stall in background[0]["stalls_s"][:1]), "the first one has none to wait for"
     assert len({rank["marks"] for rank in background}) == 1, "the watchdog compares them"
     assert background[0]["iterations"] == waiting[0]["iterations"] == 9
@@ -79,7 +79,7 @@ def test_a_refused_write_on_one_rank_ends_all_and_leaves_the_last_commit(
     assert last == 4 if not background else last <= 6, "a failed save is told before the next one"
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_sigterm_commits_where_the_run_stands_and_ends_well(store: str, tmp_path: Path, background: bool) -> None:
     given = asked(store, tmp_path, at=5, ckpt_async=background, max_train_iters=1000, ckpt_save_interval=500)
     ranks = run_ranks(HERE, 2, TIMEOUT_S, **given | {"deeds": {"1": "SIGTERM"}})

@@ -12,6 +12,7 @@ SAVES, KEPT = 500, 3
 SETTLED = 100  # saves after which memory is measured first: until then allocators and caches fill
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_many_saves_leave_the_last_ones_and_no_memory(tmp_path: Path, background: bool) -> None:
     asked = {"saves": SAVES, "keep": KEPT, "background": background, "directory": str(tmp_path / "checkpoints")}

@@ -39,6 +39,11 @@ class Background:
         """Let the thread do ``work`` when it has done what it was given before."""
         self._work.append(self._thread.submit(work, self._own_mesh))
 
+    @property
+    def is_working(self) -> bool:
+        """Whether ``poll`` or ``wait`` have still to tell of work; the same on all ranks."""
+        return bool(self._work)
+
     def poll(self) -> None:
         """Raise the error of work that has ended on all ranks: on all of them in the same step. Collective, if any."""
         if not self._work:

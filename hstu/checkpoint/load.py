@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hstu.checkpoint.agree import agree
-from hstu.checkpoint.manifest import file_problems, read_manifest
+from hstu.checkpoint.manifest import DamagedCheckpoint, file_problems, read_manifest
 from hstu.checkpoint.state import TrainState, set_random_state
 from hstu.config.errors import DataError
 from hstu.parallel.mesh import Mesh
@@ -24,12 +24,12 @@ _SHOWN_PROBLEMS = 10
 def load(path: str | Path, state: TrainState, mesh: Mesh) -> None:
     """Read a checkpoint into ``state`` in place. Collective; the number of ranks may differ from that at saving.
 
-    Raises DataError, on all ranks alike, for damaged or missing files and for tensors that the checkpoint lacks or
-    has in another shape. On another number of ranks, or of ranks in a tensor-parallel group, the dropout generators
-    keep their fresh seeds.
+    Raises, on all ranks alike, DamagedCheckpoint for damaged or missing files and DataError for tensors that the
+    checkpoint lacks or has in another shape. On another number of ranks, or of ranks in a tensor-parallel group,
+    the dropout generators keep their fresh seeds.
     """
     root = Path(path)
-    _raise_problems(root, agree(lambda: _share_of_file_problems(root, mesh), mesh))
+    _raise_problems(root, agree(lambda: _share_of_file_problems(root, mesh), mesh), DamagedCheckpoint)
     _raise_problems(root, agree(lambda: _tensor_problems(root, state), mesh))
     agree(lambda: _read_tensors(root, state, mesh), mesh)
     progress = json.loads((root / "progress.json").read_text())
@@ -64,10 +64,10 @@ def _read_tensors(root: Path, state: TrainState, mesh: Mesh) -> None:
     dcp.load(state.tensors(), storage_reader=dcp.FileSystemReader(root / "tensors"), process_group=mesh.world_group)
 
 
-def _raise_problems(root: Path, by_rank: list[list[str]]) -> None:
+def _raise_problems(root: Path, by_rank: list[list[str]], kind: type[DataError] = DataError) -> None:
     problems = list(dict.fromkeys(problem for part in by_rank for problem in part))
     if not problems:
         return
     shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
     more = f"\n  and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-    raise DataError(f"cannot load the checkpoint {root}:\n{shown}{more}\nLoad another one, or change the model back.")
+    raise kind(f"cannot load the checkpoint {root}:\n{shown}{more}\nLoad another one, or change the model back.")

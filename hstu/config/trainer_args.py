@@ -38,11 +38,17 @@ class TrainerArgs(Args):
     ckpt_save_interval: int = option(-1, minimum=-1)
     """Save a checkpoint every this many iterations. -1: never."""
     ckpt_save_dir: str = option("./checkpoints", not_empty=True)
-    """Directory that receives the checkpoints, one directory an iteration."""
+    """Directory that receives the checkpoints, one directory an iteration. It must not hold another run's."""
     ckpt_load_dir: str = option("")
-    """A checkpoint, a directory of them (the newest is taken), or "auto": the newest in ckpt_save_dir if any."""
+    """A checkpoint, a directory of them (the latest is taken), or "auto": the latest in ckpt_save_dir, if any, or
+    the one before where that is damaged."""
     save_at_end: bool = option(True)
     """Also save after the last iteration, where ckpt_save_interval > 0."""
+    ckpt_keep_last: Optional[int] = option(None, minimum=1)
+    """Delete all but this many of the newest checkpoints in ckpt_save_dir, once a newer one is complete. The best one
+    is always kept. None: keep all."""
+    ckpt_async: bool = option(False)
+    """Write checkpoints while training goes on: a step waits only until they are copied to host memory."""
     pipeline_type: str = option("native", choices=("none", "native", "prefetch"))
     """How a step overlaps with the next batches: not at all; with their copy to the device and the exchange of their
     ids; and with filling the caches of tables. All kinds compute the same losses."""

@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 
 import torch
 
+from hstu.checkpoint.background import Background
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
@@ -73,7 +74,7 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
         pipeline=build_pipeline(config.trainer, model, optimizers, mesh),
         schedule=Schedule(config.schedule),
         evaluator=build_evaluator(config, source, model, mesh),
-        checkpoints=CheckpointStore(config.trainer.ckpt_save_dir, config.trainer.ckpt_load_dir, mesh),
+        checkpoints=build_checkpoints(config.trainer, mesh),
         state=state,
         run_directory=run_directory,
         meter=ThroughputMeter(peak.value),
@@ -198,6 +199,12 @@ def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh
         offset = label_offset(config.task_args, source)
         return RankingEvaluator(model, config.task_args, offset, mesh, config.trainer.max_eval_iters)
     return RetrievalEvaluator(model, config.task_args, source, mesh, config.trainer.max_eval_iters)
+
+
+def build_checkpoints(args: TrainerArgs, mesh: Mesh) -> CheckpointStore:
+    """Where the run saves and what it starts from. Collective."""
+    background = Background(mesh, args.collective_timeout_s) if args.ckpt_async else None
+    return CheckpointStore(args.ckpt_save_dir, args.ckpt_load_dir, mesh, args.ckpt_keep_last, background)
 
 
 def total_iters(args: TrainerArgs, batches_per_epoch: int) -> int:

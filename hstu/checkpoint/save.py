@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from hstu.checkpoint.agree import agree
 from hstu.checkpoint.manifest import describe_files, sync_to_disk, write_manifest
 from hstu.checkpoint.state import TrainState, random_state
+from hstu.checkpoint.tensor_files import TENSORS, write_tensors
 from hstu.parallel.mesh import Mesh
 
 _TEMPORARY = ".writing_"
@@ -37,25 +37,25 @@ def _make_empty(directory: Path) -> None:
 
 
 def _write_tensors(root: Path, state: TrainState, mesh: Mesh) -> None:
-    dcp.save(state.tensors(), storage_writer=dcp.FileSystemWriter(root / "tensors"), process_group=mesh.world_group)
+    write_tensors(root / TENSORS, state.tensors(), mesh.world_group)
 
 
 def _write_own_files(root: Path, state: TrainState, mesh: Mesh) -> dict[str, dict[str, Any]]:
     """Write this rank's files; descriptions of them and of its tensor files."""
     rng = root / f"rng_rank{mesh.rank}.pt"
     torch.save(random_state(mesh.device), rng)
-    files = [rng, *(root / "tensors").glob(f"__{mesh.rank}_*")]
+    files = [rng, *(root / TENSORS).glob(f"__{mesh.rank}_*")]
     if mesh.is_main:
         ranks = {"world_size": mesh.world_size, "tensor_parallel_size": mesh.tp_size}
         progress, gin = root / "progress.json", root / "operative.gin"
         progress.write_text(json.dumps(state.progress() | ranks, indent=1))
         gin.write_text(state.operative_gin)
-        files += [progress, gin, root / "tensors" / ".metadata"]
+        files += [progress, gin, root / TENSORS / ".metadata"]
     return describe_files(root, files)
 
 
 def _commit(temporary: Path, final: Path, parts: list[dict[str, dict[str, Any]]]) -> None:
-    sync_to_disk(temporary / "tensors")
+    sync_to_disk(temporary / TENSORS)
     write_manifest(temporary, {name: entry for part in parts for name, entry in part.items()})
     if final.exists():  # an earlier run got here, too; never write into it
         replaced = final.with_name(f".replaced_{final.name}")

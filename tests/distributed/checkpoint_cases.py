@@ -61,12 +61,17 @@ def interrupted_and_not(directory: str, cases: dict[str, dict[str, Any]]) -> dic
 
 
 def continue_from(directory: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Load what ``interrupted_and_not`` saved, on another number of ranks, and train the two steps."""
+    """Load what ``interrupted_and_not`` saved, on other ranks or in other tables, and train the two steps.
+
+    ``saved_as`` of a case: whose checkpoint; its own where there is none.
+    """
     mesh = mesh_module.start(timeout_s=60)
     results = {}
-    for name, config_args in cases.items():
+    for name, case in cases.items():
+        config_args = dict(case)
+        saved_as = config_args.pop("saved_as", name)
         state = _new_state(mesh, config_args | {"init_seed_offset": 1})
-        load(Path(directory) / name / "iteration_00000003", state, mesh)
+        load(Path(directory) / saved_as / "iteration_00000003", state, mesh)
         results[name] = {"losses": _train(state, mesh, 2), "tables": full_tables(state.model, mesh)}
     mesh_module.finish()
     return results

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import Size
 
 from hstu.checkpoint.architecture import Difference
+from hstu.checkpoint.names import AVERAGE, TABLES, split
 from hstu.checkpoint.param_map import ParamMap
 from hstu.config.trainer_args import TrainerArgs
-
-_OPTIMIZER = "optimizer."
-_TABLES = ("model.tables.", "optimizer.tables.")
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Resized:
     @property
     def common_rows(self) -> int:
         """Leading rows that both have: of tables of equal width. Nothing else has rows that mean the same."""
-        if not self.name.startswith(_TABLES) or not self.stored or self.stored[1:] != self.own[1:]:
+        if not split(self.name)[0].startswith(TABLES) or not self.stored or self.stored[1:] != self.own[1:]:
             return 0
         return min(self.stored[0], self.own[0])
 
@@ -96,7 +94,7 @@ def match(own: Mapping[str, Size], stored: Mapping[str, Size], options: LoadOpti
     """Find for each tensor of a run the one of the checkpoint; name → size of either."""
     if not options.optimizer:
         own, stored = _weights(own), _weights(stored)
-    names = {name: options.renamed.stored_name(name) for name in own}
+    names = {name: _stored_name(name, stored, options.renamed) for name in own}
     found = {name: theirs for name, theirs in names.items() if theirs in stored}
     resized = [
         Resized(name, stored[theirs], own[name]) for name, theirs in found.items() if stored[theirs] != own[name]
@@ -105,14 +103,26 @@ def match(own: Mapping[str, Size], stored: Mapping[str, Size], options: LoadOpti
     return Match(
         stored_names={name: theirs for name, theirs in found.items() if name not in unread},
         missing=tuple(_as(name, theirs) for name, theirs in names.items() if name not in found),
-        unexpected=tuple(name for name in stored if name not in found.values()),
+        unexpected=tuple(name for name in stored if name not in found.values() and _is_wanted(name, options)),
         resized=tuple(resized),
         mistakes=tuple(options.renamed.problems(own, stored)),
     )
 
 
 def _weights(tensors: Mapping[str, Size]) -> dict[str, Size]:
-    return {name: size for name, size in tensors.items() if not name.startswith(_OPTIMIZER)}
+    return {name: size for name, size in tensors.items() if split(name)[1] in ("", AVERAGE)}
+
+
+def _is_wanted(name: str, options: LoadOptions) -> bool:
+    """Averages come with the weights, but a run that keeps none does without."""
+    return options.optimizer or split(name)[1] != AVERAGE
+
+
+def _stored_name(name: str, stored: Collection[str], renamed: ParamMap) -> str:
+    """The moving average of a weight of which none is stored begins at the weight."""
+    theirs = renamed.stored_name(name)
+    weight, state = split(theirs)
+    return weight if state == AVERAGE and theirs not in stored else theirs
 
 
 def _as(name: str, stored: str) -> str:

@@ -6,10 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hstu.checkpoint.names import WEIGHTS, join, split
 from hstu.config.errors import DataError
-
-_WEIGHTS, _STATES = "model.", "optimizer."
-_DENSE_STATES = "optimizer.dense."
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class ParamMap:
             words = line.partition("#")[0].split()
             if not words:
                 continue
-            if len(words) != 2 or not all(word.startswith(_WEIGHTS) for word in words) or words[0] in entries:
+            if len(words) != 2 or not all(word.startswith(WEIGHTS) for word in words) or words[0] in entries:
                 raise DataError(
                     f"{path}:{number}: {line.strip()!r}: expected two names of weights, the new and the old one, as "
                     "scripts/inspect_checkpoint.py shows them (model.…), and each new name once"
@@ -43,12 +41,9 @@ class ParamMap:
 
     def stored_name(self, name: str) -> str:
         """What the checkpoint calls the tensor that this run calls ``name``."""
-        prefix, parameter, state = _parts(name)
-        new = self._entry_of(parameter)
-        if new is None:
-            return name
-        stored = self.entries[new] + parameter.removeprefix(new)
-        return f"{prefix}{stored.removeprefix(_WEIGHTS)}{state}"
+        weight, state = split(name)
+        new = max((new for new in self.entries if _is_within(weight, new)), key=len, default=None)
+        return name if new is None else join(self.entries[new] + weight.removeprefix(new), state)
 
     def problems(self, names: Collection[str], stored: Collection[str]) -> list[str]:
         """Entries that fit no weight of this run or of the checkpoint."""
@@ -60,20 +55,6 @@ class ParamMap:
                 problems.append(f"ckpt_param_map: {old} is not in the checkpoint")
         return problems
 
-    def _entry_of(self, parameter: str) -> str | None:
-        found = [new for new in self.entries if _is_within(parameter, new)]
-        return max(found, key=len, default=None)
-
 
 def _is_within(name: str, entry: str) -> bool:
     return name == entry or name.startswith(f"{entry}.")
-
-
-def _parts(name: str) -> tuple[str, str, str]:
-    """A tensor's name as what comes before ``model.<parameter>``'s own name, that name, and what comes after it."""
-    if not name.startswith(_STATES):
-        prefix, _, parameter = name.partition(".")
-        return f"{prefix}.", f"{_WEIGHTS}{parameter}", ""
-    prefix = _DENSE_STATES if name.startswith(_DENSE_STATES) else _STATES
-    parameter, _, state = name.removeprefix(prefix).rpartition(".")
-    return prefix, f"{_WEIGHTS}{parameter}", f".{state}"

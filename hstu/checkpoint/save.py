@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from hstu.checkpoint.agree import agree
 from hstu.checkpoint.manifest import describe_files, sync_to_disk, write_manifest
 from hstu.checkpoint.state import TrainState, random_state
-from hstu.checkpoint.tensor_files import TENSORS, write_tensors
+from hstu.checkpoint.tensor_files import TENSORS
+from hstu.parallel.cut_tensor import CutTensor
 from hstu.parallel.mesh import Mesh
 
 _TEMPORARY = ".writing_"
@@ -37,7 +40,16 @@ def _make_empty(directory: Path) -> None:
 
 
 def _write_tensors(root: Path, state: TrainState, mesh: Mesh) -> None:
-    write_tensors(root / TENSORS, state.tensors(), mesh.world_group)
+    writer = dcp.FileSystemWriter(root / TENSORS)
+    dcp.save(state.tensors(), storage_writer=writer, planner=_Planner(), process_group=mesh.world_group)
+
+
+class _Planner(dcp.DefaultSavePlanner):
+    """Saves CutTensors, too, which are no torch.Tensors."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        held = self.state_dict[index.fqn]
+        return held.__get_tensor_shard__(index) if isinstance(held, CutTensor) else super().lookup_object(index)
 
 
 def _write_own_files(root: Path, state: TrainState, mesh: Mesh) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from hstu.data.batch import NEGATIVES
 from hstu.data.sampler import SamplerPosition
 from hstu.model.embedding import TableSpec
 from hstu.model.gr_model import GRModel
@@ -83,6 +84,7 @@ class TrainState:
             "iteration": self.iteration,
             "position": dataclasses.asdict(self.position),
             "optimizer": self.optimizers.counters(),
+            "tables": {table.name: _lookup(table) for table in self.model.specs},
         }
 
     def load_progress(self, progress: dict[str, Any]) -> None:
@@ -100,6 +102,12 @@ def _canonical(name: str) -> str:
     if not name.startswith(_REPLICATED_PREFIX):
         return name
     return f"tables.{name.removeprefix(_REPLICATED_PREFIX).removesuffix('.weight').replace('/', '.')}"
+
+
+def _lookup(table: TableSpec) -> dict[str, Any]:
+    """What a tool that reads the table needs to know: sizes, and the features that are looked up in it."""
+    features = [name for name in table.features if name != NEGATIVES]
+    return {"rows": table.rows, "dim": table.dim, "features": features}
 
 
 def _pieces(sharded: ShardedTensor | None, size: tuple[int, ...]) -> CutTensor:

@@ -12,11 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    create_default_local_load_plan,
-)
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 
@@ -83,21 +79,6 @@ class Consolidated(TensorFiles):
         """See TensorFiles. Each rank reads what it needs and waits for no one."""
         for name, target in targets.items():
             target.copy_from(self._tensors[name])
-
-
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor | CutTensor], group: dist.ProcessGroup) -> None:
-    """Write the ranks' pieces, each once. Collective."""
-    writer = dcp.FileSystemWriter(directory)
-    dcp.save(dict(tensors), storage_writer=writer, planner=PiecesSavePlanner(), process_group=group)
-
-
-class PiecesSavePlanner(DefaultSavePlanner):
-    """Saves CutTensors, too, which are no torch.Tensors."""
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        """See DefaultSavePlanner."""
-        held = self.state_dict[index.fqn]
-        return held.__get_tensor_shard__(index) if isinstance(held, CutTensor) else super().lookup_object(index)
 
 
 class _Pieces(DefaultLoadPlanner):

@@ -191,7 +191,8 @@ def label_offset(args: RankingArgs, source: BatchSource) -> int:
 
 def build_store(args: TrainerArgs, mesh: Mesh) -> CheckpointStore:
     """The run's checkpoints."""
-    return CheckpointStore(args.ckpt_save_dir, args.ckpt_load_dir, mesh, LoadOptions.of(args))
+    options = on_all_ranks(lambda: LoadOptions.of(args), mesh)
+    return CheckpointStore(args.ckpt_save_dir, args.ckpt_load_dir, mesh, options)
 
 
 def build_pipeline(args: TrainerArgs, model: GRModel, optimizers: Optimizers, mesh: Mesh) -> TrainPipeline:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hstu.checkpoint.agree import agree
 from hstu.checkpoint.architecture import Difference, differences
-from hstu.checkpoint.manifest import file_problems, read_manifest
+from hstu.checkpoint.manifest import DamagedCheckpoint, file_problems, read_manifest
 from hstu.checkpoint.match import LoadOptions, Match, match
 from hstu.checkpoint.state import TrainState, set_random_state
 from hstu.checkpoint.tensor_files import CONSOLIDATED, TensorFiles, open_tensors
@@ -30,14 +30,15 @@ _EVERYTHING = LoadOptions()
 def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions = _EVERYTHING) -> list[str]:
     """Read a checkpoint into ``state`` in place. Collective; ranks, groups and sharding may be others than at saving.
 
-    Returns what did not fit, as lines; strict: nothing. Raises DataError, on all ranks alike, for damaged or missing
-    files and, if strict, for anything that does not fit, with the lines of the two configurations that differ. On
-    another number of ranks, or of ranks in a tensor-parallel group, the dropout generators keep their fresh seeds.
+    Returns what did not fit, as lines; strict: nothing. Raises, on all ranks alike, DamagedCheckpoint for damaged or
+    missing files and, if strict, DataError for anything that does not fit, with the lines of the two configurations
+    that differ. On another number of ranks, or of ranks in a tensor-parallel group, the dropout generators keep their
+    fresh seeds.
     """
     root = Path(path)
     problems = [problem for part in agree(lambda: _share_of_file_problems(root, mesh), mesh) for problem in part]
     if problems:
-        raise DataError(_message(root, problems, [], "Load another one."))
+        raise DamagedCheckpoint(_message(root, problems, [], "Load another one."))
     found, lines = agree(lambda: _matched(root, state, options), mesh)[mesh.rank]
     agree(lambda: _read_tensors(open_tensors(root), found, state, mesh), mesh)
     if options.optimizer:

@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 
 import torch
 
+from hstu.checkpoint.background import Background
 from hstu.checkpoint.match import LoadOptions
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
@@ -74,7 +75,7 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
         pipeline=build_pipeline(config.trainer, model, optimizers, mesh),
         schedule=Schedule(config.schedule),
         evaluator=build_evaluator(config, source, model, mesh),
-        checkpoints=build_store(config.trainer, mesh),
+        checkpoints=build_checkpoints(config.trainer, mesh),
         state=state,
         run_directory=run_directory,
         meter=ThroughputMeter(peak.value),
@@ -189,12 +190,6 @@ def label_offset(args: RankingArgs, source: BatchSource) -> int:
     return 1
 
 
-def build_store(args: TrainerArgs, mesh: Mesh) -> CheckpointStore:
-    """The run's checkpoints."""
-    options = on_all_ranks(lambda: LoadOptions.of(args), mesh)
-    return CheckpointStore(args.ckpt_save_dir, args.ckpt_load_dir, mesh, options)
-
-
 def build_pipeline(args: TrainerArgs, model: GRModel, optimizers: Optimizers, mesh: Mesh) -> TrainPipeline:
     """The pipeline that ``args`` asks for."""
     return PIPELINES[args.pipeline_type](model, optimizers, mesh, args.max_grad_norm)
@@ -206,6 +201,13 @@ def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh
         offset = label_offset(config.task_args, source)
         return RankingEvaluator(model, config.task_args, offset, mesh, config.trainer.max_eval_iters)
     return RetrievalEvaluator(model, config.task_args, source, mesh, config.trainer.max_eval_iters)
+
+
+def build_checkpoints(args: TrainerArgs, mesh: Mesh) -> CheckpointStore:
+    """Where the run saves and what it starts from. Collective."""
+    options = on_all_ranks(lambda: LoadOptions.of(args), mesh)
+    background = Background(mesh, args.collective_timeout_s) if args.ckpt_async else None
+    return CheckpointStore(args.ckpt_save_dir, args.ckpt_load_dir, mesh, args.ckpt_keep_last, background, options)
 
 
 def total_iters(args: TrainerArgs, batches_per_epoch: int) -> int:

@@ -46,7 +46,9 @@ def recommend_for(config: RunConfig, ckpt: str, users: Sequence[Any], top: int, 
     rows = encode_users(source.store, users)
     model, optimizers = build_model(config, source, mesh)
     weights_alone = LoadOptions(optimizer=False)
-    CheckpointStore(ckpt, ckpt, mesh, weights_alone).restore(TrainState(model, optimizers, config.operative_gin()))
+    CheckpointStore(ckpt, ckpt, mesh, load_options=weights_alone).restore(
+        TrainState(model, optimizers, config.operative_gin())
+    )
     evaluator = RetrievalEvaluator(model, config.task_args, source, mesh)
     with evaluation_mode(model):
         vectors = []

@@ -12,6 +12,7 @@ import torch
 
 from hstu.checkpoint.background import Background
 from hstu.checkpoint.match import LoadOptions
+from hstu.checkpoint.row_ids import RowIds
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
@@ -43,7 +44,7 @@ from hstu.pipeline.none import SequentialPipeline
 from hstu.pipeline.prefetch import PrefetchPipeline
 from hstu.train.evaluator import Evaluator, RankingEvaluator, RetrievalEvaluator
 from hstu.train.leaks import leak
-from hstu.train.sources import BatchSource, open_source
+from hstu.train.sources import BatchSource, StoreSource, open_source
 from hstu.train.trainer import Trainer
 from hstu.train.work import StepWork
 
@@ -65,7 +66,7 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
     source = on_all_ranks(lambda: open_source(config, mesh), mesh)
     mesh.progress.mark("building the model")
     model, optimizers = build_model(config, source, mesh)
-    state = TrainState(model, optimizers, config.operative_gin())
+    state = TrainState(model, optimizers, config.operative_gin(), ids=row_ids(source))
     peak = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
     log.info("peak for MFU: %.3g TFLOPS a rank (%s)", peak.value, peak.source)
     return Trainer(
@@ -131,6 +132,11 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
     rows = sum(spec.rows for spec in specs)
     log.info("model: %s dense parameters, %s rows in %d tables", f"{parameters:,}", f"{rows:,}", len(specs))
     return model, optimizers
+
+
+def row_ids(source: BatchSource) -> RowIds:
+    """The raw ids of the tables' rows; random data has none."""
+    return RowIds.of(source.store, source.roles.names) if isinstance(source, StoreSource) else RowIds()
 
 
 def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDense | RetrievalDense:

@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hstu.checkpoint.describe import locate
+from hstu.checkpoint.export import export
 from hstu.config.errors import DataError
-from hstu.train.export import export
-from tests.train.tiny import FinishedRun
+from hstu.config.run_config import RunConfig
+from hstu.data.store import SequenceStore
+from hstu.parallel.cut_tensor import CutTensor
+from hstu.parallel.mesh import Mesh
+from tests.conftest import write_small_store
+from tests.train.tiny import ITEMS, FinishedRun, build, run, tiny_config, walks
 
 Train = Callable[..., FinishedRun]
 SAVING = {"ckpt_save_interval": 4}
@@ -79,3 +85,47 @@ def test_the_body_of_one_task_begins_another(train: Train, tmp_path: Path, caplo
     log = (begun.path / "log.txt").read_text()
     assert "was loaded in part" in log and "model.task.head" in log
     assert len(begun.losses) == 4
+
+
+def store_of(path: Path, item_ids: list[int]) -> SequenceStore:
+    """The walks over items of these raw ids; only those that end in 0 occur, whatever their codes are."""
+    arguments = walks()
+    codes = [code for code, raw in enumerate(item_ids) if raw % 10 == 0]
+    arguments["items"] = [[codes[item] for item in row] for row in arguments["items"]]
+    return write_small_store(path, **arguments | {"num_items": len(item_ids), "item_ids": item_ids})
+
+
+def restored(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """What a run has before its first step."""
+    trainer = build(config, mesh)
+    trainer.checkpoints.restore(trainer.state)
+    trainer.run_directory.close()
+    tensors = trainer.state.tensors()
+    return {
+        name: tensor.pieces[torch.Size([0, 0])].clone() if isinstance(tensor, CutTensor) else tensor.detach().clone()
+        for name, tensor in tensors.items()
+    }
+
+
+def test_a_grown_vocabulary_keeps_the_rows_of_its_ids(mesh: Mesh, tmp_path: Path) -> None:
+    ids = list(range(1000, 1000 + 10 * ITEMS, 10))
+    grown = sorted([*ids, 1001, 1055, 1056, 2000])  # which moves all codes but the first
+    before = store_of(tmp_path / "before", ids)
+    after = store_of(tmp_path / "after", grown)
+    run(tiny_config("retrieval", before, tmp_path / "first", trainer=SAVING), mesh)
+    source = {"ckpt_load_dir": str(tmp_path / "first" / "checkpoints")}
+    former = restored(tiny_config("retrieval", before, tmp_path / "same", trainer=source), mesh)
+    with pytest.raises(DataError, match=r"model\.tables\.item_id_table has rows of other ids in the checkpoint"):
+        restored(tiny_config("retrieval", after, tmp_path / "strict", trainer=source), mesh)
+
+    fresh = restored(tiny_config("retrieval", after, tmp_path / "fresh"), mesh)
+    lenient = tiny_config("retrieval", after, tmp_path / "lenient", trainer=source | {"ckpt_load_strict": False})
+    begun = restored(lenient, mesh)
+    for name in ("model.tables.item_id_table", "optimizer.tables.item_id_table.exp_avg"):
+        assert former[name].abs().max() > 0
+        for code, raw in enumerate(grown):
+            expected = former[name][ids.index(raw)] if raw in ids else fresh[name][code]
+            assert torch.equal(begun[name][code], expected), (name, raw)
+    assert torch.equal(begun["model.tables.action_table"], former["model.tables.action_table"])
+    log = (tmp_path / "lenient" / "run" / "log.txt").read_text()
+    assert f"model.tables.item_id_table and its states: {ITEMS} of {len(grown)} rows read, by raw id" in log

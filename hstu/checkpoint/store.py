@@ -16,6 +16,7 @@ from hstu.checkpoint.agree import agree
 from hstu.checkpoint.background import Background
 from hstu.checkpoint.load import load
 from hstu.checkpoint.manifest import MANIFEST, DamagedCheckpoint
+from hstu.checkpoint.match import LoadOptions
 from hstu.checkpoint.save import Contents, HostCopies, contents_of, write
 from hstu.checkpoint.state import TrainState
 from hstu.config.errors import ConfigError, DataError
@@ -39,6 +40,7 @@ class CheckpointStore:
         mesh: Mesh,
         keep_last: int | None = None,
         background: Background | None = None,
+        load_options: LoadOptions | None = None,
     ) -> None:
         self.save_dir = Path(save_dir)
         self.load_dir = load_dir
@@ -48,6 +50,7 @@ class CheckpointStore:
         self._restored: Path | None = None
         self._keep_last = keep_last
         self._background = background
+        self._load_options = load_options or LoadOptions()
         self._copies: HostCopies = {}
 
     def claim(self) -> None:
@@ -111,14 +114,17 @@ class CheckpointStore:
         candidates = agree(lambda: _candidates(self.load_dir, str(self.save_dir)), self.mesh)[0]
         for path in candidates:
             try:
-                load(path, state, self.mesh)
+                load(path, state, self.mesh, self._load_options)
             except DamagedCheckpoint as error:
                 if self.load_dir != AUTO:
                     raise
                 log.warning("%s Trying the one before.", error)
                 continue
-            self.newest_iteration, self._restored = state.iteration, path
-            log.info("resuming from %s", path)
+            if self._load_options.optimizer:
+                self.newest_iteration, self._restored = state.iteration, path
+                log.info("resuming from %s", path)
+            else:
+                log.info("starting from the weights of %s", path)
             return True
         if candidates:
             raise DataError(

@@ -42,6 +42,15 @@ class TrainerArgs(Args):
     ckpt_load_dir: str = option("")
     """A checkpoint, a directory of them (the latest is taken), or "auto": the latest in ckpt_save_dir, if any, or
     the one before where that is damaged."""
+    ckpt_load_strict: bool = option(True)
+    """False: load what fits, leave the rest as initialised, and report what is missing, unexpected or of another size.
+    A table with more rows keeps those that the checkpoint has. True: whatever does not fit is an error."""
+    ckpt_load_optimizer: bool = option(True)
+    """False: load the weights alone (from a checkpoint or an export), and start at iteration 0 with fresh optimizers,
+    schedule and data: fine-tuning. True: go on where the checkpoint was."""
+    ckpt_param_map: Optional[str] = option(None)
+    """A text file of lines "new old": this run's tensor new, or all that begin with new and a dot, is called old in the
+    checkpoint. Names as scripts/inspect_checkpoint.py shows them (model.…); optimizer states go with their weights."""
     save_at_end: bool = option(True)
     """Also save after the last iteration, where ckpt_save_interval > 0."""
     ckpt_keep_last: Optional[int] = option(None, minimum=1)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
+import platform
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import metadata
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+import hstu
 from hstu.data.sampler import SamplerPosition
 from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
@@ -17,7 +22,20 @@ from hstu.parallel.dense import unwrap_dense
 from hstu.parallel.embedding import sharded_weights
 from hstu.parallel.shards import as_whole, shard_dim
 
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec", "megatron-core", "triton", "numpy")
 _REPLICATED_PREFIX = "replicated.tables."
+
+
+class Carried(Protocol):
+    """What a run carries along besides the model, as JSON, equal on all ranks."""
+
+    def state(self) -> Any:
+        """All of it."""
+
+    def load_state(self, state: Any) -> None:
+        """Restore ``state``."""
 
 
 @dataclass
@@ -31,6 +49,8 @@ class TrainState:
     """Optimizer steps done."""
     position: SamplerPosition = field(default_factory=SamplerPosition)
     """Where the data goes on."""
+    carried: dict[str, Carried] = field(default_factory=dict)
+    """By name: the metrics so far, the loss since the last record."""
 
     def tensors(self) -> dict[str, Tensor | ShardedTensor]:
         """All live tensors, to be saved or overwritten in place.
@@ -61,6 +81,8 @@ class TrainState:
             "iteration": self.iteration,
             "position": dataclasses.asdict(self.position),
             "optimizer": self.optimizers.counters(),
+            "carried": {name: part.state() for name, part in self.carried.items()},
+            "versions": versions(),
         }
 
     def load_progress(self, progress: dict[str, Any]) -> None:
@@ -68,6 +90,21 @@ class TrainState:
         self.iteration = progress["iteration"]
         self.position = SamplerPosition(**progress["position"])
         self.optimizers.load_counters(progress["optimizer"])
+        for name, part in self.carried.items():
+            if name in progress["carried"]:
+                part.load_state(progress["carried"][name])
+        others = {name: old for name, old in progress["versions"].items() if versions().get(name) != old}
+        if others:
+            log.warning("the checkpoint was saved with other versions, results may differ in bits: %s", others)
+
+
+def versions() -> dict[str, str]:
+    """Of what bits depend on, where it is installed."""
+    found = {"python": platform.python_version(), "hstu": hstu.__version__}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _canonical(name: str) -> str:

@@ -41,6 +41,16 @@ class CheckpointStore:
         self.newest_iteration = state.iteration
         return path
 
+    def keep(self, iteration: int) -> None:
+        """Let ``best`` point at a checkpoint that has been saved. Collective."""
+        agree(lambda: self._point_at(f"iteration_{iteration:08d}") if self.mesh.is_main else None, self.mesh)
+
+    def _point_at(self, name: str) -> None:
+        link = self.save_dir / ".best"
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        link.rename(self.save_dir / "best")
+
     def restore(self, state: TrainState) -> bool:
         """Load the checkpoint that the configuration asks for, if any; False where there is none. Collective."""
         path = agree(lambda: find(self.load_dir, str(self.save_dir)), self.mesh)[0]

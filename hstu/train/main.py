@@ -20,7 +20,7 @@ def run(config: RunConfig) -> int:
     from hstu.observe.logging import quiet_libraries
     from hstu.observe.watchdog import Watchdog
     from hstu.parallel import mesh as meshes
-    from hstu.pipeline.finite import NonFiniteLoss
+    from hstu.pipeline.finite import NonFiniteStep
     from hstu.train.builder import build_trainer
 
     quiet_libraries()
@@ -40,7 +40,7 @@ def run(config: RunConfig) -> int:
         # What is wrong before training is wrong for every rank; what is found while training may be one rank's alone.
         in_training = trainer is not None
         if watchdog is not None:
-            watchdog.leave(error if in_training and not isinstance(error, NonFiniteLoss) else None)
+            watchdog.leave(error if in_training and not isinstance(error, NonFiniteStep) else None)
         meshes.finish(wait=False)
         return _tell(error, every_rank=in_training)
     except Exception as error:

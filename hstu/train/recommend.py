@@ -46,7 +46,7 @@ def recommend_for(config: RunConfig, ckpt: str, users: Sequence[Any], top: int, 
     model, optimizers = build_model(config, source, mesh)
     CheckpointStore(ckpt, ckpt, mesh).restore(TrainState(model, optimizers))
     evaluator = RetrievalEvaluator(model, config.task_args, source, mesh)
-    with evaluation_mode(model):
+    with evaluation_mode(model), optimizers.averaged_weights():
         vectors = []
         for batch in source.history_batches(rows):
             queries = model(batch.to(mesh.device)).queries

@@ -23,7 +23,7 @@ from hstu.observe.peak import PeakTflops
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.dense import unwrap_dense
 from hstu.parallel.mesh import Mesh
-from hstu.pipeline.finite import NonFiniteLoss
+from hstu.pipeline.finite import NonFiniteStep
 from hstu.train import builder, main
 from hstu.train.trainer import Trainer
 from tests.distributed.pipeline_cases import digest
@@ -139,7 +139,7 @@ def non_finite_steps(store: str, tp: int, cases: dict[str, dict[str, Any]]) -> d
             for _ in range(3):
                 users = pipeline.progress(batches).batch.user_ids.tolist()
                 weights.append(digest(state, mesh))
-        except NonFiniteLoss as error:
+        except NonFiniteStep as error:
             raised = str(error)
         results[name] = {"raised": raised, "users": users, "weights": [*weights, digest(state, mesh)]}
     mesh_module.finish()

@@ -90,6 +90,19 @@ def lose(output: ModelOutput) -> None:
     output.loss_sum = output.loss_sum * float("nan")
 
 
+def lose_gradient(output: ModelOutput) -> None:
+    """A finite loss, whose gradients are no numbers."""
+    output.loss_sum.register_hook(lambda gradient: gradient * float("nan"))
+
+
+def lose_weight_gradient(output: ModelOutput) -> None:
+    """A finite loss and finite gradients of the rows; that of one weight is not."""
+    node: Any = output.loss_sum.grad_fn
+    while not hasattr(node, "variable"):
+        node = next(other for other, _ in node.next_functions if other is not None)
+    handle = node.variable.register_hook(lambda gradient: handle.remove() or gradient * float("inf"))
+
+
 def sleep_through_sigterm() -> None:
     """As a rank that waits for its GPU: nothing it calls fails, and the signal's handler changes nothing."""
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -109,11 +122,16 @@ FAILURES: dict[str, Callable[[Trainer, int, Path], None]] = {
     "a defect": in_forward(lambda _: refuse(ZeroDivisionError("one by nothing"))),
     "bad data": in_loading(lambda: refuse(DataError("row 7 is torn"))),
     "no number": in_forward(lose),
+    "no gradient": in_forward(lose_gradient),
 }
+DEEDS = {"loss": lose, "gradient": lose_gradient, "weight": lose_weight_gradient}
 
 
 def non_finite_steps(store: str, tp: int, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Case → what is raised where the last rank's loss is no number in the third step, and the weights around it."""
+    """Case → what is raised where the last rank's loss or gradient is no number in the third step, and the weights.
+
+    A case is named "<pipeline> <optimizer> <which of DEEDS>".
+    """
     mesh = mesh_module.start(tensor_parallel_size=tp, timeout_s=60)
     torch.set_num_threads(1)
     results = {}
@@ -125,12 +143,13 @@ def non_finite_steps(store: str, tp: int, cases: dict[str, dict[str, Any]]) -> d
         pipeline = builder.build_pipeline(config.trainer, model, optimizers, mesh)
         state = builder.TrainState(model, optimizers)
         forwards = 0
+        deed = DEEDS[name.split()[-1]]
 
-        def hook(_module: Any, _inputs: Any, output: ModelOutput) -> None:
+        def hook(_module: Any, _inputs: Any, output: ModelOutput, deed: Callable[[ModelOutput], None] = deed) -> None:
             nonlocal forwards
             forwards += 1
             if forwards == 3 and mesh.rank == mesh.world_size - 1:
-                lose(output)
+                deed(output)
 
         unwrap_dense(model).task.register_forward_hook(hook)
         batches = source.train_batches(state.position)

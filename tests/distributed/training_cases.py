@@ -16,10 +16,10 @@ from tests.distributed.table_cases import full_tables
 from tests.train.tiny import build, run, tiny_config
 
 
-def run_cases(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def run_cases(cases: dict[str, dict[str, Any]], tp: int = 1) -> dict[str, Any]:
     """Name → the function of this module to ``call`` and its other arguments, one case after the other."""
     quiet_libraries()
-    mesh = mesh_module.start(timeout_s=60)
+    mesh = mesh_module.start(tensor_parallel_size=tp, timeout_s=60)
     torch.set_num_threads(1)  # the tensors are tiny, and ranks that wait for one another must not spin
     builder.peak_tflops = lambda *_: PeakTflops(1.0, "assumed")  # type: ignore[assignment]  # takes longer than a case
     functions = {function.__name__: function for function in (train, users_evaluated)}

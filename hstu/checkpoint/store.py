@@ -33,7 +33,7 @@ class CheckpointStore:
         self.load_dir = load_dir
         self.mesh = mesh
         self.newest_iteration: int | None = None
-        """Iteration of the last checkpoint saved or restored by this run."""
+        """Iteration of the last checkpoint in ``save_dir`` that this run has saved or was restored from."""
 
     def save(self, state: TrainState) -> Path:
         """Save a checkpoint of ``state``. Collective."""
@@ -57,7 +57,8 @@ class CheckpointStore:
         if path is None:
             return False
         load(path, state, self.mesh)
-        self.newest_iteration = state.iteration
+        if path.resolve().parent == self.save_dir.resolve():
+            self.newest_iteration = state.iteration
         log.info("resuming from %s", path)
         return True
 

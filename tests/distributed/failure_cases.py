@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,22 @@ def in_loading(deed: Callable[[], None]) -> Callable[[Trainer, int, Path], None]
     return sabotage
 
 
+def over_an_evaluation(trainer: Trainer, iteration: int, failed_at: Path) -> None:
+    """SIGTERM over the first of so many slow batches that the evaluation would take minutes."""
+    load = trainer.source.eval_batches
+
+    def batches(*split: Any) -> Iterator[HSTUBatch]:
+        (batch,) = islice(load(*split), 1)
+        for _ in range(1000):
+            if trainer.state.iteration == iteration and not failed_at.exists():
+                failed_at.write_text(str(time.time()))
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+            yield batch
+
+    trainer.source.eval_batches = batches  # type: ignore[method-assign]
+
+
 def in_forward(deed: Callable[[ModelOutput], None]) -> Callable[[Trainer, int, Path], None]:
     """Do it to the output of the dense model in an iteration."""
 
@@ -114,6 +131,8 @@ def refuse(error: Exception) -> None:
 
 
 FAILURES: dict[str, Callable[[Trainer, int, Path], None]] = {
+    "told to stop": in_loading(lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "told to stop over an evaluation": over_an_evaluation,
     "killed": in_loading(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "frozen": in_loading(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
     "asleep over a batch": in_loading(lambda: time.sleep(1000)),

@@ -91,9 +91,9 @@ class TrainState:
         self.position = SamplerPosition(**progress["position"])
         self.optimizers.load_counters(progress["optimizer"])
         for name, part in self.carried.items():
-            if name in progress["carried"]:
+            if name in progress.get("carried", {}):
                 part.load_state(progress["carried"][name])
-        others = {name: old for name, old in progress["versions"].items() if versions().get(name) != old}
+        others = {name: old for name, old in progress.get("versions", {}).items() if versions().get(name) != old}
         if others:
             log.warning("the checkpoint was saved with other versions, results may differ in bits: %s", others)
 

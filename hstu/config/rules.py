@@ -58,8 +58,8 @@ def save_interval(run: Run, trainer: TrainerArgs) -> Problems:
 def best_metric_is_measured(run: Run, trainer: TrainerArgs, task: RankingArgs | RetrievalArgs) -> Problems:
     if trainer.best_metric is None:
         return
-    tasks = task.num_tasks if kind_of(task) is RankingArgs and task.num_tasks > 1 else 0
-    by_task = [name for name in task.eval_metrics if name in ("AUC", "GAUC")]
+    tasks = getattr(task, "num_tasks", 1)  # retrieval has none
+    by_task = [name for name in task.eval_metrics if name in ("AUC", "GAUC") and tasks > 1]
     measured = [*task.eval_metrics, *(f"{name}/task{index}" for name in by_task for index in range(tasks))]
     if trainer.best_metric not in measured:
         guess = did_you_mean(trainer.best_metric, measured)

@@ -56,7 +56,7 @@ class DenseOptimizer:
             torch._foreach_mul_(self._decayed, 1.0 - self._optimizer.param_groups[0]["lr"] * self.weight_decay)
         self._optimizer.step()
         if self._averages:
-            weights = [self.parameters[name] for name in self._averages]
+            weights: list[Tensor] = [self.parameters[name] for name in self._averages]
             torch._foreach_lerp_([*self._averages.values()], weights, 1.0 - self.ema_decay)
 
     @contextmanager

@@ -84,6 +84,7 @@ class TrainPipeline(ABC):
                 output: ModelOutput = self.model.dense([rows], part)
                 (output.loss_sum * (self.mesh.dp_size / count)).backward()
             loss_sum += output.loss_sum.detach().float()
+            self.mesh.progress.alive()
         return loss_sum, count
 
     def _averaging(self, is_last: bool) -> AbstractContextManager[None]:

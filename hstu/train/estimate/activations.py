@@ -68,8 +68,8 @@ def input_bytes(situation: Situation, batch: Batch, tokens: int) -> int:
     return kept + (tokens * network.hidden_size if dropout > 0 else 0)
 
 
-def task_bytes(situation: Situation, batch: Batch) -> tuple[int, int]:
-    """(kept for backward, working memory while the loss is computed) of the head or the softmax."""
+def task_bytes(situation: Situation, batch: Batch, pool: int) -> tuple[int, int]:
+    """(kept for backward, working memory while the loss is computed) of the head or the softmax over ``pool`` rows."""
     network, args, c = situation.config.network, situation.config.task_args, situation.compute_bytes
     labels, hidden, item_width = batch.labels, network.hidden_size, network.item_width
     if isinstance(args, RankingArgs):
@@ -78,7 +78,6 @@ def task_bytes(situation: Situation, batch: Batch) -> tuple[int, int]:
         loss = NUMBER * (2 * last if args.num_tasks == last else last) + ID
         return labels * (ID + c * hidden + per_hidden * sum(widths) + loss), labels * (NUMBER * last + NUMBER * hidden)
     query = NUMBER * (2 * item_width if item_width == hidden else hidden + 2 * item_width)
-    pool = situation.pool(batch)
     kept = labels * (query + 2 * NUMBER * item_width + 4 * ID) + pool * 2 * NUMBER * item_width
     if args.num_negatives > 0 and not args.shared_negatives:  # scores, weights, and the draws sorted by row
         return kept, labels * args.num_negatives * (2 * NUMBER + 4 * ID) + 4 * labels * NUMBER * item_width
@@ -102,7 +101,7 @@ def batch_bytes(situation: Situation, batch: Batch) -> int:
     args, tp = situation.config.task_args, situation.tp_size
     own = situation.own_ids(batch)
     ids = sum(own.values())
-    sequences = situation.config.trainer.train_batch_size
+    sequences = situation.config.trainer.sequences_per_iteration
     labels = -(-batch.labels // tp)
     numbers = ids + labels + sequences * (len(own) + 3)
     if situation.config.network.position_encoding == "relative_bias":
@@ -114,7 +113,8 @@ def batch_bytes(situation: Situation, batch: Batch) -> int:
         if args.negatives == "in_batch":
             one += situation.negatives(labels, own[situation.roles.item]) * ID
     group = tp if tp > 1 else 0  # the batch of the group besides the rank's own
-    return one * (1 + group) * _BATCHES_IN_FLIGHT[situation.config.trainer.pipeline_type]
+    micro = tp if situation.config.trainer.gradient_accumulation_steps > 1 else 0  # and its parts
+    return one * (1 + group + micro) * _BATCHES_IN_FLIGHT[situation.config.trainer.pipeline_type]
 
 
 def backward_bytes(situation: Situation, tokens: int) -> int:

@@ -61,7 +61,7 @@ def _tables(situation: Situation, batch: Batch, plan: tuple[TableShards, ...]) -
     One exchange a collection (tables of one width) and kind of sharding.
     """
     ranks, own = situation.world_size, situation.own_ids(batch)
-    sequences = situation.config.trainer.train_batch_size
+    sequences = situation.config.trainer.sequences_per_iteration
     exchanges = {(table.spec.stored_dim, table.sharding) for table in plan}
     ids, lengths = 0, 0
     rows = np.zeros(ranks)
@@ -103,7 +103,7 @@ def _host_batch_bytes(situation: Situation, batch: Batch) -> int:
     own, args = situation.own_ids(batch), situation.config.task_args
     labels = -(-batch.labels // situation.tp_size)
     draws = max(getattr(args, "num_negatives", 0), 0) if not getattr(args, "shared_negatives", False) else 0
-    sequences = situation.config.trainer.train_batch_size * (len(own) + 4)
+    sequences = situation.config.trainer.sequences_per_iteration * (len(own) + 4)
     return ID * (sum(own.values()) + labels + sequences) + NUMBER * labels * draws
 
 

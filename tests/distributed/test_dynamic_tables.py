@@ -1,0 +1,73 @@
+"""Dynamic tables trained by real ranks: as static ones where there is room, and right where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import run_ranks
+
+OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+PIPELINES = ("none", "native", "prefetch")
+PRESSED = {"lru": {}, "lfu": {"evict_strategy": "lfu"}, "hashed": {"dist_type": "hash_roundrobin"}}
+CASES: dict[str, dict[str, Any]] = {
+    **{f"static/{name}": {"call": "beside_static", "optimizer": name} for name in OPTIMIZERS},
+    **{
+        f"static/{kind}": {"call": "beside_static", "optimizer": "adam", "dist_type": kind, "dim": 6}
+        for kind in ("continuous", "hash_roundrobin")
+    },
+    **{
+        f"{pipeline}/{name}": {"call": "in_pipeline", "pipeline": pipeline, "optimizer": name}
+        for pipeline in PIPELINES
+        for name in ("rowwise_adagrad", "adam")
+    },
+    **{
+        f"none/{name}": {"call": "in_pipeline", "pipeline": "none", "optimizer": "adagrad", **options}
+        for name, options in PRESSED.items()
+    },
+    **{f"looked at/{name}": {"call": "looked_at", "optimizer": name} for name in ("sgd", "adam")},
+}
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return run_ranks("tests.distributed.dynamic_cases:run_cases", request.param, timeout_s=120, cases=CASES)
+
+
+def cases(prefix: str) -> list[str]:
+    return [name for name in CASES if name.startswith(prefix)]
+
+
+@pytest.mark.parametrize("case", cases("static/"))
+def test_with_room_for_all_ids_a_run_is_that_of_a_static_table_exactly(results: Any, case: str) -> None:
+    for of_rank in results:
+        static, dynamic = of_rank[case]["losses"]
+        assert static == dynamic and len(set(static)) == len(static)
+        for feature, same in of_rank[case]["same"].items():
+            assert all(same) and len(same) > 15, feature
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_pipelines_give_ids_their_rows_in_the_order_of_the_steps(results: Any, optimizer: str) -> None:
+    for of_rank in results:
+        runs = [of_rank[f"{pipeline}/{optimizer}"] for pipeline in PIPELINES]
+        assert runs[0] == runs[1] == runs[2]
+
+
+@pytest.mark.parametrize("case", [*cases("none/"), "native/adam"])
+def test_slots_that_change_hands_begin_anew(results: Any, case: str) -> None:
+    for of_rank in results:
+        result = of_rank[case]
+        assert all(result["fresh"]) and len(result["fresh"]) > 2
+        counters = result["counters"]["item_table"]
+        assert counters["evictions"] > 0 and counters["lookups"] > counters["hits"] > 0
+        assert counters["waiting"] == 0
+
+
+@pytest.mark.parametrize("case", cases("looked at/"))
+def test_an_evaluation_finds_rows_of_known_ids_and_zeros_for_others(results: Any, case: str) -> None:
+    for of_rank in results:
+        result = of_rank[case]
+        assert result["known"] > 15
+        assert result["rows_are_found"] and result["others_are_zero"] and result["unchanged"]

@@ -125,7 +125,8 @@ class DynamicEmbeddingArgs(EmbeddingArgs):
     item_vocab_gpu_capacity_ratio: Optional[float] = option(None, above=0, maximum=1)
     """Share of item_vocab_size_or_capacity to keep in GPU memory, in (0, 1]."""
     evict_strategy: str = option("lru", choices=("lru", "lfu"))
-    """Which id loses its row when there is no other: lru, the one not trained on for longest; lfu, the one least often."""
+    """Which id loses its row when there is no other: lru, the one that was not trained on for longest; lfu, the one
+    that was trained on least often."""
     caching: bool = option(False)
     """True: the GPU memory budget is a cache in front of a table in host memory."""
     dist_type: str = option("roundrobin", choices=("continuous", "roundrobin", "hash_roundrobin"))

@@ -10,6 +10,7 @@ calls that pipelines take apart, so that an id is given a row in the order of th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class OwnerDist(RwSparseFeaturesDist):
         """See RwSparseFeaturesDist."""
         if any(self._hashed):
             ends, ids = sparse_features.offset_per_key(), sparse_features.values()
-            parts = [ids[start:stop] for start, stop in zip(ends, ends[1:], strict=False)]
+            parts = [ids[start:stop] for start, stop in pairwise(ends)]
             sent = [mix(part) if hashed else part for part, hashed in zip(parts, self._hashed, strict=True)]
             sparse_features = with_values(sparse_features, torch.cat(sent))
         return super().forward(sparse_features)

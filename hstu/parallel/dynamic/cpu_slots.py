@@ -21,7 +21,9 @@ class CpuSlots(SlotTable):
         self._library.hstu_slots_new.restype = pointer
         self._library.hstu_slots_size.restype = int64
         lfu = int32(policy == "lfu")
-        handle = self._library.hstu_slots_new(int64(capacity), lfu, *map(pointer, map(address, (self.ids, self.scores))))
+        handle = self._library.hstu_slots_new(
+            int64(capacity), lfu, *map(pointer, map(address, (self.ids, self.scores)))
+        )
         self._handle = pointer(handle)
         weakref.finalize(self, self._library.hstu_slots_free, self._handle)
         if self.sightings is not None:

@@ -1,44 +1,52 @@
-"""Reading a checkpoint into a run, on any number of ranks."""
+"""Reading a checkpoint or an export into a run, on any number of ranks, whole or in part."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch import Tensor
 
 from hstu.checkpoint.agree import agree
+from hstu.checkpoint.architecture import Difference, differences
 from hstu.checkpoint.manifest import file_problems, read_manifest
+from hstu.checkpoint.match import LoadOptions, Match, match
 from hstu.checkpoint.state import TrainState, set_random_state
+from hstu.checkpoint.tensor_files import CONSOLIDATED, TensorFiles, open_tensors
 from hstu.config.errors import DataError
+from hstu.parallel.cut_tensor import CutTensor
 from hstu.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
 _SHOWN_PROBLEMS = 10
+_EVERYTHING = LoadOptions()
 
 
-def load(path: str | Path, state: TrainState, mesh: Mesh) -> None:
-    """Read a checkpoint into ``state`` in place. Collective; the number of ranks may differ from that at saving.
+def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions = _EVERYTHING) -> list[str]:
+    """Read a checkpoint into ``state`` in place. Collective; ranks, groups and sharding may be others than at saving.
 
-    Raises DataError, on all ranks alike, for damaged or missing files and for tensors that the checkpoint lacks or
-    has in another shape. On another number of ranks, or of ranks in a tensor-parallel group, the dropout generators
-    keep their fresh seeds.
+    Returns what did not fit, as lines; strict: nothing. Raises DataError, on all ranks alike, for damaged or missing
+    files and, if strict, for anything that does not fit, with the lines of the two configurations that differ. On
+    another number of ranks, or of ranks in a tensor-parallel group, the dropout generators keep their fresh seeds.
     """
     root = Path(path)
-    _raise_problems(root, agree(lambda: _share_of_file_problems(root, mesh), mesh))
-    _raise_problems(root, agree(lambda: _tensor_problems(root, state), mesh))
-    agree(lambda: _read_tensors(root, state, mesh), mesh)
-    progress = json.loads((root / "progress.json").read_text())
-    state.load_progress(progress)
-    ranks, group = progress["world_size"], progress.get("tensor_parallel_size", 1)
-    if (ranks, group) == (mesh.world_size, mesh.tp_size):  # the generators of a group must agree
-        set_random_state(torch.load(root / f"rng_rank{mesh.rank}.pt", weights_only=True), mesh.device)
-    else:
-        log.info("%s was saved by %d ranks in groups of %d: dropout starts from fresh seeds", root, ranks, group)
+    problems = [problem for part in agree(lambda: _share_of_file_problems(root, mesh), mesh) for problem in part]
+    if problems:
+        raise DataError(_message(root, problems, [], "Load another one."))
+    found, lines = agree(lambda: _matched(root, state, options), mesh)[mesh.rank]
+    agree(lambda: _read_tensors(open_tensors(root), found, state, mesh), mesh)
+    if options.optimizer:
+        _restore_progress(root, state, mesh)
+    if found.problems() or lines:
+        report = found.report(lines)
+        log.warning("%s was loaded in part:\n%s", root, "\n".join(f"  {line}" for line in report))
+        return report
+    return []
 
 
 def _share_of_file_problems(root: Path, mesh: Mesh) -> list[str]:
@@ -47,27 +55,67 @@ def _share_of_file_problems(root: Path, mesh: Mesh) -> list[str]:
     return file_problems(root, {name: files[name] for name in sorted(files)[mesh.rank :: mesh.world_size]})
 
 
-def _tensor_problems(root: Path, state: TrainState) -> list[str]:
-    """What this run has and the checkpoint has not, or not in the same shape."""
-    stored = dcp.FileSystemReader(root / "tensors").read_metadata().state_dict_metadata
-    problems = []
-    for name, tensor in state.tensors().items():
-        entry = stored.get(name)
-        if not isinstance(entry, TensorStorageMetadata):
-            problems.append(f"{name} is not in the checkpoint")
-        elif entry.size != tensor.size():
-            problems.append(f"{name} is {tuple(entry.size)} in the checkpoint, {tuple(tensor.size())} in this run")
-    return problems
+def _matched(root: Path, state: TrainState, options: LoadOptions) -> tuple[Match, list[Difference]]:
+    """What is to be read, and the lines that make another model. Raises DataError for what is refused."""
+    if options.optimizer and (root / CONSOLIDATED).is_file():
+        raise DataError(
+            f"{root} is an export, which has weights alone. Set TrainerArgs.ckpt_load_optimizer = False to start "
+            "from them at iteration 0."
+        )
+    sizes = {name: tensor.size() for name, tensor in state.tensors().items()}
+    found = match(sizes, open_tensors(root).sizes, options)
+    differing = differences((root / "operative.gin").read_text(), state.operative_gin) if state.operative_gin else []
+    of_network = [entry for entry in differing if entry.is_of_network]
+    if found.mistakes:
+        raise DataError(_message(root, list(found.mistakes), [], "Mend the file."))
+    if options.strict and (found.problems() or of_network):
+        shown = [entry for entry in differing if entry.shapes_tensors]
+        raise DataError(_message(root, found.problems(), shown, _remedy(found)))
+    return found, of_network
 
 
-def _read_tensors(root: Path, state: TrainState, mesh: Mesh) -> None:
-    dcp.load(state.tensors(), storage_reader=dcp.FileSystemReader(root / "tensors"), process_group=mesh.world_group)
+def _remedy(found: Match) -> str:
+    remedy = "Load another one, or change the model back. TrainerArgs.ckpt_load_strict = False loads what fits"
+    of_optimizer = all(problem.startswith("optimizer.") for problem in found.problems())
+    if found.problems() and of_optimizer:
+        return f"{remedy}; ckpt_load_optimizer = False the weights alone, and starts at iteration 0."
+    return f"{remedy} and reports the rest."
 
 
-def _raise_problems(root: Path, by_rank: list[list[str]]) -> None:
-    problems = list(dict.fromkeys(problem for part in by_rank for problem in part))
-    if not problems:
-        return
-    shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
-    more = f"\n  and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-    raise DataError(f"cannot load the checkpoint {root}:\n{shown}{more}\nLoad another one, or change the model back.")
+def _read_tensors(files: TensorFiles, found: Match, state: TrainState, mesh: Mesh) -> None:
+    tensors = state.tensors()
+    pending = dict(found.stored_names)
+    while pending:  # two tensors of the run may ask for the same one, but of one reading each name is asked once
+        part = {stored: name for name, stored in pending.items()}
+        files.read(
+            {stored: _target(tensors[name], files.sizes[stored]) for stored, name in part.items()}, mesh.world_group
+        )
+        pending = {name: stored for name, stored in pending.items() if part[stored] != name}
+
+
+def _target(tensor: Tensor | CutTensor, stored: torch.Size) -> CutTensor:
+    """Where to read a tensor of size ``stored`` to; a table may have more or fewer rows than that."""
+    target = tensor if isinstance(tensor, CutTensor) else CutTensor.whole(tensor)
+    return target if target.size() == stored else target.with_rows(stored[0])
+
+
+def _restore_progress(root: Path, state: TrainState, mesh: Mesh) -> None:
+    progress: Mapping[str, Any] = json.loads((root / "progress.json").read_text())
+    state.load_progress(dict(progress))
+    ranks, group = progress["world_size"], progress.get("tensor_parallel_size", 1)
+    if (ranks, group) == (mesh.world_size, mesh.tp_size):  # the generators of a group must agree
+        set_random_state(torch.load(root / f"rng_rank{mesh.rank}.pt", weights_only=True), mesh.device)
+    else:
+        log.info("%s was saved by %d ranks in groups of %d: dropout starts from fresh seeds", root, ranks, group)
+
+
+def _message(root: Path, problems: list[str], differing: list[Difference], remedy: str) -> str:
+    lines = _shortened(list(dict.fromkeys(problems)))
+    if differing:
+        lines += ["The configurations differ in:", *_shortened([str(entry) for entry in differing])]
+    return "\n  ".join([f"cannot load the checkpoint {root}:", *lines]) + f"\n{remedy}"
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    more = len(lines) - _SHOWN_PROBLEMS
+    return [*lines[:_SHOWN_PROBLEMS], f"and {more} more"] if more > 0 else lines

@@ -15,7 +15,7 @@ from typing import Any
 from hstu.config.errors import DataError
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _CHUNK_BYTES = 1 << 22
 
 

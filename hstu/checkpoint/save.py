@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from hstu.checkpoint.agree import agree
 from hstu.checkpoint.manifest import describe_files, sync_to_disk, write_manifest
 from hstu.checkpoint.state import TrainState, random_state
+from hstu.checkpoint.tensor_files import TENSORS
+from hstu.parallel.cut_tensor import CutTensor
 from hstu.parallel.mesh import Mesh
 
 _TEMPORARY = ".writing_"
@@ -37,25 +40,34 @@ def _make_empty(directory: Path) -> None:
 
 
 def _write_tensors(root: Path, state: TrainState, mesh: Mesh) -> None:
-    dcp.save(state.tensors(), storage_writer=dcp.FileSystemWriter(root / "tensors"), process_group=mesh.world_group)
+    writer = dcp.FileSystemWriter(root / TENSORS)
+    dcp.save(state.tensors(), storage_writer=writer, planner=_Planner(), process_group=mesh.world_group)
+
+
+class _Planner(dcp.DefaultSavePlanner):
+    """Saves CutTensors, too, which are no torch.Tensors."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        held = self.state_dict[index.fqn]
+        return held.__get_tensor_shard__(index) if isinstance(held, CutTensor) else super().lookup_object(index)
 
 
 def _write_own_files(root: Path, state: TrainState, mesh: Mesh) -> dict[str, dict[str, Any]]:
     """Write this rank's files; descriptions of them and of its tensor files."""
     rng = root / f"rng_rank{mesh.rank}.pt"
     torch.save(random_state(mesh.device), rng)
-    files = [rng, *(root / "tensors").glob(f"__{mesh.rank}_*")]
+    files = [rng, *(root / TENSORS).glob(f"__{mesh.rank}_*")]
     if mesh.is_main:
         ranks = {"world_size": mesh.world_size, "tensor_parallel_size": mesh.tp_size}
         progress, gin = root / "progress.json", root / "operative.gin"
         progress.write_text(json.dumps(state.progress() | ranks, indent=1))
         gin.write_text(state.operative_gin)
-        files += [progress, gin, root / "tensors" / ".metadata"]
+        files += [progress, gin, root / TENSORS / ".metadata"]
     return describe_files(root, files)
 
 
 def _commit(temporary: Path, final: Path, parts: list[dict[str, dict[str, Any]]]) -> None:
-    sync_to_disk(temporary / "tensors")
+    sync_to_disk(temporary / TENSORS)
     write_manifest(temporary, {name: entry for part in parts for name, entry in part.items()})
     if final.exists():  # an earlier run got here, too; never write into it
         replaced = final.with_name(f".replaced_{final.name}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from hstu.checkpoint.agree import agree
 from hstu.checkpoint.load import load
 from hstu.checkpoint.manifest import MANIFEST
+from hstu.checkpoint.match import LoadOptions
 from hstu.checkpoint.save import save
 from hstu.checkpoint.state import TrainState
 from hstu.config.errors import DataError
@@ -28,10 +29,13 @@ _NAME = re.compile(r"iteration_(\d+)")
 class CheckpointStore:
     """The checkpoints of one run: where to save them and where to start from."""
 
-    def __init__(self, save_dir: str | Path, load_dir: str, mesh: Mesh) -> None:
+    def __init__(
+        self, save_dir: str | Path, load_dir: str, mesh: Mesh, load_options: LoadOptions | None = None
+    ) -> None:
         self.save_dir = Path(save_dir)
         self.load_dir = load_dir
         self.mesh = mesh
+        self.load_options = load_options or LoadOptions()
         self.newest_iteration: int | None = None
         """Iteration of the last checkpoint saved or restored by this run."""
 
@@ -46,9 +50,9 @@ class CheckpointStore:
         path = agree(lambda: find(self.load_dir, str(self.save_dir)), self.mesh)[0]
         if path is None:
             return False
-        load(path, state, self.mesh)
+        load(path, state, self.mesh, self.load_options)
         self.newest_iteration = state.iteration
-        log.info("resuming from %s", path)
+        log.info("resuming from %s" if self.load_options.optimizer else "starting from the weights of %s", path)
         return True
 
 

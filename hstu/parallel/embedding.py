@@ -78,7 +78,7 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
     if row_sparse:
         optimizer = SteppedTables(collections, learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_eps)
     else:
-        optimizer = FusedTables(collections, learning_rate)
+        optimizer = FusedTables(table_optimizer_name(args), collections, learning_rate)
     _open_dynamic_tables(model, optimizer, config.trainer.seed)
     return model, optimizer
 

@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 
 import torch
 
+from hstu.checkpoint.match import LoadOptions
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
@@ -73,7 +74,7 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
         pipeline=build_pipeline(config.trainer, model, optimizers, mesh),
         schedule=Schedule(config.schedule),
         evaluator=build_evaluator(config, source, model, mesh),
-        checkpoints=CheckpointStore(config.trainer.ckpt_save_dir, config.trainer.ckpt_load_dir, mesh),
+        checkpoints=build_store(config.trainer, mesh),
         state=state,
         run_directory=run_directory,
         meter=ThroughputMeter(peak.value),
@@ -188,6 +189,12 @@ def label_offset(args: RankingArgs, source: BatchSource) -> int:
             f"{action!r} also takes the value 0: end it in {actions}"
         )
     return 1
+
+
+def build_store(args: TrainerArgs, mesh: Mesh) -> CheckpointStore:
+    """The run's checkpoints."""
+    options = on_all_ranks(lambda: LoadOptions.of(args), mesh)
+    return CheckpointStore(args.ckpt_save_dir, args.ckpt_load_dir, mesh, options)
 
 
 def build_pipeline(args: TrainerArgs, model: GRModel, optimizers: Optimizers, mesh: Mesh) -> TrainPipeline:

@@ -138,8 +138,8 @@ class Corpus:
 def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
     """Rank of each query's target among all items that its user has not seen: float64 [U], 1 is best.
 
-    1 + the items that score higher + half of those that score the same; of absent items, behind all others. Scores that are nan beat every target, so a
-    model that diverged ranks last, not first. Collective if the corpus is.
+    1 + the items that score higher + half of those that score the same; absent items rank behind all others. Scores
+    that are nan beat every target, so a model that diverged ranks last, not first. Collective if the corpus is.
     """
     order = np.argsort(queries.targets, kind="stable")  # so that a chunk's targets belong to few blocks
     scorer = _Scorer(queries, order, corpus)

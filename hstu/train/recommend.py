@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hstu.checkpoint.match import LoadOptions
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import DatasetArgs, RetrievalArgs
@@ -36,15 +37,16 @@ class Recommendation:
 def recommend_for(config: RunConfig, ckpt: str, users: Sequence[Any], top: int, mesh: Mesh) -> list[Recommendation]:
     """The ``top`` items for users by raw id, from their whole histories; items that they know are left out.
 
-    ``config``: of the run that was trained. ``ckpt``: a checkpoint or a directory of them. Raises ConfigError for a
-    run of another kind, DataError for unknown users and missing checkpoints. Collective.
+    ``config``: of the run that was trained. ``ckpt``: a checkpoint, a directory of them, or an export. Raises
+    ConfigError for a run of another kind, DataError for unknown users and missing checkpoints. Collective.
     """
     if not isinstance(config.dataset, DatasetArgs) or not isinstance(config.task_args, RetrievalArgs):
         raise ConfigError("recommendations need a retrieval run on real data")
     source = StoreSource(config, config.dataset, mesh)
     rows = encode_users(source.store, users)
     model, optimizers = build_model(config, source, mesh)
-    CheckpointStore(ckpt, ckpt, mesh).restore(TrainState(model, optimizers))
+    weights_alone = LoadOptions(optimizer=False)
+    CheckpointStore(ckpt, ckpt, mesh, weights_alone).restore(TrainState(model, optimizers, config.operative_gin()))
     evaluator = RetrievalEvaluator(model, config.task_args, source, mesh)
     with evaluation_mode(model):
         vectors = []

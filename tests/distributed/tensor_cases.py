@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from hstu.checkpoint.load import load
 from hstu.checkpoint.save import save
@@ -21,11 +20,11 @@ from hstu.config.run_config import RunConfig
 from hstu.ops.dropout import dropout as dropout_op
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects
+from hstu.parallel.cut_tensor import CutTensor
 from hstu.pipeline.base import StepResult
 from hstu.train.builder import build_evaluator, build_model, build_pipeline
 from hstu.train.sources import StoreSource
 from tests.conftest import write_small_store
-from tests.distributed.table_cases import full_tables
 
 GLOBAL_BATCH = 8
 BASE = [
@@ -187,16 +186,25 @@ def train_steps(
 
 
 def consolidated(state: TrainState, mesh: mesh_module.Mesh) -> dict[str, Any]:
-    """Every weight and optimizer state of the run as a single process has it, as nested lists."""
-    tables = full_tables(state.model, mesh)
-    whole = {}
-    for name, tensor in state.tensors().items():
-        if name.startswith("model.tables."):
-            whole[name] = tables[name.removeprefix("model.tables.")]
-        elif isinstance(tensor, DTensor):
-            whole[name] = tensor.full_tensor().tolist()
-        elif not name.startswith("optimizer.tables."):
-            assert isinstance(tensor, torch.Tensor)
-            whole[name] = tensor.tolist()
-            assert all(other == whole[name] for other in gather_objects(whole[name], mesh.world_group)), name
-    return whole
+    """Every weight and optimizer state of the run as a single process has it, as nested lists.
+
+    What all ranks hold alike must be equal on all of them.
+    """
+    parts = {
+        name: [(list(start), part.tolist()) for start, part in pieces.pieces.items()]
+        for name, tensor in state.tensors().items()
+        for pieces in [tensor if isinstance(tensor, CutTensor) else CutTensor.whole(tensor)]
+    }
+    by_rank = gather_objects(parts, mesh.world_group)
+    return {name: _assembled(name, tensor.size(), by_rank) for name, tensor in state.tensors().items()}
+
+
+def _assembled(name: str, size: torch.Size, by_rank: list[dict[str, Any]]) -> Any:
+    whole = np.full(size, np.nan)
+    for start, values in (part for rank in by_rank for part in rank[name]):
+        piece = np.array(values)
+        place = tuple(slice(first, first + length) for first, length in zip(start, piece.shape, strict=True))
+        assert np.isnan(whole[place]).all() or np.array_equal(whole[place], piece), name
+        whole[place] = piece
+    assert not np.isnan(whole).any(), name
+    return whole.tolist()

@@ -88,11 +88,13 @@ def make_config(
     learning_rate: float = 0.1,
     init_seed_offset: int = 0,
     dropout: float = 0.0,
+    items: int = ITEMS,
+    item_table: str = "item_table",
     dynamic: dict[str, dict[str, Any]] | None = None,
     **optimizer_args: Any,
 ) -> Any:
     """The parts of a RunConfig that the toy needs. ``dynamic``: feature → options of its dynamic table."""
-    tables = [("user", USERS), ("item", ITEMS), ("action", ACTIONS)]
+    tables = [("user", USERS), ("item", items), ("action", ACTIONS)]
     return SimpleNamespace(
         dropout=dropout,
         trainer=SimpleNamespace(seed=7 + init_seed_offset),
@@ -110,7 +112,8 @@ def make_config(
                 sharding_type="data_parallel" if name in replicated else "model_parallel",
             )
             for name, rows in tables
-            for common in [{"feature_names": [name], "table_name": f"{name}_table", "init_std": 0.5}]
+            for table in [item_table if name == "item" else f"{name}_table"]
+            for common in [{"feature_names": [name], "table_name": table, "init_std": 0.5}]
         ),
     )
 

@@ -1,4 +1,4 @@
-"""hstu.data.hashing's SplitMix64 on tensors of any device, and back; int64 throughout, as torch has no uint64 shifts."""
+"""hstu.data.hashing's SplitMix64 on tensors of any device, and back; on int64, as torch has no uint64 arithmetic."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ class SlotTable(ABC):
     """Ids, scores and slots of one shard.
 
     ``ids`` and ``scores``, int64 [capacity], are the state, of which the first ``size`` are in use; whatever else an
-    implementation keeps can be made from them. ``admission_threshold`` > 1 asks for a second table of that size, without
-    rows and under lru, of the sightings of ids that have none: one that it forgets starts over.
+    implementation keeps can be made from them. ``admission_threshold`` > 1 asks for a second table of that size,
+    without rows and under lru, of the sightings of ids that have none: one that it forgets starts over.
     """
 
     def __init__(self, capacity: int, policy: Policy, admission_threshold: int = 0, device: str = "cpu") -> None:

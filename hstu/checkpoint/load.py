@@ -13,12 +13,14 @@ from torch import Tensor
 
 from hstu.checkpoint.agree import agree
 from hstu.checkpoint.architecture import Difference, differences
+from hstu.checkpoint.dynamic import dynamic_problems, read_dynamic_tables
 from hstu.checkpoint.manifest import file_problems, read_manifest
 from hstu.checkpoint.match import LoadOptions, Match, match
 from hstu.checkpoint.state import TrainState, set_random_state
 from hstu.checkpoint.tensor_files import CONSOLIDATED, TensorFiles, open_tensors
 from hstu.config.errors import DataError
 from hstu.parallel.cut_tensor import CutTensor
+from hstu.parallel.embedding import dynamic_tables
 from hstu.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -39,11 +41,16 @@ def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions =
     if problems:
         raise DataError(_message(root, problems, [], "Load another one."))
     found, lines = agree(lambda: _matched(root, state, options), mesh)[mesh.rank]
+    tables = dynamic_tables(state.model)
+    gaps = agree(lambda: dynamic_problems(root, tables, options.optimizer), mesh)[mesh.rank]
+    if gaps and options.strict:
+        raise DataError(_message(root, gaps, [], _remedy(found)))
     agree(lambda: _read_tensors(open_tensors(root), found, state, mesh), mesh)
+    agree(lambda: read_dynamic_tables(root, tables, mesh.rank, mesh.world_size, options.optimizer), mesh)
     if options.optimizer:
         _restore_progress(root, state, mesh)
-    if found.problems() or lines:
-        report = found.report(lines)
+    if found.problems() or lines or gaps:
+        report = [*found.report(lines), *gaps]
         log.warning("%s was loaded in part:\n%s", root, "\n".join(f"  {line}" for line in report))
         return report
     return []

@@ -12,10 +12,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from hstu.checkpoint.agree import agree
+from hstu.checkpoint.dynamic import write_dynamic_tables
 from hstu.checkpoint.manifest import describe_files, sync_to_disk, write_manifest
 from hstu.checkpoint.state import TrainState, random_state
 from hstu.checkpoint.tensor_files import TENSORS
 from hstu.parallel.cut_tensor import CutTensor
+from hstu.parallel.embedding import dynamic_tables
 from hstu.parallel.mesh import Mesh
 
 _TEMPORARY = ".writing_"
@@ -56,7 +58,8 @@ def _write_own_files(root: Path, state: TrainState, mesh: Mesh) -> dict[str, dic
     """Write this rank's files; descriptions of them and of its tensor files."""
     rng = root / f"rng_rank{mesh.rank}.pt"
     torch.save(random_state(mesh.device), rng)
-    files = [rng, *(root / TENSORS).glob(f"__{mesh.rank}_*")]
+    dynamic = write_dynamic_tables(root, dynamic_tables(state.model), mesh.rank)
+    files = [rng, *dynamic, *(root / TENSORS).glob(f"__{mesh.rank}_*")]
     if mesh.is_main:
         ranks = {"world_size": mesh.world_size, "tensor_parallel_size": mesh.tp_size}
         progress, gin = root / "progress.json", root / "operative.gin"

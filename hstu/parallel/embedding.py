@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel, Shardin
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingPlan
 
 from hstu.config.args import OptimizerArgs
 from hstu.config.run_config import RunConfig
 from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
+from hstu.parallel.dynamic.budget import MemoryPlan, plan_memory
 from hstu.parallel.dynamic.collection import DynamicLookups, DynamicSharder
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.mesh import Mesh
@@ -59,7 +60,10 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
     row_sparse = is_row_sparse(args, mesh.device.type)
     sharders = table_sharders(args, mesh.device.type, model.specs)
     if len(model.embedding):
-        plan = _plan(model, sharders, mesh)
+        memory = {spec.name: plan_memory(spec, table_optimizer_name(args)) for spec in model.specs if spec.dynamic}
+        for name, of_table in memory.items():
+            log.info("dynamic table %s: %s", name, of_table.describe(mesh.device.type))
+        plan = _plan(model, sharders, mesh, memory)
         if row_sparse:  # the planner refuses what RowSparseSharder makes: gradients that leave the lookup
             for table in _planned_tables(plan):
                 table.compute_kernel = EmbeddingComputeKernel.DENSE.value
@@ -127,15 +131,19 @@ def dynamic_tables(model: GRModel) -> dict[str, DynamicTable]:
 
 def _open_dynamic_tables(model: GRModel, optimizer: TableOptimizer, seed: int) -> None:
     """Give the dynamic collections their tables, empty: they write into the live rows and optimizer states."""
-    states: dict[str, list[torch.Tensor]] = {}
-    for name, state in optimizer.state_tensors().items():
-        states.setdefault(name.rpartition(".")[0], []).extend(shard.tensor for shard in state.local_shards())
+    states = optimizer.state_tensors()
     weights = sharded_weights(model)
     for collection in sharded_collections(model):
         if isinstance(collection, DynamicLookups):
             specs = {spec.name: spec for spec in collection.specs.values() if spec.name in collection.embeddings}
             collection.tables = {
-                name: DynamicTable(spec, seed, weights[name].local_shards()[0].tensor, states.get(name, []))
+                name: DynamicTable(
+                    spec,
+                    seed,
+                    weights[name].local_shards()[0].tensor,
+                    {state: states[f"{name}.{state}"].local_shards()[0].tensor for state in optimizer.states},
+                    collection.write_back,
+                )
                 for name, spec in specs.items()
             }
 
@@ -175,27 +183,44 @@ def _fused_params(args: OptimizerArgs) -> dict[str, Any]:
 
 
 def table_planner(
-    specs: Sequence[TableSpec], world_size: int, local_world_size: int, device_type: str
+    specs: Sequence[TableSpec],
+    world_size: int,
+    local_world_size: int,
+    device_type: str,
+    memory: Mapping[str, MemoryPlan],
 ) -> EmbeddingShardingPlanner:
-    """TorchRec's planner for the tables of ``specs`` that are not replicated. It needs no process group to plan."""
+    """TorchRec's planner for the tables of ``specs`` that are not replicated. It needs no process group to plan.
+
+    ``memory``: where the rows of dynamic tables lie, which matters on GPUs.
+    """
+    on_gpu = memory if device_type == "cuda" else {}
     return EmbeddingShardingPlanner(
         topology=Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device_type),
-        constraints={spec.name: _constraints(spec, world_size) for spec in specs if not spec.replicated},
+        constraints={
+            spec.name: _constraints(spec, world_size, on_gpu.get(spec.name)) for spec in specs if not spec.replicated
+        },
     )
 
 
-def _plan(model: GRModel, sharders: list[EmbeddingCollectionSharder], mesh: Mesh) -> ShardingPlan:
-    planner = table_planner(model.specs, mesh.world_size, mesh.local_world_size, mesh.device.type)
+def _plan(
+    model: GRModel, sharders: list[EmbeddingCollectionSharder], mesh: Mesh, memory: Mapping[str, MemoryPlan]
+) -> ShardingPlan:
+    planner = table_planner(model.specs, mesh.world_size, mesh.local_world_size, mesh.device.type, memory)
     plan = planner.collective_plan(model, sharders, mesh.world_group)
     log.info("tables: %s", {name: table.sharding_type for _, name, table in _named_planned_tables(plan)})
     return plan
 
 
-def _constraints(spec: TableSpec, world_size: int) -> ParameterConstraints:
+def _constraints(spec: TableSpec, world_size: int, memory: MemoryPlan | None) -> ParameterConstraints:
+    kernel = EmbeddingComputeKernel.FUSED if memory is None else memory.kernel
+    cache = None
+    if memory is not None and kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING:
+        cache = CacheParams(load_factor=memory.cached_share)
     return ParameterConstraints(
         sharding_types=_sharding_types(spec, world_size),
-        compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+        compute_kernels=[kernel.value],
         min_partition=_column_shard_width(spec.stored_dim, world_size),
+        cache_params=cache,
     )
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from hstu.checkpoint.load import load
+from hstu.checkpoint.save import save
+from hstu.checkpoint.state import TrainState
 from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
 from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
@@ -179,13 +183,7 @@ def looked_at(mesh: mesh_module.Mesh, optimizer: str) -> dict[str, Any]:
     """What looking up known and unknown ids gives after training, and whether it has left everything as it was."""
     dynamic = {"item": {"item_vocab_size_or_capacity": 4 * ITEMS}}
     model, optimizers = build(make_config(optimizer=optimizer, dynamic=dynamic), mesh)
-    for step in range(2):
-        batch = batch_of(step, mesh.rank, mesh.world_size, as_ids=True)
-        users = {"user": batch_of(step, mesh.rank, mesh.world_size, as_ids=False).features.to_dict()["user"]}
-        jagged = batch.features.to_dict() | users
-        lengths = {key: jagged[key].lengths().numpy() for key in FEATURES}
-        values = {key: jagged[key].values().numpy() for key in FEATURES}
-        train_step(model, optimizers, mesh, replace(batch, features=keyed_jagged(values, lengths)))
+    steps_of(TrainState(model, optimizers), mesh, 0, 2)
     known = rows_by_id(model, mesh)["item_table"]
     ids = id_of(np.arange(ITEMS + 5))
     found = {}
@@ -200,3 +198,59 @@ def looked_at(mesh: mesh_module.Mesh, optimizer: str) -> dict[str, Any]:
         "others_are_zero": all(row == zeros for id_, row in found.items() if id_ not in known),
         "unchanged": rows_by_id(model, mesh)["item_table"] == known,
     }
+
+
+CHECKPOINTED: dict[str, dict[str, Any]] = {
+    "adam lru": {"optimizer": "adam", "item": {"admission_threshold": 2}},
+    "rowwise lfu": {"optimizer": "rowwise_adagrad", "item": {"evict_strategy": "lfu", "dist_type": "continuous"}},
+    "sgd hashed": {"optimizer": "sgd", "dim": 6, "item": {"dist_type": "hash_roundrobin"}},
+}
+
+
+def new_state(mesh: mesh_module.Mesh, case: dict[str, Any], capacity: int) -> TrainState:
+    options = dict(case)
+    dynamic = {"item": options.pop("item") | {"item_vocab_size_or_capacity": capacity}}
+    model, optimizers = build(make_config(dynamic=dynamic, **options), mesh)
+    return TrainState(model, optimizers)
+
+
+def steps_of(state: TrainState, mesh: mesh_module.Mesh, first: int, stop: int) -> list[float]:
+    """Losses of the steps [first, stop) of a model whose items alone are dynamic."""
+    losses = []
+    for step in range(first, stop):
+        batch, codes = (batch_of(step, mesh.rank, mesh.world_size, as_ids=as_ids) for as_ids in (True, False))
+        jagged = batch.features.to_dict() | {"user": codes.features.to_dict()["user"]}
+        lengths = {key: jagged[key].lengths().numpy() for key in FEATURES}
+        values = {key: jagged[key].values().numpy() for key in FEATURES}
+        batch = replace(batch, features=keyed_jagged(values, lengths))
+        losses.append(train_step(state.model, state.optimizers, mesh, batch))
+    return losses
+
+
+def save_and_go_on(directory: str) -> dict[str, Any]:
+    """Three steps, a checkpoint and three more, for each case."""
+    mesh = mesh_module.start(timeout_s=60)
+    results = {}
+    for name, case in CHECKPOINTED.items():
+        state = new_state(mesh, case, 4 * ITEMS)
+        steps_of(state, mesh, 0, 3)
+        save(Path(directory) / name, state, mesh)
+        held = {str(id_): row for id_, row in rows_by_id(state.model, mesh)["item_table"].items()}
+        results[name] = {"held": held, "losses": steps_of(state, mesh, 3, 6)}
+    mesh_module.finish()
+    return results
+
+
+def load_and_go_on(directory: str, save_to: str | None = None, capacity: int = 4 * ITEMS) -> dict[str, Any]:
+    """The steps after the checkpoint, on these ranks. ``save_to``: another checkpoint, before them."""
+    mesh = mesh_module.start(timeout_s=60)
+    results = {}
+    for name, case in CHECKPOINTED.items():
+        state = new_state(mesh, case, capacity)
+        load(Path(directory) / name / "iteration_00000000", state, mesh)
+        held = {str(id_): row for id_, row in rows_by_id(state.model, mesh)["item_table"].items()}
+        if save_to is not None:
+            save(Path(save_to) / name, state, mesh)
+        results[name] = {"held": held, "losses": steps_of(state, mesh, 3, 6)}
+    mesh_module.finish()
+    return results

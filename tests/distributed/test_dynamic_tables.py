@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,3 +72,19 @@ def test_an_evaluation_finds_rows_of_known_ids_and_zeros_for_others(results: Any
         result = of_rank[case]
         assert result["known"] > 15
         assert result["rows_are_found"] and result["others_are_zero"] and result["unchanged"]
+
+
+def test_a_checkpoint_goes_on_with_equal_losses_on_two_then_four_then_one_rank(tmp_path: Path) -> None:
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    here = "tests.distributed.dynamic_cases"
+    original = run_ranks(f"{here}:save_and_go_on", 2, timeout_s=60, directory=first)[0]
+    on_four = run_ranks(f"{here}:load_and_go_on", 4, timeout_s=60, directory=first, save_to=second)[0]
+    on_one = run_ranks(f"{here}:load_and_go_on", 1, timeout_s=60, directory=second)[0]
+    too_small = run_ranks(f"{here}:load_and_go_on", 1, timeout_s=60, directory=first, capacity=9)[0]
+    for case, expected in original.items():
+        assert len(expected["held"]) > 15
+        for resumed in (on_four[case], on_one[case]):
+            assert resumed["held"] == expected["held"]
+            assert resumed["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        kept = too_small[case]["held"]
+        assert len(kept) == 9 and kept.items() <= expected["held"].items()

@@ -115,7 +115,7 @@ def test_only_items_that_have_a_row_are_recommended(mesh: Mesh, store: SequenceS
     tables = tables_with_dynamic(store, rows=7)
     config = tiny_config("retrieval", store, tmp_path, tables=tables, trainer={"ckpt_save_interval": 1000})
     finished = run(config, mesh)
-    held = set(dynamic_tables(finished.trainer.state.model)["items"].slots.content()[0].tolist())
+    held = set(dynamic_tables(finished.trainer.state.model)["movies"].slots.content()[0].tolist())
     known = set(walks()["items"][0])
     (entry,) = recommend_for(config, str(tmp_path / "checkpoints"), ["100"], 1000, mesh)
     assert len(held) == 7 and held - known

@@ -188,7 +188,7 @@ def test_a_dynamic_table_smaller_than_the_ids_trains_and_evaluates(
     assert finished.metrics["HR@7"] < 1.0, "items without a row are behind the 7 that have one"
     assert finished.metrics["HR@11"] == 1.0 and finished.metrics["MRR"] > 0.1
     assert finished.losses[-1] < finished.losses[0]
-    report = [record for record in finished.records if record["kind"] == "train"][-1]["tables"]["items"]
+    report = [record for record in finished.records if record["kind"] == "train"][-1]["tables"]["movies"]
     assert report["rows"] == report["capacity"] == 7
     assert report["evictions"] == report["insertions"] > 0 and 0 < report["hit_rate"] < 1
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 from torchrec import EmbeddingCollection, KeyedJaggedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
@@ -100,6 +101,14 @@ class DynamicLookups(ShardedEmbeddingCollection):
 
     def prefetch(self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None) -> None:
         """Nothing: which rows are looked up is decided in the step itself, once the rows before have been updated."""
+
+    def write_back(self) -> None:
+        """Put rows that FBGEMM has in its cache, where there is one, back into the table, and forget them there."""
+        for lookup in self._lookups:
+            for module in lookup.modules():
+                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+                    module.flush()
+                    module.reset_cache_states()
 
     def _rows_of(self, dist_input: KJTList) -> KJTList:
         return KJTList([self._remapped(features) for features in dist_input])

@@ -34,7 +34,7 @@ def _report(numbers: dict[str, float]) -> TableReport:
     return whole | {"hit_rate": hits / lookups if lookups else 1.0}
 
 
-def describe(table: str, report: TableReport) -> str:
+def describe(table: str, report: Mapping[str, float]) -> str:
     """A report as a line of the log."""
     rows, capacity = int(report["rows"]), int(report["capacity"])
     text = f"table {table}: {rows:,} of {capacity:,} rows ({rows / capacity:.1%}), hit rate {report['hit_rate']:.1%}"

@@ -13,7 +13,7 @@ from hstu.ops.cpu.build import KernelsUnavailable
 from hstu.parallel.dynamic.content import Sightings, TableContent, best, merged, owners
 from hstu.parallel.dynamic.cpu_slots import CpuSlots
 from hstu.parallel.dynamic.initial_rows import initial_rows, table_key
-from hstu.parallel.dynamic.slots import NO_SLOT, Counters, SlotTable
+from hstu.parallel.dynamic.slots import NO_SLOT, Counters, Policy, SlotTable
 from hstu.parallel.dynamic.torch_slots import TorchSlots
 
 log = logging.getLogger(__name__)
@@ -137,8 +137,8 @@ class DynamicTable:
 
 def _slots(spec: TableSpec, capacity: int, device: torch.device) -> SlotTable:
     assert spec.dynamic is not None
-    policy, threshold = spec.dynamic.evict_strategy, spec.dynamic.admission_threshold
-    assert policy in ("lru", "lfu")
+    policy: Policy = "lfu" if spec.dynamic.evict_strategy == "lfu" else "lru"
+    threshold = spec.dynamic.admission_threshold
     if device.type == "cpu":
         try:
             return CpuSlots(capacity, policy, threshold)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from hstu.checkpoint.architecture import differences
 from hstu.checkpoint.manifest import read_manifest
 from hstu.checkpoint.store import find
-from hstu.checkpoint.tensor_files import CONSOLIDATED, TensorFiles, open_tensors
+from hstu.checkpoint.tensor_files import CONSOLIDATED, TensorFiles, open_tensors, read_description
 
 
 def locate(name: str) -> Path:
@@ -72,7 +71,7 @@ def _tensor_difference(name: str, left: TensorFiles, right: TensorFiles) -> str 
 def _facts(root: Path) -> dict[str, Any]:
     """What progress.json (config.json of an export) tells of the run."""
     exported = (root / CONSOLIDATED).is_file()
-    told = json.loads((root / ("config.json" if exported else "progress.json")).read_text())
+    told = read_description(root)
     facts = {"iteration": told["iteration"]}
     if not exported:
         position = told["position"]

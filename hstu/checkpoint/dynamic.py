@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.checkpoint.row_ids import MovedRows
 from hstu.config.errors import DataError
 from hstu.parallel.dynamic.content import Sightings, TableContent
 from hstu.parallel.dynamic.table import DynamicTable
@@ -24,16 +26,27 @@ log = logging.getLogger(__name__)
 _FILES = "dynamic_rank*.pt"
 
 
-def write_dynamic_tables(root: Path, tables: Mapping[str, DynamicTable], rank: int) -> list[Path]:
+PlainTables = dict[str, dict[str, Any]]
+"""Table → its TableContent as dicts, numbers and tensors."""
+
+
+def copy_of_tables(tables: Mapping[str, DynamicTable]) -> PlainTables:
+    """What this rank holds of them now, in host memory."""
+    return {name: _as_plain(table.content()) for name, table in tables.items()}
+
+
+def write_dynamic_tables(root: Path, tables: PlainTables, rank: int) -> list[Path]:
     """Write this rank's share of the tables; the file, if there is any."""
     if not tables:
         return []
     path = root / _FILES.replace("*", str(rank))
-    torch.save({name: _as_plain(table.content()) for name, table in tables.items()}, path)
+    torch.save(tables, path)
     return [path]
 
 
-def dynamic_problems(root: Path, tables: Mapping[str, DynamicTable], with_states: bool) -> list[str]:
+def dynamic_problems(
+    root: Path, tables: Mapping[str, DynamicTable], *, with_states: bool, moved: Mapping[str, MovedRows]
+) -> list[str]:
     """What the tables need and the checkpoint has not, in its first file; all are alike."""
     stored = next(iter(_contents(root)), {})
     problems = []
@@ -41,6 +54,8 @@ def dynamic_problems(root: Path, tables: Mapping[str, DynamicTable], with_states
         if name not in stored:
             problems.append(f"dynamic table {name} is not in the checkpoint")
             continue
+        if name in moved and moved[name].places is None:
+            problems.append(f"dynamic table {name}: the vocabulary has changed, and which id is which cannot be told")
         if stored[name].rows.shape[1] != table.spec.dim:
             problems.append(f"dynamic table {name} is {stored[name].rows.shape[1]} wide there, {table.spec.dim} here")
         missing = [state for state in table.states if with_states and state not in stored[name].states]
@@ -49,17 +64,27 @@ def dynamic_problems(root: Path, tables: Mapping[str, DynamicTable], with_states
 
 
 def read_dynamic_tables(
-    root: Path, tables: Mapping[str, DynamicTable], rank: int, world_size: int, with_states: bool
+    root: Path,
+    tables: Mapping[str, DynamicTable],
+    rank: int,
+    world_size: int,
+    *,
+    with_states: bool,
+    moved: Mapping[str, MovedRows],
 ) -> None:
-    """Overwrite this rank's share of the tables, but of none that ``dynamic_problems`` finds missing or too wide.
+    """Overwrite this rank's share of the tables, but of none that ``dynamic_problems`` finds unfit.
 
-    Without states, or where they lack, those begin anew.
+    Without states, or where they lack, those begin anew. ``moved``: of the tables whose ids have other codes now.
     """
     for name, table in tables.items():
         parts = [contents[name] for contents in _contents(root) if name in contents]
-        if not parts or parts[0].rows.shape[1] != table.spec.dim:
+        untold = name in moved and moved[name].places is None
+        if not parts or untold or parts[0].rows.shape[1] != table.spec.dim:
             continue
-        lost = table.restore([_with_states_of(part, table, with_states) for part in parts], rank, world_size)
+        parts = [_with_states_of(part, table, with_states) for part in parts]
+        if name in moved:
+            parts = [_recoded(part, moved[name]) for part in parts]
+        lost = table.restore(parts, rank, world_size)
         if lost:
             log.warning("table %s: %d ids of the checkpoint have no room on rank %d; the best stay", name, lost, rank)
 
@@ -81,17 +106,40 @@ def _contents(root: Path) -> list[dict[str, TableContent]]:
 
 
 def _as_plain(content: TableContent) -> dict[str, Any]:
-    """Dicts, numbers and tensors; copies, as a view would be saved with all that it is a view of."""
+    """Copies, which a view must be to be saved without all that it is a view of."""
     fields = {field.name: getattr(content, field.name) for field in dataclasses.fields(content)}
-    fields["states"] = {name: state.clone() for name, state in content.states.items()}
+    fields["states"] = {name: _copy(state) for name, state in content.states.items()}
     if content.sightings is not None:
-        fields["sightings"] = {"ids": content.sightings.ids.clone(), "scores": content.sightings.scores.clone()}
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in fields.items()}
+        fields["sightings"] = {"ids": _copy(content.sightings.ids), "scores": _copy(content.sightings.scores)}
+    return {name: _copy(value) if isinstance(value, Tensor) else value for name, value in fields.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True).contiguous()
 
 
 def _from_plain(plain: dict[str, Any]) -> TableContent:
     sightings = plain.pop("sightings")
     return TableContent(**plain, sightings=None if sightings is None else Sightings(**sightings))
+
+
+def _recoded(part: TableContent, moved: MovedRows) -> TableContent:
+    """The ids that still are in the vocabulary, under their new codes."""
+    assert moved.places is not None, "dynamic_problems tells"
+    codes = np.flatnonzero(moved.places >= 0)
+    new_code = np.full(int(moved.places.max(initial=-1)) + 1, -1, dtype=np.int64)
+    new_code[moved.places[codes]] = codes
+
+    def recoded(ids: Tensor) -> Tensor:
+        known = (ids >= 0) & (ids < len(new_code))
+        return torch.where(known, torch.from_numpy(new_code)[torch.where(known, ids, 0)], -1)
+
+    ids = recoded(part.ids)
+    kept = dataclasses.replace(part, ids=ids).chosen(ids >= 0)
+    if part.sightings is None:
+        return kept
+    sighted = recoded(part.sightings.ids)
+    return dataclasses.replace(kept, sightings=Sightings(sighted[sighted >= 0], part.sightings.scores[sighted >= 0]))
 
 
 def _with_states_of(part: TableContent, table: DynamicTable, keep: bool) -> TableContent:

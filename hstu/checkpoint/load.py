@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from hstu.checkpoint.agree import agree
 from hstu.checkpoint.architecture import Difference, differences
 from hstu.checkpoint.dynamic import dynamic_problems, read_dynamic_tables
-from hstu.checkpoint.manifest import file_problems, read_manifest
+from hstu.checkpoint.manifest import DamagedCheckpoint, file_problems, read_manifest
 from hstu.checkpoint.match import LoadOptions, Match, match
+from hstu.checkpoint.names import TABLES, split
+from hstu.checkpoint.row_ids import MovedRows, RowIds, moved_rows
 from hstu.checkpoint.state import TrainState, set_random_state
-from hstu.checkpoint.tensor_files import CONSOLIDATED, TensorFiles, open_tensors
+from hstu.checkpoint.target import Target
+from hstu.checkpoint.tensor_files import CONSOLIDATED, TensorFiles, open_tensors, read_description
 from hstu.config.errors import DataError
-from hstu.parallel.cut_tensor import CutTensor
+from hstu.data.batch import NEGATIVES
 from hstu.parallel.embedding import dynamic_tables
 from hstu.parallel.mesh import Mesh
 
@@ -32,21 +31,20 @@ _EVERYTHING = LoadOptions()
 def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions = _EVERYTHING) -> list[str]:
     """Read a checkpoint into ``state`` in place. Collective; ranks, groups and sharding may be others than at saving.
 
-    Returns what did not fit, as lines; strict: nothing. Raises DataError, on all ranks alike, for damaged or missing
-    files and, if strict, for anything that does not fit, with the lines of the two configurations that differ. On
-    another number of ranks, or of ranks in a tensor-parallel group, the dropout generators keep their fresh seeds.
+    Returns what did not fit, as lines; strict: nothing. Raises, on all ranks alike, DamagedCheckpoint for damaged or
+    missing files and, if strict, DataError for anything that does not fit, with the lines of the two configurations
+    that differ. On another number of ranks, or of ranks in a tensor-parallel group, the dropout generators keep their
+    fresh seeds.
     """
     root = Path(path)
     problems = [problem for part in agree(lambda: _share_of_file_problems(root, mesh), mesh) for problem in part]
     if problems:
-        raise DataError(_message(root, problems, [], "Load another one."))
-    found, lines = agree(lambda: _matched(root, state, options), mesh)[mesh.rank]
-    tables = dynamic_tables(state.model)
-    gaps = agree(lambda: dynamic_problems(root, tables, options.optimizer), mesh)[mesh.rank]
-    if gaps and options.strict:
-        raise DataError(_message(root, gaps, [], _remedy(found)))
+        raise DamagedCheckpoint(_message(root, problems, [], "Load another one."))
+    matched: list[tuple[Match, list[Difference]]] = []  # not exchanged: it may have a number for each row of a table
+    agree(lambda: matched.append(_matched(root, state, options)), mesh)
+    found, lines = matched[0]
     agree(lambda: _read_tensors(open_tensors(root), found, state, mesh), mesh)
-    agree(lambda: read_dynamic_tables(root, tables, mesh.rank, mesh.world_size, options.optimizer), mesh)
+    gaps = agree(lambda: _read_dynamic(root, state, mesh, options), mesh)[mesh.rank]
     if options.optimizer:
         _restore_progress(root, state, mesh)
     if found.problems() or lines or gaps:
@@ -69,8 +67,8 @@ def _matched(root: Path, state: TrainState, options: LoadOptions) -> tuple[Match
             f"{root} is an export, which has weights alone. Set TrainerArgs.ckpt_load_optimizer = False to start "
             "from them at iteration 0."
         )
-    sizes = {name: tensor.size() for name, tensor in state.tensors().items()}
-    found = match(sizes, open_tensors(root).sizes, options)
+    sizes, files = {name: tensor.size() for name, tensor in state.tensors().items()}, open_tensors(root)
+    found = match(sizes, files.sizes, options, _moved_rows(root, files, state, options))
     differing = differences((root / "operative.gin").read_text(), state.operative_gin) if state.operative_gin else []
     of_network = [entry for entry in differing if entry.is_of_network]
     if found.mistakes:
@@ -89,26 +87,58 @@ def _remedy(found: Match) -> str:
     return f"{remedy} and reports the rest."
 
 
+def _moved_rows(
+    root: Path, files: TensorFiles, state: TrainState, options: LoadOptions, *, dynamic: bool = False
+) -> dict[str, MovedRows]:
+    """Tables, static or dynamic ones, as weights, whose rows are of other ids in the checkpoint."""
+    stored_tables, moved = read_description(root).get("tables", {}), {}
+    for table in state.model.specs:
+        if (table.dynamic is not None) != dynamic:
+            continue
+        name = f"{TABLES}{table.name}"
+        features = [feature for feature in table.features if feature != NEGATIVES]
+        former = stored_tables.get(options.renamed.stored_name(name).removeprefix(TABLES), {}).get("features", [])
+        if len(former) == len(features):
+            stored = RowIds.from_files(files, former)
+            count = sum(map(state.ids.count, features)) if dynamic else table.rows
+            if rows := moved_rows(count, state.ids.listed(features), stored.listed(former)):
+                moved[name] = rows
+    return moved
+
+
 def _read_tensors(files: TensorFiles, found: Match, state: TrainState, mesh: Mesh) -> None:
     tensors = state.tensors()
     pending = dict(found.stored_names)
     while pending:  # two tensors of the run may ask for the same one, but of one reading each name is asked once
         part = {stored: name for name, stored in pending.items()}
-        files.read(
-            {stored: _target(tensors[name], files.sizes[stored]) for stored, name in part.items()}, mesh.world_group
-        )
+        targets = {
+            stored: Target(tensors[name], files.sizes[stored], found.moved.get(split(name)[0]))
+            for stored, name in part.items()
+        }
+        files.read({stored: target.pieces for stored, target in targets.items()}, mesh.world_group)
+        for target in targets.values():
+            target.finish()
         pending = {name: stored for name, stored in pending.items() if part[stored] != name}
 
 
-def _target(tensor: Tensor | CutTensor, stored: torch.Size) -> CutTensor:
-    """Where to read a tensor of size ``stored`` to; a table may have more or fewer rows than that."""
-    target = tensor if isinstance(tensor, CutTensor) else CutTensor.whole(tensor)
-    return target if target.size() == stored else target.with_rows(stored[0])
+def _read_dynamic(root: Path, state: TrainState, mesh: Mesh, options: LoadOptions) -> list[str]:
+    """Read the dynamic tables; what they lack, which is an error if strict."""
+    tables = dynamic_tables(state.model)
+    if not tables:
+        return []
+    moved = _moved_rows(root, open_tensors(root), state, options, dynamic=True)
+    by_table = {name.removeprefix(TABLES): rows for name, rows in moved.items()}
+    gaps = dynamic_problems(root, tables, with_states=options.optimizer, moved=by_table)
+    if gaps and options.strict:
+        raise DataError(_message(root, gaps, [], "TrainerArgs.ckpt_load_strict = False loads what fits."))
+    states = options.optimizer
+    read_dynamic_tables(root, tables, mesh.rank, mesh.world_size, with_states=states, moved=by_table)
+    return gaps
 
 
 def _restore_progress(root: Path, state: TrainState, mesh: Mesh) -> None:
-    progress: Mapping[str, Any] = json.loads((root / "progress.json").read_text())
-    state.load_progress(dict(progress))
+    progress = read_description(root)
+    state.load_progress(progress)
     ranks, group = progress["world_size"], progress.get("tensor_parallel_size", 1)
     if (ranks, group) == (mesh.world_size, mesh.tp_size):  # the generators of a group must agree
         set_random_state(torch.load(root / f"rng_rank{mesh.rank}.pt", weights_only=True), mesh.device)

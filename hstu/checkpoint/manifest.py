@@ -16,11 +16,18 @@ from hstu.config.errors import DataError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
-_CHUNK_BYTES = 1 << 22
+_UNSIGNED_VERSION = 1  # as the present one, without a checksum of the list itself
+
+Files = dict[str, dict[str, Any]]
+"""Path relative to the checkpoint → {"bytes", "sha256"}."""
 
 
-def describe_files(root: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Write the files through to the disk; path relative to ``root`` → {"bytes", "sha256"}."""
+class DamagedCheckpoint(DataError):
+    """Files of a checkpoint that are missing, torn, flipped or not to be understood, by name."""
+
+
+def describe_files(root: Path, files: Iterable[Path]) -> Files:
+    """Write the files through to the disk; their sizes and checksums."""
     described = {}
     for path in files:
         sync_to_disk(path)
@@ -28,41 +35,61 @@ def describe_files(root: Path, files: Iterable[Path]) -> dict[str, dict[str, Any
     return described
 
 
-def write_manifest(root: Path, files: dict[str, dict[str, Any]]) -> None:
+def write_manifest(root: Path, files: Files) -> None:
     """Write the manifest, the last file of a checkpoint."""
     path = root / MANIFEST
-    path.write_text(json.dumps({"version": FORMAT_VERSION, "files": dict(sorted(files.items()))}, indent=1))
+    path.write_text(_as_text(FORMAT_VERSION, files), encoding="utf-8")
     sync_to_disk(path)
     sync_to_disk(root)
 
 
-def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
-    """The files of a checkpoint. Raises DataError where there is no readable manifest of this version."""
+def read_manifest(root: Path) -> Files:
+    """The files of a checkpoint.
+
+    Raises DamagedCheckpoint where there is no manifest of a known version that is byte for byte as written.
+    """
     path = root / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
         version, files = manifest["version"], manifest["files"]
+        if version in (FORMAT_VERSION, _UNSIGNED_VERSION) and text != _as_text(version, files):
+            raise ValueError("it is not as it was written")
     except FileNotFoundError:
-        raise DataError(f"{root} is not a complete checkpoint: it has no {MANIFEST}. Load another one.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}). Load another checkpoint.") from None
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}.")
+        raise DamagedCheckpoint(
+            f"{root} is not a complete checkpoint: it has no {MANIFEST}. Load another one."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({error}). Load another checkpoint.") from None
+    if version not in (FORMAT_VERSION, _UNSIGNED_VERSION):
+        raise DamagedCheckpoint(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}.")
     return dict(files)
 
 
-def file_problems(root: Path, files: dict[str, dict[str, Any]]) -> list[str]:
+def _as_text(version: int, files: Files) -> str:
+    """The manifest as it is written: the same bytes for the same files."""
+    files = dict(sorted(files.items()))
+    signature = {"sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+    return json.dumps(
+        {"version": version, **(signature if version != _UNSIGNED_VERSION else {}), "files": files}, indent=1
+    )
+
+
+def file_problems(root: Path, files: Files) -> list[str]:
     """One line for each file that is missing or not what was written."""
-    problems = []
-    for name, expected in files.items():
-        path = root / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != expected["bytes"]:
-            problems.append(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        elif _sha256(path) != expected["sha256"]:
-            problems.append(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
-    return problems
+    return [problem for name, expected in files.items() if (problem := _problem(root / name, expected))]
+
+
+def _problem(path: Path, expected: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    try:
+        size, sha256 = path.stat().st_size, _sha256(path)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror or error}"
+    if size != expected["bytes"]:
+        return f"{path} has {size} bytes instead of {expected['bytes']}"
+    return None if sha256 == expected["sha256"] else f"{path} is damaged: its sha256 is not the one in {MANIFEST}"
 
 
 def sync_to_disk(path: Path) -> None:
@@ -75,8 +102,5 @@ def sync_to_disk(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from torch import Size
 
 from hstu.checkpoint.architecture import Difference
-from hstu.checkpoint.names import AVERAGE, TABLES, split
+from hstu.checkpoint.names import AVERAGE, IDS, TABLES, split
 from hstu.checkpoint.param_map import ParamMap
+from hstu.checkpoint.row_ids import MovedRows
 from hstu.config.trainer_args import TrainerArgs
 
 
@@ -61,6 +62,8 @@ class Match:
     """Tensors of the checkpoint that the run has not."""
     resized: tuple[Resized, ...] = ()
     """Tensors of both, of different sizes."""
+    moved: Mapping[str, MovedRows] = field(default_factory=dict)
+    """Tables (as weights) whose rows are of other ids in the checkpoint → where to find them."""
     mistakes: tuple[str, ...] = ()
     """Of the rename map; always an error."""
 
@@ -70,6 +73,7 @@ class Match:
             *self.mistakes,
             *(f"{name} is not in the checkpoint" for name in self.missing),
             *map(str, self.resized),
+            *(f"{name} has rows of other ids in the checkpoint than in this run's data" for name in self.moved),
             *(f"{name} is in the checkpoint only" for name in self.unexpected),
         ]
 
@@ -79,6 +83,7 @@ class Match:
             f"{len(self.stored_names)} tensors read",
             *(f"{name} is not in the checkpoint: as initialised" for name in self.missing),
             *(f"{entry}: {_outcome(entry)}" for entry in self.resized),
+            *(f"{name} and its states: {rows}" for name, rows in self.moved.items()),
             *(f"{name} is in the checkpoint only: not read" for name in self.unexpected),
             *map(str, differences),
         ]
@@ -90,30 +95,51 @@ def _outcome(entry: Resized) -> str:
     return f"the first {entry.common_rows} rows read" + ("" if entry.common_rows == entry.own[0] else ", others fresh")
 
 
-def match(own: Mapping[str, Size], stored: Mapping[str, Size], options: LoadOptions) -> Match:
-    """Find for each tensor of a run the one of the checkpoint; name → size of either."""
-    if not options.optimizer:
-        own, stored = _weights(own), _weights(stored)
+def match(
+    own: Mapping[str, Size],
+    stored: Mapping[str, Size],
+    options: LoadOptions,
+    moved: Mapping[str, MovedRows] | None = None,
+) -> Match:
+    """Find for each tensor of a run the one of the checkpoint; name → size of either. ``moved``: see Match."""
+    moved = moved or {}
+    own, stored = _wanted(own, options), _wanted(stored, options)
     names = {name: _stored_name(name, stored, options.renamed) for name in own}
     found = {name: theirs for name, theirs in names.items() if theirs in stored}
-    resized = [
-        Resized(name, stored[theirs], own[name]) for name, theirs in found.items() if stored[theirs] != own[name]
-    ]
-    unread = {entry.name for entry in resized if not entry.common_rows}
+    pairs = [Resized(name, stored[theirs], own[name]) for name, theirs in found.items()]
+    unread = {pair.name for pair in pairs if not _rows_to_read(pair, moved)}
     return Match(
         stored_names={name: theirs for name, theirs in found.items() if name not in unread},
         missing=tuple(_as(name, theirs) for name, theirs in names.items() if name not in found),
-        unexpected=tuple(name for name in stored if name not in found.values() and _is_wanted(name, options)),
-        resized=tuple(resized),
+        unexpected=tuple(name for name in stored if name not in found.values() and _is_missed(name, options)),
+        resized=tuple(
+            pair
+            for pair in pairs
+            if pair.stored != pair.own and (pair.stored[1:] != pair.own[1:] or split(pair.name)[0] not in moved)
+        ),
+        moved={name: rows for name, rows in moved.items() if name in found},
         mistakes=tuple(options.renamed.problems(own, stored)),
     )
 
 
-def _weights(tensors: Mapping[str, Size]) -> dict[str, Size]:
-    return {name: size for name, size in tensors.items() if split(name)[1] in ("", AVERAGE)}
+def _rows_to_read(pair: Resized, moved: Mapping[str, MovedRows]) -> bool:
+    rows = moved.get(split(pair.name)[0])
+    if rows is None:
+        return pair.stored == pair.own or pair.common_rows > 0
+    return rows.places is not None and pair.stored[1:] == pair.own[1:]
 
 
-def _is_wanted(name: str, options: LoadOptions) -> bool:
+def _wanted(tensors: Mapping[str, Size], options: LoadOptions) -> dict[str, Size]:
+    """Without what describes others, and without the optimizer's where the weights alone are to be read."""
+    states = None if options.optimizer else ("", AVERAGE)
+    return {
+        name: size
+        for name, size in tensors.items()
+        if not name.startswith(IDS) and (states is None or split(name)[1] in states)
+    }
+
+
+def _is_missed(name: str, options: LoadOptions) -> bool:
     """Averages come with the weights, but a run that keeps none does without."""
     return options.optimizer or split(name)[1] != AVERAGE
 

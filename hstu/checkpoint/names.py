@@ -8,6 +8,8 @@ from __future__ import annotations
 
 WEIGHTS = "model."
 TABLES = "model.tables."
+IDS = "ids."
+"""Raw ids of tables' rows, which describe the weights and are none."""
 AVERAGE = "average"
 """The optimizer's state that is a weight, too: its moving average (OptimizerArgs.ema_decay)."""
 _STATES = "optimizer."

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from hstu.checkpoint.row_ids import RowIds
 from hstu.data.batch import NEGATIVES
 from hstu.data.sampler import SamplerPosition
 from hstu.model.embedding import TableSpec
@@ -35,6 +36,8 @@ class TrainState:
     """Optimizer steps done."""
     position: SamplerPosition = field(default_factory=SamplerPosition)
     """Where the data goes on."""
+    ids: RowIds = field(default_factory=RowIds)
+    """Raw ids of the rows of the tables."""
 
     def tensors(self) -> dict[str, Tensor | CutTensor]:
         """All live tensors, to be saved or overwritten in place, the same names and sizes on every rank.
@@ -42,9 +45,11 @@ class TrainState:
         ``model.tables.<table>`` [rows, dim] and ``optimizer.tables.<table>.<state>`` for all static tables, however
         they are sharded or replicated (of dynamic ones see dynamic.py); ``model.task.<parameter>`` and
         ``optimizer.dense.task.<parameter>.<state>`` for the rest. Columns that only pad a sharded table are left out.
+        ``ids.…``: see RowIds; these are not overwritten.
         """
         weights = {f"model.{name}": tensor for name, tensor in self._weights().items()}
-        return weights | {f"optimizer.{name}": tensor for name, tensor in self._optimizer_states().items()}
+        states = {f"optimizer.{name}": tensor for name, tensor in self._optimizer_states().items()}
+        return weights | states | self.ids.tensors()
 
     def _weights(self) -> dict[str, Tensor | CutTensor]:
         parts = unwrap_dense(self.model).state_dict().items()

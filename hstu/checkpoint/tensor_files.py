@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -45,6 +46,13 @@ class TensorFiles(ABC):
 def open_tensors(root: Path) -> TensorFiles:
     """The tensors of a checkpoint or an export."""
     return Consolidated(root / CONSOLIDATED) if (root / CONSOLIDATED).is_file() else CutByRanks(root / TENSORS)
+
+
+def read_description(root: Path) -> dict[str, Any]:
+    """What a checkpoint or an export tells of its run."""
+    name = "config.json" if (root / CONSOLIDATED).is_file() else "progress.json"
+    told: dict[str, Any] = json.loads((root / name).read_text(encoding="utf-8"))
+    return told
 
 
 class CutByRanks(TensorFiles):

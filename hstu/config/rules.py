@@ -54,6 +54,22 @@ def save_interval(run: Run, trainer: TrainerArgs) -> Problems:
         yield run.problem(trainer, "ckpt_save_interval", "expected -1 (never) or at least 1")
 
 
+@rule
+def loading_in_part_needs_a_checkpoint_of_another_run(run: Run, trainer: TrainerArgs) -> Problems:
+    if trainer.ckpt_load_dir not in ("", "auto"):
+        return
+    where = run.cite(trainer, "ckpt_load_dir")
+    why = (
+        f"has no effect with {where}"
+        if not trainer.ckpt_load_dir
+        else f"does not go with {where}, which is this run's own work"
+    )
+    if not trainer.ckpt_load_optimizer:
+        yield run.problem(trainer, "ckpt_load_optimizer", f"{why}; name the checkpoint to start from, or remove it")
+    if trainer.ckpt_param_map is not None:
+        yield run.problem(trainer, "ckpt_param_map", f"{why}; name the checkpoint to start from, or remove it")
+
+
 # --- parallelism ---------------------------------------------------------------------------------------------------
 
 

@@ -52,6 +52,11 @@ class TrainerArgs(Args):
     checkpoint. Names as scripts/inspect_checkpoint.py shows them (model.…); optimizer states go with their weights."""
     save_at_end: bool = option(True)
     """Also save after the last iteration, where ckpt_save_interval > 0."""
+    ckpt_keep_last: Optional[int] = option(None, minimum=1)
+    """Delete all but this many of the newest checkpoints in ckpt_save_dir, once a newer one is complete. The best one
+    is always kept. None: keep all."""
+    ckpt_async: bool = option(False)
+    """Write checkpoints while training goes on: a step waits only until they are copied to host memory."""
     pipeline_type: str = option("native", choices=("none", "native", "prefetch"))
     """How a step overlaps with the next batches: not at all; with their copy to the device and the exchange of their
     ids; and with filling the caches of tables. All kinds compute the same losses."""

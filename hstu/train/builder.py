@@ -10,7 +10,9 @@ from typing import TypeVar, cast
 
 import torch
 
+from hstu.checkpoint.background import Background
 from hstu.checkpoint.match import LoadOptions
+from hstu.checkpoint.row_ids import RowIds
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
@@ -42,7 +44,7 @@ from hstu.pipeline.none import SequentialPipeline
 from hstu.pipeline.prefetch import PrefetchPipeline
 from hstu.train.evaluator import Evaluator, RankingEvaluator, RetrievalEvaluator
 from hstu.train.leaks import leak
-from hstu.train.sources import BatchSource, open_source
+from hstu.train.sources import BatchSource, StoreSource, open_source
 from hstu.train.trainer import Trainer
 from hstu.train.work import StepWork
 
@@ -64,7 +66,7 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
     source = on_all_ranks(lambda: open_source(config, mesh), mesh)
     mesh.progress.mark("building the model")
     model, optimizers = build_model(config, source, mesh)
-    state = TrainState(model, optimizers, config.operative_gin())
+    state = TrainState(model, optimizers, config.operative_gin(), ids=row_ids(source))
     peak = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
     log.info("peak for MFU: %.3g TFLOPS a rank (%s)", peak.value, peak.source)
     return Trainer(
@@ -74,7 +76,7 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
         pipeline=build_pipeline(config.trainer, model, optimizers, mesh),
         schedule=Schedule(config.schedule),
         evaluator=build_evaluator(config, source, model, mesh),
-        checkpoints=build_store(config.trainer, mesh),
+        checkpoints=build_checkpoints(config.trainer, mesh),
         state=state,
         run_directory=run_directory,
         meter=ThroughputMeter(peak.value),
@@ -134,6 +136,11 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
     return model, optimizers
 
 
+def row_ids(source: BatchSource) -> RowIds:
+    """The raw ids of the tables' rows; random data has none."""
+    return RowIds.of(source.store, source.roles.names) if isinstance(source, StoreSource) else RowIds()
+
+
 def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDense | RetrievalDense:
     """The dense part: sequence encoder and the head or loss of the task."""
     network, roles = config.network, source.roles
@@ -191,12 +198,6 @@ def label_offset(args: RankingArgs, source: BatchSource) -> int:
     return 1
 
 
-def build_store(args: TrainerArgs, mesh: Mesh) -> CheckpointStore:
-    """The run's checkpoints."""
-    options = on_all_ranks(lambda: LoadOptions.of(args), mesh)
-    return CheckpointStore(args.ckpt_save_dir, args.ckpt_load_dir, mesh, options)
-
-
 def build_pipeline(args: TrainerArgs, model: GRModel, optimizers: Optimizers, mesh: Mesh) -> TrainPipeline:
     """The pipeline that ``args`` asks for."""
     return PIPELINES[args.pipeline_type](model, optimizers, mesh, args.max_grad_norm)
@@ -208,6 +209,13 @@ def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh
         offset = label_offset(config.task_args, source)
         return RankingEvaluator(model, config.task_args, offset, mesh, config.trainer.max_eval_iters)
     return RetrievalEvaluator(model, config.task_args, source, mesh, config.trainer.max_eval_iters)
+
+
+def build_checkpoints(args: TrainerArgs, mesh: Mesh) -> CheckpointStore:
+    """Where the run saves and what it starts from. Collective."""
+    options = on_all_ranks(lambda: LoadOptions.of(args), mesh)
+    background = Background(mesh, args.collective_timeout_s) if args.ckpt_async else None
+    return CheckpointStore(args.ckpt_save_dir, args.ckpt_load_dir, mesh, args.ckpt_keep_last, background, options)
 
 
 def total_iters(args: TrainerArgs, batches_per_epoch: int) -> int:

@@ -17,6 +17,7 @@ def run(config: RunConfig) -> int:
     except UserError as error:
         return _tell(error)
 
+    from hstu.checkpoint.agree import CheckpointFailure
     from hstu.observe.logging import quiet_libraries
     from hstu.observe.watchdog import Watchdog
     from hstu.parallel import mesh as meshes
@@ -39,8 +40,11 @@ def run(config: RunConfig) -> int:
     except UserError as error:
         # What is wrong before training is wrong for every rank; what is found while training may be one rank's alone.
         in_training = trainer is not None
+        if trainer is not None:
+            trainer.checkpoints.close()
         if watchdog is not None:
-            watchdog.leave(error if in_training and not isinstance(error, NonFiniteLoss) else None)
+            alike = not in_training or isinstance(error, (NonFiniteLoss, CheckpointFailure))
+            watchdog.leave(None if alike else error)
         meshes.finish(wait=False)
         return _tell(error, every_rank=in_training)
     except Exception as error:

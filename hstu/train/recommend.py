@@ -18,7 +18,7 @@ from hstu.config.run_config import RunConfig
 from hstu.data.collate import ranges
 from hstu.data.store import USER_FEATURE, SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.train.builder import build_model
+from hstu.train.builder import build_model, row_ids
 from hstu.train.evaluate import Queries, evaluation_mode, recommend
 from hstu.train.evaluator import RetrievalEvaluator
 from hstu.train.sources import StoreSource
@@ -45,8 +45,8 @@ def recommend_for(config: RunConfig, ckpt: str, users: Sequence[Any], top: int, 
     source = StoreSource(config, config.dataset, mesh)
     rows = encode_users(source.store, users)
     model, optimizers = build_model(config, source, mesh)
-    weights_alone = LoadOptions(optimizer=False)
-    CheckpointStore(ckpt, ckpt, mesh, weights_alone).restore(TrainState(model, optimizers, config.operative_gin()))
+    state = TrainState(model, optimizers, config.operative_gin(), ids=row_ids(source))
+    CheckpointStore(ckpt, ckpt, mesh, load_options=LoadOptions(optimizer=False)).restore(state)
     evaluator = RetrievalEvaluator(model, config.task_args, source, mesh)
     with evaluation_mode(model):
         vectors = []

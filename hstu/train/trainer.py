@@ -70,11 +70,15 @@ class Trainer:
         try:
             with self.mesh.progress.during("restoring a checkpoint"):
                 restored = self.checkpoints.restore(self.state)
+                if self.args.ckpt_save_interval > 0:
+                    self.checkpoints.claim()
             if restored and self.run_directory.resumed:
                 self._history.read(self.run_directory.metrics_file, self.state.iteration)
             if self.args.eval_at_start:
                 self.evaluate(self.source.eval_splits)
             finished = self._iterate()
+            with self.mesh.progress.during("saving a checkpoint"):
+                self.checkpoints.wait()
             if finished and self.args.eval_at_end:
                 self.evaluate(self.source.final_splits)
             status = "done" if finished else "stopped"
@@ -98,6 +102,7 @@ class Trainer:
                 self._step(batches)
                 progress.update()
                 self._after_step(progress)
+                self.checkpoints.poll()
                 if self._stop.agreed():
                     log.warning("SIGTERM: stopping after iteration %d", self.state.iteration)
                     self._save()

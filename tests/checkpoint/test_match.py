@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from torch import Size
 
 from hstu.checkpoint.architecture import differences
 from hstu.checkpoint.match import LoadOptions, match
 from hstu.checkpoint.names import join, split
 from hstu.checkpoint.param_map import ParamMap
+from hstu.checkpoint.row_ids import MovedRows, moved_rows
 from hstu.config.errors import DataError
 
 WEIGHTS_ALONE = LoadOptions(optimizer=False)
@@ -101,3 +105,43 @@ def test_the_lines_that_differ_are_told_apart_by_what_they_mean() -> None:
     (added,) = differences(GIN.replace("item/EmbeddingArgs.feature_names = ['item']\n", ""), GIN)
     assert str(added) == "item/EmbeddingArgs.feature_names = nothing in the checkpoint, ['item'] in this run"
     assert added.shapes_tensors and not added.is_of_network
+
+
+def test_moved_rows_are_no_matter_of_size() -> None:
+    own = {"model.tables.t": Size([3, 4]), "optimizer.tables.t.sum": Size([3, 4]), "model.tables.u": Size([3, 4])}
+    stored = {name: Size([2, *size[1:]]) for name, size in own.items()} | {"ids.item": Size([2])}
+    moved = {"model.tables.t": MovedRows(np.array([0, -1, 1])), "model.tables.u": MovedRows(None)}
+    found = match(own, stored, LoadOptions(), moved)
+    assert set(found.stored_names) == {"model.tables.t", "optimizer.tables.t.sum"}
+    assert found.resized == () and len(found.problems()) == 2
+    told = found.report([])
+    assert "model.tables.t and its states: 2 of 3 rows read, by raw id, the others as initialised" in told
+    assert "model.tables.u and its states: as initialised: which row was whose cannot be told" in told
+
+
+def tensors(*ids: object) -> tuple[torch.Tensor, ...]:
+    if isinstance(ids[0], int):
+        return (torch.tensor(ids, dtype=torch.int64),)
+    encoded = [str(text).encode() for text in ids]
+    offsets = np.cumsum([0, *map(len, encoded)])
+    return torch.from_numpy(offsets), torch.tensor(list(b"".join(encoded)), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("own", "stored", "places"),
+    [
+        (tensors(3, 5, 9), tensors(3, 9), [0, -1, 1, -1]),
+        (tensors(3, 5), tensors(4, 6, 7), [-1, -1, -1, -1]),
+        (tensors("a", "bb", "z"), tensors("bb", "c", "z"), [-1, 0, 2, -1]),
+        (tensors(1, 2), tensors("a", "b"), None),
+        (tensors(1, 2, 3, 4, 5), tensors(1, 2), None),  # hashed into four rows
+    ],
+)
+def test_rows_are_found_by_their_raw_ids(own: Any, stored: Any, places: list[int] | None) -> None:
+    found = moved_rows(4, [own], [stored])
+    assert found is not None
+    assert (None if found.places is None else found.places.tolist()) == places
+    assert moved_rows(4, [own], [own]) is None
+    assert moved_rows(4, [own], [None]) is None
+    shared = moved_rows(4, [own, own], [own, stored])
+    assert shared is not None and shared.places is None

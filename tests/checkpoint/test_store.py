@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from hstu.checkpoint.manifest import MANIFEST, describe_files, file_problems, read_manifest, write_manifest
+from hstu.checkpoint.manifest import (
+    MANIFEST,
+    DamagedCheckpoint,
+    describe_files,
+    file_problems,
+    read_manifest,
+    write_manifest,
+)
 from hstu.checkpoint.store import find
 from hstu.config.errors import DataError
 
@@ -57,6 +64,23 @@ def test_a_changed_file_is_named(tmp_path: Path, content: bytes | None, problem:
         (path / "data").write_bytes(content)
     (found,) = file_problems(path, read_manifest(path))
     assert str(path / "data") in found and problem in found
+
+
+def test_any_changed_byte_of_the_manifest_itself_is_noticed(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "c")
+    content = (path / MANIFEST).read_bytes()
+    for place, byte in enumerate(content):
+        for other in {byte ^ 1, byte ^ 128, *b' \n01"'} - {byte}:
+            (path / MANIFEST).write_bytes(content[:place] + bytes([other]) + content[place + 1 :])
+            with pytest.raises(DamagedCheckpoint, match=r"manifest\.json (is damaged|has format version)"):
+                read_manifest(path)
+
+
+def test_a_manifest_of_the_first_format_is_still_read(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "c")
+    files = read_manifest(path)
+    (path / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1))
+    assert read_manifest(path) == files
 
 
 def test_an_unreadable_manifest_is_an_error(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hstu.checkpoint.agree import CheckpointFailure
 from hstu.checkpoint.load import load
 from hstu.checkpoint.match import LoadOptions
 from hstu.checkpoint.param_map import ParamMap
@@ -134,17 +135,23 @@ def save_into(directory: str) -> str:
     mesh = mesh_module.start(timeout_s=60)
     try:
         save(directory, _new_state(mesh, {}), mesh)
-    except RuntimeError as error:
+    except CheckpointFailure as error:
         mesh_module.finish()
         return str(error)
     return "saved"
 
 
-def save_twice(directory: str) -> str:
-    """Save an iteration twice with another configuration text; the text that is there in the end."""
+def save_again(directory: str) -> list[list[str]]:
+    """Save an iteration, the same again, and with other weights; the names in the directory after each."""
     mesh = mesh_module.start(timeout_s=60)
-    state = _new_state(mesh, {})
-    for state.operative_gin in ("first", "second"):
-        path = save(directory, state, mesh)
+    state, names = _new_state(mesh, {}), []
+    for state.operative_gin in ("first", "second", "third"):
+        if state.operative_gin == "third":
+            with torch.no_grad():
+                next(state.model.dense.parameters()).add_(1)
+        save(directory, state, mesh)
+        names.append(
+            sorted(f"{path.name} {(path / 'operative.gin').read_text()}" for path in Path(directory).iterdir())
+        )
     mesh_module.finish()
-    return (path / "operative.gin").read_text()
+    return names

@@ -149,6 +149,43 @@ def move_checkpoints(
     return results
 
 
+def reshard(store: str, tp: int, cases: dict[str, dict[str, Any]], load_from: str | None, save_to: str) -> Any:
+    """A hop of a chain: load each case's checkpoint (or train ``before`` steps), save it again, and train two steps.
+
+    A case has its global ``batch`` and ``before`` besides the arguments of ``make_config``. Returns its tensors, the
+    losses of the two steps and the users of each step, with its epoch.
+    """
+    mesh = mesh_module.start(tensor_parallel_size=tp, timeout_s=60)
+    torch.set_num_threads(1)
+    results = {}
+    for name, case in cases.items():
+        arguments = dict(case)
+        per_rank = f"TrainerArgs.train_batch_size = {arguments.pop('batch') // mesh.world_size}"
+        before, arguments["bindings"] = arguments.pop("before"), [*arguments.get("bindings", ()), per_rank]
+        config = make_config(store, mesh.world_size, **arguments)
+        source, state = new_run(mesh, config)
+        state.operative_gin = config.operative_gin()
+        first = []
+        if load_from is None:
+            first = list(train_steps(mesh, config, source, state, before))
+        else:
+            load(next((Path(load_from) / name).iterdir()), state, mesh)
+        tensors = consolidated(state, mesh)
+        save(Path(save_to) / name, state, mesh)
+        last = list(train_steps(mesh, config, source, state, 2))
+        losses = [float(step.loss) for step in last]
+        results[name] = {"tensors": tensors, "losses": losses, "users": [_users(step, mesh) for step in first + last]}
+    mesh_module.finish()
+    return results if mesh.is_main else None
+
+
+def _users(step: StepResult, mesh: mesh_module.Mesh) -> tuple[int, list[int]]:
+    """The epoch and all ranks' users of a step."""
+    assert step.batch.position is not None
+    users = [int(user) for user in step.batch.user_ids if user >= 0]
+    return step.batch.position.epoch, sorted(user for rank in gather_objects(users, mesh.world_group) for user in rank)
+
+
 def dropout_patterns(store: str, tp: int) -> dict[str, Any]:
     """Train with dropout; what the ranks of a group must share, and what they must not."""
     mesh = mesh_module.start(tensor_parallel_size=tp, timeout_s=60)

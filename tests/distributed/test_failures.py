@@ -59,7 +59,7 @@ def check_all_ended(ranks: Sequence[EndedRank], output: Path, timeout_s: float) 
 
 def check_checkpoints(output: Path, *iterations: int) -> None:
     """These have been committed, and are whole."""
-    committed = sorted(path for path in (output / "checkpoints").iterdir() if not path.name.startswith("."))
+    committed = sorted((output / "checkpoints").glob("iteration_*"))
     assert [path.name for path in committed] == [f"iteration_{iteration:08d}" for iteration in iterations]
     assert not [problem for path in committed for problem in file_problems(path, read_manifest(path))]
 

@@ -123,6 +123,8 @@ def test_saving_where_nothing_can_be_written_fails_on_every_rank(tmp_path: Path)
     assert all("checkpointing failed on rank 0" in message for message in messages)
 
 
-def test_saving_an_iteration_again_replaces_its_checkpoint(tmp_path: Path) -> None:
-    assert run_ranks(f"{HERE}:save_twice", 1, directory=str(tmp_path)) == ["second"]
-    assert [path.name for path in tmp_path.iterdir()] == ["iteration_00000000"]
+def test_saving_an_iteration_again_overwrites_nothing(tmp_path: Path) -> None:
+    name, aside = "iteration_00000000", "set_aside_iteration_00000000_1"
+    same_state = [f"{name} first"]
+    (names,) = run_ranks(f"{HERE}:save_again", 1, directory=str(tmp_path))
+    assert names == [same_state, same_state, [f"{name} third", f"{aside} first"]]

@@ -1,0 +1,172 @@
+"""Kills runs at seeded points and starts them again: ``python -m tests.reliability.kills --points 100``.
+
+Every restart must go on from a commit, lose no more than it may, end with the weights of the run that nothing
+disturbed, bit for bit, and leave nothing lying about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import write_small_store
+from tests.distributed.launch import run_ranks, run_to_their_ends
+from tests.train.tiny import walks
+
+TARGET = "tests.reliability.kill_cases:run"
+TIMEOUT_S = 120
+ITERATIONS, INTERVAL, KEPT = 13, 3, 2
+TRAINER = {
+    "train_batch_size": 4,
+    "max_train_iters": ITERATIONS,
+    "eval_interval": 4,
+    "ckpt_save_interval": INTERVAL,
+    "ckpt_keep_last": KEPT,
+    "ckpt_load_dir": "auto",
+}
+
+
+@dataclass
+class Setting:
+    """Runs of one kind, and what the undisturbed one did."""
+
+    ranks: int
+    background: bool
+    store: str
+    undisturbed: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.ranks} rank{'s'[: self.ranks - 1]}, {'in the background' if self.background else 'waiting'}"
+
+    def options(self, output: Path) -> dict[str, Any]:
+        trainer = TRAINER | {"ckpt_async": self.background}
+        return {"store": self.store, "output": str(output), "trainer": trainer, "network": {"hidden_dropout": 0.2}}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one kill."""
+
+    where: str
+    lost: int
+    """Iterations that were done twice."""
+    problems: tuple[str, ...]
+
+
+def where_of(told: dict[str, Any]) -> str:
+    """The part of a run that a kill has hit."""
+    operation, stage = told["what"], told["stage"]
+    if operation in ("forward", "a moment"):
+        part = "an evaluation" if stage.startswith("evaluating") else f"a {stage}" if stage[0] != "s" else stage
+        return f"{part}, a save in flight" if told["in_flight"] else part
+    for sign, part in (
+        (".deleting_", "deleting an old checkpoint"),
+        ("latest", "pointing latest at it"),
+        ("os.rename", "the rename"),
+        ("manifest.json", "writing the manifest"),
+        ("/tensors", "writing tensors"),
+    ):
+        if sign in operation:
+            return part
+    return "writing the other files"
+
+
+def points(setting: Setting, number: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Kinds of kills in turn, each at a seeded place: operations on files, forwards, moments."""
+    rng = random.Random(f"{seed} {setting.name}")
+    for index in range(number):
+        rank = rng.randrange(setting.ranks)
+        seen = setting.undisturbed[rank]
+        kinds: dict[str, list[int]] = {}
+        for place, operation in enumerate(seen["files"], 1):
+            told = {"what": operation, "stage": "", "in_flight": False}
+            kinds.setdefault(where_of(told), []).append(place)
+        choices: list[dict[str, Any]] = [{"file": rng.choice(places)} for places in kinds.values()]
+        choices += [{"forward": rng.randint(1, seen["forwards"])}] * 2 + [{"after_s": rng.uniform(0, seen["seconds"])}]
+        yield {"rank": rank, **choices[index % len(choices)]}
+
+
+def prepare(setting: Setting, folder: Path) -> None:
+    """The undisturbed run."""
+    setting.undisturbed = run_ranks(
+        TARGET, setting.ranks, TIMEOUT_S, kill={}, **setting.options(folder / "undisturbed")
+    )
+
+
+def try_point(setting: Setting, kill: dict[str, Any], output: Path) -> Outcome | None:
+    """Kill a run and start it again; None where it was over before the moment came."""
+    others = [rank for rank in range(setting.ranks) if rank != kill["rank"]]
+    options = setting.options(output)
+    run_to_their_ends(TARGET, setting.ranks, TIMEOUT_S, lasting=others, kill=kill, **options)
+    if not (output / "killed").exists():
+        return None
+    told = json.loads((output / "killed").read_text())
+    again = run_ranks(TARGET, setting.ranks, TIMEOUT_S, kill={}, **options)[0]
+    lost = told["iteration"] - again["resumed_from"]
+    problems = []
+    if again["resumed_from"] not in (*range(0, ITERATIONS, INTERVAL), ITERATIONS):
+        problems.append(f"resumed from iteration {again['resumed_from']}, which is no commit")
+    if lost > INTERVAL * (2 if setting.background else 1):
+        problems.append(f"lost {lost} iterations")
+    if again["weights"] != setting.undisturbed[0]["weights"]:
+        problems.append("other weights in the end")
+    names = sorted(path.name for path in (output / "checkpoints").iterdir())
+    if names != ["iteration_00000012", "iteration_00000013", "latest"]:
+        problems.append(f"left {', '.join(names)}")
+    return Outcome(where_of(told), lost, tuple(problems))
+
+
+def outcomes(setting: Setting, number: int, seed: int, folder: Path) -> Iterator[Outcome]:
+    """Of ``number`` kills."""
+    prepare(setting, folder)
+    done = 0
+    for index, kill in enumerate(points(setting, 2 * number, seed)):
+        output = folder / f"point{index}"
+        outcome = try_point(setting, kill, output)
+        shutil.rmtree(output, ignore_errors=True)
+        if outcome is not None:
+            done += 1
+            yield outcome
+        if done == number:
+            return
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tries all points; 1 if anything was lost that should not be."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--points", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    begun, failed, tried = time.monotonic(), 0, 0
+    for number, (ranks, background) in enumerate(((1, False), (1, True), (2, False), (2, True))):
+        with tempfile.TemporaryDirectory() as folder:
+            write_small_store(Path(folder) / "store", **walks(31))
+            setting = Setting(ranks, background, str(Path(folder) / "store"))
+            parts: Counter[str] = Counter()
+            lost = []
+            share = options.points // 4 + (number < options.points % 4)
+            for outcome in outcomes(setting, share, options.seed, Path(folder)):
+                parts[outcome.where] += 1
+                lost.append(outcome.lost)
+                for problem in outcome.problems:
+                    print(f"FAILED {setting.name}, killed in {outcome.where}: {problem}", flush=True)
+                failed, tried = failed + bool(outcome.problems), tried + 1
+        print(f"{setting.name}: {sum(parts.values())} kills, lost {min(lost)} to {max(lost)} iterations;", end=" ")
+        print(", ".join(f"{part} {times}" for part, times in parts.most_common()), flush=True)
+    print(f"{tried - failed} of {tried} good, every {INTERVAL} iterations saved, {time.monotonic() - begun:.0f} s")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

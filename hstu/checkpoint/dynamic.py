@@ -23,7 +23,7 @@ from hstu.parallel.dynamic.table import DynamicTable
 
 log = logging.getLogger(__name__)
 
-_FILES = "dynamic_rank*.pt"
+DYNAMIC_FILES = "dynamic_rank*.pt"
 
 
 PlainTables = dict[str, dict[str, Any]]
@@ -32,14 +32,14 @@ PlainTables = dict[str, dict[str, Any]]
 
 def copy_of_tables(tables: Mapping[str, DynamicTable]) -> PlainTables:
     """What this rank holds of them now, in host memory."""
-    return {name: _as_plain(table.content()) for name, table in tables.items()}
+    return {name: as_plain(table.content()) for name, table in tables.items()}
 
 
 def write_dynamic_tables(root: Path, tables: PlainTables, rank: int) -> list[Path]:
     """Write this rank's share of the tables; the file, if there is any."""
     if not tables:
         return []
-    path = root / _FILES.replace("*", str(rank))
+    path = root / DYNAMIC_FILES.replace("*", str(rank))
     torch.save(tables, path)
     return [path]
 
@@ -100,12 +100,17 @@ def read_table(root: Path, name: str) -> list[TableContent]:
 
 def _contents(root: Path) -> list[dict[str, TableContent]]:
     """What each rank has written; tensors stay in the files until they are read."""
-    files = sorted(root.glob(_FILES), key=lambda path: int(path.stem.removeprefix("dynamic_rank")))
-    loaded = [torch.load(file, mmap=True, weights_only=True) for file in files]
-    return [{name: _from_plain(plain) for name, plain in tables.items()} for tables in loaded]
+    files = sorted(root.glob(DYNAMIC_FILES), key=lambda path: int(path.stem.removeprefix("dynamic_rank")))
+    return [{name: _from_plain(plain) for name, plain in read_plain(file).items()} for file in files]
 
 
-def _as_plain(content: TableContent) -> dict[str, Any]:
+def read_plain(path: Path) -> PlainTables:
+    """One file, its tensors memory mapped."""
+    tables: PlainTables = torch.load(path, mmap=True, weights_only=True)
+    return tables
+
+
+def as_plain(content: TableContent) -> dict[str, Any]:
     """Copies, which a view must be to be saved without all that it is a view of."""
     fields = {field.name: getattr(content, field.name) for field in dataclasses.fields(content)}
     fields["states"] = {name: _copy(state) for name, state in content.states.items()}

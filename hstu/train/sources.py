@@ -117,7 +117,9 @@ class StoreSource(BatchSource):
         self.store = open_store(args)
         self._eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
         self.roles = resolve_roles(self.store, args)
-        predefined = predefined_embeddings(self.store, config.network) if resolve_name(args.dataset_name) else ()
+        predefined: tuple[EmbeddingArgs, ...] = ()
+        if resolve_name(args.dataset_name):
+            predefined = predefined_embeddings(self.store, config.network, dynamic=args.dynamic_tables)
         self.tables = choose_tables(config.embeddings, predefined, self.roles.names)
         self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
         self._recoding = {} if self._eval_store is self.store else self._recode_eval_store()

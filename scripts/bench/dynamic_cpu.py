@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,7 @@ from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.dynamic.cpu_slots import CpuSlots
-from hstu.parallel.dynamic.slots import Counters, SlotTable
+from hstu.parallel.dynamic.slots import Counters, Policy, SlotTable
 from hstu.parallel.dynamic.torch_slots import TorchSlots
 from hstu.parallel.embedding import dynamic_tables, shard
 
@@ -85,7 +86,7 @@ def slots_rate(table: SlotTable, batches: Iterator[torch.Tensor]) -> dict[str, f
     return told | {"memory_half_mib": memory[len(memory) // 2] / 2**20, "memory_mib": memory[-1] / 2**20}
 
 
-def mch_rate(policy: Any, capacity: int, batches: Iterator[torch.Tensor], interval: int) -> dict[str, float]:
+def mch_rate(policy: Any, capacity: int, interval: int, batches: Iterator[torch.Tensor]) -> dict[str, float]:
     """TorchRec's managed collision: what a sharded collection does with the ids of a training batch."""
     module = MCHManagedCollisionModule(capacity, torch.device("cpu"), policy, interval, input_hash_size=2**63 - 1)
     module.train()
@@ -160,11 +161,12 @@ def main() -> None:
     share = options.capacity // mesh.world_size
     ids = {"C++": options.ids, "PyTorch": options.other_ids, "MCH": options.other_ids}
     remapped = {}
-    for name, policy in (("lru", LRU_EvictionPolicy()), ("lfu", LFU_EvictionPolicy())):
+    policies: list[tuple[Policy, Any]] = [("lru", LRU_EvictionPolicy()), ("lfu", LFU_EvictionPolicy())]
+    for name, policy in policies:
         runs: dict[str, Callable[[Iterator[torch.Tensor]], dict[str, float]]] = {
-            "C++": lambda batches, name=name: slots_rate(CpuSlots(share, name), batches),
-            "PyTorch": lambda batches, name=name: slots_rate(TorchSlots(share, name), batches),
-            "MCH": lambda batches, policy=policy: mch_rate(policy, share, batches, options.mch_interval),
+            "C++": partial(slots_rate, CpuSlots(share, name)),
+            "PyTorch": partial(slots_rate, TorchSlots(share, name)),
+            "MCH": partial(mch_rate, policy, share, options.mch_interval),
         }
         for kind, run in runs.items():
             remapped[f"{kind} {name}"] = over_ranks(run(own_batches(mesh, ids[kind], options)), mesh)

@@ -18,6 +18,7 @@ from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects
+from hstu.parallel.dynamic.content import owners
 from hstu.parallel.dynamic.hashing import mix
 from hstu.parallel.dynamic.initial_rows import initial_rows, table_key
 from hstu.parallel.embedding import dynamic_tables, sharded_weights
@@ -72,7 +73,10 @@ def batch_of(step: int, rank: int, world_size: int, *, as_ids: bool) -> HSTUBatc
 
 
 def rows_by_id(model: GRModel, mesh: mesh_module.Mesh) -> dict[str, dict[int, list[float]]]:
-    """table → id → row, of all ranks; an id that two ranks hold would be an error."""
+    """table → id → row, of all ranks; an id that two ranks hold, or one that is not its owner, would be an error."""
+    for table in dynamic_tables(model).values():
+        args, ids = table.spec.dynamic, table.slots.content()[0]
+        assert args is not None and (owners(ids, args, table.slots.capacity, mesh.world_size) == mesh.rank).all()
     own = {
         name: dict(zip(ids.tolist(), table.weight[: len(ids), : table.spec.dim].tolist(), strict=True))
         for name, table in dynamic_tables(model).items()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hstu.config.args import DynamicEmbeddingArgs
-from hstu.parallel.dynamic.hashing import in_unsigned_order, mix
-from hstu.parallel.dynamic.slots import Policy, counts_of, score, steps_of
+from hstu.parallel.dynamic.hashing import mix
+from hstu.parallel.dynamic.slots import Policy, counts_of, in_order, score, steps_of
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ def merged_sightings(parts: Sequence[Sightings]) -> Sightings:
 
 def best(ids: Tensor, scores: Tensor, number: int) -> Tensor:
     """Places of the ``number`` ids that would be evicted last, in the order in which they stand."""
-    by_hash = in_unsigned_order(mix(ids)).argsort()
-    in_order = by_hash[scores[by_hash].argsort(stable=True)]
-    return in_order[max(0, len(ids) - number) :].sort().values
+    return in_order(scores, ids)[max(0, len(ids) - number) :].sort().values
 
 
 def owners(ids: Tensor, args: DynamicEmbeddingArgs, local_capacity: int, world_size: int) -> Tensor:

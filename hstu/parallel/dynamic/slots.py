@@ -23,6 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hstu.parallel.dynamic.hashing import in_unsigned_order, mix
+
 Policy = Literal["lru", "lfu"]
 MAX_COUNT = 2**31 - 1
 """Where counts stop."""
@@ -123,3 +125,9 @@ def counts_of(policy: Policy, scores: Tensor) -> Tensor:
 def steps_of(policy: Policy, scores: Tensor) -> Tensor:
     """When ids of these scores were last seen."""
     return scores >> 31 if policy == "lru" else scores & MAX_STEP
+
+
+def in_order(scores: Tensor, ids: Tensor) -> Tensor:
+    """Places of ids by ascending score, and by hash where scores are equal: the order in which ids are evicted."""
+    by_hash = in_unsigned_order(mix(ids)).argsort()
+    return by_hash[scores[by_hash].argsort(stable=True)]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hstu.model.embedding import TableSpec
 from hstu.ops.cpu.build import KernelsUnavailable
+from hstu.parallel.dynamic.check import check_slots
 from hstu.parallel.dynamic.content import Sightings, TableContent, best, merged, owners
 from hstu.parallel.dynamic.cpu_slots import CpuSlots
 from hstu.parallel.dynamic.initial_rows import initial_rows, table_key
@@ -141,6 +142,7 @@ def _slots(spec: TableSpec, capacity: int, device: torch.device) -> SlotTable:
     threshold = spec.dynamic.admission_threshold
     if device.type == "cpu":
         try:
+            check_slots()
             return CpuSlots(capacity, policy, threshold)
         except KernelsUnavailable as reason:
             log.warning("table %s: PyTorch looks up its ids, there are no C++ kernels: %s", spec.name, reason)

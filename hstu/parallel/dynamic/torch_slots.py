@@ -8,8 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hstu.parallel.dynamic.hashing import in_unsigned_order, mix
-from hstu.parallel.dynamic.slots import NO_SLOT, Assignment, Counters, Policy, SlotTable, counts_of, score, steps_of
+from hstu.parallel.dynamic.slots import (
+    NO_SLOT,
+    Assignment,
+    Counters,
+    Policy,
+    SlotTable,
+    counts_of,
+    in_order,
+    score,
+    steps_of,
+)
 
 
 class TorchSlots(SlotTable):
@@ -86,17 +95,11 @@ class TorchSlots(SlotTable):
         others = (steps_of(self.policy, self.scores[: self.size]) != step).nonzero()[:, 0]
         if number <= 0:
             return others[:0]
-        return others[_in_order(self.scores[others], self.ids[others])[:number]]
+        return others[in_order(self.scores[others], self.ids[others])[:number]]
 
     def _most_seen(self, ids: Tensor, counts: Tensor, new: Tensor, number: int) -> Tensor:
         """The ``number`` most often seen of ``new``, in the order in which they stand there."""
         if number >= len(new):
             return new
-        kept = _in_order(counts[new], ids[new])[len(new) - number :]
+        kept = in_order(counts[new], ids[new])[len(new) - number :]
         return new[kept.sort().values]
-
-
-def _in_order(scores: Tensor, ids: Tensor) -> Tensor:
-    """Places of ids by ascending score, and by hash where scores are equal."""
-    by_hash = in_unsigned_order(mix(ids)).argsort()
-    return by_hash[scores[by_hash].argsort(stable=True)]

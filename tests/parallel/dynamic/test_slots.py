@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.data.hashing import splitmix64
+from hstu.ops.cpu.build import KernelsUnavailable
+from hstu.parallel.dynamic import check
 from hstu.parallel.dynamic.cpu_slots import CpuSlots
 from hstu.parallel.dynamic.hashing import mix, unmix
 from hstu.parallel.dynamic.slots import NO_SLOT, Policy, SlotTable, counts_of, steps_of
@@ -114,6 +117,18 @@ def test_neither_the_order_nor_the_place_of_ids_in_a_batch_decides_who_stays(kin
         straight.assign(torch.from_numpy(batch), step)
         shuffled.assign(torch.from_numpy(rng.permutation(batch)), step)
         assert set(straight.content()[0].tolist()) == set(shuffled.content()[0].tolist())
+
+
+def test_compiled_slots_are_not_used_where_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "library_file", lambda: tmp_path / "kernels.so")
+    check.check_slots()
+    passed = tmp_path / "kernels.slots_checked"
+    assert passed.exists()
+    passed.unlink()
+    monkeypatch.setattr(check, "CpuSlots", lambda capacity, *rest: CpuSlots(capacity - 1, *rest))
+    with pytest.raises(KernelsUnavailable, match="slots of dynamic tables"):
+        check.check_slots()
+    assert not passed.exists()
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1))

@@ -69,7 +69,7 @@ def import_table(checkpoint: Path, table: str, parquet: Path, output: Path) -> P
         raise DataError(f"{parquet} has rows {content.rows.shape[1]} wide, {table} of {checkpoint} {old.rows.shape[1]}")
     copy = output / checkpoint.name
     shutil.copytree(checkpoint, copy)
-    changed = []
+    changed: list[Path] = []
     for path in sorted(copy.glob(DYNAMIC_FILES)):
         tables = {name: plain for name, plain in read_plain(path).items() if name != table}
         path.unlink()

@@ -45,7 +45,9 @@ def test_a_run_that_goes_on_from_a_checkpoint_loses_no_row(train: Train, store: 
 @pytest.fixture
 def checkpoint(train: Train, store: SequenceStore) -> Path:
     finished = train(
-        "ranking", tables=tables_with_dynamic(store, rows=8), trainer={"ckpt_save_interval": 4, "max_train_iters": 4}
+        "ranking",
+        tables=tables_with_dynamic(store, rows=8),
+        trainer={"ckpt_save_interval": 4, "max_train_iters": 4, "train_batch_size": 1},
     )
     return next((finished.path.parent / "checkpoints").glob("iteration_*"))
 

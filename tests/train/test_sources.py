@@ -181,7 +181,7 @@ def test_a_dynamic_table_smaller_than_the_ids_trains_and_evaluates(
     options = {"negatives": negatives} | ({"num_negatives": 4} if negatives == "uniform" else {})
     finished = train(
         "retrieval",
-        tables=tables_with_dynamic(store, rows=7, evict_strategy="lfu"),
+        tables=tables_with_dynamic(store, rows=7),
         trainer={"max_train_iters": 30, "eval_at_end": True},
         task_args={**options, "filter_seen": False, "eval_metrics": ("HR@7", "HR@11", "MRR")},
     )

@@ -5,8 +5,11 @@ where they stand decides who gets a slot. In ``assign``, at step t,
 
 1. an id that has a slot gets its occurrences added to its count and t as its last step;
 2. one that has none and was sighted fewer than ``admission_threshold`` times, this batch included, gets none;
-3. the others get slots that were never used; where these run out, those of the ids with the lowest scores, among
-   the ids that are not of this batch; where all are of this batch, the new ids with the fewest occurrences get none.
+3. the others get slots that were never used; where these run out, they compete with the ids that have a slot and are
+   not of this batch: the highest scores stay, or come in.
+
+An id that comes in takes the slot of the lowest score that goes. Under lru all new ids score higher than any that is
+not of the batch; under lfu one that occurs once does not drive out one that was seen twice.
 
 Scores are int64, and ids of equal scores are told apart by their hash (hstu.data.hashing.splitmix64): the lower goes.
 
@@ -42,7 +45,7 @@ class Counters:
     waiting: int = 0
     """Of ids that admission_threshold keeps out so far."""
     rejections: int = 0
-    """Of ids for which there was no room, as all rows were of the same batch."""
+    """Of ids for which there was no room: all rows were of the same batch, or (lfu) of ids seen more often."""
     insertions: int = 0
     evictions: int = 0
 

@@ -62,7 +62,7 @@ class TorchSlots(SlotTable):
         self.scores[held] = score(self.policy, seen, step)
         new = (~known).nonzero()[:, 0]
         admitted = new[self._admits(ids[new], counts[new], step)]
-        evicted = self._lowest(len(admitted) - (self.capacity - self.size), step)
+        evicted = self._beaten(score(self.policy, counts[admitted], step), step)
         placed = self._most_seen(ids, counts, admitted, self.capacity - self.size + len(evicted))
         evicted_ids = self.ids[evicted]
         unused = torch.arange(self.size, self.capacity, device=ids.device)[: len(placed)]
@@ -90,12 +90,13 @@ class TorchSlots(SlotTable):
         sighted = torch.where(slots != NO_SLOT, counts_of("lru", self.sightings.scores[slots]), counts)
         return sighted >= self.admission_threshold
 
-    def _lowest(self, number: int, step: int) -> Tensor:
-        """Slots of up to ``number`` ids to evict, the lowest first."""
+    def _beaten(self, new: Tensor, step: int) -> Tensor:
+        """Slots whose ids give way to new ids of these scores, the lowest first."""
+        contenders = new.sort(descending=True).values[self.capacity - self.size :]
         others = (steps_of(self.policy, self.scores[: self.size]) != step).nonzero()[:, 0]
-        if number <= 0:
-            return others[:0]
-        return others[in_order(self.scores[others], self.ids[others])[:number]]
+        lowest = others[in_order(self.scores[others], self.ids[others])[: len(contenders)]]
+        beaten = self.scores[lowest] < contenders[: len(lowest)]  # the first ones: one side falls, the other rises
+        return lowest[: int(beaten.sum())]
 
     def _most_seen(self, ids: Tensor, counts: Tensor, new: Tensor, number: int) -> Tensor:
         """The ``number`` most often seen of ``new``, in the order in which they stand there."""

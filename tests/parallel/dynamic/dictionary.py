@@ -16,9 +16,11 @@ class DictionaryTable:
         self.held: dict[int, list[int]] = {}
         self.sightings = DictionaryTable(capacity, "lru") if admission_threshold > 1 else None
 
+    def worth(self, count: int, step: int) -> tuple[int, int]:
+        return (count, step) if self.policy == "lfu" else (step, count)
+
     def order(self, id_: int) -> tuple[int, ...]:
-        count, step = self.held[id_]
-        return (*((count, step) if self.policy == "lfu" else (step, count)), int(splitmix64(id_)[0]))
+        return (*self.worth(*self.held[id_]), int(splitmix64(id_)[0]))
 
     def assign(self, ids: Sequence[int], step: int) -> dict[str, list[int]]:
         return self.add(Counter(ids), step)
@@ -32,9 +34,10 @@ class DictionaryTable:
                 new.append(id_)
         waiting = [] if self.sightings is None else self.too_rare(new, counts, step)
         admitted = [id_ for id_ in new if id_ not in waiting]
-        surplus = len(self.held) + len(admitted) - self.capacity
         others = sorted((id_ for id_, (_, last) in self.held.items() if last != step), key=self.order)
-        evicted = others[: max(0, surplus)]
+        contenders = sorted((self.worth(counts[id_], step) for id_ in admitted), reverse=True)
+        contenders = contenders[self.capacity - len(self.held) :]
+        evicted = [id_ for id_, worth in zip(others, contenders, strict=False) if self.worth(*self.held[id_]) < worth]
         for id_ in evicted:
             del self.held[id_]
         room = self.capacity - len(self.held)

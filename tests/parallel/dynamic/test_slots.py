@@ -109,6 +109,16 @@ def test_lru_and_lfu_differ_as_their_names_say(kind: type[SlotTable]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_rare_newcomers_do_not_drive_out_what_is_seen_often_under_lfu(kind: type[SlotTable]) -> None:
+    table = kind(3, "lfu")
+    table.assign(torch.tensor([1, 1, 1, 2, 2, 3]), 1)
+    made = table.assign(torch.tensor([7, 8, 8, 8]), 2)
+    assert made.evicted_ids.tolist() == [3] and made.new_ids.tolist() == [8]
+    assert made.counters.rejections == 1
+    assert table.assign(torch.tensor([9]), 3).evicted_ids.tolist() == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_neither_the_order_nor_the_place_of_ids_in_a_batch_decides_who_stays(kind: type[SlotTable]) -> None:
     rng = np.random.default_rng(1)
     straight, shuffled = kind(30, "lfu"), kind(30, "lfu")

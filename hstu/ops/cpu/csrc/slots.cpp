@@ -128,7 +128,7 @@ private:
     // Slots for the admitted ids, or for as many as there are.
     void place(int64_t step, Counters* told) {
         int64_t unused = capacity_ - size_;
-        victims_.pop(int64_t(admitted_.size()) - unused, size_, step, taken_);
+        victims_.pop(contenders(unused, step), size_, step, taken_);
         evicted_.clear();
         for (int32_t slot : taken_) evicted_.push_back(ids_[slot]);
         keep_most_seen(unused + int64_t(taken_.size()), told);
@@ -143,6 +143,17 @@ private:
         for (int32_t number : placed_) victims_.inserted(fresh_[number].slot);
         told->insertions += int64_t(placed_.size());
         told->evictions += int64_t(taken_.size());
+    }
+
+    // Scores of the admitted ids but the `unused` best, highest first. Under lru their order does not matter: any of
+    // them is higher than what it is compared with.
+    std::vector<int64_t> contenders(int64_t unused, int64_t step) const {
+        std::vector<int64_t> scores;
+        if (int64_t(admitted_.size()) <= unused) return scores;
+        for (int32_t number : admitted_) scores.push_back(policy_.score(fresh_[number].count, step));
+        if (policy_.lfu) std::sort(scores.begin(), scores.end(), std::greater<int64_t>());
+        scores.erase(scores.begin(), scores.begin() + unused);
+        return scores;
     }
 
     void keep_most_seen(int64_t room, Counters* told) {

@@ -122,11 +122,12 @@ public:
         if (scores_[slot] <= bound_) push(slot);
     }
 
-    // Up to `number` slots, lowest first, of those in use (`size`) whose last step is not `step`. They are forgotten.
-    void pop(int64_t number, int64_t size, int64_t step, std::vector<int32_t>& taken) {
+    // Slots of those in use (`size`) whose last step is not `step`, lowest first, as long as the i-th of them scores
+    // less than the i-th of `contenders`. They are forgotten.
+    void pop(const std::vector<int64_t>& contenders, int64_t size, int64_t step, std::vector<int32_t>& taken) {
         std::vector<int32_t> spared;
         if (int64_t(later_.size()) > size / 4) clear();
-        while (int64_t(taken.size()) < number) {
+        while (taken.size() < contenders.size()) {
             if (next_ == sorted_.size() && later_.empty()) {
                 if (!refill(size, step)) break;
                 continue;
@@ -136,8 +137,11 @@ public:
                 inserted(key.slot);
             } else if (policy_.step(key.score) == step) {
                 spared.push_back(key.slot);
-            } else {
+            } else if (key.score < contenders[taken.size()]) {
                 taken.push_back(key.slot);
+            } else {
+                spared.push_back(key.slot);
+                break;
             }
         }
         for (int32_t slot : spared) push(slot);

@@ -3,7 +3,7 @@
 torchrun --nproc-per-node 2 scripts/bench/dynamic_cpu.py [--ids 100000000]
 
 Every rank owns a part of a Zipf stream, of more ids than the table has rows. First the ids alone are turned into rows:
-the whole stream by the C++ slots, parts of it by the PyTorch ones and by MCH. Then whole tables are trained, ids
+the whole stream by the C++ slots, parts of it by the PyTorch ones and by MCH (MCH/n: new ids get rows after n batches). Then whole tables are trained, ids
 exchanged and gradients applied: dynamic, and static with as many rows and the ids hashed into them.
 """
 
@@ -149,7 +149,9 @@ def main() -> None:
     parser.add_argument("--capacity", type=int, default=1_000_000, help="rows over all ranks")
     parser.add_argument("--batch", type=int, default=100_000, help="ids a rank and step")
     parser.add_argument("--other-ids", type=int, default=8_000_000, help="of the stream for MCH and PyTorch")
-    parser.add_argument("--mch-interval", type=int, default=10, help="batches between two evictions of MCH")
+    parser.add_argument(
+        "--mch-intervals", type=int, nargs="+", default=[1, 10], help="batches after which MCH gives rows to new ids"
+    )
     parser.add_argument("--trained-ids", type=int, default=6_000_000)
     parser.add_argument("--trained-warm-up", type=int, default=10, help="steps")
     parser.add_argument("--dim", type=int, default=32)
@@ -159,17 +161,17 @@ def main() -> None:
     mesh = meshes.start()
     torch.set_num_threads(1)
     share = options.capacity // mesh.world_size
-    ids = {"C++": options.ids, "PyTorch": options.other_ids, "MCH": options.other_ids}
     remapped = {}
     policies: list[tuple[Policy, Any]] = [("lru", LRU_EvictionPolicy()), ("lfu", LFU_EvictionPolicy())]
     for name, policy in policies:
         runs: dict[str, Callable[[Iterator[torch.Tensor]], dict[str, float]]] = {
             "C++": partial(slots_rate, CpuSlots(share, name)),
             "PyTorch": partial(slots_rate, TorchSlots(share, name)),
-            "MCH": partial(mch_rate, policy, share, options.mch_interval),
+            **{f"MCH/{n}": partial(mch_rate, policy, share, n) for n in options.mch_intervals},
         }
         for kind, run in runs.items():
-            remapped[f"{kind} {name}"] = over_ranks(run(own_batches(mesh, ids[kind], options)), mesh)
+            batches = own_batches(mesh, options.ids if kind == "C++" else options.other_ids, options)
+            remapped[f"{kind} {name}"] = over_ranks(run(batches), mesh)
     training = {
         name: over_ranks(trained(mesh, options, policy), mesh)
         for name, policy in (("static", None), ("dynamic lru", "lru"), ("dynamic lfu", "lfu"))

@@ -31,9 +31,8 @@ def interpret(*arguments: str, timeout_s: int) -> int:
 
 
 def test_every_kernel_is_right_when_interpreted() -> None:
-    assert (
-        interpret(*SHARED, "tests/ops/test_layer.py::test_what_is_kept_is_the_formula_to_the_byte", timeout_s=280) >= 60
-    )
+    layer = "tests/ops/test_layer.py::test_what_is_kept_is_the_formula_to_the_byte"
+    assert interpret(*SHARED, layer, timeout_s=280) >= 60
 
 
 @pytest.mark.slow

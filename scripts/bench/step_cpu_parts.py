@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from attention import Shape, movielens_times
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from hstu.config.args import NetworkArgs
 from hstu.data.batch import HSTUBatch
 from hstu.ops.attention import hstu_attention
 from hstu.ops.backends import Backend
+from hstu.ops.cpu import attention, norm_mul_dropout
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
 
 PARTS = {
-    "attention, forward": ("_Attention",),
-    "attention, backward": ("_AttentionBackward",),
+    "attention, forward": ("attention.forward",),
+    "attention, backward": ("attention.backward",),
     "linear layers": ("aten::mm", "aten::addmm"),
     "sampled softmax": ("SampledSoftmaxLoss",),
-    "SiLU of the projection": ("aten::silu", "_SplitUvqkBackward"),
-    "norm · gate · dropout": ("_Gate", "_GateBackward"),
+    "SiLU of the projection": ("aten::silu", "aten::silu_backward"),
+    "norm · gate · dropout": ("norm_mul_dropout.forward", "norm_mul_dropout.backward", "aten::ge"),
     "input norm": ("aten::native_layer_norm", "aten::native_layer_norm_backward"),
     "unit vectors": ("_Unit", "_UnitBackward"),
     "random numbers of dropout": ("aten::random_",),
     "copies, gathers, scatters": ("aten::copy_", "aten::index_select", "aten::index_add_", "aten::scatter_add_"),
 }
 """Part → names in the profile. What a kernel takes is its self time on the thread that calls it."""
+KERNELS = (attention, norm_mul_dropout)
+"""Modules whose forward and backward a layer calls, and the profile would not name."""
 STEPS = 8
 
 
@@ -55,7 +61,7 @@ def parts_of_a_step(
     step: Callable[[int], None], batches: Sequence[HSTUBatch], network: NetworkArgs, ceiling: float
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of each part of a step, its GFLOPS and their share of ``ceiling``; the rest comes last."""
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+    with named_kernels(), profile(activities=[ProfilerActivity.CPU]) as recorded:
         begun = time.perf_counter()
         for number in range(STEPS):
             step(number % len(batches))
@@ -73,6 +79,16 @@ def parts_of_a_step(
             parts[name] |= {"gflops": round(gflops, 1), "of_ceiling": round(gflops / ceiling, 3)}
     known = sum(part["ms"] for part in parts.values())
     return parts | {"everything else": {"ms": round(whole_ms - known, 2)}, "profiled step": {"ms": round(whole_ms, 2)}}
+
+
+@contextmanager
+def named_kernels() -> Iterator[None]:
+    """The profile has the calls of KERNELS as ``module.function``."""
+    with ExitStack() as stack:
+        for module, name in product(KERNELS, ("forward", "backward")):
+            label = f"{module.__name__.rpartition('.')[2]}.{name}"
+            stack.enter_context(patch.object(module, name, record_function(label)(getattr(module, name))))
+        yield
 
 
 def flops_of_parts(batches: Sequence[HSTUBatch], network: NetworkArgs) -> dict[str, float]:

@@ -7,7 +7,6 @@ back in the order of the plans. The order and content of a run are therefore the
 from __future__ import annotations
 
 import signal
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from hstu.config.errors import DataError, UserError
 from hstu.data.batch import HSTUBatch
 from hstu.data.sampler import BatchPlan
-from hstu.data.transport import Packed, pack, unpack
+from hstu.data.transport import Outbox, Packed, Sent, pack, unpack
 
 
 def build_loader(
@@ -36,7 +35,7 @@ def build_loader(
     Raises DataError where the data is damaged or a worker dies.
     """
     loader: DataLoader[Any] = DataLoader(
-        _PlannedBatches(collator, sent=deque(maxlen=prefetch + 1) if workers else None),
+        _PlannedBatches(collator, outbox=Outbox(prefetch + 1) if workers else None),
         batch_size=None,
         sampler=sampler,
         collate_fn=_unchanged,
@@ -55,20 +54,17 @@ def build_loader(
 class _PlannedBatches(Dataset[Any]):
     """A dataset indexed by plans. A user's error is returned, not raised: DataLoader would bury it in a traceback."""
 
-    def __init__(self, collator: Callable[[BatchPlan], HSTUBatch], sent: deque[Packed] | None) -> None:
+    def __init__(self, collator: Callable[[BatchPlan], HSTUBatch], outbox: Outbox | None) -> None:
         self.collator = collator
-        self.sent = sent
-        """Of a worker: what may not have been received yet. DataLoader asks for no more than ``prefetch`` at a time."""
+        self.outbox = outbox
+        """Of a worker. DataLoader asks one for no more than ``prefetch`` batches that it has not received."""
 
-    def __getitem__(self, plan: Any) -> HSTUBatch | Packed | UserError:
+    def __getitem__(self, plan: Any) -> HSTUBatch | Sent | UserError:
         try:
             batch = self.collator(plan)
         except UserError as error:
             return error
-        if self.sent is None:
-            return batch
-        self.sent.append(pack(batch))
-        return self.sent[-1]
+        return batch if self.outbox is None else self.outbox.put(pack(batch))
 
 
 def _batches(batches: Iterator[Any], workers: int) -> Iterator[HSTUBatch]:

@@ -146,9 +146,9 @@ def passes_of(
         for name, function in plain.items():
             if function is not None:
                 passes[name] = Pass(lambda f=function: f(*padded, mask, alpha, longest), padded)  # type: ignore[misc]
-    heads_first = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in padded]
+    first, second, third = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in padded)
     passes["softmax (SDPA), padded"] = Pass(
-        lambda: F.scaled_dot_product_attention(*heads_first, is_causal=True), heads_first
+        lambda: F.scaled_dot_product_attention(first, second, third, is_causal=True), [first, second, third]
     )
     return passes
 
@@ -237,8 +237,8 @@ def main() -> None:
     longest = sorted(options.length)[len(options.length) // 2] * 2
     for name, lengths in distributions(longest, np.random.default_rng(0)).items():
         shape = Shape(lengths, options.heads, options.head_dim)
-        batch = {"lengths": name, "sequences": len(lengths), "sum_n2": shape.pairs, "b_n2": shape.padded_pairs}
-        report["distributions"] += [batch | row for row in measure(shape, dtype, device, options.rounds, None)]
+        drawn: Row = {"lengths": name, "sequences": len(lengths), "sum_n2": shape.pairs, "b_n2": shape.padded_pairs}
+        report["distributions"] += [drawn | row for row in measure(shape, dtype, device, options.rounds, None)]
     if device.type == "cpu":
         report["ml_1m"] = movielens(device, options.rounds)
     finish(report, options)

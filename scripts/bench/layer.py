@@ -30,7 +30,7 @@ from timing import Panel, Pass, Row, begin, ceiling, compiled, draw, finish, nam
 
 from hstu.config.args import NetworkArgs
 from hstu.model.layer import HSTULayer
-from hstu.observe.flops import sequence_flops
+from hstu.observe.flops import step_flops
 
 DTYPES = (torch.float32, torch.bfloat16)
 PARTS = 6
@@ -60,12 +60,20 @@ class Case:
 
     def flops(self) -> tuple[float, float]:
         """Of forward and of backward."""
-        nothing = np.zeros_like(self.shape.lengths)
-        size = dict(num_layers=1, num_heads=self.shape.heads, head_dim=self.shape.head_dim)
-        both = float(sequence_flops(self.shape.lengths, nothing, hidden_size=self.hidden, **size).sum())
-        attention = float(sequence_flops(self.shape.lengths, nothing, hidden_size=0, **size).sum())
-        forward = (both - attention) / 3 + attention / 3.5
-        return forward, both - forward
+
+        def both(hidden: int) -> float:
+            return step_flops(
+                self.shape.lengths,
+                np.zeros_like(self.shape.lengths),
+                num_layers=1,
+                hidden_size=hidden,
+                num_heads=self.shape.heads,
+                head_dim=self.shape.head_dim,
+            )
+
+        attention = both(0)
+        forward = (both(self.hidden) - attention) / 3 + attention / 3.5
+        return forward, both(self.hidden) - forward
 
 
 def cases_of(options: argparse.Namespace) -> Iterator[Case]:

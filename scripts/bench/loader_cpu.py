@@ -3,7 +3,9 @@
 python scripts/bench/loader_cpu.py [--store tmp_data/ml-1m --batch 128 --length 200 --rounds 5]
 
 The same histories, as a sequence store and as a CSV with a row a user whose cells are JSON lists, read batch by batch
-in turn, each in this process and by one worker. Also: what a copy of memory reaches here; and how long a store of
+in turn, each in this process and by one worker. Also: the share of its time that a device would wait for batches
+which it takes as fast as --tokens-per-core for each core of this process, while the host is idle; what a copy of memory
+reaches here; and how long a store of
 KuaiRand-27K's size (sparse files, so the disk need not hold it) takes to open and what memory that takes, each in a
 fresh process.
 """
@@ -32,22 +34,27 @@ from hstu.config.args import DatasetArgs
 from hstu.data.collate import Assembler, Collator, StoreReader, resolve_roles
 from hstu.data.integrity import array_header, sealed, sha256
 from hstu.data.loader import build_loader
+from hstu.data.negatives import Negatives
 from hstu.data.sampler import TrainSampler
 from hstu.data.sequences import build_samples
 from hstu.data.store import FORMAT, META_FILE, VERSION, FeatureMeta, SequenceStore
+from hstu.observe.throughput import ThroughputMeter
 
 Batches = Iterator[int]
 """Tokens (items and actions) of one batch after the other."""
 _COPIED_BYTES = 256 << 20
 
 
-def store_batches(store: SequenceStore, options: argparse.Namespace, workers: int) -> Batches:
+def store_batches(
+    store: SequenceStore, options: argparse.Namespace, workers: int, negatives: Negatives | None = None
+) -> Batches:
     """Retrieval training batches as a run gets them."""
     args = DatasetArgs(dataset_name=store.name, max_sequence_length=options.length, shuffle=True)
     samples = build_samples(store, args, "retrieval", "train", seed=1)
     roles = resolve_roles(store, args)
     items = store.cardinality(store.item_feature)
-    collator = Collator(StoreReader(store, samples, roles), Assembler(options.batch, "retrieval", roles, items, seed=1))
+    assembler = Assembler(options.batch, "retrieval", roles, items, seed=1, negatives=negatives)
+    collator = Collator(StoreReader(store, samples, roles), assembler)
     sampler = TrainSampler(len(samples), options.batch, 0, 1, seed=1, shuffle=True)
     for batch in build_loader(collator, sampler, workers=workers):
         yield 2 * int(batch.item_lengths.sum())
@@ -105,6 +112,23 @@ def measured(batches: Batches, count: int) -> tuple[float, int]:
     begun = time.perf_counter()
     tokens = sum(next(batches) for _ in range(count))
     return time.perf_counter() - begun, tokens
+
+
+def data_wait(store: SequenceStore, options: argparse.Namespace) -> dict[str, float]:
+    """Share of the time that is spent waiting for the next batch, which then keeps a device busy for a while."""
+    rate = options.tokens_per_core * len(os.sched_getaffinity(0))
+    kinds = {"": None, ", 128 uniform negatives": Negatives("uniform", 128)}
+    shares = {}
+    for kind, negatives in kinds.items():
+        for workers in (0, 1):
+            meter = ThroughputMeter()
+            batches = meter.timed(store_batches(store, options, workers, negatives))
+            for number in range(options.batches + 5):
+                if number == 5:  # a worker takes a moment to start
+                    meter.take()
+                time.sleep(next(batches) / rate)
+            shares[f"{workers} workers{kind}"] = round(meter.take().data_wait, 4)
+    return shares
 
 
 def copy_bytes_per_s() -> float:
@@ -183,6 +207,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=20, help="batches of the text reader a round; of the store ×10")
+    parser.add_argument("--tokens-per-core", type=float, default=0.5e6, help="tokens a second of a device, by cores")
     options = parser.parse_args()
     torch.set_num_threads(1)
     store = SequenceStore.open(options.store)
@@ -227,6 +252,7 @@ def main() -> None:
             kind: round(speed[f"store{kind}"]["tokens_per_s"] / speed[f"text rows{kind}"]["tokens_per_s"], 1)
             for kind in ("", ", one worker process")
         },
+        "data_wait": data_wait(store, options),
         "copy_gb_per_s": round(copied / 1e9, 2),
         "start": start,
     }

@@ -54,14 +54,20 @@ class Bench:
 
     def sampled(self, backend: Backend) -> Tensor:
         """Ours."""
-        vectors = [l2_normalise(x, EPS, backend) for x in (self.queries, self.positives, self.items)]
-        loss = sampled_softmax_loss(*vectors, self.short_draws, self.targets, self.ids, TEMPERATURE, backend)
+        queries, positives, items = self._units(backend)
+        loss = sampled_softmax_loss(
+            queries, positives, items, self.short_draws, self.targets, self.ids, TEMPERATURE, backend
+        )
         return loss / len(self.queries)
 
     def whole_pool(self, backend: Backend) -> Tensor:
         """Ours against all items."""
-        vectors = [l2_normalise(x, EPS, backend) for x in (self.queries, self.positives, self.items)]
-        return pool_softmax_loss(*vectors, self.targets, self.ids, None, TEMPERATURE, backend) / len(self.queries)
+        queries, positives, items = self._units(backend)
+        loss = pool_softmax_loss(queries, positives, items, self.targets, self.ids, None, TEMPERATURE, backend)
+        return loss / len(self.queries)
+
+    def _units(self, backend: Backend) -> list[Tensor]:
+        return [l2_normalise(x, EPS, backend) for x in (self.queries, self.positives, self.items)]
 
     def gathered(self, loss: Callable[..., Tensor]) -> Tensor:
         """The usual way, from the gather on."""

@@ -40,7 +40,7 @@ KERNELS = {"forward_sm90": (2, 4, "forward"), "queries_sm90": (3, 8, "backward")
 PASSES = {"forward": 1.0, "backward": 2.5}
 """Of the 2 · H · T² · d operations that are counted."""
 LAYER = ("norm of the input", "W_uvqk", "SiLU", "attention", "norm, gate, dropout", "W_o", "residual")
-PUBLISHED = {
+PUBLISHED: dict[str, dict[int, float]] = {
     "forward": {512: 245, 1024: 409, 2048: 537, 4096: 622, 16384: 637},
     "backward": {512: 163, 1024: 256, 2048: 321, 4096: 360, 16384: 385},
     "layer": {1024: 302, 2048: 353, 4096: 413, 8192: 477},
@@ -52,11 +52,12 @@ PUBLISHED = {
 def tiles() -> dict[str, tuple[int, int]]:
     """Rows and columns of the tiles of each kernel at the width of a head."""
     rows = json.loads((ROOT / "docs/benchmarks/kernels/cutlass.json").read_text())
-    return {
-        row["kernel"]: tuple(int(n) for n in row["config"].split(" × "))
-        for row in rows
-        if row["head_dim"] == WIDTH and row["kernel"] in KERNELS
-    }
+    found = {}
+    for row in rows:
+        if row["head_dim"] == WIDTH and row["kernel"] in KERNELS:
+            height, _, width = row["config"].partition(" × ")
+            found[row["kernel"]] = (int(height), int(width))
+    return found
 
 
 def covered_pairs(length: int, rows: int, columns: int) -> int:

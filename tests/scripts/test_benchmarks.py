@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hstu.config.args import NetworkArgs
 from hstu.model.layer import HSTULayer
-from hstu.ops.attention import hstu_attention
+from hstu.ops.attention import AttentionRule, hstu_attention
+from hstu.ops.cutlass.schedule import Rows, make_schedule
 from tests.conftest import REPOSITORY
 
 CPU = torch.device("cpu")
@@ -142,3 +143,17 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["attention", "--device", "cuda"])
     with pytest.raises(SystemExit, match="NVIDIA GPU"):
         import_module("attention").main()
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 1000])
+@pytest.mark.parametrize("tile", [(128, 80), (128, 48), (64, 64)])
+def test_the_roofline_covers_the_tiles_that_the_kernels_are_given(length: int, tile: tuple[int, int]) -> None:
+    layout = import_module("attention").Shape(np.array([length]), 1, 1).layout(CPU)
+    schedule = make_schedule(layout, AttentionRule(1.0, length), Rows.QUERIES, *tile)
+    assert import_module("roofline").covered_pairs(length, *tile) == len(schedule.tiles) * tile[0] * tile[1]
+
+
+def test_the_roofline_knows_every_kernel_that_was_compiled_for_its_heads() -> None:
+    roofline = import_module("roofline")
+    assert roofline.tiles().keys() == roofline.KERNELS.keys()
+    assert all(best < worst for best, worst in roofline.attention_seconds(4096).values())

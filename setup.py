@@ -53,6 +53,7 @@ DEVELOPMENT = [
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
     "hypothesis==6.170.15",
+    "safetensors==0.8.0",  # to check the exports, which are written without it
     "scikit-learn==1.9.1",
     "ruff==0.17.6",
     "mypy==2.4.1",

@@ -34,6 +34,7 @@ def write_small_store(
     context: Mapping[str, Sequence[int]] | None = None,
     num_items: int | None = None,
     num_actions: int | None = None,
+    item_ids: Sequence[int] | None = None,
     item_feature: str = "item_id",
     action_feature: str = "action",
     timestamp_feature: str = "timestamp",
@@ -42,7 +43,7 @@ def write_small_store(
     """A store of the given item codes, one list a user.
 
     ``timestamps`` in seconds (default: 60 s apart from 1,000,000), ``context`` feature -> one code a user; raw ids
-    are 1000 + code for items and 100 + row for users, so that a mix-up of raw ids and codes shows.
+    are 1000 + code for items (or ``item_ids``) and 100 + row for users, so that a mix-up of raw ids and codes shows.
     """
     lengths = [len(row) for row in items]
     if timestamps is None:
@@ -60,7 +61,7 @@ def write_small_store(
             writer.write_context(feature, np.asarray(values), cardinality=int(max(values)) + 1)
         total = sum(lengths)
         writer.create_sequence(item_feature, "item", cardinality=num_items, length=total)[:] = flat(items)
-        writer.write_vocabulary(item_feature, 1000 + np.arange(num_items))
+        writer.write_vocabulary(item_feature, np.array(item_ids or 1000 + np.arange(num_items)))
         writer.write_vocabulary("user_id", 100 + np.arange(len(items)))
         if actions is not None:
             cardinality = num_actions or int(flat(actions).max()) + 1

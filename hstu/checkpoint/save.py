@@ -11,18 +11,18 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.futures import Future
 
 from hstu.checkpoint import directory as place
 from hstu.checkpoint.agree import CheckpointFailure, agree
 from hstu.checkpoint.manifest import Files, describe_files, sync_to_disk, write_manifest
 from hstu.checkpoint.state import TrainState, random_state
+from hstu.checkpoint.tensor_files import TENSORS
+from hstu.parallel.cut_tensor import CutTensor
 from hstu.parallel.mesh import Mesh
 
 HostCopies = dict[MetadataIndex, Tensor]
@@ -34,7 +34,7 @@ class Contents:
     """What a rank has for a checkpoint. All but the tensors is as it was when this was made."""
 
     iteration: int
-    tensors: dict[str, Tensor | ShardedTensor]
+    tensors: dict[str, Tensor | CutTensor]
     """Live ones."""
     copies: HostCopies | None
     """Their content at some moment; None: what they hold when they are written."""
@@ -57,7 +57,7 @@ def contents_of(state: TrainState, mesh: Mesh, copies: HostCopies | None = None)
     return Contents(state.iteration, tensors, copies, progress, state.operative_gin, random_state(mesh.device))
 
 
-def _copy_to_host(tensors: dict[str, Tensor | ShardedTensor], copies: HostCopies, device: torch.device) -> None:
+def _copy_to_host(tensors: dict[str, Tensor | CutTensor], copies: HostCopies, device: torch.device) -> None:
     parts = [item.index for item in create_default_local_save_plan(tensors, is_coordinator=True).items]
     for index in set(copies) - set(parts):
         del copies[index]
@@ -101,11 +101,7 @@ class _Writer(dcp.FileSystemWriter):
 def _part(tensors: dict[str, Any], index: MetadataIndex) -> Tensor:
     """The part of a live tensor that ``index`` names."""
     tensor = tensors[index.fqn]
-    part: Tensor = (
-        tensor.__get_tensor_shard__(index)
-        if hasattr(tensor, "__get_tensor_shard__")
-        else (find_state_dict_object(tensors, index))
-    )
+    part: Tensor = tensor.__get_tensor_shard__(index) if isinstance(tensor, CutTensor) else tensor
     return part.detach()
 
 
@@ -137,7 +133,7 @@ def write(directory: Path, contents: Contents, mesh: Mesh) -> Path:
 
 
 def _write_tensors(root: Path, contents: Contents, mesh: Mesh) -> None:
-    writer, planner = _Writer(root / "tensors"), _Planner(contents.copies)
+    writer, planner = _Writer(root / TENSORS), _Planner(contents.copies)
     dcp.save(contents.tensors, storage_writer=writer, planner=planner, process_group=mesh.world_group)
 
 
@@ -147,16 +143,16 @@ def _write_own_files(root: Path, contents: Contents, mesh: Mesh) -> Files:
     content = io.BytesIO()
     torch.save(contents.random_state, content)
     rng.write_bytes(content.getbuffer())
-    files = [rng, *(root / "tensors").glob(f"__{mesh.rank}_*")]
+    files = [rng, *(root / TENSORS).glob(f"__{mesh.rank}_*")]
     if mesh.is_main:
         progress, gin = root / "progress.json", root / "operative.gin"
         progress.write_text(contents.progress)
         gin.write_text(contents.operative_gin)
-        files += [progress, gin, root / "tensors" / ".metadata"]
+        files += [progress, gin, root / TENSORS / ".metadata"]
     return describe_files(root, files)
 
 
 def _commit(temporary: Path, iteration: int, parts: list[Files]) -> Path:
-    sync_to_disk(temporary / "tensors")
+    sync_to_disk(temporary / TENSORS)
     write_manifest(temporary, {name: entry for part in parts for name, entry in part.items()})
     return place.commit(temporary, iteration)

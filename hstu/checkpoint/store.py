@@ -16,6 +16,7 @@ from hstu.checkpoint.agree import agree
 from hstu.checkpoint.background import Background
 from hstu.checkpoint.load import load
 from hstu.checkpoint.manifest import MANIFEST, DamagedCheckpoint
+from hstu.checkpoint.match import LoadOptions
 from hstu.checkpoint.save import Contents, HostCopies, contents_of, write
 from hstu.checkpoint.state import TrainState
 from hstu.config.errors import ConfigError, DataError
@@ -39,15 +40,17 @@ class CheckpointStore:
         mesh: Mesh,
         keep_last: int | None = None,
         background: Background | None = None,
+        load_options: LoadOptions | None = None,
     ) -> None:
         self.save_dir = Path(save_dir)
         self.load_dir = load_dir
         self.mesh = mesh
         self.newest_iteration: int | None = None
-        """Iteration of the last checkpoint saved, or about to be, or restored by this run."""
+        """Iteration of the last checkpoint in ``save_dir`` that this run has saved or was restored from."""
         self._restored: Path | None = None
         self._keep_last = keep_last
         self._background = background
+        self._load_options = load_options or LoadOptions()
         self._copies: HostCopies = {}
 
     def claim(self) -> None:
@@ -111,14 +114,19 @@ class CheckpointStore:
         candidates = agree(lambda: _candidates(self.load_dir, str(self.save_dir)), self.mesh)[0]
         for path in candidates:
             try:
-                load(path, state, self.mesh)
+                load(path, state, self.mesh, self._load_options)
             except DamagedCheckpoint as error:
                 if self.load_dir != AUTO:
                     raise
                 log.warning("%s Trying the one before.", error)
                 continue
-            self.newest_iteration, self._restored = state.iteration, path
-            log.info("resuming from %s", path)
+            if self._load_options.optimizer:
+                self._restored = path
+                if self._is_own(path):
+                    self.newest_iteration = state.iteration
+                log.info("resuming from %s", path)
+            else:
+                log.info("starting from the weights of %s", path)
             return True
         if candidates:
             raise DataError(
@@ -126,6 +134,10 @@ class CheckpointStore:
                 'log tells how. TrainerArgs.ckpt_load_dir = "" and another ckpt_save_dir train from the start.'
             )
         return False
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether a checkpoint lies where this run saves its own."""
+        return path.resolve().parent == self.save_dir.resolve()
 
     def _write(self, contents: Contents, mesh: Mesh) -> None:
         path = write(self.save_dir, contents, mesh)
@@ -151,7 +163,7 @@ class CheckpointStore:
                 f"{error.strerror or error}. Free space or permissions there, or give another directory."
             ) from error
         others = place.complete(self.save_dir)
-        if others and (self._restored is None or self._restored.resolve().parent != self.save_dir.resolve()):
+        if others and (self._restored is None or not self._is_own(self._restored)):
             raise ConfigError(
                 f"TrainerArgs.ckpt_save_dir: '{self.save_dir}' holds the checkpoints of another run "
                 f"({others[0].name}{', …' if len(others) > 1 else ''}), which are never overwritten. Go on from them "

@@ -143,12 +143,16 @@ class SequenceStore:
 
     def raw_ids(self, feature: str) -> np.ndarray:
         """Code -> raw id, [cardinality]: int64, or str objects. For any feature with a vocabulary, and user_id."""
+        arrays = self.raw_id_arrays(feature)
+        return arrays[0] if len(arrays) == 1 else decode_strings(*arrays)
+
+    def raw_id_arrays(self, feature: str) -> tuple[np.ndarray, ...]:
+        """The same as it lies in the files: int64 [cardinality], or int64 [cardinality + 1] offsets and UTF-8 bytes."""
         if feature != USER_FEATURE and not self._meta_of(feature).has_vocab:
             raise DataError(f"{self.path}: feature {feature!r} has no vocabulary, its values are the raw ones")
         stem = vocabulary_stem(feature)
-        if f"{stem}.npy" in self._files:
-            return self._map(f"{stem}.npy")
-        return self._strings(stem)
+        files = (f"{stem}.npy",) if f"{stem}.npy" in self._files else strings_files(stem)
+        return tuple(self._map(file) for file in files)
 
     def encode(self, feature: str, raw: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Raw ids -> codes, int64 of the same length. Raises DataError that names the unknown ones."""
@@ -165,7 +169,8 @@ class SequenceStore:
 
     def titles(self) -> np.ndarray | None:
         """Item code -> human title, str objects [cardinality]; None where the data has no titles."""
-        return self._strings("titles") if strings_files("titles")[0] in self._files else None
+        files = strings_files("titles")
+        return decode_strings(*map(self._map, files)) if files[0] in self._files else None
 
     def verify_contents(self) -> None:
         """Reads every array: checksums, and verify_values. Raises DataError that names the damaged file."""
@@ -209,14 +214,6 @@ class SequenceStore:
         if file not in self._maps:
             self._maps[file] = np.asarray(open_memmap(self.path / file, mode="r"))
         return self._maps[file]
-
-    def _strings(self, stem: str) -> np.ndarray:
-        offsets, utf8 = (self._map(file) for file in strings_files(stem))
-        text = utf8.tobytes()
-        bounds = offsets.tolist()
-        strings = np.empty(len(bounds) - 1, dtype=object)
-        strings[:] = [text[a:b].decode() for a, b in pairwise(bounds)]
-        return strings
 
     def _check_files(self) -> None:
         for file, expected in self._files.items():
@@ -266,6 +263,15 @@ class SequenceStore:
 
     def _damaged(self, file: str, what: str) -> DataError:
         return DataError(f"{self.path / file} is damaged: {what}. {_remedy(self.path, {'command': self.command})}")
+
+
+def decode_strings(offsets: np.ndarray, utf8: np.ndarray) -> np.ndarray:
+    """Strings as objects [n] from offsets [n + 1] into bytes."""
+    text = utf8.tobytes()
+    bounds = offsets.tolist()
+    strings = np.empty(len(bounds) - 1, dtype=object)
+    strings[:] = [text[a:b].decode() for a, b in pairwise(bounds)]
+    return strings
 
 
 def _chunks(values: np.ndarray, size: int = 1 << 22) -> Iterator[tuple[int, np.ndarray]]:

@@ -74,7 +74,7 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
     collections = sharded_collections(model)
     if row_sparse:
         return model, SteppedTables(collections, learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_eps)
-    return model, FusedTables(collections, learning_rate)
+    return model, FusedTables(table_optimizer_name(args), collections, learning_rate)
 
 
 def table_optimizer_name(args: OptimizerArgs) -> str:

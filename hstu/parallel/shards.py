@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+
+from hstu.parallel.cut_tensor import CutTensor
 
 
 def shard_dim(parameter: Tensor) -> int | None:
@@ -19,10 +19,12 @@ def shard_dim(parameter: Tensor) -> int | None:
     return dim
 
 
-def as_whole(part: Tensor, dim: int, group: dist.ProcessGroup) -> DTensor:
-    """A rank's ``part`` of a tensor as the whole tensor, for checkpoints; it shares the memory of ``part``."""
-    ranks = DeviceMesh.from_group(group, part.device.type)
-    return DTensor.from_local(part.detach(), ranks, [Shard(dim)], run_check=False)
+def as_whole(part: Tensor, dim: int, group: dist.ProcessGroup) -> CutTensor:
+    """A rank's ``part`` of a tensor as a piece of the whole, for checkpoints; it shares the memory of ``part``."""
+    size, start = list(part.size()), [0] * part.ndim
+    size[dim] *= dist.get_world_size(group)
+    start[dim] = part.shape[dim] * dist.get_rank(group)
+    return CutTensor(size, [(start, part)])
 
 
 def clip_grad_norm(parameters: Collection[nn.Parameter], max_norm: float, group: dist.ProcessGroup | None) -> Tensor:

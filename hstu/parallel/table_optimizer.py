@@ -16,11 +16,22 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from hstu.parallel.row_lazy_adam import RowLazyAdam
 
+STATES = {
+    "sgd": (),
+    "adagrad": ("sum",),
+    "rowwise_adagrad": ("rowwise_sum",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+}
+"""Optimizer → what it keeps of a table, in the names of torch.optim: [rows, columns] numbers; rowwise_…: one a row."""
+
 
 class TableOptimizer(ABC):
     """Optimizer of all sharded tables of a model."""
 
-    def __init__(self, learning_rate: float) -> None:
+    def __init__(self, name: str, learning_rate: float) -> None:
+        self.states = STATES[name]
+        """The states of every table."""
         self.learning_rate = learning_rate
         """Peak learning rate."""
         self.steps = 0
@@ -53,8 +64,8 @@ class FusedTables(TableOptimizer):
     step count from the number of *forward calls*, evaluation included: both are set before each training step.
     """
 
-    def __init__(self, collections: Sequence[ShardedEmbeddingCollection], learning_rate: float) -> None:
-        super().__init__(learning_rate)
+    def __init__(self, name: str, collections: Sequence[ShardedEmbeddingCollection], learning_rate: float) -> None:
+        super().__init__(name, learning_rate)
         self._optimizers = [collection.fused_optimizer for collection in collections]
         self._kernels = list(_fused_kernels(collections))
 
@@ -79,8 +90,13 @@ class FusedTables(TableOptimizer):
         tensors: dict[str, ShardedTensor] = {}
         for optimizer in self._optimizers:
             for states in optimizer.state_dict()["state"].values():
-                tensors.update(states)
+                tensors |= {self._named(name): tensor for name, tensor in states.items()}
         return tensors
+
+    def _named(self, name: str) -> str:
+        """TorchRec calls the first state momentum1, whatever it is."""
+        table, _, state = name.rpartition(".")
+        return f"{table}.{self.states[0]}" if state == "momentum1" else name
 
 
 def _fused_kernels(
@@ -103,7 +119,7 @@ class SteppedTables(TableOptimizer):
         betas: tuple[float, float],
         eps: float,
     ) -> None:
-        super().__init__(learning_rate)
+        super().__init__("adam", learning_rate)
         self._kernels = [
             kernel for collection in collections for lookup in collection._lookups for kernel in lookup._emb_modules
         ]
@@ -129,7 +145,7 @@ class SteppedTables(TableOptimizer):
         """See TableOptimizer."""
         tensors: dict[str, ShardedTensor] = {}
         for kernel in self._kernels:
-            for state in ("exp_avg", "exp_avg_sq"):
+            for state in self.states:
                 moments = {name: self._adam.state[weight][state] for name, weight in kernel.named_parameters_by_table()}
                 tensors.update(kernel.as_sharded_tensors(moments, state))
         return tensors

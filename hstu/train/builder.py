@@ -11,6 +11,8 @@ from typing import TypeVar, cast
 import torch
 
 from hstu.checkpoint.background import Background
+from hstu.checkpoint.match import LoadOptions
+from hstu.checkpoint.row_ids import RowIds
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
@@ -42,7 +44,7 @@ from hstu.pipeline.none import SequentialPipeline
 from hstu.pipeline.prefetch import PrefetchPipeline
 from hstu.train.evaluator import Evaluator, RankingEvaluator, RetrievalEvaluator
 from hstu.train.leaks import leak
-from hstu.train.sources import BatchSource, open_source
+from hstu.train.sources import BatchSource, StoreSource, open_source
 from hstu.train.trainer import Trainer
 from hstu.train.work import StepWork
 
@@ -64,7 +66,7 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
     source = on_all_ranks(lambda: open_source(config, mesh), mesh)
     mesh.progress.mark("building the model")
     model, optimizers = build_model(config, source, mesh)
-    state = TrainState(model, optimizers, config.operative_gin())
+    state = TrainState(model, optimizers, config.operative_gin(), ids=row_ids(source))
     peak = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
     log.info("peak for MFU: %.3g TFLOPS a rank (%s)", peak.value, peak.source)
     return Trainer(
@@ -132,6 +134,11 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
     return model, optimizers
 
 
+def row_ids(source: BatchSource) -> RowIds:
+    """The raw ids of the tables' rows; random data has none."""
+    return RowIds.of(source.store, source.roles.names) if isinstance(source, StoreSource) else RowIds()
+
+
 def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDense | RetrievalDense:
     """The dense part: sequence encoder and the head or loss of the task."""
     network, roles = config.network, source.roles
@@ -142,7 +149,6 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDen
         head_dim=network.kv_channels,
         item_dim=network.item_width,
         dtype=DTYPES[network.dtype_str],
-        split_heads=mesh.tp_size > 1,
         has_bias=network.position_encoding == "relative_bias",
     )
     log.info("kernels: %s", kernels)
@@ -204,8 +210,9 @@ def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh
 
 def build_checkpoints(args: TrainerArgs, mesh: Mesh) -> CheckpointStore:
     """Where the run saves and what it starts from. Collective."""
+    options = on_all_ranks(lambda: LoadOptions.of(args), mesh)
     background = Background(mesh, args.collective_timeout_s) if args.ckpt_async else None
-    return CheckpointStore(args.ckpt_save_dir, args.ckpt_load_dir, mesh, args.ckpt_keep_last, background)
+    return CheckpointStore(args.ckpt_save_dir, args.ckpt_load_dir, mesh, args.ckpt_keep_last, background, options)
 
 
 def total_iters(args: TrainerArgs, batches_per_epoch: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hstu.checkpoint.match import LoadOptions
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import DatasetArgs, RetrievalArgs
@@ -17,7 +18,7 @@ from hstu.config.run_config import RunConfig
 from hstu.data.collate import ranges
 from hstu.data.store import USER_FEATURE, SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.train.builder import build_model
+from hstu.train.builder import build_model, row_ids
 from hstu.train.evaluate import Queries, evaluation_mode, recommend
 from hstu.train.evaluator import RetrievalEvaluator
 from hstu.train.sources import StoreSource
@@ -36,17 +37,18 @@ class Recommendation:
 def recommend_for(config: RunConfig, ckpt: str, users: Sequence[Any], top: int, mesh: Mesh) -> list[Recommendation]:
     """The ``top`` items for users by raw id, from their whole histories; items that they know are left out.
 
-    ``config``: of the run that was trained. ``ckpt``: a checkpoint or a directory of them. Raises ConfigError for a
-    run of another kind, DataError for unknown users and missing checkpoints. Collective.
+    ``config``: of the run that was trained. ``ckpt``: a checkpoint, a directory of them, or an export. Raises
+    ConfigError for a run of another kind, DataError for unknown users and missing checkpoints. Collective.
     """
     if not isinstance(config.dataset, DatasetArgs) or not isinstance(config.task_args, RetrievalArgs):
         raise ConfigError("recommendations need a retrieval run on real data")
     source = StoreSource(config, config.dataset, mesh)
     rows = encode_users(source.store, users)
     model, optimizers = build_model(config, source, mesh)
-    CheckpointStore(ckpt, ckpt, mesh).restore(TrainState(model, optimizers))
+    state = TrainState(model, optimizers, config.operative_gin(), ids=row_ids(source))
+    CheckpointStore(ckpt, ckpt, mesh, load_options=LoadOptions(optimizer=False)).restore(state)
     evaluator = RetrievalEvaluator(model, config.task_args, source, mesh)
-    with evaluation_mode(model):
+    with evaluation_mode(model), optimizers.averaged_weights():
         vectors = []
         for batch in source.history_batches(rows):
             queries = model(batch.to(mesh.device)).queries

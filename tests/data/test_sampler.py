@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.config.errors import DataError
+from hstu.data.balance import Loads, Sharing
 from hstu.data.sampler import BatchPlan, EvalSampler, SamplerPosition, TrainSampler, epoch_order
 
 
@@ -53,6 +54,36 @@ def test_a_run_resumed_at_another_world_size_sees_each_sample_once(
         else epoch_of_plans(world_2, batch_size=batch_2, position=position, **options)
     )
     assert samples_of(before[:stop]) + samples_of(after) == epoch_order(num_samples, 11, 0, True).tolist()
+
+
+stages = st.lists(
+    st.tuples(worlds, st.integers(1, 6), st.integers(0, 8), st.booleans(), st.booleans()), min_size=1, max_size=10
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=90), stages)
+def test_over_any_sequence_of_world_sizes_and_stops_an_epoch_is_seen_exactly_once(
+    tokens: list[int], stages: list[tuple[int, int, int, bool, bool]]
+) -> None:
+    loads = Loads(np.array(tokens), np.square(tokens).astype(np.float64))
+    finish = (1, len(tokens), 3, False, False)  # what is left of an epoch, and more
+    position, seen = SamplerPosition(), {}
+    for world_size, batch_size, steps, balance, by_tokens in [*stages, finish]:
+        sharing = Sharing(loads, balance, 90 if by_tokens else None)
+        ranks = [
+            TrainSampler(len(tokens), batch_size, rank, world_size, 5, True, position, sharing)
+            for rank in range(world_size)
+        ]
+        for plans in islice(zip(*ranks, strict=True), steps):
+            (position,) = {plan.position for plan in plans}
+            (epoch,) = {plan.epoch for plan in plans}
+            seen.setdefault(epoch, []).extend(sorted(int(ordinal) for plan in plans for ordinal in plan.ordinals))
+            order = epoch_order(len(tokens), 5, epoch, True)
+            assert all((order[plan.ordinals] == plan.indices).all() for plan in plans)
+    finished = [epoch for epoch in seen if epoch < position.epoch or position.consumed == len(tokens)]
+    assert finished == list(range(len(finished))) and len(finished) >= 2
+    assert all(seen[epoch] == list(range(len(tokens))) for epoch in finished)
 
 
 @given(st.integers(1, 40), st.integers(1, 8), worlds)

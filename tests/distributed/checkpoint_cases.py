@@ -9,12 +9,15 @@ import torch
 
 from hstu.checkpoint.agree import CheckpointFailure
 from hstu.checkpoint.load import load
+from hstu.checkpoint.match import LoadOptions
+from hstu.checkpoint.param_map import ParamMap
 from hstu.checkpoint.save import save
 from hstu.checkpoint.state import TrainState
 from hstu.config.errors import DataError
 from hstu.data.sampler import SamplerPosition
 from hstu.parallel import mesh as mesh_module
 from tests.distributed.table_cases import full_tables
+from tests.distributed.tensor_cases import consolidated
 from tests.distributed.toy import build, make_batch, make_config, train_step
 
 
@@ -33,6 +36,17 @@ def _train(state: TrainState, mesh: mesh_module.Mesh, steps: int) -> list[float]
         state.iteration += 1
         state.position = SamplerPosition(0, 12 * state.iteration)
     return losses
+
+
+def saved_after_three_steps(directory: str, **config_args: Any) -> dict[str, Any]:
+    """Train three steps and save; the weights and states, and the loss of the next step."""
+    mesh = mesh_module.start(timeout_s=60)
+    state = _new_state(mesh, config_args)
+    _train(state, mesh, 3)
+    save(directory, state, mesh)
+    result = {"tensors": consolidated(state, mesh), "next_losses": _train(state, mesh, 1)}
+    mesh_module.finish()
+    return result
 
 
 def interrupted_and_not(directory: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -62,13 +76,42 @@ def interrupted_and_not(directory: str, cases: dict[str, dict[str, Any]]) -> dic
 
 
 def continue_from(directory: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Load what ``interrupted_and_not`` saved, on another number of ranks, and train the two steps."""
+    """Load what ``interrupted_and_not`` saved, on other ranks or in other tables, and train the two steps.
+
+    ``saved_as`` of a case: whose checkpoint; its own where there is none.
+    """
     mesh = mesh_module.start(timeout_s=60)
     results = {}
-    for name, config_args in cases.items():
+    for name, case in cases.items():
+        config_args = dict(case)
+        saved_as = config_args.pop("saved_as", name)
         state = _new_state(mesh, config_args | {"init_seed_offset": 1})
-        load(Path(directory) / name / "iteration_00000003", state, mesh)
+        load(Path(directory) / saved_as / "iteration_00000003", state, mesh)
         results[name] = {"losses": _train(state, mesh, 2), "tables": full_tables(state.model, mesh)}
+    mesh_module.finish()
+    return results
+
+
+def load_in_part(directory: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Load ``directory``, a checkpoint, with each case's ``options``; what was there before and after, and the report.
+
+    The other arguments of a case are those of ``make_config``; ``renamed``: the entries of a rename map.
+    """
+    mesh = mesh_module.start(timeout_s=60)
+    results = {}
+    for name, case in cases.items():
+        config_args = dict(case)
+        renamed, options = ParamMap(config_args.pop("renamed", {})), config_args.pop("options", {})
+        state = _new_state(mesh, config_args | {"init_seed_offset": 1})
+        before = consolidated(state, mesh)
+        try:
+            report = load(directory, state, mesh, LoadOptions(**options, renamed=renamed))
+        except DataError as error:
+            report = [str(error)]
+        after = consolidated(state, mesh)
+        position = [state.iteration, state.position.consumed, state.optimizers.tables.steps]
+        losses = _train(state, mesh, 1)
+        results[name] = {"before": before, "after": after, "report": report, "position": position, "losses": losses}
     mesh_module.finish()
     return results
 

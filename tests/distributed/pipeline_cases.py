@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 import hstu
 from hstu.checkpoint.state import TrainState
@@ -28,6 +27,7 @@ from hstu.data.batch import HSTUBatch
 from hstu.data.sampler import SamplerPosition
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects
+from hstu.parallel.cut_tensor import CutTensor
 from hstu.pipeline.base import StepResult, TrainPipeline
 from hstu.train.builder import build_evaluator, build_model, build_pipeline, build_trainer
 from hstu.train.evaluator import Evaluator
@@ -126,9 +126,7 @@ def digest(state: TrainState, mesh: mesh_module.Mesh) -> list[str]:
     """A hash a rank of all tables, dense weights and optimizer states."""
     sha = hashlib.sha256()
     for _, tensor in sorted(state.tensors().items()):
-        whole = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        shards = [part.tensor for part in tensor.local_shards()] if hasattr(tensor, "local_shards") else [whole]
-        for part in shards:
+        for part in tensor.pieces.values() if isinstance(tensor, CutTensor) else [tensor]:
             sha.update(part.detach().cpu().contiguous().numpy().tobytes())
     return gather_objects(sha.hexdigest(), mesh.world_group)
 

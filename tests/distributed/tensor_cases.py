@@ -11,21 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from hstu.checkpoint.load import load
 from hstu.checkpoint.save import save
 from hstu.checkpoint.state import TrainState
 from hstu.config.gin_io import load as load_gin
 from hstu.config.run_config import RunConfig
-from hstu.ops.dropout import dropout as dropout_op
+from hstu.ops.dropout import draw
+from hstu.ops.ranks import Ranks
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects
+from hstu.parallel.cut_tensor import CutTensor
+from hstu.parallel.tensor import GroupRanks
 from hstu.pipeline.base import StepResult
 from hstu.train.builder import build_evaluator, build_model, build_pipeline
 from hstu.train.sources import StoreSource
 from tests.conftest import write_small_store
-from tests.distributed.table_cases import full_tables
 
 GLOBAL_BATCH = 8
 BASE = [
@@ -150,6 +151,43 @@ def move_checkpoints(
     return results
 
 
+def reshard(store: str, tp: int, cases: dict[str, dict[str, Any]], load_from: str | None, save_to: str) -> Any:
+    """A hop of a chain: load each case's checkpoint (or train ``before`` steps), save it again, and train two steps.
+
+    A case has its global ``batch`` and ``before`` besides the arguments of ``make_config``. Returns its tensors, the
+    losses of the two steps and the users of each step, with its epoch.
+    """
+    mesh = mesh_module.start(tensor_parallel_size=tp, timeout_s=60)
+    torch.set_num_threads(1)
+    results = {}
+    for name, case in cases.items():
+        arguments = dict(case)
+        per_rank = f"TrainerArgs.train_batch_size = {arguments.pop('batch') // mesh.world_size}"
+        before, arguments["bindings"] = arguments.pop("before"), [*arguments.get("bindings", ()), per_rank]
+        config = make_config(store, mesh.world_size, **arguments)
+        source, state = new_run(mesh, config)
+        state.operative_gin = config.operative_gin()
+        first = []
+        if load_from is None:
+            first = list(train_steps(mesh, config, source, state, before))
+        else:
+            load(next((Path(load_from) / name).iterdir()), state, mesh)
+        tensors = consolidated(state, mesh)
+        save(Path(save_to) / name, state, mesh)
+        last = list(train_steps(mesh, config, source, state, 2))
+        losses = [float(step.loss) for step in last]
+        results[name] = {"tensors": tensors, "losses": losses, "users": [_users(step, mesh) for step in first + last]}
+    mesh_module.finish()
+    return results if mesh.is_main else None
+
+
+def _users(step: StepResult, mesh: mesh_module.Mesh) -> tuple[int, list[int]]:
+    """The epoch and all ranks' users of a step."""
+    assert step.batch.position is not None
+    users = [int(user) for user in step.batch.user_ids if user >= 0]
+    return step.batch.position.epoch, sorted(user for rank in gather_objects(users, mesh.world_group) for user in rank)
+
+
 def dropout_patterns(store: str, tp: int) -> dict[str, Any]:
     """Train with dropout; what the ranks of a group must share, and what they must not."""
     mesh = mesh_module.start(tensor_parallel_size=tp, timeout_s=60)
@@ -160,9 +198,8 @@ def dropout_patterns(store: str, tp: int) -> dict[str, Any]:
         source, state = new_run(mesh, config)
         results[name] = train(mesh, config, source, state, 3)
         consolidated(state, mesh)  # refuses replicated weights that are not equal on all ranks
-    ones = torch.ones(64)
-    results["before W_o"] = dropout_op(ones, 0.5, True, stream=mesh.tp_rank).tolist()
-    results["input"] = dropout_op(ones, 0.5, True).tolist()
+    for place, ranks in (("before W_o", GroupRanks(mesh.tp_group, by_tokens=False)), ("input", Ranks())):
+        results[place] = draw(torch.Size([64]), 0.5, torch.device("cpu"), ranks).tolist()
     mesh_module.finish()
     return results
 
@@ -187,16 +224,25 @@ def train_steps(
 
 
 def consolidated(state: TrainState, mesh: mesh_module.Mesh) -> dict[str, Any]:
-    """Every weight and optimizer state of the run as a single process has it, as nested lists."""
-    tables = full_tables(state.model, mesh)
-    whole = {}
-    for name, tensor in state.tensors().items():
-        if name.startswith("model.tables."):
-            whole[name] = tables[name.removeprefix("model.tables.")]
-        elif isinstance(tensor, DTensor):
-            whole[name] = tensor.full_tensor().tolist()
-        elif not name.startswith("optimizer.tables."):
-            assert isinstance(tensor, torch.Tensor)
-            whole[name] = tensor.tolist()
-            assert all(other == whole[name] for other in gather_objects(whole[name], mesh.world_group)), name
-    return whole
+    """Every weight and optimizer state of the run as a single process has it, as nested lists.
+
+    What all ranks hold alike must be equal on all of them.
+    """
+    parts = {
+        name: [(list(start), part.tolist()) for start, part in pieces.pieces.items()]
+        for name, tensor in state.tensors().items()
+        for pieces in [tensor if isinstance(tensor, CutTensor) else CutTensor.whole(tensor)]
+    }
+    by_rank = gather_objects(parts, mesh.world_group)
+    return {name: _assembled(name, tensor.size(), by_rank) for name, tensor in state.tensors().items()}
+
+
+def _assembled(name: str, size: torch.Size, by_rank: list[dict[str, Any]]) -> Any:
+    whole = np.full(size, np.nan)
+    for start, values in (part for rank in by_rank for part in rank[name]):
+        piece = np.array(values)
+        place = tuple(slice(first, first + length) for first, length in zip(start, piece.shape, strict=True))
+        assert np.isnan(whole[place]).all() or np.array_equal(whole[place], piece), name
+        whole[place] = piece
+    assert not np.isnan(whole).any(), name
+    return whole.tolist()

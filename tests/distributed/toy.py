@@ -88,10 +88,12 @@ def make_config(
     learning_rate: float = 0.1,
     init_seed_offset: int = 0,
     dropout: float = 0.0,
+    items: int = ITEMS,
+    item_table: str = "item_table",
     **optimizer_args: Any,
 ) -> Any:
     """The parts of a RunConfig that the toy needs."""
-    tables = [("user", USERS), ("item", ITEMS), ("action", ACTIONS)]
+    tables = [("user", USERS), ("item", items), ("action", ACTIONS)]
     return SimpleNamespace(
         dropout=dropout,
         trainer=SimpleNamespace(seed=7 + init_seed_offset),
@@ -102,7 +104,7 @@ def make_config(
         embeddings=tuple(
             EmbeddingArgs(
                 feature_names=[name],
-                table_name=f"{name}_table",
+                table_name=item_table if name == "item" else f"{name}_table",
                 item_vocab_size_or_capacity=rows,
                 sharding=sharding,
                 sharding_type="data_parallel" if name in replicated else "model_parallel",

@@ -1,0 +1,119 @@
+"""Loading a part of a checkpoint: weights alone, under other names, into a grown vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.launch import run_ranks
+from tests.distributed.toy import ITEMS
+
+HERE = "tests.distributed.checkpoint_cases"
+SAVED = {"optimizer": "adam", "replicated": ["action", "user"]}
+LENIENT = {"strict": False}
+GROWN = ITEMS + 9
+RENAMED = {"item_table": "goods"}
+CASES: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "weights alone": {"options": {"optimizer": False}},
+    "another optimizer": {"optimizer": "adagrad"},
+    "another optimizer, weights alone": {"optimizer": "adagrad", "options": {"optimizer": False}},
+    "another optimizer, lenient": {"optimizer": "adagrad", "options": LENIENT},
+    "one number a row": {"optimizer": "rowwise_adagrad", "replicated": []},
+    "grown": {"items": GROWN},
+    "grown, lenient": {"items": GROWN, "options": LENIENT, "sharding": "column_wise"},
+    "grown and replicated, lenient": {"items": GROWN, "options": LENIENT, "replicated": ["item"]},
+    "wider, lenient": {"dim": 12, "options": LENIENT},
+    "renamed": {**RENAMED, "renamed": {"model.tables.goods": "model.tables.item_table"}},
+    "renamed, no map": RENAMED,
+    "bad map": {"renamed": {"model.tables.wares": "model.tables.item_table"}, "options": LENIENT},
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
+    directory = tmp_path_factory.mktemp("saved")
+    (result,) = run_ranks(f"{HERE}:saved_after_three_steps", 1, timeout_s=60, directory=str(directory), **SAVED)
+    return directory / "iteration_00000003", result
+
+
+@pytest.fixture(scope="module")
+def loaded(saved: Any) -> dict[str, Any]:
+    """All cases, on two ranks where the checkpoint is of one."""
+    cases = {name: SAVED | case for name, case in CASES.items()}
+    result: dict[str, Any] = run_ranks(f"{HERE}:load_in_part", 2, timeout_s=100, directory=str(saved[0]), cases=cases)[
+        0
+    ]
+    return result
+
+
+def test_all_of_it_arrives_where_everything_fits(saved: Any, loaded: Any) -> None:
+    case = loaded["whole"]
+    assert case["after"] == saved[1]["tensors"] != case["before"]
+    assert (case["position"], case["report"]) == ([3, 36, 3], [])
+    np.testing.assert_allclose(case["losses"], saved[1]["next_losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["weights alone", "another optimizer, weights alone"])
+def test_weights_alone_start_at_iteration_zero_with_fresh_states(saved: Any, loaded: Any, case: str) -> None:
+    result = loaded[case]
+    assert (result["position"], result["report"]) == ([0, 0, 0], [])
+    for name, values in result["after"].items():
+        assert values == (saved[1]["tensors"] if name.startswith("model.") else result["before"])[name], name
+
+
+def test_states_of_another_optimizer_are_refused(loaded: Any) -> None:
+    (message,) = loaded["another optimizer"]["report"]
+    assert "optimizer.tables.item_table.sum is not in the checkpoint" in message
+    assert "ckpt_load_optimizer = False" in message
+    assert loaded["another optimizer"]["after"] == loaded["another optimizer"]["before"]
+    (message,) = loaded["one number a row"]["report"]
+    assert "optimizer.tables.item_table.rowwise_sum is not in the checkpoint" in message
+
+
+def test_a_lenient_load_reports_what_did_not_fit(saved: Any, loaded: Any) -> None:
+    result = loaded["another optimizer, lenient"]
+    assert "optimizer.tables.item_table.sum is not in the checkpoint: as initialised" in result["report"]
+    assert "optimizer.tables.item_table.exp_avg is in the checkpoint only: not read" in result["report"]
+    assert result["position"] == [3, 36, 3]
+    assert result["after"]["model.task.head.weight"] == saved[1]["tensors"]["model.task.head.weight"]
+
+
+@pytest.mark.parametrize("case", ["grown, lenient", "grown and replicated, lenient"])
+def test_a_grown_vocabulary_keeps_its_rows(saved: Any, loaded: Any, case: str) -> None:
+    result = loaded[case]
+    for name in ("model.tables.item_table", "optimizer.tables.item_table.exp_avg"):
+        rows = result["after"][name]
+        assert rows[:ITEMS] == saved[1]["tensors"][name]
+        assert rows[ITEMS:] == result["before"][name][ITEMS:]
+        size = f"{name} is ({ITEMS}, 8) in the checkpoint, ({GROWN}, 8) in this run"
+        assert f"{size}: the first {ITEMS} rows read, others fresh" in result["report"]
+    np.testing.assert_allclose(result["losses"], saved[1]["next_losses"], rtol=1e-5)
+
+
+def test_a_grown_vocabulary_is_refused_unless_asked_for(loaded: Any) -> None:
+    (message,) = loaded["grown"]["report"]
+    assert f"model.tables.item_table is ({ITEMS}, 8) in the checkpoint, ({GROWN}, 8) in this run" in message
+    assert "ckpt_load_strict = False" in message
+
+
+def test_what_has_another_width_stays_as_initialised(loaded: Any) -> None:
+    result = loaded["wider, lenient"]
+    line = f"model.tables.item_table is ({ITEMS}, 8) in the checkpoint, ({ITEMS}, 12) in this run: as initialised"
+    assert line in result["report"]
+    assert result["after"]["model.tables.item_table"] == result["before"]["model.tables.item_table"]
+
+
+def test_a_renamed_table_brings_its_states(saved: Any, loaded: Any) -> None:
+    result = loaded["renamed"]
+    assert result["report"] == []
+    for state in ("model.tables.{}", "optimizer.tables.{}.exp_avg", "optimizer.tables.{}.exp_avg_sq"):
+        assert result["after"][state.format("goods")] == saved[1]["tensors"][state.format("item_table")]
+    assert "model.tables.goods is not in the checkpoint" in loaded["renamed, no map"]["report"][0]
+
+
+def test_a_map_with_unknown_names_is_an_error_however_lenient(loaded: Any) -> None:
+    assert "model.tables.wares is no weight of this run" in loaded["bad map"]["report"][0]

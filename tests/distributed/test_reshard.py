@@ -1,0 +1,99 @@
+"""A checkpoint that goes from one number of ranks, size of groups and sharding to the next stays what it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.launch import run_ranks
+from tests.distributed.tensor_cases import write_store
+
+HERE = "tests.distributed.tensor_cases"
+HOPS = [(1, 1), (2, 1), (4, 2), (3, 1), (1, 1)]
+"""(ranks, ranks of a tensor-parallel group)."""
+BATCH = 12  # a multiple of all numbers of ranks
+SAMPLES = {"ranking": 23, "retrieval": 33}
+BEFORE = {"ranking": 3, "retrieval": 2}  # steps until the checkpoint, which lies in the middle of an epoch
+SEVEN_ROWS = "age/EmbeddingArgs.item_vocab_size_or_capacity = 7"
+PADDED = ["NetworkArgs.item_embedding_dim = 6", SEVEN_ROWS]  # tables of width 6 are stored in rows of 8, sharded
+ALL = ["item_id", "action", "age"]
+ROWS = {"sharding": "row_wise", "replicated": ["action"]}
+MOVES = [
+    {"sharding": "row_wise", "replicated": ["action"]},
+    {"sharding": "table_wise", "replicated": []},
+    {"sharding": "column_wise", "replicated": ["age"]},
+    {"replicated": ALL},
+    {"sharding": "row_wise", "replicated": ["action"]},
+]
+"""How the tables lie after each hop."""
+ROWWISE_MOVES = [
+    {"sharding": kind, "replicated": []} for kind in ("row_wise", "table_wise", "auto", "table_wise", "row_wise")
+]
+CASES: dict[str, dict[str, Any]] = {
+    **{f"{name}, rows": {"optimizer": name} for name in ("rowwise_adagrad", "adagrad", "adam", "sgd")},
+    **{f"{name}, moves": {"optimizer": name, "moves": MOVES} for name in ("adagrad", "adam", "sgd")},
+    "rowwise_adagrad, moves": {"optimizer": "rowwise_adagrad", "moves": ROWWISE_MOVES},
+    "momentum": {"optimizer": "sgd", "bindings": ["OptimizerArgs.momentum = 0.9"], "task": "retrieval"},
+    "retrieval, moves": {"optimizer": "adagrad", "moves": MOVES, "task": "retrieval"},
+}
+
+
+def case_at(hop: int, case: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a case at a hop."""
+    moves = case.get("moves", [ROWS] * len(HOPS))
+    kept = {name: value for name, value in case.items() if name != "moves"}
+    bindings, before = [*PADDED, *case.get("bindings", [])], BEFORE[case.get("task", "ranking")]
+    return {**kept, "batch": BATCH, "before": before, "bindings": bindings, **moves[hop]}
+
+
+@pytest.fixture(scope="module")
+def hops(tmp_path_factory: Any) -> list[dict[str, Any]]:
+    """What each hop found, saved and trained."""
+    directory = tmp_path_factory.mktemp("chain")
+    write_store(directory / "store")
+    results, path = [], None
+    for hop, (ranks, tp) in enumerate(HOPS):
+        cases = {name: case_at(hop, case) for name, case in CASES.items()}
+        paths = {"store": str(directory / "store"), "load_from": path, "save_to": str(directory / str(hop))}
+        results.append(run_ranks(f"{HERE}:reshard", ranks, timeout_s=300, tp=tp, cases=cases, **paths)[0])
+        path = paths["save_to"]
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_weights_and_states_are_bit_equal_after_every_hop(hops: Any, case: str) -> None:
+    start = hops[0][case]["tensors"]
+    assert any(name.startswith("optimizer.tables.") for name in start) == (not case.startswith("sgd"))
+    assert len(start["model.tables.age_table"]) == 7
+    for hop in hops[1:]:
+        assert hop[case]["tensors"].keys() == start.keys()
+        for name, values in start.items():
+            assert hop[case]["tensors"][name] == values, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_the_next_losses_are_those_of_the_run_that_was_never_moved(hops: Any, case: str) -> None:
+    expected = hops[0][case]["losses"]
+    assert expected[0] != expected[1]
+    for number, hop in enumerate(hops):
+        losses = hop[case]["losses"]
+        # Replicated tables have torch's Adam, which moves all rows; sharded ones move the rows that were looked up.
+        same_update = case != "adam, moves" or MOVES[number] in (MOVES[0], MOVES[-1])
+        count = 2 if same_update else 1
+        np.testing.assert_allclose(losses[:count], expected[:count], rtol=1e-5, err_msg=f"hop {number}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_the_rest_of_the_epoch_is_what_was_not_seen(hops: Any, case: str) -> None:
+    start = hops[0][case]["users"]
+    before, (epoch, following) = start[:-2], start[-2]
+    seen = [user for epoch_of_step, users in before for user in users if epoch_of_step == epoch]
+    samples = SAMPLES[CASES[case].get("task", "ranking")]
+    assert seen and sorted(seen + following) == sorted(set(seen + following)) and len(seen + following) == samples
+    for hop in hops[1:]:
+        assert hop[case]["users"] == start[-2:]

@@ -1,0 +1,145 @@
+"""inspect_checkpoint.py, export.py and recommend.py as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hstu.checkpoint.safetensors_file import open_file
+from hstu.checkpoint.tensor_files import open_tensors
+from tests.distributed.launch import run_ranks
+from tests.train.tiny import ITEMS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import export
+import inspect_checkpoint
+
+HERE = "tests.scripts.checkpoint_runs"
+FIRST, LAST = "iteration_00000002", "iteration_00000004"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: Any) -> Path:
+    """The directory of a run's output, checkpoints and store."""
+    directory: Path = tmp_path_factory.mktemp("trained")
+    run_ranks(f"{HERE}:train", 1, timeout_s=60, directory=str(directory))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path) -> Path:
+    path = trained / "exports" / "toy"
+    assert export.main(["--ckpt", str(trained / "checkpoints"), "--output", str(path)]) == 0
+    return path
+
+
+def test_inspecting_tells_the_run_the_tensors_and_the_files(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect_checkpoint.main([str(trained / "checkpoints")]) == 0
+    told = capsys.readouterr().out
+    assert f"checkpoint {trained / 'checkpoints' / LAST}" in told
+    for words in (
+        ["iteration", "4"],
+        ["ranks", "1 in groups of 1"],
+        ["table item_id_table", f"{ITEMS} × 16 of item_id"],
+        ["float32", f"[{ITEMS}, 16]", "optimizer.tables.item_id_table.exp_avg"],
+        [f"{ITEMS * 16 * 4:,}", "model.tables.item_id_table"],
+        ["operative.gin"],
+    ):
+        assert any(all(word in line for word in words) for line in told.splitlines()), words
+
+
+def test_verifying_names_a_flipped_byte(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = trained / "checkpoints" / LAST
+    assert inspect_checkpoint.main([str(good), "--verify"]) == 0
+    assert "all as written" in capsys.readouterr().out
+    damaged = tmp_path / "damaged"
+    shutil.copytree(good, damaged)
+    file = next((damaged / "tensors").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    assert inspect_checkpoint.main([str(damaged), "--verify"]) == 3
+    assert f"{file} is damaged" in capsys.readouterr().err
+    assert inspect_checkpoint.main([str(tmp_path / "absent")]) == 3
+
+
+def test_a_diff_tells_tensors_lines_and_facts(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, last = (trained / "checkpoints" / name for name in (FIRST, LAST))
+    assert inspect_checkpoint.main([str(first), "--diff", str(first)]) == 0
+    assert "hold the same" in capsys.readouterr().out
+    assert inspect_checkpoint.main([str(first), "--diff", str(last)]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert "iteration: 2 | 4" in told
+    before, after = (open_tensors(path).read_whole("model.tables.item_id_table") for path in (first, last))
+    largest = float((before.double() - after.double()).abs().max())
+    (line,) = [line for line in told if line.startswith("model.tables.item_id_table: ")]
+    assert line.endswith(f"of {before.numel():,} differ, by up to {largest:.6g}")
+    assert not [line for line in told if "Args." in line]
+
+
+def test_an_export_and_its_checkpoint_differ_in_what_is_left_out(
+    trained: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inspect_checkpoint.main([str(exported)]) == 0
+    assert f"export {exported}" in capsys.readouterr().out
+    assert inspect_checkpoint.main([str(exported), "--verify"]) == 0
+    capsys.readouterr()
+    assert inspect_checkpoint.main([str(trained / "checkpoints" / LAST), "--diff", str(exported)]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert all("only in the first" in line for line in told if line.startswith("optimizer."))
+    assert not [line for line in told if line.startswith(("model.", "ids."))]
+
+
+def test_an_export_has_all_that_a_tool_outside_needs(exported: Path) -> None:
+    package = pytest.importorskip("safetensors.numpy", reason="the package safetensors is not installed")
+    tensors = package.load_file(exported / "model.safetensors")
+    config = json.loads((exported / "config.json").read_text())
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
+        name: entry["shape"] for name, entry in config["tensors"].items()
+    }
+    assert config["tables"]["item_id_table"] == {"rows": ITEMS, "dim": 16, "features": ["item_id"]}
+    assert tensors["ids.item_id"].tolist() == [1000 + code for code in range(ITEMS)]
+    assert all(name.startswith(("model.", "ids.")) for name in tensors)
+
+
+def test_an_export_is_not_overwritten_nor_made_of_damage(
+    trained: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = str(trained / "checkpoints")
+    assert export.main(["--ckpt", checkpoints, "--output", str(exported)]) == 3
+    assert "exists; give the name of a directory that is not there yet" in capsys.readouterr().err
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained / "checkpoints" / LAST, damaged)
+    (damaged / "operative.gin").unlink()
+    assert export.main(["--ckpt", str(damaged), "--output", str(tmp_path / "out")]) == 3
+    assert "operative.gin is missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_exported_as_their_averages_where_there_are_any(trained: Path, exported: Path) -> None:
+    stored = open_tensors(trained / "checkpoints" / LAST)
+    for name, tensor in open_file(exported / "model.safetensors").items():
+        assert tensor.tolist() == stored.read_whole(name).tolist()
+
+
+def test_a_run_a_checkpoint_and_an_export_recommend_the_same(trained: Path, exported: Path) -> None:
+    users = ["--users", "100,103", "--top", "3"]
+    cases = {
+        "run": ["--run_dir", str(trained / "run"), *users],
+        "checkpoint": ["--ckpt", str(trained / "checkpoints" / LAST), *users],
+        "older": ["--ckpt", str(trained / "checkpoints" / FIRST), *users],
+        "export": ["--ckpt", str(exported), *users],
+        "missing": ["--ckpt", str(trained / "absent"), *users],
+    }
+    (results,) = run_ranks(f"{HERE}:recommend_from", 1, timeout_s=60, cases=cases)
+    code, printed, _ = results["run"]
+    assert code == 0 and "user 100" in printed and "user 103" in printed
+    assert results["checkpoint"][:2] == results["export"][:2] == [0, printed]
+    assert results["older"][0] == 0 and results["older"][1] != printed
+    assert results["missing"][0] == 3 and "no complete checkpoint" in results["missing"][2]

@@ -1,0 +1,156 @@
+"""A run that begins with what another one has learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hstu.checkpoint.describe import locate
+from hstu.checkpoint.export import export
+from hstu.checkpoint.tensor_files import open_tensors
+from hstu.config.errors import DataError
+from hstu.config.run_config import RunConfig
+from hstu.data.store import SequenceStore
+from hstu.parallel.cut_tensor import CutTensor
+from hstu.parallel.mesh import Mesh
+from tests.conftest import write_small_store
+from tests.train.tiny import ITEMS, FinishedRun, build, run, tiny_config, walks
+
+Train = Callable[..., FinishedRun]
+SAVING = {"ckpt_save_interval": 4}
+
+
+def test_weights_alone_begin_a_run_from_the_start(train: Train, tmp_path: Path) -> None:
+    train("ranking", trainer=SAVING | {"max_train_iters": 16}, output="first")
+    checkpoint = locate(str(tmp_path / "first" / "checkpoints"))
+    fresh = train("ranking")
+    for source in (checkpoint, export(checkpoint, tmp_path / "exported")):
+        begun = train("ranking", trainer={"ckpt_load_dir": str(source), "ckpt_load_optimizer": False})
+        assert [record["iter"] for record in begun.records] == [1, 2, 3, 4]
+        assert begun.losses[0] < 0.9 * fresh.losses[0], "with what the first run has learnt"
+        assert begun.trainer.state.position == fresh.trainer.state.position, "the data begins anew, too"
+    continued = train("ranking", trainer={"ckpt_load_dir": str(checkpoint), "max_train_iters": 18})
+    assert [record["iter"] for record in continued.records] == [17, 18]
+
+
+def test_an_export_is_no_run_to_go_on_with(train: Train, tmp_path: Path) -> None:
+    train("ranking", trainer=SAVING, output="first")
+    exported = export(locate(str(tmp_path / "first" / "checkpoints")), tmp_path / "exported")
+    with pytest.raises(DataError, match="ckpt_load_optimizer = False"):
+        train("ranking", trainer={"ckpt_load_dir": str(exported)})
+
+
+@pytest.mark.parametrize(
+    ("network", "lines"),
+    [
+        (
+            {"num_attention_heads": 4, "kv_channels": 4},  # weights of the same sizes, which mean something else
+            ["NetworkArgs.num_attention_heads = 2 in the checkpoint, 4 in this run", "NetworkArgs.kv_channels = 8"],
+        ),
+        ({"num_layers": 3}, ["stack.layers.2", "NetworkArgs.num_layers = 2 in the checkpoint, 3 in this run"]),
+        ({"is_causal": False}, ["NetworkArgs.is_causal = True in the checkpoint, False in this run"]),
+    ],
+)
+def test_another_architecture_is_refused_with_the_lines_that_differ(
+    train: Train, tmp_path: Path, network: dict[str, Any], lines: list[str]
+) -> None:
+    train("ranking", trainer=SAVING, output="first")
+    with pytest.raises(DataError) as refused:
+        train("ranking", trainer={"ckpt_load_dir": str(tmp_path / "first" / "checkpoints")}, network=network)
+    for line in lines:
+        assert line in str(refused.value)
+    assert "seed" not in str(refused.value) and "TrainerArgs.ckpt_load_dir" not in str(refused.value)
+
+
+def test_what_only_computes_otherwise_may_change(train: Train, tmp_path: Path) -> None:
+    train("ranking", trainer=SAVING, output="first")
+    trainer = {"ckpt_load_dir": str(tmp_path / "first" / "checkpoints"), "max_train_iters": 5}
+    assert len(train("ranking", trainer=trainer, network={"recompute_layer": True, "hidden_dropout": 0.1}).losses) == 1
+
+
+def test_the_body_of_one_task_begins_another(train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train("retrieval", trainer=SAVING, output="first")
+    source = str(tmp_path / "first" / "checkpoints")
+    (tmp_path / "map.txt").write_text("model.tables.item_id_table model.tables.item_id_table  # itself\n")
+    trainer = {
+        "ckpt_load_dir": source,
+        "ckpt_load_optimizer": False,
+        "ckpt_load_strict": False,
+        "ckpt_param_map": str(tmp_path / "map.txt"),
+    }
+    begun = train("ranking", trainer=trainer, output="second")
+    log = (begun.path / "log.txt").read_text()
+    assert "was loaded in part" in log and "model.task.head" in log
+    assert len(begun.losses) == 4
+
+
+def store_of(path: Path, item_ids: list[int]) -> SequenceStore:
+    """The walks over items of these raw ids; only those that end in 0 occur, whatever their codes are."""
+    arguments = walks()
+    codes = [code for code, raw in enumerate(item_ids) if raw % 10 == 0]
+    arguments["items"] = [[codes[item] for item in row] for row in arguments["items"]]
+    return write_small_store(path, **arguments | {"num_items": len(item_ids), "item_ids": item_ids})
+
+
+def restored(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """What a run has before its first step."""
+    trainer = build(config, mesh)
+    trainer.checkpoints.restore(trainer.state)
+    trainer.run_directory.close()
+    tensors = trainer.state.tensors()
+    return {
+        name: tensor.pieces[torch.Size([0, 0])].clone() if isinstance(tensor, CutTensor) else tensor.detach().clone()
+        for name, tensor in tensors.items()
+    }
+
+
+def test_a_grown_vocabulary_keeps_the_rows_of_its_ids(mesh: Mesh, tmp_path: Path) -> None:
+    ids = list(range(1000, 1000 + 10 * ITEMS, 10))
+    grown = sorted([*ids, 1001, 1055, 1056, 2000])  # which moves all codes but the first
+    before = store_of(tmp_path / "before", ids)
+    after = store_of(tmp_path / "after", grown)
+    run(tiny_config("retrieval", before, tmp_path / "first", trainer=SAVING), mesh)
+    source = {"ckpt_load_dir": str(tmp_path / "first" / "checkpoints")}
+    former = restored(tiny_config("retrieval", before, tmp_path / "same", trainer=source), mesh)
+    with pytest.raises(DataError, match=r"model\.tables\.item_id_table has rows of other ids in the checkpoint"):
+        restored(tiny_config("retrieval", after, tmp_path / "strict", trainer=source), mesh)
+
+    fresh = restored(tiny_config("retrieval", after, tmp_path / "fresh"), mesh)
+    lenient = tiny_config("retrieval", after, tmp_path / "lenient", trainer=source | {"ckpt_load_strict": False})
+    begun = restored(lenient, mesh)
+    for name in ("model.tables.item_id_table", "optimizer.tables.item_id_table.exp_avg"):
+        assert former[name].abs().max() > 0
+        for code, raw in enumerate(grown):
+            expected = former[name][ids.index(raw)] if raw in ids else fresh[name][code]
+            assert torch.equal(begun[name][code], expected), (name, raw)
+    assert torch.equal(begun["model.tables.action_table"], former["model.tables.action_table"])
+    log = (tmp_path / "lenient" / "run" / "log.txt").read_text()
+    assert f"model.tables.item_id_table and its states: {ITEMS} of {len(grown)} rows read, by raw id" in log
+
+
+def test_averages_are_what_an_export_has_and_what_another_run_begins_with(mesh: Mesh, tmp_path: Path) -> None:
+    store = write_small_store(tmp_path / "store", **walks())
+    options: dict[str, Any] = {"optimizer": {"ema_decay": 0.9}}
+    run(tiny_config("retrieval", store, tmp_path / "first", trainer=SAVING, **options), mesh)
+    checkpoint = locate(str(tmp_path / "first" / "checkpoints"))
+    weight, average = "model.tables.action_table", "optimizer.tables.action_table.average"
+    stored = open_tensors(checkpoint)
+    kept, averaged = stored.read_whole(weight), stored.read_whole(average)
+    assert not torch.equal(kept, averaged)
+    exported = export(checkpoint, tmp_path / "exported")
+    assert torch.equal(open_tensors(exported).read_whole(weight), averaged)
+
+    def begun(name: str, source: Path, **options: Any) -> dict[str, Any]:
+        trainer = {"ckpt_load_dir": str(source), "ckpt_load_optimizer": False}
+        return restored(tiny_config("retrieval", store, tmp_path / name, trainer=trainer, **options), mesh)
+
+    again = begun("again", checkpoint, **options)
+    assert torch.equal(again[weight], kept) and torch.equal(again[average], averaged)
+    from_export = begun("from_export", exported, **options)
+    assert torch.equal(from_export[weight], averaged) and torch.equal(from_export[average], averaged)
+    without = begun("without", checkpoint)
+    assert torch.equal(without[weight], kept) and average not in without

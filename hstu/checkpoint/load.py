@@ -9,6 +9,7 @@ import torch
 
 from hstu.checkpoint.agree import agree
 from hstu.checkpoint.architecture import Difference, differences
+from hstu.checkpoint.dynamic import dynamic_problems, read_dynamic_tables
 from hstu.checkpoint.manifest import DamagedCheckpoint, file_problems, read_manifest
 from hstu.checkpoint.match import LoadOptions, Match, match
 from hstu.checkpoint.names import TABLES, split
@@ -18,6 +19,7 @@ from hstu.checkpoint.target import Target
 from hstu.checkpoint.tensor_files import CONSOLIDATED, TensorFiles, open_tensors, read_description
 from hstu.config.errors import DataError
 from hstu.data.batch import NEGATIVES
+from hstu.parallel.embedding import dynamic_tables
 from hstu.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -42,10 +44,11 @@ def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions =
     agree(lambda: matched.append(_matched(root, state, options)), mesh)
     found, lines = matched[0]
     agree(lambda: _read_tensors(open_tensors(root), found, state, mesh), mesh)
+    gaps = agree(lambda: _read_dynamic(root, state, mesh, options), mesh)[mesh.rank]
     if options.optimizer:
         _restore_progress(root, state, mesh)
-    if found.problems() or lines:
-        report = found.report(lines)
+    if found.problems() or lines or gaps:
+        report = [*found.report(lines), *gaps]
         log.warning("%s was loaded in part:\n%s", root, "\n".join(f"  {line}" for line in report))
         return report
     return []
@@ -84,16 +87,21 @@ def _remedy(found: Match) -> str:
     return f"{remedy} and reports the rest."
 
 
-def _moved_rows(root: Path, files: TensorFiles, state: TrainState, options: LoadOptions) -> dict[str, MovedRows]:
-    """Tables, as weights, whose rows are of other ids in the checkpoint."""
+def _moved_rows(
+    root: Path, files: TensorFiles, state: TrainState, options: LoadOptions, *, dynamic: bool = False
+) -> dict[str, MovedRows]:
+    """Tables, static or dynamic ones, as weights, whose rows are of other ids in the checkpoint."""
     stored_tables, moved = read_description(root).get("tables", {}), {}
     for table in state.model.specs:
+        if (table.dynamic is not None) != dynamic:
+            continue
         name = f"{TABLES}{table.name}"
         features = [feature for feature in table.features if feature != NEGATIVES]
         former = stored_tables.get(options.renamed.stored_name(name).removeprefix(TABLES), {}).get("features", [])
         if len(former) == len(features):
             stored = RowIds.from_files(files, former)
-            if rows := moved_rows(table.rows, state.ids.listed(features), stored.listed(former)):
+            count = sum(map(state.ids.count, features)) if dynamic else table.rows
+            if rows := moved_rows(count, state.ids.listed(features), stored.listed(former)):
                 moved[name] = rows
     return moved
 
@@ -111,6 +119,21 @@ def _read_tensors(files: TensorFiles, found: Match, state: TrainState, mesh: Mes
         for target in targets.values():
             target.finish()
         pending = {name: stored for name, stored in pending.items() if part[stored] != name}
+
+
+def _read_dynamic(root: Path, state: TrainState, mesh: Mesh, options: LoadOptions) -> list[str]:
+    """Read the dynamic tables; what they lack, which is an error if strict."""
+    tables = dynamic_tables(state.model)
+    if not tables:
+        return []
+    moved = _moved_rows(root, open_tensors(root), state, options, dynamic=True)
+    by_table = {name.removeprefix(TABLES): rows for name, rows in moved.items()}
+    gaps = dynamic_problems(root, tables, with_states=options.optimizer, moved=by_table)
+    if gaps and options.strict:
+        raise DataError(_message(root, gaps, [], "TrainerArgs.ckpt_load_strict = False loads what fits."))
+    states = options.optimizer
+    read_dynamic_tables(root, tables, mesh.rank, mesh.world_size, with_states=states, moved=by_table)
+    return gaps
 
 
 def _restore_progress(root: Path, state: TrainState, mesh: Mesh) -> None:

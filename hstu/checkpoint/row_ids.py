@@ -46,6 +46,11 @@ class RowIds:
         """Those of each feature, None where there are none."""
         return [self.features.get(name) for name in features]
 
+    def count(self, feature: str) -> int:
+        """Ids of a feature; 0 where they are not known."""
+        arrays = self.features.get(feature, ())
+        return len(arrays[0]) - (len(arrays) - 1) if arrays else 0
+
     def tensors(self) -> dict[str, Tensor]:
         """As a checkpoint has them: ``ids.<feature>``, or ``ids.<feature>.offsets`` and ``ids.<feature>.utf8``."""
         return {

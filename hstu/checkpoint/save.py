@@ -19,10 +19,12 @@ from torch.futures import Future
 
 from hstu.checkpoint import directory as place
 from hstu.checkpoint.agree import CheckpointFailure, agree
+from hstu.checkpoint.dynamic import PlainTables, copy_of_tables, write_dynamic_tables
 from hstu.checkpoint.manifest import Files, describe_files, sync_to_disk, write_manifest
 from hstu.checkpoint.state import TrainState, random_state
 from hstu.checkpoint.tensor_files import TENSORS
 from hstu.parallel.cut_tensor import CutTensor
+from hstu.parallel.embedding import dynamic_tables
 from hstu.parallel.mesh import Mesh
 
 HostCopies = dict[MetadataIndex, Tensor]
@@ -41,6 +43,8 @@ class Contents:
     progress: str
     operative_gin: str
     random_state: dict[str, Tensor]
+    dynamic: PlainTables
+    """What this rank holds of dynamic tables."""
 
 
 def contents_of(state: TrainState, mesh: Mesh, copies: HostCopies | None = None) -> Contents:
@@ -54,7 +58,8 @@ def contents_of(state: TrainState, mesh: Mesh, copies: HostCopies | None = None)
         _copy_to_host(tensors, copies, mesh.device)
     ranks = {"world_size": mesh.world_size, "tensor_parallel_size": mesh.tp_size}
     progress = json.dumps(state.progress() | ranks, indent=1)
-    return Contents(state.iteration, tensors, copies, progress, state.operative_gin, random_state(mesh.device))
+    random, dynamic = random_state(mesh.device), copy_of_tables(dynamic_tables(state.model))
+    return Contents(state.iteration, tensors, copies, progress, state.operative_gin, random, dynamic)
 
 
 def _copy_to_host(tensors: dict[str, Tensor | CutTensor], copies: HostCopies, device: torch.device) -> None:
@@ -143,7 +148,8 @@ def _write_own_files(root: Path, contents: Contents, mesh: Mesh) -> Files:
     content = io.BytesIO()
     torch.save(contents.random_state, content)
     rng.write_bytes(content.getbuffer())
-    files = [rng, *(root / TENSORS).glob(f"__{mesh.rank}_*")]
+    dynamic = write_dynamic_tables(root, contents.dynamic, mesh.rank)
+    files = [rng, *dynamic, *(root / TENSORS).glob(f"__{mesh.rank}_*")]
     if mesh.is_main:
         progress, gin = root / "progress.json", root / "operative.gin"
         progress.write_text(contents.progress)

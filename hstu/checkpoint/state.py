@@ -62,9 +62,10 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor | CutTensor]:
         """All live tensors, to be saved or overwritten in place, the same names and sizes on every rank.
 
-        ``model.tables.<table>`` [rows, dim] and ``optimizer.tables.<table>.<state>`` for all tables, however they are
-        sharded or replicated; ``model.task.<parameter>`` and ``optimizer.dense.task.<parameter>.<state>`` for the rest.
-        Columns that only pad a sharded table are left out. ``ids.…``: see RowIds; these are not overwritten.
+        ``model.tables.<table>`` [rows, dim] and ``optimizer.tables.<table>.<state>`` for all static tables, however
+        they are sharded or replicated (of dynamic ones see dynamic.py); ``model.task.<parameter>`` and
+        ``optimizer.dense.task.<parameter>.<state>`` for the rest. Columns that only pad a sharded table are left out.
+        ``ids.…``: see RowIds; these are not overwritten.
         """
         weights = {f"model.{name}": tensor for name, tensor in self._weights().items()}
         states = {f"optimizer.{name}": tensor for name, tensor in self._optimizer_states().items()}
@@ -92,7 +93,7 @@ class TrainState:
         return states
 
     def _sharded(self) -> list[TableSpec]:
-        return [spec for spec in self.model.specs if not spec.replicated]
+        return [spec for spec in self.model.specs if not spec.replicated and spec.dynamic is None]
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor | CutTensor:
         """A tensor of the dense parameter ``name``, itself or of its optimizer's state, as it is without cutting."""

@@ -36,14 +36,14 @@ class EmbeddingArgs(Args):
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicEmbeddingArgs(EmbeddingArgs):
-    """A table for ids that no one enumerated; always model_parallel.
+    """A table for ids that no one enumerated, any int64: an id gets a row when it is first trained on."""
 
-    Until dynamic tables are served it is a static table of item_vocab_size_or_capacity rows: ids below the
-    capacity have their own row, any others share rows by a hash.
-    """
-
+    item_vocab_size_or_capacity: int = option(minimum=1)
+    """Rows of the table over all ranks. When a rank's share is full, rows are given to other ids (evict_strategy)."""
     sharding_type: str = option("model_parallel", choices=("model_parallel",))
     """Always model_parallel."""
+    sharding: str = option("auto", choices=("auto", "row_wise"))
+    """Always row_wise."""
     global_hbm_for_values: Optional[int] = option(None, minimum=0)
     """GPU memory for the rows, in bytes over all ranks. Takes precedence over the two capacities below."""
     item_vocab_gpu_capacity: Optional[float] = option(None, above=0)
@@ -51,9 +51,15 @@ class DynamicEmbeddingArgs(EmbeddingArgs):
     item_vocab_gpu_capacity_ratio: Optional[float] = option(None, above=0, maximum=1)
     """Share of item_vocab_size_or_capacity to keep in GPU memory, in (0, 1]."""
     evict_strategy: str = option("lru", choices=("lru", "lfu"))
-    """Which row goes when the table is full."""
+    """Which id loses its row when there is no other: lru, the one that was not trained on for longest; lfu, the one
+    that was trained on least often."""
     caching: bool = option(False)
     """True: the GPU memory budget is a cache in front of a table in host memory."""
+    dist_type: str = option("roundrobin", choices=("continuous", "roundrobin", "hash_roundrobin"))
+    """The rank that owns an id. roundrobin: id mod ranks. continuous: equal ranges of [0, capacity), ids beyond them
+    by id mod ranks. hash_roundrobin: a hash of the id mod ranks."""
+    admission_threshold: int = option(0, minimum=0)
+    """An id gets a row from this sighting in training on; until then its row is zeros. 0 and 1: at once."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,9 @@ class DatasetArgs(Args):
     """Items kept of a user's history, the newest ones. Also accepted as max_history_seqlen."""
     dataset_path: Optional[str] = option(None)
     """Directory of the preprocessed data. None: tmp_data/<dataset_name>."""
+    dynamic_tables: bool = option(False)
+    """Built-in datasets: True: the predefined tables of items and users are dynamic (DynamicEmbeddingArgs), with room
+    for every id."""
     max_num_candidates: int = option(0, minimum=0)
     """Ranking: this many of the newest items are candidates, scored without seeing one another. 0: none, every
     item is scored."""

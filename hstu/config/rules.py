@@ -215,6 +215,13 @@ def dataset_is_known_or_described(run: Run, dataset: DatasetArgs) -> Problems:
 
 
 @rule
+def own_tables_are_described(run: Run, dataset: DatasetArgs) -> Problems:
+    if dataset.dynamic_tables and resolve_dataset_name(dataset.dataset_name) is None:
+        text = "is for built-in datasets; give the tables of your own data as DynamicEmbeddingArgs"
+        yield run.problem(dataset, "dynamic_tables", text)
+
+
+@rule
 def own_features_have_tables(run: Run, dataset: DatasetArgs) -> Problems:
     if resolve_dataset_name(dataset.dataset_name) is not None or not run.tables:
         return

@@ -1,13 +1,13 @@
 """From a plan to a batch: gather the planned samples' events from the store and assemble an HSTUBatch.
 
 Two steps: a *reader* (StoreReader here, random data in synthetic.py) produces plain arrays, and the Assembler turns
-them into an HSTUBatch, with padding, hashing of ids and negatives. Neither loops over samples or tokens.
+them into an HSTUBatch, with padding and negatives. Neither loops over samples or tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +18,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from hstu.config.args import DatasetArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
-from hstu.data.hashing import hash_ids
 from hstu.data.negatives import LabelKeys, Negatives, draw_31_bits, draw_shared, draw_uniform
 from hstu.data.sampler import BatchPlan
 from hstu.data.samples import SampleTable, StochasticLength
@@ -202,8 +201,6 @@ class Assembler:
 
     ``negatives``: of retrieval, else None. Batches of an evaluation have none, but the same keys: the tables that
     serve NEGATIVES expect the key in every batch. ``corpus_size``: item codes lie in [0, corpus_size).
-    ``table_rows``: of features whose ids do not fit their table; their ids are hashed to [0, rows). So are the
-    labels of retrieval training, which are looked up; the items of an evaluation (labels, seen) stay codes.
     """
 
     batch_size: int
@@ -212,7 +209,6 @@ class Assembler:
     corpus_size: int
     seed: int
     negatives: Negatives | None = None
-    table_rows: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.task == "ranking" and self.roles.action is None:
@@ -220,7 +216,7 @@ class Assembler:
 
     def assemble(self, rows: Rows, plan: BatchPlan) -> HSTUBatch:
         """The batch of ``rows``, padded with empty sequences."""
-        items = self._hashed(self.roles.item, rows.items)
+        items = rows.items
         labelled = ranges(np.cumsum(rows.lengths) - rows.num_labels, rows.num_labels)
         negatives, draws, pool_positions = self._negatives(rows, items, plan)
         num_candidates = self._padded(rows.num_candidates)
@@ -244,14 +240,14 @@ class Assembler:
 
     def _features(self, rows: Rows, items: np.ndarray, negatives: np.ndarray | None) -> KeyedJaggedTensor:
         lengths = self._padded(rows.lengths)
-        values = {name: self._hashed(name, rows.context[name]) for name in self.roles.contextual}
+        values = {name: rows.context[name] for name in self.roles.contextual}
         jagged_lengths = {name: (lengths > 0).astype(np.int64) for name in self.roles.contextual}
         values[self.roles.item], jagged_lengths[self.roles.item] = items, lengths
         if self.roles.action is not None and rows.actions is not None:
-            values[self.roles.action] = self._hashed(self.roles.action, rows.actions)
+            values[self.roles.action] = rows.actions
             jagged_lengths[self.roles.action] = lengths
         if negatives is not None:
-            values[NEGATIVES] = self._hashed(self.roles.item, negatives)
+            values[NEGATIVES] = negatives
             jagged_lengths[NEGATIVES] = self._padded(np.array([len(negatives)]))
         return keyed_jagged(values, jagged_lengths)
 
@@ -287,9 +283,6 @@ class Assembler:
         if negatives.shared:
             return draw_shared(keys, negatives.num, self.corpus_size), None, None
         return *draw_uniform(keys, negatives.num, self.corpus_size), None
-
-    def _hashed(self, feature: str, ids: np.ndarray) -> np.ndarray:
-        return hash_ids(ids, self.table_rows[feature]) if feature in self.table_rows else ids
 
     def _padded(self, values: np.ndarray, filler: int = 0) -> np.ndarray:
         padding = np.full(self.batch_size - len(values), filler, dtype=np.int64)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from hstu.config.args import EmbeddingArgs, NetworkArgs
+from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
 from hstu.config.dataset_names import resolve_dataset_name
 from hstu.data.store import USER_FEATURE, SequenceStore
 
@@ -216,25 +216,35 @@ def resolve_name(name: str) -> str | None:
     return resolve_dataset_name(name)
 
 
-def predefined_embeddings(store: SequenceStore, network: NetworkArgs) -> tuple[EmbeddingArgs, ...]:
+def predefined_embeddings(
+    store: SequenceStore, network: NetworkArgs, *, dynamic: bool = False
+) -> tuple[EmbeddingArgs, ...]:
     """One table, named after its feature, for every feature of a built-in dataset that is looked up.
 
     Rule: the items', the users' and any table above REPLICATED_TABLE_BYTES are model_parallel; the other contextual
-    features and the action, which are small, are data_parallel. Rows: the feature's cardinality.
+    features and the action, which are small, are data_parallel. Rows: the feature's cardinality. ``dynamic``: the
+    items' and the users' are dynamic tables.
     """
-    tables = []
+    tables: list[EmbeddingArgs] = []
     for name, feature in store.features.items():
         if feature.cardinality is None:
             continue
         width = network.contextual_width if feature.role == "context" else network.item_width
         large = feature.cardinality * width * 4 > REPLICATED_TABLE_BYTES
-        sharded = feature.role == "item" or name == USER_FEATURE or large
+        main = feature.role == "item" or name == USER_FEATURE
+        if main and dynamic:
+            tables.append(
+                DynamicEmbeddingArgs(
+                    feature_names=[name], table_name=name, item_vocab_size_or_capacity=feature.cardinality
+                )
+            )
+            continue
         tables.append(
             EmbeddingArgs(
                 feature_names=[name],
                 table_name=name,
                 item_vocab_size_or_capacity=feature.cardinality,
-                sharding_type="model_parallel" if sharded else "data_parallel",
+                sharding_type="model_parallel" if main or large else "data_parallel",
             )
         )
     return tuple(tables)

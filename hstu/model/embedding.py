@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
 
-from hstu.config.args import EmbeddingArgs, NetworkArgs
+from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
 from hstu.config.errors import ConfigError
 from hstu.data.batch import NEGATIVES
 
@@ -34,11 +34,18 @@ class TableSpec:
     replicated: bool
     sharding: str
     init_std: float
+    dynamic: DynamicEmbeddingArgs | None = None
+    """Of a table that takes any id: a rank's rows then are its share of the capacity and, last, one of zeros."""
 
     @property
     def stored_dim(self) -> int:
         """Columns that a sharded table has; those beyond ``dim`` are zero, get no gradient and are cut off."""
         return -(-self.dim // _DIM_MULTIPLE) * _DIM_MULTIPLE
+
+    @property
+    def collection(self) -> tuple[int, bool]:
+        """Which sharded tables lie in one collection: those of one width (as TorchRec demands) and one kind."""
+        return self.stored_dim, self.dynamic is not None
 
 
 def table_specs(
@@ -47,12 +54,13 @@ def table_specs(
     contextual_features: Sequence[str],
     item_feature: str,
     lookup_negatives: bool = False,
+    world_size: int = 1,
 ) -> tuple[TableSpec, ...]:
     """Specs of all tables, in the order given.
 
     Contextual tables are contextual_embedding_dim wide, the others item_embedding_dim (hidden_size where that is
-    -1). ``lookup_negatives``: batches also carry NEGATIVES ids, which the item table serves. Raises ConfigError for a
-    table shared by features of different widths.
+    -1). ``lookup_negatives``: batches also carry NEGATIVES ids, which the item table serves. ``world_size``: ranks that
+    dynamic tables are shared out to. Raises ConfigError for a table shared by features of different widths.
     """
     contextual_dim, item_dim = network.contextual_width, network.item_width
     specs, problems = [], []
@@ -65,15 +73,18 @@ def table_specs(
                 "in NetworkArgs.contextual_embedding_dim and item_embedding_dim."
             )
         serves_negatives = lookup_negatives and item_feature in table.feature_names
+        dynamic = table if isinstance(table, DynamicEmbeddingArgs) else None
+        rows = table.item_vocab_size_or_capacity
         specs.append(
             TableSpec(
                 name=table.table_name,
-                rows=table.item_vocab_size_or_capacity,
+                rows=rows if dynamic is None else (-(-rows // world_size) + 1) * world_size,
                 dim=min(dims),
                 features=(*table.feature_names, *([NEGATIVES] if serves_negatives else [])),
                 replicated=table.sharding_type == "data_parallel",
                 sharding=table.sharding,
                 init_std=table.init_std,
+                dynamic=dynamic,
             )
         )
     if problems:
@@ -96,9 +107,13 @@ def initial_row_blocks(spec: TableSpec, seed: int, start: int, stop: int) -> Ite
         yield low, rows[low - first : high - first]
 
 
+class DynamicEmbeddingCollection(EmbeddingCollection):
+    """Tables that take any id. A type of its own, by which TorchRec finds the sharder that can handle it."""
+
+
 def build_collections(specs: Iterable[TableSpec]) -> nn.ModuleList:
-    """The sharded tables as EmbeddingCollections on the meta device, one for each width (as TorchRec demands)."""
-    by_dim: dict[int, list[EmbeddingConfig]] = {}
+    """The sharded tables as EmbeddingCollections on the meta device, one for each ``TableSpec.collection``."""
+    collections: dict[tuple[int, bool], list[EmbeddingConfig]] = {}
     for spec in specs:
         if not spec.replicated:
             config = EmbeddingConfig(
@@ -108,8 +123,11 @@ def build_collections(specs: Iterable[TableSpec]) -> nn.ModuleList:
                 feature_names=list(spec.features),
                 init_fn=_leave_uninitialised,
             )
-            by_dim.setdefault(spec.stored_dim, []).append(config)
-    return nn.ModuleList(EmbeddingCollection(tables=tables, device=torch.device("meta")) for tables in by_dim.values())
+            collections.setdefault(spec.collection, []).append(config)
+    return nn.ModuleList(
+        (DynamicEmbeddingCollection if dynamic else EmbeddingCollection)(tables=tables, device=torch.device("meta"))
+        for (_, dynamic), tables in collections.items()
+    )
 
 
 def _leave_uninitialised(weight: Tensor) -> None:

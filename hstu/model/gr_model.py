@@ -170,5 +170,5 @@ class GRModel(nn.Module):
         return next(module for module in self.dense.modules() if isinstance(module, ReplicatedTables))
 
     def _collection_of(self, spec: TableSpec) -> nn.Module:
-        dims = list(dict.fromkeys(other.stored_dim for other in self.specs if not other.replicated))
-        return self.embedding[dims.index(spec.stored_dim)]
+        collections = list(dict.fromkeys(other.collection for other in self.specs if not other.replicated))
+        return self.embedding[collections.index(spec.collection)]

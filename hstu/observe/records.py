@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ class TrainRecord:
 
     loss: mean over the labelled tokens. samples_per_s, tokens_per_s: of all ranks together. tflops: per rank.
     mfu, data_wait: shares in [0, 1]; mfu is nan where the peak is unknown. memory_bytes: of this rank. time_s:
-    seconds since the run began.
+    seconds since the run began. tables: what became of the ids of dynamic tables, a report a table.
     """
 
     iteration: int
@@ -30,10 +30,13 @@ class TrainRecord:
     data_wait: float
     memory_bytes: int
     time_s: float
+    tables: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The object that metrics.jsonl gets."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if not self.tables:
+            del fields["tables"]
         return {"kind": "train", "iter": fields.pop("iteration"), **fields}
 
 

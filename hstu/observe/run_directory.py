@@ -85,8 +85,11 @@ class RunDirectory:
         self._append(record.as_json())
         if self._events is not None:
             for name, value in record.as_json().items():
-                if name not in ("kind", "iter", "time_s"):
+                if name not in ("kind", "iter", "time_s", "tables"):
                     self._events.add_scalar(f"train/{name}", value, record.iteration)
+            for table, report in record.tables.items():
+                for name, value in report.items():
+                    self._events.add_scalar(f"tables/{table}/{name}", value, record.iteration)
 
     def write_eval(self, record: EvalRecord) -> None:
         """Append the metrics of an evaluation; the line is in the file when this returns."""

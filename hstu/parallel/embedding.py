@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,15 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel, Shardin
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingPlan
 
 from hstu.config.args import OptimizerArgs
 from hstu.config.run_config import RunConfig
 from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
+from hstu.parallel.dynamic.budget import MemoryPlan, plan_memory
+from hstu.parallel.dynamic.collection import DynamicLookups, DynamicSharder
+from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.progress import Progress
 from hstu.parallel.row_sparse import RowSparseSharder
@@ -55,9 +58,12 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
     args = config.optimizer
     learning_rate = args.sparse_learning_rate or args.learning_rate
     row_sparse = is_row_sparse(args, mesh.device.type)
-    sharder = table_sharder(args, mesh.device.type)
+    sharders = table_sharders(args, mesh.device.type, model.specs)
     if len(model.embedding):
-        plan = _plan(model, sharder, mesh)
+        memory = {spec.name: plan_memory(spec, table_optimizer_name(args)) for spec in model.specs if spec.dynamic}
+        for name, of_table in memory.items():
+            log.info("dynamic table %s: %s", name, of_table.describe(mesh.device.type))
+        plan = _plan(model, sharders, mesh, memory)
         if row_sparse:  # the planner refuses what RowSparseSharder makes: gradients that leave the lookup
             for table in _planned_tables(plan):
                 table.compute_kernel = EmbeddingComputeKernel.DENSE.value
@@ -66,15 +72,19 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
             env=ShardingEnv.from_process_group(mesh.world_group),
             device=mesh.device,
             plan=plan,
-            sharders=[sharder],
+            sharders=sharders,
             init_data_parallel=False,
             init_parameters=False,
         )
     write_initial_rows(model, config.trainer.seed, mesh.progress)
     collections = sharded_collections(model)
+    optimizer: TableOptimizer
     if row_sparse:
-        return model, SteppedTables(collections, learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_eps)
-    return model, FusedTables(table_optimizer_name(args), collections, learning_rate)
+        optimizer = SteppedTables(collections, learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_eps)
+    else:
+        optimizer = FusedTables(table_optimizer_name(args), collections, learning_rate)
+    _open_dynamic_tables(model, optimizer, config.trainer.seed)
+    return model, optimizer
 
 
 def table_optimizer_name(args: OptimizerArgs) -> str:
@@ -87,9 +97,13 @@ def is_row_sparse(args: OptimizerArgs, device_type: str) -> bool:
     return table_optimizer_name(args) in ("adam", "adamw") and device_type == "cpu"
 
 
-def table_sharder(args: OptimizerArgs, device_type: str) -> EmbeddingCollectionSharder:
-    """What turns the collections into sharded ones that are trained as ``args`` says."""
-    return RowSparseSharder() if is_row_sparse(args, device_type) else EmbeddingCollectionSharder(_fused_params(args))
+def table_sharders(
+    args: OptimizerArgs, device_type: str, specs: Sequence[TableSpec]
+) -> list[EmbeddingCollectionSharder]:
+    """What turns the collections, static and dynamic, into sharded ones that are trained as ``args`` says."""
+    row_sparse = is_row_sparse(args, device_type)
+    sharder = RowSparseSharder() if row_sparse else EmbeddingCollectionSharder(_fused_params(args))
+    return [sharder, DynamicSharder(specs, sharder, row_sparse)]
 
 
 def sharded_collections(model: GRModel) -> list[ShardedEmbeddingCollection]:
@@ -106,14 +120,47 @@ def sharded_weights(model: GRModel) -> dict[str, ShardedTensor]:
     return weights
 
 
+def dynamic_tables(model: GRModel) -> dict[str, DynamicTable]:
+    """The model's dynamic tables by name."""
+    tables: dict[str, DynamicTable] = {}
+    for collection in sharded_collections(model):
+        if isinstance(collection, DynamicLookups):
+            tables.update(collection.tables)
+    return tables
+
+
+def _open_dynamic_tables(model: GRModel, optimizer: TableOptimizer, seed: int) -> None:
+    """Give the dynamic collections their tables, empty: they write into the live rows and optimizer states."""
+    states = optimizer.state_tensors()
+    weights = sharded_weights(model)
+    for collection in sharded_collections(model):
+        if isinstance(collection, DynamicLookups):
+            specs = {spec.name: spec for spec in collection.specs.values() if spec.name in collection.embeddings}
+            collection.tables = {
+                name: DynamicTable(
+                    spec,
+                    seed,
+                    weights[name].local_shards()[0].tensor,
+                    {state: states[f"{name}.{state}"].local_shards()[0].tensor for state in optimizer.states},
+                    collection.write_back,
+                )
+                for name, spec in specs.items()
+            }
+
+
 @torch.no_grad()
 def write_initial_rows(model: GRModel, seed: int, progress: Progress) -> None:
-    """Fill this rank's shards block by block; the rows do not depend on the number of ranks or the sharding."""
+    """Fill this rank's shards block by block; the rows do not depend on the number of ranks or the sharding.
+
+    Those of dynamic tables stay zero: an id's are written when it gets a row.
+    """
     specs = {spec.name: spec for spec in model.specs}
     for table, weight in sharded_weights(model).items():
         for local in weight.local_shards():
             (first_row, first_col), (rows, cols) = local.metadata.shard_offsets, local.metadata.shard_sizes
             local.tensor.zero_()  # columns beyond spec.dim stay zero
+            if specs[table].dynamic is not None:
+                continue
             for row, block in initial_row_blocks(specs[table], seed, first_row, first_row + rows):
                 progress.alive()
                 part = block[:, first_col : first_col + cols]
@@ -136,27 +183,44 @@ def _fused_params(args: OptimizerArgs) -> dict[str, Any]:
 
 
 def table_planner(
-    specs: Sequence[TableSpec], world_size: int, local_world_size: int, device_type: str
+    specs: Sequence[TableSpec],
+    world_size: int,
+    local_world_size: int,
+    device_type: str,
+    memory: Mapping[str, MemoryPlan],
 ) -> EmbeddingShardingPlanner:
-    """TorchRec's planner for the tables of ``specs`` that are not replicated. It needs no process group to plan."""
+    """TorchRec's planner for the tables of ``specs`` that are not replicated. It needs no process group to plan.
+
+    ``memory``: where the rows of dynamic tables lie, which matters on GPUs.
+    """
+    on_gpu = memory if device_type == "cuda" else {}
     return EmbeddingShardingPlanner(
         topology=Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device_type),
-        constraints={spec.name: _constraints(spec, world_size) for spec in specs if not spec.replicated},
+        constraints={
+            spec.name: _constraints(spec, world_size, on_gpu.get(spec.name)) for spec in specs if not spec.replicated
+        },
     )
 
 
-def _plan(model: GRModel, sharder: EmbeddingCollectionSharder, mesh: Mesh) -> ShardingPlan:
-    planner = table_planner(model.specs, mesh.world_size, mesh.local_world_size, mesh.device.type)
-    plan = planner.collective_plan(model, [sharder], mesh.world_group)
+def _plan(
+    model: GRModel, sharders: list[EmbeddingCollectionSharder], mesh: Mesh, memory: Mapping[str, MemoryPlan]
+) -> ShardingPlan:
+    planner = table_planner(model.specs, mesh.world_size, mesh.local_world_size, mesh.device.type, memory)
+    plan = planner.collective_plan(model, sharders, mesh.world_group)
     log.info("tables: %s", {name: table.sharding_type for _, name, table in _named_planned_tables(plan)})
     return plan
 
 
-def _constraints(spec: TableSpec, world_size: int) -> ParameterConstraints:
+def _constraints(spec: TableSpec, world_size: int, memory: MemoryPlan | None) -> ParameterConstraints:
+    kernel = EmbeddingComputeKernel.FUSED if memory is None else memory.kernel
+    cache = None
+    if memory is not None and kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING:
+        cache = CacheParams(load_factor=memory.cached_share)
     return ParameterConstraints(
         sharding_types=_sharding_types(spec, world_size),
-        compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+        compute_kernels=[kernel.value],
         min_partition=_column_shard_width(spec.stored_dim, world_size),
+        cache_params=cache,
     )
 
 
@@ -166,6 +230,8 @@ def _sharding_types(spec: TableSpec, world_size: int) -> list[str]:
     A table with too few rows for every rank to get some lies on one rank: fbgemm-gpu 1.8.0 cannot look up in a shard
     without rows on a CPU ("weights[0] must be a GPU or MTIA tensor").
     """
+    if spec.dynamic is not None:
+        return [ShardingType.ROW_WISE.value]
     rows_a_rank = -(-spec.rows // world_size)
     if rows_a_rank * (world_size - 1) < spec.rows or spec.sharding not in ("auto", "row_wise"):
         return _SHARDING_TYPES[spec.sharding]

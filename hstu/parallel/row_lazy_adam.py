@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class RowLazyAdam(torch.optim.Optimizer):
@@ -32,7 +32,7 @@ class RowLazyAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update the rows of each parameter's gradient (sparse COO, repeated rows are summed)."""
+        """Update the rows of each parameter's gradient (sparse COO; repeated rows are summed in their order)."""
         self.steps += 1
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
@@ -40,8 +40,7 @@ class RowLazyAdam(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                gradient = parameter.grad.coalesce()
-                rows, values = gradient.indices()[0], gradient.values()
+                rows, values = _summed(parameter.grad)
                 state = self.state[parameter]
                 first = state["exp_avg"].index_select(0, rows).lerp_(values, 1 - beta1)
                 second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2)
@@ -50,3 +49,14 @@ class RowLazyAdam(torch.optim.Optimizer):
                 state["exp_avg_sq"].index_copy_(0, rows, second)
                 update = first.div_(correction1).div_(second.div_(correction2).sqrt_().add_(group["eps"]))
                 parameter.index_add_(0, rows, update, alpha=-group["lr"])
+
+
+def _summed(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """(distinct rows, sums of their gradients).
+
+    Unlike ``coalesce``, which sorts without care for order, it adds in the order in which rows occur: the bits do not
+    depend on where in its table a row lies.
+    """
+    rows, place = gradient._indices()[0].unique(return_inverse=True)
+    values = gradient._values()
+    return rows, values.new_zeros((len(rows), *values.shape[1:])).index_add_(0, place, values)

@@ -117,7 +117,9 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
         raise ConfigError("NetworkArgs.dtype_str = 'float16' needs a GPU; use 'bfloat16' or 'float32' on a CPU")
     retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
     has_negatives = retrieval is not None and retrieval.negatives != "in_batch"
-    specs = table_specs(source.tables, config.network, source.roles.contextual, source.roles.item, has_negatives)
+    specs = table_specs(
+        source.tables, config.network, source.roles.contextual, source.roles.item, has_negatives, mesh.world_size
+    )
     keys = (*source.roles.names, *([NEGATIVES] if has_negatives else []))
     task = build_task(config, source, mesh)
     parameters = sum(parameter.numel() for parameter in task.parameters())

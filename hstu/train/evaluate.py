@@ -57,24 +57,17 @@ def evaluate_ranking(
 def evaluate_retrieval(
     model: nn.Module,
     batches: Iterable[HSTUBatch],
-    embed_items: EmbedItems,
-    corpus_size: int,
+    corpus: Corpus,
     metric_names: Sequence[str],
-    *,
-    l2_norm_eps: float,
-    device: torch.device,
     gather: Gather = only_rank,
-    chunk_items: int = CHUNK_ITEMS,
 ) -> dict[str, float]:
-    """Metrics of the held-out items' ranks among all items [0, corpus_size); the same numbers on each rank.
+    """Metrics of the held-out items' ranks among all items of ``corpus``; the same numbers on each rank.
 
     Items in the batches' ``seen_values``, where they have any, are removed; the held-out item itself never is.
     Memory is bounded by the queries of this rank and one block of scores.
     """
     with evaluation_mode(model):
-        queries = collect_queries(model, batches, device)
-        corpus = Corpus(embed_items, corpus_size, l2_norm_eps, device, chunk_items)
-        ranks = target_ranks(queries, corpus)
+        ranks = target_ranks(collect_queries(model, batches, corpus.device), corpus)
     return retrieval_metrics(metric_names, gather(ranks))
 
 
@@ -128,6 +121,8 @@ class Corpus:
     l2_norm_eps: float
     device: torch.device
     chunk_items: int = CHUNK_ITEMS
+    absent_are_zero: bool = False
+    """Rows of zeros are items without a row of their own: they are no candidates, and as targets rank last."""
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """(code of the first item, float32 [n, E]) by ascending code. Collective if embed_items is.
@@ -143,8 +138,8 @@ class Corpus:
 def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
     """Rank of each query's target among all items that its user has not seen: float64 [U], 1 is best.
 
-    1 + the items that score higher + half of those that score the same. Scores that are nan beat every target, so a
-    model that diverged ranks last, not first. Collective if the corpus is.
+    1 + the items that score higher + half of those that score the same; absent items rank behind all others. Scores
+    that are nan beat every target, so a model that diverged ranks last, not first. Collective if the corpus is.
     """
     order = np.argsort(queries.targets, kind="stable")  # so that a chunk's targets belong to few blocks
     scorer = _Scorer(queries, order, corpus)
@@ -204,6 +199,7 @@ class _Scorer:
 
     def __init__(self, queries: Queries, order: np.ndarray, corpus: Corpus) -> None:
         self._num_queries, self._corpus_size, self._device = len(queries), corpus.size, corpus.device
+        self._absent_are_zero = corpus.absent_are_zero
         vectors = queries.vectors[self.on_device(order)]
         self._vectors = nn.functional.pad(vectors, (0, 0, 0, -len(order) % BLOCK_QUERIES))
         row_of_query = np.argsort(order)
@@ -221,8 +217,10 @@ class _Scorer:
                 yield slice(first, min(first + BLOCK_QUERIES, self._num_queries))
 
     def scores(self, block: slice, items: Tensor) -> Tensor:
-        """float32 [queries of the block, n]."""
+        """float32 [queries of the block, n]; −inf at absent items."""
         scores = self._vectors[block.start : block.start + BLOCK_QUERIES] @ items.t()
+        if self._absent_are_zero:
+            scores.masked_fill_(~items.any(dim=1), -torch.inf)
         return scores[: block.stop - block.start]
 
     def unseen_scores(self, block: slice, first: int, items: Tensor) -> Tensor:

@@ -7,18 +7,17 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hstu.config.args import RankingArgs, RetrievalArgs
 from hstu.data.batch import HSTUBatch
-from hstu.data.hashing import hash_ids
 from hstu.model.gr_model import GRModel
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh
 from hstu.train.evaluate import Corpus, evaluate_ranking, evaluate_retrieval
 from hstu.train.metrics import RankingMetrics
 from hstu.train.sources import BatchSource
+from hstu.train.tables import is_dynamic
 
 
 class Evaluator(ABC):
@@ -71,29 +70,26 @@ class RetrievalEvaluator(Evaluator):
         super().__init__(model, mesh, max_iters)
         self.args = args
         self.corpus_size = source.cardinalities[source.roles.item]
-        self.hashed_rows = source.hashed_rows.get(source.roles.item)
+        self.absent_are_zero = is_dynamic(source.tables, source.roles.item)
 
     def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
         """See Evaluator."""
         return evaluate_retrieval(
-            self.model,
-            self._limited(batches),
-            self.embed_items,
-            self.corpus_size,
-            self.args.eval_metrics,
-            l2_norm_eps=self.args.l2_norm_eps,
-            device=self.mesh.device,
-            gather=self._gather,
+            self.model, self._limited(batches), self.corpus(), self.args.eval_metrics, self._gather
         )
 
     def corpus(self) -> Corpus:
         """All items of the data, as ``recommend`` takes them."""
-        return Corpus(self.embed_items, self.corpus_size, self.args.l2_norm_eps, self.mesh.device)
+        return Corpus(
+            self.embed_items,
+            self.corpus_size,
+            self.args.l2_norm_eps,
+            self.mesh.device,
+            absent_are_zero=self.absent_are_zero,
+        )
 
     def embed_items(self, codes: Tensor) -> Tensor:
         """Rows of the item table for item codes; collective where the table is sharded."""
         self.mesh.progress.mark()
         self.between_batches()
-        if self.hashed_rows is not None:
-            codes = torch.from_numpy(hash_ids(codes.cpu().numpy(), self.hashed_rows)).to(codes.device)
         return self.model.embed_items(codes)

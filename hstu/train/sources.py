@@ -51,8 +51,6 @@ class BatchSource(ABC):
     tables: tuple[EmbeddingArgs, ...]
     cardinalities: dict[str, int]
     """Ids of a feature lie in [0, cardinality)."""
-    hashed_rows: dict[str, int]
-    """Rows of the tables, by feature, that the feature's ids do not fit into and are hashed to."""
     max_items: int
     """Items of the longest sequence."""
     batches_per_epoch: int
@@ -125,11 +123,13 @@ class StoreSource(BatchSource):
         self.store = open_store(args)
         self._eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
         self.roles = resolve_roles(self.store, args)
-        predefined = predefined_embeddings(self.store, config.network) if resolve_name(args.dataset_name) else ()
+        predefined: tuple[EmbeddingArgs, ...] = ()
+        if resolve_name(args.dataset_name):
+            predefined = predefined_embeddings(self.store, config.network, dynamic=args.dynamic_tables)
         self.tables = choose_tables(config.embeddings, predefined, self.roles.names)
         self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
         self._recoding = {} if self._eval_store is self.store else self._recode_eval_store()
-        self.hashed_rows = check_rows(self.tables, self.cardinalities)
+        check_rows(self.tables, self.cardinalities)
         self.max_items = args.max_sequence_length
         self.eval_splits, self.final_splits = self._splits()
         self._train_samples = self._samples("train")
@@ -217,7 +217,7 @@ class StoreSource(BatchSource):
         return Share(lengths, samples.num_candidates[chosen], samples.num_labels[chosen])
 
     def _collator(self, store: SequenceStore, samples: SampleTable, batch_size: int, *, training: bool) -> Collator:
-        # Roles, corpus and hashing are those of the data that is trained on, whichever store is read: a second one may
+        # Roles and corpus are those of the data that is trained on, whichever store is read: a second one may
         # have other features besides and fewer ids, which then fit the tables.
         reader = StoreReader(
             store,
@@ -230,7 +230,7 @@ class StoreSource(BatchSource):
         )
         corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed
         negatives, task = self._wanted.negatives, self._config.task
-        assembler = Assembler(batch_size, task, self.roles, corpus_size, seed, negatives, self.hashed_rows)
+        assembler = Assembler(batch_size, task, self.roles, corpus_size, seed, negatives)
         return Collator(reader, assembler, self._skipped)
 
     def _recode_eval_store(self) -> dict[str, np.ndarray]:
@@ -270,7 +270,7 @@ class RandomSource(BatchSource):
         self.cardinalities = {
             name: table.item_vocab_size_or_capacity for table in self.tables for name in table.feature_names
         }
-        self.hashed_rows = check_rows(self.tables, self.cardinalities)
+        check_rows(self.tables, self.cardinalities)
         self.max_items = next(
             group.max_sequence_length for group in args.feature_args if args.item_feature_name in group.feature_names
         )

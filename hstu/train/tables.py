@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 
 def choose_tables(
@@ -49,27 +46,25 @@ def choose_tables(
     return tuple(tables)
 
 
-def check_rows(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int]) -> dict[str, int]:
-    """Rows, by feature, of dynamic tables that ids are hashed into; all others are checked to hold every id.
+def check_rows(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int]) -> None:
+    """Raise ConfigError for a static table that cannot hold every id of its features; a dynamic one takes any.
 
-    ``cardinalities``: ids of a feature lie in [0, cardinality). Until dynamic tables are served, one is a static
-    table of its capacity, and ids that do not fit are hashed into it; this says so.
+    ``cardinalities``: ids of a feature lie in [0, cardinality).
     """
-    problems, hashed_rows = [], {}
+    problems = []
     for table in tables:
         rows = table.item_vocab_size_or_capacity
         for name in table.feature_names:
             ids = cardinalities[name]
-            if isinstance(table, DynamicEmbeddingArgs):
-                if ids > rows:
-                    hashed_rows[name] = rows
-                how = f"{ids} ids are hashed into it" if ids > rows else f"each of {ids} ids has its own row"
-                log.warning("table %r is served as a static table of %d rows: %s", table.table_name, rows, how)
-            elif ids > rows:
+            if ids > rows and not isinstance(table, DynamicEmbeddingArgs):
                 problems.append(
                     f"EmbeddingArgs of table {table.table_name!r}: item_vocab_size_or_capacity = {rows}, but feature "
                     f"{name!r} has {ids} ids; it must be at least {ids}, or the table a DynamicEmbeddingArgs"
                 )
     if problems:
         raise ConfigError(problems)
-    return hashed_rows
+
+
+def is_dynamic(tables: Sequence[EmbeddingArgs], feature: str) -> bool:
+    """Whether the table of ``feature`` is dynamic, so that there are ids without a row."""
+    return any(isinstance(table, DynamicEmbeddingArgs) and feature in table.feature_names for table in tables)

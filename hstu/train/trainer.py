@@ -23,6 +23,8 @@ from hstu.observe.run_directory import RunDirectory
 from hstu.observe.throughput import Throughput, ThroughputMeter, memory_bytes
 from hstu.optim.schedule import Schedule
 from hstu.parallel.collectives import sum_over_ranks
+from hstu.parallel.dynamic.report import describe, take_reports
+from hstu.parallel.embedding import dynamic_tables
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.base import TrainPipeline
 from hstu.train.evaluator import Evaluator
@@ -203,10 +205,13 @@ class Trainer:
             data_wait=rates.data_wait,
             memory_bytes=memory_bytes(self.mesh.device),
             time_s=time.monotonic() - self._begun,
+            tables=take_reports(dynamic_tables(self.state.model), self._sum_over_ranks),
         )
         self.run_directory.write_train(record)
         eta_s = (self.total_iters - self.state.iteration) * rates.step_s
         log.info(format_train(record, self.total_iters, eta_s))
+        for table, report in record.tables.items():
+            log.info(describe(table, report))
         progress.show(loss=loss)
 
     def _save(self) -> None:

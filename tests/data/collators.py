@@ -25,20 +25,11 @@ def build_collator(
     negatives: Negatives | None = None,
     wants_timestamps: bool = False,
     wants_seen: bool = False,
-    table_rows: Mapping[str, int] | None = None,
     recoding: Mapping[str, np.ndarray] | None = None,
 ) -> Collator:
-    """The collator of one split of a store. ``recoding``: see StoreReader.
-
-    ``table_rows``: rows of the tables by feature; where they are fewer than the store's codes, ids are hashed.
-    """
+    """The collator of one split of a store. ``recoding``: see StoreReader."""
     roles = resolve_roles(store, args)
-    too_small = {
-        name: rows
-        for name, rows in (table_rows or {}).items()
-        if name in roles.names and rows < store.cardinality(name)
-    }
     return Collator(
         StoreReader(store, samples, roles, wants_timestamps=wants_timestamps, wants_seen=wants_seen, recoding=recoding),
-        Assembler(batch_size, task, roles, store.cardinality(roles.item), seed, negatives, too_small),
+        Assembler(batch_size, task, roles, store.cardinality(roles.item), seed, negatives),
     )

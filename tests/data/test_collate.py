@@ -14,7 +14,6 @@ from hstu.config.args import DatasetArgs, RetrievalArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import NEGATIVES, HSTUBatch
 from hstu.data.collate import Collator, ranges, resolve_roles
-from hstu.data.hashing import hash_ids
 from hstu.data.negatives import Negatives
 from hstu.data.sampler import EvalSampler, TrainSampler
 from hstu.data.sequences import build_samples
@@ -298,26 +297,6 @@ def test_an_evaluation_has_the_keys_of_training_but_no_negatives(kind: str) -> N
     assert test.features.keys() == train.features.keys()
     assert test.features.length_per_key()[1:] == [0] * (kind != "in_batch")
     assert test.draws is None and test.pool_positions is None
-
-
-# Ids that do not fit their table
-
-
-def test_ids_are_hashed_where_the_table_is_smaller_than_the_store() -> None:
-    store = long_store()
-    rows = {"item": 7}
-    plain, hashed = (
-        batches_of(collator_of(store, negatives=Negatives("full"), table_rows=table))[0]
-        for table in ({"item": 60}, rows)
-    )
-    items = plain.features["item"].values().numpy()
-    assert np.array_equal(hashed.features["item"].values().numpy(), hash_ids(items, 7))
-    assert np.array_equal(hashed.labels.numpy(), hash_ids(plain.labels.numpy(), 7))
-    assert np.array_equal(hashed.features[NEGATIVES].values().numpy(), hash_ids(np.arange(60), 7))
-    plain, hashed = (
-        batches_of(collator_of(store, split="test", wants_seen=True, table_rows=table))[0] for table in ({}, rows)
-    )
-    assert torch.equal(plain.labels, hashed.labels) and torch.equal(plain.seen_values, hashed.seen_values)
 
 
 def test_ranges_concatenates_runs() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torchrec import JaggedTensor
 
-from hstu.config.args import EmbeddingArgs, NetworkArgs, OptimizerArgs
+from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs
 from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
@@ -90,9 +90,10 @@ def make_config(
     dropout: float = 0.0,
     items: int = ITEMS,
     item_table: str = "item_table",
+    dynamic: dict[str, dict[str, Any]] | None = None,
     **optimizer_args: Any,
 ) -> Any:
-    """The parts of a RunConfig that the toy needs."""
+    """The parts of a RunConfig that the toy needs. ``dynamic``: feature → options of its dynamic table."""
     tables = [("user", USERS), ("item", items), ("action", ACTIONS)]
     return SimpleNamespace(
         dropout=dropout,
@@ -102,15 +103,17 @@ def make_config(
             num_layers=1, hidden_size=dim, num_attention_heads=1, kv_channels=4, contextual_embedding_dim=user_dim
         ),
         embeddings=tuple(
-            EmbeddingArgs(
-                feature_names=[name],
-                table_name=item_table if name == "item" else f"{name}_table",
+            DynamicEmbeddingArgs(**common, **dynamic[name])
+            if dynamic and name in dynamic
+            else EmbeddingArgs(
+                **common,
                 item_vocab_size_or_capacity=rows,
                 sharding=sharding,
                 sharding_type="data_parallel" if name in replicated else "model_parallel",
-                init_std=0.5,
             )
             for name, rows in tables
+            for table in [item_table if name == "item" else f"{name}_table"]
+            for common in [{"feature_names": [name], "table_name": table, "init_std": 0.5}]
         ),
     )
 
@@ -119,7 +122,9 @@ def build(config: Any, mesh: mesh_module.Mesh) -> tuple[GRModel, Optimizers]:
     """The toy model, sharded and replicated, with its optimizers."""
     mesh_module.seed_initial_weights(config.trainer.seed)
     dim, user_dim = config.network.hidden_size, config.network.contextual_embedding_dim
-    specs = table_specs(config.embeddings, config.network, ["user"], "item", lookup_negatives=True)
+    specs = table_specs(
+        config.embeddings, config.network, ["user"], "item", lookup_negatives=True, world_size=mesh.world_size
+    )
     task = ToyTask(dim, user_dim if user_dim > 0 else dim, config.dropout)
     model, tables = shard(GRModel(specs, task, FEATURES, "item", config.trainer.seed), config, mesh)
     replicate_dense(model, mesh)

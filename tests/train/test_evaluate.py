@@ -155,10 +155,8 @@ def retrieval_batches():
 
 
 def evaluate_batches(model, batches, **options):
-    names = ["HR@1", "HR@10", "NDCG@10", "MRR", "HR@500"]
-    return evaluate_retrieval(
-        model, batches, lambda ids: model.table[ids], 20, names, l2_norm_eps=EPS, device=CPU, chunk_items=6, **options
-    )
+    corpus = Corpus(lambda ids: model.table[ids], 20, EPS, CPU, chunk_items=6)
+    return evaluate_retrieval(model, batches, corpus, ["HR@1", "HR@10", "NDCG@10", "MRR", "HR@500"], **options)
 
 
 def test_retrieval_evaluation_ignores_padding_and_leaves_the_model_as_it_was():
@@ -195,7 +193,7 @@ def test_a_rank_with_padding_only_still_takes_part_in_every_lookup():
         return model.table[ids]
 
     for rank_batches in (batches, [make_batch([[], []], task="retrieval_eval", labels=[-1, -1])]):
-        evaluate_retrieval(model, rank_batches, embed, 20, ["MRR"], l2_norm_eps=EPS, device=CPU, chunk_items=6)
+        evaluate_retrieval(model, rank_batches, Corpus(embed, 20, EPS, CPU, chunk_items=6), ["MRR"])
     assert calls[: len(calls) // 2] == calls[len(calls) // 2 :] == [6] * 8
 
 

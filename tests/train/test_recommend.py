@@ -13,9 +13,10 @@ from hstu.config.errors import ConfigError, DataError
 from hstu.config.run_config import RunConfig
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store import SequenceStore
+from hstu.parallel.embedding import dynamic_tables
 from hstu.parallel.mesh import Mesh
 from hstu.train.recommend import Recommendation, encode_users, recommend_for, table
-from tests.train.tiny import ITEMS, hashed_tables, run, tiny_config, walks
+from tests.train.tiny import ITEMS, run, tables_with_dynamic, tiny_config, walks
 
 TRAINED = {"max_train_iters": 60, "ckpt_save_interval": 1000}
 
@@ -110,12 +111,12 @@ def test_string_ids_come_back(mesh: Mesh, named: SequenceStore, tmp_path: Path) 
         encode_users(named, ["u99"])
 
 
-def test_items_that_share_rows_are_recommended_by_their_own_ids(
-    mesh: Mesh, store: SequenceStore, tmp_path: Path
-) -> None:
-    tables = hashed_tables(store, rows=7)
+def test_only_items_that_have_a_row_are_recommended(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:
+    tables = tables_with_dynamic(store, rows=7)
     config = tiny_config("retrieval", store, tmp_path, tables=tables, trainer={"ckpt_save_interval": 1000})
-    run(config, mesh)
+    finished = run(config, mesh)
+    held = set(dynamic_tables(finished.trainer.state.model)["movies"].slots.content()[0].tolist())
     known = set(walks()["items"][0])
     (entry,) = recommend_for(config, str(tmp_path / "checkpoints"), ["100"], 1000, mesh)
-    assert sorted(item - 1000 for item in entry.items) == sorted(set(range(ITEMS)) - known)
+    assert len(held) == 7 and held - known
+    assert sorted(item - 1000 for item in entry.items) == sorted(held - known)

@@ -23,7 +23,6 @@ from hstu.config.args import (
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES, HSTUBatch
-from hstu.data.hashing import hash_ids
 from hstu.data.sampler import SamplerPosition
 from hstu.data.store import SequenceStore
 from hstu.data.store_writer import StoreWriter
@@ -36,9 +35,9 @@ from tests.train.tiny import (
     TRAINER,
     FinishedRun,
     build,
-    hashed_tables,
     run,
     tables_of,
+    tables_with_dynamic,
     tiny_config,
     walks,
 )
@@ -172,30 +171,26 @@ def test_workers_change_nothing(train: Callable[..., FinishedRun], options: dict
     assert one.metrics == other.metrics
 
 
-# --- ids that share rows -------------------------------------------------------------------------------------------
+# --- ids without a row ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("negatives", ["in_batch", "uniform", "full"])
 def test_a_dynamic_table_smaller_than_the_ids_trains_and_evaluates(
-    train: Callable[..., FinishedRun],
-    store: SequenceStore,
-    warnings_of_hstu: pytest.LogCaptureFixture,
-    negatives: str,
+    train: Callable[..., FinishedRun], store: SequenceStore, negatives: str
 ) -> None:
     options = {"negatives": negatives} | ({"num_negatives": 4} if negatives == "uniform" else {})
     finished = train(
         "retrieval",
-        tables=hashed_tables(store, rows=7),
+        tables=tables_with_dynamic(store, rows=7),
         trainer={"max_train_iters": 30, "eval_at_end": True},
-        task_args={**options, "filter_seen": False, "eval_metrics": ("HR@1", "HR@11", "MRR")},
+        task_args={**options, "filter_seen": False, "eval_metrics": ("HR@7", "HR@11", "MRR")},
     )
-    assert "table 'hashed' is served as a static table of 7 rows: 11 ids are hashed into it" in warnings_of_hstu.text
-    assert finished.metrics["HR@11"] == 1.0, "every held-out item is found among the 11, not the 7"
-    # Items that share a row tie: whoever knows the row has the middle rank of them, so a rank below 1 is lost.
-    shared = np.bincount(hash_ids(np.arange(ITEMS), 7), minlength=7)
-    assert shared.max() > 1
-    assert 0.3 < finished.metrics["MRR"] < 1.0
+    assert finished.metrics["HR@7"] < 1.0, "items without a row are behind the 7 that have one"
+    assert finished.metrics["HR@11"] == 1.0 and finished.metrics["MRR"] > 0.1
     assert finished.losses[-1] < finished.losses[0]
+    report = [record for record in finished.records if record["kind"] == "train"][-1]["tables"]["movies"]
+    assert report["rows"] == report["capacity"] == 7
+    assert report["evictions"] == report["insertions"] > 0 and 0 < report["hit_rate"] < 1
 
 
 # --- a second store ------------------------------------------------------------------------------------------------
@@ -244,17 +239,6 @@ def test_a_second_store_with_other_numbers_gives_the_metrics_of_one_store(
     second = list(open_source(config, mesh).eval_batches("valid"))
     assert [ids(batch, "item_id") for batch in second] == [ids(batch, "item_id") for batch in first]
     assert trainer.evaluator.evaluate(second) == trainer.evaluator.evaluate(first)
-
-
-def test_a_second_store_is_hashed_as_the_first_one_is(
-    store: SequenceStore, source: Callable[..., StoreSource], tmp_path: Path
-) -> None:
-    second = write_users(tmp_path / "second", [0], item_order=np.arange(ITEMS))
-    rows = second.cardinality("item_id")
-    assert rows < ITEMS, "the second store's own codes would fit the table"
-    opened = source("ranking", tables=hashed_tables(store, rows=rows), dataset={"eval_dataset_path": str(second.path)})
-    (batch,) = opened.eval_batches("valid")
-    assert ids(batch, "item_id") == hash_ids(np.array(walks()["items"][0][-8:]), rows).tolist()
 
 
 def test_ids_that_only_the_second_store_has_are_refused(

@@ -91,11 +91,11 @@ def tables_of(
     )
 
 
-def hashed_tables(store: SequenceStore, rows: int) -> tuple[EmbeddingArgs, ...]:
-    """The same with fewer rows than items, which are hashed into them."""
+def tables_with_dynamic(store: SequenceStore, rows: int, **options: Any) -> tuple[EmbeddingArgs, ...]:
+    """The same, that of the items dynamic."""
     others = (table for table in tables_of(store) if table.feature_names != ["item_id"])
     dynamic = DynamicEmbeddingArgs(
-        feature_names=["item_id"], table_name="hashed", item_vocab_size_or_capacity=rows, init_std=0.3
+        feature_names=["item_id"], table_name="movies", item_vocab_size_or_capacity=rows, init_std=0.3, **options
     )
     return (dynamic, *others)
 

@@ -10,7 +10,8 @@ from torch import nn
 from hstu.config.args import OptimizerArgs, RankingArgs
 from hstu.model.embedding import TableSpec, build_collections
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS
-from hstu.parallel.embedding import table_optimizer_name, table_planner, table_sharder
+from hstu.parallel.dynamic.budget import plan_memory
+from hstu.parallel.embedding import table_optimizer_name, table_planner, table_sharders
 from hstu.train.estimate.situation import Situation
 
 NUMBER = 4
@@ -119,8 +120,13 @@ def plan_tables(situation: Situation) -> tuple[TableShards, ...]:
         return ()
     model = nn.Module()
     model.embedding = build_collections(situation.specs)
-    planner = table_planner(situation.specs, situation.world_size, situation.ranks_per_host, situation.device_type)
-    plan = planner.plan(model, [table_sharder(situation.config.optimizer, situation.device_type)])
+    memory = {
+        s.name: plan_memory(s, table_optimizer_name(situation.config.optimizer)) for s in specs.values() if s.dynamic
+    }
+    planner = table_planner(
+        situation.specs, situation.world_size, situation.ranks_per_host, situation.device_type, memory
+    )
+    plan = planner.plan(model, table_sharders(situation.config.optimizer, situation.device_type, situation.specs))
     found = []
     for tables in plan.plan.values():
         for name, table in tables.items():

@@ -170,7 +170,7 @@ def look_at(config: RunConfig, world_size: int, ranks_per_host: int, device_type
     if isinstance(config.dataset, DatasetArgs) and not _is_preprocessed(config.dataset):
         return _unseen(config, config.dataset, world_size, ranks_per_host, device_type)
     source = open_source(config, mesh)
-    specs = _specs(config, source.roles, source.tables)
+    specs = _specs(config, source.roles, source.tables, world_size)
     steps = min(source.batches_per_epoch, MOST_STEPS)
     groups = np.unique(np.linspace(0, world_size // tp - 1, MOST_GROUPS).astype(int))
     shares = {rank: source.train_shares(rank, steps) for group in groups for rank in _ranks(group, tp)}
@@ -204,10 +204,12 @@ def _merged(shares: list[Share]) -> Batch:
     return Batch(lengths, candidates, int(sum(share.num_labels.sum() for share in shares)))
 
 
-def _specs(config: RunConfig, roles: FeatureRoles, tables: Sequence[EmbeddingArgs]) -> tuple[TableSpec, ...]:
+def _specs(
+    config: RunConfig, roles: FeatureRoles, tables: Sequence[EmbeddingArgs], world_size: int
+) -> tuple[TableSpec, ...]:
     args = config.task_args
     has_negatives = isinstance(args, RetrievalArgs) and args.negatives != "in_batch"
-    return table_specs(tables, config.network, roles.contextual, roles.item, has_negatives)
+    return table_specs(tables, config.network, roles.contextual, roles.item, has_negatives, world_size)
 
 
 def _is_preprocessed(args: DatasetArgs) -> bool:
@@ -239,7 +241,7 @@ def _unseen(config: RunConfig, args: DatasetArgs, world_size: int, ranks_per_hos
         ranks_per_host,
         device_type,
         roles,
-        _specs(config, roles, tables),
+        _specs(config, roles, tables, world_size),
         args.max_sequence_length,
         rows.get(roles.item, 1),
         ((batch,),),

@@ -332,6 +332,7 @@ def _served(op: ShardedLookup) -> tuple[list[TableSpec], dict[str, int]]:
                 dim=columns,
                 features=tuple(f"{feature}_{place}" for feature in counts),
                 sharding="table_wise",
+                dynamic=None,  # its lookup costs what a static table's does; finding its rows is left out
             )
             served = {f"{feature}_{place}": count for feature, count in counts.items()}
             by_rank.setdefault(rank, []).append((spec, served, sum(counts.values()) * columns))

@@ -1,0 +1,159 @@
+"""Dynamic tables in a checkpoint: each rank writes what it holds, and reads of all files what it owns.
+
+``dynamic_rank<r>.pt`` has, for each table, its ids, their scores, rows and optimizer states (TableContent), in no
+order that means anything: a run of another number of ranks or another capacity puts them where they then belong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu.checkpoint.row_ids import MovedRows
+from hstu.config.errors import DataError
+from hstu.parallel.dynamic.content import Sightings, TableContent
+from hstu.parallel.dynamic.table import DynamicTable
+
+log = logging.getLogger(__name__)
+
+DYNAMIC_FILES = "dynamic_rank*.pt"
+
+
+PlainTables = dict[str, dict[str, Any]]
+"""Table → its TableContent as dicts, numbers and tensors."""
+
+
+def copy_of_tables(tables: Mapping[str, DynamicTable]) -> PlainTables:
+    """What this rank holds of them now, in host memory."""
+    return {name: as_plain(table.content()) for name, table in tables.items()}
+
+
+def write_dynamic_tables(root: Path, tables: PlainTables, rank: int) -> list[Path]:
+    """Write this rank's share of the tables; the file, if there is any."""
+    if not tables:
+        return []
+    path = root / DYNAMIC_FILES.replace("*", str(rank))
+    torch.save(tables, path)
+    return [path]
+
+
+def dynamic_problems(
+    root: Path, tables: Mapping[str, DynamicTable], *, with_states: bool, moved: Mapping[str, MovedRows]
+) -> list[str]:
+    """What the tables need and the checkpoint has not, in its first file; all are alike."""
+    stored = next(iter(_contents(root)), {})
+    problems = []
+    for name, table in tables.items():
+        if name not in stored:
+            problems.append(f"dynamic table {name} is not in the checkpoint")
+            continue
+        if name in moved and moved[name].places is None:
+            problems.append(f"dynamic table {name}: the vocabulary has changed, and which id is which cannot be told")
+        if stored[name].rows.shape[1] != table.spec.dim:
+            problems.append(f"dynamic table {name} is {stored[name].rows.shape[1]} wide there, {table.spec.dim} here")
+        missing = [state for state in table.states if with_states and state not in stored[name].states]
+        problems += [f"the state {state} of dynamic table {name} is not in the checkpoint" for state in missing]
+    return problems
+
+
+def read_dynamic_tables(
+    root: Path,
+    tables: Mapping[str, DynamicTable],
+    rank: int,
+    world_size: int,
+    *,
+    with_states: bool,
+    moved: Mapping[str, MovedRows],
+) -> None:
+    """Overwrite this rank's share of the tables, but of none that ``dynamic_problems`` finds unfit.
+
+    Without states, or where they lack, those begin anew. ``moved``: of the tables whose ids have other codes now.
+    """
+    for name, table in tables.items():
+        parts = [contents[name] for contents in _contents(root) if name in contents]
+        untold = name in moved and moved[name].places is None
+        if not parts or untold or parts[0].rows.shape[1] != table.spec.dim:
+            continue
+        parts = [_with_states_of(part, table, with_states) for part in parts]
+        if name in moved:
+            parts = [_recoded(part, moved[name]) for part in parts]
+        lost = table.restore(parts, rank, world_size)
+        if lost:
+            log.warning("table %s: %d ids of the checkpoint have no room on rank %d; the best stay", name, lost, rank)
+
+
+def read_table(root: Path, name: str) -> list[TableContent]:
+    """The parts of one table of a checkpoint. Raises DataError where it has none of that name."""
+    parts = [contents[name] for contents in _contents(root) if name in contents]
+    if not parts:
+        known = sorted({table for contents in _contents(root) for table in contents})
+        raise DataError(f"{root} has no dynamic table {name!r}; it has {', '.join(known) or 'none'}")
+    return parts
+
+
+def _contents(root: Path) -> list[dict[str, TableContent]]:
+    """What each rank has written; tensors stay in the files until they are read."""
+    files = sorted(root.glob(DYNAMIC_FILES), key=lambda path: int(path.stem.removeprefix("dynamic_rank")))
+    return [{name: _from_plain(plain) for name, plain in read_plain(file).items()} for file in files]
+
+
+def read_plain(path: Path) -> PlainTables:
+    """One file, its tensors memory mapped."""
+    tables: PlainTables = torch.load(path, mmap=True, weights_only=True)
+    return tables
+
+
+def as_plain(content: TableContent) -> dict[str, Any]:
+    """Copies, which a view must be to be saved without all that it is a view of."""
+    fields = {field.name: getattr(content, field.name) for field in dataclasses.fields(content)}
+    fields["states"] = {name: _copy(state) for name, state in content.states.items()}
+    if content.sightings is not None:
+        fields["sightings"] = {"ids": _copy(content.sightings.ids), "scores": _copy(content.sightings.scores)}
+    return {name: _copy(value) if isinstance(value, Tensor) else value for name, value in fields.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True).contiguous()
+
+
+def _from_plain(plain: dict[str, Any]) -> TableContent:
+    sightings = plain.pop("sightings")
+    return TableContent(**plain, sightings=None if sightings is None else Sightings(**sightings))
+
+
+def _recoded(part: TableContent, moved: MovedRows) -> TableContent:
+    """The ids that still are in the vocabulary, under their new codes."""
+    assert moved.places is not None, "dynamic_problems tells"
+    codes = np.flatnonzero(moved.places >= 0)
+    new_code = np.full(int(moved.places.max(initial=-1)) + 1, -1, dtype=np.int64)
+    new_code[moved.places[codes]] = codes
+
+    def recoded(ids: Tensor) -> Tensor:
+        known = (ids >= 0) & (ids < len(new_code))
+        return torch.where(known, torch.from_numpy(new_code)[torch.where(known, ids, 0)], -1)
+
+    ids = recoded(part.ids)
+    kept = dataclasses.replace(part, ids=ids).chosen(ids >= 0)
+    if part.sightings is None:
+        return kept
+    sighted = recoded(part.sightings.ids)
+    return dataclasses.replace(kept, sightings=Sightings(sighted[sighted >= 0], part.sightings.scores[sighted >= 0]))
+
+
+def _with_states_of(part: TableContent, table: DynamicTable, keep: bool) -> TableContent:
+    """The states that the table has: those of the part, or zeros."""
+    states = {}
+    for name, state in table.states.items():
+        if keep and name in part.states:
+            states[name] = part.states[name]
+        else:
+            shape = (len(part.ids), table.spec.dim) if state.dim() > 1 else (len(part.ids),)
+            states[name] = torch.zeros(shape, dtype=state.dtype)
+    return dataclasses.replace(part, states=states)

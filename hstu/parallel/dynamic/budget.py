@@ -1,0 +1,89 @@
+"""Where the rows of a dynamic table lie: in GPU memory as far as its budget goes, the rest in host memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+
+from hstu.model.embedding import TableSpec
+
+_NUMBER = 4
+"""Bytes of a float32: rows and states have no other type."""
+_WIDE_STATES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 0, "adam": 2, "adamw": 2}
+"""Optimizer → states as wide as the row."""
+
+
+def bytes_of_row(stored_dim: int, optimizer: str) -> int:
+    """A row and its optimizer's states."""
+    one_number = _NUMBER if optimizer == "rowwise_adagrad" else 0
+    return stored_dim * _NUMBER * (1 + _WIDE_STATES[optimizer]) + one_number
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory of one dynamic table, over all ranks."""
+
+    rows: int
+    row_bytes: int
+    """With the states of the optimizer."""
+    budget_bytes: int
+    """GPU memory that it may take: global_hbm_for_values, or that of item_vocab_gpu_capacity rows, or of
+    item_vocab_gpu_capacity_ratio of the capacity, or of all rows: the first of these that is given."""
+    given_by: str
+    """The option that decided."""
+    caching: bool
+
+    @property
+    def gpu_rows(self) -> int:
+        """Rows that the budget has room for."""
+        return min(self.rows, self.budget_bytes // self.row_bytes)
+
+    @property
+    def kernel(self) -> EmbeddingComputeKernel:
+        """What TorchRec runs on a GPU.
+
+        FBGEMM cannot split one table between the two memories: without ``caching`` a table beyond its budget is read
+        from host memory, and the budget stays unused.
+        """
+        if self.gpu_rows == self.rows:
+            return EmbeddingComputeKernel.FUSED
+        if self.caching and self.gpu_rows:
+            return EmbeddingComputeKernel.FUSED_UVM_CACHING
+        return EmbeddingComputeKernel.FUSED_UVM
+
+    @property
+    def cached_share(self) -> float:
+        """Share of the rows that the cache holds."""
+        return self.gpu_rows / self.rows
+
+    def describe(self, device_type: str) -> str:
+        """For the log."""
+        whole, budget = (f"{amount / 2**20:,.1f} MiB" for amount in (self.rows * self.row_bytes, self.budget_bytes))
+        where = {
+            EmbeddingComputeKernel.FUSED: "all in GPU memory",
+            EmbeddingComputeKernel.FUSED_UVM_CACHING: f"in host memory, {self.gpu_rows:,} rows cached in GPU memory",
+            EmbeddingComputeKernel.FUSED_UVM: "in host memory",
+        }[self.kernel]
+        if device_type == "cpu":
+            where = f"all in host memory (on GPUs: {where})"
+        given = f"{budget} of GPU memory by {self.given_by}"
+        return f"{self.rows:,} rows of {self.row_bytes:,} bytes with their states, {whole}; {given}: {where}"
+
+
+def plan_memory(spec: TableSpec, optimizer: str) -> MemoryPlan:
+    """The plan of a dynamic table that is trained by ``optimizer`` (OptimizerArgs)."""
+    args = spec.dynamic
+    assert args is not None
+    capacity = args.item_vocab_size_or_capacity
+    row_bytes = bytes_of_row(spec.stored_dim, optimizer)
+    if args.global_hbm_for_values is not None:
+        given_by, budget = "global_hbm_for_values", args.global_hbm_for_values
+    elif args.item_vocab_gpu_capacity is not None:
+        given_by, budget = "item_vocab_gpu_capacity", int(args.item_vocab_gpu_capacity) * row_bytes
+    elif args.item_vocab_gpu_capacity_ratio is not None:
+        rows = int(args.item_vocab_gpu_capacity_ratio * capacity)
+        given_by, budget = "item_vocab_gpu_capacity_ratio", rows * row_bytes
+    else:
+        given_by, budget = "default", capacity * row_bytes
+    return MemoryPlan(capacity, row_bytes, budget, given_by, args.caching)

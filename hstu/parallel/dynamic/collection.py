@@ -1,0 +1,176 @@
+"""Dynamic tables inside TorchRec's sharded collections: between the exchange of ids and the lookup, ids become rows.
+
+Not on TorchRec's managed collision: its sharding demands `buckets`, a contiguous range of ids a rank and a module for
+each table that is driven through dicts of JaggedTensors, and its eviction resets the state of rowwise_adagrad alone.
+All that is needed is two steps of ShardedEmbeddingCollection itself: the exchange, which already sends any int64
+whole to the rank that a block size determines, and ``compute``, in which rows are then looked up. Both lie behind the
+calls that pipelines take apart, so that an id is given a row in the order of the steps, whatever runs ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch import Tensor
+from torchrec import EmbeddingCollection, KeyedJaggedTensor
+from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
+from torchrec.distributed.types import ParameterSharding, ShardingEnv
+
+from hstu.data.batch import NEGATIVES
+from hstu.model.embedding import DynamicEmbeddingCollection, TableSpec
+from hstu.parallel.dynamic.hashing import mix, unmix
+from hstu.parallel.dynamic.table import DynamicTable
+from hstu.parallel.row_sparse import RowSparseEmbeddingCollection
+
+
+class OwnerDist(RwSparseFeaturesDist):
+    """Sends ids, unchanged, to the ranks that own them (DynamicEmbeddingArgs.dist_type).
+
+    FBGEMM sends an id, read as unsigned, to rank ``id // block`` where there is one, else to ``id % ranks``. A hash
+    travels instead of its id, and is turned back at its owner.
+    """
+
+    def __init__(self, specs: Sequence[TableSpec], pg: dist.ProcessGroup, device: torch.device | None) -> None:
+        """``specs``: the table of each feature."""
+        kinds = [spec.dynamic.dist_type for spec in specs if spec.dynamic is not None]
+        capacities = [spec.rows - pg.size() for spec in specs]  # without the default rows
+        super().__init__(
+            pg=pg,
+            num_features=len(specs),
+            feature_hash_sizes=[
+                capacity if kind == "continuous" else pg.size()
+                for kind, capacity in zip(kinds, capacities, strict=True)
+            ],
+            device=device,
+            is_sequence=True,
+            keep_original_indices=True,
+        )
+        self._hashed = [kind == "hash_roundrobin" for kind in kinds]
+
+    def forward(self, sparse_features: KeyedJaggedTensor) -> Any:
+        """See RwSparseFeaturesDist."""
+        if any(self._hashed):
+            ends, ids = sparse_features.offset_per_key(), sparse_features.values()
+            parts = [ids[start:stop] for start, stop in pairwise(ends)]
+            sent = [mix(part) if hashed else part for part, hashed in zip(parts, self._hashed, strict=True)]
+            sparse_features = with_values(sparse_features, torch.cat(sent))
+        return super().forward(sparse_features)
+
+
+def with_values(features: KeyedJaggedTensor, values: Tensor) -> KeyedJaggedTensor:
+    """The same features with other ids."""
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=values,
+        lengths=features.lengths(),
+        stride=features.stride(),
+        length_per_key=features.length_per_key(),
+        offset_per_key=features.offset_per_key(),
+    )
+
+
+class DynamicLookups(ShardedEmbeddingCollection):
+    """What a sharded collection of dynamic tables does besides. ``specs`` and ``tables`` are set once it is made."""
+
+    specs: Mapping[str, TableSpec]
+    """By feature."""
+    tables: Mapping[str, DynamicTable]
+    """By name; empty where this rank has no share, which row-wise sharding does not leave."""
+
+    def _create_input_dist(self, input_feature_names: list[str], ctx: Any = None) -> None:
+        super()._create_input_dist(input_feature_names, ctx)
+        self._input_dists = [
+            OwnerDist([self.specs[name] for name in sharding.feature_names()], sharding._pg, self._device)
+            for sharding in self._sharding_type_to_sharding.values()
+        ]
+
+    def compute(self, ctx: Any, dist_input: KJTList) -> list[Tensor]:
+        """See ShardedEmbeddingCollection."""
+        return super().compute(ctx, self._rows_of(dist_input))
+
+    def compute_and_output_dist(self, ctx: Any, input: KJTList) -> Any:
+        """See ShardedEmbeddingCollection."""
+        return super().compute_and_output_dist(ctx, self._rows_of(input))
+
+    def prefetch(self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None) -> None:
+        """Nothing: which rows are looked up is decided in the step itself, once the rows before have been updated."""
+
+    def write_back(self) -> None:
+        """Put rows that FBGEMM has in its cache, where there is one, back into the table, and forget them there."""
+        for lookup in self._lookups:
+            for module in lookup.modules():
+                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+                    module.flush()
+                    module.reset_cache_states()
+
+    def _rows_of(self, dist_input: KJTList) -> KJTList:
+        return KJTList([self._remapped(features) for features in dist_input])
+
+    @torch.no_grad()
+    def _remapped(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """This rank's features with rows for ids.
+
+        A table's features train together, as one batch. NEGATIVES come after them and give no id a row: they were drawn
+        from the corpus, and would drive out the ids that occur.
+        """
+        ends, rows = features.offset_per_key(), features.values().clone()
+        part_of = {key: slice(*ends[place : place + 2]) for place, key in enumerate(features.keys())}
+        for table in self.tables.values():
+            parts = {key: rows[part_of[key]] for key in table.spec.features}
+            if table.spec.dynamic is not None and table.spec.dynamic.dist_type == "hash_roundrobin":
+                parts = {key: unmix(part) for key, part in parts.items()}
+            table.clear_default_row()
+            training = [key for key in parts if self.training and key != NEGATIVES]
+            if training:
+                trained = table.train(torch.cat([parts[key] for key in training]))
+                for key, found in zip(training, trained.split([len(parts[key]) for key in training]), strict=True):
+                    rows[part_of[key]] = found
+            for key in parts:
+                if key not in training:
+                    rows[part_of[key]] = table.look_up(parts[key])
+        return with_values(features, rows)
+
+
+class DynamicFusedCollection(DynamicLookups):
+    """Trained by FBGEMM's fused optimizers."""
+
+
+class DynamicRowSparseCollection(DynamicLookups, RowSparseEmbeddingCollection):
+    """Trained by RowLazyAdam."""
+
+
+class DynamicSharder(EmbeddingCollectionSharder):
+    """Shards DynamicEmbeddingCollections, row-wise, as the planner must have been told."""
+
+    def __init__(self, specs: Sequence[TableSpec], sharder: EmbeddingCollectionSharder, row_sparse: bool) -> None:
+        """``sharder``: that of the other tables; ``row_sparse``: it leaves gradients to RowLazyAdam."""
+        super().__init__(sharder.fused_params)
+        self._specs = {feature: spec for spec in specs if spec.dynamic is not None for feature in spec.features}
+        self._row_sparse = row_sparse
+
+    def shard(
+        self,
+        module: EmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> DynamicLookups:
+        """See EmbeddingCollectionSharder."""
+        kind = DynamicRowSparseCollection if self._row_sparse else DynamicFusedCollection
+        fused_params = {} if self._row_sparse else self.fused_params
+        collection = kind(module, params, env, fused_params, device, module_fqn=module_fqn)
+        collection.specs = self._specs
+        return collection
+
+    @property
+    def module_type(self) -> type[EmbeddingCollection]:
+        """See EmbeddingCollectionSharder."""
+        return DynamicEmbeddingCollection

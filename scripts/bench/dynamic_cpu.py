@@ -1,0 +1,185 @@
+"""Throughput of dynamic tables beside TorchRec's managed collision and a static table; one JSON object on stdout.
+
+torchrun --nproc-per-node 2 scripts/bench/dynamic_cpu.py [--ids 100000000]
+
+Every rank owns a part of a Zipf stream, of more ids than the table has rows. First the ids alone are turned into rows:
+the whole stream by the C++ slots, parts of it by the PyTorch ones and by MCH (MCH/n: new ids get rows after n batches). Then whole tables are trained, ids
+exchanged and gradients applied: dynamic, and static with as many rows and the ids hashed into them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import nn
+from torchrec import JaggedTensor
+from torchrec.modules.mc_modules import LFU_EvictionPolicy, LRU_EvictionPolicy, MCHManagedCollisionModule
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
+
+from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs
+from hstu.data.batch import keyed_jagged
+from hstu.data.hashing import hash_ids
+from hstu.model.embedding import table_specs
+from hstu.model.gr_model import GRModel
+from hstu.observe.logging import quiet_libraries
+from hstu.parallel import mesh as meshes
+from hstu.parallel.collectives import gather_objects
+from hstu.parallel.dynamic.cpu_slots import CpuSlots
+from hstu.parallel.dynamic.slots import Counters, Policy, SlotTable
+from hstu.parallel.dynamic.torch_slots import TorchSlots
+from hstu.parallel.embedding import dynamic_tables, shard
+
+SCATTER = 0x9E3779B97F4A7C15
+"""Multiplies ranks of popularity into ids all over int64."""
+
+
+def zipf(rng: np.random.Generator, count: int, options: argparse.Namespace) -> np.ndarray:
+    """Ids of a bounded Zipf distribution, int64: inverse of its (continuous) cumulative distribution."""
+    power = 1 - options.alpha
+    ranks = ((options.distinct**power - 1) * rng.random(count) + 1) ** (1 / power)
+    return (ranks.astype(np.uint64) * np.uint64(SCATTER)).view(np.int64)
+
+
+def own_batches(mesh: meshes.Mesh, ids: int, options: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """This rank's ids of a stream of ``ids`` over all ranks, a batch at a time; every rank has a stream apart."""
+    rng = np.random.default_rng(mesh.rank)
+    for _ in range(ids // mesh.world_size // options.batch):
+        yield torch.from_numpy(zipf(rng, options.batch, options))
+
+
+def rate(batches: Iterator[torch.Tensor], remap: Callable[[torch.Tensor], Any]) -> dict[str, float]:
+    """Ids and seconds that ``remap`` took; making the batches is not timed."""
+    seconds, ids = 0.0, 0
+    for batch in batches:
+        begun = time.perf_counter()
+        remap(batch)
+        seconds += time.perf_counter() - begun
+        ids += len(batch)
+    return {"ids": ids, "ids_per_s": ids / seconds}
+
+
+def slots_rate(table: SlotTable, batches: Iterator[torch.Tensor]) -> dict[str, float]:
+    """The same of a SlotTable, with what became of the ids, and memory after half and all of the stream."""
+    counters, memory, step = Counters(), [], 0
+
+    def remap(ids: torch.Tensor) -> None:
+        nonlocal step
+        step += 1
+        counters.add(table.assign(ids, step).counters)
+        memory.append(psutil.Process().memory_info().rss)
+
+    told: dict[str, float] = rate(batches, remap)
+    told["hit_rate"] = counters.hits / counters.lookups
+    told |= {"insertions": counters.insertions, "evictions": counters.evictions, "rows": table.size}
+    return told | {"memory_half_mib": memory[len(memory) // 2] / 2**20, "memory_mib": memory[-1] / 2**20}
+
+
+def mch_rate(policy: Any, capacity: int, interval: int, batches: Iterator[torch.Tensor]) -> dict[str, float]:
+    """TorchRec's managed collision: what a sharded collection does with the ids of a training batch."""
+    module = MCHManagedCollisionModule(capacity, torch.device("cpu"), policy, interval, input_hash_size=2**63 - 1)
+    module.train()
+
+    def remap(ids: torch.Tensor) -> None:
+        ids = ids & torch.iinfo(torch.int64).max  # it takes no negative ones
+        features = {"table": JaggedTensor(values=ids, lengths=torch.tensor([len(ids)]))}
+        module.profile(features)
+        module.remap(features)
+        module.evict()
+
+    return rate(batches, remap)
+
+
+def trained(mesh: meshes.Mesh, options: argparse.Namespace, policy: str | None) -> dict[str, float]:
+    """Rows a second of a table in training: exchange, lookup, backward with the optimizer. None: a static table."""
+    common = {"feature_names": ["item"], "table_name": "item", "item_vocab_size_or_capacity": options.capacity}
+    args: EmbeddingArgs = EmbeddingArgs(**common, sharding_type="model_parallel", sharding="row_wise")
+    if policy is not None:
+        args = DynamicEmbeddingArgs(**common, evict_strategy=policy)
+    network = NetworkArgs(num_layers=1, hidden_size=options.dim, num_attention_heads=1, kv_channels=4)
+    specs = table_specs([args], network, [], "item", world_size=mesh.world_size)
+    optimizer_args = OptimizerArgs(optimizer_str=options.optimizer, learning_rate=0.01)
+    config: Any = SimpleNamespace(optimizer=optimizer_args, trainer=SimpleNamespace(seed=1))
+    model, optimizer = shard(GRModel(specs, nn.Identity(), ["item"], "item", seed=1), config, mesh)
+
+    def step(ids: torch.Tensor) -> None:
+        numbers = ids.numpy() if policy is not None else hash_ids(ids.numpy(), options.capacity)
+        features = keyed_jagged({"item": numbers}, {"item": np.array([len(numbers)])})
+        optimizer.zero_grad()
+        rows = model.embedding[0](features)["item"].values()
+        torch.autograd.backward([rows], [rows.detach()])
+        optimizer.step()
+
+    batches = own_batches(mesh, options.trained_ids, options)
+    for _ in range(options.trained_warm_up):
+        step(next(batches))
+    for table in dynamic_tables(model).values():
+        table.counters = Counters()
+    told = rate(batches, step)
+    for table in dynamic_tables(model).values():
+        told["hit_rate"] = table.counters.hits / max(1, table.counters.lookups)
+    return told
+
+
+def over_ranks(told: dict[str, float], mesh: meshes.Mesh) -> dict[str, float]:
+    """Rates and counts summed over the ranks, shares averaged."""
+    parts = gather_objects(told, mesh.world_group)
+    return {
+        name: round(sum(part[name] for part in parts) / (len(parts) if name == "hit_rate" else 1), 4) for name in told
+    }
+
+
+def main() -> None:
+    """Run all, on all ranks alike."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ids", type=int, default=100_000_000, help="of the stream, over all ranks")
+    parser.add_argument("--distinct", type=int, default=50_000_000)
+    parser.add_argument("--alpha", type=float, default=1.05)
+    parser.add_argument("--capacity", type=int, default=1_000_000, help="rows over all ranks")
+    parser.add_argument("--batch", type=int, default=100_000, help="ids a rank and step")
+    parser.add_argument("--other-ids", type=int, default=8_000_000, help="of the stream for MCH and PyTorch")
+    parser.add_argument(
+        "--mch-intervals", type=int, nargs="+", default=[1, 10], help="batches after which MCH gives rows to new ids"
+    )
+    parser.add_argument("--trained-ids", type=int, default=6_000_000)
+    parser.add_argument("--trained-warm-up", type=int, default=10, help="steps")
+    parser.add_argument("--dim", type=int, default=32)
+    parser.add_argument("--optimizer", default="rowwise_adagrad")
+    options = parser.parse_args()
+    quiet_libraries()
+    mesh = meshes.start()
+    torch.set_num_threads(1)
+    share = options.capacity // mesh.world_size
+    remapped = {}
+    policies: list[tuple[Policy, Any]] = [("lru", LRU_EvictionPolicy()), ("lfu", LFU_EvictionPolicy())]
+    for name, policy in policies:
+        runs: dict[str, Callable[[Iterator[torch.Tensor]], dict[str, float]]] = {
+            "C++": partial(slots_rate, CpuSlots(share, name)),
+            "PyTorch": partial(slots_rate, TorchSlots(share, name)),
+            **{f"MCH/{n}": partial(mch_rate, policy, share, n) for n in options.mch_intervals},
+        }
+        for kind, run in runs.items():
+            batches = own_batches(mesh, options.ids if kind == "C++" else options.other_ids, options)
+            remapped[f"{kind} {name}"] = over_ranks(run(batches), mesh)
+    training = {
+        name: over_ranks(trained(mesh, options, policy), mesh)
+        for name, policy in (("static", None), ("dynamic lru", "lru"), ("dynamic lfu", "lfu"))
+    }
+    if mesh.is_main:
+        print(json.dumps({"options": vars(options), "ranks": mesh.world_size, "remap": remapped, "train": training}))
+    meshes.finish()
+
+
+if __name__ == "__main__":
+    main()

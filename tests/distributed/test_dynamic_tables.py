@@ -1,0 +1,90 @@
+"""Dynamic tables trained by real ranks: as static ones where there is room, and right where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import run_ranks
+
+OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+PIPELINES = ("none", "native", "prefetch")
+PRESSED = {"lru": {}, "lfu": {"evict_strategy": "lfu"}, "hashed": {"dist_type": "hash_roundrobin"}}
+CASES: dict[str, dict[str, Any]] = {
+    **{f"static/{name}": {"call": "beside_static", "optimizer": name} for name in OPTIMIZERS},
+    **{
+        f"static/{kind}": {"call": "beside_static", "optimizer": "adam", "dist_type": kind, "dim": 6}
+        for kind in ("continuous", "hash_roundrobin")
+    },
+    **{
+        f"{pipeline}/{name}": {"call": "in_pipeline", "pipeline": pipeline, "optimizer": name}
+        for pipeline in PIPELINES
+        for name in ("rowwise_adagrad", "adam")
+    },
+    **{
+        f"none/{name}": {"call": "in_pipeline", "pipeline": "none", "optimizer": "adagrad", **options}
+        for name, options in PRESSED.items()
+    },
+    **{f"looked at/{name}": {"call": "looked_at", "optimizer": name} for name in ("sgd", "adam")},
+}
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return run_ranks("tests.distributed.dynamic_cases:run_cases", request.param, timeout_s=120, cases=CASES)
+
+
+def cases(prefix: str) -> list[str]:
+    return [name for name in CASES if name.startswith(prefix)]
+
+
+@pytest.mark.parametrize("case", cases("static/"))
+def test_with_room_for_all_ids_a_run_is_that_of_a_static_table_exactly(results: Any, case: str) -> None:
+    for of_rank in results:
+        static, dynamic = of_rank[case]["losses"]
+        assert static == dynamic and len(set(static)) == len(static)
+        for feature, same in of_rank[case]["same"].items():
+            assert all(same) and len(same) > 15, feature
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_pipelines_give_ids_their_rows_in_the_order_of_the_steps(results: Any, optimizer: str) -> None:
+    for of_rank in results:
+        runs = [of_rank[f"{pipeline}/{optimizer}"] for pipeline in PIPELINES]
+        assert runs[0] == runs[1] == runs[2]
+
+
+@pytest.mark.parametrize("case", [*cases("none/"), "native/adam"])
+def test_slots_that_change_hands_begin_anew(results: Any, case: str) -> None:
+    for of_rank in results:
+        result = of_rank[case]
+        assert all(result["fresh"]) and len(result["fresh"]) > 2
+        counters = result["counters"]["item_table"]
+        assert counters["evictions"] > 0 and counters["lookups"] > counters["hits"] > 0
+        assert counters["waiting"] == 0
+
+
+@pytest.mark.parametrize("case", cases("looked at/"))
+def test_an_evaluation_finds_rows_of_known_ids_and_zeros_for_others(results: Any, case: str) -> None:
+    for of_rank in results:
+        result = of_rank[case]
+        assert result["known"] > 15
+        assert result["rows_are_found"] and result["others_are_zero"] and result["unchanged"]
+
+
+def test_a_checkpoint_goes_on_with_equal_losses_on_two_then_four_then_one_rank(tmp_path: Path) -> None:
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    here = "tests.distributed.dynamic_cases"
+    original = run_ranks(f"{here}:save_and_go_on", 2, timeout_s=60, directory=first)[0]
+    on_four = run_ranks(f"{here}:load_and_go_on", 4, timeout_s=60, directory=first, save_to=second)[0]
+    on_one = run_ranks(f"{here}:load_and_go_on", 1, timeout_s=60, directory=second)[0]
+    too_small = run_ranks(f"{here}:load_and_go_on", 1, timeout_s=60, directory=first, capacity=9)[0]
+    for case, expected in original.items():
+        assert len(expected["held"]) > 15
+        for resumed in (on_four[case], on_one[case]):
+            assert resumed["held"] == expected["held"]
+            assert resumed["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        kept = too_small[case]["held"]
+        assert len(kept) == 9 and kept.items() <= expected["held"].items()

@@ -1,0 +1,86 @@
+"""Which memory a dynamic table gets, of its own width, type and optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+
+from hstu.config.args import DynamicEmbeddingArgs, NetworkArgs, OptimizerArgs
+from hstu.model.embedding import TableSpec, build_collections, table_specs
+from hstu.parallel.dynamic.budget import MemoryPlan, bytes_of_row, plan_memory
+from hstu.parallel.embedding import table_planner, table_sharders
+
+CAPACITY, DIM = 1000, 30
+ROW = 32 * 4 * 3
+"""Bytes of a row of 30 numbers, which is stored as 32, with the two moments of Adam."""
+
+
+def spec_of(**options: Any) -> TableSpec:
+    args = DynamicEmbeddingArgs(
+        feature_names=["item"], table_name="item", item_vocab_size_or_capacity=CAPACITY, **options
+    )
+    network = NetworkArgs(num_layers=1, hidden_size=DIM, num_attention_heads=1, kv_channels=4)
+    return table_specs([args], network, [], "item", world_size=4)[0]
+
+
+def plan(**options: Any) -> MemoryPlan:
+    return plan_memory(spec_of(**options), "adam")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"), [("sgd", 128), ("adagrad", 256), ("rowwise_adagrad", 132), ("adam", 384)]
+)
+def test_a_row_counts_with_the_states_of_its_optimizer(optimizer: str, expected: int) -> None:
+    assert bytes_of_row(32, optimizer) == expected
+
+
+def test_bytes_come_before_rows_and_rows_before_their_share() -> None:
+    everything = {"global_hbm_for_values": 7 * ROW + 5, "item_vocab_gpu_capacity": 20.0}
+    ratio = {"item_vocab_gpu_capacity_ratio": 0.5}
+    assert (plan(**everything, **ratio).gpu_rows, plan(**everything, **ratio).given_by) == (7, "global_hbm_for_values")
+    assert plan(item_vocab_gpu_capacity=20.0, **ratio).gpu_rows == 20
+    assert plan(**ratio).gpu_rows == 500
+    assert plan().gpu_rows == CAPACITY and plan(item_vocab_gpu_capacity_ratio=1.0).gpu_rows == CAPACITY
+    assert plan(global_hbm_for_values=0).gpu_rows == 0
+
+
+def test_rows_beyond_the_budget_are_in_host_memory_behind_a_cache_if_one_is_asked_for() -> None:
+    assert plan().kernel is EmbeddingComputeKernel.FUSED
+    assert plan(item_vocab_gpu_capacity=999.0).kernel is EmbeddingComputeKernel.FUSED_UVM
+    cached = plan(item_vocab_gpu_capacity=250.0, caching=True)
+    assert cached.kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING and cached.cached_share == 0.25
+    assert plan(global_hbm_for_values=0, caching=True).kernel is EmbeddingComputeKernel.FUSED_UVM
+
+
+def test_the_log_says_what_is_and_on_a_cpu_what_would_be() -> None:
+    cached = plan(item_vocab_gpu_capacity=250.0, caching=True)
+    expected = (
+        "1,000 rows of 384 bytes with their states, 0.4 MiB; 0.1 MiB of GPU memory by item_vocab_gpu_capacity: "
+        "in host memory, 250 rows cached in GPU memory"
+    )
+    assert cached.describe("cuda") == expected
+    assert "all in host memory (on GPUs: in host memory, 250 rows cached" in cached.describe("cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [
+        ({}, "fused"),
+        ({"item_vocab_gpu_capacity": 10.0}, "fused_uvm"),
+        ({"item_vocab_gpu_capacity": 10.0, "caching": True}, "fused_uvm_caching"),
+    ],
+)
+def test_the_planner_of_gpus_follows_and_cuts_by_rows(options: dict[str, Any], kernel: str) -> None:
+    specs = (spec_of(**options),)
+    model = nn.Module()
+    model.embedding = build_collections(specs)
+    optimizer = OptimizerArgs(optimizer_str="adam", learning_rate=0.1)
+    planner = table_planner(specs, 4, 4, "cuda", {"item": plan_memory(specs[0], "adam")})
+    plan = planner.plan(model, table_sharders(optimizer, "cuda", specs))
+    (table,) = [table for tables in plan.plan.values() for table in tables.values()]
+    assert (table.compute_kernel, table.sharding_type) == (kernel, "row_wise")
+    assert [shard.shard_sizes for shard in table.sharding_spec.shards] == [[CAPACITY // 4 + 1, 32]] * 4
+    assert (table.cache_params is not None) == (kernel == "fused_uvm_caching")

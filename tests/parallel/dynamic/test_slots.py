@@ -1,0 +1,148 @@
+"""Who has a slot: the C++ and the PyTorch implementation do what a dictionary does, id for id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hstu.data.hashing import splitmix64
+from hstu.ops.cpu.build import KernelsUnavailable
+from hstu.parallel.dynamic import check
+from hstu.parallel.dynamic.cpu_slots import CpuSlots
+from hstu.parallel.dynamic.hashing import mix, unmix
+from hstu.parallel.dynamic.slots import NO_SLOT, Policy, SlotTable, counts_of, steps_of
+from hstu.parallel.dynamic.torch_slots import TorchSlots
+from tests.parallel.dynamic.dictionary import DictionaryTable
+
+KINDS = [TorchSlots, CpuSlots]
+EXTREMES = [0, -1, 1, 2**63 - 1, -(2**63), 2**62, -(2**31), 2**32]
+IDS = st.integers(-20, 60) | st.sampled_from(EXTREMES) | st.integers(-(2**63), 2**63 - 1)
+STREAMS = st.lists(st.lists(IDS, max_size=40), max_size=12)
+THRESHOLDS = st.sampled_from([0, 1, 2, 3, 5])
+
+
+def assert_holds(table: SlotTable, model: DictionaryTable) -> None:
+    ids, scores = table.content()
+    counts, steps = counts_of(table.policy, scores), steps_of(table.policy, scores)
+    held = {id_: list(pair) for id_, *pair in zip(ids.tolist(), counts.tolist(), steps.tolist(), strict=True)}
+    assert held == model.held
+    assert torch.equal(table.lookup(ids), torch.arange(len(ids)))
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@settings(max_examples=60, deadline=None)
+@given(stream=STREAMS, capacity=st.integers(1, 50), threshold=THRESHOLDS, restart=st.integers(0, 12))
+def test_streams_leave_what_they_leave_in_a_dictionary(
+    policy: Policy, stream: list[list[int]], capacity: int, threshold: int, restart: int
+) -> None:
+    model = DictionaryTable(capacity, policy, threshold)
+    tables = [kind(capacity, policy, threshold) for kind in KINDS]
+    for step, batch in enumerate(stream, 1):
+        expected = model.assign(batch, step)
+        ids = torch.tensor(batch, dtype=torch.int64)
+        done = [table.assign(ids, step) for table in tables]
+        for table, made in zip(tables, done, strict=True):
+            assert made.new_ids.tolist() == expected["placed"]
+            assert made.evicted_ids.tolist() == expected["evicted"]
+            assert made.slots.tolist() == table.lookup(ids).tolist()
+            assert {id_ for id_, slot in zip(batch, made.slots.tolist(), strict=True) if slot == NO_SLOT} == {
+                *expected["waiting"],
+                *expected["rejected"],
+            }
+            assert made.counters.waiting == sum(batch.count(id_) for id_ in expected["waiting"])
+            assert made.counters.rejections == sum(batch.count(id_) for id_ in expected["rejected"])
+            assert_holds(table, model)
+        assert done[0].slots.equal(done[1].slots) and done[0].new_slots.equal(done[1].new_slots)
+        assert done[0].counters == done[1].counters
+        if step == restart:
+            tables = [restarted(table) for table in tables]
+
+
+def restarted(table: SlotTable) -> SlotTable:
+    """Another table that was given the content of ``table``, as a checkpoint does."""
+    other = type(table)(table.capacity, table.policy, table.admission_threshold)
+    other.restore(*table.content())
+    if table.sightings is not None and other.sightings is not None:
+        other.sightings.restore(*table.sightings.content())
+    return other
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_long_streams_under_pressure_agree(policy: Policy) -> None:
+    """Enough ids for the order of eviction to be made anew many times."""
+    rng = np.random.default_rng(0)
+    tables = [kind(5000, policy, 2) for kind in KINDS]
+    for step in range(1, 60):
+        ids = torch.from_numpy(rng.zipf(1.2, 4000) % 40_000 - 1000)
+        first, second = (table.assign(ids, step) for table in tables)
+        assert first.slots.equal(second.slots) and first.evicted_ids.equal(second.evicted_ids)
+        assert first.counters == second.counters
+    assert first.counters.evictions > 50 and first.counters.waiting > 100
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_without_a_slot_are_not_found_and_looking_changes_nothing(kind: type[SlotTable]) -> None:
+    table = kind(4, "lru")
+    assert table.lookup(torch.tensor([0, -1])).tolist() == [NO_SLOT] * 2
+    table.assign(torch.tensor([7, 0, 7]), 1)
+    before = [part.clone() for part in table.content()]
+    assert table.lookup(torch.tensor([0, 1, 7, -(2**63)])).tolist() == [1, NO_SLOT, 0, NO_SLOT]
+    assert all(map(torch.equal, before, table.content()))
+    assert table.lookup(torch.empty(0, dtype=torch.int64)).tolist() == []
+
+
+def evicted(table: SlotTable, stream: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [table.assign(torch.tensor(batch), step).evicted_ids.tolist() for step, batch in enumerate(stream, 1)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lru_and_lfu_differ_as_their_names_say(kind: type[SlotTable]) -> None:
+    stream = [[1, 1, 1], [2], [3]]
+    assert evicted(kind(2, "lru"), stream) == [[], [], [1]]
+    assert evicted(kind(2, "lfu"), stream) == [[], [], [2]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rare_newcomers_do_not_drive_out_what_is_seen_often_under_lfu(kind: type[SlotTable]) -> None:
+    table = kind(3, "lfu")
+    table.assign(torch.tensor([1, 1, 1, 2, 2, 3]), 1)
+    made = table.assign(torch.tensor([7, 8, 8, 8]), 2)
+    assert made.evicted_ids.tolist() == [3] and made.new_ids.tolist() == [8]
+    assert made.counters.rejections == 1
+    assert table.assign(torch.tensor([9]), 3).evicted_ids.tolist() == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_neither_the_order_nor_the_place_of_ids_in_a_batch_decides_who_stays(kind: type[SlotTable]) -> None:
+    rng = np.random.default_rng(1)
+    straight, shuffled = kind(30, "lfu"), kind(30, "lfu")
+    for step in range(1, 20):
+        batch = rng.integers(0, 60, 50)
+        straight.assign(torch.from_numpy(batch), step)
+        shuffled.assign(torch.from_numpy(rng.permutation(batch)), step)
+        assert set(straight.content()[0].tolist()) == set(shuffled.content()[0].tolist())
+
+
+def test_compiled_slots_are_not_used_where_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "library_file", lambda: tmp_path / "kernels.so")
+    check.check_slots()
+    passed = tmp_path / "kernels.slots_checked"
+    assert passed.exists()
+    passed.unlink()
+    monkeypatch.setattr(check, "CpuSlots", lambda capacity, *rest: CpuSlots(capacity - 1, *rest))
+    with pytest.raises(KernelsUnavailable, match="slots of dynamic tables"):
+        check.check_slots()
+    assert not passed.exists()
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1))
+def test_hashes_of_tensors_are_those_of_arrays_and_have_an_inverse(ids: list[int]) -> None:
+    mixed = mix(torch.tensor(ids))
+    assert np.array_equal(mixed.numpy().view(np.uint64), splitmix64(np.array(ids)))
+    assert unmix(mixed).tolist() == ids

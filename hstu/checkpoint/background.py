@@ -32,7 +32,9 @@ class Background:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._mesh = mesh
         self._own_mesh = dataclasses.replace(mesh, world_group=group, progress=Progress())
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        # Else the thread would take up room on the host's first GPU, wherever the copies came from.
+        device = (torch.cuda.set_device, (mesh.device,)) if mesh.device.type == "cuda" else (None, ())
+        self._thread = ThreadPoolExecutor(1, "checkpoint", *device)
         self._work: list[Future[None]] = []
 
     def start(self, work: Callable[[Mesh], None]) -> None:

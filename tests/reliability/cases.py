@@ -24,6 +24,7 @@ from hstu.checkpoint.load import load
 from hstu.checkpoint.manifest import DamagedCheckpoint
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.run_config import RunConfig
+from hstu.data.store import SequenceStore
 from hstu.observe.peak import PeakTflops
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects
@@ -32,7 +33,7 @@ from hstu.train import builder, main
 from hstu.train.trainer import Trainer
 from tests.distributed.checkpoint_cases import _new_state, _train
 from tests.distributed.pipeline_cases import digest
-from tests.train.tiny import tiny_config
+from tests.train.tiny import hashed_tables, tiny_config
 
 BEST = 5
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -134,10 +135,11 @@ def many_saves(directory: str, saves: int, keep: int, background: bool) -> dict[
 
 
 def run_with(
-    deeds: dict[str, str], iteration: int, store: str, output: str, task: str = "ranking", **options: Any
+    deeds: dict[str, str], iteration: int, store: str, output: str, rows: int | None = None, **options: Any
 ) -> dict[str, Any]:
-    """A whole run, as the entry scripts start it. ``deeds``: rank → what befalls it in saving ``iteration``.
+    """A whole run, as the entry scripts start it. ``deeds``: rank → what befalls it in or before ``iteration``.
 
+    ``rows``: the items have a dynamic table of that capacity.
     Returns what the rank's run was like; a rank whose run fails ends with its exit code.
     """
     torch.set_num_threads(1)
@@ -153,7 +155,9 @@ def run_with(
         return trainer
 
     builder.build_trainer = build_and_sabotage
-    code = main.run(tiny_config(task, store, output, **options))
+    if rows is not None:
+        options["tables"] = hashed_tables(SequenceStore.open(store), rows)
+    code = main.run(tiny_config("ranking", store, output, **options))
     if code:
         sys.exit(code)
     return seen

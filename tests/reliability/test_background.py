@@ -37,21 +37,22 @@ def committed(output: Path) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "optimizer", "sharding"),
+    ("ranks", "optimizer", "more"),
     [
-        (1, "adam", "row_wise"),
-        (2, "adam", "row_wise"),
-        pytest.param(2, "rowwise_adagrad", "table_wise", marks=pytest.mark.slow),
+        (1, "adam", {}),
+        (2, "adam", {}),
+        pytest.param(2, "rowwise_adagrad", {"sharding": "table_wise"}, marks=pytest.mark.slow),
+        pytest.param(2, "adam", {"rows": 7}, marks=pytest.mark.slow, id="dynamic"),
     ],
 )
 def test_what_is_written_later_is_what_was_there_when_it_was_saved(
-    store: str, tmp_path: Path, ranks: int, optimizer: str, sharding: str
+    store: str, tmp_path: Path, ranks: int, optimizer: str, more: dict[str, Any]
 ) -> None:
     """Slow writing: the weights, which are updated in place, have long changed when they are written."""
     kinds = {"waiting": asked(store, tmp_path / "waiting")}
     kinds["background"] = asked(store, tmp_path / "background", "slow", ckpt_async=True, ckpt_keep_last=9)
     for kind in kinds.values():
-        kind |= {"optimizer": {"optimizer_str": optimizer}, "sharding": sharding, "network": {"hidden_dropout": 0.2}}
+        kind |= {"optimizer": {"optimizer_str": optimizer}, "network": {"hidden_dropout": 0.2}, **more}
     waiting, background = (run_ranks(HERE, ranks, TIMEOUT_S, **kind) for kind in kinds.values())
     expected, found = (committed(tmp_path / kind) for kind in kinds)
     assert list(found) == list(expected) == SAVED

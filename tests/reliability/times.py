@@ -40,7 +40,9 @@ def main() -> int:
                     given = asked(store, output, at=iteration, **trainer) | {"deeds": {"1": deed}}
                     ranks = run_to_their_ends(HERE, 2, 120, **given)
                 else:
-                    ranks = run_to_their_ends(FAILURES, 2, 120, **case(store, output, {1: deed}, iteration, **trainer))
+                    ranks = run_to_their_ends(
+                        f"{FAILURES}:run_with", 2, 120, **case(store, output, {1: deed}, iteration, **trainer)
+                    )
                 taken = max(rank.at for rank in ranks) - failed_at(output)
                 committed = sorted(path.name for path in (output / "checkpoints").glob("iteration_*"))
                 how = "in the background" if background else "waiting"

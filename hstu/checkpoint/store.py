@@ -86,6 +86,11 @@ class CheckpointStore:
         else:
             self._background.start(point)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether ``poll`` or ``wait`` have still to tell of a save in the background; the same on all ranks."""
+        return self._background is not None and self._background.is_working
+
     def poll(self) -> None:
         """Raise what has gone wrong with a save in the background; to be called in every step."""
         if self._background is not None:

@@ -38,9 +38,10 @@ class TrainerArgs(Args):
     ckpt_save_interval: int = option(-1, minimum=-1)
     """Save a checkpoint every this many iterations. -1: never."""
     ckpt_save_dir: str = option("./checkpoints", not_empty=True)
-    """Directory that receives the checkpoints, one directory an iteration."""
+    """Directory that receives the checkpoints, one directory an iteration. It must not hold another run's."""
     ckpt_load_dir: str = option("")
-    """A checkpoint, a directory of them (the newest is taken), or "auto": the newest in ckpt_save_dir if any."""
+    """A checkpoint, a directory of them (the latest is taken), or "auto": the latest in ckpt_save_dir, if any, or
+    the one before where that is damaged."""
     ckpt_load_strict: bool = option(True)
     """False: load what fits, leave the rest as initialised, and report what is missing, unexpected or of another size.
     A table with more rows keeps those that the checkpoint has. True: whatever does not fit is an error."""

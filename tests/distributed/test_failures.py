@@ -298,26 +298,26 @@ def test_under_torchrun_the_others_tell_of_a_killed_rank_and_save_nothing(store:
 
 
 @pytest.mark.slow
-def test_torch_alone_cannot_restart_ranks(tmp_path: Path) -> None:
+def test_torch_alone_gives_a_restarted_rank_the_store_of_the_attempt_before(tmp_path: Path) -> None:
     """The defect of torch 2.13 for which mesh.start gives each attempt a part of the store of its own.
 
-    Here rank 1 comes to look for rank 0 before that has written its new address over the old one.
+    A rank that comes early finds the addresses of the others as they were before.
     """
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, sys, time, torch, torch.distributed as dist\n"
-        "from datetime import timedelta\n"
-        "attempt = os.environ['TORCHELASTIC_RESTART_COUNT']\n"
-        "if attempt == '1' and os.environ['RANK'] == '0': time.sleep(5)\n"
-        "dist.init_process_group('gloo', timeout=timedelta(seconds=10))\n"
-        "dist.all_reduce(torch.ones(1))\n"
-        "print('attempt', attempt, flush=True)\n"
-        "sys.exit(attempt == '0')\n"
+        "import os, sys, torch.distributed as dist\n"
+        "store, rank, _ = next(dist.rendezvous('env://'))\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    store.set(f'address {rank}', 'old')\n"
+        "    store.wait(['address 0', 'address 1'])\n"
+        "    sys.exit(1)\n"
+        "os.write(1, store.get(f'address {1 - rank}') + b'\\n')\n"
     )
-    command = [*TORCHRUN, "2", "--max-restarts", "1", str(program)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=LAUNCH_S)
-    assert "attempt 0" in ended.stdout and "attempt 1" not in ended.stdout
-    assert ended.returncode != 0
+    ended = subprocess.run(
+        [*TORCHRUN, "2", "--max-restarts", "1", str(program)], capture_output=True, text=True, timeout=LAUNCH_S
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == ["old", "old"]
 
 
 @pytest.mark.slow

@@ -76,6 +76,8 @@ def without_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """What depends on the kind of device takes the meta device as it would take a GPU."""
     autocast, is_enabled = torch.autocast, torch.is_autocast_enabled
     known: Callable[[str], str] = lambda device: "cpu" if device == "meta" else device  # noqa: E731
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator(known(torch.device(device).type)))
     monkeypatch.setattr(torch, "autocast", lambda device, **options: autocast(known(device), **options))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: is_enabled(known(device)))
     for limits in (attention.SCORES_PER_BLOCK, attention.ROWS_PER_BLOCK):

@@ -94,7 +94,7 @@ def check(told: dict[str, Any], pipelines: tuple[str, ...]) -> None:
             assert len(evaluated) == (0 if at == "evaluation" else 1), where
             redone = stopped_after - 1 if at == "evaluation" else stopped_after
             assert second["records"] == after(whole["records"], redone), where
-            for what in ("weights", "noise", "summary", "position"):
+            for what in ("weights", "noise", "history", "summary", "position"):
                 assert second[what] == whole[what], (where, what)
 
 

@@ -54,6 +54,7 @@ def stop_and_go(
     return {
         "weights": weights,
         "noise": torch.rand(2).tolist(),
+        "history": trainer.state.carried["history"].state(),
         "records": [
             {name: record[name] for name in ("kind", "iter", "epoch", "loss", "lr", "metrics") if name in record}
             for record in finished.records

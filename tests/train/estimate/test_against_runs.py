@@ -52,7 +52,7 @@ def test_what_backward_needs_is_known_within_a_tenth(name: str, world_size: int,
     expected = (
         layers * activations.layer_bytes(situation, tokens)[0]
         + activations.input_bytes(situation, batch, tokens)
-        + activations.task_bytes(situation, batch)[0]
+        + activations.task_bytes(situation, batch, situation.pool(batch))[0]
     )
     assert ranks[0]["activations"] == pytest.approx(expected, rel=0.1)
 

@@ -26,26 +26,27 @@ def agree(part: Callable[[], T], mesh: Mesh) -> list[T]:
     mesh.progress.mark()
     result: T | None = None
     failure: Exception | None = None
+    blamed = mesh.rank
     try:
         result = part()
     except CheckpointException as error:  # of torch.distributed.checkpoint; no Exception but a BaseException
-        failure = _cause(error)
+        blamed, failure = _cause(error)
     except Exception as error:
         failure = error
-    outcomes = gather_objects((result, failure), mesh.world_group)
-    for rank, (_, problem) in enumerate(outcomes):
+    outcomes = gather_objects((result, failure, blamed), mesh.world_group)
+    for _, problem, rank in outcomes:
         if isinstance(problem, UserError):
             raise problem
         if isinstance(problem, OSError):
             raise CheckpointFailure(f"checkpointing failed on rank {rank}: {problem}") from (failure or problem)
         if problem is not None:
             raise RuntimeError(f"checkpointing failed on rank {rank}: {problem}") from (failure or problem)
-    return [value for value, _ in outcomes]
+    return [value for value, _, _ in outcomes]
 
 
-def _cause(error: CheckpointException) -> Exception:
-    """What the file system said, if it was that."""
-    for cause, _ in error.failures.values():
+def _cause(error: CheckpointException) -> tuple[int, Exception]:
+    """(rank, what went wrong there): that the file system refused, if it did; every rank is told of all."""
+    for rank, (cause, _) in error.failures.items():
         if isinstance(cause, OSError):
-            return cause
-    return RuntimeError(str(error))
+            return rank, cause
+    return next(iter(error.failures)), RuntimeError(str(error))

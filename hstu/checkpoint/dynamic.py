@@ -36,11 +36,14 @@ def copy_of_tables(tables: Mapping[str, DynamicTable]) -> PlainTables:
 
 
 def write_dynamic_tables(root: Path, tables: PlainTables, rank: int) -> list[Path]:
-    """Write this rank's share of the tables; the file, if there is any."""
+    """Write this rank's share of the tables; the file, if there is any. Raises OSError where that fails."""
     if not tables:
         return []
     path = root / DYNAMIC_FILES.replace("*", str(rank))
-    torch.save(tables, path)
+    try:
+        torch.save(tables, path)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"{path.name} cannot be written: {error}") from error
     return [path]
 
 

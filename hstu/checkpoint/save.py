@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from hstu.checkpoint import directory as place
 from hstu.checkpoint.agree import CheckpointFailure, agree
@@ -86,6 +90,19 @@ class _Planner(dcp.DefaultSavePlanner):
         return _part(self.state_dict, index) if self._copies is None else self._copies[index]
 
 
+class _Writer(dcp.FileSystemWriter):
+    """Tells what the file system has said where it refuses; torch.save says "unexpected pos 704 vs 598"."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
+
+
 def _part(tensors: dict[str, Any], index: MetadataIndex) -> Tensor:
     """The part of a live tensor that ``index`` names."""
     tensor = tensors[index.fqn]
@@ -121,14 +138,16 @@ def write(directory: Path, contents: Contents, mesh: Mesh) -> Path:
 
 
 def _write_tensors(root: Path, contents: Contents, mesh: Mesh) -> None:
-    writer, planner = dcp.FileSystemWriter(root / TENSORS), _Planner(contents.copies)
+    writer, planner = _Writer(root / TENSORS), _Planner(contents.copies)
     dcp.save(contents.tensors, storage_writer=writer, planner=planner, process_group=mesh.world_group)
 
 
 def _write_own_files(root: Path, contents: Contents, mesh: Mesh) -> Files:
     """Write this rank's files; descriptions of them and of its tensor files."""
     rng = root / f"rng_rank{mesh.rank}.pt"
-    torch.save(contents.random_state, rng)
+    content = io.BytesIO()
+    torch.save(contents.random_state, content)
+    rng.write_bytes(content.getbuffer())
     dynamic = write_dynamic_tables(root, contents.dynamic, mesh.rank)
     files = [rng, *dynamic, *(root / TENSORS).glob(f"__{mesh.rank}_*")]
     if mesh.is_main:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Optional, Self, TextIO
 
-from hstu.config.errors import ConfigError
+from hstu.config.errors import ConfigError, UserError
 from hstu.observe.records import EvalRecord, TrainRecord, to_line
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ def default_path(source_files: Sequence[str], root: Path | str = "runs", now: Op
     return path
 
 
+class RunDirectoryFailure(UserError):
+    """The run's directory could be written when the run began and cannot any more: a full disk, lost permissions."""
+
+
 class RunDirectory:
     """Writes operative.gin at once, metrics.jsonl as the run goes, summary.json and curves.png at its end.
 
@@ -42,7 +46,7 @@ class RunDirectory:
     new lines after it, and an operative.gin that differs from ``config_text`` is kept as operative-1.gin, ….
     is_main: False writes nothing at all. tensorboard: also write event files to ``path/tensorboard``.
 
-    Raises ConfigError if the directory cannot be written.
+    Raises ConfigError if the directory cannot be written, and RunDirectoryFailure if it cannot be later on.
     """
 
     def __init__(self, path: Path | str, config_text: str, is_main: bool = True, *, tensorboard: bool = False) -> None:
@@ -120,7 +124,10 @@ class RunDirectory:
         }
         # Through strict JSON and back: nan becomes null here as in metrics.jsonl.
         text = json.dumps(json.loads(to_line(summary)), indent=2) + "\n"
-        _replace(self.path / "summary.json", text)
+        try:
+            _replace(self.path / "summary.json", text)
+        except OSError as error:
+            raise _failure(self.path / "summary.json", error) from error
 
     def draw_curves(self) -> Optional[Path]:
         """Draw curves.png from metrics.jsonl; its path, or None where there is nothing to draw yet."""
@@ -171,8 +178,11 @@ class RunDirectory:
     def _append(self, record: Mapping[str, Any]) -> None:
         if self._metrics is None:
             return
-        self._metrics.write(to_line(record) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(to_line(record) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise _failure(self.metrics_file, error) from error
 
 
 def _replace(path: Path, text: str) -> None:
@@ -180,6 +190,10 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _failure(path: Path, error: OSError) -> RunDirectoryFailure:
+    return RunDirectoryFailure(f"the run's directory cannot be written: {path}: {error.strerror or error}")
 
 
 def _unused(directory: Path, pattern: str) -> Path:

@@ -85,7 +85,8 @@ def where_of(told: dict[str, Any]) -> str:
 def points(setting: Setting, number: int, seed: int) -> Iterator[dict[str, Any]]:
     """Kinds of kills in turn, each at a seeded place: operations on files, forwards, moments."""
     rng = random.Random(f"{seed} {setting.name}")
-    for index in range(number):
+    first = rng.randrange(100)
+    for index in range(first, first + number):
         rank = rng.randrange(setting.ranks)
         seen = setting.undisturbed[rank]
         kinds: dict[str, list[int]] = {}

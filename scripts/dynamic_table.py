@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--table", required=True)
         command.add_argument("--parquet", type=Path, required=True)
         if name == "export":
-            command.add_argument("--since-step", type=int, default=0, help="only ids trained on after this batch")
+            command.add_argument("--since-step", type=int, default=0, help="only rows changed after this batch")
         else:
             command.add_argument("--output", type=Path, required=True, help="directory for the new checkpoint")
     options = parser.parse_args(arguments)

@@ -37,7 +37,7 @@ def copy_of_tables(tables: Mapping[str, DynamicTable]) -> PlainTables:
 
 
 def write_dynamic_tables(root: Path, tables: PlainTables, rank: int) -> list[Path]:
-    """Write this rank's share of the tables; the file, if there is any."""
+    """Write this rank's share of the tables; the file, if there is any. Raises OSError where that fails."""
     if not tables:
         return []
     path = root / DYNAMIC_FILES.replace("*", str(rank))

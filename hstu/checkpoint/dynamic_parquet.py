@@ -19,15 +19,16 @@ from hstu.parallel.dynamic.content import TableContent
 from hstu.parallel.dynamic.slots import counts_of, score, steps_of
 
 _STATE = "state."
-_COLUMNS = ("id", "count", "step", "row")
+_COLUMNS = ("id", "count", "step", "changed", "row")
 _METADATA = b"dynamic_table"
 
 
 def export_table(checkpoint: Path, table: str, path: Path, since_step: int = 0) -> int:
-    """Write the ids of a dynamic table that were trained on after batch ``since_step``; returns how many.
+    """Write the ids of a dynamic table whose rows have changed after batch ``since_step``; returns how many.
 
-    Columns: id, count (how often it was trained on), step (when last, in training batches), row (a list of float32) and
-    state.<name> of the optimizer. Raises DataError where the checkpoint has no such table.
+    Columns: id, count (how often it was trained on), step (when last, in training batches), changed (the same, as a
+    sampled negative, too), row (a list of float32) and state.<name> of the optimizer. Raises DataError where the
+    checkpoint has no such table.
     """
     parts = [part.changed_since(since_step) for part in read_table(checkpoint, table)]
     arrow = pa.concat_tables([_as_arrow(part) for part in parts])
@@ -50,6 +51,7 @@ def read_parquet(path: Path) -> TableContent:
         step=known["step"],
         ids=torch.from_numpy(_numbers(arrow, "id")),
         scores=score(known["policy"], counts, steps),
+        changed=torch.from_numpy(_numbers(arrow, "changed")),
         rows=torch.from_numpy(_numbers(arrow, "row")),
         states={
             name.removeprefix(_STATE): torch.from_numpy(_numbers(arrow, name))
@@ -86,6 +88,7 @@ def _as_arrow(content: TableContent) -> pa.Table:
         "id": content.ids,
         "count": counts_of(content.policy, content.scores),
         "step": steps_of(content.policy, content.scores),
+        "changed": content.changed,
         "row": content.rows,
         **{f"{_STATE}{name}": state for name, state in content.states.items()},
     }

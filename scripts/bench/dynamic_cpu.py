@@ -3,8 +3,9 @@
 torchrun --nproc-per-node 2 scripts/bench/dynamic_cpu.py [--ids 100000000]
 
 Every rank owns a part of a Zipf stream, of more ids than the table has rows. First the ids alone are turned into rows:
-the whole stream by the C++ slots, parts of it by the PyTorch ones and by MCH (MCH/n: new ids get rows after n batches). Then whole tables are trained, ids
-exchanged and gradients applied: dynamic, and static with as many rows and the ids hashed into them.
+the whole stream by the C++ slots, parts of it by the PyTorch ones and by MCH (MCH/n: new ids get rows after n batches).
+Then whole tables are trained, ids exchanged and gradients applied: dynamic, and static with as many rows and the ids
+hashed into them.
 """
 
 from __future__ import annotations

@@ -75,19 +75,21 @@ def make_config(
     pipeline: str = "none",
     learning_rate: float = 0.02,
     bindings: tuple[str, ...] | list[str] = (),
+    dynamic: tuple[str, ...] | list[str] = (),
 ) -> RunConfig:
-    """A small run whose global batch does not depend on the number of ranks."""
+    """A small run whose global batch does not depend on the number of ranks. ``dynamic``: whose tables are."""
     tables = []
     for name, rows in (("item_id", 30), ("action", 4), ("age", 5)):
-        kind = "data_parallel" if name in replicated else "model_parallel"
+        args = f"{name}/{'Dynamic' if name in dynamic else ''}EmbeddingArgs"
         tables += [
-            f"{name}/EmbeddingArgs.feature_names = ['{name}']",
-            f"{name}/EmbeddingArgs.table_name = '{name}_table'",
-            f"{name}/EmbeddingArgs.item_vocab_size_or_capacity = {rows}",
-            f"{name}/EmbeddingArgs.sharding_type = '{kind}'",
-            f"{name}/EmbeddingArgs.sharding = '{sharding}'",
-            f"{name}/EmbeddingArgs.init_std = 0.3",
+            f"{args}.feature_names = ['{name}']",
+            f"{args}.table_name = '{name}_table'",
+            f"{args}.item_vocab_size_or_capacity = {rows}",
+            f"{args}.init_std = 0.3",
         ]
+        if name not in dynamic:
+            kind = "data_parallel" if name in replicated else "model_parallel"
+            tables += [f"{args}.sharding_type = '{kind}'", f"{args}.sharding = '{sharding}'"]
     run = [
         f"TrainerArgs.train_batch_size = {GLOBAL_BATCH // world_size}",
         f"TrainerArgs.eval_batch_size = {GLOBAL_BATCH // world_size}",

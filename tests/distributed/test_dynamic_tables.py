@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import free_port, run_ranks
+from tests.distributed.tensor_cases import write_store
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 PIPELINES = ("none", "native", "prefetch")
@@ -72,6 +73,28 @@ def test_an_evaluation_finds_rows_of_known_ids_and_zeros_for_others(results: Any
         result = of_rank[case]
         assert result["known"] > 15
         assert result["rows_are_found"] and result["others_are_zero"] and result["unchanged"]
+
+
+def test_ranks_groups_and_pipelines_train_what_one_process_trains(tmp_path: Path) -> None:
+    write_store(tmp_path / "store")
+    runs = {"adam": ("adam", 0.005), "rowwise": ("rowwise_adagrad", 0.005)}
+
+    def group(tp: int, pipeline: str) -> dict[str, Any]:
+        tensor_parallel = [f"TensorModelParallelArgs.tensor_model_parallel_size = {tp}"]
+        common = {"pipeline": pipeline, "dynamic": ["item_id", "age"], "bindings": tensor_parallel}
+        cases = {
+            f"{name}/{tp}": {"optimizer": optimizer, "learning_rate": rate, **common}
+            for name, (optimizer, rate) in runs.items()
+        }
+        return {"tp": tp, "port": free_port(), "cases": cases}
+
+    here = "tests.distributed.matrix_cases:run"
+    alone = run_ranks(here, 1, timeout_s=60, store=str(tmp_path / "store"), groups=[group(1, "none")])[0]
+    groups = [group(1, "prefetch"), group(2, "native"), group(4, "none")]
+    for told in run_ranks(here, 4, timeout_s=120, store=str(tmp_path / "store"), groups=groups):
+        assert len(told) == 6
+        for name, result in told.items():
+            assert result["losses"] == pytest.approx(alone[f"{name.partition('/')[0]}/1"]["losses"], rel=1e-5), name
 
 
 def test_a_checkpoint_goes_on_with_equal_losses_on_two_then_four_then_one_rank(tmp_path: Path) -> None:

@@ -62,17 +62,29 @@ def test_tables_go_to_parquet_and_back(checkpoint: Path, tmp_path: Path, capsys:
     assert np.array_equal(np.array(exported["row"].to_pylist(), np.float32), content.rows.numpy())
 
     assert main(["export", *begin, str(new), "--since-step", "3"]) == 0
-    newest = steps_of(content.policy, content.scores) > 3
+    newest = content.changed > 3
     assert 0 < newest.sum() < len(newest)
     assert pq.read_table(new)["id"].to_pylist() == content.ids[newest].tolist()
 
     assert main(["import", *begin, str(whole), "--output", str(tmp_path / "edited")]) == 0
     (copied,) = read_table(tmp_path / "edited" / checkpoint.name, "movies")
-    for name in ("ids", "scores", "rows"):
+    for name in ("ids", "scores", "changed", "rows"):
         assert torch.equal(getattr(copied, name), getattr(content, name))
     assert copied.states.keys() == content.states.keys()
     assert main(["export", "--ckpt", str(checkpoint), "--table", "films", "--parquet", str(new)]) == 3
     assert "has no dynamic table 'films'; it has movies" in capsys.readouterr().err
+
+
+def test_rows_that_were_negatives_alone_have_changed_too(train: Train, store: SequenceStore) -> None:
+    finished = train(
+        "retrieval",
+        tables=tables_with_dynamic(store, rows=ITEMS),
+        trainer={"train_batch_size": 1, "max_train_iters": 12},
+        task_args={"negatives": "full"},
+    )
+    content = dynamic_tables(finished.trainer.state.model)["movies"].content()
+    last_seen = steps_of(content.policy, content.scores)
+    assert (content.changed == 12).all() and (last_seen < 12).any()
 
 
 def test_an_imported_table_is_trained_on(checkpoint: Path, tmp_path: Path, train: Train, store: SequenceStore) -> None:

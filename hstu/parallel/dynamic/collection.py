@@ -134,7 +134,7 @@ class DynamicLookups(ShardedEmbeddingCollection):
                     rows[part_of[key]] = found
             for key in parts:
                 if key not in training:
-                    rows[part_of[key]] = table.look_up(parts[key])
+                    rows[part_of[key]] = table.look_up(parts[key], training=self.training)
         return with_values(features, rows)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class TableContent:
     """int64 [n]."""
     scores: Tensor
     """int64 [n]."""
+    changed: Tensor
+    """int64 [n]: the training batch that changed the row last, as an id of the batch or as a negative."""
     rows: Tensor
     """float32 [n, dim]."""
     states: Mapping[str, Tensor]
@@ -40,18 +42,23 @@ class TableContent:
 
     def chosen(self, places: Tensor) -> TableContent:
         """The ids at ``places``, a mask [n] or indices, with the same sightings."""
-        states = {name: state[places] for name, state in self.states.items()}
-        ids, scores, rows = self.ids[places], self.scores[places], self.rows[places]
-        return TableContent(self.policy, self.step, ids, scores, rows, states, self.sightings)
+        return replace(
+            self,
+            ids=self.ids[places],
+            scores=self.scores[places],
+            changed=self.changed[places],
+            rows=self.rows[places],
+            states={name: state[places] for name, state in self.states.items()},
+        )
 
     def changed_since(self, step: int) -> TableContent:
-        """The ids that were trained on after batch ``step``: only those rows have changed."""
-        return self.chosen(steps_of(self.policy, self.scores) > step)
+        """The ids whose rows have changed after batch ``step``."""
+        return self.chosen(self.changed > step)
 
     def scored_by(self, policy: Policy) -> TableContent:
         """The same with the scores of ``policy``, which have the same counts and steps."""
         scores = score(policy, counts_of(self.policy, self.scores), steps_of(self.policy, self.scores))
-        return TableContent(policy, self.step, self.ids, scores, self.rows, self.states, self.sightings)
+        return replace(self, policy=policy, scores=scores)
 
 
 def merged(parts: Sequence[TableContent]) -> TableContent:
@@ -62,6 +69,7 @@ def merged(parts: Sequence[TableContent]) -> TableContent:
         step=max(part.step for part in parts),
         ids=torch.cat([part.ids for part in parts]),
         scores=torch.cat([part.scores for part in parts]),
+        changed=torch.cat([part.changed for part in parts]),
         rows=torch.cat([part.rows for part in parts]),
         states={name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states},
         sightings=merged_sightings(sightings) if sightings else None,

@@ -49,6 +49,8 @@ class DynamicTable:
         """Training batches so far."""
         self.counters = Counters()
         """Since they were last read."""
+        self.changed = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
+        """The last training batch that changed each row."""
         self._key = table_key(seed, spec.name)
         self._write_back = write_back
         self._default_was_trained = False
@@ -59,11 +61,16 @@ class DynamicTable:
         assigned = self.slots.assign(ids, self.step)
         self.counters.add(assigned.counters)
         self._renew(assigned.new_slots, assigned.new_ids)
-        return self._or_default(assigned.slots)
+        rows = self._or_default(assigned.slots)
+        self.changed[rows] = self.step
+        return rows
 
-    def look_up(self, ids: Tensor) -> Tensor:
-        """Rows, int64 [n], of ids; none gets one that has none."""
-        return self._or_default(self.slots.lookup(ids))
+    def look_up(self, ids: Tensor, *, training: bool) -> Tensor:
+        """Rows, int64 [n], of ids; none gets one that has none. ``training``: the rows will be changed."""
+        rows = self._or_default(self.slots.lookup(ids))
+        if training:
+            self.changed[rows] = self.step
+        return rows
 
     @torch.no_grad()
     def clear_default_row(self) -> None:
@@ -96,6 +103,7 @@ class DynamicTable:
             step=self.step,
             ids=ids,
             scores=scores,
+            changed=self.changed[used],
             rows=self.weight[used, :dim],
             states=states,
             sightings=None if sightings is None else Sightings(*sightings.content()),
@@ -120,6 +128,7 @@ class DynamicTable:
         used, dim = slice(len(kept.ids)), self.spec.dim
         self._write_back()
         self.weight[used, :dim] = kept.rows.to(self.weight)
+        self.changed[used] = kept.changed.to(self.changed)
         for name, state in self.states.items():
             target = state[used, :dim] if state.dim() > 1 else state[used]
             target.copy_(kept.states[name])

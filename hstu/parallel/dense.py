@@ -7,7 +7,6 @@ DDP and in TorchRec's exchange for the tables, so an update is that of the mean 
 # No postponed annotations: DDP looks at those of the hook that it is given.
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,14 +24,19 @@ class ReplicatedDense(DistributedDataParallel):
         super().__init__(dense, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.own_buckets_finite: list[Tensor] = []
         """Of each bucket since ``clear``, in the order in which they were averaged: bool scalars on the device."""
-        self.register_comm_hook(group, self._look_and_average)
+        self.register_comm_hook(self, _average_bucket)
 
-    def _look_and_average(self, group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        gradients = bucket.buffer()
+    def average_bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Begin to average what DDP has just filled; the averages."""
+        gradients, group = bucket.buffer(), self.process_group
         self.own_buckets_finite.append(all_finite([gradients]))
         gradients.mul_(1.0 / dist.get_world_size(group))  # as DDP does by itself, with the same bits
         averaged = dist.all_reduce(gradients, group=group, async_op=True).get_future()
         return averaged.then(lambda done: done.value()[0])
+
+
+def _average_bucket(dense: ReplicatedDense, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    return dense.average_bucket(bucket)
 
 
 def replicate_dense(model: GRModel, mesh: Mesh) -> GRModel:

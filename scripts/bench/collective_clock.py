@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
+
+from hstu.parallel.dense import ReplicatedDense
 
 _COLLECTIVES = (  # all that torch.distributed calls, as torch 2.13 names them
     "all_gather_single",
@@ -54,8 +54,8 @@ class CollectiveClock:
     """Stamps what goes through torch's process groups from Python, and what DDP waits for at the end of backward.
 
     A collective that runs beside the main thread counts only where the main thread waits for it. Groups of one rank
-    are left out. The stamps change neither the order nor the kind of any call; DDP's buckets are reduced by its own
-    all-reduce, called from Python. For a process of its own: it replaces methods of torch's classes.
+    are left out. The stamps change neither the order nor the kind of any call. For a process of its own: it replaces
+    methods of torch's classes.
     """
 
     def __init__(self) -> None:
@@ -72,12 +72,10 @@ class CollectiveClock:
         self._counts.clear()
         return times
 
-    def watch(self, replicated: DistributedDataParallel) -> None:
+    def watch(self, replicated: ReplicatedDense) -> None:
         """Stamp the buckets of a wrapped module, too."""
-        # A lambda, as DDP knows annotations only as classes, not as the text that they are here.
-        replicated.register_comm_hook(
-            replicated.process_group, lambda group, bucket: self._reduce_bucket(group, bucket)
-        )
+        average = replicated.average_bucket
+        replicated.average_bucket = lambda bucket: self._reduce_bucket(average, bucket)  # type: ignore[method-assign]
 
     def _stamp_begin(self, name: str) -> None:
         original = getattr(dist.ProcessGroup, name)
@@ -108,10 +106,10 @@ class CollectiveClock:
 
         dist.Work.wait = stamped  # type: ignore[method-assign, assignment]
 
-    def _reduce_bucket(self, group: Any, bucket: dist.GradBucket) -> Any:
+    def _reduce_bucket(self, average: Callable[[dist.GradBucket], Any], bucket: dist.GradBucket) -> Any:
         if bucket.index() == 0:  # DDP queues its own wait for the buckets behind this, with the last bucket
             _at_the_end_of_backward(self._begin_last_wait)
-        future = allreduce_hook(group, bucket)
+        future = average(bucket)
         _, (_, self._last_bucket) = self._open.popitem()  # nobody waits for the handle, but for the future
         return future
 

@@ -50,13 +50,13 @@ def serve(pipe: Connection, world: World, rank: int, port: int) -> None:
     os.environ.update(_launcher_environment(world, rank, port))
     # After the environment is set, and in a process whose affinity is one core: so many threads do libraries start.
     import torch
-    from torch.nn.parallel import DistributedDataParallel
 
     from hstu.config.gin_io import load
     from hstu.data.batch import HSTUBatch
     from hstu.data.sampler import SamplerPosition
     from hstu.observe.logging import quiet_libraries
     from hstu.parallel import mesh as meshes
+    from hstu.parallel.dense import ReplicatedDense
     from hstu.train.builder import build_model, build_pipeline
     from hstu.train.sources import open_source
     from hstu.train.work import StepWork
@@ -86,7 +86,7 @@ def serve(pipe: Connection, world: World, rank: int, port: int) -> None:
         source = open_source(config, mesh)
         meshes.seed_initial_weights(config.trainer.seed)
         model, optimizers = build_model(config, source, mesh)
-        if isinstance(model.dense, DistributedDataParallel):
+        if isinstance(model.dense, ReplicatedDense):
             clock.watch(model.dense)
         batches = Timed(source.train_batches(SamplerPosition()), clock)
         work = StepWork(config.network, source.roles)

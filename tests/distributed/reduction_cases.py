@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from hstu.data.sampler import SamplerPosition
+from hstu.model.outputs import ModelOutput
 from hstu.parallel import mesh as mesh_module
+from hstu.parallel.dense import ReplicatedDense
 from scripts.bench.collective_clock import CollectiveClock, Times, split
 from tests.distributed.pipeline_cases import assemble, make_config, start
 
@@ -36,13 +37,15 @@ def order_of_backward(store: str, mesh: mesh_module.Mesh) -> list[str]:
     pipeline, source, _, _ = assemble(make_config(store, "none", lines=LARGE), mesh)
     events: list[str] = []
 
-    def reduce_bucket(group, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations, if there are any
-        events.append("bucket")
-        return allreduce_hook(group, bucket)
-
     dense = pipeline.model.dense
-    assert isinstance(dense, DistributedDataParallel)
-    dense.register_comm_hook(dense.process_group, reduce_bucket)
+    assert isinstance(dense, ReplicatedDense)
+    average = dense.average_bucket
+
+    def average_bucket(bucket: dist.GradBucket) -> Any:
+        events.append("bucket")
+        return average(bucket)
+
+    dense.average_bucket = average_bucket  # type: ignore[method-assign]
     for parameter in dense.parameters():
         parameter.register_post_accumulate_grad_hook(lambda _: events.append("gradient"))
     batches = source.train_batches(SamplerPosition())
@@ -56,7 +59,8 @@ def waits(store: str, mesh: mesh_module.Mesh) -> dict[str, list[float]]:
     """Where rank 1 comes late → this rank's (communication, waiting) seconds by the benchmarks' clock."""
     clock = CollectiveClock()
     pipeline, source, _, _ = assemble(make_config(store, "none", lines=LARGE), mesh)
-    clock.watch(pipeline.model.dense)
+    dense = pipeline.model.dense
+    clock.watch(dense)
     batches = source.train_batches(SamplerPosition())
     late = LATE_S if mesh.rank == 1 else 0.0
     pipeline.progress(batches)
@@ -66,12 +70,17 @@ def waits(store: str, mesh: mesh_module.Mesh) -> dict[str, list[float]]:
         clock.restart()
         time.sleep(before)
         batch = next(batches)
+        hook = dense.register_forward_hook(partial(_sleep_in_backward, in_backward))
         loss, _ = pipeline.forward(batch)
-        loss.register_hook(lambda _: time.sleep(in_backward))
         loss.backward()
+        hook.remove()
         return _measured(clock.restart(), mesh)
 
     return {"nowhere": step(0, 0), "before the step": step(late, 0), "in backward": step(0, late)}
+
+
+def _sleep_in_backward(seconds: float, module: Any, args: Any, output: ModelOutput) -> None:
+    output.loss_sum.register_hook(lambda _: time.sleep(seconds))
 
 
 def _measured(times: Times, mesh: mesh_module.Mesh) -> list[float]:

@@ -47,7 +47,7 @@ def test_every_part_has_the_pool_of_the_whole_batch() -> None:
 
 
 def test_every_part_has_all_negatives_and_the_draws_of_its_own_labels() -> None:
-    draws = (np.arange(12, dtype=np.int32).reshape(6, 2) % 5)
+    draws = np.arange(12, dtype=np.int32).reshape(6, 2) % 5
     batch = part(SAMPLES, 0, task="retrieval", negatives=[9, 8, 7, 6, 5], draws=draws)
     micro = split(batch, 2, "item")
     for one in micro:

@@ -33,7 +33,7 @@ from hstu.train import builder, main
 from hstu.train.trainer import Trainer
 from tests.distributed.checkpoint_cases import _new_state, _train
 from tests.distributed.pipeline_cases import digest
-from tests.train.tiny import hashed_tables, tiny_config
+from tests.train.tiny import tables_with_dynamic, tiny_config
 
 BEST = 5
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -156,7 +156,7 @@ def run_with(
 
     builder.build_trainer = build_and_sabotage
     if rows is not None:
-        options["tables"] = hashed_tables(SequenceStore.open(store), rows)
+        options["tables"] = tables_with_dynamic(SequenceStore.open(store), rows)
     code = main.run(tiny_config("ranking", store, output, **options))
     if code:
         sys.exit(code)

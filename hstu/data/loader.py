@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -48,7 +49,18 @@ def build_loader(
         # the dropout of the steps that follow. No worker draws anything from torch.
         generator=torch.Generator(),
     )
-    return _batches(iter(loader), workers)  # iter starts the workers
+    batches = iter(loader)  # starts the workers
+    # Where batches are pinned DataLoader has such a thread already.
+    return _batches(_read_ahead(batches) if workers and not pin_memory else batches, workers)
+
+
+def _read_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same; a thread takes the next one from its worker, milliseconds for megabytes, while this one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="next_batch") as thread:
+        following = thread.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = thread.submit(next, batches, None)
+            yield batch
 
 
 class _PlannedBatches(Dataset[Any]):

@@ -32,12 +32,19 @@ class Background:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._mesh = mesh
         self._own_mesh = dataclasses.replace(mesh, world_group=group, progress=Progress())
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        # Else the thread would take up room on the host's first GPU, wherever the copies came from.
+        device = (torch.cuda.set_device, (mesh.device,)) if mesh.device.type == "cuda" else (None, ())
+        self._thread = ThreadPoolExecutor(1, "checkpoint", *device)
         self._work: list[Future[None]] = []
 
     def start(self, work: Callable[[Mesh], None]) -> None:
         """Let the thread do ``work`` when it has done what it was given before."""
         self._work.append(self._thread.submit(work, self._own_mesh))
+
+    @property
+    def is_working(self) -> bool:
+        """Whether ``poll`` or ``wait`` have still to tell of work; the same on all ranks."""
+        return bool(self._work)
 
     def poll(self) -> None:
         """Raise the error of work that has ended on all ranks: on all of them in the same step. Collective, if any."""

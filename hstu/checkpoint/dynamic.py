@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hstu.checkpoint.row_ids import MovedRows
+from hstu.checkpoint.torch_file import write_file
 from hstu.config.errors import DataError
 from hstu.parallel.dynamic.content import Sightings, TableContent
 from hstu.parallel.dynamic.table import DynamicTable
@@ -40,10 +41,7 @@ def write_dynamic_tables(root: Path, tables: PlainTables, rank: int) -> list[Pat
     if not tables:
         return []
     path = root / DYNAMIC_FILES.replace("*", str(rank))
-    try:
-        torch.save(tables, path)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"{path.name} cannot be written: {error}") from error
+    write_file(tables, path)
     return [path]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from hstu.checkpoint.dynamic import PlainTables, copy_of_tables, write_dynamic_t
 from hstu.checkpoint.manifest import Files, describe_files, sync_to_disk, write_manifest
 from hstu.checkpoint.state import TrainState, random_state
 from hstu.checkpoint.tensor_files import TENSORS
+from hstu.checkpoint.torch_file import system_errors, write_file
 from hstu.parallel.cut_tensor import CutTensor
 from hstu.parallel.embedding import dynamic_tables
 from hstu.parallel.mesh import Mesh
@@ -91,16 +91,11 @@ class _Planner(dcp.DefaultSavePlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Tells what the file system has said where it refuses; torch.save says "unexpected pos 704 vs 598"."""
+    """Tells what the file system has said where it refuses."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        try:
+        with system_errors():
             return super().write_data(plan, planner)
-        except RuntimeError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            raise cause or error from None
 
 
 def _part(tensors: dict[str, Any], index: MetadataIndex) -> Tensor:
@@ -145,9 +140,7 @@ def _write_tensors(root: Path, contents: Contents, mesh: Mesh) -> None:
 def _write_own_files(root: Path, contents: Contents, mesh: Mesh) -> Files:
     """Write this rank's files; descriptions of them and of its tensor files."""
     rng = root / f"rng_rank{mesh.rank}.pt"
-    content = io.BytesIO()
-    torch.save(contents.random_state, content)
-    rng.write_bytes(content.getbuffer())
+    write_file(contents.random_state, rng)
     dynamic = write_dynamic_tables(root, contents.dynamic, mesh.rank)
     files = [rng, *dynamic, *(root / TENSORS).glob(f"__{mesh.rank}_*")]
     if mesh.is_main:

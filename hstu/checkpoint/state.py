@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
+import platform
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import metadata
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+import hstu
 from hstu.checkpoint.row_ids import RowIds
 from hstu.data.batch import NEGATIVES
 from hstu.data.sampler import SamplerPosition
@@ -21,8 +26,21 @@ from hstu.parallel.dense import unwrap_dense
 from hstu.parallel.embedding import sharded_weights
 from hstu.parallel.shards import as_whole, shard_dim
 
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec", "megatron-core", "triton", "numpy")
 _REPLICATED_PREFIX = "replicated.tables."
 _STEP = "step"
+
+
+class Carried(Protocol):
+    """What a run carries along besides the model, as JSON, equal on all ranks."""
+
+    def state(self) -> Any:
+        """All of it."""
+
+    def load_state(self, state: Any) -> None:
+        """Restore ``state``."""
 
 
 @dataclass
@@ -38,6 +56,8 @@ class TrainState:
     """Where the data goes on."""
     ids: RowIds = field(default_factory=RowIds)
     """Raw ids of the rows of the tables."""
+    carried: dict[str, Carried] = field(default_factory=dict)
+    """By name: the metrics so far, the loss since the last record."""
 
     def tensors(self) -> dict[str, Tensor | CutTensor]:
         """All live tensors, to be saved or overwritten in place, the same names and sizes on every rank.
@@ -90,6 +110,8 @@ class TrainState:
             "position": dataclasses.asdict(self.position),
             "optimizer": self.optimizers.counters(),
             "tables": {table.name: _lookup(table) for table in self.model.specs},
+            "carried": {name: part.state() for name, part in self.carried.items()},
+            "versions": versions(),
         }
 
     def load_progress(self, progress: dict[str, Any]) -> None:
@@ -100,6 +122,21 @@ class TrainState:
         for name, tensor in self.optimizers.dense.state_tensors().items():
             if name.startswith(_REPLICATED_PREFIX) and name.endswith(f".{_STEP}"):
                 tensor.fill_(self.optimizers.tables.steps)
+        for name, part in self.carried.items():
+            if name in progress.get("carried", {}):
+                part.load_state(progress["carried"][name])
+        others = {name: old for name, old in progress.get("versions", {}).items() if versions().get(name) != old}
+        if others:
+            log.warning("the checkpoint was saved with other versions, results may differ in bits: %s", others)
+
+
+def versions() -> dict[str, str]:
+    """Of what bits depend on, where it is installed."""
+    found = {"python": platform.python_version(), "hstu": hstu.__version__}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _canonical(name: str) -> str:

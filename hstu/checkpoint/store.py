@@ -46,7 +46,7 @@ class CheckpointStore:
         self.load_dir = load_dir
         self.mesh = mesh
         self.newest_iteration: int | None = None
-        """Iteration of the last checkpoint saved, or about to be, or restored by this run."""
+        """Iteration of the last checkpoint in ``save_dir`` that this run has saved or was restored from."""
         self._restored: Path | None = None
         self._keep_last = keep_last
         self._background = background
@@ -86,6 +86,11 @@ class CheckpointStore:
         else:
             self._background.start(point)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether ``poll`` or ``wait`` have still to tell of a save in the background; the same on all ranks."""
+        return self._background is not None and self._background.is_working
+
     def poll(self) -> None:
         """Raise what has gone wrong with a save in the background; to be called in every step."""
         if self._background is not None:
@@ -116,7 +121,9 @@ class CheckpointStore:
                 log.warning("%s Trying the one before.", error)
                 continue
             if self._load_options.optimizer:
-                self.newest_iteration, self._restored = state.iteration, path
+                self._restored = path
+                if self._is_own(path):
+                    self.newest_iteration = state.iteration
                 log.info("resuming from %s", path)
             else:
                 log.info("starting from the weights of %s", path)
@@ -127,6 +134,10 @@ class CheckpointStore:
                 'log tells how. TrainerArgs.ckpt_load_dir = "" and another ckpt_save_dir train from the start.'
             )
         return False
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether a checkpoint lies where this run saves its own."""
+        return path.resolve().parent == self.save_dir.resolve()
 
     def _write(self, contents: Contents, mesh: Mesh) -> None:
         path = write(self.save_dir, contents, mesh)
@@ -152,7 +163,7 @@ class CheckpointStore:
                 f"{error.strerror or error}. Free space or permissions there, or give another directory."
             ) from error
         others = place.complete(self.save_dir)
-        if others and (self._restored is None or self._restored.resolve().parent != self.save_dir.resolve()):
+        if others and (self._restored is None or not self._is_own(self._restored)):
             raise ConfigError(
                 f"TrainerArgs.ckpt_save_dir: '{self.save_dir}' holds the checkpoints of another run "
                 f"({others[0].name}{', …' if len(others) > 1 else ''}), which are never overwritten. Go on from them "

@@ -202,6 +202,10 @@ class OptimizerArgs(Args):
     """Optimizer of the model_parallel tables. None: optimizer_str."""
     sparse_learning_rate: Optional[float] = option(None, above=0)
     """Peak learning rate of the model_parallel tables. None: learning_rate."""
+    ema_decay: float = option(0.0, minimum=0, below=1)
+    """> 0: keep an exponential moving average of the dense weights and the data_parallel tables, average ← ema_decay ·
+    average + (1 - ema_decay) · weight after each iteration, from the initial weights on. Evaluations and
+    recommendations use it; training does not. The model_parallel tables are used as they are. 0: off."""
 
 
 @dataclass(frozen=True, kw_only=True)

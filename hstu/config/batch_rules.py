@@ -47,6 +47,16 @@ def tokens_hold_the_longest_sequence(
 
 
 @rule
+def micro_batches_have_equal_counts(run: Run, trainer: TrainerArgs) -> Problems:
+    if trainer.gradient_accumulation_steps > 1 and trainer.tokens_per_rank is not None:
+        text = (
+            f"micro-batches are equal counts of sequences, which cannot go with {run.cite(trainer, 'tokens_per_rank')}"
+            "; drop one"
+        )
+        yield run.problem(trainer, "gradient_accumulation_steps", text)
+
+
+@rule
 def windows_meet(run: Run, dataset: DatasetArgs) -> Problems:
     if dataset.window_stride is not None and dataset.window_stride > dataset.max_sequence_length:
         length = run.cite(dataset, "max_sequence_length")

@@ -70,6 +70,39 @@ def loading_in_part_needs_a_checkpoint_of_another_run(run: Run, trainer: Trainer
         yield run.problem(trainer, "ckpt_param_map", f"{why}; name the checkpoint to start from, or remove it")
 
 
+@rule
+def best_metric_is_measured(run: Run, trainer: TrainerArgs, task: RankingArgs | RetrievalArgs) -> Problems:
+    if trainer.best_metric is None:
+        return
+    tasks = getattr(task, "num_tasks", 1)  # retrieval has none
+    by_task = [name for name in task.eval_metrics if name in ("AUC", "GAUC") and tasks > 1]
+    measured = [*task.eval_metrics, *(f"{name}/task{index}" for name in by_task for index in range(tasks))]
+    if trainer.best_metric not in measured:
+        guess = did_you_mean(trainer.best_metric, measured)
+        text = f"not measured{guess}; it must be one of {run.cite(task, 'eval_metrics')}"
+        yield run.problem(trainer, "best_metric", text)
+
+
+@rule
+def best_metric_is_good_for_something(run: Run, trainer: TrainerArgs) -> Problems:
+    if trainer.best_metric is not None and trainer.ckpt_save_interval < 1 and trainer.early_stop_patience is None:
+        interval = run.cite(trainer, "ckpt_save_interval")
+        text = f"has no effect: no checkpoint is kept with {interval}, and there is no early_stop_patience"
+        yield run.problem(trainer, "best_metric", text)
+    if trainer.early_stop_patience is not None and trainer.best_metric is None:
+        text = "needs TrainerArgs.best_metric, whose evaluations it counts"
+        yield run.problem(trainer, "early_stop_patience", text)
+
+
+@rule
+def losses_are_better_when_lower(run: Run, trainer: TrainerArgs) -> Problems:
+    name = (trainer.best_metric or "").split("/")[0]
+    if trainer.best_metric is not None and (name in ("LOGLOSS", "NE")) != (trainer.best_metric_mode == "min"):
+        metric = run.cite(trainer, "best_metric")
+        text = f"would keep the worst: {metric} is better when {'lower' if name in ('LOGLOSS', 'NE') else 'higher'}"
+        yield run.problem(trainer, "best_metric_mode", text)
+
+
 # --- parallelism ---------------------------------------------------------------------------------------------------
 
 

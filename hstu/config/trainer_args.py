@@ -38,9 +38,10 @@ class TrainerArgs(Args):
     ckpt_save_interval: int = option(-1, minimum=-1)
     """Save a checkpoint every this many iterations. -1: never."""
     ckpt_save_dir: str = option("./checkpoints", not_empty=True)
-    """Directory that receives the checkpoints, one directory an iteration."""
+    """Directory that receives the checkpoints, one directory an iteration. It must not hold another run's."""
     ckpt_load_dir: str = option("")
-    """A checkpoint, a directory of them (the newest is taken), or "auto": the newest in ckpt_save_dir if any."""
+    """A checkpoint, a directory of them (the latest is taken), or "auto": the latest in ckpt_save_dir, if any, or
+    the one before where that is damaged."""
     ckpt_load_strict: bool = option(True)
     """False: load what fits, leave the rest as initialised, and report what is missing, unexpected or of another size.
     A table with more rows keeps those that the checkpoint has. True: whatever does not fit is an error."""
@@ -73,8 +74,20 @@ class TrainerArgs(Args):
     """Evaluate before the first iteration."""
     eval_at_end: bool = option(True)
     """Evaluate after the last iteration (for retrieval on the test split)."""
+    best_metric: Optional[str] = option(None)
+    """A metric of the task's eval_metrics ("NDCG@10", "AUC/task1"). The checkpoint of its best value on the first
+    evaluated split ("valid" where there is one) is kept, under the name "best", where ckpt_save_interval > 0; it is
+    saved at once where the iteration has none."""
+    best_metric_mode: str = option("max", choices=("max", "min"))
+    """Whether larger or smaller values of best_metric are better (LOGLOSS and NE: "min")."""
+    early_stop_patience: Optional[int] = option(None, minimum=1)
+    """End training after this many evaluations in a row without a better best_metric. None: never."""
     max_grad_norm: float = option(0.0, minimum=0)
     """Clip the global L2 norm of the dense gradients to this. 0: off."""
+    gradient_accumulation_steps: int = option(1, minimum=1)
+    """An iteration trains on this many times train_batch_size sequences per rank, whose dense part is computed
+    train_batch_size at a time: the update of the larger batch, tables and negatives included, with the activations of
+    the smaller. Rows of the tables are looked up for all of it at once."""
     deterministic: bool = option(False)
     """Bitwise repeatable runs: deterministic algorithms only, and an error where one has none."""
     collective_timeout_s: float = option(600.0, above=0)
@@ -95,3 +108,8 @@ class TrainerArgs(Args):
     """Progress bar on the terminal. auto: where standard error is one."""
     gc_interval: int = option(0, minimum=0)
     """> 0: automatic garbage collection off, one collection every this many iterations on all ranks alike."""
+
+    @property
+    def sequences_per_iteration(self) -> int:
+        """The most sequences per rank that an iteration trains on."""
+        return self.train_batch_size * self.gradient_accumulation_steps

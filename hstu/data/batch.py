@@ -17,6 +17,8 @@ from hstu.data.sampler import SamplerPosition
 
 NEGATIVES = "__negatives__"
 """Key of the extra item ids (uniform and full negatives) that are looked up in the item table."""
+POOL = "__pool__"
+"""Key of the rows of ``pool_ids`` among the rows that a micro-batch is computed from."""
 
 
 @dataclass(kw_only=True)
@@ -47,6 +49,8 @@ class HSTUBatch(Pipelineable):
     pool_positions: Tensor | None = None
     """int64 [S]. in_batch negatives: where, in the item values, each distinct item of this batch first occurs;
     in ascending order of the items' ids."""
+    pool_ids: Tensor | None = None
+    """int64 [S]. Micro-batches, in place of pool_positions: the distinct items of the whole batch, ascending."""
     seen_values: Tensor | None = None
     """int64 [.]. Retrieval evaluation with filter_seen: the store's codes of the items of the users' whole histories,
     repeats possible."""
@@ -64,6 +68,13 @@ class HSTUBatch(Pipelineable):
     """Where the run stands once this batch has been trained on; None for a batch made by hand."""
     group: GroupBatch | None = None
     """Under tensor parallelism: what the dense part computes on, together with the ranks of its group."""
+    micro: tuple[MicroBatch, ...] = ()
+    """Where gradients are accumulated: the parts that the dense part computes on, one after the other."""
+
+    @property
+    def computed(self) -> HSTUBatch:
+        """What the dense part computes on: the batch of the group where there is one, else this one."""
+        return self if self.group is None else self.group.batch
 
     @property
     def batch_size(self) -> int:
@@ -100,7 +111,7 @@ class HSTUBatch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that ``stream`` uses the tensors, too."""
-        for part in self._parts().values():
+        for part in (*self._parts().values(), *self.micro):
             part.record_stream(stream)
 
     def _parts(self) -> dict[str, Any]:
@@ -109,7 +120,8 @@ class HSTUBatch(Pipelineable):
         return {name: value for name, value in fields.items() if isinstance(value, movable)}
 
     def _map(self, function: Callable[[Any], Any]) -> HSTUBatch:
-        return dataclasses.replace(self, **{name: function(part) for name, part in self._parts().items()})
+        moved = {name: function(part) for name, part in self._parts().items()}
+        return dataclasses.replace(self, **moved, micro=tuple(function(part) for part in self.micro))
 
 
 @dataclass(kw_only=True)
@@ -132,6 +144,27 @@ class GroupBatch:
         return dataclasses.replace(self, batch=self.batch.to(device, non_blocking))
 
     def pin_memory(self) -> GroupBatch:
+        """See HSTUBatch."""
+        return dataclasses.replace(self, batch=self.batch.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """See HSTUBatch."""
+        self.batch.record_stream(stream)
+
+
+@dataclass(kw_only=True)
+class MicroBatch:
+    """A run of the sequences of a batch, which the dense part computes by themselves."""
+
+    batch: HSTUBatch
+    rows: dict[str, slice]
+    """Feature → where its values stand among those of the whole batch. NEGATIVES are all of them in every part."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> MicroBatch:
+        """See HSTUBatch."""
+        return dataclasses.replace(self, batch=self.batch.to(device, non_blocking))
+
+    def pin_memory(self) -> MicroBatch:
         """See HSTUBatch."""
         return dataclasses.replace(self, batch=self.batch.pin_memory())
 

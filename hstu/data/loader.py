@@ -7,6 +7,7 @@ back in the order of the plans. The order and content of a run are therefore the
 from __future__ import annotations
 
 import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -35,7 +36,7 @@ def build_loader(
     Raises DataError where the data is damaged or a worker dies.
     """
     loader: DataLoader[Any] = DataLoader(
-        _PlannedBatches(collator, packed=workers > 0),
+        _PlannedBatches(collator, sent=deque(maxlen=prefetch + 1) if workers else None),
         batch_size=None,
         sampler=sampler,
         collate_fn=_unchanged,
@@ -54,16 +55,20 @@ def build_loader(
 class _PlannedBatches(Dataset[Any]):
     """A dataset indexed by plans. A user's error is returned, not raised: DataLoader would bury it in a traceback."""
 
-    def __init__(self, collator: Callable[[BatchPlan], HSTUBatch], packed: bool) -> None:
+    def __init__(self, collator: Callable[[BatchPlan], HSTUBatch], sent: deque[Packed] | None) -> None:
         self.collator = collator
-        self.packed = packed
+        self.sent = sent
+        """Of a worker: what may not have been received yet. DataLoader asks for no more than ``prefetch`` at a time."""
 
     def __getitem__(self, plan: Any) -> HSTUBatch | Packed | UserError:
         try:
             batch = self.collator(plan)
         except UserError as error:
             return error
-        return pack(batch) if self.packed else batch
+        if self.sent is None:
+            return batch
+        self.sent.append(pack(batch))
+        return self.sent[-1]
 
 
 def _batches(batches: Iterator[Any], workers: int) -> Iterator[HSTUBatch]:

@@ -13,6 +13,8 @@ from hstu.data.hashing import random_below, random_bits
 
 # Above this many corpus items per draw, sorting the draws is cheaper than a table of the corpus.
 _DENSE_ITEMS_PER_DRAW = 32
+# So many at a time stay in a core's cache through all that is done to them.
+_DRAWS_PER_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -67,25 +69,28 @@ def draw_uniform(keys: LabelKeys, num: int, corpus_size: int) -> tuple[np.ndarra
     The candidates are the distinct items drawn. Never more: an optimizer moves every row that is looked up, so that
     others would make the tables depend on the number of ranks.
     """
-    codes = random_below(corpus_size, _draw_32_bits(keys, num))
-    distinct, indices = _distinct(codes, corpus_size)
-    return distinct, indices.astype(np.int32, copy=False)
-
-
-def _draw_32_bits(keys: LabelKeys, num: int) -> np.ndarray:
-    """Random uint32 [M, num]; each 64-bit number gives two."""
-    pairs = np.arange((num + 1) // 2)
-    bits = random_bits(keys.seed, keys.epoch, keys.ordinals[:, None], keys.places[:, None], pairs)
-    return bits.astype("<u8", copy=False).view("<u4")[:, :num]
-
-
-def _distinct(codes: np.ndarray, corpus_size: int) -> tuple[np.ndarray, np.ndarray]:
-    if corpus_size > _DENSE_ITEMS_PER_DRAW * codes.size:
+    if corpus_size > _DENSE_ITEMS_PER_DRAW * len(keys.ordinals) * num:
+        codes = random_below(corpus_size, _draw_32_bits(keys, num))
         distinct, indices = np.unique(codes, return_inverse=True)
-        return distinct, indices.reshape(codes.shape)
+        return distinct, indices.reshape(codes.shape).astype(np.int32, copy=False)
+    rows = max(1, _DRAWS_PER_BLOCK // num)
+    blocks = [slice(start, start + rows) for start in range(0, len(keys.ordinals), rows)]
     drawn = np.zeros(corpus_size, dtype=bool)
-    drawn[codes] = True
+    indices = np.empty((len(keys.ordinals), num), dtype=np.int32)
+    for block in blocks:
+        codes = random_below(corpus_size, _draw_32_bits(keys, num, block))
+        drawn[codes] = True
+        indices[block] = codes
     distinct = np.flatnonzero(drawn)
     index_of = np.empty(corpus_size, dtype=np.int32)
     index_of[distinct] = np.arange(len(distinct), dtype=np.int32)
-    return distinct, index_of[codes]
+    for block in blocks:
+        indices[block] = index_of.take(indices[block], mode="clip")  # quicker than to check what is in range
+    return distinct, indices
+
+
+def _draw_32_bits(keys: LabelKeys, num: int, rows: slice = slice(None)) -> np.ndarray:
+    """Random uint32 [M, num], or ``rows`` of it; each 64-bit number gives two."""
+    pairs = np.arange((num + 1) // 2)
+    bits = random_bits(keys.seed, keys.epoch, keys.ordinals[rows, None], keys.places[rows, None], pairs)
+    return bits.astype("<u8", copy=False).view("<u4")[:, :num]

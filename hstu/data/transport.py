@@ -1,13 +1,17 @@
-"""A batch on its way from a worker process: one block of bytes through the pipe.
+"""A batch on its way from a worker process: one block of memory that both can see.
 
 Every tensor that torch sends takes a shared file, a mapping and a connection of its own to hand the descriptor over, a
-dozen a batch: far more than copying some hundred kilobytes costs. Here all tensors are copied into one block and become
-slices of it again on arrival, so that pinning it pins them all.
+dozen a batch; and the bytes themselves would have to take turns through a pipe of some kilobytes. Here all tensors are
+copied into one anonymous file in memory and become slices of it on arrival, so that pinning it pins them all. The
+receiver opens the file through the sender's own descriptor in /proc, so nothing waits for the sender and no directory
+(/dev/shm is small in containers) limits the size.
 """
 
 from __future__ import annotations
 
 import io
+import mmap
+import os
 import pickle
 from dataclasses import dataclass
 from typing import Any
@@ -18,19 +22,51 @@ from torch import Tensor
 _ALIGNMENT = 64
 
 
+class SharedBytes:
+    """Bytes in memory that another process of the same user maps when it unpickles this.
+
+    The sender must keep the object until then.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._file = os.memfd_create("batch")
+        os.ftruncate(self._file, max(size, 1))  # nothing cannot be mapped
+        self.tensor = _mapped(self._file)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open, (os.getpid(), self._file)
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+
+def _open(process: int, file: int) -> Tensor:
+    try:
+        own = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR)
+    except OSError as error:
+        raise ConnectionError(f"the memory of process {process} is gone") from error
+    try:
+        return _mapped(own)
+    finally:
+        os.close(own)
+
+
+def _mapped(file: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(file, 0), dtype=torch.uint8)
+
+
 @dataclass(frozen=True)
 class Packed:
     """Any object: its pickle, in which tensors are places in ``content``, the bytes of all tensors."""
 
     pickled: bytes
-    content: bytearray | Tensor
+    content: SharedBytes | Tensor
+    """On arrival uint8 [bytes]."""
 
     @property
     def tensor(self) -> Tensor:
         """The content as uint8 [bytes], sharing its memory."""
-        if isinstance(self.content, Tensor):
-            return self.content
-        return torch.frombuffer(self.content, dtype=torch.uint8) if self.content else torch.empty(0, dtype=torch.uint8)
+        return self.content if isinstance(self.content, Tensor) else self.content.tensor
 
     def pin_memory(self) -> Packed:
         """The same in page-locked host memory; DataLoader asks for it."""
@@ -42,7 +78,7 @@ def pack(thing: Any) -> Packed:
     sink = io.BytesIO()
     packer = _Packer(sink)
     packer.dump(thing)
-    packed = Packed(sink.getvalue(), bytearray(packer.size))
+    packed = Packed(sink.getvalue(), SharedBytes(packer.size))
     content = packed.tensor
     for start, tensor in packer.tensors:
         _slice(content, start, tensor.dtype, tuple(tensor.shape)).copy_(tensor)

@@ -153,6 +153,11 @@ class ReplicatedTables(nn.Module):
         assert isinstance(weight, nn.Parameter)
         return weight
 
+    def rows(self, feature: str, ids: Tensor) -> Tensor:
+        """Rows float32 [n, dim] for ids int64 [n] of a feature that one of the tables serves."""
+        spec = next(spec for spec in self.specs.values() if feature in spec.features)
+        return functional.embedding(ids, self.weight(spec.name))
+
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Look up the replicated tables' features: feature → float32 values [tokens, dim] with its lengths."""
         looked_up: dict[str, JaggedTensor] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
-from hstu.data.batch import GroupBatch, HSTUBatch
+from hstu.data.batch import POOL, GroupBatch, HSTUBatch
 from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections, narrow_to_dim
 from hstu.model.outputs import ModelOutput
 
@@ -35,6 +35,7 @@ class DenseModel(nn.Module):
         task: nn.Module,
         specs: Sequence[TableSpec],
         feature_keys: Sequence[str],
+        item_feature: str,
         gather_rows: GatherRows | None = None,
     ) -> None:
         super().__init__()
@@ -42,7 +43,9 @@ class DenseModel(nn.Module):
         self.task = task
         self._gather_rows = gather_rows
         self._feature_keys = list(feature_keys)
-        self._dim_of_feature = {feature: spec.dim for spec in specs for feature in spec.features}
+        self._item_feature = item_feature
+        dims = {feature: spec.dim for spec in specs for feature in spec.features}
+        self._dim_of_feature = dims | {POOL: dims[item_feature]}
 
     def forward(self, looked_up: Sequence[Mapping[str, JaggedTensor]], batch: HSTUBatch) -> ModelOutput:
         """``looked_up``: the sharded tables' rows of this rank's batch, one mapping a collection.
@@ -64,6 +67,8 @@ class DenseModel(nn.Module):
 
     def _compute(self, sharded: Mapping[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
         embeddings = self.replicated(batch.features) | sharded
+        if batch.pool_ids is not None and POOL not in embeddings:
+            embeddings[POOL] = as_jagged(self.replicated.rows(self._item_feature, batch.pool_ids))
         output: ModelOutput = self.task(embeddings, batch)
         if torch.is_grad_enabled() and batch.num_labels_total == 0:
             # All ranks take part in the collectives of backward, so every parameter and every looked-up row needs a
@@ -80,6 +85,11 @@ def _own_part(output: ModelOutput, batch: HSTUBatch, group: GroupBatch) -> Model
         padding = batch.batch_size - batch.real_batch_size
         queries = functional.pad(queries[group.sequences], (0, 0, 0, padding))
     return replace(output, logits=None if logits is None else logits[group.labels], queries=queries)
+
+
+def as_jagged(rows: Tensor) -> JaggedTensor:
+    """Rows [n, dim] that belong to the batch as a whole, as one sequence."""
+    return JaggedTensor(rows, lengths=torch.full((1,), len(rows), device=rows.device))
 
 
 def _zero_that_depends_on(tensors: Sequence[Tensor]) -> Tensor:
@@ -108,13 +118,31 @@ class GRModel(nn.Module):
         self.item_feature = item_feature
         self.embedding = build_collections(self.specs)
         replicated = ReplicatedTables(self.specs, seed)
-        self.dense: nn.Module = DenseModel(replicated, task, self.specs, self.feature_keys, gather_rows)
+        self._gather_rows = gather_rows
+        self._dim_of_feature = {feature: spec.dim for spec in self.specs for feature in spec.features}
+        self.dense: nn.Module = DenseModel(replicated, task, self.specs, self.feature_keys, item_feature, gather_rows)
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
         """Loss, and what the task's evaluation needs, of one batch."""
         looked_up = [collection(batch.features) for collection in self.embedding]
         output: ModelOutput = self.dense(looked_up, batch)
         return output
+
+    def look_up(self, batch: HSTUBatch) -> dict[str, JaggedTensor]:
+        """Rows of the sharded tables, by feature, for ``dense`` to compute ``batch.computed`` from, whole or in parts.
+
+        The first half of ``forward``, for a training step that lets gradients reach the tables when all are known.
+        """
+        looked_up: dict[str, JaggedTensor] = {}
+        for collection in self.embedding:
+            looked_up.update(narrow_to_dim(collection(batch.features), self._dim_of_feature))
+        if batch.group is not None:
+            assert self._gather_rows is not None, "only under tensor parallelism do batches have a group"
+            looked_up = self._gather_rows(looked_up, batch.group)
+        pool = batch.computed.pool_positions if batch.computed.micro else None
+        if pool is not None and self.item_feature in looked_up:
+            looked_up[POOL] = as_jagged(looked_up[self.item_feature].values().index_select(0, pool))
+        return looked_up
 
     @torch.no_grad()
     def embed_items(self, ids: Tensor) -> Tensor:

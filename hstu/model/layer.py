@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hstu.config.args import NetworkArgs
-from hstu.model.recompute import recomputed_in_backward
-from hstu.ops.attention import hstu_attention
+from hstu.ops.attention import AttentionRule
 from hstu.ops.backends import Backend
-from hstu.ops.layer_norm import layer_norm
+from hstu.ops.layer import LayerRule, LayerWeights, hstu_layer
 from hstu.ops.layout import JaggedLayout
-from hstu.ops.norm_mul_dropout import SplitHeads, norm_mul_dropout
-from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
-from hstu.ops.uvqk import activate, project_uvqk
+from hstu.ops.ranks import Ranks
+from hstu.ops.relative_bias import NUM_TIME_BUCKETS
 
 
 class RelativeAttentionBias(nn.Module):
@@ -27,10 +21,6 @@ class RelativeAttentionBias(nn.Module):
         super().__init__()
         self.position_weight = nn.Parameter(torch.randn(2 * max_tokens - 1) * 0.02)
         self.time_weight = nn.Parameter(torch.randn(NUM_TIME_BUCKETS) * 0.02)
-
-    def forward(self) -> RelativeBias:
-        """The tables, for :func:`hstu.ops.attention.hstu_attention`."""
-        return RelativeBias(self.position_weight, self.time_weight)
 
 
 class HSTULayer(nn.Module):
@@ -55,15 +45,19 @@ class HSTULayer(nn.Module):
         super().__init__()
         self.network = network
         self.backend = backend
-        self.head_dim = network.kv_channels
-        self.scaling_seqlen = network.scaling_seqlen if network.scaling_seqlen > 0 else max_tokens
+        self.attention_rule = AttentionRule(
+            alpha=network.kv_channels**-0.5,
+            scaling_seqlen=network.scaling_seqlen if network.scaling_seqlen > 0 else max_tokens,
+            is_causal=network.is_causal,
+            contextual_mask=not network.disable_contextual_mask,
+        )
         inner = network.num_attention_heads * network.kv_channels
 
         self.input_norm = nn.LayerNorm(network.hidden_size, eps=network.norm_epsilon)
         self.uvqk = nn.Linear(network.hidden_size, 4 * inner)
         self.output_norm = nn.LayerNorm(inner, eps=network.norm_epsilon)
         self.out = nn.Linear(inner, network.hidden_size, bias=False)
-        self.split_heads: SplitHeads | None = None
+        self.ranks = Ranks()
         """Where uvqk, output_norm and out hold only some of the heads: how to reach the ranks with the others."""
         self.bias: RelativeAttentionBias | None = None
         if network.position_encoding == "relative_bias":
@@ -75,55 +69,27 @@ class HSTULayer(nn.Module):
 
     def forward(self, x: Tensor, layout: JaggedLayout) -> Tensor:
         """x: [T, D] → [T, D]."""
-        if self.network.recompute_layer and torch.is_grad_enabled():
-            output: Tensor = checkpoint(self._forward, x, layout, use_reentrant=False)
-            return output
-        return self._forward(x, layout)
-
-    def _forward(self, x: Tensor, layout: JaggedLayout) -> Tensor:
-        network = self.network
-        y = self._normalise(x)
-        with self._maybe_recomputed(network.recompute_input_layernorm, y, self._normalise, x):
-            u, v, q, k, projected = project_uvqk(y, self.uvqk, self.head_dim, self.backend)
-        with self._maybe_recomputed(network.recompute_input_silu, u, self._activate, projected):
-            attended = hstu_attention(
-                q,
-                k,
-                v,
-                layout,
-                alpha=self.head_dim**-0.5,
-                scaling_seqlen=self.scaling_seqlen,
-                is_causal=network.is_causal,
-                contextual_mask=not network.disable_contextual_mask,
-                bias=None if self.bias is None else self.bias(),
-                backend=self.backend,
-            )
-            gated = norm_mul_dropout(
-                attended,
-                u,
-                self.output_norm.weight,
-                self.output_norm.bias,
-                eps=network.norm_epsilon,
-                dropout=network.hidden_dropout,
-                training=self.training,
-                backend=self.backend,
-                split_heads=self.split_heads,
-            )
-        return x + self.out(gated)
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        """LayerNorm(x) in the type that the projection computes in, so that what backward keeps is this very tensor."""
-        device, norm = x.device.type, self.input_norm
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return layer_norm(x, norm.weight, norm.bias, norm.eps, dtype, self.backend)
-
-    def _activate(self, projected: Tensor) -> Tensor:
-        return activate(projected, self.backend)
-
-    def _maybe_recomputed(
-        self, wanted: bool, output: Tensor, function: Callable[[Tensor], Tensor], given: Tensor
-    ) -> recomputed_in_backward | nullcontext[None]:
-        # Recomputing the layer covers all; the hooks of both would only keep each other's tensors.
-        if wanted and not self.network.recompute_layer:
-            return recomputed_in_backward(output, function, given)
-        return nullcontext()
+        network, bias = self.network, self.bias
+        weights = LayerWeights(
+            input_norm_weight=self.input_norm.weight,
+            input_norm_bias=self.input_norm.bias,
+            uvqk_weight=self.uvqk.weight,
+            uvqk_bias=self.uvqk.bias,
+            position_weight=None if bias is None else bias.position_weight,
+            time_weight=None if bias is None else bias.time_weight,
+            output_norm_weight=self.output_norm.weight,
+            output_norm_bias=self.output_norm.bias,
+            out_weight=self.out.weight,
+        )
+        rule = LayerRule(
+            head_dim=network.kv_channels,
+            attention=self.attention_rule,
+            eps=network.norm_epsilon,
+            dropout=network.hidden_dropout if self.training else 0.0,
+            recompute_normalised=network.recompute_input_layernorm,
+            recompute_activated=network.recompute_input_silu,
+            recompute_all=network.recompute_layer,
+            backend=self.backend,
+            ranks=self.ranks,
+        )
+        return hstu_layer(x, weights, layout, rule)

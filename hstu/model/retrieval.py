@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import RetrievalArgs
-from hstu.data.batch import NEGATIVES, HSTUBatch
+from hstu.data.batch import NEGATIVES, POOL, HSTUBatch
 from hstu.model.negatives import GatherPool, choose_from_pool, first_occurrences, own_pool
 from hstu.model.outputs import ModelOutput
 from hstu.ops.backends import Backend
@@ -86,12 +86,11 @@ class RetrievalDense(nn.Module):
         item_ends = embeddings[self.item_feature].offsets()[1:]
         labelled_items = newest_elements(item_ends, batch.num_labels, batch.num_labels_total)
         positives = self._item_vectors(embeddings, labelled_items)
-        if batch.pool_positions is None:
+        if NEGATIVES in embeddings:
             pool = l2_normalise(embeddings[NEGATIVES].values(), self.l2_norm_eps, self.backend)
             pool_ids, draws, valid = batch.features[NEGATIVES].values(), batch.draws, None
         else:
-            own_ids = batch.features[self.item_feature].values()[batch.pool_positions]
-            pool, pool_ids = self.gather_pool(self._item_vectors(embeddings, batch.pool_positions), own_ids)
+            pool, pool_ids = self.gather_pool(*self._own_pool(embeddings, batch))
             draws = None if batch.draws is None else choose_from_pool(batch.draws, pool_ids)
             valid = first_occurrences(pool_ids) if draws is None else None
         if draws is None:
@@ -101,6 +100,14 @@ class RetrievalDense(nn.Module):
         return sampled_softmax_loss(
             queries, positives, pool, draws, batch.labels, pool_ids, self.temperature, self.backend
         )
+
+    def _own_pool(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, Tensor]:
+        """Normalised rows and ids of the distinct items of this rank's batch, of which ``batch`` may be a part."""
+        if batch.pool_ids is not None:
+            return l2_normalise(embeddings[POOL].values(), self.l2_norm_eps, self.backend), batch.pool_ids
+        assert batch.pool_positions is not None
+        ids = batch.features[self.item_feature].values()[batch.pool_positions]
+        return self._item_vectors(embeddings, batch.pool_positions), ids
 
     def _item_vectors(self, embeddings: dict[str, JaggedTensor], positions: Tensor) -> Tensor:
         """Normalised table rows of the items at ``positions`` among all items of the batch."""

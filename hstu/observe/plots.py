@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 Point = tuple[int, float]
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_GREY = "#6b6b6b"
-_STYLE: dict[Any, Any] = {
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#6b6b6b"
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 13,
     "axes.titleweight": "bold",
@@ -30,8 +30,8 @@ _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
     "legend.frameon": False,
 }
 
@@ -55,10 +55,10 @@ def draw_curves(metrics_file: Path, image: Path, title: Optional[str] = None) ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(12, 4.6), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
-        figure.suptitle(title or metrics_file.parent.resolve().name, x=0.01, ha="left", color=_GREY, fontsize=11)
+        figure.suptitle(title or metrics_file.parent.resolve().name, x=0.01, ha="left", color=GREY, fontsize=11)
         left, right = figure.subplots(1, 2)
         _draw_losses(left, losses)
         _draw_metrics(right, curves)
@@ -99,11 +99,11 @@ def _draw_losses(axes: Axes, losses: Sequence[Point]) -> None:
         return
     iterations, values = zip(*losses, strict=True)
     many = len(values) >= 20
-    axes.plot(iterations, values, color=_COLOURS[0], alpha=0.3 if many else 1.0, linewidth=1.0 if many else 2.0)
+    axes.plot(iterations, values, color=COLOURS[0], alpha=0.3 if many else 1.0, linewidth=1.0 if many else 2.0)
     if many:
-        axes.plot(iterations, smoothed(values), color=_COLOURS[0], linewidth=2.0)
+        axes.plot(iterations, smoothed(values), color=COLOURS[0], linewidth=2.0)
     else:
-        axes.plot(iterations, values, "o", color=_COLOURS[0], markersize=4)
+        axes.plot(iterations, values, "o", color=COLOURS[0], markersize=4)
     # A few huge losses at the start would flatten all that follows.
     low, high = min(values), float(np.quantile(values, 0.98))
     if many and max(values) > high + 2 * (high - low) > low:
@@ -120,7 +120,7 @@ def _draw_metrics(axes: Axes, curves: dict[tuple[str, str], list[Point]]) -> Non
     # Names in the order in which their lines end, so that the legend reads like the picture.
     height = {name: max(value for (_, other), value in last.items() if other == name) for _, name in curves}
     for index, name in enumerate(sorted(height, key=lambda name: -height[name])):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         label = name
         for split in ("valid", "test"):
             if (split, name) not in curves:
@@ -147,12 +147,12 @@ def _annotate_last(axes: Axes, iteration: int, value: float) -> None:
         xytext=(6, 0),
         textcoords="offset points",
         va="center",
-        color=_COLOURS[0],
+        color=COLOURS[0],
         fontweight="bold",
         annotation_clip=False,
     )
 
 
 def _say_nothing(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
     axes.set(xticks=[], yticks=[])

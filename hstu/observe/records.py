@@ -59,6 +59,12 @@ class EvalRecord:
             "metrics": dict(self.metrics),
         }
 
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> EvalRecord:
+        """What ``as_json`` gave, also after it has been a line."""
+        metrics = {name: math.nan if value is None else value for name, value in record["metrics"].items()}
+        return cls(iteration=record["iter"], epoch=record["epoch"], split=record["split"], metrics=metrics)
+
 
 def to_line(record: Any) -> str:
     """Strict JSON on one line, floats in full precision. nan and infinities, which JSON has not, become null."""

@@ -64,19 +64,18 @@ def select_backend(requested: str, strict: bool, device: torch.device) -> Backen
 
 
 def describe_kernels(
-    backend: Backend, *, head_dim: int, item_dim: int, dtype: torch.dtype, split_heads: bool, has_bias: bool = False
+    backend: Backend, *, head_dim: int, item_dim: int, dtype: torch.dtype, has_bias: bool = False
 ) -> str:
     """What serves each operator of a model, for the log: ``operator: backend`` and why, where that is another.
 
-    ``dtype`` is that of the dense model; ``split_heads``: the heads of a row lie on several ranks; ``has_bias``:
-    attention has a relative bias.
+    ``dtype`` is that of the dense model; ``has_bias``: attention has a relative bias.
     """
     if backend is Backend.PYTORCH:
         return f"all operators: {backend.value}"
     if backend.uses_triton:
         gaps, serves = _triton_gaps(head_dim, item_dim, dtype), Backend.TRITON
     else:
-        gaps, serves = _cpu_gaps(head_dim, item_dim, dtype, split_heads), backend
+        gaps, serves = _cpu_gaps(head_dim, item_dim, dtype), backend
     served = {name: serves.value if gap is None else f"{Backend.PYTORCH.value} ({gap})" for name, gap in gaps.items()}
     if backend is Backend.CUTLASS:
         gap = cutlass_coverage.attention_gap(head_dim, dtype, has_bias=has_bias)
@@ -84,12 +83,12 @@ def describe_kernels(
     return ", ".join(f"{name}: {kernels}" for name, kernels in served.items())
 
 
-def _cpu_gaps(head_dim: int, item_dim: int, dtype: torch.dtype, split_heads: bool) -> dict[str, str | None]:
+def _cpu_gaps(head_dim: int, item_dim: int, dtype: torch.dtype) -> dict[str, str | None]:
     return {
         "attention": cpu_coverage.attention_gap(head_dim, dtype),
         "layer_norm": "no kernel",
-        "project_uvqk": cpu_coverage.type_gap(dtype),
-        "norm_mul_dropout": cpu_coverage.gate_gap(dtype, split=split_heads),
+        "project_uvqk": "no kernel",
+        "norm_mul_dropout": cpu_coverage.type_gap(dtype),
         "sampled_softmax_loss": cpu_coverage.sampled_softmax_gap(item_dim, torch.float32),
         "l2_normalise": None,
         "pool_softmax_loss": "no kernel",

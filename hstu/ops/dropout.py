@@ -2,55 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hstu.ops.ranks import Ranks
+
 _RESOLUTION = 1 << 16
 _SEEDS = 1 << 62
 
 
-def dropout(x: Tensor, p: float, training: bool, stream: int | None = None) -> Tensor:
-    """Zero each element with probability p (on a CPU rounded to 2⁻¹⁶) and scale the others so that the mean stays.
-
-    Draws from torch's generator of x's device, hence follows torch.manual_seed and is repeated by checkpointing.
-    ``stream``: ranks whose generators agree draw different patterns on different streams, and their generators still
-    agree afterwards.
-    """
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Zero each element with probability p (on a CPU rounded to 2⁻¹⁶) and scale the others so that the mean stays."""
     if not training or p == 0:
         return x
-    generator = None if stream is None else _generator_of(stream, x.device)
     if x.device.type != "cpu":
-        if generator is None:
-            return F.dropout(x, p)
-        return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
-    draws = draw(x.numel(), p, generator)
-    return x * (draws.words.view(x.shape) >= draws.least) * draws.scale
+        return F.dropout(x, p)
+    return x * draw(x.shape, p, x.device) * scale_of(p, x.device)
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Which elements a dropout on a CPU keeps: those whose word is not below ``least``, multiplied by ``scale``."""
+def draw(shape: torch.Size, p: float, device: torch.device, ranks: Ranks | None = None) -> Tensor:
+    """Which elements stay, if each is dropped with probability p: bool of this shape.
 
-    words: Tensor
-    """int16 [elements]."""
-    least: int
-    scale: float
-
-
-def draw(elements: int, p: float, generator: torch.Generator | None = None) -> Draws:
-    """Draw for a dropout of probability p, from torch's generator of the CPU unless another is given."""
-    dropped = round(p * _RESOLUTION)
+    Follows torch's generator of the CPU, on all devices: set that back and the same is drawn again, no device is asked.
+    ``ranks``: those whose generators agree draw a pattern each, and their generators still agree afterwards.
+    """
+    generator = None if ranks is None or ranks.count == 1 else _generator_of(ranks.rank, device)
+    if device.type != "cpu":
+        generator = generator or _generator_of(0, device)
+        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p, generator=generator)
+    elements = shape.numel()
     words = torch.empty(-(-elements // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
-    scale = _RESOLUTION / (_RESOLUTION - dropped)
-    return Draws(words.view(torch.int16)[:elements], dropped - _RESOLUTION // 2, scale)
+    return words.view(torch.int16)[:elements].view(shape) >= _dropped(p) - _RESOLUTION // 2
+
+
+def scale_of(p: float, device: torch.device) -> float:
+    """What multiplies the elements that stay."""
+    return _RESOLUTION / (_RESOLUTION - _dropped(p)) if device.type == "cpu" else 1 / (1 - p)
+
+
+def _dropped(p: float) -> int:
+    """Of the values of 16 bits."""
+    return round(p * _RESOLUTION)
 
 
 def _generator_of(stream: int, device: torch.device) -> torch.Generator:
-    """A generator for one use, seeded from ``stream`` and torch's generator of the CPU: no device is asked."""
+    """A generator for one use, seeded from ``stream`` and torch's generator of the CPU."""
     drawn = int(torch.randint(_SEEDS, (), device="cpu"))
     words = np.random.SeedSequence([drawn, stream]).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(words[0]))

@@ -1,53 +1,98 @@
-"""What gates the output of the attention: ``Dropout(LayerNorm(O over all heads) ⊙ U)``. Dispatcher."""
+"""What gates the output of the attention: ``Dropout(LayerNorm(O over all heads) ⊙ U)``. Dispatcher.
+
+Source: HSTU, arXiv 2402.17152, eq. 3.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hstu.ops.backends import Backend
-from hstu.ops.cpu.coverage import gate_gap
+from hstu.ops.cpu.coverage import type_gap
+from hstu.ops.ranks import Ranks
 from hstu.ops.triton import coverage as triton_coverage
 
 
 @dataclass(frozen=True)
-class SplitHeads:
-    """The heads of a row lie on several ranks, equally many on each."""
+class GateRule:
+    """What does not depend on the batch."""
 
-    rank: int
-    """Which of them this is; each drops out in a pattern of its own."""
-    gather: Callable[[Tensor], Tensor]
-    """A tensor of each rank [...], of one shape → [ranks, ...] on all; no gradient flows through it."""
+    eps: float
+    dropout: float
+    """0 in evaluation."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """Of several, each has some of the heads; the norm spans all: they exchange two numbers a row, both ways."""
+
+
+class GateKernels(Protocol):
+    """A backend. x, u: [T, H, d] of one type; weight, bias: [H · d]."""
+
+    def forward(
+        self, x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gated [T, H · d] of x's type, mean and inverse deviation [2, T], and what repeats the dropout's pattern.
+
+        The norm is computed in float32 at least. The pattern is None where nothing is dropped.
+        """
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        u: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        rule: GateRule,
+        statistics: Tensor,
+        pattern: Tensor | None,
+        grad_u: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gated, once more, and the gradients of x, weight and bias; that of u is written to ``grad_u``."""
+
+
+def gate_kernels(width: int, dtype: torch.dtype, backend: Backend) -> GateKernels:
+    """What serves rows of ``width`` numbers of a type."""
+    if backend is Backend.CPU and type_gap(dtype) is None:
+        from hstu.ops.cpu import norm_mul_dropout as cpu
+
+        return cpu
+    if backend.uses_triton and triton_coverage.norm_gap(width, dtype) is None:
+        from hstu.ops.triton import norm as triton
+
+        return triton
+    from hstu.ops.pytorch import norm_mul_dropout as pytorch
+
+    return pytorch
 
 
 def norm_mul_dropout(
-    x: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    eps: float,
-    dropout: float,
-    training: bool,
-    backend: Backend = Backend.PYTORCH,
-    split_heads: SplitHeads | None = None,
+    x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule, backend: Backend = Backend.PYTORCH
 ) -> Tensor:
-    """x, u: [T, H, d]; weight, bias: [H · d]. Returns [T, H · d] of x's type; the norm is computed in float32 at least.
+    """x, u: [T, H, d]; weight, bias: [H · d]. Returns [T, H · d] of x's type."""
+    gated: Tensor = _Gate.apply(x, u, weight, bias, rule, gate_kernels(len(weight), x.dtype, backend))
+    return gated
 
-    With ``split_heads`` H counts this rank's heads and the norm spans those of all ranks: they exchange two numbers a
-    row, forward and backward.
-    Source: HSTU, arXiv 2402.17152, eq. 3.
-    """
-    if backend is Backend.CPU and gate_gap(x.dtype, split=split_heads is not None) is None:
-        from hstu.ops.cpu.norm_mul_dropout import norm_mul_dropout as cpu
 
-        return cpu(x, u, weight, bias, eps, dropout if training else 0.0)
-    if backend.uses_triton and triton_coverage.norm_gap(len(weight), x.dtype) is None:
-        from hstu.ops.triton.norm import norm_mul_dropout as triton
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule, kernels: GateKernels
+    ) -> Tensor:
+        gated, statistics, pattern = kernels.forward(x, u, weight, bias, rule)
+        ctx.save_for_backward(x, u, weight, bias, statistics, pattern)
+        ctx.rule, ctx.kernels = rule, kernels
+        return gated
 
-        return triton(x, u, weight, bias, eps, dropout, training, split_heads)
-    from hstu.ops.pytorch.norm_mul_dropout import norm_mul_dropout as pytorch
-
-    return pytorch(x, u, weight, bias, eps, dropout, training, split_heads)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, statistics, pattern = ctx.saved_tensors
+        tokens, heads, width = inputs[1].shape  # a layer's gradient of u is a view, too
+        grad_u = torch.empty(tokens, heads, 2, width, dtype=grad.dtype, device=grad.device)[:, :, 0]
+        _, grad_x, *grad_affine = ctx.kernels.backward(grad, *inputs, ctx.rule, statistics, pattern, grad_u)
+        return grad_x, grad_u, *grad_affine, None, None

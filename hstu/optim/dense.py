@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ class DenseOptimizer:
 
     Weight decay is w ← w - lr · weight_decay · w before the update, whichever the optimizer (adam with it is adamw),
     and only for weights of two or more dimensions that are no embedding and no norm. ``state`` keeps the names of
-    the parameters, so that checkpoints do not depend on their order.
+    the parameters, so that checkpoints do not depend on their order. With ``ema_decay`` it also keeps an exponential
+    moving average of the parameters, which is part of its state.
     """
 
     def __init__(self, module: nn.Module, args: OptimizerArgs) -> None:
@@ -30,6 +33,9 @@ class DenseOptimizer:
         self._optimizer = _build(list(self.parameters.values()), args) if self.parameters else None
         if self._optimizer is not None:
             _create_state(self._optimizer)
+        self.ema_decay = args.ema_decay
+        averaged = self.parameters if args.ema_decay > 0 else {}
+        self._averages = {name: weight.detach().clone() for name, weight in averaged.items()}
 
     def set_lr_multiplier(self, multiplier: float) -> None:
         """Use ``learning_rate × multiplier`` from the next step on."""
@@ -49,17 +55,35 @@ class DenseOptimizer:
         if self._decayed:
             torch._foreach_mul_(self._decayed, 1.0 - self._optimizer.param_groups[0]["lr"] * self.weight_decay)
         self._optimizer.step()
+        if self._averages:
+            weights: list[Tensor] = [self.parameters[name] for name in self._averages]
+            torch._foreach_lerp_([*self._averages.values()], weights, 1.0 - self.ema_decay)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the parameters have their averages as values; nothing happens where none are kept."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, average in self._averages.items():
+            weight = self.parameters[name]
+            weight.data, average.data = average.data, weight.data
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The live state: ``<parameter>.<state>`` → tensor."""
         if self._optimizer is None:
             return {}
-        return {
+        states = {
             f"{name}.{key}": value
             for name, parameter in self.parameters.items()
             for key, value in self._optimizer.state[parameter].items()
             if isinstance(value, Tensor)
         }
+        return states | {f"{name}.average": average for name, average in self._averages.items()}
 
 
 def decayed_parameters(module: nn.Module) -> list[nn.Parameter]:

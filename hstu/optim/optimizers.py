@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -44,6 +45,10 @@ class Optimizers:
     def learning_rate(self) -> float:
         """The dense learning rate in force."""
         return self.dense.learning_rate * self.lr_multiplier
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Inside, the dense part has the average of its weights (OptimizerArgs.ema_decay), where one is kept."""
+        return self.dense.averaged_weights()
 
     def zero_grad(self) -> None:
         """Before the forward of a training step."""

@@ -38,23 +38,6 @@ def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gathered
 
 
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, shares: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
-        return _reduce_scatter(shares, group)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gather_copies(gradients[0], ctx.group).flatten(0, 1), None  # type: ignore[attr-defined]
-
-
-def reduce_scatter(shares: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum the ranks' tensors [ranks · n, …] and leave each rank its part [n, …]. Backward: gathers the gradients."""
-    own: Tensor = _ReduceScatter.apply(shares, group)
-    return own
-
-
 class _SplitRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -4,13 +4,35 @@ The gradient of the loss ``local sum / global number of labels × data-parallel 
 DDP and in TorchRec's exchange for the tables, so an update is that of the mean over the global batch.
 """
 
-from __future__ import annotations
+# No postponed annotations: DDP looks at those of the hook that it is given.
 
-from torch import nn
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hstu.model.gr_model import GRModel
 from hstu.parallel.mesh import Mesh
+
+
+class ReplicatedDense(DistributedDataParallel):
+    """DDP that also looks at what this rank itself adds to each average: afterwards no one can tell whose nan it is."""
+
+    def __init__(self, dense: nn.Module, group: dist.ProcessGroup) -> None:
+        super().__init__(dense, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.own_buckets_finite: list[Tensor] = []
+        """Of each bucket since ``clear``, in the order in which they were averaged: bool scalars on the device."""
+        self.register_comm_hook(group, self._look_and_average)
+
+    def _look_and_average(self, group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        gradients = bucket.buffer()
+        self.own_buckets_finite.append(all_finite([gradients]))
+        gradients.mul_(1.0 / dist.get_world_size(group))  # as DDP does by itself, with the same bits
+        averaged = dist.all_reduce(gradients, group=group, async_op=True).get_future()
+        return averaged.then(lambda done: done.value()[0])
 
 
 def replicate_dense(model: GRModel, mesh: Mesh) -> GRModel:
@@ -20,9 +42,7 @@ def replicate_dense(model: GRModel, mesh: Mesh) -> GRModel:
     search for unused ones.
     """
     if mesh.dp_size > 1:
-        model.dense = DistributedDataParallel(
-            model.dense, process_group=mesh.dp_group, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        model.dense = ReplicatedDense(model.dense, mesh.dp_group)
     return model
 
 
@@ -30,3 +50,20 @@ def unwrap_dense(model: GRModel) -> nn.Module:
     """The dense part without its DDP wrapper: parameter names do not depend on the number of ranks."""
     dense = model.dense
     return dense.module if isinstance(dense, DistributedDataParallel) else dense
+
+
+def own_gradients_finite(dense: nn.Module) -> Tensor:
+    """After backward: whether this rank's gradients of the dense part were finite before any average; bool scalar."""
+    if isinstance(dense, ReplicatedDense):
+        buckets, dense.own_buckets_finite = dense.own_buckets_finite, []
+        return torch.stack(buckets).all()
+    return all_finite([parameter.grad for parameter in dense.parameters() if parameter.grad is not None])
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether all numbers are finite, as a bool scalar on the device; nothing waits for it.
+
+    By their sum, which an infinity or a nan spoils: one pass over each tensor, many times as fast as isfinite.
+    """
+    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
+    return torch.stack(sums).sum().isfinite() if sums else torch.tensor(True)

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -15,8 +14,10 @@ from hstu.data.batch import HSTUBatch
 from hstu.model.gr_model import GRModel
 from hstu.model.outputs import ModelOutput
 from hstu.optim.optimizers import Optimizers
+from hstu.parallel.dense import ReplicatedDense, all_finite, own_gradients_finite
 from hstu.parallel.mesh import Mesh
-from hstu.pipeline.finite import LossCheck
+from hstu.pipeline.boundary import Boundary
+from hstu.pipeline.finite import StepCheck
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,12 @@ class StepResult:
 class TrainPipeline(ABC):
     """Turns batches into optimizer steps. The trainer never knows which kind it has."""
 
-    def __init__(self, model: torch.nn.Module, optimizers: Optimizers, mesh: Mesh, max_grad_norm: float) -> None:
+    def __init__(self, model: GRModel, optimizers: Optimizers, mesh: Mesh, max_grad_norm: float) -> None:
         self.model = model
         self.optimizers = optimizers
         self.mesh = mesh
         self.max_grad_norm = max_grad_norm
-        self.loss_check = LossCheck(mesh)
-        if self.loss_check.after_backward:
-            cast(GRModel, model).dense.register_forward_pre_hook(self.loss_check.mask_rows)
+        self.check = StepCheck(mesh)
 
     @abstractmethod
     def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
@@ -55,35 +54,54 @@ class TrainPipeline(ABC):
         return nullcontext()
 
     def forward(self, batch: HSTUBatch) -> tuple[torch.Tensor, StepResult]:
-        """(loss to differentiate, what ``progress`` returns) of a batch on the device. May raise NonFiniteLoss."""
-        output = self.model(batch)
-        loss, mean_loss = self.normalise(output)
-        self.loss_check.begin(output.loss_sum, mean_loss, batch)
-        return loss, StepResult(mean_loss, batch)
+        """Train the dense part on a batch on the device as far as its gradients, which then wait for ``step``.
 
-    def normalise(self, output: ModelOutput) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss to differentiate, global mean loss to report).
+        Returns (what to call backward on, for the gradients to reach the tables; what ``progress`` returns). May raise
+        NonFiniteStep.
+        """
+        boundary = Boundary(self.model.look_up(batch), batch)
+        loss_sum, count = self.differentiate(boundary, batch)
+        gradients = boundary.gradients()
+        finite = all_finite(gradients).logical_and(own_gradients_finite(self.model.dense))
+        mean_loss = self.check.begin(loss_sum, finite, batch) / count
+        return boundary.hand_back(self.check.masked(gradients)), StepResult(mean_loss, batch)
+
+    def differentiate(self, boundary: Boundary, batch: HSTUBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward of the dense part: (this rank's summed loss, labels of the global batch), scalars.
 
         DDP and TorchRec average gradients over ranks, so the local sum is divided by the global count of labelled
         tokens and multiplied by the data-parallel size: the gradient is then the single-process one, however the
-        global batch is split. The count stays on the device: no host synchronisation.
+        global batch is split, over ranks and into micro-batches. The count stays on the device: no host
+        synchronisation.
         """
-        totals = torch.stack([output.loss_sum.detach().float(), output.num_labels.detach().float()])
+        count = batch.computed.num_labels.sum().float()
         if self.mesh.dp_size > 1:
-            dist.all_reduce(totals, group=self.mesh.dp_group)
-        count = totals[1].clamp(min=1.0)
-        return output.loss_sum * (self.mesh.dp_size / count), totals[0] / count
+            dist.all_reduce(count, group=self.mesh.dp_group)
+        count = count.clamp(min=1.0)
+        loss_sum = torch.zeros((), device=count.device)
+        for number, (rows, part) in enumerate(boundary.parts(), 1):
+            with self._averaging(number == boundary.num_parts):
+                output: ModelOutput = self.model.dense([rows], part)
+                (output.loss_sum * (self.mesh.dp_size / count)).backward()
+            loss_sum += output.loss_sum.detach().float()
+            self.mesh.progress.alive()
+        return loss_sum, count
+
+    def _averaging(self, is_last: bool) -> AbstractContextManager[None]:
+        """Gradients are averaged over ranks once a step, when those of all micro-batches are summed."""
+        dense = self.model.dense
+        return nullcontext() if is_last or not isinstance(dense, ReplicatedDense) else dense.no_sync()
 
     def zero_grad(self) -> None:
         """Before a step's look-ups in the tables."""
         self.optimizers.zero_grad()
 
     def step(self) -> None:
-        """After backward, inside which model-parallel tables may have been updated: clip, then the dense step.
+        """After the tables' backward, which may have updated them: clip, then the dense step.
 
-        May raise NonFiniteLoss, before it.
+        May raise NonFiniteStep, before it.
         """
-        self.loss_check.end()
+        self.check.end()
         if self.max_grad_norm > 0:
             self.optimizers.clip_grad_norm(self.max_grad_norm)
         self.optimizers.step()

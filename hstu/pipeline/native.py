@@ -23,6 +23,7 @@ from torchrec.distributed.model_parallel import ShardedModule
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from hstu.data.batch import HSTUBatch
+from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.base import StepResult, TrainPipeline
@@ -50,7 +51,7 @@ class NativePipeline(TrainPipeline):
     stages: type[NativeStages] = NativeStages
     cpu_notice = "pipeline_type 'native' on a CPU: there is no copy to overlap, only the ranks' exchange of ids"
 
-    def __init__(self, model: torch.nn.Module, optimizers: Optimizers, mesh: Mesh, max_grad_norm: float) -> None:
+    def __init__(self, model: GRModel, optimizers: Optimizers, mesh: Mesh, max_grad_norm: float) -> None:
         super().__init__(model, optimizers, mesh, max_grad_norm)
         self._batches: Iterator[HSTUBatch] | None = None
         self._stages = self.stages(

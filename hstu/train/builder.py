@@ -151,7 +151,6 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDen
         head_dim=network.kv_channels,
         item_dim=network.item_width,
         dtype=DTYPES[network.dtype_str],
-        split_heads=mesh.tp_size > 1,
         has_bias=network.position_encoding == "relative_bias",
     )
     log.info("kernels: %s", kernels)

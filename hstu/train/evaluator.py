@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -27,6 +27,8 @@ class Evaluator(ABC):
         self.model = model
         self.mesh = mesh
         self.max_iters = max_iters
+        self.between_batches: Callable[[], None] = lambda: None
+        """Called before every batch, and before every chunk of the corpus, on all ranks alike; may raise."""
 
     @abstractmethod
     def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
@@ -35,6 +37,7 @@ class Evaluator(ABC):
     def _limited(self, batches: Iterable[HSTUBatch]) -> Iterator[HSTUBatch]:
         for batch in islice(batches, self.max_iters):
             self.mesh.progress.mark()
+            self.between_batches()
             yield batch
 
     def _gather(self, array: np.ndarray) -> np.ndarray:
@@ -88,4 +91,5 @@ class RetrievalEvaluator(Evaluator):
     def embed_items(self, codes: Tensor) -> Tensor:
         """Rows of the item table for item codes; collective where the table is sharded."""
         self.mesh.progress.mark()
+        self.between_batches()
         return self.model.embed_items(codes)

@@ -21,7 +21,7 @@ def run(config: RunConfig) -> int:
     from hstu.observe.logging import quiet_libraries
     from hstu.observe.watchdog import Watchdog
     from hstu.parallel import mesh as meshes
-    from hstu.pipeline.finite import NonFiniteLoss
+    from hstu.pipeline.finite import NonFiniteStep
     from hstu.train.builder import build_trainer
 
     quiet_libraries()
@@ -43,7 +43,7 @@ def run(config: RunConfig) -> int:
         if trainer is not None:
             trainer.checkpoints.close()
         if watchdog is not None:
-            alike = not in_training or isinstance(error, (NonFiniteLoss, CheckpointFailure))
+            alike = not in_training or isinstance(error, (NonFiniteStep, CheckpointFailure))
             watchdog.leave(None if alike else error)
         meshes.finish(wait=False)
         return _tell(error, every_rank=in_training)

@@ -48,7 +48,7 @@ def recommend_for(config: RunConfig, ckpt: str, users: Sequence[Any], top: int, 
     state = TrainState(model, optimizers, config.operative_gin(), ids=row_ids(source))
     CheckpointStore(ckpt, ckpt, mesh, load_options=LoadOptions(optimizer=False)).restore(state)
     evaluator = RetrievalEvaluator(model, config.task_args, source, mesh)
-    with evaluation_mode(model):
+    with evaluation_mode(model), optimizers.averaged_weights():
         vectors = []
         for batch in source.history_batches(rows):
             queries = model(batch.to(mesh.device)).queries

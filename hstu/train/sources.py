@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, RetrievalArgs
+from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, RetrievalArgs, TrainerArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
 from hstu.data.collate import Assembler, Collator, FeatureRoles, StoreReader, resolve_roles
 from hstu.data.datasets import predefined_embeddings, resolve_name
 from hstu.data.loader import build_loader
+from hstu.data.micro import with_micro_batches
 from hstu.data.negatives import Negatives
 from hstu.data.sampler import BatchPlan, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.samples import SampleTable, StochasticLength
@@ -69,6 +70,11 @@ class BatchSource(ABC):
         sampler = self._train_sampler(SamplerPosition())
         sampler.rank = rank
         return [self._share(plan) for plan in islice(sampler, steps)]
+
+    def _computed_in_parts(self, batches: Iterator[HSTUBatch], args: TrainerArgs, mesh: Mesh) -> Iterator[HSTUBatch]:
+        """Training batches with those of their group, and with their micro-batches."""
+        with_own_group = with_groups(batches, self.roles.item, mesh)
+        return with_micro_batches(with_own_group, args.gradient_accumulation_steps, self.roles.item)
 
     @abstractmethod
     def _train_sampler(self, position: SamplerPosition) -> TrainSampler: ...
@@ -144,7 +150,7 @@ class StoreSource(BatchSource):
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""
         trainer = self._config.trainer
-        collator = self._collator(self.store, self._train_samples, trainer.train_batch_size, training=True)
+        collator = self._collator(self.store, self._train_samples, trainer.sequences_per_iteration, training=True)
         batches = build_loader(
             collator,
             self._train_sampler(position),
@@ -152,7 +158,7 @@ class StoreSource(BatchSource):
             prefetch=trainer.data_prefetch,
             pin_memory=self._mesh.device.type == "cuda",
         )
-        return with_groups(batches, self.roles.item, self._mesh)
+        return self._computed_in_parts(batches, trainer, self._mesh)
 
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
         """See BatchSource."""
@@ -196,7 +202,7 @@ class StoreSource(BatchSource):
         trainer, mesh = self._config.trainer, self._mesh
         return TrainSampler(
             len(self._train_samples),
-            trainer.train_batch_size,
+            trainer.sequences_per_iteration,
             mesh.rank,
             mesh.world_size,
             trainer.seed,
@@ -255,7 +261,7 @@ class RandomSource(BatchSource):
 
     def __init__(self, config: RunConfig, args: BenchmarkDatasetArgs, mesh: Mesh) -> None:
         self._config, self._args, self._mesh = config, args, mesh
-        self._train = self._dataset("train", config.trainer.train_batch_size)
+        self._train = self._dataset("train", config.trainer.sequences_per_iteration)
         self._eval: dict[Split, SyntheticDataset] = {}
         self.roles = FeatureRoles(
             args.item_feature_name, args.action_feature_name, tuple(args.contextual_feature_names)
@@ -280,7 +286,7 @@ class RandomSource(BatchSource):
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""
         batches = build_loader(self._train, self._train_sampler(position), pin_memory=self._mesh.device.type == "cuda")
-        return with_groups(batches, self.roles.item, self._mesh)
+        return self._computed_in_parts(batches, self._config.trainer, self._mesh)
 
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
         """See BatchSource."""

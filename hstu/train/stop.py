@@ -11,6 +11,10 @@ import torch.distributed as dist
 from hstu.parallel.mesh import Mesh
 
 
+class Stopped(Exception):
+    """Raised on all ranks alike, between two steps or two batches of an evaluation."""
+
+
 class StopSignal:
     """Remembers a SIGTERM until the training loop asks for it."""
 
@@ -25,8 +29,12 @@ class StopSignal:
     def _receive(self, _signum: int, _frame: FrameType | None) -> None:
         self._received = True
 
-    def agreed(self) -> bool:
-        """True on all ranks once any rank has received the signal; a collective on host memory."""
+    def raise_if_received(self) -> None:
+        """Raises Stopped on all ranks once any rank has received the signal; a collective on host memory."""
+        if self._agreed():
+            raise Stopped
+
+    def _agreed(self) -> bool:
         if self._mesh.world_size == 1:
             return self._received
         flag = torch.tensor([int(self._received)])

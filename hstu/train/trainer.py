@@ -28,9 +28,9 @@ from hstu.parallel.embedding import dynamic_tables
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.base import TrainPipeline
 from hstu.train.evaluator import Evaluator
-from hstu.train.history import MetricsHistory
+from hstu.train.history import MetricsHistory, RunningLoss, Selection
 from hstu.train.sources import BatchSource
-from hstu.train.stop import StopSignal
+from hstu.train.stop import Stopped, StopSignal
 from hstu.train.work import StepWork
 
 log = logging.getLogger(__name__)
@@ -55,39 +55,59 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._begun = time.monotonic()
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        self._steps_since_log = 0
+        self._running_loss = RunningLoss(self.mesh.device)
         self._history = MetricsHistory()
+        self.state.carried |= {"history": self._history, "running_loss": self._running_loss}
+        args = self.args
+        split = self.source.eval_splits[0]
+        self._selection = Selection(args.best_metric, args.best_metric_mode, split, args.early_stop_patience)
         self._last_throughput: Throughput | None = None
         self._stop = StopSignal(self.mesh)
+        self.evaluator.between_batches = self._stop.raise_if_received
 
     def train(self) -> None:
-        """Run to the last iteration, or until SIGTERM; the summary says how it ended."""
+        """Run to the last iteration, or until best_metric stays as it is, or until SIGTERM; the summary says which."""
         self._stop.install()
         if self.args.gc_interval:
             gc.disable()
         status = "failed"
         try:
             with self.mesh.progress.during("restoring a checkpoint"):
-                restored = self.checkpoints.restore(self.state)
+                self.checkpoints.restore(self.state)
                 if self.args.ckpt_save_interval > 0:
                     self.checkpoints.claim()
-            if restored and self.run_directory.resumed:
-                self._history.read(self.run_directory.metrics_file, self.state.iteration)
-            if self.args.eval_at_start:
-                self.evaluate(self.source.eval_splits)
-            finished = self._iterate()
+            self._selection.follow(self._history)
+            try:
+                self._run()
+                ended = "done" if self.state.iteration == self.total_iters else "stopped early"
+            except Stopped:
+                log.warning("SIGTERM: stopping after iteration %d", self.state.iteration)
+                self._save()
+                ended = "stopped"
             with self.mesh.progress.during("saving a checkpoint"):
                 self.checkpoints.wait()
-            if finished and self.args.eval_at_end:
-                self.evaluate(self.source.final_splits)
-            status = "done" if finished else "stopped"
+            status = ended
         finally:
             gc.enable()
             self._summarise(status)
 
-    def _iterate(self) -> bool:
-        """Train to the last iteration; False where SIGTERM came first."""
+    def _run(self) -> None:
+        if self.args.eval_at_start or self._lacks_an_evaluation():
+            self.evaluate(self.source.eval_splits)
+        self._iterate()
+        if self.args.eval_at_end:
+            iteration = self.state.iteration
+            splits = (split for split in self.source.final_splits if not self._history.has(split, iteration))
+            self.evaluate(tuple(splits))
+
+    def _lacks_an_evaluation(self) -> bool:
+        """Whether the run that saved the checkpoint ended where it would have evaluated, had it gone on."""
+        iteration = self.state.iteration
+        is_due = 0 < iteration < self.total_iters and iteration % self.args.eval_interval == 0
+        return is_due and not self._history.has(self.source.eval_splits[0], iteration)
+
+    def _iterate(self) -> None:
+        """Train to the last iteration, which may be that in which the metric has not improved for long enough."""
         batches = self.meter.timed(self._loaded(self.source.train_batches(self.state.position)))
         args, path = self.args, self.run_directory.path
         profiler = Profiler(
@@ -97,17 +117,13 @@ class Trainer:
             self.total_iters, args.progress_bar, visible=self.mesh.is_main, initial=self.state.iteration
         )
         with profiler, progress:
-            while self.state.iteration < self.total_iters:
+            while self.state.iteration < self.total_iters and not self._selection.is_exhausted:
                 profiler.step(self.state.iteration)
                 self._step(batches)
                 progress.update()
                 self._after_step(progress)
                 self.checkpoints.poll()
-                if self._stop.agreed():
-                    log.warning("SIGTERM: stopping after iteration %d", self.state.iteration)
-                    self._save()
-                    return False
-        return True
+                self._stop.raise_if_received()
 
     def _loaded(self, batches: Iterator[HSTUBatch]) -> Iterator[HSTUBatch]:
         while True:
@@ -124,8 +140,7 @@ class Trainer:
         result = self.pipeline.progress(batches)
         self.state.iteration += 1
         self.state.position = result.batch.position or SamplerPosition()  # only a batch made by hand has none
-        self._loss_sum += result.loss
-        self._steps_since_log += 1
+        self._running_loss.add(result.loss)
         tokens, flops = self.work.of(result.batch)
         self.meter.add(samples=result.batch.real_batch_size, tokens=tokens, flops=flops)
 
@@ -136,25 +151,46 @@ class Trainer:
             self._log(progress)
         if iteration % args.eval_interval == 0 and not (last and args.eval_at_end):
             self.evaluate(self.source.eval_splits)
+        if self._selection.is_exhausted and not last:
+            last = True
+            log.info(
+                "%s has been at its best at iteration %s: stopping early", args.best_metric, self._selection.iteration
+            )
+            if self._running_loss.steps:
+                self._log(progress)
         if args.ckpt_save_interval > 0 and (iteration % args.ckpt_save_interval == 0 or (last and args.save_at_end)):
             self._save()
         if args.gc_interval and iteration % args.gc_interval == 0:
             gc.collect()
 
     def evaluate(self, splits: tuple[Split, ...]) -> None:
-        """Evaluate on each of ``splits`` and record the metrics; training state is left as it was."""
+        """Evaluate on each of ``splits`` and record the metrics; training state is left as it was.
+
+        Raises Stopped where SIGTERM comes before all of a split has been seen; what was not recorded is done anew by
+        the run that goes on from the checkpoint.
+        """
         for split in splits:
             begun = time.monotonic()
             during = self.mesh.progress.during(f"evaluating on {split}")
-            with self.meter.paused(), self.pipeline.evaluation(), during:
+            averaged = self.state.optimizers.averaged_weights()
+            with self.meter.paused(), self.pipeline.evaluation(), averaged, during:
                 metrics = self.evaluator.evaluate(self.source.eval_batches(split))
             record = EvalRecord(iteration=self.state.iteration, epoch=self._epoch(), split=split, metrics=metrics)
+            is_new = not self._history.has(split, self.state.iteration)
             self._history.add(record)
             self.run_directory.write_eval(record)
             log.info(format_eval(record, time.monotonic() - begun))
+            if is_new and split == self._selection.split and self._selection.follow(self._history):
+                self._keep_best()
+
+    def _keep_best(self) -> None:
+        if self.args.ckpt_save_interval > 0:
+            self._save()
+            with self.meter.paused(), self.mesh.progress.during("saving a checkpoint"):
+                self.checkpoints.keep(self.state.iteration)
 
     def _log(self, progress: ProgressBar) -> None:
-        loss = float(self._loss_sum) / self._steps_since_log
+        loss = self._running_loss.take()
         rates = self.meter.take(self._sum_over_ranks, self.mesh.world_size)
         self._last_throughput = rates
         record = TrainRecord(
@@ -177,8 +213,6 @@ class Trainer:
         for table, report in record.tables.items():
             log.info(describe(table, report))
         progress.show(loss=loss)
-        self._loss_sum.zero_()
-        self._steps_since_log = 0
 
     def _save(self) -> None:
         if self.args.ckpt_save_interval > 0 and self.checkpoints.newest_iteration != self.state.iteration:
@@ -205,6 +239,7 @@ class Trainer:
                 "mfu": rates.mfu,
             }
         )
+        best = {} if self._selection.metric is None else {"best": self._selection.as_json()}
         self.run_directory.write_summary(
             status=status,
             iterations=self.state.iteration,
@@ -212,6 +247,7 @@ class Trainer:
             best_metrics=self._history.best,
             throughput=throughput,
             seconds=time.monotonic() - self._begun,
+            **best,
         )
         self.run_directory.draw_curves()
         self.run_directory.close()

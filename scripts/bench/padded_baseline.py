@@ -53,6 +53,35 @@ def pad_batch(batch: HSTUBatch, item_feature: str) -> PaddedBatch:
     return PaddedBatch(ids, times, valid, labelled, batch.labels, negatives)
 
 
+def padded_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, alpha: float, divisor: int, bias: Tensor | None = None
+) -> Tensor:
+    """q, k, v [B, N, H, d]; mask [N, N], 1 where the query may see the key; bias [B, 1, N, N]. Returns [B, N, H, d]."""
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * alpha
+    if bias is not None:
+        scores = scores + bias
+    return torch.einsum("bhij,bjhd->bihd", F.silu(scores) / divisor * mask, v)
+
+
+def gathered_loss(
+    queries: Tensor, targets: Tensor, negatives: Tensor, hit: Tensor, temperature: float, eps: float
+) -> Tensor:
+    """Mean −log softmax of the targets [M, D] among their gathered negatives [M, R, D], none of them normalised yet.
+
+    hit: bool [M, R], where a negative is the target.
+    """
+
+    def normalise(x: Tensor) -> Tensor:
+        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=eps)
+
+    queries, targets, negatives = normalise(queries), normalise(targets), normalise(negatives)
+    positive_logits = (queries * targets).sum(-1, keepdim=True) / temperature
+    negative_logits = torch.einsum("md,mrd->mr", queries, negatives) / temperature
+    negative_logits = negative_logits.masked_fill(hit, -5e4)
+    logits = torch.cat([positive_logits, negative_logits], dim=1)
+    return -F.log_softmax(logits, dim=1)[:, 0].mean()
+
+
 class PaddedLayer(nn.Module):
     """One layer on [B, N, D]."""
 
@@ -64,19 +93,19 @@ class PaddedLayer(nn.Module):
         self.uvqk = nn.Linear(network.hidden_size, 4 * inner)
         self.output_norm = nn.LayerNorm(inner, eps=network.norm_epsilon)
         self.out = nn.Linear(inner, network.hidden_size, bias=False)
-        self.position_weight = nn.Parameter(torch.zeros(2 * max_items - 1))
-        self.time_weight = nn.Parameter(torch.zeros(128))
+        if network.position_encoding == "relative_bias":
+            self.position_weight = nn.Parameter(torch.zeros(2 * max_items - 1))
+            self.time_weight = nn.Parameter(torch.zeros(128))
 
     def forward(self, x: Tensor, times: Tensor, mask: Tensor) -> Tensor:
-        """x [B, N, D]; times int64 [B, N]; mask [N, N], 1 where the query may see the key."""
+        """x [B, N, D]; times int64 [B, N], for a relative bias; mask [N, N], 1 where the query may see the key."""
         network = self.network
         projected = F.silu(self.uvqk(self.input_norm(x)))
         u, v, q, k = projected.unflatten(2, (network.num_attention_heads, 4, network.kv_channels)).unbind(3)
-        scores = torch.einsum("bihd,bjhd->bhij", q, k) * network.kv_channels**-0.5
-        scores = scores + self._bias(times).unsqueeze(1)
-        weights = F.silu(scores) / self.max_items * mask
-        attended = torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2)
-        gated = F.dropout(self.output_norm(attended) * u.flatten(2), network.hidden_dropout, self.training)
+        bias = self._bias(times).unsqueeze(1) if network.position_encoding == "relative_bias" else None
+        attended = padded_attention(q, k, v, mask, network.kv_channels**-0.5, self.max_items, bias)
+        gate = self.output_norm(attended.flatten(2)) * u.flatten(2)
+        gated = F.dropout(gate, network.hidden_dropout, self.training)
         return x + self.out(gated)
 
     def _bias(self, times: Tensor) -> Tensor:
@@ -85,7 +114,7 @@ class PaddedLayer(nn.Module):
         next_times = torch.cat([times[:, 1:], times[:, -1:]], dim=1)
         delta = (next_times[:, :, None] - times[:, None, :]).abs().clamp(min=1)
         buckets = (delta.double().log() / 0.301).clamp(max=127).long()
-        place = torch.arange(length)
+        place = torch.arange(length, device=times.device)
         distance = place[:, None] - place[None, :] + self.max_items - 1
         return self.position_weight[distance] + self.time_weight[buckets.view(-1)].view(delta.shape)
 
@@ -114,17 +143,9 @@ class PaddedModel(nn.Module):
         times = torch.where(batch.valid, batch.times, batch.times.amax(dim=1, keepdim=True))
         for layer in self.layers:
             x = layer(x, times, mask) * valid
-        queries = self._normalise(x[batch.labelled])
-        targets = self._normalise(self.items(batch.targets))
-        negatives = self._normalise(self.items(batch.negatives))
-        positive_logits = (queries * targets).sum(-1, keepdim=True) / self.temperature
-        negative_logits = torch.einsum("md,mrd->mr", queries, negatives) / self.temperature
-        negative_logits = negative_logits.masked_fill(batch.negatives == batch.targets[:, None], -5e4)
-        logits = torch.cat([positive_logits, negative_logits], dim=1)
-        return -F.log_softmax(logits, dim=1)[:, 0].mean()
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=self.eps)
+        hit = batch.negatives == batch.targets[:, None]
+        targets, negatives = self.items(batch.targets), self.items(batch.negatives)
+        return gathered_loss(x[batch.labelled], targets, negatives, hit, self.temperature, self.eps)
 
     @torch.no_grad()
     def copy_weights(self, model: GRModel) -> None:

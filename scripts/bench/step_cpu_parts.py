@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attention_cpu import make_layout
+from attention import Shape, movielens_times
 from torch.profiler import ProfilerActivity, profile
 
 from hstu.config.args import NetworkArgs
@@ -105,7 +105,7 @@ def attention_costs(width: int = 50, repeats: int = 5) -> list[dict[str, Any]]:
             "one long, others short": np.append(rng.integers(1, 21, 63), longest),
         }.items():
             lengths = lengths.astype(np.int64)
-            layout = make_layout(lengths, rng)
+            layout = Shape(lengths, 1, width).layout(torch.device("cpu"), movielens_times(lengths, rng))
             inputs = [torch.randn(layout.num_tokens, 1, width, requires_grad=True) for _ in range(3)]
             tables = [torch.randn(n, requires_grad=True) for n in (2 * longest - 1, NUM_TIME_BUCKETS)]
 

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
+import pickle
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +39,29 @@ def test_a_keyed_jagged_tensor_keeps_what_it_knows_and_nothing_is_shared_with_th
 
 def test_all_tensors_are_slices_of_one() -> None:
     packed = pack([torch.arange(5), torch.ones(2, 2, dtype=torch.int32)])
-    assert len(packed.content) == 128
+    assert len(packed.tensor) == 128
     one, other = unpack(packed)
     assert one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() == packed.tensor.data_ptr()
+
+
+def test_another_process_gets_the_very_memory_and_no_copy_of_it() -> None:
+    packed = pack(torch.arange(1000))
+    arrived = pickle.loads(pickle.dumps(packed))  # through /proc, as another process would
+    assert len(pickle.dumps(packed)) < 1000
+    arrived.tensor[:8] = 255
+    assert packed.tensor[:8].tolist() == [255] * 8 and unpack(arrived).tolist()[1:] == list(range(1, 1000))
+
+
+def test_memory_that_is_gone_is_told_as_a_lost_connection() -> None:
+    sent = pickle.dumps(pack(torch.arange(5)))
+    with pytest.raises(ConnectionError, match="gone"):
+        pickle.loads(sent)
+
+
+def test_no_file_stays_open() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        packed = pack(torch.arange(5))
+        assert unpack(pickle.loads(pickle.dumps(packed))).tolist() == [0, 1, 2, 3, 4]
+        del packed
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hstu.observe.peak import PeakTflops
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.dense import unwrap_dense
 from hstu.parallel.mesh import Mesh
-from hstu.pipeline.finite import NonFiniteLoss
+from hstu.pipeline.finite import NonFiniteStep
 from hstu.train import builder, main
 from hstu.train.trainer import Trainer
 from tests.distributed.pipeline_cases import digest
@@ -67,6 +68,22 @@ def in_loading(deed: Callable[[], None]) -> Callable[[Trainer, int, Path], None]
     return sabotage
 
 
+def over_an_evaluation(trainer: Trainer, iteration: int, failed_at: Path) -> None:
+    """SIGTERM over the first of so many slow batches that the evaluation would take minutes."""
+    load = trainer.source.eval_batches
+
+    def batches(*split: Any) -> Iterator[HSTUBatch]:
+        (batch,) = islice(load(*split), 1)
+        for _ in range(1000):
+            if trainer.state.iteration == iteration and not failed_at.exists():
+                failed_at.write_text(str(time.time()))
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+            yield batch
+
+    trainer.source.eval_batches = batches  # type: ignore[method-assign]
+
+
 def in_forward(deed: Callable[[ModelOutput], None]) -> Callable[[Trainer, int, Path], None]:
     """Do it to the output of the dense model in an iteration."""
 
@@ -90,6 +107,19 @@ def lose(output: ModelOutput) -> None:
     output.loss_sum = output.loss_sum * float("nan")
 
 
+def lose_gradient(output: ModelOutput) -> None:
+    """A finite loss, whose gradients are no numbers."""
+    output.loss_sum.register_hook(lambda gradient: gradient * float("nan"))
+
+
+def lose_weight_gradient(output: ModelOutput) -> None:
+    """A finite loss and finite gradients of the rows; that of one weight is not."""
+    node: Any = output.loss_sum.grad_fn
+    while not hasattr(node, "variable"):
+        node = next(other for other, _ in node.next_functions if other is not None)
+    handle = node.variable.register_hook(lambda gradient: handle.remove() or gradient * float("inf"))
+
+
 def sleep_through_sigterm() -> None:
     """As a rank that waits for its GPU: nothing it calls fails, and the signal's handler changes nothing."""
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -101,6 +131,8 @@ def refuse(error: Exception) -> None:
 
 
 FAILURES: dict[str, Callable[[Trainer, int, Path], None]] = {
+    "told to stop": in_loading(lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "told to stop over an evaluation": over_an_evaluation,
     "killed": in_loading(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "frozen": in_loading(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
     "asleep over a batch": in_loading(lambda: time.sleep(1000)),
@@ -109,11 +141,16 @@ FAILURES: dict[str, Callable[[Trainer, int, Path], None]] = {
     "a defect": in_forward(lambda _: refuse(ZeroDivisionError("one by nothing"))),
     "bad data": in_loading(lambda: refuse(DataError("row 7 is torn"))),
     "no number": in_forward(lose),
+    "no gradient": in_forward(lose_gradient),
 }
+DEEDS = {"loss": lose, "gradient": lose_gradient, "weight": lose_weight_gradient}
 
 
 def non_finite_steps(store: str, tp: int, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Case → what is raised where the last rank's loss is no number in the third step, and the weights around it."""
+    """Case → what is raised where the last rank's loss or gradient is no number in the third step, and the weights.
+
+    A case is named "<pipeline> <optimizer> <which of DEEDS>".
+    """
     mesh = mesh_module.start(tensor_parallel_size=tp, timeout_s=60)
     torch.set_num_threads(1)
     results = {}
@@ -125,12 +162,13 @@ def non_finite_steps(store: str, tp: int, cases: dict[str, dict[str, Any]]) -> d
         pipeline = builder.build_pipeline(config.trainer, model, optimizers, mesh)
         state = builder.TrainState(model, optimizers)
         forwards = 0
+        deed = DEEDS[name.split()[-1]]
 
-        def hook(_module: Any, _inputs: Any, output: ModelOutput) -> None:
+        def hook(_module: Any, _inputs: Any, output: ModelOutput, deed: Callable[[ModelOutput], None] = deed) -> None:
             nonlocal forwards
             forwards += 1
             if forwards == 3 and mesh.rank == mesh.world_size - 1:
-                lose(output)
+                deed(output)
 
         unwrap_dense(model).task.register_forward_hook(hook)
         batches = source.train_batches(state.position)
@@ -139,7 +177,7 @@ def non_finite_steps(store: str, tp: int, cases: dict[str, dict[str, Any]]) -> d
             for _ in range(3):
                 users = pipeline.progress(batches).batch.user_ids.tolist()
                 weights.append(digest(state, mesh))
-        except NonFiniteLoss as error:
+        except NonFiniteStep as error:
             raised = str(error)
         results[name] = {"raised": raised, "users": users, "weights": [*weights, digest(state, mesh)]}
     mesh_module.finish()

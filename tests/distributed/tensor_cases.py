@@ -17,10 +17,12 @@ from hstu.checkpoint.save import save
 from hstu.checkpoint.state import TrainState
 from hstu.config.gin_io import load as load_gin
 from hstu.config.run_config import RunConfig
-from hstu.ops.dropout import dropout as dropout_op
+from hstu.ops.dropout import draw
+from hstu.ops.ranks import Ranks
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.cut_tensor import CutTensor
+from hstu.parallel.tensor import GroupRanks
 from hstu.pipeline.base import StepResult
 from hstu.train.builder import build_evaluator, build_model, build_pipeline
 from hstu.train.sources import StoreSource
@@ -198,9 +200,8 @@ def dropout_patterns(store: str, tp: int) -> dict[str, Any]:
         source, state = new_run(mesh, config)
         results[name] = train(mesh, config, source, state, 3)
         consolidated(state, mesh)  # refuses replicated weights that are not equal on all ranks
-    ones = torch.ones(64)
-    results["before W_o"] = dropout_op(ones, 0.5, True, stream=mesh.tp_rank).tolist()
-    results["input"] = dropout_op(ones, 0.5, True).tolist()
+    for place, ranks in (("before W_o", GroupRanks(mesh.tp_group, by_tokens=False)), ("input", Ranks())):
+        results[place] = draw(torch.Size([64]), 0.5, torch.device("cpu"), ranks).tolist()
     mesh_module.finish()
     return results
 

@@ -82,7 +82,7 @@ def test_another_backend_is_an_error_where_strict(requested: str) -> None:
 
 
 def test_the_table_names_what_pytorch_does_and_why() -> None:
-    table = describe_kernels(Backend.CPU, head_dim=512, item_dim=64, dtype=torch.bfloat16, split_heads=True)
+    table = describe_kernels(Backend.CPU, head_dim=512, item_dim=64, dtype=torch.bfloat16)
     assert "attention: pytorch (heads of 512 > 256 channels)" in table
     assert "norm_mul_dropout: pytorch (heads on several ranks)" in table
     assert "sampled_softmax_loss: cpu" in table

@@ -18,11 +18,10 @@ from torch import Tensor
 from hstu.ops.attention import hstu_attention
 from hstu.ops.backends import Backend
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
-from hstu.ops.norm_mul_dropout import norm_mul_dropout
+from hstu.ops.norm_mul_dropout import GateRule, norm_mul_dropout
 from hstu.ops.normalise import l2_normalise
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias, time_buckets
 from hstu.ops.softmax_loss import sampled_softmax_loss
-from hstu.ops.uvqk import split_uvqk
 from tests.ops import oracle
 from tests.ops.backends import (
     ATTENTION,
@@ -244,39 +243,11 @@ def test_the_gate_equals_float64(
 
     def run(leaves: list[Tensor], grad_out: Tensor, backend: Backend) -> list[Tensor]:
         torch.manual_seed(7)  # both drop the same elements
-        return differentiate(
-            lambda *x: norm_mul_dropout(*x, eps=0.05, dropout=dropout, training=True, backend=backend), leaves, grad_out
-        )
+        return differentiate(lambda *x: norm_mul_dropout(*x, GateRule(0.05, dropout), backend), leaves, grad_out)
 
     got = run(leaves, grad_out.to(device_of(backend)), backend)
     expected = run(to(leaves, "cpu", torch.float64), grad_out.double(), Backend.PYTORCH)
     assert_near(got, expected, 3 * TOLERANCE[backend][dtype])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None, max_examples=examples(20))
-@given(
-    tokens=st.sampled_from([0, 1, 40]),
-    heads=st.integers(1, 3),
-    width=st.sampled_from([1, 16, 50]),
-    dtype=st.sampled_from(TYPES),
-)
-def test_the_parts_of_the_projection_equal_float64(
-    backend: Backend, tokens: int, heads: int, width: int, dtype: torch.dtype
-) -> None:
-    torch.manual_seed(width)
-    projected = 3 * torch.randn(tokens, heads * 4 * width).to(dtype)
-    factors = torch.randn(4, width).to(dtype)
-
-    def function(projected: Tensor, backend: Backend) -> Tensor:
-        u, v, q, _ = split_uvqk(projected, width, backend)  # one part has no gradient
-        return sum(part * factor.to(part) for part, factor in zip((u, v, q), factors[:3], strict=True))
-
-    grad_out = torch.randn(tokens, heads, width).to(dtype)
-    device = device_of(backend)
-    got = differentiate(lambda x: function(x, backend), [projected.to(device)], grad_out.to(device))
-    expected = differentiate(lambda x: function(x, Backend.PYTORCH), [projected.double()], grad_out.double())
-    assert_near(got, expected, 2 * TOLERANCE[backend][dtype])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

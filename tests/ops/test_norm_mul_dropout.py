@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from threading import Barrier
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hstu.ops.dropout import dropout
-from hstu.ops.norm_mul_dropout import SplitHeads, norm_mul_dropout
+from hstu.ops.dropout import draw, dropout
+from hstu.ops.norm_mul_dropout import GateRule, norm_mul_dropout
+from hstu.ops.ranks import Ranks
 from tests.ops import oracle
+from tests.ops.rank_threads import RankThread, on_ranks
 
 
 def inputs(tokens: int, heads: int, width: int, dtype: torch.dtype) -> list[Tensor]:
@@ -34,7 +31,7 @@ def inputs(tokens: int, heads: int, width: int, dtype: torch.dtype) -> list[Tens
 def test_equals_the_formula_forward_and_backward(tokens: int, heads: int, width: int, dtype: torch.dtype) -> None:
     ours = [x.requires_grad_() for x in inputs(tokens, heads, width, dtype)]
     exact = [x.detach().double().requires_grad_() for x in ours]
-    out = norm_mul_dropout(*ours, eps=0.1, dropout=0.0, training=True)
+    out = norm_mul_dropout(*ours, GateRule(0.1, 0.0))
     expected = oracle.norm_mul(*exact, eps=0.1)
     assert out.dtype == dtype and out.shape == (tokens, heads * width)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
@@ -48,7 +45,7 @@ def test_equals_the_formula_forward_and_backward(tokens: int, heads: int, width:
 
 def test_gradcheck() -> None:
     leaves = [x.requires_grad_() for x in inputs(3, 2, 3, torch.float64)]
-    assert torch.autograd.gradcheck(lambda *x: norm_mul_dropout(*x, eps=1e-5, dropout=0.0, training=True), leaves)
+    assert torch.autograd.gradcheck(lambda *x: norm_mul_dropout(*x, GateRule(1e-5, 0.0)), leaves)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.9])
@@ -81,40 +78,19 @@ def test_dropout_follows_the_seed_and_is_off_in_evaluation() -> None:
     assert dropout(x.bfloat16(), 0.5, training=True).dtype == torch.bfloat16
 
 
-class Ranks:
-    """Threads that stand for ranks: ``gather`` brings the tensors of all together."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._barrier = Barrier(count, timeout=20)
-        self._given: list[Tensor] = [torch.empty(0)] * count
-
-    def gather(self, rank: int, x: Tensor) -> Tensor:
-        self._given[rank] = x
-        self._barrier.wait()
-        gathered = torch.stack(self._given)
-        self._barrier.wait()
-        return gathered
-
-    def run(self, function: Callable[[int], list[Tensor]]) -> list[list[Tensor]]:
-        with ThreadPoolExecutor(self.count) as pool:
-            return list(pool.map(function, range(self.count)))
-
-
 def over_ranks(whole: list[Tensor], weight: Tensor, count: int) -> list[Tensor]:
     """Output and gradients of the gate with its heads on ``count`` ranks, put together again."""
-    ranks = Ranks(count)
 
-    def one(rank: int) -> list[Tensor]:
+    def one(ranks: RankThread) -> list[Tensor]:
         dims = (1, 1, 0, 0)
-        own = [x.chunk(count, dim)[rank].clone().requires_grad_() for x, dim in zip(whole, dims, strict=True)]
-        split = SplitHeads(rank, partial(ranks.gather, rank))
-        out = norm_mul_dropout(*own, eps=0.1, dropout=0.0, training=True, split_heads=split)
-        (out * weight.chunk(count, 1)[rank]).sum().backward()
+        own = [x.chunk(count, dim)[ranks.rank].clone().requires_grad_() for x, dim in zip(whole, dims, strict=True)]
+        out = norm_mul_dropout(*own, GateRule(0.1, 0.0, ranks))
+        (out * weight.chunk(count, 1)[ranks.rank]).sum().backward()
         return [out.detach(), *(x.grad for x in own if x.grad is not None)]
 
     return [
-        torch.cat(parts, dim) for parts, dim in zip(zip(*ranks.run(one), strict=True), (1, 1, 1, 0, 0), strict=True)
+        torch.cat(parts, dim)
+        for parts, dim in zip(zip(*on_ranks(one, count), strict=True), (1, 1, 1, 0, 0), strict=True)
     ]
 
 
@@ -124,7 +100,7 @@ def test_heads_on_several_ranks_give_what_they_give_together(tokens: int, ranks:
     whole = inputs(tokens, 4, 3, torch.float64)
     weight = torch.randn(tokens, 12, dtype=torch.float64)
     together = [x.clone().requires_grad_() for x in whole]
-    out = norm_mul_dropout(*together, eps=0.1, dropout=0.0, training=True)
+    out = norm_mul_dropout(*together, GateRule(0.1, 0.0))
     (out * weight).sum().backward()
     expected = [out.detach(), *(x.grad for x in together)]
     for a, b in zip(over_ranks(whole, weight, ranks), expected, strict=True):
@@ -134,20 +110,29 @@ def test_heads_on_several_ranks_give_what_they_give_together(tokens: int, ranks:
 def test_split_heads_keep_their_precision_where_the_mean_is_large() -> None:
     x, u, scale, bias = inputs(5, 4, 3, torch.float32)
     whole = [x + 3000.0, u, scale, bias]
-    exact = norm_mul_dropout(*(part.double() for part in whole), eps=0.1, dropout=0.0, training=True)
+    exact = norm_mul_dropout(*(part.double() for part in whole), GateRule(0.1, 0.0))
     out, *_ = over_ranks(whole, torch.ones(5, 12), 2)
     torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=2e-3)
 
 
-def test_streams_drop_other_elements_and_leave_the_generators_in_step() -> None:
-    ones, kept, after = torch.ones(1000), [], []
-    for stream in (0, 1, 0):
+class OfTwo(Ranks):
+    """One of two ranks, as far as dropout is concerned."""
+
+    count = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+
+def test_ranks_drop_other_elements_and_leave_the_generators_in_step() -> None:
+    kept, after = [], []
+    for rank in (0, 1, 0):
         torch.manual_seed(3)
-        kept.append(dropout(ones, 0.25, True, stream=stream))
+        kept.append(draw(torch.Size([1000]), 0.25, torch.device("cpu"), OfTwo(rank)))
         after.append(torch.rand(3))
     assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])
-    assert all(abs(float(part.mean()) - 1) < 0.06 for part in kept)
+    assert all(abs(float(part.float().mean()) - 0.75) < 0.05 for part in kept)
     assert torch.equal(after[0], after[1])
     torch.manual_seed(3)
-    first, second = (dropout(ones, 0.25, True, stream=0) for _ in range(2))
+    first, second = (draw(torch.Size([1000]), 0.25, torch.device("cpu"), OfTwo(0)) for _ in range(2))
     assert not torch.equal(first, second), "each call draws another pattern"

@@ -115,3 +115,39 @@ def test_the_multiplier_scales_the_learning_rate() -> None:
     train(model, optimizer, 1)
     assert model.linear.weight.grad is not None
     torch.testing.assert_close(model.linear.weight, gradient_step - 0.2 * model.linear.weight.grad)
+
+
+def test_the_average_follows_the_weights_and_is_lent_to_evaluations() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = DenseOptimizer(model, OptimizerArgs(optimizer_str="sgd", learning_rate=0.5, ema_decay=0.9))
+    expected = weights(model)
+    for _ in range(3):
+        train(model, optimizer, 1)
+        expected = [0.9 * average + 0.1 * weight for average, weight in zip(expected, weights(model), strict=True)]
+    trained = weights(model)
+    with optimizer.averaged_weights():
+        torch.testing.assert_close(weights(model), expected)
+        assert not torch.equal(model.linear.weight, trained[3])
+    torch.testing.assert_close(weights(model), trained, rtol=0, atol=0)
+    states = optimizer.state_tensors()
+    names = [name for name, _ in model.named_parameters()]
+    torch.testing.assert_close([states[f"{name}.average"] for name in names], expected)
+
+
+def test_the_average_changes_nothing_about_training_and_costs_nothing_where_there_is_none() -> None:
+    torch.manual_seed(0)
+    plain = Net()
+    averaged = copy.deepcopy(plain)
+    args = {"optimizer_str": "adam", "learning_rate": 0.1}
+    optimizers = (
+        DenseOptimizer(plain, OptimizerArgs(**args)),
+        DenseOptimizer(averaged, OptimizerArgs(**args, ema_decay=0.5)),
+    )
+    for model, optimizer in zip((plain, averaged), optimizers, strict=True):
+        train(model, optimizer, 2)
+        with optimizer.averaged_weights():
+            pass
+        train(model, optimizer, 2)
+    torch.testing.assert_close(weights(averaged), weights(plain), rtol=0, atol=0)
+    assert not [name for name in optimizers[0].state_tensors() if name.endswith(".average")]

@@ -28,6 +28,8 @@ from hstu.model.ranking import RankingDense
 from hstu.ops.pytorch import attention
 from hstu.optim.dense import DenseOptimizer
 from hstu.parallel import mesh as meshes
+from hstu.parallel.dense import own_gradients_finite
+from hstu.pipeline.boundary import Boundary
 from hstu.pipeline.none import SequentialPipeline
 from hstu.train.builder import build_task
 from hstu.train.sources import open_source
@@ -74,6 +76,8 @@ def without_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """What depends on the kind of device takes the meta device as it would take a GPU."""
     autocast, is_enabled = torch.autocast, torch.is_autocast_enabled
     known: Callable[[str], str] = lambda device: "cpu" if device == "meta" else device  # noqa: E731
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator(known(torch.device(device).type)))
     monkeypatch.setattr(torch, "autocast", lambda device, **options: autocast(known(device), **options))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: is_enabled(known(device)))
     for limits in (attention.SCORES_PER_BLOCK, attention.ROWS_PER_BLOCK):
@@ -93,13 +97,13 @@ def dense_step(config: RunConfig, mesh: meshes.Mesh, spoil: Callable[[GRModel], 
     optimizer = DenseOptimizer(model.dense, config.optimizer)
     pipeline = SequentialPipeline(model, SimpleNamespace(), mesh, max_grad_norm=0.0)  # type: ignore[arg-type]
     batch = next(source.train_batches(SamplerPosition())).to(torch.device("meta"), non_blocking=True)
-    looked_up = rows_of_sharded_tables(model, batch)
-    loss, mean_loss = pipeline.normalise(model.dense([looked_up], batch))
-    loss.backward()
-    assert all(jagged.values().grad is not None for jagged in looked_up.values())
+    boundary = Boundary(rows_of_sharded_tables(model, batch), batch)
+    loss_sum, count = pipeline.differentiate(boundary, batch)
+    assert all(gradient.shape[1] for gradient in boundary.gradients())
+    assert own_gradients_finite(model.dense).is_meta
     torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), 1.0)
     optimizer.step()
-    return mean_loss
+    return loss_sum / count
 
 
 def rows_of_sharded_tables(model: GRModel, batch: HSTUBatch) -> dict[str, JaggedTensor]:
@@ -108,7 +112,7 @@ def rows_of_sharded_tables(model: GRModel, batch: HSTUBatch) -> dict[str, Jagged
     for spec in (spec for spec in model.specs if not spec.replicated):
         for feature in spec.features:
             ids = keyed[feature]
-            values = torch.empty(len(ids.values()), spec.stored_dim, device="meta", requires_grad=True)
+            values = torch.empty(len(ids.values()), spec.dim, device="meta", requires_grad=True)
             rows[feature] = JaggedTensor(values, lengths=ids.lengths(), offsets=ids.offsets())
     return rows
 

@@ -24,6 +24,7 @@ from hstu.checkpoint.load import load
 from hstu.checkpoint.manifest import DamagedCheckpoint
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.run_config import RunConfig
+from hstu.data.store import SequenceStore
 from hstu.observe.peak import PeakTflops
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects
@@ -32,8 +33,9 @@ from hstu.train import builder, main
 from hstu.train.trainer import Trainer
 from tests.distributed.checkpoint_cases import _new_state, _train
 from tests.distributed.pipeline_cases import digest
-from tests.train.tiny import tiny_config
+from tests.train.tiny import hashed_tables, tiny_config
 
+BEST = 5
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -119,6 +121,8 @@ def many_saves(directory: str, saves: int, keep: int, background: bool) -> dict[
     for _ in range(saves):
         _train(state, mesh, 1)
         store.save(state)
+        if state.iteration == BEST:
+            store.keep(BEST)
         store.poll()
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES)
     store.wait()
@@ -131,10 +135,11 @@ def many_saves(directory: str, saves: int, keep: int, background: bool) -> dict[
 
 
 def run_with(
-    deeds: dict[str, str], iteration: int, store: str, output: str, task: str = "ranking", **options: Any
+    deeds: dict[str, str], iteration: int, store: str, output: str, rows: int | None = None, **options: Any
 ) -> dict[str, Any]:
-    """A whole run, as the entry scripts start it. ``deeds``: rank → what befalls it in saving ``iteration``.
+    """A whole run, as the entry scripts start it. ``deeds``: rank → what befalls it in or before ``iteration``.
 
+    ``rows``: the items have a dynamic table of that capacity.
     Returns what the rank's run was like; a rank whose run fails ends with its exit code.
     """
     torch.set_num_threads(1)
@@ -150,11 +155,9 @@ def run_with(
         return trainer
 
     builder.build_trainer = build_and_sabotage
-    begun = time.monotonic()
-    code = main.run(tiny_config(task, store, output, **options))
-    if "sigterm_at" in seen:
-        seen["stopped_after_s"] = time.monotonic() - seen["sigterm_at"]
-    seen["seconds"] = time.monotonic() - begun
+    if rows is not None:
+        options["tables"] = hashed_tables(SequenceStore.open(store), rows)
+    code = main.run(tiny_config("ranking", store, output, **options))
     if code:
         sys.exit(code)
     return seen
@@ -174,21 +177,24 @@ def _note(trainer: Trainer, seen: dict[str, Any]) -> None:
         train()
         seen["marks"] = trainer.mesh.progress.marks
         seen["iterations"] = trainer.state.iteration
-        if hasattr(trainer, "sigterm_at"):
-            seen["sigterm_at"] = trainer.sigterm_at
 
     trainer.train = train_and_note  # type: ignore[method-assign]
 
 
-def in_saving(deed: Callable[[], None]) -> Callable[[Trainer, int, Path], None]:
+def note_time(output: Path) -> None:
+    """When it happened; seconds since the epoch."""
+    (output / "failed_at_1").write_text(str(time.time()))
+
+
+def in_saving(deed: Callable[[Path], None]) -> Callable[[Trainer, int, Path], None]:
     """Do it instead of writing this rank's tensors of a given iteration's checkpoint."""
 
-    def sabotage(_trainer: Trainer, iteration: int, _output: Path) -> None:
+    def sabotage(_trainer: Trainer, iteration: int, output: Path) -> None:
         write = FileSystemWriter.write_data
 
         def write_data(self: FileSystemWriter, *plan: Any) -> Any:
             if f"iteration_{iteration:08d}" in str(self.path):
-                deed()
+                deed(output)
             return write(self, *plan)
 
         FileSystemWriter.write_data = write_data  # type: ignore[method-assign]
@@ -210,19 +216,20 @@ def slowly(trainer: Trainer, _iteration: int, output: Path) -> None:
     saving._write_tensors = write_tensors
 
 
-def refuse() -> None:
+def refuse(output: Path) -> None:
+    note_time(output)
     raise OSError(28, "No space left on device")
 
 
-def in_step(deed: Callable[[Trainer], None]) -> Callable[[Trainer, int, Path], None]:
+def in_step(deed: Callable[[Trainer, Path], None]) -> Callable[[Trainer, int, Path], None]:
     """Do it before the step of an iteration is taken."""
 
-    def sabotage(trainer: Trainer, iteration: int, _output: Path) -> None:
+    def sabotage(trainer: Trainer, iteration: int, output: Path) -> None:
         step = trainer._step
 
         def step_and_do(batches: Any) -> None:
             if trainer.state.iteration + 1 == iteration:
-                deed(trainer)
+                deed(trainer, output)
             step(batches)
 
         trainer._step = step_and_do  # type: ignore[method-assign]
@@ -230,13 +237,13 @@ def in_step(deed: Callable[[Trainer], None]) -> Callable[[Trainer, int, Path], N
     return sabotage
 
 
-def terminate(trainer: Trainer) -> None:
+def terminate(_trainer: Trainer, output: Path) -> None:
     """As a scheduler that wants the machine back."""
-    trainer.sigterm_at = time.monotonic()  # type: ignore[attr-defined]
+    note_time(output)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def lose_a_worker(_trainer: Trainer) -> None:
+def lose_a_worker(_trainer: Trainer, _output: Path) -> None:
     """As the kernel does where memory has run out. Workers are children of the server that they are forked from."""
     for child in _children(os.getpid()):
         for worker in _children(child):
@@ -247,7 +254,7 @@ def _children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def fill_disk_of_run(trainer: Trainer) -> None:
+def fill_disk_of_run(trainer: Trainer, _output: Path) -> None:
     """Nothing more fits on the disk that the run's directory is on."""
     with (trainer.run_directory.path / "filler").open("wb", buffering=0) as file:
         try:
@@ -261,7 +268,7 @@ DEEDS: dict[str, Callable[[Trainer, int, Path], None]] = {
     "nothing": lambda *_: None,
     "slow": slowly,
     "refused": in_saving(refuse),
-    "killed": in_saving(lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "killed": in_saving(lambda _: os.kill(os.getpid(), signal.SIGKILL)),
     "SIGTERM": in_step(terminate),
     "worker lost": in_step(lose_a_worker),
     "disk of the run full": in_step(fill_disk_of_run),

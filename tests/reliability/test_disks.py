@@ -35,6 +35,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_commit(
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 def test_retention_lives_on_a_disk_that_has_room_for_three(store: str, tmp_path: Path, disk: Disk) -> None:
     disk(tmp_path / "checkpoints", "size=1m")
     assert only_rank(asked(store, tmp_path, max_train_iters=40, ckpt_keep_last=2)).exit_code == 0
@@ -57,6 +58,7 @@ def test_a_file_where_the_directory_should_be_is_told_before_training(store: str
     assert rank.exit_code == 2 and "cannot be written: Not a directory" in rank.output
 
 
+@pytest.mark.slow
 def test_a_disk_that_turns_read_only_ends_the_run(store: str, tmp_path: Path, disk: Disk) -> None:
     disk(tmp_path / "checkpoints", "size=2m")
     assert only_rank(asked(store, tmp_path, max_train_iters=4)).exit_code == 0

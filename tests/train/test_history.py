@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
+import torch
 
-from hstu.observe.records import EvalRecord, to_line
-from hstu.train.history import MetricsHistory, is_better
+from hstu.observe.records import EvalRecord
+from hstu.train.history import MetricsHistory, RunningLoss, Selection, is_better
 
 
 def record(iteration: int, split: str = "valid", **metrics: float) -> EvalRecord:
@@ -58,13 +58,56 @@ def test_a_metric_that_was_undefined_first_gets_its_best_later() -> None:
     assert history.best["valid"]["AUC"] == {"value": 0.4, "iter": 20}
 
 
-def test_a_resumed_run_knows_what_was_evaluated_up_to_its_checkpoint(tmp_path: Path) -> None:
-    before = [record(10, AUC=0.8, NE=math.nan), record(20, AUC=0.7, NE=0.9), record(30, AUC=0.99, NE=0.1)]
-    lines = [to_line(entry.as_json()) for entry in before]
-    lines.insert(1, json.dumps({"kind": "train", "iter": 15, "loss": 1.0}))
-    lines.append(json.dumps({"kind": "resumed", "at": "now", "configuration_changed": False}))
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    history = MetricsHistory()
-    history.read(tmp_path / "metrics.jsonl", iteration=20)
-    assert history.best["valid"] == {"AUC": {"value": 0.8, "iter": 10}, "NE": {"value": 0.9, "iter": 20}}
-    assert history.last["valid"] == {"AUC": 0.7, "NE": 0.9}
+def test_a_resumed_run_knows_what_was_evaluated_before() -> None:
+    history, resumed = MetricsHistory(), MetricsHistory()
+    for entry in (record(10, AUC=0.8, NE=math.nan), record(20, AUC=0.7, NE=0.9), record(20, "test", AUC=0.5)):
+        history.add(entry)
+    resumed.load_state(json.loads(json.dumps(history.state(), allow_nan=False)))
+    assert resumed.best == history.best
+    assert resumed.best["valid"] == {"AUC": {"value": 0.8, "iter": 10}, "NE": {"value": 0.9, "iter": 20}}
+    assert resumed.last == {"valid": {"AUC": 0.7, "NE": 0.9}, "test": {"AUC": 0.5}}
+    assert resumed.has("test", 20) and not resumed.has("test", 10)
+
+
+def follow(values: list[float], mode: str = "max", patience: int | None = 2) -> tuple[list[bool], Selection]:
+    """Whether each of the values, evaluated at 10, 20, …, was the best by then; and the selection in the end."""
+    history, selection = MetricsHistory(), Selection("AUC", mode, "valid", patience)
+    improved = []
+    for iteration, value in enumerate(values, 1):
+        history.add(record(10 * iteration, AUC=value))
+        history.add(record(10 * iteration, "test", AUC=1.0))  # another split has no say
+        improved.append(selection.follow(history))
+    return improved, selection
+
+
+def test_patience_counts_evaluations_in_a_row_that_do_not_beat_the_best() -> None:
+    improved, selection = follow([0.5, 0.6, 0.6, 0.7, 0.6])
+    assert improved == [True, True, False, True, False]
+    assert (selection.value, selection.iteration, selection.without_improvement) == (0.7, 40, 1)
+    assert not selection.is_exhausted
+    assert follow([0.5, 0.6, 0.6, 0.7, 0.6, 0.5])[1].is_exhausted
+    assert not follow([0.5, 0.4, 0.3, 0.2], patience=None)[1].is_exhausted
+
+
+def test_the_mode_says_what_is_better_and_nan_never_is() -> None:
+    assert follow([0.5, 0.6, 0.4], mode="min")[0] == [True, False, True]
+    improved, selection = follow([math.nan, 0.5, math.nan])
+    assert improved == [False, True, False]
+    assert selection.iteration == 20
+    assert follow([math.nan, math.nan])[1].is_exhausted, "a model that diverged from the start"
+
+
+def test_without_a_metric_nothing_is_followed() -> None:
+    history, selection = MetricsHistory(), Selection(None, "max", "valid", None)
+    history.add(record(10, AUC=0.5))
+    assert not selection.follow(history) and not selection.is_exhausted
+
+
+def test_the_running_mean_goes_on_in_another_process() -> None:
+    before, after = (RunningLoss(torch.device("cpu")) for _ in range(2))
+    for loss in (1 / 3, 1e-9):
+        before.add(torch.tensor(loss))
+    after.load_state(json.loads(json.dumps(before.state())))
+    for one in (before, after):
+        one.add(torch.tensor(0.7))
+    assert after.take() == before.take() and after.steps == 0

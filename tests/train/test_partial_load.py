@@ -11,6 +11,7 @@ import torch
 
 from hstu.checkpoint.describe import locate
 from hstu.checkpoint.export import export
+from hstu.checkpoint.tensor_files import open_tensors
 from hstu.config.errors import DataError
 from hstu.config.run_config import RunConfig
 from hstu.data.store import SequenceStore
@@ -129,3 +130,27 @@ def test_a_grown_vocabulary_keeps_the_rows_of_its_ids(mesh: Mesh, tmp_path: Path
     assert torch.equal(begun["model.tables.action_table"], former["model.tables.action_table"])
     log = (tmp_path / "lenient" / "run" / "log.txt").read_text()
     assert f"model.tables.item_id_table and its states: {ITEMS} of {len(grown)} rows read, by raw id" in log
+
+
+def test_averages_are_what_an_export_has_and_what_another_run_begins_with(mesh: Mesh, tmp_path: Path) -> None:
+    store = write_small_store(tmp_path / "store", **walks())
+    options: dict[str, Any] = {"optimizer": {"ema_decay": 0.9}}
+    run(tiny_config("retrieval", store, tmp_path / "first", trainer=SAVING, **options), mesh)
+    checkpoint = locate(str(tmp_path / "first" / "checkpoints"))
+    weight, average = "model.tables.action_table", "optimizer.tables.action_table.average"
+    stored = open_tensors(checkpoint)
+    kept, averaged = stored.read_whole(weight), stored.read_whole(average)
+    assert not torch.equal(kept, averaged)
+    exported = export(checkpoint, tmp_path / "exported")
+    assert torch.equal(open_tensors(exported).read_whole(weight), averaged)
+
+    def begun(name: str, source: Path, **options: Any) -> dict[str, Any]:
+        trainer = {"ckpt_load_dir": str(source), "ckpt_load_optimizer": False}
+        return restored(tiny_config("retrieval", store, tmp_path / name, trainer=trainer, **options), mesh)
+
+    again = begun("again", checkpoint, **options)
+    assert torch.equal(again[weight], kept) and torch.equal(again[average], averaged)
+    from_export = begun("from_export", exported, **options)
+    assert torch.equal(from_export[weight], averaged) and torch.equal(from_export[average], averaged)
+    without = begun("without", checkpoint)
+    assert torch.equal(without[weight], kept) and average not in without

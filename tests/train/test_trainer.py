@@ -201,6 +201,79 @@ def test_an_error_of_ours_is_not_hidden_and_the_summary_says_failed(
     assert FinishedRun(trainer, trainer.run_directory.path).summary["status"] == "failed"
 
 
+# --- the best, and enough ------------------------------------------------------------------------------------------
+
+WORSE_AND_WORSE = {"optimizer_str": "sgd", "learning_rate": 1e-9}
+"""Too little to move a float32 weight: what is measured first stays the best."""
+
+
+def test_training_ends_when_the_metric_has_not_improved_for_long_enough(train: Callable[..., FinishedRun]) -> None:
+    options = {
+        "max_train_iters": 20,
+        "eval_interval": 2,
+        "eval_at_end": True,
+        "ckpt_save_interval": 100,
+        "best_metric": "NDCG@3",
+        "early_stop_patience": 2,
+        "log_interval": 5,
+    }
+    finished = train("retrieval", output="enough", trainer=options, optimizer=WORSE_AND_WORSE)
+    summary = finished.summary
+    assert (summary["status"], summary["iterations"]) == ("stopped early", 6)
+    assert finished.evaluations == [(2, "valid"), (4, "valid"), (6, "valid"), (6, "test")], "the last one once"
+    assert [record["iter"] for record in finished.records if record["kind"] == "train"] == [5, 6]
+    assert summary["best"] == {
+        "metric": "NDCG@3",
+        "split": "valid",
+        "value": finished.records[0]["metrics"]["NDCG@3"],
+        "iter": 2,
+    }
+    checkpoints = finished.path.parent / "checkpoints"
+    assert {path.name for path in checkpoints.glob("iteration_*")} == {"iteration_00000002", "iteration_00000006"}
+    assert (checkpoints / "best").resolve().name == "iteration_00000002"
+    again = train("retrieval", output="enough", trainer=options | {"ckpt_load_dir": "auto"}, optimizer=WORSE_AND_WORSE)
+    assert (again.summary["status"], again.summary["iterations"]) == ("stopped early", 6), "it remembers its patience"
+
+
+def test_patience_counts_on_after_a_resume_elsewhere(train: Callable[..., FinishedRun], tmp_path: Path) -> None:
+    options = {"eval_interval": 2, "best_metric": "NDCG@3", "early_stop_patience": 2}
+    first = {"max_train_iters": 4, "ckpt_save_interval": 4}
+    train("retrieval", output="first", trainer=options | first, optimizer=WORSE_AND_WORSE)
+    second = {"max_train_iters": 20, "ckpt_load_dir": str(tmp_path / "first" / "checkpoints")}
+    finished = train("retrieval", output="second", trainer=options | second, optimizer=WORSE_AND_WORSE)
+    assert (finished.summary["status"], finished.summary["iterations"]) == ("stopped early", 6)
+    assert finished.summary["best"]["iter"] == 2
+
+
+def test_a_run_that_improves_goes_on_and_keeps_its_best(train: Callable[..., FinishedRun]) -> None:
+    options = {
+        "max_train_iters": 12,
+        "eval_interval": 3,
+        "ckpt_save_interval": 5,
+        "best_metric": "LOGLOSS",
+        "best_metric_mode": "min",
+        "early_stop_patience": 3,
+    }
+    finished = train("ranking", trainer=options)
+    assert finished.summary["status"] == "done"
+    evaluated = {r["iter"]: r["metrics"]["LOGLOSS"] for r in finished.records if r["kind"] == "eval"}
+    best = min(evaluated, key=lambda iteration: evaluated[iteration])
+    assert best > 3
+    checkpoints = finished.path.parent / "checkpoints"
+    assert (checkpoints / "best").resolve().name == f"iteration_{best:08d}"
+    assert (checkpoints / "best" / "manifest.json").exists()
+
+
+def test_evaluations_use_the_average_of_the_weights(train: Callable[..., FinishedRun]) -> None:
+    options = {"max_train_iters": 6, "eval_interval": 3}
+    plain = train("ranking", trainer=options)
+    averaged = train("ranking", trainer=options, optimizer={"ema_decay": 0.999}, sharded=())
+    still = train("ranking", trainer=options, optimizer={"learning_rate": 1e-12}, sharded=())
+    assert averaged.losses == train("ranking", trainer=options, sharded=()).losses != still.losses
+    assert averaged.metrics["LOGLOSS"] == pytest.approx(still.metrics["LOGLOSS"], rel=1e-2), "hardly trained yet"
+    assert averaged.metrics["LOGLOSS"] != plain.metrics["LOGLOSS"]
+
+
 # --- going on ------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """See :mod:`hstu.ops.attention`; the arithmetic is in csrc/attention.cpp.
 
-Only q, k and v are kept for backward. Time buckets, one byte a pair that some query sees, are made once a batch and
+Time buckets, one byte a pair that some query sees, are made once a batch and
 kept for all layers, unless they are too many.
 """
 
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hstu.ops.attention import AttentionRule, apply_with_bias
+from hstu.ops.attention import AttentionRule
 from hstu.ops.cpu.library import (
     address,
     float32,
@@ -68,61 +66,50 @@ class _Plan:
     bucket_offsets: np.ndarray | None = None
 
 
-def attention(
+def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, rule: AttentionRule, bias: RelativeBias | None
 ) -> Tensor:
-    """See :func:`hstu.ops.attention.hstu_attention`. float32 or bfloat16, heads of at most WIDEST_ROW channels."""
-    return apply_with_bias(_Attention, q, k, v, layout, rule, bias)
+    """See :class:`hstu.ops.attention.AttentionKernels`. float32 or bfloat16, heads of at most WIDEST_ROW channels."""
+    arguments = _describe(q, k, v, layout, rule, bias)
+    out = torch.empty(v.shape, dtype=v.dtype)
+    _set(arguments, out=out)
+    library().hstu_attention(ctypes.byref(arguments), 0)
+    return out
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position_weight: Tensor | None,
-        time_weight: Tensor | None,
-        layout: JaggedLayout,
-        rule: AttentionRule,
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, position_weight, time_weight)
-        ctx.layout, ctx.rule = layout, rule
-        arguments = _describe(q, k, v, position_weight, time_weight, layout, rule)
-        out = torch.empty(v.shape, dtype=v.dtype)
-        _set(arguments, out=out)
-        library().hstu_attention(ctypes.byref(arguments), 0)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, position_weight, time_weight = ctx.saved_tensors
-        arguments = _describe(q, k, v, position_weight, time_weight, ctx.layout, ctx.rule)
-        gradients = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
-        _set(arguments, grad_out=with_contiguous_rows(grad_out))
-        _set(arguments, **dict(zip(("grad_q", "grad_k", "grad_v"), gradients, strict=True)))
-        sums: list[Tensor] = []
-        if position_weight is not None:
-            widths = (len(position_weight), NUM_TIME_BUCKETS)
-            sums = [torch.zeros(arguments.bins, width, dtype=torch.float64) for width in widths]
-            arguments.grad_position_weight, arguments.grad_time_weight = map(address, sums)
-        library().hstu_attention(ctypes.byref(arguments), 1)
-        if position_weight is None:
-            return *gradients, None, None, None, None
-        position, time = (total.sum(0) for total in sums)
-        return *gradients, position.to(position_weight.dtype), time.to(time_weight.dtype), None, None
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: JaggedLayout,
+    rule: AttentionRule,
+    bias: RelativeBias | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> RelativeBias | None:
+    """See :class:`hstu.ops.attention.AttentionKernels`."""
+    arguments = _describe(q, k, v, layout, rule, bias)
+    _set(arguments, grad_out=with_contiguous_rows(grad))
+    _set(arguments, **dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True)))
+    sums: list[Tensor] = []
+    if bias is not None:
+        widths = (len(bias.position_weight), NUM_TIME_BUCKETS)
+        sums = [torch.zeros(arguments.bins, width, dtype=torch.float64) for width in widths]
+        arguments.grad_position_weight, arguments.grad_time_weight = map(address, sums)
+    library().hstu_attention(ctypes.byref(arguments), 1)
+    if bias is None:
+        return None
+    position, time = (total.sum(0) for total in sums)
+    return RelativeBias(position.to(bias.position_weight.dtype), time.to(bias.time_weight.dtype))
 
 
 def _describe(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    position_weight: Tensor | None,
-    time_weight: Tensor | None,
     layout: JaggedLayout,
     rule: AttentionRule,
+    bias: RelativeBias | None,
 ) -> _Arguments:
     """Everything but what forward and backward write, and the buckets made if they have not been."""
     plan = _plan(layout, rule)
@@ -144,10 +131,10 @@ def _describe(
         threads=num_threads(),
     )
     _set(arguments, q=with_contiguous_rows(q), k=with_contiguous_rows(k), v=with_contiguous_rows(v))
-    if position_weight is not None and time_weight is not None:
+    if bias is not None:
         assert layout.query_times is not None and layout.token_times is not None
-        weights = [weight.detach().float().contiguous() for weight in (position_weight, time_weight)]
-        arguments.positions = len(position_weight)
+        weights = [weight.detach().float().contiguous() for weight in (bias.position_weight, bias.time_weight)]
+        arguments.positions = len(bias.position_weight)
         arguments.position_weight, arguments.time_weight = map(address, weights)
         arguments.query_times, arguments.token_times = address(layout.query_times), address(layout.token_times)
         _keep(arguments, *weights)

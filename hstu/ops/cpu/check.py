@@ -11,17 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.attention import AttentionRule
-from hstu.ops.cpu.attention import attention
+from hstu.ops.attention import AttentionRule, attend
+from hstu.ops.backends import Backend
+from hstu.ops.cpu import attention
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
-from hstu.ops.cpu.norm_mul_dropout import norm_mul_dropout
 from hstu.ops.cpu.normalise import l2_normalise
 from hstu.ops.cpu.softmax_loss import SampledSoftmaxLoss
-from hstu.ops.cpu.uvqk import split_uvqk
 from hstu.ops.layout import JaggedLayout, build_layout
+from hstu.ops.norm_mul_dropout import GateRule, norm_mul_dropout
 from hstu.ops.normalise import l2_normalise as reference_normalise
 from hstu.ops.pytorch import attention as reference_attention
-from hstu.ops.pytorch import norm_mul_dropout as reference_gate
 from hstu.ops.pytorch import softmax_loss as reference_loss
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
 from hstu.ops.self_check import remember
@@ -80,25 +79,17 @@ def _cases() -> Iterator[Case]:
             rule = AttentionRule(alpha=width**-0.5, scaling_seqlen=50, is_causal=is_causal)
             yield (
                 "attention",
-                lambda q, k, v, p, t, rule=rule: attention(q, k, v, layout, rule, RelativeBias(p, t)),
-                lambda q, k, v, p, t, rule=rule: reference_attention.attention(
-                    q, k, v, layout, rule, RelativeBias(p, t)
-                ),
+                lambda q, k, v, p, t, rule=rule: attend(q, k, v, layout, rule, RelativeBias(p, t), attention),
+                lambda q, k, v, p, t, rule=rule: attend(q, k, v, layout, rule, RelativeBias(p, t), reference_attention),
                 [*heads, *tables],
             )
     x, u = (torch.randn(70, 3, 17, requires_grad=True) for _ in range(2))
     weight, bias = (torch.randn(51, requires_grad=True) for _ in range(2))
     yield (
         "norm_mul_dropout",
-        lambda x, u, w, b: norm_mul_dropout(x, u, w, b, 1e-5, 0.0),
-        lambda x, u, w, b: reference_gate.norm_mul_dropout(x, u, w, b, 1e-5, 0.0, True),
+        lambda x, u, w, b: norm_mul_dropout(x, u, w, b, GateRule(1e-5, 0.0), Backend.CPU),
+        lambda x, u, w, b: norm_mul_dropout(x, u, w, b, GateRule(1e-5, 0.0)),
         [x, u, weight, bias],
-    )
-    yield (
-        "split_uvqk",
-        lambda projected: torch.cat(split_uvqk(projected, 17), dim=1),
-        lambda projected: torch.cat(F.silu(projected).unflatten(1, (-1, 4, 17)).unbind(2), dim=1),
-        [torch.randn(70, 3 * 4 * 17, requires_grad=True)],
     )
     yield (
         "l2_normalise",

@@ -15,11 +15,6 @@ def attention_gap(head_dim: int, dtype: torch.dtype) -> str | None:
     return type_gap(dtype)
 
 
-def gate_gap(dtype: torch.dtype, *, split: bool) -> str | None:
-    """Why norm_mul_dropout has no C++ kernel; ``split``: the heads of a row lie on several ranks."""
-    return "heads on several ranks" if split else type_gap(dtype)
-
-
 def sampled_softmax_gap(width: int, dtype: torch.dtype) -> str | None:
     """Why sampled_softmax_loss has no C++ kernel for vectors of this width and type of arithmetic."""
     if width > WIDEST_ROW:

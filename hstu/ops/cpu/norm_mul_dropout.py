@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from enum import IntEnum
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hstu.ops.cpu.library import (
     address,
@@ -21,10 +20,23 @@ from hstu.ops.cpu.library import (
     strides,
     with_contiguous_rows,
 )
-from hstu.ops.dropout import Draws, draw
+from hstu.ops.dropout import draw, scale_of
+from hstu.ops.norm_mul_dropout import GateRule
 
 TOKENS_PER_BIN = 256
 MOST_BINS = 64
+_CPU = torch.device("cpu")
+
+
+class _Pass(IntEnum):
+    """Mirrors HstuGatePass of csrc/layer.cpp."""
+
+    FORWARD = 0
+    MEASURE = 1
+    APPLY = 2
+    BACKWARD = 3
+    SUMS = 4
+    ROWS = 5
 
 
 class _Arguments(ctypes.Structure):
@@ -32,84 +44,98 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = [  # ctypes wants a plain list
         *((name, pointer) for name in ("x", "u", "grad_out")),
-        ("u_strides", int64 * 2),
-        *((name, pointer) for name in ("weight", "bias", "draws", "mean", "inverse_std", "out", "grad_x", "grad_u")),
-        *((name, pointer) for name in ("grad_weight", "grad_bias")),
+        *((f"{name}_strides", int64 * 2) for name in ("u", "grad_u")),
+        *((name, pointer) for name in ("weight", "bias", "kept", "mean", "inverse_std", "along_one", "along_row")),
+        *((name, pointer) for name in ("out", "grad_x", "grad_u", "grad_weight", "grad_bias")),
         *((name, int64) for name in ("tokens", "heads", "width", "bins")),
         *((name, float32) for name in ("eps", "scale")),
-        *((name, int32) for name in ("least", "is_bfloat", "threads")),
+        *((name, int32) for name in ("is_bfloat", "threads", "which")),
     ]
 
 
-def norm_mul_dropout(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: float) -> Tensor:
-    """See :func:`hstu.ops.norm_mul_dropout.norm_mul_dropout`. float32 or bfloat16; ``dropout`` 0 in evaluation."""
-    draws = draw(x.numel(), dropout) if dropout > 0 else None
-    gated: Tensor = _Gate.apply(x, u, weight, bias, eps, draws)
-    return gated
+def forward(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :class:`hstu.ops.norm_mul_dropout.GateKernels`. float32 or bfloat16; the pattern is bool [T, H · d]."""
+    kept = draw(x.flatten(1).shape, rule.dropout, _CPU, rule.ranks) if rule.dropout > 0 else None
+    statistics, out = torch.empty(2, len(x)), torch.empty(len(x), len(weight), dtype=x.dtype)
+    call = _Call(x, u, weight, bias, rule, statistics, kept)
+    call.arguments.out = address(out)
+    if rule.ranks.count == 1:
+        call.run(_Pass.FORWARD)
+        return out, statistics, kept
+    call.run(_Pass.MEASURE)
+    means, variances = rule.ranks.gather(statistics).unbind(1)
+    mean = means.mean(0)
+    statistics[1] = torch.rsqrt((variances + (means - mean).square()).mean(0) + rule.eps)
+    statistics[0] = mean
+    call.run(_Pass.APPLY)
+    return out, statistics, kept
 
 
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, eps: float, draws: Draws | None
-    ) -> Tensor:
-        x, u = x.contiguous(), with_contiguous_rows(u)
-        mean, inverse_std = torch.empty(len(x)), torch.empty(len(x))
-        out = torch.empty(len(x), x.shape[1] * x.shape[2], dtype=x.dtype)
-        words = None if draws is None else draws.words
-        ctx.scale, ctx.least = (1.0, 0) if draws is None else (draws.scale, draws.least)
-        arguments, used = _describe(x, u, weight, bias, mean, inverse_std, words, ctx.scale, ctx.least)
-        arguments.eps, arguments.out = eps, address(out)
-        library().hstu_gate(ctypes.byref(arguments), 0)
-        del used
-        ctx.save_for_backward(x, u, weight, bias, mean, inverse_std, words)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, weight, bias, mean, inverse_std, words = ctx.saved_tensors
-        arguments, used = _describe(x, u, weight, bias, mean, inverse_std, words, ctx.scale, ctx.least)
-        grad_out = grad_out.contiguous()
-        grad_x, grad_u = torch.empty_like(x), torch.empty(u.shape, dtype=u.dtype)
-        sums = torch.zeros(2, arguments.bins, len(weight))
-        arguments.grad_out, arguments.grad_x, arguments.grad_u = map(address, (grad_out, grad_x, grad_u))
-        arguments.grad_weight, arguments.grad_bias = map(address, sums)
-        library().hstu_gate(ctypes.byref(arguments), 1)
-        del used
-        grad_weight, grad_bias = sums.sum(1, dtype=torch.float64)
-        return grad_x, grad_u, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None
-
-
-def _describe(
+def backward(
+    grad: Tensor,
     x: Tensor,
     u: Tensor,
     weight: Tensor,
     bias: Tensor,
-    mean: Tensor,
-    inverse_std: Tensor,
-    words: Tensor | None,
-    scale: float,
-    least: int,
-) -> tuple[_Arguments, list[Tensor]]:
-    """What forward and backward both take, and the tensors that must live as long."""
-    used = [weight.detach().float().contiguous(), bias.detach().float().contiguous()]
-    arguments = _Arguments(
-        x=address(x),
-        u=address(u),
-        u_strides=strides(u),
-        weight=address(used[0]),
-        bias=address(used[1]),
-        draws=address(words),
-        mean=address(mean),
-        inverse_std=address(inverse_std),
-        tokens=len(x),
-        heads=x.shape[1],
-        width=x.shape[2],
-        bins=max(1, min(MOST_BINS, len(x) // TOKENS_PER_BIN)),
-        scale=scale,
-        least=least,
-        is_bfloat=is_bfloat((x, u)),
-        threads=num_threads(),
-    )
-    return arguments, used
+    rule: GateRule,
+    statistics: Tensor,
+    pattern: Tensor | None,
+    grad_u: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :class:`hstu.ops.norm_mul_dropout.GateKernels`."""
+    call = _Call(x, u, weight, bias, rule, statistics, pattern)
+    grad = grad.contiguous()
+    out, grad_x = torch.empty(len(x), len(weight), dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
+    sums, along = torch.zeros(2, call.arguments.bins, len(weight)), torch.empty(2, len(x))
+    call.arguments.grad_out, call.arguments.out, call.arguments.grad_x = map(address, (grad, out, grad_x))
+    call.arguments.grad_u, call.arguments.grad_u_strides = address(grad_u), strides(grad_u)
+    call.arguments.grad_weight, call.arguments.grad_bias = map(address, sums)
+    call.arguments.along_one, call.arguments.along_row = map(address, along)
+    if rule.ranks.count == 1:
+        call.run(_Pass.BACKWARD)
+    else:
+        call.run(_Pass.SUMS)
+        along.copy_(rule.ranks.gather(along).mean(0))
+        call.run(_Pass.ROWS)
+    grad_weight, grad_bias = sums.sum(1, dtype=torch.float64)
+    return out, grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+class _Call:
+    """What all passes take, and the tensors that must live as long."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        u: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        rule: GateRule,
+        statistics: Tensor,
+        kept: Tensor | None,
+    ) -> None:
+        x, u = x.contiguous(), with_contiguous_rows(u)
+        affine = [tensor.detach().float().contiguous() for tensor in (weight, bias)]
+        self._used = x, u, affine, statistics, kept
+        self.arguments = _Arguments(
+            x=address(x),
+            u=address(u),
+            u_strides=strides(u),
+            weight=address(affine[0]),
+            bias=address(affine[1]),
+            kept=address(kept),
+            mean=address(statistics[0]),
+            inverse_std=address(statistics[1]),
+            tokens=len(x),
+            heads=x.shape[1],
+            width=x.shape[2],
+            bins=max(1, min(MOST_BINS, len(x) // TOKENS_PER_BIN)),
+            eps=rule.eps,
+            scale=scale_of(rule.dropout, _CPU),
+            is_bfloat=is_bfloat((x, u)),
+            threads=num_threads(),
+        )
+
+    def run(self, which: _Pass) -> None:
+        self.arguments.which = which
+        library().hstu_gate(ctypes.byref(self.arguments))

@@ -2,52 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hstu.ops.attention import AttentionRule
 from hstu.ops.cutlass.coverage import CAPABILITIES, attention_gap
 from hstu.ops.cutlass.kernels import ALIGNMENT, WIDEST_JOINT, Kernel, Variant, arguments, compiled
 from hstu.ops.cutlass.schedule import leading_rows, make_schedule
 from hstu.ops.layout import JaggedLayout
+from hstu.ops.relative_bias import RelativeBias
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, rule: AttentionRule) -> Tensor:
-    """See :func:`hstu.ops.attention.hstu_attention`; no bias. The gradients have the same bits in every run."""
-    gap = attention_gap(q.shape[2], q.dtype, has_bias=False)
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, rule: AttentionRule, bias: RelativeBias | None = None
+) -> Tensor:
+    """See :class:`hstu.ops.attention.AttentionKernels`; no bias."""
+    gap = attention_gap(q.shape[2], q.dtype, has_bias=bias is not None)
     if gap is not None:
         raise ValueError(f"no CUTLASS kernel: {gap}")
     if k.shape != q.shape or v.shape != q.shape or not q.dtype == k.dtype == v.dtype:
         raise ValueError("q, k and v must agree in shape and type")
-    return _Attention.apply(q, k, v, layout, rule)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    _launch(Kernel.FORWARD, [_loadable(q), _loadable(k), _loadable(v)], [out], layout, rule)
+    return out
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, rule: AttentionRule) -> Tensor:
-        q, k, v = _loadable(q), _loadable(k), _loadable(v)
-        ctx.save_for_backward(q, k, v)
-        ctx.layout, ctx.rule = layout, rule
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        _launch(Kernel.FORWARD, [q, k, v], [out], layout, rule)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        layout, rule, grad = ctx.layout, ctx.rule, _loadable(grad)
-        grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-        if q.shape[2] <= WIDEST_JOINT:
-            _launch(Kernel.KEYS, [k, q, v, grad], [grad_k, grad_v], layout, rule)
-        else:
-            _launch(Kernel.KEYS, [k, q, v, grad], [grad_k], layout, rule)
-            _launch(Kernel.VALUES, [k, q, grad], [grad_v], layout, rule)
-        _launch(Kernel.QUERIES, [q, k, grad, v], [grad_q], layout, rule)
-        return grad_q, grad_k, grad_v, None, None
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: JaggedLayout,
+    rule: AttentionRule,
+    bias: RelativeBias | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """See :class:`hstu.ops.attention.AttentionKernels`. The gradients have the same bits in every run."""
+    grad, q, k, v = _loadable(grad), _loadable(q), _loadable(k), _loadable(v)
+    grad_q, grad_k, grad_v = grads
+    if q.shape[2] <= WIDEST_JOINT:
+        _launch(Kernel.KEYS, [k, q, v, grad], [grad_k, grad_v], layout, rule)
+    else:
+        _launch(Kernel.KEYS, [k, q, v, grad], [grad_k], layout, rule)
+        _launch(Kernel.VALUES, [k, q, grad], [grad_v], layout, rule)
+    _launch(Kernel.QUERIES, [q, k, grad, v], [grad_q], layout, rule)
 
 
 def _launch(

@@ -13,12 +13,12 @@ import cutlass
 import numpy as np
 import torch
 
-from hstu.ops.attention import AttentionRule
+from hstu.ops.attention import AttentionRule, attend
 from hstu.ops.cache import cache_directory
-from hstu.ops.cutlass.attention import attention
+from hstu.ops.cutlass import attention as kernels
 from hstu.ops.cutlass.coverage import HEAD_DIMS
 from hstu.ops.layout import JaggedLayout, build_layout
-from hstu.ops.pytorch.attention import attention as reference
+from hstu.ops.pytorch import attention as reference
 from hstu.ops.self_check import KernelsDisagree, gpu_key, remember
 
 log = logging.getLogger(__name__)
@@ -75,9 +75,9 @@ def _errors(device: torch.device, head_dim: int, dtype: torch.dtype, rule: Atten
         on_device = uvqk.to(place) if place == device else uvqk.double()
         q, k, v = (part.requires_grad_() for part in on_device.detach().unbind(2)[1:])
         if place == device:
-            out = attention(q, k, v, layout, rule)
+            out = attend(q, k, v, layout, rule, None, kernels)
         else:
-            out = reference(q, k, v, small_layout(place), rule, None)
+            out = attend(q, k, v, small_layout(place), rule, None, reference)
         results.append([x.cpu().double() for x in (out, *torch.autograd.grad(out, (q, k, v), grad.to(out)))])
     mask = f"{'causal' if rule.is_causal else 'bidirectional'}, {'' if rule.contextual_mask else 'no '}contextual mask"
     return {

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hstu.ops.attention import AttentionRule, apply_with_bias
+from hstu.ops.attention import AttentionRule
 from hstu.ops.layout import JaggedLayout, offsets_of
 from hstu.ops.relative_bias import RelativeBias, distance_index, time_buckets
 
@@ -77,80 +75,65 @@ class Plan:
     remembers: bool
 
 
-def attention(
+def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, rule: AttentionRule, bias: RelativeBias | None
 ) -> Tensor:
-    """See :func:`hstu.ops.attention.hstu_attention`."""
-    return apply_with_bias(_Attention, q, k, v, layout, rule, bias)
+    """See :class:`hstu.ops.attention.AttentionKernels`."""
+    weights = _in_compute_type(bias)
+    q_rows, k_rows, v_rows = _with_zero_row(q), _with_zero_row(k), _with_zero_row(v)
+    out = torch.zeros_like(v_rows)
+    for group, blocks in _walk(layout, rule, weights, heads=q.shape[1], dtype=out.dtype):
+        q_pad, k_pad, v_pad = (_pad(rows, group) for rows in (q_rows, k_rows, v_rows))
+        out_pad = torch.empty_like(v_pad)
+        for block, terms in blocks:
+            keys = slice(0, block.num_keys)
+            scores = _scores(q_pad[:, block.start : block.stop], k_pad[:, keys], terms, weights, rule.alpha)
+            out_pad[:, block.start : block.stop] = F.silu(scores, inplace=True) @ v_pad[:, keys]
+        _unpad(out_pad, group, out)
+    return out[:-1].div(rule.scaling_seqlen).to(v.dtype)
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position_weight: Tensor | None,
-        time_weight: Tensor | None,
-        layout: JaggedLayout,
-        rule: AttentionRule,
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, position_weight, time_weight)
-        ctx.layout, ctx.rule = layout, rule
-        with torch.autocast(q.device.type, enabled=False):
-            weights = _in_compute_type(position_weight, time_weight)
-            q_rows, k_rows, v_rows = _with_zero_row(q), _with_zero_row(k), _with_zero_row(v)
-            out = torch.zeros_like(v_rows)
-            for group, blocks in _walk(layout, rule, weights, heads=q.shape[1], dtype=out.dtype):
-                q_pad, k_pad, v_pad = (_pad(rows, group) for rows in (q_rows, k_rows, v_rows))
-                out_pad = torch.empty_like(v_pad)
-                for block, terms in blocks:
-                    keys = slice(0, block.num_keys)
-                    scores = _scores(q_pad[:, block.start : block.stop], k_pad[:, keys], terms, weights, rule.alpha)
-                    out_pad[:, block.start : block.stop] = F.silu(scores, inplace=True) @ v_pad[:, keys]
-                _unpad(out_pad, group, out)
-            return out[:-1].div_(rule.scaling_seqlen).to(v.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, position_weight, time_weight = ctx.saved_tensors
-        layout, rule = ctx.layout, ctx.rule
-        with torch.autocast(q.device.type, enabled=False):
-            weights = _in_compute_type(position_weight, time_weight)
-            grad_weights = None if weights is None else tuple(torch.zeros_like(weight) for weight in weights)
-            q_rows, k_rows, v_rows = _with_zero_row(q), _with_zero_row(k), _with_zero_row(v)
-            grad_rows = _with_zero_row(grad_out).div_(rule.scaling_seqlen)
-            grad_q, grad_k, grad_v = (torch.zeros_like(rows) for rows in (q_rows, k_rows, v_rows))
-            for group, blocks in _walk(layout, rule, weights, heads=q.shape[1], dtype=grad_rows.dtype):
-                q_pad, k_pad, v_pad, grad_pad = (_pad(rows, group) for rows in (q_rows, k_rows, v_rows, grad_rows))
-                grad_q_pad, grad_k_pad, grad_v_pad = torch.empty_like(q_pad), *map(torch.zeros_like, (k_pad, v_pad))
-                for block, terms in blocks:
-                    rows, keys = slice(block.start, block.stop), slice(0, block.num_keys)
-                    scores = _scores(q_pad[:, rows], k_pad[:, keys], terms, weights, rule.alpha)
-                    grad_scores = grad_pad[:, rows] @ v_pad[:, keys].transpose(1, 2)
-                    grad_scores = torch.ops.aten.silu_backward(grad_scores, scores)
-                    weighted = F.silu(scores, inplace=True)
-                    # Not baddbmm_: into a slice it multiplies one sequence at a time.
-                    grad_v_pad[:, keys] += weighted.transpose(1, 2) @ grad_pad[:, rows]
-                    grad_k_pad[:, keys] += grad_scores.transpose(1, 2) @ q_pad[:, rows]
-                    grad_q_pad[:, rows] = grad_scores @ k_pad[:, keys]
-                    if grad_weights is not None:
-                        _add_weight_gradients(grad_scores, terms, grad_weights, heads=q.shape[1])
-                _unpad(grad_q_pad, group, grad_q)
-                _unpad(grad_k_pad, group, grad_k)
-                _unpad(grad_v_pad, group, grad_v)
-            grad_position, grad_time = (None, None) if grad_weights is None else grad_weights
-            return (
-                grad_q[:-1].mul_(rule.alpha).to(q.dtype),
-                grad_k[:-1].mul_(rule.alpha).to(k.dtype),
-                grad_v[:-1].to(v.dtype),
-                None if grad_position is None else grad_position.to(position_weight.dtype),
-                None if grad_time is None else grad_time.to(time_weight.dtype),
-                None,
-                None,
-            )
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: JaggedLayout,
+    rule: AttentionRule,
+    bias: RelativeBias | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> RelativeBias | None:
+    """See :class:`hstu.ops.attention.AttentionKernels`."""
+    weights = _in_compute_type(bias)
+    grad_weights = None if weights is None else tuple(torch.zeros_like(weight) for weight in weights)
+    q_rows, k_rows, v_rows = _with_zero_row(q), _with_zero_row(k), _with_zero_row(v)
+    grad_rows = _with_zero_row(grad).div_(rule.scaling_seqlen)
+    grad_q, grad_k, grad_v = (torch.zeros_like(rows) for rows in (q_rows, k_rows, v_rows))
+    for group, blocks in _walk(layout, rule, weights, heads=q.shape[1], dtype=grad_rows.dtype):
+        q_pad, k_pad, v_pad, grad_pad = (_pad(rows, group) for rows in (q_rows, k_rows, v_rows, grad_rows))
+        grad_q_pad, grad_k_pad, grad_v_pad = torch.empty_like(q_pad), *map(torch.zeros_like, (k_pad, v_pad))
+        for block, terms in blocks:
+            rows, keys = slice(block.start, block.stop), slice(0, block.num_keys)
+            scores = _scores(q_pad[:, rows], k_pad[:, keys], terms, weights, rule.alpha)
+            grad_scores = grad_pad[:, rows] @ v_pad[:, keys].transpose(1, 2)
+            grad_scores = torch.ops.aten.silu_backward(grad_scores, scores)
+            weighted = F.silu(scores, inplace=True)
+            # Not baddbmm_: into a slice it multiplies one sequence at a time.
+            grad_v_pad[:, keys] += weighted.transpose(1, 2) @ grad_pad[:, rows]
+            grad_k_pad[:, keys] += grad_scores.transpose(1, 2) @ q_pad[:, rows]
+            grad_q_pad[:, rows] = grad_scores @ k_pad[:, keys]
+            if grad_weights is not None:
+                _add_weight_gradients(grad_scores, terms, grad_weights, heads=q.shape[1])
+        _unpad(grad_q_pad, group, grad_q)
+        _unpad(grad_k_pad, group, grad_k)
+        _unpad(grad_v_pad, group, grad_v)
+    grads[0].copy_(grad_q[:-1].mul_(rule.alpha))
+    grads[1].copy_(grad_k[:-1].mul_(rule.alpha))
+    grads[2].copy_(grad_v[:-1])
+    if bias is None or grad_weights is None:
+        return None
+    position, time = grad_weights
+    return RelativeBias(position.to(bias.position_weight.dtype), time.to(bias.time_weight.dtype))
 
 
 # -- scores ------------------------------------------------------------------------------------------------------
@@ -210,13 +193,11 @@ def _compute_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _in_compute_type(position_weight: Tensor | None, time_weight: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    if position_weight is None or time_weight is None:
+def _in_compute_type(bias: RelativeBias | None) -> tuple[Tensor, Tensor] | None:
+    if bias is None:
         return None
-    return (
-        position_weight.to(_compute_type(position_weight.dtype)),
-        time_weight.to(_compute_type(time_weight.dtype)),
-    )
+    position, time = bias.position_weight, bias.time_weight
+    return position.to(_compute_type(position.dtype)), time.to(_compute_type(time.dtype))
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------

@@ -2,62 +2,91 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.dropout import dropout as apply_dropout
-from hstu.ops.norm_mul_dropout import SplitHeads
+from hstu.ops.dropout import draw, scale_of
+from hstu.ops.norm_mul_dropout import GateRule
+from hstu.ops.ranks import Ranks
 
 
-def norm_mul_dropout(
+def forward(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :class:`hstu.ops.norm_mul_dropout.GateKernels`; the pattern is bool [T, H · d]."""
+    rows, weight, bias = _wide(x, weight, bias)
+    normalised, statistics = _normalise(rows, weight, bias, rule.eps, rule.ranks)
+    kept = draw(rows.shape, rule.dropout, x.device, rule.ranks) if rule.dropout > 0 else None
+    return _gated(normalised, u, x.dtype, kept, rule), statistics, kept
+
+
+def backward(
+    grad: Tensor,
     x: Tensor,
     u: Tensor,
     weight: Tensor,
     bias: Tensor,
-    eps: float,
-    dropout: float,
-    training: bool,
-    split_heads: SplitHeads | None = None,
-) -> Tensor:
-    """See :func:`hstu.ops.norm_mul_dropout.norm_mul_dropout`."""
-    rows = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-    weight, bias = weight.to(rows.dtype), bias.to(rows.dtype)
-    if split_heads is None:
-        normalised = F.layer_norm(rows, weight.shape, weight, bias, eps)
+    rule: GateRule,
+    statistics: Tensor,
+    pattern: Tensor | None,
+    grad_u: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :class:`hstu.ops.norm_mul_dropout.GateKernels`."""
+    rows, wide_weight, wide_bias = _wide(x, weight, bias)
+    normalised = torch.addcmul(wide_bias, _centred(rows, statistics), wide_weight)
+    gated = _gated(normalised, u, x.dtype, pattern, rule)
+    grad = _dropped(grad, pattern, rule).view(u.shape)
+    grad_u.copy_(normalised.view(u.shape).mul_(grad))
+    grad = (grad.to(rows.dtype) * u).flatten(1)
+    if rule.ranks.count == 1:
+        mean, inverse_std = statistics.unsqueeze(2)
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad, rows, wide_weight.shape, mean, inverse_std, wide_weight, wide_bias, [True] * 3
+        )
     else:
-        normalised = _SplitLayerNorm.apply(rows, weight, bias, eps, split_heads)
+        grad_x, grad_weight, grad_bias = _through_norm(grad, rows, wide_weight, statistics, rule.ranks)
+    return gated, grad_x.view(x.shape).to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+def _wide(x: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
+    """Rows [T, H · d] and affine weights in the type that the norm is computed in."""
+    rows = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+    return rows, *(tensor.to(rows.dtype) for tensor in affine)
+
+
+def _normalise(rows: Tensor, weight: Tensor, bias: Tensor, eps: float, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """LayerNorm of rows that lie over the ranks; mean and inverse deviation [2, T]."""
+    if ranks.count == 1:
+        normalised, mean, inverse_std = torch.native_layer_norm(rows, weight.shape, weight, bias, eps)
+        return normalised, torch.stack([mean, inverse_std]).squeeze(2)
+    # Mean and mean square about it, not the plain sum of squares: that cancels where the mean is large.
+    own_mean = rows.mean(1)
+    own_variance = (rows - own_mean[:, None]).square().mean(1)
+    means, variances = ranks.gather(torch.stack([own_mean, own_variance])).unbind(1)
+    mean = means.mean(0)
+    statistics = torch.stack([mean, torch.rsqrt((variances + (means - mean).square()).mean(0) + eps)])
+    return torch.addcmul(bias, _centred(rows, statistics), weight), statistics
+
+
+def _through_norm(
+    grad: Tensor, rows: Tensor, weight: Tensor, statistics: Tensor, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows that lie over the ranks, and of this rank's weights and biases."""
+    centred = _centred(rows, statistics)
+    scaled = grad * weight
+    own = torch.stack([scaled.mean(1), (scaled * centred).mean(1)])
+    along_one, along_row = ranks.gather(own).mean(0).unsqueeze(2)
+    grad_x = (scaled - along_one - centred * along_row) * statistics[1, :, None]
+    return grad_x, (grad * centred).sum(0), grad.sum(0)
+
+
+def _centred(rows: Tensor, statistics: Tensor) -> Tensor:
+    mean, inverse_std = statistics.unsqueeze(2)
+    return (rows - mean).mul_(inverse_std)
+
+
+def _gated(normalised: Tensor, u: Tensor, dtype: torch.dtype, kept: Tensor | None, rule: GateRule) -> Tensor:
     # Multiplied head by head: flattening u, a view of the uvqk projection, would copy it.
-    gated = (normalised.view(u.shape) * u).flatten(1).to(x.dtype)
-    return apply_dropout(gated, dropout, training, stream=None if split_heads is None else split_heads.rank)
+    return _dropped((normalised.view(u.shape) * u).flatten(1).to(dtype), kept, rule)
 
 
-class _SplitLayerNorm(torch.autograd.Function):
-    """LayerNorm of rows [T, n · ranks] of which each rank has n columns."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, split: SplitHeads) -> Tensor:
-        # Mean and mean square about it, not the plain sum of squares: that cancels where the mean is large.
-        own_mean = x.mean(1)
-        own_variance = (x - own_mean[:, None]).square().mean(1)
-        means, variances = split.gather(torch.stack([own_mean, own_variance])).unbind(1)
-        mean = means.mean(0)
-        variance = (variances + (means - mean).square()).mean(0)
-        inverse_std = torch.rsqrt(variance + eps)
-        ctx.save_for_backward(x, weight, mean, inverse_std)
-        ctx.split = split
-        normalised = (x - mean[:, None]) * inverse_std[:, None]
-        return torch.addcmul(bias, normalised, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse_std = ctx.saved_tensors
-        (gradient,) = gradients
-        normalised = (x - mean[:, None]) * inverse_std[:, None]
-        scaled = gradient * weight
-        own = torch.stack([scaled.mean(1), (scaled * normalised).mean(1)])
-        along_one, along_row = ctx.split.gather(own).mean(0)
-        grad_x = (scaled - along_one[:, None] - normalised * along_row[:, None]) * inverse_std[:, None]
-        return grad_x, (gradient * normalised).sum(0), gradient.sum(0), None, None
+def _dropped(rows: Tensor, kept: Tensor | None, rule: GateRule) -> Tensor:
+    return rows if kept is None else (rows * kept).mul_(scale_of(rule.dropout, rows.device))

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hstu.ops.attention import AttentionRule, apply_with_bias
+from hstu.ops.attention import AttentionRule
 from hstu.ops.layout import JaggedLayout
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias, time_buckets
 from hstu.ops.triton.attention_backward import attention_backward_keys, attention_backward_queries
@@ -21,66 +20,48 @@ from hstu.ops.triton.attention_configs import attention_configs, bias_config
 from hstu.ops.triton.attention_forward import attention_forward
 from hstu.ops.triton.launch import bucket, capability_of, launch, multiplication, strides_of
 
-MAX_HEAD_DIM = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TIME_SLOTS = 64
 """Copies of the time buckets' sums: so many atomics can proceed side by side."""
 BIAS_SHARES = 64
 """Parts that the sequences are cut into for the gradient of the bias."""
 
 
-def attention(
+def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, rule: AttentionRule, bias: RelativeBias | None
 ) -> Tensor:
-    """See :func:`hstu.ops.attention.hstu_attention`. The gradients have the same bits in every run."""
-    if q.shape[2] > MAX_HEAD_DIM or q.dtype not in DTYPES:
-        raise ValueError(f"head dim {q.shape[2]} of {q.dtype}: at most {MAX_HEAD_DIM}, in float16, bfloat16 or float32")
-    if k.shape != q.shape or v.shape != q.shape or not q.dtype == k.dtype == v.dtype:
-        raise ValueError("q, k and v must agree in shape and type")
-    return apply_with_bias(_Attention, q, k, v, layout, rule, bias)
+    """See :class:`hstu.ops.attention.AttentionKernels`."""
+    # As v is laid out would keep the holes of a view; what reads the output wants it dense.
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if layout.num_tokens:
+        call = _Call(q, k, v, layout, rule, bias)
+        call.by_rows("forward", attention_forward, out=out, **strides_of(out, "thd", "o"))
+    return out
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position_weight: Tensor | None,
-        time_weight: Tensor | None,
-        layout: JaggedLayout,
-        rule: AttentionRule,
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, position_weight, time_weight)
-        ctx.layout, ctx.rule = layout, rule
-        # As v is laid out would keep the holes of a view; what reads the output wants it dense.
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        if layout.num_tokens:
-            call = _Call(q, k, v, position_weight, time_weight, layout, rule)
-            call.by_rows("forward", attention_forward, out=out, **strides_of(out, "thd", "o"))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, position_weight, time_weight = ctx.saved_tensors
-        grad_q, grad_k, grad_v = _empty_beside(q), _empty_beside(k), _empty_beside(v)
-        grad_bias: tuple[Tensor | None, Tensor | None] = None, None
-        call = _Call(q, k, v, position_weight, time_weight, ctx.layout, ctx.rule)
-        if ctx.layout.num_tokens:
-            call.by_keys(grad, grad_k, grad_v)
-            call.by_rows(
-                "queries",
-                attention_backward_queries,
-                grad=grad,
-                grad_q=grad_q,
-                **strides_of(grad, "thd", "g"),
-                **strides_of(grad_q, "thd", "gq"),
-            )
-        if any(ctx.needs_input_grad[3:5]):
-            grad_bias = call.bias_gradients(grad)
-        return grad_q, grad_k, grad_v, *grad_bias, None, None
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: JaggedLayout,
+    rule: AttentionRule,
+    bias: RelativeBias | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> RelativeBias | None:
+    """See :class:`hstu.ops.attention.AttentionKernels`. The gradients have the same bits in every run."""
+    grad_q, grad_k, grad_v = grads
+    call = _Call(q, k, v, layout, rule, bias)
+    if layout.num_tokens:
+        call.by_keys(grad, grad_k, grad_v)
+        call.by_rows(
+            "queries",
+            attention_backward_queries,
+            grad=grad,
+            grad_q=grad_q,
+            **strides_of(grad, "thd", "g"),
+            **strides_of(grad_q, "thd", "gq"),
+        )
+    return None if bias is None else call.bias_gradients(grad, bias)
 
 
 @dataclass
@@ -90,10 +71,9 @@ class _Call:
     q: Tensor
     k: Tensor
     v: Tensor
-    position_weight: Tensor | None
-    time_weight: Tensor | None
     layout: JaggedLayout
     rule: AttentionRule
+    bias: RelativeBias | None
 
     def by_rows(self, name: str, kernel: Any, **further: Any) -> None:
         self._launch(name, kernel, "BLOCK_M", **further)
@@ -112,7 +92,7 @@ class _Call:
         )
 
     def _launch(self, name: str, kernel: Any, tile: str, **further: Any) -> None:
-        has_bias, block_d = self.position_weight is not None, self._block_d
+        has_bias, block_d = self.bias is not None, self._block_d
         longest = int(self.layout.seqlens.max())
         launch(
             kernel,
@@ -126,14 +106,14 @@ class _Call:
             BIAS=has_bias,
         )
 
-    def bias_gradients(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def bias_gradients(self, grad: Tensor, bias: RelativeBias) -> RelativeBias:
         """Gradients of the position and the time weights, in their types."""
-        assert self.position_weight is not None and self.time_weight is not None
         device, layout, heads = grad.device, self.layout, self.q.shape[1]
-        position_totals = torch.zeros(len(self.position_weight), dtype=torch.int64, device=device)
+        position, time = bias.position_weight, bias.time_weight
+        position_totals = torch.zeros(len(position), dtype=torch.int64, device=device)
         time_totals = torch.zeros(TIME_SLOTS, NUM_TIME_BUCKETS, dtype=torch.int64, device=device)
         if not layout.num_tokens:
-            return position_totals.to(self.position_weight.dtype), time_totals[0].to(self.time_weight.dtype)
+            return RelativeBias(position_totals.to(position.dtype), time_totals[0].to(time.dtype))
         scale = _fixed_point_scale(grad, self.v, pairs=heads * int((layout.seqlens**2).sum()))
         config = bias_config(self._block_d, self.q.element_size(), capability_of(grad.device))
         tiles = triton.cdiv(int(layout.seqlens.max()), config.kwargs["BLOCK"])
@@ -157,17 +137,14 @@ class _Call:
             first_diagonal=-tiles_ahead,
         )
         factor = 1 / (scale.double() * self.rule.scaling_seqlen)
-        return (
-            (position_totals * factor).to(self.position_weight.dtype),
-            (time_totals.sum(0) * factor).to(self.time_weight.dtype),
-        )
+        return RelativeBias((position_totals * factor).to(position.dtype), (time_totals.sum(0) * factor).to(time.dtype))
 
     @property
     def _block_d(self) -> int:
         return max(16, triton.next_power_of_2(self.q.shape[2]))
 
     def _shared(self, kernel: Any) -> dict[str, Any]:
-        layout, rule, has_bias = self.layout, self.rule, self.position_weight is not None
+        layout, rule, bias = self.layout, self.rule, self.bias
         shared = dict(
             q=self.q,
             k=self.k,
@@ -177,12 +154,12 @@ class _Call:
             **strides_of(self.v, "thd", "v"),
             offsets=layout.seqlen_offsets,
             candidates=layout.num_candidate_tokens,
-            query_times=layout.query_times if has_bias else None,
-            token_times=layout.token_times if has_bias else None,
-            thresholds=_bucket_thresholds(self.q.device) if has_bias else None,
-            position_weight=None if self.position_weight is None else self.position_weight.float(),
-            time_weight=None if self.time_weight is None else self.time_weight.float(),
-            farthest=0 if self.position_weight is None else len(self.position_weight) // 2,
+            query_times=None if bias is None else layout.query_times,
+            token_times=None if bias is None else layout.token_times,
+            thresholds=None if bias is None else _bucket_thresholds(self.q.device),
+            position_weight=None if bias is None else bias.position_weight.float(),
+            time_weight=None if bias is None else bias.time_weight.float(),
+            farthest=0 if bias is None else len(bias.position_weight) // 2,
             alpha=float(rule.alpha),
             num_contextuals=layout.num_contextuals,
             group_tokens=layout.candidate_group_tokens,
@@ -194,11 +171,6 @@ class _Call:
             **multiplication(kernel, self.q.dtype, exact=self._block_d > 128 or kernel is attention_backward_bias),
         )
         return shared
-
-
-def _empty_beside(x: Tensor) -> Tensor:
-    """For the gradient of x: dense."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _longest_first(layout: JaggedLayout) -> Tensor:

@@ -1,11 +1,11 @@
-"""Kernels of the uvqk projection: a linear layer that leaves SiLU of its result, too, and the gradient through that."""
+"""Kernels of the uvqk projection: a linear layer that leaves SiLU of its result, too."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from hstu.ops.triton.primitives import dot, sigmoid, silu_derivative
+from hstu.ops.triton.primitives import dot, sigmoid
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -63,39 +63,3 @@ def silu(x, out, num_elements, BLOCK: tl.constexpr):
     inside = places < num_elements
     value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + places, (value * sigmoid(value, False)).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _load_part(base, rows, heads, channels, strides, inside):
-    return tl.load(base + rows * strides[0] + heads * strides[1] + channels * strides[2], mask=inside, other=0.0)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def silu_split_backward(
-    projected, grad_u, grad_v, grad_q, grad_k, grad_projected, num_rows, stride_pr, stride_pc, stride_gr,
-    stride_ut, stride_uh, stride_ud, stride_vt, stride_vh, stride_vd,
-    stride_qt, stride_qh, stride_qd, stride_kt, stride_kh, stride_kd,
-    HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Gradient of the projection [T, head · (u v q k) · channel] from those of u, v, q and k, each [T, H, d].
-
-    Grid: (row blocks, column blocks over H · d, 4).
-    """
-    part = tl.program_id(2)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    inside = (rows < num_rows)[:, None] & (columns < HEADS * HEAD)
-    rows = rows[:, None].to(tl.int64)
-    heads, channels = columns // HEAD, columns % HEAD
-    if part == 0:
-        grad = _load_part(grad_u, rows, heads, channels, (stride_ut, stride_uh, stride_ud), inside)
-    elif part == 1:
-        grad = _load_part(grad_v, rows, heads, channels, (stride_vt, stride_vh, stride_vd), inside)
-    elif part == 2:
-        grad = _load_part(grad_q, rows, heads, channels, (stride_qt, stride_qh, stride_qd), inside)
-    else:
-        grad = _load_part(grad_k, rows, heads, channels, (stride_kt, stride_kh, stride_kd), inside)
-    place = heads * (4 * HEAD) + part * HEAD + channels
-    value = tl.load(projected + rows * stride_pr + place * stride_pc, mask=inside, other=0.0).to(tl.float32)
-    result = grad.to(tl.float32) * silu_derivative(value, sigmoid(value, False))
-    tl.store(grad_projected + rows * stride_gr + place, result.to(grad_projected.dtype.element_ty), mask=inside)

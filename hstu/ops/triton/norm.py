@@ -1,6 +1,6 @@
 """Layer norm and the gated, dropped-out norm by Triton kernels.
 
-Both keep their inputs and two numbers a row. The dropout's pattern is a function of a seed: nothing of it is kept.
+The dropout's pattern is a function of a seed: nothing of it is kept.
 """
 
 from __future__ import annotations
@@ -10,124 +10,128 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hstu.ops.norm_mul_dropout import SplitHeads
+from hstu.ops.norm_mul_dropout import GateRule
 from hstu.ops.triton.launch import launch, strides_of
 from hstu.ops.triton.norm_kernels import norm_mul_dropout_backward, norm_mul_dropout_forward, row_statistics
 
-MAX_WIDTH = 16384
-"""Columns of a row: what one program holds in registers."""
 PROGRAMS = 1024
 """At most so many rows at a time, and so many partial sums of the affine gradients."""
 _SEEDS = 1 << 31
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """LayerNorm of x [T, D] over D, computed in float32: [T, D] of ``dtype`` (x's own by default), any strides.
+def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See :func:`hstu.ops.layer_norm.normalise`; x has any strides."""
+    return _forward(x.unsqueeze(1), None, weight, bias, GateRule(eps, 0.0), 0, dtype)
 
-    To spend a second computation in place of keeping the result for what follows, run it again on x
-    (:class:`hstu.model.recompute.recomputed_in_backward`): the result has the same bits.
+
+def normalise_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`hstu.ops.layer_norm.normalise_backward`."""
+    rows = x.unsqueeze(1)
+    rule = GateRule(0.0, 0.0)  # nothing to drop, and of eps nothing is asked
+    grad_x, grad_weight, grad_bias = _backward(grad, rows, None, weight, bias, rule, statistics, 0, None, None)
+    return grad_x.squeeze(1), grad_weight, grad_bias
+
+
+def forward(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :class:`hstu.ops.norm_mul_dropout.GateKernels`; the pattern is a seed, int64 [] on the host.
+
+    It is drawn from torch's generator of the CPU: whoever sets that back repeats it, and no device is asked.
     """
-    normalised: Tensor = _Norm.apply(x.unsqueeze(1), None, weight, bias, eps, 0.0, 0, None, dtype or x.dtype)
-    return normalised
+    seed = torch.randint(_SEEDS, (), device="cpu") if rule.dropout > 0 else None
+    if seed is not None:  # generators of the ranks agree
+        seed = (seed + rule.ranks.rank * 0x9E3779B1) % _SEEDS
+    gated, statistics = _forward(x, u, weight, bias, rule, 0 if seed is None else int(seed), x.dtype)
+    return gated, statistics, seed
 
 
-def norm_mul_dropout(
+def backward(
+    grad: Tensor,
     x: Tensor,
     u: Tensor,
     weight: Tensor,
     bias: Tensor,
-    eps: float,
-    dropout: float,
-    training: bool,
-    split_heads: SplitHeads | None = None,
-) -> Tensor:
-    """See :func:`hstu.ops.norm_mul_dropout.norm_mul_dropout`.
-
-    One number drawn from torch's generator of the CPU seeds the dropout: checkpointing repeats it, no device is asked.
-    """
-    dropout = dropout if training else 0.0
-    seed = int(torch.randint(_SEEDS, (), device="cpu")) if dropout > 0 else 0
-    if split_heads is not None:  # generators of the ranks agree
-        seed = (seed + split_heads.rank * 0x9E3779B1) % _SEEDS
-    gated: Tensor = _Norm.apply(x, u, weight, bias, eps, dropout, seed, split_heads, x.dtype)
-    return gated
+    rule: GateRule,
+    statistics: Tensor,
+    pattern: Tensor | None,
+    grad_u: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :class:`hstu.ops.norm_mul_dropout.GateKernels`."""
+    gated = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+    seed = 0 if pattern is None else int(pattern)
+    return gated, *_backward(grad, x, u, weight, bias, rule, statistics, seed, grad_u, gated)
 
 
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        u: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        dropout: float,
-        seed: int,
-        split_heads: SplitHeads | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        width = x.shape[1] * x.shape[2]
-        if width > MAX_WIDTH:
-            raise ValueError(f"rows of {width} columns: at most {MAX_WIDTH}")
-        mean, inverse_std = _statistics_over_ranks(x, eps, split_heads)
-        out = torch.empty(len(x), width, dtype=dtype, device=x.device)
+def _forward(
+    x: Tensor, u: Tensor | None, weight: Tensor, bias: Tensor, rule: GateRule, seed: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """[T, H · d] of ``dtype``, and the statistics. x, u: [T, H, d]."""
+    statistics = _statistics(x, rule)
+    out = torch.empty(len(x), len(weight), dtype=dtype, device=x.device)
+    if len(x):
+        launch(
+            norm_mul_dropout_forward,
+            _row_programs(x),
+            _configs(x),
+            (),
+            **_shared(x, u, weight, bias, statistics, rule.dropout, seed),
+            out=out,
+            stride_ot=out.stride(0),
+            eps=float(rule.eps),
+            GIVEN=rule.ranks.count > 1,
+        )
+    return out, statistics
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    u: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    rule: GateRule,
+    statistics: Tensor,
+    seed: int,
+    grad_u: Tensor | None,
+    gated: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; those of u and what forward returned are written where there is a gate."""
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sums = torch.zeros(2, *_row_programs(x)({}), len(weight), dtype=torch.float32, device=x.device)
+    row_sums = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
+
+    def run(which: str) -> None:
+        launch(
+            norm_mul_dropout_backward,
+            _row_programs(x),
+            _configs(x),
+            (),
+            **_shared(x, u, weight, bias, statistics, rule.dropout, seed),
+            grad=grad,
+            grad_x=grad_x,
+            grad_u=grad_u,
+            gated=gated,
+            weight_sums=sums[0],
+            bias_sums=sums[1],
+            row_sums=row_sums,
+            stride_gt=grad.stride(0),
+            stride_gd=grad.stride(1),
+            stride_st=row_sums.stride(0),
+            **strides_of(grad_x, "thd", "gx"),
+            **(strides_of(grad_u, "thd", "gu") if grad_u is not None else dict.fromkeys(_GATE_GRAD_STRIDES, 0)),
+            PASS=which,
+        )
+
+    if rule.ranks.count > 1:
         if len(x):
-            launch(
-                norm_mul_dropout_forward,
-                _row_programs(x),
-                _configs(x),
-                (),
-                **_shared(x, u, weight, bias, mean, inverse_std, dropout, seed),
-                out=out,
-                stride_ot=out.stride(0),
-                eps=float(eps),
-                GIVEN=split_heads is not None,
-            )
-        ctx.save_for_backward(x, u, weight, bias, mean, inverse_std)
-        ctx.dropout, ctx.seed, ctx.split_heads = dropout, seed, split_heads
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, weight, bias, mean, inverse_std = ctx.saved_tensors
-        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        grad_u = None if u is None else torch.empty(u.shape, dtype=u.dtype, device=u.device)
-        sums = torch.zeros(2, *_row_programs(x)({}), len(weight), dtype=torch.float32, device=x.device)
-        row_sums = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
-
-        def run(which: str) -> None:
-            launch(
-                norm_mul_dropout_backward,
-                _row_programs(x),
-                _configs(x),
-                (),
-                **_shared(x, u, weight, bias, mean, inverse_std, ctx.dropout, ctx.seed),
-                grad=grad,
-                grad_x=grad_x,
-                grad_u=grad_u,
-                weight_sums=sums[0],
-                bias_sums=sums[1],
-                row_sums=row_sums,
-                stride_gt=grad.stride(0),
-                stride_gd=grad.stride(1),
-                stride_st=row_sums.stride(0),
-                **strides_of(grad_x, "thd", "gx"),
-                **(strides_of(grad_u, "thd", "gu") if grad_u is not None else dict.fromkeys(_GATE_GRAD_STRIDES, 0)),
-                PASS=which,
-            )
-
-        if ctx.split_heads is not None:
-            if len(x):
-                run("sums")
-            row_sums = ctx.split_heads.gather(row_sums).mean(0)
-        if len(x):
-            run("all" if ctx.split_heads is None else "rows")
-        grad_weight, grad_bias = sums.sum(1)
-        return grad_x, grad_u, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *(None,) * 5
+            run("sums")
+        row_sums = rule.ranks.gather(row_sums).mean(0)
+    if len(x):
+        run("all" if rule.ranks.count == 1 else "rows")
+    grad_weight, grad_bias = sums.sum(1)
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
 _GATE_STRIDES = ("stride_ut", "stride_uh", "stride_ud")
@@ -139,8 +143,7 @@ def _shared(
     u: Tensor | None,
     weight: Tensor,
     bias: Tensor,
-    mean: Tensor,
-    inverse_std: Tensor,
+    statistics: Tensor,
     dropout: float,
     seed: int,
 ) -> dict[str, Any]:
@@ -151,8 +154,8 @@ def _shared(
         u=u,
         weight=weight,
         bias=bias,
-        mean=mean,
-        inverse_std=inverse_std,
+        mean=statistics[0],
+        inverse_std=statistics[1],
         num_rows=len(x),
         dropout=float(dropout),
         seed=seed,
@@ -166,11 +169,11 @@ def _shared(
     )
 
 
-def _statistics_over_ranks(x: Tensor, eps: float, split_heads: SplitHeads | None) -> tuple[Tensor, Tensor]:
-    """Mean and inverse deviation float32 [T]: where heads are split those of whole rows, else yet to be written."""
+def _statistics(x: Tensor, rule: GateRule) -> Tensor:
+    """Mean and inverse deviation float32 [2, T]: where heads are split those of whole rows, else yet to be written."""
     own = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
-    if split_heads is None:
-        return own[0], own[1]
+    if rule.ranks.count == 1:
+        return own
     if len(x):
         launch(
             row_statistics,
@@ -186,9 +189,9 @@ def _statistics_over_ranks(x: Tensor, eps: float, split_heads: SplitHeads | None
             HEAD=x.shape[2],
             BLOCK=_block(x.shape[1] * x.shape[2]),
         )
-    means, variances = split_heads.gather(own).unbind(1)
+    means, variances = rule.ranks.gather(own).unbind(1)
     mean = means.mean(0)
-    return mean, torch.rsqrt((variances + (means - mean).square()).mean(0) + eps)
+    return torch.stack([mean, torch.rsqrt((variances + (means - mean).square()).mean(0) + rule.eps)])
 
 
 def _row_programs(x: Tensor) -> Any:

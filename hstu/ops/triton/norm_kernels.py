@@ -86,17 +86,18 @@ def norm_mul_dropout_forward(
 
 @triton.jit(do_not_specialize=["num_rows", "seed"])
 def norm_mul_dropout_backward(
-    x, u, weight, bias, mean, inverse_std, grad, grad_x, grad_u, weight_sums, bias_sums, row_sums,
+    x, u, weight, bias, mean, inverse_std, grad, grad_x, grad_u, gated, weight_sums, bias_sums, row_sums,
     num_rows, dropout, seed,
     stride_xt, stride_xh, stride_xd, stride_ut, stride_uh, stride_ud, stride_gt, stride_gd,
     stride_gxt, stride_gxh, stride_gxd, stride_gut, stride_guh, stride_gud, stride_st,
     WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
     GATED: tl.constexpr, DROPPED: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients. Grid: (programs,); each writes its row of weight_sums and bias_sums, [programs, WIDTH].
+    """Gradients and, GATED, what forward returned. Grid: (programs,); each writes its row of weight_sums and bias_sums.
 
     PASS "all": at once. Where a row's heads lie on several ranks: "sums" writes row_sums [2, T], the means over the own
     columns that grad_x needs, and all but grad_x; "rows" reads the means over all ranks there and writes grad_x.
+    weight_sums, bias_sums: [programs, WIDTH].
     """
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -110,12 +111,17 @@ def norm_mul_dropout_backward(
         inverse = tl.load(inverse_std + row)
         normalised = tl.where(inside, (values - tl.load(mean + row)) * inverse, 0.0)
         if DROPPED:
-            upstream = tl.where(_keeps(seed, row, dropout, BLOCK), upstream / (1.0 - dropout), 0.0)
+            factor = tl.where(_keeps(seed, row, dropout, BLOCK), 1.0 / (1.0 - dropout), 0.0)
+            upstream *= factor
         if GATED:
             gate = _load_row(u, row, columns, stride_ut, stride_uh, stride_ud, WIDTH, HEAD)
             if PASS != "rows":
-                of_u = upstream * (normalised * scale + shift)
-                _store_row(grad_u, row, columns, stride_gut, stride_guh, stride_gud, of_u, WIDTH, HEAD)
+                affine = normalised * scale + shift
+                _store_row(grad_u, row, columns, stride_gut, stride_guh, stride_gud, upstream * affine, WIDTH, HEAD)
+                again = affine * gate
+                if DROPPED:
+                    again *= factor
+                tl.store(gated + row * WIDTH + columns, again.to(gated.dtype.element_ty), mask=inside)
             upstream *= gate
         weight_sum += upstream * normalised
         bias_sum += upstream

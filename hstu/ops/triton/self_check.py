@@ -17,24 +17,25 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor, nn
 
-from hstu.ops.attention import AttentionRule
+from hstu.ops.attention import AttentionKernels, AttentionRule, attend
+from hstu.ops.backends import Backend
 from hstu.ops.cache import cache_directory
 from hstu.ops.jagged import TokenOrder
+from hstu.ops.layer_norm import layer_norm
 from hstu.ops.layout import JaggedLayout, build_layout
+from hstu.ops.norm_mul_dropout import GateRule, norm_mul_dropout
 from hstu.ops.pytorch import attention as reference_attention
 from hstu.ops.pytorch import jagged as reference_jagged
-from hstu.ops.pytorch import norm_mul_dropout as reference_gate
 from hstu.ops.pytorch import positions as reference_positions
 from hstu.ops.pytorch import softmax_loss as reference_loss
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
 from hstu.ops.self_check import KernelsDisagree, gpu_key, remember
-from hstu.ops.triton.attention import attention
+from hstu.ops.triton import attention
 from hstu.ops.triton.jagged import jagged_concat
 from hstu.ops.triton.launch import first_configurations
-from hstu.ops.triton.linear import uvqk
-from hstu.ops.triton.norm import layer_norm, norm_mul_dropout
 from hstu.ops.triton.positions import add_positions
 from hstu.ops.triton.softmax_loss import PoolSoftmaxLoss, SampledSoftmaxLoss
+from hstu.ops.uvqk import project_uvqk
 
 log = logging.getLogger(__name__)
 
@@ -118,14 +119,14 @@ def _attention_case(device: torch.device, width: int, dtype: torch.dtype, is_cau
     tables = [torch.randn(size) for size in (99, NUM_TIME_BUCKETS)] if has_bias else []
     heads = [torch.randn(layouts["cpu"].num_tokens, 2, width).to(dtype) for _ in range(3)]
 
-    def of(function: Function) -> Function:
-        return lambda q, k, v, *tables: function(
-            q, k, v, layouts[q.device.type], rule, RelativeBias(*tables) if tables else None
+    def of(kernels: AttentionKernels) -> Function:
+        return lambda q, k, v, *tables: attend(
+            q, k, v, layouts[q.device.type], rule, RelativeBias(*tables) if tables else None, kernels
         )
 
     mask, bias = "causal" if is_causal else "bidirectional", "bias" if has_bias else "no bias"
     name = f"attention ({width} channels, {str(dtype).removeprefix('torch.')}, {mask}, {bias})"
-    return Case(name, of(attention), of(reference_attention.attention), [*heads, *tables])
+    return Case(name, of(attention), of(reference_attention), [*heads, *tables])
 
 
 def _row_cases(device: torch.device) -> Iterator[Case]:
@@ -133,13 +134,13 @@ def _row_cases(device: torch.device) -> Iterator[Case]:
     affine = [torch.randn(51) for _ in range(2)]
     yield Case(
         "norm_mul_dropout",
-        lambda x, u, weight, bias: norm_mul_dropout(x, u, weight, bias, 1e-5, 0.0, True),
-        lambda x, u, weight, bias: reference_gate.norm_mul_dropout(x, u, weight, bias, 1e-5, 0.0, True),
+        lambda x, u, weight, bias: norm_mul_dropout(x, u, weight, bias, GateRule(1e-5, 0.0), Backend.TRITON),
+        lambda x, u, weight, bias: norm_mul_dropout(x, u, weight, bias, GateRule(1e-5, 0.0)),
         [x, u, *affine],
     )
     yield Case(
         "layer_norm",
-        lambda x, weight, bias: layer_norm(x, weight, bias, 1e-5),
+        lambda x, weight, bias: layer_norm(x, weight, bias, 1e-5, backend=Backend.TRITON),
         lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-5),
         [x.flatten(1), *affine],
     )
@@ -147,8 +148,8 @@ def _row_cases(device: torch.device) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         yield Case(
             f"uvqk ({str(dtype).removeprefix('torch.')})",
-            lambda x, weight, bias: torch.cat(uvqk(x, weight, bias, 17)[:4], dim=1),
-            lambda *tensors: torch.cat(F.silu(F.linear(*tensors)).unflatten(1, (-1, 4, 17)).unbind(2), dim=1),
+            lambda x, weight, bias: project_uvqk(x, weight, bias, Backend.TRITON),
+            lambda *tensors: F.silu(F.linear(*tensors)),
             [tensor.detach().to(dtype) for tensor in (x.flatten(1), linear.weight, linear.bias)],
         )
     positions = torch.randint(40, (70,))

@@ -9,18 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.ops.attention import AttentionRule
+from hstu.ops.attention import AttentionRule, attend
+from hstu.ops.backends import Backend
 from hstu.ops.jagged import token_order
+from hstu.ops.layer_norm import layer_norm
 from hstu.ops.layout import JaggedLayout, build_layout
-from hstu.ops.norm_mul_dropout import SplitHeads
+from hstu.ops.norm_mul_dropout import GateRule, norm_mul_dropout
+from hstu.ops.ranks import Ranks
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
-from hstu.ops.triton.attention import attention
+from hstu.ops.triton import attention
 from hstu.ops.triton.jagged import jagged_concat
 from hstu.ops.triton.launch import Launch, recorded_launches
-from hstu.ops.triton.linear import split_uvqk, uvqk
-from hstu.ops.triton.norm import layer_norm, norm_mul_dropout
 from hstu.ops.triton.positions import add_positions
 from hstu.ops.triton.softmax_loss import PoolSoftmaxLoss, SampledSoftmaxLoss
+from hstu.ops.uvqk import activate, project_uvqk
 
 HEADS = 2
 LENGTHS = np.array([48, 16])
@@ -54,7 +56,7 @@ def variants() -> list[Variant]:
         *(_norm(width, split) for width in (64, 256) for split in (False, True)),
         Variant("uvqk", 256, f"{HIDDEN} → {HEADS} × 4 × 256, bfloat16", lambda: _run_uvqk(torch.bfloat16)),
         Variant("uvqk", 256, f"{HIDDEN} → {HEADS} × 4 × 256, float32", lambda: _run_uvqk(torch.float32)),
-        Variant("split_uvqk", 256, f"{HEADS} × 4 × 256, bfloat16", _run_split),
+        Variant("activate", 256, f"{HEADS} × 4 × 256, bfloat16", _run_activate),
         Variant("jagged_concat", 0, f"[T, {HIDDEN}], float32", _run_jagged),
         Variant("add_positions", 0, f"[T, {HIDDEN}], float32", _run_positions),
         *(
@@ -80,8 +82,18 @@ def _run_attention(head_dim: int, dtype: torch.dtype, parts: tuple[str, ...]) ->
     bias = None
     if "bias" in parts:
         bias = RelativeBias(*(torch.zeros(n, requires_grad=True) for n in (2 * 64 - 1, NUM_TIME_BUCKETS)))
-    out = attention(q, k, v, layout, AttentionRule(head_dim**-0.5, 64, "causal" in parts, True), bias)
+    out = attend(q, k, v, layout, AttentionRule(head_dim**-0.5, 64, "causal" in parts, True), bias, attention)
     out.backward(torch.zeros_like(out))
+
+
+class _TwoAlike(Ranks):
+    """Two ranks with the same heads."""
+
+    count = 2
+
+    def gather(self, own: Tensor) -> Tensor:
+        """See :class:`Ranks`."""
+        return torch.stack([own, own])
 
 
 def _norm(head_dim: int, split: bool) -> Variant:
@@ -92,25 +104,22 @@ def _norm(head_dim: int, split: bool) -> Variant:
 def _run_norm(head_dim: int, split: bool) -> None:
     _, x, u, _ = _zeros(64, HEADS, 4, head_dim, dtype=torch.bfloat16).unbind(2)
     weight, bias = _zeros(HEADS * head_dim), _zeros(HEADS * head_dim)
-    ranks = SplitHeads(0, lambda own: torch.stack([own, own])) if split else None
-    norm_mul_dropout(x, u, weight, bias, 1e-5, 0.2, True, ranks).float().sum().backward()
+    rule = GateRule(1e-5, 0.2, _TwoAlike() if split else Ranks())
+    norm_mul_dropout(x, u, weight, bias, rule, Backend.TRITON).float().sum().backward()
 
 
 def _run_layer_norm() -> None:
-    layer_norm(_zeros(64, HIDDEN), _zeros(HIDDEN), _zeros(HIDDEN), 1e-5).sum().backward()
+    layer_norm(_zeros(64, HIDDEN), _zeros(HIDDEN), _zeros(HIDDEN), 1e-5, None, Backend.TRITON).sum().backward()
 
 
 def _run_uvqk(dtype: torch.dtype) -> None:
     width = HEADS * 4 * 256
-    *parts, _ = uvqk(
-        _zeros(64, HIDDEN, dtype=dtype), _zeros(width, HIDDEN, dtype=dtype), _zeros(width, dtype=dtype), 256
-    )
-    torch.autograd.backward(parts, [torch.zeros_like(part) for part in parts])
+    x, weight, bias = (_zeros(*shape, dtype=dtype) for shape in ((64, HIDDEN), (width, HIDDEN), (width,)))
+    project_uvqk(x, weight, bias, Backend.TRITON).sum().backward()
 
 
-def _run_split() -> None:
-    parts = split_uvqk(_zeros(64, HEADS * 4 * 256, dtype=torch.bfloat16), 256)
-    torch.autograd.backward(parts, [torch.zeros_like(part) for part in parts])
+def _run_activate() -> None:
+    activate(_zeros(64, HEADS * 4 * 256, dtype=torch.bfloat16), Backend.TRITON)
 
 
 def _run_jagged() -> None:

@@ -1,22 +1,13 @@
 """Bytes that a training step needs besides what is kept: activations, looked-up rows, batches, working memory.
 
 The formulas follow what autograd keeps with the PyTorch kernels; docs/distributed.md explains them line by line.
-Per token of a layer of width D with H heads of width d, I = H·d, in a compute type of c bytes:
-
-    4 D           input of the layer, for its norm and the residual
-    c D           normalised, for the weight of W_uvqk        (not with recompute_input_layernorm)
-    4 I c         W_uvqk's output, for SiLU
-    4 I c         SiLU of it: U, V, Q, K                       (not with recompute_input_silu)
-    4 I + 4 I     the attention's output in float32, and normalised
-    I + c I       which elements dropout keeps; what W_o multiplies
-    16            means and deviations of two norms
-
-and with recompute_layer only the 4 D.
 """
 
 from __future__ import annotations
 
-from hstu.config.args import RankingArgs, RetrievalArgs
+import dataclasses
+
+from hstu.config.args import NetworkArgs, RankingArgs, RetrievalArgs
 from hstu.train.estimate.parameters import NUMBER, projected_roles
 from hstu.train.estimate.situation import Batch, Situation
 
@@ -30,18 +21,30 @@ def layer_bytes(situation: Situation, tokens: int) -> tuple[int, int]:
 
     They differ under recompute_layer alone, which makes again in backward what it has not kept.
     """
-    network, tp, c = situation.config.network, situation.tp_size, situation.compute_bytes
-    hidden, inner = network.hidden_size, network.num_attention_heads * network.kv_channels // tp
-    between = -(-tokens // tp) if network.sequence_parallel else tokens
-    given = residual_bytes(situation) * between * hidden
-    normalised = 0 if network.recompute_input_layernorm and not network.recompute_layer else c * between * hidden
-    activated = 0 if network.recompute_input_silu and not network.recompute_layer else 4 * c * inner
-    dropped = inner if network.hidden_dropout > 0 else 0
-    gate = 2 * NUMBER * inner + dropped + c * inner
-    norms = 2 * NUMBER * (between + tokens)
-    weights = c * 5 * inner * hidden if c < NUMBER else 0  # autocast's copies of W_uvqk and W_o
-    whole = given + normalised + tokens * (4 * c * inner + activated + gate) + norms + weights
-    return (given, whole) if network.recompute_layer else (whole, whole)
+    network, tp, between = situation.config.network, situation.tp_size, residual_bytes(situation)
+    kept = kept_by_layer(network, tokens, tp, situation.compute_bytes, between)
+    if network.recompute_layer:
+        network = dataclasses.replace(
+            network, recompute_layer=False, recompute_input_layernorm=False, recompute_input_silu=False
+        )
+    return kept, kept_by_layer(network, tokens, tp, situation.compute_bytes, between)
+
+
+def kept_by_layer(network: NetworkArgs, tokens: int, ranks: int, c: int, r: int) -> int:
+    """Bytes that a layer keeps of ``tokens``, to the byte (hstu/ops/layer.py: its input and the fields of ``Kept``).
+
+    ``ranks``: of its tensor-parallel group; ``c``: bytes of a number in the compute type, ``r``: between the layers.
+    """
+    width, inner = network.hidden_size, network.num_attention_heads * network.kv_channels // ranks
+    own = -(-tokens // ranks) if network.sequence_parallel else tokens
+    given = own * r * width
+    if network.recompute_layer:
+        return given
+    statistics = 2 * NUMBER * (own + tokens)
+    normalised = 0 if network.recompute_input_layernorm else own * c * width
+    activated = 0 if network.recompute_input_silu else 4 * c * inner
+    pattern = inner if network.hidden_dropout > 0 else 0
+    return given + statistics + normalised + tokens * (4 * c * inner + activated + c * inner + pattern)
 
 
 def residual_bytes(situation: Situation) -> int:
@@ -65,8 +68,8 @@ def input_bytes(situation: Situation, batch: Batch, tokens: int) -> int:
     return kept + (tokens * network.hidden_size if dropout > 0 else 0)
 
 
-def task_bytes(situation: Situation, batch: Batch) -> tuple[int, int]:
-    """(kept for backward, working memory while the loss is computed) of the head or the softmax."""
+def task_bytes(situation: Situation, batch: Batch, pool: int) -> tuple[int, int]:
+    """(kept for backward, working memory while the loss is computed) of the head or the softmax over ``pool`` rows."""
     network, args, c = situation.config.network, situation.config.task_args, situation.compute_bytes
     labels, hidden, item_width = batch.labels, network.hidden_size, network.item_width
     if isinstance(args, RankingArgs):
@@ -75,7 +78,6 @@ def task_bytes(situation: Situation, batch: Batch) -> tuple[int, int]:
         loss = NUMBER * (2 * last if args.num_tasks == last else last) + ID
         return labels * (ID + c * hidden + per_hidden * sum(widths) + loss), labels * (NUMBER * last + NUMBER * hidden)
     query = NUMBER * (2 * item_width if item_width == hidden else hidden + 2 * item_width)
-    pool = situation.pool(batch)
     kept = labels * (query + 2 * NUMBER * item_width + 4 * ID) + pool * 2 * NUMBER * item_width
     if args.num_negatives > 0 and not args.shared_negatives:  # scores, weights, and the draws sorted by row
         return kept, labels * args.num_negatives * (2 * NUMBER + 4 * ID) + 4 * labels * NUMBER * item_width
@@ -99,7 +101,7 @@ def batch_bytes(situation: Situation, batch: Batch) -> int:
     args, tp = situation.config.task_args, situation.tp_size
     own = situation.own_ids(batch)
     ids = sum(own.values())
-    sequences = situation.config.trainer.train_batch_size
+    sequences = situation.config.trainer.sequences_per_iteration
     labels = -(-batch.labels // tp)
     numbers = ids + labels + sequences * (len(own) + 3)
     if situation.config.network.position_encoding == "relative_bias":
@@ -111,16 +113,19 @@ def batch_bytes(situation: Situation, batch: Batch) -> int:
         if args.negatives == "in_batch":
             one += situation.negatives(labels, own[situation.roles.item]) * ID
     group = tp if tp > 1 else 0  # the batch of the group besides the rank's own
-    return one * (1 + group) * _BATCHES_IN_FLIGHT[situation.config.trainer.pipeline_type]
+    micro = tp if situation.config.trainer.gradient_accumulation_steps > 1 else 0  # and its parts
+    return one * (1 + group + micro) * _BATCHES_IN_FLIGHT[situation.config.trainer.pipeline_type]
 
 
 def backward_bytes(situation: Situation, tokens: int) -> int:
-    """Working memory of backward beyond what is kept, at its peak: in the attention of the last layer.
+    """Working memory of a layer's backward beyond what is kept, at its peak: in the attention.
 
-    Alive are float32 copies of q, k, v and of the output's gradient, the gradients of q, k and v, those of U and of
-    the residual; what the layer's gate had kept is gone.
+    Alive are float32 copies of q, k, v and of the output's gradient, the gradients of q, k and v; the gradients of the
+    attention's output, of U, V, Q and K and of the residual; and, where it is made again, SiLU of the projection.
+    The attention's output and the dropout's pattern are gone.
     """
     network, c = situation.config.network, situation.compute_bytes
     inner = network.num_attention_heads * network.kv_channels // situation.tp_size
-    gone = 2 * NUMBER * inner + c * inner + (inner if network.hidden_dropout > 0 else 0)
-    return tokens * (NUMBER * network.hidden_size + 7 * NUMBER * inner + 5 * c * inner - gone)
+    again = 4 * c * inner if network.recompute_input_silu and not network.recompute_layer else 0
+    gone = c * inner + (inner if network.hidden_dropout > 0 else 0)
+    return tokens * (NUMBER * network.hidden_size + 7 * NUMBER * inner + 5 * c * inner + again - gone)

@@ -81,14 +81,15 @@ def estimate(situation: Situation, machine: Machine, batch_s: float = 0.0) -> Es
 def memory(situation: Situation, plan: tuple[parameters.TableShards, ...]) -> dict[str, int]:
     """Kind → bytes on the rank that has the most."""
     config, batch = situation.config, situation.largest
-    tokens, layers = situation.tokens(batch), config.network.num_layers
+    part, layers = situation.micro(batch), config.network.num_layers
+    tokens = situation.tokens(part)
     counts, replicated = parameters.dense_parameters(situation), parameters.replicated_elements(situation)
     dense, tensors = sum(counts.values()), len(counts) + sum(spec.replicated for spec in situation.specs)
     rows, states = parameters.table_bytes(situation, plan)
     kept, alive = activations.layer_bytes(situation, tokens)
-    kept_of_task, working_of_task = activations.task_bytes(situation, batch)
+    kept_of_task, working_of_task = activations.task_bytes(situation, part, situation.pool(batch))
     working = max(working_of_task, alive - kept + activations.backward_bytes(situation, tokens))
-    activated = layers * kept + activations.input_bytes(situation, batch, tokens) + kept_of_task
+    activated = layers * kept + activations.input_bytes(situation, part, tokens) + kept_of_task
     gradients = (dense + replicated) * NUMBER
     if situation.dp_size == 1:  # no buckets of DDP
         gradients = _beyond_activations(counts, layers, kept, gradients - activated - working)

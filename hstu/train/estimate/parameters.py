@@ -79,10 +79,11 @@ def replicated_elements(situation: Situation) -> int:
 
 
 def dense_state_bytes(elements: int, tensors: int, args: OptimizerArgs) -> int:
-    """The dense optimizer's state of ``tensors`` parameters of so many elements together, step counts included."""
+    """State of the dense optimizer with ``tensors`` parameters of so many elements; step counts and average."""
+    average = elements * NUMBER if args.ema_decay > 0 else 0
     if args.optimizer_str == "sgd":
-        return elements * NUMBER if args.momentum > 0 else 0
-    return elements * NUMBER * _STATES_OF_DENSE[args.optimizer_str] + tensors * NUMBER
+        return average + (elements * NUMBER if args.momentum > 0 else 0)
+    return average + elements * NUMBER * _STATES_OF_DENSE[args.optimizer_str] + tensors * NUMBER
 
 
 @dataclass(frozen=True)

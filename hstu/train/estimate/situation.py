@@ -94,6 +94,12 @@ class Situation:
         """Tokens and floating-point operations of each sequence."""
         return StepWork(self.config.network, self.roles).loads(batch.item_lengths, batch.num_candidates)
 
+    def micro(self, batch: Batch) -> Batch:
+        """What the dense part computes of it at a time: all, or a micro-batch."""
+        count = -(-batch.sequences // self.config.trainer.gradient_accumulation_steps)
+        labels = -(-batch.labels * count // max(batch.sequences, 1))
+        return Batch(batch.item_lengths[:count], batch.num_candidates[:count], labels)
+
     def tokens(self, batch: Batch) -> int:
         """Tokens of a batch."""
         return int(self.loads(batch).tokens.sum())
@@ -221,7 +227,7 @@ def _unseen(config: RunConfig, args: DatasetArgs, world_size: int, ranks_per_hos
     tables = [*config.embeddings, *(_published_tables(config, roles, DATASETS[name]) if name else ())]
     rows = {feature: table.item_vocab_size_or_capacity for table in tables for feature in table.feature_names}
     unknown = [feature for feature in roles.names if feature not in rows]
-    tp, batch_size = config.tensor_parallel.tensor_model_parallel_size, config.trainer.train_batch_size
+    tp, batch_size = config.tensor_parallel.tensor_model_parallel_size, config.trainer.sequences_per_iteration
     lengths = np.full(batch_size * tp, args.max_sequence_length, dtype=np.int64)
     ranking_labels = args.max_num_candidates or args.max_sequence_length
     labels = args.max_sequence_length - 1 if config.task == "retrieval" else ranking_labels

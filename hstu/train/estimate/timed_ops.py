@@ -25,8 +25,9 @@ from hstu.ops.attention import hstu_attention
 from hstu.ops.dropout import dropout
 from hstu.ops.jagged import jagged_concat, token_order
 from hstu.ops.layout import JaggedLayout, build_layout
-from hstu.ops.norm_mul_dropout import SplitHeads, norm_mul_dropout
+from hstu.ops.norm_mul_dropout import GateRule, norm_mul_dropout
 from hstu.ops.positions import add_positions
+from hstu.ops.ranks import Ranks
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
 from hstu.ops.softmax_loss import pool_softmax_loss, sampled_softmax_loss
 from hstu.optim.dense import DenseOptimizer
@@ -112,12 +113,23 @@ def _(op: Norm) -> Timed:
 def _(op: Silu) -> Timed:
     rows, scale = _fewer(op.rows, op.moved, _MOST_BYTES)
     x = torch.randn(rows, op.heads * 4 * op.width, dtype=_dtype(op.c), requires_grad=True)
-    grads = [torch.randn(rows, op.heads, op.width).to(x.dtype) for _ in range(4)]
+    grad = torch.randn_like(x)
 
     def both() -> None:
-        torch.autograd.grad(F.silu(x).unflatten(1, (op.heads, 4, op.width)).unbind(2), [x], grads)
+        torch.autograd.grad(F.silu(x), [x], grad)
 
     return Timed(both, scale)
+
+
+class _Alike(Ranks):
+    """Ranks that exchange nothing: that is counted as such (traffic.py)."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def gather(self, own: Tensor) -> Tensor:
+        """See :class:`Ranks`."""
+        return own.expand(self.count, *own.shape)
 
 
 @prepare.register
@@ -127,20 +139,10 @@ def _(op: Gate) -> Timed:
     x, u = torch.randn(rows, op.heads, op.width).to(_dtype(op.c)).requires_grad_(), uvqk[:, :, 0].requires_grad_()
     norm = nn.LayerNorm(op.heads * op.width)
 
-    # The exchange itself is counted as such (traffic.py).
-    split = SplitHeads(0, lambda own: own.expand(op.ranks, *own.shape)) if op.ranks > 1 else None
+    rule = GateRule(norm.eps, op.dropout, _Alike(op.ranks))
 
     def forward() -> Tensor:
-        return norm_mul_dropout(
-            x,
-            u,
-            norm.weight,
-            norm.bias,
-            eps=norm.eps,
-            dropout=op.dropout,
-            training=True,
-            split_heads=split,
-        )
+        return norm_mul_dropout(x, u, norm.weight, norm.bias, rule)
 
     return Timed(_both_ways(forward, [x, u, *norm.parameters()]), scale)
 

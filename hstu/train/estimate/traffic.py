@@ -61,7 +61,7 @@ def _tables(situation: Situation, batch: Batch, plan: tuple[TableShards, ...]) -
     One exchange a collection (tables of one width) and kind of sharding.
     """
     ranks, own = situation.world_size, situation.own_ids(batch)
-    sequences = situation.config.trainer.train_batch_size
+    sequences = situation.config.trainer.sequences_per_iteration
     exchanges = {(table.spec.stored_dim, table.sharding) for table in plan}
     ids, lengths = 0, 0
     rows = np.zeros(ranks)
@@ -103,7 +103,7 @@ def _host_batch_bytes(situation: Situation, batch: Batch) -> int:
     own, args = situation.own_ids(batch), situation.config.task_args
     labels = -(-batch.labels // situation.tp_size)
     draws = max(getattr(args, "num_negatives", 0), 0) if not getattr(args, "shared_negatives", False) else 0
-    sequences = situation.config.trainer.train_batch_size * (len(own) + 4)
+    sequences = situation.config.trainer.sequences_per_iteration * (len(own) + 4)
     return ID * (sum(own.values()) + labels + sequences) + NUMBER * labels * draws
 
 
@@ -111,7 +111,7 @@ def _layers(situation: Situation, batch: Batch) -> Iterator[Transfer]:
     """Tensor parallelism within the layers (parallel/tensor.py)."""
     network, tp, c = situation.config.network, situation.tp_size, situation.compute_bytes
     layers, tokens = network.num_layers, situation.tokens(batch)
-    again = 2 if network.recompute_layer else 1  # forward collectives run once more in backward
+    again = 2 if network.recompute_layer else 1  # what W_o's input takes runs once more in backward
     width = tokens * network.hidden_size
     norms = layers * 2 * tokens * NUMBER
     yield Transfer(
@@ -124,13 +124,13 @@ def _layers(situation: Situation, batch: Batch) -> Iterator[Transfer]:
     payload = layers * sum(shared) * NUMBER
     yield Transfer("gradients of what is shared", "all_reduce", "tensor", tp if calls else 1, calls, payload)
     if not network.sequence_parallel:
-        yield Transfer("sums of W_o", "all_reduce", "tensor", tp, layers * again, layers * again * width * c)
+        yield Transfer("sums of W_o", "all_reduce", "tensor", tp, layers, layers * width * c)
         yield Transfer("gradients of W_uvqk's input", "all_reduce", "tensor", tp, layers, layers * width * c, "weights")
         return
     part = -(-width // tp)
     yield Transfer("tokens before W_uvqk", "all_gather", "tensor", tp, layers * again, layers * again * part * c)
     yield Transfer("tokens before W_uvqk, again", "all_gather", "tensor", tp, layers, layers * part * c, "weights")
-    yield Transfer("sums of W_o", "reduce_scatter", "tensor", tp, layers * again, layers * again * width * c)
+    yield Transfer("sums of W_o", "reduce_scatter", "tensor", tp, layers, layers * width * c)
     yield Transfer("gradients of W_o's sums", "all_gather", "tensor", tp, layers, layers * part * c)
     yield Transfer("gradients of W_uvqk's input", "reduce_scatter", "tensor", tp, layers, layers * width * c, "weights")
     yield Transfer("tokens before and after the layers", "all_gather", "tensor", tp, 2, 2 * part * NUMBER)

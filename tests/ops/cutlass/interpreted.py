@@ -39,7 +39,9 @@ def run_kernel(
     at_once = [shape.block, shape.tile, shape.block, shape.tile]
     if variant.num_inputs == 3:
         at_once[2] = shape.tile
-    outs = [torch.full((tokens, heads, width), float("nan"), dtype=variant.dtype) for _ in range(variant.num_outputs)]
+    # Gradients lie as a layer's do, with others between the heads.
+    between = (tokens, heads, 3, width)
+    outs = [torch.full(between, float("nan"), dtype=variant.dtype)[:, :, 1] for _ in range(variant.num_outputs)]
     in_memory = outs if hopper else [*inputs, *outs]
     tensors = [
         np.array([place(_bytes_of(tensor)), tokens | heads << 32, *tensor.stride()[:2]], np.uint64).tobytes()

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hstu.ops.attention import AttentionRule
+from hstu.ops.attention import AttentionRule, attend
 from hstu.ops.layout import JaggedLayout, build_layout
-from hstu.ops.pytorch.attention import attention as reference
+from hstu.ops.pytorch import attention as reference
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT compiled here")
 
-from hstu.ops.cutlass.attention import attention
+from hstu.ops.cutlass import attention
 from hstu.ops.cutlass.kernels import Kernel, Variant, compile_ahead, variants
 from tests.ops.cutlass.interpreted import run_kernel
 
@@ -80,7 +80,7 @@ def expected_of(
 ) -> list[Tensor]:
     """O, dQ, dK, dV in float64."""
     leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
-    out = reference(*leaves, layout, rule, None)
+    out = attend(*leaves, layout, rule, None, reference)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
 
 
@@ -107,7 +107,7 @@ def compare_with_the_reference(head_dim: int) -> None:
     layout, rule = small_layout(), AttentionRule(head_dim**-0.5, 150)
     *inputs, grad = slices(layout, head_dim, torch.bfloat16)
     leaves = [tensor.requires_grad_() for tensor in inputs]
-    out = attention(*leaves, layout, rule)
+    out = attend(*leaves, layout, rule, None, attention)
     ours = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
     assert max(errors(ours, expected_of(*inputs, grad, layout, rule))) < BFLOAT16_TOLERANCE
 

@@ -72,7 +72,6 @@ def test_the_table_names_what_cutlass_serves() -> None:
             head_dim=head_dim,
             item_dim=64,
             dtype=torch.bfloat16,
-            split_heads=False,
             has_bias=has_bias,
         )
 

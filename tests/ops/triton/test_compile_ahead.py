@@ -24,7 +24,7 @@ MAIN = {
     "layer_norm 0 [T, 1024], float32 in": 80,
     "norm_mul_dropout 64 2 heads, heads on 2 ranks": 90,
     "uvqk 256 1024 → 2 × 4 × 256, bfloat16": 90,
-    "split_uvqk 256 2 × 4 × 256, bfloat16": 80,
+    "activate 256 2 × 4 × 256, bfloat16": 80,
     "jagged_concat 0 [T, 1024], float32": 80,
     "add_positions 0 [T, 1024], float32": 90,
     "pool_softmax_loss 0 [M, 64], float32": 80,

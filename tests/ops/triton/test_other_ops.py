@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hstu.ops.attention import hstu_attention
 from hstu.ops.backends import Backend
@@ -16,7 +16,7 @@ from hstu.ops.jagged import TokenOrder, jagged_concat
 from hstu.ops.positions import add_positions
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
 from hstu.ops.softmax_loss import pool_softmax_loss
-from hstu.ops.uvqk import project_uvqk
+from hstu.ops.uvqk import activate, project, project_uvqk
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch
 
@@ -50,33 +50,12 @@ def test_the_projection_equals_float64(
 ) -> None:
     torch.manual_seed(tokens)
 
-    def project(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        linear = nn.Linear(hidden, 4 * heads * width, device=x.device, dtype=x.dtype)
-        with torch.no_grad():  # leaves as parameters, so that gradients reach the ones given
-            del linear.weight, linear.bias
-        linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
-        u, v, q, k, projected = project_uvqk(x, linear, width, backend)
-        torch.testing.assert_close(
-            F.silu(projected.detach().float()).view(tokens, heads, 4, width)[:, :, 1].to(v.dtype),
-            v,
-            rtol=2e-2,
-            atol=1e-2,
-        )
-        return torch.cat([u, v * 2, q * 3, k * 4], dim=1)
+    def run(backend: Backend, *tensors: Tensor) -> Tensor:
+        assert torch.equal(activate((both := project(*tensors, backend))[0], backend), both[1])
+        return project_uvqk(*tensors, backend)
 
     leaves = [torch.randn(tokens, hidden), torch.randn(4 * heads * width, hidden) / hidden**0.5]
-    compare(project, [*leaves, torch.randn(4 * heads * width)], device, dtype=dtype)
-
-
-def test_autocast_projects_in_its_type(device: torch.device) -> None:
-    linear = nn.Linear(32, 64).to(device)
-    x = torch.randn(5, 32).to(device).requires_grad_()
-    with torch.autocast(device.type, torch.bfloat16):
-        *parts, _ = project_uvqk(x, linear, 16, Backend.TRITON)
-    assert all(part.dtype == torch.bfloat16 for part in parts)
-    sum(part.float().sum() for part in parts).backward()
-    assert x.grad is not None and x.grad.dtype == torch.float32
-    assert linear.weight.grad is not None and linear.weight.grad.dtype == torch.float32
+    compare(run, [*leaves, torch.randn(4 * heads * width)], device, dtype=dtype)
 
 
 @pytest.mark.parametrize("rows", [(0, 0), (1, 0, 70), (5, 127, 130)])

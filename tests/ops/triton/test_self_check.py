@@ -74,6 +74,6 @@ def test_an_old_gpu_is_told(checks, monkeypatch: pytest.MonkeyPatch, caplog: pyt
 
 
 def test_the_table_names_what_triton_serves() -> None:
-    table = describe_kernels(Backend.TRITON, head_dim=512, item_dim=64, dtype=torch.bfloat16, split_heads=True)
+    table = describe_kernels(Backend.TRITON, head_dim=512, item_dim=64, dtype=torch.bfloat16)
     assert "attention: pytorch (heads of 512 > 256 channels)" in table
     assert "norm_mul_dropout: triton" in table and "l2_normalise: pytorch (no kernel)" in table

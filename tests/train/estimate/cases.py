@@ -15,8 +15,6 @@ from torch import Tensor
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
 from hstu.data.sampler import SamplerPosition
-from hstu.model import layer as layer_module
-from hstu.model.recompute import recomputed_in_backward
 from hstu.parallel import mesh as meshes
 from hstu.parallel.embedding import sharded_weights
 from hstu.train.builder import build_model, build_pipeline
@@ -77,24 +75,8 @@ def kept_for_backward(model: torch.nn.Module, batch: HSTUBatch) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
         return tensor
 
-    class Counting(recomputed_in_backward):  # only the innermost hooks are called, so these count, too
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            choose = self.pack_hook
-
-            def pack_and_count(tensor: Tensor) -> Any:
-                chosen = choose(tensor)
-                return pack(chosen) if isinstance(chosen, Tensor) else chosen
-
-            self.pack_hook = pack_and_count
-
-    plain = layer_module.recomputed_in_backward
-    layer_module.recomputed_in_backward = Counting  # type: ignore[misc]
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(batch)
-    finally:
-        layer_module.recomputed_in_backward = plain  # type: ignore[misc]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(batch)
     output.loss_sum.backward()  # the ranks' collectives of backward
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in not_counted)
 

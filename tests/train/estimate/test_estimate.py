@@ -50,6 +50,19 @@ def test_recomputation_trades_memory_for_time() -> None:
     assert again.step_s > plain.step_s
 
 
+def test_micro_batches_take_the_activations_of_one_of_them() -> None:
+    whole, parts = (
+        estimate(look_at(run_config(bindings=bindings), 1, 1, "cuda"), H100)
+        for bindings in (
+            ["TrainerArgs.train_batch_size = 32"],
+            ["TrainerArgs.train_batch_size = 8", "TrainerArgs.gradient_accumulation_steps = 4"],
+        )
+    )
+    assert parts.memory["activations"] < whole.memory["activations"] / 3
+    assert parts.memory["looked-up rows"] == whole.memory["looked-up rows"]
+    assert parts.tokens == whole.tokens and parts.flops == whole.flops
+
+
 def test_data_that_is_not_there_is_taken_to_be_as_long_as_allowed(tmp_path) -> None:
     bindings = [f"DatasetArgs.dataset_path = {str(tmp_path)!r}"]
     config = load(["configs/ml_1m_retrieval.gin"], bindings, "retrieval")

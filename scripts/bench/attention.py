@@ -1,0 +1,250 @@
+"""Time HSTU attention beside padded attention written the plain way, compiled, and softmax attention of PyTorch.
+
+    python scripts/bench/attention.py [--device cuda] [--dtype bfloat16] [--output docs/benchmarks/attention/cpu.json]
+
+"lengths": batches of equally long sequences, causal. "distributions": batches whose sum of n² is the same, all equal,
+uniform, and one long sequence among short ones: what padding adds. Operations are counted as NVIDIA recsys-examples
+count them, 2 · H · n² · d a sequence forward (half of two products), 2.5 times that backward, for softmax as well and
+without what padding adds. All in turn, in one process, with what the device can do before and after.
+With --output FILE.json also draws FILE.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
+
+from padded_baseline import padded_attention
+from timing import Panel, Pass, Row, begin, ceiling, compiled, draw, finish, name_of, parser, rates, time_passes
+
+from hstu.ops.attention import hstu_attention
+from hstu.ops.backends import Backend
+from hstu.ops.layout import JaggedLayout, build_layout
+from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "cpu": {"length": [128, 256, 512, 1024, 2048], "tokens": 8192, "heads": 2, "head_dim": 64},
+    "cuda": {"length": [512, 1024, 2048, 4096, 8192, 16384], "tokens": None, "heads": 4, "head_dim": 256},
+}
+"""What is measured unless said otherwise; the GPU's is the shape that NVIDIA publishes, with 32 sequences."""
+SEQUENCES = 32
+"""Where the number of tokens is not given."""
+MOST_SCORES = {"cpu": 1 << 28, "cuda": 1 << 30}
+"""Padded attention is left out where it would have more of them, [B, H, N, N]."""
+BACKENDS = {"cpu": (Backend.CPU, Backend.PYTORCH), "cuda": (Backend.CUTLASS, Backend.TRITON)}
+LABELS = {Backend.CPU: "ours, C++", Backend.PYTORCH: "ours, PyTorch"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sequences of a batch and the heads that attend to them."""
+
+    lengths: np.ndarray
+    heads: int
+    head_dim: int
+
+    @property
+    def pairs(self) -> int:
+        """Sum of n²."""
+        return int((self.lengths**2).sum())
+
+    @property
+    def padded_pairs(self) -> int:
+        """B · N²."""
+        return len(self.lengths) * int(self.lengths.max()) ** 2
+
+    @property
+    def flops(self) -> int:
+        """Of forward."""
+        return 2 * self.heads * self.head_dim * self.pairs
+
+    def layout(self, device: torch.device, item_times: Tensor | None = None) -> JaggedLayout:
+        """Items only."""
+        return build_layout(
+            item_lengths=self.lengths,
+            num_sequences=len(self.lengths),
+            num_contextuals=0,
+            num_candidates=None,
+            tokens_per_item=1,
+            target_group_size=1,
+            device=device,
+            item_times=item_times,
+        )
+
+
+def movielens_lengths(batch_size: int, rng: np.random.Generator, longest: int = 200, mean: int = 107) -> np.ndarray:
+    """Lengths with the mean and the bound of ML-1M histories, many of them cut at the bound."""
+    lengths = np.clip(rng.lognormal(mean=4.6, sigma=0.95, size=batch_size), 10, longest).astype(np.int64)
+    surplus = int(lengths.sum()) - mean * batch_size
+    while surplus:
+        place = rng.integers(batch_size)
+        step = int(np.sign(surplus))
+        if 10 <= lengths[place] - step <= longest:
+            lengths[place] -= step
+            surplus -= step
+    return lengths
+
+
+def movielens_times(lengths: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """Seconds, int64 [Σ lengths], some minutes to months apart."""
+    return torch.from_numpy(np.cumsum(np.exp(rng.uniform(0, 16, int(lengths.sum()))).astype(np.int64)))
+
+
+def distributions(longest: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Lengths of three batches with (almost) the same sum of n²: that of 16 sequences of half of ``longest``."""
+    equal = np.full(16, longest // 2)
+    target = int((equal**2).sum())
+
+    def until_full(draw: Callable[[], int]) -> np.ndarray:
+        lengths: list[int] = []
+        while (left := target - sum(n * n for n in lengths)) > 0:
+            lengths.append(min(draw(), max(1, round(left**0.5))))
+        return np.array(lengths)
+
+    first = iter([longest])
+    return {
+        "all equal": equal,
+        "uniform": until_full(lambda: int(rng.integers(1, longest + 1))),
+        "few long, many short": until_full(lambda: next(first, 0) or int(rng.integers(1, longest // 4))),
+    }
+
+
+def passes_of(
+    shape: Shape, dtype: torch.dtype, device: torch.device, with_compiled: Callable[..., Tensor] | None
+) -> dict[str, Pass]:
+    """Everything that attends over ``shape``; what PyTorch is given is padded already."""
+    alpha, longest = shape.head_dim**-0.5, int(shape.lengths.max())
+    tokens, layout = int(shape.lengths.sum()), shape.layout(device)
+    projected = torch.randn(tokens, shape.heads, 4, shape.head_dim, dtype=dtype, device=device)
+    _, v, q, k = (part.requires_grad_() for part in projected.unbind(2))  # views of a projection, as the layer makes
+
+    def ours(backend: Backend) -> Pass:
+        return Pass(
+            lambda: hstu_attention(q, k, v, layout, alpha=alpha, scaling_seqlen=longest, backend=backend), [q, k, v]
+        )
+
+    passes = {LABELS.get(backend, f"ours, {backend.value}"): ours(backend) for backend in BACKENDS[device.type]}
+    size = (len(shape.lengths), longest, shape.heads, shape.head_dim)
+    padded = [torch.randn(size, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
+    if shape.padded_pairs * shape.heads <= MOST_SCORES[device.type]:
+        mask = torch.ones(longest, longest, dtype=dtype, device=device).tril()
+        plain: dict[str, Callable[..., Tensor] | None] = {
+            "padded": padded_attention,
+            "padded, compiled": with_compiled,
+        }
+        for name, function in plain.items():
+            if function is not None:
+                passes[name] = Pass(lambda f=function: f(*padded, mask, alpha, longest), padded)  # type: ignore[misc]
+    heads_first = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in padded]
+    passes["softmax (SDPA), padded"] = Pass(
+        lambda: F.scaled_dot_product_attention(*heads_first, is_causal=True), heads_first
+    )
+    return passes
+
+
+def measure(
+    shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int, with_compiled: Callable[..., Tensor] | None
+) -> list[Row]:
+    """A row a variant."""
+    measured = time_passes(passes_of(shape, dtype, device, with_compiled), device, rounds)
+    return [
+        rates({"variant": name, "dtype": name_of(dtype), **times}, shape.flops, 2.5 * shape.flops, "gflops")
+        for name, times in measured.items()
+    ]
+
+
+def movielens(device: torch.device, rounds: int) -> list[Row]:
+    """Ours at the shape of ML-1M retrieval, with and without its relative bias: 128 sequences, one head of 50."""
+    rng = np.random.default_rng(0)
+    shape = Shape(movielens_lengths(128, rng), 1, 50)
+    layout = shape.layout(device, movielens_times(shape.lengths, rng))
+    q, k, v = (torch.randn(layout.num_tokens, 1, 50, requires_grad=True) for _ in range(3))
+    weights = [torch.randn(n, requires_grad=True) for n in (2 * 200 - 1, NUM_TIME_BUCKETS)]
+
+    def attend(backend: Backend, bias: RelativeBias | None) -> Tensor:
+        return hstu_attention(q, k, v, layout, alpha=0.14, scaling_seqlen=200, bias=bias, backend=backend)
+
+    passes = {}
+    for backend in BACKENDS[device.type]:
+        name = LABELS[backend]
+        passes[f"{name}, relative bias"] = Pass(
+            lambda b=backend: attend(b, RelativeBias(*weights)), [q, k, v, *weights]  # type: ignore[misc]
+        )  # fmt: skip
+        passes[name] = Pass(lambda b=backend: attend(b, None), [q, k, v])  # type: ignore[misc]
+    measured = time_passes(passes, device, rounds)
+    return [
+        rates({"variant": name, **times}, shape.flops, 2.5 * shape.flops, "gflops") for name, times in measured.items()
+    ]
+
+
+def plot(report: Row, dtype: str, image: Path) -> None:
+    """GFLOPS by length, forward and backward, under the ceiling."""
+    limit = (f"{dtype} products", ceiling(report, f"{dtype}_gflops"))
+    panels = []
+    for way in ("forward", "backward"):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in report["lengths"]:
+            lines.setdefault(row["variant"], []).append((row["length"], row[f"{way}_gflops"]))
+        panels.append(Panel(way, "tokens a sequence", "GFLOPS", lines, limit))
+    draw(panels, image, f"Attention, {dtype}, {report['device']}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with the shape of the device where nothing else is said."""
+    add = (commands := parser(__doc__)).add_argument
+    add("--dtype", choices=("float32", "bfloat16"))
+    add("--length", type=int, nargs="+")
+    add("--tokens", type=int, help="of a batch; without: 32 sequences")
+    add("--heads", type=int)
+    add("--head-dim", type=int)
+    options = commands.parse_args(argv)
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    for name, value in SHAPES[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def shapes_of(options: argparse.Namespace) -> list[Shape]:
+    """Batches of equally long sequences."""
+    return [
+        Shape(np.full(max(1, options.tokens // n) if options.tokens else SEQUENCES, n), options.heads, options.head_dim)
+        for n in options.length
+    ]
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse()
+    device, report = begin(options)
+    dtype = getattr(torch, options.dtype)
+    with_compiled = compiled(padded_attention) if options.compile else None
+    report |= {"heads": options.heads, "head_dim": options.head_dim, "lengths": [], "distributions": []}
+    for shape in shapes_of(options):
+        batch = {"length": int(shape.lengths[0]), "sequences": len(shape.lengths)}
+        report["lengths"] += [batch | row for row in measure(shape, dtype, device, options.rounds, with_compiled)]
+    longest = sorted(options.length)[len(options.length) // 2] * 2
+    for name, lengths in distributions(longest, np.random.default_rng(0)).items():
+        shape = Shape(lengths, options.heads, options.head_dim)
+        batch = {"lengths": name, "sequences": len(lengths), "sum_n2": shape.pairs, "b_n2": shape.padded_pairs}
+        report["distributions"] += [batch | row for row in measure(shape, dtype, device, options.rounds, None)]
+    if device.type == "cpu":
+        report["ml_1m"] = movielens(device, options.rounds)
+    finish(report, options)
+    if options.output:
+        plot(report, options.dtype, options.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Micro-batches train what one batch of all their sequences trains: dense weights, tables of both kinds, negatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import write_small_store
+from tests.distributed.launch import run_ranks
+from tests.train.tiny import walks
+
+HERE = "tests.distributed.training_cases"
+GLOBAL_BATCH, MICRO_BATCHES, ITERATIONS = 12, 3, 4
+SGD = {"optimizer_str": "sgd", "learning_rate": 0.05}
+ADAM = {"optimizer_str": "adam", "learning_rate": 0.01, "adam_eps": 1e-4}
+ALL_SHARDED = ["item_id", "town", "action"]
+
+CASES: dict[str, dict[str, Any]] = {
+    "ranking": {"task": "ranking", "optimizer": SGD},
+    "ranking, sharded, candidates": {
+        "task": "ranking",
+        "sharded": ALL_SHARDED,
+        "dataset": {"max_num_candidates": 2},
+        "optimizer": {"optimizer_str": "adagrad", "learning_rate": 0.01, "adam_eps": 1e-4},
+        "network": {"contextual_embedding_dim": 8},
+    },
+    "ranking, relative bias": {
+        "task": "ranking",
+        "sharded": ALL_SHARDED,
+        "optimizer": ADAM,
+        "network": {"position_encoding": "relative_bias"},
+    },
+    "in_batch": {"task": "retrieval", "optimizer": ADAM},
+    "in_batch, replicated": {"task": "retrieval", "sharded": [], "optimizer": SGD},
+    "in_batch, draws": {"task": "retrieval", "optimizer": SGD, "task_args": {"num_negatives": 5}},
+    "uniform": {"task": "retrieval", "optimizer": ADAM, "task_args": {"negatives": "uniform", "num_negatives": 5}},
+    "uniform, shared, replicated": {
+        "task": "retrieval",
+        "sharded": [],
+        "optimizer": ADAM,
+        "task_args": {"negatives": "uniform", "num_negatives": 5, "shared_negatives": True},
+    },
+    "full": {
+        "task": "retrieval",
+        "optimizer": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.01, "adam_eps": 1e-4},
+        "task_args": {"negatives": "full"},
+    },
+}
+PIPELINES = {name: ("none", "native", "prefetch")[number % 3] for number, name in enumerate(CASES)}
+LAUNCHES = {"1 rank": (1, 1), "2 ranks": (2, 1), "tp 2": (2, 2)}
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Launch → case, in one piece or in parts → what it learnt. 31 users: the last batch of an epoch is uneven."""
+    place = tmp_path_factory.mktemp("accumulation")
+    write_small_store(place / "store", **walks(31))
+    results = {}
+    for launch, (size, tp) in LAUNCHES.items():
+        cases = {}
+        for name, options in CASES.items():
+            for parts in (1, MICRO_BATCHES) if launch == "1 rank" else (MICRO_BATCHES,):
+                trainer = {
+                    "train_batch_size": GLOBAL_BATCH // parts,
+                    "gradient_accumulation_steps": parts,
+                    "eval_batch_size": GLOBAL_BATCH,
+                    "max_train_iters": ITERATIONS,
+                    "max_grad_norm": 0.5,
+                    "pipeline_type": PIPELINES[name],
+                }
+                output = str(place / launch / f"{name}, {parts}")
+                cases[f"{name}, {parts}"] = {
+                    "call": "train",
+                    "store": str(place / "store"),
+                    "output": output,
+                    **options,
+                    "trainer": trainer,
+                }
+        results[launch] = run_ranks(f"{HERE}:run_cases", size, timeout_s=200, cases=cases, tp=tp)[0]
+    return results
+
+
+def assert_close(left: dict[str, Any], right: dict[str, Any]) -> None:
+    assert left.keys() == right.keys() and left
+    for name in left:
+        np.testing.assert_allclose(left[name], right[name], rtol=1e-5, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("name", CASES)
+def test_micro_batches_train_as_the_whole_batch_does(launches: Any, name: str, launch: str) -> None:
+    whole, parts = launches["1 rank"][f"{name}, 1"], launches[launch][f"{name}, {MICRO_BATCHES}"]
+    assert len(parts["losses"]) == ITERATIONS
+    assert parts["batches_per_epoch"] == whole["batches_per_epoch"] < ITERATIONS
+    np.testing.assert_allclose(list(parts["losses"].values()), list(whole["losses"].values()), rtol=1e-5)
+    assert_close(parts["tables"], whole["tables"])
+    if launch != "tp 2":  # whose ranks have parts of some weights; what those learn shows in the losses
+        assert_close(parts["dense"], whole["dense"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_compared_trains(launches: Any, name: str) -> None:
+    losses = list(launches["1 rank"][f"{name}, 1"]["losses"].values())
+    assert len(set(losses)) == ITERATIONS

@@ -1,0 +1,112 @@
+"""N + M steps with a stop by SIGTERM in between are N + M steps without, bit for bit, in new processes and elsewhere.
+
+With dropout, shuffling, Adam, averaged weights, accumulated gradients, evaluations, and records of the mean loss over
+several steps: whatever a checkpoint forgot would show.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import write_small_store
+from tests.distributed.launch import run_ranks
+from tests.train.tiny import walks
+
+HERE = "tests.distributed.training_cases"
+WHOLE, EVERY = 9, 4
+PIPELINES = ("none", "native", "prefetch")
+STOPS: dict[str, tuple[int, str, int]] = {
+    "mid-epoch": (5, "step", 5),
+    "epoch end": (6, "step", 6),
+    "mid-accumulation": (5, "micro-batch", 5),
+    "in an evaluation": (4, "evaluation", 4),
+}
+"""In which iteration, at what, and after which iteration the run then stops. An epoch has 3; one evaluates every 4."""
+TASKS: dict[str, dict[str, Any]] = {
+    "ranking": {"task": "ranking"},
+    "retrieval": {"task": "retrieval", "task_args": {"negatives": "uniform", "num_negatives": 5}},
+}
+
+
+def case(place: Path, name: str, task: str, pipeline: str, stop: Any = None, **trainer: Any) -> dict[str, Any]:
+    options = {
+        "train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "eval_batch_size": 4,
+        "max_train_iters": WHOLE,
+        "log_interval": 3,
+        "eval_interval": EVERY,
+        "eval_at_end": True,
+        "ckpt_save_interval": 100,
+        "best_metric": "LOGLOSS" if task == "ranking" else "NDCG@3",
+        "best_metric_mode": "min" if task == "ranking" else "max",
+        "max_grad_norm": 0.5,
+        "pipeline_type": pipeline,
+    }
+    return {
+        "call": "stop_and_go",
+        "store": str(place / "store"),
+        "output": str(place / name),
+        "stop": stop,
+        **TASKS[task],
+        "network": {"hidden_dropout": 0.3, "position_encoding": "relative_bias"},
+        "optimizer": {"optimizer_str": "adam", "learning_rate": 0.02, "ema_decay": 0.8},
+        "schedule": {"schedule": "cosine", "warmup_iters": 3},
+        "trainer": options | trainer,
+    }
+
+
+def run_all(place: Path, size: int, task: str, pipelines: tuple[str, ...]) -> dict[str, Any]:
+    """Case → what rank 0 tells: the uninterrupted run, each stopped one, and each resumed one in new processes."""
+    write_small_store(place / "store", **walks(22 if task == "retrieval" else 31))
+    stopped = {
+        f"{pipeline}, {name}": case(place, f"{pipeline}, {name}", task, pipeline, stop[:2])
+        for pipeline in pipelines
+        for name, stop in STOPS.items()
+    }
+    resumed = {}
+    for name, before in stopped.items():
+        pipeline = name.split(",")[0]
+        checkpoints = {"ckpt_load_dir": f"{before['output']}/checkpoints"}
+        resumed[f"{name}, resumed"] = case(place, f"{name}, resumed", task, pipeline, **checkpoints)
+    whole = {"whole": case(place, "whole", task, "none")}
+    told = run_ranks(f"{HERE}:run_cases", size, timeout_s=200, cases=whole | stopped)[0]
+    return told | run_ranks(f"{HERE}:run_cases", size, timeout_s=200, cases=resumed)[0]
+
+
+def after(records: list[dict[str, Any]], iteration: int) -> list[dict[str, Any]]:
+    return [record for record in records if record["iter"] > iteration]
+
+
+def check(told: dict[str, Any], pipelines: tuple[str, ...]) -> None:
+    whole = told["whole"]
+    assert whole["batches_per_epoch"] == 3 and whole["summary"]["status"] == "done"
+    assert len({record["loss"] for record in whole["records"] if record["kind"] == "train"}) == 3
+    for pipeline in pipelines:
+        for name, (_, at, stopped_after) in STOPS.items():
+            first, second = told[f"{pipeline}, {name}"], told[f"{pipeline}, {name}, resumed"]
+            where = f"{pipeline}, {name}"
+            assert (first["summary"]["status"], first["summary"]["iterations"]) == ("stopped", stopped_after), where
+            evaluated = [record for record in first["records"] if record["kind"] == "eval"]
+            assert len(evaluated) == (0 if at == "evaluation" else 1), where
+            redone = stopped_after - 1 if at == "evaluation" else stopped_after
+            assert second["records"] == after(whole["records"], redone), where
+            for what in ("weights", "noise", "summary", "position"):
+                assert second[what] == whole[what], (where, what)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    check(run_all(tmp_path, 1, "ranking", PIPELINES), PIPELINES)
+
+
+def test_two_ranks_of_which_one_is_told_to_stop_do_too(tmp_path: Path) -> None:
+    check(run_all(tmp_path, 2, "retrieval", ("native",)), ("native",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "task"), [(1, "retrieval"), (2, "ranking"), (2, "retrieval")])
+def test_so_does_every_other_combination(tmp_path: Path, size: int, task: str) -> None:
+    check(run_all(tmp_path, size, task, PIPELINES), PIPELINES)

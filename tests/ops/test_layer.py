@@ -1,0 +1,191 @@
+"""The layer as one function: its gradients, its heads on several ranks, and to the byte what it keeps for backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hstu.config.args import NetworkArgs
+from hstu.model.layer import HSTULayer
+from hstu.ops.attention import AttentionRule
+from hstu.ops.backends import Backend
+from hstu.ops.cpu.build import KernelsUnavailable, library_file
+from hstu.ops.layer import LayerRule, LayerWeights, hstu_layer
+from hstu.ops.layout import JaggedLayout
+from hstu.ops.ranks import Ranks
+from hstu.ops.relative_bias import NUM_TIME_BUCKETS
+from hstu.train.estimate.activations import kept_by_layer
+from tests.model.examples import make_network
+from tests.ops.backends import INTERPRETED
+from tests.ops.oracle import User
+from tests.ops.rank_threads import RankThread, on_ranks
+from tests.ops.strategies import Batch
+
+BACKENDS = [Backend.TRITON] if INTERPRETED else [Backend.PYTORCH, Backend.CPU]
+HIDDEN, HEADS, WIDTH, LONGEST = 6, 4, 3, 16
+USERS = (User(4, 2, (0, 5, 5, 90, 4000, 10**6)), User(0, 0), User(7, 0, (1, 2, 4, 8, 16, 10**5, 10**9)))
+TIMED = Batch(USERS, contextuals=2, tokens_per_item=1, group_size=1)
+RECOMPUTE = [
+    {},
+    {"recompute_input_layernorm": True},
+    {"recompute_input_silu": True},
+    {"recompute_input_layernorm": True, "recompute_input_silu": True},
+    {"recompute_layer": True},
+]
+
+
+@pytest.fixture(autouse=True)
+def kernels(request: pytest.FixtureRequest) -> None:
+    if request.node.funcargs.get("backend") is not Backend.CPU:
+        return
+    try:
+        library_file()
+    except KernelsUnavailable as reason:
+        pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
+
+
+def make_weights(dtype: torch.dtype = torch.float64) -> LayerWeights:
+    torch.manual_seed(0)
+    inner = HEADS * WIDTH
+    shapes = [(HIDDEN,)] * 2 + [(4 * inner, HIDDEN), (4 * inner,), (2 * LONGEST - 1,), (NUM_TIME_BUCKETS,)]
+    shapes += [(inner,), (inner,), (HIDDEN, inner)]
+    return LayerWeights(*(torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes))
+
+
+def make_rule(backend: Backend = Backend.PYTORCH, ranks: Ranks | None = None, **options: bool) -> LayerRule:
+    return LayerRule(WIDTH, AttentionRule(0.6, LONGEST), 0.1, backend=backend, ranks=ranks or Ranks(), **options)
+
+
+def padded_layout() -> JaggedLayout:
+    """A multiple of 4 tokens, so that 4 ranks can share them."""
+    batch = Batch((*USERS, User(3, 0, (3, 4, 9))), contextuals=2, tokens_per_item=1, group_size=1)
+    assert batch.layout().num_tokens == 24
+    return batch.layout()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="float64")
+@pytest.mark.parametrize("options", [{}, {"recompute_all": True}], ids=str)
+def test_gradcheck(options: dict[str, bool]) -> None:
+    layout, rule = TIMED.layout(), make_rule(**options)
+    x = torch.randn(layout.num_tokens, HIDDEN, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor, *weights: Tensor) -> Tensor:
+        return hstu_layer(x, LayerWeights(*weights), layout, rule)
+
+    assert torch.autograd.gradcheck(function, (x, *make_weights()), fast_mode=True)
+
+
+CUT = LayerWeights(None, None, 0, 0, None, None, 0, 0, 1)  # type: ignore[arg-type]
+"""The dimension along which the ranks' weights are cut."""
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute_normalised": True, "recompute_activated": True}], ids=str)
+@pytest.mark.parametrize("by_tokens", [False, True], ids=["whole", "by_tokens"])
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_on_several_ranks_give_what_one_rank_gives(
+    backend: Backend, count: int, by_tokens: bool, options: dict[str, bool]
+) -> None:
+    dtype = torch.float64 if backend is Backend.PYTORCH else torch.float32
+    tolerance = 1e-10 if backend is Backend.PYTORCH else 2e-5
+    layout, whole = padded_layout(), make_weights(dtype)
+    x = torch.randn(layout.num_tokens, HIDDEN, dtype=dtype, requires_grad=True)
+    slope = torch.randn_like(x)
+
+    def run(ranks: Ranks, x: Tensor, weights: LayerWeights, slope: Tensor) -> list[Tensor]:
+        out = hstu_layer(x, weights, layout, make_rule(backend, ranks, **options))
+        return [out, *torch.autograd.grad(out, [x, *weights], slope)]
+
+    def one(ranks: RankThread) -> list[Tensor]:
+        parts = [w if dim is None else w.chunk(count, dim)[ranks.rank] for w, dim in zip(whole, CUT, strict=True)]
+        weights = LayerWeights(*(part.detach().clone().requires_grad_() for part in parts))
+        own = [tensor.chunk(count)[ranks.rank] if by_tokens else tensor for tensor in (x, slope)]
+        return run(ranks, own[0].detach().clone().requires_grad_(), weights, own[1])
+
+    expected = run(Ranks(), x, whole, slope)
+    rows = 0 if by_tokens else None
+    for parts, exact, dim in zip(
+        zip(*on_ranks(one, count, by_tokens), strict=True), expected, (rows, rows, *CUT), strict=True
+    ):
+        together = [torch.cat(parts, dim)] if dim is not None else parts
+        for ours in together:
+            torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance * float(exact.abs().max()))
+
+
+def network_of(dropout: float, **changes: Any) -> NetworkArgs:
+    return make_network(hidden_size=32, kv_channels=16, hidden_dropout=dropout, **changes)
+
+
+def saved(backend: Backend, layer: HSTULayer, x: Tensor, layout: JaggedLayout, dtype: torch.dtype | None) -> int:
+    """Bytes of the storages that autograd is given to keep, apart from parameters'."""
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
+    ):
+        layer(x, layout)
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
+
+
+def stays(layer: HSTULayer, x: Tensor, layout: JaggedLayout, dtype: torch.dtype | None) -> int:
+    """Bytes that are alive after the forward and were not before, by the allocator's own count, but for the output."""
+    with (
+        torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
+        out = layer(x, layout)
+    return sum(event.self_cpu_memory_usage for event in profile.key_averages()) - out.nbytes
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("changes", RECOMPUTE, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_kept_is_the_formula_to_the_byte(
+    backend: Backend, changes: dict[str, bool], dropout: float, dtype: torch.dtype | None
+) -> None:
+    network = network_of(dropout, **changes)
+    layer = HSTULayer(network, 256, backend)
+    layout = Batch((User(20, 0), User(18, 0)), 0, 1, 1).layout()
+    tokens = layout.num_tokens
+    x = torch.randn(tokens, 32, requires_grad=True)
+    element = 4 if dtype is None else 2
+    formula = kept_by_layer(network, tokens, 1, element, 4)
+    if backend is Backend.TRITON and dropout and not network.recompute_layer:
+        formula += 8 - tokens * 32  # a seed, not a byte an element
+    assert saved(backend, layer, x, layout, dtype) == formula
+    if backend is Backend.TRITON:
+        return  # an interpreter keeps what it likes
+    generator = torch.get_rng_state().nbytes if network.recompute_layer and dropout else 0
+    assert stays(layer, x, layout, dtype) == formula - x.nbytes + generator
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients_nothing_is_kept(backend: Backend) -> None:
+    layer, layout = HSTULayer(network_of(0.2), 256, backend), Batch((User(20, 0),), 0, 1, 1).layout()
+    x = torch.randn(layout.num_tokens, 32)
+    layer(x, layout)  # makes the attention's plan, which stays in the layout
+    with torch.no_grad():
+        assert saved(backend, layer, x, layout, None) == 0
+        if backend is not Backend.TRITON:
+            assert stays(layer, x, layout, None) == 0
+
+
+def test_backward_runs_twice_where_the_graph_is_retained_and_lets_go_where_it_is_not() -> None:
+    layer, layout = HSTULayer(network_of(0.2), 256), Batch((User(20, 0), User(9, 0)), 0, 1, 1).layout()
+    x = torch.randn(layout.num_tokens, 32, requires_grad=True)
+    out = layer(x, layout)
+    first, again = (torch.autograd.grad(out.sum(), [x, *layer.parameters()], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    out.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.sum().backward()

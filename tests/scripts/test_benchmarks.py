@@ -1,0 +1,144 @@
+"""The operator benchmarks: what is measured side by side is the same mathematics, and the reports are complete."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hstu.config.args import NetworkArgs
+from hstu.model.layer import HSTULayer
+from hstu.ops.attention import hstu_attention
+from tests.conftest import REPOSITORY
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if run from their directory, with ceilings that take no time."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "bench"))
+    monkeypatch.setitem(import_module("timing")._SIZES, "cpu", (32, 1 << 12))
+
+
+def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, *arguments: str) -> dict[str, list[dict]]:  # type: ignore[type-arg]
+    """What a script writes."""
+    file = tmp_path / f"{name}.json"
+    command = [name, "--rounds", "2", "--no-compile", "--output", str(file), *arguments]
+    monkeypatch.setattr("sys.argv", command)
+    import_module(name).main()
+    written: dict[str, list[dict]] = json.loads(file.read_text())  # type: ignore[type-arg]
+    assert written["ceilings"]["float32_gflops"] > 0 < written["ceilings_after"]["copy_gb_s"]  # type: ignore[call-overload]
+    return written
+
+
+def grads(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(loss.square().sum(), leaves))
+
+
+def test_on_a_gpu_the_shapes_are_the_published_ones() -> None:
+    attention, layer = import_module("attention"), import_module("layer")
+    shapes = attention.shapes_of(attention.parse(["--device", "cuda"]))
+    assert [shape.lengths[0] for shape in shapes] == [512, 1024, 2048, 4096, 8192, 16384]
+    assert all((len(s.lengths), s.heads, s.head_dim) == (32, 4, 256) for s in shapes)
+    cases = list(layer.cases_of(layer.parse(["--device", "cuda"])))
+    assert [case.shape.lengths[0] for case in cases] == [1024, 2048, 4096, 8192]
+    assert all(case.hidden == 1024 for case in cases)
+
+
+def test_operations_are_counted_as_the_published_ones() -> None:
+    attention, layer = import_module("attention"), import_module("layer")
+    shape = attention.Shape(np.array([6, 2]), 3, 5)
+    assert shape.flops == 2 * 3 * 5 * (36 + 4)
+    forward, backward = layer.Case("", shape, hidden=7).flops()
+    linear = 2 * 8 * 7 * (4 * 15 + 15)
+    assert forward == pytest.approx(shape.flops + linear)
+    assert backward == pytest.approx(2.5 * shape.flops + 2 * linear)
+
+
+def test_distributions_differ_in_everything_but_the_sum_of_squares() -> None:
+    drawn = import_module("attention").distributions(256, np.random.default_rng(0)).values()
+    sums = [int((lengths**2).sum()) for lengths in drawn]
+    assert max(sums) - min(sums) < 0.001 * min(sums)
+    padded = [len(lengths) * int(lengths.max()) ** 2 for lengths in drawn]
+    assert padded[0] * 2 < padded[1] and padded[1] * 4 < padded[2]
+
+
+def test_padded_attention_is_ours() -> None:
+    padded_attention = import_module("padded_baseline").padded_attention
+    shape = import_module("attention").Shape(np.array([9, 9]), 2, 4)
+    leaves = [torch.randn(2, 9, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    theirs = padded_attention(*leaves, torch.ones(9, 9).tril(), 0.5, 9)
+    ours = hstu_attention(*(x.flatten(0, 1) for x in leaves), shape.layout(CPU), alpha=0.5, scaling_seqlen=9)
+    torch.testing.assert_close(ours.view_as(theirs), theirs)
+    for a, b in zip(grads(ours, leaves), grads(theirs, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("position_encoding", ["none", "relative_bias"])
+def test_the_padded_layer_is_ours(position_encoding: str) -> None:
+    network = NetworkArgs(
+        num_layers=1,
+        hidden_size=6,
+        num_attention_heads=2,
+        kv_channels=4,
+        hidden_dropout=0.0,
+        position_encoding=position_encoding,
+    )
+    ours, theirs = HSTULayer(network, 9), import_module("padded_baseline").PaddedLayer(network, 9)
+    theirs.load_state_dict({name.removeprefix("bias."): weight for name, weight in ours.state_dict().items()})
+    times = torch.cat([torch.arange(9), torch.arange(9)]) ** 3 * 1000
+    layout = import_module("attention").Shape(np.array([9, 9]), 2, 4).layout(CPU, times)
+    x = torch.randn(2, 9, 6)
+    padded = theirs(x, times.view(2, 9), torch.ones(9, 9).tril())
+    torch.testing.assert_close(ours(x.flatten(0, 1), layout), padded.flatten(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_all_losses_and_their_gradients_are_the_same_but_that_of_the_whole_pool() -> None:
+    negatives = import_module("negatives")
+    options = negatives.parse(["--queries", "50", "--pool", "20", "--draws", "9", "--dim", "8", "--no-compile"])
+    passes = negatives.passes_of(options, CPU)
+    assert passes.pop("ours, whole pool").forward() > 0
+    first, *others = ([each.forward(), *grads(each.forward(), list(each.leaves))] for each in passes.values())
+    assert len(others) == 4
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def variants(rows: list[dict]) -> set[str]:  # type: ignore[type-arg]
+    assert all(row["forward_ms"] > 0 < row["backward_ms"] for row in rows)
+    return {row["variant"] for row in rows}
+
+
+def test_attention_reports_and_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written = report(monkeypatch, tmp_path, "attention", "--length", "16", "32", "64", "--tokens", "64")
+    everything = {"ours, C++", "ours, PyTorch", "padded", "softmax (SDPA), padded"}
+    assert variants(written["lengths"]) == variants(written["distributions"]) == everything
+    assert [row["length"] for row in written["lengths"]][::4] == [16, 32, 64]
+    assert "ours, C++, relative bias" in variants(written["ml_1m"])
+    assert (tmp_path / "attention.png").stat().st_size > 10_000
+
+
+def test_the_layer_and_the_jagged_operators_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    layer, lengths = import_module("layer"), np.array([30, 30])
+    shape = import_module("attention").Shape(lengths, 1, 8)
+    monkeypatch.setattr(layer, "cases_of", lambda options: [layer.Case("30", shape, 16, relative_bias=True)])
+    written = report(monkeypatch, tmp_path, "layer")
+    assert variants(written["layers"]) == {"ours, C++", "ours, PyTorch", "padded"}
+    assert {row["dtype"] for row in written["layers"]} == {"float32", "bfloat16"}
+    assert all("everything else" in parts for parts in written["parts"].values())  # type: ignore[attr-defined]
+    written = report(monkeypatch, tmp_path, "jagged", "--sequences", "4", "--width", "8")
+    assert len(variants(written["tokens"])) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["attention", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="NVIDIA GPU"):
+        import_module("attention").main()

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import pytest
@@ -12,7 +13,7 @@ from hstu.config.args import DatasetArgs
 from hstu.config.errors import DataError
 from hstu.data.batch import HSTUBatch
 from hstu.data.collate import Collator
-from hstu.data.loader import build_loader
+from hstu.data.loader import _read_ahead, build_loader
 from hstu.data.negatives import Negatives
 from hstu.data.sampler import BatchPlan, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.sequences import build_samples
@@ -130,3 +131,17 @@ def test_loading_draws_nothing_from_the_generator_of_dropout(collator: Collator,
     before = torch.get_rng_state()
     next(build_loader(collator, plans(), workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_next_batch_is_taken_while_one_is_used() -> None:
+    second_taken = threading.Event()
+
+    def batches() -> Iterator[str]:
+        yield "first"
+        second_taken.set()
+        yield "second"
+
+    ahead = _read_ahead(batches())
+    assert next(ahead) == "first"
+    assert second_taken.wait(timeout=10)
+    assert list(ahead) == ["second"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from tests.ops.backends import INTERPRETED
@@ -14,6 +17,7 @@ from hstu.ops.triton.compile_ahead import Compiled, compile_launch
 from hstu.ops.triton.variants import Variant, record, variants
 from scripts.bench.compile_kernels import as_markdown, describe
 
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "benchmarks" / "kernels"
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Most shared memory of a program."""
 HEAD_DIM_WITHOUT_SPILLS = 128
@@ -44,6 +48,13 @@ def check(variant: Variant, capability: int, *, only_first: bool) -> list[Compil
             built.append(compiled)
     assert built
     return built
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_table_in_the_docs_has_every_variant(capability: int) -> None:
+    rows = json.loads((DOCS / "kernels.json").read_text())
+    listed = {(row["op"], row["head_dim"], row["variant"]) for row in rows if row["capability"] == capability}
+    assert listed == {(v.op, v.head_dim, v.description) for v in VARIANTS.values()}
 
 
 @pytest.mark.parametrize("name", MAIN)

@@ -60,7 +60,8 @@ def table_specs(
 
     Contextual tables are contextual_embedding_dim wide, the others item_embedding_dim (hidden_size where that is
     -1). ``lookup_negatives``: batches also carry NEGATIVES ids, which the item table serves. ``world_size``: ranks that
-    dynamic tables are shared out to. Raises ConfigError for a table shared by features of different widths.
+    dynamic tables are shared out to. Raises ConfigError for a table shared by features of different widths, and
+    for names that nn.ModuleDict has no room for.
     """
     contextual_dim, item_dim = network.contextual_width, network.item_width
     specs, problems = [], []
@@ -71,6 +72,12 @@ def table_specs(
                 f"EmbeddingArgs {table.table_name!r}: its features {table.feature_names} are both contextual "
                 f"(width {contextual_dim}) and not (width {item_dim}); give them tables of their own, or equal widths "
                 "in NetworkArgs.contextual_embedding_dim and item_embedding_dim."
+            )
+        name = table.table_name
+        if hasattr(nn.ModuleDict(), name) or (table.sharding_type == "model_parallel" and "." in name):
+            problems.append(
+                f"EmbeddingArgs.table_name {name!r}: PyTorch's module dictionaries, which hold tables by "
+                f"their names, cannot have that one; call it {name.replace('.', '_') + '_table'!r}, say."
             )
         serves_negatives = lookup_negatives and item_feature in table.feature_names
         dynamic = table if isinstance(table, DynamicEmbeddingArgs) else None

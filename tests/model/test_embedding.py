@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchrec import EmbeddingCollection, EmbeddingConfig
 
 from hstu.config.args import EmbeddingArgs, NetworkArgs
 from hstu.config.errors import ConfigError
@@ -79,6 +80,16 @@ def test_widths_follow_the_role_of_the_feature() -> None:
     assert [(table.name, table.dim) for table in specs] == [("u", 8), ("i", 16), ("a", 16)]
     assert specs[1].features == ("item", NEGATIVES)
     assert [table.dim for table in table_specs([entry("i", "item")], network(), [], "item")] == [32]
+
+
+@pytest.mark.parametrize("name", ["items", "training", "item.id"])
+def test_a_name_that_pytorch_cannot_give_to_a_table_is_an_error(name: str) -> None:
+    with pytest.raises(KeyError):
+        EmbeddingCollection(
+            tables=[EmbeddingConfig(embedding_dim=4, name=name, num_embeddings=2, feature_names=["item"])]
+        )
+    with pytest.raises(ConfigError, match=rf"'{name}'.*'{name.replace('.', '_')}_table'"):
+        table_specs([entry(name, "item")], network(), [], "item")
 
 
 def test_a_table_shared_by_features_of_two_widths_is_an_error() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hstu.checkpoint.architecture import differences
+from hstu.checkpoint.dynamic import dynamic_sizes
 from hstu.checkpoint.manifest import read_manifest
 from hstu.checkpoint.store import find
 from hstu.checkpoint.tensor_files import CONSOLIDATED, TensorFiles, open_tensors, read_description
@@ -78,7 +79,12 @@ def _facts(root: Path) -> dict[str, Any]:
         facts["data"] = f"epoch {position['epoch']}, {position['consumed']} samples consumed"
         facts["ranks"] = f"{told['world_size']} in groups of {told.get('tensor_parallel_size', 1)}"
         facts["learning rate"] = f"× {told['optimizer']['lr_multiplier']}"
+    dynamic = dynamic_sizes(root)
     for table, entry in told.get("tables", {}).items():
+        if table in dynamic:
+            ids, width = dynamic[table]
+            facts[f"dynamic table {table}"] = f"{ids:,} ids × {width} of {', '.join(entry['features'])}"
+            continue
         facts[f"table {table}"] = f"{entry['rows']} × {entry['dim']} of {', '.join(entry['features'])}"
     return facts | {f"version of {name}": version for name, version in told.get("versions", {}).items()}
 

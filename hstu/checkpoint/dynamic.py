@@ -99,6 +99,15 @@ def read_table(root: Path, name: str) -> list[TableContent]:
     return parts
 
 
+def dynamic_sizes(root: Path) -> dict[str, tuple[int, int]]:
+    """Dynamic table → (ids, width) in a checkpoint."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for contents in _contents(root):
+        for name, part in contents.items():
+            sizes[name] = (sizes.get(name, (0, 0))[0] + len(part.ids), part.rows.shape[1])
+    return sizes
+
+
 def _contents(root: Path) -> list[dict[str, TableContent]]:
     """What each rank has written; tensors stay in the files until they are read."""
     files = sorted(root.glob(DYNAMIC_FILES), key=lambda path: int(path.stem.removeprefix("dynamic_rank")))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu.checkpoint import names, safetensors_file
+from hstu.checkpoint.dynamic import dynamic_sizes
 from hstu.checkpoint.manifest import describe_files, file_problems, read_manifest, write_manifest
 from hstu.checkpoint.tensor_files import CONSOLIDATED, TensorFiles, open_tensors, read_description
 from hstu.config.errors import DataError
@@ -23,12 +24,17 @@ def export(checkpoint: Path, output: Path) -> Path:
     ``model.safetensors`` has the weights under their names in the checkpoint (their moving averages, where the run
     keeps those) and ``ids.<feature>``, the raw ids of the rows of a feature's table (see RowIds); ``operative.gin``
     the configuration, ``config.json`` the sizes and the features of each table. Memory: what one rank has written of
-    one tensor. Raises DataError for a damaged checkpoint, and where ``output`` exists.
+    one tensor. Raises DataError for a damaged checkpoint, one with dynamic tables, and where ``output`` exists.
     """
     if output.exists():
         raise DataError(f"{output} exists; give the name of a directory that is not there yet")
     if problems := file_problems(checkpoint, read_manifest(checkpoint)):
         raise DataError("\n  ".join([f"cannot export {checkpoint}:", *problems]))
+    if dynamic := dynamic_sizes(checkpoint):
+        raise DataError(
+            f"cannot export {checkpoint}: its dynamic tables ({', '.join(dynamic)}) have no place in an export. "
+            "scripts/dynamic_table.py export writes them as Parquet, and scripts/recommend.py reads the checkpoint."
+        )
     aside = output.with_name(f".writing_{output.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

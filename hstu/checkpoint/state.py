@@ -125,7 +125,8 @@ class TrainState:
         for name, part in self.carried.items():
             if name in progress.get("carried", {}):
                 part.load_state(progress["carried"][name])
-        others = {name: old for name, old in progress.get("versions", {}).items() if versions().get(name) != old}
+        now = versions()
+        others = {name: old for name, old in progress.get("versions", {}).items() if now.get(name) != old}
         if others:
             log.warning("the checkpoint was saved with other versions, results may differ in bits: %s", others)
 

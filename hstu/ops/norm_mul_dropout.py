@@ -28,6 +28,15 @@ class GateRule:
     ranks: Ranks = field(default_factory=Ranks)
     """Of several, each has some of the heads; the norm spans all: they exchange two numbers a row, both ways."""
 
+    def over_all_heads(self, own: Tensor) -> Tensor:
+        """Mean and inverse deviation [2, T] of whole rows, of which ``own`` are mean and variance of this rank's part.
+
+        From the variance about each part's mean, not the plain mean square: that cancels where the mean is large.
+        """
+        means, variances = self.ranks.gather(own).unbind(1)
+        mean = means.mean(0)
+        return torch.stack([mean, torch.rsqrt((variances + (means - mean).square()).mean(0) + self.eps)])
+
 
 class GateKernels(Protocol):
     """A backend. x, u: [T, H, d] of one type; weight, bias: [H · d]."""

@@ -22,8 +22,8 @@ from hstu.parallel.table_optimizer import TableOptimizer
 class Optimizers:
     """The dense optimizer and that of the sharded tables, moved by one learning-rate multiplier.
 
-    A step: zero_grad, forward, backward (fused tables update here), clip_grad_norm, step. The state can be restored
-    in place through ``state_tensors`` (what a checkpoint uses) or with state_dict / load_state_dict.
+    A step: zero_grad, forward, backward (fused tables update here), clip_grad_norm, step. A checkpoint
+    restores the parts' ``state_tensors`` in place; state_dict and load_state_dict are for copies on the same ranks.
     """
 
     def __init__(

@@ -32,10 +32,6 @@ class CutTensor:
         """Size of the whole."""
         return self._size
 
-    def clone(self) -> CutTensor:
-        """A copy of the pieces."""
-        return CutTensor(self._size, [(start, part.clone()) for start, part in self.pieces.items()])
-
     def with_rows(self, rows: int) -> CutTensor:
         """The same memory as pieces of a tensor of another number of rows; rows beyond those are left out."""
         kept = [(start, part[: max(0, rows - start[0])]) for start, part in self.pieces.items()]

@@ -41,20 +41,10 @@ KERNELS = (attention, norm_mul_dropout)
 STEPS = 8
 
 
-def matmul_ceiling(size: int = 2048, repeats: int = 5) -> dict[str, float]:
-    """GFLOPS of a square matrix product by type, the best of some."""
-    ceiling = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        best = min(_seconds(lambda a=a, b=b: a @ b) for _ in range(repeats + 1))  # type: ignore[misc]
-        ceiling[str(dtype).removeprefix("torch.")] = round(2 * size**3 / best / 1e9, 1)
-    return ceiling
-
-
-def _seconds(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
-    begun = clock()
+def _processor_seconds(run: Callable[[], object]) -> float:
+    begun = time.process_time()
     run()
-    return clock() - begun
+    return time.process_time() - begun
 
 
 def parts_of_a_step(
@@ -131,7 +121,7 @@ def attention_costs(width: int = 50, repeats: int = 5) -> list[dict[str, Any]]:
                 out = hstu_attention(q, k, v, layout, alpha=0.1, scaling_seqlen=200, bias=bias, backend=Backend.CPU)
                 torch.autograd.grad(out.sum(), [*inputs, *tables])
 
-            best = min(_seconds(run, time.process_time) for _ in range(repeats))
+            best = min(_processor_seconds(run) for _ in range(repeats))
             square = int((lengths**2).sum())
             padded = len(lengths) * longest**2
             costs.append({"lengths": name, "sum_n2": square, "b_n2": padded, "ms": round(best * 1e3, 3)})

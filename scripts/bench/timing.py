@@ -98,15 +98,21 @@ def rate(row: Row, amount: float, unit: str) -> Row:
 
 def ceilings(device: torch.device, repeats: int = 5) -> dict[str, float]:
     """GFLOPS of large matrix products by type, and GB/s read and written by a large copy: the best of ``repeats``."""
-    side, size = _SIZES[device.type]
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        best = _best(lambda a=a, b=b: a @ b, device, repeats)  # type: ignore[misc]
-        found[f"{name_of(dtype)}_gflops"] = round(2 * side**3 / best / 1e6, 1)
+    found = {f"{name}_gflops": value for name, value in products(device, repeats).items()}
+    size = _SIZES[device.type][1]
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     found["copy_gb_s"] = round(2 * size / _best(lambda: target.copy_(source), device, repeats) / 1e6, 1)
+    return found
+
+
+def products(device: torch.device, repeats: int = 5) -> dict[str, float]:
+    """GFLOPS of a large matrix product by type, the best of ``repeats``."""
+    side, found = _SIZES[device.type][0], {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        best = _best(lambda a=a, b=b: a @ b, device, repeats)  # type: ignore[misc]
+        found[name_of(dtype)] = round(2 * side**3 / best / 1e6, 1)
     return found
 
 

@@ -23,6 +23,7 @@ from hstu.parallel.dynamic.hashing import mix
 from hstu.parallel.dynamic.initial_rows import initial_rows, table_key
 from hstu.parallel.embedding import dynamic_tables, sharded_weights
 from hstu.train.builder import PIPELINES
+from tests.distributed.launch import call_each
 from tests.distributed.toy import FEATURES, GLOBAL_BATCH, ITEMS, USERS, build, global_sequences, make_config, train_step
 
 SIZES = {"user": USERS, "item": ITEMS}
@@ -33,10 +34,7 @@ def run_cases(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Run many cases in one launch: name → the function of this module to ``call`` and its other arguments."""
     mesh = mesh_module.start(timeout_s=60)
     functions = {function.__name__: function for function in (beside_static, in_pipeline, looked_at)}
-    results = {}
-    for name, case in cases.items():
-        arguments = dict(case)
-        results[name] = functions[arguments.pop("call")](mesh, **arguments)
+    results = call_each(functions, cases, mesh)
     mesh_module.finish()
     return results
 

@@ -23,7 +23,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -100,6 +100,20 @@ def _launched(target: str, world_size: int, kwargs: Any) -> Iterator[tuple[Path,
         finally:
             for process in processes:
                 _kill(process)
+
+
+def call_each(
+    functions: Mapping[str, Callable[..., Any]], cases: Mapping[str, Mapping[str, Any]], mesh: Any
+) -> dict[str, Any]:
+    """For a rank, many cases in one launch: name → what the function that a case names under ``call`` returns.
+
+    It is given ``mesh`` and the rest of the case.
+    """
+    results = {}
+    for name, case in cases.items():
+        arguments = dict(case)
+        results[name] = functions[arguments.pop("call")](mesh, **arguments)
+    return results
 
 
 def free_port() -> int:

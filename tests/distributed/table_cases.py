@@ -14,6 +14,7 @@ from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.dense import unwrap_dense
 from hstu.parallel.embedding import sharded_weights
+from tests.distributed.launch import call_each
 from tests.distributed.toy import FEATURES, ITEMS, build, make_batch, make_config, train_step
 
 
@@ -55,10 +56,7 @@ def run_cases(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
             swapped_features,
         )
     }
-    results = {}
-    for name, case in cases.items():
-        arguments = dict(case)
-        results[name] = functions[arguments.pop("call")](mesh, **arguments)
+    results = call_each(functions, cases, mesh)
     mesh_module.finish()
     return results
 

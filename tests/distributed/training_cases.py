@@ -19,6 +19,7 @@ from hstu.parallel.dense import unwrap_dense
 from hstu.pipeline.base import StepResult
 from hstu.train import builder
 from hstu.train.trainer import Trainer
+from tests.distributed.launch import call_each
 from tests.distributed.pipeline_cases import digest
 from tests.distributed.table_cases import full_tables
 from tests.train.tiny import FinishedRun, build, run, tiny_config
@@ -31,10 +32,7 @@ def run_cases(cases: dict[str, dict[str, Any]], tp: int = 1) -> dict[str, Any]:
     torch.set_num_threads(1)  # the tensors are tiny, and ranks that wait for one another must not spin
     builder.peak_tflops = lambda *_: PeakTflops(1.0, "assumed")  # type: ignore[assignment]  # takes longer than a case
     functions = {function.__name__: function for function in (train, stop_and_go, users_evaluated)}
-    results = {}
-    for name, case in cases.items():
-        arguments = dict(case)
-        results[name] = functions[arguments.pop("call")](mesh, **arguments)
+    results = call_each(functions, cases, mesh)
     mesh_module.finish()
     return results
 

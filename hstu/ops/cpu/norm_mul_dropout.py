@@ -63,10 +63,7 @@ def forward(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule) 
         call.run(_Pass.FORWARD)
         return out, statistics, kept
     call.run(_Pass.MEASURE)
-    means, variances = rule.ranks.gather(statistics).unbind(1)
-    mean = means.mean(0)
-    statistics[1] = torch.rsqrt((variances + (means - mean).square()).mean(0) + rule.eps)
-    statistics[0] = mean
+    statistics.copy_(rule.over_all_heads(statistics))
     call.run(_Pass.APPLY)
     return out, statistics, kept
 

@@ -13,7 +13,7 @@ from hstu.ops.ranks import Ranks
 def forward(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`hstu.ops.norm_mul_dropout.GateKernels`; the pattern is bool [T, H · d]."""
     rows, weight, bias = _wide(x, weight, bias)
-    normalised, statistics = _normalise(rows, weight, bias, rule.eps, rule.ranks)
+    normalised, statistics = _normalise(rows, weight, bias, rule)
     kept = draw(rows.shape, rule.dropout, x.device, rule.ranks) if rule.dropout > 0 else None
     return _gated(normalised, u, x.dtype, kept, rule), statistics, kept
 
@@ -52,17 +52,14 @@ def _wide(x: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
     return rows, *(tensor.to(rows.dtype) for tensor in affine)
 
 
-def _normalise(rows: Tensor, weight: Tensor, bias: Tensor, eps: float, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def _normalise(rows: Tensor, weight: Tensor, bias: Tensor, rule: GateRule) -> tuple[Tensor, Tensor]:
     """LayerNorm of rows that lie over the ranks; mean and inverse deviation [2, T]."""
-    if ranks.count == 1:
-        normalised, mean, inverse_std = torch.native_layer_norm(rows, weight.shape, weight, bias, eps)
+    if rule.ranks.count == 1:
+        normalised, mean, inverse_std = torch.native_layer_norm(rows, weight.shape, weight, bias, rule.eps)
         return normalised, torch.stack([mean, inverse_std]).squeeze(2)
-    # Mean and mean square about it, not the plain sum of squares: that cancels where the mean is large.
     own_mean = rows.mean(1)
     own_variance = (rows - own_mean[:, None]).square().mean(1)
-    means, variances = ranks.gather(torch.stack([own_mean, own_variance])).unbind(1)
-    mean = means.mean(0)
-    statistics = torch.stack([mean, torch.rsqrt((variances + (means - mean).square()).mean(0) + eps)])
+    statistics = rule.over_all_heads(torch.stack([own_mean, own_variance]))
     return torch.addcmul(bias, _centred(rows, statistics), weight), statistics
 
 

@@ -17,14 +17,13 @@ class CpuSlots(SlotTable):
 
     def __init__(self, capacity: int, policy: Policy, admission_threshold: int = 0) -> None:
         super().__init__(capacity, policy, admission_threshold)
+        records = torch.zeros(capacity, 2, dtype=torch.int64)  # the two are read together
+        self.ids, self.scores = records.unbind(1)
         self._library = library()
         self._library.hstu_slots_new.restype = pointer
         self._library.hstu_slots_size.restype = int64
         lfu = int32(policy == "lfu")
-        handle = self._library.hstu_slots_new(
-            int64(capacity), lfu, *map(pointer, map(address, (self.ids, self.scores)))
-        )
-        self._handle = pointer(handle)
+        self._handle = pointer(self._library.hstu_slots_new(int64(capacity), lfu, _pointer(records)))
         weakref.finalize(self, self._library.hstu_slots_free, self._handle)
         if self.sightings is not None:
             assert isinstance(self.sightings, CpuSlots)

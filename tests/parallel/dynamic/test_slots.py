@@ -86,6 +86,20 @@ def test_long_streams_under_pressure_agree(policy: Policy) -> None:
     assert first.counters.evictions > 50 and first.counters.waiting > 100
 
 
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_ids_whose_hashes_begin_alike_are_told_apart(policy: Policy) -> None:
+    """The C++ index keeps the first half of a hash."""
+    rng = np.random.default_rng(2)
+    alike = torch.cat([unmix(torch.arange(30) + (begin << 32)) for begin in (0, 7, 2**31 - 1)])
+    tables = [kind(40, policy) for kind in KINDS]
+    for step in range(1, 30):
+        ids = alike[torch.from_numpy(rng.integers(0, len(alike), 50))]
+        first, second = (table.assign(ids, step) for table in tables)
+        assert first.slots.equal(second.slots) and first.evicted_ids.equal(second.evicted_ids)
+        assert tables[0].lookup(alike).equal(tables[1].lookup(alike))
+    assert tables[1].size == 40
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_without_a_slot_are_not_found_and_looking_changes_nothing(kind: type[SlotTable]) -> None:
     table = kind(4, "lru")

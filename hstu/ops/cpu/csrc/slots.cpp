@@ -2,6 +2,7 @@
 
 #include "slots.h"
 
+#include <tuple>
 
 namespace {
 
@@ -10,6 +11,7 @@ using namespace slots;
 struct New {
     int64_t id;
     int64_t count;
+    size_t place;  // in the index, until something is erased there
     int32_t slot;
 };
 
@@ -19,8 +21,8 @@ struct Counters {
 
 class Table {
 public:
-    Table(int64_t capacity, bool lfu, int64_t* ids, int64_t* scores)
-        : capacity_(capacity), policy_{lfu}, ids_(ids), scores_(scores), victims_(ids, scores, policy_) {
+    Table(int64_t capacity, bool lfu, Record* records)
+        : capacity_(capacity), policy_{lfu}, records_(records), victims_(records, policy_) {
         rebuild(0);
     }
 
@@ -30,33 +32,34 @@ public:
     }
 
     int64_t size() const { return size_; }
+    int64_t count_of(int64_t slot) const { return policy_.count(records_[slot].score); }
 
     void rebuild(int64_t size) {
         size_ = size;
         index_.clear(capacity_);
         victims_.clear();
-        for (int64_t slot = 0; slot < size; ++slot) index_.insert(ids_[slot], index_.home(ids_[slot]))->slot = slot;
+        for (int32_t slot = 0; slot < size; ++slot) {
+            uint32_t tag = Index::tag_of(records_[slot].id);
+            index_.set(find(records_[slot].id, tag), {tag, slot});
+            victims_.add(slot);
+        }
     }
 
     void lookup(const int64_t* ids, int64_t n, int64_t* slots) {
-        size_t homes[kBlock];
-        for (int64_t start = 0; start < n; start += kBlock) {
-            int64_t length = prefetch(ids + start, std::min(kBlock, n - start), homes);
-            for (int64_t i = 0; i < length; ++i) slots[start + i] = index_.find(ids[start + i], homes[i])->slot;
-        }
+        run_ahead(ids, n, [&](int64_t i, uint32_t tag) { slots[i] = index_.slot(find(ids[i], tag)); });
     }
 
     // counts: occurrences of each id, which are distinct then; null: one each, repeats allowed.
     void assign(const int64_t* ids, const int64_t* counts, int64_t n, int64_t step, int64_t* slots, Counters* told) {
         fresh_.clear();
+        not_found_.clear();
         taken_.clear();
         placed_.clear();
         find_all(ids, counts, n, step, slots, told);
         admit(step, told);
         place(step, told);
         forget();
-        for (int64_t i = 0; i < n; ++i)
-            if (slots[i] < kEmpty) slots[i] = fresh_[kFirstNew - slots[i]].slot;
+        for (int64_t i : not_found_) slots[i] = fresh_[kFirstNew - slots[i]].slot;
     }
 
     const std::vector<int32_t>& placed() const { return placed_; }
@@ -64,42 +67,54 @@ public:
     const New& fresh(int64_t i) const { return fresh_[i]; }
 
 private:
-    static constexpr int64_t kBlock = 64;
-    static constexpr int64_t kFirstNew = -2;  // new id k of a batch is in the index as kFirstNew - k
+    static constexpr int32_t kFirstNew = -2;  // new id k of a batch is in the index as kFirstNew - k
 
-    int64_t prefetch(const int64_t* ids, int64_t length, size_t* homes) {
-        for (int64_t i = 0; i < length; ++i) index_.prefetch(homes[i] = index_.home(ids[i]));
-        return length;
+    size_t find(int64_t id, uint32_t tag) const {
+        return index_.find(tag, [&](int32_t slot) {
+            return id == (slot >= 0 ? records_[slot].id : fresh_[kFirstNew - slot].id);
+        });
+    }
+
+    // visit(i, tag of the i-th id), with what it will read on its way into the cache: first the place in the index,
+    // then the record that this seems to name.
+    template <class Visit>
+    void run_ahead(const int64_t* ids, int64_t n, Visit visit) {
+        tags_.resize(n);
+        for (int64_t i = 0; i < n; ++i) tags_[i] = Index::tag_of(ids[i]);
+        for (int64_t i = -2 * kAhead; i < n; ++i) {
+            if (i + 2 * kAhead < n) index_.prefetch(tags_[i + 2 * kAhead]);
+            int64_t next = i + kAhead;
+            if (next >= 0 && next < n) __builtin_prefetch(&records_[std::max(0, index_.guess(tags_[next]))], 1);
+            if (i >= 0) visit(i, tags_[i]);
+        }
     }
 
     void find_all(
         const int64_t* ids, const int64_t* counts, int64_t n, int64_t step, int64_t* slots, Counters* told) {
-        size_t homes[kBlock];
-        for (int64_t start = 0; start < n; start += kBlock) {
-            index_.reserve(kBlock);
-            int64_t length = prefetch(ids + start, std::min(kBlock, n - start), homes);
-            for (int64_t i = 0; i < length; ++i) {
-                Index::Entry* entry = index_.insert(ids[start + i], homes[i]);
-                if (entry->slot == kEmpty) {
-                    entry->slot = int32_t(kFirstNew - int64_t(fresh_.size()));
-                    fresh_.push_back({ids[start + i], 0, kEmpty});
-                } else if (entry->slot >= 0) {
-                    __builtin_prefetch(&scores_[entry->slot], 1);
+        int64_t lookups = 0, hits = 0;
+        index_.reserve(n);
+        run_ahead(ids, n, [&](int64_t i, uint32_t tag) {
+            size_t place = find(ids[i], tag);
+            int32_t slot = index_.slot(place);
+            int64_t count = counts ? counts[i] : 1;
+            lookups += count;
+            if (slot >= 0) {
+                int64_t& score = records_[slot].score;
+                score = policy_.score(policy_.count(score) + count, step);
+                hits += count;
+            } else {
+                not_found_.push_back(i);
+                if (slot == kEmpty) {
+                    slot = kFirstNew - int32_t(fresh_.size());
+                    fresh_.push_back({ids[i], 0, place, kEmpty});
+                    index_.set(place, {tag, slot});
                 }
-                slots[start + i] = entry->slot;
+                fresh_[kFirstNew - slot].count += count;
             }
-            for (int64_t i = start; i < start + length; ++i) {
-                int64_t count = counts ? counts[i] : 1;
-                told->lookups += count;
-                if (slots[i] >= 0) {
-                    int64_t& score = scores_[slots[i]];
-                    score = policy_.score(policy_.count(score) + count, step);
-                    told->hits += count;
-                } else {
-                    fresh_[kFirstNew - slots[i]].count += count;
-                }
-            }
-        }
+            slots[i] = slot;
+        });
+        told->lookups += lookups;
+        told->hits += hits;
     }
 
     // Numbers of the new ids that may have a slot, to admitted_.
@@ -117,7 +132,7 @@ private:
         Counters not_told{};
         sightings_->assign(ids.data(), counts.data(), int64_t(ids.size()), step, slots.data(), &not_told);
         for (size_t i = 0; i < fresh_.size(); ++i) {
-            int64_t sighted = slots[i] < 0 ? counts[i] : sightings_->policy_.count(sightings_->scores_[slots[i]]);
+            int64_t sighted = slots[i] < 0 ? counts[i] : sightings_->count_of(slots[i]);
             if (sighted >= threshold_)
                 admitted_.push_back(int32_t(i));
             else
@@ -128,30 +143,32 @@ private:
     // Slots for the admitted ids, or for as many as there are.
     void place(int64_t step, Counters* told) {
         int64_t unused = capacity_ - size_;
-        victims_.pop(contenders(unused, step), size_, step, taken_);
+        victims_.pop(contenders(unused, step), step, taken_);
         evicted_.clear();
-        for (int32_t slot : taken_) evicted_.push_back(ids_[slot]);
+        for (int32_t slot : taken_) evicted_.push_back(records_[slot].id);
         keep_most_seen(unused + int64_t(taken_.size()), told);
         size_t next_taken = 0;
         for (int32_t number : admitted_) {
             New& fresh = fresh_[number];
             fresh.slot = size_ < capacity_ ? int32_t(size_++) : taken_[next_taken++];
-            ids_[fresh.slot] = fresh.id;
-            scores_[fresh.slot] = policy_.score(fresh.count, step);
+            records_[fresh.slot] = {fresh.id, policy_.score(fresh.count, step)};
+            victims_.add(fresh.slot);
             placed_.push_back(number);
         }
-        for (int32_t number : placed_) victims_.inserted(fresh_[number].slot);
         told->insertions += int64_t(placed_.size());
         told->evictions += int64_t(taken_.size());
     }
 
     // Scores of the admitted ids but the `unused` best, highest first. Under lru their order does not matter: any of
     // them is higher than what it is compared with.
-    std::vector<int64_t> contenders(int64_t unused, int64_t step) const {
-        std::vector<int64_t> scores;
+    const std::vector<int64_t>& contenders(int64_t unused, int64_t step) {
+        std::vector<int64_t>& scores = contenders_;
+        scores.clear();
         if (int64_t(admitted_.size()) <= unused) return scores;
         for (int32_t number : admitted_) scores.push_back(policy_.score(fresh_[number].count, step));
-        if (policy_.lfu) std::sort(scores.begin(), scores.end(), std::greater<int64_t>());
+        int64_t once = policy_.score(1, step);  // most of them
+        auto end = std::partition(scores.begin(), scores.end(), [&](int64_t score) { return score > once; });
+        if (policy_.lfu) std::sort(scores.begin(), end, std::greater<int64_t>());
         scores.erase(scores.begin(), scores.begin() + unused);
         return scores;
     }
@@ -159,52 +176,53 @@ private:
     void keep_most_seen(int64_t room, Counters* told) {
         int64_t surplus = int64_t(admitted_.size()) - room;
         if (surplus <= 0) return;
-        std::vector<Key> keys;
+        std::vector<std::tuple<int64_t, uint64_t, int32_t>> keys;  // count, hash, number
         for (int32_t number : admitted_)
-            keys.push_back({std::min(fresh_[number].count, kMaxCount), mix(fresh_[number].id), number});
+            keys.emplace_back(std::min(fresh_[number].count, kMaxCount), mix(fresh_[number].id), number);
         std::sort(keys.begin(), keys.end());
-        for (int64_t i = 0; i < surplus; ++i) told->rejections += fresh_[keys[i].slot].count;
+        for (int64_t i = 0; i < surplus; ++i) told->rejections += fresh_[std::get<2>(keys[i])].count;
         admitted_.clear();
-        for (size_t i = size_t(surplus); i < keys.size(); ++i) admitted_.push_back(keys[i].slot);
+        for (size_t i = size_t(surplus); i < keys.size(); ++i) admitted_.push_back(std::get<2>(keys[i]));
         std::sort(admitted_.begin(), admitted_.end());
     }
 
     // The index tells what `place` has decided.
     void forget() {
-        constexpr size_t kAhead = 16;
-        for (size_t i = 0; i < fresh_.size(); ++i) {
-            if (i + kAhead < fresh_.size()) index_.prefetch(index_.home(fresh_[i + kAhead].id));
-            if (fresh_[i].slot != kEmpty) index_.find(fresh_[i].id, index_.home(fresh_[i].id))->slot = fresh_[i].slot;
+        for (int32_t number : placed_) {
+            const New& fresh = fresh_[number];
+            index_.set(fresh.place, {Index::tag_of(fresh.id), fresh.slot});
         }
-        for (size_t i = 0; i < evicted_.size(); ++i) {
-            if (i + kAhead < evicted_.size()) index_.prefetch(index_.home(evicted_[i + kAhead]));
-            index_.erase(evicted_[i]);
+        for (int64_t i = 0; i < int64_t(taken_.size()); ++i) {
+            if (i + kAhead < int64_t(taken_.size())) index_.prefetch(Index::tag_of(evicted_[i + kAhead]));
+            index_.erase(index_.find(Index::tag_of(evicted_[i]), [&](int32_t slot) { return slot == taken_[i]; }));
         }
         if (placed_.size() < fresh_.size())
             for (const New& fresh : fresh_)
-                if (fresh.slot == kEmpty) index_.erase(fresh.id);
+                if (fresh.slot == kEmpty) index_.erase(find(fresh.id, Index::tag_of(fresh.id)));
     }
 
     int64_t capacity_;
     Policy policy_;
-    int64_t* ids_;
-    int64_t* scores_;
+    Record* records_;
     int64_t size_ = 0;
     Index index_;
     Victims victims_;
     Table* sightings_ = nullptr;
     int64_t threshold_ = 0;
+    std::vector<uint32_t> tags_;
     std::vector<New> fresh_;
     std::vector<int32_t> admitted_, placed_, taken_;
-    std::vector<int64_t> evicted_;
+    std::vector<int64_t> not_found_;  // places in the batch
+    std::vector<int64_t> contenders_, evicted_;
 };
 
 }  // namespace
 
 extern "C" {
 
-void* hstu_slots_new(int64_t capacity, int32_t lfu, int64_t* ids, int64_t* scores) {
-    return new Table(capacity, lfu != 0, ids, scores);
+// records: [capacity, 2], id and score of each slot.
+void* hstu_slots_new(int64_t capacity, int32_t lfu, int64_t* records) {
+    return new Table(capacity, lfu != 0, reinterpret_cast<Record*>(records));
 }
 
 void hstu_slots_free(void* table) { delete static_cast<Table*>(table); }

@@ -1,21 +1,24 @@
 // Ids to slots, for hstu/parallel/dynamic/slots.py, whose docstring is the specification.
 //
-// Ids and scores lie in the caller's arrays. Beside them, made from them alone:
-//   Index    open addressing with linear probing, at most half full: id -> slot.
-//   Victims  slots by ascending score. Scores only ever grow, so an entry that is out of date is too early, never too
-//            late: it is put right when it comes up, and a lookup touches no order at all.
+// Ids and scores lie in the caller's memory, side by side: to know an id again and to score it is one cache line.
+// Beside them, made from them alone:
+//   Index    open addressing with linear probing, at most two thirds full: part of an id's hash -> slot.
+//   Victims  slots by score, as they were when last looked at. Scores only ever grow, so a slot that is out of date
+//            comes up too early, never too late: it is put right then, and a lookup touches no order at all.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <functional>
-#include <limits>
+#include <queue>
+#include <unordered_map>
 #include <vector>
 
 namespace slots {
 
 constexpr int64_t kMaxCount = 0x7FFFFFFF;
 constexpr int32_t kEmpty = -1;
+constexpr int64_t kAhead = 16;  // what is read so many steps later is fetched into the cache
 
 inline uint64_t mix(int64_t id) {
     uint64_t bits = static_cast<uint64_t>(id) + 0x9E3779B97F4A7C15ull;
@@ -23,6 +26,11 @@ inline uint64_t mix(int64_t id) {
     bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBull;
     return bits ^ (bits >> 31);
 }
+
+struct Record {
+    int64_t id;
+    int64_t score;
+};
 
 struct Policy {
     bool lfu;
@@ -35,50 +43,63 @@ struct Policy {
     int64_t step(int64_t score) const { return lfu ? score & 0xFFFFFFFF : score >> 31; }
 };
 
+// Who an entry stands for, its slot says; that two ids share a tag is rare, not impossible.
 class Index {
 public:
     struct Entry {
-        int64_t id;
+        uint32_t tag;
         int32_t slot;
     };
 
+    static uint32_t tag_of(int64_t id) { return uint32_t(mix(id) >> 32); }
+
     void clear(int64_t expected) {
         int bits = 4;
-        while ((int64_t(1) << bits) < 2 * expected) ++bits;
-        shift_ = 64 - bits;
+        while ((int64_t(2) << bits) < 3 * expected) ++bits;
+        shift_ = 32 - bits;
         entries_.assign(size_t(1) << bits, Entry{0, kEmpty});
         used_ = 0;
     }
 
-    // Afterwards `more` ids fit in; entries may have moved.
+    // Afterwards `more` entries fit in; those that are there may have moved.
     void reserve(int64_t more) {
-        if (2 * (used_ + more) <= int64_t(entries_.size())) return;
+        if (3 * (used_ + more) <= 2 * int64_t(entries_.size())) return;
         std::vector<Entry> old;
         old.swap(entries_);
-        clear(2 * (used_ + more));
+        clear(used_ + more);
         for (const Entry& entry : old)
-            if (entry.slot != kEmpty) *insert(entry.id, home(entry.id)) = entry;
+            if (entry.slot != kEmpty) set(find(entry.tag, [](int32_t) { return false; }), entry);
     }
 
-    size_t home(int64_t id) const { return mix(id) >> shift_; }
-    void prefetch(size_t place) const { __builtin_prefetch(&entries_[place]); }
+    void prefetch(uint32_t tag) const { __builtin_prefetch(&entries_[home(tag)]); }
 
-    // The entry of `id`, or the empty one where it would lie.
-    Entry* find(int64_t id, size_t place) {
-        while (entries_[place].slot != kEmpty && entries_[place].id != id) place = next(place);
-        return &entries_[place];
+    // The slot of `tag` if it is near its home, as most are, else any: without a branch, as it could not be predicted.
+    int32_t guess(uint32_t tag) const {
+        size_t first = home(tag), second = next(first), third = next(second);
+        size_t place = entries_[second].tag == tag ? second : third;
+        return entries_[entries_[first].tag == tag ? first : place].slot;
     }
-    Entry* insert(int64_t id, size_t place) {
-        Entry* entry = find(id, place);
-        used_ += entry->slot == kEmpty;
-        entry->id = id;
-        return entry;
+
+    // Where the entry is whose slot `is_it`, or the empty one where it would lie.
+    template <class IsIt>
+    size_t find(uint32_t tag, IsIt is_it) const {
+        size_t place = home(tag);
+        while (entries_[place].slot != kEmpty && !(entries_[place].tag == tag && is_it(entries_[place].slot)))
+            place = next(place);
+        return place;
     }
-    void erase(int64_t id) {
-        size_t hole = find(id, home(id)) - entries_.data();
+
+    int32_t slot(size_t place) const { return entries_[place].slot; }
+
+    void set(size_t place, Entry entry) {
+        used_ += entries_[place].slot == kEmpty;
+        entries_[place] = entry;
+    }
+
+    void erase(size_t hole) {
         --used_;
         for (size_t place = next(hole); entries_[place].slot != kEmpty; place = next(place)) {
-            size_t from_home = (place - home(entries_[place].id)) & (entries_.size() - 1);
+            size_t from_home = (place - home(entries_[place].tag)) & (entries_.size() - 1);
             if (from_home >= ((place - hole) & (entries_.size() - 1))) {
                 entries_[hole] = entries_[place];
                 hole = place;
@@ -88,114 +109,138 @@ public:
     }
 
 private:
+    size_t home(uint32_t tag) const { return tag >> shift_; }
     size_t next(size_t place) const { return (place + 1) & (entries_.size() - 1); }
 
     std::vector<Entry> entries_;
     int64_t used_ = 0;
-    int shift_ = 60;
+    int shift_ = 28;
 };
 
 struct Key {
-    int64_t score;
     uint64_t mixed;
     int32_t slot;
 
-    bool operator<(const Key& other) const {
-        return score != other.score ? score < other.score : mixed < other.mixed;
-    }
-    bool operator>(const Key& other) const { return other < *this; }
+    bool operator<(const Key& other) const { return mixed < other.mixed; }
 };
 
-// Every slot whose score is at most `bound_` is in `sorted_` (from `next_` on) or in the heap `later_`, once.
-class Victims {
+// Ascending, in linear time, as hashes are spread evenly.
+class KeySort {
 public:
-    Victims(const int64_t* ids, const int64_t* scores, Policy policy) : ids_(ids), scores_(scores), policy_(policy) {}
-
-    void clear() {
-        sorted_.clear();
-        later_.clear();
-        next_ = 0;
-        bound_ = -1;
-    }
-
-    void inserted(int32_t slot) {
-        if (scores_[slot] <= bound_) push(slot);
-    }
-
-    // Slots of those in use (`size`) whose last step is not `step`, lowest first, as long as the i-th of them scores
-    // less than the i-th of `contenders`. They are forgotten.
-    void pop(const std::vector<int64_t>& contenders, int64_t size, int64_t step, std::vector<int32_t>& taken) {
-        std::vector<int32_t> spared;
-        if (int64_t(later_.size()) > size / 4) clear();
-        while (taken.size() < contenders.size()) {
-            if (next_ == sorted_.size() && later_.empty()) {
-                if (!refill(size, step)) break;
-                continue;
-            }
-            Key key = take_first();
-            if (scores_[key.slot] != key.score) {
-                inserted(key.slot);
-            } else if (policy_.step(key.score) == step) {
-                spared.push_back(key.slot);
-            } else if (key.score < contenders[taken.size()]) {
-                taken.push_back(key.slot);
-            } else {
-                spared.push_back(key.slot);
-                break;
-            }
-        }
-        for (int32_t slot : spared) push(slot);
+    void operator()(std::vector<Key>& keys) {
+        int bits = 1;
+        while ((size_t(1) << bits) < keys.size()) ++bits;
+        ends_.assign((size_t(1) << bits) + 1, 0);
+        for (const Key& key : keys) ++ends_[(key.mixed >> (64 - bits)) + 1];
+        for (size_t part = 1; part < ends_.size(); ++part) ends_[part] += ends_[part - 1];
+        sorted_.resize(keys.size());
+        for (const Key& key : keys) sorted_[ends_[key.mixed >> (64 - bits)]++] = key;
+        for (size_t part = 0, begin = 0; part + 1 < ends_.size(); begin = ends_[part++])
+            if (ends_[part] - begin > 1) std::sort(sorted_.begin() + begin, sorted_.begin() + ends_[part]);
+        keys.swap(sorted_);
     }
 
 private:
-    Key key_of(int32_t slot) const { return {scores_[slot], mix(ids_[slot]), slot}; }
-
-    void push(int32_t slot) {
-        later_.push_back(key_of(slot));
-        std::push_heap(later_.begin(), later_.end(), std::greater<Key>());
-    }
-
-    Key take_first() {
-        if (later_.empty() || (next_ < sorted_.size() && sorted_[next_] < later_.front())) {
-            if (next_ + 16 < sorted_.size()) __builtin_prefetch(&scores_[sorted_[next_ + 16].slot]);
-            return sorted_[next_++];
-        }
-        std::pop_heap(later_.begin(), later_.end(), std::greater<Key>());
-        Key key = later_.back();
-        later_.pop_back();
-        return key;
-    }
-
-    // The lowest eighth or so of the scores above the bound; false where there is none to take.
-    bool refill(int64_t size, int64_t step) {
-        constexpr int64_t kSample = 4096;
-        std::vector<int64_t> sample;
-        int64_t stride = std::max<int64_t>(1, size / kSample);
-        for (int64_t slot = 0; slot < size; slot += stride)
-            if (scores_[slot] > bound_ && policy_.step(scores_[slot]) != step) sample.push_back(scores_[slot]);
-        int64_t bound = std::numeric_limits<int64_t>::max();
-        if (bound_ == bound) return false;
-        if (!sample.empty()) {
-            auto eighth = sample.begin() + sample.size() / 8;
-            std::nth_element(sample.begin(), eighth, sample.end());
-            bound = *eighth;
-        }
-        sorted_.clear();
-        next_ = 0;
-        for (int64_t slot = 0; slot < size; ++slot)
-            if (scores_[slot] > bound_ && scores_[slot] <= bound) sorted_.push_back(key_of(int32_t(slot)));
-        std::sort(sorted_.begin(), sorted_.end());
-        bound_ = bound;
-        return true;
-    }
-
-    const int64_t* ids_;
-    const int64_t* scores_;
-    Policy policy_;
+    std::vector<uint32_t> ends_;
     std::vector<Key> sorted_;
-    std::vector<Key> later_;
-    size_t next_ = 0;
-    int64_t bound_ = -1;
+};
+
+// Every slot in use is in one group: that of the score that it had when it was put there.
+class Victims {
+public:
+    Victims(const Record* records, Policy policy) : records_(records), policy_(policy) {}
+
+    void clear() {
+        groups_.clear();
+        scores_ = {};
+        last_ = nullptr;
+    }
+
+    void add(int32_t slot) {
+        Group& group = group_of(records_[slot].score);
+        group.slots.push_back(slot);
+        group.sorted = false;
+    }
+
+    // Slots whose last step is not `step`, lowest first, as long as the i-th of them scores less than the i-th of
+    // `contenders`, which fall. They are forgotten.
+    void pop(const std::vector<int64_t>& contenders, int64_t step, std::vector<int32_t>& taken) {
+        std::vector<int64_t> spared;
+        while (taken.size() < contenders.size() && !scores_.empty()) {
+            int64_t score = scores_.top();
+            Group& group = groups_[score];
+            if (group.slots.empty()) {
+                forget_lowest();
+            } else if (policy_.step(score) == step) {
+                spared.push_back(score);
+                scores_.pop();
+            } else if (score >= contenders[taken.size()]) {
+                break;
+            } else {
+                if (!group.sorted) sort(group, score);
+                take_from(group, score, contenders, taken);
+            }
+        }
+        for (int64_t score : spared) scores_.push(score);
+    }
+
+private:
+    struct Group {
+        std::vector<int32_t> slots;
+        bool sorted = false;  // the first to go comes last
+    };
+
+    Group& group_of(int64_t score) {
+        if (last_ && score == last_score_) return *last_;
+        auto [found, is_new] = groups_.try_emplace(score);
+        if (is_new) scores_.push(score);
+        last_score_ = score;
+        return *(last_ = &found->second);
+    }
+
+    void forget_lowest() {
+        groups_.erase(scores_.top());
+        scores_.pop();
+        last_ = nullptr;
+    }
+
+    void sort(Group& group, int64_t score) {
+        keys_.clear();
+        for (int64_t i = 0; i < int64_t(group.slots.size()); ++i) {
+            if (i + kAhead < int64_t(group.slots.size())) __builtin_prefetch(&records_[group.slots[i + kAhead]]);
+            int32_t slot = group.slots[i];
+            if (records_[slot].score == score)
+                keys_.push_back({mix(records_[slot].id), slot});
+            else
+                add(slot);
+        }
+        sort_(keys_);
+        group.slots.resize(keys_.size());
+        for (size_t i = 0; i < keys_.size(); ++i) group.slots[i] = keys_[keys_.size() - 1 - i].slot;
+        group.sorted = true;
+    }
+
+    void take_from(
+        Group& group, int64_t score, const std::vector<int64_t>& contenders, std::vector<int32_t>& taken) {
+        while (!group.slots.empty() && taken.size() < contenders.size() && score < contenders[taken.size()]) {
+            if (int64_t(group.slots.size()) > kAhead) __builtin_prefetch(&records_[*(group.slots.end() - kAhead)], 1);
+            int32_t slot = group.slots.back();
+            group.slots.pop_back();
+            if (records_[slot].score == score)
+                taken.push_back(slot);
+            else
+                add(slot);
+        }
+    }
+
+    const Record* records_;
+    Policy policy_;
+    std::unordered_map<int64_t, Group> groups_;
+    std::priority_queue<int64_t, std::vector<int64_t>, std::greater<int64_t>> scores_;  // of groups_
+    Group* last_ = nullptr;  // many slots in a row have the same score
+    int64_t last_score_ = 0;
+    std::vector<Key> keys_;
+    KeySort sort_;
 };
 
 }  // namespace slots

@@ -43,7 +43,7 @@ def select_backend(requested: str, strict: bool, device: torch.device) -> Backen
     if requested == Backend.PYTORCH:
         return Backend.PYTORCH
     on_cpu = device.type == "cpu"
-    no_triton = f"device {device.type}" if device.type != "cuda" else _triton_gap(device)
+    no_triton = f"device {device.type}" if device.type != "cuda" else triton_gap(device)
     no_kernels = no_triton or (_cutlass_gap(device) if requested == Backend.CUTLASS else None)
     if no_kernels is None:
         return Backend(requested)
@@ -112,7 +112,7 @@ def _triton_gaps(head_dim: int, item_dim: int, dtype: torch.dtype) -> dict[str, 
     }
 
 
-def _triton_gap(device: torch.device) -> str | None:
+def triton_gap(device: torch.device) -> str | None:
     """Why the Triton kernels cannot be used on this GPU; None: they can. The first time a machine they are checked."""
     capability = torch.cuda.get_device_capability(device)
     if capability < triton_coverage.LEAST_CAPABILITY:

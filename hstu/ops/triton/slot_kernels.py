@@ -1,7 +1,8 @@
 """Kernels of a hash table in GPU memory: open addressing with linear probing. See slots.py, which launches them.
 
 An entry of ``index`` is a slot, EMPTY or ERASED; its id is that of the slot, wherever the caller keeps those, so that
-every int64 is an id like any other. Probing ends at an EMPTY entry, and after as many steps as there are entries.
+every int64 is an id like any other. Probing ends at an EMPTY entry, and after as many steps as there are entries. No
+kernel both looks for ids and inserts them, so atomics need order nothing but their own address (sem="relaxed").
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def find_slots(
             count = tl.full((BLOCK,), 1, tl.int32)
         else:
             count = tl.load(counts + places, mask=is_id, other=0).to(tl.int32)
-        tl.atomic_add(occurrences + slot, count, mask=slot >= 0)
+        tl.atomic_add(occurrences + slot, count, mask=slot >= 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_ids", "step"])
@@ -77,7 +78,7 @@ def settle_scores(
     slot = tl.load(slots + places, mask=places < num_ids, other=-1)
     is_slot = slot >= 0
     is_due = is_slot & (tl.load(occurrences + slot, mask=is_slot, other=0) > 0)
-    count = tl.atomic_xchg(occurrences + slot, 0, mask=is_due).to(tl.int64)
+    count = tl.atomic_xchg(occurrences + slot, 0, mask=is_due, sem="relaxed").to(tl.int64)
     is_mine = is_due & (count > 0)
     pointers = scores + slot * stride_scores
     score = tl.load(pointers, mask=is_mine, other=0)
@@ -100,7 +101,7 @@ def insert_slots(ids, slots, index, num_ids, last, shift, BLOCK: tl.constexpr):
     probes = 0
     while any_of(claiming) & (probes <= last):
         expected = tl.where(claiming, EMPTY, NO_ENTRY)  # there are no masked claims
-        before = tl.atomic_cas(index + entry, expected, slot)
+        before = tl.atomic_cas(index + entry, expected, slot, sem="relaxed")
         claiming = claiming & (before != EMPTY)
         entry = (entry + 1) & last
         probes += 1

@@ -66,11 +66,15 @@ class SlotIndex:
     def insert(self, ids: Tensor, slots: Tensor) -> None:
         """Give ids, int64 [n], distinct and without a slot, the ``slots``, int64 [n], for which there must be room."""
         self._taken += len(ids)
-        _launch(insert_slots, len(ids), ids=ids, slots=slots, index=self.entries, **self._probing)
+        self._change(insert_slots, ids, slots)
 
     def erase(self, ids: Tensor, slots: Tensor) -> None:
         """Take the ``slots`` from the ``ids`` that have them, int64 [n] both, distinct."""
-        _launch(erase_slots, len(ids), ids=ids, slots=slots, index=self.entries, **self._probing)
+        self._change(erase_slots, ids, slots)
+
+    def _change(self, kernel: Any, ids: Tensor, slots: Tensor) -> None:
+        ids, slots = ids.contiguous(), slots.contiguous()
+        _launch(kernel, len(ids), ids=ids, slots=slots, index=self.entries, **self._probing)
 
     def _find(self, wanted: Tensor, ids: Tensor, counts: Tensor | None, counts_occurrences: bool) -> Tensor:
         wanted = wanted.contiguous()

@@ -21,6 +21,7 @@ from hstu.ops.triton import attention
 from hstu.ops.triton.jagged import jagged_concat
 from hstu.ops.triton.launch import Launch, recorded_launches
 from hstu.ops.triton.positions import add_positions
+from hstu.ops.triton.slots import SlotIndex
 from hstu.ops.triton.softmax_loss import PoolSoftmaxLoss, SampledSoftmaxLoss
 from hstu.ops.uvqk import activate, project_uvqk
 
@@ -64,6 +65,7 @@ def variants() -> list[Variant]:
             for op in ("pool_softmax_loss", "sampled_softmax_loss")
             for width in (64, 256)
         ),
+        *(Variant("slots", 0, policy, lambda policy=policy: _run_slots(policy)) for policy in ("lru", "lfu")),  # type: ignore[misc]
     ]
 
 
@@ -140,6 +142,15 @@ def _run_softmax(op: str, width: int) -> None:
         PoolSoftmaxLoss.apply(*vectors, targets, ids, torch.ones(48, dtype=torch.bool), 0.05)
     else:
         SampledSoftmaxLoss.apply(*vectors, torch.zeros(64, 128, dtype=torch.int64), targets, ids, 0.05)
+
+
+def _run_slots(policy: str) -> None:
+    index, (ids, scores, counts) = SlotIndex(64, "cpu"), torch.zeros(3, 64, dtype=torch.int64)
+    index.find(ids, ids)
+    for occurrences in (None, counts):
+        index.count(ids, ids, occurrences, scores, 1, lfu=policy == "lfu")
+    index.insert(ids, ids)
+    index.erase(ids, ids)
 
 
 def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -21,7 +21,7 @@ def initial_rows(ids: Tensor, dim: int, init_std: float, table_key: int) -> Tens
     words = -(-dim // 4)
     keys = mix(ids ^ table_key)[:, None] + torch.arange(words, device=ids.device)
     quantiles = mix(keys).view(torch.int16).to(torch.int32) + _QUANTILES // 2
-    return (_normal_quantiles().to(ids.device)[quantiles] * init_std)[:, :dim]
+    return (_normal_quantiles(ids.device)[quantiles] * init_std)[:, :dim]
 
 
 def table_key(seed: int, table: str) -> int:
@@ -31,6 +31,7 @@ def table_key(seed: int, table: str) -> int:
 
 
 @cache
-def _normal_quantiles() -> Tensor:
+def _normal_quantiles(device: torch.device) -> Tensor:
     """float32 [65536]: the middle of each of 65,536 equally likely parts of the standard normal distribution."""
-    return torch.special.ndtri((torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES).float()
+    quantiles = torch.special.ndtri((torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES)
+    return quantiles.float().to(device)  # computed on the CPU, for the same bits everywhere

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hstu.model.embedding import TableSpec
+from hstu.ops.backends import triton_gap
 from hstu.ops.cpu.build import KernelsUnavailable
 from hstu.parallel.dynamic.check import check_slots
 from hstu.parallel.dynamic.content import Sightings, TableContent, best, merged, owners
@@ -155,4 +156,10 @@ def _slots(spec: TableSpec, capacity: int, device: torch.device) -> SlotTable:
             return CpuSlots(capacity, policy, threshold)
         except KernelsUnavailable as reason:
             log.warning("table %s: PyTorch looks up its ids, there are no C++ kernels: %s", spec.name, reason)
+    elif device.type == "cuda":
+        if (gap := triton_gap(device)) is None:
+            from hstu.parallel.dynamic.triton_slots import TritonSlots  # Triton may not be installed elsewhere
+
+            return TritonSlots(capacity, policy, threshold, str(device))
+        log.warning("table %s: PyTorch looks up its ids, Triton cannot: %s", spec.name, gap)
     return TorchSlots(capacity, policy, threshold, str(device))

@@ -29,7 +29,7 @@ class TritonSlots(TorchSlots):
 
     def _rebuild(self) -> None:
         self._index.clear()
-        self._index.insert(self.ids[: self.size].contiguous(), torch.arange(self.size, device=self.ids.device))
+        self._index.insert(self.ids[: self.size], torch.arange(self.size, device=self.ids.device))
 
     def _replace(self, old_ids: Tensor, old_slots: Tensor, new_ids: Tensor, new_slots: Tensor) -> None:
         if self._index.has_room(len(new_ids)):

@@ -33,6 +33,7 @@ MAIN = {
     "add_positions 0 [T, 1024], float32": 90,
     "pool_softmax_loss 0 [M, 64], float32": 80,
     "sampled_softmax_loss 0 [M, 64], float32": 90,
+    "slots 0 lfu": 90,
 }
 
 

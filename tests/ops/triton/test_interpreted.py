@@ -13,7 +13,7 @@ import pytest
 from tests.ops.backends import INTERPRETED
 
 ROOT = Path(__file__).parents[3]
-SHARED = ("tests/ops/test_kernels.py", "tests/ops/triton")
+SHARED = ("tests/ops/test_kernels.py", "tests/ops/triton", "tests/parallel/dynamic/test_triton_slots.py")
 
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="this is that process")

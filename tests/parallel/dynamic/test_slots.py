@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hstu.config.args import DynamicEmbeddingArgs
 from hstu.data.hashing import splitmix64
+from hstu.model.embedding import TableSpec
 from hstu.ops.cpu.build import KernelsUnavailable
-from hstu.parallel.dynamic import check
+from hstu.parallel.dynamic import check, table
 from hstu.parallel.dynamic.cpu_slots import CpuSlots
 from hstu.parallel.dynamic.hashing import mix, unmix
 from hstu.parallel.dynamic.slots import NO_SLOT, Policy, SlotTable, counts_of, steps_of
@@ -32,7 +34,7 @@ def assert_holds(table: SlotTable, model: DictionaryTable) -> None:
     counts, steps = counts_of(table.policy, scores), steps_of(table.policy, scores)
     held = {id_: list(pair) for id_, *pair in zip(ids.tolist(), counts.tolist(), steps.tolist(), strict=True)}
     assert held == model.held
-    assert torch.equal(table.lookup(ids), torch.arange(len(ids)))
+    assert table.lookup(ids).tolist() == list(range(len(ids)))
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
@@ -153,6 +155,24 @@ def test_compiled_slots_are_not_used_where_they_differ(tmp_path: Path, monkeypat
     with pytest.raises(KernelsUnavailable, match="slots of dynamic tables"):
         check.check_slots()
     assert not passed.exists()
+
+
+def test_a_gpu_is_served_by_triton_and_where_that_cannot_run_by_pytorch_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    dynamic = DynamicEmbeddingArgs(
+        feature_names=["item"], table_name="item", item_vocab_size_or_capacity=9, evict_strategy="lfu"
+    )
+    spec = TableSpec("item", 10, 4, ("item",), False, "row_wise", 1.0, dynamic)
+    monkeypatch.setattr("hstu.parallel.dynamic.triton_slots.TritonSlots", lambda *made: ("Triton", *made))
+    monkeypatch.setattr(table, "TorchSlots", lambda *made: ("PyTorch", *made))
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(table, "triton_gap", lambda device: None)
+    assert table._slots(spec, 9, gpu) == ("Triton", 9, "lfu", 0, "cuda:0") and not caplog.records
+    monkeypatch.setattr(table, "triton_gap", lambda device: "the driver is too old")
+    assert table._slots(spec, 9, gpu) == ("PyTorch", 9, "lfu", 0, "cuda:0")
+    assert "table item: PyTorch looks up its ids, Triton cannot: the driver is too old" in caplog.text
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1))

@@ -139,6 +139,23 @@ def test_the_layer_and_the_jagged_operators_report(monkeypatch: pytest.MonkeyPat
     assert len(variants(written["tokens"])) == 3
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the whole step runs where the GPU is")
+def test_dynamic_tables_report_beside_static_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written = report(monkeypatch, tmp_path, "dynamic_gpu", "--rows", "3000", "--lookups", "1024")
+    slots = {(row["variant"], row["stream"]) for row in written["slots"]}
+    assert slots == {
+        (f"{kind} {policy}", stream)
+        for kind in ("C++", "PyTorch")
+        for policy in ("lru", "lfu")
+        for stream in ("fits, lookup only", "fits", "evicts")
+    }
+    train = {(row["variant"], row["stream"]): row for row in written["train"]}
+    assert len(train) == 7 * 2 and all(row["times_baseline"] > 0 < row["mega_ids_s"] for row in train.values())
+    assert train["static TBE", "fits"]["times_baseline"] == 1
+    assert train["dynamic lru", "fits"]["hit_rate"] == 1 and not train["dynamic lru", "fits"]["evictions_a_batch"]
+    assert train["dynamic lru", "evicts"]["hit_rate"] < 1 and train["dynamic lru", "evicts"]["evictions_a_batch"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["attention", "--device", "cuda"])

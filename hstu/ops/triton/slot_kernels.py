@@ -109,7 +109,7 @@ def insert_slots(ids, slots, index, num_ids, last, shift, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_ids", "last", "shift"])
 def erase_slots(ids, slots, index, num_ids, last, shift, BLOCK: tl.constexpr):
-    """Forget that slots[i] is where ids[i] is looked for; they are distinct and in the index. Grid: (blocks of ids,)."""
+    """Forget slots[i], which is where ids[i] is looked for; both distinct, in the index. Grid: (blocks of ids,)."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     searching = places < num_ids
     entry = home_of(tl.load(ids + places, mask=searching, other=0), shift)

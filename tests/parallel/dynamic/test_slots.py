@@ -15,7 +15,8 @@ from hstu.config.args import DynamicEmbeddingArgs
 from hstu.data.hashing import splitmix64
 from hstu.model.embedding import TableSpec
 from hstu.ops.cpu.build import KernelsUnavailable
-from hstu.parallel.dynamic import check, table
+from hstu.parallel.dynamic import check
+from hstu.parallel.dynamic import table as dynamic_table
 from hstu.parallel.dynamic.cpu_slots import CpuSlots
 from hstu.parallel.dynamic.hashing import mix, unmix
 from hstu.parallel.dynamic.slots import NO_SLOT, Policy, SlotTable, counts_of, steps_of
@@ -166,12 +167,12 @@ def test_a_gpu_is_served_by_triton_and_where_that_cannot_run_by_pytorch_with_a_w
     )
     spec = TableSpec("item", 10, 4, ("item",), False, "row_wise", 1.0, dynamic)
     monkeypatch.setattr("hstu.parallel.dynamic.triton_slots.TritonSlots", lambda *made: ("Triton", *made))
-    monkeypatch.setattr(table, "TorchSlots", lambda *made: ("PyTorch", *made))
+    monkeypatch.setattr(dynamic_table, "TorchSlots", lambda *made: ("PyTorch", *made))
     gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(table, "triton_gap", lambda device: None)
-    assert table._slots(spec, 9, gpu) == ("Triton", 9, "lfu", 0, "cuda:0") and not caplog.records
-    monkeypatch.setattr(table, "triton_gap", lambda device: "the driver is too old")
-    assert table._slots(spec, 9, gpu) == ("PyTorch", 9, "lfu", 0, "cuda:0")
+    monkeypatch.setattr(dynamic_table, "triton_gap", lambda device: None)
+    assert dynamic_table._slots(spec, 9, gpu) == ("Triton", 9, "lfu", 0, "cuda:0") and not caplog.records
+    monkeypatch.setattr(dynamic_table, "triton_gap", lambda device: "the driver is too old")
+    assert dynamic_table._slots(spec, 9, gpu) == ("PyTorch", 9, "lfu", 0, "cuda:0")
     assert "table item: PyTorch looks up its ids, Triton cannot: the driver is too old" in caplog.text
 
 

@@ -1,0 +1,259 @@
+"""Dynamic tables beside FBGEMM's static tables on one device: ids to slots alone, and whole training steps.
+
+    python scripts/bench/dynamic_gpu.py [--device cuda] [--output docs/benchmarks/dynamic/gpu.json]
+
+Batches of Zipf-distributed ids, of two streams: in "fits" all have a row from the start, in "evicts" there are several
+ids a row. Static tables have as many rows, and the ids hashed into them. A training step is exchange (of one rank),
+rows for ids, lookup, backward with rowwise_adagrad. "cached": a table in host memory with a cache of GPU memory in
+front; "split": rows in both memories. All take their turn in every round; wall clock, from and to an idle device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
+
+from dynamic_cpu import SCATTER, zipf
+from timing import WARM_UP, Row, begin, finish, parser
+
+from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs
+from hstu.data.batch import keyed_jagged
+from hstu.data.hashing import hash_ids
+from hstu.model.embedding import table_specs
+from hstu.model.gr_model import GRModel
+from hstu.observe.logging import quiet_libraries
+from hstu.ops.backends import triton_gap
+from hstu.parallel import mesh as meshes
+from hstu.parallel.dynamic.cpu_slots import CpuSlots
+from hstu.parallel.dynamic.slots import Policy, SlotTable, score
+from hstu.parallel.dynamic.table import DynamicTable
+from hstu.parallel.dynamic.torch_slots import TorchSlots
+from hstu.parallel.embedding import dynamic_tables, shard
+
+LEARNING_RATE = 0.01
+POLICIES: tuple[Policy, ...] = ("lru", "lfu")
+BASELINE = "static TBE"
+SIZES = {"cpu": (4096, 4096, 8), "cuda": (10_000_000, 1 << 20, 128)}
+"""Rows, lookups and columns on a device, unless given."""
+Step = Callable[[int], object]
+"""Takes the number of the batch."""
+
+
+class Stream:
+    """Batches of Zipf-distributed ids on the device, raw and hashed into as many rows: one a round."""
+
+    def __init__(self, distinct: int, options: argparse.Namespace, device: torch.device) -> None:
+        bounds = argparse.Namespace(alpha=options.alpha, distinct=distinct)
+        rng = np.random.default_rng(distinct)
+        drawn = [zipf(rng, options.lookups, bounds) for _ in range(WARM_UP + options.rounds)]
+        lengths = np.full(len(drawn[0]) // options.sequence_length, options.sequence_length)
+        self.offsets = torch.arange(len(lengths) + 1, device=device) * options.sequence_length
+        self.ids = [torch.from_numpy(ids).to(device) for ids in drawn]
+        self.raw = [keyed_jagged({"item": ids}, {"item": lengths}).to(device) for ids in drawn]
+        rows = [hash_ids(ids, options.rows) for ids in drawn]
+        self.hashed = [keyed_jagged({"item": ids}, {"item": lengths}).to(device) for ids in rows]
+
+
+def fill(slots: SlotTable) -> None:
+    """Every id of the stream that fits has a slot, as if it had occurred once in a first batch."""
+    ids = torch.from_numpy((np.arange(1, slots.capacity, dtype=np.uint64) * np.uint64(SCATTER)).view(np.int64))
+    ids = ids.to(slots.ids.device)
+    slots.restore(ids, score(slots.policy, torch.ones_like(ids), 1))
+
+
+def milliseconds(steps: Mapping[str, Step], device: torch.device, rounds: int) -> dict[str, Row]:
+    """Median and fastest of each; all take their turn in every round."""
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(WARM_UP + rounds):
+        for name, step in steps.items():
+            begun = wait()
+            step(number)
+            times[name].append((wait() - begun) * 1e3)
+    counted = {name: of[WARM_UP:] for name, of in times.items()}
+    return {
+        name: {"ms": round(statistics.median(of), 3), "fastest_ms": round(min(of), 3)} for name, of in counted.items()
+    }
+
+
+def rows_of(steps: Mapping[str, Step], stream: str, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """What a report says of each."""
+    for name, row in milliseconds(steps, device, options.rounds).items():
+        yield {"stream": stream, "variant": name, **row, "mega_ids_s": round(options.lookups / row["ms"] / 1e3, 2)}
+
+
+def slot_kinds(options: argparse.Namespace, device: torch.device) -> dict[str, Callable[[Policy], SlotTable]]:
+    """The implementations that run here. Raises RuntimeError where Triton does not on a GPU."""
+    kinds: dict[str, Callable[[Policy], SlotTable]] = {
+        "PyTorch": lambda policy: TorchSlots(options.rows, policy, device=str(device))
+    }
+    if device.type != "cuda":
+        return {"C++": lambda policy: CpuSlots(options.rows, policy), **kinds}
+    if (gap := triton_gap(device)) is not None:
+        raise RuntimeError(f"Triton cannot run here: {gap}")
+    from hstu.parallel.dynamic.triton_slots import TritonSlots
+
+    return {"Triton": lambda policy: TritonSlots(options.rows, policy, device=str(device)), **kinds}
+
+
+def look_up(table: SlotTable, stream: Stream, number: int) -> None:
+    """A batch in which no id gets a slot."""
+    table.lookup(stream.ids[number])
+
+
+def assign(table: SlotTable, stream: Stream, first_step: int, number: int) -> None:
+    """A training batch."""
+    table.assign(stream.ids[number], first_step + number)
+
+
+def slots_report(streams: Mapping[str, Stream], options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Ids to slots, without rows: looking up, and training on either stream."""
+    kinds = slot_kinds(options, device)
+    tables = {f"{kind} {policy}": make(policy) for kind, make in kinds.items() for policy in POLICIES}
+    for table in tables.values():
+        fill(table)
+    looked_up = {name: partial(look_up, table, streams["fits"]) for name, table in tables.items()}
+    yield from rows_of(looked_up, "fits, lookup only", options, device)
+    first_step = 2
+    for name, stream in streams.items():
+        assigned = {kind: partial(assign, table, stream, first_step) for kind, table in tables.items()}
+        yield from rows_of(assigned, name, options, device)
+        first_step += len(stream.ids)
+
+
+class StaticTable:
+    """FBGEMM's table-batched embedding by itself."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device, cached: bool) -> None:
+        on_gpu = device.type == "cuda"
+        fast = EmbeddingLocation.MANAGED_CACHING if cached else EmbeddingLocation.DEVICE
+        location = fast if on_gpu else EmbeddingLocation.HOST
+        self.table = SplitTableBatchedEmbeddingBagsCodegen(
+            [(options.rows, options.dim, location, ComputeDevice.CUDA if on_gpu else ComputeDevice.CPU)],
+            cache_load_factor=options.cached,
+            optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+            learning_rate=LEARNING_RATE,
+            pooling_mode=PoolingMode.NONE,
+            bounds_check_mode=BoundsCheckMode.FATAL,
+        )
+        for weight in self.table.split_embedding_weights():
+            weight.zero_()
+
+    def train(self, stream: Stream, grad: Tensor, number: int) -> None:
+        """A step."""
+        self.table(stream.hashed[number].values(), stream.offsets).backward(grad)
+
+
+class ShardedTable:
+    """A table as the trainer has it, static or dynamic."""
+
+    def __init__(self, options: argparse.Namespace, mesh: meshes.Mesh, **dynamic: Any) -> None:
+        """``dynamic``: options of DynamicEmbeddingArgs, for a dynamic table."""
+        common = {"feature_names": ["item"], "table_name": "item", "item_vocab_size_or_capacity": options.rows}
+        self.is_dynamic = bool(dynamic)
+        args: EmbeddingArgs = EmbeddingArgs(**common, sharding_type="model_parallel", sharding="row_wise")
+        if dynamic:
+            args = DynamicEmbeddingArgs(**common, **dynamic)
+        network = NetworkArgs(num_layers=1, hidden_size=options.dim, num_attention_heads=1, kv_channels=4)
+        specs = table_specs([args], network, [], "item", world_size=mesh.world_size)
+        optimizer = OptimizerArgs(optimizer_str="rowwise_adagrad", learning_rate=LEARNING_RATE)
+        config: Any = SimpleNamespace(optimizer=optimizer, trainer=SimpleNamespace(seed=1))
+        self.model, self.optimizer = shard(GRModel(specs, nn.Identity(), ["item"], "item", seed=1), config, mesh)
+        for table in self.dynamic():
+            fill(table.slots)
+            table.step = 1
+
+    def dynamic(self) -> Sequence[DynamicTable]:
+        """The dynamic table, if it is one."""
+        return list(dynamic_tables(self.model).values())
+
+    def train(self, stream: Stream, grad: Tensor, number: int) -> None:
+        """A step."""
+        features: KeyedJaggedTensor = (stream.raw if self.is_dynamic else stream.hashed)[number]
+        self.optimizer.zero_grad()
+        self.model.embedding[0](features)["item"].values().backward(grad)
+        self.optimizer.step()
+
+
+def train_report(streams: Mapping[str, Stream], options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Whole tables, in times of FBGEMM's with all rows in GPU memory."""
+    mesh = meshes.start()
+    part = {"evict_strategy": "lru", "item_vocab_gpu_capacity_ratio": options.cached}
+    tables: dict[str, StaticTable | ShardedTable] = {
+        BASELINE: StaticTable(options, device, cached=False),
+        "static TBE, cached": StaticTable(options, device, cached=True),
+        "static, sharded": ShardedTable(options, mesh),
+        **{f"dynamic {policy}": ShardedTable(options, mesh, evict_strategy=policy) for policy in POLICIES},
+        "dynamic lru, cached": ShardedTable(options, mesh, **part, caching=True),
+        "dynamic lru, split": ShardedTable(options, mesh, **part, caching=False),
+    }
+    grad = torch.randn(options.lookups, options.dim, device=device) * 1e-3
+    for stream_name, stream in streams.items():
+        steps = {name: partial(table.train, stream, grad) for name, table in tables.items()}
+        for row in (rows := list(rows_of(steps, stream_name, options, device))):
+            row["times_baseline"] = round(row["ms"] / rows[0]["ms"], 3)
+            table = tables[row["variant"]]
+            for dynamic in table.dynamic() if isinstance(table, ShardedTable) else ():
+                row["hit_rate"] = round(dynamic.counters.hits / dynamic.counters.lookups, 4)
+                row["evictions_a_batch"] = dynamic.counters.evictions // len(stream.ids)
+                dynamic.counters = type(dynamic.counters)()
+        yield from rows
+    meshes.finish()
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    add = (commands := parser(__doc__)).add_argument
+    add("--rows", type=int, help="10 M on a GPU")
+    add("--lookups", type=int, help="a batch; 1,048,576 on a GPU")
+    add("--dim", type=int, help="columns; 128 on a GPU")
+    add("--sequence-length", type=int, default=256, help="a batch is sequences of this length")
+    add("--alpha", type=float, default=1.05, help="of Zipf's distribution")
+    add("--pressure", type=int, default=5, help="distinct ids a row in the stream that evicts")
+    add("--cached", type=float, default=0.1, help="share of the rows in GPU memory, of tables that lie in both")
+    options = commands.parse_args(argv)
+    for name, size in zip(("rows", "lookups", "dim"), SIZES[options.device], strict=True):
+        if getattr(options, name) is None:
+            setattr(options, name, size)
+    options.lookups -= options.lookups % options.sequence_length
+    return options
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse()
+    quiet_libraries()
+    device, report = begin(options)
+    streams = {
+        "fits": Stream(options.rows, options, device),
+        "evicts": Stream(options.rows * options.pressure, options, device),
+    }
+    sizes = {name: getattr(options, name) for name in ("rows", "lookups", "dim", "alpha", "pressure", "cached")}
+    slots = list(slots_report(streams, options, device))
+    finish(report | sizes | {"slots": slots, "train": list(train_report(streams, options, device))}, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -53,7 +53,7 @@ def test_streams_leave_what_they_leave_in_a_dictionary(
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 def test_long_streams_equal_those_of_pytorch_bit_for_bit_and_go_on_from_a_checkpoint(policy: Policy) -> None:
-    """Long enough for the index to be rebuilt several times; on a GPU with a hundred programs at once."""
+    """Long enough for the index to be rebuilt; on a GPU with a hundred programs at once."""
     capacity, batch, steps = (20, 60, 20) if INTERPRETED else (5000, 20_000, 60)
     rng = np.random.default_rng(0)
     ours, oracle = TritonSlots(capacity, policy, 2, str(DEVICE)), TorchSlots(capacity, policy, 2)

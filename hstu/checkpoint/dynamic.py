@@ -59,7 +59,7 @@ def dynamic_problems(
             problems.append(f"dynamic table {name}: the vocabulary has changed, and which id is which cannot be told")
         if stored[name].rows.shape[1] != table.spec.dim:
             problems.append(f"dynamic table {name} is {stored[name].rows.shape[1]} wide there, {table.spec.dim} here")
-        missing = [state for state in table.states if with_states and state not in stored[name].states]
+        missing = [state for state in table.rows.no_states(0) if with_states and state not in stored[name].states]
         problems += [f"the state {state} of dynamic table {name} is not in the checkpoint" for state in missing]
     return problems
 
@@ -159,11 +159,6 @@ def _recoded(part: TableContent, moved: MovedRows) -> TableContent:
 
 def _with_states_of(part: TableContent, table: DynamicTable, keep: bool) -> TableContent:
     """The states that the table has: those of the part, or zeros."""
-    states = {}
-    for name, state in table.states.items():
-        if keep and name in part.states:
-            states[name] = part.states[name]
-        else:
-            shape = (len(part.ids), table.spec.dim) if state.dim() > 1 else (len(part.ids),)
-            states[name] = torch.zeros(shape, dtype=state.dtype)
+    stored = part.states if keep else {}
+    states = {name: stored.get(name, zeros) for name, zeros in table.rows.no_states(len(part.ids)).items()}
     return dataclasses.replace(part, states=states)

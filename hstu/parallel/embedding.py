@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
@@ -23,6 +24,8 @@ from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
 from hstu.parallel.dynamic.budget import MemoryPlan, plan_memory
 from hstu.parallel.dynamic.collection import DynamicLookups, DynamicSharder
+from hstu.parallel.dynamic.rows import Part, Rows
+from hstu.parallel.dynamic.split import in_parts, part_names, table_of
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.progress import Progress
@@ -60,9 +63,10 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
     row_sparse = is_row_sparse(args, mesh.device.type)
     sharders = table_sharders(args, mesh.device.type, model.specs)
     if len(model.embedding):
-        memory = {spec.name: plan_memory(spec, table_optimizer_name(args)) for spec in model.specs if spec.dynamic}
+        memory = memory_plans(model.specs, args, mesh.world_size)
         for name, of_table in memory.items():
             log.info("dynamic table %s: %s", name, of_table.describe(mesh.device.type))
+        model.embedding = in_parts(model.embedding, memory)
         plan = _plan(model, sharders, mesh, memory)
         if row_sparse:  # the planner refuses what RowSparseSharder makes: gradients that leave the lookup
             for table in _planned_tables(plan):
@@ -85,6 +89,12 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
         optimizer = FusedTables(table_optimizer_name(args), collections, learning_rate)
     _open_dynamic_tables(model, optimizer, config.trainer.seed)
     return model, optimizer
+
+
+def memory_plans(specs: Sequence[TableSpec], args: OptimizerArgs, world_size: int) -> dict[str, MemoryPlan]:
+    """Where the rows of the dynamic tables of ``specs`` lie, by table."""
+    optimizer = table_optimizer_name(args)
+    return {spec.name: plan_memory(spec, optimizer, world_size) for spec in specs if spec.dynamic is not None}
 
 
 def table_optimizer_name(args: OptimizerArgs) -> str:
@@ -135,17 +145,21 @@ def _open_dynamic_tables(model: GRModel, optimizer: TableOptimizer, seed: int) -
     weights = sharded_weights(model)
     for collection in sharded_collections(model):
         if isinstance(collection, DynamicLookups):
-            specs = {spec.name: spec for spec in collection.specs.values() if spec.name in collection.embeddings}
+            parts: dict[str, list[Part]] = {}
+            for part in collection.embeddings:
+                of_part = {state: _local(states[f"{part}.{state}"]) for state in optimizer.states}
+                parts.setdefault(table_of(part), []).append(Part(_local(weights[part]), of_part))
+            specs = {spec.name: spec for spec in collection.specs.values()}
             collection.tables = {
-                name: DynamicTable(
-                    spec,
-                    seed,
-                    weights[name].local_shards()[0].tensor,
-                    {state: states[f"{name}.{state}"].local_shards()[0].tensor for state in optimizer.states},
-                    collection.write_back,
-                )
-                for name, spec in specs.items()
+                name: DynamicTable(specs[name], seed, Rows(of_table, specs[name].dim))
+                for name, of_table in parts.items()
             }
+
+
+def _local(tensor: ShardedTensor) -> Tensor:
+    """This rank's share of a tensor that is cut by rows."""
+    local: Tensor = tensor.local_shards()[0].tensor
+    return local
 
 
 @torch.no_grad()
@@ -159,7 +173,7 @@ def write_initial_rows(model: GRModel, seed: int, progress: Progress) -> None:
         for local in weight.local_shards():
             (first_row, first_col), (rows, cols) = local.metadata.shard_offsets, local.metadata.shard_sizes
             local.tensor.zero_()  # columns beyond spec.dim stay zero
-            if specs[table].dynamic is not None:
+            if table not in specs or specs[table].dynamic is not None:  # a part of one that is split; a whole one
                 continue
             for row, block in initial_row_blocks(specs[table], seed, first_row, first_row + rows):
                 progress.alive()
@@ -191,15 +205,19 @@ def table_planner(
 ) -> EmbeddingShardingPlanner:
     """TorchRec's planner for the tables of ``specs`` that are not replicated. It needs no process group to plan.
 
-    ``memory``: where the rows of dynamic tables lie, which matters on GPUs.
+    ``memory``: where the rows of dynamic tables lie, which matters on GPUs; their collections are ``in_parts``.
     """
-    on_gpu = memory if device_type == "cuda" else {}
-    return EmbeddingShardingPlanner(
-        topology=Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device_type),
-        constraints={
-            spec.name: _constraints(spec, world_size, on_gpu.get(spec.name)) for spec in specs if not spec.replicated
-        },
-    )
+    topology = Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device_type)
+    constraints: dict[str, ParameterConstraints] = {}
+    for spec in specs:
+        if spec.name in memory:
+            plan = memory[spec.name]
+            kernels = plan.kernels if device_type == "cuda" else [EmbeddingComputeKernel.FUSED] * len(plan.kernels)
+            for part, kernel in zip(part_names(spec.name, plan), kernels, strict=True):
+                constraints[part] = _constraints(spec, world_size, kernel, plan.cached_share)
+        elif not spec.replicated:
+            constraints[spec.name] = _constraints(spec, world_size)
+    return EmbeddingShardingPlanner(topology=topology, constraints=constraints)
 
 
 def _plan(
@@ -211,16 +229,18 @@ def _plan(
     return plan
 
 
-def _constraints(spec: TableSpec, world_size: int, memory: MemoryPlan | None) -> ParameterConstraints:
-    kernel = EmbeddingComputeKernel.FUSED if memory is None else memory.kernel
-    cache = None
-    if memory is not None and kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING:
-        cache = CacheParams(load_factor=memory.cached_share)
+def _constraints(
+    spec: TableSpec,
+    world_size: int,
+    kernel: EmbeddingComputeKernel = EmbeddingComputeKernel.FUSED,
+    cached_share: float = 0,
+) -> ParameterConstraints:
+    cached = kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING
     return ParameterConstraints(
         sharding_types=_sharding_types(spec, world_size),
         compute_kernels=[kernel.value],
         min_partition=_column_shard_width(spec.stored_dim, world_size),
-        cache_params=cache,
+        cache_params=CacheParams(load_factor=cached_share) if cached else None,
     )
 
 

@@ -76,7 +76,7 @@ def rows_by_id(model: GRModel, mesh: mesh_module.Mesh) -> dict[str, dict[int, li
         args, ids = table.spec.dynamic, table.slots.content()[0]
         assert args is not None and (owners(ids, args, table.slots.capacity, mesh.world_size) == mesh.rank).all()
     own = {
-        name: dict(zip(ids.tolist(), table.weight[: len(ids), : table.spec.dim].tolist(), strict=True))
+        name: dict(zip(ids.tolist(), table.rows.first(len(ids))[0].tolist(), strict=True))
         for name, table in dynamic_tables(model).items()
         for ids in [table.slots.content()[0]]
     }
@@ -153,7 +153,9 @@ def in_pipeline(mesh: mesh_module.Mesh, pipeline: str, optimizer: str, **options
                 evaluate(model)
     counters = {name: vars(table.counters) for name, table in dynamic_tables(model).items()}
     rows = {name: {str(id_): row for id_, row in rows.items()} for name, rows in rows_by_id(model, mesh).items()}
-    return {"losses": losses, "rows": rows, "counters": counters, "fresh": fresh_slots(model, optimizers)}
+    parts = [len(table.rows.parts) for table in dynamic_tables(model).values()]
+    fresh = fresh_slots(model, optimizers)
+    return {"losses": losses, "rows": rows, "counters": counters, "fresh": fresh, "parts": parts}
 
 
 def evaluate(model: GRModel) -> torch.Tensor:
@@ -167,17 +169,15 @@ def evaluate(model: GRModel) -> torch.Tensor:
 
 def fresh_slots(model: GRModel, optimizers: Optimizers) -> list[bool]:
     """Whether ids that come in now get their initial rows and no optimizer state, in slots that others had."""
-    states = optimizers.tables.state_tensors()
     results = []
     for name, table in dynamic_tables(model).items():
         ids = torch.arange(1000, 1003)
         slots = table.train(ids.repeat(100))[: len(ids)]  # often enough for lfu
         expected = initial_rows(ids, table.spec.dim, table.spec.init_std, table_key(7, name))
-        results.append(bool((slots != table.default_slot).all()) and torch.equal(table.weight[slots], expected))
-        for key, state in states.items():
-            if key.startswith(name):
-                local = state.local_shards()[0].tensor
-                results.append(bool(local.any()) and not bool(local[slots].any()))
+        rows, states = table.rows.first(len(table.rows))
+        results.append(bool((slots != table.default_slot).all()) and torch.equal(rows[slots], expected))
+        assert len(states) == len(optimizers.tables.states)
+        results += [bool(state.any()) and not bool(state[slots].any()) for state in states.values()]
     return results
 
 
@@ -209,9 +209,12 @@ CHECKPOINTED: dict[str, dict[str, Any]] = {
 }
 
 
-def new_state(mesh: mesh_module.Mesh, case: dict[str, Any], capacity: int) -> TrainState:
+def new_state(
+    mesh: mesh_module.Mesh, case: dict[str, Any], capacity: int, in_gpu_memory: float | None = None
+) -> TrainState:
     options = dict(case)
-    dynamic = {"item": options.pop("item") | {"item_vocab_size_or_capacity": capacity}}
+    size = {"item_vocab_size_or_capacity": capacity, "item_vocab_gpu_capacity": in_gpu_memory}
+    dynamic = {"item": options.pop("item") | size}
     model, optimizers = build(make_config(dynamic=dynamic, **options), mesh)
     return TrainState(model, optimizers)
 
@@ -243,12 +246,17 @@ def save_and_go_on(directory: str) -> dict[str, Any]:
     return results
 
 
-def load_and_go_on(directory: str, save_to: str | None = None, capacity: int = 4 * ITEMS) -> dict[str, Any]:
-    """The steps after the checkpoint, on these ranks. ``save_to``: another checkpoint, before them."""
+def load_and_go_on(
+    directory: str, save_to: str | None = None, capacity: int = 4 * ITEMS, in_gpu_memory: float | None = None
+) -> dict[str, Any]:
+    """The steps after the checkpoint, on these ranks. ``save_to``: another checkpoint, before them.
+
+    ``in_gpu_memory``: rows of each table, which then is split.
+    """
     mesh = mesh_module.start(timeout_s=60)
     results = {}
     for name, case in CHECKPOINTED.items():
-        state = new_state(mesh, case, capacity)
+        state = new_state(mesh, case, capacity, in_gpu_memory)
         load(Path(directory) / name / "iteration_00000000", state, mesh)
         held = {str(id_): row for id_, row in rows_by_id(state.model, mesh)["item_table"].items()}
         if save_to is not None:

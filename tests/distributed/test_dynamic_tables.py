@@ -13,6 +13,8 @@ from tests.distributed.tensor_cases import write_store
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 PIPELINES = ("none", "native", "prefetch")
 PRESSED = {"lru": {}, "lfu": {"evict_strategy": "lfu"}, "hashed": {"dist_type": "hash_roundrobin"}}
+BUDGET = {"item_vocab_gpu_capacity": 5.0}
+"""Of 12 rows."""
 CASES: dict[str, dict[str, Any]] = {
     **{f"static/{name}": {"call": "beside_static", "optimizer": name} for name in OPTIMIZERS},
     **{
@@ -27,6 +29,10 @@ CASES: dict[str, dict[str, Any]] = {
     **{
         f"none/{name}": {"call": "in_pipeline", "pipeline": "none", "optimizer": "adagrad", **options}
         for name, options in PRESSED.items()
+    },
+    **{
+        f"split/{pipeline}/{name}": {"call": "in_pipeline", "pipeline": pipeline, "optimizer": name, **BUDGET}
+        for pipeline, name in [("native", "rowwise_adagrad"), ("prefetch", "adam")]
     },
     **{f"looked at/{name}": {"call": "looked_at", "optimizer": name} for name in ("sgd", "adam")},
 }
@@ -55,6 +61,14 @@ def test_pipelines_give_ids_their_rows_in_the_order_of_the_steps(results: Any, o
     for of_rank in results:
         runs = [of_rank[f"{pipeline}/{optimizer}"] for pipeline in PIPELINES]
         assert runs[0] == runs[1] == runs[2]
+
+
+@pytest.mark.parametrize("case", cases("split/"))
+def test_a_table_in_two_parts_is_trained_as_one_that_lies_in_one_piece_exactly(results: Any, case: str) -> None:
+    for of_rank in results:
+        split, whole = of_rank[case], of_rank[f"none/{case.rpartition('/')[2]}"]
+        assert (split["parts"], whole["parts"]) == ([1, 2], [1, 1])
+        assert split | {"parts": None} == whole | {"parts": None}
 
 
 @pytest.mark.parametrize("case", [*cases("none/"), "native/adam"])
@@ -101,7 +115,8 @@ def test_a_checkpoint_goes_on_with_equal_losses_on_two_then_four_then_one_rank(t
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     here = "tests.distributed.dynamic_cases"
     original = run_ranks(f"{here}:save_and_go_on", 2, timeout_s=60, directory=first)[0]
-    on_four = run_ranks(f"{here}:load_and_go_on", 4, timeout_s=60, directory=first, save_to=second)[0]
+    split = {"save_to": second, "in_gpu_memory": 9.0}  # a checkpoint does not know whether a table was
+    on_four = run_ranks(f"{here}:load_and_go_on", 4, timeout_s=60, directory=first, **split)[0]
     on_one = run_ranks(f"{here}:load_and_go_on", 1, timeout_s=60, directory=second)[0]
     too_small = run_ranks(f"{here}:load_and_go_on", 1, timeout_s=60, directory=first, capacity=9)[0]
     for case, expected in original.items():

@@ -25,6 +25,7 @@ class MemoryPlan:
     """The memory of one dynamic table, over all ranks."""
 
     rows: int
+    ranks: int
     row_bytes: int
     """With the states of the optimizer."""
     budget_bytes: int
@@ -40,17 +41,20 @@ class MemoryPlan:
         return min(self.rows, self.budget_bytes // self.row_bytes)
 
     @property
-    def kernel(self) -> EmbeddingComputeKernel:
-        """What TorchRec runs on a GPU.
-
-        FBGEMM cannot split one table between the two memories: without ``caching`` a table beyond its budget is read
-        from host memory, and the budget stays unused.
-        """
+    def kernels(self) -> tuple[EmbeddingComputeKernel, ...]:
+        """What TorchRec runs on a GPU for the table, or for each of the two parts of a table that is split."""
         if self.gpu_rows == self.rows:
-            return EmbeddingComputeKernel.FUSED
+            return (EmbeddingComputeKernel.FUSED,)
         if self.caching and self.gpu_rows:
-            return EmbeddingComputeKernel.FUSED_UVM_CACHING
-        return EmbeddingComputeKernel.FUSED_UVM
+            return (EmbeddingComputeKernel.FUSED_UVM_CACHING,)
+        if self.gpu_rows // self.ranks:
+            return (EmbeddingComputeKernel.FUSED, EmbeddingComputeKernel.FUSED_UVM)
+        return (EmbeddingComputeKernel.FUSED_UVM,)
+
+    @property
+    def split_at(self) -> int | None:
+        """The rows of a rank that lie in GPU memory where the table is split; else None."""
+        return self.gpu_rows // self.ranks if len(self.kernels) == 2 else None
 
     @property
     def cached_share(self) -> float:
@@ -60,19 +64,22 @@ class MemoryPlan:
     def describe(self, device_type: str) -> str:
         """For the log."""
         whole, budget = (f"{amount / 2**20:,.1f} MiB" for amount in (self.rows * self.row_bytes, self.budget_bytes))
-        where = {
-            EmbeddingComputeKernel.FUSED: "all in GPU memory",
-            EmbeddingComputeKernel.FUSED_UVM_CACHING: f"in host memory, {self.gpu_rows:,} rows cached in GPU memory",
-            EmbeddingComputeKernel.FUSED_UVM: "in host memory",
-        }[self.kernel]
+        if self.split_at is not None:
+            where = f"{self.split_at * self.ranks:,} rows in GPU memory, the others in host memory"
+        else:
+            where = {
+                EmbeddingComputeKernel.FUSED: "all in GPU memory",
+                EmbeddingComputeKernel.FUSED_UVM_CACHING: f"in host memory, {self.gpu_rows:,} rows cached in GPU memory",
+                EmbeddingComputeKernel.FUSED_UVM: "in host memory",
+            }[self.kernels[0]]
         if device_type == "cpu":
             where = f"all in host memory (on GPUs: {where})"
         given = f"{budget} of GPU memory by {self.given_by}"
         return f"{self.rows:,} rows of {self.row_bytes:,} bytes with their states, {whole}; {given}: {where}"
 
 
-def plan_memory(spec: TableSpec, optimizer: str) -> MemoryPlan:
-    """The plan of a dynamic table that is trained by ``optimizer`` (OptimizerArgs)."""
+def plan_memory(spec: TableSpec, optimizer: str, ranks: int) -> MemoryPlan:
+    """The plan of a dynamic table that ``ranks`` share and ``optimizer`` (OptimizerArgs) trains."""
     args = spec.dynamic
     assert args is not None
     capacity = args.item_vocab_size_or_capacity
@@ -86,4 +93,4 @@ def plan_memory(spec: TableSpec, optimizer: str) -> MemoryPlan:
         given_by, budget = "item_vocab_gpu_capacity_ratio", rows * row_bytes
     else:
         given_by, budget = "default", capacity * row_bytes
-    return MemoryPlan(capacity, row_bytes, budget, given_by, args.caching)
+    return MemoryPlan(capacity, ranks, row_bytes, budget, given_by, args.caching)

@@ -19,13 +19,15 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBat
 from torch import Tensor
 from torchrec import EmbeddingCollection, KeyedJaggedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
-from torchrec.distributed.types import ParameterSharding, ShardingEnv
+from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, ShardingEnv
 
 from hstu.data.batch import NEGATIVES
 from hstu.model.embedding import DynamicEmbeddingCollection, TableSpec
 from hstu.parallel.dynamic.hashing import mix, unmix
+from hstu.parallel.dynamic.split import OwnerSharding, parted
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.row_sparse import RowSparseEmbeddingCollection
 
@@ -84,6 +86,18 @@ class DynamicLookups(ShardedEmbeddingCollection):
     tables: Mapping[str, DynamicTable]
     """By name; empty where this rank has no share, which row-wise sharding does not leave."""
 
+    @classmethod
+    def create_embedding_sharding(
+        cls,
+        sharding_type: str,
+        sharding_infos: list[EmbeddingShardingInfo],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+    ) -> OwnerSharding:
+        """See ShardedEmbeddingCollection. Always row-wise."""
+        return OwnerSharding(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
+
     def _create_input_dist(self, input_feature_names: list[str], ctx: Any = None) -> None:
         super()._create_input_dist(input_feature_names, ctx)
         self._input_dists = [
@@ -93,11 +107,27 @@ class DynamicLookups(ShardedEmbeddingCollection):
 
     def compute(self, ctx: Any, dist_input: KJTList) -> list[Tensor]:
         """See ShardedEmbeddingCollection."""
-        return super().compute(ctx, self._rows_of(dist_input))
+        split_at = {
+            feature: len(table.rows.parts[0].weight)
+            for table in self.tables.values()
+            if len(table.rows.parts) > 1
+            for feature in table.spec.features
+        }
+        slots = [self._remapped(features) for features in dist_input]
+        if not split_at:
+            return super().compute(ctx, KJTList(slots))
+        shardings = self._sharding_type_to_sharding.values()
+        lookups = [
+            parted(features, sharding.looked_up(), split_at) for features, sharding in zip(slots, shardings, strict=True)
+        ]
+        looked_up = super().compute(ctx, KJTList([features for features, _ in lookups]))
+        for context, features in zip(ctx.sharding_contexts, slots, strict=True):
+            context.lengths_after_input_dist = features.lengths().view(-1, features.stride())
+        return [rows.index_select(0, places) for rows, (_, places) in zip(looked_up, lookups, strict=True)]
 
     def compute_and_output_dist(self, ctx: Any, input: KJTList) -> Any:
         """See ShardedEmbeddingCollection."""
-        return super().compute_and_output_dist(ctx, self._rows_of(input))
+        return self.output_dist(ctx, self.compute(ctx, input))
 
     def prefetch(self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None) -> None:
         """Nothing: which rows are looked up is decided in the step itself, once the rows before have been updated."""
@@ -110,12 +140,9 @@ class DynamicLookups(ShardedEmbeddingCollection):
                     module.flush()
                     module.reset_cache_states()
 
-    def _rows_of(self, dist_input: KJTList) -> KJTList:
-        return KJTList([self._remapped(features) for features in dist_input])
-
     @torch.no_grad()
     def _remapped(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """This rank's features with rows for ids.
+        """This rank's features with slots for ids.
 
         A table's features train together, as one batch. NEGATIVES come after them and give no id a row: they were drawn
         from the corpus, and would drive out the ids that occur.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from hstu.parallel.dynamic.check import check_slots
 from hstu.parallel.dynamic.content import Sightings, TableContent, best, merged, owners
 from hstu.parallel.dynamic.cpu_slots import CpuSlots
 from hstu.parallel.dynamic.initial_rows import initial_rows, table_key
+from hstu.parallel.dynamic.rows import Rows
 from hstu.parallel.dynamic.slots import NO_SLOT, Counters, Policy, SlotTable
 from hstu.parallel.dynamic.torch_slots import TorchSlots
 
@@ -28,32 +29,20 @@ class DynamicTable:
     optimizer does to it does not last.
     """
 
-    def __init__(
-        self,
-        spec: TableSpec,
-        seed: int,
-        weight: Tensor,
-        states: Mapping[str, Tensor],
-        write_back: Callable[[], None] = lambda: None,
-    ) -> None:
-        """``weight`` [rows, stored_dim] and ``states``, each [rows, …]: the live shard and its optimizer's.
-
-        ``write_back``: before ``weight`` is read or written here, puts into it what is cached of it elsewhere.
-        """
-        assert spec.dynamic is not None
+    def __init__(self, spec: TableSpec, seed: int, rows: Rows) -> None:
+        """``rows``: the live ones, all zero."""
         self.spec = spec
-        self.weight = weight
-        self.states = dict(states)
-        self.default_slot = len(weight) - 1
-        self.slots = _slots(spec, self.default_slot, weight.device)
+        self.rows = rows
+        self.default_slot = len(rows) - 1
+        self.slots = _slots(spec, self.default_slot, rows.device)
         self.step = 0
         """Training batches so far."""
         self.counters = Counters()
         """Since they were last read."""
-        self.changed = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
+        self.changed = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         """The last training batch that changed each row."""
         self._key = table_key(seed, spec.name)
-        self._write_back = write_back
+        self._default = torch.tensor([self.default_slot], device=rows.device)
         self._default_was_trained = False
 
     def train(self, ids: Tensor) -> Tensor:
@@ -73,39 +62,29 @@ class DynamicTable:
             self.changed[rows] = self.step
         return rows
 
-    @torch.no_grad()
     def clear_default_row(self) -> None:
         """Before every lookup."""
-        if not self._default_was_trained:
-            return
-        self._default_was_trained = False
-        self._write_back()
-        for tensor in (self.weight, *self.states.values()):
-            tensor[self.default_slot] = 0
+        if self._default_was_trained:
+            self._default_was_trained = False
+            self.rows.begin(self._default, self._default.new_zeros(1, self.spec.dim, dtype=torch.float32))
 
-    @torch.no_grad()
     def _renew(self, slots: Tensor, ids: Tensor) -> None:
         """Initial rows and no optimizer state for slots that have changed hands."""
         if len(slots):
-            self._write_back()
-            self.weight[slots, : self.spec.dim] = initial_rows(ids, self.spec.dim, self.spec.init_std, self._key)
-            for state in self.states.values():
-                state.index_fill_(0, slots, 0)
+            self.rows.begin(slots, initial_rows(ids, self.spec.dim, self.spec.init_std, self._key))
 
     def content(self) -> TableContent:
-        """All that is worth saving; views of what is live."""
-        self._write_back()
+        """All that is worth saving; views of what is live, where it lies in one piece."""
         ids, scores = self.slots.content()
-        used, dim = slice(len(ids)), self.spec.dim
-        states = {name: state[used, :dim] if state.dim() > 1 else state[used] for name, state in self.states.items()}
+        rows, states = self.rows.first(len(ids))
         sightings = self.slots.sightings
         return TableContent(
             policy=self.slots.policy,
             step=self.step,
             ids=ids,
             scores=scores,
-            changed=self.changed[used],
-            rows=self.weight[used, :dim],
+            changed=self.changed[: len(ids)],
+            rows=rows,
             states=states,
             sightings=None if sightings is None else Sightings(*sightings.content()),
         )
@@ -126,13 +105,8 @@ class DynamicTable:
         kept = content.chosen(best(content.ids, content.scores, self.slots.capacity))
         self.slots.restore(kept.ids, kept.scores)
         self.step = kept.step
-        used, dim = slice(len(kept.ids)), self.spec.dim
-        self._write_back()
-        self.weight[used, :dim] = kept.rows.to(self.weight)
-        self.changed[used] = kept.changed.to(self.changed)
-        for name, state in self.states.items():
-            target = state[used, :dim] if state.dim() > 1 else state[used]
-            target.copy_(kept.states[name])
+        self.rows.put_first(kept.rows, kept.states)
+        self.changed[: len(kept.ids)] = kept.changed.to(self.changed)
         if self.slots.sightings is not None and kept.sightings is not None:
             sighted = own(kept.sightings.ids)
             ids, scores = kept.sightings.ids[sighted], kept.sightings.scores[sighted]

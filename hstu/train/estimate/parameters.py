@@ -10,8 +10,8 @@ from torch import nn
 from hstu.config.args import OptimizerArgs, RankingArgs
 from hstu.model.embedding import TableSpec, build_collections
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS
-from hstu.parallel.dynamic.budget import plan_memory
-from hstu.parallel.embedding import table_optimizer_name, table_planner, table_sharders
+from hstu.parallel.dynamic.split import in_parts, table_of
+from hstu.parallel.embedding import memory_plans, table_optimizer_name, table_planner, table_sharders
 from hstu.train.estimate.situation import Situation
 
 NUMBER = 4
@@ -119,20 +119,20 @@ def plan_tables(situation: Situation) -> tuple[TableShards, ...]:
     if not specs:
         return ()
     model = nn.Module()
-    model.embedding = build_collections(situation.specs)
-    memory = {
-        s.name: plan_memory(s, table_optimizer_name(situation.config.optimizer)) for s in specs.values() if s.dynamic
-    }
+    memory = memory_plans(situation.specs, situation.config.optimizer, situation.world_size)
+    model.embedding = in_parts(build_collections(situation.specs), memory)
     planner = table_planner(
         situation.specs, situation.world_size, situation.ranks_per_host, situation.device_type, memory
     )
     plan = planner.plan(model, table_sharders(situation.config.optimizer, situation.device_type, situation.specs))
-    found = []
+    sharding: dict[str, str] = {}
+    shards: dict[str, list[tuple[int, int, int]]] = {}
     for tables in plan.plan.values():
-        for name, table in tables.items():
-            shards = tuple((s.placement.rank(), *s.shard_sizes) for s in table.sharding_spec.shards)
-            found.append(TableShards(specs[name], table.sharding_type, shards))
-    return tuple(found)
+        for part, table in tables.items():
+            name = part if part in specs else table_of(part)
+            sharding[name] = table.sharding_type
+            shards.setdefault(name, []).extend((s.placement.rank(), *s.shard_sizes) for s in table.sharding_spec.shards)
+    return tuple(TableShards(specs[name], sharding[name], tuple(of_table)) for name, of_table in shards.items())
 
 
 def table_bytes(situation: Situation, plan: tuple[TableShards, ...]) -> tuple[int, int]:

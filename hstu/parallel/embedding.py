@@ -23,6 +23,7 @@ from hstu.config.run_config import RunConfig
 from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
 from hstu.parallel.dynamic.budget import MemoryPlan, plan_memory
+from hstu.parallel.dynamic.cache import CachedPart, caches
 from hstu.parallel.dynamic.collection import DynamicLookups, DynamicSharder
 from hstu.parallel.dynamic.rows import Part, Rows
 from hstu.parallel.dynamic.split import in_parts, part_names, table_of
@@ -145,10 +146,12 @@ def _open_dynamic_tables(model: GRModel, optimizer: TableOptimizer, seed: int) -
     weights = sharded_weights(model)
     for collection in sharded_collections(model):
         if isinstance(collection, DynamicLookups):
-            parts: dict[str, list[Part]] = {}
-            for part in collection.embeddings:
-                of_part = {state: _local(states[f"{part}.{state}"]) for state in optimizer.states}
-                parts.setdefault(table_of(part), []).append(Part(_local(weights[part]), of_part))
+            cache_of, parts = caches(collection._lookups), dict[str, list[Part]]()
+            for name in collection.embeddings:
+                own_states = {state: _local(states[f"{name}.{state}"]) for state in optimizer.states}
+                weight, cache = _local(weights[name]), cache_of.get(name)
+                part = Part(weight, own_states) if cache is None else CachedPart(weight, own_states, cache)
+                parts.setdefault(table_of(name), []).append(part)
             specs = {spec.name: spec for spec in collection.specs.values()}
             collection.tables = {
                 name: DynamicTable(specs[name], seed, Rows(of_table, specs[name].dim))

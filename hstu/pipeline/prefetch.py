@@ -7,14 +7,17 @@ While batch i is trained on, on TorchRec's PrefetchTrainPipelineSparseDist:
     batch i + 1   rows into the tables' caches           prefetch stream, behind forward
     batch i       look-up, forward, backward, step       default stream
 
-What is prefetched is the place of a row, not its value, so the losses are those of "none". A table that lies on the
-device as a whole has no cache: it is served as native serves it, one batch further ahead.
+What is prefetched is the place of a row, not its value, so the losses are those of "none". Of a dynamic table the ids
+of batch i + 1 are prefetched that have a row by batch i. A table that lies on the device as a whole has no cache: it is
+served as native serves it, one batch further ahead.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
+import torch
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
 
 from hstu.data.batch import HSTUBatch
@@ -42,6 +45,14 @@ class PrefetchStages(NativeStages, PrefetchTrainPipelineSparseDist[HSTUBatch, St
 
 class PrefetchPipeline(NativePipeline):
     """pipeline_type = "prefetch"."""
+
+    def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
+        """See TrainPipeline.progress. What comes next, an evaluation or a checkpoint, say, finds the caches at rest."""
+        result = super().progress(batches)
+        stream = cast(PrefetchStages, self._stages)._prefetch_stream  # the next forward would wait for it, too
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
+        return result
 
     stages = PrefetchStages
     cpu_notice = (

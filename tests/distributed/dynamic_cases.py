@@ -150,7 +150,7 @@ def in_pipeline(mesh: mesh_module.Mesh, pipeline: str, optimizer: str, **options
         losses.append(float(stages.progress(iterator).loss))
         if step == 2:
             with stages.evaluation():
-                evaluate(model)
+                evaluate(model, mesh.device)
     counters = {name: vars(table.counters) for name, table in dynamic_tables(model).items()}
     rows = {name: {str(id_): row for id_, row in rows.items()} for name, rows in rows_by_id(model, mesh).items()}
     parts = [len(table.rows.parts) for table in dynamic_tables(model).values()]
@@ -158,11 +158,11 @@ def in_pipeline(mesh: mesh_module.Mesh, pipeline: str, optimizer: str, **options
     return {"losses": losses, "rows": rows, "counters": counters, "fresh": fresh, "parts": parts}
 
 
-def evaluate(model: GRModel) -> torch.Tensor:
+def evaluate(model: GRModel, device: torch.device) -> torch.Tensor:
     """Look up all items without training."""
     model.eval()
     with torch.no_grad():
-        rows = model.embed_items(torch.from_numpy(id_of(np.arange(ITEMS))))
+        rows = model.embed_items(torch.from_numpy(id_of(np.arange(ITEMS))).to(device))
     model.train()
     return rows
 
@@ -171,7 +171,7 @@ def fresh_slots(model: GRModel, optimizers: Optimizers) -> list[bool]:
     """Whether ids that come in now get their initial rows and no optimizer state, in slots that others had."""
     results = []
     for name, table in dynamic_tables(model).items():
-        ids = torch.arange(1000, 1003)
+        ids = torch.arange(1000, 1003, device=table.rows.device)
         slots = table.train(ids.repeat(100))[: len(ids)]  # often enough for lfu
         expected = initial_rows(ids, table.spec.dim, table.spec.init_std, table_key(7, name))
         rows, states = table.rows.first(len(table.rows))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.launch import free_port, run_ranks
 from tests.distributed.tensor_cases import write_store
@@ -71,6 +72,25 @@ def test_a_table_in_two_parts_is_trained_as_one_that_lies_in_one_piece_exactly(r
         assert split | {"parts": None} == whole | {"parts": None}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NEEDS AN NVIDIA GPU: rows in two memories, and a cache")
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
+def test_rows_are_trained_the_same_wherever_they_lie(optimizer: str) -> None:
+    common = {"call": "in_pipeline", "optimizer": optimizer, "item_vocab_size_or_capacity": 38}
+    options = {"whole": {}, "split": BUDGET, "cached": {"item_vocab_gpu_capacity": 1.0, "caching": True}}  # 32 lines
+    placed = {
+        f"{pipeline}/{name}": {"pipeline": pipeline, **common, **of_case}
+        for pipeline in ("none", "prefetch")
+        for name, of_case in options.items()
+    }
+    (told,) = run_ranks("tests.distributed.dynamic_cases:run_cases", 1, timeout_s=120, cases=placed)
+    expected = told["none/whole"]
+    for result in told.values():
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert all(result["fresh"]) and result["counters"] == expected["counters"]
+        for id_, row in expected["rows"]["item_table"].items():
+            assert result["rows"]["item_table"][id_] == pytest.approx(row, rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("case", [*cases("none/"), "native/adam"])
 def test_slots_that_change_hands_begin_anew(results: Any, case: str) -> None:
     for of_rank in results:
@@ -94,8 +114,10 @@ def test_ranks_groups_and_pipelines_train_what_one_process_trains(tmp_path: Path
     runs = {"adam": ("adam", 0.005), "rowwise": ("rowwise_adagrad", 0.005)}
 
     def group(tp: int, pipeline: str) -> dict[str, Any]:
-        tensor_parallel = [f"TensorModelParallelArgs.tensor_model_parallel_size = {tp}"]
-        common = {"pipeline": pipeline, "dynamic": ["item_id", "age"], "bindings": tensor_parallel}
+        bindings = [f"TensorModelParallelArgs.tensor_model_parallel_size = {tp}"]
+        if tp > 1:  # a table in two parts
+            bindings.append("item_id/DynamicEmbeddingArgs.item_vocab_gpu_capacity = 13")
+        common = {"pipeline": pipeline, "dynamic": ["item_id", "age"], "bindings": bindings}
         cases = {
             f"{name}/{tp}": {"optimizer": optimizer, "learning_rate": rate, **common}
             for name, (optimizer, rate) in runs.items()

@@ -69,8 +69,9 @@ class MemoryPlan:
         else:
             where = {
                 EmbeddingComputeKernel.FUSED: "all in GPU memory",
-                EmbeddingComputeKernel.FUSED_UVM_CACHING: f"in host memory, {self.gpu_rows:,} rows cached in GPU memory",
                 EmbeddingComputeKernel.FUSED_UVM: "in host memory",
+                EmbeddingComputeKernel.FUSED_UVM_CACHING: f"in host memory, {self.gpu_rows:,} rows cached in GPU "
+                "memory",
             }[self.kernels[0]]
         if device_type == "cpu":
             where = f"all in host memory (on GPUs: {where})"

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 from torchrec import EmbeddingCollection, KeyedJaggedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
@@ -118,7 +117,8 @@ class DynamicLookups(ShardedEmbeddingCollection):
             return super().compute(ctx, KJTList(slots))
         shardings = self._sharding_type_to_sharding.values()
         lookups = [
-            parted(features, sharding.looked_up(), split_at) for features, sharding in zip(slots, shardings, strict=True)
+            parted(features, sharding.looked_up(), split_at)
+            for features, sharding in zip(slots, shardings, strict=True)
         ]
         looked_up = super().compute(ctx, KJTList([features for features, _ in lookups]))
         for context, features in zip(ctx.sharding_contexts, slots, strict=True):
@@ -129,16 +129,19 @@ class DynamicLookups(ShardedEmbeddingCollection):
         """See ShardedEmbeddingCollection."""
         return self.output_dist(ctx, self.compute(ctx, input))
 
+    @torch.no_grad()
     def prefetch(self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None) -> None:
-        """Nothing: which rows are looked up is decided in the step itself, once the rows before have been updated."""
+        """Bring rows into FBGEMM's caches, where there are any, for a lookup in the next step.
 
-    def write_back(self) -> None:
-        """Put rows that FBGEMM has in its cache, where there is one, back into the table, and forget them there."""
-        for lookup in self._lookups:
-            for module in lookup.modules():
-                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-                    module.flush()
-                    module.reset_cache_states()
+        Only of ids that have a row by now, and none gets one: that is for the step itself. ``forward_stream``: has the
+        lookup of the step before, behind which this waits, but not its backward, beside which it may run.
+        """
+        cached = [table for table in self.tables.values() if table.rows.is_cached]
+        batches = [(table, _ids_of(table, features)) for features in dist_input for table in cached]
+        if batches and forward_stream is not None:
+            torch.cuda.current_stream().wait_stream(forward_stream)
+        for table, ids in batches:
+            table.bring_near(torch.cat(list(ids.values())))
 
     @torch.no_grad()
     def _remapped(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -147,22 +150,31 @@ class DynamicLookups(ShardedEmbeddingCollection):
         A table's features train together, as one batch. NEGATIVES come after them and give no id a row: they were drawn
         from the corpus, and would drive out the ids that occur.
         """
-        ends, rows = features.offset_per_key(), features.values().clone()
-        part_of = {key: slice(*ends[place : place + 2]) for place, key in enumerate(features.keys())}
+        slots, part_of = features.values().clone(), _places(features)
         for table in self.tables.values():
-            parts = {key: rows[part_of[key]] for key in table.spec.features}
-            if table.spec.dynamic is not None and table.spec.dynamic.dist_type == "hash_roundrobin":
-                parts = {key: unmix(part) for key, part in parts.items()}
+            parts = _ids_of(table, features)
             table.clear_default_row()
             training = [key for key in parts if self.training and key != NEGATIVES]
             if training:
                 trained = table.train(torch.cat([parts[key] for key in training]))
                 for key, found in zip(training, trained.split([len(parts[key]) for key in training]), strict=True):
-                    rows[part_of[key]] = found
+                    slots[part_of[key]] = found
             for key in parts:
                 if key not in training:
-                    rows[part_of[key]] = table.look_up(parts[key], training=self.training)
-        return with_values(features, rows)
+                    slots[part_of[key]] = table.look_up(parts[key], training=self.training)
+        return with_values(features, slots)
+
+
+def _places(features: KeyedJaggedTensor) -> dict[str, slice]:
+    """Where the values of each feature stand."""
+    return {key: slice(*ends) for key, ends in zip(features.keys(), pairwise(features.offset_per_key()), strict=True)}
+
+
+def _ids_of(table: DynamicTable, features: KeyedJaggedTensor) -> dict[str, Tensor]:
+    """The ids of each of a table's features, as they were before they were sent to their owner."""
+    ids, places = features.values(), _places(features)
+    hashed = table.spec.dynamic is not None and table.spec.dynamic.dist_type == "hash_roundrobin"
+    return {key: unmix(ids[places[key]]) if hashed else ids[places[key]] for key in table.spec.features}
 
 
 class DynamicFusedCollection(DynamicLookups):

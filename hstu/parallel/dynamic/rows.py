@@ -11,6 +11,9 @@ from torch import Tensor
 class Part:
     """Rows of consecutive slots, live: in GPU memory, or in host memory. Row 0 is that of the part's first slot."""
 
+    is_cached = False
+    """Whether rows may be somewhere else, too."""
+
     def __init__(self, weight: Tensor, states: Mapping[str, Tensor]) -> None:
         """``weight`` [rows, stored_dim]; ``states`` by name, each [rows, stored_dim], or [rows] of one number a row."""
         self.weight = weight
@@ -22,8 +25,14 @@ class Part:
         for state in self.states.values():
             state.index_fill_(0, places, 0)
 
-    def make_current(self) -> None:
-        """Bring ``weight`` up to date with what is kept of it elsewhere, which is then to be read from here again."""
+    def bring_near(self, places: Tensor) -> None:
+        """Expect a lookup of rows at ``places``, int64 [n], soon; negative ones are none of this part."""
+
+    def write_back(self) -> None:
+        """Bring ``weight`` up to date with what is cached of it."""
+
+    def forget(self) -> None:
+        """``weight`` is written from outside: forget what is cached of it."""
 
 
 class Rows:
@@ -42,6 +51,11 @@ class Rows:
         """Where slots are looked up."""
         return self.parts[0].weight.device
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether there is a cache to bring rows into."""
+        return any(part.is_cached for part in self.parts)
+
     @torch.no_grad()
     def begin(self, slots: Tensor, weight: Tensor) -> None:
         """Write rows float32 [n, dim] into distinct ``slots``, int64 [n], and zeros into their states."""
@@ -51,6 +65,14 @@ class Rows:
         for part, used in self._ranges(len(self)):
             here = (slots >= used.start) & (slots < used.stop)
             part.begin(slots[here] - used.start, weight[here])
+
+    @torch.no_grad()
+    def bring_near(self, slots: Tensor) -> None:
+        """Expect a lookup of ``slots``, int64 [n], soon, of which negative ones are none. Waits for no device."""
+        start = 0
+        for part in self.parts:
+            part.bring_near(torch.where(slots - start < len(part.weight), slots - start, -1))
+            start += len(part.weight)
 
     def first(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(rows, states) of the slots [0, ``number``): [number, dim], or [number]. Views if there is one part."""
@@ -62,6 +84,7 @@ class Rows:
         """Write what ``first`` gives into the slots [0, n)."""
         for part, used in self._ranges(len(rows)):
             here = slice(used.start, used.stop)
+            part.forget()
             own_rows, own_states = self._used(part, len(used))
             own_rows.copy_(rows[here])
             for name, state in own_states.items():
@@ -83,7 +106,7 @@ class Rows:
 
     def _used(self, part: Part, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The first rows of a part, up to date, and their states; views."""
-        part.make_current()
+        part.write_back()
         states = part.states.items()
         return part.weight[:number, : self.dim], {
             name: state[:number, : self.dim] if state.dim() > 1 else state[:number] for name, state in states

@@ -1,10 +1,10 @@
 """Dynamic tables that lie partly in GPU memory: two physical tables, and one table to everything outside the lookup.
 
-FBGEMM gives a table one place, but a lookup any number of tables. Of a split table, slots [0, n) of each rank are a table
-of the same name and the others one called ``<name>/host``, with a feature each. Ids are exchanged under the names of
-the real features alone; once they have become slots, those of the second table are looked up beside those of the
-first, and the rows put back into the order of the ids. Which memory is which is the planner's matter: on a CPU both
-are in host memory, looked up by the same code.
+FBGEMM gives a table one place, but a lookup any number of tables. Of a split table, slots [0, n) of each rank are a
+table of the same name and the others one called ``<name>/host``, with a feature each. Ids are exchanged under the names
+of the real features alone; once they have become slots, those of the second table are looked up beside those of the
+first, and the rows put back into the order of the ids. Which memory is which is the planner's matter: on a CPU both are
+in host memory, looked up by the same code.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from hstu.config.args import DynamicEmbeddingArgs, NetworkArgs, OptimizerArgs
+from hstu.config.errors import ConfigError
 from hstu.model.embedding import TableSpec, build_collections, table_specs
 from hstu.parallel.dynamic.budget import MemoryPlan, bytes_of_row, plan_memory
+from hstu.parallel.dynamic.split import in_parts
 from hstu.parallel.embedding import table_planner, table_sharders
 
 CAPACITY, DIM = 1000, 30
@@ -27,7 +30,7 @@ def spec_of(**options: Any) -> TableSpec:
 
 
 def plan(**options: Any) -> MemoryPlan:
-    return plan_memory(spec_of(**options), "adam")
+    return plan_memory(spec_of(**options), "adam", ranks=4)
 
 
 @pytest.mark.parametrize(
@@ -48,11 +51,16 @@ def test_bytes_come_before_rows_and_rows_before_their_share() -> None:
 
 
 def test_rows_beyond_the_budget_are_in_host_memory_behind_a_cache_if_one_is_asked_for() -> None:
-    assert plan().kernel is EmbeddingComputeKernel.FUSED
-    assert plan(item_vocab_gpu_capacity=999.0).kernel is EmbeddingComputeKernel.FUSED_UVM
+    device, host, cache = (
+        getattr(EmbeddingComputeKernel, name) for name in ("FUSED", "FUSED_UVM", "FUSED_UVM_CACHING")
+    )
+    assert plan().kernels == (device,)
+    split = plan(item_vocab_gpu_capacity=999.0)
+    assert split.kernels == (device, host) and split.split_at == 249
     cached = plan(item_vocab_gpu_capacity=250.0, caching=True)
-    assert cached.kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING and cached.cached_share == 0.25
-    assert plan(global_hbm_for_values=0, caching=True).kernel is EmbeddingComputeKernel.FUSED_UVM
+    assert cached.kernels == (cache,) and (cached.cached_share, cached.split_at) == (0.25, None)
+    for nothing in (plan(global_hbm_for_values=0, caching=True), plan(item_vocab_gpu_capacity=3.0)):
+        assert nothing.kernels == (host,) and nothing.split_at is None
 
 
 def test_the_log_says_what_is_and_on_a_cpu_what_would_be() -> None:
@@ -63,24 +71,33 @@ def test_the_log_says_what_is_and_on_a_cpu_what_would_be() -> None:
     )
     assert cached.describe("cuda") == expected
     assert "all in host memory (on GPUs: in host memory, 250 rows cached" in cached.describe("cpu")
+    split = plan(item_vocab_gpu_capacity=999.0).describe("cuda")
+    assert split.endswith(": 996 rows in GPU memory, the others in host memory")
 
 
 @pytest.mark.parametrize(
-    ("options", "kernel"),
+    ("options", "expected"),
     [
-        ({}, "fused"),
-        ({"item_vocab_gpu_capacity": 10.0}, "fused_uvm"),
-        ({"item_vocab_gpu_capacity": 10.0, "caching": True}, "fused_uvm_caching"),
+        ({}, {"item": ("fused", 251)}),
+        ({"item_vocab_gpu_capacity": 10.0}, {"item": ("fused", 2), "item/host": ("fused_uvm", 249)}),
+        ({"item_vocab_gpu_capacity": 10.0, "caching": True}, {"item": ("fused_uvm_caching", 251)}),
     ],
 )
-def test_the_planner_of_gpus_follows_and_cuts_by_rows(options: dict[str, Any], kernel: str) -> None:
-    specs = (spec_of(**options),)
+def test_the_planner_of_gpus_follows_and_cuts_by_rows(options: dict[str, Any], expected: dict[str, Any]) -> None:
+    specs, memory = (spec_of(**options),), {"item": plan(**options)}
     model = nn.Module()
-    model.embedding = build_collections(specs)
+    model.embedding = in_parts(build_collections(specs), memory)
     optimizer = OptimizerArgs(optimizer_str="adam", learning_rate=0.1)
-    planner = table_planner(specs, 4, 4, "cuda", {"item": plan_memory(specs[0], "adam")})
-    plan = planner.plan(model, table_sharders(optimizer, "cuda", specs))
-    (table,) = [table for tables in plan.plan.values() for table in tables.values()]
-    assert (table.compute_kernel, table.sharding_type) == (kernel, "row_wise")
-    assert [shard.shard_sizes for shard in table.sharding_spec.shards] == [[CAPACITY // 4 + 1, 32]] * 4
-    assert (table.cache_params is not None) == (kernel == "fused_uvm_caching")
+    planner = table_planner(specs, 4, 4, "cuda", memory)
+    tables = planner.plan(model, table_sharders(optimizer, "cuda", specs)).plan["embedding.0"]
+    assert tables.keys() == expected.keys()
+    for name, (kernel, rows) in expected.items():
+        assert (tables[name].compute_kernel, tables[name].sharding_type) == (kernel, "row_wise")
+        assert [shard.shard_sizes for shard in tables[name].sharding_spec.shards] == [[rows, 32]] * 4
+        assert (tables[name].cache_params is not None) == (kernel == "fused_uvm_caching")
+
+
+def test_a_name_that_a_part_could_have_is_refused() -> None:
+    specs = (replace(spec_of(item_vocab_gpu_capacity=10.0), name="a/host"),)
+    with pytest.raises(ConfigError, match="may not end in '/host': a/host"):
+        in_parts(build_collections(specs), {"a/host": plan(item_vocab_gpu_capacity=10.0)})

@@ -1,0 +1,117 @@
+"""Rows behind a cache are the rows of a table without one, whatever is evicted, begun and brought near.
+
+FBGEMM's cache runs on GPUs alone: here stands a model of it, by the rules of lru_cache_populate, lxu_cache_lookup and
+lxu_cache_flush of fbgemm-gpu 1.8.0.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from hstu.parallel.dynamic.cache import CachedPart, FbgemmCache
+from hstu.parallel.dynamic.rows import Part, Rows
+
+ROWS, DIM, SETS, WAYS, STEPS = 40, 4, 3, 2, 60
+EMPTY = -1
+
+
+class ModelCache:
+    """A set-associative cache whose lines are displaced by age."""
+
+    def __init__(self, host: Tensor) -> None:
+        self.host = host
+        self.lines = torch.zeros(SETS * WAYS, DIM)
+        self.forget()
+
+    def forget(self) -> None:
+        """See Cache."""
+        self.row_of, self.stamps, self.time = [EMPTY] * (SETS * WAYS), [0] * (SETS * WAYS), 1
+
+    def lines_of(self, rows: Tensor) -> Tensor:
+        """See Cache."""
+        return torch.tensor([self.row_of.index(row) if row in self.row_of else -1 for row in rows.tolist()])
+
+    def load(self, rows: Tensor) -> None:
+        """See Cache."""
+        wanted = sorted(set(rows[rows >= 0].tolist()))
+        for row in wanted:
+            if row in self.row_of:
+                self.stamps[self.row_of.index(row)] = self.time
+        for row in wanted:
+            ways = range(row % SETS * WAYS, (row % SETS + 1) * WAYS)
+            line = min(ways, key=self.stamps.__getitem__)
+            if row not in self.row_of and self.stamps[line] != self.time:
+                if self.row_of[line] != EMPTY:
+                    self.host[self.row_of[line]] = self.lines[line]
+                self.lines[line], self.row_of[line], self.stamps[line] = self.host[row], row, self.time
+
+    def write_back(self) -> None:
+        """See Cache."""
+        for line, row in enumerate(self.row_of):
+            if row != EMPTY:
+                self.host[row] = self.lines[line]
+
+    def look_up(self, rows: Tensor) -> Tensor:
+        """A batch of FBGEMM's: its lines, which backward will remember."""
+        self.time += 1
+        self.load(rows)
+        return self.lines_of(rows)
+
+
+def trained_rows(*, brought_at_its_own_stamp: bool = False) -> int:
+    """Train random batches behind the cache and without one; how many lookups differed."""
+    generator = torch.Generator().manual_seed(0)
+    plain = Part(torch.zeros(ROWS, DIM), {"sum": torch.zeros(ROWS)})
+    cache = ModelCache(torch.zeros(ROWS, DIM))
+    part = CachedPart(cache.host, {"sum": torch.zeros(ROWS)}, cache)
+    tables, different, cached = [Rows([one], DIM) for one in (plain, part)], 0, 0
+    batches = [torch.randint(ROWS, (9,), generator=generator) for _ in range(STEPS + 1)]
+    for step in range(STEPS):
+        begun = torch.randperm(ROWS, generator=generator)[: step % 4]
+        first = torch.rand(len(begun), DIM, generator=generator)
+        for table in tables:
+            table.begin(begun, first)
+        ids = batches[step].unique()
+        lines = cache.look_up(ids)
+        cached += int((lines >= 0).sum())
+        found = torch.where((lines >= 0)[:, None], cache.lines[lines], cache.host[ids])
+        different += int((found != plain.weight[ids]).any(dim=1).sum())
+        cache.time += brought_at_its_own_stamp
+        tables[1].bring_near(torch.where(batches[step + 1] % 5 == 0, -1, batches[step + 1]))
+        for place, (row, line) in enumerate(zip(ids.tolist(), lines.tolist(), strict=True)):
+            memory, number = (cache.lines, line) if line >= 0 else (cache.host, row)
+            memory[number] += place + step
+            plain.weight[row] += place + step
+            for one in (plain, part):
+                one.states["sum"][row] += 1
+        if step % 20 == 19:  # a checkpoint is written, or another read
+            contents = [table.first(ROWS) for table in tables]
+            different += int(
+                (contents[0][0] != contents[1][0]).sum() + (contents[0][1]["sum"] != contents[1][1]["sum"]).sum()
+            )
+            tables[1].put_first(*contents[0])
+    assert 0 < cached < STEPS * len(batches[0])
+    return different
+
+
+def test_what_is_looked_up_trained_and_saved_is_what_it_is_without_a_cache() -> None:
+    assert trained_rows() == 0
+
+
+def test_rows_brought_at_a_stamp_of_their_own_would_displace_what_backward_needs() -> None:
+    assert trained_rows(brought_at_its_own_stamp=True) > 0
+
+
+@pytest.mark.parametrize(("table", "expected"), [(1, [17, 30, 10]), (2, [27, 30, 20])])
+def test_rows_are_numbered_as_the_kernel_numbers_those_of_all_its_cached_tables(table: int, expected: Any) -> None:
+    kernel = SimpleNamespace(  # features of tables 0 (not cached), 1, 1 and 2
+        cache_hash_size_cumsum=torch.tensor([-1, 10, 10, 20, 30]),
+        feature_table_map=[0, 1, 1, 2],
+        total_cache_hash_size=30,
+    )
+    assert FbgemmCache(cast(Any, kernel), table)._indices(torch.tensor([7, -1, 0])).tolist() == expected

@@ -54,7 +54,7 @@ class DynamicEmbeddingArgs(EmbeddingArgs):
     """Which id loses its row when there is no other: lru, the one that was not trained on for longest; lfu, the one
     that was trained on least often."""
     caching: bool = option(False)
-    """True: the GPU memory budget is a cache in front of a table in host memory."""
+    """What the GPU memory budget is. False: the place of so many rows. True: a cache of a table in host memory."""
     dist_type: str = option("roundrobin", choices=("continuous", "roundrobin", "hash_roundrobin"))
     """The rank that owns an id. roundrobin: id mod ranks. continuous: equal ranges of [0, capacity), ids beyond them
     by id mod ranks. hash_roundrobin: a hash of the id mod ranks."""

@@ -14,8 +14,6 @@ from tests.distributed.tensor_cases import write_store
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 PIPELINES = ("none", "native", "prefetch")
 PRESSED = {"lru": {}, "lfu": {"evict_strategy": "lfu"}, "hashed": {"dist_type": "hash_roundrobin"}}
-BUDGET = {"item_vocab_gpu_capacity": 5.0}
-"""Of 12 rows."""
 CASES: dict[str, dict[str, Any]] = {
     **{f"static/{name}": {"call": "beside_static", "optimizer": name} for name in OPTIMIZERS},
     **{
@@ -31,17 +29,16 @@ CASES: dict[str, dict[str, Any]] = {
         f"none/{name}": {"call": "in_pipeline", "pipeline": "none", "optimizer": "adagrad", **options}
         for name, options in PRESSED.items()
     },
-    **{
-        f"split/{pipeline}/{name}": {"call": "in_pipeline", "pipeline": pipeline, "optimizer": name, **BUDGET}
-        for pipeline, name in [("native", "rowwise_adagrad"), ("prefetch", "adam")]
-    },
     **{f"looked at/{name}": {"call": "looked_at", "optimizer": name} for name in ("sgd", "adam")},
 }
+BUDGET = {"item_vocab_gpu_capacity": 5.0}
+"""Of 12 rows."""
+SPLIT = {f"split/{case}": {**CASES[case], **BUDGET} for case in ("native/rowwise_adagrad", "prefetch/adam", "none/lfu")}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
 def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return run_ranks("tests.distributed.dynamic_cases:run_cases", request.param, timeout_s=120, cases=CASES)
+    return run_ranks("tests.distributed.dynamic_cases:run_cases", request.param, timeout_s=120, cases=CASES | SPLIT)
 
 
 def cases(prefix: str) -> list[str]:
@@ -64,10 +61,10 @@ def test_pipelines_give_ids_their_rows_in_the_order_of_the_steps(results: Any, o
         assert runs[0] == runs[1] == runs[2]
 
 
-@pytest.mark.parametrize("case", cases("split/"))
+@pytest.mark.parametrize("case", SPLIT)
 def test_a_table_in_two_parts_is_trained_as_one_that_lies_in_one_piece_exactly(results: Any, case: str) -> None:
     for of_rank in results:
-        split, whole = of_rank[case], of_rank[f"none/{case.rpartition('/')[2]}"]
+        split, whole = of_rank[case], of_rank[case.removeprefix("split/")]
         assert (split["parts"], whole["parts"]) == ([1, 2], [1, 1])
         assert split | {"parts": None} == whole | {"parts": None}
 

@@ -125,14 +125,16 @@ def plan_tables(situation: Situation) -> tuple[TableShards, ...]:
         situation.specs, situation.world_size, situation.ranks_per_host, situation.device_type, memory
     )
     plan = planner.plan(model, table_sharders(situation.config.optimizer, situation.device_type, situation.specs))
-    sharding: dict[str, str] = {}
-    shards: dict[str, list[tuple[int, int, int]]] = {}
+    found: dict[str, TableShards] = {}
     for tables in plan.plan.values():
         for part, table in tables.items():
             name = part if part in specs else table_of(part)
-            sharding[name] = table.sharding_type
-            shards.setdefault(name, []).extend((s.placement.rank(), *s.shard_sizes) for s in table.sharding_spec.shards)
-    return tuple(TableShards(specs[name], sharding[name], tuple(of_table)) for name, of_table in shards.items())
+            shards = [(s.placement.rank(), *s.shard_sizes) for s in table.sharding_spec.shards]
+            if name in found:  # the second part of a table in two memories, cut as the first
+                before = found[name].shards
+                shards = [(rank, m + n, cols) for (rank, m, cols), (_, n, _) in zip(before, shards, strict=True)]
+            found[name] = TableShards(specs[name], table.sharding_type, tuple(shards))
+    return tuple(found.values())
 
 
 def table_bytes(situation: Situation, plan: tuple[TableShards, ...]) -> tuple[int, int]:

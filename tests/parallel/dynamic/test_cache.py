@@ -11,6 +11,9 @@ from typing import Any, cast
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 
 from hstu.parallel.dynamic.cache import CachedPart, FbgemmCache
@@ -115,3 +118,19 @@ def test_rows_are_numbered_as_the_kernel_numbers_those_of_all_its_cached_tables(
         total_cache_hash_size=30,
     )
     assert FbgemmCache(cast(Any, kernel), table)._indices(torch.tensor([7, -1, 0])).tolist() == expected
+
+
+def test_a_kernel_has_all_that_its_cache_is_loaded_with() -> None:
+    """The operator itself runs on GPUs; before it says so, its arguments are looked up and matched with its schema."""
+    kernel = SplitTableBatchedEmbeddingBagsCodegen(
+        embedding_specs=[(10, 4, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+        optimizer=EmbOptimType.EXACT_SGD,
+        pooling_mode=PoolingMode.NONE,
+        device=torch.device("cpu"),
+    )
+    del kernel.total_cache_hash_size  # a tensor without a cache, else a number
+    kernel.total_cache_hash_size = 10
+    cache = FbgemmCache(kernel, 0)
+    with pytest.raises(NotImplementedError, match=r"'fbgemm::lru_cache_populate' with arguments from the 'CPU'"):
+        cache.load(torch.tensor([3, -1]))
+    assert cache.lines_of(torch.tensor([3, -1])).shape == (2,)

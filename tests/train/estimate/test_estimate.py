@@ -7,11 +7,13 @@ import dataclasses
 import pytest
 import torch
 
+from hstu.config.args import DynamicEmbeddingArgs
 from hstu.config.errors import ConfigError
 from hstu.config.gin_io import load
 from hstu.parallel.mesh import Mesh
 from hstu.train.estimate import calibration, machine
 from hstu.train.estimate.estimate import estimate
+from hstu.train.estimate.parameters import plan_tables
 from hstu.train.estimate.report import as_text, size
 from hstu.train.estimate.situation import look_at
 from tests.train.estimate.runs import run_config
@@ -123,3 +125,18 @@ def test_numbers_of_a_machine_can_be_set() -> None:
 
 def test_sizes_are_decimal() -> None:
     assert [size(number) for number in (12, 3_400, 5.6e6, 7.8e9)] == ["12 B", "3.40 kB", "5.60 MB", "7.80 GB"]
+
+
+def test_a_table_in_two_memories_is_cut_as_one_that_lies_in_one() -> None:
+    situation = look_at(run_config(), 4, 4, "cuda")
+    item = next(spec for spec in situation.specs if spec.name == "item")
+    args = {"feature_names": ["item"], "table_name": "item", "item_vocab_size_or_capacity": 3001}
+    for budget in (None, 100.0):
+        dynamic = DynamicEmbeddingArgs(**args, item_vocab_gpu_capacity=budget)
+        specs = tuple(
+            dataclasses.replace(spec, dynamic=dynamic, rows=4 * 752) if spec is item else spec
+            for spec in situation.specs
+        )
+        plan = {table.spec.name: table for table in plan_tables(dataclasses.replace(situation, specs=specs))}
+        assert plan.keys() == {"item", "user"}
+        assert plan["item"].shards == tuple((rank, 752, 32) for rank in range(4))

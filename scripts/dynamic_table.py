@@ -1,23 +1,30 @@
-"""Dynamic tables of a checkpoint to Parquet, whole or what has changed since a step, and back.
+"""Dynamic tables of a checkpoint to Parquet, whole or what has changed since a step or a time, and back.
 
 python scripts/dynamic_table.py export --ckpt checkpoints/iteration_00001000 --table movie_id --parquet movies.parquet
 python scripts/dynamic_table.py export --ckpt checkpoints --table movie_id --parquet new.parquet --since-step 900
+python scripts/dynamic_table.py export --ckpt checkpoints --table movie_id --parquet new.parquet --since-time 2026-11-22
 python scripts/dynamic_table.py import --ckpt checkpoints --table movie_id --parquet movies.parquet --output edited
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from hstu.checkpoint.describe import locate
-from hstu.checkpoint.dynamic_parquet import export_table, import_table
+from hstu.checkpoint.dynamic_import import import_table
+from hstu.checkpoint.dynamic_parquet import batch_at, export_table
 from hstu.config.errors import EXIT_DONE, UserError
 from hstu.observe.logging import quiet_libraries
+
+_NUMBER = re.compile(r"-?\d+(\.\d*)?")
+_TIME = "ISO 8601 (2026-11-22T08:30, local; 2026-11-22T08:30Z or …+01:00) or seconds since 1970"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,24 +35,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name)
         command.add_argument("--ckpt", required=True, help="a checkpoint, or a directory of them (the newest is taken)")
         command.add_argument("--table", required=True)
-        command.add_argument("--parquet", type=Path, required=True)
         if name == "export":
-            command.add_argument("--since-step", type=int, default=0, help="only rows changed after this batch")
+            command.add_argument("--parquet", type=Path, required=True, help="file to write")
+            since = command.add_mutually_exclusive_group()
+            since.add_argument("--since-step", type=int, help="only rows changed after this training batch")
+            since.add_argument("--since-time", type=moment, help=f"only rows changed after this time: {_TIME}")
         else:
+            command.add_argument(
+                "--parquet", type=Path, required=True, nargs="+", help="the whole table, then changes since, in order"
+            )
             command.add_argument("--output", type=Path, required=True, help="directory for the new checkpoint")
     options = parser.parse_args(arguments)
     quiet_libraries()
     try:
         checkpoint = locate(options.ckpt)
         if options.command == "export":
-            count = export_table(checkpoint, options.table, options.parquet, options.since_step)
-            print(f"{count:,} ids of {options.table} in {options.parquet}")
+            _export(checkpoint, options.table, options.parquet, options.since_step, options.since_time)
         else:
             print(import_table(checkpoint, options.table, options.parquet, options.output))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return EXIT_DONE
+
+
+def moment(text: str) -> float:
+    """Seconds since 1970 of a time as a user gives it. Raises ArgumentTypeError."""
+    try:
+        return float(text) if _NUMBER.fullmatch(text) else datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: give {_TIME}") from error
+
+
+def _export(checkpoint: Path, table: str, path: Path, since_step: int | None, since_time: float | None) -> None:
+    if since_time is not None:
+        found = batch_at(checkpoint, table, since_time)
+        given = f"since {_local(since_time)}"
+        if found is None:
+            print(f"{given}: the log of {table} begins later, all rows are written")
+        else:
+            since_step = found[1]
+            print(f"{given}: since batch {since_step:,}, the newest known to be done then (at {_local(found[0])})")
+    dump = export_table(checkpoint, table, path, since_step)
+    print(f"{dump.ids:,} ids of {table} in {path}; what changes from here on: --since-step {dump.step}")
+
+
+def _local(seconds: float) -> str:
+    try:
+        return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="milliseconds")
+    except (ValueError, OverflowError, OSError):  # before the year 1
+        return f"{seconds} s"
 
 
 if __name__ == "__main__":

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hstu.checkpoint.architecture import differences
-from hstu.checkpoint.dynamic import dynamic_sizes
+from hstu.checkpoint.dynamic import dynamic_sizes, read_tables
 from hstu.checkpoint.manifest import read_manifest
+from hstu.checkpoint.names import DYNAMIC
 from hstu.checkpoint.store import find
 from hstu.checkpoint.tensor_files import CONSOLIDATED, TensorFiles, open_tensors, read_description
+from hstu.parallel.dynamic.content import TableContent, merged
+from hstu.parallel.dynamic.slots import counts_of, steps_of
 
 
 def locate(name: str) -> Path:
@@ -52,8 +56,11 @@ def diff(left: Path, right: Path) -> Iterator[str]:
         yield f"{entry.name}: {first} | {second}"
     mine, other = open_tensors(left), open_tensors(right)
     for name in sorted({*mine.sizes, *other.sizes}):
-        if line := _tensor_difference(name, mine, other):
+        if not name.startswith(DYNAMIC) and (line := _tensor_difference(name, mine, other)):
             yield line
+    tables, others = read_tables(left), read_tables(right)
+    for name in sorted(tables.keys() & others.keys()):
+        yield from _table_differences(name, merged(tables[name]), merged(others[name]))
 
 
 def _tensor_difference(name: str, left: TensorFiles, right: TensorFiles) -> str | None:
@@ -61,12 +68,39 @@ def _tensor_difference(name: str, left: TensorFiles, right: TensorFiles) -> str 
         return f"{name}: only in the {'first' if name in left.sizes else 'second'}"
     if left.sizes[name] != right.sizes[name]:
         return f"{name}: {_shape(left.sizes[name])} | {_shape(right.sizes[name])}"
-    first, second = left.read_whole(name), right.read_whole(name)
+    return _difference(name, left.read_whole(name), right.read_whole(name))
+
+
+def _difference(name: str, first: Tensor, second: Tensor) -> str | None:
+    if first.shape != second.shape:
+        return f"{name}: {_shape(first.shape)} | {_shape(second.shape)}"
     if torch.equal(first, second):
         return None
     differing = first != second
     largest = float((first.double() - second.double()).abs().max())
     return f"{name}: {int(differing.sum()):,} of {first.numel():,} differ, by up to {largest:.6g}"
+
+
+def _table_differences(name: str, left: TableContent, right: TableContent) -> Iterator[str]:
+    """Of a dynamic table: ids that one alone has, and what belongs to the ids of both, wherever it lies."""
+    first, second = (torch.isin(one.ids, other.ids) for one, other in ((left, right), (right, left)))
+    if not (first.all() and second.all()):
+        counts = [int((~common).sum()) for common in (first, second)]
+        yield f"{DYNAMIC}{name}: {counts[0]:,} ids only in the first, {counts[1]:,} only in the second"
+    ours, theirs = (_values(content.chosen(common)) for content, common in ((left, first), (right, second)))
+    for part in [part for part in ours if part in theirs]:
+        if line := _difference(f"{DYNAMIC}{name}.{part}", ours[part], theirs[part]):
+            yield line
+
+
+def _values(content: TableContent) -> dict[str, Tensor]:
+    """What belongs to the ids of a dynamic table, in their order."""
+    content = content.chosen(content.ids.argsort())
+    values = {"weight": content.rows, **content.states}
+    if content.step:  # an export tells no more of them
+        counts, steps = (part(content.policy, content.scores) for part in (counts_of, steps_of))
+        values |= {"count": counts, "step": steps, "changed": content.changed}
+    return values
 
 
 def _facts(root: Path) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 ``dynamic_rank<r>.pt`` has, for each table, its ids, their scores, rows and optimizer states (TableContent), in no
 order that means anything: a run of another number of ranks or another capacity puts them where they then belong.
+``dynamic_times_rank<r>.json`` has when each table had seen how many batches. It lies apart, so that the other files of
+equal runs are equal.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.checkpoint import safetensors_file
+from hstu.checkpoint.dynamic_export import read_exported
 from hstu.checkpoint.row_ids import MovedRows
+from hstu.checkpoint.tensor_files import CONSOLIDATED
 from hstu.checkpoint.torch_file import write_file
 from hstu.config.errors import DataError
 from hstu.parallel.dynamic.content import Sightings, TableContent
@@ -25,7 +31,7 @@ from hstu.parallel.dynamic.table import DynamicTable
 log = logging.getLogger(__name__)
 
 DYNAMIC_FILES = "dynamic_rank*.pt"
-
+_TIMES = "times"
 
 PlainTables = dict[str, dict[str, Any]]
 """Table → its TableContent as dicts, numbers and tensors."""
@@ -37,12 +43,17 @@ def copy_of_tables(tables: Mapping[str, DynamicTable]) -> PlainTables:
 
 
 def write_dynamic_tables(root: Path, tables: PlainTables, rank: int) -> list[Path]:
-    """Write this rank's share of the tables; the file, if there is any. Raises OSError where that fails."""
+    """Write this rank's share of the tables; the files, if there are any. Raises OSError where that fails."""
     if not tables:
         return []
     path = root / DYNAMIC_FILES.replace("*", str(rank))
-    write_file(tables, path)
-    return [path]
+    write_file({name: {key: plain[key] for key in plain if key != _TIMES} for name, plain in tables.items()}, path)
+    _times_file(path).write_text(json.dumps({name: plain[_TIMES] for name, plain in tables.items()}))
+    return [path, _times_file(path)]
+
+
+def _times_file(path: Path) -> Path:
+    return path.with_name(path.name.replace("dynamic_", "dynamic_times_")).with_suffix(".json")
 
 
 def dynamic_problems(
@@ -87,37 +98,45 @@ def read_dynamic_tables(
             parts = [_recoded(part, moved[name]) for part in parts]
         lost = table.restore(parts, rank, world_size)
         if lost:
-            log.warning("table %s: %d ids of the checkpoint have no room on rank %d; the best stay", name, lost, rank)
+            log.warning("table %s: rank %d has no room for %d of the checkpoint's ids; the best stay", name, rank, lost)
+
+
+def read_tables(root: Path) -> dict[str, list[TableContent]]:
+    """The parts of each dynamic table of a checkpoint or an export."""
+    tables: dict[str, list[TableContent]] = {}
+    for contents in _contents(root):
+        for name, part in contents.items():
+            tables.setdefault(name, []).append(part)
+    return tables
 
 
 def read_table(root: Path, name: str) -> list[TableContent]:
-    """The parts of one table of a checkpoint. Raises DataError where it has none of that name."""
-    parts = [contents[name] for contents in _contents(root) if name in contents]
-    if not parts:
-        known = sorted({table for contents in _contents(root) for table in contents})
-        raise DataError(f"{root} has no dynamic table {name!r}; it has {', '.join(known) or 'none'}")
-    return parts
+    """The parts of one table. Raises DataError where there is none of that name."""
+    tables = read_tables(root)
+    if name not in tables:
+        raise DataError(f"{root} has no dynamic table {name!r}; it has {', '.join(sorted(tables)) or 'none'}")
+    return tables[name]
 
 
 def dynamic_sizes(root: Path) -> dict[str, tuple[int, int]]:
-    """Dynamic table → (ids, width) in a checkpoint."""
-    sizes: dict[str, tuple[int, int]] = {}
-    for contents in _contents(root):
-        for name, part in contents.items():
-            sizes[name] = (sizes.get(name, (0, 0))[0] + len(part.ids), part.rows.shape[1])
-    return sizes
+    """Dynamic table → (ids, width) in a checkpoint or an export."""
+    tables = read_tables(root)
+    return {name: (sum(len(part.ids) for part in parts), parts[0].rows.shape[1]) for name, parts in tables.items()}
 
 
 def _contents(root: Path) -> list[dict[str, TableContent]]:
-    """What each rank has written; tensors stay in the files until they are read."""
+    """What each rank has written, or an export has; tensors stay in the files until they are read."""
+    if (root / CONSOLIDATED).is_file():
+        return [read_exported(safetensors_file.open_file(root / CONSOLIDATED))]
     files = sorted(root.glob(DYNAMIC_FILES), key=lambda path: int(path.stem.removeprefix("dynamic_rank")))
     return [{name: _from_plain(plain) for name, plain in read_plain(file).items()} for file in files]
 
 
 def read_plain(path: Path) -> PlainTables:
-    """One file, its tensors memory mapped."""
+    """One rank's files, the tensors memory mapped."""
     tables: PlainTables = torch.load(path, mmap=True, weights_only=True)
-    return tables
+    times = json.loads(_times_file(path).read_text()) if _times_file(path).is_file() else {}
+    return {name: plain | {_TIMES: tuple(map(tuple, times.get(name, ())))} for name, plain in tables.items()}
 
 
 def as_plain(content: TableContent) -> dict[str, Any]:

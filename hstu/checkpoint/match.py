@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Size
 
 from hstu.checkpoint.architecture import Difference
-from hstu.checkpoint.names import AVERAGE, IDS, TABLES, split
+from hstu.checkpoint.names import AVERAGE, DYNAMIC, IDS, TABLES, split
 from hstu.checkpoint.param_map import ParamMap
 from hstu.checkpoint.row_ids import MovedRows
 from hstu.config.trainer_args import TrainerArgs
@@ -130,12 +130,12 @@ def _rows_to_read(pair: Resized, moved: Mapping[str, MovedRows]) -> bool:
 
 
 def _wanted(tensors: Mapping[str, Size], options: LoadOptions) -> dict[str, Size]:
-    """Without what describes others, and without the optimizer's where the weights alone are to be read."""
+    """Without dynamic tables and what describes others; without the optimizer's where weights alone are to be read."""
     states = None if options.optimizer else ("", AVERAGE)
     return {
         name: size
         for name, size in tensors.items()
-        if not name.startswith(IDS) and (states is None or split(name)[1] in states)
+        if not name.startswith((IDS, DYNAMIC)) and (states is None or split(name)[1] in states)
     }
 
 

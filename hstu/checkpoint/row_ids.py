@@ -65,6 +65,18 @@ def _either_names(feature: str) -> tuple[list[str], list[str]]:
     return [f"{IDS}{feature}"], [f"{IDS}{feature}.offsets", f"{IDS}{feature}.utf8"]
 
 
+def raw_ids_of(files: TensorFiles, features: Sequence[str]) -> np.ndarray | None:
+    """Code → raw id, ascending, int64 or str objects, of the features that share a table.
+
+    None where a checkpoint does not know them, or where a code is not the same id in all of the features.
+    """
+    listed = RowIds.from_files(files, features).listed(features)
+    known = [arrays for arrays in listed if arrays is not None]
+    if not known or len(known) < len(listed) or not all(_same(known[0], other) for other in known):
+        return None
+    return _decoded(known[0])
+
+
 @dataclass(frozen=True)
 class MovedRows:
     """Where the rows of a table lie in the checkpoint, whose ids are others."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from hstu.config.args import DynamicEmbeddingArgs
 from hstu.parallel.dynamic.hashing import mix
 from hstu.parallel.dynamic.slots import Policy, counts_of, in_order, score, steps_of
+from hstu.parallel.dynamic.times import Entries, last_of_all
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class TableContent:
     states: Mapping[str, Tensor]
     """Of the optimizer, by name: [n, dim], or [n] of one number a row."""
     sightings: Sightings | None = None
+    times: Entries = ()
+    """When the table had seen how many batches; empty where that is not known."""
 
     def chosen(self, places: Tensor) -> TableContent:
         """The ids at ``places``, a mask [n] or indices, with the same sightings."""
@@ -73,6 +76,7 @@ def merged(parts: Sequence[TableContent]) -> TableContent:
         rows=torch.cat([part.rows for part in parts]),
         states={name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states},
         sightings=merged_sightings(sightings) if sightings else None,
+        times=last_of_all([part.times for part in parts]),
     )
 
 

@@ -17,6 +17,7 @@ from hstu.parallel.dynamic.cpu_slots import CpuSlots
 from hstu.parallel.dynamic.initial_rows import initial_rows, table_key
 from hstu.parallel.dynamic.rows import Rows
 from hstu.parallel.dynamic.slots import NO_SLOT, Counters, Policy, SlotTable
+from hstu.parallel.dynamic.times import StepTimes
 from hstu.parallel.dynamic.torch_slots import TorchSlots
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class DynamicTable:
         """Since they were last read."""
         self.changed = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         """The last training batch that changed each row."""
+        self.times = StepTimes()
         self._key = table_key(seed, spec.name)
         self._default = torch.tensor([self.default_slot], device=rows.device)
         self._default_was_trained = False
@@ -53,6 +55,7 @@ class DynamicTable:
         self._renew(assigned.new_slots, assigned.new_ids)
         rows = self._or_default(assigned.slots)
         self.changed[rows] = self.step
+        self.times.note(self.step - 1)  # this one's update is still to come
         return rows
 
     def look_up(self, ids: Tensor, *, training: bool) -> Tensor:
@@ -82,6 +85,7 @@ class DynamicTable:
 
     def content(self) -> TableContent:
         """All that is worth saving; views of what is live, where it lies in one piece."""
+        self.times.note(self.step, saving=True)
         ids, scores = self.slots.content()
         rows, states = self.rows.first(len(ids))
         sightings = self.slots.sightings
@@ -94,6 +98,7 @@ class DynamicTable:
             rows=rows,
             states=states,
             sightings=None if sightings is None else Sightings(*sightings.content()),
+            times=self.times.entries,
         )
 
     @torch.no_grad()
@@ -111,7 +116,7 @@ class DynamicTable:
         content = merged([part.chosen(own(part.ids)) for part in parts]).scored_by(self.slots.policy)
         kept = content.chosen(best(content.ids, content.scores, self.slots.capacity))
         self.slots.restore(kept.ids, kept.scores)
-        self.step = kept.step
+        self.step, self.times = kept.step, StepTimes(kept.times)
         self.rows.put_first(kept.rows, kept.states)
         self.changed[: len(kept.ids)] = kept.changed.to(self.changed)
         if self.slots.sightings is not None and kept.sightings is not None:

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from hstu.checkpoint.dynamic import read_table
+from hstu.checkpoint.export import export
+from hstu.checkpoint.safetensors_file import open_file
+from hstu.parallel.dynamic.times import last_of_all
 from tests.distributed.launch import free_port, run_ranks
 from tests.distributed.tensor_cases import write_store
 
@@ -145,3 +149,11 @@ def test_a_checkpoint_goes_on_with_equal_losses_on_two_then_four_then_one_rank(t
             assert resumed["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         kept = too_small[case]["held"]
         assert len(kept) == 9 and kept.items() <= expected["held"].items()
+        checkpoints = [Path(directory) / case / "iteration_00000000" for directory in (first, second)]
+        exported = open_file(export(checkpoints[0], tmp_path / "exports" / case) / "model.safetensors")
+        ids, rows = (exported[f"dynamic.item_table.{part}"].tolist() for part in ("ids", "weight"))
+        assert ids == sorted(map(int, expected["held"])), "of both ranks"
+        assert dict(zip(map(str, ids), rows, strict=True)) == expected["held"]
+        two, four = ([part.times for part in read_table(path, "item_table")] for path in checkpoints)
+        assert len(two) == 2 and all(step_of_last == 3 for *_, (_, step_of_last) in two)
+        assert four == [last_of_all(two)] * 4

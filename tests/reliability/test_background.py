@@ -58,6 +58,7 @@ def test_what_is_written_later_is_what_was_there_when_it_was_saved(
     assert list(found) == list(expected) == SAVED
     for iteration, files in expected.items():
         of_state = {name for name in files if name not in ("operative.gin", "tensors/.metadata")}
+        of_state = {name for name in of_state if not name.startswith("dynamic_times")}  # as other runs have
         assert any(name.startswith("tensors/") for name in of_state)
         assert {name: found[iteration][name] for name in of_state} == {name: files[name] for name in of_state}
     at_once, steps_meanwhile = json.loads((tmp_path / "background" / "at_once").read_text())

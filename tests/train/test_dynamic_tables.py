@@ -12,8 +12,6 @@ import torch
 
 from hstu.checkpoint.describe import describe
 from hstu.checkpoint.dynamic import read_table
-from hstu.checkpoint.export import export
-from hstu.config.errors import DataError
 from hstu.data.store import SequenceStore
 from hstu.parallel.dynamic.slots import steps_of
 from hstu.parallel.embedding import dynamic_tables
@@ -78,12 +76,9 @@ def test_tables_go_to_parquet_and_back(checkpoint: Path, tmp_path: Path, capsys:
     assert "has no dynamic table 'films'; it has movies" in capsys.readouterr().err
 
 
-def test_inspecting_counts_the_ids_and_an_export_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_inspecting_counts_the_ids(checkpoint: Path) -> None:
     (content,) = read_table(checkpoint, "movies")
     assert any(f"dynamic table movies   {len(content.ids)} ids × " in line for line in describe(checkpoint))
-    with pytest.raises(DataError, match=r"dynamic tables \(movies\).*Parquet"):
-        export(checkpoint, tmp_path / "export")
-    assert not (tmp_path / "export").exists()
 
 
 def test_rows_that_were_negatives_alone_have_changed_too(train: Train, store: SequenceStore) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hstu.checkpoint.describe import locate
+from hstu.checkpoint.export import export
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.run_config import RunConfig
 from hstu.data.preprocess import InteractionColumns, import_interactions
@@ -120,3 +122,5 @@ def test_only_items_that_have_a_row_are_recommended(mesh: Mesh, store: SequenceS
     (entry,) = recommend_for(config, str(tmp_path / "checkpoints"), ["100"], 1000, mesh)
     assert len(held) == 7 and held - known
     assert sorted(item - 1000 for item in entry.items) == sorted(held - known)
+    exported = export(locate(str(tmp_path / "checkpoints")), tmp_path / "exported")
+    assert recommend_for(config, str(exported), ["100"], 1000, mesh) == [entry]

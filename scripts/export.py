@@ -2,9 +2,9 @@
 
 python scripts/export.py --ckpt runs/quickstart/checkpoints --output exports/quickstart
 
-model.safetensors has model.<parameter> and model.tables.<table> (moving averages where the run keeps them), the raw ids of
-the tables' rows as ids.<feature>, and of each dynamic table dynamic.<table>.ids, ascending, with dynamic.<table>.weight, a
-row for each of them: an id is a code, a place in ids.<feature>.
+model.safetensors has model.<parameter> and model.tables.<table> (moving averages where the run keeps them), the raw
+ids of the tables' rows as ids.<feature>, and of each dynamic table dynamic.<table>.ids, ascending, with
+dynamic.<table>.weight, a row for each of them: an id is a code, a place in ids.<feature>.
 """
 
 from __future__ import annotations

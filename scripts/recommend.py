@@ -50,7 +50,10 @@ def operative_gin(run_dir: Path | None, ckpt: str | None) -> Path:
     directory = run_dir or locate(ckpt or "")
     if not (directory / "operative.gin").is_file():
         raise DataError(f"{directory / 'operative.gin'} does not exist: give the directory of a run")
-    return directory / "operative.gin"
+    gin = directory / "operative.gin"
+    if "\nRankingArgs." in f"\n{gin.read_text(encoding='utf-8')}":
+        raise DataError(f"{gin} is of a ranking run: recommendations need a retrieval run")
+    return gin
 
 
 if __name__ == "__main__":

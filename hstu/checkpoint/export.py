@@ -55,9 +55,8 @@ def export(checkpoint: Path, output: Path) -> Path:
 
 
 def _table(entry: dict[str, Any], parts: list[TableContent] | None) -> dict[str, Any]:
-    """What is told of a table; a dynamic one has the rows that are in use."""
-    rows = {} if parts is None else {"rows": sum(len(part.ids) for part in parts)}
-    return entry | rows | {"dynamic": parts is not None}
+    """What is told of a table; ``parts``: of a dynamic one, of which the rows are that are in use."""
+    return entry if parts is None else entry | {"rows": sum(len(part.ids) for part in parts), "dynamic": True}
 
 
 def _write_tensors(files: TensorFiles, dynamic: dict[str, list[TableContent]], directory: Path) -> dict[str, Any]:

@@ -128,13 +128,15 @@ def test_weights_are_exported_as_their_averages_where_there_are_any(trained: Pat
         assert tensor.tolist() == stored.read_whole(name).tolist()
 
 
-def test_a_run_a_checkpoint_and_an_export_recommend_the_same(trained: Path, exported: Path) -> None:
+def test_a_run_a_checkpoint_and_an_export_recommend_the_same(trained: Path, exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "operative.gin").write_text("RankingArgs.num_tasks = 1\n")
     users = ["--users", "100,103", "--top", "3"]
     cases = {
         "run": ["--run_dir", str(trained / "run"), *users],
         "checkpoint": ["--ckpt", str(trained / "checkpoints" / LAST), *users],
         "older": ["--ckpt", str(trained / "checkpoints" / FIRST), *users],
         "export": ["--ckpt", str(exported), *users],
+        "ranking": ["--run_dir", str(tmp_path), *users],
         "missing": ["--ckpt", str(trained / "absent"), *users],
     }
     (results,) = run_ranks(f"{HERE}:recommend_from", 1, timeout_s=60, cases=cases)
@@ -142,4 +144,5 @@ def test_a_run_a_checkpoint_and_an_export_recommend_the_same(trained: Path, expo
     assert code == 0 and "user 100" in printed and "user 103" in printed
     assert results["checkpoint"][:2] == results["export"][:2] == [0, printed]
     assert results["older"][0] == 0 and results["older"][1] != printed
+    assert results["ranking"][0] == 3 and "is of a ranking run" in results["ranking"][2]
     assert results["missing"][0] == 3 and "no complete checkpoint" in results["missing"][2]

@@ -43,6 +43,7 @@ class DynamicTable:
         self.changed = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         """The last training batch that changed each row."""
         self.times = StepTimes()
+        """When it had seen how many of them."""
         self._key = table_key(seed, spec.name)
         self._default = torch.tensor([self.default_slot], device=rows.device)
         self._default_was_trained = False

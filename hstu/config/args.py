@@ -12,6 +12,7 @@ from typing import Optional
 
 from hstu.config.dataset_args import DatasetArgs
 from hstu.config.option import Args, option
+from hstu.config.precision_args import PrecisionArgs
 from hstu.config.trainer_args import TrainerArgs
 
 
@@ -137,7 +138,8 @@ class NetworkArgs(Args):
     is_causal: bool = option(True)
     """False: history tokens see the whole history, also what comes after them."""
     dtype_str: str = option("bfloat16", choices=("bfloat16", "float16", "float32"))
-    """Compute type of the dense model; parameters stay float32. float16 needs a GPU."""
+    """Compute type of the dense model; parameters stay float32. float16 is for GPUs (CPUs take very long) and scales
+    its loss, see PrecisionArgs."""
     kernel_backend: str = option("cutlass", choices=("cutlass", "triton", "pytorch"))
     """Kernels of the model; on a CPU the first two mean C++ kernels. The log names what runs instead, and why."""
     strict_kernel_backend: bool = option(False)
@@ -302,6 +304,7 @@ ARGS_CLASSES: tuple[type[Args], ...] = (
     NetworkArgs,
     OptimizerArgs,
     LRScheduleArgs,
+    PrecisionArgs,
     TensorModelParallelArgs,
     RankingArgs,
     RetrievalArgs,

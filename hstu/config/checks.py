@@ -63,8 +63,9 @@ def coerce(annotation: Any, value: Any) -> Any:
     metric. Nothing else: True is no int, 1.0 is no int, "1" is no number.
     """
     origin, parameters = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):  # Optional
-        inner = next(parameter for parameter in parameters if parameter is not types.NoneType)
+    if origin in (typing.Union, types.UnionType):  # Optional, or a number or a word
+        kinds = [parameter for parameter in parameters if parameter is not types.NoneType]
+        inner = str if isinstance(value, str) and str in kinds else kinds[0]
         return None if value is None else coerce(inner, value)
     if origin is tuple and isinstance(value, str):
         return (value,)
@@ -114,6 +115,8 @@ def _quoted_hint(value: Any) -> str:
 
 def _within_limits(field: Field[Any], element: Any) -> bool:
     limits = field.metadata
+    if limits["words"] and isinstance(element, str):
+        return element in limits["words"]
     if limits["choices"] is not None and element not in limits["choices"]:
         return False
     if limits["pattern"] is not None and not re.fullmatch(limits["pattern"], element):
@@ -129,6 +132,8 @@ def _within_limits(field: Field[Any], element: Any) -> bool:
 def _guess(field: Field[Any], element: Any) -> str:
     if not isinstance(element, str):
         return ""
+    if field.metadata["words"]:
+        return _quoted_hint(element) or did_you_mean(element, field.metadata["words"])
     if field.metadata["choices"] is None:
         element = re.sub(r"\d+", "K", element)  # as the examples are written: HR10 is closest to HR@K
     return did_you_mean(element, field.metadata["choices"] or field.metadata["examples"])
@@ -162,6 +167,7 @@ def takes_references(cls: type, field: Field[Any]) -> bool:
 def describe(cls: type, field: Field[Any]) -> str:
     """What a field accepts, for people: ``int, at least 1``; ``one of 'relu', 'gelu'``; ``None or float, above 0``."""
     kind = field.type if isinstance(field.type, str) else str(field.type)
+    kind = kind.replace(" | str", "") if field.metadata["words"] else kind
     optional = kind.startswith("Optional[")
     if optional:
         kind = kind.removeprefix("Optional[").removesuffix("]")
@@ -188,4 +194,5 @@ def describe_limits(field: Field[Any]) -> str:
     words = [f"{text} {limits[name]}" for name, text in bounds.items() if limits[name] is not None]
     if words and str(field.type).startswith("list"):
         words[0] = f"each {words[0]}"
+    words += [f"or {literal(word)}" for word in limits["words"]]
     return ", ".join([*words, *(["not empty"] if limits["not_empty"] else [])])

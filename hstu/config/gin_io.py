@@ -20,6 +20,7 @@ from hstu.config.args import (
     LRScheduleArgs,
     NetworkArgs,
     OptimizerArgs,
+    PrecisionArgs,
     RankingArgs,
     RetrievalArgs,
     TensorModelParallelArgs,
@@ -34,7 +35,7 @@ from hstu.config.run_config import Partial, RunConfig, Task, named_parts
 
 TABLES = (EmbeddingArgs, DynamicEmbeddingArgs)
 TASK_ARGS: Mapping[str, type[Args]] = {"ranking": RankingArgs, "retrieval": RetrievalArgs}
-ALWAYS_READ = (TrainerArgs, NetworkArgs, OptimizerArgs, LRScheduleArgs, TensorModelParallelArgs)
+ALWAYS_READ = (TrainerArgs, NetworkArgs, OptimizerArgs, LRScheduleArgs, PrecisionArgs, TensorModelParallelArgs)
 
 
 def load(files: Sequence[str], bindings: Sequence[str], task: Task) -> RunConfig:
@@ -76,6 +77,7 @@ class Draft:
             network=part["NetworkArgs"],
             optimizer=part["OptimizerArgs"],
             schedule=part["LRScheduleArgs"],
+            precision=part["PrecisionArgs"],
             tensor_parallel=part["TensorModelParallelArgs"],
             task_args=part[TASK_ARGS[self.task].__name__],
             source_files=self.files,

@@ -16,6 +16,7 @@ def option(
     maximum: Optional[float] = None,
     above: Optional[float] = None,
     below: Optional[float] = None,
+    words: tuple[str, ...] = (),
     pattern: Optional[str] = None,
     examples: tuple[str, ...] = (),
     not_empty: bool = False,
@@ -23,7 +24,8 @@ def option(
 ) -> Any:
     """A dataclass field that carries its own check.
 
-    ``minimum``/``maximum`` are inclusive, ``above``/``below`` exclusive, ``pattern`` a regular expression that
+    ``minimum``/``maximum`` are inclusive, ``above``/``below`` exclusive, ``words`` strings that are
+    allowed in place of a number, ``pattern`` a regular expression that
     every string of the value must match in full and ``examples`` what it means in words; ``aliases`` are other
     names accepted in gin files.
     """
@@ -33,6 +35,7 @@ def option(
         "maximum": maximum,
         "above": above,
         "below": below,
+        "words": words,
         "pattern": pattern,
         "examples": examples,
         "not_empty": not_empty,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hstu.config import batch_rules, benchmark_rules
+from hstu.config import batch_rules, benchmark_rules, precision_rules
 from hstu.config.args import (
     BenchmarkDatasetArgs,
     DatasetArgs,
@@ -26,7 +26,7 @@ from hstu.config.problems import did_you_mean
 from hstu.config.rule_engine import Problems, RuleBook, Run, each_once
 from hstu.config.run_config import kind_of
 
-rule = RuleBook(batch_rules.rule, benchmark_rules.rule)
+rule = RuleBook(batch_rules.rule, benchmark_rules.rule, precision_rules.rule)
 """What makes a run impossible or a setting meaningless."""
 advice = RuleBook(batch_rules.advice)
 """What is allowed but probably not meant."""

@@ -15,6 +15,7 @@ from hstu.config.args import (
     LRScheduleArgs,
     NetworkArgs,
     OptimizerArgs,
+    PrecisionArgs,
     RankingArgs,
     RetrievalArgs,
     TensorModelParallelArgs,
@@ -39,6 +40,7 @@ class RunConfig:
     network: NetworkArgs
     optimizer: OptimizerArgs
     schedule: LRScheduleArgs = field(default_factory=LRScheduleArgs)
+    precision: PrecisionArgs = field(default_factory=PrecisionArgs)
     tensor_parallel: TensorModelParallelArgs = field(default_factory=TensorModelParallelArgs)
     task_args: RankingArgs | RetrievalArgs
     source_files: tuple[str, ...] = field(default=(), compare=False)
@@ -58,8 +60,8 @@ class RunConfig:
 
     def parts(self) -> dict[str, Any]:
         """Every argument object by a name: "NetworkArgs", "embeddings[0]", "feature_args[1].seqlen_dist"."""
-        single = (self.trainer, self.dataset, self.network, self.optimizer)
-        return named_parts([*single, self.schedule, self.tensor_parallel, self.task_args], self.embeddings)
+        single = (self.trainer, self.dataset, self.network, self.optimizer, self.schedule, self.precision)
+        return named_parts([*single, self.tensor_parallel, self.task_args], self.embeddings)
 
     def operative_gin(self) -> str:
         """The configuration in force as gin text, defaults included; loading it gives an equal RunConfig."""
@@ -69,7 +71,8 @@ class RunConfig:
         if not isinstance(self.dataset, BenchmarkDatasetArgs):  # there they are written with the dataset
             for table in self.embeddings:
                 writer.write(table, scope=writer.new_scope(table.table_name))
-        for args in (self.network, self.optimizer, self.schedule, self.tensor_parallel, self.task_args):
+        rest = (self.network, self.optimizer, self.schedule, self.precision, self.tensor_parallel, self.task_args)
+        for args in rest:
             writer.write(args)
         header = f"# The configuration in force, defaults included. Task: {self.task}."
         return "\n\n".join([header, *writer.blocks]) + "\n"

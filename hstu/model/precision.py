@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""NetworkArgs.dtype_str → type."""
 
 
 def mixed_precision(dtype_str: str, device_type: str) -> torch.autocast:
@@ -12,7 +13,7 @@ def mixed_precision(dtype_str: str, device_type: str) -> torch.autocast:
 
     With "float32" it turns an enclosing autocast off.
     """
-    dtype = _TYPES[dtype_str]
+    dtype = DTYPES[dtype_str]
     if dtype == torch.float32:
         return torch.autocast(device_type, enabled=False)
     return torch.autocast(device_type, dtype=dtype)

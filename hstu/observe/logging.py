@@ -116,6 +116,8 @@ def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan)
         _gigabytes(record.memory_bytes),
         f"ETA {format_seconds(eta_s)}",
     ]
+    if record.loss_scale is not None:
+        parts.insert(4, f"scale {record.loss_scale:g}, {record.skipped_steps} skipped")
     return "  ".join(parts)
 
 

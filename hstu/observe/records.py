@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,9 @@ class TrainRecord:
 
     loss: mean over the labelled tokens. samples_per_s, tokens_per_s: of all ranks together. tflops: per rank.
     mfu, data_wait: shares in [0, 1]; mfu is nan where the peak is unknown. memory_bytes: of this rank. time_s:
-    seconds since the run began. tables: what became of the ids of dynamic tables, a report a table.
+    seconds since the run began. loss_scale: that of the next step; skipped_steps: those whose gradients overflowed;
+    both None, and not written, where the loss is not scaled. tables: what became of the ids of dynamic tables, a report
+    a table.
     """
 
     iteration: int
@@ -30,6 +32,8 @@ class TrainRecord:
     data_wait: float
     memory_bytes: int
     time_s: float
+    loss_scale: Optional[float] = None
+    skipped_steps: Optional[int] = None
     tables: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -37,6 +41,8 @@ class TrainRecord:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if not self.tables:
             del fields["tables"]
+        if self.loss_scale is None:
+            del fields["loss_scale"], fields["skipped_steps"]
         return {"kind": "train", "iter": fields.pop("iteration"), **fields}
 
 

@@ -55,6 +55,12 @@ class Optimizers:
         self.dense.zero_grad()
         self.tables.zero_grad()
 
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the dense gradients, float32, by ``factor``. Sharded tables' have gone where they belong."""
+        gradients = [weight.grad for weight in self.dense.parameters.values() if weight.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Scale the dense gradients so that their global L2 norm is at most ``max_norm``.
 

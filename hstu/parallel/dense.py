@@ -20,8 +20,10 @@ from hstu.parallel.mesh import Mesh
 class ReplicatedDense(DistributedDataParallel):
     """DDP that also looks at what this rank itself adds to each average: afterwards no one can tell whose nan it is."""
 
-    def __init__(self, dense: nn.Module, group: dist.ProcessGroup) -> None:
+    def __init__(self, dense: nn.Module, group: dist.ProcessGroup, sent_as: torch.dtype = torch.float32) -> None:
         super().__init__(dense, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.sent_as = sent_as
+        """Type in which gradients, float32 before and after, are exchanged."""
         self.own_buckets_finite: list[Tensor] = []
         """Of each bucket since ``clear``, in the order in which they were averaged: bool scalars on the device."""
         self.register_comm_hook(self, _average_bucket)
@@ -29,24 +31,29 @@ class ReplicatedDense(DistributedDataParallel):
     def average_bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Begin to average what DDP has just filled; the averages."""
         gradients, group = bucket.buffer(), self.process_group
-        self.own_buckets_finite.append(all_finite([gradients]))
-        gradients.mul_(1.0 / dist.get_world_size(group))  # as DDP does by itself, with the same bits
-        averaged = dist.all_reduce(gradients, group=group, async_op=True).get_future()
-        return averaged.then(lambda done: done.value()[0])
+        sent = gradients.to(self.sent_as)  # itself, if that is its type
+        self.own_buckets_finite.append(all_finite([sent]))  # none is above the type's largest number, nor the average
+        sent.mul_(1.0 / dist.get_world_size(group))  # as DDP does by itself, with the same bits
+        averaged = dist.all_reduce(sent, group=group, async_op=True).get_future()
+        if sent is gradients:
+            return averaged.then(lambda done: done.value()[0])
+        return averaged.then(lambda done: gradients.copy_(done.value()[0]))
 
 
 def _average_bucket(dense: ReplicatedDense, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     return dense.average_bucket(bucket)
 
 
-def replicate_dense(model: GRModel, mesh: Mesh) -> GRModel:
+def replicate_dense(model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32) -> GRModel:
     """Wrap ``model.dense`` (replicated tables included) in DDP over the data-parallel group; at size 1 nothing is done.
+
+    ``sent_as``: see ReplicatedDense.
 
     Every parameter gets a gradient on every rank (DenseModel sees to it for batches without labels), so DDP need not
     search for unused ones.
     """
     if mesh.dp_size > 1:
-        model.dense = ReplicatedDense(model.dense, mesh.dp_group)
+        model.dense = ReplicatedDense(model.dense, mesh.dp_group, sent_as)
     return model
 
 

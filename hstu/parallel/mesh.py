@@ -63,11 +63,13 @@ def start(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     seed: int = 1234,
     deterministic: bool = False,
+    allow_tf32: bool = False,
 ) -> Mesh:
     """Pick the device, join the process group, cut it into data- and tensor-parallel groups, seed this process.
 
     ``timeout_s``: a collective that waits longer fails, ten seconds later. ``deterministic``: only bitwise repeatable
-    kernels, an error from torch where an operation has none. Afterwards torch's generator has the seed of the initial
+    kernels, an error from torch where an operation has none. ``allow_tf32``: float32 products of matrices on a GPU may
+    be computed in TF32. Afterwards torch's generator has the seed of the initial
     weights, the same on all ranks; call ``seed_dropout`` once the model is built.
     """
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -75,6 +77,7 @@ def start(
     threads = max(1, len(os.sched_getaffinity(0)) // local_world_size)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
     timeout = timedelta(seconds=timeout_s + _HEAD_START_S)
     store = _join_world(device, timeout)
     mesh = _make_groups(device, local_rank, local_world_size, tensor_parallel_size, timeout, seed, store)

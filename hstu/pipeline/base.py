@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -13,11 +14,14 @@ import torch.distributed as dist
 from hstu.data.batch import HSTUBatch
 from hstu.model.gr_model import GRModel
 from hstu.model.outputs import ModelOutput
+from hstu.optim.loss_scale import LossScale
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.dense import ReplicatedDense, all_finite, own_gradients_finite
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.boundary import Boundary
 from hstu.pipeline.finite import StepCheck
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,20 @@ class StepResult:
 class TrainPipeline(ABC):
     """Turns batches into optimizer steps. The trainer never knows which kind it has."""
 
-    def __init__(self, model: GRModel, optimizers: Optimizers, mesh: Mesh, max_grad_norm: float) -> None:
+    def __init__(
+        self,
+        model: GRModel,
+        optimizers: Optimizers,
+        mesh: Mesh,
+        max_grad_norm: float,
+        loss_scale: LossScale | None = None,
+    ) -> None:
         self.model = model
         self.optimizers = optimizers
         self.mesh = mesh
         self.max_grad_norm = max_grad_norm
-        self.check = StepCheck(mesh)
+        self.loss_scale = loss_scale
+        self.check = StepCheck(mesh, loss_scale)
 
     @abstractmethod
     def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
@@ -63,26 +75,32 @@ class TrainPipeline(ABC):
         loss_sum, count = self.differentiate(boundary, batch)
         gradients = boundary.gradients()
         finite = all_finite(gradients).logical_and(own_gradients_finite(self.model.dense))
-        mean_loss = self.check.begin(loss_sum, finite, batch) / count
-        return boundary.hand_back(self.check.masked(gradients)), StepResult(mean_loss, batch)
+        result = StepResult(self.check.begin(loss_sum, finite, batch) / count, batch)
+        if self.check.overflowed:
+            return boundary.keep_back(), result
+        gradients = self.check.masked(gradients)
+        if self.loss_scale is not None and gradients:
+            gradients = list(torch._foreach_mul(gradients, 1.0 / self.loss_scale.value))
+        return boundary.hand_back(gradients), result
 
     def differentiate(self, boundary: Boundary, batch: HSTUBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward of the dense part: (this rank's summed loss, labels of the global batch), scalars.
 
         DDP and TorchRec average gradients over ranks, so the local sum is divided by the global count of labelled
         tokens and multiplied by the data-parallel size: the gradient is then the single-process one, however the
-        global batch is split, over ranks and into micro-batches. The count stays on the device: no host
-        synchronisation.
+        global batch is split, over ranks and into micro-batches. It is that of the loss times the loss scale, if there
+        is one. The count stays on the device: no host synchronisation.
         """
         count = batch.computed.num_labels.sum().float()
         if self.mesh.dp_size > 1:
             dist.all_reduce(count, group=self.mesh.dp_group)
         count = count.clamp(min=1.0)
+        factor = self.mesh.dp_size * (self.loss_scale.value if self.loss_scale is not None else 1)
         loss_sum = torch.zeros((), device=count.device)
         for number, (rows, part) in enumerate(boundary.parts(), 1):
             with self._averaging(number == boundary.num_parts):
                 output: ModelOutput = self.model.dense([rows], part)
-                (output.loss_sum * (self.mesh.dp_size / count)).backward()
+                (output.loss_sum * (factor / count)).backward()
             loss_sum += output.loss_sum.detach().float()
             self.mesh.progress.alive()
         return loss_sum, count
@@ -97,11 +115,26 @@ class TrainPipeline(ABC):
         self.optimizers.zero_grad()
 
     def step(self) -> None:
-        """After the tables' backward, which may have updated them: clip, then the dense step.
+        """After the tables' backward, which may have updated them: clip, then the dense step; or nothing, after an
+        overflow.
 
         May raise NonFiniteStep, before it.
         """
         self.check.end()
+        if self.loss_scale is not None and not self._unscale(self.loss_scale):
+            return
         if self.max_grad_norm > 0:
             self.optimizers.clip_grad_norm(self.max_grad_norm)
         self.optimizers.step()
+
+    def _unscale(self, scale: LossScale) -> bool:
+        """Make the dense gradients those of the loss, and the scale that of the next step. False: skip this one."""
+        used = scale.value
+        if self.check.overflowed:
+            scale.skip()
+            where, now = self.mesh.progress.iteration, scale.value
+            log.info("gradients overflow at iteration %d: skipped, loss scale %g → %g", where, used, now)
+            return False
+        self.optimizers.scale_gradients(1.0 / used)
+        scale.proceed()
+        return True

@@ -51,9 +51,13 @@ class Boundary:
         """A scalar whose backward is that of the look-ups, from ``gradients`` on."""
         rows = [jagged.values() for jagged in self._looked_up.values()]
         if not rows:  # nothing is left to do in it
-            return torch.zeros((), requires_grad=True, device=self._batch.device)
+            return self.keep_back()
         loss: Tensor = _HandBack.apply(gradients, *rows)
         return loss
+
+    def keep_back(self) -> Tensor:
+        """A scalar whose backward ends here: the tables hear nothing of the step."""
+        return torch.zeros((), requires_grad=True, device=self._batch.device)
 
     def _rows_of(self, part: MicroBatch) -> dict[str, JaggedTensor]:
         keyed, rows = part.batch.features.to_dict(), {}

@@ -24,6 +24,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from hstu.data.batch import HSTUBatch
 from hstu.model.gr_model import GRModel
+from hstu.optim.loss_scale import LossScale
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.base import StepResult, TrainPipeline
@@ -51,8 +52,15 @@ class NativePipeline(TrainPipeline):
     stages: type[NativeStages] = NativeStages
     cpu_notice = "pipeline_type 'native' on a CPU: there is no copy to overlap, only the ranks' exchange of ids"
 
-    def __init__(self, model: GRModel, optimizers: Optimizers, mesh: Mesh, max_grad_norm: float) -> None:
-        super().__init__(model, optimizers, mesh, max_grad_norm)
+    def __init__(
+        self,
+        model: GRModel,
+        optimizers: Optimizers,
+        mesh: Mesh,
+        max_grad_norm: float,
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        super().__init__(model, optimizers, mesh, max_grad_norm, loss_scale)
         self._batches: Iterator[HSTUBatch] | None = None
         self._stages = self.stages(
             model=model,

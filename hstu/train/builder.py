@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
 
-import torch
-
 from hstu.checkpoint.background import Background
 from hstu.checkpoint.match import LoadOptions
 from hstu.checkpoint.row_ids import RowIds
@@ -22,6 +20,7 @@ from hstu.data.batch import NEGATIVES
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
 from hstu.model.inputs import SequenceFeatures
+from hstu.model.precision import DTYPES
 from hstu.model.ranking import RankingDense
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.stack import SequenceEncoder
@@ -30,6 +29,7 @@ from hstu.observe.peak import peak_tflops
 from hstu.observe.run_directory import RunDirectory, default_path
 from hstu.observe.throughput import ThroughputMeter
 from hstu.ops.backends import describe_kernels, select_backend
+from hstu.optim.loss_scale import LossScale
 from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.optim.schedule import Schedule
 from hstu.parallel.collectives import gather_objects, gather_rows
@@ -51,7 +51,6 @@ from hstu.train.work import StepWork
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PIPELINES: dict[str, type[TrainPipeline]] = {
     "none": SequentialPipeline,
     "native": NativePipeline,
@@ -73,7 +72,7 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
         args=config.trainer,
         mesh=mesh,
         source=source,
-        pipeline=build_pipeline(config.trainer, model, optimizers, mesh),
+        pipeline=build_pipeline(config.trainer, model, optimizers, mesh, build_loss_scale(config)),
         schedule=Schedule(config.schedule),
         evaluator=build_evaluator(config, source, model, mesh),
         checkpoints=build_checkpoints(config.trainer, mesh),
@@ -114,7 +113,7 @@ def open_run_directory(config: RunConfig, mesh: Mesh) -> RunDirectory:
 def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRModel, Optimizers]:
     """The model, its tables sharded and its dense part replicated over ``mesh``, and its optimizers. Collective."""
     if config.network.dtype_str == "float16" and mesh.device.type == "cpu":
-        raise ConfigError("NetworkArgs.dtype_str = 'float16' needs a GPU; use 'bfloat16' or 'float32' on a CPU")
+        log.warning("float16 on a CPU: its products take hundreds of times as long as those of other types")
     retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
     has_negatives = retrieval is not None and retrieval.negatives != "in_batch"
     specs = table_specs(
@@ -128,7 +127,8 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
     model = GRModel(specs, task, keys, source.roles.item, config.trainer.seed, gather)
     model.dense.to(mesh.device)  # the sharded tables are made where they belong
     model, table_optimizer = shard(model, config, mesh)
-    model = replicate_dense(model, mesh)
+    precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
+    model = replicate_dense(model, mesh, DTYPES[precision])
     optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh)
     seed_dropout(mesh)
     rows = sum(spec.rows for spec in specs)
@@ -197,9 +197,17 @@ def label_offset(args: RankingArgs, source: BatchSource) -> int:
     return 1
 
 
-def build_pipeline(args: TrainerArgs, model: GRModel, optimizers: Optimizers, mesh: Mesh) -> TrainPipeline:
+def build_loss_scale(config: RunConfig) -> LossScale | None:
+    """That of a float16 run."""
+    needed = config.network.dtype_str == "float16" or config.precision.loss_scale is not None
+    return LossScale(config.precision) if needed else None
+
+
+def build_pipeline(
+    args: TrainerArgs, model: GRModel, optimizers: Optimizers, mesh: Mesh, loss_scale: LossScale | None = None
+) -> TrainPipeline:
     """The pipeline that ``args`` asks for."""
-    return PIPELINES[args.pipeline_type](model, optimizers, mesh, args.max_grad_norm)
+    return PIPELINES[args.pipeline_type](model, optimizers, mesh, args.max_grad_norm, loss_scale)
 
 
 def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh: Mesh) -> Evaluator:

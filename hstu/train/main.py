@@ -32,6 +32,7 @@ def run(config: RunConfig) -> int:
             timeout_s=config.trainer.collective_timeout_s,
             seed=config.trainer.seed,
             deterministic=config.trainer.deterministic,
+            allow_tf32=config.precision.allow_tf32,
         )
         watchdog = Watchdog(mesh, config.trainer.collective_timeout_s)
         watchdog.start()

@@ -58,6 +58,8 @@ class Trainer:
         self._running_loss = RunningLoss(self.mesh.device)
         self._history = MetricsHistory()
         self.state.carried |= {"history": self._history, "running_loss": self._running_loss}
+        if self.pipeline.loss_scale is not None:
+            self.state.carried["loss_scale"] = self.pipeline.loss_scale
         args = self.args
         split = self.source.eval_splits[0]
         self._selection = Selection(args.best_metric, args.best_metric_mode, split, args.early_stop_patience)
@@ -193,6 +195,7 @@ class Trainer:
         loss = self._running_loss.take()
         rates = self.meter.take(self._sum_over_ranks, self.mesh.world_size)
         self._last_throughput = rates
+        scale = self.pipeline.loss_scale
         record = TrainRecord(
             iteration=self.state.iteration,
             epoch=self._epoch(),
@@ -205,6 +208,8 @@ class Trainer:
             data_wait=rates.data_wait,
             memory_bytes=memory_bytes(self.mesh.device),
             time_s=time.monotonic() - self._begun,
+            loss_scale=None if scale is None else scale.value,
+            skipped_steps=None if scale is None else scale.take_skipped(),
             tables=take_reports(dynamic_tables(self.state.model), self._sum_over_ranks),
         )
         self.run_directory.write_train(record)

@@ -36,6 +36,8 @@ def values_of(cls: type, field: Any) -> st.SearchStrategy[Any]:
     if field.name == "eval_metrics":
         metrics = ["AUC", "GAUC", "AUC>=3"] if cls is a.RankingArgs else ["HR@5", "NDCG@100", "MRR"]
         return st.lists(st.sampled_from(metrics), min_size=1).map(tuple)
+    if field.metadata["words"]:
+        return st.none() | st.sampled_from(field.metadata["words"]) | st.floats(0, 1e6, exclude_min=True)
     annotation = annotation_of(cls, field)
     optional = [inner for inner in typing.get_args(annotation) if inner in SIMPLE]
     values = SIMPLE[optional[0]] | st.none() if annotation not in SIMPLE else SIMPLE[annotation]
@@ -78,6 +80,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         network=draw(instances(a.NetworkArgs)),
         optimizer=draw(instances(a.OptimizerArgs)),
         schedule=draw(instances(a.LRScheduleArgs)),
+        precision=draw(instances(a.PrecisionArgs)),
         tensor_parallel=draw(instances(a.TensorModelParallelArgs)),
         task_args=draw(instances(a.RankingArgs if task == "ranking" else a.RetrievalArgs)),
     )

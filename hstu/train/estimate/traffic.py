@@ -152,8 +152,10 @@ def _gradients(situation: Situation) -> Iterator[Transfer]:
     """DDP's buckets, and the few numbers of the loss."""
     elements = sum(dense_parameters(situation).values()) + replicated_elements(situation)
     buckets = 1 + elements * NUMBER // DDP_BUCKET_BYTES
-    ranks = situation.dp_size
-    yield Transfer("gradients of the dense part", "all_reduce", "data", ranks, buckets, elements * NUMBER, "backward")
+    ranks, width = situation.dp_size, NUMBER
+    if not situation.config.precision.fp32_master_grads:
+        width = situation.compute_bytes
+    yield Transfer("gradients of the dense part", "all_reduce", "data", ranks, buckets, elements * width, "backward")
     yield Transfer("loss and count", "all_reduce", "data", ranks, 1, 2 * NUMBER)
 
 

@@ -9,7 +9,8 @@ from hstu.config.args import PrecisionArgs
 INITIAL = 65536.0
 LOWEST = 1.0
 FACTOR = 2.0
-_HIGHEST = 2.0**127  # the largest power of two in float32
+HIGHEST = 2.0**127
+"""The largest power of two in float32."""
 
 
 class LossScale:
@@ -33,7 +34,7 @@ class LossScale:
         return self.is_dynamic and self.value > LOWEST
 
     def skip(self) -> None:
-        """After a step that was skipped."""
+        """After a step that was skipped; only where the scale ``can_shrink``."""
         self.value = max(self.value / FACTOR, LOWEST)
         self._steps_without_overflow = 0
         self._skipped += 1
@@ -42,7 +43,7 @@ class LossScale:
         """After a step that was taken."""
         self._steps_without_overflow += 1
         if self.is_dynamic and self._steps_without_overflow >= self._growth_interval:
-            self.value = min(self.value * FACTOR, _HIGHEST)
+            self.value = min(self.value * FACTOR, HIGHEST)
             self._steps_without_overflow = 0
 
     def take_skipped(self) -> int:

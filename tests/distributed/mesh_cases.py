@@ -12,7 +12,7 @@ from hstu.parallel.collectives import all_gather, gather_objects, gather_rows, m
 
 def describe(tensor_parallel_size: int = 1) -> dict[str, Any]:
     """Ranks, threads and the first random numbers before and after seeding dropout."""
-    mesh = mesh_module.start(tensor_parallel_size, timeout_s=60, seed=5, deterministic=True)
+    mesh = mesh_module.start(tensor_parallel_size, timeout_s=60, seed=5, deterministic=True, allow_tf32=True)
     weights = torch.rand(2).tolist()
     mesh_module.seed_dropout(mesh)
     result = {
@@ -22,6 +22,7 @@ def describe(tensor_parallel_size: int = 1) -> dict[str, Any]:
         "main": mesh.is_main,
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
         "weights": weights,
         "dropout": torch.rand(2).tolist(),
     }

@@ -6,12 +6,13 @@ import time
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from hstu.data.sampler import SamplerPosition
 from hstu.model.outputs import ModelOutput
 from hstu.parallel import mesh as mesh_module
-from hstu.parallel.dense import ReplicatedDense
+from hstu.parallel.dense import ReplicatedDense, own_gradients_finite
 from scripts.bench.collective_clock import CollectiveClock, Times, split
 from tests.distributed.pipeline_cases import assemble, make_config, start
 
@@ -25,11 +26,29 @@ LATE_S = 0.3
 
 
 def run(store: str) -> dict[str, Any]:
-    """Both in one launch; the clock, which changes torch's classes, comes last."""
+    """All in one launch; the clock, which changes torch's classes, comes last."""
     mesh = start()
-    results = {"order": order_of_backward(store, mesh), "waits": waits(store, mesh)}
+    sent = {str(dtype): sent_as(dtype, mesh) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    results = {"sent": sent, "order": order_of_backward(store, mesh), "waits": waits(store, mesh)}
     mesh_module.finish()
     return results
+
+
+GRADIENTS = ((1 + 2**-9, 3.0, 60000.0), (1.0, 3 + 2**-20, 62000.0))
+"""Of three weights, on each rank. One has 9 bits behind the point, of which bfloat16 holds 7; the last are large."""
+TOO_LARGE = 2**17
+
+
+def sent_as(dtype: torch.dtype, mesh: mesh_module.Mesh) -> dict[str, Any]:
+    """What DDP makes of GRADIENTS, and whether a rank notices a gradient that this type has no number for."""
+    dense = ReplicatedDense(torch.nn.Linear(3, 1, bias=False), mesh.dp_group, dtype)
+    weight = dense.module.weight
+    (dense(torch.tensor([GRADIENTS[mesh.rank]])).sum()).backward()
+    averaged = [weight.grad.dtype == torch.float32, weight.grad.flatten().tolist()]
+    finite = [bool(own_gradients_finite(dense))]
+    weight.grad = None
+    (dense(torch.full((1, 3), float(TOO_LARGE if mesh.rank else 1))).sum()).backward()
+    return {"averaged": averaged, "finite": [*finite, bool(own_gradients_finite(dense))]}
 
 
 def order_of_backward(store: str, mesh: mesh_module.Mesh) -> list[str]:

@@ -18,7 +18,7 @@ def test_ranks_threads_and_seeds_on_two_ranks() -> None:
     assert second["hosts"] == [1, 2]
     assert [first["main"], second["main"]] == [True, False]
     assert first["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
-    assert first["deterministic"]
+    assert first["deterministic"] and first["tf32"] == [True, True]
     assert first["weights"] == second["weights"]
     assert first["dropout"] != second["dropout"]
     assert first["weights"] != first["dropout"]

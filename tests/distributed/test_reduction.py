@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.launch import run_ranks
 from tests.distributed.pipeline_cases import write_store
-from tests.distributed.reduction_cases import LATE_S
+from tests.distributed.reduction_cases import GRADIENTS, LATE_S
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,17 @@ def test_gradients_are_reduced_while_backward_goes_on(told: Any) -> None:
         assert order.count("bucket") > 1
         still_to_come = order[order.index("bucket") :].count("gradient")
         assert still_to_come > order.count("gradient") / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_sent_in_the_type_asked_for(told: Any, dtype: torch.dtype) -> None:
+    exact = torch.tensor(GRADIENTS)
+    expected = (exact.to(dtype) / 2).sum(0).float()
+    for number, rank in enumerate(told):
+        sent = rank["sent"][str(dtype)]
+        assert sent["averaged"] == [True, expected.tolist()]
+        assert sent["finite"] == [True, number == 0 or dtype != torch.float16]
+    assert bool((expected == exact.mean(0)).all()) == (dtype == torch.float32)
 
 
 @pytest.mark.parametrize("where", ["before the step", "in backward"])

@@ -1,7 +1,7 @@
 """N + M steps with a stop by SIGTERM in between are N + M steps without, bit for bit, in new processes and elsewhere.
 
-With dropout, shuffling, Adam, averaged weights, accumulated gradients, evaluations, and records of the mean loss over
-several steps: whatever a checkpoint forgot would show.
+With dropout, shuffling, Adam, a loss scale that grows, averaged weights, accumulated gradients, evaluations, and
+records of the mean loss over several steps: whatever a checkpoint forgot would show.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STOPS: dict[str, tuple[int, str, int]] = {
 }
 """In which iteration, at what, and after which iteration the run then stops. An epoch has 3; one evaluates every 4."""
 TASKS: dict[str, dict[str, Any]] = {
-    "ranking": {"task": "ranking"},
+    "ranking": {"task": "ranking", "precision": {"loss_scale": "dynamic", "growth_interval": 3}},
     "retrieval": {"task": "retrieval", "task_args": {"negatives": "uniform", "num_negatives": 5}},
 }
 

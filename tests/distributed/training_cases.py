@@ -53,14 +53,14 @@ def stop_and_go(
         "weights": weights,
         "noise": torch.rand(2).tolist(),
         "history": trainer.state.carried["history"].state(),
-        "records": [
-            {name: record[name] for name in ("kind", "iter", "epoch", "loss", "lr", "metrics") if name in record}
-            for record in finished.records
-        ],
+        "records": [{name: record[name] for name in RECORDED if name in record} for record in finished.records],
         "summary": {name: value for name, value in finished.summary.items() if name not in ("seconds", "throughput")},
         "position": [trainer.state.position.epoch, trainer.state.position.consumed],
         "batches_per_epoch": trainer.source.batches_per_epoch,
     }
+
+
+RECORDED = ("kind", "iter", "epoch", "loss", "lr", "loss_scale", "skipped_steps", "metrics")
 
 
 def _signal_in_step(trainer: Trainer, iteration: int) -> None:

@@ -84,11 +84,6 @@ def test_a_fraction_of_the_epochs_is_trained(train: Callable[..., FinishedRun]) 
     assert finished.records[-1]["epoch"] == pytest.approx(5 / 3)
 
 
-def test_float16_needs_a_gpu(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'float16' needs a GPU; use 'bfloat16' or 'float32' on a CPU"):
-        build(tiny_config("ranking", store, tmp_path, network={"dtype_str": "float16"}), mesh)
-
-
 @pytest.mark.parametrize("kind", ["native", "prefetch"])
 def test_every_pipeline_trains_the_same_model(train: Callable[..., FinishedRun], kind: str) -> None:
     assert train("ranking", trainer={"pipeline_type": kind}).losses == train("ranking").losses

@@ -17,6 +17,7 @@ from hstu.config.args import (
     LRScheduleArgs,
     NetworkArgs,
     OptimizerArgs,
+    PrecisionArgs,
     RankingArgs,
     RetrievalArgs,
     TrainerArgs,
@@ -113,6 +114,7 @@ def tiny_config(
     network: Mapping[str, Any] | None = None,
     optimizer: Mapping[str, Any] | None = None,
     schedule: Mapping[str, Any] | None = None,
+    precision: Mapping[str, Any] | None = None,
     task_args: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """A run of a few iterations in ``output``/run with checkpoints, if any, in ``output``/checkpoints.
@@ -134,6 +136,7 @@ def tiny_config(
         network=NetworkArgs(**{**NETWORK, **(network or {})}),
         optimizer=OptimizerArgs(**{"optimizer_str": "adam", "learning_rate": 0.01, **(optimizer or {})}),
         schedule=LRScheduleArgs(**(schedule or {})),
+        precision=PrecisionArgs(**(precision or {})),
         task_args=make_task(**task_options),
     )
 

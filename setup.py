@@ -29,6 +29,8 @@ FBGEMM_CUDA = "fbgemm-gpu==1.8.0"
 TRITON_CPU = "triton==3.9.0"
 # Compiles the CUTLASS kernels, on a machine without a GPU, too.
 CUTLASS_DSL = "nvidia-cutlass-dsl==4.8.1"
+# For TrainerArgs.wandb_project.
+WANDB = "wandb==0.31.0"
 
 REQUIRED = [
     TORCH,
@@ -72,5 +74,10 @@ setup(
     packages=find_packages(include=["hstu", "hstu.*"]),
     package_data={"hstu.ops.cpu": ["csrc/*"]},  # compiled on first use, for the processor that they run on
     install_requires=REQUIRED,
-    extras_require={"cpu": [FBGEMM_CPU, TRITON_CPU], "cuda": [TORCHREC, FBGEMM_CUDA, CUTLASS_DSL], "dev": DEVELOPMENT},
+    extras_require={
+        "cpu": [FBGEMM_CPU, TRITON_CPU],
+        "cuda": [TORCHREC, FBGEMM_CUDA, CUTLASS_DSL],
+        "wandb": [WANDB],
+        "dev": DEVELOPMENT,
+    },
 )

@@ -104,6 +104,9 @@ class TrainerArgs(Args):
     """Directory of the run. None: runs/<gin file name>-<time>."""
     tensorboard: bool = option(True)
     """Write TensorBoard event files to <output_dir>/tensorboard."""
+    wandb_project: Optional[str] = option(None, not_empty=True)
+    """Also send the metrics and the configuration to this project of Weights & Biases (pip install 'hstu[wandb]', wandb
+    login). With WANDB_MODE=offline they are kept in <output_dir>/wandb. None: do not."""
     progress_bar: str = option("auto", choices=("auto", "on", "off"))
     """Progress bar on the terminal. auto: where standard error is one."""
     gc_interval: int = option(0, minimum=0)

@@ -45,6 +45,14 @@ class TrainRecord:
             del fields["loss_scale"], fields["skipped_steps"]
         return {"kind": "train", "iter": fields.pop("iteration"), **fields}
 
+    def scalars(self) -> dict[str, float]:
+        """Numbers to draw over iterations, by name."""
+        others = ("kind", "iter", "time_s", "tables")
+        values = {f"train/{name}": value for name, value in self.as_json().items() if name not in others}
+        for table, report in self.tables.items():
+            values |= {f"tables/{table}/{name}": value for name, value in report.items()}
+        return values
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRecord:
@@ -64,6 +72,10 @@ class EvalRecord:
             "split": self.split,
             "metrics": dict(self.metrics),
         }
+
+    def scalars(self) -> dict[str, float]:
+        """Numbers to draw over iterations, by name."""
+        return {f"{self.split}/{name}": value for name, value in self.metrics.items()}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> EvalRecord:

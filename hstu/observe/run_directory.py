@@ -10,14 +10,12 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Optional, Self, TextIO
+from types import MappingProxyType, TracebackType
+from typing import Any, Optional, Self, TextIO
 
 from hstu.config.errors import ConfigError, UserError
 from hstu.observe.records import EvalRecord, TrainRecord, to_line
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from hstu.observe.trackers import TensorBoard, Tracker, WeightsAndBiases
 
 
 def default_path(source_files: Sequence[str], root: Path | str = "runs", now: Optional[float] = None) -> Path:
@@ -44,17 +42,29 @@ class RunDirectory:
 
     path: made if absent. A directory that already holds a run is continued: its metrics get a "resumed" line and
     new lines after it, and an operative.gin that differs from ``config_text`` is kept as operative-1.gin, ….
-    is_main: False writes nothing at all. tensorboard: also write event files to ``path/tensorboard``.
+    is_main: False writes nothing at all. tensorboard: also write event files to ``path/tensorboard``. wandb_project:
+    also send the numbers there, with ``config``.
 
-    Raises ConfigError if the directory cannot be written, and RunDirectoryFailure if it cannot be later on.
+    Raises ConfigError if the directory cannot be written or Weights & Biases cannot begin, and RunDirectoryFailure if
+    it cannot be written later on.
     """
 
-    def __init__(self, path: Path | str, config_text: str, is_main: bool = True, *, tensorboard: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        config_text: str,
+        is_main: bool = True,
+        *,
+        tensorboard: bool = False,
+        wandb_project: Optional[str] = None,
+        config: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.path = Path(path)
         self.is_main = is_main
         self.resumed = False
         self._metrics: Optional[TextIO] = None
-        self._events: Optional[SummaryWriter] = None
+        self._trackers: list[Tracker] = []
+        self._failed = True
         if not is_main:
             return
         try:
@@ -65,10 +75,9 @@ class RunDirectory:
                 "Free space or permissions there, or give another directory: TrainerArgs.output_dir = '<directory>'."
             ) from error
         if tensorboard:
-            # Imported here: it takes a second that a run without it need not spend.
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(self.path / "tensorboard"))
+            self._trackers.append(TensorBoard(self.path / "tensorboard"))
+        if wandb_project is not None:
+            self._trackers.append(WeightsAndBiases(wandb_project, self.path, config))
 
     @property
     def log_file(self) -> Optional[Path]:
@@ -83,21 +92,12 @@ class RunDirectory:
     def write_train(self, record: TrainRecord) -> None:
         """Append what training did; the line is in the file when this returns."""
         self._append(record.as_json())
-        if self._events is not None:
-            for name, value in record.as_json().items():
-                if name not in ("kind", "iter", "time_s", "tables"):
-                    self._events.add_scalar(f"train/{name}", value, record.iteration)
-            for table, report in record.tables.items():
-                for name, value in report.items():
-                    self._events.add_scalar(f"tables/{table}/{name}", value, record.iteration)
+        self._track(record.scalars(), record.iteration)
 
     def write_eval(self, record: EvalRecord) -> None:
         """Append the metrics of an evaluation; the line is in the file when this returns."""
         self._append(record.as_json())
-        if self._events is not None:
-            for name, value in record.metrics.items():
-                self._events.add_scalar(f"{record.split}/{name}", value, record.iteration)
-            self._events.flush()
+        self._track(record.scalars(), record.iteration)
 
     def write_summary(
         self,
@@ -113,6 +113,7 @@ class RunDirectory:
         """Write summary.json, whole or not at all. ``more``: further entries, as JSON can hold them."""
         if not self.is_main:
             return
+        self._failed = status == "failed"
         summary = {
             "status": status,
             "iterations": iterations,
@@ -142,9 +143,8 @@ class RunDirectory:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        while self._trackers:
+            self._trackers.pop().close(self._failed)
 
     def __enter__(self) -> Self:
         return self
@@ -174,6 +174,10 @@ class RunDirectory:
         if self.resumed:
             at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             self._append({"kind": "resumed", "at": at, "configuration_changed": changed})
+
+    def _track(self, values: Mapping[str, float], iteration: int) -> None:
+        for tracker in self._trackers:
+            tracker.write(values, iteration)
 
     def _append(self, record: Mapping[str, Any]) -> None:
         if self._metrics is None:

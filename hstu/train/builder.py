@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from hstu.checkpoint.background import Background
 from hstu.checkpoint.match import LoadOptions
@@ -103,8 +104,13 @@ def on_all_ranks(part: Callable[[], T], mesh: Mesh) -> T:
 def open_run_directory(config: RunConfig, mesh: Mesh) -> RunDirectory:
     """The run's directory, the same on all ranks, and the log that goes into it."""
     path = config.trainer.output_dir or gather_objects(str(default_path(config.source_files)), mesh.world_group)[0]
-    text, tensorboard = config.operative_gin(), config.trainer.tensorboard
-    run_directory = on_all_ranks(lambda: RunDirectory(Path(path), text, mesh.is_main, tensorboard=tensorboard), mesh)
+    trackers: dict[str, Any] = {
+        "tensorboard": config.trainer.tensorboard,
+        "wandb_project": config.trainer.wandb_project,
+        "config": {name: dataclasses.asdict(part) for name, part in config.parts().items()},
+    }
+    text = config.operative_gin()
+    run_directory = on_all_ranks(lambda: RunDirectory(Path(path), text, mesh.is_main, **trackers), mesh)
     set_up_logging(mesh.rank, run_directory.log_file)
     log.info("%s run in %s, %d rank(s) on %s", config.task, path, mesh.world_size, mesh.device)
     return run_directory

@@ -33,7 +33,7 @@ done
 wanted=("torchrec==1.6.1" "fbgemm-gpu==1.6.0")
 for package in $(pinned) "${needed[@]}"; do
     case $package in
-        torch==* | torchrec==* | fbgemm-gpu==* | fbgemm-gpu-cpu==* | triton==* | ruff==* | mypy==* | *stubs==* | types-*) ;;
+        torch==* | torchrec==* | fbgemm-gpu==* | fbgemm-gpu-cpu==* | triton==* | ruff==* | mypy==* | *stubs==* | types-* | wandb==*) ;;
         *) wanted+=("$package") ;;
     esac
 done

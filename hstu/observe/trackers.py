@@ -1,0 +1,96 @@
+"""Where the numbers of metrics.jsonl go besides: TensorBoard's files, a project of Weights & Biases."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from hstu.config.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Takes scalars as the run goes. Its packages are imported when it is made: a run without it need not wait."""
+
+    def write(self, values: Mapping[str, float], iteration: int) -> None:
+        """Numbers by name ("train/loss", "valid/AUC")."""
+
+    def close(self, failed: bool) -> None:
+        """No more will come. ``failed``: the run did not end as it should."""
+
+
+class TensorBoard:
+    """Event files in ``directory``."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._events = SummaryWriter(str(directory))
+
+    def write(self, values: Mapping[str, float], iteration: int) -> None:
+        """See Tracker."""
+        for name, value in values.items():
+            self._events.add_scalar(name, value, iteration)
+        self._events.flush()
+
+    def close(self, failed: bool) -> None:
+        """See Tracker."""
+        self._events.close()
+
+
+class WeightsAndBiases:
+    """A run of ``project``, called after the run's ``directory``, with its configuration.
+
+    A directory that is continued continues its run there: its id is kept in ``directory``/wandb_id.txt. Numbers are
+    drawn over "iter", so that iterations that are done again may come again.
+
+    Raises ConfigError where the package is missing, or where it cannot begin (no account, no network).
+    """
+
+    def __init__(self, project: str, directory: Path, config: Mapping[str, Any]) -> None:
+        try:
+            from wandb import Settings, init
+        except ImportError as error:
+            raise ConfigError(
+                f"TrainerArgs.wandb_project = {project!r} needs the package wandb ({error}): "
+                "pip install 'hstu[wandb]', or remove the option"
+            ) from error
+        identity = directory / "wandb_id.txt"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4), encoding="utf-8")
+        try:
+            self._run = init(
+                project=project,
+                dir=str(directory),
+                name=directory.name,
+                id=identity.read_text(encoding="utf-8"),
+                resume="allow",
+                config=dict(config),
+                settings=Settings(console="off"),  # log.txt has it
+            )
+        except Exception as error:  # whatever it is, the user is to know before training and not after
+            raise ConfigError(
+                f"TrainerArgs.wandb_project = {project!r}: Weights & Biases does not begin: {str(error).rstrip('.')}. Log in with "
+                "`wandb login`, set WANDB_MODE=offline to keep the numbers in the run's directory, or remove the option"
+            ) from error
+        self._run.define_metric("*", step_metric="iter")
+        self._broken = False
+
+    def write(self, values: Mapping[str, float], iteration: int) -> None:
+        """See Tracker. A service that fails ends no training: a warning, and nothing more is sent."""
+        if self._broken:
+            return
+        try:
+            self._run.log({"iter": iteration, **values})
+        except Exception as error:
+            self._broken = True
+            log.warning("Weights & Biases takes no more numbers, metrics.jsonl has them all: %s", error)
+
+    def close(self, failed: bool) -> None:
+        """See Tracker. Waits until what was logged has been sent."""
+        if not self._broken:
+            self._run.finish(exit_code=int(failed))

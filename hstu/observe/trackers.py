@@ -73,8 +73,9 @@ class WeightsAndBiases:
                 settings=Settings(console="off"),  # log.txt has it
             )
         except Exception as error:  # whatever it is, the user is to know before training and not after
+            why = str(error).rstrip(".")
             raise ConfigError(
-                f"TrainerArgs.wandb_project = {project!r}: Weights & Biases does not begin: {str(error).rstrip('.')}. Log in with "
+                f"TrainerArgs.wandb_project = {project!r}: Weights & Biases does not begin: {why}. Log in with "
                 "`wandb login`, set WANDB_MODE=offline to keep the numbers in the run's directory, or remove the option"
             ) from error
         self._run.define_metric("*", step_metric="iter")

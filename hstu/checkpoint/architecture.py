@@ -12,6 +12,7 @@ _COMPUTED_OTHERWISE = {
     "dtype_str",
     "kernel_backend",
     "strict_kernel_backend",
+    "compile",
     "recompute_input_layernorm",
     "recompute_input_silu",
     "recompute_layer",

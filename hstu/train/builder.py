@@ -18,6 +18,7 @@ from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
 from hstu.config.errors import ConfigError, UserError
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES
+from hstu.model.compiled import compile_parts, why_not
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
 from hstu.model.inputs import SequenceFeatures
@@ -127,6 +128,8 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
     )
     keys = (*source.roles.names, *([NEGATIVES] if has_negatives else []))
     task = build_task(config, source, mesh)
+    if config.network.compile:
+        compile_on_all_ranks(task, mesh)
     parameters = sum(parameter.numel() for parameter in task.parameters())
     split_encoder(cast(SequenceEncoder, task.encoder), mesh)
     gather = embeddings_gatherer(mesh) if mesh.tp_size > 1 else None
@@ -140,6 +143,15 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
     rows = sum(spec.rows for spec in specs)
     log.info("model: %s dense parameters, %s rows in %d tables", f"{parameters:,}", f"{rows:,}", len(specs))
     return model, optimizers
+
+
+def compile_on_all_ranks(task: RankingDense | RetrievalDense, mesh: Mesh) -> None:
+    """Compile parts of ``task``, or on no rank: those that share weights must compute the same bits. Collective."""
+    reasons = [reason for reason in gather_objects(why_not(mesh.device), mesh.world_group) if reason is not None]
+    if reasons:
+        log.warning("NetworkArgs.compile: nothing is compiled, %s", reasons[0])
+    else:
+        log.info("compiled at first use: %s", ", ".join(compile_parts(task)) or "nothing, all is in kernels")
 
 
 def row_ids(source: BatchSource) -> RowIds:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hstu.data.batch import HSTUBatch
+from hstu.data.store import SequenceStore
 from hstu.model.outputs import ModelOutput
 from hstu.observe.peak import PeakTflops
 from hstu.parallel import mesh as mesh_module
@@ -21,7 +22,7 @@ from hstu.parallel.mesh import Mesh
 from hstu.train import builder
 from hstu.train.trainer import Trainer
 from tests.distributed.pipeline_cases import digest
-from tests.train.tiny import build, tiny_config
+from tests.train.tiny import build, tables_with_dynamic, tiny_config
 
 STEPS = 4
 BAD_STEP = 2
@@ -48,9 +49,21 @@ def run(cases: dict[str, dict[str, Any]], store: str, output: str, tp: int) -> d
 
 
 def steps(
-    mesh: Mesh, store: str, output: str, *, leave_out: bool = False, overflow: bool = False, **options: Any
+    mesh: Mesh,
+    store: str,
+    output: str,
+    *,
+    leave_out: bool = False,
+    overflow: bool = False,
+    dynamic: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
-    """STEPS steps. ``leave_out``: without the batch of BAD_STEP. ``overflow``: its gradients do, on the last rank."""
+    """STEPS steps. ``leave_out``: without the batch of BAD_STEP. ``overflow``: its gradients do, on the last rank.
+
+    ``dynamic``: the items' table is; its rows are not compared, but the weights that are trained on them.
+    """
+    if dynamic:
+        options["tables"] = tables_with_dynamic(SequenceStore.open(store), 30)
     if overflow:
         options["precision"]["loss_scale"] = "dynamic"
     trainer = build(tiny_config(store=store, output=output, **options), mesh)

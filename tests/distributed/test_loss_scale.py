@@ -40,8 +40,9 @@ CASES: dict[str, dict[str, Any]] = {
         "optimizer": {"optimizer_str": "adam", "learning_rate": 0.01, "ema_decay": 0.5},
         "trainer": {"pipeline_type": "prefetch", **BATCH},
     },
-    "native, adagrad, decayed": {
+    "native, adagrad, decayed, a table for any id": {
         "task": "retrieval",
+        "dynamic": True,
         "optimizer": {"optimizer_str": "adagrad", "learning_rate": 0.1, "weight_decay": 0.1},
         "trainer": {"pipeline_type": "native", **BATCH},
     },

@@ -29,7 +29,12 @@ def run(store: str) -> dict[str, Any]:
     """All in one launch; the clock, which changes torch's classes, comes last."""
     mesh = start()
     sent = {str(dtype): sent_as(dtype, mesh) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-    results = {"sent": sent, "order": order_of_backward(store, mesh), "waits": waits(store, mesh)}
+    results = {
+        "sent": sent,
+        "asked": trained_with(store, mesh),
+        "order": order_of_backward(store, mesh),
+        "waits": waits(store, mesh),
+    }
     mesh_module.finish()
     return results
 
@@ -49,6 +54,18 @@ def sent_as(dtype: torch.dtype, mesh: mesh_module.Mesh) -> dict[str, Any]:
     weight.grad = None
     (dense(torch.full((1, 3), float(TOO_LARGE if mesh.rank else 1))).sum()).backward()
     return {"averaged": averaged, "finite": [*finite, bool(own_gradients_finite(dense))]}
+
+
+def trained_with(store: str, mesh: mesh_module.Mesh) -> dict[str, list[Any]]:
+    """What a run sends its gradients as, in bfloat16, and its losses: by PrecisionArgs.fp32_master_grads."""
+    told = {}
+    for exact in (True, False):
+        lines = ["NetworkArgs.dtype_str = 'bfloat16'", f"PrecisionArgs.fp32_master_grads = {exact}"]
+        pipeline, source, _, _ = assemble(make_config(store, "none", lines=lines), mesh)
+        batches = source.train_batches(SamplerPosition())
+        losses = [float(pipeline.progress(batches).loss) for _ in range(3)]
+        told[str(exact)] = [str(pipeline.model.dense.sent_as), losses]
+    return told
 
 
 def order_of_backward(store: str, mesh: mesh_module.Mesh) -> list[str]:

@@ -38,6 +38,13 @@ def test_gradients_are_sent_in_the_type_asked_for(told: Any, dtype: torch.dtype)
     assert bool((expected == exact.mean(0)).all()) == (dtype == torch.float32)
 
 
+def test_a_run_sends_its_gradients_as_it_is_told(told: Any) -> None:
+    for rank in told:
+        (exact, exact_losses), (rounded, losses) = rank["asked"]["True"], rank["asked"]["False"]
+        assert (exact, rounded) == ("torch.float32", "torch.bfloat16")
+        assert losses == pytest.approx(exact_losses, rel=1e-3) and losses != exact_losses
+
+
 @pytest.mark.parametrize("where", ["before the step", "in backward"])
 def test_the_benchmarks_clock_tells_waiting_for_a_late_rank(told: Any, where: str) -> None:
     in_time, late = (rank["waits"][where] for rank in told)

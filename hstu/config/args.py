@@ -181,6 +181,21 @@ class NetworkArgs(Args):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartOptimizerArgs(Args):
+    """Dense weights that are trained otherwise than OptimizerArgs says; used in its part_optimizers."""
+
+    regex: str = option(not_empty=True)
+    """Python regular expression that is found anywhere in the names of these weights, which are those of a checkpoint
+    without "model.", such as task.encoder.stack.layers.0.uvqk.weight. Tables have EmbeddingArgs.optimizer_str."""
+    optimizer_str: Optional[str] = option(None, choices=("adam", "adamw", "sgd", "adagrad"))
+    """Optimizer. None: OptimizerArgs.optimizer_str. Betas, epsilon and momentum are those of OptimizerArgs."""
+    learning_rate: Optional[float] = option(None, above=0)
+    """Peak learning rate. None: OptimizerArgs.learning_rate."""
+    weight_decay: Optional[float] = option(None, minimum=0)
+    """Decoupled weight decay, as OptimizerArgs.weight_decay: not of norms and biases. None: that of OptimizerArgs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerArgs(Args):
     """The optimizers of the dense part and of the tables."""
 
@@ -202,6 +217,9 @@ class OptimizerArgs(Args):
     """Optimizer of the model_parallel tables. None: optimizer_str."""
     sparse_learning_rate: Optional[float] = option(None, above=0)
     """Peak learning rate of the model_parallel tables. None: learning_rate."""
+    part_optimizers: list[PartOptimizerArgs] = option([])
+    """Parts of the dense weights with an optimizer, learning rate or weight decay of their own, in order: the first whose
+    regex is found in a weight's name has it. One LRScheduleArgs, max_grad_norm and ema_decay are for all."""
     ema_decay: float = option(0.0, minimum=0, below=1)
     """> 0: keep an exponential moving average of the dense weights and the data_parallel tables, average ← ema_decay ·
     average + (1 - ema_decay) · weight after each iteration, from the initial weights on. Evaluations and
@@ -301,6 +319,7 @@ ARGS_CLASSES: tuple[type[Args], ...] = (
     BenchmarkDatasetArgs,
     NetworkArgs,
     OptimizerArgs,
+    PartOptimizerArgs,
     LRScheduleArgs,
     TensorModelParallelArgs,
     RankingArgs,

@@ -7,6 +7,7 @@ mistake: the parameter it is about, and what to do. A rule's name says what it d
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 from hstu.config import batch_rules, benchmark_rules
@@ -133,9 +134,20 @@ def tokens_are_split_over_a_group(run: Run, network: NetworkArgs, tensor: Tensor
 
 @rule
 def momentum_is_for_sgd(run: Run, optimizer: OptimizerArgs) -> Problems:
-    if optimizer.momentum > 0 and optimizer.optimizer_str != "sgd":
+    others = [*optimizer.part_optimizers, *(t for t in run.tables if t.sharding_type == "data_parallel")]
+    kinds = {optimizer.optimizer_str, *(getattr(other, "optimizer_str", None) for other in others)}
+    if optimizer.momentum > 0 and "sgd" not in kinds:
         text = f"is for sgd and has no effect with {run.cite(optimizer, 'optimizer_str')}; remove it"
         yield run.problem(optimizer, "momentum", text)
+
+
+@rule
+def parts_have_regular_expressions(run: Run, optimizer: OptimizerArgs) -> Problems:
+    for part in optimizer.part_optimizers:
+        try:
+            re.compile(getattr(part, "regex", ""))
+        except (re.error, OverflowError, RecursionError) as error:
+            yield run.problem(part, "regex", f"not a regular expression: {error}")
 
 
 @rule

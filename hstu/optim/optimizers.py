@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from hstu.config.args import OptimizerArgs
+from hstu.model.embedding import ReplicatedTables
 from hstu.model.gr_model import GRModel
-from hstu.optim.dense import DenseOptimizer
+from hstu.optim.dense import DenseOptimizer, decayed_parameters
+from hstu.optim.parts import Cite, settings_of_weights
 from hstu.parallel.dense import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import clip_grad_norm
@@ -99,6 +101,20 @@ class Optimizers:
         self.load_counters(state["counters"])
 
 
-def build_optimizers(model: GRModel, args: OptimizerArgs, tables: TableOptimizer, mesh: Mesh) -> Optimizers:
-    """The optimizers of a model whose tables are sharded (and whose dense part may be cut, and wrapped by DDP)."""
-    return Optimizers(DenseOptimizer(unwrap_dense(model), args), tables, mesh.tp_group if mesh.tp_size > 1 else None)
+def build_optimizers(
+    model: GRModel, args: OptimizerArgs, tables: TableOptimizer, mesh: Mesh, cite: Cite | None = None
+) -> Optimizers:
+    """The optimizers of a model whose tables are sharded (and whose dense part may be cut, and wrapped by DDP).
+
+    Raises ConfigError where OptimizerArgs.part_optimizers do not fit its weights; ``cite`` words what is wrong.
+    """
+    dense = unwrap_dense(model)
+    settings = settings_of_weights(_weights(dense), args, cite)
+    return Optimizers(DenseOptimizer(dense, args, settings), tables, mesh.tp_group if mesh.tp_size > 1 else None)
+
+
+def _weights(dense: nn.Module) -> dict[str, bool]:
+    """The dense weights by name, the replicated tables not among them, and whether they are of a kind that decays."""
+    tables = {id(p) for part in dense.modules() if isinstance(part, ReplicatedTables) for p in part.parameters()}
+    decaying = {id(parameter) for parameter in decayed_parameters(dense)}
+    return {name: id(p) in decaying for name, p in dense.named_parameters() if id(p) not in tables}

@@ -17,6 +17,7 @@ from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
 from hstu.config.errors import ConfigError, UserError
+from hstu.config.rule_engine import Run
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES
 from hstu.model.embedding import table_specs
@@ -31,6 +32,7 @@ from hstu.observe.run_directory import RunDirectory, default_path
 from hstu.observe.throughput import ThroughputMeter
 from hstu.ops.backends import describe_kernels, select_backend
 from hstu.optim.optimizers import Optimizers, build_optimizers
+from hstu.optim.parts import Cite
 from hstu.optim.schedule import Schedule
 from hstu.parallel.collectives import gather_objects, gather_rows
 from hstu.parallel.dense import replicate_dense
@@ -129,11 +131,17 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
     model.dense.to(mesh.device)  # the sharded tables are made where they belong
     model, table_optimizer = shard(model, config, mesh)
     model = replicate_dense(model, mesh)
-    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh)
+    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, _citing(config, mesh))
     seed_dropout(mesh)
     rows = sum(spec.rows for spec in specs)
     log.info("model: %s dense parameters, %s rows in %d tables", f"{parameters:,}", f"{rows:,}", len(specs))
     return model, optimizers
+
+
+def _citing(config: RunConfig, mesh: Mesh) -> Cite:
+    """What tells a mistake that only the model shows as those of the file are told: with its place there."""
+    run = Run(config.task, mesh.world_size, config.parts(), config.origins)
+    return lambda part, parameter, text: str(run.problem(part, parameter, text))
 
 
 def row_ids(source: BatchSource) -> RowIds:

@@ -18,9 +18,8 @@ from hstu.parallel.embedding import table_optimizer_name
 from hstu.train.estimate.parameters import (
     NUMBER,
     TableShards,
-    dense_parameters,
     projected_roles,
-    replicated_elements,
+    trained_densely,
 )
 from hstu.train.estimate.situation import Batch, Situation
 
@@ -302,7 +301,7 @@ class DenseUpdate(Op):
 
 def operators(situation: Situation, batch: Batch, plan: tuple[TableShards, ...]) -> list[Op]:
     """What one rank of the group that trains on ``batch`` computes in a step."""
-    return [*_inputs(situation, batch, plan), *_layers(situation, batch), *_task(situation, batch), _update(situation)]
+    return [*_inputs(situation, batch, plan), *_layers(situation, batch), *_task(situation, batch), *_updates(situation)]
 
 
 def _inputs(situation: Situation, batch: Batch, plan: tuple[TableShards, ...]) -> Iterator[Op]:
@@ -386,12 +385,9 @@ def _task(situation: Situation, batch: Batch) -> Iterator[Op]:
     yield SampledSoftmax(name="loss", queries=batch.labels, pool=pool, draws=draws, width=width)
 
 
-def _update(situation: Situation) -> Op:
-    counts = dense_parameters(situation)
-    replicated = [spec for spec in situation.specs if spec.replicated]
-    return DenseUpdate(
-        name="dense optimizer",
-        optimizer=situation.config.optimizer.optimizer_str,
-        elements=sum(counts.values()) + replicated_elements(situation),
-        tensors=len(counts) + len(replicated),
-    )
+def _updates(situation: Situation) -> Iterator[Op]:
+    by_optimizer: dict[str, list[int]] = {}
+    for optimizer, elements in trained_densely(situation):
+        by_optimizer.setdefault(optimizer, []).append(elements)
+    for optimizer, counts in by_optimizer.items():
+        yield DenseUpdate(name="dense optimizer", optimizer=optimizer, elements=sum(counts), tensors=len(counts))

@@ -30,6 +30,12 @@ class EmbeddingArgs(Args):
     over all ranks. Must be given: the default "None" is deliberately not a valid choice."""
     sharding: str = option("auto", choices=("auto", "row_wise", "table_wise", "column_wise"))
     """How a model_parallel table is cut. auto: TorchRec's planner decides. column_wise: not with rowwise_adagrad."""
+    optimizer_str: Optional[str] = option(None, choices=("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad"))
+    """Optimizer of this table. None: OptimizerArgs.sparse_optimizer_str, of a data_parallel table
+    OptimizerArgs.optimizer_str. rowwise_adagrad: model_parallel only."""
+    learning_rate: Optional[float] = option(None, above=0)
+    """Peak learning rate of this table. None: OptimizerArgs.sparse_learning_rate, of a data_parallel table
+    OptimizerArgs.learning_rate."""
     init_std: float = option(0.02, above=0)
     """Standard deviation of the normal distribution of initial rows."""
 
@@ -214,12 +220,12 @@ class OptimizerArgs(Args):
     momentum: float = option(0.0, minimum=0, below=1)
     """Momentum of sgd, dense part only."""
     sparse_optimizer_str: Optional[str] = option(None, choices=("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad"))
-    """Optimizer of the model_parallel tables. None: optimizer_str."""
+    """Optimizer of the model_parallel tables that have none of their own. None: optimizer_str."""
     sparse_learning_rate: Optional[float] = option(None, above=0)
-    """Peak learning rate of the model_parallel tables. None: learning_rate."""
+    """Peak learning rate of the model_parallel tables that have none of their own. None: learning_rate."""
     part_optimizers: list[PartOptimizerArgs] = option([])
-    """Parts of the dense weights with an optimizer, learning rate or weight decay of their own, in order: the first whose
-    regex is found in a weight's name has it. One LRScheduleArgs, max_grad_norm and ema_decay are for all."""
+    """Parts of the dense weights with an optimizer, learning rate or weight decay of their own; a weight belongs to the
+    first whose regex is found in its name. One LRScheduleArgs, max_grad_norm and ema_decay are for all."""
     ema_decay: float = option(0.0, minimum=0, below=1)
     """> 0: keep an exponential moving average of the dense weights and the data_parallel tables, average ← ema_decay ·
     average + (1 - ema_decay) · weight after each iteration, from the initial weights on. Evaluations and

@@ -197,17 +197,28 @@ def features_have_one_table(run: Run) -> Problems:
 
 @rule
 def rows_with_one_moment_stay_whole(run: Run, optimizer: OptimizerArgs) -> Problems:
-    given = "sparse_optimizer_str" if optimizer.sparse_optimizer_str is not None else "optimizer_str"
-    if getattr(optimizer, given) != "rowwise_adagrad":
-        return
+    common = "sparse_optimizer_str" if optimizer.sparse_optimizer_str is not None else "optimizer_str"
     for table in run.tables:
-        if table.sharding_type == "model_parallel" and table.sharding == "column_wise":
+        part, given = (optimizer, common) if table.optimizer_str is None else (table, "optimizer_str")
+        if (table.sharding_type, table.sharding, getattr(part, given)) == (
+            "model_parallel",
+            "column_wise",
+            "rowwise_adagrad",
+        ):
             text = (
                 "each rank with some columns would have a moment of its own for a row, so that the result depends on "
-                f"the number of ranks with {run.cite(optimizer, given)}; use 'row_wise', 'table_wise' or 'auto', or "
+                f"the number of ranks with {run.cite(part, given)}; use 'row_wise', 'table_wise' or 'auto', or "
                 "the optimizer 'adagrad'"
             )
             yield run.problem(table, "sharding", text)
+
+
+@rule
+def moments_of_rows_are_for_sharded_tables(run: Run) -> Problems:
+    for table in run.tables:
+        if table.optimizer_str == "rowwise_adagrad" and table.sharding_type == "data_parallel":
+            kind = run.cite(table, "sharding_type")
+            yield run.problem(table, "optimizer_str", f"is for model_parallel tables, here {kind}; use 'adagrad'")
 
 
 # --- data ----------------------------------------------------------------------------------------------------------

@@ -29,9 +29,7 @@ class DenseOptimizer:
     ``settings``: of the parameters, by name, that are trained otherwise than ``args`` says.
     """
 
-    def __init__(
-        self, module: nn.Module, args: OptimizerArgs, settings: Mapping[str, Settings] | None = None
-    ) -> None:
+    def __init__(self, module: nn.Module, args: OptimizerArgs, settings: Mapping[str, Settings] | None = None) -> None:
         self.parameters = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.learning_rate = args.learning_rate
         """Of the parameters that ``settings`` does not name."""

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from hstu.config.args import OptimizerArgs
 from hstu.model.embedding import ReplicatedTables
 from hstu.model.gr_model import GRModel
 from hstu.optim.dense import DenseOptimizer, decayed_parameters
-from hstu.optim.parts import Cite, settings_of_weights
+from hstu.optim.parts import Cite, replicated_settings, settings_of_weights
 from hstu.parallel.dense import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import clip_grad_norm
@@ -109,12 +109,14 @@ def build_optimizers(
     Raises ConfigError where OptimizerArgs.part_optimizers do not fit its weights; ``cite`` words what is wrong.
     """
     dense = unwrap_dense(model)
-    settings = settings_of_weights(_weights(dense), args, cite)
-    return Optimizers(DenseOptimizer(dense, args, settings), tables, mesh.tp_group if mesh.tp_size > 1 else None)
-
-
-def _weights(dense: nn.Module) -> dict[str, bool]:
-    """The dense weights by name, the replicated tables not among them, and whether they are of a kind that decays."""
-    tables = {id(p) for part in dense.modules() if isinstance(part, ReplicatedTables) for p in part.parameters()}
+    names = {id(parameter): name for name, parameter in dense.named_parameters()}
+    replicated = {
+        names[id(part.weight(spec.name))]: replicated_settings(spec, args)
+        for part in dense.modules()
+        if isinstance(part, ReplicatedTables)
+        for spec in part.specs.values()
+    }
     decaying = {id(parameter) for parameter in decayed_parameters(dense)}
-    return {name: id(p) in decaying for name, p in dense.named_parameters() if id(p) not in tables}
+    weights = {name: key in decaying for key, name in names.items() if name not in replicated}
+    optimizer = DenseOptimizer(dense, args, settings_of_weights(weights, args, cite) | replicated)
+    return Optimizers(optimizer, tables, mesh.tp_group if mesh.tp_size > 1 else None)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
 from hstu.config.errors import ConfigError
 from hstu.config.problems import did_you_mean
+from hstu.model.embedding import TableSpec
 
 Cite = Callable[[PartOptimizerArgs, str, str], str]
 """(part, its parameter, what is wrong with it) → the whole line of an error."""
@@ -42,8 +43,8 @@ def settings_of_weights(
 ) -> dict[str, Settings]:
     """How each weight is trained: by the first part whose regular expression is found in its name.
 
-    ``names``: weight → whether it is of a kind that decays. Raises ConfigError, all in one, for parts that nothing comes
-    of: that match no weight, only weights of parts before them, or, with a weight decay, none that decays.
+    ``names``: weight → whether it is of a kind that decays. Raises ConfigError, all in one, for parts that nothing
+    comes of: that match no weight, only weights of parts before them, or, with a weight decay, none that decays.
     """
     cite = cite or _cite
     owners: dict[str, int] = {}
@@ -66,6 +67,11 @@ def settings_of_weights(
     others = Settings.of(args)
     by_part = [Settings.of(args, part) for part in args.part_optimizers]
     return {name: by_part[owners[name]] if name in owners else others for name in names}
+
+
+def replicated_settings(spec: TableSpec, args: OptimizerArgs) -> Settings:
+    """How a data_parallel table is trained: as EmbeddingArgs says, else OptimizerArgs; no part applies to it."""
+    return Settings(spec.optimizer or args.optimizer_str, spec.learning_rate or args.learning_rate, args.weight_decay)
 
 
 def _known(regex: str, names: Iterable[str]) -> str:

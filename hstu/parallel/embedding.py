@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
@@ -27,7 +26,8 @@ from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.progress import Progress
 from hstu.parallel.row_sparse import RowSparseSharder
-from hstu.parallel.table_optimizer import FusedTables, SteppedTables, TableOptimizer
+from hstu.parallel.table_optimizer import TableOptimizer
+from hstu.parallel.table_training import TableTraining
 
 log = logging.getLogger(__name__)
 
@@ -39,34 +39,26 @@ _SHARDING_TYPES = {
     "table_wise": [ShardingType.TABLE_WISE.value],
     "column_wise": [ShardingType.COLUMN_WISE.value],
 }
-# No weight decay is passed on: adamw on tables is adam.
-_FUSED_OPTIMIZERS = {
-    "sgd": EmbOptimType.EXACT_SGD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "adam": EmbOptimType.ADAM,
-    "adamw": EmbOptimType.ADAM,
-}
 _COLUMN_MULTIPLE = 4  # FBGEMM: every shard's width
 
 
 def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, TableOptimizer]:
     """Replace the model's EmbeddingCollections, in place, by sharded ones with their initial rows.
 
-    Collective. Returns the model and the optimizer of its tables (config.optimizer, sparse_* taking precedence).
+    Collective. Returns the model and the optimizer of its tables.
     """
-    args = config.optimizer
-    learning_rate = args.sparse_learning_rate or args.learning_rate
-    row_sparse = is_row_sparse(args, mesh.device.type)
-    sharders = table_sharders(args, mesh.device.type, model.specs)
+    args, device = config.optimizer, mesh.device.type
+    training = table_training(model.specs, args)
+    sharders = table_sharders(args, device, model.specs)
     if len(model.embedding):
-        memory = {spec.name: plan_memory(spec, table_optimizer_name(args)) for spec in model.specs if spec.dynamic}
+        memory = {spec.name: plan_memory(spec, training[spec.name].optimizer) for spec in model.specs if spec.dynamic}
         for name, of_table in memory.items():
-            log.info("dynamic table %s: %s", name, of_table.describe(mesh.device.type))
+            log.info("dynamic table %s: %s", name, of_table.describe(device))
         plan = _plan(model, sharders, mesh, memory)
-        if row_sparse:  # the planner refuses what RowSparseSharder makes: gradients that leave the lookup
-            for table in _planned_tables(plan):
+        for _, name, table in _named_planned_tables(plan):
+            if training[name].is_row_sparse(device):  # the planner refuses gradients that leave the lookup
                 table.compute_kernel = EmbeddingComputeKernel.DENSE.value
+        _attach_training(model, training, args)
         DistributedModelParallel(
             model,
             env=ShardingEnv.from_process_group(mesh.world_group),
@@ -77,32 +69,34 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
             init_parameters=False,
         )
     write_initial_rows(model, config.trainer.seed, mesh.progress)
-    collections = sharded_collections(model)
-    optimizer: TableOptimizer
-    if row_sparse:
-        optimizer = SteppedTables(collections, learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_eps)
-    else:
-        optimizer = FusedTables(table_optimizer_name(args), collections, learning_rate)
+    optimizer = TableOptimizer(sharded_collections(model), training, args)
     _open_dynamic_tables(model, optimizer, config.trainer.seed)
     return model, optimizer
 
 
-def table_optimizer_name(args: OptimizerArgs) -> str:
-    """The optimizer of the sharded tables."""
-    return args.sparse_optimizer_str or args.optimizer_str
+def table_training(specs: Sequence[TableSpec], args: OptimizerArgs) -> dict[str, TableTraining]:
+    """How each sharded table is trained, by name."""
+    return {spec.name: TableTraining.of(spec, args) for spec in specs if not spec.replicated}
 
 
-def is_row_sparse(args: OptimizerArgs, device_type: str) -> bool:
-    """Whether the sharded tables' gradients leave the lookup as sparse rows, for an optimizer of our own."""
-    return table_optimizer_name(args) in ("adam", "adamw") and device_type == "cpu"
+def _attach_training(model: GRModel, training: Mapping[str, TableTraining], args: OptimizerArgs) -> None:
+    """Tell TorchRec, which groups the tables of a collection into kernels by it.
+
+    Where torch.distributed.optim's apply_optimizer_in_backward does; that one would run an optimizer, too.
+    """
+    for collection in model.embedding:
+        for name, table in collection.embeddings.items():
+            table.weight._optimizer_kwargs = [training[name].fused_params(args)]
 
 
 def table_sharders(
     args: OptimizerArgs, device_type: str, specs: Sequence[TableSpec]
 ) -> list[EmbeddingCollectionSharder]:
     """What turns the collections, static and dynamic, into sharded ones that are trained as ``args`` says."""
-    row_sparse = is_row_sparse(args, device_type)
-    sharder = RowSparseSharder() if row_sparse else EmbeddingCollectionSharder(_fused_params(args))
+    row_sparse = any(training.is_row_sparse(device_type) for training in table_training(specs, args).values())
+    # FBGEMM's default looks up row 0 for an id outside the table and goes on
+    common = {"bounds_check_mode": BoundsCheckMode.FATAL}
+    sharder = RowSparseSharder(common) if row_sparse else EmbeddingCollectionSharder(common)
     return [sharder, DynamicSharder(specs, sharder, row_sparse)]
 
 
@@ -141,7 +135,10 @@ def _open_dynamic_tables(model: GRModel, optimizer: TableOptimizer, seed: int) -
                     spec,
                     seed,
                     weights[name].local_shards()[0].tensor,
-                    {state: states[f"{name}.{state}"].local_shards()[0].tensor for state in optimizer.states},
+                    {
+                        state: states[f"{name}.{state}"].local_shards()[0].tensor
+                        for state in optimizer.training[name].states
+                    },
                     collection.write_back,
                 )
                 for name, spec in specs.items()
@@ -165,21 +162,6 @@ def write_initial_rows(model: GRModel, seed: int, progress: Progress) -> None:
                 progress.alive()
                 part = block[:, first_col : first_col + cols]
                 local.tensor[row - first_row : row - first_row + len(part), : part.shape[1]].copy_(part)
-
-
-def _fused_params(args: OptimizerArgs) -> dict[str, Any]:
-    name = table_optimizer_name(args)
-    params: dict[str, Any] = {
-        "optimizer": _FUSED_OPTIMIZERS[name],
-        "learning_rate": args.sparse_learning_rate or args.learning_rate,
-        # FBGEMM's default looks up row 0 for an id outside the table and goes on
-        "bounds_check_mode": BoundsCheckMode.FATAL,
-    }
-    if name != "sgd":
-        params["eps"] = args.adam_eps
-    if name in ("adam", "adamw"):
-        params |= {"beta1": args.adam_beta1, "beta2": args.adam_beta2}
-    return params
 
 
 def table_planner(
@@ -250,7 +232,3 @@ def _named_planned_tables(plan: ShardingPlan) -> Iterator[tuple[str, str, Any]]:
     for module, tables in plan.plan.items():
         for name, table in tables.items():
             yield module, name, table
-
-
-def _planned_tables(plan: ShardingPlan) -> Iterator[Any]:
-    return (table for _, _, table in _named_planned_tables(plan))

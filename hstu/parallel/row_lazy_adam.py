@@ -19,7 +19,10 @@ class RowLazyAdam(torch.optim.Optimizer):
     uncorrected √v. Cost is proportional to the rows touched.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter | dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        """``params``: parameters, or groups of them with an lr of their own, as torch.optim takes them."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
         self.steps = 0
         """Steps taken; part of the state to checkpoint."""

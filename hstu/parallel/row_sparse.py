@@ -20,7 +20,7 @@ from torchrec import EmbeddingCollection, KeyedJaggedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_kernel import BaseEmbedding, get_state_dict
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
-from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
 
 
@@ -97,7 +97,7 @@ class RowSparseEmbedding(BaseEmbedding):
 
 
 class RowSparseLookup(GroupedEmbeddingsLookup):
-    """TorchRec's lookup with RowSparseEmbedding for every group of tables."""
+    """TorchRec's lookup with RowSparseEmbedding for the groups of tables that it would give a dense kernel."""
 
     def _create_embedding_kernel(
         self,
@@ -106,6 +106,8 @@ class RowSparseLookup(GroupedEmbeddingsLookup):
         device: torch.device | None,
         env: ShardingEnv | None = None,
     ) -> BaseEmbedding:
+        if config.compute_kernel is not EmbeddingComputeKernel.DENSE:
+            return super()._create_embedding_kernel(config, pg, device, env)
         return RowSparseEmbedding(config, pg, device)
 
 
@@ -131,4 +133,4 @@ class RowSparseSharder(EmbeddingCollectionSharder):
         module_fqn: str | None = None,
     ) -> ShardedEmbeddingCollection:
         """See EmbeddingCollectionSharder."""
-        return RowSparseEmbeddingCollection(module, params, env, {}, device, module_fqn=module_fqn)
+        return RowSparseEmbeddingCollection(module, params, env, self.fused_params, device, module_fqn=module_fqn)

@@ -10,9 +10,10 @@ from torch import nn
 from hstu.config.args import RankingArgs
 from hstu.model.embedding import TableSpec, build_collections
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS
-from hstu.optim.parts import settings_of_weights
+from hstu.optim.parts import replicated_settings, settings_of_weights
 from hstu.parallel.dynamic.budget import plan_memory
-from hstu.parallel.embedding import table_optimizer_name, table_planner, table_sharders
+from hstu.parallel.embedding import table_planner, table_sharders
+from hstu.parallel.table_training import STATES, TableTraining
 from hstu.train.estimate.situation import Situation
 
 NUMBER = 4
@@ -21,7 +22,6 @@ LAYERS = "task.encoder.stack.layers"
 """Before the number of a layer, in the names of its parameters."""
 _INPUTS = "task.encoder.inputs"
 _STATES_OF_DENSE = {"adam": 2, "adamw": 2, "adagrad": 1, "rowwise_adagrad": 1}
-_STATES_OF_TABLE = {"adam": 2, "adamw": 2, "adagrad": 1, "sgd": 0}  # numbers an element; rowwise_adagrad: one a row
 
 
 def dense_parameters(situation: Situation) -> dict[str, int]:
@@ -95,7 +95,8 @@ def trained_densely(situation: Situation) -> list[tuple[str, int]]:
     args, counts = situation.config.optimizer, dense_parameters(situation)
     settings = settings_of_weights(dict.fromkeys(counts, True), args)
     weights = [(settings[name].optimizer, count) for name, count in counts.items()]
-    return weights + [(args.optimizer_str, spec.rows * spec.dim) for spec in situation.specs if spec.replicated]
+    tables = [spec for spec in situation.specs if spec.replicated]
+    return weights + [(replicated_settings(spec, args).optimizer, spec.rows * spec.dim) for spec in tables]
 
 
 def dense_state_bytes(situation: Situation) -> int:
@@ -131,7 +132,7 @@ class TableShards:
         """Bytes of the optimizer's state on each rank, int64 [ranks]."""
         if optimizer == "rowwise_adagrad":
             return self._by_rank(ranks, [(rank, rows) for rank, rows, _ in self.shards])
-        return self.weight_bytes(ranks) * _STATES_OF_TABLE[optimizer]
+        return self.weight_bytes(ranks) * len(STATES[optimizer])
 
     def _by_rank(self, ranks: int, elements: list[tuple[int, int]]) -> np.ndarray:
         numbers = np.zeros(ranks, dtype=np.int64)
@@ -147,13 +148,12 @@ def plan_tables(situation: Situation) -> tuple[TableShards, ...]:
         return ()
     model = nn.Module()
     model.embedding = build_collections(situation.specs)
-    memory = {
-        s.name: plan_memory(s, table_optimizer_name(situation.config.optimizer)) for s in specs.values() if s.dynamic
-    }
+    args = situation.config.optimizer
+    memory = {s.name: plan_memory(s, TableTraining.of(s, args).optimizer) for s in specs.values() if s.dynamic}
     planner = table_planner(
         situation.specs, situation.world_size, situation.ranks_per_host, situation.device_type, memory
     )
-    plan = planner.plan(model, table_sharders(situation.config.optimizer, situation.device_type, situation.specs))
+    plan = planner.plan(model, table_sharders(args, situation.device_type, situation.specs))
     found = []
     for tables in plan.plan.values():
         for name, table in tables.items():
@@ -164,8 +164,10 @@ def plan_tables(situation: Situation) -> tuple[TableShards, ...]:
 
 def table_bytes(situation: Situation, plan: tuple[TableShards, ...]) -> tuple[int, int]:
     """(rows, optimizer states) of the sharded tables on the rank that has most of both."""
-    ranks, optimizer = situation.world_size, table_optimizer_name(situation.config.optimizer)
-    weights = sum((table.weight_bytes(ranks) for table in plan), np.zeros(ranks, dtype=np.int64))
-    states = sum((table.state_bytes(ranks, optimizer) for table in plan), np.zeros(ranks, dtype=np.int64))
+    ranks, args = situation.world_size, situation.config.optimizer
+    weights, states = np.zeros(ranks, dtype=np.int64), np.zeros(ranks, dtype=np.int64)
+    for table in plan:
+        weights += table.weight_bytes(ranks)
+        states += table.state_bytes(ranks, TableTraining.of(table.spec, args).optimizer)
     busiest = int((weights + states).argmax())
     return int(weights[busiest]), int(states[busiest])

@@ -118,7 +118,11 @@ def _layers(situation: Situation, batch: Batch) -> Iterator[Transfer]:
         "statistics of the output norm", "all_gather", "tensor", tp, layers * (1 + again), norms * (1 + again)
     )
     parameters = dense_parameters(situation)
-    names = ["bias.position_weight", "bias.time_weight", *(["input_norm.weight"] * 2 if network.sequence_parallel else [])]
+    names = [
+        "bias.position_weight",
+        "bias.time_weight",
+        *(["input_norm.weight"] * 2 if network.sequence_parallel else []),
+    ]
     shared = [parameters.get(f"{LAYERS}.0.{name}", 0) for name in names]  # the norm's bias is as large as its weight
     calls = layers * sum(count > 0 for count in shared)
     payload = layers * sum(shared) * NUMBER

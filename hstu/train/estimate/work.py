@@ -14,7 +14,7 @@ import numpy as np
 
 from hstu.config.args import NetworkArgs, RankingArgs, RetrievalArgs
 from hstu.observe.flops import sequence_flops
-from hstu.parallel.embedding import table_optimizer_name
+from hstu.parallel.table_training import TableTraining
 from hstu.train.estimate.parameters import (
     NUMBER,
     TableShards,
@@ -223,13 +223,13 @@ class ShardedLookup(Op):
     @property
     def moved(self) -> float:
         """Rows read and written; gradients written and read; rows and states read and written by the update."""
-        states = {"sgd": 0, "rowwise_adagrad": 0, "adagrad": 1}.get(
-            table_optimizer_name(self.situation.config.optimizer), 2
-        )
-        elements = sum(
-            self.ids.get(feature, 0) * table.spec.stored_dim for table in self.plan for feature in table.spec.features
-        )
-        return NUMBER * float(elements) * (2 + 4 + 2 * (1 + states))
+        moved = 0.0
+        for table in self.plan:
+            states = TableTraining.of(table.spec, self.situation.config.optimizer).states
+            wide = sum(not state.startswith("rowwise") for state in states)
+            elements = sum(self.ids.get(feature, 0) for feature in table.spec.features) * table.spec.stored_dim
+            moved += NUMBER * float(elements) * (2 + 4 + 2 * (1 + wide))
+        return moved
 
     @property
     def launches(self) -> int:
@@ -301,7 +301,12 @@ class DenseUpdate(Op):
 
 def operators(situation: Situation, batch: Batch, plan: tuple[TableShards, ...]) -> list[Op]:
     """What one rank of the group that trains on ``batch`` computes in a step."""
-    return [*_inputs(situation, batch, plan), *_layers(situation, batch), *_task(situation, batch), *_updates(situation)]
+    return [
+        *_inputs(situation, batch, plan),
+        *_layers(situation, batch),
+        *_task(situation, batch),
+        *_updates(situation),
+    ]
 
 
 def _inputs(situation: Situation, batch: Batch, plan: tuple[TableShards, ...]) -> Iterator[Op]:

@@ -223,6 +223,10 @@ class OptimizerArgs(Args):
     """Optimizer of the model_parallel tables that have none of their own. None: optimizer_str."""
     sparse_learning_rate: Optional[float] = option(None, above=0)
     """Peak learning rate of the model_parallel tables that have none of their own. None: learning_rate."""
+    sparse_max_gradient: Optional[float] = option(None, above=0)
+    """Limit of the gradient of every number of a table's row, of the loss's mean over the global batch and summed over
+    all places that look the row up: it is cut to [-limit, limit] before the table's optimizer has it, of data_parallel
+    tables after TrainerArgs.max_grad_norm. None: no limit."""
     part_optimizers: list[PartOptimizerArgs] = option([])
     """Parts of the dense weights with an optimizer, learning rate or weight decay of their own; a weight belongs to the
     first whose regex is found in its name. One LRScheduleArgs, max_grad_norm and ema_decay are for all."""

@@ -25,6 +25,8 @@ class Settings:
     """Peak learning rate."""
     weight_decay: float
     """As given; of some kinds of weights none decays (dense.decayed_parameters)."""
+    max_gradient: float | None = None
+    """To what gradients are clamped; of tables only."""
 
     @classmethod
     def of(cls, args: OptimizerArgs, part: PartOptimizerArgs | None = None) -> Settings:
@@ -71,7 +73,12 @@ def settings_of_weights(
 
 def replicated_settings(spec: TableSpec, args: OptimizerArgs) -> Settings:
     """How a data_parallel table is trained: as EmbeddingArgs says, else OptimizerArgs; no part applies to it."""
-    return Settings(spec.optimizer or args.optimizer_str, spec.learning_rate or args.learning_rate, args.weight_decay)
+    return Settings(
+        spec.optimizer or args.optimizer_str,
+        spec.learning_rate or args.learning_rate,
+        args.weight_decay,
+        args.sparse_max_gradient,
+    )
 
 
 def _known(regex: str, names: Iterable[str]) -> str:

@@ -93,11 +93,11 @@ def table_sharders(
     args: OptimizerArgs, device_type: str, specs: Sequence[TableSpec]
 ) -> list[EmbeddingCollectionSharder]:
     """What turns the collections, static and dynamic, into sharded ones that are trained as ``args`` says."""
-    row_sparse = any(training.is_row_sparse(device_type) for training in table_training(specs, args).values())
+    own_kernels = any(training.needs_own_kernel(device_type) for training in table_training(specs, args).values())
     # FBGEMM's default looks up row 0 for an id outside the table and goes on
     common = {"bounds_check_mode": BoundsCheckMode.FATAL}
-    sharder = RowSparseSharder(common) if row_sparse else EmbeddingCollectionSharder(common)
-    return [sharder, DynamicSharder(specs, sharder, row_sparse)]
+    sharder = RowSparseSharder(common) if own_kernels else EmbeddingCollectionSharder(common)
+    return [sharder, DynamicSharder(specs, sharder, own_kernels)]
 
 
 def sharded_collections(model: GRModel) -> list[ShardedEmbeddingCollection]:

@@ -23,6 +23,8 @@ from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
 
+from hstu.parallel.clamped import ClampedFusedEmbedding
+
 
 class RowSparseEmbedding(BaseEmbedding):
     """This rank's shards of a group of tables, looked up with F.embedding(sparse=True).
@@ -97,7 +99,10 @@ class RowSparseEmbedding(BaseEmbedding):
 
 
 class RowSparseLookup(GroupedEmbeddingsLookup):
-    """TorchRec's lookup with RowSparseEmbedding for the groups of tables that it would give a dense kernel."""
+    """TorchRec's lookup with RowSparseEmbedding for the groups of tables that it would give a dense kernel.
+
+    Fused ones with a limit to their gradients get ClampedFusedEmbedding.
+    """
 
     def _create_embedding_kernel(
         self,
@@ -106,9 +111,11 @@ class RowSparseLookup(GroupedEmbeddingsLookup):
         device: torch.device | None,
         env: ShardingEnv | None = None,
     ) -> BaseEmbedding:
-        if config.compute_kernel is not EmbeddingComputeKernel.DENSE:
-            return super()._create_embedding_kernel(config, pg, device, env)
-        return RowSparseEmbedding(config, pg, device)
+        if config.compute_kernel is EmbeddingComputeKernel.DENSE:
+            return RowSparseEmbedding(config, pg, device)
+        if "max_gradient" in (config.fused_params or {}):
+            return ClampedFusedEmbedding(config, pg, device)
+        return super()._create_embedding_kernel(config, pg, device, env)
 
 
 class RowSparseEmbeddingCollection(ShardedEmbeddingCollection):

@@ -121,7 +121,12 @@ class _SteppedTables:
         ]
         self._training = training
         self._groups: list[dict[str, Any]] = [
-            {"params": [weight], "lr": training[table].learning_rate, "table": table}
+            {
+                "params": [weight],
+                "lr": training[table].learning_rate,
+                "max_gradient": training[table].max_gradient,
+                "table": table,
+            }
             for kernel in self._kernels
             for table, weight in kernel.named_parameters_by_table()
         ]

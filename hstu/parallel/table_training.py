@@ -36,6 +36,8 @@ class TableTraining:
     """One of STATES."""
     learning_rate: float
     """Peak learning rate."""
+    max_gradient: float | None = None
+    """To what gradients of rows are clamped."""
 
     @classmethod
     def of(cls, spec: TableSpec, args: OptimizerArgs) -> TableTraining:
@@ -43,6 +45,7 @@ class TableTraining:
         return cls(
             spec.optimizer or args.sparse_optimizer_str or args.optimizer_str,
             spec.learning_rate or args.sparse_learning_rate or args.learning_rate,
+            args.sparse_max_gradient,
         )
 
     @property
@@ -54,6 +57,10 @@ class TableTraining:
         """Whether the table's gradients leave the lookup as sparse rows, for an optimizer of our own."""
         return self.optimizer in ("adam", "adamw") and device_type == "cpu"
 
+    def needs_own_kernel(self, device_type: str) -> bool:
+        """Whether TorchRec has no kernel that trains the table so."""
+        return self.is_row_sparse(device_type) or self.max_gradient is not None
+
     def fused_params(self, args: OptimizerArgs) -> dict[str, Any]:
         """The same in the words of FBGEMM."""
         params: dict[str, Any] = {
@@ -64,4 +71,6 @@ class TableTraining:
             params["eps"] = args.adam_eps
         if self.optimizer in ("adam", "adamw"):
             params |= {"beta1": args.adam_beta1, "beta2": args.adam_beta2}
+        if self.max_gradient is not None:
+            params["max_gradient"] = self.max_gradient  # for ClampedFusedEmbedding
         return params

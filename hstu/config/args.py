@@ -30,6 +30,11 @@ class EmbeddingArgs(Args):
     over all ranks. Must be given: the default "None" is deliberately not a valid choice."""
     sharding: str = option("auto", choices=("auto", "row_wise", "table_wise", "column_wise"))
     """How a model_parallel table is cut. auto: TorchRec's planner decides. column_wise: not with rowwise_adagrad."""
+    compute_kernel: Optional[str] = option(None, choices=("dense", "fused", "fused_uvm", "fused_uvm_caching"))
+    """Kernel of a model_parallel table. fused: FBGEMM updates rows in backward. fused_uvm: rows lie in host memory;
+    fused_uvm_caching: with a cache of a fifth of them in GPU memory. dense: rows' gradients go to an Adam of ours; on a
+    CPU only. None: fused, on a CPU with adam dense; a CPU runs that whatever is asked for, and warns. Not for dynamic
+    tables, whose GPU memory decides."""
     optimizer_str: Optional[str] = option(None, choices=("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad"))
     """Optimizer of this table. None: OptimizerArgs.sparse_optimizer_str, of a data_parallel table
     OptimizerArgs.optimizer_str. rowwise_adagrad: model_parallel only."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-from hstu.config import batch_rules, benchmark_rules
+from hstu.config import batch_rules, benchmark_rules, table_rules
 from hstu.config.args import (
     BenchmarkDatasetArgs,
     DatasetArgs,
@@ -24,10 +24,10 @@ from hstu.config.args import (
 )
 from hstu.config.dataset_names import BUILT_IN_DATASETS, resolve_dataset_name
 from hstu.config.problems import did_you_mean
-from hstu.config.rule_engine import Problems, RuleBook, Run, each_once
+from hstu.config.rule_engine import Problems, RuleBook, Run
 from hstu.config.run_config import kind_of
 
-rule = RuleBook(batch_rules.rule, benchmark_rules.rule)
+rule = RuleBook(batch_rules.rule, benchmark_rules.rule, table_rules.rule)
 """What makes a run impossible or a setting meaningless."""
 advice = RuleBook(batch_rules.advice)
 """What is allowed but probably not meant."""
@@ -180,45 +180,6 @@ def milestones_are_for_step(run: Run, schedule: LRScheduleArgs) -> Problems:
         yield run.problem(schedule, "milestones", text)
     if any(left >= right for left, right in pairwise(schedule.milestones)):
         yield run.problem(schedule, "milestones", "must increase")
-
-
-# --- tables --------------------------------------------------------------------------------------------------------
-
-
-@rule
-def tables_have_names_of_their_own(run: Run) -> Problems:
-    yield from each_once(run, [(table, [getattr(table, "table_name", None)]) for table in run.tables], "table_name")
-
-
-@rule
-def features_have_one_table(run: Run) -> Problems:
-    yield from each_once(run, [(table, getattr(table, "feature_names", [])) for table in run.tables], "feature_names")
-
-
-@rule
-def rows_with_one_moment_stay_whole(run: Run, optimizer: OptimizerArgs) -> Problems:
-    common = "sparse_optimizer_str" if optimizer.sparse_optimizer_str is not None else "optimizer_str"
-    for table in run.tables:
-        part, given = (optimizer, common) if table.optimizer_str is None else (table, "optimizer_str")
-        if (table.sharding_type, table.sharding, getattr(part, given)) == (
-            "model_parallel",
-            "column_wise",
-            "rowwise_adagrad",
-        ):
-            text = (
-                "each rank with some columns would have a moment of its own for a row, so that the result depends on "
-                f"the number of ranks with {run.cite(part, given)}; use 'row_wise', 'table_wise' or 'auto', or "
-                "the optimizer 'adagrad'"
-            )
-            yield run.problem(table, "sharding", text)
-
-
-@rule
-def moments_of_rows_are_for_sharded_tables(run: Run) -> Problems:
-    for table in run.tables:
-        if table.optimizer_str == "rowwise_adagrad" and table.sharding_type == "data_parallel":
-            kind = run.cite(table, "sharding_type")
-            yield run.problem(table, "optimizer_str", f"is for model_parallel tables, here {kind}; use 'adagrad'")
 
 
 # --- data ----------------------------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ class TableSpec:
     """Its own optimizer, where it has one."""
     learning_rate: float | None = None
     """Its own peak learning rate, where it has one."""
+    compute_kernel: str | None = None
+    """The kernel that it must have, where it is given."""
 
     @property
     def stored_dim(self) -> int:
@@ -98,6 +100,7 @@ def table_specs(
                 dynamic=dynamic,
                 optimizer=table.optimizer_str,
                 learning_rate=table.learning_rate,
+                compute_kernel=table.compute_kernel,
             )
         )
     if problems:

@@ -17,6 +17,7 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingPlan
 
 from hstu.config.args import OptimizerArgs
+from hstu.config.errors import ConfigError
 from hstu.config.run_config import RunConfig
 from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
@@ -50,11 +51,12 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
     args, device = config.optimizer, mesh.device.type
     training = table_training(model.specs, args)
     sharders = table_sharders(args, device, model.specs)
+    check_kernels(model.specs, training, device)
     if len(model.embedding):
         memory = {spec.name: plan_memory(spec, training[spec.name].optimizer) for spec in model.specs if spec.dynamic}
         for name, of_table in memory.items():
             log.info("dynamic table %s: %s", name, of_table.describe(device))
-        plan = _plan(model, sharders, mesh, memory)
+        plan = _plan(model, sharders, mesh, memory, config.trainer.pipeline_type == "prefetch")
         for _, name, table in _named_planned_tables(plan):
             if training[name].is_row_sparse(device):  # the planner refuses gradients that leave the lookup
                 table.compute_kernel = EmbeddingComputeKernel.DENSE.value
@@ -72,6 +74,25 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
     optimizer = TableOptimizer(sharded_collections(model), training, args)
     _open_dynamic_tables(model, optimizer, config.trainer.seed)
     return model, optimizer
+
+
+def check_kernels(specs: Sequence[TableSpec], training: Mapping[str, TableTraining], device_type: str) -> None:
+    """Say which kernels that tables ask for this device does not have, and what runs instead.
+
+    Raises ConfigError for a dense one on a GPU: TorchRec's planner knows none, on no device, and our own is the CPU's.
+    """
+    refused = []
+    for spec in (spec for spec in specs if spec.compute_kernel is not None):
+        asked = f"EmbeddingArgs.compute_kernel = {spec.compute_kernel!r} of table {spec.name!r}"
+        row_sparse = training[spec.name].is_row_sparse(device_type)
+        if device_type != "cpu" and spec.compute_kernel == "dense":
+            refused.append(f"{asked}: only on a CPU, where FBGEMM has no Adam; use 'fused' on a GPU")
+        elif device_type == "cpu" and spec.compute_kernel != ("dense" if row_sparse else "fused"):
+            why = "FBGEMM has no Adam on a CPU" if spec.compute_kernel == "fused" else "a CPU has host memory only"
+            instead = "dense, whose Adam is the same" if row_sparse else "fused"
+            log.warning("%s is ignored: %s; it is %s", asked, why, instead)
+    if refused:
+        raise ConfigError(refused)
 
 
 def table_training(specs: Sequence[TableSpec], args: OptimizerArgs) -> dict[str, TableTraining]:
@@ -170,34 +191,55 @@ def table_planner(
     local_world_size: int,
     device_type: str,
     memory: Mapping[str, MemoryPlan],
+    prefetches: bool = False,
 ) -> EmbeddingShardingPlanner:
     """TorchRec's planner for the tables of ``specs`` that are not replicated. It needs no process group to plan.
 
-    ``memory``: where the rows of dynamic tables lie, which matters on GPUs.
+    ``memory``: where the rows of dynamic tables lie, which matters on GPUs. ``prefetches``: a pipeline fills caches.
     """
-    on_gpu = memory if device_type == "cuda" else {}
+    kernels = {
+        spec.name: _kernel(spec, memory.get(spec.name), prefetches)
+        if device_type == "cuda"
+        else (EmbeddingComputeKernel.FUSED, None)
+        for spec in specs
+    }
     return EmbeddingShardingPlanner(
         topology=Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device_type),
         constraints={
-            spec.name: _constraints(spec, world_size, on_gpu.get(spec.name)) for spec in specs if not spec.replicated
+            spec.name: _constraints(spec, world_size, *kernels[spec.name]) for spec in specs if not spec.replicated
         },
     )
 
 
 def _plan(
-    model: GRModel, sharders: list[EmbeddingCollectionSharder], mesh: Mesh, memory: Mapping[str, MemoryPlan]
+    model: GRModel,
+    sharders: list[EmbeddingCollectionSharder],
+    mesh: Mesh,
+    memory: Mapping[str, MemoryPlan],
+    prefetches: bool,
 ) -> ShardingPlan:
-    planner = table_planner(model.specs, mesh.world_size, mesh.local_world_size, mesh.device.type, memory)
+    planner = table_planner(model.specs, mesh.world_size, mesh.local_world_size, mesh.device.type, memory, prefetches)
     plan = planner.collective_plan(model, sharders, mesh.world_group)
     log.info("tables: %s", {name: table.sharding_type for _, name, table in _named_planned_tables(plan)})
     return plan
 
 
-def _constraints(spec: TableSpec, world_size: int, memory: MemoryPlan | None) -> ParameterConstraints:
-    kernel = EmbeddingComputeKernel.FUSED if memory is None else memory.kernel
-    cache = None
-    if memory is not None and kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING:
-        cache = CacheParams(load_factor=memory.cached_share)
+def _kernel(
+    spec: TableSpec, memory: MemoryPlan | None, prefetches: bool
+) -> tuple[EmbeddingComputeKernel, CacheParams | None]:
+    """A table's kernel on a GPU, and its cache."""
+    if memory is not None:
+        share = memory.cached_share if memory.kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING else None
+        return memory.kernel, None if share is None else CacheParams(load_factor=share)
+    kernel = EmbeddingComputeKernel(spec.compute_kernel or "fused")
+    # without it FBGEMM forgets, in the step that runs meanwhile, where prefetched rows are
+    needs_locks = kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING and prefetches
+    return kernel, CacheParams(prefetch_pipeline=True) if needs_locks else None
+
+
+def _constraints(
+    spec: TableSpec, world_size: int, kernel: EmbeddingComputeKernel, cache: CacheParams | None
+) -> ParameterConstraints:
     return ParameterConstraints(
         sharding_types=_sharding_types(spec, world_size),
         compute_kernels=[kernel.value],

@@ -104,7 +104,7 @@ def make_config(
     tables = [("user", USERS), ("item", items), ("action", ACTIONS)]
     return SimpleNamespace(
         dropout=dropout,
-        trainer=SimpleNamespace(seed=7 + init_seed_offset),
+        trainer=SimpleNamespace(seed=7 + init_seed_offset, pipeline_type="none"),
         optimizer=OptimizerArgs(
             optimizer_str=optimizer, learning_rate=learning_rate, part_optimizers=by_part, **optimizer_args
         ),

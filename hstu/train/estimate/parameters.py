@@ -151,7 +151,12 @@ def plan_tables(situation: Situation) -> tuple[TableShards, ...]:
     args = situation.config.optimizer
     memory = {s.name: plan_memory(s, TableTraining.of(s, args).optimizer) for s in specs.values() if s.dynamic}
     planner = table_planner(
-        situation.specs, situation.world_size, situation.ranks_per_host, situation.device_type, memory
+        situation.specs,
+        situation.world_size,
+        situation.ranks_per_host,
+        situation.device_type,
+        memory,
+        situation.config.trainer.pipeline_type == "prefetch",
     )
     plan = planner.plan(model, table_sharders(args, situation.device_type, situation.specs))
     found = []

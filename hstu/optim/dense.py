@@ -96,10 +96,10 @@ class _Part:
             group["lr"] = self.settings.learning_rate * multiplier
 
     def step(self) -> None:
-        limit = self.settings.max_gradient
-        for weight in self.optimizer.param_groups[0]["params"] if limit is not None else ():
-            if weight.grad is not None:
-                weight.grad.clamp_(-limit, limit)
+        if (limit := self.settings.max_gradient) is not None:
+            for weight in self.optimizer.param_groups[0]["params"]:
+                if weight.grad is not None:
+                    weight.grad.clamp_(-limit, limit)
         if self.decayed:
             rate = self.optimizer.param_groups[0]["lr"]
             torch._foreach_mul_(self.decayed, 1.0 - rate * self.settings.weight_decay)

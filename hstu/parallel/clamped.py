@@ -8,8 +8,6 @@ other kind of table, so that the update does not depend on ranks, micro-batches 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -58,15 +56,16 @@ def clamp_row_sums(gradients: Tensor, rows: Tensor, limit: float) -> Tensor:
     ``gradients``: [n, D], as the result; ``rows``: int64 [n]. Sums go in the order of the places, without atomics, and
     the device is asked for no size.
     """
-    if not len(rows):
-        return gradients
     ordered, order = rows.sort(stable=True)
-    is_first = torch.ones_like(ordered, dtype=torch.bool)
-    is_first[1:] = ordered[1:] != ordered[:-1]
-    place = is_first.cumsum(0) - 1
-    lengths = torch.zeros_like(rows).scatter_add_(0, place, torch.ones_like(rows))  # beyond the distinct rows: 0
-    options: dict[str, Any] = {"lengths": lengths, "axis": 0, "initial": 0.0, "unsafe": True}
-    sums = torch.segment_reduce(gradients.index_select(0, order), "sum", **options).clamp_(-limit, limit)
-    result = torch.empty_like(gradients)
-    result[order] = sums.index_select(0, place) * is_first[:, None]
-    return result
+    starts_run = torch.ones_like(ordered, dtype=torch.bool)
+    starts_run[1:] = ordered[1:] != ordered[:-1]
+    places = torch.arange(len(rows), device=rows.device)
+    run_start = torch.where(starts_run, places, 0).cummax(0).values if len(rows) else places
+    first = torch.empty_like(order)
+    first[order] = order[run_start]
+    sums = torch.zeros_like(gradients)
+    if sums.device.type == "cpu":
+        sums.index_add_(0, first, gradients)
+    else:  # where index_add_ has atomics, and this sorts
+        sums.index_put_((first,), gradients, accumulate=True)
+    return sums.clamp_(-limit, limit)

@@ -105,9 +105,9 @@ def _attach_training(model: GRModel, training: Mapping[str, TableTraining], args
 
     Where torch.distributed.optim's apply_optimizer_in_backward does; that one would run an optimizer, too.
     """
-    for collection in model.embedding:
-        for name, table in collection.embeddings.items():
-            table.weight._optimizer_kwargs = [training[name].fused_params(args)]
+    for name, weight in model.embedding.named_parameters():
+        table = name.removesuffix(".weight").rpartition(".")[2]  # <collection>.embeddings.<table>.weight
+        weight._optimizer_kwargs = [training[table].fused_params(args)]  # type: ignore[attr-defined]
 
 
 def table_sharders(

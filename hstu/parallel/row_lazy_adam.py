@@ -20,7 +20,11 @@ class RowLazyAdam(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter | dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
     ) -> None:
         """``params``: parameters, or groups of them as torch.optim takes them.
 

@@ -114,6 +114,8 @@ class RowSparseLookup(GroupedEmbeddingsLookup):
         if config.compute_kernel is EmbeddingComputeKernel.DENSE:
             return RowSparseEmbedding(config, pg, device)
         if "max_gradient" in (config.fused_params or {}):
+            caching = EmbeddingComputeKernel.FUSED_UVM_CACHING
+            self._need_prefetch |= any(table.compute_kernel is caching for table in config.embedding_tables)
             return ClampedFusedEmbedding(config, pg, device)
         return super()._create_embedding_kernel(config, pg, device, env)
 

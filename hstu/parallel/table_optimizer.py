@@ -120,7 +120,7 @@ class _SteppedTables:
             kernel for lookup in lookups for kernel in lookup._emb_modules if isinstance(kernel, RowSparseEmbedding)
         ]
         self._training = training
-        self._groups: list[dict[str, Any]] = [
+        groups: list[dict[str, Any]] = [
             {
                 "params": [weight],
                 "lr": training[table].learning_rate,
@@ -132,7 +132,7 @@ class _SteppedTables:
         ]
         betas = (args.adam_beta1, args.adam_beta2)
         # torch refuses an optimizer without parameters, but a rank may hold no shard of any table
-        self._adam = RowLazyAdam(self._groups, args.learning_rate, betas, args.adam_eps) if self._groups else None
+        self._adam = RowLazyAdam(groups, args.learning_rate, betas, args.adam_eps) if groups else None
 
     def set_lr_multiplier(self, multiplier: float) -> None:
         for group in self._adam.param_groups if self._adam else ():
@@ -149,8 +149,10 @@ class _SteppedTables:
             self._adam.step()
 
     def state_tensors(self) -> dict[str, ShardedTensor]:
+        if self._adam is None:
+            return {}
         tensors: dict[str, ShardedTensor] = {}
-        for kernel in self._kernels if self._adam else ():
+        for kernel in self._kernels:
             weights = dict(kernel.named_parameters_by_table())
             for state in STATES["adam"]:
                 moments = {name: self._adam.state[weight][state] for name, weight in weights.items()}

@@ -85,7 +85,8 @@ def _known(regex: str, names: Iterable[str]) -> str:
     """The name that may have been meant, and all names, those of equal layers once."""
     words = dict.fromkeys(word for name in names for word in name.split("."))
     short = dict.fromkeys(re.sub(r"\.layers\.\d+\.", ".layers.N.", name) for name in names)
-    return f"{did_you_mean(regex.rpartition('.')[2], words)}; there are {', '.join(short)}"
+    guess = did_you_mean(regex.rpartition(".")[2], words)
+    return f"{guess}{' There' if guess else '; there'} are {', '.join(short)}"
 
 
 def _cite(part: PartOptimizerArgs, parameter: str, text: str) -> str:

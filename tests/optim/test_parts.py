@@ -47,7 +47,7 @@ def test_of_parts_that_overlap_the_first_has_a_weight() -> None:
 @pytest.mark.parametrize(
     ("parts", "told"),
     [
-        ([{"regex": "haed"}], ["regex = 'haed': matches no dense weight; did you mean 'head'?", "there are task.l"]),
+        ([{"regex": "haed"}], ["regex = 'haed': matches no dense weight; did you mean 'head'?", "? There are task.l"]),
         ([{"regex": "^uvqk"}], ["matches no dense weight", "task.layers.N.uvqk.weight, task.layers.N.uvqk.bias"]),
         ([{"regex": ""}], ["must not be empty"]),
         ([{"regex": "."}, {"regex": "head"}], ["all that it matches belongs to parts before it, the first to '.'"]),

@@ -23,8 +23,9 @@ class ClampedFusedEmbedding(BatchedFusedEmbedding):
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Rows float32 [tokens, columns]."""
-        limit: float = self.config.fused_params["max_gradient"]
-        rows: Tensor = _ClampRows.apply(super().forward(features), self._rows_of(features), limit)
+        rows: Tensor = super().forward(features)
+        if rows.requires_grad:
+            rows = _ClampRows.apply(rows, self._rows_of(features), self.config.fused_params["max_gradient"])
         return rows
 
     def _rows_of(self, features: KeyedJaggedTensor) -> Tensor:

@@ -21,7 +21,6 @@ CASES: dict[str, dict[str, Any]] = {
         for kind in ("continuous", "hash_roundrobin")
     },
     "static/mixed": {"call": "beside_static", "optimizer": "adam", "trained": MIXED, "sparse_max_gradient": 0.01},
-    "static/limited": {"call": "beside_static", "optimizer": "adagrad", "sparse_max_gradient": 0.01},
     **{
         f"{pipeline}/{name}": {"call": "in_pipeline", "pipeline": pipeline, "optimizer": name}
         for pipeline in PIPELINES

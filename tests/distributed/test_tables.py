@@ -41,10 +41,9 @@ PARTS = [{"regex": "head", "optimizer_str": "sgd", "learning_rate": 0.2}]
 LIMIT = 0.01
 MIXED = {
     "adam beside rowwise_adagrad": {"optimizer": "adam", "trained": OWN, "parts": PARTS},
-    "adagrad beside sgd": {"optimizer": "adagrad", "trained": OWN | {"user": {"optimizer_str": "sgd"}}},
     "one optimizer, two rates": {"optimizer": "adam", "trained": {"user": {"learning_rate": 0.3}}, "replicated": []},
     "columns": {"optimizer": "adagrad", "sharding": "column_wise", "trained": {"user": {"optimizer_str": "adam"}}},
-    **{f"limited {name}": {"optimizer": name, "sparse_max_gradient": LIMIT} for name in OPTIMIZERS},
+    "limited rows": {"optimizer": "rowwise_adagrad", "sparse_max_gradient": LIMIT},
     "limited, mixed": {"optimizer": "adam", "trained": OWN, "parts": PARTS, "sparse_max_gradient": LIMIT},
     "limited columns": {"optimizer": "sgd", "sharding": "column_wise", "sparse_max_gradient": LIMIT},
     "limited, planned": {"optimizer": "adagrad", "sharding": "auto", "sparse_max_gradient": LIMIT, "replicated": []},

@@ -22,7 +22,8 @@ _COMPUTED_OTHERWISE = {
 _HEAD = {"prediction_head_arch", "prediction_head_act_type", "prediction_head_bias", "num_tasks"}
 _TABLES = {"EmbeddingArgs", "DynamicEmbeddingArgs"}
 _DATA = {"dataset_name", "dataset_path"}
-_OPTIMIZER = {"optimizer_str", "sparse_optimizer_str", "momentum"}
+_OPTIMIZERS = {"OptimizerArgs", "PartOptimizerArgs"}
+_OPTIMIZER = {"optimizer_str", "sparse_optimizer_str", "momentum", "part_optimizers", "regex"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Difference:
             self.is_of_network
             or owner in _TABLES
             or (owner == "DatasetArgs" and parameter in _DATA)
-            or (owner == "OptimizerArgs" and parameter in _OPTIMIZER)
+            or (owner in _OPTIMIZERS and parameter in _OPTIMIZER)
         )
 
     @property

@@ -87,7 +87,7 @@ class TrainState:
             elif state != _STEP:  # of a table it is the number of steps taken, which load_progress restores
                 states[f"{_canonical(parameter)}.{state}"] = tensor
         for table in self._sharded():
-            for state in self.optimizers.tables.states:
+            for state in self.optimizers.tables.training[table.name].states:
                 size = (table.rows,) if state.startswith("rowwise") else (table.rows, table.dim)
                 states[f"tables.{table.name}.{state}"] = _pieces(tables.get(f"{table.name}.{state}"), size)
         return states

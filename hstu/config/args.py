@@ -31,6 +31,17 @@ class EmbeddingArgs(Args):
     over all ranks. Must be given: the default "None" is deliberately not a valid choice."""
     sharding: str = option("auto", choices=("auto", "row_wise", "table_wise", "column_wise"))
     """How a model_parallel table is cut. auto: TorchRec's planner decides. column_wise: not with rowwise_adagrad."""
+    compute_kernel: Optional[str] = option(None, choices=("dense", "fused", "fused_uvm", "fused_uvm_caching"))
+    """Kernel of a model_parallel table. fused: FBGEMM updates rows in backward. fused_uvm: rows lie in host memory;
+    fused_uvm_caching: with a cache of a fifth of them in GPU memory. dense: rows' gradients go to an Adam of ours; on a
+    CPU only. None: fused, on a CPU with adam dense; a CPU runs that whatever is asked for, and warns. Not for dynamic
+    tables, whose GPU memory decides."""
+    optimizer_str: Optional[str] = option(None, choices=("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad"))
+    """Optimizer of this table. None: OptimizerArgs.sparse_optimizer_str, of a data_parallel table
+    OptimizerArgs.optimizer_str. rowwise_adagrad: model_parallel only."""
+    learning_rate: Optional[float] = option(None, above=0)
+    """Peak learning rate of this table. None: OptimizerArgs.sparse_learning_rate, of a data_parallel table
+    OptimizerArgs.learning_rate."""
     init_std: float = option(0.02, above=0)
     """Standard deviation of the normal distribution of initial rows."""
 
@@ -188,6 +199,21 @@ class NetworkArgs(Args):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartOptimizerArgs(Args):
+    """Dense weights that are trained otherwise than OptimizerArgs says; used in its part_optimizers."""
+
+    regex: str = option(not_empty=True)
+    """Python regular expression that is found anywhere in the names of these weights, which are those of a checkpoint
+    without "model.", such as task.encoder.stack.layers.0.uvqk.weight. Tables have EmbeddingArgs.optimizer_str."""
+    optimizer_str: Optional[str] = option(None, choices=("adam", "adamw", "sgd", "adagrad"))
+    """Optimizer. None: OptimizerArgs.optimizer_str. Betas, epsilon and momentum are those of OptimizerArgs."""
+    learning_rate: Optional[float] = option(None, above=0)
+    """Peak learning rate. None: OptimizerArgs.learning_rate."""
+    weight_decay: Optional[float] = option(None, minimum=0)
+    """Decoupled weight decay, as OptimizerArgs.weight_decay: not of norms and biases. None: that of OptimizerArgs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerArgs(Args):
     """The optimizers of the dense part and of the tables."""
 
@@ -206,9 +232,16 @@ class OptimizerArgs(Args):
     momentum: float = option(0.0, minimum=0, below=1)
     """Momentum of sgd, dense part only."""
     sparse_optimizer_str: Optional[str] = option(None, choices=("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad"))
-    """Optimizer of the model_parallel tables. None: optimizer_str."""
+    """Optimizer of the model_parallel tables that have none of their own. None: optimizer_str."""
     sparse_learning_rate: Optional[float] = option(None, above=0)
-    """Peak learning rate of the model_parallel tables. None: learning_rate."""
+    """Peak learning rate of the model_parallel tables that have none of their own. None: learning_rate."""
+    sparse_max_gradient: Optional[float] = option(None, above=0)
+    """Limit of the gradient of every number of a table's row, of the loss's mean over the global batch and summed over
+    all places that look the row up: it is cut to [-limit, limit] before the table's optimizer has it, of data_parallel
+    tables after TrainerArgs.max_grad_norm. None: no limit."""
+    part_optimizers: list[PartOptimizerArgs] = option([])
+    """Parts of the dense weights with an optimizer, learning rate or weight decay of their own; a weight belongs to the
+    first whose regex is found in its name. One LRScheduleArgs, max_grad_norm and ema_decay are for all."""
     ema_decay: float = option(0.0, minimum=0, below=1)
     """> 0: keep an exponential moving average of the dense weights and the data_parallel tables, average ← ema_decay ·
     average + (1 - ema_decay) · weight after each iteration, from the initial weights on. Evaluations and
@@ -308,6 +341,7 @@ ARGS_CLASSES: tuple[type[Args], ...] = (
     BenchmarkDatasetArgs,
     NetworkArgs,
     OptimizerArgs,
+    PartOptimizerArgs,
     LRScheduleArgs,
     PrecisionArgs,
     TensorModelParallelArgs,

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 from hstu.config import user_code
 from hstu.config.args import ARGS_CLASSES, Args
+from hstu.config.checks import is_required
 from hstu.config.gin_scan import Binding, Broken, Scan
 from hstu.config.problems import Problem, nearest, show
 
@@ -91,7 +92,7 @@ def _no_such_parameter(cls: type[Args], binding: Binding, names: Mapping[str, st
     text = f"{binding.name} = {show(binding.value)}: {cls.__name__} has no parameter {binding.parameter}"
     if guess := nearest(binding.parameter, names):
         return f"{text}; did you mean {guess!r}? (--explain {cls.__name__} lists all)"
-    for other in ARGS_CLASSES:
-        if binding.parameter in {f.name for f in fields(other)}:  # type: ignore[arg-type]
-            return f"{text}; did you mean {other.__name__}.{binding.parameter}?"
+    owned = [(other, f) for other in ARGS_CLASSES for f in fields(other) if f.name == binding.parameter]  # type: ignore[arg-type]
+    for other, _ in sorted(owned, key=lambda one: not is_required(one[1])):  # what must be given is more likely meant
+        return f"{text}; did you mean {other.__name__}.{binding.parameter}?"
     return f"{text}; it has {', '.join(names)}"

@@ -20,6 +20,7 @@ from hstu.config.args import (
     LRScheduleArgs,
     NetworkArgs,
     OptimizerArgs,
+    PartOptimizerArgs,
     PrecisionArgs,
     RankingArgs,
     RetrievalArgs,
@@ -324,9 +325,10 @@ class _Builder:
             self._fail(binding, f"never used: this is a {self.task} run, which reads {TASK_ARGS[self.task].__name__}")
         elif scope and cls in (*ALWAYS_READ, *TASK_ARGS.values(), DatasetArgs, BenchmarkDatasetArgs):
             self._fail(binding, f"never used: {cls.__name__} is read without a scope; drop {scope}/")
-        elif (dataset is BenchmarkDatasetArgs or cls in TABLES) and not self._references_wrong:
-            hint = did_you_mean(written(owner), self._referred)
-            self._fail(binding, f"never used: nothing refers to @{written(owner)}(){hint}")
+        elif dataset is BenchmarkDatasetArgs or cls in (*TABLES, PartOptimizerArgs):
+            if not self._references_wrong:
+                hint = did_you_mean(written(owner), self._referred)
+                self._fail(binding, f"never used: nothing refers to @{written(owner)}(){hint}")
         elif dataset is DatasetArgs:
             self._fail(binding, f"never used: {cls.__name__} belongs to BenchmarkDatasetArgs")
 

@@ -7,9 +7,10 @@ mistake: the parameter it is about, and what to do. A rule's name says what it d
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
-from hstu.config import batch_rules, benchmark_rules, precision_rules
+from hstu.config import batch_rules, benchmark_rules, precision_rules, table_rules
 from hstu.config.args import (
     BenchmarkDatasetArgs,
     DatasetArgs,
@@ -23,10 +24,10 @@ from hstu.config.args import (
 )
 from hstu.config.dataset_names import BUILT_IN_DATASETS, resolve_dataset_name
 from hstu.config.problems import did_you_mean
-from hstu.config.rule_engine import Problems, RuleBook, Run, each_once
+from hstu.config.rule_engine import Problems, RuleBook, Run
 from hstu.config.run_config import kind_of
 
-rule = RuleBook(batch_rules.rule, benchmark_rules.rule, precision_rules.rule)
+rule = RuleBook(batch_rules.rule, benchmark_rules.rule, precision_rules.rule, table_rules.rule)
 """What makes a run impossible or a setting meaningless."""
 advice = RuleBook(batch_rules.advice)
 """What is allowed but probably not meant."""
@@ -133,9 +134,20 @@ def tokens_are_split_over_a_group(run: Run, network: NetworkArgs, tensor: Tensor
 
 @rule
 def momentum_is_for_sgd(run: Run, optimizer: OptimizerArgs) -> Problems:
-    if optimizer.momentum > 0 and optimizer.optimizer_str != "sgd":
+    others = [*optimizer.part_optimizers, *(t for t in run.tables if t.sharding_type == "data_parallel")]
+    kinds = {optimizer.optimizer_str, *(getattr(other, "optimizer_str", None) for other in others)}
+    if optimizer.momentum > 0 and "sgd" not in kinds:
         text = f"is for sgd and has no effect with {run.cite(optimizer, 'optimizer_str')}; remove it"
         yield run.problem(optimizer, "momentum", text)
+
+
+@rule
+def parts_have_regular_expressions(run: Run, optimizer: OptimizerArgs) -> Problems:
+    for part in optimizer.part_optimizers:
+        try:
+            re.compile(getattr(part, "regex", ""))
+        except (re.error, OverflowError, RecursionError) as error:
+            yield run.problem(part, "regex", f"not a regular expression: {error}")
 
 
 @rule
@@ -168,34 +180,6 @@ def milestones_are_for_step(run: Run, schedule: LRScheduleArgs) -> Problems:
         yield run.problem(schedule, "milestones", text)
     if any(left >= right for left, right in pairwise(schedule.milestones)):
         yield run.problem(schedule, "milestones", "must increase")
-
-
-# --- tables --------------------------------------------------------------------------------------------------------
-
-
-@rule
-def tables_have_names_of_their_own(run: Run) -> Problems:
-    yield from each_once(run, [(table, [getattr(table, "table_name", None)]) for table in run.tables], "table_name")
-
-
-@rule
-def features_have_one_table(run: Run) -> Problems:
-    yield from each_once(run, [(table, getattr(table, "feature_names", [])) for table in run.tables], "feature_names")
-
-
-@rule
-def rows_with_one_moment_stay_whole(run: Run, optimizer: OptimizerArgs) -> Problems:
-    given = "sparse_optimizer_str" if optimizer.sparse_optimizer_str is not None else "optimizer_str"
-    if getattr(optimizer, given) != "rowwise_adagrad":
-        return
-    for table in run.tables:
-        if table.sharding_type == "model_parallel" and table.sharding == "column_wise":
-            text = (
-                "each rank with some columns would have a moment of its own for a row, so that the result depends on "
-                f"the number of ranks with {run.cite(optimizer, given)}; use 'row_wise', 'table_wise' or 'auto', or "
-                "the optimizer 'adagrad'"
-            )
-            yield run.problem(table, "sharding", text)
 
 
 # --- data ----------------------------------------------------------------------------------------------------------

@@ -105,9 +105,11 @@ def kind_of(part: Args | Partial) -> type[Args]:
 
 
 def named_parts(single: Iterable[Any], tables: Sequence[Any]) -> dict[str, Any]:
-    """See ``RunConfig.parts``: the classes that occur once, the tables, and what benchmark data is made of."""
+    """See ``RunConfig.parts``: the classes that occur once, the tables, and what optimizers and data are made of."""
     parts = {kind_of(part).__name__: part for part in single}
     parts |= {f"embeddings[{index}]": table for index, table in enumerate(tables)}
+    by_part = getattr(parts.get("OptimizerArgs"), "part_optimizers", ())
+    parts |= {f"part_optimizers[{index}]": part for index, part in enumerate(by_part)}
     features = getattr(parts.get("BenchmarkDatasetArgs"), "feature_args", ())
     for index, group in enumerate(features):
         name = f"feature_args[{index}]"

@@ -36,6 +36,12 @@ class TableSpec:
     init_std: float
     dynamic: DynamicEmbeddingArgs | None = None
     """Of a table that takes any id: a rank's rows then are its share of the capacity and, last, one of zeros."""
+    optimizer: str | None = None
+    """Its own optimizer, where it has one."""
+    learning_rate: float | None = None
+    """Its own peak learning rate, where it has one."""
+    compute_kernel: str | None = None
+    """The kernel that it must have, where it is given."""
 
     @property
     def stored_dim(self) -> int:
@@ -92,6 +98,9 @@ def table_specs(
                 sharding=table.sharding,
                 init_std=table.init_std,
                 dynamic=dynamic,
+                optimizer=table.optimizer_str,
+                learning_rate=table.learning_rate,
+                compute_kernel=table.compute_kernel,
             )
         )
     if problems:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hstu.config.args import OptimizerArgs
+from hstu.optim.parts import Settings
 
 log = logging.getLogger(__name__)
 
@@ -23,38 +25,34 @@ class DenseOptimizer:
     and only for weights of two or more dimensions that are no embedding and no norm. ``state`` keeps the names of
     the parameters, so that checkpoints do not depend on their order. With ``ema_decay`` it also keeps an exponential
     moving average of the parameters, which is part of its state.
+
+    ``settings``: of the parameters, by name, that are trained otherwise than ``args`` says.
     """
 
-    def __init__(self, module: nn.Module, args: OptimizerArgs) -> None:
+    def __init__(self, module: nn.Module, args: OptimizerArgs, settings: Mapping[str, Settings] | None = None) -> None:
         self.parameters = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.learning_rate = args.learning_rate
-        self.weight_decay = args.weight_decay
-        self._decayed: list[Tensor] = [*decayed_parameters(module)] if args.weight_decay > 0 else []
-        self._optimizer = _build(list(self.parameters.values()), args) if self.parameters else None
-        if self._optimizer is not None:
-            _create_state(self._optimizer)
+        """Of the parameters that ``settings`` does not name."""
+        self._parts = [*_parts(module, self.parameters, args, settings or {})]
         self.ema_decay = args.ema_decay
         averaged = self.parameters if args.ema_decay > 0 else {}
         self._averages = {name: weight.detach().clone() for name, weight in averaged.items()}
 
     def set_lr_multiplier(self, multiplier: float) -> None:
-        """Use ``learning_rate × multiplier`` from the next step on."""
-        for group in self._optimizer.param_groups if self._optimizer else ():
-            group["lr"] = self.learning_rate * multiplier
+        """Use each learning rate × multiplier from the next step on."""
+        for part in self._parts:
+            part.set_lr_multiplier(multiplier)
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        if self._optimizer is not None:
-            self._optimizer.zero_grad(set_to_none=True)
+        for part in self._parts:
+            part.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def step(self) -> None:
         """Decay, then update, all parameters."""
-        if self._optimizer is None:
-            return
-        if self._decayed:
-            torch._foreach_mul_(self._decayed, 1.0 - self._optimizer.param_groups[0]["lr"] * self.weight_decay)
-        self._optimizer.step()
+        for part in self._parts:
+            part.step()
         if self._averages:
             weights: list[Tensor] = [self.parameters[name] for name in self._averages]
             torch._foreach_lerp_([*self._averages.values()], weights, 1.0 - self.ema_decay)
@@ -75,15 +73,51 @@ class DenseOptimizer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The live state: ``<parameter>.<state>`` → tensor."""
-        if self._optimizer is None:
-            return {}
+        kept = {parameter: state for part in self._parts for parameter, state in part.optimizer.state.items()}
         states = {
             f"{name}.{key}": value
             for name, parameter in self.parameters.items()
-            for key, value in self._optimizer.state[parameter].items()
+            for key, value in kept.get(parameter, {}).items()
             if isinstance(value, Tensor)
         }
         return states | {f"{name}.average": average for name, average in self._averages.items()}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The parameters that are trained alike."""
+
+    settings: Settings
+    optimizer: torch.optim.Optimizer
+    decayed: list[Tensor]
+
+    def set_lr_multiplier(self, multiplier: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * multiplier
+
+    def step(self) -> None:
+        if (limit := self.settings.max_gradient) is not None:
+            for weight in self.optimizer.param_groups[0]["params"]:
+                if weight.grad is not None:
+                    weight.grad.clamp_(-limit, limit)
+        if self.decayed:
+            rate = self.optimizer.param_groups[0]["lr"]
+            torch._foreach_mul_(self.decayed, 1.0 - rate * self.settings.weight_decay)
+        self.optimizer.step()
+
+
+def _parts(
+    module: nn.Module, parameters: Mapping[str, nn.Parameter], args: OptimizerArgs, settings: Mapping[str, Settings]
+) -> Iterator[_Part]:
+    common, decaying = Settings.of(args), {id(weight) for weight in decayed_parameters(module)}
+    alike: dict[Settings, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        alike.setdefault(settings.get(name, common), []).append(parameter)
+    for of_part, weights in alike.items():
+        decayed: list[Tensor] = [w for w in weights if of_part.weight_decay > 0 and id(w) in decaying]
+        part = _Part(of_part, _build(weights, of_part, args), decayed)
+        _create_state(part.optimizer)
+        yield part
 
 
 def decayed_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -97,18 +131,19 @@ def decayed_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in module.parameters() if weight.ndim >= 2 and id(weight) not in exempt]
 
 
-def _build(parameters: list[nn.Parameter], args: OptimizerArgs) -> torch.optim.Optimizer:
-    match args.optimizer_str:
+def _build(parameters: list[nn.Parameter], settings: Settings, args: OptimizerArgs) -> torch.optim.Optimizer:
+    rate = settings.learning_rate
+    match settings.optimizer:
         case "sgd":
-            return torch.optim.SGD(parameters, lr=args.learning_rate, momentum=args.momentum)
+            return torch.optim.SGD(parameters, lr=rate, momentum=args.momentum)
         case "adagrad" | "rowwise_adagrad":
-            if args.optimizer_str == "rowwise_adagrad":
+            if settings.optimizer == "rowwise_adagrad":
                 log.info("rowwise_adagrad is for tables; the dense part uses adagrad")
-            return torch.optim.Adagrad(parameters, lr=args.learning_rate, eps=args.adam_eps)
+            return torch.optim.Adagrad(parameters, lr=rate, eps=args.adam_eps)
         case "adam" | "adamw":
             betas = (args.adam_beta1, args.adam_beta2)
-            return torch.optim.Adam(parameters, lr=args.learning_rate, betas=betas, eps=args.adam_eps, fused=True)
-    raise ValueError(f"unknown dense optimizer {args.optimizer_str!r}")
+            return torch.optim.Adam(parameters, lr=rate, betas=betas, eps=args.adam_eps, fused=True)
+    raise ValueError(f"unknown dense optimizer {settings.optimizer!r}")
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:

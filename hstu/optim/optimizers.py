@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from hstu.config.args import OptimizerArgs
+from hstu.model.embedding import ReplicatedTables
 from hstu.model.gr_model import GRModel
-from hstu.optim.dense import DenseOptimizer
+from hstu.optim.dense import DenseOptimizer, decayed_parameters
+from hstu.optim.parts import Cite, replicated_settings, settings_of_weights
 from hstu.parallel.dense import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import clip_grad_norm
@@ -105,6 +107,22 @@ class Optimizers:
         self.load_counters(state["counters"])
 
 
-def build_optimizers(model: GRModel, args: OptimizerArgs, tables: TableOptimizer, mesh: Mesh) -> Optimizers:
-    """The optimizers of a model whose tables are sharded (and whose dense part may be cut, and wrapped by DDP)."""
-    return Optimizers(DenseOptimizer(unwrap_dense(model), args), tables, mesh.tp_group if mesh.tp_size > 1 else None)
+def build_optimizers(
+    model: GRModel, args: OptimizerArgs, tables: TableOptimizer, mesh: Mesh, cite: Cite | None = None
+) -> Optimizers:
+    """The optimizers of a model whose tables are sharded (and whose dense part may be cut, and wrapped by DDP).
+
+    Raises ConfigError where OptimizerArgs.part_optimizers do not fit its weights; ``cite`` words what is wrong.
+    """
+    dense = unwrap_dense(model)
+    names = {id(parameter): name for name, parameter in dense.named_parameters()}
+    replicated = {
+        names[id(part.weight(spec.name))]: replicated_settings(spec, args)
+        for part in dense.modules()
+        if isinstance(part, ReplicatedTables)
+        for spec in part.specs.values()
+    }
+    decaying = {id(parameter) for parameter in decayed_parameters(dense)}
+    weights = {name: key in decaying for key, name in names.items() if name not in replicated}
+    optimizer = DenseOptimizer(dense, args, settings_of_weights(weights, args, cite) | replicated)
+    return Optimizers(optimizer, tables, mesh.tp_group if mesh.tp_size > 1 else None)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -19,6 +18,7 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingPlan
 
 from hstu.config.args import OptimizerArgs
+from hstu.config.errors import ConfigError
 from hstu.config.run_config import RunConfig
 from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
@@ -31,7 +31,8 @@ from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.progress import Progress
 from hstu.parallel.row_sparse import RowSparseSharder
-from hstu.parallel.table_optimizer import FusedTables, SteppedTables, TableOptimizer
+from hstu.parallel.table_optimizer import TableOptimizer
+from hstu.parallel.table_training import TableTraining
 
 log = logging.getLogger(__name__)
 
@@ -43,35 +44,29 @@ _SHARDING_TYPES = {
     "table_wise": [ShardingType.TABLE_WISE.value],
     "column_wise": [ShardingType.COLUMN_WISE.value],
 }
-# No weight decay is passed on: adamw on tables is adam.
-_FUSED_OPTIMIZERS = {
-    "sgd": EmbOptimType.EXACT_SGD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "adam": EmbOptimType.ADAM,
-    "adamw": EmbOptimType.ADAM,
-}
 _COLUMN_MULTIPLE = 4  # FBGEMM: every shard's width
 
 
 def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, TableOptimizer]:
     """Replace the model's EmbeddingCollections, in place, by sharded ones with their initial rows.
 
-    Collective. Returns the model and the optimizer of its tables (config.optimizer, sparse_* taking precedence).
+    Collective. Returns the model and the optimizer of its tables.
     """
-    args = config.optimizer
-    learning_rate = args.sparse_learning_rate or args.learning_rate
-    row_sparse = is_row_sparse(args, mesh.device.type)
-    sharders = table_sharders(args, mesh.device.type, model.specs)
+    args, device = config.optimizer, mesh.device.type
+    training = table_training(model.specs, args)
+    sharders = table_sharders(args, device, model.specs)
+    check_kernels(model.specs, training, device)
     if len(model.embedding):
         memory = memory_plans(model.specs, args, mesh.world_size)
         for name, of_table in memory.items():
-            log.info("dynamic table %s: %s", name, of_table.describe(mesh.device.type))
+            log.info("dynamic table %s: %s", name, of_table.describe(device))
+            training |= {part: training[name] for part in part_names(name, of_table)}
         model.embedding = in_parts(model.embedding, memory)
-        plan = _plan(model, sharders, mesh, memory)
-        if row_sparse:  # the planner refuses what RowSparseSharder makes: gradients that leave the lookup
-            for table in _planned_tables(plan):
+        plan = _plan(model, sharders, mesh, memory, config.trainer.pipeline_type == "prefetch")
+        for _, name, table in _named_planned_tables(plan):
+            if training[name].is_row_sparse(device):  # the planner refuses gradients that leave the lookup
                 table.compute_kernel = EmbeddingComputeKernel.DENSE.value
+        _attach_training(model, training, args)
         DistributedModelParallel(
             model,
             env=ShardingEnv.from_process_group(mesh.world_group),
@@ -82,39 +77,63 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
             init_parameters=False,
         )
     write_initial_rows(model, config.trainer.seed, mesh.progress)
-    collections = sharded_collections(model)
-    optimizer: TableOptimizer
-    if row_sparse:
-        optimizer = SteppedTables(collections, learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_eps)
-    else:
-        optimizer = FusedTables(table_optimizer_name(args), collections, learning_rate)
+    optimizer = TableOptimizer(sharded_collections(model), training, args)
     _open_dynamic_tables(model, optimizer, config.trainer.seed)
     return model, optimizer
 
 
 def memory_plans(specs: Sequence[TableSpec], args: OptimizerArgs, world_size: int) -> dict[str, MemoryPlan]:
     """Where the rows of the dynamic tables of ``specs`` lie, by table."""
-    optimizer = table_optimizer_name(args)
-    return {spec.name: plan_memory(spec, optimizer, world_size) for spec in specs if spec.dynamic is not None}
+    return {
+        spec.name: plan_memory(spec, TableTraining.of(spec, args).optimizer, world_size)
+        for spec in specs
+        if spec.dynamic is not None
+    }
 
 
-def table_optimizer_name(args: OptimizerArgs) -> str:
-    """The optimizer of the sharded tables."""
-    return args.sparse_optimizer_str or args.optimizer_str
+def check_kernels(specs: Sequence[TableSpec], training: Mapping[str, TableTraining], device_type: str) -> None:
+    """Say which kernels that tables ask for this device does not have, and what runs instead.
+
+    Raises ConfigError for a dense one on a GPU: TorchRec's planner knows none, on no device, and our own is the CPU's.
+    """
+    refused = []
+    for spec in (spec for spec in specs if spec.compute_kernel is not None):
+        asked = f"EmbeddingArgs.compute_kernel = {spec.compute_kernel!r} of table {spec.name!r}"
+        row_sparse = training[spec.name].is_row_sparse(device_type)
+        if device_type != "cpu" and spec.compute_kernel == "dense":
+            refused.append(f"{asked}: only on a CPU, where FBGEMM has no Adam; use 'fused' on a GPU")
+        elif device_type == "cpu" and spec.compute_kernel != ("dense" if row_sparse else "fused"):
+            why = "FBGEMM has no Adam on a CPU" if spec.compute_kernel == "fused" else "a CPU has host memory only"
+            instead = "dense, whose Adam is the same" if row_sparse else "fused"
+            log.warning("%s is ignored: %s; it is %s", asked, why, instead)
+    if refused:
+        raise ConfigError(refused)
 
 
-def is_row_sparse(args: OptimizerArgs, device_type: str) -> bool:
-    """Whether the sharded tables' gradients leave the lookup as sparse rows, for an optimizer of our own."""
-    return table_optimizer_name(args) in ("adam", "adamw") and device_type == "cpu"
+def table_training(specs: Sequence[TableSpec], args: OptimizerArgs) -> dict[str, TableTraining]:
+    """How each sharded table is trained, by name."""
+    return {spec.name: TableTraining.of(spec, args) for spec in specs if not spec.replicated}
+
+
+def _attach_training(model: GRModel, training: Mapping[str, TableTraining], args: OptimizerArgs) -> None:
+    """Tell TorchRec, which groups the tables of a collection into kernels by it.
+
+    Where torch.distributed.optim's apply_optimizer_in_backward does; that one would run an optimizer, too.
+    """
+    for name, weight in model.embedding.named_parameters():
+        table = name.removesuffix(".weight").rpartition(".")[2]  # <collection>.embeddings.<table>.weight
+        weight._optimizer_kwargs = [training[table].fused_params(args)]  # type: ignore[attr-defined]
 
 
 def table_sharders(
     args: OptimizerArgs, device_type: str, specs: Sequence[TableSpec]
 ) -> list[EmbeddingCollectionSharder]:
     """What turns the collections, static and dynamic, into sharded ones that are trained as ``args`` says."""
-    row_sparse = is_row_sparse(args, device_type)
-    sharder = RowSparseSharder() if row_sparse else EmbeddingCollectionSharder(_fused_params(args))
-    return [sharder, DynamicSharder(specs, sharder, row_sparse)]
+    own_kernels = any(training.needs_own_kernel(device_type) for training in table_training(specs, args).values())
+    # FBGEMM's default looks up row 0 for an id outside the table and goes on
+    common = {"bounds_check_mode": BoundsCheckMode.FATAL}
+    sharder = RowSparseSharder(common) if own_kernels else EmbeddingCollectionSharder(common)
+    return [sharder, DynamicSharder(specs, sharder, own_kernels)]
 
 
 def sharded_collections(model: GRModel) -> list[ShardedEmbeddingCollection]:
@@ -148,7 +167,7 @@ def _open_dynamic_tables(model: GRModel, optimizer: TableOptimizer, seed: int) -
         if isinstance(collection, DynamicLookups):
             cache_of, parts = caches(collection._lookups), dict[str, list[Part]]()
             for name in collection.embeddings:
-                own_states = {state: _local(states[f"{name}.{state}"]) for state in optimizer.states}
+                own_states = {state: _local(states[f"{name}.{state}"]) for state in optimizer.training[name].states}
                 weight, cache = _local(weights[name]), cache_of.get(name)
                 part = Part(weight, own_states) if cache is None else CachedPart(weight, own_states, cache)
                 parts.setdefault(table_of(name), []).append(part)
@@ -184,66 +203,65 @@ def write_initial_rows(model: GRModel, seed: int, progress: Progress) -> None:
                 local.tensor[row - first_row : row - first_row + len(part), : part.shape[1]].copy_(part)
 
 
-def _fused_params(args: OptimizerArgs) -> dict[str, Any]:
-    name = table_optimizer_name(args)
-    params: dict[str, Any] = {
-        "optimizer": _FUSED_OPTIMIZERS[name],
-        "learning_rate": args.sparse_learning_rate or args.learning_rate,
-        # FBGEMM's default looks up row 0 for an id outside the table and goes on
-        "bounds_check_mode": BoundsCheckMode.FATAL,
-    }
-    if name != "sgd":
-        params["eps"] = args.adam_eps
-    if name in ("adam", "adamw"):
-        params |= {"beta1": args.adam_beta1, "beta2": args.adam_beta2}
-    return params
-
-
 def table_planner(
     specs: Sequence[TableSpec],
     world_size: int,
     local_world_size: int,
     device_type: str,
     memory: Mapping[str, MemoryPlan],
+    prefetches: bool = False,
 ) -> EmbeddingShardingPlanner:
     """TorchRec's planner for the tables of ``specs`` that are not replicated. It needs no process group to plan.
 
     ``memory``: where the rows of dynamic tables lie, which matters on GPUs; their collections are ``in_parts``.
+    ``prefetches``: a pipeline fills caches.
     """
-    topology = Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device_type)
+    on_cpu = (EmbeddingComputeKernel.FUSED, None)
     constraints: dict[str, ParameterConstraints] = {}
     for spec in specs:
-        if spec.name in memory:
-            plan = memory[spec.name]
-            kernels = plan.kernels if device_type == "cuda" else [EmbeddingComputeKernel.FUSED] * len(plan.kernels)
-            for part, kernel in zip(part_names(spec.name, plan), kernels, strict=True):
-                constraints[part] = _constraints(spec, world_size, kernel, plan.cached_share)
-        elif not spec.replicated:
-            constraints[spec.name] = _constraints(spec, world_size)
+        for part, kernel in _kernels(spec, memory.get(spec.name), prefetches).items():
+            constraints[part] = _constraints(spec, world_size, *(kernel if device_type == "cuda" else on_cpu))
+    topology = Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device_type)
     return EmbeddingShardingPlanner(topology=topology, constraints=constraints)
 
 
 def _plan(
-    model: GRModel, sharders: list[EmbeddingCollectionSharder], mesh: Mesh, memory: Mapping[str, MemoryPlan]
+    model: GRModel,
+    sharders: list[EmbeddingCollectionSharder],
+    mesh: Mesh,
+    memory: Mapping[str, MemoryPlan],
+    prefetches: bool,
 ) -> ShardingPlan:
-    planner = table_planner(model.specs, mesh.world_size, mesh.local_world_size, mesh.device.type, memory)
+    planner = table_planner(model.specs, mesh.world_size, mesh.local_world_size, mesh.device.type, memory, prefetches)
     plan = planner.collective_plan(model, sharders, mesh.world_group)
     log.info("tables: %s", {name: table.sharding_type for _, name, table in _named_planned_tables(plan)})
     return plan
 
 
+def _kernels(
+    spec: TableSpec, memory: MemoryPlan | None, prefetches: bool
+) -> dict[str, tuple[EmbeddingComputeKernel, CacheParams | None]]:
+    """What a table's parts, mostly one, are called; on a GPU their kernels and caches."""
+    if spec.replicated:
+        return {}
+    if memory is not None:
+        cache = {EmbeddingComputeKernel.FUSED_UVM_CACHING: CacheParams(load_factor=memory.cached_share)}
+        parts = zip(part_names(spec.name, memory), memory.kernels, strict=True)
+        return {part: (kernel, cache.get(kernel)) for part, kernel in parts}
+    kernel = EmbeddingComputeKernel(spec.compute_kernel or "fused")
+    # without it FBGEMM forgets, in the step that runs meanwhile, where prefetched rows are
+    needs_locks = kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING and prefetches
+    return {spec.name: (kernel, CacheParams(prefetch_pipeline=True) if needs_locks else None)}
+
+
 def _constraints(
-    spec: TableSpec,
-    world_size: int,
-    kernel: EmbeddingComputeKernel = EmbeddingComputeKernel.FUSED,
-    cached_share: float = 0,
+    spec: TableSpec, world_size: int, kernel: EmbeddingComputeKernel, cache: CacheParams | None
 ) -> ParameterConstraints:
-    cached = kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING
     return ParameterConstraints(
         sharding_types=_sharding_types(spec, world_size),
         compute_kernels=[kernel.value],
         min_partition=_column_shard_width(spec.stored_dim, world_size),
-        cache_params=CacheParams(load_factor=cached_share) if cached else None,
+        cache_params=cache,
     )
 
 
@@ -273,7 +291,3 @@ def _named_planned_tables(plan: ShardingPlan) -> Iterator[tuple[str, str, Any]]:
     for module, tables in plan.plan.items():
         for name, table in tables.items():
             yield module, name, table
-
-
-def _planned_tables(plan: ShardingPlan) -> Iterator[Any]:
-    return (table for _, _, table in _named_planned_tables(plan))

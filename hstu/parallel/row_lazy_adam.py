@@ -19,8 +19,18 @@ class RowLazyAdam(torch.optim.Optimizer):
     uncorrected √v. Cost is proportional to the rows touched.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        """``params``: parameters, or groups of them as torch.optim takes them.
+
+        A group may have an ``lr`` of its own and a ``max_gradient``, to which the gradients of rows are clamped.
+        """
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "max_gradient": None})
         self.steps = 0
         """Steps taken; part of the state to checkpoint."""
         for group in self.param_groups:
@@ -41,6 +51,8 @@ class RowLazyAdam(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 rows, values = _summed(parameter.grad)
+                if group["max_gradient"] is not None:
+                    values.clamp_(-group["max_gradient"], group["max_gradient"])
                 state = self.state[parameter]
                 first = state["exp_avg"].index_select(0, rows).lerp_(values, 1 - beta1)
                 second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2)

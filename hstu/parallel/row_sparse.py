@@ -20,8 +20,10 @@ from torchrec import EmbeddingCollection, KeyedJaggedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_kernel import BaseEmbedding, get_state_dict
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
-from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
+
+from hstu.parallel.clamped import ClampedFusedEmbedding
 
 
 class RowSparseEmbedding(BaseEmbedding):
@@ -97,7 +99,10 @@ class RowSparseEmbedding(BaseEmbedding):
 
 
 class RowSparseLookup(GroupedEmbeddingsLookup):
-    """TorchRec's lookup with RowSparseEmbedding for every group of tables."""
+    """TorchRec's lookup with RowSparseEmbedding for the groups of tables that it would give a dense kernel.
+
+    Fused ones with a limit to their gradients get ClampedFusedEmbedding.
+    """
 
     def _create_embedding_kernel(
         self,
@@ -106,7 +111,13 @@ class RowSparseLookup(GroupedEmbeddingsLookup):
         device: torch.device | None,
         env: ShardingEnv | None = None,
     ) -> BaseEmbedding:
-        return RowSparseEmbedding(config, pg, device)
+        if config.compute_kernel is EmbeddingComputeKernel.DENSE:
+            return RowSparseEmbedding(config, pg, device)
+        if "max_gradient" in (config.fused_params or {}):
+            caching = EmbeddingComputeKernel.FUSED_UVM_CACHING
+            self._need_prefetch |= any(table.compute_kernel is caching for table in config.embedding_tables)
+            return ClampedFusedEmbedding(config, pg, device)
+        return super()._create_embedding_kernel(config, pg, device, env)
 
 
 class RowSparseEmbeddingCollection(ShardedEmbeddingCollection):
@@ -131,4 +142,4 @@ class RowSparseSharder(EmbeddingCollectionSharder):
         module_fqn: str | None = None,
     ) -> ShardedEmbeddingCollection:
         """See EmbeddingCollectionSharder."""
-        return RowSparseEmbeddingCollection(module, params, env, {}, device, module_fqn=module_fqn)
+        return RowSparseEmbeddingCollection(module, params, env, self.fused_params, device, module_fqn=module_fqn)

@@ -16,6 +16,7 @@ from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
 from hstu.config.errors import ConfigError, UserError
+from hstu.config.rule_engine import Run
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES
 from hstu.model.compiled import compile_parts, why_not
@@ -33,6 +34,7 @@ from hstu.observe.throughput import ThroughputMeter
 from hstu.ops.backends import describe_kernels, select_backend
 from hstu.optim.loss_scale import LossScale
 from hstu.optim.optimizers import Optimizers, build_optimizers
+from hstu.optim.parts import Cite
 from hstu.optim.schedule import Schedule
 from hstu.parallel.collectives import gather_objects, gather_rows
 from hstu.parallel.dense import replicate_dense
@@ -138,7 +140,7 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
     model, table_optimizer = shard(model, config, mesh)
     precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
     model = replicate_dense(model, mesh, DTYPES[precision])
-    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh)
+    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, _citing(config, mesh))
     seed_dropout(mesh)
     rows = sum(spec.rows for spec in specs)
     log.info("model: %s dense parameters, %s rows in %d tables", f"{parameters:,}", f"{rows:,}", len(specs))
@@ -152,6 +154,12 @@ def compile_on_all_ranks(task: RankingDense | RetrievalDense, mesh: Mesh) -> Non
         log.warning("NetworkArgs.compile: nothing is compiled, %s", reasons[0])
     else:
         log.info("compiled at first use: %s", ", ".join(compile_parts(task)) or "nothing, all is in kernels")
+
+
+def _citing(config: RunConfig, mesh: Mesh) -> Cite:
+    """What tells a mistake that only the model shows as those of the file are told: with its place there."""
+    run = Run(config.task, mesh.world_size, config.parts(), config.origins)
+    return lambda part, parameter, text: str(run.problem(part, parameter, text))
 
 
 def row_ids(source: BatchSource) -> RowIds:

@@ -13,6 +13,7 @@ from hstu.config.args import (
     DatasetArgs,
     DynamicEmbeddingArgs,
     EmbeddingArgs,
+    PartOptimizerArgs,
     RankingArgs,
     RetrievalArgs,
 )
@@ -251,9 +252,26 @@ def test_tensor_parallelism_is_accepted_where_it_divides(tmp_path: Path) -> None
         ['OptimizerArgs.sparse_optimizer_str = "adagrad"'],  # what trains the tables, and it keeps a moment an element
         ['item/EmbeddingArgs.sharding_type = "data_parallel"'],  # replicated: nothing is cut
         ['item/EmbeddingArgs.sharding = "table_wise"'],
+        ['item/EmbeddingArgs.optimizer_str = "adagrad"'],  # its own
     ],
 )
 def test_rowwise_adagrad_is_accepted_where_no_row_is_cut(lines: list[str], tmp_path: Path) -> None:
     wide = ['OptimizerArgs.optimizer_str = "rowwise_adagrad"', 'item/EmbeddingArgs.sharding = "column_wise"']
     text = changed(OWN_DATA, *wide, *lines)
     assert validate(load([write(tmp_path, text)], [], "ranking"), world_size=2) == []
+
+
+def test_parts_of_the_dense_weights_are_listed_by_reference_and_share_what_has_no_scope(load_text) -> None:
+    text = changed(
+        RANKING,
+        "PartOptimizerArgs.learning_rate = 0.5",
+        'head/PartOptimizerArgs.regex = "head"',
+        'norms/PartOptimizerArgs.regex = "norm"',
+        'norms/PartOptimizerArgs.optimizer_str = "sgd"',
+        "OptimizerArgs.part_optimizers = [@head/PartOptimizerArgs(), @norms/PartOptimizerArgs()]",
+        "OptimizerArgs.momentum = 0.9",  # of the part that has sgd
+    )
+    assert load_text(text).optimizer.part_optimizers == [
+        PartOptimizerArgs(regex="head", learning_rate=0.5),
+        PartOptimizerArgs(regex="norm", learning_rate=0.5, optimizer_str="sgd"),
+    ]

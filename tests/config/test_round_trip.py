@@ -68,6 +68,11 @@ BENCHMARKS = instances(
 )
 
 
+OPTIMIZERS = instances(
+    a.OptimizerArgs, part_optimizers=st.lists(instances(a.PartOptimizerArgs, regex=TEXT.filter(len)), max_size=3)
+)
+
+
 @st.composite
 def run_configs(draw: st.DrawFn) -> RunConfig:
     task = draw(st.sampled_from(["ranking", "retrieval"]))
@@ -78,7 +83,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         dataset=dataset,
         embeddings=() if isinstance(dataset, a.BenchmarkDatasetArgs) else tuple(draw(TABLES)),
         network=draw(instances(a.NetworkArgs)),
-        optimizer=draw(instances(a.OptimizerArgs)),
+        optimizer=draw(OPTIMIZERS),
         schedule=draw(instances(a.LRScheduleArgs)),
         precision=draw(instances(a.PrecisionArgs)),
         tensor_parallel=draw(instances(a.TensorModelParallelArgs)),

@@ -203,7 +203,11 @@ def looked_at(mesh: mesh_module.Mesh, optimizer: str) -> dict[str, Any]:
 
 
 CHECKPOINTED: dict[str, dict[str, Any]] = {
-    "adam lru": {"optimizer": "adam", "item": {"admission_threshold": 2}},
+    "adam lru": {
+        "optimizer": "sgd",
+        "item": {"admission_threshold": 2},
+        "trained": {"item": {"optimizer_str": "adam"}},
+    },
     "rowwise lfu": {"optimizer": "rowwise_adagrad", "item": {"evict_strategy": "lfu", "dist_type": "continuous"}},
     "sgd hashed": {"optimizer": "sgd", "dim": 6, "item": {"dist_type": "hash_roundrobin"}},
 }

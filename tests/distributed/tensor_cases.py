@@ -44,6 +44,19 @@ BASE = [
     'NetworkArgs.kernel_backend = "pytorch"',
     "OptimizerArgs.adam_eps = 1e-4",  # so that rounding does not turn the sign of an update
 ]
+MIXED = [
+    "item_id/EmbeddingArgs.learning_rate = 0.01",
+    "age/EmbeddingArgs.optimizer_str = 'rowwise_adagrad'",
+    "action/EmbeddingArgs.optimizer_str = 'sgd'",
+    "uvqk/PartOptimizerArgs.regex = '[01].uvqk|out.weight'",
+    "uvqk/PartOptimizerArgs.optimizer_str = 'sgd'",
+    "uvqk/PartOptimizerArgs.weight_decay = 0.1",
+    "head/PartOptimizerArgs.regex = 'head'",
+    "head/PartOptimizerArgs.optimizer_str = 'adagrad'",
+    "OptimizerArgs.part_optimizers = [@uvqk/PartOptimizerArgs(), @head/PartOptimizerArgs()]",
+    "OptimizerArgs.sparse_max_gradient = 0.001",
+]
+"""Tables and parts of the dense weights that are trained each in its own way."""
 TASKS = {
     "ranking": ["RankingArgs.prediction_head_arch = [6, 4]", "RankingArgs.eval_metrics = ('AUC', 'LOGLOSS', 'GAUC')"],
     "retrieval": ["RetrievalArgs.eval_metrics = ('HR@5', 'NDCG@5', 'MRR')", "RetrievalArgs.temperature = 0.2"],

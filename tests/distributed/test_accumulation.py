@@ -13,6 +13,7 @@ from tests.train.tiny import walks
 
 HERE = "tests.distributed.training_cases"
 GLOBAL_BATCH, MICRO_BATCHES, ITERATIONS = 12, 3, 4
+LIMITED = {"sparse_max_gradient": 0.002}
 SGD = {"optimizer_str": "sgd", "learning_rate": 0.05}
 ADAM = {"optimizer_str": "adam", "learning_rate": 0.01, "adam_eps": 1e-4}
 ALL_SHARDED = ["item_id", "town", "action"]
@@ -33,9 +34,13 @@ CASES: dict[str, dict[str, Any]] = {
         "network": {"position_encoding": "relative_bias"},
     },
     "in_batch": {"task": "retrieval", "optimizer": ADAM},
-    "in_batch, replicated": {"task": "retrieval", "sharded": [], "optimizer": SGD},
-    "in_batch, draws": {"task": "retrieval", "optimizer": SGD, "task_args": {"num_negatives": 5}},
-    "uniform": {"task": "retrieval", "optimizer": ADAM, "task_args": {"negatives": "uniform", "num_negatives": 5}},
+    "in_batch, replicated": {"task": "retrieval", "sharded": [], "optimizer": SGD | LIMITED},
+    "in_batch, draws": {"task": "retrieval", "optimizer": SGD | LIMITED, "task_args": {"num_negatives": 5}},
+    "uniform": {
+        "task": "retrieval",
+        "optimizer": ADAM | LIMITED,
+        "task_args": {"negatives": "uniform", "num_negatives": 5},
+    },
     "uniform, shared, replicated": {
         "task": "retrieval",
         "sharded": [],
@@ -44,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "full": {
         "task": "retrieval",
-        "optimizer": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.01, "adam_eps": 1e-4},
+        "optimizer": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.01, "adam_eps": 1e-4, **LIMITED},
         "task_args": {"negatives": "full"},
     },
 }

@@ -18,12 +18,14 @@ from tests.distributed.tensor_cases import write_store
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 PIPELINES = ("none", "native", "prefetch")
 PRESSED = {"lru": {}, "lfu": {"evict_strategy": "lfu"}, "hashed": {"dist_type": "hash_roundrobin"}}
+MIXED = {"user": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.05}, "item": {"learning_rate": 0.02}}
 CASES: dict[str, dict[str, Any]] = {
     **{f"static/{name}": {"call": "beside_static", "optimizer": name} for name in OPTIMIZERS},
     **{
         f"static/{kind}": {"call": "beside_static", "optimizer": "adam", "dist_type": kind, "dim": 6}
         for kind in ("continuous", "hash_roundrobin")
     },
+    "static/mixed": {"call": "beside_static", "optimizer": "adam", "trained": MIXED, "sparse_max_gradient": 0.01},
     **{
         f"{pipeline}/{name}": {"call": "in_pipeline", "pipeline": pipeline, "optimizer": name}
         for pipeline in PIPELINES

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.launch import run_ranks
-from tests.distributed.tensor_cases import write_store
+from tests.distributed.tensor_cases import MIXED, write_store
 
 HERE = "tests.distributed.tensor_cases"
 HOPS = [(1, 1), (2, 1), (4, 2), (3, 1), (1, 1)]
@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"{name}, rows": {"optimizer": name} for name in ("rowwise_adagrad", "adagrad", "adam", "sgd")},
     **{f"{name}, moves": {"optimizer": name, "moves": MOVES} for name in ("adagrad", "adam", "sgd")},
     "rowwise_adagrad, moves": {"optimizer": "rowwise_adagrad", "moves": ROWWISE_MOVES},
+    "mixed": {"optimizer": "adam", "bindings": MIXED},
     "momentum": {"optimizer": "sgd", "bindings": ["OptimizerArgs.momentum = 0.9"], "task": "retrieval"},
     "retrieval, moves": {"optimizer": "adagrad", "moves": MOVES, "task": "retrieval"},
 }

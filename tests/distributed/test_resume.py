@@ -18,6 +18,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 CASES["rowwise_adagrad"] = {"optimizer": "rowwise_adagrad"}
 CASES["momentum"] = {"optimizer": "sgd", "momentum": 0.9}
+CASES["mixed"] = {
+    "optimizer": "adam",
+    "trained": {"user": {"optimizer_str": "adagrad", "learning_rate": 0.05}, "action": {"optimizer_str": "sgd"}},
+    "parts": [{"regex": "head", "optimizer_str": "sgd"}, {"regex": "norm", "learning_rate": 0.02}],
+    "sparse_max_gradient": 0.01,
+    "ema_decay": 0.9,
+}
 CASES["width no multiple of 4"] = {"optimizer": "adagrad", "dim": 6}
 MOVED = {name: case | {"dropout": 0.0} for name, case in CASES.items()}  # for other ranks draw other dropout
 ALL = ["user", "item", "action"]
@@ -31,6 +38,7 @@ OTHER_TABLES: dict[str, dict[str, Any]] = {
         ("width no multiple of 4", "all sharded", {"replicated": [], "sharding": "column_wise"}),
         ("adam-column_wise", "table_wise", {"sharding": "table_wise"}),
         ("rowwise_adagrad", "table_wise", {"sharding": "table_wise"}),
+        ("mixed", "column_wise", {"sharding": "column_wise"}),
     )
 }
 

@@ -4,17 +4,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torchrec import JaggedTensor
 
-from hstu.parallel.mesh import seed_initial_weights
 from tests.distributed.launch import run_ranks
-from tests.distributed.toy import FEATURES, ToyTask, make_batch
+from tests.distributed.table_reference import Training, reference
+from tests.distributed.toy import FEATURES, make_batch
 
 HERE = "tests.distributed.table_cases"
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 SHARDINGS = ("row_wise", "table_wise", "column_wise")
-LEARNING_RATE, EPS, BETAS = 0.1, 1e-8, (0.9, 0.999)
+LEARNING_RATE = 0.1
 
 CASES: dict[str, dict[str, Any]] = {
     f"{optimizer}/{sharding}": {"optimizer": optimizer, "sharding": sharding}
@@ -34,6 +32,23 @@ CASES |= {
     "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
     "sparse options": {"optimizer": "adam", "sparse_optimizer_str": "sgd", "sparse_learning_rate": 0.05},
 }
+OWN = {
+    "user": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.05},
+    "item": {"learning_rate": 0.02},
+    "action": {"optimizer_str": "sgd", "learning_rate": 0.3},
+}
+PARTS = [{"regex": "head", "optimizer_str": "sgd", "learning_rate": 0.2}]
+LIMIT = 0.01
+MIXED = {
+    "adam beside rowwise_adagrad": {"optimizer": "adam", "trained": OWN, "parts": PARTS},
+    "one optimizer, two rates": {"optimizer": "adam", "trained": {"user": {"learning_rate": 0.3}}, "replicated": []},
+    "columns": {"optimizer": "adagrad", "sharding": "column_wise", "trained": {"user": {"optimizer_str": "adam"}}},
+    "limited rows": {"optimizer": "rowwise_adagrad", "sparse_max_gradient": LIMIT},
+    "limited, mixed": {"optimizer": "adam", "trained": OWN, "parts": PARTS, "sparse_max_gradient": LIMIT},
+    "limited columns": {"optimizer": "sgd", "sharding": "column_wise", "sparse_max_gradient": LIMIT},
+    "limited, planned": {"optimizer": "adagrad", "sharding": "auto", "sparse_max_gradient": LIMIT, "replicated": []},
+}
+CASES |= MIXED
 
 
 LOOK_UPS = {
@@ -111,9 +126,38 @@ def test_initial_rows_depend_on_neither_ranks_nor_sharding(runs: Any) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_equals_a_float64_reference(runs: Any, optimizer: str) -> None:
     run = runs[2][f"{optimizer}/row_wise"]
-    tables, losses = reference(optimizer, run["initial"], steps=3)
+    expected, losses, _ = reference_of({"optimizer": optimizer}, run["initial"])
     np.testing.assert_allclose(run["losses"], losses, rtol=1e-5)
-    assert largest_difference(run["tables"], tables) < 1e-5
+    assert largest_difference(run["tables"], expected["tables"]) < 1e-5
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_each_table_and_part_is_trained_as_it_says_and_equals_a_float64_reference(runs: Any, case: str) -> None:
+    for size in (1, 2, 3):
+        run = runs[size][case]
+        expected, losses, cuts = reference_of(MIXED[case], run["initial"])
+        np.testing.assert_allclose(run["losses"], losses, rtol=1e-5)
+        assert largest_difference(run["tables"], expected["tables"]) < 1e-5
+        assert largest_difference(run["dense"], expected["dense"]) < 1e-5
+        assert all(cut > LIMIT for cut in cuts) or not case.startswith("limited")
+
+
+def reference_of(case: dict[str, Any], initial: dict[str, Any]) -> tuple[dict[str, Any], list[float], list[float]]:
+    """What three steps of a case come to."""
+    name, replicated = case["optimizer"], case.get("replicated", ["action"])
+    replicas = name.removeprefix("rowwise_")  # what the dense part makes of it
+    tables = {
+        f"{feature}_table": Training(
+            own.get("optimizer_str", replicas if feature in replicated else name),
+            own.get("learning_rate", LEARNING_RATE),
+            lazily=feature not in replicated,
+            max_gradient=case.get("sparse_max_gradient"),
+        )
+        for feature in ("user", "item", "action")
+        for own in [case.get("trained", {}).get(feature, {})]
+    }
+    parts = {part["regex"]: (part["optimizer_str"], part["learning_rate"]) for part in case.get("parts", ())}
+    return reference({"": (name, LEARNING_RATE)} | parts, tables, initial, steps=3)
 
 
 def test_weight_decay_does_not_touch_sharded_or_replicated_tables(on_one_rank: Any) -> None:
@@ -122,59 +166,6 @@ def test_weight_decay_does_not_touch_sharded_or_replicated_tables(on_one_rank: A
     weight = np.array(decayed["dense"]["head.weight"]) - np.array(plain["dense"]["head.weight"])
     assert np.abs(weight).max() > 1e-4
     assert decayed["dense"]["head.bias"] == plain["dense"]["head.bias"]
-
-
-def reference(optimizer: str, initial: dict[str, Any], steps: int) -> tuple[dict[str, Any], list[float]]:
-    """The toy trained in float64 by plain torch on one process: final tables and losses."""
-    seed_initial_weights(7)
-    task = ToyTask(8, 8, dropout=0.0).double()
-    tables = {name: torch.tensor(rows, dtype=torch.float64, requires_grad=True) for name, rows in initial.items()}
-    table_of = {"user": "user_table", "item": "item_table", "action": "action_table", FEATURES[3]: "item_table"}
-    dense = [*task.parameters(), tables["action_table"]]
-    dense_class = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}.get(optimizer, torch.optim.Adagrad)
-    extra = {} if optimizer == "sgd" else {"eps": EPS}
-    dense_optimizer = dense_class(dense, lr=LEARNING_RATE, **extra)
-    states: dict[str, dict[str, torch.Tensor]] = {}
-    losses = []
-    for step in range(1, steps + 1):
-        batch = make_batch(step - 1, 0, 1)
-        embeddings, touched = {}, {name: [] for name in tables}
-        for feature, ids in batch.features.to_dict().items():
-            embeddings[feature] = JaggedTensor(tables[table_of[feature]][ids.values()], lengths=ids.lengths())
-            touched[table_of[feature]].append(ids.values())
-        output = task(embeddings, batch)
-        loss = output.loss_sum / output.num_labels
-        losses.append(loss.item())
-        dense_optimizer.zero_grad()
-        for table in tables.values():
-            table.grad = None
-        loss.backward()
-        dense_optimizer.step()
-        with torch.no_grad():
-            for name in ("user_table", "item_table"):
-                rows = torch.cat(touched[name]).unique()
-                update_rows(optimizer, tables[name], rows, states.setdefault(name, {}), step)
-    return {name: table.detach().numpy() for name, table in tables.items()}, losses
-
-
-def update_rows(
-    optimizer: str, table: torch.Tensor, rows: torch.Tensor, state: dict[str, torch.Tensor], t: int
-) -> None:
-    assert table.grad is not None
-    gradient = table.grad[rows]
-    if optimizer == "sgd":
-        table[rows] -= LEARNING_RATE * gradient
-    elif optimizer == "adam":
-        first, second = (state.setdefault(key, torch.zeros_like(table)) for key in ("m", "v"))
-        first[rows] = BETAS[0] * first[rows] + (1 - BETAS[0]) * gradient
-        second[rows] = BETAS[1] * second[rows] + (1 - BETAS[1]) * gradient**2
-        corrected = first[rows] / (1 - BETAS[0] ** t), second[rows] / (1 - BETAS[1] ** t)
-        table[rows] -= LEARNING_RATE * corrected[0] / (corrected[1].sqrt() + EPS)
-    else:
-        squares = gradient**2 if optimizer == "adagrad" else (gradient**2).mean(dim=1, keepdim=True)
-        total = state.setdefault("sum", torch.zeros_like(table[:, : squares.shape[1]]))
-        total[rows] += squares
-        table[rows] -= LEARNING_RATE * gradient / (total[rows].sqrt() + EPS)
 
 
 @pytest.mark.parametrize("kind", LOOK_UPS)

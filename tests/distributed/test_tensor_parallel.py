@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from tests.distributed.launch import run_ranks
-from tests.distributed.tensor_cases import write_store
+from tests.distributed.tensor_cases import MIXED, write_store
 
 HERE = "tests.distributed.tensor_cases"
 BY_TOKENS = "NetworkArgs.sequence_parallel = True"
 RELATIVE = "NetworkArgs.position_encoding = 'relative_bias'"
 CLIP = "TrainerArgs.max_grad_norm = 0.05"
+LIMIT = "OptimizerArgs.sparse_max_gradient = 0.001"
 CASES: dict[str, dict[str, Any]] = {
     "ranking": {},
     "ranking, by tokens": {"bindings": [BY_TOKENS, RELATIVE, CLIP], "sharding": "table_wise"},
@@ -29,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
             "RankingArgs.eval_metrics = ('LOGLOSS', 'NE')",  # equal candidates tie, but for rounding: no AUC
         ],
     },
+    "ranking, mixed": {"optimizer": "adam", "bindings": [*MIXED, CLIP, "OptimizerArgs.ema_decay = 0.9"]},
     "ranking, two widths": {
         "replicated": [],
         "bindings": ["NetworkArgs.item_embedding_dim = 8", "NetworkArgs.contextual_embedding_dim = 4"],
@@ -42,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "retrieval, uniform": {
         "task": "retrieval",
         "optimizer": "adagrad",
-        "bindings": ["RetrievalArgs.negatives = 'uniform'", "RetrievalArgs.num_negatives = 2"],
+        "bindings": ["RetrievalArgs.negatives = 'uniform'", "RetrievalArgs.num_negatives = 2", LIMIT],
     },
     "retrieval, uniform, replicated": {
         "task": "retrieval",
@@ -55,12 +57,13 @@ CASES: dict[str, dict[str, Any]] = {
             "RetrievalArgs.negatives = 'uniform'",
             "RetrievalArgs.num_negatives = 9",
             "RetrievalArgs.shared_negatives = True",
+            LIMIT,
         ],
     },
     "retrieval, full, adam, by tokens": {
         "task": "retrieval",
         "optimizer": "adam",
-        "bindings": ["RetrievalArgs.negatives = 'full'", BY_TOKENS, "NetworkArgs.interleave_actions = False"],
+        "bindings": ["RetrievalArgs.negatives = 'full'", BY_TOKENS, "NetworkArgs.interleave_actions = False", LIMIT],
     },
 }
 IN_BFLOAT16 = {
@@ -115,6 +118,7 @@ def test_a_group_rounds_to_bfloat16_as_one_process_does(alone: Any, over_ranks: 
 
 
 MOVED = {
+    "mixed": {"optimizer": "adam", "bindings": MIXED},
     "ranking": {"optimizer": "adam", "bindings": [RELATIVE]},
     "retrieval": {"task": "retrieval", "optimizer": "sgd", "bindings": ["OptimizerArgs.momentum = 0.9"]},
     "dropout": {"bindings": ["NetworkArgs.hidden_dropout = 0.5"]},

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torchrec import JaggedTensor
 
-from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs
+from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs, PartOptimizerArgs
 from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
@@ -91,14 +91,23 @@ def make_config(
     items: int = ITEMS,
     item_table: str = "item_table",
     dynamic: dict[str, dict[str, Any]] | None = None,
+    trained: dict[str, dict[str, Any]] | None = None,
+    parts: list[dict[str, Any]] | None = None,
     **optimizer_args: Any,
 ) -> Any:
-    """The parts of a RunConfig that the toy needs. ``dynamic``: feature → options of its dynamic table."""
+    """The parts of a RunConfig that the toy needs.
+
+    ``dynamic``: feature → options of its dynamic table; ``trained``: feature → how its table is trained; ``parts``:
+    arguments of the PartOptimizerArgs.
+    """
+    by_part = [PartOptimizerArgs(**part) for part in parts or ()]
     tables = [("user", USERS), ("item", items), ("action", ACTIONS)]
     return SimpleNamespace(
         dropout=dropout,
-        trainer=SimpleNamespace(seed=7 + init_seed_offset),
-        optimizer=OptimizerArgs(optimizer_str=optimizer, learning_rate=learning_rate, **optimizer_args),
+        trainer=SimpleNamespace(seed=7 + init_seed_offset, pipeline_type="none"),
+        optimizer=OptimizerArgs(
+            optimizer_str=optimizer, learning_rate=learning_rate, part_optimizers=by_part, **optimizer_args
+        ),
         network=NetworkArgs(
             num_layers=1, hidden_size=dim, num_attention_heads=1, kv_channels=4, contextual_embedding_dim=user_dim
         ),
@@ -113,7 +122,8 @@ def make_config(
             )
             for name, rows in tables
             for table in [item_table if name == "item" else f"{name}_table"]
-            for common in [{"feature_names": [name], "table_name": table, "init_std": 0.5}]
+            for own in [(trained or {}).get(name, {})]
+            for common in [{"feature_names": [name], "table_name": table, "init_std": 0.5, **own}]
         ),
     )
 

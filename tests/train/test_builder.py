@@ -11,6 +11,7 @@ import pytest
 
 from hstu.config.args import RankingArgs, TrainerArgs
 from hstu.config.errors import ConfigError, DataError
+from hstu.config.gin_io import load
 from hstu.data.store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.train.builder import label_offset, on_all_ranks, total_iters
@@ -94,6 +95,20 @@ def test_a_head_that_does_not_fit_the_data_is_refused_before_training(
 ) -> None:
     with pytest.raises(ConfigError, match=r"'action' also takes the value 0: end it in 4"):
         build(tiny_config("ranking", store, tmp_path, task_args={"prediction_head_arch": [3]}), mesh)
+
+
+def test_a_part_that_matches_no_weight_is_told_as_a_mistake_of_the_file(
+    mesh: Mesh, store: SequenceStore, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.gin"
+    file.write_text(tiny_config("ranking", store, tmp_path).operative_gin() + "head/PartOptimizerArgs.regex = 'haed'\n")
+    parts = "OptimizerArgs.part_optimizers = [@head/PartOptimizerArgs()]"
+    with pytest.raises(ConfigError) as told:
+        build(load([str(file)], [parts], "ranking"), mesh)
+    line = len(file.read_text().splitlines())
+    expected = f"{file}:{line}: head/PartOptimizerArgs.regex = 'haed': matches no dense weight; did you mean 'head'?"
+    assert expected in str(told.value)
+    assert "task.encoder.stack.layers.N.uvqk.weight, " in str(told.value)
 
 
 def test_a_run_directory_that_cannot_be_made_is_a_readable_error(

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from hstu.model.embedding import TableSpec
+from hstu.parallel.table_training import STATES
 
 _NUMBER = 4
 """Bytes of a float32: rows and states have no other type."""
-_WIDE_STATES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 0, "adam": 2, "adamw": 2}
-"""Optimizer → states as wide as the row."""
 
 
 def bytes_of_row(stored_dim: int, optimizer: str) -> int:
     """A row and its optimizer's states."""
-    one_number = _NUMBER if optimizer == "rowwise_adagrad" else 0
-    return stored_dim * _NUMBER * (1 + _WIDE_STATES[optimizer]) + one_number
+    numbers = [1 if state.startswith("rowwise_") else stored_dim for state in STATES[optimizer]]
+    return (stored_dim + sum(numbers)) * _NUMBER
 
 
 @dataclass(frozen=True)

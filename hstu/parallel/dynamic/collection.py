@@ -182,14 +182,14 @@ class DynamicFusedCollection(DynamicLookups):
 
 
 class DynamicRowSparseCollection(DynamicLookups, RowSparseEmbeddingCollection):
-    """Trained by RowLazyAdam."""
+    """Trained by RowLazyAdam, those with another optimizer by FBGEMM's."""
 
 
 class DynamicSharder(EmbeddingCollectionSharder):
     """Shards DynamicEmbeddingCollections, row-wise, as the planner must have been told."""
 
     def __init__(self, specs: Sequence[TableSpec], sharder: EmbeddingCollectionSharder, row_sparse: bool) -> None:
-        """``sharder``: that of the other tables; ``row_sparse``: it leaves gradients to RowLazyAdam."""
+        """``sharder``: that of the other tables; ``row_sparse``: it leaves some gradients to RowLazyAdam."""
         super().__init__(sharder.fused_params)
         self._specs = {feature: spec for spec in specs if spec.dynamic is not None for feature in spec.features}
         self._row_sparse = row_sparse
@@ -204,8 +204,7 @@ class DynamicSharder(EmbeddingCollectionSharder):
     ) -> DynamicLookups:
         """See EmbeddingCollectionSharder."""
         kind = DynamicRowSparseCollection if self._row_sparse else DynamicFusedCollection
-        fused_params = {} if self._row_sparse else self.fused_params
-        collection = kind(module, params, env, fused_params, device, module_fqn=module_fqn)
+        collection = kind(module, params, env, self.fused_params, device, module_fqn=module_fqn)
         collection.specs = self._specs
         return collection
 

@@ -84,7 +84,7 @@ def memory(situation: Situation, plan: tuple[parameters.TableShards, ...]) -> di
     part, layers = situation.micro(batch), config.network.num_layers
     tokens = situation.tokens(part)
     counts, replicated = parameters.dense_parameters(situation), parameters.replicated_elements(situation)
-    dense, tensors = sum(counts.values()), len(counts) + sum(spec.replicated for spec in situation.specs)
+    dense = sum(counts.values())
     rows, states = parameters.table_bytes(situation, plan)
     kept, alive = activations.layer_bytes(situation, tokens)
     kept_of_task, working_of_task = activations.task_bytes(situation, part, situation.pool(batch))
@@ -97,7 +97,7 @@ def memory(situation: Situation, plan: tuple[parameters.TableShards, ...]) -> di
         "dense weights": dense * NUMBER,
         "replicated tables": replicated * NUMBER,
         "gradients of both": gradients,
-        "optimizer states of both": parameters.dense_state_bytes(dense + replicated, tensors, config.optimizer),
+        "optimizer states of both": parameters.dense_state_bytes(situation),
         "sharded tables": rows,
         "optimizer states of sharded tables": states,
         "activations": activated,
@@ -112,8 +112,8 @@ def _beyond_activations(counts: dict[str, int], layers: int, kept: int, at_the_e
 
     counts: elements of the parameters. kept: activations of a layer. at_the_end: what all gradients take beyond them.
     """
-    layer = sum(count for name, count in counts.items() if name.startswith("layer 0."))
-    after = sum(count for name, count in counts.items() if name.startswith(("head", "query")))
+    layer = sum(count for name, count in counts.items() if name.startswith(f"{parameters.LAYERS}.0."))
+    after = sum(count for name, count in counts.items() if name.startswith(("task.head", "task.query")))
     passed = (NUMBER * (after + (done + 1) * layer) - done * kept for done in range(layers))
     return max(0, at_the_end, *passed)
 

@@ -7,21 +7,25 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from hstu.config.args import OptimizerArgs, RankingArgs
+from hstu.config.args import RankingArgs
 from hstu.model.embedding import TableSpec, build_collections
 from hstu.ops.relative_bias import NUM_TIME_BUCKETS
+from hstu.optim.parts import replicated_settings, settings_of_weights
 from hstu.parallel.dynamic.split import in_parts, table_of
-from hstu.parallel.embedding import memory_plans, table_optimizer_name, table_planner, table_sharders
+from hstu.parallel.embedding import memory_plans, table_planner, table_sharders
+from hstu.parallel.table_training import STATES, TableTraining
 from hstu.train.estimate.situation import Situation
 
 NUMBER = 4
 """Parameters, gradients and states are float32, whatever the compute type."""
-_STATES_OF_DENSE = {"adam": 2, "adamw": 2, "adagrad": 1, "rowwise_adagrad": 1, "sgd": 0}
-_STATES_OF_TABLE = {"adam": 2, "adamw": 2, "adagrad": 1, "sgd": 0}  # numbers an element; rowwise_adagrad: one a row
+LAYERS = "task.encoder.stack.layers"
+"""Before the number of a layer, in the names of its parameters."""
+_INPUTS = "task.encoder.inputs"
+_STATES_OF_DENSE = {"adam": 2, "adamw": 2, "adagrad": 1, "rowwise_adagrad": 1}
 
 
 def dense_parameters(situation: Situation) -> dict[str, int]:
-    """Elements of each parameter of the dense part on a rank, the replicated tables not among them.
+    """Elements of each parameter of the dense part on a rank, by its name; the replicated tables are not among them.
 
     Over a tensor-parallel group the two projections and the output norm of a layer are cut, all else is on each rank.
     """
@@ -29,9 +33,9 @@ def dense_parameters(situation: Situation) -> dict[str, int]:
     hidden, inner = network.hidden_size, network.num_attention_heads * network.kv_channels
     counts: dict[str, int] = {}
     for role, width in projected_roles(situation).items():
-        counts |= _mlp(f"projection of {role}", width, [hidden, hidden], bias=True)
+        counts |= _mlp(f"{_INPUTS}.projections.{role}", width, [hidden, hidden], bias=True)
     if network.position_encoding == "absolute":
-        counts["positions"] = network.num_position_buckets * hidden
+        counts[f"{_INPUTS}.position_table"] = network.num_position_buckets * hidden
     for layer in range(network.num_layers):
         own = {
             "input_norm.weight": hidden,
@@ -43,13 +47,17 @@ def dense_parameters(situation: Situation) -> dict[str, int]:
             "out.weight": inner * hidden // tp,
         }
         if network.position_encoding == "relative_bias":
-            own |= {"position_bias": 2 * features.max_tokens(network) - 1, "time_bias": NUM_TIME_BUCKETS}
-        counts |= {f"layer {layer}.{name}": count for name, count in own.items()}
+            own |= {
+                "bias.position_weight": 2 * features.max_tokens(network) - 1,
+                "bias.time_weight": NUM_TIME_BUCKETS,
+            }
+        counts |= {f"{LAYERS}.{layer}.{name}": count for name, count in own.items()}
     args = situation.config.task_args
     if isinstance(args, RankingArgs):
-        counts |= _mlp("head", hidden, args.prediction_head_arch, args.prediction_head_bias)
+        counts |= _mlp("task.head", hidden, args.prediction_head_arch, args.prediction_head_bias)
     elif network.item_width != hidden:
-        counts |= _mlp("query projection", hidden, [network.item_width], bias=True)
+        counts |= {"task.query_projection.weight": hidden * network.item_width}
+        counts |= {"task.query_projection.bias": network.item_width}
     return counts
 
 
@@ -67,9 +75,10 @@ def projected_roles(situation: Situation) -> dict[str, int]:
 def _mlp(name: str, in_width: int, widths: list[int], bias: bool) -> dict[str, int]:
     counts = {}
     for layer, (before, after) in enumerate(zip([in_width, *widths], widths, strict=False)):
-        counts[f"{name}.{layer}.weight"] = before * after
+        place = 2 * layer  # an activation lies between two layers
+        counts[f"{name}.{place}.weight"] = before * after
         if bias:
-            counts[f"{name}.{layer}.bias"] = after
+            counts[f"{name}.{place}.bias"] = after
     return counts
 
 
@@ -78,12 +87,31 @@ def replicated_elements(situation: Situation) -> int:
     return sum(spec.rows * spec.dim for spec in situation.specs if spec.replicated)
 
 
-def dense_state_bytes(elements: int, tensors: int, args: OptimizerArgs) -> int:
-    """State of the dense optimizer with ``tensors`` parameters of so many elements; step counts and average."""
-    average = elements * NUMBER if args.ema_decay > 0 else 0
-    if args.optimizer_str == "sgd":
-        return average + (elements * NUMBER if args.momentum > 0 else 0)
-    return average + elements * NUMBER * _STATES_OF_DENSE[args.optimizer_str] + tensors * NUMBER
+def trained_densely(situation: Situation) -> list[tuple[str, int]]:
+    """(optimizer, elements) of each parameter of the dense part on a rank and of each replicated table.
+
+    Raises ConfigError as a run would for OptimizerArgs.part_optimizers that match no weight.
+    """
+    args, counts = situation.config.optimizer, dense_parameters(situation)
+    settings = settings_of_weights(dict.fromkeys(counts, True), args)
+    weights = [(settings[name].optimizer, count) for name, count in counts.items()]
+    tables = [spec for spec in situation.specs if spec.replicated]
+    return weights + [(replicated_settings(spec, args).optimizer, spec.rows * spec.dim) for spec in tables]
+
+
+def dense_state_bytes(situation: Situation) -> int:
+    """State of the dense optimizer; step counts and average."""
+    args = situation.config.optimizer
+    average = 1 if args.ema_decay > 0 else 0
+    trained = trained_densely(situation)
+    return sum(NUMBER * (count * average + _dense_state(count, name, args.momentum)) for name, count in trained)
+
+
+def _dense_state(elements: int, optimizer: str, momentum: float) -> int:
+    """Numbers that the dense optimizer keeps of a parameter."""
+    if optimizer == "sgd":
+        return elements if momentum > 0 else 0
+    return elements * _STATES_OF_DENSE[optimizer] + 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +132,7 @@ class TableShards:
         """Bytes of the optimizer's state on each rank, int64 [ranks]."""
         if optimizer == "rowwise_adagrad":
             return self._by_rank(ranks, [(rank, rows) for rank, rows, _ in self.shards])
-        return self.weight_bytes(ranks) * _STATES_OF_TABLE[optimizer]
+        return self.weight_bytes(ranks) * len(STATES[optimizer])
 
     def _by_rank(self, ranks: int, elements: list[tuple[int, int]]) -> np.ndarray:
         numbers = np.zeros(ranks, dtype=np.int64)
@@ -119,12 +147,18 @@ def plan_tables(situation: Situation) -> tuple[TableShards, ...]:
     if not specs:
         return ()
     model = nn.Module()
-    memory = memory_plans(situation.specs, situation.config.optimizer, situation.world_size)
+    args = situation.config.optimizer
+    memory = memory_plans(situation.specs, args, situation.world_size)
     model.embedding = in_parts(build_collections(situation.specs), memory)
     planner = table_planner(
-        situation.specs, situation.world_size, situation.ranks_per_host, situation.device_type, memory
+        situation.specs,
+        situation.world_size,
+        situation.ranks_per_host,
+        situation.device_type,
+        memory,
+        situation.config.trainer.pipeline_type == "prefetch",
     )
-    plan = planner.plan(model, table_sharders(situation.config.optimizer, situation.device_type, situation.specs))
+    plan = planner.plan(model, table_sharders(args, situation.device_type, situation.specs))
     found: dict[str, TableShards] = {}
     for tables in plan.plan.values():
         for part, table in tables.items():
@@ -139,8 +173,10 @@ def plan_tables(situation: Situation) -> tuple[TableShards, ...]:
 
 def table_bytes(situation: Situation, plan: tuple[TableShards, ...]) -> tuple[int, int]:
     """(rows, optimizer states) of the sharded tables on the rank that has most of both."""
-    ranks, optimizer = situation.world_size, table_optimizer_name(situation.config.optimizer)
-    weights = sum((table.weight_bytes(ranks) for table in plan), np.zeros(ranks, dtype=np.int64))
-    states = sum((table.state_bytes(ranks, optimizer) for table in plan), np.zeros(ranks, dtype=np.int64))
+    ranks, args = situation.world_size, situation.config.optimizer
+    weights, states = np.zeros(ranks, dtype=np.int64), np.zeros(ranks, dtype=np.int64)
+    for table in plan:
+        weights += table.weight_bytes(ranks)
+        states += table.state_bytes(ranks, TableTraining.of(table.spec, args).optimizer)
     busiest = int((weights + states).argmax())
     return int(weights[busiest]), int(states[busiest])

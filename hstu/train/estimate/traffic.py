@@ -11,7 +11,7 @@ import numpy as np
 from hstu.config.args import RetrievalArgs
 from hstu.data.batch import NEGATIVES
 from hstu.train.estimate.activations import ID
-from hstu.train.estimate.parameters import NUMBER, TableShards, dense_parameters, replicated_elements
+from hstu.train.estimate.parameters import LAYERS, NUMBER, TableShards, dense_parameters, replicated_elements
 from hstu.train.estimate.situation import Batch, Situation
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
@@ -118,8 +118,12 @@ def _layers(situation: Situation, batch: Batch) -> Iterator[Transfer]:
         "statistics of the output norm", "all_gather", "tensor", tp, layers * (1 + again), norms * (1 + again)
     )
     parameters = dense_parameters(situation)
-    names = ["position_bias", "time_bias", *(["input_norm.weight"] * 2 if network.sequence_parallel else [])]
-    shared = [parameters.get(f"layer 0.{name}", 0) for name in names]  # the norm's bias is as large as its weight
+    names = [
+        "bias.position_weight",
+        "bias.time_weight",
+        *(["input_norm.weight"] * 2 if network.sequence_parallel else []),
+    ]
+    shared = [parameters.get(f"{LAYERS}.0.{name}", 0) for name in names]  # the norm's bias is as large as its weight
     calls = layers * sum(count > 0 for count in shared)
     payload = layers * sum(shared) * NUMBER
     yield Transfer("gradients of what is shared", "all_reduce", "tensor", tp if calls else 1, calls, payload)

@@ -14,13 +14,12 @@ import numpy as np
 
 from hstu.config.args import NetworkArgs, RankingArgs, RetrievalArgs
 from hstu.observe.flops import sequence_flops
-from hstu.parallel.embedding import table_optimizer_name
+from hstu.parallel.table_training import TableTraining
 from hstu.train.estimate.parameters import (
     NUMBER,
     TableShards,
-    dense_parameters,
     projected_roles,
-    replicated_elements,
+    trained_densely,
 )
 from hstu.train.estimate.situation import Batch, Situation
 
@@ -224,13 +223,13 @@ class ShardedLookup(Op):
     @property
     def moved(self) -> float:
         """Rows read and written; gradients written and read; rows and states read and written by the update."""
-        states = {"sgd": 0, "rowwise_adagrad": 0, "adagrad": 1}.get(
-            table_optimizer_name(self.situation.config.optimizer), 2
-        )
-        elements = sum(
-            self.ids.get(feature, 0) * table.spec.stored_dim for table in self.plan for feature in table.spec.features
-        )
-        return NUMBER * float(elements) * (2 + 4 + 2 * (1 + states))
+        moved = 0.0
+        for table in self.plan:
+            states = TableTraining.of(table.spec, self.situation.config.optimizer).states
+            wide = sum(not state.startswith("rowwise") for state in states)
+            elements = sum(self.ids.get(feature, 0) for feature in table.spec.features) * table.spec.stored_dim
+            moved += NUMBER * float(elements) * (2 + 4 + 2 * (1 + wide))
+        return moved
 
     @property
     def launches(self) -> int:
@@ -302,7 +301,12 @@ class DenseUpdate(Op):
 
 def operators(situation: Situation, batch: Batch, plan: tuple[TableShards, ...]) -> list[Op]:
     """What one rank of the group that trains on ``batch`` computes in a step."""
-    return [*_inputs(situation, batch, plan), *_layers(situation, batch), *_task(situation, batch), _update(situation)]
+    return [
+        *_inputs(situation, batch, plan),
+        *_layers(situation, batch),
+        *_task(situation, batch),
+        *_updates(situation),
+    ]
 
 
 def _inputs(situation: Situation, batch: Batch, plan: tuple[TableShards, ...]) -> Iterator[Op]:
@@ -386,12 +390,9 @@ def _task(situation: Situation, batch: Batch) -> Iterator[Op]:
     yield SampledSoftmax(name="loss", queries=batch.labels, pool=pool, draws=draws, width=width)
 
 
-def _update(situation: Situation) -> Op:
-    counts = dense_parameters(situation)
-    replicated = [spec for spec in situation.specs if spec.replicated]
-    return DenseUpdate(
-        name="dense optimizer",
-        optimizer=situation.config.optimizer.optimizer_str,
-        elements=sum(counts.values()) + replicated_elements(situation),
-        tensors=len(counts) + len(replicated),
-    )
+def _updates(situation: Situation) -> Iterator[Op]:
+    by_optimizer: dict[str, list[int]] = {}
+    for optimizer, elements in trained_densely(situation):
+        by_optimizer.setdefault(optimizer, []).append(elements)
+    for optimizer, counts in by_optimizer.items():
+        yield DenseUpdate(name="dense optimizer", optimizer=optimizer, elements=sum(counts), tensors=len(counts))

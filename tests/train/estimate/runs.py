@@ -105,5 +105,16 @@ CASES: dict[str, dict[str, Any]] = {
     "column_wise": _case([TWO_BY_TENSOR], "OptimizerArgs.sparse_optimizer_str = 'adagrad'", sharding="column_wise"),
     "planned by TorchRec": _case([TWO_BY_TENSOR], "OptimizerArgs.optimizer_str = 'adagrad'", sharding="auto"),
     "row-wise optimizer": _case([FOUR], "OptimizerArgs.sparse_optimizer_str = 'rowwise_adagrad'"),
+    "each in its own way": _case(
+        [ONE, TWO_BY_TENSOR],
+        "item/EmbeddingArgs.optimizer_str = 'rowwise_adagrad'",
+        "age/EmbeddingArgs.optimizer_str = 'sgd'",
+        "layers/PartOptimizerArgs.regex = 'uvqk|head'",
+        "layers/PartOptimizerArgs.optimizer_str = 'adagrad'",
+        "rest/PartOptimizerArgs.regex = 'norm'",
+        "rest/PartOptimizerArgs.optimizer_str = 'sgd'",
+        "OptimizerArgs.part_optimizers = [@layers/PartOptimizerArgs(), @rest/PartOptimizerArgs()]",
+        "OptimizerArgs.ema_decay = 0.9",
+    ),
     "momentum": _case([ONE], "OptimizerArgs.optimizer_str = 'sgd'", "OptimizerArgs.momentum = 0.9"),
 }

@@ -36,11 +36,10 @@ def case(name: str, world_size: int, tp: int) -> tuple[Situation, list[dict[str,
 def test_what_stays_is_known_to_the_byte(name: str, world_size: int, tp: int) -> None:
     situation, ranks = case(name, world_size, tp)
     dense = sum(parameters.dense_parameters(situation).values()) + parameters.replicated_elements(situation)
-    tensors = len(parameters.dense_parameters(situation)) + sum(spec.replicated for spec in situation.specs)
     rows, states = parameters.table_bytes(situation, parameters.plan_tables(situation))
     for rank in ranks:
         assert rank["weights"] == rank["gradients"] == 4 * dense
-        assert rank["states"] == parameters.dense_state_bytes(dense, tensors, situation.config.optimizer)
+        assert rank["states"] == parameters.dense_state_bytes(situation)
     assert max((rank["tables"], rank["table states"]) for rank in ranks) == (rows, states)
 
 

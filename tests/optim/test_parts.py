@@ -1,0 +1,155 @@
+"""Parts of the dense weights that have an optimizer, a learning rate or a weight decay of their own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hstu.config.args import OptimizerArgs, PartOptimizerArgs
+from hstu.config.errors import ConfigError
+from hstu.optim.dense import DenseOptimizer
+from hstu.optim.parts import Settings, settings_of_weights
+
+WEIGHTS = {
+    "task.layers.0.uvqk.weight": True,
+    "task.layers.0.uvqk.bias": False,
+    "task.layers.1.uvqk.weight": True,
+    "task.layers.1.input_norm.weight": False,
+    "task.head.0.weight": True,
+}
+
+
+def args(*parts: dict[str, Any], **options: Any) -> OptimizerArgs:
+    common = {"optimizer_str": "adam", "learning_rate": 0.1, "weight_decay": 0.01, "adam_eps": 1e-4}
+    return OptimizerArgs(**common | options, part_optimizers=[PartOptimizerArgs(**part) for part in parts])
+
+
+def test_a_part_has_its_own_settings_and_the_common_ones_where_it_gives_none() -> None:
+    settings = settings_of_weights(
+        WEIGHTS, args({"regex": "head", "optimizer_str": "sgd"}, {"regex": r"layers\.1\.", "weight_decay": 0.0})
+    )
+    assert settings["task.head.0.weight"] == Settings("sgd", 0.1, 0.01)
+    assert settings["task.layers.1.uvqk.weight"] == Settings("adam", 0.1, 0.0)
+    assert settings["task.layers.0.uvqk.bias"] == Settings("adam", 0.1, 0.01)
+    assert settings.keys() == WEIGHTS.keys()
+
+
+def test_of_parts_that_overlap_the_first_has_a_weight() -> None:
+    parts = {"regex": r"layers\.0", "learning_rate": 0.2}, {"regex": r"uvqk", "learning_rate": 0.3}
+    rates = {name: each.learning_rate for name, each in settings_of_weights(WEIGHTS, args(*parts)).items()}
+    assert rates == dict(zip(WEIGHTS, (0.2, 0.2, 0.3, 0.1, 0.1), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ([{"regex": "haed"}], ["regex = 'haed': matches no dense weight; did you mean 'head'?", "? There are task.l"]),
+        ([{"regex": "^uvqk"}], ["matches no dense weight", "task.layers.N.uvqk.weight, task.layers.N.uvqk.bias"]),
+        ([{"regex": ""}], ["must not be empty"]),
+        ([{"regex": "."}, {"regex": "head"}], ["all that it matches belongs to parts before it, the first to '.'"]),
+        ([{"regex": "norm", "weight_decay": 0.1}], ["weight_decay = 0.1", "task.layers.1.input_norm.weight for one"]),
+        ([{"regex": "x1"}, {"regex": "x2"}], ["regex = 'x1'", "regex = 'x2'"]),
+    ],
+)
+def test_a_part_that_nothing_comes_of_is_an_error(parts: list[dict[str, Any]], told: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        settings_of_weights(WEIGHTS, args(*parts))
+    for text in told:
+        assert text in str(error.value)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.first(x))).square().mean()
+
+
+def build(model: nn.Module, options: OptimizerArgs) -> DenseOptimizer:
+    names = {name: name in ("first.weight", "last.weight") for name, _ in model.named_parameters()}
+    return DenseOptimizer(model, options, settings_of_weights(names, options))
+
+
+def train(model: nn.Module, optimizer: DenseOptimizer, steps: range) -> None:
+    for step in steps:
+        optimizer.set_lr_multiplier(1 / (1 + step))
+        optimizer.zero_grad()
+        x = torch.randn((5, 4), generator=torch.Generator().manual_seed(step))
+        model(x.to(next(model.parameters()))).backward()
+        optimizer.step()
+
+
+PARTS = (
+    {"regex": "last", "optimizer_str": "sgd", "learning_rate": 0.3, "weight_decay": 0.2},
+    {"regex": "norm", "optimizer_str": "adagrad", "learning_rate": 0.05},
+)
+
+
+def reference(model: nn.Module, momentum: float, decay: float, steps: int) -> list[torch.Tensor]:
+    """``Net`` trained by formulas in float64, with the parts ``PARTS`` beside Adam."""
+    weights = dict(model.named_parameters())
+    kept: dict[str, list[torch.Tensor]] = {name: [torch.zeros_like(w) for _ in range(2)] for name, w in weights.items()}
+    for step in range(steps):
+        model.zero_grad()
+        model(torch.randn((5, 4), generator=torch.Generator().manual_seed(step)).double()).backward()
+        with torch.no_grad():
+            for name, w in weights.items():
+                g, (a, b), scale = w.grad, kept[name], 1 / (1 + step)
+                assert g is not None
+                if name.startswith("last"):
+                    if name == "last.weight":
+                        w -= 0.3 * scale * 0.2 * w
+                    a.mul_(momentum).add_(g)
+                    w -= 0.3 * scale * a
+                elif name.startswith("norm"):
+                    a += g**2
+                    w -= 0.05 * scale * g / (a.sqrt() + 1e-4)
+                else:
+                    if name == "first.weight":
+                        w -= 0.1 * scale * decay * w
+                    a.mul_(0.9).add_(0.1 * g)
+                    b.mul_(0.999).add_(0.001 * g**2)
+                    w -= 0.1 * scale * (a / (1 - 0.9 ** (step + 1))) / ((b / (1 - 0.999 ** (step + 1))).sqrt() + 1e-4)
+    return list(model.parameters())
+
+
+def test_each_part_is_trained_by_its_formula_and_one_schedule_drives_all() -> None:
+    model = Net()
+    exact = copy.deepcopy(model).double()
+    before = [weight.detach().clone() for weight in model.parameters()]
+    train(model, build(model, args(*PARTS, momentum=0.8)), range(4))
+    for ours, theirs, initial in zip(model.parameters(), reference(exact, 0.8, 0.01, 4), before, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+        assert (ours - initial).abs().max() > 1e-3
+
+
+def test_parts_that_give_nothing_new_change_no_bit() -> None:
+    plain = Net()
+    with_parts = copy.deepcopy(plain)
+    train(plain, build(plain, args()), range(3))
+    train(with_parts, build(with_parts, args({"regex": "last"}, {"regex": "norm", "learning_rate": 0.1})), range(3))
+    assert all(map(torch.equal, plain.parameters(), with_parts.parameters()))
+
+
+def test_averages_are_of_all_parts_and_states_of_any_part_can_be_restored() -> None:
+    options = args(*PARTS, momentum=0.8, ema_decay=0.5)
+    first, second = Net(), Net()
+    one, other = build(first, options), build(second, options)
+    train(first, one, range(3))
+    states = one.state_tensors()
+    assert {f"{name}.average" for name, _ in first.named_parameters()} < states.keys()
+    assert {"last.weight.momentum_buffer", "norm.bias.sum", "first.bias.exp_avg"} < states.keys()
+    second.load_state_dict(first.state_dict())
+    assert other.state_tensors().keys() == states.keys()
+    for name, tensor in other.state_tensors().items():
+        tensor.copy_(states[name])
+    train(first, one, range(3, 5))
+    train(second, other, range(3, 5))
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
+    assert all(torch.equal(tensor, one.state_tensors()[name]) for name, tensor in other.state_tensors().items())

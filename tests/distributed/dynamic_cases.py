@@ -176,7 +176,7 @@ def fresh_slots(model: GRModel, optimizers: Optimizers) -> list[bool]:
         expected = initial_rows(ids, table.spec.dim, table.spec.init_std, table_key(7, name))
         rows, states = table.rows.first(len(table.rows))
         results.append(bool((slots != table.default_slot).all()) and torch.equal(rows[slots], expected))
-        assert len(states) == len(optimizers.tables.states)
+        assert len(states) == len(optimizers.tables.training[name].states)
         results += [bool(state.any()) and not bool(state[slots].any()) for state in states.values()]
     return results
 

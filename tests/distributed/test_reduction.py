@@ -10,6 +10,9 @@ from tests.distributed.pipeline_cases import write_store
 from tests.distributed.reduction_cases import LATE_S
 
 
+pytestmark = pytest.mark.alone
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw."""

@@ -19,14 +19,16 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STARTS_RANKS = re.compile(r"tests\.(distributed|reliability)\b|torch\.distributed\.run\b")
-LONGEST = "tests/ops/"
-"""Of the tests without ranks; they go first, lest one worker is left with them."""
+KERNELS = "tests/ops/"
+"""The longest of the tests without ranks; they go first, lest one worker is left with them."""
 
 
 @functools.cache
 def unit_of(path: str) -> str:
     """The tests of one unit go to one worker. ``path``: of a test file, in the repository."""
-    return "ranks" if STARTS_RANKS.search((REPOSITORY / path).read_text(encoding="utf-8")) else path
+    if STARTS_RANKS.search((REPOSITORY / path).read_text(encoding="utf-8")):
+        return "ranks"
+    return path.rpartition("/")[0] if path.startswith(KERNELS) else path  # a folder shares what is compiled
 
 
 def _path_of(nodeid: str) -> str:
@@ -52,7 +54,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def turn(item: pytest.Item) -> tuple[bool, bool]:
         path = _path_of(item.nodeid)
-        return unit_of(path) != "ranks", not path.startswith(LONGEST)
+        return unit_of(path) != "ranks", not path.startswith(KERNELS)
 
     if _is_worker(config):
         items.sort(key=turn)

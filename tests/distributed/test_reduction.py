@@ -9,7 +9,6 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.pipeline_cases import write_store
 from tests.distributed.reduction_cases import LATE_S
 
-
 pytestmark = pytest.mark.alone
 
 

@@ -1,12 +1,11 @@
-"""A pytest plugin for the process that interprets kernels: what Triton 3.9 does again and again is done once.
+"""A pytest plugin for the process that interprets kernels: a launch replaces Triton's language once.
 
-It goes through every name of its language whenever a kernel calls a function, though the launch has replaced what is to
-be replaced, a quarter of the time; and it makes a table of all types to look up one. What is computed is the same.
+Triton 3.9 goes through every name of its language again whenever a kernel calls a function, though the launch has
+replaced what is to be replaced: more than a quarter of the time. What is computed is the same.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +31,5 @@ def _launch_anew(self: interpreter.GridExecutor, *args: Any, **kwargs: Any) -> A
     return _launch(self, *args, **kwargs)
 
 
-interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
 interpreter._patch_lang = _replace_once
 interpreter.GridExecutor.__call__ = _launch_anew

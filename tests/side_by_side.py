@@ -1,7 +1,7 @@
 """What two workers of pytest-xdist do at the same time (scripts/test.sh starts two; without them none of this counts).
 
 A file's tests stay together, for what they share. All files that start ranks are one worker's, so that never more than
-one launch runs. A test that measures time is marked ``alone``: the other worker waits for it.
+one launch runs. A test that measures tenths of seconds is marked ``alone``: each waits for what the other worker runs.
 """
 
 from __future__ import annotations

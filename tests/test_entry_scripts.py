@@ -285,7 +285,6 @@ def validate(script: str, place: Path, *more: str) -> tuple[int, str, str]:
     return python(script, "--gin-config-file", place / script.replace(".py", ".gin"), "--validate-only", *more)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("script", [RANKING, RETRIEVAL])
 def test_validating_is_quick(place: Path, script: str) -> None:
     begun = time.monotonic()

@@ -38,7 +38,6 @@ def test_a_good_file_is_read_without_torch(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "loaded 2 False\n", "")
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("line", "told"),
     [

@@ -81,7 +81,6 @@ def test_a_pickled_store_reopens_by_its_path(make_store: MakeStore) -> None:
     assert (pickle.loads(pickled).sequence("item_id") == store.sequence("item_id")).all()
 
 
-@pytest.mark.alone
 def test_opening_does_not_depend_on_the_size(make_store: MakeStore) -> None:
     def best_of_20(path: Path) -> float:
         times = []

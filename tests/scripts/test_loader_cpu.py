@@ -21,7 +21,6 @@ def bench() -> ModuleType:
     return module
 
 
-@pytest.mark.alone
 def test_a_store_of_322_million_events_opens_in_a_tenth_of_a_second_in_any_memory(
     bench: ModuleType, tmp_path: Path
 ) -> None:

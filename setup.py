@@ -54,6 +54,7 @@ DEVELOPMENT = [
     CUTLASS_DSL,
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
+    "pytest-xdist==3.8.0",
     "hypothesis==6.170.15",
     "safetensors==0.8.0",  # to check the exports, which are written without it
     "scikit-learn==1.9.1",

@@ -11,6 +11,11 @@ from hypothesis import HealthCheck, settings
 
 from hstu.data.store import SequenceStore
 from hstu.data.store_writer import StoreWriter
+from tests.side_by_side import (  # noqa: F401
+    pytest_collection_modifyitems,
+    pytest_runtest_protocol,
+    pytest_xdist_make_scheduler,
+)
 
 # The same examples each time, and no verdict on speed: a run fails for what the code does, on any machine.
 settings.register_profile(

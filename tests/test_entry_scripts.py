@@ -1,4 +1,7 @@
-"""The commands of the README in processes of their own, on own data with string ids."""
+"""The commands of the README in processes of their own, on own data with string ids.
+
+What is about the way in which they are started is started so; the rest is forked (tests/distributed/scripts.py).
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from hstu.data.store import SequenceStore
 from hstu.observe.logging import tear_down_logging
 from hstu.observe.records import read_metrics
 from hstu.train.main import run
+from tests.distributed.scripts import run_script
 from tests.train.tiny import ITEMS, walks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -220,10 +224,10 @@ def test_two_ranks_write_one_run(retrieval: tuple[Path, str, str]) -> None:
 
 
 def test_recommendations_are_the_users_own_ids(retrieval: tuple[Path, str, str], place: Path) -> None:
-    code, output, errors = python(
+    codes, output = run_script(
         "scripts/recommend.py", "--run_dir", retrieval[0], "--users", "user-03,user-00", "--top", 4
     )
-    assert code == 0, errors
+    assert codes == [0], output
     assert [line for line in output.splitlines() if line.startswith("user")] == ["user user-03", "user user-00"]
     for block, user in zip(output.split("user user-")[1:], (3, 0), strict=True):
         items = re.findall(r"ad-(\d\d)", block)
@@ -248,8 +252,8 @@ def test_the_benchmark_runs_small(tmp_path: Path) -> None:
         "TrainerArgs__output_dir": str(tmp_path / "run"),
         "TrainerArgs__tensorboard": False,
     }
-    code, output, errors = python(RANKING, "--gin-config-file", "configs/benchmark_ranking.gin", *bindings(**small))
-    assert code == 0, errors
+    codes, output = run_script(RANKING, "--gin-config-file", "configs/benchmark_ranking.gin", *bindings(**small))
+    assert codes == [0], output
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
     assert "MFU" in output
 
@@ -313,10 +317,10 @@ def test_a_configuration_that_does_not_fit_the_data_is_exit_code_2(
 
 def test_missing_data_is_exit_code_3(place: Path) -> None:
     values = {"DatasetArgs__dataset_path": str(place / "nowhere"), "TrainerArgs__tensorboard": False}
-    code, _, errors = python(*arguments(RETRIEVAL, place, "no-data", **values))
-    assert code == 3
-    assert errors.count(f"error: no preprocessed data at {place / 'nowhere'}") == 1
-    assert "Traceback" not in errors
+    codes, output = run_script(*arguments(RETRIEVAL, place, "no-data", **values))
+    assert codes == [3]
+    assert output.count(f"error: no preprocessed data at {place / 'nowhere'}") == 1
+    assert "Traceback" not in output
 
 
 def test_two_ranks_tell_of_a_bad_configuration_once(place: Path) -> None:

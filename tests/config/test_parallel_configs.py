@@ -1,13 +1,9 @@
-"""The files in configs/ that are about several ranks, by the README's command on two ranks for some iterations."""
+"""The files in configs/ that are about several ranks, by the entry scripts on two ranks for some iterations."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +13,10 @@ import pytest
 from hstu.config.gin_io import load
 from hstu.data.preprocess import preprocess
 from hstu.observe.records import read_metrics
+from tests.distributed.scripts import run_script
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 RATINGS = 20_000  # of some 130 users
 STEPS = 3
-TIMEOUT_S = 150.0
 SHORT = {
     "TrainerArgs.num_train_epochs": None,
     "TrainerArgs.max_train_iters": STEPS,
@@ -61,32 +56,11 @@ def train_on_two_ranks(name: str, directory: Path, bindings: dict[str, Any]) -> 
     task = "retrieval" if "retrieval" in name else "ranking"
     given = SHORT | bindings | {"TrainerArgs.output_dir": str(directory)}
     command = [f"pretrain_gr_{task}.py", "--gin-config-file", f"configs/{name}", "--gin-bindings"]
-    code, output = torchrun([*command, *(f"{option} = {value!r}" for option, value in given.items())])
-    assert code == 0, output
+    codes, output = run_script(*command, *(f"{option} = {value!r}" for option, value in given.items()), ranks=2)
+    assert codes == [0, 0], output
     assert "2 rank(s)" in (directory / "log.txt").read_text()
     assert json.loads((directory / "summary.json").read_text())["status"] == "done"
     return read_metrics(directory / "metrics.jsonl")
-
-
-def torchrun(command: Sequence[str]) -> tuple[int, str]:
-    """Exit code and output of a script on two ranks with one thread each."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return process.returncode, output
 
 
 def check(records: list[dict[str, Any]], metrics: Sequence[str]) -> None:

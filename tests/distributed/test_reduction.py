@@ -10,6 +10,8 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.pipeline_cases import write_store
 from tests.distributed.reduction_cases import GRADIENTS, LATE_S
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.model.examples import gradients, make_network
 from tests.model.test_layer import BATCH, MAX_TOKENS, RECOMPUTE, formula, step
 from tests.ops.backends import INTERPRETED
 
+WITH_DROPOUT: dict[str, Any] = {"hidden_dropout": 0.3, "position_encoding": "relative_bias"}
 BACKENDS = [Backend.TRITON if INTERPRETED else Backend.CPU]
 
 
@@ -52,16 +54,22 @@ def test_equals_its_formula_forward_and_backward(backend: Backend, changes: dict
         torch.testing.assert_close(gradients(layer)[name].double(), exact, rtol=0, atol=1e-5 * scale, msg=name)
 
 
+@functools.cache
+def plain(backend: Backend, dtype: torch.dtype | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """An input, and a step on it in which all is kept; of each once, for it takes an interpreter a second or two."""
+    torch.manual_seed(1)
+    x = torch.randn(BATCH.layout().num_tokens, 8)
+    return x, list(step(make_layer(backend, **WITH_DROPOUT), x, dtype))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("changes", RECOMPUTE, ids=str)
 def test_recomputing_gives_the_same_bits_with_dropout(
     backend: Backend, changes: dict[str, bool], dtype: torch.dtype | None
 ) -> None:
-    settings: dict[str, Any] = {"hidden_dropout": 0.3, "position_encoding": "relative_bias"}
-    x = torch.randn(BATCH.layout().num_tokens, 8)
-    plain = step(make_layer(backend, **settings), x, dtype)
-    for a, b in zip(plain, step(make_layer(backend, **settings, **changes), x, dtype), strict=True):
+    x, expected = plain(backend, dtype)
+    for a, b in zip(expected, step(make_layer(backend, **WITH_DROPOUT, **changes), x, dtype), strict=True):
         assert torch.equal(a, b)
 
 

@@ -36,6 +36,7 @@ def committed(output: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("ranks", "optimizer", "more"),
     [

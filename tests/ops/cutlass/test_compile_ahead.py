@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT compiled here")
 
-from hstu.ops.cutlass.compile_ahead import compile_variant
 from hstu.ops.cutlass.kernels import Kernel, Variant, variants
+from tests.ops.cutlass.compiled_once import compile_variant
 
 TABLE = Path(__file__).resolve().parents[3] / "docs" / "benchmarks" / "kernels" / "cutlass.json"
 

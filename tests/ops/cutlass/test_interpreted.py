@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,8 @@ from hstu.ops.pytorch import attention as reference
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT compiled here")
 
 from hstu.ops.cutlass import attention
-from hstu.ops.cutlass.kernels import Kernel, Variant, compile_ahead, variants
+from hstu.ops.cutlass.kernels import Kernel, Variant, variants
+from tests.ops.cutlass.compiled_once import ptx_of
 from tests.ops.cutlass.interpreted import run_kernel
 
 HEADS = 2
@@ -30,11 +30,6 @@ BFLOAT16_TOLERANCE = 4e-3
 def name_of(variant: Variant) -> str:
     dtype = str(variant.dtype).removeprefix("torch.")
     return f"sm_{variant.capability}-{variant.kernel}-{variant.head_dim}-{dtype}"
-
-
-@functools.cache
-def ptx_of(variant: Variant) -> str:
-    return compile_ahead(variant)[0]
 
 
 def small_layout() -> JaggedLayout:

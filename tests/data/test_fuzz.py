@@ -26,4 +26,4 @@ def test_mutated_raw_files_and_stores_are_used_or_refused() -> None:
 
 @pytest.mark.slow
 def test_mutated_raw_files_and_stores_for_longer() -> None:
-    fuzz(seconds=30, seed=3)
+    fuzz(seconds=60, seed=3)

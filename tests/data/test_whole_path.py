@@ -152,7 +152,7 @@ def holdout(store: SequenceStore, args: DatasetArgs, split: Split) -> np.ndarray
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=400)
 @given(tables(), st.integers(4, 30), st.none() | st.integers(1, 4))
 def test_samples_are_those_of_the_reference_on_many_more_tables(
     rows: tuple[pd.DataFrame, pd.DataFrame], length: int, stride: int | None

@@ -14,7 +14,7 @@ from tests.ops.backends import INTERPRETED
 
 ROOT = Path(__file__).parents[3]
 SHARED = ("tests/ops/test_kernels.py", "tests/ops/triton", "tests/parallel/dynamic/test_triton_slots.py")
-PLUGIN = ("-p", "tests.ops.triton.patched_once")
+
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="this is that process")
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def interpret(*arguments: str, timeout_s: int) -> int:
     """Tests passed, all of those run."""
     pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *PLUGIN, *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,11 +13,6 @@ from hypothesis import HealthCheck, settings
 
 from hstu.data.store import SequenceStore
 from hstu.data.store_writer import StoreWriter
-from tests.side_by_side import (  # noqa: F401
-    pytest_collection_modifyitems,
-    pytest_runtest_protocol,
-    pytest_xdist_make_scheduler,
-)
 
 # The same examples each time, and no verdict on speed: a run fails for what the code does, on any machine.
 settings.register_profile(
@@ -28,6 +25,31 @@ settings.load_profile("repeatable")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RAW_DATA = REPOSITORY.parent / "shared" / "data"
+STARTS_RANKS = re.compile(r"tests\.(distributed|reliability)\b|torch\.distributed\.run\b")
+KERNELS = "tests/ops/"
+
+
+@functools.cache
+def unit_of(path: str) -> str:
+    """What goes to one worker of scripts/test.sh: all files that start ranks, so that no two launches run at a time; a
+    folder of kernels, which share what is compiled; any other file, for its fixtures.
+
+    ``path``: of a test file, in the repository.
+    """
+    if STARTS_RANKS.search((REPOSITORY / path).read_text(encoding="utf-8")):
+        return "ranks"
+    return path.rpartition("/")[0] if path.startswith(KERNELS) else path
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests for several workers; the longest groups come first, lest one worker is left with them."""
+    for item in items:
+        path = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(unit_of(path)))
+    items.sort(
+        key=lambda item: (unit_of(item.nodeid.partition("::")[0]) != "ranks", not item.nodeid.startswith(KERNELS))
+    )
 
 
 def write_small_store(

@@ -22,7 +22,7 @@ LARGE = [
     "NetworkArgs.num_attention_heads = 4",
     "NetworkArgs.kv_channels = 32",
 ]
-LATE_S = 0.3
+LATE_S = 1.0
 
 
 def run(store: str) -> dict[str, Any]:

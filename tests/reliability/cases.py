@@ -208,7 +208,7 @@ def slowly(trainer: Trainer, _iteration: int, output: Path) -> None:
 
     def write_tensors(root: Path, contents: saving.Contents, mesh: Mesh) -> None:
         at_once.append(len(list(root.parent.glob(".writing_*"))))
-        time.sleep(0.1)
+        time.sleep(0.5)
         behind.append(trainer.state.iteration - contents.iteration)
         write(root, contents, mesh)
         (output / "at_once").write_text(json.dumps([max(at_once), max(behind)]))

@@ -36,7 +36,6 @@ def committed(output: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("ranks", "optimizer", "more"),
     [
@@ -65,7 +64,7 @@ def test_what_is_written_later_is_what_was_there_when_it_was_saved(
     at_once, steps_meanwhile = json.loads((tmp_path / "background" / "at_once").read_text())
     assert at_once == 1, "one is in flight"
     assert steps_meanwhile > 0, "training has gone on"
-    assert all(stall < 0.1 for stall in background[0]["stalls_s"][:1]), "the first one has none to wait for"
+    assert all(stall < 0.3 for stall in background[0]["stalls_s"][:1]), "the first one has none to wait for"
     assert len({rank["marks"] for rank in background}) == 1, "the watchdog compares them"
     assert background[0]["iterations"] == waiting[0]["iterations"] == 9
 

@@ -107,7 +107,8 @@ def _read(path: Path, old: _Old) -> _File:
     try:
         arrow = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as a Parquet file: {error}") from error
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else error
+        raise DataError(f"{path} cannot be read as a Parquet file: {why}") from error
     described = json.loads((arrow.schema.metadata or {}).get(METADATA, b"{}"))
     if described.get("table", old.name) != old.name:
         raise DataError(f"{path} is of the table {described['table']!r}, not of {old.name!r}")

@@ -204,9 +204,9 @@ def test_files_that_cannot_be_read_or_written_are_told(
 ) -> None:
     text, whole = tmp_path / "text", tmp_path / "whole.parquet"
     text.write_text("id,row\n")
-    for path in (text, tmp_path / "absent"):
+    for path, why in ((text, ""), (tmp_path / "absent", "there is no such file")):
         assert imported(checkpoints, tmp_path / "edited", path) == 3
-        assert f"{path} cannot be read as a Parquet file" in capsys.readouterr().err
+        assert f"{path} cannot be read as a Parquet file: {why}" in capsys.readouterr().err
     below = ["export", "--ckpt", str(checkpoints), "--table", TABLE, "--parquet", str(text / "below")]
     assert main(below) == 3
     assert "below cannot be written: " in capsys.readouterr().err

@@ -96,7 +96,11 @@ def read_dynamic_tables(
             continue
         parts = [_with_states_of(part, table, with_states) for part in parts]
         if name in moved:
+            stored = sum(len(part.ids) for part in parts)
             parts = [_recoded(part, moved[name]) for part in parts]
+            known = sum(len(part.ids) for part in parts)
+            if rank == 0:
+                log.warning("table %s: other ids than in the checkpoint; %d of its %d rows kept", name, known, stored)
         lost = table.restore(parts, rank, world_size)
         if lost:
             log.warning("table %s: rank %d has no room for %d of the checkpoint's ids; the best stay", name, rank, lost)

@@ -48,11 +48,12 @@ def write_dynamic_tables(root: Path, tables: PlainTables, rank: int) -> list[Pat
         return []
     path = root / DYNAMIC_FILES.replace("*", str(rank))
     write_file({name: {key: plain[key] for key in plain if key != _TIMES} for name, plain in tables.items()}, path)
-    _times_file(path).write_text(json.dumps({name: plain[_TIMES] for name, plain in tables.items()}))
-    return [path, _times_file(path)]
+    times_file(path).write_text(json.dumps({name: plain[_TIMES] for name, plain in tables.items()}))
+    return [path, times_file(path)]
 
 
-def _times_file(path: Path) -> Path:
+def times_file(path: Path) -> Path:
+    """Where the times lie of the tables in ``path``, which need not exist."""
     return path.with_name(path.name.replace("dynamic_", "dynamic_times_")).with_suffix(".json")
 
 
@@ -95,7 +96,11 @@ def read_dynamic_tables(
             continue
         parts = [_with_states_of(part, table, with_states) for part in parts]
         if name in moved:
+            stored = sum(len(part.ids) for part in parts)
             parts = [_recoded(part, moved[name]) for part in parts]
+            known = sum(len(part.ids) for part in parts)
+            if rank == 0:
+                log.warning("table %s: other ids than in the checkpoint; %d of its %d rows kept", name, known, stored)
         lost = table.restore(parts, rank, world_size)
         if lost:
             log.warning("table %s: rank %d has no room for %d of the checkpoint's ids; the best stay", name, rank, lost)
@@ -135,7 +140,7 @@ def _contents(root: Path) -> list[dict[str, TableContent]]:
 def read_plain(path: Path) -> PlainTables:
     """One rank's files, the tensors memory mapped."""
     tables: PlainTables = torch.load(path, mmap=True, weights_only=True)
-    times = json.loads(_times_file(path).read_text()) if _times_file(path).is_file() else {}
+    times = json.loads(times_file(path).read_text()) if times_file(path).is_file() else {}
     return {name: plain | {_TIMES: tuple(map(tuple, times.get(name, ())))} for name, plain in tables.items()}
 
 

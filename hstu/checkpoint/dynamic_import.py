@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from hstu.checkpoint.dynamic import DYNAMIC_FILES, as_plain, read_plain, read_table, write_dynamic_tables
+from hstu.checkpoint.dynamic import DYNAMIC_FILES, as_plain, read_plain, read_table, times_file, write_dynamic_tables
 from hstu.checkpoint.dynamic_parquet import METADATA, STATE, raw_ids_of_table
 from hstu.checkpoint.manifest import describe_files, file_problems, read_manifest, write_manifest
 from hstu.checkpoint.tensor_files import CONSOLIDATED
 from hstu.config.errors import DataError
 from hstu.parallel.dynamic.content import TableContent, merged
-from hstu.parallel.dynamic.slots import score
+from hstu.parallel.dynamic.slots import MAX_STEP, score
 from hstu.parallel.dynamic.times import last_of_all
 
 
@@ -47,6 +47,7 @@ def import_table(checkpoint: Path, table: str, files: Sequence[Path], output: Pa
     for path in sorted(aside.glob(DYNAMIC_FILES)):
         tables = {name: plain for name, plain in read_plain(path).items() if name != table}
         path.unlink()
+        times_file(path).unlink(missing_ok=True)
         if not changed:
             tables[table] = as_plain(content)
         changed += write_dynamic_tables(aside, tables, int(path.stem.removeprefix("dynamic_rank")))
@@ -60,6 +61,7 @@ class _Old:
     """The table that is replaced."""
 
     checkpoint: Path
+    name: str
     part: TableContent
     """One of its parts, with the times of all."""
     raw_ids: np.ndarray | None
@@ -68,7 +70,7 @@ class _Old:
     def of(cls, checkpoint: Path, table: str) -> _Old:
         parts = read_table(checkpoint, table)
         whole = replace(parts[0], times=last_of_all([part.times for part in parts]))
-        return cls(checkpoint, whole, raw_ids_of_table(checkpoint, table))
+        return cls(checkpoint, table, whole, raw_ids_of_table(checkpoint, table))
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,11 @@ def _read(path: Path, old: _Old) -> _File:
     try:
         arrow = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as a Parquet file: {error}") from error
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else error
+        raise DataError(f"{path} cannot be read as a Parquet file: {why}") from error
     described = json.loads((arrow.schema.metadata or {}).get(METADATA, b"{}"))
+    if described.get("table", old.name) != old.name:
+        raise DataError(f"{path} is of the table {described['table']!r}, not of {old.name!r}")
     old_part, columns = old.part, _Columns(path, arrow)
     step = described.get("step", old_part.step)
     ids = columns.ids(old.raw_ids)
@@ -118,9 +123,11 @@ def _read(path: Path, old: _Old) -> _File:
         for name, state in old_part.states.items()
     }
     changed = columns.numbers("changed", now, ids)
-    for name, numbers in (("count", counts), ("step", steps), ("changed", changed)):
+    for name, numbers, most in (("count", counts, None), ("step", steps, MAX_STEP), ("changed", changed, MAX_STEP)):
         if (numbers < 0).any():
             raise DataError(f"{path}: column {name!r} has numbers below 0")
+        if most is not None and (numbers > most).any():
+            raise DataError(f"{path}: column {name!r} has numbers above {most}: it counts training batches")
     times = tuple((moment, batch) for moment, batch in described.get("times", old_part.times))
     content = TableContent(
         policy=old_part.policy,

@@ -20,6 +20,7 @@ from hstu.config.errors import ConfigError
 from hstu.data.batch import NEGATIVES
 
 _INIT_BLOCK_ROWS = 4096
+_MOST_SLOTS = 2**31 - 1  # an id's row is an int32 in the index of a dynamic table
 _DIM_MULTIPLE = 4  # FBGEMM's tables must be a multiple of 4 floats wide, on the CPU, too
 
 
@@ -66,8 +67,8 @@ def table_specs(
 
     Contextual tables are contextual_embedding_dim wide, the others item_embedding_dim (hidden_size where that is
     -1). ``lookup_negatives``: batches also carry NEGATIVES ids, which the item table serves. ``world_size``: ranks that
-    dynamic tables are shared out to. Raises ConfigError for a table shared by features of different widths, and
-    for names that nn.ModuleDict has no room for.
+    dynamic tables are shared out to. Raises ConfigError for a table shared by features of different widths, for names
+    that nn.ModuleDict has no room for, and for a dynamic table of more rows than a rank can number.
     """
     contextual_dim, item_dim = network.contextual_width, network.item_width
     specs, problems = [], []
@@ -88,10 +89,16 @@ def table_specs(
         serves_negatives = lookup_negatives and item_feature in table.feature_names
         dynamic = table if isinstance(table, DynamicEmbeddingArgs) else None
         rows = table.item_vocab_size_or_capacity
+        share = -(-rows // world_size)
+        if dynamic is not None and share > _MOST_SLOTS:
+            problems.append(
+                f"DynamicEmbeddingArgs {name!r}: item_vocab_size_or_capacity = {rows:,} is {share:,} rows a rank, and "
+                f"a rank can have {_MOST_SLOTS:,} at most: take more ranks, or a smaller capacity."
+            )
         specs.append(
             TableSpec(
                 name=table.table_name,
-                rows=rows if dynamic is None else (-(-rows // world_size) + 1) * world_size,
+                rows=rows if dynamic is None else (share + 1) * world_size,
                 dim=min(dims),
                 features=(*table.feature_names, *([NEGATIVES] if serves_negatives else [])),
                 replicated=table.sharding_type == "data_parallel",

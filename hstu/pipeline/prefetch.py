@@ -28,13 +28,15 @@ from hstu.pipeline.native import NativePipeline, NativeStages
 class PrefetchStages(NativeStages, PrefetchTrainPipelineSparseDist[HSTUBatch, StepResult]):
     """TorchRec's stages, for CPUs and for models without a sharded table, too.
 
-    Two more defects of torchrec 1.8.0 (tests/pipeline/test_defects.py tells when they are fixed): without a CUDA stream
-    ``prefetch_embeddings`` returns at once and does not hand the ids on to the look-up; and it is only its loop over
-    the sharded tables that makes the prefetch stream, and with it forward, wait for the copy of the batch.
+    Three more defects of torchrec 1.8.0 (tests/pipeline/test_defects.py tells when they are fixed): without a CUDA
+    stream ``prefetch_embeddings`` returns at once and does not hand the ids on to the look-up; it is only its loop over
+    the sharded tables that makes the prefetch stream, and with it forward, wait for the copy of the batch; and the
+    stream that it calls forward's is one of its own in which nothing ever runs, so that waiting for it is not waiting.
     """
 
     def _prefetch(self, context: Any) -> None:
         if self._prefetch_stream is not None:
+            self._default_stream = torch.get_device_module(self._device).current_stream()
             super()._prefetch(context)
             self._prefetch_stream.wait_stream(self._data_dist_stream)
             return

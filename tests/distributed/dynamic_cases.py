@@ -175,6 +175,8 @@ def fresh_slots(model: GRModel, optimizers: Optimizers) -> list[bool]:
         slots = table.train(ids.repeat(100))[: len(ids)]  # often enough for lfu
         expected = initial_rows(ids, table.spec.dim, table.spec.init_std, table_key(7, name))
         rows, states = table.rows.first(len(table.rows))
+        slots = slots.to(rows.device)  # a table in two parts comes together in host memory
+        expected = expected.to(rows.device)
         results.append(bool((slots != table.default_slot).all()) and torch.equal(rows[slots], expected))
         assert len(states) == len(optimizers.tables.training[name].states)
         results += [bool(state.any()) and not bool(state[slots].any()) for state in states.values()]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchrec import EmbeddingCollection, EmbeddingConfig
 
-from hstu.config.args import EmbeddingArgs, NetworkArgs
+from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
 from hstu.config.errors import ConfigError
 from hstu.data.batch import NEGATIVES, keyed_jagged
 from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections, initial_row_blocks, table_specs
@@ -95,3 +95,10 @@ def test_a_name_that_pytorch_cannot_give_to_a_table_is_an_error(name: str) -> No
 def test_a_table_shared_by_features_of_two_widths_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"'shared'.*width 8"):
         table_specs([entry("shared", "user", "item")], network(contextual_embedding_dim=8), ["user"], "item")
+
+
+def test_a_dynamic_table_of_more_rows_than_a_rank_can_number_is_an_error() -> None:
+    table = DynamicEmbeddingArgs(feature_names=["item"], table_name="items_of_all", item_vocab_size_or_capacity=2**33)
+    assert table_specs([table], network(), [], "item", world_size=5)[0].rows > 2**33
+    with pytest.raises(ConfigError, match=r"'items_of_all'.*2,147,483,648 rows a rank.*2,147,483,647 at most"):
+        table_specs([table], network(), [], "item", world_size=4)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
+from torch import nn
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, train_pipelines
 
+from hstu.pipeline.prefetch import PrefetchStages
 from tests.distributed.launch import RankFailure, run_ranks
 from tests.distributed.pipeline_cases import write_store
 
@@ -40,3 +47,19 @@ def test_attaching_loses_the_sizes_of_an_exchange_that_was_under_way(store: str)
     except RankFailure:  # a rank that is told of an error may be killed by the exchange that is still under way
         return
     assert "Error" in str(lost), "attaching is right now: NativePipeline.evaluation may attach() plainly"
+
+
+def test_what_torchrec_calls_the_stream_of_forward_is_another_and_ours_is_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = SimpleNamespace(
+        Stream=lambda *_, **__: Mock(), current_stream=Mock(), stream=lambda _: nullcontext(), current_device=lambda: 0
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda *_: streams)
+    told = Mock()
+    monkeypatch.setattr(train_pipelines, "prefetch_embeddings", told)
+    for kind in (PrefetchTrainPipelineSparseDist, PrefetchStages):
+        stages: Any = kind(nn.Linear(1, 1), Mock(), torch.device("cuda"))
+        stages._pipelined_modules = []
+        stages._prefetch(Mock())
+    theirs, ours = (call.args[-1] for call in told.call_args_list)
+    assert theirs is not streams.current_stream(), "it is right now: PrefetchStages._prefetch may leave it"
+    assert ours is streams.current_stream()

@@ -18,6 +18,7 @@ import torch
 
 from hstu.checkpoint.describe import describe, diff
 from hstu.checkpoint.dynamic import read_table
+from hstu.checkpoint.dynamic_parquet import METADATA
 from hstu.checkpoint.export import export
 from hstu.checkpoint.manifest import read_manifest, write_manifest
 from hstu.checkpoint.safetensors_file import open_file
@@ -171,6 +172,11 @@ def replaced(table: pa.Table, name: str, values: Sequence[object]) -> pa.Table:
         (lambda table: replaced(table, "row", ["a"] * ROWS), r"column 'row' must have a list of 16 numbers"),
         (lambda table: replaced(table, "count", [None, *range(1, ROWS)]), r"column 'count' must have a number in"),
         (lambda table: replaced(table, "step", range(-1, ROWS - 1)), r"column 'step' has numbers below 0"),
+        (lambda table: replaced(table, "step", [2**32] * ROWS), r"column 'step' has numbers above 4294967295"),
+        (
+            lambda table: table.replace_schema_metadata({METADATA: b'{"table": "users"}'}),
+            r"is of the table 'users', not of 'movies'",
+        ),
         (lambda table: replaced(table, "raw_id", [1000] * ROWS), r"has ids more than once"),
         (
             lambda table: replaced(table, "raw_id", range(ROWS)),
@@ -198,9 +204,9 @@ def test_files_that_cannot_be_read_or_written_are_told(
 ) -> None:
     text, whole = tmp_path / "text", tmp_path / "whole.parquet"
     text.write_text("id,row\n")
-    for path in (text, tmp_path / "absent"):
+    for path, why in ((text, ""), (tmp_path / "absent", "there is no such file")):
         assert imported(checkpoints, tmp_path / "edited", path) == 3
-        assert f"{path} cannot be read as a Parquet file" in capsys.readouterr().err
+        assert f"{path} cannot be read as a Parquet file: {why}" in capsys.readouterr().err
     below = ["export", "--ckpt", str(checkpoints), "--table", TABLE, "--parquet", str(text / "below")]
     assert main(below) == 3
     assert "below cannot be written: " in capsys.readouterr().err

@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from hstu.checkpoint.describe import locate
+from hstu.checkpoint.dynamic import read_table
 from hstu.checkpoint.export import export
 from hstu.checkpoint.tensor_files import open_tensors
 from hstu.config.errors import DataError
 from hstu.config.run_config import RunConfig
 from hstu.data.store import SequenceStore
 from hstu.parallel.cut_tensor import CutTensor
+from hstu.parallel.embedding import dynamic_tables
 from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store
-from tests.train.tiny import ITEMS, FinishedRun, build, run, tiny_config, walks
+from tests.train.tiny import ITEMS, FinishedRun, build, run, tables_with_dynamic, tiny_config, walks
 
 Train = Callable[..., FinishedRun]
 SAVING = {"ckpt_save_interval": 4}
@@ -130,6 +132,34 @@ def test_a_grown_vocabulary_keeps_the_rows_of_its_ids(mesh: Mesh, tmp_path: Path
     assert torch.equal(begun["model.tables.action_table"], former["model.tables.action_table"])
     log = (tmp_path / "lenient" / "run" / "log.txt").read_text()
     assert f"model.tables.item_id_table and its states: {ITEMS} of {len(grown)} rows read, by raw id" in log
+
+
+def test_ids_of_a_dynamic_table_follow_their_raw_ids_and_how_many_are_gone_is_told(mesh: Mesh, tmp_path: Path) -> None:
+    ids = list(range(1000, 1000 + 10 * ITEMS, 10))
+    others = sorted([*ids[3:], 1001, 5000, 5010, 5020])
+    before, after = store_of(tmp_path / "before", ids), store_of(tmp_path / "after", others)
+    run(
+        tiny_config("ranking", before, tmp_path / "first", tables=tables_with_dynamic(before, ITEMS), trainer=SAVING),
+        mesh,
+    )
+    source = {"ckpt_load_dir": str(tmp_path / "first" / "checkpoints")}
+    (stored,) = read_table(locate(source["ckpt_load_dir"]), "movies")
+    former = {ids[code]: place for place, code in enumerate(stored.ids.tolist())}
+    expected = former.keys() & set(others)
+    assert 0 < len(expected) < len(former)
+
+    tables = tables_with_dynamic(after, ITEMS)
+    trainer = build(tiny_config("ranking", after, tmp_path / "second", tables=tables, trainer=source), mesh)
+    trainer.checkpoints.restore(trainer.state)
+    trainer.run_directory.close()
+    content = dynamic_tables(trainer.state.model)["movies"].content()
+    found = {others[code]: place for place, code in enumerate(content.ids.tolist())}
+    assert found.keys() == expected
+    for raw, place in found.items():
+        assert torch.equal(content.rows[place], stored.rows[former[raw]])
+        assert content.scores[place] == stored.scores[former[raw]]
+    log = (tmp_path / "second" / "run" / "log.txt").read_text()
+    assert f"other ids than in the checkpoint; {len(expected)} of its {len(former)} rows kept" in log
 
 
 def test_averages_are_what_an_export_has_and_what_another_run_begins_with(mesh: Mesh, tmp_path: Path) -> None:

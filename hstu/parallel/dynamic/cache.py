@@ -120,7 +120,8 @@ class FbgemmCache:
         self._kernel.flush()
 
     def forget(self) -> None:
-        """See Cache."""
+        """See Cache. The kernel's other tables keep what is cached of them."""
+        self._kernel.flush()
         self._kernel.reset_cache_states()
 
     def _indices(self, rows: Tensor) -> Tensor:

@@ -75,7 +75,10 @@ class Rows:
             start += len(part.weight)
 
     def first(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """(rows, states) of the slots [0, ``number``): [number, dim], or [number]. Views if there is one part."""
+        """(rows, states) of the slots [0, ``number``): [number, dim], or [number].
+
+        Views if there is one part; of several, copies in host memory: that of the GPU had no room for all of them.
+        """
         rows, states = zip(*(self._used(part, len(used)) for part, used in self._ranges(number)), strict=True)
         return _joined(rows), {name: _joined([of_part[name] for of_part in states]) for name in states[0]}
 
@@ -114,4 +117,9 @@ class Rows:
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+    if len(tensors) == 1:
+        return tensors[0]
+    joined = torch.empty(sum(map(len, tensors)), *tensors[0].shape[1:], dtype=tensors[0].dtype)
+    for part, tensor in zip(joined.split([*map(len, tensors)]), tensors, strict=True):
+        part.copy_(tensor)
+    return joined

@@ -120,6 +120,18 @@ def test_rows_are_numbered_as_the_kernel_numbers_those_of_all_its_cached_tables(
     assert FbgemmCache(cast(Any, kernel), table)._indices(torch.tensor([7, -1, 0])).tolist() == expected
 
 
+def test_what_is_forgotten_is_written_back_first_as_tables_share_a_cache() -> None:
+    done: list[str] = []
+    kernel = SimpleNamespace(
+        cache_hash_size_cumsum=torch.tensor([0, 10]),
+        feature_table_map=[0],
+        flush=lambda: done.append("flush"),
+        reset_cache_states=lambda: done.append("reset"),
+    )
+    FbgemmCache(cast(Any, kernel), 0).forget()
+    assert done == ["flush", "reset"]
+
+
 def test_a_kernel_has_all_that_its_cache_is_loaded_with() -> None:
     """The operator itself runs on GPUs; before it says so, its arguments are looked up and matched with its schema."""
     kernel = SplitTableBatchedEmbeddingBagsCodegen(

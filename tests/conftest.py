@@ -44,7 +44,7 @@ def unit_of(path: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests of one unit go to one worker. xdist's own groups are lost on pytest 9.2: they set a name that it ignores."""
+    """Tests of one unit go to one worker. xdist's own groups are lost on pytest 9.2: they set a name it ignores."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Units(LoadScopeScheduling):

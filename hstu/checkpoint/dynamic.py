@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,31 @@ def times_file(path: Path) -> Path:
     return path.with_name(path.name.replace("dynamic_", "dynamic_times_")).with_suffix(".json")
 
 
-def dynamic_problems(
-    root: Path, tables: Mapping[str, DynamicTable], *, with_states: bool, moved: Mapping[str, MovedRows]
-) -> list[str]:
+@dataclass(frozen=True)
+class Wanted:
+    """A dynamic table of a run, and what a checkpoint has of it."""
+
+    table: DynamicTable
+    stored_name: str
+    moved: MovedRows | None
+    """If its ids have other codes now."""
+
+    @property
+    def cannot_be_told(self) -> bool:
+        """Whether nothing says which id is which now."""
+        return self.moved is not None and self.moved.places is None
+
+
+def dynamic_problems(root: Path, wanted: Sequence[Wanted], *, with_states: bool) -> list[str]:
     """What the tables need and the checkpoint has not, in its first file; all are alike."""
     stored = next(iter(_contents(root)), {})
     problems = []
-    for name, table in tables.items():
+    for of_run in wanted:
+        name, table = of_run.stored_name, of_run.table
         if name not in stored:
             problems.append(f"dynamic table {name} is not in the checkpoint")
             continue
-        if name in moved and moved[name].places is None:
+        if of_run.cannot_be_told:
             problems.append(f"dynamic table {name}: the vocabulary has changed, and which id is which cannot be told")
         if stored[name].rows.shape[1] != table.spec.dim:
             problems.append(f"dynamic table {name} is {stored[name].rows.shape[1]} wide there, {table.spec.dim} here")
@@ -76,28 +91,20 @@ def dynamic_problems(
     return problems
 
 
-def read_dynamic_tables(
-    root: Path,
-    tables: Mapping[str, DynamicTable],
-    rank: int,
-    world_size: int,
-    *,
-    with_states: bool,
-    moved: Mapping[str, MovedRows],
-) -> None:
+def read_dynamic_tables(root: Path, wanted: Sequence[Wanted], rank: int, world_size: int, *, with_states: bool) -> None:
     """Overwrite this rank's share of the tables, but of none that ``dynamic_problems`` finds unfit.
 
-    Without states, or where they lack, those begin anew. ``moved``: of the tables whose ids have other codes now.
+    Without states, or where they lack, those begin anew.
     """
-    for name, table in tables.items():
+    for of_run in wanted:
+        name, table, moved = of_run.stored_name, of_run.table, of_run.moved
         parts = [contents[name] for contents in _contents(root) if name in contents]
-        untold = name in moved and moved[name].places is None
-        if not parts or untold or parts[0].rows.shape[1] != table.spec.dim:
+        if not parts or of_run.cannot_be_told or parts[0].rows.shape[1] != table.spec.dim:
             continue
         parts = [_with_states_of(part, table, with_states) for part in parts]
-        if name in moved:
+        if moved is not None:
             stored = sum(len(part.ids) for part in parts)
-            parts = [_recoded(part, moved[name]) for part in parts]
+            parts = [_recoded(part, moved) for part in parts]
             known = sum(len(part.ids) for part in parts)
             if rank == 0:
                 log.warning("table %s: other ids than in the checkpoint; %d of its %d rows kept", name, known, stored)

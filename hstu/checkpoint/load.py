@@ -9,7 +9,7 @@ import torch
 
 from hstu.checkpoint.agree import agree
 from hstu.checkpoint.architecture import Difference, differences
-from hstu.checkpoint.dynamic import dynamic_problems, read_dynamic_tables
+from hstu.checkpoint.dynamic import Wanted, dynamic_problems, read_dynamic_tables
 from hstu.checkpoint.manifest import DamagedCheckpoint, file_problems, read_manifest
 from hstu.checkpoint.match import LoadOptions, Match, match
 from hstu.checkpoint.names import TABLES, split
@@ -68,7 +68,9 @@ def _matched(root: Path, state: TrainState, options: LoadOptions) -> tuple[Match
             "from them at iteration 0."
         )
     sizes, files = {name: tensor.size() for name, tensor in state.tensors().items()}, open_tensors(root)
-    found = match(sizes, files.sizes, options, _moved_rows(root, files, state, options))
+    own_dynamic = [f"{TABLES}{name}" for name in dynamic_tables(state.model)]
+    stored_tables = [f"{TABLES}{name}" for name in read_description(root).get("tables", {})]
+    found = match(sizes, files.sizes, options, _moved_rows(root, files, state, options), (own_dynamic, stored_tables))
     differing = differences((root / "operative.gin").read_text(), state.operative_gin) if state.operative_gin else []
     of_network = [entry for entry in differing if entry.is_of_network]
     if found.mistakes:
@@ -97,7 +99,7 @@ def _moved_rows(
             continue
         name = f"{TABLES}{table.name}"
         features = [feature for feature in table.features if feature != NEGATIVES]
-        former = stored_tables.get(options.renamed.stored_name(name).removeprefix(TABLES), {}).get("features", [])
+        former = stored_tables.get(_stored_table(options, table.name), {}).get("features", [])
         if len(former) == len(features):
             stored = RowIds.from_files(files, former)
             count = sum(map(state.ids.count, features)) if dynamic else table.rows
@@ -127,13 +129,19 @@ def _read_dynamic(root: Path, state: TrainState, mesh: Mesh, options: LoadOption
     if not tables:
         return []
     moved = _moved_rows(root, open_tensors(root), state, options, dynamic=True)
-    by_table = {name.removeprefix(TABLES): rows for name, rows in moved.items()}
-    gaps = dynamic_problems(root, tables, with_states=options.optimizer, moved=by_table)
+    wanted = [
+        Wanted(table, _stored_table(options, name), moved.get(f"{TABLES}{name}")) for name, table in tables.items()
+    ]
+    gaps = dynamic_problems(root, wanted, with_states=options.optimizer)
     if gaps and options.strict:
         raise DataError(_message(root, gaps, [], "TrainerArgs.ckpt_load_strict = False loads what fits."))
-    states = options.optimizer
-    read_dynamic_tables(root, tables, mesh.rank, mesh.world_size, with_states=states, moved=by_table)
+    read_dynamic_tables(root, wanted, mesh.rank, mesh.world_size, with_states=options.optimizer)
     return gaps
+
+
+def _stored_table(options: LoadOptions, name: str) -> str:
+    """What the checkpoint calls a table."""
+    return options.renamed.stored_name(f"{TABLES}{name}").removeprefix(TABLES)
 
 
 def _restore_progress(root: Path, state: TrainState, mesh: Mesh) -> None:

@@ -100,8 +100,12 @@ def match(
     stored: Mapping[str, Size],
     options: LoadOptions,
     moved: Mapping[str, MovedRows] | None = None,
+    dynamic: tuple[Collection[str], Collection[str]] = ((), ()),
 ) -> Match:
-    """Find for each tensor of a run the one of the checkpoint; name → size of either. ``moved``: see Match."""
+    """Find for each tensor of a run the one of the checkpoint; name → size of either. ``moved``: see Match.
+
+    ``dynamic``: what the run and the checkpoint have besides, which may be renamed, too, but is read elsewhere.
+    """
     moved = moved or {}
     own, stored = _wanted(own, options), _wanted(stored, options)
     names = {name: _stored_name(name, stored, options.renamed) for name in own}
@@ -118,7 +122,7 @@ def match(
             if pair.stored != pair.own and (pair.stored[1:] != pair.own[1:] or split(pair.name)[0] not in moved)
         ),
         moved={name: rows for name, rows in moved.items() if name in found},
-        mistakes=tuple(options.renamed.problems(own, stored)),
+        mistakes=tuple(options.renamed.problems([*own, *dynamic[0]], [*stored, *dynamic[1]])),
     )
 
 

@@ -93,5 +93,9 @@ class WeightsAndBiases:
 
     def close(self, failed: bool) -> None:
         """See Tracker. Waits until what was logged has been sent."""
-        if not self._broken:
+        if self._broken:
+            return
+        try:
             self._run.finish(exit_code=int(failed))
+        except Exception as error:
+            log.warning("Weights & Biases may lack the last numbers, metrics.jsonl has them all: %s", error)

@@ -31,13 +31,14 @@ class StepCheck:
 
     A CPU raises right there. A GPU is behind its host, which waits in ``end`` while the tables' backward is under way:
     that updates tables, hence ``masked``: their gradients are zero where anything is not finite. That suits the end of
-    a run, but not one that goes on, as zeros move Adam's moments: with a loss scale the host waits before it.
+    a run, but not one that goes on, as zeros move Adam's moments: a loss scale that may shrink waits before it.
     """
 
     def __init__(self, mesh: Mesh, loss_scale: LossScale | None = None) -> None:
         self.mesh = mesh
         self.loss_scale = loss_scale
-        self.after_backward = mesh.device.type == "cuda" and loss_scale is None
+        may_skip = loss_scale is not None and loss_scale.is_dynamic
+        self.after_backward = mesh.device.type == "cuda" and not may_skip
         self.overflowed = False
         """Whether the step is to be skipped, on all ranks alike."""
         self._finite: Tensor | None = None

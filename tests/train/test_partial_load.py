@@ -90,6 +90,22 @@ def test_the_body_of_one_task_begins_another(train: Train, tmp_path: Path, caplo
     assert len(begun.losses) == 4
 
 
+def test_a_dynamic_table_may_have_had_another_name(train: Train, store: SequenceStore, tmp_path: Path) -> None:
+    first = train("ranking", tables=tables_with_dynamic(store, rows=20), trainer=SAVING, output="first")
+    (tmp_path / "map.txt").write_text("model.tables.films model.tables.movies\n")
+    renamed = {"ckpt_load_dir": str(tmp_path / "first" / "checkpoints"), "ckpt_param_map": str(tmp_path / "map.txt")}
+    films = tables_with_dynamic(store, rows=20, name="films")
+    second = train("ranking", tables=films, trainer=renamed | {"max_train_iters": len(first.losses)}, output="second")
+    before, after = (
+        dynamic_tables(finished.trainer.state.model)[name].content()
+        for finished, name in ((first, "movies"), (second, "films"))
+    )
+    assert len(before.ids) and torch.equal(before.ids, after.ids) and torch.equal(before.rows, after.rows)
+    (tmp_path / "map.txt").write_text("model.tables.films model.tables.songs\n")
+    with pytest.raises(DataError, match=r"model\.tables\.songs is not in the checkpoint"):
+        train("ranking", tables=films, trainer=renamed, output="third")
+
+
 def store_of(path: Path, item_ids: list[int]) -> SequenceStore:
     """The walks over items of these raw ids; only those that end in 0 occur, whatever their codes are."""
     arguments = walks()

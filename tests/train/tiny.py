@@ -92,11 +92,13 @@ def tables_of(
     )
 
 
-def tables_with_dynamic(store: SequenceStore, rows: int, **options: Any) -> tuple[EmbeddingArgs, ...]:
+def tables_with_dynamic(
+    store: SequenceStore, rows: int, name: str = "movies", **options: Any
+) -> tuple[EmbeddingArgs, ...]:
     """The same, that of the items dynamic."""
     others = (table for table in tables_of(store) if table.feature_names != ["item_id"])
     dynamic = DynamicEmbeddingArgs(
-        feature_names=["item_id"], table_name="movies", item_vocab_size_or_capacity=rows, init_std=0.3, **options
+        feature_names=["item_id"], table_name=name, item_vocab_size_or_capacity=rows, init_std=0.3, **options
     )
     return (dynamic, *others)
 

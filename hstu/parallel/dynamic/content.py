@@ -16,7 +16,7 @@ from hstu.parallel.dynamic.times import Entries, last_of_all
 
 @dataclass(frozen=True)
 class Sightings:
-    """Ids that were sighted and have no row. int64 [m]; scores are those of lru."""
+    """Ids that were sighted when they had no row. int64 [m]; scores are those of lru."""
 
     ids: Tensor
     scores: Tensor

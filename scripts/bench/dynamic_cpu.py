@@ -111,7 +111,7 @@ def trained(mesh: meshes.Mesh, options: argparse.Namespace, policy: str | None) 
     network = NetworkArgs(num_layers=1, hidden_size=options.dim, num_attention_heads=1, kv_channels=4)
     specs = table_specs([args], network, [], "item", world_size=mesh.world_size)
     optimizer_args = OptimizerArgs(optimizer_str=options.optimizer, learning_rate=0.01)
-    config: Any = SimpleNamespace(optimizer=optimizer_args, trainer=SimpleNamespace(seed=1))
+    config: Any = SimpleNamespace(optimizer=optimizer_args, trainer=SimpleNamespace(seed=1, pipeline_type="none"))
     model, optimizer = shard(GRModel(specs, nn.Identity(), ["item"], "item", seed=1), config, mesh)
 
     def step(ids: torch.Tensor) -> None:

@@ -179,7 +179,7 @@ class ShardedTable:
         network = NetworkArgs(num_layers=1, hidden_size=options.dim, num_attention_heads=1, kv_channels=4)
         specs = table_specs([args], network, [], "item", world_size=mesh.world_size)
         optimizer = OptimizerArgs(optimizer_str="rowwise_adagrad", learning_rate=LEARNING_RATE)
-        config: Any = SimpleNamespace(optimizer=optimizer, trainer=SimpleNamespace(seed=1))
+        config: Any = SimpleNamespace(optimizer=optimizer, trainer=SimpleNamespace(seed=1, pipeline_type="none"))
         self.model, self.optimizer = shard(GRModel(specs, nn.Identity(), ["item"], "item", seed=1), config, mesh)
         for table in self.dynamic():
             fill(table.slots)

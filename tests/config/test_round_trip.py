@@ -40,7 +40,10 @@ def values_of(cls: type, field: Any) -> st.SearchStrategy[Any]:
         return st.none() | st.sampled_from(field.metadata["words"]) | st.floats(0, 1e6, exclude_min=True)
     annotation = annotation_of(cls, field)
     optional = [inner for inner in typing.get_args(annotation) if inner in SIMPLE]
-    values = SIMPLE[optional[0]] | st.none() if annotation not in SIMPLE else SIMPLE[annotation]
+    simple = annotation if annotation in SIMPLE else optional[0]
+    is_share = simple is float and 1 in (field.metadata["maximum"], field.metadata["below"])
+    values = st.floats(0, 1) if is_share else SIMPLE[simple]
+    values = values if annotation in SIMPLE else values | st.none()
     return values.filter(lambda value: not field_problems(cls, field, value))
 
 

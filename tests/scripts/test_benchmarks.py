@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if run from their directory, with ceilings that take no time."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "bench"))
-    monkeypatch.setitem(import_module("timing")._SIZES, "cpu", (32, 1 << 12))
+    monkeypatch.setitem(import_module("timing")._SIZES, "cpu", (128, 1 << 16))
 
 
 def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, *arguments: str) -> dict[str, list[dict]]:  # type: ignore[type-arg]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hstu.config.args import NetworkArgs
@@ -21,10 +23,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if run from their directory, with ceilings that take no time."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "bench"))
     monkeypatch.setitem(import_module("timing")._SIZES, "cpu", (128, 1 << 16))
+    yield
+    if dist.is_initialized():  # a script that has failed, which is no reason for the tests after it to fail
+        dist.destroy_process_group()
 
 
 def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, *arguments: str) -> dict[str, list[dict]]:  # type: ignore[type-arg]

@@ -53,6 +53,11 @@ def write_dynamic_tables(root: Path, tables: PlainTables, rank: int) -> list[Pat
     return [path, times_file(path)]
 
 
+def rank_of(path: Path) -> int:
+    """The rank that wrote a file of DYNAMIC_FILES."""
+    return int(path.stem.removeprefix(DYNAMIC_FILES.partition("*")[0]))
+
+
 def times_file(path: Path) -> Path:
     """Where the times lie of the tables in ``path``, which need not exist."""
     return path.with_name(path.name.replace("dynamic_", "dynamic_times_")).with_suffix(".json")
@@ -64,6 +69,8 @@ class Wanted:
 
     table: DynamicTable
     stored_name: str
+    parts: Sequence[TableContent]
+    """Empty: it is not there."""
     moved: MovedRows | None
     """If its ids have other codes now."""
 
@@ -73,35 +80,34 @@ class Wanted:
         return self.moved is not None and self.moved.places is None
 
 
-def dynamic_problems(root: Path, wanted: Sequence[Wanted], *, with_states: bool) -> list[str]:
-    """What the tables need and the checkpoint has not, in its first file; all are alike."""
-    stored = next(iter(_contents(root)), {})
+def dynamic_problems(wanted: Sequence[Wanted], *, with_states: bool) -> list[str]:
+    """What the tables need and the checkpoint has not, in the first of their parts; all are alike."""
     problems = []
     for of_run in wanted:
         name, table = of_run.stored_name, of_run.table
-        if name not in stored:
+        if not of_run.parts:
             problems.append(f"dynamic table {name} is not in the checkpoint")
             continue
+        stored = of_run.parts[0]
         if of_run.cannot_be_told:
             problems.append(f"dynamic table {name}: the vocabulary has changed, and which id is which cannot be told")
-        if stored[name].rows.shape[1] != table.spec.dim:
-            problems.append(f"dynamic table {name} is {stored[name].rows.shape[1]} wide there, {table.spec.dim} here")
-        missing = [state for state in table.rows.no_states(0) if with_states and state not in stored[name].states]
+        if stored.rows.shape[1] != table.spec.dim:
+            problems.append(f"dynamic table {name} is {stored.rows.shape[1]} wide there, {table.spec.dim} here")
+        missing = [state for state in table.rows.no_states(0) if with_states and state not in stored.states]
         problems += [f"the state {state} of dynamic table {name} is not in the checkpoint" for state in missing]
     return problems
 
 
-def read_dynamic_tables(root: Path, wanted: Sequence[Wanted], rank: int, world_size: int, *, with_states: bool) -> None:
+def read_dynamic_tables(wanted: Sequence[Wanted], rank: int, world_size: int, *, with_states: bool) -> None:
     """Overwrite this rank's share of the tables, but of none that ``dynamic_problems`` finds unfit.
 
     Without states, or where they lack, those begin anew.
     """
     for of_run in wanted:
         name, table, moved = of_run.stored_name, of_run.table, of_run.moved
-        parts = [contents[name] for contents in _contents(root) if name in contents]
-        if not parts or of_run.cannot_be_told or parts[0].rows.shape[1] != table.spec.dim:
+        if not of_run.parts or of_run.cannot_be_told or of_run.parts[0].rows.shape[1] != table.spec.dim:
             continue
-        parts = [_with_states_of(part, table, with_states) for part in parts]
+        parts = [_with_states_of(part, table, with_states) for part in of_run.parts]
         if moved is not None:
             stored = sum(len(part.ids) for part in parts)
             parts = [_recoded(part, moved) for part in parts]
@@ -140,7 +146,7 @@ def _contents(root: Path) -> list[dict[str, TableContent]]:
     """What each rank has written, or an export has; tensors stay in the files until they are read."""
     if (root / CONSOLIDATED).is_file():
         return [read_exported(safetensors_file.open_file(root / CONSOLIDATED))]
-    files = sorted(root.glob(DYNAMIC_FILES), key=lambda path: int(path.stem.removeprefix("dynamic_rank")))
+    files = sorted(root.glob(DYNAMIC_FILES), key=rank_of)
     return [{name: _from_plain(plain) for name, plain in read_plain(file).items()} for file in files]
 
 

@@ -15,7 +15,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from hstu.checkpoint.dynamic import DYNAMIC_FILES, as_plain, read_plain, read_table, times_file, write_dynamic_tables
+from hstu.checkpoint.dynamic import (
+    DYNAMIC_FILES,
+    as_plain,
+    rank_of,
+    read_plain,
+    read_table,
+    times_file,
+    write_dynamic_tables,
+)
 from hstu.checkpoint.dynamic_parquet import METADATA, STATE, raw_ids_of_table
 from hstu.checkpoint.manifest import describe_files, file_problems, read_manifest, write_manifest
 from hstu.checkpoint.tensor_files import CONSOLIDATED
@@ -50,7 +58,7 @@ def import_table(checkpoint: Path, table: str, files: Sequence[Path], output: Pa
         times_file(path).unlink(missing_ok=True)
         if not changed:
             tables[table] = as_plain(content)
-        changed += write_dynamic_tables(aside, tables, int(path.stem.removeprefix("dynamic_rank")))
+        changed += write_dynamic_tables(aside, tables, rank_of(path))
     kept = {name: entry for name, entry in read_manifest(aside).items() if not name.startswith("dynamic_")}
     write_manifest(aside, kept | describe_files(aside, changed))
     return aside.rename(copy)

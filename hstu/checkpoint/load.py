@@ -9,7 +9,7 @@ import torch
 
 from hstu.checkpoint.agree import agree
 from hstu.checkpoint.architecture import Difference, differences
-from hstu.checkpoint.dynamic import Wanted, dynamic_problems, read_dynamic_tables
+from hstu.checkpoint.dynamic import Wanted, dynamic_problems, read_dynamic_tables, read_tables
 from hstu.checkpoint.manifest import DamagedCheckpoint, file_problems, read_manifest
 from hstu.checkpoint.match import LoadOptions, Match, match
 from hstu.checkpoint.names import TABLES, split
@@ -129,13 +129,14 @@ def _read_dynamic(root: Path, state: TrainState, mesh: Mesh, options: LoadOption
     if not tables:
         return []
     moved = _moved_rows(root, open_tensors(root), state, options, dynamic=True)
-    wanted = [
-        Wanted(table, _stored_table(options, name), moved.get(f"{TABLES}{name}")) for name, table in tables.items()
-    ]
-    gaps = dynamic_problems(root, wanted, with_states=options.optimizer)
+    stored, wanted = read_tables(root), []
+    for name, table in tables.items():
+        stored_name = _stored_table(options, name)
+        wanted.append(Wanted(table, stored_name, stored.get(stored_name, []), moved.get(f"{TABLES}{name}")))
+    gaps = dynamic_problems(wanted, with_states=options.optimizer)
     if gaps and options.strict:
         raise DataError(_message(root, gaps, [], "TrainerArgs.ckpt_load_strict = False loads what fits."))
-    read_dynamic_tables(root, wanted, mesh.rank, mesh.world_size, with_states=options.optimizer)
+    read_dynamic_tables(wanted, mesh.rank, mesh.world_size, with_states=options.optimizer)
     return gaps
 
 

@@ -10,6 +10,7 @@ calls that pipelines take apart, so that an id is given a row in the order of th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +27,7 @@ from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, S
 from hstu.data.batch import NEGATIVES
 from hstu.model.embedding import DynamicEmbeddingCollection, TableSpec
 from hstu.parallel.dynamic.hashing import mix, unmix
-from hstu.parallel.dynamic.split import OwnerSharding, parted
+from hstu.parallel.dynamic.split import OwnerSharding, Parting
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.row_sparse import RowSparseEmbeddingCollection
 
@@ -106,24 +107,28 @@ class DynamicLookups(ShardedEmbeddingCollection):
 
     def compute(self, ctx: Any, dist_input: KJTList) -> list[Tensor]:
         """See ShardedEmbeddingCollection."""
+        slots = [self._remapped(features) for features in dist_input]
+        if not self._partings:
+            return super().compute(ctx, KJTList(slots))
+        lookups = [parting(features) for features, parting in zip(slots, self._partings, strict=True)]
+        looked_up = super().compute(ctx, KJTList([features for features, _ in lookups]))
+        for context, features in zip(ctx.sharding_contexts, slots, strict=True):
+            context.lengths_after_input_dist = features.lengths().view(-1, features.stride())
+        return [rows.index_select(0, places) for rows, (_, places) in zip(looked_up, lookups, strict=True)]
+
+    @cached_property
+    def _partings(self) -> list[Parting]:
+        """Of each sharding, where there is a table in two parts; else none."""
         split_at = {
             feature: len(table.rows.parts[0].weight)
             for table in self.tables.values()
             if len(table.rows.parts) > 1
             for feature in table.spec.features
         }
-        slots = [self._remapped(features) for features in dist_input]
-        if not split_at:
-            return super().compute(ctx, KJTList(slots))
-        shardings = self._sharding_type_to_sharding.values()
-        lookups = [
-            parted(features, sharding.looked_up(), split_at)
-            for features, sharding in zip(slots, shardings, strict=True)
+        shardings = self._sharding_type_to_sharding.values() if split_at else ()
+        return [
+            Parting(sharding.feature_names(), sharding.looked_up(), split_at, self._device) for sharding in shardings
         ]
-        looked_up = super().compute(ctx, KJTList([features for features, _ in lookups]))
-        for context, features in zip(ctx.sharding_contexts, slots, strict=True):
-            context.lengths_after_input_dist = features.lengths().view(-1, features.stride())
-        return [rows.index_select(0, places) for rows, (_, places) in zip(looked_up, lookups, strict=True)]
 
     def compute_and_output_dist(self, ctx: Any, input: KJTList) -> Any:
         """See ShardedEmbeddingCollection."""

@@ -90,31 +90,42 @@ class OwnerSharding(RwSequenceEmbeddingSharding):
         return len(self.feature_names())
 
 
-def parted(
-    features: KeyedJaggedTensor, looked_up: Sequence[str], split_at: Mapping[str, int]
-) -> tuple[KeyedJaggedTensor, Tensor]:
-    """Slots as rows of parts: the features of the lookup, and for each of n slots the place of its row, int64 [n].
+class Parting:
+    """Slots as rows of parts. What is the same for every batch is on the device from the start."""
 
-    ``looked_up``: names of the features of the lookup; ``split_at``: real feature → slots in the first part of its
-    table, if that is split. The rows of a bag stay in their order.
-    """
-    slots, lengths, keys, device = features.values(), features.lengths(), features.keys(), features.device()
-    names = [key + part for part in ("", _HOST) for key in keys]
-    key_of = torch.arange(len(keys), device=device).repeat_interleave(
-        torch.tensor(features.length_per_key(), device=device), output_size=len(slots)
-    )
-    first_rows = torch.tensor([split_at.get(key, torch.iinfo(torch.int64).max) for key in keys], device=device)[key_of]
-    second = slots >= first_rows
-    place_of_name = torch.tensor([looked_up.index(name) if name in looked_up else -1 for name in names], device=device)
-    order = place_of_name[key_of + len(keys) * second].argsort(stable=True)
-    counted = functional.pad(second.cumsum(0), (1, 0))[features.offsets()]
-    in_second = counted.diff().to(lengths.dtype)
-    by_name = torch.cat([lengths - in_second, in_second]).view(len(names), -1)
-    rows = KeyedJaggedTensor(
-        keys=list(looked_up),
-        values=torch.where(second, slots - first_rows, slots)[order],
-        lengths=by_name[[names.index(name) for name in looked_up]].flatten(),
-        stride=features.stride(),
-    )
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
-    return rows, places
+    def __init__(
+        self, keys: Sequence[str], looked_up: Sequence[str], split_at: Mapping[str, int], device: torch.device
+    ) -> None:
+        """``keys``, ``looked_up``: the features that are exchanged, and those of the lookup, in their orders;
+        ``split_at``: real feature → slots in the first part of its table, if that is split.
+        """
+        names = [key + part for part in ("", _HOST) for key in keys]
+        places = [looked_up.index(name) if name in looked_up else -1 for name in names]
+        first_rows = [split_at.get(key, torch.iinfo(torch.int64).max) for key in keys]
+        self._looked_up = list(looked_up)
+        self._keys = torch.arange(len(keys), device=device)
+        self._first_rows = torch.tensor(first_rows, device=device)
+        self._place_of_name = torch.tensor(places, device=device)
+        self._name_of_place = torch.tensor([names.index(name) for name in looked_up], device=device)
+
+    def __call__(self, features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Tensor]:
+        """(The features of the lookup, the place of each of n slots' row there, int64 [n]).
+
+        ``features``: slots, with the ``keys``. The rows of a bag stay in their order.
+        """
+        slots, lengths = features.values(), features.lengths()
+        key_of = self._keys.repeat_interleave(features.stride()).repeat_interleave(lengths, output_size=len(slots))
+        first_rows = self._first_rows[key_of]
+        second = slots >= first_rows
+        order = self._place_of_name[key_of + len(self._keys) * second].argsort(stable=True)
+        counted = functional.pad(second.cumsum(0), (1, 0))[features.offsets()]
+        in_second = counted.diff().to(lengths.dtype)
+        by_name = torch.cat([lengths - in_second, in_second]).view(2 * len(self._keys), -1)
+        rows = KeyedJaggedTensor(
+            keys=self._looked_up,
+            values=torch.where(second, slots - first_rows, slots)[order],
+            lengths=by_name[self._name_of_place].flatten(),
+            stride=features.stride(),
+        )
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return rows, places

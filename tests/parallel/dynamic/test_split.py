@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from hstu.parallel.dynamic.split import parted
+from hstu.parallel.dynamic.split import Parting
 
 FEATURES = ["user", "item", "negatives"]
 FIRST = {"item": 3, "negatives": 3}
@@ -24,7 +24,7 @@ def features(most: int) -> KeyedJaggedTensor:
 @pytest.mark.parametrize("most", [8, 3, 1], ids=["both parts", "first part", "one row"])
 def test_each_slot_finds_its_row_and_bags_stay_together(most: int) -> None:
     whole, tables = features(most), {"user": torch.arange(8.0), "item": 10 + torch.arange(8.0)}
-    lookup, places = parted(whole, LOOKED_UP, FIRST)
+    lookup, places = Parting(FEATURES, LOOKED_UP, FIRST, torch.device("cpu"))(whole)
     assert lookup.keys() == LOOKED_UP
     parts = {"item": tables["item"][:3], "item/host": tables["item"][3:], "user": tables["user"]}
     parts |= {"negatives": parts["item"], "negatives/host": parts["item/host"]}

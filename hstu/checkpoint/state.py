@@ -25,6 +25,7 @@ from hstu.parallel.cut_tensor import CutTensor
 from hstu.parallel.dense import unwrap_dense
 from hstu.parallel.embedding import sharded_weights
 from hstu.parallel.shards import as_whole, shard_dim
+from hstu.parallel.table_training import is_of_rows
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class TrainState:
                 states[f"{_canonical(parameter)}.{state}"] = tensor
         for table in self._sharded():
             for state in self.optimizers.tables.training[table.name].states:
-                size = (table.rows,) if state.startswith("rowwise") else (table.rows, table.dim)
+                size = (table.rows,) if is_of_rows(state) else (table.rows, table.dim)
                 states[f"tables.{table.name}.{state}"] = _pieces(tables.get(f"{table.name}.{state}"), size)
         return states
 

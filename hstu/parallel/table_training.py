@@ -28,6 +28,11 @@ _FUSED_OPTIMIZERS = {
 }
 
 
+def is_of_rows(state: str) -> bool:
+    """Whether an optimizer keeps one number a row in it."""
+    return state.startswith("rowwise_")
+
+
 @dataclass(frozen=True)
 class TableTraining:
     """The training of one sharded table."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from hstu.model.embedding import TableSpec
-from hstu.parallel.table_training import STATES
+from hstu.parallel.table_training import STATES, is_of_rows
 
 _NUMBER = 4
 """Bytes of a float32: rows and states have no other type."""
@@ -15,7 +15,7 @@ _NUMBER = 4
 
 def bytes_of_row(stored_dim: int, optimizer: str) -> int:
     """A row and its optimizer's states."""
-    numbers = [1 if state.startswith("rowwise_") else stored_dim for state in STATES[optimizer]]
+    numbers = [1 if is_of_rows(state) else stored_dim for state in STATES[optimizer]]
     return (stored_dim + sum(numbers)) * _NUMBER
 
 

@@ -13,7 +13,7 @@ from hstu.ops.relative_bias import NUM_TIME_BUCKETS
 from hstu.optim.parts import replicated_settings, settings_of_weights
 from hstu.parallel.dynamic.split import in_parts, table_of
 from hstu.parallel.embedding import memory_plans, table_planner, table_sharders
-from hstu.parallel.table_training import STATES, TableTraining
+from hstu.parallel.table_training import STATES, TableTraining, is_of_rows
 from hstu.train.estimate.situation import Situation
 
 NUMBER = 4
@@ -21,7 +21,8 @@ NUMBER = 4
 LAYERS = "task.encoder.stack.layers"
 """Before the number of a layer, in the names of its parameters."""
 _INPUTS = "task.encoder.inputs"
-_STATES_OF_DENSE = {"adam": 2, "adamw": 2, "adagrad": 1, "rowwise_adagrad": 1}
+STATES_OF_DENSE = {"adam": 2, "adamw": 2, "adagrad": 1, "rowwise_adagrad": 1, "sgd": 0}
+"""Numbers that the dense optimizers keep for each of a weight; sgd without momentum."""
 
 
 def dense_parameters(situation: Situation) -> dict[str, int]:
@@ -111,7 +112,7 @@ def _dense_state(elements: int, optimizer: str, momentum: float) -> int:
     """Numbers that the dense optimizer keeps of a parameter."""
     if optimizer == "sgd":
         return elements if momentum > 0 else 0
-    return elements * _STATES_OF_DENSE[optimizer] + 1
+    return elements * STATES_OF_DENSE[optimizer] + 1
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,12 @@ class TableShards:
 
     def state_bytes(self, ranks: int, optimizer: str) -> np.ndarray:
         """Bytes of the optimizer's state on each rank, int64 [ranks]."""
-        if optimizer == "rowwise_adagrad":
-            return self._by_rank(ranks, [(rank, rows) for rank, rows, _ in self.shards])
-        return self.weight_bytes(ranks) * len(STATES[optimizer])
+        elements = [
+            (rank, rows * (1 if is_of_rows(state) else columns))
+            for state in STATES[optimizer]
+            for rank, rows, columns in self.shards
+        ]
+        return self._by_rank(ranks, elements)
 
     def _by_rank(self, ranks: int, elements: list[tuple[int, int]]) -> np.ndarray:
         numbers = np.zeros(ranks, dtype=np.int64)

@@ -14,9 +14,10 @@ import numpy as np
 
 from hstu.config.args import NetworkArgs, RankingArgs, RetrievalArgs
 from hstu.observe.flops import sequence_flops
-from hstu.parallel.table_training import TableTraining
+from hstu.parallel.table_training import TableTraining, is_of_rows
 from hstu.train.estimate.parameters import (
     NUMBER,
+    STATES_OF_DENSE,
     TableShards,
     projected_roles,
     trained_densely,
@@ -226,7 +227,7 @@ class ShardedLookup(Op):
         moved = 0.0
         for table in self.plan:
             states = TableTraining.of(table.spec, self.situation.config.optimizer).states
-            wide = sum(not state.startswith("rowwise") for state in states)
+            wide = sum(not is_of_rows(state) for state in states)
             elements = sum(self.ids.get(feature, 0) for feature in table.spec.features) * table.spec.stored_dim
             moved += NUMBER * float(elements) * (2 + 4 + 2 * (1 + wide))
         return moved
@@ -295,8 +296,7 @@ class DenseUpdate(Op):
     @property
     def moved(self) -> float:
         """Weight and states read and written, gradient written and read."""
-        states = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1}.get(self.optimizer, 2)
-        return NUMBER * float(self.elements) * (2 + 2 * states + 2)
+        return NUMBER * float(self.elements) * (2 + 2 * STATES_OF_DENSE[self.optimizer] + 2)
 
 
 def operators(situation: Situation, batch: Batch, plan: tuple[TableShards, ...]) -> list[Op]:

@@ -41,7 +41,9 @@ from hstu.parallel.dynamic.cpu_slots import CpuSlots
 from hstu.parallel.dynamic.slots import Counters, Policy, SlotTable
 from hstu.parallel.dynamic.torch_slots import TorchSlots
 from hstu.parallel.embedding import dynamic_tables, shard
+from hstu.parallel.table_optimizer import TableOptimizer
 
+LEARNING_RATE = 0.01
 SCATTER = 0x9E3779B97F4A7C15
 """Multiplies ranks of popularity into ids all over int64."""
 
@@ -102,17 +104,25 @@ def mch_rate(policy: Any, capacity: int, interval: int, batches: Iterator[torch.
     return rate(batches, remap)
 
 
+def sharded_table(
+    mesh: meshes.Mesh, rows: int, dim: int, optimizer: str, **dynamic: Any
+) -> tuple[GRModel, TableOptimizer]:
+    """A table of the feature "item", as the trainer has it. ``dynamic``: options of DynamicEmbeddingArgs, for such."""
+    common: dict[str, Any] = {"feature_names": ["item"], "table_name": "item", "item_vocab_size_or_capacity": rows}
+    args: EmbeddingArgs = EmbeddingArgs(**common, sharding_type="model_parallel", sharding="row_wise")
+    if dynamic:
+        args = DynamicEmbeddingArgs(**common, **dynamic)
+    network = NetworkArgs(num_layers=1, hidden_size=dim, num_attention_heads=1, kv_channels=4)
+    specs = table_specs([args], network, [], "item", world_size=mesh.world_size)
+    optimizer_args = OptimizerArgs(optimizer_str=optimizer, learning_rate=LEARNING_RATE)
+    config: Any = SimpleNamespace(optimizer=optimizer_args, trainer=SimpleNamespace(seed=1, pipeline_type="none"))
+    return shard(GRModel(specs, nn.Identity(), ["item"], "item", seed=1), config, mesh)
+
+
 def trained(mesh: meshes.Mesh, options: argparse.Namespace, policy: str | None) -> dict[str, float]:
     """Rows a second of a table in training: exchange, lookup, backward with the optimizer. None: a static table."""
-    common = {"feature_names": ["item"], "table_name": "item", "item_vocab_size_or_capacity": options.capacity}
-    args: EmbeddingArgs = EmbeddingArgs(**common, sharding_type="model_parallel", sharding="row_wise")
-    if policy is not None:
-        args = DynamicEmbeddingArgs(**common, evict_strategy=policy)
-    network = NetworkArgs(num_layers=1, hidden_size=options.dim, num_attention_heads=1, kv_channels=4)
-    specs = table_specs([args], network, [], "item", world_size=mesh.world_size)
-    optimizer_args = OptimizerArgs(optimizer_str=options.optimizer, learning_rate=0.01)
-    config: Any = SimpleNamespace(optimizer=optimizer_args, trainer=SimpleNamespace(seed=1, pipeline_type="none"))
-    model, optimizer = shard(GRModel(specs, nn.Identity(), ["item"], "item", seed=1), config, mesh)
+    dynamic = {} if policy is None else {"evict_strategy": policy}
+    model, optimizer = sharded_table(mesh, options.capacity, options.dim, options.optimizer, **dynamic)
 
     def step(ids: torch.Tensor) -> None:
         numbers = ids.numpy() if policy is not None else hash_ids(ids.numpy(), options.capacity)

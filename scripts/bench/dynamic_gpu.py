@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,19 +24,16 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
-from dynamic_cpu import SCATTER, zipf
+from dynamic_cpu import LEARNING_RATE, SCATTER, sharded_table, zipf
 from timing import WARM_UP, Row, begin, finish, parser
 
-from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs
 from hstu.data.batch import keyed_jagged
 from hstu.data.hashing import hash_ids
-from hstu.model.embedding import table_specs
-from hstu.model.gr_model import GRModel
 from hstu.observe.logging import quiet_libraries
 from hstu.ops.backends import triton_gap
 from hstu.parallel import mesh as meshes
@@ -45,9 +41,8 @@ from hstu.parallel.dynamic.cpu_slots import CpuSlots
 from hstu.parallel.dynamic.slots import Policy, SlotTable, score
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.dynamic.torch_slots import TorchSlots
-from hstu.parallel.embedding import dynamic_tables, shard
+from hstu.parallel.embedding import dynamic_tables
 
-LEARNING_RATE = 0.01
 POLICIES: tuple[Policy, ...] = ("lru", "lfu")
 BASELINE = "static TBE"
 SIZES = {"cpu": (4096, 4096, 8), "cuda": (10_000_000, 1 << 20, 128)}
@@ -171,16 +166,8 @@ class ShardedTable:
 
     def __init__(self, options: argparse.Namespace, mesh: meshes.Mesh, **dynamic: Any) -> None:
         """``dynamic``: options of DynamicEmbeddingArgs, for a dynamic table."""
-        common = {"feature_names": ["item"], "table_name": "item", "item_vocab_size_or_capacity": options.rows}
         self.is_dynamic = bool(dynamic)
-        args: EmbeddingArgs = EmbeddingArgs(**common, sharding_type="model_parallel", sharding="row_wise")
-        if dynamic:
-            args = DynamicEmbeddingArgs(**common, **dynamic)
-        network = NetworkArgs(num_layers=1, hidden_size=options.dim, num_attention_heads=1, kv_channels=4)
-        specs = table_specs([args], network, [], "item", world_size=mesh.world_size)
-        optimizer = OptimizerArgs(optimizer_str="rowwise_adagrad", learning_rate=LEARNING_RATE)
-        config: Any = SimpleNamespace(optimizer=optimizer, trainer=SimpleNamespace(seed=1, pipeline_type="none"))
-        self.model, self.optimizer = shard(GRModel(specs, nn.Identity(), ["item"], "item", seed=1), config, mesh)
+        self.model, self.optimizer = sharded_table(mesh, options.rows, options.dim, "rowwise_adagrad", **dynamic)
         for table in self.dynamic():
             fill(table.slots)
             table.step = 1

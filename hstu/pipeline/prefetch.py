@@ -48,6 +48,12 @@ class PrefetchStages(NativeStages, PrefetchTrainPipelineSparseDist[HSTUBatch, St
 class PrefetchPipeline(NativePipeline):
     """pipeline_type = "prefetch"."""
 
+    stages = PrefetchStages
+    cpu_notice = (
+        "pipeline_type 'prefetch' on a CPU: no table has a cache and there is no copy to overlap, only the ranks' "
+        "exchange of ids"
+    )
+
     def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
         """See TrainPipeline.progress. What comes next, an evaluation or a checkpoint, say, finds the caches at rest."""
         result = super().progress(batches)
@@ -55,9 +61,3 @@ class PrefetchPipeline(NativePipeline):
         if stream is not None:
             torch.cuda.current_stream().wait_stream(stream)
         return result
-
-    stages = PrefetchStages
-    cpu_notice = (
-        "pipeline_type 'prefetch' on a CPU: no table has a cache and there is no copy to overlap, only the ranks' "
-        "exchange of ids"
-    )

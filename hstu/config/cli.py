@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from hstu.config.errors import ConfigError, UserError
+from hstu.config.errors import ConfigError, UserError, let_another_rank_tell
 from hstu.config.gin_io import read
 from hstu.config.problems import in_reading_order
 from hstu.config.reference import explain
@@ -33,6 +33,8 @@ def parse_command_line(task: Task, argv: Sequence[str] | None = None) -> RunConf
     except ConfigError as error:
         if is_first_rank:
             print(_headline(error) + str(error), file=sys.stderr)
+        else:
+            let_another_rank_tell()
         sys.exit(error.exit_code)
     if is_first_rank:
         for warning in warnings:

@@ -5,10 +5,13 @@ Everything else that goes wrong is a defect of ours and shows a traceback (exit 
 
 from __future__ import annotations
 
+import time
+
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_BAD_CONFIG = 2
 EXIT_BAD_DATA = 3
+_TELLING_S = 2.0
 
 
 class UserError(Exception):
@@ -31,3 +34,10 @@ class DataError(UserError):
     """Data that is missing, damaged or not what its name says: what, where, and what to do."""
 
     exit_code = EXIT_BAD_DATA
+
+
+def let_another_rank_tell() -> None:
+    """For a rank that fails as all do and says nothing: torchrun ends all ranks as soon as one has ended, which must
+    not come before the one that tells has told. Its end ends this wait.
+    """
+    time.sleep(_TELLING_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from hstu.config.errors import EXIT_DONE, UserError
+from hstu.config.errors import EXIT_DONE, UserError, let_another_rank_tell
 from hstu.config.run_config import RunConfig
 from hstu.observe.environment import check_packages
 
@@ -63,4 +63,6 @@ def _tell(error: UserError, every_rank: bool = False) -> int:
         rank = os.environ.get("RANK", "0")
         prefix = "" if rank == "0" else f"[rank {rank}] "
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+    else:
+        let_another_rank_tell()
     return error.exit_code

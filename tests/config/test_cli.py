@@ -66,6 +66,14 @@ def test_only_rank_0_prints_but_every_rank_stops(tmp_path: Path) -> None:
     assert ["num_layers" in result.stderr for result in results] == [True, False]
 
 
+def test_a_silent_rank_leaves_time_to_the_one_that_tells(tmp_path: Path) -> None:
+    """torchrun ends all ranks with the first that ends."""
+    file = write(tmp_path, changed(RANKING, "NetworkArgs.num_layers = 0"))
+    begun = time.monotonic()
+    run("--gin-config-file", file, RANK="1", WORLD_SIZE="2")
+    assert time.monotonic() - begun >= 2
+
+
 def test_the_config_room_imports_no_torch() -> None:
     code = (
         "import importlib, pkgutil, sys, hstu.config\n"

@@ -6,9 +6,17 @@ torchrun pretrain_gr_retrieval.py --gin-config-file configs/ml_1m_retrieval.gin
 import sys
 
 from hstu.config.cli import parse_command_line
+from hstu.config.rules import RULES
+from hstu.data.rules import DATA_RULES
 
-if __name__ == "__main__":
-    config = parse_command_line("retrieval")  # tells of every mistake before anything heavy is imported
+
+def main() -> int:
+    """Train as the command line says; returns the exit code."""
+    config = parse_command_line("retrieval", rules=(*RULES, *DATA_RULES))  # before anything slow is imported
     from hstu.train.main import run
 
-    sys.exit(run(config))
+    return run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,12 +1,12 @@
-"""Package metadata, and the one place where the versions of the packages it needs are pinned.
+"""Package metadata, and the one place where the versions of all dependencies are pinned.
 
-``pip install -e .`` installs all but TorchRec and FBGEMM, which come in a CPU and a CUDA build:
+``pip install .`` installs everything except TorchRec and FBGEMM, which come in a CPU and a CUDA build:
 
-- CUDA: ``pip install -e ".[cuda]"``.
-- CPU: ``pip install -e ".[cpu]"`` and then TorchRec of the version below with ``--no-deps``: TorchRec's metadata
-  asks for the CUDA build of FBGEMM, so that pip cannot resolve it beside the CPU build.
+- CUDA: ``pip install ".[cuda]"``.
+- CPU: ``pip install ".[cpu]"``, then TorchRec of the version below with ``--no-deps``. TorchRec's metadata requires the
+  CUDA build of FBGEMM, so pip cannot resolve it beside the CPU build.
 
-``scripts/install.sh`` does whichever fits the machine.
+``scripts/install.sh`` runs the commands that fit the machine.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ TORCH = "torch==2.13.0"
 TORCHREC = "torchrec==1.8.0"
 FBGEMM_CPU = "fbgemm-gpu-cpu==1.8.0"
 FBGEMM_CUDA = "fbgemm-gpu==1.8.0"
-# A CUDA build of torch brings its own; a CPU build none, but there kernels are still interpreted and compiled ahead.
+# CUDA builds of torch depend on Triton, CPU builds do not. The tests interpret and compile the kernels without a GPU.
 TRITON_CPU = "triton==3.9.0"
-# Compiles the CUTLASS kernels, on a machine without a GPU, too.
+# Compiles the CUTLASS kernels. Works without a GPU.
 CUTLASS_DSL = "nvidia-cutlass-dsl==4.8.1"
-# For TrainerArgs.wandb_project.
+# Needed only for TrainerArgs.wandb_project.
 WANDB = "wandb==0.31.0"
 
 REQUIRED = [
@@ -42,7 +42,8 @@ REQUIRED = [
     "pyarrow==26.0.1",
     "matplotlib==3.11.2",
     "tensorboard==2.21.0",
-    # What TorchRec imports, named here because on CPU it is installed without its dependencies.
+    "safetensors==0.8.0",
+    # TorchRec imports these. They are listed here because on CPU TorchRec is installed without its dependencies.
     "tensordict==0.15.3",
     "torchmetrics==1.0.3",
     "tqdm==4.70.1",
@@ -56,7 +57,6 @@ DEVELOPMENT = [
     "pytest-timeout==2.4.0",
     "pytest-xdist==3.8.0",
     "hypothesis==6.170.15",
-    "safetensors==0.8.0",  # to check the exports, which are written without it
     "scikit-learn==1.9.1",
     "ruff==0.17.6",
     "mypy==2.4.1",
@@ -64,6 +64,17 @@ DEVELOPMENT = [
     "types-tqdm==4.70.0.20261106",
     "types-psutil==7.2.2.20261111",
 ]
+# The console commands are names of the functions that the scripts call.
+COMMANDS = {
+    "hstu-train-ranking": "pretrain_gr_ranking:main",
+    "hstu-train-retrieval": "pretrain_gr_retrieval:main",
+    "hstu-preprocess": "hstu_scripts.preprocess_dataset:main",
+    "hstu-recommend": "hstu_scripts.recommend:main",
+    "hstu-inspect-checkpoint": "hstu_scripts.inspect_checkpoint:main",
+    "hstu-export": "hstu_scripts.export:main",
+    "hstu-dynamic-table": "hstu_scripts.dynamic_table:main",
+    "hstu-estimate": "hstu_scripts.estimate:main",
+}
 
 setup(
     name="hstu",
@@ -71,9 +82,32 @@ setup(
     description="Gin-configured distributed training of HSTU models for generative recommendation",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
+    author="The HSTU trainer contributors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["recommender systems", "generative recommendation", "HSTU", "TorchRec", "Megatron", "Triton", "CUTLASS"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    project_urls={"Paper": "https://arxiv.org/abs/2402.17152"},
     python_requires=">=3.11",
-    packages=find_packages(include=["hstu", "hstu.*"]),
-    package_data={"hstu.ops.cpu": ["csrc/*"]},  # compiled on first use, for the processor that they run on
+    packages=[*find_packages(include=["hstu", "hstu.*"]), "hstu_scripts"],
+    package_dir={"hstu_scripts": "scripts"},
+    py_modules=["pretrain_gr_ranking", "pretrain_gr_retrieval"],
+    entry_points={"console_scripts": [f"{command} = {function}" for command, function in COMMANDS.items()]},
+    package_data={
+        "hstu": ["py.typed"],
+        "hstu.ops.cpu": ["csrc/*"],  # compiled on first use, for the processor of the machine
+    },
     install_requires=REQUIRED,
     extras_require={
         "cpu": [FBGEMM_CPU, TRITON_CPU],

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hstu.config import reference
-from hstu.config.args import ARGS_CLASSES
+from hstu.config.args import REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s#]+)(?:#[^)]*)?\)")
@@ -53,7 +53,7 @@ def problems_of(document: Path, root: Path) -> Iterator[str]:
 
 def _options() -> dict[str, set[str]]:
     options: dict[str, set[str]] = {}
-    for cls in ARGS_CLASSES:
+    for cls in REGISTRY:
         parameters = cls.__dataclass_fields__.values()  # type: ignore[attr-defined]
         options[cls.__name__] = {name for p in parameters for name in (p.name, *p.metadata["aliases"])}
     return options

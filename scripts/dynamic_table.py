@@ -1,4 +1,4 @@
-"""Dynamic tables of a checkpoint to Parquet, whole or what has changed since a step or a time, and back.
+"""Export a dynamic table of a checkpoint to Parquet, whole or only its changes since a step or a time, or import it.
 
 python scripts/dynamic_table.py export --ckpt checkpoints/iteration_00001000 --table movie_id --parquet movies.parquet
 python scripts/dynamic_table.py export --ckpt checkpoints --table movie_id --parquet new.parquet --since-step 900
@@ -18,8 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from hstu.checkpoint.describe import locate
-from hstu.checkpoint.dynamic_import import import_table
-from hstu.checkpoint.dynamic_parquet import batch_at, export_table
+from hstu.checkpoint.parquet import batch_at, export_table, import_table
 from hstu.config.errors import EXIT_DONE, UserError
 from hstu.observe.logging import quiet_libraries
 
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("export", "import"):
         command = commands.add_parser(name)
-        command.add_argument("--ckpt", required=True, help="a checkpoint, or a directory of them (the newest is taken)")
+        command.add_argument("--ckpt", required=True, help="a checkpoint, or a directory of them (the newest is used)")
         command.add_argument("--table", required=True)
         if name == "export":
             command.add_argument("--parquet", type=Path, required=True, help="file to write")
@@ -42,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             since.add_argument("--since-time", type=moment, help=f"only rows changed after this time: {_TIME}")
         else:
             command.add_argument(
-                "--parquet", type=Path, required=True, nargs="+", help="the whole table, then changes since, in order"
+                "--parquet",
+                type=Path,
+                required=True,
+                nargs="+",
+                help="the whole table, then later changes, in order",
             )
             command.add_argument("--output", type=Path, required=True, help="directory for the new checkpoint")
     options = parser.parse_args(arguments)
@@ -60,11 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def moment(text: str) -> float:
-    """Seconds since 1970 of a time as a user gives it. Raises ArgumentTypeError."""
+    """Return the seconds since 1970 of a time that a user gives. Raises ArgumentTypeError."""
     try:
         return float(text) if _NUMBER.fullmatch(text) else datetime.fromisoformat(text).timestamp()
     except (ValueError, OverflowError, OSError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: give {_TIME}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: give {_TIME}") from error
 
 
 def _export(checkpoint: Path, table: str, path: Path, since_step: int | None, since_time: float | None) -> None:
@@ -72,12 +75,12 @@ def _export(checkpoint: Path, table: str, path: Path, since_step: int | None, si
         found = batch_at(checkpoint, table, since_time)
         given = f"since {_local(since_time)}"
         if found is None:
-            print(f"{given}: the log of {table} begins later, all rows are written")
+            print(f"{given}: the log of {table} starts later, so all rows are written")
         else:
             since_step = found[1]
-            print(f"{given}: since batch {since_step:,}, the newest known to be done then (at {_local(found[0])})")
-    dump = export_table(checkpoint, table, path, since_step)
-    print(f"{dump.ids:,} ids of {table} in {path}; what changes from here on: --since-step {dump.step}")
+            print(f"{given}: since batch {since_step:,}, the last one in the log at that time ({_local(found[0])})")
+    ids, step = export_table(checkpoint, table, path, since_step)
+    print(f"{ids:,} ids of {table} in {path}; export later changes with --since-step {step}")
 
 
 def _local(seconds: float) -> str:

@@ -1,10 +1,10 @@
-"""Memory per rank, bytes exchanged and time of a training step, reckoned before any rank is started.
+"""Memory per rank, communication and time of a training step, estimated before any rank is started.
 
     python scripts/estimate.py --gin-config-file configs/benchmark_ranking.gin --world-size 16 --tp 2 --device h100
 
-No GPU is touched. For a GPU the time is a roofline: published peaks times assumed efficiencies (``--set`` changes any
-number: --set network_gb_s=25 --set attention_efficiency=0.5). For the CPU (``--device cpu``, the default) the run's
-operators are timed here for some seconds. docs/distributed.md explains the formulas.
+No GPU is needed. The time on a GPU is a roofline: published peaks times assumed efficiencies. ``--set`` changes any
+number: --set network_gb_s=25 --set attention_efficiency=0.5. For the CPU (``--device cpu``, the default) the operators
+of the run are timed on this machine for some seconds. docs/distributed.md explains the formulas.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from hstu.config.cli import read_and_check
 from hstu.config.errors import EXIT_DONE, ConfigError, UserError
+from hstu.config.gin_io import read_and_check
+from hstu.config.rules import RULES
 from hstu.config.run_config import RunConfig, Task
+from hstu.data.rules import DATA_RULES
 from hstu.observe.environment import check_packages
 
 DEVICES = ("cpu", "h100", "h200", "a100", "b200", "l40s", "a10")
@@ -39,11 +41,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gin-config-file", dest="files", action="extend", nargs="+", default=[], metavar="FILE")
     add("--gin-bindings", dest="bindings", action="extend", nargs="+", default=[], metavar="BINDING")
     add("--world-size", type=int, default=1, help="ranks (1)")
-    add("--tp", type=int, help="tensor-parallel size (what the file says)")
-    add("--ranks-per-host", type=int, help="ranks of a host (8, or all where there are fewer; on a CPU all)")
+    add("--tp", type=int, help="tensor-parallel size (default: as in the file)")
+    add("--ranks-per-host", type=int, help="ranks per host (8, or all if there are fewer; on a CPU all)")
     add("--device", choices=DEVICES, default="cpu")
     add("--set", dest="settings", action="append", default=[], metavar="NAME=NUMBER", help="a number of the machine")
-    add("--task", choices=("ranking", "retrieval"), help="what the file describes, if it does not tell")
+    add("--task", choices=("ranking", "retrieval"), help="task of the run, if the file does not show it")
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     for name in ("world_size", "tp", "ranks_per_host"):
@@ -53,7 +55,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.ranks_per_host is None:
         options.ranks_per_host = options.world_size if options.device == "cpu" else min(8, options.world_size)
     if options.world_size % options.ranks_per_host:
-        raise ConfigError(f"--world-size {options.world_size} is no multiple of {options.ranks_per_host} ranks a host")
+        raise ConfigError(
+            f"--world-size {options.world_size} is no multiple of {options.ranks_per_host} ranks per host"
+        )
     return options
 
 
@@ -61,11 +65,11 @@ def read(options: argparse.Namespace) -> RunConfig:
     """The checked configuration for ``world_size`` ranks."""
     tp = [] if options.tp is None else [f"TensorModelParallelArgs.tensor_model_parallel_size = {options.tp}"]
     task = options.task or _task_of(options)
-    return read_and_check(options.files, [*options.bindings, *tp], task, options.world_size)[0]
+    return read_and_check(options.files, [*options.bindings, *tp], task, options.world_size, (*RULES, *DATA_RULES))[0]
 
 
 def _task_of(options: argparse.Namespace) -> Task:
-    """The task whose arguments are bound."""
+    """The task whose arguments are bound in the files."""
     texts = [Path(file).read_text(encoding="utf-8") for file in options.files if Path(file).is_file()]
     is_retrieval = any("RetrievalArgs." in text for text in [*texts, *options.bindings])
     return "retrieval" if is_retrieval else "ranking"
@@ -78,25 +82,25 @@ def run(options: argparse.Namespace) -> str:
 
     import torch
 
+    from hstu.estimate import machine
+    from hstu.estimate.estimate import as_json, as_text, estimate
+    from hstu.estimate.workload import plan_workload
     from hstu.observe.logging import quiet_libraries
-    from hstu.train.estimate import calibration, machine, report
-    from hstu.train.estimate.estimate import estimate
-    from hstu.train.estimate.situation import look_at
 
     quiet_libraries()
     on_cpu = options.device == "cpu"
-    situation = look_at(config, options.world_size, options.ranks_per_host, "cpu" if on_cpu else "cuda")
+    workload = plan_workload(config, options.world_size, options.ranks_per_host, "cpu" if on_cpu else "cuda")
     dtype = getattr(torch, config.network.dtype_str)
-    with calibration.this_cpu(situation) if on_cpu else nullcontext(machine.gpu(options.device, dtype)) as device:
+    with machine.this_cpu(workload) if on_cpu else nullcontext(machine.gpu(options.device, dtype)) as device:
         device = machine.with_settings(device, dict(text.partition("=")[::2] for text in options.settings))
-        found = estimate(situation, device, calibration.batch_seconds(situation) if on_cpu else 0.0)
+        found = estimate(workload, device, machine.batch_seconds(workload) if on_cpu else 0.0)
     if options.json:
-        return json.dumps(report.as_json(found, situation), indent=1)
-    return report.as_text(found, situation, device)
+        return json.dumps(as_json(found, workload), indent=1)
+    return as_text(found, workload, device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the estimate; returns the exit code."""
+    """Print the estimate and return the exit code."""
     try:
         print(run(parse(argv)))
     except UserError as error:

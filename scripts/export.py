@@ -1,10 +1,10 @@
-"""Export a trained model for tools outside: weights in one safetensors file, and what names them.
+"""Export a trained model for other tools: weights in one safetensors file, and what is needed to use them.
 
 python scripts/export.py --ckpt runs/quickstart/checkpoints --output exports/quickstart
 
-model.safetensors has model.<parameter> and model.tables.<table> (moving averages where the run keeps them), the raw
-ids of the tables' rows as ids.<feature>, and of each dynamic table dynamic.<table>.ids, ascending, with
-dynamic.<table>.weight, a row for each of them: an id is a code, a place in ids.<feature>.
+model.safetensors holds model.<parameter> and model.tables.<table> (moving averages where the run keeps them), and the
+raw id of each table row as ids.<feature>. For each dynamic table it holds dynamic.<table>.ids, ascending, and
+dynamic.<table>.weight with one row per id; such an id is an index into ids.<feature>.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from hstu.observe.logging import quiet_libraries
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="a checkpoint, or a directory of them (the newest is taken)")
-    parser.add_argument("--output", type=Path, required=True, help="directory to make")
+    parser.add_argument("--ckpt", required=True, help="a checkpoint, or a directory of them (the newest is used)")
+    parser.add_argument("--output", type=Path, required=True, help="directory to create")
     options = parser.parse_args(arguments)
     quiet_libraries()
     try:

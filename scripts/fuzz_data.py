@@ -1,10 +1,10 @@
-"""Feed mutated raw files and stores to the readers: each is used or refused with a message, never with a traceback.
+"""Feeds mutated raw files and stores to the readers; each must be used, or refused with a message.
 
 python scripts/fuzz_data.py --seconds 300 [--seed 1]
-python scripts/fuzz_data.py --case 4711          # that one alone, in this process
+python scripts/fuzz_data.py --case 4711          # one case alone, in this process
 
 A mutated raw file must give a store that verifies, or a UserError. A mutated store must be refused on opening or by
-verify_contents. Cases run in child processes: what kills a child, or takes longer than a minute, is a failure, too.
+verify_contents. Cases run in child processes; a case that kills its child or takes over a minute is a failure, too.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import duckdb
+
 from hstu.config.errors import DataError, UserError
 from hstu.data.datasets import DATASETS
+from hstu.data.datasets.kuairand import ACTION_BITS
 from hstu.data.preprocess import InteractionColumns, import_interactions, preprocess
-from hstu.data.preprocess.kuairand import ACTION_BITS
 from hstu.data.store import SequenceStore
 
 _CASES_PER_CHILD = 40
@@ -88,13 +90,11 @@ def rows(chance: random.Random, columns: Callable[[int], tuple[object, ...]], de
 
 
 def own_table(folder: Path, chance: random.Random) -> Path:
-    """A mutated table of one's own, as text or Parquet."""
+    """A user's own table, mutated, as text or Parquet."""
     good = b"u,i,a,t\n" + rows(chance, lambda row: (f"u{row % 4}", row % 9, row % 3, 100 - row), ",")
     kind = chance.choice((".csv", ".csv", ".csv.gz", ".parquet"))
     file = folder / f"events{kind}"
     if kind == ".parquet":
-        import duckdb
-
         with duckdb.connect() as engine:
             engine.execute(f"COPY (SELECT i % 3 u, i % 7 i, i % 2 a, i t FROM range(50) r(i)) TO '{file}'")
         file.write_bytes(mutated(file.read_bytes(), chance))
@@ -107,7 +107,7 @@ def own_table(folder: Path, chance: random.Random) -> Path:
 
 
 def built_in(folder: Path, chance: random.Random) -> Path:
-    """A built-in dataset, one of whose files is mutated."""
+    """A built-in dataset with one mutated file."""
     name = chance.choice(("ml-100k", "ml-1m", "ml-20m", "kuairand-pure"))
     header = ("user_id", "video_id", "time_ms", *ACTION_BITS)
     users = DATASETS["kuairand-pure"].schema.context
@@ -137,7 +137,7 @@ def built_in(folder: Path, chance: random.Random) -> Path:
 
 
 def stored(folder: Path, chance: random.Random) -> Path:
-    """A mutated store: it must be refused."""
+    """A mutated store, which must be refused."""
     (folder / "events.csv").write_bytes(b"u,i,a,t\n" + rows(chance, lambda row: (f"u{row % 4}", row % 9, 1, row), ","))
     columns = InteractionColumns(interactions=folder / "events.csv", user="u", item="i", action="a", time="t")
     path = import_interactions("mine", columns, output=folder / "store")
@@ -152,7 +152,7 @@ def stored(folder: Path, chance: random.Random) -> Path:
 
 
 def run_case(number: int) -> str:
-    """One case; "used" or "refused". Anything else is an exception."""
+    """Runs one case and returns "used" or "refused"; anything else is an exception."""
     chance = random.Random(number)
     kind = chance.choice((own_table, own_table, built_in, stored))
     folder = Path(tempfile.mkdtemp(prefix="fuzz"))
@@ -170,19 +170,19 @@ def run_case(number: int) -> str:
 
 
 def run_child(first: int) -> tuple[Counter[str], str | None]:
-    """Runs cases in a child; (outcomes, what went wrong)."""
+    """Runs cases in a child; returns (outcomes, error message or None)."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
         signal.alarm(_TIMEOUT_S)
-        with os.fdopen(write, "w", buffering=1) as told:
+        with os.fdopen(write, "w", buffering=1) as pipe:
             for number in range(first, first + _CASES_PER_CHILD):
-                told.write(f"begin {number}\n")
+                pipe.write(f"begin {number}\n")
                 try:
-                    told.write(f"{run_case(number)}\n")
+                    pipe.write(f"{run_case(number)}\n")
                 except BaseException:
-                    told.write(f"failed\n{traceback.format_exc()}")
+                    pipe.write(f"failed\n{traceback.format_exc()}")
                     os._exit(1)
         os._exit(0)
     os.close(write)
@@ -196,7 +196,7 @@ def run_child(first: int) -> tuple[Counter[str], str | None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; 0 if nothing went wrong."""
+    """Runs the cases; returns 0 if none failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=1, help="the first case is seed × 1,000,000")

@@ -1,10 +1,10 @@
-"""What is inside a checkpoint or an export; whether its files are as they were written; how it differs from another.
+"""Inspect a checkpoint or an export, verify its files, or compare it with another one.
 
 python scripts/inspect_checkpoint.py runs/quickstart/checkpoints
 python scripts/inspect_checkpoint.py runs/a/checkpoints/iteration_00000100 --verify
 python scripts/inspect_checkpoint.py runs/a/checkpoints --diff runs/b/checkpoints
 
-Exit codes: 0; 1 where --diff finds a difference; 3 for a damaged or missing checkpoint.
+Exit codes: 0 on success, 1 if --diff finds a difference, 3 for a damaged or missing checkpoint.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from hstu.checkpoint.describe import describe, diff, locate
-from hstu.checkpoint.manifest import file_problems, read_manifest
-from hstu.config.errors import EXIT_DONE, EXIT_FAILURE, DataError, UserError
+from hstu.checkpoint.directory import check_files
+from hstu.config.errors import EXIT_DONE, EXIT_FAILURE, UserError
 from hstu.observe.logging import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint, a directory of them (the newest is taken), or an export")
+    parser.add_argument("checkpoint", help="a checkpoint, a directory of them (the newest is used), or an export")
     parser.add_argument("--verify", action="store_true", help="read every file and compare checksums")
     parser.add_argument("--diff", metavar="OTHER", help="another one: differing facts, gin lines and tensors")
     options = parser.parse_args(arguments)
@@ -45,9 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _verify(root: Path) -> None:
-    files = read_manifest(root)
-    if problems := file_problems(root, files):
-        raise DataError("\n  ".join([f"{root} is damaged:", *problems]))
+    files = check_files(root, f"{root} is damaged")
     print(f"{root}: {len(files)} files, {sum(entry['bytes'] for entry in files.values()):,} bytes, all as written")
 
 

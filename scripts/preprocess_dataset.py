@@ -1,11 +1,11 @@
-"""Makes the sequence store of a built-in dataset or of one's own interactions table (docs/datasets.md).
+"""Makes the sequence store of a built-in dataset or of your own interactions table (docs/datasets.md).
 
     python scripts/preprocess_dataset.py --dataset_name ml-1m [--raw_path DIR] [--output tmp_data/ml-1m]
     python scripts/preprocess_dataset.py --dataset_name NAME --interactions FILE.csv|tsv|parquet --user COL --item COL
         [--action COL] [--time COL] [--context FILE --context_columns a,b]
     python scripts/preprocess_dataset.py --dataset_name ml-1m --verify
 
-Exit codes: 0 done, 2 bad arguments, 3 bad or missing data, 130 stopped with Ctrl-C: the same command goes on.
+Exit codes: 0 done, 2 bad arguments, 3 bad or missing data, 130 stopped with Ctrl-C; the same command resumes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from hstu.config.errors import EXIT_DONE, ConfigError, UserError
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_interactions, preprocess
 from hstu.data.preprocess.engine import disk_errors
-from hstu.data.preprocess.markdown import REPORT, write_report
-from hstu.data.preprocess.report import format_report
+from hstu.data.preprocess.report import REPORT, format_report, write_report
 from hstu.data.store import META_FILE, SequenceStore
 
 _EXIT_INTERRUPTED = 130
@@ -51,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def _write_report(store: SequenceStore, anew: bool) -> Path:
-    """The report beside the store, <store>.report/report.md; an existing one of an existing store stays."""
+def _write_report(store: SequenceStore, force: bool) -> Path:
+    """Writes <store>.report/report.md unless it is already newer than the store; returns its path."""
     folder = store.path.with_name(f"{store.path.name}.report")
     report = folder / REPORT
     made = (store.path / META_FILE).stat().st_mtime
-    if not anew and report.is_file() and report.stat().st_mtime >= made:
+    if not force and report.is_file() and report.stat().st_mtime >= made:
         return report
     with disk_errors(folder):
         return write_report(store, folder)
@@ -105,19 +104,19 @@ def _parser() -> argparse.ArgumentParser:
         "--bad_row_policy",
         choices=("raise", "skip"),
         default="raise",
-        help="rows that cannot be used: the first one ends the run, or they are skipped and counted",
+        help="raise: the first row that cannot be used ends the run; skip: such rows are skipped and counted",
     )
-    add("--max_bad_rows", type=int, default=1000, help="skip: with more than this many the run ends all the same")
-    add("--verify", action="store_true", help="only check an existing store: every checksum and every value")
+    add("--max_bad_rows", type=int, default=1000, help="with skip, more bad rows than this end the run all the same")
+    add("--verify", action="store_true", help="only check every checksum and every value of an existing store")
     add("--no_report", action="store_true", help="do not write <output>.report/report.md with its plots")
     own = parser.add_argument_group("your own table")
-    own.add_argument("--interactions", type=Path, help="CSV, TSV (perhaps gzipped) or Parquet file, a row an event")
+    own.add_argument("--interactions", type=Path, help="CSV, TSV (also gzipped) or Parquet file, one row per event")
     own.add_argument("--user", help="column of the user, int64 or strings")
     own.add_argument("--item", help="column of the item, int64 or strings")
     own.add_argument("--action", help="column of the action, integers >= 0")
     own.add_argument("--time", help="column of the time, seconds since 1970 or dates; without it: order of the rows")
-    own.add_argument("--context", type=Path, help="CSV, TSV or Parquet file, a row a user, with the same user column")
-    own.add_argument("--context_columns", default="", help="columns of --context to use, a,b,c; the user column too")
+    own.add_argument("--context", type=Path, help="table with one row per user, with the same user column")
+    own.add_argument("--context_columns", default="", help="columns of --context, as a,b,c; also the user column")
     return parser
 
 

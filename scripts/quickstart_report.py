@@ -1,4 +1,4 @@
-"""What the quick start found: metrics beside the popularity baseline, the curve, three users' recommendations.
+"""Print the results of the quick start: metrics and the popularity baseline, the curve, recommendations.
 
 python scripts/quickstart_report.py --run_dir runs/quickstart
 """
@@ -12,25 +12,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hstu import api
 from hstu.config.args import DatasetArgs, RetrievalArgs
 from hstu.config.errors import EXIT_DONE, ConfigError, DataError, UserError
-from hstu.config.gin_io import load
-from hstu.config.run_config import RunConfig
-from hstu.data.sequences import build_samples
+from hstu.data.samples import build_samples
 from hstu.observe.logging import quiet_libraries
-from hstu.parallel import mesh as meshes
 from hstu.train.baselines import popularity_baseline
-from hstu.train.recommend import recommend_for, table
-from hstu.train.sources import open_store
 
 FIRST_USERS = ("1", "2", "3")
 
 
-def print_metrics(config: RunConfig, metrics: dict[str, float]) -> None:
-    """The last evaluation on the test split beside the popularity baseline, on the same users and items."""
+def print_metrics(trained: api.TrainedModel, metrics: dict[str, float]) -> None:
+    """Print the last test metrics and those of the popularity baseline on the same users and items."""
+    config, store = trained.config, trained.store
     if not isinstance(config.dataset, DatasetArgs) or not isinstance(config.task_args, RetrievalArgs):
-        raise ConfigError("the report is about a retrieval run on real data")
-    store = open_store(config.dataset)
+        raise ConfigError("the report needs a retrieval run on real data")
     train, test = (build_samples(store, config.dataset, "retrieval", split, 0) for split in ("train", "test"))
     names = config.task_args.eval_metrics
     popularity = popularity_baseline(store, train, test, names)
@@ -51,15 +47,13 @@ def main() -> int:
         summary_file = run_dir / "summary.json"
         if not summary_file.is_file():
             raise DataError(f"{summary_file} does not exist: the training has not finished")
-        config = load([str(run_dir / "operative.gin")], [], "retrieval")
-        print_metrics(config, json.loads(summary_file.read_text())["last_metrics"]["test"])
+        trained = api.load(run_dir)
+        print_metrics(trained, json.loads(summary_file.read_text())["last_metrics"]["test"])
         print(f"\nLearning curve: {run_dir / 'curves.png'}")
-        print(table(recommend_for(config, config.trainer.ckpt_save_dir, FIRST_USERS, 10, meshes.start())))
+        print(api.format_recommendations(trained.recommend(FIRST_USERS)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    finally:
-        meshes.finish()
     return EXIT_DONE
 
 

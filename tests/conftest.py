@@ -1,7 +1,5 @@
 """Fixtures that every room's tests share: real raw data, a real store, small stores made from lists."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Small factories that the tests of every room share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

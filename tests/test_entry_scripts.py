@@ -3,8 +3,6 @@
 What is about the way in which they are started is started so; the rest is forked (tests/distributed/scripts.py).
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -25,6 +23,7 @@ from hstu.data.store import SequenceStore
 from hstu.observe.logging import tear_down_logging
 from hstu.observe.records import read_metrics
 from hstu.train.main import run
+from tests.config.gin_files import table, text
 from tests.distributed.scripts import run_script
 from tests.train.tiny import ITEMS, walks
 
@@ -45,19 +44,6 @@ DatasetArgs.dataset_name = "criteo"
 DatasetArgs.max_history_seqlen = 8
 DatasetArgs.shuffle = True
 
-ads/EmbeddingArgs.feature_names = ["ad"]
-ads/EmbeddingArgs.table_name = "ads"
-ads/EmbeddingArgs.item_vocab_size_or_capacity = 11
-ads/EmbeddingArgs.sharding_type = "model_parallel"
-clicks/EmbeddingArgs.feature_names = ["clicked"]
-clicks/EmbeddingArgs.table_name = "clicks"
-clicks/EmbeddingArgs.item_vocab_size_or_capacity = 2
-clicks/EmbeddingArgs.sharding_type = "data_parallel"
-towns/EmbeddingArgs.feature_names = ["town"]
-towns/EmbeddingArgs.table_name = "towns"
-towns/EmbeddingArgs.item_vocab_size_or_capacity = 3
-towns/EmbeddingArgs.sharding_type = "data_parallel"
-
 NetworkArgs.num_layers = 1
 NetworkArgs.hidden_size = 16
 NetworkArgs.num_attention_heads = 2
@@ -68,7 +54,13 @@ NetworkArgs.disable_contextual_mask = True
 
 OptimizerArgs.optimizer_str = "adam"
 OptimizerArgs.learning_rate = 0.01
-"""
+""" + text(
+    [
+        *table("ads", 11, feature_names=["ad"], sharding_type="model_parallel"),
+        *table("clicks", 2, feature_names=["clicked"], sharding_type="data_parallel"),
+        *table("towns", 3, feature_names=["town"], sharding_type="data_parallel"),
+    ]
+)
 TASK = {
     RANKING: 'RankingArgs.prediction_head_arch = [8, 1]\nRankingArgs.eval_metrics = ("AUC")\n',
     RETRIEVAL: 'RetrievalArgs.eval_metrics = ("HR@3", "MRR")\nTrainerArgs.ckpt_save_interval = 100\n',

@@ -1,102 +1,268 @@
-"""The directory that a run's checkpoints share: their names, what points at them, what is deleted and when.
+"""The directory of a run's checkpoints: names, manifests, links, commits and deletion.
 
-``iteration_<n>`` comes into being by a rename of something complete and ends by a rename, too, so whatever has that
-name is whole. ``latest`` and ``best`` are symbolic links, replaced atomically.
+``iteration_<n>`` appears by renaming a complete directory and disappears by another rename, so a directory of that name
+is always complete. ``latest`` and ``best`` are symbolic links that are replaced atomically. Each checkpoint has a
+manifest with the size and the checksum of every file, because torch.distributed.checkpoint loads flipped bytes without
+an error.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import logging
+import os
 import re
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
-from hstu.checkpoint.manifest import MANIFEST, DamagedCheckpoint, file_problems, read_manifest, sync_to_disk
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from hstu.config.errors import DataError, UserError
+from hstu.parallel.collectives import on_all_ranks
+from hstu.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 2
+_VERSION_WITHOUT_CHECKSUM = 1  # the same format, except that the manifest has no checksum of itself
 LATEST, BEST = "latest", "best"
 _NAME = re.compile(r"iteration_(\d+)")
 _WRITING, _DELETING, _SET_ASIDE = ".writing_", ".deleting_", "set_aside_"
-# Files that differ between two saves of the same state: one names the save, the other where the run began.
-_INCIDENTAL = ("tensors/.metadata", "operative.gin")
+# These files differ between two saves of one state: .metadata names the save, operative.gin where the run started.
+_NOT_PART_OF_STATE = ("tensors/.metadata", "operative.gin")
+
+Files = dict[str, dict[str, Any]]
+"""Path relative to the checkpoint → {"bytes", "sha256"}."""
 
 
-def place_of(directory: Path, iteration: int) -> Path:
-    """Where the checkpoint of an iteration is."""
+class DamagedCheckpoint(DataError):
+    """Files of a checkpoint are missing, truncated, changed or unreadable; the message names them."""
+
+
+class CheckpointFailure(UserError):
+    """The file system refused an operation on some rank: a full disk, missing permissions. Raised on every rank."""
+
+
+def collective_io(function: Callable[[], T], mesh: Mesh) -> T:
+    """Call ``function``, which reads or writes files of a checkpoint, on every rank. See ``on_all_ranks``.
+
+    Raises:
+        CheckpointFailure: on every rank, if the file system refuses on one of them.
+        UserError, RuntimeError: as ``on_all_ranks``.
+    """
+    mesh.heartbeat.mark()
+
+    def checked() -> T:
+        try:
+            return function()
+        except OSError as error:
+            raise CheckpointFailure(f"checkpointing failed on rank {mesh.rank}: {error}") from error
+        except CheckpointException as error:  # a BaseException; torch raises it on all ranks with the failures of all
+            for rank, (cause, _) in error.failures.items():
+                if isinstance(cause, OSError):
+                    raise CheckpointFailure(f"checkpointing failed on rank {rank}: {cause}") from cause
+            raise RuntimeError(f"checkpointing failed on rank {next(iter(error.failures))}: {error}") from error
+
+    return on_all_ranks(checked, mesh.world_group)
+
+
+def torch_save(value: Any, path: Path) -> None:
+    """Call torch.save. Raises OSError if the file system refuses."""
+    with writing_errors(), path.open("wb") as file:
+        torch.save(value, file)
+
+
+@contextmanager
+def writing_errors() -> Iterator[None]:
+    """Raise the OSError behind a RuntimeError of torch.save, which itself only says "unexpected pos 704 vs 598"."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
+
+
+def describe_files(root: Path, files: Iterable[Path]) -> Files:
+    """Flush the files to disk and return their sizes and checksums."""
+    described = {}
+    for path in files:
+        sync_to_disk(path)
+        described[path.relative_to(root).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return described
+
+
+def write_manifest(root: Path, files: Files) -> None:
+    """Write the manifest, which must be the last file of a checkpoint."""
+    path = root / MANIFEST
+    path.write_text(_manifest_text(FORMAT_VERSION, files), encoding="utf-8")
+    sync_to_disk(path)
+    sync_to_disk(root)
+
+
+def read_manifest(root: Path) -> Files:
+    """Return the files that a checkpoint lists.
+
+    Raises DamagedCheckpoint if the manifest is missing, has an unknown version, or has a byte that was not written so.
+    """
+    path = root / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        version, files = manifest["version"], manifest["files"]
+        known = version in (FORMAT_VERSION, _VERSION_WITHOUT_CHECKSUM)
+        if known and text != _manifest_text(version, files):
+            raise ValueError("its content has changed since it was written")
+    except FileNotFoundError:
+        raise DamagedCheckpoint(
+            f"{root} is not a complete checkpoint: it has no {MANIFEST}. Load another checkpoint."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({error}). Load another checkpoint.") from None
+    if not known:
+        raise DamagedCheckpoint(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}.")
+    return dict(files)
+
+
+def _manifest_text(version: int, files: Files) -> str:
+    """Return the same text for the same files, so that any changed byte of a manifest can be noticed."""
+    files = dict(sorted(files.items()))
+    checksum = {"sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+    own_checksum = {} if version == _VERSION_WITHOUT_CHECKSUM else checksum
+    return json.dumps({"version": version, **own_checksum, "files": files}, indent=1)
+
+
+def file_problems(root: Path, files: Files) -> list[str]:
+    """Return one line for each file that is missing or differs from what was written."""
+    return [problem for name, expected in files.items() if (problem := _file_problem(root / name, expected))]
+
+
+def check_files(root: Path, action: str) -> Files:
+    """Return the files of a checkpoint after comparing all of them with its manifest.
+
+    Raises DamagedCheckpoint, which says that ``action`` ("cannot export …") is impossible and lists the problems.
+    """
+    files = read_manifest(root)
+    if problems := file_problems(root, files):
+        raise DamagedCheckpoint("\n  ".join([f"{action}:", *problems]))
+    return files
+
+
+def _file_problem(path: Path, expected: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    try:
+        size, sha256 = path.stat().st_size, _sha256(path)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror or error}"
+    if size != expected["bytes"]:
+        return f"{path} has {size} bytes instead of {expected['bytes']}"
+    return None if sha256 == expected["sha256"] else f"{path} is damaged: its sha256 is not the one in {MANIFEST}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_to_disk(path: Path) -> None:
+    """Call fsync on a file or a directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checkpoint_path(directory: Path, iteration: int) -> Path:
+    """Return the path of the checkpoint of an iteration."""
     return directory / f"iteration_{iteration:08d}"
 
 
 def iteration_of(path: Path) -> int:
-    """Iteration of a checkpoint, by its name."""
+    """Return the iteration of a checkpoint from its name."""
     return int(path.name.removeprefix("iteration_"))
 
 
-def complete(directory: Path) -> list[Path]:
-    """All checkpoints, those of the highest iterations first."""
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Return all checkpoints, highest iteration first."""
     named = (path for path in directory.glob("iteration_*") if _NAME.fullmatch(path.name))
     return sorted((path for path in named if (path / MANIFEST).is_file()), key=iteration_of, reverse=True)
 
 
-def by_preference(directory: Path) -> list[Path]:
-    """All checkpoints, the one committed last first, then those before it, then any of later iterations.
+def restore_candidates(directory: Path) -> list[Path]:
+    """Return all checkpoints: the one committed last, then earlier iterations, then later ones.
 
-    There are later ones where a run went back to an earlier checkpoint, or was killed on the point of committing.
+    Later ones exist if a run went back to an earlier checkpoint, or was killed just before a commit.
     """
-    paths, latest = complete(directory), pointed_at(directory, LATEST)
+    paths, latest = complete_checkpoints(directory), link_target(directory, LATEST)
     if latest not in paths:
         return paths
     later = [path for path in paths if iteration_of(path) > iteration_of(latest)]
     return [path for path in paths if path not in later] + later
 
 
-def pointed_at(directory: Path, pointer: str) -> Path | None:
-    """The checkpoint that ``latest`` or ``best`` points at."""
-    link = directory / pointer
+def link_target(directory: Path, name: str) -> Path | None:
+    """Return the checkpoint that the link ``latest`` or ``best`` points to, or None if there is no such link."""
+    link = directory / name
     return directory / link.readlink() if link.is_symlink() else None
 
 
-def point(directory: Path, pointer: str, path: Path) -> None:
-    """Let ``latest`` or ``best`` point at a checkpoint; on the disk when this returns."""
-    replacement = directory / f"{_WRITING}{pointer}"
+def set_link(directory: Path, name: str, target: Path) -> None:
+    """Point ``latest`` or ``best`` to a checkpoint. The link is on disk when this returns."""
+    replacement = directory / f"{_WRITING}{name}"
     replacement.unlink(missing_ok=True)
-    replacement.symlink_to(path.name)
-    replacement.replace(directory / pointer)
+    replacement.symlink_to(target.name)
+    replacement.replace(directory / name)
     sync_to_disk(directory)
 
 
-def begin(directory: Path, iteration: int) -> Path:
-    """An empty directory to write a checkpoint in."""
-    make(directory)
-    remove_leftovers(directory)
-    temporary = directory / f"{_WRITING}{place_of(directory, iteration).name}"
+def temporary_path(final: Path) -> Path:
+    """Return the path under which ``final`` is written until it is complete."""
+    return final.with_name(f"{_WRITING}{final.name}")
+
+
+def begin(final: Path) -> Path:
+    """Create the empty temporary directory in which the checkpoint ``final`` is written, and return it."""
+    if not final.parent.is_dir():
+        final.parent.mkdir(parents=True)
+        sync_to_disk(final.parent.parent)
+    remove_leftovers(final.parent)
+    temporary = temporary_path(final)
     temporary.mkdir()
     return temporary
 
 
-def make(directory: Path) -> None:
-    """Make the directory itself, on the disk when this returns."""
-    if not directory.is_dir():
-        directory.mkdir(parents=True)
-        sync_to_disk(directory.parent)
+def commit(final: Path) -> None:
+    """Rename the complete temporary directory of ``final`` to ``final``.
 
-
-def commit(temporary: Path, iteration: int) -> Path:
-    """Give what ``begin`` made, now complete, its name. What has that name is kept: as it is, or under another one."""
-    final = place_of(temporary.parent, iteration)
+    If ``final`` exists and holds the same state, it stays as it is. If it differs, it is kept under another name.
+    """
+    temporary = temporary_path(final)
     if final.exists():
         difference = _difference(final, temporary)
-        if difference is None:  # a resumed run has come to where it was before
+        if difference is None:  # a resumed run saves an iteration for the second time
             shutil.rmtree(temporary)
-            return final
-        log.warning("%s is there already, but %s; it is kept as %s", final, difference, _set_aside(final).name)
+            return
+        names = (f"{_SET_ASIDE}{final.name}_{number}" for number in itertools.count(1))
+        aside = next(path for path in map(final.with_name, names) if not path.exists())
+        log.warning("%s exists already, but %s; it is kept as %s", final, difference, final.rename(aside).name)
     temporary.rename(final)
     sync_to_disk(final.parent)
-    return final
 
 
 def _difference(old: Path, new: Path) -> str | None:
-    """Why ``old`` cannot stand for ``new``; None where it holds the same and is whole."""
+    """Return why ``old`` cannot replace ``new``, or None if it is intact and holds the same state."""
     try:
         old_files, new_files = read_manifest(old), read_manifest(new)
         problems = file_problems(old, old_files)
@@ -104,35 +270,30 @@ def _difference(old: Path, new: Path) -> str | None:
         return str(error)
     if problems:
         return problems[0]
-    same = {name: entry for name, entry in old_files.items() if name not in _INCIDENTAL}
-    return None if same == {n: e for n, e in new_files.items() if n not in _INCIDENTAL} else "it holds another state"
-
-
-def _set_aside(path: Path) -> Path:
-    count = 1
-    while (aside := path.with_name(f"{_SET_ASIDE}{path.name}_{count}")).exists():
-        count += 1
-    return path.rename(aside)
+    for name in _NOT_PART_OF_STATE:
+        old_files.pop(name, None)
+        new_files.pop(name, None)
+    return None if old_files == new_files else "it holds another state"
 
 
 def delete_older(directory: Path, iteration: int, keep: int) -> None:
-    """Delete all checkpoints up to ``iteration``, which has been committed, but the last ``keep`` and the best.
+    """Delete the checkpoints up to the committed ``iteration``, except for the last ``keep``, the latest and the best.
 
-    What the file system will not delete stays, with a warning: it is no reason to end a run.
+    A checkpoint that the file system refuses to delete stays, and a warning is logged: the run can go on.
     """
-    old = [path for path in complete(directory) if iteration_of(path) <= iteration][keep:]
-    kept = (pointed_at(directory, LATEST), pointed_at(directory, BEST))
+    old = [path for path in complete_checkpoints(directory) if iteration_of(path) <= iteration][keep:]
+    linked = (link_target(directory, LATEST), link_target(directory, BEST))
     for path in old:
-        if path not in kept:
+        if path not in linked:
             try:
-                path.rename(directory / f"{_DELETING}{path.name}")  # at no moment half of it has its name
+                path.rename(directory / f"{_DELETING}{path.name}")  # its name never stands for a part of it
             except OSError as error:
                 log.warning("cannot delete the older checkpoint %s: %s", path, error)
     remove_leftovers(directory)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what a save or a deletion that was interrupted has left behind."""
+    """Remove what an interrupted save or deletion has left behind."""
     for prefix in (_WRITING, _DELETING):
         for path in directory.glob(f"{prefix}*"):
             if path.is_symlink():

@@ -1,73 +1,89 @@
-"""A trained model for tools outside: one safetensors file, and what is needed to look ids up in it."""
+"""Exporting a trained model for other tools: one safetensors file, and what is needed to look up ids in it."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hstu.checkpoint import names, safetensors_file
-from hstu.checkpoint.dynamic import read_tables
-from hstu.checkpoint.dynamic_export import exported_sizes, fill_exported
-from hstu.checkpoint.manifest import describe_files, file_problems, read_manifest, write_manifest
-from hstu.checkpoint.tensor_files import CONSOLIDATED, TensorFiles, open_tensors, read_description
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu.checkpoint.directory import check_files, describe_files, temporary_path, write_manifest
+from hstu.checkpoint.dynamic import export_sizes, fill_export, read_tables
+from hstu.checkpoint.tensors import AVERAGE, CONSOLIDATED, join_name, open_tensors, read_metadata, split_name
 from hstu.config.errors import DataError
-from hstu.parallel.cut_tensor import CutTensor
 from hstu.parallel.dynamic.content import TableContent
+from hstu.parallel.shards import ShardedView
 
 FORMAT, VERSION = "hstu-export", 1
 _GIN = "operative.gin"
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
 
 
 def export(checkpoint: Path, output: Path) -> Path:
     """Write the weights of a checkpoint, and all that names them, into the new directory ``output``.
 
-    ``model.safetensors`` has the weights under their names in the checkpoint (their moving averages, where the run
-    keeps those), ``ids.<feature>``, the raw ids of the rows of a feature's table (see RowIds), and dynamic tables (see
-    dynamic_export.py); ``operative.gin`` the configuration, ``config.json`` the sizes and the features of each table.
-    Memory: what one rank has written of one tensor. Raises DataError for a damaged checkpoint, and where ``output``
-    exists.
+    ``model.safetensors`` holds the weights under their names in the checkpoint (moving averages where the run keeps
+    them), the raw ids of table rows as ``ids.<feature>`` (see RawIds), and dynamic tables (see dynamic.py).
+    ``operative.gin`` is the configuration. ``config.json`` has the size and the features of each table. The host needs
+    memory for what one rank has written of one tensor. Raises DataError if the checkpoint is damaged or
+    ``output`` exists.
     """
     if output.exists():
-        raise DataError(f"{output} exists; give the name of a directory that is not there yet")
-    if problems := file_problems(checkpoint, read_manifest(checkpoint)):
-        raise DataError("\n  ".join([f"cannot export {checkpoint}:", *problems]))
-    aside = output.with_name(f".writing_{output.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+        raise DataError(f"{output} exists; give the name of a directory that does not exist")
+    check_files(checkpoint, f"cannot export {checkpoint}")
+    temporary = temporary_path(output)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     dynamic = read_tables(checkpoint)
-    described = _write_tensors(open_tensors(checkpoint), dynamic, aside)
-    shutil.copyfile(checkpoint / _GIN, aside / _GIN)
-    progress = read_description(checkpoint)
+    tensors = _write_tensors(checkpoint, dynamic, temporary / CONSOLIDATED)
+    shutil.copyfile(checkpoint / _GIN, temporary / _GIN)
+    metadata = read_metadata(checkpoint)
     config = {
         "format": FORMAT,
         "version": VERSION,
-        "iteration": progress["iteration"],
-        "versions": progress.get("versions", {}),
-        "tables": {name: _table(entry, dynamic.get(name)) for name, entry in progress.get("tables", {}).items()},
-        "tensors": described,
+        "iteration": metadata["iteration"],
+        "versions": metadata.get("versions", {}),
+        "tables": {name: _table(entry, dynamic.get(name)) for name, entry in metadata.get("tables", {}).items()},
+        "tensors": tensors,
     }
-    (aside / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-    write_manifest(aside, describe_files(aside, (path for path in aside.rglob("*") if path.is_file())))
-    aside.rename(output)
+    (temporary / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_manifest(temporary, describe_files(temporary, (path for path in temporary.rglob("*") if path.is_file())))
+    temporary.rename(output)
     return output
 
 
 def _table(entry: dict[str, Any], parts: list[TableContent] | None) -> dict[str, Any]:
-    """What is told of a table; ``parts``: of a dynamic one, of which the rows are that are in use."""
+    """Describe a table. ``parts``: those of a dynamic table, whose rows are the ones in use."""
     return entry if parts is None else entry | {"rows": sum(len(part.ids) for part in parts), "dynamic": True}
 
 
-def _write_tensors(files: TensorFiles, dynamic: dict[str, list[TableContent]], directory: Path) -> dict[str, Any]:
-    weights = [name for name in files.sizes if not names.split(name)[1]]
-    sources = {name: names.join(name, names.AVERAGE) for name in weights}
-    sources = {name: average if average in files.sizes else name for name, average in sources.items()}
-    sizes = {name: (files.sizes[name], files.dtypes[name]) for name in weights}
-    sizes |= exported_sizes(dynamic)
-    tensors = safetensors_file.create_file(directory / CONSOLIDATED, sizes, {"format": "pt"})
-    files.read({source: CutTensor.whole(tensors[name]) for name, source in sources.items()})
-    fill_exported(tensors, dynamic)
+def _write_tensors(checkpoint: Path, dynamic: dict[str, list[TableContent]], path: Path) -> dict[str, Any]:
+    """Write the safetensors file and describe its tensors."""
+    stored = open_tensors(checkpoint)
+    weights = [name for name in stored.sizes if not split_name(name)[1]]
+    sources = {name: join_name(name, AVERAGE) for name in weights}
+    sources = {name: average if average in stored.sizes else name for name, average in sources.items()}
+    sizes = {name: (stored.sizes[name], stored.dtypes[name]) for name in weights}
+    tensors = create_safetensors(path, sizes | export_sizes(dynamic))
+    stored.read({source: ShardedView.whole(tensors[name]) for name, source in sources.items()})
+    fill_export(tensors, dynamic)
     return {
         name: {
             "shape": list(tensor.shape),
@@ -76,3 +92,28 @@ def _write_tensors(files: TensorFiles, dynamic: dict[str, list[TableContent]], d
         }
         for name, tensor in tensors.items()
     }
+
+
+def create_safetensors(path: Path, tensors: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+    """Create a safetensors file and return its tensors as a shared memory map: writing to them writes the file.
+
+    The library (0.8) can only save tensors that are all in memory; tables need not fit there. The format is an 8-byte
+    little-endian length, a JSON header and the tensors' bytes (https://huggingface.co/docs/safetensors, "Format").
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (size, dtype) in sorted(tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])):  # aligned
+        start, end = end, end + math.prod(size) * dtype.itemsize
+        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(size), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    data = torch.from_numpy(np.memmap(path, np.uint8, "r+", offset=8 + len(text))) if end else torch.empty(0).byte()
+    mapped = {}
+    for name, entry in header.items():
+        if name in tensors:
+            (start, stop), (size, dtype) = entry["data_offsets"], tensors[name]
+            mapped[name] = data[start:stop].view(dtype).view(size)
+    return mapped

@@ -1,11 +1,10 @@
-"""Writing a checkpoint: aside, and renamed into place when every byte is on the disk."""
+"""Writing a checkpoint: into a temporary directory, which is renamed when every byte is on disk."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,68 +15,86 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from hstu.checkpoint import directory as place
-from hstu.checkpoint.agree import CheckpointFailure, agree
-from hstu.checkpoint.dynamic import PlainTables, copy_of_tables, write_dynamic_tables
-from hstu.checkpoint.manifest import Files, describe_files, sync_to_disk, write_manifest
+from hstu.checkpoint import directory as folder
+from hstu.checkpoint.directory import (
+    CheckpointFailure,
+    Files,
+    collective_io,
+    describe_files,
+    torch_save,
+    writing_errors,
+)
+from hstu.checkpoint.dynamic import TableDicts, copy_tables, write_dynamic_tables
 from hstu.checkpoint.state import TrainState, random_state
-from hstu.checkpoint.tensor_files import TENSORS
-from hstu.checkpoint.torch_file import system_errors, write_file
-from hstu.parallel.cut_tensor import CutTensor
-from hstu.parallel.embedding import dynamic_tables
+from hstu.checkpoint.tensors import TENSORS
+from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.shards import ShardedView
+from hstu.parallel.tables import dynamic_tables
 
 HostCopies = dict[MetadataIndex, Tensor]
-"""Parts of tensors that this rank may have to write → copies in host memory."""
+"""Pieces of tensors that this rank may have to write → copies in host memory."""
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What a rank has for a checkpoint. All but the tensors is as it was when this was made."""
+class Snapshot:
+    """What one rank writes into a checkpoint. Everything except the live tensors is a copy."""
 
     iteration: int
-    tensors: dict[str, Tensor | CutTensor]
-    """Live ones."""
+    tensors: dict[str, Tensor | ShardedView]
+    """Live tensors."""
     copies: HostCopies | None
-    """Their content at some moment; None: what they hold when they are written."""
-    progress: str
+    """Copies of the live tensors. None: the values at the time of writing are saved."""
+    metadata: str
     operative_gin: str
     random_state: dict[str, Tensor]
-    dynamic: PlainTables
-    """What this rank holds of dynamic tables."""
+    dynamic: TableDicts
+    """This rank's part of the dynamic tables."""
+
+    @classmethod
+    def of(cls, state: TrainState, mesh: Mesh, copies: HostCopies | None = None) -> Snapshot:
+        """Collect what is to be saved of ``state``.
+
+        ``copies``: copy the tensors there, reusing the memory of the previous copies where they fit, so that training
+        may change ``state`` before it is written. The copies are complete when this returns.
+        """
+        tensors = state.tensors()
+        if copies is not None:
+            _copy_to_host(tensors, copies, mesh.device)
+        ranks = {"world_size": mesh.world_size, "tensor_parallel_size": mesh.tp_size}
+        return cls(
+            iteration=state.iteration,
+            tensors=tensors,
+            copies=copies,
+            metadata=json.dumps(state.metadata() | ranks, indent=1),
+            operative_gin=state.operative_gin,
+            random_state=random_state(mesh.device),
+            dynamic=copy_tables(dynamic_tables(state.model)),
+        )
 
 
-def contents_of(state: TrainState, mesh: Mesh, copies: HostCopies | None = None) -> Contents:
-    """What is to be saved of ``state``.
-
-    ``copies``: copy the tensors there (into the memory of an earlier copy, where it fits), so that ``state`` may change
-    before they are written; the copies are complete when this returns.
-    """
-    tensors = state.tensors()
-    if copies is not None:
-        _copy_to_host(tensors, copies, mesh.device)
-    ranks = {"world_size": mesh.world_size, "tensor_parallel_size": mesh.tp_size}
-    progress = json.dumps(state.progress() | ranks, indent=1)
-    random, dynamic = random_state(mesh.device), copy_of_tables(dynamic_tables(state.model))
-    return Contents(state.iteration, tensors, copies, progress, state.operative_gin, random, dynamic)
-
-
-def _copy_to_host(tensors: dict[str, Tensor | CutTensor], copies: HostCopies, device: torch.device) -> None:
-    parts = [item.index for item in create_default_local_save_plan(tensors, is_coordinator=True).items]
-    for index in set(copies) - set(parts):
+def _copy_to_host(tensors: dict[str, Tensor | ShardedView], copies: HostCopies, device: torch.device) -> None:
+    pieces = [item.index for item in create_default_local_save_plan(tensors, is_coordinator=True).items]
+    for index in set(copies) - set(pieces):
         del copies[index]
-    for index in parts:
-        part = _part(tensors, index)
+    for index in pieces:
+        piece = _piece(tensors, index)
         copy = copies.get(index)
-        if copy is None or (copy.shape, copy.dtype) != (part.shape, part.dtype):
-            copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
-        copies[index] = copy.copy_(part, non_blocking=True)
+        if copy is None or (copy.shape, copy.dtype) != (piece.shape, piece.dtype):
+            copy = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
+        copies[index] = copy.copy_(piece, non_blocking=True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-class _Planner(dcp.DefaultSavePlanner):
-    """Writes copies, where there are any: the live tensors, which it plans with, then only say what goes where.
+def _piece(tensors: dict[str, Tensor | ShardedView], index: MetadataIndex) -> Tensor:
+    tensor = tensors[index.fqn]
+    piece = tensor.__get_tensor_shard__(index) if isinstance(tensor, ShardedView) else tensor
+    return piece.detach()
+
+
+class _SavePlanner(dcp.DefaultSavePlanner):
+    """Plans with the live tensors, and writes their copies if there are any.
 
     torch's own async_save (2.13) does not copy ShardedTensors, so it would write them while they change.
     """
@@ -87,71 +104,68 @@ class _Planner(dcp.DefaultSavePlanner):
         self._copies = copies
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return _part(self.state_dict, index) if self._copies is None else self._copies[index]
+        return _piece(self.state_dict, index) if self._copies is None else self._copies[index]
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Tells what the file system has said where it refuses."""
+    """Raises the OSError of the file system where torch would hide it."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        with system_errors():
+        with writing_errors():
             return super().write_data(plan, planner)
 
 
-def _part(tensors: dict[str, Any], index: MetadataIndex) -> Tensor:
-    """The part of a live tensor that ``index`` names."""
-    tensor = tensors[index.fqn]
-    part: Tensor = tensor.__get_tensor_shard__(index) if isinstance(tensor, CutTensor) else tensor
-    return part.detach()
-
-
 def save(directory: str | Path, state: TrainState, mesh: Mesh) -> Path:
-    """Write ``state`` as ``directory/iteration_<n>``, see ``write``."""
-    return write(Path(directory), contents_of(state, mesh), mesh)
+    """Write ``state`` as ``directory/iteration_<n>`` and return that path. See ``write``."""
+    return write(Path(directory), Snapshot.of(state, mesh), mesh)
 
 
-def write(directory: Path, contents: Contents, mesh: Mesh) -> Path:
-    """Write and commit a checkpoint. Collective; on any rank's failure all ranks raise and nothing is committed.
+def write(directory: Path, snapshot: Snapshot, mesh: Mesh) -> Path:
+    """Write and commit a checkpoint and return its path. Collective.
 
-    Raises CheckpointFailure where the file system refuses.
+    If any rank fails, all ranks raise and nothing is committed. Raises CheckpointFailure if the file system refuses.
     """
-    iteration = contents.iteration
+    final = folder.checkpoint_path(directory, snapshot.iteration)
+    temporary = folder.temporary_path(final)
     try:
-        temporary = agree(lambda: place.begin(directory, iteration) if mesh.is_main else Path(), mesh)[0]
-        agree(lambda: _write_tensors(temporary, contents, mesh), mesh)
-        parts = agree(lambda: _write_own_files(temporary, contents, mesh), mesh)
-        return agree(lambda: _commit(temporary, iteration, parts) if mesh.is_main else Path(), mesh)[0]
+        collective_io(lambda: folder.begin(final) if mesh.is_main else None, mesh)
+        collective_io(lambda: _write_tensors(temporary, snapshot, mesh), mesh)
+        own_files = collective_io(lambda: _write_own_files(temporary, snapshot, mesh), mesh)
+        files = {name: entry for part in gather_objects(own_files, mesh.world_group) for name, entry in part.items()}
+        collective_io(lambda: _commit(final, files) if mesh.is_main else None, mesh)
     except Exception as error:
         if mesh.is_main:
-            place.remove_leftovers(directory)
+            folder.remove_leftovers(directory)
         if not isinstance(error, CheckpointFailure):
             raise
         raise CheckpointFailure(
-            f"cannot save {place.place_of(directory, iteration)}: {error}. What was complete before still is: free "
-            'space or permissions there and start again with TrainerArgs.ckpt_load_dir = "auto".'
+            f"cannot save {final}: {error}. Earlier complete checkpoints are intact: free space or permissions there "
+            'and start again with TrainerArgs.ckpt_load_dir = "auto".'
         ) from error
+    return final
 
 
-def _write_tensors(root: Path, contents: Contents, mesh: Mesh) -> None:
-    writer, planner = _Writer(root / TENSORS), _Planner(contents.copies)
-    dcp.save(contents.tensors, storage_writer=writer, planner=planner, process_group=mesh.world_group)
+def _write_tensors(root: Path, snapshot: Snapshot, mesh: Mesh) -> None:
+    writer, planner = _Writer(root / TENSORS), _SavePlanner(snapshot.copies)
+    dcp.save(snapshot.tensors, storage_writer=writer, planner=planner, process_group=mesh.world_group)
 
 
-def _write_own_files(root: Path, contents: Contents, mesh: Mesh) -> Files:
-    """Write this rank's files; descriptions of them and of its tensor files."""
+def _write_own_files(root: Path, snapshot: Snapshot, mesh: Mesh) -> Files:
+    """Write this rank's other files, and describe them and its tensor files."""
     rng = root / f"rng_rank{mesh.rank}.pt"
-    write_file(contents.random_state, rng)
-    dynamic = write_dynamic_tables(root, contents.dynamic, mesh.rank)
+    torch_save(snapshot.random_state, rng)
+    dynamic = write_dynamic_tables(root, snapshot.dynamic, mesh.rank)
     files = [rng, *dynamic, *(root / TENSORS).glob(f"__{mesh.rank}_*")]
     if mesh.is_main:
         progress, gin = root / "progress.json", root / "operative.gin"
-        progress.write_text(contents.progress)
-        gin.write_text(contents.operative_gin)
+        progress.write_text(snapshot.metadata)
+        gin.write_text(snapshot.operative_gin)
         files += [progress, gin, root / TENSORS / ".metadata"]
     return describe_files(root, files)
 
 
-def _commit(temporary: Path, iteration: int, parts: list[Files]) -> Path:
-    sync_to_disk(temporary / TENSORS)
-    write_manifest(temporary, {name: entry for part in parts for name, entry in part.items()})
-    return place.commit(temporary, iteration)
+def _commit(final: Path, files: Files) -> None:
+    temporary = folder.temporary_path(final)
+    folder.sync_to_disk(temporary / TENSORS)
+    folder.write_manifest(temporary, files)
+    folder.commit(final)

@@ -1,36 +1,45 @@
-"""Writing and reading checkpoints.
+"""The checkpoints of a run: saving, also in the background, restoring, retention, and the latest and the best one.
 
-A checkpoint is a directory ``iteration_<n>``: ``tensors/`` (torch.distributed.checkpoint, each rank its shards),
-``progress.json``, ``operative.gin``, ``rng_rank<r>.pt`` and ``manifest.json``. It is written under another name and
-renamed when every byte is on the disk, so a directory of that name is always complete, and is never written again.
-Then ``latest`` points at it: that is the commit.
+A checkpoint is a directory ``iteration_<n>`` with ``tensors/`` (torch.distributed.checkpoint; each rank writes its
+shards), ``progress.json``, ``operative.gin``, ``rng_rank<r>.pt``, files of dynamic tables and ``manifest.json``. It is
+written under another name and renamed when every byte is on disk, and it is never written again. Then ``latest`` is
+pointed to it, which is the commit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import timedelta
 from pathlib import Path
 
-from hstu.checkpoint import directory as place
-from hstu.checkpoint.agree import agree
-from hstu.checkpoint.background import Background
+import torch
+import torch.distributed as dist
+
+from hstu.checkpoint import directory as folder
+from hstu.checkpoint.directory import BEST, LATEST, MANIFEST, DamagedCheckpoint, collective_io
 from hstu.checkpoint.load import load
-from hstu.checkpoint.manifest import MANIFEST, DamagedCheckpoint
-from hstu.checkpoint.match import LoadOptions
-from hstu.checkpoint.save import Contents, HostCopies, contents_of, write
+from hstu.checkpoint.matching import LoadOptions
+from hstu.checkpoint.save import HostCopies, Snapshot, write
 from hstu.checkpoint.state import TrainState
 from hstu.config.errors import ConfigError, DataError
-from hstu.parallel.mesh import Mesh
+from hstu.parallel.collectives import gather_objects
+from hstu.parallel.mesh import Heartbeat, Mesh
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+_POLL_S = 0.5
 
 
 class CheckpointStore:
-    """The checkpoints of one run: where to save them and where to start from. All methods are collective.
+    """The checkpoints of one run. All methods are collective.
 
-    ``keep_last``: how many to leave, the best aside; None: all. ``background``: writes them while training goes on.
+    ``save_dir``, ``load_dir``: TrainerArgs.ckpt_save_dir and ckpt_load_dir. ``keep_last``: how many checkpoints to
+    keep besides the best one; None: all. ``background``: writes checkpoints while training goes on; None: ``save``
+    returns when everything is written.
     """
 
     def __init__(
@@ -39,7 +48,7 @@ class CheckpointStore:
         load_dir: str,
         mesh: Mesh,
         keep_last: int | None = None,
-        background: Background | None = None,
+        background: BackgroundWriter | None = None,
         load_options: LoadOptions | None = None,
     ) -> None:
         self.save_dir = Path(save_dir)
@@ -54,71 +63,75 @@ class CheckpointStore:
         self._copies: HostCopies = {}
 
     def claim(self) -> None:
-        """Make sure, before a run begins that will save, that it can do so without touching another run's checkpoints.
+        """Check, before training, that this run can save without touching another run's checkpoints.
 
         Call it after ``restore``. Raises ConfigError.
         """
-        agree(lambda: self._claim() if self.mesh.is_main else None, self.mesh)
+        collective_io(lambda: self._claim() if self.mesh.is_main else None, self.mesh)
 
     def save(self, state: TrainState) -> None:
         """Save a checkpoint of ``state``, which may change when this returns.
 
-        With a background only the former one is complete when this returns; ``poll`` and ``wait`` tell of this one.
-        Raises CheckpointFailure where the file system refuses.
+        With a background writer, only the previous checkpoint is complete when this returns; ``poll`` and ``wait``
+        raise the errors of this one. Raises CheckpointFailure if the file system refuses.
         """
-        if self._background is None:
-            self._write(contents_of(state, self.mesh), self.mesh)
-        else:
-            self._background.wait()
-            contents = contents_of(state, self.mesh, self._copies)
-            self._background.start(lambda mesh: self._write(contents, mesh))
+        self.wait()
+        snapshot = Snapshot.of(state, self.mesh, None if self._background is None else self._copies)
+        self._run(lambda mesh: self._write(snapshot, mesh))
         self.newest_iteration = state.iteration
 
-    def keep(self, iteration: int) -> None:
-        """Let ``best`` point at a checkpoint that has been saved: it is not deleted until another one is the best."""
+    def mark_best(self, iteration: int) -> None:
+        """Point ``best`` to a saved checkpoint, which is then kept until another one is the best."""
+        path = folder.checkpoint_path(self.save_dir, iteration)
 
-        def point(mesh: Mesh) -> None:
-            path = place.place_of(self.save_dir, iteration)
-            agree(lambda: place.point(self.save_dir, place.BEST, path) if mesh.is_main else None, mesh)
+        def link(mesh: Mesh) -> None:
+            collective_io(lambda: folder.set_link(self.save_dir, BEST, path) if mesh.is_main else None, mesh)
 
+        self._run(link)
+
+    def _run(self, function: Callable[[Mesh], None]) -> None:
+        """Call ``function`` now, or let the background writer call it."""
         if self._background is None:
-            point(self.mesh)
+            function(self.mesh)
         else:
-            self._background.start(point)
+            self._background.start(function)
 
     @property
     def is_saving(self) -> bool:
-        """Whether ``poll`` or ``wait`` have still to tell of a save in the background; the same on all ranks."""
+        """Whether a save in the background has not been reported by ``poll`` or ``wait``; the same on all ranks."""
         return self._background is not None and self._background.is_working
 
     def poll(self) -> None:
-        """Raise what has gone wrong with a save in the background; to be called in every step."""
+        """Raise the error of a failed save in the background. Call it in every step."""
         if self._background is not None:
             self._background.poll()
 
     def wait(self) -> None:
-        """Return when everything is written; raise what has gone wrong."""
+        """Return when everything is written, or raise the error of a failed save."""
         if self._background is not None:
             self._background.wait()
 
     def close(self) -> None:
-        """Let a save in the background end, in a run that has failed."""
-        if self._background is not None:
-            self._background.close()
+        """Wait for a save in the background in a run that has already failed. An error is only logged."""
+        try:
+            self.wait()
+        except Exception as error:
+            log.error("a checkpoint that was being written is lost: %s", error)
 
     def restore(self, state: TrainState) -> bool:
-        """Load the checkpoint that the configuration asks for, if any; False where there is none.
+        """Load the checkpoint that the configuration names and return True, or return False if it names none.
 
-        "auto" takes an older one where the newest is damaged. Raises DataError where none is good.
+        "auto" falls back to an older checkpoint if the newest is damaged. Raises DataError if none is intact.
         """
-        candidates = agree(lambda: _candidates(self.load_dir, str(self.save_dir)), self.mesh)[0]
+        found = collective_io(lambda: _candidates(self.load_dir, str(self.save_dir)), self.mesh)
+        candidates = gather_objects(found, self.mesh.world_group)[0]
         for path in candidates:
             try:
                 load(path, state, self.mesh, self._load_options)
             except DamagedCheckpoint as error:
                 if self.load_dir != AUTO:
                     raise
-                log.warning("%s Trying the one before.", error)
+                log.warning("%s Trying the previous one.", error)
                 continue
             if self._load_options.optimizer:
                 self._restored = path
@@ -131,66 +144,120 @@ class CheckpointStore:
         if candidates:
             raise DataError(
                 f"every checkpoint in {self.save_dir} is damaged: {', '.join(path.name for path in candidates)}; the "
-                'log tells how. TrainerArgs.ckpt_load_dir = "" and another ckpt_save_dir train from the start.'
+                'log says how. TrainerArgs.ckpt_load_dir = "" and another ckpt_save_dir train from the start.'
             )
         return False
 
     def _is_own(self, path: Path) -> bool:
-        """Whether a checkpoint lies where this run saves its own."""
+        """Return whether a checkpoint lies where this run saves."""
         return path.resolve().parent == self.save_dir.resolve()
 
-    def _write(self, contents: Contents, mesh: Mesh) -> None:
-        path = write(self.save_dir, contents, mesh)
-        agree(lambda: self._publish(path) if mesh.is_main else None, mesh)
+    def _write(self, snapshot: Snapshot, mesh: Mesh) -> None:
+        path = write(self.save_dir, snapshot, mesh)
+        collective_io(lambda: self._publish(path) if mesh.is_main else None, mesh)
 
     def _publish(self, path: Path) -> None:
-        place.point(self.save_dir, place.LATEST, path)
-        self._delete_older(place.iteration_of(path))
+        folder.set_link(self.save_dir, LATEST, path)
+        self._delete_older(folder.iteration_of(path))
 
     def _delete_older(self, iteration: int | None) -> None:
-        """Delete what is not to be kept beside the checkpoint of ``iteration``, if there is one."""
         if self._keep_last is not None and iteration is not None:
-            place.delete_older(self.save_dir, iteration, self._keep_last)
+            folder.delete_older(self.save_dir, iteration, self._keep_last)
 
     def _claim(self) -> None:
         try:
-            place.make(self.save_dir)
-            place.remove_leftovers(self.save_dir)
-            place.begin(self.save_dir, 0).rmdir()
+            folder.begin(folder.checkpoint_path(self.save_dir, 0)).rmdir()
         except OSError as error:
             raise ConfigError(
                 f"TrainerArgs.ckpt_save_dir: the directory '{self.save_dir}' cannot be written: "
                 f"{error.strerror or error}. Free space or permissions there, or give another directory."
             ) from error
-        others = place.complete(self.save_dir)
+        others = folder.complete_checkpoints(self.save_dir)
         if others and (self._restored is None or not self._is_own(self._restored)):
             raise ConfigError(
                 f"TrainerArgs.ckpt_save_dir: '{self.save_dir}' holds the checkpoints of another run "
-                f"({others[0].name}{', …' if len(others) > 1 else ''}), which are never overwritten. Go on from them "
-                '(TrainerArgs.ckpt_load_dir = "auto"), or give another directory, or delete them.'
+                f"({others[0].name}{', …' if len(others) > 1 else ''}), which are never overwritten. Continue from "
+                'them (TrainerArgs.ckpt_load_dir = "auto"), give another directory, or delete them.'
             )
         self._delete_older(self.newest_iteration)
 
 
-def find(load_dir: str, save_dir: str) -> Path | None:
-    """The checkpoint that ``load_dir`` means: itself, the latest in it, or ("auto") the latest in ``save_dir`` if any.
+def find_checkpoint(load_dir: str, save_dir: str) -> Path | None:
+    """Return the checkpoint that ``load_dir`` means: itself, the latest in it, or ("auto") the latest in ``save_dir``.
 
-    Raises DataError where a directory was named and has no complete checkpoint.
+    Returns None where there is none to load. Raises DataError if a named directory has no complete checkpoint.
     """
     return next(iter(_candidates(load_dir, save_dir)), None)
 
 
 def _candidates(load_dir: str, save_dir: str) -> list[Path]:
-    """The same, and then what else may be tried if that is damaged."""
+    """Return the same checkpoint, followed by those to try if it is damaged."""
     if not load_dir:
         return []
     if load_dir == AUTO:
-        return place.by_preference(Path(save_dir))
+        return folder.restore_candidates(Path(save_dir))
     path = Path(load_dir)
-    found = [path] if (path / MANIFEST).is_file() else place.by_preference(path)[:1]
+    found = [path] if (path / MANIFEST).is_file() else folder.restore_candidates(path)[:1]
     if not found:
         raise DataError(
             f'no complete checkpoint in {path} (TrainerArgs.ckpt_load_dir). Give a directory "iteration_<n>" that '
-            f'holds a {MANIFEST}, the directory above such ones, "auto" or "".'
+            f'holds a {MANIFEST}, the directory above such directories, "auto" or "".'
         )
     return found
+
+
+class BackgroundWriter:
+    """Runs one function after another in a thread, in the same order on all ranks. Create it collectively.
+
+    The functions get a mesh of their own. Its collectives use a gloo group that only these threads use, so that they
+    cannot be mixed up with those of training. Its heartbeat is separate, because the watchdog
+    compares that of the main thread.
+
+    ``timeout_s``: how long these collectives wait for a rank.
+    """
+
+    def __init__(self, mesh: Mesh, timeout_s: float) -> None:
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._mesh = mesh
+        self._own_mesh = dataclasses.replace(mesh, world_group=group, heartbeat=Heartbeat())
+        # Without this the thread would create a context on the host's first GPU, whichever GPU the copies come from.
+        device = (torch.cuda.set_device, (mesh.device,)) if mesh.device.type == "cuda" else (None, ())
+        self._thread = ThreadPoolExecutor(1, "checkpoint", *device)
+        self._work: list[Future[None]] = []
+
+    def start(self, function: Callable[[Mesh], None]) -> None:
+        """Call ``function`` in the thread after all earlier ones."""
+        self._work.append(self._thread.submit(function, self._own_mesh))
+
+    @property
+    def is_working(self) -> bool:
+        """Whether ``poll`` or ``wait`` have not reported all functions; the same on all ranks."""
+        return bool(self._work)
+
+    def poll(self) -> None:
+        """Raise the error of a function that has ended on all ranks: on all ranks in the same step.
+
+        Collective, but only where a function is running.
+        """
+        if not self._work:
+            return
+        ended = torch.tensor([int(all(work.done() for work in self._work))])
+        if self._mesh.world_size > 1:
+            dist.all_reduce(ended, op=dist.ReduceOp.MIN, group=self._mesh.world_group)
+        if ended.item():
+            self._raise_errors()
+
+    def wait(self) -> None:
+        """Wait for all functions and raise the first error. Collective."""
+        before = -1
+        while wait(self._work, _POLL_S).not_done:
+            marks = self._own_mesh.heartbeat.marks
+            if marks != before:  # the thread makes progress, so this rank is not stuck
+                self._mesh.heartbeat.beat()
+            before = marks
+        self._raise_errors()
+
+    def _raise_errors(self) -> None:
+        work, self._work = self._work, []
+        for each in work:
+            each.result()

@@ -1,4 +1,4 @@
-"""The command line of the entry scripts: gin files in, a checked RunConfig out, or a readable list of mistakes."""
+"""The command line of the entry scripts: from gin files to a checked RunConfig, or to a list of their mistakes."""
 
 from __future__ import annotations
 
@@ -6,35 +6,36 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from hstu.config.errors import ConfigError, UserError, let_another_rank_tell
-from hstu.config.gin_io import read
-from hstu.config.problems import in_reading_order
+from hstu.config.args import Task
+from hstu.config.errors import ConfigError, wait_for_the_reporting_rank
+from hstu.config.gin_io import read_and_check
 from hstu.config.reference import explain
-from hstu.config.rule_engine import Run
-from hstu.config.rules import advice, rule
-from hstu.config.run_config import RunConfig, Task
+from hstu.config.rules import RULES, Rule
+from hstu.config.run_config import RunConfig
 
 
-def parse_command_line(task: Task, argv: Sequence[str] | None = None) -> RunConfig:
-    """Reads the command line (``sys.argv`` by default) and the gin files it names; checks everything there is to check.
+def parse_command_line(task: Task, argv: Sequence[str] | None = None, rules: Sequence[Rule] = RULES) -> RunConfig:
+    """Reads the command line (``sys.argv`` by default) and its gin files, and applies ``rules``.
 
-    On mistakes prints all of them, on rank 0 alone, and exits with code 2. ``--validate-only``, ``--print-config``
-    and ``--explain`` print what they are asked for and exit with code 0. Warnings go to standard error.
+    On mistakes, rank 0 prints all of them and every rank exits with code 2. ``--validate-only``, ``--print-config`` and
+    ``--explain`` print their output and exit with code 0. Warnings go to standard error.
     """
-    is_first_rank = os.environ.get("RANK", "0") == "0"  # RANK and WORLD_SIZE are set by torchrun
+    is_first_rank = os.environ.get("RANK", "0") == "0"  # torchrun sets RANK and WORLD_SIZE
     try:
         options = _parser(task).parse_args(argv)
         if options.explain is not None:
             _finish(explain(options.explain), is_first_rank)
         world_size = _world_size(os.environ)
-        config, warnings = read_and_check(options.files, options.bindings, task, world_size)
+        config, warnings = read_and_check(options.files, options.bindings, task, world_size, rules)
     except ConfigError as error:
         if is_first_rank:
-            print(_headline(error) + str(error), file=sys.stderr)
+            count = len(error.problems)
+            headline = "bad configuration: " if count == 1 else f"bad configuration, {count} problems:\n"
+            print(f"{headline}{error}", file=sys.stderr)
         else:
-            let_another_rank_tell()
+            wait_for_the_reporting_rank()
         sys.exit(error.exit_code)
     if is_first_rank:
         for warning in warnings:
@@ -47,76 +48,31 @@ def parse_command_line(task: Task, argv: Sequence[str] | None = None) -> RunConf
     return config
 
 
-def read_and_check(
-    files: Sequence[str], bindings: Sequence[str], task: Task, world_size: int
-) -> tuple[RunConfig, list[str]]:
-    """``load`` and ``validate`` at once, so that ConfigError lists the problems of both. Returns warnings too."""
-    if not files:
-        raise ConfigError(
-            f"no configuration: give --gin-config-file FILE, for example "
-            f"--gin-config-file configs/ml_1m_{task}.gin (--help lists all options, --explain all parameters)"
-        )
-    draft = read(files, bindings, task)
-    run = Run(task, world_size, draft.parts, draft.origins)
-    if draft.complete:
-        draft.problems += rule.apply(run)
-    return draft.finish(), in_reading_order(advice.apply(run))
-
-
 class _Parser(argparse.ArgumentParser):
-    """Reports like the rest: once, through ConfigError."""
+    """Reports mistakes as ConfigError, as the rest of the command line does."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message} (--help lists the options)")
 
 
 def _parser(task: Task) -> argparse.ArgumentParser:
-    parser = _Parser(
-        description=f"Train an HSTU model for {task}. Everything is set in gin files.",
-        allow_abbrev=False,
-    )
+    parser = _Parser(description=f"Train an HSTU model for {task}. Everything is set in gin files.", allow_abbrev=False)
+    repeated: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
     add = parser.add_argument
-    add(
-        "--gin-config-file",
-        dest="files",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="gin file; may be repeated, later files win",
-    )
-    add(
-        "--gin-bindings",
-        dest="bindings",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="BINDING",
-        help='"Class.parameter = value"; may be repeated, wins over the files',
-    )
+    add("--gin-config-file", dest="files", metavar="FILE", help="gin file; repeatable, later files win", **repeated)
+    bindings_help = '"Class.parameter = value"; repeatable, wins over the files'
+    add("--gin-bindings", dest="bindings", metavar="BINDING", help=bindings_help, **repeated)
     add("--validate-only", action="store_true", help="check everything, print one line, exit")
     add("--print-config", action="store_true", help="print the configuration in force, defaults included, exit")
-    add(
-        "--explain",
-        nargs="*",
-        metavar="CLASS",
-        help="print the parameters of these classes (of all, if none is named), exit",
-    )
+    add("--explain", nargs="*", metavar="CLASS", help="print the parameters of these (or all) classes, exit")
     return parser
 
 
 def _world_size(environment: Mapping[str, str]) -> int:
     text = environment.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(
-            f"WORLD_SIZE = {text!r} in the environment: expected the number of ranks, as torchrun sets it"
-        )
+        raise ConfigError(f"WORLD_SIZE = {text!r} in the environment: expected a number of ranks; torchrun sets it")
     return int(text)
-
-
-def _headline(error: UserError) -> str:
-    count = len(error.problems) if isinstance(error, ConfigError) else 1
-    return "bad configuration: " if count == 1 else f"bad configuration, {count} problems:\n"
 
 
 def _finish(text: str, is_first_rank: bool) -> NoReturn:

@@ -1,6 +1,6 @@
-"""The two kinds of error a user can cause, and the exit codes that go with them.
+"""The errors that a user can cause, and the exit codes of the programs.
 
-Everything else that goes wrong is a defect of ours and shows a traceback (exit code 1).
+Any other exception is a defect of the program: it shows a traceback and exits with code 1.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_BAD_CONFIG = 2
 EXIT_BAD_DATA = 3
-_TELLING_S = 2.0
+_TIME_TO_REPORT_S = 2.0
 
 
 class UserError(Exception):
-    """Base of errors that are shown without a traceback; ``exit_code`` tells the shell which kind."""
+    """Base of errors that are shown without a traceback. ``exit_code`` is that of the program."""
 
     exit_code = EXIT_FAILURE
 
 
 class ConfigError(UserError):
-    """One or more mistakes in the configuration. ``problems`` holds one readable line for each."""
+    """One or more mistakes in the configuration. ``problems`` has one line per mistake."""
 
     exit_code = EXIT_BAD_CONFIG
 
@@ -31,13 +31,14 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Data that is missing, damaged or not what its name says: what, where, and what to do."""
+    """Data that is missing, damaged or of another kind than expected. The text names the file and what to do."""
 
     exit_code = EXIT_BAD_DATA
 
 
-def let_another_rank_tell() -> None:
-    """For a rank that fails as all do and says nothing: torchrun ends all ranks as soon as one has ended, which must
-    not come before the one that tells has told. Its end ends this wait.
+def wait_for_the_reporting_rank() -> None:
+    """Delays the exit of a rank that fails silently because another rank reports the same error.
+
+    torchrun kills all ranks as soon as one exits, so rank 0 needs time to print.
     """
-    time.sleep(_TELLING_S)
+    time.sleep(_TIME_TO_REPORT_S)

@@ -1,17 +1,22 @@
-"""Statements of gin files filed by the parameter they bind. Says which names do not exist and what is bound twice."""
+"""Statements of gin files, filed by the parameter that they bind, and the user's own functions that they call.
+
+Unknown names and double bindings are reported here. A misspelt name is reported and then read as the most similar
+name, so that the rest of the statement is checked too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
-from hstu.config import user_code
-from hstu.config.args import ARGS_CLASSES, Args
-from hstu.config.checks import is_required
-from hstu.config.gin_scan import Binding, Broken, Scan
+import gin
+
+from hstu.config.args import CLASSES, REGISTRY, Args
+from hstu.config.gin_scan import Binding, Broken, Import, Macro, Reference, Scan
+from hstu.config.option import is_required, options_of
 from hstu.config.problems import Problem, nearest, show
-
-CLASSES: Mapping[str, type[Args]] = {cls.__name__: cls for cls in ARGS_CLASSES}
 
 Owner = tuple[str, type[Args]]
 """(scope, class): what a group of bindings belongs to."""
@@ -24,7 +29,7 @@ def written(owner: Owner) -> str:
 
 
 class Bindings:
-    """Statements filed by what they bind; says which names do not exist and what is bound twice."""
+    """Statements by what they bind. ``problems`` receives what is wrong with their names."""
 
     def __init__(self, statements: Scan, problems: list[Problem]) -> None:
         self.by_owner: dict[Owner, dict[str, Binding]] = {}
@@ -41,58 +46,102 @@ class Bindings:
             self._check_twice(binding, binding.name, "")
             self.macros[binding.name] = binding
             if cls:
-                self._problems.append(Problem(f"{binding.name}: bind one of its parameters, not the class", binding.at))
+                self._report(binding, f"is a class; bind one of its parameters: {cls.__name__}.parameter = value")
                 self.macros[binding.name] = replace(binding, value=Broken())
         elif cls:
             self._file_parameter(cls, binding)
-        elif user_code.is_registered(binding.selector):
+        elif is_registered(binding.selector):
             self._check_twice(binding, f"{binding.scope}/{binding.selector}", binding.parameter)
             self.user.append(binding)
         else:
             guess = nearest(binding.selector, CLASSES)
-            text = f"there is no class {binding.selector}" + (f"; did you mean {guess!r}?" if guess else "")
-            known = "" if guess else "; there are " + ", ".join(CLASSES)
-            self._problems.append(Problem(f"{binding.name} = {show(binding.value)}: {text}{known}", binding.at))
-            if guess:  # then the parameter is not also missing
-                self._file_parameter(CLASSES[guess], replace(binding, value=Broken(), selector=guess), silent=True)
-
-    def _file_parameter(self, cls: type[Args], binding: Binding, silent: bool = False) -> None:
-        names = {alias: f.name for f in fields(cls) for alias in (f.name, *f.metadata["aliases"])}  # type: ignore[arg-type]
-        parameter = names.get(binding.parameter)
-        if parameter is None:
-            if not silent:
-                self._problems.append(Problem(_no_such_parameter(cls, binding, names), binding.at))
-            guess = nearest(binding.parameter, names)
+            hint = f"did you mean {guess!r}?" if guess else f"there are {', '.join(CLASSES)}"
+            self._report(binding, f"there is no class {binding.selector}; {hint}")
             if guess:
-                owned = self.by_owner.setdefault((binding.scope, cls), {})
-                owned.setdefault(names[guess], replace(binding, value=Broken()))
+                self._file_parameter(CLASSES[guess], binding, is_guess=True)
+
+    def _file_parameter(self, cls: type[Args], binding: Binding, is_guess: bool = False) -> None:
+        names = {name: option.name for option in options_of(cls) for name in (option.name, *option.metadata["aliases"])}
+        owner = (binding.scope, cls)
+        if binding.parameter in names:
+            parameter = names[binding.parameter]
+            self._check_twice(binding, written(owner), parameter)
+            self.by_owner.setdefault(owner, {})[parameter] = binding
             return
-        self._check_twice(binding, written((binding.scope, cls)), parameter)
-        self.by_owner.setdefault((binding.scope, cls), {})[parameter] = binding
+        guess = nearest(binding.parameter, names)
+        if guess or not is_guess:
+            self._report(binding, _no_such_parameter(cls, binding, guess, names))
+        if guess:
+            self.by_owner.setdefault(owner, {}).setdefault(names[guess], binding)
 
     def _check_twice(self, binding: Binding, owner: str, parameter: str) -> None:
         first = self._seen.setdefault((binding.at.source, owner, parameter), binding)
         if first is not binding and not isinstance(first.value, Broken) and not isinstance(binding.value, Broken):
             other = f" as {first.parameter}" if first.parameter != binding.parameter else ""
-            text = f"bound twice: already {show(first.value)}{other} at {first.at}; keep one of them"
-            self._problems.append(Problem(f"{binding.name} = {show(binding.value)}: {text}", binding.at))
+            self._report(binding, f"bound twice: already {show(first.value)}{other} at {first.at}; keep one of them")
 
-    def scopes_of(self, *classes: type[Args]) -> list[str]:
-        """The scopes that are bound for any of the classes, in file order."""
-        return [scope for scope, cls in self.by_owner if cls in classes and scope]
+    def _report(self, binding: Binding, text: str) -> None:
+        self._problems.append(Problem(f"{binding}: {text}", binding.at))
+
+    def owners_of(self, cls: type[Args]) -> list[Owner]:
+        """The objects of a class or a subclass that the files bind, in file order.
+
+        Bindings without a scope are defaults of those with a scope, as in gin; alone they are one object.
+        """
+        owners = [owner for owner in self.by_owner if issubclass(owner[1], cls)]
+        scoped = {kind for scope, kind in owners if scope}
+        return [owner for owner in owners if owner[0] or owner[1] not in scoped]
 
 
 def find_class(selector: str) -> type[Args] | None:
-    """By its name, or by its name with modules before it as gin allows."""
+    """The class of this name. As in gin, modules may precede it: ``hstu.config.args.NetworkArgs``."""
     cls = CLASSES.get(selector.rpartition(".")[2])
-    return cls if cls and f".{cls.__module__}.{cls.__name__}".endswith(f".{selector}") else None
+    return cls if cls and f".hstu.config.args.{cls.__name__}".endswith(f".{selector}") else None
 
 
-def _no_such_parameter(cls: type[Args], binding: Binding, names: Mapping[str, str]) -> str:
-    text = f"{binding.name} = {show(binding.value)}: {cls.__name__} has no parameter {binding.parameter}"
-    if guess := nearest(binding.parameter, names):
+def _no_such_parameter(cls: type[Args], binding: Binding, guess: str | None, names: Mapping[str, str]) -> str:
+    text = f"{cls.__name__} has no parameter {binding.parameter}"
+    if guess:
         return f"{text}; did you mean {guess!r}? (--explain {cls.__name__} lists all)"
-    owned = [(other, f) for other in ARGS_CLASSES for f in fields(other) if f.name == binding.parameter]  # type: ignore[arg-type]
-    for other, _ in sorted(owned, key=lambda one: not is_required(one[1])):  # what must be given is more likely meant
+    owners = [(other, option) for other in REGISTRY for option in options_of(other) if option.name == binding.parameter]
+    for other, _ in sorted(owners, key=lambda owner: not is_required(owner[1])):  # more likely if it is required
         return f"{text}; did you mean {other.__name__}.{binding.parameter}?"
     return f"{text}; it has {', '.join(names)}"
+
+
+# --- the user's own functions and constants, the only ones in gin's own registry -------------------------------------
+
+
+def run_imports(imports: list[Import]) -> list[Problem]:
+    """Imports the modules that a file names, so that they register their functions and constants with gin."""
+    problems = []
+    for statement in imports:
+        try:
+            importlib.import_module(statement.module)
+        except Exception as error:  # user code may raise anything
+            text = f"import {statement.module}: {type(error).__name__}: {error}; check the name, PYTHONPATH and module"
+            problems.append(Problem(text, statement.at))
+    return problems
+
+
+def is_registered(selector: str) -> bool:
+    """Whether gin has a function or class of this name."""
+    try:
+        gin.get_configurable(selector)
+    except (ValueError, KeyError):  # unknown or ambiguous
+        return False
+    return True
+
+
+def constant(macro: Macro) -> tuple[bool, Any]:
+    """(found, value) of a constant that is registered with gin."""
+    try:
+        return True, gin.query_parameter(macro.name)
+    except (ValueError, RuntimeError):  # no constant; gin takes the name for a parameter and fails
+        return False, None
+
+
+def evaluate(reference: Reference) -> Any:
+    """The configured function, called if the reference has parentheses. Raises what the function raises."""
+    function: Callable[..., Any] = gin.get_configurable(reference.name)
+    return function() if reference.call else function

@@ -1,213 +1,205 @@
-"""Gin files and command-line bindings → RunConfig, or all that is wrong with them.
+"""Gin files and command-line bindings → RunConfig, or a list of all that is wrong with them.
 
-``load`` is all that the rest needs. In order: gin_scan.py reads statements, gin_bindings.py files them by class and
-parameter, ``_Builder`` makes the argument objects, and what no object asked for is reported as never used.
+gin_scan.py reads statements; gin_bindings.py files them by class and parameter; ``_Builder`` makes the argument objects
+and reports what none of them uses; hstu/config/rules checks the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field
 from typing import Any
 
-from hstu.config import user_code
-from hstu.config.args import (
-    Args,
-    BenchmarkDatasetArgs,
-    DatasetArgs,
-    DynamicEmbeddingArgs,
-    EmbeddingArgs,
-    LRScheduleArgs,
-    NetworkArgs,
-    OptimizerArgs,
-    PartOptimizerArgs,
-    PrecisionArgs,
-    RankingArgs,
-    RetrievalArgs,
-    TensorModelParallelArgs,
-    TrainerArgs,
-)
-from hstu.config.checks import default_of, describe, field_problems, is_required, takes_references
-from hstu.config.errors import ConfigError
-from hstu.config.gin_bindings import CLASSES, Bindings, Owner, find_class, written
-from hstu.config.gin_scan import Binding, Broken, Macro, Reference, Scan, scan
-from hstu.config.problems import Location, Origin, Problem, did_you_mean, in_reading_order, nearest, show
-from hstu.config.run_config import Partial, RunConfig, Task, named_parts
+import gin
 
-TABLES = (EmbeddingArgs, DynamicEmbeddingArgs)
-TASK_ARGS: Mapping[str, type[Args]] = {"ranking": RankingArgs, "retrieval": RetrievalArgs}
-ALWAYS_READ = (TrainerArgs, NetworkArgs, OptimizerArgs, LRScheduleArgs, PrecisionArgs, TensorModelParallelArgs)
+from hstu.config.args import CLASSES, REGISTRY, TASK_ARGS, Args, BenchmarkDatasetArgs, EmbeddingArgs, Task
+from hstu.config.errors import ConfigError
+from hstu.config.gin_bindings import (
+    Bindings,
+    Owner,
+    constant,
+    evaluate,
+    find_class,
+    is_registered,
+    run_imports,
+    written,
+)
+from hstu.config.gin_scan import Binding, Broken, Macro, Reference, Scan, scan
+from hstu.config.incomplete import incomplete
+from hstu.config.option import (
+    annotation_of,
+    coerce,
+    default_of,
+    describe,
+    field_problems,
+    is_required,
+    options_of,
+    referred_class,
+)
+from hstu.config.problems import Location, Origin, Problem, did_you_mean, nearest, show
+from hstu.config.rules import RULES, Rule, check
+from hstu.config.run_config import RunConfig, RunDraft
+
+REFERRERS = {kind: cls for cls in REGISTRY for field in options_of(cls) if (kind := referred_class(cls, field))}
+"""Class that others refer to → the class that has a field for it."""
 
 
 def load(files: Sequence[str], bindings: Sequence[str], task: Task) -> RunConfig:
-    """Reads gin files (later ones win) and bindings (which win over files); ConfigError lists every problem.
+    """Reads gin files (later ones win) and bindings (which win over files). Raises ConfigError with every problem.
 
-    Checks across classes are separate: ``hstu.config.validate.validate``.
+    It checks each parameter by itself; ``read_and_check`` also applies the rules across parameters.
     """
-    return read(files, bindings, task).finish()
+    return read_and_check(files, bindings, task, world_size=1, rules=())[0]
 
 
-def read(files: Sequence[str], bindings: Sequence[str], task: Task) -> Draft:
-    """As ``load``, but does not raise: the draft holds what could be read, and the problems."""
-    return _Builder(scan(files, bindings), files, task).draft()
+def read_and_check(
+    files: Sequence[str], bindings: Sequence[str], task: Task, world_size: int, rules: Sequence[Rule] = RULES
+) -> tuple[RunConfig, list[str]]:
+    """As ``load``, with ``rules``. Returns the configuration and warnings, one line each.
 
-
-@dataclass
-class Draft:
-    """What was read, right or wrong. ``parts`` and ``origins`` are as in RunConfig, wrong parts being Partial."""
-
-    task: Task
-    files: tuple[str, ...]
-    parts: dict[str, Any]
-    origins: dict[str, Mapping[str, Origin]]
-    problems: list[Problem]
-    complete: bool
-    """False: a file could not be read, so that what does not fit together may be its fault."""
-
-    def finish(self) -> RunConfig:
-        """The RunConfig; ConfigError if there are problems."""
-        if self.problems:
-            raise ConfigError(in_reading_order(self.problems))
-        part = self.parts
-        benchmark = part.get("BenchmarkDatasetArgs")
-        return RunConfig(
-            task=self.task,
-            trainer=part["TrainerArgs"],
-            dataset=benchmark or part["DatasetArgs"],
-            embeddings=tuple(table for name, table in part.items() if name.startswith("embeddings[")),
-            network=part["NetworkArgs"],
-            optimizer=part["OptimizerArgs"],
-            schedule=part["LRScheduleArgs"],
-            precision=part["PrecisionArgs"],
-            tensor_parallel=part["TensorModelParallelArgs"],
-            task_args=part[TASK_ARGS[self.task].__name__],
-            source_files=self.files,
-            origins=self.origins,
+    Raises ConfigError with the problems of the files and those of the rules together.
+    """
+    if not files and rules:  # ``load`` also takes bindings alone
+        raise ConfigError(
+            f"no configuration: give --gin-config-file FILE, for example --gin-config-file configs/ml_1m_{task}.gin "
+            "(--help lists all options, --explain all parameters)"
         )
+    builder = _Builder(scan(files, bindings), files, task)
+    draft = builder.draft(world_size)
+    warnings = check(draft, rules, builder.problems)
+    return draft.finish(), warnings
 
 
 class _Builder:
-    """Makes argument objects from bindings and remembers which bindings were used."""
+    """Makes argument objects from bindings and records which bindings are used."""
 
     def __init__(self, statements: Scan, files: Sequence[str], task: Task) -> None:
         self.files, self.task, self.complete = tuple(files), task, statements.complete
-        self.problems = [*statements.problems, *user_code.run_imports(statements.imports)]
+        self.problems = [*statements.problems, *run_imports(statements.imports)]
         self.bindings = Bindings(statements, self.problems)
         self._start = Location(1, 0, files[0] if files else "--gin-bindings")
         self._used: set[int] = set()
         self._referred: set[str] = set()
-        self._objects: dict[Owner, Args | Partial] = {}
+        self._unclear: list[type[Args]] = []  # wrong values hide which objects of these classes are referred to
+        self._objects: dict[Owner, Args] = {}
         self._origins: dict[int, Mapping[str, Origin]] = {}
         self._resolving: list[str] = []
         self._making: set[Owner] = set()
-        self._references_wrong = False  # then what is referred to is not known
 
-    def draft(self) -> Draft:
+    def draft(self, world_size: int) -> RunDraft:
+        """The run that the files describe, without the values that are wrong."""
         self._bind_user_code()
-        single = [self.object(("", cls)) for cls in (*ALWAYS_READ, TASK_ARGS[self.task])]
+        known: dict[str, Any] = {"task": self.task, "source_files": self.files, "world_size": world_size}
         dataset = self._dataset_class()
-        if dataset:
-            single.append(self.object(("", dataset)))
-        tables = self._tables(single[-1] if dataset is BenchmarkDatasetArgs else None)
-        if self.complete:
-            self._report_unused(dataset)
-        parts = named_parts(single, tables)
+        for cls, place in REGISTRY.items():
+            if place not in ("", "embeddings", "dataset", "task_args") or cls in (dataset, TASK_ARGS[self.task]):
+                known[place] = self.object(("", cls))
+        if dataset is BenchmarkDatasetArgs:
+            tables = getattr(known["dataset"], "embedding_args", None)
+        else:
+            tables = [self.object(owner) for owner in self.bindings.owners_of(EmbeddingArgs)]
+        if tables is not None and (self.complete or dataset is BenchmarkDatasetArgs):
+            known["embeddings"] = tuple(tables)
+        for referred in self._unclear:  # the list grows while their objects are made
+            for owner in self.bindings.owners_of(referred):
+                self.object(owner)
+        self._check_unused(dataset is not None)
+        parts = incomplete(RunDraft, known).parts()
         origins = {name: self._origins.get(id(part), {}) for name, part in parts.items()}
-        return Draft(self.task, self.files, parts, origins, self.problems, self.complete)
+        return incomplete(RunDraft, known | {"origins": origins})
 
     def _dataset_class(self) -> type[Args] | None:
-        """The one of the two kinds of dataset that the file describes."""
-        found = [cls for cls in (DatasetArgs, BenchmarkDatasetArgs) if ("", cls) in self.bindings.by_owner]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            at = max(next(iter(self.bindings.by_owner["", cls].values())).at for cls in found)
-            text = "DatasetArgs and BenchmarkDatasetArgs are both bound; give one of them"
-        else:
-            at = self._start
+        """The one of the two kinds of dataset that the files describe."""
+        kinds = [cls for cls, place in REGISTRY.items() if place == "dataset"]
+        found = {cls: bound for cls in kinds if (bound := self.bindings.by_owner.get(("", cls)))}
+        if len(found) > 1:
+            at = max(next(iter(bound.values())).at for bound in found.values())
+            names = " and ".join(cls.__name__ for cls in found)
+            self.problems.append(Problem(f"{names} are both bound; remove one of them", at))
+        if found:  # of two, the one that lacks fewer parameters is probably the one to keep
+            return min(found, key=lambda cls: sum(is_required(f) and f.name not in found[cls] for f in options_of(cls)))
+        if self.complete:
             text = (
                 "no dataset: bind DatasetArgs.dataset_name and DatasetArgs.max_sequence_length, "
                 "or BenchmarkDatasetArgs for random data"
             )
-        if found or self.complete:
-            self.problems.append(Problem(text, at))
+            self.problems.append(Problem(text, self._start))
         return None
-
-    def _tables(self, benchmark: Any) -> list[Any]:
-        if benchmark is not None:
-            known = getattr(benchmark, "embedding_args", ())
-            return [table for table in known if isinstance(table, (Args, Partial))]
-        owners = [owner for owner in self.bindings.by_owner if owner[1] in TABLES]
-        scoped = {cls for scope, cls in owners if scope}
-        # unscoped bindings beside scoped ones are their defaults, as in gin; alone they are one table
-        made = [self.object(owner) for owner in owners if owner[0] or owner[1] not in scoped]
-        return [table for table in made if not isinstance(table, Broken)]
 
     # --- objects ---
 
-    def object(self, owner: Owner) -> Args | Partial:
-        """The argument object of a class under a scope, made once."""
+    def object(self, owner: Owner) -> Args:
+        """The argument object of a class under a scope, made once; incomplete if some of its values are wrong."""
         if owner not in self._objects:
             self._making.add(owner)
             self._objects[owner] = self._make(owner)
             self._making.remove(owner)
         return self._objects[owner]
 
-    def _make(self, owner: Owner) -> Args | Partial:
+    def _make(self, owner: Owner) -> Args:
         scope, cls = owner
         bound = self._bound(owner)
-        is_stray = self._is_stray(owner, bound)
+        leaves_out = not self.complete or self._is_stray(owner, bound)
         values: dict[str, Any] = {}
-        for field in fields(cls):  # type: ignore[arg-type]
+        for field in options_of(cls):
             if field.name in bound:
                 values[field.name] = self._given(cls, field, bound[field.name], scope)
             else:
-                values[field.name] = Broken() if is_stray else self._left_out(owner, field, bound)
+                values[field.name] = Broken() if leaves_out else self._left_out(owner, field, bound)
         known = {name: value for name, value in values.items() if not _holds(value, Broken)}
-        complete = len(known) == len(values) and not any(_holds(value, Partial) for value in known.values())
-        made = cls(**known) if complete else Partial(cls, known)
-        self._origins[id(made)] = {name: Origin(b.at, b.name) for name, b in bound.items()}
+        made = cls(**known) if len(known) == len(values) else incomplete(cls, known)
+        self._origins[id(made)] = {
+            name: Origin(binding.at, binding.name, show(binding.value)) for name, binding in bound.items()
+        }
         return made
 
     def _given(self, cls: type[Args], field: Field[Any], binding: Binding, scope: str) -> Any:
-        """The value that is bound to a field, Broken if it is wrong."""
+        """The value that is bound to a field; Broken if it is wrong."""
         value = self._resolve(binding.value, binding, scope)
-        if _holds(value, Partial) and not takes_references(cls, field):
-            problems = [f"expected {describe(cls, field)}"]
-        else:
-            problems = [] if _unfinished(value) else field_problems(cls, field, value)
-        self._complain(binding, problems, value)
-        if problems or _holds(value, Broken):
-            self._references_wrong |= takes_references(cls, field)
-            return Broken()
-        return value
+        problems = [] if _holds(value, Broken) else field_problems(cls, field, value)
+        shown = show(binding.value)
+        if show(value) != shown and not _holds(value, Args):
+            shown += f" (which is {show(value)})"
+        self.problems += [Problem(f"{binding.name} = {shown}: {problem}", binding.at) for problem in problems]
+        if not problems and not _holds(value, Broken):
+            return coerce(annotation_of(cls, field), value)
+        self._note_unclear(cls, field)
+        return Broken()
 
     def _left_out(self, owner: Owner, field: Field[Any], bound: Mapping[str, Binding]) -> Any:
-        """The default of a field, Broken if there is none or it is not valid by itself."""
+        """The default of a field; Broken if there is none or if it is invalid."""
         cls = owner[1]
-        value = Broken() if is_required(field) else default_of(field)
         if is_required(field):
-            problems = [f"is required and not bound; expected {describe(cls, field)}"]
+            value, problems = Broken(), [f"is required and not bound; expected {describe(cls, field)}"]
+            self._note_unclear(cls, field)
         else:
+            value = default_of(field)
             problems = field_problems(cls, field, value)
-        if problems and self.complete:
-            place = self._place(bound)
-            self.problems += [Problem(f"{written(owner)}.{field.name} {problem}", place) for problem in problems]
+        at = self._location_of(bound)
+        self.problems += [Problem(f"{written(owner)}.{field.name} {problem}", at) for problem in problems]
         return Broken() if problems else value
 
+    def _note_unclear(self, cls: type[Args], field: Field[Any]) -> None:
+        referred = referred_class(cls, field)
+        if referred is not None and referred not in self._unclear:
+            self._unclear.append(referred)
+
     def _is_stray(self, owner: Owner, bound: Mapping[str, Binding]) -> bool:
-        """Whether this is a table that lacks parameters under a scope that looks like a misspelling; says so."""
+        """Whether this object lacks parameters because its scope is probably misspelt. Reports it."""
         scope, cls = owner
-        missing = [f.name for f in fields(cls) if is_required(f) and f.name not in bound]  # type: ignore[arg-type]
-        guess = nearest(scope, [other for other in self.bindings.scopes_of(*TABLES) if other != scope])
-        if not (scope and cls in TABLES and missing and guess):
+        others = [
+            other for other, kind in self.bindings.by_owner if REGISTRY[kind] == REGISTRY[cls] != "" or kind is cls
+        ]
+        missing = [field.name for field in options_of(cls) if is_required(field) and field.name not in bound]
+        guess = nearest(scope, [other for other in others if other and other != scope])
+        if not (scope and missing and guess) or written(owner) in self._referred:
             return False
         text = f"{written(owner)} lacks {', '.join(missing)}; is the scope {scope!r} a misspelling of {guess!r}?"
-        self.problems.append(Problem(text, self._place(bound)))
+        self.problems.append(Problem(text, self._location_of(bound)))
         return True
 
     def _bound(self, owner: Owner) -> dict[str, Binding]:
-        """The bindings in force under a scope: those of the outer scopes first, inner ones win, as in gin."""
+        """The bindings in force under a scope. Inner scopes win over outer ones, as in gin."""
         scope, cls = owner
         names = scope.split("/") if scope else []
         bound: dict[str, Binding] = {}
@@ -217,20 +209,14 @@ class _Builder:
             bound |= found
         return bound
 
-    def _place(self, bound: Mapping[str, Binding]) -> Location:
-        """Where to report what is not there: the first line about the same object, else the file."""
+    def _location_of(self, bound: Mapping[str, Binding]) -> Location:
+        """Where to report what an object lacks: the first line about it, or else the file."""
         return min((binding.at for binding in bound.values()), default=self._start)
-
-    def _complain(self, binding: Binding, problems: Sequence[str], value: Any) -> None:
-        shown = show(binding.value)
-        if show(value) != shown and not isinstance(value, Args):
-            shown += f" (which is {show(value)})"
-        self.problems += [Problem(f"{binding.name} = {shown}: {problem}", binding.at) for problem in problems]
 
     # --- values ---
 
     def _resolve(self, value: Any, binding: Binding, scope: str) -> Any:
-        """The value with references made into objects and macros replaced; Broken where that fails."""
+        """The value with objects in place of references and macros; Broken in place of those that are wrong."""
         match value:
             case list() | tuple():
                 return type(value)(self._resolve(element, binding, scope) for element in value)
@@ -243,24 +229,25 @@ class _Builder:
         return value
 
     def _fail(self, binding: Binding, text: str) -> Broken:
-        self.problems.append(Problem(f"{binding.name} = {show(binding.value)}: {text}", binding.at))
+        self.problems.append(Problem(f"{binding}: {text}", binding.at))
         return Broken()
 
     def _resolve_macro(self, macro: Macro, binding: Binding, scope: str) -> Any:
         if macro.name in self._resolving:
-            return self._fail(binding, f"the macro {macro} is defined by itself")
+            return self._fail(binding, f"the macro {macro} is defined by itself; give it a value")
         definition = self.bindings.macros.get(macro.name)
         if definition is None:
-            found, value = user_code.constant(macro)
+            found, value = constant(macro)
             if found:
                 return value
             guess = nearest(macro.name, self.bindings.macros)
-            if guess:  # then that one is not also unused
-                self._used.add(id(self.bindings.macros[guess]))
-            known = did_you_mean(macro.name, self.bindings.macros)
-            return self._fail(binding, f"there is no macro or constant {macro}{known}")
+            hint = f"; did you mean {guess!r}?" if guess else f"; define it: {macro.name} = value"
+            self._fail(binding, f"there is no macro or constant {macro}{hint}")
+            if guess is None or guess in self._resolving:
+                return Broken()
+            definition = self.bindings.macros[guess]
         self._used.add(id(definition))
-        self._resolving.append(macro.name)
+        self._resolving.append(definition.name)
         value = self._resolve(definition.value, definition, scope)
         self._resolving.pop()
         return value
@@ -270,71 +257,87 @@ class _Builder:
         if cls is None:
             return self._call_user_code(reference, binding)
         if not reference.call:
-            return self._fail(binding, f"a reference needs parentheses: {reference}()")
+            self._fail(binding, f"a reference needs parentheses: {reference}()")
         owner = (reference.scope or scope, cls)
-        self._referred.add(written(owner))
         if reference.scope and owner not in self.bindings.by_owner:
-            bound = [written(other) for other in self.bindings.by_owner if other[0]]
+            bound = {written(other): other for other in self.bindings.by_owner if other[0]}
             guess = nearest(written(owner), bound)
-            hint = f"; did you mean '@{guess}()'?" if guess else ""
-            return self._fail(binding, f"nothing is bound to {written(owner)}{hint}")
+            hint = f"; did you mean '@{guess}()'?" if guess else f"; bind its parameters: {written(owner)}.parameter"
+            self._fail(binding, f"nothing is bound to {written(owner)}{hint}")
+            if guess is None or not issubclass(bound[guess][1], cls):
+                return Broken()
+            owner = bound[guess]
+        self._referred.add(written(owner))
         if owner in self._making:
-            return self._fail(binding, f"{reference} is part of itself")
+            return self._fail(binding, f"{reference} is part of itself; remove it")
         return self.object(owner)
 
+    # --- the user's own functions ---
+
     def _call_user_code(self, reference: Reference, binding: Binding) -> Any:
-        if not user_code.is_registered(reference.selector):
-            hint = did_you_mean(reference.selector, CLASSES)
+        if not is_registered(reference.selector):
+            hint = did_you_mean(reference.selector, CLASSES) or "; import the module that registers it with gin"
             return self._fail(binding, f"there is no class or function {reference.selector}{hint}")
         self._referred.add(reference.selector)
         try:
-            return user_code.evaluate(reference)
+            return evaluate(reference)
         except Exception as error:  # user code may raise anything
             return self._fail(binding, f"{reference} raised {type(error).__name__}: {error}")
 
     def _bind_user_code(self) -> None:
-        user_code.forget_bindings()
-        for binding in sorted(self.bindings.user, key=lambda b: _holds(b.value, Reference)):
+        gin.clear_config()  # so that loading twice in a process does not mix two files
+        for binding in sorted(
+            self.bindings.user, key=lambda b: any(isinstance(x, Reference) for x in _leaves(b.value))
+        ):
             value = self._resolve(binding.value, binding, binding.scope)
             try:
-                user_code.bind(binding.scope, binding.selector, binding.parameter, value)
+                gin.bind_parameter((binding.scope, binding.selector, binding.parameter), value)
             except ValueError as error:
                 self._fail(binding, str(error).strip().splitlines()[0])
 
-    # --- what no one asked for ---
+    # --- what nothing refers to ---
 
-    def _report_unused(self, dataset: type[Args] | None) -> None:
-        for owner, bound in self.bindings.by_owner.items():
-            for binding in bound.values():
-                if id(binding) not in self._used and not isinstance(binding.value, Broken):
-                    self._report(owner, binding, dataset)
+    def _check_unused(self, has_dataset: bool) -> None:
+        """Reports bindings that no object uses, and also checks their values."""
+        unused = [
+            (owner, parameter, binding)
+            for owner, bound in self.bindings.by_owner.items()
+            for parameter, binding in bound.items()
+            if id(binding) not in self._used and not isinstance(binding.value, Broken)
+        ]
+        for owner, _, binding in unused:
+            if (reason := self._reason_unused(owner, has_dataset)) is not None:
+                self._fail(binding, f"never used: {reason}")
+        for (scope, cls), parameter, binding in unused:
+            self._given(cls, next(field for field in options_of(cls) if field.name == parameter), binding, scope)
+        if not self.complete:
+            return
         for binding in self.bindings.macros.values():
             if id(binding) not in self._used and not isinstance(binding.value, Broken):
-                text = f"never used: nothing refers to %{binding.name}"
-                self._fail(binding, text + did_you_mean(binding.name, CLASSES))
+                hint = did_you_mean(binding.name, CLASSES) or "; remove it"
+                self._fail(binding, f"never used: nothing refers to %{binding.name}{hint}")
         called = {name.rpartition(".")[2] for name in self._referred}
         for binding in self.bindings.user:
             if binding.selector.rpartition(".")[2] not in called:
                 self._fail(binding, f"never used: nothing refers to @{binding.selector}()")
 
-    def _report(self, owner: Owner, binding: Binding, dataset: type[Args] | None) -> None:
+    def _reason_unused(self, owner: Owner, has_dataset: bool) -> str | None:
+        """Why no object uses the bindings of ``owner``; None if a problem that is reported already explains it."""
         scope, cls = owner
-        if cls in (DatasetArgs, BenchmarkDatasetArgs) and not scope:
-            return  # both are bound: reported once for all
-        if cls in TASK_ARGS.values() and cls is not TASK_ARGS[self.task]:
-            self._fail(binding, f"never used: this is a {self.task} run, which reads {TASK_ARGS[self.task].__name__}")
-        elif scope and cls in (*ALWAYS_READ, *TASK_ARGS.values(), DatasetArgs, BenchmarkDatasetArgs):
-            self._fail(binding, f"never used: {cls.__name__} is read without a scope; drop {scope}/")
-        elif dataset is BenchmarkDatasetArgs or cls in (*TABLES, PartOptimizerArgs):
-            if not self._references_wrong:
-                hint = did_you_mean(written(owner), self._referred)
-                self._fail(binding, f"never used: nothing refers to @{written(owner)}(){hint}")
-        elif dataset is DatasetArgs:
-            self._fail(binding, f"never used: {cls.__name__} belongs to BenchmarkDatasetArgs")
-
-
-def _unfinished(value: Any) -> bool:
-    return _holds(value, Broken) or _holds(value, Partial)
+        place = REGISTRY[cls]
+        if place == "task_args" and cls is not TASK_ARGS[self.task]:
+            return f"this is a {self.task} run, which reads {TASK_ARGS[self.task].__name__}; remove it"
+        if place not in ("", "embeddings"):
+            return f"{cls.__name__} is read without a scope; drop {scope}/" if scope else None
+        if not self.complete:  # a file that cannot be read may refer to it
+            return None
+        root = cls
+        while not REGISTRY[root]:
+            root = REFERRERS[root]
+        if REGISTRY[root] != "embeddings" and ("", root) not in self._objects:
+            return f"{cls.__name__} belongs to {root.__name__}, which no file binds; remove it" if has_dataset else None
+        hint = did_you_mean(written(owner), self._referred) or "; refer to it, or remove it"
+        return f"nothing refers to @{written(owner)}(){hint}"
 
 
 def _holds(value: Any, kind: type) -> bool:

@@ -1,7 +1,7 @@
-"""Reads gin text into statements that remember their line. The grammar is gin's own parser.
+"""Gin text → statements with their line. The grammar is that of gin's own parser.
 
-gin's own loader keeps neither lines nor duplicates, and stops at the first mistake. So we take the statements from
-its parser and do the rest ourselves: gin_io.py turns them into objects.
+gin's own loader keeps neither lines nor duplicates and stops at the first mistake, so that only its parser is used;
+gin_io.py makes objects of the statements.
 """
 
 from __future__ import annotations
@@ -16,27 +16,31 @@ from typing import Any
 
 from gin import config_parser
 
-from hstu.config.problems import Location, Problem, did_you_mean, literal
+from hstu.config.problems import Location, Problem, did_you_mean, literal, show
 
 COMMAND_LINE = "--gin-bindings"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """``@scope/Class()`` in a value; ``call`` is False where the parentheses are missing."""
+    """``@scope/Class()`` in a value. ``call`` is False if the parentheses are missing."""
 
     scope: str
     selector: str
     call: bool
 
+    @property
+    def name(self) -> str:
+        """``scope/Class``."""
+        return f"{self.scope}/{self.selector}" if self.scope else self.selector
+
     def __repr__(self) -> str:
-        scope = f"{self.scope}/" if self.scope else ""
-        return f"@{scope}{self.selector}{'()' if self.call else ''}"
+        return f"@{self.name}{'()' if self.call else ''}"
 
 
 @dataclass(frozen=True)
 class Macro:
-    """``%name`` in a value: a macro of the file, or a constant registered with gin."""
+    """``%name`` in a value: a macro of the file, or a constant that is registered with gin."""
 
     name: str
 
@@ -46,7 +50,7 @@ class Macro:
 
 @dataclass(frozen=True)
 class Broken:
-    """Stands for a value that is wrong and already reported: nothing more is said about it."""
+    """In place of a value that is wrong and reported."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,12 @@ class Binding:
 
     @property
     def name(self) -> str:
-        """The left side as written."""
+        """The left side as in the file."""
         scope = f"{self.scope}/" if self.scope else ""
         return f"{scope}{self.selector}{f'.{self.parameter}' if self.parameter else ''}"
+
+    def __str__(self) -> str:
+        return f"{self.name} = {show(self.value)}"
 
 
 @dataclass(frozen=True)
@@ -83,16 +90,16 @@ class Scan:
     problems: list[Problem] = field(default_factory=list)
     sources: int = 0
     complete: bool = True
-    """False: a file could not be read, so that nothing can be said to be missing."""
+    """False: a file cannot be read, so that what seems to be missing may be in it."""
 
     def new_source(self, name: str) -> Location:
-        """The location of a further file or command-line binding, as a whole."""
+        """The location of the next file or command-line binding as a whole."""
         self.sources += 1
         return Location(self.sources, 0, name)
 
 
 def scan(files: Sequence[str], bindings: Sequence[str]) -> Scan:
-    """Reads files, those they include, and then command-line bindings. Mistakes are in ``problems``."""
+    """Reads files, the files that they include, and then command-line bindings. ``problems`` holds the mistakes."""
     result = Scan()
     for file in files:
         _scan_file(result, file, included_by=())
@@ -113,7 +120,7 @@ def _scan_file(result: Scan, name: str, included_by: tuple[str, ...]) -> None:
 
 
 def _read(path: Path) -> str:
-    """The text of a gin file; ValueError says what is wrong with it."""
+    """The text of a gin file. Raises ValueError with what is wrong with the file."""
     try:
         raw = path.read_bytes()
     except IsADirectoryError:
@@ -145,7 +152,7 @@ def _scan_text(result: Scan, text: str, source: Location, included_by: tuple[str
 
 
 def _include(result: Scan, name: str, at: Location, included_by: tuple[str, ...]) -> None:
-    """Relative to where the command runs, as gin does; else to the file that includes it."""
+    """Reads an included file; its path is relative to the working directory, as in gin, or to the including file."""
     beside = str(Path(at.name).parent / name)
     found = next((candidate for candidate in (name, beside) if Path(candidate).is_file()), None)
     if found is None:
@@ -171,7 +178,7 @@ _Statement = Binding | Import | _Include
 
 
 class _Delegate(config_parser.ParserDelegate):
-    """Keeps references and macros as they are written."""
+    """Makes gin's parser return references and macros as they are written, without evaluating them."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
         scope, _, selector = scoped_configurable_name.rpartition("/")
@@ -182,46 +189,60 @@ class _Delegate(config_parser.ParserDelegate):
 
 
 def _statements(text: str, source: Location, problems: list[Problem]) -> list[_Statement]:
-    """The statements of a text. After a syntax error every statement is parsed on its own, to find all errors."""
+    """The statements of a text. After a syntax error, each statement is parsed alone to find all errors."""
     try:
         return list(_parse(text, source, first_line=1))
     except _GinSyntaxError as error:
-        whole = error
+        whole = error.problem
     statements: list[_Statement] = []
-    errors: list[_GinSyntaxError] = []
+    errors: list[Problem] = []
     for first_line, chunk in _chunks(text):
         before = len(statements)
         try:
             statements.extend(_parse(chunk, source, first_line))  # keeps what is read before an error
         except _GinSyntaxError as error:
-            errors.append(error)
+            errors.append(error.problem)
             if len(statements) == before:
                 statements += _broken_binding(chunk, Location(source.source, first_line, source.name))
-    problems += [Problem(error.text, error.at) for error in errors or [whole]]
+    problems += errors or [whole]
     return statements
 
 
-_STATEMENT_START = re.compile(r"([A-Za-z_][\w./]*)\s*[=:]|(import|from|include)\b")
+_STATEMENT_START = re.compile(r"[A-Za-z_][\w./]*\s*[=:]|[A-Za-z_]\w*[./][\w./]*\s|(import|from|include)\b")
+_BLOCK_START = re.compile(r"([A-Za-z_][\w./]*)\s*:")
+_MEMBER_START = re.compile(r"\s+\w+\s*=")
 
 
 def _chunks(text: str) -> Iterator[tuple[int, str]]:
-    """Cuts a text where a line begins with what can only be a new statement: (number of its first line, lines)."""
+    """Cuts a text into (number of its first line, statement) where a line can only be the start of a statement.
+
+    A member of a block, ``Class:`` and indented lines below it, becomes a separate statement.
+    """
     lines = text.splitlines(keepends=True)
-    starts = [number for number, line in enumerate(lines) if number == 0 or _STATEMENT_START.match(line)]
-    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
-        yield start + 1, "".join(lines[start:end])
+    first, chunk, block = 1, "", ""
+    for number, line in enumerate(lines, 1):
+        starts, is_member = _STATEMENT_START.match(line), block and _MEMBER_START.match(line)
+        if starts or is_member:
+            yield first, chunk
+            first, chunk = number, ""
+        if starts:
+            found = _BLOCK_START.match(line)
+            block = found[1] if found else ""
+            line = line[found.end() :] if found else line
+        chunk += f"{block}.{line.lstrip()}" if is_member else line
+    yield first, chunk
 
 
 def _broken_binding(chunk: str, at: Location) -> list[_Statement]:
-    """The parameter on the left of an unreadable statement is bound all the same: it is not also missing."""
+    """Binds the parameter on the left of an unreadable statement, so that it is not reported as missing too."""
     start = re.match(r"(?:([\w/]+)/)?([\w.]+)\.(\w+)\s*=", chunk)
     return [Binding(start[1] or "", start[2], start[3], Broken(), at)] if start else []
 
 
 class _GinSyntaxError(Exception):
-    def __init__(self, text: str, at: Location) -> None:
-        super().__init__(text)
-        self.text, self.at = text, at
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
 
 
 def _parse(text: str, source: Location, first_line: int) -> Iterator[_Statement]:
@@ -237,38 +258,35 @@ def _parse(text: str, source: Location, first_line: int) -> Iterator[_Statement]
                 yield Import(statement.module, at)
             elif isinstance(statement, config_parser.IncludeStatement):
                 yield _Include(statement.filename, at)
-    except Exception as error:  # on odd text gin's parser raises nearly anything; all of it means: not gin
+    except Exception as error:  # gin's parser raises exceptions of many types, all of which mean a syntax error
         line = _line_of(error, text)
-        raise _GinSyntaxError(_explain(error, text, line), locate(line)) from None
+        lines = text.splitlines()
+        content = lines[line - 1].strip() if 0 < line <= len(lines) else ""
+        shown = f"cannot be read as gin: {literal(content[:100])}{_reason(error, content)}"
+        raise _GinSyntaxError(Problem(shown, locate(line))) from None
 
 
 def _binding(statement: config_parser.BindingStatement, at: Location) -> Binding:
     scope, selector, parameter = statement.scope, statement.selector, statement.arg_name
-    if selector in ("macro", "gin.macro") and parameter == "value":  # the long spelling of a macro
+    if selector in ("macro", "gin.macro") and parameter == "value":  # name/macro.value = 1, the long form of name = 1
         scope, _, selector = scope.rpartition("/")
         parameter = ""
     return Binding(scope, selector, parameter, statement.value, at)
 
 
 def _line_of(error: Exception, text: str) -> int:
-    if isinstance(error, tokenize.TokenError):  # an open bracket or quote: where it opens is the first line
+    if isinstance(error, tokenize.TokenError):  # an open bracket or quote, which is in the first statement
         return next((n for n, line in enumerate(text.splitlines(), 1) if line.strip() and line[0] != "#"), 1)
     return getattr(error, "lineno", None) or 1
 
 
-def _explain(error: Exception, text: str, line: int) -> str:
-    lines = text.splitlines()
-    content = lines[line - 1].strip() if 0 < line <= len(lines) else ""
-    return f"cannot be read as gin: {literal(content[:100])}{_reason(error, content)}"
-
-
 def _reason(error: Exception, content: str) -> str:
-    """Why, in the words of someone who has not read gin's parser."""
+    """Why a line is wrong and how to correct it, for people who do not know gin's parser."""
     value = content.partition("=")[2].partition("#")[0].strip()
     if isinstance(error, tokenize.TokenError):
-        return "; a bracket or a quote is not closed"
+        return "; a bracket or a quote is not closed; close it"
     if "=" in content and not value:
-        return "; the value is missing"
+        return "; the value is missing; add it"
     if re.fullmatch(r"true|false|none|null", value, re.IGNORECASE):
         return f"; write {'None' if value.lower() in ('none', 'null') else value.capitalize()}"
     if re.fullmatch(r"[A-Za-z_./~][\w./~-]*", value):
@@ -276,6 +294,6 @@ def _reason(error: Exception, content: str) -> str:
     if "=" not in content and re.match(r"[\w./]+\s", content):
         return "; expected Class.parameter = value"
     if str(error).startswith("Expected newline"):
-        return "; expected one value after the ="
+        return "; expected one value after the =; gin does not compute"
     reason = (str(error.args[0]) if error.args else type(error).__name__).strip().splitlines()
     return f"; {reason[0].strip().rstrip('.')}" if reason else ""

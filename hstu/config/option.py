@@ -1,53 +1,247 @@
-"""How an argument class declares a field: its default and the check that it carries."""
+"""Fields of argument classes: how a class declares the values that a field allows, and how one value is checked.
+
+The same checks serve gin files and objects made in Python.
+"""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, field
+import functools
+import math
+import re
+import types
+import typing
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Optional
 
-from hstu.config.checks import check_instance
+from hstu.config.errors import ConfigError
+from hstu.config.problems import did_you_mean, literal, show
 
 
-def option(
-    default: Any = MISSING,
-    *,
-    choices: Optional[tuple[Any, ...]] = None,
-    minimum: Optional[float] = None,
-    maximum: Optional[float] = None,
-    above: Optional[float] = None,
-    below: Optional[float] = None,
-    words: tuple[str, ...] = (),
-    pattern: Optional[str] = None,
-    examples: tuple[str, ...] = (),
-    not_empty: bool = False,
-    aliases: tuple[str, ...] = (),
-) -> Any:
-    """A dataclass field that carries its own check.
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The values that a field allows. For a list, the limits hold for each element."""
 
-    ``minimum``/``maximum`` are inclusive, ``above``/``below`` exclusive, ``words`` strings that are
-    allowed in place of a number, ``pattern`` a regular expression that
-    every string of the value must match in full and ``examples`` what it means in words; ``aliases`` are other
-    names accepted in gin files.
-    """
-    metadata = {
-        "choices": choices,
-        "minimum": minimum,
-        "maximum": maximum,
-        "above": above,
-        "below": below,
-        "words": words,
-        "pattern": pattern,
-        "examples": examples,
-        "not_empty": not_empty,
-        "aliases": aliases,
-    }
+    choices: Optional[tuple[Any, ...]] = None
+    """The only allowed values."""
+    minimum: Optional[float] = None
+    maximum: Optional[float] = None
+    above: Optional[float] = None
+    """Exclusive lower limit."""
+    below: Optional[float] = None
+    """Exclusive upper limit."""
+    words: tuple[str, ...] = ()
+    """Strings that are allowed in place of a number."""
+    pattern: Optional[str] = None
+    """Regular expression that a string must match in full."""
+    examples: tuple[str, ...] = ()
+    """The strings that ``pattern`` matches, as messages and documentation show them."""
+    not_empty: bool = False
+    """Whether an empty string or list is an error."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the field that gin files may use."""
+
+
+def option(default: Any = MISSING, **limits: Any) -> Any:
+    """A dataclass field with ``Limits``. Without a default it is required."""
+    metadata = vars(Limits(**limits))
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 class Args:
-    """Base of all argument classes: checks each field against its declaration on construction."""
+    """Base of all argument classes. Construction checks and converts every field."""
 
     def __post_init__(self) -> None:
-        check_instance(self)
+        """Raises ConfigError with all fields whose values are not allowed."""
+        cls, problems = type(self), []
+        for each in options_of(cls):
+            value = getattr(self, each.name)
+            found = field_problems(cls, each, value)
+            problems += [f"{cls.__name__}.{each.name} = {show(value)}: {problem}" for problem in found]
+            if not found:
+                object.__setattr__(self, each.name, coerce(annotation_of(cls, each), value))
+        if problems:
+            raise ConfigError(problems)
+
+
+# --- one value -----------------------------------------------------------------------------------------------------
+
+
+class Mismatch(ValueError):
+    """A value cannot be converted to the declared type without loss. The text is a hint, or empty."""
+
+
+def field_problems(cls: type[Args], field: Field[Any], value: Any) -> list[str]:
+    """What is wrong with ``value`` for this field, and what is allowed instead; empty if the value is allowed."""
+    expected = f"expected {describe(cls, field)}"
+    try:
+        coerced = coerce(annotation_of(cls, field), value)
+    except Mismatch as mismatch:
+        return [expected + str(mismatch)]
+    if coerced is None:
+        return []
+    if value == field.default and value not in (field.metadata["choices"] or (value,)):
+        return [f"must be given; {expected} (the default is deliberately not one of them)"]
+    if field.metadata["not_empty"] and len(coerced) == 0:
+        return [f"must not be empty; {expected}"]
+    elements = coerced if isinstance(coerced, (list, tuple)) else [coerced]
+    return [
+        f"{expected}{f'; {show(element)} is not allowed' if elements is coerced else ''}{_guess(field, element)}"
+        for element in elements
+        if not _within_limits(field, element)
+    ]
+
+
+def coerce(annotation: Any, value: Any) -> Any:
+    """``value`` as the annotated type. Raises Mismatch if the conversion would lose anything.
+
+    Conversions: int to float, list to tuple and back, and a string to a tuple of one string, because ``("AUC")`` is
+    how people write one metric. There are no others: True is not an int, 1.0 is not an int, "1" is not a number.
+    """
+    origin, parameters = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):  # Optional, or a number or a word
+        kinds = [parameter for parameter in parameters if parameter is not types.NoneType]
+        inner = str if isinstance(value, str) and str in kinds else kinds[0]
+        return None if value is None else coerce(inner, value)
+    if origin is tuple and isinstance(value, str):
+        return (value,)
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise Mismatch(f"; write [{literal(value)}]" if isinstance(value, str) else "")
+        return origin(_coerce_element(parameters[0], element) for element in value)
+    if annotation is float:
+        return _coerce_float(value)
+    if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
+        raise Mismatch(_quoted_hint(value))
+    if annotation is int and not -(2**63) <= value < 2**63:
+        raise Mismatch("; this number needs more than 64 bits")
+    return value
+
+
+def _coerce_element(annotation: Any, element: Any) -> Any:
+    try:
+        return coerce(annotation, element)
+    except Mismatch as mismatch:
+        raise Mismatch(f"; {show(element)} is not allowed{mismatch}") from None
+
+
+def _coerce_float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise Mismatch(_quoted_hint(value))
+    try:
+        number = float(value)
+    except OverflowError:
+        raise Mismatch("; this number is too large for a float") from None
+    if not math.isfinite(number):
+        raise Mismatch("; this number is not finite")
+    if number != value:
+        raise Mismatch("; a float cannot represent this int exactly")
+    return number
+
+
+def _quoted_hint(value: Any) -> str:
+    """A hint for a number, True, False or None that was put in quotes."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?|True|False|None", value.strip()):
+        return f"; write {value.strip()} without quotes"
+    return ""
+
+
+def _within_limits(field: Field[Any], element: Any) -> bool:
+    limits = field.metadata
+    if limits["words"] and isinstance(element, str):
+        return element in limits["words"]
+    return (
+        (limits["choices"] is None or element in limits["choices"])
+        and (limits["pattern"] is None or re.fullmatch(limits["pattern"], element) is not None)
+        and (limits["minimum"] is None or element >= limits["minimum"])
+        and (limits["maximum"] is None or element <= limits["maximum"])
+        and (limits["above"] is None or element > limits["above"])
+        and (limits["below"] is None or element < limits["below"])
+    )
+
+
+def _guess(field: Field[Any], element: Any) -> str:
+    if not isinstance(element, str):
+        return ""
+    if field.metadata["words"]:
+        return _quoted_hint(element) or did_you_mean(element, field.metadata["words"])
+    if field.metadata["choices"] is None:
+        element = re.sub(r"\d+", "K", element)  # examples are written with K, so that HR10 is closest to HR@K
+    return did_you_mean(element, field.metadata["choices"] or field.metadata["examples"])
+
+
+# --- what a field declares -----------------------------------------------------------------------------------------
+
+
+def options_of(cls: type[Args]) -> tuple[Field[Any], ...]:
+    """The fields of an argument class in order, those of its base first."""
+    return fields(cls)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _annotations(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def annotation_of(cls: type[Args], field: Field[Any]) -> Any:
+    """The type of a field, evaluated."""
+    return _annotations(cls)[field.name]  # type: ignore[arg-type]
+
+
+def is_required(field: Field[Any]) -> bool:
+    """Whether a field has no default."""
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def default_of(field: Field[Any]) -> Any:
+    """The default of a field that is not required."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def is_given(field: Field[Any], value: Any) -> bool:
+    """Whether ``value`` is not the default of the field."""
+    return is_required(field) or value != default_of(field)
+
+
+def referred_class(cls: type[Args], field: Field[Any]) -> type[Args] | None:
+    """The argument class that a field holds or lists, written ``@scope/Class()`` in gin; None for plain values."""
+    kinds = [annotation_of(cls, field)]
+    while kinds:
+        kind = kinds.pop()
+        if isinstance(kind, type) and issubclass(kind, Args):
+            return kind
+        kinds += typing.get_args(kind)
+    return None
+
+
+def describe(cls: type[Args], field: Field[Any]) -> str:
+    """What a field allows: ``int, at least 1``; ``one of 'relu', 'gelu'``; ``None or float, above 0``."""
+    kind = str(field.type)
+    kind = kind.replace(" | str", "") if field.metadata["words"] else kind
+    inner = kind.removeprefix("Optional[").removesuffix("]") if kind.startswith("Optional[") else kind
+    limits = describe_limits(field)
+    is_enough = field.metadata["choices"] or field.metadata["examples"]
+    words = limits if is_enough else ", ".join(filter(None, [_kind_in_words(inner), limits]))
+    return words if inner == kind else f"None or {words}"
+
+
+def _kind_in_words(kind: str) -> str:
+    if element := re.fullmatch(r"(?:list|tuple)\[(\w+)(?:, \.\.\.)?\]", kind):
+        return f"list of {_kind_in_words(element[1]).replace('a reference', 'references')}"
+    return kind if kind in ("int", "float", "bool", "str") else f"a reference @scope/{kind}()"
+
+
+def describe_limits(field: Field[Any]) -> str:
+    """The limits of a field without its type: ``at least 1``; ``above 0, at most 1``; empty if there are none."""
+    limits = field.metadata
+    if limits["choices"] is not None:
+        return "one of " + ", ".join(literal(choice) for choice in limits["choices"])
+    if limits["examples"]:
+        return "one or more of " + ", ".join(limits["examples"])
+    bounds = {"above": "above", "minimum": "at least", "below": "below", "maximum": "at most"}
+    words = [f"{text} {limits[name]}" for name, text in bounds.items() if limits[name] is not None]
+    if words and str(field.type).startswith("list"):
+        words[0] = f"each {words[0]}"
+    words += [f"or {literal(word)}" for word in limits["words"]]
+    return ", ".join([*words, *(["not empty"] if limits["not_empty"] else [])])

@@ -1,4 +1,4 @@
-"""How a mistake in a configuration is told: where it is, what was written, and what was probably meant."""
+"""A mistake in a configuration: where it is, what the file says, and the probable correction."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Location:
     """A line of a gin file or of a ``--gin-bindings`` text; sorts in the order of reading."""
 
     source: int
-    """Running number of the file or command-line binding."""
+    """Number of the file or command-line binding in the order of reading."""
     line: int
-    """Counted from 1; 0: the file as a whole."""
+    """From 1; 0: the file as a whole."""
     name: str
-    """The file's path as given, or "--gin-bindings"."""
+    """Path of the file as given, or "--gin-bindings"."""
 
     def __str__(self) -> str:
         is_file = not self.name.startswith("--")
@@ -30,37 +30,41 @@ class Origin:
 
     at: Location
     name: str
-    """As written, with its scope: "item/EmbeddingArgs.table_name"."""
+    """As in the file, with its scope: "item/EmbeddingArgs.table_name"."""
+    value: str
+    """As in the file, with macros and references."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake; printed as ``file:line: what``."""
+    """One mistake, printed as ``file:line: text``."""
 
     text: str
     at: Location | None = None
+    is_warning: bool = False
+    """Allowed, but probably not intended."""
 
     def __str__(self) -> str:
         return f"{self.at}: {self.text}" if self.at else self.text
 
 
 def in_reading_order(problems: Iterable[Problem]) -> list[str]:
-    """The problems as lines, from top to bottom; what belongs to no line comes last. Repeats are dropped."""
+    """The problems as text, from top to bottom, without repetitions. Problems without a location come last."""
     ordered = sorted(problems, key=lambda p: (p.at is None, p.at or Location(0, 0, "")))
     return list(dict.fromkeys(str(problem) for problem in ordered))
 
 
-def show(value: Any, limit: int = 100) -> str:
-    """A value the way it is written in a gin file, cut to ``limit`` characters; printable in any case."""
+def show(value: Any) -> str:
+    """A value as a gin file writes it, cut to 100 characters. Never fails."""
     try:
         text = literal(value)
     except (ValueError, RecursionError):  # an int of thousands of digits, a very deep list
         text = f"<{type(value).__name__}>"
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return text if len(text) <= 100 else text[:99] + "…"
 
 
 def literal(value: Any) -> str:
-    """``repr``, with escapes only where a string cannot be written as UTF-8."""
+    """``repr``, with escapes only if a string cannot be encoded as UTF-8."""
     text = repr(value)
     try:
         text.encode()
@@ -70,13 +74,13 @@ def literal(value: Any) -> str:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that ``name`` is most likely a misspelling of, None where nothing is close."""
+    """The candidate of which ``name`` is most likely a misspelling; None if no candidate is similar."""
     spellings = {candidate.lower(): candidate for candidate in candidates}
     found = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=0.6)
     return spellings[found[0]] if found else None
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing."""
+    """``"; did you mean 'x'?"``, or an empty string if no candidate is similar."""
     guess = nearest(name, candidates)
     return f"; did you mean {guess!r}?" if guess else ""

@@ -1,7 +1,7 @@
-"""The reference of all parameters, made from args.py: for ``--explain`` and for docs/configuration.md.
+"""The reference of all parameters, made from hstu/config/args: for ``--explain`` and docs/configuration.md.
 
-``python -m hstu.config.reference --write docs/configuration.md`` renews the tables of the page, ``--check`` tells
-whether they are up to date. What stands above the tables is written by hand.
+``python -m hstu.config.reference --write docs/configuration.md`` writes the tables of the page below its hand-written
+part; with ``--check`` it exits with 1 if they are out of date.
 """
 
 from __future__ import annotations
@@ -12,46 +12,47 @@ import functools
 import inspect
 import sys
 import textwrap
+from collections import ChainMap
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from hstu.config.args import ARGS_CLASSES, Args
-from hstu.config.checks import default_of, describe_limits, is_required
+from hstu.config.args import CLASSES, REGISTRY, Args
 from hstu.config.errors import ConfigError
+from hstu.config.option import default_of, describe_limits, is_required, options_of
 from hstu.config.problems import did_you_mean, literal
 
-MARKER = "<!-- Made from hstu/config/args.py by: python -m hstu.config.reference --write docs/configuration.md -->"
+MARKER = "<!-- Made from hstu/config/args by: python -m hstu.config.reference --write docs/configuration.md -->"
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One row of the reference."""
+class Parameter(NamedTuple):
+    """One row of the reference. ``default`` is as in gin or "required"; ``allowed`` has the limits beyond the type."""
 
     name: str
     type: str
     default: str
-    """As written in gin, or "required"."""
     allowed: str
-    """Limits beyond the type; may be empty."""
     meaning: str
 
 
 def parameters_of(cls: type[Args]) -> list[Parameter]:
     """The parameters of a class in order, those of its base included."""
-    return [_parameter(cls, field) for field in fields(cls)]  # type: ignore[arg-type]
-
-
-def _parameter(cls: type[Args], field: Field[Any]) -> Parameter:
-    docs = next(docs for base in cls.__mro__ if (docs := _field_docs(base)) and field.name in docs)
-    default = "required" if is_required(field) else literal(default_of(field))
-    return Parameter(field.name, str(field.type), default, describe_limits(field), docs[field.name])
+    docs = ChainMap(*map(_field_docs, cls.__mro__))
+    return [
+        Parameter(
+            field.name,
+            str(field.type),
+            "required" if is_required(field) else literal(default_of(field)),
+            describe_limits(field),
+            docs[field.name],
+        )
+        for field in options_of(cls)
+    ]
 
 
 @functools.cache
 def _field_docs(cls: type) -> dict[str, str]:
-    """Field → the string literal that stands under it in the source."""
+    """Field → the string literal under it in the source."""
     if not issubclass(cls, Args) or cls is Args:
         return {}
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
@@ -65,15 +66,12 @@ def _field_docs(cls: type) -> dict[str, str]:
 
 
 def explain(names: Sequence[str] = ()) -> str:
-    """The reference of the named classes (of all, if none is named) as plain text; ConfigError for an unknown name."""
-    classes = {cls.__name__: cls for cls in ARGS_CLASSES}
-    unknown = [name for name in names if name not in classes]
-    if unknown:
-        every = ", ".join(classes)
-        raise ConfigError(
-            [f"--explain {n}: no such class{did_you_mean(n, classes)} (there are {every})" for n in unknown]
-        )
-    return "\n\n".join(_as_text(classes[name]) for name in names or classes)
+    """The reference of the named classes (of all, if none is named) as text. Raises ConfigError for unknown names."""
+    if unknown := [name for name in names if name not in CLASSES]:
+        every = ", ".join(CLASSES)
+        text = "--explain {}: there is no such class{}; choose one of {}"
+        raise ConfigError([text.format(name, did_you_mean(name, CLASSES), every) for name in unknown])
+    return "\n\n".join(_as_text(CLASSES[name]) for name in names or CLASSES)
 
 
 def _as_text(cls: type[Args]) -> str:
@@ -86,9 +84,9 @@ def _as_text(cls: type[Args]) -> str:
 
 
 def markdown(page: str) -> str:
-    """docs/configuration.md: what ``page`` says above the marker, then a table for each class."""
+    """docs/configuration.md: the part of ``page`` above the marker, then one table per class."""
     introduction, _, _ = page.partition(MARKER)
-    return "\n".join([f"{introduction}{MARKER}", "", *(_as_markdown(cls) for cls in ARGS_CLASSES)])
+    return "\n".join([f"{introduction}{MARKER}", "", *(_as_markdown(cls) for cls in REGISTRY)])
 
 
 def _as_markdown(cls: type[Args]) -> str:
@@ -101,7 +99,7 @@ def _as_markdown(cls: type[Args]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the page or checks it; 1 if it is out of date."""
+    """Writes or checks the page. Returns 1 if it is out of date."""
     parser = argparse.ArgumentParser(description="Make docs/configuration.md from the argument classes.")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--write", type=Path, metavar="FILE", help="write the page")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from hstu.config.args import (
+    REGISTRY,
+    TASK_ARGS,
     Args,
     BenchmarkDatasetArgs,
     DatasetArgs,
@@ -18,24 +20,24 @@ from hstu.config.args import (
     PrecisionArgs,
     RankingArgs,
     RetrievalArgs,
+    Task,
     TensorModelParallelArgs,
     TrainerArgs,
 )
 from hstu.config.errors import ConfigError
-from hstu.config.problems import Origin, literal
-
-Task = Literal["ranking", "retrieval"]
+from hstu.config.option import options_of, referred_class
+from hstu.config.problems import Origin, Problem, literal, show
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that a user can set about a run. Equal when the values are, wherever they came from."""
+    """Everything that a user can set about a run. Two are equal if their values are, wherever they are bound."""
 
     task: Task
     trainer: TrainerArgs
     dataset: DatasetArgs | BenchmarkDatasetArgs
     embeddings: tuple[EmbeddingArgs, ...] = ()
-    """Tables given by hand, in file order; empty for a built-in dataset with its predefined tables only. With
+    """Tables that the gin files bind, in file order; empty if a built-in dataset has only its predefined tables. With
     BenchmarkDatasetArgs always its ``embedding_args``."""
     network: NetworkArgs
     optimizer: OptimizerArgs
@@ -46,10 +48,11 @@ class RunConfig:
     source_files: tuple[str, ...] = field(default=(), compare=False)
     """The gin files as given on the command line."""
     origins: Mapping[str, Mapping[str, Origin]] = field(default_factory=dict, compare=False, repr=False)
-    """Where each parameter was bound: name of the part (see ``parts``) → parameter → file and line."""
+    """Where each parameter is bound: name of the part (see ``parts``) → parameter → file and line."""
 
     def __post_init__(self) -> None:
-        expected = {"ranking": RankingArgs, "retrieval": RetrievalArgs}[self.task]
+        """Raises ConfigError if the task or the tables contradict the other parts."""
+        expected = TASK_ARGS[self.task]
         if not isinstance(self.task_args, expected):
             raise ConfigError(f"task_args of a {self.task} run must be {expected.__name__}")
         if isinstance(self.dataset, BenchmarkDatasetArgs):
@@ -60,68 +63,84 @@ class RunConfig:
 
     def parts(self) -> dict[str, Any]:
         """Every argument object by a name: "NetworkArgs", "embeddings[0]", "feature_args[1].seqlen_dist"."""
-        single = (self.trainer, self.dataset, self.network, self.optimizer, self.schedule, self.precision)
-        return named_parts([*single, self.tensor_parallel, self.task_args], self.embeddings)
+        values = [getattr(self, f.name, None) for f in fields(self)]
+        single = [value for value in values if isinstance(value, Args)]
+        parts: dict[str, Any] = {type(part).__name__: part for part in single}
+        parts |= {f"embeddings[{index}]": table for index, table in enumerate(getattr(self, "embeddings", ()))}
+        for part in single:
+            parts.update(_referred_parts(part))
+        return parts
+
+    def cite(self, part: Args, parameter: str) -> str:
+        """``Class.parameter = value (file:line)``, to mention a parameter in a problem of another one."""
+        origin = self._origin(part, parameter)
+        return f"{self._written(part, parameter)}{f' ({origin.at})' if origin else ''}"
+
+    def problem(self, part: Args, parameter: str, text: str, is_warning: bool = False) -> Problem:
+        """A problem with this parameter; ``text`` continues "Class.parameter = value:"."""
+        origin = self._origin(part, parameter)
+        default = "" if origin or not self.origins else " (default)"
+        return Problem(f"{self._written(part, parameter)}{default}: {text}", origin.at if origin else None, is_warning)
+
+    def _origin(self, part: Args, parameter: str) -> Origin | None:
+        name = next((name for name, other in self.parts().items() if other is part), "")
+        return self.origins.get(name, {}).get(parameter)
+
+    def _written(self, part: Args, parameter: str) -> str:
+        origin, value = self._origin(part, parameter), getattr(part, parameter)
+        name = origin.name if origin else f"{type(part).__name__}.{parameter}"
+        is_reference = isinstance(value, Args) or (
+            isinstance(value, list) and isinstance(next(iter(value), None), Args)
+        )
+        return f"{name} = {origin.value if origin and is_reference else show(value)}"
 
     def operative_gin(self) -> str:
         """The configuration in force as gin text, defaults included; loading it gives an equal RunConfig."""
         writer = _GinWriter()
-        writer.write(self.trainer)
-        writer.write(self.dataset)
-        if not isinstance(self.dataset, BenchmarkDatasetArgs):  # there they are written with the dataset
-            for table in self.embeddings:
-                writer.write(table, scope=writer.new_scope(table.table_name))
-        rest = (self.network, self.optimizer, self.schedule, self.precision, self.tensor_parallel, self.task_args)
-        for args in rest:
-            writer.write(args)
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Args):
+                writer.write(value)
+            elif each.name == "embeddings" and not isinstance(self.dataset, BenchmarkDatasetArgs):
+                for table in value:  # those of a BenchmarkDatasetArgs are written with it
+                    writer.write(table, scope=writer.new_scope(table.table_name))
         header = f"# The configuration in force, defaults included. Task: {self.task}."
         return "\n\n".join([header, *writer.blocks]) + "\n"
 
 
-class Unknown(AttributeError):
-    """A value that is not known because what the file says is wrong (and reported)."""
+def _referred_parts(part: Args, prefix: str = "") -> Iterator[tuple[str, Args]]:
+    """The objects that ``part`` refers to and that are not fields of RunConfig, with those that they refer to."""
+    for each in options_of(type(part)):
+        cls = referred_class(type(part), each)
+        if cls is None or REGISTRY[cls]:
+            continue
+        value = getattr(part, each.name, None)
+        named = {f"{prefix}{each.name}": value}
+        if isinstance(value, list):
+            named = {f"{prefix}{each.name}[{index}]": element for index, element in enumerate(value)}
+        for name, referred in named.items():
+            if referred is not None:
+                yield name, referred
+                yield from _referred_parts(referred, f"{name}.")
 
 
-class Partial:
-    """Stands in for an argument object some of whose values are wrong, so that the others can still be checked.
+@dataclass(frozen=True, kw_only=True)
+class RunDraft(RunConfig):
+    """A configuration that is being checked. It may be incomplete: reading a wrong value raises Unknown."""
 
-    Reading a wrong value raises Unknown.
-    """
+    world_size: int
+    """Number of ranks."""
 
-    def __init__(self, cls: type[Args], values: Mapping[str, Any]) -> None:
-        self.kind = cls
-        self.known = dict(values)
+    def __post_init__(self) -> None:
+        """Nothing is checked here: rules check drafts."""
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["known"][name]
-        except KeyError:
-            raise Unknown(name) from None
-
-
-def kind_of(part: Args | Partial) -> type[Args]:
-    """The argument class of a part, also of one that is partly wrong."""
-    return part.kind if isinstance(part, Partial) else type(part)
-
-
-def named_parts(single: Iterable[Any], tables: Sequence[Any]) -> dict[str, Any]:
-    """See ``RunConfig.parts``: the classes that occur once, the tables, and what optimizers and data are made of."""
-    parts = {kind_of(part).__name__: part for part in single}
-    parts |= {f"embeddings[{index}]": table for index, table in enumerate(tables)}
-    by_part = getattr(parts.get("OptimizerArgs"), "part_optimizers", ())
-    parts |= {f"part_optimizers[{index}]": part for index, part in enumerate(by_part)}
-    features = getattr(parts.get("BenchmarkDatasetArgs"), "feature_args", ())
-    for index, group in enumerate(features):
-        name = f"feature_args[{index}]"
-        parts[name] = group
-        parts |= {f"{name}.value_dists[{n}]": dist for n, dist in enumerate(getattr(group, "value_dists", None) or ())}
-        if getattr(group, "seqlen_dist", None) is not None:
-            parts[f"{name}.seqlen_dist"] = group.seqlen_dist
-    return parts
+    def finish(self) -> RunConfig:
+        """The RunConfig of a draft without problems."""
+        return RunConfig(**{each.name: getattr(self, each.name) for each in fields(RunConfig)})
 
 
 class _GinWriter:
-    """Writes argument objects as gin blocks; nested objects become scopes of their own, written first."""
+    """Writes argument objects as gin blocks; the objects that they refer to come first, each in its own scope."""
 
     LINE_LENGTH = 110
 
@@ -142,7 +161,7 @@ class _GinWriter:
     def write(self, args: Args, scope: str = "") -> None:
         prefix = f"{scope}/" if scope else ""
         owner = f"{prefix}{type(args).__name__}"
-        lines = [f"{owner}.{f.name} = {self._value(args, scope, f.name)}" for f in fields(args)]  # type: ignore[arg-type]
+        lines = [f"{owner}.{f.name} = {self._value(args, scope, f.name)}" for f in options_of(type(args))]
         self.blocks.append("\n".join(lines))
 
     def _value(self, args: Args, scope: str, name: str) -> str:

@@ -1,13 +1,15 @@
-"""From a plan to a batch: gather the planned samples' events from the store and assemble an HSTUBatch.
+"""From a plan to a batch: gather the planned samples' events from the store, and assemble an HSTUBatch.
 
-Two steps: a *reader* (StoreReader here, random data in synthetic.py) produces plain arrays, and the Assembler turns
-them into an HSTUBatch, with padding and negatives. Neither loops over samples or tokens.
+A *reader* (StoreReader here, SyntheticReader for random data) produces flat arrays; the Assembler turns them into an
+HSTUBatch with padding and negatives. Neither loops over samples or tokens.
 """
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,20 +17,21 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from hstu.config.args import DatasetArgs
+from hstu.config.args import DatasetArgs, Task
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
+from hstu.data.jagged import ranges, run_indices, run_offsets
 from hstu.data.negatives import LabelKeys, Negatives, draw_31_bits, draw_shared, draw_uniform
 from hstu.data.sampler import BatchPlan
 from hstu.data.samples import SampleTable, StochasticLength
-from hstu.data.sequences import Task
-from hstu.data.skipping import SkippedSamples
 from hstu.data.store import USER_FEATURE, SequenceStore
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FeatureRoles:
-    """Which features a model sees, and as what; contextual features in the order of their tokens."""
+    """The features that a model sees, by role; contextual features in the order of their tokens."""
 
     item: str
     action: str | None
@@ -36,12 +39,12 @@ class FeatureRoles:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All features in the order of a batch's keys."""
+        """All features, in the order of the keys of a batch."""
         return (*self.contextual, self.item, *([self.action] if self.action else []))
 
 
 def resolve_roles(store: SequenceStore, args: DatasetArgs) -> FeatureRoles:
-    """The store's features, or those named in ``args``; ConfigError names the ones that the store lacks."""
+    """The store's features, or those that ``args`` names; ConfigError lists the ones that the store lacks."""
     chosen = FeatureRoles(
         item=args.item_feature_name or store.item_feature,
         action=store.action_feature if args.action_feature_name is None else args.action_feature_name or None,
@@ -64,7 +67,7 @@ def resolve_roles(store: SequenceStore, args: DatasetArgs) -> FeatureRoles:
 
 @dataclass(frozen=True)
 class Rows:
-    """The real sequences of a batch (b of them) as flat arrays, before padding; all int64."""
+    """The b real sequences of a batch as flat arrays, before padding; all int64."""
 
     user_ids: np.ndarray
     """[b]"""
@@ -75,69 +78,54 @@ class Rows:
     num_labels: np.ndarray
     """[b]"""
     items: np.ndarray
-    """[sum of lengths]"""
+    """[Σ lengths]"""
     actions: np.ndarray | None
-    """[sum of lengths]"""
+    """[Σ lengths]"""
     timestamps: np.ndarray | None
-    """[sum of lengths], seconds."""
+    """[Σ lengths], seconds."""
     context: Mapping[str, np.ndarray]
-    """[b] a feature."""
+    """Feature → [b]."""
     held_out: np.ndarray | None = None
-    """Retrieval evaluation: the items to be found, [b]."""
+    """Retrieval evaluation: the target items, [b]."""
     seen: np.ndarray | None = None
-    """Retrieval evaluation: items of the whole histories, [sum of seen_lengths]."""
+    """Retrieval evaluation: items of the whole histories, [Σ seen_lengths]."""
     seen_lengths: np.ndarray | None = None
     """[b]"""
 
 
 class RowReader(Protocol):
-    """Where rows come from."""
+    """A source of rows."""
 
     def read(self, plan: BatchPlan) -> Rows:
         """The rows of ``plan.indices``, in that order."""
         ...
 
 
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The integers of [starts[i], starts[i] + lengths[i]) for all i, one after another; int64 [sum of lengths]."""
-    before = np.cumsum(lengths) - lengths
-    return np.arange(lengths.sum(), dtype=np.int64) + np.repeat(starts - before, lengths)
-
-
+@dataclass(eq=False)
 class StoreReader:
-    """Reads the samples of a table from a store, and checks every value that it reads.
+    """Reads the samples of a table from a store, and checks every value that it reads."""
 
-    ``wants_timestamps``: read times, for relative biases; ``wants_seen``: read whole histories, for filter_seen.
-    ``recoding``: int64 [cardinality] a feature, from this store's codes to those of the store that is trained on.
-    ``stochastic_length``: shortens training samples by chance.
-    """
+    store: SequenceStore
+    samples: SampleTable
+    roles: FeatureRoles
+    wants_timestamps: bool = field(default=False, kw_only=True)
+    """Read event times, which relative attention biases need. ConfigError where the store has none."""
+    wants_seen: bool = field(default=False, kw_only=True)
+    """Read whole histories of evaluation samples, which filter_seen needs."""
+    recoding: Mapping[str, np.ndarray] | None = field(default=None, kw_only=True)
+    """Feature → int64 [cardinality]: from this store's codes to those of the training store. None: the same store."""
+    stochastic_length: StochasticLength | None = field(default=None, kw_only=True)
+    """Shortens training samples at random."""
 
-    def __init__(
-        self,
-        store: SequenceStore,
-        samples: SampleTable,
-        roles: FeatureRoles,
-        *,
-        wants_timestamps: bool = False,
-        wants_seen: bool = False,
-        recoding: Mapping[str, np.ndarray] | None = None,
-        stochastic_length: StochasticLength | None = None,
-    ) -> None:
-        if wants_timestamps and store.timestamp_feature is None:
+    def __post_init__(self) -> None:
+        if self.wants_timestamps and self.store.timestamp_feature is None:
             raise ConfigError(
-                f'NetworkArgs.position_encoding = "relative_bias" needs times, and {store.path} has none; '
+                f'NetworkArgs.position_encoding = "relative_bias" needs times, and {self.store.path} has none; '
                 "use another position_encoding or preprocess with a time column"
             )
-        self.store = store
-        self.samples = samples
-        self.roles = roles
-        self.timestamp_feature = store.timestamp_feature if wants_timestamps else None
-        self.wants_seen = wants_seen and samples.target is not None
-        self.recoding = dict(recoding or {})
-        self.stochastic_length = stochastic_length
 
     def read(self, plan: BatchPlan) -> Rows:
-        """The rows of ``plan.indices``. Raises DataError that names the user of a value out of range."""
+        """The rows of ``plan.indices``. A value out of range is a DataError that names its user."""
         samples, chosen = self.samples, plan.indices
         start, users = samples.start[chosen], samples.user[chosen]
         lengths, num_labels = samples.stop[chosen] - start, samples.num_labels[chosen]
@@ -146,69 +134,60 @@ class StoreReader:
             lengths, num_labels = self.stochastic_length.shorten(whole, num_labels, plan.epoch, plan.ordinals)
             start = start + whole - lengths
         events = ranges(start, lengths)
+        times = self.store.timestamp_feature if self.wants_timestamps else None
         held_out = seen = seen_lengths = None
         if samples.target is not None:
             target, begin = samples.target[chosen], samples.history_begin[chosen]
-            held_out = self._events(self.roles.item, target)
+            held_out = self._codes(self.roles.item, target)
             if self.wants_seen:
                 seen_lengths = target - begin
-                seen = self._events(self.roles.item, ranges(begin, seen_lengths))
+                seen = self._codes(self.roles.item, ranges(begin, seen_lengths))
         return Rows(
             user_ids=users,
             lengths=lengths,
             num_candidates=samples.num_candidates[chosen],
             num_labels=num_labels,
-            items=self._events(self.roles.item, events),
-            actions=None if self.roles.action is None else self._events(self.roles.action, events),
-            timestamps=None if self.timestamp_feature is None else self._events(self.timestamp_feature, events),
-            context={name: self._context(name, users) for name in self.roles.contextual},
+            items=self._codes(self.roles.item, events),
+            actions=None if self.roles.action is None else self._codes(self.roles.action, events),
+            timestamps=None if times is None else self.store.sequence(times)[events],
+            context={name: self._codes(name, users, of_users=True) for name in self.roles.contextual},
             held_out=held_out,
             seen=seen,
             seen_lengths=seen_lengths,
         )
 
-    def _events(self, feature: str, events: np.ndarray) -> np.ndarray:
-        values = self.store.sequence(feature)[events].astype(np.int64)
-        if feature != self.timestamp_feature and (wrong := self._out_of_range(feature, values)) is not None:
-            user = int(np.searchsorted(self.store.offsets(), events[wrong], side="right")) - 1
-            raise self._damaged(feature, int(values[wrong]), user, f"event {events[wrong]}")
-        return self._recoded(feature, values)
-
-    def _context(self, feature: str, users: np.ndarray) -> np.ndarray:
-        values = self.store.context(feature)[users].astype(np.int64)
-        if (wrong := self._out_of_range(feature, values)) is not None:
-            raise self._damaged(feature, int(values[wrong]), int(users[wrong]), f"row {users[wrong]}")
-        return self._recoded(feature, values)
-
-    def _recoded(self, feature: str, values: np.ndarray) -> np.ndarray:
-        return self.recoding[feature][values] if feature in self.recoding else values
-
-    def _out_of_range(self, feature: str, values: np.ndarray) -> int | None:
-        # A timestamp has no range. Seen as unsigned, a negative code is too large: one comparison, not two.
-        wrong = values.view(np.uint64) >= np.uint64(self.store.cardinality(feature))
-        return int(wrong.argmax()) if wrong.any() else None
-
-    def _damaged(self, feature: str, value: int, user: int, where: str) -> DataError:
-        return DataError(
-            f"{self.store.path}: {feature} = {value} of user {self.store.raw_ids(USER_FEATURE)[user]} ({where}) "
-            f"is not in [0, {self.store.cardinality(feature)}): the data is damaged, preprocess it again"
-        )
+    def _codes(self, feature: str, rows: np.ndarray, of_users: bool = False) -> np.ndarray:
+        """int64 codes of a feature at ``rows``, which are events or, for contextual features, users."""
+        read = self.store.context if of_users else self.store.sequence
+        values = read(feature)[rows].astype(np.int64)
+        cardinality = self.store.cardinality(feature)
+        # Viewed as unsigned, a negative code is too large as well: one comparison instead of two.
+        wrong = values.view(np.uint64) >= np.uint64(cardinality)
+        if wrong.any():
+            first = int(wrong.argmax())
+            row = int(rows[first])
+            user = row if of_users else int(np.searchsorted(self.store.offsets(), row, side="right")) - 1
+            raise DataError(
+                f"{self.store.path}: {feature} = {values[first]} of user {self.store.raw_ids(USER_FEATURE)[user]} "
+                f"({'row' if of_users else 'event'} {row}) is not in [0, {cardinality}): the data is damaged, "
+                "preprocess it again"
+            )
+        return self.recoding[feature][values] if self.recoding and feature in self.recoding else values
 
 
 @dataclass(frozen=True)
 class Assembler:
-    """Turns rows into batches of ``batch_size`` sequences.
-
-    ``negatives``: of retrieval, else None. Batches of an evaluation have none, but the same keys: the tables that
-    serve NEGATIVES expect the key in every batch. ``corpus_size``: item codes lie in [0, corpus_size).
-    """
+    """Turns rows into batches of ``batch_size`` sequences."""
 
     batch_size: int
     task: Task
     roles: FeatureRoles
     corpus_size: int
+    """Item codes lie in [0, corpus_size)."""
     seed: int
     negatives: Negatives | None = None
+    """For retrieval. Evaluation batches hold none, but keep the key: the tables that serve NEGATIVES expect it in every
+    batch."""
 
     def __post_init__(self) -> None:
         if self.task == "ranking" and self.roles.action is None:
@@ -216,21 +195,21 @@ class Assembler:
 
     def assemble(self, rows: Rows, plan: BatchPlan) -> HSTUBatch:
         """The batch of ``rows``, padded with empty sequences."""
-        items = rows.items
         labelled = ranges(np.cumsum(rows.lengths) - rows.num_labels, rows.num_labels)
-        negatives, draws, pool_positions = self._negatives(rows, items, plan)
+        negatives, draws, pool_positions = self._negatives(rows, plan)
         num_candidates = self._padded(rows.num_candidates)
+        seen_offsets = None if rows.seen_lengths is None else run_offsets(self._padded(rows.seen_lengths))
         return HSTUBatch(
-            features=self._features(rows, items, negatives),
+            features=self._features(rows, negatives),
             num_candidates=torch.from_numpy(num_candidates),
             num_labels=torch.from_numpy(self._padded(rows.num_labels)),
-            labels=torch.from_numpy(self._labels(rows, items, labelled)),
+            labels=torch.from_numpy(self._labels(rows, labelled)),
             user_ids=torch.from_numpy(self._padded(rows.user_ids, -1)),
             timestamps=_tensor(rows.timestamps),
             draws=_tensor(draws),
             pool_positions=_tensor(pool_positions),
             seen_values=_tensor(rows.seen),
-            seen_offsets=None if rows.seen_lengths is None else _tensor(self._offsets(rows.seen_lengths)),
+            seen_offsets=_tensor(seen_offsets),
             real_batch_size=len(rows.lengths),
             item_lengths=self._padded(rows.lengths),
             num_candidates_host=num_candidates,
@@ -238,11 +217,11 @@ class Assembler:
             position=plan.position,
         )
 
-    def _features(self, rows: Rows, items: np.ndarray, negatives: np.ndarray | None) -> KeyedJaggedTensor:
+    def _features(self, rows: Rows, negatives: np.ndarray | None) -> KeyedJaggedTensor:
         lengths = self._padded(rows.lengths)
         values = {name: rows.context[name] for name in self.roles.contextual}
         jagged_lengths = {name: (lengths > 0).astype(np.int64) for name in self.roles.contextual}
-        values[self.roles.item], jagged_lengths[self.roles.item] = items, lengths
+        values[self.roles.item], jagged_lengths[self.roles.item] = rows.items, lengths
         if self.roles.action is not None and rows.actions is not None:
             values[self.roles.action] = rows.actions
             jagged_lengths[self.roles.action] = lengths
@@ -251,17 +230,15 @@ class Assembler:
             jagged_lengths[NEGATIVES] = self._padded(np.array([len(negatives)]))
         return keyed_jagged(values, jagged_lengths)
 
-    def _labels(self, rows: Rows, items: np.ndarray, labelled: np.ndarray) -> np.ndarray:
+    def _labels(self, rows: Rows, labelled: np.ndarray) -> np.ndarray:
         if rows.held_out is not None:
             return self._padded(rows.held_out, -1)
-        values = rows.actions if self.task == "ranking" else items
-        assert values is not None, "ranking has an action feature, __post_init__ sees to it"
+        values = rows.actions if self.task == "ranking" else rows.items
+        assert values is not None, "__post_init__ requires an action feature for ranking"
         return values[labelled]
 
-    def _negatives(
-        self, rows: Rows, items: np.ndarray, plan: BatchPlan
-    ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        """(item codes to look up, draws, pool positions), each None where the kind of negatives has none."""
+    def _negatives(self, rows: Rows, plan: BatchPlan) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+        """(item codes to look up, draws, pool positions); each None where the kind of negatives has none."""
         negatives = self.negatives
         if negatives is None:
             return None, None, None
@@ -272,12 +249,12 @@ class Assembler:
             seed=self.seed,
             epoch=plan.epoch,
             ordinals=np.repeat(plan.ordinals, rows.num_labels),
-            places=ranges(np.zeros_like(rows.num_labels), rows.num_labels),
+            places=run_indices(rows.num_labels)[1],
             global_start=plan.global_start,
         )
         if in_batch:
             draws = draw_31_bits(keys, negatives.num) if negatives.num else None
-            return None, draws, np.unique(items, return_index=True)[1]
+            return None, draws, np.unique(rows.items, return_index=True)[1]
         if negatives.kind == "full":
             return np.arange(self.corpus_size, dtype=np.int64), None, None
         if negatives.shared:
@@ -288,9 +265,6 @@ class Assembler:
         padding = np.full(self.batch_size - len(values), filler, dtype=np.int64)
         return np.concatenate([values, padding], dtype=np.int64)
 
-    def _offsets(self, lengths: np.ndarray) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum(self._padded(lengths))])
-
 
 def _tensor(array: np.ndarray | None) -> Tensor | None:
     return None if array is None else torch.from_numpy(np.ascontiguousarray(array))
@@ -298,18 +272,62 @@ def _tensor(array: np.ndarray | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes the batch of a plan. Picklable: a worker process gets its own, which reopens the memory maps.
-
-    ``skipped``: leaves samples with damaged data out, and counts them; None: they are an error.
-    """
+    """Builds the batch of a plan. Picklable: each worker process gets a copy, which reopens the memory maps."""
 
     reader: RowReader
     assembler: Assembler
     skipped: SkippedSamples | None = None
+    """Leaves out and counts samples with damaged data. None: such a sample is an error."""
 
     def __call__(self, plan: BatchPlan) -> HSTUBatch:
-        """Read and assemble."""
+        """Reads and assembles the batch."""
         if self.skipped is None:
             return self.assembler.assemble(self.reader.read(plan), plan)
         plan, rows = self.skipped.read(self.reader, plan)
         return self.assembler.assemble(rows, plan)
+
+
+class SkippedSamples:
+    """TrainerArgs.bad_row_policy = "skip": leaves damaged samples out of batches, and counts them.
+
+    The count covers all data workers of a rank and must be passed to them when they start. More than ``limit`` skipped
+    samples are a DataError.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._count = multiprocessing.Value("q", 0)
+
+    @property
+    def count(self) -> int:
+        """Samples left out so far; a sample that recurs in another epoch counts again."""
+        return int(self._count.value)
+
+    def read(self, reader: RowReader, plan: BatchPlan) -> tuple[BatchPlan, Rows]:
+        """The plan without its damaged samples, and its rows. The other samples keep their ordinals."""
+        try:
+            return plan, reader.read(plan)
+        except DataError:
+            good = np.array([self._is_good(reader, plan, index) for index in range(len(plan.indices))])
+        plan = _select(plan, good)
+        return plan, reader.read(plan)
+
+    def _is_good(self, reader: RowReader, plan: BatchPlan, index: int) -> bool:
+        try:
+            reader.read(_select(plan, np.array([index])))
+        except DataError as error:
+            with self._count.get_lock():
+                self._count.value += 1
+                count = int(self._count.value)
+            if count > self.limit:
+                raise DataError(
+                    f"{error}. It is damaged sample {count}, TrainerArgs.max_bad_rows = {self.limit}"
+                ) from error
+            _log.warning("skipped damaged sample %d of at most %d: %s", count, self.limit, error)
+            return False
+        return True
+
+
+def _select(plan: BatchPlan, chosen: np.ndarray) -> BatchPlan:
+    """The samples of a plan that ``chosen``, a mask or indices, picks."""
+    return replace(plan, indices=plan.indices[chosen], ordinals=plan.ordinals[chosen])

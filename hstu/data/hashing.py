@@ -1,7 +1,7 @@
 """SplitMix64, vectorised: hashes that are equal on every machine, and random numbers addressed by counters.
 
-A counter-based generator computes the k-th number of a stream without the ones before it. Keyed by a sample's
-place in the epoch, it gives that sample the same draws on whichever rank or worker it lands.
+A counter-based generator computes the k-th number of a stream without the ones before it. Keyed by a sample's place in
+the epoch, it gives the sample the same draws on any rank and worker.
 Source: G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (its mix64,
 variant 13 of D. Stafford).
 """
@@ -17,8 +17,8 @@ _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 
 
 def splitmix64(values: ArrayLike) -> np.ndarray:
-    """A bijective hash of 64-bit integers; uint64, of the shape of ``values`` but at least one-dimensional."""
-    # At least 1-D: NumPy warns of the (intended) overflow of scalars, but not of arrays.
+    """A bijective hash of 64-bit integers; uint64 of the shape of ``values``, but at least one-dimensional."""
+    # At least 1-D, because NumPy warns of the intended overflow for scalars but not for arrays.
     bits = np.atleast_1d(_as_uint64(values)) + _GOLDEN_GAMMA
     bits ^= bits >> _SHIFTS[0]
     bits *= _FACTORS[0]
@@ -29,7 +29,7 @@ def splitmix64(values: ArrayLike) -> np.ndarray:
 
 
 def random_bits(*counters: ArrayLike) -> np.ndarray:
-    """Random uint64 addressed by integers, which may be arrays and broadcast against one another.
+    """Random uint64 addressed by integers or arrays of integers, which broadcast.
 
     ``random_bits(seed, epoch, ordinals[:, None], np.arange(n))`` is a table of len(ordinals) × n numbers.
     """
@@ -40,7 +40,7 @@ def random_bits(*counters: ArrayLike) -> np.ndarray:
 
 
 def random_below(bound: int, bits: np.ndarray) -> np.ndarray:
-    """Map uint32 ``bits`` to int64 in [0, bound), bound <= 2^32; no value is off 1 / bound by more than 2^-32."""
+    """Maps uint32 ``bits`` to int64 in [0, bound), bound <= 2^32. Each probability is within 2^-32 of 1 / bound."""
     scaled = bits.astype(np.uint64)
     scaled *= np.uint64(bound)
     scaled >>= np.uint64(32)
@@ -48,12 +48,12 @@ def random_below(bound: int, bits: np.ndarray) -> np.ndarray:
 
 
 def hash_ids(ids: np.ndarray, rows: int) -> np.ndarray:
-    """Rows in [0, rows), int64, for ids of which there are more than rows: every id is hashed, none is favoured."""
+    """A row in [0, rows), int64, for each of more ids than rows. All ids are hashed, small ones too."""
     return (splitmix64(ids) % np.uint64(rows)).astype(np.int64)
 
 
 def hash_strings(strings: np.ndarray) -> np.ndarray:
-    """A uint64 hash of each string of a one-dimensional array, whatever the width the array stores them in."""
+    """A uint64 hash of each string of a one-dimensional array, independent of the array's item size."""
     fixed = np.ascontiguousarray(strings, dtype=np.str_)
     width = fixed.dtype.itemsize // 4
     characters = fixed.view(np.uint32).reshape(len(fixed), width)

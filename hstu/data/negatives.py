@@ -1,4 +1,4 @@
-"""Negatives drawn on the host, from counters: a sample's draws do not depend on rank, world size or worker."""
+"""Negatives drawn on the host from counters, so a sample's draws depend on neither rank, world size nor worker."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Literal
 import numpy as np
 
 from hstu.config.args import RetrievalArgs
-from hstu.config.errors import ConfigError
 from hstu.data.hashing import random_below, random_bits
 
 # Above this many corpus items per draw, sorting the draws is cheaper than a table of the corpus.
 _DENSE_ITEMS_PER_DRAW = 32
-# So many at a time stay in a core's cache through all that is done to them.
+# A block of this size stays in a core's cache through all its operations.
 _DRAWS_PER_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
 class Negatives:
-    """What the training loss of retrieval is contrasted with. ``num``: draws a position, 0 for the whole pool."""
+    """The negatives of the retrieval loss. ``num``: draws per position, 0 for the whole pool."""
 
     kind: Literal["in_batch", "uniform", "full"]
     num: int = 0
@@ -27,29 +26,22 @@ class Negatives:
 
     @classmethod
     def of(cls, args: RetrievalArgs) -> Negatives:
-        """From the user's options; ConfigError where uniform negatives lack a number of draws."""
-        num = max(args.num_negatives, 0)
-        if args.negatives == "uniform" and num == 0:
-            raise ConfigError(
-                'RetrievalArgs.negatives = "uniform" needs RetrievalArgs.num_negatives >= 1; '
-                'for the whole corpus use negatives = "full"'
-            )
-        return cls(args.negatives, num, args.shared_negatives)  # type: ignore[arg-type]
+        """From the options."""
+        return cls(args.negatives, max(args.num_negatives, 0), args.shared_negatives)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class LabelKeys:
-    """Addresses of the M labelled items in the random stream, whatever batch they are in.
-
-    ``ordinals``: int64 [M], places of their samples in the epoch's order; ``places``: int64 [M], 0, 1, … within the
-    sample; ``global_start``: first ordinal of the global batch.
-    """
+    """Addresses of M labelled items in the random stream, independent of their batch."""
 
     seed: int
     epoch: int
     ordinals: np.ndarray
+    """int64 [M]: indices of their samples in the order of the epoch."""
     places: np.ndarray
+    """int64 [M]: 0, 1, … within the sample."""
     global_start: int
+    """First ordinal of the global batch."""
 
 
 def draw_31_bits(keys: LabelKeys, num: int) -> np.ndarray:
@@ -58,7 +50,7 @@ def draw_31_bits(keys: LabelKeys, num: int) -> np.ndarray:
 
 
 def draw_shared(keys: LabelKeys, num: int, corpus_size: int) -> np.ndarray:
-    """Item codes of a whole global batch, int64 [num], the same on all its ranks; repeats are kept."""
+    """Item codes for a whole global batch, int64 [num], equal on all its ranks; repeats are kept."""
     bits = random_bits(keys.seed, keys.epoch, keys.global_start, np.arange(num))
     return random_below(corpus_size, (bits >> np.uint64(32)).astype(np.uint32))
 
@@ -66,8 +58,8 @@ def draw_shared(keys: LabelKeys, num: int, corpus_size: int) -> np.ndarray:
 def draw_uniform(keys: LabelKeys, num: int, corpus_size: int) -> tuple[np.ndarray, np.ndarray]:
     """(candidate item codes int64 [S], indices into them int32 [M, num]), independent and uniform over the corpus.
 
-    The candidates are the distinct items drawn. Never more: an optimizer moves every row that is looked up, so that
-    others would make the tables depend on the number of ranks.
+    The candidates are exactly the distinct items drawn. An optimizer moves every row that is looked up, so any further
+    row would make the tables depend on the number of ranks.
     """
     if corpus_size > _DENSE_ITEMS_PER_DRAW * len(keys.ordinals) * num:
         codes = random_below(corpus_size, _draw_32_bits(keys, num))
@@ -85,12 +77,12 @@ def draw_uniform(keys: LabelKeys, num: int, corpus_size: int) -> tuple[np.ndarra
     index_of = np.empty(corpus_size, dtype=np.int32)
     index_of[distinct] = np.arange(len(distinct), dtype=np.int32)
     for block in blocks:
-        indices[block] = index_of.take(indices[block], mode="clip")  # quicker than to check what is in range
+        indices[block] = index_of.take(indices[block], mode="clip")  # faster than a bounds check
     return distinct, indices
 
 
 def _draw_32_bits(keys: LabelKeys, num: int, rows: slice = slice(None)) -> np.ndarray:
-    """Random uint32 [M, num], or ``rows`` of it; each 64-bit number gives two."""
+    """Random uint32 [M, num], or ``rows`` of them; each 64-bit number gives two."""
     pairs = np.arange((num + 1) // 2)
     bits = random_bits(keys.seed, keys.epoch, keys.ordinals[rows, None], keys.places[rows, None], pairs)
     return bits.astype("<u8", copy=False).view("<u4")[:, :num]

@@ -1,46 +1,75 @@
-"""Which samples make up which batch: an order of the epoch that no world size changes, and a cursor into it.
+"""Which samples form which batch: one order per epoch, a cursor into it, and the partition of a batch over the ranks.
 
-The order of an epoch is one permutation of all samples, a function of (seed, epoch) only. A *global batch* is
-the next run of it: ``batch_size * world_size`` samples or, by tokens, as many as the ranks have room for. Every rank
-takes its own contiguous slice of the run, or what balance.py gives it. How far the epoch has been consumed is
-therefore the whole state: it can be resumed at any world size.
+The order of an epoch is one permutation of all samples, a function of (seed, epoch) only. A *global batch* is the next
+run of it: ``batch_size * world_size`` samples or, under a token budget, as many as fit on the ranks. Each rank takes a
+contiguous slice of the run, or the samples that balancing assigns to it. The number of consumed samples is therefore
+the whole state, and a run can resume at any world size.
+
+Partitions are planned on the host, from lengths that are known without reading a sample. Every rank computes the whole
+plan, so nothing is communicated. A partition decides *which rank* trains on a sample, never which samples share a step.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 
 import numpy as np
 
 from hstu.config.errors import DataError
-from hstu.data.balance import Loads, Sharing, budget_bounds, even_bounds, rebalanced
+from hstu.data.jagged import run_offsets
 
 
 @dataclass(frozen=True)
 class SamplerPosition:
-    """How far a run has come: ``consumed`` samples of epoch ``epoch``, counted over all ranks."""
+    """Progress of a run: ``consumed`` samples of epoch ``epoch``, counted over all ranks."""
 
     epoch: int = 0
     consumed: int = 0
 
 
+START = SamplerPosition()
+"""Where a fresh run begins."""
+
+
 @dataclass(frozen=True)
 class BatchPlan:
-    """One rank's share of a global batch.
-
-    ``indices``: int64 [<= batch_size], rows of the sample table. ``ordinals``: int64, their places in the order of
-    the epoch. ``global_start``: the first ordinal of the global batch, equal on all ranks. ``position``: where the
-    run stands once the batch has been trained on.
-    """
+    """The samples that one rank takes from a global batch."""
 
     indices: np.ndarray
+    """int64 [<= batch_size]: rows of the sample table."""
     ordinals: np.ndarray
+    """int64, same length: the samples' indices in the order of the epoch, ascending."""
     epoch: int
     global_start: int
+    """First ordinal of the global batch, equal on all ranks."""
     position: SamplerPosition
+    """Where the run stands once the batch has been trained on."""
+
+
+@dataclass(frozen=True)
+class Loads:
+    """What training on each of S samples costs; in the order of the sample table."""
+
+    tokens: np.ndarray
+    """int64 [S], at least 1."""
+    costs: np.ndarray
+    """float64 [S], above 0, in any unit. The cost of a rank is the sum over its samples."""
+
+
+@dataclass(frozen=True)
+class BatchPartition:
+    """How global batches are divided over the ranks."""
+
+    loads: Loads
+    balance: bool = False
+    """Equalise the costs of the ranks."""
+    tokens_per_rank: int | None = None
+    """A batch ends before a rank exceeds this many tokens; a longer sample is the only one of its rank. None: batches
+    end by the number of samples."""
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
@@ -50,60 +79,59 @@ def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> np.nd
     return np.random.default_rng([seed, epoch]).permutation(num_samples).astype(np.int64, copy=False)
 
 
+@dataclass(eq=False)
 class TrainSampler:
-    """Endless batches, epoch after epoch, starting at ``position``.
+    """Endless batch plans of one rank, epoch after epoch, starting at ``position``.
 
-    ``sharing``: how a global batch is shared out; None: contiguous slices of equal counts. The last global batch of an
-    epoch may be smaller; it is split over the ranks so that none goes without as long as there are enough samples,
-    and every rank yields a plan for it (an empty one where there are fewer samples than ranks).
+    ``partition`` None means contiguous slices of equal counts. The last global batch of an epoch may be smaller. It is
+    divided so that every rank gets a sample where there are enough; otherwise some ranks get empty plans.
+    Raises DataError without samples, or for a position beyond the epoch.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        shuffle: bool,
-        position: SamplerPosition | None = None,
-        sharing: Sharing | None = None,
-    ) -> None:
-        if num_samples < 1:
+    num_samples: int
+    batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    shuffle: bool
+    position: SamplerPosition = START
+    partition: BatchPartition | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
             raise DataError(
-                "the training split has no samples: every user has too few events for it. Retrieval needs two events a "
-                "user besides those that are held out, ranking one event more than candidates"
+                "the training split has no samples: every user has too few events. Retrieval needs two events per "
+                "user besides the held-out ones, ranking needs one event more than candidates"
             )
-        position = position or SamplerPosition()
-        if not 0 <= position.consumed <= num_samples:
+        if not 0 <= self.position.consumed <= self.num_samples:
             raise DataError(
-                f"cannot resume at sample {position.consumed} of an epoch of {num_samples} samples: "
+                f"cannot resume at sample {self.position.consumed} of an epoch of {self.num_samples} samples: "
                 "the checkpoint was written for other data"
             )
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.position = position
-        self.sharing = sharing
+
+    @property
+    def _token_budget(self) -> int | None:
+        return None if self.partition is None else self.partition.tokens_per_rank
+
+    def for_rank(self, rank: int) -> TrainSampler:
+        """The same global batches, with the plans of another rank."""
+        return replace(self, rank=rank)
 
     @cached_property
     def batches_per_epoch(self) -> int:
-        """Global batches in one whole epoch; by tokens: in the first, others have a few more or less."""
-        if self.sharing is None or self.sharing.tokens_per_rank is None:
+        """Global batches per epoch. With a token budget, those of the first epoch; other epochs differ by a few."""
+        if self._token_budget is None:
             return -(-self.num_samples // (self.batch_size * self.world_size))
         return sum(1 for _ in self._global_batches(self._order(0), begin=0))
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        """Yield this rank's plans, for ever."""
+        """Yields this rank's plans without end."""
         epoch, consumed = self.position.epoch, self.position.consumed
         while True:
             order = self._order(epoch)
             for bounds in self._global_batches(order, consumed):
                 start, stop = int(bounds[0]), int(bounds[-1])
-                ordinals = self._share(order, bounds)
+                ordinals = self._own_ordinals(order, bounds)
                 yield BatchPlan(order[ordinals], ordinals, epoch, start, SamplerPosition(epoch, stop))
             epoch, consumed = epoch + 1, 0
 
@@ -111,52 +139,137 @@ class TrainSampler:
         return epoch_order(self.num_samples, self.seed, epoch, self.shuffle)
 
     def _global_batches(self, order: np.ndarray, begin: int) -> Iterator[np.ndarray]:
-        """The rest of an epoch as global batches; of each, the ordinals between the ranks' shares [world_size + 1]."""
-        budget = None if self.sharing is None else self.sharing.tokens_per_rank
-        tokens_until = np.empty(0) if budget is None else self._tokens_until(order)
+        """The global batches from ordinal ``begin`` on, each as the bounds of the ranks' slices, int64 [ranks + 1]."""
+        tokens_until = np.empty(0)
+        if self.partition is not None and self._token_budget is not None:
+            tokens_until = run_offsets(self.partition.loads.tokens[order])
         while begin < self.num_samples:
-            if budget is None:
+            if self._token_budget is None:
                 count = min(self.batch_size * self.world_size, self.num_samples - begin)
                 bounds = even_bounds(begin, count, self.world_size)
             else:
-                bounds = budget_bounds(tokens_until, begin, self.world_size, budget, self.batch_size)
+                bounds = budget_bounds(tokens_until, begin, self.world_size, self._token_budget, self.batch_size)
             yield bounds
             begin = int(bounds[-1])
 
-    def _tokens_until(self, order: np.ndarray) -> np.ndarray:
-        """int64 [S + 1]: tokens of the first 0, 1, … samples of an epoch."""
-        assert self.sharing is not None
-        return np.concatenate([[0], np.cumsum(self.sharing.loads.tokens[order])])
-
-    def _share(self, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    def _own_ordinals(self, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
         """This rank's ordinals of a global batch, ascending; int64."""
-        if self.sharing is None or not self.sharing.balance or self.world_size == 1:
+        if self.partition is None or not self.partition.balance or self.world_size == 1:
             return np.arange(bounds[self.rank], bounds[self.rank + 1], dtype=np.int64)
-        chosen, loads = order[bounds[0] : bounds[-1]], self.sharing.loads
-        ranks = rebalanced(
-            np.diff(bounds),
-            Loads(loads.tokens[chosen], loads.costs[chosen]),
-            self.batch_size,
-            self.sharing.tokens_per_rank,
-        )
+        chosen, loads = order[bounds[0] : bounds[-1]], self.partition.loads
+        chosen_loads = Loads(loads.tokens[chosen], loads.costs[chosen])
+        ranks = rebalance(np.diff(bounds), chosen_loads, self.batch_size, self._token_budget)
         return bounds[0] + np.flatnonzero(ranks == self.rank)
 
 
+@dataclass(eq=False)
 class EvalSampler:
-    """One pass over all samples in their own order; every rank yields equally many plans, some perhaps empty."""
+    """One pass over all samples in their own order. Every rank yields equally many plans; the last may be empty."""
 
-    def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
+    num_samples: int
+    batch_size: int
+    rank: int
+    world_size: int
 
     def __len__(self) -> int:
-        """Plans of every rank."""
+        """Plans per rank."""
         return -(-self.num_samples // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        """Yield this rank's plans."""
+        """Yields this rank's plans."""
         if self.num_samples:
             endless = TrainSampler(self.num_samples, self.batch_size, self.rank, self.world_size, seed=0, shuffle=False)
             yield from islice(endless, len(self))
+
+
+def even_bounds(begin: int, count: int, num_ranks: int) -> np.ndarray:
+    """Bounds of the ranks' slices of [begin, begin + count), whose sizes differ by at most one; int64 [ranks + 1]."""
+    return begin + count * np.arange(num_ranks + 1, dtype=np.int64) // num_ranks
+
+
+def budget_bounds(
+    tokens_until: np.ndarray, begin: int, num_ranks: int, tokens_per_rank: int, max_samples: int
+) -> np.ndarray:
+    """Bounds of the ranks' slices of the global batch that begins at ordinal ``begin``; int64 [ranks + 1].
+
+    ``tokens_until``: int64 [S + 1], tokens of the first 0, 1, … samples of the epoch. Each rank takes the next samples
+    up to ``tokens_per_rank`` tokens and ``max_samples`` samples, but at least one. If the remaining samples would leave
+    a rank without any, the last batches of the epoch are divided more finely.
+    """
+    num_samples = len(tokens_until) - 1
+    bounds = _greedy_bounds(tokens_until, begin, num_samples, num_ranks, tokens_per_rank, max_samples)
+    left = num_samples - bounds[-1]
+    if 0 < left < num_ranks:  # leave one sample per rank to the last batch, if this batch can spare them
+        stop = max(num_samples - num_ranks, begin + num_ranks)
+        bounds = _greedy_bounds(tokens_until, begin, stop, num_ranks, tokens_per_rank, max_samples)
+    while len(bounds) <= num_ranks and (counts := np.diff(bounds)).max() > 1:
+        largest = int(np.where(counts > 1, np.diff(tokens_until[bounds]), -1).argmax())
+        bounds.insert(largest + 1, bounds[largest] + int(counts[largest]) // 2)
+    return np.array(bounds + bounds[-1:] * (num_ranks + 1 - len(bounds)), dtype=np.int64)
+
+
+def _greedy_bounds(
+    tokens_until: np.ndarray, begin: int, stop: int, num_ranks: int, tokens_per_rank: int, max_samples: int
+) -> list[int]:
+    """Bounds of up to ``num_ranks`` slices of [begin, stop), each as large as the limits allow."""
+    bounds = [begin]
+    while len(bounds) <= num_ranks and bounds[-1] < stop:
+        start = bounds[-1]
+        fitting = int(np.searchsorted(tokens_until, tokens_until[start] + tokens_per_rank, side="right")) - 1
+        bounds.append(min(max(fitting, start + 1), start + max_samples, stop))
+    return bounds
+
+
+def rebalance(counts: np.ndarray, loads: Loads, max_samples: int, tokens_per_rank: int | None) -> np.ndarray:
+    """The rank of each of the n samples of a global batch, int64 [n], such that the ranks' costs are similar.
+
+    ``counts``: int64 [ranks], the sizes of the contiguous slices that the ranks would take. Without ``tokens_per_rank``
+    every rank keeps its count. With it, a rank takes up to ``max_samples`` samples within its tokens. The contiguous
+    slices are returned where nothing better is found.
+    """
+    contiguous = np.repeat(np.arange(len(counts)), counts)
+    if tokens_per_rank is None:
+        found = balanced_ranks(loads.costs, counts)
+    else:
+        # A sample that alone exceeds the budget fills a rank.
+        tokens = np.minimum(loads.tokens, tokens_per_rank)
+        found = balanced_ranks(loads.costs, np.full_like(counts, max_samples), tokens, tokens_per_rank)
+    return contiguous if found is None or _max_cost(found, loads) >= _max_cost(contiguous, loads) else found
+
+
+def balanced_ranks(
+    costs: np.ndarray, counts: np.ndarray, tokens: np.ndarray | None = None, tokens_per_rank: int = 0
+) -> np.ndarray | None:
+    """The rank of each of n samples, int64 [n], such that the largest cost of a rank is small.
+
+    Longest processing time first: samples in descending cost, each to the rank with the lowest cost so far that has
+    room (R. L. Graham, "Bounds on multiprocessing timing anomalies", SIAM J. Appl. Math. 17, 1969; here with limits).
+    ``costs``: float64 [n]. ``counts``: int64 [ranks], the maximal samples of each rank. With ``tokens``, int64 [n], a
+    rank also holds at most ``tokens_per_rank`` tokens. None where the rule finds no room for a sample.
+    """
+    order = np.argsort(-costs, kind="stable")
+    sizes = [0] * len(costs) if tokens is None else tokens[order].tolist()
+    # (cost so far, rank, room for samples, room for tokens). Ties go to the lower rank, so all ranks agree.
+    ranks = [(0.0, rank, count, tokens_per_rank) for rank, count in enumerate(counts.tolist()) if count]
+    chosen = []
+    for cost, size in zip(costs[order].tolist(), sizes, strict=True):
+        full = []
+        while ranks and ranks[0][3] < size:
+            full.append(heapq.heappop(ranks))
+        if not ranks:
+            return None
+        load, rank, room, token_room = ranks[0]
+        chosen.append(rank)
+        if room > 1:
+            heapq.heapreplace(ranks, (load + cost, rank, room - 1, token_room - size))
+        else:
+            heapq.heappop(ranks)
+        for entry in full:
+            heapq.heappush(ranks, entry)
+    result = np.empty(len(costs), dtype=np.int64)
+    result[order] = chosen
+    return result
+
+
+def _max_cost(ranks: np.ndarray, loads: Loads) -> float:
+    return float(np.bincount(ranks, weights=loads.costs).max())

@@ -1,21 +1,31 @@
-"""Samples as runs of events: the table of them, several from one long history, and shorter ones by chance.
+"""From users' histories to samples: splits, truncation, candidates, windows and stochastic length.
 
-All of it is vectorised over samples.
+A sample is a run of one user's events. Nothing is copied here: a SampleTable only states which events are meant.
+Everything is vectorised over users or samples.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
-from hstu.config.args import DatasetArgs
-from hstu.data.hashing import random_bits
+from hstu.config.args import DatasetArgs, Task
+from hstu.config.errors import ConfigError, DataError
+from hstu.data.hashing import hash_strings, random_bits
+from hstu.data.jagged import run_indices
+from hstu.data.store import USER_FEATURE, SequenceStore
+
+Split = Literal["train", "valid", "test", "all"]
+
+_STOCHASTIC_LENGTH_STREAM = 0x5354_4F43
+"""Separates these draws from those of negatives, which have the same seed."""
 
 
 @dataclass(frozen=True)
 class SampleTable:
-    """S samples, in the store's order of users. Events are positions in the store's flat arrays; all int64 [S]."""
+    """S samples in the store's order of users. Events are indices into the store's flat arrays; all int64 [S]."""
 
     user: np.ndarray
     """Row of the user in the store."""
@@ -24,49 +34,169 @@ class SampleTable:
     stop: np.ndarray
     """One past the last event of the sample."""
     num_candidates: np.ndarray
-    """The newest events of the sample that are candidates."""
+    """How many of the sample's newest events are candidates."""
     num_labels: np.ndarray
-    """The newest events of the sample that are labelled."""
+    """How many of the sample's newest events are labelled."""
     target: np.ndarray | None
     """Retrieval evaluation: the held-out event."""
     history_begin: np.ndarray
     """First event of the user; the seen items are those of [history_begin, target)."""
     report: dict[str, int] = field(default_factory=dict)
-    """users of the split; samples made of them; dropped_short users; truncated users, whose oldest events no sample
-    has; events of all samples."""
+    """users of the split; samples built from them; dropped_short users; truncated users, whose oldest events are in no
+    sample; events of all samples."""
 
     def __len__(self) -> int:
         """S."""
         return len(self.user)
 
     def select(self, keep: np.ndarray) -> SampleTable:
-        """Some of the samples, bool [S]; the report stays."""
-        return SampleTable(
-            user=self.user[keep],
-            start=self.start[keep],
-            stop=self.stop[keep],
-            num_candidates=self.num_candidates[keep],
-            num_labels=self.num_labels[keep],
-            target=None if self.target is None else self.target[keep],
-            history_begin=self.history_begin[keep],
-            report=self.report,
-        )
+        """The samples that ``keep``, bool [S], picks, with the same report."""
+        columns = {name: values for name, values in vars(self).items() if isinstance(values, np.ndarray)}
+        return replace(self, **{name: values[keep] for name, values in columns.items()})
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """One run of events per user, before truncation; int64 [U of the split]."""
+
+    user: np.ndarray
+    begin: np.ndarray
+    stop: np.ndarray
+
+    def select(self, keep: np.ndarray) -> _Runs:
+        return _Runs(self.user[keep], self.begin[keep], self.stop[keep])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.stop - self.begin
+
+
+def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Split, seed: int) -> SampleTable:
+    """The samples of one split. Users who are too short for one are dropped, and counted in the report.
+
+    leave_one_out: training leaves out the last 1 + valid_items events of each user. "valid" predicts the last but one
+    event (with valid_items = 0 the last), "test" the last. Training needs two events of a user (history and target),
+    evaluation one event before the target.
+
+    user_holdout: the first train_fraction of the users, by a hash of raw id and ``seed``, are trained on; the others
+    are both "valid" and "test". time: the events before a cut, which train_fraction of all events precede, are trained
+    on; "valid" and "test" are the users with later events, of which only the later ones are labelled. Both need one
+    event more than candidates.
+
+    "all": every user, unsplit (ranking on a second store). With window_stride, a long training history gives several
+    samples, the newest first. Raises ConfigError for a split in time of data without times, DataError for damaged
+    offsets. ``args`` obeys the rules of hstu/config/rules.
+    """
+    runs = _whole_histories(store)
+    if task == "retrieval":
+        return _leave_one_out(runs, args, split)
+    if split == "all":
+        return _ranking_samples(runs, args)
+    if args.split != "time":
+        chosen = _in_training(store, args.train_fraction, seed) == (split == "train")
+        samples = _ranking_samples(runs.select(chosen), args)
+        return in_windows(samples, args, unlabelled=0) if split == "train" else samples
+    cut = _cut_events(store, args.train_fraction)
+    if split == "train":
+        earlier = _ranking_samples(_Runs(runs.user, runs.begin, cut).select(cut > runs.begin), args)
+        return in_windows(earlier, args, unlabelled=0)
+    later = runs.stop - cut
+    return _ranking_samples(runs.select(later > 0), args, num_later=later[later > 0])
+
+
+def _whole_histories(store: SequenceStore) -> _Runs:
+    offsets = np.asarray(store.offsets(), dtype=np.int64)
+    if (backwards := np.diff(offsets) < 0).any():
+        user = store.raw_ids(USER_FEATURE)[int(backwards.argmax())]
+        raise DataError(f"{store.path}: the offsets of user {user} are damaged; preprocess the data again")
+    return _Runs(np.arange(store.num_users, dtype=np.int64), offsets[:-1], offsets[1:])
+
+
+def _leave_one_out(runs: _Runs, args: DatasetArgs, split: Split) -> SampleTable:
+    if split == "train":
+        stop = np.maximum(runs.stop - 1 - args.valid_items, runs.begin)
+        kept = _Runs(runs.user, runs.begin, stop).select(stop - runs.begin >= 2)
+        num_labels = np.minimum(kept.lengths, args.max_sequence_length) - 1
+        return in_windows(_table(kept, args, len(runs.user), num_labels), args, unlabelled=1)
+    target = runs.stop - 1 - (args.valid_items if split == "valid" else 0)
+    usable = target > runs.begin
+    kept = _Runs(runs.user, runs.begin, target).select(usable)
+    no_labels = np.zeros(len(kept.user), dtype=np.int64)
+    return _table(kept, args, len(runs.user), no_labels, target=target[usable])
+
+
+def _in_training(store: SequenceStore, fraction: float, seed: int) -> np.ndarray:
+    """bool [U]. Raw ids alone decide, so the order of users and files has no influence."""
+    raw_ids = store.raw_ids(USER_FEATURE)
+    keys = raw_ids if raw_ids.dtype == np.int64 else hash_strings(raw_ids)
+    in_training = np.zeros(store.num_users, dtype=bool)
+    in_training[np.argsort(random_bits(seed, keys))[: round(fraction * store.num_users)]] = True
+    return in_training
+
+
+def _cut_events(store: SequenceStore, fraction: float) -> np.ndarray:
+    """Each user's first event at or after the cut in time, int64 [U]; the end of the user's events if there is none."""
+    if store.timestamp_feature is None:
+        raise ConfigError('DatasetArgs.split = "time" needs timestamps, and the data has none; use another split')
+    times = store.sequence(store.timestamp_feature)
+    middle = min(int(fraction * len(times)), len(times) - 1)
+    cut = np.partition(times, middle)[middle]
+    # Events are in time order within a user, so the later ones are the last ones.
+    num_later = np.diff(np.searchsorted(np.flatnonzero(times >= cut), store.offsets()))
+    return np.asarray(store.offsets()[1:] - num_later, dtype=np.int64)
+
+
+def _ranking_samples(runs: _Runs, args: DatasetArgs, num_later: np.ndarray | None = None) -> SampleTable:
+    """Labels are the candidates or, without candidates, all events; in both cases at most the newest ``num_later``."""
+    limit = runs.lengths if num_later is None else num_later
+    candidates = np.minimum(limit, args.max_num_candidates)
+    labels = candidates if args.max_num_candidates else np.minimum(limit, args.max_sequence_length)
+    # A user with no more events than candidates has candidates = length, hence no history, and is dropped.
+    usable = runs.lengths >= 1 + candidates
+    return _table(runs.select(usable), args, len(runs.user), labels[usable], candidates[usable])
+
+
+def _table(
+    runs: _Runs,
+    args: DatasetArgs,
+    num_users: int,
+    num_labels: np.ndarray,
+    num_candidates: np.ndarray | None = None,
+    target: np.ndarray | None = None,
+) -> SampleTable:
+    start = np.maximum(runs.begin, runs.stop - args.max_sequence_length)
+    report = {
+        "users": num_users,
+        "samples": len(runs.user),
+        "dropped_short": num_users - len(runs.user),
+        "truncated": int((start > runs.begin).sum()),
+        "events": int((runs.stop - start).sum()),
+    }
+    return SampleTable(
+        user=runs.user,
+        start=start,
+        stop=runs.stop,
+        num_candidates=np.zeros_like(start) if num_candidates is None else num_candidates,
+        num_labels=num_labels,
+        target=target,
+        history_begin=runs.begin,
+        report=report,
+    )
 
 
 def in_windows(samples: SampleTable, args: DatasetArgs, unlabelled: int) -> SampleTable:
-    """Training samples of whole histories: with window_stride, older windows as well, each user's newest first.
+    """Training samples with window_stride: each user's newest window and the older ones, the newest first.
 
-    Window k has the max_sequence_length events that end k * window_stride before the history does, as far as there are
-    so many, and is labelled on its newest window_stride events (max_num_candidates, where there are candidates); the
-    oldest window, which begins with the history, on all but the first ``unlabelled`` events. So every event is a label
-    once, after as much history as fits, but where stride + unlabelled exceeds the length.
+    Window k has the max_sequence_length events that end k * window_stride before the history does, or fewer at its
+    begin. It is labelled on its newest window_stride events (max_num_candidates, where there are candidates); the
+    oldest window, which begins with the history, on all but its first ``unlabelled`` events. So every event is a label
+    once, after as much history as fits, unless stride + unlabelled exceeds the length.
     """
     stride, length = args.window_stride, args.max_sequence_length
     if stride is None:
         return samples
     older = -(-np.maximum(samples.stop - samples.history_begin - length, 0) // stride)
-    rows = np.repeat(np.arange(len(samples)), 1 + older)
-    back = np.arange(len(rows)) - np.repeat(np.cumsum(1 + older) - (1 + older), 1 + older)
+    rows, back = run_indices(1 + older)
     begin, stop = samples.history_begin[rows], samples.stop[rows] - back * stride
     start = np.maximum(begin, stop - length)
     candidates = np.minimum(samples.num_candidates[rows], stop - start - 1)
@@ -90,9 +220,10 @@ def in_windows(samples: SampleTable, args: DatasetArgs, unlabelled: int) -> Samp
 class StochasticLength:
     """Which training samples are shortened in an epoch, and to what (arXiv 2402.17152, "stochastic length").
 
-    Of a sample of n events, n > s, the newest s are kept with probability 1 - (s / n)^2, where
-    s = max_sequence_length ^ (alpha / 2). Drawn from (seed, epoch, place in the epoch) alone: equal at any world size,
-    with any number of workers and after a resume. Of the ways to choose the s events it is the paper's greedy one.
+    Of a sample of n > s events the newest s are kept with probability 1 - (s / n)^2, where
+    s = max_sequence_length ^ (alpha / 2); of the paper's ways to choose the s events this is the greedy one. The draw
+    depends on (seed, epoch, place in the epoch) alone: equal at any world size, with any number of workers and after a
+    resume.
     """
 
     kept: int
@@ -103,7 +234,7 @@ class StochasticLength:
 
     @classmethod
     def of(cls, args: DatasetArgs, seed: int, unlabelled: int) -> StochasticLength | None:
-        """The option of ``args``; None where it is off. At least one event of history stays."""
+        """From the options; None where stochastic length is off. At least one event of history stays."""
         if args.stochastic_length_alpha is None:
             return None
         kept = round(args.max_sequence_length ** (args.stochastic_length_alpha / 2))
@@ -112,12 +243,8 @@ class StochasticLength:
     def shorten(
         self, lengths: np.ndarray, labels: np.ndarray, epoch: int, ordinals: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(events kept, labels kept) of samples, all int64 [b]: the newest ones."""
-        uniform = (random_bits(self.seed, _STREAM, epoch, ordinals) >> np.uint64(11)) / 2.0**53
+        """(events kept, labels kept) of b samples, the newest ones; all int64 [b]."""
+        uniform = (random_bits(self.seed, _STOCHASTIC_LENGTH_STREAM, epoch, ordinals) >> np.uint64(11)) / 2.0**53
         whole = (lengths <= self.kept) | (uniform * lengths.astype(np.float64) ** 2 < self.kept**2)
         shorter = np.where(whole, lengths, self.kept)
         return shorter, np.minimum(labels, shorter - self.unlabelled)
-
-
-_STREAM = 0x5354_4F43
-"""Sets these draws apart from those of negatives, which have the same seed."""

@@ -1,4 +1,4 @@
-"""The sequence store: a dataset as a directory of memory-mapped arrays, opened in milliseconds whatever its size.
+"""The sequence store: a dataset as a directory of memory-mapped arrays that opens in milliseconds at any size.
 
     meta.json                     version, features, counts, statistics, sources; each array's dtype, length and SHA-256
     offsets.npy                   int64 [U + 1]: the events of user u are [offsets[u], offsets[u + 1])
@@ -7,15 +7,16 @@
     vocabulary.<feature>.*        code -> raw id: int64 [cardinality], or UTF-8 bytes and their offsets
     titles.*                      item code -> human title, where the data has titles
 
-U users, ordered by raw id; E events, within a user in time order with ties in the order of the raw file.
-``StoreWriter`` (store_writer.py) makes one.
+U users are ordered by raw id. E events are in time order within a user, with ties in the order of the raw file.
+``StoreWriter`` (store_writer.py) writes a store.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,30 +26,30 @@ from urllib.parse import quote
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from hstu.config.dataset_names import resolve_dataset_name
 from hstu.config.errors import DataError
-from hstu.data.integrity import is_intact, sha256
+from hstu.data.datasets import resolve_name
+from hstu.data.datasets.spec import USER_FEATURE
 
 FORMAT = "hstu-sequence-store"
 VERSION = 1
 META_FILE = "meta.json"
 OFFSETS_FILE = "offsets.npy"
-USER_FEATURE = "user_id"
-"""Name under which the users' raw ids are kept, also where the user is not a contextual feature."""
 UNKNOWN = "unknown"
-"""Raw value of a contextual feature for users of whom it is not known."""
+"""Raw value of a contextual feature where a user has none."""
 
 Role = Literal["item", "action", "timestamp", "context"]
 _OFFSET_SAMPLES = 1024
+_CHUNK = 1 << 22
 _HASHED_ON_OPENING = 8 << 20
-"""Bytes, of the smallest files first, whose checksums are verified at every opening: some milliseconds."""
+"""Bytes whose checksums are verified at every opening, smallest files first; takes a few milliseconds."""
 _MALFORMED = (KeyError, TypeError, IndexError, ValueError, AttributeError)
-"""What reading a description raises that is valid JSON but not one of ours."""
+"""Errors from reading a description that is valid JSON but not that of a store."""
+_SEAL = "sha256"
 
 
 @dataclass(frozen=True)
 class FeatureMeta:
-    """One feature. Its values lie in [0, cardinality); a timestamp is in seconds and has no cardinality."""
+    """One feature. Values lie in [0, cardinality); a timestamp is in seconds and has no cardinality."""
 
     name: str
     role: Role
@@ -58,7 +59,7 @@ class FeatureMeta:
 
 
 def feature_file(role: Role, feature: str) -> str:
-    """File of a feature's values; any character of a column name is safe."""
+    """File of a feature's values; any character may occur in the name."""
     return f"{'context' if role == 'context' else 'sequence'}.{quote(feature, safe='')}.npy"
 
 
@@ -68,14 +69,14 @@ def strings_files(stem: str) -> tuple[str, str]:
 
 
 def vocabulary_stem(feature: str) -> str:
-    """Start of the names of a vocabulary's files."""
+    """Common start of the names of a vocabulary's files."""
     return f"vocabulary.{quote(feature, safe='')}"
 
 
 class SequenceStore:
-    """A preprocessed dataset, read-only and memory mapped; pickles as its path and reopens where it is unpickled.
+    """A preprocessed dataset, read-only and memory mapped. It pickles as its path and reopens where it is unpickled.
 
-    Arrays come as read-only numpy views of the maps: nothing is read before it is indexed.
+    Arrays are read-only NumPy views of the maps, so nothing is read before it is indexed.
     """
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
@@ -98,10 +99,9 @@ class SequenceStore:
     def open(cls, path: str | Path) -> SequenceStore:
         """Opens and checks a store in time independent of its size.
 
-        Checked: the description's checksum, version, presence, size, dtype and length of every array, the offsets'
-        ends and a sample of them, and the checksums of the smallest files, up to 8 MiB: of a small store all.
-        verify_contents checks the rest. Raises DataError that names what is wrong and the command that makes the store
-        anew.
+        Checks version and checksum of the description; presence, size, dtype and length of every array; the ends and a
+        sample of the offsets; and the checksums of the smallest files up to 8 MiB, which is all of a small store.
+        verify_contents checks the rest. Raises DataError, which names the damage and the command that makes the store.
         """
         path = Path(path).absolute()
         meta = _read_meta(path)
@@ -133,7 +133,7 @@ class SequenceStore:
         return self._feature_values(feature, of_context=True)
 
     def cardinality(self, feature: str) -> int:
-        """Number of codes: values of the feature lie in [0, cardinality). A vocabulary's length for user_id."""
+        """Number of codes: values of the feature lie in [0, cardinality). For user_id the number of users."""
         if feature == USER_FEATURE:
             return self.num_users
         cardinality = self._meta_of(feature).cardinality
@@ -142,12 +142,12 @@ class SequenceStore:
         return cardinality
 
     def raw_ids(self, feature: str) -> np.ndarray:
-        """Code -> raw id, [cardinality]: int64, or str objects. For any feature with a vocabulary, and user_id."""
+        """Code → raw id, [cardinality], int64 or str objects; for user_id and every feature with a vocabulary."""
         arrays = self.raw_id_arrays(feature)
         return arrays[0] if len(arrays) == 1 else decode_strings(*arrays)
 
     def raw_id_arrays(self, feature: str) -> tuple[np.ndarray, ...]:
-        """The same as it lies in the files: int64 [cardinality], or int64 [cardinality + 1] offsets and UTF-8 bytes."""
+        """raw_ids as stored: int64 [cardinality], or int64 [cardinality + 1] offsets and UTF-8 bytes."""
         if feature != USER_FEATURE and not self._meta_of(feature).has_vocab:
             raise DataError(f"{self.path}: feature {feature!r} has no vocabulary, its values are the raw ones")
         stem = vocabulary_stem(feature)
@@ -155,7 +155,7 @@ class SequenceStore:
         return tuple(self._map(file) for file in files)
 
     def encode(self, feature: str, raw: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Raw ids -> codes, int64 of the same length. Raises DataError that names the unknown ones."""
+        """Raw ids → codes, int64 of the same length. Unknown raw ids are a DataError."""
         known = self.raw_ids(feature)
         wanted = np.array([str(value) for value in raw], dtype=object) if known.dtype == object else np.asarray(raw)
         if known.dtype != object and not (wanted.dtype == np.int64 or len(wanted) == 0):
@@ -168,17 +168,17 @@ class SequenceStore:
         return codes
 
     def titles(self) -> np.ndarray | None:
-        """Item code -> human title, str objects [cardinality]; None where the data has no titles."""
+        """Item code → human title, str objects [cardinality]; None where the data has no titles."""
         files = strings_files("titles")
         return decode_strings(*map(self._map, files)) if files[0] in self._files else None
 
     def verify_contents(self) -> None:
-        """Reads every array: checksums, and verify_values. Raises DataError that names the damaged file."""
+        """Checks the checksum and the values of every array. Raises DataError, which names the damaged file."""
         self._check_sums(up_to=None)
         self.verify_values()
 
     def verify_values(self) -> None:
-        """Reads every array once: offsets ascending, codes in range, time ascending within users. Raises DataError."""
+        """Checks that offsets ascend, codes are in range and time ascends within users. Raises DataError."""
         if (np.diff(self.offsets()) < 1).any():
             raise self._damaged(OFFSETS_FILE, "a user has no events, or offsets are not ascending")
         for name, feature in self.features.items():
@@ -229,12 +229,16 @@ class SequenceStore:
             if array.dtype.str != expected["dtype"] or array.shape != (expected["length"],):
                 found = f"{array.dtype.str} {list(array.shape)}"
                 raise self._damaged(file, f"it holds {found} instead of {expected['dtype']} [{expected['length']}]")
-        for file, length in self._needed_lengths().items():
+        lengths = {OFFSETS_FILE: self.num_users + 1}
+        for name, feature in self.features.items():
+            of_users = feature.role == "context"
+            lengths[feature_file(feature.role, name)] = self.num_users if of_users else self.num_events
+        for file, length in lengths.items():
             if self._files.get(file, {}).get("length") != length:
                 raise self._damaged(META_FILE, f"it does not describe {file} with {length} values")
 
     def _check_sums(self, up_to: int | None) -> None:
-        """Of the smallest files, ``up_to`` bytes in all; None: of every file. Older stores have no checksums."""
+        """Checks the smallest files, ``up_to`` bytes in total; None means all. Older stores have no checksums."""
         left = up_to
         for file, expected in sorted(self._files.items(), key=lambda item: item[1]["bytes"]):
             if left is not None and (left := left - expected["bytes"]) < 0:
@@ -245,13 +249,6 @@ class SequenceStore:
                 raise self._damaged(file, str(error)) from error
             if found != expected.get("sha256", found):
                 raise self._damaged(file, f"its SHA-256 is {found} instead of {expected['sha256']}")
-
-    def _needed_lengths(self) -> dict[str, int]:
-        lengths = {OFFSETS_FILE: self.num_users + 1}
-        for name, feature in self.features.items():
-            length = self.num_users if feature.role == "context" else self.num_events
-            lengths[feature_file(feature.role, name)] = length
-        return lengths
 
     def _check_offsets(self) -> None:
         offsets = self.offsets()
@@ -274,9 +271,9 @@ def decode_strings(offsets: np.ndarray, utf8: np.ndarray) -> np.ndarray:
     return strings
 
 
-def _chunks(values: np.ndarray, size: int = 1 << 22) -> Iterator[tuple[int, np.ndarray]]:
-    """(start, values[start : start + size + 1]): one value of overlap, so that neighbours are always seen together."""
-    return ((start, values[start : start + size + 1]) for start in range(0, len(values), size))
+def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(start, chunk). Chunks overlap by one value, so that every pair of neighbours can be compared."""
+    return ((start, values[start : start + _CHUNK + 1]) for start in range(0, len(values), _CHUNK))
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -295,20 +292,42 @@ def _read_meta(path: Path) -> dict[str, Any]:
             f"{path} has store version {meta.get('version')}, this program reads version {VERSION}. "
             f"{_remedy(path, meta)}"
         )
-    if not is_intact(meta):
+    if not _is_intact(meta):
         raise DataError(f"{path / META_FILE} is damaged: its checksum is wrong. {_remedy(path, meta)}")
     return meta
 
 
 def _remedy(path: Path, meta: dict[str, Any]) -> str:
-    """The command that makes the store: as recorded in it, else as far as the directory's name tells."""
+    """The command that makes the store: the one recorded in it, else a guess from the directory's name."""
     force = " --force" if path.exists() else ""
     if command := meta.get("command"):
         return f"Make it with: {command}{force}"
     script = "python scripts/preprocess_dataset.py"
-    if name := resolve_dataset_name(path.name):
+    if name := resolve_name(path.name):
         return f"Make it with: {script} --dataset_name {name} --output {path}{force}"
     return (
         f"Make it with: {script} --dataset_name NAME --output {path}{force} (a built-in NAME), or from your own table "
         f"with: {script} --dataset_name NAME --interactions FILE --user COLUMN --item COLUMN --output {path}{force}"
     )
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sealed(meta: Mapping[str, Any]) -> str:
+    """JSON of a store's description, with the checksum of its own content."""
+    return json.dumps({**meta, _SEAL: _digest(meta)}, indent=1, ensure_ascii=False)
+
+
+def _is_intact(meta: Mapping[str, Any]) -> bool:
+    """Whether the checksum is right. Stores older than the checksums have none and pass."""
+    if _SEAL not in meta:
+        return f'"{_SEAL}"' not in json.dumps(meta.get("files"))
+    return bool(meta[_SEAL] == _digest({name: value for name, value in meta.items() if name != _SEAL}))
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,10 @@
-"""Writes a sequence store (see store.py) so that it either exists whole or not at all."""
+"""Writes a sequence store (see store.py) so that it exists whole or not at all, and resumes after a kill."""
 
 from __future__ import annotations
 
 import fcntl
+import io
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -14,8 +16,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from hstu.config.errors import DataError
-from hstu.data.integrity import array_header, sealed, sha256
-from hstu.data.journal import Journal
+from hstu.data.jagged import run_offsets
 from hstu.data.store import (
     FORMAT,
     META_FILE,
@@ -25,23 +26,21 @@ from hstu.data.store import (
     Role,
     SequenceStore,
     feature_file,
+    sealed,
+    sha256,
     strings_files,
     vocabulary_stem,
 )
 
-SEQUENCE_DTYPE: dict[str, np.dtype] = {
-    "item": np.dtype(np.int32),
-    "action": np.dtype(np.int32),
-    "timestamp": np.dtype(np.int64),
-}
+_DTYPES = {"item": np.int32, "action": np.int32, "timestamp": np.int64, "context": np.int32}
 
 
 class StoreWriter:
     """Context manager that fills ``.<name>.partial`` beside the target, verifies it and renames it into place.
 
-    Leaving the block normally commits; an error removes everything. A killed writer leaves only the partial directory,
-    which the next writer of the same target goes on with if it has the same ``resume_key``, and else clears. Ctrl-C
-    counts as a kill. Two writers of one target exclude each other.
+    Leaving the block normally commits; an error removes everything. A killed writer leaves only the partial directory.
+    The next writer of the same target continues from it if it has the same ``resume_key``, and clears it otherwise.
+    Ctrl-C counts as a kill. Two writers of one target exclude each other.
 
         with StoreWriter(path, name="toy", command=None) as writer:
             writer.write_offsets(np.array([0, 2, 5]))
@@ -59,10 +58,12 @@ class StoreWriter:
         overwrite: bool = False,
         resume_key: str | None = None,
     ) -> None:
-        """``command`` is what makes this store, shown wherever it turns out damaged; ``overwrite`` an existing one.
-
-        ``resume_key`` stands for all that the store's content depends on; None: never go on with what a killed
-        writer has left. With it, ``journal`` says which stages are done and ``scratch`` keeps what they left.
+        """
+        Args:
+            command: makes this store; errors show it wherever the store is damaged.
+            overwrite: replace an existing store.
+            resume_key: identifies everything that the content depends on. ``journal`` then lists the finished stages,
+                and ``scratch`` holds their files. None: never continue from a killed writer.
         """
         self.target = Path(target).absolute()
         self.statistics: Mapping[str, Any] = {}
@@ -79,7 +80,7 @@ class StoreWriter:
 
     @property
     def scratch(self) -> Path:
-        """Directory for working files, on the target's disk; gone after the block."""
+        """Directory for working files on the target's disk; removed at the end of the block."""
         return self.partial / "scratch"
 
     def __enter__(self) -> StoreWriter:
@@ -93,13 +94,11 @@ class StoreWriter:
         if stale:
             os.close(self._lock)
             raise DataError(f"another process is writing {self.target} just now; wait for it, or end it")
-        journal_file, key = self.scratch / "journal.json", self._resume_key
-        journal = None if key is None else Journal.resume(journal_file, key)
-        if journal is None:
+        self.journal = Journal(self.scratch / "journal.json", self._resume_key)
+        if not self.journal.resume():
             for left_over in self.partial.iterdir():
                 shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
             self.scratch.mkdir()
-        self.journal = journal or Journal(journal_file, key or "")
         return self
 
     def __exit__(
@@ -115,27 +114,25 @@ class StoreWriter:
             os.close(self._lock)
 
     def write_offsets(self, offsets: np.ndarray) -> None:
-        """int64 [U + 1], from 0 to the number of events, strictly ascending."""
+        """Stores int64 [U + 1], from 0 to the number of events, strictly ascending."""
         self._num_users = len(offsets) - 1
         self._create(OFFSETS_FILE, np.dtype(np.int64), len(offsets))[:] = offsets
 
     def create_sequence(self, feature: str, role: Role, *, cardinality: int | None, length: int) -> np.memmap:
         """A flat [length] array to be filled: item and action int32, timestamp int64 (cardinality None).
 
-        Where a killed writer has left it, it is as that one left it.
+        An array that a killed writer has left keeps its content.
         """
-        dtype = SEQUENCE_DTYPE[role]
+        dtype = np.dtype(_DTYPES[role])
         self._features.append((feature, role, dtype, cardinality))
         return self._create(feature_file(role, feature), dtype, length)
 
     def write_context(self, feature: str, codes: np.ndarray, *, cardinality: int) -> None:
-        """[U] codes of a contextual feature, stored as int32. Features keep the order of these calls."""
-        dtype = np.dtype(np.int32)
-        self._features.append((feature, "context", dtype, cardinality))
-        self._create(feature_file("context", feature), dtype, len(codes))[:] = codes
+        """Stores the [U] codes of a contextual feature as int32. Features keep the order of these calls."""
+        self.create_sequence(feature, "context", cardinality=cardinality, length=len(codes))[:] = codes
 
     def write_vocabulary(self, feature: str, raw_ids: np.ndarray | Iterable[str]) -> None:
-        """Code -> raw id, ascending: an int64 array, or strings. The users' goes under "user_id"."""
+        """Stores code → raw id, ascending: an int64 array, or strings. That of the users is called "user_id"."""
         self._vocabularies.add(feature)
         stem = vocabulary_stem(feature)
         if isinstance(raw_ids, np.ndarray) and raw_ids.dtype != object:
@@ -144,7 +141,7 @@ class StoreWriter:
             self._write_strings(stem, raw_ids)
 
     def write_titles(self, titles: Iterable[str]) -> None:
-        """Item code -> human title; empty where there is none."""
+        """Stores item code → human title, empty where there is none."""
         self._write_strings("titles", titles)
 
     def _create(self, file: str, dtype: np.dtype, length: int) -> np.memmap:
@@ -155,7 +152,7 @@ class StoreWriter:
         size = len(array_header(dtype.str, length)) + length * dtype.itemsize
         if not (path.is_file() and path.stat().st_size == size):
             open_memmap(path, mode="w+", dtype=dtype, shape=(length,))
-        # Without blocks of its own a mapped page would end the process with SIGBUS where the disk is full.
+        # Without allocated blocks, writing to a mapped page ends the process with SIGBUS where the disk is full.
         with path.open("r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, size)
         return open_memmap(path, mode="r+")
@@ -163,8 +160,7 @@ class StoreWriter:
     def _write_strings(self, stem: str, strings: Iterable[str]) -> None:
         encoded = [string.encode() for string in strings]
         offsets_file, utf8_file = strings_files(stem)
-        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(text) for text in encoded], out=offsets[1:])
+        offsets = run_offsets(np.array([len(text) for text in encoded], dtype=np.int64))
         utf8 = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         for file, array in ((offsets_file, offsets), (utf8_file, utf8)):
             self._arrays[file] = (array.dtype.str, len(array))
@@ -214,7 +210,7 @@ class StoreWriter:
         }
 
     def _check_target(self, overwrite: bool) -> None:
-        """Only a store, damaged or not, is ever replaced: never a directory that holds something else."""
+        """Only a store, damaged or not, is ever replaced, never a directory with other content."""
         if not self.target.exists():
             return
         is_store = (self.target / META_FILE).is_file()
@@ -223,6 +219,53 @@ class StoreWriter:
             raise DataError(f"{self.target} exists and is not a sequence store; give another --output, or move it away")
         if is_store and not overwrite:
             raise DataError(f"{self.target} exists; --force replaces it")
+
+
+class Journal:
+    """The finished stages of a long job and the result of each, in a file that is replaced atomically at every commit.
+
+    ``key`` identifies everything that the stages depend on. A journal with another key is ignored.
+    """
+
+    def __init__(self, file: Path, key: str | None) -> None:
+        self.file = file
+        self.key = key
+        self.stages: dict[str, Any] = {}
+
+    def resume(self) -> bool:
+        """Takes over the stages of an interrupted job with the same key. False where there is none."""
+        try:
+            stored = json.loads(self.file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        is_ours = isinstance(stored, dict) and self.key is not None and stored.get("key") == self.key
+        if not is_ours or not isinstance(stored.get("stages"), dict):
+            return False
+        self.stages = stored["stages"]
+        return True
+
+    def __contains__(self, stage: str) -> bool:
+        return stage in self.stages
+
+    def __getitem__(self, stage: str) -> Any:
+        return self.stages[stage]
+
+    def commit(self, stage: str, result: Any = None) -> None:
+        """Records a stage as done. ``result`` must be JSON; files of the stage must already be on the disk."""
+        self.stages[stage] = result
+        aside = self.file.with_suffix(".new")
+        with aside.open("w", encoding="utf-8") as stream:
+            json.dump({"key": self.key, "stages": self.stages}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, self.file)
+
+
+def array_header(dtype: str, length: int) -> bytes:
+    """The first bytes of the .npy file of a one-dimensional array."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": (length,)})
+    return header.getvalue()
 
 
 def _fsync(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""torch.compile for what is outside of our own autograd functions: perceptrons, and the loss of ranking.
+"""torch.compile for the parts of the model that are plain PyTorch: MLPs, and the loss of ranking.
 
-Layers, concatenation, positions and the losses of retrieval are autograd functions around kernels; a compiler sees
-nothing in them to fuse.
+Layers, concatenation, positions and the losses of retrieval are autograd functions around kernels, in which a compiler
+finds nothing to fuse.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hstu.model.ranking import RankingDense
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why nothing can be compiled for this device, on which something is tried; None: it works."""
+    """Compile a small function on this device; returns None if that works, else the reason why it does not."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
     except Exception as error:  # no compiler, one that is too old, no place for its files, …
@@ -23,9 +23,9 @@ def why_not(device: torch.device) -> str | None:
 
 
 def compile_parts(task: nn.Module) -> list[str]:
-    """Compile them in place, at their first use, once for all numbers of rows; parameters keep their names.
+    """Have the parts compiled at their first call, once for all numbers of rows; parameters keep their names.
 
-    Returns what will be compiled, by name.
+    Returns the names of the parts.
     """
     found = {name: module for name, module in task.named_modules() if isinstance(module, MLP)}
     for module in found.values():

@@ -1,7 +1,7 @@
-"""The embedding tables before any parallelism: which there are, their initial rows, and the replicated kind.
+"""The embedding tables before any parallelism: their specifications, their initial rows, and the replicated kind.
 
 model_parallel tables become TorchRec EmbeddingCollections (on the meta device: no rank ever holds a whole table)
-that hstu.parallel.embedding shards; data_parallel tables are plain nn.Embeddings in the dense part of the model.
+that hstu.parallel.tables shards; data_parallel tables are plain nn.Embeddings in the dense part of the model.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ class TableSpec:
     sharding: str
     init_std: float
     dynamic: DynamicEmbeddingArgs | None = None
-    """Of a table that takes any id: a rank's rows then are its share of the capacity and, last, one of zeros."""
+    """For a table that accepts any id. Each rank has its share of the capacity, and a last row of zeros."""
     optimizer: str | None = None
-    """Its own optimizer, where it has one."""
+    """Its own optimizer; None: that of all tables."""
     learning_rate: float | None = None
-    """Its own peak learning rate, where it has one."""
+    """Its own peak learning rate; None: that of all tables."""
     compute_kernel: str | None = None
-    """The kernel that it must have, where it is given."""
+    """TorchRec's compute kernel; None: the planner chooses."""
 
     @property
     def stored_dim(self) -> int:
-        """Columns that a sharded table has; those beyond ``dim`` are zero, get no gradient and are cut off."""
+        """Columns of a sharded table; those beyond ``dim`` are zero, get no gradient and are cut off after a lookup."""
         return -(-self.dim // _DIM_MULTIPLE) * _DIM_MULTIPLE
 
     @property
     def collection(self) -> tuple[int, bool]:
-        """Which sharded tables lie in one collection: those of one width (as TorchRec demands) and one kind."""
+        """Key of the collection of a sharded table: one width (TorchRec requires it) and one kind per collection."""
         return self.stored_dim, self.dynamic is not None
 
 
@@ -67,8 +67,8 @@ def table_specs(
 
     Contextual tables are contextual_embedding_dim wide, the others item_embedding_dim (hidden_size where that is
     -1). ``lookup_negatives``: batches also carry NEGATIVES ids, which the item table serves. ``world_size``: ranks that
-    dynamic tables are shared out to. Raises ConfigError for a table shared by features of different widths, for names
-    that nn.ModuleDict has no room for, and for a dynamic table of more rows than a rank can number.
+    share the rows of dynamic tables. Raises ConfigError for a table shared by features of different widths, for names
+    that nn.ModuleDict forbids, and for a dynamic table of more rows than a rank can number.
     """
     contextual_dim, item_dim = network.contextual_width, network.item_width
     specs, problems = [], []
@@ -92,8 +92,8 @@ def table_specs(
         share = -(-rows // world_size)
         if dynamic is not None and share > _MOST_SLOTS:
             problems.append(
-                f"DynamicEmbeddingArgs {name!r}: item_vocab_size_or_capacity = {rows:,} is {share:,} rows a rank, and "
-                f"a rank can have {_MOST_SLOTS:,} at most: take more ranks, or a smaller capacity."
+                f"DynamicEmbeddingArgs {name!r}: item_vocab_size_or_capacity = {rows:,} is {share:,} rows per rank, "
+                f"but a rank can have {_MOST_SLOTS:,} at most: use more ranks, or a smaller capacity."
             )
         specs.append(
             TableSpec(
@@ -131,7 +131,7 @@ def initial_row_blocks(spec: TableSpec, seed: int, start: int, stop: int) -> Ite
 
 
 class DynamicEmbeddingCollection(EmbeddingCollection):
-    """Tables that take any id. A type of its own, by which TorchRec finds the sharder that can handle it."""
+    """Tables that accept any id. The type is how TorchRec finds the sharder for them."""
 
 
 def build_collections(specs: Iterable[TableSpec]) -> nn.ModuleList:
@@ -154,7 +154,7 @@ def build_collections(specs: Iterable[TableSpec]) -> nn.ModuleList:
 
 
 def _leave_uninitialised(weight: Tensor) -> None:
-    """hstu.parallel.embedding writes the initial rows once the shards exist."""
+    """hstu.parallel.tables writes the initial rows once the shards exist."""
 
 
 class ReplicatedTables(nn.Module):

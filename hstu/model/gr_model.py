@@ -6,28 +6,20 @@ ahead, so it must stay a plain chain of calls; all control flow is inside ``dens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
-from hstu.data.batch import POOL, GroupBatch, HSTUBatch
+from hstu.data.batch import POOL, HSTUBatch
 from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections, narrow_to_dim
 from hstu.model.outputs import ModelOutput
 
-GatherRows = Callable[[Mapping[str, JaggedTensor], GroupBatch], dict[str, JaggedTensor]]
-"""Rows that this rank has looked up for its own batch → those of its tensor-parallel group. Differentiable,
-collective over the group."""
-
 
 class DenseModel(nn.Module):
-    """What every data-parallel rank holds a copy of: the replicated tables and the task's dense model.
-
-    ``gather_rows``: for batches with a group, which are computed by the ranks of the group together.
-    """
+    """The part of the model that every data-parallel rank holds in full: replicated tables and the task's model."""
 
     def __init__(
         self,
@@ -36,39 +28,26 @@ class DenseModel(nn.Module):
         specs: Sequence[TableSpec],
         feature_keys: Sequence[str],
         item_feature: str,
-        gather_rows: GatherRows | None = None,
     ) -> None:
         super().__init__()
         self.replicated = replicated
         self.task = task
-        self._gather_rows = gather_rows
         self._feature_keys = list(feature_keys)
         self._item_feature = item_feature
         dims = {feature: spec.dim for spec in specs for feature in spec.features}
         self._dim_of_feature = dims | {POOL: dims[item_feature]}
 
     def forward(self, looked_up: Sequence[Mapping[str, JaggedTensor]], batch: HSTUBatch) -> ModelOutput:
-        """``looked_up``: the sharded tables' rows of this rank's batch, one mapping a collection.
-
-        Where the batch has a group, the loss and the count are the group's, the predictions this rank's own.
-        """
-        if batch.features.keys() != self._feature_keys:  # TorchRec would look up other features' ids without a word
+        """Compute loss and predictions. ``looked_up``: rows of the sharded tables, one mapping per collection."""
+        if batch.features.keys() != self._feature_keys:  # TorchRec would silently look up the ids of other features
             raise ValueError(
                 f"a batch has the features {batch.features.keys()}; the model was built for {self._feature_keys}"
             )
-        sharded: dict[str, JaggedTensor] = {}
-        for part in looked_up:
-            sharded.update(narrow_to_dim(part, self._dim_of_feature))
-        if batch.group is None:
-            return self._compute(sharded, batch)
-        assert self._gather_rows is not None, "only under tensor parallelism do batches have a group"
-        output = self._compute(self._gather_rows(sharded, batch.group), batch.group.batch)
-        return _own_part(output, batch, batch.group)
-
-    def _compute(self, sharded: Mapping[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
-        embeddings = self.replicated(batch.features) | sharded
+        embeddings: dict[str, JaggedTensor] = self.replicated(batch.features)
+        for collection in looked_up:
+            embeddings.update(narrow_to_dim(collection, self._dim_of_feature))
         if batch.pool_ids is not None and POOL not in embeddings:
-            embeddings[POOL] = as_jagged(self.replicated.rows(self._item_feature, batch.pool_ids))
+            embeddings[POOL] = _as_one_sequence(self.replicated.rows(self._item_feature, batch.pool_ids))
         output: ModelOutput = self.task(embeddings, batch)
         if torch.is_grad_enabled() and batch.num_labels_total == 0:
             # All ranks take part in the collectives of backward, so every parameter and every looked-up row needs a
@@ -78,17 +57,18 @@ class DenseModel(nn.Module):
         return output
 
 
-def _own_part(output: ModelOutput, batch: HSTUBatch, group: GroupBatch) -> ModelOutput:
-    """The output of a group with the predictions for this rank's own samples alone."""
-    logits, queries = output.logits, output.queries
-    if queries is not None:
-        padding = batch.batch_size - batch.real_batch_size
-        queries = functional.pad(queries[group.sequences], (0, 0, 0, padding))
-    return replace(output, logits=None if logits is None else logits[group.labels], queries=queries)
+def as_jagged(rows: Mapping[str, Tensor], batch: HSTUBatch) -> dict[str, JaggedTensor]:
+    """Rows [n, dim] per feature as JaggedTensors with the lengths that the features have in ``batch``."""
+    features = batch.features.to_dict()
+    return {
+        name: _as_one_sequence(values)
+        if name == POOL
+        else JaggedTensor(values, lengths=features[name].lengths(), offsets=features[name].offsets())
+        for name, values in rows.items()
+    }
 
 
-def as_jagged(rows: Tensor) -> JaggedTensor:
-    """Rows [n, dim] that belong to the batch as a whole, as one sequence."""
+def _as_one_sequence(rows: Tensor) -> JaggedTensor:
     return JaggedTensor(rows, lengths=torch.full((1,), len(rows), device=rows.device))
 
 
@@ -104,13 +84,7 @@ class GRModel(nn.Module):
     """
 
     def __init__(
-        self,
-        specs: Sequence[TableSpec],
-        task: nn.Module,
-        feature_keys: Sequence[str],
-        item_feature: str,
-        seed: int,
-        gather_rows: GatherRows | None = None,
+        self, specs: Sequence[TableSpec], task: nn.Module, feature_keys: Sequence[str], item_feature: str, seed: int
     ) -> None:
         super().__init__()
         self.specs = tuple(specs)
@@ -118,9 +92,8 @@ class GRModel(nn.Module):
         self.item_feature = item_feature
         self.embedding = build_collections(self.specs)
         replicated = ReplicatedTables(self.specs, seed)
-        self._gather_rows = gather_rows
         self._dim_of_feature = {feature: spec.dim for spec in self.specs for feature in spec.features}
-        self.dense: nn.Module = DenseModel(replicated, task, self.specs, self.feature_keys, item_feature, gather_rows)
+        self.dense: nn.Module = DenseModel(replicated, task, self.specs, self.feature_keys, item_feature)
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
         """Loss, and what the task's evaluation needs, of one batch."""
@@ -128,21 +101,17 @@ class GRModel(nn.Module):
         output: ModelOutput = self.dense(looked_up, batch)
         return output
 
-    def look_up(self, batch: HSTUBatch) -> dict[str, JaggedTensor]:
-        """Rows of the sharded tables, by feature, for ``dense`` to compute ``batch.computed`` from, whole or in parts.
+    def look_up(self, batch: HSTUBatch) -> dict[str, Tensor]:
+        """Rows of the sharded tables: feature → [number of values, dim]. ``as_jagged`` gives them to ``dense``.
 
-        The first half of ``forward``, for a training step that lets gradients reach the tables when all are known.
+        A training step calls the two halves of ``forward`` by themselves, so that all gradients of the rows are known
+        before any reaches a table.
         """
-        looked_up: dict[str, JaggedTensor] = {}
+        rows: dict[str, Tensor] = {}
         for collection in self.embedding:
-            looked_up.update(narrow_to_dim(collection(batch.features), self._dim_of_feature))
-        if batch.group is not None:
-            assert self._gather_rows is not None, "only under tensor parallelism do batches have a group"
-            looked_up = self._gather_rows(looked_up, batch.group)
-        pool = batch.computed.pool_positions if batch.computed.micro else None
-        if pool is not None and self.item_feature in looked_up:
-            looked_up[POOL] = as_jagged(looked_up[self.item_feature].values().index_select(0, pool))
-        return looked_up
+            looked_up = narrow_to_dim(collection(batch.features), self._dim_of_feature)
+            rows.update((feature, jagged.values()) for feature, jagged in looked_up)
+        return rows
 
     @torch.no_grad()
     def embed_items(self, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Small multilayer perceptrons: the prediction head, and projections between widths."""
+"""Small MLPs: the prediction head, and projections between widths."""
 
 from __future__ import annotations
 
@@ -15,13 +15,7 @@ class MLP(nn.Sequential):
     ``activation``: relu, gelu or silu. Initial values: Xavier uniform weights, zero biases.
     """
 
-    def __init__(
-        self,
-        in_width: int,
-        widths: Sequence[int],
-        activation: str,
-        bias: bool = True,
-    ) -> None:
+    def __init__(self, in_width: int, widths: Sequence[int], activation: str, bias: bool = True) -> None:
         layers: list[nn.Module] = []
         for before, after in zip((in_width, *widths), widths, strict=False):
             linear = nn.Linear(before, after, bias=bias)
@@ -39,6 +33,6 @@ class PredictionHead(MLP):
         super().__init__(hidden_size, arch, activation, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns float32 logits, whatever the compute type."""
+        """Returns float32 logits, whatever the compute dtype."""
         logits: Tensor = super().forward(x)
         return logits.float()

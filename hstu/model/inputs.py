@@ -13,17 +13,17 @@ from torchrec import JaggedTensor
 from hstu.config.args import NetworkArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import HSTUBatch
+from hstu.data.jagged import sequence_tokens
 from hstu.model.heads import MLP
-from hstu.ops.backends import Backend
 from hstu.ops.dropout import dropout
-from hstu.ops.jagged import jagged_concat, token_order
-from hstu.ops.layout import JaggedLayout, build_layout, to_device
-from hstu.ops.positions import add_positions
+from hstu.ops.layout import build_layout, to_device, token_order
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.types import JaggedLayout, Kernels
 
 
 @dataclass(frozen=True)
 class SequenceFeatures:
-    """Which features make a sequence, and how long it can get."""
+    """Which features form a sequence, and its greatest length."""
 
     item: str
     action: str | None
@@ -32,12 +32,13 @@ class SequenceFeatures:
     """Items of the longest sequence, candidates included."""
 
     def tokens_per_item(self, network: NetworkArgs) -> int:
-        """2 where an action is a token of its own."""
-        return 2 if self.action is not None and network.interleave_actions else 1
+        """Tokens per item."""
+        return network.tokens_per_item(self.action is not None)
 
     def max_tokens(self, network: NetworkArgs) -> int:
         """Tokens of the longest possible sequence."""
-        return len(self.contextual) + self.max_items * self.tokens_per_item(network)
+        items = np.array([self.max_items])
+        return int(sequence_tokens(items, len(self.contextual), self.tokens_per_item(network))[0])
 
 
 class SequenceInputs(nn.Module):
@@ -48,7 +49,7 @@ class SequenceInputs(nn.Module):
     Initial values: position rows N(0, 1/D), projections as :class:`hstu.model.heads.MLP`.
     """
 
-    def __init__(self, network: NetworkArgs, features: SequenceFeatures, backend: Backend = Backend.PYTORCH) -> None:
+    def __init__(self, network: NetworkArgs, features: SequenceFeatures, kernels: Kernels = REFERENCE_KERNELS) -> None:
         super().__init__()
         hidden = network.hidden_size
         self.features = features
@@ -57,7 +58,7 @@ class SequenceInputs(nn.Module):
         self.needs_times = network.position_encoding == "relative_bias"
         self.dropout = network.hidden_dropout if network.input_dropout is None else network.input_dropout
         self.scale = math.sqrt(hidden)
-        self.backend = backend
+        self.kernels = kernels
 
         widths = {"item": network.item_width, "contextual": network.contextual_width}
         roles = {"item": "item", "action": "item", "contextual": "contextual"}
@@ -76,9 +77,9 @@ class SequenceInputs(nn.Module):
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:
         """Returns tokens [T, D] and their layout. ``embeddings``: rows of every feature in ``self.features``."""
         layout = self._layout(batch)
-        x = jagged_concat(self._parts(embeddings, batch, layout), token_order(layout), self.backend)
+        x = self.kernels.jagged_concat(self._parts(embeddings, batch, layout), token_order(layout))
         if self.position_table is not None:
-            x = add_positions(x, self.position_table, layout.positions, self.backend)
+            x = self.kernels.add_positions(x, self.position_table, layout.positions)
         return dropout(x, self.dropout, self.training), layout
 
     def _layout(self, batch: HSTUBatch) -> JaggedLayout:
@@ -99,7 +100,7 @@ class SequenceInputs(nn.Module):
         )
 
     def _parts(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, layout: JaggedLayout) -> list[Tensor]:
-        """Rows of width D in the order that :func:`hstu.ops.jagged.token_order` names."""
+        """Rows of width D in the order that :func:`hstu.ops.layout.token_order` names."""
         parts = []
         for feature in self.features.contextual:
             parts.append(self._embed("contextual", feature, embeddings, rows=batch.real_batch_size))
@@ -120,7 +121,7 @@ class SequenceInputs(nn.Module):
         if len(values) != rows:
             raise DataError(
                 f"feature {feature!r} has {len(values)} values in a batch that needs {rows}: a contextual feature has "
-                "exactly one value a sequence, an action exactly one an item"
+                "exactly one value per sequence, an action exactly one per item"
             )
         values = values * self.scale
         return self.projections[role](values) if role in self.projections else values

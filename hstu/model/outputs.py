@@ -1,4 +1,4 @@
-"""What a model returns for one batch, whatever the task."""
+"""The output of the model for one batch, the same type for both tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 class ModelOutput:
     """Loss and predictions of one rank's batch.
 
-    Sums and counts are kept apart because ranks hold different numbers of labels: the trainer divides the global
+    The sum and the count are separate because ranks hold different numbers of labels: the trainer divides the global
     sum by the global count.
     """
 

@@ -1,17 +1,17 @@
-"""Compute type of the dense model."""
+"""Compute dtype of the dense model."""
 
 from __future__ import annotations
 
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-"""NetworkArgs.dtype_str → type."""
+"""NetworkArgs.dtype_str → dtype."""
 
 
 def mixed_precision(dtype_str: str, device_type: str) -> torch.autocast:
-    """A context in which matrix products run in this type; parameters and the residual stream stay float32.
+    """A context in which matrix products run in this dtype; parameters and the residual stream stay float32.
 
-    With "float32" it turns an enclosing autocast off.
+    "float32" disables an enclosing autocast.
     """
     dtype = DTYPES[dtype_str]
     if dtype == torch.float32:

@@ -20,7 +20,7 @@ class RankingDense(nn.Module):
 
     Args:
         encoder: table rows → tokens.
-        args: the head; its last width is num_tasks (one sigmoid a task, on bit t of the action) or the number of
+        args: the head; its last width is num_tasks (one sigmoid per task, for bit t of the action) or the number of
             classes of one task.
         label_offset: action of class 0 (1 for ratings that start at 1).
     """

@@ -1,6 +1,11 @@
-"""RetrievalGR: predict the next item by nearest neighbours; sampled or full softmax over items."""
+"""RetrievalGR: predict the next item by nearest neighbours; sampled or full softmax over items, and its negatives.
+
+Shapes depend on shapes only, and invalid entries are masked: the host never waits for a size from the device.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -10,19 +15,29 @@ from torchrec import JaggedTensor
 
 from hstu.config.args import RetrievalArgs
 from hstu.data.batch import NEGATIVES, POOL, HSTUBatch
-from hstu.model.negatives import GatherPool, choose_from_pool, first_occurrences, own_pool
 from hstu.model.outputs import ModelOutput
-from hstu.ops.backends import Backend
-from hstu.ops.layout import JaggedLayout
-from hstu.ops.normalise import l2_normalise
-from hstu.ops.softmax_loss import pool_softmax_loss, sampled_softmax_loss
+from hstu.ops.functional import pool_softmax_loss, sampled_softmax_loss
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.types import JaggedLayout, Kernels
+
+GatherPool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(rows [S, E], ids [S]) of this rank → the same of all data-parallel ranks, one after another. Differentiable in
+the rows; padding has id -1. Collective."""
+
+DRAW_BITS = 31
+"""Raw draws are random integers in [0, 2^31)."""
+
+
+def own_pool(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The pool of a single process: its own."""
+    return rows, ids
 
 
 class RetrievalDense(nn.Module):
     """The dense part of retrieval: a sequence encoder, and a softmax over items.
 
-    The output at the newest token of each step is the query for the next item. Queries and items are compared by the
-    cosine of their angle, over a temperature.
+    The output at the newest token of each step is the query for the next item. The score of an item is its cosine
+    similarity to the query, divided by the temperature.
 
     Args:
         encoder: (embeddings, batch) → (tokens [T, hidden_size], their JaggedLayout).
@@ -31,7 +46,7 @@ class RetrievalDense(nn.Module):
         item_dim: width of the item table; where it is not hidden_size, queries are projected to it.
         args: temperature and l2_norm_eps; the negatives themselves come with the batch.
         gather_pool: collects the in-batch pool over data-parallel ranks.
-        backend: kernels of the loss and of normalising.
+        kernels: from :func:`hstu.ops.select.select_kernels`.
     """
 
     def __init__(
@@ -43,7 +58,7 @@ class RetrievalDense(nn.Module):
         item_dim: int,
         args: RetrievalArgs,
         gather_pool: GatherPool = own_pool,
-        backend: Backend = Backend.PYTORCH,
+        kernels: Kernels = REFERENCE_KERNELS,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -52,7 +67,7 @@ class RetrievalDense(nn.Module):
         self.temperature = args.temperature
         self.l2_norm_eps = args.l2_norm_eps
         self.gather_pool = gather_pool
-        self.backend = backend
+        self.kernels = kernels
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
         """In training mode the loss of the batch's labels, in evaluation mode the queries at the newest tokens.
@@ -68,11 +83,11 @@ class RetrievalDense(nn.Module):
         return ModelOutput(no_loss, num_labels, queries=self._newest_queries(tokens, layout))
 
     def _queries(self, tokens: Tensor) -> Tensor:
-        return l2_normalise(self.query_projection(tokens), self.l2_norm_eps, self.backend)
+        return self.kernels.l2_normalize(self.query_projection(tokens), self.l2_norm_eps)
 
     def _newest_queries(self, tokens: Tensor, layout: JaggedLayout) -> Tensor:
         """[B, item_dim], zero for empty sequences."""
-        with_filler = F.pad(tokens, (0, 0, 0, 1))  # so that there is a row to take for a batch of padding only
+        with_filler = F.pad(tokens, (0, 0, 0, 1))  # a row to index in a batch of padding alone
         is_real = layout.seqlen_offsets.diff() > 0
         return self._queries(with_filler[layout.newest_tokens()]) * is_real[:, None]
 
@@ -87,24 +102,22 @@ class RetrievalDense(nn.Module):
         labelled_items = newest_elements(item_ends, batch.num_labels, batch.num_labels_total)
         positives = self._item_vectors(embeddings, labelled_items)
         if NEGATIVES in embeddings:
-            pool = l2_normalise(embeddings[NEGATIVES].values(), self.l2_norm_eps, self.backend)
+            pool = self.kernels.l2_normalize(embeddings[NEGATIVES].values(), self.l2_norm_eps)
             pool_ids, draws, valid = batch.features[NEGATIVES].values(), batch.draws, None
         else:
             pool, pool_ids = self.gather_pool(*self._own_pool(embeddings, batch))
             draws = None if batch.draws is None else choose_from_pool(batch.draws, pool_ids)
             valid = first_occurrences(pool_ids) if draws is None else None
         if draws is None:
-            return pool_softmax_loss(
-                queries, positives, pool, batch.labels, pool_ids, valid, self.temperature, self.backend
-            )
-        return sampled_softmax_loss(
-            queries, positives, pool, draws, batch.labels, pool_ids, self.temperature, self.backend
-        )
+            kernel = self.kernels.pool_softmax_loss
+            return pool_softmax_loss(queries, positives, pool, batch.labels, pool_ids, valid, self.temperature, kernel)
+        sampled = self.kernels.sampled_softmax_loss
+        return sampled_softmax_loss(queries, positives, pool, draws, batch.labels, pool_ids, self.temperature, sampled)
 
     def _own_pool(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, Tensor]:
         """Normalised rows and ids of the distinct items of this rank's batch, of which ``batch`` may be a part."""
         if batch.pool_ids is not None:
-            return l2_normalise(embeddings[POOL].values(), self.l2_norm_eps, self.backend), batch.pool_ids
+            return self.kernels.l2_normalize(embeddings[POOL].values(), self.l2_norm_eps), batch.pool_ids
         assert batch.pool_positions is not None
         ids = batch.features[self.item_feature].values()[batch.pool_positions]
         return self._item_vectors(embeddings, batch.pool_positions), ids
@@ -112,13 +125,13 @@ class RetrievalDense(nn.Module):
     def _item_vectors(self, embeddings: dict[str, JaggedTensor], positions: Tensor) -> Tensor:
         """Normalised table rows of the items at ``positions`` among all items of the batch."""
         rows = embeddings[self.item_feature].values().index_select(0, positions)
-        return l2_normalise(rows, self.l2_norm_eps, self.backend)
+        return self.kernels.l2_normalize(rows, self.l2_norm_eps)
 
 
 def newest_elements(ends: Tensor, count: Tensor, total: int) -> Tensor:
     """Positions of the newest ``count[s]`` elements of runs that end at ``ends[s]``, in order: int64 [total].
 
-    ends, count: int64 [B]. ``total`` is the sum of ``count``, which the device is not asked for.
+    ends, count: int64 [B]. ``total`` is the sum of ``count``, known on the host.
     """
     run = torch.repeat_interleave(count, output_size=total)
     shift = ends - count.cumsum(0)
@@ -129,3 +142,39 @@ def _check_labels_have_history(batch: HSTUBatch) -> None:
     most = int(np.maximum(batch.item_lengths - 1, 0).sum())
     if batch.num_labels_total > most:
         raise ValueError(f"{batch.num_labels_total} labels in a batch in which only {most} items follow another")
+
+
+def sorted_distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each distinct id that is not negative first occurs, by ascending id.
+
+    ids: integer [S]. Returns (positions int64 [S], count int64 scalar); only the first ``count`` positions are
+    defined. A gathered pool of any number of ranks gives the ids that the union of their batches would give.
+    """
+    ordered, order = torch.sort(ids, stable=True)
+    is_new = _starts_run(ordered)
+    places = torch.where(is_new, is_new.cumsum(0) - 1, len(ids))  # repetitions go to a place beyond the end
+    positions = torch.zeros(len(ids) + 1, dtype=torch.int64, device=ids.device).scatter_(0, places, order)
+    return positions[:-1], is_new.sum()
+
+
+def first_occurrences(ids: Tensor) -> Tensor:
+    """bool [S]: True where an id (integer [S]) that is not negative stands for the first time."""
+    ordered, order = torch.sort(ids, stable=True)
+    return torch.empty_like(ids, dtype=torch.bool).scatter_(0, order, _starts_run(ordered))
+
+
+def _starts_run(ordered: Tensor) -> Tensor:
+    """bool [S]: the first of each run of equal ids; none of negative ids."""
+    starts = ordered >= 0
+    starts[1:] &= ordered[1:] != ordered[:-1]
+    return starts
+
+
+def choose_from_pool(draws: Tensor, ids: Tensor) -> Tensor:
+    """Rows of the pool that raw draws select: int64 [M, R] in [0, S).
+
+    draws: integer [M, R] in [0, 2^31). ids: [S], the pool's. A draw picks the ⌊draw · n / 2^31⌋-th of the n distinct
+    ids in ascending order, hence the same item however the pool is spread over ranks.
+    """
+    positions, count = sorted_distinct(ids)
+    return positions[(draws.long() * count) >> DRAW_BITS]

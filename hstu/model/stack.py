@@ -1,61 +1,153 @@
-"""The HSTU stack, and the encoder that ranking and retrieval share."""
+"""The HSTU layer, and the encoder of such layers that ranking and retrieval share.
+
+Source: HSTU, arXiv 2402.17152, sec. 3.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import NetworkArgs
 from hstu.data.batch import HSTUBatch
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
-from hstu.model.layer import HSTULayer
-from hstu.model.precision import mixed_precision
-from hstu.ops.backends import Backend
-from hstu.ops.layout import JaggedLayout
+from hstu.model.precision import DTYPES, mixed_precision
+from hstu.ops.layer import HSTULayerFunction
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.types import (
+    NUM_TIME_BUCKETS,
+    AttentionConfig,
+    HSTULayerConfig,
+    JaggedLayout,
+    Kernels,
+    KernelShapes,
+    LayerWeights,
+    TensorParallelComm,
+)
 
 
-class HSTUStack(nn.Module):
-    """``num_layers`` HSTU layers, one after another."""
+def kernel_shapes(network: NetworkArgs, tp_size: int = 1) -> KernelShapes:
+    """The properties of a model on one of ``tp_size`` tensor-parallel ranks that decide which kernels serve it."""
+    return KernelShapes(
+        head_dim=network.kv_channels,
+        num_heads=network.num_attention_heads // tp_size,
+        hidden_size=network.hidden_size,
+        item_dim=network.item_width,
+        dtype=DTYPES[network.dtype_str],
+        has_bias=network.position_encoding == "relative_bias",
+    )
 
-    def __init__(
-        self,
-        network: NetworkArgs,
-        max_tokens: int,
-        backend: Backend = Backend.PYTORCH,
-    ) -> None:
+
+class RelativeAttentionBias(nn.Module):
+    """Learned bias of a layer by distance and by time, shared by its heads. Initial values: N(0, 0.02²)."""
+
+    def __init__(self, max_tokens: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(HSTULayer(network, max_tokens, backend) for _ in range(network.num_layers))
+        self.position_weight = nn.Parameter(torch.randn(2 * max_tokens - 1) * 0.02)
+        self.time_weight = nn.Parameter(torch.randn(NUM_TIME_BUCKETS) * 0.02)
+
+
+class HSTULayer(nn.Module):
+    """x + W_o · Dropout(LayerNorm(attention) ⊙ U), with U, V, Q, K = SiLU(W_uvqk · LayerNorm(x) + b).
+
+    The rows of W_uvqk lie as [head, (u v q k), channel], so that a tensor-parallel shard (cut by hstu.parallel.tensor)
+    holds whole heads. Initial values: W_uvqk N(0, 0.02²), its bias 0, W_o
+    Xavier uniform, norms 1 and 0.
+
+    Args:
+        network: widths, dropout, mask, and what backward recomputes.
+        max_tokens: tokens of the longest possible sequence, the divisor N unless ``scaling_seqlen`` is given.
+        kernels: from :func:`hstu.ops.select.select_kernels`.
+    """
+
+    def __init__(self, network: NetworkArgs, max_tokens: int, kernels: Kernels = REFERENCE_KERNELS) -> None:
+        super().__init__()
+        self.network = network
+        self.kernels = kernels
+        self.attention_config = AttentionConfig(
+            alpha=network.kv_channels**-0.5,
+            scaling_seqlen=network.scaling_seqlen if network.scaling_seqlen > 0 else max_tokens,
+            is_causal=network.is_causal,
+            contextual_mask=not network.disable_contextual_mask,
+        )
+        inner = network.num_attention_heads * network.kv_channels
+
+        self.input_norm = nn.LayerNorm(network.hidden_size, eps=network.norm_epsilon)
+        self.uvqk = nn.Linear(network.hidden_size, 4 * inner)
+        self.output_norm = nn.LayerNorm(inner, eps=network.norm_epsilon)
+        self.out = nn.Linear(inner, network.hidden_size, bias=False)
+        self.comm = TensorParallelComm()
+        """Communication with the ranks that hold the other heads of uvqk, output_norm and out."""
+        self.bias: RelativeAttentionBias | None = None
+        if network.position_encoding == "relative_bias":
+            self.bias = RelativeAttentionBias(max_tokens)
+
+        nn.init.normal_(self.uvqk.weight, std=0.02)
+        nn.init.zeros_(self.uvqk.bias)
+        nn.init.xavier_uniform_(self.out.weight)
 
     def forward(self, x: Tensor, layout: JaggedLayout) -> Tensor:
         """x: [T, D] → [T, D]."""
-        for layer in self.layers:
-            x = layer(x, layout)
-        return x
+        network, bias = self.network, self.bias
+        weights = LayerWeights(
+            input_norm_weight=self.input_norm.weight,
+            input_norm_bias=self.input_norm.bias,
+            uvqk_weight=self.uvqk.weight,
+            uvqk_bias=self.uvqk.bias,
+            position_weight=None if bias is None else bias.position_weight,
+            time_weight=None if bias is None else bias.time_weight,
+            output_norm_weight=self.output_norm.weight,
+            output_norm_bias=self.output_norm.bias,
+            out_weight=self.out.weight,
+        )
+        config = HSTULayerConfig(
+            head_dim=network.kv_channels,
+            attention=self.attention_config,
+            eps=network.norm_epsilon,
+            kernels=self.kernels,
+            dropout=network.hidden_dropout if self.training else 0.0,
+            recompute_normalized=network.recompute_input_layernorm,
+            recompute_activated=network.recompute_input_silu,
+            recompute_all=network.recompute_layer,
+            comm=self.comm,
+        )
+        out: Tensor = HSTULayerFunction.apply(x, layout, config, *weights)
+        return out
 
 
 class SequenceEncoder(nn.Module):
-    """Table rows of a batch → encoded tokens: the inputs and the stack, in the network's compute type.
+    """Table rows of a batch → encoded tokens: the inputs and the HSTU layers, in the network's compute dtype.
 
     Args:
-        network: the model.
-        features: what a sequence is made of.
-        backend: kernels, from :func:`hstu.ops.backends.select_backend`.
+        network: widths, number of layers, dtype and options.
+        features: which features form a sequence.
+        kernels: from :func:`hstu.ops.select.select_kernels`.
     """
 
-    def __init__(
-        self,
-        network: NetworkArgs,
-        features: SequenceFeatures,
-        backend: Backend = Backend.PYTORCH,
-    ) -> None:
+    def __init__(self, network: NetworkArgs, features: SequenceFeatures, kernels: Kernels = REFERENCE_KERNELS) -> None:
         super().__init__()
         self.network = network
         self.features = features
-        self.inputs = SequenceInputs(network, features, backend)
-        self.stack = HSTUStack(network, features.max_tokens(network), backend)
+        self.inputs = SequenceInputs(network, features, kernels)
+        max_tokens = features.max_tokens(network)
+        layers = nn.ModuleList(HSTULayer(network, max_tokens, kernels) for _ in range(network.num_layers))
+        self.stack = nn.ModuleDict({"layers": layers})  # the name of the layers in checkpoints
+        self.comm = TensorParallelComm()
+        """Communication with the ranks that share the tokens between the layers."""
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:
         """Returns tokens float32 [T, D] and their layout."""
         with mixed_precision(self.network.dtype_str, batch.num_candidates.device.type):
             x, layout = self.inputs(embeddings, batch)
-            return self.stack(x, layout).float(), layout
+            own, padded_layout = self.comm.split_tokens(x, layout)
+            for layer in self.layers:
+                own = layer(own, padded_layout)
+            return self.comm.join_tokens(own, len(x)).float(), layout
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The HSTU layers in order."""
+        layers = self.stack["layers"]
+        assert isinstance(layers, nn.ModuleList)
+        return layers

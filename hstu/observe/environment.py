@@ -1,4 +1,4 @@
-"""Are the packages that the trainer needs installed? Asked first, so that a missing one is one readable line."""
+"""Checks that the needed packages are installed, before any is imported: a missing one gives one readable line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib import metadata, util
 
 from hstu.config.errors import UserError
 
-# Import name → distribution, in the order in which a user would miss them.
+# Import name → distribution, in the order of the error message.
 PACKAGES = {
     "torch": "torch",
     "fbgemm_gpu": "fbgemm-gpu",
@@ -28,15 +28,15 @@ PACKAGES = {
 
 
 def missing_packages(modules: Sequence[str] = tuple(PACKAGES)) -> list[str]:
-    """Those of ``modules`` that cannot be found; imports none of them, so it takes milliseconds."""
+    """The ``modules`` that cannot be found. Imports none of them, so it takes milliseconds."""
     return [module for module in modules if util.find_spec(module) is None]
 
 
 def check_packages(modules: Sequence[str] = tuple(PACKAGES)) -> None:
-    """Raise UserError with the command to run if any needed package is missing.
+    """Raise UserError with the command to run if a needed package is missing.
 
-    For the entry scripts to call before anything imports torch. TorchRec and FBGEMM are the usual suspects:
-    ``pip install -e .`` cannot choose between their CPU and CUDA builds.
+    Call it before anything imports torch. TorchRec and FBGEMM are missing most often, because ``pip install -e .``
+    cannot choose between their CPU and CUDA builds.
     """
     missing = missing_packages(modules)
     if not missing:
@@ -53,7 +53,7 @@ def check_packages(modules: Sequence[str] = tuple(PACKAGES)) -> None:
 
 
 def _pin(distribution: str) -> str:
-    """``name==version`` as setup.py pins it, or the bare name where this package is used without being installed."""
+    """``name==version`` as the package metadata pins it, or the bare name if this package is not installed."""
     try:
         requirements = metadata.requires("hstu") or []
     except metadata.PackageNotFoundError:

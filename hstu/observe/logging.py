@@ -1,4 +1,4 @@
-"""What a run says on the terminal and in log.txt: Python's logging, two line formats, one progress bar."""
+"""The log of a run on the terminal and in log.txt: Python's logging, two line formats and a progress bar."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Optional, Self, TextIO
+from typing import Any, Optional, Self
 
 from tqdm import tqdm
 
@@ -19,29 +18,24 @@ ROOT_LOGGER = "hstu"
 
 
 class _BesideProgressBar(logging.Handler):
-    """Writes a line so that a progress bar on the same terminal moves down instead of being broken."""
-
-    def __init__(self, stream: Optional[TextIO] = None) -> None:
-        super().__init__()
-        self._stream = stream
+    """Writes lines above a progress bar on the same terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
         try:
-            # Looked up at each call: a test, or a notebook, may have put another stream in place.
-            stream = self._stream if self._stream is not None else sys.stdout
-            tqdm.write(self.format(record), file=stream)
-            stream.flush()
+            # Looked up at each call, because a test or a notebook may replace the stream.
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
         except Exception:
             self.handleError(record)
 
 
 def set_up_logging(rank: int = 0, log_file: Optional[Path] = None) -> logging.Logger:
-    """Configure the logger "hstu", and with it those of all our modules.
+    """Configure the logger "hstu", the parent of the loggers of all modules.
 
-    Rank 0 tells everything from INFO up to standard output and, where given, to ``log_file`` (appended, with dates
-    and levels). The other ranks tell warnings only, to standard error, with a ``[rank N]`` prefix. Calling it again
-    replaces the former set-up, for example when the run directory becomes known.
+    Rank 0 logs INFO and above to standard output and, if given, to ``log_file`` (appended, with dates and levels). The
+    other ranks log only warnings, to standard error, with a ``[rank N]`` prefix. Another call replaces the former
+    configuration, for example when the run directory becomes known.
     """
     logger = logging.getLogger(ROOT_LOGGER)
     tear_down_logging()
@@ -65,10 +59,10 @@ def set_up_logging(rank: int = 0, log_file: Optional[Path] = None) -> logging.Lo
 
 
 def quiet_libraries() -> None:
-    """Silence what TorchRec 1.8 and torch 2.13 say in every run, whatever we do: it tells a user nothing.
+    """Silence warnings of TorchRec 1.8 and torch 2.13 that occur in every run and that a user cannot act on.
 
-    The planner's advice on topologies and reservations, torch.fx' on a function of its own, and deprecations of
-    ShardedTensor, which TorchRec itself returns.
+    These are the planner's advice on topologies and reservations, a warning of torch.fx about one of its functions, and
+    deprecations of ShardedTensor, which TorchRec itself returns.
     """
     for name in ("torchrec", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -76,7 +70,7 @@ def quiet_libraries() -> None:
 
 
 def tear_down_logging() -> None:
-    """Take the handlers of ``set_up_logging`` away and close their files."""
+    """Remove the handlers of ``set_up_logging`` and close their files."""
     logger = logging.getLogger(ROOT_LOGGER)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -86,7 +80,7 @@ def tear_down_logging() -> None:
 
 
 class _ConsoleFormatter(logging.Formatter):
-    """Shows the level only where it is a warning or worse."""
+    """Shows the level only of warnings and errors."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line for one record."""
@@ -98,9 +92,9 @@ class _ConsoleFormatter(logging.Formatter):
 
 
 def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan) -> str:
-    """One aligned line of training: rates of all ranks, TFLOPS and MFU of one, time waited for data, memory.
+    """One aligned line of training: rates of all ranks, TFLOPS and MFU per rank, time waited for data, memory.
 
-    eta_s: seconds that are left.
+    eta_s: seconds until the last iteration.
     """
     width = len(str(total_iters))
     parts = [
@@ -122,7 +116,7 @@ def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan)
 
 
 def format_eval(record: EvalRecord, seconds: float = math.nan) -> str:
-    """One line of an evaluation; ``seconds``: what it took."""
+    """One line of an evaluation that took ``seconds``."""
     parts = [f"eval {record.split} at iter {record.iteration}", format_metrics(record.metrics)]
     if math.isfinite(seconds):
         parts.append(f"({format_seconds(seconds)})")
@@ -130,12 +124,12 @@ def format_eval(record: EvalRecord, seconds: float = math.nan) -> str:
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
-    """``HR@10 0.1234  NDCG@10 0.0567``; a metric that is undefined shows as n/a."""
+    """``HR@10 0.1234  NDCG@10 0.0567``; an undefined metric shows as n/a."""
     return "  ".join(f"{name} {_metric(value)}" for name, value in metrics.items())
 
 
 def format_seconds(seconds: float) -> str:
-    """``45 s``, ``3 min 20 s``, ``2 h 05 min``; ``?`` where unknown."""
+    """``45 s``, ``3 min 20 s``, ``2 h 05 min``; ``?`` if unknown."""
     if not math.isfinite(seconds):
         return "?"
     whole = max(round(seconds), 0)
@@ -149,20 +143,18 @@ def format_seconds(seconds: float) -> str:
 class ProgressBar:
     """A bar over the iterations on standard error; log lines appear above it.
 
-    mode: "on", "off", or "auto": where standard error is a terminal. visible: False on all ranks but one.
-    initial: iterations done before, in a resumed run. Showing something never asks the device: hand in only numbers
-    that are on the host already.
+    Args:
+        total: iterations of the run.
+        mode: "on", "off", or "auto" for on if standard error is a terminal.
+        visible: False on all ranks but one.
+        initial: iterations that a resumed run has already done.
     """
 
-    def __init__(
-        self, total: int, mode: str = "auto", *, visible: bool = True, initial: int = 0, label: str = "train"
-    ) -> None:
+    def __init__(self, total: int, mode: str = "auto", *, visible: bool = True, initial: int = 0) -> None:
         shown = visible and (mode == "on" or (mode == "auto" and sys.stderr.isatty()))
         self._bar: Optional[tqdm[Any]] = None
         if shown:
-            self._bar = tqdm(
-                total=total, initial=initial, desc=label, unit="it", dynamic_ncols=True, leave=False, smoothing=0.1
-            )
+            self._bar = tqdm(total=total, initial=initial, desc="train", dynamic_ncols=True, leave=False, smoothing=0.1)
 
     def update(self, steps: int = 1) -> None:
         """Advance by ``steps`` iterations."""
@@ -170,7 +162,7 @@ class ProgressBar:
             self._bar.update(steps)
 
     def show(self, **values: float) -> None:
-        """Show numbers beside the bar, for example ``show(loss=4.2)``."""
+        """Show host numbers beside the bar, for example ``show(loss=4.2)``."""
         if self._bar is not None:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
 
@@ -183,25 +175,13 @@ class ProgressBar:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def _short(number: float) -> str:
     """Three digits with a unit: 950, 13.7k, 1.20M."""
-    if not math.isfinite(number):
-        return "n/a"
-    # The bound is where rounding to three digits would carry over into the next unit.
-    units = ((1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G"))
-    scale, unit = next((pair for pair in units if number < 999.5 * pair[0]), units[-1])
-    value = number / scale
-    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f}{unit}"
+    return tqdm.format_sizeof(number) if math.isfinite(number) else "n/a"
 
 
 def _percent(share: float) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Point = tuple[int, float]
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
+# The palette of Okabe and Ito, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#6b6b6b"
 STYLE: dict[Any, Any] = {
@@ -36,11 +36,11 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw_curves(metrics_file: Path, image: Path, title: Optional[str] = None) -> Optional[Path]:
-    """Draw a PNG of two panels from a metrics.jsonl: loss on the left, metrics on the right.
+def draw_curves(metrics_file: Path, image: Path) -> Optional[Path]:
+    """Draw a PNG with two panels from a metrics.jsonl: the loss on the left, the metrics on the right.
 
-    Metrics of the validation split are lines, those of the test split stars. Returns ``image``, or None where the
-    file has nothing to draw yet. title: None: the name of the run's directory.
+    Metrics of the validation split are lines, those of the test split stars. Returns ``image``, or None if the file has
+    nothing to draw yet.
     """
     if not metrics_file.exists():
         return None
@@ -50,7 +50,7 @@ def draw_curves(metrics_file: Path, image: Path, title: Optional[str] = None) ->
     if not losses and not curves:
         return None
 
-    # The figure is made without pyplot, which would keep global state and may want a display.
+    # Imported here, because most processes never draw. Without pyplot, which keeps global state and may need a display.
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -58,7 +58,7 @@ def draw_curves(metrics_file: Path, image: Path, title: Optional[str] = None) ->
     with rc_context(STYLE):
         figure = Figure(figsize=(12, 4.6), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
-        figure.suptitle(title or metrics_file.parent.resolve().name, x=0.01, ha="left", color=GREY, fontsize=11)
+        figure.suptitle(metrics_file.parent.resolve().name, x=0.01, ha="left", color=GREY, fontsize=11)
         left, right = figure.subplots(1, 2)
         _draw_losses(left, losses)
         _draw_metrics(right, curves)
@@ -69,7 +69,7 @@ def draw_curves(metrics_file: Path, image: Path, title: Optional[str] = None) ->
 
 
 def eval_curves(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[Point]]:
-    """(split, metric) → its (iteration, value) points in order; undefined values are left out."""
+    """(split, metric) → its points (iteration, value) in order, without undefined values."""
     curves: dict[tuple[str, str], list[Point]] = {}
     for record in records:
         if record["kind"] != "eval":
@@ -81,21 +81,17 @@ def eval_curves(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over about a thirtieth of the values, without the bias towards its start."""
-    weight = 1 - 1 / max(len(values) / 30, 1)
-    result = []
-    average = norm = 0.0
-    for value in values:
-        average = weight * average + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        result.append(average / norm)
-    return result
+    """Exponential moving average over about a thirtieth of the values, corrected for the bias towards the first."""
+    import pandas as pd
+
+    averages: list[float] = pd.Series(values).ewm(alpha=1 / max(len(values) / 30, 1)).mean().tolist()
+    return averages
 
 
 def _draw_losses(axes: Axes, losses: Sequence[Point]) -> None:
     axes.set(title="Training loss", xlabel="iteration")
     if not losses:
-        _say_nothing(axes, "no training loss logged")
+        _write_text(axes, "no training loss logged")
         return
     iterations, values = zip(*losses, strict=True)
     many = len(values) >= 20
@@ -104,7 +100,7 @@ def _draw_losses(axes: Axes, losses: Sequence[Point]) -> None:
         axes.plot(iterations, smoothed(values), color=COLOURS[0], linewidth=2.0)
     else:
         axes.plot(iterations, values, "o", color=COLOURS[0], markersize=4)
-    # A few huge losses at the start would flatten all that follows.
+    # A few huge losses at the start would flatten the rest of the curve.
     low, high = min(values), float(np.quantile(values, 0.98))
     if many and max(values) > high + 2 * (high - low) > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.2 * (high - low))
@@ -114,10 +110,10 @@ def _draw_losses(axes: Axes, losses: Sequence[Point]) -> None:
 def _draw_metrics(axes: Axes, curves: dict[tuple[str, str], list[Point]]) -> None:
     axes.set(title="Evaluation", xlabel="iteration")
     if not curves:
-        _say_nothing(axes, "not evaluated yet")
+        _write_text(axes, "not evaluated yet")
         return
     last = {key: points[-1][1] for key, points in curves.items()}
-    # Names in the order in which their lines end, so that the legend reads like the picture.
+    # In the order of the ends of the lines, so that the legend reads like the picture.
     height = {name: max(value for (_, other), value in last.items() if other == name) for _, name in curves}
     for index, name in enumerate(sorted(height, key=lambda name: -height[name])):
         colour = COLOURS[index % len(COLOURS)]
@@ -125,7 +121,7 @@ def _draw_metrics(axes: Axes, curves: dict[tuple[str, str], list[Point]]) -> Non
         for split in ("valid", "test"):
             if (split, name) not in curves:
                 continue
-            # One point beside a curve is the final word of a run; several are a curve of their own.
+            # A single point is the final evaluation of a run; several points are a curve.
             final = split == "test" and len(curves[split, name]) == 1
             label += f"\n{'★ ' if final else ''}{split} {last[split, name]:.4f}"
             axes.plot(
@@ -153,6 +149,6 @@ def _annotate_last(axes: Axes, iteration: int, value: float) -> None:
     )
 
 
-def _say_nothing(axes: Axes, text: str) -> None:
+def _write_text(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
     axes.set(xticks=[], yticks=[])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from types import TracebackType
 from typing import Optional, Self
 
 import torch
@@ -14,14 +13,16 @@ logger = logging.getLogger(__name__)
 
 
 class Profiler:
-    """Traces the iterations [start, end); open the file in https://ui.perfetto.dev or chrome://tracing.
+    """Traces the iterations [start, end). Open the file in https://ui.perfetto.dev or chrome://tracing.
 
-    On a GPU the window also lies between cudaProfilerStart and cudaProfilerStop, with an NVTX range an iteration,
-    so that ``nsys profile --capture-range=cudaProfilerApi`` records just it. Outside of the window it costs nothing
-    and never waits for the device.
+    On a GPU the window also lies between cudaProfilerStart and cudaProfilerStop, with one NVTX range per iteration, so
+    that ``nsys profile --capture-range=cudaProfilerApi`` records only this window. Outside the window it costs nothing
+    and never waits for the device. A run that ends inside the window writes the trace so far. A run that resumes inside
+    it starts the trace at once.
 
-    directory: receives ``trace-rank<rank>.json.gz``. enabled: False does nothing. A run that ends inside the window
-    writes what it has; one that begins inside it (resumed) starts at once.
+    Args:
+        directory: receives ``trace-rank<rank>.json.gz``.
+        enabled: False does nothing.
 
     Usage::
 
@@ -40,7 +41,7 @@ class Profiler:
         self._last: Optional[int] = None
 
     def step(self, iteration: int) -> None:
-        """Say that ``iteration`` is about to begin."""
+        """Announce that ``iteration`` begins."""
         if not self._enabled:
             return
         self._last = iteration
@@ -59,12 +60,7 @@ class Profiler:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._profile is not None:
             self._stop()
         elif self._enabled and not self.trace_file.exists():

@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl: what is written, and how it is read back."""
+"""The records of metrics.jsonl, and how they are written and read."""
 
 from __future__ import annotations
 
@@ -12,33 +12,36 @@ from typing import Any, Optional
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecord:
-    """What training did since the record before.
-
-    loss: mean over the labelled tokens. samples_per_s, tokens_per_s: of all ranks together. tflops: per rank.
-    mfu, data_wait: shares in [0, 1]; mfu is nan where the peak is unknown. memory_bytes: of this rank. time_s:
-    seconds since the run began. loss_scale: that of the next step; skipped_steps: those whose gradients overflowed;
-    both None, and not written, where the loss is not scaled. tables: what became of the ids of dynamic tables, a report
-    a table.
-    """
+    """Training since the previous record."""
 
     iteration: int
     epoch: float
     loss: float
+    """Mean over the labelled tokens."""
     lr: float
     samples_per_s: float
+    """Of all ranks together; tokens_per_s likewise."""
     tokens_per_s: float
     tflops: float
+    """Per rank."""
     mfu: float
+    """Share in [0, 1]; nan if the peak is unknown."""
     data_wait: float
+    """Share of the time that the mean rank waits for data, in [0, 1]."""
     memory_bytes: int
+    """Memory of this rank."""
     time_s: float
+    """Seconds since the run began."""
     loss_scale: Optional[float] = None
+    """Of the next step. None, and not written, if the loss is not scaled; likewise skipped_steps."""
     skipped_steps: Optional[int] = None
+    """Steps whose gradients overflowed."""
     tables: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Counts of the ids of each dynamic table."""
 
     def as_json(self) -> dict[str, Any]:
-        """The object that metrics.jsonl gets."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """The object written to metrics.jsonl."""
+        fields = dict(vars(self))
         if not self.tables:
             del fields["tables"]
         if self.loss_scale is None:
@@ -46,7 +49,7 @@ class TrainRecord:
         return {"kind": "train", "iter": fields.pop("iteration"), **fields}
 
     def scalars(self) -> dict[str, float]:
-        """Numbers to draw over iterations, by name."""
+        """Numbers to plot over iterations, by name."""
         others = ("kind", "iter", "time_s", "tables")
         values = {f"train/{name}": value for name, value in self.as_json().items() if name not in others}
         for table, report in self.tables.items():
@@ -64,7 +67,7 @@ class EvalRecord:
     metrics: Mapping[str, float]
 
     def as_json(self) -> dict[str, Any]:
-        """The object that metrics.jsonl gets."""
+        """The object written to metrics.jsonl."""
         return {
             "kind": "eval",
             "iter": self.iteration,
@@ -74,18 +77,18 @@ class EvalRecord:
         }
 
     def scalars(self) -> dict[str, float]:
-        """Numbers to draw over iterations, by name."""
+        """Numbers to plot over iterations, by name."""
         return {f"{self.split}/{name}": value for name, value in self.metrics.items()}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> EvalRecord:
-        """What ``as_json`` gave, also after it has been a line."""
+        """The inverse of ``as_json``, also after a round trip through a line."""
         metrics = {name: math.nan if value is None else value for name, value in record["metrics"].items()}
         return cls(iteration=record["iter"], epoch=record["epoch"], split=record["split"], metrics=metrics)
 
 
 def to_line(record: Any) -> str:
-    """Strict JSON on one line, floats in full precision. nan and infinities, which JSON has not, become null."""
+    """Strict JSON on one line, floats in full precision. nan and infinities, which JSON lacks, become null."""
     return json.dumps(_plain(record), allow_nan=False)
 
 
@@ -101,10 +104,10 @@ def _plain(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl that still hold, in order.
+    """The valid records of a metrics.jsonl, in order.
 
-    A line that a kill cut off is skipped. After a "resumed" line the run goes on from an earlier iteration: what the
-    cut-off attempt had written at or after the first iteration recorded since then was done again, and is dropped.
+    A line that a kill has cut off is skipped. After a "resumed" line the run repeats iterations from an earlier one on:
+    older records of the repeated iterations are dropped.
     """
     attempts: list[list[dict[str, Any]]] = [[]]
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -1,19 +1,21 @@
-"""The directory of a run: its configuration, its metrics, its curves, its log.
+"""The directory of a run: its configuration, metrics, curves and log.
 
-Only the main rank has one on disk; on the others every method does nothing, so that callers need not ask.
+Only the main rank writes to it. On the other ranks every method does nothing, so that callers need no distinction.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, Optional, Self, TextIO
 
 from hstu.config.errors import ConfigError, UserError
+from hstu.observe.plots import draw_curves
 from hstu.observe.records import EvalRecord, TrainRecord, to_line
 from hstu.observe.trackers import TensorBoard, Tracker, WeightsAndBiases
 
@@ -21,32 +23,31 @@ from hstu.observe.trackers import TensorBoard, Tracker, WeightsAndBiases
 def default_path(source_files: Sequence[str], root: Path | str = "runs", now: Optional[float] = None) -> Path:
     """``runs/<name of the last gin file>-<time>``, a directory that does not exist yet.
 
-    Call it on one rank and hand the result to the others. ``now``: seconds since the epoch; None: this moment.
+    Call it on one rank and send the result to the others. ``now``: seconds since the epoch; None: the current time.
     """
     name = Path(source_files[-1]).stem if source_files else "run"
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
     path = Path(root) / f"{name}-{stamp}"
-    count = 1
-    while path.exists():
-        count += 1
-        path = Path(root) / f"{name}-{stamp}-{count}"
-    return path
+    return _unused(path.parent, f"{path.name}-{{}}", first=2) if path.exists() else path
 
 
 class RunDirectoryFailure(UserError):
-    """The run's directory could be written when the run began and cannot any more: a full disk, lost permissions."""
+    """The directory cannot be written any more: the disk is full, or permissions have been lost."""
 
 
 class RunDirectory:
-    """Writes operative.gin at once, metrics.jsonl as the run goes, summary.json and curves.png at its end.
+    """Writes operative.gin at once, metrics.jsonl during the run, summary.json and curves.png at its end.
 
-    path: made if absent. A directory that already holds a run is continued: its metrics get a "resumed" line and
-    new lines after it, and an operative.gin that differs from ``config_text`` is kept as operative-1.gin, ….
-    is_main: False writes nothing at all. tensorboard: also write event files to ``path/tensorboard``. wandb_project:
-    also send the numbers there, with ``config``.
+    Args:
+        path: created if absent. A directory that already holds a run is continued: metrics.jsonl gets a "resumed" line,
+            and an operative.gin that differs from ``config_text`` is kept as operative-1.gin, operative-2.gin, ….
+        is_main: False writes nothing.
+        tensorboard: also write event files to ``path/tensorboard``.
+        wandb_project: also send the numbers to this project of Weights & Biases, with ``config``.
 
-    Raises ConfigError if the directory cannot be written or Weights & Biases cannot begin, and RunDirectoryFailure if
-    it cannot be written later on.
+    Raises:
+        ConfigError: the directory cannot be written, or Weights & Biases cannot start.
+        RunDirectoryFailure: the directory cannot be written later.
     """
 
     def __init__(
@@ -81,65 +82,42 @@ class RunDirectory:
 
     @property
     def log_file(self) -> Optional[Path]:
-        """Where the log goes; None on ranks that are not the main one."""
+        """The file of the log; None on all ranks but the main one."""
         return self.path / "log.txt" if self.is_main else None
 
     @property
     def metrics_file(self) -> Path:
-        """metrics.jsonl, see records.py for reading it."""
+        """metrics.jsonl; records.py reads it."""
         return self.path / "metrics.jsonl"
 
     def write_train(self, record: TrainRecord) -> None:
-        """Append what training did; the line is in the file when this returns."""
+        """Append a record of training. The line is in the file when this returns."""
         self._append(record.as_json())
         self._track(record.scalars(), record.iteration)
 
     def write_eval(self, record: EvalRecord) -> None:
-        """Append the metrics of an evaluation; the line is in the file when this returns."""
+        """Append the metrics of an evaluation. The line is in the file when this returns."""
         self._append(record.as_json())
         self._track(record.scalars(), record.iteration)
 
-    def write_summary(
-        self,
-        *,
-        status: str,
-        iterations: int,
-        best_metrics: Mapping[str, Any],
-        last_metrics: Mapping[str, Any],
-        throughput: Mapping[str, float],
-        seconds: float,
-        **more: Any,
-    ) -> None:
-        """Write summary.json, whole or not at all. ``more``: further entries, as JSON can hold them."""
+    def write_summary(self, *, status: str, **entries: Any) -> None:
+        """Write summary.json atomically. ``entries``: anything that JSON can hold."""
         if not self.is_main:
             return
         self._failed = status == "failed"
-        summary = {
-            "status": status,
-            "iterations": iterations,
-            "best_metrics": best_metrics,
-            "last_metrics": last_metrics,
-            "throughput": throughput,
-            "seconds": seconds,
-            **more,
-        }
-        # Through strict JSON and back: nan becomes null here as in metrics.jsonl.
-        text = json.dumps(json.loads(to_line(summary)), indent=2) + "\n"
+        # The round trip through strict JSON turns nan into null, as in metrics.jsonl.
+        text = json.dumps(json.loads(to_line({"status": status, **entries})), indent=2) + "\n"
         try:
             _replace(self.path / "summary.json", text)
         except OSError as error:
             raise _failure(self.path / "summary.json", error) from error
 
     def draw_curves(self) -> Optional[Path]:
-        """Draw curves.png from metrics.jsonl; its path, or None where there is nothing to draw yet."""
-        if not self.is_main:
-            return None
-        from hstu.observe.plots import draw_curves
-
-        return draw_curves(self.metrics_file, self.path / "curves.png")
+        """Draw curves.png from metrics.jsonl. Returns its path, or None if there is nothing to draw yet."""
+        return draw_curves(self.metrics_file, self.path / "curves.png") if self.is_main else None
 
     def close(self) -> None:
-        """Close the files; calling it twice does no harm."""
+        """Close the files. May be called twice."""
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
@@ -149,12 +127,7 @@ class RunDirectory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open(self, config_text: str) -> None:
@@ -164,12 +137,12 @@ class RunDirectory:
         if changed:
             os.replace(operative, _unused(self.path, "operative-{}.gin"))
         _replace(operative, config_text)
-        # The summary of an earlier attempt would be taken for this one's.
+        # Readers would take the summary of an earlier attempt for that of this one.
         (self.path / "summary.json").unlink(missing_ok=True)
         self.resumed = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
         torn = self.resumed and not self.metrics_file.read_bytes().endswith(b"\n")
         self._metrics = self.metrics_file.open("a", encoding="utf-8")
-        if torn:  # the last line was cut off by a kill; do not write into it
+        if torn:  # a kill has cut off the last line; begin a new one
             self._metrics.write("\n")
         if self.resumed:
             at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -190,7 +163,7 @@ class RunDirectory:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a kill, finds either the old or the new one whole."""
+    """Replace a file atomically: a reader, or a kill, finds either the whole old or the whole new file."""
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -200,8 +173,6 @@ def _failure(path: Path, error: OSError) -> RunDirectoryFailure:
     return RunDirectoryFailure(f"the run's directory cannot be written: {path}: {error.strerror or error}")
 
 
-def _unused(directory: Path, pattern: str) -> Path:
-    count = 1
-    while (directory / pattern.format(count)).exists():
-        count += 1
-    return directory / pattern.format(count)
+def _unused(directory: Path, pattern: str, first: int = 1) -> Path:
+    paths = (directory / pattern.format(number) for number in itertools.count(first))
+    return next(path for path in paths if not path.exists())

@@ -1,13 +1,14 @@
-"""How fast training goes: counts between two log lines, divided by the time that training took."""
+"""How fast training is: rates between two log lines, and the peak of the device against which MFU is stated."""
 
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import NamedTuple, TypeVar
 
 import psutil
 import torch
@@ -18,28 +19,31 @@ SumOverRanks = Callable[[list[float]], list[float]]
 
 @dataclass(frozen=True)
 class Throughput:
-    """Rates of all ranks together, except tflops, which is the mean rank's.
-
-    mfu, data_wait: shares in [0, 1]; mfu is nan where the peak is unknown. step_s: seconds a step.
-    """
+    """Rates of all ranks together, unless a field says otherwise."""
 
     steps: int
     step_s: float
+    """Seconds per step."""
     samples_per_s: float
     tokens_per_s: float
     tflops: float
+    """TFLOPS of the mean rank."""
     mfu: float
+    """Share of the peak in [0, 1]; nan if the peak is unknown."""
     data_wait: float
+    """Share of the time that the mean rank waits for data, in [0, 1]."""
 
 
 class ThroughputMeter:
-    """Accumulates this rank's counts; ``take`` turns them into rates and starts anew.
+    """Accumulates the counts of this rank; ``take`` turns them into rates and starts over.
 
-    It never asks the device: the counts are host integers, and time is the wall clock from construction (or the
-    last ``take``), less what was ``paused``. On a GPU steps run ahead of the host, so read the loss, which waits for
-    them, before ``take``; over the interval between two log lines the rates are then exact.
+    It never waits for the device: the counts are host integers, and time is the wall clock since construction (or the
+    last ``take``) without the ``paused`` time. On a GPU the host runs ahead of the device. Read the loss, which waits
+    for the device, before ``take``: the rates of the interval are then exact.
 
-    peak_tflops: of this rank's device, see peak.py. clock: seconds, for tests.
+    Args:
+        peak_tflops: of this rank's device, from the function of that name.
+        clock: seconds; tests replace it.
     """
 
     def __init__(self, peak_tflops: float = math.nan, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -48,7 +52,7 @@ class ThroughputMeter:
         self._reset()
 
     def add(self, *, samples: int, tokens: int, flops: float = 0.0) -> None:
-        """Count one step: this rank's samples without padding, tokens, and FLOPs (see flops.py)."""
+        """Count one step of this rank: samples without padding, tokens, and FLOPs (hstu/ops/costs.py)."""
         self._steps += 1
         self._samples += samples
         self._tokens += tokens
@@ -56,7 +60,7 @@ class ThroughputMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time inside: evaluations, checkpoints."""
+        """Exclude the time inside, for example of evaluations and checkpoints."""
         begun = self._clock()
         try:
             yield
@@ -65,7 +69,7 @@ class ThroughputMeter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data; it stays part of the step."""
+        """Count the time inside as waiting for data. It remains part of the step."""
         begun = self._clock()
         try:
             yield
@@ -73,14 +77,23 @@ class ThroughputMeter:
             self._wait_s += self._clock() - begun
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time to get each counts as waiting for data. Starts the clock anew: training begins."""
+        """The same batches; the time to get each counts as waiting for data. Restarts the clock."""
         self._reset()
-        return _Timed(batches, self)
+        return self._timed(batches)
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            with self.waiting():
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            yield batch
 
     def take(self, sum_over_ranks: SumOverRanks = list, num_ranks: int = 1) -> Throughput:
-        """Rates since the last call (or construction), then start anew.
+        """Rates since the last call (or construction). Starts over.
 
-        sum_over_ranks: adds a list of numbers up over the ranks, element by element; all ranks then call together.
+        sum_over_ranks: sums a list of numbers over the ranks, element by element; a collective if there are several.
         """
         elapsed = max(self._clock() - self._begun - self._paused_s, 1e-9)
         samples, tokens, flops, wait_s = sum_over_ranks([self._samples, self._tokens, self._flops, self._wait_s])
@@ -107,21 +120,80 @@ class ThroughputMeter:
         self._paused_s = 0.0
 
 
-class _Timed(Generic[Batch]):
-    def __init__(self, batches: Iterator[Batch], meter: ThroughputMeter) -> None:
-        self._batches = batches
-        self._meter = meter
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        with self._meter.waiting():
-            return next(self._batches)
-
-
 def memory_bytes(device: torch.device) -> int:
-    """Memory of this rank: on a GPU the most that tensors took so far, on a CPU the process's resident memory now."""
+    """Memory of this rank: the peak of allocated tensors on a GPU, the current resident memory on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
+
+
+class PeakTflops(NamedTuple):
+    """The peak of a device in TFLOPS (10^12 operations per second), and the source of the number."""
+
+    value: float
+    source: str
+
+
+# Published rates without sparsity: pattern of the device name → (bfloat16 and float16 with float32 accumulation, TF32,
+# float32). The first pattern that matches counts. None and names without a pattern are measured.
+_DATA_SHEETS: tuple[tuple[str, tuple[float, float | None, float | None]], ...] = (
+    (r"\bB200", (2250, None, None)),
+    (r"H100 NVL", (835, None, None)),
+    (r"H[18]00 PCIe", (756, 378, 51)),
+    (r"(GH200|H200|H100|H800)(?! NVL)", (989, 494.5, 67)),
+    (r"A[18]00", (312, 156, 19.5)),
+    (r"L40S", (362, 183, 91.6)),
+    (r"A40\b", (149.7, 74.8, 37.4)),
+    (r"A30\b", (165, 82, 10.3)),
+    (r"A10\b", (125, 62.5, 31.2)),
+    (r"V100-SXM", (125, 15.7, 15.7)),  # has no TF32
+)
+
+
+def data_sheet_tflops(name: str, dtype: torch.dtype, tf32: bool = False) -> float | None:
+    """The peak of the GPU that torch calls ``name``; None if it is not in the table.
+
+    tf32: whether float32 matrix products run on the tensor cores in TF32.
+    """
+    for pattern, (half, tensor_float, single) in _DATA_SHEETS:
+        if re.search(pattern, name, re.IGNORECASE):
+            if dtype in (torch.bfloat16, torch.float16):
+                return half
+            if dtype == torch.float32:
+                return tensor_float if tf32 else single
+            return None
+    return None
+
+
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> PeakTflops:
+    """Peak of one device for matrix products of ``dtype``.
+
+    A known GPU has that of its data sheet. Other devices are measured, in less than a second: the rate that a matrix
+    product reaches at present with the threads of torch. Call it when a run starts, because it waits for the device.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = data_sheet_tflops(name, dtype, tf32=torch.backends.cuda.matmul.allow_tf32)
+        if known is not None:
+            return PeakTflops(known, f"data sheet of {name}")
+    name = str(dtype).removeprefix("torch.")
+    return PeakTflops(_measure(device, dtype), f"measured with {name} matrix products on this {device.type}")
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> float:
+    """Best rate over products of a size that keeps the device busy."""
+    size = 8192 if device.type == "cuda" else 1024
+    left = torch.ones(size, size, device=device, dtype=dtype)
+    torch.matmul(left, left)  # the first product also loads the library and starts its threads
+    deadline = time.perf_counter() + 0.3
+    shortest_s = math.inf
+    for _ in range(10):
+        begun = time.perf_counter()
+        torch.matmul(left, left)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        ended = time.perf_counter()
+        shortest_s = min(shortest_s, ended - begun)
+        if ended > deadline:
+            break
+    return 2.0 * size**3 / shortest_s / 1e12

@@ -1,4 +1,4 @@
-"""Where the numbers of metrics.jsonl go besides: TensorBoard's files, a project of Weights & Biases."""
+"""Further destinations of the numbers in metrics.jsonl: TensorBoard files and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Takes scalars as the run goes. Its packages are imported when it is made: a run without it need not wait."""
+    """A destination of scalars. Its packages are imported on construction, so that other runs do not wait for them."""
 
     def write(self, values: Mapping[str, float], iteration: int) -> None:
         """Numbers by name ("train/loss", "valid/AUC")."""
 
     def close(self, failed: bool) -> None:
-        """No more will come. ``failed``: the run did not end as it should."""
+        """Finish writing. ``failed``: whether the run ended with an error."""
 
 
 class TensorBoard:
@@ -43,12 +43,12 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of ``project``, called after the run's ``directory``, with its configuration.
+    """A run of ``project`` with the name of the run's ``directory`` and its configuration.
 
-    A directory that is continued continues its run there: its id is kept in ``directory``/wandb_id.txt. Numbers are
-    drawn over "iter", so that iterations that are done again may come again.
+    A resumed run continues the run of the project, whose id is kept in ``directory``/wandb_id.txt. Numbers are plotted
+    over "iter", so that repeated iterations may be sent again.
 
-    Raises ConfigError where the package is missing, or where it cannot begin (no account, no network).
+    Raises ConfigError if the package is missing or cannot start (no account, no network).
     """
 
     def __init__(self, project: str, directory: Path, config: Mapping[str, Any]) -> None:
@@ -70,32 +70,32 @@ class WeightsAndBiases:
                 id=identity.read_text(encoding="utf-8"),
                 resume="allow",
                 config=dict(config),
-                settings=Settings(console="off"),  # log.txt has it
+                settings=Settings(console="off"),  # log.txt has the output
             )
-        except Exception as error:  # whatever it is, the user is to know before training and not after
+        except Exception as error:  # of any type; the user must see it before training
             why = str(error).rstrip(".")
             raise ConfigError(
-                f"TrainerArgs.wandb_project = {project!r}: Weights & Biases does not begin: {why}. Log in with "
+                f"TrainerArgs.wandb_project = {project!r}: Weights & Biases cannot start: {why}. Log in with "
                 "`wandb login`, set WANDB_MODE=offline to keep the numbers in the run's directory, or remove the option"
             ) from error
         self._run.define_metric("*", step_metric="iter")
         self._broken = False
 
     def write(self, values: Mapping[str, float], iteration: int) -> None:
-        """See Tracker. A service that fails ends no training: a warning, and nothing more is sent."""
+        """See Tracker. A service that fails does not end training: after a warning nothing more is sent."""
         if self._broken:
             return
         try:
             self._run.log({"iter": iteration, **values})
         except Exception as error:
             self._broken = True
-            log.warning("Weights & Biases takes no more numbers, metrics.jsonl has them all: %s", error)
+            log.warning("Weights & Biases failed and gets no more numbers; metrics.jsonl has all of them: %s", error)
 
     def close(self, failed: bool) -> None:
-        """See Tracker. Waits until what was logged has been sent."""
+        """See Tracker. Waits until everything has been sent."""
         if self._broken:
             return
         try:
             self._run.finish(exit_code=int(failed))
         except Exception as error:
-            log.warning("Weights & Biases may lack the last numbers, metrics.jsonl has them all: %s", error)
+            log.warning("Weights & Biases may lack the last numbers; metrics.jsonl has all of them: %s", error)

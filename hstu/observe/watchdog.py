@@ -1,13 +1,15 @@
-"""Ends the whole run where one rank is dead or stuck, and says which.
+"""The watchdog: ends the whole run when one rank is dead or stuck, and names that rank.
 
-Beside the main thread of every rank a thread tells the others where it is. Where the main thread does not move for
-the timeout, or an error comes out of it, the ranks' places are compared; the first verdict counts on all ranks. Each
-tells it with its own stacks and ends with exit code 1, whatever its main thread waits for.
+A thread on every rank publishes the rank's status. When the main thread makes no progress for the timeout, or raises
+an error, the thread compares the statuses of all ranks and proposes a verdict. The first verdict holds for all ranks:
+each logs it with its own stacks and exits with code 1, whatever its main thread is waiting for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
+import json
 import logging
 import os
 import select
@@ -18,35 +20,83 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchrec
 
 from hstu.config.errors import EXIT_FAILURE
-from hstu.observe.verdict import name_the_lost, name_the_stuck
-from hstu.parallel.mesh import Mesh
-from hstu.parallel.progress import Board, Place
+from hstu.parallel.mesh import Heartbeat, Mesh
 
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
-"""How often a rank tells where it is."""
+"""Seconds between two status reports of a rank."""
 SILENCE_S = 2.0
-"""A rank that has told nothing for so long, when something is wrong already, is dead or frozen."""
-_SILENCE_ON_SIGTERM_S = 10.0  # here nothing else is wrong, and launchers wait 30 s before they kill
+"""Once something is wrong, a rank without a report for this many seconds counts as dead or frozen."""
+_SILENCE_ON_SIGTERM_S = 10.0  # nothing else is wrong then, and launchers wait 30 s before they kill
 _MAIN_THREAD_S = 1.0
 _LAST_RESORT_S = 9.0
+_STORE_TIMEOUT = timedelta(seconds=10)
+_TORCH, _TORCHREC = Path(torch.__file__).parent, Path(torchrec.__file__).parent
+# A main thread inside this code waits for other ranks (in a collective or in DDP's backward) or for the device.
+_WAITING = tuple(
+    str(path)
+    for path in (_TORCH / "distributed", _TORCHREC / "distributed", _TORCH / "autograd" / "graph.py", _TORCH / "cuda")
+)
+_WRITING = str(_TORCH / "distributed" / "checkpoint")
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """Where one rank is, as it reports to the others."""
+
+    rank: int
+    host: str
+    pid: int
+    iteration: int
+    stage: str
+    marks: int
+    idle_s: float
+    """Seconds since the last heartbeat of the main thread, at the time of the report."""
+    code: str
+    """The line of code that the main thread executes."""
+    waiting: bool
+    """Whether that line waits for other ranks."""
+    reported_at: float
+    """Wall clock of the rank's host, in seconds since the epoch; two reports never have the same."""
+    ended: bool
+    """Whether the rank has left the run without an error."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host}, pid {self.pid})"
+
+    @property
+    def at(self) -> str:
+        """Iteration and stage in words."""
+        return f"at iteration {self.iteration} ({self.stage})"
+
+
+Statuses = Mapping[int, RankStatus | None]
+"""Rank → its last status; None before the first."""
 
 
 class Watchdog:
-    """Watches this rank and, through the store, the others. In a world of one nobody waits: it does nothing.
+    """Watches this rank and, through the store, the others. With a single rank it does nothing.
 
-    ``timeout_s``: how long the main thread may stay in one place (``mesh.progress``).
+    ``timeout_s``: seconds that the main thread may go without a heartbeat (``mesh.heartbeat``).
     """
 
     def __init__(self, mesh: Mesh, timeout_s: float) -> None:
         self._mesh, self._timeout_s = mesh, timeout_s
-        self._board: Board | None = None
-        self._first_rank: Place | None = None
+        self._board: StatusBoard | None = None
+        self._first_rank: RankStatus | None = None
         self._sigterm_at: float | None = None
         self._main_thread_ends = threading.Event()
         self._left = False
@@ -59,25 +109,25 @@ class Watchdog:
         if mesh.world_size == 1:
             return
         faulthandler.enable()
-        mesh.progress.mark()
+        mesh.heartbeat.mark()
         assert mesh.store is not None
-        self._board = Board(mesh.store, mesh.rank, mesh.world_size, mesh.progress)
-        with suppress(RuntimeError):  # the thread will say so, too
-            self._board.tell_place()
-            # Should rank 0 serve the store and die at once, this is all that is known of it.
-            self._first_rank = self._board.await_place_of(0)
-        # A signal wakes our thread up even while the main thread, which handles it, is inside a collective.
+        self._board = StatusBoard(mesh.store, mesh.rank, mesh.world_size, mesh.heartbeat)
+        with suppress(RuntimeError):  # the thread will report it
+            self._board.report_status()
+            # If rank 0 serves the store and dies at once, this is the only status that we have of it.
+            self._first_rank = self._board.wait_for_status(0)
+        # Wakes our thread on a signal even while the main thread, which handles it, is inside a collective.
         self._waker.setblocking(False)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, args=(self._board,), name="watchdog", daemon=True)
         self._thread.start()
 
     def leave(self, error: Exception | None = None) -> None:
-        """Stop watching. ``error``: what ends the run on this rank, of which the others do not know."""
+        """Stop watching. ``error``: ends the run on this rank alone, so the others must be informed."""
         if self._board is None:
             return
         self._main_thread_ends.set()
-        with suppress(RuntimeError):  # no one is left to be told
+        with suppress(RuntimeError):  # the store is gone, so no rank is left to inform
             if error is not None:
                 self._board.decide(self._own_failure(error))
                 self._linger()
@@ -87,12 +137,12 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         with suppress(RuntimeError):
-            self._board.tell_place(ended=True)
+            self._board.report_status(ended=True)
 
     def fail(self, error: Exception) -> None:
-        """Report an error that came out of the main thread and end this process; returns in a world of one only.
+        """Report an error that the main thread raised and end this process. Returns only when there is a single rank.
 
-        Collectives fail where another rank has died: then that rank is to blame, and not ``error``.
+        A collective also fails when another rank has died. The verdict then names that rank instead of ``error``.
         """
         if self._board is None:
             return
@@ -103,7 +153,7 @@ class Watchdog:
             verdict = self._store_is_gone(gone)
         self._end(verdict, "".join(traceback.format_exception(error)))
 
-    def _watch(self, board: Board) -> None:
+    def _watch(self, board: StatusBoard) -> None:
         while not self._left:
             try:
                 self._beat(board)
@@ -114,44 +164,44 @@ class Watchdog:
                 self._end(verdict, _stacks())
             self._sleep()
 
-    def _beat(self, board: Board) -> None:
-        # Should our threads not run any more (a library that keeps the interpreter to itself), this one still does.
+    def _beat(self, board: StatusBoard) -> None:
+        # This timer still fires when a library holds the interpreter lock and our threads cannot run.
         if not self._ending.locked():
             faulthandler.dump_traceback_later(self._timeout_s + _LAST_RESORT_S, exit=True)
-        board.tell_place()
-        self._first_rank = board.place_of(0) or self._first_rank
+        board.report_status()
+        self._first_rank = board.status_of(0) or self._first_rank
 
     def _sleep(self) -> None:
         if select.select([self._wake_up], [], [], BEAT_S)[0] and signal.SIGTERM in self._wake_up.recv(64):
             self._sigterm_at = time.monotonic()
 
-    def _suspicion(self, board: Board) -> str | None:
-        """The verdict where something is wrong on this rank."""
-        idle_s = self._mesh.progress.idle_s
+    def _suspicion(self, board: StatusBoard) -> str | None:
+        """The verdict if something is wrong on this rank, else None."""
+        idle_s = self._mesh.heartbeat.idle_s
         if idle_s > self._timeout_s:
             return self._decide(board, name_the_stuck)
         if self._sigterm_at is not None and min(idle_s, time.monotonic() - self._sigterm_at) > SILENCE_S:
-            # A launcher stops the ranks that are left when one has died. On a GPU they wait without an error.
+            # A launcher sends SIGTERM to the other ranks when one has died. On a GPU they wait without an error.
             lost = self._lost(board, _SILENCE_ON_SIGTERM_S)
             return board.decide(lost) if lost else None
         return None
 
-    def _decide(self, board: Board, otherwise: Callable[[Iterable[Place]], str]) -> str:
-        """The verdict that counts: another rank's if there is one, else who is lost, else what ``otherwise`` says."""
+    def _decide(self, board: StatusBoard, otherwise: Callable[[Iterable[RankStatus]], str]) -> str:
+        """The verdict of another rank if there is one, else the lost ranks, else ``otherwise(statuses)``."""
         lost = self._lost(board, SILENCE_S)
-        return board.verdict() or board.decide(lost or otherwise(filter(None, board.places().values())))
+        return board.verdict() or board.decide(lost or otherwise(filter(None, board.statuses().values())))
 
-    def _lost(self, board: Board, silence_s: float) -> str | None:
-        before, deadline = board.places(), time.monotonic() + silence_s
+    def _lost(self, board: StatusBoard, silence_s: float) -> str | None:
+        before, deadline = board.statuses(), time.monotonic() + silence_s
         while time.monotonic() < deadline and not board.verdict():
             time.sleep(BEAT_S)
             self._beat(board)
-        return name_the_lost(before, board.places())
+        return name_the_lost(before, board.statuses())
 
     def _own_failure(self, error: Exception) -> str:
         assert self._board is not None
-        place = self._board.own_place()
-        return f"{place} failed {place.at}: {type(error).__name__}: {error}"
+        status = self._board.own_status()
+        return f"{status} failed {status.at}: {type(error).__name__}: {error}"
 
     def _store_is_gone(self, error: RuntimeError) -> str:
         served = "the launcher, or rank 0 where it serves the ranks' store, is dead or out of reach"
@@ -159,12 +209,12 @@ class Watchdog:
         return f"{served}; {last}"
 
     def _end(self, verdict: str, stacks: str) -> None:
-        """Tell, and end this process."""
-        if not self._ending.acquire(blocking=False):  # the other thread does so already
+        """Log the verdict with ``stacks`` and end this process."""
+        if not self._ending.acquire(blocking=False):  # the other thread is already ending the process
             time.sleep(_LAST_RESORT_S)
-        faulthandler.dump_traceback_later(_LAST_RESORT_S, exit=True)  # should telling block
-        place = self._board.own_place() if self._board else None
-        log.error("%s was here, %s:\n%s", place, place and place.at, stacks)
+        faulthandler.dump_traceback_later(_LAST_RESORT_S, exit=True)  # in case logging blocks
+        status = self._board.own_status() if self._board else None
+        log.error("%s was %s:\n%s", status, status and status.at, stacks)
         log.error("the run ends: %s", verdict)
         self._linger()
         logging.shutdown()
@@ -173,13 +223,124 @@ class Watchdog:
         os._exit(EXIT_FAILURE)
 
     def _linger(self) -> None:
-        """Rank 0 may serve the store, so it stays until all can have read the verdict."""
+        """Give every rank time to read the verdict: rank 0 may serve the store, so it waits longest."""
         time.sleep(4 * BEAT_S if self._mesh.rank == 0 else BEAT_S)
 
 
+class StatusBoard:
+    """Statuses of the ranks and the reason why the run ends, over a separate connection to the store of the launch.
+
+    The agent of torchrun serves the store and outlives every rank; without torchrun rank 0 serves it. Every method
+    raises RuntimeError once the store is gone.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, heartbeat: Heartbeat) -> None:
+        connection: dist.Store = store.clone()  # type: ignore[attr-defined]  # missing from torch's stubs
+        connection.set_timeout(_STORE_TIMEOUT)
+        self._store = dist.PrefixStore("board", connection)
+        self._rank, self._world_size, self._heartbeat = rank, world_size, heartbeat
+
+    def own_status(self, ended: bool = False) -> RankStatus:
+        """The current status of this rank."""
+        code, waiting = _line_of_main_thread()
+        return RankStatus(
+            rank=self._rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            iteration=self._heartbeat.iteration,
+            stage=self._heartbeat.stage,
+            marks=self._heartbeat.marks,
+            idle_s=self._heartbeat.idle_s,
+            code=code,
+            waiting=waiting,
+            reported_at=time.time(),
+            ended=ended,
+        )
+
+    def report_status(self, ended: bool = False) -> None:
+        """Publish the current status of this rank."""
+        self._store.set(f"status {self._rank}", json.dumps(dataclasses.asdict(self.own_status(ended))))
+
+    def status_of(self, rank: int) -> RankStatus | None:
+        """The last status that ``rank`` has reported; None before its first report."""
+        return self.wait_for_status(rank) if self._store.check([f"status {rank}"]) else None
+
+    def wait_for_status(self, rank: int) -> RankStatus:
+        """The last status that ``rank`` has reported; waits up to 10 s for the first one."""
+        status: dict[str, Any] = json.loads(self._store.get(f"status {rank}"))
+        return RankStatus(**status)
+
+    def statuses(self) -> dict[int, RankStatus | None]:
+        """``status_of`` every rank."""
+        return {rank: self.status_of(rank) for rank in range(self._world_size)}
+
+    def decide(self, verdict: str) -> str:
+        """Propose the reason why the run ends. The first proposal of any rank wins and is returned."""
+        first: bytes = self._store.compare_set("verdict", "", verdict)
+        return first.decode()
+
+    def verdict(self) -> str | None:
+        """The reason why the run ends; None while it continues."""
+        return self._store.get("verdict").decode() if self._store.check(["verdict"]) else None
+
+
+def _line_of_main_thread() -> tuple[str, bool]:
+    """(innermost line of Python, whether it waits for other ranks)."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "unknown", False
+    code = frame.f_code
+    waiting = code.co_filename.startswith(_WAITING) and not code.co_filename.startswith(_WRITING)
+    return f"{code.co_filename}:{frame.f_lineno}, in {code.co_name}", waiting
+
+
 def _stacks() -> str:
-    """Stacks of all threads."""
+    """The stacks of all threads as text."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file)
         file.seek(0)
         return file.read()
+
+
+def name_the_lost(before: Statuses, after: Statuses) -> str | None:
+    """A sentence about the ranks that are dead, frozen or gone; None if all ranks are alive.
+
+    A living rank reports more than once between ``before`` and ``after``, and no two of its reports are equal.
+    """
+    lost, alive = [], []
+    for rank, status in after.items():
+        if status is None:
+            lost.append(f"rank {rank} never started")
+        elif status.ended:
+            lost.append(f"{status} has left {status.at}")
+        elif status == before[rank]:
+            seconds = max(0.0, time.time() - status.reported_at)
+            lost.append(f"{status} is dead or frozen: last seen {seconds:.0f} s ago {status.at}")
+        else:
+            alive.append(status)
+    return "; ".join([*lost, f"alive: {_group(alive)}"]) if lost else None
+
+
+def name_the_stuck(statuses: Iterable[RankStatus]) -> str:
+    """A sentence about the ranks that the others wait for.
+
+    These are the ranks with the fewest marks or, if all have equally many, those that wait for no other rank.
+    """
+    statuses = list(statuses)
+    fewest = min(status.marks for status in statuses)
+    stuck = [status for status in statuses if status.marks == fewest]
+    if len(stuck) == len(statuses):
+        stuck = [status for status in statuses if not status.waiting]
+    others = [status for status in statuses if status not in stuck]
+    if not stuck or not others:
+        return f"no rank makes progress, and none is behind the others: {_group(statuses)}"
+    named = "; ".join(f"{status} is stuck {status.at} for {status.idle_s:.0f} s in {status.code}" for status in stuck)
+    return f"{named}; {_group(others)} wait{'s' if len(others) == 1 else ''} for {'it' if len(stuck) == 1 else 'them'}"
+
+
+def _group(statuses: Iterable[RankStatus]) -> str:
+    """Ranks grouped by place: ``ranks 0, 1, 2 at iteration 5 (training step), rank 3 at …``."""
+    by_status: dict[str, list[str]] = {}
+    for status in statuses:
+        by_status.setdefault(status.at, []).append(str(status.rank))
+    return ", ".join(f"rank{'s'[: len(ranks) - 1]} {', '.join(ranks)} {at}" for at, ranks in by_status.items())

@@ -1,4 +1,4 @@
-"""Dropout that draws 16 bits an element: on a CPU torch's own draws one double each and takes five times as long."""
+"""Dropout that draws 16 random bits per element on a CPU, where torch's draws a double and is five times slower."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.ranks import Ranks
+from hstu.ops.types import TensorParallelComm
 
 _RESOLUTION = 1 << 16
 _SEEDS = 1 << 62
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zero each element with probability p (on a CPU rounded to 2⁻¹⁶) and scale the others so that the mean stays."""
+    """Zero each element with probability p (on a CPU a multiple of 2⁻¹⁶) and scale the others to keep the mean."""
     if not training or p == 0:
         return x
     if x.device.type != "cpu":
@@ -22,13 +22,13 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x * draw(x.shape, p, x.device) * scale_of(p, x.device)
 
 
-def draw(shape: torch.Size, p: float, device: torch.device, ranks: Ranks | None = None) -> Tensor:
-    """Which elements stay, if each is dropped with probability p: bool of this shape.
+def draw(shape: torch.Size, p: float, device: torch.device, comm: TensorParallelComm | None = None) -> Tensor:
+    """A dropout mask: bool of this shape, False with probability p.
 
-    Follows torch's generator of the CPU, on all devices: set that back and the same is drawn again, no device is asked.
-    ``ranks``: those whose generators agree draw a pattern each, and their generators still agree afterwards.
+    It follows torch's CPU generator on all devices: restoring its state repeats the mask, without device access.
+    ``comm``: ranks with equal generator states draw different masks, and their states stay equal.
     """
-    generator = None if ranks is None or ranks.count == 1 else _generator_of(ranks.rank, device)
+    generator = None if comm is None or comm.size == 1 else _generator_of(comm.rank, device)
     if device.type != "cpu":
         generator = generator or _generator_of(0, device)
         return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p, generator=generator)
@@ -38,17 +38,17 @@ def draw(shape: torch.Size, p: float, device: torch.device, ranks: Ranks | None 
 
 
 def scale_of(p: float, device: torch.device) -> float:
-    """What multiplies the elements that stay."""
+    """The factor of the elements that are kept."""
     return _RESOLUTION / (_RESOLUTION - _dropped(p)) if device.type == "cpu" else 1 / (1 - p)
 
 
 def _dropped(p: float) -> int:
-    """Of the values of 16 bits."""
+    """How many of the 2¹⁶ values of 16 bits mean dropped."""
     return round(p * _RESOLUTION)
 
 
 def _generator_of(stream: int, device: torch.device) -> torch.Generator:
-    """A generator for one use, seeded from ``stream`` and torch's generator of the CPU."""
+    """A generator for one draw, seeded from ``stream`` and torch's CPU generator."""
     drawn = int(torch.randint(_SEEDS, (), device="cpu"))
     words = np.random.SeedSequence([drawn, stream]).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(words[0]))

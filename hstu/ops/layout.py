@@ -1,79 +1,18 @@
-"""Where each token of a jagged batch sits: lengths, offsets, positions, candidates, times.
-
-Tokens of B sequences lie one after another, without padding, in tensors of T rows. Sequence s is
-
-    [context_1 … context_C] [item_1 (action_1) … item_n (action_n)] [candidate_1 (action) … candidate_m (action)]
-
-The host (numpy) copies of the integers exist so that no operator ever has to ask the device for a size.
-"""
+"""The positions, times and order of the tokens of a jagged batch; see :class:`hstu.ops.types.JaggedLayout`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.data.jagged import run_indices, run_offsets, run_starts, sequence_tokens
+from hstu.ops.types import NUM_TIME_BUCKETS, JaggedLayout, TokenOrder
 
-@dataclass
-class JaggedLayout:
-    """One jagged batch of token sequences; see the module's picture. Make one with :func:`build_layout`."""
-
-    seqlen_offsets: Tensor
-    """int64 [B + 1]: sequence s holds the tokens ``seqlen_offsets[s]:seqlen_offsets[s + 1]``."""
-    seqlens: np.ndarray
-    """int64 [B], host: tokens of each sequence, context and candidates included."""
-    num_contextuals: int
-    """C: the first C tokens of every sequence that is not empty."""
-    num_candidate_tokens: Tensor | None
-    """int64 [B]: the last so many tokens of a sequence are candidates. None: no sequence has any."""
-    num_candidate_tokens_host: np.ndarray
-    """int64 [B], host: the same, zeros where there are none."""
-    candidate_group_tokens: int
-    """Tokens of one target group: target_group_size × tokens_per_item."""
-    tokens_per_item: int
-    """2 where an action token follows each item token, else 1."""
-    positions: Tensor
-    """int64 [T]: place in the sequence from 0; all candidate tokens share that of the first."""
-    token_times: Tensor | None = None
-    """int64 [T], seconds: when a token happened (context: the first event; 0 where there is none)."""
-    query_times: Tensor | None = None
-    """int64 [T], seconds: time of the next token of context + history; its own for the last and for candidates."""
-    cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What operators derive from the layout once and use again in each layer and in backward."""
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences B, empty ones included."""
-        return len(self.seqlens)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens T of the whole batch."""
-        return int(self.seqlens.sum())
-
-    @property
-    def num_items(self) -> np.ndarray:
-        """int64 [B], host: items of each sequence, candidates included."""
-        return np.maximum(self.seqlens - self.num_contextuals, 0) // self.tokens_per_item
-
-    def newest_item_tokens(self, count: Tensor, total: int) -> Tensor:
-        """Token index of the newest ``count[s]`` items of each sequence s, oldest first: int64 [total].
-
-        count: int64 [B] on the device; ``total`` is its sum, which the device is not asked for. The token before an
-        item's is the newest one of the step before: the previous item's action, or that item.
-        """
-        sequence = torch.repeat_interleave(count, output_size=total)
-        place = torch.arange(total, device=count.device) - (count.cumsum(0) - count)[sequence]
-        return self.seqlen_offsets[1:][sequence] - (count[sequence] - place) * self.tokens_per_item
-
-    def newest_tokens(self) -> Tensor:
-        """Index of each sequence's last token: int64 [B]; for an empty sequence that of another one, or -1."""
-        return self.seqlen_offsets[1:] - 1
+TIME_BUCKET_WIDTH = 0.301
+"""Width of a time bucket in natural log seconds: ⌊ln(max(1, |Δt|)) / 0.301⌋."""
 
 
 def build_layout(
@@ -94,10 +33,10 @@ def build_layout(
     item_times: int64 [Σ item_lengths] seconds on ``device``, or None.
     """
     is_real = np.arange(len(item_lengths)) < num_sequences
-    seqlens = (num_contextuals * is_real + item_lengths * tokens_per_item).astype(np.int64)
+    seqlens = sequence_tokens(item_lengths, num_contextuals, tokens_per_item, has_context=is_real)
     candidates = np.zeros_like(seqlens) if num_candidates is None else (num_candidates * tokens_per_item)
     candidates = candidates.astype(np.int64)
-    sequence, place = places(seqlens)
+    sequence, position = run_indices(seqlens)
     history_end = (seqlens - candidates)[sequence]
 
     def on_device(array: np.ndarray) -> Tensor:
@@ -105,20 +44,20 @@ def build_layout(
 
     token_times = query_times = None
     if item_times is not None:
-        item = np.maximum(place - num_contextuals, 0) // tokens_per_item + offsets_of(item_lengths)[sequence]
+        item = np.maximum(position - num_contextuals, 0) // tokens_per_item + run_starts(item_lengths)[sequence]
         item = np.where((item_lengths > 0)[sequence], item, item_lengths.sum())  # context of a user with no event
-        next_token = np.arange(len(place)) + (place + 1 < history_end)
+        next_token = np.arange(len(position)) + (position + 1 < history_end)
         token_times = torch.cat([item_times, item_times.new_zeros(1)])[on_device(item)]
         query_times = token_times[on_device(next_token)]
     return JaggedLayout(
-        seqlen_offsets=on_device(np.append(offsets_of(seqlens), seqlens.sum())),
+        seqlen_offsets=on_device(run_offsets(seqlens)),
         seqlens=seqlens,
         num_contextuals=num_contextuals,
         num_candidate_tokens=on_device(candidates) if candidates.any() else None,
         num_candidate_tokens_host=candidates,
         candidate_group_tokens=target_group_size * tokens_per_item,
         tokens_per_item=tokens_per_item,
-        positions=on_device(np.minimum(place, history_end)),
+        positions=on_device(np.minimum(position, history_end)),
         token_times=token_times,
         query_times=query_times,
     )
@@ -147,22 +86,41 @@ def pad_tokens(layout: JaggedLayout, padding: int) -> JaggedLayout:
     )
 
 
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A host array as a tensor on ``device``, without waiting for what the device still has to do.
+def token_order(layout: JaggedLayout) -> TokenOrder:
+    """The order of ``layout`` for the concatenated parts [context_1 … context_C, items, actions (if they are tokens)].
 
-    A copy from memory that is not page-locked is queued behind the stream's work and holds the host up until then.
+    Each contextual part has one row per real sequence, each other part one row per item, all in batch order.
+    """
+    sequence, position = run_indices(layout.seqlens)
+    num_contextuals, stride = layout.num_contextuals, layout.tokens_per_item
+    num_items = layout.num_items
+    num_real = int(np.count_nonzero(layout.seqlens)) if num_contextuals else 0
+    item, part = np.divmod(np.maximum(position - num_contextuals, 0), stride)
+    item_row = num_contextuals * num_real + part * num_items.sum() + run_starts(num_items)[sequence] + item
+    source = np.where(position < num_contextuals, position * num_real + sequence, item_row)
+    inverse = np.empty_like(source)
+    inverse[source] = np.arange(len(source))
+    device = layout.positions.device
+    return TokenOrder(to_device(source, device), to_device(inverse, device))
+
+
+def time_buckets(delta_s: Tensor) -> Tensor:
+    """Bucket of each time difference (int64 seconds, any sign): uint8 of the same shape."""
+    # float64 is exact for any real time stamp, so that all devices agree on the bucket.
+    log = delta_s.abs().clamp_(min=1).double().log_()
+    return log.div_(TIME_BUCKET_WIDTH).clamp_(max=NUM_TIME_BUCKETS - 1).to(torch.uint8)
+
+
+def distance_index(position_i: Tensor, position_j: Tensor, num_weights: int) -> Tensor:
+    """Row of ``position_weight`` (of ``num_weights`` = 2 P - 1 rows) for each pair: int64, broadcast shape."""
+    farthest = num_weights // 2
+    return (position_i - position_j).clamp_(-farthest, farthest).add_(farthest)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy a host array to ``device`` without waiting for the work that the device has queued.
+
+    A copy from memory that is not pinned waits for the work that the stream has queued.
     """
     tensor = torch.from_numpy(array)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-
-def offsets_of(lengths: np.ndarray) -> np.ndarray:
-    """Start of each run when runs of these lengths lie one after another: int64 [B]."""
-    lengths = np.asarray(lengths, dtype=np.int64)
-    return np.cumsum(lengths) - lengths
-
-
-def places(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each element of runs of these lengths: its run, and its place in it. Both int64 [Σ lengths]."""
-    run = np.repeat(np.arange(len(lengths)), lengths)
-    return run, np.arange(len(run)) - offsets_of(lengths)[run]

@@ -3,125 +3,188 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hstu.config.args import OptimizerArgs
-from hstu.optim.parts import Settings
+from hstu.config.args import OptimizerArgs, PartOptimizerArgs
+from hstu.config.errors import ConfigError
+from hstu.config.problems import did_you_mean
+from hstu.model.embedding import TableSpec
 
 log = logging.getLogger(__name__)
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
+Cite = Callable[[PartOptimizerArgs, str, str], str]
+"""(entry of part_optimizers, its parameter, what is wrong with it) → the whole line of an error."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How one weight is trained."""
+
+    optimizer: str
+    """One of OptimizerArgs.optimizer_str; rowwise_adagrad means adagrad here."""
+    learning_rate: float
+    """Peak learning rate."""
+    weight_decay: float
+    """As configured. Some kinds of weights never decay: see ``decayed_parameters``."""
+    max_gradient: float | None = None
+    """Largest absolute value of a gradient, to which others are clamped. Only tables have one."""
+
+    @classmethod
+    def of(cls, args: OptimizerArgs, part: PartOptimizerArgs | None = None) -> OptimizerSettings:
+        """Those of ``part``, or of ``args`` where ``part`` gives none."""
+        given = (part.optimizer_str, part.learning_rate, part.weight_decay) if part else (None, None, None)
+        name, rate, decay = given
+        return cls(
+            args.optimizer_str if name is None else name,
+            args.learning_rate if rate is None else rate,
+            args.weight_decay if decay is None else decay,
+        )
+
 
 class DenseOptimizer:
-    """torch.optim with decoupled weight decay and state that exists from the start.
+    """torch.optim optimizers with decoupled weight decay, and state that exists from the start.
 
-    Weight decay is w ← w - lr · weight_decay · w before the update, whichever the optimizer (adam with it is adamw),
-    and only for weights of two or more dimensions that are no embedding and no norm. ``state`` keeps the names of
-    the parameters, so that checkpoints do not depend on their order. With ``ema_decay`` it also keeps an exponential
-    moving average of the parameters, which is part of its state.
+    Weight decay is w ← w - lr · weight_decay · w before the update, whichever the optimizer (adam with it is adamw).
+    It applies to ``decayed_parameters``. State is named by parameter, so checkpoints do not depend on the order of
+    parameters. With ``ema_decay``, the state includes an exponential moving average of the parameters.
 
-    ``settings``: of the parameters, by name, that are trained otherwise than ``args`` says.
+    ``settings``: by name, for parameters that are not trained as ``args`` says.
     """
 
-    def __init__(self, module: nn.Module, args: OptimizerArgs, settings: Mapping[str, Settings] | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, args: OptimizerArgs, settings: Mapping[str, OptimizerSettings] | None = None
+    ) -> None:
         self.parameters = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.learning_rate = args.learning_rate
         """Of the parameters that ``settings`` does not name."""
-        self._parts = [*_parts(module, self.parameters, args, settings or {})]
+        self._groups = [*_parameter_groups(module, self.parameters, args, settings or {})]
         self.ema_decay = args.ema_decay
         averaged = self.parameters if args.ema_decay > 0 else {}
         self._averages = {name: weight.detach().clone() for name, weight in averaged.items()}
 
     def set_lr_multiplier(self, multiplier: float) -> None:
         """Use each learning rate × multiplier from the next step on."""
-        for part in self._parts:
-            part.set_lr_multiplier(multiplier)
+        for group in self._groups:
+            group.set_lr_multiplier(multiplier)
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        for part in self._parts:
-            part.optimizer.zero_grad(set_to_none=True)
+        for group in self._groups:
+            group.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Decay, then update, all parameters."""
-        for part in self._parts:
-            part.step()
+    def step(self, found_inf: Tensor | None = None) -> None:
+        """Apply weight decay, then the updates, then the moving average, to all parameters.
+
+        ``found_inf``: float32 scalar on the device, as in torch.amp. Where it is not 0, no weight, moment, average or
+        step count changes, whatever the gradients are.
+        """
+        for group in self._groups:
+            group.step(found_inf)
         if self._averages:
             weights: list[Tensor] = [self.parameters[name] for name in self._averages]
-            torch._foreach_lerp_([*self._averages.values()], weights, 1.0 - self.ema_decay)
+            change = 1.0 - self.ema_decay
+            if found_inf is None:
+                torch._foreach_lerp_([*self._averages.values()], weights, change)
+            else:
+                torch._foreach_lerp_(
+                    [*self._averages.values()], weights, [torch.where(found_inf > 0, 0.0, change)] * len(weights)
+                )
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the parameters have their averages as values; nothing happens where none are kept."""
-        self._exchange()
+        """Inside, the parameters have their averages as values. Without averages nothing happens."""
+        self._swap_averages()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap_averages()
 
-    def _exchange(self) -> None:
+    def _swap_averages(self) -> None:
         for name, average in self._averages.items():
             weight = self.parameters[name]
             weight.data, average.data = average.data, weight.data
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The live state: ``<parameter>.<state>`` → tensor."""
-        kept = {parameter: state for part in self._parts for parameter, state in part.optimizer.state.items()}
+        state = {parameter: kept for group in self._groups for parameter, kept in group.optimizer.state.items()}
         states = {
             f"{name}.{key}": value
             for name, parameter in self.parameters.items()
-            for key, value in kept.get(parameter, {}).items()
+            for key, value in state.get(parameter, {}).items()
             if isinstance(value, Tensor)
         }
         return states | {f"{name}.average": average for name, average in self._averages.items()}
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The parameters that are trained alike."""
+class _ParameterGroup:
+    """Parameters with equal settings."""
 
-    settings: Settings
+    settings: OptimizerSettings
     optimizer: torch.optim.Optimizer
     decayed: list[Tensor]
+
+    def create_state(self) -> None:
+        """Create the state that torch would create in the first step, with the values that this step would start from.
+
+        A checkpoint could otherwise not be restored in place into a new optimizer: DCP silently skips state that does
+        not exist. A step with zero gradients at learning rate 0 changes no parameter and leaves zero moments (with
+        momentum, a zero buffer gives the same next step as no buffer). Only the step counts need resetting.
+        """
+        for parameter in self.optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        self.set_lr_multiplier(0.0)
+        self.optimizer.step()
+        self.set_lr_multiplier(1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"].zero_()
 
     def set_lr_multiplier(self, multiplier: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * multiplier
 
-    def step(self) -> None:
+    def step(self, found_inf: Tensor | None) -> None:
         if (limit := self.settings.max_gradient) is not None:
             for weight in self.optimizer.param_groups[0]["params"]:
                 if weight.grad is not None:
                     weight.grad.clamp_(-limit, limit)
         if self.decayed:
-            rate = self.optimizer.param_groups[0]["lr"]
-            torch._foreach_mul_(self.decayed, 1.0 - rate * self.settings.weight_decay)
+            factor = 1.0 - self.optimizer.param_groups[0]["lr"] * self.settings.weight_decay
+            torch._foreach_mul_(self.decayed, factor if found_inf is None else torch.where(found_inf > 0, 1.0, factor))
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch's fused optimizers read it
         self.optimizer.step()
 
 
-def _parts(
-    module: nn.Module, parameters: Mapping[str, nn.Parameter], args: OptimizerArgs, settings: Mapping[str, Settings]
-) -> Iterator[_Part]:
-    common, decaying = Settings.of(args), {id(weight) for weight in decayed_parameters(module)}
-    alike: dict[Settings, list[nn.Parameter]] = {}
+def _parameter_groups(
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    args: OptimizerArgs,
+    settings: Mapping[str, OptimizerSettings],
+) -> Iterator[_ParameterGroup]:
+    common, decaying = OptimizerSettings.of(args), {id(weight) for weight in decayed_parameters(module)}
+    groups: dict[OptimizerSettings, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        alike.setdefault(settings.get(name, common), []).append(parameter)
-    for of_part, weights in alike.items():
-        decayed: list[Tensor] = [w for w in weights if of_part.weight_decay > 0 and id(w) in decaying]
-        part = _Part(of_part, _build(weights, of_part, args), decayed)
-        _create_state(part.optimizer)
-        yield part
+        groups.setdefault(settings.get(name, common), []).append(parameter)
+    for group_settings, weights in groups.items():
+        decayed: list[Tensor] = [w for w in weights if group_settings.weight_decay > 0 and id(w) in decaying]
+        group = _ParameterGroup(group_settings, _build(weights, group_settings, args), decayed)
+        group.create_state()
+        yield group
 
 
 def decayed_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that weight decay applies to: two or more dimensions, neither an embedding's nor a norm's."""
+    """The parameters that weight decay applies to: two or more dimensions, and neither an embedding nor a norm."""
     exempt = {
         id(parameter)
         for child in module.modules()
@@ -131,38 +194,70 @@ def decayed_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in module.parameters() if weight.ndim >= 2 and id(weight) not in exempt]
 
 
-def _build(parameters: list[nn.Parameter], settings: Settings, args: OptimizerArgs) -> torch.optim.Optimizer:
+def _build(parameters: list[nn.Parameter], settings: OptimizerSettings, args: OptimizerArgs) -> torch.optim.Optimizer:
+    """Fused, because only torch's fused optimizers honour ``found_inf``."""
     rate = settings.learning_rate
     match settings.optimizer:
         case "sgd":
-            return torch.optim.SGD(parameters, lr=rate, momentum=args.momentum)
+            return torch.optim.SGD(parameters, lr=rate, momentum=args.momentum, fused=True)
         case "adagrad" | "rowwise_adagrad":
             if settings.optimizer == "rowwise_adagrad":
                 log.info("rowwise_adagrad is for tables; the dense part uses adagrad")
-            return torch.optim.Adagrad(parameters, lr=rate, eps=args.adam_eps)
+            return torch.optim.Adagrad(parameters, lr=rate, eps=args.adam_eps, fused=True)
         case "adam" | "adamw":
             betas = (args.adam_beta1, args.adam_beta2)
             return torch.optim.Adam(parameters, lr=rate, betas=betas, eps=args.adam_eps, fused=True)
     raise ValueError(f"unknown dense optimizer {settings.optimizer!r}")
 
 
-def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make the lazily created state, equal to what the first step would start from.
+def match_part_optimizers(
+    names: Mapping[str, bool], args: OptimizerArgs, cite: Cite | None = None
+) -> dict[str, OptimizerSettings]:
+    """Settings of each weight: those of the first entry of part_optimizers whose regular expression finds its name.
 
-    Without it a checkpoint could not be restored in place into a new optimizer: DCP silently loads nothing for
-    state that is not there. A step with zero gradients at learning rate 0 changes no parameter and leaves zero
-    moments (with momentum, a zero buffer gives the same next step as none); only the step counts need resetting.
+    ``names``: weight → whether it is of a kind that decays. Raises one ConfigError for all entries without effect:
+    those that match no weight, only weights of earlier entries, or, with a weight decay, no weight that decays.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    for state in optimizer.state.values():
-        if "step" in state:
-            state["step"].zero_()
+    cite = cite or _cite
+    owners: dict[str, int] = {}
+    problems = []
+    for number, part in enumerate(args.part_optimizers):
+        matching = [name for name in names if re.search(part.regex, name)]
+        own = [name for name in matching if name not in owners]
+        owners |= dict.fromkeys(own, number)
+        if not matching:
+            problems.append(cite(part, "regex", f"matches no dense weight{_known(part.regex, names)}"))
+        elif not own:
+            first = args.part_optimizers[owners[matching[0]]].regex
+            text = f"all that it matches belongs to parts before it, the first to {first!r}: put this one earlier"
+            problems.append(cite(part, "regex", text))
+        elif part.weight_decay and not any(names[name] for name in own):
+            text = f"none of what {part.regex!r} matches decays, {own[0]} for one: it is a norm or bias; remove it"
+            problems.append(cite(part, "weight_decay", text))
+    if problems:
+        raise ConfigError(problems)
+    others = OptimizerSettings.of(args)
+    by_part = [OptimizerSettings.of(args, part) for part in args.part_optimizers]
+    return {name: by_part[owners[name]] if name in owners else others for name in names}
+
+
+def replicated_table_settings(spec: TableSpec, args: OptimizerArgs) -> OptimizerSettings:
+    """Settings of a data_parallel table: those of EmbeddingArgs, else OptimizerArgs. part_optimizers do not apply."""
+    return OptimizerSettings(
+        spec.optimizer or args.optimizer_str,
+        spec.learning_rate or args.learning_rate,
+        args.weight_decay,
+        args.sparse_max_gradient,
+    )
+
+
+def _known(regex: str, names: Iterable[str]) -> str:
+    """The name that may have been meant, and all names, those of equal layers once."""
+    words = dict.fromkeys(word for name in names for word in name.split("."))
+    short = dict.fromkeys(re.sub(r"\.layers\.\d+\.", ".layers.N.", name) for name in names)
+    guess = did_you_mean(regex.rpartition(".")[2], words)
+    return f"{guess}{' There' if guess else '; there'} are {', '.join(short)}"
+
+
+def _cite(part: PartOptimizerArgs, parameter: str, text: str) -> str:
+    return f"PartOptimizerArgs.{parameter} = {getattr(part, parameter)!r}: {text}"

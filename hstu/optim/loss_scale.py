@@ -1,4 +1,4 @@
-"""What a float16 run's loss is multiplied by, so that its gradients do not vanish, and how that follows overflows."""
+"""The factor by which a float16 run multiplies its loss, so that small gradients do not vanish."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ HIGHEST = 2.0**127
 class LossScale:
     """The arithmetic of torch.amp.GradScaler, with the scale and its counters on the host.
 
-    GradScaler itself learns of an overflow when an optimizer steps, and rank by rank. Here sharded tables are updated
-    before that, inside backward, so the step's check (hstu.pipeline.finite) has to know on all ranks and before: the
-    host then decides, and the scale is a number that no device is asked for.
+    GradScaler detects an overflow when an optimizer steps, on each rank by itself. Sharded tables are updated earlier,
+    inside backward, and all ranks must decide alike. The host therefore decides, by the step's finite check.
     """
 
     def __init__(self, args: PrecisionArgs) -> None:
@@ -26,42 +25,41 @@ class LossScale:
         self.value = INITIAL if self.is_dynamic else float(args.loss_scale or 0)
         self._growth_interval = args.growth_interval
         self._steps_without_overflow = 0
-        self._skipped = 0
+        self._skipped_steps = 0
 
     @property
     def can_shrink(self) -> bool:
-        """Whether a step whose gradients overflow may be skipped: there is a lower scale to go on with."""
+        """Whether a step whose gradients overflow may be skipped, because training can go on with a lower scale."""
         return self.is_dynamic and self.value > LOWEST
 
-    def skip(self) -> None:
-        """After a step that was skipped; only where the scale ``can_shrink``."""
-        self.value = max(self.value / FACTOR, LOWEST)
-        self._steps_without_overflow = 0
-        self._skipped += 1
-
-    def proceed(self) -> None:
-        """After a step that was taken."""
+    def update(self, found_inf: bool) -> None:
+        """Follow one step. ``found_inf``: its gradients overflowed and it was skipped, which needs ``can_shrink``."""
+        if found_inf:
+            self.value = max(self.value / FACTOR, LOWEST)
+            self._steps_without_overflow = 0
+            self._skipped_steps += 1
+            return
         self._steps_without_overflow += 1
         if self.is_dynamic and self._steps_without_overflow >= self._growth_interval:
             self.value = min(self.value * FACTOR, HIGHEST)
             self._steps_without_overflow = 0
 
-    def take_skipped(self) -> int:
-        """How many steps were skipped since this was asked last."""
-        skipped, self._skipped = self._skipped, 0
+    def pop_skipped_steps(self) -> int:
+        """Number of steps skipped since the last call."""
+        skipped, self._skipped_steps = self._skipped_steps, 0
         return skipped
 
-    def state(self) -> dict[str, Any]:
-        """As JSON."""
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, as JSON."""
         return {
             "value": self.value,
             "steps_without_overflow": self._steps_without_overflow,
-            "skipped": self._skipped,
+            "skipped": self._skipped_steps,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore ``state``; a scale that the configuration fixes stays."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore ``state_dict``. A scale that the configuration fixes keeps its value."""
         if self.is_dynamic:
             self.value = state["value"]
         self._steps_without_overflow = state["steps_without_overflow"]
-        self._skipped = state["skipped"]
+        self._skipped_steps = state["skipped"]

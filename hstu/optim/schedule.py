@@ -8,7 +8,7 @@ from hstu.config.args import LRScheduleArgs
 
 
 class Schedule:
-    """One multiplier for every learning rate, dense and tables alike."""
+    """One multiplier for all learning rates, those of the dense part and of the tables."""
 
     def __init__(self, args: LRScheduleArgs) -> None:
         self.args = args
@@ -16,8 +16,8 @@ class Schedule:
     def multiplier(self, iteration: int, total_iters: int, iters_per_epoch: int) -> float:
         """Multiplier for the step that starts at ``iteration`` (0-based) of ``total_iters``.
 
-        Warm-up is linear from warmup_start at iteration 0 to 1 at the first iteration after it; then comes the
-        decay. With by_epoch the decay moves at epoch ends only (the warm-up still moves each iteration).
+        Warm-up is linear from warmup_start at iteration 0 to 1 at the first iteration after it. The decay follows. With
+        by_epoch the decay changes only at the end of an epoch, the warm-up at every iteration.
         """
         warmup = self._warmup_iters(total_iters)
         if iteration < warmup:

@@ -1,1 +1,7 @@
-"""Everything that spreads the model over ranks, applied from outside the model."""
+"""All that distributes the model over ranks, applied to a finished model from outside.
+
+mesh.py chooses device and process groups. tables.py shards embedding tables with TorchRec, table_kernels.py and
+table_optimizer.py train them, dynamic/ holds tables for ids without a vocabulary. tensor.py shards HSTU layers over the
+heads, group.py brings together the samples of a tensor-parallel group, ddp.py averages gradients over data-parallel
+ranks. collectives.py and shards.py (views of distributed tensors for checkpoints) serve the other rooms, too.
+"""

@@ -1,86 +1,84 @@
-"""The few collectives that the model and the metrics need; the same on gloo and NCCL.
+"""The collectives that the model, the metrics and the checkpoints need; the same on gloo and NCCL.
 
 Gradients: a rank's loss is ``local sum / global count × data-parallel size`` and the optimizers average over ranks,
 so the gradient of a gathered tensor is the plain sum over the ranks that used it.
+
+Libraries have the differentiable ones for NCCL only. megatron-core 0.16.1 allocates gathered tensors on the current
+CUDA device. In torch 2.13, torch.distributed.nn.functional's all-gather into one tensor refuses gloo in backward, and
+torch.distributed._functional_collectives is private and has just renamed its functions.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from hstu.config.errors import UserError
+
 PADDING_ID = -1
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, local: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
-        return gather_copies(local, group).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(gradients[0], ctx.group), None  # type: ignore[attr-defined]
+T = TypeVar("T")
+Collective = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
 def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Concatenate the ranks' tensors [n, …] (the same shape on each) to [ranks · n, …].
+    """Concatenate the ranks' tensors [n, …], of one shape, to [ranks · n, …].
 
-    Backward: each rank gets the sum over all ranks of the gradients of its part (reduce-scatter).
+    Backward: a reduce-scatter. Each rank gets the sum over all ranks of the gradients of its own part.
     """
-    if dist.get_world_size(group) == 1:
-        return local
-    gathered: Tensor = _AllGather.apply(local, group)
-    return gathered
-
-
-class _SplitRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
-        return rows.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gather_copies(gradients[0], ctx.group).flatten(0, 1), None  # type: ignore[attr-defined]
+    return local if dist.get_world_size(group) == 1 else _apply(local, _gather, _reduce_scatter, group)
 
 
 def split_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's part [n, …] of rows [ranks · n, …] that all ranks have alike. Backward: gathers the gradients."""
-    own: Tensor = _SplitRows.apply(rows, group)
-    return own
-
-
-class _JoinRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, own: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
-        return gather_copies(own, group).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        group = ctx.group  # type: ignore[attr-defined]
-        return gradients[0].chunk(dist.get_world_size(group))[dist.get_rank(group)], None
+    """This rank's part [n, …] of rows [ranks · n, …] that are equal on all ranks. Backward: gathers the gradients."""
+    return _apply(rows, _own_part, _gather, group)
 
 
 def join_rows(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Undo ``split_rows``. Backward: what follows is the same on all ranks, so each keeps its part of the gradient."""
-    rows: Tensor = _JoinRows.apply(own, group)
-    return rows
+    """The inverse of ``split_rows``. Backward: each rank keeps its part, as the gradient is equal on all ranks."""
+    return _apply(own, _gather, _own_part, group)
 
 
-def _reduce_scatter(shares: Tensor, group: dist.ProcessGroup) -> Tensor:
-    own = shares.new_empty((shares.shape[0] // dist.get_world_size(group), *shares.shape[1:]))
-    dist.reduce_scatter_tensor(own, shares.contiguous(), group=group)
+class _WithBackward(torch.autograd.Function):
+    """Applies one collective to a tensor, and another one to its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, tensor: Tensor, forward: Collective, backward: Collective, group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.apply_backward, ctx.group = backward, group  # type: ignore[attr-defined]
+        return forward(tensor, group)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.apply_backward(gradients[0], ctx.group), None, None, None  # type: ignore[attr-defined]
+
+
+def _apply(tensor: Tensor, forward: Collective, backward: Collective, group: dist.ProcessGroup) -> Tensor:
+    result: Tensor = _WithBackward.apply(tensor, forward, backward, group)
+    return result
+
+
+def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return gather_copies(local, group).flatten(0, 1)
+
+
+def _own_part(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return rows.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
+
+
+def _reduce_scatter(partial_sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+    own = partial_sums.new_empty((partial_sums.shape[0] // dist.get_world_size(group), *partial_sums.shape[1:]))
+    dist.reduce_scatter_tensor(own, partial_sums.contiguous(), group=group)
     return own
 
 
 def gather_copies(local: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The ranks' tensors [n, …] of one shape as [ranks, n, …], in rank order; no gradient flows through it."""
+    """Stack the ranks' tensors [n, …], of one shape, to [ranks, n, …] in rank order, without gradient."""
     ranks, local = dist.get_world_size(group), local.detach().contiguous()
     gathered = local.new_empty((ranks * local.shape[0], *local.shape[1:]))
     dist.all_gather_into_tensor(gathered, local, group=group)
@@ -88,10 +86,10 @@ def gather_copies(local: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_rows(rows: Tensor, ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Gather rows [S, D] with their ids [S] (int64) over ranks of different S, without waiting for the device.
+    """Gather rows [S, D] and their ids, int64 [S], over ranks of different S, without waiting for the device.
 
-    Every rank is padded to the largest S with zero rows of id -1. Returns ([ranks · max S, D], [ranks · max S]);
-    gradients flow back to ``rows``.
+    Each rank is padded to the largest S by zero rows with id -1. Returns ([ranks · max S, D], [ranks · max S]).
+    Gradients flow back to ``rows``.
     """
     if dist.get_world_size(group) == 1:
         return rows, ids
@@ -102,14 +100,14 @@ def gather_rows(rows: Tensor, ids: Tensor, group: dist.ProcessGroup) -> tuple[Te
 
 
 def max_over_ranks(value: int, group: dist.ProcessGroup) -> int:
-    """Largest of the ranks' host integers (over gloo: the device is not asked)."""
+    """The largest of the ranks' host integers. Goes over gloo, so the host does not wait for the device."""
     largest = torch.tensor(value)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return int(largest)
 
 
 def sum_over_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum of the ranks' tensors as a new tensor without gradient."""
+    """The sum of the ranks' tensors, as a new tensor without gradient."""
     total = value.detach().clone()
     if dist.get_world_size(group) > 1:
         dist.all_reduce(total, group=group)
@@ -121,3 +119,26 @@ def gather_objects(local: Any, group: dist.ProcessGroup) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, local, group=group)
     return gathered
+
+
+def on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """Call ``function`` on every rank and return this rank's result. If it fails on one rank, every rank raises.
+
+    Without this, a full disk on one host would leave the other ranks waiting in their next collective.
+
+    Raises:
+        UserError: the first one in rank order, on every rank.
+        RuntimeError: on the ranks where ``function`` succeeded, after any other error. The failing rank raises its own.
+    """
+    result, error = None, None
+    try:
+        result = function()
+    except Exception as caught:
+        error = caught
+    shared = error if error is None or isinstance(error, UserError) else repr(error)  # not every error can be pickled
+    for rank, failure in enumerate(gather_objects(shared, group)):
+        if isinstance(failure, UserError):
+            raise failure
+        if failure is not None:
+            raise error or RuntimeError(f"rank {rank} failed: {failure}")
+    return cast(T, result)

@@ -1,71 +1,92 @@
-"""The samples of a tensor-parallel group: each rank loads and looks up its own, all ranks compute on all of them.
+"""A tensor-parallel group computes on the sequences of all its ranks; each rank loads and looks up its own.
 
 Gradients: every rank of a group has the gradient of the group's rows, times the data-parallel size. What flows back
-to a rank's own rows is the sum over the group, and TorchRec divides by the number of ranks in the world: what is left
-is the single-process gradient.
+to a rank's own rows is the sum over the group, and TorchRec divides by the number of ranks in the world. The result is
+the gradient of a single process.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchrec import JaggedTensor
+from torch.nn import functional
 
-from hstu.data.batch import GroupBatch, HSTUBatch
-from hstu.data.group import HostBatch, merge
+from hstu.data.batch import HSTUBatch
+from hstu.data.loader import pack, unpack
+from hstu.data.train_batch import GroupLayout, TrainBatch, merge_ranks, split_micro_batches
+from hstu.model.gr_model import GRModel, as_jagged
+from hstu.model.outputs import ModelOutput
 from hstu.parallel.collectives import all_gather, gather_objects
 from hstu.parallel.mesh import Mesh
 
 
-def with_groups(batches: Iterator[HSTUBatch], item_feature: str, mesh: Mesh) -> Iterator[HSTUBatch]:
-    """A rank's batches on the host, each with that of its tensor-parallel group; without one they are left as they are.
+def to_train_batch(batch: HSTUBatch, item_feature: str, mesh: Mesh, num_micro_batches: int = 1) -> TrainBatch:
+    """Add what the dense part computes on to a rank's batch on the host.
 
-    Collective over the group: all its ranks must have equally many batches. Host memory is exchanged, over gloo.
+    Collective over the tensor-parallel group, over gloo: all its ranks must have equally many batches.
     """
-    return batches if mesh.tp_size == 1 else (gather_batch(batch, item_feature, mesh) for batch in batches)
+    computed, group = _merge_group(batch, item_feature, mesh) if mesh.tp_size > 1 else (batch, None)
+    if num_micro_batches == 1:
+        train_batch = TrainBatch(own=batch, parts=(computed,), group=group)
+    else:
+        parts = split_micro_batches(computed, num_micro_batches, item_feature)
+        train_batch = TrainBatch(own=batch, parts=parts, group=group, pool_positions=computed.pool_positions)
+    return train_batch.pin_memory() if batch.labels.is_pinned() else train_batch
 
 
-def gather_batch(batch: HSTUBatch, item_feature: str, mesh: Mesh) -> HSTUBatch:
-    """``batch`` with its ``group``, made of the batches that the ranks of the group hand in. Collective over it."""
-    parts = gather_objects(HostBatch.of(batch, item_feature), mesh.tp_group)
-    group = merge(parts, mesh.tp_rank)
-    return dataclasses.replace(batch, group=group.pin_memory() if batch.labels.is_pinned() else group)
+def evaluate_batch(model: GRModel, batch: HSTUBatch, mesh: Mesh) -> ModelOutput:
+    """Forward of a rank's batch on the host. Collective over the tensor-parallel group, where there is one.
+
+    The loss and its count are those of the group; logits and queries are those of this rank's own sequences.
+    """
+    if mesh.tp_size == 1:
+        output: ModelOutput = model(batch.to(mesh.device))
+        return output
+    merged, group = _merge_group(batch, model.item_feature, mesh)
+    rows = gather_embeddings(model.look_up(batch.to(mesh.device)), group, mesh.tp_group)
+    merged = merged.to(mesh.device)
+    output = model.dense([as_jagged(rows, merged)], merged)
+    logits, queries = output.logits, output.queries
+    if logits is not None:
+        logits = logits[group.labels]
+    if queries is not None:
+        padding = batch.batch_size - batch.real_batch_size
+        queries = functional.pad(queries[group.sequences], (0, 0, 0, padding))
+    return dataclasses.replace(output, logits=logits, queries=queries)
 
 
-def embeddings_gatherer(mesh: Mesh) -> Callable[[Mapping[str, JaggedTensor], GroupBatch], dict[str, JaggedTensor]]:
-    """What DenseModel takes as ``gather_rows``."""
-    return lambda looked_up, group: gather_embeddings(looked_up, group, mesh.tp_group)
+def _merge_group(batch: HSTUBatch, item_feature: str, mesh: Mesh) -> tuple[HSTUBatch, GroupLayout]:
+    needed = dataclasses.replace(batch, seen_values=None, seen_offsets=None, position=None)
+    packed = gather_objects(pack(needed), mesh.tp_group)
+    return merge_ranks([unpack(part) for part in packed], mesh.tp_rank, item_feature)
 
 
 def gather_embeddings(
-    looked_up: Mapping[str, JaggedTensor], group: GroupBatch, process_group: dist.ProcessGroup
-) -> dict[str, JaggedTensor]:
-    """The rows that all ranks of a group have looked up, feature by feature in the order of ``group.batch``.
+    rows: Mapping[str, Tensor], layout: GroupLayout, process_group: dist.ProcessGroup
+) -> dict[str, Tensor]:
+    """Merge the rows [n, D] per feature that the ranks of a group have looked up, in the order of the merged batch.
 
-    One collective for each width of tables; gradients flow back to ``looked_up``. Shared negatives are not exchanged.
+    One collective per table width. Gradients flow back to ``rows``. Shared negatives are not exchanged.
     """
-    keyed = group.batch.features.to_dict()
     by_width: dict[int, list[str]] = {}
-    for feature in looked_up:
-        if feature in group.num_values:
-            by_width.setdefault(looked_up[feature].values().shape[1], []).append(feature)
-    gathered = {feature: looked_up[feature].values() for feature in looked_up}
+    for feature in rows:
+        if feature in layout.num_values:
+            by_width.setdefault(rows[feature].shape[1], []).append(feature)
+    gathered = dict(rows)
     for features in by_width.values():
-        rows = [looked_up[feature].values() for feature in features]
-        counts = [group.num_values[feature] for feature in features]
-        gathered.update(zip(features, _gather_parts(rows, counts, process_group), strict=True))
-    return {
-        feature: JaggedTensor(rows, lengths=keyed[feature].lengths(), offsets=keyed[feature].offsets())
-        for feature, rows in gathered.items()
-    }
+        counts = [layout.num_values[feature] for feature in features]
+        gathered.update(
+            zip(features, _gather_parts([rows[name] for name in features], counts, process_group), strict=True)
+        )
+    return gathered
 
 
 def _gather_parts(own: list[Tensor], counts: list[list[int]], process_group: dist.ProcessGroup) -> list[Tensor]:
-    """For each tensor [n, D] those of all ranks, one after another. ``counts[i][r]``: rows of tensor i on rank r."""
+    """Concatenate each tensor [n, D] over the ranks. ``counts[i][r]``: rows of tensor i on rank r."""
     totals = [sum(of_rank) for of_rank in zip(*counts, strict=True)]
     longest = max(1, *totals)
     rows = torch.cat(own)

@@ -1,4 +1,4 @@
-"""Where this process stands: its device, its ranks and the process groups. The only place that decides them.
+"""The device, ranks and process groups of this process, which no other file decides, and its heartbeat.
 
 Works under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK, …) and with plain ``python`` as a world of one.
 """
@@ -9,24 +9,63 @@ import logging
 import os
 import random
 import sys
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from hstu.config.errors import ConfigError
-from hstu.parallel.progress import Progress
 
 log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
-_HEAD_START_S = 10.0  # for the watchdog, which knows who is missing; NCCL's own would abort without saying so
+_HEAD_START_S = 10.0  # for our watchdog, which names the missing rank, before NCCL's watchdog aborts the process
 _FINISH_TIMEOUT_S = 30.0
-_DROPOUT_STREAM = 0x64726F70  # keeps the dropout seeds of rank 0 apart from the seed of the initial weights
+_DROPOUT_STREAM = 0x64726F70  # makes the dropout seed of rank 0 differ from the seed of the initial weights
+
+
+class Heartbeat:
+    """What the main thread is doing. A mark costs two assignments, and any thread may read at any time.
+
+    All ranks run the same program, so all make the same marks. The rank that has made the fewest marks is behind.
+    """
+
+    def __init__(self) -> None:
+        self.iteration = 0
+        """The training step in progress, counted from 1; 0 before the first."""
+        self.stage = "starting"
+        self.marks = 0
+        self._at = time.monotonic()
+
+    def mark(self, stage: str | None = None, iteration: int | None = None) -> None:
+        """Count a step forward that all ranks take, into another ``stage`` or ``iteration`` if given."""
+        self.stage = self.stage if stage is None else stage
+        self.iteration = self.iteration if iteration is None else iteration
+        self.marks += 1
+        self.beat()
+
+    def beat(self) -> None:
+        """Note that this rank makes progress, in work of which some ranks have more than others."""
+        self._at = time.monotonic()
+
+    @contextmanager
+    def during(self, stage: str) -> Iterator[None]:
+        """Mark ``stage``, and the previous stage afterwards; after an error the stage stays where the error arose."""
+        before = self.stage
+        self.mark(stage)
+        yield
+        self.mark(before)
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last mark or beat."""
+        return time.monotonic() - self._at
 
 
 @dataclass(frozen=True)
@@ -48,9 +87,9 @@ class Mesh:
     tp_group: dist.ProcessGroup
     seed: int
     store: dist.Store | None = None
-    """What the launch shares beside collectives; None for a mesh that was never started."""
-    progress: Progress = field(default_factory=Progress)
-    """What this rank is at, for the watchdog."""
+    """The key-value store of the launch; None for a mesh that was never started."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    """What this rank is doing, for the watchdog."""
 
     @property
     def is_main(self) -> bool:
@@ -65,12 +104,17 @@ def start(
     deterministic: bool = False,
     allow_tf32: bool = False,
 ) -> Mesh:
-    """Pick the device, join the process group, cut it into data- and tensor-parallel groups, seed this process.
+    """Choose the device, join the world, create data- and tensor-parallel groups, and seed this process.
 
-    ``timeout_s``: a collective that waits longer fails, ten seconds later. ``deterministic``: only bitwise repeatable
-    kernels, an error from torch where an operation has none. ``allow_tf32``: float32 products of matrices on a GPU may
-    be computed in TF32. Afterwards torch's generator has the seed of the initial
-    weights, the same on all ranks; call ``seed_dropout`` once the model is built.
+    Afterwards torch's generator has the seed of the initial weights, which is equal on all ranks. Call ``seed_dropout``
+    once the model is built.
+
+    Args:
+        timeout_s: a collective that waits for longer fails, ten seconds later.
+        deterministic: use only bitwise repeatable kernels; torch raises where an operation has none.
+        allow_tf32: allow TF32 in float32 matrix products on a GPU.
+
+    Raises ConfigError where this host has fewer GPUs than processes.
     """
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = _pick_device(local_rank)
@@ -80,39 +124,40 @@ def start(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
     timeout = timedelta(seconds=timeout_s + _HEAD_START_S)
     store = _join_world(device, timeout)
-    mesh = _make_groups(device, local_rank, local_world_size, tensor_parallel_size, timeout, seed, store)
+    groups = _parallel_state()
+    groups.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel_size,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
+        create_gloo_process_groups=False,
+    )
+    world_group = dist.group.WORLD
+    assert world_group is not None
+    mesh = Mesh(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        dp_rank=groups.get_data_parallel_rank(),
+        dp_size=groups.get_data_parallel_world_size(),
+        tp_rank=groups.get_tensor_model_parallel_rank(),
+        tp_size=groups.get_tensor_model_parallel_world_size(),
+        world_group=world_group,
+        dp_group=groups.get_data_parallel_group(),
+        tp_group=groups.get_tensor_model_parallel_group(),
+        seed=seed,
+        store=store,
+    )
     seed_initial_weights(seed)
     log.info("rank %d of %d on %s, %d CPU threads", mesh.rank, mesh.world_size, device, threads)
     return mesh
 
 
-def planned(
-    world_size: int, local_world_size: int, tensor_parallel_size: int, device_type: str, seed: int = 1234
-) -> Mesh:
-    """Rank 0 of a mesh that was never started, to plan with: it has numbers, but no groups."""
-    no_group = cast(dist.ProcessGroup, None)
-    return Mesh(
-        device=torch.device(device_type),
-        rank=0,
-        world_size=world_size,
-        local_rank=0,
-        local_world_size=local_world_size,
-        dp_rank=0,
-        dp_size=world_size // tensor_parallel_size,
-        tp_rank=0,
-        tp_size=tensor_parallel_size,
-        world_group=no_group,
-        dp_group=no_group,
-        tp_group=no_group,
-        seed=seed,
-    )
-
-
 def finish(wait: bool = True) -> None:
-    """Leave the process group, if one was joined, once all ranks are here.
+    """Leave the process group, if one was joined, after waiting for all ranks.
 
-    A rank that failed must not wait (``wait=False``; it does not either while an exception passes through): the
-    others are in some other collective, and learn of the failure by its leaving.
+    A rank that failed must not wait: the others are in some other collective, which fails when this rank leaves. It
+    passes ``wait=False``; while an exception propagates, this function does not wait anyway.
     """
     if not dist.is_initialized():
         return
@@ -138,7 +183,7 @@ def seed_initial_weights(seed: int) -> None:
 
 
 def seed_dropout(mesh: Mesh) -> None:
-    """Seed torch differently on each data-parallel rank (tensor-parallel ranks share a stream)."""
+    """Seed torch differently on each data-parallel rank; the ranks of a tensor-parallel group share a seed."""
     words = np.random.SeedSequence([mesh.seed, _DROPOUT_STREAM, mesh.dp_rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0]))
 
@@ -149,7 +194,7 @@ def _pick_device(local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}. "
-            "Start at most that many processes a host (torchrun --nproc-per-node)."
+            "Start at most that many processes per host (torchrun --nproc-per-node)."
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
@@ -159,49 +204,14 @@ def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         served, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        # torch 2.13: torchrun --max-restarts serves the store of the first attempt to all. A rank that reads the old
-        # address of one that is gone hangs (tests/distributed/test_failures.py tells when it is fixed).
+        # torch 2.13: with --max-restarts torchrun serves one store to all attempts, and a rank that reads the address
+        # of a rank of an earlier attempt hangs. tests/distributed/test_failures.py fails when this is fixed.
         store: dist.Store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", served)
-    else:  # plain python: a store in memory, so that no port can be taken
+    else:  # plain python: a store in memory needs no port
         store, rank, world_size = dist.HashStore(), 0, 1
     groups = dist.PrefixStore("groups", store)
     dist.init_process_group(backend, timeout=timeout, store=groups, rank=rank, world_size=world_size)
     return store
-
-
-def _make_groups(
-    device: torch.device,
-    local_rank: int,
-    local_world_size: int,
-    tp_size: int,
-    timeout: timedelta,
-    seed: int,
-    store: dist.Store,
-) -> Mesh:
-    groups = _parallel_state()
-    groups.initialize_model_parallel(
-        tensor_model_parallel_size=tp_size,
-        distributed_timeout_minutes=timeout.total_seconds() / 60,
-        create_gloo_process_groups=False,
-    )
-    world_group = dist.group.WORLD
-    assert world_group is not None
-    return Mesh(
-        device=device,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        local_rank=local_rank,
-        local_world_size=local_world_size,
-        dp_rank=groups.get_data_parallel_rank(),
-        dp_size=groups.get_data_parallel_world_size(),
-        tp_rank=groups.get_tensor_model_parallel_rank(),
-        tp_size=groups.get_tensor_model_parallel_world_size(),
-        world_group=world_group,
-        dp_group=groups.get_data_parallel_group(),
-        tp_group=groups.get_tensor_model_parallel_group(),
-        seed=seed,
-        store=store,
-    )
 
 
 def _parallel_state():  # type: ignore[no-untyped-def]  # a module

@@ -1,43 +1,95 @@
-"""Parameters that are cut over a tensor-parallel group, told by the attributes that Megatron gives them."""
+"""Tensors of which each rank holds a part: tensor-parallel parameters, and global views for checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from hstu.parallel.cut_tensor import CutTensor
+
+class ShardedView:
+    """A global tensor, described by its size and the shards that this rank holds.
+
+    Shards are live tensors. They need not be contiguous (a table without its padding columns), a rank may hold several
+    (column-wise tables), and several ranks may hold the same one. ShardedTensor and DTensor each forbid one of these.
+    The dunder methods implement torch.distributed._checkpointable, the protocol of torch.distributed.checkpoint.
+    """
+
+    def __init__(self, size: Sequence[int], shards: Iterable[tuple[Sequence[int], Tensor]]) -> None:
+        """``size``: of the global tensor; ``shards``: (offset of the first element, shard) pairs."""
+        self._size = torch.Size(size)
+        self.shards = {torch.Size(offset): shard.detach() for offset, shard in shards if shard.numel()}
+        """Offset of the first element in the global tensor → shard."""
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> ShardedView:
+        """A view of a tensor that this rank holds completely."""
+        return cls(tensor.size(), [([0] * tensor.ndim, tensor)])
+
+    def size(self) -> torch.Size:
+        """Size of the global tensor."""
+        return self._size
+
+    def with_rows(self, rows: int) -> ShardedView:
+        """The same memory as shards of a tensor with ``rows`` rows; rows beyond those are left out."""
+        kept = [(offset, shard[: max(0, rows - offset[0])]) for offset, shard in self.shards.items()]
+        return ShardedView((rows, *self._size[1:]), kept)
+
+    def copy_from(self, whole: Tensor) -> None:
+        """Overwrite the shards by the corresponding parts of a global tensor."""
+        for offset, shard in self.shards.items():
+            shard.copy_(whole[tuple(slice(start, start + n) for start, n in zip(offset, shard.shape, strict=True))])
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, TensorProperties.create_from_tensor(shard), self._size),
+            )
+            for chunk, shard in zip(self.__create_chunk_list__(), self.shards.values(), strict=True)
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offset, shard.size()) for offset, shard in self.shards.items()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return self.shards[index.offset]
 
 
 def shard_dim(parameter: Tensor) -> int | None:
-    """The dimension along which a parameter is cut over the tensor-parallel group; None where each rank has it all."""
+    """The dimension along which Megatron's attributes say that a parameter is sharded; None if it is replicated."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
     dim: int = parameter.partition_dim  # type: ignore[attr-defined]
     return dim
 
 
-def as_whole(part: Tensor, dim: int, group: dist.ProcessGroup) -> CutTensor:
-    """A rank's ``part`` of a tensor as a piece of the whole, for checkpoints; it shares the memory of ``part``."""
-    size, start = list(part.size()), [0] * part.ndim
+def global_view(shard: Tensor, dim: int, group: dist.ProcessGroup) -> ShardedView:
+    """The tensor of which each rank of ``group`` holds an equal shard along ``dim``; it shares the shard's memory."""
+    size, offset = list(shard.size()), [0] * shard.ndim
     size[dim] *= dist.get_world_size(group)
-    start[dim] = part.shape[dim] * dist.get_rank(group)
-    return CutTensor(size, [(start, part)])
+    offset[dim] = shard.shape[dim] * dist.get_rank(group)
+    return ShardedView(size, [(offset, shard)])
 
 
 def clip_grad_norm(parameters: Collection[nn.Parameter], max_norm: float, group: dist.ProcessGroup | None) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_ for the L2 norm of the whole model: each part counts once, and so does the rest.
+    """torch.nn.utils.clip_grad_norm_ by the L2 norm over the global parameters, each counted once.
 
-    ``group``: over which parameters are cut, or None. Returns the norm before clipping; nothing waits for it.
+    ``group``: the tensor-parallel group, or None. Returns the norm before clipping, a scalar on the device; the host
+    does not wait for it. Megatron-core 0.16.1 has the same in optimizer/clip_grads.py, for CUDA tensors only.
     """
     if group is None:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    cut = [p.grad for p in parameters if p.grad is not None and shard_dim(p) is not None]
-    shared = [p.grad for p in parameters if p.grad is not None and shard_dim(p) is None]
-    square = torch.nn.utils.get_total_norm(cut).square()
+    sharded = [p.grad for p in parameters if p.grad is not None and shard_dim(p) is not None]
+    replicated = [p.grad for p in parameters if p.grad is not None and shard_dim(p) is None]
+    square = torch.nn.utils.get_total_norm(sharded).square()
     dist.all_reduce(square, group=group)
-    norm = (square + torch.nn.utils.get_total_norm(shared).square()).sqrt()
+    norm = (square + torch.nn.utils.get_total_norm(replicated).square()).sqrt()
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

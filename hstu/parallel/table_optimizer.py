@@ -1,28 +1,98 @@
-"""One interface over the two ways in which sharded tables are trained.
+"""How sharded tables are trained: the optimizer and learning rate of each table, behind one optimizer for all.
 
-_FusedTables: TorchRec's fused optimizers, which update rows inside backward.
-_SteppedTables: RowLazyAdam, which updates them at ``step``.
+Rows are updated inside backward by TorchRec's fused optimizers, or in ``step`` by LazyAdam (Adam on the CPU).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from hstu.config.args import OptimizerArgs
-from hstu.parallel.row_lazy_adam import RowLazyAdam
-from hstu.parallel.row_sparse import RowSparseEmbedding
-from hstu.parallel.table_training import STATES, TableTraining
+from hstu.model.embedding import TableSpec
+from hstu.parallel.table_kernels import LazyAdam, RowSparseEmbedding
+
+STATES = {
+    "sgd": (),
+    "adagrad": ("sum",),
+    "rowwise_adagrad": ("rowwise_sum",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+}
+"""Optimizer → names of its states, as in torch.optim: float32 [rows, columns]; ``rowwise_…``: float32 [rows]."""
+# adamw equals adam on tables: no weight decay is passed on.
+_FUSED_OPTIMIZERS = {
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adam": EmbOptimType.ADAM,
+    "adamw": EmbOptimType.ADAM,
+}
+
+
+def is_rowwise(state: str) -> bool:
+    """Whether an optimizer state has one number per row."""
+    return state.startswith("rowwise_")
+
+
+@dataclass(frozen=True)
+class TableTraining:
+    """The training of one sharded table."""
+
+    optimizer: str
+    """A key of STATES."""
+    learning_rate: float
+    """Peak learning rate."""
+    max_gradient: float | None = None
+    """Absolute value to which gradients of rows are clamped."""
+
+    @classmethod
+    def of(cls, spec: TableSpec, args: OptimizerArgs) -> TableTraining:
+        """The table's own options in EmbeddingArgs, else OptimizerArgs.sparse_*, else those of the dense model."""
+        return cls(
+            spec.optimizer or args.sparse_optimizer_str or args.optimizer_str,
+            spec.learning_rate or args.sparse_learning_rate or args.learning_rate,
+            args.sparse_max_gradient,
+        )
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the optimizer's states."""
+        return STATES[self.optimizer]
+
+    def is_row_sparse(self, device_type: str) -> bool:
+        """Whether LazyAdam trains the table, by sparse gradients of rows that leave the lookup."""
+        return self.optimizer in ("adam", "adamw") and device_type == "cpu"
+
+    def needs_own_kernel(self, device_type: str) -> bool:
+        """Whether the table needs a kernel of hstu.parallel.table_kernels."""
+        return self.is_row_sparse(device_type) or self.max_gradient is not None
+
+    def fused_params(self, args: OptimizerArgs) -> dict[str, Any]:
+        """The same as keyword arguments of FBGEMM's tables."""
+        params: dict[str, Any] = {"optimizer": _FUSED_OPTIMIZERS[self.optimizer], "learning_rate": self.learning_rate}
+        if self.optimizer != "sgd":
+            params["eps"] = args.adam_eps
+        if self.optimizer in ("adam", "adamw"):
+            params |= {"beta1": args.adam_beta1, "beta2": args.adam_beta2}
+        if self.max_gradient is not None:
+            params["max_gradient"] = self.max_gradient  # read by ClampedFusedEmbedding
+        return params
 
 
 class TableOptimizer:
     """Optimizer of all sharded tables of a model, each with its own training.
 
-    ``training``: of each table by name, of those without a shard on this rank, too.
+    TorchRec's fused optimizers, one for each group of tables with equal training, read the learning rate from their
+    param_groups only in zero_grad and step. Their Adam (CUDA) takes its step count from the number of *forward calls*,
+    evaluation included. Both are therefore set before each training step.
     """
 
     def __init__(
@@ -31,95 +101,15 @@ class TableOptimizer:
         training: Mapping[str, TableTraining],
         args: OptimizerArgs,
     ) -> None:
+        """``training``: by table name, including tables without a shard on this rank."""
         self.training = training
         self.steps = 0
-        """Optimizer steps taken: with ``state_tensors`` the whole state, to be set on restore."""
-        self._fused = _FusedTables(collections, training)
-        self._stepped = _SteppedTables(collections, training, args)
-
-    def set_lr_multiplier(self, multiplier: float) -> None:
-        """From the next backward on, use each table's learning rate × multiplier."""
-        self._fused.set_lr_multiplier(multiplier)
-        self._stepped.set_lr_multiplier(multiplier)
-
-    def zero_grad(self) -> None:
-        """Before the forward of a training step."""
-        self._fused.begin(self.steps)
-        self._stepped.zero_grad()
-
-    def step(self) -> None:
-        """After its backward, which has updated the rows of the fused ones."""
-        self._stepped.step(self.steps)
-        self.steps += 1
-
-    def state_tensors(self) -> dict[str, ShardedTensor]:
-        """The live state, ``<table>.<state>`` → ShardedTensor; only tables with a shard on this rank."""
-        return self._fused.state_tensors() | self._stepped.state_tensors()
-
-
-class _FusedTables:
-    """The optimizers that are fused into TorchRec's kernels, one for each group of tables that are trained alike.
-
-    They read the learning rate from their param_groups in zero_grad and step only, and their Adam (CUDA) takes its
-    step count from the number of *forward calls*, evaluation included: both are set before each training step.
-    """
-
-    def __init__(
-        self, collections: Sequence[ShardedEmbeddingCollection], training: Mapping[str, TableTraining]
-    ) -> None:
-        self._training = training
-        self._optimizers = [opt for collection in collections for _, opt in collection.fused_optimizer.optimizers]
-        self._kernels = list(_fused_kernels(collections))
-
-    def set_lr_multiplier(self, multiplier: float) -> None:
-        for optimizer in self._optimizers:
-            table = next(iter(optimizer.params)).removeprefix("embeddings.").removesuffix(".weight")
-            for group in optimizer.param_groups:
-                group["lr"] = self._training[table].learning_rate * multiplier
-            optimizer.zero_grad()
-
-    def begin(self, steps: int) -> None:
-        for kernel in self._kernels:
-            kernel.iter.fill_(steps)
-            kernel.iter_cpu.fill_(steps)
-
-    def state_tensors(self) -> dict[str, ShardedTensor]:
-        tensors: dict[str, ShardedTensor] = {}
-        for optimizer in self._optimizers:
-            for states in optimizer.state_dict()["state"].values():
-                tensors |= {self._named(name): tensor for name, tensor in states.items()}
-        return tensors
-
-    def _named(self, name: str) -> str:
-        """TorchRec calls the first state momentum1, whatever it is."""
-        table, _, state = name.rpartition(".")
-        return f"{table}.{self._training[table].states[0]}" if state == "momentum1" else name
-
-
-def _fused_kernels(
-    collections: Sequence[ShardedEmbeddingCollection],
-) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    for collection in collections:
-        for lookup in collection._lookups:
-            for module in lookup.modules():
-                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-                    yield module
-
-
-class _SteppedTables:
-    """RowLazyAdam over the sparse gradients of RowSparseEmbeddings."""
-
-    def __init__(
-        self,
-        collections: Sequence[ShardedEmbeddingCollection],
-        training: Mapping[str, TableTraining],
-        args: OptimizerArgs,
-    ) -> None:
+        """Optimizer steps taken. Together with ``state_tensors`` the whole state; to be set on restore."""
+        self._fused = [opt for collection in collections for _, opt in collection.fused_optimizer.optimizers]
         lookups = [lookup for collection in collections for lookup in collection._lookups]
-        self._kernels = [
-            kernel for lookup in lookups for kernel in lookup._emb_modules if isinstance(kernel, RowSparseEmbedding)
-        ]
-        self._training = training
+        modules = [module for lookup in lookups for module in lookup.modules()]
+        self._fused_kernels = [m for m in modules if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen)]
+        self._sparse_kernels = [m for m in modules if isinstance(m, RowSparseEmbedding)]
         groups: list[dict[str, Any]] = [
             {
                 "params": [weight],
@@ -127,34 +117,60 @@ class _SteppedTables:
                 "max_gradient": training[table].max_gradient,
                 "table": table,
             }
-            for kernel in self._kernels
+            for kernel in self._sparse_kernels
             for table, weight in kernel.named_parameters_by_table()
         ]
         betas = (args.adam_beta1, args.adam_beta2)
         # torch refuses an optimizer without parameters, but a rank may hold no shard of any table
-        self._adam = RowLazyAdam(groups, args.learning_rate, betas, args.adam_eps) if groups else None
+        self._adam = LazyAdam(groups, args.learning_rate, betas, args.adam_eps) if groups else None
 
     def set_lr_multiplier(self, multiplier: float) -> None:
+        """From the next backward on, use each table's learning rate × multiplier."""
+        for optimizer in self._fused:
+            table = next(iter(optimizer.params)).removeprefix("embeddings.").removesuffix(".weight")
+            for group in optimizer.param_groups:
+                group["lr"] = self.training[table].learning_rate * multiplier
+            optimizer.zero_grad()
         for group in self._adam.param_groups if self._adam else ():
-            group["lr"] = self._training[group["table"]].learning_rate * multiplier
+            group["lr"] = self.training[group["table"]].learning_rate * multiplier
 
     def zero_grad(self) -> None:
+        """Prepare a training step; call it before forward."""
+        for kernel in self._fused_kernels:
+            kernel.iter.fill_(self.steps)
+            kernel.iter_cpu.fill_(self.steps)
         if self._adam is not None:
             self._adam.zero_grad(set_to_none=True)
 
-    def step(self, steps: int) -> None:
-        """``steps``: taken before."""
+    def step(self, found_inf: Tensor | None = None) -> None:
+        """Finish a training step; call it after backward, which has updated the fused tables.
+
+        ``found_inf``: scalar on the device; where it is not 0, no other table changes either. ``steps`` counts the step
+        all the same, because the host learns of it later, and then ends the run.
+        """
         if self._adam is not None:
-            self._adam.steps = steps
-            self._adam.step()
+            self._adam.steps = self.steps
+            self._adam.step(found_inf)
+        self.steps += 1
 
     def state_tensors(self) -> dict[str, ShardedTensor]:
+        """The live state, ``<table>.<state>`` → ShardedTensor; only of tables with a shard on this rank."""
+        tensors = {
+            self._state_key(name): tensor
+            for optimizer in self._fused
+            for states in optimizer.state_dict()["state"].values()
+            for name, tensor in states.items()
+        }
         if self._adam is None:
-            return {}
-        tensors: dict[str, ShardedTensor] = {}
-        for kernel in self._kernels:
+            return tensors
+        for kernel in self._sparse_kernels:
             weights = dict(kernel.named_parameters_by_table())
             for state in STATES["adam"]:
                 moments = {name: self._adam.state[weight][state] for name, weight in weights.items()}
                 tensors.update(kernel.as_sharded_tensors(moments, state))
         return tensors
+
+    def _state_key(self, name: str) -> str:
+        """``<table>.<state>``; TorchRec names the first state of every optimizer momentum1."""
+        table, _, state = name.rpartition(".")
+        return f"{table}.{self.training[table].states[0]}" if state == "momentum1" else name

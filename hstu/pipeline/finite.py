@@ -1,13 +1,10 @@
-"""A loss or a gradient that is not finite: no table, no weight and no checkpoint sees the step.
-
-The run ends there, but where the gradients alone have overflowed a loss scale that can be lowered: then the step is
-skipped.
-"""
+"""The check that no loss or gradient of a step is nan or infinite."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -23,97 +20,117 @@ _SHOWN_USERS = 5
 
 
 class NonFiniteStep(UserError):
-    """Raised on all ranks alike."""
+    """A loss or gradient is not finite. Raised on all ranks alike."""
+
+    def __init__(self, message: str, iteration: int) -> None:
+        super().__init__(message)
+        self.iteration = iteration
+        """The iteration of the step, counted from 1."""
 
 
-class StepCheck:
-    """Looks at each step when the dense part has its gradients and the tables have not seen theirs yet.
+class FiniteCheck:
+    """Checks each step between the backward of the dense part and that of the tables; the run ends at a bad step.
 
-    A CPU raises right there. A GPU is behind its host, which waits in ``end`` while the tables' backward is under way:
-    that updates tables, hence ``masked``: their gradients are zero where anything is not finite. That suits the end of
-    a run, but not one that goes on, as zeros move Adam's moments: a loss scale that may shrink waits before it.
+    On a CPU the check raises at once. On a GPU the host runs ahead of the device and does not wait: ``found_inf`` and
+    ``mask`` make the bad step leave every weight and state as it was, and the host raises when it checks the step
+    after it, or in ``resolve``. Zero gradients do move the moments of FBGEMM's fused Adam on a GPU, but the run ends
+    before these are used: nothing may be evaluated, logged or saved before ``resolve``.
+
+    A dynamic loss scale skips a step whose gradients overflow and goes on, so there the host waits for every check.
     """
 
     def __init__(self, mesh: Mesh, loss_scale: LossScale | None = None) -> None:
         self.mesh = mesh
         self.loss_scale = loss_scale
-        may_skip = loss_scale is not None and loss_scale.is_dynamic
-        self.after_backward = mesh.device.type == "cuda" and not may_skip
+        self.deferred = mesh.device.type == "cuda" and not (loss_scale is not None and loss_scale.is_dynamic)
+        """Whether the host learns the result of a check one step later."""
+        self.found_inf: Tensor | None = None
+        """Deferred: float32 scalar on the device, 1 if the last checked step is not finite, else 0."""
         self.overflowed = False
-        """Whether the step is to be skipped, on all ranks alike."""
-        self._finite: Tensor | None = None
-        self._on_host: Tensor | None = None
-        self._copied: torch.cuda.Event | None = None
-        self._own: tuple[Tensor, Tensor] | None = None
-        self._batch: HSTUBatch | None = None
+        """Whether the last resolved step is to be skipped, because its gradients overflow a dynamic loss scale."""
+        self._pending: _Pending | None = None
 
-    def begin(self, loss_sum: Tensor, gradients_finite: Tensor, batch: HSTUBatch) -> Tensor:
-        """``loss_sum`` over the data-parallel ranks; takes note whether all is finite. Collective.
+    def __call__(self, loss_sum: Tensor, gradients_finite: Tensor, batch: HSTUBatch) -> Tensor:
+        """Check one step and return ``loss_sum`` summed over the data-parallel ranks. Collective.
 
-        loss_sum: float32 scalar; gradients_finite: bool scalar: of this rank, before anything is averaged. Raises
-        NonFiniteStep unless that is for ``end`` to do.
+        loss_sum: float32 scalar of this rank. gradients_finite: bool scalar of this rank, before any average.
+        Raises NonFiniteStep for this step, or if ``deferred`` for the one before.
         """
+        self.resolve()
         totals = torch.stack([loss_sum, (~gradients_finite).float()])
         if self.mesh.dp_size > 1:
             dist.all_reduce(totals, group=self.mesh.dp_group)
-        total_loss, wrong = totals[0], torch.stack([(~totals[0].isfinite()).float(), totals[1]])
-        if self.mesh.tp_size > 1:  # the ranks of a group compute the same loss each by itself
-            dist.all_reduce(wrong, group=self.mesh.tp_group)
-        right = wrong == 0
-        self._finite, self._own, self._batch = right.all(), (loss_sum, gradients_finite), batch
-        self._on_host = right.to("cpu", non_blocking=True)  # page-locked, if it comes from a GPU
-        if right.is_cuda:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        if not self.after_backward:
-            self.end()
-        return total_loss
+        bad = torch.stack([(~totals[0].isfinite()).float(), totals[1]])
+        if self.mesh.tp_size > 1:  # each rank of a group computes the same loss
+            dist.all_reduce(bad, group=self.mesh.tp_group)
+        finite = bad == 0
+        self.found_inf = (~finite.all()).float() if self.deferred else None
+        on_host, copied = finite.to("cpu", non_blocking=True), None  # pinned, if it comes from a GPU
+        if finite.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        self._pending = _Pending(self.mesh.heartbeat.iteration, on_host, copied, loss_sum, gradients_finite, batch)
+        if not self.deferred:
+            self.resolve()
+        return totals[0]
 
-    def masked(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Gradients for the tables: these, or zeros where the host does not know yet that the step is none."""
-        if not self.after_backward:
+    def mask(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Gradients for the tables: zeros if the step is not finite and the host does not know it yet."""
+        if self.found_inf is None:
             return gradients
-        assert self._finite is not None
-        return [torch.where(self._finite, gradient, 0) for gradient in gradients]
+        return [torch.where(self.found_inf > 0, 0.0, gradient) for gradient in gradients]
 
-    def end(self) -> None:
-        """Before anything is done that lasts. Raises NonFiniteStep, on all ranks alike."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        if self._on_host is None:
+    def resolve(self) -> None:
+        """Wait for the result of the last check. Raises NonFiniteStep on all ranks alike."""
+        if self._pending is None:
             return
-        loss_finite, gradients_finite = self._on_host.tolist()
-        may_skip = self.loss_scale is not None and self.loss_scale.can_shrink
-        self.overflowed = loss_finite and not gradients_finite and may_skip
+        step, self._pending = self._pending, None
+        if step.copied is not None:
+            step.copied.synchronize()
+        loss_finite, gradients_finite = step.finite.tolist()
+        scale = self.loss_scale
+        self.overflowed = loss_finite and not gradients_finite and scale is not None and scale.can_shrink
         if not ((loss_finite and gradients_finite) or self.overflowed):
-            raise NonFiniteStep(self._report())
+            raise NonFiniteStep(self._describe(step), step.iteration)
 
-    def _report(self) -> str:
-        assert self._own is not None and self._batch is not None
-        users = self._batch.user_ids.tolist()[: self._batch.real_batch_size]
-        loss, gradients_finite = (tensor.item() for tensor in self._own)
-        told = gather_objects((float(loss), bool(gradients_finite), users), self.mesh.world_group)
-        lost = [
-            f"{loss} {_place(rank, users)}" for rank, (loss, _, users) in enumerate(told) if not math.isfinite(loss)
-        ]
-        bad = [f"nan or inf {_place(rank, users)}" for rank, (_, finite, users) in enumerate(told) if not finite]
-        what, where = ("gradient", bad) if bad and not lost else ("loss", lost)
-        scale = "" if self.loss_scale is None or lost else _told_of(self.loss_scale)
+    def _describe(self, step: _Pending) -> str:
+        users = step.batch.user_ids.tolist()[: step.batch.real_batch_size]
+        own = (float(step.loss_sum), bool(step.gradients_finite), users)
+        by_rank = gather_objects(own, self.mesh.world_group)
+        places = [_rank_and_users(rank, users) for rank, (_, _, users) in enumerate(by_rank)]
+        ranks = list(zip(by_rank, places, strict=True))
+        losses = [f"{loss} {place}" for (loss, _, _), place in ranks if not math.isfinite(loss)]
+        gradients = [f"nan or inf {place}" for (_, finite, _), place in ranks if not finite]
+        what, where = ("gradient", gradients) if gradients and not losses else ("loss", losses)
+        advice = "" if self.loss_scale is None or losses else _advice(self.loss_scale)
         return (
-            f"the {what} is not finite at iteration {self.mesh.progress.iteration}: "
+            f"the {what} is not finite at iteration {step.iteration}: "
             f"{'; '.join(where) or 'the sum over the ranks, on none of them'}. Nothing was updated by this step. Lower "
             "OptimizerArgs.learning_rate, warm up (LRScheduleArgs.warmup_iters), clip (TrainerArgs.max_grad_norm) or "
-            f"use float32{scale}"
+            f"use float32{advice}"
         )
 
 
-def _told_of(loss_scale: LossScale) -> str:
+@dataclass(frozen=True)
+class _Pending:
+    """A checked step whose result the host has not read."""
+
+    iteration: int
+    finite: Tensor
+    """bool [2], on the host once ``copied``: the loss, the gradients, on all ranks."""
+    copied: torch.cuda.Event | None
+    loss_sum: Tensor
+    gradients_finite: Tensor
+    batch: HSTUBatch
+
+
+def _advice(loss_scale: LossScale) -> str:
     if loss_scale.is_dynamic:
         return f". The loss scale is at its lowest, {loss_scale.value:g}: bfloat16 holds numbers that float16 does not"
     return f'. PrecisionArgs.loss_scale = {loss_scale.value:g} is fixed: lower it, or leave it to "dynamic"'
 
 
-def _place(rank: int, users: Sequence[int]) -> str:
+def _rank_and_users(rank: int, users: Sequence[int]) -> str:
     shown = ", ".join(map(str, users[:_SHOWN_USERS]))
     more = ", …" if len(users) > _SHOWN_USERS else ""
     return f"on rank {rank}, whose batch has the users in rows {shown}{more} of the data"

@@ -1,14 +1,13 @@
-"""The exchange of ids and the copy to the device run ahead of the step, on TorchRec's TrainPipelineSparseDist.
+"""pipeline_type = "native": the copy to the device and the exchange of ids run ahead of the step.
 
 While batch i is trained on:
 
-    batch i + 2   next(batches), copy to the device     memcpy stream
-    batch i + 1   ids to the ranks that own their rows   data-dist stream (sizes before forward, ids behind it)
-    batch i       look-up, forward, backward, step       default stream
+    batch i + 2   next(batches), copy to the device       memcpy stream
+    batch i + 1   ids to the ranks that own their rows    data-dist stream (sizes before the step, ids in ``overlap``)
+    batch i       train_step                              default stream
 
-Only ids are exchanged ahead, no row is read: rows are looked up in forward i, after the update of step i - 1, so the
-losses are those of "none", bit for bit. zero_grad comes before forward, as the fused tables ask. On a CPU there are
-no copies and no streams; with several ranks the exchange still goes on behind the forward.
+Only ids are exchanged ahead. Rows are looked up in step i, after the update of step i - 1, so the losses are those of
+"none", bit for bit. On a CPU there are no copies and no streams; with several ranks the exchange still overlaps.
 """
 
 from __future__ import annotations
@@ -23,64 +22,75 @@ from torchrec.distributed.model_parallel import ShardedModule
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from hstu.data.batch import HSTUBatch
-from hstu.model.gr_model import GRModel
-from hstu.optim.loss_scale import LossScale
-from hstu.optim.optimizers import Optimizers
-from hstu.parallel.mesh import Mesh
-from hstu.pipeline.base import StepResult, TrainPipeline
+from hstu.data.train_batch import TrainBatch
+from hstu.pipeline.none import TrainPipeline
+from hstu.pipeline.step import StepResult, TrainStep
 
 log = logging.getLogger(__name__)
 
 
-class NativeStages(TrainPipelineSparseDist[HSTUBatch, StepResult]):
-    """TorchRec's stages, for models without a sharded table, too.
+class NativeStages(TrainPipelineSparseDist[TrainBatch, StepResult]):
+    """TorchRec's stages around our step, also for models without a sharded table.
 
-    torchrec 1.8.0 traces through those to the last operator (it stops at modules *beside* a sharded one only), which
-    no dense model survives; tests/pipeline/test_defects.py tells when that is fixed.
+    torchrec 1.8.0 traces through such models to the last operator (it stops only at modules *beside* a sharded one),
+    and fails in any dense model. tests/pipeline/test_defects.py fails once that is fixed.
     """
+
+    def __init__(self, step: TrainStep) -> None:
+        no_optimizer = cast(torch.optim.Optimizer, None)  # the step has its own
+        super().__init__(model=step.model, optimizer=no_optimizer, device=step.mesh.device)
+        self._step = step
+
+    def progress(self, batches: Iterator[TrainBatch]) -> StepResult:
+        """TorchRec's order of stages, with the whole step in the place of forward, backward and optimizer."""
+        self.fill_pipeline(batches)
+        if not self.batches:
+            raise StopIteration
+        self._set_module_context(self.contexts[0])
+        self._wait_for_batch()
+        if len(self.batches) >= 2:
+            self.start_sparse_data_dist(self.batches[1], self.contexts[1])  # sizes
+        self.enqueue_batch(batches)
+        result = self._step(cast(TrainBatch, self.batches[0]), overlap=self._overlap)
+        self.dequeue_batch()
+        return result
+
+    def _overlap(self) -> None:
+        if len(self.batches) >= 2:
+            self.wait_sparse_data_dist(self.contexts[1])  # sizes are there: ids follow
 
     def _pipeline_model(self, batch: Any, context: Any, *args: Any, **options: Any) -> None:
         if any(isinstance(module, ShardedModule) for module in self._model.modules()):
             super()._pipeline_model(batch, context, *args, **options)
-        else:  # no ids to send, but a stream that waits for the copy, and for which the step waits
+        else:  # no ids to send, but the stream waits for the copy, and the step for the stream
             self.start_sparse_data_dist(batch, context)
 
 
 class NativePipeline(TrainPipeline):
-    """pipeline_type = "native"."""
+    """Overlaps by TorchRec's TrainPipelineSparseDist."""
 
+    name = "native"
     stages: type[NativeStages] = NativeStages
-    cpu_notice = "pipeline_type 'native' on a CPU: there is no copy to overlap, only the ranks' exchange of ids"
 
-    def __init__(
-        self,
-        model: GRModel,
-        optimizers: Optimizers,
-        mesh: Mesh,
-        max_grad_norm: float,
-        loss_scale: LossScale | None = None,
-    ) -> None:
-        super().__init__(model, optimizers, mesh, max_grad_norm, loss_scale)
+    def __init__(self, step: TrainStep, num_micro_batches: int = 1) -> None:
+        super().__init__(step, num_micro_batches)
         self._batches: Iterator[HSTUBatch] | None = None
-        self._stages = self.stages(
-            model=model,
-            optimizer=cast(torch.optim.Optimizer, self),  # only zero_grad and step are called
-            device=mesh.device,
-            custom_model_fwd=cast(Any, self.forward),  # with a batch, never with None
-        )
-        if mesh.device.type == "cpu":
-            log.info(self.cpu_notice)
+        self._train_batches: Iterator[TrainBatch] = iter(())
+        self._stages = self.stages(step)
+        if step.mesh.device.type == "cpu":
+            log.info("pipeline_type %r on a CPU: no copy and no cache, only the exchange of ids overlaps", self.name)
 
     def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
         """See TrainPipeline.progress. Raises ValueError for other ``batches`` while some of the former wait."""
-        if self._stages.batches and batches is not self._batches:
-            # TorchRec 1.8.0 would train on those, then fail for want of the new one's ids.
-            raise ValueError(
-                f"{len(self._stages.batches)} batches of another iterator are in the pipeline: go on with that one "
-                "until it raises StopIteration"
-            )
-        self._batches = batches
-        return self._stages.progress(batches)
+        if batches is not self._batches:
+            if self._stages.batches:
+                # TorchRec 1.8.0 would train on those, then fail for want of the new one's ids.
+                raise ValueError(
+                    f"{len(self._stages.batches)} batches of another iterator are in the pipeline: go on with that one "
+                    "until it raises StopIteration"
+                )
+            self._batches, self._train_batches = batches, map(self._train_batch, batches)
+        return self._stages.progress(self._train_batches)
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

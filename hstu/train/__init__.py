@@ -1,1 +1,4 @@
-"""Builder, training loop and evaluation."""
+"""Builds a run from its configuration, trains it, evaluates it, and recommends items with it.
+
+Entry points call main.py. hstu.api and hstu/estimate also import builder.py, evaluate.py, sources.py and flops.py.
+"""

@@ -1,6 +1,6 @@
-"""What one gets without a model: the popularity ranking, and item means with users' running offsets.
+"""Baselines without a model: ranking by popularity, and rating by item means with running user offsets.
 
-They put a run's figures into proportion, and show that a model uses the sequence at all.
+They put the metrics of a run into proportion and show whether a model uses the sequence at all.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hstu.data.collate import ranges
+from hstu.data.jagged import ranges, run_indices
 from hstu.data.samples import SampleTable
 from hstu.data.store import SequenceStore
 from hstu.train.metrics import auc, retrieval_metrics
@@ -20,8 +20,8 @@ def popularity_baseline(
 ) -> dict[str, float]:
     """Retrieval metrics of ranking the whole corpus by the number of training events, seen items removed.
 
-    ``train`` and ``test`` are the samples of a leave-one-out split; events count even where truncation keeps them
-    from the model. Ties are midranks.
+    ``train`` and ``test`` are the samples of a leave-one-out split. Events that truncation keeps from the model count,
+    too. Ties get midranks.
     """
     items = np.asarray(store.sequence(store.item_feature))
     counts = np.bincount(
@@ -32,14 +32,14 @@ def popularity_baseline(
 
 
 def _popularity_ranks(counts: np.ndarray, items: np.ndarray, test: SampleTable) -> np.ndarray:
-    """float64 [S]: rank of each held-out item by ``counts`` [corpus] among the items not seen before."""
+    """float64 [S]: rank of each held-out item by ``counts`` [corpus] among the items that the user has not seen."""
     if test.target is None:
         raise ValueError("the samples have no held-out items; they must be an evaluation split of leave_one_out")
     own_items = items[test.target]
     own = counts[own_items]
     ascending = np.sort(counts)
     higher = len(counts) - np.searchsorted(ascending, own, side="right")
-    equal = len(counts) - np.searchsorted(ascending, own, side="left") - higher - 1  # but for the target itself
+    equal = len(counts) - np.searchsorted(ascending, own, side="left") - higher - 1  # without the target itself
 
     seen_lengths = test.target - test.history_begin
     seen_rows = np.repeat(np.arange(len(test)), seen_lengths)
@@ -57,9 +57,9 @@ def running_mean_baseline(
 ) -> dict[str, float]:
     """``AUC>=threshold`` of scoring ratings by item mean + running user offset, on the test samples' labels.
 
-    score = m(i) + Σ (r(j) − m(j)) / (n + 1), where m is an item's mean rating in the training samples (the mean of
-    all ratings where it has none) and the sum runs over the n events of the test sample before this one: how much
-    better the user has rated so far than others did, drawn towards 0 by one imaginary average rating.
+    score = m(i) + Σ (r(j) − m(j)) / (n + 1). m is the mean rating of an item in the training samples, or the mean of
+    all ratings for an item without any. The sum runs over the n earlier events of the test sample. It measures how much
+    higher the user rates than others do; the 1 in the divisor shrinks it towards 0.
     """
     if store.action_feature is None:
         raise ValueError(f"{store.path} has no ratings")
@@ -69,7 +69,7 @@ def running_mean_baseline(
     )
 
     lengths = test.stop - test.start
-    events, place = ranges(test.start, lengths), ranges(np.zeros_like(lengths), lengths)
+    events, place = ranges(test.start, lengths), run_indices(lengths)[1]
     expected, ratings = means[items[events]], actions[events]
     sums = np.concatenate([[0.0], np.cumsum(ratings - expected)])
     first = np.arange(len(events)) - place
@@ -79,7 +79,7 @@ def running_mean_baseline(
 
 
 def _item_means(items: np.ndarray, ratings: np.ndarray, events: np.ndarray, corpus_size: int) -> np.ndarray:
-    """float64 [corpus_size]"""
+    """Mean rating of each item, float64 [corpus_size]."""
     counts = np.bincount(items[events], minlength=corpus_size)
     sums = np.bincount(items[events], weights=ratings[events], minlength=corpus_size)
     return np.where(counts > 0, sums / np.maximum(counts, 1), ratings[events].mean())

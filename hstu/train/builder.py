@@ -1,60 +1,55 @@
-"""From a checked configuration to a Trainer: every part is made here, in the order in which it is needed."""
+"""From a checked configuration to a Trainer. The functions stand in the order of construction."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-from hstu.checkpoint.background import Background
-from hstu.checkpoint.match import LoadOptions
-from hstu.checkpoint.row_ids import RowIds
+from hstu.checkpoint.matching import LoadOptions
+from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
-from hstu.checkpoint.store import CheckpointStore
-from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
-from hstu.config.errors import ConfigError, UserError
-from hstu.config.rule_engine import Run
-from hstu.config.run_config import RunConfig
+from hstu.checkpoint.store import BackgroundWriter, CheckpointStore
+from hstu.config.args import NetworkArgs, RankingArgs, RetrievalArgs, TrainerArgs
+from hstu.config.errors import ConfigError
+from hstu.config.run_config import RunConfig, Task
 from hstu.data.batch import NEGATIVES
+from hstu.data.collate import FeatureRoles
 from hstu.model.compiled import compile_parts, why_not
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.precision import DTYPES
 from hstu.model.ranking import RankingDense
-from hstu.model.retrieval import RetrievalDense
-from hstu.model.stack import SequenceEncoder
+from hstu.model.retrieval import GatherPool, RetrievalDense, own_pool
+from hstu.model.stack import SequenceEncoder, kernel_shapes
 from hstu.observe.logging import set_up_logging
-from hstu.observe.peak import peak_tflops
 from hstu.observe.run_directory import RunDirectory, default_path
-from hstu.observe.throughput import ThroughputMeter
-from hstu.ops.backends import describe_kernels, select_backend
+from hstu.observe.throughput import ThroughputMeter, peak_tflops
+from hstu.ops.select import select_kernels
+from hstu.ops.types import Kernels
+from hstu.optim.dense import Cite
 from hstu.optim.loss_scale import LossScale
 from hstu.optim.optimizers import Optimizers, build_optimizers
-from hstu.optim.parts import Cite
 from hstu.optim.schedule import Schedule
-from hstu.parallel.collectives import gather_objects, gather_rows
-from hstu.parallel.dense import replicate_dense
-from hstu.parallel.embedding import shard
-from hstu.parallel.group import embeddings_gatherer
+from hstu.parallel.collectives import gather_objects, gather_rows, on_all_ranks
+from hstu.parallel.ddp import replicate_dense, unwrap_dense
 from hstu.parallel.mesh import Mesh, seed_dropout
+from hstu.parallel.tables import shard
 from hstu.parallel.tensor import split_encoder
-from hstu.pipeline.base import TrainPipeline
 from hstu.pipeline.native import NativePipeline
-from hstu.pipeline.none import SequentialPipeline
+from hstu.pipeline.none import SequentialPipeline, TrainPipeline
 from hstu.pipeline.prefetch import PrefetchPipeline
-from hstu.train.evaluator import Evaluator, RankingEvaluator, RetrievalEvaluator
-from hstu.train.leaks import leak
+from hstu.pipeline.step import TrainStep
+from hstu.train.evaluate import Evaluator, RankingEvaluator, RetrievalEvaluator
+from hstu.train.flops import FlopCounter
 from hstu.train.sources import BatchSource, StoreSource, open_source
 from hstu.train.trainer import Trainer
-from hstu.train.work import StepWork
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 PIPELINES: dict[str, type[TrainPipeline]] = {
     "none": SequentialPipeline,
     "native": NativePipeline,
@@ -63,15 +58,18 @@ PIPELINES: dict[str, type[TrainPipeline]] = {
 
 
 def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
-    """A trainer that is ready to ``train()``. Raises ConfigError or DataError where the configuration cannot be."""
+    """A trainer that is ready to ``train()``. Collective.
+
+    Raises ConfigError or DataError, on all ranks alike, if the configuration does not fit the data or the machine.
+    """
     run_directory = open_run_directory(config, mesh)
-    mesh.progress.mark("opening the data")
-    source = on_all_ranks(lambda: open_source(config, mesh), mesh)
-    mesh.progress.mark("building the model")
+    mesh.heartbeat.mark("opening the data")
+    source = on_all_ranks(lambda: open_source(config, mesh), mesh.world_group)
+    mesh.heartbeat.mark("building the model")
     model, optimizers = build_model(config, source, mesh)
-    state = TrainState(model, optimizers, config.operative_gin(), ids=row_ids(source))
+    state = TrainState(model, optimizers, config.operative_gin(), raw_ids=raw_ids(source))
     peak = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
-    log.info("peak for MFU: %.3g TFLOPS a rank (%s)", peak.value, peak.source)
+    log.info("peak for MFU: %.3g TFLOPS per rank (%s)", peak.value, peak.source)
     return Trainer(
         args=config.trainer,
         mesh=mesh,
@@ -83,29 +81,13 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
         state=state,
         run_directory=run_directory,
         meter=ThroughputMeter(peak.value),
-        work=StepWork(config.network, source.roles),
+        flop_counter=FlopCounter(config.network, source.roles),
         total_iters=total_iters(config.trainer, source.batches_per_epoch),
     )
 
 
-def on_all_ranks(part: Callable[[], T], mesh: Mesh) -> T:
-    """What ``part``, which is no collective, makes on this rank; a user's error on any rank is raised on all.
-
-    A disk that one host lacks must not leave the other ranks waiting for it.
-    """
-    made, mistake = None, None
-    try:
-        made = part()
-    except UserError as error:
-        mistake = error
-    for problem in gather_objects(mistake, mesh.world_group):
-        if problem is not None:
-            raise problem
-    return cast(T, made)
-
-
 def open_run_directory(config: RunConfig, mesh: Mesh) -> RunDirectory:
-    """The run's directory, the same on all ranks, and the log that goes into it."""
+    """The directory of the run, the same on all ranks. Starts the log that is written there."""
     path = config.trainer.output_dir or gather_objects(str(default_path(config.source_files)), mesh.world_group)[0]
     trackers: dict[str, Any] = {
         "tensorboard": config.trainer.tensorboard,
@@ -113,14 +95,14 @@ def open_run_directory(config: RunConfig, mesh: Mesh) -> RunDirectory:
         "config": {name: dataclasses.asdict(part) for name, part in config.parts().items()},
     }
     text = config.operative_gin()
-    run_directory = on_all_ranks(lambda: RunDirectory(Path(path), text, mesh.is_main, **trackers), mesh)
+    run_directory = on_all_ranks(lambda: RunDirectory(Path(path), text, mesh.is_main, **trackers), mesh.world_group)
     set_up_logging(mesh.rank, run_directory.log_file)
     log.info("%s run in %s, %d rank(s) on %s", config.task, path, mesh.world_size, mesh.device)
     return run_directory
 
 
 def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRModel, Optimizers]:
-    """The model, its tables sharded and its dense part replicated over ``mesh``, and its optimizers. Collective."""
+    """The model and its optimizers, with tables sharded and the dense part replicated over ``mesh``. Collective."""
     if config.network.dtype_str == "float16" and mesh.device.type == "cpu":
         log.warning("float16 on a CPU: its products take hundreds of times as long as those of other types")
     retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
@@ -134,73 +116,39 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
         compile_on_all_ranks(task, mesh)
     parameters = sum(parameter.numel() for parameter in task.parameters())
     split_encoder(cast(SequenceEncoder, task.encoder), mesh)
-    gather = embeddings_gatherer(mesh) if mesh.tp_size > 1 else None
-    model = GRModel(specs, task, keys, source.roles.item, config.trainer.seed, gather)
-    model.dense.to(mesh.device)  # the sharded tables are made where they belong
+    model = GRModel(specs, task, keys, source.roles.item, config.trainer.seed)
+    model.dense.to(mesh.device)  # the sharded tables are created on their devices
     model, table_optimizer = shard(model, config, mesh)
     precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
     model = replicate_dense(model, mesh, DTYPES[precision])
-    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, _citing(config, mesh))
+    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, _citing(config))
     seed_dropout(mesh)
     rows = sum(spec.rows for spec in specs)
     log.info("model: %s dense parameters, %s rows in %d tables", f"{parameters:,}", f"{rows:,}", len(specs))
     return model, optimizers
 
 
-def compile_on_all_ranks(task: RankingDense | RetrievalDense, mesh: Mesh) -> None:
-    """Compile parts of ``task``, or on no rank: those that share weights must compute the same bits. Collective."""
-    reasons = [reason for reason in gather_objects(why_not(mesh.device), mesh.world_group) if reason is not None]
-    if reasons:
-        log.warning("NetworkArgs.compile: nothing is compiled, %s", reasons[0])
-    else:
-        log.info("compiled at first use: %s", ", ".join(compile_parts(task)) or "nothing, all is in kernels")
-
-
-def _citing(config: RunConfig, mesh: Mesh) -> Cite:
-    """What tells a mistake that only the model shows as those of the file are told: with its place there."""
-    run = Run(config.task, mesh.world_size, config.parts(), config.origins)
-    return lambda part, parameter, text: str(run.problem(part, parameter, text))
-
-
-def row_ids(source: BatchSource) -> RowIds:
-    """The raw ids of the tables' rows; random data has none."""
-    return RowIds.of(source.store, source.roles.names) if isinstance(source, StoreSource) else RowIds()
-
-
 def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDense | RetrievalDense:
-    """The dense part: sequence encoder and the head or loss of the task."""
+    """The sequence encoder and the head or loss of the task, with the kernels for this device."""
     network, roles = config.network, source.roles
-    features = SequenceFeatures(roles.item, roles.action, roles.contextual, source.max_items)
-    backend = select_backend(network.kernel_backend, network.strict_kernel_backend, mesh.device)
-    kernels = describe_kernels(
-        backend,
-        head_dim=network.kv_channels,
-        item_dim=network.item_width,
-        dtype=DTYPES[network.dtype_str],
-        has_bias=network.position_encoding == "relative_bias",
-    )
+    shapes = kernel_shapes(network, mesh.tp_size)
+    kernels = select_kernels(network.kernel_backend, network.strict_kernel_backend, mesh.device, shapes)
     log.info("kernels: %s", kernels)
-    encoder = SequenceEncoder(network, features, backend)
-    seen = leak(config.task, network, roles, config.dataset.max_num_candidates)
-    if seen:
-        log.warning("losses and metrics will look better than they are: %s", seen)
-    if isinstance(config.task_args, RankingArgs):
-        return RankingDense(encoder, config.task_args, label_offset=label_offset(config.task_args, source))
-    return RetrievalDense(
-        encoder,
-        item_feature=roles.item,
-        hidden_size=network.hidden_size,
-        item_dim=network.item_width,
-        args=config.task_args,
-        gather_pool=lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),
-        backend=backend,
+    if leaks := label_leak(config.task, network, roles, config.dataset.max_num_candidates):
+        log.warning("losses and metrics will look better than they are: %s", leaks)
+    return task_module(
+        config,
+        SequenceFeatures(roles.item, roles.action, roles.contextual, source.max_items),
+        kernels,
+        label_offset(config.task_args, source) if isinstance(config.task_args, RankingArgs) else 0,
+        lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),
     )
 
 
 def label_offset(args: RankingArgs, source: BatchSource) -> int:
-    """The action of class 0: 0 where the head has a class for every action from 0 on, 1 where it lacks one (ratings).
+    """The action of class 0: 0 if the head has a class for every action from 0 on, 1 if it lacks one (ratings).
 
-    Raises ConfigError where the head has no class for some action of the data.
+    Raises ConfigError if some action of the data has no class in the head.
     """
     last, action = args.prediction_head_arch[-1], source.roles.action
     if action is None:
@@ -223,8 +171,70 @@ def label_offset(args: RankingArgs, source: BatchSource) -> int:
     return 1
 
 
+def label_leak(task: Task, network: NetworkArgs, roles: FeatureRoles, max_num_candidates: int) -> str | None:
+    """How the model can see what it is to predict, and the remedy; None if it cannot.
+
+    Such masks are allowed, but losses and metrics then mean nothing. Candidates are safe: no history or context token
+    sees them. Without candidates every item is labelled, so a token that sees later ones sees its own label.
+    """
+    if max_num_candidates > 0:
+        return None
+    label = "the next item, its target" if task == "retrieval" else "its own action, its label"
+    remedy = "" if task == "retrieval" else " or DatasetArgs.max_num_candidates > 0"
+    if not network.is_causal:
+        return f"with NetworkArgs.is_causal = False every item sees {label}; set is_causal = True{remedy}"
+    if roles.contextual and network.num_layers > 1 and not network.disable_contextual_mask:
+        return (
+            "context tokens see the whole history and items see them: from the second layer on an item can see "
+            f"{label}, through the context; set NetworkArgs.disable_contextual_mask = True{remedy}"
+        )
+    return None
+
+
+def task_module(
+    config: RunConfig,
+    features: SequenceFeatures,
+    kernels: Kernels,
+    label_offset: int = 0,
+    gather_pool: GatherPool = own_pool,
+) -> RankingDense | RetrievalDense:
+    """The same module without anything that depends on the data, the ranks or the device."""
+    network = config.network
+    encoder = SequenceEncoder(network, features, kernels)
+    if isinstance(config.task_args, RankingArgs):
+        return RankingDense(encoder, config.task_args, label_offset=label_offset)
+    return RetrievalDense(
+        encoder,
+        item_feature=features.item,
+        hidden_size=network.hidden_size,
+        item_dim=network.item_width,
+        args=config.task_args,
+        gather_pool=gather_pool,
+        kernels=kernels,
+    )
+
+
+def compile_on_all_ranks(task: RankingDense | RetrievalDense, mesh: Mesh) -> None:
+    """Compile parts of ``task`` if every rank can, so that ranks with the same weights compute the same bits."""
+    reasons = [reason for reason in gather_objects(why_not(mesh.device), mesh.world_group) if reason is not None]
+    if reasons:
+        log.warning("NetworkArgs.compile: nothing is compiled, %s", reasons[0])
+    else:
+        log.info("compiled at first use: %s", ", ".join(compile_parts(task)) or "nothing, all is in kernels")
+
+
+def _citing(config: RunConfig) -> Cite:
+    """Words an error that only the model reveals with the place in the configuration file, as other errors have it."""
+    return lambda part, parameter, text: str(config.problem(part, parameter, text))
+
+
+def raw_ids(source: BatchSource) -> RawIds:
+    """The raw ids of the table rows. Random data has none."""
+    return RawIds.from_store(source.store, source.roles.names) if isinstance(source, StoreSource) else RawIds()
+
+
 def build_loss_scale(config: RunConfig) -> LossScale | None:
-    """That of a float16 run."""
+    """The loss scale of a float16 run; None for other types."""
     needed = config.network.dtype_str == "float16" or config.precision.loss_scale is not None
     return LossScale(config.precision) if needed else None
 
@@ -232,27 +242,28 @@ def build_loss_scale(config: RunConfig) -> LossScale | None:
 def build_pipeline(
     args: TrainerArgs, model: GRModel, optimizers: Optimizers, mesh: Mesh, loss_scale: LossScale | None = None
 ) -> TrainPipeline:
-    """The pipeline that ``args`` asks for."""
-    return PIPELINES[args.pipeline_type](model, optimizers, mesh, args.max_grad_norm, loss_scale)
+    """Build the pipeline that TrainerArgs.pipeline_type names."""
+    step = TrainStep(model, optimizers, mesh, args.max_grad_norm, loss_scale)
+    return PIPELINES[args.pipeline_type](step, args.gradient_accumulation_steps)
 
 
 def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh: Mesh) -> Evaluator:
-    """What turns evaluation batches into the task's metrics."""
+    """The evaluator of the task."""
     if isinstance(config.task_args, RankingArgs):
-        offset = label_offset(config.task_args, source)
+        offset = cast(RankingDense, unwrap_dense(model).task).label_offset
         return RankingEvaluator(model, config.task_args, offset, mesh, config.trainer.max_eval_iters)
     return RetrievalEvaluator(model, config.task_args, source, mesh, config.trainer.max_eval_iters)
 
 
 def build_checkpoints(args: TrainerArgs, mesh: Mesh) -> CheckpointStore:
-    """Where the run saves and what it starts from. Collective."""
-    options = on_all_ranks(lambda: LoadOptions.of(args), mesh)
-    background = Background(mesh, args.collective_timeout_s) if args.ckpt_async else None
+    """Where the run saves its checkpoints, and which one it starts from. Collective."""
+    options = on_all_ranks(lambda: LoadOptions.from_args(args), mesh.world_group)
+    background = BackgroundWriter(mesh, args.collective_timeout_s) if args.ckpt_async else None
     return CheckpointStore(args.ckpt_save_dir, args.ckpt_load_dir, mesh, args.ckpt_keep_last, background, options)
 
 
 def total_iters(args: TrainerArgs, batches_per_epoch: int) -> int:
-    """Iterations of the whole run: max_train_iters, or num_train_epochs passes, or one."""
+    """Iterations of the whole run: max_train_iters, or num_train_epochs passes over the data, or one pass."""
     if args.max_train_iters is not None:
         return args.max_train_iters
     # 0.7 epochs of 10 batches are 7 iterations, though 0.7 * 10 is 7.000000000000001.

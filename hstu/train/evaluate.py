@@ -1,34 +1,127 @@
 """Evaluation: ranking metrics of predictions, and retrieval against the whole corpus.
 
-Every rank calls these functions together, with equally many batches (some may hold padding only).
+Every rank calls these functions together, with equally many batches (some may hold only padding).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hstu.config.args import RankingArgs, RetrievalArgs
 from hstu.data.batch import HSTUBatch
-from hstu.ops.normalise import l2_normalise
+from hstu.model.gr_model import GRModel
+from hstu.model.outputs import ModelOutput
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.parallel.collectives import gather_objects
+from hstu.parallel.group import evaluate_batch
+from hstu.parallel.mesh import Mesh
 from hstu.train.metrics import Gather, RankingMetrics, only_rank, retrieval_metrics
+from hstu.train.sources import BatchSource, is_dynamic
 
 CHUNK_ITEMS = 16384
-"""Items of the corpus that are embedded and scored at a time."""
+"""Items of the corpus that are embedded and scored in one chunk."""
 BLOCK_QUERIES = 512
-"""Queries that are scored at a time. A block of scores takes CHUNK_ITEMS × BLOCK_QUERIES × 4 bytes = 32 MiB."""
+"""Queries that are scored in one block. A block of scores takes CHUNK_ITEMS × BLOCK_QUERIES × 4 bytes = 32 MiB."""
 
 EmbedItems = Callable[[Tensor], Tensor]
-"""Item codes, int64 [n] → rows of the item table, [n, E], not normalised. May be collective."""
+"""Item codes, int64 [n] → rows of the item table, [n, E], not normalised. May be a collective."""
+Forward = Callable[[HSTUBatch], ModelOutput]
+"""A batch on the host → logits or queries of its sequences. May be a collective."""
+
+
+class Evaluator(ABC):
+    """Computes the metrics of the current model, the same on every rank. Collective.
+
+    ``max_iters``: batches of each rank that are evaluated at most; None: all.
+    """
+
+    def __init__(self, model: GRModel, mesh: Mesh, max_iters: int | None) -> None:
+        self.model = model
+        self.mesh = mesh
+        self.max_iters = max_iters
+        self.between_batches: Callable[[], None] = lambda: None
+        """Called on all ranks before every batch and before every chunk of the corpus; may raise on all of them."""
+
+    @abstractmethod
+    def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
+        """Metrics over the batches of all ranks."""
+
+    def forward(self, batch: HSTUBatch) -> ModelOutput:
+        """Output of the model for a batch on the host, computed by this rank or by its tensor-parallel group."""
+        return evaluate_batch(self.model, batch, self.mesh)
+
+    def _limited(self, batches: Iterable[HSTUBatch]) -> Iterator[HSTUBatch]:
+        for batch in islice(batches, self.max_iters):
+            self.mesh.heartbeat.mark()
+            self.between_batches()
+            yield batch
+
+    def _gather(self, array: np.ndarray) -> np.ndarray:
+        return np.concatenate(gather_objects(array, self.mesh.world_group))
+
+
+class RankingEvaluator(Evaluator):
+    """Metrics of the predicted actions."""
+
+    def __init__(
+        self, model: GRModel, args: RankingArgs, label_offset: int, mesh: Mesh, max_iters: int | None = None
+    ) -> None:
+        super().__init__(model, mesh, max_iters)
+        self.names = args.eval_metrics
+        self.num_tasks = args.num_tasks if args.prediction_head_arch[-1] == args.num_tasks else None
+        self.label_offset = label_offset
+
+    def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
+        """See Evaluator."""
+        metrics = RankingMetrics(self.names, num_tasks=self.num_tasks, label_offset=self.label_offset)
+        return evaluate_ranking(self.model, self._limited(batches), metrics, self.forward, self._gather)
+
+
+class RetrievalEvaluator(Evaluator):
+    """Metrics of the ranks of the held-out items in the whole corpus."""
+
+    def __init__(
+        self, model: GRModel, args: RetrievalArgs, source: BatchSource, mesh: Mesh, max_iters: int | None = None
+    ) -> None:
+        super().__init__(model, mesh, max_iters)
+        self.args = args
+        self.corpus_size = source.cardinalities[source.roles.item]
+        self.absent_are_zero = is_dynamic(source.tables, source.roles.item)
+
+    def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
+        """See Evaluator."""
+        return evaluate_retrieval(
+            self.model, self._limited(batches), self.corpus(), self.args.eval_metrics, self.forward, self._gather
+        )
+
+    def corpus(self) -> Corpus:
+        """All items of the data."""
+        return Corpus(
+            self.embed_items,
+            self.corpus_size,
+            self.args.l2_norm_eps,
+            self.mesh.device,
+            absent_are_zero=self.absent_are_zero,
+        )
+
+    def embed_items(self, codes: Tensor) -> Tensor:
+        """Rows of the item table for item codes. Collective if the table is sharded."""
+        self.mesh.heartbeat.mark()
+        self.between_batches()
+        return self.model.embed_items(codes)
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; afterwards the model is in the mode in which it was."""
+    """Inside, the model computes without dropout and gradients. Its former mode is restored afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -42,13 +135,14 @@ def evaluate_ranking(
     model: nn.Module,
     batches: Iterable[HSTUBatch],
     metrics: RankingMetrics,
-    device: torch.device,
+    forward: Forward,
     gather: Gather = only_rank,
 ) -> dict[str, float]:
-    """Metrics over all labelled items of ``batches`` of all ranks; the same numbers on each rank."""
+    """Metrics over all labelled items in the ``batches`` of all ranks; the same numbers on every rank."""
     with evaluation_mode(model):
         for batch in batches:
-            logits = model(batch.to(device)).logits
+            logits = forward(batch).logits
+            assert logits is not None, "the model has no ranking head"
             users = np.repeat(_host(batch.user_ids), _host(batch.num_labels))
             metrics.update(_host(logits), _host(batch.labels), users)
     return metrics.compute(gather)
@@ -59,21 +153,22 @@ def evaluate_retrieval(
     batches: Iterable[HSTUBatch],
     corpus: Corpus,
     metric_names: Sequence[str],
+    forward: Forward,
     gather: Gather = only_rank,
 ) -> dict[str, float]:
-    """Metrics of the held-out items' ranks among all items of ``corpus``; the same numbers on each rank.
+    """Metrics of the ranks of the held-out items among all items of ``corpus``; the same numbers on every rank.
 
-    Items in the batches' ``seen_values``, where they have any, are removed; the held-out item itself never is.
+    Items in ``seen_values`` of a batch are removed from the corpus of that user, but never the held-out item itself.
     Memory is bounded by the queries of this rank and one block of scores.
     """
     with evaluation_mode(model):
-        ranks = target_ranks(collect_queries(model, batches, corpus.device), corpus)
+        ranks = target_ranks(collect_queries(forward, batches, corpus.device), corpus)
     return retrieval_metrics(metric_names, gather(ranks))
 
 
 @dataclass(frozen=True)
 class Queries:
-    """U users of this rank; padding is already gone."""
+    """The queries of U users of this rank, without padding."""
 
     vectors: Tensor
     """float32 [U, E], normalised, on the device."""
@@ -82,39 +177,39 @@ class Queries:
     targets: np.ndarray
     """int64 [U]: codes of the held-out items."""
     seen_items: np.ndarray
-    """int64 [.]: items to leave out, user after user; repeats are fine."""
+    """int64 [n]: items to leave out, user after user; an item may occur more than once."""
     seen_lengths: np.ndarray
-    """int64 [U]: how many of them are each user's."""
+    """int64 [U]: how many of them belong to each user."""
 
     def __len__(self) -> int:
         """U."""
         return len(self.user_ids)
 
 
-def collect_queries(model: nn.Module, batches: Iterable[HSTUBatch], device: torch.device) -> Queries:
+def collect_queries(forward: Forward, batches: Iterable[HSTUBatch], device: torch.device) -> Queries:
     """Run the model over evaluation batches. The model must be in evaluation mode."""
     vectors: list[Tensor] = [torch.zeros((0, 1), device=device)]
     users, targets, seen, seen_lengths = ([np.zeros(0, dtype=np.int64)] for _ in range(4))
     for batch in batches:
-        queries = model(batch.to(device)).queries
+        queries = forward(batch).queries
+        assert queries is not None, "the model is not a retrieval model"
         real = np.flatnonzero(_host(batch.user_ids) >= 0)
         vectors.append(queries[torch.from_numpy(real).to(device)].float())
         users.append(_host(batch.user_ids)[real])
         targets.append(_host(batch.labels)[real])
         if batch.seen_values is None or batch.seen_offsets is None:
             seen_lengths.append(np.zeros(len(real), dtype=np.int64))
-        else:  # padding has seen nothing
+        else:  # padding rows have no seen items
             seen.append(_host(batch.seen_values))
             seen_lengths.append(np.diff(_host(batch.seen_offsets))[real])
     return Queries(
-        torch.cat(vectors[1:] or vectors),
-        *(np.concatenate(parts) for parts in (users, targets, seen, seen_lengths)),
+        torch.cat(vectors[1:] or vectors), *(np.concatenate(parts) for parts in (users, targets, seen, seen_lengths))
     )
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """All items [0, size) as normalised vectors, a chunk at a time."""
+    """All items [0, size) as normalised vectors, chunk by chunk."""
 
     embed_items: EmbedItems
     size: int
@@ -122,26 +217,27 @@ class Corpus:
     device: torch.device
     chunk_items: int = CHUNK_ITEMS
     absent_are_zero: bool = False
-    """Rows of zeros are items without a row of their own: they are no candidates, and as targets rank last."""
+    """Whether a row of zeros means an absent item: it is no candidate, and as a target it ranks last."""
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(code of the first item, float32 [n, E]) by ascending code. Collective if embed_items is.
+        """(code of the first item, float32 [n, E]) in ascending order of codes. Collective if embed_items is.
 
-        The last chunk is filled up with repetitions of the last item, so that all have the same n.
+        The last chunk repeats the last item, so that all chunks have the same n.
         """
         length = min(self.chunk_items, self.size)
         for first in range(0, self.size, length):
             ids = torch.arange(first, first + length, device=self.device).clamp_(max=self.size - 1)
-            yield first, l2_normalise(self.embed_items(ids), self.l2_norm_eps)
+            yield first, REFERENCE_KERNELS.l2_normalize(self.embed_items(ids), self.l2_norm_eps)
 
 
 def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
-    """Rank of each query's target among all items that its user has not seen: float64 [U], 1 is best.
+    """Rank of the target of each query among all items that its user has not seen: float64 [U], 1 is best.
 
-    1 + the items that score higher + half of those that score the same; absent items rank behind all others. Scores
-    that are nan beat every target, so a model that diverged ranks last, not first. Collective if the corpus is.
+    The rank is 1 + the number of items that score higher + half the number that score the same. Absent items rank
+    behind all others. A score of nan beats every target, so that a diverged model ranks last. Collective if the
+    corpus is.
     """
-    order = np.argsort(queries.targets, kind="stable")  # so that a chunk's targets belong to few blocks
+    order = np.argsort(queries.targets, kind="stable")  # then the targets of a chunk belong to few blocks
     scorer = _Scorer(queries, order, corpus)
     targets = queries.targets[order]
     columns = scorer.on_device(targets)
@@ -170,10 +266,10 @@ def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
 
 
 def recommend(queries: Queries, corpus: Corpus, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best items of each user that it has not seen, best first; all of them where there are fewer than k.
+    """The k best items that each user has not seen, best first.
 
-    Returns (codes int64, scores float32), both [U, min(k, corpus size)]; −1 and −inf fill the rows of users with
-    fewer unseen items. Collective if the corpus is.
+    Returns (codes int64, scores float32), both [U, min(k, corpus size)]. −1 and −inf fill the rows of users with fewer
+    than k unseen items. Collective if the corpus is.
     """
     k = min(k, corpus.size)
     scorer = _Scorer(queries, np.arange(len(queries)), corpus)
@@ -193,8 +289,8 @@ def recommend(queries: Queries, corpus: Corpus, k: int) -> tuple[np.ndarray, np.
 class _Scorer:
     """Scores blocks of queries, taken in the given order, against chunks of a corpus.
 
-    All products have one shape, in which a query always has the same row: so a score has the same bits whenever it
-    is computed, and equal items tie.
+    All products have the same shape, in which a query always has the same row. So a score has the same bits whenever
+    it is computed, and equal items tie.
     """
 
     def __init__(self, queries: Queries, order: np.ndarray, corpus: Corpus) -> None:
@@ -210,21 +306,21 @@ class _Scorer:
         self._seen_bounds = np.searchsorted(self._seen_rows // BLOCK_QUERIES, block_starts // BLOCK_QUERIES)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
-        """The blocks that hold queries of [start, stop), by default all."""
+        """The blocks that contain queries [start, stop); by default all blocks."""
         stop = self._num_queries if stop is None else stop
         if start < stop:
             for first in range(start - start % BLOCK_QUERIES, stop, BLOCK_QUERIES):
                 yield slice(first, min(first + BLOCK_QUERIES, self._num_queries))
 
     def scores(self, block: slice, items: Tensor) -> Tensor:
-        """float32 [queries of the block, n]; −inf at absent items."""
+        """Scores float32 [queries of the block, n]; −inf at absent items."""
         scores = self._vectors[block.start : block.start + BLOCK_QUERIES] @ items.t()
         if self._absent_are_zero:
             scores.masked_fill_(~items.any(dim=1), -torch.inf)
         return scores[: block.stop - block.start]
 
     def unseen_scores(self, block: slice, first: int, items: Tensor) -> Tensor:
-        """The same, with −inf at items that the query's user has seen and beyond the end of the corpus."""
+        """``scores`` with −inf also at items that the user has seen and beyond the end of the corpus."""
         scores = self.scores(block, items)
         scores[:, self._corpus_size - first :] = -torch.inf
         start, stop = self._seen_bounds[block.start // BLOCK_QUERIES :][:2]
@@ -234,7 +330,7 @@ class _Scorer:
         return scores
 
     def on_device(self, array: np.ndarray) -> Tensor:
-        """A host array on the corpus' device."""
+        """A host array as a tensor on the device of the corpus."""
         return torch.from_numpy(array).to(self._device)
 
 

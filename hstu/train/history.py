@@ -1,4 +1,4 @@
-"""What a run has measured so far. It is part of the checkpoints, so that a resumed run knows it wherever it writes."""
+"""Metrics and losses of a run so far. Checkpoints contain them, so that a resumed run goes on from them."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def _beats(value: float, than: float, lower: bool) -> bool:
 
 
 class MetricsHistory:
-    """Collects evaluations, split by split."""
+    """All evaluations of a run, with the last and best value of each metric per split."""
 
     def __init__(self) -> None:
         self.last: dict[str, dict[str, float]] = {}
         """split → metric → value of the last evaluation."""
         self.best: dict[str, dict[str, dict[str, Any]]] = {}
-        """split → metric → {"value", "iter"} of the best evaluation, each metric by itself."""
+        """split → metric → {"value", "iter"} of the best evaluation by this metric."""
         self.evaluations: dict[tuple[str, int], EvalRecord] = {}
-        """(split, iteration) → its last evaluation, in the order in which they were first made."""
+        """(split, iteration) → its last evaluation, in the order of the first ones."""
 
     def add(self, record: EvalRecord) -> None:
-        """Take note of one evaluation."""
+        """Add one evaluation."""
         self.evaluations[record.split, record.iteration] = record
         self.last[record.split] = dict(record.metrics)
         best = self.best.setdefault(record.split, {})
@@ -49,21 +49,20 @@ class MetricsHistory:
         """Whether a split has been evaluated at an iteration."""
         return (split, iteration) in self.evaluations
 
-    def state(self) -> list[dict[str, Any]]:
-        """All evaluations, as JSON."""
-        records: list[dict[str, Any]] = json.loads(to_line([one.as_json() for one in self.evaluations.values()]))
-        return records
+    def state_dict(self) -> Any:
+        """All evaluations as JSON: a list of records, the form in which checkpoints have always held them."""
+        return json.loads(to_line([one.as_json() for one in self.evaluations.values()]))
 
-    def load_state(self, state: list[dict[str, Any]]) -> None:
-        """Take note of the evaluations of ``state``."""
-        for record in state:
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Add the evaluations of ``state_dict()``."""
+        for record in state_dict:
             self.add(EvalRecord.from_json(record))
 
 
 class Selection:
-    """Follows one metric on one split: its best value, and how many evaluations since have not beaten it.
+    """The best value of one metric on one split, and the number of evaluations since that have not improved it.
 
-    ``metric``: None follows nothing. ``mode``: "max" or "min". ``patience``: None is endless.
+    ``metric``: None for no selection. ``mode``: "max" or "min". ``patience``: None for no early stopping.
     """
 
     def __init__(self, metric: str | None, mode: str, split: str, patience: int | None) -> None:
@@ -73,11 +72,11 @@ class Selection:
         self._patience = patience
         self.value = math.nan
         self.iteration: int | None = None
-        """Of the best value; None as long as there is none."""
+        """Iteration of the best value; None as long as there is none."""
         self.without_improvement = 0
 
     def follow(self, history: MetricsHistory) -> bool:
-        """Look at all evaluations of ``history``; True where the last one of the split is the best."""
+        """Update from all evaluations of ``history``. Returns whether the last one of the split is the best."""
         self.value, self.iteration, self.without_improvement = math.nan, None, 0
         records = [one for one in history.evaluations.values() if one.split == self.split and self.metric is not None]
         for record in records:
@@ -90,7 +89,7 @@ class Selection:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether training is to end."""
+        """Whether patience is used up, so that training ends."""
         return self._patience is not None and self.without_improvement >= self._patience
 
     def as_json(self) -> dict[str, Any]:
@@ -99,29 +98,29 @@ class Selection:
 
 
 class RunningLoss:
-    """The mean loss since the last record. Nothing waits for the device before ``take`` or ``state``."""
+    """The mean loss since the last record. Only ``pop`` and ``state_dict`` wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
         self.steps = 0
 
     def add(self, loss: Tensor) -> None:
-        """One more step; ``loss``: scalar on the device."""
+        """Add the loss of one step, a scalar on the device."""
         self._sum += loss
         self.steps += 1
 
-    def take(self) -> float:
-        """The mean, which begins anew."""
+    def pop(self) -> float:
+        """Return the mean and start a new one."""
         mean = float(self._sum) / self.steps
         self._sum.zero_()
         self.steps = 0
         return mean
 
-    def state(self) -> dict[str, Any]:
-        """As JSON."""
+    def state_dict(self) -> dict[str, Any]:
+        """The sum of the losses and the number of steps, as JSON."""
         return {"sum": float(self._sum), "steps": self.steps}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore ``state``."""
-        self._sum.fill_(state["sum"])
-        self.steps = state["steps"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore ``state_dict()``."""
+        self._sum.fill_(state_dict["sum"])
+        self.steps = state_dict["steps"]

@@ -1,23 +1,23 @@
-"""From a checked configuration to an exit code: what both entry scripts call."""
+"""Runs a checked configuration and returns the exit code. Both entry scripts call this."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from hstu.config.errors import EXIT_DONE, UserError, let_another_rank_tell
+from hstu.config.errors import EXIT_DONE, UserError, wait_for_the_reporting_rank
 from hstu.config.run_config import RunConfig
 from hstu.observe.environment import check_packages
 
 
 def run(config: RunConfig) -> int:
-    """Build the trainer, train, and return the process's exit code; a user's mistake is told without a traceback."""
+    """Build the trainer, train, and return the exit code. A mistake of the user is printed without a traceback."""
     try:
         check_packages()
     except UserError as error:
-        return _tell(error)
+        return _report(error)
 
-    from hstu.checkpoint.agree import CheckpointFailure
+    from hstu.checkpoint.directory import CheckpointFailure
     from hstu.observe.logging import quiet_libraries
     from hstu.observe.watchdog import Watchdog
     from hstu.parallel import mesh as meshes
@@ -39,7 +39,7 @@ def run(config: RunConfig) -> int:
         trainer = build_trainer(config, mesh)
         trainer.train()
     except UserError as error:
-        # What is wrong before training is wrong for every rank; what is found while training may be one rank's alone.
+        # Before training all ranks raise the same error. During training it may be the error of one rank alone.
         in_training = trainer is not None
         if trainer is not None:
             trainer.checkpoints.close()
@@ -47,7 +47,7 @@ def run(config: RunConfig) -> int:
             alike = not in_training or isinstance(error, (NonFiniteStep, CheckpointFailure))
             watchdog.leave(None if alike else error)
         meshes.finish(wait=False)
-        return _tell(error, every_rank=in_training)
+        return _report(error, every_rank=in_training)
     except Exception as error:
         if watchdog is not None:
             watchdog.fail(error)
@@ -57,12 +57,12 @@ def run(config: RunConfig) -> int:
     return EXIT_DONE
 
 
-def _tell(error: UserError, every_rank: bool = False) -> int:
-    """Print the error, once a host unless ``every_rank``; returns its exit code."""
+def _report(error: UserError, every_rank: bool = False) -> int:
+    """Print the error, once per host unless ``every_rank``. Returns its exit code."""
     if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         rank = os.environ.get("RANK", "0")
         prefix = "" if rank == "0" else f"[rank {rank}] "
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
     else:
-        let_another_rank_tell()
+        wait_for_the_reporting_rank()
     return error.exit_code

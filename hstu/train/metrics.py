@@ -1,8 +1,8 @@
-"""Exact metrics of ranking and retrieval, computed in float64 from every prediction of the evaluation set.
+"""Exact metrics of ranking and retrieval, computed in float64 from all predictions of the evaluation set.
 
-Ties are midranks throughout: in an AUC two equal scores count one half, in retrieval a target stands in the middle
-of the items that score like it. A metric that the data does not define (one class only, nothing evaluated) is nan,
-and a warning says why.
+Ties get midranks: in an AUC two equal scores count one half, and in retrieval a target ranks in the middle of the items
+with the same score. A metric that the data does not define (one class only, nothing evaluated) is nan, and a warning
+gives the reason.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Gather = Callable[[np.ndarray], np.ndarray]
 
 
 def only_rank(array: np.ndarray) -> np.ndarray:
-    """The gather of a single process."""
+    """The gather for a single process."""
     return array
 
 
 def auc_by_group(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
     """Area under the ROC curve within each group, float64 [number of distinct groups], in ascending order of groups.
 
-    scores [N], positive bool [N], groups integer [N] (None: all are one group). nan where a group has one class.
+    scores [N], positive bool [N], groups integer [N] (None: one group). nan for a group with one class only.
     """
     if not len(scores):
         return np.zeros(0)
@@ -42,14 +42,14 @@ def auc_by_group(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray | 
     midranks = np.repeat(tie_starts + (tie_lengths + 1) / 2, tie_lengths)
     num_positive = np.add.reduceat(positive, group_starts, dtype=np.float64)
     num_negative = np.diff(group_starts, append=len(scores)) - num_positive
-    # Mann–Whitney: ranks within the group, less those that the positives would have among themselves.
+    # Mann–Whitney U: the ranks within the group minus the ranks of the positives among themselves.
     rank_sums = np.add.reduceat(midranks * positive, group_starts) - num_positive * group_starts
     with np.errstate(invalid="ignore"):
         return (rank_sums - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
 
 
 def _run_starts(*keys: np.ndarray) -> np.ndarray:
-    """Where, in sorted arrays of at least one element, a new combination of keys begins."""
+    """Indices at which a new combination of keys begins, in sorted arrays of at least one element."""
     changes = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
     return np.concatenate([[0], np.flatnonzero(changes) + 1])
 
@@ -60,7 +60,7 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def grouped_auc(scores: np.ndarray, positive: np.ndarray, users: np.ndarray) -> float:
-    """GAUC: mean of the users' AUCs weighted by their impressions; users with one class only are left out."""
+    """GAUC: mean of the AUCs of users with both classes, weighted by their impressions."""
     areas = auc_by_group(scores, positive, users)
     impressions = np.unique(users, return_counts=True)[1]
     defined = ~np.isnan(areas)
@@ -70,7 +70,7 @@ def grouped_auc(scores: np.ndarray, positive: np.ndarray, users: np.ndarray) -> 
 class RankingMetrics:
     """Collects predictions and computes AUC, AUC>=K, GAUC, LOGLOSS, NE and ACC over all of them.
 
-    Two kinds of labels, as in the ranking loss (last = width of the logits):
+    There are two kinds of labels, as in the ranking loss (last = width of the logits):
 
     tasks (``num_tasks`` = last): bit t of an action is the label of task t. AUC and GAUC are also given per task,
     as ``AUC/task0`` …; every metric is the mean over the tasks.
@@ -78,9 +78,9 @@ class RankingMetrics:
     classes (``num_tasks`` = None): class = action − ``label_offset``. AUC and GAUC are one-vs-rest, the mean over
     the classes that have both positives and negatives. ``AUC>=K`` is the AUC of P(action >= K), for star ratings.
 
-    LOGLOSS is the mean cross entropy in nats; NE is LOGLOSS over the entropy of the mean label, that is over the
-    LOGLOSS of a model that always predicts the base rate (He et al., ADKDD 2014); ACC is the share of correct
-    predictions (tasks: P > 1/2). GAUC: Zhou et al., KDD 2018.
+    LOGLOSS is the mean cross entropy in nats. NE is LOGLOSS divided by the LOGLOSS of a model that always predicts the
+    base rate (He et al., ADKDD 2014). ACC is the share of correct predictions (tasks: P > 1/2). GAUC: Zhou et al.,
+    KDD 2018.
     """
 
     def __init__(self, names: Sequence[str], *, num_tasks: int | None, label_offset: int = 0) -> None:
@@ -90,12 +90,12 @@ class RankingMetrics:
         self._chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def update(self, logits: np.ndarray, actions: np.ndarray, users: np.ndarray) -> None:
-        """Add M predictions: logits float [M, last], actions int [M], users int [M] (any ids equal within a user)."""
+        """Add M predictions: logits float [M, last], actions int [M], users int [M] (any id per user)."""
         self._chunks.append((logits.astype(np.float32), actions.astype(np.int64), users.astype(np.int64)))
 
     def compute(self, gather: Gather = only_rank) -> dict[str, float]:
-        """All metrics over the predictions of all ranks. Collective; every rank gets the same numbers."""
-        if not self._chunks:  # then no rank has any: all see equally many batches
+        """All metrics over the predictions of all ranks, the same on every rank. Collective."""
+        if not self._chunks:  # then no rank has any: all get equally many batches
             return self._undefined("the evaluation set has no batches")
         logits, actions, users = (gather(np.concatenate(parts)) for parts in zip(*self._chunks, strict=True))
         if not len(actions):
@@ -148,10 +148,10 @@ class RankingMetrics:
 
 @dataclass(frozen=True)
 class _Labelled:
-    """Predictions and labels as columns: one a task, or one a class of a single task."""
+    """Predictions and labels as columns: one per task, or one per class of a single task."""
 
     scores: np.ndarray
-    """float64 [M, columns]: logits of the tasks, probabilities of the classes."""
+    """float64 [M, columns]: logits of tasks or probabilities of classes."""
     positive: np.ndarray
     """bool [M, columns]"""
     log_losses: np.ndarray
@@ -200,7 +200,7 @@ def _entropy(rates: np.ndarray) -> np.ndarray:
 
 
 def _mean_of_defined(name: str, values: np.ndarray) -> float:
-    """Mean over the tasks or classes for which a metric is defined; nan and a warning where there are none."""
+    """Mean over the tasks or classes for which a metric is defined; nan and a warning if there are none."""
     defined = values[~np.isnan(values)]
     if not len(defined):
         logger.warning("%s is undefined (nan): the labels of the evaluation set are all of one class", name)
@@ -209,15 +209,15 @@ def _mean_of_defined(name: str, values: np.ndarray) -> float:
 
 
 def retrieval_metrics(names: Sequence[str], ranks: np.ndarray) -> dict[str, float]:
-    """Means over queries of HR@K, NDCG@K, MRR@K and MRR, from the targets' ranks (1 is best; ties are midranks).
+    """Means over queries of HR@K, NDCG@K, MRR@K and MRR, from the ranks of the targets (1 is best, ties: midranks).
 
     HR@K: rank <= K. NDCG@K: 1 / log2(rank + 1) and MRR@K: 1 / rank, both 0 beyond K. MRR: no K.
-    nan, and a warning, without any query.
+    Without any query: nan and a warning.
     """
     if not len(ranks):
         logger.warning("metrics are undefined (nan): the evaluation set has no queries")
         return dict.fromkeys(names, nan)
-    ordered = np.sort(ranks.astype(np.float64))  # so that sums do not depend on which process had which query
+    ordered = np.sort(ranks.astype(np.float64))  # so that sums do not depend on the assignment of queries to ranks
     return {name: float(_gains(name, ordered).mean()) for name in names}
 
 

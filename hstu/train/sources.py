@@ -1,86 +1,89 @@
-"""Where a run's batches come from: a preprocessed store, or random data. One interface for the trainer."""
+"""The data of a run: batches from a preprocessed store or of random numbers, its tables, and how ranks share it."""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, RetrievalArgs, TrainerArgs
+from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs, RetrievalArgs
 from hstu.config.errors import ConfigError, DataError
+from hstu.config.problems import in_reading_order
+from hstu.config.rules.training import token_limit_admits
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
-from hstu.data.collate import Assembler, Collator, FeatureRoles, StoreReader, resolve_roles
-from hstu.data.datasets import predefined_embeddings, resolve_name
+from hstu.data.collate import Assembler, Collator, FeatureRoles, SkippedSamples, StoreReader, resolve_roles
+from hstu.data.datasets import resolve_name
+from hstu.data.datasets.embeddings import predefined_embeddings
 from hstu.data.loader import build_loader
-from hstu.data.micro import with_micro_batches
 from hstu.data.negatives import Negatives
-from hstu.data.sampler import BatchPlan, EvalSampler, SamplerPosition, TrainSampler
-from hstu.data.samples import SampleTable, StochasticLength
-from hstu.data.sequences import Split, build_samples
-from hstu.data.skipping import SkippedSamples
+from hstu.data.sampler import BatchPartition, EvalSampler, SamplerPosition, TrainSampler
+from hstu.data.samples import SampleTable, Split, StochasticLength, build_samples
 from hstu.data.store import SequenceStore
 from hstu.data.synthetic import SyntheticDataset
-from hstu.parallel.group import with_groups
+from hstu.model.inputs import SequenceFeatures
 from hstu.parallel.mesh import Mesh
-from hstu.train.sharing import choose_sharing
-from hstu.train.tables import check_rows, choose_tables
+from hstu.train.flops import FlopCounter
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Share:
-    """What a rank trains on in one step, by its lengths. item_lengths, num_candidates, num_labels: int64 [b]."""
+class SampleLengths(NamedTuple):
+    """The training samples by their lengths alone, in the order of the sample table; int64 [S] each."""
 
-    item_lengths: np.ndarray
-    num_candidates: np.ndarray
-    num_labels: np.ndarray
+    items: np.ndarray
+    """Items of the sequence, candidates included."""
+    candidates: np.ndarray
+    labels: np.ndarray
+    """Labelled items."""
 
 
 class BatchSource(ABC):
-    """Training and evaluation batches of this rank, and what the model must know of the data."""
+    """Training and evaluation batches of this rank, and what the model must know about the data.
+
+    Args:
+        config: the run.
+        mesh: this rank. None: rank 0 of ``world_size`` ranks that are not started.
+        world_size: ranks of the run, if ``mesh`` is None.
+    """
 
     roles: FeatureRoles
     tables: tuple[EmbeddingArgs, ...]
     cardinalities: dict[str, int]
-    """Ids of a feature lie in [0, cardinality)."""
+    """Ids of a feature are in [0, cardinality)."""
     max_items: int
     """Items of the longest sequence."""
+    train_lengths: SampleLengths
     batches_per_epoch: int
-    """Steps of one pass over the training data; with tokens_per_rank those of the first, others differ a little."""
+    """Steps of one pass over the training data. With tokens_per_rank: of the first pass; others differ a little."""
     eval_splits: tuple[Split, ...]
-    """What is evaluated while training; the first one selects the best model."""
+    """Splits evaluated during training. The first one selects the best model."""
     final_splits: tuple[Split, ...]
-    """What is evaluated after the last iteration."""
+    """Splits evaluated after the last iteration."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh | None, world_size: int) -> None:
+        self._config = config
+        self._rank, self._world_size = (0, world_size) if mesh is None else (mesh.rank, mesh.world_size)
+        self._pin_memory = mesh is not None and mesh.device.type == "cuda"
+        retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
+        self._negatives = Negatives.of(retrieval) if retrieval else None
+        self._wants_timestamps = config.network.position_encoding == "relative_bias"
+        self._wants_seen = retrieval is not None and retrieval.filter_seen
 
     @property
     @abstractmethod
     def least_action(self) -> int:
-        """The smallest action of the data, which must have an action feature."""
-
-    def train_shares(self, rank: int, steps: int) -> list[Share]:
-        """The shares of ``rank`` in the first ``steps`` steps of training, planned and not read."""
-        sampler = self._train_sampler(SamplerPosition())
-        sampler.rank = rank
-        return [self._share(plan) for plan in islice(sampler, steps)]
-
-    def _computed_in_parts(self, batches: Iterator[HSTUBatch], args: TrainerArgs, mesh: Mesh) -> Iterator[HSTUBatch]:
-        """Training batches with those of their group, and with their micro-batches."""
-        with_own_group = with_groups(batches, self.roles.item, mesh)
-        return with_micro_batches(with_own_group, args.gradient_accumulation_steps, self.roles.item)
+        """The smallest action in the data. The data must have an action feature."""
 
     @abstractmethod
-    def _train_sampler(self, position: SamplerPosition) -> TrainSampler: ...
-
-    @abstractmethod
-    def _share(self, plan: BatchPlan) -> Share: ...
+    def train_sampler(self, position: SamplerPosition) -> TrainSampler:
+        """The plan of training from ``position`` on: which samples make up which batch of this rank."""
 
     @abstractmethod
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
@@ -91,25 +94,18 @@ class BatchSource(ABC):
         """One pass over a split; equally many batches on every rank."""
 
 
-class _Wanted:
-    """What the configuration asks of every batch, whatever its source."""
+def open_source(config: RunConfig, mesh: Mesh | None = None, world_size: int = 1) -> BatchSource:
+    """The source that ``config`` names; see :class:`BatchSource` for a run that is not started.
 
-    def __init__(self, config: RunConfig) -> None:
-        retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
-        self.negatives = Negatives.of(retrieval) if retrieval else None
-        self.timestamps = config.network.position_encoding == "relative_bias"
-        self.seen = retrieval is not None and retrieval.filter_seen
-
-
-def open_source(config: RunConfig, mesh: Mesh) -> BatchSource:
-    """The source that the configuration names. Raises DataError where the data is missing, ConfigError on a misfit."""
+    Raises DataError for missing data and ConfigError for options that do not fit the data.
+    """
     if isinstance(config.dataset, BenchmarkDatasetArgs):
-        return RandomSource(config, config.dataset, mesh)
-    return StoreSource(config, config.dataset, mesh)
+        return RandomSource(config, config.dataset, mesh, world_size)
+    return StoreSource(config, config.dataset, mesh, world_size)
 
 
 def open_store(args: DatasetArgs) -> SequenceStore:
-    """The preprocessed data that ``args`` names: dataset_path, or tmp_data/<canonical name>."""
+    """The preprocessed data of ``args``: dataset_path, or tmp_data/<canonical name>."""
     name = resolve_name(args.dataset_name) or args.dataset_name
     return SequenceStore.open(args.dataset_path or Path("tmp_data") / name)
 
@@ -117,9 +113,9 @@ def open_store(args: DatasetArgs) -> SequenceStore:
 class StoreSource(BatchSource):
     """Real data: samples of a sequence store."""
 
-    def __init__(self, config: RunConfig, args: DatasetArgs, mesh: Mesh) -> None:
-        self._config, self._args, self._mesh = config, args, mesh
-        self._wanted = _Wanted(config)
+    def __init__(self, config: RunConfig, args: DatasetArgs, mesh: Mesh | None, world_size: int = 1) -> None:
+        super().__init__(config, mesh, world_size)
+        self._args = args
         self.store = open_store(args)
         self._eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
         self.roles = resolve_roles(self.store, args)
@@ -137,13 +133,14 @@ class StoreSource(BatchSource):
         trainer, no_label = config.trainer, int(config.task == "retrieval")
         self._stochastic_length = StochasticLength.of(args, trainer.seed, no_label)
         self._skipped = SkippedSamples(trainer.max_bad_rows) if trainer.bad_row_policy == "skip" else None
-        items = self._train_samples.stop - self._train_samples.start
-        self._sharing = choose_sharing(config, self.roles, self.max_items, items, self._train_samples.num_candidates)
-        self.batches_per_epoch = self._train_sampler(SamplerPosition()).batches_per_epoch
+        samples = self._train_samples
+        self.train_lengths = SampleLengths(samples.stop - samples.start, samples.num_candidates, samples.num_labels)
+        self._partition = choose_partition(config, self.roles, self.max_items, self.train_lengths)
+        self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
 
     @cached_property
     def least_action(self) -> int:
-        """See BatchSource. Reads the whole feature, once."""
+        """See BatchSource. Reads the whole feature once."""
         assert self.roles.action is not None
         return min(int(store.sequence(self.roles.action).min()) for store in (self.store, self._eval_store))
 
@@ -151,43 +148,40 @@ class StoreSource(BatchSource):
         """See BatchSource."""
         trainer = self._config.trainer
         collator = self._collator(self.store, self._train_samples, trainer.sequences_per_iteration, training=True)
-        batches = build_loader(
+        return build_loader(
             collator,
-            self._train_sampler(position),
+            self.train_sampler(position),
             workers=trainer.data_workers,
             prefetch=trainer.data_prefetch,
-            pin_memory=self._mesh.device.type == "cuda",
+            pin_memory=self._pin_memory,
         )
-        return self._computed_in_parts(batches, trainer, self._mesh)
 
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
         """See BatchSource."""
         trainer = self._config.trainer
-        if split not in self._eval_samples:  # the same at every evaluation
+        if split not in self._eval_samples:  # they are the same at every evaluation
             self._eval_samples[split] = self._samples(split)
         samples = self._eval_samples[split]
         collator = self._collator(self._eval_store, samples, trainer.eval_batch_size, training=False)
-        sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._mesh.rank, self._mesh.world_size)
-        batches = build_loader(collator, sampler, workers=trainer.data_workers, prefetch=trainer.data_prefetch)
-        return with_groups(batches, self.roles.item, self._mesh)
+        sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._rank, self._world_size)
+        return build_loader(collator, sampler, workers=trainer.data_workers, prefetch=trainer.data_prefetch)
 
     def history_batches(self, users: np.ndarray) -> Iterator[HSTUBatch]:
-        """The whole histories of ``users`` (rows of the store), in that order and without labels, on every rank."""
+        """The whole histories of ``users`` (rows of the store) in the given order, without labels, on every rank."""
         offsets = np.asarray(self.store.offsets())
         begin, stop = offsets[users], offsets[users + 1]
         nothing = np.zeros_like(stop)
         start = np.maximum(begin, stop - self.max_items)
-        # Nothing is held out, but a target makes these evaluation batches, for which no negatives are drawn.
+        # Nothing is held out. A target makes these evaluation batches, for which no negatives are drawn.
         samples = SampleTable(users, start, stop, nothing, nothing, target=stop - 1, history_begin=begin)
         batch_size = self._config.trainer.eval_batch_size
         collator = self._collator(self.store, samples, batch_size, training=False)
-        batches = build_loader(collator, EvalSampler(len(users), batch_size, rank=0, world_size=1))
-        return with_groups(batches, self.roles.item, self._mesh)
+        return build_loader(collator, EvalSampler(len(users), batch_size, rank=0, world_size=1))
 
     def _splits(self) -> tuple[tuple[Split, ...], tuple[Split, ...]]:
         if self._config.task == "ranking":
             return ("valid",), ("valid",)
-        # Without held-out validation items the published protocol evaluates on the last item throughout.
+        # Without held-out validation items the published protocol always evaluates on the last item.
         return (("valid",), ("valid", "test")) if self._args.valid_items else (("test",), ("test",))
 
     def _samples(self, split: Split) -> SampleTable:
@@ -198,43 +192,38 @@ class StoreSource(BatchSource):
             log.info("%s, %s: %s", store.path, split, ", ".join(f"{n} {name}" for name, n in samples.report.items()))
         return samples
 
-    def _train_sampler(self, position: SamplerPosition) -> TrainSampler:
-        trainer, mesh = self._config.trainer, self._mesh
+    def train_sampler(self, position: SamplerPosition) -> TrainSampler:
+        """See BatchSource."""
+        trainer = self._config.trainer
         return TrainSampler(
             len(self._train_samples),
             trainer.sequences_per_iteration,
-            mesh.rank,
-            mesh.world_size,
+            self._rank,
+            self._world_size,
             trainer.seed,
             self._args.shuffle,
             position,
-            self._sharing,
+            self._partition,
         )
 
-    def _share(self, plan: BatchPlan) -> Share:
-        samples, chosen = self._train_samples, plan.indices
-        lengths = samples.stop[chosen] - samples.start[chosen]
-        return Share(lengths, samples.num_candidates[chosen], samples.num_labels[chosen])
-
     def _collator(self, store: SequenceStore, samples: SampleTable, batch_size: int, *, training: bool) -> Collator:
-        # Roles and corpus are those of the data that is trained on, whichever store is read: a second one may
-        # have other features besides and fewer ids, which then fit the tables.
+        # Roles and corpus are those of the training data, whichever store is read: a second store may have further
+        # features and fewer ids, which fit the tables all the same.
         reader = StoreReader(
             store,
             samples,
             self.roles,
-            wants_timestamps=self._wanted.timestamps,
-            wants_seen=self._wanted.seen and not training,
+            wants_timestamps=self._wants_timestamps,
+            wants_seen=self._wants_seen and not training,
             recoding=self._recoding if store is not self.store else None,
             stochastic_length=self._stochastic_length if training else None,
         )
         corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed
-        negatives, task = self._wanted.negatives, self._config.task
-        assembler = Assembler(batch_size, task, self.roles, corpus_size, seed, negatives)
+        assembler = Assembler(batch_size, self._config.task, self.roles, corpus_size, seed, self._negatives)
         return Collator(reader, assembler, self._skipped)
 
     def _recode_eval_store(self) -> dict[str, np.ndarray]:
-        """Codes of the second store → codes of the first; a store numbers the raw ids that it has seen."""
+        """Codes of the second store → codes of the first. Each store numbers the raw ids that occur in it."""
         theirs, ours = self._eval_store, self.store
         recoding, problems = {}, []
         for name in self.roles.names:
@@ -243,13 +232,13 @@ class StoreSource(BatchSource):
                     recoding[name] = ours.encode(name, theirs.raw_ids(name))
                 except DataError as error:
                     raise DataError(
-                        f"DatasetArgs.eval_dataset_path: {theirs.path} has ids that the data trained on has not. "
-                        f"{error}. Preprocess what is trained on so that it has them, or do without the feature"
+                        f"DatasetArgs.eval_dataset_path: {theirs.path} has ids that the training data lacks. "
+                        f"{error}. Preprocess the training data so that it has them, or leave the feature out"
                     ) from error
             elif theirs.cardinality(name) > ours.cardinality(name):
                 problems.append(
                     f"DatasetArgs.eval_dataset_path: {name!r} is up to {theirs.cardinality(name) - 1} in {theirs.path} "
-                    f"and up to {ours.cardinality(name) - 1} in {ours.path}, which is trained on"
+                    f"and up to {ours.cardinality(name) - 1} in the training data, {ours.path}"
                 )
         if problems:
             raise ConfigError(problems)
@@ -259,8 +248,9 @@ class StoreSource(BatchSource):
 class RandomSource(BatchSource):
     """Random data in memory, to measure speed."""
 
-    def __init__(self, config: RunConfig, args: BenchmarkDatasetArgs, mesh: Mesh) -> None:
-        self._config, self._args, self._mesh = config, args, mesh
+    def __init__(self, config: RunConfig, args: BenchmarkDatasetArgs, mesh: Mesh | None, world_size: int = 1) -> None:
+        super().__init__(config, mesh, world_size)
+        self._args = args
         self._train = self._dataset("train", config.trainer.sequences_per_iteration)
         self._eval: dict[Split, SyntheticDataset] = {}
         self.roles = FeatureRoles(
@@ -274,44 +264,126 @@ class RandomSource(BatchSource):
         self.max_items = next(
             group.max_sequence_length for group in args.feature_args if args.item_feature_name in group.feature_names
         )
-        self._sharing = choose_sharing(config, self.roles, self.max_items, *self._train.lengths())
-        self.batches_per_epoch = self._train_sampler(SamplerPosition()).batches_per_epoch
+        self.train_lengths = SampleLengths(*self._train.lengths())
+        self._partition = choose_partition(config, self.roles, self.max_items, self.train_lengths)
+        self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
         self.eval_splits = self.final_splits = ("valid",)
 
     @property
     def least_action(self) -> int:
-        """See BatchSource. What is drawn may be any id of the table."""
+        """See BatchSource. Any id of the table may be drawn."""
         return 0
 
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""
-        batches = build_loader(self._train, self._train_sampler(position), pin_memory=self._mesh.device.type == "cuda")
-        return self._computed_in_parts(batches, self._config.trainer, self._mesh)
+        return build_loader(self._train, self.train_sampler(position), pin_memory=self._pin_memory)
 
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
         """See BatchSource."""
-        if split not in self._eval:  # a dataset keeps the batches that it has made
+        if split not in self._eval:  # a dataset keeps its batches
             self._eval[split] = self._dataset(split, self._config.trainer.eval_batch_size)
         dataset = self._eval[split]
-        return with_groups(build_loader(dataset, dataset.eval_sampler()), self.roles.item, self._mesh)
+        return build_loader(dataset, dataset.eval_sampler())
 
-    def _train_sampler(self, position: SamplerPosition) -> TrainSampler:
-        return self._train.train_sampler(position, self._sharing)
-
-    def _share(self, plan: BatchPlan) -> Share:
-        return Share(*self._train.lengths_of(plan.ordinals))
+    def train_sampler(self, position: SamplerPosition) -> TrainSampler:
+        """See BatchSource."""
+        return self._train.train_sampler(position, self._partition)
 
     def _dataset(self, split: Split, batch_size: int) -> SyntheticDataset:
-        wanted = _Wanted(self._config)
         return SyntheticDataset(
             self._args,
             self._config.task,
             batch_size=batch_size,
-            rank=self._mesh.rank,
-            world_size=self._mesh.world_size,
+            rank=self._rank,
+            world_size=self._world_size,
             seed=self._config.trainer.seed,
             split=split,
-            negatives=wanted.negatives,
-            wants_timestamps=wanted.timestamps,
-            wants_seen=wanted.seen,
+            negatives=self._negatives,
+            wants_timestamps=self._wants_timestamps,
+            wants_seen=self._wants_seen,
         )
+
+
+def choose_partition(
+    config: RunConfig, roles: FeatureRoles, max_items: int, lengths: SampleLengths
+) -> BatchPartition | None:
+    """How global batches are divided among data-parallel ranks; None for contiguous slices of equal counts.
+
+    Raises ConfigError if the longest sequence that ``max_items`` allows has more tokens than a rank may have.
+    """
+    trainer, network = config.trainer, config.network
+    if trainer.tokens_per_rank is None and not trainer.enable_balanced_shuffler:
+        return None
+    longest = SequenceFeatures(roles.item, roles.action, roles.contextual, max_items).max_tokens(network)
+    length = f"max_sequence_length ({max_items} items and {len(roles.contextual)} contextual features)"
+    if problems := list(token_limit_admits(config, longest, length)):
+        raise ConfigError(in_reading_order(problems))
+    loads = FlopCounter(network, roles).per_sequence(lengths.items, lengths.candidates)
+    if trainer.tokens_per_rank is not None:
+        log.info(
+            "dynamic batching: at most %d tokens per rank, sequences of %.1f tokens on average",
+            trainer.tokens_per_rank,
+            float(loads.tokens.mean()) if len(loads.tokens) else 0.0,
+        )
+    return BatchPartition(loads, trainer.enable_balanced_shuffler, trainer.tokens_per_rank)
+
+
+def choose_tables(
+    by_hand: Sequence[EmbeddingArgs], predefined: Sequence[EmbeddingArgs], features: Sequence[str]
+) -> tuple[EmbeddingArgs, ...]:
+    """One table for each of ``features``: the one given by hand, or else the predefined one.
+
+    Raises ConfigError for a feature without a table, for a table of a feature that the data does not have, and for
+    two tables with one name.
+    """
+    problems = []
+    for table in by_hand:
+        unknown = [name for name in table.feature_names if name not in features]
+        if unknown:
+            problems.append(
+                f"EmbeddingArgs of table {table.table_name!r}: the data has no feature "
+                f"{', '.join(map(repr, unknown))}; it has {', '.join(features)}"
+            )
+    given = {name for table in by_hand for name in table.feature_names}
+    tables = list(by_hand)
+    for table in predefined:
+        left = [name for name in table.feature_names if name in features and name not in given]
+        if left:
+            tables.append(replace(table, feature_names=left))
+    names = [table.table_name for table in tables]
+    problems += [
+        f"two tables are called {name!r}: rename the one given by hand (EmbeddingArgs.table_name)"
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
+    served = {name for table in tables for name in table.feature_names}
+    for name in features:
+        if name not in served:
+            problems.append(f"feature {name!r} has no table: give an EmbeddingArgs with feature_names = [{name!r}]")
+    if problems:
+        raise ConfigError(problems)
+    return tuple(tables)
+
+
+def check_rows(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int]) -> None:
+    """Raise ConfigError for a static table that cannot hold every id of its features. A dynamic one takes any id.
+
+    ``cardinalities``: ids of a feature are in [0, cardinality).
+    """
+    problems = []
+    for table in tables:
+        rows = table.item_vocab_size_or_capacity
+        for name in table.feature_names:
+            ids = cardinalities[name]
+            if ids > rows and not isinstance(table, DynamicEmbeddingArgs):
+                problems.append(
+                    f"EmbeddingArgs of table {table.table_name!r}: item_vocab_size_or_capacity = {rows}, but feature "
+                    f"{name!r} has {ids} ids; it must be at least {ids}, or the table a DynamicEmbeddingArgs"
+                )
+    if problems:
+        raise ConfigError(problems)
+
+
+def is_dynamic(tables: Sequence[EmbeddingArgs], feature: str) -> bool:
+    """Whether the table of ``feature`` is dynamic, so that some ids have no row."""
+    return any(isinstance(table, DynamicEmbeddingArgs) and feature in table.feature_names for table in tables)

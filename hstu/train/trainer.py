@@ -1,21 +1,24 @@
-"""The training loop: step, log, evaluate, save, until the last iteration."""
+"""The run: restore, train, log, evaluate, save, until the last iteration."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
+import torch.distributed as dist
 
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import TrainerArgs
 from hstu.data.batch import HSTUBatch
 from hstu.data.sampler import SamplerPosition
-from hstu.data.sequences import Split
+from hstu.data.samples import Split
 from hstu.observe.logging import ProgressBar, format_eval, format_train
 from hstu.observe.profiler import Profiler
 from hstu.observe.records import EvalRecord, TrainRecord
@@ -23,22 +26,22 @@ from hstu.observe.run_directory import RunDirectory
 from hstu.observe.throughput import Throughput, ThroughputMeter, memory_bytes
 from hstu.optim.schedule import Schedule
 from hstu.parallel.collectives import sum_over_ranks
-from hstu.parallel.dynamic.report import describe, take_reports
-from hstu.parallel.embedding import dynamic_tables
+from hstu.parallel.dynamic.table import describe_report, pop_reports
 from hstu.parallel.mesh import Mesh
-from hstu.pipeline.base import TrainPipeline
-from hstu.train.evaluator import Evaluator
+from hstu.parallel.tables import dynamic_tables
+from hstu.pipeline.finite import NonFiniteStep
+from hstu.pipeline.none import TrainPipeline
+from hstu.train.evaluate import Evaluator
+from hstu.train.flops import FlopCounter
 from hstu.train.history import MetricsHistory, RunningLoss, Selection
 from hstu.train.sources import BatchSource
-from hstu.train.stop import Stopped, StopSignal
-from hstu.train.work import StepWork
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Trainer:
-    """Everything a run needs, handed in ready by the builder; ``train`` is the run."""
+    """All parts of a run, built by hstu.train.builder; ``train`` is the run."""
 
     args: TrainerArgs
     mesh: Mesh
@@ -50,107 +53,102 @@ class Trainer:
     state: TrainState
     run_directory: RunDirectory
     meter: ThroughputMeter
-    work: StepWork
+    flop_counter: FlopCounter
     total_iters: int
 
     def __post_init__(self) -> None:
         self._begun = time.monotonic()
         self._running_loss = RunningLoss(self.mesh.device)
         self._history = MetricsHistory()
+        self._loss_scale = self.pipeline.step.loss_scale
         self.state.carried |= {"history": self._history, "running_loss": self._running_loss}
-        if self.pipeline.loss_scale is not None:
-            self.state.carried["loss_scale"] = self.pipeline.loss_scale
-        args = self.args
-        split = self.source.eval_splits[0]
+        if self._loss_scale is not None:
+            self.state.carried["loss_scale"] = self._loss_scale
+        args, split = self.args, self.source.eval_splits[0]
         self._selection = Selection(args.best_metric, args.best_metric_mode, split, args.early_stop_patience)
         self._last_throughput: Throughput | None = None
         self._stop = StopSignal(self.mesh)
         self.evaluator.between_batches = self._stop.raise_if_received
 
     def train(self) -> None:
-        """Run to the last iteration, or until best_metric stays as it is, or until SIGTERM; the summary says which."""
+        """Run to the last iteration, to the end of best_metric's patience, or to SIGTERM. The summary says which."""
         self._stop.install()
         if self.args.gc_interval:
             gc.disable()
         status = "failed"
         try:
-            with self.mesh.progress.during("restoring a checkpoint"):
-                self.checkpoints.restore(self.state)
-                if self.args.ckpt_save_interval > 0:
-                    self.checkpoints.claim()
-            self._selection.follow(self._history)
+            self._restore()
             try:
-                self._run()
+                if self.args.eval_at_start or self._missed_evaluation():
+                    self.evaluate(self.source.eval_splits)
+                self._train_loop()
+                if self.args.eval_at_end:
+                    self._evaluate_at_end()
                 ended = "done" if self.state.iteration == self.total_iters else "stopped early"
             except Stopped:
                 log.warning("SIGTERM: stopping after iteration %d", self.state.iteration)
                 self._save()
                 ended = "stopped"
-            with self.mesh.progress.during("saving a checkpoint"):
+            with self.mesh.heartbeat.during("saving a checkpoint"):
                 self.checkpoints.wait()
             status = ended
+        except NonFiniteStep as error:
+            self.state.iteration = error.iteration - 1  # a GPU may have counted the bad step already
+            raise
         finally:
             gc.enable()
             self._summarise(status)
 
-    def _run(self) -> None:
-        if self.args.eval_at_start or self._lacks_an_evaluation():
-            self.evaluate(self.source.eval_splits)
-        self._iterate()
-        if self.args.eval_at_end:
-            iteration = self.state.iteration
-            splits = (split for split in self.source.final_splits if not self._history.has(split, iteration))
-            self.evaluate(tuple(splits))
+    def _restore(self) -> None:
+        with self.mesh.heartbeat.during("restoring a checkpoint"):
+            self.checkpoints.restore(self.state)
+            if self.args.ckpt_save_interval > 0:
+                self.checkpoints.claim()
+        self._selection.follow(self._history)
 
-    def _lacks_an_evaluation(self) -> bool:
-        """Whether the run that saved the checkpoint ended where it would have evaluated, had it gone on."""
-        iteration = self.state.iteration
-        is_due = 0 < iteration < self.total_iters and iteration % self.args.eval_interval == 0
-        return is_due and not self._history.has(self.source.eval_splits[0], iteration)
-
-    def _iterate(self) -> None:
-        """Train to the last iteration, which may be that in which the metric has not improved for long enough."""
-        batches = self.meter.timed(self._loaded(self.source.train_batches(self.state.position)))
+    def _train_loop(self) -> None:
+        """Train until the last iteration or until best_metric has not improved for long enough."""
+        batches = self.meter.timed(self._load(self.source.train_batches(self.state.position)))
         args, path = self.args, self.run_directory.path
         profiler = Profiler(
             path, args.profile_step_start, args.profile_step_end, rank=self.mesh.rank, enabled=args.profile
         )
-        progress = ProgressBar(
-            self.total_iters, args.progress_bar, visible=self.mesh.is_main, initial=self.state.iteration
-        )
-        with profiler, progress:
+        bar = ProgressBar(self.total_iters, args.progress_bar, visible=self.mesh.is_main, initial=self.state.iteration)
+        with profiler, bar:
             while self.state.iteration < self.total_iters and not self._selection.is_exhausted:
                 profiler.step(self.state.iteration)
-                self._step(batches)
-                progress.update()
-                self._after_step(progress)
+                self._train_step(batches)
+                bar.update()
+                self._after_step(bar)
                 self.checkpoints.poll()
                 self._stop.raise_if_received()
+        self.pipeline.resolve()
 
-    def _loaded(self, batches: Iterator[HSTUBatch]) -> Iterator[HSTUBatch]:
+    def _load(self, batches: Iterator[HSTUBatch]) -> Iterator[HSTUBatch]:
         while True:
-            with self.mesh.progress.during("loading a batch"):
+            with self.mesh.heartbeat.during("loading a batch"):
                 batch = next(batches, None)
             if batch is None:
                 return
             yield batch
 
-    def _step(self, batches: Iterator[HSTUBatch]) -> None:
-        self.mesh.progress.mark("training step", self.state.iteration + 1)
+    def _train_step(self, batches: Iterator[HSTUBatch]) -> None:
+        self.mesh.heartbeat.mark("training step", self.state.iteration + 1)
         multiplier = self.schedule.multiplier(self.state.iteration, self.total_iters, self.source.batches_per_epoch)
         self.state.optimizers.set_lr_multiplier(multiplier)
         result = self.pipeline.progress(batches)
         self.state.iteration += 1
-        self.state.position = result.batch.position or SamplerPosition()  # only a batch made by hand has none
+        self.state.position = result.batch.position or SamplerPosition()  # a batch made by hand has none
         self._running_loss.add(result.loss)
-        tokens, flops = self.work.of(result.batch)
+        tokens, flops = self.flop_counter.count(result.batch)
         self.meter.add(samples=result.batch.real_batch_size, tokens=tokens, flops=flops)
 
-    def _after_step(self, progress: ProgressBar) -> None:
+    def _after_step(self, bar: ProgressBar) -> None:
+        """Log, evaluate, save and collect garbage where an interval ends."""
         iteration, args = self.state.iteration, self.args
         last = iteration == self.total_iters
         if iteration % args.log_interval == 0 or last:
-            self._log(progress)
+            self._log(bar)
         if iteration % args.eval_interval == 0 and not (last and args.eval_at_end):
             self.evaluate(self.source.eval_splits)
         if self._selection.is_exhausted and not last:
@@ -159,43 +157,18 @@ class Trainer:
                 "%s has been at its best at iteration %s: stopping early", args.best_metric, self._selection.iteration
             )
             if self._running_loss.steps:
-                self._log(progress)
+                self._log(bar)
         if args.ckpt_save_interval > 0 and (iteration % args.ckpt_save_interval == 0 or (last and args.save_at_end)):
             self._save()
         if args.gc_interval and iteration % args.gc_interval == 0:
             gc.collect()
 
-    def evaluate(self, splits: tuple[Split, ...]) -> None:
-        """Evaluate on each of ``splits`` and record the metrics; training state is left as it was.
-
-        Raises Stopped where SIGTERM comes before all of a split has been seen; what was not recorded is done anew by
-        the run that goes on from the checkpoint.
-        """
-        for split in splits:
-            begun = time.monotonic()
-            during = self.mesh.progress.during(f"evaluating on {split}")
-            averaged = self.state.optimizers.averaged_weights()
-            with self.meter.paused(), self.pipeline.evaluation(), averaged, during:
-                metrics = self.evaluator.evaluate(self.source.eval_batches(split))
-            record = EvalRecord(iteration=self.state.iteration, epoch=self._epoch(), split=split, metrics=metrics)
-            is_new = not self._history.has(split, self.state.iteration)
-            self._history.add(record)
-            self.run_directory.write_eval(record)
-            log.info(format_eval(record, time.monotonic() - begun))
-            if is_new and split == self._selection.split and self._selection.follow(self._history):
-                self._keep_best()
-
-    def _keep_best(self) -> None:
-        if self.args.ckpt_save_interval > 0:
-            self._save()
-            with self.meter.paused(), self.mesh.progress.during("saving a checkpoint"):
-                self.checkpoints.keep(self.state.iteration)
-
-    def _log(self, progress: ProgressBar) -> None:
-        loss = self._running_loss.take()
+    def _log(self, bar: ProgressBar) -> None:
+        self.pipeline.resolve()
+        loss = self._running_loss.pop()
         rates = self.meter.take(self._sum_over_ranks, self.mesh.world_size)
         self._last_throughput = rates
-        scale = self.pipeline.loss_scale
+        scale = self._loss_scale
         record = TrainRecord(
             iteration=self.state.iteration,
             epoch=self._epoch(),
@@ -209,19 +182,57 @@ class Trainer:
             memory_bytes=memory_bytes(self.mesh.device),
             time_s=time.monotonic() - self._begun,
             loss_scale=None if scale is None else scale.value,
-            skipped_steps=None if scale is None else scale.take_skipped(),
-            tables=take_reports(dynamic_tables(self.state.model), self._sum_over_ranks),
+            skipped_steps=None if scale is None else scale.pop_skipped_steps(),
+            tables=pop_reports(dynamic_tables(self.state.model), self._sum_over_ranks),
         )
         self.run_directory.write_train(record)
         eta_s = (self.total_iters - self.state.iteration) * rates.step_s
         log.info(format_train(record, self.total_iters, eta_s))
         for table, report in record.tables.items():
-            log.info(describe(table, report))
-        progress.show(loss=loss)
+            log.info(describe_report(table, report))
+        bar.show(loss=loss)
+
+    def evaluate(self, splits: tuple[Split, ...]) -> None:
+        """Evaluate on each of ``splits`` and record the metrics. The training state stays as it is.
+
+        Raises Stopped if SIGTERM arrives before all of a split has been seen. The run that goes on from the checkpoint
+        evaluates such a split again.
+        """
+        self.pipeline.resolve()
+        for split in splits:
+            begun = time.monotonic()
+            during = self.mesh.heartbeat.during(f"evaluating on {split}")
+            averaged = self.state.optimizers.averaged_weights()
+            with self.meter.paused(), self.pipeline.evaluation(), averaged, during:
+                metrics = self.evaluator.evaluate(self.source.eval_batches(split))
+            record = EvalRecord(iteration=self.state.iteration, epoch=self._epoch(), split=split, metrics=metrics)
+            is_new = not self._history.has(split, self.state.iteration)
+            self._history.add(record)
+            self.run_directory.write_eval(record)
+            log.info(format_eval(record, time.monotonic() - begun))
+            if is_new and split == self._selection.split and self._selection.follow(self._history):
+                self._keep_best()
+
+    def _missed_evaluation(self) -> bool:
+        """Whether the run that saved the checkpoint would have evaluated next."""
+        iteration = self.state.iteration
+        is_due = 0 < iteration < self.total_iters and iteration % self.args.eval_interval == 0
+        return is_due and not self._history.has(self.source.eval_splits[0], iteration)
+
+    def _evaluate_at_end(self) -> None:
+        splits = self.source.final_splits
+        self.evaluate(tuple(split for split in splits if not self._history.has(split, self.state.iteration)))
+
+    def _keep_best(self) -> None:
+        if self.args.ckpt_save_interval > 0:
+            self._save()
+            with self.meter.paused(), self.mesh.heartbeat.during("saving a checkpoint"):
+                self.checkpoints.mark_best(self.state.iteration)
 
     def _save(self) -> None:
+        self.pipeline.resolve()
         if self.args.ckpt_save_interval > 0 and self.checkpoints.newest_iteration != self.state.iteration:
-            with self.meter.paused(), self.mesh.progress.during("saving a checkpoint"):
+            with self.meter.paused(), self.mesh.heartbeat.during("saving a checkpoint"):
                 self.checkpoints.save(self.state)
 
     def _epoch(self) -> float:
@@ -234,25 +245,45 @@ class Trainer:
 
     def _summarise(self, status: str) -> None:
         rates = self._last_throughput
-        throughput = (
-            {}
-            if rates is None
-            else {
-                "samples_per_s": rates.samples_per_s,
-                "tokens_per_s": rates.tokens_per_s,
-                "tflops": rates.tflops,
-                "mfu": rates.mfu,
-            }
-        )
+        names = ("samples_per_s", "tokens_per_s", "tflops", "mfu")
         best = {} if self._selection.metric is None else {"best": self._selection.as_json()}
         self.run_directory.write_summary(
             status=status,
             iterations=self.state.iteration,
-            last_metrics=self._history.last,
             best_metrics=self._history.best,
-            throughput=throughput,
+            last_metrics=self._history.last,
+            throughput={} if rates is None else {name: getattr(rates, name) for name in names},
             seconds=time.monotonic() - self._begun,
             **best,
         )
         self.run_directory.draw_curves()
         self.run_directory.close()
+
+
+class Stopped(Exception):
+    """SIGTERM has arrived. Raised on all ranks alike, between two steps or two batches of an evaluation."""
+
+
+class StopSignal:
+    """Ends a run cleanly, with exit code 0, when a scheduler sends SIGTERM to any rank."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._received = False
+
+    def install(self) -> None:
+        """Handle SIGTERM in this process."""
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, _signum: int, _frame: FrameType | None) -> None:
+        self._received = True
+
+    def raise_if_received(self) -> None:
+        """Raise Stopped on all ranks once any rank has received the signal. Collective on host memory."""
+        received = self._received
+        if self._mesh.world_size > 1:
+            flag = torch.tensor([int(received)])
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._mesh.world_group)
+            received = bool(flag.item())
+        if received:
+            raise Stopped

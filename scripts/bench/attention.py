@@ -1,18 +1,17 @@
-"""Time HSTU attention beside padded attention written the plain way, compiled, and softmax attention of PyTorch.
+"""Time HSTU attention beside padded attention in plain PyTorch, the same compiled, and PyTorch's softmax attention.
 
     python scripts/bench/attention.py [--device cuda] [--dtype bfloat16] [--output docs/benchmarks/attention/cpu.json]
 
-"lengths": batches of equally long sequences, causal. "distributions": batches whose sum of n² is the same, all equal,
-uniform, and one long sequence among short ones: what padding adds. Operations are counted as NVIDIA recsys-examples
-count them, 2 · H · n² · d a sequence forward (half of two products), 2.5 times that backward, for softmax as well and
-without what padding adds. All in turn, in one process, with what the device can do before and after.
-With --output FILE.json also draws FILE.png.
+"lengths" has batches of equally long sequences with a causal mask. "distributions" has batches with the same sum of n²:
+lengths all equal, uniform, and one long sequence among short ones, which shows the cost of padding. Operations are
+counted as NVIDIA recsys-examples counts them, for softmax as well: 2 · H · n² · d per sequence forward (half of two
+products) and 2.5 times that backward, without those that padding adds. All variants run in turn in one process. The
+limits of the device are measured before and after. With --output FILE.json it also draws FILE.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,34 +20,58 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from harness import (
+    Panel,
+    Pass,
+    Row,
+    begin,
+    ceiling,
+    compiled,
+    draw,
+    finish,
+    name_of,
+    operator_command_line,
+    rates,
+    time_passes,
+)
+from padded_baseline import padded_attention
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
-
-from padded_baseline import padded_attention
-from timing import Panel, Pass, Row, begin, ceiling, compiled, draw, finish, name_of, parser, rates, time_passes
-
-from hstu.ops.attention import hstu_attention
-from hstu.ops.backends import Backend
-from hstu.ops.layout import JaggedLayout, build_layout
-from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
+from hstu.ops.costs import attention_flops
+from hstu.ops.functional import hstu_attention
+from hstu.ops.layout import build_layout
+from hstu.ops.select import resolve_kernels
+from hstu.ops.types import (
+    NUM_TIME_BUCKETS,
+    AttentionConfig,
+    Backend,
+    JaggedLayout,
+    Kernels,
+    KernelShapes,
+    RelativeBias,
+)
 
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {"length": [128, 256, 512, 1024, 2048], "tokens": 8192, "heads": 2, "head_dim": 64},
     "cuda": {"length": [512, 1024, 2048, 4096, 8192, 16384], "tokens": None, "heads": 4, "head_dim": 256},
 }
-"""What is measured unless said otherwise; the GPU's is the shape that NVIDIA publishes, with 32 sequences."""
+"""Default options for each device. On a GPU, they are the shape of NVIDIA's published numbers."""
 SEQUENCES = 32
-"""Where the number of tokens is not given."""
+"""Sequences of a batch where --tokens is not given."""
 MOST_SCORES = {"cpu": 1 << 28, "cuda": 1 << 30}
-"""Padded attention is left out where it would have more of them, [B, H, N, N]."""
+"""Padded attention is left out where its scores [B, H, N, N] would have more elements."""
 BACKENDS = {"cpu": (Backend.CPU, Backend.PYTORCH), "cuda": (Backend.CUTLASS, Backend.TRITON)}
 LABELS = {Backend.CPU: "ours, C++", Backend.PYTORCH: "ours, PyTorch"}
 
 
+def kernels_of(backend: Backend, width: int, dtype: torch.dtype = torch.float32, has_bias: bool = False) -> Kernels:
+    """The kernels of a backend for one head, rows and vectors of ``width`` channels."""
+    return resolve_kernels(backend, KernelShapes(width, 1, width, width, dtype, has_bias))
+
+
 @dataclass(frozen=True)
 class Shape:
-    """The sequences of a batch and the heads that attend to them."""
+    """Lengths of the sequences of a batch, and the heads."""
 
     lengths: np.ndarray
     heads: int
@@ -66,11 +89,11 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of forward."""
-        return 2 * self.heads * self.head_dim * self.pairs
+        """Floating-point operations of forward."""
+        return int(attention_flops(self.lengths, np.zeros_like(self.lengths), self.heads, self.head_dim).sum())
 
     def layout(self, device: torch.device, item_times: Tensor | None = None) -> JaggedLayout:
-        """Items only."""
+        """The layout of a batch of items without context and candidates."""
         return build_layout(
             item_lengths=self.lengths,
             num_sequences=len(self.lengths),
@@ -84,7 +107,7 @@ class Shape:
 
 
 def movielens_lengths(batch_size: int, rng: np.random.Generator, longest: int = 200, mean: int = 107) -> np.ndarray:
-    """Lengths with the mean and the bound of ML-1M histories, many of them cut at the bound."""
+    """Random lengths with the mean and the maximum of ML-1M histories; many are at the maximum."""
     lengths = np.clip(rng.lognormal(mean=4.6, sigma=0.95, size=batch_size), 10, longest).astype(np.int64)
     surplus = int(lengths.sum()) - mean * batch_size
     while surplus:
@@ -97,12 +120,12 @@ def movielens_lengths(batch_size: int, rng: np.random.Generator, longest: int = 
 
 
 def movielens_times(lengths: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """Seconds, int64 [Σ lengths], some minutes to months apart."""
+    """Times of items in seconds, int64 [Σ lengths], a second to months apart."""
     return torch.from_numpy(np.cumsum(np.exp(rng.uniform(0, 16, int(lengths.sum()))).astype(np.int64)))
 
 
 def distributions(longest: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Lengths of three batches with (almost) the same sum of n²: that of 16 sequences of half of ``longest``."""
+    """Lengths of three batches with almost equal sums of n². The first has 16 sequences of half of ``longest``."""
     equal = np.full(16, longest // 2)
     target = int((equal**2).sum())
 
@@ -123,16 +146,15 @@ def distributions(longest: int, rng: np.random.Generator) -> dict[str, np.ndarra
 def passes_of(
     shape: Shape, dtype: torch.dtype, device: torch.device, with_compiled: Callable[..., Tensor] | None
 ) -> dict[str, Pass]:
-    """Everything that attends over ``shape``; what PyTorch is given is padded already."""
+    """All variants for ``shape``. The padded variants get padded inputs: padding itself is not timed."""
     alpha, longest = shape.head_dim**-0.5, int(shape.lengths.max())
     tokens, layout = int(shape.lengths.sum()), shape.layout(device)
     projected = torch.randn(tokens, shape.heads, 4, shape.head_dim, dtype=dtype, device=device)
     _, v, q, k = (part.requires_grad_() for part in projected.unbind(2))  # views of a projection, as the layer makes
 
     def ours(backend: Backend) -> Pass:
-        return Pass(
-            lambda: hstu_attention(q, k, v, layout, alpha=alpha, scaling_seqlen=longest, backend=backend), [q, k, v]
-        )
+        config, kernels = AttentionConfig(alpha, longest), kernels_of(backend, shape.head_dim, dtype).attention
+        return Pass(lambda: hstu_attention(q, k, v, layout, config, None, kernels), [q, k, v])
 
     passes = {LABELS.get(backend, f"ours, {backend.value}"): ours(backend) for backend in BACKENDS[device.type]}
     size = (len(shape.lengths), longest, shape.heads, shape.head_dim)
@@ -156,7 +178,7 @@ def passes_of(
 def measure(
     shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int, with_compiled: Callable[..., Tensor] | None
 ) -> list[Row]:
-    """A row a variant."""
+    """One row per variant."""
     measured = time_passes(passes_of(shape, dtype, device, with_compiled), device, rounds)
     return [
         rates({"variant": name, "dtype": name_of(dtype), **times}, shape.flops, 2.5 * shape.flops, "gflops")
@@ -165,7 +187,7 @@ def measure(
 
 
 def movielens(device: torch.device, rounds: int) -> list[Row]:
-    """Ours at the shape of ML-1M retrieval, with and without its relative bias: 128 sequences, one head of 50."""
+    """Our kernels on 128 sequences of ML-1M lengths with one head of 50, with and without a relative bias."""
     rng = np.random.default_rng(0)
     shape = Shape(movielens_lengths(128, rng), 1, 50)
     layout = shape.layout(device, movielens_times(shape.lengths, rng))
@@ -173,7 +195,8 @@ def movielens(device: torch.device, rounds: int) -> list[Row]:
     weights = [torch.randn(n, requires_grad=True) for n in (2 * 200 - 1, NUM_TIME_BUCKETS)]
 
     def attend(backend: Backend, bias: RelativeBias | None) -> Tensor:
-        return hstu_attention(q, k, v, layout, alpha=0.14, scaling_seqlen=200, bias=bias, backend=backend)
+        kernels = kernels_of(backend, 50, has_bias=bias is not None).attention
+        return hstu_attention(q, k, v, layout, AttentionConfig(0.14, 200), bias, kernels)
 
     passes = {}
     for backend in BACKENDS[device.type]:
@@ -196,16 +219,16 @@ def plot(report: Row, dtype: str, image: Path) -> None:
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in report["lengths"]:
             lines.setdefault(row["variant"], []).append((row["length"], row[f"{way}_gflops"]))
-        panels.append(Panel(way, "tokens a sequence", "GFLOPS", lines, limit))
+        panels.append(Panel(way, "tokens per sequence", "GFLOPS", lines, limit))
     draw(panels, image, f"Attention, {dtype}, {report['device']}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, with the shape of the device where nothing else is said."""
-    add = (commands := parser(__doc__)).add_argument
+    """The command line, completed by the default shape of the device."""
+    add = (commands := operator_command_line(__doc__)).add_argument
     add("--dtype", choices=("float32", "bfloat16"))
     add("--length", type=int, nargs="+")
-    add("--tokens", type=int, help="of a batch; without: 32 sequences")
+    add("--tokens", type=int, help="of a batch (default on a GPU: 32 sequences)")
     add("--heads", type=int)
     add("--head-dim", type=int)
     options = commands.parse_args(argv)

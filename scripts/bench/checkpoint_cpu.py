@@ -1,39 +1,32 @@
-"""How long training stands still for a checkpoint, waiting for it or not (ckpt_async), in turn; one JSON object.
+"""Measure how long a checkpoint stops training, with and without ckpt_async, in turn; prints one JSON object.
 
 python scripts/bench/checkpoint_cpu.py --directory DIR [--rows 250000 --hidden_size 256 --rounds 8]
 
-Random data, two sharded tables of --rows rows. In each round: a save that is waited for, some undisturbed steps, a
-save in the background and steps until that is committed. All checkpoints go to DIR, on the disk to be measured, with
-fsync and a SHA-256 of every file as in any run.
+The model has two sharded tables of --rows rows and random data. Each round has a save in the foreground, some
+undisturbed steps, and a save in the background with steps until it is committed. All checkpoints go to DIR, on the disk
+to be measured, with fsync and a SHA-256 of every file as in training.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import command_line, publish
+from pipeline_cpu import prepare as prepare_training
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
-
-from hstu.checkpoint.background import Background
 from hstu.checkpoint.state import TrainState
-from hstu.checkpoint.store import CheckpointStore
-from hstu.config.gin_io import load
+from hstu.checkpoint.store import BackgroundWriter, CheckpointStore
 from hstu.data.batch import HSTUBatch
-from hstu.data.sampler import SamplerPosition
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
-from hstu.pipeline.base import TrainPipeline
-from hstu.train.builder import build_model, build_pipeline
-from hstu.train.sources import open_source
+from hstu.pipeline.none import TrainPipeline
 
 
 def prepare(options: argparse.Namespace, mesh: meshes.Mesh) -> tuple[TrainState, TrainPipeline, Iterator[HSTUBatch]]:
@@ -51,15 +44,12 @@ def prepare(options: argparse.Namespace, mesh: meshes.Mesh) -> tuple[TrainState,
         f"NetworkArgs.kv_channels = {width // 4}",
         "NetworkArgs.dtype_str = 'float32'",
     ]
-    config = load(["configs/benchmark_ranking.gin"], bindings, "ranking")
-    source = open_source(config, mesh)
-    model, optimizers = build_model(config, source, mesh)
-    pipeline = build_pipeline(config.trainer, model, optimizers, mesh)
-    return TrainState(model, optimizers, config.operative_gin()), pipeline, source.train_batches(SamplerPosition())
+    run = prepare_training("configs/benchmark_ranking.gin", bindings, "ranking", mesh)
+    return TrainState(run.model, run.optimizers, run.config.operative_gin()), run.pipeline, run.batches()
 
 
 def seconds(part: Callable[[], Any]) -> float:
-    """How long it takes."""
+    """Duration of a call."""
     begun = time.perf_counter()
     part()
     return time.perf_counter() - begun
@@ -72,10 +62,10 @@ def spread(values: list[float], digits: int = 4) -> dict[str, float]:
 
 
 def measure(options: argparse.Namespace, mesh: meshes.Mesh) -> dict[str, Any]:
-    """All rounds."""
+    """Run all rounds and summarize them."""
     state, pipeline, batches = prepare(options, mesh)
     waiting = CheckpointStore(f"{options.directory}/waiting", "", mesh, keep_last=1)
-    beside = CheckpointStore(f"{options.directory}/beside", "", mesh, 1, Background(mesh, 600))
+    beside = CheckpointStore(f"{options.directory}/beside", "", mesh, 1, BackgroundWriter(mesh, 600))
     times: dict[str, list[float]] = {"save": [], "stall": [], "written": [], "step": [], "step_while_writing": []}
 
     def step() -> float:
@@ -111,14 +101,12 @@ def measure(options: argparse.Namespace, mesh: meshes.Mesh) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and leave nothing behind."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, required=True, help="made, and removed afterwards")
+    """Measure, print, and remove all checkpoints."""
+    parser = command_line(__doc__, rounds=8, threads=2)
+    parser.add_argument("--directory", type=Path, required=True, help="created, and removed afterwards")
     parser.add_argument("--rows", type=int, default=250_000, help="of each of the two tables")
     parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10, help="undisturbed steps a round")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=10, help="undisturbed steps per round")
     options = parser.parse_args()
     quiet_libraries()
     options.directory.mkdir(parents=True)
@@ -129,7 +117,7 @@ def main() -> None:
     finally:
         shutil.rmtree(options.directory)
     asked = {name: value for name, value in vars(options).items() if name != "directory"}
-    print(json.dumps({"options": asked, "torch": torch.__version__, **report}))
+    publish({"options": asked, "torch": torch.__version__, **report})
     meshes.finish()
 
 

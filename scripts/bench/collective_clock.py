@@ -1,4 +1,4 @@
-"""When this process began its collectives, and for how long they held its main thread up."""
+"""Record when this process begins each collective, and how long each one blocks its main thread."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hstu.parallel.dense import ReplicatedDense
+from hstu.parallel.ddp import ReplicatedDense
 
-_COLLECTIVES = (  # all that torch.distributed calls, as torch 2.13 names them
+_COLLECTIVES = (  # all methods of ProcessGroup that torch.distributed 2.13 calls
     "all_gather_single",
     "all_gather_single_coalesced",
     "all_to_all_single",
@@ -32,17 +32,17 @@ _COLLECTIVES = (  # all that torch.distributed calls, as torch 2.13 names them
     "scatter",
 )
 Key = tuple[str, int]
-"""(name of the group, how many collectives of the group came before): the same collective on all ranks."""
+"""(name of the group, number of its earlier collectives), which identifies a collective on all ranks."""
 
 
 @dataclass
 class Times:
-    """Seconds on CLOCK_MONOTONIC, which the processes of a machine share."""
+    """Times in seconds of CLOCK_MONOTONIC, which all processes of a machine share."""
 
     begun: dict[Key, float] = field(default_factory=dict)
-    """When this rank had its part ready and began the collective."""
+    """When this rank began each collective."""
     blocked: list[tuple[Key, float, float]] = field(default_factory=list)
-    """From when to when the main thread could not go on for want of a collective."""
+    """Intervals in which a collective blocked the main thread."""
 
     @property
     def blocked_s(self) -> float:
@@ -51,29 +51,28 @@ class Times:
 
 
 class CollectiveClock:
-    """Stamps what goes through torch's process groups from Python, and what DDP waits for at the end of backward.
+    """Records the collectives of torch's process groups, and the wait of DDP at the end of backward.
 
-    A collective that runs beside the main thread counts only where the main thread waits for it. Groups of one rank
-    are left out. The stamps change neither the order nor the kind of any call. For a process of its own: it replaces
-    methods of torch's classes.
+    A collective in the background counts only while the main thread waits for it. Groups of one rank are ignored. The
+    order and kind of all calls stay the same. Use it in a process of its own: it replaces methods of torch's classes.
     """
 
     def __init__(self) -> None:
         self.times = Times()
         self._counts: dict[str, int] = defaultdict(int)
-        self._open: dict[int, tuple[Any, Key]] = {}  # keeps the handle, so that its id stays its own
+        self._open: dict[int, tuple[Any, Key]] = {}  # holding the handle keeps its id unique
         for name in _COLLECTIVES:
             self._stamp_begin(name)
         self._stamp_wait()
 
     def restart(self) -> Times:
-        """The times since the last call; counting begins anew, on all ranks at the same point of the program."""
+        """Return the times since the last call and start anew. Call it at the same point on all ranks."""
         times, self.times = self.times, Times()
         self._counts.clear()
         return times
 
     def watch(self, replicated: ReplicatedDense) -> None:
-        """Stamp the buckets of a wrapped module, too."""
+        """Also record the gradient buckets of a wrapped module."""
         average = replicated.average_bucket
         replicated.average_bucket = lambda bucket: self._reduce_bucket(average, bucket)  # type: ignore[method-assign]
 
@@ -107,15 +106,15 @@ class CollectiveClock:
         dist.Work.wait = stamped  # type: ignore[method-assign, assignment]
 
     def _reduce_bucket(self, average: Callable[[dist.GradBucket], Any], bucket: dist.GradBucket) -> Any:
-        if bucket.index() == 0:  # DDP queues its own wait for the buckets behind this, with the last bucket
+        if bucket.index() == 0:  # before the last bucket, after which DDP queues its own wait
             _at_the_end_of_backward(self._begin_last_wait)
         future = average(bucket)
-        _, (_, self._last_bucket) = self._open.popitem()  # nobody waits for the handle, but for the future
+        _, (_, self._last_bucket) = self._open.popitem()  # DDP waits for the future, not for the handle
         return future
 
     def _begin_last_wait(self) -> None:
         self._wait_begun = time.monotonic()
-        _at_the_end_of_backward(self._end_last_wait)  # behind DDP's
+        _at_the_end_of_backward(self._end_last_wait)  # runs after DDP's own callback
 
     def _end_last_wait(self) -> None:
         self.times.blocked.append((self._last_bucket, self._wait_begun, time.monotonic()))
@@ -128,8 +127,7 @@ def _at_the_end_of_backward(function: Any) -> None:
 def split(times: Times, of_all_ranks: Sequence[Mapping[Key, float]]) -> tuple[float, float]:
     """(communication, waiting) seconds of one rank's ``times``; ``of_all_ranks``: each rank's ``begun``.
 
-    Waiting lasts until the last rank has begun the collective that holds the main thread up, communication from then
-    on.
+    A blocked main thread waits until the last rank has begun the collective. The rest is communication.
     """
     waiting = 0.0
     for key, start, end in times.blocked:

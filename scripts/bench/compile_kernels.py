@@ -1,98 +1,136 @@
-"""Compile every Triton kernel ahead of time, in every configuration that it may be run in; no GPU is needed.
+"""Compile every GPU kernel ahead of time for sm_80 and sm_90 and report its resources. No GPU is needed.
 
-    python scripts/bench/compile_kernels.py [--capability 80 90] [--head-dim 128 256] [--output docs/benchmarks/kernels]
+    python scripts/bench/compile_kernels.py [--backend triton cutlass] [--head-dim 128 256] \
+        [--output docs/benchmarks/kernels]
 
-Writes kernels.md, a table (registers, shared memory, spills, share of warp-group products), and kernels.json.
+Writes ``kernels.md``, a table of one line per kernel, and per backend the raw numbers of every variant and
+configuration, ``triton.json`` and ``cutlass.json``. Options that leave kernels out are for a quick look: without
+``--output`` nothing is written.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import triton
+from harness import command_line, to_json
 
-from hstu.ops.triton.compile_ahead import Compiled, compile_launch
-from hstu.ops.triton.variants import Variant, record, variants
+from hstu.ops.triton.compile_ahead import Compiled
 
 Row = dict[str, Any]
+CUTLASS_OUTPUTS = {"forward": "O", "queries": "dQ", "keys": "dK and dV (256: dK)", "values": "dV"}
+WIDE = 128
+"""Head dim above which the table counts a kernel separately: only those may spill registers."""
 
 
-def compile_variant(variant: Variant, capability: int) -> list[Row]:
-    """One row for each kernel of the variant and each of its configurations."""
-    rows = []
-    for launch in record(variant, capability):
-        for place, config in enumerate(launch.configs):
-            compiled = compile_launch(launch, config, capability)
-            rows.append(describe(variant, compiled, is_first=place == 0))
-    return rows
+def triton_rows(head_dims: list[int] | None) -> Iterator[Row]:
+    """One row per kernel, variant, configuration and compute capability. Repeated launches are listed once."""
+    from hstu.ops.triton.compile_ahead import compile_launch, record, variants
+
+    seen = set()
+    for capability in (80, 90):
+        for variant in variants():
+            if head_dims is not None and variant.head_dim not in head_dims:
+                continue
+            print(f"sm_{capability} {variant.op} {variant.head_dim or ''} {variant.description}", file=sys.stderr)
+            for launch in record(variant, capability):
+                for index, config in enumerate(launch.configs):
+                    compiled = compile_launch(launch, config, capability)
+                    row = row_of(compiled, variant.head_dim, op=variant.op, variant=variant.description)
+                    row["is_default"] = index == 0
+                    if (key := tuple(row.values())) not in seen:
+                        seen.add(key)
+                        yield row
 
 
-def describe(variant: Variant, compiled: Compiled, is_first: bool) -> Row:
-    """A row of the table."""
-    return {
-        "op": variant.op,
-        "head_dim": variant.head_dim,
-        "variant": variant.description,
-        "first": is_first,
-        **asdict(compiled),
-        "wgmma_share": round(compiled.wgmma_share, 4),
-    }
+def cutlass_rows(head_dims: list[int] | None) -> Iterator[Row]:
+    """One row per kernel, head dim and compute capability, in bfloat16."""
+    from hstu.ops.cutlass.attention import variants
+    from hstu.ops.cutlass.compile_ahead import compile_variant
+
+    for variant in variants():
+        if head_dims is None or variant.head_dim in head_dims:
+            print(f"sm_{variant.capability} {variant.kernel.value} {variant.head_dim}", file=sys.stderr)
+            dtype = str(variant.dtype).removeprefix("torch.")
+            output = CUTLASS_OUTPUTS[variant.kernel.value]
+            yield row_of(compile_variant(variant), variant.head_dim, output=output, dtype=dtype, is_default=True)
 
 
-def without_repeats(rows: Iterable[Row]) -> list[Row]:
-    """Rows that say the same are listed once."""
-    seen: dict[tuple[Any, ...], Row] = {}
+ROWS = {"triton": triton_rows, "cutlass": cutlass_rows}
+TITLES = {"triton": "Triton", "cutlass": "CUTLASS"}
+
+
+def row_of(compiled: Compiled, head_dim: int, **described: Any) -> Row:
+    """The resources of one compiled kernel, after what it is an example of."""
+    return {"head_dim": head_dim, **described, **asdict(compiled)}
+
+
+def as_markdown(rows: Iterable[Row]) -> list[str]:
+    """The table: one line per kernel, with the smallest and the largest value over its variants."""
+    kernels: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        seen.setdefault(tuple(row.values()), row)
-    return list(seen.values())
+        is_attention = row.get("op", "hstu_attention") == "hstu_attention"
+        heads = "" if not is_attention else f"≤ {WIDE}" if row["head_dim"] <= WIDE else f"> {WIDE}"
+        kernels[row["kernel"].partition("_sm")[0], heads].append(row)
+    columns = (
+        "kernel",
+        "head dim",
+        *(f"sm_{sm}: {name}" for sm in (80, 90) for name in ("registers", "KiB", "spills")),
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for (kernel, heads), group in kernels.items():
+        cells = [kernel, heads]
+        for capability in (80, 90):
+            some = [row for row in group if row["capability"] == capability]
+            default = [row for row in some if row["is_default"]]
+            cells += [_span(row["registers"] for row in default), _span(row["shared_bytes"] // 1024 for row in default)]
+            spills = max((row["spill_instructions"] for row in default), default=0)
+            tuned = max((row["spill_instructions"] for row in some), default=0)
+            cells.append(f"{spills}" if tuned == spills else f"{spills} ({tuned})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
-def as_markdown(rows: list[Row]) -> str:
-    """The table for people."""
-    lines = [
-        f"Triton {triton.__version__}. One line a kernel, variant and configuration; **bold** configurations are the",
-        "ones that run where nothing may be measured. Shared memory in KiB a program. Spills: loads and stores of",
-        "registers that did not fit. wgmma: warp-group products, their share of all instructions; mma: warp products.",
-        "",
-        "| sm | kernel | head dim | variant | configuration | registers | shared | spills | wgmma | mma |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        config = f"**{row['config']}**" if row["first"] else row["config"]
-        wgmma = f"{row['wgmma']} ({row['wgmma_share']:.1%})" if row["wgmma"] else ""
-        lines.append(
-            f"| {row['capability']} | {row['kernel']} | {row['head_dim'] or ''} | {row['variant']} | {config} | "
-            f"{row['registers']} | {row['shared_bytes'] / 1024:.0f} | {row['spill_instructions']} | {wgmma} | "
-            f"{row['mma'] or ''} |"
-        )
-    return "\n".join(lines) + "\n"
+def _span(values: Iterable[int]) -> str:
+    found = sorted(set(values))
+    return f"{found[0]} to {found[-1]}" if len(found) > 1 else f"{found[0]}" if found else ""
+
+
+HEADING = """# Compiled kernels
+
+`python scripts/bench/compile_kernels.py --output docs/benchmarks/kernels` writes this page and the raw numbers of every
+variant and configuration: [triton.json](triton.json), [cutlass.json](cutlass.json). **None of these kernels has run on
+a GPU yet.** Columns, for the default configuration of each kernel: registers per thread (the CUTLASS kernels of sm_90
+then give 240 to each thread that computes), KiB of shared memory per program, and spill instructions (loads and stores
+of registers that did not fit). In brackets: the most spills in any configuration that tuning may choose.
+"""
+
+
+def page(tables: dict[str, list[str]]) -> str:
+    """``kernels.md``: one table per backend."""
+    return "\n".join([HEADING, *(line for name, table in tables.items() for line in (f"## {name}", "", *table, ""))])
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compile and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90])
+    """Compile all kernels and write the page and the raw numbers."""
+    parser = command_line(__doc__, output=True)
+    parser.add_argument("--backend", choices=tuple(ROWS), nargs="+", default=list(ROWS))
     parser.add_argument("--head-dim", type=int, nargs="+", default=None, help="only these (default: all)")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/kernels"))
     args = parser.parse_args(argv)
-    rows: list[Row] = []
-    for capability in args.capability:
-        for variant in variants():
-            if args.head_dim is None or variant.head_dim in args.head_dim:
-                print(f"sm_{capability} {variant.op} {variant.head_dim or ''} {variant.description}", file=sys.stderr)
-                rows += compile_variant(variant, capability)
-    rows = without_repeats(rows)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "kernels.md").write_text(as_markdown(rows), encoding="utf-8")
-    (args.output / "kernels.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    spilling = [row for row in rows if row["spill_instructions"]]
-    print(f"{len(rows)} kernels compiled, {len(spilling)} of them spill registers")
+    rows = {name: list(ROWS[name](args.head_dim)) for name in args.backend}
+    text = page({TITLES[name]: as_markdown(some) for name, some in rows.items()})
+    print(text)
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        for name, some in rows.items():
+            (args.output / f"{name}.json").write_text(to_json(some), encoding="utf-8")
+        (args.output / "kernels.md").write_text(text, encoding="utf-8")
+    for name, some in rows.items():
+        spilling = sum(bool(row["spill_instructions"]) for row in some)
+        print(f"{name}: {len(some)} kernels compiled, {spilling} of them spill registers", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,29 @@
-"""Throughput of dynamic tables beside TorchRec's managed collision and a static table; one JSON object on stdout.
+"""Throughput of dynamic tables beside TorchRec's managed collision and a static table; prints one JSON object.
 
 torchrun --nproc-per-node 2 scripts/bench/dynamic_cpu.py [--ids 100000000]
 
-Every rank owns a part of a Zipf stream, of more ids than the table has rows. First the ids alone are turned into rows:
-the whole stream by the C++ slots, parts of it by the PyTorch ones and by MCH (MCH/n: new ids get rows after n batches).
-Then whole tables are trained, ids exchanged and gradients applied: dynamic, and static with as many rows and the ids
-hashed into them.
+Every rank has its part of a Zipf stream with more distinct ids than the table has rows. First, ids are mapped to rows:
+the whole stream by the C++ slots, and parts of it by the PyTorch slots and by MCH (MCH/n: new ids get rows after every
+n batches). Then whole tables are trained, with exchange of ids and update of rows: dynamic tables, and static tables
+with as many rows, into which ids are hashed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from harness import command_line, publish
 from torch import nn
 from torchrec import JaggedTensor
 from torchrec.modules.mc_modules import LFU_EvictionPolicy, LRU_EvictionPolicy, MCHManagedCollisionModule
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs
 from hstu.data.batch import keyed_jagged
@@ -37,33 +33,32 @@ from hstu.model.gr_model import GRModel
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
 from hstu.parallel.collectives import gather_objects
-from hstu.parallel.dynamic.cpu_slots import CpuSlots
+from hstu.parallel.dynamic.slot_tables import CpuSlots, TorchSlots
 from hstu.parallel.dynamic.slots import Counters, Policy, SlotTable
-from hstu.parallel.dynamic.torch_slots import TorchSlots
-from hstu.parallel.embedding import dynamic_tables, shard
 from hstu.parallel.table_optimizer import TableOptimizer
+from hstu.parallel.tables import dynamic_tables, shard
 
 LEARNING_RATE = 0.01
 SCATTER = 0x9E3779B97F4A7C15
-"""Multiplies ranks of popularity into ids all over int64."""
+"""Factor that spreads popularity ranks over all of int64."""
 
 
 def zipf(rng: np.random.Generator, count: int, options: argparse.Namespace) -> np.ndarray:
-    """Ids of a bounded Zipf distribution, int64: inverse of its (continuous) cumulative distribution."""
+    """Ids int64 [count] of a bounded Zipf distribution, by inversion of its continuous distribution function."""
     power = 1 - options.alpha
     ranks = ((options.distinct**power - 1) * rng.random(count) + 1) ** (1 / power)
     return (ranks.astype(np.uint64) * np.uint64(SCATTER)).view(np.int64)
 
 
 def own_batches(mesh: meshes.Mesh, ids: int, options: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """This rank's ids of a stream of ``ids`` over all ranks, a batch at a time; every rank has a stream apart."""
+    """This rank's batches of a stream of ``ids`` ids over all ranks. Each rank draws its own ids."""
     rng = np.random.default_rng(mesh.rank)
     for _ in range(ids // mesh.world_size // options.batch):
         yield torch.from_numpy(zipf(rng, options.batch, options))
 
 
 def rate(batches: Iterator[torch.Tensor], remap: Callable[[torch.Tensor], Any]) -> dict[str, float]:
-    """Ids and seconds that ``remap`` took; making the batches is not timed."""
+    """Ids per second of ``remap``. The time to make the batches is not counted."""
     seconds, ids = 0.0, 0
     for batch in batches:
         begun = time.perf_counter()
@@ -74,7 +69,7 @@ def rate(batches: Iterator[torch.Tensor], remap: Callable[[torch.Tensor], Any]) 
 
 
 def slots_rate(table: SlotTable, batches: Iterator[torch.Tensor]) -> dict[str, float]:
-    """The same of a SlotTable, with what became of the ids, and memory after half and all of the stream."""
+    """The rate of a SlotTable, its hits, insertions and evictions, and memory after half and all of the stream."""
     counters, memory, step = Counters(), [], 0
 
     def remap(ids: torch.Tensor) -> None:
@@ -83,10 +78,10 @@ def slots_rate(table: SlotTable, batches: Iterator[torch.Tensor]) -> dict[str, f
         counters.add(table.assign(ids, step).counters)
         memory.append(psutil.Process().memory_info().rss)
 
-    told: dict[str, float] = rate(batches, remap)
-    told["hit_rate"] = counters.hits / counters.lookups
-    told |= {"insertions": counters.insertions, "evictions": counters.evictions, "rows": table.size}
-    return told | {"memory_half_mib": memory[len(memory) // 2] / 2**20, "memory_mib": memory[-1] / 2**20}
+    result: dict[str, float] = rate(batches, remap)
+    result["hit_rate"] = counters.hits / counters.lookups
+    result |= {"insertions": counters.insertions, "evictions": counters.evictions, "rows": table.size}
+    return result | {"memory_half_mib": memory[len(memory) // 2] / 2**20, "memory_mib": memory[-1] / 2**20}
 
 
 def mch_rate(policy: Any, capacity: int, interval: int, batches: Iterator[torch.Tensor]) -> dict[str, float]:
@@ -95,7 +90,7 @@ def mch_rate(policy: Any, capacity: int, interval: int, batches: Iterator[torch.
     module.train()
 
     def remap(ids: torch.Tensor) -> None:
-        ids = ids & torch.iinfo(torch.int64).max  # it takes no negative ones
+        ids = ids & torch.iinfo(torch.int64).max  # MCH does not accept negative ids
         features = {"table": JaggedTensor(values=ids, lengths=torch.tensor([len(ids)]))}
         module.profile(features)
         module.remap(features)
@@ -107,7 +102,7 @@ def mch_rate(policy: Any, capacity: int, interval: int, batches: Iterator[torch.
 def sharded_table(
     mesh: meshes.Mesh, rows: int, dim: int, optimizer: str, **dynamic: Any
 ) -> tuple[GRModel, TableOptimizer]:
-    """A table of the feature "item", as the trainer has it. ``dynamic``: options of DynamicEmbeddingArgs, for such."""
+    """A table of the feature "item", as in training; dynamic, if options of DynamicEmbeddingArgs are given."""
     common: dict[str, Any] = {"feature_names": ["item"], "table_name": "item", "item_vocab_size_or_capacity": rows}
     args: EmbeddingArgs = EmbeddingArgs(**common, sharding_type="model_parallel", sharding="row_wise")
     if dynamic:
@@ -120,7 +115,7 @@ def sharded_table(
 
 
 def trained(mesh: meshes.Mesh, options: argparse.Namespace, policy: str | None) -> dict[str, float]:
-    """Rows a second of a table in training: exchange, lookup, backward with the optimizer. None: a static table."""
+    """Ids per second of training a table: exchange, lookup, backward and update. policy None: a static table."""
     dynamic = {} if policy is None else {"evict_strategy": policy}
     model, optimizer = sharded_table(mesh, options.capacity, options.dim, options.optimizer, **dynamic)
 
@@ -137,29 +132,31 @@ def trained(mesh: meshes.Mesh, options: argparse.Namespace, policy: str | None) 
         step(next(batches))
     for table in dynamic_tables(model).values():
         table.counters = Counters()
-    told = rate(batches, step)
+    result = rate(batches, step)
     for table in dynamic_tables(model).values():
-        told["hit_rate"] = table.counters.hits / max(1, table.counters.lookups)
-    return told
+        result["hit_rate"] = table.counters.hits / max(1, table.counters.lookups)
+    return result
 
 
-def over_ranks(told: dict[str, float], mesh: meshes.Mesh) -> dict[str, float]:
-    """Rates and counts summed over the ranks, shares averaged."""
-    parts = gather_objects(told, mesh.world_group)
+def over_ranks(result: dict[str, float], mesh: meshes.Mesh) -> dict[str, float]:
+    """Sum rates and counts over the ranks, and average the hit rate."""
+    parts = gather_objects(result, mesh.world_group)
     return {
-        name: round(sum(part[name] for part in parts) / (len(parts) if name == "hit_rate" else 1), 4) for name in told
+        name: round(sum(part[name] for part in parts) / (len(parts) if name == "hit_rate" else 1), 4) for name in result
     }
 
 
 def main() -> None:
-    """Run all, on all ranks alike."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure on all ranks, and print on the first."""
+    parser = command_line(__doc__)
     parser.add_argument("--ids", type=int, default=100_000_000, help="of the stream, over all ranks")
     parser.add_argument("--distinct", type=int, default=50_000_000)
     parser.add_argument("--alpha", type=float, default=1.05)
     parser.add_argument("--capacity", type=int, default=1_000_000, help="rows over all ranks")
-    parser.add_argument("--batch", type=int, default=100_000, help="ids a rank and step")
-    parser.add_argument("--other-ids", type=int, default=8_000_000, help="of the stream for MCH and PyTorch")
+    parser.add_argument("--batch", type=int, default=100_000, help="ids per rank and step")
+    parser.add_argument(
+        "--other-ids", type=int, default=8_000_000, help="ids of the part of the stream for MCH and PyTorch"
+    )
     parser.add_argument(
         "--mch-intervals", type=int, nargs="+", default=[1, 10], help="batches after which MCH gives rows to new ids"
     )
@@ -188,7 +185,7 @@ def main() -> None:
         for name, policy in (("static", None), ("dynamic lru", "lru"), ("dynamic lfu", "lfu"))
     }
     if mesh.is_main:
-        print(json.dumps({"options": vars(options), "ranks": mesh.world_size, "remap": remapped, "train": training}))
+        publish({"options": vars(options), "ranks": mesh.world_size, "remap": remapped, "train": training})
     meshes.finish()
 
 

@@ -1,58 +1,52 @@
-"""Dynamic tables beside FBGEMM's static tables on one device: ids to slots alone, and whole training steps.
+"""Time dynamic tables beside FBGEMM's static tables on one device: mapping ids to slots, and whole training steps.
 
     python scripts/bench/dynamic_gpu.py [--device cuda] [--output docs/benchmarks/dynamic/gpu.json]
 
-Batches of Zipf-distributed ids, of two streams: in "fits" all have a row from the start, in "evicts" there are several
-ids a row. Static tables have as many rows, and the ids hashed into them. A training step is exchange (of one rank),
-rows for ids, lookup, backward with rowwise_adagrad. "cached": a table in host memory with a cache of GPU memory in
-front; "split": rows in both memories. All take their turn in every round; wall clock, from and to an idle device.
+Ids are Zipf-distributed. In the stream "fits" every id has a row from the start; in "evicts" there are several ids per
+row. Static tables have as many rows, into which ids are hashed. A training step exchanges ids (with one rank), maps
+them to rows, looks the rows up and updates them in backward by rowwise_adagrad. "cached" is a table in host memory with
+a cache in GPU memory; "split" has rows in both memories. All run in turn in every round. Times are by the wall clock,
+and every step starts and ends with an idle device.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from dynamic_cpu import LEARNING_RATE, SCATTER, sharded_table, zipf
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
+from harness import WARM_UP, Row, begin, finish, operator_command_line, time_in_turn
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
-
-from dynamic_cpu import LEARNING_RATE, SCATTER, sharded_table, zipf
-from timing import WARM_UP, Row, begin, finish, parser
 
 from hstu.data.batch import keyed_jagged
 from hstu.data.hashing import hash_ids
 from hstu.observe.logging import quiet_libraries
-from hstu.ops.backends import triton_gap
+from hstu.ops.select import select_slot_index
 from hstu.parallel import mesh as meshes
-from hstu.parallel.dynamic.cpu_slots import CpuSlots
+from hstu.parallel.dynamic.slot_tables import CpuSlots, TorchSlots
 from hstu.parallel.dynamic.slots import Policy, SlotTable, score
 from hstu.parallel.dynamic.table import DynamicTable
-from hstu.parallel.dynamic.torch_slots import TorchSlots
-from hstu.parallel.embedding import dynamic_tables
+from hstu.parallel.tables import dynamic_tables
 
 POLICIES: tuple[Policy, ...] = ("lru", "lfu")
 BASELINE = "static TBE"
 SIZES = {"cpu": (4096, 4096, 8), "cuda": (10_000_000, 1 << 20, 128)}
-"""Rows, lookups and columns on a device, unless given."""
+"""Default rows, lookups and columns for each device."""
 Step = Callable[[int], object]
 """Takes the number of the batch."""
 
 
 class Stream:
-    """Batches of Zipf-distributed ids on the device, raw and hashed into as many rows: one a round."""
+    """Batches of Zipf-distributed ids on the device, raw and hashed into the rows of the table: one per round."""
 
     def __init__(self, distinct: int, options: argparse.Namespace, device: torch.device) -> None:
         bounds = argparse.Namespace(alpha=options.alpha, distinct=distinct)
@@ -67,64 +61,44 @@ class Stream:
 
 
 def fill(slots: SlotTable) -> None:
-    """Every id of the stream that fits has a slot, as if it had occurred once in a first batch."""
+    """Give a slot to every id of the stream "fits", as if each had occurred once in a first batch."""
     ids = torch.from_numpy((np.arange(1, slots.capacity, dtype=np.uint64) * np.uint64(SCATTER)).view(np.int64))
     ids = ids.to(slots.ids.device)
     slots.restore(ids, score(slots.policy, torch.ones_like(ids), 1))
 
 
-def milliseconds(steps: Mapping[str, Step], device: torch.device, rounds: int) -> dict[str, Row]:
-    """Median and fastest of each; all take their turn in every round."""
-
-    def wait() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(WARM_UP + rounds):
-        for name, step in steps.items():
-            begun = wait()
-            step(number)
-            times[name].append((wait() - begun) * 1e3)
-    counted = {name: of[WARM_UP:] for name, of in times.items()}
-    return {
-        name: {"ms": round(statistics.median(of), 3), "fastest_ms": round(min(of), 3)} for name, of in counted.items()
-    }
-
-
 def rows_of(steps: Mapping[str, Step], stream: str, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """What a report says of each."""
-    for name, row in milliseconds(steps, device, options.rounds).items():
+    """One record per step function: median and fastest milliseconds, and the rate."""
+    for name, times in time_in_turn(steps, device, options.rounds).items():
+        row = {"ms": round(statistics.median(times), 3), "fastest_ms": round(min(times), 3)}
         yield {"stream": stream, "variant": name, **row, "mega_ids_s": round(options.lookups / row["ms"] / 1e3, 2)}
 
 
 def slot_kinds(options: argparse.Namespace, device: torch.device) -> dict[str, Callable[[Policy], SlotTable]]:
-    """The implementations that run here. Raises RuntimeError where Triton does not on a GPU."""
+    """The implementations for the device. Raises RuntimeError on a GPU where Triton cannot run."""
     kinds: dict[str, Callable[[Policy], SlotTable]] = {
         "PyTorch": lambda policy: TorchSlots(options.rows, policy, device=str(device))
     }
     if device.type != "cuda":
         return {"C++": lambda policy: CpuSlots(options.rows, policy), **kinds}
-    if (gap := triton_gap(device)) is not None:
-        raise RuntimeError(f"Triton cannot run here: {gap}")
-    from hstu.parallel.dynamic.triton_slots import TritonSlots
-
-    return {"Triton": lambda policy: TritonSlots(options.rows, policy, device=str(device)), **kinds}
+    index, unsupported_reason = select_slot_index(device)
+    if index is None:
+        raise RuntimeError(f"Triton cannot run here: {unsupported_reason}")
+    return {"Triton": lambda policy: TorchSlots(options.rows, policy, device=str(device), index=index), **kinds}
 
 
 def look_up(table: SlotTable, stream: Stream, number: int) -> None:
-    """A batch in which no id gets a slot."""
+    """Look a batch up without inserting ids."""
     table.lookup(stream.ids[number])
 
 
 def assign(table: SlotTable, stream: Stream, first_step: int, number: int) -> None:
-    """A training batch."""
+    """Look a batch up and insert its new ids, as in training."""
     table.assign(stream.ids[number], first_step + number)
 
 
 def slots_report(streams: Mapping[str, Stream], options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """Ids to slots, without rows: looking up, and training on either stream."""
+    """Map ids to slots without touching rows: lookups alone, and training on both streams."""
     kinds = slot_kinds(options, device)
     tables = {f"{kind} {policy}": make(policy) for kind, make in kinds.items() for policy in POLICIES}
     for table in tables.values():
@@ -139,7 +113,7 @@ def slots_report(streams: Mapping[str, Stream], options: argparse.Namespace, dev
 
 
 class StaticTable:
-    """FBGEMM's table-batched embedding by itself."""
+    """FBGEMM's table-batched embedding without TorchRec."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device, cached: bool) -> None:
         on_gpu = device.type == "cuda"
@@ -157,12 +131,12 @@ class StaticTable:
             weight.zero_()
 
     def train(self, stream: Stream, grad: Tensor, number: int) -> None:
-        """A step."""
+        """One training step."""
         self.table(stream.hashed[number].values(), stream.offsets).backward(grad)
 
 
 class ShardedTable:
-    """A table as the trainer has it, static or dynamic."""
+    """A sharded table as in training, static or dynamic."""
 
     def __init__(self, options: argparse.Namespace, mesh: meshes.Mesh, **dynamic: Any) -> None:
         """``dynamic``: options of DynamicEmbeddingArgs, for a dynamic table."""
@@ -173,11 +147,11 @@ class ShardedTable:
             table.step = 1
 
     def dynamic(self) -> Sequence[DynamicTable]:
-        """The dynamic table, if it is one."""
+        """A list of the dynamic table; empty if the table is static."""
         return list(dynamic_tables(self.model).values())
 
     def train(self, stream: Stream, grad: Tensor, number: int) -> None:
-        """A step."""
+        """One training step."""
         features: KeyedJaggedTensor = (stream.raw if self.is_dynamic else stream.hashed)[number]
         self.optimizer.zero_grad()
         self.model.embedding[0](features)["item"].values().backward(grad)
@@ -185,7 +159,7 @@ class ShardedTable:
 
 
 def train_report(streams: Mapping[str, Stream], options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """Whole tables, in times of FBGEMM's with all rows in GPU memory."""
+    """Training steps of whole tables, and their time relative to FBGEMM's table with all rows in GPU memory."""
     mesh = meshes.start()
     part = {"evict_strategy": "lru", "item_vocab_gpu_capacity_ratio": options.cached}
     tables: dict[str, StaticTable | ShardedTable] = {
@@ -212,14 +186,14 @@ def train_report(streams: Mapping[str, Stream], options: argparse.Namespace, dev
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    add = (commands := parser(__doc__)).add_argument
+    add = (commands := operator_command_line(__doc__)).add_argument
     add("--rows", type=int, help="10 M on a GPU")
-    add("--lookups", type=int, help="a batch; 1,048,576 on a GPU")
+    add("--lookups", type=int, help="ids per batch; 1,048,576 on a GPU")
     add("--dim", type=int, help="columns; 128 on a GPU")
-    add("--sequence-length", type=int, default=256, help="a batch is sequences of this length")
+    add("--sequence-length", type=int, default=256, help="length of the sequences of a batch")
     add("--alpha", type=float, default=1.05, help="of Zipf's distribution")
-    add("--pressure", type=int, default=5, help="distinct ids a row in the stream that evicts")
-    add("--cached", type=float, default=0.1, help="share of the rows in GPU memory, of tables that lie in both")
+    add("--pressure", type=int, default=5, help="distinct ids per row in the stream that evicts")
+    add("--cached", type=float, default=0.1, help="share of the rows that a table in both memories has in GPU memory")
     options = commands.parse_args(argv)
     for name, size in zip(("rows", "lookups", "dim"), SIZES[options.device], strict=True):
         if getattr(options, name) is None:

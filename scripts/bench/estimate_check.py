@@ -1,11 +1,11 @@
-"""Hold the estimate of a CPU run's step time and memory against real steps; one JSON object on standard output.
+"""Compare the estimated step time and memory of CPU runs with real steps; prints one JSON object.
 
     python scripts/bench/estimate_check.py [--only NAME] [--rounds 5] [--steps 10] [--output FILE.json]
 
-Each case runs in ranks of its own with one thread each; cases of more ranks than cores are left out. Estimates
-(this process, by the code of scripts/estimate.py) and steps take turns, since other work on the machine slows both:
-compared is the median over the rounds of estimate over measurement. Memory is the peak of what torch has allocated in
-a step, by its profiler, on rank 0. The MovieLens cases need tmp_data/ml-1m.
+Each case runs in its own ranks with one thread each. Cases with more ranks than cores are skipped. Estimates (in this
+process, by the code of scripts/estimate.py) and steps take turns, because other work on the machine slows both. The
+result is the median over the rounds of estimate / measurement. Memory is the peak of torch's allocations in a step on
+rank 0, by its profiler. The MovieLens cases need tmp_data/ml-1m.
 """
 
 from __future__ import annotations
@@ -24,21 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
+from harness import ROOT, command_line, publish
+from pipeline_cpu import prepare
 
 from hstu.config.gin_io import load
 from hstu.config.run_config import RunConfig
-from hstu.data.sampler import SamplerPosition
+from hstu.estimate.estimate import estimate
+from hstu.estimate.machine import Clock, batch_seconds, this_cpu
+from hstu.estimate.workload import plan_workload
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
-from hstu.train.builder import build_model, build_pipeline
-from hstu.train.estimate.calibration import Clock, batch_seconds, this_cpu
-from hstu.train.estimate.estimate import estimate
-from hstu.train.estimate.situation import look_at
-from hstu.train.sources import open_source
 
-ROOT = Path(__file__).resolve().parents[2]
 CORES = sorted(os.sched_getaffinity(0))
 SMALL = [
     "NetworkArgs.num_layers = 2",
@@ -79,20 +75,19 @@ def read(name: str) -> RunConfig:
 
 
 def clock_of(name: str) -> Clock:
-    """Processor time of a single rank, which other work on the machine disturbs less; else ranks wait: wall time."""
+    """Process time for a single rank, which other work disturbs less; wall time for several, which wait."""
     return time.process_time if CASES[name][3] == 1 else time.perf_counter
 
 
-def be_a_rank(name: str) -> None:
-    """For each line "N" on standard input N steps, answered by their seconds; then "memory": the peak of 8 steps."""
+def serve_rank(name: str) -> None:
+    """Serve commands on standard input: "N" runs N steps and prints their seconds, "memory" the peak of 8 steps."""
     quiet_libraries()
-    config = read(name)
-    mesh = meshes.start(config.tensor_parallel.tensor_model_parallel_size)
+    mesh = meshes.start(read(name).tensor_parallel.tensor_model_parallel_size)
     torch.set_num_threads(1)
     clock = clock_of(name)
-    source = open_source(config, mesh)
-    model, optimizers = build_model(config, source, mesh)
-    pipeline, batches = build_pipeline(config.trainer, model, optimizers, mesh), source.train_batches(SamplerPosition())
+    file, task, bindings, _ = CASES[name]
+    run = prepare(str(ROOT / file), bindings, task, mesh)
+    pipeline, batches = run.pipeline, run.batches()
     for line in sys.stdin:
         if line.strip() == "memory":
             answer: Any = max(peak_bytes(lambda: pipeline.progress(batches)) for _ in range(8))
@@ -108,7 +103,7 @@ def be_a_rank(name: str) -> None:
 
 
 def peak_bytes(step: Any) -> int:
-    """The most that one call of ``step`` has allocated at a time beyond what there was before."""
+    """Peak of the bytes that one call of ``step`` allocates."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +118,7 @@ def peak_bytes(step: Any) -> int:
 
 
 class Ranks:
-    """The ranks of a case, waiting for orders."""
+    """The processes of a case, which read commands from standard input."""
 
     def __init__(self, name: str) -> None:
         world_size = CASES[name][3]
@@ -144,8 +139,8 @@ class Ranks:
             for r in range(world_size)
         ]
 
-    def ask(self, line: str) -> Any:
-        """Rank 0's answer, once all have answered."""
+    def send(self, line: str) -> Any:
+        """Send a command to all ranks; the answer of rank 0 once all have answered."""
         for process in self.processes:
             assert process.stdin is not None
             process.stdin.write(line + "\n")
@@ -154,31 +149,31 @@ class Ranks:
         return json.loads(answers[0])
 
     def end(self) -> None:
-        """Let them go."""
+        """Kill the processes."""
         for process in self.processes:
             process.kill()
             process.wait()
 
 
 def measure(name: str, rounds: int, steps: int) -> dict[str, Any]:
-    """One case."""
+    """Estimate and measure one case."""
     config, world_size, clock = read(name), CASES[name][3], clock_of(name)
-    situation = look_at(config, world_size, world_size, "cpu")
-    os.sched_setaffinity(0, CORES[:world_size])  # one each; the ranks inherit it
+    workload = plan_workload(config, world_size, world_size, "cpu")
+    os.sched_setaffinity(0, CORES[:world_size])  # one core per rank; the ranks inherit this
     ranks = Ranks(name)
     estimates, measured = [], []
     try:
-        ranks.ask("3")
+        ranks.send("3")
         for _ in range(rounds):
-            with this_cpu(situation, clock) as machine:
-                expected = estimate(situation, machine, batch_seconds(situation, clock))
+            with this_cpu(workload, clock) as machine:
+                expected = estimate(workload, machine, batch_seconds(workload, clock))
             estimates.append(expected.step_s)
-            measured.append(statistics.median(ranks.ask(str(steps))))
-        peak = ranks.ask("memory")
+            measured.append(statistics.median(ranks.send(str(steps))))
+        peak = ranks.send("memory")
     finally:
         ranks.end()
     transient = ["activations", "looked-up rows", "working memory"]
-    if situation.dp_size == 1:  # else DDP's buckets, which stay
+    if workload.dp_size == 1:  # with DDP, gradients are in its permanent buckets
         transient.append("gradients of both")
     return {
         "case": name,
@@ -194,16 +189,14 @@ def measure(name: str, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """All cases, or one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run all cases, or one, and print the report."""
+    parser = command_line(__doc__, rounds=5, output=True)
     parser.add_argument("--only", choices=CASES)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="steps a round")
-    parser.add_argument("--output", help="also write the JSON here")
+    parser.add_argument("--steps", type=int, default=10, help="steps per round")
     parser.add_argument("--be-a-rank-of", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.be_a_rank_of:
-        be_a_rank(options.be_a_rank_of)
+        serve_rank(options.be_a_rank_of)
         return
     quiet_libraries()
     rows = []
@@ -221,10 +214,7 @@ def main() -> None:
         "cores": len(CORES),
         "cases": rows,
     }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if options.output:
-        Path(options.output).write_text(text + "\n")
+    publish(report, options.output)
 
 
 if __name__ == "__main__":

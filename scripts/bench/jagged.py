@@ -1,30 +1,25 @@
-"""Time making token sequences from rows, and taking them apart, beside FBGEMM's jagged operators.
+"""Time jagged concatenation, rows to token sequences and back, beside FBGEMM's jagged operators.
 
     python scripts/bench/jagged.py [--device cuda] [--output docs/benchmarks/jagged/cpu.json]
 
-128 sequences of 3 context tokens and 107 items on average, each followed by its action, of width 256: forward puts the
-rows in order, backward takes the gradients apart again. "FBGEMM, padded": jagged_to_padded_dense, cat,
-dense_to_jagged; "FBGEMM, jagged_index_select": the rows as sequences of one. Bytes are the rows read and written.
+The batch has 128 sequences of width 256, each of 3 context tokens and 107 items on average, each item followed by its
+action. Forward puts the rows in the order of tokens, and backward splits the gradients again. "FBGEMM, padded" is
+jagged_to_padded_dense, cat and dense_to_jagged. "FBGEMM, jagged_index_select" treats each row as a sequence of one.
+Bytes are those of the rows read and written.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
 import numpy as np
 import torch
+from attention import BACKENDS, LABELS, kernels_of, movielens_lengths
+from harness import Pass, begin, finish, name_of, operator_command_line, rates, time_passes
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
-
-from attention import BACKENDS, LABELS, movielens_lengths
-from timing import Pass, begin, finish, name_of, parser, rates, time_passes
-
-from hstu.ops.jagged import jagged_concat, token_order
-from hstu.ops.layout import build_layout
+from hstu.ops.layout import build_layout, token_order
 
 CONTEXTS = 3
 
@@ -51,7 +46,7 @@ class Bench:
         self.ones = torch.ones(sum(rows), dtype=torch.int64, device=device)
 
     def padded(self) -> Tensor:
-        """Through [B, N, D]."""
+        """The tokens by way of padded [B, N, D]."""
         *contexts, items, actions = self.parts
         offsets = [torch.cat([self.lengths.new_zeros(1), 2 * self.lengths.cumsum(0)])]
         interleaved = torch.stack([items, actions], dim=1).flatten(0, 1)
@@ -63,32 +58,33 @@ class Bench:
         return tokens
 
     def selected(self) -> Tensor:
-        """Every row a sequence of one, selected in the order of the tokens."""
+        """The tokens by selecting rows, each a sequence of one, in the order of tokens."""
         tokens: Tensor = torch.ops.fbgemm.jagged_index_select(torch.cat(self.parts), self.ones, self.order.source)[0]
         return tokens
 
 
 def passes_of(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Pass]:
-    """All ways, of the same rows; where they do not agree, an error."""
+    """All variants on the same rows. Raises RuntimeError if their results differ."""
     bench = Bench(options, dtype, device)
     # On a CPU no backend has a kernel of its own for this: PyTorch's serves.
     backend = BACKENDS[device.type][-1]
+    jagged_concat = kernels_of(backend, options.width, dtype).jagged_concat
     passes = {
         LABELS.get(backend, f"ours, {backend.value}"): Pass(
-            lambda: jagged_concat(bench.parts, bench.order, backend), bench.parts
+            lambda: jagged_concat(bench.parts, bench.order), bench.parts
         ),
         "FBGEMM, padded": Pass(bench.padded, bench.parts),
         "FBGEMM, jagged_index_select": Pass(bench.selected, bench.parts),
     }
     first, *others = (each.forward() for each in passes.values())
     if not all(torch.equal(first, other) for other in others):
-        raise RuntimeError("the operators disagree")
+        raise RuntimeError("the results of the operators differ")
     return passes
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    add = (commands := parser(__doc__)).add_argument
+    add = (commands := operator_command_line(__doc__)).add_argument
     add("--sequences", type=int, default=128)
     add("--width", type=int, default=256)
     return commands.parse_args(argv)

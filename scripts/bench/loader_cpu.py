@@ -1,13 +1,13 @@
-"""Time the loader beside a reader that parses a row of text a sample; one JSON object on standard output.
+"""Time the loader beside a reader that parses one row of text per sample; prints one JSON object.
 
 python scripts/bench/loader_cpu.py [--store tmp_data/ml-1m --batch 128 --length 200 --rounds 5]
 
-The same histories, as a sequence store and as a CSV with a row a user whose cells are JSON lists, read batch by batch
-in turn, each in this process and by one worker. Also: the share of its time that a device would wait for batches
-which it takes as fast as --tokens-per-core for each core of this process, while the host is idle; what a copy of memory
-reaches here; and how long a store of
-KuaiRand-27K's size (sparse files, so the disk need not hold it) takes to open and what memory that takes, each in a
-fresh process.
+Both read the same histories batch by batch in turn, each in this process and in one worker: the loader from a sequence
+store, the other from a CSV file with one row per user whose cells are JSON lists. The report also has
+
+- the share of its time that a device waits for batches, if it consumes --tokens-per-core for each core of this process
+- the rate of a large memory copy on this machine
+- seconds and memory to open a store of KuaiRand-27K's size, each in a fresh process (its files are sparse)
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ from typing import Any
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
+from harness import ROOT, command_line, publish
 
 from hstu.config.args import DatasetArgs
 from hstu.data.collate import Assembler, Collator, StoreReader, resolve_roles
-from hstu.data.integrity import array_header, sealed, sha256
 from hstu.data.loader import build_loader
 from hstu.data.negatives import Negatives
 from hstu.data.sampler import TrainSampler
-from hstu.data.sequences import build_samples
-from hstu.data.store import FORMAT, META_FILE, VERSION, FeatureMeta, SequenceStore
+from hstu.data.samples import build_samples
+from hstu.data.store import FORMAT, META_FILE, VERSION, FeatureMeta, SequenceStore, sealed, sha256
+from hstu.data.store_writer import array_header
 from hstu.observe.throughput import ThroughputMeter
 
 Batches = Iterator[int]
@@ -48,7 +47,7 @@ _COPIED_BYTES = 256 << 20
 def store_batches(
     store: SequenceStore, options: argparse.Namespace, workers: int, negatives: Negatives | None = None
 ) -> Batches:
-    """Retrieval training batches as a run gets them."""
+    """Tokens of retrieval training batches, loaded as in training."""
     args = DatasetArgs(dataset_name=store.name, max_sequence_length=options.length, shuffle=True)
     samples = build_samples(store, args, "retrieval", "train", seed=1)
     roles = resolve_roles(store, args)
@@ -61,7 +60,7 @@ def store_batches(
 
 
 def write_rows(store: SequenceStore, file: Path) -> None:
-    """A row a user: the contextual codes, then items, actions and times as JSON lists."""
+    """Write one row per user: the contextual codes, then items, actions and times as JSON lists."""
     offsets = store.offsets()
     names = [store.item_feature, store.action_feature or "", store.timestamp_feature or ""]
     with file.open("w", newline="") as lines:
@@ -74,7 +73,7 @@ def write_rows(store: SequenceStore, file: Path) -> None:
 
 
 class RowDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """The usual reader: all rows in memory as text; each sample is parsed, cut and padded by itself."""
+    """The usual reader: keeps all rows in memory as text, and parses, cuts and pads each sample by itself."""
 
     def __init__(self, file: Path, length: int) -> None:
         with file.open(newline="") as lines:
@@ -97,7 +96,7 @@ class RowDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def row_batches(file: Path, item: str, options: argparse.Namespace, workers: int) -> Batches:
-    """Shuffled, padded batches without end."""
+    """Tokens of shuffled, padded batches, without end."""
     dataset = RowDataset(file, options.length)
     loader = torch.utils.data.DataLoader(
         dataset, options.batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0
@@ -108,14 +107,14 @@ def row_batches(file: Path, item: str, options: argparse.Namespace, workers: int
 
 
 def measured(batches: Batches, count: int) -> tuple[float, int]:
-    """(seconds, tokens) of the next batches."""
+    """Seconds and tokens of the next ``count`` batches."""
     begun = time.perf_counter()
     tokens = sum(next(batches) for _ in range(count))
     return time.perf_counter() - begun, tokens
 
 
 def data_wait(store: SequenceStore, options: argparse.Namespace) -> dict[str, float]:
-    """Share of the time that is spent waiting for the next batch, which then keeps a device busy for a while."""
+    """Share of the time spent waiting for batches, by loader. A sleep stands for the device that consumes a batch."""
     rate = options.tokens_per_core * len(os.sched_getaffinity(0))
     kinds = {"": None, ", 128 uniform negatives": Negatives("uniform", 128)}
     shares = {}
@@ -132,7 +131,7 @@ def data_wait(store: SequenceStore, options: argparse.Namespace) -> dict[str, fl
 
 
 def copy_bytes_per_s() -> float:
-    """What copying a large array reaches, best of five; bytes read plus bytes written."""
+    """Bytes read and written per second by copying a large array, the best of five."""
     source = np.ones(_COPIED_BYTES // 8)
     target = np.empty_like(source)
 
@@ -145,7 +144,7 @@ def copy_bytes_per_s() -> float:
 
 
 def sparse_store(path: Path, users: int, events: int, items: int) -> SequenceStore:
-    """A store of any size whose large arrays are holes: every code 0, every time 0."""
+    """A store of any size whose large arrays are sparse files: every code and every time is 0."""
     path.mkdir(parents=True)
     files: dict[str, dict[str, Any]] = {}
 
@@ -192,8 +191,8 @@ print(json.dumps({"open_s": seconds, "rss_bytes": psutil.Process().memory_info()
 
 
 def opened(path: Path) -> dict[str, float]:
-    """Seconds and resident bytes that opening takes, in a fresh process."""
-    root = Path(__file__).resolve().parents[2]
+    """Seconds and resident bytes to open a store, in a fresh process."""
+    root = ROOT
     command = [sys.executable, "-c", OPEN, str(path)]
     found: dict[str, float] = json.loads(subprocess.run(command, cwd=root, capture_output=True, check=True).stdout)
     return found
@@ -201,13 +200,16 @@ def opened(path: Path) -> dict[str, float]:
 
 def main() -> None:
     """Run and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, rounds=5)
     parser.add_argument("--store", type=Path, default=Path("tmp_data/ml-1m"))
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--length", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=20, help="batches of the text reader a round; of the store ×10")
-    parser.add_argument("--tokens-per-core", type=float, default=0.5e6, help="tokens a second of a device, by cores")
+    parser.add_argument(
+        "--batches", type=int, default=20, help="batches of the text reader per round; the store reads 10 times as many"
+    )
+    parser.add_argument(
+        "--tokens-per-core", type=float, default=0.5e6, help="tokens per second that a device consumes, for each core"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     store = SequenceStore.open(options.store)
@@ -256,7 +258,7 @@ def main() -> None:
         "copy_gb_per_s": round(copied / 1e9, 2),
         "start": start,
     }
-    print(json.dumps(report, indent=1))
+    publish(report)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,37 @@
-"""Time the sampled softmax loss beside what is usually written, that compiled, and FBGEMM's gather.
+"""Time the sampled softmax loss beside the usual code in PyTorch, the same compiled, and FBGEMM's gather.
 
     python scripts/bench/negatives.py [--device cuda] [--output docs/benchmarks/negatives/cpu.json]
 
-From vectors before they are normalised to the loss, and back, at the shape of ML-1M retrieval: 13,600 labelled
-positions with 128 uniform negatives each, drawn from 3,700 items of width 50. Usual is to gather the negatives
-[M, R, D], normalise them and multiply; "normalised first" normalises the items before. Operations are those of the
-scores, 6 · M · R · D forward and backward (ours has computed its gradients when forward returns); "whole pool" scores
-all items for all positions, 3,700 instead of 128, and counts those.
+The timed part begins with vectors that are not yet normalised and ends with the loss and its gradients, at the shape of
+ML-1M retrieval: 13,600 labelled positions with 128 uniform negatives each, drawn from 3,700 items of width 50. The
+usual code gathers the negatives [M, R, D], normalises them and multiplies. "normalised first" normalises the items
+before the gather. Operations are those of the scores, 6 · M · R · D for forward and backward together, because our
+forward already computes the gradients. "whole pool" scores all 3,700 items at all positions, and counts those.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
 import torch
 import torch.nn.functional as F
+from attention import BACKENDS, LABELS, kernels_of
+from harness import Pass, begin, compiled, finish, operator_command_line, rate, time_passes
+from padded_baseline import gathered_loss
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
-
-from attention import BACKENDS, LABELS
-from padded_baseline import gathered_loss
-from timing import Pass, begin, compiled, finish, parser, rate, time_passes
-
-from hstu.ops.backends import Backend
-from hstu.ops.normalise import l2_normalise
-from hstu.ops.softmax_loss import pool_softmax_loss, sampled_softmax_loss
+from hstu.ops.costs import sampled_softmax
+from hstu.ops.functional import pool_softmax_loss, sampled_softmax_loss
+from hstu.ops.types import Backend, Kernels
 
 TEMPERATURE, EPS = 0.05, 1e-6
 
 
 class Bench:
-    """Random vectors and draws, and the losses of them."""
+    """Random vectors and draws, and the variants of the loss."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self.queries, self.positives, self.items = (
@@ -49,33 +44,41 @@ class Bench:
         self.short_draws = self.draws.int()
 
     def of(self, loss: Callable[[], Tensor]) -> Pass:
-        """``loss``, to be differentiated by all vectors."""
+        """``loss`` and its gradients with respect to all vectors."""
         return Pass(loss, [self.queries, self.positives, self.items])
 
     def sampled(self, backend: Backend) -> Tensor:
-        """Ours."""
-        queries, positives, items = self._units(backend)
+        """Our sampled softmax."""
+        kernels = kernels_of(backend, self.items.shape[1])
         loss = sampled_softmax_loss(
-            queries, positives, items, self.short_draws, self.targets, self.ids, TEMPERATURE, backend
+            *self._units(kernels),
+            self.short_draws,
+            self.targets,
+            self.ids,
+            TEMPERATURE,
+            kernels.sampled_softmax_loss,
         )
         return loss / len(self.queries)
 
     def whole_pool(self, backend: Backend) -> Tensor:
-        """Ours against all items."""
-        queries, positives, items = self._units(backend)
-        loss = pool_softmax_loss(queries, positives, items, self.targets, self.ids, None, TEMPERATURE, backend)
+        """Our softmax over the whole pool."""
+        kernels = kernels_of(backend, self.items.shape[1])
+        loss = pool_softmax_loss(
+            *self._units(kernels), self.targets, self.ids, None, TEMPERATURE, kernels.pool_softmax_loss
+        )
         return loss / len(self.queries)
 
-    def _units(self, backend: Backend) -> list[Tensor]:
-        return [l2_normalise(x, EPS, backend) for x in (self.queries, self.positives, self.items)]
+    def _units(self, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor]:
+        queries, positives, items = (kernels.l2_normalize(x, EPS) for x in (self.queries, self.positives, self.items))
+        return queries, positives, items
 
     def gathered(self, loss: Callable[..., Tensor]) -> Tensor:
-        """The usual way, from the gather on."""
+        """The usual code."""
         hit = self.draws == self.targets[:, None]
         return loss(self.queries, self.positives, F.embedding(self.draws, self.items), hit, TEMPERATURE, EPS)
 
     def normalised_first(self, gather: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The usual way with normalised items, gathered by ``gather`` of items and flat draws."""
+        """The usual code with items that are normalised before ``gather(items, flat draws)``."""
         queries, positives, items = (F.normalize(x, dim=1) for x in (self.queries, self.positives, self.items))
         negatives = gather(items, self.draws.flatten()).view(*self.draws.shape, -1)
         scores = torch.bmm(negatives, queries[:, :, None]).squeeze(2)
@@ -85,7 +88,7 @@ class Bench:
 
 
 def passes_of(options: argparse.Namespace, device: torch.device) -> dict[str, Pass]:
-    """All losses, of the same vectors."""
+    """All variants on the same vectors."""
     bench = Bench(options, device)
     passes = {}
     for backend in BACKENDS[device.type]:
@@ -107,10 +110,10 @@ def passes_of(options: argparse.Namespace, device: torch.device) -> dict[str, Pa
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    add = (commands := parser(__doc__)).add_argument
+    add = (commands := operator_command_line(__doc__)).add_argument
     add("--queries", type=int, default=13_600, help="labelled positions M")
     add("--pool", type=int, default=3_700, help="items S")
-    add("--draws", type=int, default=128, help="negatives R a position")
+    add("--draws", type=int, default=128, help="negatives R per position")
     add("--dim", type=int, default=50, help="width D")
     return commands.parse_args(argv)
 
@@ -119,14 +122,14 @@ def main() -> None:
     """Measure and print."""
     options = parse()
     device, report = begin(options)
-    # FBGEMM's gather has its gradient below autograd, which torch warns of. That it is right is checked in the tests.
+    # FBGEMM implements the gradient of its gather below autograd, so torch warns. A test checks the gradient.
     warnings.filterwarnings("ignore", message="fbgemm::index_select_dim0")
     passes = passes_of(options, device)
     losses = {name: float(each.forward().detach()) for name, each in passes.items()}
     rows = []
     for name, times in time_passes(passes, device, options.rounds).items():
         scored = options.pool if name == "ours, whole pool" else options.draws
-        operations = 6.0 * options.queries * scored * options.dim
+        operations = sampled_softmax(options.queries, scored, options.dim).flops
         rows.append({"variant": name, "loss": losses[name], **times, **rate(times, operations, "gflops")})
     shape = {name: getattr(options, name) for name in ("queries", "pool", "draws", "dim")}
     finish(report | shape | {"losses": rows}, options)

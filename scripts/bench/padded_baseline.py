@@ -1,4 +1,4 @@
-"""HSTU retrieval written the plain way, to measure against: padded batches, masks and biases of all pairs.
+"""HSTU retrieval in plain PyTorch, the baseline of the benchmarks: padded batches, masks and biases for all pairs.
 
 Sequences are [B, N, D], scores, biases and masks [B, N, N], and the negatives of every label are gathered and
 normalised, [M, R, D]. The mathematics is that of hstu.model for causal sequences of items without context.
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from hstu.config.args import NetworkArgs
 from hstu.data.batch import NEGATIVES, HSTUBatch
 from hstu.model.gr_model import GRModel
-from hstu.model.stack import HSTUStack
+from hstu.model.stack import SequenceEncoder
 
 
 @dataclass
 class PaddedBatch:
-    """One batch of B sequences of N places; M labels with R negatives each."""
+    """A batch of B sequences padded to N, with M labels that have R negatives each."""
 
     ids: Tensor
     """int64 [B, N]."""
     times: Tensor
     """int64 [B, N], seconds."""
     valid: Tensor
-    """bool [B, N]: where there is an item."""
+    """bool [B, N]: False for padding."""
     labelled: Tensor
-    """bool [B, N]: the next item is to be predicted from here."""
+    """bool [B, N]: positions at which the next item is predicted."""
     targets: Tensor
     """int64 [M]."""
     negatives: Tensor
@@ -38,7 +38,7 @@ class PaddedBatch:
 
 
 def pad_batch(batch: HSTUBatch, item_feature: str) -> PaddedBatch:
-    """A batch of ours, padded. It must have drawn negatives and as many labels as sequences have steps."""
+    """Pad one of our batches. It must have drawn negatives, and a label for each item that another follows."""
     assert batch.timestamps is not None and batch.draws is not None
     lengths = torch.from_numpy(batch.item_lengths)
     shape = (len(lengths), int(lengths.max()))
@@ -139,7 +139,7 @@ class PaddedModel(nn.Module):
         x = self.items(batch.ids) * math.sqrt(self.network.hidden_size) * valid
         x = F.dropout(x, self.network.hidden_dropout, self.training)
         mask = self.mask[:length, :length]
-        # A last item's own time stands for the next one's: what pads the row behind it must not be taken for that.
+        # The query time of the last item is its own time. Padding must not look like a next item.
         times = torch.where(batch.valid, batch.times, batch.times.amax(dim=1, keepdim=True))
         for layer in self.layers:
             x = layer(x, times, mask) * valid
@@ -149,9 +149,9 @@ class PaddedModel(nn.Module):
 
     @torch.no_grad()
     def copy_weights(self, model: GRModel) -> None:
-        """Take the weights of our model."""
+        """Copy the weights of our model."""
         self.items.weight.copy_(model.embed_items(torch.arange(self.items.num_embeddings)))
-        stack = next(module for module in model.modules() if isinstance(module, HSTUStack))
-        for mine, theirs in zip(self.layers, stack.layers, strict=True):
+        encoder = next(module for module in model.modules() if isinstance(module, SequenceEncoder))
+        for mine, theirs in zip(self.layers, encoder.layers, strict=True):
             state = {name.removeprefix("bias."): weight for name, weight in theirs.state_dict().items()}
             mine.load_state_dict(state)

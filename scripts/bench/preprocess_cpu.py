@@ -1,19 +1,17 @@
-"""Preprocess a generated dataset under an enforced memory limit, undisturbed and killed; JSON on standard output.
+"""Preprocess a generated dataset under a memory limit, once undisturbed and once with kills; prints one JSON object.
 
-python scripts/bench/generate_kuairand.py --output DIR/raw --rows 30000000
+python scripts/bench/generate_data.py kuairand --output DIR/raw --rows 30000000
 python scripts/bench/preprocess_cpu.py --raw DIR/raw --work DIR [--memory_limit 4GB --kills 2]
 
-The limit is the kernel's (RLIMIT_DATA: all private memory, an allocation beyond it fails), for the whole process. The
-second run is ended by SIGKILL at even distances of the first one's time, started again each time, and its store must be
-the first one's, byte for byte. Peaks are polled from /proc every 50 ms: VmData is what the limit is on, VmHWM
-has the pages of mapped files as well.
+The kernel enforces the limit on the private memory of the process (RLIMIT_DATA): an allocation beyond it fails. The
+second run is killed by SIGKILL at equal intervals, and started again each time. Its store must equal the first one byte
+for byte. Peaks are read from /proc every 50 ms: VmData counts towards the limit, VmHWM includes pages of mapped files.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import resource
 import shutil
@@ -24,18 +22,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
+from harness import ROOT, command_line, publish
 
 from hstu.data.preprocess.engine import memory_bytes
 from hstu.data.store import SequenceStore
 
-ROOT = Path(__file__).resolve().parents[2]
 _POLL_S = 0.05
 _PEAKS = ("VmData", "RssAnon", "VmHWM")
 
 
 def start(options: argparse.Namespace, folder: Path) -> subprocess.Popen[bytes]:
-    """The command, in ``folder`` so that two runs' stores record the same command line."""
+    """Start preprocessing in ``folder``. Relative paths make both stores record the same command line."""
     command = [sys.executable, str(ROOT / "scripts" / "preprocess_dataset.py"), "--dataset_name", options.dataset]
     command += [
         "--raw_path",
@@ -54,7 +51,7 @@ def start(options: argparse.Namespace, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def watch(process: subprocess.Popen[bytes], until_s: float | None, partial_store: Path) -> dict[str, float]:
-    """Waits for the end, or kills after ``until_s``; the peaks, in bytes, and seconds."""
+    """Wait for the end, or kill the process after ``until_s`` seconds. Returns its peaks in bytes, and its seconds."""
     begun, peaks = time.monotonic(), dict.fromkeys((*_PEAKS, "scratch"), 0)
     while process.poll() is None:
         if until_s is not None and time.monotonic() - begun > until_s:
@@ -64,7 +61,7 @@ def watch(process: subprocess.Popen[bytes], until_s: float | None, partial_store
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()
             used = sum(file.stat().st_size for file in partial_store.rglob("*") if file.is_file())
-        except OSError:  # it ended, or renamed a file, just now
+        except OSError:  # the process has just ended or renamed a file
             continue
         peaks["scratch"] = max(peaks["scratch"], used)
         for name in _PEAKS:
@@ -80,7 +77,7 @@ def digests(store: Path) -> dict[str, str]:
 
 
 def killed_and_resumed(options: argparse.Namespace, folders: list[Path], every_s: float) -> dict[str, Any]:
-    """The second run: its parts, and whether it made the first one's store."""
+    """The second run: the peaks of its parts, and whether its store equals the first one."""
     unfinished = folders[1] / ".store.partial"
     killed = [watch(start(options, folders[1]), every_s, unfinished) for _ in range(options.kills)]
     process = start(options, folders[1])
@@ -90,8 +87,8 @@ def killed_and_resumed(options: argparse.Namespace, folders: list[Path], every_s
 
 
 def main() -> int:
-    """Run; 0 if the stores are equal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure and print. Returns 0 if the stores are equal."""
+    parser = command_line(__doc__)
     parser.add_argument("--raw", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="directory for the stores, which are removed again")
     parser.add_argument("--dataset", default="kuairand-27k")
@@ -123,7 +120,7 @@ def main() -> int:
     }
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(report, indent=1))
+    publish(report)
     return 0 if report.get("byte_equal", True) else 1
 
 

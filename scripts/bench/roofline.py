@@ -1,44 +1,40 @@
-"""What an H100 should reach at the shapes that NVIDIA publishes, by roofline: an estimate, beside its measured numbers.
+"""Estimate by roofline what an H100 reaches at the shapes for which NVIDIA publishes measurements.
 
     python scripts/bench/roofline.py [--output docs/benchmarks/kernels/roofline.json]
 
-Attention: what the tiles of the compiled CUTLASS kernels (docs/benchmarks/kernels/cutlass.json) cover, as matrix
-products on tensor cores and as elementwise work on the other units. Upper bound: the two overlap; lower: they follow
-one another. Neither counts launches, prologues or uneven shares of the processors, which cost short sequences most.
-Layer and step: hstu/train/estimate with the attention of the lower and of the upper bound. Prints Markdown tables.
+Attention: the work of the tiles of the compiled CUTLASS kernels (docs/benchmarks/kernels/cutlass.json), split into
+matrix products on tensor cores and elementwise work on the other units. In the upper bound the two overlap; in the
+lower bound one follows the other. Neither bound counts launches, prologues or an uneven load of the processors, which
+slow short sequences most. Layer and step: hstu/estimate with attention at the lower and at the upper bound. Prints
+Markdown.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
+from harness import ROOT, command_line, to_json
 
 from hstu.config.gin_io import load
+from hstu.estimate.estimate import Estimate, estimate
+from hstu.estimate.machine import gpu
+from hstu.estimate.workload import plan_workload
 from hstu.observe.logging import quiet_libraries
-from hstu.train.estimate.estimate import Estimate, estimate
-from hstu.train.estimate.machine import gpu
-from hstu.train.estimate.situation import look_at
 
-ROOT = Path(__file__).resolve().parents[2]
 HEADS, WIDTH, SEQUENCES = 4, 256, 32
 PROCESSORS, CLOCK_HZ = 132, 1.83e9
-"""Of an H100 SXM, whose 989 TFLOPS are 4,096 operations a processor and clock."""
+"""Of an H100 SXM. Its 989 TFLOPS are 4,096 operations per processor and clock."""
 SPECIAL, LANES = 16, 128
-"""Hyperbolic tangents and other float32 instructions a processor and clock."""
+"""Hyperbolic tangents, and other float32 instructions, per processor and clock."""
 KERNELS = {"forward_sm90": (2, 4, "forward"), "queries_sm90": (3, 8, "backward"), "keys_sm90": (3, 8, "backward"),
            "values_sm90": (2, 4, "backward")}  # fmt: skip
-"""Products a tile, float32 instructions a pair besides the one tanh (counted in the source), and when it runs."""
+"""Kernel → products per tile, float32 instructions per pair besides one tanh (counted in the source), and its pass."""
 PASSES = {"forward": 1.0, "backward": 2.5}
-"""Of the 2 · H · T² · d operations that are counted."""
+"""Counted operations of each pass, as a multiple of 2 · H · T² · d."""
 LAYER = ("norm of the input", "W_uvqk", "SiLU", "attention", "norm, gate, dropout", "W_o", "residual")
 PUBLISHED: dict[str, dict[int, float]] = {
     "forward": {512: 245, 1024: 409, 2048: 537, 4096: 622, 16384: 637},
@@ -46,11 +42,11 @@ PUBLISHED: dict[str, dict[int, float]] = {
     "layer": {1024: 302, 2048: 353, 4096: 413, 8192: 477},
     "step": {4099: 341.6},
 }
-"""TFLOPS of NVIDIA recsys-examples on an H100 SXM: kernels, layer and whole step with fixed lengths."""
+"""Measured TFLOPS of NVIDIA recsys-examples on an H100 SXM, by tokens per sequence, with equal lengths."""
 
 
 def tiles() -> dict[str, tuple[int, int]]:
-    """Rows and columns of the tiles of each kernel at the width of a head."""
+    """Kernel → rows and columns of its tiles at head dim WIDTH."""
     rows = json.loads((ROOT / "docs/benchmarks/kernels/cutlass.json").read_text())
     found = {}
     for row in rows:
@@ -61,13 +57,13 @@ def tiles() -> dict[str, tuple[int, int]]:
 
 
 def covered_pairs(length: int, rows: int, columns: int) -> int:
-    """Pairs of one causal sequence that are computed, those that a mask throws away included."""
+    """Pairs that are computed for one causal sequence, including those that the mask discards."""
     ends = np.minimum(np.arange(rows, length + rows, rows), length)
     return int((rows * -(-ends // columns) * columns).sum())
 
 
 def attention_seconds(length: int) -> dict[str, tuple[float, float]]:
-    """Way → (overlapped, one after another), of a batch."""
+    """Pass → seconds of a batch if both kinds of work overlap, and if one follows the other."""
     peak = gpu("h100", torch.bfloat16).peak_tflops * 1e12
     found = {"forward": (0.0, 0.0), "backward": (0.0, 0.0)}
     for kernel, shape in tiles().items():
@@ -81,16 +77,16 @@ def attention_seconds(length: int) -> dict[str, tuple[float, float]]:
 
 
 def whole(length: int, efficiency: float, layers: int) -> Estimate:
-    """Of the benchmark's configuration, with attention at this share of the peak."""
+    """The estimate for the benchmark's configuration with attention at this share of the peak."""
     items = (length - 3) // 2
     bindings = [f"NetworkArgs.num_layers = {layers}", f"items/FeatureArgs.max_sequence_length = {items}"]
     config = load([str(ROOT / "configs/benchmark_ranking.gin")], bindings, "ranking")
     machine = replace(gpu("h100", torch.bfloat16), attention_efficiency=efficiency)
-    return estimate(look_at(config, 1, 1, "cuda"), machine)
+    return estimate(plan_workload(config, 1, 1, "cuda"), machine)
 
 
 def expected() -> list[dict[str, Any]]:
-    """A row a shape: TFLOPS, lower and upper bound, and what is published."""
+    """One row per shape: lower and upper bound and published measurement in TFLOPS."""
     rows: list[dict[str, Any]] = []
 
     def add(what: str, length: int, low: float, high: float) -> None:
@@ -118,12 +114,12 @@ def expected() -> list[dict[str, Any]]:
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """A table a kind."""
+    """One table per kind of measurement."""
     lines = []
     for what in PUBLISHED:
         some = [row for row in rows if row["what"] == what]
         table = {
-            f"{what}, tokens a sequence": [f"{row['length']:,}" for row in some],
+            f"{what}, tokens per sequence": [f"{row['length']:,}" for row in some],
             "---": ["---"] * len(some),
             "estimate": [f"{row['low']:.0f} to {row['high']:.0f}" for row in some],
             "NVIDIA, measured": [f"{row['published']:.0f}" for row in some],
@@ -133,15 +129,14 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Reckon and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="also write JSON here")
+    """Compute and print."""
+    parser = command_line(__doc__, output=True)
     options = parser.parse_args()
     quiet_libraries()
     rows = expected()
     print(as_markdown(rows))
     if options.output:
-        options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        options.output.write_text(to_json(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

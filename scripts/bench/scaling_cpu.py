@@ -1,21 +1,20 @@
-"""How training scales from one rank to two, with one thread a rank on a core of its own; one JSON object.
+"""Measure how training scales from one rank to two, with one thread and one core per rank; prints one JSON object.
 
 python scripts/bench/scaling_cpu.py retrieval|ranking|random [--steps 4 --rounds 5]
 
 "retrieval" and "ranking" are configs/ml_1m_*.gin and need their data, "random" is benchmark_ranking_balanced.gin made
-small; in all of them the item table is cut row-wise. Weak scaling: as many sequences a rank as the one rank has; strong
-scaling: half as many, so that the global batch is the same. "two alone" are two processes that have nothing to do with
-each other: what the machine allows at the most. All processes are started first, then take turns, round by round, and
-in a round all of them train on the same sequences; given are medians over the rounds.
+small; in all of them the item table is sharded row-wise. Weak scaling: each rank has as many sequences as the single
+rank; strong scaling: half as many, so that the global batch is the same. "two alone" are two independent processes,
+which show what the machine allows. All processes are started first and then take turns. In each round, all of them
+train on the same sequences; results are medians over the rounds.
 
-A rank's step is made of communication (the main thread is held up by a collective that all ranks have begun), waiting
-(by one that another rank has not begun yet), getting the batch, and computation, which is the rest. A table goes to
-standard error.
+A step consists of communication (the main thread is blocked by a collective that all ranks have begun), waiting (it is
+blocked by one that another rank has not begun yet), getting the batch, and computation, which is the rest. A table is
+printed to standard error.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -23,13 +22,15 @@ import platform
 import socket
 import statistics
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from collective_clock import split
-from scaling_rank import Measured, Variant, World, serve
+from collective_clock import CollectiveClock, Times, split
+from harness import ROOT, command_line, publish
 
-ROOT = Path(__file__).resolve().parents[2]
 WARM_UP_STEPS = 2
 ROW_WISE = (
     'item/EmbeddingArgs.feature_names = ["movie_id"]',
@@ -62,7 +63,7 @@ ALONE, TOGETHER = "1 rank", "two alone"
 
 
 def variants_of(case: str, ranks: int, tp_size: int) -> dict[str, Variant]:
-    """Name → what to train with so many ranks."""
+    """Name → variant, for this number of ranks."""
     gin_file, task, sequences, bindings = CASES[case]
 
     def variant(batch_size: int, balanced: bool) -> Variant:
@@ -85,7 +86,7 @@ def variants_of(case: str, ranks: int, tp_size: int) -> dict[str, Variant]:
 
 
 def start(world: World) -> list[Connection]:
-    """The world's processes; pipes to its ranks, in order."""
+    """Start the processes of a world. Returns a pipe to each rank, in rank order."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -94,24 +95,24 @@ def start(world: World) -> list[Connection]:
     mine = os.sched_getaffinity(0)
     for rank, core in enumerate(world.cores):
         ours, theirs = context.Pipe()
-        os.sched_setaffinity(0, {core})  # a child has its parent's, from its first thread on
+        os.sched_setaffinity(0, {core})  # a child inherits it, for all of its threads
         context.Process(target=serve, args=(theirs, world, rank, port), daemon=True).start()
         os.sched_setaffinity(0, mine)
-        theirs.close()  # so that a rank that dies is an EOFError, not a pipe that is silent
+        theirs.close()  # so that reading from a rank that died raises EOFError
         pipes.append(ours)
     return pipes
 
 
 def train(pipes: list[Connection], variant: str, steps: int) -> dict[str, float]:
-    """Train on the sequences of so many steps of the one rank, with all ranks of ``pipes`` at a time.
+    """Train with all ranks of ``pipes`` on the sequences that a single rank has in ``steps`` steps.
 
-    Returns milliseconds a step (of the mean rank) and rates (of all ranks).
+    Returns milliseconds per step (mean over the ranks) and rates (sum over the ranks).
     """
     steps = steps // 2 if variant.startswith("weak") else steps
     for pipe in pipes:
         pipe.send((variant, steps))
     ranks: list[Measured] = [pipe.recv() for pipe in pipes]
-    together = variant != TOGETHER  # else nobody waits for anyone
+    together = variant != TOGETHER  # independent processes never wait for each other
     alone = [rank.ended - rank.begun for rank in ranks]
     elapsed = [max(rank.ended for rank in ranks) - min(rank.begun for rank in ranks)] * len(ranks)
     seconds = elapsed if together else alone
@@ -135,7 +136,7 @@ def train(pipes: list[Connection], variant: str, steps: int) -> dict[str, float]
 
 
 def measure(case: str, cores: tuple[int, int], steps: int, rounds: int) -> list[dict[str, dict[str, float]]]:
-    """Round by round: variant → summary."""
+    """One entry per round: variant → summary."""
     worlds = {
         "first": World(cores[:1], 1, variants_of(case, 1, 1)),
         "second": World(cores[1:], 1, variants_of(case, 1, 1)),
@@ -152,14 +153,17 @@ def measure(case: str, cores: tuple[int, int], steps: int, rounds: int) -> list[
         train(of_variant, variant, WARM_UP_STEPS)
     for _ in range(rounds):
         measured.append({variant: train(turns[variant], variant, steps) for variant in order})
-        order = order[1:] + order[:1]  # nothing always follows the same variant
+        order = order[1:] + order[:1]  # no variant always follows the same one
     for pipe in (pipe for of_world in pipes.values() for pipe in of_world):
         pipe.send(None)
     return measured
 
 
 def medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Variant → medians over the rounds; share: of a step; speed_up: tokens a second over one rank's in that round."""
+    """Variant → medians over the rounds.
+
+    A share is that of a step. speed_up: tokens per second relative to the single rank in the same round.
+    """
     result = {}
     first = (ALONE, TOGETHER)
     for name in sorted(rounds[0], key=lambda name: first.index(name) if name in first else len(first)):
@@ -175,7 +179,10 @@ def medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, fl
 
 def table(result: dict[str, dict[str, float]]) -> str:
     """The medians as Markdown."""
-    lines = ["| | tokens/s | speed-up | ms a step | compute | batch | communication | waiting |", "|---|" + "---:|" * 7]
+    lines = [
+        "| | tokens/s | speed-up | ms per step | compute | batch | communication | waiting |",
+        "|---|" + "---:|" * 7,
+    ]
     for name, row in result.items():
         shares = " | ".join(f"{100 * row[f'{part}_share']:.1f} %" for part in PARTS)
         lines.append(
@@ -185,7 +192,7 @@ def table(result: dict[str, dict[str, float]]) -> str:
 
 
 def draw(results: dict[str, dict[str, dict[str, float]]], image: Path) -> None:
-    """Where a token's time goes, as bars: one panel a case, one bar a variant, microseconds of a core a token."""
+    """Draw the core time per token by what it is spent on: one panel per case, one bar per variant."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -203,29 +210,125 @@ def draw(results: dict[str, dict[str, dict[str, float]]], image: Path) -> None:
             left = [a + b for a, b in zip(left, widths, strict=True)]
         for place, row in enumerate(result.values()):
             axes.text(left[place], place, f" × {row['speed_up']:.2f}", va="center")
-        axes.set(title=case, xlabel="µs of a core a token", xlim=(0, 1.15 * max(left)))
+        axes.set(title=case, xlabel="µs of a core per token", xlim=(0, 1.15 * max(left)))
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(PARTS), frameon=False)
     figure.savefig(image)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A way to train: a gin file with bindings."""
+
+    gin_file: str
+    task: str
+    bindings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together. Rank ``r`` runs on core ``cores[r]``."""
+
+    cores: tuple[int, ...]
+    tp_size: int
+    variants: dict[str, Variant]
+
+
+@dataclass
+class Measured:
+    """Some steps of one rank.
+
+    Begun, ended: seconds on CLOCK_MONOTONIC; data_s: time to get batches, without ``times``.
+    """
+
+    begun: float
+    ended: float
+    data_s: float
+    sequences: int
+    tokens: int
+    times: Times = field(default_factory=Times)
+
+
+def serve(pipe: Connection, world: World, rank: int, port: int) -> None:
+    """In the process of a rank: train for each (variant, steps) from ``pipe`` and send Measured, until None arrives."""
+    os.environ.update(_launcher_environment(world, rank, port))
+    # Imported here, after the environment is set and the process has one core, so that libraries start one thread.
+    import torch
+    from pipeline_cpu import prepare
+
+    from hstu.data.batch import HSTUBatch
+    from hstu.observe.logging import quiet_libraries
+    from hstu.parallel import mesh as meshes
+    from hstu.parallel.ddp import ReplicatedDense
+    from hstu.train.flops import FlopCounter
+
+    class Timed:
+        """Iterates over batches and adds up the time to get them."""
+
+        def __init__(self, batches: Iterator[HSTUBatch], clock: CollectiveClock) -> None:
+            self.batches, self.clock, self.seconds = batches, clock, 0.0
+
+        def __iter__(self) -> Iterator[HSTUBatch]:
+            return self
+
+        def __next__(self) -> HSTUBatch:
+            begun, blocked = time.monotonic(), self.clock.times.blocked_s
+            batch = next(self.batches)
+            self.seconds += time.monotonic() - begun - (self.clock.times.blocked_s - blocked)
+            return batch
+
+    quiet_libraries()
+    clock = CollectiveClock()
+    mesh = meshes.start(tensor_parallel_size=world.tp_size)
+    torch.set_num_threads(1)
+    prepared = {}
+    for name, variant in world.variants.items():
+        run = prepare(variant.gin_file, variant.bindings, variant.task, mesh)
+        if isinstance(run.model.dense, ReplicatedDense):
+            clock.watch(run.model.dense)
+        flops = FlopCounter(run.config.network, run.source.roles)
+        prepared[name] = run.pipeline, Timed(run.batches(), clock), flops
+    pipe.send("ready")
+    while (order := pipe.recv()) is not None:
+        name, steps = order
+        pipeline, batches, flops = prepared[name]
+        torch.distributed.barrier()
+        clock.restart()
+        batches.seconds = 0.0
+        measured = Measured(time.monotonic(), 0.0, 0.0, 0, 0)
+        for _ in range(steps):
+            batch = pipeline.progress(batches).batch
+            measured.sequences += batch.real_batch_size
+            measured.tokens += flops.count(batch)[0]
+        measured.ended, measured.data_s, measured.times = time.monotonic(), batches.seconds, clock.restart()
+        pipe.send(measured)
+    meshes.finish()
+
+
+def _launcher_environment(world: World, rank: int, port: int) -> dict[str, str]:
+    """The environment variables that torchrun sets."""
+    ranks: Sequence[int] = world.cores
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(ranks), "LOCAL_WORLD_SIZE": len(ranks)}
+    fixed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return {name: str(value) for name, value in names.items()} | fixed
+
+
 def main() -> None:
-    """Measure one case, or draw those that have been."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure one case, or draw cases that have been measured."""
+    parser = command_line(__doc__, rounds=5)
     parser.add_argument("case", choices=tuple(CASES), nargs="?")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of the one rank in a round, even")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of the single rank per round, an even number")
     parser.add_argument("--cores", type=int, nargs=2, default=(0, 1))
     parser.add_argument("--draw", type=Path, metavar="PNG", help="draw the files of --of instead of measuring")
-    parser.add_argument("--of", type=Path, nargs="+", help="what measurements have printed")
+    parser.add_argument("--of", type=Path, nargs="+", help="files with the output of measurements")
     options = parser.parse_args()
     if options.draw:
-        told = [json.loads(path.read_text()) for path in options.of]
-        draw({each["case"]: each["medians"] for each in told}, options.draw)
+        reports = [json.loads(path.read_text()) for path in options.of]
+        draw({each["case"]: each["medians"] for each in reports}, options.draw)
         return
     if options.case is None:
-        parser.error("which case?")
+        parser.error("name a case, or use --draw")
     os.chdir(ROOT)  # preprocessed data is named relative to it
     rounds = measure(options.case, tuple(options.cores), options.steps, options.rounds)
     result = medians(rounds)
@@ -234,7 +337,7 @@ def main() -> None:
     gin_file, _, sequences, bindings = CASES[options.case]
     case = {"gin_file": gin_file, "sequences_of_one_rank": sequences, "bindings": bindings}
     machine = platform.processor() or platform.machine()
-    print(json.dumps({"case": options.case, **given, **case, "machine": machine, "medians": result, "each": rounds}))
+    publish({"case": options.case, **given, **case, "machine": machine, "medians": result, "each": rounds})
 
 
 if __name__ == "__main__":

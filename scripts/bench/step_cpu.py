@@ -1,12 +1,12 @@
-"""Time whole training steps on a CPU: the kernel backends, bfloat16, and a padded trainer written the plain way.
+"""Time whole training steps on a CPU: the kernel backends, bfloat16, and a padded baseline trainer.
 
     python scripts/bench/step_cpu.py [--gin-config-file configs/ml_1m_retrieval.gin] [--output docs/benchmarks/step_cpu]
 
-All are timed on the same batches in turn, in one process. Prints one JSON object: milliseconds a step (median and all),
-ratios to the padded baseline, peak memory of each in a process of its own, the parts of a step with their GFLOPS beside
-those of large matrix products, and the cost of attention over sum of n² and over B N². With --output also writes
-step.json and cost.png there. Needs the data of the configuration: retrieval of items without context or candidates,
-uniform negatives and a relative bias.
+All variants train on the same batches in turn, in one process. Prints one JSON object: milliseconds per step (median
+and all), ratios to the padded baseline, the peak memory of each variant in its own process, the parts of a step with
+their GFLOPS next to those of large matrix products, and the cost of attention over Σ n² and over B · N². With --output,
+step.json and cost.png are written there. The data of the configuration must exist: retrieval of items without context
+or candidates, with uniform negatives and a relative bias.
 """
 
 from __future__ import annotations
@@ -19,30 +19,35 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
-
+from attention import Shape, movielens_times
+from harness import Panel, command_line, draw, products, publish, time_in_turn
 from padded_baseline import PaddedBatch, PaddedModel, pad_batch
-from step_cpu_parts import attention_costs, draw_costs, parts_of_a_step
-from timing import products
+from pipeline_cpu import prepare as prepare_training
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from hstu.config.args import RetrievalArgs
+from hstu.config.args import NetworkArgs, RetrievalArgs
 from hstu.config.gin_io import load
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
 from hstu.data.sampler import SamplerPosition
 from hstu.model.gr_model import GRModel
 from hstu.observe.logging import quiet_libraries
+from hstu.ops.cpu.operators import OPERATORS
+from hstu.ops.functional import hstu_attention
+from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, RelativeBias
 from hstu.parallel import mesh as meshes
-from hstu.train.builder import build_model, build_pipeline
+from hstu.train.flops import FlopCounter
 from hstu.train.sources import StoreSource, open_source
-from hstu.train.work import StepWork
 
 VARIANTS = {
     "cpp_float32": ("cutlass", "float32"),
@@ -51,13 +56,29 @@ VARIANTS = {
 }
 """Name → NetworkArgs.kernel_backend and dtype_str; on a CPU, cutlass means the C++ kernels."""
 BASELINE = "padded_baseline"
+PARTS = {
+    "attention, forward": ("attention.forward",),
+    "attention, backward": ("attention.backward",),
+    "linear layers": ("aten::mm", "aten::addmm"),
+    "sampled softmax": ("SampledSoftmaxLoss",),
+    "SiLU of the projection": ("aten::silu", "aten::silu_backward"),
+    "norm · gate · dropout": ("norm_mul_dropout.forward", "norm_mul_dropout.backward", "aten::ge"),
+    "input norm": ("aten::native_layer_norm", "aten::native_layer_norm_backward"),
+    "unit vectors": ("_Unit", "_UnitBackward"),
+    "random numbers of dropout": ("aten::random_",),
+    "copies, gathers, scatters": ("aten::copy_", "aten::index_select", "aten::index_add_", "aten::scatter_add_"),
+}
+"""Part of a step → names in the profile. Times are self times on the calling thread."""
+CALLS = [*product(("attention", "norm_mul_dropout"), ("forward", "backward"))]
+"""Kernels that the profile has no name for: :func:`named_kernels` names them."""
+STEPS = 8
 Step = Callable[[int], None]
 """Train on the batch of this number."""
 
 
 @dataclass
 class Bench:
-    """What all variants share."""
+    """Configuration, data source and batches for all variants."""
 
     options: argparse.Namespace
     mesh: meshes.Mesh
@@ -67,22 +88,19 @@ class Bench:
     padded: list[PaddedBatch]
 
     def ours(self, variant: str, *bindings: str) -> tuple[Step, GRModel]:
-        """A step of ours, and its model."""
+        """A training step of a variant of this package, and its model."""
         backend, dtype = VARIANTS[variant]
-        config = _load(
-            self.options, f"NetworkArgs.kernel_backend = '{backend}'", f"NetworkArgs.dtype_str = '{dtype}'", *bindings
-        )
-        meshes.seed_initial_weights(config.trainer.seed)
-        model, optimizers = build_model(config, self.source, self.mesh)
-        pipeline = build_pipeline(config.trainer, model, optimizers, self.mesh)
+        kernels = [f"NetworkArgs.kernel_backend = '{backend}'", f"NetworkArgs.dtype_str = '{dtype}'"]
+        file = self.options.gin_config_file
+        run = prepare_training(file, [*kernels, *bindings], "retrieval", self.mesh, self.source)
 
         def step(number: int) -> None:
-            pipeline.progress(iter([self.batches[number]]))
+            run.pipeline.progress(iter([self.batches[number]]))
 
-        return step, model
+        return step, run.model
 
     def baseline(self, *bindings: str) -> tuple[Step, PaddedModel]:
-        """A step of the padded baseline, and its model."""
+        """A training step of the padded baseline, and its model."""
         config = _load(self.options, *bindings)
         task, network = config.task_args, config.network
         assert isinstance(task, RetrievalArgs)
@@ -99,7 +117,7 @@ class Bench:
         return step, model
 
     def step(self, variant: str) -> Step:
-        """A step of any variant."""
+        """A training step of any variant."""
         return self.baseline()[0] if variant == BASELINE else self.ours(variant)[0]
 
 
@@ -120,20 +138,8 @@ def _load(options: argparse.Namespace, *bindings: str) -> RunConfig:
     return load([options.gin_config_file], list(bindings), "retrieval")
 
 
-def interleaved(steps: dict[str, Step], rounds: int, batches: int) -> dict[str, list[float]]:
-    """Milliseconds of each variant's steps, a step of each in turn, after two rounds that are not counted."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(-2, rounds):
-        for name, step in steps.items():
-            begun = time.perf_counter()
-            step(number % batches)
-            if number >= 0:
-                times[name].append(round((time.perf_counter() - begun) * 1e3, 2))
-    return times
-
-
 def loss_difference(bench: Bench) -> float:
-    """Of our loss and the baseline's, relative, with the same weights and no dropout: it is the same mathematics."""
+    """Relative difference of our loss and the baseline's, with the same weights and no dropout."""
     quiet = "NetworkArgs.hidden_dropout = 0.0"
     _, model = bench.ours("cpp_float32", quiet)
     _, padded = bench.baseline(quiet)
@@ -145,7 +151,7 @@ def loss_difference(bench: Bench) -> float:
 
 
 def peak_memory_mb(options: argparse.Namespace, variant: str) -> dict[str, float]:
-    """Resident memory of a process that trains three steps of a variant: before the first, and at its peak."""
+    """Resident memory of a process that trains three steps of a variant: before the first step, and at its peak."""
     command = [sys.executable, __file__, "--memory-of", variant, "--gin-config-file", options.gin_config_file]
     with tempfile.TemporaryFile("w+") as errors:
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -156,8 +162,8 @@ def peak_memory_mb(options: argparse.Namespace, variant: str) -> dict[str, float
     return report
 
 
-def tell_memory(options: argparse.Namespace) -> None:
-    """In a process of its own: see peak_memory_mb."""
+def print_memory(options: argparse.Namespace) -> None:
+    """The subprocess of :func:`peak_memory_mb`."""
     bench = prepare(options)
     step = bench.step(options.memory_of)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -171,10 +177,11 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     """The whole report."""
     memory = {name: peak_memory_mb(options, name) for name in (*VARIANTS, BASELINE)} if options.memory else {}
     bench = prepare(options)
-    work = StepWork(bench.config.network, bench.source.roles)
+    flops = FlopCounter(bench.config.network, bench.source.roles)
     steps = {name: bench.step(name) for name in (*VARIANTS, BASELINE)}
     difference = loss_difference(bench)
-    times = interleaved(steps, options.rounds, len(bench.batches))
+    cycled = {name: lambda number, step=step: step(number % len(bench.batches)) for name, step in steps.items()}
+    times = time_in_turn(cycled, torch.device("cpu"), options.rounds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     ceiling = products(torch.device("cpu"))
     begun = time.perf_counter()
@@ -183,13 +190,13 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     return {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "tokens": [work.of(batch)[0] for batch in bench.batches],
+        "tokens": [flops.count(batch)[0] for batch in bench.batches],
         "pairs": [int((batch.item_lengths**2).sum()) for batch in bench.batches],
         "loss_difference": difference,
         "ms_median": {name: round(value, 1) for name, value in medians.items()},
-        "ms_fastest": {name: min(values) for name, values in times.items()},
+        "ms_fastest": {name: round(min(values), 2) for name, values in times.items()},
         "times_as_fast_as_baseline": {name: round(medians[BASELINE] / value, 2) for name, value in medians.items()},
-        "ms_all": times,
+        "ms_all": {name: [round(value, 2) for value in values] for name, values in times.items()},
         "batch_assembly_ms": round(assembly_ms, 1),
         "memory": memory,
         "matmul_gflops": ceiling,
@@ -201,25 +208,123 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def _processor_seconds(run: Callable[[], object]) -> float:
+    begun = time.process_time()
+    run()
+    return time.process_time() - begun
+
+
+def parts_of_a_step(
+    step: Callable[[int], None], batches: Sequence[HSTUBatch], network: NetworkArgs, ceiling: float
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of each part of a step, its GFLOPS and their share of ``ceiling``; then of everything else."""
+    with named_kernels(), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        begun = time.perf_counter()
+        for number in range(STEPS):
+            step(number % len(batches))
+        whole_ms = (time.perf_counter() - begun) * 1e3 / STEPS
+    spent: dict[str, float] = defaultdict(float)
+    for event in recorded.key_averages():
+        spent[event.key] += event.self_cpu_time_total / 1e3 / STEPS
+    flops = flops_of_parts(batches, network)
+    parts: dict[str, dict[str, float]] = {}
+    for name, keys in PARTS.items():
+        ms = sum(spent[key] for key in keys)
+        parts[name] = {"ms": round(ms, 2)}
+        if name in flops:
+            gflops = flops[name] / ms / 1e6
+            parts[name] |= {"gflops": round(gflops, 1), "of_ceiling": round(gflops / ceiling, 3)}
+    known = sum(part["ms"] for part in parts.values())
+    return parts | {"everything else": {"ms": round(whole_ms - known, 2)}, "profiled step": {"ms": round(whole_ms, 2)}}
+
+
+@contextmanager
+def named_kernels() -> Iterator[None]:
+    """Within the context, the profile lists CALLS as ``operator.forward`` and ``operator.backward``."""
+    original = [(operator, name, getattr(OPERATORS[operator], name)) for operator, name in CALLS]
+    for operator, name, function in original:  # models hold these objects, which are frozen
+        object.__setattr__(OPERATORS[operator], name, record_function(f"{operator}.{name}")(function))
+    try:
+        yield
+    finally:
+        for operator, name, function in original:
+            object.__setattr__(OPERATORS[operator], name, function)
+
+
+def flops_of_parts(batches: Sequence[HSTUBatch], network: NetworkArgs) -> dict[str, float]:
+    """Floating-point operations of an average step; masked pairs are not counted."""
+    tokens = np.mean([batch.item_lengths.sum() for batch in batches])
+    pairs = np.mean([(batch.item_lengths * (batch.item_lengths + 1) // 2).sum() for batch in batches])
+    scores = np.mean([batch.draws.numel() for batch in batches if batch.draws is not None])
+    layers, inner = network.num_layers, network.num_attention_heads * network.kv_channels
+    return {
+        "attention, forward": layers * 4 * inner * float(pairs),
+        "attention, backward": layers * 10 * inner * float(pairs),
+        "linear layers": layers * 3 * 2 * network.hidden_size * 5 * inner * float(tokens),
+        "sampled softmax": 6 * network.item_width * float(scores),
+    }
+
+
+def attention_costs(width: int = 50, repeats: int = 5) -> list[dict[str, Any]]:
+    """Milliseconds of attention, forward and backward, for batches with more and less equal lengths.
+
+    Measured as processor time on one thread, which other processes hardly affect.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    costs = []
+    for longest in (100, 200, 400, 800):
+        for name, lengths in {
+            "all equal": np.full(64, longest),
+            "uniform": rng.integers(1, longest + 1, 64),
+            "one long, others short": np.append(rng.integers(1, 21, 63), longest),
+        }.items():
+            lengths = lengths.astype(np.int64)
+            layout = Shape(lengths, 1, width).layout(torch.device("cpu"), movielens_times(lengths, rng))
+            inputs = [torch.randn(layout.num_tokens, 1, width, requires_grad=True) for _ in range(3)]
+            tables = [torch.randn(n, requires_grad=True) for n in (2 * longest - 1, NUM_TIME_BUCKETS)]
+
+            def run(layout=layout, inputs=inputs, tables=tables) -> None:  # type: ignore[no-untyped-def]
+                q, k, v = inputs
+                bias = RelativeBias(*tables)
+                config, kernels = AttentionConfig(0.1, 200), OPERATORS["attention"]
+                out = hstu_attention(q, k, v, layout, config, bias, kernels)
+                torch.autograd.grad(out.sum(), [*inputs, *tables])
+
+            best = min(_processor_seconds(run) for _ in range(repeats))
+            square = int((lengths**2).sum())
+            padded = len(lengths) * longest**2
+            costs.append({"lengths": name, "sum_n2": square, "b_n2": padded, "ms": round(best * 1e3, 3)})
+    torch.set_num_threads(threads)
+    return costs
+
+
+def draw_costs(costs: Sequence[dict[str, Any]], image: Path) -> None:
+    """Two panels: the cost over Σ n², where all points are on one line, and over B · N², where they scatter."""
+    panels = []
+    for key, label in (("sum_n2", "Σ n²"), ("b_n2", "B · N²")):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for cost in costs:
+            lines.setdefault(f"lengths {cost['lengths']}", []).append((cost[key], cost["ms"]))
+        panels.append(Panel(f"cost over {label}", f"{label} (pairs of tokens)", "CPU ms", lines))
+    draw(panels, image, "Attention, forward and backward")
+
+
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, rounds=12, threads=0, output=True)
     parser.add_argument("--gin-config-file", default="configs/ml_1m_retrieval.gin")
-    parser.add_argument("--threads", type=int, default=0, help="0: all that this process may use")
-    parser.add_argument("--batches", type=int, default=4, help="batches that the steps take in turn")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--batches", type=int, default=4, help="batches that the steps cycle through")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
     parser.add_argument("--memory-of", choices=(*VARIANTS, BASELINE), help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     if options.memory_of:
-        tell_memory(options)
+        print_memory(options)
         return
     report = measure(options)
-    print(json.dumps(report, indent=2))
+    publish(report, options.output and options.output / "step.json")
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "step.json").write_text(json.dumps(report, indent=1) + "\n")
         draw_costs(report["attention_cost"], options.output / "cost.png")  # type: ignore[arg-type]
 
 

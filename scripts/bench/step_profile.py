@@ -1,18 +1,17 @@
-"""Where the time of a training step on the host goes, for a gin file; one JSON object.
+"""Profile the host time of a training step by module, for a gin file; prints one JSON object.
 
 python scripts/bench/step_profile.py retrieval configs/ml_1m_retrieval.gin [--steps 10 --bindings ...]
 
-From torch's profiler with every Python call in it. A module of ours is charged with what its functions do and have
-libraries do for them: "Python" is time in the interpreter and in NumPy, "kernels" in torch's operators, their dispatch
-included. TorchRec and the backward pass ("autograd", but for the functions of ours that it calls) are charged apart.
-Recording slows Python down and leaves kernels as they are; the milliseconds of a step without it are given beside. A
-table goes to standard error. One process; batches are made in it, so that making them is seen.
+The times come from torch's profiler, which records every Python call. A module of ours is charged for its functions
+and for the library functions that they call. "Python" is time in the interpreter and in NumPy; "kernels" is time in
+torch's operators, including their dispatch. TorchRec and the backward pass ("autograd", without our functions that it
+calls) are charged separately. Recording slows down Python but not kernels, so the report also has the time of a step
+without it. A table is printed to standard error. There is one process, which also makes the batches.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import re
 import statistics
@@ -21,55 +20,45 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import command_line, publish
+from pipeline_cpu import prepare
 from torch._C._profiler import RecordScope, _EventType
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
-
-from hstu.config.gin_io import load
-from hstu.data.sampler import SamplerPosition
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
-from hstu.train.builder import build_model, build_pipeline
-from hstu.train.sources import open_source
 
 ROOMS = re.compile(r"hstu/[\w/]+\.py|(?:torchrec|fbgemm_gpu|megatron)(?=/)")
 WARM_UP_STEPS = 5
 LONGEST = 12
 Row = dict[str, float]
-"""{"python", "kernels"}: milliseconds a step."""
+"""Nanoseconds, later milliseconds per step, of "python" and "kernels"."""
 
 
 def training_step(options: argparse.Namespace) -> Callable[[], Any]:
-    """A step of the run that the options describe."""
+    """One step of the run that the options describe."""
     mesh = meshes.start()
     torch.set_num_threads(options.threads)
-    bindings = [*options.bindings, "TrainerArgs.data_workers = 0"]
-    config = load([options.gin_file], bindings, options.task)
-    source = open_source(config, mesh)
-    meshes.seed_initial_weights(config.trainer.seed)
-    model, optimizers = build_model(config, source, mesh)
-    pipeline = build_pipeline(config.trainer, model, optimizers, mesh)
-    batches = source.train_batches(SamplerPosition())
-    return lambda: pipeline.progress(batches)
+    run = prepare(options.gin_file, [*options.bindings, "TrainerArgs.data_workers = 0"], options.task, mesh)
+    batches = run.batches()
+    return lambda: run.pipeline.progress(batches)
 
 
 @dataclass
 class Charges:
-    """Nanoseconds of the recorded steps."""
+    """Nanoseconds of the recorded steps, by module, function and operator."""
 
     modules: dict[str, Row] = field(default_factory=lambda: defaultdict(lambda: {"python": 0.0, "kernels": 0.0}))
     functions: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Python functions, by the time that is their own."""
+    """Python function → its self time."""
     kernels: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Operators likewise."""
+    """Operator → its self time."""
 
     def add(self, event: Any, owner: str) -> None:
-        """Charge an event of the profiler's tree, with all below it, that happens on behalf of ``owner``."""
+        """Charge an event of the profiler's tree and all events below it; ``owner``: the module that caused it."""
         is_call = event.tag == _EventType.PyCall
         if is_call and (found := ROOMS.search(event.name)):
             owner = found[0].removesuffix(".py").replace("/", ".")
@@ -88,9 +77,9 @@ class Charges:
 
 
 def _parts_of(event: Any) -> Iterator[Any]:
-    """What an event consists of, without the ranges that libraries name.
+    """The children of an event, where ranges that libraries have named are replaced by their children.
 
-    Those begin in one Python call and end in another, and what happens within lies beside them in the tree.
+    Such a range begins in one Python call and ends in another, so the calls within it are its siblings in the tree.
     """
     for child in event.children:
         if child.tag == _EventType.TorchOp and child.extra_fields.scope == RecordScope.USER_SCOPE:
@@ -100,7 +89,7 @@ def _parts_of(event: Any) -> Iterator[Any]:
 
 
 def record(step: Callable[[], Any], steps: int) -> tuple[Charges, float]:
-    """What is charged to whom in so many steps, and the seconds that they took."""
+    """Record ``steps`` steps. Returns their charges and their seconds."""
     with profile(activities=[ProfilerActivity.CPU], with_stack=True) as recorded:
         begun = time.perf_counter()
         run_steps(step, steps)
@@ -113,7 +102,7 @@ def record(step: Callable[[], Any], steps: int) -> tuple[Charges, float]:
 
 
 def run_steps(step: Callable[[], Any], steps: int) -> None:
-    """A function of its own, to be found again among what was recorded."""
+    """Run the steps. The recording is searched for the name of this function."""
     for _ in range(steps):
         step()
 
@@ -127,7 +116,7 @@ def _calls_of(function: str, events: Iterable[Any]) -> Iterator[Any]:
 
 
 def rooms(modules: dict[str, Row]) -> dict[str, Row]:
-    """The modules of a room of ours together, the longest first."""
+    """The sums over the modules of each of our packages, the longest first."""
     merged: dict[str, Row] = defaultdict(lambda: {"python": 0.0, "kernels": 0.0})
     for module, row in modules.items():
         for kind, time_spent in row.items():
@@ -136,17 +125,17 @@ def rooms(modules: dict[str, Row]) -> dict[str, Row]:
 
 
 def longest_first(modules: dict[str, Row]) -> dict[str, Row]:
-    """By the sum of a row."""
+    """Sort by the sum of each row."""
     return dict(sorted(modules.items(), key=lambda item: -sum(item[1].values())))
 
 
 def longest(times: dict[str, float]) -> list[tuple[str, float]]:
-    """The LONGEST names, each with its time."""
+    """The names with the longest times, and their times."""
     return sorted(times.items(), key=lambda item: -item[1])[:LONGEST]
 
 
 def scaled(value: Any, factor: float) -> Any:
-    """Each number of lists and mappings times ``factor``, to three places."""
+    """Multiply each number in lists and mappings by ``factor`` and round it to three places."""
     if isinstance(value, dict):
         return {key: scaled(each, factor) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -155,23 +144,22 @@ def scaled(value: Any, factor: float) -> Any:
 
 
 def print_tables(report: dict[str, Any]) -> None:
-    """As Markdown, on standard error."""
-    print(f"{report['step_ms']:.1f} ms a step, {report['recorded_step_ms']:.1f} ms while recorded", file=sys.stderr)
-    print("| ms a step | Python | kernels |\n|---|---:|---:|", file=sys.stderr)
-    for whose, row in report["rooms"].items():
-        print(f"| {whose} | {row['python']:.2f} | {row['kernels']:.2f} |", file=sys.stderr)
+    """Print the report as Markdown to standard error."""
+    print(f"{report['step_ms']:.1f} ms per step, {report['recorded_step_ms']:.1f} ms while recorded", file=sys.stderr)
+    print("| ms per step | Python | kernels |\n|---|---:|---:|", file=sys.stderr)
+    for package, row in report["rooms"].items():
+        print(f"| {package} | {row['python']:.2f} | {row['kernels']:.2f} |", file=sys.stderr)
     for name in ("python_functions", "kernels"):
         print(f"\n{name}", *(f"{ms:8.2f}  {which}" for which, ms in report[name]), sep="\n", file=sys.stderr)
 
 
 def main() -> None:
-    """Time, then profile twice."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Time steps, then record steps, and print both."""
+    parser = command_line(__doc__, threads=1)
     parser.add_argument("task", choices=("ranking", "retrieval"))
     parser.add_argument("gin_file")
     parser.add_argument("--bindings", nargs="*", default=[])
-    parser.add_argument("--steps", type=int, default=10, help="timed, and again as many recorded")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10, help="timed steps; as many are recorded afterwards")
     options = parser.parse_args()
     quiet_libraries()
     step = training_step(options)
@@ -199,7 +187,7 @@ def main() -> None:
         **scaled(charged, 1e-6 / options.steps),
     }
     print_tables(report)
-    print(json.dumps(report))
+    publish(report)
     meshes.finish()
 
 

@@ -1,102 +1,220 @@
-from __future__ import annotations
-
+import errno
 import json
 import logging
 from pathlib import Path
 
 import pytest
+import torch
 
-from hstu.checkpoint import directory as place
-from hstu.checkpoint.directory import BEST, LATEST, by_preference, commit, delete_older, place_of, point, pointed_at
-from hstu.checkpoint.manifest import MANIFEST
-from tests.checkpoint.test_store import make_checkpoint
+from hstu.checkpoint import directory as folder
+from hstu.checkpoint.directory import (
+    BEST,
+    LATEST,
+    MANIFEST,
+    DamagedCheckpoint,
+    checkpoint_path,
+    delete_older,
+    describe_files,
+    file_problems,
+    link_target,
+    read_manifest,
+    restore_candidates,
+    set_link,
+    torch_save,
+    write_manifest,
+    writing_errors,
+)
+from hstu.checkpoint.store import find_checkpoint
+from hstu.config.errors import DataError
 
 
-def made(directory: Path, *iterations: int) -> list[Path]:
-    return [make_checkpoint(place_of(directory, iteration)) for iteration in iterations]
+def make_checkpoint(path: Path) -> Path:
+    path.mkdir(parents=True)
+    (path / "data").write_bytes(b"0123456789")
+    write_manifest(path, describe_files(path, [path / "data"]))
+    return path
+
+
+def make_checkpoints(directory: Path, *iterations: int) -> list[Path]:
+    return [make_checkpoint(checkpoint_path(directory, iteration)) for iteration in iterations]
 
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_the_one_committed_last_is_preferred_then_those_before_it_then_later_ones(tmp_path: Path) -> None:
-    two, four, six, eight = made(tmp_path, 2, 4, 6, 8)
-    assert by_preference(tmp_path) == [eight, six, four, two]
-    point(tmp_path, LATEST, six)
-    assert by_preference(tmp_path) == [six, four, two, eight]
+def test_without_a_load_directory_nothing_is_loaded(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "iteration_00000001")
+    assert find_checkpoint("", str(tmp_path)) is None
 
 
-def test_a_link_to_nothing_is_no_preference(tmp_path: Path) -> None:
-    two, four = made(tmp_path, 2, 4)
-    point(tmp_path, LATEST, place_of(tmp_path, 6))
-    assert by_preference(tmp_path) == [four, two]
+def test_auto_is_the_newest_complete_checkpoint_of_the_save_directory(tmp_path: Path) -> None:
+    assert find_checkpoint("auto", str(tmp_path / "absent")) is None
+    make_checkpoint(tmp_path / "iteration_00000009")
+    newest = make_checkpoint(tmp_path / "iteration_00000010")
+    make_checkpoint(tmp_path / ".writing_iteration_00000011")
+    (tmp_path / "iteration_00000012").mkdir()
+    assert find_checkpoint("auto", str(tmp_path)) == newest
+
+
+def test_a_path_is_a_checkpoint_or_a_directory_whose_newest_is_taken(tmp_path: Path) -> None:
+    old, new = make_checkpoint(tmp_path / "iteration_1"), make_checkpoint(tmp_path / "iteration_2")
+    assert find_checkpoint(str(tmp_path), "elsewhere") == new
+    assert find_checkpoint(str(old), "elsewhere") == old
+
+
+def test_a_named_directory_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no complete checkpoint in .*ckpt_load_dir"):
+        find_checkpoint(str(tmp_path), str(tmp_path))
+
+
+def test_candidates_are_the_latest_commit_then_earlier_then_later_ones(tmp_path: Path) -> None:
+    two, four, six, eight = make_checkpoints(tmp_path, 2, 4, 6, 8)
+    assert restore_candidates(tmp_path) == [eight, six, four, two]
+    set_link(tmp_path, LATEST, six)
+    assert restore_candidates(tmp_path) == [six, four, two, eight]
+
+
+def test_a_dangling_link_is_ignored(tmp_path: Path) -> None:
+    two, four = make_checkpoints(tmp_path, 2, 4)
+    set_link(tmp_path, LATEST, checkpoint_path(tmp_path, 6))
+    assert restore_candidates(tmp_path) == [four, two]
 
 
 def test_links_are_relative_so_that_a_directory_can_be_moved(tmp_path: Path) -> None:
-    (path,) = made(tmp_path / "here", 3)
-    point(tmp_path / "here", LATEST, path)
+    (path,) = make_checkpoints(tmp_path / "here", 3)
+    set_link(tmp_path / "here", LATEST, path)
     moved = (tmp_path / "here").rename(tmp_path / "there")
-    assert pointed_at(moved, LATEST) == place_of(moved, 3)
+    assert link_target(moved, LATEST) == checkpoint_path(moved, 3)
     assert (moved / LATEST / MANIFEST).is_file()
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
-    paths = made(tmp_path, 1, 2, 3, 4, 5)
-    point(tmp_path, LATEST, paths[4])
-    point(tmp_path, BEST, paths[1])
+    paths = make_checkpoints(tmp_path, 1, 2, 3, 4, 5)
+    set_link(tmp_path, LATEST, paths[4])
+    set_link(tmp_path, BEST, paths[1])
     delete_older(tmp_path, 5, keep=2)
     assert names(tmp_path) == [BEST, *(f"iteration_{i:08d}" for i in (2, 4, 5)), LATEST]
-    point(tmp_path, BEST, paths[4])
+    set_link(tmp_path, BEST, paths[4])
     delete_older(tmp_path, 5, keep=2)
     assert names(tmp_path) == [BEST, *(f"iteration_{i:08d}" for i in (4, 5)), LATEST]
 
 
-def test_what_is_not_behind_the_new_commit_is_not_deleted(tmp_path: Path) -> None:
-    made(tmp_path, 2, 4, 6, 8)
+def test_checkpoints_of_later_iterations_are_not_deleted(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, 2, 4, 6, 8)
     delete_older(tmp_path, 4, keep=1)
     assert names(tmp_path) == [f"iteration_{i:08d}" for i in (4, 6, 8)]
 
 
-def test_what_cannot_be_deleted_stays_with_a_warning(
+def test_a_checkpoint_that_cannot_be_deleted_stays_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    made(tmp_path, 1, 2)
+    make_checkpoints(tmp_path, 1, 2)
     monkeypatch.setattr(Path, "rename", refuse)
     delete_older(tmp_path, 2, keep=1)
     assert names(tmp_path) == [f"iteration_{i:08d}" for i in (1, 2)]
     assert "cannot delete the older checkpoint" in caplog.text and "iteration_00000001: [Errno 13]" in caplog.text
 
 
-def test_a_deletion_that_was_interrupted_is_finished(tmp_path: Path) -> None:
+def test_an_interrupted_deletion_is_finished(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / ".deleting_iteration_00000001")
-    made(tmp_path, 2, 3)
+    make_checkpoints(tmp_path, 2, 3)
     delete_older(tmp_path, 3, keep=3)
     assert names(tmp_path) == [f"iteration_{i:08d}" for i in (2, 3)]
 
 
-def test_beginning_clears_what_an_interrupted_save_has_left(tmp_path: Path) -> None:
+def test_a_new_save_removes_what_an_interrupted_one_has_left(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / ".writing_iteration_00000002")
-    temporary = place.begin(tmp_path, 4)
+    temporary = folder.begin(checkpoint_path(tmp_path, 4))
     assert [path.name for path in tmp_path.iterdir()] == [temporary.name] and not list(temporary.iterdir())
 
 
 def test_a_damaged_checkpoint_is_set_aside_for_a_new_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (old,) = made(tmp_path, 4)
+    (old,) = make_checkpoints(tmp_path, 4)
     (old / "data").write_bytes(b"x123456789")
-    new = make_checkpoint(tmp_path / ".writing_iteration_00000004")
+    make_checkpoint(tmp_path / ".writing_iteration_00000004")
     with caplog.at_level(logging.WARNING):
-        assert commit(new, 4) == old
+        folder.commit(old)
     assert (old / "data").read_bytes() == b"0123456789"
     assert (tmp_path / "set_aside_iteration_00000004_1" / "data").read_bytes() == b"x123456789"
     assert f"{old / 'data'} is damaged" in caplog.text
 
 
-def test_one_without_a_readable_manifest_too(tmp_path: Path) -> None:
-    (old,) = made(tmp_path, 4)
+def test_a_checkpoint_without_a_readable_manifest_is_set_aside_too(tmp_path: Path) -> None:
+    (old,) = make_checkpoints(tmp_path, 4)
     (old / MANIFEST).write_text(json.dumps({"version": 2}))
-    commit(make_checkpoint(tmp_path / ".writing_iteration_00000004"), 4)
+    make_checkpoint(tmp_path / ".writing_iteration_00000004")
+    folder.commit(old)
     assert names(tmp_path) == ["iteration_00000004", "set_aside_iteration_00000004_1"]
+
+
+def test_an_intact_checkpoint_has_no_problems(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "c")
+    assert file_problems(path, read_manifest(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [(None, "is missing"), (b"012345678", "has 9 bytes"), (b"0123456780", "is damaged")]
+)
+def test_a_changed_file_is_named(tmp_path: Path, content: bytes | None, problem: str) -> None:
+    path = make_checkpoint(tmp_path / "c")
+    (path / "data").unlink()
+    if content is not None:
+        (path / "data").write_bytes(content)
+    (found,) = file_problems(path, read_manifest(path))
+    assert str(path / "data") in found and problem in found
+
+
+def test_the_format_of_the_manifest_stays(tmp_path: Path) -> None:
+    digest = "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"
+    checksum = "489191bf5e6b2a6fe06f1427aa0bc8ac884024aaaee7812e486c7527a5c4db44"
+    files = {"data": {"bytes": 10, "sha256": digest}}
+    path = make_checkpoint(tmp_path / "c")
+    assert (path / MANIFEST).read_text() == json.dumps({"version": 2, "sha256": checksum, "files": files}, indent=1)
+
+
+def test_any_changed_byte_of_the_manifest_itself_is_noticed(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "c")
+    content = (path / MANIFEST).read_bytes()
+    for index, byte in enumerate(content):
+        for other in {byte ^ 1, byte ^ 128, *b' \n01"'} - {byte}:
+            (path / MANIFEST).write_bytes(content[:index] + bytes([other]) + content[index + 1 :])
+            with pytest.raises(DamagedCheckpoint, match=r"manifest\.json (is damaged|has format version)"):
+                read_manifest(path)
+
+
+def test_a_manifest_of_the_first_format_is_still_read(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "c")
+    files = read_manifest(path)
+    (path / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1))
+    assert read_manifest(path) == files
+
+
+def test_an_unreadable_manifest_is_an_error(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "c")
+    (path / MANIFEST).write_text('{"version": 1, "fi')
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        read_manifest(path)
+    (path / MANIFEST).write_text(json.dumps({"version": 99, "files": {}}))
+    with pytest.raises(DataError, match="format version 99"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("numbers", [1, 10**6])
+def test_torch_save_reports_a_full_disk(numbers: int) -> None:
+    with pytest.raises(OSError) as raised:
+        torch_save({"tensor": torch.zeros(numbers)}, Path("/dev/full"))
+    assert raised.value.errno == errno.ENOSPC
+
+
+def test_torch_save_writes_what_torch_loads(tmp_path: Path) -> None:
+    torch_save({"tensor": torch.arange(3)}, tmp_path / "file")
+    assert torch.load(tmp_path / "file", weights_only=True)["tensor"].tolist() == [0, 1, 2]
+
+
+def test_other_errors_of_writing_are_unchanged() -> None:
+    with pytest.raises(RuntimeError, match="a defect"), writing_errors():
+        raise RuntimeError("a defect")

@@ -1,8 +1,24 @@
 """Small valid gin files, and changed versions of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
+from typing import Any
+
+from hstu.config.rules import RULES
+from hstu.data.rules import DATA_RULES
+
+ALL_RULES = (*RULES, *DATA_RULES)
+"""The rules that the entry scripts apply."""
+
+
+def table(scope: str, rows: int, cls: str = "EmbeddingArgs", **arguments: Any) -> list[str]:
+    """Bindings of a table. Its feature is called like the scope unless ``feature_names`` is given."""
+    given = {"feature_names": [scope], "table_name": scope, "item_vocab_size_or_capacity": rows, **arguments}
+    return [f"{scope}/{cls}.{name} = {value!r}" for name, value in given.items()]
+
+
+def text(lines: list[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
 
 COMMON = """\
 TrainerArgs.train_batch_size = 4
@@ -18,41 +34,28 @@ OptimizerArgs.learning_rate = 1e-3
 """
 RETRIEVAL = COMMON + "RetrievalArgs.num_negatives = -1\n"
 RANKING = COMMON + "RankingArgs.prediction_head_arch = [16, 5]\n"
-BENCHMARK = (
-    "".join(line + "\n" for line in RANKING.splitlines() if not line.startswith("DatasetArgs"))
-    + """\
-seq/FeatureArgs.feature_names = ["item", "action"]
-seq/FeatureArgs.max_sequence_length = 30
-seq/FeatureArgs.is_jagged = True
-ctx/FeatureArgs.feature_names = ["user"]
-ctx/FeatureArgs.max_sequence_length = 1
-EmbeddingArgs.sharding_type = "data_parallel"
-item/EmbeddingArgs.feature_names = ["item"]
-item/EmbeddingArgs.table_name = "item"
-item/EmbeddingArgs.item_vocab_size_or_capacity = 100
-action/EmbeddingArgs.feature_names = ["action"]
-action/EmbeddingArgs.table_name = "action"
-action/EmbeddingArgs.item_vocab_size_or_capacity = 6
-user/EmbeddingArgs.feature_names = ["user"]
-user/EmbeddingArgs.table_name = "user"
-user/EmbeddingArgs.item_vocab_size_or_capacity = 50
-BenchmarkDatasetArgs.feature_args = [@seq/FeatureArgs(), @ctx/FeatureArgs()]
-BenchmarkDatasetArgs.embedding_args = [@item/EmbeddingArgs(), @action/EmbeddingArgs(), @user/EmbeddingArgs()]
-BenchmarkDatasetArgs.item_feature_name = "item"
-BenchmarkDatasetArgs.action_feature_name = "action"
-BenchmarkDatasetArgs.contextual_feature_names = ["user"]
-"""
+BENCHMARK = text(
+    [
+        *(line for line in RANKING.splitlines() if not line.startswith("DatasetArgs")),
+        'seq/FeatureArgs.feature_names = ["item", "action"]',
+        "seq/FeatureArgs.max_sequence_length = 30",
+        "seq/FeatureArgs.is_jagged = True",
+        'ctx/FeatureArgs.feature_names = ["user"]',
+        "ctx/FeatureArgs.max_sequence_length = 1",
+        'EmbeddingArgs.sharding_type = "data_parallel"',
+        *table("item", 100),
+        *table("action", 6),
+        *table("user", 50),
+        "BenchmarkDatasetArgs.feature_args = [@seq/FeatureArgs(), @ctx/FeatureArgs()]",
+        "BenchmarkDatasetArgs.embedding_args = [@item/EmbeddingArgs(), @action/EmbeddingArgs(), @user/EmbeddingArgs()]",
+        'BenchmarkDatasetArgs.item_feature_name = "item"',
+        'BenchmarkDatasetArgs.action_feature_name = "action"',
+        'BenchmarkDatasetArgs.contextual_feature_names = ["user"]',
+    ]
 )
-OWN_TABLES = """\
-item/EmbeddingArgs.feature_names = ["item"]
-item/EmbeddingArgs.table_name = "item"
-item/EmbeddingArgs.item_vocab_size_or_capacity = 100
-item/EmbeddingArgs.sharding_type = "model_parallel"
-action/EmbeddingArgs.feature_names = ["action"]
-action/EmbeddingArgs.table_name = "action"
-action/EmbeddingArgs.item_vocab_size_or_capacity = 6
-action/EmbeddingArgs.sharding_type = "data_parallel"
-"""
+OWN_TABLES = text(
+    [*table("item", 100, sharding_type="model_parallel"), *table("action", 6, sharding_type="data_parallel")]
+)
 OWN_DATA = RANKING.replace("ml-1m", "criteo") + OWN_TABLES
 
 BASES = {"ranking": RANKING, "retrieval": RETRIEVAL, "benchmark": BENCHMARK, "own": OWN_DATA}

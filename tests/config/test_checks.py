@@ -1,15 +1,12 @@
-"""What a single value must satisfy, and the spellings of the built-in datasets."""
-
-from __future__ import annotations
+"""The check of a single value against what its field declares."""
 
 from dataclasses import fields
 from typing import Any, Optional
 
 import pytest
 
-from hstu.config.args import ARGS_CLASSES, EmbeddingArgs, RankingArgs
-from hstu.config.checks import Mismatch, coerce, default_of, describe, field_problems, is_required
-from hstu.config.dataset_names import BUILT_IN_DATASETS, resolve_dataset_name
+from hstu.config.args import REGISTRY, EmbeddingArgs, RankingArgs
+from hstu.config.option import Mismatch, coerce, default_of, describe, field_problems, is_required
 
 
 @pytest.mark.parametrize(
@@ -59,7 +56,7 @@ def test_conversion_that_would_lose_something_is_refused(annotation: Any, value:
         coerce(annotation, value)
 
 
-@pytest.mark.parametrize("cls", ARGS_CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", REGISTRY, ids=lambda cls: cls.__name__)
 def test_every_default_but_the_sharding_type_is_valid(cls: type) -> None:
     wrong = [f.name for f in fields(cls) if not is_required(f) and field_problems(cls, f, default_of(f))]
     assert wrong == (["sharding_type"] if cls is EmbeddingArgs else [])
@@ -70,26 +67,3 @@ def test_descriptions_are_words() -> None:
     assert described["prediction_head_arch"] == "list of int, each at least 1, not empty"
     assert described["prediction_head_act_type"] == "one of 'relu', 'gelu'"
     assert described["eval_metrics"] == "one or more of AUC, AUC>=K, GAUC, ACC, LOGLOSS, NE"
-
-
-@pytest.mark.parametrize("name", BUILT_IN_DATASETS)
-def test_a_canonical_name_is_its_own(name: str) -> None:
-    assert resolve_dataset_name(name) == name
-
-
-@pytest.mark.parametrize(
-    ("written", "name"),
-    [
-        ("movielens-1m", "ml-1m"),
-        ("MovieLens_20M", "ml-20m"),
-        ("ML100K", "ml-100k"),
-        ("KuaiRand-1K", "kuairand-1k"),
-        ("kuairand_27k", "kuairand-27k"),
-        ("KuaiRand-Pure", "kuairand-pure"),
-        ("criteo", None),
-        ("ml", None),
-        ("", None),
-    ],
-)
-def test_other_spellings(written: str, name: str | None) -> None:
-    assert resolve_dataset_name(written) == name

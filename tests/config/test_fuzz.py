@@ -1,7 +1,5 @@
 """Whatever a file holds, the user gets a configuration or a ConfigError, never a traceback."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from dataclasses import fields
@@ -10,13 +8,13 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu.config.args import ARGS_CLASSES
-from hstu.config.cli import read_and_check
+from hstu.config.args import REGISTRY
 from hstu.config.errors import ConfigError
-from tests.config.gin_files import BASES, changed, task_of, write
+from hstu.config.gin_io import read_and_check
+from tests.config.gin_files import ALL_RULES, BASES, changed, task_of, write
 
-CLASSES = [cls.__name__ for cls in ARGS_CLASSES]
-NAMES = sorted({f.name for cls in ARGS_CLASSES for f in fields(cls)})
+CLASSES = [cls.__name__ for cls in REGISTRY]
+NAMES = sorted({f.name for cls in REGISTRY for f in fields(cls)})
 SCOPES = ["", "item/", "seq/", "a/b/", "x/"]
 LITERALS = st.recursive(
     st.none()
@@ -36,7 +34,7 @@ VALUES = LITERALS | REFERENCES | MACROS | st.lists(REFERENCES, max_size=3).map(l
 @st.composite
 def bindings(draw: st.DrawFn) -> str:
     """A line that is nearly right: real classes with their own or any parameters, values of any kind."""
-    cls = draw(st.sampled_from(ARGS_CLASSES))
+    cls = draw(st.sampled_from(list(REGISTRY)))
     name = draw(st.sampled_from([f.name for f in fields(cls)]) | st.sampled_from(NAMES))
     return f"{draw(st.sampled_from(SCOPES))}{cls.__name__}.{name} = {draw(VALUES)}"
 
@@ -46,7 +44,7 @@ LINES = bindings() | st.builds("{} = {}".format, st.sampled_from(["m", "n", "a/m
 
 def read_anything(text: str | bytes, base: str, extra: tuple[str, ...] = ()) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(ConfigError):
-        config, _ = read_and_check([write(Path(folder), text)], extra, task_of(base), world_size=2)  # type: ignore[arg-type]
+        config, _ = read_and_check([write(Path(folder), text)], extra, task_of(base), world_size=2, rules=ALL_RULES)  # type: ignore[arg-type]
         assert config.operative_gin()
 
 

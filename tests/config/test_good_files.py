@@ -1,7 +1,5 @@
 """What gin files may look like: the ways in which users write them, and what comes out."""
 
-from __future__ import annotations
-
 import pickle
 import sys
 from pathlib import Path
@@ -19,16 +17,16 @@ from hstu.config.args import (
 )
 from hstu.config.errors import ConfigError
 from hstu.config.gin_io import load
+from hstu.config.rules import validate
 from hstu.config.run_config import RunConfig, Task
-from hstu.config.validate import validate
-from tests.config.gin_files import BENCHMARK, OWN_DATA, OWN_TABLES, RANKING, RETRIEVAL, changed, write
+from tests.config.gin_files import ALL_RULES, BENCHMARK, OWN_DATA, OWN_TABLES, RANKING, RETRIEVAL, changed, write
 
 
 @pytest.fixture
 def load_text(tmp_path: Path):
     def load_text(text: str, task: Task = "ranking", *bindings: str) -> RunConfig:
         config = load([write(tmp_path, text)], bindings, task)
-        validate(config, world_size=1)
+        validate(config, world_size=1, rules=ALL_RULES)
         return config
 
     return load_text
@@ -77,10 +75,7 @@ def test_each_scope_is_a_table_in_file_order(load_text) -> None:
     tables = load_text(OWN_DATA).embeddings
     assert [table.table_name for table in tables] == ["item", "action"]
     assert tables[1] == EmbeddingArgs(
-        feature_names=["action"],
-        table_name="action",
-        item_vocab_size_or_capacity=6,
-        sharding_type="data_parallel",
+        feature_names=["action"], table_name="action", item_vocab_size_or_capacity=6, sharding_type="data_parallel"
     )
 
 
@@ -217,7 +212,7 @@ def test_bidirectional_attention_over_labels_is_warned_of(
     base: str, task: Task, warned: list[str], tmp_path: Path
 ) -> None:
     config = load([write(tmp_path, base + "NetworkArgs.is_causal = False\n")], [], task)
-    warnings = validate(config, world_size=1)
+    warnings = validate(config, world_size=1, rules=ALL_RULES)
     assert len(warnings) == len(warned)
     assert all(part in warning for part, warning in zip(warned, warnings, strict=True))
 
@@ -226,24 +221,29 @@ def test_bidirectional_attention_over_labels_is_warned_of(
     ("lines", "warned"),
     [
         (["TrainerArgs.tokens_per_rank = 61"], None),
-        (["TrainerArgs.tokens_per_rank = 244"], "never reached: TrainerArgs.train_batch_size = 4"),
+        (["TrainerArgs.tokens_per_rank = 244"], "never reached: a rank has at most 244 tokens"),
         (["TrainerArgs.enable_balanced_shuffler = True"], None),
-        (["TrainerArgs.enable_balanced_shuffler = True", "seq/FeatureArgs.is_jagged = False"], "nothing to balance"),
+        (
+            ["TrainerArgs.enable_balanced_shuffler = True", "seq/FeatureArgs.is_jagged = False"],
+            "are equally long with seq/",
+        ),
     ],
 )
 def test_balancing_without_effect_is_warned_of(lines: list[str], warned: str | None, tmp_path: Path) -> None:
-    warnings = validate(load([write(tmp_path, changed(BENCHMARK, *lines))], [], "ranking"), world_size=2)
+    warnings = validate(
+        load([write(tmp_path, changed(BENCHMARK, *lines))], [], "ranking"), world_size=2, rules=ALL_RULES
+    )
     assert len(warnings) == (0 if warned is None else 1)
     assert warned is None or warned in warnings[0]
 
 
 def test_warning_free_by_default(tmp_path: Path) -> None:
-    assert validate(load([write(tmp_path, RANKING)], [], "ranking"), world_size=1) == []
+    assert validate(load([write(tmp_path, RANKING)], [], "ranking"), world_size=1, rules=ALL_RULES) == []
 
 
 def test_tensor_parallelism_is_accepted_where_it_divides(tmp_path: Path) -> None:
     text = RANKING + "TensorModelParallelArgs.tensor_model_parallel_size = 2\nNetworkArgs.sequence_parallel = True\n"
-    assert validate(load([write(tmp_path, text)], [], "ranking"), world_size=4) == []
+    assert validate(load([write(tmp_path, text)], [], "ranking"), world_size=4, rules=ALL_RULES) == []
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_tensor_parallelism_is_accepted_where_it_divides(tmp_path: Path) -> None
 def test_rowwise_adagrad_is_accepted_where_no_row_is_cut(lines: list[str], tmp_path: Path) -> None:
     wide = ['OptimizerArgs.optimizer_str = "rowwise_adagrad"', 'item/EmbeddingArgs.sharding = "column_wise"']
     text = changed(OWN_DATA, *wide, *lines)
-    assert validate(load([write(tmp_path, text)], [], "ranking"), world_size=2) == []
+    assert validate(load([write(tmp_path, text)], [], "ranking"), world_size=2, rules=ALL_RULES) == []
 
 
 def test_parts_of_the_dense_weights_are_listed_by_reference_and_share_what_has_no_scope(load_text) -> None:

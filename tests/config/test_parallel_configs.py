@@ -1,7 +1,5 @@
 """The files in configs/ that are about several ranks, by the entry scripts on two ranks for some iterations."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

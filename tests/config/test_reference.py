@@ -1,18 +1,16 @@
 """The reference is complete, and docs/configuration.md is up to date."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 
-from hstu.config.args import ARGS_CLASSES, DynamicEmbeddingArgs
+from hstu.config.args import REGISTRY, DynamicEmbeddingArgs
 from hstu.config.reference import MARKER, explain, main, markdown, parameters_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
-@pytest.mark.parametrize("cls", ARGS_CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", REGISTRY, ids=lambda cls: cls.__name__)
 def test_every_class_and_parameter_says_what_it_means(cls: type) -> None:
     assert cls.__doc__
     undocumented = [parameter.name for parameter in parameters_of(cls) if not parameter.meaning]
@@ -27,7 +25,7 @@ def test_inherited_parameters_are_listed() -> None:
 
 def test_explain_of_all_names_every_class() -> None:
     text = explain()
-    assert all(f"{cls.__name__}: " in text for cls in ARGS_CLASSES)
+    assert all(f"{cls.__name__}: " in text for cls in REGISTRY)
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -1,7 +1,5 @@
 """The configuration in force, written as gin, describes the same run again."""
 
-from __future__ import annotations
-
 import tempfile
 import typing
 from dataclasses import fields
@@ -13,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.config import args as a
-from hstu.config.checks import annotation_of, field_problems, is_required
 from hstu.config.gin_io import load
+from hstu.config.option import annotation_of, field_problems, is_required
 from hstu.config.run_config import RunConfig
 from tests.config.gin_files import BASES, task_of, write
 
@@ -60,14 +58,10 @@ def instances(cls: type, **given_fields: st.SearchStrategy[Any]) -> st.SearchStr
 TABLES = st.lists(instances(a.EmbeddingArgs) | instances(a.DynamicEmbeddingArgs), max_size=4)
 DISTRIBUTION = instances(a.RandomDistribution)
 FEATURES = instances(
-    a.FeatureArgs,
-    seqlen_dist=st.none() | DISTRIBUTION,
-    value_dists=st.none() | st.lists(DISTRIBUTION, max_size=3),
+    a.FeatureArgs, seqlen_dist=st.none() | DISTRIBUTION, value_dists=st.none() | st.lists(DISTRIBUTION, max_size=3)
 )
 BENCHMARKS = instances(
-    a.BenchmarkDatasetArgs,
-    feature_args=st.lists(FEATURES, min_size=1, max_size=3),
-    embedding_args=TABLES.filter(len),
+    a.BenchmarkDatasetArgs, feature_args=st.lists(FEATURES, min_size=1, max_size=3), embedding_args=TABLES.filter(len)
 )
 
 

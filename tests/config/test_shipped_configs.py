@@ -1,7 +1,5 @@
 """Every gin file that we ship, and every complete gin file in the documentation, is valid."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -9,8 +7,8 @@ from typing import Any
 import pytest
 
 from hstu.config.gin_io import load
-from hstu.config.validate import validate
-from tests.config.gin_files import write
+from hstu.config.rules import validate
+from tests.config.gin_files import ALL_RULES, write
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("**/*.gin"))
@@ -44,10 +42,10 @@ def test_shipped_config_is_valid(path: Path) -> None:
     task = "retrieval" if "retrieval" in path.name else "ranking"
     config = load([str(path)], [], task)
     parallel = config.tensor_parallel.tensor_model_parallel_size
-    assert validate(config, world_size=parallel) == []
+    assert validate(config, world_size=parallel, rules=ALL_RULES) == []
 
 
 @pytest.mark.parametrize(("task", "text"), BLOCKS)
 def test_documented_file_is_valid(task: str, text: str, tmp_path: Path) -> None:
     config = load([write(tmp_path, text)], [], task)  # type: ignore[arg-type]
-    assert validate(config, world_size=config.tensor_parallel.tensor_model_parallel_size) == []
+    assert validate(config, world_size=config.tensor_parallel.tensor_model_parallel_size, rules=ALL_RULES) == []

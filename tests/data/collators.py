@@ -1,16 +1,13 @@
 """A collator for one split of a store, roles and hashing taken from that store."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np
 
-from hstu.config.args import DatasetArgs
+from hstu.config.args import DatasetArgs, Task
 from hstu.data.collate import Assembler, Collator, StoreReader, resolve_roles
 from hstu.data.negatives import Negatives
 from hstu.data.samples import SampleTable
-from hstu.data.sequences import Task
 from hstu.data.store import SequenceStore
 
 

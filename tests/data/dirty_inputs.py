@@ -1,7 +1,5 @@
 """Dirty inputs: the arguments of scripts/preprocess_dataset.py, the files, and what must be said about them."""
 
-from __future__ import annotations
-
 import gzip
 import os
 import zipfile
@@ -84,11 +82,7 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
     "a Git LFS pointer": (ALL, {"events.csv": b"version https://git-lfs.github.com/spec/v1\n"}, "Git LFS pointer"),
     "another ending": (named("e.xlsx"), {"e.xlsx": GOOD}, "the name of a table ends in .csv, .tsv"),
     # columns
-    "missing column": (
-        named("events.csv", item="sku"),
-        {"events.csv": GOOD},
-        "has no column 'sku'. It has: u, i, a",
-    ),
+    "missing column": (named("events.csv", item="sku"), {"events.csv": GOOD}, "has no column 'sku'. It has: u, i, a"),
     "renamed column": (ALL, {"events.csv": GOOD.replace(b"u,i", b"user,i")}, "has no column 'u'. It has: user, i"),
     "misspelt column": (
         named("events.csv", item="movie_ids"),
@@ -108,11 +102,7 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
     "Latin-1": (ALL, {"events.csv": GOOD + "ä,1,1,1\n".encode("latin-1")}, "events.csv:5: bytes that are not UTF-8"),
     "an open quote": (ALL, {"events.csv": b'u,i,a,t\n1,"7,2,10\n1,8,0,11\n'}, "events.csv:2: a quote is opened"),
     "CR LF and LF": (ALL, {"events.csv": GOOD + b"3,7,1,1\r\n"}, "some lines end in CR LF and some in LF"),
-    "an endless line": (
-        ALL,
-        {"events.csv": GOOD + b"x" * 2_100_000 + b",1,1,1\n"},
-        "events.csv:5: a line of more",
-    ),
+    "an endless line": (ALL, {"events.csv": GOOD + b"x" * 2_100_000 + b",1,1,1\n"}, "events.csv:5: a line of more"),
     "after a quoted line break": (ALL, {"events.csv": GOOD + b'"x\ny",1,1,1\n5,6\n'}, "events.csv:7: expected columns"),
     "after blank lines": (ALL, {"events.csv": GOOD + b"\n\n5,6\n"}, "events.csv:7: expected columns"),
     # values
@@ -133,11 +123,7 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
         {"events.csv": b"u,i,a,t\n1,2,1,2024-01-01\n1,2,1,2024-02-30\n"},
         "csv:3: 't' is '2024",
     ),
-    "several bad rows": (
-        ALL,
-        {"events.csv": GOOD + b"3,,1,1\n3,,1,1\n"},
-        r"csv:5: 'i' is empty.*\(2 such rows\)",
-    ),
+    "several bad rows": (ALL, {"events.csv": GOOD + b"3,,1,1\n3,,1,1\n"}, r"csv:5: 'i' is empty.*\(2 such rows\)"),
     "ids of Parquet with fractions": (
         named("e.parquet"),
         {"e.parquet": parquet(u=[1.5], i=[1], a=[1], t=[1])},
@@ -155,21 +141,13 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
         {"u.data": b"1\t2\t3\t4\n1\t99999999999999999999\t3\t4\n", "u.user": b"1|2|M|x|1\n"},
         "u.data:2: column 'item' holds '99999999999999999999', which is not an integer of 64 bits",
     ),
-    "ml: a rating of 6": (
-        ML,
-        {"u.data": b"1\t2\t6\t4\n", "u.user": b"1|2|M|x|1\n"},
-        "u.data:1: 'rating' is 6; allow",
-    ),
+    "ml: a rating of 6": (ML, {"u.data": b"1\t2\t6\t4\n", "u.user": b"1|2|M|x|1\n"}, "u.data:1: 'rating' is 6; allow"),
     "ml: a user twice": (
         ML,
         {"u.data": b"1\t2\t3\t4\n", "u.user": b"1|24|M|x|1\n1|25|M|x|1\n"},
         "u.user:2: another row for user 1",
     ),
-    "ml: only one of two files": (
-        ML,
-        {"u.data": b"1\t2\t3\t4\n"},
-        "does not hold the files of ml-100k",
-    ),
+    "ml: only one of two files": (ML, {"u.data": b"1\t2\t3\t4\n"}, "does not hold the files of ml-100k"),
     "kuairand: a signal missing": (
         KUAIRAND,
         kuairand(second=KUAIRAND_HEADER.replace(b",is_hate", b"") + b"1,2,1650000000000,1,0,0,0,0,1,0\n"),

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable
 from itertools import islice
@@ -10,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu.config.args import DatasetArgs, RetrievalArgs
+from hstu.config.args import DatasetArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import NEGATIVES, HSTUBatch
 from hstu.data.collate import Collator, ranges, resolve_roles
 from hstu.data.negatives import Negatives
 from hstu.data.sampler import EvalSampler, TrainSampler
-from hstu.data.sequences import build_samples
+from hstu.data.samples import build_samples
 from hstu.data.store import SequenceStore
 from tests.data.collators import build_collator
 from tests.data.test_batch import tensors_of
@@ -115,8 +113,7 @@ def test_a_retrieval_evaluation_holds_out_the_last_item_and_knows_the_whole_hist
     store = ToyStore([[7, 8, 9, 1], [5, 3], [4]])
     (test,) = batches_of(collator_of(store, split="test", length=2, batch_size=3, wants_seen=True))
     assert_same(
-        test,
-        make_batch([[8, 9], [5], []], task="retrieval_eval", labels=[1, 3, -1], seen_lists=[[7, 8, 9], [5], []]),
+        test, make_batch([[8, 9], [5], []], task="retrieval_eval", labels=[1, 3, -1], seen_lists=[[7, 8, 9], [5], []])
     )
     (valid,) = batches_of(collator_of(store, split="valid", length=2, batch_size=3))
     assert valid.labels.tolist() == [9, -1, -1] and valid.seen_values is None
@@ -139,7 +136,7 @@ def test_an_empty_plan_gives_an_empty_batch_of_full_size() -> None:
     )
     plans = [next(iter(EvalSampler(1, 2, rank, world_size=2))) for rank in range(2)]
     (empty,) = [collator(plan) for plan in plans if not len(plan.indices)]
-    assert empty.batch_size == 2 and empty.real_batch_size == empty.num_item_tokens == empty.num_labels_total == 0
+    assert empty.batch_size == 2 and empty.real_batch_size == empty.item_lengths.sum() == empty.num_labels_total == 0
     assert empty.features.values().tolist() == [] and empty.draws.shape == (0, 3)
 
 
@@ -202,8 +199,6 @@ def test_what_the_data_lacks_is_a_configuration_error() -> None:
         collator_of(store, "ranking", "all")
     with pytest.raises(ConfigError, match="needs times"):
         collator_of(store, wants_timestamps=True)
-    with pytest.raises(ConfigError, match="num_negatives >= 1"):
-        Negatives.of(RetrievalArgs(negatives="uniform"))
 
 
 # Negatives

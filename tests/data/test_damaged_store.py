@@ -1,7 +1,5 @@
 """A store that is cut short or has a flipped byte is never taken for a good one."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

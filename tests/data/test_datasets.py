@@ -1,17 +1,24 @@
-from __future__ import annotations
+import subprocess
+import sys
 
 import pytest
 
 from hstu.config.args import DynamicEmbeddingArgs, NetworkArgs
-from hstu.config.dataset_names import BUILT_IN_DATASETS
-from hstu.data.datasets import DATASETS, predefined_embeddings, resolve_name
-from hstu.data.preprocess import _READERS
+from hstu.data.datasets import DATASETS, resolve_name
+from hstu.data.datasets.embeddings import predefined_embeddings
 from hstu.data.store import SequenceStore
+from tests.conftest import REPOSITORY
 
 
-def test_the_registry_holds_every_built_in_dataset_and_each_has_its_reader() -> None:
-    assert tuple(DATASETS) == BUILT_IN_DATASETS
-    assert {raw.reader for spec in DATASETS.values() for raw in spec.raw_formats} == set(_READERS)
+def test_the_registry_holds_every_built_in_dataset() -> None:
+    assert set(DATASETS) == {"ml-100k", "ml-1m", "ml-20m", "kuairand-pure", "kuairand-1k", "kuairand-27k"}
+    assert all(resolve_name(name) == name for name in DATASETS)
+
+
+def test_the_registry_needs_no_heavy_import() -> None:
+    code = "import hstu.data.rules, sys; print({'torch', 'numpy', 'duckdb', 'pandas'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert result.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize(
@@ -22,8 +29,13 @@ def test_the_registry_holds_every_built_in_dataset_and_each_has_its_reader() -> 
         ("MovieLens_100K", "ml-100k"),
         ("KuaiRand-1K", "kuairand-1k"),
         ("kuairand_27k", "kuairand-27k"),
+        ("MovieLens_20M", "ml-20m"),
+        ("ML100K", "ml-100k"),
+        ("KuaiRand-Pure", "kuairand-pure"),
         ("ml-2m", None),
         ("criteo", None),
+        ("ml", None),
+        ("", None),
     ],
 )
 def test_spellings_resolve_to_one_name(spelling: str, name: str | None) -> None:

@@ -1,7 +1,5 @@
 """What users bring: each kind of dirt gets one message that says what, where and what to do, and exit code 3."""
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 import os
@@ -18,9 +16,9 @@ import pandas as pd
 import pytest
 
 from hstu.config.errors import DataError
-from hstu.data.journal import Journal
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store import SequenceStore
+from hstu.data.store_writer import Journal
 from tests.conftest import REPOSITORY
 from tests.data.dirty_inputs import ALL, DIRT, GOOD, named, zipped
 
@@ -174,7 +172,7 @@ def test_a_full_and_a_read_only_disk(size: str, options: str, tmp_path: Path, mo
         pytest.skip("NEEDS THE RIGHT TO MOUNT: a small disk of its own")
     try:
         many_events(raw / "events.csv")
-        monkeypatch.setattr("hstu.data.preprocess.disk._WORKING_BYTES", -15)  # so that it is the write that fails
+        monkeypatch.setattr("hstu.data.preprocess.engine._WORKING_BYTES", -15)  # so that it is the write that fails
         monkeypatch.chdir(raw)
         with pytest.raises(DataError, match=r"free some space|Read-only file system"):
             import_interactions("mine", InteractionColumns(interactions=Path("events.csv"), user="u", item="i",

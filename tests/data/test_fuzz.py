@@ -1,7 +1,5 @@
 """A short run of scripts/fuzz_data.py; give it hours with --seconds."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,13 +1,11 @@
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from hstu.data.datasets.kuairand import ACTION_BITS
 from hstu.data.preprocess import preprocess
-from hstu.data.preprocess.kuairand import ACTION_BITS
 from hstu.data.store import SequenceStore
 
 LOG_COLUMNS = [

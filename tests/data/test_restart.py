@@ -1,7 +1,5 @@
 """Preprocessing that is killed goes on where it was, and ends with the same bytes."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -13,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hstu.data.journal import Journal
 from hstu.data.preprocess import preprocess, write
+from hstu.data.store_writer import Journal
 from tests.conftest import REPOSITORY
 
-GENERATE = REPOSITORY / "scripts" / "bench" / "generate_kuairand.py"
+GENERATE = REPOSITORY / "scripts" / "bench" / "generate_data.py"
 SCRIPT = REPOSITORY / "scripts" / "preprocess_dataset.py"
 
 
 def generate(directory: Path, rows: int, variant: str = "27k") -> Path:
-    arguments = ["--output", str(directory), "--rows", str(rows), "--users", "50", "--videos", "900"]
+    arguments = ["kuairand", "--output", str(directory), "--rows", str(rows), "--users", "50", "--items", "900"]
     subprocess.run([sys.executable, str(GENERATE), *arguments, "--variant", variant], check=True, timeout=60)
     return directory
 
@@ -81,7 +79,7 @@ def test_killed_twice_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=10) == -signal.SIGKILL
     done = subprocess.run([*command, "--output", "s"], cwd=tmp_path / "b", capture_output=True, text=True, check=True)
-    assert "going on with an interrupted run" in done.stderr
+    assert "continuing an interrupted run" in done.stderr
     one, other = ({file.name: file.read_bytes() for file in (tmp_path / name / "s").iterdir()} for name in "ab")
     assert one == other
 

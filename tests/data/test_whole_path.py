@@ -1,7 +1,5 @@
 """Random tables with ties, gaps and dirt -> file -> store -> samples, against a few lines of pandas."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu.config.args import DatasetArgs
+from hstu.config.args import DatasetArgs, Task
 from hstu.data.collate import FeatureRoles, StoreReader
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.sampler import BatchPlan, SamplerPosition
-from hstu.data.samples import SampleTable
-from hstu.data.sequences import Split, Task, build_samples
+from hstu.data.samples import SampleTable, Split, build_samples
 from hstu.data.store import SequenceStore
 
 SEED = 7
@@ -135,7 +132,7 @@ def test_samples_are_those_of_the_reference(
                 everyone = set(usable.u)
                 chosen = everyone
                 if args.split == "user_holdout" and split != "all":
-                    # Who is held out is a matter of hashing (test_sequences.py): of the users, none is in both.
+                    # Who is held out is a matter of hashing (test_samples.py): of the users, none is in both.
                     chosen = {str(user) for user in store.raw_ids("user_id")[holdout(store, args, split)]}
                     users_of[split] = chosen
                 assert found(store, table) == reference(usable, args, task, split, chosen), (task, options, split)

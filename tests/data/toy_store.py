@@ -1,7 +1,5 @@
 """A SequenceStore held in memory, for tests that make thousands of them or need a damaged one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,10 +1,9 @@
-"""Runs in which one rank fails: what runs on each rank in test_failures.py, also as a script under torchrun."""
-
-from __future__ import annotations
+"""Whole runs in which some ranks have a fault, for the tests of failures; also as a script, for torchrun."""
 
 import json
 import logging
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -12,42 +11,77 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
+from hstu.checkpoint import save as saving
 from hstu.config.errors import DataError
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
+from hstu.data.store import SequenceStore
 from hstu.model.outputs import ModelOutput
-from hstu.observe.peak import PeakTflops
-from hstu.parallel import mesh as mesh_module
-from hstu.parallel.dense import unwrap_dense
-from hstu.parallel.mesh import Mesh
+from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.pipeline.finite import NonFiniteStep
 from hstu.train import builder, main
 from hstu.train.trainer import Trainer
 from tests.distributed.pipeline_cases import digest
-from tests.train.tiny import tiny_config
-
-Sabotage = Callable[[Trainer, Path], None]
+from tests.train.tiny import TinyOptions, skip_measuring_the_peak, tables_with_dynamic, tiny_config
 
 
-def run_with(failures: dict[str, str], iteration: int, store: str, output: str, **options: Any) -> None:
-    """A whole run, as the entry scripts start it, in which some ranks fail in ``iteration``: rank → how."""
-    config = tiny_config("ranking", store, output, **options)
+def run_with(
+    faults: dict[int, str],
+    iteration: int,
+    store: str,
+    output: str,
+    rows: int | None = None,
+    **options: Unpack[TinyOptions],
+) -> dict[str, Any]:
+    """A whole run, as the entry scripts start it. ``faults``: rank → its fault, one of FAULTS, in ``iteration``.
+
+    ``rows``: capacity of a dynamic table of the items. None: their table is static. Returns the times of the rank's
+    saves, and its marks and iterations. A rank whose run fails exits with the exit code of the run. A rank writes the
+    time of its fault, in seconds since 1970, to ``output``/failed_at_<rank>.
+    """
     torch.set_num_threads(1)
-    builder.peak_tflops = lambda *_: PeakTflops(1.0, "assumed")  # type: ignore[assignment]  # takes longer than the run
+    skip_measuring_the_peak()
+    seen: dict[str, Any] = {}
     build = builder.build_trainer
 
-    def build_and_sabotage(config: RunConfig, mesh: Mesh) -> Trainer:
+    def build_with_faults(config: RunConfig, mesh: Mesh) -> Trainer:
         trainer = build(config, mesh)
-        if str(mesh.rank) in failures:
-            FAILURES[failures[str(mesh.rank)]](trainer, iteration, Path(output) / f"failed_at_{mesh.rank}")
+        if mesh.rank in faults:
+            FAULTS[faults[mesh.rank]](trainer, iteration, Path(output) / f"failed_at_{mesh.rank}")
+        _note(trainer, seen)
         return trainer
 
-    builder.build_trainer = build_and_sabotage
-    sys.exit(main.run(config))
+    builder.build_trainer = build_with_faults
+    if rows is not None:
+        options["tables"] = tables_with_dynamic(SequenceStore.open(store), rows)
+    code = main.run(tiny_config("ranking", store, output, **options))
+    if code:
+        sys.exit(code)
+    return seen
+
+
+def _note(trainer: Trainer, seen: dict[str, Any]) -> None:
+    save, train = trainer.checkpoints.save, trainer.train
+    stalls: list[float] = seen.setdefault("stalls_s", [])
+
+    def save_and_note(state: Any) -> None:
+        begun = time.monotonic()
+        save(state)
+        stalls.append(time.monotonic() - begun)
+
+    def train_and_note() -> None:
+        trainer.checkpoints.save = save_and_note  # type: ignore[method-assign]
+        train()
+        seen["marks"] = trainer.mesh.heartbeat.marks
+        seen["iterations"] = trainer.state.iteration
+
+    trainer.train = train_and_note  # type: ignore[method-assign]
 
 
 def in_loading(deed: Callable[[], None]) -> Callable[[Trainer, int, Path], None]:
@@ -126,11 +160,90 @@ def sleep_through_sigterm() -> None:
     time.sleep(1000)
 
 
+def in_saving(fault: Callable[[Path], None]) -> Callable[[Trainer, int, Path], None]:
+    """Cause the fault when this rank writes its tensors of the checkpoint of an iteration."""
+
+    def install(_trainer: Trainer, iteration: int, failed_at: Path) -> None:
+        write = FileSystemWriter.write_data
+
+        def write_data(self: FileSystemWriter, *plan: Any) -> Any:
+            if f"iteration_{iteration:08d}" in str(self.path):
+                fault(failed_at)
+            return write(self, *plan)
+
+        FileSystemWriter.write_data = write_data  # type: ignore[method-assign]
+
+    return install
+
+
+def slowly(trainer: Trainer, _iteration: int, failed_at: Path) -> None:
+    """Delay the writing of each checkpoint. A file gets how many were written at once, and how many steps late."""
+    write, at_once, behind = saving._write_tensors, [0], [0]
+
+    def write_tensors(root: Path, snapshot: saving.Snapshot, mesh: Mesh) -> None:
+        at_once.append(len(list(root.parent.glob(".writing_*"))))
+        time.sleep(1.5)  # longer than several steps, on a busy machine too
+        behind.append(trainer.state.iteration - snapshot.iteration)
+        write(root, snapshot, mesh)
+        failed_at.with_name("at_once").write_text(json.dumps([max(at_once), max(behind)]))
+
+    saving._write_tensors = write_tensors
+
+
+def no_space(failed_at: Path) -> None:
+    failed_at.write_text(str(time.time()))
+    raise OSError(28, "No space left on device")
+
+
+def in_step(fault: Callable[[Trainer, Path], None]) -> Callable[[Trainer, int, Path], None]:
+    """Cause the fault before the training step of an iteration."""
+
+    def install(trainer: Trainer, iteration: int, failed_at: Path) -> None:
+        step = trainer._train_step
+
+        def step_with_fault(batches: Any) -> None:
+            if trainer.state.iteration + 1 == iteration:
+                fault(trainer, failed_at)
+            step(batches)
+
+        trainer._train_step = step_with_fault  # type: ignore[method-assign]
+
+    return install
+
+
+def terminate(_trainer: Trainer, failed_at: Path) -> None:
+    """Send SIGTERM, as a scheduler does that takes the machine back."""
+    failed_at.write_text(str(time.time()))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def lose_a_worker(_trainer: Trainer, _failed_at: Path) -> None:
+    """Kill the data workers, as the kernel does if memory runs out. They are children of the fork server."""
+    for child in _children(os.getpid()):
+        for worker in _children(child):
+            os.kill(worker, signal.SIGKILL)
+
+
+def _children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def fill_disk_of_run(trainer: Trainer, _failed_at: Path) -> None:
+    """Fill the disk of the run's directory."""
+    with (trainer.run_directory.path / "filler").open("wb", buffering=0) as file:
+        try:
+            while file.write(b"x" * 4096):
+                pass
+        except OSError:
+            return
+
+
 def refuse(error: Exception) -> None:
     raise error
 
 
-FAILURES: dict[str, Callable[[Trainer, int, Path], None]] = {
+FAULTS: dict[str, Callable[[Trainer, int, Path], None]] = {
+    "nothing": lambda *_: None,
     "told to stop": in_loading(lambda: os.kill(os.getpid(), signal.SIGTERM)),
     "told to stop over an evaluation": over_an_evaluation,
     "killed": in_loading(lambda: os.kill(os.getpid(), signal.SIGKILL)),
@@ -142,48 +255,44 @@ FAILURES: dict[str, Callable[[Trainer, int, Path], None]] = {
     "bad data": in_loading(lambda: refuse(DataError("row 7 is torn"))),
     "no number": in_forward(lose),
     "no gradient": in_forward(lose_gradient),
+    "slow saves": slowly,
+    "refused": in_saving(no_space),
+    "killed while saving": in_saving(lambda _: os.kill(os.getpid(), signal.SIGKILL)),
+    "SIGTERM": in_step(terminate),
+    "worker lost": in_step(lose_a_worker),
+    "disk of the run full": in_step(fill_disk_of_run),
 }
 DEEDS = {"loss": lose, "gradient": lose_gradient, "weight": lose_weight_gradient}
 
 
-def non_finite_steps(store: str, tp: int, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Case → what is raised where the last rank's loss or gradient is no number in the third step, and the weights.
+def non_finite_step(mesh: Mesh, store: str, deed: str, task: str, **options: Unpack[TinyOptions]) -> dict[str, Any]:
+    """What is raised where one of DEEDS is done on the last rank in the third step, and the weights after each step."""
+    config = tiny_config(task, store, "", **options)
+    seed_initial_weights(config.trainer.seed)
+    source = builder.open_source(config, mesh)
+    model, optimizers = builder.build_model(config, source, mesh)
+    pipeline = builder.build_pipeline(config.trainer, model, optimizers, mesh)
+    state = builder.TrainState(model, optimizers)
+    forwards = 0
 
-    A case is named "<pipeline> <optimizer> <which of DEEDS>".
-    """
-    mesh = mesh_module.start(tensor_parallel_size=tp, timeout_s=60)
-    torch.set_num_threads(1)
-    results = {}
-    for name, case in cases.items():
-        config = tiny_config(**case, store=store, output="", trainer={"pipeline_type": name.split()[0]})
-        mesh_module.seed_initial_weights(config.trainer.seed)
-        source = builder.open_source(config, mesh)
-        model, optimizers = builder.build_model(config, source, mesh)
-        pipeline = builder.build_pipeline(config.trainer, model, optimizers, mesh)
-        state = builder.TrainState(model, optimizers)
-        forwards = 0
-        deed = DEEDS[name.split()[-1]]
+    def hook(_module: Any, _inputs: Any, output: ModelOutput) -> None:
+        nonlocal forwards
+        forwards += 1
+        if forwards == 3 and mesh.rank == mesh.world_size - 1:
+            DEEDS[deed](output)
 
-        def hook(_module: Any, _inputs: Any, output: ModelOutput, deed: Callable[[ModelOutput], None] = deed) -> None:
-            nonlocal forwards
-            forwards += 1
-            if forwards == 3 and mesh.rank == mesh.world_size - 1:
-                deed(output)
-
-        unwrap_dense(model).task.register_forward_hook(hook)
-        batches = source.train_batches(state.position)
-        weights, raised = [digest(state, mesh)], ""
-        try:
-            for _ in range(3):
-                users = pipeline.progress(batches).batch.user_ids.tolist()
-                weights.append(digest(state, mesh))
-        except NonFiniteStep as error:
-            raised = str(error)
-        results[name] = {"raised": raised, "users": users, "weights": [*weights, digest(state, mesh)]}
-    mesh_module.finish()
-    return results
+    unwrap_dense(model).task.register_forward_hook(hook)
+    batches = source.train_batches(state.position)
+    weights, raised = [digest(state, mesh)], ""
+    try:
+        for _ in range(3):
+            pipeline.progress(batches)
+            weights.append(digest(state, mesh))
+    except NonFiniteStep as error:
+        raised = str(error)
+    return {"raised": raised, "weights": [*weights, digest(state, mesh)]}
 
 
 if __name__ == "__main__":
     logging.captureWarnings(True)
-    run_with(**json.loads(Path(sys.argv[1]).read_text()))
+    run_with(**pickle.loads(Path(sys.argv[1]).read_bytes()))

@@ -1,38 +1,56 @@
 """Run a function on several real processes that can form a process group, as torchrun would start them.
 
-    results = run_ranks("tests.distributed.table_cases:train", world_size=2, timeout_s=60, optimizer="sgd")
+    results = run_ranks(2, add_ranks, first=7)                             # one function
+    results = run_cases(2, {"sgd": partial(train, optimizer="sgd"), ...})  # many cases in one launch
 
-The function is called as ``function(**kwargs)`` on each rank with RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT in its environment; it starts the process group itself (``hstu.parallel.mesh.start``).
-What it returns must be JSON; the list of all ranks' results comes back in rank order.
+The function and its arguments are pickled, so it is a function of a module. It runs on each rank with RANK, WORLD_SIZE,
+LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment, and starts the process group itself
+(``hstu.parallel.mesh.start``); ``run_cases`` does that for its cases. Results come back pickled, in rank order.
 
-The ranks are forked from a server that has imported torch, TorchRec and Megatron once (seconds for each process
-otherwise) and has neither threads nor groups; each is a process and a session of its own.
+The ranks are forked from a server that has imported torch, TorchRec and Megatron once, which otherwise takes each
+process seconds. The server has neither threads nor groups. Each rank is a process and a session of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import json
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import torch
+
+from hstu.parallel.mesh import Mesh, finish, start
+
+P = ParamSpec("P")
+R = TypeVar("R")
 REPOSITORY = Path(__file__).resolve().parents[2]
 STDERR_TAIL_CHARACTERS = 6000
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["hstu.train.builder"])
+SERVER.set_forkserver_preload(["hstu.train.builder", "pytest", "hypothesis"])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How many ranks are started, and how long they may take in all."""
+
+    ranks: int
+    timeout_s: float = 60.0
+    tp: int = 1
+    """Size of the tensor-parallel groups that ``run_cases`` starts."""
+    lasting: tuple[int, ...] = ()
+    """Ranks that do not end by themselves. ``run_to_their_ends`` kills them after the others have ended."""
 
 
 class RankFailure(Exception):
@@ -53,73 +71,72 @@ class EndedRank:
     at: float
 
 
-def run_to_their_ends(
-    target: str, world_size: int, timeout_s: float, lasting: Collection[int] = (), **kwargs: Any
-) -> list[EndedRank]:
-    """As run_ranks, for ranks that fail: none is touched while others end; how each ended, in rank order.
+def run_ranks(launch: int | Launch, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
+    """Call the function on every rank and return the results in rank order. An int is that many ranks for 60 s.
 
-    ``lasting``: ranks that do not end by themselves. Raises RankFailure where others have not after ``timeout_s``.
+    Raises RankFailure as soon as one rank fails or when the time is over. The other ranks, which may be waiting for the
+    one that failed, are killed.
     """
-    with _launched(target, world_size, kwargs) as (folder, processes):
-        ended_at: dict[int, float] = {}
-        deadline = time.monotonic() + timeout_s
-        while len(ended_at) < world_size - len(lasting):
-            for rank, process in enumerate(processes):
-                if process.exitcode is not None:
-                    ended_at.setdefault(rank, time.time())
-            _raise_overdue(processes, folder, target, deadline, timeout_s)
-            time.sleep(0.02)
-        for rank in lasting:
-            _kill(processes[rank])
-        return [
-            EndedRank(process.exitcode or 0, _stderr(folder, rank), ended_at.get(rank, math.inf))
-            for rank, process in enumerate(processes)
-        ]
+    launch = Launch(launch) if isinstance(launch, int) else launch
+    with _launched(launch, function, args, kwargs) as ranks:
+        ranks.wait()
+        return [pickle.loads((ranks.folder / f"result{rank}").read_bytes()) for rank in range(launch.ranks)]
 
 
-def run_ranks(target: str, world_size: int, timeout_s: float = 60.0, **kwargs: Any) -> list[Any]:
-    """Call ``target`` ("module:function") with JSON-able ``kwargs`` on ``world_size`` processes.
+def run_cases(launch: int | Launch, cases: Mapping[str, Callable[[Mesh], Any]]) -> list[dict[str, Any]]:
+    """Call each case with the mesh, one after the other in one launch; per rank, name → result.
 
-    Returns the JSON results in rank order. Raises RankFailure as soon as one rank fails (the others, which may be
-    waiting for it, are killed) or after ``timeout_s``.
+    Starting ranks takes seconds, so cases that are compared share a launch. A case is usually a ``partial``.
     """
-    with _launched(target, world_size, kwargs) as (folder, processes):
-        _wait(processes, folder, target, timeout_s)
-        return [json.loads((folder / f"result{rank}.json").read_text()) for rank in range(world_size)]
+    tp = 1 if isinstance(launch, int) else launch.tp
+    return run_ranks(launch, call_each, cases, tp)
+
+
+def call_each(cases: Mapping[str, Callable[[Mesh], R]], tp: int = 1) -> dict[str, R]:
+    """What ``run_cases`` runs on a rank."""
+    with started_mesh(tp) as mesh:
+        return {name: case(mesh) for name, case in cases.items()}
 
 
 @contextlib.contextmanager
-def _launched(target: str, world_size: int, kwargs: Any) -> Iterator[tuple[Path, list[ForkServerProcess]]]:
-    with tempfile.TemporaryDirectory(prefix="hstu-ranks-") as directory:
-        folder = Path(directory)
-        (folder / "call.json").write_text(json.dumps({"target": target, "kwargs": kwargs}))
-        port = free_port()
-        processes = [_start_rank(folder, rank, world_size, port) for rank in range(world_size)]
-        try:
-            yield folder, processes
-        finally:
-            for process in processes:
-                _kill(process)
+def started_mesh(tp: int = 1) -> Iterator[Mesh]:
+    """A process group whose ranks use one thread each: the tensors are tiny, and more threads would only wait."""
+    mesh = start(tensor_parallel_size=tp, timeout_s=60)
+    torch.set_num_threads(1)
+    yield mesh
+    finish()
 
 
-def call_each(
-    functions: Mapping[str, Callable[..., Any]], cases: Mapping[str, Mapping[str, Any]], mesh: Any
-) -> dict[str, Any]:
-    """For a rank, many cases in one launch: name → what the function that a case names under ``call`` returns.
+def run_to_their_ends(
+    launch: Launch, function: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs
+) -> list[EndedRank]:
+    """Call the function on ranks that may fail, and return how each ended, in rank order. No rank is killed early.
 
-    It is given ``mesh`` and the rest of the case.
+    Raises RankFailure if ranks other than ``launch.lasting`` have not ended when the time is over.
     """
-    results = {}
-    for name, case in cases.items():
-        arguments = dict(case)
-        results[name] = functions[arguments.pop("call")](mesh, **arguments)
-    return results
+    with _launched(launch, function, args, kwargs) as ranks:
+        return ranks.wait_for_ends()
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _launched(launch: Launch, function: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[_Ranks]:
+    with tempfile.TemporaryDirectory(prefix="hstu-ranks-") as directory:
+        folder = Path(directory)
+        (folder / "call").write_bytes(pickle.dumps((function, args, kwargs)))
+        port = free_port()
+        processes = [_start_rank(folder, rank, launch.ranks, port) for rank in range(launch.ranks)]
+        name = getattr(function, "__qualname__", str(function))
+        try:
+            yield _Ranks(launch, name, folder, processes, time.monotonic() + launch.timeout_s)
+        finally:
+            for process in processes:
+                _kill(process)
 
 
 def _start_rank(folder: Path, rank: int, world_size: int, port: int) -> ForkServerProcess:
@@ -136,34 +153,55 @@ def _start_rank(folder: Path, rank: int, world_size: int, port: int) -> ForkServ
     return process
 
 
-def _wait(processes: list[ForkServerProcess], folder: Path, target: str, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while any(process.exitcode is None for process in processes):
-        _raise_failure(processes, folder, target)
-        _raise_overdue(processes, folder, target, deadline, timeout_s)
+@dataclass(frozen=True)
+class _Ranks:
+    """The processes of a launch. ``deadline`` is a time of the monotonic clock."""
+
+    launch: Launch
+    name: str
+    folder: Path
+    processes: list[ForkServerProcess]
+    deadline: float
+
+    def wait(self) -> None:
+        """Wait until all have ended well; raise RankFailure for the first that has not."""
+        while any(process.exitcode is None for process in self.processes):
+            self._raise_failure()
+            self._sleep()
+        self._raise_failure()
+
+    def wait_for_ends(self) -> list[EndedRank]:
+        """Wait until all have ended, well or not."""
+        ended_at: dict[int, float] = {}
+        while len(ended_at) < self.launch.ranks - len(self.launch.lasting):
+            for rank, process in enumerate(self.processes):
+                if process.exitcode is not None:
+                    ended_at.setdefault(rank, time.time())
+            self._sleep()
+        for rank in self.launch.lasting:
+            _kill(self.processes[rank])
+        return [
+            EndedRank(process.exitcode or 0, self._stderr(rank), ended_at.get(rank, math.inf))
+            for rank, process in enumerate(self.processes)
+        ]
+
+    def _sleep(self) -> None:
+        if time.monotonic() > self.deadline:
+            running = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
+            stderr = "".join(f"--- rank {rank} ---\n{self._stderr(rank)}" for rank in running)
+            message = f"{self.name}: ranks {running} still running after {self.launch.timeout_s:g} s"
+            raise RankFailure(message, None, stderr)
         time.sleep(0.02)
-    _raise_failure(processes, folder, target)
 
+    def _raise_failure(self) -> None:
+        for rank, process in enumerate(self.processes):
+            if process.exitcode:
+                message = f"{self.name}: rank {rank} of {self.launch.ranks} failed with exit code {process.exitcode}"
+                raise RankFailure(message, rank, self._stderr(rank))
 
-def _raise_overdue(
-    processes: list[ForkServerProcess], folder: Path, target: str, deadline: float, timeout_s: float
-) -> None:
-    if time.monotonic() > deadline:
-        running = [rank for rank, process in enumerate(processes) if process.exitcode is None]
-        stderr = "".join(f"--- rank {rank} ---\n{_stderr(folder, rank)}" for rank in running)
-        raise RankFailure(f"{target}: ranks {running} still running after {timeout_s:g} s", None, stderr)
-
-
-def _raise_failure(processes: list[ForkServerProcess], folder: Path, target: str) -> None:
-    for rank, process in enumerate(processes):
-        if process.exitcode:
-            message = f"{target}: rank {rank} of {len(processes)} failed with exit code {process.exitcode}"
-            raise RankFailure(message, rank, _stderr(folder, rank))
-
-
-def _stderr(folder: Path, rank: int) -> str:
-    output = folder / f"stderr{rank}.txt"
-    return output.read_text(errors="replace") if output.exists() else ""
+    def _stderr(self, rank: int) -> str:
+        output = self.folder / f"stderr{rank}.txt"
+        return output.read_text(errors="replace") if output.exists() else ""
 
 
 def _kill(process: ForkServerProcess) -> None:
@@ -184,11 +222,8 @@ def _run_this_rank(folder: Path, environment: dict[str, str]) -> None:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
 
-    import torch.distributed as dist
-
-    call = json.loads((folder / "call.json").read_text())
-    module, _, function = call["target"].partition(":")
-    result = getattr(importlib.import_module(module), function)(**call["kwargs"])
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    (folder / f"result{os.environ['RANK']}.json").write_text(json.dumps(result))
+    function, args, kwargs = pickle.loads((folder / "call").read_bytes())
+    result = function(*args, **kwargs)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    (folder / f"result{os.environ['RANK']}").write_bytes(pickle.dumps(result))

@@ -7,28 +7,32 @@
 A line for each launch, then a summary; exit code 1 and the cases that fail, if any.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from itertools import pairwise, product
+from dataclasses import dataclass
+from itertools import combinations, pairwise, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from hstu.checkpoint.state import TrainState
 from hstu.config.errors import ConfigError
-from hstu.config.validate import validate
-from hstu.data.balance import even_bounds
-from tests.distributed.launch import RankFailure, free_port, run_ranks
-from tests.distributed.pairwise import covering
-from tests.distributed.tensor_cases import make_config, write_store
+from hstu.config.rules import validate
+from hstu.data.sampler import even_bounds
+from hstu.parallel.mesh import Mesh
+from tests.config.gin_files import ALL_RULES
+from tests.distributed.launch import Launch, RankFailure, free_port, run_ranks, started_mesh
+from tests.distributed.tensor_cases import RunOptions, consolidated, make_config, new_run, train_steps, write_store
 
 TABLES = ("item_id", "action", "age")
+STEPS = 8
+"""More than an epoch, which is 3 batches of the 23 users of ranking and 5 of the 33 of retrieval."""
 RTOL = 1e-5
 ATOL = 1.2e-7
 """One unit in the last place of 1: weights near zero are what is left of larger updates, summed in another order.
@@ -36,6 +40,9 @@ ATOL = 1.2e-7
 It is this small with adam_eps = 1e-4 (tensor_cases.py) and a small learning rate: of a gradient that cancels out to
 nothing but rounding Adam and Adagrad make a step, learning_rate / adam_eps times as large.
 """
+
+
+Row = TypeVar("Row", bound=tuple[Any, ...])
 
 
 class Case(NamedTuple):
@@ -93,6 +100,26 @@ def _means_something(case: Case) -> bool:
     return case.tp <= case.world and (case.tp > 1 or not case.by_tokens) and (case.world > 1 or not case.balanced)
 
 
+def pairs(row: tuple[Any, ...]) -> set[tuple[tuple[int, Any], tuple[int, Any]]]:
+    """The pairs of levels that meet in a row: (factor, its level) twice."""
+    return set(combinations(enumerate(row), 2))
+
+
+def covering(rows: Sequence[Row]) -> list[Row]:
+    """Some of ``rows``, which are all that may be, with every pair that is in any of them.
+
+    Greedy: the row with most of the pairs that are missing, of equals the first, until none is missing.
+    """
+    of_row = {row: pairs(row) for row in rows}
+    missing = set().union(*of_row.values())
+    chosen = []
+    while missing:
+        best = max(rows, key=lambda row: len(of_row[row] & missing))
+        chosen.append(best)
+        missing -= of_row[best]
+    return chosen
+
+
 def alone(case: Case) -> Case:
     """The single process that a case is compared with.
 
@@ -103,8 +130,8 @@ def alone(case: Case) -> Case:
     return Case(1, 1, sharding, case.optimizer, "none", case.task, by_tokens=False, balanced=False)
 
 
-def options(case: Case, clips: bool) -> dict[str, Any]:
-    """A case as arguments of ``tensor_cases.make_config``."""
+def options(case: Case, clips: bool) -> RunOptions:
+    """The run of a case."""
     replicated = case.sharding == "data_parallel"
     return {
         "task": case.task,
@@ -132,7 +159,7 @@ def run(cases: Sequence[Case], store: str) -> dict[Case, list[str]]:
     expected: dict[str, Any] = {}
     for world in sorted({1, *(case.world for case in cases)}):
         here = [case for case in cases if case.world == world]
-        groups: dict[int, dict[str, Any]] = {}
+        groups: dict[int, dict[str, RunOptions]] = {}
         if world == 1:
             groups[1] = {_reference(case): options(alone(case), case.clips) for case in cases}
         for case in here:
@@ -156,7 +183,7 @@ def not_refused(case: Case, store: str) -> list[str]:
     """What is wrong with a case that must be refused before anything is started."""
     config = make_config(store, case.world, **options(case, case.clips))
     try:
-        validate(config, case.world)
+        validate(config, case.world, rules=ALL_RULES)
     except ConfigError as error:
         tables = [problem for problem in error.problems if "EmbeddingArgs.sharding = 'column_wise'" in problem]
         return [] if len(tables) == len(error.problems) == len(TABLES) else [f"refused for another reason: {error}"]
@@ -167,19 +194,55 @@ def _reference(case: Case) -> str:
     return f"reference: {alone(case)}{', clipped' if case.clips else ''}"
 
 
-def _launch(store: str, world: int, by_tp: dict[int, dict[str, Any]]) -> list[Any]:
-    groups = [{"tp": tp, "port": free_port(), "cases": cases} for tp, cases in by_tp.items()]
+def _launch(store: str, world: int, by_tp: dict[int, dict[str, RunOptions]]) -> list[Any]:
+    groups = [Group(tp, free_port(), cases) for tp, cases in by_tp.items()]
     timeout_s = 120.0 + 10 * sum(len(cases) for cases in by_tp.values())
-    return run_ranks("tests.distributed.matrix_cases:run", world, timeout_s=timeout_s, store=store, groups=groups)
+    return run_ranks(Launch(world, timeout_s), run_groups, store, groups)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that share tensor-parallel groups of ``tp`` ranks, which meet at ``port``."""
+
+    tp: int
+    port: int
+    runs: dict[str, RunOptions]
+
+
+def run_groups(store: str, groups: Sequence[Group]) -> dict[str, Any]:
+    """On a rank: the runs of all groups, name → what ``_train`` returns."""
+    results = {}
+    for group in groups:
+        os.environ["MASTER_PORT"] = str(group.port)
+        with started_mesh(group.tp) as mesh:
+            results |= {name: _train(mesh, store, run) for name, run in group.runs.items()}
+    return results
+
+
+def _train(mesh: Mesh, store: str, run: RunOptions) -> dict[str, Any]:
+    """The losses, the users that this rank trained on in each step, and the whole weights before and after."""
+    config = make_config(store, mesh.world_size, **run)
+    validate(config, mesh.world_size, rules=ALL_RULES)
+    source, state = new_run(mesh, config)
+    told: dict[str, Any] = {"losses": [], "users": [], "initial": _weights(state, mesh)}
+    for result in train_steps(mesh, config, source, state, STEPS):
+        told["losses"].append(float(result.loss))
+        told["users"].append(result.batch.user_ids[: result.batch.real_batch_size].tolist())
+    try:
+        return told | {"weights": _weights(state, mesh)}
+    except AssertionError as error:  # raised on all ranks alike, and other cases follow
+        return told | {"weights": {}, "unequal": str(error)}
+
+
+def _weights(state: TrainState, mesh: Mesh) -> dict[str, Any]:
+    """On the main rank those of a single process; the other ranks help."""
+    whole = consolidated(state, mesh)
+    return {name: values for name, values in whole.items() if name.startswith("model.")} if mesh.is_main else {}
 
 
 def _problems(case: Case, ranks: list[Any], expected: dict[str, Any]) -> list[str]:
     reference = expected[_reference(case)]
-    return [
-        *_too_easy(reference),
-        *_other_numbers(ranks, reference),
-        *_other_samples(case, ranks, reference),
-    ]
+    return [*_too_easy(reference), *_other_numbers(ranks, reference), *_other_samples(case, ranks, reference)]
 
 
 def _too_easy(reference: Any) -> Iterable[str]:

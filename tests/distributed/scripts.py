@@ -3,8 +3,6 @@
 What starts a script for users, python and torchrun, is a matter of test_entry_scripts.py.
 """
 
-from __future__ import annotations
-
 import os
 import runpy
 import sys
@@ -12,15 +10,15 @@ from typing import Any
 
 import torch
 
-from tests.distributed.launch import run_to_their_ends
+from tests.distributed.launch import Launch, run_to_their_ends
 
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def run_script(*command: Any, ranks: int | None = None, timeout_s: float = 150.0) -> tuple[list[int], str]:
-    """The exit code of each rank, and what they said. ``ranks``: None for one without a launcher."""
-    here, words = "tests.distributed.scripts:as_main", [str(word) for word in command]
-    ended = run_to_their_ends(here, ranks or 1, timeout_s, command=words, launched=ranks is not None)
+    """The exit code of each rank, and the output of all. ``ranks``: None for a script without a launcher."""
+    words = [str(word) for word in command]
+    ended = run_to_their_ends(Launch(ranks or 1, timeout_s), as_main, words, launched=ranks is not None)
     return [rank.exit_code for rank in ended], "".join(rank.output for rank in ended)
 
 

@@ -1,24 +1,23 @@
 """Micro-batches train what one batch of all their sequences trains: dense weights, tables of both kinds, negatives."""
 
-from __future__ import annotations
-
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.conftest import write_small_store
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import Launch, run_cases
+from tests.distributed.training_cases import train
 from tests.train.tiny import walks
 
-HERE = "tests.distributed.training_cases"
 GLOBAL_BATCH, MICRO_BATCHES, ITERATIONS = 12, 3, 4
 LIMITED = {"sparse_max_gradient": 0.002}
 SGD = {"optimizer_str": "sgd", "learning_rate": 0.05}
 ADAM = {"optimizer_str": "adam", "learning_rate": 0.01, "adam_eps": 1e-4}
 ALL_SHARDED = ["item_id", "town", "action"]
 
-CASES: dict[str, dict[str, Any]] = {
+CASES: dict[str, Any] = {
     "ranking": {"task": "ranking", "optimizer": SGD},
     "ranking, sharded, candidates": {
         "task": "ranking",
@@ -54,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 PIPELINES = {name: ("none", "native", "prefetch")[number % 3] for number, name in enumerate(CASES)}
-LAUNCHES = {"1 rank": (1, 1), "2 ranks": (2, 1), "tp 2": (2, 2)}
+LAUNCHES = {"1 rank": Launch(1, 200), "2 ranks": Launch(2, 200), "tp 2": Launch(2, 200, tp=2)}
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +62,10 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     place = tmp_path_factory.mktemp("accumulation")
     write_small_store(place / "store", **walks(31))
     results = {}
-    for launch, (size, tp) in LAUNCHES.items():
+    for name_of_launch, launch in LAUNCHES.items():
         cases = {}
         for name, options in CASES.items():
-            for parts in (1, MICRO_BATCHES) if launch == "1 rank" else (MICRO_BATCHES,):
+            for parts in (1, MICRO_BATCHES) if launch.ranks == 1 else (MICRO_BATCHES,):
                 trainer = {
                     "train_batch_size": GLOBAL_BATCH // parts,
                     "gradient_accumulation_steps": parts,
@@ -75,15 +74,11 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
                     "max_grad_norm": 0.5,
                     "pipeline_type": PIPELINES[name],
                 }
-                output = str(place / launch / f"{name}, {parts}")
-                cases[f"{name}, {parts}"] = {
-                    "call": "train",
-                    "store": str(place / "store"),
-                    "output": output,
-                    **options,
-                    "trainer": trainer,
-                }
-        results[launch] = run_ranks(f"{HERE}:run_cases", size, timeout_s=200, cases=cases, tp=tp)[0]
+                output = str(place / name_of_launch / f"{name}, {parts}")
+                cases[f"{name}, {parts}"] = partial(
+                    train, store=str(place / "store"), output=output, **options, trainer=trainer
+                )
+        results[name_of_launch] = run_cases(launch, cases)[0]
     return results
 
 

@@ -1,21 +1,31 @@
-"""Sharing global batches out differently must not change what is learnt, on real ranks."""
+"""How a global batch is partitioned between real ranks does not change what is learnt."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pytest
 
+from hstu.data.batch import HSTUBatch
+from hstu.data.loader import build_loader
+from hstu.data.sampler import BatchPlan, SamplerPosition, TrainSampler, epoch_order
+from hstu.parallel.mesh import Mesh, seed_initial_weights
+from hstu.pipeline.none import SequentialPipeline
+from hstu.pipeline.step import TrainStep
+from hstu.train.builder import build_model
+from hstu.train.flops import FlopCounter
+from hstu.train.sources import StoreSource, open_source
 from tests.conftest import write_small_store
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import Launch, run_cases
+from tests.train.tiny import TinyOptions, tiny_config
 
-HERE = "tests.distributed.balancing_cases"
+STEPS = 12
 USERS, ITEMS, ACTIONS, MAX_ITEMS, BATCH = 110, 37, 4, 48, 5
 BUDGET = 160
-PLAIN: dict[str, dict[str, Any]] = {
+PLAIN: dict[str, Any] = {
     "ranking": {"task": "ranking"},
     "ranking, candidates": {"task": "ranking", "dataset": {"max_num_candidates": 2}},
     "in batch": {"task": "retrieval", "task_args": {"negatives": "in_batch"}},
@@ -30,7 +40,7 @@ BALANCED = {"enable_balanced_shuffler": True}
 BY_TOKENS = {"tokens_per_rank": BUDGET, "train_batch_size": 16}
 
 
-def case(name: str, **trainer: Any) -> dict[str, Any]:
+def case(name: str, **trainer: Any) -> Any:
     options = PLAIN[name]
     return {
         **options,
@@ -46,8 +56,8 @@ NAMED = {2: list(PLAIN), 3: ["ranking", "in batch", "uniform"]}
 NAMED_BY_TOKENS = ["ranking", "in batch", "uniform"]
 
 
-def cases_of(world_size: int) -> dict[str, dict[str, Any]]:
-    """Kinds of loss in kinds of sharing; a single process, for comparison, gets the whole global batches."""
+def cases_of(world_size: int) -> dict[str, Any]:
+    """Options of runs. A single process, for comparison, gets the whole global batches."""
     cases = {}
     if world_size > 1:
         for name in NAMED[world_size]:
@@ -60,9 +70,8 @@ def cases_of(world_size: int) -> dict[str, dict[str, Any]]:
     for ranks, names in NAMED.items():
         for name in names:
             cases[f"{name}/of {ranks}"] = case(name, train_batch_size=ranks * BATCH)
-        whole = {"num_ranks": ranks, "batch_size": BY_TOKENS["train_batch_size"]}
         for name in NAMED_BY_TOKENS:
-            cases[f"{name}/by tokens of {ranks}"] = {**case(name, **BY_TOKENS), "as_ranks": whole}
+            cases[f"{name}/by tokens of {ranks}"] = {**case(name, **BY_TOKENS), "as_ranks": ranks}
     return cases
 
 
@@ -85,16 +94,61 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, A
         num_actions=ACTIONS,
     )
     return {
-        size: run_ranks(
-            f"{HERE}:run_cases",
-            size,
-            timeout_s=150,
-            store=str(store.path),
-            directory=str(directory / f"ranks{size}"),
-            cases=cases_of(size),
+        size: run_cases(
+            Launch(size, timeout_s=150),
+            {
+                name: partial(train, store=str(store.path), output=str(directory / f"ranks{size}" / name), **options)
+                for name, options in cases_of(size).items()
+            },
         )
         for size in (1, 2, 3)
     }
+
+
+def train(
+    mesh: Mesh, task: str, store: str, output: str, as_ranks: int | None = None, **options: Unpack[TinyOptions]
+) -> dict[str, Any]:
+    """The losses, and of each step this rank's users, tokens and padded batch size.
+
+    ``as_ranks``: train on the batches that so many ranks would share, each as one batch.
+    """
+    config = tiny_config(task, store, output, **options)
+    seed_initial_weights(config.trainer.seed)
+    source = open_source(config, mesh)
+    assert isinstance(source, StoreSource)
+    model, optimizers = build_model(config, source, mesh)
+    pipeline = SequentialPipeline(TrainStep(model, optimizers, mesh))
+    batches = source.train_batches(SamplerPosition()) if as_ranks is None else _joined(source, as_ranks)
+    flops = FlopCounter(config.network, source.roles)
+    result: dict[str, Any] = {"losses": [], "users": [], "tokens": [], "costs": [], "sizes": [], "positions": []}
+    model.train()
+    for _ in range(STEPS):
+        step = pipeline.progress(batches)
+        tokens, cost = flops.count(step.batch)
+        result["losses"].append(step.loss.item())
+        result["users"].append(step.batch.user_ids[: step.batch.real_batch_size].tolist())
+        result["tokens"].append(tokens)
+        result["costs"].append(cost)
+        result["sizes"].append(step.batch.batch_size)
+        assert step.batch.position is not None
+        result["positions"].append([step.batch.position.epoch, step.batch.position.consumed])
+    result["batches_per_epoch"] = source.batches_per_epoch
+    return result
+
+
+def _joined(source: StoreSource, num_ranks: int) -> Iterator[HSTUBatch]:
+    trainer, samples = source._config.trainer, source._train_samples
+    assert source._partition is not None
+    batch_size = BY_TOKENS["train_batch_size"]
+    first = TrainSampler(len(samples), batch_size, 0, num_ranks, trainer.seed, True, partition=source._partition)
+
+    def plans() -> Iterator[BatchPlan]:
+        for plan in first:
+            ordinals = np.arange(plan.global_start, plan.position.consumed)
+            order = epoch_order(len(samples), trainer.seed, plan.epoch, shuffle=True)
+            yield BatchPlan(order[ordinals], ordinals, plan.epoch, plan.global_start, plan.position)
+
+    return build_loader(source._collator(source.store, samples, num_ranks * batch_size, training=True), plans())
 
 
 def of_ranks(runs: Any, size: int, name: str, what: str) -> list[list[Any]]:
@@ -122,7 +176,7 @@ def test_balancing_hands_other_samples_to_the_ranks_and_evens_their_costs(runs: 
         assert [len(share) for share in plain] == [len(share) for share in balanced]
     assert users["plain"] != users["balanced"]
     ratios = {kind: (cost.max(axis=1) / cost.mean(axis=1)).mean() for kind, cost in costs.items()}
-    # Five sequences a rank are few to choose from; tests/data/test_balance.py has the bound for many.
+    # Five sequences a rank are few to choose from; tests/data/test_sampler.py has the bound for many.
     assert ratios["balanced"] - 1 < 0.6 * (ratios["plain"] - 1)
 
 

@@ -1,50 +1,301 @@
 """Dynamic tables trained by real ranks: as static ones where there is room, and right where there is none."""
 
-from __future__ import annotations
-
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+import numpy as np
 import pytest
 import torch
 
 from hstu.checkpoint.dynamic import read_table
 from hstu.checkpoint.export import export
-from hstu.checkpoint.safetensors_file import open_file
+from hstu.checkpoint.load import load
+from hstu.checkpoint.save import save
+from hstu.checkpoint.state import TrainState
+from hstu.checkpoint.tensors import load_safetensors
+from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
+from hstu.model.gr_model import GRModel
+from hstu.optim.optimizers import Optimizers
+from hstu.parallel.collectives import gather_objects
+from hstu.parallel.dynamic.content import owners
+from hstu.parallel.dynamic.hashing import initial_rows, mix, table_key
 from hstu.parallel.dynamic.times import last_of_all
-from tests.distributed.launch import free_port, run_ranks
+from hstu.parallel.mesh import Mesh
+from hstu.parallel.tables import dynamic_tables, sharded_weights
+from hstu.pipeline.step import TrainStep
+from hstu.train.builder import PIPELINES as PIPELINE_CLASSES
+from tests.distributed.launch import Launch, free_port, run_cases, run_ranks
+from tests.distributed.matrix import Group, run_groups
 from tests.distributed.tensor_cases import write_store
+from tests.distributed.toy import (
+    FEATURES,
+    GLOBAL_BATCH,
+    ITEMS,
+    USERS,
+    ToyOptions,
+    build,
+    global_sequences,
+    make_config,
+    to_batch,
+    train_step,
+)
 
+SIZES = {"user": USERS, "item": ITEMS}
+STEPS = 5
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 PIPELINES = ("none", "native", "prefetch")
 PRESSED = {"lru": {}, "lfu": {"evict_strategy": "lfu"}, "hashed": {"dist_type": "hash_roundrobin"}}
-MIXED = {"user": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.05}, "item": {"learning_rate": 0.02}}
-CASES: dict[str, dict[str, Any]] = {
-    **{f"static/{name}": {"call": "beside_static", "optimizer": name} for name in OPTIMIZERS},
-    **{
-        f"static/{kind}": {"call": "beside_static", "optimizer": "adam", "dist_type": kind, "dim": 6}
-        for kind in ("continuous", "hash_roundrobin")
-    },
-    "static/mixed": {"call": "beside_static", "optimizer": "adam", "trained": MIXED, "sparse_max_gradient": 0.01},
-    **{
-        f"{pipeline}/{name}": {"call": "in_pipeline", "pipeline": pipeline, "optimizer": name}
-        for pipeline in PIPELINES
-        for name in ("rowwise_adagrad", "adam")
-    },
-    **{
-        f"none/{name}": {"call": "in_pipeline", "pipeline": "none", "optimizer": "adagrad", **options}
-        for name, options in PRESSED.items()
-    },
-    **{f"looked at/{name}": {"call": "looked_at", "optimizer": name} for name in ("sgd", "adam")},
+MIXED: dict[str, Any] = {
+    "user": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.05},
+    "item": {"learning_rate": 0.02},
+}
+IN_PIPELINES = {
+    f"{pipeline}/{name}": {"pipeline": pipeline, "optimizer": name}
+    for pipeline in PIPELINES
+    for name in ("rowwise_adagrad", "adam")
+}
+UNDER_PRESSURE: dict[str, Any] = {
+    f"none/{name}": {"pipeline": "none", "optimizer": "adagrad", **options} for name, options in PRESSED.items()
 }
 BUDGET = {"item_vocab_gpu_capacity": 5.0}
 """Of 12 rows."""
-SPLIT = {f"split/{case}": {**CASES[case], **BUDGET} for case in ("native/rowwise_adagrad", "prefetch/adam", "none/lfu")}
+SPLIT = {
+    f"split/{name}": {**(IN_PIPELINES | UNDER_PRESSURE)[name], **BUDGET}
+    for name in ("native/rowwise_adagrad", "prefetch/adam", "none/lfu")
+}
+CHECKPOINTED: dict[str, dict[str, Any]] = {
+    "adam lru": {
+        "optimizer": "sgd",
+        "item": {"admission_threshold": 2},
+        "trained": {"item": {"optimizer_str": "adam"}},
+    },
+    "rowwise lfu": {"optimizer": "rowwise_adagrad", "item": {"evict_strategy": "lfu", "dist_type": "continuous"}},
+    "sgd hashed": {"optimizer": "sgd", "dim": 6, "item": {"dist_type": "hash_roundrobin"}},
+}
+
+
+def id_of(codes: np.ndarray) -> np.ndarray:
+    """Ids that no vocabulary would have: any int64, negative ones and the outermost included."""
+    ids = mix(torch.from_numpy(codes)).numpy()
+    ids[codes == 0], ids[codes == 1] = np.iinfo(np.int64).min, -1
+    return ids
+
+
+def batch_of(step: int, rank: int, world_size: int, *, as_ids: bool) -> HSTUBatch:
+    """A rank's share of the toy's global batch; the negatives are items of the batch."""
+    share = GLOBAL_BATCH // world_size
+    mine = global_sequences(step)[rank * share : (rank + 1) * share]
+    for sequence in mine:
+        sequence[NEGATIVES] = sequence["item"][: len(sequence[NEGATIVES])]
+    return to_batch(mine, id_of if as_ids else None)
+
+
+def rows_by_id(model: GRModel, mesh: Mesh) -> dict[str, dict[int, list[float]]]:
+    """table → id → row, of all ranks; an id that two ranks hold, or one that is not its owner, would be an error."""
+    for table in dynamic_tables(model).values():
+        args, ids = table.spec.dynamic, table.slots.content()[0]
+        assert args is not None and (owners(ids, args, table.slots.capacity, mesh.world_size) == mesh.rank).all()
+    own = {
+        name: dict(zip(ids.tolist(), table.rows.read(len(ids))[0].tolist(), strict=True))
+        for name, table in dynamic_tables(model).items()
+        for ids in [table.slots.content()[0]]
+    }
+    merged: dict[str, dict[int, list[float]]] = {name: {} for name in own}
+    for of_rank in gather_objects(own, mesh.world_group):
+        for name, rows in of_rank.items():
+            assert not merged[name].keys() & rows.keys()
+            merged[name].update(rows)
+    return merged
+
+
+def start_as_dynamic(model: GRModel, seed: int) -> None:
+    """Write into static tables the rows that dynamic ones would begin with."""
+    for name, weight in sharded_weights(model).items():
+        feature = name.removesuffix("_table")
+        if feature in SIZES:
+            spec = next(spec for spec in model.specs if spec.name == name)
+            ids = torch.from_numpy(id_of(np.arange(SIZES[feature])))
+            rows = initial_rows(ids, spec.dim, spec.init_std, table_key(seed, name))
+            for shard in weight.local_shards():
+                first, count = shard.metadata.shard_offsets[0], shard.metadata.shard_sizes[0]
+                shard.tensor[:, : spec.dim] = rows[first : first + count]
+
+
+def beside_static(mesh: Mesh, dist_type: str = "roundrobin", **options: Unpack[ToyOptions]) -> dict[str, Any]:
+    """Losses and rows of a run on static tables and of one on dynamic tables with room for all ids."""
+    config = make_config(**options)
+    static, static_optimizers = build(config, mesh)
+    start_as_dynamic(static, config.trainer.seed)
+    table = {"item_vocab_size_or_capacity": 4 * ITEMS, "dist_type": dist_type}
+    dynamic, dynamic_optimizers = build(make_config(dynamic=dict.fromkeys(SIZES, table), **options), mesh)
+    losses: list[list[float]] = [[], []]
+    for step in range(STEPS):
+        for place, (model, optimizers) in enumerate([(static, static_optimizers), (dynamic, dynamic_optimizers)]):
+            batch = batch_of(step, mesh.rank, mesh.world_size, as_ids=place == 1)
+            losses[place].append(train_step(model, optimizers, mesh, batch))
+    rows, same = rows_by_id(dynamic, mesh), {}
+    static.eval()
+    for feature, size in SIZES.items():
+        codes = np.arange(size)
+        seen = {id_: code for code, id_ in zip(codes.tolist(), id_of(codes).tolist(), strict=True)}
+        expected = look_up(static, feature, torch.from_numpy(codes))
+        found = rows[f"{feature}_table"]
+        same[feature] = [id_ in seen and row == expected[seen[id_]].tolist() for id_, row in found.items()]
+    return {"losses": losses, "same": same}
+
+
+def look_up(model: GRModel, feature: str, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of ids of one feature's table. Collective."""
+    spec = next(spec for spec in model.specs if feature in spec.features)
+    lengths = {key: np.array([len(ids) if key == feature else 0]) for key in FEATURES}
+    values = {key: ids.numpy() if key == feature else np.zeros(0, np.int64) for key in FEATURES}
+    rows: torch.Tensor = model._collection_of(spec)(keyed_jagged(values, lengths))[feature].values()
+    return rows[:, : spec.dim]
+
+
+def in_pipeline(mesh: Mesh, pipeline: str, optimizer: str, **item_table: Any) -> dict[str, Any]:
+    """Losses, rows and counters of a run whose tables are too small, with an evaluation in the middle.
+
+    ``item_table``: options of the dynamic table of the items.
+    """
+    dynamic = {
+        "item": {"item_vocab_size_or_capacity": 12, **item_table},
+        "user": {"item_vocab_size_or_capacity": 8, "evict_strategy": "lfu"},
+    }
+    model, optimizers = build(make_config(optimizer=optimizer, dynamic=dynamic), mesh)
+    stages = PIPELINE_CLASSES[pipeline](TrainStep(model, optimizers, mesh))
+
+    def batches() -> Iterator[HSTUBatch]:
+        yield from (batch_of(step, mesh.rank, mesh.world_size, as_ids=True) for step in range(STEPS))
+
+    iterator, losses = batches(), []
+    for step in range(STEPS):
+        losses.append(float(stages.progress(iterator).loss))
+        if step == 2:
+            with stages.evaluation():
+                evaluate(model, mesh.device)
+    counters = {name: vars(table.counters) for name, table in dynamic_tables(model).items()}
+    rows = rows_by_id(model, mesh)
+    parts = [len(table.rows.blocks) for table in dynamic_tables(model).values()]
+    fresh = fresh_slots(model, optimizers)
+    return {"losses": losses, "rows": rows, "counters": counters, "fresh": fresh, "parts": parts}
+
+
+def evaluate(model: GRModel, device: torch.device) -> torch.Tensor:
+    """Look up all items without training."""
+    model.eval()
+    with torch.no_grad():
+        rows = model.embed_items(torch.from_numpy(id_of(np.arange(ITEMS))).to(device))
+    model.train()
+    return rows
+
+
+def fresh_slots(model: GRModel, optimizers: Optimizers) -> list[bool]:
+    """Whether ids that come in now get their initial rows and no optimizer state, in slots that others had."""
+    results = []
+    for name, table in dynamic_tables(model).items():
+        ids = torch.arange(1000, 1003, device=table.rows.device)
+        slots = table.assign_rows(ids.repeat(100))[: len(ids)]  # often enough for lfu
+        expected = initial_rows(ids, table.spec.dim, table.spec.init_std, table_key(7, name))
+        rows, states = table.rows.read(len(table.rows))
+        slots = slots.to(rows.device)  # a table in two parts comes together in host memory
+        expected = expected.to(rows.device)
+        results.append(bool((slots != table.default_slot).all()) and torch.equal(rows[slots], expected))
+        assert len(states) == len(optimizers.tables.training[name].states)
+        results += [bool(state.any()) and not bool(state[slots].any()) for state in states.values()]
+    return results
+
+
+def looked_at(mesh: Mesh, optimizer: str) -> dict[str, Any]:
+    """What looking up known and unknown ids gives after training, and whether it has left everything as it was."""
+    dynamic = {"item": {"item_vocab_size_or_capacity": 4 * ITEMS}}
+    model, optimizers = build(make_config(optimizer=optimizer, dynamic=dynamic), mesh)
+    steps_of(TrainState(model, optimizers), mesh, 0, 2)
+    known = rows_by_id(model, mesh)["item_table"]
+    ids = id_of(np.arange(ITEMS + 5))
+    found = {}
+    model.eval()
+    with torch.no_grad():
+        for id_, row in zip(ids.tolist(), model.embed_items(torch.from_numpy(ids)).tolist(), strict=True):
+            found[id_] = row
+    zeros = [0.0] * 8
+    return {
+        "known": len(known),
+        "rows_are_found": all(found[id_] == row for id_, row in known.items()),
+        "others_are_zero": all(row == zeros for id_, row in found.items() if id_ not in known),
+        "unchanged": rows_by_id(model, mesh)["item_table"] == known,
+    }
+
+
+def new_state(mesh: Mesh, case: dict[str, Any], capacity: int, in_gpu_memory: float | None = None) -> TrainState:
+    options = dict(case)
+    size = {"item_vocab_size_or_capacity": capacity, "item_vocab_gpu_capacity": in_gpu_memory}
+    dynamic = {"item": options.pop("item") | size}
+    model, optimizers = build(make_config(dynamic=dynamic, **options), mesh)
+    return TrainState(model, optimizers)
+
+
+def steps_of(state: TrainState, mesh: Mesh, first: int, stop: int) -> list[float]:
+    """Losses of the steps [first, stop) of a model whose items alone are dynamic."""
+    losses = []
+    for step in range(first, stop):
+        batch, codes = (batch_of(step, mesh.rank, mesh.world_size, as_ids=as_ids) for as_ids in (True, False))
+        jagged = batch.features.to_dict() | {"user": codes.features.to_dict()["user"]}
+        lengths = {key: jagged[key].lengths().numpy() for key in FEATURES}
+        values = {key: jagged[key].values().numpy() for key in FEATURES}
+        batch = replace(batch, features=keyed_jagged(values, lengths))
+        losses.append(train_step(state.model, state.optimizers, mesh, batch))
+    return losses
+
+
+def save_and_go_on(mesh: Mesh, case: dict[str, Any], directory: str) -> dict[str, Any]:
+    """Three steps, a checkpoint and three more."""
+    state = new_state(mesh, case, 4 * ITEMS)
+    steps_of(state, mesh, 0, 3)
+    save(directory, state, mesh)
+    return {"held": rows_by_id(state.model, mesh)["item_table"], "losses": steps_of(state, mesh, 3, 6)}
+
+
+def load_and_go_on(
+    mesh: Mesh,
+    case: dict[str, Any],
+    directory: str,
+    save_to: str | None = None,
+    capacity: int = 4 * ITEMS,
+    in_gpu_memory: float | None = None,
+) -> dict[str, Any]:
+    """The steps after the checkpoint, on these ranks. ``save_to``: the directory of another checkpoint before them.
+
+    ``in_gpu_memory``: rows of each table that lie there; the table then is split.
+    """
+    state = new_state(mesh, case, capacity, in_gpu_memory)
+    load(Path(directory) / "iteration_00000000", state, mesh)
+    held = rows_by_id(state.model, mesh)["item_table"]
+    if save_to is not None:
+        save(save_to, state, mesh)
+    return {"held": held, "losses": steps_of(state, mesh, 3, 6)}
+
+
+CASES: dict[str, Any] = {
+    **{f"static/{name}": partial(beside_static, optimizer=name) for name in OPTIMIZERS},
+    **{
+        f"static/{kind}": partial(beside_static, optimizer="adam", dist_type=kind, dim=6)
+        for kind in ("continuous", "hash_roundrobin")
+    },
+    "static/mixed": partial(
+        beside_static, optimizer="adam", trained=MIXED, optimizer_args={"sparse_max_gradient": 0.01}
+    ),
+    **{name: partial(in_pipeline, **args) for name, args in (IN_PIPELINES | UNDER_PRESSURE | SPLIT).items()},
+    **{f"looked at/{name}": partial(looked_at, optimizer=name) for name in ("sgd", "adam")},
+}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
 def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return run_ranks("tests.distributed.dynamic_cases:run_cases", request.param, timeout_s=120, cases=CASES | SPLIT)
+    return run_cases(Launch(request.param, timeout_s=120), CASES)
 
 
 def cases(prefix: str) -> list[str]:
@@ -78,14 +329,19 @@ def test_a_table_in_two_parts_is_trained_as_one_that_lies_in_one_piece_exactly(r
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NEEDS AN NVIDIA GPU: rows in two memories, and a cache")
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
 def test_rows_are_trained_the_same_wherever_they_lie(optimizer: str) -> None:
-    common = {"call": "in_pipeline", "optimizer": optimizer, "item_vocab_size_or_capacity": 38}
-    options = {"whole": {}, "split": BUDGET, "cached": {"item_vocab_gpu_capacity": 1.0, "caching": True}}  # 32 lines
+    options: dict[str, Any] = {
+        "whole": {},
+        "split": BUDGET,
+        "cached": {"item_vocab_gpu_capacity": 1.0, "caching": True},
+    }  # 32 lines
     placed = {
-        f"{pipeline}/{name}": {"pipeline": pipeline, **common, **of_case}
+        f"{pipeline}/{name}": partial(
+            in_pipeline, pipeline=pipeline, optimizer=optimizer, item_vocab_size_or_capacity=38, **of_case
+        )
         for pipeline in ("none", "prefetch")
         for name, of_case in options.items()
     }
-    (told,) = run_ranks("tests.distributed.dynamic_cases:run_cases", 1, timeout_s=120, cases=placed)
+    (told,) = run_cases(Launch(1, timeout_s=120), placed)
     expected = told["none/whole"]
     for result in told.values():
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
@@ -116,34 +372,46 @@ def test_ranks_groups_and_pipelines_train_what_one_process_trains(tmp_path: Path
     write_store(tmp_path / "store")
     runs = {"adam": ("adam", 0.005), "rowwise": ("rowwise_adagrad", 0.005)}
 
-    def group(tp: int, pipeline: str) -> dict[str, Any]:
+    def group(tp: int, pipeline: str) -> Group:
         bindings = [f"TensorModelParallelArgs.tensor_model_parallel_size = {tp}"]
         if tp > 1:  # a table in two parts
             bindings.append("item_id/DynamicEmbeddingArgs.item_vocab_gpu_capacity = 13")
         common = {"pipeline": pipeline, "dynamic": ["item_id", "age"], "bindings": bindings}
-        cases = {
+        cases: dict[str, Any] = {
             f"{name}/{tp}": {"optimizer": optimizer, "learning_rate": rate, **common}
             for name, (optimizer, rate) in runs.items()
         }
-        return {"tp": tp, "port": free_port(), "cases": cases}
+        return Group(tp, free_port(), cases)
 
-    here = "tests.distributed.matrix_cases:run"
-    alone = run_ranks(here, 1, timeout_s=60, store=str(tmp_path / "store"), groups=[group(1, "none")])[0]
+    store = str(tmp_path / "store")
+    alone = run_ranks(1, run_groups, store, [group(1, "none")])[0]
     groups = [group(1, "prefetch"), group(2, "native"), group(4, "none")]
-    for told in run_ranks(here, 4, timeout_s=120, store=str(tmp_path / "store"), groups=groups):
+    for told in run_ranks(Launch(4, timeout_s=120), run_groups, store, groups):
         assert len(told) == 6
         for name, result in told.items():
             assert result["losses"] == pytest.approx(alone[f"{name.partition('/')[0]}/1"]["losses"], rel=1e-5), name
 
 
 def test_a_checkpoint_goes_on_with_equal_losses_on_two_then_four_then_one_rank(tmp_path: Path) -> None:
-    first, second = str(tmp_path / "first"), str(tmp_path / "second")
-    here = "tests.distributed.dynamic_cases"
-    original = run_ranks(f"{here}:save_and_go_on", 2, timeout_s=60, directory=first)[0]
-    split = {"save_to": second, "in_gpu_memory": 9.0}  # a checkpoint does not know whether a table was
-    on_four = run_ranks(f"{here}:load_and_go_on", 4, timeout_s=60, directory=first, **split)[0]
-    on_one = run_ranks(f"{here}:load_and_go_on", 1, timeout_s=60, directory=second)[0]
-    too_small = run_ranks(f"{here}:load_and_go_on", 1, timeout_s=60, directory=first, capacity=9)[0]
+    first, second = (str(tmp_path / name) for name in ("first", "second"))
+
+    def run(ranks: int, function: Callable[..., dict[str, Any]], directory: str, **options: Any) -> dict[str, Any]:
+        """Each case in a directory of its own. ``save_to``, if given, is where those of another checkpoint lie."""
+        cases = {
+            name: partial(
+                function,
+                case=case,
+                directory=f"{directory}/{name}",
+                **{key: f"{value}/{name}" if key == "save_to" else value for key, value in options.items()},
+            )
+            for name, case in CHECKPOINTED.items()
+        }
+        return run_cases(ranks, cases)[0]
+
+    original = run(2, save_and_go_on, first)
+    on_four = run(4, load_and_go_on, first, save_to=second, in_gpu_memory=9.0)  # saved the same, split or not
+    on_one = run(1, load_and_go_on, second)
+    too_small = run(1, load_and_go_on, first, capacity=9)
     for case, expected in original.items():
         assert len(expected["held"]) > 15
         for resumed in (on_four[case], on_one[case]):
@@ -152,10 +420,10 @@ def test_a_checkpoint_goes_on_with_equal_losses_on_two_then_four_then_one_rank(t
         kept = too_small[case]["held"]
         assert len(kept) == 9 and kept.items() <= expected["held"].items()
         checkpoints = [Path(directory) / case / "iteration_00000000" for directory in (first, second)]
-        exported = open_file(export(checkpoints[0], tmp_path / "exports" / case) / "model.safetensors")
+        exported = load_safetensors(export(checkpoints[0], tmp_path / "exports" / case) / "model.safetensors")
         ids, rows = (exported[f"dynamic.item_table.{part}"].tolist() for part in ("ids", "weight"))
-        assert ids == sorted(map(int, expected["held"])), "of both ranks"
-        assert dict(zip(map(str, ids), rows, strict=True)) == expected["held"]
+        assert ids == sorted(expected["held"]), "of both ranks"
+        assert dict(zip(ids, rows, strict=True)) == expected["held"]
         two, four = ([part.times for part in read_table(path, "item_table")] for path in checkpoints)
         assert len(two) == 2 and all(step_of_last == 3 for *_, (_, step_of_last) in two)
         assert four == [last_of_all(two)] * 4

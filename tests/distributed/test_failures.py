@@ -1,29 +1,30 @@
 """One rank of several fails: the whole run ends in time, says who it was, and damages nothing."""
 
-from __future__ import annotations
-
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hstu.checkpoint.manifest import file_problems, read_manifest
+from hstu.checkpoint.directory import file_problems, read_manifest
 from hstu.observe.records import read_metrics
 from tests.conftest import write_small_store
-from tests.distributed.launch import REPOSITORY, EndedRank, run_ranks, run_to_their_ends
+from tests.distributed.failure_cases import non_finite_step, run_with
+from tests.distributed.launch import REPOSITORY, EndedRank, Launch, run_cases, run_to_their_ends
 from tests.train.tiny import walks
 
-HERE = "tests.distributed.failure_cases"
 MARGIN_S = 10
 LAUNCH_S = 120
+TRAINER = {"train_batch_size": 4, "max_train_iters": 8, "ckpt_save_interval": 2}
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +35,27 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def case(store: str, output: Path, failures: dict[int, str], iteration: int, **trainer: Any) -> dict[str, Any]:
-    """A run that saves every two iterations; some ranks fail in the given one."""
-    given = {"train_batch_size": 4, "max_train_iters": 8, "ckpt_save_interval": 2, **trainer}
-    place = {"store": store, "output": str(output)}
-    return {
-        "failures": {str(rank): it for rank, it in failures.items()},
-        "iteration": iteration,
-        **place,
-        "trainer": given,
-    }
+def run(
+    ranks: int,
+    store: str,
+    output: Path,
+    faults: dict[int, str],
+    iteration: int,
+    lasting: tuple[int, ...] = (),
+    hidden_dropout: float = 0.0,
+    **trainer: Any,
+) -> list[EndedRank]:
+    """A run that saves every two iterations. ``faults``: rank → the fault that it has in ``iteration``."""
+    return run_to_their_ends(
+        Launch(ranks, LAUNCH_S, lasting=lasting),
+        run_with,
+        faults,
+        iteration,
+        store,
+        str(output),
+        trainer=TRAINER | trainer,
+        network={"hidden_dropout": hidden_dropout},
+    )
 
 
 def failed_at(output: Path) -> float:
@@ -66,23 +78,21 @@ def check_checkpoints(output: Path, *iterations: int) -> None:
 
 
 def test_a_killed_rank_ends_the_others_at_once_and_is_named(store: str, tmp_path: Path) -> None:
-    asked = case(store, tmp_path, {2: "killed"}, iteration=5, collective_timeout_s=60)
-    ranks = run_to_their_ends(f"{HERE}:run_with", 4, LAUNCH_S, **asked)
+    ranks = run(4, store, tmp_path, {2: "killed"}, iteration=5, collective_timeout_s=60)
     check_all_ended(ranks, tmp_path, timeout_s=10)  # none waits for the timeout
     assert [rank.exit_code for rank in ranks] == [1, 1, -signal.SIGKILL, 1]
     for rank in (0, 1, 3):
         said = ranks[rank].output
         assert re.search(r"the run ends: rank 2 \(\S+, pid \d+\) is dead or frozen: last seen \d+ s ago at iter", said)
-        assert "left: ranks 0, 1, 3 at iteration 5 (training step)" in said
-        assert re.search(rf"rank {rank} \(\S+, pid \d+\) was here, at iteration 5 \(training step\):\nTrace", said)
+        assert "alive: ranks 0, 1, 3 at iteration 5 (training step)" in said
+        assert re.search(rf"rank {rank} \(\S+, pid \d+\) was at iteration 5 \(training step\):\nTrace", said)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "rank 2" in log and "Traceback" in log
     check_checkpoints(tmp_path, 2, 4)
 
 
 def test_a_rank_that_is_stuck_past_the_timeout_ends_all_and_is_named(store: str, tmp_path: Path) -> None:
-    asked = case(store, tmp_path, {3: "asleep over a batch"}, iteration=3, collective_timeout_s=4)
-    ranks = run_to_their_ends(f"{HERE}:run_with", 4, LAUNCH_S, **asked)
+    ranks = run(4, store, tmp_path, {3: "asleep over a batch"}, iteration=3, collective_timeout_s=4)
     check_all_ended(ranks, tmp_path, timeout_s=4)
     assert [rank.exit_code for rank in ranks] == [1, 1, 1, 1]
     for rank, ended in enumerate(ranks):
@@ -90,7 +100,7 @@ def test_a_rank_that_is_stuck_past_the_timeout_ends_all_and_is_named(store: str,
         assert re.search(named, ended.output)
         assert "ranks 0, 1, 2 at iteration 3 (training step) wait for it" in ended.output
         assert f"rank {rank} (" in ended.output and "most recent call first" in ended.output
-    assert "failure_cases.py" in ranks[3].output and "in _step" in ranks[0].output
+    assert "failure_cases.py" in ranks[3].output and "in _train_step" in ranks[0].output
     check_checkpoints(tmp_path, 2)
 
 
@@ -99,9 +109,8 @@ def test_a_rank_that_is_stuck_past_the_timeout_ends_all_and_is_named(store: str,
 def test_a_rank_that_is_stuck_in_the_model_is_told_from_those_that_wait(
     store: str, tmp_path: Path, pipeline: str
 ) -> None:
-    failures = {1: "asleep in the model"}
-    asked = case(store, tmp_path, failures, iteration=3, pipeline_type=pipeline, collective_timeout_s=4)
-    ranks = run_to_their_ends(f"{HERE}:run_with", 4, LAUNCH_S, **asked)
+    faults = {1: "asleep in the model"}
+    ranks = run(4, store, tmp_path, faults, iteration=3, pipeline_type=pipeline, collective_timeout_s=4)
     check_all_ended(ranks, tmp_path, timeout_s=4)
     for ended in ranks:
         assert re.search(
@@ -111,8 +120,7 @@ def test_a_rank_that_is_stuck_in_the_model_is_told_from_those_that_wait(
 
 @pytest.mark.slow
 def test_a_frozen_rank_is_named_by_the_others(store: str, tmp_path: Path) -> None:
-    asked = case(store, tmp_path, {1: "frozen"}, iteration=3, collective_timeout_s=4)
-    ranks = run_to_their_ends(f"{HERE}:run_with", 3, LAUNCH_S, lasting=[1], **asked)
+    ranks = run(3, store, tmp_path, {1: "frozen"}, lasting=(1,), iteration=3, collective_timeout_s=4)
     check_all_ended(ranks, tmp_path, timeout_s=4)
     for rank in (0, 2):
         assert re.search(r"the run ends: rank 1 \(\S+, pid \d+\) is dead or frozen", ranks[rank].output)
@@ -122,9 +130,8 @@ def test_a_frozen_rank_is_named_by_the_others(store: str, tmp_path: Path) -> Non
 def test_ranks_that_feel_nothing_tell_of_a_killed_one_when_their_launcher_stops_them(
     store: str, tmp_path: Path
 ) -> None:
-    failures = {0: "asleep through SIGTERM", 1: "killed", 2: "asleep through SIGTERM"}
-    asked = case(store, tmp_path, failures, iteration=3, collective_timeout_s=100)
-    ranks = run_to_their_ends(f"{HERE}:run_with", 3, LAUNCH_S, **asked)
+    faults = {0: "asleep through SIGTERM", 1: "killed", 2: "asleep through SIGTERM"}
+    ranks = run(3, store, tmp_path, faults, iteration=3, collective_timeout_s=100)
     check_all_ended(ranks, tmp_path, timeout_s=20)  # before a launcher kills, after 30 s
     for rank in (0, 2):
         assert re.search(r"the run ends: rank 1 \(\S+, pid \d+\) is dead or frozen", ranks[rank].output)
@@ -132,8 +139,7 @@ def test_ranks_that_feel_nothing_tell_of_a_killed_one_when_their_launcher_stops_
 
 @pytest.mark.slow
 def test_the_rank_that_serves_the_store_is_named_when_it_dies(store: str, tmp_path: Path) -> None:
-    asked = case(store, tmp_path, {0: "killed"}, iteration=5, collective_timeout_s=60)
-    ranks = run_to_their_ends(f"{HERE}:run_with", 3, LAUNCH_S, **asked)
+    ranks = run(3, store, tmp_path, {0: "killed"}, iteration=5, collective_timeout_s=60)
     check_all_ended(ranks, tmp_path, timeout_s=10)
     for rank in (1, 2):
         assert re.search(r"rank 0 \(\S+, pid \d+\) was last seen at iteration \d", ranks[rank].output)
@@ -148,8 +154,7 @@ def test_the_rank_that_serves_the_store_is_named_when_it_dies(store: str, tmp_pa
 def test_an_error_of_one_rank_is_told_on_all(
     store: str, tmp_path: Path, failure: str, exit_code: int, told: str
 ) -> None:
-    asked = case(store, tmp_path, {1: failure}, iteration=3, collective_timeout_s=60)
-    ranks = run_to_their_ends(f"{HERE}:run_with", 3, LAUNCH_S, **asked)
+    ranks = run(3, store, tmp_path, {1: failure}, iteration=3, collective_timeout_s=60)
     check_all_ended(ranks, tmp_path, timeout_s=10)
     assert [rank.exit_code for rank in ranks] == [1, exit_code, 1]
     for rank in (0, 2):
@@ -159,8 +164,7 @@ def test_an_error_of_one_rank_is_told_on_all(
 
 
 def test_a_loss_that_is_no_number_on_one_rank_ends_all_and_is_not_saved(store: str, tmp_path: Path) -> None:
-    asked = case(store, tmp_path, {1: "no number"}, iteration=4, pipeline_type="native")
-    ranks = run_to_their_ends(f"{HERE}:run_with", 2, LAUNCH_S, **asked)
+    ranks = run(2, store, tmp_path, {1: "no number"}, iteration=4, pipeline_type="native")
     check_all_ended(ranks, tmp_path, timeout_s=10)
     assert [rank.exit_code for rank in ranks] == [1, 1]
     for rank in ranks:
@@ -173,8 +177,7 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all_and_is_not_saved(store: s
 
 
 def test_a_gradient_that_is_no_number_ends_all_before_the_checkpoint_of_its_step(store: str, tmp_path: Path) -> None:
-    asked = case(store, tmp_path, {1: "no gradient"}, iteration=4, pipeline_type="prefetch")
-    ranks = run_to_their_ends(f"{HERE}:run_with", 2, LAUNCH_S, **asked)
+    ranks = run(2, store, tmp_path, {1: "no gradient"}, iteration=4, pipeline_type="prefetch")
     check_all_ended(ranks, tmp_path, timeout_s=10)
     for rank in ranks:
         assert rank.exit_code == 1
@@ -187,46 +190,55 @@ def test_a_gradient_that_is_no_number_ends_all_before_the_checkpoint_of_its_step
     check_checkpoints(tmp_path, 2)
 
 
-NON_FINITE = {
-    f"{pipeline} {optimizer} {what}": {"task": task, "optimizer": {"optimizer_str": optimizer, "learning_rate": 0.1}}
-    for pipeline, optimizer, task, what in (
-        ("none", "sgd", "ranking", "loss"),
-        ("native", "rowwise_adagrad", "ranking", "loss"),
-        ("prefetch", "adagrad", "retrieval", "loss"),
-        ("native", "adam", "retrieval", "loss"),
-        ("none", "adam", "retrieval", "gradient"),
-        ("native", "adagrad", "ranking", "gradient"),
-        ("prefetch", "sgd", "ranking", "gradient"),
-        ("none", "rowwise_adagrad", "ranking", "weight"),
-        ("native", "sgd", "ranking", "weight"),
-    )
-}
+NON_FINITE = (
+    ("none", "sgd", "ranking", "loss"),
+    ("native", "rowwise_adagrad", "ranking", "loss"),
+    ("prefetch", "adagrad", "retrieval", "loss"),
+    ("native", "adam", "retrieval", "loss"),
+    ("none", "adam", "retrieval", "gradient"),
+    ("native", "adagrad", "ranking", "gradient"),
+    ("prefetch", "sgd", "ranking", "gradient"),
+    ("none", "rowwise_adagrad", "ranking", "weight"),
+    ("native", "sgd", "ranking", "weight"),
+)
+"""(pipeline, optimizer, task, what is not finite)."""
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_step_whose_loss_or_gradient_is_no_number_changes_no_weight_in_any_pipeline(store: str, tp: int) -> None:
-    results = run_ranks(f"{HERE}:non_finite_steps", 2, timeout_s=LAUNCH_S, store=store, tp=tp, cases=NON_FINITE)
-    for name, asked in NON_FINITE.items():
-        told = [of_rank[name] for of_rank in results]
-        said, is_loss = told[0]["raised"], name.endswith("loss")
-        assert told[1]["raised"] == said, "all ranks raise the same error"
-        assert said.startswith(f"the {'loss' if is_loss else 'gradient'} is not finite"), name
-        assert f"{'nan' if is_loss else 'nan or inf'} on rank 1, whose batch has the users in rows" in said
+    cases = {
+        f"{pipeline} {optimizer} {task} {what}": partial(
+            non_finite_step,
+            store=store,
+            deed=what,
+            task=task,
+            optimizer={"optimizer_str": optimizer, "learning_rate": 0.1},
+            trainer={"pipeline_type": pipeline},
+        )
+        for pipeline, optimizer, task, what in NON_FINITE
+    }
+    results = run_cases(Launch(2, LAUNCH_S, tp), cases)
+    for name in cases:
+        _, _, task, what = name.split()
+        first, second = (of_rank[name] for of_rank in results)
+        message, is_loss = first["raised"], what == "loss"
+        assert second["raised"] == message, "all ranks raise the same error"
+        assert message.startswith(f"the {'loss' if is_loss else 'gradient'} is not finite"), name
+        assert f"{'nan' if is_loss else 'nan or inf'} on rank 1, whose batch has the users in rows" in message
         # Gradients flow between ranks through negatives of the same batch and within a tensor-parallel group.
-        if is_loss or (tp == 1 and asked["task"] == "ranking"):
-            assert "on rank 0" not in said, name
-        start, first, second, after = told[0]["weights"]
-        assert len({str(start), str(first), str(second)}) == 3, "good steps do change weights"
-        assert after == second, name
+        if is_loss or (tp == 1 and task == "ranking"):
+            assert "on rank 0" not in message, name
+        start, *good, after = first["weights"]
+        assert len(good) == 2 and len({str(weights) for weights in (start, *good)}) == 3, "good steps change weights"
+        assert after == good[-1], name
 
 
 @pytest.mark.parametrize("moment", ["told to stop", "told to stop over an evaluation"])
 def test_sigterm_to_one_rank_commits_a_checkpoint_in_time_and_all_exit_with_0(
     store: str, tmp_path: Path, moment: str
 ) -> None:
-    failures = {0: moment, 1: "told to stop over an evaluation"} if "evaluation" in moment else {1: moment}
-    asked = case(store, tmp_path, failures, iteration=3, ckpt_save_interval=100, eval_interval=3, max_train_iters=300)
-    ranks = run_to_their_ends(f"{HERE}:run_with", 2, LAUNCH_S, **asked)
+    faults = {0: moment, 1: "told to stop over an evaluation"} if "evaluation" in moment else {1: moment}
+    ranks = run(2, store, tmp_path, faults, iteration=3, ckpt_save_interval=100, eval_interval=3, max_train_iters=300)
     assert [rank.exit_code for rank in ranks] == [0, 0], ranks[0].output
     assert max(rank.at for rank in ranks) - failed_at(tmp_path) < 30
     check_checkpoints(tmp_path, 3)
@@ -234,35 +246,23 @@ def test_sigterm_to_one_rank_commits_a_checkpoint_in_time_and_all_exit_with_0(
 
 
 def test_kill_9_loses_no_more_than_the_steps_since_the_last_checkpoint(store: str, tmp_path: Path) -> None:
-    network = {"hidden_dropout": 0.3}
     places = {name: tmp_path / name for name in ("whole", "killed")}
     for name, path in places.items():
         path.mkdir()
-        failures = {0: "killed", 1: "killed"} if name == "killed" else {}
-        asked = case(store, path, failures, iteration=6, max_train_iters=8, log_interval=1)
-        codes = [
-            rank.exit_code for rank in run_to_their_ends(f"{HERE}:run_with", 2, LAUNCH_S, **asked, network=network)
-        ]
-        assert all(codes) == bool(failures) and any(codes) == bool(failures), codes
+        faults = {0: "killed", 1: "killed"} if name == "killed" else {}
+        ranks = run(2, store, path, faults, iteration=6, hidden_dropout=0.3)
+        assert [rank.exit_code != 0 for rank in ranks] == [bool(faults)] * 2
     check_checkpoints(places["killed"], 2, 4)
-    asked = case(store, places["killed"], {}, iteration=0, max_train_iters=8, log_interval=1, ckpt_load_dir="auto")
-    run_to_their_ends(f"{HERE}:run_with", 2, LAUNCH_S, **asked, network=network)
-    lines = (places["killed"] / "run" / "metrics.jsonl").read_text().splitlines()
-    told = [json.loads(line) for line in lines]
-    assert [one.get("iter", one["kind"]) for one in told if one["kind"] != "eval"] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        "resumed",
-        5,
-        6,
-        7,
-        8,
-    ]
+    run(2, store, places["killed"], {}, iteration=0, hidden_dropout=0.3, ckpt_load_dir="auto")
+    records = read_records(places["killed"])
+    kinds = [record.get("iter", record["kind"]) for record in records if record["kind"] != "eval"]
+    assert kinds == [1, 2, 3, 4, 5, "resumed", 5, 6, 7, 8]
     losses = {name: read_losses(path / "run" / "metrics.jsonl") for name, path in places.items()}
     assert losses["killed"] == losses["whole"] and len(losses["whole"]) == 8
+
+
+def read_records(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
 def read_losses(path: Path) -> dict[int, float]:
@@ -273,11 +273,15 @@ def read_losses(path: Path) -> dict[int, float]:
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
 
-def torchrun(ranks: int, asked: dict[str, Any], output: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    (output / "case.json").write_text(json.dumps(asked))
+def torchrun(
+    ranks: int, store: str, output: Path, faults: dict[int, str], *options: str, **trainer: Any
+) -> subprocess.CompletedProcess[str]:
+    """A run like ``run`` whose faults are in iteration 5."""
+    arguments = {"faults": faults, "iteration": 5, "store": store, "output": str(output), "trainer": TRAINER | trainer}
+    (output / "arguments").write_bytes(pickle.dumps(arguments))
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.run(
-        [*TORCHRUN, str(ranks), *options, "-m", HERE, str(output / "case.json")],
+        [*TORCHRUN, str(ranks), *options, "-m", run_with.__module__, str(output / "arguments")],
         cwd=REPOSITORY,
         env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -288,8 +292,7 @@ def torchrun(ranks: int, asked: dict[str, Any], output: Path, *options: str) -> 
 
 @pytest.mark.slow
 def test_under_torchrun_the_others_tell_of_a_killed_rank_and_save_nothing(store: str, tmp_path: Path) -> None:
-    asked = case(store, tmp_path, {0: "killed"}, iteration=5, collective_timeout_s=60)
-    ended = torchrun(4, asked, tmp_path)
+    ended = torchrun(4, store, tmp_path, {0: "killed"}, collective_timeout_s=60)
     assert ended.returncode != 0
     assert time.time() - failed_at(tmp_path) < 10 + MARGIN_S
     for rank in (1, 2, 3):
@@ -322,13 +325,11 @@ def test_torch_alone_gives_a_restarted_rank_the_store_of_the_attempt_before(tmp_
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_which_goes_on_from_its_last_checkpoint(store: str, tmp_path: Path) -> None:
-    asked = case(store, tmp_path, {1: "killed"}, iteration=5, ckpt_load_dir="auto")
-    ended = torchrun(2, asked, tmp_path, "--max-restarts", "1")
+    ended = torchrun(2, store, tmp_path, {1: "killed"}, "--max-restarts", "1", ckpt_load_dir="auto")
     assert ended.returncode == 0, ended.stderr
     assert "resuming from " in ended.stdout and "iteration_00000004" in ended.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["status"], summary["iterations"]) == ("done", 8)
     check_checkpoints(tmp_path, 2, 4, 6, 8)
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    told = [record.get("iter", record["kind"]) for record in records]
-    assert told == [1, 2, 3, 4, "resumed", 5, 6, 7, 8]
+    kinds = [record.get("iter", record["kind"]) for record in read_records(tmp_path)]
+    assert kinds == [1, 2, 3, 4, "resumed", 5, 6, 7, 8]

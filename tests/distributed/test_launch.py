@@ -1,13 +1,9 @@
-from __future__ import annotations
-
 import os
 import time
 
 import pytest
 
-from tests.distributed.launch import RankFailure, run_ranks
-
-HERE = "tests.distributed.test_launch"
+from tests.distributed.launch import Launch, RankFailure, run_ranks
 
 
 def rank_and_argument(argument: int) -> dict[str, int]:
@@ -25,17 +21,17 @@ def sleep_forever() -> None:
 
 
 def test_results_come_back_in_rank_order() -> None:
-    results = run_ranks(f"{HERE}:rank_and_argument", world_size=2, argument=7)
+    results = run_ranks(2, rank_and_argument, argument=7)
     assert results == [{"rank": rank, "world": 2, "argument": 7} for rank in range(2)]
 
 
 def test_the_failing_rank_is_named_and_the_others_are_not_waited_for() -> None:
     with pytest.raises(RankFailure, match="rank 1 of 2") as failure:
-        run_ranks(f"{HERE}:fail_on_rank_one", world_size=2, timeout_s=60)
+        run_ranks(2, fail_on_rank_one)
     assert failure.value.rank == 1
     assert "rank one is unwell" in failure.value.stderr
 
 
 def test_a_launch_that_hangs_is_ended() -> None:
     with pytest.raises(RankFailure, match="still running"):
-        run_ranks(f"{HERE}:sleep_forever", world_size=1, timeout_s=2)
+        run_ranks(Launch(1, timeout_s=2), sleep_forever)

@@ -1,22 +1,35 @@
 """A scaled loss trains what an unscaled one does, and a step that overflows on any rank leaves no trace on all.
 
 Bit for bit, over groups of both kinds, in all pipelines, with tables that backward updates and tables that it does not.
+The runs compute in float32, in which scaling by a power of two is exact.
 """
 
-from __future__ import annotations
-
-from typing import Any
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Unpack
 
 import pytest
 
+from hstu.data.batch import HSTUBatch
+from hstu.data.store import SequenceStore
+from hstu.model.outputs import ModelOutput
+from hstu.parallel.collectives import gather_objects
+from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.mesh import Mesh
+from hstu.train.trainer import Trainer
 from tests.conftest import write_small_store
-from tests.distributed.launch import run_ranks
-from tests.distributed.scaling_cases import BAD_STEP, STEPS
-from tests.train.tiny import walks
+from tests.distributed.launch import Launch, run_cases
+from tests.distributed.pipeline_cases import digest
+from tests.train.tiny import TinyOptions, build, skip_measuring_the_peak, tables_with_dynamic, tiny_config, walks
+
+STEPS = 4
+BAD_STEP = 2
+"""The step whose gradients overflow, counted from 1."""
 
 ALL_SHARDED = ["item_id", "town", "action"]
 BATCH = {"train_batch_size": 4}
-CASES: dict[str, dict[str, Any]] = {
+CASES: dict[str, Any] = {
     "none, sgd, all replicated": {
         "task": "ranking",
         "sharded": [],
@@ -47,27 +60,91 @@ CASES: dict[str, dict[str, Any]] = {
         "trainer": {"pipeline_type": "native", **BATCH},
     },
 }
-LAUNCHES = {"1 rank": (1, 1), "2 ranks": (2, 1), "2 × 2 ranks": (4, 2)}
+WAYS: dict[str, Any] = {
+    "unscaled": {},
+    "fixed": {"precision": {"loss_scale": 1024.0}},
+    "without the batch": {"leave_out": True},
+    "overflow": {"precision": {"loss_scale": "dynamic", "growth_interval": 2}, "overflow": True},
+}
+LAUNCHES = {"1 rank": Launch(1, 200), "2 ranks": Launch(2, 200), "2 × 2 ranks": Launch(4, 200, tp=2)}
 SLOW = ("1 rank", "2 × 2 ranks")
 
 
 @pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAUNCHES],
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAUNCHES]
 )
 def runs(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Each rank's: case → way → what happened."""
-    size, tp = LAUNCHES[request.param]
+    """Per rank: "case, way" → what ``train`` returns."""
     place = tmp_path_factory.mktemp("scaling")
     write_small_store(place / "store", **walks(40))
-    arguments = {"store": str(place / "store"), "output": str(place), "cases": CASES, "tp": tp}
-    return run_ranks("tests.distributed.scaling_cases:run", size, timeout_s=200, **arguments)
+    cases = {
+        f"{name}, {way}": partial(
+            train, store=str(place / "store"), output=f"{place}/{name}/{way}", **options, **CASES[name]
+        )
+        for name in CASES
+        for way, options in WAYS.items()
+    }
+    return run_cases(LAUNCHES[request.param], cases)
+
+
+def train(
+    mesh: Mesh,
+    task: str,
+    store: str,
+    output: str,
+    *,
+    leave_out: bool = False,
+    overflow: bool = False,
+    dynamic: bool = False,
+    **options: Unpack[TinyOptions],
+) -> dict[str, Any]:
+    """STEPS steps. ``leave_out``: without the batch of BAD_STEP. ``overflow``: its gradients do, on the last rank.
+
+    ``dynamic``: the items' table is dynamic. Its rows are not compared, but the weights that are trained on them.
+    """
+    skip_measuring_the_peak()
+    if dynamic:
+        options["tables"] = tables_with_dynamic(SequenceStore.open(store), 30)
+    trainer = build(tiny_config(task, store, output, **options), mesh)
+    if overflow and mesh.rank == mesh.world_size - 1:
+        _overflow(trainer)
+    batches = _batches(trainer, leave_out)
+    told: dict[str, Any] = {"weights": [digest(trainer.state, mesh)], "scales": [], "losses": []}
+    for number in range(1, STEPS + 1 - leave_out):
+        trainer.state.iteration = mesh.heartbeat.iteration = number
+        result = trainer.pipeline.progress(batches)
+        told["losses"].append(float(result.loss))
+        told["weights"].append(digest(trainer.state, mesh))
+        scale = trainer.pipeline.step.loss_scale
+        told["scales"].append(gather_objects(None if scale is None else scale.value, mesh.world_group))
+    told["table steps"] = trainer.state.optimizers.tables.steps
+    trainer.run_directory.close()
+    return told
+
+
+def _batches(trainer: Trainer, leave_out: bool) -> Iterator[HSTUBatch]:
+    for number, batch in enumerate(trainer.source.train_batches(trainer.state.position), 1):
+        if not (leave_out and number == BAD_STEP):
+            yield batch
+
+
+def _overflow(trainer: Trainer) -> None:
+    """In the backward of the first micro-batch of BAD_STEP; the loss itself is finite."""
+    forwards, parts = 0, trainer.args.gradient_accumulation_steps
+
+    def hook(_module: Any, _inputs: Any, output: ModelOutput) -> None:
+        nonlocal forwards
+        forwards += 1
+        if forwards == (BAD_STEP - 1) * parts + 1:
+            output.loss_sum.register_hook(lambda gradient: gradient * math.inf)
+
+    unwrap_dense(trainer.state.model).register_forward_hook(hook)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_fixed_scale_changes_no_bit(runs: Any, case: str) -> None:
     for rank in runs:
-        unscaled, fixed = rank[case]["unscaled"], rank[case]["fixed"]
+        unscaled, fixed = rank[f"{case}, unscaled"], rank[f"{case}, fixed"]
         assert len({str(weights) for weights in unscaled["weights"]}) == STEPS + 1
         assert fixed["weights"] == unscaled["weights"] and fixed["losses"] == unscaled["losses"]
         assert fixed["scales"] == [[1024.0] * len(runs)] * STEPS
@@ -76,7 +153,7 @@ def test_a_fixed_scale_changes_no_bit(runs: Any, case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_that_overflows_on_one_rank_changes_nothing_on_any(runs: Any, case: str) -> None:
     for rank in runs:
-        told, expected = rank[case]["overflow"], rank[case]["without the batch"]
+        told, expected = rank[f"{case}, overflow"], rank[f"{case}, without the batch"]
         before, after = told["weights"][BAD_STEP - 1 : BAD_STEP + 1]
         assert after == before
         assert told["weights"][:BAD_STEP] + told["weights"][BAD_STEP + 1 :] == expected["weights"]
@@ -87,5 +164,5 @@ def test_a_step_that_overflows_on_one_rank_changes_nothing_on_any(runs: Any, cas
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_loss_of_a_skipped_step_is_that_of_its_batch(runs: Any, case: str) -> None:
-    ways = runs[0][case]
-    assert ways["overflow"]["losses"][:BAD_STEP] == ways["unscaled"]["losses"][:BAD_STEP]
+    overflow, unscaled = (runs[0][f"{case}, {way}"]["losses"] for way in ("overflow", "unscaled"))
+    assert overflow[:BAD_STEP] == unscaled[:BAD_STEP]

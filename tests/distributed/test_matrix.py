@@ -3,15 +3,14 @@
 All combinations, not only all pairs: ``python -m tests.distributed.matrix --all``.
 """
 
-from __future__ import annotations
-
 from itertools import combinations, product
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.distributed.matrix import FACTORS, Case, all_cases, not_refused, pairwise_cases, run
-from tests.distributed.pairwise import pairs
+from tests.distributed.matrix import FACTORS, Case, all_cases, covering, not_refused, pairs, pairwise_cases, run
 from tests.distributed.tensor_cases import write_store
 
 CASES = pairwise_cases()
@@ -56,3 +55,18 @@ def test_all_pairs_of_settings_are_run() -> None:
         for levels in product(FACTORS[first], FACTORS[second]):
             meet = ((left, levels[0]), (right, levels[1])) in run_pairs
             assert meet == ((first, levels[0], second, levels[1]) not in NEVER_MEET)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.booleans(), st.integers(0, 1)), min_size=1))
+def test_every_pair_of_the_rows_that_may_be_is_in_a_chosen_row(rows: list[tuple[int, ...]]) -> None:
+    chosen = covering(rows)
+    assert set(chosen) <= set(rows)
+    assert set().union(*map(pairs, chosen)) == set().union(*map(pairs, rows))
+
+
+def test_few_rows_cover_all_pairs() -> None:
+    rows = list(product(range(4), range(3), range(3), range(2), range(2), range(2)))
+    chosen = covering(rows)
+    assert 12 <= len(chosen) <= 16, "4 × 3 is the least"
+    assert len(rows) == 288
+    assert covering(rows) == chosen

@@ -1,18 +1,73 @@
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
 
-from tests.distributed.launch import REPOSITORY, RankFailure, run_ranks
+from hstu.parallel import mesh as mesh_module
+from hstu.parallel.collectives import all_gather, gather_objects, gather_rows, max_over_ranks, sum_over_ranks
+from hstu.parallel.mesh import Mesh
+from tests.distributed.launch import REPOSITORY, Launch, RankFailure, run_cases, run_ranks
 
-HERE = "tests.distributed.mesh_cases"
+
+def describe(tensor_parallel_size: int = 1) -> dict[str, Any]:
+    """Ranks, threads and the first random numbers before and after seeding dropout."""
+    mesh = mesh_module.start(tensor_parallel_size, timeout_s=60, seed=5, deterministic=True, allow_tf32=True)
+    weights = torch.rand(2).tolist()
+    mesh_module.seed_dropout(mesh)
+    result = {
+        "ranks": [mesh.rank, mesh.world_size, mesh.dp_rank, mesh.dp_size, mesh.tp_rank, mesh.tp_size],
+        "hosts": [mesh.local_rank, mesh.local_world_size],
+        "device": mesh.device.type,
+        "main": mesh.is_main,
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+        "weights": weights,
+        "dropout": torch.rand(2).tolist(),
+    }
+    mesh_module.finish()
+    return result
+
+
+def collectives(mesh: Mesh) -> dict[str, Any]:
+    """Values and gradients of the collectives; rank r has r + 1 rows."""
+    group, rank = mesh.world_group, mesh.rank
+    local = torch.full((2, 1), float(rank + 1), requires_grad=True)
+    gathered = all_gather(local, group)
+    weights = torch.arange(1.0, len(gathered) + 1)[:, None] * (rank + 1)
+    (gathered * weights).sum().backward()
+
+    rows = torch.full((rank + 1, 2), float(rank), requires_grad=True)
+    many, ids = gather_rows(rows, torch.arange(rank + 1), group)
+    (many * (ids >= 0)[:, None]).sum().backward()
+    return {
+        "gathered": gathered.flatten().tolist(),
+        "gradient": local.grad.flatten().tolist() if local.grad is not None else None,
+        "rows": many[:, 0].tolist(),
+        "ids": ids.tolist(),
+        "row_gradient": rows.grad.tolist() if rows.grad is not None else None,
+        "max": max_over_ranks(10 + rank, group),
+        "sum": sum_over_ranks(torch.tensor(1.5 + rank), group).item(),
+        "objects": gather_objects({"rank": rank}, group),
+    }
+
+
+def rank_one_fails() -> None:
+    """Rank 1 leaves without the others."""
+    mesh = mesh_module.start(timeout_s=60)
+    try:
+        if mesh.rank == 1:
+            raise ValueError("rank 1 has had enough")
+        torch.distributed.barrier()
+    finally:
+        mesh_module.finish()
 
 
 def test_ranks_threads_and_seeds_on_two_ranks() -> None:
-    first, second = run_ranks(f"{HERE}:describe", 2)
+    first, second = run_ranks(2, describe)
     assert first["ranks"] == [0, 2, 0, 2, 0, 1]
     assert second["ranks"] == [1, 2, 1, 2, 0, 1]
     assert second["hosts"] == [1, 2]
@@ -28,22 +83,22 @@ def test_plain_python_is_a_world_of_one_without_any_environment() -> None:
     launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     environment = {key: value for key, value in os.environ.items() if key not in launcher}
     environment["PYTHONPATH"] = str(REPOSITORY)
-    program = f"from {HERE} import describe; print(describe()['ranks'])"
+    program = f"from {__name__} import describe; print(describe()['ranks'])"
     run = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120
     )
     assert run.stdout.strip() == "[0, 1, 0, 1, 0, 1]", run.stderr
     assert "Apex" not in run.stderr
 
 
 def test_groups_of_neighbours_share_a_dense_model() -> None:
-    ranks = [result["ranks"] for result in run_ranks(f"{HERE}:describe", 2, tensor_parallel_size=2)]
+    ranks = [result["ranks"] for result in run_ranks(2, describe, tensor_parallel_size=2)]
     assert ranks == [[0, 2, 0, 1, 0, 2], [1, 2, 0, 1, 1, 2]]
 
 
 def test_collectives_and_their_gradients() -> None:
-    results = run_ranks(f"{HERE}:collectives", 2)
-    for rank, result in enumerate(results):
+    for rank, results in enumerate(run_cases(2, {"collectives": collectives})):
+        result = results["collectives"]
         assert result["gathered"] == [1, 1, 2, 2]
         # rank r weighs row i by (r + 1) · (i + 1); the sum over ranks is 3 · (i + 1)
         assert result["gradient"] == [[3, 6], [9, 12]][rank]
@@ -56,5 +111,5 @@ def test_collectives_and_their_gradients() -> None:
 
 def test_the_failure_of_one_rank_ends_all() -> None:
     with pytest.raises(RankFailure) as failure:
-        run_ranks(f"{HERE}:rank_one_fails", 2, timeout_s=40)
+        run_ranks(Launch(2, timeout_s=40), rank_one_fails)
     assert failure.value.rank is not None, "no rank may be left waiting"

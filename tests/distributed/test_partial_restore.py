@@ -1,53 +1,81 @@
 """Loading a part of a checkpoint: weights alone, under other names, into a grown vocabulary."""
 
-from __future__ import annotations
-
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pytest
 
-from tests.distributed.launch import run_ranks
-from tests.distributed.toy import ITEMS
+from hstu.checkpoint.load import load
+from hstu.checkpoint.matching import LoadOptions, ParamMap
+from hstu.checkpoint.save import save
+from hstu.config.errors import DataError
+from hstu.parallel.mesh import Mesh
+from tests.distributed.launch import Launch, run_cases
+from tests.distributed.tensor_cases import consolidated
+from tests.distributed.toy import ITEMS, ToyOptions, new_state, train_state
 
-HERE = "tests.distributed.checkpoint_cases"
-SAVED = {"optimizer": "adam", "replicated": ["action", "user"]}
-LENIENT = {"strict": False}
+SAVED: ToyOptions = {"optimizer": "adam", "replicated": ["action", "user"]}
+LENIENT = LoadOptions(strict=False)
+WEIGHTS_ALONE = LoadOptions(optimizer=False)
 GROWN = ITEMS + 9
 RENAMED = {"item_table": "goods"}
-CASES: dict[str, dict[str, Any]] = {
+GOODS = ParamMap({"model.tables.goods": "model.tables.item_table"})
+WARES = ParamMap({"model.tables.wares": "model.tables.item_table"})
+CASES: dict[str, Any] = {
     "whole": {},
-    "weights alone": {"options": {"optimizer": False}},
+    "weights alone": {"load_options": WEIGHTS_ALONE},
     "another optimizer": {"optimizer": "adagrad"},
-    "another optimizer, weights alone": {"optimizer": "adagrad", "options": {"optimizer": False}},
-    "another optimizer, lenient": {"optimizer": "adagrad", "options": LENIENT},
+    "another optimizer, weights alone": {"optimizer": "adagrad", "load_options": WEIGHTS_ALONE},
+    "another optimizer, lenient": {"optimizer": "adagrad", "load_options": LENIENT},
     "one number a row": {"optimizer": "rowwise_adagrad", "replicated": []},
     "grown": {"items": GROWN},
-    "grown, lenient": {"items": GROWN, "options": LENIENT, "sharding": "column_wise"},
-    "grown and replicated, lenient": {"items": GROWN, "options": LENIENT, "replicated": ["item"]},
-    "wider, lenient": {"dim": 12, "options": LENIENT},
-    "renamed": {**RENAMED, "renamed": {"model.tables.goods": "model.tables.item_table"}},
+    "grown, lenient": {"items": GROWN, "load_options": LENIENT, "sharding": "column_wise"},
+    "grown and replicated, lenient": {"items": GROWN, "load_options": LENIENT, "replicated": ["item"]},
+    "wider, lenient": {"dim": 12, "load_options": LENIENT},
+    "renamed": {**RENAMED, "load_options": LoadOptions(param_map=GOODS)},
     "renamed, no map": RENAMED,
-    "bad map": {"renamed": {"model.tables.wares": "model.tables.item_table"}, "options": LENIENT},
+    "bad map": {"load_options": LoadOptions(strict=False, param_map=WARES)},
 }
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
     directory = tmp_path_factory.mktemp("saved")
-    (result,) = run_ranks(f"{HERE}:saved_after_three_steps", 1, timeout_s=60, directory=str(directory), **SAVED)
-    return directory / "iteration_00000003", result
+    (results,) = run_cases(1, {"save": partial(save_after_three_steps, directory=directory, **SAVED)})
+    return directory / "iteration_00000003", results["save"]
+
+
+def save_after_three_steps(mesh: Mesh, directory: Path, **options: Unpack[ToyOptions]) -> dict[str, Any]:
+    """The weights and states, and the loss of the next step."""
+    state = new_state(mesh, **options)
+    train_state(state, mesh, 3)
+    save(directory, state, mesh)
+    return {"tensors": consolidated(state, mesh), "next_losses": train_state(state, mesh, 1)}
 
 
 @pytest.fixture(scope="module")
 def loaded(saved: Any) -> dict[str, Any]:
-    """All cases, on two ranks where the checkpoint is of one."""
-    cases = {name: SAVED | case for name, case in CASES.items()}
-    result: dict[str, Any] = run_ranks(f"{HERE}:load_in_part", 2, timeout_s=100, directory=str(saved[0]), cases=cases)[
-        0
-    ]
-    return result
+    """All cases on two ranks. One rank has saved the checkpoint."""
+    cases = {name: partial(load_in_part, checkpoint=saved[0], **{**SAVED, **case}) for name, case in CASES.items()}
+    return run_cases(Launch(2, timeout_s=100), cases)[0]
+
+
+def load_in_part(
+    mesh: Mesh, checkpoint: Path, load_options: LoadOptions | None = None, **options: Unpack[ToyOptions]
+) -> dict[str, Any]:
+    """What the state held before and after loading, the report or the error, and the loss of the next step."""
+    state = new_state(mesh, **options, init_seed_offset=1)
+    before = consolidated(state, mesh)
+    try:
+        report = load(checkpoint, state, mesh, load_options or LoadOptions())
+    except DataError as error:
+        report = [str(error)]
+    after = consolidated(state, mesh)
+    position = [state.iteration, state.position.consumed, state.optimizers.tables.steps]
+    losses = train_state(state, mesh, 1)
+    return {"before": before, "after": after, "report": report, "position": position, "losses": losses}
 
 
 def test_all_of_it_arrives_where_everything_fits(saved: Any, loaded: Any) -> None:
@@ -116,4 +144,4 @@ def test_a_renamed_table_brings_its_states(saved: Any, loaded: Any) -> None:
 
 
 def test_a_map_with_unknown_names_is_an_error_however_lenient(loaded: Any) -> None:
-    assert "model.tables.wares is no weight of this run" in loaded["bad map"]["report"][0]
+    assert "model.tables.wares is not a weight of this run" in loaded["bad map"]["report"][0]

@@ -1,22 +1,119 @@
-from __future__ import annotations
-
-from pathlib import Path
+import time
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from tests.distributed.launch import run_ranks
-from tests.distributed.pipeline_cases import write_store
-from tests.distributed.reduction_cases import GRADIENTS, LATE_S
+from hstu.data.sampler import SamplerPosition
+from hstu.model.outputs import ModelOutput
+from hstu.parallel.ddp import ReplicatedDense, own_gradients_finite
+from hstu.parallel.group import to_train_batch
+from hstu.parallel.mesh import Mesh
+from scripts.bench.collective_clock import CollectiveClock, Times, split
+from tests.distributed.launch import Launch, run_cases
+from tests.distributed.pipeline_cases import assemble, make_config, write_store
+
+LARGE = {"num_layers": 6, "hidden_size": 128, "num_attention_heads": 4, "kv_channels": 32}
+LATE_S = 1.0
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GRADIENTS = ((1 + 2**-9, 3.0, 60000.0), (1.0, 3 + 2**-20, 62000.0))
+"""Of three weights, on each rank. One has 9 bits behind the point, of which bfloat16 holds 7; the last are large."""
+TOO_LARGE = 2**17
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw."""
-    store: Path = tmp_path_factory.mktemp("reduction") / "store"
-    write_store(store)
-    return run_ranks("tests.distributed.reduction_cases:run", 2, timeout_s=120, store=str(store))
+    store = write_store(tmp_path_factory.mktemp("reduction") / "store")
+    return run_cases(
+        Launch(2, timeout_s=120),
+        {
+            **{f"sent as {dtype}": partial(sent_as, dtype=dtype) for dtype in DTYPES},
+            **{f"exact {exact}": partial(train_with, store=store, exact=exact) for exact in (True, False)},
+            "order": partial(order_of_backward, store=store),
+            "waits": partial(waits, store=store),  # last, because the clock changes torch's classes
+        },
+    )
+
+
+def sent_as(mesh: Mesh, dtype: torch.dtype) -> dict[str, Any]:
+    """What DDP makes of GRADIENTS, and whether a rank notices a gradient that this type has no number for."""
+    dense = ReplicatedDense(torch.nn.Linear(3, 1, bias=False), mesh.dp_group, dtype)
+    weight = dense.module.weight
+    (dense(torch.tensor([GRADIENTS[mesh.rank]])).sum()).backward()
+    averaged = [weight.grad.dtype == torch.float32, weight.grad.flatten().tolist()]
+    finite = [bool(own_gradients_finite(dense))]
+    weight.grad = None
+    (dense(torch.full((1, 3), float(TOO_LARGE if mesh.rank else 1))).sum()).backward()
+    return {"averaged": averaged, "finite": [*finite, bool(own_gradients_finite(dense))]}
+
+
+def train_with(mesh: Mesh, store: str, exact: bool) -> tuple[torch.dtype, list[float]]:
+    """In bfloat16: what a run sends its gradients as, and its losses. ``exact``: PrecisionArgs.fp32_master_grads."""
+    precision = {"fp32_master_grads": exact}
+    config = make_config(store, "none", network={"dtype_str": "bfloat16"}, precision=precision)
+    pipeline, source, _, _ = assemble(config, mesh)
+    batches = source.train_batches(SamplerPosition())
+    losses = [float(pipeline.progress(batches).loss) for _ in range(3)]
+    return pipeline.step.model.dense.sent_as, losses
+
+
+def order_of_backward(mesh: Mesh, store: str) -> list[str]:
+    """Of the third step's backward: "bucket" where an all-reduce begins, "gradient" where a parameter's is ready."""
+    pipeline, source, _, _ = assemble(make_config(store, "none", network=LARGE), mesh)
+    events: list[str] = []
+
+    dense = pipeline.step.model.dense
+    assert isinstance(dense, ReplicatedDense)
+    average = dense.average_bucket
+
+    def average_bucket(bucket: dist.GradBucket) -> Any:
+        events.append("bucket")
+        return average(bucket)
+
+    dense.average_bucket = average_bucket  # type: ignore[method-assign]
+    for parameter in dense.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: events.append("gradient"))
+    batches = source.train_batches(SamplerPosition())
+    for _ in range(3):  # DDP cuts the buckets after the first step, by the order of that
+        events.clear()
+        pipeline.progress(batches)
+    return events
+
+
+def waits(mesh: Mesh, store: str) -> dict[str, list[float]]:
+    """Where rank 1 comes late → this rank's (communication, waiting) seconds by the benchmarks' clock."""
+    clock = CollectiveClock()
+    pipeline, source, _, _ = assemble(make_config(store, "none", network=LARGE), mesh)
+    dense = pipeline.step.model.dense
+    clock.watch(dense)
+    batches = source.train_batches(SamplerPosition())
+    late = LATE_S if mesh.rank == 1 else 0.0
+    pipeline.progress(batches)
+
+    def step(before: float, in_backward: float) -> list[float]:
+        dist.barrier()
+        clock.restart()
+        time.sleep(before)
+        batch = next(batches)
+        hook = dense.register_forward_hook(partial(_sleep_in_backward, in_backward))
+        pipeline.step(to_train_batch(batch, pipeline.step.model.item_feature, mesh))
+        hook.remove()
+        return _measured(clock.restart(), mesh)
+
+    return {"nowhere": step(0, 0), "before the step": step(late, 0), "in backward": step(0, late)}
+
+
+def _sleep_in_backward(seconds: float, module: Any, args: Any, output: ModelOutput) -> None:
+    output.loss_sum.register_hook(lambda _: time.sleep(seconds))
+
+
+def _measured(times: Times, mesh: Mesh) -> list[float]:
+    begun: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(begun, times.begun)
+    return list(split(times, begun))
 
 
 def test_gradients_are_reduced_while_backward_goes_on(told: Any) -> None:
@@ -27,12 +124,12 @@ def test_gradients_are_reduced_while_backward_goes_on(told: Any) -> None:
         assert still_to_come > order.count("gradient") / 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_sent_in_the_type_asked_for(told: Any, dtype: torch.dtype) -> None:
     exact = torch.tensor(GRADIENTS)
     expected = (exact.to(dtype) / 2).sum(0).float()
     for number, rank in enumerate(told):
-        sent = rank["sent"][str(dtype)]
+        sent = rank[f"sent as {dtype}"]
         assert sent["averaged"] == [True, expected.tolist()]
         assert sent["finite"] == [True, number == 0 or dtype != torch.float16]
     assert bool((expected == exact.mean(0)).all()) == (dtype == torch.float32)
@@ -40,8 +137,8 @@ def test_gradients_are_sent_in_the_type_asked_for(told: Any, dtype: torch.dtype)
 
 def test_a_run_sends_its_gradients_as_it_is_told(told: Any) -> None:
     for rank in told:
-        (exact, exact_losses), (rounded, losses) = rank["asked"]["True"], rank["asked"]["False"]
-        assert (exact, rounded) == ("torch.float32", "torch.bfloat16")
+        (exact, exact_losses), (rounded, losses) = rank["exact True"], rank["exact False"]
+        assert (exact, rounded) == (torch.float32, torch.bfloat16)
         assert losses == pytest.approx(exact_losses, rel=1e-3) and losses != exact_losses
 
 

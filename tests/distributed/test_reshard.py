@@ -1,16 +1,28 @@
 """A checkpoint that goes from one number of ranks, size of groups and sharding to the next stays what it was."""
 
-from __future__ import annotations
-
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Unpack
 
 import numpy as np
 import pytest
 
-from tests.distributed.launch import run_ranks
-from tests.distributed.tensor_cases import MIXED, write_store
+from hstu.checkpoint.load import load
+from hstu.checkpoint.save import save
+from hstu.parallel.collectives import gather_objects
+from hstu.parallel.mesh import Mesh
+from hstu.pipeline.step import StepResult
+from tests.distributed.launch import Launch, run_cases
+from tests.distributed.tensor_cases import (
+    MIXED,
+    RunOptions,
+    consolidated,
+    make_config,
+    new_run,
+    train_steps,
+    write_store,
+)
 
-HERE = "tests.distributed.tensor_cases"
 HOPS = [(1, 1), (2, 1), (4, 2), (3, 1), (1, 1)]
 """(ranks, ranks of a tensor-parallel group)."""
 BATCH = 12  # a multiple of all numbers of ranks
@@ -31,7 +43,7 @@ MOVES = [
 ROWWISE_MOVES = [
     {"sharding": kind, "replicated": []} for kind in ("row_wise", "table_wise", "auto", "table_wise", "row_wise")
 ]
-CASES: dict[str, dict[str, Any]] = {
+CASES: dict[str, Any] = {
     **{f"{name}, rows": {"optimizer": name} for name in ("rowwise_adagrad", "adagrad", "adam", "sgd")},
     **{f"{name}, moves": {"optimizer": name, "moves": MOVES} for name in ("adagrad", "adam", "sgd")},
     "rowwise_adagrad, moves": {"optimizer": "rowwise_adagrad", "moves": ROWWISE_MOVES},
@@ -41,12 +53,42 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def case_at(hop: int, case: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a case at a hop."""
-    moves = case.get("moves", [ROWS] * len(HOPS))
+def options_at(hop: int, case: dict[str, Any]) -> dict[str, Any]:
+    """The options of a case at a hop."""
+    per_rank = f"TrainerArgs.train_batch_size = {BATCH // HOPS[hop][0]}"
     kept = {name: value for name, value in case.items() if name != "moves"}
-    bindings, before = [*PADDED, *case.get("bindings", [])], BEFORE[case.get("task", "ranking")]
-    return {**kept, "batch": BATCH, "before": before, "bindings": bindings, **moves[hop]}
+    bindings, moves = [*PADDED, *case.get("bindings", []), per_rank], case.get("moves", [ROWS] * len(HOPS))
+    return {**kept, "before": BEFORE[case.get("task", "ranking")], "bindings": bindings, **moves[hop]}
+
+
+def take_a_hop(
+    mesh: Mesh, store: str, load_from: Path | None, save_to: Path, before: int, **options: Unpack[RunOptions]
+) -> dict[str, Any]:
+    """Load a checkpoint (or train ``before`` steps), save it again, and train two steps.
+
+    Returns its tensors, the losses of the two steps and the users of each step, with its epoch.
+    """
+    config = make_config(store, mesh.world_size, **options)
+    source, state = new_run(mesh, config)
+    state.operative_gin = config.operative_gin()
+    first = []
+    if load_from is None:
+        first = list(train_steps(mesh, config, source, state, before))
+    else:
+        load(next(load_from.iterdir()), state, mesh)
+    tensors = consolidated(state, mesh)
+    save(save_to, state, mesh)
+    last = list(train_steps(mesh, config, source, state, 2))
+    losses = [float(step.loss) for step in last]
+    users = [users_of(step, mesh) for step in first + last]
+    return {"tensors": tensors, "losses": losses, "users": users} if mesh.is_main else {}
+
+
+def users_of(step: StepResult, mesh: Mesh) -> tuple[int, list[int]]:
+    """The epoch and all ranks' users of a step."""
+    assert step.batch.position is not None
+    users = [int(user) for user in step.batch.user_ids if user >= 0]
+    return step.batch.position.epoch, sorted(user for rank in gather_objects(users, mesh.world_group) for user in rank)
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +96,22 @@ def hops(tmp_path_factory: Any) -> list[dict[str, Any]]:
     """What each hop found, saved and trained."""
     directory = tmp_path_factory.mktemp("chain")
     write_store(directory / "store")
-    results, path = [], None
+    results: list[dict[str, Any]] = []
+    path = None
     for hop, (ranks, tp) in enumerate(HOPS):
-        cases = {name: case_at(hop, case) for name, case in CASES.items()}
-        paths = {"store": str(directory / "store"), "load_from": path, "save_to": str(directory / str(hop))}
-        results.append(run_ranks(f"{HERE}:reshard", ranks, timeout_s=300, tp=tp, cases=cases, **paths)[0])
-        path = paths["save_to"]
+        target = directory / str(hop)
+        cases = {
+            name: partial(
+                take_a_hop,
+                store=str(directory / "store"),
+                load_from=path and path / name,
+                save_to=target / name,
+                **options_at(hop, case),
+            )
+            for name, case in CASES.items()
+        }
+        results.append(run_cases(Launch(ranks, 300, tp), cases)[0])
+        path = target
     return results
 
 

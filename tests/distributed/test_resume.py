@@ -1,35 +1,38 @@
-from __future__ import annotations
-
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pytest
+import torch
 
-from hstu.checkpoint.manifest import MANIFEST
-from tests.distributed.launch import run_ranks
+from hstu.checkpoint.directory import MANIFEST, CheckpointFailure
+from hstu.checkpoint.load import load
+from hstu.checkpoint.save import save
+from hstu.config.errors import DataError
+from hstu.parallel.mesh import Mesh
+from tests.distributed.launch import Launch, run_cases
+from tests.distributed.toy import ToyOptions, full_tables, new_state, train_state
 
-HERE = "tests.distributed.checkpoint_cases"
-CASES: dict[str, dict[str, Any]] = {
+CASES: dict[str, Any] = {
     f"{optimizer}-{sharding}": {"optimizer": optimizer, "sharding": sharding, "dropout": 0.3}
     for optimizer in ("sgd", "adagrad", "adam")
     for sharding in ("row_wise", "table_wise", "column_wise")
 }
 CASES["rowwise_adagrad"] = {"optimizer": "rowwise_adagrad"}
-CASES["momentum"] = {"optimizer": "sgd", "momentum": 0.9}
+CASES["momentum"] = {"optimizer": "sgd", "optimizer_args": {"momentum": 0.9}}
 CASES["mixed"] = {
     "optimizer": "adam",
     "trained": {"user": {"optimizer_str": "adagrad", "learning_rate": 0.05}, "action": {"optimizer_str": "sgd"}},
     "parts": [{"regex": "head", "optimizer_str": "sgd"}, {"regex": "norm", "learning_rate": 0.02}],
-    "sparse_max_gradient": 0.01,
-    "ema_decay": 0.9,
+    "optimizer_args": {"sparse_max_gradient": 0.01, "ema_decay": 0.9},
 }
 CASES["width no multiple of 4"] = {"optimizer": "adagrad", "dim": 6}
 MOVED = {name: case | {"dropout": 0.0} for name, case in CASES.items()}  # for other ranks draw other dropout
 ALL = ["user", "item", "action"]
-OTHER_TABLES: dict[str, dict[str, Any]] = {
-    f"{saved_as}, {kind}": MOVED[saved_as] | tables | {"saved_as": f"moved-{saved_as}"}
+OTHER_TABLES: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{saved_as}, {kind}": (f"moved-{saved_as}", MOVED[saved_as] | tables)
     for saved_as, kind, tables in (
         ("sgd-row_wise", "column_wise", {"sharding": "column_wise"}),
         ("adagrad-table_wise", "row_wise", {"sharding": "row_wise"}),
@@ -49,15 +52,40 @@ def saved(tmp_path_factory: Any) -> dict[int, tuple[Path, dict[str, Any]]]:
     runs = {}
     for size in (1, 2):
         directory = tmp_path_factory.mktemp(f"ranks{size}")
-        results = run_ranks(
-            f"{HERE}:interrupted_and_not",
-            size,
-            timeout_s=100,
-            directory=str(directory),
-            cases=CASES | {f"moved-{name}": case for name, case in MOVED.items()},
-        )
-        runs[size] = (directory, results[0])
+        cases = {
+            name: partial(interrupted_and_not, directory=directory / name, **case)
+            for name, case in (CASES | {f"moved-{name}": case for name, case in MOVED.items()}).items()
+        }
+        runs[size] = (directory, run_cases(Launch(size, timeout_s=100), cases)[0])
     return runs
+
+
+def interrupted_and_not(mesh: Mesh, directory: Path, **options: Unpack[ToyOptions]) -> dict[str, Any]:
+    """Three steps, a checkpoint, two more; the same two in a new model that loads the checkpoint."""
+    first = new_state(mesh, **options)
+    before = train_state(first, mesh, 3)
+    path = save(directory, first, mesh)
+    noise_straight_on = torch.rand(3).tolist()
+    straight_on = train_state(first, mesh, 2)
+
+    second = new_state(mesh, **options, init_seed_offset=1)
+    load(path, second, mesh)
+    noise_resumed = torch.rand(3).tolist()
+    resumed = train_state(second, mesh, 2)
+    return {
+        "before": before,
+        "straight_on": [straight_on, noise_straight_on, full_tables(first.model, mesh)],
+        "resumed": [resumed, noise_resumed, full_tables(second.model, mesh)],
+        "position": [second.iteration, second.position.consumed],
+        "names": sorted(second.tensors()),
+    }
+
+
+def continue_from(mesh: Mesh, checkpoint: Path, **options: Unpack[ToyOptions]) -> dict[str, Any]:
+    """Load a checkpoint on other ranks or in other tables, and train two steps."""
+    state = new_state(mesh, **options, init_seed_offset=1)
+    load(checkpoint, state, mesh)
+    return {"losses": train_state(state, mesh, 2), "tables": full_tables(state.model, mesh)}
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -75,10 +103,14 @@ def test_a_checkpoint_goes_on_over_other_ranks_and_in_tables_cut_otherwise(
     saved: Any, saved_by: int, loaded_by: int
 ) -> None:
     directory, results = saved[saved_by]
-    cases = {f"moved-{name}": case for name, case in MOVED.items()} | OTHER_TABLES
-    moved = run_ranks(f"{HERE}:continue_from", loaded_by, timeout_s=100, directory=str(directory), cases=cases)
-    for name, case in cases.items():
-        losses, _, tables = results[case.get("saved_as", name)]["straight_on"]
+    loads = {f"moved-{name}": (f"moved-{name}", case) for name, case in MOVED.items()} | OTHER_TABLES
+    cases = {
+        name: partial(continue_from, checkpoint=directory / saved_as / "iteration_00000003", **case)
+        for name, (saved_as, case) in loads.items()
+    }
+    moved = run_cases(Launch(loaded_by, timeout_s=100), cases)
+    for name, (saved_as, _) in loads.items():
+        losses, _, tables = results[saved_as]["straight_on"]
         np.testing.assert_allclose(moved[0][name]["losses"], losses, rtol=1e-5, err_msg=name)
         for table, rows in tables.items():
             np.testing.assert_allclose(moved[0][name]["tables"][table], rows, rtol=1e-5, atol=2e-6, err_msg=name)
@@ -97,6 +129,14 @@ def test_a_checkpoint_leaves_no_temporary_files(saved: Any) -> None:
     assert files == {"tensors", "progress.json", "operative.gin", "rng_rank0.pt", "rng_rank1.pt", MANIFEST}
 
 
+def error_of_loading(mesh: Mesh, directory: Path, **options: Unpack[ToyOptions]) -> str:
+    try:
+        load(directory, new_state(mesh, **options), mesh)
+    except DataError as error:
+        return str(error)
+    return "loaded without an error"
+
+
 def test_what_is_wrong_with_a_checkpoint_is_said_on_every_rank(saved: Any, tmp_path: Path) -> None:
     good = saved[2][0] / "adam-row_wise" / "iteration_00000003"
     names = ["flipped", "missing", "no-manifest", "other-width", "other-optimizer"]
@@ -109,10 +149,11 @@ def test_what_is_wrong_with_a_checkpoint_is_said_on_every_rank(saved: Any, tmp_p
     flipped.write_bytes(content)
     (tmp_path / "missing" / "rng_rank1.pt").unlink()
     (tmp_path / "no-manifest" / MANIFEST).unlink()
-    config = {"optimizer": "adam", "sharding": "row_wise"}
-    cases = {name: config for name in names}
-    cases["other-width"] = config | {"dim": 12}
-    cases["other-optimizer"] = config | {"optimizer": "adagrad"}
+    changes: dict[str, ToyOptions] = {"other-width": {"dim": 12}, "other-optimizer": {"optimizer": "adagrad"}}
+    config: ToyOptions = {"optimizer": "adam", "sharding": "row_wise"}
+    cases = {
+        name: partial(error_of_loading, directory=tmp_path / name, **(config | changes.get(name, {}))) for name in names
+    }
     expected = {
         "flipped": f"{tensor_file} is damaged",
         "missing": "rng_rank1.pt is missing",
@@ -120,19 +161,39 @@ def test_what_is_wrong_with_a_checkpoint_is_said_on_every_rank(saved: Any, tmp_p
         "other-width": "model.tables.item_table is (41, 8) in the checkpoint, (41, 12) in this run",
         "other-optimizer": "optimizer.tables.item_table.sum is not in the checkpoint",
     }
-    for messages in run_ranks(f"{HERE}:load_damaged", 2, directory=str(tmp_path), cases=cases):
+    for messages in run_cases(2, cases):
         for name, message in expected.items():
             assert message in messages[name]
 
 
+def error_of_saving(mesh: Mesh, directory: Path) -> str:
+    try:
+        save(directory, new_state(mesh), mesh)
+    except CheckpointFailure as error:
+        return str(error)
+    return "saved"
+
+
 def test_saving_where_nothing_can_be_written_fails_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
-    messages = run_ranks(f"{HERE}:save_into", 2, directory=str(tmp_path / "file"))
-    assert all("checkpointing failed on rank 0" in message for message in messages)
+    for messages in run_cases(2, {"save": partial(error_of_saving, directory=tmp_path / "file")}):
+        assert "checkpointing failed on rank 0" in messages["save"]
+
+
+def save_thrice(mesh: Mesh, directory: Path) -> list[list[str]]:
+    """Save an iteration, the same again, and with other weights; the names in the directory after each."""
+    state, names = new_state(mesh), []
+    for state.operative_gin in ("first", "second", "third"):
+        if state.operative_gin == "third":
+            with torch.no_grad():
+                next(state.model.dense.parameters()).add_(1)
+        save(directory, state, mesh)
+        names.append(sorted(f"{path.name} {(path / 'operative.gin').read_text()}" for path in directory.iterdir()))
+    return names
 
 
 def test_saving_an_iteration_again_overwrites_nothing(tmp_path: Path) -> None:
     name, aside = "iteration_00000000", "set_aside_iteration_00000000_1"
     same_state = [f"{name} first"]
-    (names,) = run_ranks(f"{HERE}:save_again", 1, directory=str(tmp_path))
-    assert names == [same_state, same_state, [f"{name} third", f"{aside} first"]]
+    (names,) = run_cases(1, {"save": partial(save_thrice, directory=tmp_path)})
+    assert names["save"] == [same_state, same_state, [f"{name} third", f"{aside} first"]]

@@ -1,21 +1,20 @@
-"""N + M steps with a stop by SIGTERM in between are N + M steps without, bit for bit, in new processes and elsewhere.
+"""A run that SIGTERM stops and new processes resume is bit for bit the run that was never stopped.
 
-With dropout, shuffling, Adam, a loss scale that grows, averaged weights, accumulated gradients, evaluations, and
-records of the mean loss over several steps: whatever a checkpoint forgot would show.
+The runs have dropout, shuffling, Adam, a loss scale that grows, averaged weights, accumulated gradients, evaluations,
+and records of the mean loss over several steps, so that state that a checkpoint lacks changes the result.
 """
 
-from __future__ import annotations
-
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import write_small_store
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import Launch, run_cases
+from tests.distributed.training_cases import stop_and_go
 from tests.train.tiny import walks
 
-HERE = "tests.distributed.training_cases"
 WHOLE, EVERY = 9, 4
 PIPELINES = ("none", "native", "prefetch")
 STOPS: dict[str, tuple[int, str, int]] = {
@@ -25,13 +24,15 @@ STOPS: dict[str, tuple[int, str, int]] = {
     "in an evaluation": (4, "evaluation", 4),
 }
 """In which iteration, at what, and after which iteration the run then stops. An epoch has 3; one evaluates every 4."""
-TASKS: dict[str, dict[str, Any]] = {
+TASKS: dict[str, Any] = {
     "ranking": {"task": "ranking", "precision": {"loss_scale": "dynamic", "growth_interval": 3}},
     "retrieval": {"task": "retrieval", "task_args": {"negatives": "uniform", "num_negatives": 5}},
 }
 
 
-def case(place: Path, name: str, task: str, pipeline: str, stop: Any = None, **trainer: Any) -> dict[str, Any]:
+def case(
+    place: Path, name: str, task: str, pipeline: str, stop: tuple[int, str] | None = None, **trainer: Any
+) -> partial[dict[str, Any]]:
     options = {
         "train_batch_size": 4,
         "gradient_accumulation_steps": 2,
@@ -46,17 +47,17 @@ def case(place: Path, name: str, task: str, pipeline: str, stop: Any = None, **t
         "max_grad_norm": 0.5,
         "pipeline_type": pipeline,
     }
-    return {
-        "call": "stop_and_go",
-        "store": str(place / "store"),
-        "output": str(place / name),
-        "stop": stop,
+    return partial(
+        stop_and_go,
+        store=str(place / "store"),
+        output=str(place / name),
+        stop=stop,
         **TASKS[task],
-        "network": {"hidden_dropout": 0.3, "position_encoding": "relative_bias"},
-        "optimizer": {"optimizer_str": "adam", "learning_rate": 0.02, "ema_decay": 0.8},
-        "schedule": {"schedule": "cosine", "warmup_iters": 3},
-        "trainer": options | trainer,
-    }
+        network={"hidden_dropout": 0.3, "position_encoding": "relative_bias"},
+        optimizer={"optimizer_str": "adam", "learning_rate": 0.02, "ema_decay": 0.8},
+        schedule={"schedule": "cosine", "warmup_iters": 3},
+        trainer=options | trainer,
+    )
 
 
 def run_all(place: Path, size: int, task: str, pipelines: tuple[str, ...]) -> dict[str, Any]:
@@ -68,13 +69,13 @@ def run_all(place: Path, size: int, task: str, pipelines: tuple[str, ...]) -> di
         for name, stop in STOPS.items()
     }
     resumed = {}
-    for name, before in stopped.items():
+    for name in stopped:
         pipeline = name.split(",")[0]
-        checkpoints = {"ckpt_load_dir": f"{before['output']}/checkpoints"}
+        checkpoints = {"ckpt_load_dir": f"{place / name}/checkpoints"}
         resumed[f"{name}, resumed"] = case(place, f"{name}, resumed", task, pipeline, **checkpoints)
     whole = {"whole": case(place, "whole", task, "none")}
-    told = run_ranks(f"{HERE}:run_cases", size, timeout_s=200, cases=whole | stopped)[0]
-    return told | run_ranks(f"{HERE}:run_cases", size, timeout_s=200, cases=resumed)[0]
+    launch = Launch(size, timeout_s=200)
+    return run_cases(launch, whole | stopped)[0] | run_cases(launch, resumed)[0]
 
 
 def after(records: list[dict[str, Any]], iteration: int) -> list[dict[str, Any]]:

@@ -1,20 +1,34 @@
-from __future__ import annotations
-
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Unpack
 
 import numpy as np
 import pytest
+import torch
+from torchrec import JaggedTensor, KeyedJaggedTensor
+from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
+from torchrec.distributed.train_pipeline.utils import _rewrite_model
 
-from tests.distributed.launch import run_ranks
-from tests.distributed.table_reference import Training, reference
-from tests.distributed.toy import FEATURES, make_batch
+from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.mesh import Mesh, seed_initial_weights
+from tests.distributed.launch import Launch, run_cases
+from tests.distributed.toy import (
+    FEATURES,
+    ITEMS,
+    ToyOptions,
+    ToyTask,
+    build,
+    full_tables,
+    make_batch,
+    make_config,
+    train_step,
+)
 
-HERE = "tests.distributed.table_cases"
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 SHARDINGS = ("row_wise", "table_wise", "column_wise")
 LEARNING_RATE = 0.1
 
-CASES: dict[str, dict[str, Any]] = {
+CASES: dict[str, Any] = {
     f"{optimizer}/{sharding}": {"optimizer": optimizer, "sharding": sharding}
     for optimizer in OPTIMIZERS
     for sharding in SHARDINGS
@@ -29,8 +43,11 @@ CASES |= {
     "all sharded": {"optimizer": "sgd", "replicated": []},
     "ranks without tokens": {"optimizer": "sgd", "empty_from": 4},
     "ranks without tokens, adam": {"optimizer": "adam", "empty_from": 4},
-    "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
-    "sparse options": {"optimizer": "adam", "sparse_optimizer_str": "sgd", "sparse_learning_rate": 0.05},
+    "adamw": {"optimizer": "adamw", "optimizer_args": {"weight_decay": 0.1}},
+    "sparse options": {
+        "optimizer": "adam",
+        "optimizer_args": {"sparse_optimizer_str": "sgd", "sparse_learning_rate": 0.05},
+    },
 }
 OWN = {
     "user": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.05},
@@ -39,56 +56,152 @@ OWN = {
 }
 PARTS = [{"regex": "head", "optimizer_str": "sgd", "learning_rate": 0.2}]
 LIMIT = 0.01
+LIMITED = {"sparse_max_gradient": LIMIT}
 MIXED = {
     "adam beside rowwise_adagrad": {"optimizer": "adam", "trained": OWN, "parts": PARTS},
     "one optimizer, two rates": {"optimizer": "adam", "trained": {"user": {"learning_rate": 0.3}}, "replicated": []},
     "columns": {"optimizer": "adagrad", "sharding": "column_wise", "trained": {"user": {"optimizer_str": "adam"}}},
-    "limited rows": {"optimizer": "rowwise_adagrad", "sparse_max_gradient": LIMIT},
-    "limited, mixed": {"optimizer": "adam", "trained": OWN, "parts": PARTS, "sparse_max_gradient": LIMIT},
-    "limited columns": {"optimizer": "sgd", "sharding": "column_wise", "sparse_max_gradient": LIMIT},
-    "limited, planned": {"optimizer": "adagrad", "sharding": "auto", "sparse_max_gradient": LIMIT, "replicated": []},
+    "limited rows": {"optimizer": "rowwise_adagrad", "optimizer_args": LIMITED},
+    "limited, mixed": {"optimizer": "adam", "trained": OWN, "parts": PARTS, "optimizer_args": LIMITED},
+    "limited columns": {"optimizer": "sgd", "sharding": "column_wise", "optimizer_args": LIMITED},
+    "limited, planned": {"optimizer": "adagrad", "sharding": "auto", "optimizer_args": LIMITED, "replicated": []},
 }
 CASES |= MIXED
 
 
-LOOK_UPS = {
+LOOK_UPS: dict[str, Any] = {
     "row-wise": {"sharding": "row_wise"},
     "adam": {"optimizer": "adam", "sharding": "row_wise"},
     "replicated": {"replicated": ["item"]},
 }
-TRACED = {"one width": {}, "two widths": {"user_dim": 4}, "adam": {"optimizer": "adam"}}
-ON_TWO_RANKS: dict[str, dict[str, Any]] = {
-    **{f"look up/{name}": {"call": "look_up_items", "counts": [0, 9], **args} for name, args in LOOK_UPS.items()},
-    **{f"trace/{name}": {"call": "pipelined_modules", **args} for name, args in TRACED.items()},
-    "two steps": {"call": "train", "optimizer": "adam", "sharding": "row_wise", "steps": 2},
-    "copies": {"call": "copy_optimizer_state", "optimizers": list(OPTIMIZERS)},
-}
-ON_ONE_RANK: dict[str, dict[str, Any]] = {
-    "multipliers": {"call": "lr_multipliers"},
-    "one step adam": {"call": "train", "optimizer": "adam", "steps": 1},
-    "one step adamw": {"call": "train", "optimizer": "adamw", "weight_decay": 0.1, "steps": 1},
-    **{f"out of range/{name}": {"call": "out_of_range_id", "optimizer": name} for name in ("sgd", "adam")},
-    "sparse gradients": {"call": "sparse_gradients"},
-    "other features": {"call": "swapped_features"},
-}
+TRACED: dict[str, Any] = {"one width": {}, "two widths": {"user_dim": 4}, "adam": {"optimizer": "adam"}}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one table is trained. ``lazily``: only rows that are looked up move, as those of sharded tables do."""
+
+    optimizer: str
+    learning_rate: float
+    lazily: bool = True
+    max_gradient: float | None = None
 
 
 @pytest.fixture(scope="module")
 def runs() -> dict[int, dict[str, Any]]:
-    """All cases, in one launch a world size: world size → case → rank 0's result (trained weights are equal)."""
-    trained = {name: {"call": "train", **args} for name, args in CASES.items()}
-    return {size: run_ranks(f"{HERE}:run_cases", size, timeout_s=200, cases=trained)[0] for size in (1, 2, 3)}
+    """All cases, in one launch per world size: world size → case → rank 0's result (trained weights are equal)."""
+    trained = {name: partial(train, **args) for name, args in CASES.items()}
+    return {size: run_cases(Launch(size, timeout_s=200), trained)[0] for size in (1, 2, 3)}
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks() -> list[dict[str, Any]]:
-    return run_ranks(f"{HERE}:run_cases", 2, timeout_s=100, cases=ON_TWO_RANKS)
+    cases: dict[str, Any] = {
+        **{f"look up/{name}": partial(look_up_items, counts=[0, 9], **args) for name, args in LOOK_UPS.items()},
+        **{f"trace/{name}": partial(pipelined_modules, **args) for name, args in TRACED.items()},
+        "two steps": partial(train, optimizer="adam", sharding="row_wise", steps=2),
+    }
+    return run_cases(Launch(2, timeout_s=100), cases)
 
 
 @pytest.fixture(scope="module")
 def on_one_rank() -> dict[str, Any]:
-    results: dict[str, Any] = run_ranks(f"{HERE}:run_cases", 1, timeout_s=100, cases=ON_ONE_RANK)[0]
+    cases: dict[str, Any] = {
+        "multipliers": lr_multipliers,
+        "one step adam": partial(train, optimizer="adam", steps=1),
+        "one step adamw": partial(train, optimizer="adamw", optimizer_args={"weight_decay": 0.1}, steps=1),
+        **{f"out of range/{name}": partial(out_of_range_id, optimizer=name) for name in ("sgd", "adam")},
+        "sparse gradients": sparse_gradients,
+        "other features": swapped_features,
+    }
+    return run_cases(Launch(1, timeout_s=100), cases)[0]
+
+
+def train(mesh: Mesh, steps: int = 3, empty_from: int | None = None, **options: Unpack[ToyOptions]) -> dict[str, Any]:
+    """Train the toy; the initial and final tables, the dense weights, each step's loss."""
+    model, optimizers = build(make_config(**options), mesh)
+    initial = full_tables(model, mesh)
+    losses = [
+        train_step(model, optimizers, mesh, make_batch(step, mesh.rank, mesh.world_size, empty_from))
+        for step in range(steps)
+    ]
+    dense = {name: weight.tolist() for name, weight in unwrap_dense(model).task.named_parameters()}
+    return {"initial": initial, "tables": full_tables(model, mesh), "dense": dense, "losses": losses}
+
+
+def look_up_items(mesh: Mesh, counts: list[int], **options: Unpack[ToyOptions]) -> dict[str, Any]:
+    """embed_items on ``counts[rank]`` ids a rank, before and after a training step, and what it must equal."""
+    model, optimizers = build(make_config(**options), mesh)
+    generator = torch.Generator().manual_seed(mesh.rank)
+    ids = torch.randint(0, ITEMS, (counts[mesh.rank],), generator=generator)
+    results: dict[str, Any] = {"matches": [], "rng_kept": []}
+    for step in range(2):
+        noise = torch.get_rng_state()
+        rows = model.embed_items(ids)
+        results["rng_kept"].append(torch.equal(noise, torch.get_rng_state()))
+        table = torch.tensor(full_tables(model, mesh)["item_table"])
+        results["matches"].append(torch.equal(rows, table[ids]))
+        results["requires_grad"] = rows.requires_grad
+        train_step(model, optimizers, mesh, make_batch(step, mesh.rank, mesh.world_size))
+    results["tables"] = full_tables(model, mesh)
     return results
+
+
+def pipelined_modules(mesh: Mesh, **options: Unpack[ToyOptions]) -> dict[str, Any]:
+    """The modules that TorchRec's pipelines find by tracing, and a few steps of the real pipeline."""
+    model, _ = build(make_config(**options), mesh)
+    found = _rewrite_model(model, TrainPipelineContext(), dist_stream=None)
+    return {"pipelined": len(found[0]), "not_pipelined": found[4], "collections": len(model.embedding)}
+
+
+def lr_multipliers(mesh: Mesh) -> dict[str, Any]:
+    """How far SGD moves dense weights and fused and replicated tables at multipliers 1, 0.5 and 0."""
+    moves: dict[str, list[float]] = {"item_table": [], "action_table": [], "dense": []}
+    for multiplier in (1.0, 0.5, 0.0):
+        model, optimizers = build(make_config(optimizer="sgd", replicated=("action",)), mesh)
+        before, weight = full_tables(model, mesh), unwrap_dense(model).task.head.weight
+        head = weight.detach().clone()
+        optimizers.set_lr_multiplier(multiplier)
+        train_step(model, optimizers, mesh, make_batch(0, mesh.rank, mesh.world_size))
+        after = full_tables(model, mesh)
+        for table in ("item_table", "action_table"):
+            moves[table].append(float((torch.tensor(after[table]) - torch.tensor(before[table])).norm()))
+        moves["dense"].append(float((weight - head).norm()))
+    return moves
+
+
+def out_of_range_id(mesh: Mesh, optimizer: str) -> str:
+    """What looking up an id beyond the table raises."""
+    model, _ = build(make_config(optimizer=optimizer), mesh)
+    try:
+        model.embed_items(torch.tensor([ITEMS + 5]))
+    except (RuntimeError, IndexError) as error:
+        return type(error).__name__
+    return "no error"
+
+
+def sparse_gradients(mesh: Mesh) -> dict[str, Any]:
+    """Layout of the gradients of sharded tables under Adam on the CPU."""
+    model, _ = build(make_config(optimizer="adam"), mesh)
+    batch = make_batch(0, mesh.rank, mesh.world_size)
+    model(batch).loss_sum.backward()
+    weights = {name: parameter for collection in model.embedding for name, parameter in collection.named_parameters()}
+    return {name: [weight.grad.is_sparse, weight.grad._nnz()] for name, weight in weights.items()}
+
+
+def swapped_features(mesh: Mesh) -> str:
+    """What a batch raises whose features stand in another order, all ids of which happen to be in range."""
+    model, _ = build(make_config(optimizer="sgd"), mesh)
+    batch = make_batch(0, mesh.rank, mesh.world_size)
+    model(batch)
+    jagged = batch.features.to_dict()
+    user, item, action, negatives = FEATURES
+    batch.features = KeyedJaggedTensor.from_jt_dict({key: jagged[key] for key in (user, negatives, action, item)})
+    try:
+        model(batch)
+    except ValueError as error:
+        return str(error)
+    return "no error"
 
 
 def largest_difference(left: dict[str, Any], right: dict[str, Any]) -> float:
@@ -151,7 +264,7 @@ def reference_of(case: dict[str, Any], initial: dict[str, Any]) -> tuple[dict[st
             own.get("optimizer_str", replicas if feature in replicated else name),
             own.get("learning_rate", LEARNING_RATE),
             lazily=feature not in replicated,
-            max_gradient=case.get("sparse_max_gradient"),
+            max_gradient=case.get("optimizer_args", {}).get("sparse_max_gradient"),
         )
         for feature in ("user", "item", "action")
         for own in [case.get("trained", {}).get(feature, {})]
@@ -206,10 +319,6 @@ def test_one_multiplier_scales_dense_weights_and_both_kinds_of_tables(on_one_ran
         assert none == 0.0
 
 
-def test_optimizer_state_is_complete_in_its_state_dict(on_two_ranks: Any) -> None:
-    assert on_two_ranks[0]["copies"] == dict.fromkeys(OPTIMIZERS, True)
-
-
 def test_adam_on_the_cpu_gets_gradients_of_the_looked_up_rows_only(on_one_rank: Any) -> None:
     gradients = on_one_rank["sparse gradients"]
     assert len(gradients) == 2
@@ -219,3 +328,92 @@ def test_adam_on_the_cpu_gets_gradients_of_the_looked_up_rows_only(on_one_rank: 
         table = next(table for table in looked_up if table in name)
         assert is_sparse
         assert entries == sum(len(batch.features[feature].values()) for feature in looked_up[table])
+
+
+# --- The toy trained in float64 by plain torch on one process, each table by its formula
+
+EPS, BETAS = 1e-8, (0.9, 0.999)
+TABLE_OF = {"user": "user_table", "item": "item_table", "action": "action_table", FEATURES[3]: "item_table"}
+DENSE = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+
+
+def reference(
+    dense: dict[str, tuple[str, float]], tables: dict[str, Training], initial: dict[str, Any], steps: int
+) -> tuple[dict[str, Any], list[float], list[float]]:
+    """Final tables and dense weights, each step's loss, and how far each step's clamp cut gradients (0: it did not).
+
+    ``dense``: beginning of a weight's name → (optimizer, learning rate) of it; "" is that of all others.
+    """
+    seed_initial_weights(7)
+    task = ToyTask(8, 8, dropout=0.0).double()
+    rows_of = {name: torch.tensor(rows, dtype=torch.float64, requires_grad=True) for name, rows in initial.items()}
+    optimizers = [
+        _dense(name, rate, [w for key, w in task.named_parameters() if _part(key, dense) == part])
+        for part, (name, rate) in dense.items()
+    ]
+    states: dict[str, dict[str, torch.Tensor]] = {name: {} for name in tables}
+    losses, cuts = [], []
+    for step in range(1, steps + 1):
+        batch = make_batch(step - 1, 0, 1)
+        embeddings, touched = {}, {name: [] for name in rows_of}
+        for feature, ids in batch.features.to_dict().items():
+            table = TABLE_OF[feature]
+            embeddings[feature] = JaggedTensor(rows_of[table][ids.values()], lengths=ids.lengths())
+            touched[table].append(ids.values())
+        output = task(embeddings, batch)
+        loss = output.loss_sum / output.num_labels
+        losses.append(loss.item())
+        for weight in [*task.parameters(), *rows_of.values()]:
+            weight.grad = None
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            cut = 0.0
+            for name, training in tables.items():
+                weight = rows_of[name]
+                rows = torch.cat(touched[name]).unique() if training.lazily else torch.arange(len(weight))
+                cut = max(cut, _clamp(weight.grad, training.max_gradient))
+                update_rows(training, weight, rows, states[name], step)
+            cuts.append(cut)
+    trained = {name: table.detach().numpy() for name, table in rows_of.items()}
+    return {"tables": trained, "dense": {k: w.detach().numpy() for k, w in task.named_parameters()}}, losses, cuts
+
+
+def _part(name: str, parts: dict[str, tuple[str, float]]) -> str:
+    return max((part for part in parts if name.startswith(part)), key=len)
+
+
+def _dense(name: str, rate: float, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    extra: dict[str, Any] = {} if name == "sgd" else {"eps": EPS}
+    return DENSE.get(name, torch.optim.Adagrad)(weights, lr=rate, **extra)
+
+
+def _clamp(gradient: torch.Tensor | None, limit: float | None) -> float:
+    """How much of the largest entry was cut off."""
+    assert gradient is not None
+    if limit is None:
+        return 0.0
+    largest = float(gradient.abs().max())
+    gradient.clamp_(-limit, limit)
+    return max(0.0, largest - limit)
+
+
+def update_rows(
+    training: Training, table: torch.Tensor, rows: torch.Tensor, state: dict[str, torch.Tensor], t: int
+) -> None:
+    assert table.grad is not None
+    optimizer, rate, gradient = training.optimizer, training.learning_rate, table.grad[rows]
+    if optimizer == "sgd":
+        table[rows] -= rate * gradient
+    elif optimizer == "adam":
+        first, second = (state.setdefault(key, torch.zeros_like(table)) for key in ("m", "v"))
+        first[rows] = BETAS[0] * first[rows] + (1 - BETAS[0]) * gradient
+        second[rows] = BETAS[1] * second[rows] + (1 - BETAS[1]) * gradient**2
+        corrected = first[rows] / (1 - BETAS[0] ** t), second[rows] / (1 - BETAS[1] ** t)
+        table[rows] -= rate * corrected[0] / (corrected[1].sqrt() + EPS)
+    else:
+        squares = gradient**2 if optimizer == "adagrad" else (gradient**2).mean(dim=1, keepdim=True)
+        total = state.setdefault("sum", torch.zeros_like(table[:, : squares.shape[1]]))
+        total[rows] += squares
+        table[rows] -= rate * gradient / (total[rows].sqrt() + EPS)

@@ -1,22 +1,28 @@
 """Tensor and sequence parallelism change where a run computes, not what: all is compared with a single process."""
 
-from __future__ import annotations
-
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pytest
+import torch
 
-from tests.distributed.launch import run_ranks
-from tests.distributed.tensor_cases import MIXED, write_store
+from hstu.checkpoint.load import load
+from hstu.checkpoint.save import save
+from hstu.ops.dropout import draw
+from hstu.ops.types import TensorParallelComm
+from hstu.parallel.mesh import Mesh
+from hstu.parallel.tensor import ProcessGroupComm
+from hstu.train.builder import build_evaluator
+from tests.distributed.launch import Launch, run_cases
+from tests.distributed.tensor_cases import MIXED, RunOptions, consolidated, make_config, new_run, train, write_store
 
-HERE = "tests.distributed.tensor_cases"
 BY_TOKENS = "NetworkArgs.sequence_parallel = True"
 RELATIVE = "NetworkArgs.position_encoding = 'relative_bias'"
 CLIP = "TrainerArgs.max_grad_norm = 0.05"
 LIMIT = "OptimizerArgs.sparse_max_gradient = 0.001"
-CASES: dict[str, dict[str, Any]] = {
+CASES: dict[str, Any] = {
     "ranking": {},
     "ranking, by tokens": {"bindings": [BY_TOKENS, RELATIVE, CLIP], "sharding": "table_wise"},
     "ranking, adam": {"optimizer": "adam", "bindings": [RELATIVE, CLIP, "NetworkArgs.recompute_layer = True"]},
@@ -66,7 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
         "bindings": ["RetrievalArgs.negatives = 'full'", BY_TOKENS, "NetworkArgs.interleave_actions = False", LIMIT],
     },
 }
-IN_BFLOAT16 = {
+IN_BFLOAT16: dict[str, Any] = {
     f"bfloat16{', by tokens' if by_tokens else ''}": {"bindings": ["NetworkArgs.dtype_str = 'bfloat16'", *by_tokens]}
     for by_tokens in ([], [BY_TOKENS])
 }
@@ -83,15 +89,33 @@ def store(tmp_path_factory: Any) -> str:
 
 @pytest.fixture(scope="module")
 def alone(store: str) -> dict[str, Any]:
-    cases = CASES | IN_BFLOAT16
-    results: dict[str, Any] = run_ranks(f"{HERE}:run_cases", 1, timeout_s=150, store=store, tp=1, cases=cases)[0]
-    return results
+    return run_cases(Launch(1, timeout_s=150), trained_and_evaluated(store))[0]
 
 
 @pytest.fixture(scope="module", params=GRIDS, ids=lambda grid: f"{grid[0]}ranks-tp{grid[1]}")
 def over_ranks(request: Any, store: str) -> tuple[int, list[dict[str, Any]]]:
     ranks, tp = request.param
-    return tp, run_ranks(f"{HERE}:run_cases", ranks, timeout_s=200, store=store, tp=tp, cases=CASES | IN_BFLOAT16)
+    return tp, run_cases(Launch(ranks, 200, tp), trained_and_evaluated(store))
+
+
+def trained_and_evaluated(store: str) -> dict[str, Any]:
+    return {name: partial(train_and_evaluate, store=store, **case) for name, case in (CASES | IN_BFLOAT16).items()}
+
+
+def train_and_evaluate(mesh: Mesh, store: str, **options: Unpack[RunOptions]) -> dict[str, Any]:
+    """Losses, initial and final weights, metrics, and how many dense weights this rank holds."""
+    config = make_config(store, mesh.world_size, **options)
+    source, state = new_run(mesh, config)
+    initial = consolidated(state, mesh)
+    losses = train(mesh, config, source, state, 8)
+    evaluator = build_evaluator(config, source, state.model, mesh)
+    return {
+        "losses": losses,
+        "initial": initial,
+        "final": consolidated(state, mesh),
+        "metrics": evaluator.evaluate(source.eval_batches("valid")),
+        "held": sum(p.numel() for p in state.model.dense.parameters()),
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -117,7 +141,7 @@ def test_a_group_rounds_to_bfloat16_as_one_process_does(alone: Any, over_ranks: 
     assert losses != over_ranks[1][0]["ranking"]["losses"], "computed in another type"
 
 
-MOVED = {
+MOVED: dict[str, Any] = {
     "mixed": {"optimizer": "adam", "bindings": MIXED},
     "ranking": {"optimizer": "adam", "bindings": [RELATIVE]},
     "retrieval": {"task": "retrieval", "optimizer": "sgd", "bindings": ["OptimizerArgs.momentum = 0.9"]},
@@ -125,20 +149,38 @@ MOVED = {
 }
 
 
+def load_save_and_train(
+    mesh: Mesh, store: str, load_from: str | None, save_to: str, **options: Unpack[RunOptions]
+) -> dict[str, Any]:
+    """Load a checkpoint (or train three steps), save it again, and train two steps; weights and losses."""
+    config = make_config(store, mesh.world_size, **options)
+    source, state = new_run(mesh, config)
+    if load_from is None:
+        train(mesh, config, source, state, 3)
+    else:
+        load(f"{load_from}/iteration_00000003", state, mesh)
+    stored = consolidated(state, mesh)
+    save(save_to, state, mesh)
+    losses = train(mesh, config, source, state, 2)
+    consolidated(state, mesh)  # refuses replicated weights that are not equal on all ranks: dropout is in step
+    return {"stored": stored, "names": sorted(state.tensors()), "losses": losses}
+
+
 def test_checkpoints_move_between_tensor_parallel_sizes_bit_for_bit(store: str, tmp_path: Path) -> None:
     path, before = None, None
     for number, (ranks, tp) in enumerate([(2, 1), (2, 2), (1, 1)]):
-        target = str(tmp_path / str(number))
-        results = run_ranks(
-            f"{HERE}:move_checkpoints",
-            ranks,
-            timeout_s=120,
-            store=store,
-            tp=tp,
-            cases=MOVED,
-            load_from=path,
-            save_to=target,
-        )[0]
+        target = tmp_path / str(number)
+        cases = {
+            name: partial(
+                load_save_and_train,
+                store=store,
+                load_from=path and str(path / name),
+                save_to=str(target / name),
+                **case,
+            )
+            for name, case in MOVED.items()
+        }
+        results = run_cases(Launch(ranks, 120, tp), cases)[0]
         for name in MOVED if before else ():
             assert results[name]["stored"] == before[name]["stored"]
             assert results[name]["names"] == before[name]["names"]
@@ -147,12 +189,30 @@ def test_checkpoints_move_between_tensor_parallel_sizes_bit_for_bit(store: str, 
         path, before = target, results
 
 
+def dropout_masks(mesh: Mesh, store: str) -> dict[str, Any]:
+    """Train with dropout; what the ranks of a group must share, and what they must not."""
+    dropout = "NetworkArgs.hidden_dropout = 0.5"
+    results: dict[str, Any] = {}
+    for name, bindings in (("kept", [dropout]), ("recomputed", [dropout, "NetworkArgs.recompute_layer = True"])):
+        config = make_config(store, mesh.world_size, bindings=bindings)
+        source, state = new_run(mesh, config)
+        results[name] = train(mesh, config, source, state, 3)
+        consolidated(state, mesh)  # refuses replicated weights that are not equal on all ranks
+    for place, comm in (
+        ("before W_o", ProcessGroupComm(mesh.tp_group, sequence_parallel=False)),
+        ("input", TensorParallelComm()),
+    ):
+        results[place] = draw(torch.Size([64]), 0.5, torch.device("cpu"), comm).tolist()
+    return results
+
+
 def test_dropout_agrees_in_a_group_where_it_must_and_nowhere_else(store: str) -> None:
-    first, second, third, fourth = run_ranks(f"{HERE}:dropout_patterns", 4, timeout_s=120, store=store, tp=2)
+    ranks = run_cases(Launch(4, 120, tp=2), {"masks": partial(dropout_masks, store=store)})
+    first, second, third, fourth = (rank["masks"] for rank in ranks)
     assert first["input"] == second["input"]
     assert third["input"] == fourth["input"]
     assert first["input"] != third["input"], "data-parallel ranks"
-    patterns = [rank["before W_o"] for rank in (first, second, third, fourth)]
-    assert all(patterns[i] != patterns[j] for i in range(4) for j in range(i)), "split heads"
+    masks = [rank["before W_o"] for rank in (first, second, third, fourth)]
+    assert all(masks[i] != masks[j] for i in range(4) for j in range(i)), "split heads"
     assert first["kept"] == first["recomputed"], "what is recomputed drops the same"
     assert all(rank["kept"] == first["kept"] for rank in (second, third, fourth))

@@ -1,7 +1,7 @@
 """One global batch gives one result: whole runs on 1, 2 and 3 ranks, interrupted and not."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from tests.conftest import write_small_store
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import Launch, run_cases
+from tests.distributed.training_cases import train, users_evaluated
 from tests.train.tiny import walks
 
-HERE = "tests.distributed.training_cases"
 SIZES = (1, 2, 3)
 GLOBAL_BATCH, ITERATIONS = 12, 20
 
 SGD = {"optimizer_str": "sgd", "learning_rate": 0.05}
-CASES: dict[str, dict[str, Any]] = {
+CASES: dict[str, Any] = {
     "ranking": {"task": "ranking"},  # the items' table is sharded by rows, the others are replicated
     "ranking, candidates, sharded": {
         "task": "ranking",
@@ -43,7 +43,7 @@ METRICS = {
     "ranking": ("AUC", "GAUC", "ACC", "LOGLOSS", "NE"),
     "retrieval": ("HR@3", "NDCG@3", "MRR", "MRR@5", "HR@500"),
 }
-RESUMED: dict[str, dict[str, Any]] = {
+RESUMED: dict[str, Any] = {
     "ranking": {"task": "ranking", "network": {"hidden_dropout": 0.3, "position_encoding": "relative_bias"}},
     "retrieval": {
         "task": "retrieval",
@@ -64,28 +64,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def case(place: Path, name: str, options: dict[str, Any], store: str = "store", **trainer: Any) -> dict[str, Any]:
-    """``options`` as a case, with global batch sizes, in a directory of its own."""
-    given = options.get("trainer", {})
-    return {
-        "call": "train",
-        "store": str(place / store),
-        "output": str(place / name),
-        **options,
-        "trainer": {"train_batch_size": GLOBAL_BATCH, "eval_batch_size": GLOBAL_BATCH, **given, **trainer},
-    }
+def case(
+    function: Callable[..., dict[str, Any]], place: Path, name: str, options: Any, store: str = "store", **trainer: Any
+) -> Any:
+    """The run as a case, with global batch sizes, in a directory of its own."""
+    sizes = {"train_batch_size": GLOBAL_BATCH, "eval_batch_size": GLOBAL_BATCH}
+    places = {"store": str(place / store), "output": str(place / name)}
+    return partial(function, **places, **options, trainer={**sizes, **trainer})
 
 
-def trained(place: Path, size: int) -> dict[str, dict[str, Any]]:
+def trained(place: Path, size: int) -> dict[str, Any]:
     cases = {}
     for name, options in CASES.items():
         saving = {"ckpt_save_interval": ITERATIONS // 2} if size == 1 else {}
         trainer = {"max_train_iters": ITERATIONS, "max_grad_norm": 0.5, **saving}
-        cases[name] = case(place, f"{size}/{name}", {"optimizer": SGD, **options}, **trainer)
+        cases[name] = case(train, place, f"{size}/{name}", {"optimizer": SGD, **options}, **trainer)
     return cases
 
 
-def from_checkpoints_of_one_rank(place: Path, size: int) -> dict[str, dict[str, Any]]:
+def from_checkpoints_of_one_rank(place: Path, size: int) -> dict[str, Any]:
     """Evaluate what one rank has learnt; train on from the middle of its run."""
     cases = {}
     for task, name in (("ranking", "ranking"), ("retrieval", "in_batch")):
@@ -94,28 +91,29 @@ def from_checkpoints_of_one_rank(place: Path, size: int) -> dict[str, dict[str, 
         trainer = {"max_train_iters": ITERATIONS, "max_grad_norm": 0.5}
         end, middle = (checkpoint.format(iteration) for iteration in (ITERATIONS, ITERATIONS // 2))
         cases[f"evaluate {task}"] = case(
-            place, f"{size}/evaluate-{task}", options, **trainer, eval_at_end=True, ckpt_load_dir=end
+            train, place, f"{size}/evaluate-{task}", options, **trainer, eval_at_end=True, ckpt_load_dir=end
         )
-        cases[f"go on {task}"] = case(place, f"{size}/go-on-{task}", options, **trainer, ckpt_load_dir=middle)
-        seven = case(place, f"{size}/seven-{task}", options, store="seven", eval_batch_size=2 * size)
-        cases[f"seven {task}"] = {**seven, "call": "users_evaluated"}
+        cases[f"go on {task}"] = case(train, place, f"{size}/go-on-{task}", options, **trainer, ckpt_load_dir=middle)
+        cases[f"seven {task}"] = case(
+            users_evaluated, place, f"{size}/seven-{task}", options, store="seven", eval_batch_size=2 * size
+        )
     return cases
 
 
-def interrupted(place: Path, size: int) -> dict[str, dict[str, Any]]:
+def interrupted(place: Path, size: int) -> dict[str, Any]:
     cases = {}
     for name, options in RESUMED.items():
         whole = {"max_train_iters": WHOLE, "eval_at_end": True}
         first = {"max_train_iters": FIRST, "ckpt_save_interval": 100}
-        cases[f"whole {name}"] = case(place, f"{size}/whole-{name}", options, **whole)
-        cases[f"repeated {name}"] = case(place, f"{size}/repeated-{name}", options, **whole)
-        cases[f"first {name}"] = case(place, f"{size}/resumed-{name}", options, **first)
+        cases[f"whole {name}"] = case(train, place, f"{size}/whole-{name}", options, **whole)
+        cases[f"repeated {name}"] = case(train, place, f"{size}/repeated-{name}", options, **whole)
+        cases[f"first {name}"] = case(train, place, f"{size}/resumed-{name}", options, **first)
     return cases
 
 
-def resumed(place: Path, size: int) -> dict[str, dict[str, Any]]:
+def resumed(place: Path, size: int) -> dict[str, Any]:
     trainer = {"max_train_iters": WHOLE, "eval_at_end": True, "ckpt_load_dir": "auto"}
-    return {name: case(place, f"{size}/resumed-{name}", options, **trainer) for name, options in RESUMED.items()}
+    return {name: case(train, place, f"{size}/resumed-{name}", options, **trainer) for name, options in RESUMED.items()}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +124,7 @@ def launches(place: Path) -> dict[int, list[dict[str, Any]]]:
         cases = trained(place, size) | from_checkpoints_of_one_rank(place, size)
         if size < 3:
             cases |= interrupted(place, size)
-        results[size] = run_ranks(f"{HERE}:run_cases", size, timeout_s=200, cases=cases)
+        results[size] = run_cases(Launch(size, timeout_s=200), cases)
     return results
 
 
@@ -219,7 +217,7 @@ def test_ranks_that_have_no_user_to_evaluate_take_part(launches: Any, size: int)
 def test_a_run_that_was_stopped_mid_epoch_goes_on_in_new_processes_bit_for_bit(
     runs: Any, place: Path, size: int
 ) -> None:
-    continued = run_ranks(f"{HERE}:run_cases", size, timeout_s=100, cases=resumed(place, size))[0]
+    continued = run_cases(Launch(size, timeout_s=100), resumed(place, size))[0]
     for name in RESUMED:
         whole, first, second = runs[size][f"whole {name}"], runs[size][f"first {name}"], continued[name]
         assert FIRST % whole["batches_per_epoch"] != 0

@@ -1,24 +1,26 @@
 """A tiny task and its batches, enough to train tables and a dense part over any number of ranks."""
 
-from __future__ import annotations
-
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
 from torch import nn
 from torchrec import JaggedTensor
 
+from hstu.checkpoint.state import TrainState
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs, PartOptimizerArgs
 from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
+from hstu.data.sampler import SamplerPosition
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
 from hstu.model.outputs import ModelOutput
 from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.parallel import mesh as mesh_module
-from hstu.parallel.dense import replicate_dense
-from hstu.parallel.embedding import shard
+from hstu.parallel.collectives import gather_objects
+from hstu.parallel.ddp import replicate_dense, unwrap_dense
+from hstu.parallel.tables import shard, sharded_weights
 
 USERS, ITEMS, ACTIONS = 23, 41, 5
 GLOBAL_BATCH = 12
@@ -62,51 +64,77 @@ def global_sequences(step: int, empty_from: int | None = None) -> list[dict[str,
 def make_batch(step: int, rank: int, world_size: int, empty_from: int | None = None) -> HSTUBatch:
     """This rank's contiguous share of the global batch."""
     share = GLOBAL_BATCH // world_size
-    mine = global_sequences(step, empty_from)[rank * share : (rank + 1) * share]
-    values = {key: np.concatenate([sequence[key] for sequence in mine]).astype(np.int64) for key in FEATURES}
-    lengths = {key: np.array([len(sequence[key]) for sequence in mine], np.int64) for key in FEATURES}
-    item_lengths = lengths["item"]
+    return to_batch(global_sequences(step, empty_from)[rank * share : (rank + 1) * share])
+
+
+def to_batch(
+    sequences: Sequence[Mapping[str, np.ndarray]], id_of: Callable[[np.ndarray], np.ndarray] | None = None
+) -> HSTUBatch:
+    """``id_of``: the ids to be looked up in place of the codes of users and items."""
+    values = {key: np.concatenate([sequence[key] for sequence in sequences]).astype(np.int64) for key in FEATURES}
+    lengths = {key: np.array([len(sequence[key]) for sequence in sequences], np.int64) for key in FEATURES}
+    item_lengths, labels = lengths["item"], torch.from_numpy(values["item"] % 2)
+    if id_of is not None:
+        values = {key: codes if key == "action" else id_of(codes) for key, codes in values.items()}
     return HSTUBatch(
         features=keyed_jagged(values, lengths),
-        num_candidates=torch.zeros(share, dtype=torch.int64),
+        num_candidates=torch.zeros(len(sequences), dtype=torch.int64),
         num_labels=torch.from_numpy(item_lengths),
-        labels=torch.from_numpy(values["item"] % 2),
-        user_ids=torch.arange(share),
+        labels=labels,
+        user_ids=torch.arange(len(sequences)),
         real_batch_size=int((item_lengths > 0).sum()),
         item_lengths=item_lengths,
-        num_candidates_host=np.zeros(share, np.int64),
+        num_candidates_host=np.zeros(len(sequences), np.int64),
         num_labels_total=int(item_lengths.sum()),
     )
+
+
+class ToyOptions(TypedDict, total=False):
+    """What may be chosen of a toy run."""
+
+    optimizer: str
+    optimizer_args: Mapping[str, Any]
+    """Further arguments of OptimizerArgs."""
+    sharding: str
+    replicated: Sequence[str]
+    """Features whose tables are replicated."""
+    dim: int
+    user_dim: int
+    init_seed_offset: int
+    dropout: float
+    items: int
+    item_table: str
+    dynamic: Mapping[str, Mapping[str, Any]]
+    """Feature → options of its dynamic table."""
+    trained: Mapping[str, Mapping[str, Any]]
+    """Feature → how its table is trained."""
+    parts: Sequence[Mapping[str, Any]]
+    """Arguments of each PartOptimizerArgs."""
 
 
 def make_config(
     optimizer: str = "sgd",
     sharding: str = "row_wise",
-    replicated: tuple[str, ...] | list[str] = ("action",),
+    replicated: Sequence[str] = ("action",),
     dim: int = 8,
     user_dim: int = -1,
-    learning_rate: float = 0.1,
     init_seed_offset: int = 0,
     dropout: float = 0.0,
     items: int = ITEMS,
     item_table: str = "item_table",
-    dynamic: dict[str, dict[str, Any]] | None = None,
-    trained: dict[str, dict[str, Any]] | None = None,
-    parts: list[dict[str, Any]] | None = None,
-    **optimizer_args: Any,
+    dynamic: Mapping[str, Mapping[str, Any]] | None = None,
+    trained: Mapping[str, Mapping[str, Any]] | None = None,
+    parts: Sequence[Mapping[str, Any]] = (),
+    optimizer_args: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The parts of a RunConfig that the toy needs.
-
-    ``dynamic``: feature → options of its dynamic table; ``trained``: feature → how its table is trained; ``parts``:
-    arguments of the PartOptimizerArgs.
-    """
-    by_part = [PartOptimizerArgs(**part) for part in parts or ()]
+    """The parts of a RunConfig that the toy needs; the arguments are ToyOptions."""
+    by_part = [PartOptimizerArgs(**part) for part in parts]
     tables = [("user", USERS), ("item", items), ("action", ACTIONS)]
     return SimpleNamespace(
         dropout=dropout,
         trainer=SimpleNamespace(seed=7 + init_seed_offset, pipeline_type="none"),
         optimizer=OptimizerArgs(
-            optimizer_str=optimizer, learning_rate=learning_rate, part_optimizers=by_part, **optimizer_args
+            optimizer_str=optimizer, learning_rate=0.1, part_optimizers=by_part, **(optimizer_args or {})
         ),
         network=NetworkArgs(
             num_layers=1, hidden_size=dim, num_attention_heads=1, kv_channels=4, contextual_embedding_dim=user_dim
@@ -150,3 +178,44 @@ def train_step(model: GRModel, optimizers: Optimizers, mesh: mesh_module.Mesh, b
     (output.loss_sum * (mesh.dp_size / totals[1].clamp(min=1))).backward()
     optimizers.step()
     return float(totals[0] / totals[1].clamp(min=1))
+
+
+def full_tables(model: GRModel, mesh: mesh_module.Mesh) -> dict[str, Any]:
+    """All tables as nested lists, assembled from the ranks' shards; padding columns cut off."""
+    shards = {
+        table: [(shard.metadata.shard_offsets, shard.tensor.tolist()) for shard in weight.local_shards()]
+        for table, weight in sharded_weights(model).items()
+    }
+    tables = {}
+    by_rank = gather_objects(shards, mesh.world_group)
+    for spec in model.specs:
+        if spec.replicated:
+            tables[spec.name] = unwrap_dense(model).replicated.weight(spec.name).tolist()
+            continue
+        whole = torch.full((spec.rows, spec.stored_dim), float("nan"))
+        for (row, col), values in (part for rank in by_rank for part in rank[spec.name]):
+            if values:  # a small table leaves some ranks without rows
+                part = torch.tensor(values)
+                whole[row : row + part.shape[0], col : col + part.shape[1]] = part
+        assert not whole[:, spec.dim :].any(), "columns that only pad a row must stay zero"
+        tables[spec.name] = whole[:, : spec.dim].tolist()
+    return tables
+
+
+def new_state(mesh: mesh_module.Mesh, **options: Unpack[ToyOptions]) -> TrainState:
+    """The toy as a trainer holds it, with dropout seeded."""
+    model, optimizers = build(make_config(**options), mesh)
+    mesh_module.seed_dropout(mesh)
+    return TrainState(model, optimizers, operative_gin="TrainerArgs.seed = 7\n")
+
+
+def train_state(state: TrainState, mesh: mesh_module.Mesh, steps: int) -> list[float]:
+    """So many steps from where the state is, at a learning rate that falls; the losses."""
+    losses = []
+    for _ in range(steps):
+        state.optimizers.set_lr_multiplier(1.0 / (1 + state.iteration))
+        batch = make_batch(state.iteration, mesh.rank, mesh.world_size)
+        losses.append(train_step(state.model, state.optimizers, mesh, batch))
+        state.iteration += 1
+        state.position = SamplerPosition(0, 12 * state.iteration)
+    return losses

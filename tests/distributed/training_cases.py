@@ -1,47 +1,32 @@
-"""What runs on each rank in test_training.py and test_golden.py: whole training runs, several in one launch."""
-
-from __future__ import annotations
+"""Whole training runs on each rank: what test_training.py, test_golden.py and others compare."""
 
 import os
 import signal
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 
+from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
-from hstu.data.sequences import Split
+from hstu.data.samples import Split
 from hstu.observe.logging import quiet_libraries
-from hstu.observe.peak import PeakTflops
-from hstu.parallel import mesh as mesh_module
-from hstu.parallel.dense import unwrap_dense
-from hstu.pipeline.base import StepResult
-from hstu.train import builder
+from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.mesh import Mesh
+from hstu.pipeline.step import StepResult
 from hstu.train.trainer import Trainer
-from tests.distributed.launch import call_each
 from tests.distributed.pipeline_cases import digest
-from tests.distributed.table_cases import full_tables
-from tests.train.tiny import FinishedRun, build, run, tiny_config
-
-
-def run_cases(cases: dict[str, dict[str, Any]], tp: int = 1) -> dict[str, Any]:
-    """Name → the function of this module to ``call`` and its other arguments, one case after the other."""
-    quiet_libraries()
-    mesh = mesh_module.start(tensor_parallel_size=tp, timeout_s=60)
-    torch.set_num_threads(1)  # the tensors are tiny, and ranks that wait for one another must not spin
-    builder.peak_tflops = lambda *_: PeakTflops(1.0, "assumed")  # type: ignore[assignment]  # takes longer than a case
-    functions = {function.__name__: function for function in (train, stop_and_go, users_evaluated)}
-    results = call_each(functions, cases, mesh)
-    mesh_module.finish()
-    return results
+from tests.distributed.toy import full_tables
+from tests.train.tiny import FinishedRun, TinyOptions, build, run, skip_measuring_the_peak, tiny_config
 
 
 def stop_and_go(
-    mesh: mesh_module.Mesh, task: str, store: str, output: str, stop: list[Any] | None, **options: Any
+    mesh: Mesh, task: str, store: str, output: str, stop: tuple[int, str] | None = None, **options: Unpack[TinyOptions]
 ) -> dict[str, Any]:
-    """A whole run; ``stop``: [in which iteration, at what] its last rank gets SIGTERM."""
-    trainer = build(tiny_config(task, store, output, **_per_rank(options, mesh)), mesh)
+    """A whole run. ``stop``: the iteration, and the moment in it, in which the last rank gets SIGTERM."""
+    trainer = build(_config(mesh, task, store, output, options), mesh)
     if stop is not None and mesh.rank == mesh.world_size - 1:
         SIGNALLED[stop[1]](trainer, stop[0])
     trainer.train()
@@ -52,7 +37,7 @@ def stop_and_go(
     return {
         "weights": weights,
         "noise": torch.rand(2).tolist(),
-        "history": trainer.state.carried["history"].state(),
+        "history": trainer.state.carried["history"].state_dict(),
         "records": [{name: record[name] for name in RECORDED if name in record} for record in finished.records],
         "summary": {name: value for name, value in finished.summary.items() if name not in ("seconds", "throughput")},
         "position": [trainer.state.position.epoch, trainer.state.position.consumed],
@@ -63,7 +48,7 @@ def stop_and_go(
 RECORDED = ("kind", "iter", "epoch", "loss", "lr", "loss_scale", "skipped_steps", "metrics")
 
 
-def _signal_in_step(trainer: Trainer, iteration: int) -> None:
+def signal_in_step(trainer: Trainer, iteration: int) -> None:
     """Before the step."""
     progress = trainer.pipeline.progress
 
@@ -101,12 +86,12 @@ def _signal_in_evaluation(trainer: Trainer, iteration: int) -> None:
     trainer.source.eval_batches = signalled  # type: ignore[method-assign]
 
 
-SIGNALLED = {"step": _signal_in_step, "micro-batch": _signal_in_micro_batch, "evaluation": _signal_in_evaluation}
+SIGNALLED = {"step": signal_in_step, "micro-batch": _signal_in_micro_batch, "evaluation": _signal_in_evaluation}
 
 
-def train(mesh: mesh_module.Mesh, task: str, store: str, output: str, **options: Any) -> dict[str, Any]:
-    """A whole run (the arguments are those of ``tiny_config``; batch sizes are global): what it measured and learnt."""
-    finished = run(tiny_config(task, store, output, **_per_rank(options, mesh)), mesh)
+def train(mesh: Mesh, task: str, store: str, output: str, **options: Unpack[TinyOptions]) -> dict[str, Any]:
+    """A whole run: what it measured and learnt. Batch sizes are global."""
+    finished = run(_config(mesh, task, store, output, options), mesh)
     model = finished.trainer.state.model
     tables = full_tables(model, mesh)
     if not mesh.is_main:
@@ -120,9 +105,9 @@ def train(mesh: mesh_module.Mesh, task: str, store: str, output: str, **options:
     }
 
 
-def users_evaluated(mesh: mesh_module.Mesh, task: str, store: str, output: str, **options: Any) -> dict[str, Any]:
+def users_evaluated(mesh: Mesh, task: str, store: str, output: str, **options: Unpack[TinyOptions]) -> dict[str, Any]:
     """How many predictions an untrained model is judged by, the users of this rank, and the metrics."""
-    trainer = build(tiny_config(task, store, output, **_per_rank(options, mesh)), mesh)
+    trainer = build(_config(mesh, task, store, output, options), mesh)
     evaluator, source = trainer.evaluator, trainer.source
     gather, counts = evaluator._gather, []
 
@@ -139,11 +124,13 @@ def users_evaluated(mesh: mesh_module.Mesh, task: str, store: str, output: str, 
     return {"counts": counts, "users": users, "metrics": metrics}
 
 
-def _per_rank(options: dict[str, Any], mesh: mesh_module.Mesh) -> dict[str, Any]:
-    options = dict(options)
-    if options.pop("predefined_tables", False):
-        options["tables"] = ()
-    trainer = dict(options.get("trainer", {}))
-    for name in ("train_batch_size", "eval_batch_size"):
-        trainer[name] = trainer[name] // mesh.world_size
-    return {**options, "trainer": trainer}
+def _config(mesh: Mesh, task: str, store: str, output: str, options: TinyOptions) -> RunConfig:
+    """The configuration for this number of ranks, in a process prepared for whole runs."""
+    quiet_libraries()
+    skip_measuring_the_peak()
+    config = tiny_config(task, store, output, **options)
+    sizes = {
+        "train_batch_size": config.trainer.train_batch_size // mesh.world_size,
+        "eval_batch_size": config.trainer.eval_batch_size // mesh.world_size,
+    }
+    return replace(config, trainer=replace(config.trainer, **sizes))

@@ -1,7 +1,5 @@
 """Small batches and networks for the model's tests: everything about a batch is written down per user."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -100,5 +98,5 @@ def test_a_table_shared_by_features_of_two_widths_is_an_error() -> None:
 def test_a_dynamic_table_of_more_rows_than_a_rank_can_number_is_an_error() -> None:
     table = DynamicEmbeddingArgs(feature_names=["item"], table_name="items_of_all", item_vocab_size_or_capacity=2**33)
     assert table_specs([table], network(), [], "item", world_size=5)[0].rows > 2**33
-    with pytest.raises(ConfigError, match=r"'items_of_all'.*2,147,483,648 rows a rank.*2,147,483,647 at most"):
+    with pytest.raises(ConfigError, match=r"'items_of_all'.*2,147,483,648 rows per rank.*2,147,483,647 at most"):
         table_specs([table], network(), [], "item", world_size=4)

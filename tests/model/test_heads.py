@@ -1,7 +1,5 @@
 """The prediction head: widths, activation, bias, type of the logits."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

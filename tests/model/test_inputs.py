@@ -1,7 +1,5 @@
 """The token sequence, token by token."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """One layer against its formula in float64; recomputation saves memory and changes nothing."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -10,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hstu.model.layer import HSTULayer
+from hstu.model.stack import HSTULayer
 from tests.model.examples import gradients, make_network
 from tests.ops import oracle
 from tests.ops.oracle import User

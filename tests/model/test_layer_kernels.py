@@ -1,7 +1,5 @@
 """A layer on fast kernels: its formula, and the same bits with whatever is recomputed."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from typing import Any
@@ -10,19 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from hstu.model.layer import HSTULayer
-from hstu.ops.backends import Backend
+from hstu.model.stack import HSTULayer
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
+from hstu.ops.types import Backend
 from tests.model.examples import gradients, make_network
 from tests.model.test_layer import BATCH, MAX_TOKENS, RECOMPUTE, formula, step
-from tests.ops.backends import INTERPRETED
+from tests.ops.backends import INTERPRETED, kernels_of
 
 WITH_DROPOUT: dict[str, Any] = {"hidden_dropout": 0.3, "position_encoding": "relative_bias"}
 BACKENDS = [Backend.TRITON if INTERPRETED else Backend.CPU]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
+def compiler() -> None:
     if INTERPRETED:
         return
     try:
@@ -33,7 +31,7 @@ def kernels() -> None:
 
 def make_layer(backend: Backend, **changes: Any) -> HSTULayer:
     torch.manual_seed(0)
-    layer = HSTULayer(make_network(**changes), MAX_TOKENS, backend)
+    layer = HSTULayer(make_network(**changes), MAX_TOKENS, kernels_of(backend, has_bias=True))
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
     return layer

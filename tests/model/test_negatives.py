@@ -1,15 +1,13 @@
 """Pools of negatives: duplicates over ranks, padding, and draws that no number of ranks changes."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hstu.model.negatives import choose_from_pool, first_occurrences, sorted_distinct
-from hstu.ops.normalise import l2_normalise
+from hstu.model.retrieval import choose_from_pool, first_occurrences, sorted_distinct
+from hstu.ops.pytorch.softmax_loss import l2_normalize
 
 POOLS = st.lists(st.integers(-1, 8), max_size=20).map(lambda ids: torch.tensor(ids, dtype=torch.int64))
 
@@ -59,7 +57,7 @@ def test_an_empty_pool_has_nothing_to_choose():
 
 def test_normalised_vectors_have_norm_one_unless_they_are_too_short():
     vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0], [3e-3, 4e-3]], requires_grad=True)
-    normalised = l2_normalise(vectors, eps=1e-2)
+    normalised = l2_normalize(vectors, eps=1e-2)
     torch.testing.assert_close(normalised, torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.3, 0.4]]))
     (gradient,) = torch.autograd.grad(normalised.sum(), vectors)
     assert gradient.isfinite().all()
@@ -67,4 +65,4 @@ def test_normalised_vectors_have_norm_one_unless_they_are_too_short():
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
 def test_norms_are_kept_in_float32_at_least(dtype, expected):
-    assert l2_normalise(torch.ones((2, 3), dtype=dtype), eps=1e-6).dtype == expected
+    assert l2_normalize(torch.ones((2, 3), dtype=dtype), eps=1e-6).dtype == expected

@@ -1,7 +1,5 @@
 """Ranking: which tokens are scored, against which labels, with which loss."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -16,11 +14,7 @@ from tests.model.examples import Tables, gradients, make_batch, make_features, m
 
 
 def make_model(
-    arch: list[int],
-    num_tasks: int = 1,
-    contextuals: int = 2,
-    label_offset: int = 0,
-    **changes: Any,
+    arch: list[int], num_tasks: int = 1, contextuals: int = 2, label_offset: int = 0, **changes: Any
 ) -> RankingDense:
     torch.manual_seed(0)
     return RankingDense(

@@ -1,7 +1,5 @@
 """The retrieval model around a small encoder: which query meets which item, negatives, ranks, empty batches."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

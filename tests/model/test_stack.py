@@ -1,14 +1,12 @@
 """The encoder as a whole: what a token can and cannot learn about the others."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
 import torch
 from torch import Tensor
 
-from hstu.model.stack import HSTUStack, SequenceEncoder
+from hstu.model.stack import SequenceEncoder
 from tests.model.examples import (
     ROWS,
     Sample,
@@ -19,8 +17,6 @@ from tests.model.examples import (
     make_network,
     random_samples,
 )
-from tests.ops.oracle import User
-from tests.ops.strategies import Batch
 
 
 def encode(samples: list[Sample], contextuals: int, padding: int = 0, **changes: object) -> list[Tensor]:
@@ -49,10 +45,10 @@ def changed_tokens(before: Tensor, after: Tensor) -> list[int]:
 
 def test_causal_history_knows_nothing_of_what_follows() -> None:
     (sample,) = random_samples([5], contextuals=1)
-    rule = {"disable_contextual_mask": True}
-    (before,), (after,) = encode([sample], 1, **rule), encode([change(sample, 2)], 1, **rule)
+    config = {"disable_contextual_mask": True}
+    (before,), (after,) = encode([sample], 1, **config), encode([change(sample, 2)], 1, **config)
     assert changed_tokens(before, after) == list(range(1 + 2 * 2, 11))
-    (after,) = encode([change(sample, 2, action_only=True)], 1, **rule)
+    (after,) = encode([change(sample, 2, action_only=True)], 1, **config)
     assert changed_tokens(before, after) == list(range(1 + 2 * 2 + 1, 11))  # not its own item's token
 
 
@@ -61,18 +57,18 @@ def test_causal_history_knows_nothing_of_what_follows() -> None:
 def test_a_candidate_is_known_to_its_own_group_only(group_size: int, reached: list[int], is_causal: bool) -> None:
     # tokens: c c | i a i a i a | i a i a i a i a (4 candidates: 8-9 10-11 12-13 14-15)
     (sample,) = random_samples([7], contextuals=2, candidates=4)
-    rule = {"target_group_size": group_size, "is_causal": is_causal}
-    (before,), (after,) = encode([sample], 2, **rule), encode([change(sample, 5)], 2, **rule)
+    config = {"target_group_size": group_size, "is_causal": is_causal}
+    (before,), (after,) = encode([sample], 2, **config), encode([change(sample, 5)], 2, **config)
     assert changed_tokens(before, after) == reached
-    (after,) = encode([change(sample, 5, action_only=True)], 2, **rule)
+    (after,) = encode([change(sample, 5, action_only=True)], 2, **config)
     assert changed_tokens(before, after) == reached[1:]  # its item never sees its own action
 
 
 def test_context_sees_the_whole_history_unless_disabled() -> None:
     (sample,) = random_samples([3], contextuals=1)
     for disabled, context_changes in ((False, True), (True, False)):
-        rule = {"disable_contextual_mask": disabled, "num_layers": 1}
-        (before,), (after,) = encode([sample], 1, **rule), encode([change(sample, 2)], 1, **rule)
+        config = {"disable_contextual_mask": disabled, "num_layers": 1}
+        (before,), (after,) = encode([sample], 1, **config), encode([change(sample, 2)], 1, **config)
         assert (0 in changed_tokens(before, after)) == context_changes
 
 
@@ -80,11 +76,11 @@ def test_context_sees_the_whole_history_unless_disabled() -> None:
 @pytest.mark.parametrize("interleave", [True, False])
 def test_users_do_not_depend_on_their_neighbours_or_on_padding(encoding: str, interleave: bool) -> None:
     samples = random_samples([4, 0, 9, 1], contextuals=2, candidates=2)
-    rule = {"position_encoding": encoding, "interleave_actions": interleave}
-    together = encode(samples, 2, padding=2, **rule)
+    config = {"position_encoding": encoding, "interleave_actions": interleave}
+    together = encode(samples, 2, padding=2, **config)
     assert [len(tokens) for tokens in together[4:]] == [0, 0]
     for sample, tokens in zip(samples, together, strict=False):
-        (alone,) = encode([sample], 2, **rule)
+        (alone,) = encode([sample], 2, **config)
         torch.testing.assert_close(tokens, alone, rtol=0, atol=1e-6)
         assert tokens.isfinite().all()
 
@@ -106,12 +102,13 @@ def test_a_rank_without_tokens_gives_every_parameter_a_gradient_of_zeros(encodin
 
 def test_layers_run_in_order() -> None:
     torch.manual_seed(0)
-    stack, layout = HSTUStack(make_network(num_layers=3), 16), Batch((User(4, 0),), 0, 1, 1).layout()
-    x = torch.randn(4, 8)
-    expected = x
-    for layer in stack.layers:
-        expected = layer(expected, layout)
-    assert torch.equal(stack(x, layout), expected)
+    features = make_features(contextuals=1)
+    encoder, tables = SequenceEncoder(make_network(num_layers=3), features), Tables(features, 8, 8)
+    batch = make_batch(random_samples([4, 7], contextuals=1), features)
+    expected, layout = encoder.inputs(tables(batch), batch)
+    for index in range(3):
+        expected = encoder.get_submodule(f"stack.layers.{index}")(expected, layout)
+    assert torch.equal(encoder(tables(batch), batch)[0], expected)
 
 
 def test_one_seed_gives_one_model() -> None:

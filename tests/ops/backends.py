@@ -1,13 +1,15 @@
-"""Which fast backends the shared tests drive here, where their tensors lie, and how exact they are."""
-
-from __future__ import annotations
+"""Which fast backends the shared tests drive here, on which device, how exact they are, and operators by backend."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from hstu.ops.backends import Backend
+from hstu.ops import functional
+from hstu.ops.select import resolve_kernels
+from hstu.ops.types import AttentionConfig, Backend, GateConfig, JaggedLayout, Kernels, KernelShapes, RelativeBias
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's own switch: its kernels run on the CPU, by NumPy. tests/ops/triton/test_interpreted.py starts pytest so."""
@@ -36,9 +38,68 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def device_of(backend: Backend) -> torch.device:
     """Where the backend's tensors lie."""
-    return torch.device("cuda" if backend.uses_triton and not INTERPRETED else "cpu")
+    return torch.device("cuda" if backend in (Backend.TRITON, Backend.CUTLASS) and not INTERPRETED else "cpu")
 
 
 def examples(count: int) -> int:
     """So many, but few where every one is interpreted: there the sizes matter less than that each branch is taken."""
     return max(3, count // 10) if INTERPRETED else count
+
+
+def kernels_of(
+    backend: Backend, width: int = 1, dtype: torch.dtype = torch.float32, *, has_bias: bool = False
+) -> Kernels:
+    """The kernels of a backend for heads, rows and vectors of ``width`` channels."""
+    return resolve_kernels(backend, KernelShapes(width, 1, width, width, dtype, has_bias))
+
+
+def hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: JaggedLayout,
+    *,
+    bias: RelativeBias | None = None,
+    backend: Backend = Backend.PYTORCH,
+    **config: Any,
+) -> Tensor:
+    """Attention by a backend; ``config``: fields of AttentionConfig."""
+    kernels = kernels_of(backend, q.shape[2], q.dtype, has_bias=bias is not None).attention
+    return functional.hstu_attention(q, k, v, layout, AttentionConfig(**config), bias, kernels)
+
+
+def norm_mul_dropout(
+    x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig, backend: Backend = Backend.PYTORCH
+) -> Tensor:
+    """The gated norm by a backend."""
+    return functional.norm_mul_dropout(x, u, weight, bias, config, kernels_of(backend, 1, x.dtype).norm_mul_dropout)
+
+
+def pool_softmax_loss(
+    queries: Tensor,
+    positives: Tensor,
+    pool: Tensor,
+    target_ids: Tensor,
+    pool_ids: Tensor,
+    pool_valid: Tensor | None,
+    temperature: float,
+    backend: Backend = Backend.PYTORCH,
+) -> Tensor:
+    """The loss by a backend."""
+    kernel = kernels_of(backend, queries.shape[-1]).pool_softmax_loss
+    return functional.pool_softmax_loss(queries, positives, pool, target_ids, pool_ids, pool_valid, temperature, kernel)
+
+
+def sampled_softmax_loss(
+    queries: Tensor,
+    positives: Tensor,
+    pool: Tensor,
+    draws: Tensor,
+    target_ids: Tensor,
+    pool_ids: Tensor,
+    temperature: float,
+    backend: Backend = Backend.PYTORCH,
+) -> Tensor:
+    """The loss by a backend."""
+    kernel = kernels_of(backend, queries.shape[-1]).sampled_softmax_loss
+    return functional.sampled_softmax_loss(queries, positives, pool, draws, target_ids, pool_ids, temperature, kernel)

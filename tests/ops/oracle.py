@@ -4,8 +4,6 @@ Nothing here uses hstu.ops: the mask, the positions and the buckets are written 
 model's definition. Gradients come from autograd.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

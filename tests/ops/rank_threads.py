@@ -1,7 +1,5 @@
 """Threads of one process that stand for the ranks of a layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Lock
@@ -9,19 +7,19 @@ from threading import Barrier, Lock
 import torch
 from torch import Tensor
 
-from hstu.ops.ranks import Pending, Ranks
+from hstu.ops.types import Pending, TensorParallelComm
 
 
-class RankThread(Ranks):
-    """One of ``count``; ``by_tokens``: each has its part of the tokens, too. One computes at a time."""
+class RankThread(TensorParallelComm):
+    """One of ``size`` ranks; ``sequence_parallel``: each has its part of the tokens, too. One computes at a time."""
 
     def __init__(
-        self, rank: int, count: int, by_tokens: bool, given: list[Tensor], barrier: Barrier, turn: Lock
+        self, rank: int, size: int, sequence_parallel: bool, given: list[Tensor], barrier: Barrier, turn: Lock
     ) -> None:
-        self.rank, self.count, self.by_tokens = rank, count, by_tokens
+        self.rank, self.size, self.sequence_parallel = rank, size, sequence_parallel
         self._given, self._barrier, self._turn = given, barrier, turn
 
-    def gather(self, own: Tensor) -> Tensor:
+    def all_gather(self, own: Tensor) -> Tensor:
         self._given[self.rank] = own
         self._wait()
         gathered = torch.stack(self._given)
@@ -35,33 +33,35 @@ class RankThread(Ranks):
         finally:
             self._turn.acquire()
 
-    def every_token(self, own: Tensor) -> Pending:
-        rows = self.gather(own).flatten(0, 1) if self.by_tokens else own
+    def all_gather_tokens(self, own: Tensor) -> Pending:
+        rows = self.all_gather(own).flatten(0, 1) if self.sequence_parallel else own
         return lambda: rows
 
-    def summed(self, shares: Tensor) -> Pending:
-        total = self.gather(shares).sum(0)
-        own = total.chunk(self.count)[self.rank] if self.by_tokens else total
+    def reduce_tokens(self, partial: Tensor) -> Pending:
+        total = self.all_gather(partial).sum(0)
+        own = total.chunk(self.size)[self.rank] if self.sequence_parallel else total
         return lambda: own
 
-    def sum_over_heads(self, gradient: Tensor) -> Tensor:
-        return self.gather(gradient).sum(0)
+    def all_reduce_over_heads(self, gradient: Tensor) -> Tensor:
+        return self.all_gather(gradient).sum(0)
 
-    def sum_over_tokens(self, gradient: Tensor) -> Tensor:
-        return self.gather(gradient).sum(0) if self.by_tokens else gradient
+    def all_reduce_over_tokens(self, gradient: Tensor) -> Tensor:
+        return self.all_gather(gradient).sum(0) if self.sequence_parallel else gradient
 
 
-def on_ranks(function: Callable[[RankThread], list[Tensor]], count: int, by_tokens: bool = False) -> list[list[Tensor]]:
-    """What ``function`` returns on each of ``count`` ranks."""
-    given, barrier, turn = [torch.empty(0)] * count, Barrier(count, timeout=60), Lock()
+def on_ranks(
+    function: Callable[[RankThread], list[Tensor]], size: int, sequence_parallel: bool = False
+) -> list[list[Tensor]]:
+    """What ``function`` returns on each of ``size`` ranks."""
+    given, barrier, turn = [torch.empty(0)] * size, Barrier(size, timeout=60), Lock()
 
     def one(rank: int) -> list[Tensor]:
         with turn:
             try:
-                return function(RankThread(rank, count, by_tokens, given, barrier, turn))
+                return function(RankThread(rank, size, sequence_parallel, given, barrier, turn))
             except BaseException:
                 barrier.abort()  # or the others would wait for this one
                 raise
 
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(one, range(count)))
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))

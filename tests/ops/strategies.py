@@ -1,14 +1,13 @@
 """Hypothesis strategies: batches of jagged sequences of every shape that can occur."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from hstu.ops.layout import JaggedLayout, build_layout
+from hstu.ops.layout import build_layout
+from hstu.ops.types import JaggedLayout
 from tests.ops.oracle import Token, User, tokens_of
 
 
@@ -24,10 +23,7 @@ class Batch:
     def tokens(self) -> list[list[Token]]:
         return [
             tokens_of(
-                user,
-                contextuals=self.contextuals,
-                tokens_per_item=self.tokens_per_item,
-                group_size=self.group_size,
+                user, contextuals=self.contextuals, tokens_per_item=self.tokens_per_item, group_size=self.group_size
             )
             for user in self.users
         ]

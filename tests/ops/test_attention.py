@@ -1,7 +1,5 @@
 """HSTU attention against the pair-by-pair oracle in float64, forward and backward."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -9,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hstu.ops.attention import hstu_attention
 from hstu.ops.pytorch import attention as pytorch_attention
-from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
+from hstu.ops.types import NUM_TIME_BUCKETS, RelativeBias
 from tests.ops import oracle
+from tests.ops.backends import hstu_attention
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch, batches
 
@@ -35,14 +33,14 @@ def forward_and_gradients(attend, inputs: list[Tensor], with_bias: bool) -> list
 
 
 def compare(batch: Batch, inputs: list[Tensor], *, with_bias: bool, is_causal: bool, contextual_mask: bool) -> None:
-    rule = dict(alpha=0.37, scaling_seqlen=7, is_causal=is_causal, contextual_mask=contextual_mask)
+    config = dict(alpha=0.37, scaling_seqlen=7, is_causal=is_causal, contextual_mask=contextual_mask)
     layout, sequences = batch.layout(), batch.tokens()
 
     def ours(q: Tensor, k: Tensor, v: Tensor, position: Tensor, time: Tensor) -> Tensor:
-        return hstu_attention(q, k, v, layout, **rule, bias=RelativeBias(position, time) if with_bias else None)
+        return hstu_attention(q, k, v, layout, **config, bias=RelativeBias(position, time) if with_bias else None)
 
     def reference(q: Tensor, k: Tensor, v: Tensor, position: Tensor, time: Tensor) -> Tensor:
-        return oracle.attention(q, k, v, sequences, **rule, bias=(position, time) if with_bias else None)
+        return oracle.attention(q, k, v, sequences, **config, bias=(position, time) if with_bias else None)
 
     tolerance = TOLERANCE[inputs[0].dtype]
     got = forward_and_gradients(ours, inputs, with_bias)
@@ -107,9 +105,9 @@ def test_a_sequence_does_not_depend_on_who_else_is_in_the_batch(seed: int) -> No
     together = Batch(users, contextuals=1, tokens_per_item=1, group_size=1)
     q, k, v, *_ = random_inputs(together, heads=1, width=8, dtype=torch.float32, seed=seed)
     own = users[0].history + 1
-    rule = dict(alpha=0.3, scaling_seqlen=90)
-    apart = hstu_attention(q[:own], k[:own], v[:own], alone.layout(), **rule)
-    torch.testing.assert_close(hstu_attention(q, k, v, together.layout(), **rule)[:own], apart, rtol=0, atol=1e-6)
+    config = dict(alpha=0.3, scaling_seqlen=90)
+    apart = hstu_attention(q[:own], k[:own], v[:own], alone.layout(), **config)
+    torch.testing.assert_close(hstu_attention(q, k, v, together.layout(), **config)[:own], apart, rtol=0, atol=1e-6)
 
 
 def test_strided_views_of_one_projection_are_accepted() -> None:

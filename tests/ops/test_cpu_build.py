@@ -1,7 +1,5 @@
 """Compiling the C++ kernels: once a machine, whoever else is at it, and a clear line where it cannot be."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,12 +1,10 @@
 """Jagged concatenation and positions."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given
 
-from hstu.ops.jagged import jagged_concat, token_order
-from hstu.ops.positions import add_positions
+from hstu.ops.layout import token_order
+from hstu.ops.pytorch.operators import add_positions, jagged_concat
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch, batches
 

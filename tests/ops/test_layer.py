@@ -1,7 +1,5 @@
 """The layer as one function: its gradients, its heads on several ranks, and to the byte what it keeps for backward."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -9,17 +7,12 @@ import torch
 from torch import Tensor
 
 from hstu.config.args import NetworkArgs
-from hstu.model.layer import HSTULayer
-from hstu.ops.attention import AttentionRule
-from hstu.ops.backends import Backend
+from hstu.model.stack import HSTULayer
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
-from hstu.ops.layer import LayerRule, LayerWeights, hstu_layer
-from hstu.ops.layout import JaggedLayout
-from hstu.ops.ranks import Ranks
-from hstu.ops.relative_bias import NUM_TIME_BUCKETS
-from hstu.train.estimate.activations import kept_by_layer
+from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, saved_bytes
+from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, Backend, JaggedLayout, LayerWeights, TensorParallelComm
 from tests.model.examples import make_network
-from tests.ops.backends import INTERPRETED
+from tests.ops.backends import INTERPRETED, kernels_of
 from tests.ops.oracle import User
 from tests.ops.rank_threads import RankThread, on_ranks
 from tests.ops.strategies import Batch
@@ -55,8 +48,13 @@ def make_weights(dtype: torch.dtype = torch.float64) -> LayerWeights:
     return LayerWeights(*(torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes))
 
 
-def make_rule(backend: Backend = Backend.PYTORCH, ranks: Ranks | None = None, **options: bool) -> LayerRule:
-    return LayerRule(WIDTH, AttentionRule(0.6, LONGEST), 0.1, backend=backend, ranks=ranks or Ranks(), **options)
+def make_config(
+    backend: Backend = Backend.PYTORCH, comm: TensorParallelComm | None = None, **options: bool
+) -> HSTULayerConfig:
+    kernels = kernels_of(backend, WIDTH, has_bias=True)
+    return HSTULayerConfig(
+        WIDTH, AttentionConfig(0.6, LONGEST), 0.1, kernels, comm=comm or TensorParallelComm(), **options
+    )
 
 
 def padded_layout() -> JaggedLayout:
@@ -69,11 +67,11 @@ def padded_layout() -> JaggedLayout:
 @pytest.mark.skipif(INTERPRETED, reason="float64")
 @pytest.mark.parametrize("options", [{}, {"recompute_all": True}], ids=str)
 def test_gradcheck(options: dict[str, bool]) -> None:
-    layout, rule = TIMED.layout(), make_rule(**options)
+    layout, config = TIMED.layout(), make_config(**options)
     x = torch.randn(layout.num_tokens, HIDDEN, dtype=torch.float64, requires_grad=True)
 
     def function(x: Tensor, *weights: Tensor) -> Tensor:
-        return hstu_layer(x, LayerWeights(*weights), layout, rule)
+        return HSTULayerFunction.apply(x, layout, config, *weights)
 
     assert torch.autograd.gradcheck(function, (x, *make_weights()), fast_mode=True)
 
@@ -82,12 +80,12 @@ CUT = LayerWeights(None, None, 0, 0, None, None, 0, 0, 1)  # type: ignore[arg-ty
 """The dimension along which the ranks' weights are cut."""
 
 
-@pytest.mark.parametrize("options", [{}, {"recompute_normalised": True, "recompute_activated": True}], ids=str)
-@pytest.mark.parametrize("by_tokens", [False, True], ids=["whole", "by_tokens"])
+@pytest.mark.parametrize("options", [{}, {"recompute_normalized": True, "recompute_activated": True}], ids=str)
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_heads_on_several_ranks_give_what_one_rank_gives(
-    backend: Backend, count: int, by_tokens: bool, options: dict[str, bool]
+    backend: Backend, count: int, sequence_parallel: bool, options: dict[str, bool]
 ) -> None:
     dtype = torch.float64 if backend is Backend.PYTORCH else torch.float32
     tolerance = 1e-10 if backend is Backend.PYTORCH else 2e-5
@@ -95,20 +93,20 @@ def test_heads_on_several_ranks_give_what_one_rank_gives(
     x = torch.randn(layout.num_tokens, HIDDEN, dtype=dtype, requires_grad=True)
     slope = torch.randn_like(x)
 
-    def run(ranks: Ranks, x: Tensor, weights: LayerWeights, slope: Tensor) -> list[Tensor]:
-        out = hstu_layer(x, weights, layout, make_rule(backend, ranks, **options))
+    def run(comm: TensorParallelComm, x: Tensor, weights: LayerWeights, slope: Tensor) -> list[Tensor]:
+        out = HSTULayerFunction.apply(x, layout, make_config(backend, comm, **options), *weights)
         return [out, *torch.autograd.grad(out, [x, *weights], slope)]
 
-    def one(ranks: RankThread) -> list[Tensor]:
-        parts = [w if dim is None else w.chunk(count, dim)[ranks.rank] for w, dim in zip(whole, CUT, strict=True)]
+    def one(comm: RankThread) -> list[Tensor]:
+        parts = [w if dim is None else w.chunk(count, dim)[comm.rank] for w, dim in zip(whole, CUT, strict=True)]
         weights = LayerWeights(*(part.detach().clone().requires_grad_() for part in parts))
-        own = [tensor.chunk(count)[ranks.rank] if by_tokens else tensor for tensor in (x, slope)]
-        return run(ranks, own[0].detach().clone().requires_grad_(), weights, own[1])
+        own = [tensor.chunk(count)[comm.rank] if sequence_parallel else tensor for tensor in (x, slope)]
+        return run(comm, own[0].detach().clone().requires_grad_(), weights, own[1])
 
-    expected = run(Ranks(), x, whole, slope)
-    rows = 0 if by_tokens else None
+    expected = run(TensorParallelComm(), x, whole, slope)
+    rows = 0 if sequence_parallel else None
     for parts, exact, dim in zip(
-        zip(*on_ranks(one, count, by_tokens), strict=True), expected, (rows, rows, *CUT), strict=True
+        zip(*on_ranks(one, count, sequence_parallel), strict=True), expected, (rows, rows, *CUT), strict=True
     ):
         together = [torch.cat(parts, dim)] if dim is not None else parts
         for ours in together:
@@ -155,12 +153,12 @@ def test_what_is_kept_is_the_formula_to_the_byte(
     backend: Backend, changes: dict[str, bool], dropout: float, dtype: torch.dtype | None
 ) -> None:
     network = network_of(dropout, **changes)
-    layer = HSTULayer(network, 256, backend)
+    layer = HSTULayer(network, 256, kernels_of(backend, dtype=dtype or torch.float32))
     layout = Batch((User(20, 0), User(18, 0)), 0, 1, 1).layout()
     tokens = layout.num_tokens
     x = torch.randn(tokens, 32, requires_grad=True)
     element = 4 if dtype is None else 2
-    formula = kept_by_layer(network, tokens, 1, element, 4)
+    formula = saved_bytes(network, tokens, 1, element, 4)
     if backend is Backend.TRITON and dropout and not network.recompute_layer:
         formula += 8 - tokens * 32  # a seed, not a byte an element
     assert saved(backend, layer, x, layout, dtype) == formula
@@ -172,7 +170,7 @@ def test_what_is_kept_is_the_formula_to_the_byte(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_gradients_nothing_is_kept(backend: Backend) -> None:
-    layer, layout = HSTULayer(network_of(0.2), 256, backend), Batch((User(20, 0),), 0, 1, 1).layout()
+    layer, layout = HSTULayer(network_of(0.2), 256, kernels_of(backend)), Batch((User(20, 0),), 0, 1, 1).layout()
     x = torch.randn(layout.num_tokens, 32)
     layer(x, layout)  # makes the attention's plan, which stays in the layout
     with torch.no_grad():

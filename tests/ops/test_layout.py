@@ -1,7 +1,5 @@
 """The layout against tokens written down one at a time."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from hypothesis import given

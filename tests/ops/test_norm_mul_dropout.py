@@ -1,7 +1,5 @@
 """The gate behind the attention against its formula; dropout against its definition."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hstu.ops.dropout import draw, dropout
-from hstu.ops.norm_mul_dropout import GateRule, norm_mul_dropout
-from hstu.ops.ranks import Ranks
+from hstu.ops.types import GateConfig, TensorParallelComm
 from tests.ops import oracle
+from tests.ops.backends import norm_mul_dropout
 from tests.ops.rank_threads import RankThread, on_ranks
 
 
@@ -31,7 +29,7 @@ def inputs(tokens: int, heads: int, width: int, dtype: torch.dtype) -> list[Tens
 def test_equals_the_formula_forward_and_backward(tokens: int, heads: int, width: int, dtype: torch.dtype) -> None:
     ours = [x.requires_grad_() for x in inputs(tokens, heads, width, dtype)]
     exact = [x.detach().double().requires_grad_() for x in ours]
-    out = norm_mul_dropout(*ours, GateRule(0.1, 0.0))
+    out = norm_mul_dropout(*ours, GateConfig(0.1, 0.0))
     expected = oracle.norm_mul(*exact, eps=0.1)
     assert out.dtype == dtype and out.shape == (tokens, heads * width)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
@@ -45,7 +43,7 @@ def test_equals_the_formula_forward_and_backward(tokens: int, heads: int, width:
 
 def test_gradcheck() -> None:
     leaves = [x.requires_grad_() for x in inputs(3, 2, 3, torch.float64)]
-    assert torch.autograd.gradcheck(lambda *x: norm_mul_dropout(*x, GateRule(1e-5, 0.0)), leaves)
+    assert torch.autograd.gradcheck(lambda *x: norm_mul_dropout(*x, GateConfig(1e-5, 0.0)), leaves)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.9])
@@ -81,11 +79,11 @@ def test_dropout_follows_the_seed_and_is_off_in_evaluation() -> None:
 def over_ranks(whole: list[Tensor], weight: Tensor, count: int) -> list[Tensor]:
     """Output and gradients of the gate with its heads on ``count`` ranks, put together again."""
 
-    def one(ranks: RankThread) -> list[Tensor]:
+    def one(comm: RankThread) -> list[Tensor]:
         dims = (1, 1, 0, 0)
-        own = [x.chunk(count, dim)[ranks.rank].clone().requires_grad_() for x, dim in zip(whole, dims, strict=True)]
-        out = norm_mul_dropout(*own, GateRule(0.1, 0.0, ranks))
-        (out * weight.chunk(count, 1)[ranks.rank]).sum().backward()
+        own = [x.chunk(count, dim)[comm.rank].clone().requires_grad_() for x, dim in zip(whole, dims, strict=True)]
+        out = norm_mul_dropout(*own, GateConfig(0.1, 0.0, comm))
+        (out * weight.chunk(count, 1)[comm.rank]).sum().backward()
         return [out.detach(), *(x.grad for x in own if x.grad is not None)]
 
     return [
@@ -100,7 +98,7 @@ def test_heads_on_several_ranks_give_what_they_give_together(tokens: int, ranks:
     whole = inputs(tokens, 4, 3, torch.float64)
     weight = torch.randn(tokens, 12, dtype=torch.float64)
     together = [x.clone().requires_grad_() for x in whole]
-    out = norm_mul_dropout(*together, GateRule(0.1, 0.0))
+    out = norm_mul_dropout(*together, GateConfig(0.1, 0.0))
     (out * weight).sum().backward()
     expected = [out.detach(), *(x.grad for x in together)]
     for a, b in zip(over_ranks(whole, weight, ranks), expected, strict=True):
@@ -110,15 +108,15 @@ def test_heads_on_several_ranks_give_what_they_give_together(tokens: int, ranks:
 def test_split_heads_keep_their_precision_where_the_mean_is_large() -> None:
     x, u, scale, bias = inputs(5, 4, 3, torch.float32)
     whole = [x + 3000.0, u, scale, bias]
-    exact = norm_mul_dropout(*(part.double() for part in whole), GateRule(0.1, 0.0))
+    exact = norm_mul_dropout(*(part.double() for part in whole), GateConfig(0.1, 0.0))
     out, *_ = over_ranks(whole, torch.ones(5, 12), 2)
     torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=2e-3)
 
 
-class OfTwo(Ranks):
+class OfTwo(TensorParallelComm):
     """One of two ranks, as far as dropout is concerned."""
 
-    count = 2
+    size = 2
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -135,4 +133,4 @@ def test_ranks_drop_other_elements_and_leave_the_generators_in_step() -> None:
     assert torch.equal(after[0], after[1])
     torch.manual_seed(3)
     first, second = (draw(torch.Size([1000]), 0.25, torch.device("cpu"), OfTwo(0)) for _ in range(2))
-    assert not torch.equal(first, second), "each call draws another pattern"
+    assert not torch.equal(first, second), "each call draws another mask"

@@ -1,7 +1,5 @@
 """The scale follows overflows as torch's own does, and a checkpoint has all of it."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +12,7 @@ def follow(scale: LossScale, overflows: list[bool]) -> list[float]:
     """The scale after each step."""
     values = []
     for overflow in overflows:
-        scale.skip() if overflow else scale.proceed()
+        scale.update(found_inf=overflow)
         values.append(scale.value)
     return values
 
@@ -46,10 +44,10 @@ def test_it_goes_on_from_its_state_as_if_it_had_not_stopped(before: list[bool], 
     args = PrecisionArgs(growth_interval=3)
     straight_on, resumed = LossScale(args), LossScale(args)
     follow(straight_on, before)
-    resumed.load_state(straight_on.state())
+    resumed.load_state_dict(straight_on.state_dict())
     assert follow(resumed, after) == follow(straight_on, after)
-    assert resumed.take_skipped() == straight_on.take_skipped() == sum(before) + sum(after)
-    assert resumed.take_skipped() == 0
+    assert resumed.pop_skipped_steps() == straight_on.pop_skipped_steps() == sum(before) + sum(after)
+    assert resumed.pop_skipped_steps() == 0
 
 
 def test_it_stays_a_number_that_float32_has_and_does_not_fall_below_one() -> None:
@@ -58,12 +56,12 @@ def test_it_stays_a_number_that_float32_has_and_does_not_fall_below_one() -> Non
     assert follow(scale, [False] * 200)[-1] == HIGHEST == float(torch.tensor(HIGHEST))
     falling = LossScale(args)
     while falling.can_shrink:
-        falling.skip()
+        falling.update(found_inf=True)
     assert falling.value == LOWEST
 
 
 def test_a_fixed_scale_neither_moves_nor_takes_on_that_of_a_checkpoint() -> None:
     scale = LossScale(PrecisionArgs(loss_scale=1000, growth_interval=1))
     assert not scale.can_shrink and follow(scale, [False, False]) == [1000.0, 1000.0]
-    scale.load_state(LossScale(PrecisionArgs()).state())
+    scale.load_state_dict(LossScale(PrecisionArgs()).state_dict())
     assert scale.value == 1000.0

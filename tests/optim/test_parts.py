@@ -1,7 +1,5 @@
 """Parts of the dense weights that have an optimizer, a learning rate or a weight decay of their own."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -11,8 +9,7 @@ from torch import nn
 
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
 from hstu.config.errors import ConfigError
-from hstu.optim.dense import DenseOptimizer
-from hstu.optim.parts import Settings, settings_of_weights
+from hstu.optim.dense import DenseOptimizer, OptimizerSettings, match_part_optimizers
 
 WEIGHTS = {
     "task.layers.0.uvqk.weight": True,
@@ -29,18 +26,18 @@ def args(*parts: dict[str, Any], **options: Any) -> OptimizerArgs:
 
 
 def test_a_part_has_its_own_settings_and_the_common_ones_where_it_gives_none() -> None:
-    settings = settings_of_weights(
+    settings = match_part_optimizers(
         WEIGHTS, args({"regex": "head", "optimizer_str": "sgd"}, {"regex": r"layers\.1\.", "weight_decay": 0.0})
     )
-    assert settings["task.head.0.weight"] == Settings("sgd", 0.1, 0.01)
-    assert settings["task.layers.1.uvqk.weight"] == Settings("adam", 0.1, 0.0)
-    assert settings["task.layers.0.uvqk.bias"] == Settings("adam", 0.1, 0.01)
+    assert settings["task.head.0.weight"] == OptimizerSettings("sgd", 0.1, 0.01)
+    assert settings["task.layers.1.uvqk.weight"] == OptimizerSettings("adam", 0.1, 0.0)
+    assert settings["task.layers.0.uvqk.bias"] == OptimizerSettings("adam", 0.1, 0.01)
     assert settings.keys() == WEIGHTS.keys()
 
 
 def test_of_parts_that_overlap_the_first_has_a_weight() -> None:
     parts = {"regex": r"layers\.0", "learning_rate": 0.2}, {"regex": r"uvqk", "learning_rate": 0.3}
-    rates = {name: each.learning_rate for name, each in settings_of_weights(WEIGHTS, args(*parts)).items()}
+    rates = {name: each.learning_rate for name, each in match_part_optimizers(WEIGHTS, args(*parts)).items()}
     assert rates == dict(zip(WEIGHTS, (0.2, 0.2, 0.3, 0.1, 0.1), strict=True))
 
 
@@ -57,7 +54,7 @@ def test_of_parts_that_overlap_the_first_has_a_weight() -> None:
 )
 def test_a_part_that_nothing_comes_of_is_an_error(parts: list[dict[str, Any]], told: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
-        settings_of_weights(WEIGHTS, args(*parts))
+        match_part_optimizers(WEIGHTS, args(*parts))
     for text in told:
         assert text in str(error.value)
 
@@ -73,7 +70,7 @@ class Net(nn.Module):
 
 def build(model: nn.Module, options: OptimizerArgs) -> DenseOptimizer:
     names = {name: name in ("first.weight", "last.weight") for name, _ in model.named_parameters()}
-    return DenseOptimizer(model, options, settings_of_weights(names, options))
+    return DenseOptimizer(model, options, match_part_optimizers(names, options))
 
 
 def train(model: nn.Module, optimizer: DenseOptimizer, steps: range) -> None:

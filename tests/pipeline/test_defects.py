@@ -1,30 +1,52 @@
 """These fail when a defect of TorchRec that hstu/pipeline works around is fixed. Then simplify it."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
-from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, train_pipelines
+from torchrec.distributed.train_pipeline import (
+    PrefetchTrainPipelineSparseDist,
+    TrainPipelineSparseDist,
+    train_pipelines,
+)
 
+from hstu.data.sampler import SamplerPosition
+from hstu.parallel.mesh import Mesh
 from hstu.pipeline.prefetch import PrefetchStages
-from tests.distributed.launch import RankFailure, run_ranks
-from tests.distributed.pipeline_cases import write_store
-
-PROBE = "tests.distributed.pipeline_defect_cases:probe"
+from tests.distributed.launch import RankFailure, run_cases
+from tests.distributed.pipeline_cases import assemble, make_config, write_store
+from tests.train.tiny import TinyOptions
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path: Path = tmp_path_factory.mktemp("defects") / "store"
-    write_store(path)
-    return str(path)
+    return write_store(tmp_path_factory.mktemp("defects") / "store")
+
+
+def probe(
+    mesh: Mesh, store: str, kind: str, attach: dict[str, bool] | None = None, **options: Unpack[TinyOptions]
+) -> list[float] | str:
+    """Losses of 4 steps of TorchRec's own pipeline, or what it raises. ``attach``: detach and attach so after 2."""
+    pipeline, source, _, _ = assemble(make_config(store, "none", **options), mesh)
+    stages = {"native": TrainPipelineSparseDist, "prefetch": PrefetchTrainPipelineSparseDist}[kind]
+    no_optimizer = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
+    train_step = lambda batch: (torch.zeros((), requires_grad=True), pipeline.step(batch))  # noqa: E731
+    torchrec = stages(pipeline.step.model, no_optimizer, mesh.device, custom_model_fwd=train_step)
+    batches, losses = map(pipeline._train_batch, source.train_batches(SamplerPosition())), []
+    try:
+        for step in range(4):
+            losses.append(float(torchrec.progress(batches).loss))
+            if attach is not None and step == 1:
+                torchrec.detach()
+                torchrec.attach(**attach)
+    except Exception as error:  # any: this is what the test looks at
+        return f"{type(error).__name__}: {error}"
+    return losses
 
 
 @pytest.mark.parametrize(
@@ -35,15 +57,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
 )
 def test_defect_is_still_there(store: str, options: dict[str, Any], symptom: str, workaround: str) -> None:
-    (result,) = run_ranks(PROBE, 1, store=store, **options)
+    result = run_cases(1, {"probe": partial(probe, store=store, **options)})[0]["probe"]
     assert str(result).startswith(symptom), f"{options} now gives {result!r}: {workaround} may go"
 
 
 def test_attaching_loses_the_sizes_of_an_exchange_that_was_under_way(store: str) -> None:
-    kept = run_ranks(PROBE, 2, store=store, kind="native", attach={"sparse_dist": False})
-    assert kept[0] == kept[1] and len(kept[0]) == 4, "the probe itself works"
+    native = partial(probe, store=store, kind="native")
+    first, second = run_cases(2, {"kept": partial(native, attach={"sparse_dist": False})})
+    assert first == second and len(first["kept"]) == 4, "the probe itself works"
     try:
-        lost = run_ranks(PROBE, 2, store=store, kind="native", attach={})
+        lost = run_cases(2, {"lost": partial(native, attach={})})
     except RankFailure:  # a rank that is told of an error may be killed by the exchange that is still under way
         return
     assert "Error" in str(lost), "attaching is right now: NativePipeline.evaluation may attach() plainly"
@@ -56,8 +79,10 @@ def test_what_torchrec_calls_the_stream_of_forward_is_another_and_ours_is_it(mon
     monkeypatch.setattr(torch, "get_device_module", lambda *_: streams)
     told = Mock()
     monkeypatch.setattr(train_pipelines, "prefetch_embeddings", told)
-    for kind in (PrefetchTrainPipelineSparseDist, PrefetchStages):
-        stages: Any = kind(nn.Linear(1, 1), Mock(), torch.device("cuda"))
+    model, device = nn.Linear(1, 1), torch.device("cuda")
+    step: Any = SimpleNamespace(model=model, mesh=SimpleNamespace(device=device))
+    all_stages: list[Any] = [PrefetchTrainPipelineSparseDist(model, Mock(), device), PrefetchStages(step)]
+    for stages in all_stages:
         stages._pipelined_modules = []
         stages._prefetch(Mock())
     theirs, ours = (call.args[-1] for call in told.call_args_list)

@@ -1,14 +1,18 @@
-"""A training step asks the device for nothing.
+"""A training step does not make the host wait for the device.
 
-Without a GPU the dense part runs on torch's meta device: it has shapes and no values, so whatever needs a value, or a
-size that depends on values (item, a mask as an index, nonzero, a copy to the host), raises. On a GPU torch itself warns
-of every wait for the device, in whole steps of every pipeline; TorchRec's exchange of ids between ranks is known to
-need the sizes on the host, ours must not.
+- Without a GPU the dense part runs on torch's meta device, which has shapes and no values. Whatever needs a value, or a
+  size that depends on values (item, a mask as an index, nonzero, a copy to the host), raises.
+- Whole steps run on the CPU as they would on a GPU, and every tensor that our code reads is noted.
+- On a GPU torch itself warns of every wait for the device, in whole steps of every pipeline. TorchRec's exchange of ids
+  between ranks needs the sizes on the host; our code must not wait.
 """
 
-from __future__ import annotations
-
+import os
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial, partialmethod
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchrec import JaggedTensor
+from torch.nn.utils import clip_grad_norm_
 
+import hstu
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES, HSTUBatch
 from hstu.data.sampler import SamplerPosition
@@ -26,17 +31,16 @@ from hstu.model.embedding import table_specs
 from hstu.model.gr_model import DenseModel, GRModel
 from hstu.model.ranking import RankingDense
 from hstu.ops.pytorch import attention
-from hstu.optim.dense import DenseOptimizer
 from hstu.parallel import mesh as meshes
-from hstu.parallel.dense import own_gradients_finite
-from hstu.pipeline.boundary import Boundary
-from hstu.pipeline.none import SequentialPipeline
+from hstu.parallel.group import to_train_batch
+from hstu.pipeline.finite import FiniteCheck
+from hstu.pipeline.step import TrainStep
 from hstu.train.builder import build_task
 from hstu.train.sources import open_source
 from tests.conftest import write_small_store
-from tests.distributed.launch import run_ranks
-from tests.distributed.pipeline_cases import PIPELINES, write_store
-from tests.train.tiny import tiny_config, walks
+from tests.distributed.launch import run_cases
+from tests.distributed.pipeline_cases import PIPELINES, assemble, make_config, write_store
+from tests.train.tiny import build, tiny_config, walks
 
 UNIFORM = {"negatives": "uniform", "num_negatives": 5}
 CASES: dict[str, dict[str, Any]] = {
@@ -84,8 +88,8 @@ def without_values(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(limits, "meta", limits["cuda"])
 
 
-def dense_step(config: RunConfig, mesh: meshes.Mesh, spoil: Callable[[GRModel], None] = lambda model: None) -> Tensor:
-    """Forward, backward, clipping and step of the dense part on the meta device; returns the loss."""
+def meta_step(config: RunConfig, mesh: meshes.Mesh, spoil: Callable[[GRModel], None] = lambda model: None) -> Tensor:
+    """A step on the meta device, from the rows of the sharded tables to clipping; returns the loss."""
     source = open_source(config, mesh)
     lookup_negatives = getattr(config.task_args, "negatives", "in_batch") != "in_batch"
     roles = source.roles
@@ -93,46 +97,58 @@ def dense_step(config: RunConfig, mesh: meshes.Mesh, spoil: Callable[[GRModel], 
     keys = (*roles.names, *([NEGATIVES] if lookup_negatives else []))
     model = GRModel(specs, build_task(config, source, mesh), keys, roles.item, config.trainer.seed)
     model.dense.to("meta")
+    model.look_up = partial(rows_of_sharded_tables, model)  # type: ignore[method-assign]
     spoil(model)
-    optimizer = DenseOptimizer(model.dense, config.optimizer)
-    pipeline = SequentialPipeline(model, SimpleNamespace(), mesh, max_grad_norm=0.0)  # type: ignore[arg-type]
-    batch = next(source.train_batches(SamplerPosition())).to(torch.device("meta"), non_blocking=True)
-    boundary = Boundary(rows_of_sharded_tables(model, batch), batch)
-    loss_sum, count = pipeline.differentiate(boundary, batch)
-    assert all(gradient.shape[1] for gradient in boundary.gradients())
-    assert own_gradients_finite(model.dense).is_meta
-    torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), 1.0)
-    optimizer.step()
-    return loss_sum / count
+    clipped: list[float] = []
+    optimizers = SimpleNamespace(
+        zero_grad=lambda: None,
+        clip_grad_norm=lambda limit: clipped.append(limit) or clip_grad_norm_(model.dense.parameters(), limit),
+        step=lambda found_inf: None,
+    )
+    step = TrainStep(model, optimizers, mesh, max_grad_norm=1.0)  # type: ignore[arg-type]
+    step.check = MetaCheck(mesh)
+    batch = to_train_batch(next(source.train_batches(SamplerPosition())), roles.item, mesh, 2)
+    loss = step(batch.to(torch.device("meta"), non_blocking=True)).loss
+    assert clipped == [1.0]
+    return loss
 
 
-def rows_of_sharded_tables(model: GRModel, batch: HSTUBatch) -> dict[str, JaggedTensor]:
+class MetaCheck(FiniteCheck):
+    """A meta tensor cannot be copied to the host, not even behind its back."""
+
+    def __call__(self, loss_sum: Tensor, gradients_finite: Tensor, batch: HSTUBatch) -> Tensor:
+        assert gradients_finite.is_meta
+        self.found_inf = gradients_finite.float()
+        return loss_sum
+
+
+def rows_of_sharded_tables(model: GRModel, batch: HSTUBatch) -> dict[str, Tensor]:
     """What TorchRec would have looked up."""
-    keyed, rows = batch.features.to_dict(), {}
-    for spec in (spec for spec in model.specs if not spec.replicated):
-        for feature in spec.features:
-            ids = keyed[feature]
-            values = torch.empty(len(ids.values()), spec.dim, device="meta", requires_grad=True)
-            rows[feature] = JaggedTensor(values, lengths=ids.lengths(), offsets=ids.offsets())
-    return rows
+    keyed = batch.features.to_dict()
+    return {
+        feature: torch.empty(len(keyed[feature].values()), spec.dim, device="meta", requires_grad=True)
+        for spec in model.specs
+        if not spec.replicated
+        for feature in spec.features
+    }
 
 
 def config_of(store: SequenceStore, output: Path, task: str, **options: Any) -> RunConfig:
-    return tiny_config(task, store, output, optimizer={"optimizer_str": "sgd", "momentum": 0.9}, **options)
+    return tiny_config(task, store, output, trainer={"gradient_accumulation_steps": 2}, **options)
 
 
 @pytest.mark.usefixtures("without_values")
 @pytest.mark.parametrize("case", CASES)
-def test_the_dense_part_of_a_step_needs_no_value_of_the_device(
+def test_a_step_needs_no_value_from_the_device(
     case: str, mesh: meshes.Mesh, store: SequenceStore, tmp_path: Path
 ) -> None:
-    loss = dense_step(config_of(store, tmp_path, **CASES[case]), mesh)
+    loss = meta_step(config_of(store, tmp_path, **CASES[case]), mesh)
     assert loss.is_meta and loss.shape == ()
 
 
 @pytest.mark.usefixtures("without_values")
 @pytest.mark.parametrize("ask", [float, Tensor.cpu, Tensor.nonzero, lambda loss: loss[loss > 0]])
-def test_a_model_that_asks_for_a_value_is_found_out(
+def test_a_model_that_reads_a_value_is_detected(
     ask: Callable[[Tensor], Any], mesh: meshes.Mesh, store: SequenceStore, tmp_path: Path
 ) -> None:
     def spoil(model: GRModel) -> None:
@@ -140,13 +156,96 @@ def test_a_model_that_asks_for_a_value_is_found_out(
         model.dense.task.register_forward_hook(lambda _, given, output: ask(output.loss_sum.detach()) and None)
 
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        dense_step(config_of(store, tmp_path, "ranking"), mesh, spoil)
+        meta_step(config_of(store, tmp_path, "ranking"), mesh, spoil)
+
+
+READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+WHOLE_STEPS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": {"optimizer_str": "sgd", "momentum": 0.9}},
+    "adagrad, clipped": {"optimizer": {"optimizer_str": "adagrad"}, "trainer": {"max_grad_norm": 0.1}},
+    "adam, averaged, bfloat16": {
+        "optimizer": {"optimizer_str": "adam", "ema_decay": 0.9, "weight_decay": 0.1},
+        "network": {"dtype_str": "bfloat16"},
+    },
+    "rowwise_adagrad, accumulated": {
+        "optimizer": {"optimizer_str": "rowwise_adagrad"},
+        "trainer": {"gradient_accumulation_steps": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("case", WHOLE_STEPS)
+def test_a_whole_step_reads_nothing_but_the_check_of_the_step_before(
+    case: str, mesh: meshes.Mesh, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(tiny_config("retrieval", store, tmp_path, **WHOLE_STEPS[case]), mesh)
+    step, source, parts = trainer.pipeline.step, trainer.source, trainer.args.gradient_accumulation_steps
+    step.check.deferred = True
+    batches = [
+        to_train_batch(batch, source.roles.item, mesh, parts)
+        for batch in islice(source.train_batches(SamplerPosition()), 4)
+    ]
+    reads: list[str] = []
+    for name in READS:
+        monkeypatch.setattr(Tensor, name, partialmethod(_noted, getattr(Tensor, name), reads))
+    by_step = []
+    for batch in batches:
+        step(batch)
+        by_step.append(reads.copy())
+        reads.clear()
+    monkeypatch.undo()
+    assert by_step == [[], *[["finite.py resolve tolist"]] * 3]
+    trainer.run_directory.close()
+
+
+def _noted(tensor: Tensor, read: Callable[..., Any], reads: list[str], *args: Any) -> Any:
+    """Read, and note it if the innermost line outside of torch is ours."""
+    *stack, _ = traceback.extract_stack()
+    torchs = f"{Path(torch.__file__).parent}/"
+    line = next(frame for frame in reversed(stack) if not frame.filename.startswith(torchs))
+    if line.filename.startswith(str(Path(hstu.__file__).parent)):
+        reads.append(f"{Path(line.filename).name} {line.name} {read.__name__}")
+    return read(tensor, *args)
+
+
+def waits(mesh: meshes.Mesh, store: str, kind: str, task: str) -> dict[str, list[str]]:
+    """Where steps wait for the device, as "file:line" by whose code it is."""
+    pipeline, source, _, _ = assemble(make_config(store, kind, task), mesh)
+    batches = source.train_batches(SamplerPosition())
+    for _ in range(3):  # the first steps make buffers, and tables their state
+        pipeline.progress(batches)
+    return _waits_of(lambda: pipeline.progress(batches))
+
+
+def _waits_of(step: Callable[[], Any]) -> dict[str, list[str]]:
+    """Of three steps, by torch's sync-debug mode; a wait is whose line is the innermost one outside of torch."""
+    waits: dict[str, list[str]] = {"ours": [], "libraries'": []}
+    unasked = os.path.dirname(torch.__file__) + os.sep, warnings.__file__
+
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        if "synchroniz" not in str(message):
+            return
+        *stack, _ = traceback.extract_stack()
+        line = next(frame for frame in reversed(stack) if not frame.filename.startswith(unasked))
+        ours = line.filename.startswith(os.path.dirname(hstu.__file__))
+        waits["ours" if ours else "libraries'"].append(f"{line.filename}:{line.lineno}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for _ in range(3):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return waits
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch's sync-debug mode counts the waits")
 @pytest.mark.parametrize("task", ["ranking", "retrieval"])
 def test_on_a_gpu_no_step_of_ours_waits_for_the_device(task: str, tmp_path: Path) -> None:
-    write_store(tmp_path / "store")
-    (waits,) = run_ranks("tests.distributed.pipeline_cases:syncs", 1, store=str(tmp_path / "store"), task=task)
-    assert {kind: waits[kind]["ours"] for kind in PIPELINES} == {kind: [] for kind in PIPELINES}, waits
+    store = write_store(tmp_path / "store")
+    (found,) = run_cases(1, {kind: partial(waits, store=store, kind=kind, task=task) for kind in PIPELINES})
+    assert {kind: found[kind]["ours"] for kind in PIPELINES} == {kind: [] for kind in PIPELINES}, found

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +10,7 @@ from tests.train.tiny import walks
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """31 users."""
+    """A store of 31 users."""
     path = tmp_path_factory.mktemp("reliability") / "store"
     write_small_store(path, **walks(31))
     return str(path)
@@ -20,7 +18,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def disk() -> Iterator[Callable[[Path, str], None]]:
-    """``disk(directory, options)``: mounts a disk of its own there, in memory."""
+    """``disk(directory, options)`` mounts a tmpfs there."""
     mounted: list[Path] = []
 
     def mount(directory: Path, options: str) -> None:

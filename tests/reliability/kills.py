@@ -1,10 +1,8 @@
-"""Kills runs at seeded points and starts them again: ``python -m tests.reliability.kills --points 100``.
+"""Kill runs at seeded points and start them again: ``python -m tests.reliability.kills --points 100``.
 
-Every restart must go on from a commit, lose no more than it may, end with the weights of the run that nothing
-disturbed, bit for bit, and leave nothing lying about.
+Every restart must resume from a commit, repeat no more iterations than allowed, end with bit for bit the weights of the
+undisturbed run, and leave no temporary files.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -15,15 +13,15 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import write_small_store
-from tests.distributed.launch import run_ranks, run_to_their_ends
-from tests.train.tiny import walks
+from tests.distributed.launch import Launch, run_ranks, run_to_their_ends
+from tests.reliability.kill_cases import Kill, run
+from tests.train.tiny import TinyOptions, walks
 
-TARGET = "tests.reliability.kill_cases:run"
 TIMEOUT_S = 120
 ITERATIONS, INTERVAL, KEPT = 13, 3, 2
 TRAINER = {
@@ -38,7 +36,7 @@ TRAINER = {
 
 @dataclass
 class Setting:
-    """Runs of one kind, and what the undisturbed one did."""
+    """One kind of runs, and the results of the undisturbed run."""
 
     ranks: int
     background: bool
@@ -49,87 +47,91 @@ class Setting:
     def name(self) -> str:
         return f"{self.ranks} rank{'s'[: self.ranks - 1]}, {'in the background' if self.background else 'waiting'}"
 
-    def options(self, output: Path) -> dict[str, Any]:
-        trainer = TRAINER | {"ckpt_async": self.background}
-        return {"store": self.store, "output": str(output), "trainer": trainer, "network": {"hidden_dropout": 0.2}}
+    @property
+    def launch(self) -> Launch:
+        return Launch(self.ranks, TIMEOUT_S)
+
+    @property
+    def options(self) -> TinyOptions:
+        return {"trainer": TRAINER | {"ckpt_async": self.background}, "network": {"hidden_dropout": 0.2}}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one kill."""
+    """The result of one kill."""
 
     where: str
     lost: int
-    """Iterations that were done twice."""
+    """Number of iterations that were repeated."""
     problems: tuple[str, ...]
 
 
-def where_of(told: dict[str, Any]) -> str:
-    """The part of a run that a kill has hit."""
-    operation, stage = told["what"], told["stage"]
+def where_of(report: dict[str, Any]) -> str:
+    """Return the part of the run in which it was killed. ``report``: what the rank wrote before it died."""
+    operation, stage = report["what"], report["stage"]
     if operation in ("forward", "a moment"):
         part = "an evaluation" if stage.startswith("evaluating") else f"a {stage}" if stage[0] != "s" else stage
-        return f"{part}, a save in flight" if told["in_flight"] else part
-    for sign, part in (
+        return f"{part}, a save in flight" if report["in_flight"] else part
+    for pattern, part in (
         (".deleting_", "deleting an old checkpoint"),
         ("latest", "pointing latest at it"),
         ("os.rename", "the rename"),
         ("manifest.json", "writing the manifest"),
         ("/tensors", "writing tensors"),
     ):
-        if sign in operation:
+        if pattern in operation:
             return part
     return "writing the other files"
 
 
-def points(setting: Setting, number: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Kinds of kills in turn, each at a seeded place: operations on files, forwards, moments."""
+def points(setting: Setting, number: int, seed: int) -> Iterator[Kill]:
+    """Yield kills of all kinds in turn, each at a seeded file operation, forward pass or time."""
     rng = random.Random(f"{seed} {setting.name}")
     first = rng.randrange(100)
     for index in range(first, first + number):
         rank = rng.randrange(setting.ranks)
         seen = setting.undisturbed[rank]
         kinds: dict[str, list[int]] = {}
-        for place, operation in enumerate(seen["files"], 1):
-            told = {"what": operation, "stage": "", "in_flight": False}
-            kinds.setdefault(where_of(told), []).append(place)
-        choices: list[dict[str, Any]] = [{"file": rng.choice(places)} for places in kinds.values()]
-        choices += [{"forward": rng.randint(1, seen["forwards"])}] * 2 + [{"after_s": rng.uniform(0, seen["seconds"])}]
-        yield {"rank": rank, **choices[index % len(choices)]}
+        for index_of_operation, operation in enumerate(seen["files"], 1):
+            report = {"what": operation, "stage": "", "in_flight": False}
+            kinds.setdefault(where_of(report), []).append(index_of_operation)
+        choices = [Kill(rank, file=rng.choice(indices)) for indices in kinds.values()]
+        choices += [Kill(rank, forward=rng.randint(1, seen["forwards"]))] * 2
+        choices += [Kill(rank, after_s=rng.uniform(0, seen["seconds"]))]
+        yield choices[index % len(choices)]
 
 
 def prepare(setting: Setting, folder: Path) -> None:
-    """The undisturbed run."""
-    setting.undisturbed = run_ranks(
-        TARGET, setting.ranks, TIMEOUT_S, kill={}, **setting.options(folder / "undisturbed")
-    )
+    """Run without a kill."""
+    output = str(folder / "undisturbed")
+    setting.undisturbed = run_ranks(setting.launch, run, None, setting.store, output, **setting.options)
 
 
-def try_point(setting: Setting, kill: dict[str, Any], output: Path) -> Outcome | None:
-    """Kill a run and start it again; None where it was over before the moment came."""
-    others = [rank for rank in range(setting.ranks) if rank != kill["rank"]]
-    options = setting.options(output)
-    run_to_their_ends(TARGET, setting.ranks, TIMEOUT_S, lasting=others, kill=kill, **options)
+def try_point(setting: Setting, kill: Kill, output: Path) -> Outcome | None:
+    """Kill a run and start it again. Returns None if the run ended before the kill."""
+    others = tuple(rank for rank in range(setting.ranks) if rank != kill.rank)
+    launch = replace(setting.launch, lasting=others)
+    run_to_their_ends(launch, run, kill, setting.store, str(output), **setting.options)
     if not (output / "killed").exists():
         return None
-    told = json.loads((output / "killed").read_text())
-    again = run_ranks(TARGET, setting.ranks, TIMEOUT_S, kill={}, **options)[0]
-    lost = told["iteration"] - again["resumed_from"]
+    report = json.loads((output / "killed").read_text())
+    again = run_ranks(setting.launch, run, None, setting.store, str(output), **setting.options)[0]
+    lost = report["iteration"] - again["resumed_from"]
     problems = []
     if again["resumed_from"] not in (*range(0, ITERATIONS, INTERVAL), ITERATIONS):
-        problems.append(f"resumed from iteration {again['resumed_from']}, which is no commit")
+        problems.append(f"resumed from iteration {again['resumed_from']}, which is not a commit")
     if lost > INTERVAL * (2 if setting.background else 1):
         problems.append(f"lost {lost} iterations")
     if again["weights"] != setting.undisturbed[0]["weights"]:
-        problems.append("other weights in the end")
+        problems.append("the final weights differ")
     names = sorted(path.name for path in (output / "checkpoints").iterdir())
     if names != ["iteration_00000012", "iteration_00000013", "latest"]:
         problems.append(f"left {', '.join(names)}")
-    return Outcome(where_of(told), lost, tuple(problems))
+    return Outcome(where_of(report), lost, tuple(problems))
 
 
 def outcomes(setting: Setting, number: int, seed: int, folder: Path) -> Iterator[Outcome]:
-    """Of ``number`` kills."""
+    """Yield the outcomes of ``number`` kills."""
     prepare(setting, folder)
     done = 0
     for index, kill in enumerate(points(setting, 2 * number, seed)):
@@ -144,7 +146,7 @@ def outcomes(setting: Setting, number: int, seed: int, folder: Path) -> Iterator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Tries all points; 1 if anything was lost that should not be."""
+    """Try all points; return 1 if a restart failed a check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

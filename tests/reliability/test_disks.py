@@ -1,8 +1,5 @@
-"""Disks that are full or cannot be written, and what else is missing in the middle of a run."""
+"""Full and read-only disks, dead data workers, and checkpoints of other runs."""
 
-from __future__ import annotations
-
-import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,24 +7,25 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import EndedRank, run_to_their_ends
-from tests.reliability.test_background import HERE, TIMEOUT_S, asked, committed
+from tests.distributed.launch import EndedRank
+from tests.distributed.test_failures import read_records
+from tests.reliability.test_background import committed, run
 
 Disk = Callable[[Path, str], None]
 
 
-def only_rank(given: dict[str, Any]) -> EndedRank:
-    (rank,) = run_to_their_ends(HERE, 1, TIMEOUT_S, **given)
+def run_alone(store: str, output: Path, fault: str = "nothing", at: int = 0, **trainer: Any) -> EndedRank:
+    (rank,) = run(1, store, output, fault, at, **trainer)
     assert "Traceback" not in rank.output, rank.output
     return rank
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_full_disk_ends_the_run_and_leaves_the_last_commit(
+def test_a_full_disk_ends_the_run_and_keeps_the_last_commit(
     store: str, tmp_path: Path, disk: Disk, background: bool
 ) -> None:
     disk(tmp_path / "checkpoints", "size=700k")  # room for two
-    rank = only_rank(asked(store, tmp_path, ckpt_async=background, max_train_iters=1000))
+    rank = run_alone(store, tmp_path, ckpt_async=background, max_train_iters=1000)
     assert rank.exit_code == 1
     assert "error: cannot save " in rank.output and "/iteration_00000006: " in rank.output
     assert "[Errno 28] No space left on device" in rank.output and "free space or permissions there" in rank.output
@@ -36,15 +34,15 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_commit(
 
 
 @pytest.mark.slow
-def test_retention_lives_on_a_disk_that_has_room_for_three(store: str, tmp_path: Path, disk: Disk) -> None:
+def test_retention_of_two_needs_a_disk_for_three(store: str, tmp_path: Path, disk: Disk) -> None:
     disk(tmp_path / "checkpoints", "size=1m")
-    assert only_rank(asked(store, tmp_path, max_train_iters=40, ckpt_keep_last=2)).exit_code == 0
+    assert run_alone(store, tmp_path, max_train_iters=40, ckpt_keep_last=2).exit_code == 0
     assert list(committed(tmp_path)) == [38, 40]
 
 
-def test_a_directory_that_cannot_be_written_is_told_before_training(store: str, tmp_path: Path, disk: Disk) -> None:
+def test_a_read_only_directory_is_reported_before_training(store: str, tmp_path: Path, disk: Disk) -> None:
     disk(tmp_path / "checkpoints", "size=1m,ro")
-    rank = only_rank(asked(store, tmp_path))
+    rank = run_alone(store, tmp_path)
     assert rank.exit_code == 2
     assert f"TrainerArgs.ckpt_save_dir: the directory '{tmp_path}/checkpoints' cannot be written: Read-only file" in (
         rank.output
@@ -52,26 +50,26 @@ def test_a_directory_that_cannot_be_written_is_told_before_training(store: str, 
     assert "iter  1" not in rank.output
 
 
-def test_a_file_where_the_directory_should_be_is_told_before_training(store: str, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_directory_is_reported_before_training(store: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    rank = only_rank(asked(store, tmp_path, ckpt_save_dir=str(tmp_path / "file" / "checkpoints")))
+    rank = run_alone(store, tmp_path, ckpt_save_dir=str(tmp_path / "file" / "checkpoints"))
     assert rank.exit_code == 2 and "cannot be written: Not a directory" in rank.output
 
 
 @pytest.mark.slow
-def test_a_disk_that_turns_read_only_ends_the_run(store: str, tmp_path: Path, disk: Disk) -> None:
+def test_a_disk_that_becomes_read_only_ends_the_run(store: str, tmp_path: Path, disk: Disk) -> None:
     disk(tmp_path / "checkpoints", "size=2m")
-    assert only_rank(asked(store, tmp_path, max_train_iters=4)).exit_code == 0
+    assert run_alone(store, tmp_path, max_train_iters=4).exit_code == 0
     remount = ["mount", "-o", "remount,ro", str(tmp_path / "checkpoints")]
     subprocess.run(remount, check=True)
-    rank = only_rank(asked(store, tmp_path, ckpt_load_dir="auto"))
+    rank = run_alone(store, tmp_path, ckpt_load_dir="auto")
     assert rank.exit_code == 2 and "Read-only file system" in rank.output
     assert list(committed(tmp_path)) == [2, 4]
 
 
 def test_a_full_disk_under_the_run_directory_ends_the_run(store: str, tmp_path: Path, disk: Disk) -> None:
     disk(tmp_path / "run", "size=200k")
-    rank = only_rank(asked(store, tmp_path, "disk of the run full", 6))
+    rank = run_alone(store, tmp_path, "disk of the run full", 6)
     assert rank.exit_code == 1
     assert f"error: the run's directory cannot be written: {tmp_path}/run" in rank.output
     assert "No space left on device" in rank.output
@@ -80,30 +78,30 @@ def test_a_full_disk_under_the_run_directory_ends_the_run(store: str, tmp_path: 
 
 @pytest.mark.slow
 def test_a_dead_data_worker_ends_the_run(store: str, tmp_path: Path) -> None:
-    rank = only_rank(asked(store, tmp_path, "worker lost", 6, data_workers=1, max_train_iters=1000))
+    rank = run_alone(store, tmp_path, "worker lost", 6, data_workers=1, max_train_iters=1000)
     assert rank.exit_code == 3
     assert "error: a data worker died" in rank.output
     assert list(committed(tmp_path))[:2] == [2, 4]
 
 
-def test_another_runs_checkpoints_are_not_touched(store: str, tmp_path: Path) -> None:
-    assert only_rank(asked(store, tmp_path, max_train_iters=4)).exit_code == 0
+def test_checkpoints_of_another_run_are_not_touched(store: str, tmp_path: Path) -> None:
+    assert run_alone(store, tmp_path, max_train_iters=4).exit_code == 0
     before = committed(tmp_path)
-    rank = only_rank(asked(store, tmp_path, max_train_iters=4))
+    rank = run_alone(store, tmp_path, max_train_iters=4)
     assert rank.exit_code == 2
     assert "holds the checkpoints of another run (iteration_00000004, …), which are never overwritten" in rank.output
     assert committed(tmp_path) == before
-    resumed = only_rank(asked(store, tmp_path, max_train_iters=6, ckpt_load_dir="auto"))
+    resumed = run_alone(store, tmp_path, max_train_iters=6, ckpt_load_dir="auto")
     assert resumed.exit_code == 0 and list(committed(tmp_path)) == [2, 4, 6]
 
 
-def test_a_run_that_went_back_goes_on_over_what_it_has_saved_before(store: str, tmp_path: Path) -> None:
-    assert only_rank(asked(store, tmp_path, max_train_iters=6)).exit_code == 0
+def test_a_run_that_goes_back_keeps_its_equal_later_checkpoints(store: str, tmp_path: Path) -> None:
+    assert run_alone(store, tmp_path, max_train_iters=6).exit_code == 0
     before = committed(tmp_path)
     back = str(tmp_path / "checkpoints" / "iteration_00000002")
-    assert only_rank(asked(store, tmp_path, max_train_iters=8, ckpt_load_dir=back)).exit_code == 0
+    assert run_alone(store, tmp_path, max_train_iters=8, ckpt_load_dir=back).exit_code == 0
     after = committed(tmp_path)
     assert list(after) == [2, 4, 6, 8] and {iteration: after[iteration] for iteration in before} == before
     assert not list((tmp_path / "checkpoints").glob("set_aside*"))
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["iter"] for record in records if record["kind"] == "train"] == [*range(1, 7), *range(3, 9)]
+    steps = [record["iter"] for record in read_records(tmp_path) if record["kind"] == "train"]
+    assert steps == [*range(1, 7), *range(3, 9)]

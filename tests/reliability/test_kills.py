@@ -1,6 +1,4 @@
-"""Runs that are killed somewhere and started again. All points: ``python -m tests.reliability.kills --points 100``."""
-
-from __future__ import annotations
+"""Runs that are killed and started again. For all points: ``python -m tests.reliability.kills --points 100``."""
 
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from tests.reliability.kills import Setting, outcomes
 @pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_killed_run_goes_on_from_its_last_commit_to_the_same_weights(
+def test_a_killed_run_resumes_from_its_last_commit_and_ends_with_the_same_weights(
     store: str, tmp_path: Path, ranks: int, background: bool
 ) -> None:
     killed = list(outcomes(Setting(ranks, background, store), 3, seed=11, folder=tmp_path))

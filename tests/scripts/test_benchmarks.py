@@ -1,7 +1,5 @@
 """The operator benchmarks: what is measured side by side is the same mathematics, and the reports are complete."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from importlib import import_module
@@ -14,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hstu.config.args import NetworkArgs
-from hstu.model.layer import HSTULayer
-from hstu.ops.attention import AttentionRule, hstu_attention
+from hstu.model.stack import HSTULayer
 from hstu.ops.cutlass.schedule import Rows, make_schedule
+from hstu.ops.triton.compile_ahead import Compiled
+from hstu.ops.types import AttentionConfig
 from tests.conftest import REPOSITORY
+from tests.ops.backends import hstu_attention
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if run from their directory, with ceilings that take no time."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "bench"))
-    monkeypatch.setitem(import_module("timing")._SIZES, "cpu", (128, 1 << 16))
+    monkeypatch.setitem(import_module("harness")._SIZES, "cpu", (128, 1 << 22))
     yield
     if dist.is_initialized():  # a script that has failed, which is no reason for the tests after it to fail
         dist.destroy_process_group()
@@ -161,6 +161,14 @@ def test_dynamic_tables_report_beside_static_ones(monkeypatch: pytest.MonkeyPatc
     assert train["dynamic lru", "evicts"]["hit_rate"] < 1 and train["dynamic lru", "evicts"]["evictions_a_batch"]
 
 
+def test_the_table_of_compiled_kernels_counts_the_default_configuration_and_names_the_most_spills() -> None:
+    compile_kernels = import_module("compile_kernels")
+    default = Compiled("attention_forward", 90, "128 × 64, 8 warps, 3 stages", 128, 65536, 0, 0, 1000, 16, 0, 4)
+    rows = [compile_kernels.row_of(default, 64, op="hstu_attention", variant="causal", is_default=True)]
+    rows.append({**rows[0], "registers": 200, "spill_instructions": 3, "is_default": False})
+    assert compile_kernels.as_markdown(rows)[-1] == "| attention_forward | ≤ 128 |  |  | 0 | 128 | 64 | 0 (3) |"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["attention", "--device", "cuda"])
@@ -172,7 +180,7 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tile", [(128, 80), (128, 48), (64, 64)])
 def test_the_roofline_covers_the_tiles_that_the_kernels_are_given(length: int, tile: tuple[int, int]) -> None:
     layout = import_module("attention").Shape(np.array([length]), 1, 1).layout(CPU)
-    schedule = make_schedule(layout, AttentionRule(1.0, length), Rows.QUERIES, *tile)
+    schedule = make_schedule(layout, AttentionConfig(1.0, length), Rows.QUERIES, *tile)
     assert import_module("roofline").covered_pairs(length, *tile) == len(schedule.tiles) * tile[0] * tile[1]
 
 

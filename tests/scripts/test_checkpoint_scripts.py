@@ -1,35 +1,46 @@
-"""inspect_checkpoint.py, export.py and recommend.py as a user calls them."""
+"""Calls inspect_checkpoint.py, export.py and recommend.py as a user does."""
 
-from __future__ import annotations
-
+import contextlib
+import io
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
-from hstu.checkpoint.safetensors_file import open_file
-from hstu.checkpoint.tensor_files import open_tensors
-from tests.distributed.launch import run_ranks
-from tests.train.tiny import ITEMS
+from hstu.checkpoint.tensors import load_safetensors, open_tensors
+from hstu.parallel.mesh import Mesh
+from tests.conftest import write_small_store
+from tests.distributed.launch import run_cases, run_ranks
+from tests.train.tiny import ITEMS, run, skip_measuring_the_peak, tiny_config, walks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import export
 import inspect_checkpoint
+import recommend
 
-HERE = "tests.scripts.checkpoint_runs"
 FIRST, LAST = "iteration_00000002", "iteration_00000004"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: Any) -> Path:
-    """The directory of a run's output, checkpoints and store."""
+    """The directory with the output, the checkpoints and the store of a run."""
     directory: Path = tmp_path_factory.mktemp("trained")
-    run_ranks(f"{HERE}:train", 1, timeout_s=60, directory=str(directory))
+    run_cases(1, {"train": partial(train, directory=directory)})
     return directory
+
+
+def train(mesh: Mesh, directory: Path) -> None:
+    """Train four iterations, with checkpoints after two and after four; and a ranking run."""
+    skip_measuring_the_peak()
+    store = write_small_store(directory / "store", **walks())
+    run(tiny_config("retrieval", store, directory, trainer={"ckpt_save_interval": 2}), mesh)
+    run(tiny_config("ranking", store, directory / "ranking", trainer={"ckpt_save_interval": 4}), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +50,10 @@ def exported(trained: Path) -> Path:
     return path
 
 
-def test_inspecting_tells_the_run_the_tensors_and_the_files(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspecting_prints_the_run_the_tensors_and_the_files(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect_checkpoint.main([str(trained / "checkpoints")]) == 0
-    told = capsys.readouterr().out
-    assert f"checkpoint {trained / 'checkpoints' / LAST}" in told
+    output = capsys.readouterr().out
+    assert f"checkpoint {trained / 'checkpoints' / LAST}" in output
     for words in (
         ["iteration", "4"],
         ["ranks", "1 in groups of 1"],
@@ -51,7 +62,7 @@ def test_inspecting_tells_the_run_the_tensors_and_the_files(trained: Path, capsy
         [f"{ITEMS * 16 * 4:,}", "model.tables.item_id_table"],
         ["operative.gin"],
     ):
-        assert any(all(word in line for word in words) for line in told.splitlines()), words
+        assert any(all(word in line for word in words) for line in output.splitlines()), words
 
 
 def test_verifying_names_a_flipped_byte(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,21 +80,21 @@ def test_verifying_names_a_flipped_byte(trained: Path, tmp_path: Path, capsys: p
     assert inspect_checkpoint.main([str(tmp_path / "absent")]) == 3
 
 
-def test_a_diff_tells_tensors_lines_and_facts(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_diff_prints_tensors_lines_and_facts(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, last = (trained / "checkpoints" / name for name in (FIRST, LAST))
     assert inspect_checkpoint.main([str(first), "--diff", str(first)]) == 0
     assert "hold the same" in capsys.readouterr().out
     assert inspect_checkpoint.main([str(first), "--diff", str(last)]) == 1
-    told = capsys.readouterr().out.splitlines()
-    assert "iteration: 2 | 4" in told
+    output = capsys.readouterr().out.splitlines()
+    assert "iteration: 2 | 4" in output
     before, after = (open_tensors(path).read_whole("model.tables.item_id_table") for path in (first, last))
     largest = float((before.double() - after.double()).abs().max())
-    (line,) = [line for line in told if line.startswith("model.tables.item_id_table: ")]
+    (line,) = [line for line in output if line.startswith("model.tables.item_id_table: ")]
     assert line.endswith(f"of {before.numel():,} differ, by up to {largest:.6g}")
-    assert not [line for line in told if "Args." in line]
+    assert not [line for line in output if "Args." in line]
 
 
-def test_an_export_and_its_checkpoint_differ_in_what_is_left_out(
+def test_an_export_differs_from_its_checkpoint_only_by_what_it_omits(
     trained: Path, exported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert inspect_checkpoint.main([str(exported)]) == 0
@@ -91,14 +102,13 @@ def test_an_export_and_its_checkpoint_differ_in_what_is_left_out(
     assert inspect_checkpoint.main([str(exported), "--verify"]) == 0
     capsys.readouterr()
     assert inspect_checkpoint.main([str(trained / "checkpoints" / LAST), "--diff", str(exported)]) == 1
-    told = capsys.readouterr().out.splitlines()
-    assert all("only in the first" in line for line in told if line.startswith("optimizer."))
-    assert not [line for line in told if line.startswith(("model.", "ids."))]
+    output = capsys.readouterr().out.splitlines()
+    assert all("only in the first" in line for line in output if line.startswith("optimizer."))
+    assert not [line for line in output if line.startswith(("model.", "ids."))]
 
 
-def test_an_export_has_all_that_a_tool_outside_needs(exported: Path) -> None:
-    package = pytest.importorskip("safetensors.numpy", reason="the package safetensors is not installed")
-    tensors = package.load_file(exported / "model.safetensors")
+def test_an_export_has_all_that_another_tool_needs(exported: Path) -> None:
+    tensors = load_file(exported / "model.safetensors")
     config = json.loads((exported / "config.json").read_text())
     assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
         name: entry["shape"] for name, entry in config["tensors"].items()
@@ -108,12 +118,12 @@ def test_an_export_has_all_that_a_tool_outside_needs(exported: Path) -> None:
     assert all(name.startswith(("model.", "ids.")) for name in tensors)
 
 
-def test_an_export_is_not_overwritten_nor_made_of_damage(
+def test_an_export_is_not_overwritten_and_not_made_from_a_damaged_checkpoint(
     trained: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints = str(trained / "checkpoints")
     assert export.main(["--ckpt", checkpoints, "--output", str(exported)]) == 3
-    assert "exists; give the name of a directory that is not there yet" in capsys.readouterr().err
+    assert "exists; give the name of a directory that does not exist" in capsys.readouterr().err
     damaged = tmp_path / "damaged"
     shutil.copytree(trained / "checkpoints" / LAST, damaged)
     (damaged / "operative.gin").unlink()
@@ -122,27 +132,37 @@ def test_an_export_is_not_overwritten_nor_made_of_damage(
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_are_exported_as_their_averages_where_there_are_any(trained: Path, exported: Path) -> None:
+def test_without_averages_the_weights_are_exported(trained: Path, exported: Path) -> None:
     stored = open_tensors(trained / "checkpoints" / LAST)
-    for name, tensor in open_file(exported / "model.safetensors").items():
+    for name, tensor in load_safetensors(exported / "model.safetensors").items():
         assert tensor.tolist() == stored.read_whole(name).tolist()
 
 
-def test_a_run_a_checkpoint_and_an_export_recommend_the_same(trained: Path, exported: Path, tmp_path: Path) -> None:
-    (tmp_path / "operative.gin").write_text("RankingArgs.num_tasks = 1\n")
+def test_a_run_a_checkpoint_and_an_export_recommend_the_same(trained: Path, exported: Path) -> None:
     users = ["--users", "100,103", "--top", "3"]
     cases = {
         "run": ["--run_dir", str(trained / "run"), *users],
         "checkpoint": ["--ckpt", str(trained / "checkpoints" / LAST), *users],
         "older": ["--ckpt", str(trained / "checkpoints" / FIRST), *users],
         "export": ["--ckpt", str(exported), *users],
-        "ranking": ["--run_dir", str(tmp_path), *users],
+        "ranking": ["--run_dir", str(trained / "ranking" / "run"), *users],
         "missing": ["--ckpt", str(trained / "absent"), *users],
     }
-    (results,) = run_ranks(f"{HERE}:recommend_from", 1, timeout_s=60, cases=cases)
+    (results,) = run_ranks(1, recommend_from, cases)
     code, printed, _ = results["run"]
     assert code == 0 and "user 100" in printed and "user 103" in printed
     assert results["checkpoint"][:2] == results["export"][:2] == [0, printed]
     assert results["older"][0] == 0 and results["older"][1] != printed
-    assert results["ranking"][0] == 3 and "is of a ranking run" in results["ranking"][2]
+    assert results["ranking"][0] == 3 and "belongs to a ranking run" in results["ranking"][2]
     assert results["missing"][0] == 3 and "no complete checkpoint" in results["missing"][2]
+
+
+def recommend_from(cases: dict[str, list[str]]) -> dict[str, Any]:
+    """Run scripts/recommend.py with each list of arguments; return its exit codes, outputs and errors."""
+    results = {}
+    for name, arguments in cases.items():
+        output, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            code = recommend.main(arguments)
+        results[name] = [code, output.getvalue(), errors.getvalue()]
+    return results

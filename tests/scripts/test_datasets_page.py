@@ -1,7 +1,5 @@
 """docs/datasets.md takes a stranger from a table to recommendations: its commands, exactly as written."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

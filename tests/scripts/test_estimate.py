@@ -1,7 +1,5 @@
 """scripts/estimate.py as a user calls it."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -39,7 +37,7 @@ def test_the_report_is_readable_and_names_what_was_assumed(capsys: pytest.Captur
         ([], "no configuration: give --gin-config-file"),
         ([*BENCHMARK, "--world-size", "3", "--tp", "2"], "must divide the number of ranks, which is 3"),
         ([*BENCHMARK, "--world-size", "0"], "--world-size 0: expected at least 1"),
-        ([*BENCHMARK, "--world-size", "12", "--device", "h100"], "no multiple of 8 ranks a host"),
+        ([*BENCHMARK, "--world-size", "12", "--device", "h100"], "no multiple of 8 ranks per host"),
         ([*BENCHMARK, "--device", "tpu"], "command line: argument --device: invalid choice"),
         ([*BENCHMARK, "--device", "h100", "--set", "speed=9"], "--set speed: no number of a machine"),
         (["--gin-config-file", "missing.gin"], "missing.gin"),

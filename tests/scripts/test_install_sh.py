@@ -1,7 +1,5 @@
 """scripts/install.sh, run in a copy of the repository with a Python that only pretends to install."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,8 +1,6 @@
 """What the loader's benchmark relies on: a store of any size opens at once and takes no memory."""
 
-from __future__ import annotations
-
-import importlib.util
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -12,13 +10,10 @@ import pytest
 from tests.conftest import REPOSITORY
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("loader_cpu", REPOSITORY / "scripts" / "bench" / "loader_cpu.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "bench")
+    return import_module("loader_cpu")
 
 
 def test_a_store_of_322_million_events_opens_in_a_tenth_of_a_second_in_any_memory(

@@ -1,7 +1,5 @@
 """scripts/quickstart.sh with a Python that only notes what it was asked: what runs, and what is not run again."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

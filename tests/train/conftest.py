@@ -1,7 +1,5 @@
 """A world of one in the test's own process, and runs without what only real ones need."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import signal
@@ -14,7 +12,7 @@ import torch
 
 from hstu.data.store import SequenceStore
 from hstu.observe.logging import quiet_libraries, tear_down_logging
-from hstu.observe.peak import PeakTflops
+from hstu.observe.throughput import PeakTflops
 from hstu.parallel import mesh as meshes
 from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store

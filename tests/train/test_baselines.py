@@ -1,12 +1,10 @@
 """Baselines against loops on a toy store, and their figures on real data."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
 from hstu.config.args import DatasetArgs
-from hstu.data.sequences import build_samples
+from hstu.data.samples import build_samples
 from hstu.train.baselines import _popularity_ranks, popularity_baseline, running_mean_baseline
 from hstu.train.metrics import auc
 

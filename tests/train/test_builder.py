@@ -1,7 +1,5 @@
 """What the builder decides, and what it refuses."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +11,9 @@ from hstu.config.args import RankingArgs, TrainerArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.gin_io import load
 from hstu.data.store import SequenceStore
+from hstu.parallel.collectives import on_all_ranks
 from hstu.parallel.mesh import Mesh
-from hstu.train.builder import label_offset, on_all_ranks, total_iters
+from hstu.train.builder import label_offset, total_iters
 from tests.train.tiny import FinishedRun, build, tiny_config
 
 
@@ -123,8 +122,8 @@ def test_a_mistake_that_one_rank_finds_is_raised_and_other_errors_pass_through(m
     def fails(error: Exception) -> None:
         raise error
 
-    assert on_all_ranks(lambda: 3, mesh) == 3
+    assert on_all_ranks(lambda: 3, mesh.world_group) == 3
     with pytest.raises(DataError, match="this host's disk"):
-        on_all_ranks(lambda: fails(DataError("this host's disk")), mesh)
+        on_all_ranks(lambda: fails(DataError("this host's disk")), mesh.world_group)
     with pytest.raises(ZeroDivisionError):
-        on_all_ranks(lambda: fails(ZeroDivisionError()), mesh)
+        on_all_ranks(lambda: fails(ZeroDivisionError()), mesh.world_group)

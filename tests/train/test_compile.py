@@ -1,8 +1,7 @@
 """NetworkArgs.compile: the same training, also where nothing can be compiled."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +9,30 @@ import numpy as np
 import pytest
 
 from hstu.data.store import SequenceStore
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import Launch, run_cases
+from tests.distributed.training_cases import train as train_on_rank
 from tests.train.tiny import FinishedRun
 
 
 @pytest.mark.slow
 def test_compiled_parts_train_what_the_others_do_on_two_ranks(store: SequenceStore, tmp_path: Path) -> None:
-    cases: dict[str, dict[str, Any]] = {
-        str(compiled): {
-            "call": "train",
-            "task": "ranking",
-            "store": str(store.path),
-            "output": str(tmp_path / str(compiled)),
-            "network": {"compile": compiled, "item_embedding_dim": 8, "contextual_embedding_dim": 8},
-            "trainer": {
+    cases = {
+        str(compiled): partial(
+            train_on_rank,
+            task="ranking",
+            store=str(store.path),
+            output=str(tmp_path / str(compiled)),
+            network={"compile": compiled, "item_embedding_dim": 8, "contextual_embedding_dim": 8},
+            trainer={
                 "train_batch_size": 8,
                 "eval_batch_size": 8,
                 "eval_at_end": True,
                 "gradient_accumulation_steps": 2,
             },
-        }
+        )
         for compiled in (False, True)
     }
-    told = run_ranks("tests.distributed.training_cases:run_cases", 2, timeout_s=200, cases=cases)[0]
+    told = run_cases(Launch(2, timeout_s=200), cases)[0]
     eager, compiled = told["False"], told["True"]
     assert len(eager["losses"]) == 4 and compiled["losses"].keys() == eager["losses"].keys()
     np.testing.assert_allclose(list(compiled["losses"].values()), list(eager["losses"].values()), rtol=1e-5)
@@ -45,9 +45,7 @@ def test_compiled_parts_train_what_the_others_do_on_two_ranks(store: SequenceSto
 
 
 def test_without_a_compiler_the_run_goes_on(
-    train: Callable[..., FinishedRun],
-    monkeypatch: pytest.MonkeyPatch,
-    warnings_of_hstu: pytest.LogCaptureFixture,
+    train: Callable[..., FinishedRun], monkeypatch: pytest.MonkeyPatch, warnings_of_hstu: pytest.LogCaptureFixture
 ) -> None:
     def no_compiler(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no C++ compiler\nmany lines about it")
@@ -59,9 +57,7 @@ def test_without_a_compiler_the_run_goes_on(
 
 
 def test_a_model_of_nothing_but_kernels_says_so(
-    train: Callable[..., FinishedRun],
-    monkeypatch: pytest.MonkeyPatch,
-    warnings_of_hstu: pytest.LogCaptureFixture,
+    train: Callable[..., FinishedRun], monkeypatch: pytest.MonkeyPatch, warnings_of_hstu: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("hstu.train.builder.why_not", lambda _: None)
     train("retrieval", network={"compile": True}, trainer={"max_train_iters": 1})

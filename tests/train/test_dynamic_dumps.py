@@ -1,7 +1,5 @@
 """Dynamic tables for other tools: dumps of what has changed since a time or a step, and what comes back from a file."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import shutil
@@ -17,17 +15,16 @@ import pytest
 import torch
 
 from hstu.checkpoint.describe import describe, diff
+from hstu.checkpoint.directory import read_manifest, write_manifest
 from hstu.checkpoint.dynamic import read_table
-from hstu.checkpoint.dynamic_parquet import METADATA
 from hstu.checkpoint.export import export
-from hstu.checkpoint.manifest import read_manifest, write_manifest
-from hstu.checkpoint.safetensors_file import open_file
-from hstu.checkpoint.tensor_files import read_description
+from hstu.checkpoint.parquet import METADATA
+from hstu.checkpoint.tensors import load_safetensors, read_metadata
 from hstu.data.store import SequenceStore
-from hstu.observe.peak import PeakTflops
+from hstu.observe.throughput import PeakTflops
 from hstu.parallel.dynamic.content import merged
-from hstu.parallel.embedding import dynamic_tables
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.tables import dynamic_tables
 from scripts.dynamic_table import main, moment
 from tests.train.tiny import FinishedRun, run, tables_with_dynamic, tiny_config
 
@@ -82,10 +79,10 @@ def test_before_the_log_all_rows_have_changed_and_the_future_is_refused(
 ) -> None:
     new = tmp_path / "deeper" / "new.parquet"
     assert len(dumped(checkpoints, new, "--since-time", "2001-09-09T01:46:40Z")) == ROWS
-    assert "the log of movies begins later, all rows are written" in capsys.readouterr().out
+    assert "the log of movies starts later, so all rows are written" in capsys.readouterr().out
     later = ["--since-time", str(time.time() + 60)]
     assert main(["export", "--ckpt", str(checkpoints), "--table", TABLE, "--parquet", str(new), *later]) == 3
-    assert "are still to come" in capsys.readouterr().err
+    assert "are in the future" in capsys.readouterr().err
     assert len(pq.read_table(new)) == ROWS, "as it was"
 
 
@@ -112,7 +109,7 @@ def test_times_are_local_unless_they_say_otherwise_and_numbers_are_seconds() -> 
     assert moment("2026-03-01T08:30Z") == moment("2026-03-01T09:30+01:00") == moment("1772353800") == 1772353800
     assert moment("1772353800.5") == 1772353800.5
     for text in ("yesterday", "", "2026-13-01", "nan"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is no time"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a time"):
             moment(text)
 
 
@@ -122,7 +119,7 @@ def test_changes_after_a_whole_dump_make_the_later_table(
     early, late = (checkpoints / f"iteration_{step:08}" for step in (2, 6))
     whole, some, rest = (tmp_path / f"{name}.parquet" for name in ("whole", "some", "rest"))
     dumped(early, whole)
-    assert "what changes from here on: --since-step 2" in capsys.readouterr().out
+    assert "export later changes with --since-step 2" in capsys.readouterr().out
     dumped(checkpoints / "iteration_00000004", some, "--since-step", "2")
     dumped(late, rest, "--since-step", "4")
     assert imported(late, tmp_path / "edited", whole, some, rest) == 0
@@ -134,8 +131,8 @@ def test_changes_after_a_whole_dump_make_the_later_table(
     assert runs[0].losses == runs[1].losses
     for files, told in (
         ([rest], "has only what changed after batch 4: name the file of the whole table before it"),
-        ([whole, rest], "what changed in between is missing"),
-        ([whole, whole], "not known to be changes of a table"),
+        ([whole, rest], "the changes in between are missing"),
+        ([whole, whole], "does not say that it has changes of a table"),
     ):
         assert imported(late, tmp_path / "refused", *files) == 3
         assert told in capsys.readouterr().err
@@ -178,10 +175,7 @@ def replaced(table: pa.Table, name: str, values: Sequence[object]) -> pa.Table:
             r"is of the table 'users', not of 'movies'",
         ),
         (lambda table: replaced(table, "raw_id", [1000] * ROWS), r"has ids more than once"),
-        (
-            lambda table: replaced(table, "raw_id", range(ROWS)),
-            rf"{ROWS} raw id\(s\) are not known .*: 0, 1",
-        ),
+        (lambda table: replaced(table, "raw_id", range(ROWS)), rf"{ROWS} raw id\(s\) are not in the checkpoint: 0, 1"),
         (lambda table: replaced(table, "raw_id", ["a"] * ROWS), r"ids are whole numbers, those .* are string"),
     ],
 )
@@ -220,11 +214,14 @@ def test_an_export_has_the_ids_in_order_with_the_rows_of_the_live_table(
     finished: FinishedRun, checkpoints: Path, tmp_path: Path
 ) -> None:
     exported = export(checkpoints / "iteration_00000006", tmp_path / "exported")
-    tensors, live = open_file(exported / "model.safetensors"), dynamic_tables(finished.trainer.state.model)[TABLE]
+    tensors, live = (
+        load_safetensors(exported / "model.safetensors"),
+        dynamic_tables(finished.trainer.state.model)[TABLE],
+    )
     ids, rows = tensors["dynamic.movies.ids"], tensors["dynamic.movies.weight"]
     assert ids.dtype == torch.int64 and ids.tolist() == sorted(live.slots.content()[0].tolist())
     assert torch.equal(rows, live.content().rows[live.slots.lookup(ids)]) and rows.any(1).all()
-    told = read_description(exported)
+    told = read_metadata(exported)
     assert told["tables"][TABLE] == {"rows": ROWS, "dim": 16, "features": ["item_id"], "dynamic": True}
     described = {"shape": [ROWS, 16], "dtype": "float32", "is_average": False}
     assert told["tensors"]["dynamic.movies.weight"] == described

@@ -1,7 +1,5 @@
 """Dynamic tables in whole runs: what is logged, what a checkpoint has, and what other tools get of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from hstu.checkpoint.describe import describe
 from hstu.checkpoint.dynamic import read_table
 from hstu.data.store import SequenceStore
 from hstu.parallel.dynamic.slots import steps_of
-from hstu.parallel.embedding import dynamic_tables
+from hstu.parallel.tables import dynamic_tables
 from scripts.dynamic_table import main
 from tests.train.tiny import ITEMS, FinishedRun, tables_with_dynamic
 

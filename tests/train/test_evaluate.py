@@ -1,7 +1,5 @@
 """Evaluation against a loop over users, whatever the chunks, blocks, ties and ranks."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -156,7 +154,7 @@ def retrieval_batches():
 
 def evaluate_batches(model, batches, **options):
     corpus = Corpus(lambda ids: model.table[ids], 20, EPS, CPU, chunk_items=6)
-    return evaluate_retrieval(model, batches, corpus, ["HR@1", "HR@10", "NDCG@10", "MRR", "HR@500"], **options)
+    return evaluate_retrieval(model, batches, corpus, ["HR@1", "HR@10", "NDCG@10", "MRR", "HR@500"], model, **options)
 
 
 def test_retrieval_evaluation_ignores_padding_and_leaves_the_model_as_it_was():
@@ -193,7 +191,7 @@ def test_a_rank_with_padding_only_still_takes_part_in_every_lookup():
         return model.table[ids]
 
     for rank_batches in (batches, [make_batch([[], []], task="retrieval_eval", labels=[-1, -1])]):
-        evaluate_retrieval(model, rank_batches, Corpus(embed, 20, EPS, CPU, chunk_items=6), ["MRR"])
+        evaluate_retrieval(model, rank_batches, Corpus(embed, 20, EPS, CPU, chunk_items=6), ["MRR"], model)
     assert calls[: len(calls) // 2] == calls[len(calls) // 2 :] == [6] * 8
 
 
@@ -208,7 +206,8 @@ class RatingModel(nn.Module):
 def test_ranking_evaluation_attributes_labels_to_users():
     batch = make_batch([[0, 4, 2], [3, 1], []], [[1, 5, 2], [1, 4], []])
     metrics = RankingMetrics(("GAUC", "ACC", "AUC>=4"), num_tasks=None, label_offset=1)
-    result = evaluate_ranking(RatingModel(), [batch, make_batch([[], []], [[], []])], metrics, CPU)
+    model = RatingModel()
+    result = evaluate_ranking(model, [batch, make_batch([[], []], [[], []])], metrics, model)
     assert result["ACC"] == 2 / 5
     # P(rating >= 4) is high for items 3 and 4; the ratings >= 4 belong to items 4 and 1.
     assert result["AUC>=4"] == pytest.approx((2.5 + 1) / 6)

@@ -1,7 +1,5 @@
 """The last and the best of each metric."""
 
-from __future__ import annotations
-
 import json
 import math
 
@@ -62,7 +60,7 @@ def test_a_resumed_run_knows_what_was_evaluated_before() -> None:
     history, resumed = MetricsHistory(), MetricsHistory()
     for entry in (record(10, AUC=0.8, NE=math.nan), record(20, AUC=0.7, NE=0.9), record(20, "test", AUC=0.5)):
         history.add(entry)
-    resumed.load_state(json.loads(json.dumps(history.state(), allow_nan=False)))
+    resumed.load_state_dict(json.loads(json.dumps(history.state_dict(), allow_nan=False)))
     assert resumed.best == history.best
     assert resumed.best["valid"] == {"AUC": {"value": 0.8, "iter": 10}, "NE": {"value": 0.9, "iter": 20}}
     assert resumed.last == {"valid": {"AUC": 0.7, "NE": 0.9}, "test": {"AUC": 0.5}}
@@ -107,7 +105,7 @@ def test_the_running_mean_goes_on_in_another_process() -> None:
     before, after = (RunningLoss(torch.device("cpu")) for _ in range(2))
     for loss in (1 / 3, 1e-9):
         before.add(torch.tensor(loss))
-    after.load_state(json.loads(json.dumps(before.state())))
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     for one in (before, after):
         one.add(torch.tensor(0.7))
-    assert after.take() == before.take() and after.steps == 0
+    assert after.pop() == before.pop() and after.steps == 0

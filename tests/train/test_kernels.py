@@ -1,7 +1,5 @@
 """Whole runs on the kernels that a CPU has where GPU kernels are asked for, which is the default."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

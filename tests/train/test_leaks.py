@@ -1,6 +1,4 @@
-"""When a mask shows a model what it is to predict: what ``leak`` says, and that it is true of the model."""
-
-from __future__ import annotations
+"""When a mask shows a model what it is to predict: what ``label_leak`` says, and that it is true of the model."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from hstu.data.collate import FeatureRoles
 from hstu.data.sampler import SamplerPosition
 from hstu.data.store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.train.leaks import leak
+from hstu.train.builder import label_leak
 from tests.train.tiny import ACTIONS, NETWORK, build, tiny_config
 
 WITH_CONTEXT, ITEMS_ALONE = FeatureRoles("item", "action", ("town",)), FeatureRoles("item", "action", ())
@@ -25,7 +23,7 @@ def network(**options: Any) -> NetworkArgs:
 
 @pytest.mark.parametrize("task", ["ranking", "retrieval"])
 def test_causal_attention_without_context_shows_nothing(task: Any) -> None:
-    assert leak(task, network(disable_contextual_mask=False), ITEMS_ALONE, 0) is None
+    assert label_leak(task, network(disable_contextual_mask=False), ITEMS_ALONE, 0) is None
 
 
 @pytest.mark.parametrize(
@@ -36,20 +34,20 @@ def test_causal_attention_without_context_shows_nothing(task: Any) -> None:
     ],
 )
 def test_attention_to_later_items_shows_labels(task: Any, what: str, remedy: str) -> None:
-    said = leak(task, network(is_causal=False), ITEMS_ALONE, 0)
+    said = label_leak(task, network(is_causal=False), ITEMS_ALONE, 0)
     assert said is not None and what in said and said.endswith(remedy)
 
 
 def test_context_passes_later_items_on_from_the_second_layer_on() -> None:
-    said = leak("retrieval", network(disable_contextual_mask=False), WITH_CONTEXT, 0)
+    said = label_leak("retrieval", network(disable_contextual_mask=False), WITH_CONTEXT, 0)
     assert said is not None and "through the context; set NetworkArgs.disable_contextual_mask = True" in said
-    assert leak("retrieval", network(disable_contextual_mask=False, num_layers=1), WITH_CONTEXT, 0) is None
-    assert leak("retrieval", network(disable_contextual_mask=True), WITH_CONTEXT, 0) is None
+    assert label_leak("retrieval", network(disable_contextual_mask=False, num_layers=1), WITH_CONTEXT, 0) is None
+    assert label_leak("retrieval", network(disable_contextual_mask=True), WITH_CONTEXT, 0) is None
 
 
 @pytest.mark.parametrize("options", [{"is_causal": False}, {"disable_contextual_mask": False}])
 def test_candidates_are_safe(options: dict[str, Any]) -> None:
-    assert leak("ranking", network(**options), WITH_CONTEXT, max_num_candidates=1) is None
+    assert label_leak("ranking", network(**options), WITH_CONTEXT, max_num_candidates=1) is None
 
 
 @pytest.mark.parametrize(

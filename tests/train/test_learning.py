@@ -1,7 +1,5 @@
 """Tiny runs learn what there is to learn, with every kind of negatives."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

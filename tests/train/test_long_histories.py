@@ -1,7 +1,5 @@
 """Windows, stochastic length and damaged samples, from the options to a training run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Metrics against scikit-learn and against loops; ties, undefined cases, several ranks."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """Every way to configure the network trains; those that must not change the mathematics do not."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -52,14 +50,14 @@ def test_actions_can_be_part_of_their_items_tokens(
     train: Callable[..., FinishedRun], task: str, options: dict[str, Any]
 ) -> None:
     finished = train(
-        task,
-        network={"interleave_actions": False},
-        trainer={"max_train_iters": 12, "eval_at_end": True},
-        **options,
+        task, network={"interleave_actions": False}, trainer={"max_train_iters": 12, "eval_at_end": True}, **options
     )
     assert falls(finished)
     interleaved = train(task, **options)
-    tokens = [run.trainer.work.of(next(run.trainer.source.eval_batches("valid")))[0] for run in (finished, interleaved)]
+    tokens = [
+        run.trainer.flop_counter.count(next(run.trainer.source.eval_batches("valid")))[0]
+        for run in (finished, interleaved)
+    ]
     assert tokens[0] < tokens[1]
 
 

@@ -1,7 +1,5 @@
 """A run that begins with what another one has learnt."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,13 @@ import torch
 from hstu.checkpoint.describe import locate
 from hstu.checkpoint.dynamic import read_table
 from hstu.checkpoint.export import export
-from hstu.checkpoint.tensor_files import open_tensors
+from hstu.checkpoint.tensors import open_tensors
 from hstu.config.errors import DataError
 from hstu.config.run_config import RunConfig
 from hstu.data.store import SequenceStore
-from hstu.parallel.cut_tensor import CutTensor
-from hstu.parallel.embedding import dynamic_tables
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.shards import ShardedView
+from hstu.parallel.tables import dynamic_tables
 from tests.conftest import write_small_store
 from tests.train.tiny import ITEMS, FinishedRun, build, run, tables_with_dynamic, tiny_config, walks
 
@@ -121,7 +119,7 @@ def restored(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
     trainer.run_directory.close()
     tensors = trainer.state.tensors()
     return {
-        name: tensor.pieces[torch.Size([0, 0])].clone() if isinstance(tensor, CutTensor) else tensor.detach().clone()
+        name: tensor.shards[torch.Size([0, 0])].clone() if isinstance(tensor, ShardedView) else tensor.detach().clone()
         for name, tensor in tensors.items()
     }
 

@@ -1,7 +1,5 @@
 """Training batches of both sources under balancing and dynamic batching, as the ranks of a larger world get them."""
 
-from __future__ import annotations
-
 import dataclasses
 from itertools import chain, islice
 from pathlib import Path
@@ -17,8 +15,8 @@ from hstu.data.batch import HSTUBatch
 from hstu.data.sampler import SamplerPosition
 from hstu.data.store import SequenceStore
 from hstu.parallel.mesh import Mesh
+from hstu.train.flops import FlopCounter
 from hstu.train.sources import open_source
-from hstu.train.work import StepWork
 from tests.train.tiny import tiny_config
 
 RANKS = 3
@@ -76,12 +74,12 @@ def test_balancing_regroups_the_same_samples(kind: str, store: SequenceStore, tm
         for on in (False, True)
     )
     config = configured(kind, store, tmp_path)
-    work = StepWork(config.network, open_source(config, mesh).roles)
+    flops = FlopCounter(config.network, open_source(config, mesh).roles)
     for before, after in zip(plain, balanced, strict=True):
         assert rows_of(before) == rows_of(after) and len(rows_of(after)) > RANKS
         assert [batch.real_batch_size for batch in before] == [batch.real_batch_size for batch in after]
         assert {batch.batch_size for batch in after} == {6}
-        assert max(work.of(batch)[1] for batch in after) < max(work.of(batch)[1] for batch in before)
+        assert max(flops.count(batch)[1] for batch in after) < max(flops.count(batch)[1] for batch in before)
 
 
 @pytest.mark.parametrize("kind", ["store", "random"])
@@ -93,11 +91,11 @@ def test_by_tokens_an_epoch_has_every_sample_once_and_a_resumed_one_the_rest(
     config = configured(kind, store, tmp_path, tokens_per_rank=budget, enable_balanced_shuffler=balance)
     source = open_source(config, dataclasses.replace(mesh, world_size=RANKS))
     count = source.batches_per_epoch
-    work = StepWork(config.network, source.roles)
+    flops = FlopCounter(config.network, source.roles)
     steps = steps_of(config, mesh, SamplerPosition(), count + 1)
     for step in steps:
         assert {batch.batch_size for batch in step} == {6}
-        assert all(1 <= batch.real_batch_size <= 6 and work.of(batch)[0] <= budget for batch in step)
+        assert all(1 <= batch.real_batch_size <= 6 and flops.count(batch)[0] <= budget for batch in step)
     assert len({batch.real_batch_size for step in steps for batch in step}) > 1
     epoch = [user for step in steps[:count] for user in users(step)]
     assert len(set(epoch)) == len(epoch) == steps[count - 1][0].position.consumed
@@ -108,5 +106,5 @@ def test_by_tokens_an_epoch_has_every_sample_once_and_a_resumed_one_the_rest(
 def test_a_budget_below_the_longest_sequence_is_refused(store: SequenceStore, tmp_path: Path, mesh: Mesh) -> None:
     # 8 items with their actions are 16 tokens, which the rules see; the store adds a context token.
     open_source(configured("store", store, tmp_path, tokens_per_rank=17), mesh)
-    with pytest.raises(ConfigError, match=r"tokens_per_rank = 16 is less .* are 17 tokens; set it to at least 17"):
+    with pytest.raises(ConfigError, match=r"tokens_per_rank = 16: is less .* has 17 tokens; set it to at least 17"):
         open_source(configured("store", store, tmp_path, tokens_per_rank=16), mesh)

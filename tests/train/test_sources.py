@@ -1,7 +1,5 @@
 """Where batches come from: a store, a second store that numbers its ids differently, random data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from hstu.data.sampler import SamplerPosition
 from hstu.data.store import SequenceStore
 from hstu.data.store_writer import StoreWriter
 from hstu.parallel.mesh import Mesh
-from hstu.train.builder import build_evaluator
+from hstu.train.builder import label_offset
 from hstu.train.sources import RandomSource, StoreSource, open_source
 from tests.train.tiny import (
     ITEMS,
@@ -248,7 +246,13 @@ def test_ids_that_only_the_second_store_has_are_refused(
     second = write_users(tmp_path / "second", list(range(20)), item_order=shifted)
     with pytest.raises(DataError) as caught:
         source("ranking", dataset={"eval_dataset_path": str(second.path)})
-    for part in ("DatasetArgs.eval_dataset_path", str(second.path), "10 raw id(s)", "'item_id': 1011, 1012", "or do"):
+    for part in (
+        "DatasetArgs.eval_dataset_path",
+        str(second.path),
+        "10 raw id(s)",
+        "'item_id': 1011, 1012",
+        "or leave",
+    ):
         assert part in str(caught.value)
 
 
@@ -337,12 +341,9 @@ def test_random_batches_repeat_after_as_many_as_were_asked_for(mesh: Mesh, tmp_p
 
 
 def test_random_data_for_a_head_without_a_class_for_action_0_is_refused(mesh: Mesh, tmp_path: Path) -> None:
-    config = random_config("ranking", tmp_path)
+    source = open_source(random_config("ranking", tmp_path), mesh)
     with pytest.raises(ConfigError, match="'action' also takes the value 0: end it in 4"):
-        head = RankingArgs(prediction_head_arch=[8, 3])
-        source = open_source(config, mesh)
-        object.__setattr__(config, "task_args", head)
-        build_evaluator(config, source, model=None, mesh=mesh)  # type: ignore[arg-type]
+        label_offset(RankingArgs(prediction_head_arch=[8, 3]), source)
 
 
 def real(batch: HSTUBatch) -> list[int]:

@@ -1,14 +1,12 @@
 """Which tables a run has, and whether the ids fit."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.errors import ConfigError
-from hstu.train.tables import check_rows, choose_tables
+from hstu.train.sources import check_rows, choose_tables
 
 
 def table(*features: str, name: str | None = None, rows: int = 10, **options: Any) -> EmbeddingArgs:

@@ -1,7 +1,5 @@
 """The training loop: what is done when, what is recorded, and how a run ends."""
 
-from __future__ import annotations
-
 import gc
 import gzip
 import json
@@ -194,7 +192,7 @@ def test_an_error_of_ours_is_not_hidden_and_the_summary_says_failed(
     def broken(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Trainer, "_step", broken)
+    monkeypatch.setattr(Trainer, "_train_step", broken)
     trainer = build(tiny_config("ranking", store, tmp_path), mesh)
     with pytest.raises(ZeroDivisionError):
         trainer.train()
@@ -281,12 +279,7 @@ def test_a_continued_run_remembers_the_best_metrics_of_its_first_part(train: Cal
     options = {"eval_interval": 2, "ckpt_save_interval": 4, "ckpt_load_dir": "auto"}
     first = train("ranking", output="one", trainer={**options, "max_train_iters": 4})
     best = first.summary["best_metrics"]["valid"]["LOGLOSS"]
-    second = train(
-        "ranking",
-        output="one",
-        trainer={**options, "max_train_iters": 8},
-        optimizer={"learning_rate": 5.0},
-    )
+    second = train("ranking", output="one", trainer={**options, "max_train_iters": 8}, optimizer={"learning_rate": 5.0})
     assert [iteration for iteration, _ in second.evaluations] == [2, 4, 6, 8]
     after = [r["metrics"]["LOGLOSS"] for r in second.records if r["kind"] == "eval" and r["iter"] > 4]
     assert all(value is None or value > best["value"] for value in after), "the second part must be worse"

@@ -1,11 +1,10 @@
-"""From raw tables, as SQL, to a sequence store: the part that all datasets share.
+"""From raw files to a sequence store: ``preprocess`` for built-in datasets, ``import_interactions`` for users' tables.
 
-Done in stages, each of which leaves a file or a part of the store, so that a run after a kill goes on from there:
-every log becomes a columnar working file (read.py); its values are checked (check.py); users and items are counted and
-numbered in the order of their raw ids; then one bucket of users after the other is sorted and written to its place in
-the store's arrays (write.py). Memory is bounded by ``memory_limit``, whatever the number of events; only ids that are
-strings are held in memory, once each. No byte of the store depends on the limit, on interruptions or on the number of
-threads.
+A build runs in stages. Each leaves a file or a part of the store, so that a run continues after a kill: every log
+becomes a columnar working file and its values are checked (ingest.py); users and items are counted and numbered in the
+order of their raw ids; then the events are sorted and written one bucket of users at a time (write.py). Memory is
+bounded by ``memory_limit`` for any number of events; only ids that are strings are held in memory, once each. No byte
+of the store depends on the limit, on interruptions or on the number of threads.
 """
 
 from __future__ import annotations
@@ -13,28 +12,116 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
+import shlex
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Unpack
 
 import duckdb
 import numpy as np
 
-from hstu.data.datasets import Schema
-from hstu.data.preprocess import disk
-from hstu.data.preprocess.check import check_rows
-from hstu.data.preprocess.engine import disk_errors, memory_bytes, open_engine
-from hstu.data.preprocess.progress import Progress
-from hstu.data.preprocess.raw import RawTables
-from hstu.data.preprocess.read import read_files
+from hstu.config.errors import ConfigError, DataError
+from hstu.data.datasets import DATASETS, resolve_name
+from hstu.data.datasets.own import InteractionColumns, interactions
+from hstu.data.datasets.raw import check_readable
+from hstu.data.datasets.spec import RawTables, Schema
+from hstu.data.jagged import run_offsets
+from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
+from hstu.data.preprocess.engine import check_free_disk, disk_errors, memory_bytes, open_engine, used_below
+from hstu.data.preprocess.ingest import check_rows, read_files
 from hstu.data.preprocess.report import statistics_of
-from hstu.data.preprocess.sniff import check_readable
-from hstu.data.preprocess.work import BuildOptions, Work
+from hstu.data.preprocess.state import BuildLimits, BuildOptions, BuildState, Progress
 from hstu.data.preprocess.write import number_users_and_items, write_context, write_events, write_vocabularies
-from hstu.data.store import VERSION
+from hstu.data.store import VERSION, SequenceStore
 from hstu.data.store_writer import StoreWriter
 
 _log = logging.getLogger(__name__)
+_SCRIPT = ("python", "scripts/preprocess_dataset.py")
+DATA_DIRECTORY = Path("tmp_data")
+"""Default place of stores and, under raw/, of downloads; relative to the current directory."""
+
+
+def preprocess(
+    name: str,
+    *,
+    raw_path: str | Path | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
+    **limits: Unpack[BuildLimits],
+) -> Path:
+    """Makes the store of a built-in dataset, in any spelling of its name, and returns its path.
+
+    Args:
+        raw_path: folder with the raw files. None: tmp_data/raw/<name>, where they are downloaded if need be.
+        output: folder of the store. None: tmp_data/<name>.
+        force: replace an existing good store, which is otherwise kept.
+        limits: memory_limit and the policy about bad rows.
+
+    Raises ConfigError for an unknown name, DataError for missing or bad files.
+    """
+    canonical = resolve_name(name)
+    if canonical is None:
+        raise ConfigError(
+            f"dataset_name {name!r} is not built in ({', '.join(DATASETS)}); for your own data, also give "
+            "--interactions FILE --user COLUMN --item COLUMN"
+        )
+    spec = DATASETS[canonical]
+    target = Path(output) if output else DATA_DIRECTORY / canonical
+    if not force and _is_good(target):
+        return target
+    if raw_path is None:
+        raw_format, files = obtain_raw(spec, DATA_DIRECTORY / "raw" / canonical)
+    elif located := locate_raw(spec, Path(raw_path)):
+        raw_format, files = located
+    else:
+        needed = " or ".join(", ".join(raw_format.files) for raw_format in spec.raw_formats)
+        raise DataError(f"{raw_path} does not hold the files of {canonical}: {needed}. {by_hand(spec, Path(raw_path))}")
+    options = _options(canonical, target, limits, raw_path=raw_path)
+    return build_store(raw_format.reader(files), spec.schema, options, spec.published)
+
+
+def import_interactions(
+    name: str,
+    columns: InteractionColumns,
+    *,
+    output: str | Path | None = None,
+    force: bool = False,
+    **limits: Unpack[BuildLimits],
+) -> Path:
+    """Makes the store of a user's own table and returns its path; other arguments as for preprocess."""
+    if resolve_name(name) is not None:
+        raise ConfigError(f"dataset_name {name!r} is a built-in dataset; give your own data another name")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ConfigError(
+            f"dataset_name {name!r}: allowed are letters, digits, '_', '-' and '.', as it names a directory"
+        )
+    target = Path(output) if output else DATA_DIRECTORY / name
+    if not force and _is_good(target):
+        return target
+    given = vars(columns) | {"context_columns": ",".join(columns.context_columns) or None}
+    return build_store(interactions(columns), columns.schema(), _options(name, target, limits, **given), {})
+
+
+def _is_good(target: Path) -> bool:
+    try:
+        store = SequenceStore.open(target)
+    except DataError:
+        return False
+    _log.warning("%s exists and is kept; --force replaces it. It was made with: %s", target, store.command)
+    return True
+
+
+def _options(name: str, output: Path, limits: BuildLimits, **arguments: object) -> BuildOptions:
+    """The options, and the command that makes the store again: arguments that are None are left out of it."""
+    policy = limits.get("bad_row_policy", "raise")
+    arguments = {"dataset_name": name, **arguments, "output": output, "bad_row_policy": policy}
+    if policy == "raise":
+        del arguments["bad_row_policy"]
+    given = [(f"--{option}", str(value)) for option, value in arguments.items() if value is not None]
+    command = shlex.join([*_SCRIPT, *(word for pair in given for word in pair)])
+    return BuildOptions(name=name, output=output, command=command, **limits)
 
 
 def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published: Mapping[str, float]) -> Path:
@@ -48,36 +135,36 @@ def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published
             name=options.name,
             command=options.command,
             overwrite=True,
-            resume_key=_key(raw, schema, options),
+            resume_key=_resume_key(raw, schema, options),
         )
         with writer:
-            disk.check(raw.logs, options.output, already=disk.used_below(writer.partial))
+            check_free_disk(raw.logs, options.output, already_used=used_below(writer.partial))
             with (
                 closing(Progress(sum(log.path.stat().st_size for log in raw.logs))) as progress,
                 open_engine(writer.scratch, options.memory_limit) as engine,
             ):
-                _build(Work(raw, schema, options, writer, progress, engine), published)
+                _build(BuildState(raw, schema, options, writer, progress, engine), published)
     return options.output
 
 
-def _build(work: Work, published: Mapping[str, float]) -> None:
-    writer, journal = work.writer, work.writer.journal
+def _build(state: BuildState, published: Mapping[str, float]) -> None:
+    writer, journal = state.writer, state.writer.journal
     if journal.stages:
-        _log.info("going on with an interrupted run: %d of its stages are done", len(journal.stages))
-    read_files(work)
-    check_rows(work)
-    lengths, num_items = number_users_and_items(work)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+        _log.info("continuing an interrupted run: %d of its stages are done", len(journal.stages))
+    read_files(state)
+    check_rows(state)
+    lengths, num_items = number_users_and_items(state)
+    offsets = run_offsets(lengths)
     writer.write_offsets(offsets)
-    write_vocabularies(work, len(lengths), num_items)
-    write_context(work, len(lengths))
-    write_events(work, offsets, num_items)
-    writer.statistics = statistics_of(lengths, num_items, published) | {"skipped_rows": work.skipped}
-    writer.sources = {file.name: journal[f"source {file.name}"] for file in work.raw.files}
+    write_vocabularies(state, len(lengths), num_items)
+    write_context(state, len(lengths))
+    write_events(state, offsets, num_items)
+    writer.statistics = statistics_of(lengths, num_items, published) | {"skipped_rows": state.skipped}
+    writer.sources = {file.name: journal[f"source {file.name}"] for file in state.raw.files}
 
 
-def _key(raw: RawTables, schema: Schema, options: BuildOptions) -> str:
-    """Stands for all that the stages depend on."""
+def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions) -> str:
+    """Identifies everything that the stages depend on."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in raw.files]
     tables = [repr(raw.logs), raw.events, repr(raw.context), repr(schema)]
     rules = [options.name, options.bad_row_policy, options.max_bad_rows]

@@ -1,4 +1,4 @@
-"""DuckDB as preprocessing uses it: bounded memory, working files beside the store, errors that a user understands."""
+"""DuckDB as preprocessing uses it: limits of memory and disk, working files, and errors in a user's words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,50 +15,57 @@ import duckdb
 import numpy as np
 
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.preprocess.tables import literal
+from hstu.data.datasets.raw import RawFile, literal, open_bytes
 
-_ENGINE_SHARE = 0.55
-"""Of the memory limit for DuckDB's own accounting; the rest is Python, the vocabularies and what DuckDB overlooks."""
+_ENGINE_FRACTION = 0.55
+"""DuckDB's part of the memory limit; the rest is for Python, the vocabularies and what DuckDB does not count."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_LEAST_MEMORY = 256 << 20
+_MIN_MEMORY = 256 << 20
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_SAMPLE_BYTES = 1 << 18
+_STORE_BYTES = 16
+"""Per event in the store: item and action int32, timestamp int64."""
+_WORKING_BYTES = 32
+"""Per event in working files: columnar and compressed, the spill of a bucket, and its part of the vocabulary."""
+_GZIP_RATIO = 5
+_GIB = 1 << 30
 
 Connection = duckdb.DuckDBPyConnection
 
 
 def memory_bytes(text: str) -> int:
-    """4GB, 512MiB, … in bytes. Raises ConfigError for what is no amount of memory, or too little to work with."""
+    """4GB, 512MiB, … in bytes. Raises ConfigError for anything else, and for less than 256MiB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", text, flags=re.IGNORECASE)
     if match is None:
         raise ConfigError(f"--memory_limit {text!r}: expected an amount like 4GB or 512MiB")
     amount = int(float(match[1]) * _UNITS[match[2].upper()])
-    if amount < _LEAST_MEMORY:
+    if amount < _MIN_MEMORY:
         raise ConfigError(f"--memory_limit {text!r}: at least 256MiB are needed")
     return amount
 
 
 @contextmanager
 def open_engine(scratch: Path, memory_limit: str) -> Iterator[Connection]:
-    """A DuckDB in memory that spills to ``scratch``. Its errors become DataError."""
+    """An in-memory DuckDB that spills to ``scratch``. Its errors become DataError."""
     spill = scratch / "spill"
     try:
         with duckdb.connect() as engine:
-            engine.execute(f"SET memory_limit = '{int(memory_bytes(memory_limit) * _ENGINE_SHARE) >> 10} KiB'")
+            engine.execute(f"SET memory_limit = '{int(memory_bytes(memory_limit) * _ENGINE_FRACTION) >> 10} KiB'")
             engine.execute(f"SET temp_directory = {literal(str(spill))}")
             engine.execute(f"SET threads = {len(os.sched_getaffinity(0))}")
-            # Asked for with query_progress(), printed by nobody but us.
+            # For query_progress(); DuckDB itself prints nothing.
             engine.execute("SET enable_progress_bar = true")
             engine.execute("SET enable_progress_bar_print = false")
             yield engine
     except duckdb.Error as error:
-        raise _understood(error, scratch, memory_limit) from error
+        raise _data_error(error, scratch, memory_limit) from error
     finally:
         shutil.rmtree(spill, ignore_errors=True)
 
 
 @contextmanager
 def disk_errors(directory: Path) -> Iterator[None]:
-    """A write that fails becomes a DataError that tells why."""
+    """Turns a failed write into a DataError with its reason."""
     try:
         yield
     except OSError as error:
@@ -67,27 +74,27 @@ def disk_errors(directory: Path) -> Iterator[None]:
         raise DataError(f"cannot write {error.filename or directory}: {error.strerror or error}") from error
 
 
-def one(engine: Connection, query: str, parameters: Any = None) -> tuple[Any, ...]:
-    """A query's only row."""
-    (row,) = engine.execute(query, parameters).fetchall()
+def one(engine: Connection, query: str) -> tuple[Any, ...]:
+    """The only row of a query."""
+    (row,) = engine.execute(query).fetchall()
     return tuple(row)
 
 
 def column(engine: Connection, query: str) -> np.ndarray:
-    """A query's only column, without NULLs: int64 or str objects."""
+    """The only column of a query, without NULLs: int64 or str objects."""
     (values,) = engine.execute(query).fetchnumpy().values()
     return np.asarray(values)
 
 
 def write_parquet(engine: Connection, select: str, target: Path) -> int:
-    """A query's rows as a file, which appears whole; returns how many they are."""
+    """Writes the rows of a query to a file, which appears whole; returns their number."""
     part = target.with_suffix(".part")
     (rows,) = one(engine, f"COPY ({select}) TO {literal(str(part))} (FORMAT parquet, COMPRESSION lz4_raw)")
     os.replace(part, target)
     return int(rows)
 
 
-def _understood(error: duckdb.Error, scratch: Path, memory_limit: str) -> DataError:
+def _data_error(error: duckdb.Error, scratch: Path, memory_limit: str) -> DataError:
     text = str(error).strip()
     if re.search(r"no space left|file too large|disk quota|max_temp_directory_size", text, flags=re.IGNORECASE):
         return _disk_full(scratch.parent, "no space left for working files")
@@ -99,3 +106,32 @@ def _understood(error: duckdb.Error, scratch: Path, memory_limit: str) -> DataEr
 def _disk_full(directory: Path, what: str | None) -> DataError:
     place = directory if directory.exists() else directory.parent
     return DataError(f"cannot write to {place}: {what}; free some space, or choose another --output")
+
+
+def check_free_disk(logs: Sequence[RawFile], output: Path, already_used: int = 0) -> None:
+    """Raises DataError where the disk is too small. ``already_used``: bytes that an interrupted run has left."""
+    needed = sum(estimated_rows(log) for log in logs) * (_STORE_BYTES + _WORKING_BYTES) - already_used
+    place = output.absolute().parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise DataError(
+            f"{place} has {free / _GIB:.1f} GiB free, and preprocessing needs about {needed / _GIB:.1f} GiB there; "
+            "free some space, or choose another --output"
+        )
+
+
+def used_below(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def estimated_rows(raw: RawFile) -> int:
+    """Rows of a file; for text an estimate from its size and the length of its first lines."""
+    if not raw.is_text:
+        with duckdb.connect() as engine:
+            (rows,) = one(engine, f"SELECT sum(num_rows) FROM parquet_file_metadata({literal(str(raw.path))})")
+        return int(rows or 0)
+    with open_bytes(raw.path) as stream:
+        sample = stream.read(_SAMPLE_BYTES)
+    size = raw.path.stat().st_size * (_GZIP_RATIO if raw.path.suffix == ".gz" else 1)
+    return int(size * max(sample.count(b"\n"), 1) / max(len(sample), 1))

@@ -1,4 +1,7 @@
-"""A raw file -> a columnar working file, in one pass. Every line that cannot be read is known by its number."""
+"""First stages: every raw file becomes a columnar working file of settled types, and its values are checked.
+
+Every unreadable line and every unusable value is reported with its file and line.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from pathlib import Path
 import duckdb
 
 from hstu.config.errors import DataError
-from hstu.data.preprocess.bad_rows import BadRows
-from hstu.data.preprocess.engine import Connection, write_parquet
-from hstu.data.preprocess.tables import RawFile
+from hstu.data.datasets.raw import RawFile, identifier
+from hstu.data.datasets.spec import ColumnDescription
+from hstu.data.preprocess.engine import Connection, one, write_parquet
+from hstu.data.preprocess.state import READING, BadRows, BuildState
 
 _UNQUOTED, _TOO_LONG = "UNQUOTED VALUE", "LINE SIZE OVER MAXIMUM"
-_WHY = {
+_REASONS = {
     "CAST": "value of the wrong type",
     "MISSING COLUMNS": "too few columns",
     "TOO MANY COLUMNS": "too many columns",
@@ -20,44 +24,76 @@ _WHY = {
 }
 
 
-def ingest(engine: Connection, raw: RawFile, select: str, target: Path, bad: BadRows) -> int:
-    """Writes ``select`` of the file's readable rows, in their order, to ``target``; returns how many they are.
+def read_files(state: BuildState) -> None:
+    """Writes the logs and the context to where BuildState.typed_log and typed_context read them."""
+    for number, log in enumerate(state.raw.logs):
+        _read(state, f"log_{number}", log, state.raw.events, READING * log.path.stat().st_size)
+    if state.raw.context is not None:
+        _read(state, "context", *state.raw.context, 0)
+    if state.raw.title_file is not None:
+        state.commit_source(state.raw.title_file)
+    if state.raw.resolve_types is not None and "typed" not in state.writer.journal:
+        engine, events, context = state.engine, state.ingested_log(0), state.ingested_context()
+        typed = state.raw.resolve_types(engine, events, context)
+        write_parquet(engine, f'SELECT {typed.events} FROM {events} ORDER BY "row"', state.file("typed_log"))
+        if context is not None:
+            write_parquet(engine, f'SELECT {typed.context} FROM {context} ORDER BY "row"', state.file("typed_context"))
+        state.writer.journal.commit("typed")
 
-    Raises DataError with file and line where a line is unreadable and ``bad`` does not allow to skip it.
+
+def _read(state: BuildState, name: str, file: RawFile, select: str, effort: float) -> None:
+    journal = state.writer.journal
+    if name in journal:
+        state.progress.skip(effort)
+    else:
+        bad = state.bad_rows()
+        with state.progress.stage(f"reading {file.path.name}", effort, state.engine):
+            _ingest(state.engine, file, select, state.file(name), bad)
+        state.commit_source(file.path)
+        journal.commit(name, bad.counts)
+    state.skipped.update(journal[name])
+
+
+def _ingest(engine: Connection, raw: RawFile, select: str, target: Path, bad: BadRows) -> None:
+    """Writes ``select`` of the file's readable rows, in their order, to ``target``.
+
+    Raises DataError with file and line for an unreadable line that ``bad`` does not allow to skip.
     """
     try:
-        rows = write_parquet(engine, f"SELECT {select} FROM {raw.relation()}", target)
+        write_parquet(engine, f"SELECT {select} FROM {raw.relation()}", target)
     except (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.IOException) as error:
         text = str(error)
         if raw.path.name not in text and "GZIP" not in text.upper():
             raise
         raise DataError(f"cannot read {raw.path}: {text.splitlines()[0].partition(': ')[2]}") from error
     if raw.is_text:
-        _note_rejects(engine, raw, bad)
-    return rows
+        _count_rejects(engine, raw, bad)
 
 
-def _note_rejects(engine: Connection, raw: RawFile, bad: BadRows) -> None:
+def _count_rejects(engine: Connection, raw: RawFile, bad: BadRows) -> None:
     try:
-        rejects = engine.execute(
+        rejects = one(
+            engine,
             "SELECT count(DISTINCT line), min(line_byte_position), arg_min(error_type::VARCHAR, line_byte_position), "
             "arg_min(error_message, line_byte_position), arg_min(column_name, line_byte_position), "
-            f"max(error_type::VARCHAR IN ('{_UNQUOTED}', '{_TOO_LONG}')) FROM reject_errors"
-        ).fetchone()
-    except duckdb.CatalogException:  # nothing was rejected, so there is no such table
+            f"max(error_type::VARCHAR IN ('{_UNQUOTED}', '{_TOO_LONG}')) FROM reject_errors",
+        )
+    except duckdb.CatalogException:  # without a rejected line there is no such table
         return
     engine.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
-    if rejects is None or not rejects[0]:
+    number, byte, kind, message, name, hides_lines = rejects
+    if not number:
         return
-    number, byte, kind, message, name, swallows = rejects
-    place = raw.place_at(byte - 1)  # DuckDB counts from 1
-    detail = _explained(kind, message, name)
-    if swallows:  # a quote that is never closed takes the lines after it along: how many is not known
-        raise DataError(f"{place}: {detail}. The lines after it are lost with it, so it cannot be skipped: correct it")
-    bad.add(number, _WHY.get(kind, "unreadable line"), place, detail)
+    location = raw.place_at(byte - 1)  # DuckDB counts from 1
+    detail = _explain(kind, message, name)
+    if hides_lines:  # an unclosed quote also makes an unknown number of further lines unreadable
+        raise DataError(
+            f"{location}: {detail}. The lines after it cannot be read either, so it cannot be skipped: correct it"
+        )
+    bad.add(number, _REASONS.get(kind, "unreadable line"), location, detail)
 
 
-def _explained(kind: str, message: str, name: str | None) -> str:
+def _explain(kind: str, message: str, name: str | None) -> str:
     """DuckDB's message in one line and in a user's words."""
     if kind == "CAST":
         value = message.partition('Could not convert string "')[2].rpartition('" to ')[0]
@@ -70,3 +106,50 @@ def _explained(kind: str, message: str, name: str | None) -> str:
     if kind == _TOO_LONG:
         return "a line of more than 2,000,000 bytes"
     return message.splitlines()[0].replace("Expected Number of Columns:", "expected columns:").replace("Found", "found")
+
+
+def check_rows(state: BuildState) -> None:
+    """Raises DataError for the first unusable event or repeated user of the context, unless they may be skipped."""
+    journal = state.writer.journal
+    if "checked" not in journal:
+        bad = state.bad_rows()
+        for number, log in enumerate(state.raw.logs):
+            _check_log(state, number, log, bad)
+        _check_context(state, bad)
+        (usable,) = one(state.engine, f"SELECT count(*) FROM {state.events()}")
+        if usable == 0:
+            raise DataError(f"{', '.join(str(log.path) for log in state.raw.logs)}: no events")
+        journal.commit("checked", bad.counts)
+    state.skipped.update(journal["checked"])
+
+
+def _check_log(state: BuildState, number: int, log: RawFile, bad: BadRows) -> None:
+    """One pass over the file. A row with several unusable values counts once, for the first of them."""
+    conditions = state.unusable_values()
+    selected, earlier = [], "false"
+    for name, condition in conditions.items():
+        here = f"FILTER (WHERE {condition} AND NOT ({earlier}))"
+        selected += [f'count(*) {here} AS "n_{name}"', f'min("row") {here} AS "first_{name}"']
+        earlier = f"{earlier} OR {condition}"
+    found = one(state.engine, f"SELECT {', '.join(selected)} FROM {state.typed_log(number)}")
+    rows = dict(zip(conditions, zip(found[::2], found[1::2], strict=True), strict=True))
+    for name, (count, first) in sorted(rows.items(), key=lambda item: item[1][1] or 0):
+        if count:
+            query = f'SELECT {identifier(name)} FROM {state.ingested_log(number)} WHERE "row" = {first}'
+            (value,) = one(state.engine, query)
+            column = state.raw.descriptions.get(name) or ColumnDescription(name, "a value")
+            shown = "is empty or of the wrong type" if value is None else f"is {value!r}"
+            detail = f"{column.label!r} {shown}; allowed is {column.allowed}"
+            bad.add(count, f"unusable {name}", log.place(first), detail)
+
+
+def _check_context(state: BuildState, bad: BadRows) -> None:
+    """Of several rows for one user, those after the first are bad."""
+    context = state.typed_context()
+    if context is None or state.raw.context is None:
+        return
+    repeated = f"""SELECT "user", "row" FROM {context} WHERE "user" IS NOT NULL
+        QUALIFY row_number() OVER (PARTITION BY "user" ORDER BY "row") > 1"""
+    count, user, row = one(state.engine, f'SELECT count(*), arg_min("user", "row"), min("row") FROM ({repeated})')
+    if count:
+        bad.add(count, "repeated user", state.raw.context[0].place(row), f"another row for user {user!r}")

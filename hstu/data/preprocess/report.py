@@ -1,17 +1,42 @@
-"""What preprocessing found: statistics for meta.json and a short report for the terminal."""
+"""What preprocessing found: statistics for meta.json, lines for the terminal, and report.md with plots."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from hstu.data.store import SequenceStore
+from hstu.data.datasets import DATASETS, resolve_name
+from hstu.data.store import USER_FEATURE, SequenceStore
+
+REPORT = "report.md"
+_CHUNK = 1 << 22
+_TOP = 10
+_TRUNCATED_AT = (50, 200, 1000)
+"""Values of max_sequence_length for which the report shows how much they cut off."""
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#6b6b6b"
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+}
 
 
 def statistics_of(lengths: np.ndarray, num_items: int, published: Mapping[str, float]) -> dict[str, Any]:
-    """Counts, lengths per user, sparsity in [0, 1]; ``published`` are the figures of the complete data."""
+    """Counts, lengths per user and sparsity in [0, 1]; ``published`` are the figures of the complete data."""
     events = int(lengths.sum())
     return {
         "users": len(lengths),
@@ -27,7 +52,7 @@ def statistics_of(lengths: np.ndarray, num_items: int, published: Mapping[str, f
 
 
 def differences(statistics: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Statistic -> (found, published) where they differ by more than the rounding to an integer."""
+    """Statistic → (found, published) where they differ by more than the rounding to an integer."""
     return {
         name: (statistics[name], published)
         for name, published in statistics["published"].items()
@@ -36,13 +61,13 @@ def differences(statistics: Mapping[str, Any]) -> dict[str, tuple[float, float]]
 
 
 def format_report(store: SequenceStore) -> str:
-    """The report that the terminal shows, a few lines."""
+    """The short report for the terminal."""
     found = store.statistics
     context = ", ".join(f"{name} ({store.cardinality(name):,})" for name in store.contextual_features) or "none"
     lines = [
         f"{store.name}: {store.path}",
         f"  users {found['users']:,}, items {found['items']:,}, events {found['events']:,}",
-        f"  events a user: max {found['length_max']:,}, min {found['length_min']:,}, "
+        f"  events per user: max {found['length_max']:,}, min {found['length_min']:,}, "
         f"mean {found['length_mean']:,.1f}, median {found['length_median']:,.0f}; sparsity {found['sparsity']:.4%}",
         f"  item {store.item_feature}, action {store.action_feature or 'none'}, "
         f"time {store.timestamp_feature or 'none (file order)'}, context {context}",
@@ -56,3 +81,230 @@ def format_report(store: SequenceStore) -> str:
             else f"  as published: {', '.join(found['published'])}"
         )
     return "\n".join(lines)
+
+
+def write_report(store: SequenceStore, folder: Path) -> Path:
+    """Writes report.md and its plots into ``folder``, which is created or replaced; returns the report's path.
+
+    Reads every event once. Memory is bounded, except for one counter per item.
+    """
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    aside.chmod(0o755)
+    try:
+        lengths = np.diff(store.offsets())
+        counts = _bincount(store, store.item_feature)
+        draw_lengths(lengths, aside / "lengths.png")
+        draw_popularity(counts, aside / "popularity.png")
+        sections = [
+            f"# {store.name}\n",
+            *_counts(store),
+            *_published(store),
+            *_rows(store, lengths),
+            "## Histories\n\n![lengths of histories](lengths.png)\n",
+            _quantiles("events per user", lengths),
+            "## Items\n\n![popularity of items](popularity.png)\n",
+            _quantiles("events per item", counts[counts > 0]),
+            *_top_items(store, counts),
+            *_actions(store),
+            *_context(store),
+            *_sources(store),
+        ]
+        (aside / REPORT).write_text("\n".join(sections), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not (folder / REPORT).is_file():  # else another process has just written the same
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder / REPORT
+
+
+def repeated_events(store: SequenceStore) -> int:
+    """How many events equal an earlier one of their user in time, item and action; 0 without times."""
+    if store.timestamp_feature is None:
+        return 0
+    features = [store.timestamp_feature, store.item_feature]
+    features += [store.action_feature] if store.action_feature else []
+    return sum(_repeated_in(store, features, begin, end) for begin, end in _whole_users(store))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
+
+
+def _counts(store: SequenceStore) -> list[str]:
+    found = store.statistics
+    rows = [(name, found[name]) for name in ("users", "items", "events")]
+    rows.append(("events possible that did not happen (sparsity)", f"{found['sparsity']:.4%}"))
+    if store.timestamp_feature is not None:
+        times = store.sequence(store.timestamp_feature)
+        spans = [(int(times[a:b].min()), int(times[a:b].max())) for a, b in _chunks(store.num_events)]
+        first, last = min(span[0] for span in spans), max(span[1] for span in spans)
+        rows.append(("first event", f"{_date(first)} UTC"))
+        rows.append(("last event", f"{_date(last)} UTC"))
+        rows.append(("days", (last - first) / 86_400))
+    return ["## Counts\n", table(("", store.name), rows)]
+
+
+def _published(store: SequenceStore) -> list[str]:
+    published = store.statistics["published"]
+    if not published:
+        return []
+    unlike = differences(store.statistics)
+    rows = [
+        (name, value, store.statistics[name], "**no**" if name in unlike else "yes")
+        for name, value in published.items()
+    ]
+    verdict = "Not the complete data, or another release of it." if unlike else "All as published."
+    return ["## Against the published statistics\n", table(("", "published", "here", "equal"), rows), verdict + "\n"]
+
+
+def _rows(store: SequenceStore, lengths: np.ndarray) -> list[str]:
+    skipped = store.statistics.get("skipped_rows", {})
+    rows: list[tuple[str, object]] = [(f"skipped: {why}", number) for why, number in sorted(skipped.items())]
+    rows.append(("skipped in all", sum(skipped.values())))
+    rows.append(("repeated (same user, time, item and action; kept)", repeated_events(store)))
+    for limit in _TRUNCATED_AT:
+        cut = np.maximum(lengths - limit, 0)
+        share = f"{(cut > 0).mean():.1%} of the users, {cut.sum() / lengths.sum():.1%} of the events"
+        rows.append((f"beyond a max_sequence_length of {limit}", share))
+    rows.append(("users too short to train retrieval (fewer than 4 events)", int((lengths < 4).sum())))
+    return ["## Rows left out, and what training leaves out\n", table(("", "rows"), rows)]
+
+
+def _quantiles(what: str, values: np.ndarray) -> str:
+    shares = (0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1)
+    names = ("min", "1 %", "10 %", "25 %", "median", "75 %", "90 %", "99 %", "max", "mean")
+    found = [*(int(value) for value in np.quantile(values, shares, method="nearest")), float(values.mean())]
+    return table((what, *names), [("", *found)])
+
+
+def _top_items(store: SequenceStore, counts: np.ndarray) -> list[str]:
+    top = np.argsort(-counts, kind="stable")[:_TOP]
+    raw, titles = store.raw_ids(store.item_feature), store.titles()
+    share = 100 * counts / store.num_events
+    rows = [
+        (raw[code], "" if titles is None else titles[code], int(counts[code]), f"{share[code]:.2f} %") for code in top
+    ]
+    return [f"The {len(top)} most frequent:\n", table((store.item_feature, "title", "events", "share"), rows)]
+
+
+def _actions(store: SequenceStore) -> list[str]:
+    if store.action_feature is None:
+        return []
+    counts = _bincount(store, store.action_feature)
+    values = np.arange(len(counts))
+    name = resolve_name(store.name)
+    if name is not None and (bits := DATASETS[name].action_bits):
+        rows = [(signal, int(counts[values & bit > 0].sum())) for signal, bit in bits.items()]
+    else:
+        rows = [(str(value), int(counts[value])) for value in values[counts > 0][:50]]
+    shares = [(name, number, f"{100 * number / store.num_events:.2f} %") for name, number in rows]
+    return ["## Actions\n", table((store.action_feature, "events", "share"), shares)]
+
+
+def _context(store: SequenceStore) -> list[str]:
+    rows = []
+    for name in store.contextual_features:
+        if name == USER_FEATURE:
+            continue
+        counts = np.bincount(store.context(name), minlength=store.cardinality(name))
+        raw = store.raw_ids(name)
+        shown = ", ".join(f"{raw[code]} {counts[code]:,}" for code in np.argsort(-counts, kind="stable")[:5])
+        rows.append((name, store.cardinality(name), shown))
+    return ["## Contextual features\n", table(("", "values", "most frequent, users"), rows)] if rows else []
+
+
+def _sources(store: SequenceStore) -> list[str]:
+    rows = [(name, f"`{digest}`") for name, digest in store.sources.items()]
+    return ["## Raw files\n", table(("file", "SHA-256"), rows), f"Made by `{store.command}`\n"]
+
+
+def draw_lengths(lengths: np.ndarray, image: Path) -> None:
+    """A histogram of the lengths of histories, on a logarithmic axis."""
+    with _figure(image) as axes:
+        edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 40).astype(int))
+        axes.hist(lengths, bins=edges, color=_BLUE)
+        axes.axvline(float(np.median(lengths)), color=_ORANGE)
+        axes.annotate(
+            f" median {np.median(lengths):,.0f}", (float(np.median(lengths)), 0.97), xycoords=("data", "axes fraction"),
+            color=_ORANGE, va="top",
+        )  # fmt: skip
+        axes.set(xscale="log", xlabel="events of a user", ylabel="users", title="How long histories are")
+
+
+def draw_popularity(counts: np.ndarray, image: Path) -> None:
+    """Events per item by rank, and how many items have half of all events."""
+    ordered = np.sort(counts[counts > 0])[::-1]
+    ranks = np.unique(np.geomspace(1, len(ordered), 400).astype(np.int64))
+    with _figure(image) as axes:
+        axes.plot(ranks, ordered[ranks - 1], color=_BLUE)
+        half = int(np.searchsorted(np.cumsum(ordered), ordered.sum() / 2)) + 1
+        axes.axvline(half, color=_ORANGE)
+        axes.annotate(
+            f" half of all events: {half:,} items, {half / len(ordered):.1%} ", (half, 0.03),
+            xycoords=("data", "axes fraction"), color=_ORANGE, va="bottom",
+            ha="right" if half > len(ordered) ** 0.5 else "left",
+        )  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="events", title="How popular items are")
+
+
+@contextmanager
+def _figure(image: Path) -> Iterator[Any]:
+    """An Axes to draw on; the PNG is written when the block ends."""
+    # Without pyplot, which keeps global state and may need a display.
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 3.2), dpi=100, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure.subplots()
+        figure.savefig(image)
+
+
+def _bincount(store: SequenceStore, feature: str) -> np.ndarray:
+    counts = np.zeros(store.cardinality(feature), dtype=np.int64)
+    for begin, end in _chunks(store.num_events):
+        np.add.at(counts, store.sequence(feature)[begin:end], 1)
+    return counts
+
+
+def _chunks(events: int) -> Iterable[tuple[int, int]]:
+    return ((begin, min(begin + _CHUNK, events)) for begin in range(0, events, _CHUNK))
+
+
+def _whole_users(store: SequenceStore) -> Iterable[tuple[int, int]]:
+    """Ranges of about _CHUNK events that do not divide a user."""
+    offsets = store.offsets()
+    begin = 0
+    while begin < store.num_events:
+        end = int(offsets[min(int(np.searchsorted(offsets, begin + _CHUNK)), store.num_users)])
+        yield begin, end
+        begin = end
+
+
+def _repeated_in(store: SequenceStore, features: Sequence[str], begin: int, end: int) -> int:
+    user = np.searchsorted(store.offsets(), np.arange(begin, end), side="right")
+    keys = [user, *(store.sequence(name)[begin:end] for name in features)]
+    tied = (np.diff(keys[0]) == 0) & (np.diff(keys[1]) == 0)  # few events, so that the rest is fast
+    among = np.append(tied, False) | np.append(False, tied)
+    return int(pd.DataFrame({index: key[among] for index, key in enumerate(keys)}).duplicated().sum())
+
+
+def _date(seconds: int) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):
+        return f"second {seconds:,}"

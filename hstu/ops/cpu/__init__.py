@@ -1,1 +1,1 @@
-"""C++ kernels for CPUs, compiled on first use; see build.py."""
+"""C++ kernels for CPUs, compiled on first use (build.py); operators.py lists them. Sources are in csrc/."""

@@ -1,14 +1,15 @@
-"""Compiles the C++ kernels once a machine, and finds what was compiled before.
+"""The C++ kernels: compiled once per machine, loaded once per process, called with the addresses of tensors.
 
-They are plain C++ behind a C interface, with no header of PyTorch or Python, so that a compiler is all it takes, some
-seconds of it, and no release of PyTorch needs another build. The library lies in the user's cache directory, under a
-name made of the sources, the compiler, its flags and the processor.
+They are plain C++ behind a C interface and include no header of PyTorch or Python, so that they need only a compiler
+and no rebuild for a new release of PyTorch. The library lies in the user's cache directory; its name is a hash of the
+sources, the compiler, its flags and the processor.
 
     python -m hstu.ops.cpu.build    compile now, as an installer does; the exit code is 0 even where that fails
 """
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import logging
@@ -19,14 +20,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from hstu.ops.cache import cache_directory
+import torch
+from torch import Tensor
+
+from hstu.ops.self_check import cache_directory
 
 log = logging.getLogger(__name__)
 
+KEPT_BYTES = 1 << 30
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
@@ -36,29 +43,97 @@ FLAGS = (
 )
 
 
+pointer, int64, int32, float32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+strides = int64 * 2
+"""Of the first two dimensions, in elements."""
+
+
 class KernelsUnavailable(Exception):
-    """Why there are no C++ kernels here, and what would help: a line for the user."""
+    """There are no C++ kernels on this machine; the message is one line for the user: the reason and the remedy."""
 
 
-def library_file(cache: Path | None = None) -> Path:
-    """The compiled kernels, which are compiled now if they have not been. Raises KernelsUnavailable.
+def library_file(directory: Path | None = None) -> Path:
+    """Path of the compiled kernels, which are compiled now if they have not been. Raises KernelsUnavailable.
 
-    ``cache``: directory for compiled kernels, the user's by default. Any number of processes may call this at once:
-    one compiles, the others wait for it. An interrupted compilation leaves nothing that is taken for a library.
+    ``directory``: where compiled kernels lie, by default the user's cache. Any number of processes may call this at
+    once: one compiles, the others wait for it. An interrupted compilation leaves no library behind.
     """
     compiler = _compiler()
-    cache = cache_directory() if cache is None else cache
-    library = cache / f"cpu_kernels_{_key(compiler)}.so"
-    if library.exists():
-        return library
+    directory = cache_directory() if directory is None else directory
+    path = directory / f"cpu_kernels_{_key(compiler)}.so"
+    if path.exists():
+        return path
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / "lock"):
-            if not library.exists():
-                _compile(compiler, library)
+        directory.mkdir(parents=True, exist_ok=True)
+        with _locked(directory / "lock"):
+            if not path.exists():
+                _compile(compiler, path)
     except OSError as error:
-        raise KernelsUnavailable(f"cannot write compiled kernels to {cache}: {error.strerror}") from error
-    return library
+        raise KernelsUnavailable(f"cannot write compiled kernels to {directory}: {error.strerror}") from error
+    return path
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels, loaded once per process. Raises KernelsUnavailable.
+
+    PyTorch has been imported before and has loaded OpenMP: kernels and PyTorch share one set of threads.
+    """
+    loaded = ctypes.CDLL(str(library_file()))
+    loaded.hstu_packed_width.restype = int64
+    return loaded
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's first element."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Arguments(ctypes.Structure):
+    """The arguments of a C++ function. A subclass has the fields of the C++ struct, in the same order."""
+
+    def set(self, **tensors: Tensor | None) -> None:
+        """Set the addresses of tensors, and the strides of their first two dimensions where there is a field for them.
+
+        None is a null pointer. The tensors live as long as the arguments.
+        """
+        for name, tensor in tensors.items():
+            setattr(self, name, address(tensor))
+            if tensor is not None and hasattr(self, f"{name}_strides"):
+                setattr(self, f"{name}_strides", strides(*tensor.stride()[:2]))
+        self._tensors = (*getattr(self, "_tensors", ()), *tensors.values())
+
+
+def fields(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
+    """The fields of :class:`Arguments`: groups of one type each, with the names separated by spaces."""
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
+def with_contiguous_rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied only where its last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 or tensor.numel() == 0 else tensor.contiguous()
+
+
+def is_bfloat(tensors: Sequence[Tensor]) -> bool:
+    """True for bfloat16, False for float32. Raises TypeError for another dtype and for tensors of several."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if dtypes not in ({torch.float32}, {torch.bfloat16}):
+        raise TypeError(f"the C++ kernels take float32 or bfloat16, all tensors alike, not {sorted(map(str, dtypes))}")
+    return tensors[0].dtype == torch.bfloat16
+
+
+def num_threads() -> int:
+    """Threads that a kernel runs on: as many as PyTorch uses."""
+    return torch.get_num_threads()
+
+
+def keep_freed_memory() -> None:
+    """Keep up to 1 GiB of freed memory in the process from now on instead of returning it to the system.
+
+    A training step frees and allocates the same tensors again, and new pages would cost a tenth of a step at the size
+    of ML-1M.
+    """
+    library().hstu_keep_freed_memory(int64(KEPT_BYTES))
 
 
 def _compiler() -> str:
@@ -70,7 +145,7 @@ def _compiler() -> str:
 
 
 def _key(compiler: str) -> str:
-    """Changes with whatever changes the compiled code."""
+    """A hash of everything that determines the compiled code."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -80,7 +155,7 @@ def _key(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """What -march=native looks at: model and features, but not the core or its clock."""
+    """What -march=native depends on: model and features, but not the core or its clock."""
     wanted = ("model name", "flags", "Features", "CPU part")
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -90,7 +165,7 @@ def _processor() -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone among all processes of this host; the lock ends with the process, however that ends."""
+    """Exclude all other processes of this host; the lock ends with the process, however that ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -98,7 +173,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _compile(compiler: str, library: Path) -> None:
     sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-    log.info("compiling the CPU kernels with %s (some seconds, once on this machine)", compiler)
+    log.info("compiling the CPU kernels with %s (some seconds, once per machine)", compiler)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
         made = Path(directory) / library.name
@@ -111,7 +186,7 @@ def _compile(compiler: str, library: Path) -> None:
 
 
 def main() -> None:
-    """Compile, and say how it went."""
+    """Compile, and print the result."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         print(f"CPU kernels: {library_file()}")

@@ -1,6 +1,6 @@
-"""See :mod:`hstu.ops.softmax_loss`; the arithmetic is in csrc/softmax_loss.cpp.
+"""Sampled softmax loss and L2 normalization by C++ kernels; see csrc/softmax_loss.cpp and csrc/layer.cpp.
 
-As there, forward makes the gradients, and backward scales them.
+As in PyTorch's, the forward of the loss computes the gradients, and backward scales them.
 """
 
 from __future__ import annotations
@@ -10,29 +10,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from hstu.ops.cpu.library import address, float32, int32, int64, library, num_threads, pointer
+from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, num_threads, pointer
+from hstu.ops.pytorch import softmax_loss
 from hstu.ops.pytorch.softmax_loss import SoftmaxLoss
 
 MOST_PARTIAL_BYTES = 2**27
-"""Of gradients of the pool that are summed apart by the threads; beyond, each thread looks at all draws."""
+"""Of partial gradients of the pool, one per thread; beyond, each thread reads all draws instead."""
 
 
-class _Arguments(ctypes.Structure):
-    """Mirrors HstuSampledSoftmax of csrc/softmax_loss.cpp: same names, same order."""
+class _LossArguments(Arguments):
+    """HstuSampledSoftmax of csrc/softmax_loss.cpp."""
 
-    _fields_ = [  # ctypes wants a plain list
-        *((name, pointer) for name in ("queries", "positives", "pool", "draws", "target_ids", "pool_ids")),
-        *((name, pointer) for name in ("losses", "weights", "grad_queries", "grad_positives", "grad_pool")),
-        *((name, pointer) for name in ("packed", "partial")),
-        *((name, int64) for name in ("num_queries", "num_draws", "pool_size", "width", "padded", "parts")),
-        ("temperature", float32),
-        ("threads", int32),
-    ]
+    _fields_ = fields(
+        (pointer, "queries positives pool draws target_ids pool_ids"),
+        (pointer, "losses weights grad_queries grad_positives grad_pool packed partial"),
+        (int64, "num_queries num_draws pool_size width padded parts"),
+        (float32, "temperature"),
+        (int32, "threads"),
+    )
 
 
 class SampledSoftmaxLoss(SoftmaxLoss):
-    """Softmax against R negatives a query; vectors float32, at most WIDEST_ROW wide."""
+    """Softmax against R negatives per query; vectors float32 of at most 256 numbers."""
 
     @staticmethod
     def forward(
@@ -45,38 +46,79 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         pool_ids: Tensor,
         temperature: float,
     ) -> Tensor:
-        """See hstu.ops.softmax_loss.sampled_softmax_loss."""
-        given = {
-            "queries": queries.contiguous(),
-            "positives": positives.contiguous(),
-            "pool": pool.contiguous(),
-            "draws": draws.int().contiguous(),
-            "target_ids": target_ids.long().contiguous(),
-            "pool_ids": pool_ids.long().contiguous(),
-        }
+        """See :func:`hstu.ops.functional.sampled_softmax_loss`."""
         num_queries, num_draws = draws.shape
         padded = library().hstu_packed_width(int64(queries.shape[1]))
-        threads = num_threads()
-        partial_shape = (threads, len(pool), padded)
-        made = {"losses": torch.empty(num_queries), "packed": torch.empty(len(pool), padded)}
-        if any(ctx.needs_input_grad):
-            names = ("queries", "positives", "pool")
-            made |= {f"grad_{name}": torch.empty(given[name].shape) for name in names}
-            made["weights"] = torch.empty(num_queries, num_draws)
-            if threads * len(pool) * padded * 4 <= MOST_PARTIAL_BYTES:
-                made["partial"] = torch.zeros(partial_shape)
-        arguments = _Arguments(
-            **{name: address(tensor) for name, tensor in (given | made).items()},
+        arguments = _LossArguments(
             num_queries=num_queries,
             num_draws=num_draws,
             pool_size=len(pool),
             width=queries.shape[1],
             padded=padded,
-            parts=threads,
+            parts=num_threads(),
             temperature=temperature,
-            threads=threads,
+            threads=num_threads(),
         )
+        arguments.set(
+            queries=queries.contiguous(),
+            positives=positives.contiguous(),
+            pool=pool.contiguous(),
+            draws=draws.int().contiguous(),
+            target_ids=target_ids.long().contiguous(),
+            pool_ids=pool_ids.long().contiguous(),
+        )
+        losses = torch.empty(num_queries)
+        arguments.set(losses=losses, packed=torch.empty(len(pool), padded))
+        if any(ctx.needs_input_grad):
+            gradients = [torch.empty(vectors.shape) for vectors in (queries, positives, pool)]
+            arguments.set(grad_queries=gradients[0], grad_positives=gradients[1], grad_pool=gradients[2])
+            arguments.set(weights=torch.empty(num_queries, num_draws))
+            if num_threads() * len(pool) * padded * 4 <= MOST_PARTIAL_BYTES:
+                arguments.set(partial=torch.zeros(num_threads(), len(pool), padded))
+            ctx.save_for_backward(*gradients)
         library().hstu_sampled_softmax(ctypes.byref(arguments))
-        if "weights" in made:
-            ctx.save_for_backward(made["grad_queries"], made["grad_positives"], made["grad_pool"])
-        return made["losses"].sum()
+        return losses.sum()
+
+
+class _UnitArguments(Arguments):
+    """HstuUnit of csrc/layer.cpp."""
+
+    _fields_ = fields(
+        (pointer, "x unit grad_out out norms grad_x"),
+        (int64, "rows width"),
+        (float32, "eps"),
+        (int32, "threads"),
+    )
+
+
+def l2_normalize(vectors: Tensor, eps: float) -> Tensor:
+    """See :attr:`hstu.ops.types.Kernels.l2_normalize`."""
+    if vectors.dtype == torch.float64:
+        return softmax_loss.l2_normalize(vectors, eps)
+    unit: Tensor = _Unit.apply(vectors.float(), eps)
+    return unit
+
+
+class _Unit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        out, norms = torch.empty(x.shape), torch.empty(len(x))
+        arguments = _unit_arguments(x, eps)
+        arguments.set(x=x.contiguous(), out=out, norms=norms)
+        library().hstu_unit(ctypes.byref(arguments), 0)
+        ctx.save_for_backward(out, norms)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
+        unit, norms = ctx.saved_tensors
+        arguments, grad_x = _unit_arguments(unit, ctx.eps), torch.empty(unit.shape)
+        arguments.set(unit=unit, grad_out=grad_out.contiguous(), norms=norms, grad_x=grad_x)
+        library().hstu_unit(ctypes.byref(arguments), 1)
+        return grad_x, None
+
+
+def _unit_arguments(rows: Tensor, eps: float) -> _UnitArguments:
+    return _UnitArguments(rows=len(rows), width=rows.shape[1], eps=eps, threads=num_threads())

@@ -1,1 +1,5 @@
-"""CUTLASS kernels (CuTe DSL) for NVIDIA GPUs: attention. All but coverage and schedule need nvidia-cutlass-dsl."""
+"""CUTLASS kernels (CuTe DSL) of attention for NVIDIA GPUs of compute capability 8.0 and 9.0.
+
+``operators.py`` lists the operators for :mod:`hstu.ops.select`. ``support.py`` says which shapes they serve; it and
+``schedule.py`` import without nvidia-cutlass-dsl. ``compile_ahead.py`` is for tools and tests.
+"""

@@ -1,29 +1,47 @@
-"""HSTU attention by CUTLASS kernels. See :func:`hstu.ops.attention.hstu_attention`."""
+"""HSTU attention without a bias by CUTLASS kernels: host functions, kernel variants and their compilation."""
 
 from __future__ import annotations
 
+import functools
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import cuda.bindings.driver as cuda
+import cutlass
 import torch
+from cutlass import Float32, Int32, Int64, cute
+from cutlass.base_dsl.compiler import DumpDir, GPUArch, KeepCUBIN, KeepPTX
+from cutlass.cute.runtime import make_ptr
 from torch import Tensor
 
-from hstu.ops.attention import AttentionRule
-from hstu.ops.cutlass.coverage import CAPABILITIES, attention_gap
-from hstu.ops.cutlass.kernels import ALIGNMENT, WIDEST_JOINT, Kernel, Variant, arguments, compiled
-from hstu.ops.cutlass.schedule import leading_rows, make_schedule
-from hstu.ops.layout import JaggedLayout
-from hstu.ops.relative_bias import RelativeBias
+from hstu.ops.cutlass.common import Shape
+from hstu.ops.cutlass.schedule import Rows, leading_rows, make_schedule
+from hstu.ops.cutlass.sm80 import BackwardSm80, ForwardSm80
+from hstu.ops.cutlass.sm90 import BackwardSm90, ForwardSm90
+from hstu.ops.cutlass.support import CAPABILITIES, HEAD_DIMS, head_unsupported_reason
+from hstu.ops.types import AttentionConfig, JaggedLayout, RelativeBias
+
+ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
+ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
+ALIGNMENT = 16
+"""Bytes by which every address and stride that the kernels load from is divisible."""
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, rule: AttentionRule, bias: RelativeBias | None = None
+    q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None = None
 ) -> Tensor:
-    """See :class:`hstu.ops.attention.AttentionKernels`; no bias."""
-    gap = attention_gap(q.shape[2], q.dtype, has_bias=bias is not None)
-    if gap is not None:
-        raise ValueError(f"no CUTLASS kernel: {gap}")
+    """See :class:`hstu.ops.types.AttentionForward`; no bias."""
+    reason = "relative bias" if bias is not None else head_unsupported_reason(q.shape[2], q.dtype)
+    if reason is not None:
+        raise ValueError(f"no CUTLASS kernel: {reason}")
     if k.shape != q.shape or v.shape != q.shape or not q.dtype == k.dtype == v.dtype:
-        raise ValueError("q, k and v must agree in shape and type")
+        raise ValueError("q, k and v must agree in shape and dtype")
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _launch(Kernel.FORWARD, [_loadable(q), _loadable(k), _loadable(v)], [out], layout, rule)
+    _launch(Kernel.FORWARD, [_loadable(q), _loadable(k), _loadable(v)], [out], layout, config)
     return out
 
 
@@ -33,30 +51,30 @@ def backward(
     k: Tensor,
     v: Tensor,
     layout: JaggedLayout,
-    rule: AttentionRule,
+    config: AttentionConfig,
     bias: RelativeBias | None,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """See :class:`hstu.ops.attention.AttentionKernels`. The gradients have the same bits in every run."""
+    """See :class:`hstu.ops.types.AttentionBackward`. The gradients have the same bits in every run."""
     grad, q, k, v = _loadable(grad), _loadable(q), _loadable(k), _loadable(v)
     grad_q, grad_k, grad_v = grads
-    if q.shape[2] <= WIDEST_JOINT:
-        _launch(Kernel.KEYS, [k, q, v, grad], [grad_k, grad_v], layout, rule)
+    if q.shape[2] <= WIDEST_KEYS_AND_VALUES:
+        _launch(Kernel.KEYS, [k, v, q, grad], [grad_k, grad_v], layout, config)
     else:
-        _launch(Kernel.KEYS, [k, q, v, grad], [grad_k], layout, rule)
-        _launch(Kernel.VALUES, [k, q, grad], [grad_v], layout, rule)
-    _launch(Kernel.QUERIES, [q, k, grad, v], [grad_q], layout, rule)
+        _launch(Kernel.KEYS, [k, v, q, grad], [grad_k], layout, config)
+        _launch(Kernel.VALUES, [k, q, grad], [grad_v], layout, config)
+    _launch(Kernel.QUERIES, [q, grad, k, v], [grad_q], layout, config)
 
 
 def _launch(
-    kernel: Kernel, inputs: list[Tensor], outs: list[Tensor], layout: JaggedLayout, rule: AttentionRule
+    kernel: Kernel, inputs: list[Tensor], outs: list[Tensor], layout: JaggedLayout, config: AttentionConfig
 ) -> None:
     tokens, heads, head_dim = inputs[0].shape
     if tokens == 0:
         return
     device = inputs[0].device
     variant = Variant(kernel, inputs[0].dtype, head_dim, CAPABILITIES[torch.cuda.get_device_capability(device)])
-    items, tiles = _schedule_on(device, variant, layout, rule)
+    items, tiles = _schedule_on(device, variant, layout, config)
     work = len(items) * heads
     with torch.cuda.device(device):
         compiled(variant)(
@@ -64,8 +82,8 @@ def _launch(
                 variant,
                 [(tensor.data_ptr(), tensor.stride(0), tensor.stride(1)) for tensor in (*inputs, *outs)],
                 (items.data_ptr(), tiles.data_ptr()),
-                (tokens, heads, len(items), leading_rows(layout, rule), max(layout.candidate_group_tokens, 1)),
-                (rule.alpha, 1.0 / rule.scaling_seqlen),
+                (tokens, heads, len(items), leading_rows(layout, config), max(layout.candidate_group_tokens, 1)),
+                (config.alpha, 1.0 / config.scaling_seqlen),
                 grid=min(work, torch.cuda.get_device_properties(device).multi_processor_count),
                 stream=torch.cuda.current_stream(device).cuda_stream,
             )
@@ -73,13 +91,13 @@ def _launch(
 
 
 def _schedule_on(
-    device: torch.device, variant: Variant, layout: JaggedLayout, rule: AttentionRule
+    device: torch.device, variant: Variant, layout: JaggedLayout, config: AttentionConfig
 ) -> tuple[Tensor, Tensor]:
-    """Items and tiles of :class:`hstu.ops.cutlass.schedule.Schedule`, made once a layout."""
+    """Items and tiles of :class:`hstu.ops.cutlass.schedule.Schedule` on the device, created once per layout."""
     shape = variant.shape
-    key = ("cutlass", rule, shape.rows, shape.block, shape.tile)
+    key = ("cutlass", config, shape.rows, shape.block, shape.tile)
     if key not in layout.cache:
-        schedule = make_schedule(layout, rule, shape.rows, shape.block, shape.tile)
+        schedule = make_schedule(layout, config, shape.rows, shape.block, shape.tile)
         layout.cache[key] = tuple(
             torch.from_numpy(array).to(device, non_blocking=True) for array in (schedule.items, schedule.tiles)
         )
@@ -87,10 +105,152 @@ def _schedule_on(
 
 
 def _loadable(tensor: Tensor) -> Tensor:
-    """The tensor, or a dense copy where addresses or strides are not what TMA and cp.async take."""
+    """The tensor, or a contiguous copy where TMA and cp.async do not support its address or strides."""
     size = tensor.element_size()
     is_aligned = tensor.data_ptr() % ALIGNMENT == 0 and all(s * size % ALIGNMENT == 0 for s in tensor.stride()[:2])
-    # A stride of 0 is an expanded tensor, which a TMA descriptor cannot say.
+    # A stride of 0 is an expanded tensor, which a TMA descriptor cannot describe.
     if tensor.stride(2) == 1 and is_aligned and 0 not in tensor.stride():
         return tensor
     return tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
+
+
+class Kernel(StrEnum):
+    """What a kernel computes."""
+
+    FORWARD = "forward"
+    """O."""
+    QUERIES = "queries"
+    """dQ."""
+    KEYS = "keys"
+    """dK, and up to head dim WIDEST_KEYS_AND_VALUES also dV."""
+    VALUES = "values"
+    """dV, for wider heads."""
+
+
+WIDEST_KEYS_AND_VALUES = 128
+"""Head dim up to which the registers hold dK and dV of a block at the same time."""
+
+# Columns streamed at a time, by head dim: as many as fit into registers and shared memory with two stages.
+_TILES: dict[int, dict[Kernel, dict[int, int]]] = {
+    90: {
+        Kernel.FORWARD: {32: 128, 64: 128, 128: 128, 256: 80},
+        Kernel.QUERIES: {32: 128, 64: 128, 128: 96, 256: 48},
+        Kernel.KEYS: {32: 96, 64: 96, 128: 48, 256: 48},
+        Kernel.VALUES: {256: 80},
+    },
+    80: {
+        Kernel.FORWARD: {32: 64, 64: 64, 128: 64, 256: 32},
+        Kernel.QUERIES: {32: 64, 64: 64, 128: 32, 256: 16},
+        Kernel.KEYS: {32: 64, 64: 64, 128: 32, 256: 16},
+        Kernel.VALUES: {256: 32},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel for one dtype, head dim and compute capability."""
+
+    kernel: Kernel
+    dtype: torch.dtype
+    head_dim: int
+    capability: int
+    """90 for compute capability 9.0."""
+
+    @property
+    def rows(self) -> Rows:
+        """Whether the rows of its blocks are queries or keys."""
+        return Rows.KEYS if self.kernel in (Kernel.KEYS, Kernel.VALUES) else Rows.QUERIES
+
+    @property
+    def shape(self) -> Shape:
+        """Its tile sizes."""
+        tile = _TILES[self.capability][self.kernel][self.head_dim]
+        return Shape(ELEMENTS[self.dtype], self.head_dim, self.rows, tile, stages=2)
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of tensors that it reads: x, y, z or x, w, y, z."""
+        return 3 if self.kernel in (Kernel.FORWARD, Kernel.VALUES) else 4
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of tensors that it writes."""
+        return 2 if self.kernel is Kernel.KEYS and self.head_dim <= WIDEST_KEYS_AND_VALUES else 1
+
+    def build(self) -> Any:
+        """The kernel object that the DSL compiles."""
+        if self.num_inputs == 3:
+            return (ForwardSm90 if self.capability == 90 else ForwardSm80)(self.shape)
+        return (BackwardSm90 if self.capability == 90 else BackwardSm80)(self.shape, self.num_outputs)
+
+
+def variants(
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,), head_dims: Sequence[int] = HEAD_DIMS
+) -> Iterator[Variant]:
+    """All variants of these dtypes and head dims."""
+    for capability in CAPABILITIES.values():
+        for dtype in dtypes:
+            for kernel, tiles in _TILES[capability].items():
+                yield from (Variant(kernel, dtype, head_dim, capability) for head_dim in head_dims if head_dim in tiles)
+
+
+@functools.cache
+def compiled(variant: Variant) -> Callable[..., None]:
+    """The host function of a variant, which takes :func:`arguments`. Compiles for seconds at the first call."""
+    return _compile(variant)
+
+
+def compile_ahead(variant: Variant) -> tuple[str, bytes]:
+    """PTX and machine code of a variant; no GPU is needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        function = _compile(variant, KeepPTX(True), KeepCUBIN(True), DumpDir(folder))
+        return function.__ptx__, function.__cubin__
+
+
+def _compile(variant: Variant, *options: Any) -> Any:
+    tensors = [(ALIGNMENT, 8, 8)] * (variant.num_inputs + variant.num_outputs)
+    examples = arguments(variant, tensors, schedule=(ALIGNMENT, ALIGNMENT), sizes=(1,) * 5, factors=(1.0, 1.0), grid=1)
+    with warnings.catch_warnings():
+        # The DSL warns about unrolled loops. Loops over registers must be unrolled: registers have no run-time index.
+        warnings.simplefilter("ignore")
+        return cute.compile[(GPUArch(ARCHITECTURES[variant.capability]), *options)](variant.build(), *examples)
+
+
+def arguments(
+    variant: Variant,
+    tensors: list[tuple[int, int, int]],
+    schedule: tuple[int, int],
+    sizes: tuple[int, ...],
+    factors: tuple[float, float],
+    grid: int,
+    stream: int = 0,
+) -> tuple[Any, ...]:
+    """The arguments of the host function of a variant.
+
+    Args:
+        variant: The kernel to call.
+        tensors: Address, row stride and head stride in elements of the inputs, then of the outputs.
+        schedule: Addresses of items and tiles.
+        sizes: Tokens, heads, blocks, leading rows, tokens of a target group.
+        factors: α and 1 / N.
+        grid: Number of CTAs.
+        stream: Handle of the CUDA stream.
+    """
+
+    def pointer(dtype: Any, address: int) -> Any:
+        return make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=ALIGNMENT)
+
+    pointers = [pointer(ELEMENTS[variant.dtype], address) for address, _, _ in tensors]
+    return (
+        tuple(pointers[: variant.num_inputs]),
+        tuple(pointers[variant.num_inputs :]),
+        tuple((Int64(row), Int64(head)) for _, row, head in tensors),
+        (
+            *(pointer(Int32, address) for address in schedule),
+            tuple(Int32(size) for size in sizes),
+            tuple(Float32(factor) for factor in factors),
+        ),
+        Int32(grid),
+        cuda.CUstream(stream),
+    )

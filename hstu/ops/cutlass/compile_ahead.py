@@ -1,21 +1,22 @@
-"""Compile kernels for a GPU that is not there, and read what came out."""
+"""Compile kernels without a GPU, and read registers, spills and instructions from their machine code."""
 
 from __future__ import annotations
 
-from hstu.ops.cutlass.kernels import Variant, compile_ahead
+from hstu.ops.cutlass.attention import Variant, compile_ahead
 from hstu.ops.triton.compile_ahead import Compiled, read_cubin
 
 LARGEST_SHARED_BYTES = {80: 166912, 90: 232448}
-"""What a CTA can have on an A100 and on an H100."""
+"""Most shared memory of a CTA on an A100 and on an H100."""
 BARRIER_BYTES = 1024
-"""The mbarriers, before buffers that are aligned to as much."""
+"""Space of the mbarriers: the buffers behind them are aligned to 1024 bytes."""
 
 
 def compile_variant(variant: Variant) -> Compiled:
     """Compile a kernel and read its machine code.
 
-    Raises RuntimeError where it needs more shared memory than the GPU has, or where the compiler made the asynchronous
-    products wait for each other, which it does when registers run out.
+    Raises:
+        RuntimeError: the kernel needs more shared memory than the GPU has, or the compiler has serialized the
+            asynchronous products, as it does when registers run out.
     """
     ptx, cubin = compile_ahead(variant)
     shape = variant.shape
@@ -29,7 +30,10 @@ def compile_variant(variant: Variant) -> Compiled:
         **read_cubin(cubin),
     )
     if compiled.shared_bytes > LARGEST_SHARED_BYTES[variant.capability]:
-        raise RuntimeError(f"{variant}: {compiled.shared_bytes} bytes of shared memory are too many")
+        raise RuntimeError(
+            f"{variant}: {compiled.shared_bytes} bytes of shared memory exceed "
+            f"{LARGEST_SHARED_BYTES[variant.capability]}"
+        )
     if compiled.wgmma_waits > 2 * ptx.count("wgmma.wait_group"):
-        raise RuntimeError(f"{variant}: the compiler lets warp-group products wait for each other")
+        raise RuntimeError(f"{variant}: the compiler has serialized the products of warp groups")
     return compiled

@@ -1,8 +1,8 @@
-"""What the sm_90 kernels share: tiles in shared memory, TMA, mbarriers, WGMMA.
+"""Building blocks for compute capability 9.0: tiles in shared memory, TMA, mbarriers and WGMMA.
 
-A CTA has three warpgroups. The first gives up its registers; one of its warps loads tiles by TMA. The others own 64
-rows of the block each. A tile is [rows, d], d contiguous, 128-byte swizzled; it serves as an operand that is contracted
-over d, and through a transposed view as one that is contracted over its rows.
+A CTA has three warpgroups. The first gives up its registers, and one of its warps loads tiles by TMA. Each of the
+others owns 64 rows of the block. A tile is [rows, d], contiguous along d with a 128-byte swizzle. Products contract
+over d or, through a transposed view of the same bytes, over the rows.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.utils import LayoutEnum, hopper_helpers
 
-from hstu.ops.cutlass.parts import Shape
+from hstu.ops.cutlass.common import Shape
 
 WARPGROUP = 128
 CONSUMERS = 2
@@ -32,19 +32,19 @@ def transposed_layout(shape: Shape, rows: int, stages: int) -> cute.ComposedLayo
 
 
 def view(buffer: Any, layout: cute.ComposedLayout) -> cute.Tensor:
-    """A buffer of the shared storage as a tensor of this layout; the swizzle goes to the pointer."""
+    """A buffer of the shared storage as a tensor of this layout, with the swizzle in the pointer."""
     return buffer.get_tensor(layout.outer, swizzle=layout.inner)
 
 
 def scores_mma(shape: Shape) -> cute.TiledMma:
-    """[128, d] · [tile, d]ᵀ, both in shared memory: 64 rows a warpgroup."""
+    """[128, d] · [tile, d]ᵀ, both in shared memory: 64 rows per warpgroup."""
     return hopper_helpers.make_trivial_tiled_mma(
         shape.dtype, shape.dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, (CONSUMERS, 1, 1), (64, shape.tile)
     )
 
 
 def sums_mma(shape: Shape) -> cute.TiledMma:
-    """[128, tile] · [tile, d], the left one in registers: 64 rows a warpgroup."""
+    """[128, tile] · [tile, d], the left operand in registers: 64 rows per warpgroup."""
     return hopper_helpers.make_trivial_tiled_mma(
         shape.dtype,
         shape.dtype,
@@ -67,7 +67,7 @@ def tma_load(tensor: cute.Tensor, layout: cute.ComposedLayout, rows: int, head_d
 def load(
     atom: cute.CopyAtom, source: cute.Tensor, first: Int32, head: Int32, target: cute.Tensor, barrier: cute.Pointer
 ) -> None:
-    """Start to load the rows from token ``first`` on of a head. source: [T, d, H]; target: [rows, d], one stage."""
+    """Start to load rows of a head from token ``first`` on. source: [T, d, H]; target: [rows, d], one stage."""
     rows_and_dim = (cute.size(target, mode=[0]), cute.size(target, mode=[1]))
     rows = cute.local_tile(cute.domain_offset((first, 0), source[None, None, head]), rows_and_dim, (0, 0))
     to, of = cpasync.tma_partition(
@@ -78,27 +78,27 @@ def load(
 
 @dataclass(frozen=True)
 class Ring:
-    """Buffers that one warp fills by TMA and eight warps empty, each with a mbarrier for full and one for empty."""
+    """Buffers that one warp fills by TMA and eight warps read. Each has one mbarrier for full and one for empty."""
 
     barriers: cute.Pointer
-    """mbarriers in shared memory: ``stages`` that count the bytes of a full buffer, then ``stages`` for empty ones."""
+    """mbarriers in shared memory: first ``stages`` that count loaded bytes, then ``stages`` that count readers."""
     stages: int
     num_bytes: int
-    """Of one buffer."""
+    """Bytes of one buffer."""
 
 
-# Functions, not methods: what a method is called on would have to be carried through the loops of a kernel.
+# These are functions because a loop in a kernel would have to carry the object of a method from turn to turn.
 
 
 def init(ring: Ring) -> None:
-    """By a single thread, before anything else."""
+    """Initialize the mbarriers, in a single thread, before any other use."""
     for stage in range(ring.stages):
         cute.arch.mbarrier_init(ring.barriers + stage, 1)
         cute.arch.mbarrier_init(ring.barriers + ring.stages + stage, CONSUMERS * 4)
 
 
 def acquire(ring: Ring, count: Int32) -> tuple[Int32, cute.Pointer]:
-    """Producer warp: wait until the buffer of the count-th use is empty. Its stage, and the barrier for the load."""
+    """In the producer: wait until the buffer of the count-th use is empty; returns its stage and its full barrier."""
     stage = count % ring.stages
     cute.arch.mbarrier_wait(ring.barriers + ring.stages + stage, (count // ring.stages) % 2 ^ 1)
     with cute.arch.elect_one():
@@ -107,30 +107,24 @@ def acquire(ring: Ring, count: Int32) -> tuple[Int32, cute.Pointer]:
 
 
 def wait(ring: Ring, count: Int32) -> Int32:
-    """Consumers: wait until the buffer of the count-th use is full, and return its stage."""
+    """In a consumer: wait until the buffer of the count-th use is full; returns its stage."""
     stage = count % ring.stages
     cute.arch.mbarrier_wait(ring.barriers + stage, (count // ring.stages) % 2)
     return stage
 
 
 def release(ring: Ring, count: Int32) -> None:
-    """Consumers: this warp has done with the buffer of the count-th use."""
+    """In a consumer: signal the producer that this warp has read the buffer of the count-th use."""
     with cute.arch.elect_one():
         cute.arch.mbarrier_arrive(ring.barriers + ring.stages + count % ring.stages)
 
 
 def multiply(mma: cute.TiledMma, sums: cute.Tensor, left: cute.Tensor, right: cute.Tensor, adds: bool) -> None:
-    """Start sums (+)= left · right over all k blocks, as a group of its own. The caller has fenced.
+    """Start sums (+)= left · right over all k blocks as one WGMMA group. The caller calls ``warpgroup.fence()`` first.
 
-    ``mma`` is changed, so that each call needs one made where it stands.
+    ``mma`` is modified, so create a new one for each call.
     """
     for k in range(cute.size(right, mode=[2])):
         mma.set(warpgroup.Field.ACCUMULATE, adds or k != 0)
         cute.gemm(mma, sums, left[None, None, k], right[None, None, k], sums)
     warpgroup.commit_group()
-
-
-def left_operand(packed: cute.Tensor, dtype: Any) -> cute.Tensor:
-    """Packed pairs of weights (see :func:`hstu.ops.cutlass.parts.pack`) as a product's left operand."""
-    pairs = cute.recast_tensor(packed, dtype)
-    return cute.make_tensor(pairs.iterator, cute.make_layout(((2, 2, 2), 1, cute.size(pairs) // 8)))

@@ -1,8 +1,8 @@
-"""What a kernel works on: blocks of rows, the tiles of columns each of them needs, and which of these need a mask.
+"""The work of a kernel: blocks of rows, the tiles of columns that each block needs, and which tiles need a mask.
 
-Attention and its gradients are sums over pairs of a query and a key. A kernel keeps a block of *rows* in shared
-memory and streams tiles of *columns* past it: to compute O and dQ rows are queries and columns are keys, to compute dK
-and dV the other way round. Pure NumPy and plain arithmetic; the same function of a row's visible columns is traced
+Attention and its gradients are sums over pairs of a query and a key. A kernel keeps a block of *rows* in shared memory
+and streams tiles of *columns* through it. For O and dQ, rows are queries and columns are keys. For dK and dV, rows are
+keys and columns are queries. The schedule is computed with NumPy on the host. :func:`visible_columns` is also compiled
 into the kernels.
 """
 
@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from hstu.ops.attention import AttentionRule
-from hstu.ops.layout import JaggedLayout, offsets_of, places
+from hstu.data.jagged import run_indices, run_starts
+from hstu.ops.types import AttentionConfig, JaggedLayout
 
 SEES_ALL = 2**30
-"""A number of leading rows that exceeds every length."""
+"""A number of rows that exceeds the length of every sequence."""
 ITEM_FIELDS = 8
 """int32 numbers that describe a block of rows: see :class:`Schedule`."""
 
 
 class Rows(StrEnum):
-    """What the rows of a block are; the columns are the other."""
+    """Which side of attention the rows of a block are; the columns are the other side."""
 
     QUERIES = "queries"
     KEYS = "keys"
@@ -33,20 +33,29 @@ class Rows(StrEnum):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The blocks of a batch, longest sequence first and within a sequence the block with most tiles first."""
+    """The blocks of a batch: sequences by falling number of tiles, and within a sequence blocks likewise."""
 
     items: np.ndarray
-    """int32 [blocks, 8]: first token of the sequence, first row of the block in it, length, first candidate, index of
-    the first tile in ``tiles``, tiles that need a mask (they come first), tiles, 0."""
+    """int32 [blocks, 8]. The fields of a block are:
+
+    0. token of the batch at which the sequence starts
+    1. first row of the block, counted in the sequence
+    2. length of the sequence
+    3. first candidate, counted in the sequence
+    4. index of the block's first tile in ``tiles``
+    5. number of tiles that need a mask; these come first
+    6. number of all its tiles
+    7. unused
+    """
     tiles: np.ndarray
-    """int32 [tiles]: first column of each tile, in its sequence."""
+    """int32 [tiles]: first column of each tile, counted in its sequence."""
 
 
-def leading_rows(layout: JaggedLayout, rule: AttentionRule) -> int:
-    """Queries at the front of every sequence that see all of its context and history."""
-    if not rule.is_causal:
+def leading_rows(layout: JaggedLayout, config: AttentionConfig) -> int:
+    """Number of queries at the start of every sequence that see its whole context and history."""
+    if not config.is_causal:
         return SEES_ALL
-    return layout.num_contextuals if rule.contextual_mask else 0
+    return layout.num_contextuals if config.contextual_mask else 0
 
 
 def visible_columns(
@@ -59,37 +68,43 @@ def visible_columns(
     where: Callable[[Any, Any, Any], Any] = np.where,
     least: Callable[[Any, Any], Any] = np.minimum,
 ) -> tuple[Any, Any, Any]:
-    """(a, b, c): the pair of ``row`` and ``column`` counts where ``column < a`` or ``b <= column < c``.
+    """(a, b, c): the mask keeps the pair of ``row`` and ``column`` if ``column < a`` or ``b <= column < c``.
 
-    row, length, end (first candidate), lead (see :func:`leading_rows`), group (tokens of a target group): integers of
-    any kind that ``where`` and ``least`` take. Rows from ``length`` on get what nobody may use.
+    Args:
+        row: Row of the sequence. The result is meaningless from ``length`` on.
+        length: Tokens of the sequence.
+        end: First candidate.
+        lead: See :func:`leading_rows`.
+        group: Tokens of a target group.
+        rows: Whether rows are queries or keys.
+        where, least: The functions ``np.where`` and ``np.minimum`` for the type of the integers above.
     """
     is_history = row < end
-    group_start = end + (row - end) // group * group  # used for candidates alone, where nothing is negative
+    group_start = end + (row - end) // group * group  # used only for candidates, for which row ≥ end
     if rows is Rows.QUERIES:
         history = where(row < lead, end, least(row + 1, end))
         return history, where(is_history, row + 1, group_start), row + 1
     return where(is_history, least(lead, length), 0), row, where(is_history, length, least(group_start + group, length))
 
 
-def make_schedule(layout: JaggedLayout, rule: AttentionRule, rows: Rows, block: int, tile: int) -> Schedule:
-    """Cut every sequence into blocks of ``block`` rows; list the tiles of ``tile`` columns that each needs."""
+def make_schedule(layout: JaggedLayout, config: AttentionConfig, rows: Rows, block: int, tile: int) -> Schedule:
+    """Cut every sequence into blocks of ``block`` rows, and list the tiles of ``tile`` columns that each needs."""
     lengths, candidates = layout.seqlens, layout.num_candidate_tokens_host
-    starts = offsets_of(lengths)
-    sequence, place = places(-(-lengths // block))
+    starts = run_starts(lengths)
+    sequence, place = run_indices(-(-lengths // block))
     length = lengths[sequence]
     end = length - candidates[sequence]
     first = place * block
     stop = np.minimum(first + block, length)
-    of_block, place = places(-(-length // tile))
+    of_block, place = run_indices(-(-length // tile))
     left = place * tile
     bounds = np.stack([first, stop, length, end])[:, of_block]
-    is_needed, is_full = _needed_and_full(bounds, left, left + tile, layout, rule, rows)
+    is_needed, is_full = _needed_and_full(bounds, left, left + tile, layout, config, rows)
     of_block, left, is_full = of_block[is_needed], left[is_needed], is_full[is_needed]
     order = np.argsort(of_block * 2 + is_full, kind="stable")
     num_tiles = np.bincount(of_block, minlength=len(first))
     num_masked = np.bincount(of_block[~is_full], minlength=len(first))
-    fields = (starts[sequence], first, length, end, offsets_of(num_tiles), num_masked, num_tiles, np.zeros_like(first))
+    fields = (starts[sequence], first, length, end, run_starts(num_tiles), num_masked, num_tiles, np.zeros_like(first))
     cost = np.bincount(sequence, weights=num_tiles, minlength=len(lengths))
     longest_first = np.lexsort((-num_tiles, sequence, -cost[sequence]))
     items = np.stack(fields, axis=1)[longest_first]
@@ -97,20 +112,21 @@ def make_schedule(layout: JaggedLayout, rule: AttentionRule, rows: Rows, block: 
 
 
 def _needed_and_full(
-    bounds: np.ndarray, left: np.ndarray, right: np.ndarray, layout: JaggedLayout, rule: AttentionRule, rows: Rows
+    bounds: np.ndarray, left: np.ndarray, right: np.ndarray, layout: JaggedLayout, config: AttentionConfig, rows: Rows
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whether any, and whether every pair of a block's rows and columns [left, right) counts: bool, one a tile.
+    """Whether the mask keeps any pair of a tile, and whether it keeps all pairs: two bool [tiles].
 
-    bounds: [4, tiles]: first row, row behind the last, length and first candidate of each tile's block.
+    bounds: [4, tiles], the first row, the row after the last, the length and the first candidate of each tile's block.
+    left, right: [tiles], the first column of each tile and the column after its last.
     """
     first, stop, length, end = bounds
-    lead, group = leading_rows(layout, rule), max(layout.candidate_group_tokens, 1)
+    lead, group = leading_rows(layout, config), max(layout.candidate_group_tokens, 1)
 
     def columns_of(row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return visible_columns(row, length, end, lead, group, rows)
 
-    # Both bounds of history and of a group only grow with the row, apart from the leading rows and from the last row
-    # of history to the first candidate: so it is enough to look at the first and the last row of each such part.
+    # The bounds grow monotonically with the row within three ranges: the leading rows, the rest of the history, and the
+    # candidates. The first and the last row of each range in the block therefore give the extreme bounds.
     edges = [first, stop - 1]
     edges += [np.clip(row, first, stop - 1) for row in (np.full_like(first, lead) - 1, np.full_like(first, lead))]
     edges += [np.clip(row, first, stop - 1) for row in (end - 1, end)]

@@ -1,112 +1,83 @@
-"""The kernels are compared with PyTorch once on a machine before they are used: compilers and GPUs differ.
+"""Compares every CUTLASS kernel with PyTorch: see :mod:`hstu.ops.self_check`.
 
-python -m hstu.ops.cutlass.self_check    check now, whatever has been checked before, and print the errors
+``python -m hstu.ops.cutlass.self_check`` compares them now and prints the errors.
 """
 
 from __future__ import annotations
 
-import logging
-import time
 from pathlib import Path
 
 import cutlass
-import numpy as np
 import torch
 
-from hstu.ops.attention import AttentionRule, attend
-from hstu.ops.cache import cache_directory
-from hstu.ops.cutlass import attention as kernels
-from hstu.ops.cutlass.coverage import HEAD_DIMS
-from hstu.ops.layout import JaggedLayout, build_layout
-from hstu.ops.pytorch import attention as reference
-from hstu.ops.self_check import KernelsDisagree, gpu_key, remember
-
-log = logging.getLogger(__name__)
+from hstu.ops.cutlass.operators import OPERATORS
+from hstu.ops.cutlass.support import HEAD_DIMS
+from hstu.ops.functional import hstu_attention
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.self_check import check_gpu_kernels, print_errors, small_layout
+from hstu.ops.types import AttentionConfig, JaggedLayout
 
 TOLERANCE = 1e-2
-"""Error relative to the norm of what is right: above the rounding of 16-bit types, far below a defect."""
+"""Largest norm of the error relative to the norm of the reference: above the rounding of 16-bit types, far below a
+defect."""
 MASKS = ((True, True), (True, False), (False, True))
 """is_causal, contextual_mask."""
 
 
 def check_kernels(device: torch.device) -> None:
-    """Compare the kernels with PyTorch if that has not been done on this machine. Mostly the time to compile them.
+    """Compare the kernels if this machine has not done so before. Most of the time goes into compiling them.
 
-    Raises KernelsDisagree where a kernel is wrong, with the numbers.
+    Raises:
+        KernelsDisagree: a kernel is wrong.
     """
-    key = gpu_key(Path(__file__).parent, device, [cutlass.__version__])
-    passed = cache_directory() / f"cutlass_kernels_{key}.checked"
-    if passed.exists():
-        return
-    begun = time.monotonic()
-    errors = kernel_errors(device)
-    for name, error in errors.items():
-        if not error <= TOLERANCE:
-            raise KernelsDisagree(
-                f"the CUTLASS kernel of {name} differs from PyTorch by {error:.2g} of its norm, more than {TOLERANCE}; "
-                "please report that, with the versions of nvidia-cutlass-dsl and of the driver"
-            )
-    log.info("CUTLASS kernels agree with PyTorch to %.1g (checked in %.1f s)", max(errors.values()),
-             time.monotonic() - begun)  # fmt: skip
-    remember(passed)
+    check_gpu_kernels("CUTLASS", Path(__file__).parent, cutlass.__version__, device, kernel_errors)
 
 
-def kernel_errors(device: torch.device) -> dict[str, float]:
-    """The error of O, dQ, dK and dV by head dim, type and mask, relative to the norm."""
-    errors: dict[str, float] = {}
+def kernel_errors(device: torch.device) -> dict[str, tuple[float, float]]:
+    """The error of O, dQ, dK and dV for each head dim, dtype and mask, relative to the norm, and the tolerance."""
+    errors: dict[str, tuple[float, float]] = {}
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         for head_dim in HEAD_DIMS:
             for dtype in (torch.bfloat16, torch.float16):
-                masks = MASKS if dtype == torch.bfloat16 else MASKS[:1]
-                for is_causal, contextual_mask in masks:
-                    rule = AttentionRule(head_dim**-0.5, 100, is_causal, contextual_mask)
-                    errors |= _errors(device, head_dim, dtype, rule)
+                for mask in MASKS if dtype == torch.bfloat16 else MASKS[:1]:
+                    errors |= _errors(device, head_dim, dtype, AttentionConfig(head_dim**-0.5, 100, *mask))
     return errors
 
 
-def _errors(device: torch.device, head_dim: int, dtype: torch.dtype, rule: AttentionRule) -> dict[str, float]:
-    """The inputs are slices of one tensor, as in the model; the reference runs in float64 on the CPU."""
-    layout = small_layout(device)
+def _errors(
+    device: torch.device, head_dim: int, dtype: torch.dtype, config: AttentionConfig
+) -> dict[str, tuple[float, float]]:
+    """Errors for one configuration. As in the model, q, k and v are views of one tensor.
+
+    The reference runs in float64 on the CPU.
+    """
+    cpu = torch.device("cpu")
+    layout = _layout(cpu)
     uvqk = torch.randn(layout.num_tokens, 2, 4, head_dim).to(dtype)
     grad = torch.randn(layout.num_tokens, 2, head_dim).to(dtype)
     results = []
-    for place in (device, torch.device("cpu")):
-        on_device = uvqk.to(place) if place == device else uvqk.double()
-        q, k, v = (part.requires_grad_() for part in on_device.detach().unbind(2)[1:])
-        if place == device:
-            out = attend(q, k, v, layout, rule, None, kernels)
-        else:
-            out = attend(q, k, v, small_layout(place), rule, None, reference)
-        results.append([x.cpu().double() for x in (out, *torch.autograd.grad(out, (q, k, v), grad.to(out)))])
-    mask = f"{'causal' if rule.is_causal else 'bidirectional'}, {'' if rule.contextual_mask else 'no '}contextual mask"
+    for given, of_batch, kernels in (
+        (uvqk.to(device), _layout(device), OPERATORS["attention"]),
+        (uvqk.double(), layout, REFERENCE_KERNELS.attention),
+    ):
+        q, k, v = (part.requires_grad_() for part in given.unbind(2)[1:])
+        out = hstu_attention(q, k, v, of_batch, config, None, kernels)
+        results.append([x.detach().cpu().double() for x in (out, *torch.autograd.grad(out, (q, k, v), grad.to(out)))])
+    mask = ", ".join(
+        ("causal" if config.is_causal else "bidirectional", f"{'' if config.contextual_mask else 'no '}contextual mask")
+    )
+    case = f"{head_dim} channels, {str(dtype).removeprefix('torch.')}, {mask}"
     return {
-        f"{name} ({head_dim} channels, {str(dtype).removeprefix('torch.')}, {mask})": float(
-            (ours - exact).norm() / exact.norm()
-        )
+        f"{name} ({case})": (float((ours - exact).norm() / exact.norm()), TOLERANCE)
         for name, ours, exact in zip(("attention", "dQ", "dK", "dV"), *results, strict=True)
     }
 
 
-def small_layout(device: torch.device) -> JaggedLayout:
-    """Sequences of none to 300 tokens, so of several blocks and tiles, with a context and with candidates."""
-    items = np.array([130, 0, 2, 297, 64])
-    return build_layout(
-        item_lengths=items,
-        num_sequences=len(items),
-        num_contextuals=3,
-        num_candidates=np.array([9, 0, 1, 40, 0]),
-        tokens_per_item=1,
-        target_group_size=4,
-        device=device,
-    )
-
-
-def main() -> None:
-    """Check now, and print."""
-    for name, error in kernel_errors(torch.device("cuda", torch.cuda.current_device())).items():
-        print(f"{'ok   ' if error <= TOLERANCE else 'WRONG'} {error:.1e} of {TOLERANCE:.0e}  {name}")
+def _layout(device: torch.device) -> JaggedLayout:
+    """Sequences of 0 to 300 tokens, which make several blocks and tiles."""
+    return small_layout(device, (130, 0, 2, 297, 64), (9, 0, 1, 40, 0), num_contextuals=3, group_size=4)
 
 
 if __name__ == "__main__":
-    main()
+    print_errors(kernel_errors)

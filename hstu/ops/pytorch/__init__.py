@@ -1,1 +1,1 @@
-"""Reference implementations, correct on every device and in float64."""
+"""Reference kernels in plain PyTorch, for every device and dtype; ``operators.REFERENCE_KERNELS`` holds them all."""

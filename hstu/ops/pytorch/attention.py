@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.attention import AttentionRule
-from hstu.ops.layout import JaggedLayout, offsets_of
-from hstu.ops.relative_bias import RelativeBias, distance_index, time_buckets
+from hstu.data.jagged import run_starts
+from hstu.ops.layout import distance_index, time_buckets
+from hstu.ops.types import AttentionConfig, JaggedLayout, RelativeBias
 
 MASKED = -1e30
 SCORES_PER_BLOCK = {"cpu": 2**17, "cuda": 2**26}  # CPU: the score matrices of a block stay in its cache
@@ -76,21 +76,21 @@ class Plan:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, rule: AttentionRule, bias: RelativeBias | None
+    q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
 ) -> Tensor:
-    """See :class:`hstu.ops.attention.AttentionKernels`."""
+    """See :class:`hstu.ops.types.AttentionForward`."""
     weights = _in_compute_type(bias)
     q_rows, k_rows, v_rows = _with_zero_row(q), _with_zero_row(k), _with_zero_row(v)
     out = torch.zeros_like(v_rows)
-    for group, blocks in _walk(layout, rule, weights, heads=q.shape[1], dtype=out.dtype):
+    for group, blocks in _walk(layout, config, weights, heads=q.shape[1], dtype=out.dtype):
         q_pad, k_pad, v_pad = (_pad(rows, group) for rows in (q_rows, k_rows, v_rows))
         out_pad = torch.empty_like(v_pad)
         for block, terms in blocks:
             keys = slice(0, block.num_keys)
-            scores = _scores(q_pad[:, block.start : block.stop], k_pad[:, keys], terms, weights, rule.alpha)
+            scores = _scores(q_pad[:, block.start : block.stop], k_pad[:, keys], terms, weights, config.alpha)
             out_pad[:, block.start : block.stop] = F.silu(scores, inplace=True) @ v_pad[:, keys]
         _unpad(out_pad, group, out)
-    return out[:-1].div(rule.scaling_seqlen).to(v.dtype)
+    return out[:-1].div(config.scaling_seqlen).to(v.dtype)
 
 
 def backward(
@@ -99,22 +99,22 @@ def backward(
     k: Tensor,
     v: Tensor,
     layout: JaggedLayout,
-    rule: AttentionRule,
+    config: AttentionConfig,
     bias: RelativeBias | None,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> RelativeBias | None:
-    """See :class:`hstu.ops.attention.AttentionKernels`."""
+    """See :class:`hstu.ops.types.AttentionBackward`."""
     weights = _in_compute_type(bias)
     grad_weights = None if weights is None else tuple(torch.zeros_like(weight) for weight in weights)
     q_rows, k_rows, v_rows = _with_zero_row(q), _with_zero_row(k), _with_zero_row(v)
-    grad_rows = _with_zero_row(grad).div_(rule.scaling_seqlen)
+    grad_rows = _with_zero_row(grad).div_(config.scaling_seqlen)
     grad_q, grad_k, grad_v = (torch.zeros_like(rows) for rows in (q_rows, k_rows, v_rows))
-    for group, blocks in _walk(layout, rule, weights, heads=q.shape[1], dtype=grad_rows.dtype):
+    for group, blocks in _walk(layout, config, weights, heads=q.shape[1], dtype=grad_rows.dtype):
         q_pad, k_pad, v_pad, grad_pad = (_pad(rows, group) for rows in (q_rows, k_rows, v_rows, grad_rows))
         grad_q_pad, grad_k_pad, grad_v_pad = torch.empty_like(q_pad), *map(torch.zeros_like, (k_pad, v_pad))
         for block, terms in blocks:
             rows, keys = slice(block.start, block.stop), slice(0, block.num_keys)
-            scores = _scores(q_pad[:, rows], k_pad[:, keys], terms, weights, rule.alpha)
+            scores = _scores(q_pad[:, rows], k_pad[:, keys], terms, weights, config.alpha)
             grad_scores = grad_pad[:, rows] @ v_pad[:, keys].transpose(1, 2)
             grad_scores = torch.ops.aten.silu_backward(grad_scores, scores)
             weighted = F.silu(scores, inplace=True)
@@ -127,8 +127,8 @@ def backward(
         _unpad(grad_q_pad, group, grad_q)
         _unpad(grad_k_pad, group, grad_k)
         _unpad(grad_v_pad, group, grad_v)
-    grads[0].copy_(grad_q[:-1].mul_(rule.alpha))
-    grads[1].copy_(grad_k[:-1].mul_(rule.alpha))
+    grads[0].copy_(grad_q[:-1].mul_(config.alpha))
+    grads[1].copy_(grad_k[:-1].mul_(config.alpha))
     grads[2].copy_(grad_v[:-1])
     if bias is None or grad_weights is None:
         return None
@@ -204,18 +204,21 @@ def _in_compute_type(bias: RelativeBias | None) -> tuple[Tensor, Tensor] | None:
 
 
 def _walk(
-    layout: JaggedLayout, rule: AttentionRule, weights: tuple[Tensor, Tensor] | None, heads: int, dtype: torch.dtype
+    layout: JaggedLayout, config: AttentionConfig, weights: tuple[Tensor, Tensor] | None, heads: int, dtype: torch.dtype
 ) -> Iterator[tuple[Group, Iterator[tuple[Block, Terms]]]]:
-    """The groups, each with its blocks and their terms. Plan and terms are kept in the layout's cache."""
+    """Iterate over the groups of sequences, and in each over its blocks of scores with their masks and bias terms.
+
+    The first call for a layout makes the plan; the layout's cache keeps plan and terms for other layers and backward.
+    """
     num_weights = 0 if weights is None else len(weights[0])
-    key = ("attention", rule, num_weights, heads, dtype)
+    key = ("attention", config, num_weights, heads, dtype)
     if key not in layout.cache:
-        layout.cache[key] = _make_plan(layout, rule, heads)
+        layout.cache[key] = _make_plan(layout, config, heads)
     plan: Plan = layout.cache[key]
 
     def blocks_of(group: Group) -> Iterator[tuple[Block, Terms]]:
         for block in group.blocks:
-            terms = block.terms or _make_terms(group, block, layout, rule, num_weights, dtype)
+            terms = block.terms or _make_terms(group, block, layout, config, num_weights, dtype)
             if plan.remembers:
                 block.terms = terms
             yield block, terms
@@ -224,19 +227,19 @@ def _walk(
         yield group, blocks_of(group)
 
 
-def _make_plan(layout: JaggedLayout, rule: AttentionRule, heads: int) -> Plan:
+def _make_plan(layout: JaggedLayout, config: AttentionConfig, heads: int) -> Plan:
     device = layout.positions.device
     budget = max(SCORES_PER_BLOCK[device.type] // heads, 1)
     order = np.argsort(-layout.seqlens, kind="stable")
     order = order[layout.seqlens[order] > 0]
-    offsets = offsets_of(layout.seqlens)
+    offsets = run_starts(layout.seqlens)
     groups, first = [], 0
     while first < len(order):
         length = int(layout.seqlens[order[first]])
         rows = min(length, ROWS_PER_BLOCK[device.type])
         members = order[first : first + max(budget // (rows * length), 1)]
         groups.append(_make_group(layout, members, offsets, length))
-        groups[-1].blocks = _make_blocks(layout, rule, length, rows)
+        groups[-1].blocks = _make_blocks(layout, config, length, rows)
         first += len(members)
     pairs = sum(g.size * (block.stop - block.start) * block.num_keys for g in groups for block in g.blocks)
     return Plan(groups, remembers=pairs <= MOST_PAIRS_REMEMBERED)
@@ -256,23 +259,23 @@ def _make_group(layout: JaggedLayout, members: np.ndarray, offsets: np.ndarray, 
     )
 
 
-def _make_blocks(layout: JaggedLayout, rule: AttentionRule, length: int, rows: int) -> list[Block]:
+def _make_blocks(layout: JaggedLayout, config: AttentionConfig, length: int, rows: int) -> list[Block]:
     blocks = []
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        sees_ahead = not rule.is_causal or (rule.contextual_mask and start < layout.num_contextuals)
+        sees_ahead = not config.is_causal or (config.contextual_mask and start < layout.num_contextuals)
         blocks.append(Block(start, stop, num_keys=length if sees_ahead else stop))
     return blocks
 
 
 def _make_terms(
-    group: Group, block: Block, layout: JaggedLayout, rule: AttentionRule, num_weights: int, dtype: torch.dtype
+    group: Group, block: Block, layout: JaggedLayout, config: AttentionConfig, num_weights: int, dtype: torch.dtype
 ) -> Terms:
     device = layout.positions.device
     i = torch.arange(block.start, block.stop, device=device)[None, :, None]
     j = torch.arange(block.num_keys, device=device)[None, None, :]
     end = group.history_end
-    hidden = ~_visible(i, j, end, layout, rule)
+    hidden = ~_visible(i, j, end, layout, config)
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, MASKED)
     if not num_weights:
         return Terms(mask, None, None)
@@ -285,11 +288,11 @@ def _make_terms(
     return Terms(mask, distance.reshape(-1), buckets.reshape(-1))
 
 
-def _visible(i: Tensor, j: Tensor, end: Tensor, layout: JaggedLayout, rule: AttentionRule) -> Tensor:
+def _visible(i: Tensor, j: Tensor, end: Tensor, layout: JaggedLayout, config: AttentionConfig) -> Tensor:
     """bool [S, r, k]: whether token i of a sequence may look at token j; ``end`` is its first candidate token."""
     before = j <= i
-    in_history = before if rule.is_causal else torch.ones_like(before)
-    if rule.contextual_mask:
+    in_history = before if config.is_causal else torch.ones_like(before)
+    if config.contextual_mask:
         in_history = in_history | (i < layout.num_contextuals)
     group_tokens = layout.candidate_group_tokens
     group_i = (i - end).div(group_tokens, rounding_mode="floor")

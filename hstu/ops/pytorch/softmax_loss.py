@@ -1,4 +1,4 @@
-"""PyTorch implementation of the softmax losses, for any device; the oracle of faster kernels.
+"""The softmax losses of retrieval and the normalization of their vectors in plain PyTorch, on any device.
 
 The loss is a scalar, so its gradients are those computed in forward, scaled: forward computes them while the scores
 are at hand, backward multiplies.
@@ -21,6 +21,12 @@ BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Elements of the largest temporary block: what stays in a CPU's cache; what keeps a GPU busy (256 MiB)."""
 MIN_BLOCK_ROWS = 256
 """Rows of a block, however large the pool is: fewer make slow matrix products."""
+
+
+def l2_normalize(vectors: Tensor, eps: float) -> Tensor:
+    """See :attr:`hstu.ops.types.Kernels.l2_normalize`."""
+    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=eps)
 
 
 class SoftmaxLoss(Function):
@@ -47,7 +53,7 @@ class PoolSoftmaxLoss(SoftmaxLoss):
         pool_valid: Tensor | None,
         temperature: float,
     ) -> Tensor:
-        """See hstu.ops.softmax_loss.pool_softmax_loss."""
+        """See hstu.ops.functional.pool_softmax_loss."""
         positive_logits = (queries * positives).sum(dim=1) / temperature
         losses = torch.empty_like(positive_logits)
         wants_gradients = any(ctx.needs_input_grad)
@@ -99,7 +105,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         pool_ids: Tensor,
         temperature: float,
     ) -> Tensor:
-        """See hstu.ops.softmax_loss.sampled_softmax_loss."""
+        """See hstu.ops.functional.sampled_softmax_loss."""
         positive_logits = (queries * positives).sum(dim=1) / temperature
         logits = _draw_scores(queries, pool, draws).div_(temperature)
         logits.masked_fill_(pool_ids[draws] == target_ids[:, None], -math.inf)

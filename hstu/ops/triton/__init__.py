@@ -1,1 +1,5 @@
-"""Triton kernels, for NVIDIA GPUs of compute capability 8.0 on; each op is called like its pytorch/ twin."""
+"""Triton kernels for NVIDIA GPUs, with the functions that launch them.
+
+``operators.py`` lists the operators for :mod:`hstu.ops.select`; ``support.py`` says which shapes they serve and imports
+without Triton. Besides these, ``slots.py`` is imported by dynamic tables and ``compile_ahead.py`` by tools and tests.
+"""

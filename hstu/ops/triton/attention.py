@@ -1,8 +1,9 @@
-"""HSTU attention by Triton kernels. See :func:`hstu.ops.attention.hstu_attention`."""
+"""HSTU attention by Triton kernels: host functions and the tile sizes from which they choose."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,30 +12,28 @@ import torch
 import triton
 from torch import Tensor
 
-from hstu.ops.attention import AttentionRule
-from hstu.ops.layout import JaggedLayout
-from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias, time_buckets
-from hstu.ops.triton.attention_backward import attention_backward_keys, attention_backward_queries
-from hstu.ops.triton.attention_bias import attention_backward_bias
-from hstu.ops.triton.attention_configs import attention_configs, bias_config
-from hstu.ops.triton.attention_forward import attention_forward
-from hstu.ops.triton.launch import bucket, capability_of, launch, multiplication, strides_of
+from hstu.ops.layout import time_buckets
+from hstu.ops.triton import attention_kernels as kernels
+from hstu.ops.triton.attention_tiles import Batch, Bias, Mode
+from hstu.ops.triton.launch import bucket, capability_of, launcher, precision_for
+from hstu.ops.triton.primitives import heads, matrix
+from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, JaggedLayout, RelativeBias
 
 TIME_SLOTS = 64
-"""Copies of the time buckets' sums: so many atomics can proceed side by side."""
-BIAS_SHARES = 64
-"""Parts that the sequences are cut into for the gradient of the bias."""
+"""Copies of the totals of the time buckets, so that atomics on one bucket rarely collide."""
+BIAS_GROUPS = 64
+"""Groups that the sequences are split into for the gradient of the bias."""
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, rule: AttentionRule, bias: RelativeBias | None
+    q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
 ) -> Tensor:
-    """See :class:`hstu.ops.attention.AttentionKernels`."""
-    # As v is laid out would keep the holes of a view; what reads the output wants it dense.
+    """See :class:`hstu.ops.types.AttentionForward`."""
+    # Not empty_like: v is a view with gaps between its heads, and the consumer of the output wants it contiguous.
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if layout.num_tokens:
-        call = _Call(q, k, v, layout, rule, bias)
-        call.by_rows("forward", attention_forward, out=out, **strides_of(out, "thd", "o"))
+        call = _Call(q, k, v, layout, config, bias)
+        call.launcher("forward", kernels.attention_forward, "BLOCK_M")(out=heads(out))
     return out
 
 
@@ -44,23 +43,18 @@ def backward(
     k: Tensor,
     v: Tensor,
     layout: JaggedLayout,
-    rule: AttentionRule,
+    config: AttentionConfig,
     bias: RelativeBias | None,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> RelativeBias | None:
-    """See :class:`hstu.ops.attention.AttentionKernels`. The gradients have the same bits in every run."""
-    grad_q, grad_k, grad_v = grads
-    call = _Call(q, k, v, layout, rule, bias)
+    """See :class:`hstu.ops.types.AttentionBackward`. The gradients have the same bits in every run."""
+    call = _Call(q, k, v, layout, config, bias)
     if layout.num_tokens:
-        call.by_keys(grad, grad_k, grad_v)
-        call.by_rows(
-            "queries",
-            attention_backward_queries,
-            grad=grad,
-            grad_q=grad_q,
-            **strides_of(grad, "thd", "g"),
-            **strides_of(grad_q, "thd", "gq"),
-        )
+        grad_q, grad_k, grad_v = map(heads, grads)
+        of_keys = call.launcher("keys", kernels.attention_backward_keys, "BLOCK_N")
+        of_keys(grad=heads(grad), grad_k=grad_k, grad_v=grad_v)
+        of_queries = call.launcher("queries", kernels.attention_backward_queries, "BLOCK_M")
+        of_queries(grad=heads(grad), grad_q=grad_q)
     return None if bias is None else call.bias_gradients(grad, bias)
 
 
@@ -72,109 +66,93 @@ class _Call:
     k: Tensor
     v: Tensor
     layout: JaggedLayout
-    rule: AttentionRule
+    config: AttentionConfig
     bias: RelativeBias | None
 
-    def by_rows(self, name: str, kernel: Any, **further: Any) -> None:
-        self._launch(name, kernel, "BLOCK_M", **further)
-
-    def by_keys(self, grad: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
-        self._launch(
-            "keys",
-            attention_backward_keys,
-            "BLOCK_N",
-            grad=grad,
-            grad_k=grad_k,
-            grad_v=grad_v,
-            **strides_of(grad, "thd", "g"),
-            **strides_of(grad_k, "thd", "gk"),
-            **strides_of(grad_v, "thd", "gv"),
-        )
-
-    def _launch(self, name: str, kernel: Any, tile: str, **further: Any) -> None:
-        has_bias, block_d = self.bias is not None, self._block_d
-        longest = int(self.layout.seqlens.max())
-        launch(
+    def launcher(self, name: str, kernel: Any, tile: str) -> Callable[..., object]:
+        """Launcher of a kernel with one program per head and per ``tile`` of each sequence."""
+        block_d, longest = self._block_d, int(self.layout.seqlens.max())
+        has_bias = self.bias is not None
+        launch = launcher(
             kernel,
             lambda meta: (triton.cdiv(longest, meta[tile]), self.q.shape[1], self.layout.batch_size),
             attention_configs(name, block_d, self.q.element_size(), has_bias, capability_of(self.q.device)),
-            (block_d, self.q.dtype, has_bias, self.rule.is_causal, bucket(longest)),
-            **self._shared(kernel),
-            **further,
-            order=_longest_first(self.layout),
-            inverse_n=1.0 / self.rule.scaling_seqlen,
-            BIAS=has_bias,
+            (block_d, self.q.dtype, has_bias, self.config.is_causal, bucket(longest)),
         )
+        shared = self._shared(kernel, exact=block_d > 128)
+        return functools.partial(launch, **shared, inverse_n=1.0 / self.config.scaling_seqlen)
 
     def bias_gradients(self, grad: Tensor, bias: RelativeBias) -> RelativeBias:
-        """Gradients of the position and the time weights, in their types."""
-        device, layout, heads = grad.device, self.layout, self.q.shape[1]
+        """Gradients of the position and the time weights, in the dtypes of the weights."""
+        device, layout, num_heads = grad.device, self.layout, self.q.shape[1]
         position, time = bias.position_weight, bias.time_weight
         position_totals = torch.zeros(len(position), dtype=torch.int64, device=device)
         time_totals = torch.zeros(TIME_SLOTS, NUM_TIME_BUCKETS, dtype=torch.int64, device=device)
         if not layout.num_tokens:
             return RelativeBias(position_totals.to(position.dtype), time_totals[0].to(time.dtype))
-        scale = _fixed_point_scale(grad, self.v, pairs=heads * int((layout.seqlens**2).sum()))
+        scale = _fixed_point_scale(grad, self.v, pairs=num_heads * int((layout.seqlens**2).sum()))
         config = bias_config(self._block_d, self.q.element_size(), capability_of(grad.device))
         tiles = triton.cdiv(int(layout.seqlens.max()), config.kwargs["BLOCK"])
-        looks_ahead = not self.rule.is_causal or (self.rule.contextual_mask and layout.num_contextuals > 0)
-        tiles_ahead = tiles - 1 if looks_ahead else 0
-        launch(
-            attention_backward_bias,
-            lambda meta: (tiles + tiles_ahead, min(BIAS_SHARES, layout.batch_size)),
+        sees_later_keys = not self.config.is_causal or (self.config.contextual_mask and layout.num_contextuals > 0)
+        diagonals_above = tiles - 1 if sees_later_keys else 0
+        launcher(
+            kernels.attention_backward_bias,
+            lambda meta: (tiles + diagonals_above, min(BIAS_GROUPS, layout.batch_size)),
             [config],
-            (),
-            **self._shared(attention_backward_bias),
-            **strides_of(grad, "thd", "g"),
-            grad=grad,
+        )(
+            **self._shared(kernels.attention_backward_bias, exact=True),
+            grad=heads(grad),
             position_totals=position_totals,
-            time_totals=time_totals,
+            time_totals=matrix(time_totals),
             scale=scale,
-            stride_slot=time_totals.stride(0),
             num_slots=TIME_SLOTS,
             num_sequences=layout.batch_size,
-            num_heads=heads,
-            first_diagonal=-tiles_ahead,
+            num_heads=num_heads,
+            first_diagonal=-diagonals_above,
         )
-        factor = 1 / (scale.double() * self.rule.scaling_seqlen)
+        factor = 1 / (scale.double() * self.config.scaling_seqlen)
         return RelativeBias((position_totals * factor).to(position.dtype), (time_totals.sum(0) * factor).to(time.dtype))
 
     @property
     def _block_d(self) -> int:
         return max(16, triton.next_power_of_2(self.q.shape[2]))
 
-    def _shared(self, kernel: Any) -> dict[str, Any]:
-        layout, rule, bias = self.layout, self.rule, self.bias
-        shared = dict(
-            q=self.q,
-            k=self.k,
-            v=self.v,
-            **strides_of(self.q, "thd", "q"),
-            **strides_of(self.k, "thd", "k"),
-            **strides_of(self.v, "thd", "v"),
-            offsets=layout.seqlen_offsets,
-            candidates=layout.num_candidate_tokens,
-            query_times=None if bias is None else layout.query_times,
-            token_times=None if bias is None else layout.token_times,
-            thresholds=None if bias is None else _bucket_thresholds(self.q.device),
-            position_weight=None if bias is None else bias.position_weight.float(),
-            time_weight=None if bias is None else bias.time_weight.float(),
-            farthest=0 if bias is None else len(bias.position_weight) // 2,
-            alpha=float(rule.alpha),
-            num_contextuals=layout.num_contextuals,
-            group_tokens=layout.candidate_group_tokens,
-            WIDTH=self.q.shape[2],
-            BLOCK_D=self._block_d,
-            CAUSAL=rule.is_causal,
-            CONTEXTUAL=rule.is_causal and rule.contextual_mask and layout.num_contextuals > 0,
-            CANDIDATES=layout.num_candidate_tokens is not None,
-            **multiplication(kernel, self.q.dtype, exact=self._block_d > 128 or kernel is attention_backward_bias),
+    def _shared(self, kernel: Any, exact: bool) -> dict[str, Any]:
+        layout, config, bias = self.layout, self.config, self.bias
+        no_bias = Bias(None, None, None, None, None, 0)
+        return dict(
+            q=heads(self.q),
+            k=heads(self.k),
+            v=heads(self.v),
+            batch=Batch(
+                layout.seqlen_offsets,
+                layout.num_candidate_tokens,
+                _longest_first(layout),
+                layout.num_contextuals,
+                layout.candidate_group_tokens,
+            ),
+            bias=no_bias if bias is None else _bias_argument(bias, layout),
+            alpha=float(config.alpha),
+            mode=Mode(
+                width=self.q.shape[2],
+                block_d=self._block_d,
+                causal=config.is_causal,
+                contextual=config.is_causal and config.contextual_mask and layout.num_contextuals > 0,
+                candidates=layout.num_candidate_tokens is not None,
+                bias=bias is not None,
+                precision=precision_for(kernel, self.q.dtype, exact=exact),
+            ),
         )
-        return shared
+
+
+def _bias_argument(bias: RelativeBias, layout: JaggedLayout) -> Bias:
+    thresholds = _bucket_thresholds(layout.seqlen_offsets.device)
+    tables = bias.position_weight.float(), bias.time_weight.float()
+    return Bias(layout.query_times, layout.token_times, thresholds, *tables, len(bias.position_weight) // 2)
 
 
 def _longest_first(layout: JaggedLayout) -> Tensor:
-    """int32 [B] on the device: sequences by falling length."""
+    """int32 [B] on the device: the sequences by falling length."""
     key = ("triton", "longest first")
     if key not in layout.cache:
         order = np.argsort(-layout.seqlens, kind="stable").astype(np.int32)
@@ -183,10 +161,10 @@ def _longest_first(layout: JaggedLayout) -> Tensor:
 
 
 def _fixed_point_scale(grad: Tensor, v: Tensor, pairs: int) -> Tensor:
-    """float32 [1]: what sums of score gradients are multiplied by so that no sum of ``pairs`` leaves 62 bits.
+    """float32 [1]: the factor with which no sum of ``pairs`` score gradients exceeds 62 bits.
 
-    |dL/dscore| ≤ ‖grad‖ ‖v‖ · max |SiLU'| < 1.1 ‖grad‖ ‖v‖, before the division by N. Not finite where the
-    gradient is not, and then nor is the result.
+    |dL/dscore| ≤ ‖grad‖ ‖v‖ · max |SiLU'| < 1.1 ‖grad‖ ‖v‖, before the division by N. The factor is not finite where
+    the gradient is not, and then nor is the result.
     """
     largest = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax() for x in (grad, v)]
     bound = (largest[0] * largest[1] * 1.1).clamp_min(1e-12) * float(pairs)
@@ -195,7 +173,7 @@ def _fixed_point_scale(grad: Tensor, v: Tensor, pairs: int) -> Tensor:
 
 @functools.cache
 def _bucket_thresholds(device: torch.device) -> Tensor:
-    """int64 [128]: the least time difference of each bucket, found by bisection in the very formula."""
+    """int64 [128]: the smallest time difference of each bucket, found by bisection of the formula itself."""
     low = torch.zeros(NUM_TIME_BUCKETS, dtype=torch.int64)  # always below the bucket
     high = torch.full_like(low, 1 << 62)
     wanted = torch.arange(NUM_TIME_BUCKETS)
@@ -204,3 +182,97 @@ def _bucket_thresholds(device: torch.device) -> Tensor:
         reached = time_buckets(middle) >= wanted
         high, low = torch.where(reached, middle, high), torch.where(reached, low, middle)
     return high.to(device)
+
+
+Tiles = dict[int, tuple[tuple[int, int, int, int], ...]]
+"""By the widest tile (block_d) that they serve: (BLOCK_M, BLOCK_N, num_warps, num_stages) to choose from.
+
+The first choice runs where nothing may be measured. None spills registers up to head dim 128
+(tests/ops/triton/test_compile_ahead.py). With a bias, a tile also holds times, buckets and gathered weights.
+"""
+# 16-bit inputs, by (kernel, has bias): tiles for compute capability 8.x, and for 9.0 and later.
+TILES_16_BIT: dict[tuple[str, bool], tuple[Tiles, Tiles]] = {
+    ("forward", False): (
+        {64: ((64, 64, 4, 3), (128, 32, 4, 4)), 128: ((64, 64, 4, 2),), 256: ((64, 64, 8, 1), (64, 32, 8, 2))},
+        {
+            64: ((128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)),
+            128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3)),
+            256: ((128, 64, 8, 2), (128, 32, 8, 3)),
+        },
+    ),
+    ("forward", True): (
+        {32: ((64, 64, 8, 1),), 128: ((64, 32, 8, 1),), 256: ((32, 32, 8, 1),)},
+        {
+            64: ((64, 64, 8, 1), (64, 32, 4, 2), (128, 32, 8, 2)),
+            128: ((64, 32, 8, 1), (64, 32, 8, 2)),
+            256: ((64, 32, 8, 1), (32, 32, 4, 1)),
+        },
+    ),
+    ("keys", False): (
+        {
+            64: ((32, 64, 4, 2),),
+            128: ((64, 64, 8, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
+            256: ((32, 32, 8, 1), (32, 64, 8, 1)),
+        },
+        {
+            64: ((64, 128, 8, 2), (64, 64, 4, 2)),
+            128: ((32, 128, 8, 2), (64, 64, 8, 2), (32, 128, 8, 3)),
+            256: ((32, 64, 8, 2), (64, 64, 8, 2), (16, 64, 8, 2)),
+        },
+    ),
+    ("keys", True): (
+        {32: ((64, 64, 8, 1),), 128: ((32, 64, 8, 1),), 256: ((32, 32, 8, 1),)},
+        {
+            64: ((64, 64, 8, 1), (32, 64, 4, 2)),
+            128: ((32, 64, 8, 1), (32, 64, 8, 2)),
+            256: ((32, 32, 8, 1), (16, 32, 8, 1)),
+        },
+    ),
+    ("queries", False): (
+        {
+            64: ((128, 64, 8, 2), (64, 64, 4, 2)),
+            128: ((64, 64, 8, 2), (128, 32, 8, 2)),
+            256: ((64, 32, 8, 1), (64, 32, 8, 2)),
+        },
+        {
+            64: ((128, 64, 8, 3), (64, 64, 4, 3)),
+            128: ((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3)),
+            256: ((128, 32, 8, 2), (64, 64, 8, 2)),
+        },
+    ),
+    ("queries", True): (
+        {32: ((64, 64, 8, 1),), 128: ((64, 32, 8, 1),), 256: ((32, 32, 8, 1),)},
+        {64: ((64, 64, 8, 1), (64, 32, 8, 2)), 128: ((64, 32, 8, 1), (64, 32, 4, 1)), 256: ((32, 32, 8, 1),)},
+    ),
+}
+_FORWARD_FLOAT32: Tiles = {64: ((32, 32, 4, 1),), 128: ((32, 16, 8, 1),), 256: ((16, 16, 8, 1),)}
+_KEYS_FLOAT32: Tiles = {64: ((32, 32, 8, 1),), 128: ((16, 16, 4, 1),), 256: ((16, 16, 8, 1),)}
+TILES_FLOAT32: dict[tuple[str, bool], Tiles] = {
+    ("forward", False): _FORWARD_FLOAT32,
+    ("forward", True): _FORWARD_FLOAT32,
+    ("keys", False): _KEYS_FLOAT32,
+    ("keys", True): _KEYS_FLOAT32,
+    ("queries", False): {128: ((16, 16, 4, 1),), 256: ((16, 16, 8, 1),)},
+    ("queries", True): {64: ((16, 16, 4, 1),), 128: ((16, 16, 4, 2),), 256: ((16, 16, 8, 1),)},
+}
+
+
+def attention_configs(
+    kernel: str, block_d: int, itemsize: int, has_bias: bool, capability: tuple[int, int]
+) -> list[triton.Config]:
+    """Configurations of the kernel ("forward", "keys", "queries") to choose from."""
+    key = (kernel, has_bias)
+    by_width = TILES_FLOAT32[key] if itemsize > 2 else TILES_16_BIT[key][capability >= (9, 0)]
+    tiles = next(by_width[width] for width in sorted(by_width) if block_d <= width)
+    return [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in tiles
+    ]
+
+
+def bias_config(block_d: int, itemsize: int, capability: tuple[int, int]) -> triton.Config:
+    """Configuration of the kernel for the gradients of the bias, whose grid depends on the tile size."""
+    if itemsize > 2:
+        return triton.Config({"BLOCK": 16}, num_warps=4 if block_d <= 64 else 8, num_stages=1)
+    if block_d > 128:
+        return triton.Config({"BLOCK": 16}, num_warps=4, num_stages=1)
+    return triton.Config({"BLOCK": 64 if capability >= (9, 0) else 32}, num_warps=8, num_stages=1)

@@ -1,119 +1,238 @@
-"""Compile kernels for a GPU that is not there, exactly as their wrappers would launch them, and read what came out."""
+"""Compile every kernel without a GPU, exactly as its host function would launch it.
+
+:func:`variants` lists the operators in the variants that training uses. :func:`record` runs the host functions of a
+variant and records their launches. :func:`compile_launch` compiles a recorded launch and reads registers, spills and
+instructions from the machine code.
+"""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
-from hstu.ops.triton.launch import Launch
+from hstu.ops.functional import hstu_attention, layer_norm, norm_mul_dropout, project_uvqk
+from hstu.ops.layout import build_layout, token_order
+from hstu.ops.triton.launch import Launch, recorded_launches
+from hstu.ops.triton.operators import OPERATORS
+from hstu.ops.triton.slots import SlotIndex
+from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, GateConfig, JaggedLayout, RelativeBias, TensorParallelComm
 
 WARP_SIZE = 32
-TYPE_NAMES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.bool: "i1",
-    torch.uint8: "u8",
-}
+HEADS = 2
+LENGTHS = np.array([48, 16])
+HIDDEN = 1024
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An example of one operator, forward and backward."""
+
+    op: str
+    head_dim: int
+    """0 for an operator without heads."""
+    description: str
+    run: Callable[[], None]
+
+
+def record(variant: Variant, capability: int) -> list[Launch]:
+    """The launches of a variant on a GPU of compute capability ``capability`` (90 for 9.0)."""
+    with recorded_launches(divmod(capability, 10)) as launches:
+        variant.run()
+    return launches
+
+
+def variants() -> list[Variant]:
+    """All operators in the variants that training uses."""
+    return [
+        *(_attention(width, torch.bfloat16, *parts) for width in (16, 32, 64, 128, 256) for parts in ATTENTION_PARTS),
+        *(_attention(width, torch.float32, *parts) for width in (64, 128) for parts in ATTENTION_PARTS[::2]),
+        Variant("layer_norm", 0, f"[T, {HIDDEN}], float32 in", _run_layer_norm),
+        *(_norm(width, split) for width in (64, 256) for split in (False, True)),
+        Variant("uvqk", 256, f"{HIDDEN} → {HEADS} × 4 × 256, bfloat16", lambda: _run_uvqk(torch.bfloat16)),
+        Variant("uvqk", 256, f"{HIDDEN} → {HEADS} × 4 × 256, float32", lambda: _run_uvqk(torch.float32)),
+        Variant("activate", 256, f"{HEADS} × 4 × 256, bfloat16", _run_activate),
+        Variant("jagged_concat", 0, f"[T, {HIDDEN}], float32", _run_jagged),
+        Variant("add_positions", 0, f"[T, {HIDDEN}], float32", _run_positions),
+        *(
+            Variant(op, 0, f"[M, {width}], float32", lambda op=op, width=width: _run_softmax(op, width))  # type: ignore[misc]
+            for op in ("pool_softmax_loss", "sampled_softmax_loss")
+            for width in (64, 256)
+        ),
+        *(Variant("slots", 0, policy, lambda policy=policy: _run_slots(policy)) for policy in ("lru", "lfu")),  # type: ignore[misc]
+    ]
+
+
+ATTENTION_PARTS = (("causal",), ("causal", "context", "candidates"), ("causal", "bias"), ("bidirectional", "bias"))
+
+
+def _attention(head_dim: int, dtype: torch.dtype, *parts: str) -> Variant:
+    description = f"{', '.join(parts)}, {str(dtype).removeprefix('torch.')}"
+    return Variant("hstu_attention", head_dim, description, lambda: _run_attention(head_dim, dtype, parts))
+
+
+def _run_attention(head_dim: int, dtype: torch.dtype, parts: tuple[str, ...]) -> None:
+    layout = _layout(contextuals=2 * ("context" in parts), candidates=4 * ("candidates" in parts))
+    projected = torch.zeros(layout.num_tokens, HEADS, 4, head_dim, dtype=dtype, requires_grad=True)
+    _, v, q, k = projected.unbind(2)
+    bias = None
+    if "bias" in parts:
+        bias = RelativeBias(*(torch.zeros(n, requires_grad=True) for n in (2 * 64 - 1, NUM_TIME_BUCKETS)))
+    config = AttentionConfig(head_dim**-0.5, 64, "causal" in parts, True)
+    out = hstu_attention(q, k, v, layout, config, bias, OPERATORS["attention"])
+    out.backward(torch.zeros_like(out))
+
+
+class _TwoEqualRanks(TensorParallelComm):
+    """Stands in for two ranks with equal values, to compile the kernels of tensor parallelism in one process."""
+
+    size = 2
+
+    def all_gather(self, own: Tensor) -> Tensor:
+        """See :class:`TensorParallelComm`."""
+        return torch.stack([own, own])
+
+
+def _norm(head_dim: int, split: bool) -> Variant:
+    where = "heads on 2 ranks" if split else "one rank"
+    return Variant("norm_mul_dropout", head_dim, f"{HEADS} heads, {where}", lambda: _run_norm(head_dim, split))
+
+
+def _run_norm(head_dim: int, split: bool) -> None:
+    _, x, u, _ = _zeros(64, HEADS, 4, head_dim, dtype=torch.bfloat16).unbind(2)
+    weight, bias = _zeros(HEADS * head_dim), _zeros(HEADS * head_dim)
+    config = GateConfig(1e-5, 0.2, _TwoEqualRanks() if split else TensorParallelComm())
+    norm_mul_dropout(x, u, weight, bias, config, OPERATORS["norm_mul_dropout"]).float().sum().backward()
+
+
+def _run_layer_norm() -> None:
+    layer_norm(_zeros(64, HIDDEN), _zeros(HIDDEN), _zeros(HIDDEN), 1e-5, None, OPERATORS["layer_norm"]).sum().backward()
+
+
+def _run_uvqk(dtype: torch.dtype) -> None:
+    width = HEADS * 4 * 256
+    x, weight, bias = (_zeros(*shape, dtype=dtype) for shape in ((64, HIDDEN), (width, HIDDEN), (width,)))
+    project_uvqk(x, weight, bias, OPERATORS["project_uvqk"]).sum().backward()
+
+
+def _run_activate() -> None:
+    OPERATORS["project_uvqk"].activate(_zeros(64, HEADS * 4 * 256, dtype=torch.bfloat16))
+
+
+def _run_jagged() -> None:
+    layout = _layout(contextuals=1, candidates=0)
+    items = _zeros(int(layout.num_items.sum()), HIDDEN)
+    OPERATORS["jagged_concat"]([_zeros(len(LENGTHS), HIDDEN), items], token_order(layout)).sum().backward()
+
+
+def _run_positions() -> None:
+    layout = _layout(contextuals=0, candidates=0)
+    x, table = _zeros(layout.num_tokens, HIDDEN), _zeros(8192, HIDDEN)
+    OPERATORS["add_positions"](x, table, layout.positions).sum().backward()
+
+
+def _run_softmax(op: str, width: int) -> None:
+    vectors = _zeros(64, width), _zeros(64, width), _zeros(48, width)
+    targets, ids = torch.zeros(64, dtype=torch.int64), torch.zeros(48, dtype=torch.int64)
+    if op == "pool_softmax_loss":
+        OPERATORS[op](*vectors, targets, ids, torch.ones(48, dtype=torch.bool), 0.05)
+    else:
+        OPERATORS[op](*vectors, torch.zeros(64, 128, dtype=torch.int64), targets, ids, 0.05)
+
+
+def _run_slots(policy: str) -> None:
+    index, (ids, scores, counts) = SlotIndex(64, "cpu"), torch.zeros(3, 64, dtype=torch.int64)
+    index.find(ids, ids)
+    for occurrences in (None, counts):
+        index.count(ids, ids, occurrences, scores, 1, lfu=policy == "lfu")
+    index.insert(ids, ids)
+    index.erase(ids, ids)
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+
+def _layout(contextuals: int, candidates: int) -> JaggedLayout:
+    return build_layout(
+        item_lengths=LENGTHS,
+        num_sequences=len(LENGTHS),
+        num_contextuals=contextuals,
+        num_candidates=np.full(len(LENGTHS), candidates),
+        tokens_per_item=1,
+        target_group_size=2,
+        device=torch.device("cpu"),
+        item_times=torch.zeros(int(LENGTHS.sum()), dtype=torch.int64),
+    )
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one kernel in one configuration."""
+    """Resources and instructions of one kernel in one configuration."""
 
     kernel: str
     capability: int
     """90 for compute capability 9.0."""
     config: str
     registers: int
-    """A thread's."""
+    """Per thread."""
     shared_bytes: int
-    """A program's."""
+    """Per program."""
     spill_instructions: int
     """Loads and stores of registers that did not fit."""
     stack_bytes: int
-    """A thread's local memory."""
+    """Local memory per thread."""
     instructions: int
     wgmma: int
-    """Products by warp group (HGMMA)."""
+    """Matrix products of warp groups (HGMMA)."""
     mma: int
-    """Products by warp (HMMA)."""
+    """Matrix products of warps (HMMA)."""
     wgmma_waits: int
-    """Places where warp-group products are waited for."""
-
-    @property
-    def wgmma_share(self) -> float:
-        """Warp-group products of all instructions."""
-        return self.wgmma / max(1, self.instructions)
+    """Instructions that wait for products of warp groups."""
 
 
 def compile_launch(launch: Launch, config: triton.Config, capability: int) -> Compiled:
     """Compile one configuration of a recorded launch for sm_{capability}.
 
     Raises:
-        RuntimeError: more shared memory than such a GPU has, or tools that fail.
+        RuntimeError: the tools that read machine code fail.
         triton.CompilationError: the kernel does not compile.
     """
-    source = _source(launch.kernel, {**launch.arguments, **config.kwargs})
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    built = triton.compile(source, target=GPUTarget("cuda", capability, WARP_SIZE), options=options)
-    return _inspect(built, launch.kernel.fn.__name__, capability, _described(config))
-
-
-def _source(kernel: Any, values: Mapping[str, Any]) -> ASTSource:
-    """The types of the values, what is known of them (None, 1, multiples of 16), and the constants."""
-    signature, constants, known = {}, {}, {}
-    for place, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        varies = parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not varies):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
-        signature[parameter.name] = _type_name(value)
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and not varies):
-            known[(place,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, known)
-
-
-def _type_name(value: Tensor | int | float) -> str:
-    if isinstance(value, Tensor):
-        return "*" + TYPE_NAMES[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def _described(config: triton.Config) -> str:
-    tile = " × ".join(str(value) for value in config.kwargs.values())
-    return f"{tile or 'one'}, {config.num_warps} warps, {config.num_stages} stages"
-
-
-def _inspect(built: Any, name: str, capability: int, config: str) -> Compiled:
+    target = GPUTarget("cuda", capability, WARP_SIZE)
+    backend = make_backend(target)
+    kernel, options = launch.kernel, {**config.all_kwargs(), "enable_fp_fusion": True}
+    # As JITFunction.run does: what the values of the arguments are specialized to.
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**launch.arguments, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    built = triton.compile(ASTSource(kernel, signature, constants, attributes), target, parsed.__dict__)
     return Compiled(
-        kernel=name,
+        kernel=kernel.fn.__name__,
         capability=capability,
-        config=config,
+        config=_description_of(config),
         shared_bytes=built.metadata.shared,
         **read_cubin(built.asm["cubin"]),
     )
 
 
+def _description_of(config: triton.Config) -> str:
+    tile = " × ".join(str(value) for value in config.kwargs.values())
+    return f"{tile or 'one'}, {config.num_warps} warps, {config.num_stages} stages"
+
+
 def read_cubin(cubin: bytes) -> dict[str, int]:
-    """The fields of :class:`Compiled` that machine code tells."""
+    """The fields of :class:`Compiled` that machine code contains."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"

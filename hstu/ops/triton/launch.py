@@ -1,7 +1,7 @@
-"""How a kernel is launched: tuned, with the first configuration where runs must repeat, interpreted, or only recorded.
+"""Launches kernels: in the fastest or the first configuration, in the interpreter, or only recorded.
 
-Every wrapper of this package launches through :func:`launch`, which is why compiling ahead (``compile_ahead.py``) can
-record what a wrapper would run, with the very arguments, and compile that for a GPU which is not there.
+All host functions of this package launch their kernels through :func:`launcher`. Compiling ahead of time
+(``compile_ahead.py``) therefore records exactly what a host function would run, and compiles it for another GPU.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
+
+from hstu.ops.triton.primitives import Precision
 
 Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
 
@@ -25,7 +27,7 @@ _measures = True
 
 @dataclass(frozen=True)
 class Launch:
-    """What would have been run: a kernel, its arguments by name, and the configurations to choose from."""
+    """A recorded launch: the kernel, its arguments by name, and the configurations to choose from."""
 
     kernel: Any
     arguments: Mapping[str, Any]
@@ -33,21 +35,21 @@ class Launch:
 
 
 @dataclass
-class Recorder:
-    """Launches recorded for a GPU of this compute capability."""
+class _Recorder:
+    """Launches recorded as if on a GPU of this compute capability."""
 
     capability: tuple[int, int]
     launches: list[Launch] = field(default_factory=list)
 
 
-_recorder: Recorder | None = None
+_recorder: _Recorder | None = None
 
 
 @contextmanager
 def recorded_launches(capability: tuple[int, int]) -> Iterator[list[Launch]]:
-    """Within, nothing is run (outputs hold anything): launches for such a GPU are recorded instead."""
+    """Record launches as if on such a GPU instead of running them; the contents of outputs are undefined."""
     global _recorder
-    previous, _recorder = _recorder, Recorder(capability)
+    previous, _recorder = _recorder, _Recorder(capability)
     try:
         yield _recorder.launches
     finally:
@@ -55,13 +57,13 @@ def recorded_launches(capability: tuple[int, int]) -> Iterator[list[Launch]]:
 
 
 def is_interpreted(kernel: Any) -> bool:
-    """Whether Triton was imported to interpret kernels on the CPU (TRITON_INTERPRET=1)."""
+    """Whether Triton interprets the kernel on the CPU (TRITON_INTERPRET=1 when Triton was imported)."""
     return isinstance(kernel, InterpretedFunction)
 
 
 @contextmanager
 def first_configurations() -> Iterator[None]:
-    """Within, nothing is measured: the first configuration runs."""
+    """Run the first configuration of every kernel, without measurements."""
     global _measures
     previous, _measures = _measures, False
     try:
@@ -71,55 +73,56 @@ def first_configurations() -> Iterator[None]:
 
 
 def may_measure() -> bool:
-    """Whether measurements may choose a configuration: not where runs have to repeat bit for bit."""
+    """Whether measurements may choose a configuration: not where runs must repeat bit for bit."""
     return _measures and not torch.are_deterministic_algorithms_enabled()
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
-    """Compute capability that configurations are chosen for; the interpreter takes those of an H100."""
+    """Compute capability that configurations are chosen for; on a CPU that of an H100."""
     if _recorder is not None:
         return _recorder.capability
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def multiplication(kernel: Any, dtype: torch.dtype, exact: bool = False) -> dict[str, Any]:
-    """The constants PRECISION, UPCAST and FAST of kernels that multiply tiles of ``dtype``.
+def precision_for(kernel: Any, dtype: torch.dtype, exact: bool = False) -> Precision:
+    """How ``kernel`` multiplies tiles of ``dtype``.
 
-    float32 is multiplied by tensor cores as three products of TF32, which is about as exact as float32; ``exact``: by
-    ordinary arithmetic, which needs fewer registers.
+    Tensor cores multiply float32 as three products of TF32, which is about as exact as float32. ``exact``: ordinary
+    arithmetic instead, which needs fewer registers.
     """
     interpreted = is_interpreted(kernel)
-    return {
-        "PRECISION": ("ieee" if exact else "tf32x3") if dtype == torch.float32 else "tf32",
-        "UPCAST": interpreted and dtype == torch.bfloat16,
-        "FAST": dtype.itemsize == 2 and not interpreted,
-    }
+    return Precision(
+        products=("ieee" if exact else "tf32x3") if dtype == torch.float32 else "tf32",
+        upcast=interpreted and dtype == torch.bfloat16,
+        fast_sigmoid=dtype.itemsize == 2 and not interpreted,
+    )
 
 
-def launch(
-    kernel: Any,
-    grid: Grid,
-    configs: Sequence[triton.Config],
-    tune_key: Hashable,
-    **arguments: Any,
-) -> None:
-    """Run ``kernel`` with the fastest of ``configs``, measured at the first launch of each ``tune_key``.
+def launcher(
+    kernel: Any, grid: Grid, configs: Sequence[triton.Config], tune_key: Hashable = ()
+) -> Callable[..., object]:
+    """A callable that runs ``kernel`` on the arguments that it is called with.
 
-    The first configuration that fits the device is taken instead where runs must repeat bit for bit, in the
-    interpreter, and where there is only one.
+    It runs the fastest of ``configs``, measured at the first launch of each ``tune_key``. Where runs must repeat bit
+    for bit, it runs the first configuration that fits the device; in the interpreter, the first one.
     """
     if _recorder is not None:
-        _recorder.launches.append(Launch(kernel, arguments, configs))
-        return
+        return partial(_record, kernel, configs)
     if is_interpreted(kernel):
-        kernel[grid](**arguments, **configs[0].kwargs)
-    elif len(configs) == 1 or not may_measure():
-        _launch_first(kernel, grid, configs, arguments)
-    else:
-        _tuner(kernel, configs, tune_key)[grid](**arguments, enable_fp_fusion=True)
+        return partial(kernel[grid], **configs[0].kwargs)
+    if len(configs) == 1:
+        return partial(kernel[grid], **configs[0].all_kwargs(), enable_fp_fusion=True)
+    if not may_measure():
+        return partial(_launch_first, kernel, grid, configs)
+    return partial(_tuner(kernel, configs, tune_key)[grid], enable_fp_fusion=True)
 
 
-def _launch_first(kernel: Any, grid: Grid, configs: Sequence[triton.Config], arguments: Mapping[str, Any]) -> None:
+def _record(kernel: Any, configs: Sequence[triton.Config], /, **arguments: Any) -> None:
+    assert _recorder is not None
+    _recorder.launches.append(Launch(kernel, arguments, configs))
+
+
+def _launch_first(kernel: Any, grid: Grid, configs: Sequence[triton.Config], /, **arguments: Any) -> None:
     for config in configs:
         try:
             kernel[grid](**arguments, **config.all_kwargs(), enable_fp_fusion=True)
@@ -137,10 +140,5 @@ def _tuner(kernel: Any, configs: Sequence[triton.Config], tune_key: Hashable) ->
 
 
 def bucket(size: int) -> int:
-    """``size`` rounded up to a power of two: sizes that are tuned together."""
+    """``size`` rounded up to a power of two: launches of these sizes share one measurement."""
     return 1 << max(size - 1, 0).bit_length()
-
-
-def strides_of(tensor: Tensor, names: str, prefix: str) -> dict[str, int]:
-    """The strides of ``tensor`` as the arguments stride_{prefix}{name}."""
-    return {f"stride_{prefix}{name}": stride for name, stride in zip(names, tensor.stride(), strict=True)}

@@ -1,88 +1,93 @@
-"""Layer norm and the gated, dropped-out norm by Triton kernels.
+"""Layer norm, and the gated norm with dropout, by Triton kernels.
 
-The dropout's pattern is a function of a seed: nothing of it is kept.
+The dropout mask is a function of a seed, a row and a column: only the seed is saved for backward. A program works on
+one row at a time and reads it once. It sums the gradients of the affine weights in registers, and PyTorch adds the sums
+of all programs: there are no atomics.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from hstu.ops.norm_mul_dropout import GateRule
-from hstu.ops.triton.launch import launch, strides_of
-from hstu.ops.triton.norm_kernels import norm_mul_dropout_backward, norm_mul_dropout_forward, row_statistics
+from hstu.ops.triton.launch import launcher
+from hstu.ops.triton.primitives import heads, matrix
+from hstu.ops.types import GateConfig
 
 PROGRAMS = 1024
-"""At most so many rows at a time, and so many partial sums of the affine gradients."""
+"""Largest number of programs. Each writes one row of partial sums of the affine gradients."""
 _SEEDS = 1 << 31
 
 
-def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """See :func:`hstu.ops.layer_norm.normalise`; x has any strides."""
-    return _forward(x.unsqueeze(1), None, weight, bias, GateRule(eps, 0.0), 0, dtype)
+def layer_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See :class:`hstu.ops.types.LayerNormForward`; x has any strides."""
+    launch, out, statistics = _prepare_forward(x.unsqueeze(1), None, weight, bias, GateConfig(eps, 0.0), 0, dtype)
+    if len(x):
+        launch()
+    return out, statistics
 
 
-def normalise_backward(
+def layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`hstu.ops.layer_norm.normalise_backward`."""
-    rows = x.unsqueeze(1)
-    rule = GateRule(0.0, 0.0)  # nothing to drop, and of eps nothing is asked
-    grad_x, grad_weight, grad_bias = _backward(grad, rows, None, weight, bias, rule, statistics, 0, None, None)
+    """See :class:`hstu.ops.types.LayerNormBackward`."""
+    no_gate = GateConfig(eps=0.0, dropout=0.0)  # backward does not use eps
+    x = x.unsqueeze(1)
+    grad_x, grad_weight, grad_bias = _backward(grad, x, None, weight, bias, no_gate, statistics, 0, None, None)
     return grad_x.squeeze(1), grad_weight, grad_bias
 
 
-def forward(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, rule: GateRule) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`hstu.ops.norm_mul_dropout.GateKernels`; the pattern is a seed, int64 [] on the host.
+def gate_forward(
+    x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :class:`hstu.ops.types.GateForward`; the dropout mask is a seed, int64 [] on the host.
 
-    It is drawn from torch's generator of the CPU: whoever sets that back repeats it, and no device is asked.
+    The seed is drawn from the CPU generator of torch: restoring its state repeats the mask, without device access.
     """
-    seed = torch.randint(_SEEDS, (), device="cpu") if rule.dropout > 0 else None
-    if seed is not None:  # generators of the ranks agree
-        seed = (seed + rule.ranks.rank * 0x9E3779B1) % _SEEDS
-    gated, statistics = _forward(x, u, weight, bias, rule, 0 if seed is None else int(seed), x.dtype)
+    seed = torch.randint(_SEEDS, (), device="cpu") if config.dropout > 0 else None
+    if seed is not None:  # the ranks have equal generators but need different masks
+        seed = (seed + config.comm.rank * 0x9E3779B1) % _SEEDS
+    launch, gated, statistics = _prepare_forward(x, u, weight, bias, config, 0 if seed is None else int(seed), x.dtype)
+    if len(x):
+        launch()
     return gated, statistics, seed
 
 
-def backward(
+def gate_backward(
     grad: Tensor,
     x: Tensor,
     u: Tensor,
     weight: Tensor,
     bias: Tensor,
-    rule: GateRule,
+    config: GateConfig,
     statistics: Tensor,
-    pattern: Tensor | None,
+    dropout_mask: Tensor | None,
     grad_u: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.norm_mul_dropout.GateKernels`."""
+    """See :class:`hstu.ops.types.GateBackward`."""
     gated = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    seed = 0 if pattern is None else int(pattern)
-    return gated, *_backward(grad, x, u, weight, bias, rule, statistics, seed, grad_u, gated)
+    seed = 0 if dropout_mask is None else int(dropout_mask)
+    return gated, *_backward(grad, x, u, weight, bias, config, statistics, seed, grad_u, gated)
 
 
-def _forward(
-    x: Tensor, u: Tensor | None, weight: Tensor, bias: Tensor, rule: GateRule, seed: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """[T, H · d] of ``dtype``, and the statistics. x, u: [T, H, d]."""
-    statistics = _statistics(x, rule)
+def _prepare_forward(
+    x: Tensor, u: Tensor | None, weight: Tensor, bias: Tensor, config: GateConfig, seed: int, dtype: torch.dtype
+) -> tuple[Callable[[], object], Tensor, Tensor]:
+    """A launch that writes [T, H · d] of ``dtype`` and the statistics, and these two. x, u: [T, H, d]."""
+    statistics = _statistics(x, config)
     out = torch.empty(len(x), len(weight), dtype=dtype, device=x.device)
-    if len(x):
-        launch(
-            norm_mul_dropout_forward,
-            _row_programs(x),
-            _configs(x),
-            (),
-            **_shared(x, u, weight, bias, statistics, rule.dropout, seed),
-            out=out,
-            stride_ot=out.stride(0),
-            eps=float(rule.eps),
-            GIVEN=rule.ranks.count > 1,
-        )
-    return out, statistics
+    shared = _shared(u, weight, bias, statistics, config.dropout, seed)
+    kernel = _over_rows(norm_mul_dropout_forward, x)
+    launch = partial(kernel, **shared, out=matrix(out), eps=float(config.eps), GIVEN=config.comm.size > 1)
+    return launch, out, statistics
 
 
 def _backward(
@@ -91,116 +96,214 @@ def _backward(
     u: Tensor | None,
     weight: Tensor,
     bias: Tensor,
-    rule: GateRule,
+    config: GateConfig,
     statistics: Tensor,
     seed: int,
     grad_u: Tensor | None,
     gated: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; those of u and what forward returned are written where there is a gate."""
+    """Gradients of x, weight and bias. With a gate, ``grad_u`` and ``gated``, the output of forward, are written."""
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = torch.zeros(2, *_row_programs(x)({}), len(weight), dtype=torch.float32, device=x.device)
+    sums = torch.zeros(2, _num_programs(x), len(weight), dtype=torch.float32, device=x.device)
     row_sums = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
 
     def run(which: str) -> None:
-        launch(
-            norm_mul_dropout_backward,
-            _row_programs(x),
-            _configs(x),
-            (),
-            **_shared(x, u, weight, bias, statistics, rule.dropout, seed),
-            grad=grad,
-            grad_x=grad_x,
-            grad_u=grad_u,
-            gated=gated,
-            weight_sums=sums[0],
-            bias_sums=sums[1],
-            row_sums=row_sums,
-            stride_gt=grad.stride(0),
-            stride_gd=grad.stride(1),
-            stride_st=row_sums.stride(0),
-            **strides_of(grad_x, "thd", "gx"),
-            **(strides_of(grad_u, "thd", "gu") if grad_u is not None else dict.fromkeys(_GATE_GRAD_STRIDES, 0)),
-            PASS=which,
-        )
-
-    if rule.ranks.count > 1:
         if len(x):
-            run("sums")
-        row_sums = rule.ranks.gather(row_sums).mean(0)
-    if len(x):
-        run("all" if rule.ranks.count == 1 else "rows")
+            _over_rows(norm_mul_dropout_backward, x)(
+                **_shared(u, weight, bias, statistics, config.dropout, seed),
+                grad=matrix(grad),
+                grad_x=heads(grad_x),
+                grad_u=heads(grad_u),
+                gated=gated,
+                weight_sums=sums[0],
+                bias_sums=sums[1],
+                row_sums=matrix(row_sums),
+                PASS=which,
+            )
+
+    if config.comm.size > 1:
+        run("sums")
+        row_sums = config.comm.all_gather(row_sums).mean(0)
+        run("rows")
+    else:
+        run("all")
     grad_weight, grad_bias = sums.sum(1)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
-_GATE_STRIDES = ("stride_ut", "stride_uh", "stride_ud")
-_GATE_GRAD_STRIDES = ("stride_gut", "stride_guh", "stride_gud")
-
-
 def _shared(
-    x: Tensor,
-    u: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    statistics: Tensor,
-    dropout: float,
-    seed: int,
+    u: Tensor | None, weight: Tensor, bias: Tensor, statistics: Tensor, dropout: float, seed: int
 ) -> dict[str, Any]:
     """The arguments that forward and backward share."""
-    width = x.shape[1] * x.shape[2]
     return dict(
-        x=x,
-        u=u,
+        u=heads(u),
         weight=weight,
         bias=bias,
         mean=statistics[0],
-        inverse_std=statistics[1],
-        num_rows=len(x),
+        rstd=statistics[1],
+        num_rows=statistics.shape[1],
         dropout=float(dropout),
         seed=seed,
-        **strides_of(x, "thd", "x"),
-        **(dict.fromkeys(_GATE_STRIDES, 0) if u is None else strides_of(u, "thd", "u")),
-        WIDTH=width,
-        HEAD=x.shape[2],
-        BLOCK=_block(width),
         GATED=u is not None,
         DROPPED=dropout > 0,
     )
 
 
-def _statistics(x: Tensor, rule: GateRule) -> Tensor:
-    """Mean and inverse deviation float32 [2, T]: where heads are split those of whole rows, else yet to be written."""
+def _statistics(x: Tensor, config: GateConfig) -> Tensor:
+    """Memory for the mean and rstd of each row, float32 [2, T]; already computed where several ranks share the rows."""
     own = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
-    if rule.ranks.count == 1:
+    if config.comm.size == 1:
         return own
     if len(x):
-        launch(
-            row_statistics,
-            _row_programs(x),
-            _configs(x),
-            (),
-            x=x,
-            mean=own[0],
-            variance=own[1],
-            num_rows=len(x),
-            **strides_of(x, "thd", "x"),
-            WIDTH=x.shape[1] * x.shape[2],
-            HEAD=x.shape[2],
-            BLOCK=_block(x.shape[1] * x.shape[2]),
-        )
-    return rule.over_all_heads(own)
+        _over_rows(row_statistics, x)(mean=own[0], variance=own[1], num_rows=len(x))
+    return config.combine_statistics(own)
 
 
-def _row_programs(x: Tensor) -> Any:
-    return lambda meta: (min(PROGRAMS, max(1, len(x))),)
+def _over_rows(kernel: Any, x: Tensor) -> Callable[..., object]:
+    """Launcher of a kernel over the rows of x [T, H, d]: at least 16 columns per thread, at most 16 warps."""
+    width = x.shape[1] * x.shape[2]
+    block = max(16, triton.next_power_of_2(width))
+    config = triton.Config({}, num_warps=min(16, max(1, block // 512)), num_stages=1)
+    shape = dict(WIDTH=width, HEAD=x.shape[2], BLOCK=block)
+    return partial(launcher(kernel, lambda meta: (_num_programs(x),), [config]), x=heads(x), **shape)
 
 
-def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+def _num_programs(x: Tensor) -> int:
+    return min(PROGRAMS, max(1, len(x)))
 
 
-def _configs(x: Tensor) -> list[triton.Config]:
-    """16 columns a thread at least, 16 warps at most."""
-    width = _block(x.shape[1] * x.shape[2])
-    return [triton.Config({}, num_warps=min(16, max(1, width // 512)), num_stages=1)]
+@triton.jit
+def _keeps(seed, row, dropout, BLOCK: tl.constexpr):
+    """bool [BLOCK]: the elements that are kept, as a function of seed, row and column, so that backward repeats it.
+
+    One run of Philox makes four numbers. A run for each number would take longer than the memory accesses.
+    """
+    quads = tl.arange(0, BLOCK // 4)
+    zero = tl.zeros((BLOCK // 4,), tl.int32)
+    a, b, c, d = tl.philox(seed, quads, (zero + row).to(tl.int32), zero, zero)
+    words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (BLOCK,))
+    return tl.uint_to_uniform_float(words) >= dropout
+
+
+@triton.jit
+def _pointers(tensor, row, columns, HEAD: tl.constexpr):
+    of_column = (columns // HEAD) * tensor.stride_head + (columns % HEAD) * tensor.stride_channel
+    return tensor.data + row * tensor.stride_token + of_column
+
+
+@triton.jit
+def _load_row(tensor, row, columns, WIDTH: tl.constexpr, HEAD: tl.constexpr):
+    return tl.load(_pointers(tensor, row, columns, HEAD), mask=columns < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_row(tensor, row, columns, values, WIDTH: tl.constexpr, HEAD: tl.constexpr):
+    pointers = _pointers(tensor, row, columns, HEAD)
+    tl.store(pointers, values.to(tensor.data.dtype.element_ty), mask=columns < WIDTH)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def row_statistics(
+    x, mean, variance, num_rows, WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Mean and variance of each row. Grid: (programs,)."""
+    columns = tl.arange(0, BLOCK)
+    for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
+        values = _load_row(x, row, columns, WIDTH, HEAD)
+        center = tl.sum(values, axis=0) / WIDTH
+        centered = tl.where(columns < WIDTH, values - center, 0.0)
+        tl.store(mean + row, center)
+        tl.store(variance + row, tl.sum(centered * centered, axis=0) / WIDTH)
+
+
+@triton.jit(do_not_specialize=["num_rows", "seed"])
+def norm_mul_dropout_forward(
+    x, u, weight, bias, out, mean, rstd, num_rows, eps, dropout, seed,
+    WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    GATED: tl.constexpr, DROPPED: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """out = dropout((norm(x) · weight + bias) ⊙ u). Grid: (programs,).
+
+    ``mean`` and ``rstd`` are read if GIVEN, else written. x, u: [T, H, d] of any strides; BLOCK ≥ H · d.
+    """
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
+        values = _load_row(x, row, columns, WIDTH, HEAD)
+        if GIVEN:
+            center = tl.load(mean + row)
+            inverse = tl.load(rstd + row)
+        else:
+            center = tl.sum(values, axis=0) / WIDTH
+            centered = tl.where(inside, values - center, 0.0)
+            inverse = tl.rsqrt(tl.sum(centered * centered, axis=0) / WIDTH + eps)
+            tl.store(mean + row, center)
+            tl.store(rstd + row, inverse)
+        result = (values - center) * inverse * scale + shift
+        if GATED:
+            result *= _load_row(u, row, columns, WIDTH, HEAD)
+        if DROPPED:
+            result = tl.where(_keeps(seed, row, dropout, BLOCK), result / (1.0 - dropout), 0.0)
+        tl.store(out.data + row * out.stride_row + columns, result.to(out.data.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows", "seed"])
+def norm_mul_dropout_backward(
+    x, u, weight, bias, mean, rstd, grad, grad_x, grad_u, gated, weight_sums, bias_sums, row_sums,
+    num_rows, dropout, seed,
+    WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    GATED: tl.constexpr, DROPPED: tl.constexpr, PASS: tl.constexpr,
+):  # fmt: skip
+    """Gradients and, if GATED, the output of forward. Grid: (programs,).
+
+    weight_sums, bias_sums: [programs, WIDTH], one row written by each program. PASS "all" computes everything. Where
+    the heads of a row lie on several ranks there are two passes: "sums" writes everything but grad_x, and to row_sums
+    [2, T] the means over this rank's columns that grad_x needs; "rows" reads the means over all ranks from row_sums and
+    writes grad_x.
+    """
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    weight_sum = tl.zeros((BLOCK,), tl.float32)
+    bias_sum = tl.zeros((BLOCK,), tl.float32)
+    for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
+        values = _load_row(x, row, columns, WIDTH, HEAD)
+        grad_pointers = grad.data + row * grad.stride_row + columns * grad.stride_column
+        upstream = tl.load(grad_pointers, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.load(rstd + row)
+        normalized = tl.where(inside, (values - tl.load(mean + row)) * inverse, 0.0)
+        if DROPPED:
+            factor = tl.where(_keeps(seed, row, dropout, BLOCK), 1.0 / (1.0 - dropout), 0.0)
+            upstream *= factor
+        if GATED:
+            gate = _load_row(u, row, columns, WIDTH, HEAD)
+            if PASS != "rows":
+                affine = normalized * scale + shift
+                _store_row(grad_u, row, columns, upstream * affine, WIDTH, HEAD)
+                recomputed = affine * gate
+                if DROPPED:
+                    recomputed *= factor
+                tl.store(gated + row * WIDTH + columns, recomputed.to(gated.dtype.element_ty), mask=inside)
+            upstream *= gate
+        weight_sum += upstream * normalized
+        bias_sum += upstream
+        scaled = upstream * scale
+        if PASS == "rows":
+            mean_scaled = tl.load(row_sums.data + row)
+            mean_product = tl.load(row_sums.data + row_sums.stride_row + row)
+        else:
+            mean_scaled = tl.sum(scaled, axis=0) / WIDTH
+            mean_product = tl.sum(scaled * normalized, axis=0) / WIDTH
+        if PASS == "sums":
+            tl.store(row_sums.data + row, mean_scaled)
+            tl.store(row_sums.data + row_sums.stride_row + row, mean_product)
+        else:
+            of_x = (scaled - mean_scaled - normalized * mean_product) * inverse
+            _store_row(grad_x, row, columns, of_x, WIDTH, HEAD)
+    if PASS != "rows":
+        sums = tl.program_id(0) * WIDTH + columns
+        tl.store(weight_sums + sums, weight_sum, mask=inside)
+        tl.store(bias_sums + sums, bias_sum, mask=inside)

@@ -1,27 +1,104 @@
-"""What several kernels share: matrix products, the sigmoid, and rows of strided tensors.
+"""Building blocks of the kernels: tensors with their strides, matrix products and the sigmoid.
 
-Counts that change from batch to batch are not specialised (``do_not_specialize``), or Triton would compile again.
+A kernel takes a tensor and its strides as one named tuple, and constants that belong together as one frozen dataclass.
+Counts that change from batch to batch are marked ``do_not_specialize``, or Triton would compile again for them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+class Matrix(NamedTuple):
+    """A matrix in memory: its first element and its strides."""
+
+    data: Any
+    stride_row: Any
+    stride_column: Any
+
+
+class Heads(NamedTuple):
+    """A tensor [T, H, d] in memory: its first element and its strides."""
+
+    data: Any
+    stride_token: Any
+    stride_head: Any
+    stride_channel: Any
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a kernel multiplies tiles and computes the sigmoid."""
+
+    products: str = "ieee"
+    """The ``input_precision`` of ``tl.dot``: "ieee", "tf32" or, three products of TF32 for one of float32, "tf32x3"."""
+    upcast: bool = False
+    """Multiply in float32, because the interpreter cannot multiply bfloat16."""
+    fast_sigmoid: bool = False
+    """Take the hardware's tanh, with a relative error of 2⁻¹¹: as exact as 16-bit inputs are."""
+
+
+def matrix(tensor: Tensor) -> Matrix:
+    """A tensor of two dimensions as an argument of a kernel."""
+    return Matrix(tensor, *tensor.stride())
+
+
+def heads(tensor: Tensor | None) -> Heads:
+    """A tensor [T, H, d] as an argument of a kernel; None: the kernel does not touch it."""
+    return Heads(None, 0, 0, 0) if tensor is None else Heads(tensor, *tensor.stride())
+
+
 @triton.jit
-def dot(a, b, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """accumulator + a @ b in float32. UPCAST: multiply in float32, as the interpreter cannot multiply bfloat16."""
-    if UPCAST:
+def rows_of_head(tensor, start, head):
+    """One head of [T, H, d] from token ``start`` on, as a matrix [T, d]."""
+    data = tensor.data + start * tensor.stride_token + head * tensor.stride_head
+    return Matrix(data, tensor.stride_token, tensor.stride_channel)
+
+
+@triton.jit
+def load_rows(source, rows, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BOUNDED: tl.constexpr):
+    """[rows, BLOCK] of a matrix WIDTH wide; zeros beyond the width and, if BOUNDED, from row ``limit`` on."""
+    columns = tl.arange(0, BLOCK)
+    pointers = source.data + rows[:, None] * source.stride_row + columns[None, :] * source.stride_column
+    if BOUNDED:
+        inside = rows[:, None] < limit
+        if WIDTH != BLOCK:
+            inside = inside & (columns[None, :] < WIDTH)
+        return tl.load(pointers, mask=inside, other=0.0)
+    if WIDTH != BLOCK:
+        return tl.load(pointers, mask=columns[None, :] < WIDTH, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(target, rows, limit, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Write ``values`` [rows, BLOCK] to those elements of a matrix that exist."""
+    columns = tl.arange(0, BLOCK)
+    pointers = target.data + rows[:, None] * target.stride_row + columns[None, :] * target.stride_column
+    inside = rows[:, None] < limit
+    if WIDTH != BLOCK:
+        inside = inside & (columns[None, :] < WIDTH)
+    tl.store(pointers, values.to(target.data.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dot(a, b, accumulator, precision: tl.constexpr):
+    """accumulator + a @ b in float32."""
+    if precision.upcast:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
-    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+    return tl.dot(a, b, accumulator, input_precision=precision.products)
 
 
 @triton.jit
 def sigmoid(x, FAST: tl.constexpr):
-    """1 / (1 + e⁻ˣ) in float32; FAST: by the hardware's tanh, relative error 2⁻¹¹, as good as 16-bit inputs are."""
+    """1 / (1 + e⁻ˣ) in float32. FAST: see :class:`Precision`."""
     if FAST:
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=tl.float32, is_pure=True, pack=1
@@ -34,31 +111,3 @@ def sigmoid(x, FAST: tl.constexpr):
 def silu_derivative(x, sigmoid_of_x):
     """d/dx of x · sigmoid(x)."""
     return sigmoid_of_x * (1.0 + x * (1.0 - sigmoid_of_x))
-
-
-@triton.jit
-def load_rows(
-    base, rows, limit, stride_row, stride_column, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BOUNDED: tl.constexpr
-):
-    """[rows, BLOCK] of a matrix WIDTH wide; zeros beyond the width and, if BOUNDED, from row ``limit`` on."""
-    columns = tl.arange(0, BLOCK)
-    pointers = base + rows[:, None] * stride_row + columns[None, :] * stride_column
-    if BOUNDED:
-        inside = rows[:, None] < limit
-        if WIDTH != BLOCK:
-            inside = inside & (columns[None, :] < WIDTH)
-        return tl.load(pointers, mask=inside, other=0.0)
-    if WIDTH != BLOCK:
-        return tl.load(pointers, mask=columns[None, :] < WIDTH, other=0.0)
-    return tl.load(pointers)
-
-
-@triton.jit
-def store_rows(base, rows, limit, stride_row, stride_column, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The reverse of load_rows, always bounded."""
-    columns = tl.arange(0, BLOCK)
-    pointers = base + rows[:, None] * stride_row + columns[None, :] * stride_column
-    inside = rows[:, None] < limit
-    if WIDTH != BLOCK:
-        inside = inside & (columns[None, :] < WIDTH)
-    tl.store(pointers, values.to(base.dtype.element_ty), mask=inside)

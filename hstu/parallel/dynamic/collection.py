@@ -1,10 +1,10 @@
-"""Dynamic tables inside TorchRec's sharded collections: between the exchange of ids and the lookup, ids become rows.
+"""Dynamic tables inside TorchRec's sharded collections: ids become rows between the exchange of ids and the lookup.
 
-Not on TorchRec's managed collision: its sharding demands `buckets`, a contiguous range of ids a rank and a module for
-each table that is driven through dicts of JaggedTensors, and its eviction resets the state of rowwise_adagrad alone.
-All that is needed is two steps of ShardedEmbeddingCollection itself: the exchange, which already sends any int64
-whole to the rank that a block size determines, and ``compute``, in which rows are then looked up. Both lie behind the
-calls that pipelines take apart, so that an id is given a row in the order of the steps, whatever runs ahead.
+This does not build on TorchRec's managed collision, which demands ``buckets``, a contiguous range of ids per rank and a
+module per table driven through dicts of JaggedTensors, and whose eviction resets only the state of rowwise_adagrad. Two
+steps of ShardedEmbeddingCollection suffice: the exchange, which sends any int64 unchanged to a rank that depends on the
+block size, and ``compute``, which looks rows up. Pipelines call both separately and compute in the order of the steps,
+so ids get rows in that order, however far a pipeline runs ahead.
 """
 
 from __future__ import annotations
@@ -17,26 +17,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingCollection, KeyedJaggedTensor
-from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
-from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, ShardingEnv
+from torchrec.distributed.types import QuantizedCommCodecs, ShardingEnv
 
 from hstu.data.batch import NEGATIVES
 from hstu.model.embedding import DynamicEmbeddingCollection, TableSpec
 from hstu.parallel.dynamic.hashing import mix, unmix
-from hstu.parallel.dynamic.split import OwnerSharding, Parting
+from hstu.parallel.dynamic.memory import SplitLookup, logical_name
+from hstu.parallel.dynamic.rows import RowBlock, Rows, find_caches
 from hstu.parallel.dynamic.table import DynamicTable
-from hstu.parallel.row_sparse import RowSparseEmbeddingCollection
+from hstu.parallel.table_kernels import CollectionSharder, RowSparseEmbeddingCollection
+from hstu.parallel.table_optimizer import TableOptimizer
 
 
-class OwnerDist(RwSparseFeaturesDist):
-    """Sends ids, unchanged, to the ranks that own them (DynamicEmbeddingArgs.dist_type).
+class DynamicFeaturesDist(RwSparseFeaturesDist):
+    """Sends ids unchanged to the ranks that own them (DynamicEmbeddingArgs.dist_type).
 
-    FBGEMM sends an id, read as unsigned, to rank ``id // block`` where there is one, else to ``id % ranks``. A hash
-    travels instead of its id, and is turned back at its owner.
+    FBGEMM sends an id, read as unsigned, to rank ``id // block`` if that rank exists, else to ``id % ranks``. With
+    hash_roundrobin, the hash of an id travels in its place and is inverted at its owner.
     """
 
     def __init__(self, specs: Sequence[TableSpec], pg: dist.ProcessGroup, device: torch.device | None) -> None:
@@ -60,14 +64,145 @@ class OwnerDist(RwSparseFeaturesDist):
         """See RwSparseFeaturesDist."""
         if any(self._hashed):
             ends, ids = sparse_features.offset_per_key(), sparse_features.values()
-            parts = [ids[start:stop] for start, stop in pairwise(ends)]
-            sent = [mix(part) if hashed else part for part, hashed in zip(parts, self._hashed, strict=True)]
-            sparse_features = with_values(sparse_features, torch.cat(sent))
+            by_feature = [ids[start:stop] for start, stop in pairwise(ends)]
+            sent = [mix(own) if hashed else own for own, hashed in zip(by_feature, self._hashed, strict=True)]
+            sparse_features = _with_values(sparse_features, torch.cat(sent))
         return super().forward(sparse_features)
 
 
-def with_values(features: KeyedJaggedTensor, values: Tensor) -> KeyedJaggedTensor:
-    """The same features with other ids."""
+class DynamicSharding(RwSequenceEmbeddingSharding):
+    """Row-wise sharding whose exchanges use the real features; its lookup uses those of the physical tables."""
+
+    def looked_up(self) -> list[str]:
+        """The features of the lookup, in its order."""
+        return super().feature_names()
+
+    def feature_names(self) -> list[str]:
+        """See EmbeddingSharding."""
+        return [name for name in super().feature_names() if logical_name(name) == name]
+
+    def embedding_names(self) -> list[str]:
+        """See EmbeddingSharding. Two tables have no feature in common, so results are named as their features."""
+        return self.feature_names()
+
+    def _get_num_features(self) -> int:
+        return len(self.feature_names())
+
+
+class ShardedDynamicCollection(ShardedEmbeddingCollection):
+    """A sharded collection of dynamic tables. Call ``create_tables`` before its first use."""
+
+    tables: Mapping[str, DynamicTable]
+    """By name."""
+
+    def create_tables(
+        self, specs: Sequence[TableSpec], weights: Mapping[str, ShardedTensor], optimizer: TableOptimizer, seed: int
+    ) -> None:
+        """Set ``tables`` to empty ones, which write into this rank's live ``weights`` (by table) and their states."""
+        spec_of = {spec.name: spec for spec in specs}
+        states, caches = optimizer.state_tensors(), find_caches(self._lookups)
+        blocks: dict[str, list[RowBlock]] = {}
+        for name in self.embeddings:
+            own_states = {state: _local(states[f"{name}.{state}"]) for state in optimizer.training[name].states}
+            block = RowBlock(_local(weights[name]), own_states, caches.get(name))
+            blocks.setdefault(logical_name(name), []).append(block)
+        self.tables = {
+            name: DynamicTable(spec_of[name], seed, Rows(own, spec_of[name].dim)) for name, own in blocks.items()
+        }
+
+    @classmethod
+    def create_embedding_sharding(
+        cls,
+        sharding_type: str,
+        sharding_infos: list[EmbeddingShardingInfo],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+    ) -> DynamicSharding:
+        """See ShardedEmbeddingCollection. Always row-wise."""
+        return DynamicSharding(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
+
+    def _create_input_dist(self, input_feature_names: list[str], ctx: Any = None) -> None:
+        super()._create_input_dist(input_feature_names, ctx)
+        specs = {feature: table.spec for table in self.tables.values() for feature in table.spec.features}
+        self._input_dists = [
+            DynamicFeaturesDist([specs[name] for name in sharding.feature_names()], sharding._pg, self._device)
+            for sharding in self._sharding_type_to_sharding.values()
+        ]
+
+    def compute(self, ctx: Any, dist_input: KJTList) -> list[Tensor]:
+        """See ShardedEmbeddingCollection."""
+        slots = [self._remap(features) for features in dist_input]
+        if not self._split_lookups:
+            return super().compute(ctx, KJTList(slots))
+        lookups = [split(features) for features, split in zip(slots, self._split_lookups, strict=True)]
+        looked_up = super().compute(ctx, KJTList([features for features, _ in lookups]))
+        for context, features in zip(ctx.sharding_contexts, slots, strict=True):
+            context.lengths_after_input_dist = features.lengths().view(-1, features.stride())
+        return [rows.index_select(0, positions) for rows, (_, positions) in zip(looked_up, lookups, strict=True)]
+
+    @cached_property
+    def _split_lookups(self) -> list[SplitLookup]:
+        """One per sharding, if any table is split; else none."""
+        split_at = {
+            feature: len(table.rows.blocks[0].weight)
+            for table in self.tables.values()
+            if len(table.rows.blocks) > 1
+            for feature in table.spec.features
+        }
+        shardings = self._sharding_type_to_sharding.values() if split_at else ()
+        return [
+            SplitLookup(sharding.feature_names(), sharding.looked_up(), split_at, self._device)
+            for sharding in shardings
+        ]
+
+    def compute_and_output_dist(self, ctx: Any, input: KJTList) -> Any:
+        """See ShardedEmbeddingCollection."""
+        return self.output_dist(ctx, self.compute(ctx, input))
+
+    @torch.no_grad()
+    def prefetch(self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None) -> None:
+        """Load rows into FBGEMM's caches, if there are any, for a lookup in the next step.
+
+        Loads only ids that have a row by now. New ids get theirs in the step itself. ``forward_stream``: has been given
+        the lookup of the current step, for which this waits, but not yet its backward, beside which this may run.
+        """
+        cached = [table for table in self.tables.values() if table.rows.is_cached]
+        batches = [(table, _ids_of(table, features)) for features in dist_input for table in cached]
+        if batches and forward_stream is not None:
+            torch.cuda.current_stream().wait_stream(forward_stream)
+        for table, ids in batches:
+            table.prefetch(torch.cat(list(ids.values())))
+
+    @torch.no_grad()
+    def _remap(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """This rank's features with slots in place of ids.
+
+        The features of a table train as one batch. NEGATIVES follow them and give no row to an id: they were sampled
+        from the corpus, and would evict ids that occur in the data.
+        """
+        slots, slice_of = features.values().clone(), _slices(features)
+        for table in self.tables.values():
+            ids = _ids_of(table, features)
+            table.clear_default_row()
+            training = [key for key in ids if self.training and key != NEGATIVES]
+            if training:
+                assigned = table.assign_rows(torch.cat([ids[key] for key in training]))
+                for key, found in zip(training, assigned.split([len(ids[key]) for key in training]), strict=True):
+                    slots[slice_of[key]] = found
+            for key in ids:
+                if key not in training:
+                    slots[slice_of[key]] = table.look_up(ids[key], training=self.training)
+        return _with_values(features, slots)
+
+
+def _local(tensor: ShardedTensor) -> Tensor:
+    """This rank's shard of a row-wise sharded tensor."""
+    local: Tensor = tensor.local_shards()[0].tensor
+    return local
+
+
+def _with_values(features: KeyedJaggedTensor, values: Tensor) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(
         keys=features.keys(),
         values=values,
@@ -78,140 +213,24 @@ def with_values(features: KeyedJaggedTensor, values: Tensor) -> KeyedJaggedTenso
     )
 
 
-class DynamicLookups(ShardedEmbeddingCollection):
-    """What a sharded collection of dynamic tables does besides. ``specs`` and ``tables`` are set once it is made."""
-
-    specs: Mapping[str, TableSpec]
-    """By feature."""
-    tables: Mapping[str, DynamicTable]
-    """By name; empty where this rank has no share, which row-wise sharding does not leave."""
-
-    @classmethod
-    def create_embedding_sharding(
-        cls,
-        sharding_type: str,
-        sharding_infos: list[EmbeddingShardingInfo],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
-    ) -> OwnerSharding:
-        """See ShardedEmbeddingCollection. Always row-wise."""
-        return OwnerSharding(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
-
-    def _create_input_dist(self, input_feature_names: list[str], ctx: Any = None) -> None:
-        super()._create_input_dist(input_feature_names, ctx)
-        self._input_dists = [
-            OwnerDist([self.specs[name] for name in sharding.feature_names()], sharding._pg, self._device)
-            for sharding in self._sharding_type_to_sharding.values()
-        ]
-
-    def compute(self, ctx: Any, dist_input: KJTList) -> list[Tensor]:
-        """See ShardedEmbeddingCollection."""
-        slots = [self._remapped(features) for features in dist_input]
-        if not self._partings:
-            return super().compute(ctx, KJTList(slots))
-        lookups = [parting(features) for features, parting in zip(slots, self._partings, strict=True)]
-        looked_up = super().compute(ctx, KJTList([features for features, _ in lookups]))
-        for context, features in zip(ctx.sharding_contexts, slots, strict=True):
-            context.lengths_after_input_dist = features.lengths().view(-1, features.stride())
-        return [rows.index_select(0, places) for rows, (_, places) in zip(looked_up, lookups, strict=True)]
-
-    @cached_property
-    def _partings(self) -> list[Parting]:
-        """Of each sharding, where there is a table in two parts; else none."""
-        split_at = {
-            feature: len(table.rows.parts[0].weight)
-            for table in self.tables.values()
-            if len(table.rows.parts) > 1
-            for feature in table.spec.features
-        }
-        shardings = self._sharding_type_to_sharding.values() if split_at else ()
-        return [
-            Parting(sharding.feature_names(), sharding.looked_up(), split_at, self._device) for sharding in shardings
-        ]
-
-    def compute_and_output_dist(self, ctx: Any, input: KJTList) -> Any:
-        """See ShardedEmbeddingCollection."""
-        return self.output_dist(ctx, self.compute(ctx, input))
-
-    @torch.no_grad()
-    def prefetch(self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None) -> None:
-        """Bring rows into FBGEMM's caches, where there are any, for a lookup in the next step.
-
-        Only of ids that have a row by now, and none gets one: that is for the step itself. ``forward_stream``: has the
-        lookup of the step before, behind which this waits, but not its backward, beside which it may run.
-        """
-        cached = [table for table in self.tables.values() if table.rows.is_cached]
-        batches = [(table, _ids_of(table, features)) for features in dist_input for table in cached]
-        if batches and forward_stream is not None:
-            torch.cuda.current_stream().wait_stream(forward_stream)
-        for table, ids in batches:
-            table.bring_near(torch.cat(list(ids.values())))
-
-    @torch.no_grad()
-    def _remapped(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """This rank's features with slots for ids.
-
-        A table's features train together, as one batch. NEGATIVES come after them and give no id a row: they were drawn
-        from the corpus, and would drive out the ids that occur.
-        """
-        slots, part_of = features.values().clone(), _places(features)
-        for table in self.tables.values():
-            parts = _ids_of(table, features)
-            table.clear_default_row()
-            training = [key for key in parts if self.training and key != NEGATIVES]
-            if training:
-                trained = table.train(torch.cat([parts[key] for key in training]))
-                for key, found in zip(training, trained.split([len(parts[key]) for key in training]), strict=True):
-                    slots[part_of[key]] = found
-            for key in parts:
-                if key not in training:
-                    slots[part_of[key]] = table.look_up(parts[key], training=self.training)
-        return with_values(features, slots)
-
-
-def _places(features: KeyedJaggedTensor) -> dict[str, slice]:
-    """Where the values of each feature stand."""
+def _slices(features: KeyedJaggedTensor) -> dict[str, slice]:
+    """The slice of each feature in the values."""
     return {key: slice(*ends) for key, ends in zip(features.keys(), pairwise(features.offset_per_key()), strict=True)}
 
 
 def _ids_of(table: DynamicTable, features: KeyedJaggedTensor) -> dict[str, Tensor]:
-    """The ids of each of a table's features, as they were before they were sent to their owner."""
-    ids, places = features.values(), _places(features)
-    hashed = table.spec.dynamic is not None and table.spec.dynamic.dist_type == "hash_roundrobin"
-    return {key: unmix(ids[places[key]]) if hashed else ids[places[key]] for key in table.spec.features}
+    """The original ids of each of a table's features."""
+    ids, slice_of = features.values(), _slices(features)
+    hashed = table.args.dist_type == "hash_roundrobin"
+    return {key: unmix(ids[slice_of[key]]) if hashed else ids[slice_of[key]] for key in table.spec.features}
 
 
-class DynamicFusedCollection(DynamicLookups):
-    """Trained by FBGEMM's fused optimizers."""
+class RowSparseDynamicCollection(ShardedDynamicCollection, RowSparseEmbeddingCollection):
+    """The same with the lookups of RowSparseEmbeddingCollection."""
 
 
-class DynamicRowSparseCollection(DynamicLookups, RowSparseEmbeddingCollection):
-    """Trained by RowLazyAdam, those with another optimizer by FBGEMM's."""
-
-
-class DynamicSharder(EmbeddingCollectionSharder):
-    """Shards DynamicEmbeddingCollections, row-wise, as the planner must have been told."""
-
-    def __init__(self, specs: Sequence[TableSpec], sharder: EmbeddingCollectionSharder, row_sparse: bool) -> None:
-        """``sharder``: that of the other tables; ``row_sparse``: it leaves some gradients to RowLazyAdam."""
-        super().__init__(sharder.fused_params)
-        self._specs = {feature: spec for spec in specs if spec.dynamic is not None for feature in spec.features}
-        self._row_sparse = row_sparse
-
-    def shard(
-        self,
-        module: EmbeddingCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> DynamicLookups:
-        """See EmbeddingCollectionSharder."""
-        kind = DynamicRowSparseCollection if self._row_sparse else DynamicFusedCollection
-        collection = kind(module, params, env, self.fused_params, device, module_fqn=module_fqn)
-        collection.specs = self._specs
-        return collection
+class DynamicSharder(CollectionSharder):
+    """Shards DynamicEmbeddingCollections; the planner must have been constrained to row-wise sharding."""
 
     @property
     def module_type(self) -> type[EmbeddingCollection]:

@@ -1,6 +1,9 @@
-"""hstu.data.hashing's SplitMix64 on tensors of any device, and back; on int64, as torch has no uint64 arithmetic."""
+"""Hashes of ids as tensors on any device, and the initial rows that are derived from them."""
 
 from __future__ import annotations
+
+import hashlib
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,33 +19,59 @@ _GAMMA = 0x9E3779B97F4A7C15
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _SHIFTS = (30, 27, 31)
 _INVERSES = tuple(pow(factor, -1, _WORD) for factor in _FACTORS)
+_QUANTILES = 1 << 16
 
 
 def mix(ids: Tensor) -> Tensor:
-    """A bijective hash of int64 ids: the bits of hstu.data.hashing.splitmix64, as int64."""
+    """A bijective hash of int64 ids: the bits of hstu.data.hashing.splitmix64 (torch has no uint64 arithmetic)."""
     bits = ids + _signed(_GAMMA)
-    bits = (bits ^ _shifted(bits, _SHIFTS[0])) * _signed(_FACTORS[0])
-    bits = (bits ^ _shifted(bits, _SHIFTS[1])) * _signed(_FACTORS[1])
-    return bits ^ _shifted(bits, _SHIFTS[2])
+    bits = (bits ^ _shift_right(bits, _SHIFTS[0])) * _signed(_FACTORS[0])
+    bits = (bits ^ _shift_right(bits, _SHIFTS[1])) * _signed(_FACTORS[1])
+    return bits ^ _shift_right(bits, _SHIFTS[2])
 
 
 def unmix(bits: Tensor) -> Tensor:
-    """The ids that ``mix`` has hashed."""
-    ids = _unshifted(bits, _SHIFTS[2]) * _signed(_INVERSES[1])
-    ids = _unshifted(ids, _SHIFTS[1]) * _signed(_INVERSES[0])
-    return _unshifted(ids, _SHIFTS[0]) - _signed(_GAMMA)
+    """The inverse of ``mix``."""
+    ids = _undo_xor_shift(bits, _SHIFTS[2]) * _signed(_INVERSES[1])
+    ids = _undo_xor_shift(ids, _SHIFTS[1]) * _signed(_INVERSES[0])
+    return _undo_xor_shift(ids, _SHIFTS[0]) - _signed(_GAMMA)
 
 
 def in_unsigned_order(bits: Tensor) -> Tensor:
-    """Int64 that compare as the same bits do without a sign."""
+    """int64 that compare as the same bits do in uint64."""
     return bits ^ torch.iinfo(torch.int64).min
 
 
-def _shifted(bits: Tensor, places: int) -> Tensor:
-    """Logical shift to the right."""
+def _shift_right(bits: Tensor, places: int) -> Tensor:
+    """Logical shift."""
     return (bits >> places) & ((1 << (64 - places)) - 1)
 
 
-def _unshifted(bits: Tensor, places: int) -> Tensor:
-    """What ``x`` was in ``x ^ (x >> places)``, for places > 21."""
-    return bits ^ _shifted(bits, places) ^ _shifted(bits, 2 * places)
+def _undo_xor_shift(bits: Tensor, places: int) -> Tensor:
+    """``x`` of ``x ^ (x >> places)``, for places > 21."""
+    return bits ^ _shift_right(bits, places) ^ _shift_right(bits, 2 * places)
+
+
+def table_key(seed: int, table: str) -> int:
+    """An int64 that gives each table of each run initial rows of its own."""
+    digest = hashlib.blake2b(f"{seed}/{table}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def initial_rows(ids: Tensor, dim: int, init_std: float, table_key: int) -> Tensor:
+    """Rows of int64 ids [n]: float32 [n, dim], a function of the key and the id on every rank and device.
+
+    N(0, init_std²), approximated by 65,536 quantiles (±4.3 init_std at most). The numbers come from a lookup table
+    instead of arithmetic, so that every device gives the same bits.
+    """
+    words = -(-dim // 4)
+    keys = mix(ids ^ table_key)[:, None] + torch.arange(words, device=ids.device)
+    quantiles = mix(keys).view(torch.int16).to(torch.int32) + _QUANTILES // 2
+    return (_normal_quantiles(ids.device)[quantiles] * init_std)[:, :dim]
+
+
+@cache
+def _normal_quantiles(device: torch.device) -> Tensor:
+    """float32 [65536]: the midpoints of 65,536 equally likely parts of the standard normal distribution."""
+    quantiles = torch.special.ndtri((torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES)
+    return quantiles.float().to(device)  # computed on the CPU, for the same bits on every device

@@ -1,94 +1,91 @@
-"""One dynamic table on one rank: which rows its ids have, and rows made anew for new ids."""
+"""One rank's shard of a dynamic table: gives rows to ids and initialises them, and reports what happened."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, fields
 
 import torch
 from torch import Tensor
 
 from hstu.model.embedding import TableSpec
-from hstu.ops.backends import triton_gap
-from hstu.ops.cpu.build import KernelsUnavailable
-from hstu.parallel.dynamic.check import check_slots
-from hstu.parallel.dynamic.content import Sightings, TableContent, best, merged, owners
-from hstu.parallel.dynamic.cpu_slots import CpuSlots
-from hstu.parallel.dynamic.initial_rows import initial_rows, table_key
+from hstu.parallel.dynamic.content import Sightings, TableContent, last_evicted, merged, owners
+from hstu.parallel.dynamic.hashing import initial_rows, table_key
 from hstu.parallel.dynamic.rows import Rows
-from hstu.parallel.dynamic.slots import NO_SLOT, Counters, Policy, SlotTable
+from hstu.parallel.dynamic.slot_tables import create_slots
+from hstu.parallel.dynamic.slots import NO_SLOT, Counters
 from hstu.parallel.dynamic.times import StepTimes
-from hstu.parallel.dynamic.torch_slots import TorchSlots
 
-log = logging.getLogger(__name__)
+TableReport = dict[str, float]
+"""``rows`` and ``capacity`` over all ranks; ``hit_rate``, the share of lookups whose id had a row before its batch; the
+other counters of hstu.parallel.dynamic.slots.Counters."""
 
 
 class DynamicTable:
-    """This rank's share of a table.
+    """This rank's shard of a table.
 
-    Its last row is the default row of ids that have none: zeros, and again before the next lookup, so that what an
-    optimizer does to it does not last.
+    Its last row is the default row, which stands for all ids without a row. It is reset to zeros before each lookup, so
+    an optimizer's updates to it have no effect.
     """
 
     def __init__(self, spec: TableSpec, seed: int, rows: Rows) -> None:
-        """``rows``: the live ones, all zero."""
+        """``rows``: live, all zero."""
+        assert spec.dynamic is not None
         self.spec = spec
+        self.args = spec.dynamic
         self.rows = rows
         self.default_slot = len(rows) - 1
-        self.slots = _slots(spec, self.default_slot, rows.device)
+        self.slots = create_slots(spec.name, spec.dynamic, self.default_slot, rows.device)
         self.step = 0
         """Training batches so far."""
         self.counters = Counters()
-        """Since they were last read."""
+        """Since the last ``pop_reports``."""
         self.changed = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         """The last training batch that changed each row."""
         self.times = StepTimes()
-        """When it had seen how many of them."""
+        """When how many training batches were done."""
         self._key = table_key(seed, spec.name)
         self._default = torch.tensor([self.default_slot], device=rows.device)
         self._default_was_trained = False
 
-    def train(self, ids: Tensor) -> Tensor:
-        """Rows, int64 [n], of the ids of the next training batch, which get one if they may."""
+    def assign_rows(self, ids: Tensor) -> Tensor:
+        """Rows, int64 [n], of the ids of the next training batch; new ids get rows if they may."""
         self.step += 1
         assigned = self.slots.assign(ids, self.step)
         self.counters.add(assigned.counters)
-        self._renew(assigned.new_slots, assigned.new_ids)
+        if len(assigned.new_slots):
+            new_rows = initial_rows(assigned.new_ids, self.spec.dim, self.spec.init_std, self._key)
+            self.rows.initialize(assigned.new_slots, new_rows)
         rows = self._or_default(assigned.slots)
         self.changed[rows] = self.step
-        self.times.note(self.step - 1)  # this one's update is still to come
+        self.times.note(self.step - 1)  # the update of this batch is still to come
         return rows
 
     def look_up(self, ids: Tensor, *, training: bool) -> Tensor:
-        """Rows, int64 [n], of ids; none gets one that has none. ``training``: the rows will be changed."""
+        """Rows, int64 [n], of ids; gives none to new ids. ``training``: whether the rows will be updated."""
         rows = self._or_default(self.slots.lookup(ids))
         if training:
             self.changed[rows] = self.step
         return rows
 
-    def bring_near(self, ids: Tensor) -> None:
-        """Expect a lookup of ``ids``, int64 [n], in the next step. Nothing changes but the time that it takes.
+    def prefetch(self, ids: Tensor) -> None:
+        """Prepare for a lookup of ``ids``, int64 [n], in the next step. Changes nothing but its speed.
 
-        Ids of a batch keep their slots in it: where they lie now, they are looked up.
+        Ids of a batch keep their slots throughout that batch, so they will be looked up in the slots they have now.
         """
-        self.rows.bring_near(self.slots.lookup(ids))
+        self.rows.prefetch(self.slots.lookup(ids))
 
     def clear_default_row(self) -> None:
-        """Before every lookup."""
+        """Reset the default row; call it before every lookup."""
         if self._default_was_trained:
             self._default_was_trained = False
-            self.rows.begin(self._default, self._default.new_zeros(1, self.spec.dim, dtype=torch.float32))
-
-    def _renew(self, slots: Tensor, ids: Tensor) -> None:
-        """Initial rows and no optimizer state for slots that have changed hands."""
-        if len(slots):
-            self.rows.begin(slots, initial_rows(ids, self.spec.dim, self.spec.init_std, self._key))
+            self.rows.initialize(self._default, self._default.new_zeros(1, self.spec.dim, dtype=torch.float32))
 
     def content(self) -> TableContent:
-        """All that is worth saving; views of what is live, where it lies in one piece."""
+        """What is worth saving: views of the live tensors, or copies if the table is split."""
         self.times.note(self.step, saving=True)
         ids, scores = self.slots.content()
-        rows, states = self.rows.first(len(ids))
+        rows, states = self.rows.read(len(ids))
         sightings = self.slots.sightings
         return TableContent(
             policy=self.slots.policy,
@@ -104,26 +101,24 @@ class DynamicTable:
 
     @torch.no_grad()
     def restore(self, parts: Sequence[TableContent], rank: int, world_size: int) -> int:
-        """Hold what this rank owns of the ``parts`` of a whole table, and nothing else.
+        """Replace the content by those ids of a table, given in ``parts``, that this rank owns.
 
-        Returns how many ids there was no room for: those that would be evicted first.
+        Returns how many ids found no room; these are the ones that would be evicted first.
         """
-        args = self.spec.dynamic
-        assert args is not None
 
         def own(ids: Tensor) -> Tensor:
-            return owners(ids, args, self.slots.capacity, world_size) == rank
+            return owners(ids, self.args, self.slots.capacity, world_size) == rank
 
-        content = merged([part.chosen(own(part.ids)) for part in parts]).scored_by(self.slots.policy)
-        kept = content.chosen(best(content.ids, content.scores, self.slots.capacity))
+        content = merged([part.select(own(part.ids)) for part in parts]).scored_by(self.slots.policy)
+        kept = content.select(last_evicted(content.ids, content.scores, self.slots.capacity))
         self.slots.restore(kept.ids, kept.scores)
         self.step, self.times = kept.step, StepTimes(kept.times)
-        self.rows.put_first(kept.rows, kept.states)
+        self.rows.write(kept.rows, kept.states)
         self.changed[: len(kept.ids)] = kept.changed.to(self.changed)
         if self.slots.sightings is not None and kept.sightings is not None:
             sighted = own(kept.sightings.ids)
             ids, scores = kept.sightings.ids[sighted], kept.sightings.scores[sighted]
-            newest = best(ids, scores, self.slots.sightings.capacity)
+            newest = last_evicted(ids, scores, self.slots.sightings.capacity)
             self.slots.sightings.restore(ids[newest], scores[newest])
         return len(content.ids) - len(kept.ids)
 
@@ -133,20 +128,34 @@ class DynamicTable:
         return torch.where(absent, self.default_slot, slots)
 
 
-def _slots(spec: TableSpec, capacity: int, device: torch.device) -> SlotTable:
-    assert spec.dynamic is not None
-    policy: Policy = "lfu" if spec.dynamic.evict_strategy == "lfu" else "lru"
-    threshold = spec.dynamic.admission_threshold
-    if device.type == "cpu":
-        try:
-            check_slots()
-            return CpuSlots(capacity, policy, threshold)
-        except KernelsUnavailable as reason:
-            log.warning("table %s: PyTorch looks up its ids, there are no C++ kernels: %s", spec.name, reason)
-    elif device.type == "cuda":
-        if (gap := triton_gap(device)) is None:
-            from hstu.parallel.dynamic.triton_slots import TritonSlots  # Triton may not be installed elsewhere
+def pop_reports(
+    tables: Mapping[str, DynamicTable], sum_over_ranks: Callable[[list[float]], list[float]]
+) -> dict[str, TableReport]:
+    """Report what was counted since the last call, over all ranks, and reset it. Collective if there are tables."""
+    if not tables:
+        return {}
+    numbers: list[float] = []
+    for table in tables.values():
+        numbers += [table.slots.size, table.slots.capacity, *astuple(table.counters)]
+        table.counters = Counters()
+    totals = iter(sum_over_ranks(numbers))
+    names = ["rows", "capacity", *(field.name for field in fields(Counters))]
+    return {table: _report({name: int(next(totals)) for name in names}) for table in tables}
 
-            return TritonSlots(capacity, policy, threshold, str(device))
-        log.warning("table %s: PyTorch looks up its ids, Triton cannot: %s", spec.name, gap)
-    return TorchSlots(capacity, policy, threshold, str(device))
+
+def _report(counts: dict[str, int]) -> TableReport:
+    hits, lookups = counts.pop("hits"), counts["lookups"]
+    return {**counts, "hit_rate": hits / lookups if lookups else 1.0}
+
+
+def describe_report(table: str, report: Mapping[str, float]) -> str:
+    """A report as a line of the log."""
+    rows, capacity = int(report["rows"]), int(report["capacity"])
+    text = f"table {table}: {rows:,} of {capacity:,} rows ({rows / capacity:.1%}), hit rate {report['hit_rate']:.1%}"
+    counts = {
+        "new": report["insertions"],
+        "evicted": report["evictions"],
+        "lookups below the admission threshold": report["waiting"],
+        "lookups without room": report["rejections"],
+    }
+    return ", ".join([text, *(f"{int(number):,} {name}" for name, number in counts.items() if number)])

@@ -1,11 +1,9 @@
-"""Where Triton's kernels run, for the tests of what only they do."""
-
-from __future__ import annotations
+"""The device of the tests that are for Triton kernels alone."""
 
 import pytest
 import torch
 
-from hstu.ops.backends import Backend
+from hstu.ops.types import Backend
 from tests.ops.backends import INTERPRETED, device_of
 
 

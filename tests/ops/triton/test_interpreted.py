@@ -1,6 +1,4 @@
-"""Triton decides when it is imported whether it interprets: the tests of its kernels run in a process of their own."""
-
-from __future__ import annotations
+"""Runs the tests of Triton kernels in a process with TRITON_INTERPRET=1, which Triton reads when it is imported."""
 
 import os
 import re
@@ -16,11 +14,11 @@ ROOT = Path(__file__).parents[3]
 SHARED = ("tests/ops/test_kernels.py", "tests/ops/triton", "tests/parallel/dynamic/test_triton_slots.py")
 
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="this is that process")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="this is the interpreting process")
 
 
 def interpret(*arguments: str, timeout_s: int) -> int:
-    """Tests passed, all of those run."""
+    """Run tests in the interpreting process; all must pass. Returns their number."""
     pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -44,6 +42,6 @@ def test_long_sequences_are_right_when_interpreted() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_layer_of_interpreted_kernels_is_right_and_is_recomputed_with_the_same_bits() -> None:
-    """But for what the first of these tests has shown of the layer."""
+    """Runs all tests of layers except those that the first test of this file runs."""
     layers = ("tests/model/test_layer_kernels.py", "tests/ops/test_layer.py")
     assert interpret(*layers, "-k", "not dropout_drops and not what_is_kept", timeout_s=880) == 23

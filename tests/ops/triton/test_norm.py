@@ -1,17 +1,14 @@
 """Dropout of Triton's norm: its statistics, that backward and recomputation repeat it; layer norm; split heads."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hstu.ops.backends import Backend
-from hstu.ops.layer_norm import layer_norm
-from hstu.ops.norm_mul_dropout import GateRule, norm_mul_dropout
-from hstu.ops.ranks import Ranks
+from hstu.ops.functional import layer_norm
+from hstu.ops.types import Backend, GateConfig, TensorParallelComm
+from tests.ops.backends import kernels_of, norm_mul_dropout
 
 TOKENS, HEADS, WIDTH = 50, 2, 150
 
@@ -24,9 +21,9 @@ def inputs(device: torch.device) -> list[Tensor]:
     return [tensor.requires_grad_() for tensor in tensors]
 
 
-def gate(*tensors: Tensor, dropout: float = 0.3, seed: int = 1, ranks: Ranks | None = None) -> Tensor:
+def gate(*tensors: Tensor, dropout: float = 0.3, seed: int = 1, comm: TensorParallelComm | None = None) -> Tensor:
     torch.manual_seed(seed)
-    return norm_mul_dropout(*tensors, GateRule(1e-5, dropout, ranks or Ranks()), Backend.TRITON)
+    return norm_mul_dropout(*tensors, GateConfig(1e-5, dropout, comm or TensorParallelComm()), Backend.TRITON)
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
@@ -68,7 +65,7 @@ def test_checkpointing_repeats_the_dropout_bit_for_bit(device: torch.device) -> 
 
 
 def test_heads_on_two_ranks_give_the_norm_over_all_of_them(device: torch.device) -> None:
-    """Both ranks in one process: what gather returns is computed from the whole rows."""
+    """Both ranks in one process: what all_gather returns is computed from the whole rows."""
     x, u, weight, bias = inputs(device)
     whole = torch.autograd.grad(gate(x, u, weight, bias, dropout=0.0).sin().sum(), [x, u, weight, bias])
     slope = torch.cos(gate(x, u, weight, bias, dropout=0.0)).detach().view_as(x)
@@ -88,9 +85,9 @@ def test_heads_on_two_ranks_give_the_norm_over_all_of_them(device: torch.device)
 
     own = [x[:, :1], u[:, :1], weight[:WIDTH], bias[:WIDTH]]
     own = [tensor.detach().requires_grad_() for tensor in own]
-    ranks = Ranks()
-    ranks.count, ranks.gather = 2, gather  # type: ignore[method-assign]
-    out = gate(*own, dropout=0.0, ranks=ranks)
+    comm = TensorParallelComm()
+    comm.size, comm.all_gather = 2, gather  # type: ignore[method-assign]
+    out = gate(*own, dropout=0.0, comm=comm)
     grads = torch.autograd.grad(out, own, slope[:, 0])
     for ours, exact in zip(grads, whole, strict=True):
         exact = exact[:, :1] if exact.dim() == 3 else exact[:WIDTH]
@@ -104,7 +101,7 @@ def test_layer_norm_equals_float64(device: torch.device, width: int, dtype: torc
     x = torch.randn(17, 2, width).to(device)[:, 1].requires_grad_()  # rows far apart
     weight, bias = (torch.randn(width).to(device).requires_grad_() for _ in range(2))
 
-    y = layer_norm(x, weight, bias, 1e-2, dtype, Backend.TRITON)
+    y = layer_norm(x, weight, bias, 1e-2, dtype, kernels_of(Backend.TRITON).layer_norm)
     exact = [tensor.detach().cpu().double().requires_grad_() for tensor in (x, weight, bias)]
     expected = F.layer_norm(exact[0], (width,), *exact[1:], 1e-2)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2

@@ -1,7 +1,5 @@
 """Triton's projection, jagged rows, positions and pool loss against float64; gradients of the bias are repeatable."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -10,13 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.attention import hstu_attention
-from hstu.ops.backends import Backend
-from hstu.ops.jagged import TokenOrder, jagged_concat
-from hstu.ops.positions import add_positions
-from hstu.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
-from hstu.ops.softmax_loss import pool_softmax_loss
-from hstu.ops.uvqk import activate, project, project_uvqk
+from hstu.ops.functional import project_uvqk
+from hstu.ops.types import NUM_TIME_BUCKETS, Backend, RelativeBias, TokenOrder
+from tests.ops.backends import hstu_attention, kernels_of, pool_softmax_loss
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch
 
@@ -51,8 +45,9 @@ def test_the_projection_equals_float64(
     torch.manual_seed(tokens)
 
     def run(backend: Backend, *tensors: Tensor) -> Tensor:
-        assert torch.equal(activate((both := project(*tensors, backend))[0], backend), both[1])
-        return project_uvqk(*tensors, backend)
+        kernels = kernels_of(backend).project_uvqk
+        assert torch.equal(kernels.activate((both := kernels.forward(*tensors))[0]), both[1])
+        return project_uvqk(*tensors, kernels)
 
     leaves = [torch.randn(tokens, hidden), torch.randn(4 * heads * width, hidden) / hidden**0.5]
     compare(run, [*leaves, torch.randn(4 * heads * width)], device, dtype=dtype)
@@ -66,7 +61,7 @@ def test_jagged_concat_moves_rows_and_their_gradients_exactly(device: torch.devi
     parts = [torch.randn(20, n).to(device).t().requires_grad_() for n in rows]  # columns lie apart
     results = []
     for backend in (Backend.TRITON, Backend.PYTORCH):
-        tokens = jagged_concat(parts, order, backend)
+        tokens = kernels_of(backend).jagged_concat(parts, order)
         results.append([tokens, *torch.autograd.grad(tokens.sin().sum(), parts)])
     assert all(torch.equal(ours, right) for ours, right in zip(*results, strict=True))
 
@@ -76,7 +71,7 @@ def test_positions_equal_float64_and_far_ones_share_the_last(device: torch.devic
     torch.manual_seed(0)
     positions = torch.randint(40, (tokens,))
     compare(
-        lambda backend, x, table: add_positions(x, table, positions.to(x.device), backend),
+        lambda backend, x, table: kernels_of(backend).add_positions(x, table, positions.to(x.device)),
         [torch.randn(tokens, 70), torch.randn(30, 70)],
         device,
     )

@@ -1,6 +1,4 @@
-"""The kernels are checked against PyTorch before they are first used, and refused with the numbers."""
-
-from __future__ import annotations
+"""Triton kernels are compared with PyTorch before their first use; a wrong kernel is refused with its error."""
 
 from pathlib import Path
 
@@ -8,16 +6,17 @@ import pytest
 import torch
 
 from hstu.config.errors import ConfigError
-from hstu.ops.backends import Backend, describe_kernels, select_backend
+from hstu.ops.select import resolve_kernels, select_backend
+from hstu.ops.types import Backend, KernelShapes
 
 GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
-    """The module, keeping what it remembers in a directory of its own, as on a machine with an H100."""
+    """The self check on a machine with an H100, with an empty cache directory."""
     self_check = pytest.importorskip("hstu.ops.triton.self_check")
-    monkeypatch.setattr(self_check, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr("hstu.ops.self_check.cache_directory", lambda: tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return self_check
@@ -31,7 +30,7 @@ def test_all_kernels_pass(device: torch.device) -> None:
     assert all(error <= tolerance for error, tolerance in errors.values()), errors
 
 
-def test_kernels_are_checked_once_a_device(checks, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_kernels_are_checked_once_per_device(checks, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     runs: list[torch.device] = []
     monkeypatch.setattr(checks, "kernel_errors", lambda device: runs.append(device) or {"attention": (1e-6, 1e-4)})
     checks.check_kernels(GPU)
@@ -62,18 +61,20 @@ def test_right_kernels_are_used_and_stand_in_for_cutlass(
     monkeypatch.setattr(checks, "kernel_errors", lambda device: {"attention": (1e-6, 1e-4)})
     assert select_backend("triton", strict=True, device=GPU) is Backend.TRITON
     assert not caplog.records
-    monkeypatch.setattr("hstu.ops.backends._cutlass_gap", lambda device: "dK differs from PyTorch by 0.5")
+    monkeypatch.setattr("hstu.ops.select.cutlass_unsupported_reason", lambda device: "dK differs from PyTorch by 0.5")
     assert select_backend("cutlass", strict=False, device=GPU) is Backend.TRITON
     assert "dK differs from PyTorch by 0.5" in caplog.text and "triton is used" in caplog.text
 
 
-def test_an_old_gpu_is_told(checks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]
+def test_an_old_gpu_is_refused_with_the_reason(
+    checks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert select_backend("triton", strict=False, device=GPU) is Backend.PYTORCH
     assert "compute capability 7.5 < 8.0" in caplog.text
 
 
 def test_the_table_names_what_triton_serves() -> None:
-    table = describe_kernels(Backend.TRITON, head_dim=512, item_dim=64, dtype=torch.bfloat16)
+    table = str(resolve_kernels(Backend.TRITON, KernelShapes(512, 1, 64, 64, torch.bfloat16)))
     assert "attention: pytorch (heads of 512 > 256 channels)" in table
-    assert "norm_mul_dropout: triton" in table and "l2_normalise: pytorch (no kernel)" in table
+    assert "norm_mul_dropout: triton" in table and "l2_normalize: pytorch (no kernel)" in table

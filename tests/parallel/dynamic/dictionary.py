@@ -1,6 +1,4 @@
-"""What a SlotTable must do, with a Python dictionary: one id after another, no tensors, nothing clever."""
-
-from __future__ import annotations
+"""A SlotTable as a Python dictionary, one id after another, to compare the implementations with."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +7,7 @@ from hstu.data.hashing import splitmix64
 
 
 class DictionaryTable:
-    """id → [count, last step] of the ids that have a slot."""
+    """``held``: id → [count, last step] of the ids that have a slot."""
 
     def __init__(self, capacity: int, policy: str, admission_threshold: int = 0) -> None:
         self.capacity, self.policy, self.threshold = capacity, policy, admission_threshold

@@ -1,6 +1,4 @@
-"""Who has a slot: the C++ and the PyTorch implementation do what a dictionary does, id for id."""
-
-from __future__ import annotations
+"""The C++ and the PyTorch implementation of SlotTable equal a dictionary, id for id."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.config.args import DynamicEmbeddingArgs
-from hstu.data.hashing import splitmix64
-from hstu.model.embedding import TableSpec
+from hstu.ops import select
 from hstu.ops.cpu.build import KernelsUnavailable
-from hstu.parallel.dynamic import check
-from hstu.parallel.dynamic import table as dynamic_table
-from hstu.parallel.dynamic.cpu_slots import CpuSlots
-from hstu.parallel.dynamic.hashing import mix, unmix
+from hstu.parallel.dynamic import slot_tables
+from hstu.parallel.dynamic.hashing import unmix
+from hstu.parallel.dynamic.slot_tables import CpuSlots, TorchSlots, create_slots
 from hstu.parallel.dynamic.slots import NO_SLOT, Policy, SlotTable, counts_of, steps_of
-from hstu.parallel.dynamic.torch_slots import TorchSlots
 from tests.parallel.dynamic.dictionary import DictionaryTable
 
 KINDS = [TorchSlots, CpuSlots]
@@ -41,7 +36,7 @@ def assert_holds(table: SlotTable, model: DictionaryTable) -> None:
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 @settings(max_examples=60, deadline=None)
 @given(stream=STREAMS, capacity=st.integers(1, 50), threshold=THRESHOLDS, restart=st.integers(0, 12))
-def test_streams_leave_what_they_leave_in_a_dictionary(
+def test_streams_have_the_same_result_as_in_a_dictionary(
     policy: Policy, stream: list[list[int]], capacity: int, threshold: int, restart: int
 ) -> None:
     model = DictionaryTable(capacity, policy, threshold)
@@ -68,7 +63,7 @@ def test_streams_leave_what_they_leave_in_a_dictionary(
 
 
 def restarted(table: SlotTable) -> SlotTable:
-    """Another table that was given the content of ``table``, as a checkpoint does."""
+    """Another table with the content of ``table``, as after loading a checkpoint."""
     other = type(table)(table.capacity, table.policy, table.admission_threshold)
     other.restore(*table.content())
     if table.sightings is not None and other.sightings is not None:
@@ -78,7 +73,7 @@ def restarted(table: SlotTable) -> SlotTable:
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 def test_long_streams_under_pressure_agree(policy: Policy) -> None:
-    """Enough ids for the order of eviction to be made anew many times."""
+    """With enough ids to rebuild the eviction order many times."""
     rng = np.random.default_rng(0)
     tables = [kind(5000, policy, 2) for kind in KINDS]
     for step in range(1, 60):
@@ -126,7 +121,7 @@ def test_lru_and_lfu_differ_as_their_names_say(kind: type[SlotTable]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rare_newcomers_do_not_drive_out_what_is_seen_often_under_lfu(kind: type[SlotTable]) -> None:
+def test_under_lfu_rare_new_ids_do_not_evict_frequent_ones(kind: type[SlotTable]) -> None:
     table = kind(3, "lfu")
     table.assign(torch.tensor([1, 1, 1, 2, 2, 3]), 1)
     made = table.assign(torch.tensor([7, 8, 8, 8]), 2)
@@ -136,7 +131,7 @@ def test_rare_newcomers_do_not_drive_out_what_is_seen_often_under_lfu(kind: type
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_neither_the_order_nor_the_place_of_ids_in_a_batch_decides_who_stays(kind: type[SlotTable]) -> None:
+def test_the_order_of_ids_in_a_batch_does_not_decide_which_stay(kind: type[SlotTable]) -> None:
     rng = np.random.default_rng(1)
     straight, shuffled = kind(30, "lfu"), kind(30, "lfu")
     for step in range(1, 20):
@@ -147,37 +142,30 @@ def test_neither_the_order_nor_the_place_of_ids_in_a_batch_decides_who_stays(kin
 
 
 def test_compiled_slots_are_not_used_where_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "library_file", lambda: tmp_path / "kernels.so")
-    check.check_slots()
+    monkeypatch.setattr(slot_tables, "library_file", lambda: tmp_path / "kernels.so")
+    slot_tables.check_cpu_slots()
     passed = tmp_path / "kernels.slots_checked"
     assert passed.exists()
     passed.unlink()
-    monkeypatch.setattr(check, "CpuSlots", lambda capacity, *rest: CpuSlots(capacity - 1, *rest))
+    monkeypatch.setattr(slot_tables, "CpuSlots", lambda capacity, *rest: CpuSlots(capacity - 1, *rest))
     with pytest.raises(KernelsUnavailable, match="slots of dynamic tables"):
-        check.check_slots()
+        slot_tables.check_cpu_slots()
     assert not passed.exists()
 
 
-def test_a_gpu_is_served_by_triton_and_where_that_cannot_run_by_pytorch_with_a_warning(
+def test_a_gpu_uses_the_hash_index_of_triton_and_where_that_cannot_run_pytorch_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
-    dynamic = DynamicEmbeddingArgs(
+    from hstu.ops.triton.slots import SlotIndex
+
+    args = DynamicEmbeddingArgs(
         feature_names=["item"], table_name="item", item_vocab_size_or_capacity=9, evict_strategy="lfu"
     )
-    spec = TableSpec("item", 10, 4, ("item",), False, "row_wise", 1.0, dynamic)
-    monkeypatch.setattr("hstu.parallel.dynamic.triton_slots.TritonSlots", lambda *made: ("Triton", *made))
-    monkeypatch.setattr(dynamic_table, "TorchSlots", lambda *made: ("PyTorch", *made))
     gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(dynamic_table, "triton_gap", lambda device: None)
-    assert dynamic_table._slots(spec, 9, gpu) == ("Triton", 9, "lfu", 0, "cuda:0") and not caplog.records
-    monkeypatch.setattr(dynamic_table, "triton_gap", lambda device: "the driver is too old")
-    assert dynamic_table._slots(spec, 9, gpu) == ("PyTorch", 9, "lfu", 0, "cuda:0")
+    monkeypatch.setattr(slot_tables, "TorchSlots", lambda *arguments: arguments)
+    monkeypatch.setattr(select, "triton_unsupported_reason", lambda device: None)
+    assert create_slots("item", args, 9, gpu) == (9, "lfu", 0, "cuda:0", SlotIndex) and not caplog.records
+    monkeypatch.setattr(select, "triton_unsupported_reason", lambda device: "the driver is too old")
+    assert create_slots("item", args, 9, gpu) == (9, "lfu", 0, "cuda:0")
     assert "table item: PyTorch looks up its ids, Triton cannot: the driver is too old" in caplog.text
-
-
-@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1))
-def test_hashes_of_tensors_are_those_of_arrays_and_have_an_inverse(ids: list[int]) -> None:
-    mixed = mix(torch.tensor(ids))
-    assert np.array_equal(mixed.numpy().view(np.uint64), splitmix64(np.array(ids)))
-    assert unmix(mixed).tolist() == ids

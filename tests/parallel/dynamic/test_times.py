@@ -1,6 +1,4 @@
-"""Which batch a time stands for: never a later one than was done by then."""
-
-from __future__ import annotations
+"""A time stands for the newest batch that was done by then, never for a later one."""
 
 from collections.abc import Callable
 from itertools import accumulate, pairwise
@@ -13,7 +11,7 @@ from hstu.parallel.dynamic.times import Entries, StepTimes, last_of_all, newest_
 
 
 def noted(moments: list[float], saving: Callable[[int], bool] = lambda _: False, before: Entries = ()) -> Entries:
-    """The log of a run of a batch at each moment; ``saving``: whether that batch is followed by a save."""
+    """The log of a run with one batch at each moment; ``saving``: whether a save follows that batch."""
     clock = iter(moments)
     times = StepTimes(before, clock=lambda: next(clock))
     for step in range(1, len(moments) + 1):
@@ -21,7 +19,7 @@ def noted(moments: list[float], saving: Callable[[int], bool] = lambda _: False,
     return times.entries
 
 
-def test_entries_are_a_minute_apart_but_for_those_of_saves() -> None:
+def test_entries_are_a_minute_apart_except_those_of_saves() -> None:
     seconds = [float(second) for second in range(150)]
     assert noted(seconds) == ((0.0, 1), (60.0, 61), (120.0, 121))
     assert noted(seconds, saving=lambda step: step == 31) == ((0.0, 1), (30.0, 31), (90.0, 91))

@@ -1,8 +1,7 @@
-"""The slots of a GPU: what a dictionary does, id for id, and bit for bit what PyTorch does."""
-
-from __future__ import annotations
+"""Slots with the hash index of a GPU: equal to a dictionary, id for id, and to the sorted index, bit for bit."""
 
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,21 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu.ops.backends import Backend
+from hstu.ops.types import Backend
 from hstu.parallel.dynamic.hashing import unmix
+from hstu.parallel.dynamic.slot_tables import TorchSlots
 from hstu.parallel.dynamic.slots import NO_SLOT, Policy
-from hstu.parallel.dynamic.torch_slots import TorchSlots
 from tests.ops.backends import INTERPRETED, device_of, examples, needs_gpu
 from tests.parallel.dynamic.dictionary import DictionaryTable
 from tests.parallel.dynamic.test_slots import IDS, THRESHOLDS, assert_holds
 
 pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
 
+
 from hstu.ops.triton.slots import SlotIndex
-from hstu.parallel.dynamic.triton_slots import TritonSlots
 
 pytestmark = [] if INTERPRETED else list(needs_gpu)
 DEVICE = device_of(Backend.TRITON)
+HashedSlots = partial(TorchSlots, device=str(DEVICE), index=SlotIndex)
 PARTS = ("slots", "new_slots", "new_ids", "evicted_ids")
 
 
@@ -35,11 +35,11 @@ def on_device(ids: object) -> torch.Tensor:
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 @settings(max_examples=examples(50))
 @given(stream=st.lists(st.lists(IDS, max_size=30), max_size=8), capacity=st.integers(1, 20), threshold=THRESHOLDS)
-def test_streams_leave_what_they_leave_in_a_dictionary(
+def test_streams_have_the_same_result_as_in_a_dictionary(
     policy: Policy, stream: list[list[int]], capacity: int, threshold: int
 ) -> None:
     model = DictionaryTable(capacity, policy, threshold)
-    table = TritonSlots(capacity, policy, threshold, str(DEVICE))
+    table = HashedSlots(capacity, policy, threshold)
     for step, batch in enumerate(stream, 1):
         expected = model.assign(batch, step)
         made = table.assign(on_device(batch), step)
@@ -53,10 +53,10 @@ def test_streams_leave_what_they_leave_in_a_dictionary(
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 def test_long_streams_equal_those_of_pytorch_bit_for_bit_and_go_on_from_a_checkpoint(policy: Policy) -> None:
-    """Long enough for the index to be rebuilt; on a GPU with a hundred programs at once."""
+    """Long enough for the index to be rebuilt; on a GPU a hundred programs run at once."""
     capacity, batch, steps = (20, 60, 20) if INTERPRETED else (5000, 20_000, 60)
     rng = np.random.default_rng(0)
-    ours, oracle = TritonSlots(capacity, policy, 2, str(DEVICE)), TorchSlots(capacity, policy, 2)
+    ours, oracle = HashedSlots(capacity, policy, 2), TorchSlots(capacity, policy, 2)
     evictions = rebuilds = 0
     for step in range(1, steps + 1):
         ids = torch.from_numpy(rng.zipf(1.2, batch) % (8 * capacity) - 7)
@@ -68,7 +68,7 @@ def test_long_streams_equal_those_of_pytorch_bit_for_bit_and_go_on_from_a_checkp
         assert all(map(torch.equal, [part.cpu() for part in ours.content()], oracle.content()))
         evictions += made.counters.evictions
         if step == steps // 2:
-            ours, before = TritonSlots(capacity, policy, 2, str(DEVICE)), ours
+            ours, before = HashedSlots(capacity, policy, 2), ours
             assert ours.sightings is not None and before.sightings is not None
             ours.restore(*before.content())
             ours.sightings.restore(*before.sightings.content())
@@ -105,7 +105,7 @@ def test_occurrences_are_counted_by_every_program_once_and_stop_at_the_most_ther
 
 
 def test_ids_and_scores_may_lie_between_others() -> None:
-    table, expected = TritonSlots(20, "lru", device=str(DEVICE)), TorchSlots(20, "lru")
+    table, expected = HashedSlots(20, "lru"), TorchSlots(20, "lru")
     table.ids, table.scores = torch.zeros(20, 2, dtype=torch.int64, device=DEVICE).unbind(1)
     for step in range(1, 6):
         ids = torch.arange(7 * step, 7 * step + 10)

@@ -11,7 +11,7 @@ class Worker : public Work<T, W> {
     using Base::begin, Base::at, Base::put, Base::clear, Base::weigh, Base::differentiate;
 
   public:
-    // α and 1/N are in the packed rows of q and of the gradient already.
+    // The packed rows of q and of the gradient already contain α and 1/N.
     Worker(const HstuAttention& a, int64_t sequence, int64_t head, Scratch& scratch)
         : Base(a, sequence, head, scratch, 1.0f, 1.0f) {
         k_ = s_.k.get(rows_ * W);
@@ -95,7 +95,7 @@ void run(const HstuAttention& a, bool is_backward) {
     else run_work<Worker<T, 256>>(a, is_backward);
 }
 
-template <bool PAIRS>  // a template, so that what is not used is not compiled
+template <bool PAIRS>  // a template, so that the unused variant is not compiled
 void run_bfloat(const HstuAttention& a, bool is_backward) {
     if constexpr (PAIRS) attention_of_pairs(a, is_backward);
     else run<bfloat>(a, is_backward);
@@ -104,7 +104,7 @@ void run_bfloat(const HstuAttention& a, bool is_backward) {
 }  // namespace
 }  // namespace hstu
 
-// Widths up to 256. The outputs are written, the bias gradients are added to.
+// Widths up to 256. Overwrites the outputs and adds to the bias gradients.
 extern "C" void hstu_attention(const HstuAttention* a, int32_t is_backward) {
     if (!a->is_bfloat) hstu::run<float>(*a, is_backward != 0);
     else hstu::run_bfloat<hstu::HAS_PAIRS>(*a, is_backward != 0);

@@ -1,7 +1,7 @@
-// HSTU attention of jagged sequences: what is shared by the forward and backward passes.
+// HSTU attention of jagged sequences: definitions shared by forward and backward.
 //
-// A sequence is worked on in strips of 2 · LANES queries, one query a lane, against blocks of keys that some query of
-// the strip may see: scores are kept as [key][query], so that neither a score nor a key is ever padded to a vector.
+// A sequence is processed in strips of 2 · LANES queries, one query per lane, against blocks of keys that some query of
+// the strip may see. Scores are stored as [key][query], so that neither scores nor keys are padded to vectors.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -29,10 +29,10 @@ extern "C" struct HstuAttention {
     double *grad_position_weight, *grad_time_weight;  // [bins, positions], [bins, TIME_BUCKETS]
     const int64_t *query_times, *token_times;
     uint8_t* buckets;               // kept time buckets, or null: computed again
-    const int64_t* bucket_offsets;  // [B]: where a sequence's begin
+    const int64_t* bucket_offsets;  // [B]: offset of a sequence's buckets
     const int64_t *offsets;         // [B + 1]
     const int64_t *candidates;      // [B]
-    const int64_t *order;           // [B]: the dearest sequences first
+    const int64_t *order;           // [B]: the most expensive sequences first
     int64_t sequences, heads, width, positions, bins;
     int64_t contextuals, group_tokens;
     float alpha, inverse_n;
@@ -49,7 +49,7 @@ struct Visible {
 struct Strip {
     int64_t first = 0, lanes = 0;  // queries [first, first + lanes)
     int vectors = 0;               // of queries: 1 or 2
-    int64_t both_end = 0, end = 0;  // keys [0, both_end) concern all vectors, [both_end, end) the second alone
+    int64_t both_end = 0, end = 0;  // keys [0, both_end) are for all vectors, [both_end, end) for the second only
     int64_t all_see = 0;            // keys [0, all_see) are seen by every query
     int64_t hidden_from = 0, hidden_to = 0;  // keys between history and candidates that no query sees
     bool has_candidates = false;
@@ -114,9 +114,9 @@ inline vi sees(const Visible& visible, int vector, int64_t j, int64_t first) {
     return (key < history) | ((group <= key) & (key <= query));
 }
 
-// Bytes of the buckets of one sequence: STRIP a key, strip after strip.
+// Bytes of the buckets of one sequence: STRIP per key, strip after strip.
 int64_t bucket_bytes(const HstuAttention& a, int64_t sequence);
-// The buckets of keys [j, j + keys) for the queries of a strip, STRIP a key.
+// The buckets of keys [j, j + keys) for the queries of a strip, STRIP per key.
 void fill_buckets(const HstuAttention& a, int64_t sequence, const Strip& s, int64_t j, int64_t keys, uint8_t* out);
 
 }  // namespace hstu

@@ -1,8 +1,8 @@
-// HSTU attention of bfloat16 tensors where the processor multiplies pairs of bfloat16 numbers, summing in float32.
+// HSTU attention of bfloat16 tensors on processors that multiply pairs of bfloat16 numbers and sum in float32.
 //
-// Both operands of a product are packed in pairs along what is summed over: channels for scores, keys for outputs and
+// Both operands of a product are packed in pairs along the summed dimension: channels for scores, keys for outputs and
 // gradients of queries, queries for gradients of keys and values. Weights and gradients of scores are rounded to bfloat16
-// for the products that they go into; the bias gradients take them before that.
+// before they enter a product. The bias gradients use them unrounded.
 #include "attention_work.h"
 
 namespace hstu {
@@ -10,7 +10,7 @@ namespace hstu {
 #if defined(__AVX512BF16__)
 namespace {
 
-// Element (r, c) of a row-major [rows, columns] becomes half of the pair (r / 2, c).
+// Element (r, c) of a row-major [rows, columns] becomes one half of the pair (r / 2, c).
 inline void pair_rows(const bfloat* __restrict from, int64_t rows, int64_t columns, uint32_t* __restrict to) {
     for (int64_t row = 0; row < rows; row += 2)
         for (int64_t c = 0; c < columns; ++c)

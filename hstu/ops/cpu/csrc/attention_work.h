@@ -1,4 +1,4 @@
-// One head of one sequence: what the kernels of all types of numbers share.
+// One head of one sequence: code shared by the kernels of all dtypes.
 #pragma once
 #include "bias.h"
 #include "pack.h"
@@ -98,8 +98,8 @@ class Work {
     float *tile_, *grad_tile_;
 };
 
-// Work is dealt to a fixed number of bins, the dearest sequences first, and each bin sums the bias gradients of its own
-// in order: the result does not depend on which thread takes which bin, nor on how many there are.
+// Work is distributed over a fixed number of bins, the most expensive sequences first. Each bin sums its own bias
+// gradients in order, so the result does not depend on the number of threads or on which thread takes which bin.
 template <class Worker>
 void run_work(const HstuAttention& a, bool is_backward) {
     const int64_t items = a.sequences * a.heads;

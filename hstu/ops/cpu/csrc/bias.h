@@ -1,11 +1,11 @@
-// The relative bias of HSTU attention: look-ups of both tables, and their gradients.
+// The relative bias of HSTU attention: lookups in both tables, and their gradients.
 #pragma once
 #include "attention.h"
 
 namespace hstu {
 
-constexpr int SETS = 4;       // copies of the position gradients: neighbouring keys do not wait for each other
-constexpr int TIME_SETS = 8;  // copies of the time gradients: neighbouring lanes never meet in one number
+constexpr int SETS = 4;       // copies of the position gradients, so that neighbouring keys do not wait for each other
+constexpr int TIME_SETS = 8;  // copies of the time gradients, so that neighbouring lanes never update the same number
 
 // The time weights, held in registers where there are enough.
 class TimeTable {
@@ -111,7 +111,7 @@ class Bias {
         }
     }
 
-    // Adds what has been collected to sums [positions] and [TIME_BUCKETS].
+    // Adds the collected gradients to sums [positions] and [TIME_BUCKETS].
     void flush(double* position, double* time) {
         const int64_t farthest = a_.positions / 2;
         for (int64_t place = 0; place < size_; ++place) {

@@ -1,4 +1,4 @@
-// Time buckets of the relative bias: floor(ln(max(1, |difference|)) / 0.301) without a logarithm a pair.
+// Time buckets of the relative bias: floor(ln(max(1, |difference|)) / 0.301) without a logarithm per pair.
 #include <cmath>
 #include <limits>
 
@@ -23,7 +23,7 @@ struct Thresholds {
             int64_t x = std::max<int64_t>(1, int64_t(guess) - 2);
             if (guess < 1e15) {
                 while (exact(x) < bucket) ++x;
-            } else {  // beyond 2^53 a double cannot tell neighbours apart: halve the interval
+            } else {  // beyond 2^53 neighbours round to one double: bisect the interval
                 int64_t low = int64_t(guess * (1 - 1e-12)), high = int64_t(guess * (1 + 1e-12));
                 while (low < high) {
                     const int64_t middle = low + (high - low) / 2;
@@ -59,7 +59,7 @@ inline uint8_t bucket_of(const Thresholds& t, int64_t difference) {
 }
 
 #if defined(__AVX512DQ__) && defined(__AVX512VL__)
-// Sixteenths of an octave, each of which has one bucket at its least number and at most one more above.
+// Each sixteenth of an octave contains one bucket boundary at most.
 struct Sixteenths {
     int32_t bucket[64 * 16];
 
@@ -120,7 +120,7 @@ void fill_buckets(const HstuAttention& a, int64_t sequence, const Strip& s, int6
 
 }  // namespace hstu
 
-// Where each sequence's buckets begin, [B + 1] elements: the last is the number of bytes.
+// Offset of each sequence's buckets in bytes, [B + 1] elements; the last one is the total.
 extern "C" void hstu_bucket_offsets(const HstuAttention* a, int64_t* offsets) {
     int64_t bytes = 0;
     for (int64_t sequence = 0; sequence < a->sequences; ++sequence) {

@@ -6,7 +6,7 @@
 
 namespace hstu {
 
-// Rows of C that are worked on together, so that they and the vectors of B fill the registers but do not spill.
+// Rows of C that are computed together: they and the vectors of B fill the registers without spilling.
 constexpr int rows_for(int vectors) { return LANES == 16 ? (vectors == 4 ? 4 : 8) : (vectors == 4 ? 2 : 4); }
 
 #if defined(__AVX512BF16__)

@@ -1,9 +1,9 @@
-// What is done row by row: norm · gate · dropout behind the attention, and unit vectors.
+// Row-wise operators: norm, gate and dropout after the attention, and L2 normalization.
 #include <cmath>
 
 #include "pack.h"
 
-// What a call of hstu_gate does; where a row's heads lie on several ranks, in two passes each way.
+// The work of one call of hstu_gate. If the heads of a row lie on several ranks, forward and backward take two passes.
 enum HstuGatePass : int32_t { FORWARD, MEASURE, APPLY, BACKWARD, SUMS, ROWS };
 
 // Mirrors hstu/ops/cpu/norm_mul_dropout.py. All but u and grad_u are contiguous,
@@ -12,17 +12,17 @@ extern "C" struct HstuGate {
     const void *x, *u, *grad_out;
     int64_t u_strides[2], grad_u_strides[2];
     const float *weight, *bias;  // [heads · width]
-    const uint8_t* kept;         // [T, heads · width]: what dropout keeps; null: all
-    float *mean, *inverse_std;   // [T]; MEASURE writes the mean square about the mean in place of inverse_std
+    const uint8_t* kept;         // [T, heads · width]: elements that dropout keeps; null: all
+    float *mean, *rstd;   // [T]; MEASURE writes the mean square about the mean in place of rstd
     float *along_one, *along_row;  // [T]: means over a row that grad_x needs; SUMS writes them, ROWS reads them
-    void *out, *grad_x, *grad_u;   // out, what forward returns, is written by BACKWARD and SUMS, too
+    void *out, *grad_x, *grad_u;   // BACKWARD and SUMS also write out, the result of forward
     float *grad_weight, *grad_bias;  // [bins, heads · width], zeros
     int64_t tokens, heads, width, bins;
     float eps, scale;
-    int32_t is_bfloat, threads, which;
+    int32_t is_bfloat, threads;
 };
 
-// Mirrors hstu/ops/cpu/normalise.py. All float32: [rows, width], contiguous; norms [rows].
+// Mirrors hstu/ops/cpu/softmax_loss.py. All float32: [rows, width], contiguous; norms [rows].
 extern "C" struct HstuUnit {
     const float *x, *unit, *grad_out;
     float *out, *norms, *grad_x;
@@ -38,14 +38,14 @@ struct Rows {
     Buffer x, u, keep, gradient, grad_u, out, weight, bias, grad_weight, grad_bias;
 };
 
-// One token is a row of `size` numbers, padded to whole vectors: with zeros, or with what keeps sums right.
+// One token is a row of `size` numbers, padded to whole vectors with values that do not change its sums.
 template <class T>
 class Gate {
   public:
     explicit Gate(const HstuGate& a) : a_(a), size_(a.heads * a.width), padded_(whole_vectors(size_)) {}
 
-    void run() const {
-        switch (a_.which) {
+    void run(int32_t pass) const {
+        switch (pass) {
             case MEASURE: return measure_all();
             case FORWARD: return forward<true>();
             case APPLY: return forward<false>();
@@ -59,7 +59,7 @@ class Gate {
     void measure_all() const {
         each_bin([&](int64_t, int64_t begin, int64_t end, Rows& rows) {
             for (int64_t token = begin; token < end; ++token)
-                a_.inverse_std[token] = measure(token, rows.x.get(padded_));
+                a_.rstd[token] = measure(token, rows.x.get(padded_));
         });
     }
 
@@ -70,7 +70,7 @@ class Gate {
             float* out = rows.out.get(padded_);
             for (int64_t token = begin; token < end; ++token) {
                 float* x = rows.x.get(padded_);
-                if (MEASURES) a_.inverse_std[token] = 1 / std::sqrt(measure(token, x) + a_.eps);
+                if (MEASURES) a_.rstd[token] = 1 / std::sqrt(measure(token, x) + a_.eps);
                 else pack_row(row<const T>(a_.x, token), size_, 1.0f, x, padded_);
                 centre(token, x);
                 const float *u = gate(token, rows), *keep = kept(token, rows);
@@ -137,11 +137,11 @@ class Gate {
 
     void store_grad_x(int64_t token, const float* x, float* g, float along_one, float along_row) const {
         for (int64_t c = 0; c < padded_; c += LANES)
-            store(g + c, (load(g + c) - along_one - load(x + c) * along_row) * a_.inverse_std[token]);
+            store(g + c, (load(g + c) - along_one - load(x + c) * along_row) * a_.rstd[token]);
         unpack_rows(g, padded_, 1, size_, 1.0f, row<T>(a_.grad_x, token), size_);
     }
 
-    // Bins are runs of tokens, as many whatever the number of threads: their sums are, too.
+    // Bins are runs of tokens. Their number, and so their sums, do not depend on the number of threads.
     template <class Visit>
     void each_bin(Visit visit) const {
 #pragma omp parallel for schedule(static) num_threads(a_.threads)
@@ -161,7 +161,7 @@ class Gate {
         return buffer.get(padded_);
     }
 
-    // Writes the mean of a row, returns the mean square about it.
+    // Writes the mean of a row and returns its variance.
     float measure(int64_t token, float* x) const {
         pack_row(row<const T>(a_.x, token), size_, 1.0f, x, padded_);
         vf total = {}, squares = {};
@@ -181,8 +181,8 @@ class Gate {
     }
 
     void centre(int64_t token, float* x) const {
-        const float mean = a_.mean[token], inverse_std = a_.inverse_std[token];
-        for (int64_t c = 0; c < padded_; c += LANES) store(x + c, (load(x + c) - mean) * inverse_std);
+        const float mean = a_.mean[token], rstd = a_.rstd[token];
+        for (int64_t c = 0; c < padded_; c += LANES) store(x + c, (load(x + c) - mean) * rstd);
     }
 
     const float* gate(int64_t token, Rows& rows) const {
@@ -194,7 +194,7 @@ class Gate {
         return u;
     }
 
-    // What dropout multiplies a row by.
+    // The factors by which dropout multiplies a row.
     const float* kept(int64_t token, Rows& rows) const {
         float* __restrict keep = rows.keep.get(padded_);
         const uint8_t* __restrict stays = a_.kept + token * size_;
@@ -210,7 +210,7 @@ class Gate {
     int64_t size_, padded_;
 };
 
-// Rows divided by their length, or by eps where that is larger.
+// Rows divided by their L2 norm, or by eps if that is larger.
 void unit(const HstuUnit& a) {
     const int64_t padded = whole_vectors(a.width);
 #pragma omp parallel num_threads(a.threads)
@@ -229,7 +229,7 @@ void unit(const HstuUnit& a) {
     }
 }
 
-// (g − y (y · g)) / |x|, y being x / |x|; where eps divided, g / eps.
+// (g − y (y · g)) / |x| with y = x / |x|; g / eps for rows that were divided by eps.
 void unit_backward(const HstuUnit& a) {
     const int64_t padded = whole_vectors(a.width);
 #pragma omp parallel num_threads(a.threads)
@@ -259,7 +259,7 @@ extern "C" void hstu_unit(const HstuUnit* a, int32_t is_backward) {
     else hstu::unit(*a);
 }
 
-extern "C" void hstu_gate(const HstuGate* a) {
-    if (a->is_bfloat) hstu::Gate<hstu::bfloat>(*a).run();
-    else hstu::Gate<float>(*a).run();
+extern "C" void hstu_gate(const HstuGate* a, int32_t pass) {
+    if (a->is_bfloat) hstu::Gate<hstu::bfloat>(*a).run(pass);
+    else hstu::Gate<float>(*a).run(pass);
 }

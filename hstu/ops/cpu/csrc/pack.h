@@ -8,7 +8,7 @@
 
 namespace hstu {
 
-// Memory that grows and is kept: one a thread and use. Not initialised.
+// Uninitialised memory that grows and is kept, one per thread and use.
 class Buffer {
   public:
     Buffer() = default;

@@ -1,5 +1,5 @@
 // Vectors of floats as wide as the machine's registers, written with the vector extensions of GCC and Clang, so that
-// one source serves AVX-512, AVX2 and anything else. Intrinsics only where the extensions have no word.
+// one source serves AVX-512, AVX2 and anything else. Intrinsics are used only where the extensions lack an operation.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -38,7 +38,7 @@ inline float sum(vf x) {
 }
 
 // e^x for x clamped to [-87, 88], relative error below 2e-7. e^x = 2^n · e^r with |r| <= ln 2 / 2; ln 2 in two parts
-// keeps r exact, and adding 1.5 · 2^23 rounds to an integer that then stands in the lowest bits.
+// keeps r exact, and adding 1.5 · 2^23 rounds to an integer, which is then in the lowest bits.
 inline vf exp(vf x) {
     const vf most = splat(88.0f), least = splat(-87.0f), magic = splat(12582912.0f);
     x = select(x > most, most, x);

@@ -1,4 +1,4 @@
-// The C interface of slots.h: tables of ids and slots, one thread each.
+// Slot tables and their C interface. A table must be used by one thread at a time.
 
 #include "slots.h"
 
@@ -11,7 +11,7 @@ using namespace slots;
 struct New {
     int64_t id;
     int64_t count;
-    size_t place;  // in the index, until something is erased there
+    size_t position;  // in the index, valid until something is erased there
     int32_t slot;
 };
 
@@ -26,7 +26,7 @@ public:
         rebuild(0);
     }
 
-    void wait_in(Table* sightings, int64_t threshold) {
+    void set_admission(Table* sightings, int64_t threshold) {
         sightings_ = sightings;
         threshold_ = threshold;
     }
@@ -46,19 +46,20 @@ public:
     }
 
     void lookup(const int64_t* ids, int64_t n, int64_t* slots) {
-        run_ahead(ids, n, [&](int64_t i, uint32_t tag) { slots[i] = index_.slot(find(ids[i], tag)); });
+        for_each_prefetched(ids, n, [&](int64_t i, uint32_t tag) { slots[i] = index_.slot(find(ids[i], tag)); });
     }
 
-    // counts: occurrences of each id, which are distinct then; null: one each, repeats allowed.
-    void assign(const int64_t* ids, const int64_t* counts, int64_t n, int64_t step, int64_t* slots, Counters* told) {
+    // counts: how often each of the ids occurs, which must then be distinct. Null: once each, and ids may repeat.
+    void assign(
+        const int64_t* ids, const int64_t* counts, int64_t n, int64_t step, int64_t* slots, Counters* counters) {
         fresh_.clear();
         not_found_.clear();
         taken_.clear();
         placed_.clear();
-        find_all(ids, counts, n, step, slots, told);
-        admit(step, told);
-        place(step, told);
-        forget();
+        find_all(ids, counts, n, step, slots, counters);
+        admit(step, counters);
+        assign_slots(step, counters);
+        update_index();
         for (int64_t i : not_found_) slots[i] = fresh_[kFirstNew - slots[i]].slot;
     }
 
@@ -67,7 +68,7 @@ public:
     const New& fresh(int64_t i) const { return fresh_[i]; }
 
 private:
-    static constexpr int32_t kFirstNew = -2;  // new id k of a batch is in the index as kFirstNew - k
+    static constexpr int32_t kFirstNew = -2;  // the index holds kFirstNew - k as the slot of the k-th new id of a batch
 
     size_t find(int64_t id, uint32_t tag) const {
         return index_.find(tag, [&](int32_t slot) {
@@ -75,10 +76,10 @@ private:
         });
     }
 
-    // visit(i, tag of the i-th id), with what it will read on its way into the cache: first the place in the index,
-    // then the record that this seems to name.
+    // Call visit(i, tag of the i-th id) for all ids, and prefetch what later calls will read: first the entry in the
+    // index, then the record of the slot that the entry probably has.
     template <class Visit>
-    void run_ahead(const int64_t* ids, int64_t n, Visit visit) {
+    void for_each_prefetched(const int64_t* ids, int64_t n, Visit visit) {
         tags_.resize(n);
         for (int64_t i = 0; i < n; ++i) tags_[i] = Index::tag_of(ids[i]);
         for (int64_t i = -2 * kAhead; i < n; ++i) {
@@ -90,12 +91,12 @@ private:
     }
 
     void find_all(
-        const int64_t* ids, const int64_t* counts, int64_t n, int64_t step, int64_t* slots, Counters* told) {
+        const int64_t* ids, const int64_t* counts, int64_t n, int64_t step, int64_t* slots, Counters* counters) {
         int64_t lookups = 0, hits = 0;
         index_.reserve(n);
-        run_ahead(ids, n, [&](int64_t i, uint32_t tag) {
-            size_t place = find(ids[i], tag);
-            int32_t slot = index_.slot(place);
+        for_each_prefetched(ids, n, [&](int64_t i, uint32_t tag) {
+            size_t position = find(ids[i], tag);
+            int32_t slot = index_.slot(position);
             int64_t count = counts ? counts[i] : 1;
             lookups += count;
             if (slot >= 0) {
@@ -106,19 +107,19 @@ private:
                 not_found_.push_back(i);
                 if (slot == kEmpty) {
                     slot = kFirstNew - int32_t(fresh_.size());
-                    fresh_.push_back({ids[i], 0, place, kEmpty});
-                    index_.set(place, {tag, slot});
+                    fresh_.push_back({ids[i], 0, position, kEmpty});
+                    index_.set(position, {tag, slot});
                 }
                 fresh_[kFirstNew - slot].count += count;
             }
             slots[i] = slot;
         });
-        told->lookups += lookups;
-        told->hits += hits;
+        counters->lookups += lookups;
+        counters->hits += hits;
     }
 
-    // Numbers of the new ids that may have a slot, to admitted_.
-    void admit(int64_t step, Counters* told) {
+    // Fill admitted_ with the numbers of the new ids that may have a slot.
+    void admit(int64_t step, Counters* counters) {
         admitted_.clear();
         if (!sightings_) {
             for (size_t i = 0; i < fresh_.size(); ++i) admitted_.push_back(int32_t(i));
@@ -129,24 +130,24 @@ private:
             ids[i] = fresh_[i].id;
             counts[i] = fresh_[i].count;
         }
-        Counters not_told{};
-        sightings_->assign(ids.data(), counts.data(), int64_t(ids.size()), step, slots.data(), &not_told);
+        Counters ignored{};
+        sightings_->assign(ids.data(), counts.data(), int64_t(ids.size()), step, slots.data(), &ignored);
         for (size_t i = 0; i < fresh_.size(); ++i) {
             int64_t sighted = slots[i] < 0 ? counts[i] : sightings_->count_of(slots[i]);
             if (sighted >= threshold_)
                 admitted_.push_back(int32_t(i));
             else
-                told->waiting += counts[i];
+                counters->waiting += counts[i];
         }
     }
 
-    // Slots for the admitted ids, or for as many as there are.
-    void place(int64_t step, Counters* told) {
+    // Give slots to the admitted ids, as far as slots go.
+    void assign_slots(int64_t step, Counters* counters) {
         int64_t unused = capacity_ - size_;
         victims_.pop(contenders(unused, step), step, taken_);
         evicted_.clear();
         for (int32_t slot : taken_) evicted_.push_back(records_[slot].id);
-        keep_most_seen(unused + int64_t(taken_.size()), told);
+        keep_most_seen(unused + int64_t(taken_.size()), counters);
         size_t next_taken = 0;
         for (int32_t number : admitted_) {
             New& fresh = fresh_[number];
@@ -155,42 +156,42 @@ private:
             victims_.add(fresh.slot);
             placed_.push_back(number);
         }
-        told->insertions += int64_t(placed_.size());
-        told->evictions += int64_t(taken_.size());
+        counters->insertions += int64_t(placed_.size());
+        counters->evictions += int64_t(taken_.size());
     }
 
-    // Scores of the admitted ids but the `unused` best, highest first. Under lru their order does not matter: any of
-    // them is higher than what it is compared with.
+    // Scores of the admitted ids except the `unused` best ones, in descending order. Under lru they need no order, as
+    // each is higher than any score that it is compared with.
     const std::vector<int64_t>& contenders(int64_t unused, int64_t step) {
         std::vector<int64_t>& scores = contenders_;
         scores.clear();
         if (int64_t(admitted_.size()) <= unused) return scores;
         for (int32_t number : admitted_) scores.push_back(policy_.score(fresh_[number].count, step));
-        int64_t once = policy_.score(1, step);  // most of them
+        int64_t once = policy_.score(1, step);  // the score of most of them
         auto end = std::partition(scores.begin(), scores.end(), [&](int64_t score) { return score > once; });
         if (policy_.lfu) std::sort(scores.begin(), end, std::greater<int64_t>());
         scores.erase(scores.begin(), scores.begin() + unused);
         return scores;
     }
 
-    void keep_most_seen(int64_t room, Counters* told) {
+    void keep_most_seen(int64_t room, Counters* counters) {
         int64_t surplus = int64_t(admitted_.size()) - room;
         if (surplus <= 0) return;
         std::vector<std::tuple<int64_t, uint64_t, int32_t>> keys;  // count, hash, number
         for (int32_t number : admitted_)
             keys.emplace_back(std::min(fresh_[number].count, kMaxCount), mix(fresh_[number].id), number);
         std::sort(keys.begin(), keys.end());
-        for (int64_t i = 0; i < surplus; ++i) told->rejections += fresh_[std::get<2>(keys[i])].count;
+        for (int64_t i = 0; i < surplus; ++i) counters->rejections += fresh_[std::get<2>(keys[i])].count;
         admitted_.clear();
         for (size_t i = size_t(surplus); i < keys.size(); ++i) admitted_.push_back(std::get<2>(keys[i]));
         std::sort(admitted_.begin(), admitted_.end());
     }
 
-    // The index tells what `place` has decided.
-    void forget() {
+    // Update the index to the slots that assign_slots has given and taken.
+    void update_index() {
         for (int32_t number : placed_) {
             const New& fresh = fresh_[number];
-            index_.set(fresh.place, {Index::tag_of(fresh.id), fresh.slot});
+            index_.set(fresh.position, {Index::tag_of(fresh.id), fresh.slot});
         }
         for (int64_t i = 0; i < int64_t(taken_.size()); ++i) {
             if (i + kAhead < int64_t(taken_.size())) index_.prefetch(Index::tag_of(evicted_[i + kAhead]));
@@ -212,7 +213,7 @@ private:
     std::vector<uint32_t> tags_;
     std::vector<New> fresh_;
     std::vector<int32_t> admitted_, placed_, taken_;
-    std::vector<int64_t> not_found_;  // places in the batch
+    std::vector<int64_t> not_found_;  // positions in the batch
     std::vector<int64_t> contenders_, evicted_;
 };
 
@@ -220,15 +221,15 @@ private:
 
 extern "C" {
 
-// records: [capacity, 2], id and score of each slot.
+// records: int64 [capacity, 2], id and score of each slot.
 void* hstu_slots_new(int64_t capacity, int32_t lfu, int64_t* records) {
     return new Table(capacity, lfu != 0, reinterpret_cast<Record*>(records));
 }
 
 void hstu_slots_free(void* table) { delete static_cast<Table*>(table); }
 
-void hstu_slots_wait_in(void* table, void* sightings, int64_t threshold) {
-    static_cast<Table*>(table)->wait_in(static_cast<Table*>(sightings), threshold);
+void hstu_slots_set_admission(void* table, void* sightings, int64_t threshold) {
+    static_cast<Table*>(table)->set_admission(static_cast<Table*>(sightings), threshold);
 }
 
 int64_t hstu_slots_size(const void* table) { return static_cast<const Table*>(table)->size(); }
@@ -239,19 +240,20 @@ void hstu_slots_lookup(void* table, const int64_t* ids, int64_t n, int64_t* slot
     static_cast<Table*>(table)->lookup(ids, n, slots);
 }
 
-// new_slots, new_ids, evicted_ids: room for min(n, capacity). counters: as in Counters; they say how many there are.
+// new_slots, new_ids and evicted_ids have room for min(n, capacity). counters: the fields of Counters in order; its
+// insertions and evictions say how many of these are set.
 void hstu_slots_assign(
     void* handle, const int64_t* ids, int64_t n, int64_t step, int64_t* slots, int64_t* new_slots, int64_t* new_ids,
     int64_t* evicted_ids, int64_t* counters) {
     Table* table = static_cast<Table*>(handle);
-    Counters told{};
-    table->assign(ids, nullptr, n, step, slots, &told);
+    Counters sums{};
+    table->assign(ids, nullptr, n, step, slots, &sums);
     for (int32_t number : table->placed()) {
         *new_slots++ = table->fresh(number).slot;
         *new_ids++ = table->fresh(number).id;
     }
     for (int64_t id : table->evicted()) *evicted_ids++ = id;
-    const int64_t values[] = {told.lookups, told.hits, told.waiting, told.rejections, told.insertions, told.evictions};
+    const int64_t values[] = {sums.lookups, sums.hits, sums.waiting, sums.rejections, sums.insertions, sums.evictions};
     std::copy(std::begin(values), std::end(values), counters);
 }
 }

@@ -1,10 +1,10 @@
-// Ids to slots, for hstu/parallel/dynamic/slots.py, whose docstring is the specification.
+// The slot of each id, as hstu/parallel/dynamic/slots.py specifies it.
 //
-// Ids and scores lie in the caller's memory, side by side: to know an id again and to score it is one cache line.
-// Beside them, made from them alone:
+// Ids and scores are in the caller's memory, side by side, so that recognising an id and scoring it touches one cache
+// line. Two structures are derived from them:
 //   Index    open addressing with linear probing, at most two thirds full: part of an id's hash -> slot.
-//   Victims  slots by score, as they were when last looked at. Scores only ever grow, so a slot that is out of date
-//            comes up too early, never too late: it is put right then, and a lookup touches no order at all.
+//   Victims  slots by the score they had when they were last examined. Scores only grow, so a slot with an outdated
+//            score comes up too early, never too late. Its entry is then corrected; a lookup never touches the order.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ namespace slots {
 
 constexpr int64_t kMaxCount = 0x7FFFFFFF;
 constexpr int32_t kEmpty = -1;
-constexpr int64_t kAhead = 16;  // what is read so many steps later is fetched into the cache
+constexpr int64_t kAhead = 16;  // memory is prefetched this many steps before it is read
 
 inline uint64_t mix(int64_t id) {
     uint64_t bits = static_cast<uint64_t>(id) + 0x9E3779B97F4A7C15ull;
@@ -43,7 +43,7 @@ struct Policy {
     int64_t step(int64_t score) const { return lfu ? score & 0xFFFFFFFF : score >> 31; }
 };
 
-// Who an entry stands for, its slot says; that two ids share a tag is rare, not impossible.
+// The id of an entry is that of its slot. Two ids with one tag are rare but possible.
 class Index {
 public:
     struct Entry {
@@ -61,7 +61,7 @@ public:
         used_ = 0;
     }
 
-    // Afterwards `more` entries fit in; those that are there may have moved.
+    // Make room for `more` entries. Existing entries may move.
     void reserve(int64_t more) {
         if (3 * (used_ + more) <= 2 * int64_t(entries_.size())) return;
         std::vector<Entry> old;
@@ -73,36 +73,36 @@ public:
 
     void prefetch(uint32_t tag) const { __builtin_prefetch(&entries_[home(tag)]); }
 
-    // The slot of `tag` if it is near its home, as most are, else any: without a branch, as it could not be predicted.
+    // The slot of `tag` if it is near its home position, as most are, else any slot. Without an unpredictable branch.
     int32_t guess(uint32_t tag) const {
         size_t first = home(tag), second = next(first), third = next(second);
-        size_t place = entries_[second].tag == tag ? second : third;
-        return entries_[entries_[first].tag == tag ? first : place].slot;
+        size_t position = entries_[second].tag == tag ? second : third;
+        return entries_[entries_[first].tag == tag ? first : position].slot;
     }
 
-    // Where the entry is whose slot `is_it`, or the empty one where it would lie.
+    // Position of the entry of `tag` whose slot satisfies `is_it`, or of the empty entry where it would be inserted.
     template <class IsIt>
     size_t find(uint32_t tag, IsIt is_it) const {
-        size_t place = home(tag);
-        while (entries_[place].slot != kEmpty && !(entries_[place].tag == tag && is_it(entries_[place].slot)))
-            place = next(place);
-        return place;
+        size_t position = home(tag);
+        while (entries_[position].slot != kEmpty && !(entries_[position].tag == tag && is_it(entries_[position].slot)))
+            position = next(position);
+        return position;
     }
 
-    int32_t slot(size_t place) const { return entries_[place].slot; }
+    int32_t slot(size_t position) const { return entries_[position].slot; }
 
-    void set(size_t place, Entry entry) {
-        used_ += entries_[place].slot == kEmpty;
-        entries_[place] = entry;
+    void set(size_t position, Entry entry) {
+        used_ += entries_[position].slot == kEmpty;
+        entries_[position] = entry;
     }
 
     void erase(size_t hole) {
         --used_;
-        for (size_t place = next(hole); entries_[place].slot != kEmpty; place = next(place)) {
-            size_t from_home = (place - home(entries_[place].tag)) & (entries_.size() - 1);
-            if (from_home >= ((place - hole) & (entries_.size() - 1))) {
-                entries_[hole] = entries_[place];
-                hole = place;
+        for (size_t position = next(hole); entries_[position].slot != kEmpty; position = next(position)) {
+            size_t from_home = (position - home(entries_[position].tag)) & (entries_.size() - 1);
+            if (from_home >= ((position - hole) & (entries_.size() - 1))) {
+                entries_[hole] = entries_[position];
+                hole = position;
             }
         }
         entries_[hole].slot = kEmpty;
@@ -110,7 +110,7 @@ public:
 
 private:
     size_t home(uint32_t tag) const { return tag >> shift_; }
-    size_t next(size_t place) const { return (place + 1) & (entries_.size() - 1); }
+    size_t next(size_t position) const { return (position + 1) & (entries_.size() - 1); }
 
     std::vector<Entry> entries_;
     int64_t used_ = 0;
@@ -124,7 +124,7 @@ struct Key {
     bool operator<(const Key& other) const { return mixed < other.mixed; }
 };
 
-// Ascending, in linear time, as hashes are spread evenly.
+// Sorts in ascending order, in linear time because hashes are uniformly distributed.
 class KeySort {
 public:
     void operator()(std::vector<Key>& keys) {
@@ -145,7 +145,7 @@ private:
     std::vector<Key> sorted_;
 };
 
-// Every slot in use is in one group: that of the score that it had when it was put there.
+// Every slot in use is in one group: that of the score which it had when it was added.
 class Victims {
 public:
     Victims(const Record* records, Policy policy) : records_(records), policy_(policy) {}
@@ -162,15 +162,15 @@ public:
         group.sorted = false;
     }
 
-    // Slots whose last step is not `step`, lowest first, as long as the i-th of them scores less than the i-th of
-    // `contenders`, which fall. They are forgotten.
+    // Remove slots whose last step is not `step` and append them to `taken`, lowest score first, as long as the i-th of
+    // them scores less than the i-th of `contenders`, which are in descending order.
     void pop(const std::vector<int64_t>& contenders, int64_t step, std::vector<int32_t>& taken) {
         std::vector<int64_t> spared;
         while (taken.size() < contenders.size() && !scores_.empty()) {
             int64_t score = scores_.top();
             Group& group = groups_[score];
             if (group.slots.empty()) {
-                forget_lowest();
+                erase_lowest_group();
             } else if (policy_.step(score) == step) {
                 spared.push_back(score);
                 scores_.pop();
@@ -187,7 +187,7 @@ public:
 private:
     struct Group {
         std::vector<int32_t> slots;
-        bool sorted = false;  // the first to go comes last
+        bool sorted = false;  // descending: the slot to evict first is at the back
     };
 
     Group& group_of(int64_t score) {
@@ -198,7 +198,7 @@ private:
         return *(last_ = &found->second);
     }
 
-    void forget_lowest() {
+    void erase_lowest_group() {
         groups_.erase(scores_.top());
         scores_.pop();
         last_ = nullptr;
@@ -237,7 +237,7 @@ private:
     Policy policy_;
     std::unordered_map<int64_t, Group> groups_;
     std::priority_queue<int64_t, std::vector<int64_t>, std::greater<int64_t>> scores_;  // of groups_
-    Group* last_ = nullptr;  // many slots in a row have the same score
+    Group* last_ = nullptr;  // the group of last_score_: consecutive slots often have equal scores
     int64_t last_score_ = 0;
     std::vector<Key> keys_;
     KeySort sort_;

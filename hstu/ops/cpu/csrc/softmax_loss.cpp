@@ -1,4 +1,4 @@
-// Softmax of a target against drawn rows of a pool: loss and all gradients in two passes that gather no row to memory.
+// Softmax of a target against drawn rows of a pool. Two passes compute the loss and all gradients without gathering rows.
 #include <cmath>
 #include <limits>
 
@@ -83,13 +83,13 @@ class SampledSoftmax {
             vf total = {};
             const vf shift = splat(peak);
             for (int64_t r = 0; r < a_.num_draws; r += LANES) {
-                // Scores of -inf are what is no negative, and what only fills up the last vector.
+                // A score of -inf marks a draw that is no negative, or padding of the last vector.
                 const vf score = load(scores + r);
                 const vf e = select(score < -1e30f, vf{}, exp(score - shift));
                 store(scores + r, e);
                 total += e;
             }
-            // Exact for a well-learnt target, too, whose loss is far below 1.
+            // Also exact for a well-learnt target, whose loss is far below 1.
             const double above = peak + std::log(double(sum(total))) - target;
             loss = above > 0 ? above + std::log1p(std::exp(-above)) : std::log1p(std::exp(above));
             scale = float(std::exp(peak - target - loss) * inverse);
@@ -159,7 +159,7 @@ class SampledSoftmax {
         }
     }
 
-    // A small pool: each part of the queries has sums of its own, which are then added in order.
+    // A small pool: each part of the queries has its own sums, which are then added in order.
     void by_queries() const {
         if (!a_.grad_pool) return;
         const int64_t size = a_.pool_size * W, parts = a_.parts;
@@ -176,7 +176,7 @@ class SampledSoftmax {
             }
     }
 
-    // A large pool: each part of its rows looks at all draws. `packed` has served and takes the sums.
+    // A large pool: each part of its rows reads all draws. `packed` is no longer needed and holds the sums.
     void by_rows() const {
         if (!a_.grad_pool) return;
 #pragma omp parallel for schedule(static, 1) num_threads(a_.threads)

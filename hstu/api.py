@@ -1,0 +1,294 @@
+"""The Python interface for notebooks: load what a run trained, look inside it, and compute with it.
+
+    from hstu import api
+
+    trained = api.load("runs/quickstart")
+    print(api.format_recommendations(trained.recommend(["1", "2"], top=10)))
+
+docs/python_api.md shows each function with its output. Importing this module imports torch and TorchRec.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu.checkpoint.describe import locate
+from hstu.checkpoint.directory import MANIFEST
+from hstu.checkpoint.dynamic import read_tables
+from hstu.checkpoint.matching import LoadOptions
+from hstu.checkpoint.state import TrainState
+from hstu.checkpoint.store import CheckpointStore
+from hstu.checkpoint.tensors import TABLES, open_tensors
+from hstu.config.args import DatasetArgs, RetrievalArgs
+from hstu.config.errors import ConfigError, DataError
+from hstu.config.gin_io import load as load_gin
+from hstu.config.run_config import RunConfig
+from hstu.data.batch import HSTUBatch
+from hstu.data.jagged import ranges
+from hstu.data.samples import Split
+from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.model.gr_model import GRModel
+from hstu.model.outputs import ModelOutput
+from hstu.optim.optimizers import Optimizers
+from hstu.parallel import mesh as meshes
+from hstu.parallel.dynamic.content import merged
+from hstu.parallel.mesh import Mesh
+from hstu.train.builder import build_evaluator, build_model, raw_ids
+from hstu.train.evaluate import Queries, RetrievalEvaluator, evaluation_mode, recommend
+from hstu.train.sources import StoreSource
+
+
+@dataclass(frozen=True)
+class History:
+    """The events of one user, oldest first, in the ids of the raw data."""
+
+    user: Any
+    items: np.ndarray
+    """[n]: int64 or strings."""
+    actions: np.ndarray | None
+    """int32 [n]; None: the data has no actions."""
+    timestamps: np.ndarray | None
+    """int64 [n], seconds since 1970; None: the data has no times."""
+    context: dict[str, Any]
+    """Contextual feature → raw value of this user."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The best items of one user, best first."""
+
+    user: Any
+    items: list[Any]
+    """Raw ids."""
+    titles: list[str]
+    """Titles; raw ids where the data has none."""
+    scores: list[float]
+    """Cosines of the user's vector and the items' vectors."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One embedding table, whole, in host memory."""
+
+    ids: Tensor | None
+    """int64 [n]: the id of each row of a dynamic table, ascending. None: row i belongs to code i."""
+    rows: Tensor
+    """float32 [n, dim]."""
+
+
+def open_store(path: str | Path) -> SequenceStore:
+    """Open preprocessed data, for example ``tmp_data/ml-100k``. Raises DataError."""
+    return SequenceStore.open(path)
+
+
+def histories(store: SequenceStore, rows: Iterable[int] | None = None) -> Iterator[History]:
+    """Iterate over the users of a store, or over those in ``rows``. Only what is yielded is read from disk."""
+    offsets, raw = store.offsets(), {name: store.raw_ids(name) for name in _with_vocabulary(store)}
+    for row in range(store.num_users) if rows is None else rows:
+        events = slice(int(offsets[row]), int(offsets[row + 1]))
+        action, timestamp = store.action_feature, store.timestamp_feature
+        codes = {name: int(store.context(name)[row]) for name in store.contextual_features}
+        yield History(
+            user=raw[USER_FEATURE][row],
+            items=raw[store.item_feature][store.sequence(store.item_feature)[events]],
+            actions=None if action is None else store.sequence(action)[events],
+            timestamps=None if timestamp is None else store.sequence(timestamp)[events],
+            context={name: raw[name][code] if name in raw else code for name, code in codes.items()},
+        )
+
+
+def load(path: str | Path, checkpoint: str | Path | None = None, mesh: Mesh | None = None) -> TrainedModel:
+    """Load the model of a run, a checkpoint, a directory of checkpoints, or an export.
+
+    Args:
+        path: what to load. Of a run and of a directory of checkpoints, the newest checkpoint is loaded.
+        checkpoint: load this checkpoint or export instead, with the configuration of ``path``.
+        mesh: ranks to load on. None: this process, or all ranks if torchrun started it. Collective.
+
+    Raises:
+        DataError: the path, the checkpoint or the data is missing or damaged.
+        ConfigError: the configuration does not fit the checkpoint, or the run used random data.
+    """
+    directory = Path(path)
+    is_run = (directory / "operative.gin").is_file() and not (directory / MANIFEST).is_file()
+    root = directory if is_run else locate(str(directory))
+    config = _read_config(root / "operative.gin")
+    stored = locate(str(checkpoint or (config.trainer.ckpt_save_dir if is_run else root)))
+    return TrainedModel.restore(config, stored, mesh or _mesh_of_this_process())
+
+
+@dataclass
+class TrainedModel:
+    """A model with trained weights, its data and its configuration. Create it with :func:`load`.
+
+    Methods that compute use no dropout, and moving averages of the weights if the run kept them. On several ranks
+    they are collective.
+    """
+
+    config: RunConfig
+    checkpoint: Path
+    mesh: Mesh
+    source: StoreSource
+    model: GRModel
+    """Tables and dense part: ``model.embedding`` and ``model.dense``."""
+    optimizers: Optimizers
+
+    @classmethod
+    def restore(cls, config: RunConfig, checkpoint: str | Path, mesh: Mesh) -> TrainedModel:
+        """Build the model of ``config`` and load its weights. Raises as :func:`load`."""
+        if not isinstance(config.dataset, DatasetArgs):
+            raise ConfigError("the run trained on random data (BenchmarkDatasetArgs), so there is nothing to look up")
+        source = StoreSource(config, config.dataset, mesh)
+        model, optimizers = build_model(config, source, mesh)
+        state = TrainState(model, optimizers, config.operative_gin(), raw_ids=raw_ids(source))
+        stored = str(checkpoint)
+        CheckpointStore(stored, stored, mesh, load_options=LoadOptions(optimizer=False)).restore(state)
+        return cls(config, locate(stored), mesh, source, model, optimizers)
+
+    @property
+    def store(self) -> SequenceStore:
+        """The data that the run trained on."""
+        return self.source.store
+
+    def tables(self) -> dict[str, Table]:
+        """Read all embedding tables from the checkpoint, by table name."""
+        tensors, dynamic = open_tensors(self.checkpoint), read_tables(self.checkpoint)
+        tables = {name: merged(parts) for name, parts in dynamic.items()}
+        static = (name.removeprefix(TABLES) for name in tensors.sizes if name.startswith(TABLES))
+        return {name: Table(None, tensors.read_whole(TABLES + name)) for name in static} | {
+            name: Table(content.ids[order], content.rows[order])
+            for name, content in tables.items()
+            for order in [content.ids.argsort()]
+        }
+
+    def batches(self, split: Split = "valid") -> Iterator[HSTUBatch]:
+        """The evaluation batches of a split ("valid"; "test" for retrieval), on the device."""
+        return (batch.to(self.mesh.device) for batch in self.source.eval_batches(split))
+
+    def forward(self, batch: HSTUBatch) -> ModelOutput:
+        """Loss and predictions of a batch: ``logits`` (ranking) or ``queries`` (retrieval)."""
+        with self._inference():
+            output: ModelOutput = self.model(batch.to(self.mesh.device))
+        return output
+
+    def evaluate(self, split: Split = "valid") -> dict[str, float]:
+        """Compute the metrics of the configuration on a split."""
+        evaluator = build_evaluator(self.config, self.source, self.model, self.mesh)
+        with self._inference():
+            return evaluator.evaluate(self.source.eval_batches(split))
+
+    def user_embeddings(self, users: Sequence[Any]) -> Tensor:
+        """Vectors of users after their whole histories: float32 [len(users), E], of length 1.
+
+        Args:
+            users: raw ids; numbers may be given as strings.
+
+        Raises:
+            DataError: unknown users, or a ranking model, which has no user vectors.
+        """
+        self._retrieval_args()
+        return self._user_vectors(encode_users(self.store, users))
+
+    def item_embeddings(self) -> Tensor:
+        """Vectors of all items, row by row as ``store.raw_ids(store.item_feature)``: float32 [items, E], of length 1.
+
+        Items without a row in a dynamic table have zero vectors. Raises DataError for a ranking model.
+        """
+        corpus = self._retrieval_evaluator().corpus()
+        with self._inference():
+            return torch.cat([vectors for _, vectors in corpus.chunks()])[: corpus.size]
+
+    def recommend(self, users: Sequence[Any], top: int = 10) -> list[Recommendation]:
+        """Recommend the ``top`` items that each user has not seen, after the user's whole history.
+
+        Raises as :meth:`user_embeddings`.
+        """
+        evaluator = self._retrieval_evaluator()
+        rows, offsets = encode_users(self.store, users), self.store.offsets()
+        lengths = offsets[rows + 1] - offsets[rows]
+        seen = self.store.sequence(self.source.roles.item)[ranges(offsets[rows], lengths)].astype(np.int64)
+        queries = Queries(self._user_vectors(rows), rows, np.full_like(rows, -1), seen, lengths)
+        with self._inference():
+            codes, scores = recommend(queries, evaluator.corpus(), top)
+        raw_ids, titles = self.store.raw_ids(self.store.item_feature), self.store.titles()
+        names = raw_ids if titles is None else titles
+        recommendations = []
+        for user, user_codes, user_scores in zip(users, codes, scores, strict=True):
+            found = user_codes[user_codes >= 0]
+            items, shown = raw_ids[found].tolist(), [str(name) for name in names[found]]
+            recommendations.append(Recommendation(user, items, shown, user_scores[: len(found)].tolist()))
+        return recommendations
+
+    def _user_vectors(self, rows: np.ndarray) -> Tensor:
+        """As ``user_embeddings``, for rows of the store."""
+        vectors = [torch.empty(0, self.config.network.item_width, device=self.mesh.device)]
+        for batch in self.source.history_batches(rows):
+            queries = self.forward(batch).queries
+            assert queries is not None  # it is a retrieval model
+            vectors.append(queries[: batch.real_batch_size])
+        return torch.cat(vectors)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        with evaluation_mode(self.model), self.optimizers.averaged_weights():
+            yield
+
+    def _retrieval_args(self) -> RetrievalArgs:
+        if not isinstance(self.config.task_args, RetrievalArgs):
+            raise DataError(
+                "this model belongs to a ranking run; recommendations and user or item vectors need a retrieval run"
+            )
+        return self.config.task_args
+
+    def _retrieval_evaluator(self) -> RetrievalEvaluator:
+        return RetrievalEvaluator(self.model, self._retrieval_args(), self.source, self.mesh)
+
+
+def format_recommendations(recommendations: Iterable[Recommendation]) -> str:
+    """Format recommendations for printing, one block per user."""
+    lines = []
+    for entry in recommendations:
+        lines.append(f"\nuser {entry.user}")
+        for place, (item, title, score) in enumerate(zip(entry.items, entry.titles, entry.scores, strict=True), 1):
+            raw_id = f"  [{item}]" if title != str(item) else ""
+            lines.append(f"  {place:>3}.  {score:6.3f}  {title}{raw_id}")
+    return "\n".join(lines)
+
+
+def encode_users(store: SequenceStore, users: Sequence[Any]) -> np.ndarray:
+    """Rows of users in the store, int64 [len(users)], from raw ids. Raises DataError that names unknown users."""
+    if store.raw_ids(USER_FEATURE).dtype == object:
+        return store.encode(USER_FEATURE, users)
+    try:
+        numbers = np.array([int(user) for user in users], dtype=np.int64)
+    except ValueError as error:
+        raise DataError(f"{store.path}: user ids are whole numbers, got {list(users)!r}") from error
+    return store.encode(USER_FEATURE, numbers)
+
+
+@cache
+def _mesh_of_this_process() -> Mesh:
+    """Join the process group at the first call; a notebook may load many models."""
+    atexit.register(meshes.finish, wait=False)
+    return meshes.start()
+
+
+def _read_config(path: Path) -> RunConfig:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: give the directory of a run, a checkpoint or an export")
+    is_ranking = "\nRankingArgs." in f"\n{path.read_text(encoding='utf-8')}"
+    return load_gin([str(path)], [], "ranking" if is_ranking else "retrieval")
+
+
+def _with_vocabulary(store: SequenceStore) -> list[str]:
+    return [USER_FEATURE, *(name for name, feature in store.features.items() if feature.has_vocab)]

@@ -1,0 +1,274 @@
+"""Which tensor of a checkpoint is read into which tensor of a run, what does not fit, and why.
+
+Names may differ (TrainerArgs.ckpt_param_map), and so may sizes, vocabularies and the configuration of the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Size
+
+from hstu.checkpoint.raw_ids import RowRemap
+from hstu.checkpoint.tensors import AVERAGE, DYNAMIC, IDS, TABLES, WEIGHTS, join_name, split_name
+from hstu.config.args import TrainerArgs
+from hstu.config.errors import DataError
+from hstu.config.gin_scan import scan
+
+
+@dataclass(frozen=True)
+class ParamMap:
+    """Renamed weights (TrainerArgs.ckpt_param_map): name in this run → name in the checkpoint.
+
+    An entry names one weight, or the prefix of several up to a dot. Optimizer states follow their weights. If several
+    entries apply to a name, the longest one counts.
+    """
+
+    entries: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | Path) -> ParamMap:
+        """Read lines of the form ``new old``; # starts a comment. Raises DataError with the number of a bad line."""
+        entries: dict[str, str] = {}
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"TrainerArgs.ckpt_param_map: {path} cannot be read ({error})") from error
+        for number, line in enumerate(lines, 1):
+            words = line.partition("#")[0].split()
+            if not words:
+                continue
+            if len(words) != 2 or not all(word.startswith(WEIGHTS) for word in words) or words[0] in entries:
+                raise DataError(
+                    f"{path}:{number}: {line.strip()!r}: expected two names of weights, the new and the old one, as "
+                    "scripts/inspect_checkpoint.py shows them (model.…), and each new name once"
+                )
+            entries[words[0]] = words[1]
+        return cls(entries)
+
+    def stored_name(self, name: str) -> str:
+        """Return the name in the checkpoint of the tensor that this run calls ``name``."""
+        weight, state = split_name(name)
+        new = max((new for new in self.entries if _is_within(weight, new)), key=len, default=None)
+        return name if new is None else join_name(self.entries[new] + weight.removeprefix(new), state)
+
+    def problems(self, names: Collection[str], stored: Collection[str]) -> list[str]:
+        """Return one line for each entry that matches no weight of this run or of the checkpoint."""
+        problems = []
+        for new, old in self.entries.items():
+            if not any(_is_within(name, new) for name in names):
+                problems.append(f"ckpt_param_map: {new} is not a weight of this run")
+            if not any(_is_within(name, old) for name in stored):
+                problems.append(f"ckpt_param_map: {old} is not in the checkpoint")
+        return problems
+
+
+def _is_within(name: str, entry: str) -> bool:
+    return name == entry or name.startswith(f"{entry}.")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How much of a checkpoint a run loads."""
+
+    strict: bool = True
+    """Whether anything that does not fit is an error."""
+    optimizer: bool = True
+    """False: load only the weights; the run starts at iteration 0 with fresh optimizers, schedule and data."""
+    param_map: ParamMap = field(default_factory=ParamMap)
+
+    @classmethod
+    def from_args(cls, args: TrainerArgs) -> LoadOptions:
+        """Return the options of the configuration. Raises DataError for a bad ckpt_param_map."""
+        param_map = ParamMap.read(args.ckpt_param_map) if args.ckpt_param_map else ParamMap()
+        return cls(args.ckpt_load_strict, args.ckpt_load_optimizer, param_map)
+
+
+@dataclass(frozen=True)
+class Resized:
+    """A tensor whose size differs between the checkpoint and the run."""
+
+    name: str
+    stored: Size
+    own: Size
+
+    @property
+    def common_rows(self) -> int:
+        """The number of leading rows to read: those that two tables of one width share, 0 for any other tensor."""
+        if not split_name(self.name)[0].startswith(TABLES) or not self.stored or self.stored[1:] != self.own[1:]:
+            return 0
+        return min(self.stored[0], self.own[0])
+
+    def __str__(self) -> str:
+        return f"{self.name} is {tuple(self.stored)} in the checkpoint, {tuple(self.own)} in this run"
+
+    def outcome(self) -> str:
+        """Return what a load that is not strict does with the tensor."""
+        if not self.common_rows:
+            return "as initialised"
+        return f"the first {self.common_rows} rows read" + ("" if self.common_rows == self.own[0] else ", others fresh")
+
+
+@dataclass(frozen=True)
+class TensorMatch:
+    """What is read, and what does not fit."""
+
+    stored_names: Mapping[str, str]
+    """Tensor of the run → tensor of the checkpoint that is read into it, whole or in part."""
+    missing: tuple[str, ...] = ()
+    """Tensors of the run that are not in the checkpoint."""
+    unexpected: tuple[str, ...] = ()
+    """Tensors of the checkpoint that are not in the run."""
+    resized: tuple[Resized, ...] = ()
+    """Tensors of both, of different sizes."""
+    remaps: Mapping[str, RowRemap] = field(default_factory=dict)
+    """Tables (names of weights) whose rows have other raw ids in the checkpoint."""
+    mistakes: tuple[str, ...] = ()
+    """Mistakes in the ParamMap, which are always errors."""
+
+    def problems(self) -> list[str]:
+        """Return one line for each thing that does not fit."""
+        return [
+            *self.mistakes,
+            *(f"{name} is not in the checkpoint" for name in self.missing),
+            *map(str, self.resized),
+            *(f"{name} has rows of other ids in the checkpoint than in this run's data" for name in self.remaps),
+            *(f"{name} is in the checkpoint only" for name in self.unexpected),
+        ]
+
+    def report(self, differences: list[ConfigDifference]) -> list[str]:
+        """Return what a load that is not strict has done, one line for each thing that did not fit."""
+        return [
+            f"{len(self.stored_names)} tensors read",
+            *(f"{name} is not in the checkpoint: as initialised" for name in self.missing),
+            *(f"{entry}: {entry.outcome()}" for entry in self.resized),
+            *(f"{name} and its states: {remap}" for name, remap in self.remaps.items()),
+            *(f"{name} is in the checkpoint only: not read" for name in self.unexpected),
+            *map(str, differences),
+        ]
+
+
+def match_tensors(
+    own: Mapping[str, Size],
+    stored: Mapping[str, Size],
+    options: LoadOptions,
+    remaps: Mapping[str, RowRemap] | None = None,
+    dynamic: tuple[Collection[str], Collection[str]] = ((), ()),
+) -> TensorMatch:
+    """Find the stored tensor for each tensor of a run.
+
+    ``own``, ``stored``: name → size in the run and in the checkpoint. ``remaps``: see TensorMatch. ``dynamic``:
+    names of the dynamic tables in the run and in the checkpoint, which may be renamed, but are read elsewhere.
+    """
+    remaps = remaps or {}
+    own, stored = _to_load(own, options), _to_load(stored, options)
+    names = {name: _stored_name(name, stored, options.param_map) for name in own}
+    found = {name: stored_name for name, stored_name in names.items() if stored_name in stored}
+    pairs = [Resized(name, stored[stored_name], own[name]) for name, stored_name in found.items()]
+    unread = {pair.name for pair in pairs if not _can_be_read(pair, remaps)}
+    return TensorMatch(
+        stored_names={name: stored_name for name, stored_name in found.items() if name not in unread},
+        missing=tuple(
+            name if name == stored_name else f"{name} (there: {stored_name})"
+            for name, stored_name in names.items()
+            if name not in found
+        ),
+        unexpected=tuple(  # a run without moving averages does not need those that come with the weights
+            name
+            for name in stored
+            if name not in found.values() and (options.optimizer or split_name(name)[1] != AVERAGE)
+        ),
+        resized=tuple(
+            pair
+            for pair in pairs
+            if pair.stored != pair.own and (pair.stored[1:] != pair.own[1:] or split_name(pair.name)[0] not in remaps)
+        ),
+        remaps={name: remap for name, remap in remaps.items() if name in found},
+        mistakes=tuple(options.param_map.problems([*own, *dynamic[0]], [*stored, *dynamic[1]])),
+    )
+
+
+def _can_be_read(pair: Resized, remaps: Mapping[str, RowRemap]) -> bool:
+    remap = remaps.get(split_name(pair.name)[0])
+    if remap is None:
+        return pair.stored == pair.own or pair.common_rows > 0
+    return remap.source_rows is not None and pair.stored[1:] == pair.own[1:]
+
+
+def _to_load(tensors: Mapping[str, Size], options: LoadOptions) -> dict[str, Size]:
+    """Return the weights, and with ``options.optimizer`` the states; moving averages belong to the weights."""
+    states = None if options.optimizer else ("", AVERAGE)
+    return {
+        name: size
+        for name, size in tensors.items()
+        if not name.startswith((IDS, DYNAMIC)) and (states is None or split_name(name)[1] in states)
+    }
+
+
+def _stored_name(name: str, stored: Collection[str], param_map: ParamMap) -> str:
+    """Return the stored name of a tensor. A moving average that was not stored starts from its weight."""
+    stored_name = param_map.stored_name(name)
+    weight, state = split_name(stored_name)
+    return weight if state == AVERAGE and stored_name not in stored else stored_name
+
+
+# Parameters of NetworkArgs that do not change what the weights mean, and those of RankingArgs that do.
+_SAME_WEIGHTS = re.compile(
+    r"(hidden|input)_dropout|dtype_str|(strict_)?kernel_backend|compile|recompute_\w+|sequence_parallel"
+)
+_HEAD = re.compile(r"prediction_head_(arch|act_type|bias)|num_tasks")
+# Other parameters that decide which tensors there are, and of which sizes.
+_SHAPES = re.compile(
+    r"(Dynamic)?EmbeddingArgs\.\w+|DatasetArgs\.dataset_(name|path)"
+    r"|(Part)?OptimizerArgs\.((sparse_)?optimizer_str|momentum|part_optimizers|regex)"
+)
+
+
+@dataclass(frozen=True)
+class ConfigDifference:
+    """A gin parameter whose value differs between two configurations. None: the parameter is absent."""
+
+    name: str
+    """As in gin, with its scope."""
+    stored: str | None
+    own: str | None
+
+    def __str__(self) -> str:
+        stored, own = self.values()
+        return f"{self.name} = {stored} in the checkpoint, {own} in this run"
+
+    def values(self) -> tuple[str, str]:
+        """Return both values as text."""
+        return self.stored or "nothing", self.own or "nothing"
+
+    @property
+    def is_of_network(self) -> bool:
+        """Whether the same weights compute something else with the other value, even if all sizes are equal."""
+        owner, _, parameter = self._unscoped.partition(".")
+        if owner == "NetworkArgs":
+            return not _SAME_WEIGHTS.fullmatch(parameter)
+        return owner == "RankingArgs" and bool(_HEAD.fullmatch(parameter))
+
+    @property
+    def shapes_tensors(self) -> bool:
+        """Whether the other value may mean other tensors, so that the difference explains a mismatch."""
+        return self.is_of_network or bool(_SHAPES.fullmatch(self._unscoped))
+
+    @property
+    def _unscoped(self) -> str:
+        return self.name.rpartition("/")[2]
+
+
+def config_differences(stored: str, own: str) -> list[ConfigDifference]:
+    """Return the parameters that differ between two texts of operative.gin, in the order of the first text."""
+    left, right = (
+        {binding.name: repr(binding.value) for binding in scan([], [text]).bindings} for text in (stored, own)
+    )
+    return [
+        ConfigDifference(name, left.get(name), right.get(name))
+        for name in dict.fromkeys([*left, *right])
+        if left.get(name) != right.get(name)
+    ]

@@ -1,0 +1,157 @@
+"""Tensors in a checkpoint or an export: their names, and how they are read.
+
+``model.tables.<table>`` is a table and has states ``optimizer.tables.<table>.<state>``. ``model.<parameter>`` is any
+other weight and has states ``optimizer.dense.<parameter>.<state>``.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+
+from hstu.config.errors import DataError
+from hstu.parallel.shards import ShardedView
+
+TENSORS = "tensors"
+"""Directory of a checkpoint's tensors."""
+CONSOLIDATED = "model.safetensors"
+"""File of an export's tensors."""
+
+WEIGHTS = "model."
+TABLES = "model.tables."
+IDS = "ids."
+"""Raw ids of the rows of tables. They describe weights, but are none."""
+DYNAMIC = "dynamic."
+"""Ids and rows of dynamic tables in an export. A checkpoint has separate files for them."""
+AVERAGE = "average"
+"""The optimizer state that is also a weight: its moving average (OptimizerArgs.ema_decay)."""
+_STATES = "optimizer."
+_DENSE_STATES = "optimizer.dense."
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return the weight that a tensor is or belongs to, and the name of its optimizer state ("" for the weight)."""
+    if not name.startswith(_STATES):
+        return name, ""
+    prefix = _DENSE_STATES if name.startswith(_DENSE_STATES) else _STATES
+    parameter, _, state = name.removeprefix(prefix).rpartition(".")
+    return f"{WEIGHTS}{parameter}", state
+
+
+def join_name(weight: str, state: str) -> str:
+    """Invert ``split_name``."""
+    if not state:
+        return weight
+    prefix = _STATES if weight.startswith(TABLES) else _DENSE_STATES
+    return f"{prefix}{weight.removeprefix(WEIGHTS)}.{state}"
+
+
+class StoredTensors(ABC):
+    """The tensors of a checkpoint or an export, for reading."""
+
+    sizes: dict[str, torch.Size]
+    """Name → size, for all tensors."""
+    dtypes: dict[str, torch.dtype]
+    """Name → dtype."""
+
+    @abstractmethod
+    def read(self, targets: Mapping[str, ShardedView], group: dist.ProcessGroup | None = None) -> None:
+        """Overwrite each target, which has the stored size. Collective over ``group``; None: this process alone."""
+
+    def read_whole(self, name: str) -> Tensor:
+        """Return one whole tensor in host memory."""
+        tensor = torch.empty(self.sizes[name], dtype=self.dtypes[name])
+        self.read({name: ShardedView.whole(tensor)})
+        return tensor
+
+
+def open_tensors(root: Path) -> StoredTensors:
+    """Open the tensors of a checkpoint or an export."""
+    return ConsolidatedTensors(root / CONSOLIDATED) if is_export(root) else ShardedTensors(root / TENSORS)
+
+
+def is_export(root: Path) -> bool:
+    """Return whether a directory is an export; otherwise it is a checkpoint."""
+    return (root / CONSOLIDATED).is_file()
+
+
+def read_metadata(root: Path) -> dict[str, Any]:
+    """Return what a checkpoint (progress.json) or an export (config.json) says about its run."""
+    name = "config.json" if is_export(root) else "progress.json"
+    metadata: dict[str, Any] = json.loads((root / name).read_text(encoding="utf-8"))
+    return metadata
+
+
+class ShardedTensors(StoredTensors):
+    """The files of torch.distributed.checkpoint, in which each rank has written its shards."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        stored = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+        tensors = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+        self.sizes = {name: entry.size for name, entry in tensors.items()}
+        self.dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}
+
+    def read(self, targets: Mapping[str, ShardedView], group: dist.ProcessGroup | None = None) -> None:
+        """See StoredTensors."""
+        reader = dcp.FileSystemReader(self.directory)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended where there is no group
+            dcp.load(
+                dict(targets), storage_reader=reader, planner=_LoadPlanner(), process_group=group, no_dist=group is None
+            )
+
+
+class ConsolidatedTensors(StoredTensors):
+    """The safetensors file of an export, in which every tensor is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors = load_safetensors(path)
+        self.sizes = {name: tensor.size() for name, tensor in self._tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
+
+    def read(self, targets: Mapping[str, ShardedView], group: dist.ProcessGroup | None = None) -> None:
+        """See StoredTensors. Each rank reads what it needs, without a collective."""
+        for name, target in targets.items():
+            target.copy_from(self._tensors[name])
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file as private memory maps: writing to them does not change the file.
+
+    Raises DataError if the file is damaged or is not a safetensors file.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise DataError(
+            f"{path} is not a safetensors file, or it is damaged ({error}). Export the model again."
+        ) from error
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Loads a flat dict of ShardedViews, a type that DefaultLoadPlanner does not handle."""
+
+    def set_up_planner(self, state_dict: dict[str, Any], metadata: Any = None, is_coordinator: bool = False) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        return create_default_local_load_plan(self.state_dict, self.metadata)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return cast(ShardedView, self.state_dict[index.fqn]).__get_tensor_shard__(index)

@@ -1,0 +1,49 @@
+"""Every option that a user can set: one frozen dataclass per gin class, one file per topic.
+
+``REGISTRY`` is the only list of these classes: reading of gin files, rules, ``--explain``, docs/configuration.md and
+the documentation checks are derived from it. A new class is one entry here and, unless other classes refer to it, one
+field of ``hstu.config.run_config.RunConfig``.
+
+A field declares its default and the values that it allows (``option``); both gin files and objects made in Python are
+held to them. The string under a field is its documentation. Rules across fields are in hstu/config/rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from hstu.config.args.dataset import BenchmarkDatasetArgs, DatasetArgs, FeatureArgs, RandomDistribution
+from hstu.config.args.embedding import DynamicEmbeddingArgs, EmbeddingArgs
+from hstu.config.args.network import NetworkArgs, TensorModelParallelArgs
+from hstu.config.args.optimizer import LRScheduleArgs, OptimizerArgs, PartOptimizerArgs, PrecisionArgs
+from hstu.config.args.task import RankingArgs, RetrievalArgs
+from hstu.config.args.trainer import TrainerArgs
+from hstu.config.option import Args
+
+Task = Literal["ranking", "retrieval"]
+
+REGISTRY: Mapping[type[Args], str] = {
+    TrainerArgs: "trainer",
+    EmbeddingArgs: "embeddings",
+    DynamicEmbeddingArgs: "embeddings",
+    DatasetArgs: "dataset",
+    BenchmarkDatasetArgs: "dataset",
+    FeatureArgs: "",
+    RandomDistribution: "",
+    NetworkArgs: "network",
+    OptimizerArgs: "optimizer",
+    PartOptimizerArgs: "",
+    LRScheduleArgs: "schedule",
+    PrecisionArgs: "precision",
+    TensorModelParallelArgs: "tensor_parallel",
+    RankingArgs: "task_args",
+    RetrievalArgs: "task_args",
+}
+"""Gin class → the field of RunConfig that holds its object or objects; "" where only other classes refer to it."""
+
+CLASSES: Mapping[str, type[Args]] = {cls.__name__: cls for cls in REGISTRY}
+"""Name in a gin file → class."""
+
+TASK_ARGS: Mapping[Task, type[RankingArgs | RetrievalArgs]] = {"ranking": RankingArgs, "retrieval": RetrievalArgs}
+"""The entry script decides on the task, and the task on the class that is read."""

@@ -1,0 +1,119 @@
+"""Options of the data: a dataset, its split and its samples; or random data to measure speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from hstu.config.args.embedding import EmbeddingArgs
+from hstu.config.option import Args, option
+
+SPLITS = {"retrieval": ("leave_one_out",), "ranking": ("user_holdout", "time")}
+"""Task → the splits that it allows, the first of which is its default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetArgs(Args):
+    """The dataset, its split, and how the history of a user becomes samples."""
+
+    dataset_name: str = option(not_empty=True)
+    """A built-in dataset such as ml-1m or kuairand-1k, whose tables are predefined (docs/datasets.md lists them), or
+    any other name for your own data in the sequence format, with its EmbeddingArgs in the gin file."""
+    max_sequence_length: int = option(minimum=1, aliases=("max_history_seqlen",))
+    """Number of newest items kept of a user's history. Also accepted as max_history_seqlen."""
+    dataset_path: Optional[str] = option(None)
+    """Directory of the preprocessed data. None: tmp_data/<dataset_name>."""
+    dynamic_tables: bool = option(False)
+    """Built-in datasets: make the predefined tables of items and users dynamic (DynamicEmbeddingArgs), with a row for
+    every id."""
+    max_num_candidates: int = option(0, minimum=0)
+    """Ranking: number of newest items that are candidates, scored without attending to each other. 0: no candidates;
+    every item is scored."""
+    window_stride: Optional[int] = option(None, minimum=1)
+    """Training: cut a history longer than max_sequence_length into windows of that length, down to its first item.
+    Each window ends this many items before the next newer one. A window is labelled on its newest window_stride items
+    (or max_num_candidates), so that no label occurs twice; the oldest window is labelled on all its items. None: use
+    only the newest items."""
+    stochastic_length_alpha: Optional[float] = option(None, above=0, maximum=2)
+    """Training: stochastic length (arXiv 2402.17152). With s = max_sequence_length ^ (alpha / 2), a sample of n > s
+    items is cut to its newest s items with probability 1 - (s / n)^2, drawn again in each epoch. It saves computation
+    and drops some older labels. 2: no cut. None: off."""
+    shuffle: bool = option(False)
+    """Shuffle the users again in each epoch."""
+    split: str = option("auto", choices=("auto", *SPLITS["retrieval"], *SPLITS["ranking"]))
+    """How training and evaluation data are separated. auto: leave_one_out for retrieval, user_holdout for ranking."""
+    valid_items: int = option(1, choices=(0, 1))
+    """leave_one_out: items before the last one that are held out for validation. 0: the published protocol, which
+    trains on all items but the last and evaluates on the last."""
+    train_fraction: float = option(0.7, above=0, below=1)
+    """user_holdout: fraction of users to train on. time: fraction of events before the cut."""
+    eval_dataset_path: Optional[str] = option(None)
+    """Ranking: a second preprocessed directory, all of which is used for evaluation."""
+    item_feature_name: Optional[str] = option(None)
+    """Own data: the item feature. None: the item feature of the store."""
+    action_feature_name: Optional[str] = option(None)
+    """The action feature. None: the action of the store, if it has one. "": no action, sequences of items only
+    (retrieval)."""
+    contextual_feature_names: Optional[list[str]] = option(None)
+    """The contextual features to use, in this order. None: all contextual features of the store."""
+
+
+# --- random data, generated in memory to measure speed --------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomDistribution(Args):
+    """Random benchmark data: a distribution of lengths or ids. Draws are clipped to [low, high)."""
+
+    dist_type: str = option("uniform", choices=("uniform", "normal", "zipf", "lognormal"))
+    """Kind of distribution."""
+    low: int = option(0, minimum=0)
+    """Smallest value."""
+    high: Optional[int] = option(None, minimum=1)
+    """Largest value plus one. None: the limit of the feature, which is the rows of its table or its longest
+    sequence."""
+    mean: Optional[float] = option(None)
+    """Mean of a normal or lognormal distribution, for lognormal that of the value itself. None: the middle of the
+    range."""
+    std: Optional[float] = option(None, above=0)
+    """Standard deviation of a normal distribution (None: a quarter of the range), or of the logarithm of a lognormal
+    one (None: 1)."""
+    alpha: float = option(1.2, above=0)
+    """Exponent of a zipf distribution: the probability of low + k is proportional to 1 / (k + 1)^alpha."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureArgs(Args):
+    """Random benchmark data: a group of features with equal lengths."""
+
+    feature_names: list[str] = option(not_empty=True)
+    """Names of the features."""
+    max_sequence_length: int = option(minimum=1)
+    """Length of the longest sequence; 1 for contextual features."""
+    is_jagged: bool = option(False)
+    """True: lengths vary, see seqlen_dist. False: every sequence has max_sequence_length."""
+    seqlen_dist: Optional[RandomDistribution] = option(None)
+    """Distribution of the lengths if is_jagged. None: uniform on [1, max_sequence_length]."""
+    value_dists: Optional[list[RandomDistribution]] = option(None)
+    """Distributions of the ids, one per feature in the order of feature_names. None: uniform over the rows of the
+    table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkDatasetArgs(Args):
+    """Random data generated in memory, to measure speed; replaces DatasetArgs."""
+
+    feature_args: list[FeatureArgs] = option(not_empty=True)
+    """The groups of features."""
+    embedding_args: list[EmbeddingArgs] = option(not_empty=True)
+    """The tables."""
+    item_feature_name: str = option(not_empty=True)
+    """The item feature."""
+    contextual_feature_names: list[str] = option()
+    """The features that are context tokens, in this order; may be empty."""
+    action_feature_name: Optional[str] = option(None)
+    """The action feature. None: there is none."""
+    max_num_candidates: int = option(0, minimum=0)
+    """As DatasetArgs.max_num_candidates."""
+    num_generated_batches: int = option(100, minimum=1)
+    """Number of different batches; they are generated once and then repeated."""

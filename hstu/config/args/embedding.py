@@ -1,0 +1,70 @@
+"""Options of embedding tables, static and dynamic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from hstu.config.args.optimizer import TABLE_OPTIMIZERS
+from hstu.config.option import Args, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingArgs(Args):
+    """One embedding table and the features that look it up."""
+
+    feature_names: list[str] = option(not_empty=True)
+    """Features that share this table."""
+    table_name: str = option(not_empty=True)
+    """Name of the table, unique in a run."""
+    item_vocab_size_or_capacity: int = option(minimum=1)
+    """Rows of the table: the largest id plus one."""
+    sharding_type: str = option("None", choices=("data_parallel", "model_parallel"))
+    """data_parallel: every rank holds a replica, trained by the dense optimizer. model_parallel: TorchRec shards the
+    table over all ranks. The default "None" is not a valid choice, so this must be given."""
+    sharding: str = option("auto", choices=("auto", "row_wise", "table_wise", "column_wise"))
+    """How a model_parallel table is sharded. auto: TorchRec's planner decides. column_wise excludes the optimizer
+    rowwise_adagrad."""
+    compute_kernel: Optional[str] = option(None, choices=("dense", "fused", "fused_uvm", "fused_uvm_caching"))
+    """Kernel of a model_parallel table. fused: FBGEMM updates the rows in backward. fused_uvm: the rows are in host
+    memory. fused_uvm_caching: as fused_uvm, with a cache for a fifth of the rows in GPU memory. dense (CPU only): the
+    gradients of the rows go to our own Adam. None: fused, or dense for Adam on a CPU. A CPU always uses these defaults
+    and warns if another kernel is given. Not for dynamic tables, whose options for GPU memory decide."""
+    optimizer_str: Optional[str] = option(None, choices=TABLE_OPTIMIZERS)
+    """Optimizer of this table. None: OptimizerArgs.sparse_optimizer_str, or OptimizerArgs.optimizer_str if the table
+    is data_parallel. rowwise_adagrad: model_parallel tables only."""
+    learning_rate: Optional[float] = option(None, above=0)
+    """Peak learning rate of this table. None: OptimizerArgs.sparse_learning_rate, or OptimizerArgs.learning_rate if
+    the table is data_parallel."""
+    init_std: float = option(0.02, above=0)
+    """Standard deviation of the normal distribution of initial rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicEmbeddingArgs(EmbeddingArgs):
+    """A table for any int64 ids, without a vocabulary: an id gets a row when training first sees it."""
+
+    item_vocab_size_or_capacity: int = option(minimum=1)
+    """Rows of the table over all ranks. When the rows of a rank are all in use, evict_strategy chooses which id loses
+    its row to a new one."""
+    sharding_type: str = option("model_parallel", choices=("model_parallel",))
+    """Always model_parallel."""
+    sharding: str = option("auto", choices=("auto", "row_wise"))
+    """Always row_wise."""
+    global_hbm_for_values: Optional[int] = option(None, minimum=0)
+    """GPU memory for the rows, in bytes over all ranks. It takes precedence over the two capacities below."""
+    item_vocab_gpu_capacity: Optional[float] = option(None, above=0)
+    """Number of rows in GPU memory. It takes precedence over the ratio."""
+    item_vocab_gpu_capacity_ratio: Optional[float] = option(None, above=0, maximum=1)
+    """Fraction of item_vocab_size_or_capacity in GPU memory, in (0, 1]."""
+    evict_strategy: str = option("lru", choices=("lru", "lfu"))
+    """Which id loses its row when none is free. lru: the least recently trained. lfu: the least frequently trained."""
+    caching: bool = option(False)
+    """Use of the GPU memory. False: it holds that many rows of the table, and host memory holds the others. True: it
+    is a cache of the table, which is in host memory."""
+    dist_type: str = option("roundrobin", choices=("continuous", "roundrobin", "hash_roundrobin"))
+    """Rank that owns an id. roundrobin: id modulo ranks. continuous: equal ranges of [0, capacity); larger ids modulo
+    ranks. hash_roundrobin: a hash of the id modulo ranks."""
+    admission_threshold: int = option(0, minimum=0)
+    """Number of times that training must see an id before it gets a row; until then its embedding is zero. 0 and 1:
+    at first sight."""

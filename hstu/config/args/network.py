@@ -1,0 +1,97 @@
+"""Options of the HSTU network and of its distribution over the ranks of a tensor-parallel group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from hstu.config.option import Args, option
+
+DTYPES = ("bfloat16", "float16", "float32")
+KERNEL_BACKENDS = ("cutlass", "triton", "pytorch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkArgs(Args):
+    """The HSTU stack."""
+
+    num_layers: int = option(minimum=1)
+    """Number of HSTU layers."""
+    hidden_size: int = option(minimum=1)
+    """Width of a token."""
+    num_attention_heads: int = option(minimum=1)
+    """Number of attention heads."""
+    kv_channels: int = option(minimum=1)
+    """Width of the query, key, value and gate of one head."""
+    hidden_dropout: float = option(0.2, minimum=0, below=1)
+    """Dropout probability before the output projection of a layer."""
+    input_dropout: Optional[float] = option(None, minimum=0, below=1)
+    """Dropout probability on the input tokens. None: hidden_dropout."""
+    norm_epsilon: float = option(1e-5, above=0)
+    """Epsilon of the layer norms."""
+    is_causal: bool = option(True)
+    """True: a history token attends to itself and to earlier tokens. False: it attends to the whole history, including
+    later tokens."""
+    dtype_str: str = option("bfloat16", choices=DTYPES)
+    """Data type in which the dense model computes; parameters are always float32. float16 is meant for GPUs (CPUs are
+    very slow in it) and scales the loss, see PrecisionArgs."""
+    kernel_backend: str = option("cutlass", choices=KERNEL_BACKENDS)
+    """Kernels of the model. On a CPU, "cutlass" and "triton" both mean the C++ kernels. If a backend cannot run, the
+    log states which one is used instead and why."""
+    strict_kernel_backend: bool = option(False)
+    """True: a kernel_backend that cannot run is an error."""
+    target_group_size: int = option(1, minimum=1)
+    """Candidates per group. A candidate attends to the history and to the candidates of its own group."""
+    num_position_buckets: int = option(8192, minimum=1)
+    """Rows of the absolute position table. All later positions share the last row."""
+    position_encoding: str = option("absolute", choices=("absolute", "relative_bias", "none"))
+    """absolute: one learned vector per position. relative_bias: learned attention biases by distance and by the
+    logarithm of the time difference. none: no position information."""
+    interleave_actions: bool = option(True)
+    """True: an action is a separate token after its item. False: its embedding is added to the token of its item."""
+    recompute_input_layernorm: bool = option(False)
+    """Save memory by recomputing the output of the input layer norm in backward."""
+    recompute_input_silu: bool = option(False)
+    """Save memory by recomputing the SiLU of the uvqk projection in backward."""
+    recompute_layer: bool = option(False)
+    """Save memory by storing only the input of each layer and recomputing the layer in backward."""
+    item_embedding_dim: int = option(-1, minimum=-1)
+    """Width of the item and action tables if above 0; their rows are then projected to hidden_size. Otherwise
+    hidden_size."""
+    contextual_embedding_dim: int = option(-1, minimum=-1)
+    """Width of the contextual tables if above 0; their rows are then projected to hidden_size. Otherwise
+    hidden_size."""
+    scaling_seqlen: int = option(-1, minimum=-1)
+    """Number by which attention weights are divided. -1: the longest possible sequence in tokens."""
+    disable_contextual_mask: bool = option(False)
+    """True: contextual tokens are causal like all others. False: they attend to the whole history."""
+    compile: bool = option(False)
+    """Use torch.compile for the parts outside our kernels: the prediction head, the projections between widths and the
+    ranking loss. The first step takes about 6 s longer. Without a C++ compiler the run continues uncompiled. On a CPU
+    the gain is small: head and loss of configs/ml_1m_ranking.gin on 4,100 labels take 4.4 ms instead of 9.0 ms in
+    bfloat16 and 4.3 ms instead of 4.7 ms in float32, in steps of 250 ms and 390 ms."""
+    sequence_parallel: bool = option(False)
+    """With tensor parallelism, also split the tokens between the projections of the layers over the ranks of a group.
+    It saves memory and does not change the result."""
+
+    @property
+    def item_width(self) -> int:
+        """Width of the item and action tables."""
+        return self.item_embedding_dim if self.item_embedding_dim > 0 else self.hidden_size
+
+    @property
+    def contextual_width(self) -> int:
+        """Width of the contextual tables."""
+        return self.contextual_embedding_dim if self.contextual_embedding_dim > 0 else self.hidden_size
+
+    def tokens_per_item(self, has_actions: bool) -> int:
+        """Tokens per item of a sequence: 2 where each action is a separate token, else 1."""
+        return 2 if has_actions and self.interleave_actions else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorModelParallelArgs(Args):
+    """Tensor parallelism of the dense part."""
+
+    tensor_model_parallel_size: int = option(1, minimum=1)
+    """Ranks that share one dense model. The data-parallel size is the number of ranks divided by this."""

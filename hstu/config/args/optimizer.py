@@ -1,0 +1,111 @@
+"""Options of optimization: optimizers, learning-rate schedule and precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from hstu.config.option import Args, option
+
+DENSE_OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad")
+TABLE_OPTIMIZERS = (*DENSE_OPTIMIZERS, "rowwise_adagrad")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartOptimizerArgs(Args):
+    """Optimizer, learning rate or weight decay of a part of the dense weights, for OptimizerArgs.part_optimizers."""
+
+    regex: str = option(not_empty=True)
+    """Python regular expression that is searched anywhere in the name of a dense weight. The names are those of a
+    checkpoint without "model.", such as task.encoder.stack.layers.0.uvqk.weight. For tables, use
+    EmbeddingArgs.optimizer_str."""
+    optimizer_str: Optional[str] = option(None, choices=DENSE_OPTIMIZERS)
+    """Optimizer. None: OptimizerArgs.optimizer_str. Betas, epsilon and momentum are those of OptimizerArgs."""
+    learning_rate: Optional[float] = option(None, above=0)
+    """Peak learning rate. None: OptimizerArgs.learning_rate."""
+    weight_decay: Optional[float] = option(None, minimum=0)
+    """Decoupled weight decay; norms and biases never decay. None: OptimizerArgs.weight_decay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerArgs(Args):
+    """The optimizers of the dense part and of the tables."""
+
+    optimizer_str: str = option(choices=TABLE_OPTIMIZERS)
+    """Optimizer. rowwise_adagrad is for tables; the dense part then uses adagrad."""
+    learning_rate: float = option(above=0)
+    """Peak learning rate."""
+    adam_beta1: float = option(0.9, minimum=0, below=1)
+    """Decay of the first moment of adam and adamw."""
+    adam_beta2: float = option(0.999, minimum=0, below=1)
+    """Decay of the second moment of adam and adamw."""
+    adam_eps: float = option(1e-8, above=0)
+    """Epsilon of adam, adamw, adagrad and rowwise_adagrad."""
+    weight_decay: float = option(0.0, minimum=0)
+    """Decoupled weight decay of dense weights. Tables, norms and biases never decay."""
+    momentum: float = option(0.0, minimum=0, below=1)
+    """Momentum of sgd in the dense part."""
+    sparse_optimizer_str: Optional[str] = option(None, choices=TABLE_OPTIMIZERS)
+    """Optimizer of the model_parallel tables that set no optimizer_str. None: optimizer_str."""
+    sparse_learning_rate: Optional[float] = option(None, above=0)
+    """Peak learning rate of the model_parallel tables that set no learning_rate. None: learning_rate."""
+    sparse_max_gradient: Optional[float] = option(None, above=0)
+    """Limit of each element of the gradient of a table row. The gradient is that of the mean loss over the global
+    batch, summed over all look-ups of the row; it is clamped to [-limit, limit] before the optimizer of the table, and
+    for data_parallel tables after TrainerArgs.max_grad_norm. None: no limit."""
+    part_optimizers: list[PartOptimizerArgs] = option([])
+    """Parts of the dense weights with their own optimizer, learning rate or weight decay. A weight belongs to the first
+    part whose regex is found in its name. LRScheduleArgs, max_grad_norm and ema_decay apply to all parts."""
+    ema_decay: float = option(0.0, minimum=0, below=1)
+    """If above 0, keep an exponential moving average of the dense weights and the data_parallel tables, starting at
+    the initial weights: average ← ema_decay · average + (1 - ema_decay) · weight after each iteration. Evaluation and
+    recommendation use the average; training does not. The model_parallel tables are used as they are. 0: off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRScheduleArgs(Args):
+    """The learning-rate schedule: one multiplier over time for all learning rates, dense and tables alike."""
+
+    schedule: str = option(
+        "constant", choices=("constant", "linear", "cosine", "cosine_restarts", "exponential", "step")
+    )
+    """Shape of the decay after the warm-up."""
+    warmup_iters: Optional[int] = option(None, minimum=0)
+    """Iterations of linear warm-up. Exclusive with warmup_ratio."""
+    warmup_ratio: Optional[float] = option(None, minimum=0, below=1)
+    """Warm-up as a fraction of all iterations."""
+    warmup_start: float = option(0.0, minimum=0, maximum=1)
+    """Multiplier at the first iteration of the warm-up."""
+    decay_iters: Optional[int] = option(None, minimum=1)
+    """Iterations of decay, or of one cycle of cosine_restarts. None: all iterations after the warm-up. Exclusive with
+    decay_ratio."""
+    decay_ratio: Optional[float] = option(None, above=0, maximum=1)
+    """Decay as a fraction of all iterations."""
+    min_ratio: float = option(0.0, minimum=0, maximum=1)
+    """Lower limit of the multiplier during the decay."""
+    decay_factor: float = option(0.1, above=0, maximum=1)
+    """exponential: multiplier at the end of the decay. step: factor at each milestone."""
+    milestones: list[int] = option([], minimum=1)
+    """step: iterations, or epochs if by_epoch, at which decay_factor applies."""
+    by_epoch: bool = option(False)
+    """True: the multiplier changes only between epochs, and milestones are epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionArgs(Args):
+    """Loss scaling and reduced precision; the compute type itself is NetworkArgs.dtype_str."""
+
+    loss_scale: Optional[float | str] = option(None, above=0, words=("dynamic",))
+    """float16 only: factor on the loss before backward, so that small gradients do not underflow; gradients are divided
+    by it in float32. "dynamic": starts at 65536; a step whose gradients overflow is skipped on all ranks and halves it
+    (an overflow at 1 ends the run), and growth_interval steps without overflow double it. A number: a constant scale;
+    an overflow ends the run. None: "dynamic" with float16, no scaling with other types."""
+    growth_interval: int = option(2000, minimum=1)
+    """loss_scale = "dynamic": consecutive steps without overflow after which the scale doubles."""
+    allow_tf32: bool = option(False)
+    """GPUs: allow PyTorch to multiply float32 matrices in TF32, which has 10 bits of mantissa. Our own kernels keep
+    float32 precision in any case."""
+    fp32_master_grads: bool = option(True)
+    """True: gradients of the dense weights are averaged over data-parallel ranks in float32. False: they are rounded to
+    NetworkArgs.dtype_str and sent in half the bytes. In both cases micro-batches are summed in float32 and the
+    gradients of tables are sent in float32."""

@@ -1,0 +1,61 @@
+"""Options of the two tasks: ranking and retrieval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hstu.config.option import Args, option
+
+METRICS_PER_TASK = ("AUC", "GAUC")
+"""Ranking metrics that a run with several tasks also reports per task, as "AUC/task0"."""
+LOWER_IS_BETTER = ("LOGLOSS", "NE")
+"""Metrics whose best value is the smallest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingArgs(Args):
+    """The ranking task."""
+
+    prediction_head_arch: list[int] = option(not_empty=True, minimum=1)
+    """Widths of the layers of the prediction head. The last one is num_tasks, or the number of classes if there is one
+    task."""
+    prediction_head_act_type: str = option("relu", choices=("relu", "gelu"))
+    """Activation between the layers of the prediction head."""
+    prediction_head_bias: bool = option(True)
+    """Whether the layers of the prediction head have a bias."""
+    num_tasks: int = option(1, minimum=1)
+    """Number of tasks. If the last width is num_tasks, each task has one sigmoid and its label is one bit of the
+    action. Otherwise there is one multi-class task."""
+    eval_metrics: tuple[str, ...] = option(
+        ("AUC",),
+        pattern=r"AUC|GAUC|ACC|LOGLOSS|NE|AUC>=\d+",
+        examples=("AUC", "AUC>=K", "GAUC", "ACC", "LOGLOSS", "NE"),
+        not_empty=True,
+    )
+    """Metrics. AUC>=K is the AUC of "the class is at least K", for star ratings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalArgs(Args):
+    """The retrieval task."""
+
+    num_negatives: int = option(-1, minimum=-1)
+    """Negatives per position. -1 or 0: all distinct items of the batch (in_batch) or the whole corpus (full)."""
+    temperature: float = option(0.05, above=0)
+    """Temperature of the softmax."""
+    l2_norm_eps: float = option(1e-6, above=0)
+    """Lower bound of the norms by which queries and items are divided."""
+    negatives: str = option("in_batch", choices=("in_batch", "uniform", "full"))
+    """in_batch: the distinct items of the batch over all data-parallel ranks. uniform: random draws from the corpus.
+    full: a softmax over the whole corpus."""
+    shared_negatives: bool = option(False)
+    """uniform: draw one set of negatives for the whole global batch instead of one set per position."""
+    filter_seen: bool = option(True)
+    """Evaluation: exclude the items that the user has seen."""
+    eval_metrics: tuple[str, ...] = option(
+        ("HR@10", "NDCG@10"),
+        pattern=r"(HR|NDCG|MRR)@[1-9]\d*|MRR",
+        examples=("HR@K", "NDCG@K", "MRR@K", "MRR"),
+        not_empty=True,
+    )
+    """Metrics, with any K."""

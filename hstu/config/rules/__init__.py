@@ -1,0 +1,37 @@
+"""Rules across parameters, classes and ranks: plain functions, in one file per topic.
+
+A rule gets a RunConfig, which may be incomplete (hstu/config/incomplete.py), and yields a Problem for each mistake or
+warning. The name of a rule states what it requires. Rules are listed at the end of their file; ``RULES`` lists all of
+config. Entry points add those of later rooms, such as ``hstu.data.rules``. Limits of a single value are declared with
+its field (hstu/config/option.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from hstu.config.errors import ConfigError
+from hstu.config.incomplete import apply
+from hstu.config.problems import Problem, in_reading_order
+from hstu.config.rules import data, options, task, training
+from hstu.config.run_config import RunConfig, RunDraft
+
+Rule = Callable[[RunDraft], Iterator[Problem]]
+
+RULES: Sequence[Rule] = (*options.RULES, *training.RULES, *task.RULES, *data.RULES)
+
+
+def validate(config: RunConfig, world_size: int, rules: Iterable[Rule] = RULES) -> list[str]:
+    """Applies ``rules`` to a complete configuration. Returns warnings, one line each; raises ConfigError."""
+    return check(RunDraft(**vars(config), world_size=world_size), rules)
+
+
+def check(draft: RunDraft, rules: Iterable[Rule], found: Iterable[Problem] = ()) -> list[str]:
+    """Applies ``rules`` to a draft. Returns warnings, one line each.
+
+    Raises ConfigError with all mistakes: those ``found`` already and those of the rules.
+    """
+    problems = [*found, *apply(rules, draft)]
+    if mistakes := [problem for problem in problems if not problem.is_warning]:
+        raise ConfigError(in_reading_order(mistakes))
+    return in_reading_order(problems)

@@ -1,0 +1,200 @@
+"""Rules about the embedding tables that gin files bind, and about random benchmark data."""
+# ruff: noqa: D103
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from hstu.config.args import Args, BenchmarkDatasetArgs, DatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs, FeatureArgs
+from hstu.config.incomplete import apply
+from hstu.config.problems import Problem, did_you_mean
+from hstu.config.run_config import RunConfig
+
+# --- tables of the gin files ----------------------------------------------------------------------------------------
+
+
+def names_of_tables_and_features_are_unique(run: RunConfig) -> Iterator[Problem]:
+    names = ((table, [getattr(table, "table_name", None)]) for table in run.embeddings)
+    features = ((table, getattr(table, "feature_names", [])) for table in run.embeddings)
+    yield from each_once(run, names, "table_name")
+    yield from each_once(run, features, "feature_names")
+
+
+def each_once(run: RunConfig, named: Iterable[tuple[Args, Sequence[str | None]]], parameter: str) -> Iterator[Problem]:
+    """Problems of names that occur twice. ``named``: parts and the names that each gives in ``parameter``."""
+    owners: dict[str, Args] = {}
+    for part, names in named:
+        for name in names:
+            if name in owners:
+                text = f"{name!r} is given twice, also by {run.cite(owners[name], parameter)}; remove or rename one"
+                yield run.problem(part, parameter, text)
+            elif name is not None:
+                owners[name] = part
+
+
+def tables_are_consistent(run: RunConfig) -> Iterator[Problem]:
+    for table in run.embeddings:
+        yield from apply(RULES_OF_A_TABLE, run, table)
+
+
+def rowwise_adagrad_forbids_column_wise(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
+    if table.sharding == "column_wise" and table.sharding_type == "model_parallel":
+        owner, parameter = _optimizer_of(run, table)
+        if getattr(owner, parameter) == "rowwise_adagrad":
+            text = (
+                f"cannot be combined with {run.cite(owner, parameter)}: each rank would keep its own state for its "
+                "columns of a row, so that the result would depend on the number of ranks; use 'row_wise', "
+                "'table_wise' or 'auto', or the optimizer 'adagrad'"
+            )
+            yield run.problem(table, "sharding", text)
+
+
+def rowwise_adagrad_is_for_sharded_tables(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
+    if table.optimizer_str == "rowwise_adagrad" and table.sharding_type == "data_parallel":
+        text = f"is for model_parallel tables, but {run.cite(table, 'sharding_type')}; use 'adagrad'"
+        yield run.problem(table, "optimizer_str", text)
+
+
+def kernels_are_for_sharded_tables(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
+    if table.compute_kernel is not None and table.sharding_type == "data_parallel":
+        text = f"is for model_parallel tables, but {run.cite(table, 'sharding_type')}; remove it"
+        yield run.problem(table, "compute_kernel", text)
+
+
+def dynamic_tables_choose_their_kernel(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
+    if isinstance(table, DynamicEmbeddingArgs) and table.compute_kernel is not None:
+        text = "is not for dynamic tables, whose kernel follows from caching and their GPU memory; remove it"
+        yield run.problem(table, "compute_kernel", text)
+
+
+def dense_kernel_has_adam(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
+    if table.compute_kernel == "dense" and table.sharding_type == "model_parallel":
+        owner, parameter = _optimizer_of(run, table)
+        if getattr(owner, parameter) not in ("adam", "adamw"):
+            text = f"is for adam and adamw, but {run.cite(owner, parameter)}; use 'fused'"
+            yield run.problem(table, "compute_kernel", text)
+
+
+def _optimizer_of(run: RunConfig, table: EmbeddingArgs) -> tuple[Args, str]:
+    """The part and its parameter that choose the optimizer of a model_parallel table."""
+    if table.optimizer_str is not None:
+        return table, "optimizer_str"
+    by_default = run.optimizer.sparse_optimizer_str is None
+    return run.optimizer, "optimizer_str" if by_default else "sparse_optimizer_str"
+
+
+RULES_OF_A_TABLE = (
+    rowwise_adagrad_forbids_column_wise, rowwise_adagrad_is_for_sharded_tables, kernels_are_for_sharded_tables,
+    dynamic_tables_choose_their_kernel, dense_kernel_has_adam,
+)  # fmt: skip
+
+
+# --- random benchmark data -------------------------------------------------------------------------------------------
+
+
+def benchmark_is_consistent(run: RunConfig) -> Iterator[Problem]:
+    if isinstance(run.dataset, BenchmarkDatasetArgs):
+        yield from apply(RULES_OF_THE_DATA, run, run.dataset)
+
+
+def length_of_items(run: RunConfig) -> DatasetArgs | FeatureArgs | None:
+    """The part whose max_sequence_length limits the items; None if a benchmark does not describe its item feature."""
+    if isinstance(run.dataset, DatasetArgs):
+        return run.dataset
+    return _groups(run.dataset).get(run.dataset.item_feature_name)
+
+
+def _groups(dataset: BenchmarkDatasetArgs) -> dict[str, FeatureArgs]:
+    return {name: group for group in reversed(dataset.feature_args) for name in group.feature_names}
+
+
+def features_are_described_once(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
+    named = ((group, getattr(group, "feature_names", [])) for group in dataset.feature_args)
+    yield from each_once(run, named, "feature_names")
+
+
+def roles_are_features(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
+    known = _groups(dataset)
+    for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names"):
+        value = getattr(dataset, parameter, None)
+        for name in value if isinstance(value, list) else [value]:
+            if name and name not in known:
+                text = f"no FeatureArgs has the feature {name!r}; choose one of {', '.join(known)}"
+                yield run.problem(dataset, parameter, text + did_you_mean(name, known))
+
+
+def features_have_roles(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
+    roles = {dataset.item_feature_name, dataset.action_feature_name, *dataset.contextual_feature_names}
+    groups = _groups(dataset)
+    if any(role and role not in groups for role in roles):
+        return  # that role is reported, and may be a misspelling of this feature
+    for name, group in groups.items():
+        if name not in roles:
+            text = f"{name!r} is not used; make it the item, the action or a contextual feature, or remove it"
+            yield run.problem(group, "feature_names", text)
+
+
+def features_have_tables(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
+    features, served = _groups(dataset), [name for table in dataset.embedding_args for name in table.feature_names]
+    for name, group in features.items():
+        if name not in served:
+            text = f"{name!r} has no table; add EmbeddingArgs for it to embedding_args"
+            yield run.problem(group, "feature_names", text + did_you_mean(name, served))
+    for table in dataset.embedding_args:
+        for name in table.feature_names:
+            if name not in features:
+                text = f"no FeatureArgs has the feature {name!r}; add one, or remove the feature here"
+                yield run.problem(table, "feature_names", text + did_you_mean(name, features))
+
+
+def context_has_one_id(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
+    groups = _groups(dataset)
+    contextual = {id(groups[name]): groups[name] for name in dataset.contextual_feature_names if name in groups}
+    for group in contextual.values():
+        if group.is_jagged or group.max_sequence_length != 1:
+            parameter = "is_jagged" if group.is_jagged else "max_sequence_length"
+            text = "a contextual feature has one id; set max_sequence_length = 1 and is_jagged = False"
+            yield run.problem(group, parameter, text)
+
+
+def items_and_actions_are_equally_long(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
+    groups = _groups(dataset)
+    item, action = groups.get(dataset.item_feature_name), groups.get(dataset.action_feature_name or "")
+    if item is None or action is None or item is action:
+        return
+    if item.is_jagged or action.is_jagged or item.max_sequence_length != action.max_sequence_length:
+        text = f"must have the lengths of {dataset.item_feature_name!r}; put both into one FeatureArgs"
+        yield run.problem(dataset, "action_feature_name", text)
+
+
+def groups_are_consistent(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
+    for group in dataset.feature_args:
+        yield from apply(RULES_OF_A_GROUP, run, group)
+
+
+def ids_have_one_distribution_each(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
+    if group.value_dists is not None and len(group.value_dists) != len(group.feature_names):
+        text = f"must have one distribution per feature of {run.cite(group, 'feature_names')}"
+        yield run.problem(group, "value_dists", text)
+
+
+def length_distributions_are_for_jagged_features(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
+    if group.seqlen_dist is not None and not group.is_jagged:
+        text = "has no effect because all sequences are equally long; set FeatureArgs.is_jagged = True"
+        yield run.problem(group, "seqlen_dist", text)
+
+
+def distributions_have_a_range(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
+    for dist in filter(None, [getattr(group, "seqlen_dist", None), *(getattr(group, "value_dists", None) or [])]):
+        if (high := getattr(dist, "high", None)) is not None and getattr(dist, "low", -1) >= high:
+            yield run.problem(dist, "low", f"must be below {run.cite(dist, 'high')}")
+
+
+RULES_OF_A_GROUP = (
+    ids_have_one_distribution_each, length_distributions_are_for_jagged_features, distributions_have_a_range,
+)  # fmt: skip
+RULES_OF_THE_DATA = (
+    features_are_described_once, roles_are_features, features_have_roles, features_have_tables,
+    context_has_one_id, items_and_actions_are_equally_long, groups_are_consistent,
+)  # fmt: skip
+RULES = (names_of_tables_and_features_are_unique, tables_are_consistent, benchmark_is_consistent)

@@ -1,0 +1,127 @@
+"""Rules about the two tasks and the dataset, its split and its candidates."""
+# ruff: noqa: D103
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, RankingArgs, RetrievalArgs
+from hstu.config.args.dataset import SPLITS
+from hstu.config.problems import Problem, literal
+from hstu.config.rules.data import length_of_items
+from hstu.config.run_config import RunConfig
+
+# --- dataset -------------------------------------------------------------------------------------------------------
+
+
+def features_have_one_role(run: RunConfig) -> Iterator[Problem]:
+    context = run.dataset.contextual_feature_names or []
+    if len(set(context)) < len(context):
+        yield run.problem(run.dataset, "contextual_feature_names", "names a feature twice; remove one of them")
+    for parameter in ("item_feature_name", "action_feature_name"):
+        if getattr(run.dataset, parameter, None) in context:
+            other = run.cite(run.dataset, "contextual_feature_names")
+            text = f"is also one of {other}; a feature has one role, so remove it from one of them"
+            yield run.problem(run.dataset, parameter, text)
+
+
+def actions_are_not_items(run: RunConfig) -> Iterator[Problem]:
+    if run.dataset.item_feature_name and run.dataset.item_feature_name == run.dataset.action_feature_name:
+        text = f"is also {run.cite(run.dataset, 'item_feature_name')}; name the feature that holds the actions"
+        yield run.problem(run.dataset, "action_feature_name", text)
+
+
+def candidates_leave_history(run: RunConfig) -> Iterator[Problem]:
+    items = length_of_items(run)
+    if items is not None and run.dataset.max_num_candidates >= items.max_sequence_length:
+        text = f"leaves no room for history: must be below {run.cite(items, 'max_sequence_length')}"
+        yield run.problem(run.dataset, "max_num_candidates", text)
+
+
+def windows_leave_no_gap(run: RunConfig) -> Iterator[Problem]:
+    dataset = run.dataset
+    if isinstance(dataset, DatasetArgs) and (dataset.window_stride or 0) > dataset.max_sequence_length:
+        text = f"leaves out items between the windows: must be at most {run.cite(dataset, 'max_sequence_length')}"
+        yield run.problem(dataset, "window_stride", text)
+
+
+def split_fits_the_task(run: RunConfig) -> Iterator[Problem]:
+    if isinstance(run.dataset, DatasetArgs) and run.dataset.split not in ("auto", *SPLITS[run.task]):
+        allowed = " or ".join(literal(split) for split in ("auto", *SPLITS[run.task]))
+        yield run.problem(run.dataset, "split", f"is not for {run.task}; use {allowed}")
+
+
+# --- ranking -------------------------------------------------------------------------------------------------------
+
+
+def head_fits_the_tasks(run: RunConfig) -> Iterator[Problem]:
+    if isinstance(ranking := run.task_args, RankingArgs):
+        last = ranking.prediction_head_arch[-1]
+        if ranking.num_tasks not in (1, last):
+            text = (
+                f"ends in {last}, but must end in {run.cite(ranking, 'num_tasks')}, one sigmoid per task; change one "
+                f"of them, or set num_tasks = 1 for one task of {last} classes"
+            )
+            yield run.problem(ranking, "prediction_head_arch", text)
+
+
+def metrics_fit_the_head(run: RunConfig) -> Iterator[Problem]:
+    if isinstance(ranking := run.task_args, RankingArgs):
+        for metric in ranking.eval_metrics:
+            if metric.startswith("AUC>=") and (ranking.num_tasks > 1 or ranking.prediction_head_arch[-1] == 1):
+                text = (
+                    f"{metric} needs one task of several classes (star ratings), but {run.cite(ranking, 'num_tasks')} "
+                    f"and {run.cite(ranking, 'prediction_head_arch')}; set num_tasks = 1 and a last width above 1, or "
+                    f"use AUC"
+                )
+                yield run.problem(ranking, "eval_metrics", text)
+
+
+def labels_are_not_inputs(run: RunConfig) -> Iterator[Problem]:
+    if run.task == "ranking" and not run.network.interleave_actions and run.dataset.max_num_candidates == 0:
+        text = (
+            f"with {run.cite(run.dataset, 'max_num_candidates')} would show each item its own label as an input; set "
+            "max_num_candidates above 0, or interleave_actions = True"
+        )
+        yield run.problem(run.network, "interleave_actions", text)
+
+
+def ranking_has_actions(run: RunConfig) -> Iterator[Problem]:
+    if run.task == "ranking":
+        missing = (None, "") if isinstance(run.dataset, BenchmarkDatasetArgs) else ("",)  # None: that of the store
+        if run.dataset.action_feature_name in missing:
+            text = "ranking learns from actions; set it to the name of the action feature"
+            yield run.problem(run.dataset, "action_feature_name", text)
+
+
+# --- retrieval -----------------------------------------------------------------------------------------------------
+
+
+def retrieval_has_a_next_item(run: RunConfig) -> Iterator[Problem]:
+    dataset = run.dataset
+    if run.task == "retrieval" and isinstance(dataset, DatasetArgs) and dataset.max_sequence_length < 2:
+        text = "must be at least 2 for retrieval: an item and the next one"
+        yield run.problem(dataset, "max_sequence_length", text)
+
+
+def number_of_negatives_fits_their_kind(run: RunConfig) -> Iterator[Problem]:
+    if isinstance(retrieval := run.task_args, RetrievalArgs):
+        kind = run.cite(retrieval, "negatives")
+        if retrieval.negatives == "uniform" and retrieval.num_negatives <= 0:
+            yield run.problem(retrieval, "num_negatives", f"must be above 0 with {kind}, for example 128")
+        if retrieval.negatives == "full" and retrieval.num_negatives > 0:
+            yield run.problem(retrieval, "num_negatives", f"must be -1 with {kind}, which takes the whole corpus")
+
+
+def targets_are_not_visible(run: RunConfig) -> Iterator[Problem]:
+    if not run.network.is_causal and run.dataset.max_num_candidates == 0:
+        seen = "the next item, which is the target" if run.task == "retrieval" else "its own action, which is the label"
+        text = f"every item sees {seen}: training looks perfect and the model learns nothing; set it to True"
+        yield run.problem(run.network, "is_causal", text, is_warning=True)
+
+
+RULES = (
+    features_have_one_role, actions_are_not_items, candidates_leave_history, windows_leave_no_gap, split_fits_the_task,
+    head_fits_the_tasks, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
+    retrieval_has_a_next_item, number_of_negatives_fits_their_kind, targets_are_not_visible,
+)  # fmt: skip

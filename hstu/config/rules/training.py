@@ -1,0 +1,166 @@
+"""Rules about training: run length, checkpoints, batches, ranks, optimizers, schedule and precision."""
+# ruff: noqa: D103
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+
+from hstu.config.args import DatasetArgs, FeatureArgs, RankingArgs
+from hstu.config.args.task import LOWER_IS_BETTER, METRICS_PER_TASK
+from hstu.config.problems import Problem, did_you_mean
+from hstu.config.rules.data import length_of_items
+from hstu.config.run_config import RunConfig, RunDraft
+
+# --- run length, checkpoints and metrics ---------------------------------------------------------------------------
+
+
+def profiled_iterations_are_a_range(run: RunConfig) -> Iterator[Problem]:
+    trainer = run.trainer
+    if trainer.profile and trainer.profile_step_start >= trainer.profile_step_end:
+        yield run.problem(trainer, "profile_step_start", f"must be below {run.cite(trainer, 'profile_step_end')}")
+
+
+def save_interval_is_not_zero(run: RunConfig) -> Iterator[Problem]:
+    if run.trainer.ckpt_save_interval == 0:
+        yield run.problem(run.trainer, "ckpt_save_interval", "expected int, at least 1, or -1 to save no checkpoint")
+
+
+def best_metric_is_measured(run: RunConfig) -> Iterator[Problem]:
+    trainer, task = run.trainer, run.task_args
+    if trainer.best_metric is None:
+        return
+    tasks = task.num_tasks if isinstance(task, RankingArgs) else 1
+    per_task = [name for name in task.eval_metrics if name in METRICS_PER_TASK and tasks > 1]
+    measured = [*task.eval_metrics, *(f"{name}/task{index}" for name in per_task for index in range(tasks))]
+    if trainer.best_metric not in measured:
+        text = f"is not measured; choose one of {run.cite(task, 'eval_metrics')}, or add it there"
+        yield run.problem(trainer, "best_metric", text + did_you_mean(trainer.best_metric, measured))
+
+
+def best_metric_has_an_effect(run: RunConfig) -> Iterator[Problem]:
+    trainer = run.trainer
+    if trainer.best_metric is not None and trainer.ckpt_save_interval < 1 and trainer.early_stop_patience is None:
+        text = (
+            f"has no effect: no checkpoint is kept with {run.cite(trainer, 'ckpt_save_interval')}, and "
+            "early_stop_patience is not set; set one of the two, or remove this"
+        )
+        yield run.problem(trainer, "best_metric", text)
+
+
+def best_metric_mode_fits_the_metric(run: RunConfig) -> Iterator[Problem]:
+    trainer = run.trainer
+    if trainer.best_metric is None:
+        return
+    mode = "min" if trainer.best_metric.split("/")[0] in LOWER_IS_BETTER else "max"
+    if trainer.best_metric_mode != mode:
+        better = "lower" if mode == "min" else "higher"
+        text = f"would keep the worst model: {run.cite(trainer, 'best_metric')} is better when {better}; use {mode!r}"
+        yield run.problem(trainer, "best_metric_mode", text)
+
+
+# --- batches -------------------------------------------------------------------------------------------------------
+
+
+def token_limit_admits_the_longest_sequence(run: RunConfig) -> Iterator[Problem]:
+    trainer = run.trainer
+    if trainer.tokens_per_rank is not None and (items := length_of_items(run)) is not None:
+        tokens = _longest_sequence(run, items.max_sequence_length)
+        yield from token_limit_admits(run, tokens, run.cite(items, "max_sequence_length"))
+
+
+def token_limit_admits(run: RunConfig, tokens: int, length: str) -> Iterator[Problem]:
+    """``tokens``: those of the longest possible sequence, which results from ``length``."""
+    if run.trainer.tokens_per_rank is not None and run.trainer.tokens_per_rank < tokens:
+        text = (
+            f"is less than the longest possible sequence, which has {tokens} tokens; set it to at least {tokens}, or "
+            f"lower {length}"
+        )
+        yield run.problem(run.trainer, "tokens_per_rank", text)
+
+
+def token_limit_can_be_reached(run: RunConfig) -> Iterator[Problem]:
+    trainer, items = run.trainer, length_of_items(run)
+    if trainer.tokens_per_rank is not None and isinstance(items, FeatureArgs):
+        most = trainer.train_batch_size * _longest_sequence(run, items.max_sequence_length)
+        if most <= trainer.tokens_per_rank:
+            sequences = run.cite(trainer, "train_batch_size")
+            text = f"is never reached: a rank has at most {most} tokens with {sequences}; raise train_batch_size"
+            yield run.problem(trainer, "tokens_per_rank", text, is_warning=True)
+
+
+def balanced_lengths_differ(run: RunConfig) -> Iterator[Problem]:
+    items = length_of_items(run)
+    if run.trainer.enable_balanced_shuffler and isinstance(items, FeatureArgs) and not items.is_jagged:
+        text = f"has no effect: all sequences are equally long with {run.cite(items, 'is_jagged')}; set it to True"
+        yield run.problem(run.trainer, "enable_balanced_shuffler", text, is_warning=True)
+
+
+def _longest_sequence(run: RunConfig, items: int) -> int:
+    """Tokens of the longest sequence that the gin file alone implies; the store may add context and actions."""
+    dataset = run.dataset
+    of_store = isinstance(dataset, DatasetArgs) and dataset.action_feature_name is None and run.task == "ranking"
+    has_actions = bool(dataset.action_feature_name) or of_store
+    return items * run.network.tokens_per_item(has_actions) + len(dataset.contextual_feature_names or [])
+
+
+# --- ranks ---------------------------------------------------------------------------------------------------------
+
+
+def heads_divide(run: RunConfig) -> Iterator[Problem]:
+    if run.network.num_attention_heads % run.tensor_parallel.tensor_model_parallel_size:
+        size = run.cite(run.tensor_parallel, "tensor_model_parallel_size")
+        yield run.problem(run.network, "num_attention_heads", f"must be a multiple of {size}; change one of them")
+
+
+def ranks_divide(run: RunDraft) -> Iterator[Problem]:
+    if run.world_size % run.tensor_parallel.tensor_model_parallel_size:
+        text = f"must divide the number of ranks, which is {run.world_size}; change it, or torchrun --nproc-per-node"
+        yield run.problem(run.tensor_parallel, "tensor_model_parallel_size", text)
+
+
+# --- optimizers and schedule ---------------------------------------------------------------------------------------
+
+
+def momentum_has_sgd(run: RunConfig) -> Iterator[Problem]:
+    optimizer = run.optimizer
+    if optimizer.momentum > 0:
+        kinds = {optimizer.optimizer_str, *(part.optimizer_str for part in optimizer.part_optimizers)}
+        kinds |= {table.optimizer_str for table in run.embeddings if table.sharding_type == "data_parallel"}
+        if "sgd" not in kinds:
+            text = f"is for sgd and has no effect with {run.cite(optimizer, 'optimizer_str')}; remove it"
+            yield run.problem(optimizer, "momentum", text)
+
+
+def part_regexes_compile(run: RunConfig) -> Iterator[Problem]:
+    for part in run.optimizer.part_optimizers:
+        try:
+            re.compile(getattr(part, "regex", ""))
+        except (re.error, OverflowError, RecursionError) as error:
+            yield run.problem(part, "regex", f"is not a Python regular expression: {error}; escape or close it")
+
+
+def milestones_fit_the_schedule(run: RunConfig) -> Iterator[Problem]:
+    schedule = run.schedule
+    if any(left >= right for left, right in pairwise(schedule.milestones)):
+        yield run.problem(schedule, "milestones", "must increase; sort them and remove repetitions")
+    if schedule.schedule == "step" and not schedule.milestones:
+        text = "needs LRScheduleArgs.milestones; set it, for example to [1000, 2000]"
+        yield run.problem(schedule, "schedule", text)
+
+
+def warmup_and_decay_fit_into_the_run(run: RunConfig) -> Iterator[Problem]:
+    schedule = run.schedule
+    if (schedule.warmup_ratio or 0) + (schedule.decay_ratio or 0) > 1 and schedule.schedule != "cosine_restarts":
+        other = run.cite(schedule, "warmup_ratio")
+        yield run.problem(schedule, "decay_ratio", f"and {other} together exceed 1, the whole run; lower one of them")
+
+
+RULES = (
+    profiled_iterations_are_a_range, save_interval_is_not_zero,
+    best_metric_is_measured, best_metric_has_an_effect, best_metric_mode_fits_the_metric,
+    token_limit_admits_the_longest_sequence, token_limit_can_be_reached, balanced_lengths_differ,
+    heads_divide, ranks_divide,
+    momentum_has_sgd, part_regexes_compile, milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run,
+)  # fmt: skip

@@ -1,0 +1,88 @@
+"""KuaiRand Pure, 1K and 27K. Format: https://kuairand.com/ (arXiv 2208.08696)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hstu.data.datasets.raw import identifier, table_with_header
+from hstu.data.datasets.spec import USER_FEATURE, Archive, ColumnDescription, DatasetSpec, RawFormat, RawTables, Schema
+
+ALIASES: Mapping[str, str] = {}
+"""Other spellings of the family's name → the one in the datasets' names."""
+
+ACTION_BITS = {
+    "is_click": 1,
+    "is_like": 2,
+    "is_follow": 4,
+    "is_comment": 8,
+    "is_forward": 16,
+    "is_hate": 32,
+    "long_view": 64,
+    "is_profile_enter": 128,
+}
+"""Column of the log → its bit in the action. Ranking task t predicts bit t."""
+
+_CONTEXT = (
+    "user_active_degree",
+    "follow_user_num_range",
+    "fans_user_num_range",
+    "friend_user_num_range",
+    "register_days_range",
+)
+
+
+def read(files: Sequence[Path]) -> RawTables:
+    """The standard logs, earlier period first, and user_features. Sorted by time_ms, stored in seconds.
+
+    Users who occur in only one of the logs are kept. Users without a row of features have the value "unknown".
+    """
+    *logs, users = files
+    types = {"user_id": "BIGINT", "video_id": "BIGINT", "time_ms": "BIGINT", **dict.fromkeys(ACTION_BITS, "INTEGER")}
+    action = " + ".join(f"CAST({column} <> 0 AS INTEGER) * {bit}" for column, bit in ACTION_BITS.items())
+    features = ", ".join(f"{identifier(name)} AS c{index}" for index, name in enumerate(_CONTEXT))
+    user_types = {"user_id": "BIGINT", **dict.fromkeys(_CONTEXT, "VARCHAR")}
+    return RawTables(
+        logs=tuple(table_with_header(log, types) for log in logs),
+        events=f'user_id AS "user", video_id AS item, {action} AS action, time_ms AS "time", '
+        'time_ms // 1000 AS "timestamp"',
+        context=(table_with_header(users, user_types), f'user_id AS "user", {features}'),
+        descriptions={
+            "user": ColumnDescription("user_id", "an integer"),
+            "item": ColumnDescription("video_id", "an integer"),
+            "action": ColumnDescription(", ".join(ACTION_BITS), "an integer in each of them"),
+            "time": ColumnDescription("time_ms", "milliseconds since 1970"),
+        },
+    )
+
+
+def _spec(variant: str, md5: str, parts: tuple[str, ...], published: Mapping[str, float]) -> DatasetSpec:
+    """``parts``: suffixes of the files into which the log of each of the two periods is divided."""
+    folder = "KuaiRand-" + {"pure": "Pure", "1k": "1K", "27k": "27K"}[variant]
+    periods = ("4_08_to_4_21", "4_22_to_5_08")
+    logs = [f"log_standard_{period}_{variant}{part}.csv" for period in periods for part in parts]
+    return DatasetSpec(
+        name=f"kuairand-{variant}",
+        homepage="https://kuairand.com/",
+        archive=Archive(f"https://zenodo.org/records/10439422/files/{folder}.tar.gz", md5),
+        raw_formats=(RawFormat(read, (*logs, f"user_features_{variant}.csv")),),
+        schema=Schema(item="video_id", action="action", context=(USER_FEATURE, *_CONTEXT), action_cardinality=256),
+        published=published,
+        action_bits=ACTION_BITS,
+    )
+
+
+def _published(users: int, longest: int, shortest: int, mean: int | None, median: int, items: int) -> dict[str, float]:
+    lengths = {"length_max": longest, "length_min": shortest, "length_mean": mean, "length_median": median}
+    return {"users": users, **{name: value for name, value in lengths.items() if value is not None}, "items": items}
+
+
+_WHOLE, _HALVES = ("",), ("_part1", "_part2")
+
+DATASETS = (
+    _spec("pure", "0820331067a3784d9691136f772b35a7", _WHOLE, _published(27_285, 910, 1, None, 39, 7_551)),
+    _spec("1k", "6b0b9c8222d67fcd4c676218edca3f1f", _WHOLE, _published(1_000, 49_332, 10, 5_038, 3_379, 4_369_953)),
+    _spec(
+        "27k", "3e3c799a24e2d23a4d2c757fbf9adf59", _HALVES, _published(27_285, 228_000, 100, 11_796, 8_591, 32_038_725)
+    ),
+)

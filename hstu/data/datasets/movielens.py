@@ -1,0 +1,178 @@
+"""MovieLens 100K, 1M and 20M, and 100K as RecBole's atomic files.
+
+Formats: the README of each GroupLens archive. RecBole's atomic files are tab separated with ``name:type`` headers.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hstu.config.errors import DataError
+from hstu.data.datasets.raw import RawFile, table_with_header
+from hstu.data.datasets.spec import (
+    USER_FEATURE,
+    Archive,
+    ColumnDescription,
+    DatasetSpec,
+    RawFormat,
+    RawTables,
+    Schema,
+    WheelFiles,
+)
+
+ALIASES = {"movielens": "ml"}
+"""Other spellings of the family's name → the one in the datasets' names."""
+
+_ParseTitles = Callable[[Iterator[str]], Iterator[list[str]]]
+"""Lines of a file of titles → its rows, which begin with movie and title."""
+_RATINGS = {"user": "BIGINT", "item": "BIGINT", "rating": "DOUBLE", "time": "BIGINT"}
+_USERS_100K = {"user": "BIGINT", "age": "INTEGER", **dict.fromkeys(("sex", "occupation", "zip_code"), "VARCHAR")}
+_USERS_1M = {"user": "BIGINT", **dict.fromkeys(("sex", "age_group", "occupation", "zip_code"), "VARCHAR")}
+_CONTEXT_1M = '"user", sex AS c0, age_group AS c1, occupation AS c2, zip_code AS c3'
+_AGE_GROUP = """CASE WHEN age < 18 THEN '1' WHEN age < 25 THEN '18' WHEN age < 35 THEN '25' WHEN age < 45 THEN '35'
+    WHEN age < 50 THEN '45' WHEN age < 56 THEN '50' WHEN age >= 56 THEN '56' END"""
+"""The age groups of MovieLens 1M, each named by its lowest age, from an age in years."""
+_CONTEXT_100K = f'"user", {_AGE_GROUP} AS c0, sex AS c1, occupation AS c2, zip_code AS c3'
+_DESCRIPTIONS = {
+    "user": ColumnDescription("user", "an integer"),
+    "item": ColumnDescription("movie", "an integer"),
+    "action": ColumnDescription("rating", "1 to 5"),
+    "time": ColumnDescription("timestamp", "seconds since 1970"),
+}
+
+
+def read_100k(files: Sequence[Path]) -> RawTables:
+    """u.data (tab), u.user and u.item (pipe, Latin-1)."""
+    return _with_users(
+        files, ("\t", "|"), _USERS_100K, _CONTEXT_100K, lambda lines: (line.split("|") for line in lines)
+    )
+
+
+def read_recbole_100k(files: Sequence[Path]) -> RawTables:
+    """The same data as the package recbole ships it; there the year of a title is in a separate column."""
+    return _with_users(files, ("\t", "\t"), _USERS_100K, _CONTEXT_100K, _recbole_titles, header=True, encoding="utf-8")
+
+
+def read_1m(files: Sequence[Path]) -> RawTables:
+    """ratings.dat, users.dat and movies.dat (``::``, Latin-1)."""
+    return _with_users(files, ("::", "::"), _USERS_1M, _CONTEXT_1M, lambda rows: (row.split("::") for row in rows))
+
+
+def read_20m(files: Sequence[Path]) -> RawTables:
+    """ratings.csv and movies.csv (comma, UTF-8). Ratings run from 0.5 to 5 in halves and are stored doubled."""
+    ratings, movies = files
+    columns = {"userId": "BIGINT", "movieId": "BIGINT", "rating": "DOUBLE", "timestamp": "BIGINT"}
+    return RawTables(
+        logs=(table_with_header(ratings, columns),),
+        events='"userId" AS "user", "movieId" AS item, ' + _action_and_time(scale=2, time='"timestamp"'),
+        descriptions=_DESCRIPTIONS | {"action": ColumnDescription("rating", "0.5 to 5 in halves")},
+        **_titles(movies, lambda lines: iter(list(csv.reader(lines))[1:]), encoding="utf-8"),
+    )
+
+
+def _with_users(
+    files: Sequence[Path],
+    delimiters: tuple[str, str],
+    user_columns: Mapping[str, str],
+    context: str,
+    parse_titles: _ParseTitles,
+    header: bool = False,
+    encoding: str = "latin-1",
+) -> RawTables:
+    ratings, users, movies = files
+    log = RawFile(path=ratings, columns=_RATINGS, delimiter=delimiters[0], header=header, quote="")
+    table = RawFile(path=users, columns=user_columns, delimiter=delimiters[1], header=header, quote="")
+    return RawTables(
+        logs=(log,),
+        events='"user", item, ' + _action_and_time(scale=1, time='"time"'),
+        context=(table, context),
+        descriptions=_DESCRIPTIONS,
+        **_titles(movies, parse_titles, encoding),
+    )
+
+
+def _action_and_time(scale: int, time: str) -> str:
+    """A rating that is 0, or not whole after scaling, becomes NULL, which the check of the rows refuses."""
+    whole = f"rating * {scale} = floor(rating * {scale}) AND rating > 0 AND rating <= 1000"
+    action = f"CASE WHEN {whole} THEN CAST(rating * {scale} AS INTEGER) END"
+    return f'{action} AS action, {time} AS "time", {time} AS "timestamp"'
+
+
+def _recbole_titles(lines: Iterator[str]) -> Iterator[list[str]]:
+    next(lines, None)
+    for line in lines:
+        movie, title, year = line.rstrip("\n").split("\t")[:3]
+        yield [movie, f"{title} ({year})" if year.isdigit() else title]
+
+
+def _titles(file: Path, parse: _ParseTitles, encoding: str) -> dict[str, Any]:
+    """Raw movie id → title, and their file; nothing where the optional file is missing."""
+    if not file.is_file():
+        return {}
+    try:
+        with file.open(encoding=encoding, newline="\n") as lines:
+            return {"titles": {int(movie): title.strip() for movie, title, *_ in parse(lines)}, "title_file": file}
+    except (ValueError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file} is not a list of movies and titles: {error}") from error
+
+
+def _spec(
+    name: str,
+    md5: str,
+    *raw_formats: RawFormat,
+    published: tuple[int, int, int],
+    context: tuple[str, ...] = (),
+    max_action: int = 5,
+    wheel: WheelFiles | None = None,
+) -> DatasetSpec:
+    return DatasetSpec(
+        name=name,
+        homepage=f"https://grouplens.org/datasets/movielens/{name.removeprefix('ml-')}/",
+        archive=Archive(f"https://files.grouplens.org/datasets/movielens/{name}.zip", md5),
+        raw_formats=raw_formats,
+        schema=Schema(
+            item="movie_id", action="rating", context=(USER_FEATURE, *context), action_cardinality=max_action + 1
+        ),
+        published=dict(zip(("users", "items", "events"), published, strict=True)),
+        wheel=wheel,
+    )
+
+
+_RECBOLE_WHEEL = WheelFiles(
+    "recbole==1.2.1",
+    "recbole/dataset_example/ml-100k",
+    {
+        "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+        "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
+        "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+    },
+)
+
+DATASETS = (
+    _spec(
+        "ml-100k",
+        "0e33842e24a9c977be4e0107933c0723",
+        RawFormat(read_100k, ("u.data", "u.user"), ("u.item",)),
+        RawFormat(read_recbole_100k, ("ml-100k.inter", "ml-100k.user"), ("ml-100k.item",)),
+        published=(943, 1682, 100_000),
+        context=("age_group", "sex", "occupation", "zip_code"),
+        wheel=_RECBOLE_WHEEL,
+    ),
+    _spec(
+        "ml-1m",
+        "c4d9eecfca2ab87c1945afe126590906",
+        RawFormat(read_1m, ("ratings.dat", "users.dat"), ("movies.dat",)),
+        published=(6040, 3706, 1_000_209),
+        context=("sex", "age_group", "occupation", "zip_code"),
+    ),
+    _spec(
+        "ml-20m",
+        "cd245b17a1ae2cc31bb14903e1204af3",
+        RawFormat(read_20m, ("ratings.csv",), ("movies.csv",)),
+        published=(138_493, 26_744, 20_000_263),
+        max_action=10,
+    ),
+)

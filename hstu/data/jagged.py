@@ -1,0 +1,42 @@
+"""Host arithmetic of jagged arrays: runs of different lengths that lie one after another, without padding.
+
+Everything is NumPy, vectorised over runs and elements; ``lengths`` are integers [n].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def run_starts(lengths: np.ndarray) -> np.ndarray:
+    """Index of the first element of each run, int64 [n]."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    return np.cumsum(lengths) - lengths
+
+
+def run_offsets(lengths: np.ndarray) -> np.ndarray:
+    """int64 [n + 1]: run i has the elements [offsets[i], offsets[i + 1])."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def run_indices(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each element the number of its run, and its index within the run; both int64 [Σ lengths]."""
+    run = np.repeat(np.arange(len(lengths)), lengths)
+    return run, np.arange(len(run)) - run_starts(lengths)[run]
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The integers of [starts[i], starts[i] + lengths[i]) for each i, one range after another; int64 [Σ lengths]."""
+    return np.arange(lengths.sum(), dtype=np.int64) + np.repeat(starts - run_starts(lengths), lengths)
+
+
+def sequence_tokens(
+    item_lengths: np.ndarray, num_contextuals: int, tokens_per_item: int, has_context: np.ndarray | None = None
+) -> np.ndarray:
+    """Tokens of each sequence, int64 [B]: one per contextual feature, and ``tokens_per_item`` per item.
+
+    item_lengths: integers [B], candidates included. has_context: bool [B], the sequences with context tokens; None
+    means those with items. tokens_per_item: see NetworkArgs.tokens_per_item.
+    """
+    items = np.asarray(item_lengths, dtype=np.int64)
+    return items * tokens_per_item + num_contextuals * (items > 0 if has_context is None else has_context)

@@ -1,0 +1,214 @@
+"""What the stages of a build share: options, files and journal, the count of bad rows, progress, and tables as SQL."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NoReturn, TypedDict
+
+from tqdm import tqdm
+
+from hstu.config.errors import DataError
+from hstu.data.datasets.raw import literal
+from hstu.data.datasets.spec import RawTables, Schema
+from hstu.data.preprocess.engine import Connection
+from hstu.data.store import sha256
+from hstu.data.store_writer import StoreWriter
+
+_log = logging.getLogger(__name__)
+
+Policy = Literal["raise", "skip"]
+READING, NUMBERING, WRITING = 1.0, 0.3, 1.0
+"""Effort of the stages, relative to reading the logs; measured."""
+LATEST_SECOND = 10**11
+"""Larger times are beyond the year 5000, so they are probably not in seconds since 1970."""
+_POLL_S = 0.5
+_LINE_EVERY_S = 30.0
+
+
+class BuildLimits(TypedDict, total=False):
+    """Limits of a build that a user may set."""
+
+    memory_limit: str
+    """Of the whole process, such as "4GB". Larger data is kept in working files beside the store."""
+    bad_row_policy: Policy
+    """"raise": the first row that cannot be used ends the run; "skip": such rows are skipped and counted."""
+    max_bad_rows: int
+    """With "skip": more such rows than this end the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """Where the store goes and how it is made; ``command`` is stored as the way to make it again."""
+
+    name: str
+    output: Path
+    command: str
+    memory_limit: str = "4GB"
+    bad_row_policy: Policy = "raise"
+    max_bad_rows: int = 1000
+
+
+@dataclass
+class BadRows:
+    """Counts rows that cannot be used. The first one ends the run, or they are skipped up to ``limit``."""
+
+    policy: Policy
+    limit: int
+    before: int = 0
+    """Rows that earlier stages have skipped."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Reason → rows."""
+
+    def add(self, number: int, reason: str, location: str, detail: str) -> None:
+        """Counts ``number`` rows, the first of them at ``location``. DataError unless they may be skipped."""
+        if not number:
+            return
+        more = f" ({number:,} such rows)" if number > 1 else ""
+        if self.policy == "raise":
+            raise DataError(
+                f"{location}: {detail}{more}. Correct or remove it, or skip such rows with --bad_row_policy skip"
+            )
+        self.counts[reason] += number
+        total = self.before + self.counts.total()
+        if total > self.limit:
+            raise DataError(
+                f"{location}: {detail}{more}. That makes {total:,} bad rows, more than --max_bad_rows {self.limit:,}"
+            )
+        _log.warning("skipped: %s: %s%s", location, detail, more)
+
+
+class _LogLines:
+    """A file for tqdm that logs what is written to it."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            _log.info("%s", text.strip())
+
+    def flush(self) -> None:
+        pass
+
+
+class Progress:
+    """Progress over all stages: a bar on a terminal, a log line every half minute elsewhere."""
+
+    def __init__(self, unit: float) -> None:
+        """``unit``: the effort of reading the logs; efforts are in any unit."""
+        self.unit = unit
+        self._on_terminal = sys.stderr.isatty()
+        bar = "|{bar}| {elapsed} elapsed" if self._on_terminal else " done"
+        self._bar: tqdm[NoReturn] = tqdm(
+            total=unit * (READING + NUMBERING + WRITING),
+            bar_format=f"{{desc}}: {{percentage:3.0f}}%{bar}, {{remaining}} left",
+            file=None if self._on_terminal else _LogLines(),
+            delay=0 if self._on_terminal else _LINE_EVERY_S,
+            mininterval=0.1 if self._on_terminal else _LINE_EVERY_S,
+            miniters=0,
+            smoothing=0,
+        )
+
+    def skip(self, effort: float) -> None:
+        """Counts work of an earlier run, which does not enter the estimate of the time left."""
+        self._bar.initial += effort
+        self._bar.update(effort)
+
+    @contextmanager
+    def stage(self, what: str, effort: float, engine: Connection | None = None) -> Iterator[None]:
+        """``effort`` is done when the block ends; meanwhile ``engine`` reports the progress of its query."""
+        self._bar.set_description_str(what, refresh=self._on_terminal)
+        end, finished = self._bar.n + effort, threading.Event()
+
+        def poll(engine: Connection) -> None:
+            while not finished.wait(_POLL_S):
+                left = 1 - min(max(engine.query_progress(), 0.0), 100.0) / 100
+                self._bar.update(max(end - left * effort - self._bar.n, 0.0))
+
+        poller = threading.Thread(target=poll, args=(engine,), daemon=True)
+        if engine is not None:
+            poller.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            if engine is not None:
+                poller.join()
+        self._bar.update(end - self._bar.n)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()
+
+
+@dataclass(frozen=True)
+class BuildState:
+    """One run over the stages. Each stage leaves a file in the writer's scratch folder, or a part of its arrays."""
+
+    raw: RawTables
+    schema: Schema
+    options: BuildOptions
+    writer: StoreWriter
+    progress: Progress
+    engine: Connection
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Reason → skipped rows, over all stages."""
+
+    def file(self, name: str) -> Path:
+        """A working file."""
+        return self.writer.scratch / f"{name}.parquet"
+
+    def bad_rows(self) -> BadRows:
+        """The counter of a stage, which may skip as many rows as earlier stages have left."""
+        return BadRows(self.options.bad_row_policy, self.options.max_bad_rows, self.skipped.total())
+
+    def commit_source(self, file: Path) -> None:
+        """Commits the checksum of a raw file."""
+        self.writer.journal.commit(f"source {file.name}", sha256(file))
+
+    def ingested_log(self, number: int) -> str:
+        """SQL of a log's rows as read, with ``row``, their number from 0."""
+        return _numbered(self.file(f"log_{number}"))
+
+    def typed_log(self, number: int) -> str:
+        """SQL of a log's rows as RawTables.events describes them, with ``row``."""
+        return _numbered(self.file("typed_log")) if self.raw.resolve_types else self.ingested_log(number)
+
+    def ingested_context(self) -> str | None:
+        """SQL of the context's rows as read, with ``row``; None without context."""
+        return _numbered(self.file("context")) if self.raw.context else None
+
+    def typed_context(self) -> str | None:
+        """SQL of the context's rows as RawTables.context describes them, with ``row``; None without context."""
+        if self.raw.context is None:
+            return None
+        return _numbered(self.file("typed_context" if self.raw.resolve_types else "context"))
+
+    def events(self) -> str:
+        """SQL of all usable events; (part, row) is their order in the raw files."""
+        logs = range(len(self.raw.logs))
+        parts = " UNION ALL ".join(f"SELECT {number} AS part, * FROM {self.typed_log(number)}" for number in logs)
+        usable = " AND ".join(f"NOT ({unusable})" for unusable in self.unusable_values().values())
+        return f"(SELECT * FROM ({parts}) WHERE {usable})"
+
+    def unusable_values(self) -> dict[str, str]:
+        """Column → SQL condition under which its value cannot be used."""
+        conditions = {name: f'"{name}" IS NULL' for name in ("user", "item")}
+        if self.schema.action:
+            bound = self.schema.action_cardinality or 2**31 - 1
+            conditions["action"] = f'("action" IS NULL OR "action" < 0 OR "action" >= {bound})'
+        if self.schema.timestamp:
+            conditions["time"] = (
+                f'("time" IS NULL OR "timestamp" IS NULL OR "timestamp" < 0 OR "timestamp" >= {LATEST_SECOND})'
+            )
+        return conditions
+
+
+def _numbered(file: Path) -> str:
+    path = literal(str(file))
+    rows = f"read_parquet({path}, file_row_number = true)"
+    return f'(SELECT * EXCLUDE file_row_number, file_row_number AS "row" FROM {rows})'

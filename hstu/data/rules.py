@@ -1,0 +1,49 @@
+"""Rules about the dataset of a configuration, for entry points: built-in names, and the tables of own data.
+
+They need the registry of built-in datasets, which config must not import. They import neither NumPy nor torch.
+"""
+# ruff: noqa: D103
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hstu.config.args import DatasetArgs
+from hstu.config.problems import Problem, did_you_mean
+from hstu.config.run_config import RunConfig
+from hstu.data.datasets import DATASETS, resolve_name
+
+
+def dataset_is_built_in_or_described(run: RunConfig) -> Iterator[Problem]:
+    dataset = run.dataset
+    if isinstance(dataset, DatasetArgs) and resolve_name(dataset.dataset_name) is None and not run.embeddings:
+        guess = did_you_mean(dataset.dataset_name, DATASETS) or "."
+        text = (
+            f"is not a built-in dataset{guess} Built in: {', '.join(DATASETS)}. For your own data: make it with "
+            f"scripts/preprocess_dataset.py --dataset_name {dataset.dataset_name} --interactions FILE --user COLUMN "
+            "--item COLUMN, set DatasetArgs.dataset_path to it, and bind EmbeddingArgs for each feature"
+        )
+        yield run.problem(dataset, "dataset_name", text)
+
+
+def own_data_has_tables_by_hand(run: RunConfig) -> Iterator[Problem]:
+    dataset = run.dataset
+    if isinstance(dataset, DatasetArgs) and dataset.dynamic_tables and resolve_name(dataset.dataset_name) is None:
+        text = "is for built-in datasets; for your own data, bind DynamicEmbeddingArgs in place of EmbeddingArgs"
+        yield run.problem(dataset, "dynamic_tables", text)
+
+
+def features_of_own_data_have_tables(run: RunConfig) -> Iterator[Problem]:
+    dataset = run.dataset
+    if not isinstance(dataset, DatasetArgs) or resolve_name(dataset.dataset_name) is not None or not run.embeddings:
+        return
+    known = [name for table in run.embeddings for name in table.feature_names]
+    for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names"):
+        value = getattr(dataset, parameter, None)
+        for name in value if isinstance(value, list) else [value]:
+            if name and name not in known:  # "": no such feature; None: that of the store
+                text = f"no EmbeddingArgs has the feature {name!r}; choose one of {', '.join(known)}, or add a table"
+                yield run.problem(dataset, parameter, text + did_you_mean(name, known))
+
+
+DATA_RULES = (dataset_is_built_in_or_described, own_data_has_tables_by_hand, features_of_own_data_have_tables)

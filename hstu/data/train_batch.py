@@ -1,0 +1,208 @@
+"""TrainBatch: the sequences that a rank looks up, and the batches that its dense part computes from them.
+
+The two differ in two cases, which combine:
+
+- Under tensor parallelism the ranks of a group compute on the sequences of all of them: ``merge_ranks``.
+- With gradient accumulation the dense part computes one micro-batch after another: ``split_micro_batches``. The tables
+  see the batch as a whole, with one look-up and one update. What a loss needs of all samples (its count of labels, its
+  pool of negatives) also belongs to the whole batch, so the update is that of the undivided batch, with the
+  activations of one micro-batch in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
+from hstu.data.jagged import run_offsets
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Which part of the merged batch of a tensor-parallel group belongs to which rank."""
+
+    num_values: dict[str, list[int]]
+    """Per feature, the number of values that each rank contributes. Shared NEGATIVES, which are equal on all ranks and
+    which each rank looks up itself, are left out."""
+    sequences: slice
+    """This rank's real sequences in the merged batch."""
+    labels: slice
+    """This rank's labelled items among those of the merged batch."""
+
+
+@dataclass(kw_only=True)
+class TrainBatch(Pipelineable):
+    """One training step of one rank."""
+
+    own: HSTUBatch
+    """The sequences of this rank. Their features are looked up in the sharded tables."""
+    parts: tuple[HSTUBatch, ...]
+    """What the dense part computes on, in order: ``own``, the merged batch of the group, or micro-batches of either."""
+    group: GroupLayout | None = None
+    """How the looked-up rows of the group's ranks are merged. None without tensor parallelism."""
+    pool_positions: Tensor | None = None
+    """int64 [S]. In-batch negatives in micro-batches: see HSTUBatch.pool_positions, for the undivided batch."""
+
+    @property
+    def features(self) -> KeyedJaggedTensor:
+        """The ids that TorchRec's pipelines exchange ahead of the step."""
+        return self.own.features
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
+        """This batch with all tensors on ``device``."""
+        return self._map(lambda part: part.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TrainBatch:
+        """This batch in pinned host memory."""
+        return self._map(lambda part: part.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """See HSTUBatch.record_stream."""
+        for part in (self.own, *self.parts, self.pool_positions):
+            if part is not None:
+                part.record_stream(stream)
+
+    def _map(self, function: Callable[[Any], Any]) -> TrainBatch:
+        own = function(self.own)
+        return dataclasses.replace(
+            self,
+            own=own,
+            parts=tuple(own if part is self.own else function(part) for part in self.parts),
+            pool_positions=None if self.pool_positions is None else function(self.pool_positions),
+        )
+
+
+def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> tuple[HSTUBatch, GroupLayout]:
+    """Merge the batches of a tensor-parallel group, given in rank order and on the host.
+
+    Returns (the real sequences rank after rank and then the padding, the layout seen from ``rank``). What only
+    evaluators read of a rank's own batch (seen_values, position) is left out.
+    """
+    features = [batch.features.to_dict() for batch in batches]
+    by_rank = {key: [keyed[key].values().numpy() for keyed in features] for key in features[0]}
+    shares_negatives = NEGATIVES in by_rank and batches[0].draws is None
+    values, lengths = {}, {}
+    for key, arrays in by_rank.items():
+        values[key] = arrays[0] if key == NEGATIVES and shares_negatives else np.concatenate(arrays)
+        lengths[key] = _stack(batches, [keyed[key].lengths().numpy() for keyed in features])
+        if key == NEGATIVES:
+            lengths[key] = _all_in_first(len(lengths[key]), len(values[key]))
+    labels = [batch.labels.numpy() for batch in batches]
+    is_per_label = all(len(batch.labels) == batch.num_labels_total for batch in batches)
+    num_candidates = _stack(batches, [batch.num_candidates_host for batch in batches])
+    has_pool = batches[0].pool_positions is not None
+    merged = HSTUBatch(
+        features=keyed_jagged(values, lengths),
+        num_candidates=torch.from_numpy(num_candidates),
+        num_labels=torch.from_numpy(_stack(batches, [batch.num_labels.numpy() for batch in batches])),
+        labels=torch.from_numpy(np.concatenate(labels) if is_per_label else _stack(batches, labels)),
+        user_ids=torch.from_numpy(_stack(batches, [batch.user_ids.numpy() for batch in batches])),
+        timestamps=_concatenate([batch.timestamps for batch in batches]),
+        draws=_merge_draws(batches, by_rank.get(NEGATIVES)),
+        pool_positions=torch.from_numpy(np.unique(values[item_feature], return_index=True)[1]) if has_pool else None,
+        real_batch_size=sum(batch.real_batch_size for batch in batches),
+        item_lengths=_stack(batches, [batch.item_lengths for batch in batches]),
+        num_candidates_host=num_candidates,
+        num_labels_total=sum(batch.num_labels_total for batch in batches),
+    )
+    layout = GroupLayout(
+        num_values={
+            key: [len(array) for array in arrays]
+            for key, arrays in by_rank.items()
+            if not (key == NEGATIVES and shares_negatives)
+        },
+        sequences=_range_of_rank([batch.real_batch_size for batch in batches], rank),
+        labels=_range_of_rank([batch.num_labels_total for batch in batches], rank),
+    )
+    return merged, layout
+
+
+def _stack(batches: Sequence[HSTUBatch], arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Merge arrays with one element per sequence: the real sequences rank after rank, then the padding."""
+    real = [batch.real_batch_size for batch in batches]
+    return np.concatenate(
+        [array[:count] for array, count in zip(arrays, real, strict=True)]
+        + [array[count:] for array, count in zip(arrays, real, strict=True)]
+    )
+
+
+def _concatenate(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(present) if present else None
+
+
+def _merge_draws(batches: Sequence[HSTUBatch], negatives: Sequence[np.ndarray] | None) -> Tensor | None:
+    """Shift indices into the NEGATIVES by the number of those of the ranks before. Raw random numbers stay."""
+    shift, draws = 0, []
+    for rank, batch in enumerate(batches):
+        draws.append(None if batch.draws is None else batch.draws + shift)
+        shift += 0 if negatives is None else len(negatives[rank])
+    return _concatenate(draws)
+
+
+def _range_of_rank(counts: Sequence[int], rank: int) -> slice:
+    start = sum(counts[:rank])
+    return slice(start, start + counts[rank])
+
+
+def split_micro_batches(batch: HSTUBatch, count: int, item_feature: str) -> tuple[HSTUBatch, ...]:
+    """Split a training batch on the host into ``count`` runs of equally many sequences. Some may be all padding.
+
+    NEGATIVES and the pool of in-batch negatives belong to the whole batch, so every part has all of them.
+    """
+    features = batch.features.to_dict()
+    values = {key: jagged.values().numpy() for key, jagged in features.items()}
+    lengths = {key: jagged.lengths().numpy() for key, jagged in features.items()}
+    offsets = {key: _offsets(lengths[key]) for key in values if key != NEGATIVES}
+    label_offsets = _offsets(batch.num_labels.numpy())
+    pool_ids = None
+    if batch.pool_positions is not None:
+        pool_ids = torch.from_numpy(values[item_feature][batch.pool_positions.numpy()])
+
+    def part(start: int, stop: int) -> HSTUBatch:
+        part_values = {key: values[key][offsets[key][start] : offsets[key][stop]] for key in offsets}
+        part_lengths = {key: lengths[key][start:stop] for key in offsets}
+        if NEGATIVES in values:
+            part_values[NEGATIVES] = values[NEGATIVES]
+            part_lengths[NEGATIVES] = _all_in_first(stop - start, len(values[NEGATIVES]))
+        items = slice(offsets[item_feature][start], offsets[item_feature][stop])
+        labels = slice(label_offsets[start], label_offsets[stop])
+        return HSTUBatch(
+            features=keyed_jagged(part_values, part_lengths),
+            num_candidates=batch.num_candidates[start:stop],
+            num_labels=batch.num_labels[start:stop],
+            labels=batch.labels[labels],
+            user_ids=batch.user_ids[start:stop],
+            timestamps=None if batch.timestamps is None else batch.timestamps[items],
+            draws=None if batch.draws is None else batch.draws[labels],
+            pool_ids=pool_ids,
+            real_batch_size=min(max(batch.real_batch_size - start, 0), stop - start),
+            item_lengths=batch.item_lengths[start:stop],
+            num_candidates_host=batch.num_candidates_host[start:stop],
+            num_labels_total=labels.stop - labels.start,
+        )
+
+    size = batch.batch_size // count
+    return tuple(part(start, stop) for start, stop in pairwise(range(0, count * size + 1, size)))
+
+
+def _offsets(lengths: np.ndarray) -> list[int]:
+    """Start of each of n runs and the end of the last: n + 1 integers."""
+    return run_offsets(lengths).tolist()
+
+
+def _all_in_first(size: int, total: int) -> np.ndarray:
+    """Lengths int64 [size] of a feature whose ``total`` values all belong to the first sequence."""
+    lengths = np.zeros(size, dtype=np.int64)
+    lengths[0] = total
+    return lengths

@@ -1,0 +1,278 @@
+"""What a device and its links can do: a GPU by its data sheet and assumed efficiencies, this CPU by measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from hstu.config.args import BenchmarkDatasetArgs
+from hstu.config.errors import ConfigError
+from hstu.config.problems import did_you_mean
+from hstu.data.sampler import SamplerPosition
+from hstu.estimate.operators import ATTENTION, Operator
+from hstu.estimate.traffic import Transfer
+from hstu.estimate.workload import Workload
+from hstu.observe.throughput import data_sheet_tflops, peak_tflops
+from hstu.parallel import mesh as meshes
+from hstu.parallel.mesh import Mesh
+from hstu.train.sources import open_source
+
+Clock = Callable[[], float]
+"""Seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The device of one rank, and its links.
+
+    The efficiencies are assumptions, the same for every GPU. None of them has been measured with this trainer.
+    """
+
+    name: str
+    memory_gb: float
+    """Memory of a rank in 10^9 bytes."""
+    peak_tflops: float
+    """Matrix products in the compute type."""
+    memory_gb_s: float
+    """Memory bandwidth."""
+    link_gb_s: float
+    """Bandwidth from one rank to the others of its host, one way."""
+    network_gb_s: float
+    """Bandwidth from one rank to other hosts, one way."""
+    link_latency_us: float = 20.0
+    """Latency of one collective within a host."""
+    network_latency_us: float = 50.0
+    """Latency of one collective across hosts."""
+    launch_us: float = 4.0
+    """Time to launch one kernel, if the host does nothing else."""
+    matmul_efficiency: float = 0.6
+    """Share of the peak that matrix products reach."""
+    attention_efficiency: float = 0.3
+    """Share of the peak that the attention reaches, by the operations that hstu/ops/costs.py counts."""
+    memory_efficiency: float = 0.75
+    link_efficiency: float = 0.7
+    overlaps: bool = True
+    """Whether communication and copies run beside computation."""
+
+    def seconds(self, op: Operator) -> float:
+        """Seconds of all ``op.times`` operators by roofline: the longer of arithmetic and traffic, plus launches."""
+        efficiency = self.attention_efficiency if op.name == ATTENTION else self.matmul_efficiency
+        arithmetic = op.cost.flops / (self.peak_tflops * 1e12 * efficiency)
+        memory = op.cost.bytes / (self.memory_gb_s * 1e9 * self.memory_efficiency)
+        once = max(arithmetic, memory) + op.cost.launches * self.launch_us * 1e-6
+        return op.times * once * (1 + op.extra_forwards / 3)  # backward is two thirds
+
+    def transfer_seconds(self, transfer: Transfer, across_hosts: bool) -> float:
+        """Seconds of all calls of ``transfer``."""
+        rate = self.network_gb_s if across_hosts else self.link_gb_s
+        latency = self.network_latency_us if across_hosts else self.link_latency_us
+        return transfer.wire / (rate * 1e9 * self.link_efficiency) + transfer.calls * latency * 1e-6
+
+
+# Name → (name in torch, memory GB, memory GB/s, NVLink or PCIe GB/s one way, network GB/s per GPU), by the makers' data
+# sheets. The network is that of the makers' own systems: NDR 400 Gb/s per GPU, HDR 200 Gb/s with A100, else 100 Gb/s.
+_GPUS = {
+    "b200": ("B200", 180, 8000, 900, 50),
+    "h200": ("H200", 141, 4800, 450, 50),
+    "h100": ("H100 80GB HBM3", 80, 3350, 450, 50),
+    "a100": ("A100-SXM4-80GB", 80, 2039, 300, 25),
+    "l40s": ("L40S", 48, 864, 32, 12.5),
+    "a10": ("A10", 24, 600, 32, 12.5),
+}
+
+
+def gpu(name: str, dtype: torch.dtype) -> Machine:
+    """The GPU called ``name`` in this table, computing in ``dtype``. Raises ConfigError if its peak is not known."""
+    torch_name, memory, bandwidth, link, network = _GPUS[name]
+    peak = data_sheet_tflops(torch_name, dtype)
+    if peak is None:
+        compute = str(dtype).removeprefix("torch.")
+        others = [other for other, (name_in_torch, *_) in _GPUS.items() if data_sheet_tflops(name_in_torch, dtype)]
+        raise ConfigError(
+            f'NetworkArgs.dtype_str = "{compute}": the peak of {name} in this type is not known; use "bfloat16" or '
+            f'"float16", or a device for which it is known: {", ".join(others)}'
+        )
+    return Machine(
+        name=name, memory_gb=memory, peak_tflops=peak, memory_gb_s=bandwidth, link_gb_s=link, network_gb_s=network
+    )
+
+
+def with_settings(machine: Machine, settings: Mapping[str, str]) -> Machine:
+    """``machine`` with some numbers replaced by name. Raises ConfigError for unknown names and impossible numbers."""
+    names = [field.name for field in fields(Machine) if field.type == "float"]
+    changed: dict[str, float] = {}
+    for name, text in settings.items():
+        if name not in names:
+            raise ConfigError(
+                f"--set {name}: no number of a machine{did_you_mean(name, names)}; choose one of {', '.join(names)}"
+            )
+        try:
+            changed[name] = float(text)
+        except ValueError:
+            changed[name] = 0.0
+        if not 0 < changed[name] < float("inf"):
+            raise ConfigError(f"--set {name}={text}: expected a number above 0")
+    return replace(machine, **changed)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThisCpu(Machine):
+    """A rank's share of the cores of this host, measured."""
+
+    mesh: Mesh
+    """Of this process alone."""
+    clock: Clock = time.perf_counter
+
+    def seconds(self, op: Operator) -> float:
+        """Seconds of all ``op.times`` operators, measured."""
+        timed = op.prepare(self.mesh)
+        once = seconds_of(timed.run, self.clock)
+        more = max(0.0, seconds_of(timed.first, self.clock) - once) if timed.first else 0.0
+        return timed.scale * (op.times * once * (1 + op.extra_forwards / 3) + more)
+
+    def transfer_seconds(self, transfer: Transfer, across_hosts: bool) -> float:
+        """As Machine, but gloo reduces whole tensors for a reduce-scatter."""
+        if transfer.kind == "reduce_scatter":
+            transfer = replace(transfer, kind="all_reduce")
+        return super().transfer_seconds(transfer, across_hosts)
+
+
+@contextmanager
+def this_cpu(workload: Workload, clock: Clock = time.perf_counter) -> Iterator[ThisCpu]:
+    """The share of this host that one of ``ranks_per_host`` ranks has, with the other cores busy meanwhile.
+
+    clock: wall time, or process time for one thread on a machine with other work.
+    """
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    dtype = torch.float32 if workload.element_size == 4 else torch.bfloat16
+    latency_s, rate = _gloo() if workload.world_size > 1 else (1e-4, 1e9)
+    mesh = meshes.start()
+    torch.set_num_threads(max(1, cores // workload.ranks_per_host))
+    try:
+        with _busy_cores(min(workload.ranks_per_host, cores) - 1):
+            yield ThisCpu(
+                name="this CPU",
+                memory_gb=psutil.virtual_memory().total / 1e9 / workload.ranks_per_host,
+                peak_tflops=peak_tflops(torch.device("cpu"), dtype).value,
+                memory_gb_s=_copy_rate() / 1e9,
+                link_gb_s=rate / 1e9,
+                network_gb_s=rate / 1e9,
+                link_latency_us=latency_s * 1e6,
+                network_latency_us=latency_s * 1e6,
+                link_efficiency=1.0,
+                overlaps=False,
+                mesh=mesh,
+                clock=clock,
+            )
+    finally:
+        torch.set_num_threads(threads)
+        meshes.finish()
+
+
+_WORK_OF_A_RANK = """
+import numpy as np
+matrix, array = np.ones((384, 384), np.float32), np.ones(1 << 21, np.float32)
+print(flush=True)
+while True:
+    for _ in range(20):
+        matrix @ matrix
+    for _ in range(4):
+        array += 1
+"""
+
+
+@contextmanager
+def _busy_cores(count: int) -> Iterator[None]:
+    """Inside, ``count`` processes work as ranks do: cores share caches, memory and power, so each is then slower."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _WORK_OF_A_RANK]
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(count)]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()  # its first line shows that it works
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def batch_seconds(workload: Workload, clock: Clock = time.perf_counter) -> float:
+    """Median time in which a host makes the batch of a rank; 0 for random data, which is made once, and for no data."""
+    config = workload.config
+    if not workload.has_data or isinstance(config.dataset, BenchmarkDatasetArgs):
+        return 0.0
+    trainer = dataclasses.replace(config.trainer, data_workers=0)
+    source = open_source(dataclasses.replace(config, trainer=trainer), world_size=workload.world_size)
+    batches = source.train_batches(SamplerPosition())
+    next(batches)
+    times = []
+    for _ in range(5):
+        begun = clock()
+        next(batches)
+        times.append(clock() - begun)
+    return statistics.median(times)
+
+
+_BUDGET_S = 0.15
+_CACHE_BYTES = 1 << 25
+"""As large as a common cache: what the other operators of a step touch between two runs of one."""
+
+
+def seconds_of(run: Callable[[], object], clock: Clock = time.perf_counter) -> float:
+    """Median duration of ``run`` with its inputs no longer in a cache, after a first run that is not counted."""
+    run()
+    evicting = torch.zeros(_CACHE_BYTES // 4)
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < _BUDGET_S and len(times) < 9):
+        evicting.add_(1)
+        begun = clock()
+        run()
+        times.append(clock() - begun)
+    return statistics.median(times)
+
+
+def _copy_rate() -> float:
+    """Bytes per second, read and written."""
+    source = torch.zeros(1 << 24)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
+
+
+def _gloo() -> tuple[float, float]:
+    """(seconds of a small collective, bytes per second that a rank sends) between two ranks of this host."""
+    store, results = dist.HashStore(), [(0.0, 0.0)] * 2
+
+    def rank(number: int) -> None:
+        group: Any = dist.ProcessGroupGloo(store, number, 2, timedelta(seconds=60))
+        small, large = torch.zeros(1), torch.zeros(1 << 20)
+        group.allreduce([small]).wait()
+        durations = []
+        for tensor, repeats in ((small, 20), (large, 5)):
+            begun = time.perf_counter()
+            for _ in range(repeats):
+                group.allreduce([tensor]).wait()
+            durations.append((time.perf_counter() - begun) / repeats)
+        results[number] = durations[0], large.nbytes / max(durations[1] - durations[0], 1e-6)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results[0]

@@ -1,0 +1,222 @@
+"""Bytes on one rank: what stays from step to step, which is exact, and what a step needs in addition.
+
+The formulas of a step follow what autograd saves with the PyTorch kernels; docs/distributed.md explains them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import nn
+
+from hstu.config.args import RankingArgs
+from hstu.estimate.workload import Batch, Workload
+from hstu.model.embedding import TableSpec, build_collections
+from hstu.ops.costs import FLOAT32
+from hstu.ops.layer import saved_bytes
+from hstu.optim.dense import match_part_optimizers, replicated_table_settings
+from hstu.parallel.dynamic.memory import logical_name, split_tables
+from hstu.parallel.table_optimizer import STATES, TableTraining, is_rowwise
+from hstu.parallel.tables import memory_plans, table_planner, table_sharders
+
+INT64 = 8
+"""Bytes of an id, a length, a label and a time."""
+FIRST_LAYER = "task.encoder.stack.layers.0."
+"""Prefix of the parameters of the first HSTU layer."""
+_BATCHES_IN_FLIGHT = {"none": 1, "native": 3, "prefetch": 4}
+
+
+@dataclass(frozen=True)
+class TableShards:
+    """How the planner cuts one table."""
+
+    spec: TableSpec
+    sharding: str
+    """row_wise, table_wise or column_wise."""
+    shards: tuple[tuple[int, int, int], ...]
+    """(rank, rows, columns) of each shard."""
+
+
+def plan_tables(workload: Workload) -> tuple[TableShards, ...]:
+    """The shards of the model_parallel tables, by TorchRec's planner with the constraints of a run."""
+    specs = {spec.name: spec for spec in workload.specs if not spec.replicated}
+    if not specs:
+        return ()
+    model = nn.Module()
+    args, device_type = workload.config.optimizer, workload.device_type
+    memory = memory_plans(workload.specs, args, workload.world_size)
+    model.embedding = split_tables(build_collections(workload.specs), memory)
+    prefetches = workload.config.trainer.pipeline_type == "prefetch"
+    ranks = workload.world_size, workload.ranks_per_host
+    planner = table_planner(workload.specs, *ranks, device_type, memory, prefetches)
+    plan = planner.plan(model, table_sharders(args, device_type, workload.specs))
+    found: dict[str, TableShards] = {}
+    for tables in plan.plan.values():
+        for part, table in tables.items():
+            name = part if part in specs else logical_name(part)
+            shards = [(s.placement.rank(), *s.shard_sizes) for s in table.sharding_spec.shards]
+            if name in found:  # the second part of a table in two memories is cut like the first
+                first = found[name].shards
+                shards = [(rank, m + n, cols) for (rank, m, cols), (_, n, _) in zip(first, shards, strict=True)]
+            found[name] = TableShards(specs[name], table.sharding_type, tuple(shards))
+    return tuple(found.values())
+
+
+def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int, int]:
+    """(rows, optimizer states) of the sharded tables on the rank that holds the most of both."""
+    held = np.zeros((workload.world_size, 2), dtype=np.int64)
+    for table in plan:
+        states = STATES[TableTraining.of(table.spec, workload.config.optimizer).optimizer]
+        for rank, rows, columns in table.shards:
+            of_states = sum(rows * (1 if is_rowwise(state) else columns) for state in states)
+            held[rank] += (FLOAT32 * rows * columns, FLOAT32 * of_states)
+    busiest = held[held.sum(axis=1).argmax()]
+    return int(busiest[0]), int(busiest[1])
+
+
+def trained_densely(workload: Workload) -> list[tuple[str, int]]:
+    """(optimizer, elements) of each parameter of the dense part on a rank and of each replicated table.
+
+    Raises ConfigError as a run would for OptimizerArgs.part_optimizers that match no weight.
+    """
+    args, counts = workload.config.optimizer, workload.dense_parameters
+    settings = match_part_optimizers(dict.fromkeys(counts, True), args)
+    weights = [(settings[name].optimizer, count) for name, count in counts.items()]
+    tables = [spec for spec in workload.specs if spec.replicated]
+    return weights + [(replicated_table_settings(spec, args).optimizer, spec.rows * spec.dim) for spec in tables]
+
+
+def dense_state_bytes(workload: Workload) -> int:
+    """States of the dense optimizers, with a step count per parameter, and the moving average."""
+    args = workload.config.optimizer
+
+    def numbers(optimizer: str, elements: int) -> int:
+        average = elements if args.ema_decay > 0 else 0
+        if optimizer == "sgd":
+            return average + (elements if args.momentum > 0 else 0)
+        return average + elements * len(STATES[optimizer]) + 1
+
+    return FLOAT32 * sum(numbers(*trained) for trained in trained_densely(workload))
+
+
+def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
+    """Kind of memory → bytes on the rank that needs the most, for the largest batch."""
+    batch, layers = workload.largest, workload.config.network.num_layers
+    micro = workload.micro_batch(batch)
+    tokens = workload.tokens(micro)
+    dense, replicated = sum(workload.dense_parameters.values()), workload.replicated_elements
+    fixed = sum(buffer.numel() for buffer in workload.task.buffers())
+    rows, states = table_bytes(workload, plan)
+    saved, alive = layer_bytes(workload, tokens)
+    saved_by_task, working_of_task = task_bytes(workload, micro, workload.pool(batch))
+    working = max(working_of_task, alive - saved + backward_bytes(workload, tokens))
+    activations = layers * saved + input_bytes(workload, micro) + saved_by_task
+    gradients = (dense + replicated) * FLOAT32
+    if workload.dp_size == 1:  # no buckets of DDP
+        gradients = _gradients_beyond_activations(workload, saved, gradients - activations - working)
+    return {
+        "dense weights": (dense + fixed) * FLOAT32,
+        "replicated tables": replicated * FLOAT32,
+        "gradients of both": gradients,
+        "optimizer states of both": dense_state_bytes(workload),
+        "sharded tables": rows,
+        "optimizer states of sharded tables": states,
+        "activations": activations,
+        "looked-up rows": looked_up_bytes(workload, batch),
+        "working memory": working,
+        "batches": batch_bytes(workload, batch),
+    }
+
+
+def _gradients_beyond_activations(workload: Workload, saved: int, at_the_end: int) -> int:
+    """Bytes that gradients add to the peak of a step. Backward frees the activations of a layer as it adds gradients.
+
+    saved: activations of a layer. at_the_end: bytes of all gradients beyond the peak of activations.
+    """
+    counts, layers = workload.dense_parameters, workload.config.network.num_layers
+    layer = sum(count for name, count in counts.items() if name.startswith(FIRST_LAYER))
+    head = sum(count for name, count in counts.items() if name.startswith(("task.head", "task.query")))
+    during = (FLOAT32 * (head + (done + 1) * layer) - done * saved for done in range(layers))
+    return max(0, at_the_end, *during)
+
+
+def layer_bytes(workload: Workload, tokens: int) -> tuple[int, int]:
+    """(saved in forward, alive during backward) of one layer. They differ only under recompute_layer."""
+    network = workload.config.network
+    shape = tokens, workload.tp_size, workload.element_size, workload.residual_size
+    saved = saved_bytes(network, *shape)
+    if not network.recompute_layer:
+        return saved, saved
+    network = replace(network, recompute_layer=False, recompute_input_layernorm=False, recompute_input_silu=False)
+    return saved, saved_bytes(network, *shape)
+
+
+def backward_bytes(workload: Workload, tokens: int) -> int:
+    """Working memory at the peak of a layer's backward, which is in the attention, beyond the saved activations.
+
+    Alive are float32 copies of q, k, v and of the output's gradient, and the gradients of q, k and v; the gradients of
+    the attention's output, of U, V, Q and K and of the residual; and SiLU of the projection, if it is recomputed. The
+    attention's output and the dropout mask are already freed.
+    """
+    network, c = workload.config.network, workload.element_size
+    inner = network.num_attention_heads * network.kv_channels // workload.tp_size
+    recomputed = 4 * c * inner if network.recompute_input_silu and not network.recompute_layer else 0
+    freed = c * inner + (inner if network.hidden_dropout > 0 else 0)
+    return tokens * (FLOAT32 * network.hidden_size + 7 * FLOAT32 * inner + 5 * c * inner + recomputed - freed)
+
+
+def input_bytes(workload: Workload, batch: Batch) -> int:
+    """Bytes saved for backward where table rows become tokens."""
+    network, tokens = workload.config.network, workload.tokens(batch)
+    saved = 2 * INT64 * tokens  # the permutation and its inverse
+    for role, width in workload.projected_widths.items():
+        saved += workload.rows_by_role(batch)[role] * workload.element_size * (width + 2 * network.hidden_size)
+    positions = workload.encoder.inputs.position_table
+    if positions is not None and positions.requires_grad:
+        saved += INT64 * tokens
+    dropout = network.hidden_dropout if network.input_dropout is None else network.input_dropout
+    return saved + (tokens * network.hidden_size if dropout > 0 else 0)
+
+
+def task_bytes(workload: Workload, batch: Batch, pool: int) -> tuple[int, int]:
+    """(saved for backward, working memory of the loss) of the head, or of the softmax over ``pool`` rows."""
+    network, args, c = workload.config.network, workload.config.task_args, workload.element_size
+    labels, hidden, item_width = batch.labels, network.hidden_size, network.item_width
+    if isinstance(args, RankingArgs):
+        *widths, last = args.prediction_head_arch
+        per_hidden = c if args.prediction_head_act_type == "relu" else 2 * c
+        loss = FLOAT32 * (2 * last if args.num_tasks == last else last) + INT64
+        saved = INT64 + c * hidden + per_hidden * sum(widths) + loss
+        return labels * saved, labels * FLOAT32 * (last + hidden)
+    query = FLOAT32 * (2 * item_width if item_width == hidden else hidden + 2 * item_width)
+    saved = labels * (query + 2 * FLOAT32 * item_width + 4 * INT64) + pool * 2 * FLOAT32 * item_width
+    working = 4 * labels * FLOAT32 * item_width
+    if draws := workload.draws_per_label:  # scores, weights, and the draws sorted by row
+        return saved, working + labels * draws * (2 * FLOAT32 + 4 * INT64)
+    return saved, working + pool * FLOAT32 * item_width
+
+
+def looked_up_bytes(workload: Workload, batch: Batch) -> int:
+    """Bytes of the table rows for the samples of one rank and, under tensor parallelism, for those of its group."""
+    tp, counts = workload.tp_size, workload.ids_per_rank(batch)
+    return FLOAT32 * sum(
+        counts.get(feature, 0) * spec.dim * (tp + (0 if spec.replicated or tp == 1 else 1))
+        for spec in workload.specs
+        for feature in spec.features
+    )
+
+
+def batch_bytes(workload: Workload, batch: Batch) -> int:
+    """Bytes of the batches that a pipeline holds on the device at the same time."""
+    config, tp = workload.config, workload.tp_size
+    ids, labels = workload.ids_per_rank(batch), -(-batch.labels // tp)
+    numbers = sum(ids.values()) + labels + config.trainer.sequences_per_iteration * (len(ids) + 3)
+    if workload.encoder.inputs.needs_times:
+        numbers += ids[workload.roles.item]
+    if getattr(config.task_args, "negatives", None) == "in_batch":
+        numbers += workload.negatives(labels, ids[workload.roles.item])
+    one = numbers * INT64 + labels * workload.draws_per_label * FLOAT32
+    group = tp if tp > 1 else 0  # the batch of the group
+    micro = tp if config.trainer.gradient_accumulation_steps > 1 else 0  # and its micro-batches
+    return one * (1 + group + micro) * _BATCHES_IN_FLIGHT[config.trainer.pipeline_type]

@@ -1,0 +1,150 @@
+"""The collectives of a training step, each with the bytes that one rank contributes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from hstu.config.args import RetrievalArgs
+from hstu.data.batch import NEGATIVES
+from hstu.estimate.memory import FIRST_LAYER, INT64, TableShards
+from hstu.estimate.workload import Batch, Workload
+from hstu.ops.costs import FLOAT32
+
+DDP_BUCKET_BYTES = 25 << 20
+"""torch's default for bucket_cap_mb."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The collectives of a step that serve one purpose."""
+
+    name: str
+    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+    group: Literal["world", "data", "tensor"]
+    ranks: int
+    """Size of the group."""
+    calls: int
+    payload: int
+    """Bytes of this rank's inputs to all calls together; of the busiest rank if ranks differ."""
+    behind: Literal["backward", "weights", "pipeline", "nothing"] = "nothing"
+    """What can hide it: all of backward, the product for the gradient of a layer's weight, or the steps before."""
+
+    @property
+    def wire(self) -> float:
+        """Bytes that a rank must send at least: those of a ring for all_reduce, all but its own part for the others."""
+        others = self.ranks - 1
+        factor = {"all_reduce": 2 * others / self.ranks, "all_gather": others}.get(self.kind, others / self.ranks)
+        return self.payload * factor
+
+
+def transfers(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> tuple[Transfer, ...]:
+    """All transfers of a step on ``batch`` between at least two ranks."""
+    found = [
+        *_tables(workload, batch, plan),
+        *_gathered_rows(workload, batch),
+        *_layers(workload, batch),
+        *_pool(workload, batch),
+        *_gradients(workload),
+    ]
+    return tuple(transfer for transfer in found if transfer.ranks > 1)
+
+
+def _tables(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> Iterator[Transfer]:
+    """TorchRec sends ids to the ranks with their rows, the rows back, and the gradients the same way as the ids.
+
+    There is one exchange per collection (tables of one width) and kind of sharding.
+    """
+    ranks, own = workload.world_size, workload.ids_per_rank(batch)
+    sequences = workload.config.trainer.sequences_per_iteration
+    sent_ids = lengths = gradients = 0
+    rows = np.zeros(ranks)
+    for table in plan:
+        count = sum(own.get(feature, 0) for feature in table.spec.features)
+        by_rows = table.sharding == "row_wise"
+        copies = 1 if by_rows else len(table.shards)
+        sent_ids += count * copies * INT64
+        lengths += len(table.spec.features) * sequences * (ranks if by_rows else copies) * INT64
+        gradients += count * table.spec.stored_dim * FLOAT32
+        for rank, _, columns in table.shards:  # each row goes to the rank that has looked it up
+            rows[rank] += count * columns * FLOAT32 * (1 if by_rows else ranks)
+    calls = len({(table.spec.stored_dim, table.sharding) for table in plan})
+    world = partial(Transfer, kind="all_to_all", group="world", ranks=ranks)
+    yield world("ids to their tables", calls=3 * calls, payload=sent_ids + lengths, behind="pipeline")
+    yield world("rows of the tables", calls=calls, payload=int(rows.max()))
+    yield world("gradients of the rows", calls=calls, payload=gradients)
+
+
+def _gathered_rows(workload: Workload, batch: Batch) -> Iterator[Transfer]:
+    """Tensor parallelism gathers the looked-up rows of the group's samples, by one collective per width."""
+    own, tp, args = workload.ids_per_rank(batch), workload.tp_size, workload.config.task_args
+    shares_negatives = isinstance(args, RetrievalArgs) and (args.shared_negatives or args.negatives == "full")
+    dims = {
+        feature: spec.dim
+        for spec in workload.specs
+        for feature in spec.features
+        if not spec.replicated and not (feature == NEGATIVES and shares_negatives)
+    }
+    payload = sum(own.get(feature, 0) * dim for feature, dim in dims.items()) * FLOAT32
+    calls, labels = len(set(dims.values())), -(-batch.labels // tp)
+    lengths = workload.config.trainer.sequences_per_iteration * (len(own) + 4)
+    pickled = INT64 * (sum(own.values()) + labels + lengths) + FLOAT32 * labels * workload.draws_per_label
+    tensor = partial(Transfer, group="tensor", ranks=tp)
+    yield tensor("samples of the group, on hosts", "all_gather", calls=2, payload=pickled)
+    yield tensor("rows of the group's samples", "all_gather", calls=calls, payload=payload)
+    yield tensor("their gradients", "reduce_scatter", calls=calls, payload=payload * tp)
+
+
+def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
+    """Tensor parallelism within the layers (parallel/tensor.py)."""
+    network, tp, c = workload.config.network, workload.tp_size, workload.element_size
+    layers, tokens = network.num_layers, workload.tokens(batch)
+    passes = 2 if network.recompute_layer else 1  # backward repeats what leads to the input of W_o
+    tensor = partial(Transfer, group="tensor", ranks=tp)
+    statistics = layers * (1 + passes)
+    norms = statistics * 2 * tokens * FLOAT32
+    yield tensor("statistics of the output norm", "all_gather", calls=statistics, payload=norms)
+    names = ["bias.position_weight", "bias.time_weight"]
+    names += ["input_norm.weight", "input_norm.bias"] if network.sequence_parallel else []
+    shared = [workload.dense_parameters.get(FIRST_LAYER + name, 0) for name in names]
+    if calls := layers * sum(count > 0 for count in shared):
+        payload = layers * sum(shared) * FLOAT32
+        yield tensor("gradients of shared parameters", "all_reduce", calls=calls, payload=payload)
+    width = tokens * network.hidden_size
+    whole, part = layers * width * c, layers * -(-width // tp) * c
+    per_layer = partial(tensor, calls=layers)
+    if not network.sequence_parallel:
+        yield per_layer("sums of W_o", "all_reduce", payload=whole)
+        yield per_layer("gradients of W_uvqk's input", "all_reduce", payload=whole, behind="weights")
+        return
+    yield tensor("tokens before W_uvqk", "all_gather", calls=layers * passes, payload=passes * part)
+    yield per_layer("tokens before W_uvqk, again", "all_gather", payload=part, behind="weights")
+    yield per_layer("sums of W_o", "reduce_scatter", payload=whole)
+    yield per_layer("gradients of W_o's sums", "all_gather", payload=part)
+    yield per_layer("gradients of W_uvqk's input", "reduce_scatter", payload=whole, behind="weights")
+    both_ends = 2 * -(-width // tp) * FLOAT32
+    yield tensor("tokens before and after the layers", "all_gather", calls=2, payload=both_ends)
+
+
+def _pool(workload: Workload, batch: Batch) -> Iterator[Transfer]:
+    """The in-batch pool of all data-parallel ranks."""
+    args, ranks = workload.config.task_args, workload.dp_size
+    if isinstance(args, RetrievalArgs) and args.negatives == "in_batch":
+        rows = workload.pool(batch)
+        payload = rows * workload.config.network.item_width * FLOAT32
+        yield Transfer("pool of negatives", "all_gather", "data", ranks, 2, payload + rows * INT64)
+        yield Transfer("gradients of the pool", "reduce_scatter", "data", ranks, 1, payload * ranks)
+
+
+def _gradients(workload: Workload) -> Iterator[Transfer]:
+    """DDP's buckets, and the few numbers of the loss."""
+    elements = sum(workload.dense_parameters.values()) + workload.replicated_elements
+    buckets = 1 + elements * FLOAT32 // DDP_BUCKET_BYTES
+    size = FLOAT32 if workload.config.precision.fp32_master_grads else workload.element_size
+    data = partial(Transfer, kind="all_reduce", group="data", ranks=workload.dp_size)
+    yield data("gradients of the dense part", calls=buckets, payload=elements * size, behind="backward")
+    yield data("loss and count", calls=1, payload=2 * FLOAT32)

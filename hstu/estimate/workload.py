@@ -1,0 +1,338 @@
+"""The workload of a run, from its configuration and the lengths of its data, before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, RetrievalArgs
+from hstu.config.errors import ConfigError, DataError
+from hstu.config.run_config import RunConfig
+from hstu.data.batch import NEGATIVES
+from hstu.data.collate import FeatureRoles
+from hstu.data.datasets import DATASETS, resolve_name
+from hstu.data.datasets.spec import USER_FEATURE, DatasetSpec, Schema
+from hstu.data.sampler import SamplerPosition
+from hstu.model.embedding import TableSpec, table_specs
+from hstu.model.inputs import SequenceFeatures
+from hstu.model.ranking import RankingDense
+from hstu.model.retrieval import RetrievalDense
+from hstu.model.stack import HSTULayer, SequenceEncoder
+from hstu.ops.costs import FLOAT32
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.parallel.tensor import SPLIT_DIMS
+from hstu.train.builder import task_module
+from hstu.train.flops import FlopCounter
+from hstu.train.sources import open_source, open_store
+
+MOST_STEPS = 32
+MOST_GROUPS = 16
+"""Steps and tensor-parallel groups whose batches are planned. A mean over more of them hardly differs."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples that a tensor-parallel group computes on in one step. A rank looks up 1 / tp_size of them."""
+
+    item_lengths: np.ndarray
+    """int64 [sequences]: items of each sequence, candidates included."""
+    num_candidates: np.ndarray
+    """int64 [sequences]."""
+    labels: int
+    """Labelled items."""
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that are not empty."""
+        return len(self.item_lengths)
+
+    @property
+    def items(self) -> int:
+        """Items of all sequences."""
+        return int(self.item_lengths.sum())
+
+    def first(self, sequences: int) -> Batch:
+        """The first sequences, with their part of the labels."""
+        labels = -(-self.labels * sequences // max(self.sequences, 1))
+        return Batch(self.item_lengths[:sequences], self.num_candidates[:sequences], labels)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A run of ``world_size`` ranks. Ranks of a host are neighbours, as torchrun numbers them."""
+
+    config: RunConfig
+    world_size: int
+    ranks_per_host: int
+    device_type: str
+    """"cpu" or "cuda"."""
+    roles: FeatureRoles
+    specs: tuple[TableSpec, ...]
+    max_items: int
+    """Items of the longest sequence."""
+    corpus_size: int
+    """Item codes are below this."""
+    steps: tuple[tuple[Batch, ...], ...]
+    """For each of the first steps one batch per data-parallel rank (of some of them, if there are many)."""
+    has_data: bool
+    """Whether the lengths are those of the data. If not, each sequence is taken to be as long as allowed."""
+    notes: tuple[str, ...]
+    """Assumptions, one sentence each."""
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks of a tensor-parallel group."""
+        return self.config.tensor_parallel.tensor_model_parallel_size
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel ranks."""
+        return self.world_size // self.tp_size
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of a number in the compute type."""
+        return 4 if self.config.network.dtype_str == "float32" else 2
+
+    @cached_property
+    def features(self) -> SequenceFeatures:
+        """The features of a sequence."""
+        return SequenceFeatures(self.roles.item, self.roles.action, self.roles.contextual, self.max_items)
+
+    @cached_property
+    def task(self) -> RankingDense | RetrievalDense:
+        """The dense part of the model, replicated tables apart, on the meta device: shapes without memory."""
+        with torch.device("meta"):
+            return task_module(self.config, self.features, REFERENCE_KERNELS)
+
+    @cached_property
+    def dense_parameters(self) -> dict[str, int]:
+        """Elements of each parameter of ``task`` on one rank, by its name in the model."""
+        split = tuple(f".{name}" for name in SPLIT_DIMS)
+        return {
+            f"task.{name}": parameter.numel() // (self.tp_size if name.endswith(split) else 1)
+            for name, parameter in self.task.named_parameters()
+        }
+
+    @property
+    def encoder(self) -> SequenceEncoder:
+        """The encoder of ``task``."""
+        encoder = self.task.encoder
+        assert isinstance(encoder, SequenceEncoder)
+        return encoder
+
+    @property
+    def layer(self) -> HSTULayer:
+        """The first layer of ``task``; all layers are alike."""
+        return next(module for module in self.task.modules() if isinstance(module, HSTULayer))
+
+    @cached_property
+    def projected_widths(self) -> dict[str, int]:
+        """Roles of features whose rows are projected to hidden_size → width of the rows."""
+        return {role: mlp[0].in_features for role, mlp in self.encoder.inputs.projections.items()}  # type: ignore[index]
+
+    @property
+    def replicated_elements(self) -> int:
+        """Elements of the data_parallel tables, which every rank holds in full."""
+        return sum(spec.rows * spec.dim for spec in self.specs if spec.replicated)
+
+    @property
+    def residual_size(self) -> int:
+        """Bytes of a number between the layers: float32 unless all inputs come out of half-precision products."""
+        roles = 1 + (self.roles.action is not None) + bool(self.roles.contextual)
+        all_projected = len(self.projected_widths) == roles
+        has_positions = self.encoder.inputs.position_table is not None
+        return self.element_size if all_projected and not has_positions else FLOAT32
+
+    def rows_by_role(self, batch: Batch) -> dict[str, int]:
+        """Looked-up rows that become tokens, or parts of tokens, by role."""
+        return {"item": batch.items, "action": batch.items, "contextual": batch.sequences * len(self.roles.contextual)}
+
+    def tokens(self, batch: Batch) -> int:
+        """Tokens of a batch."""
+        return int(self._counter.per_sequence(batch.item_lengths, batch.num_candidates).tokens.sum())
+
+    def flops(self, batch: Batch) -> float:
+        """Reported operations of training on a batch, all ranks of the group together."""
+        return float(self._counter.per_sequence(batch.item_lengths, batch.num_candidates).costs.sum())
+
+    @cached_property
+    def _counter(self) -> FlopCounter:
+        return FlopCounter(self.config.network, self.roles)
+
+    def micro_batch(self, batch: Batch) -> Batch:
+        """What the dense part computes in one pass: the whole batch, or a micro-batch of it."""
+        return batch.first(-(-batch.sequences // self.config.trainer.gradient_accumulation_steps))
+
+    def negatives(self, labels: int, items: int) -> int:
+        """Rows of the pool of negatives for so many labels and items; 0 for a task without negatives.
+
+        The number of distinct ids is the expectation for as many uniform draws.
+        """
+        args = self.config.task_args
+        if not isinstance(args, RetrievalArgs):
+            return 0
+        if args.negatives == "full":
+            return self.corpus_size
+        if args.shared_negatives:
+            return args.num_negatives
+        draws = items if args.negatives == "in_batch" else labels * args.num_negatives
+        return round(self.corpus_size * -np.expm1(draws * np.log1p(-1 / max(self.corpus_size, 2))))
+
+    def pool(self, batch: Batch) -> int:
+        """Rows that the labels of a group are compared with. Draws are made distinct on each rank, not over ranks."""
+        args = self.config.task_args
+        if isinstance(args, RetrievalArgs) and args.negatives == "uniform" and not args.shared_negatives:
+            return self.tp_size * self.negatives(-(-batch.labels // self.tp_size), 0)
+        return self.negatives(batch.labels, batch.items)
+
+    @property
+    def draws_per_label(self) -> int:
+        """Negatives drawn for each label alone; 0: all labels share one pool."""
+        args = self.config.task_args
+        own = isinstance(args, RetrievalArgs) and not args.shared_negatives
+        return max(args.num_negatives, 0) if own else 0  # type: ignore[union-attr]
+
+    def ids_per_rank(self, batch: Batch) -> dict[str, int]:
+        """Ids of each feature that one rank looks up for the batch of its group."""
+        tp = self.tp_size
+        ids = dict.fromkeys(self.roles.contextual, -(-batch.sequences // tp)) | {
+            name: -(-batch.items // tp) for name in (self.roles.item, self.roles.action) if name
+        }
+        args = self.config.task_args
+        if isinstance(args, RetrievalArgs) and args.negatives != "in_batch":
+            ids[NEGATIVES] = self.negatives(-(-batch.labels // tp), ids[self.roles.item])
+        return ids
+
+    @property
+    def batches(self) -> list[Batch]:
+        """All planned batches."""
+        return [batch for step in self.steps for batch in step]
+
+    @cached_property
+    def typical(self) -> Batch:
+        """The planned batch whose cost is nearest to the mean."""
+        costs = np.array([self.flops(batch) for batch in self.batches])
+        return self.batches[int(np.abs(costs - costs.mean()).argmin())]
+
+    @cached_property
+    def largest(self) -> Batch:
+        """The planned batch with the most tokens."""
+        return max(self.batches, key=self.tokens)
+
+    @cached_property
+    def straggling(self) -> float:
+        """Cost of the slowest data-parallel rank, for which all wait, over the mean rank; mean over the steps."""
+        costs = [[self.flops(batch) for batch in step] for step in self.steps]
+        return float(np.mean([max(step) for step in costs]) / np.mean([np.mean(step) for step in costs]))
+
+
+def plan_workload(config: RunConfig, world_size: int, ranks_per_host: int, device_type: str) -> Workload:
+    """The workload of ``config`` on so many ranks. Reads lengths but no samples, and starts nothing.
+
+    Raises ConfigError and DataError as a run would, except for data that is not preprocessed yet.
+    """
+    has_data = isinstance(config.dataset, BenchmarkDatasetArgs) or _is_preprocessed(config.dataset)
+    data = _plan_steps(config, world_size) if has_data else _plan_without_data(config)
+    args = config.task_args
+    has_negatives = isinstance(args, RetrievalArgs) and args.negatives != "in_batch"
+    roles = data.roles
+    specs = table_specs(data.tables, config.network, roles.contextual, roles.item, has_negatives, world_size)
+    shape = data.max_items, data.corpus_size, data.steps, has_data, data.notes
+    return Workload(config, world_size, ranks_per_host, device_type, roles, specs, *shape)
+
+
+class _Data(NamedTuple):
+    roles: FeatureRoles
+    tables: Sequence[EmbeddingArgs]
+    max_items: int
+    corpus_size: int
+    steps: tuple[tuple[Batch, ...], ...]
+    notes: tuple[str, ...]
+
+
+def _plan_steps(config: RunConfig, world_size: int) -> _Data:
+    """The batches of the first steps, by the sampler of the run."""
+    source, tp = open_source(config, world_size=world_size), config.tensor_parallel.tensor_model_parallel_size
+    num_steps = min(source.batches_per_epoch, MOST_STEPS)
+    sampler, lengths = source.train_sampler(SamplerPosition()), source.train_lengths
+    groups = np.unique(np.linspace(0, world_size // tp - 1, MOST_GROUPS).astype(int))
+    of_groups = []
+    for group in groups:
+        ranks = [islice(sampler.for_rank(rank), num_steps) for rank in range(group * tp, (group + 1) * tp)]
+        samples = [np.concatenate([plan.indices for plan in plans]) for plans in zip(*ranks, strict=True)]
+        of_groups.append(
+            [Batch(lengths.items[s], lengths.candidates[s], int(lengths.labels[s].sum())) for s in samples]
+        )
+    kind = "random data" if isinstance(config.dataset, BenchmarkDatasetArgs) else "the preprocessed data"
+    notes = (f"lengths: the first {num_steps} steps of this run, planned on {kind}",)
+    corpus_size = source.cardinalities[source.roles.item]
+    return _Data(source.roles, source.tables, source.max_items, corpus_size, tuple(zip(*of_groups, strict=True)), notes)
+
+
+def _is_preprocessed(args: DatasetArgs) -> bool:
+    try:
+        open_store(args)
+    except DataError:
+        return False
+    return True
+
+
+def _plan_without_data(config: RunConfig) -> _Data:
+    """From the configuration alone: its tables, published sizes, and sequences as long as allowed."""
+    args = config.dataset
+    assert isinstance(args, DatasetArgs)
+    name = resolve_name(args.dataset_name)
+    spec = DATASETS[name] if name else None
+    roles = _roles_without_data(args, spec)
+    tables = [*config.embeddings, *(_published_tables(config, roles, spec) if spec else ())]
+    rows = {feature: table.item_vocab_size_or_capacity for table in tables for feature in table.feature_names}
+    longest = args.max_sequence_length
+    sequences = config.trainer.sequences_per_iteration * config.tensor_parallel.tensor_model_parallel_size
+    labels = longest - 1 if config.task == "retrieval" else args.max_num_candidates or longest
+    lengths = np.full(sequences, longest, dtype=np.int64)
+    batch = Batch(lengths, np.full_like(lengths, args.max_num_candidates), labels * sequences)
+    notes = [f"{args.dataset_name} is not preprocessed: every sequence is taken to be as long as allowed"]
+    if unknown := [feature for feature in roles.names if feature not in rows]:
+        notes.append(f"tables of unknown size, not counted: {', '.join(unknown)}")
+    return _Data(roles, tables, longest, rows.get(roles.item, 1), ((batch,),), tuple(notes))
+
+
+def _roles_without_data(args: DatasetArgs, spec: DatasetSpec | None) -> FeatureRoles:
+    schema = spec.schema if spec else Schema(item="")
+    item = args.item_feature_name or schema.item
+    if not item:
+        raise ConfigError(
+            f"{args.dataset_name} is not preprocessed, so its features are not known: make it with "
+            "scripts/preprocess_dataset.py, or name them (DatasetArgs.item_feature_name, action_feature_name, "
+            "contextual_feature_names)"
+        )
+    action = schema.action if args.action_feature_name is None else args.action_feature_name
+    context = schema.context if args.contextual_feature_names is None else args.contextual_feature_names
+    return FeatureRoles(item, action or None, tuple(context))
+
+
+def _published_tables(config: RunConfig, roles: FeatureRoles, spec: DatasetSpec) -> list[EmbeddingArgs]:
+    """Predefined tables with published numbers of rows: items, users and actions."""
+    rows = {
+        roles.item: (spec.published.get("items"), "model_parallel"),
+        USER_FEATURE: (spec.published.get("users"), "model_parallel"),
+        spec.schema.action: (spec.schema.action_cardinality, "data_parallel"),
+    }
+    given = {name for table in config.embeddings for name in table.feature_names}
+    return [
+        EmbeddingArgs(
+            feature_names=[name],
+            table_name=name,
+            item_vocab_size_or_capacity=int(rows[name][0] or 1),
+            sharding_type=rows[name][1],
+        )
+        for name in roles.names
+        if name not in given and rows.get(name, (None,))[0]
+    ]

@@ -1,0 +1,148 @@
+"""Floating-point operations and memory traffic of the operators: the one place for MFU, benchmarks and estimates.
+
+``sequence_flops`` is the reported count of a training step. It follows NVIDIA recsys-examples, so that TFLOPS and MFU
+compare with its published numbers: the arithmetic of the HSTU layers alone, without embedding tables, norms, heads,
+losses and recomputation.
+
+The other functions return the :class:`Cost` of one operator on one rank, forward and backward. Bytes are those that
+the unfused PyTorch operators read and write if nothing stays in a cache. ``element_size``: bytes of the compute type.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Integers = npt.NDArray[np.integer]
+Floats = npt.NDArray[np.float64]
+
+FLOAT32 = 4
+"""Bytes of a parameter, a gradient and an optimizer state."""
+PROJECTION_PASSES = 3.0
+"""Forward and backward over forward: backward has two products, by the input and by the weight."""
+ATTENTION_PASSES = 3.5
+"""Forward and backward over forward: 2 products (QKᵀ, PV), then 5 (QKᵀ again, dV, dP, dQ, dK)."""
+
+
+class Cost(NamedTuple):
+    """One forward and backward."""
+
+    flops: float
+    """Arithmetic of matrix products; 0 for an operator that only moves bytes."""
+    bytes: float
+    """Read from and written to memory."""
+    launches: int = 4
+    """Kernels started."""
+
+
+def sequence_flops(
+    tokens: Integers,
+    candidate_tokens: Integers,
+    *,
+    num_layers: int,
+    hidden_size: int,
+    num_heads: int,
+    head_dim: int,
+    is_causal: bool = True,
+) -> Floats:
+    """Floating-point operations of training (forward and backward) on each sequence, float64 [B].
+
+    tokens, candidate_tokens: host integers [B], T and C below. With L layers of width D and H heads of width d::
+
+        L · [ 3·2·T·D·4Hd  +  3·2·T·Hd·D  +  3.5·(4·H·T²·d − 2·H·(T−C)²·d) ]
+
+    The terms are the uvqk projection, the output projection and the attention. A causal mask removes half of the
+    attention among the T − C tokens that are not candidates; without one nothing is subtracted. Without candidates
+    this is a·T + b·T² with a = 30·L·D·Hd and b = 7·L·Hd (14·L·Hd, if not causal).
+    """
+    projections = projection_flops(tokens, hidden_size, num_heads, head_dim)
+    attention = attention_flops(tokens, candidate_tokens, num_heads, head_dim, is_causal)
+    return np.asarray(num_layers * (PROJECTION_PASSES * projections + ATTENTION_PASSES * attention))
+
+
+def projection_flops(tokens: Integers, hidden_size: int, num_heads: int, head_dim: int) -> Floats:
+    """Forward of the uvqk and the output projection of one layer, float64 [B]."""
+    return np.asarray(2.0 * np.asarray(tokens, dtype=np.float64) * hidden_size * (5 * num_heads * head_dim))
+
+
+def attention_flops(
+    tokens: Integers, candidate_tokens: Integers, num_heads: int, head_dim: int, is_causal: bool = True
+) -> Floats:
+    """Forward of the attention of one layer, float64 [B]."""
+    length = np.asarray(tokens, dtype=np.float64)
+    history = length - np.asarray(candidate_tokens, dtype=np.float64)
+    width = num_heads * head_dim
+    masked = 2.0 * width * history**2 if is_causal else 0.0
+    return np.asarray(4.0 * width * length**2 - masked)
+
+
+def attention(
+    tokens: Integers,
+    candidate_tokens: Integers,
+    num_heads: int,
+    head_dim: int,
+    element_size: int,
+    is_causal: bool = True,
+) -> Cost:
+    """Attention of one layer over sequences of ``tokens`` tokens each.
+
+    Forward moves q, k, v and the output; backward those, their gradients and the gradient of the output.
+    """
+    flops = ATTENTION_PASSES * float(attention_flops(tokens, candidate_tokens, num_heads, head_dim, is_causal).sum())
+    return Cost(flops, 12.0 * element_size * int(np.sum(tokens)) * num_heads * head_dim)
+
+
+def linear(rows: int, inputs: int, outputs: int, element_size: int) -> Cost:
+    """[rows, inputs] → [rows, outputs]: one product forward and two backward, each reading two and writing one matrix.
+
+    Float32 weights and inputs are cast where the compute type is another one.
+    """
+    weights = inputs * outputs
+    cast = (FLOAT32 + element_size) * (weights + rows * inputs) if element_size != FLOAT32 else 0
+    moved = 3.0 * element_size * (rows * (inputs + outputs) + weights) + cast
+    return Cost(6.0 * rows * inputs * outputs, moved)
+
+
+def layer_norm(rows: int, width: int, element_size: int) -> Cost:
+    """LayerNorm of float32 [rows, width]: 2 passes forward, 3 backward, and the casts."""
+    cast = 2 * (FLOAT32 + element_size) if element_size != FLOAT32 else 0
+    return Cost(0.0, (5.0 * FLOAT32 + cast) * rows * width)
+
+
+def silu(rows: int, width: int, element_size: int) -> Cost:
+    """SiLU of [rows, width]: 2 passes forward, 3 backward."""
+    return Cost(0.0, 5.0 * element_size * rows * width)
+
+
+def norm_mul_dropout(rows: int, width: int, element_size: int, dropout: float) -> Cost:
+    """Dropout(LayerNorm(attention) ⊙ U) of [rows, width]: casts, norm, product, dropout; backward about as much."""
+    passes = 2 * (2 * (FLOAT32 + element_size) + 2 * FLOAT32 + (2 * FLOAT32 + element_size))
+    dropped = 2 * (2 * element_size + 1) if dropout > 0 else 0
+    return Cost(0.0, float(passes + dropped) * rows * width, launches=14)
+
+
+def residual_add(rows: int, width: int, element_size: int) -> Cost:
+    """The residual of [rows, width] plus the layer's output; backward adds two gradients and casts one."""
+    cast = FLOAT32 + element_size if element_size != FLOAT32 else 0
+    return Cost(0.0, (4.0 * FLOAT32 + element_size + FLOAT32 + cast) * rows * width)
+
+
+def token_inputs(rows: int, width: int, dropout: float, num_positions: int) -> Cost:
+    """Table rows → tokens [rows, width]: scale, concatenate and permute take 2 passes each, positions 3, dropout 2.
+
+    num_positions: rows of the table of positions; 0: there is none.
+    """
+    passes = 6 + (3 if num_positions else 0) + (2 if dropout > 0 else 0)
+    return Cost(0.0, 2.0 * FLOAT32 * passes * rows * width + FLOAT32 * 2 * num_positions * width, launches=24)
+
+
+def sampled_softmax(queries: int, draws: int, width: int) -> Cost:
+    """Softmax of each query over ``draws`` negatives of its own, whose rows are gathered three times."""
+    return Cost(6.0 * queries * draws * width, 3.0 * FLOAT32 * queries * draws * width, launches=40)
+
+
+def pool_softmax(queries: int, pool: int, width: int) -> Cost:
+    """Softmax of each query over a whole pool of items: the scores and both gradients are products of matrices."""
+    return Cost(6.0 * queries * pool * width, 6.0 * FLOAT32 * queries * pool, launches=40)

@@ -1,0 +1,31 @@
+"""Which operators have C++ kernels, and for which shapes; PyTorch serves the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hstu.ops.cpu import attention, norm_mul_dropout, softmax_loss
+from hstu.ops.types import AttentionKernels, GateKernels, KernelShapes
+
+WIDEST_ROW = 256
+DTYPES = (torch.float32, torch.bfloat16)
+
+OPERATORS: dict[str, Any] = {
+    "attention": AttentionKernels(attention.forward, attention.backward),
+    "norm_mul_dropout": GateKernels(norm_mul_dropout.forward, norm_mul_dropout.backward),
+    "sampled_softmax_loss": softmax_loss.SampledSoftmaxLoss.apply,
+    "l2_normalize": softmax_loss.l2_normalize,
+}
+
+
+def unsupported_reason(operator: str, shapes: KernelShapes) -> str | None:
+    """Why the C++ kernel of ``operator`` cannot serve these shapes; None: it can."""
+    if operator == "attention" and shapes.head_dim > WIDEST_ROW:
+        return f"heads of {shapes.head_dim} > {WIDEST_ROW} channels"
+    if operator == "sampled_softmax_loss" and shapes.item_dim > WIDEST_ROW:
+        return f"vectors of {shapes.item_dim} > {WIDEST_ROW} numbers"
+    if operator in ("attention", "norm_mul_dropout") and shapes.dtype not in DTYPES:
+        return f"{shapes.dtype}".removeprefix("torch.")
+    return None

@@ -1,0 +1,225 @@
+"""Parts of all kernels: tensors from arguments, the order of work of a CTA, masks, SiLU and the output."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+from cutlass import Boolean, Float32, Int32, const_expr, cute
+from cutlass.cutlass_dsl import select_
+
+from hstu.ops.cutlass.schedule import ITEM_FIELDS, Rows, visible_columns
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tile sizes and dtype that a kernel is compiled for."""
+
+    dtype: type[cutlass.Numeric]
+    """cutlass.BFloat16 or cutlass.Float16."""
+    head_dim: int
+    """32, 64, 128 or 256."""
+    rows: Rows
+    """Whether rows are queries or keys. A block of rows stays in shared memory while tiles of columns are streamed."""
+    tile: int
+    """Columns that are streamed at a time."""
+    stages: int
+    """Tiles of columns in shared memory."""
+    block: int = 128
+    """Rows that a CTA works on at a time."""
+
+
+class PairwiseKernel:
+    """A sum over pairs of a row and a column. Subclasses say how a compute capability loads and multiplies tiles.
+
+    Inputs are first the ``num_resident`` tensors of which a block stays in shared memory, then the two streamed ones.
+    Instances are called in a function that the DSL compiles. Several arguments pass through them as one tuple::
+
+        batch = (items, tiles, sizes, factors)      see hstu.ops.cutlass.attention.arguments
+        masking = (alpha, column, bounds)           see silu
+    """
+
+    num_resident: int
+
+    def __init__(self, shape: Shape, num_outputs: int = 1) -> None:
+        self.shape, self.num_outputs = shape, num_outputs
+
+    def registers(self, scores_mma: Any, sums_mma: Any) -> tuple:
+        """The sums of the outputs, and further registers of a tile. ``scores_mma``, ``sums_mma``: the two products."""
+        scores, packed, sums = self._accumulators(scores_mma, sums_mma)
+        if self.num_resident == 1:
+            return (sums,), scores, packed
+        products, gradients, weight_sums = self._accumulators(scores_mma, sums_mma)
+        return (sums, weight_sums), scores, products, packed, gradients
+
+    def _accumulators(self, scores_mma: Any, sums_mma: Any) -> tuple[cute.Tensor, cute.Tensor, cute.Tensor]:
+        """Registers for the products of a tile, for the same packed to 16 bits, and for the sums of a block."""
+        shape = self.shape
+        products = cute.make_rmem_tensor(scores_mma.partition_shape_C((shape.block, shape.tile)), Float32)
+        sums = cute.make_rmem_tensor(sums_mma.partition_shape_C((shape.block, shape.head_dim)), Float32)
+        return products, cute.make_rmem_tensor(cute.size(products) // 2, Int32), sums
+
+    def scales(self, factors: tuple) -> tuple:
+        """Factors by which the sums are multiplied when they are stored. factors: α and 1 / N."""
+        return (factors[1],) if self.num_resident == 1 else (factors[0] * factors[1], factors[1])
+
+
+@cute.jit
+def heads_of(pointer: cute.Pointer, sizes: tuple, strides: tuple, head_dim: cutlass.Constexpr) -> cute.Tensor:
+    """The tensor [T, H, d] at ``pointer`` as [T, d, H].
+
+    sizes: T, H, and more; strides: of a token and of a head, multiples of 8 elements.
+    """
+    row_stride, head_stride = cute.assume(strides[0], divby=8), cute.assume(strides[1], divby=8)
+    return cute.make_tensor(
+        pointer, cute.make_layout((sizes[0], head_dim, sizes[1]), stride=(row_stride, 1, head_stride))
+    )
+
+
+def heads_of_all(pointers: tuple, strides: tuple, sizes: tuple, head_dim: int) -> tuple[cute.Tensor, ...]:
+    """:func:`heads_of` for each pointer."""
+    return tuple(heads_of(*each, head_dim) for each in zip(pointers, (sizes,) * len(pointers), strides, strict=True))
+
+
+@cute.jit
+def work_index(turn: Int32) -> Int32:
+    """Index of the pair of block and head that this CTA computes in its ``turn``-th turn.
+
+    Turns alternate between rising and falling CTA numbers, so that every CTA gets long and short blocks: the work is
+    sorted by falling length.
+    """
+    block, blocks = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+    return turn * blocks + Int32(select_(turn % 2 == 0, block, blocks - 1 - block))
+
+
+@cute.jit
+def row_bounds(row: Int32, item: cute.Tensor, lead: Int32, group: Int32, rows: cutlass.Constexpr) -> tuple:
+    """Bounds of the columns that a row sees: :func:`hstu.ops.cutlass.schedule.visible_columns`.
+
+    item: one block of the schedule; lead: leading rows; group: tokens of a target group.
+    """
+
+    def where(condition: Any, yes: Any, no: Any) -> Int32:
+        return Int32(select_(condition, Int32(yes), Int32(no)))
+
+    def least(a: Any, b: Any) -> Int32:
+        return where(a < b, a, b)
+
+    return visible_columns(row, item[2], item[3], lead, group, rows, where, least)
+
+
+@cute.jit
+def is_visible(column: Int32, bounds: tuple) -> Boolean:
+    """Whether the row with these ``bounds`` sees the column."""
+    a, b, c = bounds
+    return (column < a) | ((b <= column) & (column < c))
+
+
+@cute.jit
+def half_and_tanh(score: Float32, alpha: Float32) -> tuple:
+    """h = α score / 2 and tanh h. SiLU(2 h) = h + h tanh h needs one special-function instruction per score.
+
+    The relative error of the hardware's tanh is at most 2^-11, less than the rounding of a weight to bfloat16.
+    """
+    half = score * (alpha * 0.5)
+    return half, cute.math.tanh(half, fastmath=True)
+
+
+@cute.jit
+def silu(scores: cute.Tensor, masking: tuple, masked: cutlass.Constexpr) -> None:
+    """Replace each product by SiLU(α product); if ``masked``, by 0 where the row does not see the column.
+
+    scores: accumulators as in :func:`store_rows`. masking: α, the column of the first accumulator, and the bounds (see
+    :func:`row_bounds`) of the rows ``row`` and ``row + 8``.
+    """
+    alpha, column, bounds = masking
+    for e in cutlass.range_constexpr(cute.size(scores)):
+        half, tanh = half_and_tanh(scores[e], alpha)
+        weight = half * tanh + half
+        if const_expr(masked):
+            weight = _or_zero(is_visible(column + e // 4 * 8 + e % 2, bounds[e // 2 % 2]), weight)
+        scores[e] = weight
+
+
+@cute.jit
+def silu_derivative(
+    scores: cute.Tensor,
+    weights: cute.Tensor,
+    masking: tuple,
+    masked: cutlass.Constexpr,
+    with_weights: cutlass.Constexpr,
+    dtype: cutlass.Constexpr,
+) -> None:
+    """Replace each product by SiLU'(α product), as :func:`silu` does; ``with_weights``: pack SiLU into ``weights``."""
+    alpha, column, bounds = masking
+    values = cute.make_rmem_tensor(cute.size(scores), Float32)
+    for e in cutlass.range_constexpr(cute.size(scores)):
+        half, tanh = half_and_tanh(scores[e], alpha)
+        weight, rising = half * tanh + half, tanh * 0.5 + 0.5
+        slope = rising + weight * (1.0 - rising)
+        if const_expr(masked):
+            counts = is_visible(column + e // 4 * 8 + e % 2, bounds[e // 2 % 2])
+            weight, slope = _or_zero(counts, weight), _or_zero(counts, slope)
+        values[e], scores[e] = weight, slope
+    if const_expr(with_weights):
+        pack(values, weights, dtype)
+
+
+def _or_zero(condition: Boolean, value: Float32) -> Float32:
+    return Float32(select_(condition, value, Float32(0.0)))
+
+
+@cute.jit
+def pack(values: cute.Tensor, packed: cute.Tensor, dtype: cutlass.Constexpr) -> None:
+    """Round float32 values to ``dtype`` and store two of them in each int32 of ``packed``.
+
+    Packing halves the registers that hold them from one tile to the next.
+    """
+    rounded = cute.make_rmem_tensor(cute.size(values), dtype)
+    rounded.store(cute.make_tensor(values.iterator, rounded.layout).load().to(dtype))
+    pairs = cute.recast_tensor(rounded, Int32)
+    for i in cutlass.range_constexpr(cute.size(packed)):
+        packed[i] = pairs[i]
+
+
+def left_operand(packed: cute.Tensor, dtype: Any) -> cute.Tensor:
+    """The values that :func:`pack` has packed, as the left operand of a product."""
+    pairs = cute.recast_tensor(packed, dtype)
+    return cute.make_tensor(pairs.iterator, cute.make_layout(((2, 2, 2), 1, cute.size(pairs) // 8)))
+
+
+@cute.jit
+def _pair(low: Float32, high: Float32, dtype: cutlass.Constexpr) -> Int32:
+    pair = cute.make_rmem_tensor(2, dtype)
+    pair[0], pair[1] = low.to(dtype), high.to(dtype)
+    return cute.recast_tensor(pair, Int32)[0]
+
+
+@cute.jit
+def item_of(items: cute.Pointer, index: Int32) -> cute.Tensor:
+    """The fields of a block of the schedule: int32 [8]."""
+    return cute.make_tensor(items + index * ITEM_FIELDS, cute.make_layout(ITEM_FIELDS))
+
+
+@cute.jit
+def store_rows(
+    sums: cute.Tensor,
+    out: cute.Tensor,
+    item: cute.Tensor,
+    head: Int32,
+    row: Int32,
+    column: Int32,
+    scale: Float32,
+    dtype: cutlass.Constexpr,
+) -> None:
+    """Write ``scale · sums`` as ``dtype`` to the rows of the block that exist in the sequence.
+
+    sums: float32 accumulators of m64nXk16 or m16n8k16: element ``c + 2 r + 4 n`` belongs to row ``row + 8 r`` of the
+    sequence and to column ``column + 8 n + c``. out: [T, d, H].
+    """
+    for r in cutlass.range_constexpr(2):
+        if row + 8 * r < item[2]:
+            where = cute.domain_offset((item[0] + row + 8 * r, column, head), out)
+            pairs = cute.recast_ptr(where.iterator, dtype=Int32)
+            for n in cutlass.range_constexpr(cute.size(sums) // 4):
+                e = 2 * r + 4 * n
+                (pairs + 4 * n).store(_pair(sums[e] * scale, sums[e + 1] * scale, dtype))

@@ -1,0 +1,269 @@
+"""Attention on compute capability 9.0: tiles by TMA, products by warp groups (WGMMA), ordered by mbarriers.
+
+One warp of the first warpgroup loads the blocks and tiles; the two other warpgroups compute. The scores of a tile are
+computed while the product of the previous tile is added to the sums.
+"""
+
+from collections.abc import Callable
+
+import cuda.bindings.driver as cuda
+import cutlass
+from cutlass import Int32, Int64, const_expr, cute
+from cutlass.cute.nvgpu import warpgroup
+
+from hstu.ops.cutlass import common, hopper
+from hstu.ops.cutlass.common import PairwiseKernel
+from hstu.ops.cutlass.hopper import Ring, acquire, multiply, release, wait
+
+
+class Sm90Kernel(PairwiseKernel):
+    """The loops of the warp that loads and of the warps that compute; subclasses compute one tile."""
+
+    step: Callable[..., None]
+    """Computes the scores of a tile: ``step(count, operands, registers, rings, masking, masked, first)``."""
+    finish: Callable[..., None]
+    """Ends the computation of a block after its last tile: ``finish(count, operands, registers, rings)``."""
+
+    @cute.jit
+    def __call__(
+        self, inputs: tuple, outs: tuple, strides: tuple, batch: tuple, grid: Int32, stream: cuda.CUstream
+    ) -> None:
+        """Launch on ``grid`` CTAs; the arguments are those of :func:`hstu.ops.cutlass.attention.arguments`."""
+        shape = self.shape
+        tensors = common.heads_of_all((*inputs, *outs), strides, batch[2], shape.head_dim)
+        block_layout = hopper.tile_layout(shape, shape.block, 1)
+        tile_layout = hopper.tile_layout(shape, shape.tile, shape.stages)
+        boxes = [(block_layout, shape.block)] * self.num_resident + [(tile_layout, shape.tile)] * 2
+        loads = [
+            hopper.tma_load(tensor, layout, rows, shape.head_dim)
+            for tensor, (layout, rows) in zip(tensors[: self.num_resident + 2], boxes, strict=True)
+        ]
+        element, alignment = shape.dtype, hopper.BUFFER_ALIGNMENT
+        resident_size = cute.cosize(hopper.tile_layout(shape, shape.block, self.num_resident))
+        streamed_size = cute.cosize(hopper.tile_layout(shape, shape.tile, 2 * shape.stages))
+
+        @cute.struct
+        class Storage:
+            barriers: cute.struct.MemRange[Int64, 2 * self.num_resident + 4 * shape.stages]
+            resident: cute.struct.Align[cute.struct.MemRange[element, resident_size], alignment]
+            streamed: cute.struct.Align[cute.struct.MemRange[element, streamed_size], alignment]
+
+        self.storage = Storage
+        self.kernel(tuple(loads), tensors[self.num_resident + 2 :], batch).launch(
+            grid=(grid, 1, 1), block=(hopper.THREADS, 1, 1), stream=stream, min_blocks_per_mp=1
+        )
+
+    @cute.kernel
+    def kernel(self, loads: tuple, outs: tuple, batch: tuple) -> None:
+        """One CTA: see the module and :mod:`hstu.ops.cutlass.hopper`."""
+        shape, num_resident = self.shape, self.num_resident
+        smem = cutlass.utils.SmemAllocator().allocate(self.storage)
+        row_bytes = shape.head_dim * shape.dtype.width // 8
+        barriers = smem.barriers.data_ptr()
+        of_tiles = barriers + 2 * num_resident
+        rings = [Ring(barriers + 2 * i, 1, shape.block * row_bytes) for i in range(num_resident)]
+        rings += [Ring(of_tiles + 2 * shape.stages * i, shape.stages, shape.tile * row_bytes) for i in range(2)]
+        thread = cute.arch.thread_idx()[0]
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if thread == 0:
+            for ring in rings:
+                hopper.init(ring)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        resident = hopper.view(smem.resident, hopper.tile_layout(shape, shape.block, num_resident))
+        streamed = hopper.view(smem.streamed, hopper.tile_layout(shape, shape.tile, 2 * shape.stages))
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(hopper.PRODUCER_REGISTERS)
+            if warp == 0:
+                self.produce(loads, resident, streamed, tuple(rings), batch)
+        else:
+            cute.arch.setmaxregister_increase(hopper.CONSUMER_REGISTERS)
+            transposed = hopper.view(smem.streamed, hopper.transposed_layout(shape, shape.tile, 2 * shape.stages))
+            buffers = (resident, streamed, transposed)
+            self.consume(buffers, tuple(rings), outs, batch, thread - hopper.WARPGROUP)
+
+    @cute.jit
+    def produce(self, loads: tuple, resident: cute.Tensor, streamed: cute.Tensor, rings: tuple, batch: tuple) -> None:
+        """In one warp: load the blocks and their tiles in the order in which the consumers use them."""
+        num_resident, stages = self.num_resident, self.shape.stages
+        items, tiles, sizes, _ = batch
+        heads, total = sizes[1], sizes[1] * sizes[2]
+        turn, count = Int32(0), Int32(0)
+        work = common.work_index(turn)
+        while work < total:
+            item, head = common.item_of(items, work // heads), work % heads
+            for i in cutlass.range_constexpr(num_resident):
+                _, barrier = acquire(rings[i], turn)
+                hopper.load(*loads[i], item[0] + item[1], head, resident[None, None, i], barrier)
+            for u in cutlass.range(item[6], unroll=1):
+                first = item[0] + (tiles + item[4] + u).load()
+                for i in cutlass.range_constexpr(2):
+                    stage, barrier = acquire(rings[num_resident + i], count)
+                    target = streamed[None, None, i * stages + stage]
+                    hopper.load(*loads[num_resident + i], first, head, target, barrier)
+                count += 1
+            turn += 1
+            work = common.work_index(turn)
+
+    @cute.jit
+    def consume(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, thread: Int32) -> None:
+        """In a thread of the two warpgroups that compute; ``thread`` counts from the first of them."""
+        shape, num_resident = self.shape, self.num_resident
+        items, tiles, sizes, factors = batch
+        heads, total = sizes[1], sizes[1] * sizes[2]
+        lane = thread % 32
+        row_in_block, column_in_tile = thread // 32 * 16 + lane // 4, lane % 4 * 2
+        group = cute.arch.make_warp_uniform(thread // hopper.WARPGROUP) * hopper.WARPGROUP
+        of_scores, of_sums = hopper.scores_mma(shape).get_slice(group), hopper.sums_mma(shape).get_slice(group)
+        operands = (
+            of_scores.make_fragment_A(of_scores.partition_A(buffers[0])),
+            of_scores.make_fragment_B(of_scores.partition_B(buffers[1])),
+            of_sums.make_fragment_B(of_sums.partition_B(buffers[2])),
+        )
+        registers = self.registers(of_scores, of_sums)
+        sums, of_columns = registers[0], rings[num_resident:]
+        turn, count = Int32(0), Int32(0)
+        work = common.work_index(turn)
+        while work < total:
+            item, head = common.item_of(items, work // heads), work % heads
+            row = item[1] + row_in_block
+            bounds = tuple(common.row_bounds(row + 8 * r, item, sizes[3], sizes[4], shape.rows) for r in (0, 1))
+            num_masked, num_tiles, first_tile = item[5], item[6], tiles + item[4]
+            for i in cutlass.range_constexpr(self.num_outputs):
+                sums[i].fill(0.0)
+            for i in cutlass.range_constexpr(num_resident):
+                wait(rings[i], turn)
+            column = first_tile.load() + column_in_tile
+            self.step(count, operands, registers, of_columns, (factors[0], column, bounds), True, True)
+            count += 1
+            for u in cutlass.range(1, num_masked, unroll=1):
+                column = (first_tile + u).load() + column_in_tile
+                self.step(count, operands, registers, of_columns, (factors[0], column, bounds), True, False)
+                count += 1
+            for _ in cutlass.range(cutlass.max(num_masked, 1), num_tiles, unroll=1):
+                self.step(count, operands, registers, of_columns, (factors[0], row, bounds), False, False)
+                count += 1
+            for i in cutlass.range_constexpr(num_resident):
+                release(rings[i], turn)
+            self.finish(count - 1, operands, registers, of_columns)
+            scales = self.scales(factors)
+            for i in cutlass.range_constexpr(self.num_outputs):
+                common.store_rows(sums[i], outs[i], item, head, row, column_in_tile, scales[i], shape.dtype)
+            turn += 1
+            work = common.work_index(turn)
+
+
+class ForwardSm90(Sm90Kernel):
+    """Σ SiLU(α x yᵀ) ⊙ mask · z / N. O with x, y, z = Q, K, V; dV with x, y, z = K, Q, dO. Two products per tile."""
+
+    num_resident = 1
+
+    @cute.jit
+    def step(
+        self,
+        count: Int32,
+        operands: tuple,
+        registers: tuple,
+        rings: tuple,
+        masking: tuple,
+        masked: cutlass.Constexpr,
+        first: cutlass.Constexpr,
+    ) -> None:
+        """Scores of tile ``count`` while tile ``count - 1`` is added to the sums; then the weights of the new tile.
+
+        ``first``: there is no previous tile.
+        """
+        shape = self.shape
+        (sums,), scores, weights = registers
+        x, y, z_rows = operands
+        y_ring, z_ring = rings
+        stage = wait(y_ring, count)
+        if const_expr(not first):
+            z_stage = shape.stages + wait(z_ring, count - 1)
+        warpgroup.fence()
+        multiply(hopper.scores_mma(shape), scores, x[None, None, None, 0], y[None, None, None, stage], adds=False)
+        if const_expr(not first):
+            left = common.left_operand(weights, shape.dtype)
+            multiply(hopper.sums_mma(shape), sums, left, z_rows[None, None, None, z_stage], adds=True)
+            warpgroup.wait_group(1)
+        else:
+            warpgroup.wait_group(0)
+        release(y_ring, count)
+        common.silu(scores, masking, masked)
+        if const_expr(not first):
+            warpgroup.wait_group(0)
+            release(z_ring, count - 1)
+        common.pack(scores, weights, shape.dtype)
+
+    @cute.jit
+    def finish(self, count: Int32, operands: tuple, registers: tuple, rings: tuple) -> None:
+        """Add the last tile, ``count``, to the sums."""
+        shape = self.shape
+        (sums,), _, weights = registers
+        z_stage = shape.stages + wait(rings[1], count)
+        warpgroup.fence()
+        left = common.left_operand(weights, shape.dtype)
+        multiply(hopper.sums_mma(shape), sums, left, operands[2][None, None, None, z_stage], adds=True)
+        warpgroup.wait_group(0)
+        release(rings[1], count)
+
+
+class BackwardSm90(Sm90Kernel):
+    """Σ SiLU'(α x yᵀ) ⊙ (w zᵀ) ⊙ mask · y α / N. dQ with x, w, y, z = Q, dO, K, V; dK with x, w, y, z = K, V, Q, dO.
+
+    Three products per tile. With two outputs the second is Σ SiLU(α x yᵀ) ⊙ mask · z / N, which is dV for the kernel of
+    dK. Head dims whose sums leave no registers for it compute dV by another run of the forward kernel.
+    """
+
+    num_resident = 2
+
+    @cute.jit
+    def step(
+        self,
+        count: Int32,
+        operands: tuple,
+        registers: tuple,
+        rings: tuple,
+        masking: tuple,
+        masked: cutlass.Constexpr,
+        first: cutlass.Constexpr,
+    ) -> None:
+        """Scores of tile ``count`` and their gradients, while tile ``count - 1`` is added to the sums; then this tile.
+
+        ``first``: there is no previous tile.
+        """
+        shape = self.shape
+        (sums, weight_sums), scores, products, weights, gradients = registers
+        resident, streamed, rows = operands
+        y_ring, z_ring = rings
+        with_weights = self.num_outputs == 2
+        stage = wait(y_ring, count)
+        z_stage = shape.stages + stage
+        x, y = resident[None, None, None, 0], streamed[None, None, None, stage]
+        w, z = resident[None, None, None, 1], streamed[None, None, None, z_stage]
+        warpgroup.fence()
+        multiply(hopper.scores_mma(shape), scores, x, y, adds=False)
+        wait(z_ring, count)
+        multiply(hopper.scores_mma(shape), products, w, z, adds=False)
+        warpgroup.wait_group(1)
+        if const_expr(not first):
+            release(y_ring, count - 1)
+            release(z_ring, count - 1)
+        common.silu_derivative(scores, weights, masking, masked, with_weights, shape.dtype)
+        warpgroup.wait_group(0)
+        for e in cutlass.range_constexpr(cute.size(scores)):
+            products[e] = products[e] * scores[e]
+        common.pack(products, gradients, shape.dtype)
+        warpgroup.fence()
+        left = common.left_operand(gradients, shape.dtype)
+        multiply(hopper.sums_mma(shape), sums, left, rows[None, None, None, stage], adds=True)
+        if const_expr(with_weights):
+            left = common.left_operand(weights, shape.dtype)
+            multiply(hopper.sums_mma(shape), weight_sums, left, rows[None, None, None, z_stage], adds=True)
+
+    @cute.jit
+    def finish(self, count: Int32, operands: tuple, registers: tuple, rings: tuple) -> None:
+        """Wait for the product of the last tile, ``count``, and release its buffers."""
+        warpgroup.wait_group(0)
+        release(rings[0], count)
+        release(rings[1], count)

@@ -1,0 +1,34 @@
+"""Which shapes and GPUs the CUTLASS kernels serve, known without CUTLASS; Triton serves the others."""
+
+from __future__ import annotations
+
+import torch
+
+from hstu.ops.types import KernelShapes
+
+HEAD_DIMS = (32, 64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16)
+CAPABILITIES = {(8, 0): 80, (9, 0): 90}
+"""Compute capabilities with kernels → name of the architecture."""
+
+
+def device_unsupported_reason(capability: tuple[int, int]) -> str | None:
+    """Why GPUs of this compute capability cannot run the kernels; None: they can."""
+    if capability in CAPABILITIES:
+        return None
+    served = " and ".join(".".join(map(str, known)) for known in CAPABILITIES)
+    return f"compute capability {'.'.join(map(str, capability))}: CUTLASS kernels are for {served}"
+
+
+def unsupported_reason(operator: str, shapes: KernelShapes) -> str | None:
+    """Why the CUTLASS kernel of ``operator`` (attention is the only one) cannot serve these shapes; None: it can."""
+    if shapes.has_bias:
+        return "relative bias"
+    return head_unsupported_reason(shapes.head_dim, shapes.dtype)
+
+
+def head_unsupported_reason(head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why there is no kernel for heads of ``head_dim`` channels of a dtype; None: there is one."""
+    if head_dim not in HEAD_DIMS:
+        return f"heads of {head_dim} channels, not {', '.join(map(str, HEAD_DIMS))}"
+    return None if dtype in DTYPES else f"{dtype}".removeprefix("torch.")

@@ -1,0 +1,230 @@
+"""Operators as differentiable functions of their tensors, given the kernels to use.
+
+The losses call the softmax losses. The others serve tests, self checks and benchmarks: a layer calls its kernels
+itself (hstu/ops/layer.py). Source of all: HSTU, arXiv 2402.17152, sec. 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hstu.ops.types import (
+    AttentionConfig,
+    AttentionKernels,
+    GateConfig,
+    GateKernels,
+    JaggedLayout,
+    LayerNormKernels,
+    ProjectionKernels,
+    RelativeBias,
+)
+
+
+def hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: JaggedLayout,
+    config: AttentionConfig,
+    bias: RelativeBias | None,
+    kernels: AttentionKernels,
+) -> Tensor:
+    """``SiLU(α Q Kᵀ + bias) / N ⊙ mask @ V`` within each sequence of ``layout``.
+
+    q, k, v: [T, H, d], any float dtype, any strides. Returns [T, H, d] of the same dtype.
+
+    Raises:
+        ValueError: a bias, but a layout without times.
+    """
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor) -> tuple[Tensor]:
+        bias = relative_bias(tables[0], tables[1], layout) if tables else None
+        return (kernels.forward(q, k, v, layout, config, bias),)
+
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+        # Views of one tensor, as in a layer.
+        grad_q, grad_k, grad_v = q.new_empty(*q.shape[:2], 3, q.shape[2]).unbind(2)
+        bias = RelativeBias(*tables) if tables else None
+        grad_bias = kernels.backward(grad, q, k, v, layout, config, bias, (grad_q, grad_k, grad_v))
+        return grad_q, grad_k, grad_v, *(() if grad_bias is None else vars(grad_bias).values())
+
+    return _differentiable(forward, backward, q, k, v, *(() if bias is None else vars(bias).values()))
+
+
+def relative_bias(
+    position_weight: Tensor | None, time_weight: Tensor | None, layout: JaggedLayout
+) -> RelativeBias | None:
+    """The bias with these tables, None where there are none. Raises ValueError for a layout without times."""
+    if position_weight is None or time_weight is None:
+        return None
+    if layout.token_times is None:
+        raise ValueError("a relative bias needs the times of the layout; build it with item_times")
+    return RelativeBias(position_weight, time_weight)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None, kernels: LayerNormKernels
+) -> Tensor:
+    """LayerNorm of x [T, D] → [T, D] of ``dtype`` (None: that of x). weight, bias: [D]."""
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.forward(x, weight, bias, eps, dtype or x.dtype)
+
+    return _differentiable(forward, kernels.backward, x, weight, bias)
+
+
+def project_uvqk(x: Tensor, weight: Tensor, bias: Tensor, kernels: ProjectionKernels) -> Tensor:
+    """SiLU(x Wᵀ + b). x: [T, D], weight: [H · 4 · d, D], bias: [H · 4 · d], of one dtype. Returns [T, H · 4 · d]."""
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        projected, activated = kernels.forward(x, weight, bias)
+        return activated, projected
+
+    def backward(
+        grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, projected: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad = torch.ops.aten.silu_backward(grad, projected)
+        return grad @ weight, grad.t() @ x, grad.sum(0)
+
+    return _differentiable(forward, backward, x, weight, bias)
+
+
+def norm_mul_dropout(
+    x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig, kernels: GateKernels
+) -> Tensor:
+    """``Dropout(LayerNorm(x over all heads) ⊙ u)``. x, u: [T, H, d]; weight, bias: [H · d]. Returns [T, H · d]."""
+
+    def forward(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return kernels.forward(x, u, weight, bias, config)
+
+    def backward(
+        grad: Tensor, x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        grad_u = grad.new_empty(*u.shape[:2], 2, u.shape[2])[:, :, 0]  # a view with gaps, as in a layer
+        _, grad_x, *affine = kernels.backward(grad, x, u, weight, bias, config, statistics, mask, grad_u)
+        return grad_x, grad_u, *affine
+
+    return _differentiable(forward, backward, x, u, weight, bias)
+
+
+def _differentiable(
+    forward: Callable[..., tuple[Tensor | None, ...]],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    *inputs: Tensor,
+) -> Tensor:
+    """The first result of ``forward(*inputs)``, with the gradients ``backward(grad, *inputs, *other_results)``."""
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        out: Tensor = _Differentiable.apply(forward, backward, *inputs)
+    return out
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: Callable[..., Any], backward: Callable[..., Any], *inputs: Tensor) -> Tensor:
+        out, *others = forward(*inputs)
+        ctx.save_for_backward(*inputs, *others)
+        ctx.apply_backward = backward
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return None, None, *ctx.apply_backward(grad, *ctx.saved_tensors)
+
+
+# -- softmax losses of retrieval ---------------------------------------------------------------------------------
+
+
+def pool_softmax_loss(
+    queries: Tensor,
+    positives: Tensor,
+    pool: Tensor,
+    target_ids: Tensor,
+    pool_ids: Tensor,
+    pool_valid: Tensor | None,
+    temperature: float,
+    kernel: Callable[..., Tensor],
+) -> Tensor:
+    """Sum over M queries of −log(e^{s⁺/τ} / (e^{s⁺/τ} + Σ e^{s⁻/τ})), with the whole pool as negatives.
+
+    The gradients are computed together with the loss, so that no score is computed twice and memory holds at most a
+    block of scores. Not twice differentiable.
+    Source: HSTU, arXiv 2402.17152, sec. 4.1.1; sampled softmax: arXiv 2306.04039.
+
+    Args:
+        queries: [M, D], L2-normalized.
+        positives: [M, D], L2-normalized vectors of the targets.
+        pool: [S, D], L2-normalized vectors of the negatives, shared by all queries.
+        target_ids: integer [M]. Pool entries with the id of a query's target are not its negatives.
+        pool_ids: integer [S]. An id that occurs k times in the pool counts k times.
+        pool_valid: bool [S], False for entries that no query uses; None: all are valid.
+        temperature: τ > 0.
+        kernel: :attr:`hstu.ops.types.Kernels.pool_softmax_loss`.
+
+    Returns:
+        Scalar, float32 (float64 if all vectors are); 0 where M = 0 or no query has a negative.
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
+    _check_shapes(queries, positives, pool, target_ids, pool_ids)
+    if pool_valid is not None and pool_valid.shape != pool_ids.shape:
+        raise ValueError(f"pool_valid is {tuple(pool_valid.shape)}, but pool_ids is {tuple(pool_ids.shape)}")
+    with torch.autocast(queries.device.type, enabled=False):
+        return kernel(*_in_full_precision(queries, positives, pool), target_ids, pool_ids, pool_valid, temperature)
+
+
+def sampled_softmax_loss(
+    queries: Tensor,
+    positives: Tensor,
+    pool: Tensor,
+    draws: Tensor,
+    target_ids: Tensor,
+    pool_ids: Tensor,
+    temperature: float,
+    kernel: Callable[..., Tensor],
+) -> Tensor:
+    """As :func:`pool_softmax_loss`, but each query has R negatives, drawn from the pool with repetition.
+
+    Args:
+        queries, positives, pool, target_ids, pool_ids, temperature: as there.
+        draws: integer [M, R], rows of the pool in [0, S).
+        kernel: :attr:`hstu.ops.types.Kernels.sampled_softmax_loss`.
+
+    Returns:
+        Scalar, float32 (float64 if all vectors are).
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
+    _check_shapes(queries, positives, pool, target_ids, pool_ids)
+    if draws.dim() != 2 or len(draws) != len(queries):
+        raise ValueError(f"draws must be [{len(queries)}, R], a row for each query, not {tuple(draws.shape)}")
+    with torch.autocast(queries.device.type, enabled=False):
+        return kernel(*_in_full_precision(queries, positives, pool), draws, target_ids, pool_ids, temperature)
+
+
+def _in_full_precision(*vectors: Tensor) -> tuple[Tensor, ...]:
+    """float64 stays if all are; anything else becomes float32, in which scores and sums are kept."""
+    dtype = torch.float64 if all(v.dtype == torch.float64 for v in vectors) else torch.float32
+    return tuple(v.to(dtype) for v in vectors)
+
+
+def _check_shapes(queries: Tensor, positives: Tensor, pool: Tensor, target_ids: Tensor, pool_ids: Tensor) -> None:
+    problems = []
+    if queries.dim() != 2 or positives.shape != queries.shape:
+        problems.append(f"queries {tuple(queries.shape)} and positives {tuple(positives.shape)} must both be [M, D]")
+    if pool.dim() != 2 or pool.shape[1:] != queries.shape[1:]:
+        problems.append(f"pool {tuple(pool.shape)} must be [S, D], as wide as the queries {tuple(queries.shape)}")
+    if target_ids.shape != queries.shape[:1]:
+        problems.append(f"target_ids {tuple(target_ids.shape)} must be [M], M = {len(queries)}")
+    if pool_ids.shape != pool.shape[:1]:
+        problems.append(f"pool_ids {tuple(pool_ids.shape)} must be [S], S = {len(pool)}")
+    if problems:
+        raise ValueError("; ".join(problems))

@@ -1,0 +1,67 @@
+"""The reference kernels: every operator in plain PyTorch, on any device and in any dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hstu.ops.pytorch import attention, norm, softmax_loss
+from hstu.ops.types import (
+    OPERATORS,
+    AttentionKernels,
+    Backend,
+    GateKernels,
+    Kernels,
+    LayerNormKernels,
+    ProjectionKernels,
+    ServedBy,
+    TokenOrder,
+)
+
+
+def project_uvqk(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """See :class:`hstu.ops.types.ProjectionKernels`."""
+    projected = F.linear(x, weight, bias)
+    return projected, F.silu(projected)
+
+
+def add_positions(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    """See :attr:`hstu.ops.types.Kernels.add_positions`."""
+    return x + F.embedding(positions.clamp(max=len(table) - 1), table)
+
+
+def jagged_concat(parts: Sequence[Tensor], order: TokenOrder) -> Tensor:
+    """See :attr:`hstu.ops.types.Kernels.jagged_concat`."""
+    return _Permute.apply(torch.cat(list(parts)), order.source, order.inverse)
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order. The gradient of a permutation is its inverse: a gather, not a scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(source, inverse)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        source, inverse = ctx.saved_tensors
+        return _Permute.apply(grad, inverse, source), None, None
+
+
+REFERENCE_KERNELS = Kernels(
+    attention=AttentionKernels(attention.forward, attention.backward),
+    layer_norm=LayerNormKernels(norm.layer_norm_forward, norm.layer_norm_backward),
+    project_uvqk=ProjectionKernels(project_uvqk, F.silu),
+    norm_mul_dropout=GateKernels(norm.gate_forward, norm.gate_backward),
+    sampled_softmax_loss=softmax_loss.SampledSoftmaxLoss.apply,
+    l2_normalize=softmax_loss.l2_normalize,
+    pool_softmax_loss=softmax_loss.PoolSoftmaxLoss.apply,
+    jagged_concat=jagged_concat,
+    add_positions=add_positions,
+    served_by=dict.fromkeys(OPERATORS, ServedBy(Backend.PYTORCH)),
+)

@@ -1,0 +1,277 @@
+"""Kernels of HSTU attention: forward, gradients of k and v, of q, and of the relative bias.
+
+Backward recomputes the scores in each kernel. That costs seven products instead of five; in return no two programs
+write the same element, so there are no floating-point atomics and every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hstu.ops.triton.attention_tiles import (
+    bias_at,
+    distance_index,
+    keys_of_rows,
+    rows_of_keys,
+    scores,
+    sequence_at,
+    time_buckets,
+    visible,
+)
+from hstu.ops.triton.primitives import dot, load_rows, rows_of_head, sigmoid, silu_derivative, store_rows
+
+
+@triton.jit
+def _add_tile(
+    accumulator, q, k, v, rows, first_key, alpha, span, bias,
+    mode: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """accumulator + SiLU(scores) @ v for one tile of keys."""
+    keys = first_key + tl.arange(0, BLOCK_N)
+    i, j = rows[:, None], keys[None, :]
+    k_tile = load_rows(k, keys, span.length, mode.width, mode.block_d, MASKED)
+    s = scores(q, k_tile.T, i, j, alpha, span, bias, mode)
+    weights = s * sigmoid(s, mode.precision.fast_sigmoid)
+    if MASKED:
+        weights = tl.where(visible(i, j, span, mode), weights, 0.0)
+    v_tile = load_rows(v, keys, span.length, mode.width, mode.block_d, MASKED)
+    return dot(weights.to(v_tile.dtype), v_tile, accumulator, mode.precision)
+
+
+@triton.jit
+def attention_forward(
+    q, k, v, out, batch, bias, alpha, inverse_n,
+    mode: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out = SiLU(α q kᵀ + bias) ⊙ mask @ v / N. Grid: (tiles of the longest sequence, heads, sequences).
+
+    The longest sequences come first, and in each of them the last tile, which has the most keys under a causal mask.
+    Programs that run at the same time therefore read the same keys, and the programs that run last are short.
+    """
+    head = tl.program_id(1)
+    start, span = sequence_at(batch, tl.load(batch.order + tl.program_id(2)), mode)
+    tile = tl.cdiv(span.length, BLOCK_M) - 1 - tl.program_id(0)
+    if tile < 0:
+        return
+    bias = bias_at(bias, start, mode)
+    k_head, v_head = rows_of_head(k, start, head), rows_of_head(v, start, head)
+    first_row = tile * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    q_tile = load_rows(rows_of_head(q, start, head), rows, span.length, mode.width, mode.block_d, True)
+    total = tl.zeros((BLOCK_M, mode.block_d), tl.float32)
+    full, history_tiles, own, own_tiles = keys_of_rows(first_row, span, mode, BLOCK_M, BLOCK_N)
+    for first_key in tl.range(0, full, BLOCK_N):
+        total = _add_tile(total, q_tile, k_head, v_head, rows, first_key, alpha, span, bias, mode, BLOCK_N, False)
+    for index in tl.range(0, history_tiles + own_tiles):
+        first_key = full + index * BLOCK_N
+        if mode.candidates:
+            first_key = tl.where(index < history_tiles, first_key, own + (index - history_tiles) * BLOCK_N)
+        total = _add_tile(total, q_tile, k_head, v_head, rows, first_key, alpha, span, bias, mode, BLOCK_N, True)
+    store_rows(rows_of_head(out, start, head), rows, span.length, total * inverse_n, mode.width, mode.block_d)
+
+
+@triton.jit
+def _add_rows(
+    grad_k, grad_v, k, v, q, grad, keys, first_row, stop, alpha, span, bias,
+    mode: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add what rows [first_row, stop), at most BLOCK_M, contribute to the gradients of a tile of keys.
+
+    All tiles are transposed, so that the weights, which are in registers, are the left operand of the products. Rows
+    from ``stop`` on are read as zeros and contribute nothing.
+    """
+    rows = first_row + tl.arange(0, BLOCK_M)
+    i, j = rows[None, :], keys[:, None]
+    q_tile = load_rows(q, rows, stop, mode.width, mode.block_d, True)
+    s = scores(k, q_tile.T, i, j, alpha, span, bias, mode)
+    gate = sigmoid(s, mode.precision.fast_sigmoid)
+    weights = s * gate
+    slope = silu_derivative(s, gate)
+    if MASKED:
+        sees = visible(i, j, span, mode)
+        weights = tl.where(sees, weights, 0.0)
+        slope = tl.where(sees, slope, 0.0)
+    grad_tile = load_rows(grad, rows, stop, mode.width, mode.block_d, True)
+    grad_v = dot(weights.to(grad_tile.dtype), grad_tile, grad_v, mode.precision)
+    zero = tl.zeros((k.shape[0], BLOCK_M), tl.float32)
+    grad_scores = dot(v, grad_tile.T, zero, mode.precision) * slope
+    grad_k = dot(grad_scores.to(q_tile.dtype), q_tile, grad_k, mode.precision)
+    return grad_k, grad_v
+
+
+@triton.jit
+def attention_backward_keys(
+    q, k, v, grad, grad_k, grad_v, batch, bias, alpha, inverse_n,
+    mode: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of k and v. Grid: (tiles of the longest sequence, heads, sequences), longest sequences first.
+
+    Under a causal mask the first tile of keys is seen by the most rows.
+    """
+    head = tl.program_id(1)
+    start, span = sequence_at(batch, tl.load(batch.order + tl.program_id(2)), mode)
+    first_key = tl.program_id(0) * BLOCK_N
+    if first_key >= span.length:
+        return
+    bias = bias_at(bias, start, mode)
+    q_head, grad_head = rows_of_head(q, start, head), rows_of_head(grad, start, head)
+    keys = first_key + tl.arange(0, BLOCK_N)
+    k_tile = load_rows(rows_of_head(k, start, head), keys, span.length, mode.width, mode.block_d, True)
+    v_tile = load_rows(rows_of_head(v, start, head), keys, span.length, mode.width, mode.block_d, True)
+    sum_k = tl.zeros((BLOCK_N, mode.block_d), tl.float32)
+    sum_v = tl.zeros((BLOCK_N, mode.block_d), tl.float32)
+    context_tiles, first, masked_tiles, full, stop = rows_of_keys(first_key, span, mode, BLOCK_M, BLOCK_N)
+    for index in tl.range(0, context_tiles + masked_tiles):
+        first_row = first + (index - context_tiles) * BLOCK_M
+        stop_row = stop
+        if mode.contextual:
+            first_row = tl.where(index < context_tiles, index * BLOCK_M, first_row)
+            stop_row = tl.where(index < context_tiles, first, stop)
+        sum_k, sum_v = _add_rows(
+            sum_k, sum_v, k_tile, v_tile, q_head, grad_head, keys, first_row, stop_row, alpha, span, bias,
+            mode, BLOCK_M, True,
+        )  # fmt: skip
+    for first_row in tl.range(full, stop, BLOCK_M):
+        sum_k, sum_v = _add_rows(
+            sum_k, sum_v, k_tile, v_tile, q_head, grad_head, keys, first_row, stop, alpha, span, bias,
+            mode, BLOCK_M, False,
+        )  # fmt: skip
+    grad_k_head, grad_v_head = rows_of_head(grad_k, start, head), rows_of_head(grad_v, start, head)
+    store_rows(grad_k_head, keys, span.length, sum_k * (alpha * inverse_n), mode.width, mode.block_d)
+    store_rows(grad_v_head, keys, span.length, sum_v * inverse_n, mode.width, mode.block_d)
+
+
+@triton.jit
+def _add_keys(
+    grad_q, q, grad, k, v, rows, first_key, alpha, span, bias,
+    mode: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add what one tile of keys contributes to the gradient of a tile of queries."""
+    keys = first_key + tl.arange(0, BLOCK_N)
+    i, j = rows[:, None], keys[None, :]
+    k_tile = load_rows(k, keys, span.length, mode.width, mode.block_d, MASKED)
+    s = scores(q, k_tile.T, i, j, alpha, span, bias, mode)
+    slope = silu_derivative(s, sigmoid(s, mode.precision.fast_sigmoid))
+    if MASKED:
+        slope = tl.where(visible(i, j, span, mode), slope, 0.0)
+    v_tile = load_rows(v, keys, span.length, mode.width, mode.block_d, MASKED)
+    zero = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
+    grad_scores = dot(grad, v_tile.T, zero, mode.precision) * slope
+    return dot(grad_scores.to(k_tile.dtype), k_tile, grad_q, mode.precision)
+
+
+@triton.jit
+def attention_backward_queries(
+    q, k, v, grad, grad_q, batch, bias, alpha, inverse_n,
+    mode: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradient of q. Grid and order are those of attention_forward."""
+    head = tl.program_id(1)
+    start, span = sequence_at(batch, tl.load(batch.order + tl.program_id(2)), mode)
+    tile = tl.cdiv(span.length, BLOCK_M) - 1 - tl.program_id(0)
+    if tile < 0:
+        return
+    bias = bias_at(bias, start, mode)
+    k_head, v_head = rows_of_head(k, start, head), rows_of_head(v, start, head)
+    first_row = tile * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    q_tile = load_rows(rows_of_head(q, start, head), rows, span.length, mode.width, mode.block_d, True)
+    grad_tile = load_rows(rows_of_head(grad, start, head), rows, span.length, mode.width, mode.block_d, True)
+    total = tl.zeros((BLOCK_M, mode.block_d), tl.float32)
+    full, history_tiles, own, own_tiles = keys_of_rows(first_row, span, mode, BLOCK_M, BLOCK_N)
+    for first_key in tl.range(0, full, BLOCK_N):
+        total = _add_keys(
+            total, q_tile, grad_tile, k_head, v_head, rows, first_key, alpha, span, bias, mode, BLOCK_N, False
+        )
+    for index in tl.range(0, history_tiles + own_tiles):
+        first_key = full + index * BLOCK_N
+        if mode.candidates:
+            first_key = tl.where(index < history_tiles, first_key, own + (index - history_tiles) * BLOCK_N)
+        total = _add_keys(
+            total, q_tile, grad_tile, k_head, v_head, rows, first_key, alpha, span, bias, mode, BLOCK_N, True
+        )
+    grad_q_head = rows_of_head(grad_q, start, head)
+    store_rows(grad_q_head, rows, span.length, total * (alpha * inverse_n), mode.width, mode.block_d)
+
+
+@triton.jit
+def _add_to_buckets(totals, per_pair, rows, keys, span, bias, scale, BLOCK: tl.constexpr):
+    """Add the score gradients of a tile to the totals of their time buckets.
+
+    Along a row, equal buckets lie next to each other. Each run of them is added at once: as the prefix sum at its end
+    minus the prefix sum at the end of the run before it.
+    """
+    query_time = tl.load(bias.query_times + rows, mask=rows < span.length, other=0)[:, None]
+    token_time = tl.load(bias.token_times + keys, mask=keys < span.length, other=0)[None, :]
+    next_time = tl.load(bias.token_times + keys + 1, mask=keys + 1 < span.length, other=0)[None, :]
+    bucket = time_buckets(query_time, token_time, bias.thresholds)
+    next_bucket = time_buckets(query_time, next_time, bias.thresholds)
+    sums = (tl.cumsum(per_pair, axis=1) * scale).to(tl.int64)
+    is_last = (keys - keys // BLOCK * BLOCK == BLOCK - 1)[None, :] & (rows >= 0)[:, None]
+    changes = bucket != next_bucket
+    tl.atomic_add(totals + bucket, sums, mask=is_last | changes, sem="relaxed")
+    tl.atomic_add(totals + next_bucket, -sums, mask=changes & ~is_last, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_sequences", "first_diagonal"])
+def attention_backward_bias(
+    q, k, v, grad, position_totals, time_totals, scale, batch, bias, alpha,
+    num_slots, num_sequences, num_heads, first_diagonal,
+    mode: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the relative bias: the sums of dL/dscore over heads and pairs, by distance and by time bucket.
+
+    Grid: (diagonals of tiles, groups of sequences). A program walks down one diagonal, tile of rows − tile of keys =
+    constant, on which the distance of a pair depends only on its position in the tile: it sums over tiles, sequences
+    and heads in registers and adds to memory once. Sums are in fixed point (int64), in which the order of atomics does
+    not matter: every run gives the same bits.
+
+    position_totals: int64 [2 P - 1] and time_totals: int64 [num_slots, 128], zero before, receive the sums times
+    ``scale``, a float32 [1]. The slots are copies that let atomics proceed side by side.
+    """
+    diagonal = first_diagonal + tl.program_id(0)
+    index_in_tile = tl.arange(0, BLOCK)
+    factor = tl.load(scale)
+    slot = (tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)) % num_slots
+    slot_totals = time_totals.data + slot * time_totals.stride_row
+    along_diagonal = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for sequence in tl.range(tl.program_id(1), num_sequences, tl.num_programs(1)):
+        start, span = sequence_at(batch, sequence, mode)
+        own_bias = bias_at(bias, start, mode)
+        tiles = tl.cdiv(span.length, BLOCK)
+        last_tile = tl.minimum(tiles, tiles + diagonal)
+        if mode.causal:  # noqa: SIM102  # the compiler decides this condition, the program the other
+            if diagonal < 0:  # only contextual rows see later keys
+                last_tile = tl.minimum(last_tile, tl.cdiv(span.num_contextuals, BLOCK))
+        for tile in tl.range(tl.maximum(diagonal, 0), last_tile):
+            rows = tile * BLOCK + index_in_tile
+            keys = (tile - diagonal) * BLOCK + index_in_tile
+            i, j = rows[:, None], keys[None, :]
+            sees = visible(i, j, span, mode) & (i < span.length)
+            per_pair = tl.zeros((BLOCK, BLOCK), tl.float32)
+            for head in tl.range(0, num_heads):
+                q_tile = load_rows(rows_of_head(q, start, head), rows, span.length, mode.width, mode.block_d, True)
+                k_tile = load_rows(rows_of_head(k, start, head), keys, span.length, mode.width, mode.block_d, True)
+                s = scores(q_tile, k_tile.T, i, j, alpha, span, own_bias, mode)
+                slope = silu_derivative(s, sigmoid(s, mode.precision.fast_sigmoid))
+                grad_head, v_head = rows_of_head(grad, start, head), rows_of_head(v, start, head)
+                grad_tile = load_rows(grad_head, rows, span.length, mode.width, mode.block_d, True)
+                v_tile = load_rows(v_head, keys, span.length, mode.width, mode.block_d, True)
+                zero = tl.zeros((BLOCK, BLOCK), tl.float32)
+                per_pair += dot(grad_tile, v_tile.T, zero, mode.precision) * slope
+            per_pair = tl.where(sees, per_pair, 0.0)
+            _add_to_buckets(slot_totals, per_pair, rows, keys, span, own_bias, factor, BLOCK)
+            if mode.candidates:
+                # All candidates share a position, so the distance is not i − j: these pairs are added at once.
+                shared = (i > span.end) | (j > span.end)
+                if (tile + 1) * BLOCK > span.end:
+                    index = distance_index(i, j, span.end, own_bias.farthest)
+                    fixed = (per_pair * factor).to(tl.int64)
+                    tl.atomic_add(position_totals + index, fixed, mask=shared & sees, sem="relaxed")
+                per_pair = tl.where(shared, 0.0, per_pair)
+            along_diagonal += per_pair
+    distance = diagonal * BLOCK + index_in_tile[:, None] - index_in_tile[None, :]
+    index = tl.minimum(tl.maximum(distance, -bias.farthest), bias.farthest) + bias.farthest
+    fixed = (along_diagonal * factor).to(tl.int64)
+    tl.atomic_add(position_totals + index, fixed, mask=fixed != 0, sem="relaxed")

@@ -1,0 +1,79 @@
+"""Data parallelism of the dense part.
+
+The gradient of the loss ``local sum / global number of labels × data-parallel size`` is averaged over ranks here by
+DDP and in TorchRec's exchange for the tables, so an update is that of the mean over the global batch.
+"""
+
+# No postponed annotations: DDP inspects those of the communication hook.
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hstu.model.gr_model import GRModel
+from hstu.parallel.mesh import Mesh
+
+
+class ReplicatedDense(DistributedDataParallel):
+    """DDP that also checks this rank's gradients before they are averaged: a nan then still shows its rank."""
+
+    def __init__(self, dense: nn.Module, group: dist.ProcessGroup, sent_as: torch.dtype = torch.float32) -> None:
+        super().__init__(dense, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.sent_as = sent_as
+        """Dtype in which gradients are exchanged. They are float32 before and after."""
+        self.own_buckets_finite: list[Tensor] = []
+        """One bool scalar on the device per bucket averaged in this step."""
+        self.register_comm_hook(self, _average_bucket)
+
+    def average_bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Start to average a bucket that DDP has filled; returns a future of the averages."""
+        gradients, group = bucket.buffer(), self.process_group
+        sent = gradients.to(self.sent_as)  # no copy if the dtype is the same
+        self.own_buckets_finite.append(all_finite([sent]))  # finite in this dtype; then the average is finite, too
+        sent.mul_(1.0 / dist.get_world_size(group))  # the same bits as DDP's own averaging
+        averaged = dist.all_reduce(sent, group=group, async_op=True).get_future()
+        if sent is gradients:
+            return averaged.then(lambda done: done.value()[0])
+        return averaged.then(lambda done: gradients.copy_(done.value()[0]))
+
+
+def _average_bucket(dense: ReplicatedDense, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    return dense.average_bucket(bucket)
+
+
+def replicate_dense(model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32) -> GRModel:
+    """Wrap ``model.dense``, replicated tables included, in DDP over the data-parallel group if it has several ranks.
+
+    ``sent_as``: see ReplicatedDense. Every parameter gets a gradient on every rank, even for batches without labels
+    (see DenseModel), so DDP need not search for unused parameters.
+    """
+    if mesh.dp_size > 1:
+        model.dense = ReplicatedDense(model.dense, mesh.dp_group, sent_as)
+    return model
+
+
+def unwrap_dense(model: GRModel) -> nn.Module:
+    """The dense part without its DDP wrapper, so that parameter names do not depend on the number of ranks."""
+    dense = model.dense
+    return dense.module if isinstance(dense, DistributedDataParallel) else dense
+
+
+def own_gradients_finite(dense: nn.Module) -> Tensor:
+    """After backward: whether this rank's gradients of the dense part are finite before averaging; bool scalar."""
+    if isinstance(dense, ReplicatedDense):
+        buckets, dense.own_buckets_finite = dense.own_buckets_finite, []
+        return torch.stack(buckets).all()
+    return all_finite([parameter.grad for parameter in dense.parameters() if parameter.grad is not None])
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether all numbers are finite, as a bool scalar on the device, without a host wait.
+
+    The sum of all numbers is not finite if any of them is not. It takes one pass over each tensor and is many times
+    faster than isfinite.
+    """
+    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
+    return torch.stack(sums).sum().isfinite() if sums else torch.tensor(True)

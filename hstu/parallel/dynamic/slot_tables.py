@@ -1,0 +1,319 @@
+"""Implementations of SlotTable: TorchSlots on any device, CpuSlots in C++, and the choice between them.
+
+TorchSlots is the reference. On a GPU it uses the hash index of hstu/ops/triton/slots.py; elsewhere it keeps the ids
+sorted. A batch on a GPU waits for the device once, and a few more times if it has new ids.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import weakref
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hstu.config.args import DynamicEmbeddingArgs
+from hstu.ops.cpu.build import KernelsUnavailable, address, int32, int64, library, library_file, pointer
+from hstu.ops.select import select_slot_index
+from hstu.ops.self_check import record_passed
+from hstu.parallel.dynamic.slots import (
+    NO_SLOT,
+    Assignment,
+    Counters,
+    Policy,
+    SlotTable,
+    counts_of,
+    eviction_order,
+    score,
+    steps_of,
+)
+
+if TYPE_CHECKING:  # Triton need not be installed
+    from hstu.ops.triton.slots import SlotIndex
+
+log = logging.getLogger(__name__)
+
+_HIGHEST = torch.iinfo(torch.int64).max
+
+
+def create_slots(table: str, args: DynamicEmbeddingArgs, capacity: int, device: torch.device) -> SlotTable:
+    """The fastest implementation that this machine has, for the ``table`` of that name."""
+    policy: Policy = "lfu" if args.evict_strategy == "lfu" else "lru"
+    threshold = args.admission_threshold
+    if device.type == "cpu":
+        try:
+            check_cpu_slots()
+            return CpuSlots(capacity, policy, threshold)
+        except KernelsUnavailable as reason:
+            log.warning("table %s: PyTorch looks up its ids, there are no C++ kernels: %s", table, reason)
+    elif device.type == "cuda":
+        index, unsupported_reason = select_slot_index(device)
+        if index is not None:
+            return TorchSlots(capacity, policy, threshold, str(device), index)
+        log.warning("table %s: PyTorch looks up its ids, Triton cannot: %s", table, unsupported_reason)
+    return TorchSlots(capacity, policy, threshold, str(device))
+
+
+class SortedIndex:
+    """The slot of each id, as a sorted list: every change sorts again. See SlotIndex for the methods."""
+
+    def __init__(self, capacity: int, device: str) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all ids."""
+        self._sorted_ids = self._slots = torch.empty(0, dtype=torch.int64)
+
+    def has_room(self, number: int) -> bool:
+        """Whether ``number`` ids can be inserted into what is there: never."""
+        return False
+
+    def insert(self, ids: Tensor, slots: Tensor) -> None:
+        """Hold all ``ids``, int64 [n], whose ``slots`` must be 0, 1, …, n - 1."""
+        self._sorted_ids, self._slots = ids.sort()
+
+    def erase(self, ids: Tensor, slots: Tensor) -> None:
+        """Never called, as there is never room."""
+        raise NotImplementedError
+
+    def find(self, wanted: Tensor, ids: Tensor) -> Tensor:
+        """Slots of ``wanted``, int64 [n], NO_SLOT for an id without one. ``ids``: int64 [capacity], by slot."""
+        if not len(self._sorted_ids):
+            return torch.full_like(wanted, NO_SLOT)
+        found = torch.searchsorted(self._sorted_ids, wanted).clamp_(max=len(self._sorted_ids) - 1)
+        return torch.where(self._sorted_ids[found] == wanted, self._slots[found], NO_SLOT)
+
+    def count(self, wanted: Tensor, ids: Tensor, counts: Tensor | None, scores: Tensor, step: int, lfu: bool) -> Tensor:
+        """``find``, and update the ``scores`` of the ids that are found and occur ``counts`` times (None: once)."""
+        policy: Policy = "lfu" if lfu else "lru"
+        slots = self.find(wanted, ids)
+        known = slots != NO_SLOT
+        held, which = slots[known].unique(return_inverse=True)
+        occurrences = torch.ones_like(which) if counts is None else counts[known]
+        seen = counts_of(policy, scores[held]).index_add_(0, which, occurrences)
+        scores[held] = score(policy, seen, step)
+        return slots
+
+
+class _Placement(NamedTuple):
+    """The outcome for n distinct ids that had no slot."""
+
+    slots: Tensor
+    """[n]: their slots now, or NO_SLOT."""
+    placed: Tensor
+    """[k]: indices of the ids that got a slot."""
+    new_slots: Tensor
+    """[k]: the slots that these got."""
+    evicted_ids: Tensor
+
+
+class TorchSlots(SlotTable):
+    """See SlotTable. On any device; ``index`` finds the slot of an id."""
+
+    def __init__(
+        self,
+        capacity: int,
+        policy: Policy,
+        admission_threshold: int = 0,
+        device: str = "cpu",
+        index: type[SortedIndex] | type[SlotIndex] = SortedIndex,
+    ) -> None:
+        self._index = index(capacity, device)
+        super().__init__(capacity, policy, admission_threshold, device)
+        self._rebuild()
+
+    def _like(self, capacity: int, policy: Policy) -> TorchSlots:
+        return TorchSlots(capacity, policy, device=str(self.ids.device), index=type(self._index))
+
+    def _rebuild(self) -> None:
+        self._index.clear()
+        self._index.insert(self.ids[: self.size], torch.arange(self.size, device=self.ids.device))
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """See SlotTable."""
+        return self._index.find(ids, self.ids)
+
+    def assign(self, ids: Tensor, step: int) -> Assignment:
+        """See SlotTable."""
+        slots = self._count(ids, None, step)
+        absent = (slots == NO_SLOT).nonzero()[:, 0]
+        counters = Counters(lookups=len(ids), hits=len(ids) - len(absent))
+        if not len(absent):
+            return Assignment(slots, absent, absent, absent, counters)
+        new, counts, which = _distinct(ids[absent])
+        placement = self._place_admitted(new, counts, step, counters)
+        slots[absent] = placement.slots[which]
+        counters.insertions, counters.evictions = len(placement.placed), len(placement.evicted_ids)
+        return Assignment(slots, placement.new_slots, new[placement.placed], placement.evicted_ids, counters)
+
+    def _count(self, ids: Tensor, counts: Tensor | None, step: int) -> Tensor:
+        """Look up ``ids``, which occur ``counts`` times each (None: once), and update the scores of those found."""
+        return self._index.count(ids, self.ids, counts, self.scores, step, lfu=self.policy == "lfu")
+
+    def _place_admitted(self, ids: Tensor, counts: Tensor, step: int, counters: Counters) -> _Placement:
+        """Slots for the distinct new ids that are admitted; updates the counters of the others."""
+        if self.sightings is None:
+            placement, admitted = self._place(ids, counts, step), counts
+        else:
+            assert isinstance(self.sightings, TorchSlots)
+            passed = (self.sightings._sight(ids, counts, step) >= self.admission_threshold).nonzero()[:, 0]
+            admitted = counts[passed]
+            of_passed = self._place(ids[passed], admitted, step)
+            slots = torch.full_like(ids, NO_SLOT).index_copy_(0, passed, of_passed.slots)
+            placement = of_passed._replace(slots=slots, placed=passed[of_passed.placed])
+        if len(admitted) < len(ids):
+            counters.waiting = int(counts.sum() - admitted.sum())
+        if len(placement.placed) < len(admitted):
+            counters.rejections = int(admitted.sum() - counts[placement.placed].sum())
+        return placement
+
+    def _sight(self, ids: Tensor, counts: Tensor, step: int) -> Tensor:
+        """Add ``counts`` sightings of distinct ids; returns how often each was sighted, int64 [n]."""
+        slots = self._count(ids, counts, step)
+        absent = (slots == NO_SLOT).nonzero()[:, 0]
+        slots[absent] = self._place(ids[absent], counts[absent], step).slots
+        return torch.where(slots != NO_SLOT, counts_of(self.policy, self.scores[slots]), counts)
+
+    def _place(self, ids: Tensor, counts: Tensor, step: int) -> _Placement:
+        """Give slots to distinct ids without one that occur ``counts`` times, as far as slots go."""
+        evicted = self._beaten(score(self.policy, counts, step), step)
+        placed = self._most_seen(ids, counts, self.capacity - self.size + len(evicted))
+        size = min(self.capacity, self.size + len(placed))
+        new_slots = torch.cat([torch.arange(self.size, size, device=ids.device), evicted])
+        new_ids, evicted_ids, self.size = ids[placed], self.ids[evicted], size
+        self.ids[new_slots], self.scores[new_slots] = new_ids, score(self.policy, counts[placed], step)
+        if len(placed) and self._index.has_room(len(new_ids)):
+            self._index.erase(evicted_ids, evicted)
+            self._index.insert(new_ids, new_slots)
+        elif len(placed):
+            self._rebuild()
+        slots = torch.full_like(ids, NO_SLOT).index_copy_(0, placed, new_slots)
+        return _Placement(slots, placed, new_slots, evicted_ids)
+
+    def _beaten(self, new: Tensor, step: int) -> Tensor:
+        """Slots whose ids are evicted by new ids of these scores, the lowest score first."""
+        unused = self.capacity - self.size
+        number = min(len(new) - unused, self.size)
+        if number <= 0:
+            return torch.empty(0, dtype=torch.int64, device=new.device)
+        contenders = new.sort(descending=True).values[unused : unused + number]
+        scores = self.scores[: self.size]
+        is_other = steps_of(self.policy, scores) != step
+        # Selection takes a few passes over the table; only the slots up to the bound are sorted.
+        bound = torch.where(is_other, scores, _HIGHEST).topk(number, largest=False, sorted=False).values.max()
+        candidates = (is_other & (scores <= bound) & (scores < contenders[0])).nonzero()[:, 0]
+        lowest = candidates[eviction_order(scores[candidates], self.ids[candidates])[:number]]
+        # One side falls and the other rises, so the beaten ones come first.
+        return lowest[: int((scores[lowest] < contenders[: len(lowest)]).sum())]
+
+    def _most_seen(self, ids: Tensor, counts: Tensor, number: int) -> Tensor:
+        """Indices of the ``number`` ids seen most often, ascending."""
+        if number >= len(ids):
+            return torch.arange(len(ids), device=ids.device)
+        return eviction_order(counts, ids)[len(ids) - number :].sort().values
+
+
+def _distinct(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(distinct ids by first occurrence, how often each occurs, index of each of ``ids`` among them)."""
+    ordered, order = ids.sort(stable=True)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    torch.ne(ordered[1:], ordered[:-1], out=begins[1:])
+    starts = begins.nonzero()[:, 0]
+    counts = starts.diff(append=starts.new_full((1,), len(ids)))
+    first = order[starts]
+    by_occurrence = first.argsort()
+    number = torch.empty_like(by_occurrence)
+    number[by_occurrence] = torch.arange(len(first), device=ids.device)
+    which = torch.empty_like(order)
+    which[order] = number[begins.cumsum(0) - 1]
+    return ids[first[by_occurrence]], counts[by_occurrence], which
+
+
+class CpuSlots(SlotTable):
+    """See SlotTable. In C++ (hstu/ops/cpu/csrc/slots.h), on one thread.
+
+    Raises hstu.ops.cpu.build.KernelsUnavailable where there is no compiler.
+    """
+
+    def __init__(self, capacity: int, policy: Policy, admission_threshold: int = 0) -> None:
+        super().__init__(capacity, policy, admission_threshold)
+        records = torch.zeros(capacity, 2, dtype=torch.int64)  # id and score of a slot share a cache line
+        self.ids, self.scores = records.unbind(1)
+        self._library = library()
+        self._library.hstu_slots_new.restype = pointer
+        self._library.hstu_slots_size.restype = int64
+        lfu = int32(policy == "lfu")
+        self._handle = pointer(self._library.hstu_slots_new(int64(capacity), lfu, _pointer(records)))
+        weakref.finalize(self, self._library.hstu_slots_free, self._handle)
+        if self.sightings is not None:
+            assert isinstance(self.sightings, CpuSlots)
+            self._library.hstu_slots_set_admission(self._handle, self.sightings._handle, int64(admission_threshold))
+
+    def _like(self, capacity: int, policy: Policy) -> CpuSlots:
+        return CpuSlots(capacity, policy)
+
+    def _rebuild(self) -> None:
+        self._library.hstu_slots_rebuild(self._handle, int64(self.size))
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """See SlotTable."""
+        ids, slots = ids.contiguous(), torch.empty_like(ids)
+        self._library.hstu_slots_lookup(self._handle, _pointer(ids), int64(len(ids)), _pointer(slots))
+        return slots
+
+    def assign(self, ids: Tensor, step: int) -> Assignment:
+        """See SlotTable."""
+        ids, slots = ids.contiguous(), torch.empty_like(ids)
+        most = min(len(ids), self.capacity)
+        new_slots, new_ids, evicted_ids = (torch.empty(most, dtype=torch.int64) for _ in range(3))
+        counts = torch.empty(6, dtype=torch.int64)
+        outputs = map(_pointer, (slots, new_slots, new_ids, evicted_ids, counts))
+        self._library.hstu_slots_assign(self._handle, _pointer(ids), int64(len(ids)), int64(step), *outputs)
+        self._read_sizes()
+        counters = Counters(*counts.tolist())
+        new = slice(counters.insertions)
+        return Assignment(slots, new_slots[new], new_ids[new], evicted_ids[: counters.evictions], counters)
+
+    def _read_sizes(self) -> None:
+        self.size = self._library.hstu_slots_size(self._handle)
+        if self.sightings is not None:
+            assert isinstance(self.sightings, CpuSlots)
+            self.sightings._read_sizes()
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return pointer(address(tensor))
+
+
+def check_cpu_slots() -> None:
+    """Compare CpuSlots with TorchSlots once per machine, as compilers have defects; takes some hundredths of a second.
+
+    Raises KernelsUnavailable where there is no compiler, or where the two differ.
+    """
+    passed = library_file().with_suffix(".slots_checked")
+    if passed.exists():
+        return
+    policies: tuple[Policy, ...] = ("lru", "lfu")
+    for policy in policies:
+        for threshold in (0, 2):
+            _compare(policy, threshold, capacity=300, batches=30)
+    record_passed(passed)
+
+
+def _compare(policy: Policy, threshold: int, capacity: int, batches: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tables = CpuSlots(capacity, policy, threshold), TorchSlots(capacity, policy, threshold)
+    for step in range(1, batches + 1):
+        ids = torch.randn(200, generator=generator).mul(capacity).long()
+        compiled, expected = (table.assign(ids, step) for table in tables)
+        same = all(
+            torch.equal(getattr(compiled, name), getattr(expected, name))
+            for name in ("slots", "new_slots", "new_ids", "evicted_ids")
+        )
+        if not same or compiled.counters != expected.counters:
+            raise KernelsUnavailable(
+                f"the C++ slots of dynamic tables ({policy}) differ from PyTorch's; please report this with the "
+                "output of `c++ --version`"
+            )

@@ -1,0 +1,282 @@
+"""Table kernels that FBGEMM lacks, inside TorchRec's sharding: Adam on the CPU, and clamped gradients of rows.
+
+Adam on the CPU needs kernels of its own because of two defects of fbgemm-gpu 1.8.0 and torchrec 1.8.0. The fused CPU
+tables implement only SGD, Adagrad and row-wise Adagrad ("not supported in CPU mode"). The DENSE compute kernel's
+DenseTableBatchedEmbeddingBags ignores PoolingMode.NONE on the CPU and pools. tests/parallel/test_table_kernels.py fails
+when one of them is fixed. Input and output exchange, sharding and state dicts stay TorchRec's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.nn import functional
+from torchrec import EmbeddingCollection, KeyedJaggedTensor
+from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
+from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embedding_kernel import BaseEmbedding, get_state_dict
+from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
+from torchrec.distributed.types import ParameterSharding, ShardingEnv
+
+
+class RowSparseEmbedding(BaseEmbedding):
+    """This rank's shards of a group of tables, looked up with F.embedding(sparse=True).
+
+    Several shards of one table (column-wise) are stacked by rows in one parameter, as in TorchRec's own kernels.
+    """
+
+    def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None):
+        super().__init__()
+        self._config = config
+        self._pg = pg
+        shards: dict[str, list[int]] = {}
+        self._first_rows: list[int] = []
+        for table in config.embedding_tables:
+            rows = shards.setdefault(table.name, [])
+            self._first_rows.append(sum(rows))
+            rows.append(table.local_rows)
+        cols = {table.name: table.local_cols for table in config.embedding_tables}
+        self._weights = {
+            name: nn.Parameter(torch.zeros((sum(rows), cols[name]), device=device)) for name, rows in shards.items()
+        }
+
+    @property
+    def config(self) -> GroupedEmbeddingConfig:
+        """The tables of this group."""
+        return self._config
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        """Rows of all features, table after table, flattened to [tokens · columns]."""
+        ids, ends = features.values(), features.offset_per_key()[1:]
+        looked_up, key, start = [], 0, 0
+        for table, first_row in zip(self._config.embedding_tables, self._first_rows, strict=True):
+            key += table.num_features()
+            stop = ends[key - 1]
+            rows = ids[start:stop] + first_row if first_row else ids[start:stop]
+            looked_up.append(functional.embedding(rows, self._weights[table.name], sparse=True).flatten())
+            start = stop
+        return torch.cat(looked_up)
+
+    def named_parameters_by_table(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(table name, parameter) pairs, which the sharded collection registers as its own."""
+        yield from self._weights.items()
+
+    def as_sharded_tensors(self, tensors: Mapping[str, Tensor], suffix: str = "weight") -> dict[str, ShardedTensor]:
+        """Wrap tensors shaped like the parameters (table → tensor) as live ShardedTensors ``<table>.<suffix>``."""
+        shards = [
+            tensors[table.name].detach()[first_row : first_row + table.local_rows]
+            for table, first_row in zip(self._config.embedding_tables, self._first_rows, strict=True)
+        ]
+        sharded = get_state_dict(self._config.embedding_tables, shards, self._pg)
+        return {f"{key.removesuffix('.weight')}.{suffix}": tensor for key, tensor in sharded.items()}
+
+    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+        """The shards as ShardedTensors, as in TorchRec's kernels."""
+        state = {} if destination is None else destination
+        state.update({f"{prefix}{key}": tensor for key, tensor in self.as_sharded_tensors(self._weights).items()})
+        return state
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """(``<prefix>.<table>.weight``, parameter) pairs."""
+        for name, weight in self._weights.items():
+            yield f"{prefix}.{name}.weight" if prefix else f"{name}.weight", weight
+
+    def flush(self) -> None:
+        """Do nothing: there is no cache to write back."""
+
+    def purge(self) -> None:
+        """Do nothing: there is no cache to empty."""
+
+
+class LazyAdam(torch.optim.Optimizer):
+    """FBGEMM's Adam (OptimType.ADAM without weight decay) on parameters with row-sparse gradients.
+
+    At step t, counted over all steps of the optimizer, on the rows of the gradient alone:
+        m ← β1 m + (1 - β1) g,   v ← β2 v + (1 - β2) g²
+        w ← w - lr · (m / (1 - β1ᵗ)) / (√(v / (1 - β2ᵗ)) + ε)
+    Other rows keep their weights and moments, and cost nothing. torch.optim.SparseAdam differs: it adds ε to the
+    uncorrected √v.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        """``params``: parameters, or groups of them as in torch.optim.
+
+        A group may have its own ``lr``, and a ``max_gradient`` to whose absolute value the gradients of rows are
+        clamped.
+        """
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "max_gradient": None})
+        self.steps = 0
+        """Steps taken; part of the state to checkpoint."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+    @torch.no_grad()
+    def step(self, found_inf: Tensor | None = None) -> None:  # type: ignore[override]
+        """Update the rows of each parameter's gradient (sparse COO; repeated rows are summed in order).
+
+        ``found_inf``: scalar on the device; where it is not 0, no weight and no moment changes.
+        """
+        self.steps += 1
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                rows, values = _sum_by_row(parameter.grad)
+                if group["max_gradient"] is not None:
+                    values.clamp_(-group["max_gradient"], group["max_gradient"])
+                state = self.state[parameter]
+                first = state["exp_avg"].index_select(0, rows).lerp_(values, 1 - beta1)
+                second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2)
+                second.addcmul_(values, values, value=1 - beta2)
+                if found_inf is not None:
+                    first = torch.where(found_inf > 0, state["exp_avg"].index_select(0, rows), first)
+                    second = torch.where(found_inf > 0, state["exp_avg_sq"].index_select(0, rows), second)
+                state["exp_avg"].index_copy_(0, rows, first)
+                state["exp_avg_sq"].index_copy_(0, rows, second)
+                update = first.div_(correction1).div_(second.div_(correction2).sqrt_().add_(group["eps"]))
+                if found_inf is not None:
+                    update.masked_fill_(found_inf > 0, 0.0)
+                parameter.index_add_(0, rows, update, alpha=-group["lr"])
+
+
+def _sum_by_row(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """(distinct rows, sums of their gradients).
+
+    Sums are taken in the order in which rows occur, so their bits do not depend on the position of a row in its table.
+    ``coalesce`` sorts without keeping that order.
+    """
+    rows, index = gradient._indices()[0].unique(return_inverse=True)
+    values = gradient._values()
+    return rows, values.new_zeros((len(rows), *values.shape[1:])).index_add_(0, index, values)
+
+
+class ClampedFusedEmbedding(BatchedFusedEmbedding):
+    """TorchRec's fused kernel of a group of tables, with each row's gradient clamped to [-max_gradient, max_gradient].
+
+    ``max_gradient`` comes from the group's fused_params, where FBGEMM ignores it unless gradient_clipping is set.
+    FBGEMM's gradient_clipping clamps the contribution of each lookup before it sums them, so the update would depend on
+    how often an id occurs and on which ranks. Here the gradient is first summed over all lookups of the global batch.
+    """
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        """Rows float32 [tokens, columns]."""
+        rows: Tensor = super().forward(features)
+        if rows.requires_grad:
+            rows = _ClampRowGradients.apply(rows, self._row_indices(features), self.config.fused_params["max_gradient"])
+        return rows
+
+    def _row_indices(self, features: KeyedJaggedTensor) -> Tensor:
+        """The row that each token looks up, int64 [tokens], counted through all tables of the group."""
+        ids, ends, rows, key, first_row = features.values(), [0, *features.offset_per_key()[1:]], [], 0, 0
+        for table in self.config.embedding_tables:
+            start, stop = ends[key], ends[key + table.num_features()]
+            rows.append(ids[start:stop] + first_row)
+            key, first_row = key + table.num_features(), first_row + table.local_rows
+        return torch.cat(rows)
+
+
+class _ClampRowGradients(torch.autograd.Function):
+    """Identity in forward; clamp_row_sums in backward."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, looked_up: Tensor, rows: Tensor, limit: float) -> Tensor:
+        ctx.rows, ctx.limit = rows, limit  # type: ignore[attr-defined]
+        return looked_up.view_as(looked_up)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return clamp_row_sums(gradients[0], ctx.rows, ctx.limit), None, None  # type: ignore[attr-defined]
+
+
+def clamp_row_sums(gradients: Tensor, rows: Tensor, limit: float) -> Tensor:
+    """Replace the gradient at each row's first occurrence by the clamped sum over all occurrences, the others by 0.
+
+    ``gradients``: [n, D], as the result; ``rows``: int64 [n]. Sums go in the order of the occurrences, without atomics,
+    and the host does not wait for the device.
+    """
+    ordered, order = rows.sort(stable=True)
+    starts_run = torch.ones_like(ordered, dtype=torch.bool)
+    starts_run[1:] = ordered[1:] != ordered[:-1]
+    positions = torch.arange(len(rows), device=rows.device)
+    run_start = torch.where(starts_run, positions, 0).cummax(0).values if len(rows) else positions
+    first = torch.empty_like(order)
+    first[order] = order[run_start]
+    sums = torch.zeros_like(gradients)
+    if sums.device.type == "cpu":
+        sums.index_add_(0, first, gradients)
+    else:  # index_add_ uses atomics there; index_put_ sorts
+        sums.index_put_((first,), gradients, accumulate=True)
+    return sums.clamp_(-limit, limit)
+
+
+class RowSparseLookup(GroupedEmbeddingsLookup):
+    """TorchRec's lookup with the kernels above.
+
+    Groups with the DENSE compute kernel get RowSparseEmbedding; fused groups with ``max_gradient`` get
+    ClampedFusedEmbedding.
+    """
+
+    def _create_embedding_kernel(
+        self,
+        config: GroupedEmbeddingConfig,
+        pg: dist.ProcessGroup | None,
+        device: torch.device | None,
+        env: ShardingEnv | None = None,
+    ) -> BaseEmbedding:
+        if config.compute_kernel is EmbeddingComputeKernel.DENSE:
+            return RowSparseEmbedding(config, pg, device)
+        if "max_gradient" in (config.fused_params or {}):
+            caching = EmbeddingComputeKernel.FUSED_UVM_CACHING
+            self._need_prefetch |= any(table.compute_kernel is caching for table in config.embedding_tables)
+            return ClampedFusedEmbedding(config, pg, device)
+        return super()._create_embedding_kernel(config, pg, device, env)
+
+
+class RowSparseEmbeddingCollection(ShardedEmbeddingCollection):
+    """TorchRec's sharded collection with RowSparseLookup."""
+
+    def _create_lookups(self) -> None:
+        for sharding in self._sharding_type_to_sharding.values():
+            self._lookups.append(
+                RowSparseLookup(sharding._grouped_embedding_configs, pg=sharding._pg, device=self._device)
+            )
+
+
+class CollectionSharder(EmbeddingCollectionSharder):
+    """Shards EmbeddingCollections into ``kind``, a subclass of TorchRec's sharded collection."""
+
+    def __init__(self, kind: type[ShardedEmbeddingCollection], fused_params: dict[str, Any]) -> None:
+        super().__init__(fused_params)
+        self._kind = kind
+
+    def shard(
+        self,
+        module: EmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedEmbeddingCollection:
+        """See EmbeddingCollectionSharder."""
+        return self._kind(module, params, env, self.fused_params, device, module_fqn=module_fqn)

@@ -1,0 +1,161 @@
+"""One training step, from the look-up in the tables to the moving average of the weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hstu.data.batch import NEGATIVES, POOL, HSTUBatch
+from hstu.data.train_batch import TrainBatch
+from hstu.model.gr_model import GRModel, as_jagged
+from hstu.optim.loss_scale import LossScale
+from hstu.optim.optimizers import Optimizers
+from hstu.parallel.ddp import ReplicatedDense, all_finite, own_gradients_finite
+from hstu.parallel.group import gather_embeddings
+from hstu.parallel.mesh import Mesh
+from hstu.pipeline.finite import FiniteCheck
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One finished optimizer step."""
+
+    loss: Tensor
+    """Mean over the labelled tokens of the *global* batch, float32 scalar on the device, equal on all ranks."""
+    batch: HSTUBatch
+    """This rank's batch, on the device. A resumed run continues at its ``position``."""
+
+
+def no_overlap() -> None:
+    """Nothing runs beside the step."""
+
+
+class TrainStep:
+    """One optimizer step per call. All pipelines use it; they add only what overlaps with it."""
+
+    def __init__(
+        self,
+        model: GRModel,
+        optimizers: Optimizers,
+        mesh: Mesh,
+        max_grad_norm: float = 0.0,
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizers = optimizers
+        self.mesh = mesh
+        self.max_grad_norm = max_grad_norm
+        self.loss_scale = loss_scale
+        self.check = FiniteCheck(mesh, loss_scale)
+
+    def __call__(self, batch: TrainBatch, overlap: Callable[[], None] = no_overlap) -> StepResult:
+        """Train on a batch that is on the device.
+
+        ``overlap``: called once, between the backward of the dense part and that of the tables. Pipelines start their
+        overlapping work there. Raises NonFiniteStep on all ranks alike, see FiniteCheck.
+        """
+        self.optimizers.zero_grad()
+
+        # Rows of the sharded tables: those of this rank, or of its tensor-parallel group.
+        rows = self.model.look_up(batch.own)
+        if batch.group is not None:
+            rows = gather_embeddings(rows, batch.group, self.mesh.tp_group)
+        if batch.pool_positions is not None and self.model.item_feature in rows:
+            rows[POOL] = rows[self.model.item_feature].index_select(0, batch.pool_positions)
+
+        # Forward and backward of the dense part, one micro-batch after another. Tables are updated inside their
+        # backward, so gradients stop at detached rows until those of the whole step are known.
+        leaves = detach_rows(rows, batch.parts)
+        num_labels = self._count_labels(batch)
+        loss_weight = self.mesh.dp_size * (self.loss_scale.value if self.loss_scale else 1) / num_labels
+        loss_sum = torch.zeros((), device=num_labels.device)
+        for index, part in enumerate(batch.parts):
+            with self._gradient_sync(is_last=index == len(batch.parts) - 1):
+                output = self.model.dense([as_jagged(leaves[index], part)], part)
+                (output.loss_sum * loss_weight).backward()
+            loss_sum += output.loss_sum.detach().float()
+            self.mesh.heartbeat.beat()
+        row_gradients = collect_row_gradients(rows, leaves)
+
+        # All ranks decide alike whether the step counts.
+        finite = all_finite(row_gradients).logical_and(own_gradients_finite(self.model.dense))
+        loss = self.check(loss_sum, finite, batch.own) / num_labels
+        overlap()
+        if self.loss_scale is not None and not self._unscale(row_gradients, self.loss_scale):
+            return StepResult(loss, batch.own)
+
+        # Backward into the tables, which updates the fused ones.
+        if rows:
+            torch.autograd.backward(list(rows.values()), self.check.mask(row_gradients))
+
+        # Clip and update the dense part; update the other tables and the moving average.
+        if self.max_grad_norm > 0:
+            self.optimizers.clip_grad_norm(self.max_grad_norm)
+        self.optimizers.step(self.check.found_inf)
+        return StepResult(loss, batch.own)
+
+    def _count_labels(self, batch: TrainBatch) -> Tensor:
+        """Labelled tokens of the global batch, at least 1, float32 scalar. It stays on the device.
+
+        DDP and TorchRec average gradients over ranks. The local sum of losses is therefore divided by this number and
+        multiplied by the data-parallel size: the gradient is that of a single process, however the global batch is
+        split over ranks and micro-batches.
+        """
+        count = torch.stack([part.num_labels.sum() for part in batch.parts]).sum().float()
+        if self.mesh.dp_size > 1:
+            dist.all_reduce(count, group=self.mesh.dp_group)
+        return count.clamp(min=1.0)
+
+    def _unscale(self, row_gradients: list[Tensor], loss_scale: LossScale) -> bool:
+        """Divide all gradients by the loss scale, which then follows the step. False: they overflow, skip the step."""
+        scale = loss_scale.value
+        loss_scale.update(self.check.overflowed)
+        if self.check.overflowed:
+            iteration, now = self.mesh.heartbeat.iteration, loss_scale.value
+            log.info("gradients overflow at iteration %d: skipped, loss scale %g → %g", iteration, scale, now)
+            return False
+        weights = self.optimizers.dense.parameters.values()
+        dense_gradients = [weight.grad for weight in weights if weight.grad is not None]
+        torch._foreach_mul_([*row_gradients, *dense_gradients], 1.0 / scale)
+        return True
+
+    def _gradient_sync(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """DDP averages gradients over ranks once per step, after they are summed over all micro-batches."""
+        dense = self.model.dense
+        return nullcontext() if is_last or not isinstance(dense, ReplicatedDense) else dense.no_sync()
+
+
+def detach_rows(rows: Mapping[str, Tensor], parts: Sequence[HSTUBatch]) -> list[dict[str, Tensor]]:
+    """Split looked-up rows [n, dim] per feature among micro-batches, as leaves of autograd.
+
+    Rows that belong to the whole batch (NEGATIVES and POOL) are one leaf in all parts, which sums their gradients.
+    """
+    leaves: list[dict[str, Tensor]] = [{} for _ in parts]
+    lengths = [dict(zip(part.features.keys(), part.features.length_per_key(), strict=True)) for part in parts]
+    for feature, values in rows.items():
+        if feature in (NEGATIVES, POOL):
+            pieces = [values.detach().requires_grad_()] * len(parts)
+        else:
+            sizes = [length[feature] for length in lengths]
+            pieces = [piece.detach().requires_grad_() for piece in values.detach().split(sizes)]
+        for leaf, piece in zip(leaves, pieces, strict=True):
+            leaf[feature] = piece
+    return leaves
+
+
+def collect_row_gradients(rows: Mapping[str, Tensor], leaves: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """After backward: the gradient of each of ``rows``, from its leaves in all micro-batches."""
+    gradients = []
+    for feature in rows:
+        pieces = dict.fromkeys(leaf[feature] for leaf in leaves)  # each leaf once
+        grads = [torch.zeros_like(piece) if piece.grad is None else piece.grad for piece in pieces]
+        gradients.append(grads[0] if len(grads) == 1 else torch.cat(grads))
+    return gradients

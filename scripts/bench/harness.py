@@ -1,0 +1,286 @@
+"""Shared by the benchmarks: command lines, timing in turn, the limits of a device, JSON reports and plots.
+
+Importing this file puts the checkout on Python's path, so that a benchmark also runs where hstu is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from hstu.observe.plots import COLOURS, GREY, STYLE  # noqa: E402
+
+Row = dict[str, Any]
+"""One record of a report."""
+WARM_UP = 2
+"""Rounds that are not timed, in which kernels are compiled and tuned."""
+_FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
+_SIZES = {"cpu": (2048, 256 << 20), "cuda": (8192, 1 << 30)}
+"""Side of the matrices and bytes of the copy with which the limits of a device are measured."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What to time: a forward function, and its gradients with respect to ``leaves``."""
+
+    forward: Callable[[], Tensor]
+    leaves: Sequence[Tensor]
+
+
+def time_passes(passes: Mapping[str, Pass], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each function's forward and backward: the median and the fastest of ``rounds``.
+
+    All take their turn in every round, so that a disturbance of the machine affects all of them. On a GPU, the caches
+    are flushed before each call.
+    """
+    flush = torch.empty(_FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in passes}
+    for number in range(rounds + WARM_UP):
+        for name, each in passes.items():
+            flush.zero_()
+            marks = [_mark(device)]
+            out = each.forward()
+            marks.append(_mark(device))
+            grad = torch.ones_like(out)
+            marks.append(_mark(device))
+            torch.autograd.grad(out, each.leaves, grad, allow_unused=True)
+            marks.append(_mark(device))
+            if number >= WARM_UP:
+                times[name].append((_milliseconds(*marks[:2]), _milliseconds(*marks[2:])))
+    return {name: _summary(measured) for name, measured in times.items()}
+
+
+def time_in_turn(
+    steps: Mapping[str, Callable[[int], object]], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds of each step in each round, by the wall clock, from and to an idle device.
+
+    Every step takes the number of the round, counted from 0 with WARM_UP rounds first that are not timed. All steps
+    take their turn in every round, and each round begins with another one.
+    """
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for number in range(WARM_UP + rounds):
+        for name in order:
+            begun = now()
+            steps[name](number)
+            if number >= WARM_UP:
+                times[name].append((now() - begun) * 1e3)
+        order = order[1:] + order[:1]
+    return times
+
+
+def _summary(times: Sequence[tuple[float, float]]) -> dict[str, float]:
+    forward, backward = zip(*times, strict=True)
+    return {
+        "forward_ms": round(statistics.median(forward), 3),
+        "backward_ms": round(statistics.median(backward), 3),
+        "fastest_forward_ms": round(min(forward), 3),
+        "fastest_backward_ms": round(min(backward), 3),
+    }
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _milliseconds(begun: Any, ended: Any) -> float:
+    if isinstance(begun, float):
+        return (float(ended) - begun) * 1e3
+    ended.synchronize()
+    return float(begun.elapsed_time(ended))
+
+
+def rates(row: Row, forward: float, backward: float, unit: str) -> Row:
+    """``row`` with the rates of its median times; ``forward`` and ``backward`` count operations or bytes."""
+    return {
+        **row,
+        f"forward_{unit}": round(forward / row["forward_ms"] / 1e6, 1),
+        f"backward_{unit}": round(backward / row["backward_ms"] / 1e6, 1),
+        **rate(row, forward + backward, unit),
+    }
+
+
+def rate(row: Row, amount: float, unit: str) -> Row:
+    """The rate of forward and backward together."""
+    return {unit: round(amount / (row["forward_ms"] + row["backward_ms"]) / 1e6, 1)}
+
+
+def ceilings(device: torch.device, repeats: int = 5) -> dict[str, float]:
+    """GFLOPS of large matrix products by type, and GB/s read and written by a large copy: the best of ``repeats``."""
+    found = {f"{name}_gflops": value for name, value in products(device, repeats).items()}
+    size = _SIZES[device.type][1]
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found["copy_gb_s"] = round(2 * size / _best(lambda: target.copy_(source), device, repeats) / 1e6, 1)
+    return found
+
+
+def products(device: torch.device, repeats: int = 5) -> dict[str, float]:
+    """GFLOPS of a large matrix product by type, the best of ``repeats``."""
+    side, found = _SIZES[device.type][0], {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        best = _best(lambda a=a, b=b: a @ b, device, repeats)  # type: ignore[misc]
+        found[name_of(dtype)] = round(2 * side**3 / best / 1e6, 1)
+    return found
+
+
+def ceiling(report: Row, name: str) -> float:
+    """The higher of the rates measured before and after, because other processes can only lower them."""
+    return float(max(report["ceilings"][name], report["ceilings_after"][name]))
+
+
+def _best(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + WARM_UP):
+        begun = _mark(device)
+        run()
+        times.append(_milliseconds(begun, _mark(device)))
+    return min(times[WARM_UP:])
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Name of a dtype as in NetworkArgs.dtype_str."""
+    return str(dtype).removeprefix("torch.")
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` by torch.compile, compiled again for every shape."""
+    torch._dynamo.config.cache_size_limit = 64
+    return torch.compile(function, dynamic=False)
+
+
+def command_line(
+    description: str | None, *, rounds: int | None = None, threads: int | None = None, output: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with those of the common options for which there is a default."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if rounds is not None:
+        result.add_argument("--rounds", type=int, default=rounds, help="timed repetitions of everything, in turn")
+    if threads is not None:
+        result.add_argument("--threads", type=int, default=threads, help="on a CPU; 0: all that this process may use")
+    if output:
+        result.add_argument("--output", type=Path, help="also write the results here")
+    return result
+
+
+def operator_command_line(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of the benchmarks that call :func:`begin` and :func:`finish`."""
+    result = command_line(description, rounds=10, threads=0, output=True)
+    result.add_argument("--device", choices=tuple(_SIZES), default="cpu")
+    result.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    return result
+
+
+def begin(options: argparse.Namespace) -> tuple[torch.device, Row]:
+    """The device, and the first entries of a report: the device and its limits."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda needs an NVIDIA GPU; --device cpu does not")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    on_gpu = device.type == "cuda"
+    where = (
+        {"device": torch.cuda.get_device_name()} if on_gpu else {"device": "cpu", "threads": torch.get_num_threads()}
+    )
+    return device, {**where, "torch": torch.__version__, "ceilings": ceilings(device)}
+
+
+def finish(report: Row, options: argparse.Namespace) -> None:
+    """Measure the limits again, print the report and write it."""
+    report["ceilings_after"] = ceilings(torch.device(options.device))
+    publish(report, options.output)
+
+
+def to_json(report: Any) -> str:
+    """JSON with one line per entry of ``report`` and one line per record of a list of records."""
+    if isinstance(report, dict):
+        lines = [f"{json.dumps(key)}: {_value(value)}" for key, value in report.items()]
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+    return _value(report) + "\n"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(_line(record) for record in value) + "\n]"
+    return _line(value)
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def publish(report: Any, output: Path | None = None) -> None:
+    """Print the report and, where ``output`` names a file, write it there."""
+    text = to_json(report)
+    print(text, end="")
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot on logarithmic axes; ``ceiling`` is the label and the height of a dashed line."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    ceiling: tuple[str, float] | None = None
+
+
+def draw(panels: Iterable[Panel], image: Path, title: str) -> None:
+    """Write the panels side by side as PNG. A line has the same colour in all of them."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    panels = list(panels)
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5 * len(panels) + 2, 4.6), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(title, x=0.01, ha="left", color=GREY, fontsize=11)
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
+            for name, points in panel.lines.items():
+                axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[names.index(name) % len(COLOURS)], label=name)
+            axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log", yscale="log")
+            ticks = sorted({x for points in panel.lines.values() for x, _ in points})
+            if len(ticks) <= 8:
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.minorticks_off()
+            if panel.ceiling:
+                label, value = panel.ceiling
+                axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
+                axes.text(ticks[0], value, f"{label} {value:,.0f}", color=GREY, va="bottom", fontsize=9)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+        figure.savefig(image)

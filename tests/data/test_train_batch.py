@@ -1,0 +1,157 @@
+"""What the dense part computes on: merged batches of a tensor-parallel group, and micro-batches.
+
+A merged batch is compared with one batch built from all its samples at once. Micro-batches hold each sequence once,
+and what belongs to the whole batch in full.
+"""
+
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hstu.data.batch import NEGATIVES, HSTUBatch
+from hstu.data.train_batch import GroupLayout, TrainBatch, merge_ranks, split_micro_batches
+from tests.helpers import make_batch
+
+ITEMS = [[3, 1, 3], [2], [4, 3], [7, 7, 1, 2]]
+ACTIONS = [[5, 4, 5], [1], [1, 2], [0, 1, 2, 3]]
+AGES = [6, 7, 8, 9]
+TIMES = [[10, 20, 30], [5], [40, 50], [1, 2, 3, 4]]
+SAMPLES = [0, 1, 2, 3]
+
+
+def batch_of(samples: Sequence[int], padding: int, **options: Any) -> HSTUBatch:
+    """A batch of some of the samples, then padding."""
+
+    def chosen(rows: list[Any], filler: Any) -> list[Any]:
+        return [rows[sample] for sample in samples] + [filler] * padding
+
+    return make_batch(
+        chosen(ITEMS, []), chosen(ACTIONS, []), {"age": chosen(AGES, 0)}, timestamp_lists=chosen(TIMES, []), **options
+    )
+
+
+def merged(*batches: HSTUBatch, rank: int = 0) -> tuple[HSTUBatch, GroupLayout]:
+    return merge_ranks([pickle.loads(pickle.dumps(batch)) for batch in batches], rank, "item")
+
+
+def assert_same(batch: HSTUBatch, expected: HSTUBatch) -> None:
+    assert batch.features.keys() == expected.features.keys()
+    assert batch.features.values().tolist() == expected.features.values().tolist()
+    assert batch.features.lengths().tolist() == expected.features.lengths().tolist()
+    for name in ("num_candidates", "num_labels", "labels", "timestamps", "draws", "pool_positions"):
+        mine, theirs = getattr(batch, name), getattr(expected, name)
+        assert (mine is None) == (theirs is None), name
+        assert mine is None or (mine.dtype == theirs.dtype and mine.tolist() == theirs.tolist()), name
+    assert batch.real_batch_size == expected.real_batch_size
+    assert batch.num_labels_total == expected.num_labels_total
+    np.testing.assert_array_equal(batch.item_lengths, expected.item_lengths)
+    np.testing.assert_array_equal(batch.num_candidates_host, expected.num_candidates_host)
+
+
+# --- tensor-parallel groups ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+def test_padding_of_every_rank_comes_last(task: str) -> None:
+    pool = task == "retrieval"
+    batch, layout = merged(
+        batch_of([0, 1], 1, task=task, in_batch_pool=pool),
+        batch_of([], 3, task=task, in_batch_pool=pool),
+        batch_of([2, 3], 1, task=task, in_batch_pool=pool),
+    )
+    assert_same(batch, batch_of([0, 1, 2, 3], 5, task=task, in_batch_pool=pool))
+    assert layout.num_values == {"age": [2, 0, 2], "item": [4, 0, 6], "action": [4, 0, 6]}
+
+
+def test_a_rank_has_its_own_samples_and_labels() -> None:
+    first = batch_of([0, 1], 1, num_candidates=[1, 0, 0])
+    last = batch_of([2, 3], 1, num_candidates=[1, 2, 0])
+    for rank, (sequences, labels) in enumerate([((0, 2), (0, 1)), ((2, 2), (1, 1)), ((2, 4), (1, 4))]):
+        _, layout = merged(first, batch_of([], 3), last, rank=rank)
+        assert (layout.sequences.start, layout.sequences.stop) == sequences
+        assert (layout.labels.start, layout.labels.stop) == labels
+
+
+def test_draws_point_at_the_negatives_of_their_own_rank() -> None:
+    first = batch_of([1, 2], 0, task="retrieval", negatives=[8, 9], draws=[[1, 0]])
+    second = batch_of([0], 1, task="retrieval", negatives=[9, 4, 5], draws=[[2, 1], [0, 0]])
+    batch, layout = merged(first, second)
+    expected = batch_of([1, 2, 0], 1, task="retrieval", negatives=[8, 9, 9, 4, 5], draws=[[1, 0], [4, 3], [2, 2]])
+    assert_same(batch, expected)
+    assert layout.num_values[NEGATIVES] == [2, 3]
+
+
+def test_negatives_that_all_ranks_share_occur_once() -> None:
+    batch, layout = merged(*(batch_of(samples, 1, task="retrieval", negatives=[8, 9]) for samples in ([0], [2, 3])))
+    assert_same(batch, batch_of([0, 2, 3], 2, task="retrieval", negatives=[8, 9]))
+    assert NEGATIVES not in layout.num_values
+
+
+def test_raw_draws_of_in_batch_negatives_stay() -> None:
+    first = batch_of([1, 2], 0, task="retrieval", in_batch_pool=True, draws=[[2**31 - 1]])
+    second = batch_of([0], 0, task="retrieval", in_batch_pool=True, draws=[[7], [8]])
+    assert merged(first, second)[0].draws.tolist() == [[2**31 - 1], [7], [8]]  # type: ignore[union-attr]
+
+
+def test_held_out_items_are_merged_by_sequence() -> None:
+    first = batch_of([0], 1, task="retrieval_eval", labels=[11, -1], negatives=[])
+    second = batch_of([1, 2], 0, task="retrieval_eval", labels=[12, 13], negatives=[])
+    batch, layout = merged(first, second, rank=1)
+    assert batch.labels.tolist() == [11, 12, 13, -1]
+    assert batch.user_ids.tolist() == [0, 0, 1, -1]
+    assert layout.labels == slice(0, 0)
+
+
+# --- micro-batches -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("samples", "padding", "count"), [(SAMPLES, 0, 2), (SAMPLES, 0, 4), ([0, 1, 2], 3, 3)])
+def test_a_micro_batch_is_the_batch_of_its_own_sequences(samples: Sequence[int], padding: int, count: int) -> None:
+    batch = batch_of(samples, padding, num_candidates=[*[1, 1, 2, 1][: len(samples)], *[0] * padding])
+    size = (len(samples) + padding) // count
+    for number, part in enumerate(split_micro_batches(batch, count, "item")):
+        own = [*samples][number * size : (number + 1) * size]
+        candidates = batch.num_candidates_host[number * size : (number + 1) * size].tolist()
+        assert_same(part, batch_of(own, size - len(own), num_candidates=candidates))
+
+
+def test_every_micro_batch_has_the_pool_of_the_whole_batch() -> None:
+    batch = batch_of(SAMPLES, 0, task="retrieval", in_batch_pool=True)
+    whole = batch.features["item"].values()[batch.pool_positions].tolist()
+    assert whole == sorted(set(whole)) and len(whole) == 5
+    for part in split_micro_batches(batch, 2, "item"):
+        assert part.pool_positions is None and part.pool_ids is not None and part.pool_ids.tolist() == whole
+
+
+def test_every_micro_batch_has_all_negatives_and_the_draws_of_its_own_labels() -> None:
+    draws = np.arange(12, dtype=np.int32).reshape(6, 2) % 5
+    parts = split_micro_batches(
+        batch_of(SAMPLES, 0, task="retrieval", negatives=[9, 8, 7, 6, 5], draws=draws), 2, "item"
+    )
+    for part in parts:
+        keyed = part.features[NEGATIVES]
+        assert keyed.values().tolist() == [9, 8, 7, 6, 5] and keyed.lengths().tolist() == [5, 0]
+    assert [part.labels.tolist() for part in parts] == [[1, 3], [3, 7, 1, 2]]
+    assert torch.cat([part.draws for part in parts]).tolist() == draws.tolist()
+
+
+# --- both ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_train_batch_moves_as_a_whole() -> None:
+    own = batch_of([0], 1, task="retrieval", in_batch_pool=True)
+    whole, layout = merged(own, batch_of([2], 1, task="retrieval", in_batch_pool=True))
+    parts = split_micro_batches(whole, 2, "item")
+    batch = TrainBatch(own=own, parts=parts, group=layout, pool_positions=whole.pool_positions)
+    moved = batch.to(torch.device("meta"))
+    assert moved.features is moved.own.features and moved.group is layout
+    assert moved.pool_positions is not None and moved.pool_positions.is_meta
+    for part in (moved.own, *moved.parts):
+        assert part.labels.is_meta and part.features.values().is_meta
+    assert [part.real_batch_size for part in moved.parts] == [2, 0]
+    alone = TrainBatch(own=own, parts=(own,)).to(torch.device("meta"))
+    assert alone.parts[0] is alone.own, "nothing is copied twice"

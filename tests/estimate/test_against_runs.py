@@ -1,0 +1,150 @@
+"""Memory and traffic of the estimate against what real runs hold, keep and exchange."""
+
+import json
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hstu.config.run_config import RunConfig
+from hstu.data.sampler import SamplerPosition
+from hstu.data.train_batch import TrainBatch
+from hstu.estimate import memory, traffic
+from hstu.estimate.workload import Workload, plan_workload
+from hstu.model.gr_model import GRModel, as_jagged
+from hstu.parallel.group import gather_embeddings, to_train_batch
+from hstu.parallel.mesh import Mesh, seed_initial_weights
+from hstu.parallel.tables import sharded_weights
+from hstu.train.builder import build_model, build_pipeline
+from hstu.train.sources import open_source
+from tests.distributed.launch import Launch, run_cases
+from tests.estimate.runs import CASES, ONE, TWO_BY_TENSOR, run_config
+
+BYTES = {"float": 4, "long int": 8, "int": 4, "c10::BFloat16": 2, "unsigned char": 1, "double": 8}
+LAUNCHED = [
+    # Starting ranks takes most of the time: by default one rank, and two that form a tensor-parallel group.
+    pytest.param(name, *launch, marks=[] if launch in (ONE, TWO_BY_TENSOR) else [pytest.mark.slow])
+    for name, case in CASES.items()
+    for launch in case["launches"]
+]
+
+
+@cache
+def counted(world_size: int, tp: int) -> list[dict[str, Any]]:
+    """Per rank: case → counts. One launch serves all cases."""
+    cases = {
+        name: partial(count, config=run_config(**case["run"], tp=tp))
+        for name, case in CASES.items()
+        if (world_size, tp) in case["launches"]
+    }
+    return run_cases(Launch(world_size, 200, tp), cases)
+
+
+def case(name: str, world_size: int, tp: int) -> tuple[Workload, list[dict[str, Any]]]:
+    config = run_config(**CASES[name]["run"], tp=tp)
+    return plan_workload(config, world_size, world_size, "cpu"), [rank[name] for rank in counted(world_size, tp)]
+
+
+@pytest.mark.parametrize(("name", "world_size", "tp"), LAUNCHED)
+def test_what_stays_is_known_to_the_byte(name: str, world_size: int, tp: int) -> None:
+    workload, ranks = case(name, world_size, tp)
+    dense = sum(workload.dense_parameters.values()) + workload.replicated_elements
+    rows, states = memory.table_bytes(workload, memory.plan_tables(workload))
+    for rank in ranks:
+        assert rank["weights"] == rank["gradients"] == 4 * dense
+        assert rank["states"] == memory.dense_state_bytes(workload)
+    assert max((rank["tables"], rank["table states"]) for rank in ranks) == (rows, states)
+
+
+@pytest.mark.parametrize(("name", "world_size", "tp"), LAUNCHED)
+def test_what_backward_needs_is_known_within_a_tenth(name: str, world_size: int, tp: int) -> None:
+    workload, ranks = case(name, world_size, tp)
+    batch = workload.steps[0][0]
+    layers, tokens = workload.config.network.num_layers, workload.tokens(batch)
+    expected = (
+        layers * memory.layer_bytes(workload, tokens)[0]
+        + memory.input_bytes(workload, batch)
+        + memory.task_bytes(workload, batch, workload.pool(batch))[0]
+    )
+    assert ranks[0]["activations"] == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(("name", "world_size", "tp"), [one for one in LAUNCHED if one.values[1] > 1])
+def test_what_is_exchanged_is_known_within_a_fifth(name: str, world_size: int, tp: int) -> None:
+    workload, ranks = case(name, world_size, tp)
+    expected: Counter[str] = Counter()
+    for transfer in traffic.transfers(workload, workload.steps[2][0], memory.plan_tables(workload)):
+        # gloo sums whole tensors where a part would do
+        expected[transfer.kind.replace("reduce_scatter", "all_reduce")] += transfer.payload
+    busiest = {kind: max(rank["exchanged"].get(kind, 0) for rank in ranks) for kind in expected}
+    assert busiest == pytest.approx(dict(expected), rel=0.2)
+    assert expected.keys() >= ranks[0]["exchanged"].keys()
+
+
+def count(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
+    """Bytes by kind that one run holds on this rank after a step, and what it exchanges in one."""
+    seed_initial_weights(1)
+    source = open_source(config, mesh)
+    model, optimizers = build_model(config, source, mesh)
+    dense_states, table_states = optimizers.dense.state_tensors(), optimizers.tables.state_tensors()
+    tables = [shard.tensor for weight in sharded_weights(model).values() for shard in weight.local_shards()]
+    pipeline, batches = build_pipeline(config.trainer, model, optimizers, mesh), source.train_batches(SamplerPosition())
+    result = {
+        "weights": sum(p.nbytes for p in model.dense.parameters()),
+        "states": sum(t.nbytes for t in dense_states.values()),
+        "tables": sum(t.nbytes for t in tables),
+        "table states": sum(shard.tensor.nbytes for state in table_states.values() for shard in state.local_shards()),
+    }
+    first = next(batches)
+    result["activations"] = kept_for_backward(model, to_train_batch(first, model.item_feature, mesh), mesh)
+    pipeline.progress(batches)  # DDP settles its buckets after the first step
+    result["exchanged"] = exchanged(lambda: pipeline.progress(batches))
+    result["gradients"] = sum(p.grad.nbytes for p in model.dense.parameters() if p.grad is not None)
+    return result
+
+
+def kept_for_backward(model: GRModel, batch: TrainBatch, mesh: Mesh) -> int:
+    """Bytes of the storages that autograd keeps, beyond parameters and the batch itself."""
+    not_counted = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for one in (batch.own, *batch.parts):
+        tensors = [one.features.values(), one.features.lengths(), one.labels, one.num_labels, one.draws]
+        not_counted |= {t.untyped_storage().data_ptr() for t in tensors if t is not None}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        rows = model.look_up(batch.own)
+        if batch.group is not None:
+            rows = gather_embeddings(rows, batch.group, mesh.tp_group)
+        (whole,) = batch.parts
+        output = model.dense([as_jagged(rows, whole)], whole)
+    output.loss_sum.backward()  # the ranks' collectives of backward
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in not_counted)
+
+
+def exchanged(step: Callable[[], Any]) -> dict[str, int]:
+    """Collective → bytes that this rank's gloo took as inputs, by torch's profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    found: Counter[str] = Counter()
+    for event in events:
+        name = event.get("name", "")
+        if name.startswith("gloo:") and name != "gloo:broadcast":  # DDP's, once, to settle its buckets
+            shapes = zip(event["args"]["Input Dims"], event["args"]["Input type"], strict=True)
+            found[name.removeprefix("gloo:")] += sum(math.prod(dims) * BYTES[kind] for dims, kind in shapes if kind)
+    return dict(found)

@@ -1,0 +1,139 @@
+"""What the estimate reckons with, and how its parts make a step."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from hstu.config.args import DynamicEmbeddingArgs
+from hstu.config.errors import ConfigError
+from hstu.config.gin_io import load
+from hstu.estimate import machine
+from hstu.estimate.estimate import as_text, estimate, size
+from hstu.estimate.memory import plan_tables
+from hstu.estimate.workload import plan_workload
+from tests.estimate.runs import run_config
+
+H100 = machine.gpu("h100", torch.bfloat16)
+
+
+def test_lengths_are_those_of_the_run_and_the_slowest_rank_is_waited_for() -> None:
+    two = plan_workload(run_config(), 2, 2, "cuda")
+    one = plan_workload(run_config(bindings=["TrainerArgs.train_batch_size = 32"]), 1, 1, "cuda")
+    assert [sum(batch.items for batch in step) for step in two.steps] == [step[0].items for step in one.steps]
+    assert two.straggling > one.straggling == 1
+    balanced = plan_workload(run_config(bindings=["TrainerArgs.enable_balanced_shuffler = True"]), 2, 2, "cuda")
+    assert 1 <= balanced.straggling < two.straggling
+
+
+def test_exchanges_hide_behind_computation_as_the_pipeline_allows() -> None:
+    slow_links = dataclasses.replace(H100, link_gb_s=0.01)
+    steps = {}
+    for pipeline in ("none", "native"):
+        workload = plan_workload(run_config(bindings=[f"TrainerArgs.pipeline_type = {pipeline!r}"]), 2, 2, "cuda")
+        steps[pipeline] = estimate(workload, slow_links)
+    assert steps["native"].step["exchange for tables"] < steps["none"].step["exchange for tables"]
+    beside = dataclasses.replace(slow_links, overlaps=False)
+    assert estimate(workload, beside).step_s > steps["native"].step_s
+    assert estimate(workload, H100).step_s < steps["native"].step_s
+
+
+def test_recomputation_trades_memory_for_time() -> None:
+    plain, again = (
+        estimate(plan_workload(run_config(bindings=[f"NetworkArgs.recompute_layer = {wanted}"]), 1, 1, "cuda"), H100)
+        for wanted in (False, True)
+    )
+    assert again.memory["activations"] < plain.memory["activations"] / 3
+    assert again.memory["working memory"] > plain.memory["working memory"]
+    assert again.step_s > plain.step_s
+
+
+def test_micro_batches_take_the_activations_of_one_of_them() -> None:
+    whole, parts = (
+        estimate(plan_workload(run_config(bindings=bindings), 1, 1, "cuda"), H100)
+        for bindings in (
+            ["TrainerArgs.train_batch_size = 32"],
+            ["TrainerArgs.train_batch_size = 8", "TrainerArgs.gradient_accumulation_steps = 4"],
+        )
+    )
+    assert parts.memory["activations"] < whole.memory["activations"] / 3
+    assert parts.memory["looked-up rows"] == whole.memory["looked-up rows"]
+    assert parts.tokens == whole.tokens and parts.flops == whole.flops
+
+
+def test_data_that_is_not_there_is_taken_to_be_as_long_as_allowed(tmp_path) -> None:
+    bindings = [f"DatasetArgs.dataset_path = {str(tmp_path)!r}"]
+    config = load(["configs/ml_1m_retrieval.gin"], bindings, "retrieval")
+    workload = plan_workload(config, 2, 2, "cuda")
+    assert workload.typical.item_lengths.tolist() == [200] * 128
+    assert {spec.name: spec.rows for spec in workload.specs} == {"movie_id": 3706}
+    assert "not preprocessed" in as_text(estimate(workload, H100), workload, H100)
+
+
+def test_own_data_that_is_not_there_must_name_its_features(tmp_path) -> None:
+    config = run_config()
+    table = config.embeddings[:1]
+    own = load(
+        [],
+        [
+            "DatasetArgs.dataset_name = 'mine'",
+            f"DatasetArgs.dataset_path = {str(tmp_path)!r}",
+            "DatasetArgs.max_sequence_length = 10",
+            f"item/EmbeddingArgs.feature_names = {table[0].feature_names!r}",
+            "item/EmbeddingArgs.table_name = 'item'",
+            "item/EmbeddingArgs.item_vocab_size_or_capacity = 10",
+            "item/EmbeddingArgs.sharding_type = 'model_parallel'",
+            "TrainerArgs.train_batch_size = 1",
+            "TrainerArgs.eval_batch_size = 1",
+            "NetworkArgs.num_layers = 1",
+            "NetworkArgs.hidden_size = 8",
+            "NetworkArgs.num_attention_heads = 1",
+            "NetworkArgs.kv_channels = 8",
+            "OptimizerArgs.optimizer_str = 'sgd'",
+            "OptimizerArgs.learning_rate = 0.1",
+        ],
+        "retrieval",
+    )
+    with pytest.raises(ConfigError, match=r"preprocess_dataset\.py, or name them"):
+        plan_workload(own, 1, 1, "cuda")
+
+
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+def test_a_cpu_is_measured_operator_by_operator(task: str) -> None:
+    workload = plan_workload(run_config(task), 2, 2, "cpu")
+    with machine.this_cpu(workload) as cpu:
+        found = estimate(workload, cpu, machine.batch_seconds(workload))
+    assert all(seconds > 0 for seconds in found.computing.values())
+    assert 1e-4 < found.step_s < 5
+    assert found.step["exchange for tables"] > 0
+
+
+def test_numbers_of_a_machine_can_be_set() -> None:
+    assert machine.with_settings(H100, {"network_gb_s": "25"}).network_gb_s == 25
+    for settings, message in (({"network_gb": "25"}, "did you mean 'network_gb_s'"), ({"launch_us": "-1"}, "above 0")):
+        with pytest.raises(ConfigError, match=message):
+            machine.with_settings(H100, settings)
+
+
+def test_sizes_are_decimal() -> None:
+    assert [size(number) for number in (12, 3_400, 5.6e6, 7.8e9)] == ["12 B", "3.40 kB", "5.60 MB", "7.80 GB"]
+
+
+def test_a_table_in_two_memories_is_cut_as_one_that_lies_in_one() -> None:
+    workload = plan_workload(run_config(), 4, 4, "cuda")
+    item = next(spec for spec in workload.specs if spec.name == "item")
+    args = {"feature_names": ["item"], "table_name": "item", "item_vocab_size_or_capacity": 3001}
+    for budget in (None, 100.0):
+        dynamic = DynamicEmbeddingArgs(**args, item_vocab_gpu_capacity=budget)
+        specs = tuple(
+            dataclasses.replace(spec, dynamic=dynamic, rows=4 * 752) if spec is item else spec
+            for spec in workload.specs
+        )
+        plan = {table.spec.name: table for table in plan_tables(dataclasses.replace(workload, specs=specs))}
+        assert plan.keys() == {"item", "user"}
+        assert plan["item"].shards == tuple((rank, 752, 32) for rank in range(4))
+
+
+def test_a_compute_type_without_a_published_peak_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r'dtype_str = "float32": .* b200 .* "bfloat16" .*: h200, h100, a100'):
+        machine.gpu("b200", torch.float32)

@@ -1,0 +1,208 @@
+"""Registers of a warp and the arithmetic on them, for :mod:`tests.ops.cutlass.ptx.machine`."""
+
+import operator
+import re
+
+import numpy as np
+
+from tests.ops.cutlass.ptx.parse import Instruction
+
+LANES = 32
+WIDTH = {"b8": 1, "b16": 2, "u16": 2, "s16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8, "s64": 8}
+COMPARE = {
+    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
+}  # fmt: skip
+SIMPLE = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "and": operator.and_, "or": operator.or_,
+    "xor": operator.xor, "min": np.minimum, "max": np.maximum,
+}  # fmt: skip
+
+
+def numpy_type(kind: str) -> str:
+    """``s32`` → ``i4``; bits count as unsigned."""
+    return {"s": "i", "u": "u", "b": "u", "f": "f"}[kind[0]] + str(int(kind[1:]) // 8)
+
+
+def from_bits16(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """bf16 or f16 bits as float32."""
+    if dtype == "f16":
+        return bits.view(np.float16).astype(np.float32)
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bits16(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 rounded to the nearest bf16 or f16."""
+    if dtype == "f16":
+        return values.astype(np.float16).view(np.uint16)
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+class Values:
+    """The registers of a warp, an array of 32 each, typed by the instruction that reads them."""
+
+    def __init__(self, cta, warp: int) -> None:
+        self.registers: dict[str, np.ndarray] = {}
+        self.aliases: dict[str, str] = {}
+        self.params = cta.params
+        self.constants = {
+            "%tid.x": np.arange(LANES, dtype=np.uint32) + warp * LANES,
+            "%laneid": np.arange(LANES, dtype=np.uint32),
+            "%ctaid.x": np.full(LANES, cta.index, np.uint32),
+            "%nctaid.x": np.full(LANES, cta.num_ctas, np.uint32),
+            "__dynamic_shmem__0": np.zeros(LANES, np.uint32),
+        }
+
+    def predicate(self, name: str) -> np.ndarray:
+        """bool [32]."""
+        return self.registers[name]
+
+    def read(self, operand: str, kind: str) -> np.ndarray:
+        """A register or a number as 32 values of this kind."""
+        dtype = numpy_type(kind)
+        if re.match(r"-?\d", operand):
+            if operand[:2] in ("0f", "0F"):
+                return np.full(LANES, int(operand[2:], 16), np.uint32).view(np.float32)
+            number = int(operand, 0)
+            return np.full(LANES, number % 2 ** (8 * int(dtype[1:])), f"u{dtype[1:]}").view(dtype)
+        value = self.constants.get(operand)
+        value = self.registers[operand] if value is None else value
+        if value.dtype.itemsize != int(dtype[1:]):
+            return value.astype(f"{value.dtype.kind}{dtype[1:]}").view(dtype)
+        return value.view(dtype)
+
+    def write(self, register: str, value: np.ndarray, mask: np.ndarray) -> None:
+        """Set the register in the threads of the mask, in the width it has by its name."""
+        if register == "_":
+            return
+        if value.dtype != bool:
+            size = 8 if register.startswith("%rd") else 2 if register.startswith("%rs") else 4
+            if value.dtype.itemsize != size:
+                value = value.astype(f"{value.dtype.kind}{size}")
+        if not mask.all() and register in self.registers:
+            old = self.registers[register]
+            value = np.where(mask, value.view(old.dtype) if value.dtype != bool else value, old)
+        self.registers[register] = value
+
+    def alias(self, register: str, other: str) -> None:
+        """A register that holds the address of a kernel parameter."""
+        self.aliases[register] = self.aliases.get(other, other)
+
+    def compute(self, instruction: Instruction, mask: np.ndarray) -> None:
+        """Arithmetic, comparison, conversion and moves."""
+        name, kind, operands = instruction.parts[0], instruction.parts[-1], instruction.operands
+        with np.errstate(all="ignore"):
+            method = getattr(self, f"_{name}", None)
+            if method is not None:
+                method(instruction, mask)
+            elif kind == "pred":
+                self.write(operands[0], SIMPLE[name](*(self.predicate(o) for o in operands[1:])), mask)
+            elif name in SIMPLE and "wide" not in instruction.parts:
+                self.write(operands[0], SIMPLE[name](*(self.read(o, kind) for o in operands[1:])), mask)
+            elif name == "mul":
+                wide = numpy_type(kind)[0] + str(WIDTH[kind] * 2)
+                a, b = (self.read(o, kind).astype(wide) for o in operands[1:])
+                self.write(operands[0], a * b, mask)
+            else:
+                raise NotImplementedError(instruction)
+
+    def _mov(self, instruction: Instruction, mask: np.ndarray) -> None:
+        target, source = instruction.operands
+        kind = instruction.parts[-1]
+        if isinstance(source, list):
+            half = WIDTH[kind] * 4
+            low, high = (self.read(part, f"u{half}").astype(numpy_type(f"u{2 * half}")) for part in source)
+            self.write(target, low | high << np.array(half, low.dtype), mask)
+        elif isinstance(target, list):
+            value, half = self.read(source, kind), WIDTH[kind] * 4
+            for i, part in enumerate(target):
+                self.write(part, (value >> np.array(half * i, value.dtype)).astype(f"u{half // 8}"), mask)
+        elif source in self.params or source in self.aliases:
+            self.alias(target, source)
+        else:
+            self.write(target, self.read(source, kind).copy(), mask)
+
+    def _setp(self, instruction: Instruction, mask: np.ndarray) -> None:
+        target, a, b = instruction.operands
+        kind = instruction.parts[-1]
+        self.write(target, COMPARE[instruction.parts[1]](self.read(a, kind), self.read(b, kind)), mask)
+
+    def _selp(self, instruction: Instruction, mask: np.ndarray) -> None:
+        target, a, b, choice = instruction.operands
+        kind = instruction.parts[-1]
+        self.write(target, np.where(self.predicate(choice), self.read(a, kind), self.read(b, kind)), mask)
+
+    def _not(self, instruction: Instruction, mask: np.ndarray) -> None:
+        target, a = instruction.operands
+        kind = instruction.parts[-1]
+        self.write(target, ~(self.predicate(a) if kind == "pred" else self.read(a, kind)), mask)
+
+    def _neg(self, instruction: Instruction, mask: np.ndarray) -> None:
+        self.write(instruction.operands[0], -self.read(instruction.operands[1], instruction.parts[-1]), mask)
+
+    def _shl(self, instruction: Instruction, mask: np.ndarray) -> None:
+        target, a, by = instruction.operands
+        value = self.read(a, instruction.parts[-1])
+        self.write(target, value << self.read(by, "u32").astype(value.dtype), mask)
+
+    def _shr(self, instruction: Instruction, mask: np.ndarray) -> None:
+        target, a, by = instruction.operands
+        value = self.read(a, instruction.parts[-1])
+        self.write(target, value >> self.read(by, "u32").astype(value.dtype), mask)
+
+    def _mad(self, instruction: Instruction, mask: np.ndarray) -> None:
+        kind = instruction.parts[-1]
+        a, b, c = (self.read(o, kind) for o in instruction.operands[1:])
+        self.write(instruction.operands[0], a * b + c, mask)
+
+    def _fma(self, instruction: Instruction, mask: np.ndarray) -> None:
+        a, b, c = (self.read(o, "f32").astype(np.float64) for o in instruction.operands[1:])
+        self.write(instruction.operands[0], (a * b + c).astype(np.float32), mask)
+
+    def _div(self, instruction: Instruction, mask: np.ndarray) -> None:
+        kind = instruction.parts[-1]
+        a, b = (self.read(o, kind).astype(np.int64) for o in instruction.operands[1:])
+        quotient = np.abs(a) // np.where(b == 0, 1, np.abs(b)) * np.sign(a) * np.sign(b)
+        self.write(instruction.operands[0], quotient.astype(numpy_type(kind)), mask)
+
+    def _rem(self, instruction: Instruction, mask: np.ndarray) -> None:
+        kind = instruction.parts[-1]
+        a, b = (self.read(o, kind).astype(np.int64) for o in instruction.operands[1:])
+        self.write(instruction.operands[0], np.fmod(a, np.where(b == 0, 1, b)).astype(numpy_type(kind)), mask)
+
+    def _rcp(self, instruction: Instruction, mask: np.ndarray) -> None:
+        self.write(instruction.operands[0], np.float32(1) / self.read(instruction.operands[1], "f32"), mask)
+
+    def _ex2(self, instruction: Instruction, mask: np.ndarray) -> None:
+        self.write(instruction.operands[0], np.exp2(self.read(instruction.operands[1], "f32")), mask)
+
+    def _tanh(self, instruction: Instruction, mask: np.ndarray) -> None:
+        """tanh.approx: towards zero by up to the 2^-11 of its value that the ISA allows."""
+        exact = np.tanh(self.read(instruction.operands[1], "f32"))
+        self.write(instruction.operands[0], exact * np.float32(1 - 2**-11), mask)
+
+    def _shfl(self, instruction: Instruction, mask: np.ndarray) -> None:
+        target, source, lane = instruction.operands[:3]
+        value = self.read(source, "u32")
+        assert instruction.parts[2] == "idx" and mask.all(), instruction
+        self.write(target, value[self.read(lane, "u32") % LANES], mask)
+
+    def _cvt(self, instruction: Instruction, mask: np.ndarray) -> None:
+        to, of = instruction.parts[-2:]
+        target, *sources = instruction.operands
+        if to in ("bf16x2", "f16x2"):
+            high, low = (to_bits16(self.read(o, "f32"), to[:-2]).astype(np.uint32) for o in sources)
+            self.write(target, high << 16 | low, mask)
+        elif of[0] != "f" and to[0] != "f":
+            value = self.read(sources[0], "u16" if of[1:] == "8" else of)
+            if of[1:] == "8":
+                value = value.astype(f"{'i' if of[0] == 's' else 'u'}1")
+            self.write(target, value.astype(numpy_type(to)), mask)
+        else:
+            raise NotImplementedError(instruction)
+
+    def _setmaxnreg(self, instruction: Instruction, mask: np.ndarray) -> None:
+        pass
+
+    def _fence(self, instruction: Instruction, mask: np.ndarray) -> None:
+        pass

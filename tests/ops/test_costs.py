@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hstu.ops import costs
+from hstu.ops.costs import sequence_flops
+
+TINY = dict(num_layers=2, hidden_size=8, num_heads=2, head_dim=4)  # Hd = 8
+
+
+def test_one_causal_sequence_counted_by_hand() -> None:
+    # T = 10 tokens, 4 of them candidates'; per layer:
+    uvqk = 3 * 2 * 10 * 8 * (4 * 8)  # [10, 8] x [8, 32], three passes: 15360
+    output = 3 * 2 * 10 * 8 * 8  # 3840
+    attention = 3.5 * (4 * 2 * 10 * 10 * 4 - 2 * 2 * 6 * 6 * 4)  # 3.5 * (3200 - 576) = 9184
+    assert (uvqk, output, attention) == (15360, 3840, 9184)
+    assert sequence_flops(np.array([10]), np.array([4]), **TINY).sum() == 2 * (15360 + 3840 + 9184)
+
+
+def test_without_a_causal_mask_nothing_is_taken_off_the_attention() -> None:
+    assert sequence_flops(np.array([10]), np.array([4]), **TINY, is_causal=False).sum() == 2 * (
+        15360 + 3840 + 3.5 * 3200
+    )
+
+
+def test_the_published_fixed_length_step_gives_the_published_rate() -> None:
+    # L8 D1024 H4x256, 32 sequences of 4099 tokens: 187 ms a step are 341.6 TFLOPS.
+    flops = sequence_flops(
+        np.full(32, 4099), np.zeros(32, int), num_layers=8, hidden_size=1024, num_heads=4, head_dim=256
+    ).sum()
+    assert flops / 0.187 / 1e12 == pytest.approx(341.6, rel=0.005)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9000), st.integers(0, 50)), max_size=8))
+def test_a_batch_costs_what_its_sequences_cost_and_empty_ones_cost_nothing(lengths: list[tuple[int, int]]) -> None:
+    tokens = np.array([history + candidates for history, candidates in lengths], dtype=np.int32)
+    candidates = np.array([candidates for _, candidates in lengths], dtype=np.int32)
+    one_by_one = sum(
+        sequence_flops(tokens[i : i + 1], candidates[i : i + 1], **TINY).sum() for i in range(len(lengths))
+    )
+    padded = sequence_flops(np.append(tokens, 0), np.append(candidates, 0), **TINY).sum()
+    assert padded == pytest.approx(one_by_one)
+
+
+@pytest.mark.parametrize(("is_causal", "quadratic"), [(True, 7), (False, 14)])
+def test_a_sequence_without_candidates_costs_a_linear_and_a_quadratic_part(is_causal: bool, quadratic: int) -> None:
+    tokens = np.array([0, 1, 10, 4099])
+    flops = sequence_flops(tokens, np.zeros(4, int), **TINY, is_causal=is_causal)
+    assert flops.tolist() == (2 * (30 * 8 * 8 * tokens + quadratic * 8 * tokens**2)).tolist()
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_operators_of_a_layer_add_up_to_the_reported_count(is_causal: bool) -> None:
+    tokens, candidates = np.array([10, 3]), np.array([4, 0])
+    layer = [
+        costs.linear(13, 8, 4 * 8, 2),
+        costs.attention(tokens, candidates, 2, 4, 2, is_causal),
+        costs.linear(13, 8, 8, 2),
+    ]
+    assert (
+        2 * sum(cost.flops for cost in layer) == sequence_flops(tokens, candidates, **TINY, is_causal=is_causal).sum()
+    )
+    assert costs.linear(13, 8, 8, 4).bytes == 3 * 4 * (13 * 16 + 64)  # three products, nothing is cast

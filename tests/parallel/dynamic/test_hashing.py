@@ -1,0 +1,34 @@
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hstu.data.hashing import splitmix64
+from hstu.parallel.dynamic.hashing import initial_rows, mix, table_key, unmix
+
+KEY = table_key(1234, "item")
+
+
+def test_an_id_has_the_same_row_whoever_is_beside_it_and_another_in_another_table_or_run() -> None:
+    ids = torch.tensor([5, -(2**63), 2**63 - 1, 0, -1])
+    rows = initial_rows(ids, 6, 0.1, KEY)
+    assert torch.equal(initial_rows(ids[[3, 0]], 6, 0.1, KEY), rows[[3, 0]])
+    assert len(rows.unique(dim=0)) == len(ids)
+    for other in (table_key(1234, "user"), table_key(1235, "item")):
+        assert not (initial_rows(ids, 6, 0.1, other) == rows).any()
+
+
+def test_rows_are_normal_with_the_deviation_asked_for_and_do_not_resemble_one_another() -> None:
+    rows = initial_rows(torch.arange(4000), 50, 0.02, KEY) / 0.02
+    assert rows.dtype == torch.float32 and rows.shape == (4000, 50)
+    assert abs(float(rows.mean())) < 0.01 and abs(float(rows.std()) - 1) < 0.01
+    assert abs(float(rows.abs().median()) - 0.6745) < 0.01  # the normal distribution's
+    assert float(torch.corrcoef(rows[:50]).fill_diagonal_(0).abs().max()) < 0.6
+    assert float(torch.corrcoef(rows.t()).fill_diagonal_(0).abs().max()) < 0.1
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1))
+def test_hashes_of_tensors_are_those_of_arrays_and_have_an_inverse(ids: list[int]) -> None:
+    mixed = mix(torch.tensor(ids))
+    assert np.array_equal(mixed.numpy().view(np.uint64), splitmix64(np.array(ids)))
+    assert unmix(mixed).tolist() == ids

@@ -1,0 +1,79 @@
+"""EmbeddingArgs.compute_kernel: what TorchRec's planner chooses, and what happens where a device lacks the kernel."""
+
+import logging
+from typing import Any
+
+import pytest
+from torch import nn
+
+from hstu.config.args import OptimizerArgs
+from hstu.config.errors import ConfigError
+from hstu.model.embedding import TableSpec, build_collections
+from hstu.parallel.tables import check_kernels, table_planner, table_sharders, table_training
+
+KERNELS = ("dense", "fused", "fused_uvm", "fused_uvm_caching")
+
+
+def spec(kernel: str | None, optimizer: str = "adagrad") -> TableSpec:
+    return TableSpec("item", 1000, 8, ("item",), False, "row_wise", 0.02, optimizer=optimizer, compute_kernel=kernel)
+
+
+def planned(kernel: str | None, device_type: str, prefetches: bool = False) -> Any:
+    model, specs = nn.Module(), (spec(kernel),)
+    model.embedding = build_collections(specs)
+    args = OptimizerArgs(optimizer_str="adagrad", learning_rate=0.1)
+    planner = table_planner(specs, 2, 2, device_type, {}, prefetches)
+    plan = planner.plan(model, table_sharders(args, device_type, specs))
+    (table,) = [table for tables in plan.plan.values() for table in tables.values()]
+    return table
+
+
+@pytest.mark.parametrize("kernel", [None, *KERNELS[1:]])
+def test_the_planner_uses_the_kernel_on_a_gpu_and_fused_on_a_cpu(kernel: str | None) -> None:
+    assert planned(kernel, "cuda").compute_kernel == (kernel or "fused")
+    assert planned(kernel, "cpu").compute_kernel == "fused"
+
+
+def test_a_cache_that_a_pipeline_fills_keeps_the_rows_of_the_step_that_runs_meanwhile() -> None:
+    assert planned("fused_uvm_caching", "cuda", prefetches=True).cache_params.prefetch_pipeline is True
+    assert planned("fused_uvm_caching", "cuda").cache_params is None
+    assert planned("fused_uvm", "cuda", prefetches=True).cache_params is None
+
+
+def messages(kernel: str, optimizer: str, device_type: str, caplog: pytest.LogCaptureFixture) -> list[str]:
+    specs = [spec(kernel, optimizer)]
+    training = table_training(specs, OptimizerArgs(optimizer_str="sgd", learning_rate=0.1))
+    with caplog.at_level(logging.WARNING, logger="hstu.parallel.tables"):
+        check_kernels(specs, training, device_type)
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "optimizer", "instead"),
+    [
+        ("fused", "adam", "FBGEMM has no Adam on a CPU; dense, whose Adam is equal, is used"),
+        ("fused_uvm", "adamw", "a CPU has host memory only; dense, whose Adam is equal, is used"),
+        ("fused_uvm", "sgd", "a CPU has host memory only; fused is used"),
+        ("fused_uvm_caching", "rowwise_adagrad", "a CPU has host memory only; fused is used"),
+    ],
+)
+def test_a_kernel_that_a_cpu_lacks_is_logged_with_its_replacement(
+    kernel: str, optimizer: str, instead: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (message,) = messages(kernel, optimizer, "cpu", caplog)
+    assert message == f"EmbeddingArgs.compute_kernel = '{kernel}' of table 'item' is ignored: {instead}"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "optimizer", "device_type"),
+    [("dense", "adam", "cpu"), ("fused", "sgd", "cpu"), *((kernel, "adam", "cuda") for kernel in KERNELS[1:])],
+)
+def test_an_available_kernel_logs_nothing(
+    kernel: str, optimizer: str, device_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert messages(kernel, optimizer, device_type, caplog) == []
+
+
+def test_a_dense_kernel_is_refused_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConfigError, match="of table 'item': it exists only on a CPU, where FBGEMM has no Adam"):
+        messages("dense", "adam", "cuda", caplog)

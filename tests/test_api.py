@@ -1,0 +1,196 @@
+"""The Python interface: what a notebook does with a trained run."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hstu import api
+from hstu.api import Recommendation, TrainedModel
+from hstu.checkpoint.describe import locate
+from hstu.checkpoint.export import export
+from hstu.config.errors import DataError
+from hstu.data.preprocess import InteractionColumns, import_interactions
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from hstu.parallel.tables import dynamic_tables
+from tests.train.conftest import mesh, store, undisturbed  # noqa: F401
+from tests.train.tiny import ACTIONS, ITEMS, FinishedRun, run, tables_with_dynamic, tiny_config, walks
+
+SAVES = {"ckpt_save_interval": 1000}
+
+
+@pytest.fixture(scope="module")
+def finished(mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:  # noqa: F811
+    """A retrieval run that has learnt the walks."""
+    trainer = {"max_train_iters": 60, "eval_at_end": True, **SAVES}
+    output = tmp_path_factory.mktemp("trained")
+    return run(tiny_config("retrieval", store, output, trainer=trainer, task_args={"negatives": "full"}), mesh)
+
+
+@pytest.fixture(scope="module")
+def trained(finished: FinishedRun, mesh: Mesh) -> TrainedModel:  # noqa: F811
+    return api.load(finished.path, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def ranking(mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:  # noqa: F811
+    trainer = {"eval_at_end": True, **SAVES}
+    return run(tiny_config("ranking", store, tmp_path_factory.mktemp("ranking"), trainer=trainer), mesh)
+
+
+def test_histories_have_the_ids_and_values_of_the_raw_data(store: SequenceStore) -> None:  # noqa: F811
+    found = list(api.histories(store))
+    assert [history.user for history in found] == list(range(100, 120))
+    assert [history.items.tolist() for history in found] == [[1000 + item for item in row] for row in walks()["items"]]
+    assert found[4].actions is not None and found[4].actions.tolist() == walks()["actions"][4]
+    assert found[4].timestamps is not None and found[4].timestamps[:2].tolist() == [1_000_000, 1_000_060]
+    assert found[4].context == {"town": 1}
+    (again,) = api.histories(api.open_store(store.path), rows=[4])
+    assert again.user == 104
+
+
+def test_a_loaded_model_has_the_metrics_of_the_run(
+    finished: FinishedRun,
+    trained: TrainedModel,
+    ranking: FinishedRun,
+    mesh: Mesh,  # noqa: F811
+) -> None:
+    assert trained.evaluate("test") == finished.metrics
+    assert api.load(ranking.path, mesh=mesh).evaluate("valid") == ranking.metrics
+
+
+def test_forward_gives_logits_for_ranking_and_queries_for_retrieval(
+    trained: TrainedModel,
+    ranking: FinishedRun,
+    mesh: Mesh,  # noqa: F811
+) -> None:
+    batch = next(trained.batches("test"))
+    queries = trained.forward(batch).queries
+    assert queries is not None and queries.shape == (batch.batch_size, 16)
+    ranker = api.load(ranking.path, mesh=mesh)
+    batch = next(ranker.batches())
+    logits = ranker.forward(batch).logits
+    assert logits is not None and logits.shape == (batch.num_labels_total, ACTIONS)
+    assert not logits.requires_grad
+
+
+def test_tables_are_those_of_the_checkpoint(trained: TrainedModel, finished: FinishedRun) -> None:
+    tables = trained.tables()
+    assert {name: tuple(table.rows.shape) for name, table in tables.items()} == {
+        "item_id_table": (ITEMS, 16),
+        "action_table": (ACTIONS, 16),
+        "town_table": (3, 16),
+    }
+    items = finished.trainer.state.model.embed_items(torch.arange(ITEMS))
+    torch.testing.assert_close(tables["item_id_table"].rows, items, rtol=0, atol=0)
+
+
+def test_embeddings_score_as_recommendations_do(trained: TrainedModel) -> None:
+    users, items = trained.user_embeddings([103, "104"]), trained.item_embeddings()
+    assert users.shape == (2, 16) and items.shape == (ITEMS, 16)
+    torch.testing.assert_close(items.norm(dim=1), torch.ones(ITEMS))
+    (entry,) = trained.recommend([104], top=1)
+    code = trained.store.encode("item_id", np.array(entry.items))[0]
+    assert float(users[1] @ items[code]) == pytest.approx(entry.scores[0], rel=1e-5)
+
+
+def test_users_get_the_next_item_of_their_walk_and_nothing_they_know(trained: TrainedModel) -> None:
+    users = [user for user, row in enumerate(walks()["items"]) if len(row) < ITEMS - 2]
+    recommended = trained.recommend([100 + user for user in users], top=3)
+    next_items = [(walks()["items"][user][-1] + 1) % ITEMS for user in users]
+    hits = [1000 + item in entry.items[:2] for item, entry in zip(next_items, recommended, strict=True)]
+    assert np.mean(hits) > 0.8
+    for user, entry in zip(users, recommended, strict=True):
+        assert entry.user == 100 + user
+        assert len(entry.items) == len(entry.titles) == len(entry.scores) == 3
+        assert not {item - 1000 for item in entry.items} & set(walks()["items"][user])
+        assert entry.scores == sorted(entry.scores, reverse=True)
+        assert entry.titles == [str(item) for item in entry.items]
+
+
+def test_no_more_items_are_recommended_than_there_are_unknown_ones(trained: TrainedModel) -> None:
+    longest = int(np.argmax([len(set(row)) for row in walks()["items"]]))
+    known = set(walks()["items"][longest])
+    (entry,) = trained.recommend([100 + longest], top=1000)
+    assert sorted(item - 1000 for item in entry.items) == sorted(set(range(ITEMS)) - known)
+    assert len(entry.scores) == len(entry.items)
+
+
+def test_the_recommendations_of_a_user_do_not_depend_on_the_other_users(trained: TrainedModel) -> None:
+    (alone,) = trained.recommend(["103"], top=4)
+    together = trained.recommend(["115", "103", "100", "103"], top=4)
+    for entry in (together[1], together[3]):
+        assert entry.items == alone.items
+        np.testing.assert_allclose(entry.scores, alone.scores, rtol=1e-5)
+
+
+def test_recommendations_are_printed_with_users_places_scores_and_titles() -> None:
+    recommendation = Recommendation("zoe", ["A-7", "B-1"], ["Alpine skis", "B-1"], [0.98765, -0.5])
+    assert api.format_recommendations([recommendation]).splitlines() == [
+        "",
+        "user zoe",
+        "    1.   0.988  Alpine skis  [A-7]",
+        "    2.  -0.500  B-1",
+    ]
+
+
+def test_errors_name_unknown_users_missing_checkpoints_and_the_wrong_task(
+    trained: TrainedModel,
+    ranking: FinishedRun,
+    mesh: Mesh,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(DataError, match=r"1 raw id\(s\) not in the vocabulary of 'user_id': 99"):
+        trained.recommend(["100", "99"])
+    with pytest.raises(DataError, match=r"user ids are whole numbers, got \['zoe'\]"):
+        trained.user_embeddings(["zoe"])
+    with pytest.raises(DataError, match="no complete checkpoint"):
+        api.load(tmp_path, mesh=mesh)
+    with pytest.raises(DataError, match="need a retrieval run"):
+        api.load(ranking.path, mesh=mesh).recommend(["100"])
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> SequenceStore:
+    """The walks of users named u0, u1, … over items named item-a, item-b, …"""
+    with (tmp_path / "events.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["who", "what", "did"])
+        for user, row in enumerate(walks()["items"]):
+            writer.writerows([f"u{user}", f"item-{chr(97 + item)}", item % 4] for item in row)
+    columns = InteractionColumns(interactions=tmp_path / "events.csv", user="who", item="what", action="did")
+    return SequenceStore.open(import_interactions("walks", columns, output=tmp_path / "named"))
+
+
+def test_string_ids_come_back(mesh: Mesh, named: SequenceStore, tmp_path: Path) -> None:  # noqa: F811
+    assert api.encode_users(named, ["u1", "u0"]).tolist() == [1, 0]
+    finished = run(tiny_config("retrieval", named, tmp_path, sharded=["what"], trainer=SAVES), mesh)
+    (entry,) = api.load(finished.path, mesh=mesh).recommend(["u0"], top=2)
+    known = {f"item-{chr(97 + item)}" for item in walks()["items"][0]}
+    assert entry.user == "u0" and len(entry.items) == 2
+    assert all(item.startswith("item-") and item not in known for item in entry.items)
+    with pytest.raises(DataError, match="'u99'"):
+        api.encode_users(named, ["u99"])
+
+
+def test_only_items_with_a_row_in_a_dynamic_table_are_recommended(
+    mesh: Mesh,  # noqa: F811
+    store: SequenceStore,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    config = tiny_config("retrieval", store, tmp_path, tables=tables_with_dynamic(store, rows=7), trainer=SAVES)
+    finished = run(config, mesh)
+    held = set(dynamic_tables(finished.trainer.state.model)["movies"].slots.content()[0].tolist())
+    known = set(walks()["items"][0])
+    trained = api.load(finished.path, mesh=mesh)
+    (entry,) = trained.recommend(["100"], top=1000)
+    assert len(held) == 7 and held - known
+    assert sorted(item - 1000 for item in entry.items) == sorted(held - known)
+    movies = trained.tables()["movies"]
+    assert movies.ids is not None and movies.ids.tolist() == sorted(held) and movies.rows.shape == (7, 16)
+    exported = export(locate(str(tmp_path / "checkpoints")), tmp_path / "exported")
+    for path in (tmp_path / "checkpoints", exported):
+        assert api.load(path, mesh=mesh).recommend(["100"], top=1000) == [entry]

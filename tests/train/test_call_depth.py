@@ -1,0 +1,89 @@
+"""The functions and files of this package between Trainer.train and the call of a kernel are few."""
+
+import importlib
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hstu
+from hstu.ops.cpu import build
+from hstu.ops.select import resolve_kernels
+from hstu.ops.types import Backend, Kernels, KernelShapes
+from hstu.pipeline.finite import NonFiniteStep
+from tests.train.tiny import FinishedRun
+
+MOST_FUNCTIONS, MOST_FILES = 13, 8
+"""Of the call stack, from Trainer.train to the function that calls a kernel."""
+Record = Callable[[str], None]
+
+
+def watch_cpp(patch: pytest.MonkeyPatch, record: Record) -> None:
+    try:
+        build.library_file()
+    except build.KernelsUnavailable as reason:
+        pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
+
+    class Library:
+        def __getattr__(self, function: str) -> Any:
+            record(function)
+            return getattr(build.library(), function)
+
+    for module in ("attention", "norm_mul_dropout", "softmax_loss"):
+        patch.setattr(f"hstu.ops.cpu.{module}.library", Library)
+
+
+def watch_triton(patch: pytest.MonkeyPatch, record: Record) -> None:
+    """Kernels do not run, and their results are undefined. In a run, a launcher is Triton's own function."""
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+
+    def launcher(kernel: Any, *_: object) -> Callable[..., None]:
+        return lambda **_: record(kernel.fn.__name__)
+
+    def select_kernels(requested: str, strict: bool, device: object, shapes: KernelShapes) -> Kernels:
+        return resolve_kernels(Backend.TRITON, shapes)
+
+    for module in ("attention", "linear", "norm", "rows", "softmax_loss"):
+        importlib.import_module(f"hstu.ops.triton.{module}")
+        patch.setattr(f"hstu.ops.triton.{module}.launcher", launcher)
+    patch.setattr("hstu.train.builder.select_kernels", select_kernels)
+
+
+@pytest.mark.parametrize("pipeline", ["none", "native"])
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+@pytest.mark.parametrize(
+    ("watch", "kernels"),
+    [
+        (watch_cpp, {"hstu_attention", "hstu_gate"}),
+        (watch_triton, {"attention_forward", "attention_backward_keys", "linear_silu", "norm_mul_dropout_forward"}),
+    ],
+)
+def test_a_kernel_is_few_calls_away_from_the_trainer(
+    train: Callable[..., FinishedRun],
+    monkeypatch: pytest.MonkeyPatch,
+    watch: Callable[[pytest.MonkeyPatch, Record], None],
+    kernels: set[str],
+    task: str,
+    pipeline: str,
+) -> None:
+    calls: dict[str, list[list[traceback.FrameSummary]]] = {}
+
+    def record(kernel: str) -> None:
+        stack = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(hstu.__path__[0])]
+        names = [frame.name for frame in stack]
+        if "_train_loop" in names:  # else it is the check of the kernels
+            calls.setdefault(kernel, []).append(stack[names.index("_train_loop") - 1 :])
+
+    watch(monkeypatch, record)
+    trainer = {"pipeline_type": pipeline, "max_train_iters": 1}
+    with suppress(NonFiniteStep):
+        train(task, trainer=trainer, network={"kernel_backend": "triton", "hidden_dropout": 0.2})
+    assert kernels <= calls.keys()
+    for kernel, stacks in calls.items():
+        for stack in stacks:
+            assert stack[0].name == "train"
+            assert len(stack) <= MOST_FUNCTIONS, (kernel, stack)
+            assert len({frame.filename for frame in stack}) <= MOST_FILES, (kernel, stack)

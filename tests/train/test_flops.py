@@ -1,0 +1,64 @@
+"""Tokens and floating-point operations of a batch."""
+
+import numpy as np
+import pytest
+
+from hstu.config.args import NetworkArgs
+from hstu.data.collate import FeatureRoles
+from hstu.ops.costs import sequence_flops
+from hstu.train.flops import FlopCounter
+from tests.helpers import make_batch
+from tests.train.tiny import NETWORK
+
+WITH_ACTIONS = FeatureRoles("item", "action", ("town", "age"))
+
+
+def counter(roles: FeatureRoles = WITH_ACTIONS, **options: object) -> FlopCounter:
+    return FlopCounter(NetworkArgs(**{**NETWORK, **options}), roles)
+
+
+def batch(*items: list[int], candidates: list[int] | None = None):  # type: ignore[no-untyped-def]
+    return make_batch(list(items), [[0] * len(row) for row in items], num_candidates=candidates)
+
+
+def test_tokens_are_context_items_and_their_actions() -> None:
+    assert counter().count(batch([1, 2, 3], [4]))[0] == (2 + 3 * 2) + (2 + 1 * 2)
+
+
+@pytest.mark.parametrize(
+    ("roles", "interleave"), [(WITH_ACTIONS, False), (FeatureRoles("item", None, ("town", "age")), True)]
+)
+def test_actions_that_are_no_tokens_do_not_count(roles: FeatureRoles, interleave: bool) -> None:
+    assert counter(roles, interleave_actions=interleave).count(batch([1, 2, 3], [4]))[0] == (2 + 3) + (2 + 1)
+
+
+def test_padding_costs_nothing() -> None:
+    assert counter().count(batch([1, 2, 3], [4], [], [])) == counter().count(batch([1, 2, 3], [4]))
+    assert counter().count(batch([], [])) == (0, 0.0)
+
+
+def test_an_empty_sequence_has_no_context_tokens() -> None:
+    assert counter().per_sequence(np.array([5, 0, 1]), np.array([2, 0, 1])).tokens.tolist() == [2 + 10, 0, 2 + 2]
+
+
+def test_flops_grow_in_proportion_to_layers_and_add_up_over_sequences() -> None:
+    one, two = (counter(num_layers=layers).count(batch([1, 2, 3]))[1] for layers in (1, 2))
+    assert two == pytest.approx(2 * one)
+    assert counter().count(batch([1, 2, 3], [1, 2, 3]))[1] == pytest.approx(2 * counter().count(batch([1, 2, 3]))[1])
+
+
+def test_attention_makes_one_long_sequence_dearer_than_two_short_ones_with_as_many_tokens() -> None:
+    without_context = counter(FeatureRoles("item", "action", ()))
+    long, short = list(range(40)), list(range(20))
+    assert without_context.count(batch(long))[0] == without_context.count(batch(short, short))[0]
+    assert without_context.count(batch(long))[1] > without_context.count(batch(short, short))[1]
+
+
+def test_bidirectional_attention_costs_more() -> None:
+    assert counter(is_causal=False).count(batch([1, 2, 3]))[1] > counter().count(batch([1, 2, 3]))[1]
+
+
+def test_candidates_and_their_actions_count_apart_from_history() -> None:
+    shape = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "head_dim": 8}
+    expected = sequence_flops(np.array([2 + 4 * 2]), np.array([3 * 2]), **shape)
+    assert counter().count(batch([1, 2, 3, 4], candidates=[3]))[1] == expected

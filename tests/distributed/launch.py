@@ -14,10 +14,12 @@ process seconds. The server has neither threads nor groups. Each rank is a proce
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import math
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -37,6 +39,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 REPOSITORY = Path(__file__).resolve().parents[2]
 STDERR_TAIL_CHARACTERS = 6000
+FIRST_PORT, LAST_PORT = 20000, 32000
+"""Below those that Linux gives to connections (32768 and up): a port found here is still free when it is used later."""
+STACKS = signal.SIGUSR1
+"""A rank that gets this signal writes the stacks of its threads to its output."""
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["hstu.train.builder", "pytest", "hypothesis"])
 
@@ -54,10 +60,13 @@ class Launch:
 
 
 class RankFailure(Exception):
-    """A rank failed or the launch ran out of time. ``rank`` is None for a timeout; ``stderr`` is its whole output."""
+    """A rank failed or the launch ran out of time. ``rank`` is None for a timeout; ``stderr`` is its whole output.
 
-    def __init__(self, message: str, rank: int | None, stderr: str) -> None:
-        super().__init__(f"{message}\n{stderr[-STDERR_TAIL_CHARACTERS:]}")
+    ``others``: what the ranks were doing for which the failed one waited in vain.
+    """
+
+    def __init__(self, message: str, rank: int | None, stderr: str, others: str = "") -> None:
+        super().__init__(f"{message}\n{stderr[-STDERR_TAIL_CHARACTERS:]}\n{others}")
         self.rank = rank
         self.stderr = stderr
 
@@ -119,9 +128,12 @@ def run_to_their_ends(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    ports = random.SystemRandom()  # tests seed the usual one, and two at a time would draw the same ports
+    while True:
+        port = ports.randint(FIRST_PORT, LAST_PORT)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager
@@ -187,17 +199,28 @@ class _Ranks:
 
     def _sleep(self) -> None:
         if time.monotonic() > self.deadline:
-            running = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
-            stderr = "".join(f"--- rank {rank} ---\n{self._stderr(rank)}" for rank in running)
-            message = f"{self.name}: ranks {running} still running after {self.launch.timeout_s:g} s"
-            raise RankFailure(message, None, stderr)
+            message = f"{self.name}: ranks {self._running()} still running after {self.launch.timeout_s:g} s"
+            raise RankFailure(message, None, self._stacks())
         time.sleep(0.02)
+
+    def _running(self) -> list[int]:
+        return [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
+
+    def _stacks(self) -> str:
+        """Where the running ranks are: the ends of their outputs after each has been told to add its stacks."""
+        running = self._running()
+        for rank in running:
+            os.kill(self.processes[rank].pid or 0, STACKS)
+        time.sleep(0.5)
+        share = STDERR_TAIL_CHARACTERS // max(1, len(running))
+        return "".join(f"--- rank {rank} ---\n{self._stderr(rank)[-share:]}\n" for rank in running)
 
     def _raise_failure(self) -> None:
         for rank, process in enumerate(self.processes):
             if process.exitcode:
                 message = f"{self.name}: rank {rank} of {self.launch.ranks} failed with exit code {process.exitcode}"
-                raise RankFailure(message, rank, self._stderr(rank))
+                others = self._stacks() if "timed out" in self._stderr(rank) else ""
+                raise RankFailure(message, rank, self._stderr(rank), others)
 
     def _stderr(self, rank: int) -> str:
         output = self.folder / f"stderr{rank}.txt"
@@ -221,6 +244,7 @@ def _run_this_rank(folder: Path, environment: dict[str, str]) -> None:
     with (folder / f"stderr{environment['RANK']}.txt").open("wb") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
+    faulthandler.register(STACKS)
 
     function, args, kwargs = pickle.loads((folder / "call").read_bytes())
     result = function(*args, **kwargs)

@@ -50,7 +50,6 @@ NetworkArgs.num_attention_heads = 2
 NetworkArgs.kv_channels = 8
 NetworkArgs.dtype_str = "float32"
 NetworkArgs.kernel_backend = "pytorch"
-NetworkArgs.disable_contextual_mask = True
 
 OptimizerArgs.optimizer_str = "adam"
 OptimizerArgs.learning_rate = 0.01

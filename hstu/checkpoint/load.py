@@ -35,7 +35,8 @@ def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions =
     Returns one line for each thing that did not fit; with ``options.strict`` there are none.
 
     Raises, on every rank, DamagedCheckpoint if files are damaged or missing, and with ``options.strict`` DataError if
-    something does not fit. The message then has the configuration lines that differ.
+    something does not fit. The message then has the configuration lines that differ. If a run goes on from a checkpoint
+    with another configuration, the log lists what has changed.
     """
     root = Path(path)
     own_problems = collective_io(lambda: _check_share_of_files(root, mesh), mesh)
@@ -47,8 +48,10 @@ def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions =
     dynamic = collective_io(lambda: _read_dynamic(root, state, mesh, options), mesh)
     if options.optimizer:
         _restore_metadata(root, state, mesh)
-    if match.problems() or differences or dynamic:
-        report = [*match.report(differences), *dynamic]
+        _report_changes(root, differences)
+    of_network = [entry for entry in differences if entry.is_of_network]
+    if match.problems() or of_network or dynamic:
+        report = [*match.report(of_network), *dynamic]
         log.warning("%s was loaded in part:\n%s", root, "\n".join(f"  {line}" for line in report))
         return report
     return []
@@ -60,7 +63,7 @@ def _check_share_of_files(root: Path, mesh: Mesh) -> list[str]:
 
 
 def _match(root: Path, state: TrainState, options: LoadOptions) -> tuple[TensorMatch, list[ConfigDifference]]:
-    """Return what to read, and the differing lines that make another model. Raises DataError if it is refused."""
+    """Return what to read, and how the configurations differ. Raises DataError if the checkpoint is refused."""
     if options.optimizer and is_export(root):
         raise DataError(
             f"{root} is an export, which holds only weights. Set TrainerArgs.ckpt_load_optimizer = False to start "
@@ -79,7 +82,13 @@ def _match(root: Path, state: TrainState, options: LoadOptions) -> tuple[TensorM
     if options.strict and (match.problems() or of_network):
         shown = [entry for entry in differences if entry.shapes_tensors]
         raise DataError(_message(root, match.problems(), shown, _remedy(match)))
-    return match, of_network
+    return match, differences
+
+
+def _report_changes(root: Path, differences: list[ConfigDifference]) -> None:
+    """Log how the configuration of a resumed run differs from that of the checkpoint, the network apart."""
+    if changes := [f"  {entry}" for entry in differences if entry.changes_the_run and not entry.is_of_network]:
+        log.warning("the configuration has changed since %s was saved:\n%s", root, "\n".join(changes))
 
 
 def _remedy(match: TensorMatch) -> str:

@@ -14,9 +14,10 @@ from torch import Size
 
 from hstu.checkpoint.raw_ids import RowRemap
 from hstu.checkpoint.tensors import AVERAGE, DYNAMIC, IDS, TABLES, WEIGHTS, join_name, split_name
-from hstu.config.args import TrainerArgs
+from hstu.config.args import CLASSES, TrainerArgs
 from hstu.config.errors import DataError
 from hstu.config.gin_scan import scan
+from hstu.config.option import default_of, is_required, options_of
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,11 @@ def _stored_name(name: str, stored: Collection[str], param_map: ParamMap) -> str
 # Parameters of NetworkArgs that do not change what the weights mean, and those of RankingArgs that do.
 _SAME_WEIGHTS = re.compile(
     r"(hidden|input)_dropout|dtype_str|(strict_)?kernel_backend|compile|recompute_\w+|sequence_parallel"
+    r"|allow_label_leak"
 )
 _HEAD = re.compile(r"prediction_head_(arch|act_type|bias)|num_tasks")
+# Parameters that say only where a run reads, writes and reports.
+_PLACES = re.compile(r"TrainerArgs\.(output_dir|ckpt_save_dir|ckpt_load_dir|progress_bar|tensorboard|wandb_project)")
 # Other parameters that decide which tensors there are, and of which sizes.
 _SHAPES = re.compile(
     r"(Dynamic)?EmbeddingArgs\.\w+|DatasetArgs\.dataset_(name|path)"
@@ -258,17 +262,32 @@ class ConfigDifference:
         return self.is_of_network or bool(_SHAPES.fullmatch(self._unscoped))
 
     @property
+    def changes_the_run(self) -> bool:
+        """Whether the parameter says more than where the run reads, writes and reports."""
+        return not _PLACES.fullmatch(self._unscoped)
+
+    @property
     def _unscoped(self) -> str:
         return self.name.rpartition("/")[2]
 
 
 def config_differences(stored: str, own: str) -> list[ConfigDifference]:
-    """Return the parameters that differ between two texts of operative.gin, in the order of the first text."""
+    """Return the parameters that differ between two texts of operative.gin, in the order of the first text.
+
+    A parameter that one text lacks has its default: the program that wrote the text did not have the parameter yet.
+    """
     left, right = (
         {binding.name: repr(binding.value) for binding in scan([], [text]).bindings} for text in (stored, own)
     )
-    return [
-        ConfigDifference(name, left.get(name), right.get(name))
+    pairs = [
+        ConfigDifference(name, left.get(name, _default(name)), right.get(name, _default(name)))
         for name in dict.fromkeys([*left, *right])
-        if left.get(name) != right.get(name)
     ]
+    return [pair for pair in pairs if pair.stored != pair.own]
+
+
+def _default(name: str) -> str | None:
+    """Return the default of a gin parameter as text; None if it has none."""
+    owner, _, parameter = name.rpartition("/")[2].partition(".")
+    options = options_of(CLASSES[owner]) if owner in CLASSES else ()
+    return next((repr(default_of(each)) for each in options if each.name == parameter and not is_required(each)), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hstu.config.args import (
@@ -40,6 +40,7 @@ class RunConfig:
     """Tables that the gin files bind, in file order; empty if a built-in dataset has only its predefined tables. With
     BenchmarkDatasetArgs always its ``embedding_args``."""
     network: NetworkArgs
+    """With ``disable_contextual_mask`` as in force, never None."""
     optimizer: OptimizerArgs
     schedule: LRScheduleArgs = field(default_factory=LRScheduleArgs)
     precision: PrecisionArgs = field(default_factory=PrecisionArgs)
@@ -60,6 +61,9 @@ class RunConfig:
             if self.embeddings not in ((), tables):
                 raise ConfigError("with BenchmarkDatasetArgs the tables are its embedding_args; leave embeddings empty")
             object.__setattr__(self, "embeddings", tables)
+        if self.network.disable_contextual_mask is None:
+            without_leak = replace(self.network, disable_contextual_mask=self.dataset.max_num_candidates == 0)
+            object.__setattr__(self, "network", without_leak)
 
     def parts(self) -> dict[str, Any]:
         """Every argument object by a name: "NetworkArgs", "embeddings[0]", "feature_args[1].seqlen_dist"."""

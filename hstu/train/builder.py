@@ -12,9 +12,11 @@ from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import BackgroundWriter, CheckpointStore
-from hstu.config.args import NetworkArgs, RankingArgs, RetrievalArgs, TrainerArgs
+from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
 from hstu.config.errors import ConfigError
-from hstu.config.run_config import RunConfig, Task
+from hstu.config.problems import in_reading_order
+from hstu.config.rules.task import label_leak
+from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES
 from hstu.data.collate import FeatureRoles
 from hstu.model.compiled import compile_parts, why_not
@@ -65,6 +67,7 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
     run_directory = open_run_directory(config, mesh)
     mesh.heartbeat.mark("opening the data")
     source = on_all_ranks(lambda: open_source(config, mesh), mesh.world_group)
+    check_masks(config, source.roles)
     mesh.heartbeat.mark("building the model")
     model, optimizers = build_model(config, source, mesh)
     state = TrainState(model, optimizers, config.operative_gin(), raw_ids=raw_ids(source))
@@ -101,6 +104,13 @@ def open_run_directory(config: RunConfig, mesh: Mesh) -> RunDirectory:
     return run_directory
 
 
+def check_masks(config: RunConfig, roles: FeatureRoles) -> None:
+    """Raise ConfigError if the masks show the model its labels, unless NetworkArgs.allow_label_leak is set."""
+    leaks = label_leak(config, has_context=bool(roles.contextual))
+    if mistakes := [leak for leak in leaks if not leak.is_warning]:
+        raise ConfigError(in_reading_order(mistakes))
+
+
 def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRModel, Optimizers]:
     """The model and its optimizers, with tables sharded and the dense part replicated over ``mesh``. Collective."""
     if config.network.dtype_str == "float16" and mesh.device.type == "cpu":
@@ -134,8 +144,8 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDen
     shapes = kernel_shapes(network, mesh.tp_size)
     kernels = select_kernels(network.kernel_backend, network.strict_kernel_backend, mesh.device, shapes)
     log.info("kernels: %s", kernels)
-    if leaks := label_leak(config.task, network, roles, config.dataset.max_num_candidates):
-        log.warning("losses and metrics will look better than they are: %s", leaks)
+    for leak in label_leak(config, has_context=bool(roles.contextual)):
+        log.warning("%s", leak)
     return task_module(
         config,
         SequenceFeatures(roles.item, roles.action, roles.contextual, source.max_items),
@@ -169,26 +179,6 @@ def label_offset(args: RankingArgs, source: BatchSource) -> int:
             f"{action!r} also takes the value 0: end it in {actions}"
         )
     return 1
-
-
-def label_leak(task: Task, network: NetworkArgs, roles: FeatureRoles, max_num_candidates: int) -> str | None:
-    """How the model can see what it is to predict, and the remedy; None if it cannot.
-
-    Such masks are allowed, but losses and metrics then mean nothing. Candidates are safe: no history or context token
-    sees them. Without candidates every item is labelled, so a token that sees later ones sees its own label.
-    """
-    if max_num_candidates > 0:
-        return None
-    label = "the next item, its target" if task == "retrieval" else "its own action, its label"
-    remedy = "" if task == "retrieval" else " or DatasetArgs.max_num_candidates > 0"
-    if not network.is_causal:
-        return f"with NetworkArgs.is_causal = False every item sees {label}; set is_causal = True{remedy}"
-    if roles.contextual and network.num_layers > 1 and not network.disable_contextual_mask:
-        return (
-            "context tokens see the whole history and items see them: from the second layer on an item can see "
-            f"{label}, through the context; set NetworkArgs.disable_contextual_mask = True{remedy}"
-        )
-    return None
 
 
 def task_module(

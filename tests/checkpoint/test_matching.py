@@ -141,3 +141,14 @@ def test_rows_are_found_by_their_raw_ids(own: Any, stored: Any, source_rows: lis
     assert remap_rows(4, [own], [None]) is None
     shared = remap_rows(4, [own, own], [own, stored])
     assert shared is not None and shared.source_rows is None
+
+
+def test_a_parameter_that_an_older_program_did_not_write_has_its_default() -> None:
+    older = GIN.replace("TrainerArgs.seed = 1\n", "")
+    assert config_differences(older, GIN.replace("seed = 1", "seed = 1234")) == []
+    (changed,) = config_differences(older, GIN)
+    assert str(changed) == "TrainerArgs.seed = 1234 in the checkpoint, 1 in this run"
+    leaking = GIN + "NetworkArgs.allow_label_leak = True\n"
+    assert [(entry.name, entry.is_of_network) for entry in config_differences(GIN, leaking)] == [
+        ("NetworkArgs.allow_label_leak", False)
+    ]

@@ -148,7 +148,8 @@ def test_bindings_may_be_repeated_or_listed(tmp_path: Path) -> None:
 
 
 def test_warnings_go_to_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parse_command_line("ranking", ["--gin-config-file", write(tmp_path, RANKING + "NetworkArgs.is_causal = False\n")])
+    lines = "NetworkArgs.is_causal = False\nNetworkArgs.allow_label_leak = True\n"
+    parse_command_line("ranking", ["--gin-config-file", write(tmp_path, RANKING + lines)])
     captured = capsys.readouterr()
     assert captured.err.startswith("warning: ")
     assert captured.out == ""

@@ -208,10 +208,9 @@ def test_config_made_in_python_is_checked_too() -> None:
         (changed(RANKING, "DatasetArgs.max_num_candidates = 5"), "ranking", []),
     ],
 )
-def test_bidirectional_attention_over_labels_is_warned_of(
-    base: str, task: Task, warned: list[str], tmp_path: Path
-) -> None:
-    config = load([write(tmp_path, base + "NetworkArgs.is_causal = False\n")], [], task)
+def test_allowed_attention_to_labels_is_warned_of(base: str, task: Task, warned: list[str], tmp_path: Path) -> None:
+    lines = "NetworkArgs.is_causal = False\nNetworkArgs.allow_label_leak = True\n"
+    config = load([write(tmp_path, base + lines)], [], task)
     warnings = validate(config, world_size=1, rules=ALL_RULES)
     assert len(warnings) == len(warned)
     assert all(part in warning for part, warning in zip(warned, warnings, strict=True))

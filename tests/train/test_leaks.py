@@ -1,4 +1,4 @@
-"""When a mask shows a model what it is to predict: what ``label_leak`` says, and that it is true of the model."""
+"""Masks that show a model what it is to predict: the default is safe, others are refused, and both is true of it."""
 
 from pathlib import Path
 from typing import Any
@@ -6,57 +6,104 @@ from typing import Any
 import pytest
 import torch
 
-from hstu.config.args import NetworkArgs
-from hstu.data.collate import FeatureRoles
+from hstu.config.errors import ConfigError
+from hstu.config.rules import validate
+from hstu.config.rules.task import label_leak
+from hstu.config.run_config import RunConfig
 from hstu.data.sampler import SamplerPosition
 from hstu.data.store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.train.builder import label_leak
-from tests.train.tiny import ACTIONS, NETWORK, build, tiny_config
-
-WITH_CONTEXT, ITEMS_ALONE = FeatureRoles("item", "action", ("town",)), FeatureRoles("item", "action", ())
+from tests.config.gin_files import ALL_RULES
+from tests.train.tiny import ACTIONS, build, tiny_config
 
 
-def network(**options: Any) -> NetworkArgs:
-    return NetworkArgs(**{**NETWORK, **options})
+@pytest.fixture(params=["ranking", "retrieval"])
+def task(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-@pytest.mark.parametrize("task", ["ranking", "retrieval"])
-def test_causal_attention_without_context_shows_nothing(task: Any) -> None:
-    assert label_leak(task, network(disable_contextual_mask=False), ITEMS_ALONE, 0) is None
+def config_of(task: str, store: SequenceStore, tmp_path: Path, candidates: int = 0, **network: Any) -> RunConfig:
+    network = {"disable_contextual_mask": None, **network}
+    return tiny_config(task, store, tmp_path, network=network, dataset={"max_num_candidates": candidates})
+
+
+def leaks(config: RunConfig, has_context: bool = True) -> list[str]:
+    return [str(problem) for problem in label_leak(config, has_context)]
+
+
+@pytest.mark.parametrize(("candidates", "is_disabled"), [(0, True), (1, False)])
+def test_the_default_mask_hides_labels(
+    task: str, candidates: int, is_disabled: bool, store: SequenceStore, tmp_path: Path
+) -> None:
+    config = config_of(task, store, tmp_path, candidates)
+    assert config.network.disable_contextual_mask is is_disabled
+    assert leaks(config) == []
+    assert f"NetworkArgs.disable_contextual_mask = {is_disabled}" in config.operative_gin()
+
+
+def test_causal_attention_without_context_shows_nothing(task: str, store: SequenceStore, tmp_path: Path) -> None:
+    assert leaks(config_of(task, store, tmp_path, disable_contextual_mask=False), has_context=False) == []
 
 
 @pytest.mark.parametrize(
     ("task", "what", "remedy"),
     [
-        ("ranking", "its own action", "set is_causal = True or DatasetArgs.max_num_candidates > 0"),
-        ("retrieval", "the next item", "set is_causal = True"),
+        ("ranking", "its own action", "set it to True, or DatasetArgs.max_num_candidates above 0, or"),
+        ("retrieval", "the next item", "set it to True, or NetworkArgs.allow_label_leak = True"),
     ],
+    indirect=["task"],
 )
-def test_attention_to_later_items_shows_labels(task: Any, what: str, remedy: str) -> None:
-    said = label_leak(task, network(is_causal=False), ITEMS_ALONE, 0)
-    assert said is not None and what in said and said.endswith(remedy)
+def test_attention_to_later_items_shows_labels(
+    task: str, what: str, remedy: str, store: SequenceStore, tmp_path: Path
+) -> None:
+    (said,) = leaks(config_of(task, store, tmp_path, is_causal=False), has_context=False)
+    assert said.startswith("NetworkArgs.is_causal = False: ") and what in said and remedy in said
 
 
-def test_context_passes_later_items_on_from_the_second_layer_on() -> None:
-    said = label_leak("retrieval", network(disable_contextual_mask=False), WITH_CONTEXT, 0)
-    assert said is not None and "through the context; set NetworkArgs.disable_contextual_mask = True" in said
-    assert label_leak("retrieval", network(disable_contextual_mask=False, num_layers=1), WITH_CONTEXT, 0) is None
-    assert label_leak("retrieval", network(disable_contextual_mask=True), WITH_CONTEXT, 0) is None
+def test_context_passes_later_items_on_from_the_second_layer_on(
+    task: str, store: SequenceStore, tmp_path: Path
+) -> None:
+    (said,) = leaks(config_of(task, store, tmp_path, disable_contextual_mask=False))
+    assert said.startswith("NetworkArgs.disable_contextual_mask = False: ") and "from the second layer on" in said
+    assert leaks(config_of(task, store, tmp_path, disable_contextual_mask=False, num_layers=1)) == []
 
 
 @pytest.mark.parametrize("options", [{"is_causal": False}, {"disable_contextual_mask": False}])
-def test_candidates_are_safe(options: dict[str, Any]) -> None:
-    assert label_leak("ranking", network(**options), WITH_CONTEXT, max_num_candidates=1) is None
+def test_candidates_are_safe(options: dict[str, Any], store: SequenceStore, tmp_path: Path) -> None:
+    assert leaks(config_of("ranking", store, tmp_path, candidates=1, **options)) == []
+
+
+def test_a_leaking_mask_is_refused_before_the_data_is_read_where_the_file_names_the_context(
+    task: str, store: SequenceStore, tmp_path: Path
+) -> None:
+    dataset = {"contextual_feature_names": ["town"]}
+    for allowed in (False, True):
+        network = {"disable_contextual_mask": False, "allow_label_leak": allowed}
+        config = tiny_config(task, store, tmp_path, network=network, dataset=dataset)
+        if allowed:
+            assert len(validate(config, 1, ALL_RULES)) == 1
+        else:
+            with pytest.raises(ConfigError, match="allow_label_leak = True to train such a model on purpose"):
+                validate(config, 1, ALL_RULES)
+
+
+def test_a_leaking_mask_is_refused_at_start_where_the_store_names_the_context(
+    mesh: Mesh, store: SequenceStore, task: str, tmp_path: Path
+) -> None:
+    config = config_of(task, store, tmp_path, disable_contextual_mask=False)
+    assert validate(config, 1, ALL_RULES) == []  # that the data has contextual features is not known yet
+    with pytest.raises(ConfigError, match="from the second layer on, an item sees"):
+        build(config, mesh)
 
 
 @pytest.mark.parametrize(
     ("options", "sees_labels"),
     [
+        ({}, False),
         ({"disable_contextual_mask": True}, False),
         ({"disable_contextual_mask": False}, True),
         ({"disable_contextual_mask": False, "num_layers": 1}, False),
-        ({"disable_contextual_mask": True, "is_causal": False}, True),
+        ({"is_causal": False}, True),
     ],
 )
 def test_what_is_said_is_true_of_the_model(
@@ -67,8 +114,8 @@ def test_what_is_said_is_true_of_the_model(
     options: dict[str, Any],
     sees_labels: bool,
 ) -> None:
-    trainer = build(tiny_config("ranking", store, tmp_path, network=options), mesh)
-    assert ("losses and metrics will look better than they are" in warnings_of_hstu.text) == sees_labels
+    trainer = build(config_of("ranking", store, tmp_path, **options, allow_label_leak=True), mesh)
+    assert ("losses and metrics would look better than they are" in warnings_of_hstu.text) == sees_labels
     model, batch = trainer.state.model.eval(), next(trainer.source.train_batches(SamplerPosition()))
     with torch.no_grad():
         for parameter in model.dense.parameters():

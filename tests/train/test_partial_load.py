@@ -44,6 +44,30 @@ def test_an_export_is_no_run_to_go_on_with(train: Train, tmp_path: Path) -> None
         train("ranking", trainer={"ckpt_load_dir": str(exported)})
 
 
+def test_a_resume_lists_what_has_changed_in_the_configuration(
+    train: Train, tmp_path: Path, warnings_of_hstu: pytest.LogCaptureFixture
+) -> None:
+    train("ranking", trainer=SAVING, output="first")
+    checkpoint = str(locate(str(tmp_path / "first" / "checkpoints")))
+    warnings_of_hstu.clear()
+    train("ranking", trainer=SAVING | {"ckpt_load_dir": "auto"}, output="first")
+    assert "the configuration has changed" not in warnings_of_hstu.text, "only where the run reads and writes"
+    train(
+        "ranking",
+        trainer=SAVING | {"ckpt_load_dir": checkpoint, "max_train_iters": 6, "train_batch_size": 4},
+        optimizer={"learning_rate": 0.02},
+        network={"hidden_dropout": 0.1},
+    )
+    (warning,) = [r.getMessage() for r in warnings_of_hstu.records if "configuration has changed" in r.getMessage()]
+    assert checkpoint in warning
+    assert sorted(line.strip() for line in warning.splitlines()[1:]) == [
+        "NetworkArgs.hidden_dropout = 0.0 in the checkpoint, 0.1 in this run",
+        "OptimizerArgs.learning_rate = 0.01 in the checkpoint, 0.02 in this run",
+        "TrainerArgs.max_train_iters = 4 in the checkpoint, 6 in this run",
+        "TrainerArgs.train_batch_size = 8 in the checkpoint, 4 in this run",
+    ]
+
+
 @pytest.mark.parametrize(
     ("network", "lines"),
     [
@@ -52,7 +76,10 @@ def test_an_export_is_no_run_to_go_on_with(train: Train, tmp_path: Path) -> None
             ["NetworkArgs.num_attention_heads = 2 in the checkpoint, 4 in this run", "NetworkArgs.kv_channels = 8"],
         ),
         ({"num_layers": 3}, ["stack.layers.2", "NetworkArgs.num_layers = 2 in the checkpoint, 3 in this run"]),
-        ({"is_causal": False}, ["NetworkArgs.is_causal = True in the checkpoint, False in this run"]),
+        (
+            {"is_causal": False, "allow_label_leak": True},
+            ["NetworkArgs.is_causal = True in the checkpoint, False in this run"],
+        ),
     ],
 )
 def test_another_architecture_is_refused_with_the_lines_that_differ(

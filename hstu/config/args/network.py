@@ -63,8 +63,13 @@ class NetworkArgs(Args):
     hidden_size."""
     scaling_seqlen: int = option(-1, minimum=-1)
     """Number by which attention weights are divided. -1: the longest possible sequence in tokens."""
-    disable_contextual_mask: bool = option(False)
-    """True: contextual tokens are causal like all others. False: they attend to the whole history."""
+    disable_contextual_mask: Optional[bool] = option(None)
+    """True: contextual tokens are causal like all others. False: they attend to the whole history. None: False where
+    DatasetArgs.max_num_candidates > 0, else True, because contextual tokens would then pass later actions and items on
+    to the items that are to predict them."""
+    allow_label_leak: bool = option(False)
+    """True: a mask that shows the model what it is to predict is a warning instead of an error. Losses and metrics of
+    such a run look better than they are."""
     compile: bool = option(False)
     """Use torch.compile for the parts outside our kernels: the prediction head, the projections between widths and the
     ranking loss. The first step takes about 6 s longer. Without a C++ compiler the run continues uncompiled. On a CPU

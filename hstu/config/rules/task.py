@@ -113,15 +113,38 @@ def number_of_negatives_fits_their_kind(run: RunConfig) -> Iterator[Problem]:
             yield run.problem(retrieval, "num_negatives", f"must be -1 with {kind}, which takes the whole corpus")
 
 
-def targets_are_not_visible(run: RunConfig) -> Iterator[Problem]:
-    if not run.network.is_causal and run.dataset.max_num_candidates == 0:
-        seen = "the next item, which is the target" if run.task == "retrieval" else "its own action, which is the label"
-        text = f"every item sees {seen}: training looks perfect and the model learns nothing; set it to True"
-        yield run.problem(run.network, "is_causal", text, is_warning=True)
+# --- masks ---------------------------------------------------------------------------------------------------------
+
+
+def masks_hide_the_labels(run: RunConfig) -> Iterator[Problem]:
+    yield from label_leak(run, has_context=bool(run.dataset.contextual_feature_names))  # None: known with the data
+
+
+def label_leak(run: RunConfig, has_context: bool) -> Iterator[Problem]:
+    """How the model sees what it is to predict. ``has_context``: whether its sequences have contextual tokens.
+
+    Candidates are safe: no history or contextual token sees them. Without candidates every item is labelled, so an
+    item that sees later ones sees its own label.
+    """
+    network = run.network
+    if run.dataset.max_num_candidates > 0:
+        return
+    label = "the next item, its target" if run.task == "retrieval" else "its own action, its label"
+    remedy = "" if run.task == "retrieval" else ", or DatasetArgs.max_num_candidates above 0"
+    remedy += ", or NetworkArgs.allow_label_leak = True to train such a model on purpose"
+    if not network.is_causal:
+        text = f"every item sees {label}: losses and metrics would look better than they are; set it to True{remedy}"
+        yield run.problem(network, "is_causal", text, is_warning=network.allow_label_leak)
+    if network.disable_contextual_mask is False and has_context and network.num_layers > 1:
+        text = (
+            "contextual tokens see the whole history and items see them: from the second layer on, an item sees "
+            f"{label}, and losses and metrics would look better than they are; remove this or set it to True{remedy}"
+        )
+        yield run.problem(network, "disable_contextual_mask", text, is_warning=network.allow_label_leak)
 
 
 RULES = (
     features_have_one_role, actions_are_not_items, candidates_leave_history, windows_leave_no_gap, split_fits_the_task,
     head_fits_the_tasks, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
-    retrieval_has_a_next_item, number_of_negatives_fits_their_kind, targets_are_not_visible,
+    retrieval_has_a_next_item, number_of_negatives_fits_their_kind, masks_hide_the_labels,
 )  # fmt: skip

@@ -27,6 +27,15 @@ class ReplicatedDense(DistributedDataParallel):
         self.own_buckets_finite: list[Tensor] = []
         """One bool scalar on the device per bucket averaged in this step."""
         self.register_comm_hook(self, _average_bucket)
+        # By default DDP orders its buckets anew after the first step, by the arrival of the gradients. The order of the
+        # terms of a sum over three or more ranks depends on the place in a bucket, so the first step of a resumed run
+        # would differ in its last bits from the same step of a run that never stopped.
+        self.reducer._push_all_rebuilt_params()  # as if all gradients had arrived in the order of the reducer
+
+    def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
+        """Last parameters first, as their gradients arrive."""
+        parameters, expect_sparse_gradient = super()._build_params_for_reducer()
+        return parameters[::-1], expect_sparse_gradient[::-1]
 
     def average_bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Start to average a bucket that DDP has filled; returns a future of the averages."""

@@ -1,7 +1,8 @@
 """Kill runs at seeded points and start them again: ``python -m tests.reliability.kills --points 100``.
 
-Every restart must resume from a commit, repeat no more iterations than allowed, end with bit for bit the weights of the
-undisturbed run, and leave no temporary files.
+The kills are divided among the numbers of ranks (``--ranks``), with and without ``ckpt_async``. Every restart must
+resume from a commit, repeat no more iterations than allowed, end with bit for bit the weights of the undisturbed run,
+and leave no temporary files.
 """
 
 import argparse
@@ -150,15 +151,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
     options = parser.parse_args(argv)
     begun, failed, tried = time.monotonic(), 0, 0
-    for number, (ranks, background) in enumerate(((1, False), (1, True), (2, False), (2, True))):
+    kinds = [(ranks, background) for ranks in options.ranks for background in (False, True)]
+    for number, (ranks, background) in enumerate(kinds):
         with tempfile.TemporaryDirectory() as folder:
             write_small_store(Path(folder) / "store", **walks(31))
             setting = Setting(ranks, background, str(Path(folder) / "store"))
             parts: Counter[str] = Counter()
             lost = []
-            share = options.points // 4 + (number < options.points % 4)
+            share = options.points // len(kinds) + (number < options.points % len(kinds))
             for outcome in outcomes(setting, share, options.seed, Path(folder)):
                 parts[outcome.where] += 1
                 lost.append(outcome.lost)

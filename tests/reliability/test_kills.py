@@ -9,7 +9,7 @@ from tests.reliability.kills import Setting, outcomes
 
 @pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_a_killed_run_resumes_from_its_last_commit_and_ends_with_the_same_weights(
     store: str, tmp_path: Path, ranks: int, background: bool
 ) -> None:

@@ -226,7 +226,7 @@ _HEAD = re.compile(r"prediction_head_(arch|act_type|bias)|num_tasks")
 _PLACES = re.compile(r"TrainerArgs\.(output_dir|ckpt_save_dir|ckpt_load_dir|progress_bar|tensorboard|wandb_project)")
 # Other parameters that decide which tensors there are, and of which sizes.
 _SHAPES = re.compile(
-    r"(Dynamic)?EmbeddingArgs\.\w+|DatasetArgs\.dataset_(name|path)"
+    r"(Dynamic)?EmbeddingArgs\.\w+|DatasetArgs\.(dataset_(name|path)|max_sequence_length)|FeatureArgs\.max_sequence_length"
     r"|(Part)?OptimizerArgs\.((sparse_)?optimizer_str|momentum|part_optimizers|regex)"
 )
 

@@ -72,7 +72,8 @@ class Bindings:
         if guess or not is_guess:
             self._report(binding, _no_such_parameter(cls, binding, guess, names))
         if guess:
-            self.by_owner.setdefault(owner, {}).setdefault(names[guess], binding)
+            as_meant = binding if guess == names[guess] else replace(binding, parameter=guess)
+            self.by_owner.setdefault(owner, {}).setdefault(names[guess], as_meant)
 
     def _check_twice(self, binding: Binding, owner: str, parameter: str) -> None:
         first = self._seen.setdefault((binding.at.source, owner, parameter), binding)

@@ -146,6 +146,9 @@ class _Builder:
                 values[field.name] = self._given(cls, field, bound[field.name], scope)
             else:
                 values[field.name] = Broken() if leaves_out else self._left_out(owner, field, bound)
+        for name, addend in _sums(cls, bound):
+            is_known = not isinstance(values[name], Broken) and not isinstance(values[addend], Broken)
+            values[name] = values[name] + values[addend] if is_known else Broken()
         known = {name: value for name, value in values.items() if not _holds(value, Broken)}
         made = cls(**known) if len(known) == len(values) else incomplete(cls, known)
         self._origins[id(made)] = {
@@ -338,6 +341,14 @@ class _Builder:
             return f"{cls.__name__} belongs to {root.__name__}, which no file binds; remove it" if has_dataset else None
         hint = did_you_mean(written(owner), self._referred) or "; refer to it, or remove it"
         return f"nothing refers to @{written(owner)}(){hint}"
+
+
+def _sums(cls: type[Args], bound: Mapping[str, Binding]) -> Iterator[tuple[str, str]]:
+    """(field, other field) where ``bound`` gives the difference of the two by an alias of the first."""
+    for field in options_of(cls):
+        addend = field.metadata["aliases"].get(bound[field.name].parameter) if field.name in bound else None
+        if addend is not None:
+            yield field.name, addend
 
 
 def _holds(value: Any, kind: type) -> bool:

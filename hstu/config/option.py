@@ -10,6 +10,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Optional
 
@@ -37,8 +38,8 @@ class Limits:
     """The strings that ``pattern`` matches, as messages and documentation show them."""
     not_empty: bool = False
     """Whether an empty string or list is an error."""
-    aliases: tuple[str, ...] = ()
-    """Other names of the field that gin files may use."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of the field in gin files → the field of the class that is added to a value given by that name."""
 
 
 def option(default: Any = MISSING, **limits: Any) -> Any:

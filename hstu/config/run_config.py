@@ -96,6 +96,8 @@ class RunConfig:
         is_reference = isinstance(value, Args) or (
             isinstance(value, list) and isinstance(next(iter(value), None), Args)
         )
+        if origin and not is_reference and not name.endswith(f".{parameter}") and origin.value != show(value):
+            return f"{name} = {origin.value} (so {parameter} = {show(value)})"  # bound by an alias
         return f"{name} = {origin.value if origin and is_reference else show(value)}"
 
     def operative_gin(self) -> str:

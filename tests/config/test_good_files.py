@@ -61,14 +61,30 @@ def test_lossless_conversions(load_text) -> None:
     assert config.task_args.prediction_head_arch == [16, 5]
 
 
-def test_max_history_seqlen_is_max_sequence_length(load_text) -> None:
-    text = changed(RANKING, "-DatasetArgs.max_sequence_length", "DatasetArgs.max_history_seqlen = 7")
-    assert load_text(text).dataset.max_sequence_length == 7
+HISTORY = changed(RANKING, "-DatasetArgs.max_sequence_length", "DatasetArgs.max_history_seqlen = 7")
 
 
-def test_command_line_may_override_the_alias_by_the_other_spelling(load_text) -> None:
-    text = changed(RANKING, "-DatasetArgs.max_sequence_length", "DatasetArgs.max_history_seqlen = 7")
+@pytest.mark.parametrize(("candidates", "total"), [(0, 7), (3, 10)])
+def test_max_history_seqlen_counts_the_history_without_candidates(load_text, candidates: int, total: int) -> None:
+    text = changed(HISTORY, f"DatasetArgs.max_num_candidates = {candidates}")
+    assert load_text(text).dataset.max_sequence_length == total
+    macro = changed(text, "DatasetArgs.max_history_seqlen = %n") + "n = 7\n"
+    assert load_text(macro).dataset.max_sequence_length == total
+
+
+def test_candidates_of_the_command_line_add_to_the_history_of_the_file(load_text) -> None:
+    assert load_text(HISTORY, "ranking", "DatasetArgs.max_num_candidates = 5").dataset.max_sequence_length == 12
+
+
+def test_command_line_may_override_the_history_by_the_whole_length(load_text) -> None:
+    text = changed(HISTORY, "DatasetArgs.max_num_candidates = 3")
     assert load_text(text, "ranking", "DatasetArgs.max_sequence_length = 9").dataset.max_sequence_length == 9
+
+
+def test_a_problem_of_the_whole_length_cites_the_history_as_written(load_text) -> None:
+    text = changed(HISTORY, "DatasetArgs.max_num_candidates = 3", "DatasetArgs.window_stride = 11")
+    with pytest.raises(ConfigError, match=r"max_history_seqlen = 7 \(so max_sequence_length = 10\) \(.*run.gin:"):
+        load_text(text)
 
 
 def test_each_scope_is_a_table_in_file_order(load_text) -> None:

@@ -93,6 +93,17 @@ def test_another_architecture_is_refused_with_the_lines_that_differ(
     assert "seed" not in str(refused.value) and "TrainerArgs.ckpt_load_dir" not in str(refused.value)
 
 
+def test_positions_of_other_lengths_are_refused_with_both_lengths(train: Train, tmp_path: Path) -> None:
+    network = {"position_encoding": "relative_bias"}
+    train("ranking", trainer=SAVING, network=network, output="first")
+    with pytest.raises(DataError) as refused:
+        load = {"ckpt_load_dir": str(tmp_path / "first" / "checkpoints")}
+        train("ranking", trainer=load, network=network, dataset={"max_sequence_length": 10})
+    sizes = "bias.position_weight is (33,) in the checkpoint, (41,) in this run"
+    assert sizes in str(refused.value)
+    assert "DatasetArgs.max_sequence_length = 8 in the checkpoint, 10 in this run" in str(refused.value)
+
+
 def test_what_only_computes_otherwise_may_change(train: Train, tmp_path: Path) -> None:
     train("ranking", trainer=SAVING, output="first")
     trainer = {"ckpt_load_dir": str(tmp_path / "first" / "checkpoints"), "max_train_iters": 5}

@@ -19,6 +19,7 @@ from hstu.config.args import (
     TrainerArgs,
 )
 from hstu.config.errors import ConfigError, DataError
+from hstu.config.gin_io import load
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES, HSTUBatch
 from hstu.data.sampler import SamplerPosition
@@ -108,6 +109,18 @@ def test_a_static_table_with_too_few_rows_is_refused(store: SequenceStore, sourc
     assert item.table_name == "item_id_table"
     with pytest.raises(ConfigError, match=r"'small'.* it must be at least 11, or the table a DynamicEmbeddingArgs"):
         source("ranking", tables=(small, *others))
+
+
+def test_a_history_without_candidates_keeps_its_length(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:
+    text = tiny_config("ranking", store, tmp_path).operative_gin()
+    whole, candidates = "DatasetArgs.max_sequence_length = 8", "DatasetArgs.max_num_candidates = 0"
+    assert whole in text and candidates in text
+    text = text.replace(whole, "DatasetArgs.max_history_seqlen = 4").replace(candidates, candidates[:-1] + "3")
+    (tmp_path / "run.gin").write_text(text)
+    source = open_source(load([str(tmp_path / "run.gin")], [], "ranking"), mesh)
+    longest = source.train_lengths.items == source.train_lengths.items.max()
+    assert set(source.train_lengths.items[longest] - source.train_lengths.candidates[longest]) == {4}
+    assert source.max_items == 7
 
 
 def test_ranking_evaluates_the_validation_users(source: Callable[..., StoreSource]) -> None:

@@ -19,8 +19,9 @@ class DatasetArgs(Args):
     dataset_name: str = option(not_empty=True)
     """A built-in dataset such as ml-1m or kuairand-1k, whose tables are predefined (docs/datasets.md lists them), or
     any other name for your own data in the sequence format, with its EmbeddingArgs in the gin file."""
-    max_sequence_length: int = option(minimum=1, aliases=("max_history_seqlen",))
-    """Number of newest items kept of a user's history. Also accepted as max_history_seqlen."""
+    max_sequence_length: int = option(minimum=1, aliases={"max_history_seqlen": "max_num_candidates"})
+    """Number of newest items kept of a user, candidates included. Gin files may give max_history_seqlen in its place,
+    which counts the history without candidates: max_sequence_length = max_history_seqlen + max_num_candidates."""
     dataset_path: Optional[str] = option(None)
     """Directory of the preprocessed data. None: tmp_data/<dataset_name>."""
     dynamic_tables: bool = option(False)

@@ -235,3 +235,31 @@ def test_ctrl_c_says_how_to_go_on(
     assert sorted(os.listdir()) == [".store.partial", "events.csv"]
     assert main([*ALL, "--output", "store"]) == 0
     assert sorted(os.listdir()) == ["events.csv", "store", "store.report"]
+
+
+PATHS_LIKE_PATTERNS = {
+    "events[1]": "events1",
+    "a*b": "axxb",
+    "what?": "whatx",
+    "[!a]": "b",
+    "u=77/events": "plain",  # as DuckDB's partitions by a column are named
+    "out[1]*/events": "out1/events",
+}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])
+@pytest.mark.parametrize("name", PATHS_LIKE_PATTERNS)
+def test_a_path_is_one_file_and_never_a_pattern(
+    name: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for stem, item in ((name, "wanted"), (PATHS_LIKE_PATTERNS[name], "another")):
+        file = Path(f"{stem}{suffix}")
+        file.parent.mkdir(exist_ok=True)
+        table = pd.DataFrame({"u": [1], "i": [item], "a": [1], "t": [5]})
+        table.to_parquet(file) if suffix == ".parquet" else table.to_csv(file, index=False)
+    output = Path(f"{name}.store")
+    assert main([*named(f"{name}{suffix}"), "--output", str(output), "--no_report"]) == 0
+    store = SequenceStore.open(output)
+    assert store.raw_ids("i").tolist() == ["wanted"]
+    assert store.raw_ids("user_id").tolist() == [1]

@@ -132,6 +132,50 @@ def test_times_may_be_seconds_or_dates(tmp_path: Path, times: list[str], seconds
     assert store.sequence("at").tolist() == seconds
 
 
+ZONES = {
+    "2024-05-31T08:00:00-05:00": 13,
+    "2024-05-31 12:00:00+02:00": 10,
+    "2024-05-31T11:00:00Z": 11,
+    "2024-05-31 14:30:00+0530": 9,
+    "2024-05-31 14:00:00 +0200": 12,
+    "2024-05-31 10:00:00 -04:00": 14,
+    "2024-05-31 17:00:00 Europe/Berlin": 15,
+    "2024-05-31 16:00:00": 16,
+}
+"""Times as text → hour of 31 May 2024 in UTC."""
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_zones_of_times_are_honoured_on_a_machine_of_any_zone(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    table = pd.DataFrame(
+        {"member": ["a"] * len(ZONES), "sku": [f"{hour:02}" for hour in ZONES.values()], "at": list(ZONES)}
+    )
+    store = make(tmp_path, table, suffix, time="at")
+    assert store.sequence("at").tolist() == [1_717_113_600 + 3600 * hour for hour in sorted(ZONES.values())]
+    assert histories(store) == {"a": [f"{hour:02}" for hour in sorted(ZONES.values())]}
+
+
+@pytest.mark.parametrize("zone", [None, "UTC", "Asia/Tokyo"])
+def test_times_of_parquet_do_not_depend_on_the_zone_of_the_machine(
+    zone: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    times = pd.to_datetime([2, 1], unit="s", utc=True)
+    table = pd.DataFrame({"member": ["a"] * 2, "sku": ["late", "early"]})
+    table["at"] = times.tz_localize(None) if zone is None else times.tz_convert(zone)
+    store = make(tmp_path, table, ".parquet", time="at")
+    assert store.sequence("at").tolist() == [1, 2]
+
+
+def test_a_bad_time_with_a_zone_is_shown(tmp_path: Path) -> None:
+    table = pd.DataFrame({"member": ["a"], "sku": ["b"], "at": pd.to_datetime(["1969-01-01T00:00:00+02:00"])})
+    with pytest.raises(DataError, match=r"row 1: 'at' is 1968-12-31 22:00:00\+00; allowed is seconds since 1970"):
+        make(tmp_path, table, ".parquet", time="at")
+
+
 def test_fractions_of_a_second_order_events_though_seconds_are_stored(tmp_path: Path) -> None:
     table = pd.DataFrame({"member": [1, 1], "sku": ["second", "first"], "at": [5.9, 5.1]})
     assert histories(make(tmp_path, table, ".parquet", time="at")) == {1: ["first", "second"]}

@@ -163,13 +163,16 @@ class _Columns:
         return f"CAST({identifier(name)} AS VARCHAR)", False
 
     def time(self) -> tuple[str, str]:
-        """(expression to sort by, BIGINT seconds). Numbers are seconds, dates and timestamps are UTC.
+        """(expression to sort by, BIGINT seconds). Numbers are seconds; dates without a zone are UTC.
 
         The kind that fits most values is chosen; the other values become NULL, hence bad rows.
         """
         integer, number = _as_integer('"time"'), 'TRY_CAST("time" AS DOUBLE)'
         finite = f"CASE WHEN isfinite({number}) AND abs({number}) < 9e18 THEN {number} END"
-        date = 'TRY_CAST("time" AS TIMESTAMP)'
+        value = '"time"'
+        if self._types["time"] == "VARCHAR":  # a cast refuses the blank in "2024-05-31 12:00:00 +0200"
+            value = r"""regexp_replace("time", '\s+([+-]\d\d(:?\d\d)?)$', '\1')"""
+        date = f"TRY_CAST({value} AS TIMESTAMPTZ)"
         moment = f"CASE WHEN isfinite({date}) THEN {date} END"
         kinds = [(moment, f"CAST(floor(epoch({moment})) AS BIGINT)")]
         if not self._types["time"].startswith(_DATES):

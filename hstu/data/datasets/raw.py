@@ -7,6 +7,7 @@ import csv
 import difflib
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,20 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def one_file(file: Path) -> str:
+    """SQL literal by which DuckDB reads this file alone. It takes unescaped ``*``, ``?`` and ``[`` as a pattern."""
+    return literal(re.sub(r"[*?\[]", r"[\g<0>]", str(file.absolute())))
+
+
+def parquet_rows(file: Path, *, numbered: bool = False) -> str:
+    """SQL of the rows of one Parquet file, with ``file_row_number`` if ``numbered``.
+
+    Without hive_partitioning, a folder named ``user=5`` does not replace a column.
+    """
+    number = ", file_row_number = true" if numbered else ""
+    return f"read_parquet({one_file(file)}, hive_partitioning = false{number})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RawFile:
     """A table in a file: Parquet, or delimited UTF-8 text, gzipped if its name ends in .gz.
@@ -68,12 +83,14 @@ class RawFile:
     def relation(self) -> str:
         """SQL of the rows in order. Unreadable lines are left out and listed in DuckDB's table reject_errors."""
         if self.columns is None:
-            return f"read_parquet({literal(str(self.path))})"
+            return parquet_rows(self.path)
         described = ", ".join(f"{literal(name)}: {literal(kind)}" for name, kind in self.columns.items())
+        compression = "gzip" if self.path.suffix == ".gz" else "none"  # "?" in a name confuses DuckDB's own guess
         return (
-            f"read_csv([{literal(str(self.path))}], auto_detect = false, columns = {{{described}}}, "
+            f"read_csv([{one_file(self.path)}], auto_detect = false, columns = {{{described}}}, "
             f"delim = {literal(self.delimiter)}, header = {str(self.header).lower()}, quote = {literal(self.quote)}, "
-            f"escape = {literal(self.quote)}, store_rejects = true, rejects_limit = {MAX_REJECTED_LINES})"
+            f"escape = {literal(self.quote)}, hive_partitioning = false, compression = {literal(compression)}, "
+            f"store_rejects = true, rejects_limit = {MAX_REJECTED_LINES})"
         )
 
     def place(self, row: int) -> str:

@@ -15,7 +15,7 @@ import duckdb
 import numpy as np
 
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.datasets.raw import RawFile, literal, open_bytes
+from hstu.data.datasets.raw import RawFile, literal, one_file, open_bytes
 
 _ENGINE_FRACTION = 0.55
 """DuckDB's part of the memory limit; the rest is for Python, the vocabularies and what DuckDB does not count."""
@@ -53,6 +53,7 @@ def open_engine(scratch: Path, memory_limit: str) -> Iterator[Connection]:
             engine.execute(f"SET memory_limit = '{int(memory_bytes(memory_limit) * _ENGINE_FRACTION) >> 10} KiB'")
             engine.execute(f"SET temp_directory = {literal(str(spill))}")
             engine.execute(f"SET threads = {len(os.sched_getaffinity(0))}")
+            engine.execute("SET TimeZone = 'UTC'")  # else times without a zone are those of the machine's place
             # For query_progress(); DuckDB itself prints nothing.
             engine.execute("SET enable_progress_bar = true")
             engine.execute("SET enable_progress_bar_print = false")
@@ -129,7 +130,7 @@ def estimated_rows(raw: RawFile) -> int:
     """Rows of a file; for text an estimate from its size and the length of its first lines."""
     if not raw.is_text:
         with duckdb.connect() as engine:
-            (rows,) = one(engine, f"SELECT sum(num_rows) FROM parquet_file_metadata({literal(str(raw.path))})")
+            (rows,) = one(engine, f"SELECT sum(num_rows) FROM parquet_file_metadata({one_file(raw.path)})")
         return int(rows or 0)
     with open_bytes(raw.path) as stream:
         sample = stream.read(_SAMPLE_BYTES)

@@ -135,10 +135,12 @@ def _check_log(state: BuildState, number: int, log: RawFile, bad: BadRows) -> No
     rows = dict(zip(conditions, zip(found[::2], found[1::2], strict=True), strict=True))
     for name, (count, first) in sorted(rows.items(), key=lambda item: item[1][1] or 0):
         if count:
-            query = f'SELECT {identifier(name)} FROM {state.ingested_log(number)} WHERE "row" = {first}'
-            (value,) = one(state.engine, query)
+            value, kind = f"CAST({identifier(name)} AS VARCHAR)", f"typeof({identifier(name)})"
+            query = f'SELECT {value}, {kind} FROM {state.ingested_log(number)} WHERE "row" = {first}'
+            text, kind = one(state.engine, query)
             column = state.raw.descriptions.get(name) or ColumnDescription(name, "a value")
-            shown = "is empty or of the wrong type" if value is None else f"is {value!r}"
+            value = repr(text) if kind == "VARCHAR" else text
+            shown = "is empty or of the wrong type" if text is None else f"is {value}"
             detail = f"{column.label!r} {shown}; allowed is {column.allowed}"
             bad.add(count, f"unusable {name}", log.place(first), detail)
 

@@ -15,7 +15,7 @@ from typing import Literal, NoReturn, TypedDict
 from tqdm import tqdm
 
 from hstu.config.errors import DataError
-from hstu.data.datasets.raw import literal
+from hstu.data.datasets.raw import parquet_rows
 from hstu.data.datasets.spec import RawTables, Schema
 from hstu.data.preprocess.engine import Connection
 from hstu.data.store import sha256
@@ -209,6 +209,5 @@ class BuildState:
 
 
 def _numbered(file: Path) -> str:
-    path = literal(str(file))
-    rows = f"read_parquet({path}, file_row_number = true)"
+    rows = parquet_rows(file, numbered=True)
     return f'(SELECT * EXCLUDE file_row_number, file_row_number AS "row" FROM {rows})'

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hstu.data.datasets.raw import literal
+from hstu.data.datasets.raw import literal, parquet_rows
 from hstu.data.preprocess.engine import column, memory_bytes, one, write_parquet
 from hstu.data.preprocess.state import NUMBERING, WRITING, BuildState
 from hstu.data.store import UNKNOWN, USER_FEATURE
@@ -141,8 +141,8 @@ def _ids(state: BuildState, table: str, length: int) -> np.ndarray:
 
 def _codes(state: BuildState, table: str) -> str:
     """SQL of users or items: id, events, code."""
-    path = literal(str(state.file(table)))
-    return f"(SELECT id, events, file_row_number AS code FROM read_parquet({path}, file_row_number = true))"
+    rows = parquet_rows(state.file(table), numbered=True)
+    return f"(SELECT id, events, file_row_number AS code FROM {rows})"
 
 
 def _context_values(state: BuildState, name: str) -> str:

@@ -23,6 +23,7 @@ from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_interactions, preprocess
 from hstu.data.preprocess.engine import disk_errors
 from hstu.data.preprocess.report import REPORT, format_report, write_report
+from hstu.data.preprocess.starter import write_starters
 from hstu.data.store import META_FILE, SequenceStore
 
 _EXIT_INTERRUPTED = 130
@@ -37,10 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verify:
             _verify(args)
         else:
-            store = SequenceStore.open(_run(args))
+            path = _run(args)
+            store = SequenceStore.open(path)
             print(format_report(store))
             if not args.no_report:
                 print(f"  report: {_write_report(store, args.force)}")
+            with disk_errors(path.parent):
+                print("".join(f"  {line}\n" for line in write_starters(store, path)), end="")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -12,7 +12,6 @@ from tests.conftest import REPOSITORY
 PAGE = (REPOSITORY / "docs" / "datasets.md").read_text(encoding="utf-8")
 SECTION = PAGE[PAGE.index("## Your own data, end to end") :]
 COMMANDS = re.findall(r"^```bash\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
-GIN_FILE = re.findall(r"^```gin task=retrieval\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
 PYTHON = re.findall(r"^```python\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
 
 
@@ -26,7 +25,6 @@ def shown(text: str) -> list[str]:
 def test_the_page_works_as_written(tmp_path: Path) -> None:
     for name in ("hstu", "scripts", "pretrain_gr_ranking.py", "pretrain_gr_retrieval.py"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
-    (tmp_path / "shop_retrieval.gin").write_text(GIN_FILE[0])
     told = ""
     for command in COMMANDS:
         script = f'set -e; PATH="{Path(sys.executable).parent}:$PATH"\n{command}'

@@ -1,0 +1,193 @@
+"""Starter gin files of a store, one per task: every table declared, sizes taken from the data, ready to train.
+
+The sizes suit two CPU cores. A file that exists is never replaced, because its user may have edited it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hstu.config.args import EmbeddingArgs, NetworkArgs, Task
+from hstu.data.datasets import DATASETS, resolve_name
+from hstu.data.datasets.embeddings import predefined_embeddings
+from hstu.data.store import META_FILE, USER_FEATURE, SequenceStore
+
+Settings = Mapping[str, object]
+"""Option → value: a paragraph of a gin file."""
+
+_HEADROOM, _LEAST_HEADROOM = 0.1, 8
+"""Spare rows of a table, as a fraction of its ids, and at least."""
+_LONGEST = 200
+"""Largest max_sequence_length of a starter file."""
+_COVERED = 0.95
+"""Share of the users whose whole histories fit, as far as _LONGEST allows."""
+_FULL_SOFTMAX_ITEMS = 20_000
+"""With more items, retrieval draws negatives."""
+_MOST_CLASSES = 1000
+_STEPS, _MOST_EPOCHS = 500, 50
+"""A run has about _STEPS iterations, but at least one epoch and at most _MOST_EPOCHS."""
+_NETWORK = NetworkArgs(num_layers=2, hidden_size=64, num_attention_heads=2, kv_channels=32, dtype_str="float32")
+
+
+def write_starters(store: SequenceStore, path: Path) -> Iterator[str]:
+    """Writes ``<path>_retrieval.gin`` and ``<path>_ranking.gin``. Yields one line per task: how to train, or why not.
+
+    Beside a file that differs and is older than the store, ``<file>.new`` is written.
+
+    Args:
+        path: the store as the files name it, absolute or relative to where training will start.
+    """
+    special: Mapping[Task, Sequence[Settings] | str] = {"retrieval": _retrieval(store), "ranking": _ranking(store)}
+    for task, settings in special.items():
+        if isinstance(settings, str):
+            yield f"no starter file for {task}: {settings}"
+            continue
+        file = path.with_name(f"{path.name}_{task}.gin")
+        text = _starter(store, path, task, settings)
+        yield f"train {task}: python pretrain_gr_{task}.py --gin-config-file {file}{_write(file, text, store)}"
+
+
+def rows_with_headroom(ids: int) -> int:
+    """Rows for a table of ``ids`` ids, so that ids of later data still fit."""
+    return ids + max(int(_HEADROOM * ids), _LEAST_HEADROOM)
+
+
+def _write(file: Path, text: str, store: SequenceStore) -> str:
+    """Writes the file unless there is one. Returns what to add to the message."""
+    if not file.exists():
+        file.write_text(text, encoding="utf-8")
+    elif file.read_text(encoding="utf-8", errors="replace") != text:
+        if file.stat().st_mtime >= (store.path / META_FILE).stat().st_mtime:
+            return " (edited, kept)"
+        new = file.with_name(f"{file.name}.new")
+        new.write_text(text, encoding="utf-8")
+        return f" (from an earlier store, kept; for this one: {new})"
+    return ""
+
+
+def _starter(store: SequenceStore, path: Path, task: Task, special: Sequence[Settings]) -> str:
+    context = [name for name in store.contextual_features if not (task == "ranking" and name == USER_FEATURE)]
+    counts = f"{store.num_users:,} users, {store.cardinality(store.item_feature):,} items, {store.num_events:,} events"
+    header = f"# {task.capitalize()} on {store.name} ({counts}): a start, with sizes for two CPU cores.\n"
+    paragraphs = [_gin(settings) for settings in (_data(store, path, context), _network(store, task), *special)]
+    comment = "# One table per feature, with rows to spare for the ids of later data.\n"
+    tables = "\n".join(_gin(settings) for settings in _tables(store, context))
+    return "\n".join([header, *paragraphs, comment + tables])
+
+
+def _gin(settings: Settings) -> str:
+    return "".join(f"{option} = {value!r}\n" for option, value in settings.items())
+
+
+def _data(store: SequenceStore, path: Path, context: Sequence[str]) -> Settings:
+    covering = int(np.quantile(np.diff(store.offsets()), _COVERED, method="higher"))
+    return {
+        "DatasetArgs.dataset_name": store.name,
+        "DatasetArgs.dataset_path": str(path),
+        "DatasetArgs.max_sequence_length": max(min(covering, _LONGEST), 2),
+        "DatasetArgs.contextual_feature_names": list(context),
+        "DatasetArgs.shuffle": True,
+    }
+
+
+def _network(store: SequenceStore, task: Task) -> Settings:
+    sizes = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "dtype_str")
+    return {
+        **{f"NetworkArgs.{name}": getattr(_NETWORK, name) for name in sizes},
+        "NetworkArgs.position_encoding": "relative_bias" if store.timestamp_feature else "absolute",
+        "NetworkArgs.interleave_actions": task == "ranking",
+        "OptimizerArgs.optimizer_str": "adam",
+        "OptimizerArgs.learning_rate": 1e-3,
+    }
+
+
+def _tables(store: SequenceStore, context: Sequence[str]) -> Iterator[Settings]:
+    used = {store.item_feature, store.action_feature, *context}
+    scopes: set[str] = set()
+    for table in predefined_embeddings(store, _NETWORK):
+        if table.table_name not in used:
+            continue
+        scope = _scope(table, scopes)
+        is_action = table.table_name == store.action_feature  # whose new values would also need new classes
+        rows = table.item_vocab_size_or_capacity
+        settings = {
+            "feature_names": table.feature_names,
+            "table_name": scope,
+            "item_vocab_size_or_capacity": rows if is_action else rows_with_headroom(rows),
+            "sharding_type": table.sharding_type,
+        }
+        yield {f"{scope}/EmbeddingArgs.{option}": value for option, value in settings.items()}
+
+
+def _scope(table: EmbeddingArgs, taken: set[str]) -> str:
+    """A new identifier for the table, like the name of its feature."""
+    name = re.sub(r"\W", "_", table.table_name, flags=re.ASCII)
+    name = f"_{name}" if name[0].isdigit() else name
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
+def _trainer(samples: int, best_metric: str, best_metric_mode: str) -> Settings:
+    """Batch size, length and intervals of a run over ``samples`` training samples."""
+    batch = 32 if samples < 2000 else 64
+    steps_per_epoch = -(-samples // batch)
+    epochs = min(max(_STEPS // steps_per_epoch, 1), _MOST_EPOCHS)
+    quarter = -(-epochs * steps_per_epoch // 4)
+    return {
+        "TrainerArgs.train_batch_size": batch,
+        "TrainerArgs.eval_batch_size": 128,
+        "TrainerArgs.num_train_epochs": epochs,
+        "TrainerArgs.log_interval": max(quarter // 3, 1),
+        "TrainerArgs.eval_interval": quarter,
+        "TrainerArgs.ckpt_save_interval": quarter,
+        "TrainerArgs.best_metric": best_metric,
+        "TrainerArgs.best_metric_mode": best_metric_mode,
+    }
+
+
+def _retrieval(store: SequenceStore) -> Sequence[Settings] | str:
+    """The settings of retrieval alone, or why the data does not allow it."""
+    lengths = np.diff(store.offsets())
+    valid_items = int((lengths >= 4).any())
+    samples = int((lengths >= 3 + valid_items).sum())
+    if not samples:
+        return "no user has 3 events, two to learn from and one to predict"
+    negatives: Settings = {"RetrievalArgs.negatives": "full"}
+    if store.cardinality(store.item_feature) > _FULL_SOFTMAX_ITEMS:
+        negatives = {"RetrievalArgs.negatives": "uniform", "RetrievalArgs.num_negatives": 128}
+    task = {"DatasetArgs.valid_items": valid_items, **negatives, "RetrievalArgs.eval_metrics": ("HR@10", "NDCG@10")}
+    return _trainer(samples, "NDCG@10", "max"), task
+
+
+def _ranking(store: SequenceStore) -> Sequence[Settings] | str:
+    """The settings of ranking alone, or why the data does not allow it."""
+    if store.action_feature is None:
+        return "the data has no action; for your own table, name its column with --action"
+    if store.num_users < 2:
+        return "it is trained on some users and evaluated on others, and the data has only one"
+    head = _head(store, store.action_feature)
+    return head if isinstance(head, str) else (_trainer(round(0.7 * store.num_users), "LOGLOSS", "min"), head)
+
+
+def _head(store: SequenceStore, action: str) -> Settings | str:
+    """One sigmoid per bit of the action, one sigmoid for 0 and 1, or one class per value."""
+    least, most = int(store.sequence(action).min()), int(store.sequence(action).max())
+    if least == most:
+        return f"{action!r} is always {least}, so there is nothing to predict"
+    name = resolve_name(store.name)
+    bits = len(DATASETS[name].action_bits) if name else 0
+    classes = store.cardinality(action) - (least > 0)  # without 0, class 0 is the action 1
+    if classes > _MOST_CLASSES and not bits:
+        return f"{action!r} goes up to {most:,}, too many classes for a head; group its values"
+    is_binary = bits > 0 or store.cardinality(action) == 2
+    return {
+        "RankingArgs.prediction_head_arch": [_NETWORK.hidden_size, bits or (1 if is_binary else classes)],
+        "RankingArgs.num_tasks": bits or 1,
+        "RankingArgs.eval_metrics": ("AUC", "GAUC", "LOGLOSS") if is_binary else ("AUC", "ACC", "LOGLOSS"),
+    }

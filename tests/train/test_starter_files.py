@@ -1,0 +1,127 @@
+"""The gin files that preprocessing writes beside a store train as they are."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hstu.config.args import Task
+from hstu.config.gin_io import read_and_check
+from hstu.config.rules import RULES
+from hstu.config.run_config import RunConfig
+from hstu.data.preprocess import InteractionColumns, import_interactions
+from hstu.data.preprocess.starter import rows_with_headroom, write_starters
+from hstu.data.rules import DATA_RULES
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from tests.train.tiny import run, walks
+
+MakeStore = Callable[..., SequenceStore]
+SHORT = ("TrainerArgs.num_train_epochs = 2", "TrainerArgs.tensorboard = False", 'TrainerArgs.progress_bar = "off"')
+
+
+def read(file: Path, task: Task, bindings: Sequence[str] = ()) -> RunConfig:
+    config, warnings = read_and_check([str(file)], bindings, task, 1, (*RULES, *DATA_RULES))
+    assert not warnings
+    return config
+
+
+@pytest.fixture
+def odd_names(tmp_path: Path) -> Path:
+    """A store whose columns and ids have all the characters that people use."""
+    rows = ['"größe, €",e-mail,1st.col,at,ja/nein']
+    for user, row in enumerate(walks()["items"]):
+        rows += [f'"item, ""{item}"" ☃",u{user}@x.org,{item % 3},{1000 + at},no' for at, item in enumerate(row)]
+    (tmp_path / "events.csv").write_text("\n".join(rows), encoding="utf-8")
+    users = [f"u{user}@x.org,Köln-{user % 3}" for user in range(20)]
+    (tmp_path / "users.csv").write_text("\n".join(["e-mail,größe  €", *users]), encoding="utf-8")
+    columns = InteractionColumns(
+        interactions=tmp_path / "events.csv",
+        user="e-mail",
+        item="größe, €",
+        action="1st.col",
+        time="at",
+        context=tmp_path / "users.csv",
+        context_columns=("e-mail", "größe  €"),
+    )
+    return import_interactions("odd", columns, output=tmp_path / "odd.v1")
+
+
+@pytest.mark.parametrize("task", ["retrieval", "ranking"])
+def test_a_starter_file_trains_whatever_the_columns_are_called(
+    odd_names: Path, task: Task, mesh: Mesh, tmp_path: Path
+) -> None:
+    store = SequenceStore.open(odd_names)
+    lines = list(write_starters(store, odd_names))
+    file = tmp_path / f"odd.v1_{task}.gin"
+    assert f"train {task}: python pretrain_gr_{task}.py --gin-config-file {file}" in lines
+    places = (f"TrainerArgs.output_dir = '{tmp_path}/run'", f"TrainerArgs.ckpt_save_dir = '{tmp_path}/checkpoints'")
+    config = read(file, task, (*SHORT, *places))
+    rows = {table.feature_names[0]: table.item_vocab_size_or_capacity for table in config.embeddings}
+    expected = {"größe, €": 11 + 8, "größe  €": 3 + 8, "1st.col": 3, "user_id": 20 + 8}
+    if task == "ranking":
+        del expected["user_id"]
+    assert rows == expected, "one table per feature, with rows to spare for all but the actions"
+    finished = run(config, mesh)
+    assert finished.losses and (tmp_path / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.parametrize(
+    ("actions", "head", "metrics"),
+    [
+        ([0, 1], [64, 1], ("AUC", "GAUC", "LOGLOSS")),
+        ([1, 5], [64, 5], ("AUC", "ACC", "LOGLOSS")),
+        ([0, 4], [64, 5], ("AUC", "ACC", "LOGLOSS")),
+    ],
+)
+def test_the_head_fits_the_actions(
+    make_store: MakeStore, tmp_path: Path, actions: list[int], head: list[int], metrics: tuple[str, ...]
+) -> None:
+    store = make_store([[0, 1]] * 3, actions=[actions] * 3)
+    list(write_starters(store, tmp_path / "toy"))
+    task = read(tmp_path / "toy_ranking.gin", "ranking").task_args
+    assert (task.prediction_head_arch, task.eval_metrics) == (head, metrics)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ({"items": [[0, 1]] * 2}, "no starter file for retrieval: no user has 3 events"),
+        ({"items": [[0, 1, 2]] * 2}, "no starter file for ranking: the data has no action"),
+        ({"items": [[0, 1]] * 2, "actions": [[1, 1]] * 2}, "'action' is always 1"),
+        ({"items": [[0, 1]] * 2, "actions": [[1, 5000]] * 2}, "'action' goes up to 5,000"),
+        ({"items": [[0, 1]], "actions": [[1, 2]]}, "the data has only one"),
+    ],
+)
+def test_a_task_that_the_data_does_not_allow_has_no_file(
+    make_store: MakeStore, tmp_path: Path, data: dict[str, Any], reason: str
+) -> None:
+    lines = list(write_starters(make_store(**data), tmp_path / "toy"))
+    (line,) = [line for line in lines if reason in line]
+    task = "retrieval" if "retrieval" in line else "ranking"
+    assert not (tmp_path / f"toy_{task}.gin").exists()
+
+
+def test_histories_of_three_events_are_evaluated_on_the_last_alone(make_store: MakeStore, tmp_path: Path) -> None:
+    list(write_starters(make_store([[0, 1, 2]] * 2), tmp_path / "toy"))
+    assert read(tmp_path / "toy_retrieval.gin", "retrieval").dataset.valid_items == 0  # type: ignore[union-attr]
+
+
+def test_an_edited_file_is_never_replaced(make_store: MakeStore, tmp_path: Path) -> None:
+    store, file = make_store([[0, 1, 2, 3]] * 2), tmp_path / "toy_retrieval.gin"
+    list(write_starters(store, tmp_path / "toy"))
+    as_written = file.read_text()
+    assert "kept" not in next(write_starters(store, tmp_path / "toy")), "unchanged"
+    file.write_text("# mine")
+    assert next(write_starters(store, tmp_path / "toy")).endswith("(edited, kept)")
+    assert not file.with_name("toy_retrieval.gin.new").exists()
+    os.utime(file, (0, 0))  # as after --force
+    new = file.with_name("toy_retrieval.gin.new")
+    assert next(write_starters(store, tmp_path / "toy")).endswith(f"kept; for this one: {new})")
+    assert (file.read_text(), new.read_text()) == ("# mine", as_written)
+
+
+def test_headroom_is_a_tenth_and_at_least_eight() -> None:
+    assert [rows_with_headroom(ids) for ids in (1, 80, 1000)] == [9, 88, 1100]

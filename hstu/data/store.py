@@ -120,6 +120,11 @@ class SequenceStore:
     def __repr__(self) -> str:
         return f"SequenceStore({str(self.path)!r}, users={self.num_users}, events={self.num_events})"
 
+    @property
+    def checksums(self) -> dict[str, str]:
+        """File → the SHA-256 that its description states; its size in bytes in stores older than the checksums."""
+        return {file: str(entry.get("sha256", entry["bytes"])) for file, entry in self._files.items()}
+
     def offsets(self) -> np.ndarray:
         """int64 [U + 1]: user u's events are [offsets[u], offsets[u + 1])."""
         return self._map(OFFSETS_FILE)

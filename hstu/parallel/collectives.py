@@ -10,7 +10,10 @@ torch.distributed._functional_collectives is private and has just renamed its fu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+import socket
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -119,6 +122,31 @@ def gather_objects(local: Any, group: dist.ProcessGroup) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, local, group=group)
     return gathered
+
+
+def require_equal(facts: Mapping[str, str], group: dist.ProcessGroup, error: type[UserError]) -> None:
+    """Raise ``error`` on every rank unless ``facts`` (name → value) are equal on all. The text has both sides.
+
+    Usually only a hash is exchanged.
+    """
+    digests = gather_objects(hashlib.sha256(json.dumps(dict(sorted(facts.items()))).encode()).digest(), group)
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if not others:
+        return
+    rank = dist.get_rank(group)
+    told = gather_objects((socket.gethostname(), facts) if rank in (0, others[0]) else None, group)
+    (host, first), (other_host, other) = told[0], told[others[0]]
+    lines = [
+        f"{name} = {first.get(name, 'nothing')} on rank 0 ({host}), "
+        f"{other.get(name, 'nothing')} on rank {others[0]} ({other_host})"
+        for name in dict.fromkeys([*first, *other])
+        if first.get(name) != other.get(name)
+    ]
+    ranks = f"rank{'s'[: len(others) > 1]} {', '.join(map(str, others))}"
+    raise error(
+        "\n  ".join([f"rank 0 and {ranks} would not train the same run; they differ in:", *lines])
+        + "\nStart all ranks with the same gin files and bindings, the same code and the same data."
+    )
 
 
 def on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup) -> T:

@@ -11,16 +11,18 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from types import MappingProxyType
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from hstu.config.errors import ConfigError
+from hstu.parallel.collectives import require_equal
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +105,7 @@ def start(
     seed: int = 1234,
     deterministic: bool = False,
     allow_tf32: bool = False,
+    must_agree: Mapping[str, str] = MappingProxyType({}),
 ) -> Mesh:
     """Choose the device, join the world, create data- and tensor-parallel groups, and seed this process.
 
@@ -113,8 +116,9 @@ def start(
         timeout_s: a collective that waits for longer fails, ten seconds later.
         deterministic: use only bitwise repeatable kernels; torch raises where an operation has none.
         allow_tf32: allow TF32 in float32 matrix products on a GPU.
+        must_agree: name → value of what must be equal on all ranks.
 
-    Raises ConfigError where this host has fewer GPUs than processes.
+    Raises ConfigError where this host has fewer GPUs than processes, and on all ranks where ``must_agree`` differs.
     """
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = _pick_device(local_rank)
@@ -124,14 +128,15 @@ def start(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
     timeout = timedelta(seconds=timeout_s + _HEAD_START_S)
     store = _join_world(device, timeout)
+    world_group = dist.group.WORLD
+    assert world_group is not None
+    require_equal(must_agree, world_group, ConfigError)  # ranks of other groups would wait for each other below
     groups = _parallel_state()
     groups.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel_size,
         distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=False,
     )
-    world_group = dist.group.WORLD
-    assert world_group is not None
     mesh = Mesh(
         device=device,
         rank=dist.get_rank(),

@@ -13,7 +13,7 @@ from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import BackgroundWriter, CheckpointStore
 from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
-from hstu.config.errors import ConfigError
+from hstu.config.errors import ConfigError, DataError
 from hstu.config.problems import in_reading_order
 from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunConfig
@@ -36,7 +36,7 @@ from hstu.optim.dense import Cite
 from hstu.optim.loss_scale import LossScale
 from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.optim.schedule import Schedule
-from hstu.parallel.collectives import gather_objects, gather_rows, on_all_ranks
+from hstu.parallel.collectives import gather_objects, gather_rows, on_all_ranks, require_equal
 from hstu.parallel.ddp import replicate_dense, unwrap_dense
 from hstu.parallel.mesh import Mesh, seed_dropout
 from hstu.parallel.tables import shard
@@ -67,6 +67,7 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
     run_directory = open_run_directory(config, mesh)
     mesh.heartbeat.mark("opening the data")
     source = on_all_ranks(lambda: open_source(config, mesh), mesh.world_group)
+    require_equal(source.description, mesh.world_group, DataError)
     check_masks(config, source.roles)
     mesh.heartbeat.mark("building the model")
     model, optimizers = build_model(config, source, mesh)

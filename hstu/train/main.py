@@ -22,6 +22,7 @@ def run(config: RunConfig) -> int:
     from hstu.observe.watchdog import Watchdog
     from hstu.parallel import mesh as meshes
     from hstu.pipeline.finite import NonFiniteStep
+    from hstu.train.agreement import run_facts
     from hstu.train.builder import build_trainer
 
     quiet_libraries()
@@ -33,6 +34,7 @@ def run(config: RunConfig) -> int:
             seed=config.trainer.seed,
             deterministic=config.trainer.deterministic,
             allow_tf32=config.precision.allow_tf32,
+            must_agree=run_facts(config),
         )
         watchdog = Watchdog(mesh, config.trainer.collective_timeout_s)
         watchdog.start()

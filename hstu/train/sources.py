@@ -77,6 +77,11 @@ class BatchSource(ABC):
         self._wants_seen = retrieval is not None and retrieval.filter_seen
 
     @property
+    def description(self) -> dict[str, str]:
+        """What must be equal on all ranks beside the configuration: name → value."""
+        return {}
+
+    @property
     @abstractmethod
     def least_action(self) -> int:
         """The smallest action in the data. The data must have an action feature."""
@@ -137,6 +142,15 @@ class StoreSource(BatchSource):
         self.train_lengths = SampleLengths(samples.stop - samples.start, samples.num_candidates, samples.num_labels)
         self._partition = choose_partition(config, self.roles, self.max_items, self.train_lengths)
         self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
+
+    @property
+    def description(self) -> dict[str, str]:
+        """See BatchSource. The checksum of each file."""
+        facts = {f"{file} of the data": checksum for file, checksum in self.store.checksums.items()}
+        if self._eval_store is not self.store:
+            evaluated = self._eval_store.checksums.items()
+            facts |= {f"{file} of eval_dataset_path": checksum for file, checksum in evaluated}
+        return facts
 
     @cached_property
     def least_action(self) -> int:

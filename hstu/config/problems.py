@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,16 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.at}: {self.text}" if self.at else self.text
+
+
+Cite = Callable[[Any, str, str], str]
+"""(argument object, its parameter, what is wrong with the value) → the line of an error. RunConfig.located adds where
+the parameter is bound."""
+
+
+def cite(part: Any, parameter: str, text: str) -> str:
+    """``Class.parameter = value: text``, without a place."""
+    return f"{type(part).__name__}.{parameter} = {show(getattr(part, parameter))}: {text}"
 
 
 def in_reading_order(problems: Iterable[Problem]) -> list[str]:

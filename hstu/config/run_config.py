@@ -86,6 +86,10 @@ class RunConfig:
         default = "" if origin or not self.origins else " (default)"
         return Problem(f"{self._written(part, parameter)}{default}: {text}", origin.at if origin else None, is_warning)
 
+    def located(self, part: Args, parameter: str, text: str) -> str:
+        """The same as one line: file, line, parameter, value and ``text``."""
+        return str(self.problem(part, parameter, text))
+
     def _origin(self, part: Args, parameter: str) -> Origin | None:
         name = next((name for name, other in self.parts().items() if other is part), "")
         return self.origins.get(name, {}).get(parameter)

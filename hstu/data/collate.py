@@ -19,6 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hstu.config.args import DatasetArgs, Task
 from hstu.config.errors import ConfigError, DataError
+from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
 from hstu.data.jagged import ranges, run_indices, run_offsets
 from hstu.data.negatives import LabelKeys, Negatives, draw_31_bits, draw_shared, draw_uniform
@@ -43,8 +44,8 @@ class FeatureRoles:
         return (*self.contextual, self.item, *([self.action] if self.action else []))
 
 
-def resolve_roles(store: SequenceStore, args: DatasetArgs) -> FeatureRoles:
-    """The store's features, or those that ``args`` names; ConfigError lists the ones that the store lacks."""
+def resolve_roles(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> FeatureRoles:
+    """The store's features, or those that ``args`` names; ConfigError, worded by ``cite``, lists those it lacks."""
     chosen = FeatureRoles(
         item=args.item_feature_name or store.item_feature,
         action=store.action_feature if args.action_feature_name is None else args.action_feature_name or None,
@@ -52,14 +53,14 @@ def resolve_roles(store: SequenceStore, args: DatasetArgs) -> FeatureRoles:
         if args.contextual_feature_names is None
         else tuple(args.contextual_feature_names),
     )
-    wanted = [("item", chosen.item), *(("context", name) for name in chosen.contextual)]
-    if chosen.action is not None:
-        wanted.append(("action", chosen.action))
+    wanted = [("item", "item_feature_name", chosen.item), ("action", "action_feature_name", chosen.action)]
+    wanted += [("context", "contextual_feature_names", name) for name in chosen.contextual]
     problems = []
-    for role, name in wanted:
+    for role, parameter, name in wanted:
         allowed = [meta.name for meta in store.features.values() if meta.role == role]
-        if name not in allowed:
-            problems.append(f"{name!r} is no {role} feature of {store.path}; allowed: {', '.join(allowed) or 'none'}")
+        if name is not None and name not in allowed:
+            text = f"{name!r} is no {role} feature of {store.path}; allowed: {', '.join(allowed) or 'none'}"
+            problems.append(cite(args, parameter, text + did_you_mean(name, allowed)))
     if problems:
         raise ConfigError(problems)
     return chosen

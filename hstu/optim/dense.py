@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,15 +13,12 @@ from torch import Tensor, nn
 
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
 from hstu.config.errors import ConfigError
-from hstu.config.problems import did_you_mean
+from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.model.embedding import TableSpec
 
 log = logging.getLogger(__name__)
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-
-Cite = Callable[[PartOptimizerArgs, str, str], str]
-"""(entry of part_optimizers, its parameter, what is wrong with it) → the whole line of an error."""
 
 
 @dataclass(frozen=True)
@@ -211,14 +208,13 @@ def _build(parameters: list[nn.Parameter], settings: OptimizerSettings, args: Op
 
 
 def match_part_optimizers(
-    names: Mapping[str, bool], args: OptimizerArgs, cite: Cite | None = None
+    names: Mapping[str, bool], args: OptimizerArgs, cite: Cite = cite
 ) -> dict[str, OptimizerSettings]:
     """Settings of each weight: those of the first entry of part_optimizers whose regular expression finds its name.
 
     ``names``: weight → whether it is of a kind that decays. Raises one ConfigError for all entries without effect:
     those that match no weight, only weights of earlier entries, or, with a weight decay, no weight that decays.
     """
-    cite = cite or _cite
     owners: dict[str, int] = {}
     problems = []
     for number, part in enumerate(args.part_optimizers):
@@ -257,7 +253,3 @@ def _known(regex: str, names: Iterable[str]) -> str:
     short = dict.fromkeys(re.sub(r"\.layers\.\d+\.", ".layers.N.", name) for name in names)
     guess = did_you_mean(regex.rpartition(".")[2], words)
     return f"{guess}{' There' if guess else '; there'} are {', '.join(short)}"
-
-
-def _cite(part: PartOptimizerArgs, parameter: str, text: str) -> str:
-    return f"PartOptimizerArgs.{parameter} = {getattr(part, parameter)!r}: {text}"

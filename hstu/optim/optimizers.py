@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hstu.config.args import OptimizerArgs
+from hstu.config.problems import Cite, cite
 from hstu.model.embedding import ReplicatedTables
 from hstu.model.gr_model import GRModel
-from hstu.optim.dense import Cite, DenseOptimizer, decayed_parameters, match_part_optimizers, replicated_table_settings
+from hstu.optim.dense import DenseOptimizer, decayed_parameters, match_part_optimizers, replicated_table_settings
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import clip_grad_norm
@@ -81,7 +82,7 @@ class Optimizers:
 
 
 def build_optimizers(
-    model: GRModel, args: OptimizerArgs, tables: TableOptimizer, mesh: Mesh, cite: Cite | None = None
+    model: GRModel, args: OptimizerArgs, tables: TableOptimizer, mesh: Mesh, cite: Cite = cite
 ) -> Optimizers:
     """Build the optimizers of a model with sharded tables; its dense part may be tensor-parallel and wrapped by DDP.
 

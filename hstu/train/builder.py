@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.raw_ids import RawIds
@@ -14,7 +14,7 @@ from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import BackgroundWriter, CheckpointStore
 from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
 from hstu.config.errors import ConfigError, DataError
-from hstu.config.problems import in_reading_order
+from hstu.config.problems import Cite, cite, in_reading_order
 from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES
@@ -32,7 +32,6 @@ from hstu.observe.run_directory import RunDirectory, default_path
 from hstu.observe.throughput import ThroughputMeter, peak_tflops
 from hstu.ops.select import select_kernels
 from hstu.ops.types import Kernels
-from hstu.optim.dense import Cite
 from hstu.optim.loss_scale import LossScale
 from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.optim.schedule import Schedule
@@ -132,7 +131,7 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
     model, table_optimizer = shard(model, config, mesh)
     precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
     model = replicate_dense(model, mesh, DTYPES[precision])
-    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, _citing(config))
+    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, config.located)
     seed_dropout(mesh)
     rows = sum(spec.rows for spec in specs)
     log.info("model: %s dense parameters, %s rows in %d tables", f"{parameters:,}", f"{rows:,}", len(specs))
@@ -151,34 +150,47 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDen
         config,
         SequenceFeatures(roles.item, roles.action, roles.contextual, source.max_items),
         kernels,
-        label_offset(config.task_args, source) if isinstance(config.task_args, RankingArgs) else 0,
+        label_offset(config.task_args, source, config.located) if isinstance(config.task_args, RankingArgs) else 0,
         lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),
     )
 
 
-def label_offset(args: RankingArgs, source: BatchSource) -> int:
+class LabelledData(Protocol):
+    """What label_offset reads of a BatchSource."""
+
+    roles: FeatureRoles
+    cardinalities: dict[str, int]
+
+    @property
+    def least_action(self) -> int:
+        """The smallest action in the data."""
+
+
+def label_offset(args: RankingArgs, data: LabelledData, cite: Cite = cite) -> int:
     """The action of class 0: 0 if the head has a class for every action from 0 on, 1 if it lacks one (ratings).
 
-    Raises ConfigError if some action of the data has no class in the head.
+    Raises ConfigError, worded by ``cite``, if some action of the data has no class in the head.
     """
-    last, action = args.prediction_head_arch[-1], source.roles.action
+    last, action = args.prediction_head_arch[-1], data.roles.action
     if action is None:
         raise ConfigError("ranking needs an action feature, and the data has none; name one or train retrieval")
     if last == args.num_tasks:
         return 0
-    actions = source.cardinalities[action]
+    actions = data.cardinalities[action]
     if last < actions - 1:
-        raise ConfigError(
-            f"RankingArgs.prediction_head_arch ends in {last} classes, but {action!r} goes up to {actions - 1}: "
-            f"end it in {actions - 1} (values from 1 on) or {actions} (from 0 on), or in num_tasks for bit tasks"
+        text = (
+            f"ends in {last} classes, but {action!r} goes up to {actions - 1}: end it in {actions - 1} (values from 1 "
+            f"on) or {actions} (from 0 on), or in num_tasks for bit tasks"
         )
+        raise ConfigError(cite(args, "prediction_head_arch", text))
     if last >= actions:
         return 0
-    if source.least_action == 0:
-        raise ConfigError(
-            f"RankingArgs.prediction_head_arch ends in {last} classes, which serve the actions 1 to {last}, but "
-            f"{action!r} also takes the value 0: end it in {actions}"
+    if data.least_action == 0:
+        text = (
+            f"ends in {last} classes, which serve the actions 1 to {last}, but {action!r} also takes the value 0: end "
+            f"it in {actions}"
         )
+        raise ConfigError(cite(args, "prediction_head_arch", text))
     return 1
 
 
@@ -212,11 +224,6 @@ def compile_on_all_ranks(task: RankingDense | RetrievalDense, mesh: Mesh) -> Non
         log.warning("NetworkArgs.compile: nothing is compiled, %s", reasons[0])
     else:
         log.info("compiled at first use: %s", ", ".join(compile_parts(task)) or "nothing, all is in kernels")
-
-
-def _citing(config: RunConfig) -> Cite:
-    """Words an error that only the model reveals with the place in the configuration file, as other errors have it."""
-    return lambda part, parameter, text: str(config.problem(part, parameter, text))
 
 
 def raw_ids(source: BatchSource) -> RawIds:

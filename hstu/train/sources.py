@@ -12,9 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs, RetrievalArgs
+from hstu.config.args import (
+    BenchmarkDatasetArgs,
+    DatasetArgs,
+    DynamicEmbeddingArgs,
+    EmbeddingArgs,
+    NetworkArgs,
+    RetrievalArgs,
+)
 from hstu.config.errors import ConfigError, DataError
-from hstu.config.problems import in_reading_order
+from hstu.config.problems import Cite, cite, did_you_mean, in_reading_order
 from hstu.config.rules.training import token_limit_admits
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
@@ -123,14 +130,12 @@ class StoreSource(BatchSource):
         self._args = args
         self.store = open_store(args)
         self._eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
-        self.roles = resolve_roles(self.store, args)
-        predefined: tuple[EmbeddingArgs, ...] = ()
-        if resolve_name(args.dataset_name):
-            predefined = predefined_embeddings(self.store, config.network, dynamic=args.dynamic_tables)
-        self.tables = choose_tables(config.embeddings, predefined, self.roles.names)
+        self.roles = resolve_roles(self.store, args, config.located)
+        predefined = predefined_tables(args, self.store, config.network)
+        self.tables = choose_tables(config.embeddings, predefined, self.roles.names, config.located)
         self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
         self._recoding = {} if self._eval_store is self.store else self._recode_eval_store()
-        check_rows(self.tables, self.cardinalities)
+        check_rows(self.tables, self.cardinalities, config.located)
         self.max_items = args.max_sequence_length
         self.eval_splits, self.final_splits = self._splits()
         self._train_samples = self._samples("train")
@@ -342,22 +347,27 @@ def choose_partition(
     return BatchPartition(loads, trainer.enable_balanced_shuffler, trainer.tokens_per_rank)
 
 
+def predefined_tables(args: DatasetArgs, store: SequenceStore, network: NetworkArgs) -> tuple[EmbeddingArgs, ...]:
+    """The tables that a built-in dataset brings along; none for own data."""
+    if resolve_name(args.dataset_name) is None:
+        return ()
+    return predefined_embeddings(store, network, dynamic=args.dynamic_tables)
+
+
 def choose_tables(
-    by_hand: Sequence[EmbeddingArgs], predefined: Sequence[EmbeddingArgs], features: Sequence[str]
+    by_hand: Sequence[EmbeddingArgs], predefined: Sequence[EmbeddingArgs], features: Sequence[str], cite: Cite = cite
 ) -> tuple[EmbeddingArgs, ...]:
     """One table for each of ``features``: the one given by hand, or else the predefined one.
 
-    Raises ConfigError for a feature without a table, for a table of a feature that the data does not have, and for
-    two tables with one name.
+    Raises ConfigError, worded by ``cite``, for a feature without a table, for a table of a feature that the data does
+    not have, and for two tables with one name.
     """
     problems = []
     for table in by_hand:
         unknown = [name for name in table.feature_names if name not in features]
         if unknown:
-            problems.append(
-                f"EmbeddingArgs of table {table.table_name!r}: the data has no feature "
-                f"{', '.join(map(repr, unknown))}; it has {', '.join(features)}"
-            )
+            text = f"the data has no feature {', '.join(map(repr, unknown))}; it has {', '.join(features)}"
+            problems.append(cite(table, "feature_names", text + did_you_mean(unknown[0], features)))
     given = {name for table in by_hand for name in table.feature_names}
     tables = list(by_hand)
     for table in predefined:
@@ -379,7 +389,7 @@ def choose_tables(
     return tuple(tables)
 
 
-def check_rows(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int]) -> None:
+def check_rows(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int], cite: Cite = cite) -> None:
     """Raise ConfigError for a static table that cannot hold every id of its features. A dynamic one takes any id.
 
     ``cardinalities``: ids of a feature are in [0, cardinality).
@@ -390,10 +400,11 @@ def check_rows(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int]
         for name in table.feature_names:
             ids = cardinalities[name]
             if ids > rows and not isinstance(table, DynamicEmbeddingArgs):
-                problems.append(
-                    f"EmbeddingArgs of table {table.table_name!r}: item_vocab_size_or_capacity = {rows}, but feature "
-                    f"{name!r} has {ids} ids; it must be at least {ids}, or the table a DynamicEmbeddingArgs"
+                text = (
+                    f"feature {name!r} of table {table.table_name!r} has {ids} ids; it must be at least {ids}, or the "
+                    "table a DynamicEmbeddingArgs"
                 )
+                problems.append(cite(table, "item_vocab_size_or_capacity", text))
     if problems:
         raise ConfigError(problems)
 

@@ -46,7 +46,7 @@ def test_a_feature_without_a_table_is_named_with_the_remedy() -> None:
 
 
 def test_a_table_of_an_unknown_feature_is_told_which_there_are() -> None:
-    with pytest.raises(ConfigError, match="'itme': the data has no feature 'itme'; it has item, action"):
+    with pytest.raises(ConfigError, match="the data has no feature 'itme'; it has item, action; did you mean 'item'"):
         choose_tables([table("itme")], [table("item"), table("action")], ["item", "action"])
 
 
@@ -65,7 +65,7 @@ def test_a_static_table_with_too_few_rows_is_refused_with_the_remedy() -> None:
     with pytest.raises(ConfigError) as caught:
         check_rows([table("item", "last_item", rows=9), table("town", rows=2)], {"item": 10, "last_item": 9, "town": 5})
     first, second = caught.value.problems
-    assert "table 'item': item_vocab_size_or_capacity = 9, but feature 'item' has 10 ids" in first
+    assert "EmbeddingArgs.item_vocab_size_or_capacity = 9: feature 'item' of table 'item' has 10 ids" in first
     assert "it must be at least 10, or the table a DynamicEmbeddingArgs" in first
     assert "table 'town'" in second
 

@@ -82,7 +82,8 @@ def field_problems(cls: type[Args], field: Field[Any], value: Any) -> list[str]:
         return [expected + str(mismatch)]
     if coerced is None:
         return []
-    if value == field.default and value not in (field.metadata["choices"] or (value,)):
+    is_one = not isinstance(value, tuple)
+    if is_one and value == field.default and value not in (field.metadata["choices"] or (value,)):
         return [f"must be given; {expected} (the default is deliberately not one of them)"]
     if field.metadata["not_empty"] and len(coerced) == 0:
         return [f"must not be empty; {expected}"]

@@ -45,6 +45,9 @@ class HSTUBatch(Pipelineable):
     """int64 [B]: rows of the users in the store, -1 for padding."""
     timestamps: Tensor | None = None
     """int64 [sum of item_lengths], in seconds: times of the items, if the model has a relative bias."""
+    request_times: Tensor | None = None
+    """int64 [B], in seconds: when the recommendations are asked for, if RetrievalArgs.request_time = "target"; 0 for
+    padding. Only in evaluation."""
     draws: Tensor | None = None
     """int32 [M, R]. Uniform negatives: indices into the NEGATIVES values. In-batch: random numbers in [0, 2^31)."""
     pool_positions: Tensor | None = None

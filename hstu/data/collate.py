@@ -88,6 +88,8 @@ class Rows:
     """Feature → [b]."""
     held_out: np.ndarray | None = None
     """Retrieval evaluation: the target items, [b]."""
+    request_times: np.ndarray | None = None
+    """Retrieval evaluation: the times of the target events, [b], in seconds."""
     seen: np.ndarray | None = None
     """Retrieval evaluation: items of the whole histories, [Σ seen_lengths]."""
     seen_lengths: np.ndarray | None = None
@@ -111,6 +113,8 @@ class StoreReader:
     roles: FeatureRoles
     wants_timestamps: bool = field(default=False, kw_only=True)
     """Read event times, which relative attention biases need. ConfigError where the store has none."""
+    wants_request_times: bool = field(default=False, kw_only=True)
+    """Read the times of the held-out events of evaluation samples."""
     wants_seen: bool = field(default=False, kw_only=True)
     """Read whole histories of evaluation samples, which filter_seen needs."""
     recoding: Mapping[str, np.ndarray] | None = field(default=None, kw_only=True)
@@ -136,10 +140,12 @@ class StoreReader:
             start = start + whole - lengths
         events = ranges(start, lengths)
         times = self.store.timestamp_feature if self.wants_timestamps else None
-        held_out = seen = seen_lengths = None
+        held_out = request_times = seen = seen_lengths = None
         if samples.target is not None:
             target, begin = samples.target[chosen], samples.history_begin[chosen]
             held_out = self._codes(self.roles.item, target)
+            if times is not None and self.wants_request_times:
+                request_times = self.store.sequence(times)[target].astype(np.int64)
             if self.wants_seen:
                 seen_lengths = target - begin
                 seen = self._codes(self.roles.item, ranges(begin, seen_lengths))
@@ -153,6 +159,7 @@ class StoreReader:
             timestamps=None if times is None else self.store.sequence(times)[events],
             context={name: self._codes(name, users, of_users=True) for name in self.roles.contextual},
             held_out=held_out,
+            request_times=request_times,
             seen=seen,
             seen_lengths=seen_lengths,
         )
@@ -207,6 +214,7 @@ class Assembler:
             labels=torch.from_numpy(self._labels(rows, labelled)),
             user_ids=torch.from_numpy(self._padded(rows.user_ids, -1)),
             timestamps=_tensor(rows.timestamps),
+            request_times=None if rows.request_times is None else torch.from_numpy(self._padded(rows.request_times)),
             draws=_tensor(draws),
             pool_positions=_tensor(pool_positions),
             seen_values=_tensor(rows.seen),

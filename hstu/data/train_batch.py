@@ -108,6 +108,7 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
         labels=torch.from_numpy(np.concatenate(labels) if is_per_label else _stack(batches, labels)),
         user_ids=torch.from_numpy(_stack(batches, [batch.user_ids.numpy() for batch in batches])),
         timestamps=_concatenate([batch.timestamps for batch in batches]),
+        request_times=_stack_tensors(batches, [batch.request_times for batch in batches]),
         draws=_merge_draws(batches, by_rank.get(NEGATIVES)),
         pool_positions=torch.from_numpy(np.unique(values[item_feature], return_index=True)[1]) if has_pool else None,
         real_batch_size=sum(batch.real_batch_size for batch in batches),
@@ -134,6 +135,11 @@ def _stack(batches: Sequence[HSTUBatch], arrays: Sequence[np.ndarray]) -> np.nda
         [array[:count] for array, count in zip(arrays, real, strict=True)]
         + [array[count:] for array, count in zip(arrays, real, strict=True)]
     )
+
+
+def _stack_tensors(batches: Sequence[HSTUBatch], tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [tensor.numpy() for tensor in tensors if tensor is not None]
+    return torch.from_numpy(_stack(batches, present)) if present else None
 
 
 def _concatenate(tensors: Sequence[Tensor | None]) -> Tensor | None:

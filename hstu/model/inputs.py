@@ -55,7 +55,7 @@ class SequenceInputs(nn.Module):
         self.features = features
         self.tokens_per_item = features.tokens_per_item(network)
         self.target_group_size = network.target_group_size
-        self.needs_times = network.position_encoding == "relative_bias"
+        self.needs_times = network.has_relative_bias
         self.dropout = network.hidden_dropout if network.input_dropout is None else network.input_dropout
         self.scale = math.sqrt(hidden)
         self.kernels = kernels
@@ -71,7 +71,7 @@ class SequenceInputs(nn.Module):
             }
         )
         self.position_table: nn.Parameter | None = None
-        if network.position_encoding == "absolute":
+        if network.has_absolute_positions:
             self.position_table = nn.Parameter(torch.randn(network.num_position_buckets, hidden) / self.scale)
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:
@@ -97,6 +97,7 @@ class SequenceInputs(nn.Module):
             target_group_size=self.target_group_size,
             device=batch.num_candidates.device,
             item_times=batch.timestamps if self.needs_times else None,
+            request_times=batch.request_times if self.needs_times else None,
         )
 
     def _parts(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, layout: JaggedLayout) -> list[Tensor]:

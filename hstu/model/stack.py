@@ -35,7 +35,7 @@ def kernel_shapes(network: NetworkArgs, tp_size: int = 1) -> KernelShapes:
         hidden_size=network.hidden_size,
         item_dim=network.item_width,
         dtype=DTYPES[network.dtype_str],
-        has_bias=network.position_encoding == "relative_bias",
+        has_bias=network.has_relative_bias,
     )
 
 
@@ -66,7 +66,7 @@ class HSTULayer(nn.Module):
         self.network = network
         self.kernels = kernels
         self.attention_config = AttentionConfig(
-            alpha=network.kv_channels**-0.5,
+            alpha=network.kv_channels**-0.5 if network.attention_scale is None else network.attention_scale,
             scaling_seqlen=network.scaling_seqlen if network.scaling_seqlen > 0 else max_tokens,
             is_causal=network.is_causal,
             contextual_mask=not network.disable_contextual_mask,
@@ -80,7 +80,7 @@ class HSTULayer(nn.Module):
         self.comm = TensorParallelComm()
         """Communication with the ranks that hold the other heads of uvqk, output_norm and out."""
         self.bias: RelativeAttentionBias | None = None
-        if network.position_encoding == "relative_bias":
+        if network.has_relative_bias:
             self.bias = RelativeAttentionBias(max_tokens)
 
         nn.init.normal_(self.uvqk.weight, std=0.02)

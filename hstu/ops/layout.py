@@ -25,12 +25,14 @@ def build_layout(
     target_group_size: int,
     device: torch.device,
     item_times: Tensor | None = None,
+    request_times: Tensor | None = None,
 ) -> JaggedLayout:
     """Lay out a batch on ``device``.
 
     item_lengths: int64 [B] host, items of each sequence, candidates included. The first ``num_sequences`` sequences
     are real and carry context; the others are padding and empty. num_candidates: int64 [B] host, or None.
-    item_times: int64 [Σ item_lengths] seconds on ``device``, or None.
+    item_times: int64 [Σ item_lengths] seconds on ``device``, or None. request_times: int64 [B] seconds on ``device``,
+    when the last token of each sequence asks; None: at its own time.
     """
     is_real = np.arange(len(item_lengths)) < num_sequences
     seqlens = sequence_tokens(item_lengths, num_contextuals, tokens_per_item, has_context=is_real)
@@ -49,6 +51,10 @@ def build_layout(
         next_token = np.arange(len(position)) + (position + 1 < history_end)
         token_times = torch.cat([item_times, item_times.new_zeros(1)])[on_device(item)]
         query_times = token_times[on_device(next_token)]
+        if request_times is not None:
+            filled = seqlens > 0
+            last_token = on_device(np.cumsum(seqlens)[filled] - 1)
+            query_times = query_times.index_copy(0, last_token, request_times[on_device(np.flatnonzero(filled))])
     return JaggedLayout(
         seqlen_offsets=on_device(run_offsets(seqlens)),
         seqlens=seqlens,

@@ -80,7 +80,8 @@ class BatchSource(ABC):
         self._pin_memory = mesh is not None and mesh.device.type == "cuda"
         retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
         self._negatives = Negatives.of(retrieval) if retrieval else None
-        self._wants_timestamps = config.network.position_encoding == "relative_bias"
+        self._wants_timestamps = config.network.has_relative_bias
+        self._wants_request_times = retrieval is not None and retrieval.request_time == "target"
         self._wants_seen = retrieval is not None and retrieval.filter_seen
 
     @property
@@ -233,6 +234,7 @@ class StoreSource(BatchSource):
             samples,
             self.roles,
             wants_timestamps=self._wants_timestamps,
+            wants_request_times=self._wants_request_times,
             wants_seen=self._wants_seen and not training,
             recoding=self._recoding if store is not self.store else None,
             stochastic_length=self._stochastic_length if training else None,

@@ -54,7 +54,7 @@ from hstu.ops.select import resolve_kernels, select_backend
 from hstu.ops.types import Backend, JaggedLayout
 
 NETWORK = NetworkArgs(
-    num_layers=4, hidden_size=256, num_attention_heads=4, kv_channels=64, position_encoding="relative_bias"
+    num_layers=4, hidden_size=256, num_attention_heads=4, kv_channels=64, position_encoding=("relative_bias",)
 )
 LONGEST = 200
 """Tokens of the longest of the SEQUENCES whose memory is measured."""
@@ -89,7 +89,7 @@ class Case:
             hidden_size=self.hidden,
             num_attention_heads=self.shape.heads,
             kv_channels=self.shape.head_dim,
-            position_encoding="relative_bias" if self.relative_bias else "none",
+            position_encoding=("relative_bias",) if self.relative_bias else ("none",),
             dtype_str=name_of(dtype),
         )
 

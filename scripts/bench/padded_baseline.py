@@ -93,7 +93,7 @@ class PaddedLayer(nn.Module):
         self.uvqk = nn.Linear(network.hidden_size, 4 * inner)
         self.output_norm = nn.LayerNorm(inner, eps=network.norm_epsilon)
         self.out = nn.Linear(inner, network.hidden_size, bias=False)
-        if network.position_encoding == "relative_bias":
+        if network.has_relative_bias:
             self.position_weight = nn.Parameter(torch.zeros(2 * max_items - 1))
             self.time_weight = nn.Parameter(torch.zeros(128))
 
@@ -102,8 +102,9 @@ class PaddedLayer(nn.Module):
         network = self.network
         projected = F.silu(self.uvqk(self.input_norm(x)))
         u, v, q, k = projected.unflatten(2, (network.num_attention_heads, 4, network.kv_channels)).unbind(3)
-        bias = self._bias(times).unsqueeze(1) if network.position_encoding == "relative_bias" else None
-        attended = padded_attention(q, k, v, mask, network.kv_channels**-0.5, self.max_items, bias)
+        bias = self._bias(times).unsqueeze(1) if network.has_relative_bias else None
+        scale = network.kv_channels**-0.5 if network.attention_scale is None else network.attention_scale
+        attended = padded_attention(q, k, v, mask, scale, self.max_items, bias)
         gate = self.output_norm(attended.flatten(2)) * u.flatten(2)
         gated = F.dropout(gate, network.hidden_dropout, self.training)
         return x + self.out(gated)
@@ -130,13 +131,17 @@ class PaddedModel(nn.Module):
         self.items = nn.Embedding(num_items, network.hidden_size)
         self.layers = nn.ModuleList(PaddedLayer(network, max_items) for _ in range(network.num_layers))
         self.temperature, self.eps = temperature, l2_norm_eps
+        self.positions: nn.Parameter | None = None
+        if network.has_absolute_positions:
+            self.positions = nn.Parameter(torch.zeros(network.num_position_buckets, network.hidden_size))
         self.mask = torch.ones(max_items, max_items).tril()
 
     def forward(self, batch: PaddedBatch) -> Tensor:
         """Mean loss of the labels."""
         length = batch.ids.shape[1]
         valid = batch.valid[:, :, None].float()
-        x = self.items(batch.ids) * math.sqrt(self.network.hidden_size) * valid
+        x = self.items(batch.ids) * math.sqrt(self.network.hidden_size)
+        x = (x if self.positions is None else x + self.positions[:length]) * valid
         x = F.dropout(x, self.network.hidden_dropout, self.training)
         mask = self.mask[:length, :length]
         # The query time of the last item is its own time. Padding must not look like a next item.
@@ -152,6 +157,8 @@ class PaddedModel(nn.Module):
         """Copy the weights of our model."""
         self.items.weight.copy_(model.embed_items(torch.arange(self.items.num_embeddings)))
         encoder = next(module for module in model.modules() if isinstance(module, SequenceEncoder))
+        if self.positions is not None and encoder.inputs.position_table is not None:
+            self.positions.copy_(encoder.inputs.position_table)
         for mine, theirs in zip(self.layers, encoder.layers, strict=True):
             state = {name.removeprefix("bias."): weight for name, weight in theirs.state_dict().items()}
             mine.load_state_dict(state)

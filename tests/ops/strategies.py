@@ -28,7 +28,12 @@ class Batch:
             for user in self.users
         ]
 
-    def layout(self, with_times: bool = True, device: str | torch.device = "cpu") -> JaggedLayout:
+    def layout(
+        self,
+        with_times: bool = True,
+        device: str | torch.device = "cpu",
+        request_times: torch.Tensor | None = None,
+    ) -> JaggedLayout:
         items = np.array([user.history + user.candidates for user in self.users], dtype=np.int64)
         times = [time for user in self.users for time in (user.item_times or (0,) * (user.history + user.candidates))]
         return build_layout(
@@ -40,6 +45,7 @@ class Batch:
             target_group_size=self.group_size,
             device=torch.device(device),
             item_times=torch.tensor(times, dtype=torch.int64, device=device) if with_times else None,
+            request_times=request_times,
         )
 
 

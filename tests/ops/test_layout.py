@@ -25,6 +25,19 @@ def test_positions_times_and_lengths_equal_those_written_down_token_by_token(bat
     assert (layout.num_candidate_tokens is None) == (not any(candidates))
 
 
+@given(batches())
+def test_only_the_last_token_of_a_sequence_asks_at_the_time_of_the_request(batch: Batch) -> None:
+    requests = torch.arange(len(batch.users)) + 7
+    own, asked = batch.layout(), batch.layout(request_times=requests)
+    assert own.query_times is not None and asked.query_times is not None
+    expected = own.query_times.tolist()
+    for row, stop in enumerate(own.seqlen_offsets[1:].tolist()):
+        if own.seqlens[row]:
+            expected[stop - 1] = 7 + row
+    assert asked.query_times.tolist() == expected
+    assert torch.equal(asked.token_times, own.token_times)
+
+
 def test_newest_items_are_found_behind_context_and_between_actions() -> None:
     # tokens: c i a i a i a | (empty) | c i a
     batch = Batch((User(3, 0), User(1, 0), User(0, 0, is_padding=True)), contextuals=1, tokens_per_item=2, group_size=1)

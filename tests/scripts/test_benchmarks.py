@@ -86,8 +86,8 @@ def test_padded_attention_is_ours() -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("position_encoding", ["none", "relative_bias"])
-def test_the_padded_layer_is_ours(position_encoding: str) -> None:
+@pytest.mark.parametrize("position_encoding", [("none",), ("absolute", "relative_bias")])
+def test_the_padded_layer_is_ours(position_encoding: tuple[str, ...]) -> None:
     network = NetworkArgs(
         num_layers=1,
         hidden_size=6,

@@ -156,6 +156,18 @@ def test_times_are_read_for_relative_bias_only(source: Callable[..., StoreSource
     assert next(relative.eval_batches("valid")).timestamps is not None
 
 
+def test_a_request_is_made_at_the_time_of_the_held_out_event_where_wanted(source: Callable[..., StoreSource]) -> None:
+    network = {"position_encoding": ("absolute", "relative_bias")}
+    assert next(source("retrieval", network=network).eval_batches("valid")).request_times is None
+    opened = source("retrieval", network=network, task_args={"request_time": "target"})
+    assert next(opened.train_batches(FIRST)).request_times is None
+    batch = next(opened.eval_batches("valid"))
+    offsets, times = opened.store.offsets(), opened.store.sequence("timestamp")
+    expected = [times[offsets[user + 1] - 2] for user in real(batch)]  # the last event is the test's
+    assert batch.request_times is not None and expected
+    assert batch.request_times[: batch.real_batch_size].tolist() == expected
+
+
 def test_batches_go_on_from_any_position(source: Callable[..., StoreSource]) -> None:
     straight = source("retrieval").train_batches(FIRST)
     batches = [next(straight) for _ in range(5)]

@@ -44,9 +44,13 @@ class NetworkArgs(Args):
     """Candidates per group. A candidate attends to the history and to the candidates of its own group."""
     num_position_buckets: int = option(8192, minimum=1)
     """Rows of the absolute position table. All later positions share the last row."""
-    position_encoding: str = option("absolute", choices=("absolute", "relative_bias", "none"))
-    """absolute: one learned vector per position. relative_bias: learned attention biases by distance and by the
-    logarithm of the time difference. none: no position information."""
+    position_encoding: tuple[str, ...] = option(
+        ("absolute",), choices=("absolute", "relative_bias", "none"), not_empty=True
+    )
+    """One or both of: absolute, one learned vector per position; relative_bias, learned attention biases by distance
+    and by the logarithm of the time difference. none: no position information."""
+    attention_scale: Optional[float] = option(None, above=0)
+    """Factor of the products of queries and keys. None: 1 / √kv_channels."""
     interleave_actions: bool = option(True)
     """True: an action is a separate token after its item. False: its embedding is added to the token of its item."""
     recompute_input_layernorm: bool = option(False)
@@ -78,6 +82,16 @@ class NetworkArgs(Args):
     sequence_parallel: bool = option(False)
     """With tensor parallelism, also split the tokens between the projections of the layers over the ranks of a group.
     It saves memory and does not change the result."""
+
+    @property
+    def has_absolute_positions(self) -> bool:
+        """Whether each token gets a learned vector of its position."""
+        return "absolute" in self.position_encoding
+
+    @property
+    def has_relative_bias(self) -> bool:
+        """Whether attention has learned biases by distance and time, which need the times of all events."""
+        return "relative_bias" in self.position_encoding
 
     @property
     def item_width(self) -> int:

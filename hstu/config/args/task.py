@@ -52,6 +52,9 @@ class RetrievalArgs(Args):
     """uniform: draw one set of negatives for the whole global batch instead of one set per position."""
     filter_seen: bool = option(True)
     """Evaluation: exclude the items that the user has seen."""
+    request_time: str = option("last_event", choices=("last_event", "target"))
+    """Evaluation with relative_bias: when the user asks. last_event: at the time of the last event of the history.
+    target: at the time of the held-out event, as in the published results."""
     eval_metrics: tuple[str, ...] = option(
         ("HR@10", "NDCG@10"),
         pattern=r"(HR|NDCG|MRR)@[1-9]\d*|MRR",

@@ -113,6 +113,25 @@ def number_of_negatives_fits_their_kind(run: RunConfig) -> Iterator[Problem]:
             yield run.problem(retrieval, "num_negatives", f"must be -1 with {kind}, which takes the whole corpus")
 
 
+def request_time_is_seen(run: RunConfig) -> Iterator[Problem]:
+    if isinstance(retrieval := run.task_args, RetrievalArgs) and retrieval.request_time == "target":
+        if not run.network.has_relative_bias:
+            because = f"only a relative bias sees times, and {run.cite(run.network, 'position_encoding')}"
+            yield run.problem(retrieval, "request_time", f"has no effect: {because}; remove it")
+        elif isinstance(run.dataset, BenchmarkDatasetArgs):
+            yield run.problem(retrieval, "request_time", "has no effect on random data; remove it")
+
+
+# --- positions -----------------------------------------------------------------------------------------------------
+
+
+def position_encodings_combine(run: RunConfig) -> Iterator[Problem]:
+    kinds = run.network.position_encoding
+    if len(set(kinds)) < len(kinds) or ("none" in kinds and len(kinds) > 1):
+        text = 'is contradictory; use one of "absolute", "relative_bias" and "none", or ("absolute", "relative_bias")'
+        yield run.problem(run.network, "position_encoding", text)
+
+
 # --- masks ---------------------------------------------------------------------------------------------------------
 
 
@@ -146,5 +165,6 @@ def label_leak(run: RunConfig, has_context: bool) -> Iterator[Problem]:
 RULES = (
     features_have_one_role, actions_are_not_items, candidates_leave_history, windows_leave_no_gap, split_fits_the_task,
     head_fits_the_tasks, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
-    retrieval_has_a_next_item, number_of_negatives_fits_their_kind, masks_hide_the_labels,
+    retrieval_has_a_next_item, number_of_negatives_fits_their_kind, request_time_is_seen,
+    position_encodings_combine, masks_hide_the_labels,
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Makes the sequence store of a built-in dataset or of your own interactions table (docs/datasets.md).
 
     python scripts/preprocess_dataset.py --dataset_name ml-1m [--raw_path DIR] [--output tmp_data/ml-1m]
-    python scripts/preprocess_dataset.py --dataset_name NAME --interactions FILE.csv|tsv|parquet --user COL --item COL
+    python scripts/preprocess_dataset.py --dataset_name NAME --interactions FILE... --user COL --item COL
         [--action COL] [--time COL] [--context FILE --context_columns a,b]
     python scripts/preprocess_dataset.py --dataset_name ml-1m --verify
 
@@ -13,13 +13,17 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hstu.config.errors import EXIT_DONE, ConfigError, UserError
 from hstu.data.datasets import DATASETS, resolve_name
+from hstu.data.datasets.own import matching_files
+from hstu.data.datasets.own_types import TIME_UNITS
 from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_interactions, preprocess
 from hstu.data.preprocess.engine import disk_errors
 from hstu.data.preprocess.report import REPORT, format_report, write_report
@@ -27,7 +31,7 @@ from hstu.data.preprocess.starter import write_starters
 from hstu.data.store import META_FILE, SequenceStore
 
 _EXIT_INTERRUPTED = 130
-_OWN_TABLE_ONLY = ("user", "item", "action", "time", "context", "context_columns")
+_OWN_TABLE = (*(field.name for field in fields(InteractionColumns)), "glob")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,22 +80,15 @@ def _run(args: argparse.Namespace) -> Path:
         name: getattr(args, name) for name in ("output", "force", "memory_limit", "bad_row_policy", "max_bad_rows")
     }
     if args.interactions is None:
-        misplaced = [f"--{name}" for name in _OWN_TABLE_ONLY if getattr(args, name)]
+        misplaced = [f"--{name}" for name in _OWN_TABLE if getattr(args, name) != _parser().get_default(name)]
         if misplaced:
             raise ConfigError(f"{', '.join(misplaced)}: only with --interactions, your own table")
         return preprocess(args.dataset_name, raw_path=args.raw_path, **common)
     if args.raw_path or not args.user or not args.item:
         raise ConfigError("--interactions needs --user and --item, and does not go with --raw_path")
-    columns = InteractionColumns(
-        interactions=args.interactions,
-        user=args.user,
-        item=args.item,
-        action=args.action,
-        time=args.time,
-        context=args.context,
-        context_columns=tuple(name.strip() for name in args.context_columns.split(",") if name.strip()),
-    )
-    return import_interactions(args.dataset_name, columns, **common)
+    given = {name: getattr(args, name) for name in _OWN_TABLE if name != "glob"}
+    given["interactions"] = matching_files(args.interactions) if args.glob else list(map(Path, args.interactions))
+    return import_interactions(args.dataset_name, InteractionColumns(**given), **common)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,15 +110,38 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_bad_rows", type=int, default=1000, help="with skip, more bad rows than this end the run all the same")
     add("--verify", action="store_true", help="only check every checksum and every value of an existing store")
     add("--no_report", action="store_true", help="do not write <output>.report/report.md with its plots")
-    own = parser.add_argument_group("your own table")
-    own.add_argument("--interactions", type=Path, help="CSV, TSV (also gzipped) or Parquet file, one row per event")
-    own.add_argument("--user", help="column of the user, int64 or strings")
-    own.add_argument("--item", help="column of the item, int64 or strings")
-    own.add_argument("--action", help="column of the action, integers >= 0")
-    own.add_argument("--time", help="column of the time, seconds since 1970 or dates; without it: order of the rows")
-    own.add_argument("--context", type=Path, help="table with one row per user, with the same user column")
-    own.add_argument("--context_columns", default="", help="columns of --context, as a,b,c; also the user column")
+    _add_own_table(parser.add_argument_group("your own table").add_argument)
     return parser
+
+
+def _add_own_table(add: Callable[..., argparse.Action]) -> None:
+    names: dict[str, Any] = {"type": _names, "default": ()}
+    separator: dict[str, Any] = {"type": _separator, "metavar": "TEXT"}
+    add("--interactions", nargs="+", metavar="FILE", help="text (also gzipped) or Parquet files, one row per event")
+    add("--glob", action="store_true", help="--interactions are patterns such as 'day_*.csv'")
+    add("--user", help="column of the user, int64 or strings")
+    add("--item", help="column of the item, int64 or strings")
+    add("--action", help="column of the action, integers >= 0")
+    add("--time", help="column of the time, a number since 1970 or a date; without it: order of the rows")
+    add("--time_unit", choices=(*TIME_UNITS, "auto"), default="s", help="unit of times that are numbers")
+    add("--context", type=Path, help="table with one row per user, with the same user column")
+    add("--context_columns", help="columns of --context, as a,b,c; also the user column", **names)
+    add(
+        "--delimiter",
+        help="what separates columns, if not a comma in .csv or a tab in .tsv: ';', '::', tab",
+        **separator,
+    )
+    add("--header", help="names of the columns, as a,b,c, if the first line does not name them", **names)
+    add("--context_delimiter", help="as --delimiter, for --context", **separator)
+    add("--context_header", help="as --header, for --context", **names)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _separator(text: str) -> str:
+    return "\t" if text in ("tab", "\\t") else text
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def test_of_two_processes_at_once_one_makes_the_store(tmp_path: Path) -> None:
     assert 0 in told
     assert set(told) == {0} or "another process is writing" in told[3], told
     assert SequenceStore.open(tmp_path / "store").num_events == 300_000
-    assert sorted(os.listdir(tmp_path)) == ["events.csv", "store", "store.report"]
+    assert sorted(os.listdir(tmp_path)) == ["events.csv", "store", "store.report", "store_retrieval.gin"]
 
 
 def test_a_truncated_archive_is_told_from_the_real_one_by_its_checksum(
@@ -234,7 +234,7 @@ def test_ctrl_c_says_how_to_go_on(
     assert capsys.readouterr().err.strip() == "stopped; the same command goes on from here"
     assert sorted(os.listdir()) == [".store.partial", "events.csv"]
     assert main([*ALL, "--output", "store"]) == 0
-    assert sorted(os.listdir()) == ["events.csv", "store", "store.report"]
+    assert sorted(os.listdir()) == ["events.csv", "store", "store.report", "store_ranking.gin"]
 
 
 PATHS_LIKE_PATTERNS = {

@@ -1,12 +1,13 @@
-"""Users' own interactions, a CSV, TSV or Parquet table with one row per event, as raw tables.
+"""Users' own interactions, tables with one row per event, as raw tables: which columns of which files mean what.
 
-Types are never guessed from a sample. A text column counts as integers only if all its values are, so ``007`` stays a
-string, distinct from ``7``; a time column counts as what most of its values are.
+own_types.py decides what type a column has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import glob
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,27 +16,30 @@ import duckdb
 from duckdb import DuckDBPyConnection
 
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.datasets.raw import RawFile, check_readable, identifier, require_columns, table_with_header
+from hstu.data.datasets.own_types import ACTION, TIME_UNITS, ColumnTypes, as_integer, unit_hint
+from hstu.data.datasets.raw import (
+    RawFile,
+    check_readable,
+    open_text,
+    probable_delimiter,
+    quote_beside,
+    require_columns,
+    select_list,
+    table_with_header,
+)
 from hstu.data.datasets.spec import USER_FEATURE, ColumnDescription, RawTables, Schema, TypedColumns
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_INTEGERS = frozenset(
-    ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "HUGEINT", "UHUGEINT")
-)
-_DATES = ("DATE", "TIMESTAMP")
-_ALLOWED = {
-    "user": "an id, int64 or text",
-    "item": "an id, int64 or text",
-    "action": "an integer from 0 up (for half stars, double them)",
-    "time": "seconds since 1970, or a date and time like 2024-05-31 12:00:00",
-}
+_ID = "an id, int64 or text"
+_ALLOWED = {"user": _ID, "item": _ID, "action": "an integer from 0 up (for half stars, double them)"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class InteractionColumns:
     """The interactions table and its columns; the table of contextual features and its columns."""
 
-    interactions: Path
+    interactions: Path | Sequence[Path]
+    """One file or several. Without times, their rows follow one another in this order."""
     user: str
     """int64 or strings."""
     item: str
@@ -43,11 +47,21 @@ class InteractionColumns:
     action: str | None = None
     """Integers >= 0."""
     time: str | None = None
-    """Seconds since 1970, or dates. None: the rows are in time order."""
+    """Numbers since 1970, or dates. None: the rows are in time order."""
+    time_unit: str = "s"
+    """Of times that are numbers: s, ms, us, ns, or auto, the largest of them that gives times before the year 5000."""
     context: Path | None = None
     """A table with one row per user, and the same user column."""
     context_columns: tuple[str, ...] = ()
     """Contextual features in token order. The user column among them makes the user a feature, user_id."""
+    delimiter: str | None = None
+    """What separates the columns of text files. None: a comma in .csv, a tab in .tsv."""
+    header: tuple[str, ...] = ()
+    """Names of the columns, for files whose first line does not name them."""
+    context_delimiter: str | None = None
+    """As delimiter, for ``context``. None: ``delimiter``."""
+    context_header: tuple[str, ...] = ()
+    """As header, for ``context``."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -61,48 +75,113 @@ class InteractionColumns:
             problems.append(f"column(s) {', '.join(repeated)} would be two features; each feature needs its own column")
         if USER_FEATURE in (self.item, self.action, self.time):
             problems.append(f"{USER_FEATURE!r} is the name of the users, it cannot be the item, action or time")
+        if self.time_unit not in (*TIME_UNITS, "auto"):
+            problems.append(f"--time_unit {self.time_unit}: choose one of {', '.join(TIME_UNITS)}, auto")
+        for option in ("header", "context_header"):
+            names = getattr(self, option)
+            if len(set(names)) < len(names) or "" in names:
+                problems.append(f"--{option} {','.join(names)}: each column needs a name of its own")
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the interactions."""
+        return (self.interactions,) if isinstance(self.interactions, Path) else tuple(self.interactions)
 
     def schema(self) -> Schema:
         """Features are named after their columns; the user's is user_id."""
         context = tuple(USER_FEATURE if column == self.user else column for column in self.context_columns)
         return Schema(item=self.item, action=self.action, timestamp=self.time, context=context)
 
+    def arguments(self) -> dict[str, object]:
+        """Option of scripts/preprocess_dataset.py → value, as it would be given there."""
+        given: dict[str, object] = {}
+        for name, value in (vars(self) | {"interactions": self.files}).items():
+            if name == "interactions":
+                given[name] = value
+            elif isinstance(value, tuple):
+                given[name] = ",".join(value) or None
+            else:
+                given[name] = None if value == type(self).__dataclass_fields__[name].default else value
+        return given
+
+
+def matching_files(patterns: Iterable[str]) -> list[Path]:
+    """The files that match shell patterns: pattern after pattern, numbers in names in the order of numbers."""
+    found: list[Path] = []
+    for pattern in patterns:
+        names = sorted(glob.glob(pattern, recursive=True), key=_with_numbers)
+        if not names:
+            raise DataError(f"--glob: no file matches {pattern}")
+        found += [Path(name) for name in names]
+    return list(dict.fromkeys(found))
+
+
+def _with_numbers(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name)]
+
 
 def interactions(columns: InteractionColumns) -> RawTables:
     """The tables as SQL; their types are resolved once they are read. Raises DataError for unusable files."""
-    log = _table(columns.interactions)
+    logs = tuple(_table(file, columns.delimiter, columns.header) for file in columns.files)
     wanted = {"user": columns.user, "item": columns.item, "action": columns.action, "time": columns.time}
     given = {name: column for name, column in wanted.items() if column}
-    _require(log, given.values())
+    for log in logs:
+        _require(log, given.values())
     context = None
     if columns.context:
-        table = _table(columns.context)
+        table = _table(columns.context, columns.context_delimiter or columns.delimiter, columns.context_header)
         features = [column for column in columns.context_columns if column != columns.user]
         _require(table, [columns.user, *features])
         named = {"user": columns.user} | {f"c{place}": column for place, column in enumerate(features)}
-        context = (table, _renamed(named))
+        context = (table, select_list(named))
     return RawTables(
-        logs=(log,),
-        events=_renamed(given),
+        logs=logs,
+        events=select_list(given),
         context=context,
         resolve_types=partial(_resolve_types, columns),
-        descriptions={name: ColumnDescription(column, _ALLOWED[name]) for name, column in given.items()},
+        settings=repr(columns.arguments()),
+        descriptions={name: _description(columns, name, column) for name, column in given.items()},
     )
 
 
-def _table(file: Path) -> RawFile:
+def _description(columns: InteractionColumns, name: str, column: str) -> ColumnDescription:
+    if name != "time":
+        return ColumnDescription(column, _ALLOWED[name])
+    unit = TIME_UNITS.get(columns.time_unit, TIME_UNITS["s"])
+    allowed = f"{unit.name} since 1970, or a date and time like 2024-05-31 12:00:00"
+    return ColumnDescription(column, allowed, partial(unit_hint, columns.time_unit))
+
+
+def _table(file: Path, delimiter: str | None, header: Sequence[str]) -> RawFile:
     name = file.name.removesuffix(".gz")
     suffix = Path(name).suffix
     if suffix == ".parquet" and name == file.name:
+        if header:
+            raise ConfigError(f"{file}: a Parquet file has names of its columns; leave out --header")
         table = RawFile(path=file)
-    elif suffix in _DELIMITERS:
-        table = RawFile(path=file, columns={}, delimiter=_DELIMITERS[suffix])
-    else:
-        raise ConfigError(f"{file}: the name of a table ends in .csv, .tsv (perhaps with .gz) or .parquet")
+        check_readable(table)
+        return table
+    delimiter = delimiter or _DELIMITERS.get(suffix)
+    if delimiter is None:
+        check_readable(RawFile(path=file, columns={}))
+        raise ConfigError(_unknown_delimiter(file))
+    columns = dict.fromkeys(header, "VARCHAR")
+    table = RawFile(path=file, columns=columns, delimiter=delimiter, header=not header, quote=quote_beside(delimiter))
     check_readable(table)
-    return table_with_header(file, {}, delimiter=table.delimiter) if table.is_text else table
+    return table if header else table_with_header(file, {}, delimiter=delimiter)
+
+
+def _unknown_delimiter(file: Path) -> str:
+    with open_text(file) as lines:
+        found = probable_delimiter(next(lines, ""))
+    guess = {None: "for example --delimiter ';'", "\t": "it seems to be --delimiter tab"}
+    probably = guess.get(found, f"it seems to be --delimiter {found!r}")
+    return (
+        f"{file}: say what separates its columns, {probably}. It is known only of files whose name ends in .csv, .tsv "
+        "(perhaps with .gz) or .parquet"
+    )
 
 
 def _require(table: RawFile, wanted: Iterable[str]) -> None:
@@ -118,80 +197,23 @@ def _require(table: RawFile, wanted: Iterable[str]) -> None:
     require_columns(table.path, present, wanted)
 
 
-def _renamed(columns: Mapping[str, str]) -> str:
-    return ", ".join(f"{identifier(column)} AS {identifier(name)}" for name, column in columns.items())
-
-
 def _resolve_types(
     columns: InteractionColumns, engine: DuckDBPyConnection, log: str, context: str | None
 ) -> TypedColumns:
-    table = _Columns(engine, columns.interactions, log)
+    table = ColumnTypes(engine, columns.files, log)
     user, user_is_integer = table.id("user", columns.user)
     item, _ = table.id("item", columns.item)
     selected = [f'{user} AS "user"', f"{item} AS item"]
     if columns.action:
-        selected.append(f"{_ACTION} AS action")
+        selected.append(f"{ACTION} AS action")
     if columns.time:
-        time, timestamp = table.time()
+        time, timestamp = table.time(columns.time, columns.time_unit)
         selected += [f'{time} AS "time"', f'{timestamp} AS "timestamp"']
     return TypedColumns(", ".join(selected), context and _context(columns, user_is_integer))
 
 
 def _context(columns: InteractionColumns, user_is_integer: bool) -> str:
     # If users of events are integers, a user that is no integer has no events: it becomes NULL and matches nobody.
-    user = _as_integer('"user"') if user_is_integer else 'CAST("user" AS VARCHAR)'
+    user = as_integer('"user"') if user_is_integer else 'CAST("user" AS VARCHAR)'
     features = len([column for column in columns.context_columns if column != columns.user])
     return ", ".join([f'{user} AS "user"', *(f"CAST(c{place} AS VARCHAR) AS c{place}" for place in range(features))])
-
-
-class _Columns:
-    """Ingested columns, as SQL expressions of the types that RawTables.events requires."""
-
-    def __init__(self, engine: DuckDBPyConnection, file: Path, relation: str) -> None:
-        self._engine, self._file, self._relation = engine, file, relation
-        described = engine.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
-        self._types: dict[str, str] = {row[0]: row[1] for row in described}
-
-    def id(self, name: str, column: str) -> tuple[str, bool]:
-        """(BIGINT or VARCHAR expression, whether it is BIGINT). BIGINT only if all values are canonical int64."""
-        kind = self._types[name]
-        if kind not in _INTEGERS and kind != "VARCHAR":
-            raise DataError(f"{self._file}: ids in {column!r} must be integers or strings, the column is {kind}")
-        integer = _as_integer(identifier(name))
-        if self._unlike(name, integer) == 0:
-            return integer, True
-        return f"CAST({identifier(name)} AS VARCHAR)", False
-
-    def time(self) -> tuple[str, str]:
-        """(expression to sort by, BIGINT seconds). Numbers are seconds; dates without a zone are UTC.
-
-        The kind that fits most values is chosen; the other values become NULL, hence bad rows.
-        """
-        integer, number = _as_integer('"time"'), 'TRY_CAST("time" AS DOUBLE)'
-        finite = f"CASE WHEN isfinite({number}) AND abs({number}) < 9e18 THEN {number} END"
-        value = '"time"'
-        if self._types["time"] == "VARCHAR":  # a cast refuses the blank in "2024-05-31 12:00:00 +0200"
-            value = r"""regexp_replace("time", '\s+([+-]\d\d(:?\d\d)?)$', '\1')"""
-        date = f"TRY_CAST({value} AS TIMESTAMPTZ)"
-        moment = f"CASE WHEN isfinite({date}) THEN {date} END"
-        kinds = [(moment, f"CAST(floor(epoch({moment})) AS BIGINT)")]
-        if not self._types["time"].startswith(_DATES):
-            kinds = [(integer, integer), (finite, f"CAST(floor({finite}) AS BIGINT)"), *kinds]
-        return min(kinds, key=lambda kind: self._unlike("time", kind[0]))
-
-    def _unlike(self, name: str, converted: str) -> int:
-        """How many values the conversion turns into NULL."""
-        condition = f"{identifier(name)} IS NOT NULL AND ({converted}) IS NULL"
-        ((count,),) = self._engine.execute(f"SELECT count(*) FROM {self._relation} WHERE {condition}").fetchall()
-        return int(count)
-
-
-_NUMBER = "TRY_CAST(action AS DOUBLE)"
-_ACTION = f"CASE WHEN {_NUMBER} = floor({_NUMBER}) AND abs({_NUMBER}) < 2147483647 THEN CAST({_NUMBER} AS INTEGER) END"
-"""4.0 is an integer, 4.5 is not."""
-
-
-def _as_integer(name: str) -> str:
-    """BIGINT of a value whose text is that of an int64 in plain decimal notation, else NULL."""
-    integer = f"TRY_CAST({name} AS BIGINT)"
-    return f"CASE WHEN CAST({integer} AS VARCHAR) = CAST({name} AS VARCHAR) THEN {integer} END"

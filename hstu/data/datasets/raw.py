@@ -20,6 +20,7 @@ from hstu.config.errors import DataError
 MAX_REJECTED_LINES = 10_000
 """DuckDB stores at most this many unreadable lines per file."""
 _SNIFFED_BYTES = 1 << 16
+_COPIED_BYTES = 1 << 22
 _SIGNATURES = (
     (b"\x1f\x8b", "gzip-compressed; unpack it, or let its name end in .gz"),
     (b"PK\x03\x04", "a zip archive; unpack it"),
@@ -45,6 +46,11 @@ def identifier(name: str) -> str:
 def literal(text: str) -> str:
     """A string quoted for SQL."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def select_list(columns: Mapping[str, str]) -> str:
+    """SQL that picks columns: new name → column."""
+    return ", ".join(f"{identifier(column)} AS {identifier(name)}" for name, column in columns.items())
 
 
 def one_file(file: Path) -> str:
@@ -97,15 +103,15 @@ class RawFile:
         """Location of readable row ``row`` (from 0): ``file:line``, or ``file, row n`` for Parquet."""
         return f"{self.path}:{self._line_of(row)}" if self.is_text else f"{self.path}, row {row + 1}"
 
-    def place_at(self, byte: int) -> str:
-        """``file:line`` of a byte of the uncompressed text; line breaks at that byte are skipped."""
+    def line_at(self, byte: int) -> int:
+        """Line of a byte of the uncompressed text; line breaks at that byte are skipped."""
         with open_bytes(self.path) as stream:
             line, left = 1, byte
             while left and (block := stream.read(min(left, 1 << 20))):
                 line, left = line + block.count(b"\n"), left - len(block)
             while (character := stream.read(1)) in (b"\r", b"\n") and character:
                 line += character == b"\n"
-        return f"{self.path}:{line}"
+        return line
 
     def _line_of(self, row: int) -> int:
         with open_text(self.path) as lines:
@@ -142,6 +148,18 @@ def open_text(file: Path) -> Iterator[IO[str]]:
         yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
 
 
+def write_with_uniform_lines(file: Path, target: Path) -> None:
+    """Copies a text file uncompressed, with LF at the end of every line."""
+    with open_bytes(file) as source, target.open("wb") as copy:
+        held = b""  # a CR at the end of a block may belong to a CR LF
+        while block := source.read(_COPIED_BYTES):
+            block = held + block
+            held = b"\r" if block.endswith(b"\r") else b""
+            block = block.removesuffix(held) if held else block
+            copy.write(block.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
+        copy.write(held.replace(b"\r", b"\n"))
+
+
 def _ends_of_rows(lines: IO[str], delimiter: str, quote: str) -> Iterator[tuple[int, int]]:
     """(first, last) line of each row, from 1. Blank lines are skipped; only quoted values span lines."""
     if not quote or len(delimiter) > 1:
@@ -158,25 +176,41 @@ def table_with_header(file: Path, types: Mapping[str, str], *, delimiter: str = 
     """A delimited file whose header has all columns of ``types``; its other columns are text. Else DataError."""
     header = header_columns(file, delimiter)
     require_columns(file, header, types)
-    return RawFile(path=file, columns={name: types.get(name, "VARCHAR") for name in header}, delimiter=delimiter)
+    columns = {name: types.get(name, "VARCHAR") for name in header}
+    return RawFile(path=file, columns=columns, delimiter=delimiter, quote=quote_beside(delimiter))
+
+
+def quote_beside(delimiter: str) -> str:
+    """Quote character of a file; none where several characters separate the columns, as in MovieLens."""
+    return '"' if len(delimiter) == 1 else ""
+
+
+def probable_delimiter(line: str) -> str | None:
+    """The most frequent delimiter in a line; None where it has none of the usual ones."""
+    if "::" in line:
+        return "::"
+    other = max(";\t|,:", key=line.count)
+    return other if other in line else None
 
 
 def header_columns(file: Path, delimiter: str) -> list[str]:
     """Column names in the first line of a delimited file. Raises DataError where they are unusable."""
     try:
         with open_text(file) as lines:
-            header = next(csv.reader(lines, delimiter=delimiter), [])
+            if len(delimiter) > 1:  # without quotes
+                header = next(lines, "").rstrip("\r\n").split(delimiter)
+                header = header if header != [""] else []
+            else:
+                header = next(csv.reader(lines, delimiter=delimiter), [])
     except csv.Error as error:
         raise DataError(f"{file}:1: {error}") from error
     if not header:
         raise DataError(f"{file}:1: the first line is empty; it must name the columns")
-    if len(header) == 1:
-        other = max(";\t|,:", key=header[0].count)
-        if header[0].count(other):
-            raise DataError(
-                f"{file}:1: columns must be separated by {delimiter!r}, these seem to be by {other!r}: "
-                f"{header[0][:80]!r}"
-            )
+    if len(header) == 1 and (other := probable_delimiter(header[0])) and other != delimiter:
+        raise DataError(
+            f"{file}:1: columns must be separated by {delimiter!r}, these seem to be by {other!r} (--delimiter): "
+            f"{header[0][:80]!r}"
+        )
     if len(set(header)) < len(header) or "" in header:
         raise DataError(f"{file}:1: the first line must name every column once, it is: {', '.join(header)}")
     return header
@@ -216,9 +250,6 @@ def _check_text(raw: RawFile, head: bytes) -> None:
     if b"\0" in head:
         line = head.count(b"\n", 0, head.index(0)) + 1
         raise DataError(f"{raw.path}:{line}: a zero byte; this is not a text file, or a damaged one")
-    breaks = head.count(b"\r\n"), head.replace(b"\r\n", b"").count(b"\n")
-    if all(breaks):
-        raise DataError(f"{raw.path}: some lines end in CR LF and some in LF; convert it, e.g. with dos2unix")
     if not raw.header:
         _check_columns_of_first_line(raw, head)
 

@@ -57,12 +57,22 @@ class WheelFiles:
     sha256: Mapping[str, str]
 
 
+LATEST_SECOND = 10**11
+"""Larger times are beyond the year 5000, so they are probably not in seconds since 1970."""
+
+
+def _no_hint(value: str) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class ColumnDescription:
     """How errors name a column to its user: its ``label``, and in words which values are ``allowed``."""
 
     label: str
     allowed: str
+    hint: Callable[[str], str] = _no_hint
+    """Bad value → what its user probably meant, to be added to the message; empty if that is unknown."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,8 @@ class RawTables:
     resolve_types: Callable[[DuckDBPyConnection, str, str | None], TypedColumns] | None = None
     """For types that depend on the data: ``events`` and ``context`` then only pick columns (without timestamp), and
     ``resolve_types(engine, ingested events, ingested context)`` returns the final select lists."""
+    settings: str = ""
+    """Identifies everything that ``resolve_types`` depends on beside the data."""
     descriptions: Mapping[str, ColumnDescription] = field(default_factory=dict)
     """Column of ``events`` → how errors describe it."""
     titles: Mapping[int, str] | None = None

@@ -100,8 +100,8 @@ def import_interactions(
     target = Path(output) if output else DATA_DIRECTORY / name
     if not force and _is_good(target):
         return target
-    given = vars(columns) | {"context_columns": ",".join(columns.context_columns) or None}
-    return build_store(interactions(columns), columns.schema(), _options(name, target, limits, **given), {})
+    options = _options(name, target, limits, **columns.arguments())
+    return build_store(interactions(columns), columns.schema(), options, {})
 
 
 def _is_good(target: Path) -> bool:
@@ -119,8 +119,11 @@ def _options(name: str, output: Path, limits: BuildLimits, **arguments: object) 
     arguments = {"dataset_name": name, **arguments, "output": output, "bad_row_policy": policy}
     if policy == "raise":
         del arguments["bad_row_policy"]
-    given = [(f"--{option}", str(value)) for option, value in arguments.items() if value is not None]
-    command = shlex.join([*_SCRIPT, *(word for pair in given for word in pair)])
+    words = list(_SCRIPT)
+    for option, value in arguments.items():
+        if value is not None:
+            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
+    command = shlex.join(words)
     return BuildOptions(name=name, output=output, command=command, **limits)
 
 
@@ -160,13 +163,14 @@ def _build(state: BuildState, published: Mapping[str, float]) -> None:
     write_context(state, len(lengths))
     write_events(state, offsets, num_items)
     writer.statistics = statistics_of(lengths, num_items, published) | {"skipped_rows": state.skipped}
-    writer.sources = {file.name: journal[f"source {file.name}"] for file in state.raw.files}
+    names = [state.source_name(file) for file in state.raw.files]
+    writer.sources = {name: journal[f"source {name}"] for name in names}
 
 
 def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions) -> str:
     """Identifies everything that the stages depend on."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in raw.files]
-    tables = [repr(raw.logs), raw.events, repr(raw.context), repr(schema)]
+    tables = [repr(raw.logs), raw.events, repr(raw.context), raw.settings, repr(schema)]
     rules = [options.name, options.bad_row_policy, options.max_bad_rows]
     programs = [VERSION, np.__version__, duckdb.__version__]
     return hashlib.sha256(json.dumps([files, tables, rules, programs]).encode()).hexdigest()

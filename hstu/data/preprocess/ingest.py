@@ -5,17 +5,20 @@ Every unreadable line and every unusable value is reported with its file and lin
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
 
 from hstu.config.errors import DataError
-from hstu.data.datasets.raw import RawFile, identifier
+from hstu.data.datasets.raw import RawFile, identifier, write_with_uniform_lines
 from hstu.data.datasets.spec import ColumnDescription
 from hstu.data.preprocess.engine import Connection, one, write_parquet
 from hstu.data.preprocess.state import READING, BadRows, BuildState
 
 _UNQUOTED, _TOO_LONG = "UNQUOTED VALUE", "LINE SIZE OVER MAXIMUM"
+_MIXED_LINE_ENDS = "CSV Parser state machine reached an invalid state"
+"""What DuckDB says about a file of which some lines end in CR LF and some in LF."""
 _REASONS = {
     "CAST": "value of the wrong type",
     "MISSING COLUMNS": "too few columns",
@@ -33,9 +36,11 @@ def read_files(state: BuildState) -> None:
     if state.raw.title_file is not None:
         state.commit_source(state.raw.title_file)
     if state.raw.resolve_types is not None and "typed" not in state.writer.journal:
-        engine, events, context = state.engine, state.ingested_log(0), state.ingested_context()
+        engine, events, context = state.engine, state.ingested_logs(), state.ingested_context()
         typed = state.raw.resolve_types(engine, events, context)
-        write_parquet(engine, f'SELECT {typed.events} FROM {events} ORDER BY "row"', state.file("typed_log"))
+        for part in range(len(state.raw.logs)):
+            rows = f'SELECT {typed.events} FROM {events} WHERE part = {part} ORDER BY "row"'
+            write_parquet(engine, rows, state.file(f"typed_log_{part}"))
         if context is not None:
             write_parquet(engine, f'SELECT {typed.context} FROM {context} ORDER BY "row"', state.file("typed_context"))
         state.writer.journal.commit("typed")
@@ -59,18 +64,30 @@ def _ingest(engine: Connection, raw: RawFile, select: str, target: Path, bad: Ba
 
     Raises DataError with file and line for an unreadable line that ``bad`` does not allow to skip.
     """
+    uniform = replace(raw, path=target.with_suffix(".lines"))
     try:
-        write_parquet(engine, f"SELECT {select} FROM {raw.relation()}", target)
+        try:
+            write_parquet(engine, f"SELECT {select} FROM {raw.relation()}", target)
+            _count_rejects(engine, raw, raw, bad)
+        except duckdb.InvalidInputException as error:
+            if _MIXED_LINE_ENDS not in str(error):
+                raise
+            write_with_uniform_lines(raw.path, uniform.path)
+            write_parquet(engine, f"SELECT {select} FROM {uniform.relation()}", target)
+            _count_rejects(engine, raw, uniform, bad)
     except (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.IOException) as error:
         text = str(error)
         if raw.path.name not in text and "GZIP" not in text.upper():
             raise
         raise DataError(f"cannot read {raw.path}: {text.splitlines()[0].partition(': ')[2]}") from error
-    if raw.is_text:
-        _count_rejects(engine, raw, bad)
+    finally:
+        uniform.path.unlink(missing_ok=True)
 
 
-def _count_rejects(engine: Connection, raw: RawFile, bad: BadRows) -> None:
+def _count_rejects(engine: Connection, raw: RawFile, read: RawFile, bad: BadRows) -> None:
+    """``read``: the file that DuckDB has read, which has the lines of ``raw``."""
+    if not raw.is_text:
+        return
     try:
         rejects = one(
             engine,
@@ -84,7 +101,7 @@ def _count_rejects(engine: Connection, raw: RawFile, bad: BadRows) -> None:
     number, byte, kind, message, name, hides_lines = rejects
     if not number:
         return
-    location = raw.place_at(byte - 1)  # DuckDB counts from 1
+    location = f"{raw.path}:{read.line_at(byte - 1)}"  # DuckDB counts from 1
     detail = _explain(kind, message, name)
     if hides_lines:  # an unclosed quote also makes an unknown number of further lines unreadable
         raise DataError(
@@ -141,7 +158,7 @@ def _check_log(state: BuildState, number: int, log: RawFile, bad: BadRows) -> No
             column = state.raw.descriptions.get(name) or ColumnDescription(name, "a value")
             value = repr(text) if kind == "VARCHAR" else text
             shown = "is empty or of the wrong type" if text is None else f"is {value}"
-            detail = f"{column.label!r} {shown}; allowed is {column.allowed}"
+            detail = f"{column.label!r} {shown}; allowed is {column.allowed}{column.hint(text or '')}"
             bad.add(count, f"unusable {name}", log.place(first), detail)
 
 

@@ -5,6 +5,7 @@ The sizes suit two CPU cores. A file that exists is never replaced, because its 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,7 +60,9 @@ def rows_with_headroom(ids: int) -> int:
 def _write(file: Path, text: str, store: SequenceStore) -> str:
     """Writes the file unless there is one. Returns what to add to the message."""
     if not file.exists():
-        file.write_text(text, encoding="utf-8")
+        part = file.with_name(f".{file.name}.{os.getpid()}")  # so that another process never reads half a file
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
     elif file.read_text(encoding="utf-8", errors="replace") != text:
         if file.stat().st_mtime >= (store.path / META_FILE).stat().st_mtime:
             return " (edited, kept)"

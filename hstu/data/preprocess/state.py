@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from hstu.config.errors import DataError
 from hstu.data.datasets.raw import parquet_rows
-from hstu.data.datasets.spec import RawTables, Schema
+from hstu.data.datasets.spec import LATEST_SECOND, RawTables, Schema
 from hstu.data.preprocess.engine import Connection
 from hstu.data.store import sha256
 from hstu.data.store_writer import StoreWriter
@@ -26,8 +26,6 @@ _log = logging.getLogger(__name__)
 Policy = Literal["raise", "skip"]
 READING, NUMBERING, WRITING = 1.0, 0.3, 1.0
 """Effort of the stages, relative to reading the logs; measured."""
-LATEST_SECOND = 10**11
-"""Larger times are beyond the year 5000, so they are probably not in seconds since 1970."""
 _POLL_S = 0.5
 _LINE_EVERY_S = 30.0
 
@@ -168,15 +166,24 @@ class BuildState:
 
     def commit_source(self, file: Path) -> None:
         """Commits the checksum of a raw file."""
-        self.writer.journal.commit(f"source {file.name}", sha256(file))
+        self.writer.journal.commit(f"source {self.source_name(file)}", sha256(file))
+
+    def source_name(self, file: Path) -> str:
+        """A raw file in meta.json: its name, or its path where two files have the name."""
+        namesakes = {other for other in self.raw.files if other.name == file.name}
+        return file.name if len(namesakes) == 1 else str(file)
 
     def ingested_log(self, number: int) -> str:
         """SQL of a log's rows as read, with ``row``, their number from 0."""
         return _numbered(self.file(f"log_{number}"))
 
+    def ingested_logs(self) -> str:
+        """SQL of the rows of all logs as read; ``part`` is the number of the log."""
+        return _parts(self.ingested_log(number) for number in range(len(self.raw.logs)))
+
     def typed_log(self, number: int) -> str:
         """SQL of a log's rows as RawTables.events describes them, with ``row``."""
-        return _numbered(self.file("typed_log")) if self.raw.resolve_types else self.ingested_log(number)
+        return _numbered(self.file(f"typed_log_{number}")) if self.raw.resolve_types else self.ingested_log(number)
 
     def ingested_context(self) -> str | None:
         """SQL of the context's rows as read, with ``row``; None without context."""
@@ -190,10 +197,9 @@ class BuildState:
 
     def events(self) -> str:
         """SQL of all usable events; (part, row) is their order in the raw files."""
-        logs = range(len(self.raw.logs))
-        parts = " UNION ALL ".join(f"SELECT {number} AS part, * FROM {self.typed_log(number)}" for number in logs)
+        parts = _parts(self.typed_log(number) for number in range(len(self.raw.logs)))
         usable = " AND ".join(f"NOT ({unusable})" for unusable in self.unusable_values().values())
-        return f"(SELECT * FROM ({parts}) WHERE {usable})"
+        return f"(SELECT * FROM {parts} WHERE {usable})"
 
     def unusable_values(self) -> dict[str, str]:
         """Column → SQL condition under which its value cannot be used."""
@@ -206,6 +212,10 @@ class BuildState:
                 f'("time" IS NULL OR "timestamp" IS NULL OR "timestamp" < 0 OR "timestamp" >= {LATEST_SECOND})'
             )
         return conditions
+
+
+def _parts(logs: Iterable[str]) -> str:
+    return "(" + " UNION ALL ".join(f"SELECT {number} AS part, * FROM {log}" for number, log in enumerate(logs)) + ")"
 
 
 def _numbered(file: Path) -> str:

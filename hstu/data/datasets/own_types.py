@@ -1,0 +1,148 @@
+"""Which type a column of users' own tables has.
+
+Types are never guessed from a sample. A text column counts as integers only if all its values are, so ``007`` stays a
+string, distinct from ``7``; a time column counts as what most of its values are.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+from duckdb import DuckDBPyConnection
+
+from hstu.config.errors import DataError
+from hstu.data.datasets.raw import identifier
+from hstu.data.datasets.spec import LATEST_SECOND
+
+_log = logging.getLogger(__name__)
+
+
+class TimeUnit(NamedTuple):
+    """A unit of times that are numbers."""
+
+    name: str
+    per_second: int
+
+
+TIME_UNITS = {
+    "s": TimeUnit("seconds", 1),
+    "ms": TimeUnit("milliseconds", 10**3),
+    "us": TimeUnit("microseconds", 10**6),
+    "ns": TimeUnit("nanoseconds", 10**9),
+}
+_INTEGERS = frozenset(
+    ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "HUGEINT", "UHUGEINT")
+)
+_DATES = ("DATE", "TIMESTAMP")
+_DECIMAL = r"[+-]?(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?"
+
+
+def unit_hint(unit: str, value: str) -> str:
+    """What to add to the message about a time that is too large for ``unit``."""
+    try:
+        found = _unit_of(float(value))
+    except ValueError:
+        return ""
+    if found == "s" or unit == found:
+        return ""
+    return f". In {TIME_UNITS[found].name} it would be before the year 5000: --time_unit {found}"
+
+
+def _unit_of(number: float) -> str:
+    """The largest unit in which a number since 1970 is before the year 5000."""
+    fitting = (name for name, unit in TIME_UNITS.items() if abs(number) < LATEST_SECOND * unit.per_second)
+    return next(fitting, "s")
+
+
+class ColumnTypes:
+    """Ingested columns, as SQL expressions of the types that RawTables.events requires."""
+
+    def __init__(self, engine: DuckDBPyConnection, files: tuple[Path, ...], relation: str) -> None:
+        self._engine, self._relation = engine, relation
+        self._name = f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else str(files[0])
+        described = engine.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
+        self._types: dict[str, str] = {row[0]: row[1] for row in described}
+
+    def id(self, name: str, column: str) -> tuple[str, bool]:
+        """(BIGINT or VARCHAR expression, whether it is BIGINT). BIGINT only if all values are canonical int64."""
+        kind = self._types[name]
+        if kind not in _INTEGERS and kind != "VARCHAR":
+            raise DataError(f"{self._name}: ids in {column!r} must be integers or strings, the column is {kind}")
+        integer = as_integer(identifier(name))
+        if self._unlike(name, integer) == 0:
+            return integer, True
+        if kind == "VARCHAR":
+            self._refuse_decimals(name, column)
+        return f"CAST({identifier(name)} AS VARCHAR)", False
+
+    def _refuse_decimals(self, name: str, column: str) -> None:
+        """DataError where all values are numbers and some have a fraction, as pandas writes integers with gaps."""
+        value = identifier(name)
+        number = f"regexp_full_match({value}, '{_DECIMAL}')"
+        query = f"SELECT bool_and({number}), min({value}) FILTER (WHERE contains({value}, '.')) FROM {self._relation}"
+        ((only_numbers, fraction),) = self._engine.execute(query).fetchall()
+        if only_numbers and fraction is not None:
+            raise DataError(
+                f"{self._name}: ids in {column!r} are decimal numbers, such as {fraction}; ids must be integers or "
+                "text. Write them without a fraction (pandas: astype('Int64')), or put a letter in front"
+            )
+
+    def time(self, column: str, unit: str) -> tuple[str, str]:
+        """(expression to sort by, BIGINT seconds). Numbers are in ``unit``; dates without a zone are UTC.
+
+        The kind that fits most values is chosen; the other values become NULL, hence bad rows.
+        """
+        integer, number = as_integer('"time"'), 'TRY_CAST("time" AS DOUBLE)'
+        finite = f"CASE WHEN isfinite({number}) AND abs({number}) < 9e18 THEN {number} END"
+        value = '"time"'
+        if self._types["time"] == "VARCHAR":  # a cast refuses the blank in "2024-05-31 12:00:00 +0200"
+            value = r"""regexp_replace("time", '\s+([+-]\d\d(:?\d\d)?)$', '\1')"""
+        date = f"TRY_CAST({value} AS TIMESTAMPTZ)"
+        moment = f"CASE WHEN isfinite({date}) THEN {date} END"
+        best, unlike = moment, self._unlike("time", moment)
+        if not self._types["time"].startswith(_DATES):
+            for kind in (finite, integer):  # on a tie, integers, which are exact
+                if (others := self._unlike("time", kind)) <= unlike:
+                    best, unlike = kind, others
+        if best == moment:
+            if unit not in ("s", "auto"):
+                _log.warning("--time_unit %s has no effect: %r holds dates", unit, column)
+            return moment, f"CAST(floor(epoch({moment})) AS BIGINT)"
+        if unit == "auto":
+            unit = self._unit(column, finite)
+        per_second = TIME_UNITS[unit].per_second
+        if best == finite:
+            return finite, f"CAST(floor({finite} / {per_second}) AS BIGINT)"
+        if per_second == 1:
+            return integer, integer
+        return (
+            integer,
+            f"CASE WHEN {integer} < 0 THEN -1 ELSE {integer} // {per_second} END",
+        )  # -1: before 1970, refused
+
+    def _unit(self, column: str, number: str) -> str:
+        """The unit of half of the times or more."""
+        query = f"SELECT approx_quantile({number}, 0.5) FROM {self._relation}"
+        ((median,),) = self._engine.execute(query).fetchall()
+        unit = _unit_of(median or 0)
+        _log.info("times in %r are %s since 1970", column, TIME_UNITS[unit].name)
+        return unit
+
+    def _unlike(self, name: str, converted: str) -> int:
+        """How many values the conversion turns into NULL."""
+        condition = f"{identifier(name)} IS NOT NULL AND ({converted}) IS NULL"
+        ((count,),) = self._engine.execute(f"SELECT count(*) FROM {self._relation} WHERE {condition}").fetchall()
+        return int(count)
+
+
+_NUMBER = "TRY_CAST(action AS DOUBLE)"
+ACTION = f"CASE WHEN {_NUMBER} = floor({_NUMBER}) AND abs({_NUMBER}) < 2147483647 THEN CAST({_NUMBER} AS INTEGER) END"
+"""4.0 is an integer, 4.5 is not."""
+
+
+def as_integer(name: str) -> str:
+    """BIGINT of a value whose text is that of an int64 in plain decimal notation, else NULL."""
+    integer = f"TRY_CAST({name} AS BIGINT)"
+    return f"CASE WHEN CAST({integer} AS VARCHAR) = CAST({name} AS VARCHAR) THEN {integer} END"

@@ -1,0 +1,211 @@
+"""Users' own tables in all their forms: several files, no header, other delimiters, units and line ends."""
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hstu.config.errors import ConfigError, DataError
+from hstu.data.datasets.own import matching_files
+from hstu.data.preprocess import InteractionColumns, import_interactions
+from hstu.data.store import SequenceStore
+from scripts.preprocess_dataset import main
+from tests.data.test_interactions import histories
+
+RATINGS = "7::A::3::10\n7::B::4::11\n8::A::5::9\n"
+
+
+def make(folder: Path, files: Path | list[Path], **columns: Any) -> SequenceStore:
+    columns = {"user": "u", "item": "i"} | columns
+    made = import_interactions("mine", InteractionColumns(interactions=files, **columns), output=folder / "mine")
+    return SequenceStore.open(made)
+
+
+def write(file: Path, text: str) -> Path:
+    file.write_bytes(text.encode())
+    return file
+
+
+# --- several files -------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_several_files_follow_one_another(tmp_path: Path) -> None:
+    second = tmp_path / "b.parquet"
+    pd.DataFrame({"u": [1, 2], "i": [30, 40]}).to_parquet(second)
+    third = tmp_path / "c.csv.gz"
+    third.write_bytes(gzip.compress(b"i,u\n50,1\n"))
+    store = make(tmp_path, [write(tmp_path / "z.csv", "u,i\n1,10\n1,20\n"), second, third])
+    assert histories(store) == {1: [10, 20, 30, 50], 2: [40]}
+    assert sorted(store.sources) == ["b.parquet", "c.csv.gz", "z.csv"]
+
+
+def test_the_type_of_an_id_is_that_of_all_files_together(tmp_path: Path) -> None:
+    files = [write(tmp_path / "a.csv", "u,i,t\n1,10,5\n"), write(tmp_path / "b.csv", "u,i,t\n1,x,2024-01-01\n1,11,6\n")]
+    with pytest.raises(DataError, match=r"b\.csv:2: 't' is '2024-01-01'"):
+        make(tmp_path, files, time="t")
+    assert histories(make(tmp_path, files)) == {1: ["10", "x", "11"]}
+
+
+def test_files_of_one_name_in_two_folders_have_a_checksum_each(tmp_path: Path) -> None:
+    for name in ("day1", "day2"):
+        (tmp_path / name).mkdir()
+    first = write(tmp_path / "day1" / "e.csv", "u,i\n1,10\n")
+    store = make(tmp_path, [first, write(tmp_path / "day2" / "e.csv", "u,i\n1,20\n")])
+    assert len(store.sources) == 2 and len(set(store.sources.values())) == 2
+
+
+def test_a_missing_column_is_reported_with_its_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"b\.csv has no column 'i'. It has: u, j"):
+        make(tmp_path, [write(tmp_path / "a.csv", "u,i\n1,2\n"), write(tmp_path / "b.csv", "u,j\n1,2\n")])
+
+
+def test_patterns_are_expanded_only_on_request_and_in_the_order_of_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for day in (1, 2, 10):
+        write(tmp_path / f"day{day}.csv", f"u,i\n1,{day}\n")
+    command = ["--dataset_name", "days", "--user", "u", "--item", "i", "--no_report", "--interactions", "day*.csv"]
+    assert main(command) == 3
+    assert "there is no file day*.csv" in capsys.readouterr().err
+    assert main([*command, "--glob"]) == 0
+    store = SequenceStore.open("tmp_data/days")
+    assert histories(store) == {1: [1, 2, 10]}
+    assert store.command is not None and "--interactions day1.csv day2.csv day10.csv" in store.command
+    with pytest.raises(DataError, match=r"no file matches night\*"):
+        matching_files(["night*"])
+
+
+# --- text files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ratings.dat", "ratings.txt", "u.data", "ratings.csv"])
+def test_files_without_header_and_with_any_delimiter_are_read(tmp_path: Path, name: str) -> None:
+    columns: dict[str, Any] = {"header": ("u", "i", "a", "t"), "action": "a", "time": "t"}
+    store = make(tmp_path, write(tmp_path / name, RATINGS), delimiter="::", **columns)
+    assert histories(store) == {7: ["A", "B"], 8: ["A"]}
+    assert store.sequence("a").tolist() == [3, 4, 5]
+
+
+def test_the_command_takes_delimiters_and_headers_of_both_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "u.data", RATINGS.replace("::", "\t"))
+    write(tmp_path / "u.user", "7|24|M\n8|53|F\n")
+    command = ["--dataset_name", "tabs", "--interactions", "u.data", "--delimiter", "tab", "--header", "u,i,a,t"]
+    command += ["--user", "u", "--item", "i", "--context", "u.user", "--context_delimiter", "|", "--no_report"]
+    assert main([*command, "--context_header", "u,age,sex", "--context_columns", "sex"]) == 0
+    store = SequenceStore.open("tmp_data/tabs")
+    assert store.raw_ids("sex")[store.context("sex")].tolist() == ["M", "F"]
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"), [(RATINGS, "--delimiter '::'"), ("a;b\n", "--delimiter ';'"), ("a\tb\n", "--delimiter tab")]
+)
+def test_an_unknown_delimiter_is_asked_for_with_a_guess(tmp_path: Path, text: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=f"ratings.dat: say what separates its columns, it seems to be {hint}"):
+        make(tmp_path, write(tmp_path / "ratings.dat", text))
+
+
+def test_a_row_of_a_file_without_header_is_reported_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"r\.dat:3: 'a' is '3\.5'"):
+        make(
+            tmp_path,
+            write(tmp_path / "r.dat", "1;5;1\n1;6;2\n1;7;3.5\n"),
+            delimiter=";",
+            header=("u", "i", "a"),
+            action="a",
+        )
+
+
+def test_a_parquet_file_has_its_own_names(tmp_path: Path) -> None:
+    pd.DataFrame({"u": [1], "i": [2]}).to_parquet(tmp_path / "e.parquet")
+    with pytest.raises(ConfigError, match="leave out --header"):
+        make(tmp_path, tmp_path / "e.parquet", header=("u", "i"))
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize(
+    "text", ["u,i\r\n1,a\n1,b\r\n1,c\n", "u,i\n1,a\r\n1,b\n1,c\r\n", "u,i\r\n1,a\r\n\n1,b\r\r\n1,c"]
+)
+def test_lines_may_end_in_different_ways(tmp_path: Path, text: str, zipped: bool) -> None:
+    file = tmp_path / ("e.csv.gz" if zipped else "e.csv")
+    file.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
+    assert histories(make(tmp_path, file)) == {1: ["a", "b", "c"]}
+
+
+def test_a_bad_line_among_mixed_line_ends_is_found(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"e\.csv:4: expected columns: 2 found: 3"):
+        make(tmp_path, write(tmp_path / "e.csv", "u,i\r\n1,a\n\r\n1,b,x\r\n1,c\n"))
+    assert not (tmp_path / "mine").exists()
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize(
+    ("unit", "times"),
+    [
+        ("ms", [1_650_000_000_999, 1_650_000_000_001]),
+        ("us", [1_650_000_000_999_999, 1_650_000_000_000_001]),
+        ("ns", [1_650_000_000_999_999_999, 1_650_000_000_000_000_001]),
+        ("auto", [1_650_000_000_999, 1_650_000_000_001]),
+        ("auto", [1_650_000_000_999_999_999, 1_650_000_000_000_000_001]),
+        ("auto", [1_650_000_000.75, 1_650_000_000.25]),
+        ("ms", [1_650_000_000_999.5, 1_650_000_000_999.25]),
+        ("ms", ["2022-04-15 05:20:00.7", "2022-04-15 05:20:00.5"]),
+    ],
+)
+def test_times_in_other_units_become_seconds_and_keep_their_order(
+    tmp_path: Path, unit: str, times: list[Any], suffix: str
+) -> None:
+    table, file = pd.DataFrame({"u": [1, 1], "i": ["late", "early"], "t": times}), tmp_path / f"e{suffix}"
+    table.to_csv(file, index=False) if suffix == ".csv" else table.to_parquet(file)
+    store = make(tmp_path, file, time="t", time_unit=unit)
+    assert histories(store) == {1: ["early", "late"]}
+    assert store.sequence("t").tolist() == [1_650_000_000] * 2
+
+
+@pytest.mark.parametrize(("number", "unit"), [(10**12, "ms"), (10**15, "us"), (10**18, "ns")])
+def test_too_large_a_time_is_answered_with_its_probable_unit(tmp_path: Path, number: int, unit: str) -> None:
+    file = write(tmp_path / "e.csv", f"u,i,t\n1,a,{number}\n")
+    with pytest.raises(DataError, match=f"'t' is '{number}'.*before the year 5000: --time_unit {unit}"):
+        make(tmp_path, file, time="t")
+    assert make(tmp_path, file, time="t", time_unit=unit).sequence("t").tolist() == [10**9]
+
+
+def test_times_before_1970_are_refused_in_every_unit(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'t' is '-5'; allowed is milliseconds since 1970"):
+        make(tmp_path, write(tmp_path / "e.csv", "u,i,t\n1,a,-5\n"), time="t", time_unit="ms")
+
+
+@pytest.mark.parametrize("values", [["1.0", "2.0"], ["1.5", "7"], ["1e3", "2.5"]])
+def test_decimal_numbers_are_no_ids_in_csv_as_in_parquet(tmp_path: Path, values: list[str]) -> None:
+    rows = "".join(f"{value},x\n" for value in values)
+    with pytest.raises(DataError, match=r"e\.csv: ids in 'u' are decimal numbers, such as .*astype\('Int64'\)"):
+        make(tmp_path, write(tmp_path / "e.csv", f"u,i\n{rows}"))
+    pd.DataFrame({"u": np.array(values, dtype=float), "i": ["x"] * 2}).to_parquet(tmp_path / "e.parquet")
+    with pytest.raises(DataError, match="ids in 'u' must be integers or strings"):
+        make(tmp_path, tmp_path / "e.parquet")
+
+
+def test_texts_with_points_are_ids(tmp_path: Path) -> None:
+    store = make(tmp_path, write(tmp_path / "e.csv", "u,i\n1.0,a.b@c.org\nv1.2,007\n"))
+    assert histories(store) == {"1.0": ["a.b@c.org"], "v1.2": ["007"]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"time_unit": "min"}, "--time_unit min: choose one of s, ms, us, ns, auto"),
+        ({"header": ("u", "i", "u")}, "--header u,i,u: each column needs a name of its own"),
+    ],
+)
+def test_unusable_options_are_refused(columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        InteractionColumns(**({"interactions": Path("x.csv"), "user": "u", "item": "i"} | columns))

@@ -26,7 +26,7 @@ from hstu.data.datasets.own import matching_files
 from hstu.data.datasets.own_types import TIME_UNITS
 from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_interactions, preprocess
 from hstu.data.preprocess.engine import disk_errors
-from hstu.data.preprocess.report import REPORT, format_report, write_report
+from hstu.data.preprocess.report import REPORT, check_report_folder, format_report, write_report
 from hstu.data.preprocess.starter import write_starters
 from hstu.data.store import META_FILE, SequenceStore
 
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verify:
             _verify(args)
         else:
+            if not args.no_report:
+                check_report_folder(_report_folder(_target(args)))
             path = _run(args)
             store = SequenceStore.open(path)
             print(format_report(store))
@@ -58,9 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
+def _target(args: argparse.Namespace) -> Path:
+    return args.output or DATA_DIRECTORY / (resolve_name(args.dataset_name) or args.dataset_name)
+
+
+def _report_folder(store: Path) -> Path:
+    return store.absolute().with_name(f"{store.name}.report")
+
+
 def _write_report(store: SequenceStore, force: bool) -> Path:
     """Writes <store>.report/report.md unless it is already newer than the store; returns its path."""
-    folder = store.path.with_name(f"{store.path.name}.report")
+    folder = _report_folder(store.path)
     report = folder / REPORT
     made = (store.path / META_FILE).stat().st_mtime
     if not force and report.is_file() and report.stat().st_mtime >= made:
@@ -70,7 +80,7 @@ def _write_report(store: SequenceStore, force: bool) -> Path:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    path = args.output or DATA_DIRECTORY / (resolve_name(args.dataset_name) or args.dataset_name)
+    path = _target(args)
     SequenceStore.open(path).verify_contents()
     print(f"{path}: every checksum and every value is right")
 
@@ -99,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dataset_name", required=True, help=f"{', '.join(DATASETS)}, or any other name for your own table")
     add("--raw_path", type=Path, help="directory with the raw files; without it they are downloaded to tmp_data/raw/")
     add("--output", type=Path, help="directory of the store; without it tmp_data/<dataset_name>")
-    add("--force", action="store_true", help="replace an existing store")
+    add("--force", action="store_true", help="replace an existing store; else it is kept if it fits its raw files")
     add("--memory_limit", default="4GB", help="memory for sorting; beyond it, working files beside the store are used")
     add(
         "--bad_row_policy",

@@ -104,7 +104,10 @@ class SequenceStore:
         verify_contents checks the rest. Raises DataError, which names the damage and the command that makes the store.
         """
         path = Path(path).absolute()
-        meta = _read_meta(path)
+        try:
+            meta = read_meta(path)
+        except DataError as error:
+            raise DataError(f"{error}. {_remedy(path, None)}") from error
         try:
             store = cls(path, meta)
             store._check_files()
@@ -281,38 +284,45 @@ def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     return ((start, values[start : start + _CHUNK + 1]) for start in range(0, len(values), _CHUNK))
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> dict[str, Any]:
+    """The description of a store, of a version that this program reads, with a right checksum. Else DataError."""
     if not path.is_dir():
-        raise DataError(f"no preprocessed data at {path}. {_remedy(path, {})}")
+        raise DataError(f"no preprocessed data at {path}")
     try:
         meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path} is not a sequence store: it has no {META_FILE}. {_remedy(path, {})}") from None
+        raise DataError(f"{path} is not a sequence store: it has no {META_FILE}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path / META_FILE} cannot be read ({error}). {_remedy(path, {})}") from error
+        raise DataError(f"{path / META_FILE} cannot be read ({error})") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise DataError(f"{path / META_FILE} does not describe a sequence store. {_remedy(path, {})}")
-    if meta.get("version") != VERSION:
+        raise DataError(f"{path / META_FILE} does not describe a sequence store")
+    version = meta.get("version")
+    if type(version) is int and version > VERSION:
         raise DataError(
-            f"{path} has store version {meta.get('version')}, this program reads version {VERSION}. "
-            f"{_remedy(path, meta)}"
+            f"{path} has store version {version}, and this program reads version {VERSION}: a newer program wrote it. "
+            "Update this program"
         )
+    if type(version) is not int or version < 1:
+        raise DataError(f"{path / META_FILE} is damaged: its version is {version!r}")
     if not _is_intact(meta):
-        raise DataError(f"{path / META_FILE} is damaged: its checksum is wrong. {_remedy(path, meta)}")
+        raise DataError(f"{path / META_FILE} is damaged: its checksum is wrong")
     return meta
 
 
-def _remedy(path: Path, meta: dict[str, Any]) -> str:
-    """The command that makes the store: the one recorded in it, else a guess from the directory's name."""
-    force = " --force" if path.exists() else ""
-    if command := meta.get("command"):
-        return f"Make it with: {command}{force}"
+def _remedy(path: Path, meta: Mapping[str, Any] | None) -> str:
+    """The command that makes the store: the one recorded in ``meta``, else a guess from the directory's name.
+
+    Without a good description, nothing is replaced, not even with --force.
+    """
+    end = " --force" if meta is not None else " (first move what is there away)" if path.exists() else ""
+    if meta and (command := meta.get("command")):
+        return f"Make it with: {command}{end}"
     script = "python scripts/preprocess_dataset.py"
     if name := resolve_name(path.name):
-        return f"Make it with: {script} --dataset_name {name} --output {path}{force}"
+        return f"Make it with: {script} --dataset_name {name} --output {path}{end}"
     return (
-        f"Make it with: {script} --dataset_name NAME --output {path}{force} (a built-in NAME), or from your own table "
-        f"with: {script} --dataset_name NAME --interactions FILE --user COLUMN --item COLUMN --output {path}{force}"
+        f"Make it with: {script} --dataset_name NAME --output {path} (a built-in NAME), or from your own table "
+        f"with: {script} --dataset_name NAME --interactions FILE --user COLUMN --item COLUMN --output {path}{end}"
     )
 
 

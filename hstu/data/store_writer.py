@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,7 @@ from hstu.data.store import (
     Role,
     SequenceStore,
     feature_file,
+    read_meta,
     sealed,
     sha256,
     strings_files,
@@ -40,7 +42,7 @@ class StoreWriter:
 
     Leaving the block normally commits; an error removes everything. A killed writer leaves only the partial directory.
     The next writer of the same target continues from it if it has the same ``resume_key``, and clears it otherwise.
-    Ctrl-C counts as a kill. Two writers of one target exclude each other.
+    Ctrl-C counts as a kill. Two writers of one target exclude each other. Nothing but a store is ever replaced.
 
         with StoreWriter(path, name="toy", command=None) as writer:
             writer.write_offsets(np.array([0, 2, 5]))
@@ -61,11 +63,11 @@ class StoreWriter:
         """
         Args:
             command: makes this store; errors show it wherever the store is damaged.
-            overwrite: replace an existing store.
+            overwrite: replace an existing store, damaged or not, whose description is good.
             resume_key: identifies everything that the content depends on. ``journal`` then lists the finished stages,
                 and ``scratch`` holds their files. None: never continue from a killed writer.
         """
-        self.target = Path(target).absolute()
+        self.target = Path(target).resolve()  # a link stays, and what it leads to is replaced
         self.statistics: Mapping[str, Any] = {}
         self.sources: Mapping[str, str] = {}
         self._name = name
@@ -76,7 +78,8 @@ class StoreWriter:
         self._vocabularies: set[str] = set()
         self._arrays: dict[str, tuple[str, int]] = {}
         self._num_users = 0
-        self._check_target(overwrite)
+        self._overwrite = overwrite
+        self._check_target()
 
     @property
     def scratch(self) -> Path:
@@ -95,10 +98,13 @@ class StoreWriter:
             os.close(self._lock)
             raise DataError(f"another process is writing {self.target} just now; wait for it, or end it")
         self.journal = Journal(self.scratch / "journal.json", self._resume_key)
-        if not self.journal.resume():
-            for left_over in self.partial.iterdir():
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-            self.scratch.mkdir()
+        try:
+            if not self.journal.resume():
+                self._clear_partial()
+                self.scratch.mkdir()
+        except BaseException:
+            os.close(self._lock)
+            raise
         return self
 
     def __exit__(
@@ -108,9 +114,12 @@ class StoreWriter:
         try:
             if kind is None:
                 self._commit()
+            elif not (interrupted and self._resume_key):
+                self._remove_partial()
+        except Exception:
+            self._remove_partial()
+            raise
         finally:
-            if not (interrupted and self._resume_key):
-                shutil.rmtree(self.partial, ignore_errors=True)
             os.close(self._lock)
 
     def write_offsets(self, offsets: np.ndarray) -> None:
@@ -166,21 +175,37 @@ class StoreWriter:
             self._arrays[file] = (array.dtype.str, len(array))
             np.save(self.partial / file, array)
 
+    def _clear_partial(self) -> None:
+        """Empties the partial directory, which has scratch or, once it is complete, a description."""
+        if self.scratch.is_dir():
+            _empty(self.partial, last=self.scratch.name)
+        else:
+            check_replaceable(self.partial)
+            _empty(self.partial, last=META_FILE)
+
+    def _remove_partial(self) -> None:
+        with suppress(OSError):  # a full or read-only disk has its own message
+            self._clear_partial()
+            self.partial.rmdir()
+
     def _commit(self) -> None:
+        (self.partial / META_FILE).write_text(sealed(self._meta()), encoding="utf-8")
         shutil.rmtree(self.scratch)
-        meta = sealed(self._meta())
-        (self.partial / META_FILE).write_text(meta, encoding="utf-8")
         SequenceStore.open(self.partial).verify_values()
         for file in self.partial.iterdir():
             _fsync(file)
         _fsync(self.partial)
         discarded = self.target.parent / f".{self.target.name}.discarded"
-        shutil.rmtree(discarded, ignore_errors=True)
+        check_replaceable(discarded)
+        _empty(discarded, last=META_FILE)
+        self._check_target()
         if self.target.exists():
             self.target.rename(discarded)
         self.partial.rename(self.target)
         _fsync(self.target.parent)
-        shutil.rmtree(discarded, ignore_errors=True)
+        _empty(discarded, last=META_FILE)
+        if discarded.is_dir():
+            discarded.rmdir()
 
     def _meta(self) -> dict[str, Any]:
         features = [
@@ -209,16 +234,34 @@ class StoreWriter:
             },
         }
 
-    def _check_target(self, overwrite: bool) -> None:
-        """Only a store, damaged or not, is ever replaced, never a directory with other content."""
-        if not self.target.exists():
-            return
-        is_store = (self.target / META_FILE).is_file()
-        is_empty = self.target.is_dir() and not any(self.target.iterdir())
-        if not is_store and not is_empty:
-            raise DataError(f"{self.target} exists and is not a sequence store; give another --output, or move it away")
-        if is_store and not overwrite:
+    def _check_target(self) -> None:
+        check_replaceable(self.target)
+        if is_taken(self.target) and not self._overwrite:
             raise DataError(f"{self.target} exists; --force replaces it")
+
+
+def is_taken(target: Path) -> bool:
+    """Whether something is there other than an empty directory."""
+    return target.exists() and not (target.is_dir() and not any(target.iterdir()))
+
+
+def check_replaceable(target: Path) -> None:
+    """Raises DataError where replacing ``target`` would lose something other than a store.
+
+    A store has a description of a known version with a right checksum. Its arrays may be damaged.
+    """
+    if not is_taken(target):
+        return
+    if not target.is_dir():
+        raise DataError(f"{target} is a file; give another --output, or move it away")
+    try:
+        files = read_meta(target).get("files")
+    except DataError as error:
+        raise DataError(f"{error}. It is not replaced: move it away, or give another --output") from error
+    described = {META_FILE, *(files if isinstance(files, dict) else ())}
+    if foreign := sorted(path.name for path in target.iterdir() if path.name not in described):
+        shown = ", ".join(foreign[:5]) + (", …" if len(foreign) > 5 else "")
+        raise DataError(f"{target} holds files that are not of the store: {shown}; move them away")
 
 
 class Journal:
@@ -266,6 +309,13 @@ def array_header(dtype: str, length: int) -> bytes:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": (length,)})
     return header.getvalue()
+
+
+def _empty(directory: Path, last: str) -> None:
+    """Removes what is in a directory, if there is one. ``last``, which shows whose it is, goes last."""
+    paths = directory.iterdir() if directory.is_dir() else ()
+    for path in sorted(paths, key=lambda path: path.name == last):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _fsync(path: Path) -> None:

@@ -132,8 +132,10 @@ def test_a_good_store_is_left_alone_unless_forced(raw_data_dir: Path, tmp_path: 
     preprocess("ml-100k", **make, force=True)  # type: ignore[arg-type]
     assert meta.stat().st_ino != first
     (tmp_path / "store" / "offsets.npy").unlink()
-    preprocess("ml-100k", **make)  # type: ignore[arg-type]
-    assert SequenceStore.open(tmp_path / "store").num_users == 943, "a damaged store is made anew"
+    with pytest.raises(DataError, match=r"offsets\.npy is damaged: it is missing\. Make it with: .* --force"):
+        preprocess("ml-100k", **make)  # type: ignore[arg-type]
+    preprocess("ml-100k", **make, force=True)  # type: ignore[arg-type]
+    assert SequenceStore.open(tmp_path / "store").num_users == 943
 
 
 def test_sources_and_statistics_are_recorded(ml_100k_store: SequenceStore) -> None:

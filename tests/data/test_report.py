@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hstu.config.errors import DataError
 from hstu.data.preprocess.report import repeated_events, statistics_of, write_report
 from hstu.data.store import SequenceStore
 from tests.conftest import REPOSITORY
@@ -31,6 +32,22 @@ def test_the_report_of_ml_100k_says_what_is_known_of_it(ml_100k_store: SequenceS
         content = (tmp_path / "report" / image).read_bytes()
         assert content.startswith(b"\x89PNG") and 5_000 < len(content) < 60_000
     assert os.listdir(tmp_path) == ["report"], "nothing is left beside it"
+
+
+@pytest.mark.parametrize("foreign", [{"report.md": "# Thesis"}, {"thesis.txt": ""}, {"lengths.png": ""}])
+def test_only_a_report_is_replaced_by_a_report(foreign: dict[str, str], make_store: MakeStore, tmp_path: Path) -> None:
+    store = make_store([[1, 2]])
+    store.statistics = statistics_of(np.diff(store.offsets()), 3, published={})
+    write_report(store, tmp_path / "report")
+    write_report(store, tmp_path / "report")
+    for name, text in foreign.items():
+        (tmp_path / "report" / name).write_text(text)
+        if not text:
+            (tmp_path / "report" / "report.md").unlink()
+    before = {file.name: file.read_bytes() for file in (tmp_path / "report").iterdir()}
+    with pytest.raises(DataError, match="the report would replace"):
+        write_report(store, tmp_path / "report")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "report").iterdir()} == before
 
 
 def test_the_table_in_the_documentation_is_what_the_program_writes(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hstu.config.errors import DataError
-from hstu.data.store import SequenceStore
+from hstu.data.store import SequenceStore, sealed
 from hstu.data.store_writer import StoreWriter
 from tests.conftest import REPOSITORY
 
@@ -125,14 +125,28 @@ def test_damage_is_found_on_opening_and_the_file_and_remedy_are_named(make_store
         SequenceStore.open(store.path)
     assert file in str(raised.value)
     assert "Make it with: python scripts/preprocess_dataset.py" in str(raised.value)
-    assert "--force" in str(raised.value)
+    assert ("first move" if file == "meta.json" else "--force") in str(raised.value)
 
 
-def test_a_recorded_command_is_the_remedy(tmp_path: Path, make_store: MakeStore) -> None:
-    store = make_store(ITEMS)
+def describe(store: SequenceStore, **changes: object) -> None:
+    """Changes a store's description, with a right checksum."""
     meta = json.loads((store.path / "meta.json").read_text())
-    (store.path / "meta.json").write_text(json.dumps(meta | {"command": "make it so", "version": 99}))
-    with pytest.raises(DataError, match=r"version 99, this program reads version 1\. Make it with: make it so --force"):
+    del meta["sha256"]
+    (store.path / "meta.json").write_text(sealed(meta | changes))
+
+
+def test_a_recorded_command_is_the_remedy(make_store: MakeStore) -> None:
+    store = make_store(ITEMS)
+    describe(store, command="make it so")
+    (store.path / "offsets.npy").unlink()
+    with pytest.raises(DataError, match=r"offsets\.npy is damaged: it is missing\. Make it with: make it so --force"):
+        SequenceStore.open(store.path)
+
+
+def test_a_store_of_a_newer_program_is_told_from_a_damaged_one(make_store: MakeStore) -> None:
+    store = make_store(ITEMS)
+    describe(store, version=99)
+    with pytest.raises(DataError, match=r"version 99, and this program reads version 1: a newer program wrote it"):
         SequenceStore.open(store.path)
 
 
@@ -167,11 +181,67 @@ def test_overwriting_replaces_the_store_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["toy"]
 
 
-def test_a_directory_that_is_no_store_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(DataError, match="is not a sequence store"):
-        write_toy(tmp_path, [1], overwrite=True)
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+def contents(folder: Path) -> dict[str, bytes]:
+    """Path → content of each file below a folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+NOT_REPLACED: dict[str, tuple[Callable[[SequenceStore], object], str]] = {
+    "no meta.json": (lambda store: (store.path / "meta.json").unlink(), "it has no meta.json"),
+    "a user's meta.json": (
+        lambda store: (store.path / "meta.json").write_text('{"title": "years of work"}'),
+        "does not describe a sequence store",
+    ),
+    "a changed meta.json": (
+        lambda store: (store.path / "meta.json").write_text(
+            (store.path / "meta.json").read_text().replace("toy", "joy")
+        ),
+        "its checksum is wrong",
+    ),
+    "a newer version": (lambda store: describe(store, version=2), "a newer program wrote it"),
+    "files beside": (lambda store: (store.path / "thesis.txt").write_text("x"), r"not of the store: thesis\.txt"),
+    "a folder beside": (lambda store: (store.path / "src").mkdir(), "not of the store: src"),
+}
+
+
+@pytest.mark.parametrize("change", NOT_REPLACED)
+def test_only_what_is_a_store_is_ever_replaced(change: str, tmp_path: Path) -> None:
+    write_toy(tmp_path / "toy", [1, 2])
+    make, message = NOT_REPLACED[change]
+    make(SequenceStore.open(tmp_path / "toy"))
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match=message):
+        write_toy(tmp_path / "toy", [3], overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_file_and_a_foreign_working_directory_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "toy").write_text("years of work")
+    with pytest.raises(DataError, match="is a file"):
+        write_toy(tmp_path / "toy", [3], overwrite=True)
+    for name in (".other.partial", ".other.discarded"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+        with pytest.raises(DataError, match=r"\.other\.[a-z]+ is not a sequence store"):
+            write_toy(tmp_path / "other", [3], overwrite=True)
+        assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
+        (tmp_path / name / "thesis.txt").unlink()
+    write_toy(tmp_path / "other", [3])
+
+
+def test_a_damaged_array_does_not_hinder_the_replacement(tmp_path: Path) -> None:
+    write_toy(tmp_path / "toy", [1, 2])
+    (tmp_path / "toy" / "offsets.npy").write_bytes(b"")
+    write_toy(tmp_path / "toy", [3], overwrite=True)
+    assert SequenceStore.open(tmp_path / "toy").sequence("item").tolist() == [3]
+
+
+def test_a_link_to_a_store_stays_a_link(tmp_path: Path) -> None:
+    write_toy(tmp_path / "large disk" / "toy", [1, 2])
+    (tmp_path / "toy").symlink_to(tmp_path / "large disk" / "toy")
+    write_toy(tmp_path / "toy", [3], overwrite=True)
+    assert (tmp_path / "toy").is_symlink()
+    assert SequenceStore.open(tmp_path / "large disk" / "toy").sequence("item").tolist() == [3]
 
 
 def test_events_out_of_time_order_are_refused(make_store: MakeStore) -> None:

@@ -30,11 +30,12 @@ from hstu.data.datasets.spec import RawTables, Schema
 from hstu.data.jagged import run_offsets
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
 from hstu.data.preprocess.engine import check_free_disk, disk_errors, memory_bytes, open_engine, used_below
+from hstu.data.preprocess.existing import is_kept
 from hstu.data.preprocess.ingest import check_rows, read_files
 from hstu.data.preprocess.report import statistics_of
-from hstu.data.preprocess.state import BuildLimits, BuildOptions, BuildState, Progress
+from hstu.data.preprocess.state import BuildLimits, BuildOptions, BuildState, Progress, source_names
 from hstu.data.preprocess.write import number_users_and_items, write_context, write_events, write_vocabularies
-from hstu.data.store import VERSION, SequenceStore
+from hstu.data.store import VERSION
 from hstu.data.store_writer import StoreWriter
 
 _log = logging.getLogger(__name__)
@@ -56,10 +57,10 @@ def preprocess(
     Args:
         raw_path: folder with the raw files. None: tmp_data/raw/<name>, where they are downloaded if need be.
         output: folder of the store. None: tmp_data/<name>.
-        force: replace an existing good store, which is otherwise kept.
+        force: replace an existing store. Otherwise it is kept if it fits its raw files and the arguments.
         limits: memory_limit and the policy about bad rows.
 
-    Raises ConfigError for an unknown name, DataError for missing or bad files.
+    Raises ConfigError for an unknown name, DataError for missing or bad files and for a store that does not fit.
     """
     canonical = resolve_name(name)
     if canonical is None:
@@ -69,16 +70,15 @@ def preprocess(
         )
     spec = DATASETS[canonical]
     target = Path(output) if output else DATA_DIRECTORY / canonical
-    if not force and _is_good(target):
-        return target
-    if raw_path is None:
-        raw_format, files = obtain_raw(spec, DATA_DIRECTORY / "raw" / canonical)
-    elif located := locate_raw(spec, Path(raw_path)):
-        raw_format, files = located
-    else:
+    options = _options(canonical, target, force, limits, raw_path=raw_path)
+    folder = Path(raw_path) if raw_path else DATA_DIRECTORY / "raw" / canonical
+    located = locate_raw(spec, folder)
+    if located is None and raw_path is not None:
         needed = " or ".join(", ".join(raw_format.files) for raw_format in spec.raw_formats)
-        raise DataError(f"{raw_path} does not hold the files of {canonical}: {needed}. {by_hand(spec, Path(raw_path))}")
-    options = _options(canonical, target, limits, raw_path=raw_path)
+        raise DataError(f"{raw_path} does not hold the files of {canonical}: {needed}. {by_hand(spec, folder)}")
+    if is_kept(options, [file for file in located[1] if file.is_file()] if located else None):
+        return target
+    raw_format, files = located or obtain_raw(spec, folder)
     return build_store(raw_format.reader(files), spec.schema, options, spec.published)
 
 
@@ -98,23 +98,17 @@ def import_interactions(
             f"dataset_name {name!r}: allowed are letters, digits, '_', '-' and '.', as it names a directory"
         )
     target = Path(output) if output else DATA_DIRECTORY / name
-    if not force and _is_good(target):
-        return target
-    options = _options(name, target, limits, **columns.arguments())
-    return build_store(interactions(columns), columns.schema(), options, {})
+    options = _options(name, target, force, limits, **columns.arguments())
+    raw = interactions(columns)
+    return target if is_kept(options, raw.files) else build_store(raw, columns.schema(), options, {})
 
 
-def _is_good(target: Path) -> bool:
-    try:
-        store = SequenceStore.open(target)
-    except DataError:
-        return False
-    _log.warning("%s exists and is kept; --force replaces it. It was made with: %s", target, store.command)
-    return True
+def _options(name: str, output: Path, force: bool, limits: BuildLimits, **arguments: object) -> BuildOptions:
+    """The options, and the command that makes the store again.
 
-
-def _options(name: str, output: Path, limits: BuildLimits, **arguments: object) -> BuildOptions:
-    """The options, and the command that makes the store again: arguments that are None are left out of it."""
+    Arguments that are None are left out of it. A default that a later version adds must be None, too: existing stores
+    are compared with the command.
+    """
     policy = limits.get("bad_row_policy", "raise")
     arguments = {"dataset_name": name, **arguments, "output": output, "bad_row_policy": policy}
     if policy == "raise":
@@ -124,7 +118,7 @@ def _options(name: str, output: Path, limits: BuildLimits, **arguments: object) 
         if value is not None:
             words += [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
     command = shlex.join(words)
-    return BuildOptions(name=name, output=output, command=command, **limits)
+    return BuildOptions(name=name, output=output, command=command, force=force, **limits)
 
 
 def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published: Mapping[str, float]) -> Path:
@@ -137,7 +131,7 @@ def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published
             options.output,
             name=options.name,
             command=options.command,
-            overwrite=True,
+            overwrite=options.force,
             resume_key=_resume_key(raw, schema, options),
         )
         with writer:
@@ -163,8 +157,7 @@ def _build(state: BuildState, published: Mapping[str, float]) -> None:
     write_context(state, len(lengths))
     write_events(state, offsets, num_items)
     writer.statistics = statistics_of(lengths, num_items, published) | {"skipped_rows": state.skipped}
-    names = [state.source_name(file) for file in state.raw.files]
-    writer.sources = {name: journal[f"source {name}"] for name in names}
+    writer.sources = {name: journal[f"source {name}"] for name in source_names(state.raw.files)}
 
 
 def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions) -> str:

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hstu.config.errors import DataError
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.store import USER_FEATURE, SequenceStore
 
 REPORT = "report.md"
+_FILES = (REPORT, "lengths.png", "popularity.png")
+_LAST_LINE = "Made by `"
 _CHUNK = 1 << 22
 _TOP = 10
 _TRUNCATED_AT = (50, 200, 1000)
@@ -86,6 +89,7 @@ def format_report(store: SequenceStore) -> str:
 def write_report(store: SequenceStore, folder: Path) -> Path:
     """Writes report.md and its plots into ``folder``, which is created or replaced; returns the report's path.
 
+    Raises DataError where the folder holds something other than a report.
     Reads every event once. Memory is bounded, except for one counter per item.
     """
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -110,6 +114,7 @@ def write_report(store: SequenceStore, folder: Path) -> Path:
             *_sources(store),
         ]
         (aside / REPORT).write_text("\n".join(sections), encoding="utf-8")
+        check_report_folder(folder)
         shutil.rmtree(folder, ignore_errors=True)
         try:
             aside.rename(folder)
@@ -119,6 +124,20 @@ def write_report(store: SequenceStore, folder: Path) -> Path:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder / REPORT
+
+
+def check_report_folder(folder: Path) -> None:
+    """Raises DataError where a report would replace something other than a report."""
+    if not folder.exists():
+        return
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else ["a file"]
+    report = folder / REPORT
+    is_report = report.is_file() and _LAST_LINE.encode() in report.read_bytes() and set(names) <= set(_FILES)
+    if names and not is_report:
+        raise DataError(
+            f"the report would replace {folder}, which is none ({', '.join(sorted(names)[:5])}); move it away, or add "
+            "--no_report"
+        )
 
 
 def repeated_events(store: SequenceStore) -> int:
@@ -227,7 +246,7 @@ def _context(store: SequenceStore) -> list[str]:
 
 def _sources(store: SequenceStore) -> list[str]:
     rows = [(name, f"`{digest}`") for name, digest in store.sources.items()]
-    return ["## Raw files\n", table(("file", "SHA-256"), rows), f"Made by `{store.command}`\n"]
+    return ["## Raw files\n", table(("file", "SHA-256"), rows), f"{_LAST_LINE}{store.command}`\n"]
 
 
 def draw_lengths(lengths: np.ndarray, image: Path) -> None:

@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,11 +43,15 @@ class BuildLimits(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """Where the store goes and how it is made; ``command`` is stored as the way to make it again."""
+    """Where the store goes and how it is made; ``command`` is stored as the way to make it again.
+
+    ``force`` replaces an existing store.
+    """
 
     name: str
     output: Path
     command: str
+    force: bool = False
     memory_limit: str = "4GB"
     bad_row_policy: Policy = "raise"
     max_bad_rows: int = 1000
@@ -166,12 +170,8 @@ class BuildState:
 
     def commit_source(self, file: Path) -> None:
         """Commits the checksum of a raw file."""
-        self.writer.journal.commit(f"source {self.source_name(file)}", sha256(file))
-
-    def source_name(self, file: Path) -> str:
-        """A raw file in meta.json: its name, or its path where two files have the name."""
-        namesakes = {other for other in self.raw.files if other.name == file.name}
-        return file.name if len(namesakes) == 1 else str(file)
+        (name,) = (name for name, other in source_names(self.raw.files).items() if other == file)
+        self.writer.journal.commit(f"source {name}", sha256(file))
 
     def ingested_log(self, number: int) -> str:
         """SQL of a log's rows as read, with ``row``, their number from 0."""
@@ -216,6 +216,12 @@ class BuildState:
 
 def _parts(logs: Iterable[str]) -> str:
     return "(" + " UNION ALL ".join(f"SELECT {number} AS part, * FROM {log}" for number, log in enumerate(logs)) + ")"
+
+
+def source_names(files: Sequence[Path]) -> dict[str, Path]:
+    """Raw files by how meta.json lists them: by name, or by path where two files have the name."""
+    namesakes = Counter(file.name for file in dict.fromkeys(files))
+    return {file.name if namesakes[file.name] == 1 else str(file): file for file in files}
 
 
 def _numbered(file: Path) -> str:

@@ -1,0 +1,78 @@
+"""Whether a store that exists already is what a command would make; a store that differs is never kept in silence."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hstu.config.errors import DataError
+from hstu.data.preprocess.state import BuildOptions, source_names
+from hstu.data.store import SequenceStore, sha256
+from hstu.data.store_writer import check_replaceable, is_taken
+
+_log = logging.getLogger(__name__)
+_PLACES = {"--raw_path", "--interactions", "--context", "--output"}
+"""Options that say where files are. The files are compared by their content."""
+_SLOW_BYTES = 1 << 30
+
+
+def is_kept(options: BuildOptions, files: Sequence[Path] | None) -> bool:
+    """Whether the store at options.output exists and stays. It must fit the options and the raw ``files``.
+
+    ``files`` is None where there are no raw files, so that only the options are compared.
+    Raises DataError where the store is damaged or does not fit, or something else than a store is there.
+    """
+    check_replaceable(options.output)
+    if not is_taken(options.output) or options.force:
+        return False
+    store = SequenceStore.open(options.output)
+    unlike = [*_options_that_differ(store, options), *(_files_that_differ(store, files) if files is not None else ())]
+    if unlike:
+        raise DataError(
+            f"{options.output} exists and does not fit this command: {'; '.join(unlike)}. To make it again, add "
+            "--force; to make another store, give another --output"
+        )
+    fits = "fits its raw files" if files is not None else "could not be compared with raw files, as there are none,"
+    _log.warning("%s exists, %s and is kept; --force replaces it", options.output, fits)
+    return True
+
+
+def _options_that_differ(store: SequenceStore, options: BuildOptions) -> Iterator[str]:
+    if store.name != options.name:
+        yield f"--dataset_name was {store.name}, it is now {options.name}"
+        return
+    if store.command is None:
+        return
+    before, now = _options_of(store.command), _options_of(options.command)
+    for option in sorted((before.keys() | now.keys()) - _PLACES - {"--dataset_name"}):
+        if before.get(option) != now.get(option):
+            was, is_now = (given.get(option, "not given") for given in (before, now))
+            yield f"{option} was {was}, it is now {is_now}"
+
+
+def _options_of(command: str) -> dict[str, str]:
+    """Option of a command → its values, separated by blanks."""
+    found: dict[str, list[str]] = {}
+    option = ""
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            option = word
+        found.setdefault(option, []).extend([word] if word != option else [])
+    return {option: " ".join(values) for option, values in found.items() if option}
+
+
+def _files_that_differ(store: SequenceStore, files: Sequence[Path]) -> Iterator[str]:
+    if sum(file.stat().st_size for file in files) > _SLOW_BYTES:
+        _log.info("comparing %s with its raw files", store.path)
+    now = source_names(files)
+    if now.keys() == store.sources.keys() and list(now) != list(store.sources):
+        yield f"the raw files were in another order: {', '.join(store.sources)}"
+    for name in sorted(store.sources.keys() | now.keys()):
+        if name not in now:
+            yield f"it was made from {name}, which is not given now"
+        elif name not in store.sources:
+            yield f"it was made without {now[name]}"
+        elif sha256(now[name]) != store.sources[name]:
+            yield f"{now[name]} has changed since"

@@ -1,0 +1,119 @@
+"""A store that exists is kept if it fits the command and its raw files; else the command says what differs."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from hstu.config.errors import DataError
+from hstu.data.preprocess import InteractionColumns, import_interactions, preprocess
+from hstu.data.store import SequenceStore
+
+TABLE = pd.DataFrame({"u": [1, 1, 2], "i": [7, 8, 7], "j": [1, 2, 3], "a": [0, 1, 2], "t": [3, 2, 1]})
+USERS = pd.DataFrame({"u": [1, 2], "town": ["Ulm", "Rom"]})
+
+
+def make(folder: Path, *, name: str = "mine", file: str = "events.csv", policy: str = "raise", **columns: Any) -> Path:
+    given = {"interactions": folder / file, "user": "u", "item": "i", "time": "t"} | columns
+    return import_interactions(
+        name,
+        InteractionColumns(**given),
+        output=folder / "store",
+        bad_row_policy=policy,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    TABLE.to_csv(tmp_path / "events.csv", index=False)
+    USERS.to_csv(tmp_path / "users.csv", index=False)
+    make(tmp_path)
+    return tmp_path
+
+
+def test_a_store_that_fits_is_kept(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = (folder / "store" / "meta.json").stat().st_ino
+    make(folder)
+    assert (folder / "store" / "meta.json").stat().st_ino == before
+    assert "exists, fits its raw files and is kept; --force replaces it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"item": "j"}, r"--item was i, it is now j\. To make it again, add --force"),
+        ({"action": "a"}, "--action was not given, it is now a"),
+        ({"time": None}, "--time was t, it is now not given"),
+        ({"name": "other"}, "--dataset_name was mine, it is now other"),
+        ({"policy": "skip"}, "--bad_row_policy was not given, it is now skip"),
+        ({"item": "j", "action": "a"}, "--action was not given, it is now a; --item was i, it is now j"),
+        ({"context_columns": ("u",)}, "--context_columns was not given, it is now u"),
+        ({"file": "copy.csv"}, r"it was made without .*copy\.csv; it was made from events\.csv, which is not given"),
+    ],
+)
+def test_another_command_is_refused_and_says_what_differs(change: dict[str, Any], message: str, folder: Path) -> None:
+    TABLE.to_csv(folder / "copy.csv", index=False)
+    with pytest.raises(DataError, match=f"exists and does not fit this command: {message}"):
+        make(folder, **change)
+    assert SequenceStore.open(folder / "store").item_feature == "i"
+
+
+def test_a_changed_raw_file_is_noticed(folder: Path) -> None:
+    TABLE.assign(i=[7, 8, 9]).to_csv(folder / "events.csv", index=False)
+    with pytest.raises(DataError, match=r"events\.csv has changed since"):
+        make(folder)
+
+
+def test_a_table_of_users_that_is_added_or_changed_is_noticed(folder: Path) -> None:
+    with_users = {"context": folder / "users.csv", "context_columns": ("town",)}
+    with pytest.raises(DataError, match=r"--context_columns was not given, it is now town; .*without .*users\.csv"):
+        make(folder, **with_users)
+    (folder / "store").rename(folder / "old")
+    make(folder, **with_users)
+    USERS.assign(town="Ulm").to_csv(folder / "users.csv", index=False)
+    with pytest.raises(DataError, match=r"users\.csv has changed since"):
+        make(folder, **with_users)
+
+
+def test_several_files_are_compared_with_their_order(folder: Path) -> None:
+    two = [folder / name for name in ("events.csv", "more.csv")]
+    TABLE.assign(u=5).to_csv(two[1], index=False)
+    with pytest.raises(DataError, match=r"it was made without .*more\.csv\. To make it again"):
+        make(folder, interactions=two)
+    (folder / "store").rename(folder / "old")
+    make(folder, interactions=two)
+    make(folder, interactions=two)
+    with pytest.raises(DataError, match=r"the raw files were in another order: events\.csv, more\.csv"):
+        make(folder, interactions=two[::-1])
+
+
+def test_the_same_files_elsewhere_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    make(Path())
+    make(folder, interactions=Path("..", folder.name, "events.csv"))
+
+
+def test_changed_files_of_a_built_in_dataset_are_noticed(tmp_path: Path) -> None:
+    (tmp_path / "u.data").write_text("1\t2\t3\t4\n")
+    (tmp_path / "u.user").write_text("1|20|M|other|1\n")
+    place = {"raw_path": tmp_path, "output": tmp_path / "store"}
+    preprocess("ml-100k", **place)
+    preprocess("ml-100k", **place)
+    (tmp_path / "u.item").write_text("2|Film (1990)|\n")
+    with pytest.raises(DataError, match=r"it was made without .*u\.item"):
+        preprocess("ml-100k", **place)
+
+
+def test_a_built_in_dataset_without_its_raw_files_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw = Path("tmp_data", "raw", "ml-100k")
+    raw.mkdir(parents=True)
+    (raw / "u.data").write_text("1\t2\t3\t4\n")
+    (raw / "u.user").write_text("1|20|M|other|1\n")
+    preprocess("ml-100k")
+    (raw / "u.data").unlink()
+    preprocess("ml-100k")
+    assert "could not be compared with raw files, as there are none, and is kept" in caplog.text

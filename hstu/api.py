@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.checkpoint.describe import locate
-from hstu.checkpoint.directory import MANIFEST
 from hstu.checkpoint.dynamic import read_tables
+from hstu.checkpoint.find import check_belongs, is_run, locate
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
@@ -112,18 +111,18 @@ def load(path: str | Path, checkpoint: str | Path | None = None, mesh: Mesh | No
 
     Args:
         path: what to load. Of a run and of a directory of checkpoints, the newest checkpoint is loaded.
-        checkpoint: load this checkpoint or export instead, with the configuration of ``path``.
+        checkpoint: load this checkpoint or export of the run ``path`` instead, with the run's configuration.
         mesh: ranks to load on. None: this process, or all ranks if torchrun started it. Collective.
 
     Raises:
-        DataError: the path, the checkpoint or the data is missing or damaged.
+        DataError: the path, the checkpoint or the data is missing or damaged, or the checkpoint is of another run.
         ConfigError: the configuration does not fit the checkpoint, or the run used random data.
     """
     directory = Path(path)
-    is_run = (directory / "operative.gin").is_file() and not (directory / MANIFEST).is_file()
-    root = directory if is_run else locate(str(directory))
-    config = _read_config(root / "operative.gin")
-    stored = locate(str(checkpoint or (config.trainer.ckpt_save_dir if is_run else root)))
+    stored = locate(checkpoint or directory)
+    if checkpoint and is_run(directory):
+        check_belongs(stored, directory)
+    config = _read_config((directory if is_run(directory) else stored) / "operative.gin")
     return TrainedModel.restore(config, stored, mesh or _mesh_of_this_process())
 
 

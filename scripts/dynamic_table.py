@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from hstu.checkpoint.describe import locate
+from hstu.checkpoint.find import locate
 from hstu.checkpoint.parquet import batch_at, export_table, import_table
 from hstu.config.errors import EXIT_DONE, UserError
 from hstu.observe.logging import quiet_libraries

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from hstu.checkpoint.describe import locate
 from hstu.checkpoint.export import export
+from hstu.checkpoint.find import locate
 from hstu.config.errors import EXIT_DONE, UserError
 from hstu.observe.logging import quiet_libraries
 

@@ -16,8 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from hstu.checkpoint.describe import describe, diff, locate
+from hstu.checkpoint.describe import describe, diff
 from hstu.checkpoint.directory import check_files
+from hstu.checkpoint.find import locate
 from hstu.config.errors import EXIT_DONE, EXIT_FAILURE, UserError
 from hstu.observe.logging import quiet_libraries
 

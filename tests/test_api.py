@@ -9,8 +9,8 @@ import torch
 
 from hstu import api
 from hstu.api import Recommendation, TrainedModel
-from hstu.checkpoint.describe import locate
 from hstu.checkpoint.export import export
+from hstu.checkpoint.find import locate
 from hstu.config.errors import DataError
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store import SequenceStore

@@ -61,7 +61,8 @@ OptimizerArgs.learning_rate = 0.01
     ]
 )
 TASK = {
-    RANKING: 'RankingArgs.prediction_head_arch = [8, 1]\nRankingArgs.eval_metrics = ("AUC")\n',
+    RANKING: 'RankingArgs.prediction_head_arch = [8, 1]\nRankingArgs.eval_metrics = ("AUC")\n'
+    "TrainerArgs.ckpt_save_interval = -1\n",
     RETRIEVAL: 'RetrievalArgs.eval_metrics = ("HR@3", "MRR")\nTrainerArgs.ckpt_save_interval = 100\n',
 }
 
@@ -157,7 +158,15 @@ def retrieval(place: Path) -> tuple[Path, str, str]:
 def test_a_run_leaves_its_directory(ranking: tuple[Path, str, str]) -> None:
     directory, _, _ = ranking
     names = {path.name for path in directory.iterdir()}
-    assert names == {"operative.gin", "metrics.jsonl", "summary.json", "curves.png", "log.txt", "tensorboard"}
+    assert names == {
+        "run.json",
+        "operative.gin",
+        "metrics.jsonl",
+        "summary.json",
+        "curves.png",
+        "log.txt",
+        "tensorboard",
+    }
     assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert any(path.stat().st_size > 100 for path in (directory / "tensorboard").iterdir())
 

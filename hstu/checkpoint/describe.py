@@ -13,17 +13,9 @@ from torch import Tensor
 from hstu.checkpoint.directory import read_manifest
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.matching import config_differences
-from hstu.checkpoint.store import find_checkpoint
 from hstu.checkpoint.tensors import DYNAMIC, StoredTensors, is_export, open_tensors, read_metadata
 from hstu.parallel.dynamic.content import TableContent, merged
 from hstu.parallel.dynamic.slots import counts_of, steps_of
-
-
-def locate(name: str) -> Path:
-    """Return the checkpoint or export at this path, or the newest checkpoint in it. Raises DataError."""
-    found = find_checkpoint(f"{Path(name)}/", "")  # with the slash, "auto" is a directory as well
-    assert found is not None
-    return found
 
 
 def describe(root: Path) -> Iterator[str]:

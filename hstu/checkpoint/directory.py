@@ -37,8 +37,8 @@ _VERSION_WITHOUT_CHECKSUM = 1  # the same format, except that the manifest has n
 LATEST, BEST = "latest", "best"
 _NAME = re.compile(r"iteration_(\d+)")
 _WRITING, _DELETING, _SET_ASIDE = ".writing_", ".deleting_", "set_aside_"
-# These files differ between two saves of one state: .metadata names the save, operative.gin where the run started.
-_NOT_PART_OF_STATE = ("tensors/.metadata", "operative.gin")
+# These files differ between two saves of one state: .metadata names the save, the others the run and its start.
+_NOT_PART_OF_STATE = ("tensors/.metadata", "operative.gin", "run.json")
 
 Files = dict[str, dict[str, Any]]
 """Path relative to the checkpoint → {"bytes", "sha256"}."""
@@ -232,11 +232,28 @@ def temporary_path(final: Path) -> Path:
     return final.with_name(f"{_WRITING}{final.name}")
 
 
+def make(directory: Path) -> bool:
+    """Create the directory of a run's checkpoints, on disk when this returns. Returns False if it exists."""
+    if directory.is_dir():
+        return False
+    directory.mkdir(parents=True)
+    sync_to_disk(directory.parent)
+    return True
+
+
+def obstacles(directory: Path) -> list[str]:
+    """Return the names of files and directories, not written by a run, where links and temporary files must be."""
+    links = [f"{prefix}{name}" for prefix in ("", _WRITING) for name in (LATEST, BEST)]
+    wrong = [name for name in links if os.path.lexists(directory / name) and not (directory / name).is_symlink()]
+    for prefix in (_WRITING, _DELETING):
+        found = (path for path in directory.glob(f"{prefix}*") if path.name not in links)
+        wrong += [path.name for path in found if not (path.is_symlink() or path.is_dir())]
+    return sorted(wrong)
+
+
 def begin(final: Path) -> Path:
     """Create the empty temporary directory in which the checkpoint ``final`` is written, and return it."""
-    if not final.parent.is_dir():
-        final.parent.mkdir(parents=True)
-        sync_to_disk(final.parent.parent)
+    make(final.parent)
     remove_leftovers(final.parent)
     temporary = temporary_path(final)
     temporary.mkdir()

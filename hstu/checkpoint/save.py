@@ -25,6 +25,7 @@ from hstu.checkpoint.directory import (
     writing_errors,
 )
 from hstu.checkpoint.dynamic import TableDicts, copy_tables, write_dynamic_tables
+from hstu.checkpoint.find import RUN_FILE
 from hstu.checkpoint.state import TrainState, random_state
 from hstu.checkpoint.tensors import TENSORS
 from hstu.parallel.collectives import gather_objects
@@ -47,6 +48,7 @@ class Snapshot:
     """Copies of the live tensors. None: the values at the time of writing are saved."""
     metadata: str
     operative_gin: str
+    run: str
     random_state: dict[str, Tensor]
     dynamic: TableDicts
     """This rank's part of the dynamic tables."""
@@ -68,6 +70,7 @@ class Snapshot:
             copies=copies,
             metadata=json.dumps(state.metadata() | ranks, indent=1),
             operative_gin=state.operative_gin,
+            run=state.run,
             random_state=random_state(mesh.device),
             dynamic=copy_tables(dynamic_tables(state.model)),
         )
@@ -161,6 +164,9 @@ def _write_own_files(root: Path, snapshot: Snapshot, mesh: Mesh) -> Files:
         progress.write_text(snapshot.metadata)
         gin.write_text(snapshot.operative_gin)
         files += [progress, gin, root / TENSORS / ".metadata"]
+        if snapshot.run:
+            files.append(root / RUN_FILE)
+            files[-1].write_text(snapshot.run, encoding="utf-8")
     return describe_files(root, files)
 
 

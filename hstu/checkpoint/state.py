@@ -41,6 +41,8 @@ class TrainState:
     model: GRModel
     optimizers: Optimizers
     operative_gin: str = ""
+    run: str = ""
+    """Content of run.json, which names the run. Empty: checkpoints get no such file."""
     iteration: int = 0
     """Number of finished optimizer steps."""
     position: SamplerPosition = field(default_factory=SamplerPosition)

@@ -8,6 +8,7 @@ pointed to it, which is the commit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -19,25 +20,26 @@ import torch
 import torch.distributed as dist
 
 from hstu.checkpoint import directory as folder
-from hstu.checkpoint.directory import BEST, LATEST, MANIFEST, DamagedCheckpoint, collective_io
+from hstu.checkpoint.directory import BEST, LATEST, DamagedCheckpoint, collective_io
+from hstu.checkpoint.find import AUTO, belongs, candidates
 from hstu.checkpoint.load import load
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.save import HostCopies, Snapshot, write
 from hstu.checkpoint.state import TrainState
 from hstu.config.errors import ConfigError, DataError
+from hstu.data.lock import DirectoryLock
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Heartbeat, Mesh
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
 _POLL_S = 0.5
 
 
 class CheckpointStore:
     """The checkpoints of one run. All methods are collective.
 
-    ``save_dir``, ``load_dir``: TrainerArgs.ckpt_save_dir and ckpt_load_dir. ``keep_last``: how many checkpoints to
+    ``save_dir``: where this run saves; ``load_dir``: TrainerArgs.ckpt_load_dir. ``keep_last``: how many checkpoints to
     keep besides the best one; None: all. ``background``: writes checkpoints while training goes on; None: ``save``
     returns when everything is written.
     """
@@ -56,18 +58,24 @@ class CheckpointStore:
         self.mesh = mesh
         self.newest_iteration: int | None = None
         """Iteration of the last checkpoint in ``save_dir`` that this run has saved or was restored from."""
-        self._restored: Path | None = None
+        self._lock: DirectoryLock | None = None
+        self._is_new = False
         self._keep_last = keep_last
         self._background = background
         self._load_options = load_options or LoadOptions()
         self._copies: HostCopies = {}
 
     def claim(self) -> None:
-        """Check, before training, that this run can save without touching another run's checkpoints.
+        """Lock ``save_dir`` until ``close``, check that this run can save there, and remove what killed runs have left.
 
-        Call it after ``restore``. Raises ConfigError.
+        Call it before the run changes anything. Raises ConfigError, and has then changed nothing, if a run that has not
+        ended saves there, if other runs' checkpoints are there, or if something stands where this run must write.
         """
         collective_io(lambda: self._claim() if self.mesh.is_main else None, self.mesh)
+
+    def continues(self, run_directory: Path) -> bool:
+        """Return whether ``restore`` goes on with the run that wrote to ``run_directory``."""
+        return self._load_options.optimizer and any(belongs(path, run_directory) for path in self._candidates())
 
     def save(self, state: TrainState) -> None:
         """Save a checkpoint of ``state``, which may change when this returns.
@@ -112,20 +120,25 @@ class CheckpointStore:
             self._background.wait()
 
     def close(self) -> None:
-        """Wait for a save in the background in a run that has already failed. An error is only logged."""
+        """Wait for a save in the background, whose error is only logged, and unlock ``save_dir``."""
         try:
             self.wait()
         except Exception as error:
             log.error("a checkpoint that was being written is lost: %s", error)
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+            if self._is_new:
+                with contextlib.suppress(OSError):  # it is not empty
+                    self.save_dir.rmdir()
 
     def restore(self, state: TrainState) -> bool:
         """Load the checkpoint that the configuration names and return True, or return False if it names none.
 
         "auto" falls back to an older checkpoint if the newest is damaged. Raises DataError if none is intact.
         """
-        found = collective_io(lambda: _candidates(self.load_dir, str(self.save_dir)), self.mesh)
-        candidates = gather_objects(found, self.mesh.world_group)[0]
-        for path in candidates:
+        paths = gather_objects(collective_io(self._candidates, self.mesh), self.mesh.world_group)[0]
+        for path in paths:
             try:
                 load(path, state, self.mesh, self._load_options)
             except DamagedCheckpoint as error:
@@ -134,19 +147,23 @@ class CheckpointStore:
                 log.warning("%s Trying the previous one.", error)
                 continue
             if self._load_options.optimizer:
-                self._restored = path
                 if self._is_own(path):
                     self.newest_iteration = state.iteration
+                    if self._lock is not None:
+                        self._delete_older(state.iteration)
                 log.info("resuming from %s", path)
             else:
                 log.info("starting from the weights of %s", path)
             return True
-        if candidates:
+        if paths:
             raise DataError(
-                f"every checkpoint in {self.save_dir} is damaged: {', '.join(path.name for path in candidates)}; the "
+                f"every checkpoint in {self.save_dir} is damaged: {', '.join(path.name for path in paths)}; the "
                 'log says how. TrainerArgs.ckpt_load_dir = "" and another ckpt_save_dir train from the start.'
             )
         return False
+
+    def _candidates(self) -> list[Path]:
+        return candidates(self.load_dir, self.save_dir)
 
     def _is_own(self, path: Path) -> bool:
         """Return whether a checkpoint lies where this run saves."""
@@ -158,52 +175,41 @@ class CheckpointStore:
 
     def _publish(self, path: Path) -> None:
         folder.set_link(self.save_dir, LATEST, path)
+        size = sum(entry["bytes"] for entry in folder.read_manifest(path).values())
+        log.info("saved %s (%.3g MB)", path, size / 1e6)
         self._delete_older(folder.iteration_of(path))
 
-    def _delete_older(self, iteration: int | None) -> None:
-        if self._keep_last is not None and iteration is not None:
+    def _delete_older(self, iteration: int) -> None:
+        if self._keep_last is not None:
             folder.delete_older(self.save_dir, iteration, self._keep_last)
 
     def _claim(self) -> None:
         try:
+            self._is_new = folder.make(self.save_dir)
+            self._lock = DirectoryLock(self.save_dir, "TrainerArgs.ckpt_save_dir")
+            self._check_others()
+            if obstacles := folder.obstacles(self.save_dir):
+                raise ConfigError(
+                    f"TrainerArgs.ckpt_save_dir: '{self.save_dir}' holds {', '.join(obstacles)}, which no run has "
+                    "written and where a run must write. Move it away, or give another directory."
+                )
             folder.begin(folder.checkpoint_path(self.save_dir, 0)).rmdir()
         except OSError as error:
             raise ConfigError(
                 f"TrainerArgs.ckpt_save_dir: the directory '{self.save_dir}' cannot be written: "
                 f"{error.strerror or error}. Free space or permissions there, or give another directory."
             ) from error
+
+    def _check_others(self) -> None:
+        """Raise ConfigError if there are checkpoints, and this run does not go on from one of them."""
         others = folder.complete_checkpoints(self.save_dir)
-        if others and (self._restored is None or not self._is_own(self._restored)):
+        own = self._load_options.optimizer and any(map(self._is_own, self._candidates()))
+        if others and not own:
             raise ConfigError(
                 f"TrainerArgs.ckpt_save_dir: '{self.save_dir}' holds the checkpoints of another run "
                 f"({others[0].name}{', …' if len(others) > 1 else ''}), which are never overwritten. Continue from "
                 'them (TrainerArgs.ckpt_load_dir = "auto"), give another directory, or delete them.'
             )
-        self._delete_older(self.newest_iteration)
-
-
-def find_checkpoint(load_dir: str, save_dir: str) -> Path | None:
-    """Return the checkpoint that ``load_dir`` means: itself, the latest in it, or ("auto") the latest in ``save_dir``.
-
-    Returns None where there is none to load. Raises DataError if a named directory has no complete checkpoint.
-    """
-    return next(iter(_candidates(load_dir, save_dir)), None)
-
-
-def _candidates(load_dir: str, save_dir: str) -> list[Path]:
-    """Return the same checkpoint, followed by those to try if it is damaged."""
-    if not load_dir:
-        return []
-    if load_dir == AUTO:
-        return folder.restore_candidates(Path(save_dir))
-    path = Path(load_dir)
-    found = [path] if (path / MANIFEST).is_file() else folder.restore_candidates(path)[:1]
-    if not found:
-        raise DataError(
-            f'no complete checkpoint in {path} (TrainerArgs.ckpt_load_dir). Give a directory "iteration_<n>" that '
-            f'holds a {MANIFEST}, the directory above such directories, "auto" or "".'
-        )
-    return found
 
 
 class BackgroundWriter:

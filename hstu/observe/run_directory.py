@@ -15,9 +15,16 @@ from types import MappingProxyType
 from typing import Any, Optional, Self, TextIO
 
 from hstu.config.errors import ConfigError, UserError
+from hstu.data.lock import DirectoryLock
 from hstu.observe.plots import draw_curves
 from hstu.observe.records import EvalRecord, TrainRecord, to_line
 from hstu.observe.trackers import TensorBoard, Tracker, WeightsAndBiases
+
+_FILES = (
+    "run.json", "operative*.gin", "metrics.jsonl", "summary.json", "curves.png", "log.txt", "tensorboard",
+    "trace-rank*.json.gz",
+)  # fmt: skip
+"""What a run writes into its directory."""
 
 
 def default_path(source_files: Sequence[str], root: Path | str = "runs", now: Optional[float] = None) -> Path:
@@ -25,10 +32,15 @@ def default_path(source_files: Sequence[str], root: Path | str = "runs", now: Op
 
     Call it on one rank and send the result to the others. ``now``: seconds since the epoch; None: the current time.
     """
-    name = Path(source_files[-1]).stem if source_files else "run"
+    name = run_name(source_files)
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
     path = Path(root) / f"{name}-{stamp}"
-    return _unused(path.parent, f"{path.name}-{{}}", first=2) if path.exists() else path
+    return unused(path.parent, f"{path.name}-{{}}", first=2) if path.exists() else path
+
+
+def run_name(source_files: Sequence[str]) -> str:
+    """The name of the last gin file."""
+    return Path(source_files[-1]).stem if source_files else "run"
 
 
 class RunDirectoryFailure(UserError):
@@ -39,14 +51,17 @@ class RunDirectory:
     """Writes operative.gin at once, metrics.jsonl during the run, summary.json and curves.png at its end.
 
     Args:
-        path: created if absent. A directory that already holds a run is continued: metrics.jsonl gets a "resumed" line,
-            and an operative.gin that differs from ``config_text`` is kept as operative-1.gin, operative-2.gin, ….
+        path: created if absent, and locked until ``close``.
+        identity: content of run.json, which names the run. Empty: there is no such file.
+        continues: the run in ``path`` goes on: metrics.jsonl gets a "resumed" line, and an operative.gin that differs
+            from ``config_text`` is kept as operative-1.gin, operative-2.gin, …. False: the files of an earlier run are
+            moved into the directory previous-1, previous-2, … in ``path``, which ``earlier`` then names.
         is_main: False writes nothing.
         tensorboard: also write event files to ``path/tensorboard``.
         wandb_project: also send the numbers to this project of Weights & Biases, with ``config``.
 
     Raises:
-        ConfigError: the directory cannot be written, or Weights & Biases cannot start.
+        ConfigError: the directory cannot be written or another run writes there, or Weights & Biases cannot start.
         RunDirectoryFailure: the directory cannot be written later.
     """
 
@@ -56,20 +71,24 @@ class RunDirectory:
         config_text: str,
         is_main: bool = True,
         *,
+        identity: str = "",
+        continues: bool = False,
         tensorboard: bool = False,
         wandb_project: Optional[str] = None,
         config: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.path = Path(path)
         self.is_main = is_main
-        self.resumed = False
+        self.identity = identity
+        self.earlier: Optional[Path] = None
+        self._lock: Optional[DirectoryLock] = None
         self._metrics: Optional[TextIO] = None
         self._trackers: list[Tracker] = []
         self._failed = True
         if not is_main:
             return
         try:
-            self._open(config_text)
+            self._open(config_text, continues)
         except OSError as error:
             raise ConfigError(
                 f"TrainerArgs.output_dir: the directory '{path}' cannot be written: {error.strerror or error}. "
@@ -123,6 +142,9 @@ class RunDirectory:
             self._metrics = None
         while self._trackers:
             self._trackers.pop().close(self._failed)
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def __enter__(self) -> Self:
         return self
@@ -130,23 +152,37 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, config_text: str) -> None:
+    def _open(self, config_text: str, continues: bool) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = DirectoryLock(self.path, "TrainerArgs.output_dir")
+        if not continues:
+            self._set_aside()
+        if self.identity:
+            _replace(self.path / "run.json", self.identity)
         operative = self.path / "operative.gin"
         changed = operative.exists() and operative.read_text(encoding="utf-8") != config_text
         if changed:
-            os.replace(operative, _unused(self.path, "operative-{}.gin"))
+            os.replace(operative, unused(self.path, "operative-{}.gin"))
         _replace(operative, config_text)
         # Readers would take the summary of an earlier attempt for that of this one.
         (self.path / "summary.json").unlink(missing_ok=True)
-        self.resumed = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
-        torn = self.resumed and not self.metrics_file.read_bytes().endswith(b"\n")
+        resumed = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
+        torn = resumed and not self.metrics_file.read_bytes().endswith(b"\n")
         self._metrics = self.metrics_file.open("a", encoding="utf-8")
         if torn:  # a kill has cut off the last line; begin a new one
             self._metrics.write("\n")
-        if self.resumed:
+        if resumed:
             at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             self._append({"kind": "resumed", "at": at, "configuration_changed": changed})
+
+    def _set_aside(self) -> None:
+        """Move the files of an earlier run into a directory of their own."""
+        files = [path for pattern in _FILES for path in self.path.glob(pattern)]
+        if files:
+            self.earlier = unused(self.path, "previous-{}")
+            self.earlier.mkdir()
+            for path in files:
+                path.rename(self.earlier / path.name)
 
     def _track(self, values: Mapping[str, float], iteration: int) -> None:
         for tracker in self._trackers:
@@ -173,6 +209,7 @@ def _failure(path: Path, error: OSError) -> RunDirectoryFailure:
     return RunDirectoryFailure(f"the run's directory cannot be written: {path}: {error.strerror or error}")
 
 
-def _unused(directory: Path, pattern: str, first: int = 1) -> Path:
+def unused(directory: Path, pattern: str, first: int = 1) -> Path:
+    """The first path that does not exist of those with a number in place of ``{}``."""
     paths = (directory / pattern.format(number) for number in itertools.count(first))
     return next(path for path in paths if not path.exists())

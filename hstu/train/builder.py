@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from hstu.checkpoint.find import Run
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
@@ -28,7 +29,7 @@ from hstu.model.ranking import RankingDense
 from hstu.model.retrieval import GatherPool, RetrievalDense, own_pool
 from hstu.model.stack import SequenceEncoder, kernel_shapes
 from hstu.observe.logging import set_up_logging
-from hstu.observe.run_directory import RunDirectory, default_path
+from hstu.observe.run_directory import RunDirectory
 from hstu.observe.throughput import ThroughputMeter, peak_tflops
 from hstu.ops.select import select_kernels
 from hstu.ops.types import Kernels
@@ -44,6 +45,7 @@ from hstu.pipeline.native import NativePipeline
 from hstu.pipeline.none import SequentialPipeline, TrainPipeline
 from hstu.pipeline.prefetch import PrefetchPipeline
 from hstu.pipeline.step import TrainStep
+from hstu.train.directories import choose_directories, describe_saving
 from hstu.train.evaluate import Evaluator, RankingEvaluator, RetrievalEvaluator
 from hstu.train.flops import FlopCounter
 from hstu.train.sources import BatchSource, StoreSource, open_source
@@ -63,14 +65,28 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
 
     Raises ConfigError or DataError, on all ranks alike, if the configuration does not fit the data or the machine.
     """
-    run_directory = open_run_directory(config, mesh)
+    path, saved_in = choose_directories(config, mesh)
+    checkpoints = build_checkpoints(config.trainer, saved_in, mesh)
+    try:
+        run_directory = open_run_directory(config, path, checkpoints, mesh)
+        try:
+            return _build(config, run_directory, checkpoints, mesh)
+        except BaseException:
+            run_directory.close()
+            raise
+    except BaseException:
+        checkpoints.close()
+        raise
+
+
+def _build(config: RunConfig, run_directory: RunDirectory, checkpoints: CheckpointStore, mesh: Mesh) -> Trainer:
     mesh.heartbeat.mark("opening the data")
     source = on_all_ranks(lambda: open_source(config, mesh), mesh.world_group)
     require_equal(source.description, mesh.world_group, DataError)
     check_masks(config, source.roles)
     mesh.heartbeat.mark("building the model")
     model, optimizers = build_model(config, source, mesh)
-    state = TrainState(model, optimizers, config.operative_gin(), raw_ids=raw_ids(source))
+    state = TrainState(model, optimizers, config.operative_gin(), run_directory.identity, raw_ids=raw_ids(source))
     peak = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
     log.info("peak for MFU: %.3g TFLOPS per rank (%s)", peak.value, peak.source)
     return Trainer(
@@ -80,7 +96,7 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
         pipeline=build_pipeline(config.trainer, model, optimizers, mesh, build_loss_scale(config)),
         schedule=Schedule(config.schedule),
         evaluator=build_evaluator(config, source, model, mesh),
-        checkpoints=build_checkpoints(config.trainer, mesh),
+        checkpoints=checkpoints,
         state=state,
         run_directory=run_directory,
         meter=ThroughputMeter(peak.value),
@@ -89,18 +105,26 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
     )
 
 
-def open_run_directory(config: RunConfig, mesh: Mesh) -> RunDirectory:
-    """The directory of the run, the same on all ranks. Starts the log that is written there."""
-    path = config.trainer.output_dir or gather_objects(str(default_path(config.source_files)), mesh.world_group)[0]
+def open_run_directory(config: RunConfig, path: Path, checkpoints: CheckpointStore, mesh: Mesh) -> RunDirectory:
+    """The directory of the run. Starts the log that is written there."""
     trackers: dict[str, Any] = {
         "tensorboard": config.trainer.tensorboard,
         "wandb_project": config.trainer.wandb_project,
         "config": {name: dataclasses.asdict(part) for name, part in config.parts().items()},
     }
-    text = config.operative_gin()
-    run_directory = on_all_ranks(lambda: RunDirectory(Path(path), text, mesh.is_main, **trackers), mesh.world_group)
+
+    def open_on_main_rank() -> RunDirectory:
+        continues = mesh.is_main and checkpoints.continues(path)
+        run = Run.of(path, checkpoints.save_dir if config.trainer.saves_checkpoints else None, continues=continues)
+        text = config.operative_gin()
+        return RunDirectory(path, text, mesh.is_main, identity=run.text(), continues=continues, **trackers)
+
+    run_directory = on_all_ranks(open_on_main_rank, mesh.world_group)
     set_up_logging(mesh.rank, run_directory.log_file)
     log.info("%s run in %s, %d rank(s) on %s", config.task, path, mesh.world_size, mesh.device)
+    if run_directory.earlier is not None:
+        log.info("the files of the earlier run in %s are now in %s", path, run_directory.earlier)
+    log.info("checkpoints: %s", describe_saving(config.trainer, checkpoints.save_dir))
     return run_directory
 
 
@@ -253,11 +277,14 @@ def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh
     return RetrievalEvaluator(model, config.task_args, source, mesh, config.trainer.max_eval_iters)
 
 
-def build_checkpoints(args: TrainerArgs, mesh: Mesh) -> CheckpointStore:
-    """Where the run saves its checkpoints, and which one it starts from. Collective."""
+def build_checkpoints(args: TrainerArgs, saved_in: Path, mesh: Mesh) -> CheckpointStore:
+    """Where the run saves its checkpoints, locked if it saves any, and which one it starts from. Collective."""
     options = on_all_ranks(lambda: LoadOptions.from_args(args), mesh.world_group)
     background = BackgroundWriter(mesh, args.collective_timeout_s) if args.ckpt_async else None
-    return CheckpointStore(args.ckpt_save_dir, args.ckpt_load_dir, mesh, args.ckpt_keep_last, background, options)
+    checkpoints = CheckpointStore(saved_in, args.ckpt_load_dir, mesh, args.ckpt_keep_last, background, options)
+    if args.saves_checkpoints:
+        checkpoints.claim()
+    return checkpoints
 
 
 def total_iters(args: TrainerArgs, batches_per_epoch: int) -> int:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import TrainerArgs
+from hstu.config.errors import ConfigError
 from hstu.data.batch import HSTUBatch
 from hstu.data.sampler import SamplerPosition
 from hstu.data.samples import Split
@@ -97,14 +98,26 @@ class Trainer:
             raise
         finally:
             gc.enable()
+            if not self.checkpoints.is_saving:
+                self.checkpoints.close()
             self._summarise(status)
 
     def _restore(self) -> None:
         with self.mesh.heartbeat.during("restoring a checkpoint"):
             self.checkpoints.restore(self.state)
-            if self.args.ckpt_save_interval > 0:
-                self.checkpoints.claim()
+        self._check_length()
         self._selection.follow(self._history)
+
+    def _check_length(self) -> None:
+        iteration, total = self.state.iteration, self.total_iters
+        if iteration > total:
+            option = "max_train_iters" if self.args.max_train_iters is not None else "num_train_epochs"
+            raise ConfigError(
+                f"TrainerArgs.{option}: the run would end after iteration {total}, but the checkpoint that it resumes "
+                f"from has done {iteration}. Set it higher, or load an earlier checkpoint (ckpt_load_dir)."
+            )
+        if iteration == total:
+            log.info("the checkpoint has done all %d iterations: nothing is left to train", total)
 
     def _train_loop(self) -> None:
         """Train until the last iteration or until best_metric has not improved for long enough."""
@@ -158,7 +171,8 @@ class Trainer:
             )
             if self._running_loss.steps:
                 self._log(bar)
-        if args.ckpt_save_interval > 0 and (iteration % args.ckpt_save_interval == 0 or (last and args.save_at_end)):
+        interval = args.ckpt_save_interval if args.saves_checkpoints else None
+        if (interval is not None and iteration % interval == 0) or (last and args.save_at_end):
             self._save()
         if args.gc_interval and iteration % args.gc_interval == 0:
             gc.collect()
@@ -224,14 +238,14 @@ class Trainer:
         self.evaluate(tuple(split for split in splits if not self._history.has(split, self.state.iteration)))
 
     def _keep_best(self) -> None:
-        if self.args.ckpt_save_interval > 0:
+        if self.args.saves_checkpoints:
             self._save()
             with self.meter.paused(), self.mesh.heartbeat.during("saving a checkpoint"):
                 self.checkpoints.mark_best(self.state.iteration)
 
     def _save(self) -> None:
         self.pipeline.resolve()
-        if self.args.ckpt_save_interval > 0 and self.checkpoints.newest_iteration != self.state.iteration:
+        if self.args.saves_checkpoints and self.checkpoints.newest_iteration != self.state.iteration:
             with self.meter.paused(), self.mesh.heartbeat.during("saving a checkpoint"):
                 self.checkpoints.save(self.state)
 

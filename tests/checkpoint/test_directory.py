@@ -24,7 +24,7 @@ from hstu.checkpoint.directory import (
     write_manifest,
     writing_errors,
 )
-from hstu.checkpoint.store import find_checkpoint
+from hstu.checkpoint.find import find_checkpoint
 from hstu.config.errors import DataError
 
 

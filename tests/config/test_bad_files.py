@@ -193,6 +193,7 @@ TOGETHER = [
     bad("best of what is not measured", "ranking", 'TrainerArgs.best_metric = "GAUK"' + HERE,
         "TrainerArgs.ckpt_save_interval = 10", told=("not measured", "one of RankingArgs.eval_metrics =")),
     bad("best that is kept nowhere", "retrieval", 'TrainerArgs.best_metric = "HR@10"' + HERE,
+        "TrainerArgs.ckpt_save_interval = -1",
         told=("has no effect: no checkpoint is kept with TrainerArgs.ckpt_save_interval = -1",)),
     bad("best that is the worst", "ranking", 'TrainerArgs.best_metric = "LOGLOSS"',
         'TrainerArgs.best_metric_mode = "max"' + HERE, "TrainerArgs.ckpt_save_interval = 10",

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import struct
 import sys
 from importlib.util import find_spec
@@ -84,8 +85,7 @@ def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:
 def test_a_directory_that_holds_a_run_is_continued_and_loses_nothing(tmp_path: Path) -> None:
     with RunDirectory(tmp_path, "A.b = 1\n") as run:
         run.write_train(train(10))
-    with RunDirectory(tmp_path, "A.b = 2\n") as run:
-        assert run.resumed
+    with RunDirectory(tmp_path, "A.b = 2\n", continues=True) as run:
         run.write_train(train(20))
     first, marker, second = lines(run.metrics_file)
     assert (first["iter"], second["iter"]) == (10, 20)
@@ -93,9 +93,37 @@ def test_a_directory_that_holds_a_run_is_continued_and_loses_nothing(tmp_path: P
     assert (tmp_path / "operative.gin").read_text() == "A.b = 2\n"
     assert (tmp_path / "operative-1.gin").read_text() == "A.b = 1\n"
 
-    RunDirectory(tmp_path, "A.b = 2\n").close()
+    RunDirectory(tmp_path, "A.b = 2\n", continues=True).close()
     assert not (tmp_path / "operative-2.gin").exists()  # the same configuration is not kept twice
     assert lines(run.metrics_file)[-1]["configuration_changed"] is False
+
+
+def test_a_run_that_does_not_resume_leaves_the_files_of_the_earlier_one_alone(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, "A.b = 1\n", identity="first") as run:
+        run.write_train(train(10))
+        run.write_summary(status="done", iterations=10)
+    (tmp_path / "checkpoints").mkdir()
+    with RunDirectory(tmp_path, "A.b = 1\n", identity="second") as run:
+        run.write_train(train(5))
+    assert run.earlier == tmp_path / "previous-1"
+    assert [record["iter"] for record in lines(run.metrics_file)] == [5]
+    assert [record["iter"] for record in lines(run.earlier / "metrics.jsonl")] == [10]
+    assert (tmp_path / "run.json").read_text() == "second"
+    kept = {path.name for path in run.earlier.iterdir()}
+    assert kept == {"run.json", "operative.gin", "metrics.jsonl", "summary.json"}
+    with RunDirectory(tmp_path, "") as third:
+        assert third.earlier == tmp_path / "previous-2"
+
+
+def test_a_directory_in_which_a_run_is_writing_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, "A.b = 1\n", identity="first") as run:
+        run.write_train(train(10))
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        for continues in (False, True):
+            with pytest.raises(ConfigError, match=rf"output_dir: .* in use by a run .*process {os.getpid()}"):
+                RunDirectory(tmp_path, "A.b = 2\n", identity="second", continues=continues)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_reading_drops_what_a_killed_attempt_did_in_vain(tmp_path: Path) -> None:
@@ -104,7 +132,7 @@ def test_reading_drops_what_a_killed_attempt_did_in_vain(tmp_path: Path) -> None
             run.write_train(train(iteration, loss=float(iteration)))
     with run.metrics_file.open("a") as file:
         file.write('{"kind": "train", "iter": 40, "lo')  # killed while writing
-    with RunDirectory(tmp_path, "") as run:  # its checkpoint was of iteration 10
+    with RunDirectory(tmp_path, "", continues=True) as run:  # its checkpoint was of iteration 10
         run.write_train(train(20, loss=-20.0))
     assert [(record["iter"], record["loss"]) for record in read_metrics(run.metrics_file)] == [(10, 10.0), (20, -20.0)]
 

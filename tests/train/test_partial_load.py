@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from hstu.checkpoint.describe import locate
 from hstu.checkpoint.dynamic import read_table
 from hstu.checkpoint.export import export
+from hstu.checkpoint.find import locate
 from hstu.checkpoint.tensors import open_tensors
 from hstu.config.errors import DataError
 from hstu.config.run_config import RunConfig

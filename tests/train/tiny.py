@@ -35,6 +35,7 @@ TRAINER = {
     "max_train_iters": 4,
     "log_interval": 1,
     "eval_at_end": False,
+    "ckpt_save_interval": -1,
     "tensorboard": False,
     "progress_bar": "off",
     "pipeline_type": "none",

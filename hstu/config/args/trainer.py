@@ -35,13 +35,17 @@ class TrainerArgs(Args):
     """First profiled iteration."""
     profile_step_end: int = option(200, minimum=1)
     """First iteration after the profiled ones."""
-    ckpt_save_interval: int = option(-1, minimum=-1)
-    """Iterations between two checkpoints. -1: save none."""
-    ckpt_save_dir: str = option("./checkpoints", not_empty=True)
-    """Directory of the checkpoints, one subdirectory per saved iteration. Two runs must not share it."""
+    ckpt_save_interval: Optional[int] = option(None, minimum=-1)
+    """Iterations between two checkpoints. The last state (save_at_end) and the best one (best_metric) are saved as
+    well. None: only these. -1: save none."""
+    ckpt_save_dir: Optional[str] = option(None, not_empty=True)
+    """Directory of the checkpoints, one subdirectory per saved iteration. Two runs must not share it. None:
+    ./checkpoints/<name of the run's directory>. With ckpt_load_dir = "auto" and no output_dir, it is ./checkpoints/<gin
+    file name>, so that the next start finds the checkpoints."""
     ckpt_load_dir: str = option("")
-    """Checkpoint to start from: a checkpoint directory, or a directory of checkpoints, whose latest is loaded. "auto"
-    loads the latest one in ckpt_save_dir if there is any, or the one before if the latest is damaged."""
+    """Checkpoint to start from: a checkpoint directory, a directory of checkpoints or the directory of a run, of which
+    the latest is loaded. "auto" loads the latest one in ckpt_save_dir if there is any, or the one before if the latest
+    is damaged."""
     ckpt_load_strict: bool = option(True)
     """True: any mismatch between checkpoint and model is an error. False: load the tensors that match, initialise the
     others, and report which are missing, unexpected or of another size. A table that has grown keeps the saved
@@ -54,7 +58,7 @@ class TrainerArgs(Args):
     tensor whose name starts with "new.", is named "old" in the checkpoint. scripts/inspect_checkpoint.py prints the
     names (model.…). Optimizer states are renamed with their weights."""
     save_at_end: bool = option(True)
-    """Save a checkpoint after the last iteration if ckpt_save_interval > 0."""
+    """Save a checkpoint after the last iteration, unless ckpt_save_interval = -1."""
     ckpt_keep_last: Optional[int] = option(None, minimum=1)
     """Number of newest checkpoints to keep in ckpt_save_dir; older ones are deleted after each save. The best
     checkpoint is always kept. None: keep all."""
@@ -78,9 +82,9 @@ class TrainerArgs(Args):
     eval_at_end: bool = option(True)
     """Evaluate after the last iteration; for retrieval, on the test split."""
     best_metric: Optional[str] = option(None)
-    """One of the task's eval_metrics, such as "NDCG@10" or "AUC/task1". If ckpt_save_interval > 0, the checkpoint with
-    its best value on the first evaluated split ("valid" if there is one) is kept under the name "best"; it is saved at
-    once if that iteration has none."""
+    """One of the task's eval_metrics, such as "NDCG@10" or "AUC/task1". Unless ckpt_save_interval = -1, the checkpoint
+    with its best value on the first evaluated split ("valid" if there is one) is kept under the name "best"; it is
+    saved at once if that iteration has none."""
     best_metric_mode: str = option("max", choices=("max", "min"))
     """Whether a larger or a smaller best_metric is better. LOGLOSS and NE need "min"."""
     early_stop_patience: Optional[int] = option(None, minimum=1)
@@ -117,6 +121,11 @@ class TrainerArgs(Args):
     gc_interval: int = option(0, minimum=0)
     """If above 0, turn automatic garbage collection off and collect every this many iterations, at the same iteration
     on all ranks."""
+
+    @property
+    def saves_checkpoints(self) -> bool:
+        """Whether the run saves anything."""
+        return self.ckpt_save_interval != -1
 
     @property
     def sequences_per_iteration(self) -> int:

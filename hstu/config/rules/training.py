@@ -41,7 +41,7 @@ def best_metric_is_measured(run: RunConfig) -> Iterator[Problem]:
 
 def best_metric_has_an_effect(run: RunConfig) -> Iterator[Problem]:
     trainer = run.trainer
-    if trainer.best_metric is not None and trainer.ckpt_save_interval < 1 and trainer.early_stop_patience is None:
+    if trainer.best_metric is not None and not trainer.saves_checkpoints and trainer.early_stop_patience is None:
         text = (
             f"has no effect: no checkpoint is kept with {run.cite(trainer, 'ckpt_save_interval')}, and "
             "early_stop_patience is not set; set one of the two, or remove this"

@@ -1,0 +1,82 @@
+"""Where a run writes: its own directory, and that of its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hstu.checkpoint.directory import complete_checkpoints
+from hstu.checkpoint.find import AUTO, Run, belongs, candidates
+from hstu.config.args import TrainerArgs
+from hstu.config.errors import ConfigError
+from hstu.config.run_config import RunConfig
+from hstu.observe.run_directory import default_path, run_name, unused
+from hstu.parallel.collectives import gather_objects, on_all_ranks
+from hstu.parallel.mesh import Mesh
+
+CHECKPOINTS = Path("checkpoints")
+"""The checkpoints of a run are in a directory below this one, unless TrainerArgs.ckpt_save_dir is set."""
+
+
+def choose_directories(config: RunConfig, mesh: Mesh) -> tuple[Path, Path]:
+    """The directories of the run and of its checkpoints, the same on all ranks. Creates nothing. Collective."""
+
+    def choose() -> tuple[Path, Path] | None:
+        if not mesh.is_main:
+            return None
+        path = Path(config.trainer.output_dir or default_path(config.source_files))
+        return path, directory_of_checkpoints(config, path)
+
+    chosen: tuple[Path, Path] = gather_objects(on_all_ranks(choose, mesh.world_group), mesh.world_group)[0]
+    return chosen
+
+
+def directory_of_checkpoints(config: RunConfig, path: Path) -> Path:
+    """Where the run that writes to ``path`` saves its checkpoints: TrainerArgs.ckpt_save_dir or a directory of its own.
+
+    A run that goes on keeps the directory that it has. With ckpt_load_dir = "auto" and no output_dir, the directory is
+    named after the gin file, so that the next start finds it.
+    """
+    args = config.trainer
+    if args.ckpt_save_dir is not None:
+        return Path(args.ckpt_save_dir)
+    if args.ckpt_load_dir == AUTO and args.output_dir is None:
+        saved_in = CHECKPOINTS / run_name(config.source_files)
+        _check_not_directly_above(saved_in)
+        return saved_in
+    if earlier := _saved_in_earlier(args, path):
+        return earlier
+    saved_in = CHECKPOINTS / path.name
+    if args.ckpt_load_dir == AUTO:
+        _check_not_directly_above(saved_in)
+        return saved_in
+    return unused(CHECKPOINTS, f"{path.name}-{{}}", first=2) if complete_checkpoints(saved_in) else saved_in
+
+
+def _saved_in_earlier(args: TrainerArgs, path: Path) -> Path | None:
+    """Where the run in ``path`` has saved so far, if this start goes on with it."""
+    earlier = Run.read(path)
+    if earlier is None or earlier.checkpoints is None or not args.ckpt_load_optimizer:
+        return None
+    found = candidates(args.ckpt_load_dir, earlier.checkpoints)
+    return Path(earlier.checkpoints) if any(belongs(checkpoint, path) for checkpoint in found) else None
+
+
+def _check_not_directly_above(saved_in: Path) -> None:
+    """Raise ConfigError if there is nothing to resume in ``saved_in``, but earlier versions saved directly above it."""
+    earlier = complete_checkpoints(CHECKPOINTS)
+    if earlier and not complete_checkpoints(saved_in):
+        raise ConfigError(
+            f'TrainerArgs.ckpt_load_dir = "auto": {saved_in} holds no checkpoint, but an earlier version of this '
+            f'program has saved {earlier[0]}. Set TrainerArgs.ckpt_save_dir = "./{CHECKPOINTS}" to continue '
+            "from there. To start anew, move it away or set another ckpt_save_dir."
+        )
+
+
+def describe_saving(args: TrainerArgs, directory: Path) -> str:
+    """What the run saves, and where."""
+    if not args.saves_checkpoints:
+        return "none, because TrainerArgs.ckpt_save_interval = -1"
+    saved = [f"every {args.ckpt_save_interval} iterations"] if args.ckpt_save_interval is not None else []
+    saved += ["the last state"] if args.save_at_end else []
+    saved += [f"the best {args.best_metric}"] if args.best_metric is not None else []
+    return f"{', '.join(saved) or 'only when SIGTERM ends the run'}, in {directory}"

@@ -34,18 +34,23 @@ def parse_command_line(task: Task, argv: Sequence[str] | None = None, rules: Seq
             count = len(error.problems)
             headline = "bad configuration: " if count == 1 else f"bad configuration, {count} problems:\n"
             print(f"{headline}{error}", file=sys.stderr)
+            _print_warnings(error.warnings)
         else:
             wait_for_the_reporting_rank()
         sys.exit(error.exit_code)
     if is_first_rank:
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+        _print_warnings(warnings)
     if options.print_config:
         _finish(config.operative_gin(), is_first_rank)
     if options.validate_only:
         files = " ".join(options.files)
         _finish(f"OK: {files} describes a {task} run for {world_size} rank{'s'[: world_size > 1]}", is_first_rank)
     return config
+
+
+def _print_warnings(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,6 +6,7 @@ Any other exception is a defect of the program: it shows a traceback and exits w
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 EXIT_DONE = 0
 EXIT_FAILURE = 1
@@ -21,12 +22,13 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """One or more mistakes in the configuration. ``problems`` has one line per mistake."""
+    """One or more mistakes in the configuration, one line each; ``warnings`` are what is allowed but looks wrong."""
 
     exit_code = EXIT_BAD_CONFIG
 
-    def __init__(self, problems: str | list[str]) -> None:
+    def __init__(self, problems: str | list[str], warnings: Sequence[str] = ()) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.warnings = list(warnings)
         super().__init__("\n".join(self.problems))
 
 

@@ -201,9 +201,10 @@ def default_of(field: Field[Any]) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def is_given(field: Field[Any], value: Any) -> bool:
-    """Whether ``value`` is not the default of the field."""
-    return is_required(field) or value != default_of(field)
+def is_given(part: Args, parameter: str) -> bool:
+    """Whether ``part`` has this parameter, with another value than its default."""
+    field = next((field for field in options_of(type(part)) if field.name == parameter), None)
+    return field is not None and (is_required(field) or getattr(part, parameter) != default_of(field))
 
 
 def referred_class(cls: type[Args], field: Field[Any]) -> type[Args] | None:

@@ -1,4 +1,4 @@
-"""The learning-rate multiplier as a pure function of the iteration."""
+"""The learning-rate multiplier as a pure function of iteration and epoch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ class Schedule:
     def __init__(self, args: LRScheduleArgs) -> None:
         self.args = args
 
-    def multiplier(self, iteration: int, total_iters: int, iters_per_epoch: int) -> float:
-        """Multiplier for the step that starts at ``iteration`` (0-based) of ``total_iters``.
+    def multiplier(self, iteration: int, total_iters: int, epoch: int, iters_per_epoch: int) -> float:
+        """Multiplier for the step that starts at ``iteration`` (0-based) of ``total_iters``, in ``epoch`` (0-based).
 
         Warm-up is linear from warmup_start at iteration 0 to 1 at the first iteration after it. The decay follows. With
-        by_epoch the decay changes only at the end of an epoch, the warm-up at every iteration.
+        by_epoch, all steps of an epoch have the multiplier of iteration ``epoch * iters_per_epoch``, its first one.
         """
         warmup = self._warmup_iters(total_iters)
-        if iteration < warmup:
-            return self.args.warmup_start + (1.0 - self.args.warmup_start) * iteration / warmup
-        epoch = iteration // max(1, iters_per_epoch)
+        position = epoch * iters_per_epoch if self.args.by_epoch else iteration
+        if position < warmup:
+            return self.args.warmup_start + (1.0 - self.args.warmup_start) * position / warmup
         if self.args.schedule == "step":
             return self._step_decay(epoch if self.args.by_epoch else iteration)
-        position = epoch * iters_per_epoch if self.args.by_epoch else iteration
-        return self._decay(max(0, position - warmup), self._decay_iters(total_iters, warmup))
+        return self._decay(position - warmup, self._decay_iters(total_iters, warmup))
 
     def _warmup_iters(self, total_iters: int) -> int:
         if self.args.warmup_ratio is not None:

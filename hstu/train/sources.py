@@ -84,6 +84,10 @@ class BatchSource(ABC):
         self._wants_request_times = retrieval is not None and retrieval.request_time == "target"
         self._wants_seen = retrieval is not None and retrieval.filter_seen
 
+    def epoch_after(self, position: SamplerPosition) -> int:
+        """The epoch (0-based) of the training batch that follows ``position``."""
+        return position.epoch + (position.consumed == len(self.train_lengths.items))
+
     @property
     def description(self) -> dict[str, str]:
         """What must be equal on all ranks beside the configuration: name → value."""

@@ -147,7 +147,8 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[HSTUBatch]) -> None:
         self.mesh.heartbeat.mark("training step", self.state.iteration + 1)
-        multiplier = self.schedule.multiplier(self.state.iteration, self.total_iters, self.source.batches_per_epoch)
+        epoch, per_epoch = self.source.epoch_after(self.state.position), self.source.batches_per_epoch
+        multiplier = self.schedule.multiplier(self.state.iteration, self.total_iters, epoch, per_epoch)
         self.state.optimizers.set_lr_multiplier(multiplier)
         result = self.pipeline.progress(batches)
         self.state.iteration += 1

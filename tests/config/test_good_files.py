@@ -252,6 +252,58 @@ def test_balancing_without_effect_is_warned_of(lines: list[str], warned: str | N
     assert warned is None or warned in warnings[0]
 
 
+DYNAMIC = changed(OWN_DATA.replace("item/Emb", "item/DynamicEmb"), "-item/DynamicEmbeddingArgs.sharding_type")
+
+
+@pytest.mark.parametrize(
+    ("base", "lines", "warned"),
+    [
+        (RANKING, ["TrainerArgs.profile_step_start = 5"], "no effect with TrainerArgs.profile = False"),
+        (RANKING, ["NetworkArgs.target_group_size = 2"], "because only candidates are grouped"),
+        (RANKING, ["NetworkArgs.target_group_size = 2", "DatasetArgs.max_num_candidates = 4"], None),
+        (
+            RANKING,
+            ["NetworkArgs.num_position_buckets = 99", 'NetworkArgs.position_encoding = "relative_bias"'],
+            "no effect with NetworkArgs.position_encoding = ('relative_bias',)",
+        ),
+        (RANKING, ["NetworkArgs.num_position_buckets = 99"], None),
+        (
+            RANKING,
+            ["NetworkArgs.recompute_layer = True", "NetworkArgs.recompute_input_silu = True"],
+            "that recomputes the whole layer",
+        ),
+        (RANKING, ['OptimizerArgs.optimizer_str = "sgd"', "OptimizerArgs.adam_beta1 = 0.5"], "no effect with Optim"),
+        (RANKING, ['OptimizerArgs.optimizer_str = "adagrad"', "OptimizerArgs.adam_eps = 0.5"], None),
+        (
+            RANKING,
+            ["RankingArgs.prediction_head_arch = [5]", 'RankingArgs.prediction_head_act_type = "gelu"'],
+            "no effect on the one layer",
+        ),
+        (OWN_DATA, ['action/EmbeddingArgs.sharding = "row_wise"'], "no effect with action/EmbeddingArgs.sharding_type"),
+        (OWN_DATA, ['EmbeddingArgs.sharding = "row_wise"'], None),
+        (DYNAMIC, ["item/DynamicEmbeddingArgs.caching = True"], "because all rows fit into GPU memory"),
+        (
+            DYNAMIC,
+            [
+                "item/DynamicEmbeddingArgs.item_vocab_gpu_capacity = 5",
+                "item/DynamicEmbeddingArgs.item_vocab_gpu_capacity_ratio = 0.5",
+            ],
+            "item_vocab_gpu_capacity_ratio = 0.5: has no effect, because item/DynamicEmb",
+        ),
+        (
+            BENCHMARK,
+            ["seq/FeatureArgs.seqlen_dist = @RandomDistribution()", "RandomDistribution.alpha = 2"],
+            "no effect with RandomDistribution.dist_type = 'uniform'",
+        ),
+    ],
+)
+def test_options_without_effect_are_warned_of(base: str, lines: list[str], warned: str | None, tmp_path: Path) -> None:
+    config = load([write(tmp_path, changed(base, *lines))], [], "ranking")
+    warnings = validate(config, world_size=1, rules=ALL_RULES)
+    assert len(warnings) == (0 if warned is None else 1), warnings
+    assert warned is None or warned in warnings[0]
+
+
 def test_warning_free_by_default(tmp_path: Path) -> None:
     assert validate(load([write(tmp_path, RANKING)], [], "ranking"), world_size=1, rules=ALL_RULES) == []
 
@@ -265,7 +317,7 @@ def test_tensor_parallelism_is_accepted_where_it_divides(tmp_path: Path) -> None
     "lines",
     [
         ['OptimizerArgs.sparse_optimizer_str = "adagrad"'],  # what trains the tables, and it keeps a moment an element
-        ['item/EmbeddingArgs.sharding_type = "data_parallel"'],  # replicated: nothing is cut
+        ['item/EmbeddingArgs.sharding_type = "data_parallel"', 'item/EmbeddingArgs.sharding = "auto"'],
         ['item/EmbeddingArgs.sharding = "table_wise"'],
         ['item/EmbeddingArgs.optimizer_str = "adagrad"'],  # its own
     ],

@@ -13,7 +13,7 @@ TOTAL, PER_EPOCH = 100, 10
 
 def multipliers(**args: Any) -> list[float]:
     schedule = Schedule(LRScheduleArgs(**args))
-    return [schedule.multiplier(iteration, TOTAL, PER_EPOCH) for iteration in range(TOTAL + 1)]
+    return [schedule.multiplier(iteration, TOTAL, iteration // PER_EPOCH, PER_EPOCH) for iteration in range(TOTAL + 1)]
 
 
 def test_constant_is_one() -> None:
@@ -75,6 +75,17 @@ def test_by_epoch_moves_at_epoch_ends_and_counts_milestones_in_epochs() -> None:
     assert linear[50] == pytest.approx(0.5)
 
 
+def test_by_epoch_warms_up_at_epoch_ends() -> None:
+    values = multipliers(warmup_iters=25, warmup_start=0.5, by_epoch=True)
+    assert values[:40] == pytest.approx([0.5] * 10 + [0.7] * 10 + [0.9] * 10 + [1.0] * 10)
+
+
+def test_by_epoch_follows_the_epochs_of_the_data_not_their_usual_length() -> None:
+    schedule = Schedule(LRScheduleArgs(schedule="linear", by_epoch=True))
+    assert schedule.multiplier(11, TOTAL, 0, PER_EPOCH) == 1.0  # an epoch of 12 steps
+    assert schedule.multiplier(12, TOTAL, 1, PER_EPOCH) == pytest.approx(0.9)
+
+
 @given(
     shape=st.sampled_from(["constant", "linear", "cosine", "cosine_restarts", "exponential", "step"]),
     warmup=st.integers(0, 150), total=st.integers(1, 120), per_epoch=st.integers(1, 50),
@@ -84,4 +95,4 @@ def test_a_multiplier_is_always_between_zero_and_one(
     shape: str, warmup: int, total: int, per_epoch: int, iteration: int, floor: float, by_epoch: bool
 ) -> None:
     args = LRScheduleArgs(schedule=shape, warmup_iters=warmup, min_ratio=floor, milestones=[5, 9], by_epoch=by_epoch)
-    assert 0.0 <= Schedule(args).multiplier(iteration, total, per_epoch) <= 1.0 + 1e-12
+    assert 0.0 <= Schedule(args).multiplier(iteration, total, iteration // per_epoch, per_epoch) <= 1.0 + 1e-12

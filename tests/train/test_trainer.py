@@ -2,6 +2,7 @@
 
 import gc
 import gzip
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import torch
 
 from hstu.config.errors import DataError, UserError
 from hstu.config.gin_io import load
+from hstu.data.sampler import SamplerPosition
 from hstu.data.store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.none import SequentialPipeline
@@ -74,6 +76,23 @@ def test_a_training_record_tells_what_it_cost(train: Callable[..., FinishedRun])
     assert record["epoch"] == 1.0
     assert record["samples_per_s"] > 0 and record["tokens_per_s"] > record["samples_per_s"]
     assert 0 < record["data_wait"] < 1 and 0 < record["mfu"] < 1 and record["memory_bytes"] > 2**20
+
+
+@pytest.mark.parametrize("first_part", [24, 7])
+def test_by_epoch_learning_rates_change_at_the_ends_of_epochs_of_any_length(
+    train: Callable[..., FinishedRun], first_part: int
+) -> None:
+    trainer = {"tokens_per_rank": 40, "max_train_iters": 24, "ckpt_save_interval": 7, "ckpt_load_dir": "auto"}
+    schedule = {"schedule": "linear", "by_epoch": True, "warmup_iters": 8, "warmup_start": 0.1, "decay_iters": 100}
+    if first_part < 24:  # the rest is trained by a run that resumes in the midst of an epoch
+        train("ranking", trainer=trainer | {"max_train_iters": first_part}, schedule=schedule)
+    finished = train("ranking", trainer=trainer, schedule=schedule)
+    plans = finished.trainer.source.train_sampler(SamplerPosition())
+    epochs = [plan.epoch for plan in itertools.islice(plans, 24)]
+    lengths = [epochs.count(epoch) for epoch in range(epochs[-1])]
+    assert len(set(lengths)) > 1, "epochs of different lengths"
+    rates = {(epoch, record["lr"]) for epoch, record in zip(epochs, finished.records, strict=True)}
+    assert len(rates) == len(dict(rates)) == len(set(dict(rates).values())), "one for each epoch"
 
 
 def test_evaluating_in_between_does_not_change_training(train: Callable[..., FinishedRun]) -> None:

@@ -88,7 +88,9 @@ class LRScheduleArgs(Args):
     milestones: list[int] = option([], minimum=1)
     """step: iterations, or epochs if by_epoch, at which decay_factor applies."""
     by_epoch: bool = option(False)
-    """True: the multiplier changes only between epochs, and milestones are epochs."""
+    """True: the multiplier changes only between epochs, also during the warm-up, and milestones are epochs. All steps
+    of an epoch have the multiplier of its first one. With TrainerArgs.tokens_per_rank, where epochs differ by a few
+    steps, the multiplier is computed as if all were as long as the first."""
 
 
 @dataclass(frozen=True, kw_only=True)

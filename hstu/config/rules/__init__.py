@@ -29,9 +29,10 @@ def validate(config: RunConfig, world_size: int, rules: Iterable[Rule] = RULES) 
 def check(draft: RunDraft, rules: Iterable[Rule], found: Iterable[Problem] = ()) -> list[str]:
     """Applies ``rules`` to a draft. Returns warnings, one line each.
 
-    Raises ConfigError with all mistakes: those ``found`` already and those of the rules.
+    Raises ConfigError with all mistakes, those ``found`` already and those of the rules, and with the warnings.
     """
     problems = [*found, *apply(rules, draft)]
+    warnings = in_reading_order(problem for problem in problems if problem.is_warning)
     if mistakes := [problem for problem in problems if not problem.is_warning]:
-        raise ConfigError(in_reading_order(mistakes))
-    return in_reading_order(problems)
+        raise ConfigError(in_reading_order(mistakes), warnings)
+    return warnings

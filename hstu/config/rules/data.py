@@ -5,10 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from hstu.config.args import Args, BenchmarkDatasetArgs, DatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs, FeatureArgs
+from hstu.config.args import (
+    Args,
+    BenchmarkDatasetArgs,
+    DatasetArgs,
+    DynamicEmbeddingArgs,
+    EmbeddingArgs,
+    FeatureArgs,
+    RandomDistribution,
+)
 from hstu.config.incomplete import apply
+from hstu.config.option import is_given
 from hstu.config.problems import Problem, did_you_mean
 from hstu.config.run_config import RunConfig
+
+_GPU_MEMORY = ("global_hbm_for_values", "item_vocab_gpu_capacity", "item_vocab_gpu_capacity_ratio")
+"""Options of a dynamic table for its GPU memory; the first one that is given decides."""
 
 # --- tables of the gin files ----------------------------------------------------------------------------------------
 
@@ -61,10 +73,29 @@ def kernels_are_for_sharded_tables(run: RunConfig, table: EmbeddingArgs) -> Iter
         yield run.problem(table, "compute_kernel", text)
 
 
+def sharding_is_for_sharded_tables(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
+    sharded = [other for other in run.embeddings if other.sharding_type == "model_parallel"]
+    is_default_of_others = any(other.sharding == table.sharding for other in sharded)  # EmbeddingArgs.sharding = …
+    if table.sharding_type == "data_parallel" and is_given(table, "sharding") and not is_default_of_others:
+        text = f"has no effect with {run.cite(table, 'sharding_type')}; remove it"
+        yield run.problem(table, "sharding", text, is_warning=True)
+
+
 def dynamic_tables_choose_their_kernel(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
     if isinstance(table, DynamicEmbeddingArgs) and table.compute_kernel is not None:
         text = "is not for dynamic tables, whose kernel follows from caching and their GPU memory; remove it"
         yield run.problem(table, "compute_kernel", text)
+
+
+def one_option_gives_the_gpu_memory(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
+    if isinstance(table, DynamicEmbeddingArgs):
+        given = [name for name in _GPU_MEMORY if getattr(table, name) is not None]
+        for name in given[1:]:
+            text = f"has no effect, because {run.cite(table, given[0])} takes precedence; remove one of them"
+            yield run.problem(table, name, text, is_warning=True)
+        if table.caching and not given:
+            text = f"has no effect, because all rows fit into GPU memory; set one of {', '.join(_GPU_MEMORY)}"
+            yield run.problem(table, "caching", text, is_warning=True)
 
 
 def dense_kernel_has_adam(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
@@ -85,7 +116,8 @@ def _optimizer_of(run: RunConfig, table: EmbeddingArgs) -> tuple[Args, str]:
 
 RULES_OF_A_TABLE = (
     rowwise_adagrad_forbids_column_wise, rowwise_adagrad_is_for_sharded_tables, kernels_are_for_sharded_tables,
-    dynamic_tables_choose_their_kernel, dense_kernel_has_adam,
+    sharding_is_for_sharded_tables,
+    dynamic_tables_choose_their_kernel, one_option_gives_the_gpu_memory, dense_kernel_has_adam,
 )  # fmt: skip
 
 
@@ -185,13 +217,32 @@ def length_distributions_are_for_jagged_features(run: RunConfig, group: FeatureA
 
 
 def distributions_have_a_range(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
-    for dist in filter(None, [getattr(group, "seqlen_dist", None), *(getattr(group, "value_dists", None) or [])]):
+    for dist in _distributions(group):
         if (high := getattr(dist, "high", None)) is not None and getattr(dist, "low", -1) >= high:
             yield run.problem(dist, "low", f"must be below {run.cite(dist, 'high')}")
 
 
+def distributions_have_the_parameters_of_their_kind(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
+    for dist in _distributions(group):
+        yield from apply([parameters_fit_the_kind], run, dist)
+
+
+def parameters_fit_the_kind(run: RunConfig, dist: RandomDistribution) -> Iterator[Problem]:
+    readers = {"mean": ("normal", "lognormal"), "std": ("normal", "lognormal"), "alpha": ("zipf",)}
+    for name, kinds in readers.items():
+        if dist.dist_type not in kinds and is_given(dist, name):
+            yield run.problem(
+                dist, name, f"has no effect with {run.cite(dist, 'dist_type')}; remove it", is_warning=True
+            )
+
+
+def _distributions(group: FeatureArgs) -> list[RandomDistribution]:
+    return [*filter(None, [getattr(group, "seqlen_dist", None)]), *(getattr(group, "value_dists", None) or [])]
+
+
 RULES_OF_A_GROUP = (
     ids_have_one_distribution_each, length_distributions_are_for_jagged_features, distributions_have_a_range,
+    distributions_have_the_parameters_of_their_kind,
 )  # fmt: skip
 RULES_OF_THE_DATA = (
     features_are_described_once, roles_are_features, features_have_roles, features_have_tables,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from hstu.config.args import Args, Task
+from hstu.config.args import Args, BenchmarkDatasetArgs, Task
 from hstu.config.incomplete import apply
-from hstu.config.option import is_given, options_of
+from hstu.config.option import is_given
 from hstu.config.problems import Problem, literal
 from hstu.config.run_config import RunConfig
 
@@ -29,10 +29,21 @@ class _Not(tuple[Any, ...]):
         return not super().__contains__(value)
 
 
+_WITH_A_DECAY = ("linear", "cosine", "cosine_restarts", "exponential")
+
 NEEDS: Iterable[tuple[str, str, tuple[Any, ...], str]] = (
     ("trainer.ckpt_load_optimizer", "trainer.ckpt_load_dir", _Not(["", "auto"]), "it is for checkpoints of other runs"),
     ("trainer.ckpt_param_map", "trainer.ckpt_load_dir", _Not(["", "auto"]), "it is for checkpoints of other runs"),
+    ("trainer.ckpt_load_strict", "trainer.ckpt_load_dir", _Not([""]), "nothing is loaded"),
     ("trainer.early_stop_patience", "trainer.best_metric", _Not([None]), "it counts evaluations of that metric"),
+    ("trainer.best_metric_mode", "trainer.best_metric", _Not([None]), ""),
+    ("trainer.profile_step_start", "trainer.profile", (True,), ""),
+    ("trainer.profile_step_end", "trainer.profile", (True,), ""),
+    ("trainer.data_prefetch", "trainer.data_workers", _Not([0]), "only data workers prepare batches in advance"),
+    ("trainer.max_bad_rows", "trainer.bad_row_policy", ("skip",), "no sample is skipped"),
+    ("network.target_group_size", "dataset.max_num_candidates", _Not([0]), "only candidates are grouped"),
+    ("network.recompute_input_layernorm", "network.recompute_layer", (False,), "that recomputes the whole layer"),
+    ("network.recompute_input_silu", "network.recompute_layer", (False,), "that recomputes the whole layer"),
     (
         "network.sequence_parallel", "tensor_parallel.tensor_model_parallel_size", _Not([1]),
         "it splits tokens over the ranks of a tensor-parallel group",
@@ -45,9 +56,22 @@ NEEDS: Iterable[tuple[str, str, tuple[Any, ...], str]] = (
         "it sends gradients in the type of the model, which is already float32",
     ),
     ("schedule.milestones", "schedule.schedule", ("step",), ""),
+    ("schedule.decay_factor", "schedule.schedule", ("exponential", "step"), ""),
+    ("schedule.min_ratio", "schedule.schedule", _Not(["constant"]), "there is no decay"),
+    ("schedule.decay_iters", "schedule.schedule", _WITH_A_DECAY, ""),
+    ("schedule.decay_ratio", "schedule.schedule", _WITH_A_DECAY, ""),
     ("task_args.shared_negatives", "task_args.negatives", ("uniform",), "only uniform negatives are drawn"),
 )  # fmt: skip
 """(option, other option, values of the other with which the first has an effect, why if it is not obvious)."""
+
+ONLY_TOLD = (
+    "trainer.profile_step_start", "trainer.profile_step_end", "network.target_group_size",
+    "network.recompute_input_layernorm", "network.recompute_input_silu",
+)  # fmt: skip
+"""Options of ``NEEDS`` that files of other trainers give without need: where they have no effect is a warning."""
+
+OF_STORED_DATA = ("trainer.data_workers", "trainer.bad_row_policy")
+"""Options that have no effect on random data, which each rank generates in memory."""
 
 OF_ONE_TASK = (
     ("dataset.valid_items", "retrieval", "ranking holds out whole users or a period of time"),
@@ -76,7 +100,12 @@ def _need_is_met(run: RunConfig, option: str, needed: str, values: tuple[Any, ..
         wanted = ("a value other than " if isinstance(values, _Not) else "") + " or ".join(map(literal, values))
         because = f", because {reason}" if reason else ""
         text = f"has no effect with {run.cite(part, parameter)}{because}; remove it, or set {parameter} to {wanted}"
-        yield run.problem(*given, text)
+        yield run.problem(*given, text, is_warning=option in ONLY_TOLD)
+
+
+def _reads_a_store(run: RunConfig, option: str) -> Iterator[Problem]:
+    if isinstance(run.dataset, BenchmarkDatasetArgs) and (given := _given(run, option)):
+        yield run.problem(*given, "has no effect on the random data of BenchmarkDatasetArgs; remove it")
 
 
 def _fits_the_task(run: RunConfig, option: str, task: Task, reason: str) -> Iterator[Problem]:
@@ -88,9 +117,10 @@ def _given(run: RunConfig, option: str) -> tuple[Args, str] | None:
     """(part, parameter) of an option; None if it has its default or the run does not have it."""
     place, parameter = option.split(".")
     part: Args = getattr(run, place)
-    fields = {field.name: field for field in options_of(type(part))}
-    is_set = parameter in fields and is_given(fields[parameter], getattr(part, parameter))
-    return (part, parameter) if is_set else None
+    return (part, parameter) if is_given(part, parameter) else None
 
 
-RULES = (_for_each(EXCLUSIVE, _not_combined), _for_each(NEEDS, _need_is_met), _for_each(OF_ONE_TASK, _fits_the_task))
+RULES = (
+    _for_each(EXCLUSIVE, _not_combined), _for_each(NEEDS, _need_is_met), _for_each(OF_ONE_TASK, _fits_the_task),
+    _for_each([(option,) for option in OF_STORED_DATA], _reads_a_store),
+)  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, RankingArgs, RetrievalArgs
 from hstu.config.args.dataset import SPLITS
+from hstu.config.option import is_given
 from hstu.config.problems import Problem, literal
 from hstu.config.rules.data import length_of_items
 from hstu.config.run_config import RunConfig
@@ -65,6 +66,13 @@ def head_fits_the_tasks(run: RunConfig) -> Iterator[Problem]:
             yield run.problem(ranking, "prediction_head_arch", text)
 
 
+def activation_is_between_layers(run: RunConfig) -> Iterator[Problem]:
+    if isinstance(ranking := run.task_args, RankingArgs) and is_given(ranking, "prediction_head_act_type"):
+        text = f"has no effect on the one layer of {run.cite(ranking, 'prediction_head_arch')}; remove it"
+        if len(ranking.prediction_head_arch) == 1:
+            yield run.problem(ranking, "prediction_head_act_type", text, is_warning=True)
+
+
 def metrics_fit_the_head(run: RunConfig) -> Iterator[Problem]:
     if isinstance(ranking := run.task_args, RankingArgs):
         for metric in ranking.eval_metrics:
@@ -95,6 +103,13 @@ def ranking_has_actions(run: RunConfig) -> Iterator[Problem]:
 
 
 # --- retrieval -----------------------------------------------------------------------------------------------------
+
+
+def added_actions_exist(run: RunConfig) -> Iterator[Problem]:
+    missing = (None, "") if isinstance(run.dataset, BenchmarkDatasetArgs) else ("",)
+    if run.task == "retrieval" and run.dataset.action_feature_name in missing and not run.network.interleave_actions:
+        text = f"has no effect with {run.cite(run.dataset, 'action_feature_name')}: there are no actions; remove it"
+        yield run.problem(run.network, "interleave_actions", text)
 
 
 def retrieval_has_a_next_item(run: RunConfig) -> Iterator[Problem]:
@@ -132,6 +147,12 @@ def position_encodings_combine(run: RunConfig) -> Iterator[Problem]:
         yield run.problem(run.network, "position_encoding", text)
 
 
+def position_buckets_have_a_table(run: RunConfig) -> Iterator[Problem]:
+    if is_given(run.network, "num_position_buckets") and "absolute" not in run.network.position_encoding:
+        text = f"has no effect with {run.cite(run.network, 'position_encoding')}; remove it"
+        yield run.problem(run.network, "num_position_buckets", text, is_warning=True)
+
+
 # --- masks ---------------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +185,7 @@ def label_leak(run: RunConfig, has_context: bool) -> Iterator[Problem]:
 
 RULES = (
     features_have_one_role, actions_are_not_items, candidates_leave_history, windows_leave_no_gap, split_fits_the_task,
-    head_fits_the_tasks, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
-    retrieval_has_a_next_item, number_of_negatives_fits_their_kind, request_time_is_seen,
-    position_encodings_combine, masks_hide_the_labels,
+    head_fits_the_tasks, activation_is_between_layers, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
+    added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, request_time_is_seen,
+    position_encodings_combine, position_buckets_have_a_table, masks_hide_the_labels,
 )  # fmt: skip

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from hstu.config.args import DatasetArgs, FeatureArgs, RankingArgs
 from hstu.config.args.task import LOWER_IS_BETTER, METRICS_PER_TASK
+from hstu.config.option import is_given
 from hstu.config.problems import Problem, did_you_mean
 from hstu.config.rules.data import length_of_items
 from hstu.config.run_config import RunConfig, RunDraft
@@ -133,6 +134,19 @@ def momentum_has_sgd(run: RunConfig) -> Iterator[Problem]:
             yield run.problem(optimizer, "momentum", text)
 
 
+def adam_options_have_adam(run: RunConfig) -> Iterator[Problem]:
+    optimizer = run.optimizer
+    kinds = {optimizer.optimizer_str, optimizer.sparse_optimizer_str}
+    kinds |= {part.optimizer_str for part in optimizer.part_optimizers}
+    kinds |= {table.optimizer_str for table in run.embeddings}
+    adam = {"adam", "adamw"}
+    readers = {"adam_beta1": adam, "adam_beta2": adam, "adam_eps": adam | {"adagrad", "rowwise_adagrad"}}
+    for name, those in readers.items():
+        if not kinds & those and is_given(optimizer, name):
+            text = f"has no effect with {run.cite(optimizer, 'optimizer_str')}; remove it"
+            yield run.problem(optimizer, name, text, is_warning=True)
+
+
 def part_regexes_compile(run: RunConfig) -> Iterator[Problem]:
     for part in run.optimizer.part_optimizers:
         try:
@@ -157,10 +171,42 @@ def warmup_and_decay_fit_into_the_run(run: RunConfig) -> Iterator[Problem]:
         yield run.problem(schedule, "decay_ratio", f"and {other} together exceed 1, the whole run; lower one of them")
 
 
+def warmup_start_has_a_warmup(run: RunConfig) -> Iterator[Problem]:
+    if run.schedule.warmup_start > 0 and not _has_warmup(run):
+        text = "has no effect without a warm-up; set warmup_iters or warmup_ratio above 0, or remove this"
+        yield run.problem(run.schedule, "warmup_start", text)
+
+
+def by_epoch_has_an_effect(run: RunConfig) -> Iterator[Problem]:
+    schedule, trainer = run.schedule, run.trainer
+    if schedule.by_epoch and schedule.schedule == "constant" and not _has_warmup(run):
+        text = f"has no effect with {run.cite(schedule, 'schedule')} and no warm-up; remove it"
+        yield run.problem(schedule, "by_epoch", text)
+    elif schedule.by_epoch and trainer.max_train_iters is None and (trainer.num_train_epochs or 1) <= 1:
+        text = "never changes the learning rate in a run of one epoch; set num_train_epochs above 1, or remove this"
+        yield run.problem(schedule, "by_epoch", text)
+
+
+def by_epoch_trains_in_the_first_epoch(run: RunConfig) -> Iterator[Problem]:
+    schedule = run.schedule
+    if schedule.by_epoch and _has_warmup(run) and schedule.warmup_start == 0:
+        text = (
+            f"with {run.cite(schedule, 'warmup_start')} the learning rate is 0 for the whole first epoch; set "
+            "warmup_start above 0, or remove this"
+        )
+        yield run.problem(schedule, "by_epoch", text)
+
+
+def _has_warmup(run: RunConfig) -> bool:
+    return (run.schedule.warmup_iters or run.schedule.warmup_ratio or 0) > 0
+
+
 RULES = (
     profiled_iterations_are_a_range, save_interval_is_not_zero,
     best_metric_is_measured, best_metric_has_an_effect, best_metric_mode_fits_the_metric,
     token_limit_admits_the_longest_sequence, token_limit_can_be_reached, balanced_lengths_differ,
     heads_divide, ranks_divide,
-    momentum_has_sgd, part_regexes_compile, milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run,
+    momentum_has_sgd, adam_options_have_adam, part_regexes_compile,
+    milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run, warmup_start_has_a_warmup,
+    by_epoch_has_an_effect, by_epoch_trains_in_the_first_epoch,
 )  # fmt: skip

@@ -32,10 +32,9 @@ def write(table: pd.DataFrame, file: Path) -> Path:
 
 def make(folder: Path, table: pd.DataFrame, suffix: str = ".csv", **columns: Any) -> SequenceStore:
     file = write(table, folder / f"events{suffix}")
-    columns = {"user": "member", "item": "sku"} | columns
-    return SequenceStore.open(
-        import_interactions("mine", InteractionColumns(interactions=file, **columns), output=folder / "mine")
-    )
+    policy = columns.pop("bad_row_policy", "raise")
+    given = InteractionColumns(**({"interactions": file, "user": "member", "item": "sku"} | columns))
+    return SequenceStore.open(import_interactions("mine", given, output=folder / "mine", bad_row_policy=policy))
 
 
 def histories(store: SequenceStore) -> dict[object, list[object]]:
@@ -198,6 +197,32 @@ def test_unusable_tables_are_answered_with_what_is_wrong(
     with pytest.raises(DataError, match=message):
         make(tmp_path, TABLE.assign(**change), **columns)
     assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("column", ["member", "sku"])
+def test_empty_text_is_no_id_in_any_format(suffix: str, column: str, tmp_path: Path) -> None:
+    table = pd.DataFrame({"member": ["a", "b", "b"], "sku": ["7", "8", "9"]})
+    with pytest.raises(DataError, match=f"'{column}' is empty"):
+        make(tmp_path, table.assign(**{column: ["7", "", "8"]}), suffix)
+    store = make(tmp_path, table.assign(**{column: ["7", "", "8"]}), suffix, bad_row_policy="skip")
+    feature = {"member": "user_id", "sku": "sku"}[column]
+    assert store.raw_ids(feature).tolist() == [7, 8], "the other ids are integers, as they would be without it"
+
+
+def test_an_empty_id_in_quotes_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text('member,sku\na,b\n"",b\n')
+    columns = InteractionColumns(interactions=tmp_path / "events.csv", user="member", item="sku")
+    with pytest.raises(DataError, match=r"events\.csv:3: 'member' is empty"):
+        import_interactions("mine", columns, output=tmp_path / "mine")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_context_without_a_user_is_nobodys(suffix: str, tmp_path: Path) -> None:
+    users = pd.DataFrame({"member": ["", "", "abe"], "age": ["1", "2", "3"]})
+    context = write(users, tmp_path / f"members{suffix}")
+    store = make(tmp_path, TABLE, context=context, context_columns=("age",))
+    assert store.raw_ids("age")[store.context("age")].tolist() == ["3", "unknown"]
 
 
 def test_float_ids_are_refused(tmp_path: Path) -> None:

@@ -214,6 +214,6 @@ def _resolve_types(
 
 def _context(columns: InteractionColumns, user_is_integer: bool) -> str:
     # If users of events are integers, a user that is no integer has no events: it becomes NULL and matches nobody.
-    user = as_integer('"user"') if user_is_integer else 'CAST("user" AS VARCHAR)'
+    user = as_integer('"user"') if user_is_integer else "nullif(CAST(\"user\" AS VARCHAR), '')"
     features = len([column for column in columns.context_columns if column != columns.user])
     return ", ".join([f'{user} AS "user"', *(f"CAST(c{place} AS VARCHAR) AS c{place}" for place in range(features))])

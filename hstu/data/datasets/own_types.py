@@ -66,20 +66,25 @@ class ColumnTypes:
         self._types: dict[str, str] = {row[0]: row[1] for row in described}
 
     def id(self, name: str, column: str) -> tuple[str, bool]:
-        """(BIGINT or VARCHAR expression, whether it is BIGINT). BIGINT only if all values are canonical int64."""
+        """(BIGINT or VARCHAR expression, whether it is BIGINT). BIGINT only if all values are canonical int64.
+
+        Empty text is no id, whether it comes from CSV or Parquet.
+        """
         kind = self._types[name]
         if kind not in _INTEGERS and kind != "VARCHAR":
             raise DataError(f"{self._name}: ids in {column!r} must be integers or strings, the column is {kind}")
-        integer = as_integer(identifier(name))
-        if self._unlike(name, integer) == 0:
+        value = identifier(name)
+        if kind == "VARCHAR":
+            value = f"nullif({value}, '')"
+        integer = as_integer(value)
+        if self._unlike(value, integer) == 0:
             return integer, True
         if kind == "VARCHAR":
-            self._refuse_decimals(name, column)
-        return f"CAST({identifier(name)} AS VARCHAR)", False
+            self._refuse_decimals(value, column)
+        return f"CAST({value} AS VARCHAR)", False
 
-    def _refuse_decimals(self, name: str, column: str) -> None:
+    def _refuse_decimals(self, value: str, column: str) -> None:
         """DataError where all values are numbers and some have a fraction, as pandas writes integers with gaps."""
-        value = identifier(name)
         number = f"regexp_full_match({value}, '{_DECIMAL}')"
         query = f"SELECT bool_and({number}), min({value}) FILTER (WHERE contains({value}, '.')) FROM {self._relation}"
         ((only_numbers, fraction),) = self._engine.execute(query).fetchall()
@@ -101,10 +106,10 @@ class ColumnTypes:
             value = r"""regexp_replace("time", '\s+([+-]\d\d(:?\d\d)?)$', '\1')"""
         date = f"TRY_CAST({value} AS TIMESTAMPTZ)"
         moment = f"CASE WHEN isfinite({date}) THEN {date} END"
-        best, unlike = moment, self._unlike("time", moment)
+        best, unlike = moment, self._unlike('"time"', moment)
         if not self._types["time"].startswith(_DATES):
             for kind in (finite, integer):  # on a tie, integers, which are exact
-                if (others := self._unlike("time", kind)) <= unlike:
+                if (others := self._unlike('"time"', kind)) <= unlike:
                     best, unlike = kind, others
         if best == moment:
             if unit not in ("s", "auto"):
@@ -130,9 +135,9 @@ class ColumnTypes:
         _log.info("times in %r are %s since 1970", column, TIME_UNITS[unit].name)
         return unit
 
-    def _unlike(self, name: str, converted: str) -> int:
+    def _unlike(self, value: str, converted: str) -> int:
         """How many values the conversion turns into NULL."""
-        condition = f"{identifier(name)} IS NOT NULL AND ({converted}) IS NULL"
+        condition = f"{value} IS NOT NULL AND ({converted}) IS NULL"
         ((count,),) = self._engine.execute(f"SELECT count(*) FROM {self._relation} WHERE {condition}").fetchall()
         return int(count)
 

@@ -157,7 +157,7 @@ def _check_log(state: BuildState, number: int, log: RawFile, bad: BadRows) -> No
             text, kind = one(state.engine, query)
             column = state.raw.descriptions.get(name) or ColumnDescription(name, "a value")
             value = repr(text) if kind == "VARCHAR" else text
-            shown = "is empty or of the wrong type" if text is None else f"is {value}"
+            shown = "is empty or of the wrong type" if not text else f"is {value}"
             detail = f"{column.label!r} {shown}; allowed is {column.allowed}{column.hint(text or '')}"
             bad.add(count, f"unusable {name}", log.place(first), detail)
 

@@ -203,7 +203,8 @@ class TrainedModel:
 
         Items without a row in a dynamic table have zero vectors. Raises DataError for a ranking model.
         """
-        corpus = self._retrieval_evaluator().corpus()
+        all_codes = np.arange(self.store.cardinality(self.source.roles.item), dtype=np.int64)
+        corpus = self._retrieval_evaluator().corpus(self._model_ids(all_codes))
         with self._inference():
             return torch.cat([vectors for _, vectors in corpus.chunks()])[: corpus.size]
 
@@ -215,18 +216,33 @@ class TrainedModel:
         evaluator = self._retrieval_evaluator()
         rows, offsets = encode_users(self.store, users), self.store.offsets()
         lengths = offsets[rows + 1] - offsets[rows]
-        seen = self.store.sequence(self.source.roles.item)[ranges(offsets[rows], lengths)].astype(np.int64)
-        queries = Queries(self._user_vectors(rows), rows, np.full_like(rows, -1), seen, lengths)
+        seen = self.store.sequence(self.source.roles.item)[ranges(offsets[rows], lengths)]
+        queries = Queries(self._user_vectors(rows), rows, np.full_like(rows, -1), self._model_ids(seen), lengths)
         with self._inference():
-            codes, scores = recommend(queries, evaluator.corpus(), top)
-        raw_ids, titles = self.store.raw_ids(self.store.item_feature), self.store.titles()
-        names = raw_ids if titles is None else titles
+            corpus = evaluator.corpus()
+            positions, scores = recommend(queries, corpus, top)
+        ids = corpus.ids.cpu().numpy()
         recommendations = []
-        for user, user_codes, user_scores in zip(users, codes, scores, strict=True):
-            found = user_codes[user_codes >= 0]
-            items, shown = raw_ids[found].tolist(), [str(name) for name in names[found]]
-            recommendations.append(Recommendation(user, items, shown, user_scores[: len(found)].tolist()))
+        for user, of_user, of_scores in zip(users, positions, scores, strict=True):
+            found = ids[of_user[of_user >= 0]]
+            items, titles = self._describe_items(found)
+            recommendations.append(Recommendation(user, items, titles, of_scores[: len(found)].tolist()))
         return recommendations
+
+    def _model_ids(self, codes: np.ndarray) -> np.ndarray:
+        """What the model gets for item codes."""
+        return self.store.model_ids(self.source.roles.item, codes)
+
+    def _describe_items(self, ids: np.ndarray) -> tuple[list[Any], list[str]]:
+        """Raw ids and titles of items, given by what the model gets for them."""
+        raw_ids, titles = self.store.raw_ids(self.store.item_feature), self.store.titles()
+        codes = ids
+        if self.store.features[self.store.item_feature].raw:  # some may be of data that is not in this store
+            codes = np.minimum(np.searchsorted(raw_ids, ids), len(raw_ids) - 1)
+            codes = np.where(raw_ids[codes] == ids, codes, -1)
+        items = ids.tolist() if codes is not ids else raw_ids[codes].tolist()
+        named = ["" if titles is None or code < 0 else str(titles[code]) for code in codes]
+        return items, [title or str(item) for title, item in zip(named, items, strict=True)]
 
     def _user_vectors(self, rows: np.ndarray) -> Tensor:
         """As ``user_embeddings``, for rows of the store."""

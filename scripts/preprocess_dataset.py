@@ -89,6 +89,7 @@ def _run(args: argparse.Namespace) -> Path:
     common = {
         name: getattr(args, name) for name in ("output", "force", "memory_limit", "bad_row_policy", "max_bad_rows")
     }
+    common["raw_ids"] = tuple(name.strip() for name in args.raw_ids.split(",") if name.strip())
     if args.interactions is None:
         misplaced = [f"--{name}" for name in _OWN_TABLE if getattr(args, name) != _parser().get_default(name)]
         if misplaced:
@@ -118,6 +119,11 @@ def _parser() -> argparse.ArgumentParser:
         help="raise: the first row that cannot be used ends the run; skip: such rows are skipped and counted",
     )
     add("--max_bad_rows", type=int, default=1000, help="with skip, more bad rows than this end the run all the same")
+    add(
+        "--raw_ids",
+        default="",
+        help="item, user or item,user: models get the raw ids, int64, which dynamic tables take as they are",
+    )
     add("--verify", action="store_true", help="only check every checksum and every value of an existing store")
     add("--no_report", action="store_true", help="do not write <output>.report/report.md with its plots")
     _add_own_table(parser.add_argument_group("your own table").add_argument)

@@ -71,12 +71,14 @@ def write_small_store(
     item_feature: str = "item_id",
     action_feature: str = "action",
     timestamp_feature: str = "timestamp",
+    raw: Sequence[str] = (),
     name: str = "toy",
 ) -> SequenceStore:
     """A store of the given item codes, one list a user.
 
     ``timestamps`` in seconds (default: 60 s apart from 1,000,000), ``context`` feature -> one code a user; raw ids
     are 1000 + code for items (or ``item_ids``) and 100 + row for users, so that a mix-up of raw ids and codes shows.
+    ``raw``: features whose raw ids models get.
     """
     lengths = [len(row) for row in items]
     if timestamps is None:
@@ -100,6 +102,8 @@ def write_small_store(
             cardinality = num_actions or int(flat(actions).max()) + 1
             writer.create_sequence(action_feature, "action", cardinality=cardinality, length=total)[:] = flat(actions)
         writer.create_sequence(timestamp_feature, "timestamp", cardinality=None, length=total)[:] = flat(timestamps)
+        for feature in raw:
+            writer.keep_raw_ids(feature)
     return SequenceStore.open(path)
 
 

@@ -152,7 +152,7 @@ def table_problems(
         return [f"dynamic table {name} is not in the checkpoint"]
     problems, states, width = [], parts[0].states, parts[0].rows.shape[1]  # all parts have the same states and width
     if remap is not None and remap.source_rows is None:
-        problems.append(f"dynamic table {name}: the vocabulary has changed; the new ids of its rows are unknown")
+        problems.append(f"dynamic table {name}: its ids stand for other raw ids than in this run's data")
     if width != table.spec.dim:
         problems.append(f"dynamic table {name} is {width} wide there, {table.spec.dim} here")
     missing = [state for state in table.rows.zero_states(0) if with_states and state not in states]

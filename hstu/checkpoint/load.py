@@ -112,7 +112,11 @@ def _remaps(
         if len(stored_features) == len(features):
             rows = sum(map(state.raw_ids.count, features)) if dynamic else table.rows
             stored = RawIds.from_stored(tensors, stored_features)
-            if remap := remap_rows(rows, state.raw_ids.of(features), stored.of(stored_features)):
+            own_ids, stored_ids = state.raw_ids.of(features), stored.of(stored_features)
+            remap = remap_rows(rows, own_ids, stored_ids)
+            if dynamic and any((own is None) != (old is None) for own, old in zip(own_ids, stored_ids, strict=True)):
+                remap = RowRemap(None)  # ids are codes on one side, and raw ids on the other
+            if remap:
                 remaps[f"{TABLES}{table.name}"] = remap
     return remaps
 

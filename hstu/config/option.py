@@ -17,6 +17,9 @@ from typing import Any, Optional
 from hstu.config.errors import ConfigError
 from hstu.config.problems import did_you_mean, literal, show
 
+_SCIENTIFIC = 1_000_000
+"""From here on a whole float is taken for an int."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -99,7 +102,8 @@ def coerce(annotation: Any, value: Any) -> Any:
     """``value`` as the annotated type. Raises Mismatch if the conversion would lose anything.
 
     Conversions: int to float, list to tuple and back, and a string to a tuple of one string, because ``("AUC")`` is
-    how people write one metric. There are no others: True is not an int, 1.0 is not an int, "1" is not a number.
+    how people write one metric; and a whole float from a million on to int, because that is how people write 1e12.
+    There are no others: True is not an int, 1.0 is not an int, "1" is not a number.
     """
     origin, parameters = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):  # Optional, or a number or a word
@@ -114,6 +118,8 @@ def coerce(annotation: Any, value: Any) -> Any:
         return origin(_coerce_element(parameters[0], element) for element in value)
     if annotation is float:
         return _coerce_float(value)
+    if annotation is int and isinstance(value, float) and value.is_integer() and abs(value) >= _SCIENTIFIC:
+        value = int(value)
     if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
         raise Mismatch(_quoted_hint(value))
     if annotation is int and not -(2**63) <= value < 2**63:

@@ -19,6 +19,8 @@ NEGATIVES = "__negatives__"
 """Key of the extra item ids (uniform and full negatives) that are looked up in the item table."""
 POOL = "__pool__"
 """Key under which a micro-batch gets the embeddings of ``pool_ids``."""
+PADDING_ID = int(np.iinfo(np.int64).min)
+"""Id of what only pads a pool of items. All other int64 may be ids, negative ones included."""
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -180,7 +180,13 @@ class StoreReader:
                 f"({'row' if of_users else 'event'} {row}) is not in [0, {cardinality}): the data is damaged, "
                 "preprocess it again"
             )
-        return self.recoding[feature][values] if self.recoding and feature in self.recoding else values
+        if self.recoding and feature in self.recoding:
+            return self.recoding[feature][values]
+        return self.store.model_ids(feature, values)
+
+    def item_ids(self, codes: np.ndarray) -> np.ndarray:
+        """What the model gets for item codes, int64 [n]."""
+        return self.store.model_ids(self.roles.item, codes)
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,8 @@ class Assembler:
     negatives: Negatives | None = None
     """For retrieval. Evaluation batches hold none, but keep the key: the tables that serve NEGATIVES expect it in every
     batch."""
+    item_ids: Callable[[np.ndarray], np.ndarray] | None = None
+    """Item codes → what the model gets for them. None: the codes."""
 
     def __post_init__(self) -> None:
         if self.task == "ranking" and self.roles.action is None:
@@ -247,7 +255,7 @@ class Assembler:
         return values[labelled]
 
     def _negatives(self, rows: Rows, plan: BatchPlan) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        """(item codes to look up, draws, pool positions); each None where the kind of negatives has none."""
+        """(item ids to look up, draws, pool positions); each None where the kind of negatives has none."""
         negatives = self.negatives
         if negatives is None:
             return None, None, None
@@ -264,11 +272,14 @@ class Assembler:
         if in_batch:
             draws = draw_31_bits(keys, negatives.num) if negatives.num else None
             return None, draws, np.unique(rows.items, return_index=True)[1]
+        draws = None
         if negatives.kind == "full":
-            return np.arange(self.corpus_size, dtype=np.int64), None, None
-        if negatives.shared:
-            return draw_shared(keys, negatives.num, self.corpus_size), None, None
-        return *draw_uniform(keys, negatives.num, self.corpus_size), None
+            codes = np.arange(self.corpus_size, dtype=np.int64)
+        elif negatives.shared:
+            codes = draw_shared(keys, negatives.num, self.corpus_size)
+        else:
+            codes, draws = draw_uniform(keys, negatives.num, self.corpus_size)
+        return codes if self.item_ids is None else self.item_ids(codes), draws, None
 
     def _padded(self, values: np.ndarray, filler: int = 0) -> np.ndarray:
         padding = np.full(self.batch_size - len(values), filler, dtype=np.int64)

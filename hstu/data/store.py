@@ -56,6 +56,8 @@ class FeatureMeta:
     dtype: str
     cardinality: int | None
     has_vocab: bool
+    raw: bool = False
+    """Whether models get the raw ids, int64, in place of the codes."""
 
 
 def feature_file(role: Role, feature: str) -> str:
@@ -161,6 +163,11 @@ class SequenceStore:
         stem = vocabulary_stem(feature)
         files = (f"{stem}.npy",) if f"{stem}.npy" in self._files else strings_files(stem)
         return tuple(self._map(file) for file in files)
+
+    def model_ids(self, feature: str, codes: np.ndarray) -> np.ndarray:
+        """What models get for codes, int64 [n]: the codes, or the raw ids if the store keeps those of the feature."""
+        is_raw = feature in self.features and self.features[feature].raw
+        return self.raw_ids(feature)[codes] if is_raw else codes.astype(np.int64, copy=False)
 
     def encode(self, feature: str, raw: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Raw ids → codes, int64 of the same length. Unknown raw ids are a DataError."""

@@ -76,6 +76,7 @@ class StoreWriter:
         self.partial = self.target.parent / f".{self.target.name}.partial"
         self._features: list[tuple[str, Role, np.dtype, int | None]] = []
         self._vocabularies: set[str] = set()
+        self._raw: set[str] = set()
         self._arrays: dict[str, tuple[str, int]] = {}
         self._num_users = 0
         self._overwrite = overwrite
@@ -149,6 +150,10 @@ class StoreWriter:
         else:
             self._write_strings(stem, raw_ids)
 
+    def keep_raw_ids(self, feature: str) -> None:
+        """Lets models get the raw ids of a feature, which must be int64, in place of its codes."""
+        self._raw.add(feature)
+
     def write_titles(self, titles: Iterable[str]) -> None:
         """Stores item code → human title, empty where there is none."""
         self._write_strings("titles", titles)
@@ -209,10 +214,13 @@ class StoreWriter:
 
     def _meta(self) -> dict[str, Any]:
         features = [
-            FeatureMeta(name, role, dtype.str, cardinality, name in self._vocabularies)
+            vars(FeatureMeta(name, role, dtype.str, cardinality, name in self._vocabularies, name in self._raw))
             for name, role, dtype, cardinality in self._features
         ]
-        item = next(feature.name for feature in features if feature.role == "item")
+        for feature in features:
+            if not feature["raw"]:
+                del feature["raw"]  # earlier versions, which do not have it, can open the store
+        item = next(feature["name"] for feature in features if feature["role"] == "item")
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -220,7 +228,7 @@ class StoreWriter:
             "command": self._command,
             "num_users": self._num_users,
             "num_events": self._arrays[feature_file("item", item)][1],
-            "features": [vars(feature) for feature in features],
+            "features": features,
             "statistics": dict(self.statistics),
             "sources": dict(self.sources),
             "files": {

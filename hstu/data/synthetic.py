@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hstu.config.args import BenchmarkDatasetArgs, RandomDistribution, Task
+from hstu.config.args import BenchmarkDatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs, RandomDistribution, Task
 from hstu.config.errors import ConfigError
 from hstu.data.batch import HSTUBatch
 from hstu.data.collate import Assembler, Collator, FeatureRoles, Rows
@@ -24,6 +24,10 @@ from hstu.data.sampler import START, BatchPartition, BatchPlan, EvalSampler, Sam
 
 _FIRST_TIME_S = 1_000_000_000
 _MEAN_GAP_S = 3600.0
+_ZIPF_HEAD = 1 << 20
+"""Ranks of a Zipf distribution whose cumulative probabilities are stored."""
+_ABOVE_MINUS_ONE = math.nextafter(-1.0, 0.0)
+"""Least argument of log1p; rounding may give -1 at the very end of a distribution."""
 # What a random number is used for: the first counter after the key.
 _LENGTHS, _VALUES, _TIMES, _HELD_OUT = range(4)
 
@@ -45,16 +49,13 @@ class Distribution:
         self.std = default_std if args.std is None else args.std
         if self.kind == "lognormal" and self.mean <= 0:
             raise ConfigError(f"RandomDistribution: the mean of a lognormal must be above 0, not {self.mean}")
-        self._cumulative: np.ndarray | None = None
-        if self.kind == "zipf":
-            weights = np.arange(1, self.high - self.low + 1, dtype=np.float64) ** -args.alpha
-            self._cumulative = np.cumsum(weights) / weights.sum()
+        self._zipf = _Zipf(self.high - self.low, args.alpha) if self.kind == "zipf" else None
 
     def values(self, uniforms: np.ndarray) -> np.ndarray:
         """int64 in [low, high), by inversion, from numbers that are uniform on (0, 1)."""
-        if self._cumulative is not None:
-            drawn = self.low + np.searchsorted(self._cumulative, uniforms, side="right")
-        elif self.kind == "uniform":
+        if self._zipf is not None:
+            return self.low + self._zipf.ranks(uniforms)
+        if self.kind == "uniform":
             drawn = np.floor(self.low + uniforms * (self.high - self.low))
         else:
             normals = torch.special.ndtri(torch.from_numpy(uniforms)).numpy()
@@ -62,23 +63,73 @@ class Distribution:
                 drawn = np.rint(self.mean + self.std * normals)
             else:  # E[exp(m + s z)] = exp(m + s²/2), which must be the mean
                 drawn = np.rint(np.exp(math.log(self.mean) - self.std**2 / 2 + self.std * normals))
-        return np.clip(drawn, self.low, self.high - 1).astype(np.int64)
+        # Above 2^53 a float may round up to high itself, and 2^63 is no int64.
+        return np.minimum(np.clip(drawn, self.low, _below(self.high)).astype(np.int64), self.high - 1)
+
+
+class _Zipf:
+    """Ranks k in [0, n) with probabilities proportional to 1 / (k + 1)^alpha, for any n.
+
+    The cumulative sum of the first ranks is stored. Beyond them the sum of x^-alpha from x = a to b is taken as the
+    integral from a - 1/2 to b + 1/2, of which the relative error is below alpha (alpha + 1) / (24 a^2): 1e-13.
+    """
+
+    def __init__(self, n: int, alpha: float) -> None:
+        self._n, self._alpha = n, alpha
+        self._cumulative = np.cumsum(np.arange(1, min(n, _ZIPF_HEAD) + 1, dtype=np.float64) ** -alpha)
+        self._start = min(n, _ZIPF_HEAD) + 0.5
+        self._total = self._cumulative[-1] + float(self._integral(n + 0.5))
+
+    def ranks(self, uniforms: np.ndarray) -> np.ndarray:
+        """int64 ranks of numbers that are uniform on (0, 1)."""
+        masses = uniforms * self._total
+        ranks = np.searchsorted(self._cumulative, masses, side="right")
+        tail = np.flatnonzero(ranks == len(self._cumulative))
+        ends = self._inverse_integral(masses[tail] - self._cumulative[-1])
+        # Rank k is x = k + 1, which has the integral from k + 1/2 to k + 3/2.
+        ranks[tail] = np.clip(np.floor(ends - 0.5), len(self._cumulative), _below(self._n)).astype(np.int64)
+        return np.minimum(ranks, self._n - 1)
+
+    def _integral(self, end: float) -> float:
+        """Of x^-alpha from the end of the stored ranks to ``end``. Exact also for an alpha close to 1."""
+        power, logs = 1 - self._alpha, math.log(end / self._start)
+        return logs if power == 0 else self._start**power * math.expm1(power * logs) / power
+
+    def _inverse_integral(self, masses: np.ndarray) -> np.ndarray:
+        """The ends to which the integral has these values."""
+        power = 1 - self._alpha
+        scaled = power * masses / self._start**power
+        logs = masses if power == 0 else np.log1p(np.maximum(scaled, _ABOVE_MINUS_ONE)) / power
+        return self._start * np.exp(logs)
+
+
+def _below(bound: int) -> float:
+    """The largest float whose integer part is below ``bound``, for bounds up to 2^63."""
+    largest = float(bound - 1)
+    return largest if largest < bound else math.nextafter(largest, -math.inf)
 
 
 @dataclass(frozen=True)
 class _Feature:
-    """A feature's index in the random stream, the rows of its table and the distribution of its ids."""
+    """A feature's index in the random stream, its table and the distribution of its ids."""
 
     index: int
-    rows: int
+    table: EmbeddingArgs
     ids: Distribution
+
+    @property
+    def num_ids(self) -> int:
+        """Ids lie in [0, num_ids)."""
+        rows = self.table.item_vocab_size_or_capacity
+        return max(self.ids.high, rows) if isinstance(self.table, DynamicEmbeddingArgs) else rows
 
 
 class SyntheticReader:
     """Draws the rows of a plan from its ordinals.
 
-    Sequences have at least one item more than candidates. Ids beyond their table are hashed into it. ``split`` selects
-    the stream of training or of evaluation; retrieval evaluation draws a further item as the target.
+    Sequences have at least one item more than candidates. A dynamic table gets the ids as they are drawn; ids beyond a
+    static table are hashed into it. ``split`` selects the stream of training or of evaluation; retrieval evaluation
+    draws a further item as the target.
     """
 
     def __init__(
@@ -88,14 +139,12 @@ class SyntheticReader:
             args.item_feature_name, args.action_feature_name, tuple(args.contextual_feature_names)
         )
         groups = {name: group for group in args.feature_args for name in group.feature_names}
-        rows = {
-            name: table.item_vocab_size_or_capacity for table in args.embedding_args for name in table.feature_names
-        }
+        tables = {name: table for table in args.embedding_args for name in table.feature_names}
         self.features: dict[str, _Feature] = {}
         for index, name in enumerate(self.roles.names):
             dists = dict(zip(groups[name].feature_names, groups[name].value_dists or (), strict=False))
-            ids = Distribution(dists.get(name, RandomDistribution()), rows[name])
-            self.features[name] = _Feature(index, rows[name], ids)
+            ids = Distribution(dists.get(name, RandomDistribution()), tables[name].item_vocab_size_or_capacity)
+            self.features[name] = _Feature(index, tables[name], ids)
         group = groups[self.roles.item]
         self.min_length = 1 + args.max_num_candidates
         self.max_length = group.max_sequence_length
@@ -154,7 +203,7 @@ class SyntheticReader:
     def _ids(self, name: str, purpose: int, ordinals: np.ndarray, places: np.ndarray | int) -> np.ndarray:
         feature = self.features[name]
         ids = feature.ids.values(self._uniforms(purpose, feature.index, ordinals, places))
-        return ids if feature.ids.high <= feature.rows else hash_ids(ids, feature.rows)
+        return ids if feature.ids.high <= feature.num_ids else hash_ids(ids, feature.num_ids)
 
     def _uniforms(self, *counters: int | np.ndarray) -> np.ndarray:
         """float64 in (0, 1)."""
@@ -185,11 +234,14 @@ class SyntheticDataset:
     ) -> None:
         reader = SyntheticReader(args, task, split, seed, wants_timestamps=wants_timestamps, wants_seen=wants_seen)
         action = reader.features.get(args.action_feature_name or "")
-        if action is not None and action.ids.high > action.rows:
+        rows = action.table.item_vocab_size_or_capacity if action else 0
+        if action is not None and action.ids.high > rows:
             raise ConfigError(
-                f"value_dists of {args.action_feature_name!r}: actions must be below their table's rows, {action.rows}"
+                f"value_dists of {args.action_feature_name!r}: actions must be below their table's rows, {rows}"
             )
-        corpus_size = reader.features[args.item_feature_name].rows
+        self.num_ids = {name: feature.num_ids for name, feature in reader.features.items()}
+        """Feature → n; its ids lie in [0, n)."""
+        corpus_size = self.num_ids[args.item_feature_name]
         assembler = Assembler(batch_size, task, reader.roles, corpus_size, seed, negatives)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.num_samples = args.num_generated_batches * batch_size * world_size

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import RetrievalArgs
-from hstu.data.batch import NEGATIVES, POOL, HSTUBatch
+from hstu.data.batch import NEGATIVES, PADDING_ID, POOL, HSTUBatch
 from hstu.model.outputs import ModelOutput
 from hstu.ops.functional import pool_softmax_loss, sampled_softmax_loss
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
@@ -22,7 +22,7 @@ from hstu.ops.types import JaggedLayout, Kernels
 
 GatherPool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(rows [S, E], ids [S]) of this rank → the same of all data-parallel ranks, one after another. Differentiable in
-the rows; padding has id -1. Collective."""
+the rows; padding has the id PADDING_ID. Collective."""
 
 DRAW_BITS = 31
 """Raw draws are random integers in [0, 2^31)."""
@@ -145,9 +145,9 @@ def _check_labels_have_history(batch: HSTUBatch) -> None:
 
 
 def sorted_distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each distinct id that is not negative first occurs, by ascending id.
+    """Where each distinct id that is no padding first occurs, by ascending id.
 
-    ids: integer [S]. Returns (positions int64 [S], count int64 scalar); only the first ``count`` positions are
+    ids: int64 [S]. Returns (positions int64 [S], count int64 scalar); only the first ``count`` positions are
     defined. A gathered pool of any number of ranks gives the ids that the union of their batches would give.
     """
     ordered, order = torch.sort(ids, stable=True)
@@ -158,14 +158,14 @@ def sorted_distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def first_occurrences(ids: Tensor) -> Tensor:
-    """bool [S]: True where an id (integer [S]) that is not negative stands for the first time."""
+    """bool [S]: True where an id (int64 [S]) that is no padding stands for the first time."""
     ordered, order = torch.sort(ids, stable=True)
     return torch.empty_like(ids, dtype=torch.bool).scatter_(0, order, _starts_run(ordered))
 
 
 def _starts_run(ordered: Tensor) -> Tensor:
-    """bool [S]: the first of each run of equal ids; none of negative ids."""
-    starts = ordered >= 0
+    """bool [S]: the first of each run of equal ids; none of padding."""
+    starts = ordered != PADDING_ID
     starts[1:] &= ordered[1:] != ordered[:-1]
     return starts
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from hstu.config.errors import UserError
+from hstu.data.batch import PADDING_ID
 
-PADDING_ID = -1
 T = TypeVar("T")
 Collective = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
@@ -91,7 +91,7 @@ def gather_copies(local: Tensor, group: dist.ProcessGroup) -> Tensor:
 def gather_rows(rows: Tensor, ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Gather rows [S, D] and their ids, int64 [S], over ranks of different S, without waiting for the device.
 
-    Each rank is padded to the largest S by zero rows with id -1. Returns ([ranks · max S, D], [ranks · max S]).
+    Each rank is padded to the largest S by zero rows with id PADDING_ID. Returns ([ranks · max S, D], [ranks · max S]).
     Gradients flow back to ``rows``.
     """
     if dist.get_world_size(group) == 1:

@@ -23,8 +23,9 @@ from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.group import evaluate_batch
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.tables import dynamic_tables
 from hstu.train.metrics import Gather, RankingMetrics, only_rank, retrieval_metrics
-from hstu.train.sources import BatchSource, is_dynamic
+from hstu.train.sources import BatchSource
 
 CHUNK_ITEMS = 16384
 """Items of the corpus that are embedded and scored in one chunk."""
@@ -32,7 +33,7 @@ BLOCK_QUERIES = 512
 """Queries that are scored in one block. A block of scores takes CHUNK_ITEMS × BLOCK_QUERIES × 4 bytes = 32 MiB."""
 
 EmbedItems = Callable[[Tensor], Tensor]
-"""Item codes, int64 [n] → rows of the item table, [n, E], not normalised. May be a collective."""
+"""Item ids, int64 [n] → rows of the item table, [n, E], not normalised. May be a collective."""
 Forward = Callable[[HSTUBatch], ModelOutput]
 """A batch on the host → logits or queries of its sequences. May be a collective."""
 
@@ -94,7 +95,7 @@ class RetrievalEvaluator(Evaluator):
         super().__init__(model, mesh, max_iters)
         self.args = args
         self.corpus_size = source.cardinalities[source.roles.item]
-        self.absent_are_zero = is_dynamic(source.tables, source.roles.item)
+        self.item_feature = source.roles.item
 
     def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
         """See Evaluator."""
@@ -102,21 +103,25 @@ class RetrievalEvaluator(Evaluator):
             self.model, self._limited(batches), self.corpus(), self.args.eval_metrics, self.forward, self._gather
         )
 
-    def corpus(self) -> Corpus:
-        """All items of the data."""
-        return Corpus(
-            self.embed_items,
-            self.corpus_size,
-            self.args.l2_norm_eps,
-            self.mesh.device,
-            absent_are_zero=self.absent_are_zero,
-        )
+    def corpus(self, ids: np.ndarray | None = None) -> Corpus:
+        """The items ``ids``, ascending. By default all items of the data; with a dynamic table, those in the table."""
+        if ids is None:
+            ids = self._ids_in_dynamic_table()
+        on_device = torch.arange(self.corpus_size) if ids is None else torch.from_numpy(ids)
+        return Corpus(self.embed_items, on_device.to(self.mesh.device), self.args.l2_norm_eps)
 
-    def embed_items(self, codes: Tensor) -> Tensor:
-        """Rows of the item table for item codes. Collective if the table is sharded."""
+    def _ids_in_dynamic_table(self) -> np.ndarray | None:
+        """The ids that have a row on any rank, ascending; None for a static item table."""
+        for table in dynamic_tables(self.model).values():
+            if self.item_feature in table.spec.features:
+                return np.sort(self._gather(_host(table.slots.content()[0])))
+        return None
+
+    def embed_items(self, ids: Tensor) -> Tensor:
+        """Rows of the item table for item ids. Collective if the table is sharded."""
         self.mesh.heartbeat.mark()
         self.between_batches()
-        return self.model.embed_items(codes)
+        return self.model.embed_items(ids)
 
 
 @contextmanager
@@ -162,7 +167,7 @@ def evaluate_retrieval(
     Memory is bounded by the queries of this rank and one block of scores.
     """
     with evaluation_mode(model):
-        ranks = target_ranks(collect_queries(forward, batches, corpus.device), corpus)
+        ranks = target_ranks(collect_queries(forward, batches, corpus.ids.device), corpus)
     return retrieval_metrics(metric_names, gather(ranks))
 
 
@@ -175,7 +180,7 @@ class Queries:
     user_ids: np.ndarray
     """int64 [U]: rows of the users in the store."""
     targets: np.ndarray
-    """int64 [U]: codes of the held-out items."""
+    """int64 [U]: ids of the held-out items."""
     seen_items: np.ndarray
     """int64 [n]: items to leave out, user after user; an item may occur more than once."""
     seen_lengths: np.ndarray
@@ -209,77 +214,93 @@ def collect_queries(forward: Forward, batches: Iterable[HSTUBatch], device: torc
 
 @dataclass(frozen=True)
 class Corpus:
-    """All items [0, size) as normalised vectors, chunk by chunk."""
+    """The candidate items as normalised vectors, chunk by chunk. An item whose row is all zeros is no candidate.
+
+    Such rows are those of ids that a model does not have.
+    """
 
     embed_items: EmbedItems
-    size: int
+    ids: Tensor
+    """int64 [size], ascending, on the device. The *position* of an item is its index here."""
     l2_norm_eps: float
-    device: torch.device
     chunk_items: int = CHUNK_ITEMS
-    absent_are_zero: bool = False
-    """Whether a row of zeros means an absent item: it is no candidate, and as a target it ranks last."""
+
+    @property
+    def size(self) -> int:
+        """Number of items."""
+        return len(self.ids)
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(code of the first item, float32 [n, E]) in ascending order of codes. Collective if embed_items is.
+        """(position of the first item, float32 [n, E]) in ascending order. Collective if embed_items is.
 
         The last chunk repeats the last item, so that all chunks have the same n.
         """
-        length = min(self.chunk_items, self.size)
+        length = max(1, min(self.chunk_items, self.size))
         for first in range(0, self.size, length):
-            ids = torch.arange(first, first + length, device=self.device).clamp_(max=self.size - 1)
-            yield first, REFERENCE_KERNELS.l2_normalize(self.embed_items(ids), self.l2_norm_eps)
+            positions = torch.arange(first, first + length, device=self.ids.device).clamp_(max=self.size - 1)
+            yield first, REFERENCE_KERNELS.l2_normalize(self.embed_items(self.ids[positions]), self.l2_norm_eps)
+
+    def positions(self, ids: np.ndarray) -> np.ndarray:
+        """Positions of ids, int64 [n]; -1 for ids that are not among the items."""
+        if not self.size:
+            return np.full_like(ids, -1)
+        own = _host(self.ids)
+        found = np.minimum(np.searchsorted(own, ids), self.size - 1)
+        return np.where(own[found] == ids, found, -1)
 
 
 def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
     """Rank of the target of each query among all items that its user has not seen: float64 [U], 1 is best.
 
-    The rank is 1 + the number of items that score higher + half the number that score the same. Absent items rank
-    behind all others. A score of nan beats every target, so that a diverged model ranks last. Collective if the
-    corpus is.
+    The rank is 1 + the number of items that score higher + half the number that score the same. A target that is no
+    candidate has the rank infinity: a miss for every metric. A score of nan beats every target, so that a diverged
+    model ranks last. Collective if the corpus is.
     """
-    order = np.argsort(queries.targets, kind="stable")  # then the targets of a chunk belong to few blocks
+    device, positions = corpus.ids.device, corpus.positions(queries.targets)
+    order = np.argsort(positions, kind="stable")  # then the targets of a chunk belong to few blocks
     scorer = _Scorer(queries, order, corpus)
-    targets = queries.targets[order]
+    targets = positions[order]
     columns = scorer.on_device(targets)
-    target_scores = torch.empty(len(queries), device=corpus.device)
+    target_scores = torch.full((len(queries),), -torch.inf, device=device)
     for first, items in corpus.chunks():
         start, stop = np.searchsorted(targets, (first, first + len(items)))
         for block in scorer.blocks(start, stop):
             rows = slice(max(block.start, start), min(block.stop, stop))
-            places = torch.arange(rows.start, rows.stop, device=corpus.device) - block.start
+            places = torch.arange(rows.start, rows.stop, device=device) - block.start
             target_scores[rows] = scorer.scores(block, items)[places, columns[rows] - first]
 
-    higher, equal = (torch.zeros(len(queries), dtype=torch.int64, device=corpus.device) for _ in range(2))
+    higher, equal = (torch.zeros(len(queries), dtype=torch.int64, device=device) for _ in range(2))
     for first, items in corpus.chunks():
         start, stop = np.searchsorted(targets, (first, first + len(items)))
         for block in scorer.blocks():
             scores = scorer.unseen_scores(block, first, items)
             rows = slice(max(block.start, start), max(block.start, start, min(block.stop, stop)))
-            places = torch.arange(rows.start, rows.stop, device=corpus.device) - block.start
+            places = torch.arange(rows.start, rows.stop, device=device) - block.start
             scores[places, columns[rows] - first] = -torch.inf  # a target does not compete with itself
             threshold = target_scores[block, None]
             higher[block] += (~(scores <= threshold)).sum(dim=1)
             equal[block] += (scores == threshold).sum(dim=1)
     ranks = np.empty(len(queries))
-    ranks[order] = 1 + _host(higher) + _host(equal) / 2
+    ranks[order] = np.where(_host(target_scores) == -np.inf, np.inf, 1 + _host(higher) + _host(equal) / 2)
     return ranks
 
 
 def recommend(queries: Queries, corpus: Corpus, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best items that each user has not seen, best first.
 
-    Returns (codes int64, scores float32), both [U, min(k, corpus size)]. −1 and −inf fill the rows of users with fewer
-    than k unseen items. Collective if the corpus is.
+    Returns (positions in the corpus int64, scores float32), both [U, min(k, corpus size)]. −1 and −inf fill the rows of
+    users with fewer than k unseen items. Collective if the corpus is.
     """
     k = min(k, corpus.size)
     scorer = _Scorer(queries, np.arange(len(queries)), corpus)
-    best_scores = torch.full((len(queries), k), -torch.inf, device=corpus.device)
-    best_items = torch.full((len(queries), k), -1, device=corpus.device)
+    device = corpus.ids.device
+    best_scores = torch.full((len(queries), k), -torch.inf, device=device)
+    best_items = torch.full((len(queries), k), -1, device=device)
     for first, items in corpus.chunks():
-        codes = torch.arange(first, first + len(items), device=corpus.device)
+        positions = torch.arange(first, first + len(items), device=device)
         for block in scorer.blocks():
             scores = torch.cat([best_scores[block], scorer.unseen_scores(block, first, items)], dim=1)
-            candidates = torch.cat([best_items[block], codes.expand(len(scores), -1)], dim=1)
+            candidates = torch.cat([best_items[block], positions.expand(len(scores), -1)], dim=1)
             best_scores[block], places = scores.topk(k, dim=1)
             best_items[block] = candidates.gather(1, places)
     best_items[best_scores == -torch.inf] = -1
@@ -294,12 +315,11 @@ class _Scorer:
     """
 
     def __init__(self, queries: Queries, order: np.ndarray, corpus: Corpus) -> None:
-        self._num_queries, self._corpus_size, self._device = len(queries), corpus.size, corpus.device
-        self._absent_are_zero = corpus.absent_are_zero
+        self._num_queries, self._corpus_size, self._device = len(queries), corpus.size, corpus.ids.device
         vectors = queries.vectors[self.on_device(order)]
         self._vectors = nn.functional.pad(vectors, (0, 0, 0, -len(order) % BLOCK_QUERIES))
         row_of_query = np.argsort(order)
-        rows, items = np.repeat(row_of_query, queries.seen_lengths), queries.seen_items
+        rows, items = np.repeat(row_of_query, queries.seen_lengths), corpus.positions(queries.seen_items)
         by_block_and_item = np.lexsort((items, rows // BLOCK_QUERIES))
         self._seen_rows, self._seen_items = rows[by_block_and_item], items[by_block_and_item]
         block_starts = np.arange(0, len(self._vectors) + 1, BLOCK_QUERIES)
@@ -313,10 +333,9 @@ class _Scorer:
                 yield slice(first, min(first + BLOCK_QUERIES, self._num_queries))
 
     def scores(self, block: slice, items: Tensor) -> Tensor:
-        """Scores float32 [queries of the block, n]; −inf at absent items."""
+        """Scores float32 [queries of the block, n]; −inf at items that are no candidates."""
         scores = self._vectors[block.start : block.start + BLOCK_QUERIES] @ items.t()
-        if self._absent_are_zero:
-            scores.masked_fill_(~items.any(dim=1), -torch.inf)
+        scores.masked_fill_(~items.any(dim=1), -torch.inf)
         return scores[: block.stop - block.start]
 
     def unseen_scores(self, block: slice, first: int, items: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +63,7 @@ class BatchSource(ABC):
     roles: FeatureRoles
     tables: tuple[EmbeddingArgs, ...]
     cardinalities: dict[str, int]
-    """Ids of a feature are in [0, cardinality)."""
+    """Feature → n: its ids are in [0, n), or n different int64 if the store keeps raw ids."""
     max_items: int
     """Items of the longest sequence."""
     train_lengths: SampleLengths
@@ -140,7 +140,8 @@ class StoreSource(BatchSource):
         self.tables = choose_tables(config.embeddings, predefined, self.roles.names, config.located)
         self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
         self._recoding = {} if self._eval_store is self.store else self._recode_eval_store()
-        check_rows(self.tables, self.cardinalities, config.located)
+        raw = [name for name in self.roles.names if self.store.features[name].raw]
+        check_rows(self.tables, self.cardinalities, config.located, raw)
         self.max_items = args.max_sequence_length
         self.eval_splits, self.final_splits = self._splits()
         self._train_samples = self._samples("train")
@@ -244,7 +245,8 @@ class StoreSource(BatchSource):
             stochastic_length=self._stochastic_length if training else None,
         )
         corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed
-        assembler = Assembler(batch_size, self._config.task, self.roles, corpus_size, seed, self._negatives)
+        item_ids = reader.item_ids if self.store.features[self.roles.item].raw else None
+        assembler = Assembler(batch_size, self._config.task, self.roles, corpus_size, seed, self._negatives, item_ids)
         return Collator(reader, assembler, self._skipped)
 
     def _recode_eval_store(self) -> dict[str, np.ndarray]:
@@ -252,7 +254,15 @@ class StoreSource(BatchSource):
         theirs, ours = self._eval_store, self.store
         recoding, problems = {}, []
         for name in self.roles.names:
-            if ours.features[name].has_vocab:
+            if name in theirs.features and ours.features[name].raw != theirs.features[name].raw:
+                having, lacking = (ours, theirs) if ours.features[name].raw else (theirs, ours)
+                problems.append(
+                    f"DatasetArgs.eval_dataset_path: {having.path} keeps raw ids of {name!r}, {lacking.path} does not; "
+                    "preprocess both with the same --raw_ids"
+                )
+            elif ours.features[name].raw:
+                continue
+            elif ours.features[name].has_vocab:
                 try:
                     recoding[name] = ours.encode(name, theirs.raw_ids(name))
                 except DataError as error:
@@ -282,10 +292,8 @@ class RandomSource(BatchSource):
             args.item_feature_name, args.action_feature_name, tuple(args.contextual_feature_names)
         )
         self.tables = tuple(args.embedding_args)
-        self.cardinalities = {
-            name: table.item_vocab_size_or_capacity for table in self.tables for name in table.feature_names
-        }
-        check_rows(self.tables, self.cardinalities)
+        self.cardinalities = dict(self._train.num_ids)
+        self._check_negatives()
         self.max_items = next(
             group.max_sequence_length for group in args.feature_args if args.item_feature_name in group.feature_names
         )
@@ -293,6 +301,17 @@ class RandomSource(BatchSource):
         self._partition = choose_partition(config, self.roles, self.max_items, self.train_lengths)
         self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
         self.eval_splits = self.final_splits = ("valid",)
+
+    def _check_negatives(self) -> None:
+        """Negatives that are drawn from all items need a table with a row for each: others would be rows of zeros."""
+        rows = {name: table.item_vocab_size_or_capacity for table in self.tables for name in table.feature_names}
+        items, capacity = self.cardinalities[self.roles.item], rows[self.roles.item]
+        if self._negatives is not None and self._negatives.kind != "in_batch" and items > capacity:
+            raise ConfigError(
+                f"RetrievalArgs.negatives = {self._negatives.kind!r} draws from all {items:,} items, but the dynamic "
+                f"table of {self.roles.item!r} has {capacity:,} rows, and most negatives would have none; use "
+                '"in_batch"'
+            )
 
     @property
     def least_action(self) -> int:
@@ -395,17 +414,28 @@ def choose_tables(
     return tuple(tables)
 
 
-def check_rows(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int], cite: Cite = cite) -> None:
+def check_rows(
+    tables: Sequence[EmbeddingArgs],
+    cardinalities: Mapping[str, int],
+    cite: Cite = cite,
+    raw: Collection[str] = (),
+) -> None:
     """Raise ConfigError for a static table that cannot hold every id of its features. A dynamic one takes any id.
 
-    ``cardinalities``: ids of a feature are in [0, cardinality).
+    ``cardinalities``: ids of a feature are in [0, cardinality), except those of ``raw``, which are any int64.
     """
     problems = []
     for table in tables:
         rows = table.item_vocab_size_or_capacity
         for name in table.feature_names:
             ids = cardinalities[name]
-            if ids > rows and not isinstance(table, DynamicEmbeddingArgs):
+            if name in raw and not isinstance(table, DynamicEmbeddingArgs):
+                text = (
+                    f"the data keeps raw ids of {name!r}, which can be any number; make the table "
+                    f"{table.table_name!r} a DynamicEmbeddingArgs, or preprocess the data without --raw_ids"
+                )
+                problems.append(cite(table, "feature_names", text))
+            elif ids > rows and not isinstance(table, DynamicEmbeddingArgs):
                 text = (
                     f"feature {name!r} of table {table.table_name!r} has {ids} ids; it must be at least {ids}, or the "
                     "table a DynamicEmbeddingArgs"
@@ -413,8 +443,3 @@ def check_rows(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int]
                 problems.append(cite(table, "item_vocab_size_or_capacity", text))
     if problems:
         raise ConfigError(problems)
-
-
-def is_dynamic(tables: Sequence[EmbeddingArgs], feature: str) -> bool:
-    """Whether the table of ``feature`` is dynamic, so that some ids have no row."""
-    return any(isinstance(table, DynamicEmbeddingArgs) and feature in table.feature_names for table in tables)

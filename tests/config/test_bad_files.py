@@ -108,6 +108,7 @@ VALUES = [
     bad("float for int", "ranking", "NetworkArgs.num_layers = 1.5" + HERE,
         told=("NetworkArgs.num_layers = 1.5: expected int, at least 1",)),
     bad("whole float for int", "ranking", "NetworkArgs.num_layers = 2.0" + HERE, told=("= 2.0: expected int",)),
+    bad("large float for int", "ranking", "TrainerArgs.seed = 1000000.5" + HERE, told=("= 1000000.5: expected int",)),
     bad("bool for int", "ranking", "NetworkArgs.num_layers = True" + HERE, told=("= True: expected int",)),
     bad("text for int", "ranking", 'NetworkArgs.num_layers = "abc"' + HERE, told=("= 'abc': expected int",)),
     bad("quoted number", "ranking", 'NetworkArgs.num_layers = "2"' + HERE, told=("write 2 without quotes",)),

@@ -1,10 +1,11 @@
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from hstu.config.args import BenchmarkDatasetArgs, EmbeddingArgs, FeatureArgs, RandomDistribution
+from hstu.config.args import BenchmarkDatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs, FeatureArgs, RandomDistribution
 from hstu.config.errors import ConfigError
 from hstu.data.batch import HSTUBatch
 from hstu.data.hashing import random_bits
@@ -89,6 +90,25 @@ def test_zipf_probabilities_fall_with_the_power_of_the_rank() -> None:
     expected *= 200_000 / expected.sum()
     assert np.allclose(counts[:20], expected[:20], rtol=0.08)
     assert len(counts) == 1000
+
+
+@pytest.mark.parametrize("alpha", [0.7, 1.0, 1.0 + 1e-9, 1.2])
+def test_zipf_ranks_beyond_the_stored_ones_are_those_of_the_whole_sum(alpha: float, monkeypatch: Any) -> None:
+    uniforms = (np.arange(50_000) + 0.5) / 50_000
+    whole = np.cumsum(np.arange(1, 300_001, dtype=np.float64) ** -alpha)
+    expected = np.searchsorted(whole, uniforms * whole[-1], side="right")
+    monkeypatch.setattr("hstu.data.synthetic._ZIPF_HEAD", 20_000)
+    args = RandomDistribution(dist_type="zipf", alpha=alpha, low=7)
+    assert np.array_equal(Distribution(args, 300_007).values(uniforms), 7 + expected)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "normal", "lognormal", "zipf"])
+@pytest.mark.parametrize("high", [10**12, 2**63 - 1])
+def test_ids_may_be_as_large_as_int64(kind: str, high: int) -> None:
+    values = quantiles(RandomDistribution(dist_type=kind, high=high), bound=5)
+    assert values.dtype == np.int64 and values.min() >= 0 and values.max() < high
+    assert len(np.unique(values)) > 25_000
+    assert values.max() > high / 20
 
 
 def test_draws_are_clipped_to_the_range() -> None:
@@ -183,6 +203,16 @@ def test_ids_beyond_their_table_are_hashed_into_it() -> None:
     args = benchmark_args(feature_args=[sequence_group(value_dists=many), *benchmark_args().feature_args[1:]])
     items = train_batches(dataset(args=args), 1)[0].features["item"].values()
     assert items.min() >= 0 and 400 < items.max() < 500
+
+
+def test_a_dynamic_table_gets_ids_as_they_are_drawn() -> None:
+    many = [RandomDistribution(dist_type="zipf", high=10**12), RandomDistribution()]
+    group = sequence_group(value_dists=many)
+    dynamic = DynamicEmbeddingArgs(feature_names=["item"], table_name="item", item_vocab_size_or_capacity=500)
+    tables = [dynamic, *benchmark_args().embedding_args[1:]]
+    args = benchmark_args(feature_args=[group, *benchmark_args().feature_args[1:]], embedding_args=tables)
+    items = train_batches(dataset(args=args, batch_size=200), 1)[0].features["item"].values()
+    assert items.max() > 10**10 and (items == 0).float().mean() > 0.1
 
 
 def test_actions_stay_below_the_rows_of_their_table() -> None:

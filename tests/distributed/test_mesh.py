@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from hstu.data.batch import PADDING_ID
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import all_gather, gather_objects, gather_rows, max_over_ranks, sum_over_ranks
 from hstu.parallel.mesh import Mesh
@@ -103,7 +104,7 @@ def test_collectives_and_their_gradients() -> None:
         # rank r weighs row i by (r + 1) · (i + 1); the sum over ranks is 3 · (i + 1)
         assert result["gradient"] == [[3, 6], [9, 12]][rank]
         assert result["rows"] == [0, 0, 1, 1]
-        assert result["ids"] == [0, -1, 0, 1]
+        assert result["ids"] == [0, PADDING_ID, 0, 1]
         assert result["row_gradient"] == [[2.0, 2.0]] * (rank + 1)
         assert (result["max"], result["sum"]) == (11, 4.0)
         assert result["objects"] == [{"rank": 0}, {"rank": 1}]

@@ -6,22 +6,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hstu.data.batch import PADDING_ID
 from hstu.model.retrieval import choose_from_pool, first_occurrences, sorted_distinct
 from hstu.ops.pytorch.softmax_loss import l2_normalize
 
-POOLS = st.lists(st.integers(-1, 8), max_size=20).map(lambda ids: torch.tensor(ids, dtype=torch.int64))
+POOLS = st.lists(st.integers(-2, 8) | st.just(PADDING_ID), max_size=20).map(
+    lambda ids: torch.tensor(ids, dtype=torch.int64)
+)
 
 
 @given(POOLS)
 def test_the_first_of_equal_ids_is_valid_and_padding_never_is(ids):
-    expected = [id_ >= 0 and id_ not in ids[:place].tolist() for place, id_ in enumerate(ids.tolist())]
+    expected = [id_ != PADDING_ID and id_ not in ids[:place].tolist() for place, id_ in enumerate(ids.tolist())]
     assert first_occurrences(ids).tolist() == expected
 
 
 @given(POOLS)
 def test_distinct_ids_come_in_ascending_order(ids):
     positions, count = sorted_distinct(ids)
-    expected = sorted(set(ids.tolist()) - {-1})
+    expected = sorted(set(ids.tolist()) - {PADDING_ID})
     assert count == len(expected)
     assert ids[positions[:count]].tolist() == expected
 
@@ -29,10 +32,10 @@ def test_distinct_ids_come_in_ascending_order(ids):
 @given(POOLS, st.randoms(use_true_random=False))
 def test_draws_mean_the_same_items_however_the_pool_is_spread(ids, random):
     """A pool in any order, with any repetitions and padding, against its distinct ids."""
-    distinct = torch.tensor(sorted(set(ids.tolist()) - {-1}), dtype=torch.int64)
+    distinct = torch.tensor(sorted(set(ids.tolist()) - {PADDING_ID}), dtype=torch.int64)
     if not len(distinct):
         return
-    shuffled = [*ids.tolist(), *distinct.tolist(), -1]
+    shuffled = [*ids.tolist(), *distinct.tolist(), PADDING_ID]
     random.shuffle(shuffled)
     gathered = torch.tensor(shuffled)
     draws = torch.tensor([[0, 2**31 - 1, 2**30], [7**10, 12345, 2**31 - 7]], dtype=torch.int32)
@@ -42,7 +45,7 @@ def test_draws_mean_the_same_items_however_the_pool_is_spread(ids, random):
 
 
 def test_draws_are_uniform_over_the_distinct_ids():
-    ids = torch.tensor([5, 5, 5, 5, -1, -1, 2, 9])
+    ids = torch.tensor([5, 5, 5, 5, PADDING_ID, PADDING_ID, 2, 9])
     draws = torch.randint(2**31, (300, 100), generator=torch.Generator().manual_seed(0)).int()
     counts = np.unique(ids[choose_from_pool(draws, ids)], return_counts=True)
     assert counts[0].tolist() == [2, 5, 9]

@@ -7,7 +7,7 @@ from torch import nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import RetrievalArgs
-from hstu.data.batch import NEGATIVES
+from hstu.data.batch import NEGATIVES, PADDING_ID
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.stack import SequenceEncoder
@@ -134,7 +134,7 @@ def test_two_ranks_together_equal_one_process(drawn):
     longest = max(len(ids) for _, ids in pools)
     gathered = (
         torch.cat([F.pad(rows, (0, 0, 0, longest - len(rows))) for rows, _ in pools]),
-        torch.cat([F.pad(ids, (0, longest - len(ids)), value=-1) for _, ids in pools]),
+        torch.cat([F.pad(ids, (0, longest - len(ids)), value=PADDING_ID) for _, ids in pools]),
     )
     assert len(pools[0][1]) != len(pools[1][1]) and set(pools[0][1].tolist()) & set(pools[1][1].tolist())
     model.gather_pool = lambda rows, ids: gathered

@@ -16,7 +16,6 @@ from hstu.train.evaluate import Corpus, Queries, evaluate_ranking, evaluate_retr
 from hstu.train.metrics import RankingMetrics, retrieval_metrics
 from tests.helpers import make_batch
 
-CPU = torch.device("cpu")
 EPS = 1e-6
 
 
@@ -31,7 +30,7 @@ def make_queries(vectors, targets, seen) -> Queries:
 
 
 def make_corpus(table, chunk_items=10**6) -> Corpus:
-    return Corpus(lambda ids: table[ids], len(table), EPS, CPU, chunk_items)
+    return Corpus(lambda ids: table[ids], torch.arange(len(table)), EPS, chunk_items)
 
 
 def ranks_by_loop(queries: Queries, table: torch.Tensor) -> np.ndarray:
@@ -125,6 +124,41 @@ def test_recommend_more_items_than_there_are():
     assert np.isinf(scores[0, 4:]).all() and not np.isinf(scores[0, :4]).any()
 
 
+def test_only_the_ids_of_a_corpus_are_ranked_and_other_targets_are_misses():
+    """Ids are any int64. A corpus of some ids ranks as the table of those rows does."""
+    queries, table = grid_case(6, 9, seed=4)
+    ids = np.sort(np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 9))
+    row_of = {id_: row for row, id_ in enumerate(ids.tolist())}
+
+    def embed(wanted):
+        return table[[row_of[id_] for id_ in wanted.tolist()]]
+
+    by_id = Queries(
+        queries.vectors, queries.user_ids, ids[queries.targets], ids[queries.seen_items], queries.seen_lengths
+    )
+    ranks = target_ranks(by_id, Corpus(embed, torch.from_numpy(ids), EPS, 4))
+    np.testing.assert_array_equal(ranks, ranks_by_loop(queries, table))
+    positions, _ = recommend(by_id, Corpus(embed, torch.from_numpy(ids), EPS, 4), k=3)
+    np.testing.assert_array_equal(positions, recommend(queries, make_corpus(table, 4), k=3)[0])
+
+    without = ids[ids != by_id.targets[0]]
+    fewer = target_ranks(by_id, Corpus(embed, torch.from_numpy(without), EPS, 4))
+    assert np.isinf(fewer[by_id.targets == by_id.targets[0]]).all()
+    assert np.isfinite(fewer[by_id.targets != by_id.targets[0]]).all()
+    nothing = target_ranks(by_id, Corpus(embed, torch.zeros(0, dtype=torch.int64), EPS, 4))
+    assert retrieval_metrics(["HR@500", "NDCG@500", "MRR"], nothing) == {"HR@500": 0, "NDCG@500": 0, "MRR": 0}
+
+
+def test_items_whose_rows_are_zeros_are_no_candidates():
+    queries, table = grid_case(3, 8, seed=1)
+    table[[2, 5]] = 0
+    queries = make_queries(queries.vectors, [2, 0, 5], [[]] * 3)
+    ranks = target_ranks(queries, make_corpus(table, 3))
+    assert np.isinf(ranks[[0, 2]]).all() and 1 <= ranks[1] <= 6
+    positions, _ = recommend(queries, make_corpus(table, 3), k=8)
+    assert not {2, 5} & set(positions.flatten().tolist()) and (positions == -1).sum() == 6
+
+
 class LastItemModel(nn.Module):
     """Its query is the row of a sequence's last item; dropout would make it random."""
 
@@ -153,7 +187,7 @@ def retrieval_batches():
 
 
 def evaluate_batches(model, batches, **options):
-    corpus = Corpus(lambda ids: model.table[ids], 20, EPS, CPU, chunk_items=6)
+    corpus = Corpus(lambda ids: model.table[ids], torch.arange(20), EPS, chunk_items=6)
     return evaluate_retrieval(model, batches, corpus, ["HR@1", "HR@10", "NDCG@10", "MRR", "HR@500"], model, **options)
 
 
@@ -191,7 +225,7 @@ def test_a_rank_with_padding_only_still_takes_part_in_every_lookup():
         return model.table[ids]
 
     for rank_batches in (batches, [make_batch([[], []], task="retrieval_eval", labels=[-1, -1])]):
-        evaluate_retrieval(model, rank_batches, Corpus(embed, 20, EPS, CPU, chunk_items=6), ["MRR"], model)
+        evaluate_retrieval(model, rank_batches, Corpus(embed, torch.arange(20), EPS, chunk_items=6), ["MRR"], model)
     assert calls[: len(calls) // 2] == calls[len(calls) // 2 :] == [6] * 8
 
 

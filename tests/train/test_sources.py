@@ -208,8 +208,8 @@ def test_a_dynamic_table_smaller_than_the_ids_trains_and_evaluates(
         trainer={"max_train_iters": 30, "eval_at_end": True},
         task_args={**options, "filter_seen": False, "eval_metrics": ("HR@7", "HR@11", "MRR")},
     )
-    assert finished.metrics["HR@7"] < 1.0, "items without a row are behind the 7 that have one"
-    assert finished.metrics["HR@11"] == 1.0 and finished.metrics["MRR"] > 0.1
+    assert finished.metrics["HR@7"] < 1.0, "a target without a row is a miss"
+    assert finished.metrics["HR@11"] == finished.metrics["HR@7"] and finished.metrics["MRR"] > 0.1
     assert finished.losses[-1] < finished.losses[0]
     report = [record for record in finished.records if record["kind"] == "train"][-1]["tables"]["movies"]
     assert report["rows"] == report["capacity"] == 7

@@ -16,7 +16,7 @@ def predefined_embeddings(
     """One table per feature of the store that is looked up, named after the feature, with a row per code.
 
     The tables of the items and the users, and any table above 4 MiB, are model_parallel; the others, which are small,
-    are data_parallel. ``dynamic`` makes the tables of the items and the users dynamic.
+    are data_parallel. ``dynamic`` makes the tables of the items and the users dynamic; those of raw ids always are.
     """
     tables: list[EmbeddingArgs] = []
     for name, feature in store.features.items():
@@ -26,7 +26,7 @@ def predefined_embeddings(
         is_main = feature.role == "item" or name == USER_FEATURE
         is_large = feature.cardinality * width * 4 > _REPLICATED_TABLE_BYTES
         names = {"feature_names": [name], "table_name": name, "item_vocab_size_or_capacity": feature.cardinality}
-        if is_main and dynamic:
+        if feature.raw or (is_main and dynamic):
             tables.append(DynamicEmbeddingArgs(**names))
         else:
             sharding_type = "model_parallel" if is_main or is_large else "data_parallel"

@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Unpack
@@ -26,7 +26,7 @@ from hstu.config.errors import ConfigError, DataError
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.own import InteractionColumns, interactions
 from hstu.data.datasets.raw import check_readable
-from hstu.data.datasets.spec import RawTables, Schema
+from hstu.data.datasets.spec import USER_FEATURE, RawTables, Schema
 from hstu.data.jagged import run_offsets
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
 from hstu.data.preprocess.engine import check_free_disk, disk_errors, memory_bytes, open_engine, used_below
@@ -34,7 +34,13 @@ from hstu.data.preprocess.existing import is_kept
 from hstu.data.preprocess.ingest import check_rows, read_files
 from hstu.data.preprocess.report import statistics_of
 from hstu.data.preprocess.state import BuildLimits, BuildOptions, BuildState, Progress, source_names
-from hstu.data.preprocess.write import number_users_and_items, write_context, write_events, write_vocabularies
+from hstu.data.preprocess.write import (
+    keep_raw_ids,
+    number_users_and_items,
+    write_context,
+    write_events,
+    write_vocabularies,
+)
 from hstu.data.store import VERSION
 from hstu.data.store_writer import StoreWriter
 
@@ -113,6 +119,7 @@ def _options(name: str, output: Path, force: bool, limits: BuildLimits, **argume
     arguments = {"dataset_name": name, **arguments, "output": output, "bad_row_policy": policy}
     if policy == "raise":
         del arguments["bad_row_policy"]
+    arguments["raw_ids"] = ",".join(limits.get("raw_ids", ())) or None
     words = list(_SCRIPT)
     for option, value in arguments.items():
         if value is not None:
@@ -124,6 +131,7 @@ def _options(name: str, output: Path, force: bool, limits: BuildLimits, **argume
 def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published: Mapping[str, float]) -> Path:
     """Writes the store and returns its path. Raises DataError where the raw data is not what it should be."""
     memory_bytes(options.memory_limit)
+    _check_raw_ids(options.raw_ids, schema)
     for file in (*raw.logs, *([raw.context[0]] if raw.context else [])):
         check_readable(file)
     with disk_errors(options.output):
@@ -144,6 +152,15 @@ def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published
     return options.output
 
 
+def _check_raw_ids(roles: Sequence[str], schema: Schema) -> None:
+    if unknown := [role for role in roles if role not in ("item", "user")]:
+        raise ConfigError(f"--raw_ids {','.join(unknown)}: expected item, user or item,user")
+    if "user" in roles and USER_FEATURE not in schema.context:
+        raise ConfigError(
+            "--raw_ids user: the user is no feature of this data; name the user column in --context_columns, too"
+        )
+
+
 def _build(state: BuildState, published: Mapping[str, float]) -> None:
     writer, journal = state.writer, state.writer.journal
     if journal.stages:
@@ -151,6 +168,7 @@ def _build(state: BuildState, published: Mapping[str, float]) -> None:
     read_files(state)
     check_rows(state)
     lengths, num_items = number_users_and_items(state)
+    keep_raw_ids(state)
     offsets = run_offsets(lengths)
     writer.write_offsets(offsets)
     write_vocabularies(state, len(lengths), num_items)

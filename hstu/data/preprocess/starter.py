@@ -123,7 +123,8 @@ def _tables(store: SequenceStore, context: Sequence[str]) -> Iterator[Settings]:
             "item_vocab_size_or_capacity": rows if is_action else rows_with_headroom(rows),
             "sharding_type": table.sharding_type,
         }
-        yield {f"{scope}/EmbeddingArgs.{option}": value for option, value in settings.items()}
+        kind = type(table).__name__  # a DynamicEmbeddingArgs for raw ids
+        yield {f"{scope}/{kind}.{option}": value for option, value in settings.items()}
 
 
 def _scope(table: EmbeddingArgs, taken: set[str]) -> str:

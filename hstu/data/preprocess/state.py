@@ -39,6 +39,8 @@ class BuildLimits(TypedDict, total=False):
     """"raise": the first row that cannot be used ends the run; "skip": such rows are skipped and counted."""
     max_bad_rows: int
     """With "skip": more such rows than this end the run."""
+    raw_ids: tuple[str, ...]
+    """"item", "user": models get their raw ids, int64, in place of codes; their tables are dynamic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ class BuildOptions:
     memory_limit: str = "4GB"
     bad_row_policy: Policy = "raise"
     max_bad_rows: int = 1000
+    raw_ids: tuple[str, ...] = ()
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hstu.config.errors import DataError
 from hstu.data.datasets.raw import literal, parquet_rows
 from hstu.data.preprocess.engine import column, memory_bytes, one, write_parquet
 from hstu.data.preprocess.state import NUMBERING, WRITING, BuildState
@@ -42,6 +43,16 @@ def write_vocabularies(state: BuildState, num_users: int, num_items: int) -> Non
     if state.raw.titles is not None:
         raw_items = _ids(state, "items", num_items).tolist()
         state.writer.write_titles([state.raw.titles.get(raw_id, "") for raw_id in raw_items])
+
+
+def keep_raw_ids(state: BuildState) -> None:
+    """Marks the features whose raw ids models get. Raises DataError for ids that are strings."""
+    features = {"item": ("items", state.schema.item), "user": ("users", USER_FEATURE)}
+    for role in state.options.raw_ids:
+        table, feature = features[role]
+        if str(state.engine.sql(f"SELECT id FROM {_codes(state, table)}").types[0]) != "BIGINT":
+            raise DataError(f"--raw_ids {role}: the ids of {feature!r} are text, and raw ids are int64; leave it out")
+        state.writer.keep_raw_ids(feature)
 
 
 def write_context(state: BuildState, num_users: int) -> None:

@@ -2,8 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 
 from hstu.data.hashing import splitmix64
+
+
+@cache
+def hash_of(id_: int) -> int:
+    return int(splitmix64(id_)[0])
 
 
 class DictionaryTable:
@@ -18,7 +24,7 @@ class DictionaryTable:
         return (count, step) if self.policy == "lfu" else (step, count)
 
     def order(self, id_: int) -> tuple[int, ...]:
-        return (*self.worth(*self.held[id_]), int(splitmix64(id_)[0]))
+        return (*self.worth(*self.held[id_]), hash_of(id_))
 
     def assign(self, ids: Sequence[int], step: int) -> dict[str, list[int]]:
         return self.add(Counter(ids), step)
@@ -39,7 +45,7 @@ class DictionaryTable:
         for id_ in evicted:
             del self.held[id_]
         room = self.capacity - len(self.held)
-        by_worth = sorted(admitted, key=lambda id_: (counts[id_], int(splitmix64(id_)[0])))
+        by_worth = sorted(admitted, key=lambda id_: (counts[id_], hash_of(id_)))
         rejected = by_worth[: max(0, len(admitted) - room)]
         placed = [id_ for id_ in admitted if id_ not in rejected]
         for id_ in placed:

@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hstu.config.errors import DataError, UserError
 from hstu.data.batch import HSTUBatch
+from hstu.data.processes import end_with_parent
 from hstu.data.sampler import BatchPlan
 
 _ALIGNMENT = 64
@@ -62,15 +64,30 @@ def build_loader(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_follow_the_parent,
         multiprocessing_context=start_method if workers else None,
         # By default DataLoader seeds the workers from torch's global generator, so every evaluation and every resume
         # would change the dropout of the following steps. No worker draws from torch.
         generator=torch.Generator(),
     )
-    batches = iter(loader)  # starts the workers
+    batches = _start(loader)
     # With pinning, DataLoader runs such a thread itself.
     return _batches(_read_ahead(batches) if workers and not pin_memory else batches, workers)
+
+
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start the workers, in this thread; they end with it.
+
+    torch would raise the death of a worker from a signal handler, in whatever line the main thread executes. Without
+    the handler it is raised where the next batch is awaited, at most 5 s later.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    for worker in getattr(batches, "_workers", ()):
+        worker.terminate = worker.kill  # workers ignore SIGTERM
+    return batches
 
 
 def _read_ahead(batches: Iterator[Any]) -> Iterator[Any]:
@@ -126,9 +143,15 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; workers stop with their parent and print no traceback.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _follow_the_parent(worker: int) -> None:
+    """Let only the training process end this one.
+
+    A terminal, torchrun or a scheduler signals all processes of a run. The training process then still needs batches
+    until it has reached the end of its step.
+    """
+    end_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

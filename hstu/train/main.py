@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from hstu.config.errors import EXIT_DONE, UserError, wait_for_the_reporting_rank
 from hstu.config.run_config import RunConfig
+from hstu.data.processes import end_with_parent
 from hstu.observe.environment import check_packages
 
 
 def run(config: RunConfig) -> int:
     """Build the trainer, train, and return the exit code. A mistake of the user is printed without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C ends the program at once
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun, without which nobody would end or restart this rank
+        end_with_parent()
     try:
         check_packages()
     except UserError as error:
@@ -40,6 +45,8 @@ def run(config: RunConfig) -> int:
         watchdog.start()
         trainer = build_trainer(config, mesh)
         trainer.train()
+        for number in (signal.SIGINT, signal.SIGTERM):  # the run has ended well; nothing is left to stop
+            signal.signal(number, signal.SIG_IGN)
     except UserError as error:
         # Before training all ranks raise the same error. During training it may be the error of one rank alone.
         in_training = trainer is not None

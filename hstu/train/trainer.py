@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
-import torch.distributed as dist
 
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
@@ -36,6 +33,7 @@ from hstu.train.evaluate import Evaluator
 from hstu.train.flops import FlopCounter
 from hstu.train.history import MetricsHistory, RunningLoss, Selection
 from hstu.train.sources import BatchSource
+from hstu.train.stop import Stopped, StopSignal
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +70,7 @@ class Trainer:
         self.evaluator.between_batches = self._stop.raise_if_received
 
     def train(self) -> None:
-        """Run to the last iteration, to the end of best_metric's patience, or to SIGTERM. The summary says which."""
+        """Run to the last iteration, the end of best_metric's patience, or a stop signal. The summary says which."""
         self._stop.install()
         if self.args.gc_interval:
             gc.disable()
@@ -86,8 +84,8 @@ class Trainer:
                 if self.args.eval_at_end:
                     self._evaluate_at_end()
                 ended = "done" if self.state.iteration == self.total_iters else "stopped early"
-            except Stopped:
-                log.warning("SIGTERM: stopping after iteration %d", self.state.iteration)
+            except Stopped as stopped:
+                log.warning("%s: stopping after iteration %d", stopped, self.state.iteration)
                 self._save()
                 ended = "stopped"
             with self.mesh.heartbeat.during("saving a checkpoint"):
@@ -101,6 +99,7 @@ class Trainer:
             if not self.checkpoints.is_saving:
                 self.checkpoints.close()
             self._summarise(status)
+            self._stop.uninstall()
 
     def _restore(self) -> None:
         with self.mesh.heartbeat.during("restoring a checkpoint"):
@@ -210,8 +209,8 @@ class Trainer:
     def evaluate(self, splits: tuple[Split, ...]) -> None:
         """Evaluate on each of ``splits`` and record the metrics. The training state stays as it is.
 
-        Raises Stopped if SIGTERM arrives before all of a split has been seen. The run that goes on from the checkpoint
-        evaluates such a split again.
+        Raises Stopped if a stop signal arrives before all of a split has been seen. The run that goes on from the
+        checkpoint evaluates such a split again.
         """
         self.pipeline.resolve()
         for split in splits:
@@ -273,32 +272,3 @@ class Trainer:
         )
         self.run_directory.draw_curves()
         self.run_directory.close()
-
-
-class Stopped(Exception):
-    """SIGTERM has arrived. Raised on all ranks alike, between two steps or two batches of an evaluation."""
-
-
-class StopSignal:
-    """Ends a run cleanly, with exit code 0, when a scheduler sends SIGTERM to any rank."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
-        self._received = False
-
-    def install(self) -> None:
-        """Handle SIGTERM in this process."""
-        signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, _signum: int, _frame: FrameType | None) -> None:
-        self._received = True
-
-    def raise_if_received(self) -> None:
-        """Raise Stopped on all ranks once any rank has received the signal. Collective on host memory."""
-        received = self._received
-        if self._mesh.world_size > 1:
-            flag = torch.tensor([int(received)])
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._mesh.world_group)
-            received = bool(flag.item())
-        if received:
-            raise Stopped

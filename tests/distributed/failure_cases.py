@@ -2,9 +2,11 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -217,15 +219,32 @@ def terminate(_trainer: Trainer, failed_at: Path) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def terminate_all(_trainer: Trainer, failed_at: Path) -> None:
+    """Send SIGTERM to this rank and its data workers from another process, as torchrun and schedulers do."""
+    failed_at.write_text(str(time.time()))
+    subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"], start_new_session=True)
+
+
+def interrupt_all(_trainer: Trainer, failed_at: Path) -> None:
+    """Send SIGINT to this rank and its data workers, as a terminal does on Ctrl-C."""
+    failed_at.write_text(str(time.time()))
+    os.killpg(0, signal.SIGINT)
+
+
+def interrupt_twice(trainer: Trainer, failed_at: Path) -> None:
+    interrupt_all(trainer, failed_at)
+    interrupt_all(trainer, failed_at)
+
+
 def lose_a_worker(_trainer: Trainer, _failed_at: Path) -> None:
-    """Kill the data workers, as the kernel does if memory runs out. They are children of the fork server."""
-    for child in _children(os.getpid()):
-        for worker in _children(child):
-            os.kill(worker, signal.SIGKILL)
+    """Kill the data workers, as the kernel does if memory runs out."""
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid or 0, signal.SIGKILL)
 
 
-def _children(process: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+def lose_a_worker_soon(trainer: Trainer, failed_at: Path) -> None:
+    """The same from another thread, so that it ends in whatever line the main thread executes."""
+    threading.Timer(0.02, lose_a_worker, (trainer, failed_at)).start()
 
 
 def fill_disk_of_run(trainer: Trainer, _failed_at: Path) -> None:
@@ -259,7 +278,11 @@ FAULTS: dict[str, Callable[[Trainer, int, Path], None]] = {
     "refused": in_saving(no_space),
     "killed while saving": in_saving(lambda _: os.kill(os.getpid(), signal.SIGKILL)),
     "SIGTERM": in_step(terminate),
+    "SIGTERM to all processes": in_step(terminate_all),
+    "Ctrl-C": in_step(interrupt_all),
+    "Ctrl-C twice": in_step(interrupt_twice),
     "worker lost": in_step(lose_a_worker),
+    "worker lost soon": in_step(lose_a_worker_soon),
     "disk of the run full": in_step(fill_disk_of_run),
 }
 DEEDS = {"loss": lose, "gradient": lose_gradient, "weight": lose_weight_gradient}

@@ -245,6 +245,7 @@ def _run_this_rank(folder: Path, environment: dict[str, str]) -> None:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
     faulthandler.register(STACKS)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own; here the server's is inherited
 
     function, args, kwargs = pickle.loads((folder / "call").read_bytes())
     result = function(*args, **kwargs)

@@ -137,11 +137,22 @@ def _add_own_table(add: Callable[..., argparse.Action]) -> None:
     add("--glob", action="store_true", help="--interactions are patterns such as 'day_*.csv'")
     add("--user", help="column of the user, int64 or strings")
     add("--item", help="column of the item, int64 or strings")
-    add("--action", help="column of the action, integers >= 0")
+    add("--action", help="column of the action, integers >= 0 or a few texts")
     add("--time", help="column of the time, a number since 1970 or a date; without it: order of the rows")
     add("--time_unit", choices=(*TIME_UNITS, "auto"), default="s", help="unit of times that are numbers")
     add("--context", type=Path, help="table with one row per user, with the same user column")
-    add("--context_columns", help="columns of --context, as a,b,c; also the user column", **names)
+    add(
+        "--context_columns", help="columns of --context or of the interactions, as a,b,c; also the user column", **names
+    )
+    add(
+        "--bins",
+        type=_numbers,
+        default={},
+        metavar="COL=N,...",
+        help="context columns of numbers → ranges to group them into",
+    )
+    add("--titles", type=Path, help="table with one row per item, with the same item column")
+    add("--title", help="column of --titles")
     add(
         "--delimiter",
         help="what separates columns, if not a comma in .csv or a tab in .tsv: ';', '::', tab",
@@ -150,10 +161,19 @@ def _add_own_table(add: Callable[..., argparse.Action]) -> None:
     add("--header", help="names of the columns, as a,b,c, if the first line does not name them", **names)
     add("--context_delimiter", help="as --delimiter, for --context", **separator)
     add("--context_header", help="as --header, for --context", **names)
+    add("--titles_delimiter", help="as --delimiter, for --titles", **separator)
+    add("--titles_header", help="as --header, for --titles", **names)
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _numbers(text: str) -> dict[str, int]:
+    pairs = [pair.rpartition("=") for pair in _names(text)]
+    if not all(name and number.isdecimal() for name, _, number in pairs):
+        raise argparse.ArgumentTypeError(f"expected columns and numbers of ranges, as age=10,income=5, not {text!r}")
+    return {name: int(number) for name, _, number in pairs}
 
 
 def _separator(text: str) -> str:

@@ -240,7 +240,9 @@ def test_a_user_with_two_rows_of_context_is_refused(tmp_path: Path) -> None:
     ("columns", "message"),
     [
         ({"context": "members.csv"}, "--context needs --context_columns"),
-        ({"context_columns": ("age",)}, "--context_columns needs --context"),
+        ({"context_columns": ("age",), "bins": {"town": 5}}, "--bins town=5: 'town' is not among --context_columns"),
+        ({"context_columns": ("age",), "bins": {"age": 1}}, "at least 2 ranges are needed"),
+        ({"title": "name"}, "--titles, a table of items, and --title, its column, go together"),
         ({"action": "sku"}, "sku would be two features"),
         ({"item": "user_id"}, "cannot be the item"),
     ],

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +16,11 @@ import duckdb
 from duckdb import DuckDBPyConnection
 
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.datasets.own_types import ACTION, TIME_UNITS, ColumnTypes, as_integer, unit_hint
+from hstu.data.datasets.own_types import TIME_UNITS, ColumnTypes, as_integer, unit_hint
 from hstu.data.datasets.raw import (
     RawFile,
     check_readable,
+    identifier,
     open_text,
     probable_delimiter,
     quote_beside,
@@ -45,7 +46,7 @@ class InteractionColumns:
     item: str
     """int64 or strings."""
     action: str | None = None
-    """Integers >= 0."""
+    """Integers >= 0, or texts, which are numbered in alphabetical order."""
     time: str | None = None
     """Numbers since 1970, or dates. None: the rows are in time order."""
     time_unit: str = "s"
@@ -53,7 +54,14 @@ class InteractionColumns:
     context: Path | None = None
     """A table with one row per user, and the same user column."""
     context_columns: tuple[str, ...] = ()
-    """Contextual features in token order. The user column among them makes the user a feature, user_id."""
+    """Contextual features in token order. The user column among them makes the user a feature, user_id. Columns that
+    ``context`` lacks are taken from the interactions, where the first event of a user that has a value counts."""
+    bins: Mapping[str, int] = field(default_factory=dict)
+    """Context column → number of ranges that its numbers are grouped into."""
+    titles: Path | None = None
+    """A table with one row per item, and the same item column."""
+    title: str | None = None
+    """Column of ``titles``."""
     delimiter: str | None = None
     """What separates the columns of text files. None: a comma in .csv, a tab in .tsv."""
     header: tuple[str, ...] = ()
@@ -62,13 +70,22 @@ class InteractionColumns:
     """As delimiter, for ``context``. None: ``delimiter``."""
     context_header: tuple[str, ...] = ()
     """As header, for ``context``."""
+    titles_delimiter: str | None = None
+    """As delimiter, for ``titles``. None: ``delimiter``."""
+    titles_header: tuple[str, ...] = ()
+    """As header, for ``titles``."""
 
     def __post_init__(self) -> None:
         problems = []
         if self.context and not self.context_columns:
             problems.append("--context needs --context_columns, the columns to take from it")
-        if not self.context and set(self.context_columns) - {self.user}:
-            problems.append("--context_columns needs --context, the table with one row per user")
+        if (self.titles is None) != (self.title is None):
+            problems.append("--titles, a table of items, and --title, its column, go together")
+        for column, ranges in self.bins.items():
+            if column not in self.context_columns or column == self.user:
+                problems.append(f"--bins {column}={ranges}: {column!r} is not among --context_columns")
+            if ranges < 2:
+                problems.append(f"--bins {column}={ranges}: at least 2 ranges are needed")
         named = [self.item, self.action, self.time, *self.schema().context]
         repeated = sorted({name for name in named if name and named.count(name) > 1})
         if repeated:
@@ -77,7 +94,7 @@ class InteractionColumns:
             problems.append(f"{USER_FEATURE!r} is the name of the users, it cannot be the item, action or time")
         if self.time_unit not in (*TIME_UNITS, "auto"):
             problems.append(f"--time_unit {self.time_unit}: choose one of {', '.join(TIME_UNITS)}, auto")
-        for option in ("header", "context_header"):
+        for option in ("header", "context_header", "titles_header"):
             names = getattr(self, option)
             if len(set(names)) < len(names) or "" in names:
                 problems.append(f"--{option} {','.join(names)}: each column needs a name of its own")
@@ -92,7 +109,7 @@ class InteractionColumns:
     def schema(self) -> Schema:
         """Features are named after their columns; the user's is user_id."""
         context = tuple(USER_FEATURE if column == self.user else column for column in self.context_columns)
-        return Schema(item=self.item, action=self.action, timestamp=self.time, context=context)
+        return Schema(item=self.item, action=self.action, timestamp=self.time, context=context, bins=self.bins)
 
     def arguments(self) -> dict[str, object]:
         """Option of scripts/preprocess_dataset.py → value, as it would be given there."""
@@ -102,6 +119,8 @@ class InteractionColumns:
                 given[name] = value
             elif isinstance(value, tuple):
                 given[name] = ",".join(value) or None
+            elif isinstance(value, Mapping):
+                given[name] = ",".join(f"{key}={number}" for key, number in value.items()) or None
             else:
                 given[name] = None if value == type(self).__dataclass_fields__[name].default else value
         return given
@@ -127,23 +146,45 @@ def interactions(columns: InteractionColumns) -> RawTables:
     logs = tuple(_table(file, columns.delimiter, columns.header) for file in columns.files)
     wanted = {"user": columns.user, "item": columns.item, "action": columns.action, "time": columns.time}
     given = {name: column for name, column in wanted.items() if column}
+    context, from_context = _context_table(columns)
+    event_context = {name: column for name, column in _features(columns).items() if name not in from_context}
     for log in logs:
-        _require(log, given.values())
-    context = None
-    if columns.context:
-        table = _table(columns.context, columns.context_delimiter or columns.delimiter, columns.context_header)
-        features = [column for column in columns.context_columns if column != columns.user]
-        _require(table, [columns.user, *features])
-        named = {"user": columns.user} | {f"c{place}": column for place, column in enumerate(features)}
-        context = (table, select_list(named))
+        _require(log, [*given.values(), *event_context.values()])
     return RawTables(
         logs=logs,
-        events=select_list(given),
+        events=select_list(given | event_context),
         context=context,
-        resolve_types=partial(_resolve_types, columns),
+        event_context=tuple(event_context),
+        title_table=_title_table(columns),
+        resolve_types=partial(_resolve_types, columns, tuple(event_context), from_context),
         settings=repr(columns.arguments()),
         descriptions={name: _description(columns, name, column) for name, column in given.items()},
     )
+
+
+def _features(columns: InteractionColumns) -> dict[str, str]:
+    """c0, c1, … → its column, for the contextual features but the user."""
+    features = [column for column in columns.context_columns if column != columns.user]
+    return {f"c{place}": column for place, column in enumerate(features)}
+
+
+def _context_table(columns: InteractionColumns) -> tuple[tuple[RawFile, str] | None, tuple[str, ...]]:
+    """The table of users as RawTables.context describes it, and which of c0, c1, … are columns of it."""
+    if columns.context is None:
+        return None, ()
+    table = _table(columns.context, columns.context_delimiter or columns.delimiter, columns.context_header)
+    present, features = _columns_of(table), _features(columns)
+    found = {name: column for name, column in features.items() if column in present}
+    require_columns(table.path, present, [columns.user, *([] if found else features.values())])
+    return (table, select_list({"user": columns.user} | found)), tuple(found)
+
+
+def _title_table(columns: InteractionColumns) -> tuple[RawFile, str] | None:
+    if columns.titles is None or columns.title is None:
+        return None
+    table = _table(columns.titles, columns.titles_delimiter or columns.delimiter, columns.titles_header)
+    _require(table, [columns.item, columns.title])
+    return table, select_list({"item": columns.item, "title": columns.title})
 
 
 def _description(columns: InteractionColumns, name: str, column: str) -> ColumnDescription:
@@ -185,35 +226,52 @@ def _unknown_delimiter(file: Path) -> str:
 
 
 def _require(table: RawFile, wanted: Iterable[str]) -> None:
-    if table.columns is None:
-        try:
-            with duckdb.connect() as engine:
-                described = engine.execute(f"DESCRIBE SELECT * FROM {table.relation()}").fetchall()
-        except duckdb.Error as error:
-            raise DataError(f"{table.path} is a damaged Parquet file: {str(error).splitlines()[0]}") from error
-        present = [row[0] for row in described]
-    else:
-        present = list(table.columns)
-    require_columns(table.path, present, wanted)
+    require_columns(table.path, _columns_of(table), wanted)
+
+
+def _columns_of(table: RawFile) -> list[str]:
+    if table.columns is not None:
+        return list(table.columns)
+    try:
+        with duckdb.connect() as engine:
+            described = engine.execute(f"DESCRIBE SELECT * FROM {table.relation()}").fetchall()
+    except duckdb.Error as error:
+        raise DataError(f"{table.path} is a damaged Parquet file: {str(error).splitlines()[0]}") from error
+    return [row[0] for row in described]
 
 
 def _resolve_types(
-    columns: InteractionColumns, engine: DuckDBPyConnection, log: str, context: str | None
+    columns: InteractionColumns,
+    event_context: Sequence[str],
+    from_context: Sequence[str],
+    engine: DuckDBPyConnection,
+    log: str,
 ) -> TypedColumns:
     table = ColumnTypes(engine, columns.files, log)
     user, user_is_integer = table.id("user", columns.user)
-    item, _ = table.id("item", columns.item)
+    item, item_is_integer = table.id("item", columns.item)
     selected = [f'{user} AS "user"', f"{item} AS item"]
+    labels: tuple[str, ...] = ()
     if columns.action:
-        selected.append(f"{ACTION} AS action")
+        action, labels = table.action(columns.action)
+        selected.append(f"{action} AS action")
     if columns.time:
         time, timestamp = table.time(columns.time, columns.time_unit)
         selected += [f'{time} AS "time"', f'{timestamp} AS "timestamp"']
-    return TypedColumns(", ".join(selected), context and _context(columns, user_is_integer))
+    selected += [_as_text(name) for name in event_context]
+    context = titles = None
+    if columns.context:
+        context = ", ".join([_like_events("user", user_is_integer), *map(_as_text, from_context)])
+    if columns.titles:
+        titles = f"{_like_events('item', item_is_integer)}, {_as_text('title')}"
+    return TypedColumns(", ".join(selected), context, titles, labels)
 
 
-def _context(columns: InteractionColumns, user_is_integer: bool) -> str:
-    # If users of events are integers, a user that is no integer has no events: it becomes NULL and matches nobody.
-    user = as_integer('"user"') if user_is_integer else "nullif(CAST(\"user\" AS VARCHAR), '')"
-    features = len([column for column in columns.context_columns if column != columns.user])
-    return ", ".join([f'{user} AS "user"', *(f"CAST(c{place} AS VARCHAR) AS c{place}" for place in range(features))])
+def _like_events(name: str, is_integer: bool) -> str:
+    """The ids of another table as events have them. A text beside integers becomes NULL: nothing matches it."""
+    value = as_integer(identifier(name)) if is_integer else f"nullif(CAST({identifier(name)} AS VARCHAR), '')"
+    return f"{value} AS {identifier(name)}"
+
+
+def _as_text(name: str) -> str:
+    return f"CAST({identifier(name)} AS VARCHAR) AS {identifier(name)}"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from duckdb import DuckDBPyConnection
 
 from hstu.config.errors import DataError
-from hstu.data.datasets.raw import identifier
+from hstu.data.datasets.raw import identifier, literal
 from hstu.data.datasets.spec import LATEST_SECOND
 
 _log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ _INTEGERS = frozenset(
     ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "HUGEINT", "UHUGEINT")
 )
 _DATES = ("DATE", "TIMESTAMP")
+_MOST_LABELS = 256
 _DECIMAL = r"[+-]?(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?"
 
 
@@ -94,6 +95,27 @@ class ColumnTypes:
                 "text. Write them without a fraction (pandas: astype('Int64')), or put a letter in front"
             )
 
+    def action(self, column: str) -> tuple[str, tuple[str, ...]]:
+        """(INTEGER expression, the text of each integer). Texts are numbered in their order if none is a number."""
+        if self._types["action"] != "VARCHAR":
+            return _ACTION, ()
+        text = "nullif(action, '')"
+        ((texts, numbers),) = self._engine.execute(
+            f"SELECT count({text}), count({_NUMBER}) FROM {self._relation}"
+        ).fetchall()
+        if numbers or not texts:
+            return _ACTION, ()
+        query = f"SELECT DISTINCT {text} AS label FROM {self._relation} WHERE label IS NOT NULL ORDER BY label"
+        labels = tuple(label for (label,) in self._engine.execute(f"{query} LIMIT {_MOST_LABELS + 1}").fetchall())
+        if len(labels) > _MOST_LABELS:
+            raise DataError(
+                f"{self._name}: {column!r} has more than {_MOST_LABELS} different texts, such as {labels[0]!r}; "
+                "actions are integers from 0 up, or few texts, such as 'buy' and 'view'. Is it the right column?"
+            )
+        _log.info("actions in %r: %s", column, ", ".join(f"{number} {label}" for number, label in enumerate(labels)))
+        cases = " ".join(f"WHEN {literal(label)} THEN {number}" for number, label in enumerate(labels))
+        return f"CASE action {cases} END", labels
+
     def time(self, column: str, unit: str) -> tuple[str, str]:
         """(expression to sort by, BIGINT seconds). Numbers are in ``unit``; dates without a zone are UTC.
 
@@ -143,7 +165,7 @@ class ColumnTypes:
 
 
 _NUMBER = "TRY_CAST(action AS DOUBLE)"
-ACTION = f"CASE WHEN {_NUMBER} = floor({_NUMBER}) AND abs({_NUMBER}) < 2147483647 THEN CAST({_NUMBER} AS INTEGER) END"
+_ACTION = f"CASE WHEN {_NUMBER} = floor({_NUMBER}) AND abs({_NUMBER}) < 2147483647 THEN CAST({_NUMBER} AS INTEGER) END"
 """4.0 is an integer, 4.5 is not."""
 
 

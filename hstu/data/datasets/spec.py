@@ -21,6 +21,7 @@ class Schema:
     """The features of a store; ``context`` is in token order.
 
     ``action_cardinality``: actions lie in [0, action_cardinality); None means the largest action + 1.
+    ``bins``: contextual feature → number of ranges with equally many users that its numbers are grouped into.
     """
 
     item: str
@@ -28,6 +29,7 @@ class Schema:
     timestamp: str | None = "timestamp"
     context: tuple[str, ...] = ()
     action_cardinality: int | None = None
+    bins: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,13 @@ class ColumnDescription:
 
 @dataclass(frozen=True)
 class TypedColumns:
-    """Select lists over the ingested tables, as RawTables.events and RawTables.context describe them."""
+    """Select lists over the ingested tables, as RawTables describes them, and the texts that the actions stand for."""
 
     events: str
     context: str | None
+    titles: str | None = None
+    labels: tuple[str, ...] = ()
+    """Text of action 0, 1, …; empty where actions are numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +101,13 @@ class RawTables:
     context: tuple[RawFile, str] | None = None
     """A file with one row per user, and its select list: ``user``, then ``c0``, ``c1``, … (VARCHAR), the contextual
     features of the schema in order, without user_id."""
-    resolve_types: Callable[[DuckDBPyConnection, str, str | None], TypedColumns] | None = None
-    """For types that depend on the data: ``events`` and ``context`` then only pick columns (without timestamp), and
-    ``resolve_types(engine, ingested events, ingested context)`` returns the final select lists."""
+    event_context: tuple[str, ...] = ()
+    """Those of ``c0``, ``c1``, … that are columns of ``events`` (VARCHAR): a user has the value of the first event."""
+    title_table: tuple[RawFile, str] | None = None
+    """A file with one row per item, and its select list: ``item``, ``title``."""
+    resolve_types: Callable[[DuckDBPyConnection, str], TypedColumns] | None = None
+    """For types that depend on the data: the select lists above then only pick columns (without timestamp), and
+    ``resolve_types(engine, ingested events)`` returns the final ones."""
     settings: str = ""
     """Identifies everything that ``resolve_types`` depends on beside the data."""
     descriptions: Mapping[str, ColumnDescription] = field(default_factory=dict)
@@ -110,8 +119,9 @@ class RawTables:
     @property
     def files(self) -> tuple[Path, ...]:
         """All raw files."""
-        context = (self.context[0].path,) if self.context else ()
-        return (*(log.path for log in self.logs), *context, *((self.title_file,) if self.title_file else ()))
+        tables = [log.path for log in self.logs]
+        tables += [table[0].path for table in (self.context, self.title_table) if table]
+        return (*tables, *([self.title_file] if self.title_file else []))
 
 
 @dataclass(frozen=True)

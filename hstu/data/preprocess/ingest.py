@@ -35,15 +35,19 @@ def read_files(state: BuildState) -> None:
         _read(state, "context", *state.raw.context, 0)
     if state.raw.title_file is not None:
         state.commit_source(state.raw.title_file)
+    if state.raw.title_table is not None:
+        _read(state, "titles", *state.raw.title_table, 0)
     if state.raw.resolve_types is not None and "typed" not in state.writer.journal:
-        engine, events, context = state.engine, state.ingested_logs(), state.ingested_context()
-        typed = state.raw.resolve_types(engine, events, context)
+        engine, events = state.engine, state.ingested_logs()
+        typed = state.raw.resolve_types(engine, events)
         for part in range(len(state.raw.logs)):
             rows = f'SELECT {typed.events} FROM {events} WHERE part = {part} ORDER BY "row"'
             write_parquet(engine, rows, state.file(f"typed_log_{part}"))
-        if context is not None:
-            write_parquet(engine, f'SELECT {typed.context} FROM {context} ORDER BY "row"', state.file("typed_context"))
-        state.writer.journal.commit("typed")
+        for name, select in (("context", typed.context), ("titles", typed.titles)):
+            if select is not None:
+                rows = f'SELECT {select} FROM {state.ingested(name)} ORDER BY "row"'
+                write_parquet(engine, rows, state.file(f"typed_{name}"))
+        state.writer.journal.commit("typed", {"labels": typed.labels})
 
 
 def _read(state: BuildState, name: str, file: RawFile, select: str, effort: float) -> None:

@@ -226,6 +226,9 @@ def _actions(store: SequenceStore) -> list[str]:
     name = resolve_name(store.name)
     if name is not None and (bits := DATASETS[name].action_bits):
         rows = [(signal, int(counts[values & bit > 0].sum())) for signal, bit in bits.items()]
+    elif store.features[store.action_feature].has_vocab:
+        labels = store.raw_ids(store.action_feature)
+        rows = [(f"{value} {label}", int(number)) for value, label, number in zip(values, labels, counts, strict=True)]
     else:
         rows = [(str(value), int(counts[value])) for value in values[counts > 0][:50]]
     shares = [(name, number, f"{100 * number / store.num_events:.2f} %") for name, number in rows]

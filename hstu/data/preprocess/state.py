@@ -176,6 +176,10 @@ class BuildState:
         (name,) = (name for name, other in source_names(self.raw.files).items() if other == file)
         self.writer.journal.commit(f"source {name}", sha256(file))
 
+    def ingested(self, name: str) -> str:
+        """SQL of the rows of "context" or "titles" as read, with ``row``, their number from 0."""
+        return _numbered(self.file(name))
+
     def ingested_log(self, number: int) -> str:
         """SQL of a log's rows as read, with ``row``, their number from 0."""
         return _numbered(self.file(f"log_{number}"))
@@ -188,15 +192,19 @@ class BuildState:
         """SQL of a log's rows as RawTables.events describes them, with ``row``."""
         return _numbered(self.file(f"typed_log_{number}")) if self.raw.resolve_types else self.ingested_log(number)
 
-    def ingested_context(self) -> str | None:
-        """SQL of the context's rows as read, with ``row``; None without context."""
-        return _numbered(self.file("context")) if self.raw.context else None
-
     def typed_context(self) -> str | None:
-        """SQL of the context's rows as RawTables.context describes them, with ``row``; None without context."""
+        """SQL of the context's rows as RawTables.context describes them, with ``row``; None without such a file."""
         if self.raw.context is None:
             return None
         return _numbered(self.file("typed_context" if self.raw.resolve_types else "context"))
+
+    def typed_titles(self) -> str | None:
+        """SQL of the titles' rows as RawTables.title_table describes them, with ``row``; None without such a file."""
+        return _numbered(self.file("typed_titles")) if self.raw.title_table else None
+
+    def labels(self) -> list[str]:
+        """Text of action 0, 1, …; empty where actions are numbers."""
+        return self.writer.journal["typed"]["labels"] if self.raw.resolve_types else []
 
     def events(self) -> str:
         """SQL of all usable events; (part, row) is their order in the raw files."""

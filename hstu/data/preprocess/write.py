@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from itertools import count, pairwise
 from typing import Any
 
@@ -13,7 +15,12 @@ from hstu.data.preprocess.engine import column, memory_bytes, one, write_parquet
 from hstu.data.preprocess.state import NUMBERING, WRITING, BuildState
 from hstu.data.store import UNKNOWN, USER_FEATURE
 
+_log = logging.getLogger(__name__)
+
 _ROWS_PER_CHUNK = 1 << 20
+_MANY_NUMBERS = 100
+"""A contextual feature with more different numbers than this is probably a quantity."""
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SORT_BYTES_PER_ROW = 400
 """Upper bound of the memory per row of a bucket while it is joined and sorted."""
 
@@ -37,10 +44,14 @@ def number_users_and_items(state: BuildState) -> tuple[np.ndarray, int]:
 
 
 def write_vocabularies(state: BuildState, num_users: int, num_items: int) -> None:
-    """Writes the raw ids of users and items, and the items' titles."""
+    """Writes the raw ids of users and items, the texts of actions, and the items' titles."""
     state.writer.write_vocabulary(USER_FEATURE, _ids(state, "users", num_users))
     state.writer.write_vocabulary(state.schema.item, _ids(state, "items", num_items))
-    if state.raw.titles is not None:
+    if state.schema.action and (labels := state.labels()):
+        state.writer.write_vocabulary(state.schema.action, np.array(labels, dtype=object))
+    if (titles := state.typed_titles()) is not None:
+        state.writer.write_titles(column(state.engine, _title_values(state, titles)))
+    elif state.raw.titles is not None:
         raw_items = _ids(state, "items", num_items).tolist()
         state.writer.write_titles([state.raw.titles.get(raw_id, "") for raw_id in raw_items])
 
@@ -62,10 +73,52 @@ def write_context(state: BuildState, num_users: int) -> None:
         if feature == USER_FEATURE:
             state.writer.write_context(feature, np.arange(num_users), cardinality=num_users)
             continue
-        values = column(state.engine, _context_values(state, next(columns)))
+        name = next(columns)
+        first_values = _first_of_events(state, name) if name in state.raw.event_context else _first_rows(state, name)
+        values = column(state.engine, _context_values(state, name, first_values))
+        if feature in state.schema.bins:
+            values = binned(feature, values, state.schema.bins[feature])
         vocabulary, codes = np.unique(values, return_inverse=True)
+        _warn_of_numbers(feature, vocabulary)
         state.writer.write_context(feature, codes, cardinality=len(vocabulary))
         state.writer.write_vocabulary(feature, vocabulary)
+
+
+def binned(feature: str, values: np.ndarray, ranges: int) -> np.ndarray:
+    """Numbers as text → the range of each as text, such as "18..24"; UNKNOWN stays.
+
+    The ranges have about equally many values; there are fewer where many values are equal.
+    """
+    known = values != UNKNOWN
+    try:
+        numbers = values[known].astype(np.float64)
+    except ValueError as error:
+        raise DataError(f"--bins {feature}={ranges}: not all values are numbers ({error}); leave it out") from None
+    if not np.isfinite(numbers).all():
+        raise DataError(f"--bins {feature}={ranges}: not all values are finite numbers; leave it out")
+    grouped = np.full(len(values), UNKNOWN, dtype=object)
+    if len(numbers):
+        starts = np.unique(np.quantile(numbers, np.arange(ranges) / ranges, method="higher"))
+        place = np.searchsorted(starts, numbers, side="right") - 1
+        last = [numbers[place == number].max() for number in range(len(starts))]
+        names = [_range_name(start, end) for start, end in zip(starts, last, strict=True)]
+        grouped[known] = np.array(names, dtype=object)[place]
+    return grouped
+
+
+def _range_name(start: float, end: float) -> str:
+    return f"{start:.15g}" if start == end else f"{start:.15g}..{end:.15g}"
+
+
+def _warn_of_numbers(feature: str, vocabulary: np.ndarray) -> None:
+    if len(vocabulary) > _MANY_NUMBERS and all(_NUMBER.fullmatch(value) for value in vocabulary if value != UNKNOWN):
+        _log.warning(
+            "context column %r has %d different numbers, and each of them becomes a category of its own; "
+            "--bins %s=10 groups them into 10 ranges",
+            feature,
+            len(vocabulary),
+            feature,
+        )
 
 
 def write_events(state: BuildState, offsets: np.ndarray, num_items: int) -> None:
@@ -156,9 +209,27 @@ def _codes(state: BuildState, table: str) -> str:
     return f"(SELECT id, events, file_row_number AS code FROM {rows})"
 
 
-def _context_values(state: BuildState, name: str) -> str:
-    """SQL of one value per user, in the order of codes."""
-    first_rows = f"""SELECT "user", {name} FROM {state.typed_context()}
-        QUALIFY row_number() OVER (PARTITION BY "user" ORDER BY "row") = 1"""
+def _context_values(state: BuildState, name: str, first_values: str) -> str:
+    """SQL of one value per user, in the order of codes. ``first_values``: SQL of user and value."""
     return f"""SELECT coalesce(nullif(c.{name}, ''), {literal(UNKNOWN)})
-        FROM {_codes(state, "users")} u LEFT JOIN ({first_rows}) c ON u.id = c."user" ORDER BY u.code"""
+        FROM {_codes(state, "users")} u LEFT JOIN ({first_values}) c ON u.id = c."user" ORDER BY u.code"""
+
+
+def _first_rows(state: BuildState, name: str) -> str:
+    return f"""SELECT "user", {name} FROM {state.typed_context()}
+        QUALIFY row_number() OVER (PARTITION BY "user" ORDER BY "row") = 1"""
+
+
+def _first_of_events(state: BuildState, name: str) -> str:
+    """The value of a user's first event that has one, so that a sample never shows what comes after it."""
+    order = f'{"time, " if state.schema.timestamp else ""}part, "row"'
+    return f"""SELECT "user", {name} FROM {state.events()} WHERE {name} <> ''
+        QUALIFY row_number() OVER (PARTITION BY "user" ORDER BY {order}) = 1"""
+
+
+def _title_values(state: BuildState, titles: str) -> str:
+    """SQL of one title per item, in the order of codes: that of the item's first row, empty where it has none."""
+    first_rows = f"""SELECT item, title FROM {titles}
+        QUALIFY row_number() OVER (PARTITION BY item ORDER BY "row") = 1"""
+    return f"""SELECT coalesce(t.title, '')
+        FROM {_codes(state, "items")} i LEFT JOIN ({first_rows}) t ON i.id = t.item ORDER BY i.code"""

@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torchrec
 
 from hstu.config.errors import EXIT_FAILURE
-from hstu.parallel.mesh import Heartbeat, Mesh
+from hstu.parallel.mesh import Heartbeat, Mesh, without_timeout
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ SILENCE_S = 2.0
 _SILENCE_ON_SIGTERM_S = 10.0  # nothing else is wrong then, and launchers wait 30 s before they kill
 _MAIN_THREAD_S = 1.0
 _LAST_RESORT_S = 9.0
+_SUSPENDED_S = 5.0  # our thread sleeps for BEAT_S; after a longer pause, the whole process was suspended
 _STORE_TIMEOUT = timedelta(seconds=10)
 _TORCH, _TORCHREC = Path(torch.__file__).parent, Path(torchrec.__file__).parent
 # A main thread inside this code waits for other ranks (in a collective or in DDP's backward) or for the device.
@@ -100,6 +101,7 @@ class Watchdog:
         self._sigterm_at: float | None = None
         self._main_thread_ends = threading.Event()
         self._left = False
+        self._awake_at = time.monotonic()
         self._ending = threading.Lock()
         self._wake_up, self._waker = socket.socketpair()
 
@@ -109,6 +111,7 @@ class Watchdog:
         if mesh.world_size == 1:
             return
         faulthandler.enable()
+        without_timeout(mesh)  # from here on we watch, and do not count the time in which ranks are suspended
         mesh.heartbeat.mark()
         assert mesh.store is not None
         self._board = StatusBoard(mesh.store, mesh.rank, mesh.world_size, mesh.heartbeat)
@@ -135,7 +138,6 @@ class Watchdog:
         signal.set_wakeup_fd(-1)
         self._waker.send(b"\0")
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
         with suppress(RuntimeError):
             self._board.report_status(ended=True)
 
@@ -159,17 +161,25 @@ class Watchdog:
                 self._beat(board)
                 verdict = None if self._main_thread_ends.is_set() else board.verdict() or self._suspicion(board)
             except RuntimeError as gone:
-                verdict = self._store_is_gone(gone)
+                verdict = None if self._was_suspended() else self._store_is_gone(gone)
             if verdict and not self._main_thread_ends.wait(_MAIN_THREAD_S):
                 self._end(verdict, _stacks())
             self._sleep()
 
     def _beat(self, board: StatusBoard) -> None:
-        # This timer still fires when a library holds the interpreter lock and our threads cannot run.
-        if not self._ending.locked():
-            faulthandler.dump_traceback_later(self._timeout_s + _LAST_RESORT_S, exit=True)
+        self._was_suspended()
         board.report_status()
         self._first_rank = board.status_of(0) or self._first_rank
+
+    def _was_suspended(self) -> bool:
+        """Whether this process was suspended (SIGSTOP) since the last call; the main thread is excused for that time."""
+        now = time.monotonic()
+        pause_s, self._awake_at = now - self._awake_at, now
+        if pause_s < _SUSPENDED_S:
+            return False
+        self._mesh.heartbeat.excuse(pause_s)
+        log.warning("this process was suspended for %.0f s, which do not count for the timeout", pause_s)
+        return True
 
     def _sleep(self) -> None:
         if select.select([self._wake_up], [], [], BEAT_S)[0] and signal.SIGTERM in self._wake_up.recv(64):

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
 _HEAD_START_S = 10.0  # for our watchdog, which names the missing rank, before NCCL's watchdog aborts the process
+_NO_TIMEOUT = timedelta(days=365)
 _FINISH_TIMEOUT_S = 30.0
 _DROPOUT_STREAM = 0x64726F70  # makes the dropout seed of rank 0 differ from the seed of the initial weights
 
@@ -55,6 +56,10 @@ class Heartbeat:
     def beat(self) -> None:
         """Note that this rank makes progress, in work of which some ranks have more than others."""
         self._at = time.monotonic()
+
+    def excuse(self, seconds: float) -> None:
+        """Do not count these seconds as idle."""
+        self._at = min(self._at + seconds, time.monotonic())
 
     @contextmanager
     def during(self, stage: str) -> Iterator[None]:
@@ -113,7 +118,7 @@ def start(
     once the model is built.
 
     Args:
-        timeout_s: a collective that waits for longer fails, ten seconds later.
+        timeout_s: a collective that waits for longer fails, ten seconds later. See ``without_timeout``.
         deterministic: use only bitwise repeatable kernels; torch raises where an operation has none.
         allow_tf32: allow TF32 in float32 matrix products on a GPU.
         must_agree: name → value of what must be equal on all ranks.
@@ -156,6 +161,15 @@ def start(
     seed_initial_weights(seed)
     log.info("rank %d of %d on %s, %d CPU threads", mesh.rank, mesh.world_size, device, threads)
     return mesh
+
+
+def without_timeout(mesh: Mesh) -> None:
+    """Let collectives wait for as long as it takes: for a run whose watchdog ends ranks that are stuck.
+
+    Their own timeout counts the time in which all ranks are suspended.
+    """
+    for group in (mesh.world_group, mesh.dp_group, mesh.tp_group):
+        dist.distributed_c10d._set_pg_timeout(_NO_TIMEOUT, group)
 
 
 def finish(wait: bool = True) -> None:

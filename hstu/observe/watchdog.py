@@ -172,7 +172,7 @@ class Watchdog:
         self._first_rank = board.status_of(0) or self._first_rank
 
     def _was_suspended(self) -> bool:
-        """Whether this process was suspended (SIGSTOP) since the last call; the main thread is excused for that time."""
+        """Whether this process was suspended (SIGSTOP) since the last call. That time does not count as idle."""
         now = time.monotonic()
         pause_s, self._awake_at = now - self._awake_at, now
         if pause_s < _SUSPENDED_S:

@@ -1,5 +1,6 @@
 """Compiling the C++ kernels: once a machine, whoever else is at it, and a clear line where it cannot be."""
 
+import ctypes
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,32 @@ def test_what_is_compiled_is_found_again_until_a_source_changes(small_sources: P
     assert build.library_file(cache) == first and first.stat().st_mtime_ns == made
     (small_sources / "one.cpp").write_text('extern "C" int one() { return 2; }\n')
     assert build.library_file(cache) != first
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
+def test_a_damaged_library_is_compiled_again(
+    small_sources: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = build.library_file(tmp_path / "cache")
+    whole = library.read_bytes()
+    middle = len(whole) // 2
+    changed = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    library.write_bytes({"cut": whole[:middle], "changed": changed, "empty": b""}[damage])
+    assert build.library_file(tmp_path / "cache") == library
+    assert ctypes.CDLL(str(library)).one() == 1
+    assert f"{library} is damaged and is compiled again" in caplog.text
+
+
+def test_without_a_home_directory_there_are_no_kernels_and_the_reason_is_given(
+    small_sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(build.KernelsUnavailable, match="no home directory; set HOME or XDG_CACHE_HOME"):
+        build.library_file()
 
 
 def test_processes_that_start_together_compile_once(small_sources: Path, tmp_path: Path) -> None:

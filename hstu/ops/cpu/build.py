@@ -2,7 +2,8 @@
 
 They are plain C++ behind a C interface and include no header of PyTorch or Python, so that they need only a compiler
 and no rebuild for a new release of PyTorch. The library lies in the user's cache directory; its name is a hash of the
-sources, the compiler, its flags and the processor.
+sources, the compiler, its flags and the processor. Its last bytes are a hash of all bytes before them, which is checked
+before each use: a damaged library is compiled again.
 
     python -m hstu.ops.cpu.build    compile now, as an installer does; the exit code is 0 even where that fails
 """
@@ -34,6 +35,7 @@ from hstu.ops.self_check import cache_directory
 log = logging.getLogger(__name__)
 
 KEPT_BYTES = 1 << 30
+_HASH_BYTES = hashlib.sha256().digest_size
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
@@ -59,17 +61,18 @@ def library_file(directory: Path | None = None) -> Path:
     once: one compiles, the others wait for it. An interrupted compilation leaves no library behind.
     """
     compiler = _compiler()
-    directory = cache_directory() if directory is None else directory
-    path = directory / f"cpu_kernels_{_key(compiler)}.so"
-    if path.exists():
-        return path
     try:
+        directory = cache_directory() if directory is None else directory
+        path = directory / f"cpu_kernels_{_key(compiler)}.so"
+        if _is_intact(path):
+            return path
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory / "lock"):
-            if not path.exists():
+            if not _is_intact(path):
                 _compile(compiler, path)
     except OSError as error:
-        raise KernelsUnavailable(f"cannot write compiled kernels to {directory}: {error.strerror}") from error
+        place = "" if directory is None else f" to {directory}"
+        raise KernelsUnavailable(f"cannot write compiled kernels{place}: {error.strerror or error}") from error
     return path
 
 
@@ -79,7 +82,11 @@ def library() -> ctypes.CDLL:
 
     PyTorch has been imported before and has loaded OpenMP: kernels and PyTorch share one set of threads.
     """
-    loaded = ctypes.CDLL(str(library_file()))
+    path = library_file()
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelsUnavailable(f"{path} cannot be loaded: {error}; delete it to have it compiled again") from error
     loaded.hstu_packed_width.restype = int64
     return loaded
 
@@ -171,6 +178,27 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def _is_intact(library: Path) -> bool:
+    """Whether the file exists and ends in the hash of what precedes it, as ``_seal`` left it."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    intact = hashlib.sha256(content[:-_HASH_BYTES]).digest() == content[-_HASH_BYTES:]
+    if not intact:
+        log.warning("%s is damaged and is compiled again", library)
+    return intact
+
+
+def _seal(library: Path) -> None:
+    """Append the hash, which the loader ignores, and write the file to the disk."""
+    digest = hashlib.sha256(library.read_bytes()).digest()
+    with library.open("ab") as file:
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _compile(compiler: str, library: Path) -> None:
     sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
     log.info("compiling the CPU kernels with %s (some seconds, once per machine)", compiler)
@@ -181,6 +209,7 @@ def _compile(compiler: str, library: Path) -> None:
         if result.returncode:
             first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[-300:])
             raise KernelsUnavailable(f"{compiler} cannot compile the CPU kernels: {first.strip()}")
+        _seal(made)
         os.replace(made, library)
     log.info("compiled the CPU kernels in %.0f s: %s", time.monotonic() - begun, library)
 

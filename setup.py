@@ -1,12 +1,13 @@
-"""Package metadata, and the one place where the versions of all dependencies are pinned.
+"""Package metadata, and the versions of all dependencies that work.
+
+The tests run with the newest versions that were there at the last ``scripts/lock.sh`` (requirements/cpu.txt, what
+``scripts/install.sh`` installs) and with the oldest (requirements/oldest.txt).
 
 ``pip install .`` installs everything except TorchRec and FBGEMM, which come in a CPU and a CUDA build:
 
 - CUDA: ``pip install ".[cuda]"``.
 - CPU: ``pip install ".[cpu]"``, then TorchRec of the version below with ``--no-deps``. TorchRec's metadata requires the
   CUDA build of FBGEMM, so pip cannot resolve it beside the CPU build.
-
-``scripts/install.sh`` runs the commands that fit the machine.
 """
 
 from __future__ import annotations
@@ -20,49 +21,49 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "hstu" / "__init__.py").read_text(encoding="utf-8"))
 README = ROOT / "README.md"
 
-# torch, torchrec and fbgemm are released together: 2.13 with 1.8.0. Change them together.
-TORCH = "torch==2.13.0"
-TORCHREC = "torchrec==1.8.0"
-FBGEMM_CPU = "fbgemm-gpu-cpu==1.8.0"
-FBGEMM_CUDA = "fbgemm-gpu==1.8.0"
+# torch, torchrec and fbgemm are released together: 2.13 with 1.8. Change them together.
+TORCH = "torch>=2.13,<2.14"
+TORCHREC = "torchrec>=1.8,<1.9"
+FBGEMM_CPU = "fbgemm-gpu-cpu>=1.8,<1.9"
+FBGEMM_CUDA = "fbgemm-gpu>=1.8,<1.9"
 # CUDA builds of torch depend on Triton, CPU builds do not. The tests interpret and compile the kernels without a GPU.
-TRITON_CPU = "triton==3.9.0"
-# Compiles the CUTLASS kernels. Works without a GPU.
-CUTLASS_DSL = "nvidia-cutlass-dsl==4.8.1"
+TRITON_CPU = "triton>=3.9,<3.10"
+# Compiles the CUTLASS kernels. Works without a GPU. Its interfaces change from release to release.
+CUTLASS_DSL = "nvidia-cutlass-dsl>=4.8,<4.9"
 # Needed only for TrainerArgs.wandb_project.
-WANDB = "wandb==0.31.0"
+WANDB = "wandb>=0.19,<1"
 
 REQUIRED = [
     TORCH,
-    "megatron-core==0.16.1",
-    "gin-config==0.5.0",
-    "numpy==2.4.6",
-    "pandas==3.1.1",
-    "duckdb==2.0.0",
-    "pyarrow==26.0.1",
-    "matplotlib==3.11.2",
-    "tensorboard==2.21.0",
-    "safetensors==0.8.0",
+    "megatron-core>=0.16,<0.17",
+    "gin-config>=0.5,<0.6",
+    "numpy>=2.2,<3",
+    "pandas>=2.3,<4",
+    "duckdb>=1.5,<3",
+    "pyarrow>=20,<27",
+    "matplotlib>=3.10,<4",
+    "tensorboard>=2.19,<3",
+    "safetensors>=0.5,<1",
     # TorchRec imports these. They are listed here because on CPU TorchRec is installed without its dependencies.
-    "tensordict==0.15.3",
+    "tensordict>=0.12",
     "torchmetrics==1.0.3",
-    "tqdm==4.70.1",
-    "pyre-extensions==0.0.32",
-    "psutil==7.2.2",
-    "iopath==0.1.10",
+    "tqdm>=4.67",
+    "pyre-extensions>=0.0.32",
+    "psutil>=7",
+    "iopath>=0.1.10",
 ]
 DEVELOPMENT = [
     CUTLASS_DSL,
-    "pytest==9.2.0",
-    "pytest-timeout==2.4.0",
-    "pytest-xdist==3.8.0",
-    "hypothesis==6.170.15",
-    "scikit-learn==1.9.1",
-    "ruff==0.17.6",
-    "mypy==2.4.1",
-    "pandas-stubs==3.1.0.261029",
-    "types-tqdm==4.70.0.20261106",
-    "types-psutil==7.2.2.20261111",
+    "pytest>=9",
+    "pytest-timeout>=2.4",
+    "pytest-xdist>=3.8",
+    "hypothesis>=6.150",
+    "scikit-learn>=1.7",
+    "ruff>=0.15",
+    "mypy>=2",
+    "pandas-stubs>=3",
+    "types-tqdm>=4.67",
+    "types-psutil>=7",
 ]
 # The console commands are names of the functions that the scripts call.
 COMMANDS = {

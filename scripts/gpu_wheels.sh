@@ -3,7 +3,7 @@
 #
 # For machines with Python 3.12, PyTorch 2.11 for CUDA and what comes with that. There:
 #   python3.12 -m pip install --no-index --no-deps DIRECTORY/*.whl
-# Versions are those of setup.py, but for the TorchRec and FBGEMM of that PyTorch. FBGEMM is 440 MB;
+# Versions are those of requirements/cuda.txt, but for the TorchRec and FBGEMM of that PyTorch. FBGEMM is 440 MB;
 # LEAVE_OUT='fbgemm-gpu|duckdb' leaves packages out. PYTHON is whose pip fetches (python3).
 set -euo pipefail
 
@@ -16,24 +16,12 @@ wheels=$(cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 
-pinned() { sed -n 's/^.*"\([a-z-]*==[0-9.]*\)".*$/\1/p' setup.py; }
-# Resolving would ask for PyTorch with gigabytes of CUDA: what the pinned ones import is named here instead.
-needed=(
-    cloudpickle pyvers orjson importlib-metadata zipp packaging                      # tensordict
-    portalocker typing-inspect mypy-extensions typing-extensions lightning-utilities # iopath, pyre-extensions, torchmetrics
-    einops python-dateutil six                                                       # megatron-core, pandas
-    contourpy cycler fonttools kiwisolver pillow pyparsing                           # matplotlib
-    absl-py grpcio markdown protobuf tensorboard-data-server werkzeug markupsafe     # tensorboard
-    iniconfig pluggy pygments sortedcontainers                                       # pytest, hypothesis
-    cuda-bindings cuda-pathfinder                                                    # nvidia-cutlass-dsl
-)
-for part in base core cu13; do
-    needed+=("$(pinned | sed -n "s/^nvidia-cutlass-dsl==/nvidia-cutlass-dsl-libs-$part==/p")")
-done
-wanted=("torchrec==1.6.1" "fbgemm-gpu==1.6.0")
-for package in $(pinned) "${needed[@]}"; do
+wanted=("torchrec==1.6.1" "fbgemm-gpu==1.6.0" $(grep -o '^nvidia-cutlass-dsl==[0-9.]*' requirements/cuda.txt |
+    sed 's/dsl/dsl-libs-cu13/'))
+for package in $(grep -o '^[a-z0-9-]*==[^ ]*' requirements/cuda.txt); do
     case $package in
-        torch==* | torchrec==* | fbgemm-gpu==* | fbgemm-gpu-cpu==* | triton==* | ruff==* | mypy==* | *stubs==* | types-* | wandb==*) ;;
+        torchrec==* | fbgemm-gpu==* | ruff==* | mypy==* | *stubs==* | types-*) ;;
+        filelock==* | fsspec==* | jinja2==* | mpmath==* | networkx==* | setuptools==* | sympy==*) ;; # PyTorch's
         *) wanted+=("$package") ;;
     esac
 done

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with everything the trainer and its tests need: the CUDA set where nvidia-smi lists a GPU, else the
-# CPU set. Versions are pinned in setup.py. Safe to run again (does nothing when up to date), to interrupt, and to
+# CPU set, in the versions of requirements/. Safe to run again (does nothing when up to date), to interrupt, and to
 # run twice at once.
 #
 # On a CPU machine PyPI's torch brings gigabytes of CUDA libraries that are never used. To spare them:
@@ -38,7 +38,7 @@ find_python() {
 has_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
 
 # What the installed set depends on (console scripts hold the path); a change of any of it installs again.
-wanted_stamp() { printf "%s %s %s\n" "$kind" "$(cat setup.py scripts/install.sh | sha256sum | cut -d" " -f1)" "$root"; }
+wanted_stamp() { printf "%s %s %s\n" "$kind" "$(cat setup.py scripts/install.sh requirements/*.txt | sha256sum | cut -d" " -f1)" "$root"; }
 
 up_to_date() {
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted_stamp)" ] && "$python" -c '' >/dev/null 2>&1
@@ -81,17 +81,22 @@ run_pip() {
         explain_pip_failure
 }
 
+# The hashes are those of the files for this Python and processor; others get the same versions.
+files_are_known() { [ "$("$python" -c 'import sys; print(sys.version_info[:2] == (3, 11))') $(uname -m)" = "True x86_64" ]; }
+
 install_packages() {
+    local locked=requirements/$kind.txt
     : >"$log"
     say "installing the $kind set (some minutes; details in .venv/install.log)"
-    run_pip -e ".[$kind,dev]"
-    if [ "$kind" = cpu ]; then
-        # TorchRec asks for the CUDA build of FBGEMM: on CPU it is installed alone. Its pin is read from setup.py.
-        local torchrec
-        torchrec=$("$python" -c 'from importlib.metadata import requires
-print(next(r.split(";")[0].strip() for r in requires("hstu") if r.startswith("torchrec=")))')
-        run_pip --no-deps "$torchrec"
+    if files_are_known; then
+        run_pip --no-deps --require-hashes -r "$locked"
+    else
+        say "the files of the packages are not verified: $locked has the hashes for Python 3.11 on x86_64 only"
+        sed '/--hash/d; s/ *\\$//' "$locked" >"$venv/versions.txt"
+        run_pip --no-deps -r "$venv/versions.txt"
     fi
+    run_pip -r requirements/torch.txt
+    run_pip --no-deps -e .
 }
 
 # An interrupted pip can leave a package half in place that it then takes for installed: importing tells.

@@ -1,8 +1,11 @@
 """What pip installs: console commands, types and the C++ sources that are compiled on first use."""
 
 import inspect
-from importlib.metadata import distribution
+from importlib.metadata import distribution, requires
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
 
 import hstu
 
@@ -28,3 +31,25 @@ def test_the_metadata_has_a_license_and_the_version_of_the_package() -> None:
     assert metadata["Version"] == hstu.__version__
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").lstrip().startswith("Apache License")
     assert f"version: {hstu.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_the_version_is_that_of_the_newest_part_of_the_changelog() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = next(line for line in changelog.splitlines() if line.startswith("## "))
+    assert newest.removeprefix("## ").split(",")[0] == hstu.__version__
+
+
+@pytest.mark.parametrize("locked", ["cpu", "cuda"])
+def test_every_direct_dependency_is_locked_by_hash_within_its_range(locked: str) -> None:
+    text = (ROOT / "requirements" / f"{locked}.txt").read_text(encoding="utf-8")
+    torch = (ROOT / "requirements" / "torch.txt").read_text(encoding="utf-8")
+    versions = dict(line.split(" ")[0].strip().split("==") for line in (text + torch).splitlines() if "==" in line)
+    hashed = {block.split("==")[0] for block in text.split("\n") if block.endswith("\\") and "==" in block}
+    for line in requires("hstu") or []:
+        requirement = Requirement(line)
+        extras = {"cpu", "dev"} if locked == "cpu" else {"cuda", "dev"}
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        name = requirement.name.replace("_", "-").lower()
+        assert versions[name] in requirement.specifier
+        assert name in hashed or name == "torch"

@@ -16,6 +16,7 @@ FAKE_PYTHON = """#!/bin/bash
 here={here}
 case "$*" in
     "--version") echo "Python 3.12.9" ;;
+    "-c import sys; print"*) [ -e "$here/other_python" ] && echo False || echo True ;;
     "-c import sys"*) exit $([ -e "$here/too_old" ] && echo 1 || echo 0) ;;
     "-m venv"*)
         if [ -e "$here/no_ensurepip" ]; then echo "ensurepip is not available"; exit 1; fi
@@ -27,7 +28,6 @@ case "$*" in
         if [ -e "$here/slow" ]; then sleep "$(cat "$here/slow")"; fi
         if [ -e "$here/pip_says" ]; then cat "$here/pip_says"; exit 1; fi ;;
     "-m hstu.ops.cpu.build") echo "compiling"; echo "CPU kernels: there" ;;
-    "-c from importlib"*) echo "torchrec==9.9.9" ;;
     "-c import torch"*) if [ -e "$here/broken_once" ]; then rm "$here/broken_once"; echo "ImportError: x"; exit 1; fi ;;
 esac
 """
@@ -42,11 +42,13 @@ class Machine:
         self.bin.mkdir()
         (self.root / "scripts").mkdir(parents=True)
         shutil.copy(REPOSITORY / "setup.py", self.root)
+        shutil.copytree(REPOSITORY / "requirements", self.root / "requirements")
         shutil.copy(REPOSITORY / "scripts" / "install.sh", self.root / "scripts")
         for name in ("python3.12", "python3.11", "python3"):
             self.command(name, FAKE_PYTHON.format(here=root))
         self.free_disk(100)
         self.command("nvidia-smi", "#!/bin/bash\nexit 9\n")
+        self.command("uname", "#!/bin/bash\necho x86_64\n")
         self.here = root
 
     def command(self, name: str, text: str) -> None:
@@ -85,22 +87,39 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_a_cpu_machine_gets_the_cpu_set_and_torchrec_alone(machine: Machine) -> None:
+def test_a_cpu_machine_gets_the_cpu_set_with_every_file_verified(machine: Machine) -> None:
     code, output = machine.install()
     assert code == 0, output
     assert len(output.splitlines()) == 4, output  # one line a step
     assert "[set-up] CPU kernels: there\n" in output
-    made, everything, torchrec = machine.calls()
+    made, locked, torch, project = machine.calls()
     assert made == "venv"
-    assert everything.endswith("-e .[cpu,dev]")
-    assert torchrec.endswith("--no-deps torchrec==9.9.9")
+    assert locked.endswith("--no-deps --require-hashes -r requirements/cpu.txt")
+    assert torch.endswith("-r requirements/torch.txt")
+    assert project.endswith("--no-deps -e .")
+
+
+def test_another_python_gets_the_same_versions_and_is_told_that_no_hash_is_known(machine: Machine) -> None:
+    (machine.here / "other_python").touch()
+    code, output = machine.install()
+    assert code == 0, output
+    assert "requirements/cpu.txt has the hashes for Python 3.11 on x86_64 only" in output
+    assert not any("--require-hashes" in call for call in machine.calls())
+    versions = (machine.root / ".venv" / "versions.txt").read_text().splitlines()
+    locked = (REPOSITORY / "requirements" / "cpu.txt").read_text()
+    assert len(versions) > 60 and all(f"{version} \\\n" in locked for version in versions)
 
 
 def test_a_gpu_machine_gets_the_cuda_set(machine: Machine) -> None:
     machine.command("nvidia-smi", "#!/bin/bash\necho 'GPU 0: NVIDIA H100'\n")
     code, output = machine.install()
     assert code == 0, output
-    assert [call.split()[-1] for call in machine.calls()] == ["venv", ".[cuda,dev]"]
+    assert [call.split()[-1] for call in machine.calls()] == [
+        "venv",
+        "requirements/cuda.txt",
+        "requirements/torch.txt",
+        ".",
+    ]
 
 
 def test_again_does_nothing_until_a_pin_changes(machine: Machine) -> None:
@@ -108,11 +127,11 @@ def test_again_does_nothing_until_a_pin_changes(machine: Machine) -> None:
     machine.calls()
     assert machine.install() == (0, "")
     assert machine.calls() == []
-    with (machine.root / "setup.py").open("a") as file:
-        file.write("# another pin\n")
+    with (machine.root / "requirements" / "cpu.txt").open("a") as file:
+        file.write("another==1.0\n")
     code, _ = machine.install()
     assert code == 0
-    assert len(machine.calls()) == 2  # pip twice, in the same .venv
+    assert len(machine.calls()) == 3  # pip, in the same .venv
 
 
 def test_without_a_new_enough_python_it_says_which_is_needed(machine: Machine) -> None:
@@ -200,4 +219,4 @@ def test_two_at_once_take_turns_and_install_once(machine: Machine) -> None:
     outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), outputs
     assert sum("another set-up is running" in output for output in outputs) == 1
-    assert len(machine.calls()) == 3  # venv, pip, pip: once
+    assert len(machine.calls()) == 4  # venv, pip three times: once

@@ -16,7 +16,11 @@ LOWER_IS_BETTER = ("LOGLOSS", "NE")
 
 def is_better(name: str, value: float, than: float) -> bool:
     """Whether ``value`` of the metric ``name`` (which may have a suffix, as in ``NE/task0``) beats ``than``."""
-    return _beats(value, than, name.split("/")[0] in LOWER_IS_BETTER)
+    return _beats(value, than, _lower_is_better(name))
+
+
+def _lower_is_better(name: str) -> bool:
+    return name.split("/")[0] in LOWER_IS_BETTER
 
 
 def _beats(value: float, than: float, lower: bool) -> bool:
@@ -26,37 +30,77 @@ def _beats(value: float, than: float, lower: bool) -> bool:
 
 
 class MetricsHistory:
-    """All evaluations of a run, with the last and best value of each metric per split."""
+    """The last evaluation of each split, and the best ones of each metric. Its size does not grow with the run."""
 
     def __init__(self) -> None:
-        self.last: dict[str, dict[str, float]] = {}
+        self._last: dict[str, EvalRecord] = {}
+        self._count: dict[str, int] = {}
+        """split → number of its evaluations."""
+        self._extremes: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+        """split → metric → "max" or "min" → {"value", "iter", "number"} of the first evaluation that reached it."""
+
+    @property
+    def last(self) -> dict[str, dict[str, float]]:
         """split → metric → value of the last evaluation."""
-        self.best: dict[str, dict[str, dict[str, Any]]] = {}
+        return {split: dict(record.metrics) for split, record in self._last.items()}
+
+    @property
+    def best(self) -> dict[str, dict[str, dict[str, Any]]]:
         """split → metric → {"value", "iter"} of the best evaluation by this metric."""
-        self.evaluations: dict[tuple[str, int], EvalRecord] = {}
-        """(split, iteration) → its last evaluation, in the order of the first ones."""
+        return {
+            split: {
+                name: {key: found["min" if _lower_is_better(name) else "max"][key] for key in ("value", "iter")}
+                for name, found in extremes.items()
+            }
+            for split, extremes in self._extremes.items()
+        }
 
     def add(self, record: EvalRecord) -> None:
-        """Add one evaluation."""
-        self.evaluations[record.split, record.iteration] = record
-        self.last[record.split] = dict(record.metrics)
-        best = self.best.setdefault(record.split, {})
+        """Add one evaluation. A repeated evaluation of an iteration changes only ``last``."""
+        split, repeated = record.split, self.has(record.split, record.iteration)
+        self._last[split] = record
+        if repeated:
+            return
+        self._count[split] = self._count.get(split, 0) + 1
+        extremes = self._extremes.setdefault(split, {})
         for name, value in record.metrics.items():
-            if name not in best or is_better(name, value, best[name]["value"]):
-                best[name] = {"value": value, "iter": record.iteration}
+            found = extremes.setdefault(name, {})
+            for mode in ("max", "min"):
+                if mode not in found or _beats(value, found[mode]["value"], mode == "min"):
+                    found[mode] = {"value": value, "iter": record.iteration, "number": self._count[split]}
 
     def has(self, split: str, iteration: int) -> bool:
-        """Whether a split has been evaluated at an iteration."""
-        return (split, iteration) in self.evaluations
+        """Whether the last evaluation of a split was at this iteration."""
+        return split in self._last and self._last[split].iteration == iteration
+
+    def find_best(self, split: str, metric: str, mode: str) -> tuple[float, int | None, int]:
+        """(best value, its iteration, evaluations of the split since); (nan, None, all evaluations) if there is none.
+
+        ``mode``: "max" or "min".
+        """
+        count = self._count.get(split, 0)
+        found = self._extremes.get(split, {}).get(metric, {}).get(mode)
+        if found is None or math.isnan(found["value"]):
+            return math.nan, None, count
+        return found["value"], found["iter"], count - found["number"]
 
     def state_dict(self) -> Any:
-        """All evaluations as JSON: a list of records, the form in which checkpoints have always held them."""
-        return json.loads(to_line([one.as_json() for one in self.evaluations.values()]))
+        """As JSON."""
+        last = [record.as_json() for record in self._last.values()]
+        return json.loads(to_line({"last": last, "count": self._count, "extremes": self._extremes}))
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Add the evaluations of ``state_dict()``."""
-        for record in state_dict:
-            self.add(EvalRecord.from_json(record))
+        """Restore ``state_dict()``, or add all evaluations of a run, which older checkpoints list."""
+        if isinstance(state_dict, list):
+            for record in state_dict:
+                self.add(EvalRecord.from_json(record))
+            return
+        records = [EvalRecord.from_json(record) for record in state_dict["last"]]
+        self._last, self._count = {record.split: record for record in records}, state_dict["count"]
+        self._extremes = state_dict["extremes"]
+        for found in (found for extremes in self._extremes.values() for found in extremes.values()):
+            for extreme in found.values():
+                extreme["value"] = math.nan if extreme["value"] is None else extreme["value"]
 
 
 class Selection:
@@ -76,16 +120,12 @@ class Selection:
         self.without_improvement = 0
 
     def follow(self, history: MetricsHistory) -> bool:
-        """Update from all evaluations of ``history``. Returns whether the last one of the split is the best."""
-        self.value, self.iteration, self.without_improvement = math.nan, None, 0
-        records = [one for one in history.evaluations.values() if one.split == self.split and self.metric is not None]
-        for record in records:
-            value = record.metrics.get(self.metric or "", math.nan)
-            if _beats(value, self.value, self._lower):
-                self.value, self.iteration, self.without_improvement = value, record.iteration, 0
-            else:
-                self.without_improvement += 1
-        return bool(records) and records[-1].iteration == self.iteration
+        """Update from ``history``. Returns whether the last evaluation of the split is the best."""
+        if self.metric is None:
+            return False
+        mode = "min" if self._lower else "max"
+        self.value, self.iteration, self.without_improvement = history.find_best(self.split, self.metric, mode)
+        return self.iteration is not None and self.without_improvement == 0
 
     @property
     def is_exhausted(self) -> bool:

@@ -67,6 +67,24 @@ def test_a_resumed_run_knows_what_was_evaluated_before() -> None:
     assert resumed.has("test", 20) and not resumed.has("test", 10)
 
 
+def test_what_a_checkpoint_keeps_does_not_grow_with_the_evaluations() -> None:
+    history, sizes = MetricsHistory(), []
+    for iteration in range(1000, 3000):
+        history.add(record(iteration, AUC=0.5 + iteration / 10000, NE=0.25))
+        sizes.append(len(json.dumps(history.state_dict())))
+    assert max(sizes) < sizes[0] + 100  # more digits
+
+
+def test_checkpoints_that_list_all_evaluations_are_still_read() -> None:
+    history, resumed = MetricsHistory(), MetricsHistory()
+    entries = [record(10, AUC=0.8), record(20, AUC=0.7), record(20, "test", AUC=0.5), record(30, AUC=math.nan)]
+    for entry in entries:
+        history.add(entry)
+    resumed.load_state_dict([entry.as_json() for entry in entries])
+    assert resumed.state_dict() == history.state_dict()
+    assert resumed.find_best("valid", "AUC", "max") == (0.8, 10, 2)
+
+
 def follow(values: list[float], mode: str = "max", patience: int | None = 2) -> tuple[list[bool], Selection]:
     """Whether each of the values, evaluated at 10, 20, …, was the best by then; and the selection in the end."""
     history, selection = MetricsHistory(), Selection("AUC", mode, "valid", patience)

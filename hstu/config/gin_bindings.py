@@ -13,7 +13,7 @@ from typing import Any
 
 import gin
 
-from hstu.config.args import CLASSES, REGISTRY, Args
+from hstu.config.args import ACCEPTED, CLASSES, REGISTRY, Args
 from hstu.config.gin_scan import Binding, Broken, Import, Macro, Reference, Scan
 from hstu.config.option import is_required, options_of
 from hstu.config.problems import Problem, nearest, show
@@ -35,6 +35,7 @@ class Bindings:
         self.by_owner: dict[Owner, dict[str, Binding]] = {}
         self.macros: dict[str, Binding] = {}
         self.user: list[Binding] = []
+        self.accepted: list[Binding] = []
         self._problems = problems
         self._seen: dict[tuple[int, str, str], Binding] = {}
         for binding in statements.bindings:
@@ -61,6 +62,10 @@ class Bindings:
                 self._file_parameter(CLASSES[guess], binding, is_guess=True)
 
     def _file_parameter(self, cls: type[Args], binding: Binding, is_guess: bool = False) -> None:
+        if binding.parameter in ACCEPTED:
+            self.accepted.append(binding)
+            self._report(binding, ACCEPTED[binding.parameter], is_warning=True)
+            return
         names = {name: option.name for option in options_of(cls) for name in (option.name, *option.metadata["aliases"])}
         owner = (binding.scope, cls)
         if binding.parameter in names:
@@ -77,12 +82,15 @@ class Bindings:
 
     def _check_twice(self, binding: Binding, owner: str, parameter: str) -> None:
         first = self._seen.setdefault((binding.at.source, owner, parameter), binding)
-        if first is not binding and not isinstance(first.value, Broken) and not isinstance(binding.value, Broken):
-            other = f" as {first.parameter}" if first.parameter != binding.parameter else ""
-            self._report(binding, f"bound twice: already {show(first.value)}{other} at {first.at}; keep one of them")
+        if first is binding or isinstance(first.value, Broken) or isinstance(binding.value, Broken):
+            return
+        other = f" as {first.parameter}" if first.parameter != binding.parameter else ""
+        is_equal = not other and repr(first.value) == repr(binding.value)
+        text = f"bound twice: already {show(first.value)}{other} at {first.at}; keep one of them"
+        self._report(binding, text, is_warning=is_equal)
 
-    def _report(self, binding: Binding, text: str) -> None:
-        self._problems.append(Problem(f"{binding}: {text}", binding.at))
+    def _report(self, binding: Binding, text: str, is_warning: bool = False) -> None:
+        self._problems.append(Problem(f"{binding}: {text}", binding.at, is_warning))
 
     def owners_of(self, cls: type[Args]) -> list[Owner]:
         """The objects of a class or a subclass that the files bind, in file order.

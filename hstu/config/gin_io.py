@@ -27,8 +27,7 @@ from hstu.config.gin_bindings import (
 from hstu.config.gin_scan import Binding, Broken, Macro, Reference, Scan, scan
 from hstu.config.incomplete import incomplete
 from hstu.config.option import (
-    annotation_of,
-    coerce,
+    converted,
     default_of,
     describe,
     field_problems,
@@ -89,6 +88,8 @@ class _Builder:
     def draft(self, world_size: int) -> RunDraft:
         """The run that the files describe, without the values that are wrong."""
         self._bind_user_code()
+        for binding in self.bindings.accepted:
+            self._resolve(binding.value, binding, binding.scope)
         known: dict[str, Any] = {"task": self.task, "source_files": self.files, "world_size": world_size}
         dataset = self._dataset_class()
         for cls, place in REGISTRY.items():
@@ -165,7 +166,7 @@ class _Builder:
             shown += f" (which is {show(value)})"
         self.problems += [Problem(f"{binding.name} = {shown}: {problem}", binding.at) for problem in problems]
         if not problems and not _holds(value, Broken):
-            return coerce(annotation_of(cls, field), value)
+            return converted(cls, field, value)
         self._note_unclear(cls, field)
         return Broken()
 

@@ -26,7 +26,7 @@ class Limits:
     """The values that a field allows. For a list, the limits hold for each element."""
 
     choices: Optional[tuple[Any, ...]] = None
-    """The only allowed values."""
+    """The only allowed values. Strings are found in any letter case."""
     minimum: Optional[float] = None
     maximum: Optional[float] = None
     above: Optional[float] = None
@@ -34,7 +34,9 @@ class Limits:
     below: Optional[float] = None
     """Exclusive upper limit."""
     words: tuple[str, ...] = ()
-    """Strings that are allowed in place of a number."""
+    """Strings that are allowed in place of a number, in any letter case."""
+    capitals: bool = False
+    """Whether strings are names of metrics, which are capitals up to a "/": "hr@10" is read as "HR@10"."""
     pattern: Optional[str] = None
     """Regular expression that a string must match in full."""
     examples: tuple[str, ...] = ()
@@ -64,7 +66,7 @@ class Args:
             found = field_problems(cls, each, value)
             problems += [f"{cls.__name__}.{each.name} = {show(value)}: {problem}" for problem in found]
             if not found:
-                object.__setattr__(self, each.name, coerce(annotation_of(cls, each), value))
+                object.__setattr__(self, each.name, converted(cls, each, value))
         if problems:
             raise ConfigError(problems)
 
@@ -80,7 +82,7 @@ def field_problems(cls: type[Args], field: Field[Any], value: Any) -> list[str]:
     """What is wrong with ``value`` for this field, and what is allowed instead; empty if the value is allowed."""
     expected = f"expected {describe(cls, field)}"
     try:
-        coerced = coerce(annotation_of(cls, field), value)
+        coerced = converted(cls, field, value)
     except Mismatch as mismatch:
         return [expected + str(mismatch)]
     if coerced is None:
@@ -98,6 +100,24 @@ def field_problems(cls: type[Args], field: Field[Any], value: Any) -> list[str]:
     ]
 
 
+def converted(cls: type[Args], field: Field[Any], value: Any) -> Any:
+    """``value`` as the field holds it: of its type, with enumerated strings spelt as declared. Raises Mismatch."""
+    coerced = coerce(annotation_of(cls, field), value)
+    if isinstance(coerced, (list, tuple)):
+        return type(coerced)(_spelt(field, element) for element in coerced)
+    return _spelt(field, coerced)
+
+
+def _spelt(field: Field[Any], element: Any) -> Any:
+    if not isinstance(element, str):
+        return element
+    if field.metadata["capitals"]:
+        name, slash, task = element.partition("/")
+        return f"{name.upper()}{slash}{task.lower()}"
+    declared = [*(field.metadata["choices"] or ()), *field.metadata["words"]]
+    return next((word for word in declared if word.lower() == element.lower()), element)
+
+
 def coerce(annotation: Any, value: Any) -> Any:
     """``value`` as the annotated type. Raises Mismatch if the conversion would lose anything.
 
@@ -108,10 +128,12 @@ def coerce(annotation: Any, value: Any) -> Any:
     origin, parameters = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):  # Optional, or a number or a word
         kinds = [parameter for parameter in parameters if parameter is not types.NoneType]
-        inner = str if isinstance(value, str) and str in kinds else kinds[0]
-        return None if value is None else coerce(inner, value)
+        fitting = (kind for kind in kinds if isinstance(value, typing.get_origin(kind) or kind))
+        return None if value is None else coerce(next(fitting, kinds[0]), value)
     if origin is tuple and isinstance(value, str):
         return (value,)
+    if origin is dict:
+        return {coerce(parameters[0], key): _coerce_element(parameters[1], value[key]) for key in value}
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
             raise Mismatch(f"; write [{literal(value)}]" if isinstance(value, str) else "")
@@ -231,13 +253,16 @@ def describe(cls: type[Args], field: Field[Any]) -> str:
     inner = kind.removeprefix("Optional[").removesuffix("]") if kind.startswith("Optional[") else kind
     limits = describe_limits(field)
     is_enough = field.metadata["choices"] or field.metadata["examples"]
-    words = limits if is_enough else ", ".join(filter(None, [_kind_in_words(inner), limits]))
+    kinds = " or ".join(map(_kind_in_words, inner.split(" | ")))
+    words = limits if is_enough else ", ".join(filter(None, [kinds, limits]))
     return words if inner == kind else f"None or {words}"
 
 
 def _kind_in_words(kind: str) -> str:
     if element := re.fullmatch(r"(?:list|tuple)\[(\w+)(?:, \.\.\.)?\]", kind):
         return f"list of {_kind_in_words(element[1]).replace('a reference', 'references')}"
+    if value := re.fullmatch(r"dict\[str, (\w+)\]", kind):
+        return f"dict from feature to {_kind_in_words(value[1])}"
     return kind if kind in ("int", "float", "bool", "str") else f"a reference @scope/{kind}()"
 
 

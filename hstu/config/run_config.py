@@ -97,9 +97,8 @@ class RunConfig:
     def _written(self, part: Args, parameter: str) -> str:
         origin, value = self._origin(part, parameter), getattr(part, parameter)
         name = origin.name if origin else f"{type(part).__name__}.{parameter}"
-        is_reference = isinstance(value, Args) or (
-            isinstance(value, list) and isinstance(next(iter(value), None), Args)
-        )
+        elements = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        is_reference = isinstance(next(iter(elements), None), Args)
         if origin and not is_reference and not name.endswith(f".{parameter}") and origin.value != show(value):
             return f"{name} = {origin.value} (so {parameter} = {show(value)})"  # bound by an alias
         return f"{name} = {origin.value if origin and is_reference else show(value)}"
@@ -126,8 +125,9 @@ def _referred_parts(part: Args, prefix: str = "") -> Iterator[tuple[str, Args]]:
             continue
         value = getattr(part, each.name, None)
         named = {f"{prefix}{each.name}": value}
-        if isinstance(value, list):
-            named = {f"{prefix}{each.name}[{index}]": element for index, element in enumerate(value)}
+        if isinstance(value, (list, dict)):
+            elements = value.items() if isinstance(value, dict) else enumerate(value)
+            named = {f"{prefix}{each.name}[{key}]": element for key, element in elements}
         for name, referred in named.items():
             if referred is not None:
                 yield name, referred
@@ -176,10 +176,13 @@ class _GinWriter:
 
     def _value(self, args: Args, scope: str, name: str) -> str:
         value = getattr(args, name)
-        if not isinstance(value, (list, tuple)):
+        if not isinstance(value, (list, tuple, dict)):
             return self._element(value, scope or name)
-        elements = [self._element(element, scope or name) for element in value]
-        left, right = "[]" if isinstance(value, list) else "()"
+        if isinstance(value, dict):
+            elements = [f"{literal(key)}: {self._element(element, key)}" for key, element in value.items()]
+        else:
+            elements = [self._element(element, scope or name) for element in value]
+        left, right = "{}" if isinstance(value, dict) else "[]" if isinstance(value, list) else "()"
         comma = "," if isinstance(value, tuple) and len(value) == 1 else ""
         line = f"{left}{', '.join(elements)}{comma}{right}"
         if len(line) <= self.LINE_LENGTH:

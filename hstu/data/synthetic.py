@@ -142,8 +142,8 @@ class SyntheticReader:
         tables = {name: table for table in args.embedding_args for name in table.feature_names}
         self.features: dict[str, _Feature] = {}
         for index, name in enumerate(self.roles.names):
-            dists = dict(zip(groups[name].feature_names, groups[name].value_dists or (), strict=False))
-            ids = Distribution(dists.get(name, RandomDistribution()), tables[name].item_vocab_size_or_capacity)
+            dist = groups[name].distributions().get(name, RandomDistribution())
+            ids = Distribution(dist, tables[name].item_vocab_size_or_capacity)
             self.features[name] = _Feature(index, tables[name], ids)
         group = groups[self.roles.item]
         self.min_length = 1 + args.max_num_candidates

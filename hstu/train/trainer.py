@@ -162,7 +162,7 @@ class Trainer:
         last = iteration == self.total_iters
         if iteration % args.log_interval == 0 or last:
             self._log(bar)
-        if iteration % args.eval_interval == 0 and not (last and args.eval_at_end):
+        if self._is_due(iteration) and not (last and args.eval_at_end):
             self.evaluate(self.source.eval_splits)
         if self._selection.is_exhausted and not last:
             last = True
@@ -230,8 +230,12 @@ class Trainer:
     def _missed_evaluation(self) -> bool:
         """Whether the run that saved the checkpoint would have evaluated next."""
         iteration = self.state.iteration
-        is_due = 0 < iteration < self.total_iters and iteration % self.args.eval_interval == 0
+        is_due = 0 < iteration < self.total_iters and self._is_due(iteration)
         return is_due and not self._history.has(self.source.eval_splits[0], iteration)
+
+    def _is_due(self, iteration: int) -> bool:
+        """Whether an evaluation follows this iteration."""
+        return self.args.eval_interval > 0 and iteration % self.args.eval_interval == 0
 
     def _evaluate_at_end(self) -> None:
         splits = self.source.final_splits

@@ -3,6 +3,7 @@
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,14 +13,18 @@ from hstu.config.args import (
     DynamicEmbeddingArgs,
     EmbeddingArgs,
     PartOptimizerArgs,
+    RandomDistribution,
     RankingArgs,
     RetrievalArgs,
+    TrainerArgs,
 )
 from hstu.config.errors import ConfigError
-from hstu.config.gin_io import load
+from hstu.config.gin_io import load, read_and_check
 from hstu.config.rules import validate
 from hstu.config.run_config import RunConfig, Task
 from tests.config.gin_files import ALL_RULES, BENCHMARK, OWN_DATA, OWN_TABLES, RANKING, RETRIEVAL, changed, write
+
+DYNAMIC = changed(OWN_DATA.replace("item/Emb", "item/DynamicEmb"), "-item/DynamicEmbeddingArgs.sharding_type")
 
 
 @pytest.fixture
@@ -144,6 +149,53 @@ def test_benchmark_takes_distributions(load_text) -> None:
     assert [dist.dist_type for dist in group.value_dists] == ["zipf", "uniform"]
 
 
+def test_benchmark_takes_distributions_by_feature(load_text) -> None:
+    given = "seq/FeatureArgs.value_dists = {'action': @few/RandomDistribution()}"
+    config = load_text(changed(BENCHMARK, given, "few/RandomDistribution.high = 3"))
+    group = config.dataset.feature_args[0]
+    assert group.distributions() == {"action": RandomDistribution(high=3)}
+    again = load_text(config.operative_gin())
+    assert again == config
+    with pytest.raises(ConfigError, match=r"few/RandomDistribution.low = 3: must be below few/RandomDistribution.high"):
+        load_text(changed(BENCHMARK, given, "few/RandomDistribution.high = 3", "few/RandomDistribution.low = 3"))
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ('NetworkArgs.kernel_backend = "PyTorch"', "pytorch"),
+        ('NetworkArgs.dtype_str = "BFLOAT16"', "bfloat16"),
+        ('NetworkArgs.position_encoding = ("Absolute", "RELATIVE_BIAS")', ("absolute", "relative_bias")),
+        ('OptimizerArgs.optimizer_str = "Adam"', "adam"),
+        ('TrainerArgs.pipeline_type = "NONE"', "none"),
+        ('RankingArgs.eval_metrics = ("auc>=4", "LogLoss")', ("AUC>=4", "LOGLOSS")),
+        ('RankingArgs.eval_metrics = "gauc"', ("GAUC",)),
+        ('RankingArgs.prediction_head_act_type = "GELU"', "gelu"),
+        ('TrainerArgs.best_metric = "auc"', "AUC"),
+        ('PrecisionArgs.loss_scale = "Dynamic"', "dynamic"),
+    ],
+)
+def test_letter_case_of_enumerated_values_does_not_matter(load_text, line: str, value: Any) -> None:
+    more = ['NetworkArgs.dtype_str = "float16"'] if "loss_scale" in line else []
+    config = load_text(changed(RANKING, line, "TrainerArgs.ckpt_save_interval = 5", *more))
+    owner, _, parameter = line.partition(" ")[0].partition(".")
+    assert getattr(config.parts()[owner], parameter) == value
+
+
+def test_letter_case_of_retrieval_metrics_and_eviction_does_not_matter(load_text) -> None:
+    config = load_text(changed(RETRIEVAL, 'RetrievalArgs.eval_metrics = ("hr@10", "Ndcg@5", "mrr")'), "retrieval")
+    assert config.task_args.eval_metrics == ("HR@10", "NDCG@5", "MRR")
+    table = load_text(changed(DYNAMIC, 'item/DynamicEmbeddingArgs.evict_strategy = "LRU"')).embeddings[0]
+    assert table.evict_strategy == "lru"
+    assert TrainerArgs(train_batch_size=1, eval_batch_size=1, best_metric="auc/TASK1").best_metric == "AUC/task1"
+
+
+def test_no_row_in_gpu_memory_and_no_evaluation_in_training_are_allowed(load_text) -> None:
+    lines = ["item/DynamicEmbeddingArgs.item_vocab_gpu_capacity_ratio = 0", "TrainerArgs.eval_interval = 0"]
+    config = load_text(changed(DYNAMIC, *lines))
+    assert (config.embeddings[0].item_vocab_gpu_capacity_ratio, config.trainer.eval_interval) == (0.0, 0)
+
+
 def test_macros_and_blocks(load_text) -> None:
     text = changed(RANKING, "-NetworkArgs") + (
         "width = 32\nhalf/macro.value = 16\n"
@@ -252,9 +304,6 @@ def test_balancing_without_effect_is_warned_of(lines: list[str], warned: str | N
     assert warned is None or warned in warnings[0]
 
 
-DYNAMIC = changed(OWN_DATA.replace("item/Emb", "item/DynamicEmb"), "-item/DynamicEmbeddingArgs.sharding_type")
-
-
 @pytest.mark.parametrize(
     ("base", "lines", "warned"),
     [
@@ -285,6 +334,23 @@ DYNAMIC = changed(OWN_DATA.replace("item/Emb", "item/DynamicEmb"), "-item/Dynami
         (
             DYNAMIC,
             [
+                "item/DynamicEmbeddingArgs.caching = True",
+                "item/DynamicEmbeddingArgs.item_vocab_gpu_capacity_ratio = 0",
+            ],
+            "leaves no memory for a cache",
+        ),
+        (RANKING, ["TrainerArgs:\n  eval_interval = 7", "TrainerArgs.eval_interval = 7"], "bound twice: already 7 at"),
+        (RANKING, ["NetworkArgs.num_layers = %n", "n = 3", "# \nn = 3"], "n = 3: bound twice: already 3 at"),
+        (RANKING, ["b = 'cpu'", "NetworkArgs.embedding_backend = %b"], "here the class of a table decides"),
+        (OWN_DATA, ["item/EmbeddingArgs.embedding_backend = 'torchrec'"], "EmbeddingArgs makes a table of TorchRec"),
+        (
+            RANKING,
+            ["TrainerArgs.eval_interval = 0", "TrainerArgs.eval_at_end = False", "TrainerArgs.max_eval_iters = 5"],
+            "nothing is evaluated",
+        ),
+        (
+            DYNAMIC,
+            [
                 "item/DynamicEmbeddingArgs.item_vocab_gpu_capacity = 5",
                 "item/DynamicEmbeddingArgs.item_vocab_gpu_capacity_ratio = 0.5",
             ],
@@ -297,9 +363,9 @@ DYNAMIC = changed(OWN_DATA.replace("item/Emb", "item/DynamicEmb"), "-item/Dynami
         ),
     ],
 )
-def test_options_without_effect_are_warned_of(base: str, lines: list[str], warned: str | None, tmp_path: Path) -> None:
-    config = load([write(tmp_path, changed(base, *lines))], [], "ranking")
-    warnings = validate(config, world_size=1, rules=ALL_RULES)
+def test_what_does_no_harm_is_warned_of(base: str, lines: list[str], warned: str | None, tmp_path: Path) -> None:
+    file = write(tmp_path, changed(base, *lines))
+    _, warnings = read_and_check([file], [], "ranking", world_size=1, rules=ALL_RULES)
     assert len(warnings) == (0 if warned is None else 1), warnings
     assert warned is None or warned in warnings[0]
 

@@ -58,7 +58,9 @@ def instances(cls: type, **given_fields: st.SearchStrategy[Any]) -> st.SearchStr
 TABLES = st.lists(instances(a.EmbeddingArgs) | instances(a.DynamicEmbeddingArgs), max_size=4)
 DISTRIBUTION = instances(a.RandomDistribution)
 FEATURES = instances(
-    a.FeatureArgs, seqlen_dist=st.none() | DISTRIBUTION, value_dists=st.none() | st.lists(DISTRIBUTION, max_size=3)
+    a.FeatureArgs,
+    seqlen_dist=st.none() | DISTRIBUTION,
+    value_dists=st.none() | st.lists(DISTRIBUTION, max_size=3) | st.dictionaries(TEXT, DISTRIBUTION, max_size=3),
 )
 BENCHMARKS = instances(
     a.BenchmarkDatasetArgs, feature_args=st.lists(FEATURES, min_size=1, max_size=3), embedding_args=TABLES.filter(len)

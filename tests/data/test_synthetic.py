@@ -215,6 +215,18 @@ def test_a_dynamic_table_gets_ids_as_they_are_drawn() -> None:
     assert items.max() > 10**10 and (items == 0).float().mean() > 0.1
 
 
+def test_distributions_may_be_given_by_feature_and_for_some_features_only() -> None:
+    few = RandomDistribution(high=3)
+    by_name, by_order = (
+        benchmark_args(feature_args=[sequence_group(value_dists=dists), *benchmark_args().feature_args[1:]])
+        for dists in ({"action": few}, [RandomDistribution(), few])
+    )
+    batches = [train_batches(dataset(args=args), 1)[0] for args in (by_name, by_order)]
+    for name in ("item", "action"):
+        assert torch.equal(*(batch.features[name].values() for batch in batches))
+    assert batches[0].features["action"].values().max() == 2 < batches[0].features["item"].values().max()
+
+
 def test_actions_stay_below_the_rows_of_their_table() -> None:
     group = sequence_group(value_dists=[RandomDistribution(), RandomDistribution(high=9)])
     with pytest.raises(ConfigError, match="actions must be below"):

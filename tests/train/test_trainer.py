@@ -64,6 +64,13 @@ def test_the_last_interval_counts_where_there_is_no_evaluation_at_the_end(train:
     assert kinds(finished) == [("eval", 2, "valid"), ("train", 4), ("eval", 4, "valid")]
 
 
+def test_an_interval_of_0_leaves_evaluation_to_the_end(train: Callable[..., FinishedRun]) -> None:
+    finished = train("retrieval", trainer={"log_interval": 4, "eval_interval": 0, "eval_at_end": True})
+    assert kinds(finished) == [("train", 4), ("eval", 4, "valid"), ("eval", 4, "test")]
+    finished = train("retrieval", trainer={"log_interval": 4, "eval_interval": 0})
+    assert kinds(finished) == [("train", 4)]
+
+
 def test_a_loss_is_the_mean_since_the_record_before(train: Callable[..., FinishedRun]) -> None:
     every, third = (train("ranking", trainer={"max_train_iters": 7, "log_interval": n}).losses for n in (1, 3))
     means = [sum(every[:3]) / 3, sum(every[3:6]) / 3, every[6]]

@@ -45,5 +45,11 @@ REGISTRY: Mapping[type[Args], str] = {
 CLASSES: Mapping[str, type[Args]] = {cls.__name__: cls for cls in REGISTRY}
 """Name in a gin file → class."""
 
+ACCEPTED: Mapping[str, str] = {
+    "embedding_backend": "is not read: here the class of a table decides. EmbeddingArgs makes a table of TorchRec, "
+    "DynamicEmbeddingArgs a dynamic one"
+}
+"""Parameters that files of other trainers give to any class and that nothing reads → what the warning says."""
+
 TASK_ARGS: Mapping[Task, type[RankingArgs | RetrievalArgs]] = {"ranking": RankingArgs, "retrieval": RetrievalArgs}
 """The entry script decides on the task, and the task on the class that is read."""

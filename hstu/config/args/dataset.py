@@ -95,9 +95,14 @@ class FeatureArgs(Args):
     """True: lengths vary, see seqlen_dist. False: every sequence has max_sequence_length."""
     seqlen_dist: Optional[RandomDistribution] = option(None)
     """Distribution of the lengths if is_jagged. None: uniform on [1, max_sequence_length]."""
-    value_dists: Optional[list[RandomDistribution]] = option(None)
-    """Distributions of the ids, one per feature in the order of feature_names. None: uniform over the rows of the
-    table."""
+    value_dists: Optional[list[RandomDistribution] | dict[str, RandomDistribution]] = option(None)
+    """Distributions of the ids: a dict from feature to distribution, or a list with one per feature in the order of
+    feature_names. A feature without one, and None: uniform over the rows of the table."""
+
+    def distributions(self) -> dict[str, RandomDistribution]:
+        """Feature → the distribution of its ids, where value_dists gives one."""
+        given = self.value_dists or {}
+        return given if isinstance(given, dict) else dict(zip(self.feature_names, given, strict=False))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,10 +53,10 @@ class DynamicEmbeddingArgs(EmbeddingArgs):
     """Always row_wise."""
     global_hbm_for_values: Optional[int] = option(None, minimum=0)
     """GPU memory for the rows, in bytes over all ranks. It takes precedence over the two capacities below."""
-    item_vocab_gpu_capacity: Optional[float] = option(None, above=0)
-    """Number of rows in GPU memory. It takes precedence over the ratio."""
-    item_vocab_gpu_capacity_ratio: Optional[float] = option(None, above=0, maximum=1)
-    """Fraction of item_vocab_size_or_capacity in GPU memory, in (0, 1]."""
+    item_vocab_gpu_capacity: Optional[float] = option(None, minimum=0)
+    """Number of rows in GPU memory. 0: all rows are in host memory. It takes precedence over the ratio."""
+    item_vocab_gpu_capacity_ratio: Optional[float] = option(None, minimum=0, maximum=1)
+    """Fraction of item_vocab_size_or_capacity in GPU memory. 0: all rows are in host memory."""
     evict_strategy: str = option("lru", choices=("lru", "lfu"))
     """Which id loses its row when none is free. lru: the least recently trained. lfu: the least frequently trained."""
     caching: bool = option(False)

@@ -31,6 +31,7 @@ class RankingArgs(Args):
         pattern=r"AUC|GAUC|ACC|LOGLOSS|NE|AUC>=\d+",
         examples=("AUC", "AUC>=K", "GAUC", "ACC", "LOGLOSS", "NE"),
         not_empty=True,
+        capitals=True,
     )
     """Metrics. AUC>=K is the AUC of "the class is at least K", for star ratings."""
 
@@ -60,5 +61,6 @@ class RetrievalArgs(Args):
         pattern=r"(HR|NDCG|MRR)@[1-9]\d*|MRR",
         examples=("HR@K", "NDCG@K", "MRR@K", "MRR"),
         not_empty=True,
+        capitals=True,
     )
     """Metrics, with any K."""

@@ -17,8 +17,8 @@ class TrainerArgs(Args):
     tokens_per_rank, this is the upper limit of sequences per rank."""
     eval_batch_size: int = option(minimum=1)
     """Sequences per rank in an evaluation step."""
-    eval_interval: int = option(100, minimum=1)
-    """Iterations (optimizer steps) between two evaluations."""
+    eval_interval: int = option(100, minimum=0)
+    """Iterations (optimizer steps) between two evaluations. 0: never during training, see eval_at_end."""
     log_interval: int = option(100, minimum=1)
     """Iterations between two log lines."""
     max_train_iters: Optional[int] = option(None, minimum=1)
@@ -81,7 +81,7 @@ class TrainerArgs(Args):
     """Evaluate before the first iteration."""
     eval_at_end: bool = option(True)
     """Evaluate after the last iteration; for retrieval, on the test split."""
-    best_metric: Optional[str] = option(None)
+    best_metric: Optional[str] = option(None, capitals=True)
     """One of the task's eval_metrics, such as "NDCG@10" or "AUC/task1". Unless ckpt_save_interval = -1, the checkpoint
     with its best value on the first evaluated split ("valid" if there is one) is kept under the name "best"; it is
     saved at once if that iteration has none."""

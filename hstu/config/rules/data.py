@@ -96,6 +96,9 @@ def one_option_gives_the_gpu_memory(run: RunConfig, table: EmbeddingArgs) -> Ite
         if table.caching and not given:
             text = f"has no effect, because all rows fit into GPU memory; set one of {', '.join(_GPU_MEMORY)}"
             yield run.problem(table, "caching", text, is_warning=True)
+        elif table.caching and getattr(table, given[0]) == 0:
+            text = f"has no effect with {run.cite(table, given[0])}, which leaves no memory for a cache; remove it"
+            yield run.problem(table, "caching", text, is_warning=True)
 
 
 def dense_kernel_has_adam(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
@@ -205,7 +208,12 @@ def groups_are_consistent(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iter
 
 
 def ids_have_one_distribution_each(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
-    if group.value_dists is not None and len(group.value_dists) != len(group.feature_names):
+    if isinstance(group.value_dists, dict):
+        for name in group.value_dists:
+            if name not in group.feature_names:
+                text = f"{name!r} is not one of {run.cite(group, 'feature_names')}; correct or remove it"
+                yield run.problem(group, "value_dists", text + did_you_mean(name, group.feature_names))
+    elif group.value_dists is not None and len(group.value_dists) != len(group.feature_names):
         text = f"must have one distribution per feature of {run.cite(group, 'feature_names')}"
         yield run.problem(group, "value_dists", text)
 
@@ -237,7 +245,9 @@ def parameters_fit_the_kind(run: RunConfig, dist: RandomDistribution) -> Iterato
 
 
 def _distributions(group: FeatureArgs) -> list[RandomDistribution]:
-    return [*filter(None, [getattr(group, "seqlen_dist", None)]), *(getattr(group, "value_dists", None) or [])]
+    given = getattr(group, "value_dists", None) or []
+    ids = list(given.values()) if isinstance(given, dict) else given
+    return [*filter(None, [getattr(group, "seqlen_dist", None)]), *ids]
 
 
 RULES_OF_A_GROUP = (

@@ -36,6 +36,7 @@ NEEDS: Iterable[tuple[str, str, tuple[Any, ...], str]] = (
     ("trainer.ckpt_param_map", "trainer.ckpt_load_dir", _Not(["", "auto"]), "it is for checkpoints of other runs"),
     ("trainer.ckpt_load_strict", "trainer.ckpt_load_dir", _Not([""]), "nothing is loaded"),
     ("trainer.early_stop_patience", "trainer.best_metric", _Not([None]), "it counts evaluations of that metric"),
+    ("trainer.early_stop_patience", "trainer.eval_interval", _Not([0]), "it counts evaluations"),
     ("trainer.best_metric_mode", "trainer.best_metric", _Not([None]), ""),
     ("trainer.profile_step_start", "trainer.profile", (True,), ""),
     ("trainer.profile_step_end", "trainer.profile", (True,), ""),

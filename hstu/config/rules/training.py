@@ -50,6 +50,16 @@ def best_metric_has_an_effect(run: RunConfig) -> Iterator[Problem]:
         yield run.problem(trainer, "best_metric", text)
 
 
+def evaluations_take_place(run: RunConfig) -> Iterator[Problem]:
+    trainer = run.trainer
+    if trainer.eval_interval == 0 and not trainer.eval_at_start and not trainer.eval_at_end:
+        for name in ("best_metric", "max_eval_iters"):
+            if is_given(trainer, name):
+                interval = run.cite(trainer, "eval_interval")
+                text = f"has no effect: nothing is evaluated with {interval} and eval_at_end = False; remove it"
+                yield run.problem(trainer, name, text, is_warning=name == "max_eval_iters")
+
+
 def best_metric_mode_fits_the_metric(run: RunConfig) -> Iterator[Problem]:
     trainer = run.trainer
     if trainer.best_metric is None:
@@ -203,7 +213,7 @@ def _has_warmup(run: RunConfig) -> bool:
 
 RULES = (
     profiled_iterations_are_a_range, save_interval_is_not_zero,
-    best_metric_is_measured, best_metric_has_an_effect, best_metric_mode_fits_the_metric,
+    evaluations_take_place, best_metric_is_measured, best_metric_has_an_effect, best_metric_mode_fits_the_metric,
     token_limit_admits_the_longest_sequence, token_limit_can_be_reached, balanced_lengths_differ,
     heads_divide, ranks_divide,
     momentum_has_sgd, adam_options_have_adam, part_regexes_compile,

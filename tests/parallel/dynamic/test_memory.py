@@ -46,7 +46,9 @@ def test_bytes_come_before_rows_and_rows_before_their_share() -> None:
     assert plan(item_vocab_gpu_capacity=20.0, **ratio).gpu_rows == 20
     assert plan(**ratio).gpu_rows == 500
     assert plan().gpu_rows == CAPACITY and plan(item_vocab_gpu_capacity_ratio=1.0).gpu_rows == CAPACITY
-    assert plan(global_hbm_for_values=0).gpu_rows == 0
+    for nothing in ("global_hbm_for_values", "item_vocab_gpu_capacity", "item_vocab_gpu_capacity_ratio"):
+        assert plan(**{nothing: 0}).gpu_rows == 0
+        assert plan(**{nothing: 0}, caching=True).kernels == (EmbeddingComputeKernel.FUSED_UVM,)
 
 
 def test_rows_beyond_the_budget_are_in_host_memory_behind_a_cache_if_one_is_asked_for() -> None:

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
+from hstu.data.figure import COLOURS, GREY, open_figure
 from hstu.observe.records import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Point = tuple[int, float]
-
-# The palette of Okabe and Ito, which colour-blind readers can distinguish.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-GREY = "#6b6b6b"
-STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.titlesize": 13,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#b0b0b0",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "legend.frameon": False,
-}
 
 
 def draw_curves(metrics_file: Path, image: Path) -> Optional[Path]:
@@ -50,21 +31,11 @@ def draw_curves(metrics_file: Path, image: Path) -> Optional[Path]:
     if not losses and not curves:
         return None
 
-    # Imported here, because most processes never draw. Without pyplot, which keeps global state and may need a display.
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(STYLE):
-        figure = Figure(figsize=(12, 4.6), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
+    with open_figure(image, size=(12, 4.6), dpi=150) as figure:
         figure.suptitle(metrics_file.parent.resolve().name, x=0.01, ha="left", color=GREY, fontsize=11)
         left, right = figure.subplots(1, 2)
         _draw_losses(left, losses)
         _draw_metrics(right, curves)
-        temporary = image.with_name(image.name + ".new")
-        figure.savefig(temporary, format="png")
-    os.replace(temporary, image)
     return image
 
 

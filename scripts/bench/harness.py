@@ -21,7 +21,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from hstu.observe.plots import COLOURS, GREY, STYLE  # noqa: E402
+from hstu.data.figure import COLOURS, GREY, STYLE  # noqa: E402
 
 Row = dict[str, Any]
 """One record of a report."""

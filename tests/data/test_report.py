@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from hstu.config.errors import DataError
-from hstu.data.preprocess.report import repeated_events, statistics_of, write_report
+from hstu.data.preprocess.document import Heading, Paragraph, Table, to_html, to_markdown
+from hstu.data.preprocess.report import equal_times, repeated_events, statistics_of, write_report
 from hstu.data.store import SequenceStore
 from tests.conftest import REPOSITORY
 
@@ -27,7 +28,7 @@ def test_the_report_of_ml_100k_says_what_is_known_of_it(ml_100k_store: SequenceS
         "| skipped in all | 0 |",
     ):
         assert line in text
-    assert sorted(os.listdir(tmp_path / "report")) == ["lengths.png", "popularity.png", "report.md"]
+    assert sorted(os.listdir(tmp_path / "report")) == ["lengths.png", "popularity.png", "report.html", "report.md"]
     for image in ("lengths.png", "popularity.png"):
         content = (tmp_path / "report" / image).read_bytes()
         assert content.startswith(b"\x89PNG") and 5_000 < len(content) < 60_000
@@ -54,7 +55,7 @@ def test_the_table_in_the_documentation_is_what_the_program_writes(
     ml_100k_store: SequenceStore, tmp_path: Path
 ) -> None:
     page = (REPOSITORY / "docs" / "datasets.md").read_text()
-    shown = page.partition("From that of ml-100k:")[2].partition("## ")[0].strip()
+    shown = page.partition("From the report of ml-100k:")[2].partition("## ")[0].strip()
     assert len(shown.splitlines()) == 3
     assert shown in write_report(ml_100k_store, tmp_path / "report").read_text()
 
@@ -63,7 +64,7 @@ def test_differences_from_the_published_figures_are_shown(ml_100k_store: Sequenc
     ml_100k_store = SequenceStore.open(ml_100k_store.path)
     ml_100k_store.statistics["published"]["users"] = 944
     text = write_report(ml_100k_store, tmp_path / "report").read_text()
-    assert "| users | 944 | 943 | **no** |" in text
+    assert "| users | 944 | 943 | no |" in text
     assert "Not the complete data, or another release of it." in text
 
 
@@ -72,6 +73,49 @@ def test_repeated_events_are_counted(make_store: MakeStore) -> None:
     times = [[5, 5, 5, 5, 6], [5], [7, 8]]
     assert repeated_events(make_store(items, timestamps=times)) == 2
     assert repeated_events(make_store(items, timestamps=times, actions=[[0, 0, 0, 1, 0], [0], [0, 0]])) == 1
+
+
+def test_events_of_one_second_are_counted(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [[5, 5, 5, 6], [6], [6, 6], [7, 8, 8]]
+    store = make_store([[0] * len(row) for row in times], timestamps=times)
+    assert equal_times(store) == (4, 2), "the second and third user have two events at the end"
+    monkeypatch.setattr("hstu.data.preprocess.report._CHUNK", 1)
+    assert equal_times(store) == (4, 2)
+
+
+def test_the_report_says_how_many_ends_the_file_decides(ml_100k_store: SequenceStore, tmp_path: Path) -> None:
+    ties = {}
+    for user in range(ml_100k_store.num_users):
+        begin, end = ml_100k_store.offsets()[user : user + 2]
+        ties[user] = np.diff(ml_100k_store.sequence("timestamp")[begin:end]) == 0
+    events, users = equal_times(ml_100k_store)
+    assert events == sum(int(tied.sum()) for tied in ties.values())
+    assert users == sum(bool(tied[-1]) for tied in ties.values()) > 0
+    line = f"| users whose last two events are of one second, so that the file decides which is last | {users} |"
+    assert line in write_report(ml_100k_store, tmp_path / "report").read_text()
+
+
+def test_the_html_report_is_one_file_with_the_same_numbers(ml_100k_store: SequenceStore, tmp_path: Path) -> None:
+    text = write_report(ml_100k_store, tmp_path / "report").with_suffix(".html").read_text()
+    for part in (
+        "<title>ml-100k</title>",
+        '<td>events</td><td class="number">100,000</td>',
+        '<td>50</td><td>Star Wars (1977)</td><td class="number">583</td>',
+        "<h2>Contextual features</h2>",
+        '<td>sex</td><td class="number">2</td><td>M 670, F 273</td>',
+    ):
+        assert part in text
+    assert text.count('src="data:image/png;base64,iVBOR') == 2
+    assert "http" not in text.replace("https://grouplens", ""), "nothing is fetched from elsewhere"
+
+
+def test_ids_are_shown_and_not_run(make_store: MakeStore, tmp_path: Path) -> None:
+    nasty = "<script>alert(1)</script> | `x` [a](b)\n\x1b[31mred"
+    parts = [Heading(nasty), Table((nasty,), [(nasty,)]), Paragraph("Made by", nasty)]
+    page, markdown = to_html(parts, tmp_path), to_markdown(parts)
+    assert "<script>" not in page + markdown.partition("Made by")[0] and "\x1b" not in page + markdown
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and r"\n\x1b[31mred" in page
+    assert len(markdown.splitlines()) == 7, "a line break of an id does not end its row"
 
 
 def test_counts_do_not_depend_on_chunks(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
-"""What preprocessing found: statistics for meta.json, lines for the terminal, and report.md with plots."""
+"""What preprocessing found: statistics for meta.json, lines for the terminal, and a report with plots."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,27 +14,21 @@ import pandas as pd
 
 from hstu.config.errors import DataError
 from hstu.data.datasets import DATASETS, resolve_name
+from hstu.data.figure import COLOURS, open_figure
+from hstu.data.preprocess.document import Heading, Image, Paragraph, Part, Table, to_html, to_markdown
 from hstu.data.store import USER_FEATURE, SequenceStore
 
 REPORT = "report.md"
-_FILES = (REPORT, "lengths.png", "popularity.png")
-_LAST_LINE = "Made by `"
+_HTML = "report.html"
+_FILES = (REPORT, _HTML, "lengths.png", "popularity.png")
+_LAST_LINE = "Made by"
 _CHUNK = 1 << 22
 _TOP = 10
 _TRUNCATED_AT = (50, 200, 1000)
 """Values of max_sequence_length for which the report shows how much they cut off."""
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#6b6b6b"
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-}
+_BLUE, _ORANGE = COLOURS[:2]
+_FIGURE: tuple[tuple[float, float], int] = ((6.4, 3.2), 100)
+"""Inches and dots per inch."""
 
 
 def statistics_of(lengths: np.ndarray, num_items: int, published: Mapping[str, float]) -> dict[str, Any]:
@@ -87,7 +80,7 @@ def format_report(store: SequenceStore) -> str:
 
 
 def write_report(store: SequenceStore, folder: Path) -> Path:
-    """Writes report.md and its plots into ``folder``, which is created or replaced; returns the report's path.
+    """Writes report.md, report.html and plots into ``folder``, which is created or replaced; returns report.md.
 
     Raises DataError where the folder holds something other than a report.
     Reads every event once. Memory is bounded, except for one counter per item.
@@ -99,21 +92,24 @@ def write_report(store: SequenceStore, folder: Path) -> Path:
         counts = _bincount(store, store.item_feature)
         draw_lengths(lengths, aside / "lengths.png")
         draw_popularity(counts, aside / "popularity.png")
-        sections = [
-            f"# {store.name}\n",
+        parts = [
+            Heading(store.name, level=1),
             *_counts(store),
             *_published(store),
             *_rows(store, lengths),
-            "## Histories\n\n![lengths of histories](lengths.png)\n",
+            Heading("Histories"),
+            Image("lengths.png", "lengths of histories"),
             _quantiles("events per user", lengths),
-            "## Items\n\n![popularity of items](popularity.png)\n",
+            Heading("Items"),
+            Image("popularity.png", "popularity of items"),
             _quantiles("events per item", counts[counts > 0]),
             *_top_items(store, counts),
             *_actions(store),
             *_context(store),
             *_sources(store),
         ]
-        (aside / REPORT).write_text("\n".join(sections), encoding="utf-8")
+        (aside / REPORT).write_text(to_markdown(parts), encoding="utf-8")
+        (aside / _HTML).write_text(to_html(parts, aside), encoding="utf-8")
         check_report_folder(folder)
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -132,7 +128,7 @@ def check_report_folder(folder: Path) -> None:
         return
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else ["a file"]
     report = folder / REPORT
-    is_report = report.is_file() and _LAST_LINE.encode() in report.read_bytes() and set(names) <= set(_FILES)
+    is_report = report.is_file() and f"{_LAST_LINE} `".encode() in report.read_bytes() and set(names) <= set(_FILES)
     if names and not is_report:
         raise DataError(
             f"the report would replace {folder}, which is none ({', '.join(sorted(names)[:5])}); move it away, or add "
@@ -149,19 +145,22 @@ def repeated_events(store: SequenceStore) -> int:
     return sum(_repeated_in(store, features, begin, end) for begin, end in _whole_users(store))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+def equal_times(store: SequenceStore) -> tuple[int, int]:
+    """(events at the same second as their user's event before, users whose last event is one of them)."""
+    assert store.timestamp_feature is not None
+    times, stops = store.sequence(store.timestamp_feature), store.offsets()[1:]
+    events = users = 0
+    for begin, end in _whole_users(store):
+        tied = np.zeros(end - begin, dtype=bool)
+        tied[1:] = np.diff(times[begin:end]) == 0
+        starts = store.offsets()[slice(*np.searchsorted(store.offsets(), [begin, end]))]
+        tied[starts - begin] = False  # the event before is another user's
+        events += int(tied.sum())
+        users += int(tied[stops[slice(*np.searchsorted(stops, [begin + 1, end + 1]))] - 1 - begin].sum())
+    return events, users
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.2f}"
-    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
-
-
-def _counts(store: SequenceStore) -> list[str]:
+def _counts(store: SequenceStore) -> list[Part]:
     found = store.statistics
     rows = [(name, found[name]) for name in ("users", "items", "events")]
     rows.append(("events possible that did not happen (sparsity)", f"{found['sparsity']:.4%}"))
@@ -172,53 +171,58 @@ def _counts(store: SequenceStore) -> list[str]:
         rows.append(("first event", f"{_date(first)} UTC"))
         rows.append(("last event", f"{_date(last)} UTC"))
         rows.append(("days", (last - first) / 86_400))
-    return ["## Counts\n", table(("", store.name), rows)]
+    return [Heading("Counts"), Table(("", store.name), rows)]
 
 
-def _published(store: SequenceStore) -> list[str]:
+def _published(store: SequenceStore) -> list[Part]:
     published = store.statistics["published"]
     if not published:
         return []
     unlike = differences(store.statistics)
     rows = [
-        (name, value, store.statistics[name], "**no**" if name in unlike else "yes")
-        for name, value in published.items()
+        (name, value, store.statistics[name], "no" if name in unlike else "yes") for name, value in published.items()
     ]
     verdict = "Not the complete data, or another release of it." if unlike else "All as published."
-    return ["## Against the published statistics\n", table(("", "published", "here", "equal"), rows), verdict + "\n"]
+    compared = Table(("", "published", "here", "equal"), rows)
+    return [Heading("Against the published statistics"), compared, Paragraph(verdict)]
 
 
-def _rows(store: SequenceStore, lengths: np.ndarray) -> list[str]:
+def _rows(store: SequenceStore, lengths: np.ndarray) -> list[Part]:
     skipped = store.statistics.get("skipped_rows", {})
     rows: list[tuple[str, object]] = [(f"skipped: {why}", number) for why, number in sorted(skipped.items())]
     rows.append(("skipped in all", sum(skipped.values())))
     rows.append(("repeated (same user, time, item and action; kept)", repeated_events(store)))
+    if store.timestamp_feature is not None:
+        tied, users = equal_times(store)
+        rows.append(("at the second of the event before, and therefore in the order of the file", tied))
+        rows.append(("users whose last two events are of one second, so that the file decides which is last", users))
     for limit in _TRUNCATED_AT:
         cut = np.maximum(lengths - limit, 0)
         share = f"{(cut > 0).mean():.1%} of the users, {cut.sum() / lengths.sum():.1%} of the events"
         rows.append((f"beyond a max_sequence_length of {limit}", share))
     rows.append(("users too short to train retrieval (fewer than 4 events)", int((lengths < 4).sum())))
-    return ["## Rows left out, and what training leaves out\n", table(("", "rows"), rows)]
+    return [Heading("Rows left out, and what training leaves out"), Table(("", "rows"), rows)]
 
 
-def _quantiles(what: str, values: np.ndarray) -> str:
+def _quantiles(what: str, values: np.ndarray) -> Table:
     shares = (0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1)
     names = ("min", "1 %", "10 %", "25 %", "median", "75 %", "90 %", "99 %", "max", "mean")
     found = [*(int(value) for value in np.quantile(values, shares, method="nearest")), float(values.mean())]
-    return table((what, *names), [("", *found)])
+    return Table((what, *names), [("", *found)])
 
 
-def _top_items(store: SequenceStore, counts: np.ndarray) -> list[str]:
+def _top_items(store: SequenceStore, counts: np.ndarray) -> list[Part]:
     top = np.argsort(-counts, kind="stable")[:_TOP]
     raw, titles = store.raw_ids(store.item_feature), store.titles()
     share = 100 * counts / store.num_events
     rows = [
         (raw[code], "" if titles is None else titles[code], int(counts[code]), f"{share[code]:.2f} %") for code in top
     ]
-    return [f"The {len(top)} most frequent:\n", table((store.item_feature, "title", "events", "share"), rows)]
+    most_frequent = Table((store.item_feature, "title", "events", "share"), rows)
+    return [Paragraph(f"The {len(top)} most frequent:"), most_frequent]
 
 
-def _actions(store: SequenceStore) -> list[str]:
+def _actions(store: SequenceStore) -> list[Part]:
     if store.action_feature is None:
         return []
     counts = _bincount(store, store.action_feature)
@@ -232,10 +236,10 @@ def _actions(store: SequenceStore) -> list[str]:
     else:
         rows = [(str(value), int(counts[value])) for value in values[counts > 0][:50]]
     shares = [(name, number, f"{100 * number / store.num_events:.2f} %") for name, number in rows]
-    return ["## Actions\n", table((store.action_feature, "events", "share"), shares)]
+    return [Heading("Actions"), Table((store.action_feature, "events", "share"), shares)]
 
 
-def _context(store: SequenceStore) -> list[str]:
+def _context(store: SequenceStore) -> list[Part]:
     rows = []
     for name in store.contextual_features:
         if name == USER_FEATURE:
@@ -244,19 +248,20 @@ def _context(store: SequenceStore) -> list[str]:
         raw = store.raw_ids(name)
         shown = ", ".join(f"{raw[code]} {counts[code]:,}" for code in np.argsort(-counts, kind="stable")[:5])
         rows.append((name, store.cardinality(name), shown))
-    return ["## Contextual features\n", table(("", "values", "most frequent, users"), rows)] if rows else []
+    return [Heading("Contextual features"), Table(("", "values", "most frequent, users"), rows)] if rows else []
 
 
-def _sources(store: SequenceStore) -> list[str]:
-    rows = [(name, f"`{digest}`") for name, digest in store.sources.items()]
-    return ["## Raw files\n", table(("file", "SHA-256"), rows), f"{_LAST_LINE}{store.command}`\n"]
+def _sources(store: SequenceStore) -> list[Part]:
+    files = Table(("file", "SHA-256"), list(store.sources.items()))
+    return [Heading("Raw files"), files, Paragraph(_LAST_LINE, code=store.command or "a program")]
 
 
 def draw_lengths(lengths: np.ndarray, image: Path) -> None:
     """A histogram of the lengths of histories, on a logarithmic axis."""
-    with _figure(image) as axes:
+    with open_figure(image, *_FIGURE) as figure:
+        axes = figure.subplots()
         edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 40).astype(int))
-        axes.hist(lengths, bins=edges, color=_BLUE)
+        axes.hist(lengths, bins=edges.tolist(), color=_BLUE)
         axes.axvline(float(np.median(lengths)), color=_ORANGE)
         axes.annotate(
             f" median {np.median(lengths):,.0f}", (float(np.median(lengths)), 0.97), xycoords=("data", "axes fraction"),
@@ -269,7 +274,8 @@ def draw_popularity(counts: np.ndarray, image: Path) -> None:
     """Events per item by rank, and how many items have half of all events."""
     ordered = np.sort(counts[counts > 0])[::-1]
     ranks = np.unique(np.geomspace(1, len(ordered), 400).astype(np.int64))
-    with _figure(image) as axes:
+    with open_figure(image, *_FIGURE) as figure:
+        axes = figure.subplots()
         axes.plot(ranks, ordered[ranks - 1], color=_BLUE)
         half = int(np.searchsorted(np.cumsum(ordered), ordered.sum() / 2)) + 1
         axes.axvline(half, color=_ORANGE)
@@ -279,21 +285,6 @@ def draw_popularity(counts: np.ndarray, image: Path) -> None:
             ha="right" if half > len(ordered) ** 0.5 else "left",
         )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="events", title="How popular items are")
-
-
-@contextmanager
-def _figure(image: Path) -> Iterator[Any]:
-    """An Axes to draw on; the PNG is written when the block ends."""
-    # Without pyplot, which keeps global state and may need a display.
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 3.2), dpi=100, layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure.subplots()
-        figure.savefig(image)
 
 
 def _bincount(store: SequenceStore, feature: str) -> np.ndarray:

@@ -5,15 +5,19 @@
         [--action COL] [--time COL] [--context FILE --context_columns a,b]
     python scripts/preprocess_dataset.py --dataset_name ml-1m --verify
 
-Exit codes: 0 done, 2 bad arguments, 3 bad or missing data, 130 stopped with Ctrl-C; the same command resumes.
+Exit codes: 0 done, 2 bad arguments, 3 bad or missing data, 130 stopped by Ctrl-C, 143 by SIGTERM; then the same command
+resumes.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,34 +34,62 @@ from hstu.data.preprocess.report import REPORT, check_report_folder, format_repo
 from hstu.data.preprocess.starter import write_starters
 from hstu.data.store import META_FILE, SequenceStore
 
-_EXIT_INTERRUPTED = 130
+_EXIT_SIGNAL = 128
+"""Plus the number of the signal, as shells count."""
 _OWN_TABLE = (*(field.name for field in fields(InteractionColumns)), "glob")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        args = _parser().parse_args(argv)
-        if args.verify:
-            _verify(args)
-        else:
-            if not args.no_report:
-                check_report_folder(_report_folder(_target(args)))
-            path = _run(args)
-            store = SequenceStore.open(path)
-            print(format_report(store))
-            if not args.no_report:
-                print(f"  report: {_write_report(store, args.force)}")
-            with disk_errors(path.parent):
-                print("".join(f"  {line}\n" for line in write_starters(store, path)), end="")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return _EXIT_INTERRUPTED
+    with _stop_signals() as received:
+        try:
+            _run(_parser().parse_args(argv))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+            if received:  # an interrupted query leaks, about which DuckDB would print at Python's own exit
+                os._exit(_EXIT_SIGNAL + received[0])
+            return _EXIT_SIGNAL + signal.SIGINT
     return EXIT_DONE
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Lets SIGTERM raise KeyboardInterrupt as Ctrl-C does. Yields the signals received; the second ends at once."""
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as in a background job
+            signal.signal(number, stop)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.verify:
+        _verify(args)
+        return
+    if not args.no_report:
+        check_report_folder(_report_folder(_target(args)))
+    path = _make(args)
+    store = SequenceStore.open(path)
+    print(format_report(store))
+    if not args.no_report:
+        print(f"  report: {_write_report(store, args.force)}")
+    with disk_errors(path.parent):
+        print("".join(f"  {line}\n" for line in write_starters(store, path)), end="")
 
 
 def _target(args: argparse.Namespace) -> Path:
@@ -85,7 +117,7 @@ def _verify(args: argparse.Namespace) -> None:
     print(f"{path}: every checksum and every value is right")
 
 
-def _run(args: argparse.Namespace) -> Path:
+def _make(args: argparse.Namespace) -> Path:
     common = {
         name: getattr(args, name) for name in ("output", "force", "memory_limit", "bad_row_policy", "max_bad_rows")
     }

@@ -84,6 +84,37 @@ def test_killed_twice_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert one == other
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_keeps_the_finished_stages(number: signal.Signals, tmp_path: Path) -> None:
+    """The signal comes during a query, for which DuckDB has an exception of its own."""
+    raw = generate(tmp_path / "raw", 300_000)
+    command = [sys.executable, str(SCRIPT), "--dataset_name", "kuairand-27k", "--raw_path", str(raw), "--no_report"]
+    journal = tmp_path / ".s.partial" / "scratch" / "journal.json"
+    for stage in ("log_0", "log_2", "users"):
+        process = subprocess.Popen(
+            [*command, "--output", "s"],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+        )
+        deadline = time.monotonic() + 60
+        while not (journal.exists() and stage in journal.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        finished = json.loads(journal.read_text())["stages"]
+        process.send_signal(number)
+        _, told = process.communicate(timeout=30)
+        assert process.returncode == 128 + number, told
+        assert told.splitlines()[-1] == "stopped; the same command goes on from here"
+        assert "Traceback" not in told
+        assert finished.items() <= json.loads(journal.read_text())["stages"].items()
+    done = subprocess.run([*command, "--output", "s"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "continuing an interrupted run" in done.stderr
+    other = subprocess.run([*command, "--output", "t"], cwd=tmp_path, capture_output=True, check=True)
+    assert other.returncode == 0
+    assert contents(tmp_path / "s") == contents(tmp_path / "t")
+
+
 def test_other_raw_files_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = generate(tmp_path / "raw", 500, "pure")
     commit = Journal.commit

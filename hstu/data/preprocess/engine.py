@@ -21,6 +21,8 @@ _ENGINE_FRACTION = 0.55
 """DuckDB's part of the memory limit; the rest is for Python, the vocabularies and what DuckDB does not count."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _MIN_MEMORY = 256 << 20
+_INTERRUPTED = "Query interrupted"
+"""Text of the RuntimeError by which DuckDB replaces whatever a signal handler raises during a query."""
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SAMPLE_BYTES = 1 << 18
 _STORE_BYTES = 16
@@ -46,7 +48,7 @@ def memory_bytes(text: str) -> int:
 
 @contextmanager
 def open_engine(scratch: Path, memory_limit: str) -> Iterator[Connection]:
-    """An in-memory DuckDB that spills to ``scratch``. Its errors become DataError."""
+    """An in-memory DuckDB that spills to ``scratch``. Its errors become DataError, interruptions KeyboardInterrupt."""
     spill = scratch / "spill"
     try:
         with duckdb.connect() as engine:
@@ -58,6 +60,12 @@ def open_engine(scratch: Path, memory_limit: str) -> Iterator[Connection]:
             engine.execute("SET enable_progress_bar = true")
             engine.execute("SET enable_progress_bar_print = false")
             yield engine
+    except duckdb.InterruptException:
+        raise KeyboardInterrupt from None
+    except RuntimeError as error:
+        if str(error) != _INTERRUPTED:
+            raise
+        raise KeyboardInterrupt from None
     except duckdb.Error as error:
         raise _data_error(error, scratch, memory_limit) from error
     finally:

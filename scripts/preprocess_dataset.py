@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hstu.config.errors import EXIT_DONE, ConfigError, UserError
+from hstu.config.printable import PrintableFormatter, printable
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.own import matching_files
 from hstu.data.datasets.own_types import TIME_UNITS
@@ -41,7 +42,9 @@ _OWN_TABLE = (*(field.name for field in fields(InteractionColumns)), "glob")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    console = logging.StreamHandler()
+    console.setFormatter(PrintableFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[console])
     with _stop_signals() as received:
         try:
             _run(_parser().parse_args(argv))
@@ -85,7 +88,7 @@ def _run(args: argparse.Namespace) -> None:
         check_report_folder(_report_folder(_target(args)))
     path = _make(args)
     store = SequenceStore.open(path)
-    print(format_report(store))
+    print(printable(format_report(store)))
     if not args.no_report:
         print(f"  report: {_write_report(store, args.force)}")
     with disk_errors(path.parent):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from hstu.config.printable import printable
+
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_BAD_CONFIG = 2
@@ -19,6 +21,9 @@ class UserError(Exception):
     """Base of errors that are shown without a traceback. ``exit_code`` is that of the program."""
 
     exit_code = EXIT_FAILURE
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(UserError):

@@ -12,6 +12,7 @@ from typing import Any, Optional, Self
 
 from tqdm import tqdm
 
+from hstu.config.printable import PrintableFormatter
 from hstu.observe.records import EvalRecord, TrainRecord
 
 ROOT_LOGGER = "hstu"
@@ -42,7 +43,7 @@ def set_up_logging(rank: int = 0, log_file: Optional[Path] = None) -> logging.Lo
     logger.propagate = False
     if rank != 0:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(message)s"))
+        handler.setFormatter(PrintableFormatter(f"[rank {rank}] %(levelname)s %(message)s"))
         handler.setLevel(logging.WARNING)
         logger.setLevel(logging.WARNING)
         logger.addHandler(handler)
@@ -53,7 +54,7 @@ def set_up_logging(rank: int = 0, log_file: Optional[Path] = None) -> logging.Lo
     logger.addHandler(console)
     if log_file is not None:
         to_file = logging.FileHandler(log_file, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        to_file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(to_file)
     return logger
 
@@ -79,7 +80,7 @@ def tear_down_logging() -> None:
     logger.setLevel(logging.NOTSET)
 
 
-class _ConsoleFormatter(logging.Formatter):
+class _ConsoleFormatter(PrintableFormatter):
     """Shows the level only of warnings and errors."""
 
     def format(self, record: logging.LogRecord) -> str:

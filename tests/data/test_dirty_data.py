@@ -212,7 +212,7 @@ def test_a_truncated_archive_is_told_from_the_real_one_by_its_checksum(
     os.truncate(archive, archive.stat().st_size - 30)
     assert main(["--dataset_name", "ml-1m"]) == 3
     assert re.search(
-        r"ml-1m\.zip had md5 [0-9a-f]{32} instead of c4d9e.* run the command again", capsys.readouterr().err
+        r"ml-1m\.zip had sha256 [0-9a-f]{64} instead of a6898.* run the command again", capsys.readouterr().err
     )
     assert not Path("tmp_data/ml-1m").exists() and not archive.exists()
 
@@ -263,3 +263,20 @@ def test_a_path_is_one_file_and_never_a_pattern(
     store = SequenceStore.open(output)
     assert store.raw_ids("i").tolist() == ["wanted"]
     assert store.raw_ids("user_id").tolist() == [1]
+
+
+def test_names_and_ids_with_control_characters_steer_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("events.csv").write_text('u,i\x1b[2J,"a\nb"\n1,\x1b]0;x\x07<b>|,1\n2,<script>,1\n')
+    words = ["--dataset_name", "mine", "--interactions", "events.csv", "--user", "u", "--output", "s"]
+    assert main([*words, "--item", "absent"]) == 3
+    assert main([*words, "--item", "i\x1b[2J", "--action", "a\nb"]) == 0
+    told = capsys.readouterr()
+    assert "\x1b" not in told.out + told.err
+    assert r"i\x1b[2J" in told.out and r"i\x1b[2J" in told.err
+    for report in Path("s.report").glob("report.*"):
+        text = report.read_text()
+        assert not re.search("[\x1b\x07]|<script>|<b>", text), report
+        assert r"\x1b]0;x\x07" in text.replace("\\\\", "\\").replace(r"\]", "]")

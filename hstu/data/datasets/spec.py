@@ -34,10 +34,11 @@ class Schema:
 
 @dataclass(frozen=True)
 class Archive:
-    """A published archive and the MD5 that its publisher states."""
+    """A published archive, the MD5 that its publisher states, and its SHA-256; None where it is not known."""
 
     url: str
     md5: str
+    sha256: str | None = None
 
     @property
     def file(self) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hstu.config.printable import printable
+
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2em } img { max-width: 100% } code { overflow-wrap: anywhere }
 table { border-collapse: collapse } td, th { border-bottom: 1px solid #ddd; padding: .25em .8em; text-align: left }
@@ -69,7 +71,7 @@ def _markdown(part: Part) -> str:
     if isinstance(part, Heading):
         return f"{'#' * part.level} {_markdown_text(part.text)}\n"
     if isinstance(part, Paragraph):
-        code = f"{_printable(part.code)}".replace("`", "'")
+        code = f"{printable(part.code, keep='')}".replace("`", "'")
         return _markdown_text(part.text) + (f" `{code}`" if code else "") + "\n"
     if isinstance(part, Image):
         return f"![{part.description}]({part.file})\n"
@@ -102,15 +104,10 @@ def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _printable(text: str) -> str:
-    """Control characters, such as line breaks and escapes of terminals, are shown as codes."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
 def _escaped(text: str) -> str:
-    return html.escape(_printable(text))
+    return html.escape(printable(text, keep=""))
 
 
 def _markdown_text(text: str) -> str:
     """Raw data as it is, not as markup."""
-    return re.sub(r"[|`*\[\]\\]", r"\\\g<0>", html.escape(_printable(text), quote=False))
+    return re.sub(r"[|`*\[\]\\]", r"\\\g<0>", html.escape(printable(text, keep=""), quote=False))

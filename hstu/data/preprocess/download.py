@@ -1,4 +1,4 @@
-"""Raw data from its publisher: checked against the published checksum, resumable, with a progress bar."""
+"""Raw data from its publisher: checked against SHA-256 and the published MD5, resumable, with a progress bar."""
 
 from __future__ import annotations
 
@@ -78,17 +78,17 @@ def by_hand(spec: DatasetSpec, directory: Path) -> str:
 def download(archive: Archive, directory: Path) -> Path:
     """The archive in ``directory``, downloaded if need be; an interrupted download resumes where it stopped.
 
-    The file gets its final name once its MD5 is right. Raises OSError if the network fails, DataError on a wrong
+    The file gets its final name once its checksums are right. Raises OSError if the network fails, DataError on a wrong
     checksum.
     """
     target = directory / archive.file
     if not target.is_file():
         part = directory / f"{archive.file}.part"
         _download_rest(archive.url, part)
-        _check(part, archive.md5, "md5")
+        _check_archive(part, archive)
         os.replace(part, target)
     else:
-        _check(target, archive.md5, "md5")
+        _check_archive(target, archive)
     return target
 
 
@@ -172,6 +172,12 @@ def _download_rest(url: str, part: Path) -> None:
 def _write_file(source: IO[bytes], target: Path) -> None:
     with target.open("wb") as sink:
         shutil.copyfileobj(source, sink, _CHUNK_BYTES)
+
+
+def _check_archive(file: Path, archive: Archive) -> None:
+    if archive.sha256 is not None:
+        _check(file, archive.sha256, "sha256")
+    _check(file, archive.md5, "md5")
 
 
 def _check(file: Path, expected: str, algorithm: str) -> None:

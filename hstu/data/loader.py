@@ -21,6 +21,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -85,9 +87,17 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     batches = iter(loader)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
-    for worker in getattr(batches, "_workers", ()):
+    workers = getattr(batches, "_workers", ())
+    for worker in workers:
         worker.terminate = worker.kill  # workers ignore SIGTERM
+    # At exit, Python sends SIGTERM to the workers that are left and waits for them.
+    Finalize(batches, _kill, args=(workers,), exitpriority=0)
     return batches
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def _read_ahead(batches: Iterator[Any]) -> Iterator[Any]:

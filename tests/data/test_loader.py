@@ -1,4 +1,5 @@
 import gc
+import multiprocessing
 import os
 import pickle
 import signal
@@ -124,13 +125,28 @@ def test_a_defect_of_ours_keeps_its_traceback(workers: int) -> None:
 
 
 def test_dropping_the_loader_stops_its_workers(collator: Collator) -> None:
-    import multiprocessing
-
     batches = build_loader(collator, plans(), workers=2)
     next(batches)
     assert len(multiprocessing.active_children()) == 2
     del batches
     assert multiprocessing.active_children() == []
+
+
+_held: list[Iterator[HSTUBatch]] = []
+
+
+def _end_with_a_loader(collator: Collator) -> None:
+    _held.append(build_loader(collator, plans(), workers=2))
+    next(_held[0])
+
+
+def test_a_process_that_ends_with_a_loader_does_not_wait_for_its_workers(collator: Collator) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_end_with_a_loader, args=(collator,))
+    process.start()
+    process.join(30)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])

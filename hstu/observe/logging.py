@@ -16,6 +16,8 @@ from hstu.config.printable import PrintableFormatter
 from hstu.observe.records import EvalRecord, TrainRecord
 
 ROOT_LOGGER = "hstu"
+_TEXT_WIDTH = 120 - len("12:34:56 ")
+_WAIT_SHOWN = 0.05
 
 
 class _BesideProgressBar(logging.Handler):
@@ -93,35 +95,42 @@ class _ConsoleFormatter(PrintableFormatter):
 
 
 def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan) -> str:
-    """One aligned line of training: rates of all ranks, TFLOPS and MFU per rank, time waited for data, memory.
+    """One aligned line of training: the rate of all ranks, MFU per rank, memory.
+
+    The share of time waited for data and skipped steps are shown only where they matter. metrics.jsonl has all numbers.
 
     eta_s: seconds until the last iteration.
     """
     width = len(str(total_iters))
     parts = [
         f"iter {record.iteration:>{width}}/{total_iters}",
-        f"epoch {record.epoch:6.2f}",
-        f"loss {record.loss:8.4f}",
-        f"lr {record.lr:.2e}",
-        f"{_short(record.samples_per_s):>5} smp/s",
+        f"epoch {record.epoch:5.2f}",
+        f"loss {record.loss:7.4f}",
+        f"lr {record.lr:.1e}",
         f"{_short(record.tokens_per_s):>5} tok/s",
-        f"{record.tflops:6.3g} TFLOPS",
         f"MFU {_percent(record.mfu)}",
-        f"wait {_percent(record.data_wait)}",
-        _gigabytes(record.memory_bytes),
+        f"{record.memory_bytes / 2**30:4.3g} GiB",
         f"ETA {format_seconds(eta_s)}",
     ]
-    if record.loss_scale is not None:
-        parts.insert(4, f"scale {record.loss_scale:g}, {record.skipped_steps} skipped")
-    return "  ".join(parts)
+    if record.data_wait >= _WAIT_SHOWN:
+        parts.append(f"wait {_percent(record.data_wait).strip()}")
+    if record.skipped_steps:
+        parts.append(f"{record.skipped_steps} skipped")
+    line = "  ".join(parts)
+    return line if len(line) <= _TEXT_WIDTH else " ".join(parts)
 
 
 def format_eval(record: EvalRecord, seconds: float = math.nan) -> str:
-    """One line of an evaluation that took ``seconds``."""
-    parts = [f"eval {record.split} at iter {record.iteration}", format_metrics(record.metrics)]
+    """The metrics of an evaluation that took ``seconds``, in lines that fit the terminal; the first says of what."""
+    parts = [f"{name} {_metric(value)}" for name, value in record.metrics.items()]
     if math.isfinite(seconds):
         parts.append(f"({format_seconds(seconds)})")
-    return "  ".join(parts)
+    lines = [f"eval {record.split} at iter {record.iteration}"]
+    for part in parts:
+        if len(lines[-1]) + 2 + len(part) > _TEXT_WIDTH:
+            lines.append("   ")
+        lines[-1] += f"  {part}"
+    return "\n".join(lines)
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
@@ -186,11 +195,7 @@ def _short(number: float) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:5.1f}%" if math.isfinite(share) else "   n/a"
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 2**30:5.2f} GiB"
+    return f"{100 * share:3.0f}%" if math.isfinite(share) else " n/a"
 
 
 def _metric(value: float) -> str:

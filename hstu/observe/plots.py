@@ -1,8 +1,10 @@
-"""The curves of a run: the training loss, and the evaluated metrics, over iterations."""
+"""The curves of a run: the training loss, and each evaluated metric, over iterations and epochs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -15,28 +17,55 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Point = tuple[int, float]
+_MOST_COLUMNS = 3
+_TASK_COLOURS = (*COLOURS[:6], "#332288", "#661100", "#999933", "#882255", "#44AA99", "#AA4499")  # without black
+_BLACK = "#000000"
 
 
-def draw_curves(metrics_file: Path, image: Path) -> Optional[Path]:
-    """Draw a PNG with two panels from a metrics.jsonl: the loss on the left, the metrics on the right.
+def draw_curves(metrics_file: Path, image: Path, task_names: Sequence[str] = ()) -> Optional[Path]:
+    """Draw a PNG from a metrics.jsonl: a panel for the loss and one for each metric, which shows all its tasks.
 
-    Metrics of the validation split are lines, those of the test split stars. Returns ``image``, or None if the file has
-    nothing to draw yet.
+    Metrics of the validation split are lines; a single evaluation of the test split is a star. ``task_names`` stand for
+    task0, task1, …. Returns ``image``, or None if the file has nothing to draw yet.
     """
     if not metrics_file.exists():
         return None
     records = read_metrics(metrics_file)
     losses = [(r["iter"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"] is not None]
-    curves = eval_curves(records)
-    if not losses and not curves:
+    metrics = group_by_metric(eval_curves(records), task_names)
+    if not losses and not metrics:
         return None
 
-    with open_figure(image, size=(12, 4.6), dpi=150) as figure:
+    panels = 1 + max(len(metrics), 1)
+    columns = min(panels, _MOST_COLUMNS)
+    rows = math.ceil(panels / columns)
+    with open_figure(image, size=(6 * columns, 4.2 * rows), dpi=150) as figure:
         figure.suptitle(metrics_file.parent.resolve().name, x=0.01, ha="left", color=GREY, fontsize=11)
-        left, right = figure.subplots(1, 2)
-        _draw_losses(left, losses)
-        _draw_metrics(right, curves)
+        first, *others = figure.subplots(rows, columns, squeeze=False).flat
+        _draw_losses(first, losses)
+        if not metrics:
+            others[0].set(title="Evaluation")
+            _write_text(others[0], "not evaluated yet")
+        for axes, (name, curves) in zip(others, metrics.items(), strict=False):
+            _draw_metric(axes, name, curves)
+        for axes in others[panels - 1 :]:
+            axes.set_axis_off()
+        if epochs_per_iteration := _epochs_per_iteration(records):
+            for axes in (first, *others[: len(metrics)]):
+                _add_epochs(axes, epochs_per_iteration)
     return image
+
+
+def group_by_metric(
+    curves: Mapping[tuple[str, str], list[Point]], task_names: Sequence[str] = ()
+) -> dict[str, dict[tuple[str, str], list[Point]]]:
+    """Metric → (split, task) → points. The task is "" for a metric without tasks or the mean over them."""
+    grouped: dict[str, dict[tuple[str, str], list[Point]]] = {}
+    names = {f"task{index}": name for index, name in enumerate(task_names)}
+    for (split, name), points in curves.items():
+        metric, _, task = name.partition("/")
+        grouped.setdefault(metric, {})[split, names.get(task, task)] = points
+    return grouped
 
 
 def eval_curves(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[Point]]:
@@ -78,33 +107,58 @@ def _draw_losses(axes: Axes, losses: Sequence[Point]) -> None:
     _annotate_last(axes, iterations[-1], smoothed(values)[-1] if many else values[-1])
 
 
-def _draw_metrics(axes: Axes, curves: dict[tuple[str, str], list[Point]]) -> None:
-    axes.set(title="Evaluation", xlabel="iteration")
-    if not curves:
-        _write_text(axes, "not evaluated yet")
-        return
-    last = {key: points[-1][1] for key, points in curves.items()}
-    # In the order of the ends of the lines, so that the legend reads like the picture.
-    height = {name: max(value for (_, other), value in last.items() if other == name) for _, name in curves}
-    for index, name in enumerate(sorted(height, key=lambda name: -height[name])):
-        colour = COLOURS[index % len(COLOURS)]
-        label = name
+def _draw_metric(axes: Axes, name: str, curves: Mapping[tuple[str, str], list[Point]]) -> None:
+    """One metric, in black where colours tell its tasks apart."""
+    last = [
+        f"{split} {_star(split, points)}{points[-1][1]:.4f}" for (split, task), points in curves.items() if not task
+    ]
+    axes.set(xlabel="iteration", title="   ".join([name, *last]))
+    tasks = [task for task in dict.fromkeys(task for _, task in curves) if task]
+    colours = {task: _TASK_COLOURS[index % len(_TASK_COLOURS)] for index, task in enumerate(tasks)}
+    for task in [*tasks, ""]:
+        colour = colours.get(task, _BLACK if tasks else COLOURS[0])
+        label = task or "mean"
         for split in ("valid", "test"):
-            if (split, name) not in curves:
+            points = curves.get((split, task))
+            if points is None:
                 continue
-            # A single point is the final evaluation of a run; several points are a curve.
-            final = split == "test" and len(curves[split, name]) == 1
-            label += f"\n{'★ ' if final else ''}{split} {last[split, name]:.4f}"
-            axes.plot(
-                *zip(*curves[split, name], strict=True),
-                "*" if final else "o-",
-                color=colour,
-                markersize=14.0 if final else 4.0,
-                markeredgecolor="white" if final else colour,
-                zorder=5 if final else 2,
-            )
+            label += f"  {_star(split, points)}{points[-1][1]:.4f}"
+            _draw_curve(axes, points, split, colour, is_mean=bool(tasks) and task == "")
         axes.plot([], [], color=colour, linewidth=4, label=label)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=10, borderaxespad=0.0, handlelength=0.8)
+    if tasks:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9, borderaxespad=0.0, handlelength=0.8)
+
+
+def _draw_curve(axes: Axes, points: Sequence[Point], split: str, colour: str, is_mean: bool) -> None:
+    final = bool(_star(split, points))
+    axes.plot(
+        *zip(*points, strict=True),
+        "*" if final else "o-" if split == "valid" else "s--",
+        color=colour,
+        linewidth=2.6 if is_mean else 1.6,
+        markersize=14.0 if final else 4.0,
+        markeredgecolor="white" if final else colour,
+        zorder=5 if final else 2,
+    )
+
+
+def _star(split: str, points: Sequence[Point]) -> str:
+    """How the single evaluation at the end of a run is marked."""
+    return "★ " if split == "test" and len(points) == 1 else ""
+
+
+def _epochs_per_iteration(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """None if the records do not tell."""
+    known = [record["epoch"] / record["iter"] for record in records if record.get("epoch") and record["iter"] > 0]
+    return known[-1] if known else None
+
+
+def _add_epochs(axes: Axes, epochs_per_iteration: float) -> None:
+    """A second axis above the panel."""
+    functions = (partial(np.multiply, epochs_per_iteration), partial(np.multiply, 1 / epochs_per_iteration))
+    above = axes.secondary_xaxis("top", functions=functions)
+    above.set_xlabel("epoch", color=GREY, fontsize=9)
+    above.tick_params(labelsize=9)
 
 
 def _annotate_last(axes: Axes, iteration: int, value: float) -> None:

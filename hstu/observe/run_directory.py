@@ -5,9 +5,11 @@ Only the main rank writes to it. On the other ranks every method does nothing, s
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,6 +59,7 @@ class RunDirectory:
             from ``config_text`` is kept as operative-1.gin, operative-2.gin, …. False: the files of an earlier run are
             moved into the directory previous-1, previous-2, … in ``path``, which ``earlier`` then names.
         is_main: False writes nothing.
+        task_names: of ranking's tasks, for curves.png.
         tensorboard: also write event files to ``path/tensorboard``.
         wandb_project: also send the numbers to this project of Weights & Biases, with ``config``.
 
@@ -73,6 +76,7 @@ class RunDirectory:
         *,
         identity: str = "",
         continues: bool = False,
+        task_names: Sequence[str] = (),
         tensorboard: bool = False,
         wandb_project: Optional[str] = None,
         config: Mapping[str, Any] = MappingProxyType({}),
@@ -80,11 +84,13 @@ class RunDirectory:
         self.path = Path(path)
         self.is_main = is_main
         self.identity = identity
+        self._task_names = task_names
         self.earlier: Optional[Path] = None
         self._lock: Optional[DirectoryLock] = None
         self._metrics: Optional[TextIO] = None
         self._trackers: list[Tracker] = []
         self._failed = True
+        self._continues = continues
         if not is_main:
             return
         try:
@@ -133,7 +139,7 @@ class RunDirectory:
 
     def draw_curves(self) -> Optional[Path]:
         """Draw curves.png from metrics.jsonl. Returns its path, or None if there is nothing to draw yet."""
-        return draw_curves(self.metrics_file, self.path / "curves.png") if self.is_main else None
+        return draw_curves(self.metrics_file, self.path / "curves.png", self._task_names) if self.is_main else None
 
     def close(self) -> None:
         """Close the files. May be called twice."""
@@ -145,6 +151,20 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def discard(self) -> None:
+        """Close and undo what this start has done here, because the run cannot begin. Only a run that goes on stays."""
+        self.close()
+        if not self.is_main or self._continues:
+            return
+        for path in (path for pattern in _FILES for path in self.path.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if self.earlier is not None:
+            for path in self.earlier.iterdir():
+                path.rename(self.path / path.name)
+            self.earlier.rmdir()
+        with contextlib.suppress(OSError):  # it is not empty
+            self.path.rmdir()
 
     def __enter__(self) -> Self:
         return self

@@ -29,7 +29,7 @@ class Throughput:
     tflops: float
     """TFLOPS of the mean rank."""
     mfu: float
-    """Share of the peak in [0, 1]; nan if the peak is unknown."""
+    """Share of the peak in [0, 1]; nan if the peak is unknown or was measured too low, on a busy machine."""
     data_wait: float
     """Share of the time that the mean rank waits for data, in [0, 1]."""
 
@@ -104,7 +104,7 @@ class ThroughputMeter:
             samples_per_s=samples / elapsed,
             tokens_per_s=tokens / elapsed,
             tflops=tflops,
-            mfu=tflops / self._peak if self._peak > 0 else math.nan,
+            mfu=tflops / self._peak if 0 <= tflops <= self._peak else math.nan,
             data_wait=min(wait_s / num_ranks / elapsed, 1.0),
         )
         self._reset()

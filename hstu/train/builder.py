@@ -13,13 +13,14 @@ from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import BackgroundWriter, CheckpointStore
-from hstu.config.args import RankingArgs, RetrievalArgs, TrainerArgs
+from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs, TrainerArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.problems import Cite, cite, in_reading_order
 from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES
 from hstu.data.collate import FeatureRoles
+from hstu.data.datasets import DATASETS
 from hstu.model.compiled import compile_parts, why_not
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
@@ -49,7 +50,7 @@ from hstu.train.directories import choose_directories, describe_saving
 from hstu.train.evaluate import Evaluator, RankingEvaluator, RetrievalEvaluator
 from hstu.train.flops import FlopCounter
 from hstu.train.sources import BatchSource, StoreSource, open_source
-from hstu.train.trainer import Trainer
+from hstu.train.trainer import Trainer, leave_nothing
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
         try:
             return _build(config, run_directory, checkpoints, mesh)
         except BaseException:
-            run_directory.close()
+            leave_nothing(run_directory, checkpoints)
             raise
     except BaseException:
         checkpoints.close()
@@ -117,7 +118,10 @@ def open_run_directory(config: RunConfig, path: Path, checkpoints: CheckpointSto
         continues = mesh.is_main and checkpoints.continues(path)
         run = Run.of(path, checkpoints.save_dir if config.trainer.saves_checkpoints else None, continues=continues)
         text = config.operative_gin()
-        return RunDirectory(path, text, mesh.is_main, identity=run.text(), continues=continues, **trackers)
+        tasks = task_names(config.dataset.dataset_name) if isinstance(config.dataset, DatasetArgs) else ()
+        return RunDirectory(
+            path, text, mesh.is_main, identity=run.text(), continues=continues, task_names=tasks, **trackers
+        )
 
     run_directory = on_all_ranks(open_on_main_rank, mesh.world_group)
     set_up_logging(mesh.rank, run_directory.log_file)
@@ -133,6 +137,12 @@ def check_masks(config: RunConfig, roles: FeatureRoles) -> None:
     leaks = label_leak(config, has_context=bool(roles.contextual))
     if mistakes := [leak for leak in leaks if not leak.is_warning]:
         raise ConfigError(in_reading_order(mistakes))
+
+
+def task_names(dataset_name: str) -> tuple[str, ...]:
+    """Names of the signals that ranking's tasks predict, where the dataset declares them."""
+    bits = DATASETS[dataset_name].action_bits if dataset_name in DATASETS else {}
+    return tuple(sorted(bits, key=lambda name: bits[name]))
 
 
 def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRModel, Optimizers]:

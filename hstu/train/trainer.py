@@ -74,9 +74,10 @@ class Trainer:
         self._stop.install()
         if self.args.gc_interval:
             gc.disable()
-        status = "failed"
+        status, begun = "failed", False
         try:
             self._restore()
+            begun = True
             try:
                 if self.args.eval_at_start or self._missed_evaluation():
                     self.evaluate(self.source.eval_splits)
@@ -98,7 +99,10 @@ class Trainer:
             gc.enable()
             if not self.checkpoints.is_saving:
                 self.checkpoints.close()
-            self._summarise(status)
+            if begun:
+                self._summarise(status)
+            else:
+                leave_nothing(self.run_directory, self.checkpoints)
             self._stop.uninstall()
 
     def _restore(self) -> None:
@@ -276,3 +280,9 @@ class Trainer:
         )
         self.run_directory.draw_curves()
         self.run_directory.close()
+
+
+def leave_nothing(run_directory: RunDirectory, checkpoints: CheckpointStore) -> None:
+    """Remove the directories of a run that could not begin, as far as they hold nothing else."""
+    checkpoints.close()
+    run_directory.discard()

@@ -59,13 +59,25 @@ def test_setting_up_again_replaces_instead_of_doubling(tmp_path: Path, capsys: p
 
 
 def test_log_lines_of_training_are_aligned() -> None:
-    early = format_train(record(9, loss=12.5, samples_per_s=87.0, epoch=0.01, lr=5e-5), 12000, eta_s=7500)
-    late = format_train(record(12000, tokens_per_s=1.31e6, mfu=math.nan, tflops=341.6), 12000, eta_s=0)
-    assert early.startswith("iter     9/12000  epoch   0.01  loss  12.5000  lr 5.00e-05   87.0 smp/s")
-    assert early.endswith("  1.50 GiB  ETA 2 h 05 min")
-    assert "1.31M tok/s" in late
-    assert "n/a" in late
+    early = format_train(record(9, loss=12.5, tokens_per_s=87.0, epoch=0.01, lr=5e-5), 12000, eta_s=7500)
+    late = format_train(record(12000, tokens_per_s=1.31e6, mfu=math.nan), 12000, eta_s=0)
+    assert (
+        early
+        == "iter     9/12000  epoch  0.01  loss 12.5000  lr 5.0e-05   87.0 tok/s  MFU  34%   1.5 GiB  ETA 2 h 05 min"
+    )
+    assert "1.31M tok/s  MFU  n/a" in late
     assert early.index("ETA") == late.index("ETA")
+
+
+def test_a_line_of_training_fits_the_terminal() -> None:
+    values = {"loss": 12.5, "epoch": 99.99, "tokens_per_s": 1.31e6, "memory_bytes": 140 * 2**30, "data_wait": 0.99}
+    assert len("12:34:56 " + format_train(record(10**6, **values), 10**6, eta_s=46 * 3600)) <= 120
+
+
+def test_waiting_for_data_and_skipped_steps_are_shown_where_they_matter() -> None:
+    assert "wait" not in format_train(record(data_wait=0.04), 1000)
+    assert format_train(record(data_wait=0.34), 1000).endswith("  wait 34%")
+    assert format_train(record(skipped_steps=2), 1000).endswith("  2 skipped")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +85,15 @@ def test_log_lines_of_training_are_aligned() -> None:
     [(0.5, "0.50"), (9.996, "10.0"), (87, "87.0"), (950, "950"), (999.6, "1.00k"), (13650, "13.7k"), (2.5e9, "2.50G")],
 )
 def test_rates_have_three_digits(number: float, text: str) -> None:
-    assert f"{text:>5} smp/s" in format_train(record(samples_per_s=number), 1000)
+    assert f"{text:>5} tok/s" in format_train(record(tokens_per_s=number), 1000)
+
+
+def test_many_metrics_go_on_in_further_lines() -> None:
+    metrics = {f"{name}/task{task}": 0.5 for name in ("AUC", "GAUC") for task in range(8)}
+    lines = format_eval(EvalRecord(iteration=100, epoch=1.0, split="valid", metrics=metrics), seconds=3.2).split("\n")
+    assert len(lines) > 1 and all(len(line) <= 111 for line in lines)
+    assert [line[:5] for line in lines[1:]] == ["     "] * (len(lines) - 1)
+    assert " ".join(lines).split()[5:-2] == [word for name in metrics for word in (name, "0.5000")]
 
 
 def test_an_undefined_metric_shows_as_such() -> None:

@@ -219,3 +219,18 @@ def wandb_records(path: Path) -> list[Any]:
             if record.HasField("history"):
                 rows.append(record.history.item)
     return rows
+
+
+def test_a_run_that_cannot_begin_leaves_no_directory_and_an_earlier_run_as_it_was(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "new", "A.b = 1\n", identity="first", tensorboard=True)
+    run.discard()
+    assert not (tmp_path / "new").exists()
+    with RunDirectory(tmp_path / "old", "A.b = 1\n", identity="first") as first:
+        first.write_summary(status="done")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    for continues in (False, True):
+        RunDirectory(tmp_path / "old", "A.b = 1\n", identity="first", continues=continues).discard()
+        after = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+        if not continues:
+            assert after == before
+    assert (tmp_path / "old" / "metrics.jsonl").exists()

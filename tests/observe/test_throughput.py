@@ -89,6 +89,14 @@ def test_what_is_unknown_is_nan_not_zero() -> None:
     assert math.isnan(speed.step_s)
 
 
+def test_an_mfu_above_one_is_not_told_because_the_peak_was_measured_too_low() -> None:
+    clock = Clock()
+    meter = ThroughputMeter(peak_tflops=2.0, clock=clock)
+    clock.now += 1.0
+    meter.add(samples=1, tokens=1, flops=2.1e12)
+    assert math.isnan(meter.take().mfu)
+
+
 def test_memory_on_cpu_grows_with_what_is_held() -> None:
     before = memory_bytes(torch.device("cpu"))
     with mmap.mmap(-1, 64 << 20) as held:  # not by malloc, which may have freed memory left

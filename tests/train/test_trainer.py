@@ -358,3 +358,20 @@ def build_untrained(finished: FinishedRun, mesh: Mesh) -> Trainer:
     trainer = build_trainer(config, mesh)
     trainer.run_directory.close()
     return trainer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trainer": {"ckpt_load_dir": "absent"}},
+        {"task_args": {"prediction_head_arch": [8, 2]}},
+        {"dataset": {"dataset_path": "absent"}},
+    ],
+    ids=["no such checkpoint", "a head that does not fit", "no such data"],
+)
+def test_a_run_that_cannot_begin_leaves_no_directory(
+    train: Callable[..., FinishedRun], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError):
+        train("ranking", **options)
+    assert list(tmp_path.glob("run0/*")) == []

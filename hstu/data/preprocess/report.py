@@ -60,11 +60,12 @@ def format_report(store: SequenceStore) -> str:
     """The short report for the terminal."""
     found = store.statistics
     context = ", ".join(f"{name} ({store.cardinality(name):,})" for name in store.contextual_features) or "none"
+    sparsity = f"; sparsity {found['sparsity']:.4%}" if found["sparsity"] > 0 else ""  # not if events repeat
     lines = [
         f"{store.name}: {store.path}",
         f"  users {found['users']:,}, items {found['items']:,}, events {found['events']:,}",
         f"  events per user: max {found['length_max']:,}, min {found['length_min']:,}, "
-        f"mean {found['length_mean']:,.1f}, median {found['length_median']:,.0f}; sparsity {found['sparsity']:.4%}",
+        f"mean {found['length_mean']:,.1f}, median {found['length_median']:,.0f}{sparsity}",
         f"  item {store.item_feature}, action {store.action_feature or 'none'}, "
         f"time {store.timestamp_feature or 'none (file order)'}, context {context}",
     ]
@@ -163,7 +164,8 @@ def equal_times(store: SequenceStore) -> tuple[int, int]:
 def _counts(store: SequenceStore) -> list[Part]:
     found = store.statistics
     rows = [(name, found[name]) for name in ("users", "items", "events")]
-    rows.append(("events possible that did not happen (sparsity)", f"{found['sparsity']:.4%}"))
+    if found["sparsity"] > 0:  # not if users repeat events
+        rows.append(("events possible that did not happen (sparsity)", f"{found['sparsity']:.4%}"))
     if store.timestamp_feature is not None:
         times = store.sequence(store.timestamp_feature)
         spans = [(int(times[a:b].min()), int(times[a:b].max())) for a, b in _chunks(store.num_events)]

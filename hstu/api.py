@@ -22,15 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.checkpoint.directory import verified_file
 from hstu.checkpoint.dynamic import read_tables
-from hstu.checkpoint.find import check_belongs, is_run, locate
+from hstu.checkpoint.find import GIN, check_belongs, is_run, locate
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.checkpoint.tensors import TABLES, open_tensors
 from hstu.config.args import DatasetArgs, RetrievalArgs
 from hstu.config.errors import ConfigError, DataError
-from hstu.config.gin_io import load as load_gin
+from hstu.config.gin_io import load_stored
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
 from hstu.data.jagged import ranges
@@ -122,7 +123,7 @@ def load(path: str | Path, checkpoint: str | Path | None = None, mesh: Mesh | No
     stored = locate(checkpoint or directory)
     if checkpoint and is_run(directory):
         check_belongs(stored, directory)
-    config = _read_config((directory if is_run(directory) else stored) / "operative.gin")
+    config = load_stored(directory / GIN if is_run(directory) else verified_file(stored, GIN))
     return TrainedModel.restore(config, stored, mesh or _mesh_of_this_process())
 
 
@@ -296,13 +297,6 @@ def _mesh_of_this_process() -> Mesh:
     """Join the process group at the first call; a notebook may load many models."""
     atexit.register(meshes.finish, wait=False)
     return meshes.start()
-
-
-def _read_config(path: Path) -> RunConfig:
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: give the directory of a run, a checkpoint or an export")
-    is_ranking = "\nRankingArgs." in f"\n{path.read_text(encoding='utf-8')}"
-    return load_gin([str(path)], [], "ranking" if is_ranking else "retrieval")
 
 
 def _with_vocabulary(store: SequenceStore) -> list[str]:

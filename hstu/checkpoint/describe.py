@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hstu.checkpoint.directory import read_manifest
+from hstu.checkpoint.directory import read_manifest, verified_file
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.matching import config_differences
 from hstu.checkpoint.tensors import DYNAMIC, StoredTensors, is_export, open_tensors, read_metadata
@@ -62,7 +62,9 @@ def diff(left: Path, right: Path) -> Iterator[str]:
     for name in dict.fromkeys([*left_facts, *right_facts]):
         if left_facts.get(name) != right_facts.get(name):
             yield f"{name}: {left_facts.get(name, 'nothing')} | {right_facts.get(name, 'nothing')}"
-    for entry in config_differences(*((path / "operative.gin").read_text() for path in (left, right))):
+    for entry in config_differences(
+        *(verified_file(path, "operative.gin").read_text(encoding="utf-8") for path in (left, right))
+    ):
         yield f"{entry.name}: {' | '.join(entry.values())}"
     left_tensors, right_tensors = open_tensors(left), open_tensors(right)
     for name in sorted({*left_tensors.sizes, *right_tensors.sizes}):

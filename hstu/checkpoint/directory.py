@@ -8,6 +8,7 @@ an error.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -48,6 +49,10 @@ class DamagedCheckpoint(DataError):
     """Files of a checkpoint are missing, truncated, changed or unreadable; the message names them."""
 
 
+class NewerCheckpoint(DataError):
+    """A newer version of this program has written a checkpoint."""
+
+
 class CheckpointFailure(UserError):
     """The file system refused an operation on some rank: a full disk, missing permissions. Raised on every rank."""
 
@@ -79,6 +84,17 @@ def torch_save(value: Any, path: Path) -> None:
     """Call torch.save. Raises OSError if the file system refuses."""
     with writing_errors(), path.open("wb") as file:
         torch.save(value, file)
+
+
+def torch_load(path: Path, *, mmap: bool = False) -> Any:
+    """Call torch.load for tensors, numbers and their containers only. Raises DamagedCheckpoint for anything else."""
+    try:
+        return torch.load(path, mmap=mmap, weights_only=True, map_location="cpu")
+    except OSError:
+        raise
+    except Exception as error:  # of many types
+        reason = str(error).strip().partition("\n")[0]
+        raise DamagedCheckpoint(f"{path} is damaged ({reason}). Load another checkpoint.") from None
 
 
 @contextmanager
@@ -113,25 +129,55 @@ def write_manifest(root: Path, files: Files) -> None:
 def read_manifest(root: Path) -> Files:
     """Return the files that a checkpoint lists.
 
-    Raises DamagedCheckpoint if the manifest is missing, has an unknown version, or has a byte that was not written so.
+    Raises DamagedCheckpoint if the manifest is missing or has a byte that was not written so, and NewerCheckpoint if
+    this program does not read its version yet.
     """
     path = root / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
         manifest = json.loads(text)
-        version, files = manifest["version"], manifest["files"]
-        known = version in (FORMAT_VERSION, _VERSION_WITHOUT_CHECKSUM)
-        if known and text != _manifest_text(version, files):
+        version = manifest["version"]
+        if type(version) is not int or version < _VERSION_WITHOUT_CHECKSUM:
+            raise ValueError(f"its version is {version!r}")
+        if version > FORMAT_VERSION:
+            raise NewerCheckpoint(
+                f"{root} was written by a newer version of this program: its format version is {version}, and this "
+                f"program reads versions up to {FORMAT_VERSION}. Update the program."
+            )
+        files = manifest["files"]
+        if text != _manifest_text(version, files):
             raise ValueError("its content has changed since it was written")
+        _check_entries(files)
     except FileNotFoundError:
         raise DamagedCheckpoint(
             f"{root} is not a complete checkpoint: it has no {MANIFEST}. Load another checkpoint."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{path} is damaged ({error}). Load another checkpoint.") from None
-    if not known:
-        raise DamagedCheckpoint(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}.")
     return dict(files)
+
+
+def _check_entries(files: Files) -> None:
+    """Raise ValueError if an entry is not a file below the checkpoint with its size and checksum."""
+    for name, entry in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"it lists {name!r}, which is not in the checkpoint")
+        if type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
+            raise ValueError(f"its entry of {name!r} is no size and checksum")
+
+
+def listed_files(root: Path, pattern: str) -> list[Path]:
+    """Return the files of a checkpoint that match a pattern. A file that its manifest does not list is none of it."""
+    return [root / name for name in read_manifest(root) if fnmatch.fnmatchcase(name, pattern)]
+
+
+def verified_file(root: Path, name: str) -> Path:
+    """Return the path of a file after comparing it with the manifest. Raises DamagedCheckpoint."""
+    entry = read_manifest(root).get(name)
+    problem = f"{root} has no {name} in its {MANIFEST}" if entry is None else _file_problem(root / name, entry)
+    if problem:
+        raise DamagedCheckpoint(f"{problem}. Load another checkpoint.")
+    return root / name
 
 
 def _manifest_text(version: int, files: Files) -> str:
@@ -283,7 +329,7 @@ def _difference(old: Path, new: Path) -> str | None:
     try:
         old_files, new_files = read_manifest(old), read_manifest(new)
         problems = file_problems(old, old_files)
-    except DamagedCheckpoint as error:
+    except DataError as error:
         return str(error)
     if problems:
         return problems[0]

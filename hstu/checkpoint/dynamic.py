@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Size, Tensor
 
-from hstu.checkpoint.directory import torch_save
+from hstu.checkpoint.directory import listed_files, torch_load, torch_save
 from hstu.checkpoint.raw_ids import RowRemap
 from hstu.checkpoint.tensors import CONSOLIDATED, DYNAMIC, is_export, load_safetensors
 from hstu.config.errors import DataError
@@ -82,8 +82,9 @@ def times_file(path: Path) -> Path:
 
 def read_table_dicts(path: Path) -> TableDicts:
     """Read the files of one rank. The tensors are memory mapped."""
-    tables: TableDicts = torch.load(path, mmap=True, weights_only=True)
-    times = json.loads(times_file(path).read_text()) if times_file(path).is_file() else {}
+    tables: TableDicts = torch_load(path, mmap=True)
+    listed = times_file(path) in listed_files(path.parent, times_file(path).name)
+    times = json.loads(times_file(path).read_text()) if listed else {}
     return {name: fields | {_TIMES: tuple(map(tuple, times.get(name, ())))} for name, fields in tables.items()}
 
 
@@ -92,7 +93,7 @@ def read_tables(root: Path) -> dict[str, list[TableContent]]:
     if is_export(root):
         return _from_export(load_safetensors(root / CONSOLIDATED))
     tables: dict[str, list[TableContent]] = {}
-    for file in sorted(root.glob(DYNAMIC_FILES), key=rank_of):
+    for file in sorted(listed_files(root, DYNAMIC_FILES), key=rank_of):
         for name, fields in read_table_dicts(file).items():
             sightings = fields.pop("sightings")
             content = TableContent(**fields, sightings=None if sightings is None else Sightings(**sightings))

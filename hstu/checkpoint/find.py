@@ -15,11 +15,11 @@ from pathlib import Path
 from hstu.checkpoint import directory as folder
 from hstu.checkpoint.directory import MANIFEST
 from hstu.config.errors import DataError
-from hstu.config.gin_scan import scan
+from hstu.config.gin_scan import scan_stored
 
 AUTO = "auto"
 RUN_FILE = "run.json"
-_GIN = "operative.gin"
+GIN = "operative.gin"
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def locate(name: str | Path) -> Path:
 
 def is_run(directory: Path) -> bool:
     """Return whether this is the directory of a run, rather than a checkpoint, a directory of them or an export."""
-    return not (directory / MANIFEST).is_file() and (directory / _GIN).is_file()
+    return not (directory / MANIFEST).is_file() and (directory / GIN).is_file()
 
 
 def checkpoint_of_run(directory: Path) -> Path:
     """Return the newest checkpoint of a run. Raises DataError if there is none of exactly this run."""
     run = Run.read(directory)
     if run is None:
-        places = [_saved_in(directory / _GIN)]
+        places = [_saved_in(directory / GIN)]
     elif run.checkpoints is None:
         raise DataError(f"the run {directory} has saved no checkpoint: its TrainerArgs.ckpt_save_interval is -1")
     else:
@@ -121,7 +121,7 @@ def belongs(checkpoint: Path, directory: Path) -> bool:
     if of_checkpoint is not None:
         return run is not None and run.id == of_checkpoint.id
     # Written before there was run.json. A resumed run may have several configurations.
-    gin = checkpoint / _GIN
+    gin = checkpoint / GIN
     return gin.is_file() and any(path.read_bytes() == gin.read_bytes() for path in directory.glob("operative*.gin"))
 
 
@@ -132,7 +132,7 @@ def _run_of(checkpoint: Path) -> str:
 
 def _saved_in(gin: Path) -> Path:
     """Return the directory of checkpoints that a configuration of an earlier version names."""
-    bindings = scan([], [gin.read_text(encoding="utf-8")]).bindings
+    bindings = scan_stored(gin.read_text(encoding="utf-8"), str(gin)).bindings
     named = [binding.value for binding in bindings if binding.name == "TrainerArgs.ckpt_save_dir"]
     if not named or not isinstance(named[-1], str):
         raise DataError(f"{gin} does not say where its run saved checkpoints (TrainerArgs.ckpt_save_dir)")

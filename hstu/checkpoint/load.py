@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.checkpoint.directory import DamagedCheckpoint, collective_io, file_problems, read_manifest
+from hstu.checkpoint.directory import (
+    DamagedCheckpoint,
+    collective_io,
+    file_problems,
+    read_manifest,
+    torch_load,
+    verified_file,
+)
 from hstu.checkpoint.dynamic import load_table, read_tables, table_problems
 from hstu.checkpoint.matching import ConfigDifference, LoadOptions, TensorMatch, config_differences, match_tensors
 from hstu.checkpoint.raw_ids import RawIds, RowRemap, remap_rows
@@ -74,7 +81,7 @@ def _match(root: Path, state: TrainState, options: LoadOptions) -> tuple[TensorM
     stored_tables = [f"{TABLES}{name}" for name in read_metadata(root).get("tables", {})]
     remaps = _remaps(root, tensors, state, options, dynamic=False)
     match = match_tensors(sizes, tensors.sizes, options, remaps, (own_dynamic, stored_tables))
-    stored_gin = (root / "operative.gin").read_text()
+    stored_gin = verified_file(root, "operative.gin").read_text(encoding="utf-8")
     differences = config_differences(stored_gin, state.operative_gin) if state.operative_gin else []
     of_network = [entry for entry in differences if entry.is_of_network]
     if match.mistakes:
@@ -193,7 +200,7 @@ def _restore_metadata(root: Path, state: TrainState, mesh: Mesh) -> None:
     state.load_metadata(stored)
     ranks, group = stored["world_size"], stored.get("tensor_parallel_size", 1)
     if (ranks, group) == (mesh.world_size, mesh.tp_size):  # the generators of a group must agree
-        set_random_state(torch.load(root / f"rng_rank{mesh.rank}.pt", weights_only=True), mesh.device)
+        set_random_state(torch_load(verified_file(root, f"rng_rank{mesh.rank}.pt")), mesh.device)
     else:
         log.info("%s was saved by %d ranks in groups of %d: dropout starts from fresh seeds", root, ranks, group)
 

@@ -16,7 +16,7 @@ from hstu.checkpoint.raw_ids import RowRemap
 from hstu.checkpoint.tensors import AVERAGE, DYNAMIC, IDS, TABLES, WEIGHTS, join_name, split_name
 from hstu.config.args import CLASSES, TrainerArgs
 from hstu.config.errors import DataError
-from hstu.config.gin_scan import scan
+from hstu.config.gin_scan import scan_stored
 from hstu.config.option import default_of, is_required, options_of
 
 
@@ -277,7 +277,8 @@ def config_differences(stored: str, own: str) -> list[ConfigDifference]:
     A parameter that one text lacks has its default: the program that wrote the text did not have the parameter yet.
     """
     left, right = (
-        {binding.name: repr(binding.value) for binding in scan([], [text]).bindings} for text in (stored, own)
+        {binding.name: repr(binding.value) for binding in scan_stored(text, "operative.gin").bindings}
+        for text in (stored, own)
     )
     pairs = [
         ConfigDifference(name, left.get(name, _default(name)), right.get(name, _default(name)))

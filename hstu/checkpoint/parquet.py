@@ -22,7 +22,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from hstu.checkpoint.directory import check_files, describe_files, file_problems, read_manifest, write_manifest
+from hstu.checkpoint.directory import (
+    MANIFEST,
+    check_files,
+    describe_files,
+    file_problems,
+    listed_files,
+    read_manifest,
+    write_manifest,
+)
 from hstu.checkpoint.dynamic import (
     DYNAMIC_FILES,
     content_as_dict,
@@ -127,9 +135,11 @@ def import_table(checkpoint: Path, table: str, files: Sequence[Path], output: Pa
     content = _combine([_read_file(path, table, stored, raw_ids) for path in files])
     temporary = output / f".writing_{checkpoint.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint, temporary)
+    for name in [*read_manifest(checkpoint), MANIFEST]:
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint / name, temporary / name)
     changed: list[Path] = []
-    for path in sorted(temporary.glob(DYNAMIC_FILES)):
+    for path in sorted(listed_files(temporary, DYNAMIC_FILES)):
         tables = {name: fields for name, fields in read_table_dicts(path).items() if name != table}
         path.unlink()
         times_file(path).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, cre
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 
+from hstu.checkpoint.directory import listed_files, verified_file
+from hstu.checkpoint.tensor_index import INDEX, IndexReader
 from hstu.config.errors import DataError
 from hstu.parallel.shards import ShardedView
 
@@ -80,35 +82,38 @@ class StoredTensors(ABC):
 
 
 def open_tensors(root: Path) -> StoredTensors:
-    """Open the tensors of a checkpoint or an export."""
-    return ConsolidatedTensors(root / CONSOLIDATED) if is_export(root) else ShardedTensors(root / TENSORS)
+    """Open the tensors of a checkpoint or an export. Raises DamagedCheckpoint if their index is damaged."""
+    if is_export(root):
+        return ConsolidatedTensors(root / CONSOLIDATED)
+    verified_file(root, f"{TENSORS}/{INDEX}")
+    return ShardedTensors(root / TENSORS, [path.name for path in listed_files(root, f"{TENSORS}/*")])
 
 
 def is_export(root: Path) -> bool:
     """Return whether a directory is an export; otherwise it is a checkpoint."""
-    return (root / CONSOLIDATED).is_file()
+    return bool(listed_files(root, CONSOLIDATED))
 
 
 def read_metadata(root: Path) -> dict[str, Any]:
     """Return what a checkpoint (progress.json) or an export (config.json) says about its run."""
     name = "config.json" if is_export(root) else "progress.json"
-    metadata: dict[str, Any] = json.loads((root / name).read_text(encoding="utf-8"))
+    metadata: dict[str, Any] = json.loads(verified_file(root, name).read_text(encoding="utf-8"))
     return metadata
 
 
 class ShardedTensors(StoredTensors):
     """The files of torch.distributed.checkpoint, in which each rank has written its shards."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        stored = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    def __init__(self, directory: Path, listed: Collection[str]) -> None:
+        self.directory, self._listed = directory, listed
+        stored = IndexReader(directory, listed).read_metadata().state_dict_metadata
         tensors = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
         self.sizes = {name: entry.size for name, entry in tensors.items()}
         self.dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}
 
     def read(self, targets: Mapping[str, ShardedView], group: dist.ProcessGroup | None = None) -> None:
         """See StoredTensors."""
-        reader = dcp.FileSystemReader(self.directory)
+        reader = IndexReader(self.directory, self._listed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended where there is no group
             dcp.load(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field
+from pathlib import Path
 from typing import Any
 
 import gin
 
 from hstu.config.args import CLASSES, REGISTRY, TASK_ARGS, Args, BenchmarkDatasetArgs, EmbeddingArgs, Task
-from hstu.config.errors import ConfigError
+from hstu.config.errors import ConfigError, DataError
 from hstu.config.gin_bindings import (
     Bindings,
     Owner,
@@ -24,7 +25,7 @@ from hstu.config.gin_bindings import (
     run_imports,
     written,
 )
-from hstu.config.gin_scan import Binding, Broken, Macro, Reference, Scan, scan
+from hstu.config.gin_scan import Binding, Broken, Macro, Reference, Scan, scan, scan_stored
 from hstu.config.incomplete import incomplete
 from hstu.config.option import (
     converted,
@@ -69,11 +70,30 @@ def read_and_check(
     return draft.finish(), warnings
 
 
+def load_stored(path: Path) -> RunConfig:
+    """Reads operative.gin of a checkpoint, an export or a run. It is data: nothing is imported, included or called.
+
+    Raises DataError if it is not such a configuration.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        task: Task = "ranking" if "\nRankingArgs." in f"\n{text}" else "retrieval"
+        builder = _Builder(scan_stored(text, str(path)), [str(path)], task)
+        draft = builder.draft(world_size=1)
+        check(draft, (), builder.problems)
+        return draft.finish()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as a configuration: {error}") from error
+    except ConfigError as error:
+        raise DataError(f"{path} is not a configuration that this program has written:\n{error}") from error
+
+
 class _Builder:
     """Makes argument objects from bindings and records which bindings are used."""
 
     def __init__(self, statements: Scan, files: Sequence[str], task: Task) -> None:
         self.files, self.task, self.complete = tuple(files), task, statements.complete
+        self._is_stored = statements.is_stored
         self.problems = [*statements.problems, *run_imports(statements.imports)]
         self.bindings = Bindings(statements, self.problems)
         self._start = Location(1, 0, files[0] if files else "--gin-bindings")
@@ -279,7 +299,7 @@ class _Builder:
     # --- the user's own functions ---
 
     def _call_user_code(self, reference: Reference, binding: Binding) -> Any:
-        if not is_registered(reference.selector):
+        if self._is_stored or not is_registered(reference.selector):
             hint = did_you_mean(reference.selector, CLASSES) or "; import the module that registers it with gin"
             return self._fail(binding, f"there is no class or function {reference.selector}{hint}")
         self._referred.add(reference.selector)
@@ -289,6 +309,10 @@ class _Builder:
             return self._fail(binding, f"{reference} raised {type(error).__name__}: {error}")
 
     def _bind_user_code(self) -> None:
+        if self._is_stored:
+            for binding in self.bindings.user:
+                self._fail(binding, "a stored configuration must not bind parameters of other code")
+            return
         gin.clear_config()  # so that loading twice in a process does not mix two files
         for binding in sorted(
             self.bindings.user, key=lambda b: any(isinstance(x, Reference) for x in _leaves(b.value))

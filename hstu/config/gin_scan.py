@@ -91,6 +91,8 @@ class Scan:
     sources: int = 0
     complete: bool = True
     """False: a file cannot be read, so that what seems to be missing may be in it."""
+    is_stored: bool = False
+    """The text comes from a checkpoint, an export or the directory of a run. It may not run or read anything."""
 
     def new_source(self, name: str) -> Location:
         """The location of the next file or command-line binding as a whole."""
@@ -105,6 +107,13 @@ def scan(files: Sequence[str], bindings: Sequence[str]) -> Scan:
         _scan_file(result, file, included_by=())
     for text in bindings:
         _scan_text(result, text, result.new_source(COMMAND_LINE), included_by=())
+    return result
+
+
+def scan_stored(text: str, name: str) -> Scan:
+    """Reads the text of an operative.gin. Statements that would run code or read other files are problems."""
+    result = Scan(is_stored=True)
+    _scan_text(result, text, result.new_source(name), included_by=())
     return result
 
 
@@ -145,6 +154,9 @@ def _scan_text(result: Scan, text: str, source: Location, included_by: tuple[str
         match statement:
             case Binding():
                 result.bindings.append(statement)
+            case Import() | _Include() if result.is_stored:
+                kind = "import" if isinstance(statement, Import) else "include"
+                result.problems.append(Problem(f"a stored configuration must not {kind} anything", statement.at))
             case Import():
                 result.imports.append(statement)
             case _Include(name, at):

@@ -12,6 +12,7 @@ from hstu.checkpoint.directory import (
     LATEST,
     MANIFEST,
     DamagedCheckpoint,
+    NewerCheckpoint,
     checkpoint_path,
     delete_older,
     describe_files,
@@ -182,7 +183,7 @@ def test_any_changed_byte_of_the_manifest_itself_is_noticed(tmp_path: Path) -> N
     for index, byte in enumerate(content):
         for other in {byte ^ 1, byte ^ 128, *b' \n01"'} - {byte}:
             (path / MANIFEST).write_bytes(content[:index] + bytes([other]) + content[index + 1 :])
-            with pytest.raises(DamagedCheckpoint, match=r"manifest\.json (is damaged|has format version)"):
+            with pytest.raises(DataError, match=r"manifest\.json is damaged|written by a newer version"):
                 read_manifest(path)
 
 
@@ -198,9 +199,36 @@ def test_an_unreadable_manifest_is_an_error(tmp_path: Path) -> None:
     (path / MANIFEST).write_text('{"version": 1, "fi')
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):
         read_manifest(path)
-    (path / MANIFEST).write_text(json.dumps({"version": 99, "files": {}}))
-    with pytest.raises(DataError, match="format version 99"):
+
+
+def test_a_manifest_of_a_newer_program_is_not_damaged(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "c")
+    (path / MANIFEST).write_text(json.dumps({"version": 99, "shards": []}))
+    with pytest.raises(NewerCheckpoint, match=r"newer version .* version is 99, .* reads versions up to 2\. Update"):
         read_manifest(path)
+    for version in (0, -1, 2.5, "3", True, None):
+        (path / MANIFEST).write_text(json.dumps({"version": version, "files": {}}))
+        with pytest.raises(DamagedCheckpoint, match="its version is"):
+            read_manifest(path)
+
+
+@pytest.mark.parametrize("name", ["../data", "/etc/passwd", "tensors/../../data"])
+def test_a_manifest_lists_only_what_is_in_the_checkpoint(tmp_path: Path, name: str) -> None:
+    path = make_checkpoint(tmp_path / "c")
+    write_manifest(path, {name: {"bytes": 1, "sha256": ""}})
+    with pytest.raises(DamagedCheckpoint, match="which is not in the checkpoint"):
+        read_manifest(path)
+
+
+def test_a_file_that_is_not_listed_or_not_as_written_is_not_read(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "c")
+    (path / "date").write_text("stale")
+    assert folder.listed_files(path, "dat*") == [path / "data"] == [folder.verified_file(path, "data")]
+    with pytest.raises(DamagedCheckpoint, match=r"has no date in its manifest\.json"):
+        folder.verified_file(path, "date")
+    (path / "data").write_bytes(b"9876543210")
+    with pytest.raises(DamagedCheckpoint, match="data is damaged"):
+        folder.verified_file(path, "data")
 
 
 @pytest.mark.parametrize("numbers", [1, 10**6])

@@ -1,0 +1,181 @@
+"""Checkpoints that somebody has made in order to run code here, or to have other files read. Their manifests fit."""
+
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hstu import api
+from hstu.checkpoint.describe import describe
+from hstu.checkpoint.directory import (
+    MANIFEST,
+    DamagedCheckpoint,
+    NewerCheckpoint,
+    describe_files,
+    read_manifest,
+    write_manifest,
+)
+from hstu.checkpoint.export import export
+from hstu.config.errors import DataError
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from tests.train.tiny import build, run, tables_with_dynamic, tiny_config
+
+FIRST, LAST = "iteration_00000001", "iteration_00000002"
+SAVING = {"ckpt_save_interval": 1, "max_train_iters": 2}
+
+
+@pytest.fixture(scope="module")
+def saved(mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run with a dynamic table and two checkpoints."""
+    place = tmp_path_factory.mktemp("saved")
+    run(tiny_config("retrieval", store, place, trainer=SAVING, tables=tables_with_dynamic(store, 11)), mesh)
+    return place
+
+
+@pytest.fixture
+def output(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "output", symlinks=True))
+
+
+@pytest.fixture
+def checkpoint(output: Path) -> Path:
+    return output / "checkpoints" / LAST
+
+
+def replace(checkpoint: Path, name: str, content: bytes) -> None:
+    """Replace a file, and its entry in the manifest."""
+    (checkpoint / name).write_bytes(content)
+    write_manifest(checkpoint, read_manifest(checkpoint) | describe_files(checkpoint, [checkpoint / name]))
+
+
+class Attack:
+    """Creates a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def attempts(checkpoint: Path, output: Path, store: SequenceStore, mesh: Mesh) -> dict[str, Callable[[], Any]]:
+    """What users do with a checkpoint."""
+    trainer = {"ckpt_load_dir": str(checkpoint), "ckpt_save_interval": -1, "output_dir": str(output / "new")}
+    config = tiny_config("retrieval", store, output, trainer=trainer, tables=tables_with_dynamic(store, 11))
+    return {
+        "inspect": lambda: list(describe(checkpoint)),
+        "export": lambda: export(checkpoint, output / "exported"),
+        "recommend": lambda: api.load(checkpoint, mesh=mesh).recommend([100]),
+        "resume": lambda: build(config, mesh).train(),
+    }
+
+
+def test_the_untouched_checkpoint_is_good_for_everything(
+    checkpoint: Path,
+    output: Path,
+    store: SequenceStore,
+    mesh: Mesh,
+) -> None:
+    for attempt in attempts(checkpoint, output, store, mesh).values():
+        attempt()
+
+
+@pytest.mark.parametrize("name", ["tensors/.metadata", "dynamic_rank0.pt", "rng_rank0.pt"])
+def test_no_file_of_a_checkpoint_runs_code(
+    checkpoint: Path,
+    output: Path,
+    store: SequenceStore,
+    mesh: Mesh,
+    name: str,
+) -> None:
+    trap = output / "trap"
+    if name.endswith(".pt"):
+        torch.save(Attack(trap), output / "attack")
+        replace(checkpoint, name, (output / "attack").read_bytes())
+    else:
+        replace(checkpoint, name, pickle.dumps(Attack(trap)))
+    refused = []
+    for action, attempt in attempts(checkpoint, output, store, mesh).items():
+        try:
+            attempt()
+        except DamagedCheckpoint as error:
+            refused.append(action)
+            assert f"{name} is damaged" in str(error)
+        assert not trap.exists(), action
+    assert refused == (["resume"] if name == "rng_rank0.pt" else ["inspect", "export", "recommend", "resume"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import attacking_module",
+        'include "/etc/passwd"',
+        "TrainerArgs.seed = @gin.singleton()",
+        'gin.singleton.constructor = "x"',
+    ],
+)
+def test_the_configuration_of_a_checkpoint_is_data(
+    checkpoint: Path,
+    tmp_path: Path,
+    mesh: Mesh,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+) -> None:
+    (tmp_path / "attacking_module.py").write_text(f"open({str(tmp_path / 'trap')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    gin = (checkpoint / "operative.gin").read_text()
+    kept = "\n".join(row for row in gin.splitlines() if not row.startswith(line.partition("=")[0] + "="))
+    replace(checkpoint, "operative.gin", f"{line}\n{kept}\n".encode())
+    with pytest.raises(DataError, match=r"operative\.gin is not a configuration that this program has written"):
+        api.load(checkpoint, mesh=mesh)
+    assert not (tmp_path / "trap").exists() and "attacking_module" not in sys.modules
+
+
+def test_a_changed_configuration_is_noticed_before_it_is_read(checkpoint: Path, mesh: Mesh) -> None:
+    with (checkpoint / "operative.gin").open("a") as file:
+        file.write("import attacking_module\n")
+    with pytest.raises(DamagedCheckpoint, match=r"operative\.gin has \d+ bytes instead of"):
+        api.load(checkpoint, mesh=mesh)
+
+
+def test_the_index_of_tensors_cannot_refer_to_other_files(checkpoint: Path, output: Path) -> None:
+    index = pickle.loads((checkpoint / "tensors" / ".metadata").read_bytes())
+    for info in index.storage_data.values():
+        info.relative_path = f"../../{FIRST}/tensors/{info.relative_path}"
+    replace(checkpoint, "tensors/.metadata", pickle.dumps(index))
+    with pytest.raises(DamagedCheckpoint, match=r"refers to .*, which is no file of the checkpoint"):
+        export(checkpoint, output / "exported")
+
+
+def test_files_that_the_manifest_does_not_list_are_ignored(
+    checkpoint: Path,
+    output: Path,
+    store: SequenceStore,
+    mesh: Mesh,
+) -> None:
+    expected = list(describe(checkpoint))
+    shutil.copyfile(checkpoint / "dynamic_rank0.pt", checkpoint / "dynamic_rank1.pt")
+    (checkpoint / "model.safetensors").write_bytes(b"stale")  # of an export
+    (checkpoint / "tensors" / "__1_0.distcp").write_bytes(b"stale")
+    assert list(describe(checkpoint)) == expected
+    for attempt in attempts(checkpoint, output, store, mesh).values():
+        attempt()
+
+
+def test_auto_does_not_fall_back_from_a_checkpoint_of_a_newer_program(
+    checkpoint: Path,
+    output: Path,
+    store: SequenceStore,
+    mesh: Mesh,
+) -> None:
+    (checkpoint / MANIFEST).write_text('{"version": 3}')
+    trainer = SAVING | {"ckpt_load_dir": "auto"}
+    config = tiny_config("retrieval", store, output, trainer=trainer, tables=tables_with_dynamic(store, 11))
+    with pytest.raises(NewerCheckpoint, match="newer version of this program"):
+        run(config, mesh)

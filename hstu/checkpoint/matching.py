@@ -5,6 +5,7 @@ Names may differ (TrainerArgs.ckpt_param_map), and so may sizes, vocabularies an
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from hstu.checkpoint.raw_ids import RowRemap
 from hstu.checkpoint.tensors import AVERAGE, DYNAMIC, IDS, TABLES, WEIGHTS, join_name, split_name
 from hstu.config.args import CLASSES, TrainerArgs
 from hstu.config.errors import DataError
-from hstu.config.gin_scan import scan_stored
-from hstu.config.option import default_of, is_required, options_of
+from hstu.config.gin_scan import Binding, scan_stored
+from hstu.config.option import Mismatch, annotation_of, coerce, default_of, is_required, options_of
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ def config_differences(stored: str, own: str) -> list[ConfigDifference]:
     A parameter that one text lacks has its default: the program that wrote the text did not have the parameter yet.
     """
     left, right = (
-        {binding.name: repr(binding.value) for binding in scan_stored(text, "operative.gin").bindings}
+        {binding.name: _shown(binding) for binding in scan_stored(text, "operative.gin").bindings}
         for text in (stored, own)
     )
     pairs = [
@@ -285,6 +286,16 @@ def config_differences(stored: str, own: str) -> list[ConfigDifference]:
         for name in dict.fromkeys([*left, *right])
     ]
     return [pair for pair in pairs if pair.stored != pair.own]
+
+
+def _shown(binding: Binding) -> str:
+    """Return the value of a parameter as text, the same for two ways to write one value, such as "a" and ("a",)."""
+    cls = CLASSES.get(binding.selector)
+    field = next((each for each in options_of(cls) if each.name == binding.parameter), None) if cls else None
+    if cls is not None and field is not None:
+        with contextlib.suppress(Mismatch):  # references to other objects stay as they are
+            return repr(coerce(annotation_of(cls, field), binding.value))
+    return repr(binding.value)
 
 
 def _default(name: str) -> str | None:

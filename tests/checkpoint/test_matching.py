@@ -152,3 +152,11 @@ def test_a_parameter_that_an_older_program_did_not_write_has_its_default() -> No
     assert [(entry.name, entry.is_of_network) for entry in config_differences(GIN, leaking)] == [
         ("NetworkArgs.allow_label_leak", False)
     ]
+
+
+def test_two_ways_to_write_a_value_are_no_difference() -> None:
+    stored = "NetworkArgs.position_encoding = 'absolute'\nOptimizerArgs.learning_rate = 1\n"
+    own = "NetworkArgs.position_encoding = ('absolute',)\nOptimizerArgs.learning_rate = 1.0\n"
+    assert config_differences(stored, own) == []
+    (difference,) = config_differences(stored, own.replace("('absolute',)", "('absolute', 'relative_bias')"))
+    assert difference.is_of_network

@@ -1,9 +1,11 @@
 """Small factories that the tests of every room share."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
 
@@ -84,3 +86,20 @@ def make_batch(
         num_candidates_host=candidates,
         num_labels_total=int(sum(num_labels)),
     )
+
+
+class Allocations(TorchDispatchMode):
+    """Records the size of the largest tensor with new storage that an operation creates."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            own = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+            if own and tensor.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, tensor.numel())
+        return result

@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec", "megatron-core", "triton", "numpy")
 _REPLICATED_PREFIX = "replicated.tables."
-_STEP = "step"
 
 
 @dataclass
@@ -77,8 +76,10 @@ class TrainState:
             parameter, _, state = name.rpartition(".")
             if not parameter.startswith(_REPLICATED_PREFIX):
                 states[f"dense.{name}"] = self._whole(parameter, tensor)
-            elif state != _STEP:  # a table's step is optimizers.tables.steps, which load_metadata restores
+            else:
                 states[f"{_canonical(parameter)}.{state}"] = tensor
+        for name, tensor in self.optimizers.tables.replicated_state_tensors().items():
+            states[f"tables.{name}"] = tensor
         for table in self._sharded():
             for state in self.optimizers.tables.training[table.name].states:
                 size = (table.rows,) if is_rowwise(state) else (table.rows, table.dim)
@@ -112,9 +113,6 @@ class TrainState:
         self.iteration = stored["iteration"]
         self.position = SamplerPosition(**stored["position"])
         self.optimizers.load_counters(stored["optimizer"])
-        for name, tensor in self.optimizers.dense.state_tensors().items():
-            if name.startswith(_REPLICATED_PREFIX) and name.endswith(f".{_STEP}"):
-                tensor.fill_(self.optimizers.tables.steps)
         for name, part in self.carried.items():
             if name in stored.get("carried", {}):
                 part.load_state_dict(stored["carried"][name])

@@ -15,7 +15,7 @@ from hstu.estimate.workload import Batch, Workload
 from hstu.model.embedding import TableSpec, build_collections
 from hstu.ops.costs import FLOAT32
 from hstu.ops.layer import saved_bytes
-from hstu.optim.dense import match_part_optimizers, replicated_table_settings
+from hstu.optim.dense import match_part_optimizers
 from hstu.parallel.dynamic.memory import logical_name, split_tables
 from hstu.parallel.table_optimizer import STATES, TableTraining, is_rowwise
 from hstu.parallel.tables import memory_plans, table_planner, table_sharders
@@ -76,19 +76,17 @@ def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int,
 
 
 def trained_densely(workload: Workload) -> list[tuple[str, int]]:
-    """(optimizer, elements) of each parameter of the dense part on a rank and of each replicated table.
+    """(optimizer, elements) of each parameter of the dense part on a rank.
 
     Raises ConfigError as a run would for OptimizerArgs.part_optimizers that match no weight.
     """
     args, counts = workload.config.optimizer, workload.dense_parameters
     settings = match_part_optimizers(dict.fromkeys(counts, True), args)
-    weights = [(settings[name].optimizer, count) for name, count in counts.items()]
-    tables = [spec for spec in workload.specs if spec.replicated]
-    return weights + [(replicated_table_settings(spec, args).optimizer, spec.rows * spec.dim) for spec in tables]
+    return [(settings[name].optimizer, count) for name, count in counts.items()]
 
 
 def dense_state_bytes(workload: Workload) -> int:
-    """States of the dense optimizers, with a step count per parameter, and the moving average."""
+    """States of the dense optimizers, with a step count per parameter, of replicated tables, and the moving average."""
     args = workload.config.optimizer
 
     def numbers(optimizer: str, elements: int) -> int:
@@ -97,7 +95,21 @@ def dense_state_bytes(workload: Workload) -> int:
             return average + (elements if args.momentum > 0 else 0)
         return average + elements * len(STATES[optimizer]) + 1
 
-    return FLOAT32 * sum(numbers(*trained) for trained in trained_densely(workload))
+    tables = sum(
+        spec.rows * spec.dim * (len(TableTraining.of(spec, args).states) + (1 if args.ema_decay > 0 else 0))
+        for spec in workload.specs
+        if spec.replicated
+    )
+    return FLOAT32 * (tables + sum(numbers(*trained) for trained in trained_densely(workload)))
+
+
+def replicated_gradients(workload: Workload, batch: Batch) -> int:
+    """Numbers in the gradients of the replicated tables: on a CPU those of the rows looked up, else of whole tables."""
+    if workload.device_type != "cpu":
+        return workload.replicated_elements
+    counts = workload.ids_per_rank(batch)
+    tables = [spec for spec in workload.specs if spec.replicated]
+    return sum(counts.get(name, 0) * workload.tp_size * spec.dim for spec in tables for name in spec.features)
 
 
 def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
@@ -112,7 +124,7 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
     saved_by_task, working_of_task = task_bytes(workload, micro, workload.pool(batch))
     working = max(working_of_task, alive - saved + backward_bytes(workload, tokens))
     activations = layers * saved + input_bytes(workload, micro) + saved_by_task
-    gradients = (dense + replicated) * FLOAT32
+    gradients = (dense + replicated_gradients(workload, batch)) * FLOAT32
     if workload.dp_size == 1:  # no buckets of DDP
         gradients = _gradients_beyond_activations(workload, saved, gradients - activations - working)
     return {

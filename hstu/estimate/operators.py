@@ -33,7 +33,8 @@ from hstu.ops.pytorch.operators import REFERENCE_KERNELS as KERNELS
 from hstu.ops.types import NUM_TIME_BUCKETS, GateConfig, RelativeBias, TensorParallelComm
 from hstu.optim.dense import DenseOptimizer
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.table_optimizer import STATES, TableTraining, is_rowwise
+from hstu.parallel.row_optimizer import STATES, RowOptimizer
+from hstu.parallel.table_optimizer import TableTraining, is_rowwise
 from hstu.parallel.tables import shard
 
 _MOST_FLOPS = 4e9
@@ -84,7 +85,7 @@ def _inputs(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> 
     for spec in workload.specs:
         if spec.replicated:
             ids = sum(own.get(feature, 0) for feature in spec.features) * workload.tp_size
-            yield _replicated_table(spec, ids)
+            yield _replicated_table(workload, spec, ids)
     rows = workload.rows_by_role(batch)
     for role, width in workload.projected_widths.items():
         for inputs in (width, hidden):
@@ -332,15 +333,31 @@ def _softmax(queries: int, pool: int, draws: int, width: int) -> Operator:
     return _operator("loss", cost, queries, build)
 
 
-def _replicated_table(spec: TableSpec, ids: int) -> Operator:
-    """Rows are read and written; their gradients are scattered into a dense gradient of zeros."""
+def _replicated_table(workload: Workload, spec: TableSpec, ids: int) -> Operator:
+    """Rows are read and written, their gradients written and summed, then read by the update of rows and states.
 
-    def build(count: int) -> Forward:
-        table = torch.randn(spec.rows, spec.dim, requires_grad=True)
-        indices = torch.randint(spec.rows, (count,))
-        return lambda: F.embedding(indices, table), [table]
+    On a GPU the gradient and the update are those of the whole table.
+    """
+    args = workload.config.optimizer
+    training = TableTraining.of(spec, args)
+    updated = ids if workload.device_type == "cpu" else spec.rows
+    moved = 5.0 * ids + updated * (1 + 2 * (1 + len(training.states)) + 1)
 
-    return _operator("replicated tables", Cost(0.0, FLOAT32 * spec.dim * (5.0 * ids + spec.rows)), ids, build)
+    def prepare(_: Mesh) -> Timed:
+        table = nn.Parameter(torch.randn(spec.rows, spec.dim))
+        group = {"params": [table], "lr": 1e-9, "optimizer": training.optimizer}
+        optimizer = RowOptimizer([group], (args.adam_beta1, args.adam_beta2), args.adam_eps)
+        indices = torch.randint(spec.rows, (ids,))
+
+        def step() -> None:
+            table.grad = None
+            rows = F.embedding(indices, table, sparse=True)
+            rows.backward(rows.detach())
+            optimizer.step()
+
+        return Timed(step, 1.0)
+
+    return Operator("replicated tables", Cost(0.0, FLOAT32 * spec.dim * moved), prepare)
 
 
 def _dense_update(optimizer: str, elements: int, tensors: int) -> Operator:

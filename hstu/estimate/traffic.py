@@ -49,7 +49,7 @@ def transfers(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -
         *_gathered_rows(workload, batch),
         *_layers(workload, batch),
         *_pool(workload, batch),
-        *_gradients(workload),
+        *_gradients(workload, batch),
     ]
     return tuple(transfer for transfer in found if transfer.ranks > 1)
 
@@ -140,9 +140,17 @@ def _pool(workload: Workload, batch: Batch) -> Iterator[Transfer]:
         yield Transfer("gradients of the pool", "reduce_scatter", "data", ranks, 1, payload * ranks)
 
 
-def _gradients(workload: Workload) -> Iterator[Transfer]:
-    """DDP's buckets, and the few numbers of the loss."""
-    elements = sum(workload.dense_parameters.values()) + workload.replicated_elements
+def _gradients(workload: Workload, batch: Batch) -> Iterator[Transfer]:
+    """DDP's buckets, the rows of replicated tables on a CPU, and the few numbers of the loss."""
+    elements = sum(workload.dense_parameters.values())
+    if workload.device_type != "cpu":
+        elements += workload.replicated_elements
+    elif tables := [spec for spec in workload.specs if spec.replicated]:
+        counts = workload.ids_per_rank(batch)
+        looked_up = [sum(counts.get(name, 0) for name in spec.features) * workload.tp_size for spec in tables]
+        rows = [min(spec.rows, count) for spec, count in zip(tables, looked_up, strict=True)]
+        payload = sum(count * (spec.dim * FLOAT32 + INT64) for spec, count in zip(tables, rows, strict=True))
+        yield Transfer("rows of replicated tables", "all_gather", "data", workload.dp_size, 2 * len(tables), payload)
     buckets = 1 + elements * FLOAT32 // DDP_BUCKET_BYTES
     size = FLOAT32 if workload.config.precision.fp32_master_grads else workload.element_size
     data = partial(Transfer, kind="all_reduce", group="data", ranks=workload.dp_size)

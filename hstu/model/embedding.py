@@ -158,7 +158,11 @@ def _leave_uninitialised(weight: Tensor) -> None:
 
 
 class ReplicatedTables(nn.Module):
-    """The data_parallel tables: each rank has all rows, and the dense optimizer trains them."""
+    """The data_parallel tables: each rank has all rows.
+
+    On a CPU their gradients are sparse, so that a step costs in proportion to the rows looked up. On a GPU they are
+    dense: the host does not know how many distinct rows are looked up, and DDP averages the gradients.
+    """
 
     def __init__(self, specs: Iterable[TableSpec], seed: int) -> None:
         super().__init__()
@@ -176,10 +180,13 @@ class ReplicatedTables(nn.Module):
         assert isinstance(weight, nn.Parameter)
         return weight
 
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Table → its rows."""
+        return {name: self.weight(name) for name in self.specs}
+
     def rows(self, feature: str, ids: Tensor) -> Tensor:
         """Rows float32 [n, dim] for ids int64 [n] of a feature that one of the tables serves."""
-        spec = next(spec for spec in self.specs.values() if feature in spec.features)
-        return functional.embedding(ids, self.weight(spec.name))
+        return self._look_up(next(spec for spec in self.specs.values() if feature in spec.features), ids)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Look up the replicated tables' features: feature → float32 values [tokens, dim] with its lengths."""
@@ -188,9 +195,13 @@ class ReplicatedTables(nn.Module):
         for spec in self.specs.values():
             for feature in spec.features:
                 ids = by_key[feature]
-                rows = functional.embedding(ids.values(), self.weight(spec.name))
+                rows = self._look_up(spec, ids.values())
                 looked_up[feature] = JaggedTensor(rows, lengths=ids.lengths(), offsets=ids.offsets())
         return looked_up
+
+    def _look_up(self, spec: TableSpec, ids: Tensor) -> Tensor:
+        weight = self.weight(spec.name)
+        return functional.embedding(ids, weight, sparse=weight.device.type == "cpu")
 
 
 def _module_name(table: str) -> str:

@@ -51,9 +51,9 @@ class DenseModel(nn.Module):
         output: ModelOutput = self.task(embeddings, batch)
         if torch.is_grad_enabled() and batch.num_labels_total == 0:
             # All ranks take part in the collectives of backward, so every parameter and every looked-up row needs a
-            # gradient even where this rank has nothing to learn from.
+            # gradient even where this rank has nothing to learn from. Replicated tables get theirs through the rows.
             rows = [jagged.values() for jagged in embeddings.values()]
-            output.loss_sum = output.loss_sum + _zero_that_depends_on([*rows, *self.parameters()])
+            output.loss_sum = output.loss_sum + _zero_that_depends_on([*rows, *self.task.parameters()])
         return output
 
 
@@ -122,7 +122,7 @@ class GRModel(nn.Module):
         """
         spec = next(spec for spec in self.specs if self.item_feature in spec.features)
         if spec.replicated:
-            return functional.embedding(ids, self._replicated_tables().weight(spec.name))
+            return functional.embedding(ids, self.replicated_tables.weight(spec.name))
         lengths = [len(ids) if key == self.item_feature else 0 for key in self.feature_keys]
         features = KeyedJaggedTensor(
             keys=list(self.feature_keys),
@@ -135,7 +135,9 @@ class GRModel(nn.Module):
         rows: Tensor = looked_up[:, : spec.dim]
         return rows
 
-    def _replicated_tables(self) -> ReplicatedTables:
+    @property
+    def replicated_tables(self) -> ReplicatedTables:
+        """The data_parallel tables, also where ``dense`` is wrapped."""
         return next(module for module in self.dense.modules() if isinstance(module, ReplicatedTables))
 
     def _collection_of(self, spec: TableSpec) -> nn.Module:

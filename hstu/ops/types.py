@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -352,6 +352,50 @@ class GateKernels:
     backward: GateBackward
 
 
+@dataclass(frozen=True)
+class RowUpdate:
+    """One step of the optimizer of a table, for the rows that have a gradient. Other rows keep weights and states.
+
+    With g the gradient of a row, summed over its look-ups:
+
+    - adam, at step t: m ← β1 m + (1 - β1) g, v ← β2 v + (1 - β2) g²,
+      w ← w - lr · (m / (1 - β1ᵗ)) / (√(v / (1 - β2ᵗ)) + ε)
+    - adagrad: s ← s + g², w ← w - lr · g / (√s + ε)
+    - sgd: w ← w - lr · g
+
+    adam is FBGEMM's (OptimType.ADAM without weight decay). torch.optim.SparseAdam differs: it adds ε to the uncorrected
+    √v.
+    """
+
+    optimizer: Literal["adam", "adagrad", "sgd"]
+    learning_rate: float
+    eps: float = 0.0
+    betas: tuple[float, float] = (0.0, 0.0)
+    step: int = 1
+    """t, counted from 1."""
+    max_gradient: float | None = None
+    """Absolute value to which g is clamped."""
+
+
+class UpdateRows(Protocol):
+    """Apply a :class:`RowUpdate` in place."""
+
+    def __call__(
+        self,
+        gradient: Tensor,
+        weight: Tensor,
+        states: Sequence[Tensor],
+        update: RowUpdate,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """weight: [rows, D]; states: m and v of adam, s of adagrad, none of sgd, each as weight.
+
+        gradient: sparse COO [rows, D] in which rows may repeat, or dense, where rows of zeros have no gradient.
+        Repeated rows are summed in the order in which they occur, so the bits do not depend on the place of a row.
+        ``found_inf``: scalar on the device; where it is not 0, nothing changes.
+        """
+
+
 class Backend(StrEnum):
     """Kernel implementations."""
 
@@ -399,7 +443,8 @@ class ServedBy:
 class Kernels:
     """The kernels of a model, one per operator; build it with :func:`hstu.ops.select.select_kernels`.
 
-    The operators below the first four are differentiable functions. Printed, it lists the backend of each operator.
+    The operators below the first four are differentiable functions, ``update_rows`` apart. Printed, it lists the
+    backend of each operator.
     """
 
     attention: AttentionKernels
@@ -416,6 +461,8 @@ class Kernels:
     """Rows of the parts (each [·, D], T rows together) as tokens [T, D] in the given order."""
     add_positions: Callable[[Tensor, Tensor, Tensor], Tensor]
     """x [T, D] + table[min(positions, P - 1)]; table: [P, D], positions: int64 [T]."""
+    update_rows: UpdateRows
+    """The optimizers of tables."""
     served_by: Mapping[str, ServedBy]
     """Operator → its backend."""
 

@@ -1,4 +1,4 @@
-"""The optimizer of the dense part: everything but the sharded tables."""
+"""The optimizer of the dense part: everything but the tables. Its moving average includes the replicated tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
 from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite, did_you_mean
-from hstu.model.embedding import TableSpec
+from hstu.model.embedding import ReplicatedTables
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,6 @@ class OptimizerSettings:
     """Peak learning rate."""
     weight_decay: float
     """As configured. Some kinds of weights never decay: see ``decayed_parameters``."""
-    max_gradient: float | None = None
-    """Largest absolute value of a gradient, to which others are clamped. Only tables have one."""
 
     @classmethod
     def of(cls, args: OptimizerArgs, part: PartOptimizerArgs | None = None) -> OptimizerSettings:
@@ -51,7 +49,8 @@ class DenseOptimizer:
 
     Weight decay is w ← w - lr · weight_decay · w before the update, whichever the optimizer (adam with it is adamw).
     It applies to ``decayed_parameters``. State is named by parameter, so checkpoints do not depend on the order of
-    parameters. With ``ema_decay``, the state includes an exponential moving average of the parameters.
+    parameters. With ``ema_decay``, the state includes an exponential moving average of the parameters. Replicated
+    tables are among the parameters, but hstu.parallel trains them.
 
     ``settings``: by name, for parameters that are not trained as ``args`` says.
     """
@@ -62,7 +61,10 @@ class DenseOptimizer:
         self.parameters = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.learning_rate = args.learning_rate
         """Of the parameters that ``settings`` does not name."""
-        self._groups = [*_parameter_groups(module, self.parameters, args, settings or {})]
+        parts = [part for part in module.modules() if isinstance(part, ReplicatedTables)]
+        tables = {id(weight) for part in parts for weight in part.parameters()}
+        trained = {name: weight for name, weight in self.parameters.items() if id(weight) not in tables}
+        self._groups = [*_parameter_groups(module, trained, args, settings or {})]
         self.ema_decay = args.ema_decay
         averaged = self.parameters if args.ema_decay > 0 else {}
         self._averages = {name: weight.detach().clone() for name, weight in averaged.items()}
@@ -152,10 +154,6 @@ class _ParameterGroup:
             group["lr"] = self.settings.learning_rate * multiplier
 
     def step(self, found_inf: Tensor | None) -> None:
-        if (limit := self.settings.max_gradient) is not None:
-            for weight in self.optimizer.param_groups[0]["params"]:
-                if weight.grad is not None:
-                    weight.grad.clamp_(-limit, limit)
         if self.decayed:
             factor = 1.0 - self.optimizer.param_groups[0]["lr"] * self.settings.weight_decay
             torch._foreach_mul_(self.decayed, factor if found_inf is None else torch.where(found_inf > 0, 1.0, factor))
@@ -235,16 +233,6 @@ def match_part_optimizers(
     others = OptimizerSettings.of(args)
     by_part = [OptimizerSettings.of(args, part) for part in args.part_optimizers]
     return {name: by_part[owners[name]] if name in owners else others for name in names}
-
-
-def replicated_table_settings(spec: TableSpec, args: OptimizerArgs) -> OptimizerSettings:
-    """Settings of a data_parallel table: those of EmbeddingArgs, else OptimizerArgs. part_optimizers do not apply."""
-    return OptimizerSettings(
-        spec.optimizer or args.optimizer_str,
-        spec.learning_rate or args.learning_rate,
-        args.weight_decay,
-        args.sparse_max_gradient,
-    )
 
 
 def _known(regex: str, names: Iterable[str]) -> str:

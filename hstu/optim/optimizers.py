@@ -10,9 +10,8 @@ from torch import Tensor
 
 from hstu.config.args import OptimizerArgs
 from hstu.config.problems import Cite, cite
-from hstu.model.embedding import ReplicatedTables
 from hstu.model.gr_model import GRModel
-from hstu.optim.dense import DenseOptimizer, decayed_parameters, match_part_optimizers, replicated_table_settings
+from hstu.optim.dense import DenseOptimizer, decayed_parameters, match_part_optimizers
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import clip_grad_norm
@@ -20,7 +19,7 @@ from hstu.parallel.table_optimizer import TableOptimizer
 
 
 class Optimizers:
-    """The dense optimizer and that of the sharded tables, driven by one learning-rate multiplier.
+    """The dense optimizer and that of the tables, driven by one learning-rate multiplier.
 
     A step: zero_grad, forward, backward (fused tables update here), clip_grad_norm, step. A checkpoint has the
     ``state_tensors`` of both, which it restores in place, and the ``counters``.
@@ -89,14 +88,10 @@ def build_optimizers(
     Raises ConfigError if OptimizerArgs.part_optimizers do not fit its weights. ``cite`` formats the problems.
     """
     dense = unwrap_dense(model)
-    names = {id(parameter): name for name, parameter in dense.named_parameters()}
-    replicated = {
-        names[id(part.weight(spec.name))]: replicated_table_settings(spec, args)
-        for part in dense.modules()
-        if isinstance(part, ReplicatedTables)
-        for spec in part.specs.values()
-    }
+    tables_of_dense = {id(weight) for weight in model.replicated_tables.parameters()}
     decaying = {id(parameter) for parameter in decayed_parameters(dense)}
-    weights = {name: key in decaying for key, name in names.items() if name not in replicated}
-    optimizer = DenseOptimizer(dense, args, match_part_optimizers(weights, args, cite) | replicated)
+    weights = {
+        name: id(weight) in decaying for name, weight in dense.named_parameters() if id(weight) not in tables_of_dense
+    }
+    optimizer = DenseOptimizer(dense, args, match_part_optimizers(weights, args, cite))
     return Optimizers(optimizer, tables, mesh.tp_group if mesh.tp_size > 1 else None)

@@ -13,14 +13,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hstu.model.embedding import ReplicatedTables
 from hstu.model.gr_model import GRModel
+from hstu.ops.pytorch.row_update import sum_by_row
+from hstu.parallel.collectives import PADDING_ID, gather_rows
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.shards import numbers_of
 
 
 class ReplicatedDense(DistributedDataParallel):
     """DDP that also checks this rank's gradients before they are averaged: a nan then still shows its rank."""
 
     def __init__(self, dense: nn.Module, group: dist.ProcessGroup, sent_as: torch.dtype = torch.float32) -> None:
+        self._set_params_and_buffers_to_ignore_for_model(dense, sparse_tables(dense))
         super().__init__(dense, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.sent_as = sent_as
         """Dtype in which gradients are exchanged. They are float32 before and after."""
@@ -54,8 +59,9 @@ def _average_bucket(dense: ReplicatedDense, bucket: dist.GradBucket) -> torch.fu
 
 
 def replicate_dense(model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32) -> GRModel:
-    """Wrap ``model.dense``, replicated tables included, in DDP over the data-parallel group if it has several ranks.
+    """Wrap ``model.dense`` in DDP over the data-parallel group if it has several ranks.
 
+    Replicated tables are included where their gradients are dense; for others see :func:`average_sparse_gradients`.
     ``sent_as``: see ReplicatedDense. Every parameter gets a gradient on every rank, even for batches without labels
     (see DenseModel), so DDP need not search for unused parameters.
     """
@@ -72,10 +78,44 @@ def unwrap_dense(model: GRModel) -> nn.Module:
 
 def own_gradients_finite(dense: nn.Module) -> Tensor:
     """After backward: whether this rank's gradients of the dense part are finite before averaging; bool scalar."""
-    if isinstance(dense, ReplicatedDense):
-        buckets, dense.own_buckets_finite = dense.own_buckets_finite, []
-        return torch.stack(buckets).all()
-    return all_finite([parameter.grad for parameter in dense.parameters() if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in dense.parameters() if parameter.grad is not None]
+    if not isinstance(dense, ReplicatedDense):
+        return all_finite([numbers_of(gradient) for gradient in gradients])
+    buckets, dense.own_buckets_finite = dense.own_buckets_finite, []
+    sparse = [numbers_of(gradient) for gradient in gradients if gradient.is_sparse]
+    return torch.stack([*buckets, *([all_finite(sparse)] if sparse else [])]).all()
+
+
+def sparse_tables(dense: nn.Module) -> list[str]:
+    """Names of the weights whose gradients are sparse."""
+    return [
+        f"{name}.{weight_name}"
+        for name, part in dense.named_modules()
+        if isinstance(part, ReplicatedTables)
+        for weight_name, weight in part.named_parameters()
+        if weight.device.type == "cpu"
+    ]
+
+
+def average_sparse_gradients(dense: nn.Module) -> None:
+    """After own_gradients_finite: average the sparse gradients over the ranks, each of which gets the others' rows.
+
+    DDP would add up whole tables. The rows of the ranks follow each other, so all ranks sum them in one order.
+    Collective where ``dense`` is wrapped by DDP, which has averaged the other gradients.
+    """
+    if not isinstance(dense, ReplicatedDense):
+        return
+    group = dense.process_group
+    for name in sparse_tables(dense.module):
+        weight = dense.module.get_parameter(name)
+        if weight.grad is None:  # no row was looked up
+            weight.grad = torch.sparse_coo_tensor(
+                torch.empty(1, 0, dtype=torch.int64), weight.new_empty(0, weight.shape[1]), weight.shape
+            )
+        rows, values = sum_by_row(weight.grad)
+        values, rows = gather_rows(values.mul_(1.0 / dist.get_world_size(group)), rows, group)
+        is_row = rows != PADDING_ID
+        weight.grad = torch.sparse_coo_tensor(rows[is_row][None], values[is_row], weight.shape, check_invariants=False)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:

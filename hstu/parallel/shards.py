@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from hstu.ops.pytorch.row_update import sum_by_row
+
 
 class ShardedView:
     """A global tensor, described by its size and the shards that this rank holds.
@@ -81,15 +83,29 @@ def global_view(shard: Tensor, dim: int, group: dist.ProcessGroup) -> ShardedVie
 def clip_grad_norm(parameters: Collection[nn.Parameter], max_norm: float, group: dist.ProcessGroup | None) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ by the L2 norm over the global parameters, each counted once.
 
-    ``group``: the tensor-parallel group, or None. Returns the norm before clipping, a scalar on the device; the host
-    does not wait for it. Megatron-core 0.16.1 has the same in optimizer/clip_grads.py, for CUDA tensors only.
+    Gradients may be sparse. ``group``: the tensor-parallel group, or None. Returns the norm before clipping, a scalar
+    on the device; the host does not wait for it. Megatron-core 0.16.1 has the same in optimizer/clip_grads.py, for
+    dense CUDA tensors only.
     """
-    if group is None:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    sharded = [p.grad for p in parameters if p.grad is not None and shard_dim(p) is not None]
-    replicated = [p.grad for p in parameters if p.grad is not None and shard_dim(p) is None]
-    square = torch.nn.utils.get_total_norm(sharded).square()
-    dist.all_reduce(square, group=group)
-    norm = (square + torch.nn.utils.get_total_norm(replicated).square()).sqrt()
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    sharded: list[Tensor] = []
+    replicated: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:  # the norm is that of the sums of repeated rows
+            rows, values = sum_by_row(parameter.grad)
+            parameter.grad = torch.sparse_coo_tensor(rows[None], values, parameter.shape, check_invariants=False)
+        kind = replicated if group is None or shard_dim(parameter) is None else sharded
+        kind.append(numbers_of(parameter.grad))
+    norm = torch.nn.utils.get_total_norm(replicated)
+    if group is not None:
+        square = torch.nn.utils.get_total_norm(sharded).square()
+        dist.all_reduce(square, group=group)
+        norm = (square + norm.square()).sqrt()
+    torch._foreach_mul_([*sharded, *replicated], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def numbers_of(gradient: Tensor) -> Tensor:
+    """The numbers of a gradient; of a sparse one, those of the rows that it has."""
+    return gradient._values() if gradient.is_sparse else gradient

@@ -8,7 +8,7 @@ when one of them is fixed. Input and output exchange, sharding and state dicts s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class RowSparseEmbedding(BaseEmbedding):
             rows = ids[start:stop] + first_row if first_row else ids[start:stop]
             looked_up.append(functional.embedding(rows, self._weights[table.name], sparse=True).flatten())
             start = stop
-        return torch.cat(looked_up)
+        return looked_up[0] if len(looked_up) == 1 else torch.cat(looked_up)
 
     def named_parameters_by_table(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(table name, parameter) pairs, which the sharded collection registers as its own."""
@@ -95,80 +95,6 @@ class RowSparseEmbedding(BaseEmbedding):
 
     def purge(self) -> None:
         """Do nothing: there is no cache to empty."""
-
-
-class LazyAdam(torch.optim.Optimizer):
-    """FBGEMM's Adam (OptimType.ADAM without weight decay) on parameters with row-sparse gradients.
-
-    At step t, counted over all steps of the optimizer, on the rows of the gradient alone:
-        m ← β1 m + (1 - β1) g,   v ← β2 v + (1 - β2) g²
-        w ← w - lr · (m / (1 - β1ᵗ)) / (√(v / (1 - β2ᵗ)) + ε)
-    Other rows keep their weights and moments, and cost nothing. torch.optim.SparseAdam differs: it adds ε to the
-    uncorrected √v.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-    ) -> None:
-        """``params``: parameters, or groups of them as in torch.optim.
-
-        A group may have its own ``lr``, and a ``max_gradient`` to whose absolute value the gradients of rows are
-        clamped.
-        """
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "max_gradient": None})
-        self.steps = 0
-        """Steps taken; part of the state to checkpoint."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter] = {
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-    @torch.no_grad()
-    def step(self, found_inf: Tensor | None = None) -> None:  # type: ignore[override]
-        """Update the rows of each parameter's gradient (sparse COO; repeated rows are summed in order).
-
-        ``found_inf``: scalar on the device; where it is not 0, no weight and no moment changes.
-        """
-        self.steps += 1
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                rows, values = _sum_by_row(parameter.grad)
-                if group["max_gradient"] is not None:
-                    values.clamp_(-group["max_gradient"], group["max_gradient"])
-                state = self.state[parameter]
-                first = state["exp_avg"].index_select(0, rows).lerp_(values, 1 - beta1)
-                second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2)
-                second.addcmul_(values, values, value=1 - beta2)
-                if found_inf is not None:
-                    first = torch.where(found_inf > 0, state["exp_avg"].index_select(0, rows), first)
-                    second = torch.where(found_inf > 0, state["exp_avg_sq"].index_select(0, rows), second)
-                state["exp_avg"].index_copy_(0, rows, first)
-                state["exp_avg_sq"].index_copy_(0, rows, second)
-                update = first.div_(correction1).div_(second.div_(correction2).sqrt_().add_(group["eps"]))
-                if found_inf is not None:
-                    update.masked_fill_(found_inf > 0, 0.0)
-                parameter.index_add_(0, rows, update, alpha=-group["lr"])
-
-
-def _sum_by_row(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """(distinct rows, sums of their gradients).
-
-    Sums are taken in the order in which rows occur, so their bits do not depend on the position of a row in its table.
-    ``coalesce`` sorts without keeping that order.
-    """
-    rows, index = gradient._indices()[0].unique(return_inverse=True)
-    values = gradient._values()
-    return rows, values.new_zeros((len(rows), *values.shape[1:])).index_add_(0, index, values)
 
 
 class ClampedFusedEmbedding(BatchedFusedEmbedding):

@@ -1,6 +1,7 @@
-"""How sharded tables are trained: the optimizer and learning rate of each table, behind one optimizer for all.
+"""How tables are trained: the optimizer and learning rate of each table, behind one optimizer for all.
 
-Rows are updated inside backward by TorchRec's fused optimizers, or in ``step`` by LazyAdam (Adam on the CPU).
+Rows are updated inside backward by TorchRec's fused optimizers, or in ``step`` by RowOptimizer: those of sharded tables
+with Adam on the CPU, and those of all replicated tables.
 """
 
 from __future__ import annotations
@@ -11,23 +12,17 @@ from typing import Any
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from hstu.config.args import OptimizerArgs
 from hstu.model.embedding import TableSpec
-from hstu.parallel.table_kernels import LazyAdam, RowSparseEmbedding
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.types import UpdateRows
+from hstu.parallel.row_optimizer import STATES, RowOptimizer
+from hstu.parallel.table_kernels import RowSparseEmbedding
 
-STATES = {
-    "sgd": (),
-    "adagrad": ("sum",),
-    "rowwise_adagrad": ("rowwise_sum",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-}
-"""Optimizer → names of its states, as in torch.optim: float32 [rows, columns]; ``rowwise_…``: float32 [rows]."""
-# adamw equals adam on tables: no weight decay is passed on.
 _FUSED_OPTIMIZERS = {
     "sgd": EmbOptimType.EXACT_SGD,
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
@@ -44,7 +39,7 @@ def is_rowwise(state: str) -> bool:
 
 @dataclass(frozen=True)
 class TableTraining:
-    """The training of one sharded table."""
+    """The training of one table."""
 
     optimizer: str
     """A key of STATES."""
@@ -55,7 +50,15 @@ class TableTraining:
 
     @classmethod
     def of(cls, spec: TableSpec, args: OptimizerArgs) -> TableTraining:
-        """The table's own options in EmbeddingArgs, else OptimizerArgs.sparse_*, else those of the dense model."""
+        """The table's own options in EmbeddingArgs, else OptimizerArgs.sparse_*, else those of the dense model.
+
+        OptimizerArgs.sparse_* are for sharded tables. rowwise_adagrad means adagrad for replicated ones.
+        """
+        if spec.replicated:
+            optimizer = spec.optimizer or args.optimizer_str
+            rate = spec.learning_rate or args.learning_rate
+            optimizer = "adagrad" if optimizer == "rowwise_adagrad" else optimizer
+            return cls(optimizer, rate, args.sparse_max_gradient)
         return cls(
             spec.optimizer or args.sparse_optimizer_str or args.optimizer_str,
             spec.learning_rate or args.sparse_learning_rate or args.learning_rate,
@@ -68,7 +71,7 @@ class TableTraining:
         return STATES[self.optimizer]
 
     def is_row_sparse(self, device_type: str) -> bool:
-        """Whether LazyAdam trains the table, by sparse gradients of rows that leave the lookup."""
+        """Whether RowOptimizer trains the sharded table, by sparse gradients of rows that leave the lookup."""
         return self.optimizer in ("adam", "adamw") and device_type == "cpu"
 
     def needs_own_kernel(self, device_type: str) -> bool:
@@ -88,7 +91,7 @@ class TableTraining:
 
 
 class TableOptimizer:
-    """Optimizer of all sharded tables of a model, each with its own training.
+    """Optimizer of all tables of a model, each with its own training.
 
     TorchRec's fused optimizers, one for each group of tables with equal training, read the learning rate from their
     param_groups only in zero_grad and step. Their Adam (CUDA) takes its step count from the number of *forward calls*,
@@ -100,8 +103,13 @@ class TableOptimizer:
         collections: Sequence[ShardedEmbeddingCollection],
         training: Mapping[str, TableTraining],
         args: OptimizerArgs,
+        replicated: Mapping[str, nn.Parameter],
+        update_rows: UpdateRows = REFERENCE_KERNELS.update_rows,
     ) -> None:
-        """``training``: by table name, including tables without a shard on this rank."""
+        """``training``: by table name, including tables without a shard on this rank.
+
+        ``replicated``: the weights of the replicated tables by name.
+        """
         self.training = training
         self.steps = 0
         """Optimizer steps taken. Together with ``state_tensors`` the whole state; to be set on restore."""
@@ -110,19 +118,21 @@ class TableOptimizer:
         modules = [module for lookup in lookups for module in lookup.modules()]
         self._fused_kernels = [m for m in modules if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen)]
         self._sparse_kernels = [m for m in modules if isinstance(m, RowSparseEmbedding)]
+        self._replicated = dict(replicated)
+        own = [pair for kernel in self._sparse_kernels for pair in kernel.named_parameters_by_table()]
         groups: list[dict[str, Any]] = [
             {
                 "params": [weight],
                 "lr": training[table].learning_rate,
+                "optimizer": training[table].optimizer,
                 "max_gradient": training[table].max_gradient,
                 "table": table,
             }
-            for kernel in self._sparse_kernels
-            for table, weight in kernel.named_parameters_by_table()
+            for table, weight in [*own, *replicated.items()]
         ]
         betas = (args.adam_beta1, args.adam_beta2)
         # torch refuses an optimizer without parameters, but a rank may hold no shard of any table
-        self._adam = LazyAdam(groups, args.learning_rate, betas, args.adam_eps) if groups else None
+        self._by_row = RowOptimizer(groups, betas, args.adam_eps, update_rows) if groups else None
 
     def set_lr_multiplier(self, multiplier: float) -> None:
         """From the next backward on, use each table's learning rate × multiplier."""
@@ -131,7 +141,7 @@ class TableOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = self.training[table].learning_rate * multiplier
             optimizer.zero_grad()
-        for group in self._adam.param_groups if self._adam else ():
+        for group in self._by_row.param_groups if self._by_row else ():
             group["lr"] = self.training[group["table"]].learning_rate * multiplier
 
     def zero_grad(self) -> None:
@@ -139,8 +149,8 @@ class TableOptimizer:
         for kernel in self._fused_kernels:
             kernel.iter.fill_(self.steps)
             kernel.iter_cpu.fill_(self.steps)
-        if self._adam is not None:
-            self._adam.zero_grad(set_to_none=True)
+        if self._by_row is not None:
+            self._by_row.zero_grad(set_to_none=True)
 
     def step(self, found_inf: Tensor | None = None) -> None:
         """Finish a training step; call it after backward, which has updated the fused tables.
@@ -148,27 +158,37 @@ class TableOptimizer:
         ``found_inf``: scalar on the device; where it is not 0, no other table changes either. ``steps`` counts the step
         all the same, because the host learns of it later, and then ends the run.
         """
-        if self._adam is not None:
-            self._adam.steps = self.steps
-            self._adam.step(found_inf)
+        if self._by_row is not None:
+            self._by_row.steps = self.steps
+            self._by_row.step(found_inf)
         self.steps += 1
 
     def state_tensors(self) -> dict[str, ShardedTensor]:
-        """The live state, ``<table>.<state>`` → ShardedTensor; only of tables with a shard on this rank."""
+        """The live state of sharded tables, ``<table>.<state>``; only of those with a shard on this rank."""
         tensors = {
             self._state_key(name): tensor
             for optimizer in self._fused
             for states in optimizer.state_dict()["state"].values()
             for name, tensor in states.items()
         }
-        if self._adam is None:
+        if self._by_row is None:
             return tensors
         for kernel in self._sparse_kernels:
             weights = dict(kernel.named_parameters_by_table())
             for state in STATES["adam"]:
-                moments = {name: self._adam.state[weight][state] for name, weight in weights.items()}
+                moments = {name: self._by_row.states_of(weight)[state] for name, weight in weights.items()}
                 tensors.update(kernel.as_sharded_tensors(moments, state))
         return tensors
+
+    def replicated_state_tensors(self) -> dict[str, Tensor]:
+        """The live state of replicated tables: ``<table>.<state>`` → [rows, dim]."""
+        if self._by_row is None:
+            return {}
+        return {
+            f"{table}.{state}": tensor
+            for table, weight in self._replicated.items()
+            for state, tensor in self._by_row.states_of(weight).items()
+        }
 
     def _state_key(self, name: str) -> str:
         """``<table>.<state>``; TorchRec names the first state of every optimizer momentum1."""

@@ -20,6 +20,8 @@ from hstu.config.errors import ConfigError
 from hstu.config.run_config import RunConfig
 from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.types import UpdateRows
 from hstu.parallel.dynamic.collection import DynamicSharder, RowSparseDynamicCollection, ShardedDynamicCollection
 from hstu.parallel.dynamic.memory import MemoryPlan, physical_names, plan_memory, split_tables
 from hstu.parallel.dynamic.table import DynamicTable
@@ -40,13 +42,15 @@ _SHARDING_TYPES = {
 _COLUMN_MULTIPLE = 4  # of which FBGEMM wants the width of every shard to be a multiple
 
 
-def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, TableOptimizer]:
+def shard(
+    model: GRModel, config: RunConfig, mesh: Mesh, update_rows: UpdateRows = REFERENCE_KERNELS.update_rows
+) -> tuple[GRModel, TableOptimizer]:
     """Shard the model's EmbeddingCollections in place and write their initial rows. Collective.
 
     Returns the model and the optimizer of its tables.
     """
     args, device = config.optimizer, mesh.device.type
-    training = table_training(model.specs, args)
+    training = {spec.name: TableTraining.of(spec, args) for spec in model.specs}
     sharders = table_sharders(args, device, model.specs)
     check_kernels(model.specs, training, device)
     if len(model.embedding):
@@ -74,7 +78,9 @@ def shard(model: GRModel, config: RunConfig, mesh: Mesh) -> tuple[GRModel, Table
             init_parameters=False,
         )
     write_initial_rows(model, config.trainer.seed, mesh.heartbeat)
-    optimizer = TableOptimizer(sharded_collections(model), training, args)
+    optimizer = TableOptimizer(
+        sharded_collections(model), training, args, model.replicated_tables.weights(), update_rows
+    )
     weights = sharded_weights(model)
     for collection in sharded_collections(model):
         if isinstance(collection, ShardedDynamicCollection):
@@ -232,6 +238,8 @@ def _sharding_types(spec: TableSpec, world_size: int) -> list[str]:
     """
     if spec.dynamic is not None:
         return [ShardingType.ROW_WISE.value]
+    if world_size == 1:  # row-wise sharding would bring ids and rows into the order of the ranks and back
+        return [ShardingType.TABLE_WISE.value]
     rows_per_rank = -(-spec.rows // world_size)
     if rows_per_rank * (world_size - 1) < spec.rows or spec.sharding not in ("auto", "row_wise"):
         return _SHARDING_TYPES[spec.sharding]

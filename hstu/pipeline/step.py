@@ -16,9 +16,10 @@ from hstu.data.train_batch import TrainBatch
 from hstu.model.gr_model import GRModel, as_jagged
 from hstu.optim.loss_scale import LossScale
 from hstu.optim.optimizers import Optimizers
-from hstu.parallel.ddp import ReplicatedDense, all_finite, own_gradients_finite
+from hstu.parallel.ddp import ReplicatedDense, all_finite, average_sparse_gradients, own_gradients_finite
 from hstu.parallel.group import gather_embeddings
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.shards import numbers_of
 from hstu.pipeline.finite import FiniteCheck
 
 log = logging.getLogger(__name__)
@@ -92,9 +93,10 @@ class TrainStep:
         if self.loss_scale is not None and not self._unscale(row_gradients, self.loss_scale):
             return StepResult(loss, batch.own)
 
-        # Backward into the tables, which updates the fused ones.
+        # Backward into the sharded tables, which updates the fused ones; exchange of the replicated tables' rows.
         if rows:
             torch.autograd.backward(list(rows.values()), self.check.mask(row_gradients))
+        average_sparse_gradients(self.model.dense)
 
         # Clip and update the dense part; update the other tables and the moving average.
         if self.max_grad_norm > 0:
@@ -123,7 +125,7 @@ class TrainStep:
             log.info("gradients overflow at iteration %d: skipped, loss scale %g → %g", iteration, scale, now)
             return False
         weights = self.optimizers.dense.parameters.values()
-        dense_gradients = [weight.grad for weight in weights if weight.grad is not None]
+        dense_gradients = [numbers_of(weight.grad) for weight in weights if weight.grad is not None]
         torch._foreach_mul_([*row_gradients, *dense_gradients], 1.0 / scale)
         return True
 

@@ -159,10 +159,11 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
     if config.network.compile:
         compile_on_all_ranks(task, mesh)
     parameters = sum(parameter.numel() for parameter in task.parameters())
-    split_encoder(cast(SequenceEncoder, task.encoder), mesh)
+    encoder = cast(SequenceEncoder, task.encoder)
+    split_encoder(encoder, mesh)
     model = GRModel(specs, task, keys, source.roles.item, config.trainer.seed)
     model.dense.to(mesh.device)  # the sharded tables are created on their devices
-    model, table_optimizer = shard(model, config, mesh)
+    model, table_optimizer = shard(model, config, mesh, encoder.inputs.kernels.update_rows)
     precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
     model = replicate_dense(model, mesh, DTYPES[precision])
     optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, config.located)

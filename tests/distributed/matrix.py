@@ -123,10 +123,11 @@ def covering(rows: Sequence[Row]) -> list[Row]:
 def alone(case: Case) -> Case:
     """The single process that a case is compared with.
 
-    It differs by what a user does not expect to change the numbers. A table that is replicated has the dense optimizer,
-    which for rowwise_adagrad is adagrad and whose adam also moves the rows that a batch does not have.
+    It differs by what a user does not expect to change the numbers. Gradients of replicated tables are clipped with
+    those of the dense part, and rowwise_adagrad means adagrad for them.
     """
-    sharding = "data_parallel" if case.sharding == "data_parallel" else "row_wise"
+    differs = case.sharding == "data_parallel" and (case.clips or "adagrad" in case.optimizer)
+    sharding = "data_parallel" if differs else "row_wise"
     return Case(1, 1, sharding, case.optimizer, "none", case.task, by_tokens=False, balanced=False)
 
 

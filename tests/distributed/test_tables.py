@@ -40,6 +40,8 @@ CASES |= {
     "width no multiple of 4": {"optimizer": "adagrad", "dim": 6},
     "width no multiple of 4, adam": {"optimizer": "adam", "dim": 6, "sharding": "column_wise"},
     "all replicated": {"optimizer": "sgd", "replicated": ["user", "item", "action"]},
+    "all replicated, adam": {"optimizer": "adam", "replicated": ["user", "item", "action"]},
+    "all replicated, empty ranks": {"optimizer": "adam", "replicated": ["user", "item", "action"], "empty_from": 4},
     "all sharded": {"optimizer": "sgd", "replicated": []},
     "ranks without tokens": {"optimizer": "sgd", "empty_from": 4},
     "ranks without tokens, adam": {"optimizer": "adam", "empty_from": 4},
@@ -79,11 +81,10 @@ TRACED: dict[str, Any] = {"one width": {}, "two widths": {"user_dim": 4}, "adam"
 
 @dataclass(frozen=True)
 class Training:
-    """How one table is trained. ``lazily``: only rows that are looked up move, as those of sharded tables do."""
+    """How one table is trained; only rows that are looked up move."""
 
     optimizer: str
     learning_rate: float
-    lazily: bool = True
     max_gradient: float | None = None
 
 
@@ -258,12 +259,11 @@ def test_each_table_and_part_is_trained_as_it_says_and_equals_a_float64_referenc
 def reference_of(case: dict[str, Any], initial: dict[str, Any]) -> tuple[dict[str, Any], list[float], list[float]]:
     """What three steps of a case come to."""
     name, replicated = case["optimizer"], case.get("replicated", ["action"])
-    replicas = name.removeprefix("rowwise_")  # what the dense part makes of it
+    replicas = name.removeprefix("rowwise_")  # what replicated tables make of it
     tables = {
         f"{feature}_table": Training(
             own.get("optimizer_str", replicas if feature in replicated else name),
             own.get("learning_rate", LEARNING_RATE),
-            lazily=feature not in replicated,
             max_gradient=case.get("optimizer_args", {}).get("sparse_max_gradient"),
         )
         for feature in ("user", "item", "action")
@@ -372,7 +372,7 @@ def reference(
             cut = 0.0
             for name, training in tables.items():
                 weight = rows_of[name]
-                rows = torch.cat(touched[name]).unique() if training.lazily else torch.arange(len(weight))
+                rows = torch.cat(touched[name]).unique()
                 cut = max(cut, _clamp(weight.grad, training.max_gradient))
                 update_rows(training, weight, rows, states[name], step)
             cuts.append(cut)

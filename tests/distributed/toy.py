@@ -19,7 +19,7 @@ from hstu.model.outputs import ModelOutput
 from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects
-from hstu.parallel.ddp import replicate_dense, unwrap_dense
+from hstu.parallel.ddp import average_sparse_gradients, replicate_dense, unwrap_dense
 from hstu.parallel.tables import shard, sharded_weights
 
 USERS, ITEMS, ACTIONS = 23, 41, 5
@@ -176,6 +176,7 @@ def train_step(model: GRModel, optimizers: Optimizers, mesh: mesh_module.Mesh, b
     totals = torch.stack([output.loss_sum.detach(), output.num_labels.float()])
     torch.distributed.all_reduce(totals, group=mesh.dp_group)
     (output.loss_sum * (mesh.dp_size / totals[1].clamp(min=1))).backward()
+    average_sparse_gradients(model.dense)
     optimizers.step()
     return float(totals[0] / totals[1].clamp(min=1))
 

@@ -19,6 +19,7 @@ from hstu.data.train_batch import TrainBatch
 from hstu.estimate import memory, traffic
 from hstu.estimate.workload import Workload, plan_workload
 from hstu.model.gr_model import GRModel, as_jagged
+from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.group import gather_embeddings, to_train_batch
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.parallel.tables import sharded_weights
@@ -55,10 +56,11 @@ def case(name: str, world_size: int, tp: int) -> tuple[Workload, list[dict[str, 
 @pytest.mark.parametrize(("name", "world_size", "tp"), LAUNCHED)
 def test_what_stays_is_known_to_the_byte(name: str, world_size: int, tp: int) -> None:
     workload, ranks = case(name, world_size, tp)
-    dense = sum(workload.dense_parameters.values()) + workload.replicated_elements
+    dense = sum(workload.dense_parameters.values())
     rows, states = memory.table_bytes(workload, memory.plan_tables(workload))
     for rank in ranks:
-        assert rank["weights"] == rank["gradients"] == 4 * dense
+        assert rank["gradients"] == 4 * dense
+        assert rank["weights"] == 4 * (dense + workload.replicated_elements)
         assert rank["states"] == memory.dense_state_bytes(workload)
     assert max((rank["tables"], rank["table states"]) for rank in ranks) == (rows, states)
 
@@ -94,11 +96,12 @@ def count(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
     source = open_source(config, mesh)
     model, optimizers = build_model(config, source, mesh)
     dense_states, table_states = optimizers.dense.state_tensors(), optimizers.tables.state_tensors()
+    replicated_states = optimizers.tables.replicated_state_tensors()
     tables = [shard.tensor for weight in sharded_weights(model).values() for shard in weight.local_shards()]
     pipeline, batches = build_pipeline(config.trainer, model, optimizers, mesh), source.train_batches(SamplerPosition())
     result = {
         "weights": sum(p.nbytes for p in model.dense.parameters()),
-        "states": sum(t.nbytes for t in dense_states.values()),
+        "states": sum(t.nbytes for t in (*dense_states.values(), *replicated_states.values())),
         "tables": sum(t.nbytes for t in tables),
         "table states": sum(shard.tensor.nbytes for state in table_states.values() for shard in state.local_shards()),
     }
@@ -106,7 +109,7 @@ def count(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
     result["activations"] = kept_for_backward(model, to_train_batch(first, model.item_feature, mesh), mesh)
     pipeline.progress(batches)  # DDP settles its buckets after the first step
     result["exchanged"] = exchanged(lambda: pipeline.progress(batches))
-    result["gradients"] = sum(p.grad.nbytes for p in model.dense.parameters() if p.grad is not None)
+    result["gradients"] = sum(p.grad.nbytes for p in unwrap_dense(model).task.parameters() if p.grad is not None)
     return result
 
 

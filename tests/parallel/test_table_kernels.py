@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -19,8 +17,10 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingEnv
 
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.table_kernels import LazyAdam, clamp_row_sums
+from hstu.parallel.row_optimizer import RowOptimizer
+from hstu.parallel.table_kernels import clamp_row_sums
 from tests.distributed.launch import run_cases
+from tests.helpers import Allocations
 
 LR, BETAS, EPS = 0.01, (0.9, 0.99), 1e-6
 
@@ -50,7 +50,7 @@ def test_it_follows_fbgemms_formula_also_for_repeated_and_skipped_rows() -> None
     expected = weight.tolist()
     rows_of_step = {1: [0, 2, 0], 2: [2], 3: [0, 3], 4: [2, 2]}
     gradients: dict[int, dict[int, list[list[float]]]] = {row: {} for row in range(4)}
-    optimizer = LazyAdam([weight], LR, BETAS, EPS)
+    optimizer = RowOptimizer([{"params": [weight], "lr": LR}], BETAS, EPS)
     for step, rows in rows_of_step.items():
         values = torch.randn((len(rows), 3), generator=generator, dtype=torch.float64)
         for row, value in zip(rows, values.tolist(), strict=True):
@@ -63,7 +63,7 @@ def test_it_follows_fbgemms_formula_also_for_repeated_and_skipped_rows() -> None
 
 def test_rows_that_are_not_looked_up_keep_weights_and_moments() -> None:
     weight = nn.Parameter(torch.ones(5, 2))
-    optimizer = LazyAdam([weight], LR, BETAS, EPS)
+    optimizer = RowOptimizer([{"params": [weight], "lr": LR}], BETAS, EPS)
     weight.grad = sparse([1, 4], torch.ones(2, 2), (5, 2))
     optimizer.step()
     before = [tensor[1].clone() for tensor in (weight, *optimizer.state[weight].values())]
@@ -76,7 +76,7 @@ def test_rows_that_are_not_looked_up_keep_weights_and_moments() -> None:
 
 def test_a_step_without_looked_up_rows_only_counts() -> None:
     weight = nn.Parameter(torch.ones(3, 2))
-    optimizer = LazyAdam([weight], LR, BETAS, EPS)
+    optimizer = RowOptimizer([{"params": [weight], "lr": LR}], BETAS, EPS)
     weight.grad = sparse([], torch.ones(0, 2), (3, 2))
     optimizer.step()
     weight.grad = None
@@ -85,27 +85,10 @@ def test_a_step_without_looked_up_rows_only_counts() -> None:
     assert optimizer.steps == 2
 
 
-class Allocations(TorchDispatchMode):
-    """Records the size of the largest tensor with new storage that an operation creates."""
-
-    def __init__(self, known: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.largest = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            own = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-            if own and tensor.untyped_storage().data_ptr() not in self.known:
-                self.largest = max(self.largest, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("rows", [1_000, 1_000_000])
 def test_the_cost_of_lookup_and_step_depends_on_the_rows_touched_not_on_the_table(rows: int) -> None:
     weight = nn.Parameter(torch.zeros(rows, 8))
-    optimizer = LazyAdam([weight], LR, BETAS, EPS)
+    optimizer = RowOptimizer([{"params": [weight], "lr": LR}], BETAS, EPS)
     ids = torch.arange(0, rows, rows // 100)
     with Allocations([weight, *optimizer.state[weight].values()]) as allocations:
         nn.functional.embedding(ids, weight, sparse=True).sum().backward()

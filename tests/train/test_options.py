@@ -102,11 +102,12 @@ def test_every_optimizer_learns(train: Callable[..., FinishedRun], optimizer: st
     assert falls(train("ranking", optimizer=options, trainer={"max_train_iters": 20}))
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
 @pytest.mark.parametrize("task", TASKS)
-def test_where_the_tables_are_makes_no_difference(train: Callable[..., FinishedRun], task: str) -> None:
-    sgd = {"optimizer_str": "sgd", "learning_rate": 0.05}
+def test_where_the_tables_are_makes_no_difference(train: Callable[..., FinishedRun], task: str, optimizer: str) -> None:
+    options = {"optimizer_str": optimizer, "learning_rate": 0.05 if optimizer == "sgd" else 0.01}
     sharded, replicated = (
-        train(task, sharded=names, optimizer=sgd).losses for names in (["item_id", "town", "action"], [])
+        train(task, sharded=names, optimizer=options).losses for names in (["item_id", "town", "action"], [])
     )
     np.testing.assert_allclose(sharded, replicated, rtol=1e-5)
 

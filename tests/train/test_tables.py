@@ -1,12 +1,21 @@
 """Which tables a run has, and whether the ids fit."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.errors import ConfigError
+from hstu.data.sampler import SamplerPosition
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
 from hstu.train.sources import check_rows, choose_tables
+from tests.train.tiny import build, tables_of, tiny_config
 
 
 def table(*features: str, name: str | None = None, rows: int = 10, **options: Any) -> EmbeddingArgs:
@@ -72,3 +81,48 @@ def test_a_static_table_with_too_few_rows_is_refused_with_the_remedy() -> None:
 
 def test_a_dynamic_table_takes_more_ids_than_it_has_rows() -> None:
     check_rows([dynamic("item", 7), table("town", rows=5)], {"item": 10, "town": 5})
+
+
+class OperatorsOn(TorchDispatchMode):
+    """Records the operators that take a dense tensor of at least so many elements."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements = elements
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.layout == torch.strided and tensor.numel() >= self.elements for tensor in tensors):
+            self.names.add(str(function.overloadpacket))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel_backend", ["cutlass", "pytorch"])
+@pytest.mark.parametrize("sharded", [["item_id"], []], ids=["model_parallel", "data_parallel"])
+def test_a_step_does_not_walk_through_a_table(
+    mesh: Mesh, store: SequenceStore, tmp_path: Path, sharded: list[str], kernel_backend: str
+) -> None:
+    rows = 20_000
+    tables = tuple(
+        replace(table, item_vocab_size_or_capacity=rows) if table.feature_names == ["item_id"] else table
+        for table in tables_of(store, sharded)
+    )
+    config = tiny_config(
+        "retrieval",
+        store,
+        tmp_path,
+        tables=tables,
+        trainer={"max_grad_norm": 1.0},
+        network={"kernel_backend": kernel_backend},
+        optimizer={"optimizer_str": "adam", "learning_rate": 0.01},
+        task_args={"negatives": "uniform", "num_negatives": 3},
+    )
+    trainer = build(config, mesh)
+    batches = trainer.source.train_batches(SamplerPosition())
+    trainer.pipeline.progress(batches)
+    with OperatorsOn(rows * 16) as recorded:
+        trainer.pipeline.progress(batches)
+    by_row, views = {"aten.embedding", "aten.index_select", "aten.index_copy_"}, {"aten.detach", "aten.view"}
+    assert "aten.embedding" in recorded.names
+    assert recorded.names <= by_row | views

@@ -20,8 +20,9 @@ class EmbeddingArgs(Args):
     item_vocab_size_or_capacity: int = option(minimum=1)
     """Rows of the table: the largest id plus one."""
     sharding_type: str = option("None", choices=("data_parallel", "model_parallel"))
-    """data_parallel: every rank holds a replica, trained by the dense optimizer. model_parallel: TorchRec shards the
-    table over all ranks. The default "None" is not a valid choice, so this must be given."""
+    """data_parallel: every rank holds a replica. model_parallel: TorchRec shards the table over all ranks. Either way a
+    step trains the rows that the batch looks up, and no others. The default "None" is not a valid choice, so this must
+    be given."""
     sharding: str = option("auto", choices=("auto", "row_wise", "table_wise", "column_wise"))
     """How a model_parallel table is sharded. auto: TorchRec's planner decides. column_wise excludes the optimizer
     rowwise_adagrad."""

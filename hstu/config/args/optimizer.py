@@ -44,7 +44,7 @@ class OptimizerArgs(Args):
     weight_decay: float = option(0.0, minimum=0)
     """Decoupled weight decay of dense weights. Tables, norms and biases never decay."""
     momentum: float = option(0.0, minimum=0, below=1)
-    """Momentum of sgd in the dense part."""
+    """Momentum of sgd in the dense part. Tables have none."""
     sparse_optimizer_str: Optional[str] = option(None, choices=TABLE_OPTIMIZERS)
     """Optimizer of the model_parallel tables that set no optimizer_str. None: optimizer_str."""
     sparse_learning_rate: Optional[float] = option(None, above=0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hstu.ops.cpu import attention, norm_mul_dropout, softmax_loss
+from hstu.ops.cpu import attention, norm_mul_dropout, row_update, softmax_loss
 from hstu.ops.types import AttentionKernels, GateKernels, KernelShapes
 
 WIDEST_ROW = 256
@@ -17,6 +17,7 @@ OPERATORS: dict[str, Any] = {
     "norm_mul_dropout": GateKernels(norm_mul_dropout.forward, norm_mul_dropout.backward),
     "sampled_softmax_loss": softmax_loss.SampledSoftmaxLoss.apply,
     "l2_normalize": softmax_loss.l2_normalize,
+    "update_rows": row_update.update_rows,
 }
 
 

@@ -16,7 +16,7 @@ from hstu.ops.cpu.operators import OPERATORS
 from hstu.ops.functional import hstu_attention, norm_mul_dropout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.self_check import largest_error, record_passed, small_layout
-from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, GateConfig, RelativeBias
+from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, GateConfig, RelativeBias, RowUpdate, UpdateRows
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,17 @@ def _cases() -> Iterator[Case]:
     vectors = [F.normalize(torch.randn(rows, 40), dim=1).requires_grad_() for rows in (30, 30, 20)]
     draws, targets, ids = torch.randint(20, (30, 37)), torch.randint(20, (30,)), torch.arange(20)
     yield _case("sampled_softmax_loss", lambda kernel, *tensors: kernel(*tensors, draws, targets, ids, 0.1), vectors)
+    yield _case("update_rows", _train_rows, [torch.randn(40, 21, requires_grad=True)])
+
+
+def _train_rows(kernel: UpdateRows, gradients: Tensor) -> Tensor:
+    """A table and its states after a step of Adam on some rows, plus a term that has the derivative of a case."""
+    rows = (torch.arange(len(gradients)) * 7 % 30)[None]
+    gradient = torch.sparse_coo_tensor(rows, gradients.detach(), (50, gradients.shape[1]), check_invariants=True)
+    tables = torch.ones(3, 50, gradients.shape[1])
+    update = RowUpdate("adam", 0.1, 1e-8, (0.9, 0.99), step=3)
+    kernel(gradient, tables[0], tables[1:].unbind(), update)
+    return tables + 0.01 * gradients.sum()
 
 
 def _case(name: str, function: Callable[..., Tensor], leaves: list[Tensor]) -> Case:

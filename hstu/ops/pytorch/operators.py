@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.pytorch import attention, norm, softmax_loss
+from hstu.ops.pytorch import attention, norm, row_update, softmax_loss
 from hstu.ops.types import (
     OPERATORS,
     AttentionKernels,
@@ -63,5 +63,6 @@ REFERENCE_KERNELS = Kernels(
     pool_softmax_loss=softmax_loss.PoolSoftmaxLoss.apply,
     jagged_concat=jagged_concat,
     add_positions=add_positions,
+    update_rows=row_update.update_rows,
     served_by=dict.fromkeys(OPERATORS, ServedBy(Backend.PYTORCH)),
 )

@@ -1,0 +1,62 @@
+"""Optimizers of tables by C++ kernels; the arithmetic is in csrc/rows.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, num_threads, pointer
+from hstu.ops.pytorch import row_update
+from hstu.ops.types import RowUpdate
+
+
+class _Optimizer(IntEnum):
+    """Mirrors HstuRowOptimizer of csrc/rows.cpp."""
+
+    SGD = 0
+    ADAGRAD = 1
+    ADAM = 2
+
+
+class _Arguments(Arguments):
+    """HstuRowUpdate of csrc/rows.cpp."""
+
+    _fields_ = fields(
+        (pointer, "rows gradients weight first second"),
+        (int64, "count width"),
+        (float32, "rate eps beta1 beta2 correction1 correction2 max_gradient"),
+        (int32, "optimizer threads"),
+    )
+
+
+def update_rows(
+    gradient: Tensor, weight: Tensor, states: Sequence[Tensor], update: RowUpdate, found_inf: Tensor | None = None
+) -> None:
+    """See :class:`hstu.ops.types.UpdateRows`. PyTorch serves dense gradients, ``found_inf`` and other dtypes."""
+    tensors = (weight, *states)
+    served = gradient.is_sparse and all(each.dtype == torch.float32 and each.is_contiguous() for each in tensors)
+    if not served or found_inf is not None:
+        row_update.update_rows(gradient, weight, states, update, found_inf)
+        return
+    rows, gradients = gradient._indices()[0].contiguous(), gradient._values().contiguous()
+    first, second = (*states, None, None)[:2]
+    arguments = _Arguments(
+        count=len(rows),
+        width=weight.shape[1],
+        rate=update.learning_rate,
+        eps=update.eps,
+        beta1=update.betas[0],
+        beta2=update.betas[1],
+        correction1=1 - update.betas[0] ** update.step,
+        correction2=1 - update.betas[1] ** update.step,
+        max_gradient=math.inf if update.max_gradient is None else update.max_gradient,
+        optimizer=_Optimizer[update.optimizer.upper()],
+        threads=num_threads(),
+    )
+    arguments.set(rows=rows, gradients=gradients, weight=weight.detach(), first=first, second=second)
+    library().hstu_update_rows(ctypes.byref(arguments))

@@ -37,6 +37,9 @@ from hstu.data.store import META_FILE, SequenceStore
 
 _EXIT_SIGNAL = 128
 """Plus the number of the signal, as shells count."""
+_FOR_ALL = (
+    "output", "force", "memory_limit", "bad_row_policy", "max_bad_rows", "min_user_events", "min_item_events",
+)  # fmt: skip
 _OWN_TABLE = (*(field.name for field in fields(InteractionColumns)), "glob")
 
 
@@ -121,9 +124,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _make(args: argparse.Namespace) -> Path:
-    common = {
-        name: getattr(args, name) for name in ("output", "force", "memory_limit", "bad_row_policy", "max_bad_rows")
-    }
+    common = {name: getattr(args, name) for name in _FOR_ALL}
     common["raw_ids"] = tuple(name.strip() for name in args.raw_ids.split(",") if name.strip())
     if args.interactions is None:
         misplaced = [f"--{name}" for name in _OWN_TABLE if getattr(args, name) != _parser().get_default(name)]
@@ -154,6 +155,8 @@ def _parser() -> argparse.ArgumentParser:
         help="raise: the first row that cannot be used ends the run; skip: such rows are skipped and counted",
     )
     add("--max_bad_rows", type=int, default=1000, help="with skip, more bad rows than this end the run all the same")
+    add("--min_user_events", type=int, default=1, help="leave out users with fewer events")
+    add("--min_item_events", type=int, default=1, help="leave out items with fewer events, until all left have enough")
     add(
         "--raw_ids",
         default="",

@@ -28,6 +28,7 @@ from hstu.data.datasets.own import InteractionColumns, interactions
 from hstu.data.datasets.raw import check_readable
 from hstu.data.datasets.spec import USER_FEATURE, RawTables, Schema
 from hstu.data.jagged import run_offsets
+from hstu.data.preprocess.core import check_filters, keep_core
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
 from hstu.data.preprocess.engine import check_free_disk, disk_errors, memory_bytes, open_engine, used_below
 from hstu.data.preprocess.existing import is_kept
@@ -120,6 +121,9 @@ def _options(name: str, output: Path, force: bool, limits: BuildLimits, **argume
     if policy == "raise":
         del arguments["bad_row_policy"]
     arguments["raw_ids"] = ",".join(limits.get("raw_ids", ())) or None
+    for option in ("min_user_events", "min_item_events"):
+        least = limits.get(option, 1)
+        arguments[option] = None if least == 1 else least
     words = list(_SCRIPT)
     for option, value in arguments.items():
         if value is not None:
@@ -132,6 +136,7 @@ def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published
     """Writes the store and returns its path. Raises DataError where the raw data is not what it should be."""
     memory_bytes(options.memory_limit)
     _check_raw_ids(options.raw_ids, schema)
+    check_filters(options)
     for file in (*raw.logs, *([raw.context[0]] if raw.context else [])):
         check_readable(file)
     with disk_errors(options.output):
@@ -167,6 +172,7 @@ def _build(state: BuildState, published: Mapping[str, float]) -> None:
         _log.info("continuing an interrupted run: %d of its stages are done", len(journal.stages))
     read_files(state)
     check_rows(state)
+    keep_core(state)
     lengths, num_items = number_users_and_items(state)
     keep_raw_ids(state)
     offsets = run_offsets(lengths)
@@ -183,5 +189,6 @@ def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions) -> str:
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in raw.files]
     tables = [repr(raw.logs), raw.events, repr(raw.context), raw.settings, repr(schema)]
     rules = [options.name, options.bad_row_policy, options.max_bad_rows]
+    rules += [options.min_user_events, options.min_item_events]
     programs = [VERSION, np.__version__, duckdb.__version__]
     return hashlib.sha256(json.dumps([files, tables, rules, programs]).encode()).hexdigest()

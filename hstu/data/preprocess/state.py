@@ -41,6 +41,10 @@ class BuildLimits(TypedDict, total=False):
     """With "skip": more such rows than this end the run."""
     raw_ids: tuple[str, ...]
     """"item", "user": models get their raw ids, int64, in place of codes; their tables are dynamic."""
+    min_user_events: int
+    """Users with fewer events are left out; with ``min_item_events`` until all that is left has enough."""
+    min_item_events: int
+    """Items with fewer events are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,8 @@ class BuildOptions:
     bad_row_policy: Policy = "raise"
     max_bad_rows: int = 1000
     raw_ids: tuple[str, ...] = ()
+    min_user_events: int = 1
+    min_item_events: int = 1
 
 
 @dataclass
@@ -207,7 +213,20 @@ class BuildState:
         return self.writer.journal["typed"]["labels"] if self.raw.resolve_types else []
 
     def events(self) -> str:
-        """SQL of all usable events; (part, row) is their order in the raw files."""
+        """SQL of all events of the store; (part, row) is their order in the raw files."""
+        if "core" not in self.writer.journal:
+            return self.usable_events()
+        kept = " AND ".join(
+            f'"{name}" IN (SELECT id FROM {parquet_rows(self.core_file(name))})' for name in ("user", "item")
+        )
+        return f"(SELECT * FROM {self.usable_events()} WHERE {kept})"
+
+    def core_file(self, name: str) -> Path:
+        """The ids of "user" or "item" that the k-core filters keep."""
+        return self.file(f"core_{name}s")
+
+    def usable_events(self) -> str:
+        """SQL of all events that can be used, before any are filtered out."""
         parts = _parts(self.typed_log(number) for number in range(len(self.raw.logs)))
         usable = " AND ".join(f"NOT ({unusable})" for unusable in self.unusable_values().values())
         return f"(SELECT * FROM {parts} WHERE {usable})"

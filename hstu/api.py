@@ -14,7 +14,8 @@ import atexit
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ from torch import Tensor
 from hstu.checkpoint.directory import verified_file
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.find import GIN, check_belongs, is_run, locate
+from hstu.checkpoint.load import load as load_checkpoint
 from hstu.checkpoint.matching import LoadOptions
-from hstu.checkpoint.state import TrainState
-from hstu.checkpoint.store import CheckpointStore
 from hstu.checkpoint.tensors import TABLES, open_tensors
 from hstu.config.args import DatasetArgs, RetrievalArgs
 from hstu.config.errors import ConfigError, DataError
@@ -43,24 +43,30 @@ from hstu.optim.optimizers import Optimizers
 from hstu.parallel import mesh as meshes
 from hstu.parallel.dynamic.content import merged
 from hstu.parallel.mesh import Mesh
-from hstu.train.builder import build_evaluator, build_model, raw_ids
-from hstu.train.evaluate import Queries, RetrievalEvaluator, evaluation_mode, recommend
-from hstu.train.sources import StoreSource
+from hstu.train.builder import build_evaluator, build_model, build_state, raw_ids
+from hstu.train.evaluate import Corpus, Queries, RetrievalEvaluator, evaluation_mode, recommend
+from hstu.train.inference import (
+    History,
+    HistoryEncoder,
+    InferenceSource,
+    StoredSource,
+    Vocabulary,
+    vocabularies_of,
+    zero_spare_rows,
+)
+from hstu.train.sources import store_path
 
-
-@dataclass(frozen=True)
-class History:
-    """The events of one user, oldest first, in the ids of the raw data."""
-
-    user: Any
-    items: np.ndarray
-    """[n]: int64 or strings."""
-    actions: np.ndarray | None
-    """int32 [n]; None: the data has no actions."""
-    timestamps: np.ndarray | None
-    """int64 [n], seconds since 1970; None: the data has no times."""
-    context: dict[str, Any]
-    """Contextual feature → raw value of this user."""
+__all__ = [
+    "History",
+    "Recommendation",
+    "Table",
+    "TrainedModel",
+    "encode_users",
+    "format_recommendations",
+    "histories",
+    "load",
+    "open_store",
+]
 
 
 @dataclass(frozen=True)
@@ -107,13 +113,19 @@ def histories(store: SequenceStore, rows: Iterable[int] | None = None) -> Iterat
         )
 
 
-def load(path: str | Path, checkpoint: str | Path | None = None, mesh: Mesh | None = None) -> TrainedModel:
+def load(
+    path: str | Path, checkpoint: str | Path | None = None, mesh: Mesh | None = None, strict: bool | None = None
+) -> TrainedModel:
     """Load the model of a run, a checkpoint, a directory of checkpoints, or an export.
+
+    The data may be newer than the model: new users, items and values of contextual features have rows of zeros, which
+    ``TrainedModel.report`` counts. Without the data, the model can recommend for histories given by hand.
 
     Args:
         path: what to load. Of a run and of a directory of checkpoints, the newest checkpoint is loaded.
         checkpoint: load this checkpoint or export of the run ``path`` instead, with the run's configuration.
         mesh: ranks to load on. None: this process, or all ranks if torchrun started it. Collective.
+        strict: False: load what fits and report the rest. None: TrainerArgs.ckpt_load_strict of the configuration.
 
     Raises:
         DataError: the path, the checkpoint or the data is missing or damaged, or the checkpoint is of another run.
@@ -124,7 +136,7 @@ def load(path: str | Path, checkpoint: str | Path | None = None, mesh: Mesh | No
     if checkpoint and is_run(directory):
         check_belongs(stored, directory)
     config = load_stored(directory / GIN if is_run(directory) else verified_file(stored, GIN))
-    return TrainedModel.restore(config, stored, mesh or _mesh_of_this_process())
+    return TrainedModel.restore(config, stored, mesh or _mesh_of_this_process(), strict)
 
 
 @dataclass
@@ -138,27 +150,40 @@ class TrainedModel:
     config: RunConfig
     checkpoint: Path
     mesh: Mesh
-    source: StoreSource
+    source: InferenceSource | StoredSource
     model: GRModel
     """Tables and dense part: ``model.embedding`` and ``model.dense``."""
     optimizers: Optimizers
+    report: list[str]
+    """What of the checkpoint did not fit, and how many ids of the data it does not have; one line each."""
 
     @classmethod
-    def restore(cls, config: RunConfig, checkpoint: str | Path, mesh: Mesh) -> TrainedModel:
+    def restore(cls, config: RunConfig, checkpoint: str | Path, mesh: Mesh, strict: bool | None = None) -> TrainedModel:
         """Build the model of ``config`` and load its weights. Raises as :func:`load`."""
         if not isinstance(config.dataset, DatasetArgs):
             raise ConfigError("the run trained on random data (BenchmarkDatasetArgs), so there is nothing to look up")
-        source = StoreSource(config, config.dataset, mesh)
+        root = locate(checkpoint)
+        source = _open_source(config, root, mesh)
         model, optimizers = build_model(config, source, mesh)
-        state = TrainState(model, optimizers, config.operative_gin(), raw_ids=raw_ids(source))
-        stored = str(checkpoint)
-        CheckpointStore(stored, stored, mesh, load_options=LoadOptions(optimizer=False)).restore(state)
-        return cls(config, locate(stored), mesh, source, model, optimizers)
+        state = build_state(config, source, model, optimizers)
+        is_strict = config.trainer.ckpt_load_strict if strict is None else strict
+        report = load_checkpoint(root, state, mesh, LoadOptions(is_strict, optimizer=False, zero_new_rows=True))
+        zero_spare_rows(state, source)
+        return cls(config, root, mesh, source, model, optimizers, report)
 
     @property
     def store(self) -> SequenceStore:
-        """The data that the run trained on."""
-        return self.source.store
+        """The data of the run. Raises DataError if it is not there."""
+        return self._with_data().store
+
+    @cached_property
+    def _vocabularies(self) -> dict[str, Vocabulary]:
+        return vocabularies_of(self.source, raw_ids(self.source))
+
+    def _with_data(self) -> InferenceSource:
+        if isinstance(self.source, StoredSource):
+            raise self.source.missing
+        return self.source
 
     def tables(self) -> dict[str, Table]:
         """Read all embedding tables from the checkpoint, by table name."""
@@ -202,7 +227,8 @@ class TrainedModel:
     def item_embeddings(self) -> Tensor:
         """Vectors of all items, row by row as ``store.raw_ids(store.item_feature)``: float32 [items, E], of length 1.
 
-        Items without a row in a dynamic table have zero vectors. Raises DataError for a ranking model.
+        Items that the model does not have, or that have no row in a dynamic table, have zero vectors. Raises DataError
+        for a ranking model.
         """
         all_codes = np.arange(self.store.cardinality(self.source.roles.item), dtype=np.int64)
         corpus = self._retrieval_evaluator().corpus(self._model_ids(all_codes))
@@ -214,21 +240,63 @@ class TrainedModel:
 
         Raises as :meth:`user_embeddings`.
         """
-        evaluator = self._retrieval_evaluator()
+        self._retrieval_args()
         rows, offsets = encode_users(self.store, users), self.store.offsets()
         lengths = offsets[rows + 1] - offsets[rows]
         seen = self.store.sequence(self.source.roles.item)[ranges(offsets[rows], lengths)]
-        queries = Queries(self._user_vectors(rows), rows, np.full_like(rows, -1), self._model_ids(seen), lengths)
+        corpus = self._retrieval_evaluator().corpus()
+        return self._best(users, self._user_vectors(rows), corpus, self._model_ids(seen), lengths, top)
+
+    def known_users(self, users: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+        """Divide raw user ids into those that the data has and those that it does not have, each in order."""
+        vocabulary = Vocabulary(self.store.num_users, self.store.raw_ids(USER_FEATURE), keeps_raw=False)
+        named = list(users)
+        is_known = vocabulary.encode(named) != vocabulary.unknown
+        known, unknown = (
+            [user for user, each in zip(named, is_known, strict=True) if each == b] for b in (True, False)
+        )
+        return known, unknown
+
+    def recommend_for(
+        self, given: Sequence[History], top: int = 10
+    ) -> tuple[list[Recommendation], dict[str, list[Any]]]:
+        """Recommend the ``top`` items that are not in a history, for histories given by hand. Needs no data.
+
+        Returns the recommendations, and the unknown values of each feature: items stay in the history with a row of
+        zeros, as do contextual features. A contextual feature that is not given is treated as unknown, too.
+
+        Raises:
+            DataError: a history without items, or without actions or times although the model reads them.
+        """
+        corpus, item = self._retrieval_evaluator().corpus(), self.source.roles.item
+        encoder = HistoryEncoder(self.config, self.source, self._vocabularies)
+        vectors = self._vectors(encoder.batches(given))
+        lengths = np.array([len(history.items) for history in given], dtype=np.int64)
+        items = [item for history in given for item in history.items]
+        seen = encoder.encode(item, items)
+        encoder.unknown[item] |= {items[place] for place in np.flatnonzero(corpus.positions(seen) < 0)}
+        best = self._best([history.user for history in given], vectors, corpus, seen, lengths, top)
+        return best, {name: sorted(values, key=str) for name, values in encoder.unknown.items() if values}
+
+    def _best(
+        self,
+        users: Sequence[Any],
+        vectors: Tensor,
+        corpus: Corpus,
+        seen: np.ndarray,
+        seen_lengths: np.ndarray,
+        top: int,
+    ) -> list[Recommendation]:
+        rows = np.arange(len(users))
         with self._inference():
-            corpus = evaluator.corpus()
+            queries = Queries(vectors, rows, np.full_like(rows, -1), seen, seen_lengths)
             positions, scores = recommend(queries, corpus, top)
-        ids = corpus.ids.cpu().numpy()
-        recommendations = []
-        for user, of_user, of_scores in zip(users, positions, scores, strict=True):
-            found = ids[of_user[of_user >= 0]]
-            items, titles = self._describe_items(found)
-            recommendations.append(Recommendation(user, items, titles, of_scores[: len(found)].tolist()))
-        return recommendations
+        found = positions >= 0
+        items, titles = map(iter, self._describe_items(corpus.ids.cpu().numpy()[positions[found]]))
+        return [
+            Recommendation(user, list(islice(items, count)), list(islice(titles, count)), own[:count].tolist())
+            for user, own, count in zip(users, scores, found.sum(axis=1), strict=True)
+        ]
 
     def _model_ids(self, codes: np.ndarray) -> np.ndarray:
         """What the model gets for item codes."""
@@ -236,19 +304,22 @@ class TrainedModel:
 
     def _describe_items(self, ids: np.ndarray) -> tuple[list[Any], list[str]]:
         """Raw ids and titles of items, given by what the model gets for them."""
-        raw_ids, titles = self.store.raw_ids(self.store.item_feature), self.store.titles()
-        codes = ids
-        if self.store.features[self.store.item_feature].raw:  # some may be of data that is not in this store
-            codes = np.minimum(np.searchsorted(raw_ids, ids), len(raw_ids) - 1)
-            codes = np.where(raw_ids[codes] == ids, codes, -1)
-        items = ids.tolist() if codes is not ids else raw_ids[codes].tolist()
-        named = ["" if titles is None or code < 0 else str(titles[code]) for code in codes]
+        items = self._vocabularies[self.source.roles.item].decode(ids)
+        titles = None if isinstance(self.source, StoredSource) else self.store.titles()
+        if titles is None:
+            return items, [str(item) for item in items]
+        vocabulary = Vocabulary(len(titles), self.store.raw_ids(self.source.roles.item), keeps_raw=False)
+        codes = vocabulary.encode(items)  # some may be of data that is not in this store
+        named = [str(titles[code]) if code != vocabulary.unknown else "" for code in codes]
         return items, [title or str(item) for title, item in zip(named, items, strict=True)]
 
     def _user_vectors(self, rows: np.ndarray) -> Tensor:
         """As ``user_embeddings``, for rows of the store."""
+        return self._vectors(self._with_data().history_batches(rows))
+
+    def _vectors(self, batches: Iterable[HSTUBatch]) -> Tensor:
         vectors = [torch.empty(0, self.config.network.item_width, device=self.mesh.device)]
-        for batch in self.source.history_batches(rows):
+        for batch in batches:
             queries = self.forward(batch).queries
             assert queries is not None  # it is a retrieval model
             vectors.append(queries[: batch.real_batch_size])
@@ -297,6 +368,17 @@ def _mesh_of_this_process() -> Mesh:
     """Join the process group at the first call; a notebook may load many models."""
     atexit.register(meshes.finish, wait=False)
     return meshes.start()
+
+
+def _open_source(config: RunConfig, checkpoint: Path, mesh: Mesh) -> InferenceSource | StoredSource:
+    """The data of the run or, where it is not there, what the checkpoint says about it."""
+    assert isinstance(config.dataset, DatasetArgs)
+    try:
+        return InferenceSource(config, config.dataset, mesh)
+    except DataError as error:
+        if store_path(config.dataset).exists():
+            raise
+        return StoredSource(config, checkpoint, mesh, error)
 
 
 def _with_vocabulary(store: SequenceStore) -> list[str]:

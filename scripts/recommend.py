@@ -1,41 +1,199 @@
-"""Recommend items to users with the retrieval model of a run, a checkpoint or an export.
+"""Recommend items with the retrieval model of a run, a checkpoint or an export.
 
 python scripts/recommend.py --run_dir runs/quickstart --users 1,2,3 --top 10
-python scripts/recommend.py --ckpt exports/quickstart --users 1,2,3
+python scripts/recommend.py --run_dir runs/quickstart --users_file users.txt --format csv --output best.csv
+python scripts/recommend.py --ckpt exports/quickstart --items 50,181 --actions 5,4
+
+Users have their histories in the data of the run. A history given by hand (--items, --histories) needs no data.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from hstu import api
-from hstu.config.errors import EXIT_DONE, UserError
+from hstu.config.errors import EXIT_DONE, DataError, UserError
 from hstu.observe.logging import quiet_libraries
+
+_SHOWN = 10
+_LISTS: dict[str, tuple[type, ...]] = {"items": (str, int), "actions": (str, int), "timestamps": (int,)}
+_KINDS: dict[type, str] = {str: "strings", int: "whole numbers"}
+_HISTORY_FIELDS = ("user", "items", "actions", "timestamps", "context")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run_dir", type=Path, help="directory of a retrieval run, for its operative.gin")
-    parser.add_argument("--ckpt", help="checkpoint, directory of checkpoints, or export; default: those of the run")
-    parser.add_argument("--users", required=True, help="raw user ids, separated by commas")
-    parser.add_argument("--top", type=int, default=10, help="items per user (default 10)")
+    parser = _parser()
     options = parser.parse_args(arguments)
     if options.run_dir is None and options.ckpt is None:
         parser.error("give --run_dir, --ckpt or both")
+    if options.actions and not options.items:
+        parser.error("--actions belongs to --items")
+    if options.top < 1:
+        parser.error("--top must be at least 1")
     quiet_libraries()
     try:
-        trained = api.load(options.run_dir or options.ckpt, options.ckpt)
-        print(api.format_recommendations(trained.recommend(options.users.split(","), options.top)))
+        _recommend(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--run_dir", type=Path, help="directory of a retrieval run")
+    add("--ckpt", help="checkpoint, directory of checkpoints, or export; default: those of the run")
+    add("--partial", action="store_true", help="load what fits of the checkpoint, and report the rest")
+    whom = parser.add_mutually_exclusive_group(required=True)
+    whom.add_argument("--users", help="raw user ids, separated by commas")
+    whom.add_argument("--users_file", help="file with one raw user id per line, or .json with a list; - for stdin")
+    whom.add_argument("--items", help="a history given by hand: raw item ids, oldest first, separated by commas")
+    whom.add_argument(
+        "--histories",
+        help="JSON file with a list of histories, or with one per line: objects with items and, as far as the model "
+        "reads them, actions, timestamps and context; user names the history; - for stdin",
+    )
+    add("--actions", help="the actions of --items, separated by commas")
+    add("--top", type=int, default=10, help="items per user (default 10)")
+    add("--format", choices=("text", "json", "csv"), default="text", help="form of the output (default text)")
+    add("--output", type=Path, help="file to write; default: the terminal")
+    return parser
+
+
+def _recommend(options: argparse.Namespace) -> None:
+    """Load the model, answer, and report on stderr what is unknown."""
+    wanted = _users(options) if options.users or options.users_file else None
+    given = _histories(options) if wanted is None else []
+    trained = api.load(options.run_dir or options.ckpt, options.ckpt, strict=False if options.partial else None)
+    unknown_users: list[Any] = []
+    unknown_values: dict[str, list[Any]] = {}
+    if wanted is None:
+        answered, unknown_values = trained.recommend_for(given, options.top)
+    else:
+        known, unknown_users = trained.known_users(wanted)
+        if not known:
+            raise DataError(f"{trained.store.path} has none of these users: {_shown(unknown_users)}")
+        answered = trained.recommend(known, options.top)
+    if not trained.mesh.is_main:
+        return
+    for line in trained.report:
+        print(f"note: {line}", file=sys.stderr)
+    if unknown_users:
+        print(f"note: {len(unknown_users)} unknown user(s) left out: {_shown(unknown_users)}", file=sys.stderr)
+    for feature, values in unknown_values.items():
+        print(f"note: {len(values)} unknown value(s) of {feature}: {_shown(values)}", file=sys.stderr)
+    if options.format == "json":
+        facts = {"unknown_users": unknown_users, "unknown_values": unknown_values, "notes": trained.report}
+        text = _as_json(trained, answered, facts)
+    else:
+        text = _as_csv(answered) if options.format == "csv" else api.format_recommendations(answered) + "\n"
+    _write(text, options.output)
+
+
+def _users(options: argparse.Namespace) -> list[str]:
+    if options.users:
+        return [user for user in options.users.split(",") if user]
+    text = _read(options.users_file)
+    if not options.users_file.endswith(".json"):
+        return [line for line in text.split("\n") if line]
+    users = _parse(text, options.users_file)
+    if not isinstance(users, list) or not all(isinstance(user, (str, int)) for user in users):
+        raise DataError(f"{options.users_file}: expected a list of ids, strings or whole numbers")
+    return list(map(str, users))
+
+
+def _histories(options: argparse.Namespace) -> list[api.History]:
+    if options.items:
+        actions = options.actions.split(",") if options.actions else None
+        return [api.History("given by hand", options.items.split(","), actions)]
+    text = _read(options.histories)
+    entries = (
+        _parse(text, options.histories)
+        if text.lstrip().startswith("[")
+        else [_parse(line, f"{options.histories}:{number}") for number, line in enumerate(text.split("\n"), 1) if line]
+    )
+    return [_history(entry, number, options.histories) for number, entry in enumerate(entries, 1)]
+
+
+def _history(entry: Any, number: int, file: str) -> api.History:
+    where = f"{file}: history {number}"
+    if not isinstance(entry, dict) or not isinstance(entry.get("items"), list):
+        raise DataError(f'{where}: expected an object such as {{"user": "zoe", "items": [50, 181]}}')
+    if unknown := [name for name in entry if name not in _HISTORY_FIELDS]:
+        raise DataError(f"{where}: {', '.join(unknown)} is not known; allowed: {', '.join(_HISTORY_FIELDS)}")
+    for name, kinds in _LISTS.items():
+        values = entry.get(name, [])
+        if not isinstance(values, list) or not all(isinstance(value, kinds) for value in values):
+            raise DataError(f"{where}: {name} must be a list of {' or '.join(_KINDS[kind] for kind in kinds)}")
+    if not isinstance(entry.get("context", {}), dict):
+        raise DataError(f'{where}: context must be an object such as {{"town": "Ulm"}}')
+    fields: dict[str, Any] = {"user": number} | entry
+    return api.History(**fields)
+
+
+def _read(file: str) -> str:
+    try:
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}") from error
+
+
+def _shown(values: Sequence[Any]) -> str:
+    return ", ".join(map(repr, values[:_SHOWN])) + (", …" if len(values) > _SHOWN else "")
+
+
+def _as_json(trained: api.TrainedModel, answered: Sequence[api.Recommendation], facts: dict[str, Any]) -> str:
+    recommendations = [
+        {
+            "user": entry.user,
+            "items": [
+                {"item": item, "title": title, "score": score}
+                for item, title, score in zip(entry.items, entry.titles, entry.scores, strict=True)
+            ],
+        }
+        for entry in answered
+    ]
+    document = {"checkpoint": str(trained.checkpoint), "recommendations": recommendations, **facts}
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def _as_csv(answered: Sequence[api.Recommendation]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["user", "rank", "item", "title", "score"])
+    for entry in answered:
+        for rank, row in enumerate(zip(entry.items, entry.titles, entry.scores, strict=True), 1):
+            writer.writerow([entry.user, rank, *row])
+    return text.getvalue()
+
+
+def _write(text: str, output: Path | None) -> None:
+    if output is None:
+        sys.stdout.write(text)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{output} cannot be written: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

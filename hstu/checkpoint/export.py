@@ -62,7 +62,7 @@ def export(checkpoint: Path, output: Path) -> Path:
         "versions": metadata.get("versions", {}),
         "tables": {name: _table(entry, dynamic.get(name)) for name, entry in metadata.get("tables", {}).items()},
         "tensors": tensors,
-    }
+    } | ({"features": metadata["features"]} if "features" in metadata else {})
     (temporary / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
     write_manifest(temporary, describe_files(temporary, (path for path in temporary.rglob("*") if path.is_file())))
     temporary.rename(output)

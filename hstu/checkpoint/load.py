@@ -39,7 +39,8 @@ def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions =
     """Read a checkpoint into ``state`` in place. Collective. Ranks, groups and sharding may differ from the saved ones.
 
     With another number of ranks, or another tensor-parallel size, the dropout generators keep their fresh seeds.
-    Returns one line for each thing that did not fit; with ``options.strict`` there are none.
+    Returns one line for each thing that did not fit; with ``options.strict`` there are none but those of new ids
+    (``options.zero_new_rows``).
 
     Raises, on every rank, DamagedCheckpoint if files are damaged or missing, and with ``options.strict`` DataError if
     something does not fit. The message then has the configuration lines that differ. If a run goes on from a checkpoint
@@ -51,17 +52,19 @@ def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions =
     if problems:
         raise DamagedCheckpoint(_message(root, problems, [], "Load another checkpoint."))
     match, differences = collective_io(lambda: _match(root, state, options), mesh)
+    if options.zero_new_rows:
+        _zero_tables(match, state)
     collective_io(lambda: _read_tensors(open_tensors(root), match, state, mesh), mesh)
     dynamic = collective_io(lambda: _read_dynamic(root, state, mesh, options), mesh)
     if options.optimizer:
         _restore_metadata(root, state, mesh)
         _report_changes(root, differences)
     of_network = [entry for entry in differences if entry.is_of_network]
-    if match.problems() or of_network or dynamic:
-        report = [*match.report(of_network), *dynamic]
+    report = _new_rows(root, state, options)
+    if match.problems(options.zero_new_rows) or of_network or dynamic:
+        report += [*match.report(of_network), *dynamic]
         log.warning("%s was loaded in part:\n%s", root, "\n".join(f"  {line}" for line in report))
-        return report
-    return []
+    return report
 
 
 def _check_share_of_files(root: Path, mesh: Mesh) -> list[str]:
@@ -86,9 +89,10 @@ def _match(root: Path, state: TrainState, options: LoadOptions) -> tuple[TensorM
     of_network = [entry for entry in differences if entry.is_of_network]
     if match.mistakes:
         raise DataError(_message(root, list(match.mistakes), [], "Correct the file."))
-    if options.strict and (match.problems() or of_network):
+    problems = match.problems(options.zero_new_rows)
+    if options.strict and (problems or of_network):
         shown = [entry for entry in differences if entry.shapes_tensors]
-        raise DataError(_message(root, match.problems(), shown, _remedy(match)))
+        raise DataError(_message(root, problems, shown, _remedy(problems)))
     return match, differences
 
 
@@ -98,10 +102,9 @@ def _report_changes(root: Path, differences: list[ConfigDifference]) -> None:
         log.warning("the configuration has changed since %s was saved:\n%s", root, "\n".join(changes))
 
 
-def _remedy(match: TensorMatch) -> str:
+def _remedy(problems: list[str]) -> str:
     remedy = "Load another one, or change the model back. TrainerArgs.ckpt_load_strict = False loads what fits"
-    of_optimizer = all(problem.startswith("optimizer.") for problem in match.problems())
-    if match.problems() and of_optimizer:
+    if problems and all(problem.startswith("optimizer.") for problem in problems):
         return f"{remedy}; ckpt_load_optimizer = False loads only the weights and starts at iteration 0."
     return f"{remedy} and reports the rest."
 
@@ -131,6 +134,30 @@ def _remaps(
 def _stored_table(options: LoadOptions, name: str) -> str:
     """Return the checkpoint's name of a table."""
     return options.param_map.stored_name(f"{TABLES}{name}").removeprefix(TABLES)
+
+
+def _new_rows(root: Path, state: TrainState, options: LoadOptions) -> list[str]:
+    """Return one line for each table with rows of ids that the checkpoint does not have, if these are zeros."""
+    if not options.zero_new_rows:
+        return []
+    tensors = open_tensors(root)
+    remaps = [_remaps(root, tensors, state, options, dynamic=dynamic) for dynamic in (False, True)]
+    return [
+        f"table {name.removeprefix(TABLES)}: {remap.new_ids:,} of {remap.num_ids:,} ids are not in the checkpoint; "
+        "their rows are zeros"
+        for name, remap in (remaps[0] | remaps[1]).items()
+        if remap.new_ids
+    ]
+
+
+def _zero_tables(match: TensorMatch, state: TrainState) -> None:
+    """Zero the tables that are going to be read, and their moving averages, so that rows without a source are zeros."""
+    tensors = state.tensors()
+    for name in match.stored_names:
+        if split_name(name)[0].startswith(TABLES):
+            tensor = tensors[name]
+            for piece in tensor.shards.values() if isinstance(tensor, ShardedView) else [tensor]:
+                piece.detach().zero_()
 
 
 def _read_tensors(stored: StoredTensors, match: TensorMatch, state: TrainState, mesh: Mesh) -> None:

@@ -81,6 +81,8 @@ class LoadOptions:
     optimizer: bool = True
     """False: load only the weights; the run starts at iteration 0 with fresh optimizers, schedule and data."""
     param_map: ParamMap = field(default_factory=ParamMap)
+    zero_new_rows: bool = False
+    """For a model that is applied to newer data: rows of ids that the checkpoint does not have fit, and are zeros."""
 
     @classmethod
     def from_args(cls, args: TrainerArgs) -> LoadOptions:
@@ -131,13 +133,14 @@ class TensorMatch:
     mistakes: tuple[str, ...] = ()
     """Mistakes in the ParamMap, which are always errors."""
 
-    def problems(self) -> list[str]:
-        """Return one line for each thing that does not fit."""
+    def problems(self, zero_new_rows: bool = False) -> list[str]:
+        """Return one line for each thing that does not fit. ``zero_new_rows``: see LoadOptions."""
+        remaps = [name for name, remap in self.remaps.items() if not zero_new_rows or remap.source_rows is None]
         return [
             *self.mistakes,
             *(f"{name} is not in the checkpoint" for name in self.missing),
-            *map(str, self.resized),
-            *(f"{name} has rows of other ids in the checkpoint than in this run's data" for name in self.remaps),
+            *(str(entry) for entry in self.resized if not (zero_new_rows and entry.common_rows)),
+            *(f"{name} has rows of other ids in the checkpoint than in this run's data" for name in remaps),
             *(f"{name} is in the checkpoint only" for name in self.unexpected),
         ]
 

@@ -48,6 +48,11 @@ class RawIds:
         """Return the raw ids of each feature; None where they are not known."""
         return [self.features.get(name) for name in features]
 
+    def decoded(self, feature: str) -> np.ndarray | None:
+        """Return the raw ids of a feature, ascending, int64 or str objects; None if they are not known."""
+        arrays = self.features.get(feature)
+        return None if arrays is None else _decode(arrays)
+
     def count(self, feature: str) -> int:
         """Return the number of ids of a feature; 0 if they are not known."""
         arrays = self.features.get(feature, ())
@@ -85,6 +90,13 @@ class RowRemap:
 
     source_rows: np.ndarray | None
     """int64 [rows]: the row of the checkpoint with the same raw id, -1 if there is none. None: it is unknown."""
+    num_ids: int = 0
+    """Ids of this run; later rows are spare."""
+
+    @property
+    def new_ids(self) -> int:
+        """How many ids of this run the checkpoint does not have."""
+        return 0 if self.source_rows is None else int((self.source_rows[: self.num_ids] < 0).sum())
 
     def __str__(self) -> str:
         if self.source_rows is None:
@@ -108,7 +120,7 @@ def remap_rows(rows: int, own: Sequence[IdTensors | None], stored: Sequence[IdTe
         return RowRemap(None)  # several features share the rows, or ids are hashed into them
     source = np.minimum(np.searchsorted(stored_ids, ids), len(stored_ids) - 1)
     source = np.where(stored_ids[source] == ids, source, -1)
-    return RowRemap(np.concatenate([source, np.full(rows - len(ids), -1)]).astype(np.int64))
+    return RowRemap(np.concatenate([source, np.full(rows - len(ids), -1)]).astype(np.int64), len(ids))
 
 
 def _same(left: IdTensors, right: IdTensors) -> bool:

@@ -48,6 +48,8 @@ class TrainState:
     """The sampler position of the next batch."""
     raw_ids: RawIds = field(default_factory=RawIds)
     """Raw ids of the rows of the tables."""
+    features: dict[str, Any] = field(default_factory=dict)
+    """Which features the model reads, and how many ids they have; JSON. For use without the data."""
     carried: dict[str, Stateful] = field(default_factory=dict)
     """Name → something else that a run carries along, such as its metrics. The states are JSON, equal on all ranks."""
 
@@ -104,6 +106,7 @@ class TrainState:
             "position": dataclasses.asdict(self.position),
             "optimizer": self.optimizers.counters(),
             "tables": {table.name: _describe_table(table) for table in self.model.specs},
+            "features": self.features,
             "carried": {name: part.state_dict() for name, part in self.carried.items()},
             "versions": versions(),
         }

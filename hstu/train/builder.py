@@ -49,6 +49,7 @@ from hstu.pipeline.step import TrainStep
 from hstu.train.directories import choose_directories, describe_saving
 from hstu.train.evaluate import Evaluator, RankingEvaluator, RetrievalEvaluator
 from hstu.train.flops import FlopCounter
+from hstu.train.inference import StoredSource, describe_features
 from hstu.train.sources import BatchSource, StoreSource, open_source
 from hstu.train.trainer import Trainer, leave_nothing
 
@@ -87,7 +88,7 @@ def _build(config: RunConfig, run_directory: RunDirectory, checkpoints: Checkpoi
     check_masks(config, source.roles)
     mesh.heartbeat.mark("building the model")
     model, optimizers = build_model(config, source, mesh)
-    state = TrainState(model, optimizers, config.operative_gin(), run_directory.identity, raw_ids=raw_ids(source))
+    state = build_state(config, source, model, optimizers, run_directory.identity)
     peak = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
     log.info("peak for MFU: %.3g TFLOPS per rank (%s)", peak.value, peak.source)
     return Trainer(
@@ -261,8 +262,18 @@ def compile_on_all_ranks(task: RankingDense | RetrievalDense, mesh: Mesh) -> Non
         log.info("compiled at first use: %s", ", ".join(compile_parts(task)) or "nothing, all is in kernels")
 
 
+def build_state(
+    config: RunConfig, source: BatchSource, model: GRModel, optimizers: Optimizers, run: str = ""
+) -> TrainState:
+    """What checkpoints hold, or are loaded into."""
+    ids, features = raw_ids(source), describe_features(source)
+    return TrainState(model, optimizers, config.operative_gin(), run, raw_ids=ids, features=features)
+
+
 def raw_ids(source: BatchSource) -> RawIds:
     """The raw ids of the table rows. Random data has none."""
+    if isinstance(source, StoredSource):
+        return source.raw_ids
     return RawIds.from_store(source.store, source.roles.names) if isinstance(source, StoreSource) else RawIds()
 
 

@@ -64,8 +64,12 @@ class BatchSource(ABC):
     tables: tuple[EmbeddingArgs, ...]
     cardinalities: dict[str, int]
     """Feature → n: its ids are in [0, n), or n different int64 if the store keeps raw ids."""
+    raw_features: tuple[str, ...] = ()
+    """Features of which the model gets raw ids, any int64."""
     max_items: int
     """Items of the longest sequence."""
+    negatives: Negatives | None
+    """Those of the retrieval loss."""
     train_lengths: SampleLengths
     batches_per_epoch: int
     """Steps of one pass over the training data. With tokens_per_rank: of the first pass; others differ a little."""
@@ -79,7 +83,7 @@ class BatchSource(ABC):
         self._rank, self._world_size = (0, world_size) if mesh is None else (mesh.rank, mesh.world_size)
         self._pin_memory = mesh is not None and mesh.device.type == "cuda"
         retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
-        self._negatives = Negatives.of(retrieval) if retrieval else None
+        self.negatives = Negatives.of(retrieval) if retrieval else None
         self._wants_timestamps = config.network.has_relative_bias
         self._wants_request_times = retrieval is not None and retrieval.request_time == "target"
         self._wants_seen = retrieval is not None and retrieval.filter_seen
@@ -123,8 +127,13 @@ def open_source(config: RunConfig, mesh: Mesh | None = None, world_size: int = 1
 
 def open_store(args: DatasetArgs) -> SequenceStore:
     """The preprocessed data of ``args``: dataset_path, or tmp_data/<canonical name>."""
+    return SequenceStore.open(store_path(args))
+
+
+def store_path(args: DatasetArgs) -> Path:
+    """Where the preprocessed data of ``args`` is."""
     name = resolve_name(args.dataset_name) or args.dataset_name
-    return SequenceStore.open(args.dataset_path or Path("tmp_data") / name)
+    return Path(args.dataset_path or Path("tmp_data") / name)
 
 
 class StoreSource(BatchSource):
@@ -137,11 +146,11 @@ class StoreSource(BatchSource):
         self._eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
         self.roles = resolve_roles(self.store, args, config.located)
         predefined = predefined_tables(args, self.store, config.network)
-        self.tables = choose_tables(config.embeddings, predefined, self.roles.names, config.located)
         self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
+        self.tables = self.fit(choose_tables(config.embeddings, predefined, self.roles.names, config.located))
         self._recoding = {} if self._eval_store is self.store else self._recode_eval_store()
-        raw = [name for name in self.roles.names if self.store.features[name].raw]
-        check_rows(self.tables, self.cardinalities, config.located, raw)
+        self.raw_features = tuple(name for name in self.roles.names if self.store.features[name].raw)
+        check_rows(self.tables, self.cardinalities, config.located, self.raw_features)
         self.max_items = args.max_sequence_length
         self.eval_splits, self.final_splits = self._splits()
         self._train_samples = self._samples("train")
@@ -153,6 +162,10 @@ class StoreSource(BatchSource):
         self.train_lengths = SampleLengths(samples.stop - samples.start, samples.num_candidates, samples.num_labels)
         self._partition = choose_partition(config, self.roles, self.max_items, self.train_lengths)
         self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
+
+    def fit(self, tables: tuple[EmbeddingArgs, ...]) -> tuple[EmbeddingArgs, ...]:
+        """The tables of the model, given the configured ones. For sources that change their sizes."""
+        return tables
 
     @property
     def description(self) -> dict[str, str]:
@@ -245,8 +258,8 @@ class StoreSource(BatchSource):
             stochastic_length=self._stochastic_length if training else None,
         )
         corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed
-        item_ids = reader.item_ids if self.store.features[self.roles.item].raw else None
-        assembler = Assembler(batch_size, self._config.task, self.roles, corpus_size, seed, self._negatives, item_ids)
+        item_ids = reader.item_ids if self.roles.item in self.raw_features else None
+        assembler = Assembler(batch_size, self._config.task, self.roles, corpus_size, seed, self.negatives, item_ids)
         return Collator(reader, assembler, self._skipped)
 
     def _recode_eval_store(self) -> dict[str, np.ndarray]:
@@ -306,9 +319,9 @@ class RandomSource(BatchSource):
         """Negatives that are drawn from all items need a table with a row for each: others would be rows of zeros."""
         rows = {name: table.item_vocab_size_or_capacity for table in self.tables for name in table.feature_names}
         items, capacity = self.cardinalities[self.roles.item], rows[self.roles.item]
-        if self._negatives is not None and self._negatives.kind != "in_batch" and items > capacity:
+        if self.negatives is not None and self.negatives.kind != "in_batch" and items > capacity:
             raise ConfigError(
-                f"RetrievalArgs.negatives = {self._negatives.kind!r} draws from all {items:,} items, but the dynamic "
+                f"RetrievalArgs.negatives = {self.negatives.kind!r} draws from all {items:,} items, but the dynamic "
                 f"table of {self.roles.item!r} has {capacity:,} rows, and most negatives would have none; use "
                 '"in_batch"'
             )
@@ -342,7 +355,7 @@ class RandomSource(BatchSource):
             world_size=self._world_size,
             seed=self._config.trainer.seed,
             split=split,
-            negatives=self._negatives,
+            negatives=self.negatives,
             wants_timestamps=self._wants_timestamps,
             wants_seen=self._wants_seen,
         )

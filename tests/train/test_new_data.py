@@ -1,0 +1,199 @@
+"""A model and newer data (new users, items and values of contextual features), and a model without its data."""
+
+import csv
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hstu import api
+from hstu.checkpoint.export import export
+from hstu.checkpoint.find import locate
+from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
+from hstu.config.errors import DataError
+from hstu.data.preprocess import InteractionColumns, import_interactions
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from tests.train.tiny import ITEMS, FinishedRun, run, tables_of, tiny_config, walks
+
+SAVES = {"ckpt_save_interval": 1000, "max_train_iters": 60}
+TOWNS = ("Köln", "Rom", "Ulm")
+CONTEXT = ("town", "who")
+
+
+def item_name(item: int) -> str:
+    return f"item {item:02},“x”"
+
+
+def write_store(folder: Path, more: bool = False, raw_ids: bool = False) -> SequenceStore:
+    """The walks of 20 users; with ``more``, two more users, two more items between the others, and one more town.
+
+    User "a zoë" is new and knows old items only. "b new" knows new items only and is from a new town.
+    """
+    name = (lambda item: 100 + 10 * item) if raw_ids else item_name
+    events = [
+        (f"u{user:02}", [name(item) for item in row], TOWNS[user % 3]) for user, row in enumerate(walks()["items"])
+    ]
+    if more:
+        new = [name(4) + 1, name(0) - 1] if raw_ids else ["item 04,new", "another"]
+        events += [("a zoë", [name(3), name(4), name(5)], "Rom"), ("b new", [*new, *new], "Bonn")]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "events.csv").open("w", newline="") as file, (folder / "people.csv").open("w", newline="") as people:
+        csv.writer(file).writerows([("who", "what", "did", "when"), *(
+            (user, item, place % 4, 1000 + place) for user, items, _ in events for place, item in enumerate(items)
+        )])  # fmt: skip
+        csv.writer(people).writerows([("who", "town"), *((user, town) for user, _, town in events)])
+    columns = InteractionColumns(
+        interactions=(folder / "events.csv",), user="who", item="what", action="did", time="when",
+        context=folder / "people.csv", context_columns=CONTEXT,
+    )  # fmt: skip
+    roles = ("item",) if raw_ids else ()
+    return SequenceStore.open(import_interactions("walks", columns, output=folder / "store", force=True, raw_ids=roles))
+
+
+def train(mesh: Mesh, store: SequenceStore, folder: Path, **options: Any) -> FinishedRun:
+    tables = options.pop("tables", tables_of(store, sharded=("what", "user_id")))
+    return run(tiny_config("retrieval", store, folder, tables=tables, trainer=SAVES | options.pop("trainer", {})), mesh)
+
+
+@pytest.fixture(scope="module")
+def old(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run on the old data, which is then deleted."""
+    folder = tmp_path_factory.mktemp("old")
+    finished = train(mesh, write_store(folder), folder)
+    shutil.rmtree(folder / "store")
+    return finished
+
+
+def load_on(finished: FinishedRun, mesh: Mesh, more: bool) -> api.TrainedModel:
+    """The model of the run on data that has been preprocessed again at the same place."""
+    write_store(finished.path.parent, more)
+    return api.load(finished.path, mesh=mesh)
+
+
+def test_new_data_leaves_the_recommendations_of_known_users_as_they_were(old: FinishedRun, mesh: Mesh) -> None:
+    users = [f"u{user:02}" for user in range(20)]
+    before, after = (load_on(old, mesh, more) for more in (False, True))
+    expected, found = before.recommend(users, top=ITEMS), after.recommend(users, top=ITEMS)
+    assert before.report == []
+    for one, other in zip(expected, found, strict=True):
+        assert (one.user, one.items) == (other.user, other.items)
+        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)
+
+
+def test_what_is_new_is_reported_and_has_rows_of_zeros(old: FinishedRun, mesh: Mesh) -> None:
+    trained = load_on(old, mesh, more=True)
+    assert sorted(trained.report) == [
+        "table town_table: 1 of 4 ids are not in the checkpoint; their rows are zeros",
+        "table user_id_table: 2 of 22 ids are not in the checkpoint; their rows are zeros",
+        "table what_table: 2 of 13 ids are not in the checkpoint; their rows are zeros",
+    ]
+    norms = trained.item_embeddings().norm(dim=1)
+    names = trained.store.raw_ids("what")
+    assert set(names[(norms == 0).numpy()]) == {"another", "item 04,new"}
+    torch.testing.assert_close(norms[norms > 0], torch.ones(ITEMS))
+    zoe, new = trained.recommend(["a zoë", "b new"], top=20)
+    assert len(zoe.items) == ITEMS - 3 and item_name(6) in zoe.items[:3]
+    assert set(new.items) == {item_name(item) for item in range(ITEMS)}
+
+
+def test_new_items_are_misses_in_an_evaluation(old: FinishedRun, mesh: Mesh) -> None:
+    before, after = (load_on(old, mesh, more).evaluate("test") for more in (False, True))
+    # of 22 users, the new one with old items counts as the model does, the one with new items is a miss
+    assert after["HR@3"] * 22 == pytest.approx(before["HR@3"] * 20 + 1)
+
+
+def test_training_goes_on_with_new_rows_as_initialised(
+    old: FinishedRun, mesh: Mesh, tmp_path: Path, warnings_of_hstu: pytest.LogCaptureFixture
+) -> None:
+    store = write_store(tmp_path, more=True)
+    loading = {"ckpt_load_dir": str(locate(old.path)), "max_train_iters": 61, "ckpt_save_dir": str(tmp_path / "new")}
+    with pytest.raises(DataError, match=r"TrainerArgs.ckpt_load_strict = False"):
+        train(mesh, store, tmp_path / "strict", trainer=loading)
+    finished = train(mesh, store, tmp_path, trainer={**loading, "ckpt_load_strict": False})
+    assert (
+        "what_table and its states: 11 of 13 rows read, by raw id, the others as initialised" in warnings_of_hstu.text
+    )
+    tables = api.load(finished.path, mesh=mesh).tables()
+    norms = tables["what_table"].rows.norm(dim=1)
+    assert (norms > 0.1).all() and finished.trainer.state.iteration == 61
+
+
+def test_a_run_that_loads_in_part_is_also_applied_in_part(old: FinishedRun, mesh: Mesh, tmp_path: Path) -> None:
+    """A checkpoint of another network fits in part."""
+    write_store(old.path.parent)
+    checkpoint = locate(old.path)
+    config = replace(api.load(checkpoint, mesh=mesh).config)
+    wider = replace(config, network=replace(config.network, num_layers=3))
+    with pytest.raises(DataError, match="ckpt_load_strict = False loads what fits"):
+        api.TrainedModel.restore(wider, checkpoint, mesh)
+    for restored in (
+        api.TrainedModel.restore(wider, checkpoint, mesh, strict=False),
+        api.TrainedModel.restore(
+            replace(wider, trainer=replace(wider.trainer, ckpt_load_strict=False)), checkpoint, mesh
+        ),
+    ):
+        assert any("layers.2" in line and "as initialised" in line for line in restored.report)
+        assert len(restored.recommend(["u00"], top=2)[0].items) == 2
+
+
+# --- histories given by hand, without data -------------------------------------------------------------------------
+
+
+def dynamic(tables: Sequence[EmbeddingArgs]) -> tuple[EmbeddingArgs, ...]:
+    return tuple(
+        DynamicEmbeddingArgs(
+            feature_names=table.feature_names, table_name=table.table_name, item_vocab_size_or_capacity=40, init_std=0.3
+        )
+        if table.feature_names[0] in ("what", "user_id")
+        else table
+        for table in tables
+    )
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "raw"])
+def test_a_history_given_by_hand_gets_what_the_same_user_of_the_data_gets(
+    mesh: Mesh, tmp_path: Path, kind: str
+) -> None:
+    """With the data and without it, from a checkpoint and from an export."""
+    store = write_store(tmp_path, raw_ids=kind == "raw")
+    tables = tables_of(store, sharded=("what", "user_id"))
+    finished = train(mesh, store, tmp_path, tables=tables if kind == "static" else dynamic(tables))
+    trained = api.load(finished.path, mesh=mesh)
+    expected = trained.recommend(["u00", "u07"], top=5)
+    given = list(api.histories(store, rows=[0, 7]))
+    exported = export(locate(finished.path), tmp_path / "exported")
+    found = [trained.recommend_for(given, top=5)]
+    shutil.move(store.path, tmp_path / "elsewhere")
+    found += [api.load(path, mesh=mesh).recommend_for(given, top=5) for path in (finished.path, exported)]
+    for answered, unknown in found:
+        assert unknown == {}
+        for one, other in zip(expected, answered, strict=True):
+            assert (one.user, one.items, one.titles) == (other.user, other.items, other.titles)
+            np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)
+    with pytest.raises(DataError, match="no preprocessed data at"):
+        api.load(exported, mesh=mesh).recommend(["u00"])
+
+
+def test_what_a_history_lacks_or_what_is_unknown_in_it_is_told(old: FinishedRun, mesh: Mesh) -> None:
+    trained = load_on(old, mesh, more=False)
+    items = [item_name(1), "no item", item_name(2)]
+    (answer,), unknown = trained.recommend_for([api.History("zoe", items, [1, 2, 3])], top=3)
+    assert unknown == {"what": ["no item"], "user_id": ["zoe"]}
+    assert len(answer.items) == 3 and not set(items) & set(answer.items)
+    for history, told in (
+        (api.History("zoe", items), "has no actions, but the model reads 'did'"),
+        (api.History("zoe", [], []), "has no items"),
+        (api.History("zoe", items, [1]), "has 1 actions for 3 items"),
+        (
+            api.History("zoe", items, [1, 2, 3], context={"city": "Ulm"}),
+            "no contextual feature 'city'; it has town, user_id",
+        ),
+    ):
+        with pytest.raises(DataError, match=told):
+            trained.recommend_for([history])

@@ -35,8 +35,7 @@ class Bindings:
         self.by_owner: dict[Owner, dict[str, Binding]] = {}
         self.macros: dict[str, Binding] = {}
         self.user: list[Binding] = []
-        self.not_in_force: list[Binding] = []
-        """Those that a later file or the command line overrides, and those of parameters in ``ACCEPTED``."""
+        self.accepted: list[Binding] = []
         self._problems = problems
         self._seen: dict[tuple[int, str, str], Binding] = {}
         for binding in statements.bindings:
@@ -64,7 +63,7 @@ class Bindings:
 
     def _file_parameter(self, cls: type[Args], binding: Binding, is_guess: bool = False) -> None:
         if binding.parameter in ACCEPTED:
-            self.not_in_force.append(binding)
+            self.accepted.append(binding)
             self._report(binding, ACCEPTED[binding.parameter], is_warning=True)
             return
         names = {name: option.name for option in options_of(cls) for name in (option.name, *option.metadata["aliases"])}
@@ -72,9 +71,7 @@ class Bindings:
         if binding.parameter in names:
             parameter = names[binding.parameter]
             self._check_twice(binding, written(owner), parameter)
-            bound = self.by_owner.setdefault(owner, {})
-            self.not_in_force += [bound[parameter]] if parameter in bound else []
-            bound[parameter] = binding
+            self.by_owner.setdefault(owner, {})[parameter] = binding
             return
         guess = nearest(binding.parameter, names)
         if guess or not is_guess:

@@ -27,8 +27,10 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from hstu.config.errors import DataError
+from hstu.config.printable import printable
 from hstu.data.datasets import resolve_name
 from hstu.data.datasets.spec import USER_FEATURE
+from hstu.data.store_meta import description_problems
 
 FORMAT = "hstu-sequence-store"
 VERSION = 1
@@ -110,6 +112,8 @@ class SequenceStore:
             meta = read_meta(path)
         except DataError as error:
             raise DataError(f"{error}. {_remedy(path, None)}") from error
+        for problem in description_problems(meta):
+            raise DataError(f"{path / META_FILE} is damaged: {problem}. {_remedy(path, meta)}")
         try:
             store = cls(path, meta)
             store._check_files()
@@ -154,7 +158,7 @@ class SequenceStore:
     def raw_ids(self, feature: str) -> np.ndarray:
         """Code → raw id, [cardinality], int64 or str objects; for user_id and every feature with a vocabulary."""
         arrays = self.raw_id_arrays(feature)
-        return arrays[0] if len(arrays) == 1 else decode_strings(*arrays)
+        return arrays[0] if len(arrays) == 1 else self._decoded(vocabulary_stem(feature), arrays)
 
     def raw_id_arrays(self, feature: str) -> tuple[np.ndarray, ...]:
         """raw_ids as stored: int64 [cardinality], or int64 [cardinality + 1] offsets and UTF-8 bytes."""
@@ -185,7 +189,16 @@ class SequenceStore:
     def titles(self) -> np.ndarray | None:
         """Item code → human title, str objects [cardinality]; None where the data has no titles."""
         files = strings_files("titles")
-        return decode_strings(*map(self._map, files)) if files[0] in self._files else None
+        return self._decoded("titles", tuple(map(self._map, files))) if files[0] in self._files else None
+
+    def _decoded(self, stem: str, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+        offsets, utf8 = arrays
+        if offsets[0] != 0 or offsets[-1] != len(utf8) or (np.diff(offsets) < 0).any():
+            raise self._damaged(strings_files(stem)[0], "its values are not ascending, or not those of the text")
+        try:
+            return decode_strings(offsets, utf8)
+        except UnicodeDecodeError as error:
+            raise self._damaged(strings_files(stem)[1], str(error)) from error
 
     def verify_contents(self) -> None:
         """Checks the checksum and the values of every array. Raises DataError, which names the damaged file."""
@@ -248,9 +261,25 @@ class SequenceStore:
         for name, feature in self.features.items():
             of_users = feature.role == "context"
             lengths[feature_file(feature.role, name)] = self.num_users if of_users else self.num_events
+        lengths |= self._list_lengths()
         for file, length in lengths.items():
             if self._files.get(file, {}).get("length") != length:
                 raise self._damaged(META_FILE, f"it does not describe {file} with {length} values")
+
+    def _list_lengths(self) -> dict[str, int]:
+        """File → length of the lists of raw ids and of titles."""
+        required = {
+            vocabulary_stem(name): self.cardinality(name) for name, meta in self.features.items() if meta.has_vocab
+        }
+        optional = {vocabulary_stem(USER_FEATURE): self.num_users, "titles": self.cardinality(self.item_feature)}
+        lengths: dict[str, int] = {}
+        for stem, length in (optional | required).items():
+            strings, utf8 = strings_files(stem)
+            if strings in self._files:
+                lengths |= {strings: length + 1, utf8: self._files.get(utf8, {}).get("length", -1)}
+            elif stem in required or f"{stem}.npy" in self._files:
+                lengths[f"{stem}.npy"] = length
+        return lengths
 
     def _check_sums(self, up_to: int | None) -> None:
         """Checks the smallest files, ``up_to`` bytes in total; None means all. Older stores have no checksums."""
@@ -323,7 +352,7 @@ def _remedy(path: Path, meta: Mapping[str, Any] | None) -> str:
     """
     end = " --force" if meta is not None else " (first move what is there away)" if path.exists() else ""
     if meta and (command := meta.get("command")):
-        return f"Make it with: {command}{end}"
+        return f"Make it with: {printable(str(command), keep='')}{end}"
     script = "python scripts/preprocess_dataset.py"
     if name := resolve_name(path.name):
         return f"Make it with: {script} --dataset_name {name} --output {path}{end}"

@@ -33,8 +33,7 @@ from hstu.data.store import (
     strings_files,
     vocabulary_stem,
 )
-
-_DTYPES = {"item": np.int32, "action": np.int32, "timestamp": np.int64, "context": np.int32}
+from hstu.data.store_meta import DTYPES
 
 
 class StoreWriter:
@@ -133,7 +132,7 @@ class StoreWriter:
 
         An array that a killed writer has left keeps its content.
         """
-        dtype = np.dtype(_DTYPES[role])
+        dtype = np.dtype(DTYPES[role])
         self._features.append((feature, role, dtype, cardinality))
         return self._create(feature_file(role, feature), dtype, length)
 

@@ -12,7 +12,9 @@ import pytest
 
 import hstu.data.store as store_module
 from hstu.config.errors import DataError
-from hstu.data.store import SequenceStore
+from hstu.data.store import SequenceStore, sealed
+from hstu.data.store_meta import STATISTICS
+from hstu.data.store_writer import StoreWriter
 
 MakeStore = Callable[..., SequenceStore]
 
@@ -77,6 +79,66 @@ def test_stores_of_before_the_checksums_are_still_read(good: SequenceStore) -> N
         del file["sha256"]
     (good.path / "meta.json").write_text(json.dumps(meta))
     SequenceStore.open(good.path).verify_contents()
+
+
+FEATURE = {"name": "item_id", "role": "item", "dtype": "<i4", "cardinality": 9, "has_vocab": False}
+SEALED_LIES: dict[str, tuple[dict[str, object], str]] = {
+    "a count that is true": ({"num_users": True}, "num_users is True"),
+    "a count beyond any disk": ({"num_events": 10**30}, "num_events is 1000"),
+    "no name": ({"name": None}, "name is None"),
+    "half a character as name": ({"name": "\ud800"}, "cannot be read"),
+    "a command of numbers": ({"command": [1]}, r"command is \[1\]"),
+    "statistics of nan": ({"statistics": {"published": {}, "users": float("nan")}}, "no number, or lacks one"),
+    "statistics that lack some": ({"statistics": {"published": {}, "users": 4}}, "no number, or lacks one"),
+    "statistics without the published": (
+        {"statistics": dict.fromkeys(STATISTICS, 1)},
+        "published of statistics is not a table",
+    ),
+    "sources without checksums": ({"sources": {"a.csv": None}}, "sources is not"),
+    "two items": ({"features": [FEATURE, FEATURE | {"name": "other"}]}, "items are missing"),
+    "a feature twice": ({"features": [FEATURE, FEATURE | {"role": "action"}]}, "one of which is there twice"),
+    "an unknown role": ({"features": [FEATURE | {"role": "label"}]}, "a feature is"),
+    "a role that is a list": ({"features": [FEATURE | {"role": []}]}, "a feature is"),
+    "another dtype": ({"features": [FEATURE | {"dtype": "<f8"}]}, "a feature is"),
+    "more fields": ({"features": [FEATURE | {"x": 1}]}, "a feature is"),
+    "a file elsewhere": ({"files": {"../../secret.npy": {"dtype": "<i8", "length": 1, "bytes": 136}}}, "of files is"),
+    "a file of another kind": (
+        {"files": {"offsets.npy": {"dtype": "\n", "length": 1, "bytes": 1}}},
+        "of files is",
+    ),
+    "a file of no length": ({"files": {"offsets.npy": {"dtype": "<i8", "length": "x", "bytes": 1}}}, "of files is"),
+    "a vocabulary that is absent": ({"features": [FEATURE | {"has_vocab": True, "name": "gone"}]}, "does not describe"),
+}
+
+
+@pytest.mark.parametrize("lie", SEALED_LIES)
+def test_a_sealed_description_that_lies_is_refused_with_what_is_wrong(lie: str, good: SequenceStore) -> None:
+    """As a program with a defect could write it: the checksum is right."""
+    change, message = SEALED_LIES[lie]
+    meta = json.loads((good.path / "meta.json").read_text())
+    del meta["sha256"]
+    (good.path / "meta.json").write_text(sealed(meta | change), encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(DataError, match=message) as raised:
+        SequenceStore.open(good.path)
+    assert "meta.json" in str(raised.value) and "Make it with" in str(raised.value)
+
+
+@pytest.mark.parametrize("file", ["vocabulary.town.offsets.npy", "vocabulary.town.utf8.npy"])
+def test_raw_ids_that_are_no_text_are_told_when_they_are_read(file: str, tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "s", name="toy", command=None) as writer:
+        writer.write_offsets(np.array([0, 1]))
+        writer.create_sequence("item", "item", cardinality=1, length=1)[:] = 0
+        writer.write_context("town", np.array([0]), cardinality=2)
+        writer.write_vocabulary("town", ["Köln", "Ulm"])
+        writer.write_vocabulary("user_id", np.array([7]))
+    damaged = np.array([0, 9, 8]) if "offsets" in file else np.full(8, 0xFF, np.uint8)
+    np.save(tmp_path / "s" / file, damaged)
+    meta = json.loads((tmp_path / "s" / "meta.json").read_text())
+    del meta["sha256"]
+    meta["files"][file]["sha256"] = store_module.sha256(tmp_path / "s" / file)
+    (tmp_path / "s" / "meta.json").write_text(sealed(meta))
+    with pytest.raises(DataError, match=file.replace(".", r"\.")):
+        SequenceStore.open(tmp_path / "s").raw_ids("town")
 
 
 def test_a_store_whose_description_lies_is_refused(good: SequenceStore, tmp_path: Path) -> None:

@@ -56,7 +56,11 @@ def _options_of(command: str) -> dict[str, str]:
     """Option of a command → its values, separated by blanks."""
     found: dict[str, list[str]] = {}
     option = ""
-    for word in shlex.split(command):
+    try:
+        words = shlex.split(command)
+    except ValueError:  # of another program
+        return {"the command": command}
+    for word in words:
         if word.startswith("--"):
             option = word
         found.setdefault(option, []).extend([word] if word != option else [])

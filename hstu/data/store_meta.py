@@ -1,0 +1,102 @@
+"""Whether the description of a store, meta.json, has the fields and types of one."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+DTYPES = {"item": "<i4", "action": "<i4", "timestamp": "<i8", "context": "<i4"}
+"""Role of a feature → dtype of its array."""
+_FILE_DTYPES = ("<i4", "<i8", "|u1")
+_LARGEST = 2**48
+"""More users, events or codes than a disk holds."""
+STATISTICS = ("users", "items", "events", "length_max", "length_min", "length_mean", "length_median", "sparsity")
+
+
+def description_problems(meta: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a description, field by field."""
+    for name in ("num_users", "num_events"):
+        if not _is_count(meta.get(name)):
+            yield f"{name} is {meta.get(name)!r}"
+    if not _is_name(meta.get("name")):
+        yield f"name is {meta.get('name')!r}"
+    if not isinstance(meta.get("command", ""), str | None):
+        yield f"command is {meta['command']!r}"
+    sources = meta.get("sources")
+    if not isinstance(sources, dict) or not all(isinstance(digest, str) for digest in sources.values()):
+        yield "sources is not a table of files and checksums"
+    yield from _statistics_problems(meta.get("statistics"))
+    yield from _feature_problems(meta.get("features"))
+    files = meta.get("files")
+    if not isinstance(files, dict):
+        yield "files is not a table"
+        return
+    for file, entry in files.items():
+        if not _is_file_name(file) or not _is_file(entry):
+            yield f"{file!r} of files is {entry!r}"
+
+
+def _statistics_problems(statistics: Any) -> Iterator[str]:
+    """A store that preprocessing has made has all statistics, another one has none."""
+    if not isinstance(statistics, dict):
+        yield "statistics is not a table"
+        return
+    numbers = [statistics.get(name) for name in STATISTICS] if statistics else []
+    for name, default in (("published", None), ("skipped_rows", {})) if statistics else ():
+        table = statistics.get(name, default)
+        if not isinstance(table, dict):
+            yield f"{name} of statistics is not a table"
+        else:
+            numbers += table.values()
+    if not all(_is_number(number) for number in numbers):
+        yield "statistics has a value that is no number, or lacks one"
+
+
+def _feature_problems(features: Any) -> Iterator[str]:
+    if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
+        yield "features is not a list of tables"
+        return
+    for feature in features:
+        role, cardinality = feature.get("role"), feature.get("cardinality")
+        flags = (feature.get("has_vocab"), feature.get("raw", False))
+        is_role = isinstance(role, str) and feature.get("dtype") == DTYPES.get(role, ())
+        is_size = cardinality is None if role == "timestamp" else _is_count(cardinality)
+        is_whole = feature.keys() - {"raw"} == {"name", "role", "dtype", "cardinality", "has_vocab"}
+        has_flags = all(type(flag) is bool for flag in flags)
+        if not (is_whole and _is_name(feature["name"]) and is_role and is_size and has_flags):
+            yield f"a feature is {feature!r}"
+            return
+    names = [feature["name"] for feature in features]
+    roles = Counter(feature["role"] for feature in features)
+    if len(set(names)) < len(names) or roles["item"] != 1 or roles["action"] > 1 or roles["timestamp"] > 1:
+        yield f"features are {', '.join(map(repr, names))}, one of which is there twice, or items are missing"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < _LARGEST
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < _LARGEST
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and _is_unicode(value)
+
+
+def _is_unicode(value: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _is_file_name(name: str) -> bool:
+    return name.endswith(".npy") and "/" not in name and name.isprintable() and len(name) < 256
+
+
+def _is_file(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    sizes = (entry.get("length"), entry.get("bytes"))
+    is_sized = all(type(size) is int and size >= 0 for size in sizes)
+    return is_sized and entry.get("dtype") in _FILE_DTYPES and isinstance(entry.get("sha256", ""), str)

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -6,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from hstu.config.errors import ConfigError
 from hstu.data.batch import PADDING_ID
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import all_gather, gather_objects, gather_rows, max_over_ranks, sum_over_ranks
@@ -114,3 +116,15 @@ def test_the_failure_of_one_rank_ends_all() -> None:
     with pytest.raises(RankFailure) as failure:
         run_ranks(Launch(2, timeout_s=40), rank_one_fails)
     assert failure.value.rank is not None, "no rank may be left waiting"
+
+
+def test_a_port_in_use_is_a_mistake_of_the_configuration_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        values = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=rf"rank 0 cannot join the others at 127.0.0.1:{port} .*EADDRINUSE"):
+            mesh_module.start(timeout_s=5)

@@ -228,8 +228,8 @@ def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ConfigError(
                 f"rank {os.environ['RANK']} cannot join the others at {place} (MASTER_ADDR, MASTER_PORT): {error}. "
-                "Check that the port is free on the host of rank 0 and that other hosts reach it, or choose another one: "
-                "torchrun --master_port, or --standalone on a single host."
+                "Check that the port is free on the host of rank 0 and that other hosts reach it, or choose another "
+                "port: torchrun --master_port, or --standalone on a single host."
             ) from error
         # torch 2.13: with --max-restarts torchrun serves one store to all attempts, and a rank that reads the address
         # of a rank of an earlier attempt hangs. tests/distributed/test_failures.py fails when this is fixed.

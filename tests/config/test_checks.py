@@ -5,8 +5,17 @@ from typing import Any, Optional
 
 import pytest
 
-from hstu.config.args import REGISTRY, EmbeddingArgs, RankingArgs
-from hstu.config.option import Mismatch, coerce, default_of, describe, field_problems, is_required
+from hstu.config.args import REGISTRY, EmbeddingArgs, NetworkArgs, OptimizerArgs, RankingArgs, TrainerArgs
+from hstu.config.option import (
+    Args,
+    Mismatch,
+    coerce,
+    default_of,
+    describe,
+    field_problems,
+    is_required,
+    options_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +76,20 @@ def test_descriptions_are_words() -> None:
     assert described["prediction_head_arch"] == "list of int, each at least 1, not empty"
     assert described["prediction_head_act_type"] == "one of 'relu', 'gelu'"
     assert described["eval_metrics"] == "one or more of AUC, AUC>=K, GAUC, ACC, LOGLOSS, NE"
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value"),
+    [
+        (NetworkArgs, "hidden_size", 2**31),
+        (NetworkArgs, "attention_scale", 1e308),
+        (TrainerArgs, "train_batch_size", 10**18),
+        (TrainerArgs, "gradient_accumulation_steps", 2**31),
+        (TrainerArgs, "collective_timeout_s", 1e308),
+        (OptimizerArgs, "learning_rate", 1e308),
+    ],
+)
+def test_numbers_beyond_any_machine_are_refused(cls: type[Args], name: str, value: float) -> None:
+    field = next(field for field in options_of(cls) if field.name == name)
+    (problem,) = field_problems(cls, field, value)
+    assert "at most" in problem

@@ -34,7 +34,7 @@ class EmbeddingArgs(Args):
     optimizer_str: Optional[str] = option(None, choices=TABLE_OPTIMIZERS)
     """Optimizer of this table. None: OptimizerArgs.sparse_optimizer_str, or OptimizerArgs.optimizer_str if the table
     is data_parallel. rowwise_adagrad: model_parallel tables only."""
-    learning_rate: Optional[float] = option(None, above=0)
+    learning_rate: Optional[float] = option(None, above=0, maximum=1e6)
     """Peak learning rate of this table. None: OptimizerArgs.sparse_learning_rate, or OptimizerArgs.learning_rate if
     the table is data_parallel."""
     init_std: float = option(0.02, above=0)

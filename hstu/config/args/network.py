@@ -15,13 +15,13 @@ KERNEL_BACKENDS = ("cutlass", "triton", "pytorch")
 class NetworkArgs(Args):
     """The HSTU stack."""
 
-    num_layers: int = option(minimum=1)
+    num_layers: int = option(minimum=1, maximum=10_000)
     """Number of HSTU layers."""
-    hidden_size: int = option(minimum=1)
+    hidden_size: int = option(minimum=1, maximum=100_000)
     """Width of a token."""
-    num_attention_heads: int = option(minimum=1)
+    num_attention_heads: int = option(minimum=1, maximum=10_000)
     """Number of attention heads."""
-    kv_channels: int = option(minimum=1)
+    kv_channels: int = option(minimum=1, maximum=10_000)
     """Width of the query, key, value and gate of one head."""
     hidden_dropout: float = option(0.2, minimum=0, below=1)
     """Dropout probability before the output projection of a layer."""
@@ -42,14 +42,14 @@ class NetworkArgs(Args):
     """True: a kernel_backend that cannot run is an error."""
     target_group_size: int = option(1, minimum=1)
     """Candidates per group. A candidate attends to the history and to the candidates of its own group."""
-    num_position_buckets: int = option(8192, minimum=1)
+    num_position_buckets: int = option(8192, minimum=1, maximum=10_000_000)
     """Rows of the absolute position table. All later positions share the last row."""
     position_encoding: tuple[str, ...] = option(
         ("absolute",), choices=("absolute", "relative_bias", "none"), not_empty=True
     )
     """One or both of: absolute, one learned vector per position; relative_bias, learned attention biases by distance
     and by the logarithm of the time difference. none: no position information."""
-    attention_scale: Optional[float] = option(None, above=0)
+    attention_scale: Optional[float] = option(None, above=0, maximum=1e6)
     """Factor of the products of queries and keys. None: 1 / √kv_channels."""
     interleave_actions: bool = option(True)
     """True: an action is a separate token after its item. False: its embedding is added to the token of its item."""
@@ -59,10 +59,10 @@ class NetworkArgs(Args):
     """Save memory by recomputing the SiLU of the uvqk projection in backward."""
     recompute_layer: bool = option(False)
     """Save memory by storing only the input of each layer and recomputing the layer in backward."""
-    item_embedding_dim: int = option(-1, minimum=-1)
+    item_embedding_dim: int = option(-1, minimum=-1, maximum=100_000)
     """Width of the item and action tables if above 0; their rows are then projected to hidden_size. Otherwise
     hidden_size."""
-    contextual_embedding_dim: int = option(-1, minimum=-1)
+    contextual_embedding_dim: int = option(-1, minimum=-1, maximum=100_000)
     """Width of the contextual tables if above 0; their rows are then projected to hidden_size. Otherwise
     hidden_size."""
     scaling_seqlen: int = option(-1, minimum=-1)

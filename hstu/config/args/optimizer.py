@@ -21,7 +21,7 @@ class PartOptimizerArgs(Args):
     EmbeddingArgs.optimizer_str."""
     optimizer_str: Optional[str] = option(None, choices=DENSE_OPTIMIZERS)
     """Optimizer. None: OptimizerArgs.optimizer_str. Betas, epsilon and momentum are those of OptimizerArgs."""
-    learning_rate: Optional[float] = option(None, above=0)
+    learning_rate: Optional[float] = option(None, above=0, maximum=1e6)
     """Peak learning rate. None: OptimizerArgs.learning_rate."""
     weight_decay: Optional[float] = option(None, minimum=0)
     """Decoupled weight decay; norms and biases never decay. None: OptimizerArgs.weight_decay."""
@@ -33,7 +33,7 @@ class OptimizerArgs(Args):
 
     optimizer_str: str = option(choices=TABLE_OPTIMIZERS)
     """Optimizer. rowwise_adagrad is for tables; the dense part then uses adagrad."""
-    learning_rate: float = option(above=0)
+    learning_rate: float = option(above=0, maximum=1e6)
     """Peak learning rate."""
     adam_beta1: float = option(0.9, minimum=0, below=1)
     """Decay of the first moment of adam and adamw."""
@@ -47,7 +47,7 @@ class OptimizerArgs(Args):
     """Momentum of sgd in the dense part. Tables have none."""
     sparse_optimizer_str: Optional[str] = option(None, choices=TABLE_OPTIMIZERS)
     """Optimizer of the model_parallel tables that set no optimizer_str. None: optimizer_str."""
-    sparse_learning_rate: Optional[float] = option(None, above=0)
+    sparse_learning_rate: Optional[float] = option(None, above=0, maximum=1e6)
     """Peak learning rate of the model_parallel tables that set no learning_rate. None: learning_rate."""
     sparse_max_gradient: Optional[float] = option(None, above=0)
     """Limit of each element of the gradient of a table row. The gradient is that of the mean loss over the global

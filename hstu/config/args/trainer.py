@@ -12,10 +12,10 @@ from hstu.config.option import Args, option
 class TrainerArgs(Args):
     """The training loop: batch sizes, run length, evaluation, checkpoints, data loading and the run directory."""
 
-    train_batch_size: int = option(minimum=1)
+    train_batch_size: int = option(minimum=1, maximum=10_000_000)
     """Sequences per rank in a training step. A tensor-parallel group trains on this number times its size. With
     tokens_per_rank, this is the upper limit of sequences per rank."""
-    eval_batch_size: int = option(minimum=1)
+    eval_batch_size: int = option(minimum=1, maximum=10_000_000)
     """Sequences per rank in an evaluation step."""
     eval_interval: int = option(100, minimum=0)
     """Iterations (optimizer steps) between two evaluations. 0: never during training, see eval_at_end."""
@@ -91,18 +91,18 @@ class TrainerArgs(Args):
     """Stop after this many consecutive evaluations in which best_metric does not improve. None: never."""
     max_grad_norm: float = option(0.0, minimum=0)
     """Maximum global L2 norm of the dense gradients; larger gradients are scaled down to it. 0: no clipping."""
-    gradient_accumulation_steps: int = option(1, minimum=1)
+    gradient_accumulation_steps: int = option(1, minimum=1, maximum=1_000_000)
     """Micro-batches per iteration, each of train_batch_size sequences per rank. The update, including tables and
     negatives, equals that of one batch of the combined size; the memory for activations is that of a micro-batch.
     Table rows are looked up once for all micro-batches."""
     deterministic: bool = option(False)
     """Use only deterministic algorithms, so that a repeated run is bitwise equal. An operation that has no
     deterministic algorithm is an error."""
-    collective_timeout_s: float = option(600.0, above=0)
+    collective_timeout_s: float = option(600.0, above=0, maximum=10_000_000)
     """Seconds without progress (a step, or a batch of an evaluation) after which a rank ends the run as stuck."""
-    data_workers: int = option(0, minimum=0)
+    data_workers: int = option(0, minimum=0, maximum=1000)
     """Processes per rank that read and collate batches. 0: the training process does it."""
-    data_prefetch: int = option(2, minimum=1)
+    data_prefetch: int = option(2, minimum=1, maximum=10_000)
     """Batches that each data worker prepares in advance."""
     bad_row_policy: str = option("raise", choices=("raise", "skip"))
     """What happens to a sample with damaged data. raise: the run ends with an error. skip: the sample is left out and

@@ -4,16 +4,26 @@ torchrun pretrain_gr_ranking.py --gin-config-file configs/ml_1m_ranking.gin
 """
 
 import sys
+from collections.abc import Sequence
 
 from hstu.config.cli import parse_command_line
-from hstu.config.rules import RULES
+from hstu.config.rules import RULES, Rule
 from hstu.data.rules import DATA_RULES
+from hstu.observe.environment import check_packages
+
+
+def preflight() -> Sequence[Rule]:
+    """The checks of --validate-only, which need all packages."""
+    check_packages()
+    from hstu.estimate.preflight import PREFLIGHT_RULES
+
+    return PREFLIGHT_RULES
 
 
 def main() -> int:
     """Train as the command line says; returns the exit code."""
-    config = parse_command_line("ranking", rules=(*RULES, *DATA_RULES))  # before anything slow is imported
-    from hstu.train.main import run
+    config = parse_command_line("ranking", rules=(*RULES, *DATA_RULES), preflight=preflight)
+    from hstu.train.main import run  # after the configuration is checked, because it imports torch
 
     return run(config)
 

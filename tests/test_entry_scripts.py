@@ -282,7 +282,9 @@ def test_sigterm_ends_a_run_cleanly_with_a_checkpoint(place: Path) -> None:
 
 
 def validate(script: str, place: Path, *more: str) -> tuple[int, str, str]:
-    return python(script, "--gin-config-file", place / script.replace(".py", ".gin"), "--validate-only", *more)
+    return python(
+        script, "--gin-config-file", place / script.replace(".py", ".gin"), "--validate-only", "--quick", *more
+    )
 
 
 @pytest.mark.parametrize("script", [RANKING, RETRIEVAL])
@@ -300,6 +302,26 @@ def test_a_bad_configuration_is_exit_code_2_with_every_mistake_once(place: Path)
     assert errors.startswith("bad configuration, 2 problems:")
     assert errors.count("num_layers = 0") == 1 and errors.count("has no parameter optimiser_str") == 1
     assert "Traceback" not in errors
+
+
+def test_validating_opens_what_the_file_names_and_leaves_nothing_behind(place: Path) -> None:
+    given = bindings(TrainerArgs__output_dir=str(place / "validated"))
+    code, output, errors = python(
+        RANKING, "--gin-config-file", place / "pretrain_gr_ranking.gin", *given, "--validate-only"
+    )
+    assert (code, output.startswith("OK: ")) == (0, True), errors
+    assert not (place / "validated").exists()
+    wrong = bindings(
+        ads__EmbeddingArgs__item_vocab_size_or_capacity=10, TrainerArgs__ckpt_load_dir="nowhere", TrainerArgs__seeds=1
+    )
+    wrong[1] = wrong[1].replace("ads.", "ads/")
+    code, output, errors = python(
+        RANKING, "--gin-config-file", place / "pretrain_gr_ranking.gin", *given, *wrong, "--validate-only"
+    )
+    assert (code, output) == (2, "")
+    assert errors.startswith("bad configuration, 3 problems:"), errors
+    for said in ("must be at least 11", "no complete checkpoint in nowhere", "has no parameter seeds"):
+        assert errors.count(said) == 1
 
 
 def test_a_configuration_that_does_not_fit_the_data_is_exit_code_2(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from hstu.checkpoint.state import TrainState, set_random_state
 from hstu.checkpoint.tensors import TABLES, StoredTensors, is_export, open_tensors, read_metadata, split_name
 from hstu.config.errors import DataError
 from hstu.data.batch import NEGATIVES
+from hstu.model.embedding import TableSpec
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
@@ -33,6 +36,24 @@ log = logging.getLogger(__name__)
 
 _SHOWN_PROBLEMS = 10
 _EVERYTHING = LoadOptions()
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What decides whether a checkpoint fits a run."""
+
+    sizes: Mapping[str, torch.Size]
+    """Tensor of the run, as TrainState.tensors names it → size."""
+    specs: Sequence[TableSpec]
+    raw_ids: RawIds
+    operative_gin: str = ""
+    """Configuration of the run; empty: it is not compared."""
+
+    @classmethod
+    def of(cls, state: TrainState) -> ModelShape:
+        """Return the shape of a model that exists."""
+        sizes = {name: tensor.size() for name, tensor in state.tensors().items()}
+        return cls(sizes, state.model.specs, state.raw_ids, state.operative_gin)
 
 
 def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions = _EVERYTHING) -> list[str]:
@@ -51,7 +72,7 @@ def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions =
     problems = [problem for part in gather_objects(own_problems, mesh.world_group) for problem in part]
     if problems:
         raise DamagedCheckpoint(_message(root, problems, [], "Load another checkpoint."))
-    match, differences = collective_io(lambda: _match(root, state, options), mesh)
+    match, differences = collective_io(lambda: match_checkpoint(root, ModelShape.of(state), options), mesh)
     if options.zero_new_rows:
         _zero_tables(match, state)
     collective_io(lambda: _read_tensors(open_tensors(root), match, state, mesh), mesh)
@@ -72,20 +93,20 @@ def _check_share_of_files(root: Path, mesh: Mesh) -> list[str]:
     return file_problems(root, {name: files[name] for name in sorted(files)[mesh.rank :: mesh.world_size]})
 
 
-def _match(root: Path, state: TrainState, options: LoadOptions) -> tuple[TensorMatch, list[ConfigDifference]]:
+def match_checkpoint(root: Path, shape: ModelShape, options: LoadOptions) -> tuple[TensorMatch, list[ConfigDifference]]:
     """Return what to read, and how the configurations differ. Raises DataError if the checkpoint is refused."""
     if options.optimizer and is_export(root):
         raise DataError(
             f"{root} is an export, which holds only weights. Set TrainerArgs.ckpt_load_optimizer = False to start "
             "from them at iteration 0."
         )
-    sizes, tensors = {name: tensor.size() for name, tensor in state.tensors().items()}, open_tensors(root)
-    own_dynamic = [f"{TABLES}{name}" for name in dynamic_tables(state.model)]
+    tensors = open_tensors(root)
+    own_dynamic = [f"{TABLES}{spec.name}" for spec in shape.specs if spec.dynamic is not None]
     stored_tables = [f"{TABLES}{name}" for name in read_metadata(root).get("tables", {})]
-    remaps = _remaps(root, tensors, state, options, dynamic=False)
-    match = match_tensors(sizes, tensors.sizes, options, remaps, (own_dynamic, stored_tables))
+    remaps = _remaps(root, tensors, shape, options, dynamic=False)
+    match = match_tensors(shape.sizes, tensors.sizes, options, remaps, (own_dynamic, stored_tables))
     stored_gin = verified_file(root, "operative.gin").read_text(encoding="utf-8")
-    differences = config_differences(stored_gin, state.operative_gin) if state.operative_gin else []
+    differences = config_differences(stored_gin, shape.operative_gin) if shape.operative_gin else []
     of_network = [entry for entry in differences if entry.is_of_network]
     if match.mistakes:
         raise DataError(_message(root, list(match.mistakes), [], "Correct the file."))
@@ -110,19 +131,19 @@ def _remedy(problems: list[str]) -> str:
 
 
 def _remaps(
-    root: Path, tensors: StoredTensors, state: TrainState, options: LoadOptions, *, dynamic: bool
+    root: Path, tensors: StoredTensors, shape: ModelShape, options: LoadOptions, *, dynamic: bool
 ) -> dict[str, RowRemap]:
     """Return the static or the dynamic tables (names of weights) whose rows have other raw ids in the checkpoint."""
     stored_tables, remaps = read_metadata(root).get("tables", {}), {}
-    for table in state.model.specs:
+    for table in shape.specs:
         if (table.dynamic is not None) != dynamic:
             continue
         features = [feature for feature in table.features if feature != NEGATIVES]
         stored_features = stored_tables.get(_stored_table(options, table.name), {}).get("features", [])
         if len(stored_features) == len(features):
-            rows = sum(map(state.raw_ids.count, features)) if dynamic else table.rows
+            rows = sum(map(shape.raw_ids.count, features)) if dynamic else table.rows
             stored = RawIds.from_stored(tensors, stored_features)
-            own_ids, stored_ids = state.raw_ids.of(features), stored.of(stored_features)
+            own_ids, stored_ids = shape.raw_ids.of(features), stored.of(stored_features)
             remap = remap_rows(rows, own_ids, stored_ids)
             if dynamic and any((own is None) != (old is None) for own, old in zip(own_ids, stored_ids, strict=True)):
                 remap = RowRemap(None)  # ids are codes on one side, and raw ids on the other
@@ -140,8 +161,8 @@ def _new_rows(root: Path, state: TrainState, options: LoadOptions) -> list[str]:
     """Return one line for each table with rows of ids that the checkpoint does not have, if these are zeros."""
     if not options.zero_new_rows:
         return []
-    tensors = open_tensors(root)
-    remaps = [_remaps(root, tensors, state, options, dynamic=dynamic) for dynamic in (False, True)]
+    tensors, shape = open_tensors(root), ModelShape.of(state)
+    remaps = [_remaps(root, tensors, shape, options, dynamic=dynamic) for dynamic in (False, True)]
     return [
         f"table {name.removeprefix(TABLES)}: {remap.new_ids:,} of {remap.num_ids:,} ids are not in the checkpoint; "
         "their rows are zeros"
@@ -209,7 +230,7 @@ def _read_dynamic(root: Path, state: TrainState, mesh: Mesh, options: LoadOption
     tables = dynamic_tables(state.model)
     if not tables:
         return []
-    remaps, stored = _remaps(root, open_tensors(root), state, options, dynamic=True), read_tables(root)
+    remaps, stored = _remaps(root, open_tensors(root), ModelShape.of(state), options, dynamic=True), read_tables(root)
     sources = []
     for name, table in tables.items():
         stored_name = _stored_table(options, name)

@@ -5,19 +5,27 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from hstu.config.args import Task
-from hstu.config.errors import ConfigError, wait_for_the_reporting_rank
+from hstu.config.errors import ConfigError, UserError, wait_for_the_reporting_rank
 from hstu.config.gin_io import read_and_check
 from hstu.config.reference import explain
 from hstu.config.rules import RULES, Rule
 from hstu.config.run_config import RunConfig
 
 
-def parse_command_line(task: Task, argv: Sequence[str] | None = None, rules: Sequence[Rule] = RULES) -> RunConfig:
+def parse_command_line(
+    task: Task,
+    argv: Sequence[str] | None = None,
+    rules: Sequence[Rule] = RULES,
+    preflight: Callable[[], Sequence[Rule]] = tuple,
+) -> RunConfig:
     """Reads the command line (``sys.argv`` by default) and its gin files, and applies ``rules``.
+
+    ``preflight`` imports the rules that open what the files name. They are applied with ``--validate-only``, unless
+    ``--quick`` is given, and on rank 0 alone.
 
     On mistakes, rank 0 prints all of them and every rank exits with code 2. ``--validate-only``, ``--print-config`` and
     ``--explain`` print their output and exit with code 0. Warnings go to standard error.
@@ -27,14 +35,16 @@ def parse_command_line(task: Task, argv: Sequence[str] | None = None, rules: Seq
         options = _parser(task).parse_args(argv)
         if options.explain is not None:
             _finish(explain(options.explain), is_first_rank)
+        if options.quick and not options.validate_only:
+            raise ConfigError("command line: --quick belongs to --validate-only")
         world_size = _world_size(os.environ)
+        if options.validate_only and not options.quick and is_first_rank:
+            rules = (*rules, *preflight())
         config, warnings = read_and_check(options.files, options.bindings, task, world_size, rules)
-    except ConfigError as error:
+    except UserError as error:
         if is_first_rank:
-            count = len(error.problems)
-            headline = "bad configuration: " if count == 1 else f"bad configuration, {count} problems:\n"
-            print(f"{headline}{error}", file=sys.stderr)
-            _print_warnings(error.warnings)
+            print(f"{_headline(error)}{error}", file=sys.stderr)
+            _print_warnings(getattr(error, "warnings", ()))
         else:
             wait_for_the_reporting_rank()
         sys.exit(error.exit_code)
@@ -53,6 +63,13 @@ def _print_warnings(warnings: Sequence[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
+def _headline(error: UserError) -> str:
+    if not isinstance(error, ConfigError):
+        return "error: "
+    count = len(error.problems)
+    return "bad configuration: " if count == 1 else f"bad configuration, {count} problems:\n"
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports mistakes as ConfigError, as the rest of the command line does."""
 
@@ -67,7 +84,9 @@ def _parser(task: Task) -> argparse.ArgumentParser:
     add("--gin-config-file", dest="files", metavar="FILE", help="gin file; repeatable, later files win", **repeated)
     bindings_help = '"Class.parameter = value"; repeatable, wins over the files'
     add("--gin-bindings", dest="bindings", metavar="BINDING", help=bindings_help, **repeated)
-    add("--validate-only", action="store_true", help="check everything, print one line, exit")
+    validate_help = "check the files, and what they name: data, checkpoint, memory, disk; print one line, exit"
+    add("--validate-only", action="store_true", help=validate_help)
+    add("--quick", action="store_true", help="with --validate-only: check the files alone, in a second or two")
     add("--print-config", action="store_true", help="print the configuration in force, defaults included, exit")
     add("--explain", nargs="*", metavar="CLASS", help="print the parameters of these (or all) classes, exit")
     return parser

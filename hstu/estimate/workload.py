@@ -290,7 +290,7 @@ def _plan_without_data(config: RunConfig) -> _Data:
     assert isinstance(args, DatasetArgs)
     name = resolve_name(args.dataset_name)
     spec = DATASETS[name] if name else None
-    roles = _roles_without_data(args, spec)
+    roles = roles_without_data(args, spec)
     tables = [*config.embeddings, *(_published_tables(config, roles, spec) if spec else ())]
     rows = {feature: table.item_vocab_size_or_capacity for table in tables for feature in table.feature_names}
     longest = args.max_sequence_length
@@ -304,7 +304,8 @@ def _plan_without_data(config: RunConfig) -> _Data:
     return _Data(roles, tables, longest, rows.get(roles.item, 1), ((batch,),), tuple(notes))
 
 
-def _roles_without_data(args: DatasetArgs, spec: DatasetSpec | None) -> FeatureRoles:
+def roles_without_data(args: DatasetArgs, spec: DatasetSpec | None) -> FeatureRoles:
+    """The features of data that is not preprocessed yet. Raises ConfigError if they are not known."""
     schema = spec.schema if spec else Schema(item="")
     item = args.item_feature_name or schema.item
     if not item:

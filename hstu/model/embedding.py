@@ -17,6 +17,7 @@ from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJa
 
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
 from hstu.config.errors import ConfigError
+from hstu.config.problems import Cite, cite
 from hstu.data.batch import NEGATIVES
 
 _INIT_BLOCK_ROWS = 4096
@@ -62,6 +63,7 @@ def table_specs(
     item_feature: str,
     lookup_negatives: bool = False,
     world_size: int = 1,
+    cite: Cite = cite,
 ) -> tuple[TableSpec, ...]:
     """Specs of all tables, in the order given.
 
@@ -75,26 +77,29 @@ def table_specs(
     for table in embeddings:
         dims = {contextual_dim if feature in contextual_features else item_dim for feature in table.feature_names}
         if len(dims) > 1:
-            problems.append(
-                f"EmbeddingArgs {table.table_name!r}: its features {table.feature_names} are both contextual "
-                f"(width {contextual_dim}) and not (width {item_dim}); give them tables of their own, or equal widths "
-                "in NetworkArgs.contextual_embedding_dim and item_embedding_dim."
+            text = (
+                f"the features of table {table.table_name!r} are both contextual (width {contextual_dim}) and not "
+                f"(width {item_dim}); give them tables of their own, or equal widths in "
+                "NetworkArgs.contextual_embedding_dim and item_embedding_dim"
             )
+            problems.append(cite(table, "feature_names", text))
         name = table.table_name
         if hasattr(nn.ModuleDict(), name) or (table.sharding_type == "model_parallel" and "." in name):
-            problems.append(
-                f"EmbeddingArgs.table_name {name!r}: PyTorch's module dictionaries, which hold tables by "
-                f"their names, cannot have that one; call it {name.replace('.', '_') + '_table'!r}, say."
+            text = (
+                "PyTorch's module dictionaries, which hold tables by their names, cannot have that one; call it "
+                f"{name.replace('.', '_') + '_table'!r}, say"
             )
+            problems.append(cite(table, "table_name", text))
         serves_negatives = lookup_negatives and item_feature in table.feature_names
         dynamic = table if isinstance(table, DynamicEmbeddingArgs) else None
         rows = table.item_vocab_size_or_capacity
         share = -(-rows // world_size)
         if dynamic is not None and share > _MOST_SLOTS:
-            problems.append(
-                f"DynamicEmbeddingArgs {name!r}: item_vocab_size_or_capacity = {rows:,} is {share:,} rows per rank, "
-                f"but a rank can have {_MOST_SLOTS:,} at most: use more ranks, or a smaller capacity."
+            text = (
+                f"the table {name!r} would have {share:,} rows per rank, but a rank can have {_MOST_SLOTS:,} at most: "
+                "use more ranks, or a smaller capacity"
             )
+            problems.append(cite(table, "item_vocab_size_or_capacity", text))
         specs.append(
             TableSpec(
                 name=table.table_name,

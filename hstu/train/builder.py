@@ -152,8 +152,9 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
         log.warning("float16 on a CPU: its products take hundreds of times as long as those of other types")
     retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
     has_negatives = retrieval is not None and retrieval.negatives != "in_batch"
+    roles, ranks = source.roles, mesh.world_size
     specs = table_specs(
-        source.tables, config.network, source.roles.contextual, source.roles.item, has_negatives, mesh.world_size
+        source.tables, config.network, roles.contextual, roles.item, has_negatives, ranks, config.located
     )
     keys = (*source.roles.names, *([NEGATIVES] if has_negatives else []))
     task = build_task(config, source, mesh)
@@ -194,8 +195,13 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDen
 class LabelledData(Protocol):
     """What label_offset reads of a BatchSource."""
 
-    roles: FeatureRoles
-    cardinalities: dict[str, int]
+    @property
+    def roles(self) -> FeatureRoles:
+        """The features by role."""
+
+    @property
+    def cardinalities(self) -> dict[str, int]:
+        """Ids of a feature are in [0, cardinality)."""
 
     @property
     def least_action(self) -> int:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,6 +105,20 @@ def test_validate_only_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     captured = capsys.readouterr()
     assert captured.out == f"OK: {file} describes a ranking run for 1 rank\n"
     assert captured.err == ""
+
+
+def test_preflight_is_for_validation_that_is_not_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def preflight() -> list[Any]:
+        return [lambda run: [run.problem(run.network, "num_layers", "too many for this machine")]]
+
+    file = ["--gin-config-file", write(tmp_path, OWN_DATA)]
+    parse_command_line("ranking", file, preflight=preflight)
+    for more, code in (["--validate-only", "--quick"], 0), (["--validate-only"], 2), (["--quick"], 2):
+        with pytest.raises(SystemExit) as exit:
+            parse_command_line("ranking", [*file, *more], preflight=preflight)
+        assert exit.value.code == code
+    told = capsys.readouterr().err
+    assert told.count("too many for this machine") == 1 and "--quick belongs to --validate-only" in told
 
 
 def test_validate_only_of_a_bad_file(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ class Bindings:
         self.by_owner: dict[Owner, dict[str, Binding]] = {}
         self.macros: dict[str, Binding] = {}
         self.user: list[Binding] = []
-        self.accepted: list[Binding] = []
+        self.not_in_force: list[Binding] = []
+        """Those that a later file or the command line overrides, and those of parameters in ``ACCEPTED``."""
         self._problems = problems
         self._seen: dict[tuple[int, str, str], Binding] = {}
         for binding in statements.bindings:
@@ -63,7 +64,7 @@ class Bindings:
 
     def _file_parameter(self, cls: type[Args], binding: Binding, is_guess: bool = False) -> None:
         if binding.parameter in ACCEPTED:
-            self.accepted.append(binding)
+            self.not_in_force.append(binding)
             self._report(binding, ACCEPTED[binding.parameter], is_warning=True)
             return
         names = {name: option.name for option in options_of(cls) for name in (option.name, *option.metadata["aliases"])}
@@ -71,7 +72,9 @@ class Bindings:
         if binding.parameter in names:
             parameter = names[binding.parameter]
             self._check_twice(binding, written(owner), parameter)
-            self.by_owner.setdefault(owner, {})[parameter] = binding
+            bound = self.by_owner.setdefault(owner, {})
+            self.not_in_force += [bound[parameter]] if parameter in bound else []
+            bound[parameter] = binding
             return
         guess = nearest(binding.parameter, names)
         if guess or not is_guess:

@@ -6,6 +6,7 @@ and reports what none of them uses; hstu/config/rules checks the result.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field
 from pathlib import Path
@@ -28,12 +29,15 @@ from hstu.config.gin_bindings import (
 from hstu.config.gin_scan import Binding, Broken, Macro, Reference, Scan, scan, scan_stored
 from hstu.config.incomplete import incomplete
 from hstu.config.option import (
+    Mismatch,
+    annotation_of,
     converted,
     default_of,
     describe,
     field_problems,
     is_required,
     options_of,
+    probably_meant,
     referred_class,
 )
 from hstu.config.problems import Location, Origin, Problem, did_you_mean, nearest, show
@@ -104,12 +108,13 @@ class _Builder:
         self._origins: dict[int, Mapping[str, Origin]] = {}
         self._resolving: list[str] = []
         self._making: set[Owner] = set()
+        self._strays: set[int] = set()  # objects whose scope is probably a misspelling of another
 
     def draft(self, world_size: int) -> RunDraft:
         """The run that the files describe, without the values that are wrong."""
         self._bind_user_code()
-        for binding in self.bindings.accepted:
-            self._resolve(binding.value, binding, binding.scope)
+        for binding in self.bindings.not_in_force:
+            self._mark_used(binding)
         known: dict[str, Any] = {"task": self.task, "source_files": self.files, "world_size": world_size}
         dataset = self._dataset_class()
         for cls, place in REGISTRY.items():
@@ -120,7 +125,7 @@ class _Builder:
         else:
             tables = [self.object(owner) for owner in self.bindings.owners_of(EmbeddingArgs)]
         if tables is not None and (self.complete or dataset is BenchmarkDatasetArgs):
-            known["embeddings"] = tuple(tables)
+            known["embeddings"] = tuple(table for table in tables if id(table) not in self._strays)
         for referred in self._unclear:  # the list grows while their objects are made
             for owner in self.bindings.owners_of(referred):
                 self.object(owner)
@@ -160,7 +165,8 @@ class _Builder:
     def _make(self, owner: Owner) -> Args:
         scope, cls = owner
         bound = self._bound(owner)
-        leaves_out = not self.complete or self._is_stray(owner, bound)
+        is_stray = self._is_stray(owner, bound)
+        leaves_out = not self.complete or is_stray
         values: dict[str, Any] = {}
         for field in options_of(cls):
             if field.name in bound:
@@ -172,13 +178,15 @@ class _Builder:
             values[name] = values[name] + values[addend] if is_known else Broken()
         known = {name: value for name, value in values.items() if not _holds(value, Broken)}
         made = cls(**known) if len(known) == len(values) else incomplete(cls, known)
+        if is_stray:
+            self._strays.add(id(made))
         self._origins[id(made)] = {
             name: Origin(binding.at, binding.name, show(binding.value)) for name, binding in bound.items()
         }
         return made
 
     def _given(self, cls: type[Args], field: Field[Any], binding: Binding, scope: str) -> Any:
-        """The value that is bound to a field; Broken if it is wrong."""
+        """The value that is bound to a field, or the one that was probably meant; Broken if that is unclear."""
         value = self._resolve(binding.value, binding, scope)
         problems = [] if _holds(value, Broken) else field_problems(cls, field, value)
         shown = show(binding.value)
@@ -187,21 +195,39 @@ class _Builder:
         self.problems += [Problem(f"{binding.name} = {shown}: {problem}", binding.at) for problem in problems]
         if not problems and not _holds(value, Broken):
             return converted(cls, field, value)
-        self._note_unclear(cls, field)
-        return Broken()
+        return self._probably_meant(cls, field, value)
+
+    def _probably_meant(self, cls: type[Args], field: Field[Any], value: Any) -> Any:
+        """A value in place of a wrong one, so that it hides no other mistake; Broken if none is likely.
+
+        A list of references is taken to hold all objects of its class.
+        """
+        referred = referred_class(cls, field)
+        if referred is not None:
+            self._note_unclear(cls, field)
+            if typing.get_origin(annotation_of(cls, field)) is not list:
+                return Broken()
+            owners = [owner for owner in self.bindings.owners_of(referred) if owner not in self._making]
+            value = [each for each in map(self.object, owners) if id(each) not in self._strays]
+        elif isinstance(value, Broken) and value.guesses:
+            value = value.guesses[0]
+        try:
+            return Broken() if _holds(value, Broken) else probably_meant(cls, field, value)
+        except Mismatch:
+            return Broken()
 
     def _left_out(self, owner: Owner, field: Field[Any], bound: Mapping[str, Binding]) -> Any:
         """The default of a field; Broken if there is none or if it is invalid."""
         cls = owner[1]
         if is_required(field):
-            value, problems = Broken(), [f"is required and not bound; expected {describe(cls, field)}"]
-            self._note_unclear(cls, field)
+            value = self._probably_meant(cls, field, Broken())
+            problems = [f"is required and not bound; expected {describe(cls, field)}"]
         else:
             value = default_of(field)
             problems = field_problems(cls, field, value)
         at = self._location_of(bound)
         self.problems += [Problem(f"{written(owner)}.{field.name} {problem}", at) for problem in problems]
-        return Broken() if problems else value
+        return value if not problems or is_required(field) else Broken()
 
     def _note_unclear(self, cls: type[Args], field: Field[Any]) -> None:
         referred = referred_class(cls, field)
@@ -324,6 +350,20 @@ class _Builder:
                 self._fail(binding, str(error).strip().splitlines()[0])
 
     # --- what nothing refers to ---
+
+    def _mark_used(self, binding: Binding) -> None:
+        """Takes what a binding that is not in force refers to for used."""
+        for leaf in _leaves(binding.value):
+            referred: list[Binding] = []
+            if isinstance(leaf, Macro) and leaf.name in self.bindings.macros:
+                referred = [self.bindings.macros[leaf.name]]
+            elif isinstance(leaf, Reference) and (cls := find_class(leaf.selector)) is not None:
+                owner = (leaf.scope or binding.scope, cls)
+                referred = list(self.bindings.by_owner.get(owner, {}).values())
+            for each in referred:
+                if id(each) not in self._used:
+                    self._used.add(id(each))
+                    self._mark_used(each)
 
     def _check_unused(self, has_dataset: bool) -> None:
         """Reports bindings that no object uses, and also checks their values."""

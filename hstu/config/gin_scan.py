@@ -52,6 +52,9 @@ class Macro:
 class Broken:
     """In place of a value that is wrong and reported."""
 
+    guesses: tuple[Any, ...] = ()
+    """The value that was probably meant; empty if that is unclear."""
+
 
 @dataclass(frozen=True)
 class Binding:
@@ -245,10 +248,20 @@ def _chunks(text: str) -> Iterator[tuple[int, str]]:
     yield first, chunk
 
 
+_CONSTANTS = {"true": True, "false": False, "none": None, "null": None}
+_UNQUOTED = re.compile(r"[A-Za-z_./~][\w./~-]*")
+"""A string without its quotes."""
+
+
 def _broken_binding(chunk: str, at: Location) -> list[_Statement]:
     """Binds the parameter on the left of an unreadable statement, so that it is not reported as missing too."""
-    start = re.match(r"(?:([\w/]+)/)?([\w.]+)\.(\w+)\s*=", chunk)
-    return [Binding(start[1] or "", start[2], start[3], Broken(), at)] if start else []
+    start = re.match(r"(?:([\w/]+)/)?([\w.]+)\.(\w+)\s*=(.*)", chunk)
+    if start is None:
+        return []
+    value = start[4].partition("#")[0].strip()
+    constant = _CONSTANTS.get(value.lower(), value)
+    is_clear = _UNQUOTED.fullmatch(value) or value.lower() in _CONSTANTS
+    return [Binding(start[1] or "", start[2], start[3], Broken((constant,) if is_clear else ()), at)]
 
 
 class _GinSyntaxError(Exception):
@@ -299,9 +312,9 @@ def _reason(error: Exception, content: str) -> str:
         return "; a bracket or a quote is not closed; close it"
     if "=" in content and not value:
         return "; the value is missing; add it"
-    if re.fullmatch(r"true|false|none|null", value, re.IGNORECASE):
-        return f"; write {'None' if value.lower() in ('none', 'null') else value.capitalize()}"
-    if re.fullmatch(r"[A-Za-z_./~][\w./~-]*", value):
+    if value.lower() in _CONSTANTS:
+        return f"; write {_CONSTANTS[value.lower()]}"
+    if _UNQUOTED.fullmatch(value):
         return f"; a string needs quotes: '{value}'"
     if "=" not in content and re.match(r"[\w./]+\s", content):
         return "; expected Class.parameter = value"

@@ -5,6 +5,8 @@ The same checks serve gin files and objects made in Python.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import functools
 import math
 import re
@@ -15,7 +17,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Optional
 
 from hstu.config.errors import ConfigError
-from hstu.config.problems import did_you_mean, literal, show
+from hstu.config.problems import did_you_mean, literal, nearest, show
 
 _SCIENTIFIC = 1_000_000
 """From here on a whole float is taken for an int."""
@@ -106,6 +108,26 @@ def converted(cls: type[Args], field: Field[Any], value: Any) -> Any:
     if isinstance(coerced, (list, tuple)):
         return type(coerced)(_spelt(field, element) for element in coerced)
     return _spelt(field, coerced)
+
+
+def probably_meant(cls: type[Args], field: Field[Any], value: Any) -> Any:
+    """The allowed value that ``value`` is or was probably meant to be. Raises Mismatch if that is unclear."""
+    limits = field.metadata
+    candidates = [value, [value]]
+    if isinstance(value, str):
+        words = [word for word in (*(limits["choices"] or ()), *limits["words"]) if isinstance(word, str)]
+        candidates += [nearest(value, words)]
+        if _quoted_hint(value):
+            with contextlib.suppress(ValueError, SyntaxError):
+                candidates += [ast.literal_eval(value.strip())]
+    if isinstance(value, float) and value.is_integer():
+        candidates += [int(value)]
+    if isinstance(value, (list, tuple)) and (limits["choices"] or limits["pattern"]):
+        candidates += [[element for element in value if not field_problems(cls, field, [element])]]
+    for candidate in candidates:
+        if not field_problems(cls, field, candidate) and candidate is not None:
+            return converted(cls, field, candidate)
+    raise Mismatch
 
 
 def _spelt(field: Field[Any], element: Any) -> Any:

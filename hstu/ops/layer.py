@@ -14,13 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu.config.args import NetworkArgs
 from hstu.ops.costs import FLOAT32
 from hstu.ops.functional import relative_bias
+from hstu.ops.products import matmul
 from hstu.ops.types import GateConfig, HSTULayerConfig, JaggedLayout, LayerWeights, SavedActivations
 
 
@@ -80,7 +80,7 @@ class HSTULayerFunction(torch.autograd.Function):
             if config.recompute_activated:
                 saved.activated = None
             ctx.save_for_backward(x, *weights, *(() if config.recompute_all else vars(saved).values()))
-            return x + config.comm.reduce_tokens(F.linear(gated, layer.weights.out_weight.to(dtype)))()
+            return x + config.comm.reduce_tokens(matmul(gated, layer.weights.out_weight.to(dtype).t()))()
 
     @staticmethod
     @once_differentiable
@@ -150,8 +150,8 @@ class _Computation:
         del saved.projected
         normalized = self.normalize(x)[0] if saved.normalized is None else saved.normalized
         all_tokens = comm.all_gather_tokens(normalized)
-        grad_normalized = comm.reduce_tokens(grad_projected @ weights.uvqk_weight.to(self.dtype))
-        grads["uvqk_weight"] = (grad_projected.t() @ all_tokens()).to(weights.uvqk_weight.dtype)
+        grad_normalized = comm.reduce_tokens(matmul(grad_projected, weights.uvqk_weight.to(self.dtype)))
+        grads["uvqk_weight"] = matmul(grad_projected.t(), all_tokens()).to(weights.uvqk_weight.dtype)
         grads["uvqk_bias"] = grad_projected.sum(0).to(weights.uvqk_bias.dtype)
         grad_x, *grad_norm = self.config.kernels.layer_norm.backward(
             grad_normalized(), x, weights.input_norm_weight, weights.input_norm_bias, saved.input_statistics
@@ -183,7 +183,7 @@ class _Computation:
         weights, norm = self.weights, (self.weights.output_norm_weight, self.weights.output_norm_bias)
         grad = self.config.comm.all_gather_tokens(grad.to(self.dtype))()
         gated, grad_attended, *grad_norm = self.config.kernels.norm_mul_dropout.backward(
-            grad @ weights.out_weight.to(self.dtype),
+            matmul(grad, weights.out_weight.to(self.dtype)),
             saved.attended,
             u,
             *norm,
@@ -194,5 +194,5 @@ class _Computation:
         )
         del saved.attended, saved.dropout_mask
         grads["output_norm_weight"], grads["output_norm_bias"] = grad_norm
-        grads["out_weight"] = (grad.t() @ gated).to(weights.out_weight.dtype)
+        grads["out_weight"] = matmul(grad.t(), gated).to(weights.out_weight.dtype)
         return grad_attended

@@ -32,6 +32,7 @@ from hstu.model.stack import SequenceEncoder, kernel_shapes
 from hstu.observe.logging import set_up_logging
 from hstu.observe.run_directory import RunDirectory
 from hstu.observe.throughput import ThroughputMeter, peak_tflops
+from hstu.ops.products import cpu_multiplies_bfloat16
 from hstu.ops.select import select_kernels
 from hstu.ops.types import Kernels
 from hstu.optim.loss_scale import LossScale
@@ -150,6 +151,11 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
     """The model and its optimizers, with tables sharded and the dense part replicated over ``mesh``. Collective."""
     if config.network.dtype_str == "float16" and mesh.device.type == "cpu":
         log.warning("float16 on a CPU: its products take hundreds of times as long as those of other types")
+    if config.network.dtype_str == "bfloat16" and mesh.device.type == "cpu" and not cpu_multiplies_bfloat16():
+        log.warning(
+            "this CPU has no bfloat16 products: the layers compute them in float32 and round to bfloat16, which saves "
+            'memory, but no time; NetworkArgs.dtype_str = "float32" is faster'
+        )
     retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
     has_negatives = retrieval is not None and retrieval.negatives != "in_batch"
     roles, ranks = source.roles, mesh.world_size

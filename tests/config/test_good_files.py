@@ -218,6 +218,13 @@ def test_later_files_and_then_bindings_win(tmp_path: Path) -> None:
     assert config.source_files == (first, second)
 
 
+def test_what_only_an_overridden_value_refers_to_counts_as_used(tmp_path: Path) -> None:
+    lines = ["n = %m", "m = 3", "NetworkArgs.num_layers = %n", "seq/FeatureArgs.seqlen_dist = @l/RandomDistribution()"]
+    file = write(tmp_path, changed(BENCHMARK, *lines, "l/RandomDistribution.low = 2"))
+    overrides = ["NetworkArgs.num_layers = 5", "seq/FeatureArgs.seqlen_dist = None"]
+    assert load([file], overrides, "ranking").network.num_layers == 5
+
+
 def test_include_beside_the_file_and_override_below_it(tmp_path: Path) -> None:
     write(tmp_path, RANKING, "base.gin")
     config = load([write(tmp_path, 'include "base.gin"\nNetworkArgs.num_layers = 7\n')], [], "ranking")

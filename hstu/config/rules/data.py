@@ -16,7 +16,7 @@ from hstu.config.args import (
 )
 from hstu.config.incomplete import apply
 from hstu.config.option import is_given
-from hstu.config.problems import Problem, did_you_mean
+from hstu.config.problems import Problem, did_you_mean, nearest
 from hstu.config.run_config import RunConfig
 
 _GPU_MEMORY = ("global_hbm_for_values", "item_vocab_gpu_capacity", "item_vocab_gpu_capacity_ratio")
@@ -50,7 +50,7 @@ def tables_are_consistent(run: RunConfig) -> Iterator[Problem]:
 
 
 def rowwise_adagrad_forbids_column_wise(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
-    if table.sharding == "column_wise" and table.sharding_type == "model_parallel":
+    if table.sharding == "column_wise" and _may_be_sharded(table):
         owner, parameter = _optimizer_of(run, table)
         if getattr(owner, parameter) == "rowwise_adagrad":
             text = (
@@ -102,11 +102,16 @@ def one_option_gives_the_gpu_memory(run: RunConfig, table: EmbeddingArgs) -> Ite
 
 
 def dense_kernel_has_adam(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
-    if table.compute_kernel == "dense" and table.sharding_type == "model_parallel":
+    if table.compute_kernel == "dense" and _may_be_sharded(table):
         owner, parameter = _optimizer_of(run, table)
         if getattr(owner, parameter) not in ("adam", "adamw"):
             text = f"is for adam and adamw, but {run.cite(owner, parameter)}; use 'fused'"
             yield run.problem(table, "compute_kernel", text)
+
+
+def _may_be_sharded(table: EmbeddingArgs) -> bool:
+    """Whether the table is model_parallel, or its wrong sharding_type may be meant so."""
+    return getattr(table, "sharding_type", "model_parallel") == "model_parallel"
 
 
 def _optimizer_of(run: RunConfig, table: EmbeddingArgs) -> tuple[Args, str]:
@@ -136,7 +141,8 @@ def length_of_items(run: RunConfig) -> DatasetArgs | FeatureArgs | None:
     """The part whose max_sequence_length limits the items; None if a benchmark does not describe its item feature."""
     if isinstance(run.dataset, DatasetArgs):
         return run.dataset
-    return _groups(run.dataset).get(run.dataset.item_feature_name)
+    groups, name = _groups(run.dataset), run.dataset.item_feature_name
+    return groups.get(name) or groups.get(nearest(name, groups) or "")  # a misspelt name is reported elsewhere
 
 
 def _groups(dataset: BenchmarkDatasetArgs) -> dict[str, FeatureArgs]:

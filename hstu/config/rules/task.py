@@ -175,7 +175,8 @@ def label_leak(run: RunConfig, has_context: bool) -> Iterator[Problem]:
     if not network.is_causal:
         text = f"every item sees {label}: losses and metrics would look better than they are; set it to True{remedy}"
         yield run.problem(network, "is_causal", text, is_warning=network.allow_label_leak)
-    if network.disable_contextual_mask is False and has_context and network.num_layers > 1:
+    has_layers = getattr(network, "num_layers", 2) > 1  # 2: a number that is not known because it is wrong
+    if network.disable_contextual_mask is False and has_context and has_layers:
         text = (
             "contextual tokens see the whole history and items see them: from the second layer on, an item sees "
             f"{label}, and losses and metrics would look better than they are; remove this or set it to True{remedy}"

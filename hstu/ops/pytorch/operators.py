@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hstu.ops.products import linear
 from hstu.ops.pytorch import attention, norm, row_update, softmax_loss
 from hstu.ops.types import (
     OPERATORS,
@@ -25,7 +26,7 @@ from hstu.ops.types import (
 
 def project_uvqk(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """See :class:`hstu.ops.types.ProjectionKernels`."""
-    projected = F.linear(x, weight, bias)
+    projected = linear(x, weight, bias)
     return projected, F.silu(projected)
 
 

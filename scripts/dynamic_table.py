@@ -19,13 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from hstu.checkpoint.find import locate
 from hstu.checkpoint.parquet import batch_at, export_table, import_table
-from hstu.config.errors import EXIT_DONE, UserError
+from hstu.config.errors import EXIT_DONE
+from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
 
 _NUMBER = re.compile(r"-?\d+(\.\d*)?")
 _TIME = "ISO 8601 (2026-11-22T08:30, local; 2026-11-22T08:30Z or …+01:00) or seconds since 1970"
 
 
+@tool
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,15 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--output", type=Path, required=True, help="directory for the new checkpoint")
     options = parser.parse_args(arguments)
     quiet_libraries()
-    try:
-        checkpoint = locate(options.ckpt)
-        if options.command == "export":
-            _export(checkpoint, options.table, options.parquet, options.since_step, options.since_time)
-        else:
-            print(import_table(checkpoint, options.table, options.parquet, options.output))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    checkpoint = locate(options.ckpt)
+    if options.command == "export":
+        _export(checkpoint, options.table, options.parquet, options.since_step, options.since_time)
+    else:
+        print(import_table(checkpoint, options.table, options.parquet, options.output))
     return EXIT_DONE
 
 

@@ -19,10 +19,11 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from hstu.config.errors import EXIT_DONE, ConfigError, UserError
+from hstu.config.errors import EXIT_DONE, ConfigError
 from hstu.config.gin_io import read_and_check
 from hstu.config.rules import RULES
 from hstu.config.run_config import RunConfig, Task
+from hstu.config.tool import tool
 from hstu.data.rules import DATA_RULES
 from hstu.observe.environment import check_packages
 
@@ -99,13 +100,10 @@ def run(options: argparse.Namespace) -> str:
     return as_text(found, workload, device)
 
 
+@tool
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the estimate and return the exit code."""
-    try:
-        print(run(parse(argv)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    print(run(parse(argv)))
     return EXIT_DONE
 
 

@@ -18,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
-from hstu.config.errors import EXIT_DONE, UserError
+from hstu.config.errors import EXIT_DONE
+from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
 
 
+@tool
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,11 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="directory to create")
     options = parser.parse_args(arguments)
     quiet_libraries()
-    try:
-        path = export(locate(options.ckpt), options.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    path = export(locate(options.ckpt), options.output)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     print("\n".join(f"{file.stat().st_size:>14,}  {file}" for file in files))
     return EXIT_DONE

@@ -19,10 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from hstu.checkpoint.describe import describe, diff
 from hstu.checkpoint.directory import check_files
 from hstu.checkpoint.find import locate
-from hstu.config.errors import EXIT_DONE, EXIT_FAILURE, UserError
+from hstu.config.errors import EXIT_DONE, EXIT_FAILURE
+from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
 
 
+@tool
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,17 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--diff", metavar="OTHER", help="another one: differing facts, gin lines and tensors")
     options = parser.parse_args(arguments)
     quiet_libraries()
-    try:
-        root = locate(options.checkpoint)
-        if options.verify:
-            _verify(root)
-        if options.diff:
-            return _diff(root, locate(options.diff))
-        if not options.verify:
-            print("\n".join(describe(root)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    root = locate(options.checkpoint)
+    if options.verify:
+        _verify(root)
+    if options.diff:
+        return _diff(root, locate(options.diff))
+    if not options.verify:
+        print("\n".join(describe(root)))
     return EXIT_DONE
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hstu import api
 from hstu.config.args import DatasetArgs, RetrievalArgs
-from hstu.config.errors import EXIT_DONE, ConfigError, DataError, UserError
+from hstu.config.errors import EXIT_DONE, ConfigError, DataError
+from hstu.config.tool import tool
 from hstu.data.samples import build_samples
 from hstu.observe.logging import quiet_libraries
 from hstu.train.baselines import popularity_baseline
@@ -37,23 +39,20 @@ def print_metrics(trained: api.TrainedModel, metrics: dict[str, float]) -> None:
         print(f"  {label:<12}" + "".join(f"{values[name]:>10.4f}" for name in names))
 
 
-def main() -> int:
+@tool
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run_dir", type=Path, required=True)
-    run_dir = parser.parse_args().run_dir
+    run_dir = parser.parse_args(arguments).run_dir
     quiet_libraries()
-    try:
-        summary_file = run_dir / "summary.json"
-        if not summary_file.is_file():
-            raise DataError(f"{summary_file} does not exist: the training has not finished")
-        trained = api.load(run_dir)
-        print_metrics(trained, json.loads(summary_file.read_text())["last_metrics"]["test"])
-        print(f"\nLearning curve: {run_dir / 'curves.png'}")
-        print(api.format_recommendations(trained.recommend(FIRST_USERS)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    summary_file = run_dir / "summary.json"
+    if not summary_file.is_file():
+        raise DataError(f"{summary_file} does not exist: the training has not finished")
+    trained = api.load(run_dir)
+    print_metrics(trained, json.loads(summary_file.read_text())["last_metrics"]["test"])
+    print(f"\nLearning curve: {run_dir / 'curves.png'}")
+    print(api.format_recommendations(trained.recommend(FIRST_USERS)))
     return EXIT_DONE
 
 

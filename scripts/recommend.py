@@ -21,7 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from hstu import api
-from hstu.config.errors import EXIT_DONE, DataError, UserError
+from hstu.config.errors import EXIT_DONE, DataError
+from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
 
 _SHOWN = 10
@@ -30,6 +31,7 @@ _KINDS: dict[type, str] = {str: "strings", int: "whole numbers"}
 _HISTORY_FIELDS = ("user", "items", "actions", "timestamps", "context")
 
 
+@tool
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = _parser()
@@ -41,11 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.top < 1:
         parser.error("--top must be at least 1")
     quiet_libraries()
-    try:
-        _recommend(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    _recommend(options)
     return EXIT_DONE
 
 

@@ -14,6 +14,7 @@ from hstu.config.gin_io import read_and_check
 from hstu.config.reference import explain
 from hstu.config.rules import RULES, Rule
 from hstu.config.run_config import RunConfig
+from hstu.config.tool import reader_may_leave
 
 
 def parse_command_line(
@@ -101,5 +102,6 @@ def _world_size(environment: Mapping[str, str]) -> int:
 
 def _finish(text: str, is_first_rank: bool) -> NoReturn:
     if is_first_rank:
-        print(text.rstrip("\n"))
+        with reader_may_leave():
+            print(text.rstrip("\n"))
     sys.exit(0)

@@ -1,0 +1,46 @@
+"""How the command line tools end: without a traceback for what is no defect."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from hstu.config.errors import UserError
+
+_EXIT_SIGNAL = 128
+"""Shells add the number of the signal to this."""
+
+
+def tool(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """Decorates the main function of a tool, which takes the arguments and returns the exit code.
+
+    A UserError is printed and gives its exit code; Ctrl-C gives 130, and a reader that has left (``| head``) 141.
+    """
+
+    @functools.wraps(main)
+    def run(arguments: Sequence[str] | None = None) -> int:
+        try:
+            with reader_may_leave():
+                return main(arguments)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            return _EXIT_SIGNAL + signal.SIGINT
+
+    return run
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Exits with 141, silently, if standard output was closed by its reader meanwhile."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its own exit
+        sys.exit(_EXIT_SIGNAL + signal.SIGPIPE)

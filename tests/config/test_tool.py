@@ -1,0 +1,49 @@
+"""Tools end without a traceback where there is no defect."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+
+from hstu.config.errors import DataError
+from hstu.config.tool import tool
+from tests.conftest import REPOSITORY
+
+
+@pytest.mark.parametrize(("error", "code"), [(DataError("no such file"), 3), (KeyboardInterrupt(), 130)], ids=str)
+def test_a_mistake_and_ctrl_c_give_their_exit_code(
+    error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @tool
+    def main(_: Sequence[str] | None) -> int:
+        raise error
+
+    assert main([]) == code
+    assert capsys.readouterr().err in ("error: no such file\n", "")
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    @tool
+    def main(_: Sequence[str] | None) -> int:
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        main([])
+
+
+@pytest.mark.parametrize("flag", ["--explain", "--print-config"])
+def test_a_reader_that_leaves_ends_it_silently(flag: str) -> None:
+    config = ["--gin-config-file", "configs/ml_1m_ranking.gin"] if flag == "--print-config" else []
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        [sys.executable, "pretrain_gr_ranking.py", flag, *config],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, b"")

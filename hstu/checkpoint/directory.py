@@ -152,7 +152,7 @@ def read_manifest(root: Path) -> Files:
         raise DamagedCheckpoint(
             f"{root} is not a complete checkpoint: it has no {MANIFEST}. Load another checkpoint."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} is damaged ({error}). Load another checkpoint.") from None
     return dict(files)
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Size, Tensor
 
-from hstu.checkpoint.directory import listed_files, torch_load, torch_save
+from hstu.checkpoint.directory import DamagedCheckpoint, listed_files, torch_load, torch_save
 from hstu.checkpoint.raw_ids import RowRemap
 from hstu.checkpoint.tensors import CONSOLIDATED, DYNAMIC, is_export, load_safetensors
 from hstu.config.errors import DataError
@@ -84,8 +84,14 @@ def read_table_dicts(path: Path) -> TableDicts:
     """Read the files of one rank. The tensors are memory mapped."""
     tables: TableDicts = torch_load(path, mmap=True)
     listed = times_file(path) in listed_files(path.parent, times_file(path).name)
-    times = json.loads(times_file(path).read_text()) if listed else {}
-    return {name: fields | {_TIMES: tuple(map(tuple, times.get(name, ())))} for name, fields in tables.items()}
+    try:
+        times = json.loads(times_file(path).read_text()) if listed else {}
+        logs = {name: tuple((float(moment), int(step)) for moment, step in times.get(name, ())) for name in tables}
+        return {name: fields | {_TIMES: logs[name]} for name, fields in tables.items()}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise DamagedCheckpoint(
+            f"{times_file(path)} does not fit {path.name} ({error}). Load another checkpoint."
+        ) from error
 
 
 def read_tables(root: Path) -> dict[str, list[TableContent]]:

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from hstu.checkpoint.directory import check_files, describe_files, temporary_path, write_manifest
 from hstu.checkpoint.dynamic import export_sizes, fill_export, read_tables
+from hstu.checkpoint.progress import EXPORT_VERSION
 from hstu.checkpoint.tensors import AVERAGE, CONSOLIDATED, join_name, open_tensors, read_metadata, split_name
 from hstu.config.errors import DataError
 from hstu.parallel.dynamic.content import TableContent
 from hstu.parallel.shards import ShardedView
 
-FORMAT, VERSION = "hstu-export", 1
+FORMAT = "hstu-export"
 _GIN = "operative.gin"
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -57,7 +58,7 @@ def export(checkpoint: Path, output: Path) -> Path:
     metadata = read_metadata(checkpoint)
     config = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": EXPORT_VERSION,
         "iteration": metadata["iteration"],
         "versions": metadata.get("versions", {}),
         "tables": {name: _table(entry, dynamic.get(name)) for name, entry in metadata.get("tables", {}).items()},

@@ -53,7 +53,7 @@ class Run:
                 raise ValueError("checkpoints must be a string or null")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{path} cannot be read as the description of a run ({error})") from error
         return run
 

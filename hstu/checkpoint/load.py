@@ -245,7 +245,12 @@ def _read_dynamic(root: Path, state: TrainState, mesh: Mesh, options: LoadOption
 
 def _restore_metadata(root: Path, state: TrainState, mesh: Mesh) -> None:
     stored = read_metadata(root)
-    state.load_metadata(stored)
+    try:
+        state.load_metadata(stored)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DamagedCheckpoint(
+            f"{root / 'progress.json'} is damaged: it lacks a part of the state, {error}. Load another checkpoint."
+        ) from error
     ranks, group = stored["world_size"], stored.get("tensor_parallel_size", 1)
     if (ranks, group) == (mesh.world_size, mesh.tp_size):  # the generators of a group must agree
         set_random_state(torch_load(verified_file(root, f"rng_rank{mesh.rank}.pt")), mesh.device)

@@ -6,7 +6,6 @@ other weight and has states ``optimizer.dense.<parameter>.<state>``.
 
 from __future__ import annotations
 
-import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from torch.distributed.checkpoint.planner import LoadPlan
 
 from hstu.checkpoint.directory import listed_files, verified_file
+from hstu.checkpoint.progress import EXPORT, PROGRESS, read_checked
 from hstu.checkpoint.tensor_index import INDEX, IndexReader
 from hstu.config.errors import DataError
 from hstu.parallel.shards import ShardedView
@@ -96,9 +96,8 @@ def is_export(root: Path) -> bool:
 
 def read_metadata(root: Path) -> dict[str, Any]:
     """Return what a checkpoint (progress.json) or an export (config.json) says about its run."""
-    name = "config.json" if is_export(root) else "progress.json"
-    metadata: dict[str, Any] = json.loads(verified_file(root, name).read_text(encoding="utf-8"))
-    return metadata
+    name, check = ("config.json", EXPORT) if is_export(root) else ("progress.json", PROGRESS)
+    return read_checked(verified_file(root, name), check)
 
 
 class ShardedTensors(StoredTensors):

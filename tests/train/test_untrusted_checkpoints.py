@@ -1,9 +1,12 @@
 """Checkpoints that somebody has made in order to run code here, or to have other files read. Their manifests fit."""
 
+import json
 import pickle
+import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from hstu.checkpoint.directory import (
     write_manifest,
 )
 from hstu.checkpoint.export import export
+from hstu.checkpoint.load import load
 from hstu.config.errors import DataError
 from hstu.data.store import SequenceStore
 from hstu.parallel.mesh import Mesh
@@ -179,3 +183,58 @@ def test_auto_does_not_fall_back_from_a_checkpoint_of_a_newer_program(
     config = tiny_config("retrieval", store, output, trainer=trainer, tables=tables_with_dynamic(store, 11))
     with pytest.raises(NewerCheckpoint, match="newer version of this program"):
         run(config, mesh)
+
+
+def mutants(document: Any) -> Iterator[Any]:
+    """Copies of a JSON document in which one value is replaced, or one field is missing."""
+    strange = ("", "text", -1, 1.5, 10**400, None, [], {}, True, {"value": None}, [[[]]])
+    places: list[list[Any]] = [[]]
+    for place in places:
+        value = document
+        for step in place:
+            value = value[step]
+        steps = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+        places += [[*place, step] for step in steps]
+    for place in places[1:]:
+        for replacement in (*strange, float("nan"), "DELETE"):
+            copied = json.loads(json.dumps(document))
+            holder = copied
+            for step in place[:-1]:
+                holder = holder[step]
+            if replacement == "DELETE":
+                del holder[place[-1]]
+            else:
+                holder[place[-1]] = replacement
+            yield copied
+
+
+def test_a_progress_file_of_strange_values_is_refused_or_harmless(
+    checkpoint: Path, output: Path, store: SequenceStore, mesh: Mesh
+) -> None:
+    config = tiny_config("retrieval", store, output / "new", tables=tables_with_dynamic(store, 11))
+    trainer, outcomes = build(config, mesh), Counter[str]()
+    progress = json.loads((checkpoint / "progress.json").read_text())
+    progress["carried"]["running_loss"] = {"sum": 1.0, "steps": 1}
+    every = list(mutants(progress))
+    for mutant in random.Random(5).sample(every, 150):
+        replace(checkpoint, "progress.json", json.dumps(mutant).encode())
+        try:
+            load(checkpoint, trainer.state, mesh)
+            list(describe(checkpoint))
+            json.dumps(trainer.state.metadata())
+            outcomes["harmless"] += 1
+        except DataError as error:
+            assert "progress.json is damaged" in str(error)
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 100 and outcomes["harmless"] > 5, outcomes
+    for text in ("", "[]", "null", "[" * 10**5, '{"iteration": 1e999}'):
+        replace(checkpoint, "progress.json", text.encode())
+        with pytest.raises(DamagedCheckpoint, match=r"progress\.json is damaged"):
+            load(checkpoint, trainer.state, mesh)
+
+
+def test_an_export_of_a_newer_program_is_not_damaged(checkpoint: Path, output: Path) -> None:
+    exported = export(checkpoint, output / "exported")
+    replace(exported, "config.json", b'{"version": 2}')
+    with pytest.raises(NewerCheckpoint, match="exported by a newer version"):
+        list(describe(exported))

@@ -224,7 +224,7 @@ def test_a_progress_file_of_strange_values_is_refused_or_harmless(
             json.dumps(trainer.state.metadata())
             outcomes["harmless"] += 1
         except DataError as error:
-            assert "progress.json is damaged" in str(error)
+            assert str(checkpoint) in str(error)
             outcomes["refused"] += 1
     assert outcomes["refused"] > 100 and outcomes["harmless"] > 5, outcomes
     for text in ("", "[]", "null", "[" * 10**5, '{"iteration": 1e999}'):

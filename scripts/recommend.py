@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from hstu import api
 from hstu.config.errors import EXIT_DONE, DataError
 from hstu.config.tool import tool
+from hstu.data.store import USER_FEATURE
 from hstu.observe.logging import quiet_libraries
 
 _SHOWN = 10
@@ -38,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.run_dir is None and options.ckpt is None:
         parser.error("give --run_dir, --ckpt or both")
-    if options.actions and not options.items:
-        parser.error("--actions belongs to --items")
+    if (options.actions or options.times) and not options.items:
+        parser.error("--actions and --times belong to --items")
     if options.top < 1:
         parser.error("--top must be at least 1")
     quiet_libraries()
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "reads them, actions, timestamps and context; user names the history; - for stdin",
     )
     add("--actions", help="the actions of --items, separated by commas")
+    add("--times", help="the times of --items, seconds since 1970, separated by commas")
     add("--top", type=int, default=10, help="items per user (default 10)")
     add("--format", choices=("text", "json", "csv"), default="text", help="form of the output (default text)")
     add("--output", type=Path, help="file to write; default: the terminal")
@@ -78,6 +80,8 @@ def _recommend(options: argparse.Namespace) -> None:
     unknown_values: dict[str, list[Any]] = {}
     if wanted is None:
         answered, unknown_values = trained.recommend_for(given, options.top)
+        if options.items:
+            unknown_values.pop(USER_FEATURE, None)  # the history has no user, only a label
     else:
         known, unknown_users = trained.known_users(wanted)
         if not known:
@@ -113,8 +117,12 @@ def _users(options: argparse.Namespace) -> list[str]:
 
 def _histories(options: argparse.Namespace) -> list[api.History]:
     if options.items:
-        actions = options.actions.split(",") if options.actions else None
-        return [api.History("given by hand", options.items.split(","), actions)]
+        entry: dict[str, Any] = {"user": "given by hand", "items": options.items.split(",")}
+        if options.actions:
+            entry["actions"] = options.actions.split(",")
+        if options.times:
+            entry["timestamps"] = [_seconds(text) for text in options.times.split(",")]
+        return [api.History(**entry)]
     text = _read(options.histories)
     entries = (
         _parse(text, options.histories)
@@ -122,6 +130,13 @@ def _histories(options: argparse.Namespace) -> list[api.History]:
         else [_parse(line, f"{options.histories}:{number}") for number, line in enumerate(text.split("\n"), 1) if line]
     )
     return [_history(entry, number, options.histories) for number, entry in enumerate(entries, 1)]
+
+
+def _seconds(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise DataError(f"--times: {text!r} is not a whole number of seconds since 1970") from None
 
 
 def _history(entry: Any, number: int, file: str) -> api.History:

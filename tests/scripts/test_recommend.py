@@ -70,6 +70,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "lines": [*model, "--histories", str(directory / "lines.json"), "--format", "json"],
         "items": [*model, "--items", "nothing", "--actions", "2"],
         "no actions": [*model, "--items", "nothing"],
+        "times": [*model, "--items", "item, 1", "--times", "1717000000,noon"],
         "wrong": [*model, "--histories", str(directory / "wrong.json")],
         "misspelt": [*model, "--histories", str(directory / "misspelt.json")],
         "no file": [*model, "--users_file", str(directory / "absent")],
@@ -148,6 +149,7 @@ def test_an_export_answers_histories_without_the_data(results: dict[str, Any]) -
     ("case", "told"),
     [
         ("no actions", "has no actions, but the model reads 'did'"),
+        ("times", "--times: 'noon' is not a whole number of seconds since 1970"),
         ("wrong", "wrong.json: history 1: items must be a list of strings or whole numbers"),
         ("misspelt", "misspelt.json: history 1: action is not known; allowed: user, items, actions"),
         ("no file", "absent cannot be read"),

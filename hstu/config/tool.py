@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from hstu.config.errors import UserError
+from hstu.config.errors import EXIT_BAD_DATA, UserError
+from hstu.config.printable import printable
 
 _EXIT_SIGNAL = 128
 """Shells add the number of the signal to this."""
@@ -18,7 +19,8 @@ _EXIT_SIGNAL = 128
 def tool(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     """Decorates the main function of a tool, which takes the arguments and returns the exit code.
 
-    A UserError is printed and gives its exit code; Ctrl-C gives 130, and a reader that has left (``| head``) 141.
+    A UserError is printed and gives its exit code, and a file that cannot be read or written gives 3. Ctrl-C gives 130,
+    and a reader that has left (``| head``) 141.
     """
 
     @functools.wraps(main)
@@ -29,6 +31,11 @@ def tool(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
+        except OSError as error:  # a place that cannot be read or written
+            if error.filename is None:
+                raise
+            print(f"error: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
+            return EXIT_BAD_DATA
         except KeyboardInterrupt:
             return _EXIT_SIGNAL + signal.SIGINT
 

@@ -1,5 +1,6 @@
 """Tools end without a traceback where there is no defect."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,16 +13,24 @@ from hstu.config.tool import tool
 from tests.conftest import REPOSITORY
 
 
-@pytest.mark.parametrize(("error", "code"), [(DataError("no such file"), 3), (KeyboardInterrupt(), 130)], ids=str)
-def test_a_mistake_and_ctrl_c_give_their_exit_code(
-    error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (DataError("no such file"), 3, "error: no such file\n"),
+        (OSError(errno.EROFS, "Read-only file system", "/exports"), 3, "error: /exports: Read-only file system\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+    ids=str,
+)
+def test_a_mistake_a_place_that_cannot_be_used_and_ctrl_c_give_their_exit_code(
+    error: BaseException, code: int, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @tool
     def main(_: Sequence[str] | None) -> int:
         raise error
 
     assert main([]) == code
-    assert capsys.readouterr().err in ("error: no such file\n", "")
+    assert capsys.readouterr().err == told
 
 
 def test_a_defect_keeps_its_traceback() -> None:

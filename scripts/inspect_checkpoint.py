@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint, a directory of them (the newest is used), or an export")
     parser.add_argument("--verify", action="store_true", help="read every file and compare checksums")
+    parser.add_argument("--optimizer", action="store_true", help="name each state of the optimizers")
     parser.add_argument("--diff", metavar="OTHER", help="another one: differing facts, gin lines and tensors")
     options = parser.parse_args(arguments)
     quiet_libraries()
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.diff:
         return _diff(root, locate(options.diff))
     if not options.verify:
-        print("\n".join(describe(root)))
+        print("\n".join(describe(root, options.optimizer)))
     return EXIT_DONE
 
 

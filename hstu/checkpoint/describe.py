@@ -17,18 +17,27 @@ from hstu.checkpoint.tensors import DYNAMIC, StoredTensors, is_export, open_tens
 from hstu.parallel.dynamic.content import TableContent, merged
 from hstu.parallel.dynamic.slots import counts_of, steps_of
 
+_OPTIMIZER = "optimizer."
 
-def describe(root: Path) -> Iterator[str]:
-    """Describe the state of the run, the tensors with their sizes, and the files."""
+
+def describe(root: Path, with_optimizer: bool = False) -> Iterator[str]:
+    """Describe the state of the run, the tensors with their sizes, and the files.
+
+    ``with_optimizer``: name each state of the optimizers; otherwise they are one line.
+    """
     files, tensors = read_manifest(root), open_tensors(root)
     bytes_of = {name: math.prod(size) * tensors.dtypes[name].itemsize for name, size in tensors.sizes.items()}
     yield f"{'export' if is_export(root) else 'checkpoint'} {root}"
     for name, value in _facts(root).items():
         yield f"  {name:<22} {value}"
     yield f"\n{len(bytes_of)} tensors, {sum(bytes_of.values()):,} bytes"
-    for name in sorted(bytes_of):
+    states = [] if with_optimizer else [name for name in bytes_of if name.startswith(_OPTIMIZER)]
+    for name in sorted(bytes_of.keys() - states):
         dtype = str(tensors.dtypes[name]).removeprefix("torch.")
         yield f"  {bytes_of[name]:>14,}  {dtype:<9} {_shape(tensors.sizes[name]):<16} {name}"
+    if states:
+        total = sum(bytes_of[name] for name in states)
+        yield f"  {total:>14,}  {len(states)} states of the optimizers (--optimizer lists them)"
     yield f"\n{len(files)} files, {sum(entry['bytes'] for entry in files.values()):,} bytes"
     for name, entry in files.items():
         yield f"  {entry['bytes']:>14,}  {name}"

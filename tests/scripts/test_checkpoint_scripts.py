@@ -58,11 +58,17 @@ def test_inspecting_prints_the_run_the_tensors_and_the_files(trained: Path, caps
         ["iteration", "4"],
         ["ranks", "1 in groups of 1"],
         ["table item_id_table", f"{ITEMS} × 16 of item_id"],
-        ["float32", f"[{ITEMS}, 16]", "optimizer.tables.item_id_table.exp_avg"],
+        ["states of the optimizers", "--optimizer"],
         [f"{ITEMS * 16 * 4:,}", "model.tables.item_id_table"],
         ["operative.gin"],
     ):
         assert any(all(word in line for word in words) for line in output.splitlines()), words
+
+
+def test_the_states_of_the_optimizers_are_listed_on_request(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect_checkpoint.main([str(trained / "checkpoints"), "--optimizer"]) == 0
+    words = ["float32", f"[{ITEMS}, 16]", "optimizer.tables.item_id_table.exp_avg"]
+    assert any(all(word in line for word in words) for line in capsys.readouterr().out.splitlines())
 
 
 def test_verifying_names_a_flipped_byte(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,12 +19,20 @@ from tests.config.gin_files import BASES, task_of, write
 TEXT = st.text(max_size=8)
 SIMPLE = {
     bool: st.booleans(),
-    int: st.integers(-1, 2**40),
-    float: st.floats(0, 1e6) | st.floats(0, 1),
     str: TEXT,
     list[str]: st.lists(TEXT, max_size=40),
     list[int]: st.lists(st.integers(0, 99), max_size=4),
 }
+
+
+def numbers(kind: type, field: Any) -> st.SearchStrategy[Any]:
+    """Numbers between the limits of a field, and up to 2^40 or 10^6 where it has no upper one."""
+    limits = field.metadata
+    lowest, highest = limits["minimum"] or limits["above"] or 0, limits["maximum"] or limits["below"]
+    if kind is int:
+        return st.integers(-1 if lowest == 0 else int(lowest), 2**40 if highest is None else int(highest))
+    highest = 1e6 if highest is None else highest
+    return st.floats(lowest, highest) | st.floats(lowest, min(1, highest))
 
 
 def values_of(cls: type, field: Any) -> st.SearchStrategy[Any]:
@@ -38,10 +46,10 @@ def values_of(cls: type, field: Any) -> st.SearchStrategy[Any]:
         return st.none() | st.sampled_from(field.metadata["words"]) | st.floats(0, 1e6, exclude_min=True)
     annotation = annotation_of(cls, field)
     optional = [inner for inner in typing.get_args(annotation) if inner in SIMPLE]
-    simple = annotation if annotation in SIMPLE else optional[0]
-    is_share = simple is float and 1 in (field.metadata["maximum"], field.metadata["below"])
-    values = st.floats(0, 1) if is_share else SIMPLE[simple]
-    values = values if annotation in SIMPLE else values | st.none()
+    optional = optional or [inner for inner in typing.get_args(annotation) if inner in (int, float)]
+    simple = annotation if annotation in (*SIMPLE, int, float) else optional[0]
+    values = numbers(simple, field) if simple in (int, float) else SIMPLE[simple]
+    values = values if annotation is simple else values | st.none()
     return values.filter(lambda value: not field_problems(cls, field, value))
 
 

@@ -109,7 +109,7 @@ def test_a_mistake_is_told_with_its_line(text: str, tmp_path: Path, line: str, s
 
 
 def test_more_memory_than_there_is_is_told(text: str, tmp_path: Path) -> None:
-    (found,) = problems(tmp_path, text, "NetworkArgs.hidden_size = 10000000")
+    (found,) = problems(tmp_path, text, "NetworkArgs.hidden_size = 100000", "NetworkArgs.num_layers = 1000")
     assert re.search(r"train_batch_size = 8: a rank needs about [\d.]+ GB, and this host has [\d.]+ GB", found)
     (found,) = problems(tmp_path, text, "item_id_table/EmbeddingArgs.item_vocab_size_or_capacity = 10000000000")
     assert "the rows of the model_parallel tables have 640.00 GB, for which there is no room on 1 rank;" in found

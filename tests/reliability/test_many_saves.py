@@ -60,7 +60,7 @@ def save_many(mesh: Mesh, directory: str, saves: int, keep: int, background: boo
     seconds = time.monotonic() - begun
     looking.set()
     watcher.join()
-    names = sorted(path.name for path in Path(directory).iterdir())
+    names = sorted(path.name for path in Path(directory).iterdir() if path.name != ".lock")
     return {"seen": [min(seen), max(seen), len(seen)], "memory": memory, "names": names, "seconds": seconds}
 
 

@@ -60,7 +60,8 @@ def gradients(mesh: Mesh, store: SequenceStore, output: Path, **options: Any) ->
     trainer.pipeline.step.check.mask = keep  # type: ignore[method-assign]
     trainer.pipeline.progress(trainer.source.train_batches(trainer.state.position))
     weights = trainer.state.optimizers.dense.parameters.values()
-    found["weights"] = torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None]) / TINY_LOSS
+    dense = [weight.grad.to_dense().flatten() for weight in weights if weight.grad is not None]
+    found["weights"] = torch.cat(dense) / TINY_LOSS
     trainer.run_directory.close()
     return found
 

@@ -32,6 +32,7 @@ from hstu.checkpoint.tensors import TABLES, open_tensors
 from hstu.config.args import DatasetArgs, RetrievalArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.gin_io import load_stored
+from hstu.config.printable import printable
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
 from hstu.data.jagged import ranges
@@ -342,13 +343,13 @@ class TrainedModel:
 
 
 def format_recommendations(recommendations: Iterable[Recommendation]) -> str:
-    """Format recommendations for printing, one block per user."""
+    """Format recommendations for printing, one block per user; control characters of ids and titles as codes."""
     lines = []
     for entry in recommendations:
-        lines.append(f"\nuser {entry.user}")
+        lines.append(f"\nuser {printable(str(entry.user), keep='')}")
         for place, (item, title, score) in enumerate(zip(entry.items, entry.titles, entry.scores, strict=True), 1):
             raw_id = f"  [{item}]" if title != str(item) else ""
-            lines.append(f"  {place:>3}.  {score:6.3f}  {title}{raw_id}")
+            lines.append(f"  {place:>3}.  {score:6.3f}  {printable(f'{title}{raw_id}', keep='')}")
     return "\n".join(lines)
 
 

@@ -127,6 +127,12 @@ def test_the_recommendations_of_a_user_do_not_depend_on_the_other_users(trained:
         np.testing.assert_allclose(entry.scores, alone.scores, rtol=1e-5)
 
 
+def test_printed_ids_and_titles_steer_no_terminal() -> None:
+    recommendation = Recommendation("zo\x1b[2Je", ["A\n7"], ["Skis\r"], [0.5])
+    lines = api.format_recommendations([recommendation]).splitlines()
+    assert lines == ["", r"user zo\x1b[2Je", r"    1.   0.500  Skis\r  [A\n7]"]
+
+
 def test_recommendations_are_printed_with_users_places_scores_and_titles() -> None:
     recommendation = Recommendation("zoe", ["A-7", "B-1"], ["Alpine skis", "B-1"], [0.98765, -0.5])
     assert api.format_recommendations([recommendation]).splitlines() == [

@@ -51,7 +51,7 @@ class Run:
                 raise ValueError("id and directory must be strings")
             if not isinstance(run.checkpoints, str | None):
                 raise ValueError("checkpoints must be a string or null")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{path} cannot be read as the description of a run ({error})") from error

@@ -138,7 +138,6 @@ def momentum_has_sgd(run: RunConfig) -> Iterator[Problem]:
     optimizer = run.optimizer
     if optimizer.momentum > 0:
         kinds = {optimizer.optimizer_str, *(part.optimizer_str for part in optimizer.part_optimizers)}
-        kinds |= {table.optimizer_str for table in run.embeddings if table.sharding_type == "data_parallel"}
         if "sgd" not in kinds:
             text = f"is for sgd and has no effect with {run.cite(optimizer, 'optimizer_str')}; remove it"
             yield run.problem(optimizer, "momentum", text)

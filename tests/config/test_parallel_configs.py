@@ -52,7 +52,8 @@ def ml_1m(raw_data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_on_two_ranks(name: str, directory: Path, bindings: dict[str, Any]) -> list[dict[str, Any]]:
     """Run configs/``name`` with ``bindings`` to its end; the records of its metrics.jsonl."""
     task = "retrieval" if "retrieval" in name else "ranking"
-    given = SHORT | bindings | {"TrainerArgs.output_dir": str(directory)}
+    places = {"output_dir": directory, "ckpt_save_dir": directory / "checkpoints"}
+    given = SHORT | bindings | {f"TrainerArgs.{name}": str(place) for name, place in places.items()}
     command = [f"pretrain_gr_{task}.py", "--gin-config-file", f"configs/{name}", "--gin-bindings"]
     codes, output = run_script(*command, *(f"{option} = {value!r}" for option, value in given.items()), ranks=2)
     assert codes == [0, 0], output

@@ -250,6 +250,7 @@ def test_the_benchmark_runs_small(tmp_path: Path) -> None:
         "TrainerArgs__log_interval": 1,
         "BenchmarkDatasetArgs__num_generated_batches": 2,
         "TrainerArgs__output_dir": str(tmp_path / "run"),
+        "TrainerArgs__ckpt_save_interval": -1,
         "TrainerArgs__tensorboard": False,
     }
     codes, output = run_script(RANKING, "--gin-config-file", "configs/benchmark_ranking.gin", *bindings(**small))

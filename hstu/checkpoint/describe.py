@@ -13,11 +13,9 @@ from torch import Tensor
 from hstu.checkpoint.directory import read_manifest, verified_file
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.matching import config_differences
-from hstu.checkpoint.tensors import DYNAMIC, StoredTensors, is_export, open_tensors, read_metadata
+from hstu.checkpoint.tensors import DYNAMIC, STATES, StoredTensors, is_export, open_tensors, read_metadata
 from hstu.parallel.dynamic.content import TableContent, merged
 from hstu.parallel.dynamic.slots import counts_of, steps_of
-
-_OPTIMIZER = "optimizer."
 
 
 def describe(root: Path, with_optimizer: bool = False) -> Iterator[str]:
@@ -31,7 +29,7 @@ def describe(root: Path, with_optimizer: bool = False) -> Iterator[str]:
     for name, value in _facts(root).items():
         yield f"  {name:<22} {value}"
     yield f"\n{len(bytes_of)} tensors, {sum(bytes_of.values()):,} bytes"
-    states = [] if with_optimizer else [name for name in bytes_of if name.startswith(_OPTIMIZER)]
+    states = [] if with_optimizer else [name for name in bytes_of if name.startswith(STATES)]
     for name in sorted(bytes_of.keys() - states):
         dtype = str(tensors.dtypes[name]).removeprefix("torch.")
         yield f"  {bytes_of[name]:>14,}  {dtype:<9} {_shape(tensors.sizes[name]):<16} {name}"

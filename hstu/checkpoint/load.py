@@ -23,7 +23,7 @@ from hstu.checkpoint.dynamic import load_table, read_tables, table_problems
 from hstu.checkpoint.matching import ConfigDifference, LoadOptions, TensorMatch, config_differences, match_tensors
 from hstu.checkpoint.raw_ids import RawIds, RowRemap, remap_rows
 from hstu.checkpoint.state import TrainState, set_random_state
-from hstu.checkpoint.tensors import TABLES, StoredTensors, is_export, open_tensors, read_metadata, split_name
+from hstu.checkpoint.tensors import STATES, TABLES, StoredTensors, is_export, open_tensors, read_metadata, split_name
 from hstu.config.errors import DataError
 from hstu.data.batch import NEGATIVES
 from hstu.model.embedding import TableSpec
@@ -125,7 +125,7 @@ def _report_changes(root: Path, differences: list[ConfigDifference]) -> None:
 
 def _remedy(problems: list[str]) -> str:
     remedy = "Load another one, or change the model back. TrainerArgs.ckpt_load_strict = False loads what fits"
-    if problems and all(problem.startswith("optimizer.") for problem in problems):
+    if problems and all(problem.startswith(STATES) for problem in problems):
         return f"{remedy}; ckpt_load_optimizer = False loads only the weights and starts at iteration 0."
     return f"{remedy} and reports the rest."
 

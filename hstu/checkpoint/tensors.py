@@ -41,15 +41,16 @@ DYNAMIC = "dynamic."
 """Ids and rows of dynamic tables in an export. A checkpoint has separate files for them."""
 AVERAGE = "average"
 """The optimizer state that is also a weight: its moving average (OptimizerArgs.ema_decay)."""
-_STATES = "optimizer."
+STATES = "optimizer."
+"""What the names of all optimizer states begin with."""
 _DENSE_STATES = "optimizer.dense."
 
 
 def split_name(name: str) -> tuple[str, str]:
     """Return the weight that a tensor is or belongs to, and the name of its optimizer state ("" for the weight)."""
-    if not name.startswith(_STATES):
+    if not name.startswith(STATES):
         return name, ""
-    prefix = _DENSE_STATES if name.startswith(_DENSE_STATES) else _STATES
+    prefix = _DENSE_STATES if name.startswith(_DENSE_STATES) else STATES
     parameter, _, state = name.removeprefix(prefix).rpartition(".")
     return f"{WEIGHTS}{parameter}", state
 
@@ -58,7 +59,7 @@ def join_name(weight: str, state: str) -> str:
     """Invert ``split_name``."""
     if not state:
         return weight
-    prefix = _STATES if weight.startswith(TABLES) else _DENSE_STATES
+    prefix = STATES if weight.startswith(TABLES) else _DENSE_STATES
     return f"{prefix}{weight.removeprefix(WEIGHTS)}.{state}"
 
 

@@ -66,7 +66,7 @@ class HSTULayer(nn.Module):
         self.network = network
         self.kernels = kernels
         self.attention_config = AttentionConfig(
-            alpha=network.kv_channels**-0.5 if network.attention_scale is None else network.attention_scale,
+            alpha=network.score_factor,
             scaling_seqlen=network.scaling_seqlen if network.scaling_seqlen > 0 else max_tokens,
             is_causal=network.is_causal,
             contextual_mask=not network.disable_contextual_mask,

@@ -103,8 +103,7 @@ class PaddedLayer(nn.Module):
         projected = F.silu(self.uvqk(self.input_norm(x)))
         u, v, q, k = projected.unflatten(2, (network.num_attention_heads, 4, network.kv_channels)).unbind(3)
         bias = self._bias(times).unsqueeze(1) if network.has_relative_bias else None
-        scale = network.kv_channels**-0.5 if network.attention_scale is None else network.attention_scale
-        attended = padded_attention(q, k, v, mask, scale, self.max_items, bias)
+        attended = padded_attention(q, k, v, mask, network.score_factor, self.max_items, bias)
         gate = self.output_norm(attended.flatten(2)) * u.flatten(2)
         gated = F.dropout(gate, network.hidden_dropout, self.training)
         return x + self.out(gated)

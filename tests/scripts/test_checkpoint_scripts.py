@@ -1,7 +1,5 @@
 """Calls inspect_checkpoint.py, export.py and recommend.py as a user does."""
 
-import contextlib
-import io
 import json
 import shutil
 import sys
@@ -16,13 +14,13 @@ from hstu.checkpoint.tensors import load_safetensors, open_tensors
 from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store
 from tests.distributed.launch import run_cases, run_ranks
+from tests.scripts.test_recommend import recommend_from
 from tests.train.tiny import ITEMS, run, skip_measuring_the_peak, tiny_config, walks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import export
 import inspect_checkpoint
-import recommend
 
 FIRST, LAST = "iteration_00000002", "iteration_00000004"
 
@@ -161,14 +159,3 @@ def test_a_run_a_checkpoint_and_an_export_recommend_the_same(trained: Path, expo
     assert results["older"][0] == 0 and results["older"][1] != printed
     assert results["ranking"][0] == 3 and "belongs to a ranking run" in results["ranking"][2]
     assert results["missing"][0] == 3 and "no complete checkpoint" in results["missing"][2]
-
-
-def recommend_from(cases: dict[str, list[str]]) -> dict[str, Any]:
-    """Run scripts/recommend.py with each list of arguments; return its exit codes, outputs and errors."""
-    results = {}
-    for name, arguments in cases.items():
-        output, errors = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            code = recommend.main(arguments)
-        results[name] = [code, output.getvalue(), errors.getvalue()]
-    return results

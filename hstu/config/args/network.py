@@ -94,6 +94,11 @@ class NetworkArgs(Args):
         return "relative_bias" in self.position_encoding
 
     @property
+    def score_factor(self) -> float:
+        """Factor of the products of queries and keys."""
+        return self.kv_channels**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
     def item_width(self) -> int:
         """Width of the item and action tables."""
         return self.item_embedding_dim if self.item_embedding_dim > 0 else self.hidden_size

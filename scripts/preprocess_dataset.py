@@ -178,6 +178,7 @@ def _add_own_table(add: Callable[..., argparse.Action]) -> None:
     add("--action", help="column of the action, integers >= 0 or a few texts")
     add("--time", help="column of the time, a number since 1970 or a date; without it: order of the rows")
     add("--time_unit", choices=(*TIME_UNITS, "auto"), default="s", help="unit of times that are numbers")
+    add("--split", help="column that says which events are train, valid and test, in this order within a user")
     add("--context", type=Path, help="table with one row per user, with the same user column")
     add(
         "--context_columns", help="columns of --context or of the interactions, as a,b,c; also the user column", **names

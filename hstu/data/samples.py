@@ -13,9 +13,11 @@ import numpy as np
 
 from hstu.config.args import DatasetArgs, Task
 from hstu.config.errors import ConfigError, DataError
+from hstu.config.option import is_given
+from hstu.config.problems import Cite, cite
 from hstu.data.hashing import hash_strings, random_bits
 from hstu.data.jagged import run_indices
-from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.data.store import USER_FEATURE, HeldOut, SequenceStore
 
 Split = Literal["train", "valid", "test", "all"]
 
@@ -42,8 +44,8 @@ class SampleTable:
     history_begin: np.ndarray
     """First event of the user; the seen items are those of [history_begin, target)."""
     report: dict[str, int] = field(default_factory=dict)
-    """users of the split; samples built from them; dropped_short users; truncated users, whose oldest events are in no
-    sample; events of all samples."""
+    """users of the split; samples built from them; dropped_short users, or targets without history; truncated users,
+    whose oldest events are in no sample; events of all samples."""
 
     def __len__(self) -> int:
         """S."""
@@ -83,11 +85,17 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
     on; "valid" and "test" are the users with later events, of which only the later ones are labelled. Both need one
     event more than candidates.
 
+    Data with a split of its own (SequenceStore.split) replaces these. Training sees the events before the first valid
+    or test one. For retrieval, each event of "valid" and "test" is a target. For ranking, each of them is a label of
+    one sample, whose history ends before it.
+
     "all": every user, unsplit (ranking on a second store). With window_stride, a long training history gives several
     samples, the newest first. Raises ConfigError for a split in time of data without times, DataError for damaged
     offsets. ``args`` obeys the rules of hstu/config/rules.
     """
     runs = _whole_histories(store)
+    if store.split is not None and split != "all":
+        return _of_given_split(store, runs, args, task, split)
     if task == "retrieval":
         return _leave_one_out(runs, args, split)
     if split == "all":
@@ -98,10 +106,22 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
         return in_windows(samples, args, unlabelled=0) if split == "train" else samples
     cut = _cut_events(store, args.train_fraction)
     if split == "train":
-        earlier = _ranking_samples(_Runs(runs.user, runs.begin, cut).select(cut > runs.begin), args)
-        return in_windows(earlier, args, unlabelled=0)
+        return _ranking_before(runs, cut, args)
     later = runs.stop - cut
     return _ranking_samples(runs.select(later > 0), args, num_later=later[later > 0])
+
+
+def check_split(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> None:
+    """Raises ConfigError, worded by ``cite``, for options that contradict the split that the data has."""
+    if store.split is None:
+        return
+    text = (
+        f"has no effect, because the data says itself which events are train, valid and test (column {store.split!r}); "
+        "remove it, or preprocess the data without --split"
+    )
+    options = ("split", "valid_items", "train_fraction", "eval_dataset_path")
+    if problems := [cite(args, option, text) for option in options if is_given(args, option)]:
+        raise ConfigError(problems)
 
 
 def _whole_histories(store: SequenceStore) -> _Runs:
@@ -114,11 +134,19 @@ def _whole_histories(store: SequenceStore) -> _Runs:
 
 def _leave_one_out(runs: _Runs, args: DatasetArgs, split: Split) -> SampleTable:
     if split == "train":
-        stop = np.maximum(runs.stop - 1 - args.valid_items, runs.begin)
-        kept = _Runs(runs.user, runs.begin, stop).select(stop - runs.begin >= 2)
-        num_labels = np.minimum(kept.lengths, args.max_sequence_length) - 1
-        return in_windows(_table(kept, args, len(runs.user), num_labels), args, unlabelled=1)
-    target = runs.stop - 1 - (args.valid_items if split == "valid" else 0)
+        return _retrieval_before(runs, np.maximum(runs.stop - 1 - args.valid_items, runs.begin), args)
+    return _with_target(runs, runs.stop - 1 - (args.valid_items if split == "valid" else 0), args)
+
+
+def _retrieval_before(runs: _Runs, stop: np.ndarray, args: DatasetArgs) -> SampleTable:
+    """Training samples of the events before ``stop``, all of which but the first are labels."""
+    kept = _Runs(runs.user, runs.begin, stop).select(stop - runs.begin >= 2)
+    num_labels = np.minimum(kept.lengths, args.max_sequence_length) - 1
+    return in_windows(_table(kept, args, len(runs.user), num_labels), args, unlabelled=1)
+
+
+def _with_target(runs: _Runs, target: np.ndarray, args: DatasetArgs) -> SampleTable:
+    """Evaluation samples, one per run: the history before ``target``, of at least one event."""
     usable = target > runs.begin
     kept = _Runs(runs.user, runs.begin, target).select(usable)
     no_labels = np.zeros(len(kept.user), dtype=np.int64)
@@ -144,6 +172,52 @@ def _cut_events(store: SequenceStore, fraction: float) -> np.ndarray:
     # Events are in time order within a user, so the later ones are the last ones.
     num_later = np.diff(np.searchsorted(np.flatnonzero(times >= cut), store.offsets()))
     return np.asarray(store.offsets()[1:] - num_later, dtype=np.int64)
+
+
+def _of_given_split(
+    store: SequenceStore, runs: _Runs, args: DatasetArgs, task: Task, split: Literal["train"] | HeldOut
+) -> SampleTable:
+    begin, stop = store.held_out("valid" if split == "train" else split)
+    if ((begin < runs.begin) | (stop < begin) | (runs.stop < stop)).any():
+        raise DataError(f"{store.path}: the bounds of its splits are damaged; preprocess the data again")
+    if split == "train":
+        return (_retrieval_before if task == "retrieval" else _ranking_before)(runs, begin, args)
+    if task == "ranking":
+        return _labelled_once(runs, begin, stop, args)
+    rows, place = run_indices(stop - begin)
+    samples = _with_target(runs.select(rows), begin[rows] + place, args)
+    return replace(samples, report=samples.report | {"users": int((stop > begin).sum())})
+
+
+def _labelled_once(runs: _Runs, begin: np.ndarray, stop: np.ndarray, args: DatasetArgs) -> SampleTable:
+    """Ranking: each event of [begin, stop) is a label of one sample, which also has the events before it that fit.
+
+    Samples that are cut label half of their length at most, so that every label keeps as much history as that.
+    """
+    length, most = args.max_sequence_length, args.max_num_candidates
+    labelled = most or max(length // 2, 1)
+    older = np.maximum(-(-(stop - begin) // labelled) - 1, 0)
+    if not most:  # one sample from the first event on has the whole history of all its labels
+        older = np.minimum(older, -(-np.maximum(stop - runs.begin - length, 0) // labelled))
+    has_labels = stop > begin
+    rows, back = run_indices(np.where(has_labels, 1 + older, 0))
+    ends = stop[rows] - back * labelled
+    num_labels = np.where(back == older[rows], ends - begin[rows], labelled)
+    history_begin = runs.begin[rows]
+    if most:  # which need an event before them
+        num_labels = np.minimum(num_labels, ends - history_begin - 1)
+    kept = num_labels > 0
+    candidates = num_labels if most else np.zeros_like(num_labels)
+    samples = _table(
+        _Runs(runs.user[rows], history_begin, ends).select(kept), args, len(rows), num_labels[kept], candidates[kept]
+    )
+    return replace(samples, report=samples.report | {"users": int(has_labels.sum())})
+
+
+def _ranking_before(runs: _Runs, stop: np.ndarray, args: DatasetArgs) -> SampleTable:
+    """Training samples of the events before ``stop``."""
+    earlier = _Runs(runs.user, runs.begin, stop).select(stop > runs.begin)
+    return in_windows(_ranking_samples(earlier, args), args, unlabelled=0)
 
 
 def _ranking_samples(runs: _Runs, args: DatasetArgs, num_later: np.ndarray | None = None) -> SampleTable:

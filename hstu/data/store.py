@@ -4,6 +4,7 @@
     offsets.npy                   int64 [U + 1]: the events of user u are [offsets[u], offsets[u + 1])
     sequence.<feature>.npy        [E] item codes, actions or timestamps, of all users one after another
     context.<feature>.npy         [U] codes of a contextual feature
+    split.<split>.npy             int64 [U]: first event of "valid" and of "test", where the data says which those are
     vocabulary.<feature>.*        code -> raw id: int64 [cardinality], or UTF-8 bytes and their offsets
     titles.*                      item code -> human title, where the data has titles
 
@@ -33,13 +34,17 @@ from hstu.data.datasets.spec import USER_FEATURE
 from hstu.data.store_meta import description_problems
 
 FORMAT = "hstu-sequence-store"
-VERSION = 1
+VERSION = 2
+"""The newest version that this program reads."""
+WITHOUT_SPLIT = 1
+"""Version of a store without a split of its own, which earlier programs can read, too."""
 META_FILE = "meta.json"
 OFFSETS_FILE = "offsets.npy"
 UNKNOWN = "unknown"
 """Raw value of a contextual feature where a user has none."""
 
 Role = Literal["item", "action", "timestamp", "context"]
+HeldOut = Literal["valid", "test"]
 _OFFSET_SAMPLES = 1024
 _CHUNK = 1 << 22
 _HASHED_ON_OPENING = 8 << 20
@@ -65,6 +70,11 @@ class FeatureMeta:
 def feature_file(role: Role, feature: str) -> str:
     """File of a feature's values; any character may occur in the name."""
     return f"{'context' if role == 'context' else 'sequence'}.{quote(feature, safe='')}.npy"
+
+
+def split_file(split: HeldOut) -> str:
+    """File of the first event of each user that belongs to a split or to a later one."""
+    return f"split.{split}.npy"
 
 
 def strings_files(stem: str) -> tuple[str, str]:
@@ -95,6 +105,8 @@ class SequenceStore:
         self.action_feature: str | None = next(iter(self._named("action")), None)
         self.timestamp_feature: str | None = next(iter(self._named("timestamp")), None)
         self.contextual_features: tuple[str, ...] = self._named("context")
+        self.split: str | None = meta.get("split")
+        """The column of the raw data that says to which split an event belongs. None: options of a run say it."""
         self._files: dict[str, dict[str, Any]] = meta["files"]
         self.command: str | None = meta["command"]
         self._maps: dict[str, np.ndarray] = {}
@@ -145,6 +157,19 @@ class SequenceStore:
     def context(self, feature: str) -> np.ndarray:
         """int32 [U] codes of a contextual feature."""
         return self._feature_values(feature, of_context=True)
+
+    def held_out(self, split: HeldOut) -> tuple[np.ndarray, np.ndarray]:
+        """(begin, end), int64 [U] each: the events of a split that the data itself gives."""
+        begin = self._map(split_file(split))
+        return begin, self._map(split_file("test")) if split == "valid" else self.offsets()[1:]
+
+    def events_by_split(self) -> dict[str, int]:
+        """Split → its events, where the data has a split of its own; else empty."""
+        if self.split is None:
+            return {}
+        (valid, valid_end), (test, test_end) = self.held_out("valid"), self.held_out("test")
+        train = int((valid - self.offsets()[:-1]).sum())
+        return {"train": train, "valid": int((valid_end - valid).sum()), "test": int((test_end - test).sum())}
 
     def cardinality(self, feature: str) -> int:
         """Number of codes: values of the feature lie in [0, cardinality). For user_id the number of users."""
@@ -206,9 +231,13 @@ class SequenceStore:
         self.verify_values()
 
     def verify_values(self) -> None:
-        """Checks that offsets ascend, codes are in range and time ascends within users. Raises DataError."""
+        """Checks offsets and ranges of codes, and that times and splits ascend within users. Raises DataError."""
         if (np.diff(self.offsets()) < 1).any():
             raise self._damaged(OFFSETS_FILE, "a user has no events, or offsets are not ascending")
+        if self.split is not None:
+            bounds = (self.offsets()[:-1], self._map(split_file("valid")), self._map(split_file("test")))
+            if any((after < before).any() for before, after in pairwise([*bounds, self.offsets()[1:]])):
+                raise self._damaged(split_file("valid"), "a split begins outside the events of its user")
         for name, feature in self.features.items():
             file = feature_file(feature.role, name)
             for start, values in _chunks(self._map(file)):
@@ -258,6 +287,8 @@ class SequenceStore:
                 found = f"{array.dtype.str} {list(array.shape)}"
                 raise self._damaged(file, f"it holds {found} instead of {expected['dtype']} [{expected['length']}]")
         lengths = {OFFSETS_FILE: self.num_users + 1}
+        if self.split is not None:
+            lengths |= {split_file("valid"): self.num_users, split_file("test"): self.num_users}
         for name, feature in self.features.items():
             of_users = feature.role == "context"
             lengths[feature_file(feature.role, name)] = self.num_users if of_users else self.num_events

@@ -24,6 +24,8 @@ def description_problems(meta: Mapping[str, Any]) -> Iterator[str]:
         yield f"name is {meta.get('name')!r}"
     if not isinstance(meta.get("command", ""), str | None):
         yield f"command is {meta['command']!r}"
+    if "split" in meta and not _is_name(meta["split"]):
+        yield f"split is {meta['split']!r}"
     sources = meta.get("sources")
     if not isinstance(sources, dict) or not all(isinstance(digest, str) for digest in sources.values()):
         yield "sources is not a table of files and checksums"

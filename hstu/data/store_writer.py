@@ -23,6 +23,7 @@ from hstu.data.store import (
     META_FILE,
     OFFSETS_FILE,
     VERSION,
+    WITHOUT_SPLIT,
     FeatureMeta,
     Role,
     SequenceStore,
@@ -30,6 +31,7 @@ from hstu.data.store import (
     read_meta,
     sealed,
     sha256,
+    split_file,
     strings_files,
     vocabulary_stem,
 )
@@ -78,6 +80,7 @@ class StoreWriter:
         self._raw: set[str] = set()
         self._arrays: dict[str, tuple[str, int]] = {}
         self._num_users = 0
+        self._split: str | None = None
         self._overwrite = overwrite
         self._check_target()
 
@@ -148,6 +151,15 @@ class StoreWriter:
             self._create(f"{stem}.npy", np.dtype(np.int64), len(raw_ids))[:] = raw_ids
         else:
             self._write_strings(stem, raw_ids)
+
+    def write_split(self, column: str, valid: np.ndarray, test: np.ndarray) -> None:
+        """Stores the split that a column of the raw data gives. ``valid``, ``test``: first event of each, int64 [U].
+
+        A user without events of a split has the first event after it.
+        """
+        self._split = column
+        self._create(split_file("valid"), np.dtype(np.int64), len(valid))[:] = valid
+        self._create(split_file("test"), np.dtype(np.int64), len(test))[:] = test
 
     def keep_raw_ids(self, feature: str) -> None:
         """Lets models get the raw ids of a feature, which must be int64, in place of its codes."""
@@ -222,9 +234,10 @@ class StoreWriter:
         item = next(feature["name"] for feature in features if feature["role"] == "item")
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self._split else WITHOUT_SPLIT,
             "name": self._name,
             "command": self._command,
+            **({"split": self._split} if self._split else {}),
             "num_users": self._num_users,
             "num_events": self._arrays[feature_file("item", item)][1],
             "features": features,

@@ -31,7 +31,7 @@ from hstu.data.datasets.embeddings import predefined_embeddings
 from hstu.data.loader import build_loader
 from hstu.data.negatives import Negatives
 from hstu.data.sampler import BatchPartition, EvalSampler, SamplerPosition, TrainSampler
-from hstu.data.samples import SampleTable, Split, StochasticLength, build_samples
+from hstu.data.samples import SampleTable, Split, StochasticLength, build_samples, check_split
 from hstu.data.store import SequenceStore
 from hstu.data.synthetic import SyntheticDataset
 from hstu.model.inputs import SequenceFeatures
@@ -145,6 +145,7 @@ class StoreSource(BatchSource):
         self.store = open_store(args)
         self._eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
         self.roles = resolve_roles(self.store, args, config.located)
+        check_split(self.store, args, config.located)
         predefined = predefined_tables(args, self.store, config.network)
         self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
         self.tables = self.fit(choose_tables(config.embeddings, predefined, self.roles.names, config.located))
@@ -217,6 +218,11 @@ class StoreSource(BatchSource):
         return build_loader(collator, EvalSampler(len(users), batch_size, rank=0, world_size=1))
 
     def _splits(self) -> tuple[tuple[Split, ...], tuple[Split, ...]]:
+        if events := self.store.events_by_split():
+            held_out: tuple[Split, ...] = tuple(split for split in ("valid", "test") if events[split])
+            shown = ", ".join(f"{number} {split}" for split, number in events.items())
+            log.info("split by column %r of the data, in events: %s", self.store.split, shown)
+            return held_out[:1], held_out
         if self._config.task == "ranking":
             return ("valid",), ("valid",)
         # Without held-out validation items the published protocol always evaluates on the last item.
@@ -226,7 +232,7 @@ class StoreSource(BatchSource):
         store = self.store if split == "train" else self._eval_store
         kind: Split = "all" if split != "train" and self._args.eval_dataset_path else split
         samples = build_samples(store, self._args, self._config.task, kind, self._config.trainer.seed)
-        if split == "train":
+        if split == "train" or store.split is not None:
             log.info("%s, %s: %s", store.path, split, ", ".join(f"{n} {name}" for name, n in samples.report.items()))
         return samples
 

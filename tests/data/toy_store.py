@@ -23,6 +23,7 @@ class ToyStore(SequenceStore):
         num_actions: int = 10,
     ) -> None:
         self.path = "toy"  # type: ignore[assignment]
+        self.split = None
         self.num_users = len(items)
         self.item_feature, self.action_feature = "item", None if actions is None else "action"
         self.timestamp_feature = None if times is None else "time"

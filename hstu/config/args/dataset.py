@@ -42,7 +42,8 @@ class DatasetArgs(Args):
     shuffle: bool = option(False)
     """Shuffle the users again in each epoch."""
     split: str = option("auto", choices=("auto", *SPLITS["retrieval"], *SPLITS["ranking"]))
-    """How training and evaluation data are separated. auto: leave_one_out for retrieval, user_holdout for ranking."""
+    """How training and evaluation data are separated. auto: the split column of your own data, if it was preprocessed
+    with --split; else leave_one_out for retrieval and user_holdout for ranking."""
     valid_items: int = option(1, choices=(0, 1))
     """leave_one_out: items before the last one that are held out for validation. 0: the published protocol, which
     trains on all items but the last and evaluates on the last."""

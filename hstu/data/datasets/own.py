@@ -16,7 +16,7 @@ import duckdb
 from duckdb import DuckDBPyConnection
 
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.datasets.own_types import TIME_UNITS, ColumnTypes, as_integer, unit_hint
+from hstu.data.datasets.own_types import TIME_UNITS, ColumnTypes, as_integer, split_number, unit_hint
 from hstu.data.datasets.raw import (
     RawFile,
     check_readable,
@@ -28,11 +28,16 @@ from hstu.data.datasets.raw import (
     select_list,
     table_with_header,
 )
-from hstu.data.datasets.spec import USER_FEATURE, ColumnDescription, RawTables, Schema, TypedColumns
+from hstu.data.datasets.spec import SPLIT_NAMES, USER_FEATURE, ColumnDescription, RawTables, Schema, TypedColumns
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _ID = "an id, int64 or text"
-_ALLOWED = {"user": _ID, "item": _ID, "action": "an integer from 0 up (for half stars, double them)"}
+_ALLOWED = {
+    "user": _ID,
+    "item": _ID,
+    "action": "an integer from 0 up (for half stars, double them)",
+    "split": f"{', '.join(SPLIT_NAMES[:-1])} or {SPLIT_NAMES[-1]}",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,8 @@ class InteractionColumns:
     """Numbers since 1970, or dates. None: the rows are in time order."""
     time_unit: str = "s"
     """Of times that are numbers: s, ms, us, ns, or auto, the largest of them that gives times before the year 5000."""
+    split: str | None = None
+    """Which events are trained on: train, valid or test, in this order within a user. None: options of a run decide."""
     context: Path | None = None
     """A table with one row per user, and the same user column."""
     context_columns: tuple[str, ...] = ()
@@ -86,7 +93,7 @@ class InteractionColumns:
                 problems.append(f"--bins {column}={ranges}: {column!r} is not among --context_columns")
             if ranges < 2:
                 problems.append(f"--bins {column}={ranges}: at least 2 ranges are needed")
-        named = [self.item, self.action, self.time, *self.schema().context]
+        named = [self.item, self.action, self.time, self.split, *self.schema().context]
         repeated = sorted({name for name in named if name and named.count(name) > 1})
         if repeated:
             problems.append(f"column(s) {', '.join(repeated)} would be two features; each feature needs its own column")
@@ -109,7 +116,14 @@ class InteractionColumns:
     def schema(self) -> Schema:
         """Features are named after their columns; the user's is user_id."""
         context = tuple(USER_FEATURE if column == self.user else column for column in self.context_columns)
-        return Schema(item=self.item, action=self.action, timestamp=self.time, context=context, bins=self.bins)
+        return Schema(
+            item=self.item,
+            action=self.action,
+            timestamp=self.time,
+            context=context,
+            bins=self.bins,
+            split=self.split,
+        )
 
     def arguments(self) -> dict[str, object]:
         """Option of scripts/preprocess_dataset.py → value, as it would be given there."""
@@ -144,7 +158,7 @@ def _with_numbers(name: str) -> list[tuple[int, str]]:
 def interactions(columns: InteractionColumns) -> RawTables:
     """The tables as SQL; their types are resolved once they are read. Raises DataError for unusable files."""
     logs = tuple(_table(file, columns.delimiter, columns.header) for file in columns.files)
-    wanted = {"user": columns.user, "item": columns.item, "action": columns.action, "time": columns.time}
+    wanted = {name: getattr(columns, name) for name in ("user", "item", "action", "time", "split")}
     given = {name: column for name, column in wanted.items() if column}
     context, from_context = _context_table(columns)
     event_context = {name: column for name, column in _features(columns).items() if name not in from_context}
@@ -258,6 +272,8 @@ def _resolve_types(
     if columns.time:
         time, timestamp = table.time(columns.time, columns.time_unit)
         selected += [f'{time} AS "time"', f'{timestamp} AS "timestamp"']
+    if columns.split:
+        selected.append(f'{split_number()} AS "split"')
     selected += [_as_text(name) for name in event_context]
     context = titles = None
     if columns.context:

@@ -14,7 +14,7 @@ from duckdb import DuckDBPyConnection
 
 from hstu.config.errors import DataError
 from hstu.data.datasets.raw import identifier, literal
-from hstu.data.datasets.spec import LATEST_SECOND
+from hstu.data.datasets.spec import LATEST_SECOND, SPLIT_NAMES
 
 _log = logging.getLogger(__name__)
 
@@ -173,3 +173,9 @@ def as_integer(name: str) -> str:
     """BIGINT of a value whose text is that of an int64 in plain decimal notation, else NULL."""
     integer = f"TRY_CAST({name} AS BIGINT)"
     return f"CASE WHEN CAST({integer} AS VARCHAR) = CAST({name} AS VARCHAR) THEN {integer} END"
+
+
+def split_number() -> str:
+    """The place of the column ``split`` in SPLIT_NAMES, NULL for any other value."""
+    cases = " ".join(f"WHEN {literal(name)} THEN {number}" for number, name in enumerate(SPLIT_NAMES))
+    return f'CASE lower(CAST("split" AS VARCHAR)) {cases} END'

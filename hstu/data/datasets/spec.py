@@ -20,6 +20,7 @@ USER_FEATURE = "user_id"
 class Schema:
     """The features of a store; ``context`` is in token order.
 
+    ``split``: the column that says to which split an event belongs.
     ``action_cardinality``: actions lie in [0, action_cardinality); None means the largest action + 1.
     ``bins``: contextual feature → number of ranges with equally many users that its numbers are grouped into.
     """
@@ -30,6 +31,7 @@ class Schema:
     context: tuple[str, ...] = ()
     action_cardinality: int | None = None
     bins: Mapping[str, int] = field(default_factory=dict)
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ class WheelFiles:
     folder: str
     sha256: Mapping[str, str]
 
+
+SPLIT_NAMES = ("train", "valid", "test")
+"""What a column of splits may hold, in any letter case; in the order in which a user's events have them."""
 
 LATEST_SECOND = 10**11
 """Larger times are beyond the year 5000, so they are probably not in seconds since 1970."""
@@ -97,8 +102,8 @@ class RawTables:
     """Files of events, in chronological order of the files."""
     events: str
     """Select list over a log: ``user`` and ``item`` (BIGINT or VARCHAR), ``action`` (integer, if the schema has one),
-    ``time`` (any type; events are sorted by it) and ``timestamp`` (BIGINT seconds), if the schema has one. An unusable
-    value is NULL."""
+    ``time`` (any type; events are sorted by it) and ``timestamp`` (BIGINT seconds), if the schema has one, ``split``
+    (the place of the split in SPLIT_NAMES), if the schema has one. An unusable value is NULL."""
     context: tuple[RawFile, str] | None = None
     """A file with one row per user, and its select list: ``user``, then ``c0``, ``c1``, … (VARCHAR), the contextual
     features of the schema in order, without user_id."""

@@ -34,6 +34,7 @@ from hstu.data.preprocess.engine import check_free_disk, disk_errors, memory_byt
 from hstu.data.preprocess.existing import is_kept
 from hstu.data.preprocess.ingest import check_rows, read_files
 from hstu.data.preprocess.report import statistics_of
+from hstu.data.preprocess.split import write_split
 from hstu.data.preprocess.state import BuildLimits, BuildOptions, BuildState, Progress, source_names
 from hstu.data.preprocess.write import (
     keep_raw_ids,
@@ -180,6 +181,7 @@ def _build(state: BuildState, published: Mapping[str, float]) -> None:
     write_vocabularies(state, len(lengths), num_items)
     write_context(state, len(lengths))
     write_events(state, offsets, num_items)
+    write_split(state, offsets)
     writer.statistics = statistics_of(lengths, num_items, published) | {"skipped_rows": state.skipped}
     writer.sources = {name: journal[f"source {name}"] for name in source_names(state.raw.files)}
 

@@ -69,6 +69,9 @@ def format_report(store: SequenceStore) -> str:
         f"  item {store.item_feature}, action {store.action_feature or 'none'}, "
         f"time {store.timestamp_feature or 'none (file order)'}, context {context}",
     ]
+    if events := store.events_by_split():
+        shown = ", ".join(f"{split} {number:,}" for split, number in events.items())
+        lines.append(f"  split {store.split}, in events: {shown}")
     if found["published"]:
         unlike = differences(found)
         shown = "; ".join(f"{name} {ours:,.0f} instead of {theirs:,}" for name, (ours, theirs) in unlike.items())
@@ -97,6 +100,7 @@ def write_report(store: SequenceStore, folder: Path) -> Path:
             Heading(store.name, level=1),
             *_counts(store),
             *_published(store),
+            *_splits(store),
             *_rows(store, lengths),
             Heading("Histories"),
             Image("lengths.png", "lengths of histories"),
@@ -187,6 +191,21 @@ def _published(store: SequenceStore) -> list[Part]:
     verdict = "Not the complete data, or another release of it." if unlike else "All as published."
     compared = Table(("", "published", "here", "equal"), rows)
     return [Heading("Against the published statistics"), compared, Paragraph(verdict)]
+
+
+def _splits(store: SequenceStore) -> list[Part]:
+    if store.split is None:
+        return []
+    first, (valid, test) = store.offsets()[:-1], (store.held_out("valid")[0], store.held_out("test")[0])
+    bounds = {"train": (first, valid), "valid": (valid, test), "test": (test, store.offsets()[1:])}
+    rows = []
+    for split, events in store.events_by_split().items():
+        begin, end = bounds[split]
+        has_events = end > begin
+        users, new = int(has_events.sum()), int((has_events & (begin == first)).sum())
+        rows.append((split, events, f"{events / store.num_events:.1%}", users, "" if split == "train" else new))
+    header = (store.split, "events", "share", "users", "of which without an earlier event")
+    return [Heading("Splits"), Table(header, rows)]
 
 
 def _rows(store: SequenceStore, lengths: np.ndarray) -> list[Part]:

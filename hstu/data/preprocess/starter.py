@@ -158,14 +158,20 @@ def _trainer(samples: int, best_metric: str, best_metric_mode: str) -> Settings:
 def _retrieval(store: SequenceStore) -> Sequence[Settings] | str:
     """The settings of retrieval alone, or why the data does not allow it."""
     lengths = np.diff(store.offsets())
-    valid_items = int((lengths >= 4).any())
-    samples = int((lengths >= 3 + valid_items).sum())
+    if store.split is not None:
+        held_out: Settings = {}
+        samples = int((_training_lengths(store) >= 2).sum())
+    else:
+        valid_items = int((lengths >= 4).any())
+        held_out = {"DatasetArgs.valid_items": valid_items}
+        samples = int((lengths >= 3 + valid_items).sum())
     if not samples:
-        return "no user has 3 events, two to learn from and one to predict"
+        needed = "3 events, two to learn from and one to predict" if store.split is None else "2 events marked train"
+        return f"no user has {needed}"
     negatives: Settings = {"RetrievalArgs.negatives": "full"}
     if store.cardinality(store.item_feature) > _FULL_SOFTMAX_ITEMS:
         negatives = {"RetrievalArgs.negatives": "uniform", "RetrievalArgs.num_negatives": 128}
-    task = {"DatasetArgs.valid_items": valid_items, **negatives, "RetrievalArgs.eval_metrics": ("HR@10", "NDCG@10")}
+    task = {**held_out, **negatives, "RetrievalArgs.eval_metrics": ("HR@10", "NDCG@10")}
     return _trainer(samples, "NDCG@10", "max"), task
 
 
@@ -173,10 +179,16 @@ def _ranking(store: SequenceStore) -> Sequence[Settings] | str:
     """The settings of ranking alone, or why the data does not allow it."""
     if store.action_feature is None:
         return "the data has no action; for your own table, name its column with --action"
-    if store.num_users < 2:
+    if store.num_users < 2 and store.split is None:
         return "it is trained on some users and evaluated on others, and the data has only one"
+    samples = round(0.7 * store.num_users) if store.split is None else int((_training_lengths(store) > 0).sum())
     head = _head(store, store.action_feature)
-    return head if isinstance(head, str) else (_trainer(round(0.7 * store.num_users), "LOGLOSS", "min"), head)
+    return head if isinstance(head, str) else (_trainer(samples, "LOGLOSS", "min"), head)
+
+
+def _training_lengths(store: SequenceStore) -> np.ndarray:
+    """Events that each user is trained on, int64 [U], where the data has a split."""
+    return store.held_out("valid")[0] - store.offsets()[:-1]
 
 
 def _head(store: SequenceStore, action: str) -> Settings | str:

@@ -241,7 +241,15 @@ class BuildState:
             conditions["time"] = (
                 f'("time" IS NULL OR "timestamp" IS NULL OR "timestamp" < 0 OR "timestamp" >= {LATEST_SECOND})'
             )
+        if self.schema.split:
+            conditions["split"] = '"split" IS NULL'
         return conditions
+
+    def order(self) -> str:
+        """SQL columns by which the events of a user are sorted. A split separates events of one time."""
+        time = '"time", ' if self.schema.timestamp else ""
+        split = '"split", ' if self.schema.timestamp and self.schema.split else ""
+        return f'{time}{split}part, "row"'
 
 
 def _parts(logs: Iterable[str]) -> str:

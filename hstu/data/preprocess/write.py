@@ -171,10 +171,9 @@ def _largest_action(state: BuildState) -> int:
 def _write_bucket(state: BuildState, arrays: dict[str, np.memmap], users: tuple[int, int], place: slice) -> None:
     first, last = _raw_user(state, users[0]), _raw_user(state, users[1] - 1)
     values = ", ".join("i.code AS item" if name == "item" else f'e."{name}"' for name in arrays)
-    order = f'e."user", {"e.time, " if state.schema.timestamp else ""}e.part, e."row"'
     rows = state.engine.sql(
         f"""SELECT {values} FROM (SELECT * FROM {state.events()} WHERE "user" BETWEEN ? AND ?) e
-        JOIN {_codes(state, "items")} i ON e.item = i.id ORDER BY {order}""",
+        JOIN {_codes(state, "items")} i ON e.item = i.id ORDER BY "user", {state.order()}""",
         params=[first, last],
     )
     start = place.start
@@ -222,9 +221,8 @@ def _first_rows(state: BuildState, name: str) -> str:
 
 def _first_of_events(state: BuildState, name: str) -> str:
     """The value of a user's first event that has one, so that a sample never shows what comes after it."""
-    order = f'{"time, " if state.schema.timestamp else ""}part, "row"'
     return f"""SELECT "user", {name} FROM {state.events()} WHERE {name} <> ''
-        QUALIFY row_number() OVER (PARTITION BY "user" ORDER BY {order}) = 1"""
+        QUALIFY row_number() OVER (PARTITION BY "user" ORDER BY {state.order()}) = 1"""
 
 
 def _title_values(state: BuildState, titles: str) -> str:

@@ -37,8 +37,18 @@ inline int64_t whole_vectors(int64_t numbers) { return (numbers + LANES - 1) / L
 
 template <class T>
 inline void pack_row(const T* __restrict from, int64_t width, float scale, float* __restrict to, int64_t padded) {
-    for (int64_t c = 0; c < width; ++c) to[c] = to_float(from[c]) * scale;
-    for (int64_t c = width; c < padded; ++c) to[c] = 0.0f;
+    if constexpr (sizeof(T) == sizeof(float)) {
+        int64_t c = 0;
+        for (; c + LANES <= width; c += LANES) store(to + c, load(from + c) * scale);
+        if (c < width) {
+            store_first(to + c, load_first(from + c, width - c) * scale, std::min<int64_t>(padded - c, LANES));
+            c += LANES;
+        }
+        for (; c < padded; ++c) to[c] = 0.0f;
+    } else {
+        for (int64_t c = 0; c < width; ++c) to[c] = to_float(from[c]) * scale;
+        for (int64_t c = width; c < padded; ++c) to[c] = 0.0f;
+    }
 }
 
 // `rows` rows of `from`, then rows of zeros up to `padded_rows`; each padded with zeros to `stride` numbers.
@@ -55,7 +65,13 @@ inline void unpack_rows(const float* from, int64_t stride, int64_t rows, int64_t
     for (int64_t row = 0; row < rows; ++row) {
         const float* __restrict in = from + row * stride;
         T* __restrict out = to + row * to_stride;
-        for (int64_t c = 0; c < width; ++c) out[c] = from_float<T>(in[c] * scale);
+        int64_t c = 0;
+        if constexpr (sizeof(T) == sizeof(float)) {
+            for (; c + LANES <= width; c += LANES) store(out + c, load(in + c) * scale);
+            if (c < width) store_first(out + c, load_first(in + c, width - c) * scale, width - c);
+        } else {
+            for (; c < width; ++c) out[c] = from_float<T>(in[c] * scale);
+        }
     }
 }
 

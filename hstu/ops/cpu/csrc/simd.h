@@ -31,6 +31,29 @@ inline vi lane_numbers() {
     return numbers;
 }
 
+// The first `count` <= LANES numbers, then zeros; touches no memory beyond them.
+inline vf load_first(const float* from, int64_t count) {
+#if defined(__AVX512F__)
+    return vf(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from));
+#elif defined(__AVX2__)
+    return vf(_mm256_maskload_ps(from, __m256i(lane_numbers() < splat_int(int32_t(count)))));
+#else
+    vf x = {};
+    for (int64_t lane = 0; lane < count; ++lane) x[lane] = from[lane];
+    return x;
+#endif
+}
+
+inline void store_first(float* to, vf x, int64_t count) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), __m512(x));
+#elif defined(__AVX2__)
+    _mm256_maskstore_ps(to, __m256i(lane_numbers() < splat_int(int32_t(count))), __m256(x));
+#else
+    for (int64_t lane = 0; lane < count; ++lane) to[lane] = x[lane];
+#endif
+}
+
 inline float sum(vf x) {
     float total = 0;
     for (int lane = 0; lane < LANES; ++lane) total += x[lane];

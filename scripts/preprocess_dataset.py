@@ -40,7 +40,8 @@ _EXIT_SIGNAL = 128
 _FOR_ALL = (
     "output", "force", "memory_limit", "bad_row_policy", "max_bad_rows", "min_user_events", "min_item_events",
 )  # fmt: skip
-_OWN_TABLE = (*(field.name for field in fields(InteractionColumns)), "glob")
+_COLUMNS = tuple(field.name for field in fields(InteractionColumns))
+_OWN_TABLE = (*_COLUMNS, "glob", "append")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,9 +134,9 @@ def _make(args: argparse.Namespace) -> Path:
         return preprocess(args.dataset_name, raw_path=args.raw_path, **common)
     if args.raw_path or not args.user or not args.item:
         raise ConfigError("--interactions needs --user and --item, and does not go with --raw_path")
-    given = {name: getattr(args, name) for name in _OWN_TABLE if name != "glob"}
+    given = {name: getattr(args, name) for name in _COLUMNS}
     given["interactions"] = matching_files(args.interactions) if args.glob else list(map(Path, args.interactions))
-    return import_interactions(args.dataset_name, InteractionColumns(**given), **common)
+    return import_interactions(args.dataset_name, InteractionColumns(**given), append=args.append, **common)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -173,6 +174,11 @@ def _add_own_table(add: Callable[..., argparse.Action]) -> None:
     separator: dict[str, Any] = {"type": _separator, "metavar": "TEXT"}
     add("--interactions", nargs="+", metavar="FILE", help="text (also gzipped) or Parquet files, one row per event")
     add("--glob", action="store_true", help="--interactions are patterns such as 'day_*.csv'")
+    add(
+        "--append",
+        action="store_true",
+        help="add the events of --interactions to the existing store; the raw files that it has must still be there",
+    )
     add("--user", help="column of the user, int64 or strings")
     add("--item", help="column of the item, int64 or strings")
     add("--action", help="column of the action, integers >= 0 or a few texts")

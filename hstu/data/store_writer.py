@@ -211,7 +211,7 @@ class StoreWriter:
         for file in self.partial.iterdir():
             _fsync(file)
         _fsync(self.partial)
-        discarded = self.target.parent / f".{self.target.name}.discarded"
+        discarded = discarded_beside(self.target)
         check_replaceable(discarded)
         _empty(discarded, last=META_FILE)
         self._check_target()
@@ -258,6 +258,11 @@ class StoreWriter:
         check_replaceable(self.target)
         if is_taken(self.target) and not self._overwrite:
             raise DataError(f"{self.target} exists; --force replaces it")
+
+
+def discarded_beside(target: Path) -> Path:
+    """Where the earlier store is while a new one replaces it."""
+    return target.parent / f".{target.name}.discarded"
 
 
 def is_taken(target: Path) -> bool:

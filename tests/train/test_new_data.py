@@ -48,12 +48,16 @@ def write_store(folder: Path, more: bool = False, raw_ids: bool = False) -> Sequ
             (user, item, place % 4, 1000 + place) for user, items, _ in events for place, item in enumerate(items)
         )])  # fmt: skip
         csv.writer(people).writerows([("who", "town"), *((user, town) for user, _, town in events)])
-    columns = InteractionColumns(
-        interactions=(folder / "events.csv",), user="who", item="what", action="did", time="when",
+    roles = ("item",) if raw_ids else ()
+    columns, store = columns_of(folder, "events.csv"), folder / "store"
+    return SequenceStore.open(import_interactions("walks", columns, output=store, force=True, raw_ids=roles))
+
+
+def columns_of(folder: Path, file: str) -> InteractionColumns:
+    return InteractionColumns(
+        interactions=(folder / file,), user="who", item="what", action="did", time="when",
         context=folder / "people.csv", context_columns=CONTEXT,
     )  # fmt: skip
-    roles = ("item",) if raw_ids else ()
-    return SequenceStore.open(import_interactions("walks", columns, output=folder / "store", force=True, raw_ids=roles))
 
 
 def train(mesh: Mesh, store: SequenceStore, folder: Path, **options: Any) -> FinishedRun:
@@ -82,6 +86,21 @@ def test_new_data_leaves_the_recommendations_of_known_users_as_they_were(old: Fi
     expected, found = before.recommend(users, top=ITEMS), after.recommend(users, top=ITEMS)
     assert before.report == []
     for one, other in zip(expected, found, strict=True):
+        assert (one.user, one.items) == (other.user, other.items)
+        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)
+
+
+def test_a_model_stays_valid_when_events_are_appended(mesh: Mesh, tmp_path: Path) -> None:
+    finished, users = train(mesh, write_store(tmp_path), tmp_path), [f"u{user:02}" for user in range(1, 20)]
+    before = api.load(finished.path, mesh=mesh).recommend(users, top=ITEMS)
+    new = ['"another",0,5000', '"item 04,new",1,5001', f'"{item_name(3)}",3,5002']
+    rows = [f"{user},{row}" for user in ("a zoë", "u00") for row in new]  # ids between the known ones
+    (tmp_path / "more.csv").write_text("\n".join(["who,what,did,when", *rows]))
+    with (tmp_path / "people.csv").open("a") as people:
+        people.write("a zoë,Bonn\n")
+    store = import_interactions("walks", columns_of(tmp_path, "more.csv"), output=tmp_path / "store", append=True)
+    assert SequenceStore.open(store).raw_ids("what")[:2].tolist() == ["another", item_name(0)]
+    for one, other in zip(before, api.load(finished.path, mesh=mesh).recommend(users, top=ITEMS), strict=True):
         assert (one.user, one.items) == (other.user, other.items)
         np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)
 

@@ -28,10 +28,11 @@ from hstu.data.datasets.own import InteractionColumns, interactions
 from hstu.data.datasets.raw import check_readable
 from hstu.data.datasets.spec import USER_FEATURE, RawTables, Schema
 from hstu.data.jagged import run_offsets
+from hstu.data.preprocess.append import Contents, log_what_was_added, with_earlier_files
 from hstu.data.preprocess.core import check_filters, keep_core
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
 from hstu.data.preprocess.engine import check_free_disk, disk_errors, memory_bytes, open_engine, used_below
-from hstu.data.preprocess.existing import is_kept
+from hstu.data.preprocess.existing import files_that_differ, is_kept
 from hstu.data.preprocess.ingest import check_rows, read_files
 from hstu.data.preprocess.report import statistics_of
 from hstu.data.preprocess.split import write_split
@@ -43,7 +44,7 @@ from hstu.data.preprocess.write import (
     write_events,
     write_vocabularies,
 )
-from hstu.data.store import VERSION
+from hstu.data.store import VERSION, SequenceStore
 from hstu.data.store_writer import StoreWriter
 
 _log = logging.getLogger(__name__)
@@ -96,9 +97,13 @@ def import_interactions(
     *,
     output: str | Path | None = None,
     force: bool = False,
+    append: bool = False,
     **limits: Unpack[BuildLimits],
 ) -> Path:
-    """Makes the store of a user's own table and returns its path; other arguments as for preprocess."""
+    """Makes the store of a user's own table and returns its path; other arguments as for preprocess.
+
+    ``append``: the store exists, and the interactions that it lacks are added to it.
+    """
     if resolve_name(name) is not None:
         raise ConfigError(f"dataset_name {name!r} is a built-in dataset; give your own data another name")
     if not re.fullmatch(r"\w[\w.-]*", name):
@@ -106,9 +111,26 @@ def import_interactions(
             f"dataset_name {name!r}: allowed are letters, digits, '_', '-' and '.', as it names a directory"
         )
     target = Path(output) if output else DATA_DIRECTORY / name
+    if append and force:
+        raise ConfigError("--append adds to a store, and --force replaces it; leave out one of them")
     options = _options(name, target, force, limits, **columns.arguments())
+    if append:
+        return _append(name, columns, options, limits)
     raw = interactions(columns)
     return target if is_kept(options, raw.files) else build_store(raw, columns.schema(), options, {})
+
+
+def _append(name: str, columns: InteractionColumns, options: BuildOptions, limits: BuildLimits) -> Path:
+    columns = with_earlier_files(columns, options)
+    raw, target = interactions(columns), options.output
+    store = SequenceStore.open(target)
+    if not any(files_that_differ(store, raw.files)):
+        _log.warning("%s has all of these files already, and is kept", target)
+        return target
+    before = Contents.of(store, columns)
+    build_store(raw, columns.schema(), _options(name, target, True, limits, **columns.arguments()), {})
+    log_what_was_added(before, Contents.of(SequenceStore.open(target), columns), target)
+    return target
 
 
 def _options(name: str, output: Path, force: bool, limits: BuildLimits, **arguments: object) -> BuildOptions:

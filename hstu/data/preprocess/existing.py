@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hstu.config.errors import DataError
@@ -28,46 +28,58 @@ def is_kept(options: BuildOptions, files: Sequence[Path] | None) -> bool:
     if not is_taken(options.output) or options.force:
         return False
     store = SequenceStore.open(options.output)
-    unlike = [*_options_that_differ(store, options), *(_files_that_differ(store, files) if files is not None else ())]
-    if unlike:
+    other_options = [*options_that_differ(store, options)]
+    other_files = [*files_that_differ(store, files)] if files is not None else []
+    if other_options or other_files:
+        is_own = "--interactions" in options_of(options.command)
+        append = "to add the events of further files to it, --append; " if is_own and not other_options else ""
         raise DataError(
-            f"{options.output} exists and does not fit this command: {'; '.join(unlike)}. To make it again, add "
-            "--force; to make another store, give another --output"
+            f"{options.output} exists and does not fit this command: {'; '.join(other_options + other_files)}. To make "
+            f"it again, add --force; {append}to make another store, give another --output"
         )
     fits = "fits its raw files" if files is not None else "could not be compared with raw files, as there are none,"
     _log.warning("%s exists, %s and is kept; --force replaces it", options.output, fits)
     return True
 
 
-def _options_that_differ(store: SequenceStore, options: BuildOptions) -> Iterator[str]:
+def options_that_differ(store: SequenceStore, options: BuildOptions) -> Iterator[str]:
+    """Option by option, what a command would do otherwise than the one that made the store."""
     if store.name != options.name:
         yield f"--dataset_name was {store.name}, it is now {options.name}"
         return
     if store.command is None:
         return
-    before, now = _options_of(store.command), _options_of(options.command)
+    before, now = options_of(store.command), options_of(options.command)
     for option in sorted((before.keys() | now.keys()) - _PLACES - {"--dataset_name"}):
-        if before.get(option) != now.get(option):
-            was, is_now = (given.get(option, "not given") for given in (before, now))
-            yield f"{option} was {was}, it is now {is_now}"
+        yield from option_that_differs(option, before, now)
 
 
-def _options_of(command: str) -> dict[str, str]:
-    """Option of a command → its values, separated by blanks."""
+def option_that_differs(
+    option: str, before: Mapping[str, Sequence[str]], now: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    """The two values of an option of two commands, unless they are equal."""
+    if before.get(option) != now.get(option):
+        was, is_now = (" ".join(given.get(option, ["not given"])) for given in (before, now))
+        yield f"{option} was {was}, it is now {is_now}"
+
+
+def options_of(command: str | None) -> dict[str, list[str]]:
+    """Option of a command → its values."""
     found: dict[str, list[str]] = {}
     option = ""
     try:
-        words = shlex.split(command)
+        words = shlex.split(command or "")
     except ValueError:  # of another program
-        return {"the command": command}
+        return {"the command": [command or ""]}
     for word in words:
         if word.startswith("--"):
             option = word
         found.setdefault(option, []).extend([word] if word != option else [])
-    return {option: " ".join(values) for option, values in found.items() if option}
+    return {option: values for option, values in found.items() if option}
 
 
-def _files_that_differ(store: SequenceStore, files: Sequence[Path]) -> Iterator[str]:
+def files_that_differ(store: SequenceStore, files: Sequence[Path]) -> Iterator[str]:
+    """File by file, in what raw files are not those of which the store was made."""
     if sum(file.stat().st_size for file in files) > _SLOW_BYTES:
         _log.info("comparing %s with its raw files", store.path)
     now = source_names(files)

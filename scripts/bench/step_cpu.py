@@ -2,27 +2,30 @@
 
     python scripts/bench/step_cpu.py [--gin-config-file configs/ml_1m_retrieval.gin] [--output docs/benchmarks/step_cpu]
 
-All variants train on the same batches in turn, in one process. Prints one JSON object: milliseconds per step (median
-and all), ratios to the padded baseline, the peak memory of each variant in its own process, the parts of a step with
-their GFLOPS next to those of large matrix products, and the cost of attention over Σ n² and over B · N². With --output,
-step.json and cost.png are written there. The data of the configuration must exist: retrieval of items without context
-or candidates, with uniform negatives and a relative bias.
+All variants train on the same batches in turn, each in a process of its own. The padded baseline runs twice: as C's
+malloc comes, which returns large blocks to the system and pays for their pages again in every step, and with a malloc
+that keeps them, as this trainer does. Prints one JSON object: milliseconds per step (median, fastest and all, by the
+wall clock and of the processor), ratios to both baselines, peak memory, the parts of a step with their GFLOPS next to
+those of large matrix products, and the cost of attention over Σ n² and over B · N². With --output, step.json and
+cost.png are written there. The data of the configuration must exist: retrieval of items without context or candidates,
+with uniform negatives and a relative bias.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -55,7 +58,13 @@ VARIANTS = {
     "pytorch_float32": ("pytorch", "float32"),
 }
 """Name → NetworkArgs.kernel_backend and dtype_str; on a CPU, cutlass means the C++ kernels."""
-BASELINE = "padded_baseline"
+BASELINES = {
+    "padded_baseline": {},
+    "padded_baseline_keeping_memory": {
+        "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
+    },
+}
+"""Name → environment, which tells C's malloc not to return freed memory to the system."""
 PARTS = {
     "attention, forward": ("attention.forward",),
     "attention, backward": ("attention.backward",),
@@ -92,7 +101,8 @@ class Bench:
         backend, dtype = VARIANTS[variant]
         kernels = [f"NetworkArgs.kernel_backend = '{backend}'", f"NetworkArgs.dtype_str = '{dtype}'"]
         file = self.options.gin_config_file
-        run = prepare_training(file, [*kernels, *bindings], "retrieval", self.mesh, self.source)
+        told = [*self.options.bindings, *kernels, *bindings]
+        run = prepare_training(file, told, "retrieval", self.mesh, self.source)
 
         def step(number: int) -> None:
             run.pipeline.progress(iter([self.batches[number]]))
@@ -118,7 +128,7 @@ class Bench:
 
     def step(self, variant: str) -> Step:
         """A training step of any variant."""
-        return self.baseline()[0] if variant == BASELINE else self.ours(variant)[0]
+        return self.baseline()[0] if variant in BASELINES else self.ours(variant)[0]
 
 
 def prepare(options: argparse.Namespace) -> Bench:
@@ -135,7 +145,7 @@ def prepare(options: argparse.Namespace) -> Bench:
 
 
 def _load(options: argparse.Namespace, *bindings: str) -> RunConfig:
-    return load([options.gin_config_file], list(bindings), "retrieval")
+    return load([options.gin_config_file], [*options.bindings, *bindings], "retrieval")
 
 
 def loss_difference(bench: Bench) -> float:
@@ -150,39 +160,90 @@ def loss_difference(bench: Bench) -> float:
     return abs(ours - theirs) / theirs
 
 
-def peak_memory_mb(options: argparse.Namespace, variant: str) -> dict[str, float]:
-    """Resident memory of a process that trains three steps of a variant: before the first step, and at its peak."""
-    command = [sys.executable, __file__, "--memory-of", variant, "--gin-config-file", options.gin_config_file]
-    with tempfile.TemporaryFile("w+") as errors:
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        if result.returncode:
-            errors.seek(0)
-            raise RuntimeError(errors.read())
-    report: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
-    return report
+class Trainer:
+    """A process that trains one variant, a step whenever it is told to."""
+
+    def __init__(self, options: argparse.Namespace, variant: str) -> None:
+        self.processor_ms: list[float] = []
+        config = ["--gin-config-file", options.gin_config_file, "--bindings", *options.bindings]
+        command = [sys.executable, __file__, "--train", variant, *config, "--batches", str(options.batches)]
+        self._process = subprocess.Popen(
+            [*command, "--threads", str(options.threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | BASELINES.get(variant, {}),
+        )
+        self.memory = {"before_mb": self._answer()["peak_mb"]}
+
+    def step(self, number: int) -> None:
+        """Train on the batch of this number and wait for it."""
+        assert self._process.stdin
+        print(number, file=self._process.stdin, flush=True)
+        answer = self._answer()
+        self.processor_ms.append(answer["processor_ms"])
+        self.memory["peak_mb"] = answer["peak_mb"]
+
+    def end(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, float] = json.loads(line)
+                return answer
+        raise RuntimeError(f"a training process ended with exit code {self._process.wait()}; its message is above")
 
 
-def print_memory(options: argparse.Namespace) -> None:
-    """The subprocess of :func:`peak_memory_mb`."""
+def train_as_told(options: argparse.Namespace) -> None:
+    """The process of a :class:`Trainer`."""
     bench = prepare(options)
-    step = bench.step(options.memory_of)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for number in range(3):
-        step(number)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"before_mb": round(before / 1024), "peak_mb": round(peak / 1024)}))
+    step = bench.step(options.train)
+
+    def answer(processor_s: float) -> None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(json.dumps({"processor_ms": round(processor_s * 1e3, 2), "peak_mb": round(peak / 1024)}), flush=True)
+
+    answer(0.0)
+    for line in sys.stdin:
+        answer(_processor_seconds(partial(step, int(line) % len(bench.batches))))
+
+
+def time_variants(options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of all variants, and their memory."""
+    trainers = {name: Trainer(options, name) for name in (*VARIANTS, *BASELINES)}
+    times = time_in_turn({name: each.step for name, each in trainers.items()}, torch.device("cpu"), options.rounds)
+    for each in trainers.values():
+        each.end()
+    processor = {name: each.processor_ms[-options.rounds :] for name, each in trainers.items()}
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "ms_median": {name: round(value, 1) for name, value in medians.items()},
+        "ms_fastest": {name: round(min(values), 2) for name, values in times.items()},
+        "processor_ms_median": {name: round(statistics.median(values), 1) for name, values in processor.items()},
+        "times_as_fast_as": {
+            baseline: {
+                name: {
+                    "median": round(medians[baseline] / medians[name], 2),
+                    "fastest": round(min(times[baseline]) / min(times[name]), 2),
+                    "processor": round(statistics.median(processor[baseline]) / statistics.median(processor[name]), 2),
+                }
+                for name in VARIANTS
+            }
+            for baseline in BASELINES
+        },
+        "ms_all": {name: [round(value, 2) for value in values] for name, values in times.items()},
+        "memory": {name: each.memory for name, each in trainers.items()},
+    }
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
     """The whole report."""
-    memory = {name: peak_memory_mb(options, name) for name in (*VARIANTS, BASELINE)} if options.memory else {}
+    timed = time_variants(options)
     bench = prepare(options)
     flops = FlopCounter(bench.config.network, bench.source.roles)
-    steps = {name: bench.step(name) for name in (*VARIANTS, BASELINE)}
-    difference = loss_difference(bench)
-    cycled = {name: lambda number, step=step: step(number % len(bench.batches)) for name, step in steps.items()}
-    times = time_in_turn(cycled, torch.device("cpu"), options.rounds)
-    medians = {name: statistics.median(values) for name, values in times.items()}
     ceiling = products(torch.device("cpu"))
     begun = time.perf_counter()
     list(islice(bench.source.train_batches(SamplerPosition()), len(bench.batches)))
@@ -192,16 +253,12 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "torch": torch.__version__,
         "tokens": [flops.count(batch)[0] for batch in bench.batches],
         "pairs": [int((batch.item_lengths**2).sum()) for batch in bench.batches],
-        "loss_difference": difference,
-        "ms_median": {name: round(value, 1) for name, value in medians.items()},
-        "ms_fastest": {name: round(min(values), 2) for name, values in times.items()},
-        "times_as_fast_as_baseline": {name: round(medians[BASELINE] / value, 2) for name, value in medians.items()},
-        "ms_all": {name: [round(value, 2) for value in values] for name, values in times.items()},
+        "loss_difference": loss_difference(bench),
+        **timed,
         "batch_assembly_ms": round(assembly_ms, 1),
-        "memory": memory,
         "matmul_gflops": ceiling,
         "parts": {
-            name: parts_of_a_step(steps[name], bench.batches, bench.config.network, ceiling[VARIANTS[name][1]])
+            name: parts_of_a_step(bench.step(name), bench.batches, bench.config.network, ceiling[VARIANTS[name][1]])
             for name in ("cpp_float32", "cpp_bfloat16")
         },
         "attention_cost": attention_costs(),
@@ -218,6 +275,8 @@ def parts_of_a_step(
     step: Callable[[int], None], batches: Sequence[HSTUBatch], network: NetworkArgs, ceiling: float
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of each part of a step, its GFLOPS and their share of ``ceiling``; then of everything else."""
+    for batch in range(len(batches)):
+        step(batch)
     with named_kernels(), profile(activities=[ProfilerActivity.CPU]) as recorded:
         begun = time.perf_counter()
         for number in range(STEPS):
@@ -316,11 +375,11 @@ def main() -> None:
     parser = command_line(__doc__, rounds=12, threads=0, output=True)
     parser.add_argument("--gin-config-file", default="configs/ml_1m_retrieval.gin")
     parser.add_argument("--batches", type=int, default=4, help="batches that the steps cycle through")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
-    parser.add_argument("--memory-of", choices=(*VARIANTS, BASELINE), help=argparse.SUPPRESS)
+    parser.add_argument("--bindings", nargs="*", default=[], help="gin bindings beside the file's")
+    parser.add_argument("--train", choices=(*VARIANTS, *BASELINES), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory_of:
-        print_memory(options)
+    if options.train:
+        train_as_told(options)
         return
     report = measure(options)
     publish(report, options.output and options.output / "step.json")

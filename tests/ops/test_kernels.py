@@ -251,6 +251,33 @@ def test_the_gate_equals_float64(
     assert_near(got, expected, 3 * TOLERANCE[backend][dtype])
 
 
+@pytest.mark.skipif(INTERPRETED, reason="one thread interprets")
+@pytest.mark.parametrize("backend", [Backend.CPU])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "width"), [(1, 5), (3, 5), (1, 16), (2, 21), (1, 50)])
+def test_each_row_of_the_gate_depends_on_itself_alone_and_not_on_the_threads(
+    backend: Backend, heads: int, width: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(width)
+    x, u = torch.randn(600, heads, width).to(dtype), torch.randn(600, heads, 2, width).to(dtype)[:, :, 1]
+    affine, grad_out = torch.randn(2, heads * width).unbind(), torch.randn(600, heads * width).to(dtype)
+
+    def run(x: Tensor, threads: int) -> list[Tensor]:
+        torch.manual_seed(7)
+        torch.set_num_threads(threads)
+        return differentiate(lambda *x: norm_mul_dropout(*x, GateConfig(0.05, 0.3), backend), [x, u, *affine], grad_out)
+
+    before = torch.get_num_threads()
+    expected = run(x, 1)
+    assert all(map(torch.equal, run(x, 3), expected))
+    x[300] = torch.nan
+    got = run(x, 2)
+    torch.set_num_threads(before)
+    others = torch.arange(600) != 300
+    for ours, whole in zip(got[:3], expected[:3], strict=True):  # out, grad_x, grad_u
+        assert ours[300].isnan().all() and torch.equal(ours[others], whole[others])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("by_rows", [False, True], ids=["small_pool", "large_pool"])
 @settings(deadline=None, max_examples=examples(30))
@@ -308,7 +335,9 @@ def test_the_sampled_loss_equals_float64(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(deadline=None, max_examples=examples(20))
-@given(rows=st.sampled_from([0, 1, 70]), width=st.sampled_from([2, 16, 50, 300]), eps=st.sampled_from([1e-6, 5.0]))
+@given(
+    rows=st.sampled_from([0, 1, 70]), width=st.sampled_from([2, 15, 16, 17, 50, 300]), eps=st.sampled_from([1e-6, 5.0])
+)
 def test_unit_vectors_equal_float64(backend: Backend, rows: int, width: int, eps: float) -> None:
     torch.manual_seed(width)
     vectors, grad_out = torch.randn(rows, width), torch.randn(rows, width)

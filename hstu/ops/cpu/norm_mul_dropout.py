@@ -26,6 +26,8 @@ from hstu.ops.types import GateConfig
 
 TOKENS_PER_BIN = 256
 MOST_BINS = 64
+WIDEST_VECTOR = 16
+"""Numbers in a register of AVX-512. The kernel computes narrower heads one by one, so they are first joined to one."""
 _CPU = torch.device("cpu")
 
 
@@ -58,6 +60,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`hstu.ops.types.GateForward`. float32 or bfloat16; the dropout mask is bool [T, H · d]."""
     kept = draw(x.flatten(1).shape, config.dropout, _CPU, config.comm) if config.dropout > 0 else None
+    u = _joined(u)
     statistics, out = torch.empty(2, len(x)), torch.empty(len(x), len(weight), dtype=x.dtype)
     arguments = _prepare(x, u, weight, bias, config, statistics, kept)
     arguments.set(out=out)
@@ -83,10 +86,12 @@ def backward(
     grad_u: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :class:`hstu.ops.types.GateBackward`."""
+    u = _joined(u)
+    joined_grad_u = grad_u if grad_u.shape == u.shape else torch.empty_like(u)
     arguments = _prepare(x, u, weight, bias, config, statistics, dropout_mask)
     out, grad_x = torch.empty(len(x), len(weight), dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
     sums, along = torch.zeros(2, arguments.bins, len(weight)), torch.empty(2, len(x))
-    arguments.set(grad_out=grad.contiguous(), out=out, grad_x=grad_x, grad_u=grad_u)
+    arguments.set(grad_out=grad.contiguous(), out=out, grad_x=grad_x, grad_u=joined_grad_u)
     arguments.set(grad_weight=sums[0], grad_bias=sums[1], along_one=along[0], along_row=along[1])
     run = library().hstu_gate
     if config.comm.size == 1:
@@ -95,8 +100,15 @@ def backward(
         run(ctypes.byref(arguments), _Pass.SUMS)
         along.copy_(config.comm.all_gather(along).mean(0))
         run(ctypes.byref(arguments), _Pass.ROWS)
+    if joined_grad_u is not grad_u:
+        grad_u.copy_(joined_grad_u.view(grad_u.shape))
     grad_weight, grad_bias = sums.sum(1, dtype=torch.float64)
     return out, grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+def _joined(u: Tensor) -> Tensor:
+    """u as one head of H · d channels where its heads are narrow."""
+    return u.reshape(len(u), 1, u.shape[1] * u.shape[2]) if u.shape[2] < WIDEST_VECTOR else u
 
 
 def _prepare(
@@ -105,8 +117,8 @@ def _prepare(
     """The arguments that forward and backward share."""
     arguments = _Arguments(
         tokens=len(x),
-        heads=x.shape[1],
-        width=x.shape[2],
+        heads=u.shape[1],
+        width=u.shape[2],
         bins=max(1, min(MOST_BINS, len(x) // TOKENS_PER_BIN)),
         eps=config.eps,
         scale=scale_of(config.dropout, _CPU),

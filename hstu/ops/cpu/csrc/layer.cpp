@@ -1,5 +1,6 @@
 // Row-wise operators: norm, gate and dropout after the attention, and L2 normalization.
 #include <cmath>
+#include <vector>
 
 #include "pack.h"
 
@@ -34,232 +35,254 @@ extern "C" struct HstuUnit {
 namespace hstu {
 namespace {
 
-struct Rows {
-    Buffer x, u, keep, gradient, grad_u, out, weight, bias, grad_weight, grad_bias;
+// Where a vector of a row lies, which belongs to one head; see each_vector.
+struct Place {
+    vi fresh;
+    vf weight, bias;
+    int64_t column, u, grad_u;
+};
+struct GradAffine {
+    vf weight, bias;
 };
 
-// One token is a row of `size` numbers, padded to whole vectors with values that do not change its sums.
-template <class T>
+// Their rows stay in the first-level cache from one loop to the next. Rows of u and grad_u have gaps, which keep the
+// processor from fetching them in advance: the kernels prefetch those of the next tokens.
+constexpr int64_t TOKENS_AT_ONCE = 8;
+
+template <class T, bool NARROW>  // NARROW: a head is narrower than a vector
 class Gate {
   public:
-    explicit Gate(const HstuGate& a) : a_(a), size_(a.heads * a.width), padded_(whole_vectors(size_)) {}
+    explicit Gate(const HstuGate& a) : a_(a), size_(a.heads * a.width) {
+        for (int64_t head = 0; head < a.heads; ++head)
+            each_vector(a.width, [&](int64_t at, vi fresh) {
+                const int64_t column = head * a.width + at;
+                places_.push_back({fresh, get(a.weight + column), get(a.bias + column), column,
+                                   head * a.u_strides[1] + at, head * a.grad_u_strides[1] + at});
+            });
+    }
 
     void run(int32_t pass) const {
-        switch (pass) {
-            case MEASURE: return measure_all();
-            case FORWARD: return forward<true>();
-            case APPLY: return forward<false>();
-            case BACKWARD: return backward<true>();
-            case SUMS: return backward<false>();
-            case ROWS: return grad_rows();
+        const size_t count = places_.size();
+#pragma omp parallel for schedule(static) num_threads(a_.threads)
+        for (int64_t bin = 0; bin < a_.bins; ++bin) {
+            const int64_t begin = a_.tokens * bin / a_.bins, end = a_.tokens * (bin + 1) / a_.bins;
+            std::vector<GradAffine> grad_affine(count);
+            std::vector<vf> grad_rows(count * TOKENS_AT_ONCE);
+            for (int64_t first = begin; first < end; first += TOKENS_AT_ONCE)
+                run_tokens(pass, first, std::min(first + TOKENS_AT_ONCE, end), grad_affine.data(), grad_rows.data());
+            if (pass != BACKWARD && pass != SUMS) continue;
+            for (size_t v = 0; v < count; ++v) {
+                put(grad_affine[v].weight, a_.grad_weight + bin * size_ + places_[v].column);
+                put(grad_affine[v].bias, a_.grad_bias + bin * size_ + places_[v].column);
+            }
         }
     }
 
   private:
-    void measure_all() const {
-        each_bin([&](int64_t, int64_t begin, int64_t end, Rows& rows) {
-            for (int64_t token = begin; token < end; ++token)
-                a_.rstd[token] = measure(token, rows.x.get(padded_));
-        });
-    }
-
-    template <bool MEASURES>
-    void forward() const {
-        each_bin([&](int64_t, int64_t begin, int64_t end, Rows& rows) {
-            const float *weight = packed(a_.weight, rows.weight), *bias = packed(a_.bias, rows.bias);
-            float* out = rows.out.get(padded_);
-            for (int64_t token = begin; token < end; ++token) {
-                float* x = rows.x.get(padded_);
-                if (MEASURES) a_.rstd[token] = 1 / std::sqrt(measure(token, x) + a_.eps);
-                else pack_row(row<const T>(a_.x, token), size_, 1.0f, x, padded_);
-                centre(token, x);
-                const float *u = gate(token, rows), *keep = kept(token, rows);
-                for (int64_t c = 0; c < padded_; c += LANES)
-                    store(out + c, (load(x + c) * load(weight + c) + load(bias + c)) * load(u + c) * load(keep + c));
-                unpack_rows(out, padded_, 1, size_, 1.0f, row<T>(a_.out, token), size_);
-            }
-        });
-    }
-
-    template <bool ALONE>
-    void backward() const {
-        each_bin([&](int64_t bin, int64_t begin, int64_t end, Rows& rows) {
-            const float *weight = packed(a_.weight, rows.weight), *bias = packed(a_.bias, rows.bias);
-            float *g = rows.gradient.get(padded_), *out = rows.out.get(padded_), *grad_u = rows.grad_u.get(padded_);
-            float *grad_weight = rows.grad_weight.get(padded_), *grad_bias = rows.grad_bias.get(padded_);
-            std::memset(grad_weight, 0, size_t(padded_) * sizeof(float));
-            std::memset(grad_bias, 0, size_t(padded_) * sizeof(float));
-            for (int64_t token = begin; token < end; ++token) {
-                const float *x = normalised(token, rows), *u = gate(token, rows), *keep = kept(token, rows);
-                pack_row(row<const T>(a_.grad_out, token), size_, 1.0f, g, padded_);
-                vf plain = {}, along = {};
-                for (int64_t c = 0; c < padded_; c += LANES) {
-                    const vf normal = load(x + c), w = load(weight + c), opened = load(u + c), stays = load(keep + c);
-                    const vf affine = normal * w + load(bias + c), grad_out = load(g + c) * stays;
-                    const vf grad_norm = grad_out * opened, grad_x = grad_norm * w;
-                    store(out + c, affine * opened * stays);
-                    store(grad_u + c, grad_out * affine);
-                    store(grad_weight + c, load(grad_weight + c) + grad_norm * normal);
-                    store(grad_bias + c, load(grad_bias + c) + grad_norm);
-                    store(g + c, grad_x);
-                    plain += grad_x;
-                    along += grad_x * normal;
-                }
-                unpack_rows(out, padded_, 1, size_, 1.0f, row<T>(a_.out, token), size_);
-                T* to = static_cast<T*>(a_.grad_u) + token * a_.grad_u_strides[0];
-                unpack_rows(grad_u, a_.width, a_.heads, a_.width, 1.0f, to, a_.grad_u_strides[1]);
-                const float along_one = sum(plain) / float(size_), along_row = sum(along) / float(size_);
-                if (ALONE) {
-                    store_grad_x(token, x, g, along_one, along_row);
-                } else {
-                    a_.along_one[token] = along_one;
-                    a_.along_row[token] = along_row;
-                }
-            }
-            std::memcpy(a_.grad_weight + bin * size_, grad_weight, size_t(size_) * sizeof(float));
-            std::memcpy(a_.grad_bias + bin * size_, grad_bias, size_t(size_) * sizeof(float));
-        });
-    }
-
-    void grad_rows() const {
-        each_bin([&](int64_t, int64_t begin, int64_t end, Rows& rows) {
-            const float* weight = packed(a_.weight, rows.weight);
-            float* g = rows.gradient.get(padded_);
-            for (int64_t token = begin; token < end; ++token) {
-                const float *x = normalised(token, rows), *u = gate(token, rows), *keep = kept(token, rows);
-                pack_row(row<const T>(a_.grad_out, token), size_, 1.0f, g, padded_);
-                for (int64_t c = 0; c < padded_; c += LANES)
-                    store(g + c, load(g + c) * load(keep + c) * load(u + c) * load(weight + c));
-                store_grad_x(token, x, g, a_.along_one[token], a_.along_row[token]);
-            }
-        });
-    }
-
-    void store_grad_x(int64_t token, const float* x, float* g, float along_one, float along_row) const {
-        for (int64_t c = 0; c < padded_; c += LANES)
-            store(g + c, (load(g + c) - along_one - load(x + c) * along_row) * a_.rstd[token]);
-        unpack_rows(g, padded_, 1, size_, 1.0f, row<T>(a_.grad_x, token), size_);
-    }
-
-    // Bins are runs of tokens. Their number, and so their sums, do not depend on the number of threads.
-    template <class Visit>
-    void each_bin(Visit visit) const {
-#pragma omp parallel for schedule(static) num_threads(a_.threads)
-        for (int64_t bin = 0; bin < a_.bins; ++bin) {
-            static thread_local Rows rows;
-            visit(bin, a_.tokens * bin / a_.bins, a_.tokens * (bin + 1) / a_.bins, rows);
+    void run_tokens(int32_t pass, int64_t begin, int64_t end, GradAffine* grad_affine, vf* grad_rows) const {
+        switch (pass) {
+            case FORWARD:
+                measure(begin, end);
+                for (int64_t token = begin; token < end; ++token)
+                    a_.rstd[token] = 1 / std::sqrt(a_.rstd[token] + a_.eps);
+                return apply(begin, end);
+            case MEASURE: return measure(begin, end);
+            case APPLY: return apply(begin, end);
+            case BACKWARD:
+                sum_rows(begin, end, grad_affine, grad_rows);
+                return put_grad_x(begin, end, grad_rows);
+            case SUMS: return sum_rows(begin, end, grad_affine, grad_rows);
+            case ROWS:
+                differentiate_rows(begin, end, grad_rows);
+                return put_grad_x(begin, end, grad_rows);
         }
     }
 
-    template <class U, class V>
-    U* row(V* tensor, int64_t token) const {
-        return static_cast<U*>(tensor) + token * size_;
+    // The rows of one token. Copied to registers: pointers in memory would be read again after each store.
+    struct Token {
+        const T *x, *u, *grad_out;
+        const uint8_t* kept;
+        T *out, *grad_x, *grad_u;
+        float scale, mean, rstd;
+    };
+
+    Token rows_of(int64_t token) const {
+        const int64_t at = token * size_;
+        return {row<const T>(a_.x, at),
+                row<const T>(a_.u, token * a_.u_strides[0]),
+                row<const T>(a_.grad_out, at),
+                a_.kept ? a_.kept + at : nullptr,
+                row<T>(a_.out, at),
+                row<T>(a_.grad_x, at),
+                row<T>(a_.grad_u, token * a_.grad_u_strides[0]),
+                a_.scale,
+                a_.mean[token],
+                a_.rstd[token]};
     }
 
-    const float* packed(const float* numbers, Buffer& buffer) const {
-        pack_row(numbers, size_, 1.0f, buffer.get(padded_), padded_);
-        return buffer.get(padded_);
+    // Writes the mean and the variance of each row.
+    void measure(int64_t begin, int64_t end) const {
+        for (int64_t token = begin; token < end; ++token) {
+            const T* x = row<const T>(a_.x, token * size_);
+            vf total = {}, squares = {};
+            for (const Place& at : places_) total += only(at.fresh, get(x + at.column));
+            const vf mean = sum_of_lanes(total) / float(size_);
+            for (const Place& at : places_) {
+                const vf centred = only(at.fresh, get(x + at.column) - mean);
+                squares += centred * centred;
+            }
+            a_.mean[token] = mean[0];
+            a_.rstd[token] = sum_of_lanes(squares)[0] / float(size_);
+        }
     }
 
-    // Writes the mean of a row and returns its variance.
-    float measure(int64_t token, float* x) const {
-        pack_row(row<const T>(a_.x, token), size_, 1.0f, x, padded_);
-        vf total = {}, squares = {};
-        for (int64_t c = 0; c < padded_; c += LANES) total += load(x + c);
-        const float mean = sum(total) / float(size_);
-        for (int64_t c = size_; c < padded_; ++c) x[c] = mean;
-        for (int64_t c = 0; c < padded_; c += LANES) squares += (load(x + c) - mean) * (load(x + c) - mean);
-        a_.mean[token] = mean;
-        return sum(squares) / float(size_);
+    void apply(int64_t begin, int64_t end) const {
+        const int64_t u_ahead = TOKENS_AT_ONCE * a_.u_strides[0];
+        const Place *first = places_.data(), *last = first + places_.size();
+        for (int64_t token = begin; token < end; ++token) {
+            const Token rows = rows_of(token);
+            for (const Place* at = first; at < last; ++at) {
+                __builtin_prefetch(rows.u + u_ahead + at->u);
+                const vf affine = normalised(rows, *at) * at->weight + at->bias;
+                put(affine * get(rows.u + at->u) * kept(rows, *at), rows.out + at->column);
+            }
+        }
     }
 
-    const float* normalised(int64_t token, Rows& rows) const {
-        float* x = rows.x.get(padded_);
-        pack_row(row<const T>(a_.x, token), size_, 1.0f, x, padded_);
-        centre(token, x);
-        return x;
+    // Writes the gradients of the normalised rows and their means; adds to those of weight and bias, which have one
+    // element per place.
+    void sum_rows(int64_t begin, int64_t end, GradAffine* grad_affine, vf* grad_rows) const {
+        const int64_t count = int64_t(places_.size());
+        const Place* places = places_.data();
+        const int64_t u_ahead = TOKENS_AT_ONCE * a_.u_strides[0], grad_u_ahead = TOKENS_AT_ONCE * a_.grad_u_strides[0];
+        for (int64_t token = begin; token < end; ++token) {
+            const Token rows = rows_of(token);
+            vf plain = {}, along = {};
+            for (int64_t v = 0; v < count; ++v) {
+                const Place& at = places[v];
+                __builtin_prefetch(rows.u + u_ahead + at.u);
+                __builtin_prefetch(rows.grad_u + grad_u_ahead + at.grad_u, 1);
+                const vf normal = normalised(rows, at), u = get(rows.u + at.u), keep = kept(rows, at);
+                const vf affine = normal * at.weight + at.bias;
+                const vf grad_out = get(rows.grad_out + at.column) * keep, grad_norm = grad_out * u;
+                const vf grad_row = grad_norm * at.weight, summand = only(at.fresh, grad_row);
+                *grad_rows++ = grad_row;
+                put(affine * u * keep, rows.out + at.column);
+                put(grad_out * affine, rows.grad_u + at.grad_u);
+                grad_affine[v].weight += grad_norm * normal;
+                grad_affine[v].bias += grad_norm;
+                plain += summand;
+                along += summand * normal;
+            }
+            a_.along_one[token] = sum_of_lanes(plain)[0] / float(size_);
+            a_.along_row[token] = sum_of_lanes(along)[0] / float(size_);
+        }
     }
 
-    void centre(int64_t token, float* x) const {
-        const float mean = a_.mean[token], rstd = a_.rstd[token];
-        for (int64_t c = 0; c < padded_; c += LANES) store(x + c, (load(x + c) - mean) * rstd);
+    // The gradients of the normalised rows alone.
+    void differentiate_rows(int64_t begin, int64_t end, vf* grad_rows) const {
+        for (int64_t token = begin; token < end; ++token) {
+            const Token rows = rows_of(token);
+            for (const Place& at : places_)
+                *grad_rows++ = get(rows.grad_out + at.column) * kept(rows, at) * get(rows.u + at.u) * at.weight;
+        }
     }
 
-    const float* gate(int64_t token, Rows& rows) const {
-        float* u = rows.u.get(padded_);
-        const T* from = static_cast<const T*>(a_.u) + token * a_.u_strides[0];
-        std::memset(u + padded_ - LANES, 0, LANES * sizeof(float));
-        for (int64_t head = 0; head < a_.heads; ++head)
-            pack_row(from + head * a_.u_strides[1], a_.width, 1.0f, u + head * a_.width, a_.width);
-        return u;
+    void put_grad_x(int64_t begin, int64_t end, const vf* grad_rows) const {
+        const Place *first = places_.data(), *last = first + places_.size();
+        for (int64_t token = begin; token < end; ++token) {
+            const Token rows = rows_of(token);
+            const float along_one = a_.along_one[token], along_row = a_.along_row[token];
+            for (const Place* at = first; at < last; ++at) {
+                const vf projected = *grad_rows++ - along_one - normalised(rows, *at) * along_row;
+                put(projected * rows.rstd, rows.grad_x + at->column);
+            }
+        }
     }
 
-    // The factors by which dropout multiplies a row.
-    const float* kept(int64_t token, Rows& rows) const {
-        float* __restrict keep = rows.keep.get(padded_);
-        const uint8_t* __restrict stays = a_.kept + token * size_;
-        if (!a_.kept)
-            for (int64_t c = 0; c < padded_; ++c) keep[c] = 1.0f;
-        else
-            for (int64_t c = 0; c < size_; ++c) keep[c] = float(stays[c]) * a_.scale;
-        for (int64_t c = size_; c < padded_; ++c) keep[c] = 0.0f;
-        return keep;
+    vf normalised(const Token& rows, const Place& at) const { return (get(rows.x + at.column) - rows.mean) * rows.rstd; }
+
+    // The factors by which dropout multiplies.
+    vf kept(const Token& rows, const Place& at) const {
+        return rows.kept ? get(rows.kept + at.column) * rows.scale : splat(1.0f);
+    }
+
+    template <class U>
+    static U* row(const void* tensor, int64_t at) {
+        return const_cast<U*>(static_cast<const U*>(tensor)) + at;
+    }
+
+    template <class U>
+    vf get(const U* from) const {
+        return hstu::get<NARROW>(from, a_.width);
+    }
+
+    template <class U>
+    void put(vf x, U* to) const {
+        hstu::put<NARROW>(x, to, a_.width);
     }
 
     const HstuGate& a_;
-    int64_t size_, padded_;
+    const int64_t size_;
+    std::vector<Place> places_;
 };
 
 // Rows divided by their L2 norm, or by eps if that is larger.
+template <bool NARROW>
 void unit(const HstuUnit& a) {
-    const int64_t padded = whole_vectors(a.width);
-#pragma omp parallel num_threads(a.threads)
-    {
-        static thread_local Buffer buffer;
-        float* x = buffer.get(padded);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < a.rows; ++row) {
-            pack_row(a.x + row * a.width, a.width, 1.0f, x, padded);
-            vf squares = {};
-            for (int64_t c = 0; c < padded; c += LANES) squares += load(x + c) * load(x + c);
-            const float norm = std::sqrt(sum(squares));
-            a.norms[row] = norm;
-            unpack_rows(x, padded, 1, a.width, 1 / std::max(norm, a.eps), a.out + row * a.width, a.width);
-        }
+    const int64_t width = a.width;
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+    for (int64_t row = 0; row < a.rows; ++row) {
+        const float* x = a.x + row * width;
+        float* out = a.out + row * width;
+        vf squares = {};
+        each_vector(width, [&](int64_t at, vi fresh) {
+            const vf numbers = only(fresh, get<NARROW>(x + at, width));
+            squares += numbers * numbers;
+        });
+        const float norm = std::sqrt(sum_of_lanes(squares)[0]), factor = 1 / std::max(norm, a.eps);
+        a.norms[row] = norm;
+        each_vector(width, [=](int64_t at, vi) { put<NARROW>(get<NARROW>(x + at, width) * factor, out + at, width); });
     }
 }
 
 // (g − y (y · g)) / |x| with y = x / |x|; g / eps for rows that were divided by eps.
+template <bool NARROW>
 void unit_backward(const HstuUnit& a) {
-    const int64_t padded = whole_vectors(a.width);
-#pragma omp parallel num_threads(a.threads)
-    {
-        static thread_local Buffer unit_buffer, gradient_buffer;
-        float *y = unit_buffer.get(padded), *g = gradient_buffer.get(padded);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < a.rows; ++row) {
-            pack_row(a.unit + row * a.width, a.width, 1.0f, y, padded);
-            pack_row(a.grad_out + row * a.width, a.width, 1.0f, g, padded);
-            if (a.norms[row] >= a.eps) {
-                vf along = {};
-                for (int64_t c = 0; c < padded; c += LANES) along += load(y + c) * load(g + c);
-                const float slope = sum(along);
-                for (int64_t c = 0; c < padded; c += LANES) store(g + c, load(g + c) - load(y + c) * slope);
-            }
-            unpack_rows(g, padded, 1, a.width, 1 / std::max(a.norms[row], a.eps), a.grad_x + row * a.width, a.width);
-        }
+    const int64_t width = a.width;
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+    for (int64_t row = 0; row < a.rows; ++row) {
+        const float *y = a.unit + row * width, *g = a.grad_out + row * width;
+        float* grad_x = a.grad_x + row * width;
+        vf along = {};
+        each_vector(width, [&](int64_t at, vi fresh) {
+            along += only(fresh, get<NARROW>(y + at, width)) * get<NARROW>(g + at, width);
+        });
+        const float slope = a.norms[row] >= a.eps ? sum_of_lanes(along)[0] : 0.0f;
+        const float factor = 1 / std::max(a.norms[row], a.eps);
+        each_vector(width, [=](int64_t at, vi) {
+            put<NARROW>((get<NARROW>(g + at, width) - get<NARROW>(y + at, width) * slope) * factor, grad_x + at, width);
+        });
     }
+}
+
+template <bool NARROW>
+void unit(const HstuUnit& a, bool is_backward) {
+    is_backward ? unit_backward<NARROW>(a) : unit<NARROW>(a);
+}
+
+template <class T>
+void gate(const HstuGate& a, int32_t pass) {
+    a.width < LANES ? Gate<T, true>(a).run(pass) : Gate<T, false>(a).run(pass);
 }
 
 }  // namespace
 }  // namespace hstu
 
 extern "C" void hstu_unit(const HstuUnit* a, int32_t is_backward) {
-    if (is_backward) hstu::unit_backward(*a);
-    else hstu::unit(*a);
+    a->width < hstu::LANES ? hstu::unit<true>(*a, is_backward) : hstu::unit<false>(*a, is_backward);
 }
 
 extern "C" void hstu_gate(const HstuGate* a, int32_t pass) {
-    if (a->is_bfloat) hstu::Gate<hstu::bfloat>(*a).run(pass);
-    else hstu::Gate<float>(*a).run(pass);
+    a->is_bfloat ? hstu::gate<hstu::bfloat>(*a, pass) : hstu::gate<float>(*a, pass);
 }

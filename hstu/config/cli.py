@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from hstu.config.args import Task
-from hstu.config.errors import ConfigError, UserError, wait_for_the_reporting_rank
+from hstu.config.errors import ConfigError, UserError, report_once
 from hstu.config.gin_io import read_and_check
 from hstu.config.reference import explain
 from hstu.config.rules import RULES, Rule
@@ -28,7 +28,7 @@ def parse_command_line(
     ``preflight`` imports the rules that open what the files name. They are applied with ``--validate-only``, unless
     ``--quick`` is given, and on rank 0 alone.
 
-    On mistakes, rank 0 prints all of them and every rank exits with code 2. ``--validate-only``, ``--print-config`` and
+    Mistakes are all printed (``report_once``), and the exit code is 2. ``--validate-only``, ``--print-config`` and
     ``--explain`` print their output and exit with code 0. Warnings go to standard error.
     """
     is_first_rank = os.environ.get("RANK", "0") == "0"  # torchrun sets RANK and WORLD_SIZE
@@ -43,14 +43,12 @@ def parse_command_line(
             rules = (*rules, *preflight())
         config, warnings = read_and_check(options.files, options.bindings, task, world_size, rules)
     except UserError as error:
-        if is_first_rank:
-            print(f"{_headline(error)}{error}", file=sys.stderr)
-            _print_warnings(getattr(error, "warnings", ()))
-        else:
-            wait_for_the_reporting_rank()
+        warnings = error.warnings if isinstance(error, ConfigError) else []
+        report_once("\n".join([f"{_headline(error)}{error}", *map(_marked, warnings)]))
         sys.exit(error.exit_code)
     if is_first_rank:
-        _print_warnings(warnings)
+        for warning in warnings:
+            print(_marked(warning), file=sys.stderr)
     if options.print_config:
         _finish(config.operative_gin(), is_first_rank)
     if options.validate_only:
@@ -59,9 +57,8 @@ def parse_command_line(
     return config
 
 
-def _print_warnings(warnings: Sequence[str]) -> None:
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+def _marked(warning: str) -> str:
+    return f"warning: {warning}"
 
 
 def _headline(error: UserError) -> str:

@@ -5,6 +5,8 @@ Any other exception is a defect of the program: it shows a traceback and exits w
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Sequence
 
@@ -15,6 +17,7 @@ EXIT_FAILURE = 1
 EXIT_BAD_CONFIG = 2
 EXIT_BAD_DATA = 3
 _TIME_TO_REPORT_S = 2.0
+_TIME_TO_KILL_S = 0.5
 
 
 class UserError(Exception):
@@ -43,9 +46,15 @@ class DataError(UserError):
     exit_code = EXIT_BAD_DATA
 
 
-def wait_for_the_reporting_rank() -> None:
-    """Delays the exit of a rank that fails silently because another rank reports the same error.
+def report_once(text: str) -> None:
+    """Print the text of an error that all ranks may have, once per host.
 
-    torchrun kills all ranks as soon as one exits, so rank 0 needs time to print.
+    The first rank of a host prints at once and exits, whereupon torchrun kills the others. Another rank therefore
+    waits, and prints only if it is still alive, because it alone has the error.
     """
-    time.sleep(_TIME_TO_REPORT_S)
+    rank = os.environ.get("RANK", "0")
+    local_rank = os.environ.get("LOCAL_RANK", rank)
+    if local_rank.isdecimal() and int(local_rank) > 0:
+        time.sleep(_TIME_TO_REPORT_S + int(local_rank) * _TIME_TO_KILL_S)
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    print(f"{prefix}{text}", file=sys.stderr, flush=True)

@@ -44,7 +44,7 @@ class Limits:
     examples: tuple[str, ...] = ()
     """The strings that ``pattern`` matches, as messages and documentation show them."""
     not_empty: bool = False
-    """Whether an empty string or list is an error."""
+    """Whether an empty string or list is an error. An empty string in the list is one as well."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other names of the field in gin files → the field of the class that is added to a value given by that name."""
 
@@ -92,7 +92,7 @@ def field_problems(cls: type[Args], field: Field[Any], value: Any) -> list[str]:
     is_one = not isinstance(value, tuple)
     if is_one and value == field.default and value not in (field.metadata["choices"] or (value,)):
         return [f"must be given; {expected} (the default is deliberately not one of them)"]
-    if field.metadata["not_empty"] and len(coerced) == 0:
+    if field.metadata["not_empty"] and (len(coerced) == 0 or (not isinstance(coerced, str) and "" in coerced)):
         return [f"must not be empty; {expected}"]
     elements = coerced if isinstance(coerced, (list, tuple)) else [coerced]
     return [
@@ -166,9 +166,19 @@ def coerce(annotation: Any, value: Any) -> Any:
         value = int(value)
     if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
         raise Mismatch(_quoted_hint(value))
+    if isinstance(value, str) and not _is_unicode(value):
+        raise Mismatch("; it has half of a surrogate pair, which is no character")
     if annotation is int and not -(2**63) <= value < 2**63:
         raise Mismatch("; this number needs more than 64 bits")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _coerce_element(annotation: Any, element: Any) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
+from torchrec.distributed.planner.types import PlannerError
 
 from hstu.config.args import RankingArgs
 from hstu.estimate.workload import Batch, Workload
@@ -18,7 +19,7 @@ from hstu.ops.layer import saved_bytes
 from hstu.optim.dense import match_part_optimizers
 from hstu.parallel.dynamic.memory import logical_name, split_tables
 from hstu.parallel.table_optimizer import STATES, TableTraining, is_rowwise
-from hstu.parallel.tables import memory_plans, table_planner, table_sharders
+from hstu.parallel.tables import memory_plans, no_room_for_tables, table_planner, table_sharders
 
 INT64 = 8
 """Bytes of an id, a length, a label and a time."""
@@ -39,7 +40,10 @@ class TableShards:
 
 
 def plan_tables(workload: Workload) -> tuple[TableShards, ...]:
-    """The shards of the model_parallel tables, by TorchRec's planner with the constraints of a run."""
+    """The shards of the model_parallel tables, by TorchRec's planner with the constraints of a run.
+
+    Raises ConfigError, as a run does, if the ranks have no room for the tables.
+    """
     specs = {spec.name: spec for spec in workload.specs if not spec.replicated}
     if not specs:
         return ()
@@ -50,7 +54,10 @@ def plan_tables(workload: Workload) -> tuple[TableShards, ...]:
     prefetches = workload.config.trainer.pipeline_type == "prefetch"
     ranks = workload.world_size, workload.ranks_per_host
     planner = table_planner(workload.specs, *ranks, device_type, memory, prefetches)
-    plan = planner.plan(model, table_sharders(args, device_type, workload.specs))
+    try:
+        plan = planner.plan(model, table_sharders(args, device_type, workload.specs))
+    except PlannerError as error:
+        raise no_room_for_tables(workload.specs, workload.config, workload.world_size) from error
     found: dict[str, TableShards] = {}
     for tables in plan.plan.values():
         for part, table in tables.items():

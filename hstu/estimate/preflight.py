@@ -15,7 +15,6 @@ from tempfile import TemporaryFile
 
 import psutil
 import torch
-from torchrec.distributed.planner.types import PlannerError
 
 from hstu.checkpoint.directory import file_problems, read_manifest
 from hstu.checkpoint.find import AUTO
@@ -31,16 +30,16 @@ from hstu.config.run_config import RunDraft
 from hstu.data.collate import FeatureRoles
 from hstu.data.store import SequenceStore
 from hstu.estimate.estimate import size
-from hstu.estimate.memory import memory, plan_tables
+from hstu.estimate.memory import TableShards, memory, plan_tables
 from hstu.estimate.opened import Attempt, Labels, Opened
-from hstu.estimate.workload import plan_workload
+from hstu.estimate.workload import Workload, plan_workload
 from hstu.model.stack import kernel_shapes
 from hstu.observe.logging import quiet_libraries
 from hstu.ops.costs import FLOAT32
 from hstu.ops.select import select_kernels
 from hstu.optim.dense import decayed_parameters, match_part_optimizers
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise
-from hstu.parallel.tables import check_kernels, table_training
+from hstu.parallel.tables import check_kernels, check_memory, table_training
 from hstu.train.builder import label_offset
 from hstu.train.sources import check_rows
 
@@ -218,31 +217,26 @@ def memory_is_enough(run: RunDraft, opened: Opened) -> Iterator[Problem]:
     """The estimated memory of a rank is not more than it has on this machine."""
     device, ranks_here = _device_type(), int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size))
     workload = plan_workload(run.finish(), run.world_size, ranks_here, device)
-    try:
-        needed = sum(memory(workload, plan_tables(workload)).values())
-    except PlannerError:
-        rows = sum(FLOAT32 * spec.rows * spec.dim for spec in workload.specs if not spec.replicated)
-        text = (
-            f"the rows of the model_parallel tables have {size(rows)}, for which there is no room on {run.world_size} "
-            f"rank{'s'[: run.world_size > 1]}; start more ranks, or make the tables smaller"
-        )
-        largest = max(run.embeddings, key=lambda table: table.item_vocab_size_or_capacity, default=None)
-        if largest is None:
-            yield run.problem(run.dataset, "dataset_name", text)
-        else:
-            yield run.problem(largest, "item_vocab_size_or_capacity", text)
-        return
+    plan = Attempt(partial(_plan_with_room, workload, ranks_here))
+    yield from reported(run, run.dataset, _place_of_data(run.dataset), plan.error)
+    needed = sum(memory(workload, plan.value).values())
     if device == "cuda":
         has, owner = torch.cuda.get_device_properties(0).total_memory, "the GPU"
     else:
         has, owner = psutil.virtual_memory().total // ranks_here, "this host" if ranks_here == 1 else "a rank's share"
     if needed > has:
         text = (
-            f"a rank needs about {size(needed)}, and {owner} has {size(has)}; scripts/estimate.py shows what needs the "
-            "memory, also on another --device. Lower the batch, shard the tables over more ranks (model_parallel), or "
-            "recompute layers"
+            f"a rank needs about {size(needed)}, and {owner} has {size(has)}; scripts/estimate.py shows what "
+            "needs the memory, also on another --device. Lower the batch, shard the tables over more ranks "
+            "(model_parallel), or recompute layers"
         )
         yield run.problem(run.trainer, "train_batch_size", text)
+
+
+def _plan_with_room(workload: Workload, ranks_here: int) -> tuple[TableShards, ...]:
+    """The shards of the tables. Raises ConfigError for tables that the host or the ranks have no room for."""
+    check_memory(workload.specs, workload.config, ranks_here, workload.world_size)
+    return plan_tables(workload)
 
 
 def directories_can_be_written(run: RunDraft, opened: Opened) -> Iterator[Problem]:

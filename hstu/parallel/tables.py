@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
+import psutil
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -12,16 +13,18 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEm
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.types import CacheParams, ShardingEnv
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingPlan
 
 from hstu.config.args import OptimizerArgs
 from hstu.config.errors import ConfigError
 from hstu.config.run_config import RunConfig
 from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
+from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.types import UpdateRows
+from hstu.parallel.collectives import gather_objects
 from hstu.parallel.dynamic.collection import DynamicSharder, RowSparseDynamicCollection, ShardedDynamicCollection
 from hstu.parallel.dynamic.memory import MemoryPlan, physical_names, plan_memory, split_tables
 from hstu.parallel.dynamic.table import DynamicTable
@@ -47,7 +50,7 @@ def shard(
 ) -> tuple[GRModel, TableOptimizer]:
     """Shard the model's EmbeddingCollections in place and write their initial rows. Collective.
 
-    Returns the model and the optimizer of its tables.
+    Returns the model and the optimizer of its tables. Raises ConfigError if the ranks have no room for the tables.
     """
     args, device = config.optimizer, mesh.device.type
     training = {spec.name: TableTraining.of(spec, args) for spec in model.specs}
@@ -61,7 +64,7 @@ def shard(
         model.embedding = split_tables(model.embedding, memory)
         prefetches = config.trainer.pipeline_type == "prefetch"
         planner = table_planner(model.specs, mesh.world_size, mesh.local_world_size, device, memory, prefetches)
-        plan = planner.collective_plan(model, sharders, mesh.world_group)
+        plan = _collective_plan(planner, model, sharders, config, mesh)
         planned = {name: table for tables in plan.plan.values() for name, table in tables.items()}
         log.info("tables: %s", {name: table.sharding_type for name, table in planned.items()})
         for name, table in planned.items():
@@ -86,6 +89,66 @@ def shard(
         if isinstance(collection, ShardedDynamicCollection):
             collection.create_tables(model.specs, weights, optimizer, config.trainer.seed)
     return model, optimizer
+
+
+def _collective_plan(
+    planner: EmbeddingShardingPlanner,
+    model: GRModel,
+    sharders: list[EmbeddingCollectionSharder],
+    config: RunConfig,
+    mesh: Mesh,
+) -> ShardingPlan:
+    """The plan of rank 0 on every rank. An error of the planner, too: the other ranks would wait for the plan."""
+    made: ShardingPlan | ConfigError | None = None
+    if mesh.is_main:
+        try:
+            made = planner.plan(model, sharders)
+        except PlannerError:
+            made = no_room_for_tables(model.specs, config, mesh.world_size)
+    made = gather_objects(made, mesh.world_group)[0]
+    if isinstance(made, ConfigError):
+        raise made
+    assert made is not None
+    return made
+
+
+def no_room_for_tables(specs: Sequence[TableSpec], config: RunConfig, world_size: int) -> ConfigError:
+    """What it means that TorchRec's planner finds no plan, at the place of the largest model_parallel table."""
+    sharded = [spec for spec in specs if not spec.replicated]
+    text = (
+        f"the rows of the model_parallel tables have {_gigabytes(sum(map(_bytes, sharded)))}, for which there is no "
+        f"room on {world_size} rank{'s'[: world_size > 1]}; start more ranks, or make the tables smaller"
+    )
+    return _at_the_largest(sharded, config, text)
+
+
+def check_memory(specs: Sequence[TableSpec], config: RunConfig, ranks_here: int, world_size: int) -> None:
+    """Raise ConfigError if the rows alone need more memory than this host and its GPUs have."""
+    needed = sum(_bytes(spec) * (ranks_here if spec.replicated else ranks_here / world_size) for spec in specs)
+    has = psutil.virtual_memory().total + psutil.swap_memory().total
+    has += sum(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
+    if needed > has:
+        text = (
+            f"the rows of the tables need {_gigabytes(needed)} on this host, which has {_gigabytes(has)} of memory; "
+            "make the tables smaller, or shard them over more hosts (model_parallel)"
+        )
+        raise _at_the_largest(specs, config, text)
+
+
+def _at_the_largest(specs: Sequence[TableSpec], config: RunConfig, text: str) -> ConfigError:
+    largest = max(specs, key=_bytes).name
+    table = next((table for table in config.embeddings if table.table_name == largest), None)
+    if table is None:  # a predefined one
+        return ConfigError(config.located(config.dataset, "dataset_name", f"table {largest!r}: {text}"))
+    return ConfigError(config.located(table, "item_vocab_size_or_capacity", text))
+
+
+def _bytes(spec: TableSpec) -> int:
+    return FLOAT32 * spec.rows * spec.dim
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / 1e9:,.2f} GB"
 
 
 def memory_plans(specs: Sequence[TableSpec], args: OptimizerArgs, world_size: int) -> dict[str, MemoryPlan]:

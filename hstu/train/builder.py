@@ -41,7 +41,7 @@ from hstu.optim.schedule import Schedule
 from hstu.parallel.collectives import gather_objects, gather_rows, on_all_ranks, require_equal
 from hstu.parallel.ddp import replicate_dense, unwrap_dense
 from hstu.parallel.mesh import Mesh, seed_dropout
-from hstu.parallel.tables import shard
+from hstu.parallel.tables import check_memory, shard
 from hstu.parallel.tensor import split_encoder
 from hstu.pipeline.native import NativePipeline
 from hstu.pipeline.none import SequentialPipeline, TrainPipeline
@@ -162,6 +162,7 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
     specs = table_specs(
         source.tables, config.network, roles.contextual, roles.item, has_negatives, ranks, config.located
     )
+    on_all_ranks(lambda: check_memory(specs, config, mesh.local_world_size, ranks), mesh.world_group)
     keys = (*source.roles.names, *([NEGATIVES] if has_negatives else []))
     task = build_task(config, source, mesh)
     if config.network.compile:

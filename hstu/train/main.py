@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 
-from hstu.config.errors import EXIT_DONE, UserError, wait_for_the_reporting_rank
+from hstu.config.errors import EXIT_DONE, UserError, report_once
 from hstu.config.run_config import RunConfig
 from hstu.data.processes import end_with_parent
 from hstu.observe.environment import check_packages
+
+_MEMORY = (
+    "memory ran out: {}. Lower TrainerArgs.train_batch_size or eval_batch_size, or what the numbers of the message "
+    "come from; scripts/estimate.py shows what needs memory"
+)
 
 
 def run(config: RunConfig) -> int:
@@ -56,22 +62,30 @@ def run(config: RunConfig) -> int:
             alike = not in_training or isinstance(error, (NonFiniteStep, CheckpointFailure))
             watchdog.leave(None if alike else error)
         meshes.finish(wait=False)
-        return _report(error, every_rank=in_training)
+        return _report(error, of_this_rank=in_training)
     except Exception as error:
         if watchdog is not None:
             watchdog.fail(error)
+        if memory_ran_out(error):
+            return _report(UserError(_MEMORY.format(str(error).strip().splitlines()[0])), of_this_rank=True)
         raise
     watchdog.leave()
     meshes.finish()
     return EXIT_DONE
 
 
-def _report(error: UserError, every_rank: bool = False) -> int:
-    """Print the error, once per host unless ``every_rank``. Returns its exit code."""
-    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+def memory_ran_out(error: Exception) -> bool:
+    """Whether an error of Python, NumPy or PyTorch means that."""
+    is_torch = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+    return isinstance(error, MemoryError) or bool(is_torch)
+
+
+def _report(error: UserError, of_this_rank: bool = False) -> int:
+    """Print the error, once per host unless it may be ``of_this_rank`` alone. Returns its exit code."""
+    if of_this_rank:
         rank = os.environ.get("RANK", "0")
         prefix = "" if rank == "0" else f"[rank {rank}] "
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
     else:
-        wait_for_the_reporting_rank()
+        report_once(f"error: {error}")
     return error.exit_code

@@ -73,7 +73,7 @@ def test_every_default_but_the_sharding_type_is_valid(cls: type) -> None:
 
 def test_descriptions_are_words() -> None:
     described = {field.name: describe(RankingArgs, field) for field in fields(RankingArgs)}
-    assert described["prediction_head_arch"] == "list of int, each at least 1, not empty"
+    assert described["prediction_head_arch"] == "list of int, each at least 1, at most 1000000, not empty"
     assert described["prediction_head_act_type"] == "one of 'relu', 'gelu'"
     assert described["eval_metrics"] == "one or more of AUC, AUC>=K, GAUC, ACC, LOGLOSS, NE"
 

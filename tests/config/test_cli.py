@@ -59,16 +59,26 @@ def test_a_bad_file_is_refused_fast_with_exit_code_2_and_no_traceback(line: str,
     assert seconds < 3
 
 
-def test_only_rank_0_prints_and_the_silent_rank_exits_later(tmp_path: Path) -> None:
-    """torchrun kills all ranks as soon as one exits."""
-    file = write(tmp_path, changed(RANKING, "NetworkArgs.num_layers = 0"))
-    results = []
-    for rank in range(2):
-        begun = time.monotonic()
-        results.append(run("--gin-config-file", file, RANK=str(rank), WORLD_SIZE="2"))
-    assert time.monotonic() - begun >= 2
-    assert [result.returncode for result in results] == [2, 2]
-    assert ["num_layers" in result.stderr for result in results] == [True, False]
+@pytest.mark.parametrize("bad_ranks", [("0", "1", "2"), ("2",)], ids=["on all ranks", "on one rank"])
+def test_a_mistake_is_told_once_wherever_it_is(bad_ranks: tuple[str, ...], tmp_path: Path) -> None:
+    for rank in ("0", "1", "2"):
+        text = changed(RANKING, "NetworkArgs.num_layers = 0") if rank in bad_ranks else RANKING
+        write(tmp_path, text, f"run{rank}.gin")
+    script = write(
+        tmp_path,
+        "import os, time\n"
+        "from hstu.config.cli import parse_command_line\n"
+        f"parse_command_line('ranking', ['--gin-config-file', f'{tmp_path}/run{{os.environ[\"RANK\"]}}.gin'])\n"
+        "time.sleep(60)\n",  # torchrun ends the good ranks
+        "script.py",
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", script]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(torchrun, capture_output=True, text=True, timeout=60, env=environment)
+    assert result.returncode == 1
+    assert result.stderr.count("NetworkArgs.num_layers = 0: expected int, at least 1") == 1
+    assert ("[rank 2] bad configuration: " in result.stderr) == (bad_ranks == ("2",))
+    assert "exitcode  : 2" in result.stderr
 
 
 def test_the_config_room_imports_no_torch() -> None:

@@ -61,16 +61,40 @@ def test_without_a_home_directory_there_are_no_kernels_and_the_reason_is_given(
         build.library_file()
 
 
-def test_processes_that_start_together_compile_once(small_sources: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_damaged", [False, True], ids=["no library", "a damaged one"])
+def test_processes_that_start_together_compile_once(small_sources: Path, tmp_path: Path, is_damaged: bool) -> None:
+    if is_damaged:
+        build.library_file(tmp_path).write_bytes(b"damaged")
     code = (
         "import logging, pathlib; from hstu.ops.cpu import build; logging.basicConfig(level=logging.INFO); "
         f"build.SOURCES = pathlib.Path({str(small_sources)!r}); build.library_file(pathlib.Path({str(tmp_path)!r}))"
     )
     command = [sys.executable, "-c", code]
-    processes = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    processes = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     lines = "".join(process.communicate(timeout=60)[1] for process in processes)
-    assert [process.returncode for process in processes] == [0] * 3, lines
+    assert [process.returncode for process in processes] == [0] * 4, lines
     assert lines.count("compiled the CPU kernels in") == 1
+    assert lines.count("is damaged and is compiled again") == is_damaged
+
+
+def test_a_library_of_another_format_is_not_taken_for_damaged(
+    small_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Versions that appended no hash compiled into the same directory."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(build, "_FORMAT", "code alone")
+        earlier.setattr(build, "_seal", lambda library: None)
+        without_hash = build.library_file(tmp_path)
+    before = without_hash.read_bytes()
+    assert ctypes.CDLL(str(build.library_file(tmp_path))).one() == 1
+    assert without_hash.read_bytes() == before
+    assert "damaged" not in caplog.text
+
+
+def test_the_files_of_an_interrupted_compilation_are_removed(small_sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache" / "compiling-interrupted").mkdir(parents=True)
+    library = build.library_file(tmp_path / "cache")
+    assert {path.name for path in library.parent.iterdir()} == {"lock", library.name}
 
 
 def test_a_source_that_does_not_compile_is_told_with_the_error_and_leaves_nothing(

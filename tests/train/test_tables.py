@@ -1,7 +1,10 @@
 """Which tables a run has, and whether the ids fit."""
 
+import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +16,12 @@ from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.errors import ConfigError
 from hstu.data.sampler import SamplerPosition
 from hstu.data.store import SequenceStore
+from hstu.parallel import tables as sharding
 from hstu.parallel.mesh import Mesh
 from hstu.train.sources import check_rows, choose_tables
-from tests.train.tiny import build, tables_of, tiny_config
+from tests.conftest import write_small_store
+from tests.distributed.launch import Launch, run_cases
+from tests.train.tiny import build, tables_of, tiny_config, walks
 
 
 def table(*features: str, name: str | None = None, rows: int = 10, **options: Any) -> EmbeddingArgs:
@@ -126,3 +132,33 @@ def test_a_step_does_not_walk_through_a_table(
     by_row, views = {"aten.embedding", "aten.index_select", "aten.index_copy_"}, {"aten.detach", "aten.view"}
     assert "aten.embedding" in recorded.names
     assert recorded.names <= by_row | views
+
+
+def refusal(mesh: Mesh, store: str, output: str, sharded: tuple[str, ...], memory: int | None) -> str:
+    """What a run says about ten billion items on a host with so many bytes of ``memory`` (None: its own)."""
+    opened = SequenceStore.open(store)
+    tables = tuple(
+        replace(table, item_vocab_size_or_capacity=10**10) if table.feature_names == ["item_id"] else table
+        for table in tables_of(opened, sharded)
+    )
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError) as told:
+        if memory is not None:
+            patch.setattr(sharding.psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
+        build(tiny_config("ranking", store, output, tables=tables), mesh)
+    return str(told.value)
+
+
+def test_tables_beyond_the_memory_are_refused_on_every_rank_before_it_is_taken(tmp_path: Path) -> None:
+    store = write_small_store(tmp_path / "store", **walks())
+    given = {"store": str(store.path), "output": str(tmp_path)}
+    cases = {
+        "replicated": partial(refusal, **given, sharded=(), memory=None),
+        "sharded": partial(refusal, **given, sharded=("item_id",), memory=None),
+        "planned": partial(refusal, **given, sharded=("item_id",), memory=10**15),
+    }
+    first, second = run_cases(Launch(2, timeout_s=120), cases)
+    assert first == second
+    place, has = r"EmbeddingArgs.item_vocab_size_or_capacity = 10000000000: the rows of the ", r"which has [\d.]+ GB of"
+    assert re.match(place + f"tables need 1,280.00 GB on this host, {has} memory;", first["replicated"])
+    assert re.match(place + f"tables need 640.00 GB on this host, {has} memory;", first["sharded"])
+    assert re.match(place + "model_parallel tables have 640.00 GB, .* no room on 2 ranks;", first["planned"])

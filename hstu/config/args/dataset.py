@@ -90,7 +90,7 @@ class FeatureArgs(Args):
 
     feature_names: list[str] = option(not_empty=True)
     """Names of the features."""
-    max_sequence_length: int = option(minimum=1)
+    max_sequence_length: int = option(minimum=1, maximum=10_000_000)
     """Length of the longest sequence; 1 for contextual features."""
     is_jagged: bool = option(False)
     """True: lengths vary, see seqlen_dist. False: every sequence has max_sequence_length."""
@@ -118,9 +118,9 @@ class BenchmarkDatasetArgs(Args):
     """The item feature."""
     contextual_feature_names: list[str] = option()
     """The features that are context tokens, in this order; may be empty."""
-    action_feature_name: Optional[str] = option(None)
+    action_feature_name: Optional[str] = option(None, not_empty=True)
     """The action feature. None: there is none."""
     max_num_candidates: int = option(0, minimum=0)
     """As DatasetArgs.max_num_candidates."""
-    num_generated_batches: int = option(100, minimum=1)
+    num_generated_batches: int = option(100, minimum=1, maximum=1_000_000)
     """Number of different batches; they are generated once and then repeated."""

@@ -37,7 +37,7 @@ class EmbeddingArgs(Args):
     learning_rate: Optional[float] = option(None, above=0, maximum=1e6)
     """Peak learning rate of this table. None: OptimizerArgs.sparse_learning_rate, or OptimizerArgs.learning_rate if
     the table is data_parallel."""
-    init_std: float = option(0.02, above=0)
+    init_std: float = option(0.02, above=0, maximum=1e6)
     """Standard deviation of the normal distribution of initial rows."""
 
 

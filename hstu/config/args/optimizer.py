@@ -97,7 +97,7 @@ class LRScheduleArgs(Args):
 class PrecisionArgs(Args):
     """Loss scaling and reduced precision; the compute type itself is NetworkArgs.dtype_str."""
 
-    loss_scale: Optional[float | str] = option(None, above=0, words=("dynamic",))
+    loss_scale: Optional[float | str] = option(None, above=0, maximum=1e9, words=("dynamic",))
     """float16 only: factor on the loss before backward, so that small gradients do not underflow; gradients are divided
     by it in float32. "dynamic": starts at 65536; a step whose gradients overflow is skipped on all ranks and halves it
     (an overflow at 1 ends the run), and growth_interval steps without overflow double it. A number: a constant scale;

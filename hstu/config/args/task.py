@@ -16,7 +16,7 @@ LOWER_IS_BETTER = ("LOGLOSS", "NE")
 class RankingArgs(Args):
     """The ranking task."""
 
-    prediction_head_arch: list[int] = option(not_empty=True, minimum=1)
+    prediction_head_arch: list[int] = option(not_empty=True, minimum=1, maximum=1_000_000)
     """Widths of the layers of the prediction head. The last one is num_tasks, or the number of classes if there is one
     task."""
     prediction_head_act_type: str = option("relu", choices=("relu", "gelu"))
@@ -40,11 +40,11 @@ class RankingArgs(Args):
 class RetrievalArgs(Args):
     """The retrieval task."""
 
-    num_negatives: int = option(-1, minimum=-1)
+    num_negatives: int = option(-1, minimum=-1, maximum=10_000_000)
     """Negatives per position. -1 or 0: all distinct items of the batch (in_batch) or the whole corpus (full)."""
-    temperature: float = option(0.05, above=0)
+    temperature: float = option(0.05, minimum=1e-6, maximum=1e6)
     """Temperature of the softmax."""
-    l2_norm_eps: float = option(1e-6, above=0)
+    l2_norm_eps: float = option(1e-6, above=0, maximum=1e6)
     """Lower bound of the norms by which queries and items are divided."""
     negatives: str = option("in_batch", choices=("in_batch", "uniform", "full"))
     """in_batch: the distinct items of the batch over all data-parallel ranks. uniform: random draws from the corpus.

@@ -159,7 +159,7 @@ def roles_are_features(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterato
     for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names"):
         value = getattr(dataset, parameter, None)
         for name in value if isinstance(value, list) else [value]:
-            if name and name not in known:
+            if name is not None and name not in known:
                 text = f"no FeatureArgs has the feature {name!r}; choose one of {', '.join(known)}"
                 yield run.problem(dataset, parameter, text + did_you_mean(name, known))
 
@@ -167,7 +167,7 @@ def roles_are_features(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterato
 def features_have_roles(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
     roles = {dataset.item_feature_name, dataset.action_feature_name, *dataset.contextual_feature_names}
     groups = _groups(dataset)
-    if any(role and role not in groups for role in roles):
+    if any(role is not None and role not in groups for role in roles):
         return  # that role is reported, and may be a misspelling of this feature
     for name, group in groups.items():
         if name not in roles:

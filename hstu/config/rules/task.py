@@ -96,8 +96,8 @@ def labels_are_not_inputs(run: RunConfig) -> Iterator[Problem]:
 
 def ranking_has_actions(run: RunConfig) -> Iterator[Problem]:
     if run.task == "ranking":
-        missing = (None, "") if isinstance(run.dataset, BenchmarkDatasetArgs) else ("",)  # None: that of the store
-        if run.dataset.action_feature_name in missing:
+        missing = None if isinstance(run.dataset, BenchmarkDatasetArgs) else ""  # None: that of the store
+        if run.dataset.action_feature_name == missing:
             text = "ranking learns from actions; set it to the name of the action feature"
             yield run.problem(run.dataset, "action_feature_name", text)
 
@@ -106,8 +106,8 @@ def ranking_has_actions(run: RunConfig) -> Iterator[Problem]:
 
 
 def added_actions_exist(run: RunConfig) -> Iterator[Problem]:
-    missing = (None, "") if isinstance(run.dataset, BenchmarkDatasetArgs) else ("",)
-    if run.task == "retrieval" and run.dataset.action_feature_name in missing and not run.network.interleave_actions:
+    missing = None if isinstance(run.dataset, BenchmarkDatasetArgs) else ""
+    if run.task == "retrieval" and run.dataset.action_feature_name == missing and not run.network.interleave_actions:
         text = f"has no effect with {run.cite(run.dataset, 'action_feature_name')}: there are no actions; remove it"
         yield run.problem(run.network, "interleave_actions", text)
 

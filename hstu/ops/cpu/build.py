@@ -2,8 +2,8 @@
 
 They are plain C++ behind a C interface and include no header of PyTorch or Python, so that they need only a compiler
 and no rebuild for a new release of PyTorch. The library lies in the user's cache directory; its name is a hash of the
-sources, the compiler, its flags and the processor. Its last bytes are a hash of all bytes before them, which is checked
-before each use: a damaged library is compiled again.
+sources, the compiler, its flags, the processor and the format of the file. Its last bytes are a hash of all bytes
+before them, which is checked before each use: a damaged library is compiled again.
 
     python -m hstu.ops.cpu.build    compile now, as an installer does; the exit code is 0 even where that fails
 """
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 KEPT_BYTES = 1 << 30
 _HASH_BYTES = hashlib.sha256().digest_size
+_FORMAT = "code, then its SHA-256"
+"""Part of a library's name. Libraries of versions that added no hash have other names and are not taken for damaged."""
+_COMPILING = "compiling-"
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
@@ -59,7 +62,8 @@ def library_file(directory: Path | None = None) -> Path:
     """Path of the compiled kernels, which are compiled now if they have not been. Raises KernelsUnavailable.
 
     ``directory``: where compiled kernels lie, by default the user's cache. Any number of processes may call this at
-    once: one compiles, the others wait for it. An interrupted compilation leaves no library behind.
+    once: one compiles, the others wait for it. An interrupted compilation leaves no library behind, and the next one
+    removes its files.
     """
     compiler = _compiler()
     try:
@@ -70,6 +74,8 @@ def library_file(directory: Path | None = None) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory / "lock"):
             if not _is_intact(path):
+                if path.exists():
+                    log.warning("%s is damaged and is compiled again", path)
                 _compile(compiler, path)
     except OSError as error:
         place = "" if directory is None else f" to {directory}"
@@ -158,7 +164,7 @@ def _key(compiler: str) -> str:
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    digest.update("\0".join([version, *FLAGS, _processor()]).encode())
+    digest.update("\0".join([version, *FLAGS, _processor(), _FORMAT]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -185,10 +191,7 @@ def _is_intact(library: Path) -> bool:
         content = library.read_bytes()
     except FileNotFoundError:
         return False
-    intact = hashlib.sha256(content[:-_HASH_BYTES]).digest() == content[-_HASH_BYTES:]
-    if not intact:
-        log.warning("%s is damaged and is compiled again", library)
-    return intact
+    return hashlib.sha256(content[:-_HASH_BYTES]).digest() == content[-_HASH_BYTES:]
 
 
 def _seal(library: Path) -> None:
@@ -201,10 +204,12 @@ def _seal(library: Path) -> None:
 
 
 def _compile(compiler: str, library: Path) -> None:
+    for interrupted in library.parent.glob(f"{_COMPILING}*"):  # no other process compiles, see library_file
+        shutil.rmtree(interrupted, ignore_errors=True)
     sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
     log.info("compiling the CPU kernels with %s (some seconds, once per machine)", compiler)
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=_COMPILING) as directory:
         made = Path(directory) / library.name
         result = subprocess.run([compiler, *FLAGS, *sources, "-o", str(made)], capture_output=True, text=True)
         if result.returncode:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hstu.config.cli import parse_command_line
 from hstu.config.rules import RULES, Rule
 from hstu.data.rules import DATA_RULES
-from hstu.observe.environment import check_packages
+from hstu.observe.environment import check_packages, let_idle_threads_sleep
 
 
 def preflight() -> Sequence[Rule]:
@@ -23,6 +23,7 @@ def preflight() -> Sequence[Rule]:
 def main() -> int:
     """Train as the command line says; returns the exit code."""
     config = parse_command_line("retrieval", rules=(*RULES, *DATA_RULES), preflight=preflight)
+    let_idle_threads_sleep()
     from hstu.train.main import run  # after the configuration is checked, because it imports torch
 
     return run(config)

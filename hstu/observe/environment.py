@@ -1,7 +1,8 @@
-"""Checks that the needed packages are installed, before any is imported: a missing one gives one readable line."""
+"""What comes before the import of any needed package: a missing one gives one readable line, and idle threads sleep."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import metadata, util
 
@@ -50,6 +51,16 @@ def check_packages(modules: Sequence[str] = tuple(PACKAGES)) -> None:
             f"on a CPU machine  pip install {cpu_build} && pip install --no-deps {torchrec}"
         )
     raise UserError("\n".join(lines))
+
+
+def let_idle_threads_sleep() -> None:
+    """Threads that wait for another one sleep instead of spinning, unless the user has said how OpenMP shall wait.
+
+    Call it before anything imports torch: OpenMP reads its environment once. A thread that spins takes the core from
+    the thread that it waits for, if other work runs on the machine (docs/benchmarks/items_cpu/README.md).
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _pin(distribution: str) -> str:

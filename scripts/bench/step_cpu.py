@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +65,8 @@ BASELINES = {
     },
 }
 """Name → environment, which tells C's malloc not to return freed memory to the system."""
+AS_ENTRY_SCRIPTS = {"OMP_WAIT_POLICY": "passive"}
+"""The environment that the entry scripts set."""
 PARTS = {
     "attention, forward": ("attention.forward",),
     "attention, backward": ("attention.backward",),
@@ -161,18 +163,18 @@ def loss_difference(bench: Bench) -> float:
 
 
 class Trainer:
-    """A process that trains one variant, a step whenever it is told to."""
+    """A process that trains one variant, a step whenever it is told to; ``env`` is its environment beside ours."""
 
-    def __init__(self, options: argparse.Namespace, variant: str) -> None:
+    def __init__(self, options: argparse.Namespace, variant: str, env: Mapping[str, str]) -> None:
         self.processor_ms: list[float] = []
         config = ["--gin-config-file", options.gin_config_file, "--bindings", *options.bindings]
-        command = [sys.executable, __file__, "--train", variant, *config, "--batches", str(options.batches)]
+        size = ["--batches", str(options.batches), "--threads", str(options.threads)]
         self._process = subprocess.Popen(
-            [*command, "--threads", str(options.threads)],
+            [sys.executable, __file__, "--train", variant, *size, *config],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | BASELINES.get(variant, {}),
+            env=os.environ | env,
         )
         self.memory = {"before_mb": self._answer()["peak_mb"]}
 
@@ -213,7 +215,8 @@ def train_as_told(options: argparse.Namespace) -> None:
 
 def time_variants(options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of all variants, and their memory."""
-    trainers = {name: Trainer(options, name) for name in (*VARIANTS, *BASELINES)}
+    environments = dict.fromkeys(VARIANTS, AS_ENTRY_SCRIPTS) | BASELINES
+    trainers = {name: Trainer(options, name, env) for name, env in environments.items()}
     times = time_in_turn({name: each.step for name, each in trainers.items()}, torch.device("cpu"), options.rounds)
     for each in trainers.values():
         each.end()
@@ -370,12 +373,18 @@ def draw_costs(costs: Sequence[dict[str, Any]], image: Path) -> None:
     draw(panels, image, "Attention, forward and backward")
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = command_line(__doc__, rounds=12, threads=0, output=True)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options of a :class:`Trainer`, and of every benchmark."""
+    parser = command_line(description, rounds=12, threads=0, output=True)
     parser.add_argument("--gin-config-file", default="configs/ml_1m_retrieval.gin")
     parser.add_argument("--batches", type=int, default=4, help="batches that the steps cycle through")
     parser.add_argument("--bindings", nargs="*", default=[], help="gin bindings beside the file's")
+    return parser
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = parser_of(__doc__)
     parser.add_argument("--train", choices=(*VARIANTS, *BASELINES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 
 from hstu.config.errors import UserError
 from hstu.observe import environment
-from hstu.observe.environment import PACKAGES, check_packages, missing_packages
+from hstu.observe.environment import PACKAGES, check_packages, let_idle_threads_sleep, missing_packages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -45,3 +46,34 @@ def test_checking_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
     )
     assert shown.stdout.strip() == "[]"
+
+
+def test_idle_threads_sleep_unless_the_user_says_how_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.environ", {})
+    let_idle_threads_sleep()
+    assert os.environ == {"OMP_WAIT_POLICY": "passive"}
+    monkeypatch.setattr("os.environ", {"OMP_WAIT_POLICY": "active"})
+    let_idle_threads_sleep()
+    assert os.environ == {"OMP_WAIT_POLICY": "active"}
+
+
+def test_a_number_of_spins_that_the_user_gives_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.environ", {"GOMP_SPINCOUNT": "1000"})
+    let_idle_threads_sleep()
+    assert os.environ == {"GOMP_SPINCOUNT": "1000"}
+
+
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+def test_a_training_script_says_so_before_openmp_is_loaded(task: str) -> None:
+    code = f"""
+import sys, pretrain_gr_{task} as script
+def seen(*_, **__):
+    assert "torch" not in sys.modules
+    print("before torch")
+script.parse_command_line, script.let_idle_threads_sleep = lambda *_, **__: None, seen
+sys.modules["hstu.train.main"] = type(sys)("main")
+sys.modules["hstu.train.main"].run = lambda config: 0
+script.main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert result.stdout == "before torch\n", result.stderr

@@ -3,8 +3,12 @@
 torchrun pretrain_gr_ranking.py --gin-config-file configs/ml_1m_ranking.gin
 """
 
+import signal
 import sys
 from collections.abc import Sequence
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
 
 from hstu.config.cli import parse_command_line
 from hstu.config.rules import RULES, Rule

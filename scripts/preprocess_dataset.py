@@ -22,6 +22,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hstu.config.errors import EXIT_DONE, ConfigError, UserError
@@ -226,4 +229,5 @@ def _separator(text: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

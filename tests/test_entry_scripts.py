@@ -388,3 +388,36 @@ def test_the_walks_are_what_the_files_say(place: Path) -> None:
     begin, end = store.offsets()[3:5]
     codes: Sequence[int] = store.sequence("ad")[begin:end]
     assert store.raw_ids("ad")[np.asarray(codes)].tolist() == [f"ad-{item:02}" for item in walks()["items"][3]]
+
+
+PAUSE = """
+import importlib.abc, sys, time
+
+class Pause(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "hstu.config":
+            print("importing", flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Pause())
+"""
+
+
+TOOLS = "dynamic_table estimate export inspect_checkpoint preprocess_dataset quickstart_report recommend"
+
+
+@pytest.mark.parametrize("script", [RANKING, RETRIEVAL, *(f"scripts/{tool}.py" for tool in TOOLS.split())])
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(script: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(PAUSE)
+    process = subprocess.Popen(
+        [sys.executable, script, "--help"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (-signal.SIGINT, "")  # a shell says 130

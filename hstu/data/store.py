@@ -353,7 +353,11 @@ def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The description of a store, of a version that this program reads, with a right checksum. Else DataError."""
-    if not path.is_dir():
+    try:
+        exists = path.is_dir()
+    except OSError as error:  # a name that no file system takes
+        raise DataError(f"{path} cannot be opened: {error.strerror}") from None
+    if not exists:
         raise DataError(f"no preprocessed data at {path}")
     try:
         meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))

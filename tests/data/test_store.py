@@ -280,3 +280,8 @@ def test_a_killed_writer_leaves_no_target_and_the_next_one_clears_up(tmp_path: P
     write_toy(target, [1, 2, 3])
     assert SequenceStore.open(target).sequence("item").tolist() == [1, 2, 3]
     assert os.listdir(tmp_path) == ["toy"]
+
+
+def test_a_path_that_no_file_system_takes_is_told() -> None:
+    with pytest.raises(DataError, match="x cannot be opened: File name too long"):
+        SequenceStore.open("x" * 5000)

@@ -42,6 +42,7 @@ _EXIT_SIGNAL = 128
 """Plus the number of the signal, as shells count."""
 _FOR_ALL = (
     "output", "force", "memory_limit", "bad_row_policy", "max_bad_rows", "min_user_events", "min_item_events",
+    "all_items",
 )  # fmt: skip
 _COLUMNS = tuple(field.name for field in fields(InteractionColumns))
 _OWN_TABLE = (*_COLUMNS, "glob", "append")
@@ -161,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_bad_rows", type=int, default=1000, help="with skip, more bad rows than this end the run all the same")
     add("--min_user_events", type=int, default=1, help="leave out users with fewer events")
     add("--min_item_events", type=int, default=1, help="leave out items with fewer events, until all left have enough")
+    add("--all_items", action="store_true", help="items of the list of titles belong to the data even without events")
     add(
         "--raw_ids",
         default="",

@@ -38,6 +38,7 @@ from hstu.data.preprocess.report import statistics_of
 from hstu.data.preprocess.split import write_split
 from hstu.data.preprocess.state import BuildLimits, BuildOptions, BuildState, Progress, source_names
 from hstu.data.preprocess.write import (
+    items_with_events,
     keep_raw_ids,
     number_users_and_items,
     write_context,
@@ -147,6 +148,7 @@ def _options(name: str, output: Path, force: bool, limits: BuildLimits, **argume
     for option in ("min_user_events", "min_item_events"):
         least = limits.get(option, 1)
         arguments[option] = None if least == 1 else least
+    arguments["all_items"] = () if limits.get("all_items") else None  # it has no value
     words = list(_SCRIPT)
     for option, value in arguments.items():
         if value is not None:
@@ -160,6 +162,7 @@ def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published
     memory_bytes(options.memory_limit)
     _check_raw_ids(options.raw_ids, schema)
     check_filters(options)
+    _check_all_items(raw, options)
     for file in (*raw.logs, *([raw.context[0]] if raw.context else [])):
         check_readable(file)
     with disk_errors(options.output):
@@ -189,6 +192,18 @@ def _check_raw_ids(roles: Sequence[str], schema: Schema) -> None:
         )
 
 
+def _check_all_items(raw: RawTables, options: BuildOptions) -> None:
+    if not options.all_items:
+        return
+    if raw.titles is None and raw.title_table is None:
+        raise ConfigError(
+            "--all_items: there is no list of items; for your own data give --titles and --title, for MovieLens put "
+            "the file of titles (u.item, movies.dat or movies.csv) beside the others"
+        )
+    if options.min_item_events > 1:
+        raise ConfigError("--all_items keeps items without events, and --min_item_events leaves them out; remove one")
+
+
 def _build(state: BuildState, published: Mapping[str, float]) -> None:
     writer, journal = state.writer, state.writer.journal
     if journal.stages:
@@ -204,7 +219,8 @@ def _build(state: BuildState, published: Mapping[str, float]) -> None:
     write_context(state, len(lengths))
     write_events(state, offsets, num_items)
     write_split(state, offsets)
-    writer.statistics = statistics_of(lengths, num_items, published) | {"skipped_rows": state.skipped}
+    statistics = statistics_of(lengths, items_with_events(state), published)
+    writer.statistics = statistics | {"skipped_rows": state.skipped}
     writer.sources = {name: journal[f"source {name}"] for name in source_names(state.raw.files)}
 
 
@@ -213,6 +229,6 @@ def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions) -> str:
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in raw.files]
     tables = [repr(raw.logs), raw.events, repr(raw.context), raw.settings, repr(schema)]
     rules = [options.name, options.bad_row_policy, options.max_bad_rows]
-    rules += [options.min_user_events, options.min_item_events]
+    rules += [options.min_user_events, options.min_item_events, options.all_items]
     programs = [VERSION, np.__version__, duckdb.__version__]
     return hashlib.sha256(json.dumps([files, tables, rules, programs]).encode()).hexdigest()

@@ -59,7 +59,7 @@ def option_that_differs(
 ) -> Iterator[str]:
     """The two values of an option of two commands, unless they are equal."""
     if before.get(option) != now.get(option):
-        was, is_now = (" ".join(given.get(option, ["not given"])) for given in (before, now))
+        was, is_now = (" ".join(given.get(option, ["not given"])) or "given" for given in (before, now))
         yield f"{option} was {was}, it is now {is_now}"
 
 

@@ -137,6 +137,7 @@ def check_rows(state: BuildState) -> None:
         for number, log in enumerate(state.raw.logs):
             _check_log(state, number, log, bad)
         _check_context(state, bad)
+        _check_all_items(state, bad)
         (usable,) = one(state.engine, f"SELECT count(*) FROM {state.events()}")
         if usable == 0:
             raise DataError(f"{', '.join(str(log.path) for log in state.raw.logs)}: no events")
@@ -176,3 +177,16 @@ def _check_context(state: BuildState, bad: BadRows) -> None:
     count, user, row = one(state.engine, f'SELECT count(*), arg_min("user", "row"), min("row") FROM ({repeated})')
     if count:
         bad.add(count, "repeated user", state.raw.context[0].place(row), f"another row for user {user!r}")
+
+
+def _check_all_items(state: BuildState, bad: BadRows) -> None:
+    """Items of the titles that cannot be items of events are bad rows, if all items are wanted."""
+    if not state.options.all_items or state.raw.title_table is None:
+        return
+    count, row = one(state.engine, f'SELECT count(*), min("row") FROM {state.typed_titles()} WHERE item IS NULL')
+    if count:
+        query = f'SELECT CAST(item AS VARCHAR) FROM {state.ingested("titles")} WHERE "row" = {row}'
+        (text,) = one(state.engine, query)
+        shown = f"{text!r}, and the ids of the events are integers" if text else "empty"
+        place, label = state.raw.title_table[0].place(row), state.raw.descriptions["item"].label
+        bad.add(count, "unusable item of the titles", place, f"{label!r} is {shown}")

@@ -60,10 +60,11 @@ def format_report(store: SequenceStore) -> str:
     """The short report for the terminal."""
     found = store.statistics
     context = ", ".join(f"{name} ({store.cardinality(name):,})" for name in store.contextual_features) or "none"
+    also = f" and {unused:,} without events" if (unused := _items_without_events(store)) else ""
     sparsity = f"; sparsity {found['sparsity']:.4%}" if found["sparsity"] > 0 else ""  # not if events repeat
     lines = [
         f"{store.name}: {store.path}",
-        f"  users {found['users']:,}, items {found['items']:,}, events {found['events']:,}",
+        f"  users {found['users']:,}, items {found['items']:,}{also}, events {found['events']:,}",
         f"  events per user: max {found['length_max']:,}, min {found['length_min']:,}, "
         f"mean {found['length_mean']:,.1f}, median {found['length_median']:,.0f}{sparsity}",
         f"  item {store.item_feature}, action {store.action_feature or 'none'}, "
@@ -168,6 +169,8 @@ def equal_times(store: SequenceStore) -> tuple[int, int]:
 def _counts(store: SequenceStore) -> list[Part]:
     found = store.statistics
     rows = [(name, found[name]) for name in ("users", "items", "events")]
+    if unused := _items_without_events(store):
+        rows.append(("further items, without events", unused))
     if found["sparsity"] > 0:  # not if users repeat events
         rows.append(("events possible that did not happen (sparsity)", f"{found['sparsity']:.4%}"))
     if store.timestamp_feature is not None:
@@ -178,6 +181,10 @@ def _counts(store: SequenceStore) -> list[Part]:
         rows.append(("last event", f"{_date(last)} UTC"))
         rows.append(("days", (last - first) / 86_400))
     return [Heading("Counts"), Table(("", store.name), rows)]
+
+
+def _items_without_events(store: SequenceStore) -> int:
+    return store.cardinality(store.item_feature) - int(store.statistics["items"])
 
 
 def _published(store: SequenceStore) -> list[Part]:

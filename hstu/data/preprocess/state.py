@@ -45,6 +45,8 @@ class BuildLimits(TypedDict, total=False):
     """Users with fewer events are left out; with ``min_item_events`` until all that is left has enough."""
     min_item_events: int
     """Items with fewer events are left out."""
+    all_items: bool
+    """The items of the titles that have no events are items, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,7 @@ class BuildOptions:
     raw_ids: tuple[str, ...] = ()
     min_user_events: int = 1
     min_item_events: int = 1
+    all_items: bool = False
 
 
 @dataclass
@@ -207,6 +210,15 @@ class BuildState:
     def typed_titles(self) -> str | None:
         """SQL of the titles' rows as RawTables.title_table describes them, with ``row``; None without such a file."""
         return _numbered(self.file("typed_titles")) if self.raw.title_table else None
+
+    def all_items(self) -> str | None:
+        """SQL of the items that belong to the store with or without events; None where events alone decide."""
+        if not self.options.all_items:
+            return None
+        if (titles := self.typed_titles()) is not None:
+            return f"(SELECT item FROM {titles} WHERE item IS NOT NULL)"
+        ids = ", ".join(map(str, self.raw.titles or {}))
+        return f"(SELECT unnest(CAST([{ids}] AS BIGINT[])) AS item)"
 
     def labels(self) -> list[str]:
         """Text of action 0, 1, …; empty where actions are numbers."""

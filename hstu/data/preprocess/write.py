@@ -36,11 +36,19 @@ def number_users_and_items(state: BuildState) -> tuple[np.ndarray, int]:
         if stage in journal:
             state.progress.skip(effort / 2)
             continue
-        query = f'SELECT "{name}" AS id, count(*) AS events FROM {state.events()} GROUP BY 1 ORDER BY 1'
+        query = f'SELECT "{name}" AS id, count(*) AS events FROM {state.events()} GROUP BY 1'
+        if name == "item" and (all_items := state.all_items()):
+            every = f"{query} UNION ALL SELECT DISTINCT item, 0 FROM {all_items}"
+            query = f"SELECT id, CAST(sum(events) AS BIGINT) AS events FROM ({every}) GROUP BY 1"
         with state.progress.stage(f"counting {stage}", effort / 2, state.engine):
-            journal.commit(stage, write_parquet(state.engine, query, state.file(stage)))
+            journal.commit(stage, write_parquet(state.engine, f"{query} ORDER BY 1", state.file(stage)))
     lengths = column(state.engine, f"SELECT events FROM {_codes(state, 'users')} ORDER BY code")
     return lengths, journal["items"]
+
+
+def items_with_events(state: BuildState) -> int:
+    """How many of the items have events."""
+    return int(one(state.engine, f"SELECT count(*) FROM {_codes(state, 'items')} WHERE events > 0")[0])
 
 
 def write_vocabularies(state: BuildState, num_users: int, num_items: int) -> None:

@@ -30,6 +30,8 @@ FBGEMM_CUDA = "fbgemm-gpu>=1.8,<1.9"
 TRITON_CPU = "triton>=3.9,<3.10"
 # Compiles the CUTLASS kernels. Works without a GPU. Its interfaces change from release to release.
 CUTLASS_DSL = "nvidia-cutlass-dsl>=4.8,<4.9"
+# The CUDA build of torch is for CUDA 13. Without the extra, only the libraries for CUDA 12 come with the DSL.
+CUTLASS_DSL_CUDA = "nvidia-cutlass-dsl[cu13]>=4.8,<4.9"
 # Needed only for TrainerArgs.wandb_project.
 WANDB = "wandb>=0.19,<1"
 
@@ -112,7 +114,7 @@ setup(
     install_requires=REQUIRED,
     extras_require={
         "cpu": [FBGEMM_CPU, TRITON_CPU],
-        "cuda": [TORCHREC, FBGEMM_CUDA, CUTLASS_DSL],
+        "cuda": [TORCHREC, FBGEMM_CUDA, CUTLASS_DSL_CUDA],
         "wandb": [WANDB],
         "dev": DEVELOPMENT,
     },

@@ -23,6 +23,12 @@ import torch.distributed as dist
 
 from hstu.config.errors import ConfigError
 from hstu.parallel.collectives import require_equal
+from hstu.parallel.machine_checks import (
+    make_cublas_deterministic,
+    require_networks,
+    require_table_kernels,
+    require_usable_gpus,
+)
 
 log = logging.getLogger(__name__)
 
@@ -123,10 +129,14 @@ def start(
         allow_tf32: allow TF32 in float32 matrix products on a GPU.
         must_agree: name → value of what must be equal on all ranks.
 
-    Raises ConfigError where this host has fewer GPUs than processes, and on all ranks where ``must_agree`` differs.
+    Raises ConfigError where this host has fewer GPUs than processes, GPUs that torch cannot use, or not the network
+    interfaces that the environment names; and on all ranks where ``must_agree`` differs.
     """
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if deterministic:
+        make_cublas_deterministic()
     device = _pick_device(local_rank)
+    require_networks(device.type)
     threads = max(1, len(os.sched_getaffinity(0)) // local_world_size)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
@@ -208,6 +218,7 @@ def seed_dropout(mesh: Mesh) -> None:
 
 
 def _pick_device(local_rank: int) -> torch.device:
+    require_usable_gpus()
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
@@ -216,7 +227,9 @@ def _pick_device(local_rank: int) -> torch.device:
             "Start at most that many processes per host (torchrun --nproc-per-node)."
         )
     torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank)
+    require_table_kernels(device)
+    return device
 
 
 def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:

@@ -1,7 +1,9 @@
 """Falling back is said in one line, or refused; on a CPU the C++ kernels stand in for those of GPUs."""
 
+import importlib
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +75,39 @@ def test_kernels_are_checked_once_per_machine(monkeypatch: pytest.MonkeyPatch, t
     self_check.check_kernels()
     with pytest.raises(StopIteration):
         next(cases)
+
+
+@pytest.mark.parametrize(
+    ("capability", "requested", "chosen", "said"),
+    [
+        ((8, 0), "cutlass", Backend.CUTLASS, None),
+        ((9, 0), "cutlass", Backend.CUTLASS, None),
+        ((8, 6), "cutlass", Backend.TRITON, "8.6: CUTLASS kernels are for 8.0 and 9.0; triton is used"),
+        ((8, 9), "cutlass", Backend.TRITON, "8.9: CUTLASS kernels are for 8.0 and 9.0; triton is used"),
+        ((10, 0), "cutlass", Backend.TRITON, "10.0: CUTLASS kernels are for 8.0 and 9.0; triton is used"),
+        ((12, 0), "cutlass", Backend.TRITON, "12.0: CUTLASS kernels are for 8.0 and 9.0; triton is used"),
+        ((12, 0), "triton", Backend.TRITON, None),
+        ((7, 5), "cutlass", Backend.PYTORCH, "compute capability 7.5 < 8.0; pytorch is used"),
+    ],
+)
+def test_triton_serves_gpus_without_cutlass_kernels(
+    capability: tuple[int, int],
+    requested: str,
+    chosen: Backend,
+    said: str | None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the kernels turn out right, the choice depends on the compute capability alone."""
+    imported, right = importlib.import_module, SimpleNamespace(check_kernels=lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name: right if name.endswith(".self_check") else imported(name)
+    )
+    with caplog.at_level(logging.INFO, logger="hstu.ops.select"):
+        assert select_backend(requested, strict=False, device=torch.device("cuda", 0)) is chosen
+    lines = [record.getMessage() for record in caplog.records]
+    assert (len(lines) == 1 and said in lines[0]) if said else not lines
 
 
 @FAST

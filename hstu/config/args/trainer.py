@@ -97,7 +97,7 @@ class TrainerArgs(Args):
     Table rows are looked up once for all micro-batches."""
     deterministic: bool = option(False)
     """Use only deterministic algorithms, so that a repeated run is bitwise equal. An operation that has no
-    deterministic algorithm is an error."""
+    deterministic algorithm is an error. On a GPU, CUBLAS_WORKSPACE_CONFIG is set to :4096:8 unless it is set."""
     collective_timeout_s: float = option(600.0, above=0, maximum=10_000_000)
     """Seconds without progress (a step, or a batch of an evaluation) after which a rank ends the run as stuck."""
     data_workers: int = option(0, minimum=0, maximum=1000)

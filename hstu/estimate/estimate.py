@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hstu.estimate.machine import Machine
-from hstu.estimate.memory import memory, plan_tables
+from hstu.estimate.memory import TableShards, beside_tables, memory, plan_tables
 from hstu.estimate.operators import operators
 from hstu.estimate.traffic import Transfer, transfers
 from hstu.estimate.workload import Workload
+from hstu.parallel.table_plan import UNLIMITED, TableRoom, TablesDoNotFit
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Estimate:
 
 def estimate(workload: Workload, machine: Machine, batch_s: float = 0.0) -> Estimate:
     """The estimate for ``machine``. batch_s: seconds in which the host makes a batch."""
-    plan, batches = plan_tables(workload), workload.batches
+    plan, batches = _plan_for(machine, workload), workload.batches
     exchanged = transfers(workload, workload.typical, plan)
     computing: dict[str, float] = {}
     for op in operators(workload, workload.typical, plan):
@@ -76,6 +77,20 @@ def estimate(workload: Workload, machine: Machine, batch_s: float = 0.0) -> Esti
         memory_limit=machine.memory_gb * 1e9,
         notes=workload.notes,
     )
+
+
+def _plan_for(machine: Machine, workload: Workload) -> tuple[TableShards, ...]:
+    """The plan of a run on ``machine``; where the tables do not fit, one that shows by how much."""
+    has = int(machine.memory_gb * 1e9)
+    if workload.device_type == "cuda":  # how much memory its host has is not known
+        beside = beside_tables(workload)
+        room = TableRoom(max(0, has - beside), UNLIMITED.host, beside)
+    else:
+        room = TableRoom(0, has)
+    try:
+        return plan_tables(workload, room)
+    except TablesDoNotFit:
+        return plan_tables(workload)
 
 
 def _step(

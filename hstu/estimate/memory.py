@@ -9,17 +9,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
-from torchrec.distributed.planner.types import PlannerError
 
 from hstu.config.args import RankingArgs
-from hstu.estimate.workload import Batch, Workload
+from hstu.config.run_config import RunConfig
+from hstu.estimate.workload import Batch, Workload, plan_workload
 from hstu.model.embedding import TableSpec, build_collections
 from hstu.ops.costs import FLOAT32
 from hstu.ops.layer import saved_bytes
 from hstu.optim.dense import match_part_optimizers
-from hstu.parallel.dynamic.memory import logical_name, split_tables
+from hstu.parallel.dynamic.memory import logical_name
+from hstu.parallel.mesh import Mesh
 from hstu.parallel.table_optimizer import STATES, TableTraining, is_rowwise
-from hstu.parallel.tables import memory_plans, no_room_for_tables, table_planner, table_sharders
+from hstu.parallel.table_plan import UNLIMITED, TableRanks, TableRoom
+from hstu.parallel.tables import memory_plans, plan_sharding, prepare_tables
 
 INT64 = 8
 """Bytes of an id, a length, a label and a time."""
@@ -39,25 +41,21 @@ class TableShards:
     """(rank, rows, columns) of each shard."""
 
 
-def plan_tables(workload: Workload) -> tuple[TableShards, ...]:
+def plan_tables(workload: Workload, room: TableRoom = UNLIMITED) -> tuple[TableShards, ...]:
     """The shards of the model_parallel tables, by TorchRec's planner with the constraints of a run.
 
-    Raises ConfigError, as a run does, if the ranks have no room for the tables.
+    Raises TablesDoNotFit where ``room`` is too small.
     """
     specs = {spec.name: spec for spec in workload.specs if not spec.replicated}
     if not specs:
         return ()
     model = nn.Module()
-    args, device_type = workload.config.optimizer, workload.device_type
+    args = workload.config.optimizer
     memory = memory_plans(workload.specs, args, workload.world_size)
-    model.embedding = split_tables(build_collections(workload.specs), memory)
-    prefetches = workload.config.trainer.pipeline_type == "prefetch"
-    ranks = workload.world_size, workload.ranks_per_host
-    planner = table_planner(workload.specs, *ranks, device_type, memory, prefetches)
-    try:
-        plan = planner.plan(model, table_sharders(args, device_type, workload.specs))
-    except PlannerError as error:
-        raise no_room_for_tables(workload.specs, workload.config, workload.world_size) from error
+    model.embedding = build_collections(workload.specs)
+    training = prepare_tables(model, workload.specs, args, memory)
+    ranks = TableRanks(workload.world_size, workload.ranks_per_host, workload.device_type, room)
+    plan = plan_sharding(model, workload.specs, training, memory, workload.config, ranks)
     found: dict[str, TableShards] = {}
     for tables in plan.plan.values():
         for part, table in tables.items():
@@ -68,6 +66,16 @@ def plan_tables(workload: Workload) -> tuple[TableShards, ...]:
                 shards = [(rank, m + n, cols) for (rank, m, cols), (_, n, _) in zip(first, shards, strict=True)]
             found[name] = TableShards(specs[name], table.sharding_type, tuple(shards))
     return tuple(found.values())
+
+
+def beside_tables(workload: Workload) -> int:
+    """Bytes that a step needs on a rank beside the sharded tables and their optimizer states."""
+    return sum(memory(workload, ()).values())
+
+
+def beside_tables_of_run(config: RunConfig, mesh: Mesh) -> int:
+    """``beside_tables`` for the ranks of a run that is starting."""
+    return beside_tables(plan_workload(config, mesh.world_size, mesh.local_world_size, mesh.device.type))
 
 
 def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int, int]:

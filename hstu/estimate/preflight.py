@@ -30,15 +30,17 @@ from hstu.config.run_config import RunDraft
 from hstu.data.collate import FeatureRoles
 from hstu.data.store import SequenceStore
 from hstu.estimate.estimate import size
-from hstu.estimate.memory import TableShards, memory, plan_tables
+from hstu.estimate.memory import TableShards, beside_tables, memory, plan_tables
 from hstu.estimate.opened import Attempt, Labels, Opened
 from hstu.estimate.workload import Workload, plan_workload
 from hstu.model.stack import kernel_shapes
 from hstu.observe.logging import quiet_libraries
+from hstu.observe.releases import installed_releases, pipeline_unsupported_reason
 from hstu.ops.costs import FLOAT32
 from hstu.ops.select import select_kernels
 from hstu.optim.dense import decayed_parameters, match_part_optimizers
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise
+from hstu.parallel.table_plan import room_of_rank
 from hstu.parallel.tables import check_kernels, check_memory, table_training
 from hstu.train.builder import label_offset
 from hstu.train.sources import check_rows
@@ -162,6 +164,12 @@ def part_optimizers_have_an_effect(run: RunDraft, opened: Opened) -> Iterator[Pr
         )
 
 
+def releases_have_the_pipeline(run: RunDraft, opened: Opened) -> Iterator[Problem]:
+    """The installed TorchRec can run the pipeline."""
+    if reason := pipeline_unsupported_reason(run.trainer.pipeline_type, installed_releases()):
+        yield run.problem(run.trainer, "pipeline_type", reason)
+
+
 def kernels_run_here(run: RunDraft, opened: Opened) -> Iterator[Problem]:
     """The kernels that strict_kernel_backend demands can run on this machine."""
     network, tp = run.network, run.tensor_parallel.tensor_model_parallel_size
@@ -236,7 +244,8 @@ def memory_is_enough(run: RunDraft, opened: Opened) -> Iterator[Problem]:
 def _plan_with_room(workload: Workload, ranks_here: int) -> tuple[TableShards, ...]:
     """The shards of the tables. Raises ConfigError for tables that the host or the ranks have no room for."""
     check_memory(workload.specs, workload.config, ranks_here, workload.world_size)
-    return plan_tables(workload)
+    room = room_of_rank(torch.device(workload.device_type), ranks_here, lambda: beside_tables(workload))
+    return plan_tables(workload, room)
 
 
 def directories_can_be_written(run: RunDraft, opened: Opened) -> Iterator[Problem]:
@@ -296,7 +305,7 @@ def _existing_ancestor(path: Path) -> Path:
 CHECKS = (
     data_can_be_opened, features_are_in_the_data, tables_fit_the_data, specs_can_be_made, samples_can_be_made,
     masks_hide_the_labels, head_fits_the_labels, part_optimizers_have_an_effect,
-    kernels_run_here, kernels_of_tables_run_here,
+    releases_have_the_pipeline, kernels_run_here, kernels_of_tables_run_here,
     checkpoint_can_be_read, checkpoint_fits_the_model,
     memory_is_enough, directories_can_be_written, disk_has_room_for_checkpoints,
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -63,8 +64,19 @@ PIPELINES: dict[str, type[TrainPipeline]] = {
 }
 
 
-def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
+BesideTables = Callable[[RunConfig, Mesh], int]
+"""Bytes of memory that a step needs on a rank beside the sharded tables."""
+
+
+def nothing_beside_tables(config: RunConfig, mesh: Mesh) -> int:
+    """For models that are built to be looked into, not trained."""
+    return 0
+
+
+def build_trainer(config: RunConfig, mesh: Mesh, beside_tables: BesideTables = nothing_beside_tables) -> Trainer:
     """A trainer that is ready to ``train()``. Collective.
+
+    beside_tables: called on GPUs only; the tables are planned for the memory that it leaves.
 
     Raises ConfigError or DataError, on all ranks alike, if the configuration does not fit the data or the machine.
     """
@@ -73,7 +85,7 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
     try:
         run_directory = open_run_directory(config, path, checkpoints, mesh)
         try:
-            return _build(config, run_directory, checkpoints, mesh)
+            return _build(config, run_directory, checkpoints, mesh, beside_tables)
         except BaseException:
             leave_nothing(run_directory, checkpoints)
             raise
@@ -82,13 +94,19 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
         raise
 
 
-def _build(config: RunConfig, run_directory: RunDirectory, checkpoints: CheckpointStore, mesh: Mesh) -> Trainer:
+def _build(
+    config: RunConfig,
+    run_directory: RunDirectory,
+    checkpoints: CheckpointStore,
+    mesh: Mesh,
+    beside_tables: BesideTables,
+) -> Trainer:
     mesh.heartbeat.mark("opening the data")
     source = on_all_ranks(lambda: open_source(config, mesh), mesh.world_group)
     require_equal(source.description, mesh.world_group, DataError)
     check_masks(config, source.roles)
     mesh.heartbeat.mark("building the model")
-    model, optimizers = build_model(config, source, mesh)
+    model, optimizers = build_model(config, source, mesh, beside_tables)
     state = build_state(config, source, model, optimizers, run_directory.identity)
     peak = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
     log.info("peak for MFU: %.3g TFLOPS per rank (%s)", peak.value, peak.source)
@@ -147,7 +165,9 @@ def task_names(dataset_name: str) -> tuple[str, ...]:
     return tuple(sorted(bits, key=lambda name: bits[name]))
 
 
-def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRModel, Optimizers]:
+def build_model(
+    config: RunConfig, source: BatchSource, mesh: Mesh, beside_tables: BesideTables = nothing_beside_tables
+) -> tuple[GRModel, Optimizers]:
     """The model and its optimizers, with tables sharded and the dense part replicated over ``mesh``. Collective."""
     if config.network.dtype_str == "float16" and mesh.device.type == "cpu":
         log.warning("float16 on a CPU: its products take hundreds of times as long as those of other types")
@@ -172,7 +192,8 @@ def build_model(config: RunConfig, source: BatchSource, mesh: Mesh) -> tuple[GRM
     split_encoder(encoder, mesh)
     model = GRModel(specs, task, keys, source.roles.item, config.trainer.seed)
     model.dense.to(mesh.device)  # the sharded tables are created on their devices
-    model, table_optimizer = shard(model, config, mesh, encoder.inputs.kernels.update_rows)
+    update_rows = encoder.inputs.kernels.update_rows
+    model, table_optimizer = shard(model, config, mesh, update_rows, lambda: beside_tables(config, mesh))
     precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
     model = replicate_dense(model, mesh, DTYPES[precision])
     optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, config.located)

@@ -6,11 +6,17 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from hstu.config.errors import EXIT_DONE, UserError, report_once
+from hstu.config.errors import EXIT_DONE, ConfigError, UserError, report_once
 from hstu.config.run_config import RunConfig
 from hstu.data.processes import end_with_parent
 from hstu.observe.environment import check_packages
+from hstu.observe.releases import installed_releases, pipeline_unsupported_reason, release_warning
+
+if TYPE_CHECKING:
+    from hstu.parallel.mesh import Mesh
 
 _MEMORY = (
     "memory ran out: {}. Lower TrainerArgs.train_batch_size or eval_batch_size, or what the numbers of the message "
@@ -18,13 +24,17 @@ _MEMORY = (
 )
 
 
-def run(config: RunConfig) -> int:
-    """Build the trainer, train, and return the exit code. A mistake of the user is printed without a traceback."""
+def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | None = None) -> int:
+    """Build the trainer, train, and return the exit code. A mistake of the user is printed without a traceback.
+
+    beside_tables: see ``build_trainer``.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C ends the program at once
     if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun, without which nobody would end or restart this rank
         end_with_parent()
     try:
         check_packages()
+        check_releases(config)
     except UserError as error:
         return _report(error)
 
@@ -34,7 +44,7 @@ def run(config: RunConfig) -> int:
     from hstu.parallel import mesh as meshes
     from hstu.pipeline.finite import NonFiniteStep
     from hstu.train.agreement import run_facts
-    from hstu.train.builder import build_trainer
+    from hstu.train.builder import build_trainer, nothing_beside_tables
 
     quiet_libraries()
     trainer, watchdog = None, None
@@ -49,7 +59,7 @@ def run(config: RunConfig) -> int:
         )
         watchdog = Watchdog(mesh, config.trainer.collective_timeout_s)
         watchdog.start()
-        trainer = build_trainer(config, mesh)
+        trainer = build_trainer(config, mesh, beside_tables or nothing_beside_tables)
         trainer.train()
         for number in (signal.SIGINT, signal.SIGTERM):  # the run has ended well; nothing is left to stop
             signal.signal(number, signal.SIG_IGN)
@@ -72,6 +82,15 @@ def run(config: RunConfig) -> int:
     watchdog.leave()
     meshes.finish()
     return EXIT_DONE
+
+
+def check_releases(config: RunConfig) -> None:
+    """Warn of untested releases of torch, TorchRec and FBGEMM. Raise ConfigError where they lack the pipeline."""
+    versions = installed_releases()
+    if (warning := release_warning(versions)) and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if reason := pipeline_unsupported_reason(config.trainer.pipeline_type, versions):
+        raise ConfigError(config.located(config.trainer, "pipeline_type", reason))
 
 
 def memory_ran_out(error: Exception) -> bool:

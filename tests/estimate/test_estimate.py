@@ -10,8 +10,9 @@ from hstu.config.errors import ConfigError
 from hstu.config.gin_io import load
 from hstu.estimate import machine
 from hstu.estimate.estimate import as_text, estimate, size
-from hstu.estimate.memory import plan_tables
+from hstu.estimate.memory import beside_tables, plan_tables
 from hstu.estimate.workload import plan_workload
+from hstu.parallel.table_plan import TableRoom, TablesDoNotFit
 from tests.estimate.runs import run_config
 
 H100 = machine.gpu("h100", torch.bfloat16)
@@ -68,6 +69,26 @@ def test_data_that_is_not_there_is_taken_to_be_as_long_as_allowed(tmp_path) -> N
     assert workload.typical.item_lengths.tolist() == [200] * 128
     assert {spec.name: spec.rows for spec in workload.specs} == {"movie_id": 3706}
     assert "not preprocessed" in as_text(estimate(workload, H100), workload, H100)
+
+
+def test_kuairand_27k_is_planned_on_one_h100_beside_its_step(tmp_path) -> None:
+    bindings = [f"DatasetArgs.dataset_path = {str(tmp_path)!r}"]
+    workload = plan_workload(load(["configs/kuairand_27k_ranking.gin"], bindings, "ranking"), 1, 1, "cuda")
+    beside = beside_tables(workload)
+    assert beside > 5e9, "activations of 32 sequences of 4,096 items"
+    tables = plan_tables(workload, TableRoom(int(0.95 * 84e9) - beside, 10**12, beside))
+    assert 32.8e9 < sum(4 * rows * columns for table in tables for _, rows, columns in table.shards) < 33e9
+    with pytest.raises(TablesDoNotFit, match=r"video_id needs 32\.9\d GB .* A rank has 30\.\d\d GB"):
+        plan_tables(workload, TableRoom(int(40e9) - beside, 10**12, beside))
+
+
+def test_tables_that_do_not_fit_are_shown_with_what_they_need() -> None:
+    config = run_config(bindings=["item/EmbeddingArgs.item_vocab_size_or_capacity = 1000000000"])
+    workload = plan_workload(config, 2, 2, "cuda")
+    found = estimate(workload, H100)
+    assert found.memory["sharded tables"] == pytest.approx(4 * 32 * 500_000_000, rel=0.01)
+    assert found.memory_total > found.memory_limit
+    assert as_text(found, workload, H100).endswith("warning: this is more memory than a rank has")
 
 
 def test_own_data_that_is_not_there_must_name_its_features(tmp_path) -> None:

@@ -4,10 +4,13 @@ import re
 from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
@@ -16,12 +19,18 @@ from hstu.config.gin_io import read_and_check
 from hstu.config.run_config import RunDraft
 from hstu.data.store import SequenceStore
 from hstu.estimate import preflight
+from hstu.estimate.memory import beside_tables_of_run, memory
 from hstu.estimate.opened import Opened
 from hstu.estimate.preflight import PREFLIGHT_RULES
+from hstu.estimate.workload import plan_workload
+from hstu.parallel import tables
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.table_plan import TableRoom
+from hstu.train.builder import build_trainer
 from tests.config.gin_files import ALL_RULES, changed, write
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
+from tests.estimate.runs import run_config
 from tests.train.tiny import build, run, skip_measuring_the_peak, tables_of, tables_with_dynamic, tiny_config, walks
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -215,3 +224,36 @@ def test_retrieval_with_a_dynamic_table_is_checked_too(store: SequenceStore, tmp
     text = tiny_config("retrieval", store, tmp_path, tables=tables).operative_gin()
     assert problems(tmp_path, text, "TrainerArgs.ckpt_save_interval = 2", task="retrieval") == []
     assert len(tables_of(store)) == len(tables)
+
+
+def planned_beside(mesh: Mesh, store: str, output: str) -> tuple[int, int]:
+    """(memory beside the tables that a starting run estimates where it runs on a GPU, the estimate)."""
+    skip_measuring_the_peak()
+    config, found = tiny_config("ranking", store, output), []
+    on_a_cpu = tables.room_of_rank
+
+    def as_on_a_gpu(device: torch.device, ranks: int, beside: Callable[[], int]) -> TableRoom:
+        found.append(beside())
+        return on_a_cpu(device, ranks, beside)
+
+    tables.room_of_rank = as_on_a_gpu
+    build_trainer(config, mesh, beside_tables_of_run).run_directory.close()
+    return found[0], sum(memory(plan_workload(config, 1, 1, "cpu"), ()).values())
+
+
+def test_a_run_plans_its_tables_beside_what_its_step_needs(store: SequenceStore, tmp_path: Path) -> None:
+    case = partial(planned_beside, store=str(store.path), output=str(tmp_path))
+    found, estimated = run_cases(Launch(1), {"run": case})[0]["run"]
+    assert found == estimated > 100_000
+
+
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+def test_the_entry_scripts_give_the_estimate_to_the_run(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, given = import_module(f"pretrain_gr_{task}"), []
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # which the script sets for its own process
+    monkeypatch.setattr(script, "parse_command_line", lambda *_, **__: "config")
+    monkeypatch.setattr("hstu.train.main.run", lambda *arguments: given.append(arguments) or 0)
+    assert script.main() == 0
+    ((config, beside_tables),) = given
+    mesh = SimpleNamespace(world_size=2, local_world_size=2, device=torch.device("cuda"))
+    assert config == "config" and beside_tables(run_config(task), mesh) > 10_000

@@ -9,7 +9,8 @@ from torch import nn
 from hstu.config.args import OptimizerArgs
 from hstu.config.errors import ConfigError
 from hstu.model.embedding import TableSpec, build_collections
-from hstu.parallel.tables import check_kernels, table_planner, table_sharders, table_training
+from hstu.parallel.table_plan import TableRanks, plan_shards
+from hstu.parallel.tables import check_kernels, prepare_tables, table_sharders, table_training
 
 KERNELS = ("dense", "fused", "fused_uvm", "fused_uvm_caching")
 
@@ -22,8 +23,8 @@ def planned(kernel: str | None, device_type: str, prefetches: bool = False) -> A
     model, specs = nn.Module(), (spec(kernel),)
     model.embedding = build_collections(specs)
     args = OptimizerArgs(optimizer_str="adagrad", learning_rate=0.1)
-    planner = table_planner(specs, 2, 2, device_type, {}, prefetches)
-    plan = planner.plan(model, table_sharders(args, device_type, specs))
+    training, sharders = prepare_tables(model, specs, args, {}), table_sharders(args, device_type, specs)
+    plan = plan_shards(model, specs, training, {}, sharders, TableRanks(2, 2, device_type), prefetches)
     (table,) = [table for tables in plan.plan.values() for table in tables.values()]
     return table
 

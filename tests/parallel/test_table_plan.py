@@ -1,0 +1,146 @@
+"""Whether tables and their optimizer states fit the memory that ranks have, and what is said where they do not."""
+
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from torch import nn
+from torchrec.distributed.types import ShardingPlan
+
+from hstu.config.args import DynamicEmbeddingArgs, OptimizerArgs
+from hstu.model.embedding import TableSpec, build_collections
+from hstu.parallel import tables
+from hstu.parallel.dynamic.memory import plan_memory
+from hstu.parallel.mesh import Mesh
+from hstu.parallel.table_plan import TableRanks, TableRoom, TablesDoNotFit, least_room, plan_shards, room_of_rank
+from hstu.parallel.tables import prepare_tables, table_sharders
+from tests.distributed.launch import Launch, run_cases
+from tests.distributed.toy import build, make_config
+
+GB = 10**9
+A40, A80 = TableRoom(40 * GB, 100 * GB), TableRoom(80 * GB, 100 * GB)
+"""What is left for tables on GPUs of 40 and 80 GB."""
+
+
+def plan(rows: int, optimizer: str, room: TableRoom, kernel: str | None = None, ranks: int = 1) -> ShardingPlan:
+    specs = (TableSpec("item", rows, 256, ("item",), False, "auto", 0.02, optimizer=optimizer, compute_kernel=kernel),)
+    model = nn.Module()
+    model.embedding = build_collections(specs)
+    args = OptimizerArgs(optimizer_str="sgd", learning_rate=0.1)
+    training = prepare_tables(model, specs, args, {})
+    sharders = table_sharders(args, "cuda", specs)
+    return plan_shards(model, specs, training, {}, sharders, TableRanks(ranks, ranks, "cuda", room))
+
+
+def fits(rows: int, optimizer: str, room: TableRoom, kernel: str | None = None, ranks: int = 1) -> bool:
+    try:
+        return bool(plan(rows, optimizer, room, kernel, ranks))
+    except TablesDoNotFit:
+        return False
+
+
+def test_a_table_of_33_gb_fits_a_gpu_of_80_gb() -> None:
+    assert fits(32_038_725, "rowwise_adagrad", A80)
+
+
+@pytest.mark.parametrize(("optimizer", "states"), [("sgd", 0), ("rowwise_adagrad", 1), ("adagrad", 256), ("adam", 512)])
+def test_states_of_the_optimizer_need_memory_too(optimizer: str, states: int) -> None:
+    rows, slack = 20_000_000, 2_000_000  # for the ids and rows of a batch, which the planner adds
+    needed = 4 * rows * (256 + states)
+    assert not fits(rows, optimizer, TableRoom(needed - slack, 100 * GB))
+    assert fits(rows, optimizer, TableRoom(needed + slack, 100 * GB))
+
+
+def test_what_does_not_fit_is_told_with_its_size_and_what_to_do() -> None:
+    room = TableRoom(33_100_000_000, 100 * GB, beside_tables=5_000_000_000)
+    with pytest.raises(TablesDoNotFit) as error:
+        plan(20_000_000, "adam", room)
+    assert str(error.value) == (
+        "the model_parallel tables do not fit on 1 rank: item needs 61.44 GB (20.48 GB of rows, 40.96 GB of adam "
+        "states). A rank has 33.10 GB of GPU memory beside the 5.00 GB of a training step for them. What helps: more "
+        'ranks (EmbeddingArgs.sharding = "row_wise" cuts a table over all of them); '
+        'OptimizerArgs.sparse_optimizer_str = "rowwise_adagrad" (one number per row); '
+        'EmbeddingArgs.compute_kernel = "fused_uvm_caching" (rows in host memory); a smaller '
+        "TrainerArgs.train_batch_size; smaller tables"
+    )
+    assert fits(20_000_000, "adam", A80) and not fits(20_000_000, "adam", A40)
+    assert fits(20_000_000, "adam", A40, ranks=2)
+
+
+def test_rows_in_host_memory_need_none_of_the_gpu_but_must_fit_the_host() -> None:
+    small = TableRoom(1 * GB, 61 * GB)
+    assert fits(19_000_000, "adam", small, kernel="fused_uvm")
+    assert not fits(20_000_000, "adam", small, kernel="fused_uvm")
+    with pytest.raises(TablesDoNotFit, match=r"A rank has 61\.00 GB of host memory for them\. What helps: more ranks"):
+        plan(20_000_000, "adam", small, kernel="fused_uvm")
+
+
+def test_a_cache_needs_gpu_memory_and_its_rows_host_memory() -> None:
+    with pytest.raises(TablesDoNotFit, match=r"has 1\.00 GB of GPU memory and 50\.00 GB of host memory for"):
+        plan(10_000_000, "sgd", TableRoom(1 * GB, 50 * GB), kernel="fused_uvm_caching")
+    assert fits(10_000_000, "sgd", TableRoom(3 * GB, 50 * GB), kernel="fused_uvm_caching"), "a cache of 20 %"
+
+
+def test_of_a_dynamic_table_fewer_rows_may_lie_on_the_gpu() -> None:
+    args = DynamicEmbeddingArgs(feature_names=["item"], table_name="item", item_vocab_size_or_capacity=20_000_000)
+    specs = (TableSpec("item", 20_000_001, 256, ("item",), False, "auto", 0.02, dynamic=args),)
+    memory = {"item": plan_memory(specs[0], "adam", 1)}
+    model = nn.Module()
+    model.embedding = build_collections(specs)
+    optimizer = OptimizerArgs(optimizer_str="adam", learning_rate=0.1)
+    training, sharders = prepare_tables(model, specs, optimizer, memory), table_sharders(optimizer, "cuda", specs)
+    with pytest.raises(TablesDoNotFit, match=r"; a smaller DynamicEmbeddingArgs\.item_vocab_gpu_capacity \(") as error:
+        plan_shards(model, specs, training, memory, sharders, TableRanks(1, 1, "cuda", A40))
+    assert "compute_kernel" not in str(error.value)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 80 GB, of which others use 2; torch has reserved 4 and filled 3 of them."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (74 * GB, 80 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 4 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3 * GB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=152 * GB))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=8 * GB))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_rank_has_its_gpu_and_its_part_of_the_host() -> None:
+    device = torch.device("cuda", 0)
+    assert room_of_rank(device, 8, lambda: 20 * GB) == TableRoom(int(0.95 * 78 * GB) - 20 * GB, 20 * GB, 20 * GB)
+    loaded = room_of_rank(device, 1, int)
+    assert loaded == TableRoom(int(0.95 * 78 * GB) - 3 * GB, 160 * GB, 3 * GB), "what is there already counts"
+    assert room_of_rank(device, 1, lambda: 200 * GB).gpu == 0
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_cpu_nothing_is_estimated() -> None:
+    def never() -> int:
+        raise AssertionError
+
+    assert room_of_rank(torch.device("cpu"), 4, never) == TableRoom(0, 40 * GB)
+
+
+def least_of_two(mesh: Mesh) -> TableRoom:
+    return least_room(TableRoom(10 + mesh.rank, 20 - mesh.rank, 30 + mesh.rank), mesh.world_group)
+
+
+def refusal(mesh: Mesh) -> str:
+    tables.room_of_rank = lambda *_: TableRoom(0, 100 if mesh.rank else 10**9)  # type: ignore[assignment]
+    config = make_config()
+    config.located = lambda part, name, text: f"{name} of {part.table_name}: {text}"
+    try:
+        build(config, mesh)
+    except TablesDoNotFit as error:
+        return str(error)
+    return "no error"
+
+
+def test_the_rank_with_the_least_memory_decides_and_all_ranks_raise_alike() -> None:
+    first, second = run_cases(Launch(2), {"room": least_of_two, "refusal": refusal})
+    assert first == second
+    assert first["room"] == TableRoom(10, 19, 31)
+    where = "item_vocab_size_or_capacity of item_table"
+    assert first["refusal"].startswith(f"{where}: the model_parallel tables do not fit on 2 ranks: item_table needs")
+    assert "A rank has 0.00 GB of host memory for them." in first["refusal"]

@@ -236,6 +236,30 @@ def distributions_have_a_range(run: RunConfig, group: FeatureArgs) -> Iterator[P
             yield run.problem(dist, "low", f"must be below {run.cite(dist, 'high')}")
 
 
+def lengths_begin_below_the_longest(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
+    dist = group.seqlen_dist
+    if dist is not None and dist.high is None and dist.low > group.max_sequence_length:
+        yield run.problem(dist, "low", f"must be at most {run.cite(group, 'max_sequence_length')}; lower it")
+
+
+def ids_begin_below_the_rows(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
+    for name, dist in group.distributions().items():
+        for table in run.embeddings:
+            rows = table.item_vocab_size_or_capacity
+            if name in table.feature_names and dist.high is None and dist.low >= rows:
+                cited = run.cite(table, "item_vocab_size_or_capacity")
+                yield run.problem(dist, "low", f"must be below {cited}; lower it, or set high")
+
+
+def actions_have_rows(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
+    dist = group.distributions().get(getattr(run.dataset, "action_feature_name", None) or "")
+    for table in run.embeddings:
+        rows = table.item_vocab_size_or_capacity
+        if dist is not None and run.dataset.action_feature_name in table.feature_names and (dist.high or 0) > rows:
+            cited = run.cite(table, "item_vocab_size_or_capacity")
+            yield run.problem(dist, "high", f"must be at most {cited}, because actions are labels; lower it")
+
+
 def distributions_have_the_parameters_of_their_kind(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
     for dist in _distributions(group):
         yield from apply([parameters_fit_the_kind], run, dist)
@@ -248,6 +272,8 @@ def parameters_fit_the_kind(run: RunConfig, dist: RandomDistribution) -> Iterato
             yield run.problem(
                 dist, name, f"has no effect with {run.cite(dist, 'dist_type')}; remove it", is_warning=True
             )
+    if dist.dist_type == "lognormal" and dist.mean is not None and dist.mean <= 0:
+        yield run.problem(dist, "mean", f"must be above 0 with {run.cite(dist, 'dist_type')}; raise it")
 
 
 def _distributions(group: FeatureArgs) -> list[RandomDistribution]:
@@ -258,6 +284,7 @@ def _distributions(group: FeatureArgs) -> list[RandomDistribution]:
 
 RULES_OF_A_GROUP = (
     ids_have_one_distribution_each, length_distributions_are_for_jagged_features, distributions_have_a_range,
+    lengths_begin_below_the_longest, ids_begin_below_the_rows, actions_have_rows,
     distributions_have_the_parameters_of_their_kind,
 )  # fmt: skip
 RULES_OF_THE_DATA = (

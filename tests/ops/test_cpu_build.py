@@ -1,6 +1,8 @@
 """Compiling the C++ kernels: once a machine, whoever else is at it, and a clear line where it cannot be."""
 
 import ctypes
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -111,6 +113,24 @@ def test_a_cache_that_cannot_be_written_is_told(small_sources: Path, tmp_path: P
     (tmp_path / "cache").write_text("a file is in the way")
     with pytest.raises(build.KernelsUnavailable, match="cannot write compiled kernels to"):
         build.library_file(tmp_path / "cache")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="NEEDS AN X86 PROCESSOR")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+def test_the_kernels_of_older_processors_agree_with_pytorch(processor: str, tmp_path: Path) -> None:
+    code = f"""
+from hstu.ops.cpu import build
+from hstu.ops.cpu.self_check import check_kernels
+build.FLAGS = tuple(flag.replace("native", {processor!r}) for flag in build.FLAGS)
+check_kernels()
+"""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.rglob("*.checked"))
 
 
 def test_the_sources_are_part_of_the_package() -> None:

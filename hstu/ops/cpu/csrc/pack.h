@@ -41,7 +41,7 @@ inline void pack_row(const T* __restrict from, int64_t width, float scale, float
         int64_t c = 0;
         for (; c + LANES <= width; c += LANES) store(to + c, load(from + c) * scale);
         if (c < width) {
-            store_first(to + c, load_first(from + c, width - c) * scale, std::min<int64_t>(padded - c, LANES));
+            store_some(to + c, load_some(from + c, width - c) * scale, std::min<int64_t>(padded - c, LANES));
             c += LANES;
         }
         for (; c < padded; ++c) to[c] = 0.0f;
@@ -68,7 +68,7 @@ inline void unpack_rows(const float* from, int64_t stride, int64_t rows, int64_t
         int64_t c = 0;
         if constexpr (sizeof(T) == sizeof(float)) {
             for (; c + LANES <= width; c += LANES) store(out + c, load(in + c) * scale);
-            if (c < width) store_first(out + c, load_first(in + c, width - c) * scale, width - c);
+            if (c < width) store_some(out + c, load_some(in + c, width - c) * scale, width - c);
         } else {
             for (; c < width; ++c) out[c] = from_float<T>(in[c] * scale);
         }
@@ -97,7 +97,7 @@ inline void store(bfloat* to, vf x) {
 
 inline float to_float(uint8_t x) { return x; }
 
-// The first `count` numbers, fewer than LANES, then zeros.
+// As for floats (simd.h).
 template <class T>
 inline vf load_some(const T* from, int64_t count) {
     vf x = {};

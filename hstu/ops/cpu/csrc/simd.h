@@ -3,8 +3,10 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 #define HSTU_LANES 16
 #elif defined(__AVX2__)
 #define HSTU_LANES 8
@@ -32,7 +34,7 @@ inline vi lane_numbers() {
 }
 
 // The first `count` <= LANES numbers, then zeros; touches no memory beyond them.
-inline vf load_first(const float* from, int64_t count) {
+inline vf load_some(const float* from, int64_t count) {
 #if defined(__AVX512F__)
     return vf(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from));
 #elif defined(__AVX2__)
@@ -44,7 +46,7 @@ inline vf load_first(const float* from, int64_t count) {
 #endif
 }
 
-inline void store_first(float* to, vf x, int64_t count) {
+inline void store_some(float* to, vf x, int64_t count) {
 #if defined(__AVX512F__)
     _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), __m512(x));
 #elif defined(__AVX2__)

@@ -122,7 +122,7 @@ def test_the_kernels_of_older_processors_agree_with_pytorch(processor: str, tmp_
     code = f"""
 from hstu.ops.cpu import build
 from hstu.ops.cpu.self_check import check_kernels
-build.FLAGS = tuple(flag.replace("native", {processor!r}) for flag in build.FLAGS)
+build.FLAGS = tuple(flag.replace("native", {processor!r}).replace("-O3", "-O1") for flag in build.FLAGS)
 check_kernels()
 """
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}

@@ -279,7 +279,7 @@ def test_each_row_of_the_gate_depends_on_itself_alone_and_not_on_the_threads(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("by_rows", [False, True], ids=["small_pool", "large_pool"])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows_in_place", "packed_rows"])
 @settings(deadline=None, max_examples=examples(30))
 @example(queries=130, pool_size=1, draws=15, width=1, temperature=1.0, index_type=torch.int64)
 @example(queries=130, pool_size=1, draws=40, width=1, temperature=1.0, index_type=torch.int32)
@@ -287,14 +287,14 @@ def test_each_row_of_the_gate_depends_on_itself_alone_and_not_on_the_threads(
 @given(
     queries=st.sampled_from([0, 1, 7, 130]),
     pool_size=st.sampled_from([1, 3, 90]),
-    draws=st.sampled_from([0, 1, 15, 16, 40]),
-    width=st.sampled_from([1, 16, 50, 64, 100, 256]),
+    draws=st.sampled_from([0, 1, 15, 16, 40, 300]),
+    width=st.sampled_from([1, 16, 19, 40, 50, 64, 100, 256]),
     temperature=st.sampled_from([1.0, 0.05, 0.01]),
     index_type=st.sampled_from([torch.int32, torch.int64]),
 )
 def test_the_sampled_loss_equals_float64(
     backend: Backend,
-    by_rows: bool,
+    packed: bool,
     queries: int,
     pool_size: int,
     draws: int,
@@ -316,7 +316,7 @@ def test_the_sampled_loss_equals_float64(
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hstu.ops.cpu.softmax_loss.MOST_PARTIAL_BYTES", 0 if by_rows else 2**27)
+        patch.setattr("hstu.ops.cpu.softmax_loss.DRAWS_PER_PACKED_ROW", 0 if packed else 2**40)
         got = run(leaves, backend)
     expected = run([x.double() for x in leaves], Backend.PYTORCH)
     # A score of size 1 / temperature is rounded before it is exponentiated.
@@ -331,6 +331,54 @@ def test_the_sampled_loss_equals_float64(
     unit = torch.finfo(torch.float32).eps * inexact
     rounding = {1: unit * (draws + 1) ** 0.5 * float(of_query), 3: unit * (queries * draws) ** 0.5 * float(of_row)}
     assert_near(got, expected, TOLERANCE[backend][torch.float32] * inexact, rounding)
+
+
+@pytest.mark.parametrize("backend", [Backend.CPU])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows_in_place", "packed_rows"])
+@pytest.mark.parametrize("width", [9, 50, 100])
+def test_the_sampled_loss_has_the_same_bits_on_any_number_of_threads(
+    backend: Backend, packed: bool, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hstu.ops.cpu.softmax_loss.DRAWS_PER_PACKED_ROW", 0 if packed else 2**40)
+    torch.manual_seed(0)
+    leaves = [F.normalize(torch.randn(rows, width), dim=1) for rows in (300, 300, 40)]
+    draws, target_ids = torch.randint(40, (300, 33)), torch.randint(40, (300,))
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 5, 2):
+        torch.set_num_threads(threads)
+        results.append(
+            differentiate(
+                lambda q, p, s: sampled_softmax_loss(q, p, s, draws, target_ids, torch.arange(40), 0.05, backend),
+                leaves,
+                torch.tensor(1.0),
+            )
+        )
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        # The loss itself is a sum of torch's.
+        assert all(torch.equal(x, y) for x, y in zip(result[1:], results[0][1:], strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_targets_of_any_score_have_a_finite_loss_and_exact_gradients(backend: Backend) -> None:
+    """Scores of 100 above and below the target, whose exponentials would be infinite or zero, also in later chunks."""
+    leaves = [torch.zeros(4, 20), torch.zeros(4, 20), torch.zeros(90, 20)]
+    leaves[0][:, 0] = 1
+    leaves[1][:, 0] = torch.tensor([-1.0, 1.0, -1.0, 0.2])
+    leaves[2][:, 0] = torch.linspace(-1, 1, 90)
+    draws = torch.stack([torch.arange(90), torch.arange(90), torch.full((90,), 0), torch.arange(89, -1, -1)])
+    draws = torch.cat([draws, draws], dim=1)
+    ids = [torch.full((4,), 200), torch.arange(90)]
+
+    def run(leaves: list[Tensor], backend: Backend) -> list[Tensor]:
+        there = to([draws, *ids], device_of(backend))
+        return differentiate(
+            lambda q, p, s: sampled_softmax_loss(q, p, s, *there, 0.01, backend),
+            to(leaves, device_of(backend)),
+            torch.tensor(1.0),
+        )
+
+    assert_near(run(leaves, backend), run(to(leaves, "cpu", torch.float64), Backend.PYTORCH), 2e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

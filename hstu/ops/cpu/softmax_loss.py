@@ -9,6 +9,7 @@ import ctypes
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -16,8 +17,10 @@ from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library
 from hstu.ops.pytorch import softmax_loss
 from hstu.ops.pytorch.softmax_loss import SoftmaxLoss
 
-MOST_PARTIAL_BYTES = 2**27
-"""Of partial gradients of the pool, one per thread; beyond, each thread reads all draws instead."""
+DRAWS_PER_PACKED_ROW = 8
+"""From this many draws per row of the pool on, its rows are copied to aligned memory; for fewer that does not pay."""
+LEAST_WIDTH = 16
+"""Of vectors, in numbers: one register of AVX-512. Shorter ones are padded."""
 
 
 class _LossArguments(Arguments):
@@ -25,8 +28,8 @@ class _LossArguments(Arguments):
 
     _fields_ = fields(
         (pointer, "queries positives pool draws target_ids pool_ids"),
-        (pointer, "losses weights grad_queries grad_positives grad_pool packed partial"),
-        (int64, "num_queries num_draws pool_size width padded parts"),
+        (pointer, "losses weights grad_queries grad_positives grad_pool tags packed"),
+        (int64, "num_queries num_draws pool_size width padded"),
         (float32, "temperature"),
         (int32, "threads"),
     )
@@ -48,6 +51,8 @@ class SampledSoftmaxLoss(SoftmaxLoss):
     ) -> Tensor:
         """See :func:`hstu.ops.functional.sampled_softmax_loss`."""
         num_queries, num_draws = draws.shape
+        width = queries.shape[1]
+        queries, positives, pool = (_at_least(LEAST_WIDTH, vectors) for vectors in (queries, positives, pool))
         padded = library().hstu_packed_width(int64(queries.shape[1]))
         arguments = _LossArguments(
             num_queries=num_queries,
@@ -55,29 +60,33 @@ class SampledSoftmaxLoss(SoftmaxLoss):
             pool_size=len(pool),
             width=queries.shape[1],
             padded=padded,
-            parts=num_threads(),
             temperature=temperature,
             threads=num_threads(),
         )
         arguments.set(
-            queries=queries.contiguous(),
-            positives=positives.contiguous(),
-            pool=pool.contiguous(),
+            queries=queries,
+            positives=positives,
+            pool=pool,
             draws=draws.int().contiguous(),
             target_ids=target_ids.long().contiguous(),
             pool_ids=pool_ids.long().contiguous(),
         )
         losses = torch.empty(num_queries)
-        arguments.set(losses=losses, packed=torch.empty(len(pool), padded))
+        arguments.set(losses=losses, tags=torch.empty(len(pool), dtype=torch.uint8))
+        if draws.numel() >= DRAWS_PER_PACKED_ROW * len(pool):
+            arguments.set(packed=torch.empty(len(pool), padded))
         if any(ctx.needs_input_grad):
             gradients = [torch.empty(vectors.shape) for vectors in (queries, positives, pool)]
             arguments.set(grad_queries=gradients[0], grad_positives=gradients[1], grad_pool=gradients[2])
             arguments.set(weights=torch.empty(num_queries, num_draws))
-            if num_threads() * len(pool) * padded * 4 <= MOST_PARTIAL_BYTES:
-                arguments.set(partial=torch.zeros(num_threads(), len(pool), padded))
-            ctx.save_for_backward(*gradients)
+            ctx.save_for_backward(*(gradient[:, :width] for gradient in gradients))
         library().hstu_sampled_softmax(ctypes.byref(arguments))
         return losses.sum()
+
+
+def _at_least(width: int, vectors: Tensor) -> Tensor:
+    """The vectors, padded with zeros to ``width`` where they are shorter, with contiguous rows."""
+    return F.pad(vectors, (0, max(0, width - vectors.shape[1]))).contiguous()
 
 
 class _UnitArguments(Arguments):

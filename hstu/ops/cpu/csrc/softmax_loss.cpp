@@ -1,4 +1,5 @@
-// Softmax of a target against drawn rows of a pool. Two passes compute the loss and all gradients without gathering rows.
+// Softmax of a target against drawn rows of a pool. Two passes compute the loss and all gradients; nothing is gathered.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -11,9 +12,9 @@ extern "C" struct HstuSampledSoftmax {
     const int64_t *target_ids, *pool_ids;     // [M], [S]
     float *losses, *weights;                  // [M], [M, R]
     float *grad_queries, *grad_positives, *grad_pool;
-    float* packed;   // [S, padded]: the pool with rows of whole vectors
-    float* partial;  // [parts, S, padded], zeros; null: each thread takes a range of pool rows instead
-    int64_t num_queries, num_draws, pool_size, width, padded, parts;
+    uint8_t* tags;  // [S]: scratch for the last bytes of pool_ids, so few that they stay in the cache
+    float* packed;  // [S, padded]: scratch for rows of whole vectors; null: rows are read and added to where they are
+    int64_t num_queries, num_draws, pool_size, width, padded;  // width: at least 16
     float temperature;
     int32_t threads;
 };
@@ -22,6 +23,8 @@ namespace hstu {
 namespace {
 
 constexpr int64_t QUERIES_AT_ONCE = 64;
+// e^40 leaves room for sums; e^-87 is about the least normal number.
+constexpr float MOST_EXPONENT = 40, LEAST_EXPONENT = -87;
 
 // One vector of the sums of LANES vectors.
 inline vf sums_of(vf* rows) {
@@ -39,13 +42,33 @@ inline vf sums_of(vf* rows) {
     return rows[0];
 }
 
-template <int64_t W>  // numbers of a packed row
+// The sum and the largest number of a vector, in log2(LANES) steps.
+inline float folded_sum(vf x) {
+#pragma GCC unroll 4
+    for (int bit = 1; bit < LANES; bit *= 2) x += __builtin_shuffle(x, lane_numbers() ^ bit);
+    return x[0];
+}
+inline float largest(vf x) {
+#pragma GCC unroll 4
+    for (int bit = 1; bit < LANES; bit *= 2) {
+        const vf other = __builtin_shuffle(x, lane_numbers() ^ bit);
+        x = select(other > x, other, x);
+    }
+    return x[0];
+}
+
+// A row is read as NV vectors. Where its width is no multiple of LANES, the last ones begin earlier and overlap those
+// before them, so that nothing lies beyond the row. Queries have zeros in the lanes that are there twice.
+// W: numbers of a packed row. PACKED: rows of the pool are copied to rows of W, each vector beside the one before it.
+template <int64_t W, bool PACKED>
 class SampledSoftmax {
   public:
     explicit SampledSoftmax(const HstuSampledSoftmax& a) : a_(a) {}
 
     void run() const {
-        pack();
+#pragma omp parallel for schedule(static) num_threads(a_.threads)
+        for (int64_t row = 0; row < a_.pool_size; ++row) a_.tags[row] = uint8_t(a_.pool_ids[row]);
+        if (PACKED) pack();
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a_.threads)
         for (int64_t first = 0; first < a_.num_queries; first += QUERIES_AT_ONCE) {
             static thread_local Buffer scores;
@@ -53,144 +76,183 @@ class SampledSoftmax {
             for (int64_t query = first; query < std::min(first + QUERIES_AT_ONCE, a_.num_queries); ++query)
                 one_query(query, row);
         }
-        if (a_.partial) by_queries();
-        else by_rows();
+        if (a_.grad_pool) pool_gradient();
     }
 
   private:
     static constexpr int NV = W / LANES;
+    static constexpr int64_t CHUNK = 4096 / W;  // draws whose rows fill half of a cache of 32 KB
+
+    // Where vector v begins in a row of `width` numbers.
+    static int64_t place(int v, int64_t width) { return std::min<int64_t>(v * LANES, width - LANES); }
+    int64_t place(int v) const { return place(v, a_.width); }
+
+    // The same in a row of the pool, and how far apart its rows are.
+    static int64_t pool_place(int v, int64_t width) { return PACKED ? v * LANES : place(v, width); }
+    static int64_t pitch(int64_t width) { return PACKED ? W : width; }
+
+    // Vector v of a query, zero in the lanes that the one before it has.
+    vf own_part(const float* query, int v) const {
+        return select(lane_numbers() + int(place(v)) < v * LANES, vf{}, load(query + place(v)));
+    }
 
     void pack() const {
 #pragma omp parallel for schedule(static) num_threads(a_.threads)
         for (int64_t row = 0; row < a_.pool_size; ++row)
-            pack_row(a_.pool + row * a_.width, a_.width, 1.0f, a_.packed + row * W, W);
+            for (int v = 0; v < NV; ++v)
+                store(a_.packed + row * W + v * LANES, load(a_.pool + row * a_.width + place(v)));
     }
 
     void one_query(int64_t query, float* scores) const {
-        alignas(64) float vector[W], positive[W], gradient[W];
-        pack_row(a_.queries + query * a_.width, a_.width, 1.0f, vector, W);
-        pack_row(a_.positives + query * a_.width, a_.width, 1.0f, positive, W);
+        const float *vector = a_.queries + query * a_.width, *positive = a_.positives + query * a_.width;
         const int32_t* draws = a_.draws + query * a_.num_draws;
+        const float* rows = PACKED ? a_.packed : a_.pool;
+        const int64_t width = a_.width, pitch = SampledSoftmax::pitch(width), num_draws = a_.num_draws;
         const float inverse = 1 / a_.temperature;
-        vf product = {};
-        for (int v = 0; v < NV; ++v) product += load(vector + v * LANES) * load(positive + v * LANES);
-        const double target = double(sum(product)) * inverse;
-
-        const float peak = score(vector, draws, a_.target_ids[query], inverse, scores);
-        double loss = 0;
-        float scale = 0;
-        if (peak > -std::numeric_limits<float>::infinity()) {
-            vf total = {};
-            const vf shift = splat(peak);
-            for (int64_t r = 0; r < a_.num_draws; r += LANES) {
-                // A score of -inf marks a draw that is no negative, or padding of the last vector.
-                const vf score = load(scores + r);
-                const vf e = select(score < -1e30f, vf{}, exp(score - shift));
+        vf own[NV], sums[NV] = {}, total = {}, product = {};
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) {
+            own[v] = own_part(vector, v);
+            product += own[v] * load(positive + place(v));
+        }
+        const float target = folded_sum(product) * inverse;
+        for (int64_t r = 0; r < num_draws; r += 16) __builtin_prefetch(draws + 2 * num_draws + r);  // of a later query
+        // Exponentials are relative to the target, or to the largest score of a chunk where that is much larger.
+        float shift = target;
+        for (int64_t first = 0; first < num_draws; first += CHUNK) {
+            const int64_t end = std::min(first + CHUNK, num_draws);
+            const float peak = score(own, draws, first, end, a_.target_ids[query], inverse, scores);
+            if (peak > shift + MOST_EXPONENT) {
+                const float factor = std::exp(shift - peak);
+                total *= factor;
+#pragma GCC unroll 16
+                for (int v = 0; v < NV; ++v) sums[v] *= factor;
+                for (int64_t r = 0; r < first; ++r) scores[r] *= factor;
+                shift = peak;
+            }
+            for (int64_t r = first; r < end; r += LANES) {
+                const vf exponent = load(scores + r) - shift;
+                const vf e = select(exponent < LEAST_EXPONENT, vf{}, exp(exponent));
                 store(scores + r, e);
                 total += e;
             }
-            // Also exact for a well-learnt target, whose loss is far below 1.
-            const double above = peak + std::log(double(sum(total))) - target;
-            loss = above > 0 ? above + std::log1p(std::exp(-above)) : std::log1p(std::exp(above));
-            scale = float(std::exp(peak - target - loss) * inverse);
+            if (!a_.grad_queries) continue;
+            for (int64_t r = first; r < end; ++r) {
+                const float* row = rows + draws[r] * pitch;
+#pragma GCC unroll 16
+                for (int v = 0; v < NV; ++v) sums[v] += load(row + pool_place(v, width)) * scores[r];
+            }
         }
-        a_.losses[query] = float(loss);
+        // log1p and this order are exact for a well-learnt target, whose loss is far below 1.
+        const double negatives = folded_sum(total), one = shift == target ? 1.0 : std::exp(double(target) - shift);
+        a_.losses[query] = float(double(shift) - target + std::log1p(negatives + (one - 1)));
         if (!a_.grad_queries) return;
 
-        const float pull = float(std::expm1(-loss) * inverse);
-        vf sums[NV];
-        for (int v = 0; v < NV; ++v) sums[v] = load(positive + v * LANES) * pull;
-        float* weights = a_.weights + query * a_.num_draws;
-        for (int64_t r = 0; r < a_.num_draws; ++r) {
-            const float weight = scale > 0 ? scores[r] * scale : 0.0f;
-            weights[r] = weight;
-            const float* row = a_.packed + int64_t(draws[r]) * W;
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) sums[v] += load(row + v * LANES) * weight;
+        const float scale = float(inverse / (negatives + one)), pull = float(-negatives * inverse / (negatives + one));
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) {
+            const int64_t c = query * a_.width + place(v);
+            store(a_.grad_queries + c, sums[v] * scale + load(positive + place(v)) * pull);
+            store(a_.grad_positives + c, load(vector + place(v)) * pull);
         }
-        for (int v = 0; v < NV; ++v) store(gradient + v * LANES, sums[v]);
-        for (int64_t c = 0; c < a_.width; ++c) {
-            a_.grad_queries[query * a_.width + c] = gradient[c];
-            a_.grad_positives[query * a_.width + c] = vector[c] * pull;
-        }
+        float* weights = a_.weights + query * num_draws;
+        for (int64_t r = 0; r < num_draws; ++r) weights[r] = scores[r] * scale;
     }
 
-    // Scores of all draws, -inf where a draw is the target; returns the largest.
-    float score(const float* vector, const int32_t* draws, int64_t target, float inverse, float* scores) const {
+    // Scores of draws [begin, end), -inf where a draw is the target; returns the largest.
+    float score(const vf* own, const int32_t* draws, int64_t begin, int64_t end, int64_t target, float inverse,
+                float* scores) const {
         const float hidden = -std::numeric_limits<float>::infinity();
+        const float* rows = PACKED ? a_.packed : a_.pool;
+        const int64_t width = a_.width, pitch = SampledSoftmax::pitch(width);
+        const uint8_t* tags = a_.tags;
+        const uint8_t tag = uint8_t(target);
         vf peaks = splat(hidden);
-        for (int64_t first = 0; first < a_.num_draws; first += LANES) {
-            const int64_t count = std::min<int64_t>(LANES, a_.num_draws - first);
+        for (int64_t first = begin; first < end; first += LANES) {
+            const int64_t count = std::min<int64_t>(LANES, end - first);
             vf products[LANES];
 #pragma GCC unroll 16
             for (int lane = 0; lane < LANES; ++lane) {
-                const float* row = a_.packed + int64_t(draws[first + (lane < count ? lane : 0)]) * W;
+                const float* row = rows + draws[first + (lane < count ? lane : 0)] * pitch;
                 products[lane] = vf{};
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) products[lane] += load(vector + v * LANES) * load(row + v * LANES);
+                for (int v = 0; v < NV; ++v) products[lane] += own[v] * load(row + pool_place(v, width));
             }
             store(scores + first, sums_of(products) * inverse);
             for (int64_t lane = 0; lane < LANES; ++lane)
-                if (lane >= count || a_.pool_ids[draws[first + lane]] == target) scores[first + lane] = hidden;
+                if (lane >= count || (tags[draws[first + lane]] == tag && a_.pool_ids[draws[first + lane]] == target))
+                    scores[first + lane] = hidden;
             const vf now = load(scores + first);
             peaks = select(now > peaks, now, peaks);
         }
-        float peak = hidden;
-        for (int lane = 0; lane < LANES; ++lane) peak = std::max(peak, peaks[lane]);
-        return peak;
+        return largest(peaks);
     }
 
-    // Adds the shares of queries [begin, end) to the gradients of pool rows [low, high).
-    template <bool ALL>
-    void add(int64_t begin, int64_t end, int64_t low, int64_t high, float* gradients) const {
-        alignas(64) float vector[W];
-        for (int64_t query = begin; query < end; ++query) {
-            pack_row(a_.queries + query * a_.width, a_.width, 1.0f, vector, W);
-            const int32_t* draws = a_.draws + query * a_.num_draws;
-            const float* weights = a_.weights + query * a_.num_draws;
-            for (int64_t r = 0; r < a_.num_draws; ++r) {
-                const int64_t row = draws[r];
-                if (!ALL && (row < low || row >= high)) continue;
-                float* to = gradients + (row - low) * W;
-#pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v)
-                    store(to + v * LANES, load(to + v * LANES) + load(vector + v * LANES) * weights[r]);
-            }
+    // Each number is the sum over queries in order, hence the same on any number of threads. Threads share the columns
+    // of packed rows, or the rows where those are used in place.
+    void pool_gradient() const {
+        if (!PACKED) return in_place();
+        constexpr int64_t most = std::min<int64_t>(W, 64);  // 4,000 rows of them fit a cache of 1 MiB
+        if (a_.threads >= 4) return by_columns<std::min(most, std::max<int64_t>(W / 4, 16))>();
+        if (a_.threads >= 2) return by_columns<std::min(most, std::max<int64_t>(W / 2, 16))>();
+        by_columns<most>();
+    }
+
+    template <int64_t COLUMNS>
+    void by_columns() const {
+        constexpr int N = COLUMNS / LANES;
+        const int64_t size = a_.pool_size * COLUMNS;  // packed rows are no longer needed: now [W / COLUMNS, S, COLUMNS]
+#pragma omp parallel for schedule(static, 1) num_threads(a_.threads)
+        for (int64_t block = 0; block < W / COLUMNS; ++block) {
+            std::memset(a_.packed + block * size, 0, size * sizeof(float));
+            add<N>(a_.packed + block * size, block * N, 0, a_.pool_size);
+        }
+#pragma omp parallel for schedule(static) num_threads(a_.threads)
+        for (int64_t row = 0; row < a_.pool_size; ++row)
+            for (int v = NV - 1; v >= 0; --v)
+                store(a_.grad_pool + row * a_.width + place(v),
+                      load(a_.packed + v / N * size + row * COLUMNS + v % N * LANES));
+    }
+
+    void in_place() const {
+#pragma omp parallel for schedule(static, 1) num_threads(a_.threads)
+        for (int64_t range = 0; range < a_.threads; ++range) {
+            const int64_t low = a_.pool_size * range / a_.threads, high = a_.pool_size * (range + 1) / a_.threads;
+            std::memset(a_.grad_pool + low * a_.width, 0, (high - low) * a_.width * sizeof(float));
+            add<NV>(a_.grad_pool, 0, low, high);
         }
     }
 
-    // A small pool: each part of the queries has its own sums, which are then added in order.
-    void by_queries() const {
-        if (!a_.grad_pool) return;
-        const int64_t size = a_.pool_size * W, parts = a_.parts;
-#pragma omp parallel for schedule(static, 1) num_threads(a_.threads)
-        for (int64_t part = 0; part < parts; ++part)
-            add<true>(a_.num_queries * part / parts, a_.num_queries * (part + 1) / parts, 0, a_.pool_size,
-                      a_.partial + part * size);
-#pragma omp parallel for schedule(static) num_threads(a_.threads)
-        for (int64_t row = 0; row < a_.pool_size; ++row)
-            for (int64_t c = 0; c < a_.width; ++c) {
-                float total = 0;
-                for (int64_t part = 0; part < parts; ++part) total += a_.partial[part * size + row * W + c];
-                a_.grad_pool[row * a_.width + c] = total;
+    // Adds vectors [first, first + N) of the queries' shares to rows [low, high).
+    template <int N>
+    void add(float* sums, int first, int64_t low, int64_t high) const {
+        const bool all = PACKED || high - low == a_.pool_size;
+        const int64_t num_draws = a_.num_draws, width = a_.width, pitch = PACKED ? N * LANES : width;
+        for (int64_t query = 0; query < a_.num_queries; ++query) {
+            vf own[N];
+            for (int v = 0; v < N; ++v) own[v] = own_part(a_.queries + query * a_.width, first + v);
+            const int32_t* draws = a_.draws + query * num_draws;
+            const float* weights = a_.weights + query * num_draws;
+            for (int64_t r = 0; r < num_draws; ++r) {
+                if (!all && (draws[r] < low || draws[r] >= high)) continue;
+                float* to = sums + draws[r] * pitch;
+                vf shares[N];
+#pragma GCC unroll 4
+                for (int v = 0; v < N; ++v) shares[v] = load(to + pool_place(v, width)) + own[v] * weights[r];
+                // The first vectors last: where the last ones overlap them, those have added nothing.
+#pragma GCC unroll 4
+                for (int v = N - 1; v >= 0; --v) store(to + pool_place(v, width), shares[v]);
             }
-    }
-
-    // A large pool: each part of its rows reads all draws. `packed` is no longer needed and holds the sums.
-    void by_rows() const {
-        if (!a_.grad_pool) return;
-#pragma omp parallel for schedule(static, 1) num_threads(a_.threads)
-        for (int64_t part = 0; part < a_.parts; ++part) {
-            const int64_t low = a_.pool_size * part / a_.parts, high = a_.pool_size * (part + 1) / a_.parts;
-            float* sums = a_.packed + low * W;
-            std::memset(sums, 0, size_t(high - low) * W * sizeof(float));
-            add<false>(0, a_.num_queries, low, high, sums);
-            unpack_rows(sums, W, high - low, a_.width, 1.0f, a_.grad_pool + low * a_.width, a_.width);
         }
     }
 
     const HstuSampledSoftmax& a_;
 };
+
+template <int64_t W>
+void sampled_softmax(const HstuSampledSoftmax& a) {
+    a.packed ? SampledSoftmax<W, true>(a).run() : SampledSoftmax<W, false>(a).run();
+}
 
 }  // namespace
 }  // namespace hstu
@@ -204,10 +266,10 @@ extern "C" int64_t hstu_packed_width(int64_t width) {
 
 extern "C" void hstu_sampled_softmax(const HstuSampledSoftmax* a) {
     switch (a->padded) {
-        case 16: return hstu::SampledSoftmax<16>(*a).run();
-        case 32: return hstu::SampledSoftmax<32>(*a).run();
-        case 64: return hstu::SampledSoftmax<64>(*a).run();
-        case 128: return hstu::SampledSoftmax<128>(*a).run();
-        case 256: return hstu::SampledSoftmax<256>(*a).run();
+        case 16: return hstu::sampled_softmax<16>(*a);
+        case 32: return hstu::sampled_softmax<32>(*a);
+        case 64: return hstu::sampled_softmax<64>(*a);
+        case 128: return hstu::sampled_softmax<128>(*a);
+        case 256: return hstu::sampled_softmax<256>(*a);
     }
 }

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -353,11 +354,7 @@ def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The description of a store, of a version that this program reads, with a right checksum. Else DataError."""
-    try:
-        exists = path.is_dir()
-    except OSError as error:  # a name that no file system takes
-        raise DataError(f"{path} cannot be opened: {error.strerror}") from None
-    if not exists:
+    if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise DataError(f"no preprocessed data at {path}")
     try:
         meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
@@ -385,7 +382,7 @@ def _remedy(path: Path, meta: Mapping[str, Any] | None) -> str:
 
     Without a good description, nothing is replaced, not even with --force.
     """
-    end = " --force" if meta is not None else " (first move what is there away)" if path.exists() else ""
+    end = " --force" if meta is not None else " (first move what is there away)" if os.path.exists(path) else ""
     if meta and (command := meta.get("command")):
         return f"Make it with: {printable(str(command), keep='')}{end}"
     script = "python scripts/preprocess_dataset.py"

@@ -1,6 +1,6 @@
 """Which kernels a model runs on: resolved once, when it is built, into a :class:`hstu.ops.types.Kernels`.
 
-The only file that imports backends inside functions: a machine needs neither Triton, nor CUTLASS, nor a C++ compiler
+Imports backends inside functions: a machine needs neither Triton, nor CUTLASS, nor a C++ compiler
 for the backends that it does not use.
 """
 
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import importlib
 import logging
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hstu.config.errors import ConfigError
+from hstu.ops.check_process import Checked, refusal
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.self_check import KernelsDisagree
 from hstu.ops.types import OPERATORS, Backend, Kernels, KernelShapes, ServedBy
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def select_kernels(requested: str, strict: bool, device: torch.device, shapes: K
     Raises:
         ConfigError: ``strict`` and the requested backend cannot run.
     """
-    return resolve_kernels(select_backend(requested, strict, device), shapes)
+    return resolve_kernels(select_backend(requested, strict, device, shapes), shapes)
 
 
 def resolve_kernels(backend: Backend, shapes: KernelShapes) -> Kernels:
@@ -71,16 +72,16 @@ def _backend_module(backend: Backend) -> ModuleType:
     return importlib.import_module(f"hstu.ops.{backend.value}.operators")
 
 
-def select_backend(requested: str, strict: bool, device: torch.device) -> Backend:
-    """The backend that can run on ``device`` where ``requested`` (cutlass, triton, pytorch) was asked for.
+def select_backend(requested: str, strict: bool, device: torch.device, shapes: KernelShapes) -> Backend:
+    """The backend that can run ``shapes`` on ``device`` where ``requested`` (cutlass, triton, pytorch) was asked for.
 
     If it is not the requested one, one line is logged; with ``strict`` a ConfigError is raised instead.
     """
     if requested == Backend.PYTORCH:
         return Backend.PYTORCH
     on_cpu = device.type == "cpu"
-    no_triton = f"device {device.type}" if device.type != "cuda" else triton_unsupported_reason(device)
-    unsupported = no_triton or (cutlass_unsupported_reason(device) if requested == Backend.CUTLASS else None)
+    no_triton = f"device {device.type}" if device.type != "cuda" else triton_unsupported_reason(device, shapes)
+    unsupported = no_triton or (cutlass_unsupported_reason(device, shapes) if requested == Backend.CUTLASS else None)
     if unsupported is None:
         return Backend(requested)
     if on_cpu:
@@ -99,38 +100,39 @@ def select_backend(requested: str, strict: bool, device: torch.device) -> Backen
     return _cpu_or_pytorch(reason) if on_cpu else _pytorch(reason)
 
 
-def triton_unsupported_reason(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on this GPU; None: they can. Checks them at their first use on a machine."""
-    return _gpu_unsupported_reason("triton", "Triton", device)
+def triton_unsupported_reason(device: torch.device, shapes: KernelShapes | None) -> str | None:
+    """Why the Triton kernels cannot run on this GPU; None: they can. Checks them at their first use on a machine.
+
+    ``shapes``: of the model; None: only the hash index of dynamic tables is wanted.
+    """
+    return _gpu_unsupported_reason("triton", Checked("Triton", "triton", *_self_check("triton")), device, shapes)
 
 
 def select_slot_index(device: torch.device) -> tuple[type[SlotIndex] | None, str | None]:
     """The hash index of dynamic tables in GPU memory; else (None, why Triton cannot run on this GPU)."""
-    unsupported_reason = triton_unsupported_reason(device)
+    unsupported_reason = triton_unsupported_reason(device, None)
     if unsupported_reason is not None:
         return None, unsupported_reason
     return importlib.import_module("hstu.ops.triton.slots").SlotIndex, None
 
 
-def cutlass_unsupported_reason(device: torch.device) -> str | None:
+def cutlass_unsupported_reason(device: torch.device, shapes: KernelShapes) -> str | None:
     """Why the CUTLASS kernels cannot run on this GPU; None: they can. Checks them at their first use on a machine."""
-    return _gpu_unsupported_reason("cutlass", "nvidia-cutlass-dsl", device)
+    checked = Checked("CUTLASS", "nvidia-cutlass-dsl", *_self_check("cutlass"))
+    return _gpu_unsupported_reason("cutlass", checked, device, shapes)
 
 
-def _gpu_unsupported_reason(backend: str, package: str, device: torch.device) -> str | None:
+def _self_check(backend: str) -> tuple[str, Path]:
+    """The module that checks the kernels of a backend, and their folder."""
+    return f"hstu.ops.{backend}.self_check", Path(__file__).parent / backend
+
+
+def _gpu_unsupported_reason(
+    backend: str, checked: Checked, device: torch.device, shapes: KernelShapes | None
+) -> str | None:
     support = importlib.import_module(f"hstu.ops.{backend}.support")
     reason: str | None = support.device_unsupported_reason(torch.cuda.get_device_capability(device))
-    if reason is not None:
-        return reason
-    try:
-        self_check = importlib.import_module(f"hstu.ops.{backend}.self_check")
-    except ImportError as error:
-        return f"{package} does not import ({error})"
-    try:
-        self_check.check_kernels(device)
-    except KernelsDisagree as problem:
-        return str(problem)
-    return None
+    return reason or refusal(checked, device, shapes)
 
 
 def _cpu_or_pytorch(reason: str) -> Backend:

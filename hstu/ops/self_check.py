@@ -1,15 +1,18 @@
 """The self check of kernels: each machine compares them with PyTorch once before it first uses them.
 
-Compilers, drivers and GPUs differ, and a defect in one of them would silently train a wrong model.
+Compilers, drivers and GPUs differ, and a defect in one of them would silently train a wrong model. The kernels of a
+GPU are checked in a process of their own: :mod:`hstu.ops.check_process`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import argparse
+import fcntl
 import logging
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +20,14 @@ import torch
 from torch import Tensor
 
 from hstu.ops.layout import build_layout
-from hstu.ops.types import JaggedLayout
+from hstu.ops.types import JaggedLayout, KernelShapes
 
 log = logging.getLogger(__name__)
 
-Errors = Mapping[str, tuple[float, float]]
+Errors = dict[str, tuple[float, float]]
 """Name of a comparison → relative error, and the largest error that rounding explains."""
-
-
-class KernelsDisagree(Exception):
-    """A kernel is wrong on this machine; the message names it and its error."""
+Checks = Iterator[tuple[str, Callable[[], Errors]]]
+"""Name of a case, and the function that runs it."""
 
 
 def cache_directory() -> Path:
@@ -41,51 +42,12 @@ def cache_directory() -> Path:
     return Path(root) / "hstu"
 
 
-def check_gpu_kernels(
-    backend: str, sources: Path, compiler_version: str, device: torch.device, measure: Callable[[torch.device], Errors]
-) -> None:
-    """Compare kernels with PyTorch, unless this machine has compared the same kernels on the same GPU before.
-
-    Args:
-        backend: Name for messages and for the file that records success.
-        sources: Folder of the kernels.
-        compiler_version: Version of Triton or CUTLASS.
-        device: GPU to run on.
-        measure: Runs the comparisons on a device.
-
-    Raises:
-        KernelsDisagree: an error exceeds its tolerance or is not finite.
-    """
-    name = f"{backend.lower()}_kernels_{_gpu_key(sources, compiler_version, device)}.checked"
-    try:
-        passed = cache_directory() / name
-    except OSError:  # no home directory: check in every run
-        passed = None
-    if passed is not None and passed.exists():
-        return
-    begun = time.monotonic()
-    errors = measure(device)
-    for operator, (error, tolerance) in errors.items():
-        if not error <= tolerance:
-            raise KernelsDisagree(
-                f"the {backend} kernel of {operator} differs from PyTorch by {error:.2g}, more than {tolerance} ("
-                f"relative error); please report this with the versions of {backend} and of the driver"
-            )
-    worst = max(error / tolerance for error, tolerance in errors.values() if tolerance)
-    seconds = time.monotonic() - begun
-    log.info("%s kernels agree with PyTorch to %.0f %% of the tolerance (%.1f s)", backend, 100 * worst, seconds)
-    if passed is not None:
-        record_passed(passed)
-
-
-def _gpu_key(sources: Path, compiler_version: str, device: torch.device) -> str:
-    """A hash of everything that decides the machine code and what runs it: source files, versions and the GPU."""
-    digest = hashlib.sha256()
-    for source in sorted(sources.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    digest.update(repr((compiler_version, torch.__version__, torch.version.cuda, name, capability)).encode())
-    return digest.hexdigest()[:16]
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Exclude all other processes of this host; the lock ends with the process, however that ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def record_passed(passed: Path) -> None:
@@ -97,10 +59,41 @@ def record_passed(passed: Path) -> None:
         log.info("%s cannot be written (%s): the kernels will be checked again", passed, error.strerror)
 
 
-def print_errors(measure: Callable[[torch.device], Errors]) -> None:
-    """Run the comparisons on the current GPU, whatever has been recorded, and print one line for each."""
-    for name, (error, tolerance) in measure(torch.device("cuda", torch.cuda.current_device())).items():
-        print(f"{'ok   ' if error <= tolerance else 'WRONG'} {error:.1e} of {tolerance:.0e}  {name}")
+def main(checks: Callable[[torch.device, KernelShapes], Checks], all_shapes: Iterable[KernelShapes]) -> None:
+    """The command of a backend: run its checks now, whatever has been recorded, and print one line per error.
+
+    Exits with 1 if an error is too large.
+    """
+    parser = argparse.ArgumentParser(description="Compare the kernels of a backend with PyTorch.")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--head-dim", type=int, nargs="+", help="only these")
+    parser.add_argument("--dtype", help="only this one, such as bfloat16")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and run none")
+    options = parser.parse_args()
+    # With deterministic algorithms, torch fills new tensors with nan: what a kernel fails to write is found.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    wrong = 0
+    for shapes in all_shapes:
+        if options.head_dim and shapes.head_dim not in options.head_dim:
+            continue
+        if options.dtype and shapes.dtype != getattr(torch, options.dtype):
+            continue
+        for case, measure in checks(torch.device(options.device), shapes):
+            if options.list:
+                print(case)
+                continue
+            for name, (error, tolerance) in measure().items():
+                wrong += not error <= tolerance
+                print(
+                    f"{'ok   ' if error <= tolerance else 'WRONG'} {error:.1e} of {tolerance:.0e}  {name}", flush=True
+                )
+    print(f"{wrong} wrong")
+    sys.exit(1 if wrong else 0)
+
+
+def same_bits(results: Sequence[Tensor], repeated: Sequence[Tensor]) -> bool:
+    """Whether two runs of a kernel gave the same bits."""
+    return all(map(torch.equal, results, repeated))
 
 
 def largest_error(computed: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

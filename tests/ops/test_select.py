@@ -15,6 +15,7 @@ from hstu.ops.select import resolve_kernels, select_backend, select_kernels
 from hstu.ops.types import Backend, KernelShapes
 
 CPU = torch.device("cpu")
+SHAPES = KernelShapes(64, 1, 64, 64, torch.float32)
 FAST = pytest.mark.parametrize("requested", ["cutlass", "triton"])
 
 
@@ -28,13 +29,13 @@ def compiler() -> None:
 
 def choose(requested: str, caplog: pytest.LogCaptureFixture) -> tuple[Backend, str]:
     with caplog.at_level(logging.INFO, logger="hstu.ops.select"):
-        backend = select_backend(requested, strict=False, device=CPU)
+        backend = select_backend(requested, strict=False, device=CPU, shapes=SHAPES)
     (record,) = (record for record in caplog.records if record.name == "hstu.ops.select")
     return backend, record.message
 
 
 def test_what_was_asked_for_is_used_in_silence(caplog: pytest.LogCaptureFixture) -> None:
-    assert select_backend("pytorch", strict=True, device=CPU) is Backend.PYTORCH
+    assert select_backend("pytorch", strict=True, device=CPU, shapes=SHAPES) is Backend.PYTORCH
     assert not caplog.records
 
 
@@ -113,7 +114,7 @@ def test_triton_serves_gpus_without_cutlass_kernels(
 @FAST
 def test_another_backend_is_an_error_where_strict(requested: str) -> None:
     with pytest.raises(ConfigError, match="strict_kernel_backend"):
-        select_backend(requested, strict=True, device=CPU)
+        select_backend(requested, strict=True, device=CPU, shapes=SHAPES)
 
 
 def test_the_printed_kernels_name_what_pytorch_serves_and_why() -> None:

@@ -11,7 +11,6 @@ before them, which is checked before each use: a damaged library is compiled aga
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import logging
 import os
@@ -21,8 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hstu.ops.self_check import cache_directory
+from hstu.ops.self_check import cache_directory, locked
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +70,7 @@ def library_file(directory: Path | None = None) -> Path:
         if _is_intact(path):
             return path
         directory.mkdir(parents=True, exist_ok=True)
-        with _locked(directory / "lock"):
+        with locked(directory / "lock"):
             if not _is_intact(path):
                 if path.exists():
                     log.warning("%s is damaged and is compiled again", path)
@@ -175,14 +173,6 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     found = dict(line.split(":", 1) for line in lines if line.startswith(wanted))
     return f"{platform.machine()} {sorted((name.strip(), value.strip()) for name, value in found.items())}"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Exclude all other processes of this host; the lock ends with the process, however that ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _is_intact(library: Path) -> bool:

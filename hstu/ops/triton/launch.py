@@ -22,7 +22,18 @@ from hstu.ops.triton.primitives import Precision
 Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
 
 _tuners: dict[Hashable, Any] = {}
-_measures = True
+
+
+@dataclass
+class _Fixed:
+    """The configuration that :func:`each_configuration` prescribes."""
+
+    number: int
+    most: int = 1
+    """Configurations of the launched kernel that has the most."""
+
+
+_fixed: _Fixed | None = None
 
 
 @dataclass(frozen=True)
@@ -61,20 +72,28 @@ def is_interpreted(kernel: Any) -> bool:
     return isinstance(kernel, InterpretedFunction)
 
 
-@contextmanager
-def first_configurations() -> Iterator[None]:
-    """Run the first configuration of every kernel, without measurements."""
-    global _measures
-    previous, _measures = _measures, False
+def each_configuration() -> Iterator[int]:
+    """Count from 0 up to the largest number of configurations that a kernel has which is launched meanwhile.
+
+    While ``number`` is current, every kernel runs in its ``number``-th configuration, or, if that does not fit the
+    device or the kernel has fewer, in another one. Nothing is measured.
+    """
+    global _fixed
+    previous, number = _fixed, 0
     try:
-        yield
+        while True:
+            _fixed = _Fixed(number)
+            yield number
+            number += 1
+            if number >= _fixed.most:
+                return
     finally:
-        _measures = previous
+        _fixed = previous
 
 
 def may_measure() -> bool:
     """Whether measurements may choose a configuration: not where runs must repeat bit for bit."""
-    return _measures and not torch.are_deterministic_algorithms_enabled()
+    return _fixed is None and not torch.are_deterministic_algorithms_enabled()
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
@@ -113,13 +132,22 @@ def launcher(
     if len(configs) == 1:
         return partial(kernel[grid], **configs[0].all_kwargs(), enable_fp_fusion=True)
     if not may_measure():
-        return partial(_launch_first, kernel, grid, configs)
+        return partial(_launch_first, kernel, grid, _in_order(configs))
     return partial(_tuner(kernel, configs, tune_key)[grid], enable_fp_fusion=True)
 
 
 def _record(kernel: Any, configs: Sequence[triton.Config], /, **arguments: Any) -> None:
     assert _recorder is not None
     _recorder.launches.append(Launch(kernel, arguments, configs))
+
+
+def _in_order(configs: Sequence[triton.Config]) -> Sequence[triton.Config]:
+    """The configurations, beginning with the one that :func:`each_configuration` prescribes."""
+    if _fixed is None:
+        return configs
+    _fixed.most = max(_fixed.most, len(configs))
+    first = min(_fixed.number, len(configs) - 1)
+    return [*configs[first:], *configs[:first]]
 
 
 def _launch_first(kernel: Any, grid: Grid, configs: Sequence[triton.Config], /, **arguments: Any) -> None:

@@ -1,28 +1,35 @@
 """Compares every Triton kernel with PyTorch: see :mod:`hstu.ops.self_check`.
 
-``python -m hstu.ops.triton.self_check`` compares them now and prints the errors.
+``python -m hstu.ops.triton.self_check`` compares them now, for many shapes, and prints the errors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor, nn
 
 from hstu.ops.functional import hstu_attention, layer_norm, norm_mul_dropout, project_uvqk
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.self_check import check_gpu_kernels, largest_error, print_errors, small_layout
-from hstu.ops.triton.launch import first_configurations
-from hstu.ops.triton.operators import OPERATORS
+from hstu.ops.self_check import Checks, Errors, largest_error, main, same_bits, small_layout
+from hstu.ops.triton.launch import each_configuration
+from hstu.ops.triton.operators import OPERATORS, unsupported_reason
 from hstu.ops.triton.slots import SlotIndex
-from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, AttentionKernels, GateConfig, RelativeBias, TokenOrder
+from hstu.ops.types import (
+    NUM_TIME_BUCKETS,
+    AttentionConfig,
+    AttentionKernels,
+    GateConfig,
+    KernelShapes,
+    RelativeBias,
+    TokenOrder,
+)
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest difference relative to the largest number: above the rounding of the type, far below a defect."""
 
 Function = Callable[..., Tensor]
@@ -39,48 +46,61 @@ class Case:
     """Arguments of both functions, on the CPU. Gradients are taken with respect to them."""
 
 
-def check_kernels(device: torch.device) -> None:
-    """Compare the kernels if this machine has not done so before. Takes some seconds, mostly for compiling them.
+def checks(device: torch.device, shapes: KernelShapes | None) -> Checks:
+    """All kernels that serve these shapes, in every configuration that measurements may choose.
 
-    Raises:
-        KernelsDisagree: a kernel is wrong.
+    ``shapes``: None: only the hash index of dynamic tables.
     """
-    check_gpu_kernels("Triton", Path(__file__).parent, triton.__version__, device, kernel_errors)
+    yield "slots of dynamic tables", partial(_slots_errors, device)
+    if shapes is None:
+        return
+    for operator, case in _cases(device, shapes):
+        if unsupported_reason(operator, shapes) is None:
+            yield case.name, partial(_errors, case, device)
 
 
-def kernel_errors(device: torch.device) -> dict[str, tuple[float, float]]:
-    """For each case its error, relative to the largest number, and the tolerance."""
-    errors = {}
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), first_configurations():
+def _errors(case: Case, device: torch.device) -> Errors:
+    """The largest error of the output and the gradients over all configurations, and whether repeats differ.
+
+    The reference runs in float64 on the CPU.
+    """
+    dtype = case.leaves[0].dtype
+    exact = _results(case.reference, case.leaves, torch.float64, torch.device("cpu"))
+    worst, differs = 0.0, 0.0
+    for _ in each_configuration():
+        ours = _results(case.kernel, case.leaves, None, device)
+        worst = max(worst, largest_error([x.double() for x in ours], exact), key=_nan_last)
+        differs = max(differs, float(not same_bits(ours, _results(case.kernel, case.leaves, None, device))))
+    return {case.name: (worst, TOLERANCE[dtype]), f"{case.name}, repeated": (differs, 0.0)}
+
+
+def _nan_last(error: float) -> float:
+    return error if error == error else float("inf")
+
+
+def _results(
+    function: Function, leaves: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device
+) -> list[Tensor]:
+    """The output and the gradients, on the CPU."""
+    with torch.enable_grad():
+        inputs = [leaf.detach().to(device, dtype).requires_grad_() for leaf in leaves]
+        out = function(*inputs)
+        slope = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(leaves[0].dtype)
+        grads = torch.autograd.grad(out, inputs, slope.to(device, out.dtype))
+    return [x.detach().cpu() if dtype is None else x.detach() for x in (out, *grads)]
+
+
+def _cases(device: torch.device, shapes: KernelShapes) -> Iterator[tuple[str, Case]]:
+    """The operator and the case; the inputs are the same in every run."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for case in _cases(device):
-            errors[case.name] = _error(case, device), TOLERANCE[case.leaves[0].dtype]
-        errors["slots of dynamic tables"] = _slots_error(device), 0.0
-    return errors
+        cases = [("attention", _attention_case(device, shapes, is_causal)) for is_causal in (True, False)]
+        cases += [*_row_cases(device, shapes), *_loss_cases(shapes)]
+    yield from cases
 
 
-def _error(case: Case, device: torch.device) -> float:
-    """The largest error of the output and the gradients. The reference runs in float64 on the CPU."""
-    results = []
-    for function, dtype, place in ((case.kernel, None, device), (case.reference, torch.float64, torch.device("cpu"))):
-        leaves = [leaf.detach().to(place, dtype).requires_grad_() for leaf in case.leaves]
-        out = function(*leaves)
-        slope = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(case.leaves[0].dtype)
-        grads = torch.autograd.grad(out, leaves, slope.to(place, out.dtype))
-        results.append([x.detach().cpu().double() for x in (out, *grads)])
-    return largest_error(*results)
-
-
-def _cases(device: torch.device) -> Iterator[Case]:
-    yield _attention_case(device, 64, torch.float32, is_causal=True, has_bias=True)
-    yield _attention_case(device, 50, torch.bfloat16, is_causal=False, has_bias=True)
-    yield _attention_case(device, 128, torch.bfloat16, is_causal=True, has_bias=False)
-    yield _attention_case(device, 256, torch.bfloat16, is_causal=True, has_bias=False)
-    yield from _row_cases(device)
-    yield from _loss_cases(device)
-
-
-def _attention_case(device: torch.device, width: int, dtype: torch.dtype, is_causal: bool, has_bias: bool) -> Case:
+def _attention_case(device: torch.device, shapes: KernelShapes, is_causal: bool) -> Case:
+    width, dtype, has_bias = shapes.head_dim, shapes.dtype, shapes.has_bias
     layouts = {place: small_layout(torch.device(place)) for place in {device.type, "cpu"}}
     config = AttentionConfig(alpha=width**-0.5, scaling_seqlen=50, is_causal=is_causal)
     tables = [torch.randn(size) for size in (99, NUM_TIME_BUCKETS)] if has_bias else []
@@ -96,48 +116,63 @@ def _attention_case(device: torch.device, width: int, dtype: torch.dtype, is_cau
     return Case(name, of(OPERATORS["attention"]), of(REFERENCE_KERNELS.attention), [*heads, *tables])
 
 
-def _row_cases(device: torch.device) -> Iterator[Case]:
-    x, u = (torch.randn(70, 3, 17) for _ in range(2))
-    affine, gate = [torch.randn(51) for _ in range(2)], GateConfig(1e-5, 0.0)
-    yield Case(
+def _row_cases(device: torch.device, shapes: KernelShapes) -> Iterator[tuple[str, Case]]:
+    width, inner, gate = shapes.hidden_size, shapes.num_heads * shapes.head_dim, GateConfig(1e-5, 0.0)
+    heads = [torch.randn(70, shapes.num_heads, shapes.head_dim).to(shapes.dtype) for _ in range(2)]
+    yield (
         "norm_mul_dropout",
-        lambda x, u, weight, bias: norm_mul_dropout(x, u, weight, bias, gate, OPERATORS["norm_mul_dropout"]),
-        lambda x, u, weight, bias: norm_mul_dropout(x, u, weight, bias, gate, REFERENCE_KERNELS.norm_mul_dropout),
-        [x, u, *affine],
+        Case(
+            "norm_mul_dropout",
+            lambda x, u, weight, bias: norm_mul_dropout(x, u, weight, bias, gate, OPERATORS["norm_mul_dropout"]),
+            lambda x, u, weight, bias: norm_mul_dropout(x, u, weight, bias, gate, REFERENCE_KERNELS.norm_mul_dropout),
+            [*heads, *(torch.randn(inner) for _ in range(2))],
+        ),
     )
-    yield Case(
+    x, affine = torch.randn(70, width), [torch.randn(width) for _ in range(2)]
+    yield (
         "layer_norm",
-        lambda x, weight, bias: layer_norm(x, weight, bias, 1e-5, None, OPERATORS["layer_norm"]),
-        lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-5),
-        [x.flatten(1), *affine],
+        Case(
+            "layer_norm",
+            lambda x, weight, bias: layer_norm(x, weight, bias, 1e-5, None, OPERATORS["layer_norm"]),
+            lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-5),
+            [x, *affine],
+        ),
     )
-    linear = nn.Linear(51, 3 * 4 * 17)
-    for dtype in (torch.float32, torch.bfloat16):
-        yield Case(
-            f"uvqk ({str(dtype).removeprefix('torch.')})",
+    linear = nn.Linear(width, 4 * inner)
+    yield (
+        "project_uvqk",
+        Case(
+            f"project_uvqk ({width} → {4 * inner}, {str(shapes.dtype).removeprefix('torch.')})",
             lambda x, weight, bias: project_uvqk(x, weight, bias, OPERATORS["project_uvqk"]),
             lambda *tensors: F.silu(F.linear(*tensors)),
-            [tensor.detach().to(dtype) for tensor in (x.flatten(1), linear.weight, linear.bias)],
-        )
+            [tensor.detach().to(shapes.dtype) for tensor in (x, linear.weight, linear.bias)],
+        ),
+    )
     positions = torch.randint(40, (70,))
-    yield Case(
+    yield (
         "add_positions",
-        lambda x, table: OPERATORS["add_positions"](x, table, positions.to(device)),
-        lambda x, table: REFERENCE_KERNELS.add_positions(x, table, positions),
-        [x.flatten(1), torch.randn(30, 51)],
+        Case(
+            "add_positions",
+            lambda x, table: OPERATORS["add_positions"](x, table, positions.to(device)),
+            lambda x, table: REFERENCE_KERNELS.add_positions(x, table, positions),
+            [x, torch.randn(30, width)],
+        ),
     )
     order = torch.randperm(70)
     inverse = order.argsort()
-    yield Case(
+    yield (
         "jagged_concat",
-        lambda *parts: OPERATORS["jagged_concat"](parts, TokenOrder(order.to(device), inverse.to(device))),
-        lambda *parts: REFERENCE_KERNELS.jagged_concat(parts, TokenOrder(order, inverse)),
-        [torch.randn(rows, 51) for rows in (3, 67)],
+        Case(
+            "jagged_concat",
+            lambda *parts: OPERATORS["jagged_concat"](parts, TokenOrder(order.to(device), inverse.to(device))),
+            lambda *parts: REFERENCE_KERNELS.jagged_concat(parts, TokenOrder(order, inverse)),
+            [torch.randn(rows, width) for rows in (3, 67)],
+        ),
     )
 
 
-def _loss_cases(device: torch.device) -> Iterator[Case]:
-    vectors = [F.normalize(torch.randn(rows, 40), dim=1) for rows in (90, 90, 70)]
+def _loss_cases(shapes: KernelShapes) -> Iterator[tuple[str, Case]]:
+    vectors = [F.normalize(torch.randn(rows, shapes.item_dim), dim=1) for rows in (90, 90, 70)]
     targets, ids, valid, draws = (
         torch.randint(70, (90,)),
         torch.arange(70),
@@ -153,10 +188,10 @@ def _loss_cases(device: torch.device) -> Iterator[Case]:
         "sampled_softmax_loss": (draws, targets, ids),
     }.items():
         kernel, reference = OPERATORS[name], getattr(REFERENCE_KERNELS, name)
-        yield Case(name, applied(kernel, *rest), applied(reference, *rest), vectors)
+        yield name, Case(name, applied(kernel, *rest), applied(reference, *rest), vectors)
 
 
-def _slots_error(device: torch.device) -> float:
+def _slots_errors(device: torch.device) -> Errors:
     """The larger of the shares of wrong slots and wrong scores, after a third of the ids have been erased."""
     capacity, extremes = 500, [0, -1, torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max]
     ids = torch.cat([torch.tensor(extremes), torch.arange(2 * capacity - len(extremes)) * 7919 + 1])
@@ -170,8 +205,16 @@ def _slots_error(device: torch.device) -> float:
     found = index.count(ids.repeat(3).to(device), held, None, scores, 7, lfu=True)
     scored = torch.where(expected[:capacity] < 0, 0, (3 << 32) + 7)
     wrong = found.cpu() != expected.repeat(3), scores.cpu() != scored
-    return max(float(each.double().mean()) for each in wrong)
+    return {"slots of dynamic tables": (max(float(each.double().mean()) for each in wrong), 0.0)}
+
+
+def all_shapes() -> Iterator[KernelShapes]:
+    """Shapes of models that between them use every width of tiles, every dtype and a relative bias."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for head_dim in (16, 50, 64, 128, 256):
+            for has_bias in (False, True):
+                yield KernelShapes(head_dim, 2, 2 * head_dim, head_dim, dtype, has_bias)
 
 
 if __name__ == "__main__":
-    print_errors(kernel_errors)
+    main(checks, all_shapes())

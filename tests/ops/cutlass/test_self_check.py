@@ -1,7 +1,5 @@
 """CUTLASS kernels are compared with PyTorch before their first use; a wrong kernel is refused with its error."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,57 +10,57 @@ from hstu.ops.types import Backend, KernelShapes
 GPU = torch.device("cuda", 0)
 
 
-@pytest.fixture
-def checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
-    """The self check on a machine with an H100 where Triton runs, with an empty cache directory."""
-    pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT checked")
-    from hstu.ops.cutlass import self_check
+SHAPES = KernelShapes(64, 4, 64, 64, torch.bfloat16)
 
-    monkeypatch.setattr("hstu.ops.self_check.cache_directory", lambda: tmp_path)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with an H100 where Triton runs."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("hstu.ops.select.triton_unsupported_reason", lambda device: None)
-    return self_check
+    monkeypatch.setattr("hstu.ops.select.triton_unsupported_reason", lambda device, shapes: None)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NEEDS AN NVIDIA GPU: the CUTLASS kernels are not run")
-def test_all_kernels_pass() -> None:
-    from hstu.ops.cutlass.self_check import kernel_errors
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_all_kernels_pass(head_dim: int) -> None:
+    from hstu.ops.cutlass.self_check import checks
 
-    errors = kernel_errors(torch.device("cuda", 0))
-    assert len(errors) == 4 * 4 * 4
+    shapes = KernelShapes(head_dim, 4, 64, 64, torch.bfloat16)
+    errors = {name: error for _, measure in checks(GPU, shapes) for name, error in measure().items()}
+    assert len(errors) == 3 * 5
     assert all(error <= tolerance for error, tolerance in errors.values()), errors
 
 
-def test_right_kernels_are_used_and_are_checked_once_per_device(checks, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    runs: list[torch.device] = []
-    monkeypatch.setattr(checks, "kernel_errors", lambda device: runs.append(device) or {"attention": (1e-3, 1e-2)})
-    for _ in range(2):
-        assert select_backend("cutlass", strict=True, device=GPU) is Backend.CUTLASS
-    assert len(runs) == 1
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    select_backend("cutlass", strict=True, device=GPU)
-    assert len(runs) == 2
+def test_only_the_head_dim_and_dtype_of_the_run_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT checked")
+    from hstu.ops.cutlass.self_check import checks
+
+    names = [name for name, _ in checks(GPU, SHAPES)]
+    assert len(names) == 3 and all("64 channels, bfloat16" in name for name in names)
+    assert not list(checks(GPU, KernelShapes(64, 4, 64, 64, torch.bfloat16, has_bias=True)))
 
 
-def test_a_wrong_kernel_is_refused_with_the_numbers(
-    checks,  # type: ignore[no-untyped-def]
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_right_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hstu.ops.select.refusal", lambda kernels, device, shapes: None)
+    assert select_backend("cutlass", strict=True, device=GPU, shapes=SHAPES) is Backend.CUTLASS
+
+
+def test_refused_kernels_are_replaced_by_triton_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(checks, "kernel_errors", lambda device: {"dK (64 channels)": (float("nan"), 1e-2)})
-    assert select_backend("cutlass", strict=False, device=GPU) is Backend.TRITON
-    assert "dK (64 channels) differs from PyTorch by nan" in caplog.text and "triton is used" in caplog.text
+    monkeypatch.setattr("hstu.ops.select.refusal", lambda kernels, device, shapes: f"{kernels.name}: dK differs")
+    assert select_backend("cutlass", strict=False, device=GPU, shapes=SHAPES) is Backend.TRITON
+    assert "CUTLASS: dK differs" in caplog.text and "triton is used" in caplog.text
     with pytest.raises(ConfigError, match=r"dK.*strict_kernel_backend"):
-        select_backend("cutlass", strict=True, device=GPU)
+        select_backend("cutlass", strict=True, device=GPU, shapes=SHAPES)
 
 
 def test_another_gpu_is_refused_with_the_reason(
-    checks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert select_backend("cutlass", strict=False, device=GPU) is Backend.TRITON
+    assert select_backend("cutlass", strict=False, device=GPU, shapes=SHAPES) is Backend.TRITON
     assert "compute capability 8.9: CUTLASS kernels are for 8.0 and 9.0" in caplog.text
 
 

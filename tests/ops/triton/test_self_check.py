@@ -1,7 +1,5 @@
 """Triton kernels are compared with PyTorch before their first use; a wrong kernel is refused with its error."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,65 +10,95 @@ from hstu.ops.types import Backend, KernelShapes
 GPU = torch.device("cuda", 0)
 
 
+SHAPES = KernelShapes(17, 3, 51, 40, torch.float32)
+WITH_BIAS = KernelShapes(16, 2, 32, 16, torch.bfloat16, has_bias=True)
+
+
 @pytest.fixture
-def checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
-    """The self check on a machine with an H100, with an empty cache directory."""
-    self_check = pytest.importorskip("hstu.ops.triton.self_check")
-    monkeypatch.setattr("hstu.ops.self_check.cache_directory", lambda: tmp_path)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with an H100."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    return self_check
 
 
-def test_all_kernels_pass(device: torch.device) -> None:
-    from hstu.ops.triton.self_check import kernel_errors
+@pytest.mark.parametrize("shapes", [SHAPES, WITH_BIAS], ids=["float32", "bfloat16"])
+def test_all_kernels_pass(device: torch.device, shapes: KernelShapes) -> None:
+    from hstu.ops.triton.self_check import checks
 
-    errors = kernel_errors(device)
-    assert len(errors) == 13
+    errors = {name: error for _, measure in checks(device, shapes) for name, error in measure().items()}
+    assert len(errors) == 1 + 2 * 9
     assert all(error <= tolerance for error, tolerance in errors.values()), errors
 
 
-def test_kernels_are_checked_once_per_device(checks, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    runs: list[torch.device] = []
-    monkeypatch.setattr(checks, "kernel_errors", lambda device: runs.append(device) or {"attention": (1e-6, 1e-4)})
-    checks.check_kernels(GPU)
-    checks.check_kernels(GPU)
-    assert len(runs) == 1
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    checks.check_kernels(GPU)
-    assert len(runs) == 2
-
-
-def test_a_wrong_kernel_is_refused_with_the_numbers(
-    checks,  # type: ignore[no-untyped-def]
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_a_wrong_gradient_and_a_kernel_that_does_not_repeat_are_found(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "kernel_errors", lambda device: {"layer_norm": (float("nan"), 1e-4)})
-    assert select_backend("triton", strict=False, device=GPU) is Backend.PYTORCH
-    assert "layer_norm differs from PyTorch by nan" in caplog.text and "pytorch is used" in caplog.text
-    with pytest.raises(ConfigError, match=r"layer_norm.*strict_kernel_backend"):
-        select_backend("triton", strict=True, device=GPU)
+    from hstu.ops.triton import self_check
+
+    calls = iter(range(100))
+    monkeypatch.setitem(self_check.OPERATORS, "add_positions", lambda x, table, _: x + table.sum() * next(calls))
+    errors = dict(self_check.checks(device, SHAPES))["add_positions"]()
+    assert errors["add_positions"][0] > 0.1
+    assert errors["add_positions, repeated"] == (1.0, 0.0)
+
+
+def test_every_configuration_that_may_be_chosen_is_run() -> None:
+    launch = pytest.importorskip("hstu.ops.triton.launch", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    import triton
+    from triton.runtime.errors import OutOfResources
+
+    ran: list[tuple[str, int]] = []
+
+    def kernel(name: str, too_large: int) -> object:
+        def run(*, SIZE: int, **_: object) -> None:
+            if too_large == SIZE:
+                raise OutOfResources(2, 1, "shared memory")
+            ran.append((name, SIZE))
+
+        return {(): run}
+
+    configs = [triton.Config({"SIZE": size}, num_warps=4, num_stages=1) for size in (1, 2, 3)]
+    for _ in launch.each_configuration():
+        launch.launcher(kernel("few", 0), (), configs[:2])()
+        launch.launcher(kernel("many", 2), (), configs)()
+    assert ran == [("few", 1), ("many", 1), ("few", 2), ("many", 3), ("few", 2), ("many", 3)]
+    assert launch.may_measure()
+
+
+def test_only_what_the_run_uses_is_checked() -> None:
+    checks = pytest.importorskip("hstu.ops.triton.self_check", reason="NEEDS TRITON: pip install -e '.[cpu]'").checks
+    cpu = torch.device("cpu")
+    assert [name for name, _ in checks(cpu, None)] == ["slots of dynamic tables"]
+    attention = [name for name, _ in checks(cpu, WITH_BIAS) if "attention" in name]
+    assert len(attention) == 2 and all("16 channels, bfloat16" in name and ", bias" in name for name in attention)
+    assert not [name for name, _ in checks(cpu, KernelShapes(512, 1, 64, 64, torch.float32)) if "attention" in name]
 
 
 def test_right_kernels_are_used_and_stand_in_for_cutlass(
-    checks,  # type: ignore[no-untyped-def]
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    machine: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(checks, "kernel_errors", lambda device: {"attention": (1e-6, 1e-4)})
-    assert select_backend("triton", strict=True, device=GPU) is Backend.TRITON
+    refused = {"CUTLASS": "dK differs from PyTorch by 0.5"}
+    monkeypatch.setattr("hstu.ops.select.refusal", lambda kernels, device, shapes: refused.get(kernels.name))
+    assert select_backend("triton", strict=True, device=GPU, shapes=SHAPES) is Backend.TRITON
     assert not caplog.records
-    monkeypatch.setattr("hstu.ops.select.cutlass_unsupported_reason", lambda device: "dK differs from PyTorch by 0.5")
-    assert select_backend("cutlass", strict=False, device=GPU) is Backend.TRITON
+    assert select_backend("cutlass", strict=False, device=GPU, shapes=SHAPES) is Backend.TRITON
     assert "dK differs from PyTorch by 0.5" in caplog.text and "triton is used" in caplog.text
 
 
+def test_refused_kernels_are_replaced_by_pytorch_with_the_reason(
+    machine: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hstu.ops.select.refusal", lambda kernels, device, shapes: "layer_norm differs")
+    assert select_backend("triton", strict=False, device=GPU, shapes=SHAPES) is Backend.PYTORCH
+    assert "layer_norm differs" in caplog.text and "pytorch is used" in caplog.text
+    with pytest.raises(ConfigError, match=r"layer_norm.*strict_kernel_backend"):
+        select_backend("triton", strict=True, device=GPU, shapes=SHAPES)
+
+
 def test_an_old_gpu_is_refused_with_the_reason(
-    checks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert select_backend("triton", strict=False, device=GPU) is Backend.PYTORCH
+    assert select_backend("triton", strict=False, device=GPU, shapes=SHAPES) is Backend.PYTORCH
     assert "compute capability 7.5 < 8.0" in caplog.text
 
 

@@ -164,8 +164,8 @@ def test_a_gpu_uses_the_hash_index_of_triton_and_where_that_cannot_run_pytorch_w
     )
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(slot_tables, "TorchSlots", lambda *arguments: arguments)
-    monkeypatch.setattr(select, "triton_unsupported_reason", lambda device: None)
+    monkeypatch.setattr(select, "triton_unsupported_reason", lambda device, shapes: None)
     assert create_slots("item", args, 9, gpu) == (9, "lfu", 0, "cuda:0", SlotIndex) and not caplog.records
-    monkeypatch.setattr(select, "triton_unsupported_reason", lambda device: "the driver is too old")
+    monkeypatch.setattr(select, "triton_unsupported_reason", lambda device, shapes: "the driver is too old")
     assert create_slots("item", args, 9, gpu) == (9, "lfu", 0, "cuda:0")
     assert "table item: PyTorch looks up its ids, Triton cannot: the driver is too old" in caplog.text

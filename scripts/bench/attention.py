@@ -5,8 +5,9 @@
 "lengths" has batches of equally long sequences with a causal mask. "distributions" has batches with the same sum of n²:
 lengths all equal, uniform, and one long sequence among short ones, which shows the cost of padding. Operations are
 counted as NVIDIA recsys-examples counts them, for softmax as well: 2 · H · n² · d per sequence forward (half of two
-products) and 2.5 times that backward, without those that padding adds. All variants run in turn in one process. The
-limits of the device are measured before and after. With --output FILE.json it also draws FILE.png.
+products) and 2.5 times that backward, without those that padding adds. "kernels_ms" lists the kernels of a forward and
+backward one by one, by the profiler. All variants run in turn in one process. The limits of the device are measured
+before and after. With --output FILE.json it also draws FILE.png.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from harness import (
     compiled,
     draw,
     finish,
+    kernel_times,
+    longest_kernels,
     name_of,
     operator_command_line,
     rates,
@@ -60,6 +63,8 @@ SEQUENCES = 32
 """Sequences of a batch where --tokens is not given."""
 MOST_SCORES = {"cpu": 1 << 28, "cuda": 1 << 30}
 """Padded attention is left out where its scores [B, H, N, N] would have more elements."""
+KERNELS = 6
+"""Kernels of a forward and backward that a row lists by name."""
 BACKENDS = {"cpu": (Backend.CPU, Backend.PYTORCH), "cuda": (Backend.CUTLASS, Backend.TRITON)}
 LABELS = {Backend.CPU: "ours, C++", Backend.PYTORCH: "ours, PyTorch"}
 
@@ -179,11 +184,14 @@ def measure(
     shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int, with_compiled: Callable[..., Tensor] | None
 ) -> list[Row]:
     """One row per variant."""
-    measured = time_passes(passes_of(shape, dtype, device, with_compiled), device, rounds)
-    return [
-        rates({"variant": name, "dtype": name_of(dtype), **times}, shape.flops, 2.5 * shape.flops, "gflops")
-        for name, times in measured.items()
-    ]
+    passes = passes_of(shape, dtype, device, with_compiled)
+    rows = []
+    for name, times in time_passes(passes, device, rounds).items():
+        row = rates({"variant": name, "dtype": name_of(dtype), **times}, shape.flops, 2.5 * shape.flops, "gflops")
+        if name.startswith("ours"):
+            row["kernels_ms"] = longest_kernels(kernel_times(passes[name], device), KERNELS)
+        rows.append(row)
+    return rows
 
 
 def movielens(device: torch.device, rounds: int) -> list[Row]:

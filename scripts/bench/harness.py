@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -27,6 +28,8 @@ Row = dict[str, Any]
 """One record of a report."""
 WARM_UP = 2
 """Rounds that are not timed, in which kernels are compiled and tuned."""
+LAUNCHES = {"cpu": 1, "cuda": 8}
+"""Calls that are timed together. A launch costs the host 40 to 80 µs, as much as a small kernel takes."""
 _FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 _SIZES = {"cpu": (2048, 256 << 20), "cuda": (8192, 1 << 30)}
 """Side of the matrices and bytes of the copy with which the limits of a device are measured."""
@@ -44,23 +47,58 @@ def time_passes(passes: Mapping[str, Pass], device: torch.device, rounds: int) -
     """Milliseconds of each function's forward and backward: the median and the fastest of ``rounds``.
 
     All take their turn in every round, so that a disturbance of the machine affects all of them. On a GPU, the caches
-    are flushed before each call.
+    are flushed before each call, and several launches share a pair of events, so that the host can be ahead of the
+    device; "host_ms" is what the host needs to launch a forward and a backward. Where that is more than the device's
+    time, the function waits for the host.
     """
+    launches = LAUNCHES[device.type]
     flush = torch.empty(_FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in passes}
+    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in passes}
+    grads = {name: torch.ones_like(each.forward().detach()) for name, each in passes.items()}
     for number in range(rounds + WARM_UP):
         for name, each in passes.items():
             flush.zero_()
+            begun = time.perf_counter()
             marks = [_mark(device)]
-            out = each.forward()
+            for _ in range(launches):
+                out = each.forward()
             marks.append(_mark(device))
-            grad = torch.ones_like(out)
+            forward_s = time.perf_counter() - begun
+            flush.zero_()
+            begun = time.perf_counter()
             marks.append(_mark(device))
-            torch.autograd.grad(out, each.leaves, grad, allow_unused=True)
+            for _ in range(launches):
+                torch.autograd.grad(out, each.leaves, grads[name], retain_graph=launches > 1, allow_unused=True)
             marks.append(_mark(device))
+            host_ms = (forward_s + time.perf_counter() - begun) * 1e3
             if number >= WARM_UP:
-                times[name].append((_milliseconds(*marks[:2]), _milliseconds(*marks[2:])))
-    return {name: _summary(measured) for name, measured in times.items()}
+                spent = _milliseconds(*marks[:2]), _milliseconds(*marks[2:]), host_ms
+                times[name].append(tuple(ms / launches for ms in spent))  # type: ignore[arg-type]
+            del out
+    return {name: _summary(measured, device) for name, measured in times.items()}
+
+
+def kernel_times(each: Pass, device: torch.device, steps: int = 5) -> dict[str, float]:
+    """Milliseconds of each kernel in a forward and backward, by the profiler: on a GPU the device's own time.
+
+    On a CPU the self time of each operator.
+    """
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
+        for _ in range(steps):
+            out = each.forward()
+            torch.autograd.grad(out, each.leaves, torch.ones_like(out), allow_unused=True)
+    return {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / steps
+        for event in recorded.key_averages()
+    }
+
+
+def longest_kernels(times: Mapping[str, float], count: int) -> dict[str, float]:
+    """The kernels with the longest times, and the sum of all others."""
+    names = sorted(times, key=lambda name: -times[name])[:count]
+    rest = sum(times.values()) - sum(times[name] for name in names)
+    return {name: round(times[name], 3) for name in names} | {"everything else": round(rest, 3)}
 
 
 def time_in_turn(
@@ -89,14 +127,15 @@ def time_in_turn(
     return times
 
 
-def _summary(times: Sequence[tuple[float, float]]) -> dict[str, float]:
-    forward, backward = zip(*times, strict=True)
-    return {
+def _summary(times: Sequence[tuple[float, float, float]], device: torch.device) -> dict[str, float]:
+    forward, backward, host = zip(*times, strict=True)
+    summary = {
         "forward_ms": round(statistics.median(forward), 3),
         "backward_ms": round(statistics.median(backward), 3),
         "fastest_forward_ms": round(min(forward), 3),
         "fastest_backward_ms": round(min(backward), 3),
     }
+    return summary | ({"host_ms": round(statistics.median(host), 3)} if device.type == "cuda" else {})
 
 
 def _mark(device: torch.device) -> Any:
@@ -171,6 +210,7 @@ def name_of(dtype: torch.dtype) -> str:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` by torch.compile, compiled again for every shape."""
     torch._dynamo.config.cache_size_limit = 64
+    torch._functorch.config.donated_buffer = False  # backward is called several times: see time_passes
     return torch.compile(function, dynamic=False)
 
 

@@ -3,11 +3,11 @@
     python scripts/bench/layer.py [--device cuda] [--output docs/benchmarks/layer/cpu.json]
     python scripts/bench/layer.py --memory [--rounds 7] [--output docs/benchmarks/layer/memory.json]
 
-Time: float32, and bfloat16 by autocast. The padded layer runs as it is and compiled. On a CPU: the layer of ML-1M
-retrieval (128 sequences of 107 items on average, one head of 50, relative bias), and wider ones (4 heads of 64) over
-sequences of equal length. On a GPU: hidden size 1024, 4 heads of 256, 32 sequences. Operations are counted as NVIDIA
-recsys-examples counts them (hstu/ops/costs.py), without those that padding adds. "parts" are the operators in which
-our layer spends the most time, by the profiler. With --output FILE.json it also draws FILE.png.
+Time: bfloat16 by autocast, and on a CPU also float32. The padded layer runs as it is and compiled. On a CPU: the layer
+of ML-1M retrieval (128 sequences of 107 items on average, one head of 50, relative bias), and wider ones (4 heads of
+64) over sequences of equal length. On a GPU: hidden size 1024, 4 heads of 256, 32 sequences. Operations are counted as
+NVIDIA recsys-examples counts them (hstu/ops/costs.py), without those that padding adds. "parts" are the kernels in
+which our layer spends the most time, by the profiler. With --output FILE.json it also draws FILE.png.
 
 Memory, on a CPU, for each recomputation option of NetworkArgs, compute type and backend: bytes per token and layer that
 stay allocated after the forward pass, beside the formula hstu.ops.layer.saved_bytes; the peak of a step in bytes per
@@ -35,6 +35,8 @@ from harness import (
     compiled,
     draw,
     finish,
+    kernel_times,
+    longest_kernels,
     name_of,
     operator_command_line,
     publish,
@@ -67,10 +69,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 TYPES = {"float32": 4, "bfloat16": 2}
 """Compute type → bytes of an element."""
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+"""Compute types by device: nobody trains in float32 on a GPU, and CUTLASS has no kernels for it."""
 PARTS = 6
 """Operators that "parts" lists by name."""
-PROFILED_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -146,27 +148,10 @@ def passes_of(case: Case, dtype: torch.dtype, device: torch.device, with_compile
     return passes
 
 
-def parts_of(each: Pass, device: torch.device) -> dict[str, float]:
-    """Milliseconds of the operators with the longest self time in a forward and backward, and of all others."""
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
-    with profile(activities=activities) as recorded:
-        for _ in range(PROFILED_STEPS):
-            out = each.forward()
-            torch.autograd.grad(out, each.leaves, torch.ones_like(out), allow_unused=True)
-    spent = {
-        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / PROFILED_STEPS
-        for event in recorded.key_averages()
-    }
-    longest = sorted(spent, key=lambda name: -spent[name])[:PARTS]
-    rest = sum(spent.values()) - sum(spent[name] for name in longest)
-    return {name: round(spent[name], 3) for name in longest} | {"everything else": round(rest, 3)}
-
-
 def plot(report: Row, image: Path) -> None:
     """GFLOPS of forward and backward together by length, one panel per dtype."""
     panels = []
-    for dtype in map(name_of, DTYPES):
+    for dtype in dict.fromkeys(row["dtype"] for row in report["layers"]):
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in report["layers"]:
             if row["dtype"] == dtype and row["case"].isdigit():
@@ -256,7 +241,9 @@ def measure_memory(backend: Backend, dtype: str, rounds: int) -> dict[str, dict[
 
 def memory_report(rounds: int) -> Row:
     """The report of ``--memory``."""
-    backends = dict.fromkeys([select_backend("cutlass", False, torch.device("cpu")), Backend.PYTORCH])
+    backends = dict.fromkeys(
+        [select_backend("cutlass", False, torch.device("cpu"), kernel_shapes(NETWORK)), Backend.PYTORCH]
+    )
     return {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -288,12 +275,13 @@ def main() -> None:
     report |= {"layers": [], "parts": {}}
     for case in cases_of(options):
         forward, backward = case.flops()
-        for dtype in DTYPES:
+        for dtype in DTYPES[device.type]:
             passes = passes_of(case, dtype, device, options.compile)
             for name, times in time_passes(passes, device, options.rounds).items():
                 row = {"case": case.name, "variant": name, "dtype": name_of(dtype), **times}
                 report["layers"].append(rates(row, forward, backward, "gflops"))
-            report["parts"][f"{case.name}, {name_of(dtype)}"] = parts_of(next(iter(passes.values())), device)
+            parts = kernel_times(next(iter(passes.values())), device)
+            report["parts"][f"{case.name}, {name_of(dtype)}"] = longest_kernels(parts, PARTS)
     finish(report, options)
     if options.output:
         plot(report, options.output.with_suffix(".png"))

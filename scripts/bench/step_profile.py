@@ -155,7 +155,7 @@ def print_tables(report: dict[str, Any]) -> None:
 
 def main() -> None:
     """Time steps, then record steps, and print both."""
-    parser = command_line(__doc__, threads=1)
+    parser = command_line(__doc__, threads=1, output=True)
     parser.add_argument("task", choices=("ranking", "retrieval"))
     parser.add_argument("gin_file")
     parser.add_argument("--bindings", nargs="*", default=[])
@@ -179,7 +179,7 @@ def main() -> None:
     }
     times = {"step": statistics.mean(seconds), "median_step": statistics.median(seconds)}
     report = {
-        "options": vars(options),
+        "options": {name: value for name, value in vars(options).items() if name != "output"},
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
         **{f"{name}_ms": round(1e3 * value, 3) for name, value in times.items()},
@@ -187,7 +187,7 @@ def main() -> None:
         **scaled(charged, 1e-6 / options.steps),
     }
     print_tables(report)
-    publish(report)
+    publish(report, options.output)
     meshes.finish()
 
 

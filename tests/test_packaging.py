@@ -53,3 +53,9 @@ def test_every_direct_dependency_is_locked_by_hash_within_its_range(locked: str)
         name = requirement.name.replace("_", "-").lower()
         assert versions[name] in requirement.specifier
         assert name in hashed or name == "torch"
+
+
+def test_the_cuda_set_has_the_libraries_of_the_cutlass_dsl_for_cuda_13() -> None:
+    lines = (ROOT / "requirements" / "cuda.txt").read_text(encoding="utf-8").splitlines()
+    versions = dict(line.split(" ")[0].split("==") for line in lines if "==" in line)
+    assert versions["nvidia-cutlass-dsl-libs-cu13"] == versions["nvidia-cutlass-dsl"]

@@ -129,4 +129,4 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     A copy from memory that is not pinned waits for the work that the stream has queued.
     """
     tensor = torch.from_numpy(array)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    return (tensor if device.type == "cpu" else tensor.pin_memory()).to(device, non_blocking=True)

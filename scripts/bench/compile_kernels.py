@@ -104,8 +104,9 @@ HEADING = """# Compiled kernels
 `python scripts/bench/compile_kernels.py --output docs/benchmarks/kernels` writes this page and the raw numbers of every
 variant and configuration: [triton.json](triton.json), [cutlass.json](cutlass.json). **None of these kernels has run on
 a GPU yet.** Columns, for the default configuration of each kernel: registers per thread (the CUTLASS kernels of sm_90
-then give 240 to each thread that computes), KiB of shared memory per program, and spill instructions (loads and stores
-of registers that did not fit). In brackets: the most spills in any configuration that tuning may choose.
+then give 232 to each thread that computes up to head dim 64, else 240), KiB of shared memory per program, and spill
+instructions (loads and stores of registers that did not fit). In brackets: the most spills in any configuration that
+tuning may choose.
 """
 
 

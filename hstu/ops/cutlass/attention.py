@@ -19,10 +19,11 @@ from cutlass.cute.runtime import make_ptr
 from torch import Tensor
 
 from hstu.ops.cutlass.common import Shape
-from hstu.ops.cutlass.schedule import Rows, leading_rows, make_schedule
+from hstu.ops.cutlass.schedule import Rows, leading_rows, list_blocks
 from hstu.ops.cutlass.sm80 import BackwardSm80, ForwardSm80
 from hstu.ops.cutlass.sm90 import BackwardSm90, ForwardSm90
 from hstu.ops.cutlass.support import CAPABILITIES, HEAD_DIMS, head_unsupported_reason
+from hstu.ops.layout import to_device
 from hstu.ops.types import AttentionConfig, JaggedLayout, RelativeBias
 
 ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
@@ -74,14 +75,14 @@ def _launch(
         return
     device = inputs[0].device
     variant = Variant(kernel, inputs[0].dtype, head_dim, CAPABILITIES[torch.cuda.get_device_capability(device)])
-    items, tiles = _schedule_on(device, variant, layout, config)
+    items = _blocks_on(device, variant.shape, layout, config)
     work = len(items) * heads
     with torch.cuda.device(device):
         compiled(variant)(
             *arguments(
                 variant,
                 [(tensor.data_ptr(), tensor.stride(0), tensor.stride(1)) for tensor in (*inputs, *outs)],
-                (items.data_ptr(), tiles.data_ptr()),
+                items.data_ptr(),
                 (tokens, heads, len(items), leading_rows(layout, config), max(layout.candidate_group_tokens, 1)),
                 (config.alpha, 1.0 / config.scaling_seqlen),
                 grid=min(work, torch.cuda.get_device_properties(device).multi_processor_count),
@@ -90,17 +91,11 @@ def _launch(
         )
 
 
-def _schedule_on(
-    device: torch.device, variant: Variant, layout: JaggedLayout, config: AttentionConfig
-) -> tuple[Tensor, Tensor]:
-    """Items and tiles of :class:`hstu.ops.cutlass.schedule.Schedule` on the device, created once per layout."""
-    shape = variant.shape
-    key = ("cutlass", config, shape.rows, shape.block, shape.tile)
+def _blocks_on(device: torch.device, shape: Shape, layout: JaggedLayout, config: AttentionConfig) -> Tensor:
+    """:func:`hstu.ops.cutlass.schedule.list_blocks` on the device, created once per layout."""
+    key = ("cutlass", config, shape.rows, shape.block)
     if key not in layout.cache:
-        schedule = make_schedule(layout, config, shape.rows, shape.block, shape.tile)
-        layout.cache[key] = tuple(
-            torch.from_numpy(array).to(device, non_blocking=True) for array in (schedule.items, schedule.tiles)
-        )
+        layout.cache[key] = to_device(list_blocks(layout, config, shape.rows, shape.block), device)
     return layout.cache[key]
 
 
@@ -135,7 +130,7 @@ _TILES: dict[int, dict[Kernel, dict[int, int]]] = {
     90: {
         Kernel.FORWARD: {32: 128, 64: 128, 128: 128, 256: 80},
         Kernel.QUERIES: {32: 128, 64: 128, 128: 96, 256: 48},
-        Kernel.KEYS: {32: 96, 64: 96, 128: 48, 256: 48},
+        Kernel.KEYS: {32: 96, 64: 80, 128: 48, 256: 48},
         Kernel.VALUES: {256: 80},
     },
     80: {
@@ -210,7 +205,7 @@ def compile_ahead(variant: Variant) -> tuple[str, bytes]:
 
 def _compile(variant: Variant, *options: Any) -> Any:
     tensors = [(ALIGNMENT, 8, 8)] * (variant.num_inputs + variant.num_outputs)
-    examples = arguments(variant, tensors, schedule=(ALIGNMENT, ALIGNMENT), sizes=(1,) * 5, factors=(1.0, 1.0), grid=1)
+    examples = arguments(variant, tensors, items=ALIGNMENT, sizes=(1,) * 5, factors=(1.0, 1.0), grid=1)
     with warnings.catch_warnings():
         # The DSL warns about unrolled loops. Loops over registers must be unrolled: registers have no run-time index.
         warnings.simplefilter("ignore")
@@ -220,7 +215,7 @@ def _compile(variant: Variant, *options: Any) -> Any:
 def arguments(
     variant: Variant,
     tensors: list[tuple[int, int, int]],
-    schedule: tuple[int, int],
+    items: int,
     sizes: tuple[int, ...],
     factors: tuple[float, float],
     grid: int,
@@ -231,7 +226,7 @@ def arguments(
     Args:
         variant: The kernel to call.
         tensors: Address, row stride and head stride in elements of the inputs, then of the outputs.
-        schedule: Addresses of items and tiles.
+        items: Address of the blocks of rows.
         sizes: Tokens, heads, blocks, leading rows, tokens of a target group.
         factors: α and 1 / N.
         grid: Number of CTAs.
@@ -247,7 +242,7 @@ def arguments(
         tuple(pointers[variant.num_inputs :]),
         tuple((Int64(row), Int64(head)) for _, row, head in tensors),
         (
-            *(pointer(Int32, address) for address in schedule),
+            pointer(Int32, items),
             tuple(Int32(size) for size in sizes),
             tuple(Float32(factor) for factor in factors),
         ),

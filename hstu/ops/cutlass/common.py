@@ -7,7 +7,15 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, const_expr, cute
 from cutlass.cutlass_dsl import select_
 
-from hstu.ops.cutlass.schedule import ITEM_FIELDS, Rows, visible_columns
+from hstu.ops.cutlass.schedule import (
+    ITEM_FIELDS,
+    Rows,
+    masked_tile_at,
+    num_tiles,
+    tile_at,
+    tile_ranges,
+    visible_columns,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class PairwiseKernel:
     Inputs are first the ``num_resident`` tensors of which a block stays in shared memory, then the two streamed ones.
     Instances are called in a function that the DSL compiles. Several arguments pass through them as one tuple::
 
-        batch = (items, tiles, sizes, factors)      see hstu.ops.cutlass.attention.arguments
+        batch = (items, sizes, factors)             see hstu.ops.cutlass.attention.arguments
         masking = (alpha, column, bounds)           see silu
     """
 
@@ -95,16 +103,38 @@ def work_index(turn: Int32) -> Int32:
 def row_bounds(row: Int32, item: cute.Tensor, lead: Int32, group: Int32, rows: cutlass.Constexpr) -> tuple:
     """Bounds of the columns that a row sees: :func:`hstu.ops.cutlass.schedule.visible_columns`.
 
-    item: one block of the schedule; lead: leading rows; group: tokens of a target group.
+    item: see :func:`item_of`; lead: leading rows; group: tokens of a target group.
     """
 
-    def where(condition: Any, yes: Any, no: Any) -> Int32:
-        return Int32(select_(condition, Int32(yes), Int32(no)))
+    return visible_columns(row, item[2], item[3], lead, group, rows, _where)
 
-    def least(a: Any, b: Any) -> Int32:
-        return where(a < b, a, b)
 
-    return visible_columns(row, item[2], item[3], lead, group, rows, where, least)
+@cute.jit
+def ranges_of(item: cute.Tensor, sizes: tuple, shape: cutlass.Constexpr) -> tuple:
+    """The tiles that a block needs: :func:`hstu.ops.cutlass.schedule.tile_ranges`. sizes: those of the batch."""
+    return tile_ranges(item[1], item[2], item[3], sizes[3], sizes[4], shape.rows, shape.block, shape.tile, _where)
+
+
+@cute.jit
+def counts_of(ranges: tuple) -> tuple:
+    """Masked tiles and all tiles of a block: :func:`hstu.ops.cutlass.schedule.num_tiles`."""
+    return num_tiles(ranges)
+
+
+@cute.jit
+def first_column(index: Int32, ranges: tuple, shape: cutlass.Constexpr) -> Int32:
+    """First column of a tile of a block: :func:`hstu.ops.cutlass.schedule.tile_at`."""
+    return tile_at(index, ranges, _where) * shape.tile
+
+
+@cute.jit
+def first_masked_column(index: Int32, ranges: tuple, shape: cutlass.Constexpr) -> Int32:
+    """First column of a masked tile of a block: :func:`hstu.ops.cutlass.schedule.masked_tile_at`."""
+    return masked_tile_at(index, ranges, _where) * shape.tile
+
+
+def _where(condition: Any, yes: Any, no: Any) -> Int32:
+    return Int32(select_(condition, Int32(yes), Int32(no)))
 
 
 @cute.jit
@@ -196,7 +226,7 @@ def _pair(low: Float32, high: Float32, dtype: cutlass.Constexpr) -> Int32:
 
 @cute.jit
 def item_of(items: cute.Pointer, index: Int32) -> cute.Tensor:
-    """The fields of a block of the schedule: int32 [8]."""
+    """The fields of a block: int32 [4], see :func:`hstu.ops.cutlass.schedule.list_blocks`."""
     return cute.make_tensor(items + index * ITEM_FIELDS, cute.make_layout(ITEM_FIELDS))
 
 

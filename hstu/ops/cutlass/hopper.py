@@ -17,8 +17,18 @@ from hstu.ops.cutlass.common import Shape
 WARPGROUP = 128
 CONSUMERS = 2
 THREADS = (1 + CONSUMERS) * WARPGROUP
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
+WIDEST_LIGHT_HEAD = 64
+"""Head dim up to which the warps that compute do without the registers that the warp that loads lacks otherwise."""
 BUFFER_ALIGNMENT = 1024
+
+
+def registers(shape: Shape) -> tuple[int, int]:
+    """Registers of each thread that loads, and of each that computes.
+
+    A kernel starts with 168 per thread. What the first warpgroup gives up is what the other two get, so the CTA waits
+    for ever if they ask for more.
+    """
+    return (40, 232) if shape.head_dim <= WIDEST_LIGHT_HEAD else (24, 240)
 
 
 def tile_layout(shape: Shape, rows: int, stages: int) -> cute.ComposedLayout:

@@ -2,14 +2,13 @@
 
 Attention and its gradients are sums over pairs of a query and a key. A kernel keeps a block of *rows* in shared memory
 and streams tiles of *columns* through it. For O and dQ, rows are queries and columns are keys. For dK and dV, rows are
-keys and columns are queries. The schedule is computed with NumPy on the host. :func:`visible_columns` is also compiled
-into the kernels.
+keys and columns are queries. The host lists the blocks. The kernels compute the tiles of a block: the functions that
+take ``where`` are compiled into them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -20,8 +19,10 @@ from hstu.ops.types import AttentionConfig, JaggedLayout
 
 SEES_ALL = 2**30
 """A number of rows that exceeds the length of every sequence."""
-ITEM_FIELDS = 8
-"""int32 numbers that describe a block of rows: see :class:`Schedule`."""
+ITEM_FIELDS = 4
+"""int32 numbers that describe a block of rows: see :func:`list_blocks`."""
+Where = Callable[[Any, Any, Any], Any]
+"""``np.where`` for the type of the other arguments."""
 
 
 class Rows(StrEnum):
@@ -31,26 +32,6 @@ class Rows(StrEnum):
     KEYS = "keys"
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The blocks of a batch: sequences by falling number of tiles, and within a sequence blocks likewise."""
-
-    items: np.ndarray
-    """int32 [blocks, 8]. The fields of a block are:
-
-    0. token of the batch at which the sequence starts
-    1. first row of the block, counted in the sequence
-    2. length of the sequence
-    3. first candidate, counted in the sequence
-    4. index of the block's first tile in ``tiles``
-    5. number of tiles that need a mask; these come first
-    6. number of all its tiles
-    7. unused
-    """
-    tiles: np.ndarray
-    """int32 [tiles]: first column of each tile, counted in its sequence."""
-
-
 def leading_rows(layout: JaggedLayout, config: AttentionConfig) -> int:
     """Number of queries at the start of every sequence that see its whole context and history."""
     if not config.is_causal:
@@ -58,15 +39,34 @@ def leading_rows(layout: JaggedLayout, config: AttentionConfig) -> int:
     return layout.num_contextuals if config.contextual_mask else 0
 
 
+def list_blocks(layout: JaggedLayout, config: AttentionConfig, rows: Rows, block: int) -> np.ndarray:
+    """Cut every sequence into blocks of ``block`` rows: int32 [blocks, 4].
+
+    Long sequences come first, and within a sequence the blocks that need the most tiles: leading queries, then late
+    queries; early keys. The fields of a block are:
+
+    0. token of the batch at which the sequence starts
+    1. first row of the block, counted in the sequence
+    2. length of the sequence
+    3. first candidate, counted in the sequence
+    """
+    lengths = layout.seqlens
+    ends = lengths - layout.num_candidate_tokens_host
+    sequences = np.stack([run_starts(lengths), np.zeros_like(lengths), lengths, ends], axis=1).astype(np.int32)
+    longest_first = np.argsort(-lengths, kind="stable")
+    num_blocks = -(-lengths[longest_first] // block)
+    items = np.repeat(sequences[longest_first], num_blocks, axis=0)
+    sequence, index = run_indices(num_blocks)
+    if rows is Rows.QUERIES:
+        num_leading = -(-leading_rows(layout, config) // block)
+        last_to_first = num_blocks[sequence] - 1 + num_leading - index
+        index = np.where(index < num_leading, index, last_to_first)
+    items[:, 1] = index * block
+    return items
+
+
 def visible_columns(
-    row: Any,
-    length: Any,
-    end: Any,
-    lead: Any,
-    group: Any,
-    rows: Rows,
-    where: Callable[[Any, Any, Any], Any] = np.where,
-    least: Callable[[Any, Any], Any] = np.minimum,
+    row: Any, length: Any, end: Any, lead: Any, group: Any, rows: Rows, where: Where = np.where
 ) -> tuple[Any, Any, Any]:
     """(a, b, c): the mask keeps the pair of ``row`` and ``column`` if ``column < a`` or ``b <= column < c``.
 
@@ -77,62 +77,88 @@ def visible_columns(
         lead: See :func:`leading_rows`.
         group: Tokens of a target group.
         rows: Whether rows are queries or keys.
-        where, least: The functions ``np.where`` and ``np.minimum`` for the type of the integers above.
+        where: See :data:`Where`.
     """
     is_history = row < end
-    group_start = end + (row - end) // group * group  # used only for candidates, for which row ≥ end
+    group_start = _group_start(row, end, group)  # used only for candidates, for which row ≥ end
     if rows is Rows.QUERIES:
-        history = where(row < lead, end, least(row + 1, end))
+        history = where(row < lead, end, _least(row + 1, end, where))
         return history, where(is_history, row + 1, group_start), row + 1
-    return where(is_history, least(lead, length), 0), row, where(is_history, length, least(group_start + group, length))
+    group_stop = _least(group_start + group, length, where)
+    return where(is_history, _least(lead, length, where), 0), row, where(is_history, length, group_stop)
 
 
-def make_schedule(layout: JaggedLayout, config: AttentionConfig, rows: Rows, block: int, tile: int) -> Schedule:
-    """Cut every sequence into blocks of ``block`` rows, and list the tiles of ``tile`` columns that each needs."""
-    lengths, candidates = layout.seqlens, layout.num_candidate_tokens_host
-    starts = run_starts(lengths)
-    sequence, place = run_indices(-(-lengths // block))
-    length = lengths[sequence]
-    end = length - candidates[sequence]
-    first = place * block
-    stop = np.minimum(first + block, length)
-    of_block, place = run_indices(-(-length // tile))
-    left = place * tile
-    bounds = np.stack([first, stop, length, end])[:, of_block]
-    is_needed, is_full = _needed_and_full(bounds, left, left + tile, layout, config, rows)
-    of_block, left, is_full = of_block[is_needed], left[is_needed], is_full[is_needed]
-    order = np.argsort(of_block * 2 + is_full, kind="stable")
-    num_tiles = np.bincount(of_block, minlength=len(first))
-    num_masked = np.bincount(of_block[~is_full], minlength=len(first))
-    fields = (starts[sequence], first, length, end, run_starts(num_tiles), num_masked, num_tiles, np.zeros_like(first))
-    cost = np.bincount(sequence, weights=num_tiles, minlength=len(lengths))
-    longest_first = np.lexsort((-num_tiles, sequence, -cost[sequence]))
-    items = np.stack(fields, axis=1)[longest_first]
-    return Schedule(np.ascontiguousarray(items, dtype=np.int32), left[order].astype(np.int32))
+def tile_ranges(
+    first: Any,
+    length: Any,
+    end: Any,
+    lead: Any,
+    group: Any,
+    rows: Rows,
+    block: int,
+    tile: int,
+    where: Where = np.where,
+) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """The tiles of columns that the block of rows from ``first`` on needs: six rising indices of tiles.
 
-
-def _needed_and_full(
-    bounds: np.ndarray, left: np.ndarray, right: np.ndarray, layout: JaggedLayout, config: AttentionConfig, rows: Rows
-) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the mask keeps any pair of a tile, and whether it keeps all pairs: two bool [tiles].
-
-    bounds: [4, tiles], the first row, the row after the last, the length and the first candidate of each tile's block.
-    left, right: [tiles], the first column of each tile and the column after its last.
+    The mask keeps all pairs of the tiles in [0, 1st) and [4th, 5th). It keeps some pairs of those in [1st, 2nd),
+    [3rd, 4th) and [5th, 6th), and none of the others. The arguments are those of :func:`visible_columns`.
     """
-    first, stop, length, end = bounds
-    lead, group = leading_rows(layout, config), max(layout.candidate_group_tokens, 1)
+    stop = _least(first + block, length, where)
+    start_of_oldest_group = _group_start(_greatest(first, end, where), end, group)
+    start_of_newest_group = _group_start(stop - 1, end, group)
+    # The row that sees least and the one that sees most see columns [0, all_reach) and [0, reach). Behind these, the
+    # rows see columns [own, own_stop), of which they all see [own_full, own_full_stop).
+    if rows is Rows.QUERIES:
+        all_reach = where(stop <= lead, end, _least(_greatest(first, lead, where) + 1, end, where))
+        reach = where(first < lead, end, _least(stop, end, where))
+        own, own_full = start_of_oldest_group, start_of_newest_group
+        own_full_stop, own_stop = where(first < end, 0, first + 1), where(stop <= end, 0, stop)
+    else:
+        context = _least(lead, length, where)
+        all_reach, reach = where(stop <= end, context, 0), where(first < end, context, 0)
+        own, own_full = first, stop - 1
+        own_full_stop = where(stop <= end, length, _least(start_of_oldest_group + group, length, where))
+        own_stop = where(first < end, length, _least(start_of_newest_group + group, length, where))
+    second = (reach + tile - 1) // tile
+    third = _greatest(own // tile, second, where)
+    sixth = _greatest((own_stop + tile - 1) // tile, third, where)
+    fourth = _least(_greatest((own_full + tile - 1) // tile, third, where), sixth, where)
+    fifth = _least(_greatest(own_full_stop // tile, fourth, where), sixth, where)
+    return all_reach // tile, second, third, fourth, fifth, sixth
 
-    def columns_of(row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return visible_columns(row, length, end, lead, group, rows)
 
-    # The bounds grow monotonically with the row within three ranges: the leading rows, the rest of the history, and the
-    # candidates. The first and the last row of each range in the block therefore give the extreme bounds.
-    edges = [first, stop - 1]
-    edges += [np.clip(row, first, stop - 1) for row in (np.full_like(first, lead) - 1, np.full_like(first, lead))]
-    edges += [np.clip(row, first, stop - 1) for row in (end - 1, end)]
-    a, b, c = (np.stack(of_edges) for of_edges in zip(*map(columns_of, edges), strict=True))
-    some = c > b
-    reach, group_first = a.max(0), np.where(some, b, SEES_ALL).min(0)
-    is_needed = (left < reach) | (some.any(0) & (left < c.max(0)) & (right > group_first))
-    is_full = (right <= a.min(0)) | ((left >= b.max(0)) & (right <= c.min(0)) & some.all(0))
-    return is_needed, is_full
+def num_tiles(ranges: tuple) -> tuple[Any, Any]:
+    """Number of tiles of a block that need a mask, and number of all its tiles. ranges: :func:`tile_ranges`."""
+    first, second, third, fourth, fifth, sixth = ranges
+    return second - first + fourth - third + sixth - fifth, second + sixth - third
+
+
+def tile_at(index: Any, ranges: tuple, where: Where = np.where) -> Any:
+    """The ``index``-th tile that a block needs: first those that need a mask. ranges: :func:`tile_ranges`."""
+    first, _, _, fourth, _, _ = ranges
+    num_masked, _ = num_tiles(ranges)
+    full = index - num_masked
+    return where(
+        index < num_masked, masked_tile_at(index, ranges, where), full + where(full < first, 0, fourth - first)
+    )
+
+
+def masked_tile_at(index: Any, ranges: tuple, where: Where = np.where) -> Any:
+    """The ``index``-th tile that needs a mask. ranges: :func:`tile_ranges`."""
+    first, second, third, fourth, fifth, _ = ranges
+    tile = first + index
+    tile = tile + where(tile < second, 0, third - second)
+    return tile + where(tile < fourth, 0, fifth - fourth)
+
+
+def _group_start(row: Any, end: Any, group: Any) -> Any:
+    return end + (row - end) // group * group
+
+
+def _least(a: Any, b: Any, where: Where) -> Any:
+    return where(a < b, a, b)
+
+
+def _greatest(a: Any, b: Any, where: Where) -> Any:
+    return where(a < b, b, a)

@@ -33,7 +33,7 @@ class Sm80Kernel(PairwiseKernel):
     ) -> None:
         """Launch on ``grid`` CTAs; the arguments are those of :func:`hstu.ops.cutlass.attention.arguments`."""
         shape = self.shape
-        tensors = common.heads_of_all((*inputs, *outs), strides, batch[2], shape.head_dim)
+        tensors = common.heads_of_all((*inputs, *outs), strides, batch[1], shape.head_dim)
         element, alignment = shape.dtype, BUFFER_ALIGNMENT
         resident_size = cute.cosize(tile_layout(shape, shape.block, self.num_resident))
         streamed_size = cute.cosize(tile_layout(shape, shape.tile, 2 * STAGES))
@@ -49,7 +49,7 @@ class Sm80Kernel(PairwiseKernel):
     @cute.kernel
     def kernel(self, tensors: tuple, batch: tuple) -> None:
         """One CTA, which computes one block of rows after the other."""
-        shape, (items, tiles, sizes, factors) = self.shape, batch
+        shape, (items, sizes, factors) = self.shape, batch
         smem = cutlass.utils.SmemAllocator().allocate(self.storage)
         resident = smem.resident.get_tensor(tile_layout(shape, shape.block, self.num_resident))
         streamed = smem.streamed.get_tensor(tile_layout(shape, shape.tile, 2 * STAGES))
@@ -65,8 +65,9 @@ class Sm80Kernel(PairwiseKernel):
             item, head = common.item_of(items, work // heads), work % heads
             row = item[1] + row_in_block
             bounds = tuple(common.row_bounds(row + 8 * r, item, sizes[3], sizes[4], shape.rows) for r in (0, 1))
-            num_masked, num_tiles, first_tile = item[5], item[6], tiles + item[4]
-            block, masking = (item, head, first_tile), (factors[0], column_in_tile, bounds)
+            ranges = common.ranges_of(item, sizes, shape)
+            num_masked, num_tiles = common.counts_of(ranges)
+            block, masking = (item, head, ranges), (factors[0], column_in_tile, bounds)
             for i in cutlass.range_constexpr(self.num_outputs):
                 sums[i].fill(0.0)
             cute.arch.sync_threads()  # the buffers may still be read for the previous block
@@ -86,10 +87,11 @@ class Sm80Kernel(PairwiseKernel):
 
     @cute.jit
     def load(self, tensors: tuple, block: tuple, u: Int32, buffers: tuple) -> None:
-        """Start to load tile ``u`` of the block, if the block has that many. block: item, head, pointer to tiles."""
-        item, head, first_tile = block
-        if u < item[6]:
-            first, stage = (first_tile + u).load(), u % STAGES
+        """Start to load tile ``u`` of the block, if the block has that many. block: item, head, ranges of tiles."""
+        item, head, ranges = block
+        _, num_tiles = common.counts_of(ranges)
+        if u < num_tiles:
+            first, stage = common.first_column(u, ranges, self.shape), u % STAGES
             for i in cutlass.range_constexpr(2):
                 load(tensors[self.num_resident + i], item, first, head, buffers[1][None, None, i * STAGES + stage])
         cute.arch.cp_async_commit_group()
@@ -110,7 +112,7 @@ class Sm80Kernel(PairwiseKernel):
         cute.arch.cp_async_wait_group(1)
         cute.arch.sync_threads()
         alpha, column_in_tile, bounds = masking
-        column = (block[2] + u).load() + column_in_tile
+        column = common.first_column(u, block[2], self.shape) + column_in_tile
         self.compute(u % STAGES, buffers, registers, (alpha, column, bounds), masked)
         cute.arch.sync_threads()
 

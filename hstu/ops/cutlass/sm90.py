@@ -30,7 +30,7 @@ class Sm90Kernel(PairwiseKernel):
     ) -> None:
         """Launch on ``grid`` CTAs; the arguments are those of :func:`hstu.ops.cutlass.attention.arguments`."""
         shape = self.shape
-        tensors = common.heads_of_all((*inputs, *outs), strides, batch[2], shape.head_dim)
+        tensors = common.heads_of_all((*inputs, *outs), strides, batch[1], shape.head_dim)
         block_layout = hopper.tile_layout(shape, shape.block, 1)
         tile_layout = hopper.tile_layout(shape, shape.tile, shape.stages)
         boxes = [(block_layout, shape.block)] * self.num_resident + [(tile_layout, shape.tile)] * 2
@@ -72,12 +72,13 @@ class Sm90Kernel(PairwiseKernel):
         cute.arch.sync_threads()
         resident = hopper.view(smem.resident, hopper.tile_layout(shape, shape.block, num_resident))
         streamed = hopper.view(smem.streamed, hopper.tile_layout(shape, shape.tile, 2 * shape.stages))
+        to_load, to_compute = hopper.registers(shape)
         if warp < 4:
-            cute.arch.setmaxregister_decrease(hopper.PRODUCER_REGISTERS)
+            cute.arch.setmaxregister_decrease(to_load)
             if warp == 0:
                 self.produce(loads, resident, streamed, tuple(rings), batch)
         else:
-            cute.arch.setmaxregister_increase(hopper.CONSUMER_REGISTERS)
+            cute.arch.setmaxregister_increase(to_compute)
             transposed = hopper.view(smem.streamed, hopper.transposed_layout(shape, shape.tile, 2 * shape.stages))
             buffers = (resident, streamed, transposed)
             self.consume(buffers, tuple(rings), outs, batch, thread - hopper.WARPGROUP)
@@ -86,7 +87,7 @@ class Sm90Kernel(PairwiseKernel):
     def produce(self, loads: tuple, resident: cute.Tensor, streamed: cute.Tensor, rings: tuple, batch: tuple) -> None:
         """In one warp: load the blocks and their tiles in the order in which the consumers use them."""
         num_resident, stages = self.num_resident, self.shape.stages
-        items, tiles, sizes, _ = batch
+        items, sizes, _ = batch
         heads, total = sizes[1], sizes[1] * sizes[2]
         turn, count = Int32(0), Int32(0)
         work = common.work_index(turn)
@@ -95,8 +96,10 @@ class Sm90Kernel(PairwiseKernel):
             for i in cutlass.range_constexpr(num_resident):
                 _, barrier = acquire(rings[i], turn)
                 hopper.load(*loads[i], item[0] + item[1], head, resident[None, None, i], barrier)
-            for u in cutlass.range(item[6], unroll=1):
-                first = item[0] + (tiles + item[4] + u).load()
+            ranges = common.ranges_of(item, sizes, self.shape)
+            _, num_tiles = common.counts_of(ranges)
+            for u in cutlass.range(num_tiles, unroll=1):
+                first = item[0] + common.first_column(u, ranges, self.shape)
                 for i in cutlass.range_constexpr(2):
                     stage, barrier = acquire(rings[num_resident + i], count)
                     target = streamed[None, None, i * stages + stage]
@@ -109,7 +112,7 @@ class Sm90Kernel(PairwiseKernel):
     def consume(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, thread: Int32) -> None:
         """In a thread of the two warpgroups that compute; ``thread`` counts from the first of them."""
         shape, num_resident = self.shape, self.num_resident
-        items, tiles, sizes, factors = batch
+        items, sizes, factors = batch
         heads, total = sizes[1], sizes[1] * sizes[2]
         lane = thread % 32
         row_in_block, column_in_tile = thread // 32 * 16 + lane // 4, lane % 4 * 2
@@ -128,16 +131,17 @@ class Sm90Kernel(PairwiseKernel):
             item, head = common.item_of(items, work // heads), work % heads
             row = item[1] + row_in_block
             bounds = tuple(common.row_bounds(row + 8 * r, item, sizes[3], sizes[4], shape.rows) for r in (0, 1))
-            num_masked, num_tiles, first_tile = item[5], item[6], tiles + item[4]
+            ranges = common.ranges_of(item, sizes, shape)
+            num_masked, num_tiles = common.counts_of(ranges)
             for i in cutlass.range_constexpr(self.num_outputs):
                 sums[i].fill(0.0)
             for i in cutlass.range_constexpr(num_resident):
                 wait(rings[i], turn)
-            column = first_tile.load() + column_in_tile
+            column = common.first_column(Int32(0), ranges, shape) + column_in_tile
             self.step(count, operands, registers, of_columns, (factors[0], column, bounds), True, True)
             count += 1
             for u in cutlass.range(1, num_masked, unroll=1):
-                column = (first_tile + u).load() + column_in_tile
+                column = common.first_masked_column(u, ranges, shape) + column_in_tile
                 self.step(count, operands, registers, of_columns, (factors[0], column, bounds), True, False)
                 count += 1
             for _ in cutlass.range(cutlass.max(num_masked, 1), num_tiles, unroll=1):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hstu.data.jagged import run_starts
-from hstu.ops.layout import distance_index, time_buckets
+from hstu.ops.layout import distance_index, time_buckets, to_device
 from hstu.ops.types import AttentionConfig, JaggedLayout, RelativeBias
 
 MASKED = -1e30
@@ -252,10 +252,10 @@ def _make_group(layout: JaggedLayout, members: np.ndarray, offsets: np.ndarray, 
     history_end = layout.seqlens[members] - candidates if candidates.any() else np.array([length])
     device = layout.positions.device
     return Group(
-        tokens=torch.from_numpy(tokens.reshape(-1)).to(device, non_blocking=True),
+        tokens=to_device(tokens.reshape(-1), device),
         size=len(members),
         length=length,
-        history_end=torch.from_numpy(history_end).to(device, non_blocking=True)[:, None, None],
+        history_end=to_device(history_end, device)[:, None, None],
     )
 
 

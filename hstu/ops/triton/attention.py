@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hstu.ops.layout import time_buckets
+from hstu.ops.layout import time_buckets, to_device
 from hstu.ops.triton import attention_kernels as kernels
 from hstu.ops.triton.attention_tiles import Batch, Bias, Mode
 from hstu.ops.triton.launch import bucket, capability_of, launcher, precision_for
@@ -156,7 +156,7 @@ def _longest_first(layout: JaggedLayout) -> Tensor:
     key = ("triton", "longest first")
     if key not in layout.cache:
         order = np.argsort(-layout.seqlens, kind="stable").astype(np.int32)
-        layout.cache[key] = torch.from_numpy(order).to(layout.seqlen_offsets.device, non_blocking=True)
+        layout.cache[key] = to_device(order, layout.seqlen_offsets.device)
     return layout.cache[key]
 
 

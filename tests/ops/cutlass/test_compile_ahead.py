@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT compiled here")
 
+from hstu.ops.cutlass import hopper
 from hstu.ops.cutlass.attention import Kernel, Variant, variants
 from tests.ops.cutlass.compiled import compile_variant
 
@@ -26,6 +27,13 @@ def test_the_table_has_every_kernel_and_no_spills() -> None:
     listed = [(row["kernel"], row["head_dim"]) for row in rows]
     assert listed == [(f"{v.kernel.value}_sm{v.capability}", v.head_dim) for v in variants()]
     assert not any(row["spill_instructions"] or row["stack_bytes"] for row in rows)
+
+
+@pytest.mark.parametrize("variant", variants((torch.bfloat16,)))
+def test_threads_that_compute_ask_for_no_more_registers_than_the_others_give_up(variant: Variant) -> None:
+    """Else ``setmaxnreg.inc`` waits for ever. A kernel of 384 threads starts with 168 per thread."""
+    to_load, to_compute = hopper.registers(variant.shape)
+    assert hopper.WARPGROUP * (168 - to_load) >= hopper.CONSUMERS * hopper.WARPGROUP * (to_compute - 168)
 
 
 @pytest.mark.slow

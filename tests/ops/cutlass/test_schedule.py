@@ -1,6 +1,7 @@
 """Compares the tiles and masks of the schedule with the mask of the reference, pair by pair."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.data.jagged import run_starts
-from hstu.ops.cutlass.schedule import Rows, leading_rows, make_schedule, visible_columns
+from hstu.ops.cutlass.schedule import (
+    Rows,
+    leading_rows,
+    list_blocks,
+    masked_tile_at,
+    num_tiles,
+    tile_at,
+    tile_ranges,
+    visible_columns,
+)
 from hstu.ops.layout import build_layout, pad_tokens
 from hstu.ops.types import AttentionConfig, JaggedLayout
 from tests.ops import oracle
@@ -69,23 +79,24 @@ def test_tiles_cover_every_visible_pair_once_and_mask_the_others(
     shape = contextuals, tokens_per_item, group_size
     layout = layout_of(users, *shape)
     masks = dict(zip(run_starts(layout.seqlens), masks_of(users, config, *shape), strict=False))
-    schedule = make_schedule(layout, config, rows, BLOCK, TILE)
     blocks = set()
-    for start, first, length, end, at, num_masked, num_tiles, _ in schedule.items.tolist():
+    lead, group = leading_rows(layout, config), layout.candidate_group_tokens
+    for start, first, length, end in list_blocks(layout, config, rows, BLOCK).tolist():
         mask = masks[start] if rows is Rows.QUERIES else masks[start].T
         assert len(mask) == length
         blocks.add((start, first))
         block = mask[first : first + BLOCK]
-        lefts = schedule.tiles[at : at + num_tiles].tolist()
+        ranges = tile_ranges(first, length, end, lead, group, rows, BLOCK, TILE)
+        num_masked, total = num_tiles(ranges)
+        lefts = [int(tile_at(index, ranges)) * TILE for index in range(total)]
         needed = {left for left in range(0, length, TILE) if block[:, left : left + TILE].any()}
         assert set(lefts) == needed and len(lefts) == len(needed)  # no tile twice, no empty tile
+        assert lefts[:num_masked] == [masked_tile_at(index, ranges) * TILE for index in range(num_masked)]
         for left in lefts[num_masked:]:
             assert left + TILE <= length and block[:, left : left + TILE].all()
         for left in lefts[:num_masked]:
             for row in range(first, min(first + BLOCK, length)):
-                a, b, c = visible_columns(
-                    row, length, end, leading_rows(layout, config), layout.candidate_group_tokens, rows
-                )
+                a, b, c = visible_columns(row, length, end, lead, group, rows)
                 for column in range(left, left + TILE):
                     assert (column < a or b <= column < c) == (column < length and mask[row, column])
     expected = {
@@ -94,22 +105,46 @@ def test_tiles_cover_every_visible_pair_once_and_mask_the_others(
     assert blocks == expected
 
 
+def tiles_of(layout: JaggedLayout, config: AttentionConfig, rows: Rows, block: int, tile: int) -> np.ndarray:
+    """The number of masked tiles and of all tiles of each block: int [blocks, 2]."""
+    items = list_blocks(layout, config, rows, block)
+    lead, group = leading_rows(layout, config), layout.candidate_group_tokens
+    return np.stack(num_tiles(tile_ranges(*items.T[1:], lead, group, rows, block, tile)), axis=1)
+
+
 @pytest.mark.parametrize(("rows", "is_causal"), itertools.product(Rows, (True, False)))
 def test_tiles_in_which_all_pairs_are_visible_need_no_mask(rows: Rows, is_causal: bool) -> None:
     layout = layout_of([User(2048, 0)], 0, 1, 1)
-    schedule = make_schedule(layout, AttentionConfig(1.0, 1, is_causal), rows, 128, 64)
-    masked, tiles = schedule.items[:, 5].sum(), schedule.items[:, 6].sum()
+    masked, tiles = tiles_of(layout, AttentionConfig(1.0, 1, is_causal), rows, 128, 64).sum(0)
     assert (masked, tiles) == ((2 * 16, 2 * 16 * 17 // 2) if is_causal else (0, 16 * 32))
 
 
-def test_the_longest_sequence_and_its_fullest_block_come_first() -> None:
-    layout = layout_of([User(5, 0), User(40, 0), User(0, 0), User(12, 0)], 0, 1, 1)
-    schedule = make_schedule(layout, AttentionConfig(1.0, 1), Rows.QUERIES, BLOCK, TILE)
-    assert schedule.items[:, 2].tolist() == [40] * 10 + [12] * 3 + [5] * 2
-    assert np.all(np.diff(schedule.items[:10, 6]) <= 0)
+@pytest.mark.parametrize("rows", Rows)
+def test_only_the_ends_of_a_large_target_group_need_a_mask(rows: Rows) -> None:
+    layout = layout_of([User(128, 1024)], 0, 1, 1024)
+    masked, tiles = tiles_of(layout, AttentionConfig(1.0, 1), rows, 128, 64).T
+    assert np.all(masked == 2) and tiles.max() == 18
+
+
+@pytest.mark.parametrize("rows", Rows)
+def test_the_longest_sequence_and_its_fullest_block_come_first(rows: Rows) -> None:
+    layout, config = layout_of([User(5, 0), User(40, 0), User(0, 0), User(12, 0)], 3, 1, 1), AttentionConfig(1.0, 1)
+    assert list_blocks(layout, config, rows, BLOCK)[:, 2].tolist() == [43] * 11 + [15] * 4 + [8] * 2 + [3]
+    assert np.all(np.diff(tiles_of(layout, config, rows, BLOCK, TILE)[:11, 1]) <= 0)
 
 
 def test_a_sequence_of_padding_has_blocks_as_any_other() -> None:
     layout = pad_tokens(layout_of([User(5, 2)], 1, 1, 1), 3)
-    schedule = make_schedule(layout, AttentionConfig(1.0, 1), Rows.KEYS, BLOCK, TILE)
-    assert schedule.items[-1, :4].tolist() == [8, 0, 3, 3]
+    assert list_blocks(layout, AttentionConfig(1.0, 1), Rows.KEYS, BLOCK)[-1].tolist() == [8, 0, 3, 3]
+
+
+def test_long_sequences_cost_the_host_no_more_than_their_blocks() -> None:
+    """32 sequences of 4,099 tokens: every step waits for this before the first kernel of attention."""
+    layout, config = layout_of([User(4096, 0)] * 32, 3, 1, 1), AttentionConfig(1.0, 1)
+    times = []
+    for _ in range(20):
+        begun = time.thread_time()
+        for rows in Rows:
+            list_blocks(layout, config, rows, 128)
+        times.append(time.thread_time() - begun)
+    assert min(times) < 0.5e-3

@@ -97,12 +97,13 @@ class Values:
                 method(instruction, mask)
             elif kind == "pred":
                 self.write(operands[0], SIMPLE[name](*(self.predicate(o) for o in operands[1:])), mask)
-            elif name in SIMPLE and "wide" not in instruction.parts:
+            elif name in SIMPLE and not {"wide", "hi"} & set(instruction.parts):
                 self.write(operands[0], SIMPLE[name](*(self.read(o, kind) for o in operands[1:])), mask)
             elif name == "mul":
                 wide = numpy_type(kind)[0] + str(WIDTH[kind] * 2)
                 a, b = (self.read(o, kind).astype(wide) for o in operands[1:])
-                self.write(operands[0], a * b, mask)
+                product = a * b >> np.array(8 * WIDTH[kind] if "hi" in instruction.parts else 0, wide)
+                self.write(operands[0], product, mask)
             else:
                 raise NotImplementedError(instruction)
 

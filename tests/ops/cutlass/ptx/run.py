@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hstu.ops.cutlass.attention import Variant
-from hstu.ops.cutlass.schedule import leading_rows, make_schedule
+from hstu.ops.cutlass.schedule import leading_rows, list_blocks
 from hstu.ops.types import AttentionConfig, JaggedLayout
 from tests.ops.cutlass.ptx.machine import Cta, TensorMap
 from tests.ops.cutlass.ptx.parse import parse
@@ -21,7 +21,7 @@ def run_kernel(
     program = parse(ptx)
     hopper = any(size == 128 for _, size in program.params)  # its inputs come as TMA descriptors
     shape = variant.shape
-    schedule = make_schedule(layout, config, shape.rows, shape.block, shape.tile)
+    blocks = list_blocks(layout, config, shape.rows, shape.block)
     tokens, heads, width = inputs[0].shape
     memory: dict[int, np.ndarray] = {}
 
@@ -42,12 +42,12 @@ def run_kernel(
         np.array([place(_bytes_of(tensor)), tokens | heads << 32, *tensor.stride()[:2]], np.uint64).tobytes()
         for tensor in in_memory
     ]
-    items, tiles = (np.array([place(array)], np.uint64).tobytes() for array in (schedule.items, schedule.tiles))
+    items = np.array([place(blocks)], np.uint64).tobytes()
     group = max(layout.candidate_group_tokens, 1)
-    sizes = [tokens, heads, len(schedule.items), leading_rows(layout, config), group]
+    sizes = [tokens, heads, len(blocks), leading_rows(layout, config), group]
     numbers = [np.array([number], np.int32).tobytes() for number in sizes]
     numbers += [np.array([number], np.float32).tobytes() for number in (config.alpha, 1 / config.scaling_seqlen)]
-    remaining = iter([items, tiles, *numbers])
+    remaining = iter([items, *numbers])
     maps, structs = iter(map(loaded, inputs, box_rows)), iter(tensors)
     params: dict[str, object] = {}
     coordinates = False

@@ -1,8 +1,9 @@
-"""The check that no loss or gradient of a step is nan or infinite."""
+"""The check that no loss or gradient of a step is nan or infinite, and that no rank has been told to stop."""
 
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from hstu.optim.loss_scale import LossScale
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""A scheduler sends SIGTERM, and Ctrl-C SIGINT."""
 _SHOWN_USERS = 5
 
 
@@ -36,6 +39,8 @@ class FiniteCheck:
     after it, or in ``resolve``. Zero gradients do move the moments of FBGEMM's fused Adam on a GPU, but the run ends
     before these are used: nothing may be evaluated, logged or saved before ``resolve``.
 
+    The same collective carries stop signals, so that the ranks agree on them without one of their own.
+
     A dynamic loss scale skips a step whose gradients overflow and goes on, so there the host waits for every check.
     """
 
@@ -48,6 +53,10 @@ class FiniteCheck:
         """Deferred: float32 scalar on the device, 1 if the last checked step is not finite, else 0."""
         self.overflowed = False
         """Whether the last resolved step is to be skipped, because its gradients overflow a dynamic loss scale."""
+        self.received_signal: signal.Signals | None = None
+        """One of STOP_SIGNALS that this rank has received. Its handler sets it."""
+        self.stop_signal: signal.Signals | None = None
+        """A signal that some rank had received by the last resolved step. Equal on all ranks."""
         self._pending: _Pending | None = None
 
     def __call__(self, loss_sum: Tensor, gradients_finite: Tensor, batch: HSTUBatch) -> Tensor:
@@ -57,18 +66,20 @@ class FiniteCheck:
         Raises NonFiniteStep for this step, or if ``deferred`` for the one before.
         """
         self.resolve()
-        totals = torch.stack([loss_sum, (~gradients_finite).float()])
+        received = loss_sum.new_zeros(len(STOP_SIGNALS))
+        if self.received_signal is not None:
+            received[STOP_SIGNALS.index(self.received_signal)] = 1.0
+        totals = torch.cat([torch.stack([loss_sum, (~gradients_finite).float()]), received])
         if self.mesh.dp_size > 1:
             dist.all_reduce(totals, group=self.mesh.dp_group)
-        bad = torch.stack([(~totals[0].isfinite()).float(), totals[1]])
+        bad = torch.cat([(~totals[:1].isfinite()).float(), totals[1:]])
         if self.mesh.tp_size > 1:  # each rank of a group computes the same loss
             dist.all_reduce(bad, group=self.mesh.tp_group)
-        finite = bad == 0
-        self.found_inf = (~finite.all()).float() if self.deferred else None
-        on_host, copied = finite.to("cpu", non_blocking=True), None  # pinned, if it comes from a GPU
-        if finite.is_cuda:
-            copied = torch.cuda.Event()
-            copied.record()
+        good = bad == 0
+        self.found_inf = (~good[:2].all()).float() if self.deferred else None
+        on_host = good.to("cpu", non_blocking=True)  # pinned, if it comes from a GPU
+        copied = torch.get_device_module(good.device).Event()
+        copied.record()
         self._pending = _Pending(self.mesh.heartbeat.iteration, on_host, copied, loss_sum, gradients_finite, batch)
         if not self.deferred:
             self.resolve()
@@ -85,9 +96,9 @@ class FiniteCheck:
         if self._pending is None:
             return
         step, self._pending = self._pending, None
-        if step.copied is not None:
-            step.copied.synchronize()
-        loss_finite, gradients_finite = step.finite.tolist()
+        step.copied.synchronize()
+        loss_finite, gradients_finite, *not_received = step.good.tolist()
+        self.stop_signal = STOP_SIGNALS[not_received.index(False)] if False in not_received else None
         scale = self.loss_scale
         self.overflowed = loss_finite and not gradients_finite and scale is not None and scale.can_shrink
         if not ((loss_finite and gradients_finite) or self.overflowed):
@@ -116,9 +127,10 @@ class _Pending:
     """A checked step whose result the host has not read."""
 
     iteration: int
-    finite: Tensor
-    """bool [2], on the host once ``copied``: the loss, the gradients, on all ranks."""
-    copied: torch.cuda.Event | None
+    good: Tensor
+    """bool [4], on the host once ``copied``: on all ranks the loss is finite, the gradients are finite, and neither of
+    STOP_SIGNALS has been received."""
+    copied: torch.cuda.Event
     loss_sum: Tensor
     gradients_finite: Tensor
     batch: HSTUBatch

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 from hstu.parallel.mesh import Mesh
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from hstu.pipeline.finite import STOP_SIGNALS, FiniteCheck
 
 
 class Stopped(Exception):
@@ -25,29 +24,35 @@ class StopSignal:
     """Ends a run cleanly, with exit code 0, when any rank receives SIGTERM or SIGINT. A second SIGINT acts as it did
     before ``install``."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, check: FiniteCheck) -> None:
         self._mesh = mesh
-        self._received = 0
+        self._check = check
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
         """Handle the signals in this process."""
-        self._before = {number: signal.signal(number, self._receive) for number in _STOP_SIGNALS}
+        self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
 
     def uninstall(self) -> None:
         """Handle SIGINT as before. SIGTERM stays handled: a rank that failed still has to report it to the others."""
         signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self._received = number
+        self._check.received_signal = signal.Signals(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])
             if self._mesh.is_main:  # print and logging may be in use by the code that the signal interrupts
-                os.write(sys.stderr.fileno(), b"\nstopping after this iteration; Ctrl-C again ends the run at once\n")
+                message = b"\nstopping after this iteration or the next; Ctrl-C again ends the run at once\n"
+                os.write(sys.stderr.fileno(), message)
+
+    def raise_if_agreed(self) -> None:
+        """Raise Stopped on all ranks once a checked step has carried the signal of any rank to all of them."""
+        if self._check.stop_signal is not None:
+            raise Stopped(self._check.stop_signal.name)
 
     def raise_if_received(self) -> None:
-        """Raise Stopped on all ranks once any rank has received a signal. Collective on host memory."""
-        received = self._received
+        """Raise Stopped on all ranks once any rank has received a signal: outside of steps. Collective over gloo."""
+        received = int(self._check.received_signal or 0)
         if self._mesh.world_size > 1:
             flag = torch.tensor([received])
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._mesh.world_group)

@@ -66,7 +66,7 @@ class Trainer:
         args, split = self.args, self.source.eval_splits[0]
         self._selection = Selection(args.best_metric, args.best_metric_mode, split, args.early_stop_patience)
         self._last_throughput: Throughput | None = None
-        self._stop = StopSignal(self.mesh)
+        self._stop = StopSignal(self.mesh, self.pipeline.step.check)
         self.evaluator.between_batches = self._stop.raise_if_received
 
     def train(self) -> None:
@@ -137,7 +137,7 @@ class Trainer:
                 bar.update()
                 self._after_step(bar)
                 self.checkpoints.poll()
-                self._stop.raise_if_received()
+                self._stop.raise_if_agreed()
         self.pipeline.resolve()
 
     def _load(self, batches: Iterator[HSTUBatch]) -> Iterator[HSTUBatch]:

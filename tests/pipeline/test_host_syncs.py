@@ -2,7 +2,9 @@
 
 - Without a GPU the dense part runs on torch's meta device, which has shapes and no values. Whatever needs a value, or a
   size that depends on values (item, a mask as an index, nonzero, a copy to the host), raises.
-- Whole steps run on the CPU as they would on a GPU, and every tensor that our code reads is noted.
+  A copy from the host must come from pinned memory, else it waits for all work that the device has queued.
+- Whole steps run on the CPU as they would on a GPU. Every tensor that our code reads and every event that it waits for
+  is noted.
 - On a GPU torch itself warns of every wait for the device, in whole steps of every pipeline. TorchRec's exchange of ids
   between ranks needs the sizes on the host; our code must not wait.
 """
@@ -17,10 +19,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hstu
 from hstu.config.run_config import RunConfig
@@ -30,7 +34,9 @@ from hstu.data.store import SequenceStore
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import DenseModel, GRModel
 from hstu.model.ranking import RankingDense
+from hstu.ops.layout import build_layout
 from hstu.ops.pytorch import attention
+from hstu.ops.types import AttentionConfig
 from hstu.parallel import mesh as meshes
 from hstu.parallel.group import to_train_batch
 from hstu.pipeline.finite import FiniteCheck
@@ -84,6 +90,7 @@ def without_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator(known(torch.device(device).type)))
     monkeypatch.setattr(torch, "autocast", lambda device, **options: autocast(known(device), **options))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: is_enabled(known(device)))
+    monkeypatch.setattr(Tensor, "pin_memory", _pinned)
     for limits in (attention.SCORES_PER_BLOCK, attention.ROWS_PER_BLOCK):
         monkeypatch.setitem(limits, "meta", limits["cuda"])
 
@@ -108,9 +115,39 @@ def meta_step(config: RunConfig, mesh: meshes.Mesh, spoil: Callable[[GRModel], N
     step = TrainStep(model, optimizers, mesh, max_grad_norm=1.0)  # type: ignore[arg-type]
     step.check = MetaCheck(mesh)
     batch = to_train_batch(next(source.train_batches(SamplerPosition())), roles.item, mesh, 2)
-    loss = step(batch.to(torch.device("meta"), non_blocking=True)).loss
+    batch = batch.to(torch.device("meta"), non_blocking=True)
+    with PageableCopies() as copies:
+        loss = step(batch).loss
+    assert not copies.found
     assert clipped == [1.0]
     return loss
+
+
+PINNED: dict[int, Tensor] = {}
+"""Address → what a test has pinned, as far as a machine without a GPU can. It is kept, so the address stays its own."""
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    copy = tensor.clone()
+    PINNED[copy.data_ptr()] = copy
+    return copy
+
+
+class PageableCopies(TorchDispatchMode):
+    """Notes the copies to the meta device from host memory that is not pinned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        copies = function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if copies and isinstance(result, Tensor) and result.is_meta:
+            source = args[1] if function is torch.ops.aten.copy_.default else args[0]
+            if source.device.type == "cpu" and source.dim() and source.data_ptr() not in PINNED:
+                self.found.append(f"{function} {tuple(source.shape)}")
+        return result
 
 
 class MetaCheck(FiniteCheck):
@@ -159,6 +196,51 @@ def test_a_model_that_reads_a_value_is_detected(
         meta_step(config_of(store, tmp_path, "ranking"), mesh, spoil)
 
 
+@pytest.mark.usefixtures("without_values")
+@pytest.mark.parametrize(
+    "copy", [lambda loss: torch.ones(3).to(loss.device), lambda loss: torch.ones(3).add_(1).to(loss)]
+)
+def test_a_model_that_copies_pageable_memory_is_detected(
+    copy: Callable[[Tensor], Any], mesh: meshes.Mesh, store: SequenceStore, tmp_path: Path
+) -> None:
+    def spoil(model: GRModel) -> None:
+        assert isinstance(model.dense, DenseModel) and isinstance(model.dense.task, RankingDense)
+
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            copy(output.loss_sum.detach())
+
+        model.dense.task.register_forward_hook(hook)
+
+    with pytest.raises(AssertionError, match="_to_copy"):
+        meta_step(config_of(store, tmp_path, "ranking"), mesh, spoil)
+
+
+@pytest.mark.parametrize("kernels", ["cutlass", "triton", "pytorch"])
+def test_attention_copies_what_it_plans_from_pinned_memory(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", _pinned)
+    layout = build_layout(
+        item_lengths=np.array([70, 0, 3]),
+        num_sequences=3,
+        num_contextuals=2,
+        num_candidates=np.array([9, 0, 1]),
+        tokens_per_item=1,
+        target_group_size=1,
+        device=torch.device("meta"),
+    )
+    config = AttentionConfig(1.0, 100)
+    with PageableCopies() as copies:
+        if kernels == "cutlass":
+            of_cutlass = pytest.importorskip("hstu.ops.cutlass.attention")
+            shape = of_cutlass.Variant(of_cutlass.Kernel.KEYS, torch.bfloat16, 64, 90).shape
+            planned = of_cutlass._blocks_on(torch.device("meta"), shape, layout, config)
+        elif kernels == "triton":
+            planned = pytest.importorskip("hstu.ops.triton.attention")._longest_first(layout)
+        else:
+            offsets = np.concatenate([[0], np.cumsum(layout.seqlens)])
+            planned = attention._make_group(layout, np.arange(3), offsets, 72).tokens
+    assert planned.is_meta and not copies.found
+
+
 READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__")
 WHOLE_STEPS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": {"optimizer_str": "sgd", "momentum": 0.9}},
@@ -188,24 +270,29 @@ def test_a_whole_step_reads_nothing_but_the_check_of_the_step_before(
     reads: list[str] = []
     for name in READS:
         monkeypatch.setattr(Tensor, name, partialmethod(_noted, getattr(Tensor, name), reads))
+    for owner in (torch.cpu.Event, torch.cpu.Stream):
+        wait = getattr(owner, "synchronize", None)
+        if wait is not None:
+            monkeypatch.setattr(owner, "synchronize", partialmethod(_noted, wait, reads))
+    monkeypatch.setattr(torch.cpu, "synchronize", lambda *_: reads.append("synchronize"))
     by_step = []
     for batch in batches:
         step(batch)
         by_step.append(reads.copy())
         reads.clear()
     monkeypatch.undo()
-    assert by_step == [[], *[["finite.py resolve tolist"]] * 3]
+    assert by_step == [[], *[["finite.py resolve synchronize", "finite.py resolve tolist"]] * 3]
     trainer.run_directory.close()
 
 
-def _noted(tensor: Tensor, read: Callable[..., Any], reads: list[str], *args: Any) -> Any:
+def _noted(owner: Any, read: Callable[..., Any], reads: list[str], *args: Any) -> Any:
     """Read, and note it if the innermost line outside of torch is ours."""
     *stack, _ = traceback.extract_stack()
     torchs = f"{Path(torch.__file__).parent}/"
     line = next(frame for frame in reversed(stack) if not frame.filename.startswith(torchs))
     if line.filename.startswith(str(Path(hstu.__file__).parent)):
         reads.append(f"{Path(line.filename).name} {line.name} {read.__name__}")
-    return read(tensor, *args)
+    return read(owner, *args)
 
 
 def waits(mesh: meshes.Mesh, store: str, kind: str, task: str) -> dict[str, list[str]]:

@@ -53,8 +53,8 @@ def run_with(
     seen: dict[str, Any] = {}
     build = builder.build_trainer
 
-    def build_with_faults(config: RunConfig, mesh: Mesh) -> Trainer:
-        trainer = build(config, mesh)
+    def build_with_faults(config: RunConfig, mesh: Mesh, *beside_tables: Any) -> Trainer:
+        trainer = build(config, mesh, *beside_tables)
         if mesh.rank in faults:
             FAULTS[faults[mesh.rank]](trainer, iteration, Path(output) / f"failed_at_{mesh.rank}")
         _note(trainer, seen)

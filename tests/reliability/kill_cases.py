@@ -92,8 +92,8 @@ def run(kill: Kill | None, store: str, output: str, **options: Unpack[TinyOption
     seen: dict[str, Any] = {}
     build = builder.build_trainer
 
-    def build_and_watch(config: RunConfig, mesh: Mesh) -> Trainer:
-        trainer = build(config, mesh)
+    def build_and_watch(config: RunConfig, mesh: Mesh, *beside_tables: Any) -> Trainer:
+        trainer = build(config, mesh, *beside_tables)
         mine = kill if kill is not None and kill.rank == mesh.rank else None
         killer = Killer(trainer, Path(config.trainer.ckpt_save_dir), mine, Path(output) / "killed")
         trainer.train = _watched(trainer, killer, mesh, seen)  # type: ignore[method-assign]

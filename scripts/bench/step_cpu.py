@@ -25,7 +25,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -163,9 +162,13 @@ def loss_difference(bench: Bench) -> float:
 
 
 class Trainer:
-    """A process that trains one variant, a step whenever it is told to; ``env`` is its environment beside ours."""
+    """A process that trains one variant on all batches whenever it is told to; ``env`` is its environment beside ours.
+
+    Steps follow each other as in training: the first after another process has had its turn finds cold caches.
+    """
 
     def __init__(self, options: argparse.Namespace, variant: str, env: Mapping[str, str]) -> None:
+        self.wall_ms: list[float] = []
         self.processor_ms: list[float] = []
         config = ["--gin-config-file", options.gin_config_file, "--bindings", *options.bindings]
         size = ["--batches", str(options.batches), "--threads", str(options.threads)]
@@ -178,11 +181,12 @@ class Trainer:
         )
         self.memory = {"before_mb": self._answer()["peak_mb"]}
 
-    def step(self, number: int) -> None:
-        """Train on the batch of this number and wait for it."""
+    def train(self, number: int) -> None:
+        """Train on each batch once and wait for that; ``number`` is the round's. Times are those of an average step."""
         assert self._process.stdin
         print(number, file=self._process.stdin, flush=True)
         answer = self._answer()
+        self.wall_ms.append(answer["wall_ms"])
         self.processor_ms.append(answer["processor_ms"])
         self.memory["peak_mb"] = answer["peak_mb"]
 
@@ -204,22 +208,28 @@ def train_as_told(options: argparse.Namespace) -> None:
     bench = prepare(options)
     step = bench.step(options.train)
 
-    def answer(processor_s: float) -> None:
+    def answer(**times: float) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps({"processor_ms": round(processor_s * 1e3, 2), "peak_mb": round(peak / 1024)}), flush=True)
+        print(json.dumps({"peak_mb": round(peak / 1024), **times}), flush=True)
 
-    answer(0.0)
-    for line in sys.stdin:
-        answer(_processor_seconds(partial(step, int(line) % len(bench.batches))))
+    answer()
+    for _ in sys.stdin:
+        begun, processor = time.perf_counter(), time.process_time()
+        for batch in range(len(bench.batches)):
+            step(batch)
+        wall, processor = time.perf_counter() - begun, time.process_time() - processor
+        per_step = 1e3 / len(bench.batches)
+        answer(wall_ms=round(wall * per_step, 2), processor_ms=round(processor * per_step, 2))
 
 
 def time_variants(options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of all variants, and their memory."""
     environments = dict.fromkeys(VARIANTS, AS_ENTRY_SCRIPTS) | BASELINES
     trainers = {name: Trainer(options, name, env) for name, env in environments.items()}
-    times = time_in_turn({name: each.step for name, each in trainers.items()}, torch.device("cpu"), options.rounds)
+    time_in_turn({name: each.train for name, each in trainers.items()}, torch.device("cpu"), options.rounds)
     for each in trainers.values():
         each.end()
+    times = {name: each.wall_ms[-options.rounds :] for name, each in trainers.items()}
     processor = {name: each.processor_ms[-options.rounds :] for name, each in trainers.items()}
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
@@ -237,7 +247,7 @@ def time_variants(options: argparse.Namespace) -> dict[str, Any]:
             }
             for baseline in BASELINES
         },
-        "ms_all": {name: [round(value, 2) for value in values] for name, values in times.items()},
+        "ms_all": times,
         "memory": {name: each.memory for name, each in trainers.items()},
     }
 
@@ -375,7 +385,7 @@ def draw_costs(costs: Sequence[dict[str, Any]], image: Path) -> None:
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     """The options of a :class:`Trainer`, and of every benchmark."""
-    parser = command_line(description, rounds=12, threads=0, output=True)
+    parser = command_line(description, rounds=6, threads=0, output=True)
     parser.add_argument("--gin-config-file", default="configs/ml_1m_retrieval.gin")
     parser.add_argument("--batches", type=int, default=4, help="batches that the steps cycle through")
     parser.add_argument("--bindings", nargs="*", default=[], help="gin bindings beside the file's")

@@ -53,16 +53,16 @@ def main() -> None:
     rows: list[Row] = []
     for processes in (0, len(os.sched_getaffinity(0)) + 1):
         with beside(processes):
-            steps = {name: each.step for name, each in trainers.items()}
-            times = time_in_turn(steps, torch.device("cpu"), options.rounds)
+            turns = {name: each.train for name, each in trainers.items()}
+            time_in_turn(turns, torch.device("cpu"), options.rounds)
         for name, each in trainers.items():
-            processor = each.processor_ms[-options.rounds :]
+            wall, processor = each.wall_ms[-options.rounds :], each.processor_ms[-options.rounds :]
             rows.append(
                 {
                     "processes_beside": processes,
                     "waiting": name,
-                    "ms_median": round(statistics.median(times[name]), 1),
-                    "ms_fastest": round(min(times[name]), 1),
+                    "ms_median": round(statistics.median(wall), 1),
+                    "ms_fastest": round(min(wall), 1),
                     "processor_ms_median": round(statistics.median(processor), 1),
                 }
             )

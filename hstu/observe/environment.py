@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from importlib import metadata, util
 
@@ -45,10 +46,10 @@ def check_packages(modules: Sequence[str] = tuple(PACKAGES)) -> None:
     names = ", ".join(PACKAGES.get(module, module) for module in missing)
     lines = [f"Missing packages: {names}. To install all that is needed into .venv: scripts/install.sh"]
     if set(missing) <= {"torchrec", "fbgemm_gpu"}:
-        torchrec, cpu_build = _pin("torchrec"), _pin("fbgemm-gpu-cpu")
+        torchrec, cpu_build = _requirement("torchrec"), _requirement("fbgemm-gpu-cpu")
         lines.append(
             "Or, into the Python in use: with an NVIDIA GPU  pip install -e '.[cuda]'\n"
-            f"on a CPU machine  pip install {cpu_build} && pip install --no-deps {torchrec}"
+            f"on a CPU machine  pip install '{cpu_build}' && pip install --no-deps '{torchrec}'"
         )
     raise UserError("\n".join(lines))
 
@@ -63,11 +64,11 @@ def let_idle_threads_sleep() -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def _pin(distribution: str) -> str:
-    """``name==version`` as the package metadata pins it, or the bare name if this package is not installed."""
+def _requirement(distribution: str) -> str:
+    """Name and versions as the package metadata has them, or the bare name if this package is not installed."""
     try:
         requirements = metadata.requires("hstu") or []
     except metadata.PackageNotFoundError:
         return distribution
-    pins = (requirement.split(";")[0].strip() for requirement in requirements)
-    return next((pin for pin in pins if pin.split("==")[0] == distribution), distribution)
+    found = (requirement.split(";")[0].strip() for requirement in requirements)
+    return next((each for each in found if re.split("[<>=!~ ]", each)[0] == distribution), distribution)

@@ -22,17 +22,17 @@ def test_a_missing_package_names_the_command_to_run() -> None:
         check_packages(["torch", "no_such_package"])
 
 
-def test_missing_torchrec_tells_the_cpu_and_the_cuda_way_with_the_pinned_versions(
+def test_missing_torchrec_tells_the_cpu_and_the_cuda_way_with_the_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(environment.util, "find_spec", lambda name: None if name in ("torchrec", "fbgemm_gpu") else 1)
-    requires = ["torch==2.13.0", 'fbgemm-gpu-cpu==1.8.0; extra == "cpu"', 'torchrec==1.8.0 ; extra == "cuda"']
+    requires = ["torch<2.14,>=2.13", 'fbgemm-gpu-cpu<1.9,>=1.8; extra == "cpu"', 'torchrec<1.9,>=1.8 ; extra == "cuda"']
     monkeypatch.setattr(environment.metadata, "requires", lambda name: requires)
     with pytest.raises(UserError) as error:
         check_packages()
     assert "Missing packages: fbgemm-gpu, torchrec." in str(error.value)
     assert "pip install -e '.[cuda]'" in str(error.value)
-    assert "pip install fbgemm-gpu-cpu==1.8.0 && pip install --no-deps torchrec==1.8.0" in str(error.value)
+    assert "pip install 'fbgemm-gpu-cpu<1.9,>=1.8' && pip install --no-deps 'torchrec<1.9,>=1.8'" in str(error.value)
 
 
 def test_checking_imports_nothing_heavy() -> None:

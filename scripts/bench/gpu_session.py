@@ -157,7 +157,7 @@ STAGES: dict[int, tuple[Item, ...]] = {
             bench("dynamic_gpu", "--device", "cuda", "--rounds", "10"),
             bench("dynamic_gpu", "--rounds", "1", "--rows", "300", "--lookups", "256"),
         ),
-        Item("ml-1m, 100 steps", 240, ML_1M_STEPS, [*ML_1M_STEPS[:4], "--validate-only", "--quick"]),
+        Item("ml-1m, 100 steps", 240, ML_1M_STEPS, [*ML_1M_STEPS[:5], "--validate-only", "--quick"]),
         Item(
             "pytest -m gpu",
             580,

@@ -52,9 +52,14 @@ def report_once(text: str) -> None:
     The first rank of a host prints at once and exits, whereupon torchrun kills the others. Another rank therefore
     waits, and prints only if it is still alive, because it alone has the error.
     """
-    rank = os.environ.get("RANK", "0")
-    local_rank = os.environ.get("LOCAL_RANK", rank)
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
     if local_rank.isdecimal() and int(local_rank) > 0:
         time.sleep(_TIME_TO_REPORT_S + int(local_rank) * _TIME_TO_KILL_S)
+    report(text)
+
+
+def report(text: str) -> None:
+    """Print the text of an error of this rank, with its number unless that is 0."""
+    rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"[rank {rank}] "
     print(f"{prefix}{text}", file=sys.stderr, flush=True)

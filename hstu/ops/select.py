@@ -105,7 +105,7 @@ def triton_unsupported_reason(device: torch.device, shapes: KernelShapes | None)
 
     ``shapes``: of the model; None: only the hash index of dynamic tables is wanted.
     """
-    return _gpu_unsupported_reason("triton", Checked("Triton", "triton", *_self_check("triton")), device, shapes)
+    return _gpu_unsupported_reason("triton", "Triton", "triton", device, shapes)
 
 
 def select_slot_index(device: torch.device) -> tuple[type[SlotIndex] | None, str | None]:
@@ -118,20 +118,15 @@ def select_slot_index(device: torch.device) -> tuple[type[SlotIndex] | None, str
 
 def cutlass_unsupported_reason(device: torch.device, shapes: KernelShapes) -> str | None:
     """Why the CUTLASS kernels cannot run on this GPU; None: they can. Checks them at their first use on a machine."""
-    checked = Checked("CUTLASS", "nvidia-cutlass-dsl", *_self_check("cutlass"))
-    return _gpu_unsupported_reason("cutlass", checked, device, shapes)
-
-
-def _self_check(backend: str) -> tuple[str, Path]:
-    """The module that checks the kernels of a backend, and their folder."""
-    return f"hstu.ops.{backend}.self_check", Path(__file__).parent / backend
+    return _gpu_unsupported_reason("cutlass", "CUTLASS", "nvidia-cutlass-dsl", device, shapes)
 
 
 def _gpu_unsupported_reason(
-    backend: str, checked: Checked, device: torch.device, shapes: KernelShapes | None
+    backend: str, name: str, package: str, device: torch.device, shapes: KernelShapes | None
 ) -> str | None:
     support = importlib.import_module(f"hstu.ops.{backend}.support")
     reason: str | None = support.device_unsupported_reason(torch.cuda.get_device_capability(device))
+    checked = Checked(name, package, f"hstu.ops.{backend}.self_check", Path(__file__).parent / backend)
     return reason or refusal(checked, device, shapes)
 
 

@@ -72,12 +72,17 @@ class TableRanks:
     room: TableRoom = UNLIMITED
 
 
+def host_memory() -> int:
+    """Bytes of memory of this host, swap included."""
+    return int(psutil.virtual_memory().total + psutil.swap_memory().total)
+
+
 def room_of_rank(device: torch.device, ranks_on_host: int, beside_tables: Callable[[], int]) -> TableRoom:
     """The room for tables on this rank, which shares the memory of its host with ``ranks_on_host`` - 1 others.
 
     beside_tables: returns the bytes that the run needs beside the tables. It is called for GPUs only.
     """
-    host = (psutil.virtual_memory().total + psutil.swap_memory().total) // ranks_on_host
+    host = host_memory() // ranks_on_host
     if device.type != "cuda":
         return TableRoom(0, host)
     free, _ = torch.cuda.mem_get_info(device)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
-import psutil
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
@@ -34,6 +33,7 @@ from hstu.parallel.table_plan import (
     TableRanks,
     TablesDoNotFit,
     attach_training,
+    host_memory,
     least_room,
     plan_on_first_rank,
     plan_shards,
@@ -118,7 +118,7 @@ def plan_sharding(
 def check_memory(specs: Sequence[TableSpec], config: RunConfig, ranks_here: int, world_size: int) -> None:
     """Raise TablesDoNotFit if the rows alone need more memory than this host and its GPUs have."""
     needed = sum(_bytes(spec) * (ranks_here if spec.replicated else ranks_here / world_size) for spec in specs)
-    has = psutil.virtual_memory().total + psutil.swap_memory().total
+    has = host_memory()
     has += sum(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
     if needed > has:
         text = (

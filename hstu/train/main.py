@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hstu.config.errors import EXIT_DONE, ConfigError, UserError, report_once
+from hstu.config.errors import EXIT_DONE, ConfigError, UserError, report, report_once
 from hstu.config.run_config import RunConfig
 from hstu.data.processes import end_with_parent
 from hstu.observe.environment import check_packages
@@ -101,10 +101,6 @@ def memory_ran_out(error: Exception) -> bool:
 
 def _report(error: UserError, of_this_rank: bool = False) -> int:
     """Print the error, once per host unless it may be ``of_this_rank`` alone. Returns its exit code."""
-    if of_this_rank:
-        rank = os.environ.get("RANK", "0")
-        prefix = "" if rank == "0" else f"[rank {rank}] "
-        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-    else:
-        report_once(f"error: {error}")
+    print_it = report if of_this_rank else report_once
+    print_it(f"error: {error}")
     return error.exit_code

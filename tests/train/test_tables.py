@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +17,6 @@ from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.errors import ConfigError
 from hstu.data.sampler import SamplerPosition
 from hstu.data.store import SequenceStore
-from hstu.parallel import tables as sharding
 from hstu.parallel.mesh import Mesh
 from hstu.train.sources import check_rows, choose_tables
 from tests.conftest import write_small_store
@@ -143,7 +143,7 @@ def refusal(mesh: Mesh, store: str, output: str, sharded: tuple[str, ...], memor
     )
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError) as told:
         if memory is not None:
-            patch.setattr(sharding.psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
+            patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
         build(tiny_config("ranking", store, output, tables=tables), mesh)
     return str(told.value)
 

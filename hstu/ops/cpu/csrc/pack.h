@@ -33,48 +33,6 @@ class Buffer {
     int64_t size_ = 0;
 };
 
-inline int64_t whole_vectors(int64_t numbers) { return (numbers + LANES - 1) / LANES * LANES; }
-
-template <class T>
-inline void pack_row(const T* __restrict from, int64_t width, float scale, float* __restrict to, int64_t padded) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-        int64_t c = 0;
-        for (; c + LANES <= width; c += LANES) store(to + c, load(from + c) * scale);
-        if (c < width) {
-            store_some(to + c, load_some(from + c, width - c) * scale, std::min<int64_t>(padded - c, LANES));
-            c += LANES;
-        }
-        for (; c < padded; ++c) to[c] = 0.0f;
-    } else {
-        for (int64_t c = 0; c < width; ++c) to[c] = to_float(from[c]) * scale;
-        for (int64_t c = width; c < padded; ++c) to[c] = 0.0f;
-    }
-}
-
-// `rows` rows of `from`, then rows of zeros up to `padded_rows`; each padded with zeros to `stride` numbers.
-template <class T>
-inline void pack_rows(const T* from, int64_t from_stride, int64_t rows, int64_t width, float scale, float* to,
-                      int64_t padded_rows, int64_t stride) {
-    for (int64_t row = 0; row < rows; ++row) pack_row(from + row * from_stride, width, scale, to + row * stride, stride);
-    std::memset(to + rows * stride, 0, size_t(padded_rows - rows) * stride * sizeof(float));
-}
-
-template <class T>
-inline void unpack_rows(const float* from, int64_t stride, int64_t rows, int64_t width, float scale, T* to,
-                        int64_t to_stride) {
-    for (int64_t row = 0; row < rows; ++row) {
-        const float* __restrict in = from + row * stride;
-        T* __restrict out = to + row * to_stride;
-        int64_t c = 0;
-        if constexpr (sizeof(T) == sizeof(float)) {
-            for (; c + LANES <= width; c += LANES) store(out + c, load(in + c) * scale);
-            if (c < width) store_some(out + c, load_some(in + c, width - c) * scale, width - c);
-        } else {
-            for (; c < width; ++c) out[c] = from_float<T>(in[c] * scale);
-        }
-    }
-}
-
 typedef uint8_t vector_of_bytes __attribute__((vector_size(HSTU_LANES), aligned(1), may_alias));
 typedef bfloat vector_of_bfloats __attribute__((vector_size(2 * HSTU_LANES), aligned(1), may_alias));
 typedef uint32_t vector_of_bits __attribute__((vector_size(4 * HSTU_LANES)));
@@ -107,6 +65,37 @@ inline vf load_some(const T* from, int64_t count) {
 template <class T>
 inline void store_some(T* to, vf x, int64_t count) {
     for (int64_t lane = 0; lane < count; ++lane) to[lane] = from_float<T>(x[lane]);
+}
+
+template <class T>
+inline void pack_row(const T* __restrict from, int64_t width, float scale, float* __restrict to, int64_t padded) {
+    int64_t c = 0;
+    for (; c + LANES <= width; c += LANES) store(to + c, load(from + c) * scale);
+    if (c < width) {
+        store_some(to + c, load_some(from + c, width - c) * scale, std::min<int64_t>(padded - c, LANES));
+        c += LANES;
+    }
+    for (; c < padded; ++c) to[c] = 0.0f;
+}
+
+// `rows` rows of `from`, then rows of zeros up to `padded_rows`; each padded with zeros to `stride` numbers.
+template <class T>
+inline void pack_rows(const T* from, int64_t from_stride, int64_t rows, int64_t width, float scale, float* to,
+                      int64_t padded_rows, int64_t stride) {
+    for (int64_t row = 0; row < rows; ++row) pack_row(from + row * from_stride, width, scale, to + row * stride, stride);
+    std::memset(to + rows * stride, 0, size_t(padded_rows - rows) * stride * sizeof(float));
+}
+
+template <class T>
+inline void unpack_rows(const float* from, int64_t stride, int64_t rows, int64_t width, float scale, T* to,
+                        int64_t to_stride) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* __restrict in = from + row * stride;
+        T* __restrict out = to + row * to_stride;
+        int64_t c = 0;
+        for (; c + LANES <= width; c += LANES) store(out + c, load(in + c) * scale);
+        if (c < width) store_some(out + c, load_some(in + c, width - c) * scale, width - c);
+    }
 }
 
 // The sum of all lanes, in all lanes.

@@ -56,12 +56,6 @@ inline void store_some(float* to, vf x, int64_t count) {
 #endif
 }
 
-inline float sum(vf x) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; ++lane) total += x[lane];
-    return total;
-}
-
 // e^x for x clamped to [-87, 88], relative error below 2e-7. e^x = 2^n · e^r with |r| <= ln 2 / 2; ln 2 in two parts
 // keeps r exact, and adding 1.5 · 2^23 rounds to an integer, which is then in the lowest bits.
 inline vf exp(vf x) {

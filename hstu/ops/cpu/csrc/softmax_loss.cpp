@@ -42,12 +42,7 @@ inline vf sums_of(vf* rows) {
     return rows[0];
 }
 
-// The sum and the largest number of a vector, in log2(LANES) steps.
-inline float folded_sum(vf x) {
-#pragma GCC unroll 4
-    for (int bit = 1; bit < LANES; bit *= 2) x += __builtin_shuffle(x, lane_numbers() ^ bit);
-    return x[0];
-}
+// The largest number of a vector, in log2(LANES) steps.
 inline float largest(vf x) {
 #pragma GCC unroll 4
     for (int bit = 1; bit < LANES; bit *= 2) {
@@ -115,7 +110,7 @@ class SampledSoftmax {
             own[v] = own_part(vector, v);
             product += own[v] * load(positive + place(v));
         }
-        const float target = folded_sum(product) * inverse;
+        const float target = sum_of_lanes(product)[0] * inverse;
         for (int64_t r = 0; r < num_draws; r += 16) __builtin_prefetch(draws + 2 * num_draws + r);  // of a later query
         // Exponentials are relative to the target, or to the largest score of a chunk where that is much larger.
         float shift = target;
@@ -144,7 +139,7 @@ class SampledSoftmax {
             }
         }
         // log1p and this order are exact for a well-learnt target, whose loss is far below 1.
-        const double negatives = folded_sum(total), one = shift == target ? 1.0 : std::exp(double(target) - shift);
+        const double negatives = sum_of_lanes(total)[0], one = shift == target ? 1.0 : std::exp(double(target) - shift);
         a_.losses[query] = float(double(shift) - target + std::log1p(negatives + (one - 1)));
         if (!a_.grad_queries) return;
 

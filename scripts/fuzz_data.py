@@ -41,7 +41,8 @@ from hstu.data.datasets.embeddings import predefined_embeddings
 from hstu.data.datasets.kuairand import ACTION_BITS
 from hstu.data.preprocess import InteractionColumns, import_interactions, preprocess
 from hstu.data.preprocess.report import format_report
-from hstu.data.store import META_FILE, SequenceStore, sealed, sha256, strings_files
+from hstu.data.store import META_FILE, SequenceStore, sealed, sha256
+from hstu.data.store_layout import strings_files
 from hstu.data.store_writer import array_header
 
 _CASES_PER_CHILD = 40

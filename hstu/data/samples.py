@@ -17,7 +17,8 @@ from hstu.config.option import is_given
 from hstu.config.problems import Cite, cite
 from hstu.data.hashing import hash_strings, random_bits
 from hstu.data.jagged import run_indices
-from hstu.data.store import USER_FEATURE, HeldOut, SequenceStore
+from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.data.store_layout import HeldOut
 
 Split = Literal["train", "valid", "test", "all"]
 

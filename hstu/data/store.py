@@ -2,13 +2,16 @@
 
     meta.json                     version, features, counts, statistics, sources; each array's dtype, length and SHA-256
     offsets.npy                   int64 [U + 1]: the events of user u are [offsets[u], offsets[u + 1])
-    sequence.<feature>.npy        [E] item codes, actions or timestamps, of all users one after another
+    sequence.<feature>.npy        [E] item codes, actions, times, or codes of an event feature, user after user
     context.<feature>.npy         [U] codes of a contextual feature
+    item.<feature>.npy            codes of an item feature: [I], or the lists of all items one after another
+    item.<feature>.offsets.npy    int64 [I + 1]: the list of item i is [offsets[i], offsets[i + 1]), for lists
     split.<split>.npy             int64 [U]: first event of "valid" and of "test", where the data says which those are
     vocabulary.<feature>.*        code -> raw id: int64 [cardinality], or UTF-8 bytes and their offsets
     titles.*                      item code -> human title, where the data has titles
 
-U users are ordered by raw id. E events are in time order within a user, with ties in the order of the raw file.
+U users and I items are ordered by raw id. E events are in time order within a user, with ties in the order of the raw
+file.
 ``StoreWriter`` (store_writer.py) writes a store.
 """
 
@@ -19,11 +22,9 @@ import json
 import os
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import quote
+from typing import Any
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -32,20 +33,28 @@ from hstu.config.errors import DataError
 from hstu.config.printable import printable
 from hstu.data.datasets import resolve_name
 from hstu.data.datasets.spec import USER_FEATURE
+from hstu.data.store_layout import (
+    FeatureMeta,
+    HeldOut,
+    Role,
+    feature_file,
+    list_offsets_file,
+    split_file,
+    strings_files,
+    vocabulary_stem,
+)
 from hstu.data.store_meta import description_problems
 
 FORMAT = "hstu-sequence-store"
-VERSION = 2
-"""The newest version that this program reads."""
-WITHOUT_SPLIT = 1
-"""Version of a store without a split of its own, which earlier programs can read, too."""
+VERSION = 3
+"""The newest version that this program reads: a store with features of items or events."""
+WITH_SPLIT, PLAIN = 2, 1
+"""Version of a store with a split of its own, and of one with neither, which earlier programs can read, too."""
 META_FILE = "meta.json"
 OFFSETS_FILE = "offsets.npy"
 UNKNOWN = "unknown"
-"""Raw value of a contextual feature where a user has none."""
+"""Raw value of a feature where a user, an item or an event has none; an item without values has it as its list."""
 
-Role = Literal["item", "action", "timestamp", "context"]
-HeldOut = Literal["valid", "test"]
 _OFFSET_SAMPLES = 1024
 _CHUNK = 1 << 22
 _HASHED_ON_OPENING = 8 << 20
@@ -53,39 +62,8 @@ _HASHED_ON_OPENING = 8 << 20
 _MALFORMED = (KeyError, TypeError, IndexError, ValueError, AttributeError)
 """Errors from reading a description that is valid JSON but not that of a store."""
 _SEAL = "sha256"
-
-
-@dataclass(frozen=True)
-class FeatureMeta:
-    """One feature. Values lie in [0, cardinality); a timestamp is in seconds and has no cardinality."""
-
-    name: str
-    role: Role
-    dtype: str
-    cardinality: int | None
-    has_vocab: bool
-    raw: bool = False
-    """Whether models get the raw ids, int64, in place of the codes."""
-
-
-def feature_file(role: Role, feature: str) -> str:
-    """File of a feature's values; any character may occur in the name."""
-    return f"{'context' if role == 'context' else 'sequence'}.{quote(feature, safe='')}.npy"
-
-
-def split_file(split: HeldOut) -> str:
-    """File of the first event of each user that belongs to a split or to a later one."""
-    return f"split.{split}.npy"
-
-
-def strings_files(stem: str) -> tuple[str, str]:
-    """Files of a list of strings: offsets int64 [n + 1] into bytes uint8."""
-    return f"{stem}.offsets.npy", f"{stem}.utf8.npy"
-
-
-def vocabulary_stem(feature: str) -> str:
-    """Common start of the names of a vocabulary's files."""
-    return f"vocabulary.{quote(feature, safe='')}"
+_ACCESS = {"context": ("contextual", "context"), "item_feature": ("per-item", "item_values")}
+"""Role → what errors call it, and the method that reads it."""
 
 
 class SequenceStore:
@@ -106,6 +84,8 @@ class SequenceStore:
         self.action_feature: str | None = next(iter(self._named("action")), None)
         self.timestamp_feature: str | None = next(iter(self._named("timestamp")), None)
         self.contextual_features: tuple[str, ...] = self._named("context")
+        self.item_side_features: tuple[str, ...] = self._named("item_feature")
+        self.event_features: tuple[str, ...] = self._named("event")
         self.split: str | None = meta.get("split")
         """The column of the raw data that says to which split an event belongs. None: options of a run say it."""
         self._files: dict[str, dict[str, Any]] = meta["files"]
@@ -152,12 +132,20 @@ class SequenceStore:
         return self._map(OFFSETS_FILE)
 
     def sequence(self, feature: str) -> np.ndarray:
-        """[E] values of the item (int32), action (int32) or timestamp (int64, seconds) feature."""
-        return self._feature_values(feature, of_context=False)
+        """[E] values of the item, the action or an event feature (int32), or of the timestamp (int64, seconds)."""
+        return self._feature_values(feature, "sequence")
 
     def context(self, feature: str) -> np.ndarray:
         """int32 [U] codes of a contextual feature."""
-        return self._feature_values(feature, of_context=True)
+        return self._feature_values(feature, "context")
+
+    def item_values(self, feature: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """(codes, offsets) of an item feature: int32 [I] and None, or int32 [n] and int64 [I + 1] where it is a list.
+
+        The list of item i, which has one or more codes, is codes[offsets[i] : offsets[i + 1]].
+        """
+        codes = self._feature_values(feature, "item_values")
+        return codes, self._map(list_offsets_file(feature)) if self.features[feature].is_list else None
 
     def held_out(self, split: HeldOut) -> tuple[np.ndarray, np.ndarray]:
         """(begin, end), int64 [U] each: the events of a split that the data itself gives."""
@@ -233,6 +221,10 @@ class SequenceStore:
 
     def verify_values(self) -> None:
         """Checks offsets and ranges of codes, and that times and splits ascend within users. Raises DataError."""
+        for name in self.item_side_features:
+            _, ends = self.item_values(name)
+            if ends is not None and (np.diff(ends) < 1).any():
+                raise self._damaged(list_offsets_file(name), "an item has no values, or offsets are not ascending")
         if (np.diff(self.offsets()) < 1).any():
             raise self._damaged(OFFSETS_FILE, "a user has no events, or offsets are not ascending")
         if self.split is not None:
@@ -261,11 +253,11 @@ class SequenceStore:
             raise DataError(f"{self.path} has no feature {feature!r}; it has: {', '.join(self.features)}")
         return self.features[feature]
 
-    def _feature_values(self, feature: str, *, of_context: bool) -> np.ndarray:
+    def _feature_values(self, feature: str, method: str) -> np.ndarray:
         meta = self._meta_of(feature)
-        if (meta.role == "context") != of_context:
-            kind, method = ("contextual", "context") if meta.role == "context" else ("sequence", "sequence")
-            raise DataError(f"{self.path}: {feature!r} is a {kind} feature, use {method}({feature!r})")
+        kind, right_method = _ACCESS.get(meta.role, ("sequence", "sequence"))
+        if method != right_method:
+            raise DataError(f"{self.path}: {feature!r} is a {kind} feature, use {right_method}({feature!r})")
         return self._map(feature_file(meta.role, feature))
 
     def _map(self, file: str) -> np.ndarray:
@@ -291,12 +283,22 @@ class SequenceStore:
         if self.split is not None:
             lengths |= {split_file("valid"): self.num_users, split_file("test"): self.num_users}
         for name, feature in self.features.items():
-            of_users = feature.role == "context"
-            lengths[feature_file(feature.role, name)] = self.num_users if of_users else self.num_events
+            lengths[feature_file(feature.role, name)] = self._num_values(feature)
+            if feature.is_list:
+                lengths[list_offsets_file(name)] = self.cardinality(self.item_feature) + 1
         lengths |= self._list_lengths()
         for file, length in lengths.items():
             if self._files.get(file, {}).get("length") != length:
                 raise self._damaged(META_FILE, f"it does not describe {file} with {length} values")
+
+    def _num_values(self, feature: FeatureMeta) -> int:
+        if feature.role == "context":
+            return self.num_users
+        if feature.role != "item_feature":
+            return self.num_events
+        if feature.is_list:  # the offsets state it, too
+            return int(self._files.get(feature_file(feature.role, feature.name), {}).get("length", -1))
+        return self.cardinality(self.item_feature)
 
     def _list_lengths(self) -> dict[str, int]:
         """File → length of the lists of raw ids and of titles."""
@@ -327,12 +329,19 @@ class SequenceStore:
                 raise self._damaged(file, f"its SHA-256 is {found} instead of {expected['sha256']}")
 
     def _check_offsets(self) -> None:
-        offsets = self.offsets()
-        if offsets[0] != 0 or offsets[-1] != self.num_events:
-            raise self._damaged(OFFSETS_FILE, f"it does not run from 0 to {self.num_events}")
-        sample = offsets[np.linspace(0, self.num_users, min(_OFFSET_SAMPLES, self.num_users + 1), dtype=np.int64)]
+        self._check_ends(OFFSETS_FILE, self.num_events)
+        for name in self.item_side_features:
+            if self.features[name].is_list:
+                self._check_ends(list_offsets_file(name), len(self.item_values(name)[0]))
+
+    def _check_ends(self, file: str, total: int) -> None:
+        """Checks the ends and a sample of offsets."""
+        offsets = self._map(file)
+        if offsets[0] != 0 or offsets[-1] != total:
+            raise self._damaged(file, f"it does not run from 0 to {total}")
+        sample = offsets[np.linspace(0, len(offsets) - 1, min(_OFFSET_SAMPLES, len(offsets)), dtype=np.int64)]
         if (np.diff(sample) < 1).any():
-            raise self._damaged(OFFSETS_FILE, "its values are not ascending")
+            raise self._damaged(file, "its values are not ascending")
 
     def _damaged(self, file: str, what: str) -> DataError:
         return DataError(f"{self.path / file} is damaged: {what}. {_remedy(self.path, {'command': self.command})}")

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-DTYPES = {"item": "<i4", "action": "<i4", "timestamp": "<i8", "context": "<i4"}
-"""Role of a feature → dtype of its array."""
+from hstu.data.store_layout import DTYPES
+
 _FILE_DTYPES = ("<i4", "<i8", "|u1")
 _LARGEST = 2**48
 """More users, events or codes than a disk holds."""
@@ -62,12 +62,13 @@ def _feature_problems(features: Any) -> Iterator[str]:
         return
     for feature in features:
         role, cardinality = feature.get("role"), feature.get("cardinality")
-        flags = (feature.get("has_vocab"), feature.get("raw", False))
+        flags = (feature.get("has_vocab"), feature.get("raw", False), feature.get("is_list", False))
         is_role = isinstance(role, str) and feature.get("dtype") == DTYPES.get(role, ())
         is_size = cardinality is None if role == "timestamp" else _is_count(cardinality)
-        is_whole = feature.keys() - {"raw"} == {"name", "role", "dtype", "cardinality", "has_vocab"}
+        is_whole = feature.keys() - {"raw", "is_list"} == {"name", "role", "dtype", "cardinality", "has_vocab"}
         has_flags = all(type(flag) is bool for flag in flags)
-        if not (is_whole and _is_name(feature["name"]) and is_role and is_size and has_flags):
+        has_right_values = role == "item_feature" or not feature.get("is_list")
+        if not (is_whole and _is_name(feature["name"]) and is_role and is_size and has_flags and has_right_values):
             yield f"a feature is {feature!r}"
             return
     names = [feature["name"] for feature in features]

@@ -22,20 +22,24 @@ from hstu.data.store import (
     FORMAT,
     META_FILE,
     OFFSETS_FILE,
+    PLAIN,
     VERSION,
-    WITHOUT_SPLIT,
-    FeatureMeta,
-    Role,
+    WITH_SPLIT,
     SequenceStore,
-    feature_file,
     read_meta,
     sealed,
     sha256,
+)
+from hstu.data.store_layout import (
+    DTYPES,
+    FeatureMeta,
+    Role,
+    feature_file,
+    list_offsets_file,
     split_file,
     strings_files,
     vocabulary_stem,
 )
-from hstu.data.store_meta import DTYPES
 
 
 class StoreWriter:
@@ -76,6 +80,7 @@ class StoreWriter:
         self._resume_key = resume_key
         self.partial = self.target.parent / f".{self.target.name}.partial"
         self._features: list[tuple[str, Role, np.dtype, int | None]] = []
+        self._lists: set[str] = set()
         self._vocabularies: set[str] = set()
         self._raw: set[str] = set()
         self._arrays: dict[str, tuple[str, int]] = {}
@@ -131,7 +136,7 @@ class StoreWriter:
         self._create(OFFSETS_FILE, np.dtype(np.int64), len(offsets))[:] = offsets
 
     def create_sequence(self, feature: str, role: Role, *, cardinality: int | None, length: int) -> np.memmap:
-        """A flat [length] array to be filled: item and action int32, timestamp int64 (cardinality None).
+        """A flat [length] array to be filled: item, action and event int32, timestamp int64 (cardinality None).
 
         An array that a killed writer has left keeps its content.
         """
@@ -142,6 +147,15 @@ class StoreWriter:
     def write_context(self, feature: str, codes: np.ndarray, *, cardinality: int) -> None:
         """Stores the [U] codes of a contextual feature as int32. Features keep the order of these calls."""
         self.create_sequence(feature, "context", cardinality=cardinality, length=len(codes))[:] = codes
+
+    def write_item_feature(
+        self, feature: str, codes: np.ndarray, *, cardinality: int, offsets: np.ndarray | None = None
+    ) -> None:
+        """Stores the codes of an item feature as int32: one per item, or lists with ``offsets`` [I + 1], none empty."""
+        self.create_sequence(feature, "item_feature", cardinality=cardinality, length=len(codes))[:] = codes
+        if offsets is not None:
+            self._lists.add(feature)
+            self._create(list_offsets_file(feature), np.dtype(np.int64), len(offsets))[:] = offsets
 
     def write_vocabulary(self, feature: str, raw_ids: np.ndarray | Iterable[str]) -> None:
         """Stores code → raw id, ascending: an int64 array, or strings. That of the users is called "user_id"."""
@@ -225,16 +239,28 @@ class StoreWriter:
 
     def _meta(self) -> dict[str, Any]:
         features = [
-            vars(FeatureMeta(name, role, dtype.str, cardinality, name in self._vocabularies, name in self._raw))
+            vars(
+                FeatureMeta(
+                    name,
+                    role,
+                    dtype.str,
+                    cardinality,
+                    name in self._vocabularies,
+                    name in self._raw,
+                    name in self._lists,
+                )
+            )
             for name, role, dtype, cardinality in self._features
         ]
         for feature in features:
-            if not feature["raw"]:
-                del feature["raw"]  # earlier versions, which do not have it, can open the store
+            for flag in ("raw", "is_list"):
+                if not feature[flag]:
+                    del feature[flag]  # earlier versions, which do not have it, can open the store
         item = next(feature["name"] for feature in features if feature["role"] == "item")
+        has_side = any(feature["role"] in ("item_feature", "event") for feature in features)
         return {
             "format": FORMAT,
-            "version": VERSION if self._split else WITHOUT_SPLIT,
+            "version": VERSION if has_side else WITH_SPLIT if self._split else PLAIN,
             "name": self._name,
             "command": self._command,
             **({"split": self._split} if self._split else {}),

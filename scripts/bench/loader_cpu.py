@@ -35,7 +35,8 @@ from hstu.data.loader import build_loader
 from hstu.data.negatives import Negatives
 from hstu.data.sampler import TrainSampler
 from hstu.data.samples import build_samples
-from hstu.data.store import FORMAT, META_FILE, VERSION, FeatureMeta, SequenceStore, sealed, sha256
+from hstu.data.store import FORMAT, META_FILE, VERSION, SequenceStore, sealed, sha256
+from hstu.data.store_layout import FeatureMeta
 from hstu.data.store_writer import array_header
 from hstu.observe.throughput import ThroughputMeter
 

@@ -24,7 +24,15 @@ def good(make_store: MakeStore) -> SequenceStore:
     rng = np.random.default_rng(0)
     items = [rng.integers(0, 9, length).tolist() for length in (3, 1, 40, 7)]
     actions = [[value % 3 for value in row] for row in items]
-    return make_store(items, actions=actions, context={"age": [1, 0, 1, 2]})
+    tags = [[code % 4] * (1 + code % 3) for code in range(9)]
+    return make_store(
+        items,
+        actions=actions,
+        context={"age": [1, 0, 1, 2]},
+        item_features={"tags": tags, "year": list(range(9))},
+        event_features={"device": actions},
+        num_items=9,
+    )
 
 
 def flip(file: Path, position: int) -> None:
@@ -100,6 +108,26 @@ SEALED_LIES: dict[str, tuple[dict[str, object], str]] = {
     "an unknown role": ({"features": [FEATURE | {"role": "label"}]}, "a feature is"),
     "a role that is a list": ({"features": [FEATURE | {"role": []}]}, "a feature is"),
     "another dtype": ({"features": [FEATURE | {"dtype": "<f8"}]}, "a feature is"),
+    "a list per event": (
+        {"features": [FEATURE, FEATURE | {"name": "device", "role": "event", "is_list": True}]},
+        "a feature is",
+    ),
+    "a list that is a number": (
+        {"features": [FEATURE, FEATURE | {"name": "tags", "role": "item_feature", "is_list": 1}]},
+        "a feature is",
+    ),
+    "an absent list": (
+        {"features": [FEATURE, FEATURE | {"name": "gone", "role": "item_feature", "is_list": True}]},
+        r"does not describe item\.gone\.npy",
+    ),
+    "a list that is single values": (
+        {"features": [FEATURE, FEATURE | {"name": "year", "role": "item_feature", "is_list": True}]},
+        r"does not describe item\.year\.offsets\.npy with 10 values",
+    ),
+    "single values that are a list": (
+        {"features": [FEATURE, FEATURE | {"name": "tags", "role": "item_feature"}]},
+        r"does not describe item\.tags\.npy with 9 values",
+    ),
     "more fields": ({"features": [FEATURE | {"x": 1}]}, "a feature is"),
     "a file elsewhere": ({"files": {"../../secret.npy": {"dtype": "<i8", "length": 1, "bytes": 136}}}, "of files is"),
     "a file of another kind": (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hstu.config.errors import DataError
-from hstu.data.store import SequenceStore, sealed
+from hstu.data.store import SequenceStore, sealed, sha256
 from hstu.data.store_writer import StoreWriter
 from tests.conftest import REPOSITORY
 
@@ -35,6 +35,42 @@ def test_a_store_gives_back_what_was_written(make_store: MakeStore) -> None:
     assert [store.cardinality(name) for name in ("item_id", "action", "age", "user_id")] == [4, 5, 2, 3]
     assert store.sequence("item_id").dtype == np.int32 and store.sequence("timestamp").dtype == np.int64
     assert store.titles() is None
+
+
+GENRES = [[2, 0], [1], [1, 1, 0], [2]]
+DEVICES = [[1, 0], [0, 1, 1], [1]]
+
+
+def test_features_of_items_and_events_come_back(make_store: MakeStore) -> None:
+    features = {"year": [5, 0, 3, 3], "genres": GENRES}
+    store = make_store(ITEMS, item_features=features, event_features={"device": DEVICES})
+    assert store.item_side_features == ("year", "genres") and store.event_features == ("device",)
+    years, none = store.item_values("year")
+    assert years.tolist() == [5, 0, 3, 3] and years.dtype == np.int32 and none is None
+    genres, offsets = store.item_values("genres")
+    assert genres.tolist() == [2, 0, 1, 1, 1, 0, 2] and genres.dtype == np.int32
+    assert offsets is not None and offsets.tolist() == [0, 2, 3, 6, 7] and offsets.dtype == np.int64
+    assert store.sequence("device").tolist() == [1, 0, 0, 1, 1, 1] and store.sequence("device").dtype == np.int32
+    assert [store.cardinality(name) for name in ("year", "genres", "device")] == [6, 3, 2]
+    assert store.raw_ids("genres").tolist() == ["value 000", "value 001", "value 002"]
+    assert store.encode("device", ["value 001", "value 000"]).tolist() == [1, 0]
+    assert (store.path / "item.genres.offsets.npy").is_file() and (store.path / "sequence.device.npy").is_file()
+
+
+def test_only_stores_with_features_of_items_or_events_have_the_new_version(make_store: MakeStore) -> None:
+    def described(**features: object) -> dict[str, object]:
+        return json.loads((make_store(ITEMS, **features).path / "meta.json").read_text())
+
+    assert described(event_features={"device": DEVICES})["version"] == 3
+    assert described(item_features={"genres": GENRES})["version"] == 3
+    plain = described(context={"age": [1, 0, 1]})
+    assert plain["version"] == 1 and "is_list" not in json.dumps(plain)
+
+
+def test_a_list_and_a_feature_named_like_its_offsets_do_not_meet(make_store: MakeStore) -> None:
+    store = make_store(ITEMS, item_features={"genres": GENRES, "genres.offsets": [1, 0, 0, 1]})
+    assert store.item_values("genres.offsets")[0].tolist() == [1, 0, 0, 1]
+    assert store.item_values("genres")[0].tolist() == [2, 0, 1, 1, 1, 0, 2]
 
 
 def test_raw_ids_and_codes_map_both_ways(make_store: MakeStore) -> None:
@@ -94,13 +130,17 @@ def test_opening_does_not_depend_on_the_size(make_store: MakeStore) -> None:
 
 
 def test_asking_for_a_feature_in_the_wrong_way_names_the_right_one(make_store: MakeStore) -> None:
-    store = make_store(ITEMS, context={"age": [1, 0, 1]})
-    with pytest.raises(DataError, match="no feature 'movie'; it has: age, item_id, timestamp"):
+    store = make_store(ITEMS, context={"age": [1, 0, 1]}, item_features={"genres": GENRES})
+    with pytest.raises(DataError, match="no feature 'movie'; it has: age, item_id, timestamp, genres"):
         store.sequence("movie")
     with pytest.raises(DataError, match=r"use context\('age'\)"):
         store.sequence("age")
     with pytest.raises(DataError, match=r"use sequence\('item_id'\)"):
         store.context("item_id")
+    with pytest.raises(DataError, match=r"'genres' is a per-item feature, use item_values\('genres'\)"):
+        store.sequence("genres")
+    with pytest.raises(DataError, match=r"use sequence\('item_id'\)"):
+        store.item_values("item_id")
     with pytest.raises(DataError, match="no cardinality"):
         store.cardinality("timestamp")
     with pytest.raises(DataError, match="no vocabulary"):
@@ -114,12 +154,19 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "offsets.npy": lambda file: np.save(file, np.array([0, 5, 2, 6])),
     "meta.json": lambda file: file.write_text('{"format": '),
     "vocabulary.item_id.npy": lambda file: file.write_bytes(b"\0" * file.stat().st_size),
+    "item.genres.npy": lambda file: np.save(file, np.zeros(6, dtype=np.int32)),
+    "item.genres.offsets.npy": lambda file: np.save(file, np.array([0, 2, 2, 6, 7])),
+    "item.year.npy": lambda file: file.unlink(),
+    "sequence.device.npy": lambda file: os.truncate(file, file.stat().st_size - 4),
 }
 
 
 @pytest.mark.parametrize("file", DAMAGES)
 def test_damage_is_found_on_opening_and_the_file_and_remedy_are_named(make_store: MakeStore, file: str) -> None:
-    store = make_store(ITEMS, actions=ACTIONS, context={"age": [1, 0, 1]})
+    features = {"genres": GENRES, "year": [5, 0, 3, 3]}
+    store = make_store(
+        ITEMS, actions=ACTIONS, context={"age": [1, 0, 1]}, item_features=features, event_features={"device": DEVICES}
+    )
     DAMAGES[file](store.path / file)
     with pytest.raises(DataError) as raised:
         SequenceStore.open(store.path)
@@ -146,7 +193,7 @@ def test_a_recorded_command_is_the_remedy(make_store: MakeStore) -> None:
 def test_a_store_of_a_newer_program_is_told_from_a_damaged_one(make_store: MakeStore) -> None:
     store = make_store(ITEMS)
     describe(store, version=99)
-    with pytest.raises(DataError, match=r"version 99, and this program reads version 2: a newer program wrote it"):
+    with pytest.raises(DataError, match=r"version 99, and this program reads version 3: a newer program wrote it"):
         SequenceStore.open(store.path)
 
 
@@ -168,6 +215,66 @@ def test_a_failing_writer_leaves_nothing_and_the_old_store_as_it_was(tmp_path: P
         write_toy(tmp_path / "toy", [1, 9], overwrite=True)
     assert os.listdir(tmp_path) == ["toy"]
     assert SequenceStore.open(tmp_path / "toy").sequence("item").tolist() == [1, 2]
+
+
+BAD_FEATURES: dict[str, tuple[Callable[[StoreWriter], object], str]] = {
+    "an empty list": (
+        lambda writer: writer.write_item_feature("f", np.array([0, 1]), cardinality=2, offsets=np.array([0, 2, 2])),
+        r"item\.f\.offsets\.npy is damaged: its values are not ascending",
+    ),
+    "offsets that end early": (
+        lambda writer: writer.write_item_feature("f", np.array([0, 1, 1]), cardinality=2, offsets=np.array([0, 1, 2])),
+        "does not run from 0 to 3",
+    ),
+    "offsets of other items": (
+        lambda writer: writer.write_item_feature("f", np.array([0, 1]), cardinality=2, offsets=np.array([0, 2])),
+        r"does not describe item\.f\.offsets\.npy with 3 values",
+    ),
+    "values of other items": (
+        lambda writer: writer.write_item_feature("f", np.array([0, 1, 1]), cardinality=2),
+        r"does not describe item\.f\.npy with 2 values",
+    ),
+    "an item's code beyond the cardinality": (
+        lambda writer: writer.write_item_feature("f", np.array([0, 2]), cardinality=2),
+        r"item\.f\.npy is damaged: values outside \[0, 2\)",
+    ),
+    "a list's code beyond the cardinality": (
+        lambda writer: writer.write_item_feature("f", np.array([0, 1, 2]), cardinality=2, offsets=np.array([0, 1, 3])),
+        r"item\.f\.npy is damaged: values outside \[0, 2\)",
+    ),
+    "an event's code below 0": (
+        lambda writer: writer.create_sequence("f", "event", cardinality=2, length=3).__setitem__(0, -1),
+        r"sequence\.f\.npy is damaged: values outside \[0, 2\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FEATURES)
+def test_a_writer_refuses_features_of_wrong_values(case: str, tmp_path: Path) -> None:
+    write, message = BAD_FEATURES[case]
+    with pytest.raises(DataError, match=message), StoreWriter(tmp_path / "toy", name="toy", command=None) as writer:
+        writer.write_offsets(np.array([0, 3]))
+        writer.create_sequence("item", "item", cardinality=2, length=3)[:] = [0, 1, 0]
+        write(writer)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_large_list_out_of_order_is_found_by_verifying(make_store: MakeStore) -> None:
+    """Between the places that opening looks at."""
+    items = 5000
+    store = make_store([range(items)], item_features={"tags": [[0, 1]] * items})  # type: ignore[list-item]
+    file = store.path / "item.tags.offsets.npy"
+    offsets = np.load(file)
+    place = next(at for at in range(2, items) if at not in np.linspace(0, items, 1024, dtype=np.int64))
+    offsets[place] = offsets[place - 1]
+    np.save(file, offsets)
+    meta = json.loads((store.path / "meta.json").read_text())
+    files = meta["files"]
+    files[file.name]["sha256"] = sha256(file)
+    describe(store, files=files)
+    opened = SequenceStore.open(store.path)
+    with pytest.raises(DataError, match="an item has no values, or offsets are not ascending"):
+        opened.verify_contents()
 
 
 def test_overwriting_replaces_the_store_whole(tmp_path: Path) -> None:
@@ -198,7 +305,7 @@ NOT_REPLACED: dict[str, tuple[Callable[[SequenceStore], object], str]] = {
         ),
         "its checksum is wrong",
     ),
-    "a newer version": (lambda store: describe(store, version=3), "a newer program wrote it"),
+    "a newer version": (lambda store: describe(store, version=4), "a newer program wrote it"),
     "files beside": (lambda store: (store.path / "thesis.txt").write_text("x"), r"not of the store: thesis\.txt"),
     "a folder beside": (lambda store: (store.path / "src").mkdir(), "not of the store: src"),
 }

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from hstu.data.store import USER_FEATURE, FeatureMeta, SequenceStore
+from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.data.store_layout import FeatureMeta
 
 
 class ToyStore(SequenceStore):
@@ -28,6 +29,7 @@ class ToyStore(SequenceStore):
         self.item_feature, self.action_feature = "item", None if actions is None else "action"
         self.timestamp_feature = None if times is None else "time"
         self.contextual_features = tuple(context or {})
+        self.item_side_features = self.event_features = ()
         columns = {"item": items, "action": actions, "time": times}
         self.arrays = {
             name: np.array([value for row in rows for value in row], dtype=np.int64)

@@ -13,14 +13,14 @@ _REPLICATED_TABLE_BYTES = 4 << 20
 def predefined_embeddings(
     store: SequenceStore, network: NetworkArgs, *, dynamic: bool = False
 ) -> tuple[EmbeddingArgs, ...]:
-    """One table per feature of the store that is looked up, named after the feature, with a row per code.
+    """One table per item, action and contextual feature of the store, named after the feature, with a row per code.
 
     The tables of the items and the users, and any table above 4 MiB, are model_parallel; the others, which are small,
     are data_parallel. ``dynamic`` makes the tables of the items and the users dynamic; those of raw ids always are.
     """
     tables: list[EmbeddingArgs] = []
     for name, feature in store.features.items():
-        if feature.cardinality is None:
+        if feature.cardinality is None or feature.role in ("item_feature", "event"):
             continue
         width = network.contextual_width if feature.role == "context" else network.item_width
         is_main = feature.role == "item" or name == USER_FEATURE

@@ -1,0 +1,63 @@
+"""What a sequence store consists of: the roles that features have, and the names of the files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import quote
+
+Role = Literal["item", "action", "timestamp", "context", "item_feature", "event"]
+HeldOut = Literal["valid", "test"]
+
+DTYPES = {
+    "item": "<i4", "action": "<i4", "timestamp": "<i8", "context": "<i4", "item_feature": "<i4", "event": "<i4"
+}  # fmt: skip
+"""Role of a feature → dtype of its array."""
+_FOLDERS = {"context": "context", "item_feature": "item"}
+"""Role → first part of the name of its files, where that is not "sequence"."""
+
+
+@dataclass(frozen=True)
+class FeatureMeta:
+    """One feature. Values lie in [0, cardinality); a timestamp is in seconds and has no cardinality."""
+
+    name: str
+    role: Role
+    dtype: str
+    cardinality: int | None
+    has_vocab: bool
+    raw: bool = False
+    """Whether models get the raw ids, int64, in place of the codes."""
+    is_list: bool = False
+    """Whether an item has a list of one or more values, of role "item_feature"."""
+
+
+def feature_file(role: Role, feature: str) -> str:
+    """File of a feature's values; any character may occur in the name."""
+    return f"{_FOLDERS.get(role, 'sequence')}.{_quoted(feature, role)}.npy"
+
+
+def list_offsets_file(feature: str) -> str:
+    """File of the offsets of an item feature whose values are lists."""
+    return f"item.{_quoted(feature, 'item_feature')}.offsets.npy"
+
+
+def _quoted(feature: str, role: Role) -> str:
+    name = quote(feature, safe="")
+    # Else the values of "a.offsets" would be in the file of the offsets of "a".
+    return name.replace(".", "%2E") if role == "item_feature" else name
+
+
+def split_file(split: HeldOut) -> str:
+    """File of the first event of each user that belongs to a split or to a later one."""
+    return f"split.{split}.npy"
+
+
+def strings_files(stem: str) -> tuple[str, str]:
+    """Files of a list of strings: offsets int64 [n + 1] into bytes uint8."""
+    return f"{stem}.offsets.npy", f"{stem}.utf8.npy"
+
+
+def vocabulary_stem(feature: str) -> str:
+    """Common start of the names of a vocabulary's files."""
+    return f"vocabulary.{quote(feature, safe='')}"

@@ -1,6 +1,6 @@
 """One global batch gives one result: whole runs on 1, 2 and 3 ranks, interrupted and not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from tests.distributed.training_cases import train, users_evaluated
 from tests.train.tiny import walks
 
 SIZES = (1, 2, 3)
+ON_THREE_RANKS = ("ranking", "in_batch", "uniform")
+"""The cases that are trained on 3 ranks, too. The others are by a slow test."""
 GLOBAL_BATCH, ITERATIONS = 12, 20
 
 SGD = {"optimizer_str": "sgd", "learning_rate": 0.05}
@@ -73,9 +75,10 @@ def case(
     return partial(function, **places, **options, trainer={**sizes, **trainer})
 
 
-def trained(place: Path, size: int) -> dict[str, Any]:
+def trained(place: Path, size: int, names: Iterable[str]) -> dict[str, Any]:
     cases = {}
-    for name, options in CASES.items():
+    for name in names:
+        options = CASES[name]
         saving = {"ckpt_save_interval": ITERATIONS // 2} if size == 1 else {}
         trainer = {"max_train_iters": ITERATIONS, "max_grad_norm": 0.5, **saving}
         cases[name] = case(train, place, f"{size}/{name}", {"optimizer": SGD, **options}, **trainer)
@@ -121,7 +124,7 @@ def launches(place: Path) -> dict[int, list[dict[str, Any]]]:
     """World size → results of all ranks, from one launch each."""
     results = {}
     for size in SIZES:
-        cases = trained(place, size) | from_checkpoints_of_one_rank(place, size)
+        cases = trained(place, size, CASES if size < 3 else ON_THREE_RANKS) | from_checkpoints_of_one_rank(place, size)
         if size < 3:
             cases |= interrupted(place, size)
         results[size] = run_cases(Launch(size, timeout_s=200), cases)
@@ -141,15 +144,24 @@ def assert_close(left: dict[str, Any], right: dict[str, Any], tolerance: float) 
         assert (np.abs(np.array(left[name]) - right[name]) / scale).max() < tolerance, name
 
 
+def assert_same_training(others: dict[str, Any], alone: dict[str, Any]) -> None:
+    np.testing.assert_allclose(list(others["losses"].values()), list(alone["losses"].values()), rtol=1e-5)
+    assert_close(others["tables"], alone["tables"], 1e-5)
+    assert_close(others["dense"], alone["dense"], 1e-5)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_any_number_of_ranks_trains_the_same_model(runs: Any, name: str) -> None:
-    alone = runs[1][name]
-    assert len(alone["losses"]) == ITERATIONS
-    for size in (2, 3):
-        others = runs[size][name]
-        np.testing.assert_allclose(list(others["losses"].values()), list(alone["losses"].values()), rtol=1e-5)
-        assert_close(others["tables"], alone["tables"], 1e-5)
-        assert_close(others["dense"], alone["dense"], 1e-5)
+    assert len(runs[1][name]["losses"]) == ITERATIONS
+    for size in (2, 3) if name in ON_THREE_RANKS else (2,):
+        assert_same_training(runs[size][name], runs[1][name])
+
+
+@pytest.mark.slow
+def test_three_ranks_train_the_same_model_in_every_other_case(runs: Any, place: Path) -> None:
+    names = [name for name in CASES if name not in ON_THREE_RANKS]
+    for name, others in run_cases(Launch(3, timeout_s=200), trained(place, 3, names))[0].items():
+        assert_same_training(others, runs[1][name])
 
 
 @pytest.mark.parametrize("name", CASES)

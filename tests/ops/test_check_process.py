@@ -1,5 +1,6 @@
 """Whatever goes wrong in the check of a GPU's kernels refuses the backend with the reason; the run goes on."""
 
+import faulthandler
 import os
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ ENDLESS = "endless"
 STUBS = {
     "right": "pass",
     "wrong": "errors = {'dK': (float('nan'), 1e-2)}",
-    "does not fit": "raise triton.runtime.errors.OutOfResources(300000, 232448, 'shared memory')",
+    "does not fit": "import triton; raise triton.runtime.errors.OutOfResources(300000, 232448, 'shared memory')",
     "illegal access": "raise torch.AcceleratorError('CUDA error: an illegal memory access was encountered')",
     "segfault": "os.kill(os.getpid(), signal.SIGSEGV)",
     "exit": "print('the compiler gave up'); sys.exit(3)",
@@ -27,7 +28,9 @@ STUBS = {
     "no package": "import no_such_package",
 }
 """Name of a stub backend → what its check does."""
-HEAD = """import os, signal, sys, time, torch, triton
+IN_THIS_PROCESS = ("wrong", "does not fit", "illegal access", "no package")
+"""Stubs whose check ends by itself with a report. A process takes seconds to start."""
+HEAD = """import os, signal, sys, time, torch
 
 def checks(device, shapes):
     assert str(device) == "cuda:0" and shapes.dtype == torch.bfloat16 and torch.empty(3).isnan().all()
@@ -64,14 +67,29 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def refusals(machine: Path) -> dict[str, str | None]:
     """The answer for every stub."""
     kernels = {name: stub(machine, name, body) for name, body in STUBS.items()}
-    with ThreadPoolExecutor(4) as pool, pytest.MonkeyPatch.context() as patch:
-        pending = {name: pool.submit(refusal, each, GPU, SHAPES) for name, each in kernels.items() if name != ENDLESS}
+    elsewhere = [name for name in kernels if name not in (ENDLESS, *IN_THIS_PROCESS)]
+    with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
+        pending = {name: pool.submit(refusal, kernels[name], GPU, SHAPES) for name in elsewhere}
         answers = {name: each.result() for name, each in pending.items()}
         patch.setattr(check_process, "TIME_LIMIT_S", 3.0)
         begun = time.monotonic()
         answers[ENDLESS] = refusal(kernels[ENDLESS], GPU, SHAPES)
         assert time.monotonic() - begun < 30
-    return answers
+        patch.setattr(check_process, "_exit_code", run_here)
+        patch.syspath_prepend(str(machine))
+        return answers | {name: refusal(kernels[name], GPU, SHAPES) for name in IN_THIS_PROCESS}
+
+
+def run_here(command: list[str], report: Path, output: Path) -> int:
+    """What the process of ``command`` runs, in this one."""
+    output.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faulthandler, "enable", lambda: None)  # pytest has enabled it
+        try:
+            check_process.main(*command[command.index("hstu.ops.check_process") + 1 :])
+        finally:
+            torch.use_deterministic_algorithms(False)
+    return 0
 
 
 def test_right_kernels_are_used(refusals: dict[str, str | None]) -> None:

@@ -1,6 +1,8 @@
 """Compiling the C++ kernels: once a machine, whoever else is at it, and a clear line where it cannot be."""
 
 import ctypes
+import logging
+import multiprocessing
 import os
 import platform
 import shutil
@@ -67,14 +69,21 @@ def test_without_a_home_directory_there_are_no_kernels_and_the_reason_is_given(
 def test_processes_that_start_together_compile_once(small_sources: Path, tmp_path: Path, is_damaged: bool) -> None:
     if is_damaged:
         build.library_file(tmp_path).write_bytes(b"damaged")
-    code = (
-        "import logging, pathlib; from hstu.ops.cpu import build; logging.basicConfig(level=logging.INFO); "
-        f"build.SOURCES = pathlib.Path({str(small_sources)!r}); build.library_file(pathlib.Path({str(tmp_path)!r}))"
-    )
-    command = [sys.executable, "-c", code]
-    processes = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    lines = "".join(process.communicate(timeout=60)[1] for process in processes)
-    assert [process.returncode for process in processes] == [0] * 4, lines
+    fork = multiprocessing.get_context("fork")  # a process that has to import torch takes seconds
+    together, log = fork.Barrier(4), tmp_path / "log"
+
+    def compile_and_log() -> None:
+        logging.basicConfig(level=logging.INFO, filename=log, force=True)
+        together.wait(timeout=60)
+        build.library_file(tmp_path)
+
+    processes = [fork.Process(target=compile_and_log) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    lines = log.read_text()
+    assert [process.exitcode for process in processes] == [0] * 4, lines
     assert lines.count("compiled the CPU kernels in") == 1
     assert lines.count("is damaged and is compiled again") == is_damaged
 

@@ -19,19 +19,21 @@ from typing import Any
 from hstu.checkpoint.directory import check_files, complete_checkpoints
 from hstu.observe.records import read_metrics
 from tests.conftest import write_small_store
+from tests.distributed.failure_cases import run_with
+from tests.distributed.launch import Launch, run_to_their_ends
 from tests.train.tiny import walks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120
+SAVING = {"ckpt_save_interval": 2, "ckpt_keep_last": 2, "eval_interval": 10**6, "log_interval": 1}
 SHARED = ("ckpt_save_dir", "output_dir")
 
 
 def start(store: Path, output: Path, fault: str = "nothing", **trainer: Any) -> subprocess.Popen[str]:
     """Start a run of one rank in a process of its own."""
-    saving = {"ckpt_save_interval": 2, "ckpt_keep_last": 2, "eval_interval": 10**6, "log_interval": 1}
     options = {"faults": {0: fault}, "iteration": 0, "store": str(store), "output": str(output)}
     output.mkdir(exist_ok=True)
-    (output / "options").write_bytes(pickle.dumps(options | {"trainer": saving | trainer}))
+    (output / "options").write_bytes(pickle.dumps(options | {"trainer": SAVING | trainer}))
     command = [sys.executable, "-m", "tests.distributed.failure_cases", str(output / "options")]
     return subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL
@@ -46,11 +48,12 @@ def beside_a_live_run(place: Path, starts: int) -> Counter[str]:
     own = {"ckpt_save_dir": str(place / "live" / "checkpoints"), "output_dir": str(place / "live" / "run")}
     wait_for(lambda: complete_checkpoints(place / "live" / "checkpoints"), live)
     for number, option, load in zip(range(starts), itertools.cycle(SHARED), itertools.cycle(("", "", "auto", "auto"))):
-        second = start(store, place / f"second{number}", ckpt_load_dir=load, **{option: own[option]})
-        text, _ = second.communicate(timeout=TIMEOUT_S)
-        refused = (
-            second.returncode == 2 and f"TrainerArgs.{option}: the directory" in text and "in use by a run" in text
+        trainer = SAVING | {"ckpt_load_dir": load, option: own[option]}
+        (second,) = run_to_their_ends(
+            Launch(1, TIMEOUT_S), run_with, {}, 0, str(store), str(place / f"second{number}"), trainer=trainer
         )
+        text = second.output
+        refused = second.exit_code == 2 and f"TrainerArgs.{option}: the directory" in text and "in use by a run" in text
         counts["refused" if refused else f"not refused: {text}"] += 1
         counts["live run harmed"] += live.poll() is not None
     before = len(iterations(place / "live"))

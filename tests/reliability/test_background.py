@@ -37,8 +37,8 @@ def committed(output: Path) -> dict[int, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("ranks", "optimizer", "more"),
     [
-        (1, "adam", {}),
         (2, "adam", {}),
+        pytest.param(1, "adam", {}, marks=pytest.mark.slow),
         pytest.param(2, "rowwise_adagrad", {"sharding": "table_wise"}, marks=pytest.mark.slow),
         pytest.param(2, "adam", {"rows": 7}, marks=pytest.mark.slow, id="dynamic"),
     ],

@@ -29,8 +29,9 @@ def interpret(*arguments: str, timeout_s: int) -> int:
 
 
 def test_every_kernel_is_right_when_interpreted() -> None:
-    layer = "tests/ops/test_layer.py::test_what_is_kept_is_the_formula_to_the_byte"
-    assert interpret(*SHARED, layer, timeout_s=280) >= 60
+    kept = "tests/ops/test_layer.py::test_what_is_kept_is_the_formula_to_the_byte"
+    layers = [f"{kept}[triton-{changes}-0.2-None]" for changes in ({}, {"recompute_layer": True})]
+    assert interpret(*SHARED, *layers, timeout_s=280) >= 60
 
 
 @pytest.mark.slow
@@ -42,6 +43,5 @@ def test_long_sequences_are_right_when_interpreted() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_layer_of_interpreted_kernels_is_right_and_is_recomputed_with_the_same_bits() -> None:
-    """Runs all tests of layers except those that the first test of this file runs."""
     layers = ("tests/model/test_layer_kernels.py", "tests/ops/test_layer.py")
-    assert interpret(*layers, "-k", "not dropout_drops and not what_is_kept", timeout_s=880) == 23
+    assert interpret(*layers, "-k", "not dropout_drops", timeout_s=880) == 43

@@ -33,9 +33,9 @@ class HSTUBatch(Pipelineable):
     """
 
     features: KeyedJaggedTensor
-    """Keys in order: contextual features, item, action if any, NEGATIVES if any. int64 values and lengths. All
-    NEGATIVES belong to the first sequence. ``length_per_key`` is set, so splitting by key reads nothing from the
-    device."""
+    """Keys in order: contextual features, item, action if any, side features, NEGATIVES if any. int64 values and
+    lengths. All NEGATIVES belong to the first sequence. ``length_per_key`` is set, so splitting by key reads nothing
+    from the device."""
     num_candidates: Tensor
     """int64 [B]: the newest items of each sequence that are candidates."""
     num_labels: Tensor
@@ -45,6 +45,9 @@ class HSTUBatch(Pipelineable):
     Retrieval evaluation: the store's codes of the held-out items, int64 [B], -1 for padding."""
     user_ids: Tensor
     """int64 [B]: rows of the users in the store, -1 for padding."""
+    list_lengths: Tensor | None = None
+    """int64 [L, sum of item_lengths]: the number of values that each item has of each of the L side features that are
+    lists. None if L = 0."""
     timestamps: Tensor | None = None
     """int64 [sum of item_lengths], in seconds: times of the items, if the model has a relative bias."""
     request_times: Tensor | None = None

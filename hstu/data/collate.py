@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from hstu.config.args import DatasetArgs, Task
+from hstu.config.args import DatasetArgs, NetworkArgs, Task
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
@@ -37,11 +37,23 @@ class FeatureRoles:
     item: str
     action: str | None
     contextual: tuple[str, ...]
+    side: tuple[str, ...] = ()
+    """Features of items and of events that are part of an item's tokens."""
+    lists: tuple[str, ...] = ()
+    """Those of ``side`` of which an item has several values."""
+    known_after: tuple[str, ...] = ()
+    """Those of ``side`` that only the event itself makes known, as it does the action."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """All features, in the order of the keys of a batch."""
-        return (*self.contextual, self.item, *([self.action] if self.action else []))
+        return (*self.contextual, self.item, *([self.action] if self.action else []), *self.side)
+
+    def width(self, feature: str, network: NetworkArgs) -> int:
+        """Width of the table rows of a feature."""
+        if feature in self.contextual:
+            return network.contextual_width
+        return network.side_embedding_dim if feature in self.side else network.item_width
 
 
 def resolve_roles(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> FeatureRoles:
@@ -52,12 +64,27 @@ def resolve_roles(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) ->
         contextual=store.contextual_features
         if args.contextual_feature_names is None
         else tuple(args.contextual_feature_names),
+        side=tuple(args.side_feature_names),
+        lists=tuple(
+            name for name in args.side_feature_names if name in store.features and store.features[name].is_list
+        ),
+        known_after=tuple(args.known_after),
     )
+    side = (*store.item_side_features, *store.event_features)
+    allowed_names = {
+        "item": (store.item_feature,),
+        "action": (store.action_feature,) if store.action_feature else (),
+        "context": store.contextual_features,
+        "side": side,
+        "event": store.event_features,
+    }
     wanted = [("item", "item_feature_name", chosen.item), ("action", "action_feature_name", chosen.action)]
     wanted += [("context", "contextual_feature_names", name) for name in chosen.contextual]
+    wanted += [("side", "side_feature_names", name) for name in chosen.side]
+    wanted += [("event", "known_after", name) for name in chosen.known_after if name in side]
     problems = []
     for role, parameter, name in wanted:
-        allowed = [meta.name for meta in store.features.values() if meta.role == role]
+        allowed = allowed_names[role]
         if name is not None and name not in allowed:
             text = f"{name!r} is no {role} feature of {store.path}; allowed: {', '.join(allowed) or 'none'}"
             problems.append(cite(args, parameter, text + did_you_mean(name, allowed)))
@@ -86,6 +113,10 @@ class Rows:
     """[Σ lengths], seconds."""
     context: Mapping[str, np.ndarray]
     """Feature → [b]."""
+    side: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Feature → [Σ lengths], or [Σ list_lengths[feature]] for a list: the values of one item after another."""
+    list_lengths: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """List → values of each item, [Σ lengths]."""
     held_out: np.ndarray | None = None
     """Retrieval evaluation: the target items, [b]."""
     request_times: np.ndarray | None = None
@@ -149,15 +180,19 @@ class StoreReader:
             if self.wants_seen:
                 seen_lengths = target - begin
                 seen = self._codes(self.roles.item, ranges(begin, seen_lengths))
+        items = self._codes(self.roles.item, events)
+        side, list_lengths = self._side(events)
         return Rows(
             user_ids=users,
             lengths=lengths,
             num_candidates=samples.num_candidates[chosen],
             num_labels=num_labels,
-            items=self._codes(self.roles.item, events),
+            items=items,
             actions=None if self.roles.action is None else self._codes(self.roles.action, events),
             timestamps=None if times is None else self.store.sequence(times)[events],
             context={name: self._codes(name, users, of_users=True) for name in self.roles.contextual},
+            side=side,
+            list_lengths=list_lengths,
             held_out=held_out,
             request_times=request_times,
             seen=seen,
@@ -167,18 +202,42 @@ class StoreReader:
     def _codes(self, feature: str, rows: np.ndarray, of_users: bool = False) -> np.ndarray:
         """int64 codes of a feature at ``rows``, which are events or, for contextual features, users."""
         read = self.store.context if of_users else self.store.sequence
-        values = read(feature)[rows].astype(np.int64)
+
+        def place(index: int) -> str:
+            row = int(rows[index])
+            user = row if of_users else int(np.searchsorted(self.store.offsets(), row, side="right")) - 1
+            return f"user {self.store.raw_ids(USER_FEATURE)[user]} ({'row' if of_users else 'event'} {row})"
+
+        return self._for_model(feature, read(feature)[rows], place)
+
+    def _side(self, events: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Rows.side and Rows.list_lengths. The codes of the items at ``events`` must be known to be right."""
+        side: dict[str, np.ndarray] = {}
+        list_lengths: dict[str, np.ndarray] = {}
+        for name in self.roles.side:
+            if name in self.store.event_features:
+                side[name] = self._codes(name, events)
+                continue
+            places = self.store.sequence(self.roles.item)[events]
+            values, offsets = self.store.item_values(name)
+            if offsets is not None:
+                starts = offsets[places]
+                list_lengths[name] = offsets[places + 1] - starts
+                places = ranges(starts, list_lengths[name])
+            side[name] = self._for_model(name, values[places], lambda _: "an item")
+        return side, list_lengths
+
+    def _for_model(self, feature: str, stored: np.ndarray, place: Callable[[int], str]) -> np.ndarray:
+        """What the model gets for stored codes, int64. ``place``: where the one at an index is, for an error."""
+        values = stored.astype(np.int64)
         cardinality = self.store.cardinality(feature)
         # Viewed as unsigned, a negative code is too large as well: one comparison instead of two.
         wrong = values.view(np.uint64) >= np.uint64(cardinality)
         if wrong.any():
             first = int(wrong.argmax())
-            row = int(rows[first])
-            user = row if of_users else int(np.searchsorted(self.store.offsets(), row, side="right")) - 1
             raise DataError(
-                f"{self.store.path}: {feature} = {values[first]} of user {self.store.raw_ids(USER_FEATURE)[user]} "
-                f"({'row' if of_users else 'event'} {row}) is not in [0, {cardinality}): the data is damaged, "
-                "preprocess it again"
+                f"{self.store.path}: {feature} = {values[first]} of {place(first)} is not in [0, {cardinality}): "
+                "the data is damaged, preprocess it again"
             )
         if self.recoding and feature in self.recoding:
             return self.recoding[feature][values]
@@ -214,6 +273,7 @@ class Assembler:
         labelled = ranges(np.cumsum(rows.lengths) - rows.num_labels, rows.num_labels)
         negatives, draws, pool_positions = self._negatives(rows, plan)
         num_candidates = self._padded(rows.num_candidates)
+        lists = self.roles.lists
         seen_offsets = None if rows.seen_lengths is None else run_offsets(self._padded(rows.seen_lengths))
         return HSTUBatch(
             features=self._features(rows, negatives),
@@ -221,6 +281,7 @@ class Assembler:
             num_labels=torch.from_numpy(self._padded(rows.num_labels)),
             labels=torch.from_numpy(self._labels(rows, labelled)),
             user_ids=torch.from_numpy(self._padded(rows.user_ids, -1)),
+            list_lengths=_tensor(np.stack([rows.list_lengths[name] for name in lists]) if lists else None),
             timestamps=_tensor(rows.timestamps),
             request_times=None if rows.request_times is None else torch.from_numpy(self._padded(rows.request_times)),
             draws=_tensor(draws),
@@ -242,6 +303,11 @@ class Assembler:
         if self.roles.action is not None and rows.actions is not None:
             values[self.roles.action] = rows.actions
             jagged_lengths[self.roles.action] = lengths
+        for name in self.roles.side:
+            values[name], jagged_lengths[name] = rows.side[name], lengths
+            if name in rows.list_lengths:
+                ends = run_offsets(rows.list_lengths[name])[run_offsets(rows.lengths)]
+                jagged_lengths[name] = self._padded(np.diff(ends))
         if negatives is not None:
             values[NEGATIVES] = negatives
             jagged_lengths[NEGATIVES] = self._padded(np.array([len(negatives)]))

@@ -107,6 +107,7 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
         num_labels=torch.from_numpy(_stack(batches, [batch.num_labels.numpy() for batch in batches])),
         labels=torch.from_numpy(np.concatenate(labels) if is_per_label else _stack(batches, labels)),
         user_ids=torch.from_numpy(_stack(batches, [batch.user_ids.numpy() for batch in batches])),
+        list_lengths=_concatenate([batch.list_lengths for batch in batches], dim=1),
         timestamps=_concatenate([batch.timestamps for batch in batches]),
         request_times=_stack_tensors(batches, [batch.request_times for batch in batches]),
         draws=_merge_draws(batches, by_rank.get(NEGATIVES)),
@@ -142,9 +143,9 @@ def _stack_tensors(batches: Sequence[HSTUBatch], tensors: Sequence[Tensor | None
     return torch.from_numpy(_stack(batches, present)) if present else None
 
 
-def _concatenate(tensors: Sequence[Tensor | None]) -> Tensor | None:
+def _concatenate(tensors: Sequence[Tensor | None], dim: int = 0) -> Tensor | None:
     present = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(present) if present else None
+    return torch.cat(present, dim) if present else None
 
 
 def _merge_draws(batches: Sequence[HSTUBatch], negatives: Sequence[np.ndarray] | None) -> Tensor | None:
@@ -189,6 +190,7 @@ def split_micro_batches(batch: HSTUBatch, count: int, item_feature: str) -> tupl
             num_labels=batch.num_labels[start:stop],
             labels=batch.labels[labels],
             user_ids=batch.user_ids[start:stop],
+            list_lengths=None if batch.list_lengths is None else batch.list_lengths[:, items],
             timestamps=None if batch.timestamps is None else batch.timestamps[items],
             draws=None if batch.draws is None else batch.draws[labels],
             pool_ids=pool_ids,

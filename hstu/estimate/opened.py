@@ -102,9 +102,7 @@ class Opened:
         run, roles, tables = self.run, self.roles.value, self.tables.value
         args, ranks = run.task_args, run.world_size
         negatives = isinstance(args, RetrievalArgs) and args.negatives != "in_batch"
-        return Attempt(
-            lambda: table_specs(tables, run.network, roles.contextual, roles.item, negatives, ranks, run.located)
-        )
+        return Attempt(lambda: table_specs(tables, run.network, roles, negatives, ranks, run.located))
 
     @cached_property
     def task(self) -> RankingDense | RetrievalDense:
@@ -115,7 +113,7 @@ class Opened:
         else:
             groups = (group for group in run.dataset.feature_args if roles.item in group.feature_names)
             max_items = next(groups).max_sequence_length
-        features = SequenceFeatures(roles.item, roles.action, roles.contextual, max_items)
+        features = SequenceFeatures.of(roles, max_items)
         with torch.device("meta"):
             return task_module(run, features, REFERENCE_KERNELS)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -78,6 +79,8 @@ class Workload:
     """Items of the longest sequence."""
     corpus_size: int
     """Item codes are below this."""
+    values_per_item: Mapping[str, float]
+    """Side feature that is a list → its values per item, on average over the items."""
     steps: tuple[tuple[Batch, ...], ...]
     """For each of the first steps one batch per data-parallel rank (of some of them, if there are many)."""
     has_data: bool
@@ -103,7 +106,7 @@ class Workload:
     @cached_property
     def features(self) -> SequenceFeatures:
         """The features of a sequence."""
-        return SequenceFeatures(self.roles.item, self.roles.action, self.roles.contextual, self.max_items)
+        return SequenceFeatures.of(self.roles, self.max_items)
 
     @cached_property
     def task(self) -> RankingDense | RetrievalDense:
@@ -145,14 +148,15 @@ class Workload:
     @property
     def residual_size(self) -> int:
         """Bytes of a number between the layers: float32 unless all inputs come out of half-precision products."""
-        roles = 1 + (self.roles.action is not None) + bool(self.roles.contextual)
-        all_projected = len(self.projected_widths) == roles
+        used = {"item": True, "action": self.roles.action is not None, "contextual": bool(self.roles.contextual)}
+        all_projected = all(role in self.projected_widths for role, is_used in used.items() if is_used)
         has_positions = self.encoder.inputs.position_table is not None
         return self.element_size if all_projected and not has_positions else FLOAT32
 
     def rows_by_role(self, batch: Batch) -> dict[str, int]:
         """Looked-up rows that become tokens, or parts of tokens, by role."""
-        return {"item": batch.items, "action": batch.items, "contextual": batch.sequences * len(self.roles.contextual)}
+        contextual = batch.sequences * len(self.roles.contextual)
+        return dict.fromkeys(("item", "action", "side", "known_after"), batch.items) | {"contextual": contextual}
 
     def tokens(self, batch: Batch) -> int:
         """Tokens of a batch."""
@@ -205,6 +209,8 @@ class Workload:
         ids = dict.fromkeys(self.roles.contextual, -(-batch.sequences // tp)) | {
             name: -(-batch.items // tp) for name in (self.roles.item, self.roles.action) if name
         }
+        values = self.values_per_item
+        ids |= {name: math.ceil(values.get(name, 1) * ids[self.roles.item]) for name in self.roles.side}
         args = self.config.task_args
         if isinstance(args, RetrievalArgs) and args.negatives != "in_batch":
             ids[NEGATIVES] = self.negatives(-(-batch.labels // tp), ids[self.roles.item])
@@ -243,8 +249,8 @@ def plan_workload(config: RunConfig, world_size: int, ranks_per_host: int, devic
     args = config.task_args
     has_negatives = isinstance(args, RetrievalArgs) and args.negatives != "in_batch"
     roles = data.roles
-    specs = table_specs(data.tables, config.network, roles.contextual, roles.item, has_negatives, world_size)
-    shape = data.max_items, data.corpus_size, data.steps, has_data, data.notes
+    specs = table_specs(data.tables, config.network, roles, has_negatives, world_size)
+    shape = data.max_items, data.corpus_size, data.values_per_item, data.steps, has_data, data.notes
     return Workload(config, world_size, ranks_per_host, device_type, roles, specs, *shape)
 
 
@@ -253,6 +259,7 @@ class _Data(NamedTuple):
     tables: Sequence[EmbeddingArgs]
     max_items: int
     corpus_size: int
+    values_per_item: Mapping[str, float]
     steps: tuple[tuple[Batch, ...], ...]
     notes: tuple[str, ...]
 
@@ -273,7 +280,8 @@ def _plan_steps(config: RunConfig, world_size: int) -> _Data:
     kind = "random data" if isinstance(config.dataset, BenchmarkDatasetArgs) else "the preprocessed data"
     notes = (f"lengths: the first {num_steps} steps of this run, planned on {kind}",)
     corpus_size = source.cardinalities[source.roles.item]
-    return _Data(source.roles, source.tables, source.max_items, corpus_size, tuple(zip(*of_groups, strict=True)), notes)
+    shape = source.max_items, corpus_size, source.values_per_item
+    return _Data(source.roles, source.tables, *shape, tuple(zip(*of_groups, strict=True)), notes)
 
 
 def _is_preprocessed(args: DatasetArgs) -> bool:
@@ -301,7 +309,9 @@ def _plan_without_data(config: RunConfig) -> _Data:
     notes = [f"{args.dataset_name} is not preprocessed: every sequence is taken to be as long as allowed"]
     if unknown := [feature for feature in roles.names if feature not in rows]:
         notes.append(f"tables of unknown size, not counted: {', '.join(unknown)}")
-    return _Data(roles, tables, longest, rows.get(roles.item, 1), ((batch,),), tuple(notes))
+    if args.side_feature_names:
+        notes.append("side features that are lists are counted with one value per item")
+    return _Data(roles, tables, longest, rows.get(roles.item, 1), {}, ((batch,),), tuple(notes))
 
 
 def roles_without_data(args: DatasetArgs, spec: DatasetSpec | None) -> FeatureRoles:
@@ -316,7 +326,8 @@ def roles_without_data(args: DatasetArgs, spec: DatasetSpec | None) -> FeatureRo
         )
     action = schema.action if args.action_feature_name is None else args.action_feature_name
     context = schema.context if args.contextual_feature_names is None else args.contextual_feature_names
-    return FeatureRoles(item, action or None, tuple(context))
+    side, after = tuple(args.side_feature_names), tuple(args.known_after)
+    return FeatureRoles(item, action or None, tuple(context), side, known_after=after)
 
 
 def _published_tables(config: RunConfig, roles: FeatureRoles, spec: DatasetSpec) -> list[EmbeddingArgs]:

@@ -19,6 +19,7 @@ from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
 from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite
 from hstu.data.batch import NEGATIVES
+from hstu.data.collate import FeatureRoles
 
 _INIT_BLOCK_ROWS = 4096
 _MOST_SLOTS = 2**31 - 1  # an id's row is an int32 in the index of a dynamic table
@@ -59,28 +60,27 @@ class TableSpec:
 def table_specs(
     embeddings: Sequence[EmbeddingArgs],
     network: NetworkArgs,
-    contextual_features: Sequence[str],
-    item_feature: str,
+    roles: FeatureRoles,
     lookup_negatives: bool = False,
     world_size: int = 1,
     cite: Cite = cite,
 ) -> tuple[TableSpec, ...]:
     """Specs of all tables, in the order given.
 
-    Contextual tables are contextual_embedding_dim wide, the others item_embedding_dim (hidden_size where that is
-    -1). ``lookup_negatives``: batches also carry NEGATIVES ids, which the item table serves. ``world_size``: ranks that
-    share the rows of dynamic tables. Raises ConfigError for a table shared by features of different widths, for names
-    that nn.ModuleDict forbids, and for a dynamic table of more rows than a rank can number.
+    The width of a table is that of its features' role: contextual_embedding_dim, side_embedding_dim, or
+    item_embedding_dim, in place of which -1 means hidden_size. ``lookup_negatives``: batches also carry NEGATIVES ids,
+    which the item table serves. ``world_size``: ranks that share the rows of dynamic tables. Raises ConfigError for a
+    table shared by features of different widths, for names that nn.ModuleDict forbids, and for a dynamic table of more
+    rows than a rank can number.
     """
-    contextual_dim, item_dim = network.contextual_width, network.item_width
     specs, problems = [], []
     for table in embeddings:
-        dims = {contextual_dim if feature in contextual_features else item_dim for feature in table.feature_names}
-        if len(dims) > 1:
+        dims = {feature: roles.width(feature, network) for feature in table.feature_names}
+        if len(set(dims.values())) > 1:
             text = (
-                f"the features of table {table.table_name!r} are both contextual (width {contextual_dim}) and not "
-                f"(width {item_dim}); give them tables of their own, or equal widths in "
-                "NetworkArgs.contextual_embedding_dim and item_embedding_dim"
+                f"the features of table {table.table_name!r} have rows of different widths "
+                f"({', '.join(f'{feature} {dim}' for feature, dim in dims.items())}); give them tables of their own, "
+                "or equal widths in NetworkArgs.contextual_embedding_dim, item_embedding_dim and side_embedding_dim"
             )
             problems.append(cite(table, "feature_names", text))
         name = table.table_name
@@ -90,7 +90,7 @@ def table_specs(
                 f"{name.replace('.', '_') + '_table'!r}, say"
             )
             problems.append(cite(table, "table_name", text))
-        serves_negatives = lookup_negatives and item_feature in table.feature_names
+        serves_negatives = lookup_negatives and roles.item in table.feature_names
         dynamic = table if isinstance(table, DynamicEmbeddingArgs) else None
         rows = table.item_vocab_size_or_capacity
         share = -(-rows // world_size)
@@ -104,7 +104,7 @@ def table_specs(
             TableSpec(
                 name=table.table_name,
                 rows=rows if dynamic is None else (share + 1) * world_size,
-                dim=min(dims),
+                dim=min(dims.values()),
                 features=(*table.feature_names, *([NEGATIVES] if serves_negatives else [])),
                 replicated=table.sharding_type == "data_parallel",
                 sharding=table.sharding,

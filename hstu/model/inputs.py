@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torchrec import JaggedTensor
 from hstu.config.args import NetworkArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import HSTUBatch
+from hstu.data.collate import FeatureRoles
 from hstu.data.jagged import sequence_tokens
 from hstu.model.heads import MLP
 from hstu.ops.dropout import dropout
@@ -22,14 +23,16 @@ from hstu.ops.types import JaggedLayout, Kernels
 
 
 @dataclass(frozen=True)
-class SequenceFeatures:
+class SequenceFeatures(FeatureRoles):
     """Which features form a sequence, and its greatest length."""
 
-    item: str
-    action: str | None
-    contextual: tuple[str, ...]
-    max_items: int
+    max_items: int = field(kw_only=True)
     """Items of the longest sequence, candidates included."""
+
+    @classmethod
+    def of(cls, roles: FeatureRoles, max_items: int) -> SequenceFeatures:
+        """The features of ``roles``."""
+        return cls(**vars(roles), max_items=max_items)
 
     def tokens_per_item(self, network: NetworkArgs) -> int:
         """Tokens per item."""
@@ -45,7 +48,9 @@ class SequenceInputs(nn.Module):
     """Table rows → tokens: scale by √D, project where widths differ, interleave, add positions, drop out.
 
     Contextual features come first, one token each; then the items, each followed by its action, or with its action
-    added (``interleave_actions = False``; not for candidates, whose action is what is to be predicted).
+    added (``interleave_actions = False``; not for candidates, whose action is what is to be predicted). The side
+    features of an item are joined, projected and added to the item's token; those that only the event makes known, to
+    its action's. Of a list the mean is taken.
     Initial values: position rows N(0, 1/D), projections as :class:`hstu.model.heads.MLP`.
     """
 
@@ -60,6 +65,10 @@ class SequenceInputs(nn.Module):
         self.scale = math.sqrt(hidden)
         self.kernels = kernels
 
+        self.side = {
+            "side": [name for name in features.side if name not in features.known_after],
+            "known_after": list(features.known_after),
+        }
         widths = {"item": network.item_width, "contextual": network.contextual_width}
         roles = {"item": "item", "action": "item", "contextual": "contextual"}
         used = {"item": True, "action": features.action is not None, "contextual": bool(features.contextual)}
@@ -70,6 +79,9 @@ class SequenceInputs(nn.Module):
                 if used[role] and widths[table] != hidden
             }
         )
+        for role, names in self.side.items():
+            if names:
+                self.projections[role] = MLP(len(names) * network.side_embedding_dim, (hidden, hidden), "silu")
         self.position_table: nn.Parameter | None = None
         if network.has_absolute_positions:
             self.position_table = nn.Parameter(torch.randn(network.num_position_buckets, hidden) / self.scale)
@@ -107,9 +119,15 @@ class SequenceInputs(nn.Module):
             parts.append(self._embed("contextual", feature, embeddings, rows=batch.real_batch_size))
         num_items = int(batch.item_lengths.sum())
         items = self._embed("item", self.features.item, embeddings, rows=num_items)
+        if self.side["side"]:
+            items = items + self._embed_side("side", embeddings, batch)
         if self.features.action is None:
+            if self.side["known_after"]:
+                items = items + self._embed_side("known_after", embeddings, batch)
             return [*parts, items]
         actions = self._embed("action", self.features.action, embeddings, rows=num_items)
+        if self.side["known_after"]:
+            actions = actions + self._embed_side("known_after", embeddings, batch)
         if self.tokens_per_item == 2:
             return [*parts, items, actions]
         if layout.num_candidate_tokens is None:
@@ -126,6 +144,19 @@ class SequenceInputs(nn.Module):
             )
         values = values * self.scale
         return self.projections[role](values) if role in self.projections else values
+
+    def _embed_side(self, role: str, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> Tensor:
+        """The side features of one role, [items, D]."""
+        rows = []
+        for name in self.side[role]:
+            values = embeddings[name].values()
+            if name in self.features.lists:
+                assert batch.list_lengths is not None
+                lengths = batch.list_lengths[self.features.lists.index(name)]
+                values = torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)  # checks read the device
+            rows.append(values)
+        joined: Tensor = self.projections[role](torch.cat(rows, dim=1) * self.scale)
+        return joined
 
 
 def _is_history(batch: HSTUBatch) -> np.ndarray:

@@ -179,9 +179,7 @@ def build_model(
     retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
     has_negatives = retrieval is not None and retrieval.negatives != "in_batch"
     roles, ranks = source.roles, mesh.world_size
-    specs = table_specs(
-        source.tables, config.network, roles.contextual, roles.item, has_negatives, ranks, config.located
-    )
+    specs = table_specs(source.tables, config.network, roles, has_negatives, ranks, config.located)
     on_all_ranks(lambda: check_memory(specs, config, mesh.local_world_size, ranks), mesh.world_group)
     keys = (*source.roles.names, *([NEGATIVES] if has_negatives else []))
     task = build_task(config, source, mesh)
@@ -213,7 +211,7 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDen
         log.warning("%s", leak)
     return task_module(
         config,
-        SequenceFeatures(roles.item, roles.action, roles.contextual, source.max_items),
+        SequenceFeatures.of(roles, source.max_items),
         kernels,
         label_offset(config.task_args, source, config.located) if isinstance(config.task_args, RankingArgs) else 0,
         lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),

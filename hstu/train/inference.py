@@ -52,7 +52,12 @@ class StoredSource(BatchSource):
         if facts is None:  # an earlier version wrote it
             raise missing
         self.missing = missing
-        self.roles = FeatureRoles(facts["item"], facts["action"], tuple(facts["contextual"]))
+        self.roles = FeatureRoles(
+            facts["item"],
+            facts["action"],
+            tuple(facts["contextual"]),
+            *(tuple(facts.get(name, ())) for name in ("side", "lists", "known_after")),  # earlier versions lack them
+        )
         self.cardinalities = facts["cardinalities"]
         self.raw_features = tuple(facts["raw"])
         self.raw_ids = RawIds.from_stored(open_tensors(checkpoint), self.roles.names)
@@ -99,6 +104,9 @@ def describe_features(source: BatchSource) -> dict[str, Any]:
         "item": source.roles.item,
         "action": source.roles.action,
         "contextual": list(source.roles.contextual),
+        "side": list(source.roles.side),
+        "lists": list(source.roles.lists),
+        "known_after": list(source.roles.known_after),
         "cardinalities": source.cardinalities,
         "raw": list(source.raw_features),
     }
@@ -265,6 +273,11 @@ class HistoryEncoder:
         of_user = f"the history of {history.user!r}"
         if not items:
             raise DataError(f"{of_user} has no items; give at least one")
+        if roles.side:
+            raise DataError(
+                f"{of_user} is given by hand, and the model reads {', '.join(roles.side)} of each item, which such a "
+                "history does not have; preprocess the data of these users, and name the users instead"
+            )
         needed = {
             "actions": (history.actions, roles.action and f"the model reads {roles.action!r}"),
             "timestamps": (history.timestamps, self._config.network.has_relative_bias and "the model reads times"),

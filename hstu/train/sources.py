@@ -64,6 +64,8 @@ class BatchSource(ABC):
     tables: tuple[EmbeddingArgs, ...]
     cardinalities: dict[str, int]
     """Feature → n: its ids are in [0, n), or n different int64 if the store keeps raw ids."""
+    values_per_item: Mapping[str, float]
+    """Side feature that is a list → its values per item, on average over the items."""
     raw_features: tuple[str, ...] = ()
     """Features of which the model gets raw ids, any int64."""
     max_items: int
@@ -80,6 +82,7 @@ class BatchSource(ABC):
 
     def __init__(self, config: RunConfig, mesh: Mesh | None, world_size: int) -> None:
         self._config = config
+        self.values_per_item = {}
         self._rank, self._world_size = (0, world_size) if mesh is None else (mesh.rank, mesh.world_size)
         self._pin_memory = mesh is not None and mesh.device.type == "cuda"
         retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
@@ -151,6 +154,8 @@ class StoreSource(BatchSource):
         self.tables = self.fit(choose_tables(config.embeddings, predefined, self.roles.names, config.located))
         self._recoding = {} if self._eval_store is self.store else self._recode_eval_store()
         self.raw_features = tuple(name for name in self.roles.names if self.store.features[name].raw)
+        items = self.cardinalities[self.roles.item]
+        self.values_per_item = {name: len(self.store.item_values(name)[0]) / items for name in self.roles.lists}
         check_rows(self.tables, self.cardinalities, config.located, self.raw_features)
         self.max_items = args.max_sequence_length
         self.eval_splits, self.final_splits = self._splits()
@@ -377,7 +382,7 @@ def choose_partition(
     trainer, network = config.trainer, config.network
     if trainer.tokens_per_rank is None and not trainer.enable_balanced_shuffler:
         return None
-    longest = SequenceFeatures(roles.item, roles.action, roles.contextual, max_items).max_tokens(network)
+    longest = SequenceFeatures.of(roles, max_items).max_tokens(network)
     length = f"max_sequence_length ({max_items} items and {len(roles.contextual)} contextual features)"
     if problems := list(token_limit_admits(config, longest, length)):
         raise ConfigError(in_reading_order(problems))

@@ -27,6 +27,7 @@ from torchrec.modules.mc_modules import LFU_EvictionPolicy, LRU_EvictionPolicy, 
 
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs
 from hstu.data.batch import keyed_jagged
+from hstu.data.collate import FeatureRoles
 from hstu.data.hashing import hash_ids
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
@@ -108,7 +109,7 @@ def sharded_table(
     if dynamic:
         args = DynamicEmbeddingArgs(**common, **dynamic)
     network = NetworkArgs(num_layers=1, hidden_size=dim, num_attention_heads=1, kv_channels=4)
-    specs = table_specs([args], network, [], "item", world_size=mesh.world_size)
+    specs = table_specs([args], network, FeatureRoles("item", None, ()), world_size=mesh.world_size)
     optimizer_args = OptimizerArgs(optimizer_str=optimizer, learning_rate=LEARNING_RATE)
     config: Any = SimpleNamespace(optimizer=optimizer_args, trainer=SimpleNamespace(seed=1, pipeline_type="none"))
     return shard(GRModel(specs, nn.Identity(), ["item"], "item", seed=1), config, mesh)

@@ -53,7 +53,7 @@ def compare_layers(tp_size: int, sequence_parallel: bool) -> dict[str, float]:
         sequence_parallel=sequence_parallel,
         dtype_str="float32",
     )
-    encoder = SequenceEncoder(network, SequenceFeatures("item", None, ("context",), MAX_ITEMS + 2)).double()
+    encoder = SequenceEncoder(network, SequenceFeatures("item", None, ("context",), max_items=MAX_ITEMS + 2)).double()
     for parameter in encoder.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(BATCH.layout().num_tokens, HIDDEN, dtype=torch.float64)

@@ -12,6 +12,7 @@ from torchrec import JaggedTensor
 from hstu.checkpoint.state import TrainState
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs, PartOptimizerArgs
 from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
+from hstu.data.collate import FeatureRoles
 from hstu.data.sampler import SamplerPosition
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
@@ -160,9 +161,8 @@ def build(config: Any, mesh: mesh_module.Mesh) -> tuple[GRModel, Optimizers]:
     """The toy model, sharded and replicated, with its optimizers."""
     mesh_module.seed_initial_weights(config.trainer.seed)
     dim, user_dim = config.network.hidden_size, config.network.contextual_embedding_dim
-    specs = table_specs(
-        config.embeddings, config.network, ["user"], "item", lookup_negatives=True, world_size=mesh.world_size
-    )
+    roles = FeatureRoles("item", None, ("user",))
+    specs = table_specs(config.embeddings, config.network, roles, lookup_negatives=True, world_size=mesh.world_size)
     task = ToyTask(dim, user_dim if user_dim > 0 else dim, config.dropout)
     model, tables = shard(GRModel(specs, task, FEATURES, "item", config.trainer.seed), config, mesh)
     replicate_dense(model, mesh)

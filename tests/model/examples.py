@@ -43,7 +43,9 @@ def random_samples(lengths: list[int], *, contextuals: int, candidates: int = 0,
 
 
 def make_features(contextuals: int, action: bool = True, max_items: int = 20) -> SequenceFeatures:
-    return SequenceFeatures("item", "action" if action else None, tuple(f"c{i}" for i in range(contextuals)), max_items)
+    return SequenceFeatures(
+        "item", "action" if action else None, tuple(f"c{i}" for i in range(contextuals)), max_items=max_items
+    )
 
 
 def make_batch(samples: list[Sample], features: SequenceFeatures, padding: int = 0) -> HSTUBatch:

@@ -8,6 +8,7 @@ from torchrec import EmbeddingCollection, EmbeddingConfig
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
 from hstu.config.errors import ConfigError
 from hstu.data.batch import NEGATIVES, keyed_jagged
+from hstu.data.collate import FeatureRoles
 from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections, initial_row_blocks, table_specs
 
 ROWS = 10_000
@@ -70,14 +71,17 @@ def network(**args: int) -> NetworkArgs:
     return NetworkArgs(num_layers=1, hidden_size=32, num_attention_heads=1, kv_channels=4, **args)
 
 
+ROLES = FeatureRoles("item", "act", ("user",), side=("genres", "year"))
+
+
 def test_widths_follow_the_role_of_the_feature() -> None:
     specs = table_specs(
-        [entry("u", "user"), entry("i", "item"), entry("a", "act")],
-        network(item_embedding_dim=16, contextual_embedding_dim=8), ["user"], "item", lookup_negatives=True,
+        [entry("u", "user"), entry("i", "item"), entry("a", "act"), entry("g", "genres"), entry("y", "year")],
+        network(item_embedding_dim=16, contextual_embedding_dim=8), ROLES, lookup_negatives=True,
     )  # fmt: skip
-    assert [(table.name, table.dim) for table in specs] == [("u", 8), ("i", 16), ("a", 16)]
+    assert [(table.name, table.dim) for table in specs] == [("u", 8), ("i", 16), ("a", 16), ("g", 16), ("y", 16)]
     assert specs[1].features == ("item", NEGATIVES)
-    assert [table.dim for table in table_specs([entry("i", "item")], network(), [], "item")] == [32]
+    assert [table.dim for table in table_specs([entry("i", "item")], network(), ROLES)] == [32]
 
 
 @pytest.mark.parametrize("name", ["items", "training", "item.id"])
@@ -87,16 +91,16 @@ def test_a_name_that_pytorch_cannot_give_to_a_table_is_an_error(name: str) -> No
             tables=[EmbeddingConfig(embedding_dim=4, name=name, num_embeddings=2, feature_names=["item"])]
         )
     with pytest.raises(ConfigError, match=rf"'{name}'.*'{name.replace('.', '_')}_table'"):
-        table_specs([entry(name, "item")], network(), [], "item")
+        table_specs([entry(name, "item")], network(), ROLES)
 
 
 def test_a_table_shared_by_features_of_two_widths_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"'shared'.*width 8"):
-        table_specs([entry("shared", "user", "item")], network(contextual_embedding_dim=8), ["user"], "item")
+    with pytest.raises(ConfigError, match=r"'shared'.*user 8, item 32"):
+        table_specs([entry("shared", "user", "item")], network(contextual_embedding_dim=8), ROLES)
 
 
 def test_a_dynamic_table_of_more_rows_than_a_rank_can_number_is_an_error() -> None:
     table = DynamicEmbeddingArgs(feature_names=["item"], table_name="items_of_all", item_vocab_size_or_capacity=2**33)
-    assert table_specs([table], network(), [], "item", world_size=5)[0].rows > 2**33
+    assert table_specs([table], network(), ROLES, world_size=5)[0].rows > 2**33
     with pytest.raises(ConfigError, match=r"'items_of_all'.*2,147,483,648 rows per rank.*2,147,483,647 at most"):
-        table_specs([table], network(), [], "item", world_size=4)
+        table_specs([table], network(), ROLES, world_size=4)

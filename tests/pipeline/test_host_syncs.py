@@ -100,7 +100,7 @@ def meta_step(config: RunConfig, mesh: meshes.Mesh, spoil: Callable[[GRModel], N
     source = open_source(config, mesh)
     lookup_negatives = getattr(config.task_args, "negatives", "in_batch") != "in_batch"
     roles = source.roles
-    specs = table_specs(source.tables, config.network, roles.contextual, roles.item, lookup_negatives)
+    specs = table_specs(source.tables, config.network, roles, lookup_negatives)
     keys = (*roles.names, *([NEGATIVES] if lookup_negatives else []))
     model = GRModel(specs, build_task(config, source, mesh), keys, roles.item, config.trainer.seed)
     model.dense.to("meta")

@@ -58,6 +58,12 @@ class DatasetArgs(Args):
     (retrieval)."""
     contextual_feature_names: Optional[list[str]] = option(None)
     """The contextual features to use, in this order. None: all contextual features of the store."""
+    side_feature_names: list[str] = option([])
+    """The features of items (genres, author) and of events (device, hour) that are part of the item's token, beside its
+    id. Of a feature with several values per item, the mean is taken."""
+    known_after: list[str] = option([])
+    """Those of side_feature_names that are known only after the event, such as the time watched. They are part of the
+    action's token and, like the action, are never shown to what predicts it."""
 
 
 # --- random data, generated in memory to measure speed --------------------------------------------------------------

@@ -65,6 +65,8 @@ class NetworkArgs(Args):
     contextual_embedding_dim: int = option(-1, minimum=-1, maximum=100_000)
     """Width of the contextual tables if above 0; their rows are then projected to hidden_size. Otherwise
     hidden_size."""
+    side_embedding_dim: int = option(16, minimum=1, maximum=100_000)
+    """Width of the tables of DatasetArgs.side_feature_names. Their rows are joined and projected to hidden_size."""
     scaling_seqlen: int = option(-1, minimum=-1)
     """Number by which attention weights are divided. -1: the longest possible sequence in tokens."""
     disable_contextual_mask: Optional[bool] = option(None)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, RankingArgs, RetrievalArgs
 from hstu.config.args.dataset import SPLITS
 from hstu.config.option import is_given
-from hstu.config.problems import Problem, literal
+from hstu.config.problems import Problem, did_you_mean, literal
 from hstu.config.rules.data import length_of_items
 from hstu.config.run_config import RunConfig
 
@@ -16,14 +16,33 @@ from hstu.config.run_config import RunConfig
 
 
 def features_have_one_role(run: RunConfig) -> Iterator[Problem]:
-    context = run.dataset.contextual_feature_names or []
-    if len(set(context)) < len(context):
-        yield run.problem(run.dataset, "contextual_feature_names", "names a feature twice; remove one of them")
-    for parameter in ("item_feature_name", "action_feature_name"):
-        if getattr(run.dataset, parameter, None) in context:
-            other = run.cite(run.dataset, "contextual_feature_names")
-            text = f"is also one of {other}; a feature has one role, so remove it from one of them"
-            yield run.problem(run.dataset, parameter, text)
+    lists = ("contextual_feature_names", "side_feature_names", "known_after")
+    for parameter in lists:
+        names = getattr(run.dataset, parameter, None) or []
+        if len(set(names)) < len(names):
+            yield run.problem(run.dataset, parameter, "names a feature twice; remove one of them")
+    for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names"):
+        value = getattr(run.dataset, parameter, None) or []
+        names = value if isinstance(value, list) else [value]
+        for other in lists[:2]:
+            if other != parameter and set(names) & set(getattr(run.dataset, other, None) or []):
+                cited = run.cite(run.dataset, other)
+                text = f"is also one of {cited}; a feature has one role, so remove it from one of them"
+                yield run.problem(run.dataset, parameter, text)
+
+
+def what_is_known_after_is_a_side_feature(run: RunConfig) -> Iterator[Problem]:
+    if isinstance(run.dataset, DatasetArgs):
+        for name in run.dataset.known_after:
+            if name not in run.dataset.side_feature_names:
+                text = f"{name!r} is not one of {run.cite(run.dataset, 'side_feature_names')}; add it there, too"
+                yield run.problem(run.dataset, "known_after", text + did_you_mean(name, run.dataset.side_feature_names))
+
+
+def side_features_have_a_width(run: RunConfig) -> Iterator[Problem]:
+    if is_given(run.network, "side_embedding_dim") and not getattr(run.dataset, "side_feature_names", []):
+        text = "has no effect without DatasetArgs.side_feature_names; remove it"
+        yield run.problem(run.network, "side_embedding_dim", text, is_warning=True)
 
 
 def actions_are_not_items(run: RunConfig) -> Iterator[Problem]:
@@ -185,7 +204,8 @@ def label_leak(run: RunConfig, has_context: bool) -> Iterator[Problem]:
 
 
 RULES = (
-    features_have_one_role, actions_are_not_items, candidates_leave_history, windows_leave_no_gap, split_fits_the_task,
+    features_have_one_role, what_is_known_after_is_a_side_feature, side_features_have_a_width, actions_are_not_items,
+    candidates_leave_history, windows_leave_no_gap, split_fits_the_task,
     head_fits_the_tasks, activation_is_between_layers, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
     added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, request_time_is_seen,
     position_encodings_combine, position_buckets_have_a_table, masks_hide_the_labels,

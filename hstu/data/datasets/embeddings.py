@@ -19,10 +19,11 @@ def predefined_embeddings(
     are data_parallel. ``dynamic`` makes the tables of the items and the users dynamic; those of raw ids always are.
     """
     tables: list[EmbeddingArgs] = []
+    widths = {"context": network.contextual_width, "item": network.item_width, "action": network.item_width}
     for name, feature in store.features.items():
         if feature.cardinality is None or feature.role in ("item_feature", "event"):
             continue
-        width = network.contextual_width if feature.role == "context" else network.item_width
+        width = widths.get(feature.role, network.side_embedding_dim)
         is_main = feature.role == "item" or name == USER_FEATURE
         is_large = feature.cardinality * width * 4 > _REPLICATED_TABLE_BYTES
         names = {"feature_names": [name], "table_name": name, "item_vocab_size_or_capacity": feature.cardinality}

@@ -11,6 +11,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from hstu.config.args import DynamicEmbeddingArgs, NetworkArgs, OptimizerArgs
 from hstu.config.errors import ConfigError
+from hstu.data.collate import FeatureRoles
 from hstu.model.embedding import TableSpec, build_collections, table_specs
 from hstu.parallel.dynamic.memory import MemoryPlan, SplitLookup, bytes_per_row, plan_memory, split_tables
 from hstu.parallel.table_plan import TableRanks, plan_shards
@@ -26,7 +27,7 @@ def spec_of(**options: Any) -> TableSpec:
         feature_names=["item"], table_name="item", item_vocab_size_or_capacity=CAPACITY, **options
     )
     network = NetworkArgs(num_layers=1, hidden_size=DIM, num_attention_heads=1, kv_channels=4)
-    return table_specs([args], network, [], "item", world_size=4)[0]
+    return table_specs([args], network, FeatureRoles("item", None, ()), world_size=4)[0]
 
 
 def plan(**options: Any) -> MemoryPlan:

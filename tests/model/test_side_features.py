@@ -1,0 +1,147 @@
+"""Tokens that show features of items and events beside their ids, token by token."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchrec import JaggedTensor
+
+from hstu.data.batch import HSTUBatch, keyed_jagged
+from hstu.model.inputs import SequenceFeatures, SequenceInputs
+from tests.model.examples import make_network
+
+WIDTH, SIDE_WIDTH, ROWS = 8, 3, 7
+SIDE = ("genres", "year", "watched", "tags")
+FEATURES = {
+    "with actions": SequenceFeatures(
+        "item", "action", (), SIDE, lists=("genres", "tags"), known_after=("watched", "tags"), max_items=9
+    ),
+    "without actions": SequenceFeatures(
+        "item", None, (), SIDE, lists=("genres", "tags"), known_after=("watched", "tags"), max_items=9
+    ),
+}
+Events = list[list[dict[str, list[int]]]]
+"""User → event → feature → its values."""
+
+
+def random_events(lengths: list[int], features: SequenceFeatures) -> Events:
+    rng = np.random.default_rng(len(lengths))
+
+    def value(name: str) -> list[int]:
+        return [int(code) for code in rng.integers(0, ROWS, rng.integers(1, 4) if name in features.lists else 1)]
+
+    return [[{name: value(name) for name in features.names} for _ in range(length)] for length in lengths]
+
+
+def make_batch(users: Events, features: SequenceFeatures, candidates: int) -> HSTUBatch:
+    """The users, and an empty sequence."""
+    lengths = np.array([*map(len, users), 0])
+    own = np.minimum(lengths, candidates)
+    events = [event for user in users for event in user]
+    return HSTUBatch(
+        features=keyed_jagged(
+            {name: np.array([v for event in events for v in event[name]], dtype=np.int64) for name in features.names},
+            {
+                name: np.array([sum(len(event[name]) for event in user) for user in [*users, []]])
+                for name in features.names
+            },
+        ),
+        list_lengths=torch.tensor(
+            [[len(event[name]) for event in events] for name in features.lists], dtype=torch.int64
+        ),
+        num_candidates=torch.from_numpy(own),
+        num_labels=torch.zeros(len(lengths), dtype=torch.int64),
+        labels=torch.empty(0, dtype=torch.int64),
+        user_ids=torch.arange(len(lengths)),
+        real_batch_size=len(users),
+        item_lengths=lengths,
+        num_candidates_host=own,
+        num_labels_total=0,
+    )
+
+
+def token_by_token(inputs: SequenceInputs, tables: dict[str, Tensor], users: Events, candidates: int) -> Tensor:
+    def joined(role: str, names: tuple[str, ...], event: dict[str, list[int]]) -> Tensor:
+        rows = torch.cat([sum(tables[name][code] for code in event[name]) / len(event[name]) for name in names])
+        out: Tensor = inputs.projections[role](rows * scale)
+        return out
+
+    scale, tokens = math.sqrt(WIDTH), []
+    for user in users:
+        for place, event in enumerate(user):
+            item = tables["item"][event["item"][0]] * scale + joined("side", ("genres", "year"), event)
+            after = joined("known_after", ("watched", "tags"), event)
+            if inputs.features.action is None:
+                tokens.append(item + after)
+                continue
+            action = tables["action"][event["action"][0]] * scale + after
+            if inputs.tokens_per_item == 2:
+                tokens += [item, action]
+            else:
+                tokens.append(item if place >= len(user) - candidates else item + action)
+    return torch.stack(tokens) if tokens else torch.zeros(0, WIDTH, dtype=torch.float64)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(0, 5), max_size=4),
+    kind=st.sampled_from(sorted(FEATURES)),
+    interleave=st.booleans(),
+    candidates=st.integers(0, 2),
+)
+def test_tokens_and_their_gradients_are_those_written_down_one_by_one(
+    lengths: list[int], kind: str, interleave: bool, candidates: int
+) -> None:
+    features = FEATURES[kind]
+    network = make_network(interleave_actions=interleave, position_encoding="none", side_embedding_dim=SIDE_WIDTH)
+    inputs = SequenceInputs(network, features).double()
+    users = random_events(lengths, features)
+    batch = make_batch(users, features, candidates)
+    weights = {
+        name: torch.randn(ROWS, features.width(name, network), dtype=torch.float64, requires_grad=True)
+        for name in features.names
+    }
+    ids = batch.features.to_dict()
+    looked_up = {
+        name: JaggedTensor(weight[ids[name].values()], lengths=ids[name].lengths()) for name, weight in weights.items()
+    }
+
+    tokens, _ = inputs(looked_up, batch)
+    expected = token_by_token(inputs, weights, users, candidates)
+    torch.testing.assert_close(tokens, expected)
+    parameters = [*weights.values(), *inputs.parameters()]
+    factor = torch.randn_like(tokens)
+    if len(tokens):
+        got = torch.autograd.grad((tokens * factor).sum(), parameters, allow_unused=True, materialize_grads=True)
+        wanted = torch.autograd.grad((expected * factor).sum(), parameters, allow_unused=True, materialize_grads=True)
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("interleave", [True, False])
+def test_what_is_known_after_the_event_reaches_no_token_of_a_candidate_item(interleave: bool) -> None:
+    features = FEATURES["with actions"]
+    network = make_network(interleave_actions=interleave, position_encoding="none", side_embedding_dim=SIDE_WIDTH)
+    inputs = SequenceInputs(network, features)
+    users = random_events([5], features)
+    weights = {name: torch.randn(ROWS, features.width(name, network)) for name in features.names}
+
+    def tokens_of_items() -> Tensor:
+        batch = make_batch(users, features, candidates=2)
+        ids = batch.features.to_dict()
+        looked_up = {
+            name: JaggedTensor(weights[name][ids[name].values()], lengths=ids[name].lengths()) for name in weights
+        }
+        tokens: Tensor = inputs(looked_up, batch)[0]
+        return tokens[:: inputs.tokens_per_item]
+
+    before = tokens_of_items()
+    for event in users[0][3:]:
+        event["watched"] = [(event["watched"][0] + 1) % ROWS]
+        event["tags"] = [(code + 1) % ROWS for code in event["tags"]]
+    assert torch.equal(tokens_of_items(), before)
+    users[0][3]["genres"] = [(code + 1) % ROWS for code in users[0][3]["genres"]]
+    assert not torch.equal(tokens_of_items()[3], before[3]), "what is known of an item is shown"

@@ -30,7 +30,7 @@ from tests.config.gin_files import ALL_RULES
 from tests.distributed.launch import Launch, RankFailure, free_port, run_ranks, started_mesh
 from tests.distributed.tensor_cases import RunOptions, consolidated, make_config, new_run, train_steps, write_store
 
-TABLES = ("item_id", "action", "age")
+TABLES = ("item_id", "action", "age", "genres", "year", "watched")
 STEPS = 8
 """More than an epoch, which is 3 batches of the 23 users of ranking and 5 of the 33 of retrieval."""
 RTOL = 1e-5

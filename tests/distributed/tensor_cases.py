@@ -25,6 +25,9 @@ BASE = [
     'DatasetArgs.dataset_name = "toy"',
     "DatasetArgs.max_sequence_length = 12",
     "DatasetArgs.shuffle = True",
+    "DatasetArgs.side_feature_names = ['genres', 'year', 'watched']",
+    "DatasetArgs.known_after = ['watched']",
+    "NetworkArgs.side_embedding_dim = 8",
     "NetworkArgs.num_layers = 2",
     "NetworkArgs.hidden_size = 16",  # columns are cut in multiples of 4: for 4 ranks
     "NetworkArgs.num_attention_heads = 4",
@@ -64,6 +67,11 @@ def write_store(path: Path) -> None:
         actions=[rng.integers(0, 4, n).tolist() for n in lengths],
         timestamps=[(10**6 + np.cumsum(rng.integers(0, 10**5, n))).tolist() for n in lengths],
         context={"age": [*rng.integers(0, 4, 32).tolist(), 4]},
+        item_features={
+            "genres": [rng.integers(0, 6, rng.integers(1, 4)).tolist() for _ in range(30)],
+            "year": rng.integers(0, 3, 30).tolist(),
+        },
+        event_features={"watched": [rng.integers(0, 4, n).tolist() for n in lengths]},
         num_items=30,
         num_actions=4,
     )
@@ -99,7 +107,7 @@ def make_config(
 ) -> RunConfig:
     """A small run whose global batch does not depend on the number of ranks; the arguments are RunOptions."""
     tables = []
-    for name, rows in (("item_id", 30), ("action", 4), ("age", 5)):
+    for name, rows in (("item_id", 30), ("action", 4), ("age", 5), ("genres", 6), ("year", 3), ("watched", 4)):
         common = {"table_name": f"{name}_table", "init_std": 0.3}
         kind = "data_parallel" if name in replicated else "model_parallel"
         if name in dynamic:

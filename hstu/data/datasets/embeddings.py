@@ -13,7 +13,7 @@ _REPLICATED_TABLE_BYTES = 4 << 20
 def predefined_embeddings(
     store: SequenceStore, network: NetworkArgs, *, dynamic: bool = False
 ) -> tuple[EmbeddingArgs, ...]:
-    """One table per item, action and contextual feature of the store, named after the feature, with a row per code.
+    """One table per feature of the store that is looked up, named after the feature, with a row per code.
 
     The tables of the items and the users, and any table above 4 MiB, are model_parallel; the others, which are small,
     are data_parallel. ``dynamic`` makes the tables of the items and the users dynamic; those of raw ids always are.
@@ -21,7 +21,7 @@ def predefined_embeddings(
     tables: list[EmbeddingArgs] = []
     widths = {"context": network.contextual_width, "item": network.item_width, "action": network.item_width}
     for name, feature in store.features.items():
-        if feature.cardinality is None or feature.role in ("item_feature", "event"):
+        if feature.cardinality is None:
             continue
         width = widths.get(feature.role, network.side_embedding_dim)
         is_main = feature.role == "item" or name == USER_FEATURE

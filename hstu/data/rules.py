@@ -39,7 +39,7 @@ def features_of_own_data_have_tables(run: RunConfig) -> Iterator[Problem]:
     if not isinstance(dataset, DatasetArgs) or resolve_name(dataset.dataset_name) is not None or not run.embeddings:
         return
     known = [name for table in run.embeddings for name in table.feature_names]
-    for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names"):
+    for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names", "side_feature_names"):
         value = getattr(dataset, parameter, None)
         for name in value if isinstance(value, list) else [value]:
             if name and name not in known:  # "": no such feature; None: that of the store

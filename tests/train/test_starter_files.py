@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hstu.config.args import Task
+from hstu.config.args import DatasetArgs, Task
 from hstu.config.gin_io import read_and_check
 from hstu.config.rules import RULES
 from hstu.config.run_config import RunConfig
@@ -16,6 +16,7 @@ from hstu.data.preprocess.starter import rows_with_headroom, write_starters
 from hstu.data.rules import DATA_RULES
 from hstu.data.store import SequenceStore
 from hstu.parallel.mesh import Mesh
+from tests.conftest import write_small_store
 from tests.train.tiny import run, walks
 
 MakeStore = Callable[..., SequenceStore]
@@ -66,6 +67,20 @@ def test_a_starter_file_trains_whatever_the_columns_are_called(
     assert rows == expected, "one table per feature, with rows to spare for all but the actions"
     finished = run(config, mesh)
     assert finished.losses and (tmp_path / "checkpoints" / "latest").exists()
+
+
+def test_features_of_items_and_events_are_used_and_none_of_an_event_is_shown_to_its_prediction(
+    mesh: Mesh, tmp_path: Path
+) -> None:
+    data = walks() | {"item_features": {"genres": [[1, 0], [1]] * 5 + [[2]]}}
+    data["event_features"] = {"watched": [[1] * len(row) for row in data["items"]]}
+    store = write_small_store(tmp_path / "toy", **data)
+    list(write_starters(store, store.path))
+    config = read(tmp_path / "toy_ranking.gin", "ranking", SHORT)
+    assert isinstance(config.dataset, DatasetArgs)
+    assert config.dataset.side_feature_names == ["genres", "watched"] and config.dataset.known_after == ["watched"]
+    places = (f"TrainerArgs.output_dir = '{tmp_path}/run'", f"TrainerArgs.ckpt_save_dir = '{tmp_path}/checkpoints'")
+    assert run(read(tmp_path / "toy_ranking.gin", "ranking", (*SHORT, *places)), mesh).losses
 
 
 @pytest.mark.parametrize(

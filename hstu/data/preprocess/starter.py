@@ -79,7 +79,7 @@ def _starter(store: SequenceStore, path: Path, task: Task, special: Sequence[Set
     paragraphs = [_gin(settings) for settings in (_data(store, path, context), _network(store, task), *special)]
     comment = "# One table per feature, with rows to spare for the ids of later data.\n"
     tables = "\n".join(_gin(settings) for settings in _tables(store, context))
-    return "\n".join([header, *paragraphs, comment + tables])
+    return "\n".join([header, *paragraphs, *_side(store), comment + tables])
 
 
 def _gin(settings: Settings) -> str:
@@ -97,6 +97,15 @@ def _data(store: SequenceStore, path: Path, context: Sequence[str]) -> Settings:
     }
 
 
+def _side(store: SequenceStore) -> Iterator[str]:
+    """The paragraph of the features of items and events, if there are any."""
+    events = list(store.event_features)
+    if names := [*store.item_side_features, *events]:
+        comment = "# Remove from known_after what is known before the event, such as a device or an hour.\n"
+        known_after = {"DatasetArgs.known_after": events} if events else {}
+        yield (comment if events else "") + _gin({"DatasetArgs.side_feature_names": names, **known_after})
+
+
 def _network(store: SequenceStore, task: Task) -> Settings:
     sizes = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "dtype_str")
     return {
@@ -109,7 +118,7 @@ def _network(store: SequenceStore, task: Task) -> Settings:
 
 
 def _tables(store: SequenceStore, context: Sequence[str]) -> Iterator[Settings]:
-    used = {store.item_feature, store.action_feature, *context}
+    used = {store.item_feature, store.action_feature, *context, *store.item_side_features, *store.event_features}
     scopes: set[str] = set()
     for table in predefined_embeddings(store, _NETWORK):
         if table.table_name not in used:

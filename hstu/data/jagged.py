@@ -22,7 +22,7 @@ def run_offsets(lengths: np.ndarray) -> np.ndarray:
 def run_indices(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each element the number of its run, and its index within the run; both int64 [Σ lengths]."""
     run = np.repeat(np.arange(len(lengths)), lengths)
-    return run, np.arange(len(run)) - run_starts(lengths)[run]
+    return run, np.arange(len(run)) - np.repeat(run_starts(lengths), lengths)
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ def build_layout(
     candidates = np.zeros_like(seqlens) if num_candidates is None else (num_candidates * tokens_per_item)
     candidates = candidates.astype(np.int64)
     sequence, position = run_indices(seqlens)
-    history_end = (seqlens - candidates)[sequence]
+    history_end = np.repeat(seqlens - candidates, seqlens)
 
     def on_device(array: np.ndarray) -> Tensor:
         return to_device(array, device)
@@ -63,7 +63,7 @@ def build_layout(
         num_candidate_tokens_host=candidates,
         candidate_group_tokens=target_group_size * tokens_per_item,
         tokens_per_item=tokens_per_item,
-        positions=on_device(np.minimum(position, history_end)),
+        positions=on_device(np.minimum(position, history_end) if candidates.any() else position),
         token_times=token_times,
         query_times=query_times,
     )
@@ -97,15 +97,14 @@ def token_order(layout: JaggedLayout) -> TokenOrder:
 
     Each contextual part has one row per real sequence, each other part one row per item, all in batch order.
     """
-    sequence, position = run_indices(layout.seqlens)
-    num_contextuals, stride = layout.num_contextuals, layout.tokens_per_item
-    num_items = layout.num_items
-    num_real = int(np.count_nonzero(layout.seqlens)) if num_contextuals else 0
-    item, part = np.divmod(np.maximum(position - num_contextuals, 0), stride)
-    item_row = num_contextuals * num_real + part * num_items.sum() + run_starts(num_items)[sequence] + item
-    source = np.where(position < num_contextuals, position * num_real + sequence, item_row)
-    inverse = np.empty_like(source)
-    inverse[source] = np.arange(len(source))
+    num_contextuals, stride, num_items = layout.num_contextuals, layout.tokens_per_item, layout.num_items
+    starts = run_starts(layout.seqlens)
+    contexts = np.arange(num_contextuals)[:, None] + starts[layout.seqlens > 0]
+    first_tokens = np.repeat(starts + num_contextuals - stride * run_starts(num_items), num_items)
+    first_tokens += stride * np.arange(len(first_tokens))
+    inverse = np.concatenate([contexts.reshape(-1), *(first_tokens + part for part in range(stride))])
+    source = np.empty_like(inverse)
+    source[inverse] = np.arange(len(inverse))
     device = layout.positions.device
     return TokenOrder(to_device(source, device), to_device(inverse, device))
 

@@ -19,6 +19,7 @@ from cutlass.cute.runtime import make_ptr
 from torch import Tensor
 
 from hstu.ops.cutlass.common import Shape
+from hstu.ops.cutlass.launch import LaunchArguments
 from hstu.ops.cutlass.schedule import Rows, leading_rows, list_blocks
 from hstu.ops.cutlass.sm80 import BackwardSm80, ForwardSm80
 from hstu.ops.cutlass.sm90 import BackwardSm90, ForwardSm90
@@ -76,19 +77,19 @@ def _launch(
     device = inputs[0].device
     variant = Variant(kernel, inputs[0].dtype, head_dim, CAPABILITIES[torch.cuda.get_device_capability(device)])
     items = _blocks_on(device, variant.shape, layout, config)
-    work = len(items) * heads
+    tensors, blocks = (*inputs, *outs), len(items)
+    function, arguments = compiled(variant)
     with torch.cuda.device(device):
-        compiled(variant)(
-            *arguments(
-                variant,
-                [(tensor.data_ptr(), tensor.stride(0), tensor.stride(1)) for tensor in (*inputs, *outs)],
-                items.data_ptr(),
-                (tokens, heads, len(items), leading_rows(layout, config), max(layout.candidate_group_tokens, 1)),
-                (config.alpha, 1.0 / config.scaling_seqlen),
-                grid=min(work, torch.cuda.get_device_properties(device).multi_processor_count),
-                stream=torch.cuda.current_stream(device).cuda_stream,
-            )
+        arguments.write(
+            *(tensor.data_ptr() for tensor in tensors),
+            *(stride for tensor in tensors for stride in tensor.stride()[:2]),
+            items.data_ptr(),
+            *(tokens, heads, blocks, leading_rows(layout, config), max(layout.candidate_group_tokens, 1)),
+            *(config.alpha, 1.0 / config.scaling_seqlen),
+            min(blocks * heads, torch.cuda.get_device_properties(device).multi_processor_count),
+            torch.cuda.current_stream(device).cuda_stream,
         )
+        function(*arguments.values)
 
 
 def _blocks_on(device: torch.device, shape: Shape, layout: JaggedLayout, config: AttentionConfig) -> Tensor:
@@ -191,9 +192,17 @@ def variants(
 
 
 @functools.cache
-def compiled(variant: Variant) -> Callable[..., None]:
-    """The host function of a variant, which takes :func:`arguments`. Compiles for seconds at the first call."""
-    return _compile(variant)
+def compiled(variant: Variant) -> tuple[Callable[..., None], LaunchArguments]:
+    """The host function of a variant, and its arguments. Compiles for seconds at the first call."""
+    return _compile(variant), launch_arguments(variant)
+
+
+def launch_arguments(variant: Variant) -> LaunchArguments:
+    """Arguments as in :func:`_examples`: addresses, strides, the blocks with sizes and factors, CTAs, stream."""
+    ins, outs = variant.num_inputs, variant.num_outputs
+    return LaunchArguments(
+        f"{ins}Q", f"{outs}Q", f"{2 * (ins + outs)}q", "Q" + NUM_SIZES * "i4x" + NUM_FACTORS * "f4x", "i4x", "Q"
+    )
 
 
 def compile_ahead(variant: Variant) -> tuple[str, bytes]:
@@ -204,48 +213,40 @@ def compile_ahead(variant: Variant) -> tuple[str, bytes]:
 
 
 def _compile(variant: Variant, *options: Any) -> Any:
-    tensors = [(ALIGNMENT, 8, 8)] * (variant.num_inputs + variant.num_outputs)
-    examples = arguments(variant, tensors, items=ALIGNMENT, sizes=(1,) * 5, factors=(1.0, 1.0), grid=1)
     with warnings.catch_warnings():
         # The DSL warns about unrolled loops. Loops over registers must be unrolled: registers have no run-time index.
         warnings.simplefilter("ignore")
-        return cute.compile[(GPUArch(ARCHITECTURES[variant.capability]), *options)](variant.build(), *examples)
+        return cute.compile[(GPUArch(ARCHITECTURES[variant.capability]), *options)](
+            variant.build(), *_examples(variant)
+        )
 
 
-def arguments(
-    variant: Variant,
-    tensors: list[tuple[int, int, int]],
-    items: int,
-    sizes: tuple[int, ...],
-    factors: tuple[float, float],
-    grid: int,
-    stream: int = 0,
-) -> tuple[Any, ...]:
-    """The arguments of the host function of a variant.
+NUM_SIZES = 5
+"""Tokens, heads, blocks, leading rows, tokens of a target group."""
+NUM_FACTORS = 2
+"""α and 1 / N."""
 
-    Args:
-        variant: The kernel to call.
-        tensors: Address, row stride and head stride in elements of the inputs, then of the outputs.
-        items: Address of the blocks of rows.
-        sizes: Tokens, heads, blocks, leading rows, tokens of a target group.
-        factors: α and 1 / N.
-        grid: Number of CTAs.
-        stream: Handle of the CUDA stream.
+
+def _examples(variant: Variant) -> tuple[Any, ...]:
+    """Arguments of the host function of a variant, of the types that it is compiled for.
+
+    Addresses of the inputs, then of the outputs; row stride and head stride of each in elements; the address of the
+    blocks of rows, with sizes and factors; number of CTAs; handle of the CUDA stream.
     """
 
-    def pointer(dtype: Any, address: int) -> Any:
-        return make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=ALIGNMENT)
+    def pointer(dtype: Any) -> Any:
+        return make_ptr(dtype, ALIGNMENT, cute.AddressSpace.gmem, assumed_align=ALIGNMENT)
 
-    pointers = [pointer(ELEMENTS[variant.dtype], address) for address, _, _ in tensors]
+    ins, outs = variant.num_inputs, variant.num_outputs
     return (
-        tuple(pointers[: variant.num_inputs]),
-        tuple(pointers[variant.num_inputs :]),
-        tuple((Int64(row), Int64(head)) for _, row, head in tensors),
+        tuple(pointer(ELEMENTS[variant.dtype]) for _ in range(ins)),
+        tuple(pointer(ELEMENTS[variant.dtype]) for _ in range(outs)),
+        tuple((Int64(8), Int64(8)) for _ in range(ins + outs)),
         (
-            pointer(Int32, items),
-            tuple(Int32(size) for size in sizes),
-            tuple(Float32(factor) for factor in factors),
+            pointer(Int32),
+            tuple(Int32(1) for _ in range(NUM_SIZES)),
+            tuple(Float32(1.0) for _ in range(NUM_FACTORS)),
         ),
-        Int32(grid),
-        cuda.CUstream(stream),
+        Int32(1),
+        cuda.CUstream(0),
     )

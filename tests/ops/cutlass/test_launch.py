@@ -1,0 +1,44 @@
+"""A launch passes on the values that the DSL would pass on, without its Python."""
+
+import ctypes
+import time
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("cutlass")
+
+from hstu.ops.cutlass import attention
+from hstu.ops.cutlass.attention import NUM_FACTORS, NUM_SIZES, Kernel, Variant, launch_arguments
+
+VARIANT = Variant(Kernel.KEYS, torch.bfloat16, 64, 80)
+
+
+@pytest.fixture(scope="module")
+def function() -> Any:
+    return attention._compile(VARIANT)
+
+
+def test_a_launch_passes_on_what_the_dsl_makes_of_the_arguments(function: Any) -> None:
+    expected, _kept_alive = function.generate_execution_args(*attention._examples(VARIANT))
+    tensors = VARIANT.num_inputs + VARIANT.num_outputs
+    arguments = launch_arguments(VARIANT)
+    arguments.write(*[16] * tensors, *[8] * 2 * tensors, 16, *[1] * NUM_SIZES, *[1.0] * NUM_FACTORS, 1, 0)
+    ours, _ = function.generate_execution_args(*arguments.values)
+    assert len(ours) == len(expected)
+    is_narrow = [0] * (3 * tensors + 1) + [1] * (NUM_SIZES + NUM_FACTORS + 1) + [0]
+    for given, wanted, narrow in zip(ours, expected, is_narrow, strict=True):
+        assert ctypes.string_at(given, 4 if narrow else 8) == ctypes.string_at(wanted, 4 if narrow else 8)
+
+
+def test_the_arguments_of_a_launch_take_microseconds(function: Any) -> None:
+    arguments, tensors = launch_arguments(VARIANT), VARIANT.num_inputs + VARIANT.num_outputs
+    values = [16] * (3 * tensors + 1) + [1] * NUM_SIZES + [1.0] * NUM_FACTORS + [1, 0]
+    fastest = float("inf")
+    for _ in range(200):
+        begun = time.perf_counter()
+        arguments.write(*values)
+        function.generate_execution_args(*arguments.values)
+        fastest = min(fastest, time.perf_counter() - begun)
+    assert fastest < 50e-6

@@ -316,13 +316,13 @@ def test_validating_opens_what_the_file_names_and_leaves_nothing_behind(place: P
         ads__EmbeddingArgs__item_vocab_size_or_capacity=10, TrainerArgs__ckpt_load_dir="nowhere", TrainerArgs__seeds=1
     )
     wrong[1] = wrong[1].replace("ads.", "ads/")
-    code, output, errors = python(
+    codes, output = run_script(
         RANKING, "--gin-config-file", place / "pretrain_gr_ranking.gin", *given, *wrong, "--validate-only"
     )
-    assert (code, output) == (2, "")
-    assert errors.startswith("bad configuration, 3 problems:"), errors
+    assert codes == [2]
+    assert output.startswith("bad configuration, 3 problems:"), output
     for said in ("must be at least 11", "no complete checkpoint in nowhere", "has no parameter seeds"):
-        assert errors.count(said) == 1
+        assert output.count(said) == 1
 
 
 def test_a_configuration_that_does_not_fit_the_data_is_exit_code_2(

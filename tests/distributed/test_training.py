@@ -16,7 +16,7 @@ from tests.train.tiny import walks
 SIZES = (1, 2, 3)
 ON_THREE_RANKS = ("ranking", "in_batch", "uniform")
 """The cases that are trained on 3 ranks, too. The others are by a slow test."""
-GLOBAL_BATCH, ITERATIONS = 12, 20
+GLOBAL_BATCH, ITERATIONS = 12, 14
 
 SGD = {"optimizer_str": "sgd", "learning_rate": 0.05}
 CASES: dict[str, Any] = {

@@ -44,6 +44,7 @@ SAMPLED_LOSS = [
     *([] if INTERPRETED else IN_PLACE_OR_PACKED),
     pytest.param(Backend.TRITON, False, marks=TRITON.marks, id="triton"),
 ]
+MANY_QUERIES = 20 if INTERPRETED else 130
 LENGTHS = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 63, 65, 127, 129])
 
 
@@ -289,11 +290,11 @@ def test_each_row_of_the_gate_depends_on_itself_alone_and_not_on_the_threads(
 
 @pytest.mark.parametrize(("backend", "packed"), SAMPLED_LOSS)
 @settings(deadline=None, max_examples=examples(30))
-@example(queries=130, pool_size=1, draws=15, width=1, temperature=1.0, index_type=torch.int64)
-@example(queries=130, pool_size=1, draws=40, width=1, temperature=1.0, index_type=torch.int32)
+@example(queries=MANY_QUERIES, pool_size=1, draws=15, width=1, temperature=1.0, index_type=torch.int64)
+@example(queries=MANY_QUERIES, pool_size=1, draws=40, width=1, temperature=1.0, index_type=torch.int32)
 @example(queries=1, pool_size=1, draws=16, width=1, temperature=0.01, index_type=torch.int32)
 @given(
-    queries=st.sampled_from([0, 1, 7, 130]),
+    queries=st.sampled_from([0, 1, 7, MANY_QUERIES]),
     pool_size=st.sampled_from([1, 3, 90]),
     draws=st.sampled_from([0, 1, 15, 16, 40, 300]),
     width=st.sampled_from([1, 16, 19, 40, 50, 64, 100, 256]),

@@ -79,7 +79,8 @@ def test_a_run_over_more_ids_than_rows_counts_what_a_dictionary_counts(
         counts["hits"] += hits
         counts["insertions"] += len(result["placed"])
         counts["evictions"] += len(result["evicted"])
-        counts["rejections"] += sum(id_ in set(result["rejected"]) for id_ in ids)
+        rejected = set(result["rejected"])
+        counts["rejections"] += sum(id_ in rejected for id_ in ids)
         seen |= set(ids)
     for report, counts in zip(logged, counted, strict=True):
         assert report["hit_rate"] == counts["hits"] / counts["lookups"]

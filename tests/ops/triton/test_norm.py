@@ -10,7 +10,7 @@ from hstu.ops.functional import layer_norm
 from hstu.ops.types import Backend, GateConfig, TensorParallelComm
 from tests.ops.backends import kernels_of, norm_mul_dropout
 
-TOKENS, HEADS, WIDTH = 50, 2, 150
+TOKENS, HEADS, WIDTH = 20, 2, 150
 
 
 def inputs(device: torch.device) -> list[Tensor]:

@@ -95,7 +95,7 @@ def test_the_pool_loss_equals_float64(
 
 def test_gradients_of_the_bias_have_the_same_bits_in_every_run(device: torch.device) -> None:
     rng = np.random.default_rng(0)
-    users = tuple(User(n, 3, tuple(np.cumsum(rng.integers(0, 10**6, n + 3)).tolist())) for n in (80, 1))
+    users = tuple(User(n, 3, tuple(np.cumsum(rng.integers(0, 10**6, n + 3)).tolist())) for n in (40, 1))
     batch = Batch(users, contextuals=2, tokens_per_item=1, group_size=1)
     results = []
     for _ in range(2):

@@ -29,7 +29,7 @@ class RawIds:
     @classmethod
     def from_store(cls, store: SequenceStore, features: Collection[str]) -> RawIds:
         """Return the raw ids of those features that are looked up by code, memory mapped."""
-        named = [name for name in features if store.features[name].has_vocab and not store.features[name].raw]
+        named = [name for name in features if store.feature(name).has_vocab and not store.feature(name).raw]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the memory maps are read-only
             return cls({name: tuple(map(torch.from_numpy, store.raw_id_arrays(name))) for name in named})

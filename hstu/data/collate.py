@@ -70,13 +70,14 @@ def resolve_roles(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) ->
         ),
         known_after=tuple(args.known_after),
     )
-    side = (*store.item_side_features, *store.event_features)
+    of_events = (*store.event_features, *store.time_features)
+    side = (*store.item_side_features, *of_events)
     allowed_names = {
         "item": (store.item_feature,),
         "action": (store.action_feature,) if store.action_feature else (),
         "context": store.contextual_features,
         "side": side,
-        "event": store.event_features,
+        "event": of_events,
     }
     wanted = [("item", "item_feature_name", chosen.item), ("action", "action_feature_name", chosen.action)]
     wanted += [("context", "contextual_feature_names", name) for name in chosen.contextual]
@@ -215,6 +216,9 @@ class StoreReader:
         side: dict[str, np.ndarray] = {}
         list_lengths: dict[str, np.ndarray] = {}
         for name in self.roles.side:
+            if name in self.store.time_features:
+                side[name] = self.store.time_codes(name, events)
+                continue
             if name in self.store.event_features:
                 side[name] = self._codes(name, events)
                 continue

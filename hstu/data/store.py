@@ -44,6 +44,7 @@ from hstu.data.store_layout import (
     vocabulary_stem,
 )
 from hstu.data.store_meta import description_problems
+from hstu.data.time_features import TIME_FEATURES, time_codes
 
 FORMAT = "hstu-sequence-store"
 VERSION = 3
@@ -86,6 +87,9 @@ class SequenceStore:
         self.contextual_features: tuple[str, ...] = self._named("context")
         self.item_side_features: tuple[str, ...] = self._named("item_feature")
         self.event_features: tuple[str, ...] = self._named("event")
+        known = TIME_FEATURES if self.timestamp_feature else {}
+        self.time_features = {name: meta for name, meta in known.items() if name not in self.features}
+        """What events have beside the stored features: what follows from their times."""
         self.split: str | None = meta.get("split")
         """The column of the raw data that says to which split an event belongs. None: options of a run say it."""
         self._files: dict[str, dict[str, Any]] = meta["files"]
@@ -127,13 +131,27 @@ class SequenceStore:
         """File → the SHA-256 that its description states; its size in bytes in stores older than the checksums."""
         return {file: str(entry.get("sha256", entry["bytes"])) for file, entry in self._files.items()}
 
+    def feature(self, name: str) -> FeatureMeta:
+        """A feature, stored or of its time. Raises DataError where there is none of this name."""
+        known = self.features | self.time_features
+        if name not in known:
+            raise DataError(f"{self.path} has no feature {name!r}; it has: {', '.join(known)}")
+        return known[name]
+
     def offsets(self) -> np.ndarray:
         """int64 [U + 1]: user u's events are [offsets[u], offsets[u + 1])."""
         return self._map(OFFSETS_FILE)
 
     def sequence(self, feature: str) -> np.ndarray:
         """[E] values of the item, the action or an event feature (int32), or of the timestamp (int64, seconds)."""
+        if feature in self.time_features:
+            return self.time_codes(feature, np.arange(self.num_events))
         return self._feature_values(feature, "sequence")
+
+    def time_codes(self, feature: str, events: np.ndarray) -> np.ndarray:
+        """int64 [n] codes of a time feature of these events."""
+        assert self.timestamp_feature is not None
+        return time_codes(feature, events, self.sequence(self.timestamp_feature), self.offsets())
 
     def context(self, feature: str) -> np.ndarray:
         """int32 [U] codes of a contextual feature."""
@@ -164,7 +182,7 @@ class SequenceStore:
         """Number of codes: values of the feature lie in [0, cardinality). For user_id the number of users."""
         if feature == USER_FEATURE:
             return self.num_users
-        cardinality = self._meta_of(feature).cardinality
+        cardinality = self.feature(feature).cardinality
         if cardinality is None:
             raise DataError(f"{self.path}: feature {feature!r} is a timestamp and has no cardinality")
         return cardinality
@@ -176,7 +194,7 @@ class SequenceStore:
 
     def raw_id_arrays(self, feature: str) -> tuple[np.ndarray, ...]:
         """raw_ids as stored: int64 [cardinality], or int64 [cardinality + 1] offsets and UTF-8 bytes."""
-        if feature != USER_FEATURE and not self._meta_of(feature).has_vocab:
+        if feature != USER_FEATURE and not self.feature(feature).has_vocab:
             raise DataError(f"{self.path}: feature {feature!r} has no vocabulary, its values are the raw ones")
         stem = vocabulary_stem(feature)
         files = (f"{stem}.npy",) if f"{stem}.npy" in self._files else strings_files(stem)
@@ -248,13 +266,8 @@ class SequenceStore:
     def _named(self, role: Role) -> tuple[str, ...]:
         return tuple(name for name, feature in self.features.items() if feature.role == role)
 
-    def _meta_of(self, feature: str) -> FeatureMeta:
-        if feature not in self.features:
-            raise DataError(f"{self.path} has no feature {feature!r}; it has: {', '.join(self.features)}")
-        return self.features[feature]
-
     def _feature_values(self, feature: str, method: str) -> np.ndarray:
-        meta = self._meta_of(feature)
+        meta = self.feature(feature)
         kind, right_method = _ACCESS.get(meta.role, ("sequence", "sequence"))
         if method != right_method:
             raise DataError(f"{self.path}: {feature!r} is a {kind} feature, use {right_method}({feature!r})")

@@ -96,9 +96,10 @@ def features_are_in_the_data(run: RunDraft, opened: Opened) -> Iterator[Problem]
 def tables_fit_the_data(run: RunDraft, opened: Opened) -> Iterator[Problem]:
     """Static tables have rows for all ids, and every feature has one table."""
     store = opened.store.value
-    cardinalities = {name: store.cardinality(name) for name in store.features if name != store.timestamp_feature}
+    names = (*store.features, *store.time_features)
+    cardinalities = {name: store.cardinality(name) for name in names if name != store.timestamp_feature}
     known = [table for table in run.embeddings if set(table.feature_names) <= cardinalities.keys()]
-    raw = tuple(name for name in cardinalities if store.features[name].raw)
+    raw = tuple(name for name in cardinalities if store.feature(name).raw)
     too_small = Attempt(lambda: check_rows(known, cardinalities, run.located, raw)).error
     yield from reported(run, run.dataset, "dataset_name", too_small)
     yield from reported(run, run.dataset, "dataset_name", opened.tables.error)

@@ -153,7 +153,7 @@ class StoreSource(BatchSource):
         self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
         self.tables = self.fit(choose_tables(config.embeddings, predefined, self.roles.names, config.located))
         self._recoding = {} if self._eval_store is self.store else self._recode_eval_store()
-        self.raw_features = tuple(name for name in self.roles.names if self.store.features[name].raw)
+        self.raw_features = tuple(name for name in self.roles.names if self.store.feature(name).raw)
         items = self.cardinalities[self.roles.item]
         self.values_per_item = {name: len(self.store.item_values(name)[0]) / items for name in self.roles.lists}
         check_rows(self.tables, self.cardinalities, config.located, self.raw_features)
@@ -278,15 +278,15 @@ class StoreSource(BatchSource):
         theirs, ours = self._eval_store, self.store
         recoding, problems = {}, []
         for name in self.roles.names:
-            if name in theirs.features and ours.features[name].raw != theirs.features[name].raw:
-                having, lacking = (ours, theirs) if ours.features[name].raw else (theirs, ours)
+            if name in theirs.features and ours.feature(name).raw != theirs.feature(name).raw:
+                having, lacking = (ours, theirs) if ours.feature(name).raw else (theirs, ours)
                 problems.append(
                     f"DatasetArgs.eval_dataset_path: {having.path} keeps raw ids of {name!r}, {lacking.path} does not; "
                     "preprocess both with the same --raw_ids"
                 )
-            elif ours.features[name].raw:
+            elif ours.feature(name).raw:
                 continue
-            elif ours.features[name].has_vocab:
+            elif ours.feature(name).has_vocab:
                 try:
                     recoding[name] = ours.encode(name, theirs.raw_ids(name))
                 except DataError as error:

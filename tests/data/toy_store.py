@@ -30,6 +30,7 @@ class ToyStore(SequenceStore):
         self.timestamp_feature = None if times is None else "time"
         self.contextual_features = tuple(context or {})
         self.item_side_features = self.event_features = ()
+        self.time_features = {}
         columns = {"item": items, "action": actions, "time": times}
         self.arrays = {
             name: np.array([value for row in rows for value in row], dtype=np.int64)

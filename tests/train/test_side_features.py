@@ -154,3 +154,18 @@ def test_recommendations_are_for_users_of_the_data(mesh: Mesh, tmp_path: Path) -
     history = api.History(user=1, items=[1000], actions=[0], timestamps=[5])
     with pytest.raises(DataError, match=r"given by hand, and the model reads genres, device, watched of each item"):
         model.recommend_for([history])
+
+
+def test_the_hour_of_an_event_teaches_without_a_column_of_its_own(mesh: Mesh, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    hours = np.cumsum(rng.integers(0, 24, (USERS, LENGTH)), axis=1)
+    actions = hours // 6 % ACTIONS
+    items = rng.integers(0, ITEMS, (USERS, LENGTH)).tolist()
+    times = (hours * 3600 + 10**6 // 86_400 * 86_400).tolist()
+    store = write_small_store(tmp_path / "store", items, actions=actions.tolist(), timestamps=times, num_items=ITEMS)
+    dataset = {"contextual_feature_names": [], "side_feature_names": ["hour_of_day"]}
+    hour = {"feature_names": ["hour_of_day"], "table_name": "hour", "item_vocab_size_or_capacity": 24}
+    tables = (*tables_for(store, dataset), EmbeddingArgs(**hour, sharding_type="data_parallel", init_std=0.3))
+    trainer = {"max_train_iters": 60, "eval_at_end": True}
+    options = {"dataset": dataset, "tables": tables, "trainer": trainer}
+    assert run(tiny_config("ranking", store, tmp_path, **options), mesh).metrics["ACC"] > 0.95

@@ -20,7 +20,7 @@ def predefined_embeddings(
     """
     tables: list[EmbeddingArgs] = []
     widths = {"context": network.contextual_width, "item": network.item_width, "action": network.item_width}
-    for name, feature in store.features.items():
+    for name, feature in (store.features | store.time_features).items():
         if feature.cardinality is None:
             continue
         width = widths.get(feature.role, network.side_embedding_dim)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -20,6 +21,7 @@ from hstu.ops.types import (
     GateKernels,
     JaggedLayout,
     LayerNormKernels,
+    Preactivation,
     ProjectionKernels,
     RelativeBias,
 )
@@ -54,6 +56,46 @@ def hstu_attention(
         return grad_q, grad_k, grad_v, *(() if grad_bias is None else vars(grad_bias).values())
 
     return _differentiable(forward, backward, q, k, v, *(() if bias is None else vars(bias).values()))
+
+
+def projected_attention(
+    projected: Tensor,
+    shift: Tensor,
+    layout: JaggedLayout,
+    config: AttentionConfig,
+    bias: RelativeBias | None,
+    kernels: AttentionKernels,
+) -> Tensor:
+    """:func:`hstu_attention` with v, q and k = SiLU(``projected`` + ``shift``), differentiated as in a layer.
+
+    projected: [T, H, 3, d]; shift: [H, 3, d], whose gradient is of float32 at least. ``kernels`` differentiate SiLU.
+    """
+    biases = () if bias is None else (bias.position_weight, bias.time_weight)
+
+    def forward(projected: Tensor, shift: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shifted = projected + shift.to(projected.dtype)
+        activated = F.silu(shifted)
+        v, q, k = activated.unbind(2)
+        bias = relative_bias(tables[0], tables[1], layout) if tables else None
+        return kernels.forward(q, k, v, layout, config, bias), shifted, activated
+
+    def backward(grad: Tensor, projected: Tensor, shift: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        *tables, shifted, activated = others
+        v, q, k = activated.unbind(2)
+        gradient = torch.empty_like(shifted)
+        grad_shift = _empty_shift(shift)
+        parts = zip(shifted.unbind(2), grad_shift.unbind(1), strict=True)
+        of_v, of_q, of_k = (Preactivation(value, sums) for value, sums in parts)
+        grad_v, grad_q, grad_k = gradient.unbind(2)
+        bias, grads = RelativeBias(*tables) if tables else None, (grad_q, grad_k, grad_v)
+        grad_bias = kernels.backward(grad, q, k, v, layout, config, bias, grads, (of_q, of_k, of_v))
+        return gradient, grad_shift, *(() if grad_bias is None else vars(grad_bias).values())
+
+    return _differentiable(forward, backward, projected, shift, *biases)
+
+
+def _empty_shift(shift: Tensor) -> Tensor:
+    return torch.empty(shift.shape, dtype=torch.promote_types(shift.dtype, torch.float32), device=shift.device)
 
 
 def relative_bias(
@@ -110,6 +152,40 @@ def norm_mul_dropout(
         return grad_x, grad_u, *affine
 
     return _differentiable(forward, backward, x, u, weight, bias)
+
+
+def projected_gate(
+    x: Tensor, projected: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, config: GateConfig, kernels: GateKernels
+) -> Tensor:
+    """:func:`norm_mul_dropout` with u = SiLU(``projected`` + ``shift``), differentiated as in a layer.
+
+    projected: [T, H, d]; shift: [H, d], whose gradient is of float32 at least. ``kernels`` differentiate SiLU.
+    """
+
+    def forward(
+        x: Tensor, projected: Tensor, shift: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        shifted = projected + shift.to(projected.dtype)
+        gated, statistics, mask = kernels.forward(x, F.silu(shifted), weight, bias, config)
+        return gated, shifted, statistics, mask
+
+    def backward(
+        grad: Tensor,
+        x: Tensor,
+        projected: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        shifted: Tensor,
+        statistics: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        before = Preactivation(shifted, _empty_shift(shift))
+        gradient, u = torch.empty_like(shifted), F.silu(shifted)
+        _, grad_x, *affine = kernels.backward(grad, x, u, weight, bias, config, statistics, mask, gradient, before)
+        return grad_x, gradient, before.grad_shift, *affine
+
+    return _differentiable(forward, backward, x, projected, shift, weight, bias)
 
 
 def _differentiable(

@@ -21,7 +21,7 @@ from hstu.config.args import NetworkArgs
 from hstu.ops.costs import FLOAT32
 from hstu.ops.functional import relative_bias
 from hstu.ops.products import matmul
-from hstu.ops.types import GateConfig, HSTULayerConfig, JaggedLayout, LayerWeights, SavedActivations
+from hstu.ops.types import GateConfig, HSTULayerConfig, JaggedLayout, LayerWeights, Preactivation, SavedActivations
 
 
 def saved_bytes(network: NetworkArgs, tokens: int, tp_size: int, element_size: int, residual_size: int) -> int:
@@ -56,6 +56,15 @@ def split_uvqk(uvqk: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Ten
     """u, v, q, k, each [T, H, d]: views of [T, H · 4 · d], whose columns lie as [head, (u v q k), channel]."""
     u, v, q, k = uvqk.unflatten(1, (-1, 4, head_dim)).unbind(2)
     return u, v, q, k
+
+
+def _before_silu(
+    projected: Tensor, grad_shift: Tensor, head_dim: int
+) -> tuple[Preactivation, tuple[Preactivation, Preactivation, Preactivation]]:
+    """What u, and what q, k and v are the SiLU of. projected: [T, H · 4 · d]; grad_shift: [H · 4 · d]."""
+    shifts = (shift[0] for shift in split_uvqk(grad_shift.unsqueeze(0), head_dim))
+    u, v, q, k = map(Preactivation, split_uvqk(projected, head_dim), shifts)
+    return u, (q, k, v)
 
 
 class HSTULayerFunction(torch.autograd.Function):
@@ -152,7 +161,6 @@ class _Computation:
         all_tokens = comm.all_gather_tokens(normalized)
         grad_normalized = comm.reduce_tokens(matmul(grad_projected, weights.uvqk_weight.to(self.dtype)))
         grads["uvqk_weight"] = matmul(grad_projected.t(), all_tokens()).to(weights.uvqk_weight.dtype)
-        grads["uvqk_bias"] = grad_projected.sum(0).to(weights.uvqk_bias.dtype)
         grad_x, *grad_norm = self.config.kernels.layer_norm.backward(
             grad_normalized(), x, weights.input_norm_weight, weights.input_norm_bias, saved.input_statistics
         )
@@ -160,26 +168,45 @@ class _Computation:
         return grad_x.add_(grad), LayerWeights(**grads)
 
     def _backward_to_projection(self, grad: Tensor, saved: SavedActivations, grads: dict[str, Any]) -> Tensor:
-        """Gradient of ``saved.projected``; writes those of the later weights to ``grads``."""
-        config, kernels = self.config, self.config.kernels
+        """Gradient of ``saved.projected``; writes those of its bias and of the later weights to ``grads``.
+
+        The kernels of gate and attention write their parts of one tensor. Where they differentiate SiLU and sum over
+        the tokens, no other pass over that tensor is needed.
+        """
+        config, kernels, shift = self.config, self.config.kernels, self.weights.uvqk_bias
         activated = kernels.project_uvqk.activate(saved.projected) if saved.activated is None else saved.activated
         del saved.activated
         u, v, q, k = split_uvqk(activated, config.head_dim)
-        grad_activated = torch.empty_like(activated)
-        grad_u, grad_v, grad_q, grad_k = split_uvqk(grad_activated, config.head_dim)
-        grad_attended = self._backward_through_gate(grad, saved, u, grad_u, grads)
+        gradient = torch.empty_like(activated)
+        grad_shift = torch.empty(len(shift), dtype=torch.promote_types(self.dtype, torch.float32), device=shift.device)
+        grad_u, grad_v, grad_q, grad_k = split_uvqk(gradient, config.head_dim)
+        differentiates_silu = kernels.attention.differentiates_silu and kernels.norm_mul_dropout.differentiates_silu
+        u_before = qkv_before = None
+        if differentiates_silu:
+            u_before, qkv_before = _before_silu(saved.projected, grad_shift, config.head_dim)
+        grad_attended = self._backward_through_gate(grad, saved, u, grad_u, u_before, grads)
         grad_bias = kernels.attention.backward(
-            grad_attended, q, k, v, self.layout, config.attention, self.bias, (grad_q, grad_k, grad_v)
+            grad_attended, q, k, v, self.layout, config.attention, self.bias, (grad_q, grad_k, grad_v), qkv_before
         )
         if grad_bias is not None:
             grads["position_weight"] = config.comm.all_reduce_over_heads(grad_bias.position_weight)
             grads["time_weight"] = config.comm.all_reduce_over_heads(grad_bias.time_weight)
-        return torch.ops.aten.silu_backward.grad_input(grad_activated, saved.projected, grad_input=grad_activated)
+        if not differentiates_silu:
+            torch.ops.aten.silu_backward.grad_input(gradient, saved.projected, grad_input=gradient)
+            grad_shift = gradient.sum(0)
+        grads["uvqk_bias"] = grad_shift.to(shift.dtype)
+        return gradient
 
     def _backward_through_gate(
-        self, grad: Tensor, saved: SavedActivations, u: Tensor, grad_u: Tensor, grads: dict[str, Any]
+        self,
+        grad: Tensor,
+        saved: SavedActivations,
+        u: Tensor,
+        grad_u: Tensor,
+        u_before: Preactivation | None,
+        grads: dict[str, Any],
     ) -> Tensor:
-        """Gradient of the output of attention; writes that of u to ``grad_u``."""
+        """Gradient of the output of attention; writes that of u, or of what it is the SiLU of, to ``grad_u``."""
         weights, norm = self.weights, (self.weights.output_norm_weight, self.weights.output_norm_bias)
         grad = self.config.comm.all_gather_tokens(grad.to(self.dtype))()
         gated, grad_attended, *grad_norm = self.config.kernels.norm_mul_dropout.backward(
@@ -191,6 +218,7 @@ class _Computation:
             saved.output_statistics,
             saved.dropout_mask,
             grad_u,
+            u_before,
         )
         del saved.attended, saved.dropout_mask
         grads["output_norm_weight"], grads["output_norm_bias"] = grad_norm

@@ -105,6 +105,15 @@ class RelativeBias:
     """[NUM_TIME_BUCKETS]."""
 
 
+class Preactivation(NamedTuple):
+    """One of the parts of x Wᵀ + b whose SiLU is u, v, q or k, for a backward that differentiates SiLU, too."""
+
+    value: Tensor
+    """[T, H, d], any strides, dense channels."""
+    grad_shift: Tensor
+    """[H, d] of float32 at least. Backward writes the gradient of b to it: the sum of that of ``value`` over tokens."""
+
+
 Pending = Callable[[], Tensor]
 """A collective that has begun: waits for it and returns its result."""
 
@@ -262,8 +271,12 @@ class AttentionBackward(Protocol):
         config: AttentionConfig,
         bias: RelativeBias | None,
         grads: tuple[Tensor, Tensor, Tensor],
+        before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
     ) -> RelativeBias | None:
-        """Write the gradients of q, k and v to ``grads`` (any strides, dense channels); return that of the bias."""
+        """Write the gradients of q, k and v to ``grads`` (any strides, dense channels); return that of the bias.
+
+        With ``before_silu``, of which q, k and v are the SiLU, the gradients written are those of its values.
+        """
 
 
 class LayerNormForward(Protocol):
@@ -314,8 +327,12 @@ class GateBackward(Protocol):
         statistics: Tensor,
         dropout_mask: Tensor | None,
         grad_u: Tensor,
+        before_silu: Preactivation | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns gated, recomputed, and the gradients of x, weight and bias; writes that of u to ``grad_u``."""
+        """Returns gated, recomputed, and the gradients of x, weight and bias; writes that of u to ``grad_u``.
+
+        With ``before_silu``, of which u is the SiLU, the gradient written is that of its value.
+        """
 
 
 @dataclass(frozen=True)
@@ -324,6 +341,8 @@ class AttentionKernels:
 
     forward: AttentionForward
     backward: AttentionBackward
+    differentiates_silu: bool = True
+    """Whether backward takes ``before_silu``. Otherwise the layer differentiates SiLU in a pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -336,7 +355,10 @@ class LayerNormKernels:
 
 @dataclass(frozen=True)
 class ProjectionKernels:
-    """The projection to u, v, q and k of one backend. Its backward is matrix products and SiLU's, the same for all."""
+    """The projection to u, v, q and k of one backend. Its backward is matrix products, the same for all.
+
+    The kernels that make the gradients of u, v, q and k differentiate SiLU.
+    """
 
     forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     """x [T, D], weight [W, D], bias [W] of one dtype → x Wᵀ + b and SiLU of it, each [T, W], W = H · 4 · d."""
@@ -350,6 +372,8 @@ class GateKernels:
 
     forward: GateForward
     backward: GateBackward
+    differentiates_silu: bool = True
+    """As in :class:`AttentionKernels`."""
 
 
 @dataclass(frozen=True)

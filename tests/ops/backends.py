@@ -68,11 +68,39 @@ def hstu_attention(
     return functional.hstu_attention(q, k, v, layout, AttentionConfig(**config), bias, kernels)
 
 
+def projected_attention(
+    projected: Tensor,
+    shift: Tensor,
+    layout: JaggedLayout,
+    *,
+    bias: RelativeBias | None = None,
+    backend: Backend = Backend.PYTORCH,
+    **config: Any,
+) -> Tensor:
+    """Attention of a projection by a backend; ``config``: fields of AttentionConfig."""
+    kernels = kernels_of(backend, projected.shape[3], projected.dtype, has_bias=bias is not None).attention
+    return functional.projected_attention(projected, shift, layout, AttentionConfig(**config), bias, kernels)
+
+
 def norm_mul_dropout(
     x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig, backend: Backend = Backend.PYTORCH
 ) -> Tensor:
     """The gated norm by a backend."""
     return functional.norm_mul_dropout(x, u, weight, bias, config, kernels_of(backend, 1, x.dtype).norm_mul_dropout)
+
+
+def projected_gate(
+    x: Tensor,
+    projected: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    config: GateConfig,
+    backend: Backend = Backend.PYTORCH,
+) -> Tensor:
+    """The gated norm of a projection by a backend."""
+    kernels = kernels_of(backend, 1, x.dtype).norm_mul_dropout
+    return functional.projected_gate(x, projected, shift, weight, bias, config, kernels)
 
 
 def pool_softmax_loss(

@@ -10,7 +10,7 @@ from torch import Tensor
 from hstu.ops.pytorch import attention as pytorch_attention
 from hstu.ops.types import NUM_TIME_BUCKETS, RelativeBias
 from tests.ops import oracle
-from tests.ops.backends import hstu_attention
+from tests.ops.backends import hstu_attention, projected_attention
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch, batches
 
@@ -94,6 +94,23 @@ def test_gradcheck(is_causal: bool) -> None:
         return hstu_attention(q, k, v, layout, alpha=0.7, scaling_seqlen=5, is_causal=is_causal, bias=bias)
 
     assert torch.autograd.gradcheck(attend, [x.requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_attention_of_a_projection_has_the_gradients_of_silu_and_attention(with_bias: bool) -> None:
+    users = (User(4, 2, (0, 5, 5, 90, 4000, 10**6)), User(0, 0), User(7, 0, (1, 2, 4, 8, 16, 10**5, 10**9)))
+    batch = Batch(users, contextuals=2, tokens_per_item=1, group_size=1)
+    layout, config = batch.layout(), dict(alpha=0.37, scaling_seqlen=7)
+    *_, position, time, grad = random_inputs(batch, heads=2, width=4, dtype=torch.float64, seed=0)
+    projected, shift = (torch.randn(shape, dtype=torch.float64) for shape in ((layout.num_tokens, 2, 3, 4), (2, 3, 4)))
+    leaves = [x.requires_grad_() for x in (projected, shift, *((position, time) if with_bias else ()))]
+    bias = RelativeBias(position, time) if with_bias else None
+    v, q, k = torch.nn.functional.silu(projected + shift).unbind(2)
+    expected = hstu_attention(q, k, v, layout, **config, bias=bias)
+    got = projected_attention(projected, shift, layout, **config, bias=bias)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(*(torch.autograd.grad(out, leaves, grad) for out in (got, expected)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @given(st.integers(0, 10**6))

@@ -31,6 +31,8 @@ from tests.ops.backends import (
     hstu_attention,
     kernels_of,
     norm_mul_dropout,
+    projected_attention,
+    projected_gate,
     sampled_softmax_loss,
 )
 from tests.ops.oracle import User
@@ -148,6 +150,45 @@ def test_attention_equals_float64(
     compare_attention(batch, backend, leaves, grad_out, **config)
 
 
+@pytest.mark.parametrize("backend", [backend for backend in ATTENTION if backend is not Backend.CPU])
+@settings(deadline=None, max_examples=examples(40))
+@given(
+    batch=long_batches(),
+    heads=st.integers(1, MOST_HEADS),
+    width=st.sampled_from([1, 25, 64, 128, 256]),
+    dtype=st.sampled_from(TYPES),
+    with_bias=st.booleans(),
+    is_causal=st.booleans(),
+)
+def test_attention_of_a_projection_equals_float64(
+    backend: Backend, batch: Batch, heads: int, width: int, dtype: torch.dtype, with_bias: bool, is_causal: bool
+) -> None:
+    """The gradients of what v, q and k are the SiLU of, and their sums over the tokens."""
+    tokens = batch.layout().num_tokens
+    torch.manual_seed(tokens)
+    projected, shift = torch.randn(tokens, heads, 3, width).to(dtype), torch.randn(heads, 3, width)
+    tables = [torch.randn(2 * 150 - 1).to(dtype), torch.randn(NUM_TIME_BUCKETS).to(dtype)] if with_bias else []
+    config = dict(alpha=width**-0.5, scaling_seqlen=100, is_causal=is_causal)
+
+    def attend_by(backend: Backend) -> Callable[..., Tensor]:
+        layout = batch.layout(device=device_of(backend))
+        return lambda projected, shift, *tables: projected_attention(
+            projected, shift, layout, bias=RelativeBias(*tables) if tables else None, backend=backend, **config  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    leaves, grad_out = [projected, shift, *tables], torch.randn(tokens, heads, width).to(dtype)
+    got = differentiate(attend_by(backend), to(leaves, device_of(backend)), grad_out.to(device_of(backend)))
+    assert got[2].dtype == torch.float32
+    # The rounding of the sum of projection and shift is no error of a kernel.
+    exact = [
+        (projected + shift.to(dtype)).double(),
+        torch.zeros_like(shift).double(),
+        *to(tables, "cpu", torch.float64),
+    ]
+    expected = differentiate(attend_by(Backend.PYTORCH), exact, grad_out.double())
+    assert_near(got, expected, TOLERANCE[backend][dtype])
+
+
 @pytest.mark.parametrize("backend", FULL_SIZE)
 @pytest.mark.parametrize(("width", "dtype"), [(50, torch.float32), (64, torch.bfloat16)])
 def test_attention_equals_float64_on_a_long_sequence(backend: Backend, width: int, dtype: torch.dtype) -> None:
@@ -257,6 +298,26 @@ def test_the_gate_equals_float64(
         return differentiate(lambda *x: norm_mul_dropout(*x, GateConfig(0.05, dropout), backend), leaves, grad_out)
 
     got = run(leaves, grad_out.to(device_of(backend)), backend)
+    expected = run(to(leaves, "cpu", torch.float64), grad_out.double(), Backend.PYTORCH)
+    assert_near(got, expected, 3 * TOLERANCE[backend][dtype])
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("tokens", [0, 30])
+def test_the_gate_of_a_projection_equals_float64(backend: Backend, tokens: int, dtype: torch.dtype) -> None:
+    """The gradient of what u is the SiLU of, and its sum over the tokens."""
+    torch.manual_seed(0)
+    x, projected = torch.randn(tokens, 2, 21).to(dtype), torch.randn(tokens, 2, 2, 21).to(dtype)[:, :, 1]
+    leaves = to([x, projected, torch.randn(2, 21), *torch.randn(2, 42)], device_of(backend))
+    grad_out = torch.randn(tokens, 42).to(dtype)
+
+    def run(leaves: list[Tensor], grad_out: Tensor, backend: Backend) -> list[Tensor]:
+        return differentiate(lambda *x: projected_gate(*x, GateConfig(0.05, 0.0), backend), leaves, grad_out)
+
+    got = run(leaves, grad_out.to(device_of(backend)), backend)
+    assert got[3].dtype == torch.float32
+    leaves[1], leaves[2] = leaves[1] + leaves[2].to(dtype), torch.zeros_like(leaves[2])
     expected = run(to(leaves, "cpu", torch.float64), grad_out.double(), Backend.PYTORCH)
     assert_near(got, expected, 3 * TOLERANCE[backend][dtype])
 

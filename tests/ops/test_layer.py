@@ -1,5 +1,6 @@
 """The layer as one function: its gradients, its heads on several ranks, and to the byte what it keeps for backward."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,6 +75,23 @@ def test_gradcheck(options: dict[str, bool]) -> None:
         return HSTULayerFunction.apply(x, layout, config, *weights)
 
     assert torch.autograd.gradcheck(function, (x, *make_weights()), fast_mode=True)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="float64")
+@pytest.mark.parametrize("operators", [("attention",), ("norm_mul_dropout",), ("attention", "norm_mul_dropout")])
+def test_a_layer_differentiates_silu_where_a_kernel_does_not(operators: tuple[str, ...]) -> None:
+    layout, config = TIMED.layout(), make_config()
+    unfused = {name: replace(getattr(config.kernels, name), differentiates_silu=False) for name in operators}
+    torch.manual_seed(1)
+    x = torch.randn(layout.num_tokens, HIDDEN, dtype=torch.float64, requires_grad=True)
+    weights, slope = make_weights(), torch.randn_like(x)
+
+    def gradients(config: HSTULayerConfig) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(HSTULayerFunction.apply(x, layout, config, *weights), [x, *weights], slope)
+
+    other = replace(config, kernels=replace(config.kernels, **unfused))
+    for ours, theirs in zip(gradients(config), gradients(other), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 CUT = LayerWeights(None, None, 0, 0, None, None, 0, 0, 1)  # type: ignore[arg-type]

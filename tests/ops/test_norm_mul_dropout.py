@@ -9,7 +9,7 @@ from torch import Tensor
 from hstu.ops.dropout import draw, dropout
 from hstu.ops.types import GateConfig, TensorParallelComm
 from tests.ops import oracle
-from tests.ops.backends import norm_mul_dropout
+from tests.ops.backends import norm_mul_dropout, projected_gate
 from tests.ops.rank_threads import RankThread, on_ranks
 
 
@@ -44,6 +44,16 @@ def test_equals_the_formula_forward_and_backward(tokens: int, heads: int, width:
 def test_gradcheck() -> None:
     leaves = [x.requires_grad_() for x in inputs(3, 2, 3, torch.float64)]
     assert torch.autograd.gradcheck(lambda *x: norm_mul_dropout(*x, GateConfig(1e-5, 0.0)), leaves)
+
+
+def test_the_gate_of_a_projection_has_the_gradients_of_silu_and_gate() -> None:
+    x, projected, weight, bias = inputs(5, 2, 3, torch.float64)
+    leaves = [t.requires_grad_() for t in (x, projected, torch.randn(2, 3, dtype=torch.float64), weight, bias)]
+    expected = norm_mul_dropout(x, torch.nn.functional.silu(projected + leaves[2]), weight, bias, GateConfig(0.1, 0.0))
+    got, grad = projected_gate(*leaves, GateConfig(0.1, 0.0)), torch.randn(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(*(torch.autograd.grad(out, leaves, grad) for out in (got, expected)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.9])

@@ -27,7 +27,7 @@ from hstu.ops.cpu.build import (
     strides,
     with_contiguous_rows,
 )
-from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, JaggedLayout, RelativeBias
+from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, JaggedLayout, Preactivation, RelativeBias
 
 MOST_BUCKET_BYTES = 2**26
 MOST_BINS = 64  # parts of the work, each with its own sums of bias gradients
@@ -84,8 +84,10 @@ def backward(
     config: AttentionConfig,
     bias: RelativeBias | None,
     grads: tuple[Tensor, Tensor, Tensor],
+    before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
 ) -> RelativeBias | None:
-    """See :class:`hstu.ops.types.AttentionBackward`."""
+    """See :class:`hstu.ops.types.AttentionBackward`; without ``before_silu``."""
+    assert before_silu is None
     arguments = _prepare(q, k, v, layout, config, bias)
     arguments.set(grad_out=with_contiguous_rows(grad), grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
     if bias is None:

@@ -22,7 +22,7 @@ from hstu.ops.cpu.build import (
     with_contiguous_rows,
 )
 from hstu.ops.dropout import draw, scale_of
-from hstu.ops.types import GateConfig
+from hstu.ops.types import GateConfig, Preactivation
 
 TOKENS_PER_BIN = 256
 MOST_BINS = 64
@@ -84,8 +84,10 @@ def backward(
     statistics: Tensor,
     dropout_mask: Tensor | None,
     grad_u: Tensor,
+    before_silu: Preactivation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.types.GateBackward`."""
+    """See :class:`hstu.ops.types.GateBackward`; without ``before_silu``."""
+    assert before_silu is None
     u = _joined(u)
     joined_grad_u = grad_u if grad_u.shape == u.shape else torch.empty_like(u)
     arguments = _prepare(x, u, weight, bias, config, statistics, dropout_mask)

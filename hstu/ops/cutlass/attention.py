@@ -25,7 +25,7 @@ from hstu.ops.cutlass.sm80 import BackwardSm80, ForwardSm80
 from hstu.ops.cutlass.sm90 import BackwardSm90, ForwardSm90
 from hstu.ops.cutlass.support import CAPABILITIES, HEAD_DIMS, head_unsupported_reason
 from hstu.ops.layout import to_device
-from hstu.ops.types import AttentionConfig, JaggedLayout, RelativeBias
+from hstu.ops.types import AttentionConfig, JaggedLayout, Preactivation, RelativeBias
 
 ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
@@ -56,8 +56,10 @@ def backward(
     config: AttentionConfig,
     bias: RelativeBias | None,
     grads: tuple[Tensor, Tensor, Tensor],
+    before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
 ) -> None:
-    """See :class:`hstu.ops.types.AttentionBackward`. The gradients have the same bits in every run."""
+    """See :class:`hstu.ops.types.AttentionBackward`, without ``before_silu``. Every run gives the same bits."""
+    assert before_silu is None
     grad, q, k, v = _loadable(grad), _loadable(q), _loadable(k), _loadable(v)
     grad_q, grad_k, grad_v = grads
     if q.shape[2] <= WIDEST_KEYS_AND_VALUES:

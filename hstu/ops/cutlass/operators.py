@@ -10,4 +10,6 @@ from hstu.ops.types import AttentionKernels
 
 __all__ = ["OPERATORS", "unsupported_reason"]
 
-OPERATORS: dict[str, Any] = {"attention": AttentionKernels(attention.forward, attention.backward)}
+OPERATORS: dict[str, Any] = {
+    "attention": AttentionKernels(attention.forward, attention.backward, differentiates_silu=False)
+}

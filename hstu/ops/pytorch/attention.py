@@ -24,7 +24,8 @@ from torch import Tensor
 
 from hstu.data.jagged import run_starts
 from hstu.ops.layout import distance_index, time_buckets, to_device
-from hstu.ops.types import AttentionConfig, JaggedLayout, RelativeBias
+from hstu.ops.pytorch.silu import write_gradient
+from hstu.ops.types import AttentionConfig, JaggedLayout, Preactivation, RelativeBias
 
 MASKED = -1e30
 SCORES_PER_BLOCK = {"cpu": 2**17, "cuda": 2**26}  # CPU: the score matrices of a block stay in its cache
@@ -102,6 +103,7 @@ def backward(
     config: AttentionConfig,
     bias: RelativeBias | None,
     grads: tuple[Tensor, Tensor, Tensor],
+    before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
 ) -> RelativeBias | None:
     """See :class:`hstu.ops.types.AttentionBackward`."""
     weights = _in_compute_type(bias)
@@ -127,9 +129,9 @@ def backward(
         _unpad(grad_q_pad, group, grad_q)
         _unpad(grad_k_pad, group, grad_k)
         _unpad(grad_v_pad, group, grad_v)
-    grads[0].copy_(grad_q[:-1].mul_(config.alpha))
-    grads[1].copy_(grad_k[:-1].mul_(config.alpha))
-    grads[2].copy_(grad_v[:-1])
+    scaled = grad_q[:-1].mul_(config.alpha), grad_k[:-1].mul_(config.alpha), grad_v[:-1]
+    for gradient, target, before in zip(scaled, grads, before_silu or (None,) * 3, strict=True):
+        write_gradient(gradient, target, before)
     if bias is None or grad_weights is None:
         return None
     position, time = grad_weights

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hstu.ops.dropout import draw, scale_of
-from hstu.ops.types import GateConfig, TensorParallelComm
+from hstu.ops.pytorch.silu import write_gradient
+from hstu.ops.types import GateConfig, Preactivation, TensorParallelComm
 
 
 def layer_norm_forward(
@@ -50,13 +51,14 @@ def gate_backward(
     statistics: Tensor,
     dropout_mask: Tensor | None,
     grad_u: Tensor,
+    before_silu: Preactivation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :class:`hstu.ops.types.GateBackward`."""
     rows, wide_weight, wide_bias = _wide(x, weight, bias)
     normalised = torch.addcmul(wide_bias, _centred(rows, statistics), wide_weight)
     gated = _gated(normalised, u, x.dtype, dropout_mask, config)
     grad = _dropped(grad, dropout_mask, config).view(u.shape)
-    grad_u.copy_(normalised.view(u.shape).mul_(grad))
+    write_gradient(normalised.view(u.shape).mul_(grad), grad_u, before_silu)
     grad = (grad.to(rows.dtype) * u).flatten(1)
     if config.comm.size == 1:
         mean, rstd = statistics.unsqueeze(2)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from hstu.ops.layout import time_buckets, to_device
 from hstu.ops.triton import attention_kernels as kernels
 from hstu.ops.triton.attention_tiles import Batch, Bias, Mode
 from hstu.ops.triton.launch import bucket, capability_of, launcher, precision_for
-from hstu.ops.triton.primitives import heads, matrix
-from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, JaggedLayout, RelativeBias
+from hstu.ops.triton.primitives import Heads, heads, matrix
+from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, JaggedLayout, Preactivation, RelativeBias
 
 TIME_SLOTS = 64
 """Copies of the totals of the time buckets, so that atomics on one bucket rarely collide."""
@@ -33,7 +33,7 @@ def forward(
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if layout.num_tokens:
         call = _Call(q, k, v, layout, config, bias)
-        call.launcher("forward", kernels.attention_forward, "BLOCK_M")(out=heads(out))
+        call.launcher(_FORWARD)(out=heads(out))
     return out
 
 
@@ -46,16 +46,50 @@ def backward(
     config: AttentionConfig,
     bias: RelativeBias | None,
     grads: tuple[Tensor, Tensor, Tensor],
+    before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
 ) -> RelativeBias | None:
     """See :class:`hstu.ops.types.AttentionBackward`. The gradients have the same bits in every run."""
-    call = _Call(q, k, v, layout, config, bias)
+    call = _Call(q, k, v, layout, config, bias, silu=before_silu is not None)
+    before_q, before_k, before_v = before_silu or (None,) * 3
+    grad_q, grad_k, grad_v = map(heads, grads)
+    sums_k, sums_v = call.partial_sums(_KEYS, 2)
+    (sums_q,) = call.partial_sums(_QUERIES, 1)
     if layout.num_tokens:
-        grad_q, grad_k, grad_v = map(heads, grads)
-        of_keys = call.launcher("keys", kernels.attention_backward_keys, "BLOCK_N")
-        of_keys(grad=heads(grad), grad_k=grad_k, grad_v=grad_v)
-        of_queries = call.launcher("queries", kernels.attention_backward_queries, "BLOCK_M")
-        of_queries(grad=heads(grad), grad_q=grad_q)
+        call.launcher(_KEYS, zeroed=("sums_k", "sums_v"))(
+            grad=heads(grad),
+            grad_k=grad_k,
+            grad_v=grad_v,
+            before_k=_values(before_k),
+            before_v=_values(before_v),
+            sums_k=sums_k,
+            sums_v=sums_v,
+        )
+        call.launcher(_QUERIES, zeroed=("sums_q",))(
+            grad=heads(grad), grad_q=grad_q, before_q=_values(before_q), sums_q=sums_q
+        )
+    for before, sums in ((before_q, sums_q), (before_k, sums_k), (before_v, sums_v)):
+        if before is not None:
+            torch.sum(sums, 0, out=before.grad_shift)
     return None if bias is None else call.bias_gradients(grad, bias)
+
+
+def _values(before_silu: Preactivation | None) -> Heads:
+    return heads(None if before_silu is None else before_silu.value)
+
+
+class _Kernel(NamedTuple):
+    """A kernel with one program per head and per tile of each sequence."""
+
+    name: str
+    """That of its tile sizes."""
+    function: Any
+    tile: str
+    """Rows of a tile."""
+
+
+_FORWARD = _Kernel("forward", kernels.attention_forward, "BLOCK_M")
+_KEYS = _Kernel("keys", kernels.attention_backward_keys, "BLOCK_N")
+_QUERIES = _Kernel("queries", kernels.attention_backward_queries, "BLOCK_M")
 
 
 @dataclass
@@ -69,18 +103,33 @@ class _Call:
     config: AttentionConfig
     bias: RelativeBias | None
 
-    def launcher(self, name: str, kernel: Any, tile: str) -> Callable[..., object]:
-        """Launcher of a kernel with one program per head and per ``tile`` of each sequence."""
-        block_d, longest = self._block_d, int(self.layout.seqlens.max())
-        has_bias = self.bias is not None
+    silu: bool = False
+    """Whether q, k and v are differentiated by what they are the SiLU of."""
+
+    def launcher(self, kernel: _Kernel, zeroed: Sequence[str] = ()) -> Callable[..., object]:
+        """Launcher of a kernel; ``zeroed``: see :func:`hstu.ops.triton.launch.launcher`."""
+        longest = int(self.layout.seqlens.max())
         launch = launcher(
-            kernel,
-            lambda meta: (triton.cdiv(longest, meta[tile]), self.q.shape[1], self.layout.batch_size),
-            attention_configs(name, block_d, self.q.element_size(), has_bias, capability_of(self.q.device)),
-            (block_d, self.q.dtype, has_bias, self.config.is_causal, bucket(longest)),
+            kernel.function,
+            lambda meta: (triton.cdiv(longest, meta[kernel.tile]), self.q.shape[1], self.layout.batch_size),
+            self._configs(kernel),
+            (self._block_d, self.q.dtype, self.bias is not None, self.silu, self.config.is_causal, bucket(longest)),
+            zeroed if self.silu else (),
         )
-        shared = self._shared(kernel, exact=block_d > 128)
+        shared = self._shared(kernel.function, exact=self._block_d > 128)
         return functools.partial(launch, **shared, inverse_n=1.0 / self.config.scaling_seqlen)
+
+    def partial_sums(self, kernel: _Kernel, count: int) -> Iterable[Any]:
+        """Memory for ``count`` gradients of a kernel, each summed over tiles: [tiles, H, d]. None without SiLU."""
+        if not self.silu:
+            return (None,) * count
+        smallest = min(config.kwargs[kernel.tile] for config in self._configs(kernel))
+        slots = self.layout.num_tokens // smallest + self.layout.batch_size  # see slot_of
+        return torch.zeros(count, slots, *self.q.shape[1:], dtype=torch.float32, device=self.q.device)
+
+    def _configs(self, kernel: _Kernel) -> list[triton.Config]:
+        capability = capability_of(self.q.device)
+        return attention_configs(kernel.name, self._block_d, self.q.element_size(), self.bias is not None, capability)
 
     def bias_gradients(self, grad: Tensor, bias: RelativeBias) -> RelativeBias:
         """Gradients of the position and the time weights, in the dtypes of the weights."""
@@ -141,6 +190,7 @@ class _Call:
                 candidates=layout.num_candidate_tokens is not None,
                 bias=bias is not None,
                 precision=precision_for(kernel, self.q.dtype, exact=exact),
+                silu=self.silu and kernel is not kernels.attention_backward_bias,
             ),
         )
 
@@ -236,7 +286,7 @@ TILES_16_BIT: dict[tuple[str, bool], tuple[Tiles, Tiles]] = {
         },
         {
             64: ((128, 64, 8, 3), (64, 64, 4, 3)),
-            128: ((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3)),
+            128: ((128, 64, 8, 2), (64, 64, 8, 2), (128, 32, 8, 3)),
             256: ((128, 32, 8, 2), (64, 64, 8, 2)),
         },
     ),

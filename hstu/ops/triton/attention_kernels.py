@@ -16,10 +16,34 @@ from hstu.ops.triton.attention_tiles import (
     rows_of_keys,
     scores,
     sequence_at,
+    slot_of,
     time_buckets,
     visible,
 )
 from hstu.ops.triton.primitives import dot, load_rows, rows_of_head, sigmoid, silu_derivative, store_rows
+
+
+@triton.jit
+def _store_gradient(
+    target, values, before, sums, start, head, rows, length, slot, mode: tl.constexpr
+):  # fmt: skip
+    """Write the gradient of a tile of rows of q, k or v.
+
+    If ``mode.silu``, multiply it by SiLU' of ``before``, of which the input is the SiLU, and write its sum over the
+    rows to ``sums`` [slots, H, d]. Each tile has a slot of its own, so that no sum needs an atomic.
+    """
+    rounded = values.to(target.data.dtype.element_ty)  # half the registers, or the tiles of SiLU would spill
+    if mode.silu:
+        value = load_rows(rows_of_head(before, start, head), rows, length, mode.width, mode.block_d, True)
+        value = value.to(tl.float32)
+        slope = silu_derivative(value, sigmoid(value, mode.precision.fast_sigmoid))
+        rounded = (rounded.to(tl.float32) * slope).to(target.data.dtype.element_ty)
+    store_rows(rows_of_head(target, start, head), rows, length, rounded, mode.width, mode.block_d)
+    if mode.silu:
+        total = tl.sum(tl.where(rows[:, None] < length, rounded.to(tl.float32), 0.0), axis=0)
+        columns = tl.arange(0, mode.block_d)
+        own = sums + (slot * tl.num_programs(1) + head) * mode.width
+        tl.store(own + columns, total, mask=columns < mode.width)
 
 
 @triton.jit
@@ -102,15 +126,16 @@ def _add_rows(
 
 @triton.jit
 def attention_backward_keys(
-    q, k, v, grad, grad_k, grad_v, batch, bias, alpha, inverse_n,
+    q, k, v, grad, grad_k, grad_v, before_k, before_v, sums_k, sums_v, batch, bias, alpha, inverse_n,
     mode: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k and v. Grid: (tiles of the longest sequence, heads, sequences), longest sequences first.
 
-    Under a causal mask the first tile of keys is seen by the most rows.
+    Under a causal mask the first tile of keys is seen by the most rows. before_k, sums_k: see _store_gradient.
     """
     head = tl.program_id(1)
-    start, span = sequence_at(batch, tl.load(batch.order + tl.program_id(2)), mode)
+    sequence = tl.load(batch.order + tl.program_id(2))
+    start, span = sequence_at(batch, sequence, mode)
     first_key = tl.program_id(0) * BLOCK_N
     if first_key >= span.length:
         return
@@ -137,9 +162,11 @@ def attention_backward_keys(
             sum_k, sum_v, k_tile, v_tile, q_head, grad_head, keys, first_row, stop, alpha, span, bias,
             mode, BLOCK_M, False,
         )  # fmt: skip
-    grad_k_head, grad_v_head = rows_of_head(grad_k, start, head), rows_of_head(grad_v, start, head)
-    store_rows(grad_k_head, keys, span.length, sum_k * (alpha * inverse_n), mode.width, mode.block_d)
-    store_rows(grad_v_head, keys, span.length, sum_v * inverse_n, mode.width, mode.block_d)
+    slot = slot_of(sequence, start, first_key, BLOCK_N)
+    sum_k = (sum_k * (alpha * inverse_n)).to(grad_k.data.dtype.element_ty)
+    sum_v = (sum_v * inverse_n).to(grad_v.data.dtype.element_ty)
+    _store_gradient(grad_k, sum_k, before_k, sums_k, start, head, keys, span.length, slot, mode)
+    _store_gradient(grad_v, sum_v, before_v, sums_v, start, head, keys, span.length, slot, mode)
 
 
 @triton.jit
@@ -163,12 +190,13 @@ def _add_keys(
 
 @triton.jit
 def attention_backward_queries(
-    q, k, v, grad, grad_q, batch, bias, alpha, inverse_n,
+    q, k, v, grad, grad_q, before_q, sums_q, batch, bias, alpha, inverse_n,
     mode: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of q. Grid and order are those of attention_forward."""
+    """Gradient of q. Grid and order are those of attention_forward. before_q, sums_q: see _store_gradient."""
     head = tl.program_id(1)
-    start, span = sequence_at(batch, tl.load(batch.order + tl.program_id(2)), mode)
+    sequence = tl.load(batch.order + tl.program_id(2))
+    start, span = sequence_at(batch, sequence, mode)
     tile = tl.cdiv(span.length, BLOCK_M) - 1 - tl.program_id(0)
     if tile < 0:
         return
@@ -191,8 +219,8 @@ def attention_backward_queries(
         total = _add_keys(
             total, q_tile, grad_tile, k_head, v_head, rows, first_key, alpha, span, bias, mode, BLOCK_N, True
         )
-    grad_q_head = rows_of_head(grad_q, start, head)
-    store_rows(grad_q_head, rows, span.length, total * (alpha * inverse_n), mode.width, mode.block_d)
+    slot = slot_of(sequence, start, first_row, BLOCK_M)
+    _store_gradient(grad_q, total * (alpha * inverse_n), before_q, sums_q, start, head, rows, span.length, slot, mode)
 
 
 @triton.jit

@@ -74,6 +74,8 @@ class Mode:
     candidates: bool
     bias: bool
     precision: Precision
+    silu: bool = False
+    """Gradients of q, k and v become those of what q, k and v are the SiLU of."""
 
 
 @triton.jit
@@ -85,6 +87,15 @@ def sequence_at(batch, index, mode: tl.constexpr):
     if mode.candidates:
         end = length - tl.load(batch.candidates + index).to(tl.int32)
     return start, Span(length, end, batch.num_contextuals, batch.group_tokens)
+
+
+@triton.jit
+def slot_of(sequence, start, first_row, BLOCK: tl.constexpr):
+    """A number of its own for each tile of rows of the batch, below T // BLOCK + B for T tokens in B sequences.
+
+    A sequence of n tokens has at most n // BLOCK + 1 tiles, and the number of its first tile grows by as many or more.
+    """
+    return start // BLOCK + sequence + first_row // BLOCK
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from hstu.ops.functional import hstu_attention, layer_norm, norm_mul_dropout, project_uvqk
+from hstu.ops.functional import layer_norm, project_uvqk, projected_attention, projected_gate
 from hstu.ops.layout import build_layout, token_order
 from hstu.ops.triton.launch import Launch, recorded_launches
 from hstu.ops.triton.operators import OPERATORS
@@ -84,13 +84,12 @@ def _attention(head_dim: int, dtype: torch.dtype, *parts: str) -> Variant:
 
 def _run_attention(head_dim: int, dtype: torch.dtype, parts: tuple[str, ...]) -> None:
     layout = _layout(contextuals=2 * ("context" in parts), candidates=4 * ("candidates" in parts))
-    projected = torch.zeros(layout.num_tokens, HEADS, 4, head_dim, dtype=dtype, requires_grad=True)
-    _, v, q, k = projected.unbind(2)
+    projected = torch.zeros(layout.num_tokens, HEADS, 4, head_dim, dtype=dtype, requires_grad=True)[:, :, 1:]
     bias = None
     if "bias" in parts:
         bias = RelativeBias(*(torch.zeros(n, requires_grad=True) for n in (2 * 64 - 1, NUM_TIME_BUCKETS)))
     config = AttentionConfig(head_dim**-0.5, 64, "causal" in parts, True)
-    out = hstu_attention(q, k, v, layout, config, bias, OPERATORS["attention"])
+    out = projected_attention(projected, _zeros(HEADS, 3, head_dim), layout, config, bias, OPERATORS["attention"])
     out.backward(torch.zeros_like(out))
 
 
@@ -111,9 +110,9 @@ def _norm(head_dim: int, split: bool) -> Variant:
 
 def _run_norm(head_dim: int, split: bool) -> None:
     _, x, u, _ = _zeros(64, HEADS, 4, head_dim, dtype=torch.bfloat16).unbind(2)
-    weight, bias = _zeros(HEADS * head_dim), _zeros(HEADS * head_dim)
+    shift, weight, bias = _zeros(HEADS, head_dim), _zeros(HEADS * head_dim), _zeros(HEADS * head_dim)
     config = GateConfig(1e-5, 0.2, _TwoEqualRanks() if split else TensorParallelComm())
-    norm_mul_dropout(x, u, weight, bias, config, OPERATORS["norm_mul_dropout"]).float().sum().backward()
+    projected_gate(x, u, shift, weight, bias, config, OPERATORS["norm_mul_dropout"]).float().sum().backward()
 
 
 def _run_layer_norm() -> None:

@@ -118,12 +118,19 @@ def precision_for(kernel: Any, dtype: torch.dtype, exact: bool = False) -> Preci
 
 
 def launcher(
-    kernel: Any, grid: Grid, configs: Sequence[triton.Config], tune_key: Hashable = ()
+    kernel: Any,
+    grid: Grid,
+    configs: Sequence[triton.Config],
+    tune_key: Hashable = (),
+    zeroed: Sequence[str] = (),
 ) -> Callable[..., object]:
     """A callable that runs ``kernel`` on the arguments that it is called with.
 
     It runs the fastest of ``configs``, measured at the first launch of each ``tune_key``. Where runs must repeat bit
     for bit, it runs the first configuration that fits the device; in the interpreter, the first one.
+
+    ``zeroed``: names of tensors of zeros of which each configuration writes another part. They are set to zero again
+    after a measurement.
     """
     if _recorder is not None:
         return partial(_record, kernel, configs)
@@ -133,7 +140,7 @@ def launcher(
         return partial(kernel[grid], **configs[0].all_kwargs(), enable_fp_fusion=True)
     if not may_measure():
         return partial(_launch_first, kernel, grid, _in_order(configs))
-    return partial(_tuner(kernel, configs, tune_key)[grid], enable_fp_fusion=True)
+    return partial(_tuner(kernel, configs, tune_key, zeroed)[grid], enable_fp_fusion=True)
 
 
 def _record(kernel: Any, configs: Sequence[triton.Config], /, **arguments: Any) -> None:
@@ -160,10 +167,10 @@ def _launch_first(kernel: Any, grid: Grid, configs: Sequence[triton.Config], /, 
     raise refused
 
 
-def _tuner(kernel: Any, configs: Sequence[triton.Config], tune_key: Hashable) -> Any:
+def _tuner(kernel: Any, configs: Sequence[triton.Config], tune_key: Hashable, zeroed: Sequence[str]) -> Any:
     key = (kernel.fn.__qualname__, tune_key)
     if key not in _tuners:
-        _tuners[key] = triton.autotune(list(configs), key=[])(kernel)
+        _tuners[key] = triton.autotune(list(configs), key=[], reset_to_zero=list(zeroed))(kernel)
     return _tuners[key]
 
 

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hstu.ops.triton.launch import launcher
-from hstu.ops.triton.primitives import heads, matrix
-from hstu.ops.types import GateConfig
+from hstu.ops.triton.primitives import heads, matrix, sigmoid, silu_derivative
+from hstu.ops.types import GateConfig, Preactivation
 
 PROGRAMS = 1024
 """Largest number of programs. Each writes one row of partial sums of the affine gradients."""
@@ -71,11 +71,12 @@ def gate_backward(
     statistics: Tensor,
     dropout_mask: Tensor | None,
     grad_u: Tensor,
+    before_silu: Preactivation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.types.GateBackward`."""
+    """See :class:`hstu.ops.types.GateBackward`. With ``before_silu``, u is computed again instead of read."""
     gated = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     seed = 0 if dropout_mask is None else int(dropout_mask)
-    return gated, *_backward(grad, x, u, weight, bias, config, statistics, seed, grad_u, gated)
+    return gated, *_backward(grad, x, u, weight, bias, config, statistics, seed, grad_u, gated, before_silu)
 
 
 def _prepare_forward(
@@ -101,10 +102,14 @@ def _backward(
     seed: int,
     grad_u: Tensor | None,
     gated: Tensor | None,
+    before_silu: Preactivation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias. With a gate, ``grad_u`` and ``gated``, the output of forward, are written."""
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = torch.zeros(2, _num_programs(x), len(weight), dtype=torch.float32, device=x.device)
+    u = u if before_silu is None else before_silu.value
+    sums = torch.zeros(
+        2 if before_silu is None else 3, _num_programs(x), len(weight), dtype=torch.float32, device=x.device
+    )
     row_sums = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
 
     def run(which: str) -> None:
@@ -117,8 +122,10 @@ def _backward(
                 gated=gated,
                 weight_sums=sums[0],
                 bias_sums=sums[1],
+                gate_sums=None if before_silu is None else sums[2],
                 row_sums=matrix(row_sums),
                 PASS=which,
+                SILU=before_silu is not None,
             )
 
     if config.comm.size > 1:
@@ -127,7 +134,9 @@ def _backward(
         run("rows")
     else:
         run("all")
-    grad_weight, grad_bias = sums.sum(1)
+    grad_weight, grad_bias, *grad_shift = sums.sum(1)
+    if before_silu is not None:
+        before_silu.grad_shift.copy_(grad_shift[0].view(x.shape[1:]))
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
@@ -251,17 +260,18 @@ def norm_mul_dropout_forward(
 
 @triton.jit(do_not_specialize=["num_rows", "seed"])
 def norm_mul_dropout_backward(
-    x, u, weight, bias, mean, rstd, grad, grad_x, grad_u, gated, weight_sums, bias_sums, row_sums,
+    x, u, weight, bias, mean, rstd, grad, grad_x, grad_u, gated, weight_sums, bias_sums, gate_sums, row_sums,
     num_rows, dropout, seed,
     WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
-    GATED: tl.constexpr, DROPPED: tl.constexpr, PASS: tl.constexpr,
+    GATED: tl.constexpr, DROPPED: tl.constexpr, PASS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Gradients and, if GATED, the output of forward. Grid: (programs,).
 
     weight_sums, bias_sums: [programs, WIDTH], one row written by each program. PASS "all" computes everything. Where
     the heads of a row lie on several ranks there are two passes: "sums" writes everything but grad_x, and to row_sums
     [2, T] the means over this rank's columns that grad_x needs; "rows" reads the means over all ranks from row_sums and
-    writes grad_x.
+    writes grad_x. If SILU, the gate is SiLU(u): grad_u becomes the gradient of that, and gate_sums, like weight_sums,
+    receives its sums over the rows.
     """
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -269,6 +279,7 @@ def norm_mul_dropout_backward(
     shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     bias_sum = tl.zeros((BLOCK,), tl.float32)
+    gate_sum = tl.zeros((BLOCK,), tl.float32)
     for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
         values = _load_row(x, row, columns, WIDTH, HEAD)
         grad_pointers = grad.data + row * grad.stride_row + columns * grad.stride_column
@@ -280,9 +291,17 @@ def norm_mul_dropout_backward(
             upstream *= factor
         if GATED:
             gate = _load_row(u, row, columns, WIDTH, HEAD)
+            if SILU:
+                share = sigmoid(gate, False)
+                slope = silu_derivative(gate, share)
+                gate = (gate * share).to(u.data.dtype.element_ty).to(tl.float32)  # the bits of forward
             if PASS != "rows":
                 affine = normalized * scale + shift
-                _store_row(grad_u, row, columns, upstream * affine, WIDTH, HEAD)
+                of_gate = upstream * affine
+                if SILU:
+                    of_gate *= slope
+                    gate_sum += of_gate
+                _store_row(grad_u, row, columns, of_gate, WIDTH, HEAD)
                 recomputed = affine * gate
                 if DROPPED:
                     recomputed *= factor
@@ -307,3 +326,5 @@ def norm_mul_dropout_backward(
         sums = tl.program_id(0) * WIDTH + columns
         tl.store(weight_sums + sums, weight_sum, mask=inside)
         tl.store(bias_sums + sums, bias_sum, mask=inside)
+        if SILU:
+            tl.store(gate_sums + sums, gate_sum, mask=inside)

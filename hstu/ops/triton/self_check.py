@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hstu.ops.functional import hstu_attention, layer_norm, norm_mul_dropout, project_uvqk
+from hstu.ops.functional import layer_norm, project_uvqk, projected_attention, projected_gate
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.self_check import Checks, Errors, largest_error, main, same_bits, small_layout
 from hstu.ops.triton.launch import each_configuration
@@ -24,6 +24,7 @@ from hstu.ops.types import (
     AttentionConfig,
     AttentionKernels,
     GateConfig,
+    GateKernels,
     KernelShapes,
     RelativeBias,
     TokenOrder,
@@ -104,28 +105,33 @@ def _attention_case(device: torch.device, shapes: KernelShapes, is_causal: bool)
     layouts = {place: small_layout(torch.device(place)) for place in {device.type, "cpu"}}
     config = AttentionConfig(alpha=width**-0.5, scaling_seqlen=50, is_causal=is_causal)
     tables = [torch.randn(size) for size in (99, NUM_TIME_BUCKETS)] if has_bias else []
-    heads = [torch.randn(layouts["cpu"].num_tokens, 2, width).to(dtype) for _ in range(3)]
+    projected = torch.randn(layouts["cpu"].num_tokens, 2, 3, width).to(dtype)
 
     def of(kernels: AttentionKernels) -> Function:
-        return lambda q, k, v, *tables: hstu_attention(
-            q, k, v, layouts[q.device.type], config, RelativeBias(*tables) if tables else None, kernels
+        return lambda projected, shift, *tables: projected_attention(
+            projected, shift, layouts[shift.device.type], config, RelativeBias(*tables) if tables else None, kernels
         )
 
+    leaves = [projected, torch.zeros(2, 3, width), *tables]
     mask, bias = "causal" if is_causal else "bidirectional", "bias" if has_bias else "no bias"
     name = f"attention ({width} channels, {str(dtype).removeprefix('torch.')}, {mask}, {bias})"
-    return Case(name, of(OPERATORS["attention"]), of(REFERENCE_KERNELS.attention), [*heads, *tables])
+    return Case(name, of(OPERATORS["attention"]), of(REFERENCE_KERNELS.attention), leaves)
 
 
 def _row_cases(device: torch.device, shapes: KernelShapes) -> Iterator[tuple[str, Case]]:
     width, inner, gate = shapes.hidden_size, shapes.num_heads * shapes.head_dim, GateConfig(1e-5, 0.0)
+
+    def gate_of(kernels: GateKernels) -> Function:
+        return lambda x, u, shift, weight, bias: projected_gate(x, u, shift, weight, bias, gate, kernels)
+
     heads = [torch.randn(70, shapes.num_heads, shapes.head_dim).to(shapes.dtype) for _ in range(2)]
     yield (
         "norm_mul_dropout",
         Case(
             "norm_mul_dropout",
-            lambda x, u, weight, bias: norm_mul_dropout(x, u, weight, bias, gate, OPERATORS["norm_mul_dropout"]),
-            lambda x, u, weight, bias: norm_mul_dropout(x, u, weight, bias, gate, REFERENCE_KERNELS.norm_mul_dropout),
-            [*heads, *(torch.randn(inner) for _ in range(2))],
+            gate_of(OPERATORS["norm_mul_dropout"]),
+            gate_of(REFERENCE_KERNELS.norm_mul_dropout),
+            [*heads, torch.zeros(shapes.num_heads, shapes.head_dim), *(torch.randn(inner) for _ in range(2))],
         ),
     )
     x, affine = torch.randn(70, width), [torch.randn(width) for _ in range(2)]

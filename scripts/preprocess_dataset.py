@@ -2,7 +2,8 @@
 
     python scripts/preprocess_dataset.py --dataset_name ml-1m [--raw_path DIR] [--output tmp_data/ml-1m]
     python scripts/preprocess_dataset.py --dataset_name NAME --interactions FILE... --user COL --item COL
-        [--action COL] [--time COL] [--context FILE --context_columns a,b]
+        [--action COL] [--time COL] [--context FILE --context_columns a,b] [--items FILE --item_columns c,d]
+        [--event_columns e,f]
     python scripts/preprocess_dataset.py --dataset_name ml-1m --verify
 
 Exit codes: 0 done, 2 bad arguments, 3 bad or missing data, 130 stopped by Ctrl-C, 143 by SIGTERM; then the same command
@@ -31,6 +32,7 @@ from hstu.config.errors import EXIT_DONE, ConfigError, UserError
 from hstu.config.printable import PrintableFormatter, printable
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.own import matching_files
+from hstu.data.datasets.own_features import lists_of
 from hstu.data.datasets.own_types import TIME_UNITS
 from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_interactions, preprocess
 from hstu.data.preprocess.engine import disk_errors
@@ -162,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_bad_rows", type=int, default=1000, help="with skip, more bad rows than this end the run all the same")
     add("--min_user_events", type=int, default=1, help="leave out users with fewer events")
     add("--min_item_events", type=int, default=1, help="leave out items with fewer events, until all left have enough")
-    add("--all_items", action="store_true", help="items of the list of titles belong to the data even without events")
+    add("--all_items", action="store_true", help="items of --items or --titles belong to the data even without events")
     add(
         "--raw_ids",
         default="",
@@ -199,7 +201,17 @@ def _add_own_table(add: Callable[..., argparse.Action]) -> None:
         type=_numbers,
         default={},
         metavar="COL=N,...",
-        help="context columns of numbers → ranges to group them into",
+        help="columns of numbers, of users, items or events → ranges to group them into",
+    )
+    add("--items", type=Path, help="table with one row per item, with the same item column")
+    add("--item_columns", help="columns of --items or of the interactions, as a,b,c", **names)
+    add("--event_columns", help="columns of the interactions that are features of the events, as a,b,c", **names)
+    add(
+        "--lists",
+        type=_lists,
+        default={},
+        metavar="COL=TEXT,...",
+        help="item columns with several values → what separates them, as 'genres=|,tags=comma'",
     )
     add("--titles", type=Path, help="table with one row per item, with the same item column")
     add("--title", help="column of --titles")
@@ -213,6 +225,8 @@ def _add_own_table(add: Callable[..., argparse.Action]) -> None:
     add("--context_header", help="as --header, for --context", **names)
     add("--titles_delimiter", help="as --delimiter, for --titles", **separator)
     add("--titles_header", help="as --header, for --titles", **names)
+    add("--items_delimiter", help="as --delimiter, for --items", **separator)
+    add("--items_header", help="as --header, for --items", **names)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -224,6 +238,13 @@ def _numbers(text: str) -> dict[str, int]:
     if not all(name and number.isdecimal() for name, _, number in pairs):
         raise argparse.ArgumentTypeError(f"expected columns and numbers of ranges, as age=10,income=5, not {text!r}")
     return {name: int(number) for name, _, number in pairs}
+
+
+def _lists(text: str) -> dict[str, str]:
+    try:
+        return lists_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _separator(text: str) -> str:

@@ -53,8 +53,6 @@ WITH_SPLIT, PLAIN = 2, 1
 """Version of a store with a split of its own, and of one with neither, which earlier programs can read, too."""
 META_FILE = "meta.json"
 OFFSETS_FILE = "offsets.npy"
-UNKNOWN = "unknown"
-"""Raw value of a feature where a user, an item or an event has none; an item without values has it as its list."""
 
 _OFFSET_SAMPLES = 1024
 _CHUNK = 1 << 22

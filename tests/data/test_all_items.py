@@ -67,7 +67,7 @@ def test_a_list_of_items_is_needed_and_no_filter(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--all_items keeps items without events, and --min_item_events"):
         make(tmp_path, min_item_events=2)
     columns = InteractionColumns(interactions=tmp_path / "e.csv", user="u", item="i")
-    with pytest.raises(ConfigError, match="--all_items: there is no list of items; for your own data give --titles"):
+    with pytest.raises(ConfigError, match="--all_items: there is no list of items; for your own data give --items"):
         import_interactions("mine", columns, output=tmp_path / "other", all_items=True)
     (tmp_path / "u.data").write_text("1\t2\t3\t4\n")
     (tmp_path / "u.user").write_text("1|20|M|other|1\n")

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from hstu.config.errors import ConfigError, DataError
+from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.preprocess import preprocess
 from hstu.data.preprocess.report import format_report
 from hstu.data.store import SequenceStore
@@ -68,6 +69,38 @@ def test_ml_100k_context_and_titles_are_those_of_the_user_and_movie(
     assert titles[ml_100k_store.encode("movie_id", [1, 543])].tolist() == ["Toy Story (1995)", "Misérables, Les (1995)"]
 
 
+def test_ml_100k_movies_have_year_and_genres(ml_100k_store: SequenceStore) -> None:
+    """Movie 267 is called unknown and has no year; 1373 has the genre "unknown"."""
+    assert ml_100k_store.item_side_features == ("year", "genres")
+    found = features_of_movies(ml_100k_store, [1, 127, 267, 1373])
+    assert found[1] == ("1995", ["Animation", "Children's", "Comedy"])
+    assert found[127] == ("1972", ["Action", "Crime", "Drama"])
+    assert found[267] == (UNKNOWN, [UNKNOWN]) and found[1373][1] == [UNKNOWN]
+    assert (ml_100k_store.cardinality("year"), ml_100k_store.cardinality("genres")) == (72, 19)
+
+
+def features_of_movies(store: SequenceStore, movies: list[int]) -> dict[int, tuple[str, list[str]]]:
+    years, _ = store.item_values("year")
+    genres, offsets = store.item_values("genres")
+    assert offsets is not None
+    return {
+        movie: (
+            store.raw_ids("year")[years[code]],
+            store.raw_ids("genres")[genres[offsets[code] : offsets[code + 1]]].tolist(),
+        )
+        for movie, code in zip(movies, store.encode("movie_id", np.array(movies)), strict=True)
+    }
+
+
+def test_without_the_file_of_movies_there_are_no_features_of_items(raw_data_dir: Path, tmp_path: Path) -> None:
+    for name in ("ratings.dat", "users.dat"):
+        lines = (raw_data_dir / "ml-1m" / name).read_bytes().splitlines(keepends=True)[:500]
+        (tmp_path / name).write_bytes(b"".join(lines))
+    store = SequenceStore.open(preprocess("ml-1m", raw_path=tmp_path, output=tmp_path / "store"))
+    assert store.item_side_features == ()
+    assert json.loads((store.path / "meta.json").read_text())["version"] == 1
+
+
 def test_ml_1m_keeps_the_users_that_rated_and_reports_what_is_missing(raw_data_dir: Path, tmp_path: Path) -> None:
     raw = read_ml_1m(raw_data_dir / "ml-1m")
     store = SequenceStore.open(preprocess("MovieLens-1M", raw_path=raw_data_dir / "ml-1m", output=tmp_path / "s"))
@@ -81,6 +114,8 @@ def test_ml_1m_keeps_the_users_that_rated_and_reports_what_is_missing(raw_data_d
         titles is not None and titles[store.encode("movie_id", [1193])[0]] == "One Flew Over the Cuckoo's Nest (1975)"
     )
     assert "users 2,999 instead of 6,040" in format_report(store)
+    found = features_of_movies(store, [1193, 1196])
+    assert found[1193] == ("1975", ["Drama"]) and found[1196][1] == ["Action", "Adventure", "Drama", "Sci-Fi", "War"]
 
 
 def test_ml_20m_ratings_are_doubled(raw_data_dir: Path, tmp_path: Path) -> None:
@@ -89,14 +124,19 @@ def test_ml_20m_ratings_are_doubled(raw_data_dir: Path, tmp_path: Path) -> None:
     raw["rating"] = raw.rating - 0.5 * (raw.item % 2)
     raw.to_csv(tmp_path / "ratings.csv", index=False, header=["userId", "movieId", "rating", "timestamp"])
     with (tmp_path / "movies.csv").open("w", newline="") as file:
-        rows = ([movie, f'Movie, "the" {movie}', "Drama"] for movie in raw.item.unique())
+        genres = ("Drama", "War|Drama", "(no genres listed)")
+        years = (" (1990)", " (2007-2011)", "")
+        rows = ([movie, f'Movie, "the" {movie}{years[movie % 3]}', genres[movie % 3]] for movie in raw.item.unique())
         csv.writer(file).writerows([["movieId", "title", "genres"], *rows])
     store = SequenceStore.open(preprocess("ml-20m", raw_path=tmp_path, output=tmp_path / "store"))
     assert_equals_stable_sort(store, raw.assign(rating=(2 * raw.rating).astype(int)))
     assert store.cardinality("rating") == 11
     assert store.contextual_features == ("user_id",)
     titles = store.titles()
-    assert titles is not None and titles[0] == f'Movie, "the" {store.raw_ids("movie_id")[0]}'
+    assert store.raw_ids("movie_id")[:3].tolist() == [1, 2, 3]
+    assert titles is not None and titles[1] == 'Movie, "the" 2'
+    expected = {1: ("2007", ["War", "Drama"]), 2: (UNKNOWN, [UNKNOWN]), 3: ("1990", ["Drama"])}
+    assert features_of_movies(store, [1, 2, 3]) == expected
 
 
 def test_recbole_files_give_the_same_store(ml_100k_store: SequenceStore, raw_data_dir: Path, tmp_path: Path) -> None:
@@ -111,14 +151,22 @@ def test_recbole_files_give_the_same_store(ml_100k_store: SequenceStore, raw_dat
     )
     movies = [line.split("|") for line in (raw / "u.item").read_text(encoding="latin-1").splitlines()]
     header = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
-    cut = [(movie[0], re.fullmatch(r"(.*?)(?: \((\d{4})\))?", movie[1].strip())) for movie in movies]
+    names = [line.partition("|")[0] for line in (raw / "u.genre").read_text().splitlines() if line]
+    classes = [" ".join(name for name, flag in zip(names, movie[5:], strict=True) if flag == "1") for movie in movies]
+    cut = [re.fullmatch(r"(.*?)(?: \((\d{4})\))?", movie[1].strip()) for movie in movies]
     (tmp_path / "ml-100k.item").write_text(
-        header + "".join(f"{movie}\t{m[1]}\t{m[2] or ''}\tDrama\n" for movie, m in cut if m), encoding="utf-8"
-    )
+        header + "".join(
+            f"{movie[0]}\t{m[1]}\t{m[2] or ''}\t{genres}\n"
+            for movie, m, genres in zip(movies, cut, classes, strict=True) if m
+        ), encoding="utf-8"
+    )  # fmt: skip
     store = SequenceStore.open(preprocess("ml-100k", raw_path=tmp_path, output=tmp_path / "store"))
     for name, feature in store.features.items():
-        get = SequenceStore.context if feature.role == "context" else SequenceStore.sequence
+        get = {"context": SequenceStore.context, "item_feature": lambda store, name: store.item_values(name)[0]}.get(
+            feature.role, SequenceStore.sequence
+        )
         assert (get(store, name) == get(ml_100k_store, name)).all(), name
+        assert (store.raw_ids(name) == ml_100k_store.raw_ids(name)).all() if feature.has_vocab else True
     titles, expected = store.titles(), ml_100k_store.titles()
     assert titles is not None and expected is not None and (titles == expected).all()
 

@@ -6,6 +6,7 @@ Formats: the README of each GroupLens archive. RecBole's atomic files are tab se
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from hstu.config.errors import DataError
 from hstu.data.datasets.raw import RawFile, table_with_header
 from hstu.data.datasets.spec import (
+    UNKNOWN,
     USER_FEATURE,
     Archive,
     ColumnDescription,
@@ -26,8 +28,16 @@ from hstu.data.datasets.spec import (
 ALIASES = {"movielens": "ml"}
 """Other spellings of the family's name → the one in the datasets' names."""
 
-_ParseTitles = Callable[[Iterator[str]], Iterator[list[str]]]
-"""Lines of a file of titles → its rows, which begin with movie and title."""
+_ParseMovies = Callable[[Iterator[str]], Iterator[list[str]]]
+"""Lines of a file of movies → its rows: movie, title, and then its genres."""
+_GENRES_100K = (
+    UNKNOWN, "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
+    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+)  # fmt: skip
+"""What the flags at the end of a line of u.item mean; u.genre of the archive lists them."""
+_NO_GENRES = "(no genres listed)"
+_YEAR = re.compile(r"\((\d{4})(?:[-–]\d{0,4})?\)")
+"""The year in a title, such as "Toy Story (1995)"; of a series, the first."""
 _RATINGS = {"user": "BIGINT", "item": "BIGINT", "rating": "DOUBLE", "time": "BIGINT"}
 _USERS_100K = {"user": "BIGINT", "age": "INTEGER", **dict.fromkeys(("sex", "occupation", "zip_code"), "VARCHAR")}
 _USERS_1M = {"user": "BIGINT", **dict.fromkeys(("sex", "age_group", "occupation", "zip_code"), "VARCHAR")}
@@ -46,19 +56,17 @@ _DESCRIPTIONS = {
 
 def read_100k(files: Sequence[Path]) -> RawTables:
     """u.data (tab), u.user and u.item (pipe, Latin-1)."""
-    return _with_users(
-        files, ("\t", "|"), _USERS_100K, _CONTEXT_100K, lambda lines: (line.split("|") for line in lines)
-    )
+    return _with_users(files, ("\t", "|"), _USERS_100K, _CONTEXT_100K, _movies_100k)
 
 
 def read_recbole_100k(files: Sequence[Path]) -> RawTables:
     """The same data as the package recbole ships it; there the year of a title is in a separate column."""
-    return _with_users(files, ("\t", "\t"), _USERS_100K, _CONTEXT_100K, _recbole_titles, header=True, encoding="utf-8")
+    return _with_users(files, ("\t", "\t"), _USERS_100K, _CONTEXT_100K, _recbole_movies, header=True, encoding="utf-8")
 
 
 def read_1m(files: Sequence[Path]) -> RawTables:
     """ratings.dat, users.dat and movies.dat (``::``, Latin-1)."""
-    return _with_users(files, ("::", "::"), _USERS_1M, _CONTEXT_1M, lambda rows: (row.split("::") for row in rows))
+    return _with_users(files, ("::", "::"), _USERS_1M, _CONTEXT_1M, lambda lines: map(_movie_1m, lines))
 
 
 def read_20m(files: Sequence[Path]) -> RawTables:
@@ -69,7 +77,7 @@ def read_20m(files: Sequence[Path]) -> RawTables:
         logs=(table_with_header(ratings, columns),),
         events='"userId" AS "user", "movieId" AS item, ' + _action_and_time(scale=2, time='"timestamp"'),
         descriptions=_DESCRIPTIONS | {"action": ColumnDescription("rating", "0.5 to 5 in halves")},
-        **_titles(movies, lambda lines: iter(list(csv.reader(lines))[1:]), encoding="utf-8"),
+        **_movies(movies, _movies_20m, encoding="utf-8"),
     )
 
 
@@ -78,7 +86,7 @@ def _with_users(
     delimiters: tuple[str, str],
     user_columns: Mapping[str, str],
     context: str,
-    parse_titles: _ParseTitles,
+    parse_movies: _ParseMovies,
     header: bool = False,
     encoding: str = "latin-1",
 ) -> RawTables:
@@ -90,7 +98,7 @@ def _with_users(
         events='"user", item, ' + _action_and_time(scale=1, time='"time"'),
         context=(table, context),
         descriptions=_DESCRIPTIONS,
-        **_titles(movies, parse_titles, encoding),
+        **_movies(movies, parse_movies, encoding),
     )
 
 
@@ -101,22 +109,49 @@ def _action_and_time(scale: int, time: str) -> str:
     return f'{action} AS action, {time} AS "time", {time} AS "timestamp"'
 
 
-def _recbole_titles(lines: Iterator[str]) -> Iterator[list[str]]:
+def _movies_100k(lines: Iterator[str]) -> Iterator[list[str]]:
+    for line in lines:
+        movie, title, *_ = fields = line.rstrip("\r\n").split("|")
+        flags = fields[-len(_GENRES_100K) :] if len(fields) > len(_GENRES_100K) else []
+        yield [movie, title, *(genre for genre, flag in zip(_GENRES_100K, flags, strict=False) if flag == "1")]
+
+
+def _recbole_movies(lines: Iterator[str]) -> Iterator[list[str]]:
     next(lines, None)
     for line in lines:
-        movie, title, year = line.rstrip("\n").split("\t")[:3]
-        yield [movie, f"{title} ({year})" if year.isdigit() else title]
+        movie, title, year, *genres = line.rstrip("\r\n").split("\t")
+        yield [movie, f"{title} ({year})" if year.isdigit() else title, *" ".join(genres).split()]
 
 
-def _titles(file: Path, parse: _ParseTitles, encoding: str) -> dict[str, Any]:
-    """Raw movie id → title, and their file; nothing where the optional file is missing."""
+def _movie_1m(line: str) -> list[str]:
+    movie, title, *genres = line.rstrip("\r\n").split("::")
+    return [movie, title, *"|".join(genres).split("|")]
+
+
+def _movies_20m(lines: Iterator[str]) -> Iterator[list[str]]:
+    for movie, title, *genres in list(csv.reader(lines))[1:]:
+        yield [movie, title, *(genre for genre in "|".join(genres).split("|") if genre != _NO_GENRES)]
+
+
+def _movies(file: Path, parse: _ParseMovies, encoding: str) -> dict[str, Any]:
+    """Titles, years and genres of the movies, and their file; nothing where the optional file is missing.
+
+    As in a dict, the last of several rows of a movie counts.
+    """
     if not file.is_file():
         return {}
+    titles: dict[int, str] = {}
+    genres: dict[int, list[str]] = {}
     try:
         with file.open(encoding=encoding, newline="\n") as lines:
-            return {"titles": {int(movie): title.strip() for movie, title, *_ in parse(lines)}, "title_file": file}
+            for movie, title, *of_movie in parse(lines):
+                titles[int(movie)] = title.strip()
+                genres[int(movie)] = [genre for genre in map(str.strip, of_movie) if genre]
     except (ValueError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} is not a list of movies and titles: {error}") from error
+    years = [(_YEAR.findall(title) or [""])[-1] for title in titles.values()]
+    rows = {"item": list(titles), "i0": years, "i1": list(genres.values())}
+    return {"titles": titles, "title_file": file, "item_rows": rows if titles else None}
 
 
 def _spec(
@@ -135,7 +170,11 @@ def _spec(
         archive=Archive(f"https://files.grouplens.org/datasets/movielens/{name}.zip", md5, sha256),
         raw_formats=raw_formats,
         schema=Schema(
-            item="movie_id", action="rating", context=(USER_FEATURE, *context), action_cardinality=max_action + 1
+            item="movie_id",
+            action="rating",
+            context=(USER_FEATURE, *context),
+            item_features=("year", "genres"),
+            action_cardinality=max_action + 1,
         ),
         published=dict(zip(("users", "items", "events"), published, strict=True)),
         wheel=wheel,

@@ -16,6 +16,7 @@ import duckdb
 from duckdb import DuckDBPyConnection
 
 from hstu.config.errors import ConfigError, DataError
+from hstu.data.datasets.own_features import event_value, feature_value, numbered, problems_of_lists, text_of_lists
 from hstu.data.datasets.own_types import TIME_UNITS, ColumnTypes, as_integer, split_number, unit_hint
 from hstu.data.datasets.raw import (
     RawFile,
@@ -42,7 +43,7 @@ _ALLOWED = {
 
 @dataclass(frozen=True, kw_only=True)
 class InteractionColumns:
-    """The interactions table and its columns; the table of contextual features and its columns."""
+    """The interactions table and its columns; the tables of users, of items and of titles, and their columns."""
 
     interactions: Path | Sequence[Path]
     """One file or several. Without times, their rows follow one another in this order."""
@@ -63,8 +64,17 @@ class InteractionColumns:
     context_columns: tuple[str, ...] = ()
     """Contextual features in token order. The user column among them makes the user a feature, user_id. Columns that
     ``context`` lacks are taken from the interactions, where the first event of a user that has a value counts."""
+    items: Path | None = None
+    """A table with one row per item, and the same item column. Of several rows, an item's first counts."""
+    item_columns: tuple[str, ...] = ()
+    """Features of the items. Columns that ``items`` lacks are taken from the interactions, where the first event of an
+    item that has a value counts."""
+    event_columns: tuple[str, ...] = ()
+    """Columns of the interactions that are features of the events."""
+    lists: Mapping[str, str] = field(default_factory=dict)
+    """Item column → what separates its values, where it has several. Lists of Parquet files need no separator."""
     bins: Mapping[str, int] = field(default_factory=dict)
-    """Context column → number of ranges that its numbers are grouped into."""
+    """Context, item or event column → number of ranges that its numbers are grouped into."""
     titles: Path | None = None
     """A table with one row per item, and the same item column."""
     title: str | None = None
@@ -81,6 +91,10 @@ class InteractionColumns:
     """As delimiter, for ``titles``. None: ``delimiter``."""
     titles_header: tuple[str, ...] = ()
     """As header, for ``titles``."""
+    items_delimiter: str | None = None
+    """As delimiter, for ``items``. None: ``delimiter``."""
+    items_header: tuple[str, ...] = ()
+    """As header, for ``items``."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -88,20 +102,27 @@ class InteractionColumns:
             problems.append("--context needs --context_columns, the columns to take from it")
         if (self.titles is None) != (self.title is None):
             problems.append("--titles, a table of items, and --title, its column, go together")
+        if self.items and not self.item_columns:
+            problems.append("--items needs --item_columns, the columns to take from it")
+        problems += problems_of_lists(self.lists, self.item_columns, self.bins)
+        features = (*self.context_columns, *self.item_columns, *self.event_columns)
         for column, ranges in self.bins.items():
-            if column not in self.context_columns or column == self.user:
-                problems.append(f"--bins {column}={ranges}: {column!r} is not among --context_columns")
+            if column not in features or column == self.user:
+                options = "--context_columns, --item_columns or --event_columns"
+                problems.append(f"--bins {column}={ranges}: {column!r} is not among {options}")
             if ranges < 2:
                 problems.append(f"--bins {column}={ranges}: at least 2 ranges are needed")
         named = [self.item, self.action, self.time, self.split, *self.schema().context]
+        named += [*self.item_columns, *self.event_columns]
         repeated = sorted({name for name in named if name and named.count(name) > 1})
         if repeated:
             problems.append(f"column(s) {', '.join(repeated)} would be two features; each feature needs its own column")
-        if USER_FEATURE in (self.item, self.action, self.time):
-            problems.append(f"{USER_FEATURE!r} is the name of the users, it cannot be the item, action or time")
+        if USER_FEATURE in (self.item, self.action, self.time, *self.item_columns, *self.event_columns):
+            text = "is the name of the users, it cannot be the item, action or time, or a feature of items or events"
+            problems.append(f"{USER_FEATURE!r} {text}")
         if self.time_unit not in (*TIME_UNITS, "auto"):
             problems.append(f"--time_unit {self.time_unit}: choose one of {', '.join(TIME_UNITS)}, auto")
-        for option in ("header", "context_header", "titles_header"):
+        for option in ("header", "context_header", "titles_header", "items_header"):
             names = getattr(self, option)
             if len(set(names)) < len(names) or "" in names:
                 problems.append(f"--{option} {','.join(names)}: each column needs a name of its own")
@@ -121,7 +142,10 @@ class InteractionColumns:
             action=self.action,
             timestamp=self.time,
             context=context,
+            item_features=self.item_columns,
+            event_features=self.event_columns,
             bins=self.bins,
+            lists=self.lists,
             split=self.split,
         )
 
@@ -133,6 +157,8 @@ class InteractionColumns:
                 given[name] = value
             elif isinstance(value, tuple):
                 given[name] = ",".join(value) or None
+            elif name == "lists":
+                given[name] = text_of_lists(value) or None
             elif isinstance(value, Mapping):
                 given[name] = ",".join(f"{key}={number}" for key, number in value.items()) or None
             else:
@@ -162,15 +188,25 @@ def interactions(columns: InteractionColumns) -> RawTables:
     given = {name: column for name, column in wanted.items() if column}
     context, from_context = _context_table(columns)
     event_context = {name: column for name, column in _features(columns).items() if name not in from_context}
+    item_table, item_features = _item_table(columns)
+    features = numbered("i", columns.item_columns)
+    event_items = {name: column for name, column in features.items() if name not in item_features}
+    event_features = numbered("e", columns.event_columns)
+    wanted_of_events = event_context | event_items | event_features
     for log in logs:
-        _require(log, [*given.values(), *event_context.values()])
+        _require(log, [*given.values(), *wanted_of_events.values()])
+    expressions = _of_events(columns, logs[0], event_items, event_features)
     return RawTables(
         logs=logs,
-        events=select_list(given | event_context),
+        events=select_list(given | wanted_of_events),
         context=context,
         event_context=tuple(event_context),
         title_table=_title_table(columns),
-        resolve_types=partial(_resolve_types, columns, tuple(event_context), from_context),
+        item_table=item_table,
+        event_items=tuple(event_items),
+        resolve_types=partial(
+            _resolve_types, columns, [*map(_as_text, event_context), *expressions], from_context, item_features
+        ),
         settings=repr(columns.arguments()),
         descriptions={name: _description(columns, name, column) for name, column in given.items()},
     )
@@ -178,8 +214,7 @@ def interactions(columns: InteractionColumns) -> RawTables:
 
 def _features(columns: InteractionColumns) -> dict[str, str]:
     """c0, c1, … → its column, for the contextual features but the user."""
-    features = [column for column in columns.context_columns if column != columns.user]
-    return {f"c{place}": column for place, column in enumerate(features)}
+    return numbered("c", (column for column in columns.context_columns if column != columns.user))
 
 
 def _context_table(columns: InteractionColumns) -> tuple[tuple[RawFile, str] | None, tuple[str, ...]]:
@@ -187,7 +222,7 @@ def _context_table(columns: InteractionColumns) -> tuple[tuple[RawFile, str] | N
     if columns.context is None:
         return None, ()
     table = _table(columns.context, columns.context_delimiter or columns.delimiter, columns.context_header)
-    present, features = _columns_of(table), _features(columns)
+    present, features = list(_columns_of(table)), _features(columns)
     found = {name: column for name, column in features.items() if column in present}
     require_columns(table.path, present, [columns.user, *([] if found else features.values())])
     return (table, select_list({"user": columns.user} | found)), tuple(found)
@@ -199,6 +234,32 @@ def _title_table(columns: InteractionColumns) -> tuple[RawFile, str] | None:
     table = _table(columns.titles, columns.titles_delimiter or columns.delimiter, columns.titles_header)
     _require(table, [columns.item, columns.title])
     return table, select_list({"item": columns.item, "title": columns.title})
+
+
+def _item_table(columns: InteractionColumns) -> tuple[tuple[RawFile, str] | None, dict[str, str]]:
+    """The table of items as RawTables.item_table describes it, and SQL of those of i0, i1, … that it has."""
+    if columns.items is None:
+        return None, {}
+    table = _table(columns.items, columns.items_delimiter or columns.delimiter, columns.items_header)
+    kinds, features = _columns_of(table), numbered("i", columns.item_columns)
+    found = {name: column for name, column in features.items() if column in kinds}
+    require_columns(table.path, list(kinds), [columns.item, *([] if found else features.values())])
+    values = {
+        name: feature_value(name, column, kinds[column], columns.lists.get(column), table.path)
+        for name, column in found.items()
+    }
+    return (table, select_list({"item": columns.item} | found)), values
+
+
+def _of_events(
+    columns: InteractionColumns, log: RawFile, items: Mapping[str, str], events: Mapping[str, str]
+) -> Iterable[str]:
+    """SQL of the features of items and of events that are columns of the interactions."""
+    kinds = _columns_of(log) if items or events else {}
+    for name, column in items.items():
+        yield feature_value(name, column, kinds[column], columns.lists.get(column), log.path)
+    for name, column in events.items():
+        yield event_value(name, column, kinds[column], log.path)
 
 
 def _description(columns: InteractionColumns, name: str, column: str) -> ColumnDescription:
@@ -240,24 +301,26 @@ def _unknown_delimiter(file: Path) -> str:
 
 
 def _require(table: RawFile, wanted: Iterable[str]) -> None:
-    require_columns(table.path, _columns_of(table), wanted)
+    require_columns(table.path, list(_columns_of(table)), wanted)
 
 
-def _columns_of(table: RawFile) -> list[str]:
+def _columns_of(table: RawFile) -> dict[str, str]:
+    """Column → SQL type."""
     if table.columns is not None:
-        return list(table.columns)
+        return dict(table.columns)
     try:
         with duckdb.connect() as engine:
             described = engine.execute(f"DESCRIBE SELECT * FROM {table.relation()}").fetchall()
     except duckdb.Error as error:
         raise DataError(f"{table.path} is a damaged Parquet file: {str(error).splitlines()[0]}") from error
-    return [row[0] for row in described]
+    return {row[0]: row[1] for row in described}
 
 
 def _resolve_types(
     columns: InteractionColumns,
-    event_context: Sequence[str],
+    of_events: Sequence[str],
     from_context: Sequence[str],
+    of_items: Mapping[str, str],
     engine: DuckDBPyConnection,
     log: str,
 ) -> TypedColumns:
@@ -274,13 +337,15 @@ def _resolve_types(
         selected += [f'{time} AS "time"', f'{timestamp} AS "timestamp"']
     if columns.split:
         selected.append(f'{split_number()} AS "split"')
-    selected += [_as_text(name) for name in event_context]
-    context = titles = None
+    selected += of_events
+    context = titles = items = None
     if columns.context:
         context = ", ".join([_like_events("user", user_is_integer), *map(_as_text, from_context)])
     if columns.titles:
         titles = f"{_like_events('item', item_is_integer)}, {_as_text('title')}"
-    return TypedColumns(", ".join(selected), context, titles, labels)
+    if columns.items:
+        items = ", ".join([_like_events("item", item_is_integer), *of_items.values()])
+    return TypedColumns(", ".join(selected), context, titles, items, labels)
 
 
 def _like_events(name: str, is_integer: bool) -> str:

@@ -5,32 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hstu.data.datasets.raw import RawFile
 
 if TYPE_CHECKING:  # the registry is read before any data is, so it stays free of heavy imports
     from duckdb import DuckDBPyConnection
 
+UNKNOWN = "unknown"
+"""Raw value of a feature where a user, an item or an event has none; an item without values has it as its list."""
 USER_FEATURE = "user_id"
 """Name of the users' vocabulary, even where the user is not a contextual feature."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:
-    """The features of a store; ``context`` is in token order.
+    """The features of a store; ``context`` is in token order, ``item_features`` and ``event_features`` in any.
 
     ``split``: the column that says to which split an event belongs.
     ``action_cardinality``: actions lie in [0, action_cardinality); None means the largest action + 1.
-    ``bins``: contextual feature → number of ranges with equally many users that its numbers are grouped into.
+    ``bins``: feature of users, items or events → number of ranges with equally many of them, into which its numbers are
+    grouped. ``lists``: item feature → what separates its values, where text holds several.
     """
 
     item: str
     action: str | None = None
     timestamp: str | None = "timestamp"
     context: tuple[str, ...] = ()
+    item_features: tuple[str, ...] = ()
+    event_features: tuple[str, ...] = ()
     action_cardinality: int | None = None
     bins: Mapping[str, int] = field(default_factory=dict)
+    lists: Mapping[str, str] = field(default_factory=dict)
     split: str | None = None
 
 
@@ -90,6 +96,7 @@ class TypedColumns:
     events: str
     context: str | None
     titles: str | None = None
+    items: str | None = None
     labels: tuple[str, ...] = ()
     """Text of action 0, 1, …; empty where actions are numbers."""
 
@@ -103,7 +110,8 @@ class RawTables:
     events: str
     """Select list over a log: ``user`` and ``item`` (BIGINT or VARCHAR), ``action`` (integer, if the schema has one),
     ``time`` (any type; events are sorted by it) and ``timestamp`` (BIGINT seconds), if the schema has one, ``split``
-    (the place of the split in SPLIT_NAMES), if the schema has one. An unusable value is NULL."""
+    (the place of the split in SPLIT_NAMES), if the schema has one; ``e0``, ``e1``, … (VARCHAR), the event features of
+    the schema in order. An unusable value is NULL."""
     context: tuple[RawFile, str] | None = None
     """A file with one row per user, and its select list: ``user``, then ``c0``, ``c1``, … (VARCHAR), the contextual
     features of the schema in order, without user_id."""
@@ -111,6 +119,13 @@ class RawTables:
     """Those of ``c0``, ``c1``, … that are columns of ``events`` (VARCHAR): a user has the value of the first event."""
     title_table: tuple[RawFile, str] | None = None
     """A file with one row per item, and its select list: ``item``, ``title``."""
+    item_table: tuple[RawFile, str] | None = None
+    """A file with one row per item, and its select list: ``item``, then those of ``i0``, ``i1``, … that are its
+    columns: the item features of the schema in order, VARCHAR or VARCHAR[]."""
+    item_rows: Mapping[str, Sequence[Any]] | None = None
+    """The same table in memory: column → values, strings or lists of strings."""
+    event_items: tuple[str, ...] = ()
+    """Those of ``i0``, ``i1``, … that are columns of ``events``: an item has the value of its first event."""
     resolve_types: Callable[[DuckDBPyConnection, str], TypedColumns] | None = None
     """For types that depend on the data: the select lists above then only pick columns (without timestamp), and
     ``resolve_types(engine, ingested events)`` returns the final ones."""
@@ -126,7 +141,7 @@ class RawTables:
     def files(self) -> tuple[Path, ...]:
         """All raw files."""
         tables = [log.path for log in self.logs]
-        tables += [table[0].path for table in (self.context, self.title_table) if table]
+        tables += [table[0].path for table in (self.context, self.title_table, self.item_table) if table]
         return (*tables, *([self.title_file] if self.title_file else []))
 
 

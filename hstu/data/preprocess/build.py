@@ -16,6 +16,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -33,6 +34,7 @@ from hstu.data.preprocess.core import check_filters, keep_core
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
 from hstu.data.preprocess.engine import check_free_disk, disk_errors, memory_bytes, open_engine, used_below
 from hstu.data.preprocess.existing import files_that_differ, is_kept
+from hstu.data.preprocess.features import check_items, write_item_features
 from hstu.data.preprocess.ingest import check_rows, read_files
 from hstu.data.preprocess.report import statistics_of
 from hstu.data.preprocess.split import write_split
@@ -89,7 +91,10 @@ def preprocess(
     if is_kept(options, [file for file in located[1] if file.is_file()] if located else None):
         return target
     raw_format, files = located or obtain_raw(spec, folder)
-    return build_store(raw_format.reader(files), spec.schema, options, spec.published)
+    raw = raw_format.reader(files)
+    has_items = raw.item_rows or raw.item_table
+    schema = spec.schema if has_items else replace(spec.schema, item_features=())
+    return build_store(raw, schema, options, spec.published)
 
 
 def import_interactions(
@@ -174,7 +179,8 @@ def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published
             resume_key=_resume_key(raw, schema, options),
         )
         with writer:
-            check_free_disk(raw.logs, options.output, already_used=used_below(writer.partial))
+            features, used = len(schema.event_features), used_below(writer.partial)
+            check_free_disk(raw.logs, options.output, features, already_used=used)
             with (
                 closing(Progress(sum(log.path.stat().st_size for log in raw.logs))) as progress,
                 open_engine(writer.scratch, options.memory_limit) as engine,
@@ -195,9 +201,9 @@ def _check_raw_ids(roles: Sequence[str], schema: Schema) -> None:
 def _check_all_items(raw: RawTables, options: BuildOptions) -> None:
     if not options.all_items:
         return
-    if raw.titles is None and raw.title_table is None:
+    if raw.titles is None and raw.title_table is None and raw.item_table is None:
         raise ConfigError(
-            "--all_items: there is no list of items; for your own data give --titles and --title, for MovieLens put "
+            "--all_items: there is no list of items; for your own data give --items or --titles, for MovieLens put "
             "the file of titles (u.item, movies.dat or movies.csv) beside the others"
         )
     if options.min_item_events > 1:
@@ -217,17 +223,19 @@ def _build(state: BuildState, published: Mapping[str, float]) -> None:
     writer.write_offsets(offsets)
     write_vocabularies(state, len(lengths), num_items)
     write_context(state, len(lengths))
+    found = check_items(state)
+    write_item_features(state)
     write_events(state, offsets, num_items)
     write_split(state, offsets)
     statistics = statistics_of(lengths, items_with_events(state), published)
-    writer.statistics = statistics | {"skipped_rows": state.skipped}
+    writer.statistics = statistics | found | {"skipped_rows": state.skipped}
     writer.sources = {name: journal[f"source {name}"] for name in source_names(state.raw.files)}
 
 
 def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions) -> str:
     """Identifies everything that the stages depend on."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in raw.files]
-    tables = [repr(raw.logs), raw.events, repr(raw.context), raw.settings, repr(schema)]
+    tables = [repr(raw.logs), raw.events, repr(raw.context), repr(raw.item_table), raw.settings, repr(schema)]
     rules = [options.name, options.bad_row_policy, options.max_bad_rows]
     rules += [options.min_user_events, options.min_item_events, options.all_items]
     programs = [VERSION, np.__version__, duckdb.__version__]

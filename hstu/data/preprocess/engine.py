@@ -29,6 +29,8 @@ _STORE_BYTES = 16
 """Per event in the store: item and action int32, timestamp int64."""
 _WORKING_BYTES = 32
 """Per event in working files: columnar and compressed, the spill of a bucket, and its part of the vocabulary."""
+_FEATURE_BYTES = 12
+"""Per event and feature of the events: int32 in the store, and working files."""
 _GZIP_RATIO = 5
 _GIB = 1 << 30
 
@@ -117,9 +119,10 @@ def _disk_full(directory: Path, what: str | None) -> DataError:
     return DataError(f"cannot write to {place}: {what}; free some space, or choose another --output")
 
 
-def check_free_disk(logs: Sequence[RawFile], output: Path, already_used: int = 0) -> None:
+def check_free_disk(logs: Sequence[RawFile], output: Path, event_features: int = 0, already_used: int = 0) -> None:
     """Raises DataError where the disk is too small. ``already_used``: bytes that an interrupted run has left."""
-    needed = sum(estimated_rows(log) for log in logs) * (_STORE_BYTES + _WORKING_BYTES) - already_used
+    bytes_per_row = _STORE_BYTES + _WORKING_BYTES + _FEATURE_BYTES * event_features
+    needed = sum(estimated_rows(log) for log in logs) * bytes_per_row - already_used
     place = output.absolute().parent
     free = shutil.disk_usage(place).free
     if needed > free:

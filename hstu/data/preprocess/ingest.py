@@ -5,10 +5,13 @@ Every unreadable line and every unusable value is reported with its file and lin
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import duckdb
+import pandas as pd
 
 from hstu.config.errors import DataError
 from hstu.data.datasets.raw import RawFile, identifier, write_with_uniform_lines
@@ -28,7 +31,7 @@ _REASONS = {
 
 
 def read_files(state: BuildState) -> None:
-    """Writes the logs and the context to where BuildState.typed_log and typed_context read them."""
+    """Writes the logs and the tables to where BuildState.typed_log, typed_context, … read them."""
     for number, log in enumerate(state.raw.logs):
         _read(state, f"log_{number}", log, state.raw.events, READING * log.path.stat().st_size)
     if state.raw.context is not None:
@@ -37,17 +40,29 @@ def read_files(state: BuildState) -> None:
         state.commit_source(state.raw.title_file)
     if state.raw.title_table is not None:
         _read(state, "titles", *state.raw.title_table, 0)
+    if state.raw.item_table is not None:
+        _read(state, "item_table", *state.raw.item_table, 0)
+    if state.raw.item_rows is not None:
+        _write_item_rows(state, state.raw.item_rows)
     if state.raw.resolve_types is not None and "typed" not in state.writer.journal:
         engine, events = state.engine, state.ingested_logs()
         typed = state.raw.resolve_types(engine, events)
         for part in range(len(state.raw.logs)):
             rows = f'SELECT {typed.events} FROM {events} WHERE part = {part} ORDER BY "row"'
             write_parquet(engine, rows, state.file(f"typed_log_{part}"))
-        for name, select in (("context", typed.context), ("titles", typed.titles)):
+        tables = (("context", typed.context), ("titles", typed.titles), ("item_table", typed.items))
+        for name, select in tables:
             if select is not None:
-                rows = f'SELECT {select} FROM {state.ingested(name)} ORDER BY "row"'
+                rows = f'SELECT {select} FROM {state.numbered(name)} ORDER BY "row"'
                 write_parquet(engine, rows, state.file(f"typed_{name}"))
         state.writer.journal.commit("typed", {"labels": typed.labels})
+
+
+def _write_item_rows(state: BuildState, rows: Mapping[str, Sequence[Any]]) -> None:
+    kinds = {name: "VARCHAR[]" if isinstance(values[0], list) else "VARCHAR" for name, values in rows.items()}
+    selected = ", ".join(f"CAST({name} AS {kind}) AS {name}" for name, kind in (kinds | {"item": "BIGINT"}).items())
+    state.engine.register("item_rows", pd.DataFrame(rows))
+    write_parquet(state.engine, f"SELECT {selected} FROM item_rows", state.file("typed_item_table"))
 
 
 def _read(state: BuildState, name: str, file: RawFile, select: str, effort: float) -> None:
@@ -180,13 +195,18 @@ def _check_context(state: BuildState, bad: BadRows) -> None:
 
 
 def _check_all_items(state: BuildState, bad: BadRows) -> None:
-    """Items of the titles that cannot be items of events are bad rows, if all items are wanted."""
-    if not state.options.all_items or state.raw.title_table is None:
-        return
-    count, row = one(state.engine, f'SELECT count(*), min("row") FROM {state.typed_titles()} WHERE item IS NULL')
-    if count:
-        query = f'SELECT CAST(item AS VARCHAR) FROM {state.ingested("titles")} WHERE "row" = {row}'
-        (text,) = one(state.engine, query)
-        shown = f"{text!r}, and the ids of the events are integers" if text else "empty"
-        place, label = state.raw.title_table[0].place(row), state.raw.descriptions["item"].label
-        bad.add(count, "unusable item of the titles", place, f"{label!r} is {shown}")
+    """Items of the titles, or of the table of items, that cannot be items of events are bad rows, if all are wanted."""
+    tables = (
+        ("titles", state.raw.title_table, state.typed_titles(), "unusable item of the titles"),
+        ("item_table", state.raw.item_table, state.typed_items(), "unusable item of the items"),
+    )
+    for name, table, typed, reason in tables if state.options.all_items else ():
+        if table is None:
+            continue
+        count, row = one(state.engine, f'SELECT count(*), min("row") FROM {typed} WHERE item IS NULL')
+        if count:
+            query = f'SELECT CAST(item AS VARCHAR) FROM {state.numbered(name)} WHERE "row" = {row}'
+            (text,) = one(state.engine, query)
+            shown = f"{text!r}, and the ids of the events are integers" if text else "empty"
+            label = state.raw.descriptions["item"].label
+            bad.add(count, reason, table[0].place(row), f"{label!r} is {shown}")

@@ -14,6 +14,7 @@ import pandas as pd
 
 from hstu.config.errors import DataError
 from hstu.data.datasets import DATASETS, resolve_name
+from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.figure import COLOURS, open_figure
 from hstu.data.preprocess.document import Heading, Image, Paragraph, Part, Table, to_html, to_markdown
 from hstu.data.store import USER_FEATURE, SequenceStore
@@ -70,6 +71,10 @@ def format_report(store: SequenceStore) -> str:
         f"  item {store.item_feature}, action {store.action_feature or 'none'}, "
         f"time {store.timestamp_feature or 'none (file order)'}, context {context}",
     ]
+    for kind, names in (("items", store.item_side_features), ("events", store.event_features)):
+        if names:
+            shown = ", ".join(f"{name} ({_values_of(store, name)})" for name in names)
+            lines.append(f"  features of {kind}: {shown}")
     if events := store.events_by_split():
         shown = ", ".join(f"{split} {number:,}" for split, number in events.items())
         lines.append(f"  split {store.split}, in events: {shown}")
@@ -112,6 +117,8 @@ def write_report(store: SequenceStore, folder: Path) -> Path:
             *_top_items(store, counts),
             *_actions(store),
             *_context(store),
+            *_item_features(store),
+            *_event_features(store),
             *_sources(store),
         ]
         (aside / REPORT).write_text(to_markdown(parts), encoding="utf-8")
@@ -268,15 +275,50 @@ def _actions(store: SequenceStore) -> list[Part]:
 
 
 def _context(store: SequenceStore) -> list[Part]:
-    rows = []
-    for name in store.contextual_features:
-        if name == USER_FEATURE:
-            continue
-        counts = np.bincount(store.context(name), minlength=store.cardinality(name))
-        raw = store.raw_ids(name)
-        shown = ", ".join(f"{raw[code]} {counts[code]:,}" for code in np.argsort(-counts, kind="stable")[:5])
-        rows.append((name, store.cardinality(name), shown))
+    rows = [
+        (name, store.cardinality(name), _most_frequent(store, name, np.bincount(store.context(name))))
+        for name in store.contextual_features
+        if name != USER_FEATURE
+    ]
     return [Heading("Contextual features"), Table(("", "values", "most frequent, users"), rows)] if rows else []
+
+
+def _item_features(store: SequenceStore) -> list[Part]:
+    rows = [
+        (name, _values_of(store, name), _most_frequent(store, name, np.bincount(store.item_values(name)[0])))
+        for name in store.item_side_features
+    ]
+    if not rows:
+        return []
+    parts: list[Part] = [Heading("Features of items"), Table(("", "values", "most frequent, items"), rows)]
+    counted = {
+        "items_without_row": f"Items without a row, whose features are {UNKNOWN!r}",
+        "items_with_different_rows": "Items of which several rows differ, so that the first counts",
+    }
+    found = [(text, store.statistics[name]) for name, text in counted.items() if store.statistics.get(name)]
+    return [*parts, Table(("", "items"), found)] if found else parts
+
+
+def _event_features(store: SequenceStore) -> list[Part]:
+    rows = [
+        (name, _values_of(store, name), _most_frequent(store, name, _bincount(store, name)))
+        for name in store.event_features
+    ]
+    return [Heading("Features of events"), Table(("", "values", "most frequent, events"), rows)] if rows else []
+
+
+def _values_of(store: SequenceStore, feature: str) -> str:
+    """How many values a feature of items or events has, and a list on average."""
+    different = f"{store.cardinality(feature):,}"
+    if not store.features[feature].is_list:
+        return different
+    mean = len(store.item_values(feature)[0]) / store.cardinality(store.item_feature)
+    return f"{different}, {mean:.1f} per item"
+
+
+def _most_frequent(store: SequenceStore, feature: str, counts: np.ndarray) -> str:
+    raw = store.raw_ids(feature)
+    return ", ".join(f"{raw[code]} {counts[code]:,}" for code in np.argsort(-counts, kind="stable")[:5])
 
 
 def _sources(store: SequenceStore) -> list[Part]:

@@ -46,7 +46,7 @@ class BuildLimits(TypedDict, total=False):
     min_item_events: int
     """Items with fewer events are left out."""
     all_items: bool
-    """The items of the titles that have no events are items, too."""
+    """The items of the tables of items and titles that have no events are items, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,10 +185,6 @@ class BuildState:
         (name,) = (name for name, other in source_names(self.raw.files).items() if other == file)
         self.writer.journal.commit(f"source {name}", sha256(file))
 
-    def ingested(self, name: str) -> str:
-        """SQL of the rows of "context" or "titles" as read, with ``row``, their number from 0."""
-        return _numbered(self.file(name))
-
     def ingested_log(self, number: int) -> str:
         """SQL of a log's rows as read, with ``row``, their number from 0."""
         return _numbered(self.file(f"log_{number}"))
@@ -211,12 +207,38 @@ class BuildState:
         """SQL of the titles' rows as RawTables.title_table describes them, with ``row``; None without such a file."""
         return _numbered(self.file("typed_titles")) if self.raw.title_table else None
 
+    def typed_items(self) -> str | None:
+        """SQL of the items' rows as RawTables.item_table describes them, with ``row``; None without such a table."""
+        if self.raw.item_table is None and self.raw.item_rows is None:
+            return None
+        is_typed = self.raw.resolve_types or self.raw.item_rows
+        return _numbered(self.file("typed_item_table" if is_typed else "item_table"))
+
+    def item_features(self) -> dict[str, str]:
+        """i0, i1, … → the feature of the items."""
+        return {f"i{place}": feature for place, feature in enumerate(self.schema.item_features)}
+
+    def event_features(self) -> dict[str, str]:
+        """e0, e1, … → the feature of the events."""
+        return {f"e{place}": feature for place, feature in enumerate(self.schema.event_features)}
+
+    def codes(self, table: str) -> str:
+        """SQL of "users", "items" or a vocabulary: id, its ``code``, and for users and items their ``events``."""
+        rows = parquet_rows(self.file(table), numbered=True)
+        return f"(SELECT * EXCLUDE file_row_number, file_row_number AS code FROM {rows})"
+
+    def numbered(self, name: str) -> str:
+        """SQL of the rows of a working file, with ``row``, their number from 0."""
+        return _numbered(self.file(name))
+
     def all_items(self) -> str | None:
         """SQL of the items that belong to the store with or without events; None where events alone decide."""
         if not self.options.all_items:
             return None
-        if (titles := self.typed_titles()) is not None:
-            return f"(SELECT item FROM {titles} WHERE item IS NOT NULL)"
+        tables = [table for table in (self.typed_titles(), self.typed_items()) if table]
+        if tables and self.raw.titles is None:
+            every = " UNION ALL ".join(f"SELECT item FROM {table} WHERE item IS NOT NULL" for table in tables)
+            return f"({every})"
         ids = ", ".join(map(str, self.raw.titles or {}))
         return f"(SELECT unnest(CAST([{ids}] AS BIGINT[])) AS item)"
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import re
+from collections.abc import Mapping
 from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
 
 from hstu.config.errors import DataError
-from hstu.data.datasets.raw import literal, parquet_rows
+from hstu.data.datasets.raw import literal
+from hstu.data.datasets.spec import UNKNOWN, USER_FEATURE
 from hstu.data.preprocess.engine import column, memory_bytes, one, write_parquet
+from hstu.data.preprocess.features import ranges_of, warn_of_numbers, write_event_vocabularies
 from hstu.data.preprocess.state import NUMBERING, WRITING, BuildState
-from hstu.data.store import UNKNOWN, USER_FEATURE
-
-_log = logging.getLogger(__name__)
 
 _ROWS_PER_CHUNK = 1 << 20
-_MANY_NUMBERS = 100
-"""A contextual feature with more different numbers than this is probably a quantity."""
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SORT_BYTES_PER_ROW = 400
 """Upper bound of the memory per row of a bucket while it is joined and sorted."""
+_FEATURE_BYTES_PER_ROW = 60
+"""The same for each feature of the events."""
 
 
 def number_users_and_items(state: BuildState) -> tuple[np.ndarray, int]:
@@ -42,13 +39,13 @@ def number_users_and_items(state: BuildState) -> tuple[np.ndarray, int]:
             query = f"SELECT id, CAST(sum(events) AS BIGINT) AS events FROM ({every}) GROUP BY 1"
         with state.progress.stage(f"counting {stage}", effort / 2, state.engine):
             journal.commit(stage, write_parquet(state.engine, f"{query} ORDER BY 1", state.file(stage)))
-    lengths = column(state.engine, f"SELECT events FROM {_codes(state, 'users')} ORDER BY code")
+    lengths = column(state.engine, f"SELECT events FROM {state.codes('users')} ORDER BY code")
     return lengths, journal["items"]
 
 
 def items_with_events(state: BuildState) -> int:
     """How many of the items have events."""
-    return int(one(state.engine, f"SELECT count(*) FROM {_codes(state, 'items')} WHERE events > 0")[0])
+    return int(one(state.engine, f"SELECT count(*) FROM {state.codes('items')} WHERE events > 0")[0])
 
 
 def write_vocabularies(state: BuildState, num_users: int, num_items: int) -> None:
@@ -69,7 +66,7 @@ def keep_raw_ids(state: BuildState) -> None:
     features = {"item": ("items", state.schema.item), "user": ("users", USER_FEATURE)}
     for role in state.options.raw_ids:
         table, feature = features[role]
-        if str(state.engine.sql(f"SELECT id FROM {_codes(state, table)}").types[0]) != "BIGINT":
+        if str(state.engine.sql(f"SELECT id FROM {state.codes(table)}").types[0]) != "BIGINT":
             raise DataError(f"--raw_ids {role}: the ids of {feature!r} are text, and raw ids are int64; leave it out")
         state.writer.keep_raw_ids(feature)
 
@@ -87,7 +84,7 @@ def write_context(state: BuildState, num_users: int) -> None:
         if feature in state.schema.bins:
             values = binned(feature, values, state.schema.bins[feature])
         vocabulary, codes = np.unique(values, return_inverse=True)
-        _warn_of_numbers(feature, vocabulary)
+        warn_of_numbers(feature, vocabulary)
         state.writer.write_context(feature, codes, cardinality=len(vocabulary))
         state.writer.write_vocabulary(feature, vocabulary)
 
@@ -106,35 +103,27 @@ def binned(feature: str, values: np.ndarray, ranges: int) -> np.ndarray:
         raise DataError(f"--bins {feature}={ranges}: not all values are finite numbers; leave it out")
     grouped = np.full(len(values), UNKNOWN, dtype=object)
     if len(numbers):
-        starts = np.unique(np.quantile(numbers, np.arange(ranges) / ranges, method="higher"))
-        place = np.searchsorted(starts, numbers, side="right") - 1
-        last = [numbers[place == number].max() for number in range(len(starts))]
-        names = [_range_name(start, end) for start, end in zip(starts, last, strict=True)]
-        grouped[known] = np.array(names, dtype=object)[place]
+        starts = ranges_of(*np.unique(numbers, return_counts=True), ranges)
+        place = np.searchsorted(list(starts.values()), numbers, side="right") - 1
+        grouped[known] = np.array(list(starts), dtype=object)[place]
     return grouped
 
 
-def _range_name(start: float, end: float) -> str:
-    return f"{start:.15g}" if start == end else f"{start:.15g}..{end:.15g}"
-
-
-def _warn_of_numbers(feature: str, vocabulary: np.ndarray) -> None:
-    if len(vocabulary) > _MANY_NUMBERS and all(_NUMBER.fullmatch(value) for value in vocabulary if value != UNKNOWN):
-        _log.warning(
-            "context column %r has %d different numbers, and each of them becomes a category of its own; "
-            "--bins %s=10 groups them into 10 ranges",
-            feature,
-            len(vocabulary),
-            feature,
-        )
-
-
 def write_events(state: BuildState, offsets: np.ndarray, num_items: int) -> None:
-    """Writes items, actions and times. Each bucket of users is joined with the codes, sorted, written and committed."""
+    """Writes items, actions, times and the features of events.
+
+    Each bucket of users is joined with the codes, sorted, written and committed.
+    """
     arrays = _create_arrays(state, num_items, int(offsets[-1]))
+    features = {}
+    for name, (cardinality, value) in write_event_vocabularies(state).items():
+        feature = state.event_features()[name]
+        arrays[name] = state.writer.create_sequence(feature, "event", cardinality=cardinality, length=int(offsets[-1]))
+        features[name] = value
     journal = state.writer.journal
     if "buckets" not in journal:
-        rows = memory_bytes(state.options.memory_limit) // _SORT_BYTES_PER_ROW
+        bytes_per_row = _SORT_BYTES_PER_ROW + _FEATURE_BYTES_PER_ROW * len(features)
+        rows = memory_bytes(state.options.memory_limit) // bytes_per_row
         journal.commit("buckets", bucket_bounds(offsets, rows))
     bounds = journal["buckets"]
     for number, (begin, end) in enumerate(pairwise(bounds)):
@@ -145,7 +134,7 @@ def write_events(state: BuildState, offsets: np.ndarray, num_items: int) -> None
             continue
         what = f"sorting and writing, part {number + 1} of {len(bounds) - 1}"
         with state.progress.stage(what, effort):
-            _write_bucket(state, arrays, (begin, end), slice(start, stop))
+            _write_bucket(state, arrays, features, (begin, end), slice(start, stop))
         for array in arrays.values():
             array.flush()
         journal.commit(f"bucket {number}")
@@ -176,12 +165,25 @@ def _largest_action(state: BuildState) -> int:
     return int(journal["largest action"])
 
 
-def _write_bucket(state: BuildState, arrays: dict[str, np.memmap], users: tuple[int, int], place: slice) -> None:
+def _write_bucket(
+    state: BuildState,
+    arrays: Mapping[str, np.memmap],
+    features: Mapping[str, str],
+    users: tuple[int, int],
+    place: slice,
+) -> None:
+    """``features``: e0, e1, … → SQL of its value."""
     first, last = _raw_user(state, users[0]), _raw_user(state, users[1] - 1)
-    values = ", ".join("i.code AS item" if name == "item" else f'e."{name}"' for name in arrays)
+    coded = {"item": "i.code AS item"} | {name: f"{name}_codes.code AS {name}" for name in features}
+    values = ", ".join(coded.get(name, f'e."{name}"') for name in arrays)
+    replaced = ", ".join(f"{value} AS {name}" for name, value in features.items())
+    events = f"SELECT * {f'REPLACE ({replaced})' if replaced else ''} FROM {state.events()}"
+    joins = " ".join(
+        f"JOIN {state.codes(f'vocabulary_{name}')} {name}_codes ON e.{name} = {name}_codes.id" for name in features
+    )
     rows = state.engine.sql(
-        f"""SELECT {values} FROM (SELECT * FROM {state.events()} WHERE "user" BETWEEN ? AND ?) e
-        JOIN {_codes(state, "items")} i ON e.item = i.id ORDER BY "user", {state.order()}""",
+        f"""SELECT {values} FROM ({events} WHERE "user" BETWEEN ? AND ?) e
+        JOIN {state.codes("items")} i ON e.item = i.id {joins} ORDER BY "user", {state.order()}""",
         params=[first, last],
     )
     start = place.start
@@ -194,12 +196,12 @@ def _write_bucket(state: BuildState, arrays: dict[str, np.memmap], users: tuple[
 
 
 def _raw_user(state: BuildState, code: int) -> Any:
-    return one(state.engine, f"SELECT id FROM {_codes(state, 'users')} WHERE code = {code}")[0]
+    return one(state.engine, f"SELECT id FROM {state.codes('users')} WHERE code = {code}")[0]
 
 
 def _ids(state: BuildState, table: str, length: int) -> np.ndarray:
     """The raw ids of a table by code: int64, without ever holding them twice, or str objects."""
-    query = f"SELECT id FROM {_codes(state, table)} ORDER BY code"
+    query = f"SELECT id FROM {state.codes(table)} ORDER BY code"
     if str(state.engine.sql(query).types[0]) != "BIGINT":
         return column(state.engine, query)
     ids = np.empty(length, dtype=np.int64)
@@ -210,16 +212,10 @@ def _ids(state: BuildState, table: str, length: int) -> np.ndarray:
     return ids
 
 
-def _codes(state: BuildState, table: str) -> str:
-    """SQL of users or items: id, events, code."""
-    rows = parquet_rows(state.file(table), numbered=True)
-    return f"(SELECT id, events, file_row_number AS code FROM {rows})"
-
-
 def _context_values(state: BuildState, name: str, first_values: str) -> str:
     """SQL of one value per user, in the order of codes. ``first_values``: SQL of user and value."""
     return f"""SELECT coalesce(nullif(c.{name}, ''), {literal(UNKNOWN)})
-        FROM {_codes(state, "users")} u LEFT JOIN ({first_values}) c ON u.id = c."user" ORDER BY u.code"""
+        FROM {state.codes("users")} u LEFT JOIN ({first_values}) c ON u.id = c."user" ORDER BY u.code"""
 
 
 def _first_rows(state: BuildState, name: str) -> str:
@@ -238,4 +234,4 @@ def _title_values(state: BuildState, titles: str) -> str:
     first_rows = f"""SELECT item, title FROM {titles}
         QUALIFY row_number() OVER (PARTITION BY item ORDER BY "row") = 1"""
     return f"""SELECT coalesce(t.title, '')
-        FROM {_codes(state, "items")} i LEFT JOIN ({first_rows}) t ON i.id = t.item ORDER BY i.code"""
+        FROM {state.codes("items")} i LEFT JOIN ({first_rows}) t ON i.id = t.item ORDER BY i.code"""

@@ -1,0 +1,76 @@
+"""Features of items and of events in users' own tables: which columns they are, and their values as text or lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from hstu.config.errors import ConfigError, DataError
+from hstu.data.datasets.raw import identifier, literal
+
+SEPARATORS = {"comma": ",", "tab": "\t", "space": " "}
+"""Words for separators that a command line cannot show."""
+_FRACTIONS = ("FLOAT", "DOUBLE", "DECIMAL")
+
+
+def lists_of(text: str) -> dict[str, str]:
+    """``genres=|,tags=comma`` → column → what separates its values. Raises ValueError for anything else."""
+    pairs = [pair.rpartition("=") for pair in text.split(",") if pair.strip()]
+    if not all(column.strip() and separator for column, _, separator in pairs) or text.endswith(","):
+        words = ", ".join(SEPARATORS)
+        raise ValueError(f"expected columns and separators, as genres=|,tags=;, or the words {words}, not {text!r}")
+    return {column.strip(): SEPARATORS.get(separator, separator) for column, _, separator in pairs}
+
+
+def text_of_lists(lists: Mapping[str, str]) -> str:
+    """What lists_of reads."""
+    words = {separator: word for word, separator in SEPARATORS.items()}
+    return ",".join(f"{column}={words.get(separator, separator)}" for column, separator in lists.items())
+
+
+def problems_of_lists(lists: Mapping[str, str], item_columns: Sequence[str], bins: Iterable[str]) -> list[str]:
+    """What is wrong with the columns that are named as lists."""
+    problems = []
+    for column, separator in lists.items():
+        named = f"--lists {text_of_lists({column: separator})}"
+        if column not in item_columns:
+            problems.append(f"{named}: {column!r} is not among --item_columns; only items have lists of values")
+        if not separator:
+            problems.append(f"{named}: say what separates the values, as {column}=|")
+        if column in bins:
+            problems.append(
+                f"{named}: {column!r} is among --bins, too, and ranges are of single numbers; leave one out"
+            )
+    return problems
+
+
+def numbered(prefix: str, columns: Iterable[str]) -> dict[str, str]:
+    """Prefix and place → column: c0, c1, … of users, i0, i1, … of items, e0, e1, … of events."""
+    return {f"{prefix}{place}": column for place, column in enumerate(columns)}
+
+
+def feature_value(name: str, column: str, kind: str, separator: str | None, file: Path) -> str:
+    """SQL of a feature's value: text, or a list of texts without empty ones. ``kind``: SQL type of the column."""
+    value = identifier(name)
+    if "[" in kind and kind.startswith(_FRACTIONS):
+        raise DataError(
+            f"{file}: {column!r} holds vectors ({kind}), and features are categories; leave it out, or write a column "
+            "of categories"
+        )
+    if kind.endswith("[]"):
+        if separator is not None:
+            raise ConfigError(f"--lists {column}: the column is a list in {file}; leave it out of --lists")
+        return f"[x FOR x IN CAST({value} AS VARCHAR[]) IF x <> ''] AS {value}"
+    if separator is not None:
+        split = f"string_split(CAST({value} AS VARCHAR), {literal(separator)})"
+        return f"[trim(x) FOR x IN {split} IF trim(x) <> ''] AS {value}"
+    if kind in ("FLOAT", "DOUBLE"):
+        return f"nullif(CAST({value} AS VARCHAR), 'nan') AS {value}"
+    return f"CAST({value} AS VARCHAR) AS {value}"
+
+
+def event_value(name: str, column: str, kind: str, file: Path) -> str:
+    """SQL of an event feature's value, text."""
+    if kind.endswith("]"):
+        raise DataError(f"{file}: {column!r} holds lists ({kind}), and an event has one value; leave it out")
+    return feature_value(name, column, kind, None, file)

@@ -49,11 +49,11 @@ def triton_rows(head_dims: list[int] | None) -> Iterator[Row]:
 def cutlass_rows(head_dims: list[int] | None) -> Iterator[Row]:
     """One row per kernel, head dim and compute capability, in bfloat16."""
     from hstu.ops.cutlass.attention import variants
-    from hstu.ops.cutlass.compile_ahead import compile_variant
+    from hstu.ops.cutlass.compile_ahead import compile_variant, kernel_name
 
     for variant in variants():
         if head_dims is None or variant.head_dim in head_dims:
-            print(f"sm_{variant.capability} {variant.kernel.value} {variant.head_dim}", file=sys.stderr)
+            print(f"{kernel_name(variant)} {variant.head_dim}", file=sys.stderr)
             dtype = str(variant.dtype).removeprefix("torch.")
             output = CUTLASS_OUTPUTS[variant.kernel.value]
             yield row_of(compile_variant(variant), variant.head_dim, output=output, dtype=dtype, is_default=True)

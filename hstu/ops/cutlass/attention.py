@@ -1,8 +1,9 @@
-"""HSTU attention without a bias by CUTLASS kernels: host functions, kernel variants and their compilation."""
+"""HSTU attention by CUTLASS kernels: host functions, kernel variants and their compilation."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +14,12 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import torch
-from cutlass import Float32, Int32, Int64, cute
+from cutlass import Float32, Float64, Int32, Int64, cute
 from cutlass.base_dsl.compiler import DumpDir, GPUArch, KeepCUBIN, KeepPTX
 from cutlass.cute.runtime import make_ptr
 from torch import Tensor
 
+from hstu.ops.cutlass.bias_arguments import BiasArguments, BiasSums, cells
 from hstu.ops.cutlass.common import Shape
 from hstu.ops.cutlass.launch import LaunchArguments
 from hstu.ops.cutlass.schedule import Rows, leading_rows, list_blocks
@@ -36,14 +38,15 @@ ALIGNMENT = 16
 def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None = None
 ) -> Tensor:
-    """See :class:`hstu.ops.types.AttentionForward`; no bias."""
-    reason = "relative bias" if bias is not None else head_unsupported_reason(q.shape[2], q.dtype)
+    """See :class:`hstu.ops.types.AttentionForward`."""
+    reason = head_unsupported_reason(q.shape[2], q.dtype, bias is not None)
     if reason is not None:
         raise ValueError(f"no CUTLASS kernel: {reason}")
     if k.shape != q.shape or v.shape != q.shape or not q.dtype == k.dtype == v.dtype:
         raise ValueError("q, k and v must agree in shape and dtype")
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _launch(Kernel.FORWARD, [_loadable(q), _loadable(k), _loadable(v)], [out], layout, config)
+    arguments = None if bias is None else BiasArguments.of(bias, layout)
+    _launch(Kernel.FORWARD, [_loadable(q), _loadable(k), _loadable(v)], [out], layout, config, arguments)
     return out
 
 
@@ -57,27 +60,40 @@ def backward(
     bias: RelativeBias | None,
     grads: tuple[Tensor, Tensor, Tensor],
     before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
-) -> None:
+) -> RelativeBias | None:
     """See :class:`hstu.ops.types.AttentionBackward`, without ``before_silu``. Every run gives the same bits."""
     assert before_silu is None
     grad, q, k, v = _loadable(grad), _loadable(q), _loadable(k), _loadable(v)
     grad_q, grad_k, grad_v = grads
+    arguments = None if bias is None else BiasArguments.of(bias, layout)
     if q.shape[2] <= WIDEST_KEYS_AND_VALUES:
-        _launch(Kernel.KEYS, [k, v, q, grad], [grad_k, grad_v], layout, config)
+        _launch(Kernel.KEYS, [k, v, q, grad], [grad_k, grad_v], layout, config, arguments)
     else:
         _launch(Kernel.KEYS, [k, v, q, grad], [grad_k], layout, config)
         _launch(Kernel.VALUES, [k, q, grad], [grad_v], layout, config)
-    _launch(Kernel.QUERIES, [q, grad, k, v], [grad_q], layout, config)
+    if bias is None or arguments is None:
+        _launch(Kernel.QUERIES, [q, grad, k, v], [grad_q], layout, config)
+        return None
+    sums = BiasSums.zeros(arguments, grad, v, layout)
+    _launch(Kernel.QUERIES, [q, grad, k, v], [grad_q], layout, config, arguments, sums)
+    return sums.gradients(bias, config)
 
 
 def _launch(
-    kernel: Kernel, inputs: list[Tensor], outs: list[Tensor], layout: JaggedLayout, config: AttentionConfig
+    kernel: Kernel,
+    inputs: list[Tensor],
+    outs: list[Tensor],
+    layout: JaggedLayout,
+    config: AttentionConfig,
+    bias: BiasArguments | None = None,
+    sums: BiasSums | None = None,
 ) -> None:
     tokens, heads, head_dim = inputs[0].shape
     if tokens == 0:
         return
     device = inputs[0].device
-    variant = Variant(kernel, inputs[0].dtype, head_dim, CAPABILITIES[torch.cuda.get_device_capability(device)])
+    capability = CAPABILITIES[torch.cuda.get_device_capability(device)]
+    variant = Variant(kernel, inputs[0].dtype, head_dim, capability, has_bias=bias is not None)
     items = _blocks_on(device, variant.shape, layout, config)
     tensors, blocks = (*inputs, *outs), len(items)
     function, arguments = compiled(variant)
@@ -88,6 +104,8 @@ def _launch(
             items.data_ptr(),
             *(tokens, heads, blocks, leading_rows(layout, config), max(layout.candidate_group_tokens, 1)),
             *(config.alpha, 1.0 / config.scaling_seqlen),
+            *([] if bias is None else [tensor.data_ptr() for tensor in bias_tensors(variant, bias, sums)]),
+            *([] if bias is None else [bias.center, 1.0 / config.alpha]),
             min(blocks * heads, torch.cuda.get_device_properties(device).multi_processor_count),
             torch.cuda.current_stream(device).cuda_stream,
         )
@@ -145,6 +163,21 @@ _TILES: dict[int, dict[Kernel, dict[int, int]]] = {
 }
 
 
+# With a relative bias: the indices, times and buckets of the pairs of a tile are in registers too.
+_BIAS_TILES: dict[int, dict[Kernel, dict[int, int]]] = {
+    90: {
+        Kernel.FORWARD: {32: 64, 64: 64, 128: 64},
+        Kernel.QUERIES: {32: 64, 64: 64, 128: 32},
+        Kernel.KEYS: {32: 64, 64: 48, 128: 32},
+    },
+    80: {
+        Kernel.FORWARD: {32: 64, 64: 64, 128: 32},
+        Kernel.QUERIES: {32: 64, 64: 32, 128: 32},
+        Kernel.KEYS: {32: 32, 64: 32, 128: 16},
+    },
+}
+
+
 @dataclass(frozen=True)
 class Variant:
     """A kernel for one dtype, head dim and compute capability."""
@@ -154,6 +187,8 @@ class Variant:
     head_dim: int
     capability: int
     """90 for compute capability 9.0."""
+    has_bias: bool = False
+    """Whether it adds a relative bias to the scores; the kernel of dQ then also sums the gradients of the bias."""
 
     @property
     def rows(self) -> Rows:
@@ -163,8 +198,8 @@ class Variant:
     @property
     def shape(self) -> Shape:
         """Its tile sizes."""
-        tile = _TILES[self.capability][self.kernel][self.head_dim]
-        return Shape(ELEMENTS[self.dtype], self.head_dim, self.rows, tile, stages=2)
+        tile = (_BIAS_TILES if self.has_bias else _TILES)[self.capability][self.kernel][self.head_dim]
+        return Shape(ELEMENTS[self.dtype], self.head_dim, self.rows, tile, stages=2, has_bias=self.has_bias)
 
     @property
     def num_inputs(self) -> int:
@@ -186,11 +221,12 @@ class Variant:
 def variants(
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,), head_dims: Sequence[int] = HEAD_DIMS
 ) -> Iterator[Variant]:
-    """All variants of these dtypes and head dims."""
-    for capability in CAPABILITIES.values():
-        for dtype in dtypes:
-            for kernel, tiles in _TILES[capability].items():
-                yield from (Variant(kernel, dtype, head_dim, capability) for head_dim in head_dims if head_dim in tiles)
+    """All variants of these dtypes and head dims, those without a bias first."""
+    for has_bias, capability, dtype in itertools.product((False, True), CAPABILITIES.values(), dtypes):
+        for kernel, tiles in (_BIAS_TILES if has_bias else _TILES)[capability].items():
+            for head_dim in head_dims:
+                if head_dim in tiles:
+                    yield Variant(kernel, dtype, head_dim, capability, has_bias)
 
 
 @functools.cache
@@ -200,10 +236,15 @@ def compiled(variant: Variant) -> tuple[Callable[..., None], LaunchArguments]:
 
 
 def launch_arguments(variant: Variant) -> LaunchArguments:
-    """Arguments as in :func:`_examples`: addresses, strides, the blocks with sizes and factors, CTAs, stream."""
+    """Arguments as in :func:`_examples`: addresses, strides, the blocks with sizes, factors and bias, CTAs, stream."""
     ins, outs = variant.num_inputs, variant.num_outputs
     return LaunchArguments(
-        f"{ins}Q", f"{outs}Q", f"{2 * (ins + outs)}q", "Q" + NUM_SIZES * "i4x" + NUM_FACTORS * "f4x", "i4x", "Q"
+        *(f"{ins}Q", f"{outs}Q", f"{2 * (ins + outs)}q"),
+        "Q"
+        + NUM_SIZES * "i4x"
+        + NUM_FACTORS * "f4x"
+        + (f"{len(_bias_types(variant))}Qi4xf4x" if variant.has_bias else ""),
+        *("i4x", "Q"),
     )
 
 
@@ -233,22 +274,44 @@ def _examples(variant: Variant) -> tuple[Any, ...]:
     """Arguments of the host function of a variant, of the types that it is compiled for.
 
     Addresses of the inputs, then of the outputs; row stride and head stride of each in elements; the address of the
-    blocks of rows, with sizes and factors; number of CTAs; handle of the CUDA stream.
+    blocks of rows, with sizes, factors and bias; number of CTAs; handle of the CUDA stream.
     """
-
-    def pointer(dtype: Any) -> Any:
-        return make_ptr(dtype, ALIGNMENT, cute.AddressSpace.gmem, assumed_align=ALIGNMENT)
 
     ins, outs = variant.num_inputs, variant.num_outputs
     return (
-        tuple(pointer(ELEMENTS[variant.dtype]) for _ in range(ins)),
-        tuple(pointer(ELEMENTS[variant.dtype]) for _ in range(outs)),
+        tuple(_pointer(ELEMENTS[variant.dtype]) for _ in range(ins)),
+        tuple(_pointer(ELEMENTS[variant.dtype]) for _ in range(outs)),
         tuple((Int64(8), Int64(8)) for _ in range(ins + outs)),
         (
-            pointer(Int32),
+            _pointer(Int32),
             tuple(Int32(1) for _ in range(NUM_SIZES)),
             tuple(Float32(1.0) for _ in range(NUM_FACTORS)),
+            _bias_examples(variant) if variant.has_bias else (),
         ),
         Int32(1),
         cuda.CUstream(0),
     )
+
+
+def bias_tensors(variant: Variant, bias: BiasArguments, sums: BiasSums | None) -> list[Tensor]:
+    """The tensors of a bias that a kernel reads, and adds to, in the order of its arguments."""
+    times = bias.query_times, bias.token_times
+    tables = bias.position_weight, bias.time_weight, *cells(bias.position_weight.device)
+    tensors = [*(times if variant.rows is Rows.QUERIES else times[::-1]), *tables]
+    return tensors + ([] if sums is None else [sums.position, sums.time, sums.scale])
+
+
+def _bias_types(variant: Variant) -> tuple[Any, ...]:
+    """The element types of :func:`bias_tensors`."""
+    of_sums = (Int64, Int64, Float32) if variant.kernel is Kernel.QUERIES else ()
+    return (Float64, Float64, Float32, Float32, Int64, Int32, *of_sums)
+
+
+def _bias_examples(variant: Variant) -> tuple[Any, ...]:
+    """``bias`` of :mod:`hstu.ops.cutlass.bias`."""
+    pointers = [_pointer(dtype, alignment=8) for dtype in _bias_types(variant)]
+    return (*pointers[:6], tuple(pointers[6:]), Int32(1), Float32(1.0))
+
+
+def _pointer(dtype: Any, alignment: int = ALIGNMENT) -> Any:
+    return make_ptr(dtype, ALIGNMENT, cute.AddressSpace.gmem, assumed_align=alignment)

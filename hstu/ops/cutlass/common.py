@@ -7,6 +7,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, const_expr, cute
 from cutlass.cutlass_dsl import select_
 
+from hstu.ops.cutlass import bias
 from hstu.ops.cutlass.schedule import (
     ITEM_FIELDS,
     Rows,
@@ -34,6 +35,8 @@ class Shape:
     """Tiles of columns in shared memory."""
     block: int = 128
     """Rows that a CTA works on at a time."""
+    has_bias: bool = False
+    """Whether a relative bias is added to the scores."""
 
 
 class PairwiseKernel:
@@ -42,14 +45,15 @@ class PairwiseKernel:
     Inputs are first the ``num_resident`` tensors of which a block stays in shared memory, then the two streamed ones.
     Instances are called in a function that the DSL compiles. Several arguments pass through them as one tuple::
 
-        batch = (items, sizes, factors)             see hstu.ops.cutlass.attention.arguments
-        masking = (alpha, column, bounds)           see silu
+        batch = (items, sizes, factors, bias)       see hstu.ops.cutlass.attention.arguments; bias: () if there is none
+        masking = (alpha, column, bounds, pairs)    see silu; pairs: see hstu.ops.cutlass.bias, () without a bias
     """
 
     num_resident: int
 
     def __init__(self, shape: Shape, num_outputs: int = 1) -> None:
         self.shape, self.num_outputs = shape, num_outputs
+        self.sums_bias = shape.has_bias and self.num_resident == 2 and shape.rows is Rows.QUERIES
 
     def registers(self, scores_mma: Any, sums_mma: Any) -> tuple:
         """The sums of the outputs, and further registers of a tile. ``scores_mma``, ``sums_mma``: the two products."""
@@ -65,6 +69,23 @@ class PairwiseKernel:
         products = cute.make_rmem_tensor(scores_mma.partition_shape_C((shape.block, shape.tile)), Float32)
         sums = cute.make_rmem_tensor(sums_mma.partition_shape_C((shape.block, shape.head_dim)), Float32)
         return products, cute.make_rmem_tensor(cute.size(products) // 2, Int32), sums
+
+    def bias_sums(self, batch: tuple) -> tuple:
+        """What the gradients of the bias need between tiles, if this kernel computes them."""
+        return bias.sums_of(self.shape, batch[3]) if self.sums_bias else ()
+
+    def begin_pairs(self, batch: tuple, tables: tuple, item: cute.Tensor, row: Int32, state: tuple) -> tuple:
+        """``pairs`` of a block, see :mod:`hstu.ops.cutlass.bias`; () without a bias."""
+        if not self.shape.has_bias:
+            return ()
+        pairs = bias.pairs_of(batch[3], tables, item, row, state)
+        if self.sums_bias:
+            bias.begin_sums(pairs)
+        return pairs
+
+    def column_without_mask(self, index: Int32, ranges: tuple, column_in_tile: Int32) -> Int32:
+        """The column of the first accumulator in a tile that needs no mask: only a bias depends on it."""
+        return first_column(index, ranges, self.shape) + column_in_tile if self.shape.has_bias else column_in_tile
 
     def scales(self, factors: tuple) -> tuple:
         """Factors by which the sums are multiplied when they are stored. factors: α and 1 / N."""
@@ -161,7 +182,7 @@ def silu(scores: cute.Tensor, masking: tuple, masked: cutlass.Constexpr) -> None
     scores: accumulators as in :func:`store_rows`. masking: α, the column of the first accumulator, and the bounds (see
     :func:`row_bounds`) of the rows ``row`` and ``row + 8``.
     """
-    alpha, column, bounds = masking
+    alpha, column, bounds, _ = masking
     for e in cutlass.range_constexpr(cute.size(scores)):
         half, tanh = half_and_tanh(scores[e], alpha)
         weight = half * tanh + half
@@ -180,7 +201,7 @@ def silu_derivative(
     dtype: cutlass.Constexpr,
 ) -> None:
     """Replace each product by SiLU'(α product), as :func:`silu` does; ``with_weights``: pack SiLU into ``weights``."""
-    alpha, column, bounds = masking
+    alpha, column, bounds, _ = masking
     values = cute.make_rmem_tensor(cute.size(scores), Float32)
     for e in cutlass.range_constexpr(cute.size(scores)):
         half, tanh = half_and_tanh(scores[e], alpha)

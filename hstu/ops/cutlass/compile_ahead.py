@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from hstu.ops.cutlass.attention import Variant, compile_ahead
+from hstu.ops.cutlass.attention import Kernel, Variant, compile_ahead
+from hstu.ops.cutlass.bias import table_bytes
 from hstu.ops.triton.compile_ahead import Compiled, read_cubin
 
 LARGEST_SHARED_BYTES = {80: 166912, 90: 232448}
 """Most shared memory of a CTA on an A100 and on an H100."""
 BARRIER_BYTES = 1024
 """Space of the mbarriers: the buffers behind them are aligned to 1024 bytes."""
+
+
+def kernel_name(variant: Variant) -> str:
+    """The name of a kernel in tables."""
+    return f"{variant.kernel.value}{'_with_bias' if variant.has_bias else ''}_sm{variant.capability}"
 
 
 def compile_variant(variant: Variant) -> Compiled:
@@ -22,11 +28,12 @@ def compile_variant(variant: Variant) -> Compiled:
     shape = variant.shape
     stationary = 1 if variant.num_inputs == 3 else 2
     numbers = (stationary * shape.block + 2 * shape.stages * shape.tile) * shape.head_dim
+    of_bias = table_bytes(shape.tile, variant.kernel is Kernel.QUERIES) if variant.has_bias else 0
     compiled = Compiled(
-        kernel=f"{variant.kernel.value}_sm{variant.capability}",
+        kernel=kernel_name(variant),
         capability=variant.capability,
         config=f"{shape.block} × {shape.tile}",
-        shared_bytes=numbers * variant.dtype.itemsize + (BARRIER_BYTES if variant.capability == 90 else 0),
+        shared_bytes=numbers * variant.dtype.itemsize + of_bias + (BARRIER_BYTES if variant.capability == 90 else 0),
         **read_cubin(cubin),
     )
     if compiled.shared_bytes > LARGEST_SHARED_BYTES[variant.capability]:

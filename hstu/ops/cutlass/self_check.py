@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,58 +13,77 @@ import torch
 from torch import Tensor
 
 from hstu.ops.cutlass.operators import OPERATORS
-from hstu.ops.cutlass.support import DTYPES, HEAD_DIMS, unsupported_reason
+from hstu.ops.cutlass.support import BIAS_HEAD_DIMS, DTYPES, HEAD_DIMS, unsupported_reason
 from hstu.ops.functional import hstu_attention
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.self_check import Checks, Errors, main, same_bits, small_layout
-from hstu.ops.types import AttentionConfig, AttentionKernels, JaggedLayout, KernelShapes
+from hstu.ops.types import (
+    NUM_TIME_BUCKETS,
+    AttentionConfig,
+    AttentionKernels,
+    JaggedLayout,
+    KernelShapes,
+    RelativeBias,
+)
 
 TOLERANCE = 1e-2
 """Largest norm of the error relative to the norm of the reference: above the rounding of 16-bit types, far below a
 defect."""
 MASKS = ((True, True), (True, False), (False, True))
 """is_causal, contextual_mask."""
+WEIGHTS = (2 * 200 - 1, NUM_TIME_BUCKETS)
+"""Sizes of the weights of a bias: for fewer positions than the longest sequence has."""
 
 
 def checks(device: torch.device, shapes: KernelShapes | None) -> Checks:
     """The kernels for the head dim and dtype of a model, with every mask; none if Triton serves these shapes."""
     if shapes is None or unsupported_reason("attention", shapes) is not None:
         return
-    head_dim, dtype = shapes.head_dim, shapes.dtype
+    head_dim, dtype, has_bias = shapes.head_dim, shapes.dtype, shapes.has_bias
     for is_causal, contextual_mask in MASKS:
         config = AttentionConfig(head_dim**-0.5, 100, is_causal, contextual_mask)
         mask = f"{'causal' if is_causal else 'bidirectional'}, {'' if contextual_mask else 'no '}contextual mask"
-        case = f"{head_dim} channels, {str(dtype).removeprefix('torch.')}, {mask}"
-        yield f"attention ({case})", partial(_errors, case, device, head_dim, dtype, config)
+        kind = f"{str(dtype).removeprefix('torch.')}{', relative bias' if has_bias else ''}"
+        case = f"{head_dim} channels, {kind}, {mask}"
+        yield f"attention ({case})", partial(_errors, case, device, shapes, config)
 
 
-def _errors(case: str, device: torch.device, head_dim: int, dtype: torch.dtype, config: AttentionConfig) -> Errors:
-    """The errors of O, dQ, dK and dV relative to the norm, and whether repeats differ.
+def _errors(case: str, device: torch.device, shapes: KernelShapes, config: AttentionConfig) -> Errors:
+    """The errors of O, dQ, dK, dV and the gradients of the bias relative to the norm, and whether repeats differ.
 
     As in the model, q, k and v are views of one tensor. The reference runs in float64 on the CPU.
     """
-    cpu = torch.device("cpu")
+    cpu, head_dim, dtype = torch.device("cpu"), shapes.head_dim, shapes.dtype
     layout = _layout(cpu)
     generator = torch.Generator().manual_seed(0)
     uvqk = torch.randn(layout.num_tokens, 2, 4, head_dim, generator=generator).to(dtype)
     grad = torch.randn(layout.num_tokens, 2, head_dim, generator=generator).to(dtype)
-    on_device = partial(_results, uvqk.to(device), grad, _layout(device), config, OPERATORS["attention"])
+    weights = [torch.randn(size, generator=generator) for size in WEIGHTS] if shapes.has_bias else []
+    on_device = partial(_results, uvqk.to(device), weights, grad, _layout(device), config, OPERATORS["attention"])
     ours, repeated = on_device(), on_device()
-    exact = _results(uvqk.double(), grad, layout, config, REFERENCE_KERNELS.attention)
-    names = [f"{name} ({case})" for name in ("attention", "dQ", "dK", "dV")]
+    doubled = [weight.double() for weight in weights]
+    exact = _results(uvqk.double(), doubled, grad, layout, config, REFERENCE_KERNELS.attention)
+    names = [f"{name} ({case})" for name in ("attention", "dQ", "dK", "dV", "d position", "d time")[: len(exact)]]
     errors = [float((each.double() - of).norm() / of.norm()) for each, of in zip(ours, exact, strict=True)]
     differs = {f"attention, repeated ({case})": (float(not same_bits(ours, repeated)), 0.0)}
     return {name: (error, TOLERANCE) for name, error in zip(names, errors, strict=True)} | differs
 
 
 def _results(
-    uvqk: Tensor, grad: Tensor, layout: JaggedLayout, config: AttentionConfig, kernels: AttentionKernels
+    uvqk: Tensor,
+    weights: list[Tensor],
+    grad: Tensor,
+    layout: JaggedLayout,
+    config: AttentionConfig,
+    kernels: AttentionKernels,
 ) -> list[Tensor]:
-    """O, dQ, dK and dV on the CPU."""
+    """O, dQ, dK, dV and the gradients of the weights of a bias, on the CPU."""
     with torch.enable_grad():
-        q, k, v = (part.detach().requires_grad_() for part in uvqk.unbind(2)[1:])
-        out = hstu_attention(q, k, v, layout, config, None, kernels)
-        grads = torch.autograd.grad(out, (q, k, v), grad.to(out))
+        leaves = [part.detach().requires_grad_() for part in uvqk.unbind(2)[1:]]
+        of_bias = [weight.to(uvqk.device).requires_grad_() for weight in weights]
+        bias = RelativeBias(*of_bias) if of_bias else None
+        out = hstu_attention(*leaves, layout, config, bias, kernels)
+        grads = torch.autograd.grad(out, leaves + of_bias, grad.to(out))
     return [x.detach().cpu() for x in (out, *grads)]
 
 
@@ -73,10 +93,10 @@ def _layout(device: torch.device) -> JaggedLayout:
 
 
 def all_shapes() -> Iterator[KernelShapes]:
-    """Every head dim and dtype that has kernels."""
-    for dtype in DTYPES:
-        for head_dim in HEAD_DIMS:
-            yield KernelShapes(head_dim, 2, 2 * head_dim, head_dim, dtype)
+    """Every head dim and dtype that has kernels, without and with a relative bias."""
+    for has_bias, dtype in itertools.product((False, True), DTYPES):
+        for head_dim in BIAS_HEAD_DIMS if has_bias else HEAD_DIMS:
+            yield KernelShapes(head_dim, 2, 2 * head_dim, head_dim, dtype, has_bias)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import cutlass
 from cutlass import Float32, Int32, const_expr, cute
 from cutlass.cute.nvgpu import cpasync, warp
 
-from hstu.ops.cutlass import common
+from hstu.ops.cutlass import bias, common
 from hstu.ops.cutlass.common import PairwiseKernel, Shape
 
 THREADS = 256
@@ -44,17 +44,23 @@ class Sm80Kernel(PairwiseKernel):
             streamed: cute.struct.Align[cute.struct.MemRange[element, streamed_size], alignment]
 
         self.storage = Storage
+        if const_expr(shape.has_bias):
+            self.tables = bias.storage(shape.tile, self.sums_bias)
         self.kernel(tensors, batch).launch(grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
 
     @cute.kernel
     def kernel(self, tensors: tuple, batch: tuple) -> None:
         """One CTA, which computes one block of rows after the other."""
-        shape, (items, sizes, factors) = self.shape, batch
-        smem = cutlass.utils.SmemAllocator().allocate(self.storage)
+        shape, (items, sizes, factors, _) = self.shape, batch
+        allocator = cutlass.utils.SmemAllocator()
+        smem = allocator.allocate(self.storage)
+        tables: tuple = ()
+        if const_expr(shape.has_bias):
+            tables = bias.load_tables(allocator.allocate(self.tables), batch[3], shape.tile, self.sums_bias, THREADS)
         resident = smem.resident.get_tensor(tile_layout(shape, shape.block, self.num_resident))
         streamed = smem.streamed.get_tensor(tile_layout(shape, shape.tile, 2 * STAGES))
         buffers = (resident, streamed, transposed(streamed))
-        registers = self.registers(product(shape), product(shape))
+        registers, state = self.registers(product(shape), product(shape)), self.bias_sums(batch)
         sums = registers[0]
         thread = cute.arch.thread_idx()[0]
         row_in_block, column_in_tile = thread // 32 * 16 + thread % 32 // 4, thread % 4 * 2
@@ -67,7 +73,8 @@ class Sm80Kernel(PairwiseKernel):
             bounds = tuple(common.row_bounds(row + 8 * r, item, sizes[3], sizes[4], shape.rows) for r in (0, 1))
             ranges = common.ranges_of(item, sizes, shape)
             num_masked, num_tiles = common.counts_of(ranges)
-            block, masking = (item, head, ranges), (factors[0], column_in_tile, bounds)
+            pairs = self.begin_pairs(batch, tables, item, row, state)
+            block, masking = (item, head, ranges), (factors[0], column_in_tile, bounds, pairs)
             for i in cutlass.range_constexpr(self.num_outputs):
                 sums[i].fill(0.0)
             cute.arch.sync_threads()  # the buffers may still be read for the previous block
@@ -78,12 +85,16 @@ class Sm80Kernel(PairwiseKernel):
                 self.step(tensors, block, u, buffers, registers, masking, True)
             for u in cutlass.range(num_masked, num_tiles, unroll=1):
                 self.step(tensors, block, u, buffers, registers, masking, False)
+            if const_expr(self.sums_bias):
+                bias.end_sums(pairs)
             scales = self.scales(factors)
             for i in cutlass.range_constexpr(self.num_outputs):
                 out = tensors[self.num_resident + 2 + i]
                 common.store_rows(sums[i], out, item, head, row, column_in_tile, scales[i], shape.dtype)
             turn += 1
             work = common.work_index(turn)
+        if const_expr(self.sums_bias):
+            bias.store_sums(batch[3], tables)
 
     @cute.jit
     def load(self, tensors: tuple, block: tuple, u: Int32, buffers: tuple) -> None:
@@ -111,9 +122,9 @@ class Sm80Kernel(PairwiseKernel):
         self.load(tensors, block, u + 1, buffers)
         cute.arch.cp_async_wait_group(1)
         cute.arch.sync_threads()
-        alpha, column_in_tile, bounds = masking
+        alpha, column_in_tile, bounds, pairs = masking
         column = common.first_column(u, block[2], self.shape) + column_in_tile
-        self.compute(u % STAGES, buffers, registers, (alpha, column, bounds), masked)
+        self.compute(u % STAGES, buffers, registers, (alpha, column, bounds, pairs), masked)
         cute.arch.sync_threads()
 
 
@@ -130,6 +141,8 @@ class ForwardSm80(Sm80Kernel):
         (sums,), scores, weights = registers
         resident, streamed, streamed_transposed = buffers
         multiply_shared(self.shape, scores, resident[None, None, 0], streamed[None, None, stage])
+        if const_expr(self.shape.has_bias):
+            bias.add(scores, masking[1], masking[3], self.shape.rows, False)
         common.silu(scores, masking, masked)
         common.pack(scores, weights, self.shape.dtype)
         add_product(self.shape, sums, weights, streamed_transposed[None, None, STAGES + stage])
@@ -154,9 +167,13 @@ class BackwardSm80(Sm80Kernel):
         with_weights = self.num_outputs == 2
         multiply_shared(shape, scores, resident[None, None, 0], streamed[None, None, stage])
         multiply_shared(shape, products, resident[None, None, 1], streamed[None, None, STAGES + stage])
+        if const_expr(shape.has_bias):
+            bias.add(scores, masking[1], masking[3], shape.rows, self.sums_bias)
         common.silu_derivative(scores, weights, masking, masked, with_weights, shape.dtype)
         for e in cutlass.range_constexpr(cute.size(scores)):
             products[e] = products[e] * scores[e]
+        if const_expr(self.sums_bias):
+            bias.sum_tile(products, masking[1], masking[3])
         common.pack(products, gradients, shape.dtype)
         add_product(shape, sums, gradients, streamed_transposed[None, None, stage])
         if const_expr(with_weights):
@@ -191,6 +208,8 @@ def load(source: cute.Tensor, item: cute.Tensor, first: Int32, head: Int32, targ
     atom = cute.make_copy_atom(cpasync.CopyG2SOp(), target.element_type, num_bits_per_copy=128)
     thread = cute.arch.thread_idx()[0]
     last = item[2] - 1
+    if const_expr(rows * chunks < THREADS):
+        thread = thread % (rows * chunks)  # some chunks are loaded twice
     for i in cutlass.range_constexpr(-(-rows * chunks // THREADS)):
         row, chunk = (thread + i * THREADS) // chunks, (thread + i * THREADS) % chunks
         token = item[0] + cutlass.min(first + row, last)

@@ -11,7 +11,7 @@ import cutlass
 from cutlass import Int32, Int64, const_expr, cute
 from cutlass.cute.nvgpu import warpgroup
 
-from hstu.ops.cutlass import common, hopper
+from hstu.ops.cutlass import bias, common, hopper
 from hstu.ops.cutlass.common import PairwiseKernel
 from hstu.ops.cutlass.hopper import Ring, acquire, multiply, release, wait
 
@@ -49,6 +49,8 @@ class Sm90Kernel(PairwiseKernel):
             streamed: cute.struct.Align[cute.struct.MemRange[element, streamed_size], alignment]
 
         self.storage = Storage
+        if const_expr(shape.has_bias):
+            self.tables = bias.storage(shape.tile, self.sums_bias)
         self.kernel(tuple(loads), tensors[self.num_resident + 2 :], batch).launch(
             grid=(grid, 1, 1), block=(hopper.THREADS, 1, 1), stream=stream, min_blocks_per_mp=1
         )
@@ -57,7 +59,8 @@ class Sm90Kernel(PairwiseKernel):
     def kernel(self, loads: tuple, outs: tuple, batch: tuple) -> None:
         """One CTA: see the module and :mod:`hstu.ops.cutlass.hopper`."""
         shape, num_resident = self.shape, self.num_resident
-        smem = cutlass.utils.SmemAllocator().allocate(self.storage)
+        allocator = cutlass.utils.SmemAllocator()
+        smem = allocator.allocate(self.storage)
         row_bytes = shape.head_dim * shape.dtype.width // 8
         barriers = smem.barriers.data_ptr()
         of_tiles = barriers + 2 * num_resident
@@ -69,6 +72,11 @@ class Sm90Kernel(PairwiseKernel):
             for ring in rings:
                 hopper.init(ring)
         cute.arch.mbarrier_init_fence()
+        tables: tuple = ()
+        if const_expr(shape.has_bias):
+            tables = bias.load_tables(
+                allocator.allocate(self.tables), batch[3], shape.tile, self.sums_bias, hopper.THREADS
+            )
         cute.arch.sync_threads()
         resident = hopper.view(smem.resident, hopper.tile_layout(shape, shape.block, num_resident))
         streamed = hopper.view(smem.streamed, hopper.tile_layout(shape, shape.tile, 2 * shape.stages))
@@ -81,13 +89,13 @@ class Sm90Kernel(PairwiseKernel):
             cute.arch.setmaxregister_increase(to_compute)
             transposed = hopper.view(smem.streamed, hopper.transposed_layout(shape, shape.tile, 2 * shape.stages))
             buffers = (resident, streamed, transposed)
-            self.consume(buffers, tuple(rings), outs, batch, thread - hopper.WARPGROUP)
+            self.consume(buffers, tuple(rings), outs, batch, tables, thread - hopper.WARPGROUP)
 
     @cute.jit
     def produce(self, loads: tuple, resident: cute.Tensor, streamed: cute.Tensor, rings: tuple, batch: tuple) -> None:
         """In one warp: load the blocks and their tiles in the order in which the consumers use them."""
         num_resident, stages = self.num_resident, self.shape.stages
-        items, sizes, _ = batch
+        items, sizes, _, _ = batch
         heads, total = sizes[1], sizes[1] * sizes[2]
         turn, count = Int32(0), Int32(0)
         work = common.work_index(turn)
@@ -109,10 +117,10 @@ class Sm90Kernel(PairwiseKernel):
             work = common.work_index(turn)
 
     @cute.jit
-    def consume(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, thread: Int32) -> None:
+    def consume(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, tables: tuple, thread: Int32) -> None:
         """In a thread of the two warpgroups that compute; ``thread`` counts from the first of them."""
         shape, num_resident = self.shape, self.num_resident
-        items, sizes, factors = batch
+        items, sizes, factors, _ = batch
         heads, total = sizes[1], sizes[1] * sizes[2]
         lane = thread % 32
         row_in_block, column_in_tile = thread // 32 * 16 + lane // 4, lane % 4 * 2
@@ -123,7 +131,7 @@ class Sm90Kernel(PairwiseKernel):
             of_scores.make_fragment_B(of_scores.partition_B(buffers[1])),
             of_sums.make_fragment_B(of_sums.partition_B(buffers[2])),
         )
-        registers = self.registers(of_scores, of_sums)
+        registers, state = self.registers(of_scores, of_sums), self.bias_sums(batch)
         sums, of_columns = registers[0], rings[num_resident:]
         turn, count = Int32(0), Int32(0)
         work = common.work_index(turn)
@@ -133,28 +141,34 @@ class Sm90Kernel(PairwiseKernel):
             bounds = tuple(common.row_bounds(row + 8 * r, item, sizes[3], sizes[4], shape.rows) for r in (0, 1))
             ranges = common.ranges_of(item, sizes, shape)
             num_masked, num_tiles = common.counts_of(ranges)
+            pairs = self.begin_pairs(batch, tables, item, row, state)
             for i in cutlass.range_constexpr(self.num_outputs):
                 sums[i].fill(0.0)
             for i in cutlass.range_constexpr(num_resident):
                 wait(rings[i], turn)
             column = common.first_column(Int32(0), ranges, shape) + column_in_tile
-            self.step(count, operands, registers, of_columns, (factors[0], column, bounds), True, True)
+            self.step(count, operands, registers, of_columns, (factors[0], column, bounds, pairs), True, True)
             count += 1
             for u in cutlass.range(1, num_masked, unroll=1):
                 column = common.first_masked_column(u, ranges, shape) + column_in_tile
-                self.step(count, operands, registers, of_columns, (factors[0], column, bounds), True, False)
+                self.step(count, operands, registers, of_columns, (factors[0], column, bounds, pairs), True, False)
                 count += 1
-            for _ in cutlass.range(cutlass.max(num_masked, 1), num_tiles, unroll=1):
-                self.step(count, operands, registers, of_columns, (factors[0], row, bounds), False, False)
+            for u in cutlass.range(cutlass.max(num_masked, 1), num_tiles, unroll=1):
+                left = self.column_without_mask(u, ranges, column_in_tile)
+                self.step(count, operands, registers, of_columns, (factors[0], left, bounds, pairs), False, False)
                 count += 1
             for i in cutlass.range_constexpr(num_resident):
                 release(rings[i], turn)
             self.finish(count - 1, operands, registers, of_columns)
+            if const_expr(self.sums_bias):
+                bias.end_sums(pairs)
             scales = self.scales(factors)
             for i in cutlass.range_constexpr(self.num_outputs):
                 common.store_rows(sums[i], outs[i], item, head, row, column_in_tile, scales[i], shape.dtype)
             turn += 1
             work = common.work_index(turn)
+        if const_expr(self.sums_bias):
+            bias.store_sums(batch[3], tables)
 
 
 class ForwardSm90(Sm90Kernel):
@@ -193,6 +207,8 @@ class ForwardSm90(Sm90Kernel):
         else:
             warpgroup.wait_group(0)
         release(y_ring, count)
+        if const_expr(shape.has_bias):
+            bias.add(scores, masking[1], masking[3], shape.rows, False)
         common.silu(scores, masking, masked)
         if const_expr(not first):
             warpgroup.wait_group(0)
@@ -253,10 +269,14 @@ class BackwardSm90(Sm90Kernel):
         if const_expr(not first):
             release(y_ring, count - 1)
             release(z_ring, count - 1)
+        if const_expr(shape.has_bias):
+            bias.add(scores, masking[1], masking[3], shape.rows, self.sums_bias)
         common.silu_derivative(scores, weights, masking, masked, with_weights, shape.dtype)
         warpgroup.wait_group(0)
         for e in cutlass.range_constexpr(cute.size(scores)):
             products[e] = products[e] * scores[e]
+        if const_expr(self.sums_bias):
+            bias.sum_tile(products, masking[1], masking[3])
         common.pack(products, gradients, shape.dtype)
         warpgroup.fence()
         left = common.left_operand(gradients, shape.dtype)

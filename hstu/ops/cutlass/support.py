@@ -7,6 +7,9 @@ import torch
 from hstu.ops.types import KernelShapes
 
 HEAD_DIMS = (32, 64, 128, 256)
+BIAS_HEAD_DIMS = (32, 64, 128)
+"""Head dims with a relative bias. For wider heads, registers and shared memory have no room for the sums of its
+gradients."""
 DTYPES = (torch.bfloat16, torch.float16)
 CAPABILITIES = {(8, 0): 80, (9, 0): 90}
 """Compute capabilities with kernels → name of the architecture."""
@@ -22,13 +25,15 @@ def device_unsupported_reason(capability: tuple[int, int]) -> str | None:
 
 def unsupported_reason(operator: str, shapes: KernelShapes) -> str | None:
     """Why the CUTLASS kernel of ``operator`` (attention is the only one) cannot serve these shapes; None: it can."""
-    if shapes.has_bias:
-        return "relative bias"
-    return head_unsupported_reason(shapes.head_dim, shapes.dtype)
+    return head_unsupported_reason(shapes.head_dim, shapes.dtype, shapes.has_bias)
 
 
-def head_unsupported_reason(head_dim: int, dtype: torch.dtype) -> str | None:
+def head_unsupported_reason(head_dim: int, dtype: torch.dtype, has_bias: bool) -> str | None:
     """Why there is no kernel for heads of ``head_dim`` channels of a dtype; None: there is one."""
-    if head_dim not in HEAD_DIMS:
-        return f"heads of {head_dim} channels, not {', '.join(map(str, HEAD_DIMS))}"
-    return None if dtype in DTYPES else f"{dtype}".removeprefix("torch.")
+    if dtype not in DTYPES:
+        return f"{dtype}".removeprefix("torch.")
+    served = BIAS_HEAD_DIMS if has_bias else HEAD_DIMS
+    if head_dim in served:
+        return None
+    with_bias = " with a relative bias" if has_bias else ""
+    return f"heads of {head_dim} channels{with_bias}, not {', '.join(map(str, served))}"

@@ -12,7 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from hstu.ops.layout import time_buckets, to_device
+from hstu.ops.layout import to_device
+from hstu.ops.relative_bias import bucket_thresholds, fixed_point_scale
 from hstu.ops.triton import attention_kernels as kernels
 from hstu.ops.triton.attention_tiles import Batch, Bias, Mode
 from hstu.ops.triton.launch import bucket, capability_of, launcher, precision_for
@@ -139,7 +140,7 @@ class _Call:
         time_totals = torch.zeros(TIME_SLOTS, NUM_TIME_BUCKETS, dtype=torch.int64, device=device)
         if not layout.num_tokens:
             return RelativeBias(position_totals.to(position.dtype), time_totals[0].to(time.dtype))
-        scale = _fixed_point_scale(grad, self.v, pairs=num_heads * int((layout.seqlens**2).sum()))
+        scale = fixed_point_scale(grad, self.v, pairs=num_heads * int((layout.seqlens**2).sum()))
         config = bias_config(self._block_d, self.q.element_size(), capability_of(grad.device))
         tiles = triton.cdiv(int(layout.seqlens.max()), config.kwargs["BLOCK"])
         sees_later_keys = not self.config.is_causal or (self.config.contextual_mask and layout.num_contextuals > 0)
@@ -210,28 +211,9 @@ def _longest_first(layout: JaggedLayout) -> Tensor:
     return layout.cache[key]
 
 
-def _fixed_point_scale(grad: Tensor, v: Tensor, pairs: int) -> Tensor:
-    """float32 [1]: the factor with which no sum of ``pairs`` score gradients exceeds 62 bits.
-
-    |dL/dscore| ≤ ‖grad‖ ‖v‖ · max |SiLU'| < 1.1 ‖grad‖ ‖v‖, before the division by N. The factor is not finite where
-    the gradient is not, and then nor is the result.
-    """
-    largest = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax() for x in (grad, v)]
-    bound = (largest[0] * largest[1] * 1.1).clamp_min(1e-12) * float(pairs)
-    return (2.0**62 / bound).view(1)
-
-
 @functools.cache
 def _bucket_thresholds(device: torch.device) -> Tensor:
-    """int64 [128]: the smallest time difference of each bucket, found by bisection of the formula itself."""
-    low = torch.zeros(NUM_TIME_BUCKETS, dtype=torch.int64)  # always below the bucket
-    high = torch.full_like(low, 1 << 62)
-    wanted = torch.arange(NUM_TIME_BUCKETS)
-    for _ in range(63):
-        middle = low + (high - low) // 2
-        reached = time_buckets(middle) >= wanted
-        high, low = torch.where(reached, middle, high), torch.where(reached, low, middle)
-    return high.to(device)
+    return bucket_thresholds().to(device)
 
 
 Tiles = dict[int, tuple[tuple[int, int, int, int], ...]]

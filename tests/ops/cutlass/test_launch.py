@@ -13,6 +13,7 @@ from hstu.ops.cutlass import attention
 from hstu.ops.cutlass.attention import NUM_FACTORS, NUM_SIZES, Kernel, Variant, launch_arguments
 
 VARIANT = Variant(Kernel.KEYS, torch.bfloat16, 64, 80)
+WITH_BIAS = Variant(Kernel.QUERIES, torch.bfloat16, 128, 80, has_bias=True)
 
 
 @pytest.fixture(scope="module")
@@ -20,16 +21,25 @@ def function() -> Any:
     return attention._compile(VARIANT)
 
 
-def test_a_launch_passes_on_what_the_dsl_makes_of_the_arguments(function: Any) -> None:
-    expected, _kept_alive = function.generate_execution_args(*attention._examples(VARIANT))
-    tensors = VARIANT.num_inputs + VARIANT.num_outputs
-    arguments = launch_arguments(VARIANT)
-    arguments.write(*[16] * tensors, *[8] * 2 * tensors, 16, *[1] * NUM_SIZES, *[1.0] * NUM_FACTORS, 1, 0)
+def check_arguments(function: Any, variant: Variant, of_bias: list[float], narrow_of_bias: list[int]) -> None:
+    """Compare the memory of ours with that of the DSL."""
+    expected, _kept_alive = function.generate_execution_args(*attention._examples(variant))
+    tensors = variant.num_inputs + variant.num_outputs
+    arguments = launch_arguments(variant)
+    arguments.write(*[16] * tensors, *[8] * 2 * tensors, 16, *[1] * NUM_SIZES, *[1.0] * NUM_FACTORS, *of_bias, 1, 0)
     ours, _ = function.generate_execution_args(*arguments.values)
     assert len(ours) == len(expected)
-    is_narrow = [0] * (3 * tensors + 1) + [1] * (NUM_SIZES + NUM_FACTORS + 1) + [0]
+    is_narrow = [0] * (3 * tensors + 1) + [1] * (NUM_SIZES + NUM_FACTORS) + narrow_of_bias + [1, 0]
     for given, wanted, narrow in zip(ours, expected, is_narrow, strict=True):
         assert ctypes.string_at(given, 4 if narrow else 8) == ctypes.string_at(wanted, 4 if narrow else 8)
+
+
+def test_a_launch_passes_on_what_the_dsl_makes_of_the_arguments(function: Any) -> None:
+    check_arguments(function, VARIANT, [], [])
+
+
+def test_a_launch_with_a_bias_passes_on_what_the_dsl_makes_of_the_arguments() -> None:
+    check_arguments(attention._compile(WITH_BIAS), WITH_BIAS, [16] * 9 + [1, 1.0], [0] * 9 + [1, 1])
 
 
 def test_the_arguments_of_a_launch_take_microseconds(function: Any) -> None:

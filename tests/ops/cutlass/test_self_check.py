@@ -1,5 +1,7 @@
 """CUTLASS kernels are compared with PyTorch before their first use; a wrong kernel is refused with its error."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -22,13 +24,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NEEDS AN NVIDIA GPU: the CUTLASS kernels are not run")
-@pytest.mark.parametrize("head_dim", [64, 256])
-def test_all_kernels_pass(head_dim: int) -> None:
+@pytest.mark.parametrize(("head_dim", "has_bias"), [(64, False), (256, False), (32, True), (64, True), (128, True)])
+def test_all_kernels_pass(head_dim: int, has_bias: bool) -> None:
     from hstu.ops.cutlass.self_check import checks
 
-    shapes = KernelShapes(head_dim, 4, 64, 64, torch.bfloat16)
+    shapes = KernelShapes(head_dim, 4, 64, 64, torch.bfloat16, has_bias)
     errors = {name: error for _, measure in checks(GPU, shapes) for name, error in measure().items()}
-    assert len(errors) == 3 * 5
+    assert len(errors) == 3 * (7 if has_bias else 5)
     assert all(error <= tolerance for error, tolerance in errors.values()), errors
 
 
@@ -37,8 +39,10 @@ def test_only_the_head_dim_and_dtype_of_the_run_are_checked(monkeypatch: pytest.
     from hstu.ops.cutlass.self_check import checks
 
     names = [name for name, _ in checks(GPU, SHAPES)]
-    assert len(names) == 3 and all("64 channels, bfloat16" in name for name in names)
-    assert not list(checks(GPU, KernelShapes(64, 4, 64, 64, torch.bfloat16, has_bias=True)))
+    assert len(names) == 3 and all("64 channels, bfloat16," in name for name in names)
+    with_bias = [name for name, _ in checks(GPU, dataclasses.replace(SHAPES, has_bias=True))]
+    assert len(with_bias) == 3 and all("64 channels, bfloat16, relative bias" in name for name in with_bias)
+    assert not list(checks(GPU, dataclasses.replace(SHAPES, head_dim=256, has_bias=True)))
 
 
 def test_right_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,5 +73,7 @@ def test_the_table_names_what_cutlass_serves() -> None:
         return str(resolve_kernels(Backend.CUTLASS, KernelShapes(head_dim, 4, 64, 64, torch.bfloat16, has_bias)))
 
     assert "attention: cutlass, layer_norm: triton" in table(256, has_bias=False)
-    assert "attention: triton (no cutlass: relative bias)" in table(256, has_bias=True)
+    assert "attention: cutlass, layer_norm: triton" in table(128, has_bias=True)
+    with_bias = "attention: triton (no cutlass: heads of 256 channels with a relative bias, not 32, 64, 128)"
+    assert with_bias in table(256, has_bias=True)
     assert "attention: triton (no cutlass: heads of 50 channels, not 32, 64, 128, 256)" in table(50, has_bias=False)

@@ -7,7 +7,7 @@ number, and a missing arrival gives a deadlock. Proxies, caches and the order of
 modelled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,8 @@ from tests.ops.cutlass.ptx.parse import Instruction, Program
 from tests.ops.cutlass.ptx.registers import WIDTH, Values, from_bits16
 
 LANES = 32
+CONVERGENT = {"shfl", "bar", "mma", "ldmatrix", "wgmma", "elect"}
+"""Instructions that all threads of a warp execute together."""
 
 
 @dataclass
@@ -77,7 +79,10 @@ class Cta:
 
 
 class Warp:
-    """32 threads that execute together; after a divergent branch, those at the lowest instruction go first."""
+    """32 threads that execute together; after a divergent branch, those at the lowest instruction go first.
+
+    As on a GPU, threads wait for the others of the warp at an instruction that all of them must execute.
+    """
 
     def __init__(self, cta: Cta, index: int) -> None:
         self.cta, self.index = cta, index
@@ -95,7 +100,7 @@ class Warp:
         progress = False
         end = len(self.program)
         while True:
-            self.at = at = int(self.pc.min())
+            self.at = at = self._next()
             if at >= end:
                 self.done = True
                 return True
@@ -112,6 +117,16 @@ class Warp:
             self.pc[active] = at + 1
             if target is not None:
                 self.pc[chosen] = end if target == "end" else self.labels[target]
+
+    def _next(self) -> int:
+        """The instruction to execute: the lowest, but threads wait for the others at one that all must execute."""
+        first = int(self.pc.min())
+        if first == self.pc.max():
+            return first
+        for at in np.unique(self.pc):
+            if at < len(self.program) and self.program[at].parts[0] not in CONVERGENT:
+                return int(at)
+        raise AssertionError("the warp has diverged")
 
     def _execute(self, instruction: Instruction, mask: np.ndarray) -> str | None:
         """Execute one instruction. Returns a label to jump to, "end", "wait", or None to continue."""
@@ -138,21 +153,49 @@ class Warp:
             raw = np.frombuffer(data[memory[2] : memory[2] + size], f"u{size}")
             self.values.write(targets[0], np.repeat(raw, LANES), mask)
             return
-        assert "global" in instruction.parts, instruction
-        address = self.values.read(memory[1], "s64") + memory[2]
         for i, register in enumerate(targets):
             out = np.zeros(LANES, f"i{size}" if kind[0] == "s" else f"u{size}")
-            for lane in np.flatnonzero(mask):
-                data = self.cta.global_bytes(int(address[lane]) + i * size, size)
+            for lane, data in self._places(instruction, memory, i * size, size, mask):
                 out[lane] = data.view(out.dtype)[0]
             self.values.write(register, out, mask)
 
     def _st(self, instruction: Instruction, mask: np.ndarray) -> None:
-        assert instruction.opcode == "st.global.b32", instruction
         memory, source = instruction.operands
-        address, value = self.values.read(memory[1], "u64"), self.values.read(source, "u32")
+        size = WIDTH[instruction.parts[-1]]
+        value = self.values.read(source, f"u{8 * size}")
+        for lane, data in self._places(instruction, memory, 0, size, mask):
+            data.view(value.dtype)[0] = value[lane]
+
+    def _places(
+        self, instruction: Instruction, memory: tuple, offset: int, size: int, mask: np.ndarray
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Each thread of the mask, and the bytes at its address in shared or global memory."""
+        is_global = "global" in instruction.parts
+        assert is_global or any(part.startswith("shared") for part in instruction.parts), instruction
+        address = self.values.read(memory[1], "s64" if is_global else "u32").astype(np.int64) + memory[2] + offset
         for lane in np.flatnonzero(mask):
-            self.cta.global_bytes(int(address[lane]) + memory[2], 4).view(np.uint32)[0] = value[lane]
+            start = int(address[lane]) % 2 ** (64 if is_global else 32)
+            yield int(lane), self.cta.global_bytes(start, size) if is_global else self.cta.shared[start : start + size]
+
+    def _red(self, instruction: Instruction, mask: np.ndarray) -> None:
+        """An atomic addition of integers, one thread after the other."""
+        self._add_atomically(instruction, *instruction.operands, mask)
+
+    def _atom(self, instruction: Instruction, mask: np.ndarray) -> None:
+        """As ``red``; the register gets what was there before."""
+        target, *operands = instruction.operands
+        self.values.write(target, self._add_atomically(instruction, *operands, mask), mask)
+
+    def _add_atomically(self, instruction: Instruction, memory: tuple, source: str, mask: np.ndarray) -> np.ndarray:
+        assert instruction.parts[-2:] in (["add", "u32"], ["add", "u64"]), instruction
+        size = WIDTH[instruction.parts[-1]]
+        value = self.values.read(source, instruction.parts[-1])
+        before = np.zeros_like(value)
+        for lane, data in self._places(instruction, memory, 0, size, mask):
+            number = data.view(value.dtype)
+            before[lane] = number[0]
+            number += value[lane]
+        return before
 
     def _cvta(self, instruction: Instruction, mask: np.ndarray) -> None:
         self.values.alias(*instruction.operands)
@@ -160,6 +203,9 @@ class Warp:
     # -- synchronisation ---------------------------------------------------------------------------------------
 
     def _bar(self, instruction: Instruction, mask: np.ndarray) -> str | None:
+        if instruction.parts[1] == "warp":
+            assert mask.all(), "the warp has diverged"
+            return None
         arrived = self.cta.arrived
         if not self.waiting_at_barrier:
             self.waiting_at_barrier = True

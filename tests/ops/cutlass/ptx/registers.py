@@ -8,7 +8,20 @@ import numpy as np
 from tests.ops.cutlass.ptx.parse import Instruction
 
 LANES = 32
-WIDTH = {"b8": 1, "b16": 2, "u16": 2, "s16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8, "s64": 8}
+WIDTH = {
+    "b8": 1,
+    "b16": 2,
+    "u16": 2,
+    "s16": 2,
+    "b32": 4,
+    "u32": 4,
+    "s32": 4,
+    "f32": 4,
+    "b64": 8,
+    "u64": 8,
+    "s64": 8,
+    "f64": 8,
+}
 COMPARE = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
 }  # fmt: skip
@@ -184,9 +197,13 @@ class Values:
 
     def _shfl(self, instruction: Instruction, mask: np.ndarray) -> None:
         target, source, lane = instruction.operands[:3]
-        value = self.read(source, "u32")
-        assert instruction.parts[2] == "idx" and mask.all(), instruction
-        self.write(target, value[self.read(lane, "u32") % LANES], mask)
+        value, other, own = self.read(source, "u32"), self.read(lane, "u32"), np.arange(LANES)
+        assert mask.all(), "the warp has diverged"
+        of = {"idx": other % LANES, "down": own + other, "bfly": own ^ other}[instruction.parts[2]]
+        self.write(target, value[np.where(of < LANES, of, own)], mask)
+
+    def _abs(self, instruction: Instruction, mask: np.ndarray) -> None:
+        self.write(instruction.operands[0], np.abs(self.read(instruction.operands[1], instruction.parts[-1])), mask)
 
     def _cvt(self, instruction: Instruction, mask: np.ndarray) -> None:
         to, of = instruction.parts[-2:]
@@ -194,6 +211,8 @@ class Values:
         if to in ("bf16x2", "f16x2"):
             high, low = (to_bits16(self.read(o, "f32"), to[:-2]).astype(np.uint32) for o in sources)
             self.write(target, high << 16 | low, mask)
+        elif (to, of) == ("s64", "f32"):
+            self.write(target, np.trunc(self.read(sources[0], "f32")).astype(np.int64), mask)
         elif of[0] != "f" and to[0] != "f":
             value = self.read(sources[0], "u16" if of[1:] == "8" else of)
             if of[1:] == "8":

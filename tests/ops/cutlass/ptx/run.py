@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.ops.cutlass.attention import Variant
+from hstu.ops.cutlass.attention import Variant, bias_tensors
+from hstu.ops.cutlass.bias_arguments import BiasArguments, BiasSums
 from hstu.ops.cutlass.schedule import leading_rows, list_blocks
 from hstu.ops.types import AttentionConfig, JaggedLayout
 from tests.ops.cutlass.ptx.machine import Cta, TensorMap
@@ -15,9 +16,15 @@ NUM_CTAS = 2  # so few that each computes several blocks
 
 
 def run_kernel(
-    variant: Variant, ptx: str, inputs: list[Tensor], layout: JaggedLayout, config: AttentionConfig
+    variant: Variant,
+    ptx: str,
+    inputs: list[Tensor],
+    layout: JaggedLayout,
+    config: AttentionConfig,
+    bias: BiasArguments | None = None,
+    sums: BiasSums | None = None,
 ) -> list[Tensor]:
-    """The outputs of a kernel for its inputs x, y, z or x, y, w, z: [T, H, d]."""
+    """The outputs of a kernel for its inputs x, y, z or x, y, w, z: [T, H, d]. Adds to ``sums``."""
     program = parse(ptx)
     hopper = any(size == 128 for _, size in program.params)  # its inputs come as TMA descriptors
     shape = variant.shape
@@ -47,6 +54,10 @@ def run_kernel(
     sizes = [tokens, heads, len(blocks), leading_rows(layout, config), group]
     numbers = [np.array([number], np.int32).tobytes() for number in sizes]
     numbers += [np.array([number], np.float32).tobytes() for number in (config.alpha, 1 / config.scaling_seqlen)]
+    if bias is not None:
+        tensors_of_bias = bias_tensors(variant, bias, sums)
+        numbers += [np.array([place(tensor.numpy())], np.uint64).tobytes() for tensor in tensors_of_bias]
+        numbers += [np.array([bias.center], np.int32).tobytes(), np.array([1 / config.alpha], np.float32).tobytes()]
     remaining = iter([items, *numbers])
     maps, structs = iter(map(loaded, inputs, box_rows)), iter(tensors)
     params: dict[str, object] = {}

@@ -4,19 +4,19 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from hstu.ops.functional import hstu_attention
-from hstu.ops.layout import build_layout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.types import AttentionConfig, JaggedLayout
+from hstu.ops.self_check import small_layout as layout_with_times
+from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, AttentionKernels, JaggedLayout, RelativeBias
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT compiled here")
 
 from hstu.ops.cutlass.attention import Kernel, Variant, variants
+from hstu.ops.cutlass.bias_arguments import BiasArguments, BiasSums
 from hstu.ops.cutlass.operators import OPERATORS
 from tests.ops.cutlass.compiled import ptx_of
 from tests.ops.cutlass.ptx.run import run_kernel
@@ -28,30 +28,29 @@ BFLOAT16_TOLERANCE = 4e-3
 
 def name_of(variant: Variant) -> str:
     dtype = str(variant.dtype).removeprefix("torch.")
-    return f"sm_{variant.capability}-{variant.kernel}-{variant.head_dim}-{dtype}"
+    return f"sm_{variant.capability}-{variant.kernel}-{variant.head_dim}-{dtype}{'-bias' if variant.has_bias else ''}"
 
 
 def small_layout() -> JaggedLayout:
     """Sequences of several blocks, of one block, with and without candidates, and an empty one."""
-    return build_layout(
-        item_lengths=np.array([70, 0, 3, 150]),
-        num_sequences=4,
-        num_contextuals=3,
-        num_candidates=np.array([9, 0, 1, 20]),
-        tokens_per_item=1,
-        target_group_size=4,
-        device=torch.device("cpu"),
-    )
+    return layout_with_times(torch.device("cpu"), (70, 0, 3, 150), (9, 0, 1, 20), num_contextuals=3, group_size=4)
+
+
+def bias_of(num_positions: int) -> RelativeBias:
+    """Weights of the size of scores."""
+    torch.manual_seed(1)
+    return RelativeBias(torch.randn(2 * num_positions - 1), torch.randn(NUM_TIME_BUCKETS))
 
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches run on the interpreter, as on an H100."""
 
-    def launch(kernel: Kernel, inputs: list[Tensor], outs: list[Tensor], *layout_and_config: Any) -> None:
+    def launch(kernel: Kernel, inputs: list[Tensor], outs: list[Tensor], *others: Any) -> None:
         _, _, head_dim = inputs[0].shape
-        variant = Variant(kernel, inputs[0].dtype, head_dim, 90)
-        for out, computed in zip(outs, run_kernel(variant, ptx_of(variant), inputs, *layout_and_config), strict=True):
+        has_bias = any(isinstance(other, BiasArguments) for other in others)
+        variant = Variant(kernel, inputs[0].dtype, head_dim, 90, has_bias)
+        for out, computed in zip(outs, run_kernel(variant, ptx_of(variant), inputs, *others), strict=True):
             out.copy_(computed)
 
     monkeypatch.setattr("hstu.ops.cutlass.attention._launch", launch)
@@ -69,27 +68,54 @@ def errors(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)]
 
 
-def expected_of(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, layout: JaggedLayout, config: AttentionConfig
+def results_of(
+    inputs: Sequence[Tensor],
+    grad: Tensor,
+    layout: JaggedLayout,
+    config: AttentionConfig,
+    bias: RelativeBias | None,
+    kernels: AttentionKernels,
 ) -> list[Tensor]:
-    """O, dQ, dK, dV in float64."""
-    leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
-    out = hstu_attention(*leaves, layout, config, None, REFERENCE_KERNELS.attention)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
+    """O, dQ, dK, dV and the gradients of the weights of the bias."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    if bias is not None:
+        bias = RelativeBias(bias.position_weight.requires_grad_(), bias.time_weight.requires_grad_())
+        leaves += [bias.position_weight, bias.time_weight]
+    out = hstu_attention(*leaves[:3], layout, config, bias, kernels)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out))]
+
+
+def exact_results(
+    inputs: Sequence[Tensor], grad: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
+) -> list[Tensor]:
+    """As ``results_of`` the reference, in float64."""
+    if bias is not None:
+        bias = RelativeBias(bias.position_weight.detach().double(), bias.time_weight.detach().double())
+    inputs = [tensor.double() for tensor in inputs]
+    return results_of(inputs, grad, layout, config, bias, REFERENCE_KERNELS.attention)
 
 
 def errors_of(variant: Variant, ptx: str, config: AttentionConfig) -> list[float]:
     """The errors of the outputs of one kernel."""
     layout = small_layout()
     q, k, v, grad = slices(layout, variant.head_dim, variant.dtype)
-    out, grad_q, grad_k, grad_v = expected_of(q, k, v, grad, layout, config)
+    bias = bias_of(100) if variant.has_bias else None  # fewer positions than tokens
+    out, grad_q, grad_k, grad_v, *of_weights = exact_results((q, k, v), grad, layout, config, bias)
     inputs, exact = {
         Kernel.FORWARD: ([q, k, v], [out]),
-        Kernel.QUERIES: ([q, grad, k, v], [grad_q]),
+        Kernel.QUERIES: ([q, grad, k, v], [grad_q, *of_weights]),
         Kernel.KEYS: ([k, v, q, grad], [grad_k, grad_v][: variant.num_outputs]),
         Kernel.VALUES: ([k, q, grad], [grad_v]),
     }[variant.kernel]
-    return errors(run_kernel(variant, ptx, inputs, layout, config), exact)
+    if bias is None:
+        return errors(run_kernel(variant, ptx, inputs, layout, config), exact)
+    arguments = BiasArguments.of(bias, layout)
+    sums = BiasSums.zeros(arguments, grad, v, layout) if variant.kernel is Kernel.QUERIES else None
+    ours = run_kernel(variant, ptx, inputs, layout, config, arguments, sums)
+    if sums is not None:
+        gradients = sums.gradients(bias, config)
+        ours += [gradients.position_weight, gradients.time_weight]
+    return errors(ours, exact)
 
 
 def check(variant: Variant, *, is_causal: bool, contextual_mask: bool) -> None:
@@ -97,18 +123,21 @@ def check(variant: Variant, *, is_causal: bool, contextual_mask: bool) -> None:
     assert max(errors_of(variant, ptx_of(variant), config)) < BFLOAT16_TOLERANCE
 
 
-def compare_with_the_reference(head_dim: int) -> None:
+def compare_with_the_reference(head_dim: int, bias: RelativeBias | None = None) -> None:
     layout, config = small_layout(), AttentionConfig(head_dim**-0.5, 150)
     *inputs, grad = slices(layout, head_dim, torch.bfloat16)
-    leaves = [tensor.requires_grad_() for tensor in inputs]
-    out = hstu_attention(*leaves, layout, config, None, OPERATORS["attention"])
-    ours = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-    assert max(errors(ours, expected_of(*inputs, grad, layout, config))) < BFLOAT16_TOLERANCE
+    ours = results_of(inputs, grad, layout, config, bias, OPERATORS["attention"])
+    assert max(errors(ours, exact_results(inputs, grad, layout, config, bias))) < BFLOAT16_TOLERANCE
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_attention_and_its_gradients_equal_the_reference() -> None:
     compare_with_the_reference(head_dim=64)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_attention_with_a_relative_bias_and_all_its_gradients_equal_the_reference() -> None:
+    compare_with_the_reference(head_dim=32, bias=bias_of(200))
 
 
 @pytest.mark.slow

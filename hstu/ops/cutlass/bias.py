@@ -1,0 +1,292 @@
+"""The relative bias in the kernels: its tables, what it adds to the scores of a tile, and the gradients of its weights.
+
+The thread layout is that of :func:`hstu.ops.cutlass.common.store_rows`: element ``c + 2 r + 4 n`` of a tile belongs to
+row ``row + 8 r`` and to column ``column + 8 n + c``. Several arguments pass through the kernels as tuples::
+
+    bias  = (row_times, column_times, position_weight, time_weight, thresholds, buckets, totals, center, 1 / alpha)
+    pairs = (bias, tables, (start, last, end), row, times, positions, sums)
+
+``bias`` holds the arguments of a launch; :mod:`hstu.ops.cutlass.bias_arguments` describes the tensors. ``totals`` are
+the position totals, the time totals and the scale, or () in kernels that do not sum gradients. ``pairs`` describes the
+pairs of a block: first token, last row and first candidate of the sequence, time and position of each of the two rows
+of a thread, and ``sums`` from :func:`sums_of`.
+"""
+
+from typing import Any
+
+import cutlass
+from cutlass import Float32, Int32, Int64, Uint32, const_expr, cute
+from cutlass.cutlass_dsl import select_
+
+from hstu.ops.cutlass.bias_arguments import CELL_BITS, NUM_CELLS
+from hstu.ops.cutlass.schedule import Rows
+from hstu.ops.types import NUM_TIME_BUCKETS
+
+WARPS = 8
+"""Warps that compute, in the kernels of both compute capabilities."""
+ONE = 0x3FF00000
+"""The upper 32 bits of 1.0 in float64."""
+WINDOW_MARGIN = 16
+"""Distances in the tile of a warp beyond one per column: it has 16 rows."""
+
+
+def storage(tile: int, sums: bool) -> type:
+    """Layout of the tables in shared memory; ``sums``: with room for the gradients of the weights."""
+    if not sums:
+
+        @cute.struct
+        class Tables:
+            thresholds: cute.struct.MemRange[Int64, NUM_CELLS]
+            buckets: cute.struct.MemRange[Int32, NUM_CELLS]
+            time_weight: cute.struct.MemRange[Float32, NUM_TIME_BUCKETS]
+
+        return Tables
+
+    @cute.struct
+    class TablesAndSums:
+        thresholds: cute.struct.MemRange[Int64, NUM_CELLS]
+        time_totals: cute.struct.MemRange[Uint32, 2 * WARPS * NUM_TIME_BUCKETS]
+        buckets: cute.struct.MemRange[Int32, NUM_CELLS]
+        time_weight: cute.struct.MemRange[Float32, NUM_TIME_BUCKETS]
+        windows: cute.struct.MemRange[Float32, WARPS * (tile + WINDOW_MARGIN)]
+
+    return TablesAndSums
+
+
+def table_bytes(tile: int, sums: bool) -> int:
+    """Bytes of :func:`storage`."""
+    of_sums = WARPS * (8 * NUM_TIME_BUCKETS + 4 * (tile + WINDOW_MARGIN)) if sums else 0
+    return 12 * NUM_CELLS + 4 * NUM_TIME_BUCKETS + of_sums
+
+
+@cute.jit
+def load_tables(
+    smem: Any, bias: tuple, tile: cutlass.Constexpr, sums: cutlass.Constexpr, threads: cutlass.Constexpr
+) -> tuple:
+    """Copy the tables to shared memory and set the sums to zero, in all threads; the caller synchronizes them.
+
+    Returns the pointers to the tables: thresholds, buckets and time weights; with ``sums`` also to what is this warp's
+    own: its totals of the time buckets (two words each), and its window of distances.
+    """
+    thread = cute.arch.thread_idx()[0]
+    tables = (smem.thresholds.data_ptr(), smem.buckets.data_ptr(), smem.time_weight.data_ptr())
+    for i in cutlass.range_constexpr(-(-NUM_CELLS // threads)):
+        cell = thread + i * threads
+        if cell < NUM_CELLS:
+            (tables[0] + cell).store((bias[4] + cell).load())
+            (tables[1] + cell).store((bias[5] + cell).load())
+    if thread < NUM_TIME_BUCKETS:
+        (tables[2] + thread).store((bias[3] + thread).load())
+    if const_expr(sums):
+        totals, windows = smem.time_totals.data_ptr(), smem.windows.data_ptr()
+        for i in cutlass.range_constexpr(-(-2 * WARPS * NUM_TIME_BUCKETS // threads)):
+            index = thread + i * threads
+            if index < 2 * WARPS * NUM_TIME_BUCKETS:
+                (totals + index).store(Uint32(0))
+        for i in cutlass.range_constexpr(-(-WARPS * (tile + WINDOW_MARGIN) // threads)):
+            index = thread + i * threads
+            if index < WARPS * (tile + WINDOW_MARGIN):
+                (windows + index).store(Float32(0.0))
+        warp = thread // 32 % WARPS
+        tables = (
+            *tables,
+            totals + 2 * NUM_TIME_BUCKETS * warp,
+            windows + (tile + WINDOW_MARGIN) * warp,
+        )
+    return tables
+
+
+def sums_of(shape: Any, bias: tuple) -> tuple:
+    """What the sums of the gradients need between tiles.
+
+    The buckets of a tile, four in each int32; for each row the bucket of a run, and its sum; the scale of all sums.
+    """
+    num_pairs = shape.block * shape.tile // (32 * WARPS)
+    return (
+        cute.make_rmem_tensor(num_pairs // 4, Int32),
+        cute.make_rmem_tensor(2, Int32),
+        cute.make_rmem_tensor(2, Float32),
+        bias[6][2].load(),
+    )
+
+
+@cute.jit
+def pairs_of(bias: tuple, tables: tuple, item: cute.Tensor, row: Int32, state: tuple) -> tuple:
+    """``pairs`` of a block; see the module. state: :func:`sums_of`, or ()."""
+    start, last, end = item[0], item[2] - 1, item[3]
+    rows = tuple(cutlass.min(row + 8 * r, last) for r in (0, 1))
+    times = tuple((bias[0] + (start + each)).load() for each in rows)
+    positions = tuple(cutlass.min(each, end) for each in rows)
+    return bias, tables, (start, last, end), row, times, positions, state
+
+
+@cute.jit
+def add(
+    scores: cute.Tensor, column: Int32, pairs: tuple, rows: cutlass.Constexpr, keeps_buckets: cutlass.Constexpr
+) -> None:
+    """Add bias / α to the products of a tile. ``keeps_buckets``: also store the time buckets in the state."""
+    bias, tables, (start, last, end), _, times, positions, registers = pairs
+    _, column_times, position_weight, _, _, _, _, center, factor = bias
+    if const_expr(keeps_buckets):
+        registers[0].fill(0)
+    for pair in cutlass.range_constexpr(cute.size(scores) // 2):
+        n, c = pair // 2, pair % 2
+        index = cutlass.min(column + 8 * n + c, last)
+        time, position = (column_times + (start + index)).load(), cutlass.min(index, end)
+        for r in cutlass.range_constexpr(2):
+            e = c + 2 * r + 4 * n
+            bucket = bucket_of(times[r], time, tables)
+            distance = positions[r] - position
+            if const_expr(rows is Rows.KEYS):
+                distance = position - positions[r]
+            added = (position_weight + (center + distance)).load() + (tables[2] + bucket).load()
+            scores[e] = scores[e] + added * factor
+            if const_expr(keeps_buckets):
+                registers[0][e // 4] = registers[0][e // 4] | (bucket << (8 * (e % 4)))
+
+
+@cute.jit
+def bucket_of(time: cutlass.Float64, other: cutlass.Float64, tables: tuple) -> Int32:
+    """Bucket of the difference of two times, as :func:`hstu.ops.layout.time_buckets`.
+
+    The exponent and the upper bits of the fraction are the cell; a cell has at most one threshold.
+    """
+    bits = (time - other).bitcast(Int64) & Int64(0x7FFFFFFFFFFFFFFF)
+    cell = cutlass.max(Int32(bits >> 32) - ONE, Int32(0)) >> (20 - CELL_BITS)
+    reached = Int32(select_(bits >= (tables[0] + cell).load(), Int32(1), Int32(0)))
+    return (tables[1] + cell).load() + reached
+
+
+# -- gradients of the weights ------------------------------------------------------------------------------------
+
+
+@cute.jit
+def begin_sums(pairs: tuple) -> None:
+    """Begin the runs of equal buckets of a block."""
+    _, run_buckets, run_sums, _ = pairs[6]
+    run_buckets.fill(0)
+    run_sums.fill(0.0)
+
+
+@cute.jit
+def sum_tile(gradients: cute.Tensor, column: Int32, pairs: tuple) -> None:
+    """Add the gradients of the scores of a tile, without 1 / N, to the totals of their buckets and distances."""
+    _sum_by_bucket(gradients, pairs)
+    _sum_by_distance(gradients, column, pairs)
+
+
+@cute.jit
+def end_sums(pairs: tuple) -> None:
+    """Add what the runs of a block hold to the totals."""
+    for r in cutlass.range_constexpr(2):
+        _end_run(r, pairs)
+
+
+@cute.jit
+def store_sums(bias: tuple, tables: tuple) -> None:
+    """Add the totals of the time buckets of this warp to those of the device."""
+    _, time_totals, _ = bias[6]
+    lane = cute.arch.lane_idx()
+    cute.arch.sync_warp()
+    for i in cutlass.range_constexpr(NUM_TIME_BUCKETS // 32):
+        bucket = lane + 32 * i
+        words = tables[3] + 2 * bucket
+        low, high = words.load().to(Int64) & Int64(0xFFFFFFFF), (words + 1).load().to(Int64)
+        total = high << 32 | low
+        if total != 0:
+            _add_exactly(time_totals + bucket, total)
+
+
+@cute.jit
+def _sum_by_bucket(gradients: cute.Tensor, pairs: tuple) -> None:
+    """Along a row, equal buckets lie next to each other: each run of them is summed in a register."""
+    buckets, run_buckets, run_sums, _ = pairs[6]
+    for e in cutlass.range_constexpr(cute.size(gradients)):
+        r = e // 2 % 2
+        bucket = (buckets[e // 4] >> (8 * (e % 4))) & 255
+        if bucket != run_buckets[r]:
+            _end_run(r, pairs)
+            run_buckets[r] = bucket
+            run_sums[r] = Float32(0.0)
+        run_sums[r] = run_sums[r] + gradients[e]
+
+
+@cute.jit
+def _end_run(r: cutlass.Constexpr, pairs: tuple) -> None:
+    _, tables, (_, last, _), row, _, _, (_, run_buckets, run_sums, scale) = pairs
+    if row + 8 * r <= last:
+        fixed = (run_sums[r] * scale).to(Int64)
+        low, high = fixed.to(Uint32), (fixed >> 32).to(Uint32)
+        # Two additions of 32 bits: shared memory has no addition of 64 bits, which would be a loop.
+        words = tables[3] + 2 * run_buckets[r]
+        before = cute.arch.atomic_add(words, low, sem="relaxed", scope="cta")
+        carry = Uint32(select_(before + low < low, Uint32(1), Uint32(0)))
+        cute.arch.red(words + 1, high + carry, op="add", dtype="u32", sem="relaxed", scope="cta")
+
+
+@cute.jit
+def _sum_by_distance(gradients: cute.Tensor, column: Int32, pairs: tuple) -> None:
+    """Sum along the diagonals of the tile of a warp, in a fixed order, and add the sums to the totals.
+
+    The diagonals of rows beyond the first candidate do not have one distance each: there all rows share a position.
+    """
+    _, tables, (_, last, end), row, _, _, _ = pairs
+    lane = cute.arch.lane_idx()
+    width = cute.size(gradients) * 2
+    window = tables[4]
+    a, b = lane // 4, lane % 4
+    before = tuple(row + 8 * r <= cutlass.min(last, end) for r in (0, 1))
+    for k in cutlass.range_constexpr(width // 8 + 1):
+        for c in cutlass.range_constexpr(2):
+            total = Float32(0.0)
+            if const_expr(k > 0):
+                total = total + _if(before[0], gradients[c + 4 * (k - 1)])
+            if const_expr(8 * k < width):
+                total = total + _if(before[1], gradients[c + 2 + 4 * k])
+            # Lanes 9 apart have the same distance: two rows and two columns further.
+            total = total + _if((a < 6) & (b < 3), cute.arch.shuffle_sync_down(total, 9))
+            total = total + _if((a < 4) & (b < 2), cute.arch.shuffle_sync_down(total, 18))
+            cute.arch.sync_warp()
+            if (a < 2) | (b == 0):
+                place = window + (a - 2 * b - 8 * (k - 1) - c + width - 1)
+                place.store(place.load() + total)
+    cute.arch.sync_warp()
+    first_distance = (row - a) - (column - 2 * b) - (width - 1)
+    for i in cutlass.range_constexpr(-(-(width + WINDOW_MARGIN) // 32)):
+        index = lane + 32 * i
+        if index < width + WINDOW_MARGIN:
+            _add_to_distance((window + index).load(), first_distance + index, pairs)
+            (window + index).store(Float32(0.0))
+    if row - a + 15 > end:
+        _sum_candidates(gradients, column, pairs)
+
+
+@cute.jit
+def _sum_candidates(gradients: cute.Tensor, column: Int32, pairs: tuple) -> None:
+    """Add the gradients of rows beyond the first candidate, all of which have the position of the first."""
+    _, _, (_, last, end), row, _, _, _ = pairs
+    lane = cute.arch.lane_idx()
+    beyond = tuple((row + 8 * r > end) & (row + 8 * r <= last) for r in (0, 1))
+    for pair in cutlass.range_constexpr(cute.size(gradients) // 2):
+        n, c = pair // 2, pair % 2
+        total = _if(beyond[0], gradients[c + 4 * n]) + _if(beyond[1], gradients[c + 2 + 4 * n])
+        for step in cutlass.range_constexpr(3):
+            total = total + cute.arch.shuffle_sync_bfly(total, 4 << step)
+        if lane < 4:
+            _add_to_distance(total, end - cutlass.min(column + 8 * n + c, end), pairs)
+
+
+@cute.jit
+def _add_to_distance(total: Float32, distance: Int32, pairs: tuple) -> None:
+    bias, (_, _, _, scale) = pairs[0], pairs[6]
+    if total != 0.0:
+        _add_exactly(bias[6][0] + (bias[7] + distance), (total * scale).to(Int64))
+
+
+def _add_exactly(where: cute.Pointer, number: Int64) -> None:
+    """Add an integer atomically. The order of integer sums does not matter, so every run gives the same bits."""
+    cute.arch.red(where, number, op="add", dtype="u64", sem="relaxed", scope="gpu")
+
+
+def _if(condition: Any, value: Float32) -> Float32:
+    return Float32(select_(condition, value, Float32(0.0)))

@@ -172,7 +172,7 @@ _BIAS_TILES: dict[int, dict[Kernel, dict[int, int]]] = {
     },
     80: {
         Kernel.FORWARD: {32: 64, 64: 64, 128: 32},
-        Kernel.QUERIES: {32: 64, 64: 32, 128: 32},
+        Kernel.QUERIES: {32: 32, 64: 32, 128: 32},
         Kernel.KEYS: {32: 32, 64: 32, 128: 16},
     },
 }

@@ -69,7 +69,7 @@ def load_tables(
     own: its totals of the time buckets (two words each), and its window of distances.
     """
     thread = cute.arch.thread_idx()[0]
-    tables = (smem.thresholds.data_ptr(), smem.buckets.data_ptr(), smem.time_weight.data_ptr())
+    tables: tuple = (smem.thresholds.data_ptr(), smem.buckets.data_ptr(), smem.time_weight.data_ptr())
     for i in cutlass.range_constexpr(-(-NUM_CELLS // threads)):
         cell = thread + i * threads
         if cell < NUM_CELLS:

@@ -44,7 +44,9 @@ class BiasArguments:
         if center > farthest:  # distances beyond the table have its outermost weights
             distances = torch.arange(-center, center + 1, device=position.device)
             position = position[distances.clamp_(-farthest, farthest).add_(farthest)]
-        return cls(*layout.cache[key], position.contiguous(), bias.time_weight.float().contiguous(), center)
+        query_times, token_times = layout.cache[key]
+        time = bias.time_weight.float().contiguous()
+        return cls(query_times, token_times, position.contiguous(), time, center)
 
 
 @dataclass(frozen=True)

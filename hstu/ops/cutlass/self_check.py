@@ -79,11 +79,11 @@ def _results(
 ) -> list[Tensor]:
     """O, dQ, dK, dV and the gradients of the weights of a bias, on the CPU."""
     with torch.enable_grad():
-        leaves = [part.detach().requires_grad_() for part in uvqk.unbind(2)[1:]]
+        q, k, v = (part.detach().requires_grad_() for part in uvqk.unbind(2)[1:])
         of_bias = [weight.to(uvqk.device).requires_grad_() for weight in weights]
         bias = RelativeBias(*of_bias) if of_bias else None
-        out = hstu_attention(*leaves, layout, config, bias, kernels)
-        grads = torch.autograd.grad(out, leaves + of_bias, grad.to(out))
+        out = hstu_attention(q, k, v, layout, config, bias, kernels)
+        grads = torch.autograd.grad(out, [q, k, v, *of_bias], grad.to(out))
     return [x.detach().cpu() for x in (out, *grads)]
 
 

@@ -13,6 +13,7 @@ from hstu.config.option import is_given
 from hstu.config.problems import Problem, did_you_mean
 from hstu.config.run_config import RunConfig
 from hstu.data.datasets import DATASETS, resolve_name
+from hstu.data.store_layout import TIME_FEATURES
 
 
 def dataset_is_built_in_or_described(run: RunConfig) -> Iterator[Problem]:
@@ -42,7 +43,7 @@ def features_of_own_data_have_tables(run: RunConfig) -> Iterator[Problem]:
     for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names", "side_feature_names"):
         value = getattr(dataset, parameter, None)
         for name in value if isinstance(value, list) else [value]:
-            if name and name not in known:  # "": no such feature; None: that of the store
+            if name and name not in known and name not in TIME_FEATURES:  # "": no feature; None: that of the store
                 text = f"no EmbeddingArgs has the feature {name!r}; choose one of {', '.join(known)}, or add a table"
                 yield run.problem(dataset, parameter, text + did_you_mean(name, known))
 

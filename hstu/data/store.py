@@ -34,6 +34,7 @@ from hstu.config.printable import printable
 from hstu.data.datasets import resolve_name
 from hstu.data.datasets.spec import USER_FEATURE
 from hstu.data.store_layout import (
+    TIME_FEATURES,
     FeatureMeta,
     HeldOut,
     Role,
@@ -44,7 +45,7 @@ from hstu.data.store_layout import (
     vocabulary_stem,
 )
 from hstu.data.store_meta import description_problems
-from hstu.data.time_features import TIME_FEATURES, time_codes
+from hstu.data.time_features import time_codes
 
 FORMAT = "hstu-sequence-store"
 VERSION = 3

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hstu.data.store_layout import FeatureMeta
+from hstu.data.store_layout import TIME_FEATURES
 
 _DAY_S, _HOUR_S = 86_400, 3_600
-_CODES = {"hour_of_day": 24, "day_of_week": 7, "time_gap": 41}
-"""Feature → number of codes. Times are UTC, and a week begins on Monday. time_gap is 0 for a user's first event, else 1
-plus the base-2 logarithm, rounded down, of 1 plus the seconds since the event before; at most 40 (17,000 years)."""
-
-TIME_FEATURES = {
-    name: FeatureMeta(name, "event", "<i4", cardinality, has_vocab=False) for name, cardinality in _CODES.items()
-}
 
 
 def time_codes(feature: str, events: np.ndarray, times: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -27,7 +20,8 @@ def time_codes(feature: str, events: np.ndarray, times: np.ndarray, offsets: np.
         return now // _HOUR_S % 24
     if feature == "day_of_week":
         return (now // _DAY_S + 3) % 7  # 1970 began on a Thursday
+    most = (TIME_FEATURES["time_gap"].cardinality or 0) - 1
     is_first = offsets[np.searchsorted(offsets, events, side="right") - 1] == events
     gap = np.where(is_first, 0, now - times[np.maximum(events - 1, 0)])
     _, exponent = np.frexp(1 + gap)  # exact: 1 + gap = mantissa * 2^exponent, 0.5 <= mantissa < 1
-    return np.where(is_first, 0, np.minimum(exponent, _CODES["time_gap"] - 1)).astype(np.int64)
+    return np.where(is_first, 0, np.minimum(exponent, most)).astype(np.int64)

@@ -275,8 +275,8 @@ class HistoryEncoder:
             raise DataError(f"{of_user} has no items; give at least one")
         if roles.side:
             raise DataError(
-                f"{of_user} is given by hand, and the model reads {', '.join(roles.side)} of each item, which such a "
-                "history does not have; preprocess the data of these users, and name the users instead"
+                f"{of_user} has items alone, and the model also reads {', '.join(roles.side)} of each, which cannot be "
+                "given by hand; preprocess the data of these users, and name the users instead"
             )
         needed = {
             "actions": (history.actions, roles.action and f"the model reads {roles.action!r}"),

@@ -397,10 +397,11 @@ def choose_partition(
 
 
 def predefined_tables(args: DatasetArgs, store: SequenceStore, network: NetworkArgs) -> tuple[EmbeddingArgs, ...]:
-    """The tables that a built-in dataset brings along; none for own data."""
+    """The tables that gin files need not name: all of a built-in dataset; those of the time features of any data."""
+    tables = predefined_embeddings(store, network, dynamic=args.dynamic_tables)
     if resolve_name(args.dataset_name) is None:
-        return ()
-    return predefined_embeddings(store, network, dynamic=args.dynamic_tables)
+        return tuple(table for table in tables if table.table_name in store.time_features)
+    return tables
 
 
 def choose_tables(

@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hstu.data.time_features import TIME_FEATURES, time_codes
+from hstu.data.store_layout import TIME_FEATURES
+from hstu.data.time_features import time_codes
 from tests.conftest import write_small_store
 from tests.data.toy_store import ToyStore
 

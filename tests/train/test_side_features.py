@@ -152,7 +152,7 @@ def test_recommendations_are_for_users_of_the_data(mesh: Mesh, tmp_path: Path) -
     (best,) = model.recommend([100], top=3)
     assert len(best.items) == 3
     history = api.History(user=1, items=[1000], actions=[0], timestamps=[5])
-    with pytest.raises(DataError, match=r"given by hand, and the model reads genres, device, watched of each item"):
+    with pytest.raises(DataError, match=r"the model also reads genres, device, watched of each"):
         model.recommend_for([history])
 
 
@@ -164,8 +164,7 @@ def test_the_hour_of_an_event_teaches_without_a_column_of_its_own(mesh: Mesh, tm
     times = (hours * 3600 + 10**6 // 86_400 * 86_400).tolist()
     store = write_small_store(tmp_path / "store", items, actions=actions.tolist(), timestamps=times, num_items=ITEMS)
     dataset = {"contextual_feature_names": [], "side_feature_names": ["hour_of_day"]}
-    hour = {"feature_names": ["hour_of_day"], "table_name": "hour", "item_vocab_size_or_capacity": 24}
-    tables = (*tables_for(store, dataset), EmbeddingArgs(**hour, sharding_type="data_parallel", init_std=0.3))
+    tables = tables_for(store, dataset)
     trainer = {"max_train_iters": 60, "eval_at_end": True}
     options = {"dataset": dataset, "tables": tables, "trainer": trainer}
     assert run(tiny_config("ranking", store, tmp_path, **options), mesh).metrics["ACC"] > 0.95

@@ -37,8 +37,8 @@ TIME_FEATURES = {
     for name, cardinality in (("hour_of_day", 24), ("day_of_week", 7), ("time_gap", 41))
 }
 """What any data with times has beside its columns. Times are UTC, and a week begins on Monday. time_gap is 0 for a
-user's first event, else 1 plus the base-2 logarithm, rounded down, of 1 plus the seconds since the event before; at most
-40 (17,000 years)."""
+user's first event, else 1 plus the base-2 logarithm, rounded down, of 1 plus the seconds since the event before; at
+most 40 (17,000 years)."""
 
 
 def feature_file(role: Role, feature: str) -> str:

@@ -163,7 +163,7 @@ def test_dynamic_tables_report_beside_static_ones(monkeypatch: pytest.MonkeyPatc
 
 def test_the_table_of_compiled_kernels_counts_the_default_configuration_and_names_the_most_spills() -> None:
     compile_kernels = import_module("compile_kernels")
-    default = Compiled("attention_forward", 90, "128 × 64, 8 warps, 3 stages", 128, 65536, 0, 0, 1000, 16, 0, 4)
+    default = Compiled("attention_forward", 90, "128 × 64, 8 warps, 3 stages", 128, 65536, 0, 0, 1000, 16, 0, 0, 4)
     rows = [compile_kernels.row_of(default, 64, op="hstu_attention", variant="causal", is_default=True)]
     rows.append({**rows[0], "registers": 200, "spill_instructions": 3, "is_default": False})
     assert compile_kernels.as_markdown(rows)[-1] == "| attention_forward | ≤ 128 |  |  | 0 | 128 | 64 | 0 (3) |"

@@ -197,6 +197,8 @@ class Compiled:
     """Matrix products of warp groups (HGMMA)."""
     mma: int
     """Matrix products of warps (HMMA)."""
+    tensor_memory_mma: int
+    """Matrix products into tensor memory, from sm_100 on (UTCHMMA)."""
     wgmma_waits: int
     """Instructions that wait for products of warp groups."""
 
@@ -247,6 +249,7 @@ def read_cubin(cubin: bytes) -> dict[str, int]:
         "instructions": len(roots),
         "wgmma": roots.count("HGMMA"),
         "mma": roots.count("HMMA"),
+        "tensor_memory_mma": roots.count("UTCHMMA"),
         "wgmma_waits": sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in opcodes),
     }
 

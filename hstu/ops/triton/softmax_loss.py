@@ -1,4 +1,4 @@
-"""The softmax losses of retrieval by Triton kernels, in float32.
+"""The softmax losses of retrieval by Triton kernels, in float32 (tensor cores: three products of TF32 for one).
 
 As in :mod:`hstu.ops.pytorch.softmax_loss`, forward also computes the gradients. The logits of a whole pool are never
 stored. Sampled negatives store one float32 per draw.
@@ -14,11 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, add_positive_part, target_losses
-from hstu.ops.triton.launch import launcher
-from hstu.ops.triton.primitives import LOG2_E, Precision, dot, load_rows, matrix, store_rows
+from hstu.ops.triton.launch import bucket, launcher, precision_for
+from hstu.ops.triton.primitives import LOG2_E, Matrix, dot, load_rows, matrix, store_rows
 from hstu.ops.triton.rows import sums_by_key
 from hstu.ops.triton.support import WIDEST_VECTOR
 
+Tiles = tuple[tuple[int, int, int, int], ...]
+"""Configurations: BLOCK_M, BLOCK_N, CHUNK, num_warps. The first is the default."""
+LOG_TOTAL_TILES: Tiles = ((64, 64, 32, 4), (128, 64, 32, 8))
+GRADIENT_TILES: tuple[Tiles, Tiles] = (((64, 32, 32, 4), (64, 16, 64, 8)), ((64, 16, 32, 8), (32, 16, 64, 8)))
+"""Of vectors of at most 128 numbers, and of wider ones: the largest tiles that spill no registers."""
 NO_LOGIT = tl.constexpr(float("-inf"))
 """Logit of an entry that is not a negative of the query."""
 
@@ -38,25 +43,25 @@ class PoolSoftmaxLoss(SoftmaxLoss):
         temperature: float,
     ) -> Tensor:
         """See hstu.ops.functional.pool_softmax_loss."""
-        shared = _shared(queries, pool, target_ids, pool_ids, temperature) | dict(
+        _require_supported(queries)
+        of_queries, of_pool = (queries, target_ids.contiguous()), (pool, pool_ids.contiguous())
+        shared = dict(
             pool_valid=None if pool_valid is None else pool_valid.to(torch.uint8),
-            num_queries=len(queries),
-            pool_size=len(pool),
+            inverse_temperature=1.0 / temperature,
+            WIDTH=queries.shape[1],
             VALIDATED=pool_valid is not None,
-            precision=Precision("tf32x3" if queries.shape[1] <= 128 else "ieee"),
+            precision=precision_for(pool_gradients, queries.dtype),
         )
-        configs = _pool_configs(shared["BLOCK_D"])
         positive_logits = (queries * positives).sum(dim=1) / temperature
         log_totals = torch.empty_like(positive_logits)
-        _launch_blocks(pool_log_totals, len(queries), "BLOCK_M", configs, log_totals=log_totals, **shared)
+        _launch_pairs(pool_log_totals, of_queries, of_pool, LOG_TOTAL_TILES, log_totals=log_totals, **shared)
         losses = target_losses(positive_logits, log_totals)
         if any(ctx.needs_input_grad):
             grad_queries, grad_pool = torch.empty_like(queries), torch.empty_like(pool)
             shared |= dict(log_norms=positive_logits + losses)
-            for result, tile in ((grad_queries, "BLOCK_M"), (grad_pool, "BLOCK_N")):
-                _launch_blocks(
-                    pool_gradients, len(result), tile, configs, grad=matrix(result), OF_POOL=tile == "BLOCK_N", **shared
-                )
+            tiles = GRADIENT_TILES[queries.shape[1] > 128]
+            for grad, own, other in ((grad_queries, of_queries, of_pool), (grad_pool, of_pool, of_queries)):
+                _launch_pairs(pool_gradients, own, other, tiles, grad=matrix(grad), OF_POOL=grad is grad_pool, **shared)
             grad_positives = add_positive_part(grad_queries, queries, positives, losses, temperature)
             ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
         return losses.sum()
@@ -107,10 +112,9 @@ class SampledSoftmaxLoss(SoftmaxLoss):
 
 
 def _shared(queries: Tensor, pool: Tensor, target_ids: Tensor, pool_ids: Tensor, temperature: float) -> dict[str, Any]:
-    """The arguments that the kernels share."""
+    """The arguments that the kernels of sampled negatives share."""
+    _require_supported(queries)
     width = queries.shape[1]
-    if width > WIDEST_VECTOR or queries.dtype != torch.float32:
-        raise ValueError(f"vectors of {width} × {queries.dtype}: at most {WIDEST_VECTOR}, in float32")
     return dict(
         queries=matrix(queries),
         pool=matrix(pool),
@@ -118,19 +122,45 @@ def _shared(queries: Tensor, pool: Tensor, target_ids: Tensor, pool_ids: Tensor,
         pool_ids=pool_ids.contiguous(),
         inverse_temperature=1.0 / temperature,
         WIDTH=width,
-        BLOCK_D=max(16, triton.next_power_of_2(width)),
+        BLOCK_D=_padded(width),
     )
 
 
-def _launch_blocks(kernel: Any, length: int, tile: str, configs: list[triton.Config], **arguments: Any) -> None:
-    """Run a kernel with one program per block of ``length`` rows."""
-    if length:
-        launcher(kernel, lambda meta: (triton.cdiv(length, meta[tile]),), configs)(**arguments)
+def _require_supported(vectors: Tensor) -> None:
+    width = vectors.shape[1]
+    if width > WIDEST_VECTOR or vectors.dtype != torch.float32:
+        raise ValueError(f"vectors of {width} × {vectors.dtype}: at most {WIDEST_VECTOR}, in float32")
 
 
-def _pool_configs(block_d: int) -> list[triton.Config]:
-    tile = 32 if block_d <= 128 else 16
-    return [triton.Config({"BLOCK_M": tile, "BLOCK_N": tile}, num_warps=4 if block_d <= 64 else 8, num_stages=1)]
+def _launch_pairs(
+    kernel: Any, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], tiles: Tiles, **arguments: Any
+) -> None:
+    """Run a kernel with one program per block of rows of ``own``. ``own`` and ``other``: vectors and their ids."""
+    num_rows, width = own[0].shape
+    if num_rows:
+        launcher(
+            kernel,
+            lambda meta: (triton.cdiv(num_rows, meta["BLOCK_M"]),),
+            [
+                triton.Config(
+                    {"BLOCK_M": m, "BLOCK_N": n, "CHUNK": min(chunk, _padded(width))}, num_warps=warps, num_stages=2
+                )
+                for m, n, chunk, warps in tiles
+            ],
+            (bucket(num_rows), bucket(len(other[0])), width),
+        )(
+            own=matrix(own[0]),
+            other=matrix(other[0]),
+            own_ids=own[1],
+            other_ids=other[1],
+            num_rows=num_rows,
+            num_columns=len(other[0]),
+            **arguments,
+        )
+
+
+def _padded(width: int) -> int:
+    return int(max(16, triton.next_power_of_2(width)))
 
 
 def _draw_configs(block_d: int) -> list[triton.Config]:
@@ -138,79 +168,126 @@ def _draw_configs(block_d: int) -> list[triton.Config]:
 
 
 @triton.jit
+def _chunk_of(matrix, first):
+    """The columns of a matrix from ``first`` on."""
+    return Matrix(matrix.data + first * matrix.stride_column, matrix.stride_row, matrix.stride_column)
+
+
+@triton.jit
+def _load_chunk(source, rows, limit, first, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """[rows, CHUNK] of a matrix WIDTH wide, from column ``first`` on; zeros beyond the width and from row ``limit``."""
+    part = _chunk_of(source, first)
+    columns = tl.arange(0, CHUNK)
+    pointers = part.data + rows.to(tl.int64)[:, None] * part.stride_row + columns[None, :] * part.stride_column
+    inside = rows[:, None] < limit
+    if WIDTH % CHUNK != 0:
+        inside = inside & (first + columns[None, :] < WIDTH)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
 def _pool_logits(
-    queries, pool, target, rows, columns, pool_ids, pool_valid, pool_size, inverse_temperature,
-    VALIDATED: tl.constexpr, precision: tl.constexpr,
+    own, other, rows, columns, num_rows, num_columns, own_ids, other_ids, inverse_temperature,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Logits [rows, columns]; −∞ where the entry of the pool is not a negative of the query."""
-    zero = tl.zeros((queries.shape[0], pool.shape[0]), tl.float32)
-    logits = dot(queries, pool.T, zero, precision) * inverse_temperature
-    inside = columns < pool_size
-    ids = tl.load(pool_ids + columns, mask=inside, other=0)
-    is_negative = (target[:, None] != ids[None, :]) & inside[None, :]
-    if VALIDATED:
-        is_negative = is_negative & (tl.load(pool_valid + columns, mask=inside, other=0) != 0)[None, :]
-    return tl.where(is_negative, logits, NO_LOGIT)
+    """Logits [rows of own, rows of other]; −∞ where the ids are equal, and from ``num_columns`` on.
+
+    Both are read CHUNK numbers of the width at a time, because whole rows of 256 do not fit into the registers.
+    """
+    products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for first in tl.range(0, WIDTH, CHUNK):
+        a = _load_chunk(own, rows, num_rows, first, WIDTH, CHUNK)
+        b = _load_chunk(other, columns, num_columns, first, WIDTH, CHUNK)
+        products = dot(a, b.T, products, precision)
+    inside = columns < num_columns
+    row_ids = tl.load(own_ids + rows, mask=rows < num_rows, other=0)
+    column_ids = tl.load(other_ids + columns, mask=inside, other=0)
+    is_negative = (row_ids[:, None] != column_ids[None, :]) & inside[None, :]
+    return tl.where(is_negative, products * inverse_temperature, NO_LOGIT)
 
 
-@triton.jit(do_not_specialize=["num_queries", "pool_size"])
+@triton.jit(do_not_specialize=["num_rows", "num_columns"])
 def pool_log_totals(
-    queries, pool, target_ids, pool_ids, pool_valid, log_totals, num_queries, pool_size, inverse_temperature,
-    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, VALIDATED: tl.constexpr, precision: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    own, other, own_ids, other_ids, pool_valid, log_totals, num_rows, num_columns, inverse_temperature,
+    WIDTH: tl.constexpr, VALIDATED: tl.constexpr, precision: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """log Σ exp(logit) over the negatives of each query; −∞ for a query without negatives. Grid: (row blocks,)."""
+    """log Σ exp(logit) over the negatives of each query; −∞ for a query without negatives.
+
+    ``own``: the queries; ``other``: the pool. Grid: (blocks of queries,).
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(queries, rows.to(tl.int64), num_queries, WIDTH, BLOCK_D, True)
-    target = tl.load(target_ids + rows, mask=rows < num_queries, other=0)
     peak = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite, because −∞ − (−∞) is nan
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for first in tl.range(0, pool_size, BLOCK_N):
+    for first in tl.range(0, num_columns, BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
-        p = load_rows(pool, columns.to(tl.int64), pool_size, WIDTH, BLOCK_D, True)
         logits = _pool_logits(
-            q, p, target, rows, columns, pool_ids, pool_valid, pool_size, inverse_temperature, VALIDATED, precision
-        )
+            own, other, rows, columns, num_rows, num_columns, own_ids, other_ids, inverse_temperature,
+            WIDTH, CHUNK, precision,
+        )  # fmt: skip
+        if VALIDATED:
+            valid = tl.load(pool_valid + columns, mask=columns < num_columns, other=0)
+            logits = tl.where(valid[None, :] != 0, logits, NO_LOGIT)
         new_peak = tl.maximum(peak, tl.max(logits, axis=1))
         exponentials = tl.exp2((logits - new_peak[:, None]) * LOG2_E)
         total = total * tl.exp2((peak - new_peak) * LOG2_E) + tl.sum(exponentials, axis=1)
         peak = new_peak
-    tl.store(log_totals + rows, peak + tl.log(total), mask=rows < num_queries)
+    tl.store(log_totals + rows, peak + tl.log(total), mask=rows < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_queries", "pool_size"])
+@triton.jit(do_not_specialize=["num_rows", "num_columns"])
 def pool_gradients(
-    queries, pool, target_ids, pool_ids, pool_valid, log_norms, grad, num_queries, pool_size, inverse_temperature,
-    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, VALIDATED: tl.constexpr, precision: tl.constexpr,
-    OF_POOL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    own, other, own_ids, other_ids, pool_valid, log_norms, grad, num_rows, num_columns, inverse_temperature,
+    WIDTH: tl.constexpr, VALIDATED: tl.constexpr, OF_POOL: tl.constexpr, precision: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries, weights @ pool, or, if OF_POOL, of the pool, weightsᵀ @ queries.
+    """The gradient of ``own``, weights @ other, with weights = exp(logit − log_norm of the query) / τ.
 
-    weights = exp(logit − log_norm) / τ. Grid: (blocks of rows of the gradient,).
+    ``own``: the queries, or the pool if OF_POOL; ``other``: the other one. Grid: (blocks of rows of ``own``,).
     """
-    block = tl.program_id(0)
-    total = tl.zeros((BLOCK_N if OF_POOL else BLOCK_M, BLOCK_D), tl.float32)
-    rows = (0 if OF_POOL else block * BLOCK_M) + tl.arange(0, BLOCK_M)
-    columns = (block * BLOCK_N if OF_POOL else 0) + tl.arange(0, BLOCK_N)
-    for first in tl.range(0, num_queries if OF_POOL else pool_size, BLOCK_M if OF_POOL else BLOCK_N):
-        i = rows + first if OF_POOL else rows
-        j = columns if OF_POOL else columns + first
-        q = load_rows(queries, i.to(tl.int64), num_queries, WIDTH, BLOCK_D, True)
-        p = load_rows(pool, j.to(tl.int64), pool_size, WIDTH, BLOCK_D, True)
-        target = tl.load(target_ids + i, mask=i < num_queries, other=0)
-        log_norm = tl.load(log_norms + i, mask=i < num_queries, other=0.0)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sums = ()  # [BLOCK_M, CHUNK] each
+    for _ in tl.static_range(0, WIDTH, CHUNK):
+        sums = sums + (tl.zeros((BLOCK_M, CHUNK), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    for first in tl.range(0, num_columns, BLOCK_N):
+        columns = first + tl.arange(0, BLOCK_N)
         logits = _pool_logits(
-            q, p, target, i, j, pool_ids, pool_valid, pool_size, inverse_temperature, VALIDATED, precision
-        )
-        weights = tl.exp2((logits - log_norm[:, None]) * LOG2_E) * inverse_temperature
+            own, other, rows, columns, num_rows, num_columns, own_ids, other_ids, inverse_temperature,
+            WIDTH, CHUNK, precision,
+        )  # fmt: skip
         if OF_POOL:
-            total = dot(weights.T, q, total, precision)
+            log_norm = tl.load(log_norms + columns, mask=columns < num_columns, other=0.0)[None, :]
         else:
-            total = dot(weights, p, total, precision)
-    if OF_POOL:
-        store_rows(grad, columns.to(tl.int64), pool_size, total, WIDTH, BLOCK_D)
-    else:
-        store_rows(grad, rows.to(tl.int64), num_queries, total, WIDTH, BLOCK_D)
+            log_norm = tl.load(log_norms + rows, mask=rows < num_rows, other=0.0)[:, None]
+        if VALIDATED:
+            if OF_POOL:
+                valid = tl.load(pool_valid + rows, mask=rows < num_rows, other=0)[:, None]
+            else:
+                valid = tl.load(pool_valid + columns, mask=columns < num_columns, other=0)[None, :]
+            logits = tl.where(valid != 0, logits, NO_LOGIT)
+        weights = tl.exp2((logits - log_norm) * LOG2_E) * inverse_temperature
+        sums = _add_products(sums, weights, other, columns, num_columns, WIDTH, CHUNK, precision)
+    for index in tl.static_range(0, len(sums)):
+        _store_chunk(grad, rows, num_rows, sums[index], index * CHUNK, WIDTH, CHUNK)
+
+
+@triton.jit
+def _add_products(
+    sums, weights, other, columns, num_columns, WIDTH: tl.constexpr, CHUNK: tl.constexpr, precision: tl.constexpr
+):
+    """sums + weights @ rows of other; a tuple with one element per CHUNK of the width."""
+    added = ()
+    for index in tl.static_range(0, len(sums)):
+        values = _load_chunk(other, columns, num_columns, index * CHUNK, WIDTH, CHUNK)
+        added = added + (dot(weights, values, sums[index], precision),)  # type: ignore[assignment]  # noqa: RUF005
+    return added
+
+
+@triton.jit
+def _store_chunk(target, rows, limit, values, FIRST: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    rest: tl.constexpr = WIDTH - FIRST
+    part = _chunk_of(target, FIRST)
+    store_rows(part, rows.to(tl.int64), limit, values, rest if rest < CHUNK else CHUNK, CHUNK)
 
 
 @triton.jit

@@ -78,7 +78,9 @@ def test_positions_equal_float64_and_far_ones_share_the_last(device: torch.devic
 
 
 @pytest.mark.parametrize("has_valid", [False, True])
-@pytest.mark.parametrize(("queries", "pool", "width"), [(0, 4, 16), (1, 1, 3), (130, 70, 50), (5, 100, 200)])
+@pytest.mark.parametrize(
+    ("queries", "pool", "width"), [(0, 4, 16), (1, 1, 3), (130, 70, 50), (5, 100, 200), (70, 70, 256)]
+)
 def test_the_pool_loss_equals_float64(
     device: torch.device, queries: int, pool: int, width: int, has_valid: bool
 ) -> None:

@@ -10,7 +10,7 @@ import importlib
 import logging
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,9 +18,6 @@ from hstu.config.errors import ConfigError
 from hstu.ops.check_process import Checked, refusal
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.types import OPERATORS, Backend, Kernels, KernelShapes, ServedBy
-
-if TYPE_CHECKING:
-    from hstu.ops.triton.slots import SlotIndex
 
 logger = logging.getLogger(__name__)
 
@@ -103,17 +100,17 @@ def select_backend(requested: str, strict: bool, device: torch.device, shapes: K
 def triton_unsupported_reason(device: torch.device, shapes: KernelShapes | None) -> str | None:
     """Why the Triton kernels cannot run on this GPU; None: they can. Checks them at their first use on a machine.
 
-    ``shapes``: of the model; None: only the hash index of dynamic tables is wanted.
+    ``shapes``: of the model; None: only the kernels of dynamic tables are wanted.
     """
     return _gpu_unsupported_reason("triton", "Triton", "triton", device, shapes)
 
 
-def select_slot_index(device: torch.device) -> tuple[type[SlotIndex] | None, str | None]:
-    """The hash index of dynamic tables in GPU memory; else (None, why Triton cannot run on this GPU)."""
+def select_slot_kernels(device: torch.device) -> tuple[ModuleType | None, str | None]:
+    """The kernels of dynamic tables, hstu.ops.triton.slots; else (None, why Triton cannot run on this GPU)."""
     unsupported_reason = triton_unsupported_reason(device, None)
     if unsupported_reason is not None:
         return None, unsupported_reason
-    return importlib.import_module("hstu.ops.triton.slots").SlotIndex, None
+    return importlib.import_module("hstu.ops.triton.slots"), None
 
 
 def cutlass_unsupported_reason(device: torch.device, shapes: KernelShapes) -> str | None:

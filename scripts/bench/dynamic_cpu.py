@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -71,17 +72,18 @@ def rate(batches: Iterator[torch.Tensor], remap: Callable[[torch.Tensor], Any]) 
 
 def slots_rate(table: SlotTable, batches: Iterator[torch.Tensor]) -> dict[str, float]:
     """The rate of a SlotTable, its hits, insertions and evictions, and memory after half and all of the stream."""
-    counters, memory, step = Counters(), [], 0
+    counts, memory, step = torch.zeros(len(fields(Counters)), dtype=torch.int64), [], 0
 
     def remap(ids: torch.Tensor) -> None:
         nonlocal step
         step += 1
-        counters.add(table.assign(ids, step).counters)
+        counts.add_(table.assign(ids, step).counts)
         memory.append(psutil.Process().memory_info().rss)
 
     result: dict[str, float] = rate(batches, remap)
+    counters = Counters(*counts.tolist())
     result["hit_rate"] = counters.hits / counters.lookups
-    result |= {"insertions": counters.insertions, "evictions": counters.evictions, "rows": table.size}
+    result |= {"insertions": counters.insertions, "evictions": counters.evictions, "rows": int(table.size())}
     return result | {"memory_half_mib": memory[len(memory) // 2] / 2**20, "memory_mib": memory[-1] / 2**20}
 
 
@@ -132,7 +134,7 @@ def trained(mesh: meshes.Mesh, options: argparse.Namespace, policy: str | None) 
     for _ in range(options.trained_warm_up):
         step(next(batches))
     for table in dynamic_tables(model).values():
-        table.counters = Counters()
+        table.pop_figures()
     result = rate(batches, step)
     for table in dynamic_tables(model).values():
         result["hit_rate"] = table.counters.hits / max(1, table.counters.lookups)

@@ -30,9 +30,9 @@ from torchrec import KeyedJaggedTensor
 from hstu.data.batch import keyed_jagged
 from hstu.data.hashing import hash_ids
 from hstu.observe.logging import quiet_libraries
-from hstu.ops.select import select_slot_index
+from hstu.ops.select import select_slot_kernels
 from hstu.parallel import mesh as meshes
-from hstu.parallel.dynamic.slot_tables import CpuSlots, TorchSlots
+from hstu.parallel.dynamic.slot_tables import CpuSlots, GpuSlots, TorchSlots
 from hstu.parallel.dynamic.slots import Policy, SlotTable, score
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.tables import dynamic_tables
@@ -60,10 +60,10 @@ class Stream:
         self.hashed = [keyed_jagged({"item": ids}, {"item": lengths}).to(device) for ids in rows]
 
 
-def fill(slots: SlotTable) -> None:
+def fill(slots: SlotTable, device: torch.device) -> None:
     """Give a slot to every id of the stream "fits", as if each had occurred once in a first batch."""
     ids = torch.from_numpy((np.arange(1, slots.capacity, dtype=np.uint64) * np.uint64(SCATTER)).view(np.int64))
-    ids = ids.to(slots.ids.device)
+    ids = ids.to(device)
     slots.restore(ids, score(slots.policy, torch.ones_like(ids), 1))
 
 
@@ -81,10 +81,10 @@ def slot_kinds(options: argparse.Namespace, device: torch.device) -> dict[str, C
     }
     if device.type != "cuda":
         return {"C++": lambda policy: CpuSlots(options.rows, policy), **kinds}
-    index, unsupported_reason = select_slot_index(device)
-    if index is None:
+    kernels, unsupported_reason = select_slot_kernels(device)
+    if kernels is None:
         raise RuntimeError(f"Triton cannot run here: {unsupported_reason}")
-    return {"Triton": lambda policy: TorchSlots(options.rows, policy, device=str(device), index=index), **kinds}
+    return {"Triton": lambda policy: GpuSlots(options.rows, policy, 0, device, kernels), **kinds}
 
 
 def look_up(table: SlotTable, stream: Stream, number: int) -> None:
@@ -102,7 +102,7 @@ def slots_report(streams: Mapping[str, Stream], options: argparse.Namespace, dev
     kinds = slot_kinds(options, device)
     tables = {f"{kind} {policy}": make(policy) for kind, make in kinds.items() for policy in POLICIES}
     for table in tables.values():
-        fill(table)
+        fill(table, device)
     looked_up = {name: partial(look_up, table, streams["fits"]) for name, table in tables.items()}
     yield from rows_of(looked_up, "fits, lookup only", options, device)
     first_step = 2
@@ -143,7 +143,7 @@ class ShardedTable:
         self.is_dynamic = bool(dynamic)
         self.model, self.optimizer = sharded_table(mesh, options.rows, options.dim, "rowwise_adagrad", **dynamic)
         for table in self.dynamic():
-            fill(table.slots)
+            fill(table.slots, table.rows.device)
             table.step = 1
 
     def dynamic(self) -> Sequence[DynamicTable]:
@@ -177,9 +177,10 @@ def train_report(streams: Mapping[str, Stream], options: argparse.Namespace, dev
             row["times_baseline"] = round(row["ms"] / rows[0]["ms"], 3)
             table = tables[row["variant"]]
             for dynamic in table.dynamic() if isinstance(table, ShardedTable) else ():
-                row["hit_rate"] = round(dynamic.counters.hits / dynamic.counters.lookups, 4)
-                row["evictions_a_batch"] = dynamic.counters.evictions // len(stream.ids)
-                dynamic.counters = type(dynamic.counters)()
+                counters = dynamic.counters
+                row["hit_rate"] = round(counters.hits / counters.lookups, 4)
+                row["evictions_a_batch"] = counters.evictions // len(stream.ids)
+                dynamic.pop_figures()
         yield from rows
     meshes.finish()
 

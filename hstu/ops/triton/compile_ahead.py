@@ -25,8 +25,9 @@ from triton.runtime.jit import create_function_from_signature
 from hstu.ops.functional import layer_norm, project_uvqk, projected_attention, projected_gate
 from hstu.ops.layout import build_layout, token_order
 from hstu.ops.triton.launch import Launch, recorded_launches
+from hstu.ops.triton.new_rows import start_rows
 from hstu.ops.triton.operators import OPERATORS
-from hstu.ops.triton.slots import SlotIndex
+from hstu.ops.triton.slots import DeviceSlots
 from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, GateConfig, JaggedLayout, RelativeBias, TensorParallelComm
 
 WARP_SIZE = 32
@@ -151,12 +152,14 @@ def _run_softmax(op: str, width: int) -> None:
 
 
 def _run_slots(policy: str) -> None:
-    index, (ids, scores, counts) = SlotIndex(64, "cpu"), torch.zeros(3, 64, dtype=torch.int64)
-    index.find(ids, ids)
-    for occurrences in (None, counts):
-        index.count(ids, ids, occurrences, scores, 1, lfu=policy == "lfu")
-    index.insert(ids, ids)
-    index.erase(ids, ids)
+    ids, row_ids = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.int32)
+    table, sightings = (DeviceSlots(48, lfu, "cpu") for lfu in (policy == "lfu", False))
+    table.find(ids)
+    done = table.assign(ids, 1, sightings, 2)
+    table.assign(ids, 1)
+    rows, inserted = torch.zeros(64, 128), done.counters[4:5]
+    start_rows(rows, done.new_slots, inserted, done.new_ids, torch.zeros(1 << 16), init_std=0.1)
+    start_rows(rows, row_ids, inserted)
 
 
 def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

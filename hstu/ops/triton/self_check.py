@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hstu.data.hashing import splitmix64
 from hstu.ops.functional import layer_norm, project_uvqk, projected_attention, projected_gate
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.self_check import Checks, Errors, largest_error, main, same_bits, small_layout
 from hstu.ops.triton.launch import each_configuration
 from hstu.ops.triton.operators import OPERATORS, unsupported_reason
-from hstu.ops.triton.slots import SlotIndex
+from hstu.ops.triton.slots import DeviceSlots
 from hstu.ops.types import (
     NUM_TIME_BUCKETS,
     AttentionConfig,
@@ -50,7 +52,7 @@ class Case:
 def checks(device: torch.device, shapes: KernelShapes | None) -> Checks:
     """All kernels that serve these shapes, in every configuration that measurements may choose.
 
-    ``shapes``: None: only the hash index of dynamic tables.
+    ``shapes``: None: only the kernels of dynamic tables.
     """
     yield "slots of dynamic tables", partial(_slots_errors, device)
     if shapes is None:
@@ -199,20 +201,36 @@ def _loss_cases(shapes: KernelShapes) -> Iterator[tuple[str, Case]]:
 
 
 def _slots_errors(device: torch.device) -> Errors:
-    """The larger of the shares of wrong slots and wrong scores, after a third of the ids have been erased."""
+    """The share of ids with a wrong slot, count or step, after batches of more ids than there are slots."""
     capacity, extremes = 500, [0, -1, torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max]
-    ids = torch.cat([torch.tensor(extremes), torch.arange(2 * capacity - len(extremes)) * 7919 + 1])
-    expected = torch.where(torch.arange(2 * capacity) < capacity, torch.arange(2 * capacity), -1)
-    index, held = SlotIndex(capacity, device), ids[:capacity].to(device)
-    index.insert(held, expected[:capacity].to(device))
-    erased = torch.arange(1, capacity, 3)
-    index.erase(held[erased.to(device)], erased.to(device))
-    expected[erased] = -1
-    scores = torch.zeros(capacity, dtype=torch.int64, device=device)
-    found = index.count(ids.repeat(3).to(device), held, None, scores, 7, lfu=True)
-    scored = torch.where(expected[:capacity] < 0, 0, (3 << 32) + 7)
-    wrong = found.cpu() != expected.repeat(3), scores.cpu() != scored
-    return {"slots of dynamic tables": (max(float(each.double().mean()) for each in wrong), 0.0)}
+    drawn = [(torch.arange(600) * step**2 * 31 % 997 - 9).tolist() + extremes * step for step in range(1, 7)]
+    wrong = 0.0
+    for lfu in (False, True):
+        table, expected = DeviceSlots(capacity, lfu, device), dict[int, list[int]]()
+        for step, batch in enumerate(drawn, 1):
+            ids = torch.tensor(batch).to(device)
+            differ = table.assign(ids, step).slots != table.find(ids)
+            _assign_one_by_one(expected, batch, step, capacity, lfu)
+            size = int(table.size)
+            seen = table.seen[:size].cpu()
+            pairs = torch.stack([seen >> 32, seen & (2**32 - 1)], dim=1).tolist()
+            held = dict(zip(table.ids[:size].tolist(), pairs, strict=True))
+            misses = sum(held.get(id_) != pair for id_, pair in expected.items()) / capacity
+            wrong = max(wrong, misses, float(differ.double().mean()), abs(size - len(expected)))
+    return {"slots of dynamic tables": (wrong, 0.0)}
+
+
+def _assign_one_by_one(held: dict[int, list[int]], batch: list[int], step: int, capacity: int, lfu: bool) -> None:
+    """The rules of hstu/parallel/dynamic/slots.py. ``held``: id → [count, last step]."""
+    protected = held.keys() & set(batch)
+    for id_, count in Counter(batch).items():
+        held[id_] = [held.get(id_, [0])[0] + count, step]
+
+    def order(id_: int) -> tuple[int, ...]:
+        return (*(held[id_] if lfu else reversed(held[id_])), int(splitmix64(id_)[0]))
+
+    for id_ in sorted(held.keys() - protected, key=order)[: max(0, len(held) - capacity)]:
+        del held[id_]
 
 
 def all_shapes() -> Iterator[KernelShapes]:

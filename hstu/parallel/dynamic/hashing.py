@@ -67,11 +67,11 @@ def initial_rows(ids: Tensor, dim: int, init_std: float, table_key: int) -> Tens
     words = -(-dim // 4)
     keys = mix(ids ^ table_key)[:, None] + torch.arange(words, device=ids.device)
     quantiles = mix(keys).view(torch.int16).to(torch.int32) + _QUANTILES // 2
-    return (_normal_quantiles(ids.device)[quantiles] * init_std)[:, :dim]
+    return (normal_quantiles(ids.device)[quantiles] * init_std)[:, :dim]
 
 
 @cache
-def _normal_quantiles(device: torch.device) -> Tensor:
+def normal_quantiles(device: torch.device) -> Tensor:
     """float32 [65536]: the midpoints of 65,536 equally likely parts of the standard normal distribution."""
     quantiles = torch.special.ndtri((torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES)
     return quantiles.float().to(device)  # computed on the CPU, for the same bits on every device

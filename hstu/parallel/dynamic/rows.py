@@ -10,12 +10,31 @@ passes, so loads at one stamp never evict each other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+
+from hstu.parallel.dynamic.hashing import normal_quantiles
+
+
+@dataclass(frozen=True)
+class InitialRows:
+    """The initial rows of ``ids``, int64 [n], as ``initial_rows`` of hashing.py defines them."""
+
+    ids: Tensor
+    table_key: int
+    init_std: float
+
+    def options(self, dim: int) -> dict[str, Any]:
+        """Arguments of the kernel that writes them, for rows of ``dim`` columns."""
+        quantiles = normal_quantiles(self.ids.device)
+        return {"quantiles": quantiles, "columns": dim, "table_key": self.table_key, "init_std": self.init_std}
 
 
 class RowBlock:
@@ -71,6 +90,25 @@ class Rows:
         for block, used in self._ranges(len(self)):
             here = (slots >= used.start) & (slots < used.stop)
             block.initialize(slots[here] - used.start, weight[here])
+
+    @torch.no_grad()
+    def start(self, slots: Tensor, number: Tensor, kernels: ModuleType, initial: InitialRows | None) -> None:
+        """Write initial rows, or zeros, to the first ``number``, int64 [1], of ``slots``, and zeros to their states.
+
+        Does what ``initialize`` does, by the ``kernels`` of hstu/ops/triton/slots.py, and the host does not wait.
+        """
+        ids, options = (None, {}) if initial is None else (initial.ids, initial.options(self.dim))
+        start = 0
+        for block in self.blocks:
+            kernels.start_rows(block.weight, slots, number, ids, first_row=start, **options)
+            for state in block.states.values():
+                kernels.start_rows(state, slots, number, first_row=start)
+            if block.cache is not None:
+                places = torch.arange(len(slots), device=slots.device)
+                here = (places < number) & (slots >= start) & (slots < start + len(block.weight))
+                lines = block.cache.lines_of(torch.where(here, slots - start, -1))
+                kernels.start_rows(block.cache.lines, lines, number, ids, **options)
+            start += len(block.weight)
 
     @torch.no_grad()
     def prefetch(self, slots: Tensor) -> None:

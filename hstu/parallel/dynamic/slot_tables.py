@@ -1,7 +1,7 @@
-"""Implementations of SlotTable: TorchSlots on any device, CpuSlots in C++, and the choice between them.
+"""Implementations of SlotTable, and the choice between them.
 
-TorchSlots is the reference. On a GPU it uses the hash index of hstu/ops/triton/slots.py; elsewhere it keeps the ids
-sorted. A batch on a GPU waits for the device once, and a few more times if it has new ids.
+TorchSlots is the reference and runs on any device. CpuSlots is in C++. GpuSlots consists of Triton kernels, and the
+host never waits for the device in it.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from abc import abstractmethod
+from dataclasses import astuple
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hstu.config.args import DynamicEmbeddingArgs
 from hstu.ops.cpu.build import KernelsUnavailable, address, int32, int64, library, library_file, pointer
-from hstu.ops.select import select_slot_index
+from hstu.ops.select import select_slot_kernels
 from hstu.ops.self_check import record_passed
 from hstu.parallel.dynamic.slots import (
+    MAX_STEP,
     NO_SLOT,
     Assignment,
     Counters,
@@ -29,9 +33,6 @@ from hstu.parallel.dynamic.slots import (
     score,
     steps_of,
 )
-
-if TYPE_CHECKING:  # Triton need not be installed
-    from hstu.ops.triton.slots import SlotIndex
 
 log = logging.getLogger(__name__)
 
@@ -49,52 +50,45 @@ def create_slots(table: str, args: DynamicEmbeddingArgs, capacity: int, device: 
         except KernelsUnavailable as reason:
             log.warning("table %s: PyTorch looks up its ids, there are no C++ kernels: %s", table, reason)
     elif device.type == "cuda":
-        index, unsupported_reason = select_slot_index(device)
-        if index is not None:
-            return TorchSlots(capacity, policy, threshold, str(device), index)
+        kernels, unsupported_reason = select_slot_kernels(device)
+        if kernels is not None:
+            return GpuSlots(capacity, policy, threshold, device, kernels)
         log.warning("table %s: PyTorch looks up its ids, Triton cannot: %s", table, unsupported_reason)
     return TorchSlots(capacity, policy, threshold, str(device))
 
 
-class SortedIndex:
-    """The slot of each id, as a sorted list: every change sorts again. See SlotIndex for the methods."""
+class ScoredSlots(SlotTable):
+    """A SlotTable whose ``ids`` and ``scores``, int64 [capacity], are the state; the first ``_size`` are in use."""
 
-    def __init__(self, capacity: int, device: str) -> None:
-        self.clear()
+    def __init__(self, capacity: int, policy: Policy, admission_threshold: int = 0, device: str = "cpu") -> None:
+        super().__init__(capacity, policy, admission_threshold)
+        self.ids = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.scores = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self._size = 0
+        if admission_threshold > 1:
+            self.sightings = self._like(capacity, "lru")
 
-    def clear(self) -> None:
-        """Forget all ids."""
-        self._sorted_ids = self._slots = torch.empty(0, dtype=torch.int64)
+    @abstractmethod
+    def _like(self, capacity: int, policy: Policy) -> ScoredSlots:
+        """Create a table of the same implementation on the same device."""
 
-    def has_room(self, number: int) -> bool:
-        """Whether ``number`` ids can be inserted into what is there: never."""
-        return False
+    @abstractmethod
+    def _rebuild(self) -> None:
+        """Follow ``ids``, ``scores`` and ``_size``, which have been overwritten."""
 
-    def insert(self, ids: Tensor, slots: Tensor) -> None:
-        """Hold all ``ids``, int64 [n], whose ``slots`` must be 0, 1, …, n - 1."""
-        self._sorted_ids, self._slots = ids.sort()
+    def size(self) -> Tensor:
+        """See SlotTable."""
+        return torch.tensor([self._size], device=self.ids.device)
 
-    def erase(self, ids: Tensor, slots: Tensor) -> None:
-        """Never called, as there is never room."""
-        raise NotImplementedError
+    def content(self) -> tuple[Tensor, Tensor]:
+        """See SlotTable; views."""
+        return self.ids[: self._size], self.scores[: self._size]
 
-    def find(self, wanted: Tensor, ids: Tensor) -> Tensor:
-        """Slots of ``wanted``, int64 [n], NO_SLOT for an id without one. ``ids``: int64 [capacity], by slot."""
-        if not len(self._sorted_ids):
-            return torch.full_like(wanted, NO_SLOT)
-        found = torch.searchsorted(self._sorted_ids, wanted).clamp_(max=len(self._sorted_ids) - 1)
-        return torch.where(self._sorted_ids[found] == wanted, self._slots[found], NO_SLOT)
-
-    def count(self, wanted: Tensor, ids: Tensor, counts: Tensor | None, scores: Tensor, step: int, lfu: bool) -> Tensor:
-        """``find``, and update the ``scores`` of the ids that are found and occur ``counts`` times (None: once)."""
-        policy: Policy = "lfu" if lfu else "lru"
-        slots = self.find(wanted, ids)
-        known = slots != NO_SLOT
-        held, which = slots[known].unique(return_inverse=True)
-        occurrences = torch.ones_like(which) if counts is None else counts[known]
-        seen = counts_of(policy, scores[held]).index_add_(0, which, occurrences)
-        scores[held] = score(policy, seen, step)
-        return slots
+    def restore(self, ids: Tensor, scores: Tensor) -> None:
+        """See SlotTable."""
+        self._size = len(ids)
+        self.ids[: self._size], self.scores[: self._size] = ids, scores
+        self._rebuild()
 
 
 class _Placement(NamedTuple):
@@ -109,31 +103,25 @@ class _Placement(NamedTuple):
     evicted_ids: Tensor
 
 
-class TorchSlots(SlotTable):
-    """See SlotTable. On any device; ``index`` finds the slot of an id."""
+class TorchSlots(ScoredSlots):
+    """See SlotTable. On any device; keeps the ids sorted, and sorts them again after every change."""
 
-    def __init__(
-        self,
-        capacity: int,
-        policy: Policy,
-        admission_threshold: int = 0,
-        device: str = "cpu",
-        index: type[SortedIndex] | type[SlotIndex] = SortedIndex,
-    ) -> None:
-        self._index = index(capacity, device)
+    def __init__(self, capacity: int, policy: Policy, admission_threshold: int = 0, device: str = "cpu") -> None:
         super().__init__(capacity, policy, admission_threshold, device)
         self._rebuild()
 
     def _like(self, capacity: int, policy: Policy) -> TorchSlots:
-        return TorchSlots(capacity, policy, device=str(self.ids.device), index=type(self._index))
+        return TorchSlots(capacity, policy, device=str(self.ids.device))
 
     def _rebuild(self) -> None:
-        self._index.clear()
-        self._index.insert(self.ids[: self.size], torch.arange(self.size, device=self.ids.device))
+        self._sorted_ids, self._slot_of_sorted = self.ids[: self._size].sort()
 
     def lookup(self, ids: Tensor) -> Tensor:
         """See SlotTable."""
-        return self._index.find(ids, self.ids)
+        if not self._size:
+            return torch.full_like(ids, NO_SLOT)
+        found = torch.searchsorted(self._sorted_ids, ids).clamp_(max=self._size - 1)
+        return torch.where(self._sorted_ids[found] == ids, self._slot_of_sorted[found], NO_SLOT)
 
     def assign(self, ids: Tensor, step: int) -> Assignment:
         """See SlotTable."""
@@ -141,16 +129,26 @@ class TorchSlots(SlotTable):
         absent = (slots == NO_SLOT).nonzero()[:, 0]
         counters = Counters(lookups=len(ids), hits=len(ids) - len(absent))
         if not len(absent):
-            return Assignment(slots, absent, absent, absent, counters)
+            return Assignment(slots, absent, absent, absent, self._counts(counters))
         new, counts, which = _distinct(ids[absent])
         placement = self._place_admitted(new, counts, step, counters)
         slots[absent] = placement.slots[which]
         counters.insertions, counters.evictions = len(placement.placed), len(placement.evicted_ids)
-        return Assignment(slots, placement.new_slots, new[placement.placed], placement.evicted_ids, counters)
+        new_ids = new[placement.placed]
+        return Assignment(slots, placement.new_slots, new_ids, placement.evicted_ids, self._counts(counters))
+
+    def _counts(self, counters: Counters) -> Tensor:
+        return torch.tensor(astuple(counters), device=self.ids.device)
 
     def _count(self, ids: Tensor, counts: Tensor | None, step: int) -> Tensor:
         """Look up ``ids``, which occur ``counts`` times each (None: once), and update the scores of those found."""
-        return self._index.count(ids, self.ids, counts, self.scores, step, lfu=self.policy == "lfu")
+        slots = self.lookup(ids)
+        known = slots != NO_SLOT
+        held, which = slots[known].unique(return_inverse=True)
+        occurrences = torch.ones_like(which) if counts is None else counts[known]
+        seen = counts_of(self.policy, self.scores[held]).index_add_(0, which, occurrences)
+        self.scores[held] = score(self.policy, seen, step)
+        return slots
 
     def _place_admitted(self, ids: Tensor, counts: Tensor, step: int, counters: Counters) -> _Placement:
         """Slots for the distinct new ids that are admitted; updates the counters of the others."""
@@ -179,27 +177,24 @@ class TorchSlots(SlotTable):
     def _place(self, ids: Tensor, counts: Tensor, step: int) -> _Placement:
         """Give slots to distinct ids without one that occur ``counts`` times, as far as slots go."""
         evicted = self._beaten(score(self.policy, counts, step), step)
-        placed = self._most_seen(ids, counts, self.capacity - self.size + len(evicted))
-        size = min(self.capacity, self.size + len(placed))
-        new_slots = torch.cat([torch.arange(self.size, size, device=ids.device), evicted])
-        new_ids, evicted_ids, self.size = ids[placed], self.ids[evicted], size
+        placed = self._most_seen(ids, counts, self.capacity - self._size + len(evicted))
+        size = min(self.capacity, self._size + len(placed))
+        new_slots = torch.cat([torch.arange(self._size, size, device=ids.device), evicted])
+        new_ids, evicted_ids, self._size = ids[placed], self.ids[evicted], size
         self.ids[new_slots], self.scores[new_slots] = new_ids, score(self.policy, counts[placed], step)
-        if len(placed) and self._index.has_room(len(new_ids)):
-            self._index.erase(evicted_ids, evicted)
-            self._index.insert(new_ids, new_slots)
-        elif len(placed):
+        if len(placed):
             self._rebuild()
         slots = torch.full_like(ids, NO_SLOT).index_copy_(0, placed, new_slots)
         return _Placement(slots, placed, new_slots, evicted_ids)
 
     def _beaten(self, new: Tensor, step: int) -> Tensor:
         """Slots whose ids are evicted by new ids of these scores, the lowest score first."""
-        unused = self.capacity - self.size
-        number = min(len(new) - unused, self.size)
+        unused = self.capacity - self._size
+        number = min(len(new) - unused, self._size)
         if number <= 0:
             return torch.empty(0, dtype=torch.int64, device=new.device)
         contenders = new.sort(descending=True).values[unused : unused + number]
-        scores = self.scores[: self.size]
+        scores = self.scores[: self._size]
         is_other = steps_of(self.policy, scores) != step
         # Selection takes a few passes over the table; only the slots up to the bound are sorted.
         bound = torch.where(is_other, scores, _HIGHEST).topk(number, largest=False, sorted=False).values.max()
@@ -231,7 +226,7 @@ def _distinct(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ids[first[by_occurrence]], counts[by_occurrence], which
 
 
-class CpuSlots(SlotTable):
+class CpuSlots(ScoredSlots):
     """See SlotTable. In C++ (hstu/ops/cpu/csrc/slots.h), on one thread.
 
     Raises hstu.ops.cpu.build.KernelsUnavailable where there is no compiler.
@@ -255,7 +250,7 @@ class CpuSlots(SlotTable):
         return CpuSlots(capacity, policy)
 
     def _rebuild(self) -> None:
-        self._library.hstu_slots_rebuild(self._handle, int64(self.size))
+        self._library.hstu_slots_rebuild(self._handle, int64(self._size))
 
     def lookup(self, ids: Tensor) -> Tensor:
         """See SlotTable."""
@@ -272,12 +267,10 @@ class CpuSlots(SlotTable):
         outputs = map(_pointer, (slots, new_slots, new_ids, evicted_ids, counts))
         self._library.hstu_slots_assign(self._handle, _pointer(ids), int64(len(ids)), int64(step), *outputs)
         self._read_sizes()
-        counters = Counters(*counts.tolist())
-        new = slice(counters.insertions)
-        return Assignment(slots, new_slots[new], new_ids[new], evicted_ids[: counters.evictions], counters)
+        return Assignment(slots, new_slots, new_ids, evicted_ids, counts).trimmed()
 
     def _read_sizes(self) -> None:
-        self.size = self._library.hstu_slots_size(self._handle)
+        self._size = self._library.hstu_slots_size(self._handle)
         if self.sightings is not None:
             assert isinstance(self.sightings, CpuSlots)
             self.sightings._read_sizes()
@@ -285,6 +278,48 @@ class CpuSlots(SlotTable):
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return pointer(address(tensor))
+
+
+class GpuSlots(SlotTable):
+    """See SlotTable. By the kernels of hstu/ops/triton/slots.py; only ``content`` waits for the device."""
+
+    sightings: GpuSlots | None
+
+    def __init__(
+        self, capacity: int, policy: Policy, admission_threshold: int, device: torch.device, kernels: ModuleType
+    ) -> None:
+        super().__init__(capacity, policy, admission_threshold)
+        self.kernels = kernels
+        self._slots = kernels.DeviceSlots(capacity, policy == "lfu", device)
+        if admission_threshold > 1:
+            self.sightings = GpuSlots(capacity, "lru", 0, device, kernels)
+
+    def size(self) -> Tensor:
+        """See SlotTable."""
+        size: Tensor = self._slots.size
+        return size
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """See SlotTable."""
+        slots: Tensor = self._slots.find(ids)
+        return slots
+
+    def assign(self, ids: Tensor, step: int) -> Assignment:
+        """See SlotTable."""
+        sightings = None if self.sightings is None else self.sightings._slots
+        done = self._slots.assign(ids, step, sightings, self.admission_threshold)
+        return Assignment(done.slots, done.new_slots, done.new_ids, done.evicted_ids, done.counters)
+
+    def content(self) -> tuple[Tensor, Tensor]:
+        """See SlotTable. The scores are a copy."""
+        size = int(self.size())
+        seen = self._slots.seen[:size]
+        counts, steps = (seen >> 32) & MAX_STEP, seen & MAX_STEP
+        return self._slots.ids[:size], score(self.policy, counts, steps)
+
+    def restore(self, ids: Tensor, scores: Tensor) -> None:
+        """See SlotTable."""
+        self._slots.restore(ids, (counts_of(self.policy, scores) << 32) + steps_of(self.policy, scores))
 
 
 def check_cpu_slots() -> None:

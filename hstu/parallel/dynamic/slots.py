@@ -12,6 +12,9 @@ it do not matter. ``assign`` at step t does the following:
 The new ids that win take over the slots of the lowest scores. Under lru every new id scores higher than any id outside
 the batch. Under lfu an id that occurs once does not evict an id that was seen twice.
 
+Which of these slots gets which of the new ids is left to the implementation, and depends only on the batches. The CPU
+and the reference hand out the slot of the lowest score first, the GPU that of the lowest number.
+
 Scores are int64. Equal scores are ordered by the hash of their ids (hstu.data.hashing.splitmix64); the lower one goes.
 
     lru    last step · 2^31 + count       evicts the least recently seen id, of several the least often seen
@@ -21,10 +24,9 @@ Scores are int64. Equal scores are ordered by the hash of their ids (hstu.data.h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from hstu.parallel.dynamic.hashing import in_unsigned_order, mix
@@ -50,47 +52,65 @@ class Counters:
     insertions: int = 0
     evictions: int = 0
 
-    def add(self, other: Counters) -> None:
-        """Add ``other``, counter by counter."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+_INSERTIONS = [field.name for field in fields(Counters)].index("insertions")
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The result of ``assign`` for a batch of n ids. All tensors are int64."""
+    """The result of ``assign`` for a batch of n ids. All tensors are int64.
+
+    On a GPU the host does not know how many ids are new: ``new_slots`` and ``new_ids`` are as long as there may be, and
+    their first ``insertions`` entries are set; of ``evicted_ids`` the first ``evictions``. Elsewhere they have no more.
+    """
 
     slots: Tensor
     """[n]: the slot of each id, or NO_SLOT."""
     new_slots: Tensor
-    """[k]: slots that this batch gave to an id; their rows must be initialised."""
+    """Slots that this batch gave to an id; their rows must be initialised."""
     new_ids: Tensor
-    """[k]: the ids that got them."""
+    """The ids that got them."""
     evicted_ids: Tensor
-    """[v]: ids that lost their slot."""
-    counters: Counters
+    """Ids that lost their slot."""
+    counts: Tensor
+    """[6]: what happened, in the order of the fields of Counters."""
+
+    @property
+    def insertions(self) -> Tensor:
+        """[1]: how many ids got a slot."""
+        return self.counts[_INSERTIONS : _INSERTIONS + 1]
+
+    @property
+    def counters(self) -> Counters:
+        """What happened; waits for the device."""
+        return Counters(*self.counts.tolist())
+
+    def trimmed(self) -> Assignment:
+        """The same without entries that are not set; waits for the device."""
+        counters = self.counters
+        new, evicted = counters.insertions, counters.evictions
+        return replace(
+            self, new_slots=self.new_slots[:new], new_ids=self.new_ids[:new], evicted_ids=self.evicted_ids[:evicted]
+        )
 
 
 class SlotTable(ABC):
     """Ids, scores and slots of one shard.
 
-    ``ids`` and ``scores``, int64 [capacity], are the state; their first ``size`` entries are in use. All else that an
-    implementation keeps follows from them. With ``admission_threshold`` > 1 a second SlotTable of the same capacity,
-    under lru, counts the sightings of ids without a slot. An id that it evicts starts again from zero.
+    With ``admission_threshold`` > 1 a second SlotTable of the same capacity, under lru, counts the sightings of ids
+    without a slot. An id that it evicts starts again from zero.
     """
 
-    def __init__(self, capacity: int, policy: Policy, admission_threshold: int = 0, device: str = "cpu") -> None:
+    sightings: SlotTable | None = None
+
+    def __init__(self, capacity: int, policy: Policy, admission_threshold: int = 0) -> None:
         self.capacity = capacity
         self.policy = policy
         self.admission_threshold = admission_threshold
-        self.ids = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self.scores = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self.size = 0
-        self.sightings = self._like(capacity, "lru") if admission_threshold > 1 else None
 
     @abstractmethod
-    def _like(self, capacity: int, policy: Policy) -> SlotTable:
-        """Create a table of the same implementation on the same device."""
+    def size(self) -> Tensor:
+        """Slots in use: int64 [1], on the device of the table."""
 
     @abstractmethod
     def lookup(self, ids: Tensor) -> Tensor:
@@ -100,19 +120,13 @@ class SlotTable(ABC):
     def assign(self, ids: Tensor, step: int) -> Assignment:
         """Give slots to a training batch. ``step`` starts at 1 or above and grows with every call."""
 
+    @abstractmethod
     def content(self) -> tuple[Tensor, Tensor]:
-        """(ids, scores) of the slots in use, by slot; views."""
-        return self.ids[: self.size], self.scores[: self.size]
-
-    def restore(self, ids: Tensor, scores: Tensor) -> None:
-        """Replace the content by at most ``capacity`` ids with their ``scores``, in slots 0, 1, …"""
-        self.size = len(ids)
-        self.ids[: self.size], self.scores[: self.size] = ids, scores
-        self._rebuild()
+        """(ids, scores) of the slots in use, by slot: the state, from which all else follows."""
 
     @abstractmethod
-    def _rebuild(self) -> None:
-        """Follow ``ids``, ``scores`` and ``size``, which have been overwritten."""
+    def restore(self, ids: Tensor, scores: Tensor) -> None:
+        """Replace the content by at most ``capacity`` ids with their ``scores``, in slots 0, 1, …"""
 
 
 def score(policy: Policy, counts: Tensor, step: int | Tensor) -> Tensor:

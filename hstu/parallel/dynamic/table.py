@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, fields
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from hstu.model.embedding import TableSpec
 from hstu.parallel.dynamic.content import Sightings, TableContent, last_evicted, merged, owners
 from hstu.parallel.dynamic.hashing import initial_rows, table_key
-from hstu.parallel.dynamic.rows import Rows
-from hstu.parallel.dynamic.slot_tables import create_slots
+from hstu.parallel.dynamic.rows import InitialRows, Rows
+from hstu.parallel.dynamic.slot_tables import GpuSlots, create_slots
 from hstu.parallel.dynamic.slots import NO_SLOT, Counters
 from hstu.parallel.dynamic.times import StepTimes
 
@@ -38,22 +38,38 @@ class DynamicTable:
         self.slots = create_slots(spec.name, spec.dynamic, self.default_slot, rows.device)
         self.step = 0
         """Training batches so far."""
-        self.counters = Counters()
-        """Since the last ``pop_reports``."""
+        self._counts = torch.zeros(len(fields(Counters)), dtype=torch.int64, device=rows.device)
         self.changed = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         """The last training batch that changed each row."""
         self.times = StepTimes()
         """When how many training batches were done."""
         self._key = table_key(seed, spec.name)
         self._default = torch.tensor([self.default_slot], device=rows.device)
+        self._one = torch.ones_like(self._default)
         self._default_was_trained = False
+        self._kernels = self.slots.kernels if isinstance(self.slots, GpuSlots) else None
+        """On a GPU: the host then waits for nothing that depends on ids."""
+
+    @property
+    def counters(self) -> Counters:
+        """What happened since the last ``pop_figures``; waits for the device."""
+        return Counters(*self._counts.tolist())
+
+    def pop_figures(self) -> Tensor:
+        """int64 [7] on the device of the table: rows in use, and the counters, which are reset."""
+        figures = torch.cat([self.slots.size(), self._counts])
+        self._counts = torch.zeros_like(self._counts)
+        return figures
 
     def assign_rows(self, ids: Tensor) -> Tensor:
         """Rows, int64 [n], of the ids of the next training batch; new ids get rows if they may."""
         self.step += 1
         assigned = self.slots.assign(ids, self.step)
-        self.counters.add(assigned.counters)
-        if len(assigned.new_slots):
+        self._counts += assigned.counts
+        if self._kernels is not None:
+            initial = InitialRows(assigned.new_ids, self._key, self.spec.init_std)
+            self.rows.start(assigned.new_slots, assigned.insertions, self._kernels, initial)
+        elif len(assigned.new_slots):
             new_rows = initial_rows(assigned.new_ids, self.spec.dim, self.spec.init_std, self._key)
             self.rows.initialize(assigned.new_slots, new_rows)
         rows = self._or_default(assigned.slots)
@@ -77,7 +93,9 @@ class DynamicTable:
 
     def clear_default_row(self) -> None:
         """Reset the default row; call it before every lookup."""
-        if self._default_was_trained:
+        if self._kernels is not None:
+            self.rows.start(self._default, self._one, self._kernels, None)
+        elif self._default_was_trained:
             self._default_was_trained = False
             self.rows.initialize(self._default, self._default.new_zeros(1, self.spec.dim, dtype=torch.float32))
 
@@ -124,7 +142,8 @@ class DynamicTable:
 
     def _or_default(self, slots: Tensor) -> Tensor:
         absent = slots == NO_SLOT
-        self._default_was_trained |= bool(absent.any())
+        if self._kernels is None:
+            self._default_was_trained |= bool(absent.any())
         return torch.where(absent, self.default_slot, slots)
 
 
@@ -134,10 +153,10 @@ def pop_reports(
     """Report what was counted since the last call, over all ranks, and reset it. Collective if there are tables."""
     if not tables:
         return {}
+    figures = torch.stack([table.pop_figures() for table in tables.values()]).tolist()  # the only wait for the device
     numbers: list[float] = []
-    for table in tables.values():
-        numbers += [table.slots.size, table.slots.capacity, *astuple(table.counters)]
-        table.counters = Counters()
+    for table, (rows, *counts) in zip(tables.values(), figures, strict=True):
+        numbers += [rows, table.slots.capacity, *counts]
     totals = iter(sum_over_ranks(numbers))
     names = ["rows", "capacity", *(field.name for field in fields(Counters))]
     return {table: _report({name: int(next(totals)) for name in names}) for table in tables}

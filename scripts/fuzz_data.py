@@ -113,7 +113,16 @@ def own_table(folder: Path, chance: random.Random) -> Path:
     else:
         content = mutated(good, chance)
         file.write_bytes(mutated(gzip.compress(content), chance) if kind == ".csv.gz" else content)
-    columns = InteractionColumns(interactions=file, user="u", item="i", action="a", time=chance.choice(("t", None)))
+    features: dict[str, Any] = {}
+    if kind != ".parquet" and chance.random() < 0.5:
+        items = b"i,year,tags\n" + rows(chance, lambda row: (row, 1990 + row, f"x|y{row}"), ",")
+        (folder / "items.csv").write_bytes(mutated(items, chance))
+        features = {"items": folder / "items.csv", "item_columns": ("year", "tags"), "lists": {"tags": "|"}}
+        features |= {"event_columns": ("a",), "bins": {chance.choice(("a", "year")): 3}}
+    action = None if features else "a"
+    columns = InteractionColumns(
+        interactions=file, user="u", item="i", action=action, time=chance.choice(("t", None)), **features
+    )
     policy = chance.choice(("raise", "skip"))
     return import_interactions("mine", columns, output=folder / "store", bad_row_policy=policy)  # type: ignore[arg-type]
 
@@ -166,7 +175,10 @@ def stored(folder: Path, chance: random.Random) -> Path:
 def make_template(folder: Path) -> None:
     """A store with every kind of file, and its raw files; mutated in copies."""
     folder.mkdir()
-    (folder / "events.csv").write_text("".join(["u,i,a,t\n", *(f"u{n % 5},{n % 9},{n % 3},{n}\n" for n in range(40))]))
+    (folder / "events.csv").write_text(
+        "".join(["u,i,a,t,device\n", *(f"u{n % 5},{n % 9},{n % 3},{n},d{n % 4}\n" for n in range(40))])
+    )
+    (folder / "items.csv").write_text("i,year,tags\n" + "".join(f"{n},{1990 + n},x|y{n}\n" for n in range(8)))
     (folder / "users.csv").write_text("u,town\n" + "".join(f"u{n},town {n % 3}\n" for n in range(5)))
     path = import_interactions("mine", columns_of(folder), output=folder / "store")
     offsets, utf8 = strings_files("titles")
@@ -186,6 +198,7 @@ def columns_of(folder: Path) -> InteractionColumns:
     return InteractionColumns(
         interactions=folder / "events.csv", user="u", item="i", action="a", time="t",
         context=folder / "users.csv", context_columns=("u", "town"),
+        items=folder / "items.csv", item_columns=("year", "tags"), lists={"tags": "|"}, event_columns=("device",),
     )  # fmt: skip
 
 
@@ -268,6 +281,8 @@ def sealed_store(folder: Path, chance: random.Random) -> Path:
     for name, feature in store.features.items():
         if feature.has_vocab:
             store.encode(name, store.raw_ids(name))
+    for name in store.item_side_features:
+        store.item_values(name)
     store.titles()
     predefined_embeddings(store, NetworkArgs(num_layers=1, hidden_size=8, num_attention_heads=1, kv_channels=8))
     return path

@@ -183,14 +183,15 @@ def backward_bytes(workload: Workload, tokens: int) -> int:
     """Working memory at the peak of a layer's backward, which is in the attention, beyond the saved activations.
 
     Alive are float32 copies of q, k, v and of the output's gradient, and the gradients of q, k and v; the gradients of
-    the attention's output, of U, V, Q and K and of the residual; and SiLU of the projection, if it is recomputed. The
-    attention's output and the dropout mask are already freed.
+    the attention's output, of U, V, Q and K and of the residual, with its copy in the compute type; and SiLU of the
+    projection, if it is recomputed. The attention's output and the dropout mask are already freed.
     """
     network, c = workload.config.network, workload.element_size
+    residual = workload.residual_size + (c if c != workload.residual_size else 0)
     inner = network.num_attention_heads * network.kv_channels // workload.tp_size
     recomputed = 4 * c * inner if network.recompute_input_silu and not network.recompute_layer else 0
     freed = c * inner + (inner if network.hidden_dropout > 0 else 0)
-    return tokens * (FLOAT32 * network.hidden_size + 7 * FLOAT32 * inner + 5 * c * inner + recomputed - freed)
+    return tokens * (residual * network.hidden_size + 7 * FLOAT32 * inner + 5 * c * inner + recomputed - freed)
 
 
 def input_bytes(workload: Workload, batch: Batch) -> int:

@@ -27,7 +27,13 @@ from hstu.model.gr_model import GRModel
 from hstu.ops import costs
 from hstu.ops.costs import FLOAT32, Cost
 from hstu.ops.dropout import dropout
-from hstu.ops.functional import hstu_attention, norm_mul_dropout, pool_softmax_loss, sampled_softmax_loss
+from hstu.ops.functional import (
+    add_layer_norm,
+    hstu_attention,
+    norm_mul_dropout,
+    pool_softmax_loss,
+    sampled_softmax_loss,
+)
 from hstu.ops.layout import build_layout, token_order
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS as KERNELS
 from hstu.ops.types import NUM_TIME_BUCKETS, GateConfig, RelativeBias, TensorParallelComm
@@ -45,7 +51,7 @@ _CPU = torch.device("cpu")
 ATTENTION = "attention"
 """Name of the operator whose efficiency on a GPU is set separately."""
 
-Forward = tuple[Callable[[], Tensor], list[Tensor]]
+Forward = tuple[Callable[[], Tensor | tuple[Tensor, ...]], list[Tensor]]
 """The forward of an operator, and the tensors whose gradients its backward computes."""
 
 
@@ -104,13 +110,12 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Operator]:
     norm = max(whole, int(network.recompute_input_layernorm))
     silu = max(whole, int(network.recompute_input_silu))
     repeated = (  # (forwards that backward runs again, operator)
-        (norm, _layer_norm(own, hidden, c)),
+        (norm, _add_layer_norm(own, hidden, c, workload.residual_size)),
         (whole, _linear("W_uvqk", tokens, hidden, 4 * inner, c)),
         (silu, _silu(tokens, 4 * inner, c)),
         (whole, _attention(workload, batch, heads)),
         (whole, _gate(tokens, heads, width, c, network.hidden_dropout, tp)),
         (0, _linear("W_o", tokens, inner, hidden, c)),
-        (0, _residual(own, hidden, c)),
     )
     for again, op in repeated:
         yield dataclasses.replace(op, times=network.num_layers, extra_forwards=again)
@@ -157,8 +162,9 @@ def _operator(name: str, cost: Cost, rows: int, build: Callable[[int], Forward])
     def prepare(_: Mesh) -> Timed:
         fewer = _rows_to_time(cost, rows)
         forward, leaves = build(fewer)
-        grad = torch.randn_like(forward())
-        return Timed(lambda: torch.autograd.grad(forward(), leaves, grad), rows / fewer)
+        out = forward()
+        grads = [torch.randn_like(each) for each in ((out,) if isinstance(out, Tensor) else out)]
+        return Timed(lambda: torch.autograd.grad(forward(), leaves, grads), rows / fewer)
 
     return Operator(name, cost, prepare)
 
@@ -178,12 +184,17 @@ def _linear(name: str, rows: int, inputs: int, outputs: int, c: int) -> Operator
     return _operator(name, costs.linear(rows, inputs, outputs, c), rows, build)
 
 
-def _layer_norm(rows: int, width: int, c: int) -> Operator:
+def _add_layer_norm(rows: int, width: int, c: int, residual_size: int) -> Operator:
     def build(count: int) -> Forward:
-        x, norm = torch.randn(count, width, requires_grad=True), nn.LayerNorm(width)
-        return lambda: norm(x).to(_dtype(c)), [x, *norm.parameters()]
+        x = torch.randn(count, width).to(_dtype(residual_size)).requires_grad_()
+        update = torch.randn(count, width).to(_dtype(c)).requires_grad_()
+        norm, kernels = nn.LayerNorm(width), KERNELS.add_layer_norm
+        return (
+            lambda: add_layer_norm(x, update, norm.weight, norm.bias, norm.eps, _dtype(c), kernels),
+            [x, update, *norm.parameters()],
+        )
 
-    return _operator("norm of the input", costs.layer_norm(rows, width, c), rows, build)
+    return _operator("residual and norm", costs.add_layer_norm(rows, width, c, residual_size), rows, build)
 
 
 def _silu(rows: int, width: int, c: int) -> Operator:
@@ -216,15 +227,6 @@ def _gate(rows: int, heads: int, width: int, c: int, dropped: float, ranks: int)
 
     cost = costs.norm_mul_dropout(rows, heads * width, c, dropped)
     return _operator("norm, gate, dropout", cost, rows, build)
-
-
-def _residual(rows: int, width: int, c: int) -> Operator:
-    def build(count: int) -> Forward:
-        x = torch.randn(count, width, requires_grad=True)
-        y = torch.randn(count, width).to(_dtype(c)).requires_grad_()
-        return lambda: x + (x + y), [x, y]
-
-    return _operator("residual", costs.residual_add(rows, width, c), rows, build)
 
 
 def _attention(workload: Workload, batch: Batch, heads: int) -> Operator:

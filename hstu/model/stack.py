@@ -49,7 +49,7 @@ class RelativeAttentionBias(nn.Module):
 
 
 class HSTULayer(nn.Module):
-    """x + W_o · Dropout(LayerNorm(attention) ⊙ U), with U, V, Q, K = SiLU(W_uvqk · LayerNorm(x) + b).
+    """The update W_o · Dropout(LayerNorm(attention) ⊙ U) of x, with U, V, Q, K = SiLU(W_uvqk · LayerNorm(x) + b).
 
     The rows of W_uvqk lie as [head, (u v q k), channel], so that a tensor-parallel shard (cut by hstu.parallel.tensor)
     holds whole heads. Initial values: W_uvqk N(0, 0.02²), its bias 0, W_o
@@ -87,8 +87,11 @@ class HSTULayer(nn.Module):
         nn.init.zeros_(self.uvqk.bias)
         nn.init.xavier_uniform_(self.out.weight)
 
-    def forward(self, x: Tensor, layout: JaggedLayout) -> Tensor:
-        """x: [T, D] → [T, D]."""
+    def forward(self, x: Tensor, layout: JaggedLayout, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x and the update of the layer before (None: this is the first) → x + update, and the layer's own update.
+
+        All are [T, D]. What follows the last layer adds its update to x.
+        """
         network, bias = self.network, self.bias
         weights = LayerWeights(
             input_norm_weight=self.input_norm.weight,
@@ -112,8 +115,8 @@ class HSTULayer(nn.Module):
             recompute_all=network.recompute_layer,
             comm=self.comm,
         )
-        out: Tensor = HSTULayerFunction.apply(x, layout, config, *weights)
-        return out
+        x, update = HSTULayerFunction.apply(x, update, layout, config, *weights)
+        return x, update
 
 
 class SequenceEncoder(nn.Module):
@@ -141,9 +144,11 @@ class SequenceEncoder(nn.Module):
         with mixed_precision(self.network.dtype_str, batch.num_candidates.device.type):
             x, layout = self.inputs(embeddings, batch)
             own, padded_layout = self.comm.split_tokens(x, layout)
+            update: Tensor | None = None
             for layer in self.layers:
-                own = layer(own, padded_layout)
-            return self.comm.join_tokens(own, len(x)).float(), layout
+                own, update = layer(own, padded_layout, update)
+            assert update is not None  # there is a layer
+            return self.comm.join_tokens(own + update, len(x)).float(), layout
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -5,7 +5,8 @@ compare with its published numbers: the arithmetic of the HSTU layers alone, wit
 losses and recomputation.
 
 The other functions return the :class:`Cost` of one operator on one rank, forward and backward. Bytes are those that
-the unfused PyTorch operators read and write if nothing stays in a cache. ``element_size``: bytes of the compute type.
+the unfused PyTorch operators read and write if nothing stays in a cache; for :func:`add_layer_norm` those of its Triton
+kernels. ``element_size``: bytes of the compute type.
 """
 
 from __future__ import annotations
@@ -105,10 +106,16 @@ def linear(rows: int, inputs: int, outputs: int, element_size: int) -> Cost:
     return Cost(6.0 * rows * inputs * outputs, moved)
 
 
-def layer_norm(rows: int, width: int, element_size: int) -> Cost:
-    """LayerNorm of float32 [rows, width]: 2 passes forward, 3 backward, and the casts."""
-    cast = 2 * (FLOAT32 + element_size) if element_size != FLOAT32 else 0
-    return Cost(0.0, (5.0 * FLOAT32 + cast) * rows * width)
+def add_layer_norm(rows: int, width: int, element_size: int, residual_size: int) -> Cost:
+    """Residual stream [rows, width] plus the update of a layer, and LayerNorm of the sum: one kernel each way.
+
+    Forward reads the stream and the update and writes their sum and its norm. Backward reads the sum and the gradients
+    of both, and writes the gradient of the stream, and again, rounded, for the update unless the types are equal.
+    residual_size: bytes of a number of the stream.
+    """
+    rounded = element_size if element_size != residual_size else 0
+    forward, backward = 2 * (residual_size + element_size), 3 * residual_size + element_size + rounded
+    return Cost(0.0, float(forward + backward) * rows * width)
 
 
 def silu(rows: int, width: int, element_size: int) -> Cost:
@@ -121,12 +128,6 @@ def norm_mul_dropout(rows: int, width: int, element_size: int, dropout: float) -
     passes = 2 * (2 * (FLOAT32 + element_size) + 2 * FLOAT32 + (2 * FLOAT32 + element_size))
     dropped = 2 * (2 * element_size + 1) if dropout > 0 else 0
     return Cost(0.0, float(passes + dropped) * rows * width, launches=14)
-
-
-def residual_add(rows: int, width: int, element_size: int) -> Cost:
-    """The residual of [rows, width] plus the layer's output; backward adds two gradients and casts one."""
-    cast = FLOAT32 + element_size if element_size != FLOAT32 else 0
-    return Cost(0.0, (4.0 * FLOAT32 + element_size + FLOAT32 + cast) * rows * width)
 
 
 def token_inputs(rows: int, width: int, dropout: float, num_positions: int) -> Cost:

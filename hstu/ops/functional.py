@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu.ops.types import (
+    AddLayerNormKernels,
     AttentionConfig,
     AttentionKernels,
     GateConfig,
     GateKernels,
     JaggedLayout,
-    LayerNormKernels,
     Preactivation,
     ProjectionKernels,
     RelativeBias,
@@ -109,15 +109,47 @@ def relative_bias(
     return RelativeBias(position_weight, time_weight)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None, kernels: LayerNormKernels
-) -> Tensor:
-    """LayerNorm of x [T, D] → [T, D] of ``dtype`` (None: that of x). weight, bias: [D]."""
+def add_layer_norm(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    kernels: AddLayerNormKernels,
+) -> tuple[Tensor, Tensor]:
+    """x + update in the dtype of x (x where there is no update), and its LayerNorm in ``dtype``.
 
-    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.forward(x, weight, bias, eps, dtype or x.dtype)
+    x, update: [T, D]; weight, bias: [D].
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        total, normalized = _AddLayerNorm.apply(x, update, weight, bias, eps, dtype, kernels)
+    return total, normalized
 
-    return _differentiable(forward, kernels.backward, x, weight, bias)
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        update: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        kernels: AddLayerNormKernels,
+    ) -> tuple[Tensor, Tensor]:
+        total, normalized, statistics = kernels.forward(x, update, weight, bias, eps, dtype)
+        ctx.save_for_backward(total, weight, bias, statistics)
+        ctx.kernels, ctx.update_dtype = kernels, None if update is None else update.dtype
+        return total, normalized
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            grads = ctx.kernels.backward(grad, grad_total, *ctx.saved_tensors, ctx.update_dtype)
+        return *grads, None, None, None
 
 
 def project_uvqk(x: Tensor, weight: Tensor, bias: Tensor, kernels: ProjectionKernels) -> Tensor:

@@ -1,9 +1,12 @@
 """One HSTU layer as one autograd function, on one rank or with its heads split over several.
 
-    y = LayerNorm(x);  U, V, Q, K = split(SiLU(W_uvqk y + b));  out = x + W_o · Dropout(LayerNorm(attention) ⊙ U)
+    x = x + update;  U, V, Q, K = split(SiLU(W_uvqk LayerNorm(x) + b))
+    update = W_o · Dropout(LayerNorm(attention) ⊙ U)
 
 One function instead of one per operator decides what is kept for backward (:class:`SavedActivations`), frees it as
 soon as backward has used it, and overlaps collectives with matrix products.
+A layer adds the update of the layer before it, so that the sum and its norm are one pass over memory. So are, in
+backward, the norm, the sum of the gradients of x, and their copy in the dtype of the update.
 Source: HSTU, arXiv 2402.17152, sec. 3.
 """
 
@@ -68,33 +71,42 @@ def _before_silu(
 
 
 class HSTULayerFunction(torch.autograd.Function):
-    """``apply(x, layout, config, *weights)``: x [T, D] → [T, D]. weights: the fields of :class:`LayerWeights`.
+    """``apply(x, update, layout, config, *weights)`` → (x + update, the update of this layer), all [T, D].
 
-    Matrix products and attention compute in autocast's dtype where it is on, else in that of x. The parameters may have
-    any dtype; their gradients have the same.
+    The update has the dtype in which matrix products and attention compute: autocast's where it is on, else that of x.
+    update: None for the first layer. weights: the fields of :class:`LayerWeights`, of any dtype; their gradients have
+    the same.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: JaggedLayout, config: HSTULayerConfig, *weights: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        update: Tensor | None,
+        layout: JaggedLayout,
+        config: HSTULayerConfig,
+        *weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """See the class."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         ctx.layout, ctx.config, ctx.dtype = layout, config, dtype
+        ctx.update_dtype = None if update is None else update.dtype
         ctx.rng_state = torch.get_rng_state() if config.recompute_all and config.dropout > 0 else None
         layer = _Computation(weights, layout, config, dtype)
         with torch.autocast(device, enabled=False):
-            saved, gated = layer.forward_to_gate(x)
+            x, saved, gated = layer.forward_to_gate(x, update)
             if config.recompute_normalized:
                 saved.normalized = None
             if config.recompute_activated:
                 saved.activated = None
             ctx.save_for_backward(x, *weights, *(() if config.recompute_all else vars(saved).values()))
-            return x + config.comm.reduce_tokens(matmul(gated, layer.weights.out_weight.to(dtype).t()))()
+            return x, config.comm.reduce_tokens(matmul(gated, layer.weights.out_weight.to(dtype).t()))()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and of the weights."""
+    def backward(ctx: Any, grad: Tensor, grad_update: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, of the update and of the weights."""
         x, *tensors = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()  # autograd would hold them until the end; no effect under retain_graph
         count = len(LayerWeights._fields)
@@ -105,8 +117,8 @@ class HSTULayerFunction(torch.autograd.Function):
             else:
                 saved = SavedActivations(*tensors[count:])
             del tensors
-            grad_x, grad_weights = layer.backward(grad, x, saved)
-        return grad_x, None, None, *grad_weights
+            grad_x, grad_of_update, grad_weights = layer.backward(grad, grad_update, x, saved, ctx.update_dtype)
+        return grad_x, grad_of_update, None, None, *grad_weights
 
 
 def _recompute(layer: _Computation, x: Tensor, rng_state: Tensor | None) -> SavedActivations:
@@ -114,7 +126,7 @@ def _recompute(layer: _Computation, x: Tensor, rng_state: Tensor | None) -> Save
     with torch.random.fork_rng(devices=[], enabled=rng_state is not None):
         if rng_state is not None:
             torch.set_rng_state(rng_state)
-        return layer.forward_to_gate(x)[0]
+        return layer.forward_to_gate(x, None)[1]
 
 
 class _Computation:
@@ -127,17 +139,17 @@ class _Computation:
         self.bias = relative_bias(self.weights.position_weight, self.weights.time_weight, layout)
         self.gate = GateConfig(config.eps, config.dropout, config.comm)
         self.normalize = partial(
-            config.kernels.layer_norm.forward,
+            config.kernels.add_layer_norm.forward,
             weight=self.weights.input_norm_weight,
             bias=self.weights.input_norm_bias,
             eps=config.eps,
             dtype=dtype,
         )
 
-    def forward_to_gate(self, x: Tensor) -> tuple[SavedActivations, Tensor]:
-        """All activations, and the input [T, H · d] of W_o."""
+    def forward_to_gate(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, SavedActivations, Tensor]:
+        """x + update, all activations, and the input [T, H · d] of W_o."""
         weights, config, kernels = self.weights, self.config, self.config.kernels
-        normalized, input_statistics = self.normalize(x)
+        x, normalized, input_statistics = self.normalize(x, update)
         all_tokens = config.comm.all_gather_tokens(normalized)()
         uvqk, shift = weights.uvqk_weight.to(self.dtype), weights.uvqk_bias.to(self.dtype)
         projected, activated = kernels.project_uvqk.forward(all_tokens, uvqk, shift)
@@ -149,23 +161,34 @@ class _Computation:
         saved = SavedActivations(
             input_statistics, normalized, projected, activated, attended, output_statistics, dropout_mask
         )
-        return saved, gated
+        return x, saved, gated
 
-    def backward(self, grad: Tensor, x: Tensor, saved: SavedActivations) -> tuple[Tensor, LayerWeights]:
-        """Gradients of the input and of the weights. grad: [T, D]."""
+    def backward(
+        self, grad: Tensor, grad_update: Tensor, x: Tensor, saved: SavedActivations, update_dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None, LayerWeights]:
+        """Gradients of x, of an update of ``update_dtype`` and of the weights.
+
+        grad, grad_update: [T, D], gradients of x + update and of the update of this layer. x: x + update.
+        """
         weights, comm = self.weights, self.config.comm
         grads: dict[str, Any] = dict.fromkeys(LayerWeights._fields)
-        grad_projected = self._backward_to_projection(grad, saved, grads)
+        grad_projected = self._backward_to_projection(grad_update, saved, grads)
         del saved.projected
-        normalized = self.normalize(x)[0] if saved.normalized is None else saved.normalized
+        normalized = self.normalize(x, None)[1] if saved.normalized is None else saved.normalized
         all_tokens = comm.all_gather_tokens(normalized)
         grad_normalized = comm.reduce_tokens(matmul(grad_projected, weights.uvqk_weight.to(self.dtype)))
         grads["uvqk_weight"] = matmul(grad_projected.t(), all_tokens()).to(weights.uvqk_weight.dtype)
-        grad_x, *grad_norm = self.config.kernels.layer_norm.backward(
-            grad_normalized(), x, weights.input_norm_weight, weights.input_norm_bias, saved.input_statistics
+        grad_x, grad_of_update, *grad_norm = self.config.kernels.add_layer_norm.backward(
+            grad_normalized(),
+            grad,
+            x,
+            weights.input_norm_weight,
+            weights.input_norm_bias,
+            saved.input_statistics,
+            update_dtype,
         )
         grads["input_norm_weight"], grads["input_norm_bias"] = map(comm.all_reduce_over_tokens, grad_norm)
-        return grad_x.add_(grad), LayerWeights(**grads)
+        return grad_x, grad_of_update, LayerWeights(**grads)
 
     def _backward_to_projection(self, grad: Tensor, saved: SavedActivations, grads: dict[str, Any]) -> Tensor:
         """Gradient of ``saved.projected``; writes those of its bias and of the later weights to ``grads``.
@@ -208,7 +231,7 @@ class _Computation:
     ) -> Tensor:
         """Gradient of the output of attention; writes that of u, or of what it is the SiLU of, to ``grad_u``."""
         weights, norm = self.weights, (self.weights.output_norm_weight, self.weights.output_norm_bias)
-        grad = self.config.comm.all_gather_tokens(grad.to(self.dtype))()
+        grad = self.config.comm.all_gather_tokens(grad)()
         gated, grad_attended, *grad_norm = self.config.kernels.norm_mul_dropout.backward(
             matmul(grad, weights.out_weight.to(self.dtype)),
             saved.attended,

@@ -225,7 +225,7 @@ class LayerWeights(NamedTuple):
 
 @dataclass
 class SavedActivations:
-    """What backward needs besides the input, in this order; None: it is recomputed, or there is none.
+    """What backward needs besides the input x + update, in this order; None: it is recomputed, or there is none.
 
     Backward deletes each field after its last use, so that the memory can be used again.
     """
@@ -279,25 +279,38 @@ class AttentionBackward(Protocol):
         """
 
 
-class LayerNormForward(Protocol):
-    """LayerNorm over the last dimension, rounded to the dtype of the operator that follows."""
+class AddLayerNormForward(Protocol):
+    """One step of the residual stream: x + update, and the LayerNorm of the sum, over the last dimension."""
 
     def __call__(
-        self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """x: [T, D]; weight, bias: [D]. Returns [T, D] of ``dtype``, and mean and rstd [2, T].
+        self, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x, update: [T, D]; weight, bias: [D]. Without an update the sum is x.
 
+        Returns the sum, rounded to the dtype of x; the norm of the rounded sum in ``dtype``; its mean and rstd [2, T].
         Computed in float32 at least.
         """
 
 
-class LayerNormBackward(Protocol):
-    """Gradients of LayerNorm."""
+class AddLayerNormBackward(Protocol):
+    """Gradients of the sum and its LayerNorm."""
 
     def __call__(
-        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the gradients of x, weight and bias. ``statistics``: mean and rstd [2, T] from forward."""
+        self,
+        grad: Tensor,
+        grad_total: Tensor,
+        total: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        statistics: Tensor,
+        update_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """grad, grad_total: [T, D], gradients of the norm and of the sum; they are not changed.
+
+        total, statistics: the sum, and its mean and rstd, from forward. update_dtype: dtype of the update, None: there
+        was none. Returns the gradients of x, of the update, of weight and of bias. The first two are the same numbers,
+        and one tensor where the dtypes are equal.
+        """
 
 
 class GateForward(Protocol):
@@ -346,11 +359,11 @@ class AttentionKernels:
 
 
 @dataclass(frozen=True)
-class LayerNormKernels:
-    """LayerNorm of one backend."""
+class AddLayerNormKernels:
+    """The residual stream and its LayerNorm of one backend."""
 
-    forward: LayerNormForward
-    backward: LayerNormBackward
+    forward: AddLayerNormForward
+    backward: AddLayerNormBackward
 
 
 @dataclass(frozen=True)
@@ -472,7 +485,7 @@ class Kernels:
     """
 
     attention: AttentionKernels
-    layer_norm: LayerNormKernels
+    add_layer_norm: AddLayerNormKernels
     project_uvqk: ProjectionKernels
     norm_mul_dropout: GateKernels
     sampled_softmax_loss: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]

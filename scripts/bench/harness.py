@@ -39,8 +39,14 @@ _SIZES = {"cpu": (2048, 256 << 20), "cuda": (8192, 1 << 30)}
 class Pass:
     """What to time: a forward function, and its gradients with respect to ``leaves``."""
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], Any]
+    """Returns a tensor or a tuple of tensors."""
     leaves: Sequence[Tensor]
+
+    def slopes(self) -> list[Tensor]:
+        """A gradient of ones for each output."""
+        out = self.forward()
+        return [torch.ones_like(each.detach()) for each in ((out,) if isinstance(out, Tensor) else out)]
 
 
 def time_passes(passes: Mapping[str, Pass], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
@@ -54,7 +60,7 @@ def time_passes(passes: Mapping[str, Pass], device: torch.device, rounds: int) -
     launches = LAUNCHES[device.type]
     flush = torch.empty(_FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in passes}
-    grads = {name: torch.ones_like(each.forward().detach()) for name, each in passes.items()}
+    grads = {name: each.slopes() for name, each in passes.items()}
     for number in range(rounds + WARM_UP):
         for name, each in passes.items():
             flush.zero_()
@@ -83,11 +89,11 @@ def kernel_times(each: Pass, device: torch.device, steps: int = 5) -> dict[str, 
 
     On a CPU the self time of each operator.
     """
-    on_gpu = device.type == "cuda"
+    on_gpu, slopes = device.type == "cuda", each.slopes()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
         for _ in range(steps):
             out = each.forward()
-            torch.autograd.grad(out, each.leaves, torch.ones_like(out), allow_unused=True)
+            torch.autograd.grad(out, each.leaves, slopes, allow_unused=True)
     return {
         event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / steps
         for event in recorded.key_averages()

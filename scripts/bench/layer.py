@@ -118,8 +118,8 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
 def run_layer(layer: nn.Module, x: Tensor, dtype: torch.dtype, *rest: object) -> Tensor:
     """The output, computed in ``dtype`` by autocast as in training."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        out: Tensor = layer(x, *rest)
-    return out
+        out = layer(x, *rest)
+        return torch.add(*out) if isinstance(out, tuple) else out
 
 
 def passes_of(case: Case, dtype: torch.dtype, device: torch.device, with_compiled: bool) -> dict[str, Pass]:
@@ -173,10 +173,12 @@ class MemoryCase:
 
     def forward(self) -> Tensor:
         """The output of the last layer."""
-        x = self.x
-        for layer in self.layers:
-            x = run_layer(layer, x, getattr(torch, self.dtype), self.layout)
-        return x
+        x, update = self.x, None
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            for layer in self.layers:
+                x, update = layer(x, self.layout, update)
+            assert update is not None
+            return x + update
 
     def step(self) -> None:
         """Forward and backward."""

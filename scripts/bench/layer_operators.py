@@ -17,7 +17,7 @@ from attention import BACKENDS
 from harness import Pass, Row, begin, finish, operator_command_line, rates, time_passes
 from torch import Tensor
 
-from hstu.ops.functional import layer_norm, norm_mul_dropout, project_uvqk
+from hstu.ops.functional import add_layer_norm, norm_mul_dropout, project_uvqk
 from hstu.ops.select import resolve_kernels
 from hstu.ops.types import GateConfig, KernelShapes
 
@@ -46,13 +46,18 @@ def rows_of(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     flops = 2.0 * tokens * hidden * 4 * inner
     yield from _timed("W_uvqk and SiLU", projections, (flops, 2 * flops), "gflops", device, options.rounds)
 
-    x, scale, offset = of(tokens, hidden), of(hidden), of(hidden)
-    norms = {
-        "ours": Pass(lambda: layer_norm(x, scale, offset, 1e-6, DTYPE, kernels.layer_norm), [x, scale, offset]),
-        "PyTorch": Pass(lambda: F.layer_norm(x, (hidden,), scale, offset, 1e-6).to(DTYPE), [x, scale, offset]),
-    }
-    size = tokens * hidden
-    yield from _timed("input norm", norms, (6.0 * size, 10.0 * size), "gb_s", device, options.rounds)
+    x, update, scale, offset = of(tokens, hidden), of(tokens, hidden, dtype=DTYPE), of(hidden), of(hidden)
+
+    def ours() -> tuple[Tensor, ...]:
+        return add_layer_norm(x, update, scale, offset, 1e-6, DTYPE, kernels.add_layer_norm)
+
+    def plain() -> tuple[Tensor, ...]:
+        total = x + update
+        return total, F.layer_norm(total, (hidden,), scale, offset, 1e-6).to(DTYPE)
+
+    leaves, size = [x, update, scale, offset], tokens * hidden
+    norms = {"ours": Pass(ours, leaves), "PyTorch": Pass(plain, leaves)}
+    yield from _timed("residual and norm", norms, (12.0 * size, 16.0 * size), "gb_s", device, options.rounds)
 
     attended, u = (of(tokens, options.heads, options.head_dim, dtype=DTYPE) for _ in range(2))
     gamma, beta = of(inner), of(inner)

@@ -64,7 +64,7 @@ def compare_layers(tp_size: int, sequence_parallel: bool) -> dict[str, float]:
     theirs = MegatronLayer(layer, mesh, sequence_parallel and mesh.tp_size > 1)
 
     x_ours = x.clone().requires_grad_()
-    out = layer.comm.join_tokens(layer(*layer.comm.split_tokens(x_ours, BATCH.layout())), len(x))
+    out = layer.comm.join_tokens(torch.add(*layer(*layer.comm.split_tokens(x_ours, BATCH.layout()))), len(x))
     out.backward(slope)
     own = slice(None)
     if theirs.sequence_parallel:

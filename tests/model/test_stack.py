@@ -107,7 +107,7 @@ def test_layers_run_in_order() -> None:
     batch = make_batch(random_samples([4, 7], contextuals=1), features)
     expected, layout = encoder.inputs(tables(batch), batch)
     for index in range(3):
-        expected = encoder.get_submodule(f"stack.layers.{index}")(expected, layout)
+        expected = torch.add(*encoder.get_submodule(f"stack.layers.{index}")(expected, layout))
     assert torch.equal(encoder(tables(batch), batch)[0], expected)
 
 

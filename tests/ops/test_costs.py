@@ -62,3 +62,11 @@ def test_the_operators_of_a_layer_add_up_to_the_reported_count(is_causal: bool) 
         2 * sum(cost.flops for cost in layer) == sequence_flops(tokens, candidates, **TINY, is_causal=is_causal).sum()
     )
     assert costs.linear(13, 8, 8, 4).bytes == 3 * 4 * (13 * 16 + 64)  # three products, nothing is cast
+
+
+def test_the_residual_stream_and_its_norm_move_each_number_once_per_pass() -> None:
+    forward = 4 + 2 + 4 + 2  # reads the stream and the update, writes the sum and its norm
+    backward = 4 + 4 + 2 + 4 + 2  # reads the sum and both gradients, writes the gradient and its copy
+    assert costs.add_layer_norm(10, 8, 2, 4).bytes == 10 * 8 * (forward + backward)
+    assert costs.add_layer_norm(10, 8, 4, 4).bytes == 10 * 8 * 4 * (4 + 4), "without a copy"
+    assert costs.add_layer_norm(10, 8, 2, 2).bytes == 10 * 8 * 2 * (4 + 4)

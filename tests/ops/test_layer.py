@@ -69,12 +69,12 @@ def padded_layout() -> JaggedLayout:
 @pytest.mark.parametrize("options", [{}, {"recompute_all": True}], ids=str)
 def test_gradcheck(options: dict[str, bool]) -> None:
     layout, config = TIMED.layout(), make_config(**options)
-    x = torch.randn(layout.num_tokens, HIDDEN, dtype=torch.float64, requires_grad=True)
+    x, update = (torch.randn(layout.num_tokens, HIDDEN, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
-    def function(x: Tensor, *weights: Tensor) -> Tensor:
-        return HSTULayerFunction.apply(x, layout, config, *weights)
+    def function(x: Tensor, update: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return HSTULayerFunction.apply(x, update, layout, config, *weights)
 
-    assert torch.autograd.gradcheck(function, (x, *make_weights()), fast_mode=True)
+    assert torch.autograd.gradcheck(function, (x, update, *make_weights()), fast_mode=True)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="float64")
@@ -87,7 +87,8 @@ def test_a_layer_differentiates_silu_where_a_kernel_does_not(operators: tuple[st
     weights, slope = make_weights(), torch.randn_like(x)
 
     def gradients(config: HSTULayerConfig) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(HSTULayerFunction.apply(x, layout, config, *weights), [x, *weights], slope)
+        out = torch.add(*HSTULayerFunction.apply(x, None, layout, config, *weights))
+        return torch.autograd.grad(out, [x, *weights], slope)
 
     other = replace(config, kernels=replace(config.kernels, **unfused))
     for ours, theirs in zip(gradients(config), gradients(other), strict=True):
@@ -108,23 +109,23 @@ def test_heads_on_several_ranks_give_what_one_rank_gives(
     dtype = torch.float64 if backend is Backend.PYTORCH else torch.float32
     tolerance = 1e-10 if backend is Backend.PYTORCH else 2e-5
     layout, whole = padded_layout(), make_weights(dtype)
-    x = torch.randn(layout.num_tokens, HIDDEN, dtype=dtype, requires_grad=True)
+    x, update = (torch.randn(layout.num_tokens, HIDDEN, dtype=dtype, requires_grad=True) for _ in range(2))
     slope = torch.randn_like(x)
 
-    def run(comm: TensorParallelComm, x: Tensor, weights: LayerWeights, slope: Tensor) -> list[Tensor]:
-        out = HSTULayerFunction.apply(x, layout, make_config(backend, comm, **options), *weights)
-        return [out, *torch.autograd.grad(out, [x, *weights], slope)]
+    def run(comm: TensorParallelComm, rows: list[Tensor], slope: Tensor, weights: LayerWeights) -> list[Tensor]:
+        out = HSTULayerFunction.apply(*rows, layout, make_config(backend, comm, **options), *weights)
+        return [*out, *torch.autograd.grad(torch.add(*out), [*rows, *weights], slope)]
 
     def one(comm: RankThread) -> list[Tensor]:
         parts = [w if dim is None else w.chunk(count, dim)[comm.rank] for w, dim in zip(whole, CUT, strict=True)]
         weights = LayerWeights(*(part.detach().clone().requires_grad_() for part in parts))
-        own = [tensor.chunk(count)[comm.rank] if sequence_parallel else tensor for tensor in (x, slope)]
-        return run(comm, own[0].detach().clone().requires_grad_(), weights, own[1])
+        own = [tensor.chunk(count)[comm.rank] if sequence_parallel else tensor for tensor in (x, update, slope)]
+        return run(comm, [tensor.detach().clone().requires_grad_() for tensor in own[:2]], own[2], weights)
 
-    expected = run(TensorParallelComm(), x, whole, slope)
+    expected = run(TensorParallelComm(), [x, update], slope, whole)
     rows = 0 if sequence_parallel else None
     for parts, exact, dim in zip(
-        zip(*on_ranks(one, count, sequence_parallel), strict=True), expected, (rows, rows, *CUT), strict=True
+        zip(*on_ranks(one, count, sequence_parallel), strict=True), expected, (*[rows] * 4, *CUT), strict=True
     ):
         together = [torch.cat(parts, dim)] if dim is not None else parts
         for ours in together:
@@ -136,7 +137,7 @@ def network_of(dropout: float, **changes: Any) -> NetworkArgs:
     return make_network(hidden_size=32, kv_channels=16, hidden_dropout=dropout, **changes)
 
 
-def saved(backend: Backend, layer: HSTULayer, x: Tensor, layout: JaggedLayout, dtype: torch.dtype | None) -> int:
+def saved(layer: HSTULayer, inputs: tuple[Any, ...], dtype: torch.dtype | None) -> int:
     """Bytes of the storages that autograd is given to keep, apart from parameters'."""
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, Tensor] = {}
@@ -149,41 +150,45 @@ def saved(backend: Backend, layer: HSTULayer, x: Tensor, layout: JaggedLayout, d
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
     ):
-        layer(x, layout)
+        layer(*inputs)
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
 
 
-def stays(layer: HSTULayer, x: Tensor, layout: JaggedLayout, dtype: torch.dtype | None) -> int:
-    """Bytes that are alive after the forward and were not before, by the allocator's own count, but for the output."""
+def stays(layer: HSTULayer, inputs: tuple[Any, ...], dtype: torch.dtype | None) -> int:
+    """Bytes that are alive after the forward and were not before, by the allocator's own count, but for the update."""
     with (
         torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
     ):
-        out = layer(x, layout)
-    return sum(event.self_cpu_memory_usage for event in profile.key_averages()) - out.nbytes
+        _, update = layer(*inputs)
+    return sum(event.self_cpu_memory_usage for event in profile.key_averages()) - update.nbytes
 
 
+@pytest.mark.parametrize("place", ["first", "later"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("changes", RECOMPUTE, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_kept_is_the_formula_to_the_byte(
-    backend: Backend, changes: dict[str, bool], dropout: float, dtype: torch.dtype | None
+    backend: Backend, changes: dict[str, bool], dropout: float, dtype: torch.dtype | None, place: str
 ) -> None:
+    """The first layer keeps its input, a later one the sum of its input and the update, which it allocates."""
     network = network_of(dropout, **changes)
     layer = HSTULayer(network, 256, kernels_of(backend, dtype=dtype or torch.float32))
     layout = Batch((User(20, 0), User(18, 0)), 0, 1, 1).layout()
     tokens = layout.num_tokens
     x = torch.randn(tokens, 32, requires_grad=True)
+    update = torch.randn(tokens, 32, dtype=dtype, requires_grad=True)
+    inputs = (x, layout) if place == "first" else (x, layout, update)
     element = 4 if dtype is None else 2
     formula = saved_bytes(network, tokens, 1, element, 4)
     if backend is Backend.TRITON and dropout and not network.recompute_layer:
         formula += 8 - tokens * 32  # a seed, not a byte an element
-    assert saved(backend, layer, x, layout, dtype) == formula
+    assert saved(layer, inputs, dtype) == formula
     if backend is Backend.TRITON:
         return  # an interpreter keeps what it likes
     generator = torch.get_rng_state().nbytes if network.recompute_layer and dropout else 0
-    assert stays(layer, x, layout, dtype) == formula - x.nbytes + generator
+    assert stays(layer, inputs, dtype) == formula - (x.nbytes if place == "first" else 0) + generator
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -192,17 +197,37 @@ def test_without_gradients_nothing_is_kept(backend: Backend) -> None:
     x = torch.randn(layout.num_tokens, 32)
     layer(x, layout)  # makes the attention's plan, which stays in the layout
     with torch.no_grad():
-        assert saved(backend, layer, x, layout, None) == 0
+        assert saved(layer, (x, layout), None) == 0
         if backend is not Backend.TRITON:
-            assert stays(layer, x, layout, None) == 0
+            assert stays(layer, (x, layout), None) == 0
 
 
 def test_backward_runs_twice_where_the_graph_is_retained_and_lets_go_where_it_is_not() -> None:
     layer, layout = HSTULayer(network_of(0.2), 256), Batch((User(20, 0), User(9, 0)), 0, 1, 1).layout()
     x = torch.randn(layout.num_tokens, 32, requires_grad=True)
-    out = layer(x, layout)
+    out = torch.add(*layer(x, layout))
     first, again = (torch.autograd.grad(out.sum(), [x, *layer.parameters()], retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     out.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_adds_the_update_of_the_layer_before_with_the_bits_of_a_plain_sum(
+    backend: Backend, residual: torch.dtype
+) -> None:
+    dtype, layout = torch.bfloat16, Batch((User(20, 0), User(9, 0)), 0, 1, 1).layout()
+    layer = HSTULayer(network_of(0.0), 256, kernels_of(backend, dtype=dtype))
+    x = torch.randn(layout.num_tokens, 32).to(residual).requires_grad_()
+    update = torch.randn(layout.num_tokens, 32, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        fused, plain = layer(x, layout, update), layer(x + update, layout)
+    results = [[*out, *torch.autograd.grad(torch.add(*out).sin().sum(), [x, update])] for out in (fused, plain)]
+    assert [tensor.dtype for tensor in results[0]] == [residual, dtype, residual, dtype]
+    for ours, exact in zip(*results, strict=True):
+        if INTERPRETED:  # it rounds bfloat16 towards zero
+            torch.testing.assert_close(ours, exact, rtol=0, atol=0.03 * float(exact.detach().abs().max()))
+        else:
+            assert torch.equal(ours, exact)

@@ -1,4 +1,7 @@
-"""LayerNorm and the gated norm in plain PyTorch, on any device; computed in float32 at least."""
+"""The residual stream with its LayerNorm, and the gated norm, in plain PyTorch, on any device.
+
+Computed in float32 at least.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,34 @@ from hstu.ops.pytorch.silu import write_gradient
 from hstu.ops.types import GateConfig, Preactivation, TensorParallelComm
 
 
-def layer_norm_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """See :class:`hstu.ops.types.LayerNormForward`."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y, mean, rstd = torch.native_layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
-    return y.to(dtype), torch.stack([mean, rstd]).squeeze(2)
-
-
-def layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor
+def add_layer_norm_forward(
+    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.types.LayerNormBackward`."""
+    """See :class:`hstu.ops.types.AddLayerNormForward`."""
     wide = torch.promote_types(x.dtype, torch.float32)
+    total = x if update is None else (x + update).to(x.dtype)
+    y, mean, rstd = torch.native_layer_norm(total.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
+    return total, y.to(dtype), torch.stack([mean, rstd]).squeeze(2)
+
+
+def add_layer_norm_backward(
+    grad: Tensor,
+    grad_total: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Tensor,
+    update_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """See :class:`hstu.ops.types.AddLayerNormBackward`."""
+    wide = torch.promote_types(total.dtype, torch.float32)
     mean, rstd = statistics.unsqueeze(2)
-    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        grad.to(wide), x.to(wide), weight.shape, mean, rstd, weight.to(wide), bias.to(wide), [True] * 3
+    through_norm, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad.to(wide), total.to(wide), weight.shape, mean, rstd, weight.to(wide), bias.to(wide), [True] * 3
     )
-    return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+    grad_x = through_norm.add_(grad_total).to(total.dtype)
+    grad_update = None if update_dtype is None else grad_x.to(update_dtype)
+    return grad_x, grad_update, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
 def gate_forward(

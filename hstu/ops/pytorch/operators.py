@@ -13,11 +13,11 @@ from hstu.ops.products import linear
 from hstu.ops.pytorch import attention, norm, row_update, softmax_loss
 from hstu.ops.types import (
     OPERATORS,
+    AddLayerNormKernels,
     AttentionKernels,
     Backend,
     GateKernels,
     Kernels,
-    LayerNormKernels,
     ProjectionKernels,
     ServedBy,
     TokenOrder,
@@ -56,7 +56,7 @@ class _Permute(torch.autograd.Function):
 
 REFERENCE_KERNELS = Kernels(
     attention=AttentionKernels(attention.forward, attention.backward),
-    layer_norm=LayerNormKernels(norm.layer_norm_forward, norm.layer_norm_backward),
+    add_layer_norm=AddLayerNormKernels(norm.add_layer_norm_forward, norm.add_layer_norm_backward),
     project_uvqk=ProjectionKernels(project_uvqk, F.silu),
     norm_mul_dropout=GateKernels(norm.gate_forward, norm.gate_backward),
     sampled_softmax_loss=softmax_loss.SampledSoftmaxLoss.apply,

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from hstu.ops.functional import layer_norm, project_uvqk, projected_attention, projected_gate
+from hstu.ops.functional import add_layer_norm, project_uvqk, projected_attention, projected_gate
 from hstu.ops.layout import build_layout, token_order
 from hstu.ops.triton.launch import Launch, recorded_launches
 from hstu.ops.triton.new_rows import start_rows
@@ -59,7 +59,7 @@ def variants() -> list[Variant]:
     return [
         *(_attention(width, torch.bfloat16, *parts) for width in (16, 32, 64, 128, 256) for parts in ATTENTION_PARTS),
         *(_attention(width, torch.float32, *parts) for width in (64, 128) for parts in ATTENTION_PARTS[::2]),
-        Variant("layer_norm", 0, f"[T, {HIDDEN}], float32 in", _run_layer_norm),
+        *(_add_layer_norm(residual) for residual in (torch.float32, torch.bfloat16)),
         *(_norm(width, split) for width in (64, 256) for split in (False, True)),
         Variant("uvqk", 256, f"{HIDDEN} → {HEADS} × 4 × 256, bfloat16", lambda: _run_uvqk(torch.bfloat16)),
         Variant("uvqk", 256, f"{HIDDEN} → {HEADS} × 4 × 256, float32", lambda: _run_uvqk(torch.float32)),
@@ -116,8 +116,18 @@ def _run_norm(head_dim: int, split: bool) -> None:
     projected_gate(x, u, shift, weight, bias, config, OPERATORS["norm_mul_dropout"]).float().sum().backward()
 
 
-def _run_layer_norm() -> None:
-    layer_norm(_zeros(64, HIDDEN), _zeros(HIDDEN), _zeros(HIDDEN), 1e-5, None, OPERATORS["layer_norm"]).sum().backward()
+def _add_layer_norm(residual: torch.dtype) -> Variant:
+    description = f"[T, {HIDDEN}], {str(residual).removeprefix('torch.')} residual, bfloat16 update"
+    return Variant("add_layer_norm", 0, description, lambda: _run_add_layer_norm(residual))
+
+
+def _run_add_layer_norm(residual: torch.dtype) -> None:
+    x, update = _zeros(64, HIDDEN, dtype=residual), _zeros(64, HIDDEN, dtype=torch.bfloat16)
+    for added in (None, update):  # the first layer has nothing to add
+        both = add_layer_norm(
+            x, added, _zeros(HIDDEN), _zeros(HIDDEN), 1e-5, torch.bfloat16, OPERATORS["add_layer_norm"]
+        )
+        torch.cat(both).sum().backward()
 
 
 def _run_uvqk(dtype: torch.dtype) -> None:

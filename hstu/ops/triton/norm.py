@@ -1,4 +1,4 @@
-"""Layer norm, and the gated norm with dropout, by Triton kernels.
+"""The gated norm with dropout, by Triton kernels.
 
 The dropout mask is a function of a seed, a row and a column: only the seed is saved for backward. A program works on
 one row at a time and reads it once. It sums the gradients of the affine weights in registers, and PyTorch adds the sums
@@ -23,26 +23,6 @@ from hstu.ops.types import GateConfig, Preactivation
 PROGRAMS = 1024
 """Largest number of programs. Each writes one row of partial sums of the affine gradients."""
 _SEEDS = 1 << 31
-
-
-def layer_norm_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """See :class:`hstu.ops.types.LayerNormForward`; x has any strides."""
-    launch, out, statistics = _prepare_forward(x.unsqueeze(1), None, weight, bias, GateConfig(eps, 0.0), 0, dtype)
-    if len(x):
-        launch()
-    return out, statistics
-
-
-def layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.types.LayerNormBackward`."""
-    no_gate = GateConfig(eps=0.0, dropout=0.0)  # backward does not use eps
-    x = x.unsqueeze(1)
-    grad_x, grad_weight, grad_bias = _backward(grad, x, None, weight, bias, no_gate, statistics, 0, None, None)
-    return grad_x.squeeze(1), grad_weight, grad_bias
 
 
 def gate_forward(

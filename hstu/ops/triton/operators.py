@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from hstu.ops.triton import attention, linear, norm
+from hstu.ops.triton import add_layer_norm, attention, linear, norm
 from hstu.ops.triton.rows import add_positions, jagged_concat
 from hstu.ops.triton.softmax_loss import PoolSoftmaxLoss, SampledSoftmaxLoss
 from hstu.ops.triton.support import unsupported_reason
-from hstu.ops.types import AttentionKernels, GateKernels, LayerNormKernels, ProjectionKernels
+from hstu.ops.types import AddLayerNormKernels, AttentionKernels, GateKernels, ProjectionKernels
 
 __all__ = ["OPERATORS", "unsupported_reason"]
 
 OPERATORS: dict[str, Any] = {
     "attention": AttentionKernels(attention.forward, attention.backward),
-    "layer_norm": LayerNormKernels(norm.layer_norm_forward, norm.layer_norm_backward),
+    "add_layer_norm": AddLayerNormKernels(add_layer_norm.forward, add_layer_norm.backward),
     "project_uvqk": ProjectionKernels(linear.project, linear.silu),
     "norm_mul_dropout": GateKernels(norm.gate_forward, norm.gate_backward),
     "sampled_softmax_loss": SampledSoftmaxLoss.apply,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu.data.hashing import splitmix64
-from hstu.ops.functional import layer_norm, project_uvqk, projected_attention, projected_gate
+from hstu.ops.functional import add_layer_norm, project_uvqk, projected_attention, projected_gate
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.self_check import Checks, Errors, largest_error, main, same_bits, small_layout
 from hstu.ops.triton.launch import each_configuration
@@ -23,6 +23,7 @@ from hstu.ops.triton.operators import OPERATORS, unsupported_reason
 from hstu.ops.triton.slots import DeviceSlots
 from hstu.ops.types import (
     NUM_TIME_BUCKETS,
+    AddLayerNormKernels,
     AttentionConfig,
     AttentionKernels,
     GateConfig,
@@ -47,6 +48,8 @@ class Case:
     reference: Function
     leaves: Sequence[Tensor]
     """Arguments of both functions, on the CPU. Gradients are taken with respect to them."""
+    tolerance: float | None = None
+    """None: that of the dtype of the first argument."""
 
 
 def checks(device: torch.device, shapes: KernelShapes | None) -> Checks:
@@ -74,7 +77,7 @@ def _errors(case: Case, device: torch.device) -> Errors:
         ours = _results(case.kernel, case.leaves, None, device)
         worst = max(worst, largest_error([x.double() for x in ours], exact), key=_nan_last)
         differs = max(differs, float(not same_bits(ours, _results(case.kernel, case.leaves, None, device))))
-    return {case.name: (worst, TOLERANCE[dtype]), f"{case.name}, repeated": (differs, 0.0)}
+    return {case.name: (worst, case.tolerance or TOLERANCE[dtype]), f"{case.name}, repeated": (differs, 0.0)}
 
 
 def _nan_last(error: float) -> float:
@@ -137,15 +140,20 @@ def _row_cases(device: torch.device, shapes: KernelShapes) -> Iterator[tuple[str
         ),
     )
     x, affine = torch.randn(70, width), [torch.randn(width) for _ in range(2)]
-    yield (
-        "layer_norm",
-        Case(
-            "layer_norm",
-            lambda x, weight, bias: layer_norm(x, weight, bias, 1e-5, None, OPERATORS["layer_norm"]),
-            lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-5),
-            [x, *affine],
-        ),
-    )
+    update = torch.randn(70, width).to(shapes.dtype)
+
+    def add_norm(kernels: AddLayerNormKernels) -> Function:
+        def function(x: Tensor, weight: Tensor, bias: Tensor, update: Tensor | None = None) -> Tensor:
+            return torch.cat(add_layer_norm(x, update, weight, bias, 1e-5, torch.float32, kernels))
+
+        return function
+
+    fused, plain = add_norm(OPERATORS["add_layer_norm"]), add_norm(REFERENCE_KERNELS.add_layer_norm)
+    for residual in dict.fromkeys((torch.float32, shapes.dtype)):
+        name = f"add_layer_norm ({str(residual).removeprefix('torch.')} residual)"
+        leaves = [x.to(residual), *affine]
+        yield "add_layer_norm", Case(f"{name}, first layer", fused, plain, leaves)
+        yield "add_layer_norm", Case(name, fused, plain, [*leaves, update], TOLERANCE[shapes.dtype])
     linear = nn.Linear(width, 4 * inner)
     yield (
         "project_uvqk",

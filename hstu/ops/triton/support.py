@@ -28,7 +28,8 @@ def unsupported_reason(operator: str, shapes: KernelShapes) -> str | None:
         return f"vectors of {shapes.item_dim} > {WIDEST_VECTOR} numbers" if too_wide else None
     if operator == "attention" and shapes.head_dim > WIDEST_HEAD:
         return f"heads of {shapes.head_dim} > {WIDEST_HEAD} channels"
-    row = {"layer_norm": shapes.hidden_size, "norm_mul_dropout": shapes.num_heads * shapes.head_dim}.get(operator, 0)
+    inner = shapes.num_heads * shapes.head_dim
+    row = {"add_layer_norm": shapes.hidden_size, "norm_mul_dropout": inner}.get(operator, 0)
     if row > WIDEST_ROW:
         return f"rows of {row} > {WIDEST_ROW} numbers"
     return None if shapes.dtype in _DTYPES else f"{shapes.dtype}".removeprefix("torch.")

@@ -72,8 +72,8 @@ def test_the_table_names_what_cutlass_serves() -> None:
     def table(head_dim: int, *, has_bias: bool) -> str:
         return str(resolve_kernels(Backend.CUTLASS, KernelShapes(head_dim, 4, 64, 64, torch.bfloat16, has_bias)))
 
-    assert "attention: cutlass, layer_norm: triton" in table(256, has_bias=False)
-    assert "attention: cutlass, layer_norm: triton" in table(128, has_bias=True)
+    assert "attention: cutlass, add_layer_norm: triton" in table(256, has_bias=False)
+    assert "attention: cutlass, add_layer_norm: triton" in table(128, has_bias=True)
     with_bias = "attention: triton (no cutlass: heads of 256 channels with a relative bias, not 32, 64, 128)"
     assert with_bias in table(256, has_bias=True)
     assert "attention: triton (no cutlass: heads of 50 channels, not 32, 64, 128, 256)" in table(50, has_bias=False)

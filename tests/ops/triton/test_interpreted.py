@@ -11,7 +11,12 @@ import pytest
 from tests.ops.backends import INTERPRETED
 
 ROOT = Path(__file__).parents[3]
-SHARED = ("tests/ops/test_kernels.py", "tests/ops/triton", "tests/parallel/dynamic/test_triton_slots.py")
+SHARED = (
+    "tests/ops/test_kernels.py",
+    "tests/ops/test_add_layer_norm.py",
+    "tests/ops/triton",
+    "tests/parallel/dynamic/test_triton_slots.py",
+)
 
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="this is the interpreting process")

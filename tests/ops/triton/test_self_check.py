@@ -101,10 +101,10 @@ def test_right_kernels_are_used_and_stand_in_for_cutlass(
 def test_refused_kernels_are_replaced_by_pytorch_with_the_reason(
     machine: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("hstu.ops.select.refusal", lambda kernels, device, shapes: "layer_norm differs")
+    monkeypatch.setattr("hstu.ops.select.refusal", lambda kernels, device, shapes: "add_layer_norm differs")
     assert select_backend("triton", strict=False, device=GPU, shapes=SHAPES) is Backend.PYTORCH
-    assert "layer_norm differs" in caplog.text and "pytorch is used" in caplog.text
-    with pytest.raises(ConfigError, match=r"layer_norm.*strict_kernel_backend"):
+    assert "add_layer_norm differs" in caplog.text and "pytorch is used" in caplog.text
+    with pytest.raises(ConfigError, match=r"add_layer_norm.*strict_kernel_backend"):
         select_backend("triton", strict=True, device=GPU, shapes=SHAPES)
 
 

@@ -147,7 +147,9 @@ class Workload:
 
     @property
     def residual_size(self) -> int:
-        """Bytes of a number between the layers: float32 unless all inputs come out of half-precision products."""
+        """Bytes of a number between the layers: float32 unless chosen, or all inputs come out of half precision."""
+        if self.config.network.bfloat16_residual:
+            return self.element_size
         used = {"item": True, "action": self.roles.action is not None, "contextual": bool(self.roles.contextual)}
         all_projected = all(role in self.projected_widths for role, is_used in used.items() if is_used)
         has_positions = self.encoder.inputs.position_table is not None

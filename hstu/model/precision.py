@@ -9,7 +9,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def mixed_precision(dtype_str: str, device_type: str) -> torch.autocast:
-    """A context in which matrix products run in this dtype; parameters and the residual stream stay float32.
+    """A context in which matrix products run in this dtype; parameters stay float32.
 
     "float32" disables an enclosing autocast.
     """

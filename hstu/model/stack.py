@@ -143,6 +143,8 @@ class SequenceEncoder(nn.Module):
         """Returns tokens float32 [T, D] and their layout."""
         with mixed_precision(self.network.dtype_str, batch.num_candidates.device.type):
             x, layout = self.inputs(embeddings, batch)
+            if self.network.bfloat16_residual:
+                x = x.bfloat16()
             own, padded_layout = self.comm.split_tokens(x, layout)
             update: Tensor | None = None
             for layer in self.layers:

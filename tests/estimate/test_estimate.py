@@ -49,6 +49,18 @@ def test_recomputation_trades_memory_for_time() -> None:
     assert again.step_s > plain.step_s
 
 
+def test_a_bfloat16_residual_takes_half_the_bytes_between_the_layers() -> None:
+    chosen = {
+        wanted: ["NetworkArgs.dtype_str = 'bfloat16'", f"NetworkArgs.bfloat16_residual = {wanted}"]
+        for wanted in (False, True)
+    }
+    wide, narrow = (plan_workload(run_config(bindings=bindings), 1, 1, "cuda") for bindings in chosen.values())
+    assert (wide.residual_size, narrow.residual_size) == (4, 2)
+    wide_run, narrow_run = estimate(wide, H100), estimate(narrow, H100)
+    assert narrow_run.memory["activations"] < wide_run.memory["activations"]
+    assert narrow_run.computing["residual and norm"] < wide_run.computing["residual and norm"]
+
+
 def test_micro_batches_take_the_activations_of_one_of_them() -> None:
     whole, parts = (
         estimate(plan_workload(run_config(bindings=bindings), 1, 1, "cuda"), H100)

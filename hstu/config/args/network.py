@@ -35,6 +35,9 @@ class NetworkArgs(Args):
     dtype_str: str = option("bfloat16", choices=DTYPES)
     """Data type in which the dense model computes; parameters are always float32. float16 is meant for GPUs (CPUs are
     very slow in it) and scales the loss, see PrecisionArgs."""
+    bfloat16_residual: bool = option(False)
+    """True: keep the residual stream between the layers, and its gradient, in bfloat16 instead of float32. It needs
+    dtype_str = "bfloat16" and saves memory and, on GPUs, traffic; docs/benchmarks/layer compares the quality."""
     kernel_backend: str = option("cutlass", choices=KERNEL_BACKENDS)
     """Kernels of the model. On a CPU, "cutlass" and "triton" both mean the C++ kernels. If a backend cannot run, the
     log states which one is used instead and why."""

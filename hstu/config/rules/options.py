@@ -43,6 +43,7 @@ NEEDS: Iterable[tuple[str, str, tuple[Any, ...], str]] = (
     ("trainer.data_prefetch", "trainer.data_workers", _Not([0]), "only data workers prepare batches in advance"),
     ("trainer.max_bad_rows", "trainer.bad_row_policy", ("skip",), "no sample is skipped"),
     ("network.target_group_size", "dataset.max_num_candidates", _Not([0]), "only candidates are grouped"),
+    ("network.bfloat16_residual", "network.dtype_str", ("bfloat16",), "layers compute in another type"),
     ("network.recompute_input_layernorm", "network.recompute_layer", (False,), "that recomputes the whole layer"),
     ("network.recompute_input_silu", "network.recompute_layer", (False,), "that recomputes the whole layer"),
     (

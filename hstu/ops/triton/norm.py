@@ -35,9 +35,12 @@ def gate_forward(
     seed = torch.randint(_SEEDS, (), device="cpu") if config.dropout > 0 else None
     if seed is not None:  # the ranks have equal generators but need different masks
         seed = (seed + config.comm.rank * 0x9E3779B1) % _SEEDS
-    launch, gated, statistics = _prepare_forward(x, u, weight, bias, config, 0 if seed is None else int(seed), x.dtype)
+    gated = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+    statistics = _statistics(x, config)
     if len(x):
-        launch()
+        shared = _shared(u, weight, bias, statistics, config.dropout, 0 if seed is None else int(seed))
+        run = _over_rows(norm_mul_dropout_forward, x)
+        run(**shared, out=matrix(gated), eps=float(config.eps), GIVEN=config.comm.size > 1)
     return gated, statistics, seed
 
 
@@ -54,37 +57,8 @@ def gate_backward(
     before_silu: Preactivation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :class:`hstu.ops.types.GateBackward`. With ``before_silu``, u is computed again instead of read."""
-    gated = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     seed = 0 if dropout_mask is None else int(dropout_mask)
-    return gated, *_backward(grad, x, u, weight, bias, config, statistics, seed, grad_u, gated, before_silu)
-
-
-def _prepare_forward(
-    x: Tensor, u: Tensor | None, weight: Tensor, bias: Tensor, config: GateConfig, seed: int, dtype: torch.dtype
-) -> tuple[Callable[[], object], Tensor, Tensor]:
-    """A launch that writes [T, H · d] of ``dtype`` and the statistics, and these two. x, u: [T, H, d]."""
-    statistics = _statistics(x, config)
-    out = torch.empty(len(x), len(weight), dtype=dtype, device=x.device)
-    shared = _shared(u, weight, bias, statistics, config.dropout, seed)
-    kernel = _over_rows(norm_mul_dropout_forward, x)
-    launch = partial(kernel, **shared, out=matrix(out), eps=float(config.eps), GIVEN=config.comm.size > 1)
-    return launch, out, statistics
-
-
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    u: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    config: GateConfig,
-    statistics: Tensor,
-    seed: int,
-    grad_u: Tensor | None,
-    gated: Tensor | None,
-    before_silu: Preactivation | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias. With a gate, ``grad_u`` and ``gated``, the output of forward, are written."""
+    gated = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     u = u if before_silu is None else before_silu.value
     sums = torch.zeros(
@@ -117,12 +91,10 @@ def _backward(
     grad_weight, grad_bias, *grad_shift = sums.sum(1)
     if before_silu is not None:
         before_silu.grad_shift.copy_(grad_shift[0].view(x.shape[1:]))
-    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+    return gated, grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
-def _shared(
-    u: Tensor | None, weight: Tensor, bias: Tensor, statistics: Tensor, dropout: float, seed: int
-) -> dict[str, Any]:
+def _shared(u: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, dropout: float, seed: int) -> dict[str, Any]:
     """The arguments that forward and backward share."""
     return dict(
         u=heads(u),
@@ -133,7 +105,6 @@ def _shared(
         num_rows=statistics.shape[1],
         dropout=float(dropout),
         seed=seed,
-        GATED=u is not None,
         DROPPED=dropout > 0,
     )
 
@@ -209,7 +180,7 @@ def row_statistics(
 def norm_mul_dropout_forward(
     x, u, weight, bias, out, mean, rstd, num_rows, eps, dropout, seed,
     WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
-    GATED: tl.constexpr, DROPPED: tl.constexpr, GIVEN: tl.constexpr,
+    DROPPED: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """out = dropout((norm(x) · weight + bias) ⊙ u). Grid: (programs,).
 
@@ -231,8 +202,7 @@ def norm_mul_dropout_forward(
             tl.store(mean + row, center)
             tl.store(rstd + row, inverse)
         result = (values - center) * inverse * scale + shift
-        if GATED:
-            result *= _load_row(u, row, columns, WIDTH, HEAD)
+        result *= _load_row(u, row, columns, WIDTH, HEAD)
         if DROPPED:
             result = tl.where(_keeps(seed, row, dropout, BLOCK), result / (1.0 - dropout), 0.0)
         tl.store(out.data + row * out.stride_row + columns, result.to(out.data.dtype.element_ty), mask=inside)
@@ -243,9 +213,9 @@ def norm_mul_dropout_backward(
     x, u, weight, bias, mean, rstd, grad, grad_x, grad_u, gated, weight_sums, bias_sums, gate_sums, row_sums,
     num_rows, dropout, seed,
     WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
-    GATED: tl.constexpr, DROPPED: tl.constexpr, PASS: tl.constexpr, SILU: tl.constexpr,
+    DROPPED: tl.constexpr, PASS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Gradients and, if GATED, the output of forward. Grid: (programs,).
+    """Gradients, and the output of forward. Grid: (programs,).
 
     weight_sums, bias_sums: [programs, WIDTH], one row written by each program. PASS "all" computes everything. Where
     the heads of a row lie on several ranks there are two passes: "sums" writes everything but grad_x, and to row_sums
@@ -269,24 +239,23 @@ def norm_mul_dropout_backward(
         if DROPPED:
             factor = tl.where(_keeps(seed, row, dropout, BLOCK), 1.0 / (1.0 - dropout), 0.0)
             upstream *= factor
-        if GATED:
-            gate = _load_row(u, row, columns, WIDTH, HEAD)
+        gate = _load_row(u, row, columns, WIDTH, HEAD)
+        if SILU:
+            share = sigmoid(gate, False)
+            slope = silu_derivative(gate, share)
+            gate = (gate * share).to(u.data.dtype.element_ty).to(tl.float32)  # the bits of forward
+        if PASS != "rows":
+            affine = normalized * scale + shift
+            of_gate = upstream * affine
             if SILU:
-                share = sigmoid(gate, False)
-                slope = silu_derivative(gate, share)
-                gate = (gate * share).to(u.data.dtype.element_ty).to(tl.float32)  # the bits of forward
-            if PASS != "rows":
-                affine = normalized * scale + shift
-                of_gate = upstream * affine
-                if SILU:
-                    of_gate *= slope
-                    gate_sum += of_gate
-                _store_row(grad_u, row, columns, of_gate, WIDTH, HEAD)
-                recomputed = affine * gate
-                if DROPPED:
-                    recomputed *= factor
-                tl.store(gated + row * WIDTH + columns, recomputed.to(gated.dtype.element_ty), mask=inside)
-            upstream *= gate
+                of_gate *= slope
+                gate_sum += of_gate
+            _store_row(grad_u, row, columns, of_gate, WIDTH, HEAD)
+            recomputed = affine * gate
+            if DROPPED:
+                recomputed *= factor
+            tl.store(gated + row * WIDTH + columns, recomputed.to(gated.dtype.element_ty), mask=inside)
+        upstream *= gate
         weight_sum += upstream * normalized
         bias_sum += upstream
         scaled = upstream * scale

@@ -65,7 +65,8 @@ class BiasSums:
         """Sums of zero, with the scale for these gradients of the output and these values."""
         size = len(arguments.position_weight)
         totals = torch.zeros(size + NUM_TIME_BUCKETS, dtype=torch.int64, device=grad.device)
-        scale = fixed_point_scale(grad, v, pairs=grad.shape[1] * int((layout.seqlens**2).sum()))
+        pairs = grad.shape[1] * int((layout.seqlens**2).sum())
+        scale = fixed_point_scale(grad, v, pairs) if pairs else torch.ones(1, device=grad.device)
         return cls(totals[:size], totals[size:], scale)
 
     def gradients(self, bias: RelativeBias, config: AttentionConfig) -> RelativeBias:

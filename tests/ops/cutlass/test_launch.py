@@ -11,6 +11,8 @@ pytest.importorskip("cutlass")
 
 from hstu.ops.cutlass import attention
 from hstu.ops.cutlass.attention import NUM_FACTORS, NUM_SIZES, Kernel, Variant, launch_arguments
+from hstu.ops.self_check import small_layout
+from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, RelativeBias
 
 VARIANT = Variant(Kernel.KEYS, torch.bfloat16, 64, 80)
 WITH_BIAS = Variant(Kernel.QUERIES, torch.bfloat16, 128, 80, has_bias=True)
@@ -52,3 +54,13 @@ def test_the_arguments_of_a_launch_take_microseconds(function: Any) -> None:
         function.generate_execution_args(*arguments.values)
         fastest = min(fastest, time.perf_counter() - begun)
     assert fastest < 50e-6
+
+
+def test_without_any_token_the_gradients_of_a_bias_are_zeros() -> None:
+    layout = small_layout(torch.device("cpu"), (0, 0), (0, 0), num_contextuals=0)
+    empty = torch.empty(layout.num_tokens, 2, 64, dtype=torch.bfloat16)
+    bias, config = RelativeBias(torch.ones(2 * 9 - 1), torch.ones(NUM_TIME_BUCKETS)), AttentionConfig(1.0, 1)
+    grads = attention.backward(empty, empty, empty, empty, layout, config, bias, (empty, empty, empty))
+    assert grads is not None
+    assert not grads.position_weight.any() and not grads.time_weight.any()
+    assert grads.position_weight.shape == bias.position_weight.shape

@@ -13,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.datasets.spec import UNKNOWN
+from hstu.data.datasets.raw import table_with_header
+from hstu.data.datasets.spec import UNKNOWN, RawTables, Schema
 from hstu.data.preprocess import InteractionColumns, import_interactions, write
+from hstu.data.preprocess.build import build_store
 from hstu.data.preprocess.report import format_report, write_report
+from hstu.data.preprocess.state import BuildOptions
 from hstu.data.store import SequenceStore
 from hstu.data.store_writer import Journal
 from scripts.preprocess_dataset import main
@@ -165,6 +168,24 @@ def test_any_tables_give_the_store_of_a_plain_reference(rows: list[Any], of_item
     assert store.raw_ids("tags").tolist() == sorted({tag for row in tags for tag in row})
     by_time = events.sort_values("t", kind="stable").query("colour != ''").drop_duplicates("i").set_index("i").colour
     assert list(of_items(store, "colour").values()) == by_time.reindex(ids).fillna(UNKNOWN).tolist()
+
+
+def test_a_built_in_dataset_declares_its_table_of_items(tmp_path: Path) -> None:
+    (tmp_path / "plays.csv").write_text("listener,track,played_at\n1,7,5\n1,8,6\n")
+    (tmp_path / "tracks.csv").write_text("track,genres,year\n8,rock|pop,1990\n9,folk,\n")
+    ids = {"track": "BIGINT"}
+    raw = RawTables(
+        logs=(table_with_header(tmp_path / "plays.csv", ids | {"listener": "BIGINT", "played_at": "BIGINT"}),),
+        events='listener AS "user", track AS item, played_at AS "time", played_at AS "timestamp"',
+        item_table=(table_with_header(tmp_path / "tracks.csv", ids),
+                    "track AS item, string_split(genres, '|') AS i0, year AS i1"),
+    )  # fmt: skip
+    schema = Schema(item="track", item_features=("genres", "year"))
+    options = BuildOptions(name="listens", output=tmp_path / "store", command="")
+    store = SequenceStore.open(build_store(raw, schema, options, {}))
+    assert of_items(store, "genres") == {7: [UNKNOWN], 8: ["rock", "pop"]}
+    assert of_items(store, "year") == {7: UNKNOWN, 8: "1990"}
+    assert set(store.sources) == {"plays.csv", "tracks.csv"}
 
 
 # --- what goes with the other options --------------------------------------------------------------------------------

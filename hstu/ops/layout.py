@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.data.jagged import run_indices, run_offsets, run_starts, sequence_tokens
+from hstu.data.jagged import run_offsets, run_starts, sequence_tokens
 from hstu.ops.types import NUM_TIME_BUCKETS, JaggedLayout, TokenOrder
 
 TIME_BUCKET_WIDTH = 0.301
@@ -38,32 +38,37 @@ def build_layout(
     seqlens = sequence_tokens(item_lengths, num_contextuals, tokens_per_item, has_context=is_real)
     candidates = np.zeros_like(seqlens) if num_candidates is None else (num_candidates * tokens_per_item)
     candidates = candidates.astype(np.int64)
-    sequence, position = run_indices(seqlens)
-    history_end = np.repeat(seqlens - candidates, seqlens)
+    # What has a number per token is computed on the device, from numbers per sequence.
+    lengths, starts, history_ends = _on_device(device, seqlens, run_starts(seqlens), seqlens - candidates)
+    num_tokens = int(seqlens.sum())
 
-    def on_device(array: np.ndarray) -> Tensor:
-        return to_device(array, device)
+    def of_token(of_sequence: Tensor) -> Tensor:
+        return torch.repeat_interleave(of_sequence, lengths, output_size=num_tokens)
 
+    token = torch.arange(num_tokens, device=device)
+    position, history_end = token - of_token(starts), of_token(history_ends)
     token_times = query_times = None
     if item_times is not None:
-        item = np.maximum(position - num_contextuals, 0) // tokens_per_item + run_starts(item_lengths)[sequence]
-        item = np.where((item_lengths > 0)[sequence], item, item_lengths.sum())  # context of a user with no event
-        next_token = np.arange(len(position)) + (position + 1 < history_end)
-        token_times = torch.cat([item_times, item_times.new_zeros(1)])[on_device(item)]
-        query_times = token_times[on_device(next_token)]
+        num_items = len(item_times)
+        first_items, no_items = _on_device(device, run_starts(item_lengths), item_lengths == 0)
+        item = (position - num_contextuals).clamp_(min=0).div_(tokens_per_item, rounding_mode="floor")
+        item += of_token(first_items)
+        item.masked_fill_(of_token(no_items).bool(), num_items)  # context of a user with no event
+        token_times = torch.cat([item_times, item_times.new_zeros(1)])[item]
+        query_times = token_times[token + (position + 1 < history_end)]
         if request_times is not None:
-            filled = seqlens > 0
-            last_token = on_device(np.cumsum(seqlens)[filled] - 1)
-            query_times = query_times.index_copy(0, last_token, request_times[on_device(np.flatnonzero(filled))])
+            filled = np.flatnonzero(seqlens > 0)
+            last_tokens, filled_on_device = _on_device(device, np.cumsum(seqlens)[filled] - 1, filled)
+            query_times = query_times.index_copy(0, last_tokens, request_times[filled_on_device])
     return JaggedLayout(
-        seqlen_offsets=on_device(run_offsets(seqlens)),
+        seqlen_offsets=to_device(run_offsets(seqlens), device),
         seqlens=seqlens,
         num_contextuals=num_contextuals,
-        num_candidate_tokens=on_device(candidates) if candidates.any() else None,
+        num_candidate_tokens=to_device(candidates, device) if candidates.any() else None,
         num_candidate_tokens_host=candidates,
         candidate_group_tokens=target_group_size * tokens_per_item,
         tokens_per_item=tokens_per_item,
-        positions=on_device(np.minimum(position, history_end) if candidates.any() else position),
+        positions=torch.minimum(position, history_end),
         token_times=token_times,
         query_times=query_times,
     )
@@ -98,15 +103,17 @@ def token_order(layout: JaggedLayout) -> TokenOrder:
     Each contextual part has one row per real sequence, each other part one row per item, all in batch order.
     """
     num_contextuals, stride, num_items = layout.num_contextuals, layout.tokens_per_item, layout.num_items
-    starts = run_starts(layout.seqlens)
+    device, starts = layout.positions.device, run_starts(layout.seqlens)
     contexts = np.arange(num_contextuals)[:, None] + starts[layout.seqlens > 0]
-    first_tokens = np.repeat(starts + num_contextuals - stride * run_starts(num_items), num_items)
-    first_tokens += stride * np.arange(len(first_tokens))
-    inverse = np.concatenate([contexts.reshape(-1), *(first_tokens + part for part in range(stride))])
-    source = np.empty_like(inverse)
-    source[inverse] = np.arange(len(inverse))
-    device = layout.positions.device
-    return TokenOrder(to_device(source, device), to_device(inverse, device))
+    first_tokens, lengths = _on_device(device, starts + num_contextuals - stride * run_starts(num_items), num_items)
+    total = int(num_items.sum())
+    items = torch.repeat_interleave(first_tokens, lengths, output_size=total)
+    items = items.add_(torch.arange(total, device=device), alpha=stride)
+    parts = [to_device(contexts.reshape(-1), device), *(items + part if part else items for part in range(stride))]
+    inverse = torch.cat(parts)
+    source = torch.empty_like(inverse)
+    source.scatter_(0, inverse, torch.arange(len(inverse), device=device))
+    return TokenOrder(source, inverse)
 
 
 def time_buckets(delta_s: Tensor) -> Tensor:
@@ -120,6 +127,11 @@ def distance_index(position_i: Tensor, position_j: Tensor, num_weights: int) -> 
     """Row of ``position_weight`` (of ``num_weights`` = 2 P - 1 rows) for each pair: int64, broadcast shape."""
     farthest = num_weights // 2
     return (position_i - position_j).clamp_(-farthest, farthest).add_(farthest)
+
+
+def _on_device(device: torch.device, *arrays: np.ndarray) -> tuple[Tensor, ...]:
+    """int64 arrays of one shape on ``device``, by one copy."""
+    return to_device(np.stack(arrays, dtype=np.int64, casting="unsafe"), device).unbind()
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -77,13 +77,19 @@ class FiniteCheck:
             dist.all_reduce(bad, group=self.mesh.tp_group)
         good = bad == 0
         self.found_inf = (~good[:2].all()).float() if self.deferred else None
-        on_host = good.to("cpu", non_blocking=True)  # pinned, if it comes from a GPU
-        copied = torch.get_device_module(good.device).Event()
-        copied.record()
-        self._pending = _Pending(self.mesh.heartbeat.iteration, on_host, copied, loss_sum, gradients_finite, batch)
+        self._pending = _Pending(
+            self.mesh.heartbeat.iteration, *self._copy_to_host(good), loss_sum, gradients_finite, batch
+        )
         if not self.deferred:
             self.resolve()
         return totals[0]
+
+    def _copy_to_host(self, good: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        """A copy that has begun, and the event of its end."""
+        on_host = good.to("cpu", non_blocking=True)  # pinned, if it comes from a GPU
+        copied = torch.get_device_module(good.device).Event()
+        copied.record()
+        return on_host, copied
 
     def mask(self, gradients: list[Tensor]) -> list[Tensor]:
         """Gradients for the tables: zeros if the step is not finite and the host does not know it yet."""

@@ -9,9 +9,9 @@ from hstu.ops.functional import add_layer_norm
 from hstu.ops.types import Backend
 from tests.ops.backends import INTERPRETED, TRITON, device_of, kernels_of
 
-BACKENDS = [Backend.PYTORCH, TRITON]
+BACKENDS = [TRITON] if INTERPRETED else [Backend.PYTORCH, TRITON]
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-EPS = 1e-2
+ROWS, EPS = 5, 1e-2
 
 
 def inputs(backend: Backend, rows: int, width: int, residual: torch.dtype, update: torch.dtype | None) -> list[Tensor]:
@@ -41,14 +41,14 @@ def test_sum_norm_and_gradients_equal_float64(
     backend: Backend, residual: torch.dtype, update: torch.dtype | None, width: int
 ) -> None:
     dtype = update or residual
-    tensors = inputs(backend, 17, width, residual, update)
+    tensors = inputs(backend, ROWS, width, residual, update)
     exact = [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
     total = exact[0] + exact[3] if update else exact[0]
     out = outputs(backend, dtype, *tensors)
     # The norm is that of the rounded sum, through which the gradient passes unchanged.
     rounded = total + (out[0].cpu().double() - total).detach()
     expected = [total, F.layer_norm(rounded, (width,), *exact[1:3], EPS)]
-    slopes = [torch.randn(17, width).to(kind) for kind in (residual, dtype)]
+    slopes = [torch.randn(ROWS, width).to(kind) for kind in (residual, dtype)]
     right = torch.autograd.grad(expected, exact, [slope.double() for slope in slopes])
 
     assert [tensor.dtype for tensor in out] == [residual, dtype]

@@ -36,7 +36,7 @@ from hstu.ops.functional import (
 )
 from hstu.ops.layout import build_layout, token_order
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS as KERNELS
-from hstu.ops.types import NUM_TIME_BUCKETS, GateConfig, RelativeBias, TensorParallelComm
+from hstu.ops.types import NUM_TIME_BUCKETS, Backend, GateConfig, RelativeBias, TensorParallelComm
 from hstu.optim.dense import DenseOptimizer
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.row_optimizer import STATES, RowOptimizer
@@ -109,10 +109,11 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Operator]:
     whole = int(network.recompute_layer)
     norm = max(whole, int(network.recompute_input_layernorm))
     silu = max(whole, int(network.recompute_input_silu))
+    fused = workload.device_type == "cuda" and network.kernel_backend != Backend.PYTORCH
     repeated = (  # (forwards that backward runs again, operator)
         (norm, _add_layer_norm(own, hidden, c, workload.residual_size)),
         (whole, _linear("W_uvqk", tokens, hidden, 4 * inner, c)),
-        (silu, _silu(tokens, 4 * inner, c)),
+        (silu, _silu(tokens, 4 * inner, c, fused)),
         (whole, _attention(workload, batch, heads)),
         (whole, _gate(tokens, heads, width, c, network.hidden_dropout, tp)),
         (0, _linear("W_o", tokens, inner, hidden, c)),
@@ -197,12 +198,12 @@ def _add_layer_norm(rows: int, width: int, c: int, residual_size: int) -> Operat
     return _operator("residual and norm", costs.add_layer_norm(rows, width, c, residual_size), rows, build)
 
 
-def _silu(rows: int, width: int, c: int) -> Operator:
+def _silu(rows: int, width: int, c: int, fused: bool) -> Operator:
     def build(count: int) -> Forward:
         x = torch.randn(count, width, dtype=_dtype(c), requires_grad=True)
         return lambda: F.silu(x), [x]
 
-    return _operator("SiLU", costs.silu(rows, width, c), rows, build)
+    return _operator("SiLU", costs.silu(rows, width, c, fused=fused), rows, build)
 
 
 class _CopyingComm(TensorParallelComm):

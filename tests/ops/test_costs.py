@@ -70,3 +70,9 @@ def test_the_residual_stream_and_its_norm_move_each_number_once_per_pass() -> No
     assert costs.add_layer_norm(10, 8, 2, 4).bytes == 10 * 8 * (forward + backward)
     assert costs.add_layer_norm(10, 8, 4, 4).bytes == 10 * 8 * 4 * (4 + 4), "without a copy"
     assert costs.add_layer_norm(10, 8, 2, 2).bytes == 10 * 8 * 2 * (4 + 4)
+
+
+def test_silu_in_the_kernels_of_its_neighbours_moves_a_third_of_its_own_passes() -> None:
+    alone, fused = costs.silu(13, 32, 2), costs.silu(13, 32, 2, fused=True)
+    assert (alone.bytes, fused.bytes) == (5 * 2 * 13 * 32, 1.75 * 2 * 13 * 32)
+    assert (alone.launches, fused.launches) == (4, 0)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -20,7 +20,7 @@ from cutlass.cute.runtime import make_ptr
 from torch import Tensor
 
 from hstu.ops.cutlass.bias_arguments import BiasArguments, BiasSums, cells
-from hstu.ops.cutlass.common import Shape
+from hstu.ops.cutlass.common import ROWS_OF_WARP, Shape
 from hstu.ops.cutlass.launch import LaunchArguments
 from hstu.ops.cutlass.schedule import Rows, leading_rows, list_blocks
 from hstu.ops.cutlass.sm80 import BackwardSm80, ForwardSm80
@@ -46,7 +46,7 @@ def forward(
         raise ValueError("q, k and v must agree in shape and dtype")
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     arguments = None if bias is None else BiasArguments.of(bias, layout)
-    _launch(Kernel.FORWARD, [_loadable(q), _loadable(k), _loadable(v)], [out], layout, config, arguments)
+    _launch(Kernel.FORWARD, [_loadable(q), _loadable(k), _loadable(v)], [Gradient(out)], layout, config, arguments)
     return out
 
 
@@ -61,41 +61,54 @@ def backward(
     grads: tuple[Tensor, Tensor, Tensor],
     before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
 ) -> RelativeBias | None:
-    """See :class:`hstu.ops.types.AttentionBackward`, without ``before_silu``. Every run gives the same bits."""
-    assert before_silu is None
+    """See :class:`hstu.ops.types.AttentionBackward`. The gradients have the same bits in every run."""
     grad, q, k, v = _loadable(grad), _loadable(q), _loadable(k), _loadable(v)
-    grad_q, grad_k, grad_v = grads
+    of_q, of_k, of_v = (Gradient(*both) for both in zip(grads, before_silu or (None,) * 3, strict=True))
     arguments = None if bias is None else BiasArguments.of(bias, layout)
     if q.shape[2] <= WIDEST_KEYS_AND_VALUES:
-        _launch(Kernel.KEYS, [k, v, q, grad], [grad_k, grad_v], layout, config, arguments)
+        _launch(Kernel.KEYS, [k, v, q, grad], [of_k, of_v], layout, config, arguments)
     else:
-        _launch(Kernel.KEYS, [k, v, q, grad], [grad_k], layout, config)
-        _launch(Kernel.VALUES, [k, q, grad], [grad_v], layout, config)
+        _launch(Kernel.KEYS, [k, v, q, grad], [of_k], layout, config)
+        _launch(Kernel.VALUES, [k, q, grad], [of_v], layout, config)
     if bias is None or arguments is None:
-        _launch(Kernel.QUERIES, [q, grad, k, v], [grad_q], layout, config)
+        _launch(Kernel.QUERIES, [q, grad, k, v], [of_q], layout, config)
         return None
     sums = BiasSums.zeros(arguments, grad, v, layout)
-    _launch(Kernel.QUERIES, [q, grad, k, v], [grad_q], layout, config, arguments, sums)
+    _launch(Kernel.QUERIES, [q, grad, k, v], [of_q], layout, config, arguments, sums)
     return sums.gradients(bias, config)
+
+
+class Gradient(NamedTuple):
+    """An output of a kernel."""
+
+    target: Tensor
+    """[T, H, d]."""
+    before_silu: Preactivation | None = None
+    """What the differentiated input is the SiLU of."""
 
 
 def _launch(
     kernel: Kernel,
     inputs: list[Tensor],
-    outs: list[Tensor],
+    outs: list[Gradient],
     layout: JaggedLayout,
     config: AttentionConfig,
     bias: BiasArguments | None = None,
     sums: BiasSums | None = None,
 ) -> None:
     tokens, heads, head_dim = inputs[0].shape
+    before = [out.before_silu for out in outs if out.before_silu is not None]
     if tokens == 0:
+        for each in before:
+            each.grad_shift.zero_()
         return
     device = inputs[0].device
     capability = CAPABILITIES[torch.cuda.get_device_capability(device)]
-    variant = Variant(kernel, inputs[0].dtype, head_dim, capability, has_bias=bias is not None)
+    variant = Variant(kernel, inputs[0].dtype, head_dim, capability, bias is not None, bool(before))
     items = _blocks_on(device, variant.shape, layout, config)
-    tensors, blocks = (*inputs, *outs), len(items)
+    blocks = len(items)
+    totals = [torch.empty(variant.num_totals(blocks), heads, head_dim, device=device) for _ in before]
+    tensors = [*inputs, *(out.target for out in outs), *(_loadable(each.value) for each in before), *totals]
     function, arguments = compiled(variant)
     with torch.cuda.device(device):
         arguments.write(
@@ -110,6 +123,8 @@ def _launch(
             torch.cuda.current_stream(device).cuda_stream,
         )
         function(*arguments.values)
+    for each, total in zip(before, totals, strict=True):
+        torch.sum(total, 0, out=each.grad_shift)
 
 
 def _blocks_on(device: torch.device, shape: Shape, layout: JaggedLayout, config: AttentionConfig) -> Tensor:
@@ -167,7 +182,7 @@ _TILES: dict[int, dict[Kernel, dict[int, int]]] = {
 _BIAS_TILES: dict[int, dict[Kernel, dict[int, int]]] = {
     90: {
         Kernel.FORWARD: {32: 64, 64: 64, 128: 64},
-        Kernel.QUERIES: {32: 64, 64: 64, 128: 32},
+        Kernel.QUERIES: {32: 64, 64: 48, 128: 32},
         Kernel.KEYS: {32: 64, 64: 48, 128: 32},
     },
     80: {
@@ -189,6 +204,8 @@ class Variant:
     """90 for compute capability 9.0."""
     has_bias: bool = False
     """Whether it adds a relative bias to the scores; the kernel of dQ then also sums the gradients of the bias."""
+    through_silu: bool = False
+    """Whether its outputs are gradients of what their rows are the SiLU of, summed over the tokens, too."""
 
     @property
     def rows(self) -> Rows:
@@ -211,22 +228,34 @@ class Variant:
         """Number of tensors that it writes."""
         return 2 if self.kernel is Kernel.KEYS and self.head_dim <= WIDEST_KEYS_AND_VALUES else 1
 
+    @property
+    def elements(self) -> list[Any]:
+        """The element type of each tensor: inputs, then those that :meth:`PairwiseKernel.store` lists."""
+        further = [ELEMENTS[self.dtype]] * self.num_outputs + [Float32] * self.num_outputs if self.through_silu else []
+        return [ELEMENTS[self.dtype]] * (self.num_inputs + self.num_outputs) + further
+
+    def num_totals(self, num_blocks: int) -> int:
+        """Partial sums over the tokens that it writes per output, each over the rows of a warp."""
+        return num_blocks * self.shape.block // ROWS_OF_WARP
+
     def build(self) -> Any:
         """The kernel object that the DSL compiles."""
         if self.num_inputs == 3:
-            return (ForwardSm90 if self.capability == 90 else ForwardSm80)(self.shape)
-        return (BackwardSm90 if self.capability == 90 else BackwardSm80)(self.shape, self.num_outputs)
+            one_resident = ForwardSm90 if self.capability == 90 else ForwardSm80
+            return one_resident(self.shape, through_silu=self.through_silu)
+        two_resident = BackwardSm90 if self.capability == 90 else BackwardSm80
+        return two_resident(self.shape, self.num_outputs, self.through_silu)
 
 
 def variants(
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,), head_dims: Sequence[int] = HEAD_DIMS
 ) -> Iterator[Variant]:
-    """All variants of these dtypes and head dims, those without a bias first."""
+    """The variants of these dtypes and head dims that training uses, those without a bias first."""
     for has_bias, capability, dtype in itertools.product((False, True), CAPABILITIES.values(), dtypes):
         for kernel, tiles in (_BIAS_TILES if has_bias else _TILES)[capability].items():
             for head_dim in head_dims:
                 if head_dim in tiles:
-                    yield Variant(kernel, dtype, head_dim, capability, has_bias)
+                    yield Variant(kernel, dtype, head_dim, capability, has_bias, kernel is not Kernel.FORWARD)
 
 
 @functools.cache
@@ -237,7 +266,7 @@ def compiled(variant: Variant) -> tuple[Callable[..., None], LaunchArguments]:
 
 def launch_arguments(variant: Variant) -> LaunchArguments:
     """Arguments as in :func:`_examples`: addresses, strides, the blocks with sizes, factors and bias, CTAs, stream."""
-    ins, outs = variant.num_inputs, variant.num_outputs
+    ins, outs = variant.num_inputs, len(variant.elements) - variant.num_inputs
     return LaunchArguments(
         *(f"{ins}Q", f"{outs}Q", f"{2 * (ins + outs)}q"),
         "Q"
@@ -277,11 +306,11 @@ def _examples(variant: Variant) -> tuple[Any, ...]:
     blocks of rows, with sizes, factors and bias; number of CTAs; handle of the CUDA stream.
     """
 
-    ins, outs = variant.num_inputs, variant.num_outputs
+    ins, elements = variant.num_inputs, variant.elements
     return (
-        tuple(_pointer(ELEMENTS[variant.dtype]) for _ in range(ins)),
-        tuple(_pointer(ELEMENTS[variant.dtype]) for _ in range(outs)),
-        tuple((Int64(8), Int64(8)) for _ in range(ins + outs)),
+        tuple(map(_pointer, elements[:ins])),
+        tuple(map(_pointer, elements[ins:])),
+        tuple((Int64(8), Int64(8)) for _ in elements),
         (
             _pointer(Int32),
             tuple(Int32(1) for _ in range(NUM_SIZES)),

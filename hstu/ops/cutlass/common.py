@@ -18,6 +18,9 @@ from hstu.ops.cutlass.schedule import (
     visible_columns,
 )
 
+ROWS_OF_WARP = 16
+"""Rows of a block whose sums are in the registers of a warp."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -51,8 +54,9 @@ class PairwiseKernel:
 
     num_resident: int
 
-    def __init__(self, shape: Shape, num_outputs: int = 1) -> None:
-        self.shape, self.num_outputs = shape, num_outputs
+    def __init__(self, shape: Shape, num_outputs: int = 1, through_silu: bool = False) -> None:
+        """``through_silu``: the outputs become gradients of what their rows are the SiLU of: see :meth:`store`."""
+        self.shape, self.num_outputs, self.through_silu = shape, num_outputs, through_silu
         self.sums_bias = shape.has_bias and self.num_resident == 2 and shape.rows is Rows.QUERIES
 
     def registers(self, scores_mma: Any, sums_mma: Any) -> tuple:
@@ -90,6 +94,25 @@ class PairwiseKernel:
     def scales(self, factors: tuple) -> tuple:
         """Factors by which the sums are multiplied when they are stored. factors: α and 1 / N."""
         return (factors[1],) if self.num_resident == 1 else (factors[0] * factors[1], factors[1])
+
+    @cute.jit
+    def store(
+        self, sums: tuple, outs: tuple, item: cute.Tensor, index: Int32, head: Int32, row: Int32, column: Int32,
+        factors: tuple,
+    ) -> None:  # fmt: skip
+        """Write the sums of the ``index``-th block, ``item``. factors: α and 1 / N; the others: see store_rows.
+
+        outs: one tensor per output. With ``through_silu`` there follow one per output of which its rows are the SiLU,
+        and one float32 [8 · blocks, d, H] per output for its sums over the 16 rows of each warp.
+        """
+        scales = self.scales(factors)
+        for i in cutlass.range_constexpr(self.num_outputs):
+            if const_expr(self.through_silu):
+                multiply_slopes(sums[i], outs[self.num_outputs + i], item, head, row, column, self.shape.dtype)
+            store_rows(sums[i], outs[i], item, head, row, column, scales[i], self.shape.dtype)
+            if const_expr(self.through_silu):
+                warp = index * (self.shape.block // ROWS_OF_WARP) + (row - item[1]) // ROWS_OF_WARP
+                store_totals(sums[i], outs[2 * self.num_outputs + i], warp, head, column, scales[i])
 
 
 @cute.jit
@@ -274,3 +297,56 @@ def store_rows(
             for n in cutlass.range_constexpr(cute.size(sums) // 4):
                 e = 2 * r + 4 * n
                 (pairs + 4 * n).store(_pair(sums[e] * scale, sums[e + 1] * scale, dtype))
+
+
+@cute.jit
+def multiply_slopes(
+    sums: cute.Tensor,
+    before: cute.Tensor,
+    item: cute.Tensor,
+    head: Int32,
+    row: Int32,
+    column: Int32,
+    dtype: cutlass.Constexpr,
+) -> None:
+    """Multiply the sums by SiLU' of ``before`` [T, d, H]; 0 for rows beyond the end. Arguments as in store_rows."""
+    pairs = cute.make_rmem_tensor(cute.size(sums) // 4, Int32)
+    for r in cutlass.range_constexpr(2):
+        exists = row + 8 * r < item[2]
+        token = item[0] + cutlass.min(row + 8 * r, item[2] - 1)
+        source = cute.recast_ptr(cute.domain_offset((token, column, head), before).iterator, dtype=Int32)
+        for n in cutlass.range_constexpr(cute.size(pairs)):
+            pairs[n] = (source + 4 * n).load()
+        values = cute.recast_tensor(pairs, dtype)
+        for i in cutlass.range_constexpr(cute.size(values)):
+            e = i // 2 * 4 + 2 * r + i % 2
+            half, tanh = half_and_tanh(values[i].to(Float32), Float32(1.0))
+            rising = tanh * 0.5 + 0.5
+            sums[e] = _or_zero(exists, sums[e] * (rising + (half * tanh + half) * (1.0 - rising)))
+
+
+@cute.jit
+def store_totals(sums: cute.Tensor, out: cute.Tensor, warp: Int32, head: Int32, column: Int32, scale: Float32) -> None:
+    """Write ``scale`` times the sums over the rows of a warp. out: float32 [warps, d, H]; sums as in store_rows.
+
+    Eight lanes hold the rows of a column. In three exchanges, each with another of them, a lane gives up half of its
+    columns and adds the other lane's rows to those that it keeps.
+    """
+    count = cute.size(sums) // 2
+    totals = cute.make_rmem_tensor(count, Float32)
+    for i in cutlass.range_constexpr(count):
+        e = i // 2 * 4 + i % 2
+        totals[i] = sums[e] + sums[e + 2]
+    lane, first = cute.arch.lane_idx(), Int32(0)
+    for stage in cutlass.range_constexpr(3):
+        other, half = 16 >> stage, count >> (stage + 1)
+        keeps_upper = (lane & other) != 0
+        for i in cutlass.range_constexpr(half):
+            kept = Float32(select_(keeps_upper, totals[half + i], totals[i]))
+            given = Float32(select_(keeps_upper, totals[i], totals[half + i]))
+            totals[i] = kept + cute.arch.shuffle_sync_bfly(given, offset=other)
+        first += Int32(select_(keeps_upper, Int32(half), Int32(0)))
+    for i in cutlass.range_constexpr(count // 8):
+        at = first + i
+        target = cute.domain_offset((warp, column + at // 2 * 8 + at % 2, head), out)
+        target.iterator.store(totals[i] * scale)

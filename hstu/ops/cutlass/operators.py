@@ -10,6 +10,4 @@ from hstu.ops.types import AttentionKernels
 
 __all__ = ["OPERATORS", "unsupported_reason"]
 
-OPERATORS: dict[str, Any] = {
-    "attention": AttentionKernels(attention.forward, attention.backward, differentiates_silu=False)
-}
+OPERATORS: dict[str, Any] = {"attention": AttentionKernels(attention.forward, attention.backward)}

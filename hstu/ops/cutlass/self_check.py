@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hstu.ops.cutlass.operators import OPERATORS
 from hstu.ops.cutlass.support import BIAS_HEAD_DIMS, DTYPES, HEAD_DIMS, unsupported_reason
-from hstu.ops.functional import hstu_attention
+from hstu.ops.functional import projected_attention
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.self_check import Checks, Errors, main, same_bits, small_layout
 from hstu.ops.types import (
@@ -49,9 +49,9 @@ def checks(device: torch.device, shapes: KernelShapes | None) -> Checks:
 
 
 def _errors(case: str, device: torch.device, shapes: KernelShapes, config: AttentionConfig) -> Errors:
-    """The errors of O, dQ, dK, dV and the gradients of the bias relative to the norm, and whether repeats differ.
+    """The errors of O and of all gradients relative to the norm, and whether repeats differ.
 
-    As in the model, q, k and v are views of one tensor. The reference runs in float64 on the CPU.
+    As in the model, q, k and v are the SiLU of views of one tensor. The reference runs in float64 on the CPU.
     """
     cpu, head_dim, dtype = torch.device("cpu"), shapes.head_dim, shapes.dtype
     layout = _layout(cpu)
@@ -63,7 +63,8 @@ def _errors(case: str, device: torch.device, shapes: KernelShapes, config: Atten
     ours, repeated = on_device(), on_device()
     doubled = [weight.double() for weight in weights]
     exact = _results(uvqk.double(), doubled, grad, layout, config, REFERENCE_KERNELS.attention)
-    names = [f"{name} ({case})" for name in ("attention", "dQ", "dK", "dV", "d position", "d time")[: len(exact)]]
+    results = "attention", "dQ", "dK", "dV", "sums of gradients", "d position", "d time"
+    names = [f"{name} ({case})" for name in results[: len(exact)]]
     errors = [float((each.double() - of).norm() / of.norm()) for each, of in zip(ours, exact, strict=True)]
     differs = {f"attention, repeated ({case})": (float(not same_bits(ours, repeated)), 0.0)}
     return {name: (error, TOLERANCE) for name, error in zip(names, errors, strict=True)} | differs
@@ -77,14 +78,16 @@ def _results(
     config: AttentionConfig,
     kernels: AttentionKernels,
 ) -> list[Tensor]:
-    """O, dQ, dK, dV and the gradients of the weights of a bias, on the CPU."""
+    """O, dQ, dK, dV, the sums of these three over tokens, and the gradients of the weights of a bias, on the CPU."""
     with torch.enable_grad():
-        q, k, v = (part.detach().requires_grad_() for part in uvqk.unbind(2)[1:])
+        projected = uvqk[:, :, 1:].detach().requires_grad_()
+        shift = torch.zeros(projected.shape[1:], device=uvqk.device, requires_grad=True)
         of_bias = [weight.to(uvqk.device).requires_grad_() for weight in weights]
         bias = RelativeBias(*of_bias) if of_bias else None
-        out = hstu_attention(q, k, v, layout, config, bias, kernels)
-        grads = torch.autograd.grad(out, [q, k, v, *of_bias], grad.to(out))
-    return [x.detach().cpu() for x in (out, *grads)]
+        out = projected_attention(projected, shift, layout, config, bias, kernels)
+        of_projected, *others = torch.autograd.grad(out, [projected, shift, *of_bias], grad.to(out))
+    of_v, of_q, of_k = of_projected.unbind(2)
+    return [x.detach().cpu() for x in (out, of_q, of_k, of_v, *others)]
 
 
 def _layout(device: torch.device) -> JaggedLayout:

@@ -87,10 +87,8 @@ class Sm80Kernel(PairwiseKernel):
                 self.step(tensors, block, u, buffers, registers, masking, False)
             if const_expr(self.sums_bias):
                 bias.end_sums(pairs)
-            scales = self.scales(factors)
-            for i in cutlass.range_constexpr(self.num_outputs):
-                out = tensors[self.num_resident + 2 + i]
-                common.store_rows(sums[i], out, item, head, row, column_in_tile, scales[i], shape.dtype)
+            outs = tensors[self.num_resident + 2 :]
+            self.store(sums, outs, item, work // heads, head, row, column_in_tile, factors)
             turn += 1
             work = common.work_index(turn)
         if const_expr(self.sums_bias):

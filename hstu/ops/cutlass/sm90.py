@@ -162,9 +162,7 @@ class Sm90Kernel(PairwiseKernel):
             self.finish(count - 1, operands, registers, of_columns)
             if const_expr(self.sums_bias):
                 bias.end_sums(pairs)
-            scales = self.scales(factors)
-            for i in cutlass.range_constexpr(self.num_outputs):
-                common.store_rows(sums[i], outs[i], item, head, row, column_in_tile, scales[i], shape.dtype)
+            self.store(sums, outs, item, work // heads, head, row, column_in_tile, factors)
             turn += 1
             work = common.work_index(turn)
         if const_expr(self.sums_bias):

@@ -14,8 +14,8 @@ from hstu.ops.cutlass.attention import NUM_FACTORS, NUM_SIZES, Kernel, Variant, 
 from hstu.ops.self_check import small_layout
 from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, RelativeBias
 
-VARIANT = Variant(Kernel.KEYS, torch.bfloat16, 64, 80)
-WITH_BIAS = Variant(Kernel.QUERIES, torch.bfloat16, 128, 80, has_bias=True)
+VARIANT = Variant(Kernel.KEYS, torch.bfloat16, 64, 80, through_silu=True)
+WITH_BIAS = Variant(Kernel.QUERIES, torch.bfloat16, 128, 80, has_bias=True, through_silu=True)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def function() -> Any:
 def check_arguments(function: Any, variant: Variant, of_bias: list[float], narrow_of_bias: list[int]) -> None:
     """Compare the memory of ours with that of the DSL."""
     expected, _kept_alive = function.generate_execution_args(*attention._examples(variant))
-    tensors = variant.num_inputs + variant.num_outputs
+    tensors = len(variant.elements)
     arguments = launch_arguments(variant)
     arguments.write(*[16] * tensors, *[8] * 2 * tensors, 16, *[1] * NUM_SIZES, *[1.0] * NUM_FACTORS, *of_bias, 1, 0)
     ours, _ = function.generate_execution_args(*arguments.values)
@@ -45,7 +45,7 @@ def test_a_launch_with_a_bias_passes_on_what_the_dsl_makes_of_the_arguments() ->
 
 
 def test_the_arguments_of_a_launch_take_microseconds(function: Any) -> None:
-    arguments, tensors = launch_arguments(VARIANT), VARIANT.num_inputs + VARIANT.num_outputs
+    arguments, tensors = launch_arguments(VARIANT), len(VARIANT.elements)
     values = [16] * (3 * tensors + 1) + [1] * NUM_SIZES + [1.0] * NUM_FACTORS + [1, 0]
     fastest = float("inf")
     for _ in range(200):

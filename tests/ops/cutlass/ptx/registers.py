@@ -211,6 +211,8 @@ class Values:
         if to in ("bf16x2", "f16x2"):
             high, low = (to_bits16(self.read(o, "f32"), to[:-2]).astype(np.uint32) for o in sources)
             self.write(target, high << 16 | low, mask)
+        elif of in ("bf16", "f16") and to == "f32":
+            self.write(target, from_bits16(self.read(sources[0], "u16"), of), mask)
         elif (to, of) == ("s64", "f32"):
             self.write(target, np.trunc(self.read(sources[0], "f32")).astype(np.int64), mask)
         elif of[0] != "f" and to[0] != "f":

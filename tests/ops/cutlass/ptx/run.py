@@ -1,5 +1,7 @@
 """Interprets the PTX of a kernel with the arguments that its host function passes."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,8 +25,12 @@ def run_kernel(
     config: AttentionConfig,
     bias: BiasArguments | None = None,
     sums: BiasSums | None = None,
+    before_silu: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """The outputs of a kernel for its inputs x, y, z or x, y, w, z: [T, H, d]. Adds to ``sums``."""
+    """The outputs of a kernel for its inputs x, y, z or x, y, w, z: [T, H, d]. Adds to ``sums``.
+
+    With ``before_silu``, of which the rows of each output are the SiLU, the sums [H, d] of each output follow.
+    """
     program = parse(ptx)
     hopper = any(size == 128 for _, size in program.params)  # its inputs come as TMA descriptors
     shape = variant.shape
@@ -44,7 +50,8 @@ def run_kernel(
     # As in a layer, the outputs are views of a larger tensor.
     between = (tokens, heads, 3, width)
     outs = [torch.full(between, float("nan"), dtype=variant.dtype)[:, :, 1] for _ in range(variant.num_outputs)]
-    in_memory = outs if hopper else [*inputs, *outs]
+    totals = [torch.full((variant.num_totals(len(blocks)), heads, width), float("nan")) for _ in before_silu]
+    in_memory = [*([] if hopper else inputs), *outs, *before_silu, *totals]
     tensors = [
         np.array([place(_bytes_of(tensor)), tokens | heads << 32, *tensor.stride()[:2]], np.uint64).tobytes()
         for tensor in in_memory
@@ -72,10 +79,10 @@ def run_kernel(
     assert next(remaining, None) is None
     for index in range(NUM_CTAS):
         Cta(program, params, memory, index, NUM_CTAS, 384 if hopper else 256).run()
-    return outs
+    return [*outs, *(total.sum(0) for total in totals)]
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:
-    """The memory of a tensor of 16-bit numbers, from its first to its last element."""
+    """The memory of a tensor, from its first to its last element."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.as_strided((extent,), (1,)).view(torch.int16).numpy()
+    return tensor.as_strided((extent,), (1,)).view(torch.uint8).numpy()

@@ -163,8 +163,8 @@ STAGES: dict[int, tuple[Item, ...]] = {
         Item(
             "pytest -m gpu",
             580,
-            ["-m", "pytest", "-m", "gpu", "-q"],
-            ["-m", "pytest", "-m", "gpu", "-q", "tests/ops/cutlass/test_self_check.py"],
+            ["-m", "pytest", "-m", "gpu", "--durations=20"],
+            ["-m", "pytest", "-m", "gpu", "--durations=20", "tests/ops/cutlass/test_self_check.py"],
         ),
     ),
     5: (  # tables in host memory

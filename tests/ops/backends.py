@@ -14,6 +14,7 @@ from hstu.ops.types import AttentionConfig, Backend, GateConfig, JaggedLayout, K
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's own switch: its kernels run on the CPU, by NumPy. tests/ops/triton/test_interpreted.py starts pytest so."""
 
+ON_A_GPU = torch.cuda.is_available() and not INTERPRETED
 needs_gpu = (
     pytest.mark.gpu,
     pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="NEEDS AN NVIDIA GPU"),
@@ -21,8 +22,9 @@ needs_gpu = (
 TRITON = pytest.param(Backend.TRITON, marks=() if INTERPRETED else needs_gpu)
 BACKENDS = [TRITON] if INTERPRETED else [Backend.CPU, TRITON]
 CUTLASS = pytest.param(Backend.CUTLASS, marks=needs_gpu)
-ATTENTION = BACKENDS if INTERPRETED else [*BACKENDS, CUTLASS]
-FULL_SIZE = [pytest.param(Backend.TRITON, marks=pytest.mark.slow)] if INTERPRETED else ATTENTION
+WITHOUT_A_GPU = BACKENDS[:1]
+"""For what a GPU would show no better, and would have to compile other kernels for."""
+FULL_SIZE = [pytest.param(Backend.TRITON, marks=pytest.mark.slow)] if INTERPRETED else [*BACKENDS, CUTLASS]
 """For inputs that take minutes to interpret."""
 MOST_HEADS = 1 if INTERPRETED else 3
 
@@ -42,8 +44,11 @@ def device_of(backend: Backend) -> torch.device:
 
 
 def examples(count: int) -> int:
-    """So many, but few where every one is interpreted: there the sizes matter less than that each branch is taken."""
-    return max(3, count // 10) if INTERPRETED else count
+    """So many, but few where every one is interpreted, and on a GPU, where other shapes are other kernels to compile.
+
+    There the sizes matter less than that each branch is taken.
+    """
+    return max(3, count // 10) if INTERPRETED or ON_A_GPU else count
 
 
 def kernels_of(

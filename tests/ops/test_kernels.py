@@ -5,6 +5,7 @@ held against that here, too. Triton's kernels are driven on a GPU, and interpret
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,18 +15,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
+from hstu.ops.cutlass.support import head_unsupported_reason
 from hstu.ops.layout import time_buckets
 from hstu.ops.types import NUM_TIME_BUCKETS, Backend, GateConfig, RelativeBias
 from tests.ops import oracle
 from tests.ops.backends import (
-    ATTENTION,
     BACKENDS,
+    CUTLASS,
     FULL_SIZE,
     INTERPRETED,
     MOST_HEADS,
+    ON_A_GPU,
     TOLERANCE,
     TRITON,
     TYPES,
+    WITHOUT_A_GPU,
     device_of,
     examples,
     hstu_attention,
@@ -48,6 +52,7 @@ SAMPLED_LOSS = [
 ]
 MANY_QUERIES = 20 if INTERPRETED else 130
 LENGTHS = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 63, 65, 127, 129])
+NUM_CANDIDATES = st.sampled_from([0, 0, 1, 7, 40])
 
 
 @pytest.fixture(autouse=True)
@@ -82,14 +87,18 @@ def assert_near(
 
 
 @st.composite
-def long_batches(draw: st.DrawFn) -> Batch:
+def long_batches(
+    draw: st.DrawFn, candidates: st.SearchStrategy[int] = NUM_CANDIDATES, contextuals: int | None = None
+) -> Batch:
     """Sequences around the sizes of blocks and vectors, with candidates in groups."""
     gap = draw(st.sampled_from([0, 1, 977, 10**6]))
     users = []
     for history in draw(st.lists(LENGTHS, min_size=1, max_size=3)):
-        candidates = draw(st.sampled_from([0, 0, 1, 7, 40]))
-        users.append(User(history, candidates, tuple(gap * i for i in range(history + candidates))))
-    return Batch(tuple(users), draw(st.integers(0, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 4)))
+        count = draw(candidates)
+        users.append(User(history, count, tuple(gap * i for i in range(history + count))))
+    if contextuals is None:
+        contextuals = draw(st.integers(0, 3))
+    return Batch(tuple(users), contextuals, draw(st.integers(1, 2)), draw(st.integers(1, 4)))
 
 
 def to(leaves: Sequence[Tensor], place: str | torch.device, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -120,7 +129,7 @@ def compare_attention(batch: Batch, backend: Backend, leaves: list[Tensor], grad
     assert_near(got, expected, TOLERANCE[backend][dtype])
 
 
-@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("backend", WITHOUT_A_GPU)
 @settings(deadline=None, max_examples=examples(40))
 @given(
     batch=long_batches(),
@@ -150,7 +159,8 @@ def test_attention_equals_float64(
     compare_attention(batch, backend, leaves, grad_out, **config)
 
 
-@pytest.mark.parametrize("backend", [backend for backend in ATTENTION if backend is not Backend.CPU])
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU test_one_compiled_kernel_serves_any_batch has few shapes")
+@pytest.mark.parametrize("backend", [Backend.TRITON])
 @settings(deadline=None, max_examples=examples(40))
 @given(
     batch=long_batches(),
@@ -163,12 +173,18 @@ def test_attention_equals_float64(
 def test_attention_of_a_projection_equals_float64(
     backend: Backend, batch: Batch, heads: int, width: int, dtype: torch.dtype, with_bias: bool, is_causal: bool
 ) -> None:
+    config = dict(alpha=width**-0.5, scaling_seqlen=100, is_causal=is_causal)
+    compare_projected(batch, backend, heads, width, dtype, with_bias, **config)
+
+
+def compare_projected(
+    batch: Batch, backend: Backend, heads: int, width: int, dtype: torch.dtype, with_bias: bool, **config: Any
+) -> None:
     """The gradients of what v, q and k are the SiLU of, and their sums over the tokens."""
     tokens = batch.layout().num_tokens
     torch.manual_seed(tokens)
     projected, shift = torch.randn(tokens, heads, 3, width).to(dtype), torch.randn(heads, 3, width)
     tables = [torch.randn(2 * 150 - 1).to(dtype), torch.randn(NUM_TIME_BUCKETS).to(dtype)] if with_bias else []
-    config = dict(alpha=width**-0.5, scaling_seqlen=100, is_causal=is_causal)
 
     def attend_by(backend: Backend) -> Callable[..., Tensor]:
         layout = batch.layout(device=device_of(backend))
@@ -194,10 +210,51 @@ def test_attention_of_a_projection_equals_float64(
 def test_attention_equals_float64_on_a_long_sequence(backend: Backend, width: int, dtype: torch.dtype) -> None:
     batch = Batch((User(1023, 0, tuple(3600 * i for i in range(1023))), User(5, 0, (1,) * 5)), 0, 1, 1)
     leaves = attention_inputs(1028, 1, width, dtype, strided=True, backend=backend)
+    if ON_A_GPU and backend is not Backend.CPU and head_unsupported_reason(width, dtype, has_bias=True):
+        pytest.skip("CUTLASS has no such kernels, and Triton's for other widths are compiled already")
     compare_attention(batch, backend, leaves, torch.randn(1028, 1, width), alpha=width**-0.5, scaling_seqlen=1023)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+ON_CPU = [(Backend.CPU, 64, torch.float32, True, True)]
+ON_CUTLASS = [
+    pytest.param(Backend.CUTLASS, width, dtype, has_bias, is_causal, marks=CUTLASS.marks)
+    for width, dtype, has_bias, is_causal in (
+        (64, torch.bfloat16, True, True),
+        (256, torch.bfloat16, False, True),
+        (128, torch.float16, True, False),
+    )
+]
+ON_TRITON = [
+    pytest.param(Backend.TRITON, width, dtype, has_bias, is_causal, marks=TRITON.marks)
+    for width, dtype, has_bias, is_causal in (
+        (25, torch.float32, True, True),
+        (64, torch.bfloat16, False, True),
+        (128, torch.bfloat16, True, True),
+        (256, torch.bfloat16, False, True),
+        (50, torch.float16, True, False),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("backend", "width", "dtype", "has_bias", "is_causal"),
+    ON_TRITON[:1] if INTERPRETED else [*ON_CPU, *ON_CUTLASS, *ON_TRITON],
+)
+@settings(max_examples=2 if INTERPRETED else 20)
+@given(batch=long_batches(candidates=st.sampled_from([1, 7, 40]), contextuals=2))
+def test_one_compiled_kernel_serves_any_batch(
+    backend: Backend, width: int, dtype: torch.dtype, has_bias: bool, is_causal: bool, batch: Batch
+) -> None:
+    config = dict(alpha=width**-0.5, scaling_seqlen=100, is_causal=is_causal)
+    if backend is not Backend.CPU:  # as in a layer
+        compare_projected(batch, backend, 2, width, dtype, has_bias, **config)
+        return
+    tokens = batch.layout().num_tokens
+    leaves = attention_inputs(tokens, 2, width, dtype, strided=True, backend=backend)[: 5 if has_bias else 3]
+    compare_attention(batch, backend, leaves, torch.randn(tokens, 2, width), **config)
+
+
+@pytest.mark.parametrize("backend", WITHOUT_A_GPU)
 @settings(deadline=None, max_examples=examples(40))
 @given(batch=batches(), is_causal=st.booleans(), contextual_mask=st.booleans())
 def test_attention_equals_the_pair_by_pair_oracle(
@@ -451,7 +508,7 @@ def test_targets_of_any_score_have_a_finite_loss_and_exact_gradients(backend: Ba
     assert_near(run(leaves, backend), run(to(leaves, "cpu", torch.float64), Backend.PYTORCH), 2e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITHOUT_A_GPU)
 @settings(deadline=None, max_examples=examples(20))
 @given(
     rows=st.sampled_from([0, 1, 70]), width=st.sampled_from([2, 15, 16, 17, 50, 300]), eps=st.sampled_from([1e-6, 5.0])

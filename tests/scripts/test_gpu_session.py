@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.profiler import DeviceType
 
+from tests import gpu_plan
 from tests.conftest import REPOSITORY
 
 
@@ -86,7 +87,8 @@ def test_the_stages_are_complete(script: ModuleType) -> None:
     assert sorted(names) == [1, 2, 3, 4, 5]
     assert all(len(set(items)) == len(items) for items in names.values())
     for each in (each for items in script.STAGES.values() for each in items):
-        assert 0 < each.limit_s <= 580
+        assert 0 < each.limit_s <= gpu_plan.LIMIT_S
+        assert (each.limit_s == gpu_plan.LIMIT_S) == (each.name == "pytest -m gpu")
         scripts = [part for part in each.command if part.endswith(".py")]
         assert all((REPOSITORY / part).exists() for part in scripts)
 

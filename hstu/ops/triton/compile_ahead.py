@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -223,12 +224,8 @@ def compile_launch(launch: Launch, config: triton.Config, capability: int) -> Co
         RuntimeError: the tools that read machine code fail.
         triton.CompilationError: the kernel does not compile.
     """
-    target = GPUTarget("cuda", capability, WARP_SIZE)
-    backend = make_backend(target)
-    kernel, options = launch.kernel, {**config.all_kwargs(), "enable_fp_fusion": True}
-    # As JITFunction.run does: what the values of the arguments are specialized to.
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(**launch.arguments, **options)
+    target, kernel = GPUTarget("cuda", capability, WARP_SIZE), launch.kernel
+    backend, bound, specialization, options = _bind(launch, config, target)
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
     built = triton.compile(ASTSource(kernel, signature, constants, attributes), target, parsed.__dict__)
     return Compiled(
@@ -238,6 +235,19 @@ def compile_launch(launch: Launch, config: triton.Config, capability: int) -> Co
         shared_bytes=built.metadata.shared,
         **read_cubin(built.asm["cubin"]),
     )
+
+
+def specialized_kernel(launch: Launch, config: triton.Config, capability: int) -> str:
+    """What tells the machine code of a launch from others: equal launches are compiled once in a process."""
+    _, _, specialization, options = _bind(launch, config, GPUTarget("cuda", capability, WARP_SIZE))
+    return f"{launch.kernel.fn.__name__} {specialization} {options}"
+
+
+def _bind(launch: Launch, config: triton.Config, target: GPUTarget) -> tuple[Any, Any, Any, Any]:
+    """As JITFunction.run: (the backend, the arguments, what their values are specialized to, options)."""
+    backend, kernel = make_backend(target), launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    return backend, *bind(**launch.arguments, **config.all_kwargs(), enable_fp_fusion=True)
 
 
 def _description_of(config: triton.Config) -> str:

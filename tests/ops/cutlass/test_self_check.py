@@ -24,7 +24,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NEEDS AN NVIDIA GPU: the CUTLASS kernels are not run")
-@pytest.mark.parametrize(("head_dim", "has_bias"), [(64, False), (256, False), (32, True), (64, True), (128, True)])
+@pytest.mark.parametrize(("head_dim", "has_bias"), [(256, False), (64, True), (128, True)])
 def test_all_kernels_pass(head_dim: int, has_bias: bool) -> None:
     from hstu.ops.cutlass.self_check import checks
 

@@ -1,0 +1,116 @@
+"""Tables train what plain ones train wherever their rows lie, however they are sharded, in every pipeline.
+
+On a GPU and on a CPU, in one process each: NCCL cannot give one GPU to two ranks. TorchRec shards a table of one rank
+by the same code, into one shard. A CPU has one kind of memory, so there kernels for host memory are replaced; the runs
+on it show that the comparison itself works.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from tests.distributed.launch import Launch, run_cases
+from tests.distributed.pipeline_cases import PIPELINES, STEPS, assemble, make_config, train, write_store
+from tests.train.tiny import tables_of
+
+HAS_GPU = torch.cuda.is_available()
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="ranks use the GPU of this machine")),
+    pytest.param(
+        "cuda", marks=(pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="NEEDS AN NVIDIA GPU: tables on it"))
+    ),
+]
+PLACES = {"fused": "DEVICE", "fused_uvm": "MANAGED", "fused_uvm_caching": "MANAGED_CACHING"}
+"""EmbeddingArgs.compute_kernel → where FBGEMM then has the rows on a GPU."""
+SHARDINGS = ("row_wise", "column_wise", "table_wise")
+OPTIMIZERS = ("adam", "rowwise_adagrad")
+
+
+def trained(
+    mesh: Mesh, store: str, pipeline: str, kernel: str = "fused", sharding: str = "row_wise", optimizer: str = "adam"
+) -> dict[str, Any]:
+    """Losses, metrics and positions of some steps, the device, and where the rows of the sharded tables lie."""
+    tables = tables_of(SequenceStore.open(store), ("item_id", "town"), sharding)
+    sharded = {
+        table.table_name: replace(table, compute_kernel=kernel)
+        for table in tables
+        if table.sharding_type == "model_parallel"
+    }
+    options: dict[str, Any] = {
+        "tables": tuple(sharded.get(table.table_name, table) for table in tables),
+        "optimizer": {"optimizer_str": optimizer, "learning_rate": 0.01},
+    }
+    # The same modules that the steps use, built for their places alone.
+    *_, state = assemble(make_config(store, pipeline, **options), mesh)
+    places = {
+        spec[2].name
+        for module in state.model.modules()
+        if hasattr(module, "embedding_specs")
+        for spec in module.embedding_specs
+    }
+    told = train(mesh, store, pipeline, **options)
+    del told["weights"]  # a hash, which says nothing of numbers that are close
+    return told | {"device": mesh.device.type, "places": places}
+
+
+def cases() -> dict[str, dict[str, str]]:
+    """Name → options of a run, the plain one of each optimizer first."""
+    found = {}
+    for optimizer in OPTIMIZERS:
+        found[f"plain, {optimizer}"] = {"pipeline": "none", "optimizer": optimizer}
+        for pipeline in ("none", "prefetch"):
+            for kernel in ("fused_uvm", "fused_uvm_caching"):
+                options = {"pipeline": pipeline, "kernel": kernel, "optimizer": optimizer}
+                found[f"{kernel}, {pipeline}, {optimizer}"] = options
+    for sharding in SHARDINGS[1:]:
+        found[sharding] = {"pipeline": "none", "sharding": sharding}
+    for pipeline in PIPELINES[1:]:
+        found[pipeline] = {"pipeline": pipeline}
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Case → what its run tells."""
+    store = write_store(tmp_path_factory.mktemp("devices") / "store")
+    return run_cases(
+        Launch(1, timeout_s=150), {name: partial(trained, store=store, **options) for name, options in cases().items()}
+    )[0]
+
+
+def assert_same_training(run: dict[str, Any], plain: dict[str, Any], device: str) -> None:
+    assert run["device"] == plain["device"] == device
+    assert len(set(plain["losses"])) == STEPS, "the runs that are compared train"
+    assert run["positions"] == plain["positions"]
+    tolerance = 0 if device == "cpu" else 1e-4
+    assert run["losses"] == pytest.approx(plain["losses"], rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("pipeline", ["none", "prefetch"])
+@pytest.mark.parametrize("kernel", ["fused_uvm", "fused_uvm_caching"])
+def test_rows_train_the_same_wherever_they_lie(
+    runs: dict[str, Any], kernel: str, pipeline: str, optimizer: str, device: str
+) -> None:
+    run, plain = runs[f"{kernel}, {pipeline}, {optimizer}"], runs[f"plain, {optimizer}"]
+    assert_same_training(run, plain, device)
+    if device == "cuda":
+        assert PLACES[kernel] in run["places"] and run["places"] != plain["places"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sharding", SHARDINGS[1:])
+def test_a_table_trains_the_same_however_it_is_sharded(runs: dict[str, Any], sharding: str, device: str) -> None:
+    assert_same_training(runs[sharding], runs["plain, adam"], device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("pipeline", PIPELINES[1:])
+def test_pipelines_train_what_none_trains(runs: dict[str, Any], pipeline: str, device: str) -> None:
+    assert_same_training(runs[pipeline], runs["plain, adam"], device)

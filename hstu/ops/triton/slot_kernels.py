@@ -192,7 +192,7 @@ def list_new(
     for offset in range(0, span, BLOCK):
         position = program.to(tl.int64) * span + offset + tl.arange(0, BLOCK)
         is_first, entry = first_of_absent(position, bound, slots, entries, firsts)
-        ones = is_first.to(tl.int64)
+        ones = is_first.to(tl.int32)
         place = number + tl.cumsum(ones, 0) - ones
         tl.store(new_ids + place, tl.load(wanted + position, mask=is_first, other=0), mask=is_first)
         tl.store(new_counts + place, tl.load(totals + entry, mask=is_first, other=0), mask=is_first)
@@ -220,12 +220,12 @@ def count_admitted(sighted_slots, sighted, new_counts, numbers, sums, span, thre
     if bound == 0:
         return
     program = tl.program_id(0)
-    total = tl.zeros((BLOCK,), tl.int64)
+    total = tl.zeros((BLOCK,), tl.int32)
     for offset in range(0, span, BLOCK):
         place = program.to(tl.int64) * span + offset + tl.arange(0, BLOCK)
         admitted, _, _ = is_admitted(place, bound, sighted_slots, sighted, new_counts, threshold)
-        total += admitted.to(tl.int64)
-    tl.store(sums + program, tl.sum(total))
+        total += admitted.to(tl.int32)
+    tl.store(sums + program, tl.sum(total).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["span", "threshold"])
@@ -243,18 +243,18 @@ def list_admitted(
         return
     program = tl.program_id(0)
     number = sum_before(sums, program)
-    waiting = tl.zeros((BLOCK,), tl.int64)
+    waiting = tl.zeros((BLOCK,), tl.int32)
     for offset in range(0, span, BLOCK):
         place = program.to(tl.int64) * span + offset + tl.arange(0, BLOCK)
         admitted, is_new, count = is_admitted(place, bound, sighted_slots, sighted, new_counts, threshold)
-        ones = admitted.to(tl.int64)
+        ones = admitted.to(tl.int32)
         to = number + tl.cumsum(ones, 0) - ones
         tl.store(admitted_ids + to, tl.load(new_ids + place, mask=admitted, other=0), mask=admitted)
         tl.store(admitted_counts + to, count, mask=admitted)
         tl.store(admitted_at + place, tl.where(admitted, to, -1).to(tl.int32), mask=is_new)
-        waiting += tl.where(is_new & (admitted == 0), count, 0).to(tl.int64)
+        waiting += tl.where(is_new & (admitted == 0), count, 0)
         number += tl.sum(ones)
-    tl.atomic_add(counters + WAITING, tl.sum(waiting), sem="relaxed")
+    tl.atomic_add(counters + WAITING, tl.sum(waiting).to(tl.int64), sem="relaxed")
     if program == tl.num_programs(0) - 1:
         tl.store(numbers + ADMITTED, number)
 

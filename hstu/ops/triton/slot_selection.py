@@ -184,7 +184,7 @@ def list_undecided(
     span = tl.where(is_claim, claim_span, slot_span)
     first = (program - tl.where(is_claim, slot_programs, 0)).to(tl.int64) * span
     size, bound = tl.load(numbers + SIZE), tl.load(claims)
-    total = tl.zeros((BLOCK,), tl.int64)
+    total = tl.zeros((BLOCK,), tl.int32)
     for offset in range(0, span, BLOCK):
         index = first + offset + tl.arange(0, BLOCK)
         count, last, valid = candidates_at(index, is_claim, seen, claim_counts, size, bound, step)
@@ -192,15 +192,15 @@ def list_undecided(
         if shift == 0:
             needed = valid & ((code >> DIGIT_BITS) == (prefix >> DIGIT_BITS))
             code = with_hash(code, needed, index, is_claim, ids, claim_ids)
-        total += (valid & ((code >> shift) < prefix)).to(tl.int64)
+        total += (valid & ((code >> shift) < prefix)).to(tl.int32)
         undecided = valid & ((code >> shift) == prefix)
-        ones = undecided.to(tl.int64)
-        number = tl.sum(ones)
+        ones = undecided.to(tl.int32)
+        number = tl.sum(ones).to(tl.int64)
         if number > 0:
             place = tl.atomic_add(numbers + LISTED, number, sem="relaxed") + tl.cumsum(ones, 0) - ones
             entry = tl.where(is_claim, capacity + index, index)
             tl.store(listed + place, entry.to(tl.int32), mask=undecided)
-    tl.store(sums + program, tl.sum(total))
+    tl.store(sums + program, tl.sum(total).to(tl.int64))
 
 
 @triton.jit
@@ -320,7 +320,7 @@ def list_beaten(
             id = id_at(index, is_claim, ids, claim_ids, undecided)
             score = score_of(count, last, LFU).to(tl.uint64, bitcast=True)
             beaten = beaten | (undecided & is_beaten(score, mixed(id), highest_score, highest_hash))
-        ones = beaten.to(tl.int64)
+        ones = beaten.to(tl.int32)
         place = before + tl.cumsum(ones, 0) - ones
         if is_claim:
             tl.store(ranks + index, tl.where(beaten, -1, index - place).to(tl.int32), mask=index < bound)

@@ -53,9 +53,9 @@ from hstu.ops.triton.slot_selection import (
 __all__ = ["Assigned", "DeviceSlots", "start_rows"]
 
 # One warp per program, so that no warp waits for the longest search of another.
-_BY_POSITION = [triton.Config({"BLOCK": 128}, num_warps=1, num_stages=1)]
-_BY_SPAN = [triton.Config({"BLOCK": 1024}, num_warps=4, num_stages=1)]
-_BLOCK = 1024
+_BY_POSITION = [triton.Config({"BLOCK": 64}, num_warps=1, num_stages=1)]
+_BLOCK = 512
+_BY_SPAN = [triton.Config({"BLOCK": _BLOCK}, num_warps=4, num_stages=1)]
 _LEAST_BITS = 4
 _KEPT = 2
 """The first numbers, which are kept from batch to batch."""

@@ -106,7 +106,7 @@ def test_the_same_batches_give_the_same_slots_in_any_order_of_programs(policy: P
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
-@pytest.mark.parametrize("count", [1, 300, 5000, MAX_COUNT])
+@pytest.mark.parametrize("count", [1, 5000])
 def test_ids_of_equal_or_close_scores_give_way_by_score_then_by_hash(policy: Policy, count: int) -> None:
     """Counts whose bins hold several values, and more equal scores than the digits of the code can separate."""
     capacity = 40

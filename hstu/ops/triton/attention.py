@@ -283,7 +283,7 @@ TILES_FLOAT32: dict[tuple[str, bool], Tiles] = {
     ("forward", False): _FORWARD_FLOAT32,
     ("forward", True): _FORWARD_FLOAT32,
     ("keys", False): _KEYS_FLOAT32,
-    ("keys", True): _KEYS_FLOAT32,
+    ("keys", True): {**_KEYS_FLOAT32, 128: ((16, 16, 8, 1),)},
     ("queries", False): {128: ((16, 16, 4, 1),), 256: ((16, 16, 8, 1),)},
     ("queries", True): {64: ((16, 16, 4, 1),), 128: ((16, 16, 4, 2),), 256: ((16, 16, 8, 1),)},
 }

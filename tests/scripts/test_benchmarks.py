@@ -164,9 +164,20 @@ def test_dynamic_tables_report_beside_static_ones(monkeypatch: pytest.MonkeyPatc
 def test_the_table_of_compiled_kernels_counts_the_default_configuration_and_names_the_most_spills() -> None:
     compile_kernels = import_module("compile_kernels")
     default = Compiled("attention_forward", 90, "128 × 64, 8 warps, 3 stages", 128, 65536, 0, 0, 1000, 16, 0, 0, 4)
-    rows = [compile_kernels.row_of(default, 64, op="hstu_attention", variant="causal", is_default=True)]
+    rows = [compile_kernels.row_of(default, head_dim=64, op="hstu_attention", variant="causal", is_default=True)]
     rows.append({**rows[0], "registers": 200, "spill_instructions": 3, "is_default": False})
-    assert compile_kernels.as_markdown(rows)[-1] == "| attention_forward | ≤ 128 |  |  | 0 | 128 | 64 | 0 (3) |"
+    assert compile_kernels.as_markdown(rows)[-1] == "| attention_forward | ≤ 128 | 128 | 64 | 0 (3) |"
+    assert "sm_90: KiB" in compile_kernels.as_markdown(rows)[0]
+
+
+def test_kernels_that_are_left_out_keep_their_rows_in_the_table(tmp_path: Path) -> None:
+    pytest.importorskip("hstu.ops.cutlass.attention", reason="NEEDS THE CUTLASS DSL")
+    documented = REPOSITORY / "docs" / "benchmarks" / "kernels"
+    for name in ("triton.json", "cutlass.json"):
+        (tmp_path / name).write_text((documented / name).read_text())
+    import_module("compile_kernels").main(["--operator", "none", "--output", str(tmp_path)])
+    for name in ("triton.json", "cutlass.json", "kernels.md"):
+        assert (tmp_path / name).read_text() == (documented / name).read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -17,8 +17,8 @@ from hstu.config.args import DatasetArgs, EmbeddingArgs, OptimizerArgs, Retrieva
 from hstu.config.errors import UserError
 from hstu.config.incomplete import Unknown
 from hstu.config.run_config import RunDraft
-from hstu.data.collate import FeatureRoles, resolve_roles
 from hstu.data.datasets import DATASETS, resolve_name
+from hstu.data.roles import FeatureRoles, resolve_roles
 from hstu.data.store import SequenceStore
 from hstu.estimate.workload import roles_without_data
 from hstu.model.embedding import TableSpec, table_specs

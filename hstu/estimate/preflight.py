@@ -27,7 +27,7 @@ from hstu.config.incomplete import apply
 from hstu.config.problems import Problem, did_you_mean
 from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunDraft
-from hstu.data.collate import FeatureRoles
+from hstu.data.roles import FeatureRoles
 from hstu.data.store import SequenceStore
 from hstu.estimate.estimate import size
 from hstu.estimate.memory import TableShards, beside_tables, memory, plan_tables

@@ -16,9 +16,9 @@ from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, R
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES
-from hstu.data.collate import FeatureRoles
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.spec import USER_FEATURE, DatasetSpec, Schema
+from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import SamplerPosition
 from hstu.model.embedding import TableSpec, table_specs
 from hstu.model.inputs import SequenceFeatures

@@ -19,7 +19,7 @@ from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
 from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite
 from hstu.data.batch import NEGATIVES
-from hstu.data.collate import FeatureRoles
+from hstu.data.roles import FeatureRoles
 
 _INIT_BLOCK_ROWS = 4096
 _MOST_SLOTS = 2**31 - 1  # an id's row is an int32 in the index of a dynamic table

@@ -13,8 +13,8 @@ from torchrec import JaggedTensor
 from hstu.config.args import NetworkArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import HSTUBatch
-from hstu.data.collate import FeatureRoles
 from hstu.data.jagged import sequence_tokens
+from hstu.data.roles import FeatureRoles
 from hstu.model.heads import MLP
 from hstu.ops.dropout import dropout
 from hstu.ops.layout import build_layout, to_device, token_order

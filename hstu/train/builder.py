@@ -20,8 +20,8 @@ from hstu.config.problems import Cite, cite, in_reading_order
 from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES
-from hstu.data.collate import FeatureRoles
 from hstu.data.datasets import DATASETS
+from hstu.data.roles import FeatureRoles
 from hstu.model.compiled import compile_parts, why_not
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel

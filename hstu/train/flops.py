@@ -8,8 +8,8 @@ import numpy as np
 
 from hstu.config.args import NetworkArgs
 from hstu.data.batch import HSTUBatch
-from hstu.data.collate import FeatureRoles
 from hstu.data.jagged import sequence_tokens
+from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import Loads
 from hstu.ops.costs import sequence_flops
 

@@ -18,7 +18,8 @@ from hstu.config.args import DatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.errors import DataError
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES, PADDING_ID, HSTUBatch
-from hstu.data.collate import Assembler, FeatureRoles, Rows
+from hstu.data.collate import Assembler, Rows
+from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import START, BatchPlan, SamplerPosition, TrainSampler
 from hstu.data.samples import Split
 from hstu.data.store import USER_FEATURE

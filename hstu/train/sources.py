@@ -25,11 +25,12 @@ from hstu.config.problems import Cite, cite, did_you_mean, in_reading_order
 from hstu.config.rules.training import token_limit_admits
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
-from hstu.data.collate import Assembler, Collator, FeatureRoles, SkippedSamples, StoreReader, resolve_roles
+from hstu.data.collate import Assembler, Collator, SkippedSamples, StoreReader
 from hstu.data.datasets import resolve_name
 from hstu.data.datasets.embeddings import predefined_embeddings
 from hstu.data.loader import build_loader
 from hstu.data.negatives import Negatives
+from hstu.data.roles import FeatureRoles, resolve_roles
 from hstu.data.sampler import BatchPartition, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.samples import SampleTable, Split, StochasticLength, build_samples, check_split
 from hstu.data.store import SequenceStore

@@ -28,8 +28,8 @@ from torchrec.modules.mc_modules import LFU_EvictionPolicy, LRU_EvictionPolicy, 
 
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs
 from hstu.data.batch import keyed_jagged
-from hstu.data.collate import FeatureRoles
 from hstu.data.hashing import hash_ids
+from hstu.data.roles import FeatureRoles
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
 from hstu.observe.logging import quiet_libraries

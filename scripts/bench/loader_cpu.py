@@ -30,9 +30,10 @@ import torch
 from harness import ROOT, command_line, publish
 
 from hstu.config.args import DatasetArgs
-from hstu.data.collate import Assembler, Collator, StoreReader, resolve_roles
+from hstu.data.collate import Assembler, Collator, StoreReader
 from hstu.data.loader import build_loader
 from hstu.data.negatives import Negatives
+from hstu.data.roles import resolve_roles
 from hstu.data.sampler import TrainSampler
 from hstu.data.samples import build_samples
 from hstu.data.store import FORMAT, META_FILE, VERSION, SequenceStore, sealed, sha256

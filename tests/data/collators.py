@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from hstu.config.args import DatasetArgs, Task
-from hstu.data.collate import Assembler, Collator, StoreReader, resolve_roles
+from hstu.data.collate import Assembler, Collator, StoreReader
 from hstu.data.negatives import Negatives
+from hstu.data.roles import resolve_roles
 from hstu.data.samples import SampleTable
 from hstu.data.store import SequenceStore
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hstu.config.args import DatasetArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import NEGATIVES, HSTUBatch
-from hstu.data.collate import Collator, ranges, resolve_roles
+from hstu.data.collate import Collator, ranges
 from hstu.data.negatives import Negatives
+from hstu.data.roles import resolve_roles
 from hstu.data.sampler import EvalSampler, TrainSampler
 from hstu.data.samples import build_samples
 from hstu.data.store import SequenceStore

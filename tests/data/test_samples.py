@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from hstu.config.args import DatasetArgs, Task
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.collate import Assembler, Collator, FeatureRoles, SkippedSamples, StoreReader
+from hstu.data.collate import Assembler, Collator, SkippedSamples, StoreReader
 from hstu.data.loader import build_loader
+from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import EvalSampler, TrainSampler
 from hstu.data.samples import SampleTable, StochasticLength, build_samples
 from hstu.data.store import SequenceStore

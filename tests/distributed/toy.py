@@ -12,7 +12,7 @@ from torchrec import JaggedTensor
 from hstu.checkpoint.state import TrainState
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs, PartOptimizerArgs
 from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
-from hstu.data.collate import FeatureRoles
+from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import SamplerPosition
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel

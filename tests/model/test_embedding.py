@@ -8,7 +8,7 @@ from torchrec import EmbeddingCollection, EmbeddingConfig
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
 from hstu.config.errors import ConfigError
 from hstu.data.batch import NEGATIVES, keyed_jagged
-from hstu.data.collate import FeatureRoles
+from hstu.data.roles import FeatureRoles
 from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections, initial_row_blocks, table_specs
 
 ROWS = 10_000

@@ -1,0 +1,76 @@
+"""Which features of the data a model sees, and as what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hstu.config.args import DatasetArgs, NetworkArgs
+from hstu.config.errors import ConfigError
+from hstu.config.problems import Cite, cite, did_you_mean
+from hstu.data.store import SequenceStore
+
+
+@dataclass(frozen=True)
+class FeatureRoles:
+    """The features that a model sees, by role; contextual features in the order of their tokens."""
+
+    item: str
+    action: str | None
+    contextual: tuple[str, ...]
+    side: tuple[str, ...] = ()
+    """Features of items and of events that are part of an item's tokens."""
+    lists: tuple[str, ...] = ()
+    """Those of ``side`` of which an item has several values."""
+    known_after: tuple[str, ...] = ()
+    """Those of ``side`` that only the event itself makes known, as it does the action."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All features, in the order of the keys of a batch."""
+        return (*self.contextual, self.item, *([self.action] if self.action else []), *self.side)
+
+    def width(self, feature: str, network: NetworkArgs) -> int:
+        """Width of the table rows of a feature."""
+        if feature in self.contextual:
+            return network.contextual_width
+        return network.side_embedding_dim if feature in self.side else network.item_width
+
+
+def resolve_roles(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> FeatureRoles:
+    """The store's features, or those that ``args`` names; ConfigError, worded by ``cite``, lists those it lacks."""
+    chosen = FeatureRoles(
+        item=args.item_feature_name or store.item_feature,
+        action=store.action_feature if args.action_feature_name is None else args.action_feature_name or None,
+        contextual=store.contextual_features
+        if args.contextual_feature_names is None
+        else tuple(args.contextual_feature_names),
+        side=tuple(args.side_feature_names),
+        lists=tuple(
+            name for name in args.side_feature_names if name in store.features and store.features[name].is_list
+        ),
+        known_after=tuple(args.known_after),
+    )
+    of_events = (*store.event_features, *store.time_features)
+    side = (*store.item_side_features, *of_events)
+    allowed_names = {
+        "item": (store.item_feature,),
+        "action": (store.action_feature,) if store.action_feature else (),
+        "context": store.contextual_features,
+        "side": side,
+        "event": of_events,
+    }
+    wanted = [("item", "item_feature_name", chosen.item), ("action", "action_feature_name", chosen.action)]
+    wanted += [("context", "contextual_feature_names", name) for name in chosen.contextual]
+    wanted += [("side", "side_feature_names", name) for name in chosen.side]
+    wanted += [("event", "known_after", name) for name in chosen.known_after if name in side]
+    problems = []
+    for role, parameter, name in wanted:
+        allowed = allowed_names[role]
+        if name is not None and name not in allowed:
+            text = f"{name!r} is no {role} feature of {store.path}; allowed: {', '.join(allowed) or 'none'}"
+            if role == "side" and not store.item_side_features:
+                text += ". Data preprocessed by an earlier version has none; make it again with --force"
+            problems.append(cite(args, parameter, text + did_you_mean(name, allowed)))
+    if problems:
+        raise ConfigError(problems)
+    return chosen

@@ -32,7 +32,8 @@ from hstu.parallel.row_optimizer import STATES
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise
 from hstu.train.builder import task_module
 from hstu.train.directories import directory_of_checkpoints
-from hstu.train.sources import BatchSource, choose_tables, open_source, open_store, predefined_tables
+from hstu.train.sources import BatchSource, open_source, open_store
+from hstu.train.tables import choose_tables, predefined_tables
 
 T = TypeVar("T")
 

@@ -43,7 +43,7 @@ from hstu.parallel.table_optimizer import TableTraining, is_rowwise
 from hstu.parallel.table_plan import room_of_rank
 from hstu.parallel.tables import check_kernels, check_memory, table_training
 from hstu.train.builder import label_offset
-from hstu.train.sources import check_rows
+from hstu.train.tables import check_rows
 
 
 def what_the_file_names_fits(run: RunDraft) -> Iterator[Problem]:

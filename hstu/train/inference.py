@@ -25,7 +25,8 @@ from hstu.data.samples import Split
 from hstu.data.store import USER_FEATURE
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
-from hstu.train.sources import BatchSource, StoreSource, choose_tables
+from hstu.train.sources import BatchSource, StoreSource
+from hstu.train.tables import choose_tables
 
 # --- sources -------------------------------------------------------------------------------------------------------
 

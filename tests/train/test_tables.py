@@ -18,7 +18,7 @@ from hstu.config.errors import ConfigError
 from hstu.data.sampler import SamplerPosition
 from hstu.data.store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.train.sources import check_rows, choose_tables
+from hstu.train.tables import check_rows, choose_tables
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
 from tests.train.tiny import build, tables_of, tiny_config, walks

@@ -1,0 +1,87 @@
+"""Which table serves which feature, and whether it has a row for each id."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from hstu.config.args import DatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
+from hstu.config.errors import ConfigError
+from hstu.config.problems import Cite, cite, did_you_mean
+from hstu.data.datasets import resolve_name
+from hstu.data.datasets.embeddings import predefined_embeddings
+from hstu.data.store import SequenceStore
+
+
+def predefined_tables(args: DatasetArgs, store: SequenceStore, network: NetworkArgs) -> tuple[EmbeddingArgs, ...]:
+    """The tables that gin files need not name: all of a built-in dataset; those of the time features of any data."""
+    tables = predefined_embeddings(store, network, dynamic=args.dynamic_tables)
+    if resolve_name(args.dataset_name) is None:
+        return tuple(table for table in tables if table.table_name in store.time_features)
+    return tables
+
+
+def choose_tables(
+    by_hand: Sequence[EmbeddingArgs], predefined: Sequence[EmbeddingArgs], features: Sequence[str], cite: Cite = cite
+) -> tuple[EmbeddingArgs, ...]:
+    """One table for each of ``features``: the one given by hand, or else the predefined one.
+
+    Raises ConfigError, worded by ``cite``, for a feature without a table, for a table of a feature that the data does
+    not have, and for two tables with one name.
+    """
+    problems = []
+    for table in by_hand:
+        unknown = [name for name in table.feature_names if name not in features]
+        if unknown:
+            text = f"the data has no feature {', '.join(map(repr, unknown))}; it has {', '.join(features)}"
+            problems.append(cite(table, "feature_names", text + did_you_mean(unknown[0], features)))
+    given = {name for table in by_hand for name in table.feature_names}
+    tables = list(by_hand)
+    for table in predefined:
+        left = [name for name in table.feature_names if name in features and name not in given]
+        if left:
+            tables.append(replace(table, feature_names=left))
+    names = [table.table_name for table in tables]
+    problems += [
+        f"two tables are called {name!r}: rename the one given by hand (EmbeddingArgs.table_name)"
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
+    served = {name for table in tables for name in table.feature_names}
+    for name in features:
+        if name not in served:
+            problems.append(f"feature {name!r} has no table: give an EmbeddingArgs with feature_names = [{name!r}]")
+    if problems:
+        raise ConfigError(problems)
+    return tuple(tables)
+
+
+def check_rows(
+    tables: Sequence[EmbeddingArgs],
+    cardinalities: Mapping[str, int],
+    cite: Cite = cite,
+    raw: Collection[str] = (),
+) -> None:
+    """Raise ConfigError for a static table that cannot hold every id of its features. A dynamic one takes any id.
+
+    ``cardinalities``: ids of a feature are in [0, cardinality), except those of ``raw``, which are any int64.
+    """
+    problems = []
+    for table in tables:
+        rows = table.item_vocab_size_or_capacity
+        for name in table.feature_names:
+            ids = cardinalities[name]
+            if name in raw and not isinstance(table, DynamicEmbeddingArgs):
+                text = (
+                    f"the data keeps raw ids of {name!r}, which can be any number; make the table "
+                    f"{table.table_name!r} a DynamicEmbeddingArgs, or preprocess the data without --raw_ids"
+                )
+                problems.append(cite(table, "feature_names", text))
+            elif ids > rows and not isinstance(table, DynamicEmbeddingArgs):
+                text = (
+                    f"feature {name!r} of table {table.table_name!r} has {ids} ids; it must be at least {ids}, or the "
+                    "table a DynamicEmbeddingArgs"
+                )
+                problems.append(cite(table, "item_vocab_size_or_capacity", text))
+    if problems:
+        raise ConfigError(problems)

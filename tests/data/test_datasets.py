@@ -53,6 +53,11 @@ def test_every_looked_up_feature_has_one_table_of_its_size(ml_100k_store: Sequen
         "zip_code": (795, "data_parallel"),
         "movie_id": (1682, "model_parallel"),
         "rating": (6, "data_parallel"),
+        "year": (72, "data_parallel"),
+        "genres": (19, "data_parallel"),
+        "hour_of_day": (24, "data_parallel"),
+        "day_of_week": (7, "data_parallel"),
+        "time_gap": (41, "data_parallel"),
     }
     assert all(table.feature_names == [name] for name, table in tables.items())
 

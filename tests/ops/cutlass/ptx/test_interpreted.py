@@ -161,6 +161,7 @@ def test_attention_and_its_gradients_equal_the_reference() -> None:
     compare_with_the_reference(head_dim=64)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_attention_with_a_relative_bias_and_all_its_gradients_equal_the_reference() -> None:
     compare_with_the_reference(head_dim=32, heads=1, bias=bias_of(200))

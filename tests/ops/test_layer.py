@@ -227,7 +227,7 @@ def test_a_layer_adds_the_update_of_the_layer_before_with_the_bits_of_a_plain_su
     results = [[*out, *torch.autograd.grad(torch.add(*out).sin().sum(), [x, update])] for out in (fused, plain)]
     assert [tensor.dtype for tensor in results[0]] == [residual, dtype, residual, dtype]
     for ours, exact in zip(*results, strict=True):
-        if INTERPRETED:  # it rounds bfloat16 towards zero
-            torch.testing.assert_close(ours, exact, rtol=0, atol=0.03 * float(exact.detach().abs().max()))
+        if INTERPRETED:  # it rounds bfloat16 towards zero, in each kernel anew
+            torch.testing.assert_close(ours, exact, rtol=0, atol=0.06 * float(exact.detach().abs().max()))
         else:
             assert torch.equal(ours, exact)

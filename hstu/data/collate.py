@@ -151,6 +151,9 @@ class StoreReader:
         """Rows.side and Rows.list_lengths. The codes of the items at ``events`` must be known to be right."""
         side: dict[str, np.ndarray] = {}
         list_lengths: dict[str, np.ndarray] = {}
+        if not self.roles.side:
+            return side, list_lengths
+        items = self.store.sequence(self.roles.item)[events]
         for name in self.roles.side:
             if name in self.store.time_features:
                 side[name] = self.store.time_codes(name, events)
@@ -158,11 +161,11 @@ class StoreReader:
             if name in self.store.event_features:
                 side[name] = self._codes(name, events)
                 continue
-            places = self.store.sequence(self.roles.item)[events]
             values, offsets = self.store.item_values(name)
+            places = items
             if offsets is not None:
-                starts = offsets[places]
-                list_lengths[name] = offsets[places + 1] - starts
+                starts = offsets[items]
+                list_lengths[name] = offsets[items + 1] - starts
                 places = ranges(starts, list_lengths[name])
             side[name] = self._for_model(name, values[places], lambda _: "an item")
         return side, list_lengths

@@ -122,6 +122,30 @@ def state_after(digit_number, states, histograms, num_digits, count_digit, exces
 
 
 @triton.jit
+def part_of_program(slot_programs, slot_span, claim_span):
+    """What this program looks at: (whether claims, its place among the programs that do, the first one, how many)."""
+    program = tl.program_id(0)
+    is_claim = program >= slot_programs
+    span = tl.where(is_claim, claim_span, slot_span)
+    own = program - tl.where(is_claim, slot_programs, 0)
+    return is_claim, own, own.to(tl.int64) * span, span
+
+
+@triton.jit
+def compared_at(
+    index, is_claim, seen, ids, claim_ids, claim_counts, size, bound, step, step_bits, prefix, shift,
+    LFU: tl.constexpr,
+):  # fmt: skip
+    """(count, last step, whether it is below the threshold's digits, whether it has them) of candidates."""
+    count, last, valid = candidates_at(index, is_claim, seen, claim_counts, size, bound, step)
+    code = code_without_hash(count, last, step_bits, LFU)
+    if shift == 0:
+        needed = valid & ((code >> DIGIT_BITS) == (prefix >> DIGIT_BITS))
+        code = with_hash(code, needed, index, is_claim, ids, claim_ids)
+    return count, last, valid & ((code >> shift) < prefix), valid & ((code >> shift) == prefix)
+
+
+@triton.jit
 def excess_of(numbers, claims, capacity):
     """How many candidates give way."""
     return tl.maximum(tl.load(claims) - (capacity - tl.load(numbers + SIZE)), 0)
@@ -142,10 +166,7 @@ def count_digit_values(
     prefix, _, live, _ = state_after(digit_number, states, histograms, num_digits, count_digit, excess)
     if live == 0:
         return
-    program = tl.program_id(0)
-    is_claim = program >= slot_programs
-    span = tl.where(is_claim, claim_span, slot_span)
-    first = (program - tl.where(is_claim, slot_programs, 0)).to(tl.int64) * span
+    is_claim, _, first, span = part_of_program(slot_programs, slot_span, claim_span)
     size, bound = tl.load(numbers + SIZE), tl.load(claims)
     shift = ((num_digits - 1 - digit_number) * DIGIT_BITS).to(tl.int64)
     counted = tl.zeros((DIGITS,), tl.int32)
@@ -179,28 +200,22 @@ def list_undecided(
     prefix, _, _, shift = state_after(num_digits, states, histograms, num_digits, count_digit, excess)
     if excess == 0:
         return
-    program = tl.program_id(0)
-    is_claim = program >= slot_programs
-    span = tl.where(is_claim, claim_span, slot_span)
-    first = (program - tl.where(is_claim, slot_programs, 0)).to(tl.int64) * span
+    is_claim, _, first, span = part_of_program(slot_programs, slot_span, claim_span)
     size, bound = tl.load(numbers + SIZE), tl.load(claims)
     total = tl.zeros((BLOCK,), tl.int32)
     for offset in range(0, span, BLOCK):
         index = first + offset + tl.arange(0, BLOCK)
-        count, last, valid = candidates_at(index, is_claim, seen, claim_counts, size, bound, step)
-        code = code_without_hash(count, last, step_bits, LFU)
-        if shift == 0:
-            needed = valid & ((code >> DIGIT_BITS) == (prefix >> DIGIT_BITS))
-            code = with_hash(code, needed, index, is_claim, ids, claim_ids)
-        total += (valid & ((code >> shift) < prefix)).to(tl.int32)
-        undecided = valid & ((code >> shift) == prefix)
+        _count, _last, below, undecided = compared_at(
+            index, is_claim, seen, ids, claim_ids, claim_counts, size, bound, step, step_bits, prefix, shift, LFU
+        )
+        total += below.to(tl.int32)
         ones = undecided.to(tl.int32)
         number = tl.sum(ones).to(tl.int64)
         if number > 0:
             place = tl.atomic_add(numbers + LISTED, number, sem="relaxed") + tl.cumsum(ones, 0) - ones
             entry = tl.where(is_claim, capacity + index, index)
             tl.store(listed + place, entry.to(tl.int32), mask=undecided)
-    tl.store(sums + program, tl.sum(total).to(tl.int64))
+    tl.store(sums + tl.program_id(0), tl.sum(total).to(tl.int64))
 
 
 @triton.jit
@@ -300,22 +315,14 @@ def list_beaten(
     prefix, shift = tl.load(state + PREFIX), tl.load(state + SHIFT)
     highest_score = tl.load(threshold).to(tl.uint64, bitcast=True)
     highest_hash = tl.load(threshold + 1).to(tl.uint64, bitcast=True)
-    program = tl.program_id(0)
-    is_claim = program >= slot_programs
-    span = tl.where(is_claim, claim_span, slot_span)
-    own = program - tl.where(is_claim, slot_programs, 0)
-    first = own.to(tl.int64) * span
-    before = sum_before(sums + program - own, own)
+    is_claim, own, first, span = part_of_program(slot_programs, slot_span, claim_span)
+    before = sum_before(sums + tl.program_id(0) - own, own)
     size, bound = tl.load(numbers + SIZE), tl.load(claims)
     for offset in range(0, span, BLOCK):
         index = first + offset + tl.arange(0, BLOCK)
-        count, last, valid = candidates_at(index, is_claim, seen, claim_counts, size, bound, step)
-        code = code_without_hash(count, last, step_bits, LFU)
-        if shift == 0:
-            needed = valid & ((code >> DIGIT_BITS) == (prefix >> DIGIT_BITS))
-            code = with_hash(code, needed, index, is_claim, ids, claim_ids)
-        beaten = valid & ((code >> shift) < prefix)
-        undecided = valid & ((code >> shift) == prefix)
+        count, last, beaten, undecided = compared_at(
+            index, is_claim, seen, ids, claim_ids, claim_counts, size, bound, step, step_bits, prefix, shift, LFU
+        )
         if any_of(undecided):
             id = id_at(index, is_claim, ids, claim_ids, undecided)
             score = score_of(count, last, LFU).to(tl.uint64, bitcast=True)

@@ -46,15 +46,8 @@ from hstu.parallel.dynamic.content import merged
 from hstu.parallel.mesh import Mesh
 from hstu.train.builder import build_evaluator, build_model, build_state, raw_ids
 from hstu.train.evaluate import Corpus, Queries, RetrievalEvaluator, evaluation_mode, recommend
-from hstu.train.inference import (
-    History,
-    HistoryEncoder,
-    InferenceSource,
-    StoredSource,
-    Vocabulary,
-    vocabularies_of,
-    zero_spare_rows,
-)
+from hstu.train.given_histories import History, HistoryEncoder, Vocabulary, vocabularies_of
+from hstu.train.inference import InferenceSource, StoredSource, zero_spare_rows
 from hstu.train.sources import store_path
 
 __all__ = [
@@ -264,10 +257,11 @@ class TrainedModel:
         """Recommend the ``top`` items that are not in a history, for histories given by hand. Needs no data.
 
         Returns the recommendations, and the unknown values of each feature: items stay in the history with a row of
-        zeros, as do contextual features. A contextual feature that is not given is treated as unknown, too.
+        zeros, as do contextual features. A contextual feature that is not given is treated as unknown, too. Features
+        of items that are not given come from the data, if it is there.
 
         Raises:
-            DataError: a history without items, or without actions or times although the model reads them.
+            DataError: a history without items, or without what the model reads: actions, times, features of events.
         """
         corpus, item = self._retrieval_evaluator().corpus(), self.source.roles.item
         encoder = HistoryEncoder(self.config, self.source, self._vocabularies)

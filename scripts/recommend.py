@@ -33,7 +33,7 @@ from hstu.observe.logging import quiet_libraries
 _SHOWN = 10
 _LISTS: dict[str, tuple[type, ...]] = {"items": (str, int), "actions": (str, int), "timestamps": (int,)}
 _KINDS: dict[type, str] = {str: "strings", int: "whole numbers"}
-_HISTORY_FIELDS = ("user", "items", "actions", "timestamps", "context")
+_HISTORY_FIELDS = ("user", "items", "actions", "timestamps", "context", "features")
 
 
 @tool
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     whom.add_argument(
         "--histories",
         help="JSON file with a list of histories, or with one per line: objects with items and, as far as the model "
-        "reads them, actions, timestamps and context; user names the history; - for stdin",
+        "reads them, actions, timestamps, context and features; user names the history; - for stdin",
     )
     add("--actions", help="the actions of --items, separated by commas")
     add("--times", help="the times of --items, seconds since 1970, separated by commas")
@@ -155,6 +155,9 @@ def _history(entry: Any, number: int, file: str) -> api.History:
             raise DataError(f"{where}: {name} must be a list of {' or '.join(_KINDS[kind] for kind in kinds)}")
     if not isinstance(entry.get("context", {}), dict):
         raise DataError(f'{where}: context must be an object such as {{"town": "Ulm"}}')
+    features = entry.get("features", {})
+    if not isinstance(features, dict) or not all(isinstance(values, list) for values in features.values()):
+        raise DataError(f'{where}: features must be an object such as {{"device": ["phone", "desktop"]}}')
     fields: dict[str, Any] = {"user": number} | entry
     return api.History(**fields)
 

@@ -1,5 +1,7 @@
 """Runs whose tokens show features of items and events: what can be learnt from them, and what they must not show."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,16 +146,60 @@ def test_features_that_the_data_lacks_and_times_of_items_are_errors(mesh: Mesh, 
         build(tiny_config("ranking", store, tmp_path, dataset=dataset), mesh)
 
 
-def test_recommendations_are_for_users_of_the_data(mesh: Mesh, tmp_path: Path) -> None:
+def test_a_history_given_by_hand_with_features_gets_what_its_user_gets(mesh: Mesh, tmp_path: Path) -> None:
+    store = random_store(tmp_path / "store")
+    dataset = {**SIDE, "side_feature_names": [*SIDE["side_feature_names"], "hour_of_day"], "max_sequence_length": 5}
+    options = {"dataset": dataset, "tables": tables_for(store, dataset), "trainer": {"ckpt_save_interval": 4}}
+    finished = run(tiny_config("retrieval", store, tmp_path, **options), mesh)
+    model = api.load(finished.path, mesh=mesh)
+    (expected,) = model.recommend([100], top=3)
+    (history,) = given_histories(store, 1)
+    found = [model.recommend_for([history], top=3)]
+    codes, offsets = store.item_values("genres")
+    rows = store.encode("item_id", history.items)
+    genres = [store.raw_ids("genres")[codes[offsets[row] : offsets[row + 1]]].tolist() for row in rows]
+    shutil.move(store.path, tmp_path / "elsewhere")
+    alone = api.load(finished.path, mesh=mesh)
+    with pytest.raises(DataError, match=r"no features 'genres', but the model reads it, and there is no data"):
+        alone.recommend_for([history])
+    found.append(alone.recommend_for([replace(history, features={**history.features, "genres": genres})], top=3))
+    for answers, unknown in found:
+        assert unknown == {} and answers[0].items == expected.items
+        np.testing.assert_allclose(answers[0].scores, expected.scores, rtol=1e-4)
+
+
+def given_histories(store: SequenceStore, count: int) -> list[api.History]:
+    """The first users' own histories, in raw values, without the features of items."""
+    names = {name: store.raw_ids(name)[store.sequence(name)] for name in store.event_features}
+    bounds = [slice(*store.offsets()[user : user + 2]) for user in range(count)]
+    return [
+        api.History(
+            user,
+            store.raw_ids("item_id")[store.sequence("item_id")[bound]],
+            store.sequence("action")[bound],
+            store.sequence("timestamp")[bound],
+            features={name: values[bound].tolist() for name, values in names.items()},
+        )
+        for user, bound in enumerate(bounds)
+    ]
+
+
+def test_what_a_history_given_by_hand_lacks_of_its_features_is_told(mesh: Mesh, tmp_path: Path) -> None:
     store = random_store(tmp_path / "store")
     options = {"dataset": SIDE, "tables": tables_for(store, SIDE), "trainer": {"ckpt_save_interval": 4}}
     finished = run(tiny_config("retrieval", store, tmp_path, **options), mesh)
     model = api.load(finished.path, mesh=mesh)
-    (best,) = model.recommend([100], top=3)
-    assert len(best.items) == 3
-    history = api.History(user=1, items=[1000], actions=[0], timestamps=[5])
-    with pytest.raises(DataError, match=r"the model also reads genres, device, watched of each"):
-        model.recommend_for([history])
+    (history,) = given_histories(store, 1)
+    device, watched = history.features["device"], history.features["watched"]
+    for features, told in (
+        ({"device": device}, "no features 'watched', but the model reads this feature of events: give one per item"),
+        ({"device": device[1:], "watched": watched}, r"has 7 features 'device' for 8 items; give one per item"),
+        ({**history.features, "colour": device}, "no feature of items or events 'colour'; it has genres, device, wat"),
+    ):
+        with pytest.raises(DataError, match=told):
+            model.recommend_for([replace(history, features=features)])
+    _, unknown = model.recommend_for([replace(history, features={"device": [None, "sofa"] * 4, "watched": watched})])
+    assert unknown == {"device": ["sofa"]}
 
 
 def test_the_hour_of_an_event_teaches_without_a_column_of_its_own(mesh: Mesh, tmp_path: Path) -> None:

@@ -1,0 +1,254 @@
+"""Histories that are given by hand, in the ids of the raw data, as batches of a model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from hstu.checkpoint.raw_ids import RawIds
+from hstu.config.errors import DataError
+from hstu.config.run_config import RunConfig
+from hstu.data.batch import PADDING_ID, HSTUBatch
+from hstu.data.collate import Assembler, Rows
+from hstu.data.datasets.spec import UNKNOWN
+from hstu.data.jagged import run_offsets
+from hstu.data.sampler import START, BatchPlan
+from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.data.store_layout import TIME_FEATURES
+from hstu.data.time_features import time_codes
+from hstu.train.sources import BatchSource, StoreSource
+
+
+@dataclass(frozen=True)
+class History:
+    """The events of one user, oldest first, in the ids of the raw data."""
+
+    user: Any
+    items: np.ndarray | Sequence[Any]
+    """[n]: int64 or strings."""
+    actions: np.ndarray | Sequence[Any] | None = None
+    """int32 [n]; None: the data has no actions."""
+    timestamps: np.ndarray | Sequence[int] | None = None
+    """int64 [n], seconds since 1970; None: the data has no times."""
+    context: Mapping[str, Any] = field(default_factory=dict)
+    """Contextual feature → raw value of this user."""
+    features: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Feature of items or of events → its raw value at each of the n events, None where it is missing; a list of
+    values where items have several. Features of items come from the data, where it is at hand, if they are left out."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids of one feature, in raw data and as a model gets them."""
+
+    num_ids: int
+    raw_ids: np.ndarray | None
+    """Code → raw id, ascending: int64 or str objects. None: raw ids are the codes or, with ``keeps_raw``, any int64."""
+    keeps_raw: bool
+
+    @property
+    def unknown(self) -> int:
+        """What the model gets for an unknown id. Its row is zeros."""
+        return PADDING_ID if self.keeps_raw else self.num_ids
+
+    def encode(self, values: Iterable[Any]) -> np.ndarray:
+        """What the model gets for raw values, int64 [n]; numbers may be given as strings."""
+        if self.raw_ids is not None and self.raw_ids.dtype == object:
+            wanted = np.array([str(value) for value in values], dtype=object)
+            is_number = np.ones(len(wanted), dtype=bool)
+        else:
+            numbers = [_as_int64(value) for value in values]
+            is_number = np.array([number is not None for number in numbers], dtype=bool)
+            wanted = np.array([number or 0 for number in numbers], dtype=np.int64)
+        if self.keeps_raw:
+            return np.where(is_number, wanted, self.unknown)
+        if self.raw_ids is None:
+            codes, known = wanted, is_number & (wanted >= 0) & (wanted < self.num_ids)
+        else:
+            codes = np.minimum(np.searchsorted(self.raw_ids, wanted), len(self.raw_ids) - 1)
+            known = is_number & (self.raw_ids[codes] == wanted)
+        return np.where(known, codes, self.unknown).astype(np.int64)
+
+    def decode(self, ids: np.ndarray) -> list[Any]:
+        """Raw ids of what the model gets, which must be known."""
+        decoded: list[Any] = (ids if self.raw_ids is None or self.keeps_raw else self.raw_ids[ids]).tolist()
+        return decoded
+
+
+def _as_int64(value: Any) -> int | None:
+    try:
+        number = int(str(value))
+    except ValueError:
+        return None
+    return number if -(2**63) <= number < 2**63 else None
+
+
+def vocabularies_of(source: BatchSource, raw_ids: RawIds) -> dict[str, Vocabulary]:
+    """The vocabulary of each feature."""
+    return {
+        name: Vocabulary(source.cardinalities[name], raw_ids.decoded(name), name in source.raw_features)
+        for name in source.roles.names
+    }
+
+
+class HistoryEncoder:
+    """Turns histories given by hand into batches of the model of ``config``."""
+
+    def __init__(self, config: RunConfig, source: BatchSource, vocabularies: Mapping[str, Vocabulary]) -> None:
+        self._config, self._source, self._vocabularies = config, source, vocabularies
+        self._store: SequenceStore | None = source.store if isinstance(source, StoreSource) else None
+        self._of_times = [
+            name for name in source.roles.side if name in TIME_FEATURES and vocabularies[name].raw_ids is None
+        ]
+        """Features that follow from the times of the events."""
+        self.unknown: dict[str, set[Any]] = defaultdict(set)
+        """Feature → raw values that the model does not have, of all histories so far."""
+
+    def encode(self, feature: str, values: Sequence[Any]) -> np.ndarray:
+        """What the model gets for raw values, int64 [n]. Notes those that are unknown."""
+        vocabulary = self._vocabularies[feature]
+        ids = vocabulary.encode(values)
+        self.unknown[feature] |= {value for value, id_ in zip(values, ids, strict=True) if id_ == vocabulary.unknown}
+        return ids
+
+    def batches(self, histories: Sequence[History]) -> Iterator[HSTUBatch]:
+        """The histories in order, each cut to its newest items. Raises DataError for one that lacks something."""
+        source, size = self._source, self._config.trainer.eval_batch_size
+        # An evaluation batch, so that no negatives are drawn; its held-out items mean nothing.
+        assembler = Assembler(size, "retrieval", source.roles, 1, seed=0, negatives=source.negatives)
+        for first in range(0, len(histories), size):
+            chunk = histories[first : first + size]
+            count = np.arange(len(chunk))
+            yield assembler.assemble(self._rows(chunk), BatchPlan(count, count, 0, 0, START))
+
+    def _rows(self, histories: Sequence[History]) -> Rows:
+        roles = self._source.roles
+        for history in histories:
+            self._check(history)
+        lengths = np.array([len(history.items[self._newest]) for history in histories], dtype=np.int64)
+        nothing = np.zeros_like(lengths)
+        needs_times = self._config.network.has_relative_bias
+        side = {name: self._side(name, histories) for name in roles.side}
+        return Rows(
+            user_ids=np.arange(len(histories)),
+            lengths=lengths,
+            num_candidates=nothing,
+            num_labels=nothing,
+            items=self.encode(roles.item, self._joined([history.items for history in histories])),
+            actions=self.encode(roles.action, self._joined([history.actions for history in histories]))
+            if roles.action
+            else None,
+            timestamps=np.array(self._joined([history.timestamps for history in histories]), dtype=np.int64)
+            if needs_times
+            else None,
+            context={
+                name: np.concatenate([self._context(name, each) for each in histories]) for name in roles.contextual
+            },
+            side={name: ids for name, (ids, _) in side.items()},
+            list_lengths={name: counts for name, (_, counts) in side.items() if counts is not None},
+            held_out=nothing,
+        )
+
+    @property
+    def _newest(self) -> slice:
+        return slice(-self._source.max_items, None)
+
+    def _joined(self, values: Iterable[Sequence[Any] | np.ndarray | None]) -> list[Any]:
+        """The values of the newest events of each history, one history after another."""
+        return [value for each in values if each is not None for value in each[self._newest]]
+
+    def _context(self, feature: str, history: History) -> np.ndarray:
+        """The value of one feature, int64 [1]. One that is not given is unknown, too, but not noted."""
+        value = history.context.get(feature, history.user if feature == USER_FEATURE else None)
+        return np.array([self._vocabularies[feature].unknown]) if value is None else self.encode(feature, [value])
+
+    def _side(self, name: str, histories: Sequence[History]) -> tuple[np.ndarray, np.ndarray | None]:
+        """(ids, how many of them each event has) of a side feature; None where each has one."""
+        if name in self._of_times:
+            return self._from_times(name, histories), None
+        values = [
+            self._of_items(name, history.items) if name not in history.features else history.features[name]
+            for history in histories
+        ]
+        of_events = self._joined(values)
+        if name not in self._source.roles.lists:
+            return self._encoded(name, of_events), None
+        lists = [value if isinstance(value, (list, tuple)) and value else [None] for value in of_events]
+        counts = np.array([len(each) for each in lists], dtype=np.int64)
+        return self._encoded(name, [value for each in lists for value in each]), counts
+
+    def _encoded(self, name: str, values: Sequence[Any]) -> np.ndarray:
+        """What the model gets for values, None of which are missing: those the data calls unknown, too."""
+        missing = np.array([value is None for value in values], dtype=bool)
+        ids = np.repeat(self._vocabularies[name].encode([UNKNOWN]), len(values))
+        ids[~missing] = self.encode(name, [value for value in values if value is not None])
+        return ids
+
+    def _from_times(self, name: str, histories: Sequence[History]) -> np.ndarray:
+        times = [np.asarray(history.timestamps, dtype=np.int64) for history in histories]
+        offsets = run_offsets(np.array([len(each) for each in times]))
+        codes = time_codes(name, np.arange(offsets[-1]), np.concatenate(times), offsets)
+        return np.concatenate([each[self._newest] for each in np.split(codes, offsets[1:-1])])
+
+    def _of_items(self, name: str, items: Sequence[Any] | np.ndarray) -> list[Any]:
+        """Raw values of a feature of items, from the data; None for an item that the data does not have."""
+        assert self._store is not None, "_check lets no history pass that lacks a feature"
+        codes = self._item_codes.encode(items)
+        known = codes != self._item_codes.unknown
+        values, offsets = self._store.item_values(name)
+        raw = self._vocabularies[name].raw_ids
+        assert raw is not None, "features of items have vocabularies"
+        if offsets is None:
+            return [raw[values[code]] if found else None for code, found in zip(codes, known, strict=True)]
+        return [
+            raw[values[offsets[code] : offsets[code + 1]]].tolist() if found else None
+            for code, found in zip(codes, known, strict=True)
+        ]
+
+    @cached_property
+    def _item_codes(self) -> Vocabulary:
+        """Raw items → the codes by which the data has their features."""
+        assert self._store is not None
+        item = self._source.roles.item
+        return replace(self._vocabularies[item], raw_ids=self._store.raw_ids(item), keeps_raw=False)
+
+    def _check(self, history: History) -> None:
+        roles, items = self._source.roles, len(history.items)
+        of_user = f"the history of {history.user!r}"
+        if not items:
+            raise DataError(f"{of_user} has no items; give at least one")
+        reads_times = [f"the model reads {name!r}, which follows from the times" for name in self._of_times]
+        if self._config.network.has_relative_bias:
+            reads_times = ["the model reads times"]
+        needed = {
+            "actions": (history.actions, roles.action and f"the model reads {roles.action!r}"),
+            "timestamps": (history.timestamps, reads_times[0] if reads_times else None),
+            **{f"features {name!r}": (history.features.get(name), self._needs(name)) for name in roles.side},
+        }
+        for name, (given, reason) in needed.items():
+            if reason and given is None:
+                raise DataError(f"{of_user} has no {name}, but {reason}: give one per item")
+            if given is not None and len(given) != items:
+                raise DataError(f"{of_user} has {len(given)} {name} for {items} items; give one per item")
+        for what, names, known in (
+            ("contextual feature", history.context, roles.contextual),
+            ("feature of items or events", history.features, [x for x in roles.side if x not in self._of_times]),
+        ):
+            if unknown := [name for name in names if name not in known]:
+                raise DataError(
+                    f"{of_user}: the model has no {what} {', '.join(map(repr, unknown))}; "
+                    f"it has {', '.join(known) or 'none'}"
+                )
+
+    def _needs(self, name: str) -> str | None:
+        """Why a history must give a side feature; None where it need not."""
+        if name in self._of_times:
+            return None
+        if self._store is None:
+            return "the model reads it, and there is no data to take it from"
+        return None if name in self._store.item_side_features else "the model reads this feature of events"

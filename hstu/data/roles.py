@@ -69,7 +69,7 @@ def resolve_roles(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) ->
         if name is not None and name not in allowed:
             text = f"{name!r} is no {role} feature of {store.path}; allowed: {', '.join(allowed) or 'none'}"
             if role == "side" and not store.item_side_features:
-                text += ". Data preprocessed by an earlier version has none; make it again with --force"
+                text += f". Data preprocessed without them, or by an earlier version, has none. {store.remedy()}"
             problems.append(cite(args, parameter, text + did_you_mean(name, allowed)))
     if problems:
         raise ConfigError(problems)

@@ -355,8 +355,12 @@ class SequenceStore:
         if (np.diff(sample) < 1).any():
             raise self._damaged(file, "its values are not ascending")
 
+    def remedy(self) -> str:
+        """How to make the store again, in words: the command that made it, with --force."""
+        return _remedy(self.path, {"command": self.command})
+
     def _damaged(self, file: str, what: str) -> DataError:
-        return DataError(f"{self.path / file} is damaged: {what}. {_remedy(self.path, {'command': self.command})}")
+        return DataError(f"{self.path / file} is damaged: {what}. {self.remedy()}")
 
 
 def decode_strings(offsets: np.ndarray, utf8: np.ndarray) -> np.ndarray:

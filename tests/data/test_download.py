@@ -93,7 +93,8 @@ def test_an_archive_is_fetched_once_checked_and_unpacked(server: Server, tmp_pat
 
 
 def test_a_tar_is_unpacked_without_its_other_files(server: Server, tmp_path: Path) -> None:
-    names = [*DATASETS["kuairand-pure"].raw_formats[0].files, "log_random_4_22_to_5_08_pure.csv"]
+    raw_format = DATASETS["kuairand-pure"].raw_formats[0]
+    names = [*raw_format.files, *raw_format.optional_files, "log_random_4_22_to_5_08_pure.csv"]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name in names:
@@ -103,7 +104,7 @@ def test_a_tar_is_unpacked_without_its_other_files(server: Server, tmp_path: Pat
     spec = published(server, "kuairand-pure", "KuaiRand-Pure.tar.gz", buffer.getvalue())
     _, files = obtain_raw(spec, tmp_path)
     assert [file.read_text() for file in files] == names[:-1]
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_an_interrupted_download_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
@@ -167,7 +168,9 @@ def test_raw_files_are_found_in_the_archives_own_folders(tmp_path: Path, folder:
         assert locate_raw(spec, tmp_path) is None
         (tmp_path / folder / file).touch()
     located = locate_raw(spec, tmp_path)
-    assert located is not None and all(file.is_file() for file in located[1])
+    assert located is not None
+    present = [file.is_file() for file in located[1]]
+    assert present == [True] * len(spec.raw_formats[0].files) + [False] * len(spec.raw_formats[0].optional_files)
 
 
 def test_ml_100k_comes_from_the_package_index_where_grouplens_is_out_of_reach(

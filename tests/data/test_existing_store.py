@@ -100,8 +100,26 @@ def test_changed_files_of_a_built_in_dataset_are_noticed(tmp_path: Path) -> None
     place = {"raw_path": tmp_path, "output": tmp_path / "store"}
     preprocess("ml-100k", **place)
     preprocess("ml-100k", **place)
+    (tmp_path / "u.data").write_text("1\t2\t4\t4\n")
+    with pytest.raises(DataError, match=r"u\.data has changed since"):
+        preprocess("ml-100k", **place)
+
+
+def test_a_store_made_without_an_optional_file_is_kept_until_force(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "u.data").write_text("1\t2\t3\t4\n")
+    (tmp_path / "u.user").write_text("1|20|M|other|1\n")
+    place = {"raw_path": tmp_path, "output": tmp_path / "store"}
+    preprocess("ml-100k", **place)
     (tmp_path / "u.item").write_text("2|Film (1990)|\n")
-    with pytest.raises(DataError, match=r"it was made without .*u\.item"):
+    store = SequenceStore.open(preprocess("ml-100k", **place))
+    assert store.titles() is None
+    assert f"was made without {tmp_path / 'u.item'}, which is there now; --force makes it with it" in caplog.text
+    store = SequenceStore.open(preprocess("ml-100k", force=True, **place))
+    assert store.titles() is not None and store.item_side_features == ("year", "genres")
+    (tmp_path / "u.item").unlink()
+    with pytest.raises(DataError, match=r"it was made from u\.item, which is not given now"):
         preprocess("ml-100k", **place)
 
 

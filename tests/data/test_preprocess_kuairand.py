@@ -1,11 +1,17 @@
+import json
+import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from hstu.config.args import DatasetArgs
+from hstu.config.errors import ConfigError, DataError
 from hstu.data.datasets.kuairand import ACTION_BITS
 from hstu.data.preprocess import preprocess
+from hstu.data.roles import resolve_roles
 from hstu.data.store import SequenceStore
 
 LOG_COLUMNS = [
@@ -20,6 +26,7 @@ CONTEXT = [
     "friend_user_num_range",
     "register_days_range",
 ]
+VIDEO_FEATURES = ("tag", "video_type", "upload_type", "music_type", "author_id", "music_id")
 STRANGERS = [10**9, 10**9 + 1]
 """Users in the logs but not in user_features."""
 
@@ -98,6 +105,69 @@ def test_context_is_the_users_own_row_and_unknown_without_one(
     for feature in CONTEXT:
         found = store.raw_ids(feature)[store.context(feature)].tolist()
         assert found == ["unknown" if user in STRANGERS else features.at[user, feature] for user in users]
+
+
+def test_videos_have_their_own_row_and_unknown_without_one(
+    raw: tuple[Path, pd.DataFrame, pd.DataFrame], store: SequenceStore, raw_data_dir: Path, tmp_path: Path
+) -> None:
+    real = raw_data_dir / "kuairand-pure" / "data" / "video_features_basic_pure.csv"
+    videos = pd.read_csv(real, dtype=str, keep_default_na=False)
+    videos = videos[videos.index % 10 > 0].sample(frac=1, random_state=1)
+    data = tmp_path / "data"
+    shutil.copytree(raw[0] / "KuaiRand-Pure" / "data", data)
+    videos.to_csv(data / real.name, index=False)
+    with_videos = SequenceStore.open(preprocess("kuairand-pure", raw_path=tmp_path, output=tmp_path / "store"))
+    with_videos.verify_contents()
+    assert with_videos.item_side_features == VIDEO_FEATURES
+    items = with_videos.raw_ids("video_id")
+    rows = videos.set_index(videos.video_id.astype(int)).reindex(items).fillna("")
+    assert 0 < (rows.video_id == "").sum() < len(rows)
+    for feature in VIDEO_FEATURES:
+        codes, offsets = with_videos.item_values(feature)
+        values = with_videos.raw_ids(feature)[codes].tolist()
+        if feature == "tag":
+            assert offsets is not None
+            lists = [values[start:stop] for start, stop in pairwise(offsets.tolist())]
+            assert lists == [tag.split(",") if tag else ["unknown"] for tag in rows.tag]
+            assert max(map(len, lists)) > 1
+        else:
+            assert offsets is None and values == [value or "unknown" for value in rows[feature]], feature
+    before = json.loads((store.path / "meta.json").read_text())["files"]
+    after = json.loads((with_videos.path / "meta.json").read_text())["files"]
+    assert before.items() <= after.items(), "the files of events and users are the same with and without"
+
+
+def test_a_store_made_without_the_videos_is_kept_and_says_how_to_get_them(
+    raw: tuple[Path, pd.DataFrame, pd.DataFrame],
+    store: SequenceStore,
+    raw_data_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data, name = tmp_path / "data", "video_features_basic_pure.csv"
+    shutil.copytree(raw[0] / "KuaiRand-Pure" / "data", data)
+    place = {"raw_path": tmp_path, "output": tmp_path / "store"}
+    shutil.copytree(store.path, place["output"])
+    assert store.item_side_features == ()
+    shutil.copy(raw_data_dir / "kuairand-pure" / "data" / name, data)
+    kept = SequenceStore.open(preprocess("kuairand-pure", **place))
+    assert kept.checksums == store.checksums
+    assert f"{name}, which is there now; --force makes it with it" in caplog.text
+    args = DatasetArgs(dataset_name="kuairand-pure", max_sequence_length=8, side_feature_names=["tag"])
+    with pytest.raises(ConfigError, match=r"'tag' is no side feature .* Make it with: .*--force"):
+        resolve_roles(kept, args)
+
+
+def test_a_damaged_row_of_the_videos_is_named(
+    raw: tuple[Path, pd.DataFrame, pd.DataFrame], raw_data_dir: Path, tmp_path: Path
+) -> None:
+    data, name = tmp_path / "data", "video_features_basic_pure.csv"
+    shutil.copytree(raw[0] / "KuaiRand-Pure" / "data", data)
+    rows = (raw_data_dir / "kuairand-pure" / "data" / name).read_text().splitlines()
+    (data / name).write_text("\n".join([*rows[:5], "x" + rows[5], *rows[6:]]) + "\n")
+    with pytest.raises(DataError, match=rf"{name}:6: column 'video_id' holds 'x4', which is not an integer"):
+        preprocess("kuairand-pure", raw_path=tmp_path, output=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 def test_the_report_compares_with_the_published_figures(store: SequenceStore) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hstu.data.datasets.raw import identifier, table_with_header
+from hstu.data.datasets.raw import RawFile, identifier, table_with_header
 from hstu.data.datasets.spec import USER_FEATURE, Archive, ColumnDescription, DatasetSpec, RawFormat, RawTables, Schema
 
 ALIASES: Mapping[str, str] = {}
@@ -30,14 +30,17 @@ _CONTEXT = (
     "friend_user_num_range",
     "register_days_range",
 )
+_OF_VIDEOS = ("tag", "video_type", "upload_type", "music_type", "author_id", "music_id")
+"""Features of the videos: columns of video_features_basic. All are categories, and ``tag`` holds several."""
 
 
 def read(files: Sequence[Path]) -> RawTables:
-    """The standard logs, earlier period first, and user_features. Sorted by time_ms, stored in seconds.
+    """The standard logs, earlier period first, user_features, and video_features_basic, which may be missing.
 
-    Users who occur in only one of the logs are kept. Users without a row of features have the value "unknown".
+    Sorted by time_ms, stored in seconds. Users who occur in only one of the logs are kept. Users and videos without a
+    row of features have the value "unknown".
     """
-    *logs, users = files
+    *logs, users, videos = files
     types = {"user_id": "BIGINT", "video_id": "BIGINT", "time_ms": "BIGINT", **dict.fromkeys(ACTION_BITS, "INTEGER")}
     action = " + ".join(f"CAST({column} <> 0 AS INTEGER) * {bit}" for column, bit in ACTION_BITS.items())
     features = ", ".join(f"{identifier(name)} AS c{index}" for index, name in enumerate(_CONTEXT))
@@ -47,6 +50,7 @@ def read(files: Sequence[Path]) -> RawTables:
         events=f'user_id AS "user", video_id AS item, {action} AS action, time_ms AS "time", '
         'time_ms // 1000 AS "timestamp"',
         context=(table_with_header(users, user_types), f'user_id AS "user", {features}'),
+        item_table=_videos(videos) if videos.is_file() else None,
         descriptions={
             "user": ColumnDescription("user_id", "an integer"),
             "item": ColumnDescription("video_id", "an integer"),
@@ -54,6 +58,14 @@ def read(files: Sequence[Path]) -> RawTables:
             "time": ColumnDescription("time_ms", "milliseconds since 1970"),
         },
     )
+
+
+def _videos(file: Path) -> tuple[RawFile, str]:
+    """RawTables.item_table of video_features_basic."""
+    values = {name: identifier(name) for name in _OF_VIDEOS} | {"tag": "[x FOR x IN string_split(tag, ',') IF x <> '']"}
+    selected = ", ".join(f"{value} AS i{place}" for place, value in enumerate(values.values()))
+    types = {"video_id": "BIGINT", **dict.fromkeys(_OF_VIDEOS, "VARCHAR")}
+    return table_with_header(file, types), f"video_id AS item, {selected}"
 
 
 def _spec(
@@ -67,8 +79,17 @@ def _spec(
         name=f"kuairand-{variant}",
         homepage="https://kuairand.com/",
         archive=Archive(f"https://zenodo.org/records/10439422/files/{folder}.tar.gz", md5, sha256),
-        raw_formats=(RawFormat(read, (*logs, f"user_features_{variant}.csv")),),
-        schema=Schema(item="video_id", action="action", context=(USER_FEATURE, *_CONTEXT), action_cardinality=256),
+        raw_formats=(
+            RawFormat(read, (*logs, f"user_features_{variant}.csv"), (f"video_features_basic_{variant}.csv",)),
+        ),
+        schema=Schema(
+            item="video_id",
+            action="action",
+            context=(USER_FEATURE, *_CONTEXT),
+            item_features=_OF_VIDEOS,
+            lists={"tag": ","},
+            action_cardinality=256,
+        ),
         published=published,
         action_bits=ACTION_BITS,
     )

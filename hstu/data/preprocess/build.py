@@ -88,7 +88,12 @@ def preprocess(
     if located is None and raw_path is not None:
         needed = " or ".join(", ".join(raw_format.files) for raw_format in spec.raw_formats)
         raise DataError(f"{raw_path} does not hold the files of {canonical}: {needed}. {by_hand(spec, folder)}")
-    if is_kept(options, [file for file in located[1] if file.is_file()] if located else None):
+    if located is None:
+        kept = is_kept(options, None)
+    else:
+        present = [file for file in located[1] if file.is_file()]
+        kept = is_kept(options, present, optional=located[1][len(located[0].files) :])
+    if kept:
         return target
     raw_format, files = located or obtain_raw(spec, folder)
     raw = raw_format.reader(files)
@@ -168,7 +173,7 @@ def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published
     _check_raw_ids(options.raw_ids, schema)
     check_filters(options)
     _check_all_items(raw, options)
-    for file in (*raw.logs, *([raw.context[0]] if raw.context else [])):
+    for file in (*raw.logs, *(table[0] for table in (raw.context, raw.item_table) if table)):
         check_readable(file)
     with disk_errors(options.output):
         writer = StoreWriter(
@@ -180,9 +185,10 @@ def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published
         )
         with writer:
             features, used = len(schema.event_features), used_below(writer.partial)
+            progress_files = (*raw.logs, *([raw.item_table[0]] if raw.item_table else []))
             check_free_disk(raw.logs, options.output, features, already_used=used)
             with (
-                closing(Progress(sum(log.path.stat().st_size for log in raw.logs))) as progress,
+                closing(Progress(sum(file.path.stat().st_size for file in progress_files))) as progress,
                 open_engine(writer.scratch, options.memory_limit) as engine,
             ):
                 _build(BuildState(raw, schema, options, writer, progress, engine), published)

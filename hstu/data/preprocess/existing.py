@@ -18,10 +18,11 @@ _PLACES = {"--raw_path", "--interactions", "--context", "--titles", "--items", "
 _SLOW_BYTES = 1 << 30
 
 
-def is_kept(options: BuildOptions, files: Sequence[Path] | None) -> bool:
+def is_kept(options: BuildOptions, files: Sequence[Path] | None, optional: Sequence[Path] = ()) -> bool:
     """Whether the store at options.output exists and stays. It must fit the options and the raw ``files``.
 
-    ``files`` is None where there are no raw files, so that only the options are compared.
+    ``files`` is None where there are no raw files, so that only the options are compared. A store that was made without
+    some of the ``optional`` ones fits, and the log says so: earlier versions did not read them.
     Raises DataError where the store is damaged or does not fit, or something else than a store is there.
     """
     check_replaceable(options.output)
@@ -29,7 +30,10 @@ def is_kept(options: BuildOptions, files: Sequence[Path] | None) -> bool:
         return False
     store = SequenceStore.open(options.output)
     other_options = [*options_that_differ(store, options)]
-    other_files = [*files_that_differ(store, files)] if files is not None else []
+    names = source_names(files or ())
+    unread = [file for name, file in names.items() if file in optional and name not in store.sources]
+    read = [file for file in files or () if file not in unread]
+    other_files = [*files_that_differ(store, read)] if files is not None else []
     if other_options or other_files:
         is_own = "--interactions" in options_of(options.command)
         append = "to add the events of further files to it, --append; " if is_own and not other_options else ""
@@ -39,6 +43,9 @@ def is_kept(options: BuildOptions, files: Sequence[Path] | None) -> bool:
         )
     fits = "fits its raw files" if files is not None else "could not be compared with raw files, as there are none,"
     _log.warning("%s exists, %s and is kept; --force replaces it", options.output, fits)
+    if unread:
+        without = ", ".join(map(str, unread))
+        _log.warning("%s was made without %s, which is there now; --force makes it with it", options.output, without)
     return True
 
 

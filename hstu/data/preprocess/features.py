@@ -180,8 +180,9 @@ def _write_vocabulary(state: BuildState, feature: str, name: str, values: str) -
         state.engine, f"SELECT id FROM {parquet_rows(state.file(table), numbered=True)} ORDER BY file_row_number"
     )
     state.writer.write_vocabulary(feature, vocabulary)
-    warn_of_numbers(feature, vocabulary)
-    if name.startswith("i") and feature not in state.schema.lists:
+    if state.raw.resolve_types is not None:  # whoever describes a built-in dataset has decided
+        warn_of_numbers(feature, vocabulary)
+    if name.startswith("i") and feature not in state.schema.lists and state.raw.resolve_types is not None:
         _hint_at_lists(feature, vocabulary[:_LOOKED_AT].tolist())
     return int(journal[table])
 

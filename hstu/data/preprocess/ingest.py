@@ -41,7 +41,7 @@ def read_files(state: BuildState) -> None:
     if state.raw.title_table is not None:
         _read(state, "titles", *state.raw.title_table, 0)
     if state.raw.item_table is not None:
-        _read(state, "item_table", *state.raw.item_table, 0)
+        _read(state, "item_table", *state.raw.item_table, READING * state.raw.item_table[0].path.stat().st_size)
     if state.raw.item_rows is not None:
         _write_item_rows(state, state.raw.item_rows)
     if state.raw.resolve_types is not None and "typed" not in state.writer.journal:

@@ -1,9 +1,12 @@
-"""Small MLPs: the prediction head, and projections between widths."""
+"""Small MLPs: the prediction head of one task, the heads of several tasks, and projections between widths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -17,12 +20,8 @@ class MLP(nn.Sequential):
 
     def __init__(self, in_width: int, widths: Sequence[int], activation: str, bias: bool = True) -> None:
         layers: list[nn.Module] = []
-        for before, after in zip((in_width, *widths), widths, strict=False):
-            linear = nn.Linear(before, after, bias=bias)
-            nn.init.xavier_uniform_(linear.weight)
-            if bias:
-                nn.init.zeros_(linear.bias)
-            layers += [linear, _ACTIVATIONS[activation]()]
+        for before, after in pairwise((in_width, *widths)):
+            layers += [_linear(before, after, bias), _ACTIVATIONS[activation]()]
         super().__init__(*layers[:-1])
 
 
@@ -36,3 +35,153 @@ class PredictionHead(MLP):
         """Returns float32 logits, whatever the compute dtype."""
         logits: Tensor = super().forward(x)
         return logits.float()
+
+
+class MultiTaskHead(nn.Module):
+    """The heads of several tasks: tokens [M, hidden_size] → for each task, float32 outputs [M, width of the task].
+
+    A trunk is an MLP of ``hidden_widths`` with the activation after every layer. Each task has a linear layer on what
+    it reads from the trunks:
+
+    shared: all tasks read one trunk. This is an MLP whose last layer has the outputs of all tasks.
+
+    mmoe: each task reads the weighted mean of ``num_experts`` trunks (experts). The softmax of a linear layer without
+    bias on the token, one layer per task, gives the weights (Ma et al., KDD 2018).
+
+    ple: there are ``num_experts`` shared experts, and each task has as many of its own. A task reads the weighted mean
+    of its own and the shared ones (Tang et al., RecSys 2020, with one extraction layer: customized gate control).
+
+    Initial values: as in :class:`MLP`.
+
+    Args:
+        hidden_widths: mmoe and ple need at least one.
+        num_experts: without effect on shared.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        hidden_widths: Sequence[int],
+        activation: str,
+        bias: bool,
+        task_widths: Sequence[int],
+        sharing: str = "shared",
+        num_experts: int = 1,
+    ) -> None:
+        super().__init__()
+        self.task_widths = [*task_widths]
+        self.trunk: MLP | _Mixture
+        if sharing == "shared":
+            self.trunk = MLP(hidden_size, [*hidden_widths, sum(task_widths)], activation, bias)
+            return
+        if not hidden_widths:
+            raise ValueError(f"sharing = {sharing!r} mixes experts, and they need a layer: hidden_widths is empty")
+        own_experts = _own_experts(sharing, num_experts)
+        self.trunk = _Mixture(hidden_size, hidden_widths, activation, bias, len(task_widths), num_experts, own_experts)
+        self.outputs = nn.ModuleList(_linear(hidden_widths[-1], width, bias) for width in task_widths)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Returns float32 outputs, whatever the compute dtype."""
+        if isinstance(self.trunk, MLP):
+            return list(self.trunk(x).float().split(self.task_widths, dim=1))
+        inputs = self.trunk(x).unbind(dim=1)
+        return [output(own).float() for output, own in zip(self.outputs, inputs, strict=True)]
+
+
+class Products(NamedTuple):
+    """Equal matrix products that a head computes for each token: [1, inputs] × [inputs, outputs]."""
+
+    times: int
+    inputs: int
+    outputs: int
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one forward, per token."""
+        return 2 * self.times * self.inputs * self.outputs
+
+
+def head_products(
+    hidden_size: int, hidden_widths: Sequence[int], task_widths: Sequence[int], sharing: str, num_experts: int
+) -> list[Products]:
+    """All matrix products of a :class:`MultiTaskHead` in forward, in the order in which it computes them."""
+    if sharing == "shared":
+        return [Products(1, *layer) for layer in pairwise([hidden_size, *hidden_widths, sum(task_widths)])]
+    tasks, last = len(task_widths), hidden_widths[-1]
+    own_experts = _own_experts(sharing, num_experts)
+    experts, read_by_a_task = num_experts + tasks * own_experts, num_experts + own_experts
+    return [
+        *(Products(experts, *layer) for layer in pairwise([hidden_size, *hidden_widths])),
+        Products(1, hidden_size, tasks * read_by_a_task),
+        Products(tasks, read_by_a_task, last),
+        *(Products(1, last, width) for width in task_widths),
+    ]
+
+
+def _own_experts(sharing: str, num_experts: int) -> int:
+    """Experts that each task has for itself."""
+    return {"mmoe": 0, "ple": num_experts}[sharing]
+
+
+class _Mixture(nn.Module):
+    """Tokens [M, in_width] → what each task reads from the experts, [M, tasks, last width].
+
+    The shared experts come first, then those of task 0, those of task 1 and so on.
+    """
+
+    def __init__(
+        self,
+        in_width: int,
+        widths: Sequence[int],
+        activation: str,
+        bias: bool,
+        num_tasks: int,
+        num_shared: int,
+        num_own: int,
+    ) -> None:
+        super().__init__()
+        self.num_tasks, self.num_shared, self.num_own = num_tasks, num_shared, num_own
+        self.num_experts = num_shared + num_tasks * num_own
+        self.experts = nn.ModuleList(
+            _ExpertLayer(self.num_experts, *layer, bias) for layer in pairwise([in_width, *widths])
+        )
+        self.activation = _ACTIVATIONS[activation]()
+        self.gates = _linear(in_width, num_tasks * (num_shared + num_own), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x.expand(self.num_experts, -1, -1)
+        for layer in self.experts:
+            hidden = self.activation(layer(hidden))
+        weights = self.gates(x).unflatten(1, (self.num_tasks, -1)).softmax(dim=2)
+        of_shared, of_own = weights.split([self.num_shared, self.num_own], dim=2)
+        mixed = torch.einsum("mts,smd->mtd", of_shared, hidden[: self.num_shared])
+        if self.num_own:
+            own = hidden[self.num_shared :].unflatten(0, (self.num_tasks, self.num_own))
+            mixed = mixed + torch.einsum("mto,tomd->mtd", of_own, own)
+        return mixed
+
+
+class _ExpertLayer(nn.Module):
+    """One linear layer of every expert as one batched product: [experts, M, in] → [experts, M, out]."""
+
+    def __init__(self, num_experts: int, in_width: int, out_width: int, bias: bool) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, in_width, out_width))
+        for weight in self.weight:
+            nn.init.xavier_uniform_(weight)
+        # One dimension, as every bias: weight decay applies to parameters with two or more.
+        self.bias = nn.Parameter(torch.zeros(num_experts * out_width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return torch.bmm(x, self.weight)
+        return torch.baddbmm(self.bias.view(self.num_experts, 1, -1), x, self.weight)
+
+
+def _linear(in_width: int, out_width: int, bias: bool) -> nn.Linear:
+    linear = nn.Linear(in_width, out_width, bias=bias)
+    nn.init.xavier_uniform_(linear.weight)
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return linear

@@ -1,9 +1,16 @@
-"""The prediction head: widths, activation, bias, type of the logits."""
+"""The prediction head: widths, activation, bias, type of the logits. Heads of several tasks: what they share."""
 
+import math
+from collections.abc import Sequence
+
+import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from hstu.model.heads import MLP, PredictionHead
+from hstu.model.heads import MLP, MultiTaskHead, PredictionHead, head_products
+from hstu.optim.dense import decayed_parameters
 
 
 def test_activation_stands_between_layers_and_not_behind_the_last() -> None:
@@ -33,3 +40,139 @@ def test_one_seed_gives_one_head() -> None:
         return list(PredictionHead(6, [5, 3], "relu", bias=True).parameters())
 
     assert all(torch.equal(a, b) for a, b in zip(weights(), weights(), strict=True))
+
+
+WIDTHS = [1, 3, 1]
+"""Outputs of three tasks."""
+SHARINGS = ("shared", "mmoe", "ple")
+
+
+def multi_task_head(sharing: str, num_experts: int = 2, bias: bool = True, hidden: Sequence[int] = (5, 4)):  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    head = MultiTaskHead(6, hidden, "gelu", bias, WIDTHS, sharing, num_experts)
+    for parameter in head.parameters():  # biases start at zero and would hide that they are used
+        nn.init.normal_(parameter)
+    return head
+
+
+def read_by_a_task(head: MultiTaskHead, token: Tensor, task: int) -> Tensor:
+    """The weighted mean of the experts that one task reads for one token, written as loops."""
+    mixture = head.trunk
+    own_first = mixture.num_shared + task * mixture.num_own
+    experts = [*range(mixture.num_shared), *range(own_first, own_first + mixture.num_own)]
+    scores = mixture.gates.weight.view(len(head.task_widths), len(experts), -1)[task]
+    shares = torch.stack([torch.exp(score @ token) for score in scores])
+    total = torch.zeros(head.outputs[task].in_features, dtype=token.dtype)
+    for share, expert in zip(shares / shares.sum(), experts, strict=True):
+        hidden = token
+        for layer in mixture.experts:
+            hidden = hidden @ layer.weight[expert]
+            if layer.bias is not None:
+                hidden = hidden + layer.bias.view(layer.num_experts, -1)[expert]
+            hidden = F.gelu(hidden)
+        total = total + share * hidden
+    return total
+
+
+def test_sharing_one_trunk_equals_an_mlp_that_ends_in_all_outputs() -> None:
+    torch.manual_seed(3)
+    head = MultiTaskHead(6, [5, 4], "relu", True, WIDTHS)
+    torch.manual_seed(3)
+    mlp, x = MLP(6, [5, 4, sum(WIDTHS)], "relu"), torch.randn(7, 6)
+    assert [output.shape for output in head(x)] == [(7, width) for width in WIDTHS]
+    assert torch.equal(torch.cat(head(x), dim=1), mlp(x))
+
+
+@pytest.mark.parametrize("sharing", ["mmoe", "ple"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_mixed_experts_and_their_gradients_equal_loops_over_tokens_tasks_and_experts(sharing: str, bias: bool) -> None:
+    head, x = multi_task_head(sharing, bias=bias).double(), torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    expected = [
+        torch.stack([output(read_by_a_task(head, token, task)) for token in x])
+        for task, output in enumerate(head.outputs)
+    ]
+    mixed = [output(own) for output, own in zip(head.outputs, head.trunk(x).unbind(1), strict=True)]
+    torch.testing.assert_close(mixed, expected)
+    torch.testing.assert_close(head(x), [output.float() for output in expected])
+
+    inputs = [x, *head.parameters()]
+    weighted = [torch.randn_like(output) for output in expected]
+    theirs = torch.autograd.grad(sum((a * b).sum() for a, b in zip(expected, weighted, strict=True)), inputs)
+    ours = torch.autograd.grad(sum((a * b).sum() for a, b in zip(mixed, weighted, strict=True)), inputs)
+    torch.testing.assert_close(ours, theirs)
+    assert all(gradient.abs().sum() > 0 for gradient in ours)
+
+
+def test_one_mixed_expert_is_a_shared_trunk() -> None:
+    head, x = multi_task_head("mmoe", num_experts=1), torch.randn(7, 6)
+    shared = multi_task_head("shared")
+    first, _, second, _, last = shared.trunk
+    with torch.no_grad():
+        for linear, expert in zip((first, second), head.trunk.experts, strict=True):
+            linear.weight.copy_(expert.weight[0].T)
+            linear.bias.copy_(expert.bias)
+        last.weight.copy_(torch.cat([output.weight for output in head.outputs]))
+        last.bias.copy_(torch.cat([output.bias for output in head.outputs]))
+    torch.testing.assert_close(head(x), shared(x))
+
+
+def test_a_task_does_not_read_the_experts_of_other_tasks() -> None:
+    head, x = multi_task_head("ple"), torch.randn(7, 6)
+    before = head(x)
+    with torch.no_grad():
+        head.trunk.experts[0].weight[-2:] += 1  # those of the last task
+    changed = [not torch.equal(a, b) for a, b in zip(before, head(x), strict=True)]
+    assert changed == [False, False, True]
+
+
+def test_each_expert_starts_as_a_layer_of_an_mlp() -> None:
+    torch.manual_seed(0)
+    weight = MultiTaskHead(40, [60], "relu", True, WIDTHS, "mmoe", 3).trunk.experts[0].weight
+    bound = math.sqrt(6 / (40 + 60))
+    assert all(0.95 * bound < expert.abs().max() <= bound for expert in weight.unbind())
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_weight_decay_applies_to_the_weights_of_a_head_and_not_to_its_biases(sharing: str) -> None:
+    head = multi_task_head(sharing)
+    decayed = {id(weight) for weight in decayed_parameters(head)}
+    named = {name.rsplit(".", 1)[-1]: set() for name, _ in head.named_parameters()}
+    for name, parameter in head.named_parameters():
+        named[name.rsplit(".", 1)[-1]].add(id(parameter) in decayed)
+    assert named == {"weight": {True}, "bias": {False}}
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_outputs_of_tasks_are_float32_under_autocast_and_gradients_reach_every_weight(sharing: str) -> None:
+    head, x = multi_task_head(sharing), torch.randn(7, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = head(x)
+    assert {output.dtype for output in outputs} == {torch.float32}
+    for output, exact in zip(outputs, head(x), strict=True):
+        torch.testing.assert_close(output, exact, rtol=0.1, atol=0.1 * exact.abs().max().item())
+    sum(output.square().sum() for output in outputs).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_a_batch_without_labels_has_outputs_and_zero_gradients(sharing: str) -> None:
+    head = multi_task_head(sharing)
+    outputs = head(torch.zeros(0, 6))
+    assert [output.shape for output in outputs] == [(0, width) for width in WIDTHS]
+    sum(output.sum() for output in outputs).backward()
+    assert all(not parameter.grad.any() for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("hidden", [[5], [5, 4]])
+def test_products_are_those_that_torch_counts(sharing: str, hidden: list[int]) -> None:
+    head = multi_task_head(sharing, num_experts=3, hidden=hidden)
+    with FlopCounterMode(display=False) as counter:
+        head(torch.randn(7, 6))
+    products = head_products(6, hidden, WIDTHS, sharing, 3)
+    assert 7 * sum(product.flops for product in products) == counter.get_total_flops()
+
+
+def test_experts_without_a_layer_are_refused() -> None:
+    with pytest.raises(ValueError, match="hidden_widths is empty"):
+        MultiTaskHead(6, [], "relu", True, WIDTHS, "mmoe", 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hstu.config.args import DatasetArgs, NetworkArgs
+from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, NetworkArgs
 from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.data.store import SequenceStore
@@ -34,6 +34,16 @@ class FeatureRoles:
         if feature in self.contextual:
             return network.contextual_width
         return network.side_embedding_dim if feature in self.side else network.item_width
+
+
+def benchmark_roles(args: BenchmarkDatasetArgs) -> FeatureRoles:
+    """The features of random data, by role."""
+    return FeatureRoles(
+        args.item_feature_name,
+        args.action_feature_name,
+        tuple(args.contextual_feature_names),
+        tuple(args.side_feature_names),
+    )
 
 
 def resolve_roles(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> FeatureRoles:

@@ -20,7 +20,7 @@ from hstu.data.collate import Assembler, Collator, Rows
 from hstu.data.hashing import hash_ids, random_bits
 from hstu.data.jagged import run_indices, run_starts
 from hstu.data.negatives import Negatives
-from hstu.data.roles import FeatureRoles
+from hstu.data.roles import benchmark_roles
 from hstu.data.sampler import START, BatchPartition, BatchPlan, EvalSampler, SamplerPosition, TrainSampler
 
 _FIRST_TIME_S = 1_000_000_000
@@ -136,9 +136,7 @@ class SyntheticReader:
     def __init__(
         self, args: BenchmarkDatasetArgs, task: Task, split: str, seed: int, *, wants_timestamps: bool, wants_seen: bool
     ) -> None:
-        self.roles = FeatureRoles(
-            args.item_feature_name, args.action_feature_name, tuple(args.contextual_feature_names)
-        )
+        self.roles = benchmark_roles(args)
         groups = {name: group for group in args.feature_args for name in group.feature_names}
         tables = {name: table for table in args.embedding_args for name in table.feature_names}
         self.features: dict[str, _Feature] = {}
@@ -176,6 +174,7 @@ class SyntheticReader:
             actions=None if self.roles.action is None else self._ids(self.roles.action, _VALUES, *tokens),
             timestamps=self._times(lengths, *tokens) if self.wants_timestamps else None,
             context={name: self._ids(name, _VALUES, ordinals, 0) for name in self.roles.contextual},
+            side={name: self._ids(name, _VALUES, *tokens) for name in self.roles.side},
             held_out=self._ids(self.roles.item, _HELD_OUT, ordinals, 0) if is_retrieval_eval else None,
             seen=items if wants_seen else None,
             seen_lengths=lengths if wants_seen else None,

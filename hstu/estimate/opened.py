@@ -18,7 +18,7 @@ from hstu.config.errors import UserError
 from hstu.config.incomplete import Unknown
 from hstu.config.run_config import RunDraft
 from hstu.data.datasets import DATASETS, resolve_name
-from hstu.data.roles import FeatureRoles, resolve_roles
+from hstu.data.roles import FeatureRoles, benchmark_roles, resolve_roles
 from hstu.data.store import SequenceStore
 from hstu.estimate.workload import roles_without_data
 from hstu.model.embedding import TableSpec, table_specs
@@ -81,8 +81,7 @@ class Opened:
         """The features that the model sees; those of a built-in dataset are known before it is preprocessed."""
         dataset = self.run.dataset
         if not isinstance(dataset, DatasetArgs):
-            named = dataset.item_feature_name, dataset.action_feature_name, tuple(dataset.contextual_feature_names)
-            return Attempt(lambda: FeatureRoles(*named))
+            return Attempt(lambda: benchmark_roles(dataset))
         if self.store.error is None:
             return Attempt(lambda: resolve_roles(self.store.value, dataset, self.run.located))
         name = resolve_name(dataset.dataset_name)

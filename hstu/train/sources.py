@@ -26,7 +26,7 @@ from hstu.data.collate import Assembler, Collator, SkippedSamples, StoreReader
 from hstu.data.datasets import resolve_name
 from hstu.data.loader import build_loader
 from hstu.data.negatives import Negatives
-from hstu.data.roles import FeatureRoles, resolve_roles
+from hstu.data.roles import FeatureRoles, benchmark_roles, resolve_roles
 from hstu.data.sampler import BatchPartition, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.samples import SampleTable, Split, StochasticLength, build_samples, check_split
 from hstu.data.store import SequenceStore
@@ -310,9 +310,7 @@ class RandomSource(BatchSource):
         self._args = args
         self._train = self._dataset("train", config.trainer.sequences_per_iteration)
         self._eval: dict[Split, SyntheticDataset] = {}
-        self.roles = FeatureRoles(
-            args.item_feature_name, args.action_feature_name, tuple(args.contextual_feature_names)
-        )
+        self.roles = benchmark_roles(args)
         self.tables = tuple(args.embedding_args)
         self.cardinalities = dict(self._train.num_ids)
         self._check_negatives()

@@ -380,6 +380,11 @@ TOGETHER = [
         'act/FeatureArgs.feature_names = ["action"]', "act/FeatureArgs.max_sequence_length = 30",
         "BenchmarkDatasetArgs.feature_args = [@seq/FeatureArgs(), @act/FeatureArgs(), @ctx/FeatureArgs()]",
         'BenchmarkDatasetArgs.action_feature_name = "action"' + HERE, told=("put both into one FeatureArgs",)),
+    bad("benchmark side feature unknown", "benchmark", 'BenchmarkDatasetArgs.side_feature_names = ["genre"]' + HERE,
+        told=("no FeatureArgs has the feature 'genre'",)),
+    bad("benchmark side feature of unequal length", "benchmark", 'BenchmarkDatasetArgs.side_feature_names = ["user"]'
+        + HERE, "BenchmarkDatasetArgs.contextual_feature_names = []",
+        told=("'user' must have the lengths of 'item'; put both into one FeatureArgs",)),
     bad("benchmark long context", "benchmark", "ctx/FeatureArgs.max_sequence_length = 2" + HERE, told=("one id",)),
     bad("benchmark no history", "benchmark", "BenchmarkDatasetArgs.max_num_candidates = 30" + HERE,
         told=("leaves no room for history", "seq/FeatureArgs.max_sequence_length = 30")),

@@ -41,7 +41,7 @@ def what_is_known_after_is_a_side_feature(run: RunConfig) -> Iterator[Problem]:
 
 def side_features_have_a_width(run: RunConfig) -> Iterator[Problem]:
     if is_given(run.network, "side_embedding_dim") and not getattr(run.dataset, "side_feature_names", []):
-        text = "has no effect without DatasetArgs.side_feature_names; remove it"
+        text = "has no effect without side_feature_names of the dataset; remove it"
         yield run.problem(run.network, "side_embedding_dim", text, is_warning=True)
 
 

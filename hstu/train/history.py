@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hstu.config.args.task import LOWER_IS_BETTER
 from hstu.observe.records import EvalRecord, to_line
-
-LOWER_IS_BETTER = ("LOGLOSS", "NE")
 
 
 def is_better(name: str, value: float, than: float) -> bool:

@@ -8,11 +8,14 @@ gives the reason.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import nan
 
 import numpy as np
+
+from hstu.config.args.task import METRICS_PER_TASK
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ def auc_by_group(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray | 
     else:
         order = np.lexsort((scores, groups))
     scores, positive, groups = scores[order], positive[order], groups[order]
-    group_starts, tie_starts = _run_starts(groups), _run_starts(groups, scores)
+    group_starts, tie_starts = run_starts(groups), run_starts(groups, scores)
     tie_lengths = np.diff(tie_starts, append=len(scores))
     midranks = np.repeat(tie_starts + (tie_lengths + 1) / 2, tie_lengths)
     num_positive = np.add.reduceat(positive, group_starts, dtype=np.float64)
@@ -48,7 +51,7 @@ def auc_by_group(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray | 
         return (rank_sums - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
 
 
-def _run_starts(*keys: np.ndarray) -> np.ndarray:
+def run_starts(*keys: np.ndarray) -> np.ndarray:
     """Indices at which a new combination of keys begins, in sorted arrays of at least one element."""
     changes = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
     return np.concatenate([[0], np.flatnonzero(changes) + 1])
@@ -67,7 +70,52 @@ def grouped_auc(scores: np.ndarray, positive: np.ndarray, users: np.ndarray) -> 
     return float(np.average(areas[defined], weights=impressions[defined])) if defined.any() else nan
 
 
-class RankingMetrics:
+class CollectedMetrics(ABC):
+    """Metrics that are computed over all predictions at once, after they have been collected batch by batch.
+
+    ``subject``: what the metrics are about, for warnings (" of task 'click'").
+    """
+
+    def __init__(self, names: Sequence[str], subject: str = "") -> None:
+        self.names = tuple(names)
+        self.subject = subject
+        self._chunks: list[tuple[np.ndarray, ...]] = []
+
+    def collect(self, predictions: np.ndarray, *others: np.ndarray) -> None:
+        """Add M predictions, [M] or [M, width], and arrays [M] that belong to them."""
+        self._chunks.append((predictions.astype(np.float32), *others))
+
+    def compute(self, gather: Gather = only_rank) -> dict[str, float]:
+        """All metrics over the predictions of all ranks, the same on every rank. Collective."""
+        if not self._chunks:  # then no rank has any: all get equally many batches
+            return self._all_undefined("the evaluation set has no batches")
+        predictions, *others = (gather(np.concatenate(parts)) for parts in zip(*self._chunks, strict=True))
+        if not len(predictions):
+            return self._all_undefined("the evaluation set has no labelled items")
+        if not np.isfinite(predictions).all():
+            return self._all_undefined("the model predicts values that are not finite")
+        return self._compute(predictions.astype(np.float64), *others)
+
+    @abstractmethod
+    def _compute(self, predictions: np.ndarray, *others: np.ndarray) -> dict[str, float]:
+        """The metrics of at least one finite prediction, float64, and what was collected with it."""
+
+    def _all_undefined(self, reason: str) -> dict[str, float]:
+        logger.warning("metrics%s are undefined (nan): %s", self.subject, reason)
+        return dict.fromkeys(self.names, nan)
+
+    def mean_of_defined(
+        self, name: str, values: np.ndarray, reason: str = "the labels of the evaluation set are all of one class"
+    ) -> float:
+        """Mean of the values that are not nan; without any, nan and a warning with the ``reason``."""
+        defined = values[~np.isnan(values)]
+        if not len(defined):
+            logger.warning("%s%s is undefined (nan): %s", name, self.subject, reason)
+            return nan
+        return float(defined.mean())
+
+
+class RankingMetrics(CollectedMetrics):
     """Collects predictions and computes AUC, AUC>=K, GAUC, LOGLOSS, NE and ACC over all of them.
 
     There are two kinds of labels, as in the ranking loss (last = width of the logits):
@@ -84,74 +132,52 @@ class RankingMetrics:
     """
 
     def __init__(self, names: Sequence[str], *, num_tasks: int | None, label_offset: int = 0) -> None:
-        self.names = tuple(names)
+        super().__init__(names)
         self.num_tasks = num_tasks
         self.label_offset = label_offset
-        self._chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def update(self, logits: np.ndarray, actions: np.ndarray, users: np.ndarray) -> None:
         """Add M predictions: logits float [M, last], actions int [M], users int [M] (any id per user)."""
-        self._chunks.append((logits.astype(np.float32), actions.astype(np.int64), users.astype(np.int64)))
+        self.collect(logits, actions.astype(np.int64), users.astype(np.int64))
 
-    def compute(self, gather: Gather = only_rank) -> dict[str, float]:
-        """All metrics over the predictions of all ranks, the same on every rank. Collective."""
-        if not self._chunks:  # then no rank has any: all get equally many batches
-            return self._undefined("the evaluation set has no batches")
-        logits, actions, users = (gather(np.concatenate(parts)) for parts in zip(*self._chunks, strict=True))
-        if not len(actions):
-            return self._undefined("the evaluation set has no labelled items")
-        if not np.isfinite(logits).all():
-            return self._undefined("the model predicts values that are not finite")
-        logits = logits.astype(np.float64)
+    def _compute(self, predictions: np.ndarray, *others: np.ndarray) -> dict[str, float]:
+        actions, users = others
         if self.num_tasks is None:
-            labelled = _classes(logits, actions - self.label_offset)
+            classified = classes(predictions, actions - self.label_offset)
         else:
-            labelled = _tasks(logits, actions)
+            classified = binary(predictions, (actions[:, None] >> np.arange(predictions.shape[1]) & 1).astype(bool))
         results: dict[str, float] = {}
         for name in self.names:
-            results |= self._compute_one(name, labelled, actions, users)
+            results |= self._compute_one(name, classified, actions, users)
         return results
 
-    def _undefined(self, reason: str) -> dict[str, float]:
-        logger.warning("metrics are undefined (nan): %s", reason)
-        return dict.fromkeys(self.names, nan)
-
-    def _compute_one(self, name: str, labelled: _Labelled, actions: np.ndarray, users: np.ndarray) -> dict[str, float]:
-        if name == "AUC":
-            areas = [auc(*column) for column in labelled.columns()]
-        elif name == "GAUC":
-            areas = [grouped_auc(*column, users) for column in labelled.columns()]
-        elif name.startswith("AUC>="):
-            areas = [self._threshold_auc(int(name.removeprefix("AUC>=")), labelled, actions)]
-        elif name == "ACC":
-            return {name: labelled.accuracy}
-        elif name == "LOGLOSS":
-            return {name: float(labelled.log_losses.mean())}
-        elif name == "NE":
-            defined = labelled.base_entropies > 0
-            areas = np.divide(
-                labelled.log_losses, labelled.base_entropies, where=defined, out=np.full(len(defined), nan)
-            )
+    def _compute_one(
+        self, name: str, classified: Classified, actions: np.ndarray, users: np.ndarray
+    ) -> dict[str, float]:
+        if name.startswith("AUC>="):
+            values = self._threshold_auc(int(name.removeprefix("AUC>=")), classified, actions)
+        elif name in CLASSIFICATION_METRICS:
+            values = CLASSIFICATION_METRICS[name](classified, users)
         else:
             raise ValueError(f"{name!r} is not a ranking metric; allowed: AUC, GAUC, ACC, LOGLOSS, NE, AUC>=K")
-        result = {name: _mean_of_defined(name, np.asarray(areas))}
-        if name in ("AUC", "GAUC") and self.num_tasks is not None and self.num_tasks > 1:
-            result |= {f"{name}/task{task}": area for task, area in enumerate(areas)}
+        result = {name: self.mean_of_defined(name, values)}
+        if name in METRICS_PER_TASK and self.num_tasks is not None and self.num_tasks > 1:
+            result |= {f"{name}/task{task}": float(value) for task, value in enumerate(values)}
         return result
 
-    def _threshold_auc(self, threshold: int, labelled: _Labelled, actions: np.ndarray) -> float:
+    def _threshold_auc(self, threshold: int, classified: Classified, actions: np.ndarray) -> np.ndarray:
         if self.num_tasks is not None:
             raise ValueError(f"AUC>={threshold} needs one task of several classes, not {self.num_tasks} binary tasks")
-        at_least = labelled.scores[:, max(threshold - self.label_offset, 0) :].sum(axis=1)
-        return auc(at_least, actions >= threshold)
+        first = max(threshold - self.label_offset, 0)
+        return auc_by_group(classified.scores[:, first:].sum(axis=1), actions >= threshold)
 
 
 @dataclass(frozen=True)
-class _Labelled:
-    """Predictions and labels as columns: one per task, or one per class of a single task."""
+class Classified:
+    """Predictions and labels as columns: one per binary task, or one per class of a single task."""
 
     scores: np.ndarray
-    """float64 [M, columns]: logits of tasks or probabilities of classes."""
+    """float64 [M, columns]: logits of binary tasks or probabilities of classes."""
     positive: np.ndarray
     """bool [M, columns]"""
     log_losses: np.ndarray
@@ -164,11 +190,26 @@ class _Labelled:
         """(scores, positive) of each column."""
         return zip(self.scores.T, self.positive.T, strict=True)
 
+    def normalized_entropies(self) -> np.ndarray:
+        """float64 [tasks]; nan for a task whose labels are all equal."""
+        defined = self.base_entropies > 0
+        return np.divide(self.log_losses, self.base_entropies, where=defined, out=np.full(len(defined), nan))
 
-def _tasks(logits: np.ndarray, actions: np.ndarray) -> _Labelled:
-    positive = (actions[:, None] >> np.arange(logits.shape[1]) & 1).astype(bool)
+
+CLASSIFICATION_METRICS: dict[str, Callable[[Classified, np.ndarray], np.ndarray]] = {
+    "AUC": lambda classified, users: np.array([auc(*column) for column in classified.columns()]),
+    "GAUC": lambda classified, users: np.array([grouped_auc(*column, users) for column in classified.columns()]),
+    "ACC": lambda classified, users: np.array([classified.accuracy]),
+    "LOGLOSS": lambda classified, users: classified.log_losses,
+    "NE": lambda classified, users: classified.normalized_entropies(),
+}
+"""(predictions, users int [M]) → values, the mean of which is the metric; nan where it is undefined."""
+
+
+def binary(logits: np.ndarray, positive: np.ndarray) -> Classified:
+    """Tasks with two classes: logits float64 and positive bool, both [M, tasks]."""
     rates = positive.mean(axis=0)
-    return _Labelled(
+    return Classified(
         scores=logits,
         positive=positive,
         log_losses=np.logaddexp(0, np.where(positive, -logits, logits)).mean(axis=0),
@@ -177,35 +218,30 @@ def _tasks(logits: np.ndarray, actions: np.ndarray) -> _Labelled:
     )
 
 
-def _classes(logits: np.ndarray, classes: np.ndarray) -> _Labelled:
+def classes(logits: np.ndarray, labels: np.ndarray) -> Classified:
+    """One task with several classes: logits float64 [M, number of classes], labels int [M]."""
     num_classes = logits.shape[1]
-    if classes.min() < 0 or classes.max() >= num_classes:
-        raise ValueError(
-            f"labels are classes {classes.min()} … {classes.max()}, but there are logits for {num_classes}"
-        )
+    check_classes(labels, num_classes)
     log_probabilities = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    positive = classes[:, None] == np.arange(num_classes)
-    return _Labelled(
+    positive = labels[:, None] == np.arange(num_classes)
+    return Classified(
         scores=np.exp(log_probabilities),
         positive=positive,
         log_losses=-log_probabilities[positive].mean(keepdims=True),
         base_entropies=_entropy(positive.mean(axis=0)).sum(keepdims=True),
-        accuracy=float((logits.argmax(axis=1) == classes).mean()),
+        accuracy=float((logits.argmax(axis=1) == labels).mean()),
     )
+
+
+def check_classes(labels: np.ndarray, num_classes: int) -> None:
+    """Raises ValueError unless all labels are in [0, num_classes)."""
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels are classes {labels.min()} … {labels.max()}, but there are logits for {num_classes}")
 
 
 def _entropy(rates: np.ndarray) -> np.ndarray:
     """−p log p of each rate; 0 at 0."""
     return -rates * np.log(np.where(rates > 0, rates, 1))
-
-
-def _mean_of_defined(name: str, values: np.ndarray) -> float:
-    """Mean over the tasks or classes for which a metric is defined; nan and a warning if there are none."""
-    defined = values[~np.isnan(values)]
-    if not len(defined):
-        logger.warning("%s is undefined (nan): the labels of the evaluation set are all of one class", name)
-        return nan
-    return float(defined.mean())
 
 
 def retrieval_metrics(names: Sequence[str], ranks: np.ndarray) -> dict[str, float]:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from hstu.config.option import Args, option
 
 METRICS_PER_TASK = ("AUC", "GAUC")
 """Ranking metrics that a run with several tasks also reports per task, as "AUC/task0"."""
-LOWER_IS_BETTER = ("LOGLOSS", "NE")
+LOWER_IS_BETTER = ("LOGLOSS", "NE", "RMSE", "MAE")
 """Metrics whose best value is the smallest."""
+_CLASSIFICATION = ("AUC", "GAUC", "NE", "LOGLOSS", "ACC")
+_VALUES = ("AUC>=K", "RMSE", "MAE", "XAUC", "NDCG", "NDCG@K")
+METRICS_OF_KIND = {
+    "binary": (*_CLASSIFICATION, "NDCG", "NDCG@K"),
+    "class": (*_CLASSIFICATION, "AUC>=K"),
+    "ordinal": (*_CLASSIFICATION, *_VALUES),
+    "regression": _VALUES,
+    "censored": _VALUES,
+}
+"""Kind of a ranking task → the metrics that it has. K stands for any number."""
+
+
+def fits_kind(metric: str, kind: str) -> bool:
+    """Whether a metric such as "NDCG@10" is one of a kind of ranking task."""
+    return re.sub(r"(?<=@)[1-9]\d*$|(?<=>=)\d+$", "K", metric) in METRICS_OF_KIND[kind]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,250 @@
+"""Exact metrics of one ranking task that a user has defined: of binary labels, classes, levels or values.
+
+They are computed in float64 from all predictions of the evaluation set, as those of ``hstu.train.metrics``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+
+from hstu.config.args.task import METRICS_OF_KIND, fits_kind
+from hstu.train.metrics import (
+    CLASSIFICATION_METRICS,
+    Classified,
+    CollectedMetrics,
+    auc_by_group,
+    binary,
+    check_classes,
+    classes,
+    run_starts,
+)
+
+
+class TaskMetrics(CollectedMetrics):
+    """Collects predictions of one task and computes its metrics over all of them. ``METRICS_OF_KIND`` has the names.
+
+    What is predicted, and the score that the metrics of values use:
+
+    =========== ======================================== ======================================== ====================
+    kind        predictions                              labels                                   score
+    =========== ======================================== ======================================== ====================
+    binary      logit [M]                                0 or 1                                   logit
+    class       logits [M, C]                            label_offset + class                     –
+    ordinal     logits of "level > k", k < C − 1         label_offset + level, level < C          expected label
+                [M, C − 1]
+    regression  value [M]                                value                                    value
+    censored    value [M]                                value; from its bound on, at least this  value
+    =========== ======================================== ======================================== ====================
+
+    AUC, GAUC, LOGLOSS, NE, ACC: see :class:`~hstu.train.metrics.RankingMetrics`. For an ordinal task, the first four
+    are the means over its binary questions "level > k"; ACC compares the level with the number of questions whose
+    P > 1/2.
+
+    AUC>=K is the AUC of the predicted P(label >= K), or of the score.
+
+    RMSE, MAE: of the score. Where a label is only a lower bound, a prediction above it has no error.
+
+    XAUC is the share of pairs of different labels that the scores order correctly; equal scores count one half (Zhan
+    et al., KDD 2022). Pairs whose order censoring hides are left out (Harrell et al., 1982: the concordance index).
+
+    NDCG and NDCG@K order the candidates of a request by score and average over the requests with different labels. The
+    gain is the label, not 2^label − 1, because watch times would overflow; for ordinal tasks it is the level. Equal
+    scores share their gains (the expectation over their orders; McSherry & Najork, ECIR 2008).
+
+    Args:
+        task: name of the task, for warnings.
+    """
+
+    def __init__(self, names: Sequence[str], kind: str, *, task: str = "", label_offset: int = 0) -> None:
+        super().__init__(names, f" of task {task!r}" if task else "")
+        for name in names:
+            if not fits_kind(name, kind):
+                allowed = ", ".join(METRICS_OF_KIND[kind])
+                raise ValueError(f"{name!r} is not a metric of {kind} tasks; allowed: {allowed}")
+        self.kind = kind
+        self.label_offset = label_offset
+
+    def update(
+        self,
+        predictions: np.ndarray,
+        labels: np.ndarray,
+        users: np.ndarray,
+        requests: np.ndarray,
+        bounds: np.ndarray | None = None,
+    ) -> None:
+        """Add M predictions.
+
+        Args:
+            predictions: float [M] or [M, width], see the class.
+            labels: float [M]; nan: this label is missing, and the prediction is not evaluated.
+            users: int [M], any id per user, equal on all ranks.
+            requests: int [M], any id per request, different from those of other ranks.
+            bounds: float [M] for a censored task: a label at or above its bound means "at least this". None or nan:
+                not censored.
+        """
+        known = ~np.isnan(labels)
+        censored = np.zeros(len(labels), dtype=bool) if bounds is None else labels >= bounds
+        self.collect(
+            predictions[known],
+            labels[known].astype(np.float64),
+            users[known].astype(np.int64),
+            requests[known].astype(np.int64),
+            censored[known],
+        )
+
+    def _compute(self, predictions: np.ndarray, *others: np.ndarray) -> dict[str, float]:
+        labels, users, requests, censored = others
+        answers = self._answers(predictions, labels)
+        return {name: self._compute_one(name, answers, users, requests, censored) for name in self.names}
+
+    def _answers(self, predictions: np.ndarray, labels: np.ndarray) -> _Answers:
+        if self.kind in ("regression", "censored"):
+            return _Answers(labels, predictions.reshape(len(labels)))
+        levels = labels.astype(np.int64) - self.label_offset
+        if (levels + self.label_offset != labels).any():
+            raise ValueError(f"labels{self.subject} must be whole numbers, but some are not")
+        if self.kind == "class":
+            classified = classes(predictions, levels)
+            at_least = np.cumsum(classified.scores[:, ::-1], axis=1)[:, ::-1]
+            return _Answers(labels, None, classified, at_least)
+        questions = predictions.reshape(len(labels), -1)
+        check_classes(levels, questions.shape[1] + 1)
+        classified = binary(questions, levels[:, None] > np.arange(questions.shape[1]))
+        if self.kind == "binary":
+            return _Answers(labels, questions[:, 0], classified)
+        right = (questions > 0).sum(axis=1) == levels
+        expected = self.label_offset + _sigmoid(questions).sum(axis=1)
+        always = np.zeros((len(labels), 1))  # every label is at least the lowest one
+        classified = replace(classified, accuracy=float(right.mean()))
+        return _Answers(labels, expected, classified, np.concatenate([always, questions], axis=1))
+
+    def _compute_one(
+        self, name: str, answers: _Answers, users: np.ndarray, requests: np.ndarray, censored: np.ndarray
+    ) -> float:
+        if name in CLASSIFICATION_METRICS:
+            return self.mean_of_defined(name, CLASSIFICATION_METRICS[name](cast(Classified, answers.classified), users))
+        if name.startswith("AUC>="):
+            threshold = int(name.removeprefix("AUC>="))
+            decided = ~censored | (answers.labels >= threshold)
+            scores, positive = self._at_least(threshold, answers), answers.labels >= threshold
+            return self.mean_of_defined(name, auc_by_group(scores[decided], positive[decided]))
+        scores = cast(np.ndarray, answers.scores)
+        if name.startswith("NDCG"):
+            return self._ndcg(name, scores, answers.labels, requests)
+        if name == "XAUC":
+            share = np.array([ordered_pairs(scores, answers.labels, censored)])
+            return self.mean_of_defined(name, share, "no two labels of the evaluation set have a known order")
+        # Sorted, so that the sum does not depend on the assignment of samples to ranks.
+        errors = np.sort(np.where(censored, np.maximum(answers.labels - scores, 0), np.abs(answers.labels - scores)))
+        return float(np.sqrt(np.square(errors).mean()) if name == "RMSE" else errors.mean())
+
+    def _at_least(self, threshold: int, answers: _Answers) -> np.ndarray:
+        """Scores of "the label is at least ``threshold``", float64 [M]."""
+        if answers.at_least is None:
+            return cast(np.ndarray, answers.scores)
+        return answers.at_least[:, np.clip(threshold - self.label_offset, 0, answers.at_least.shape[1] - 1)]
+
+    def _ndcg(self, name: str, scores: np.ndarray, labels: np.ndarray, requests: np.ndarray) -> float:
+        gains = labels - self.label_offset
+        if (gains < 0).any():
+            reason = f"a gain must not be negative, but a label is {labels.min():g}"
+            return self.mean_of_defined(name, np.zeros(0), reason)
+        cutoff = int(name.removeprefix("NDCG@")) if "@" in name else None
+        values = ndcg_by_group(scores, gains, requests, cutoff)
+        return self.mean_of_defined(name, values, "no request has candidates with different labels")
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Predictions and labels of a task as its metrics read them."""
+
+    labels: np.ndarray
+    """float64 [M]"""
+    scores: np.ndarray | None
+    """float64 [M], in the order of the predicted labels; None for classes, which have no order."""
+    classified: Classified | None = None
+    """The binary questions or the classes."""
+    at_least: np.ndarray | None = None
+    """float64 [M, number of classes]: scores of "the label is at least label_offset + column"."""
+
+
+def ordered_pairs(scores: np.ndarray, labels: np.ndarray, censored: np.ndarray | None = None) -> float:
+    """Share of the pairs with different labels that ``scores`` order as ``labels`` do; equal scores count one half.
+
+    All arguments are [N]; O(N log N). ``censored``: bool, the true label is this or more. The order of two labels is
+    known if the smaller one is not censored, or if they are equal and one of them is censored. nan without such pairs.
+    """
+    censored = np.zeros(len(labels), dtype=bool) if censored is None else censored
+    if not len(labels):
+        return float("nan")
+    # Rows in the order of the labels: the later row of a pair has the larger label. Ties are broken by score.
+    order = np.lexsort((scores, censored, labels))
+    scores, labels, censored = scores[order], labels[order], censored[order]
+    counts = (~censored).astype(np.int64)
+    behind = len(labels) - _run_ends(labels, censored)
+    known = int((counts * behind).sum())
+    by_score = np.argsort(scores, kind="stable")
+    same_score = _run_ends(scores[by_score]) - _run_ends(scores[by_score], labels[by_score], censored[by_score])
+    ties = int((counts[by_score] * same_score).sum())
+    places = np.empty_like(by_score)
+    places[by_score] = np.arange(len(scores))
+    wrong = _weighted_inversions(places, counts)
+    return (known - wrong - ties / 2) / known if known else float("nan")
+
+
+def _run_ends(*keys: np.ndarray) -> np.ndarray:
+    """For each element of sorted arrays, the index after the last one with the same combination of keys."""
+    starts = run_starts(*keys)
+    ends = np.append(starts[1:], len(keys[0]))
+    return np.repeat(ends, ends - starts)
+
+
+def _weighted_inversions(places: np.ndarray, weights: np.ndarray) -> int:
+    """Sum of weights[i] over all i < j with places[i] > places[j]. ``places``: a permutation of 0 … N − 1.
+
+    The elements are distributed by one bit of their place after another, from the highest on, as in a radix sort that
+    keeps the order within each group. Two elements are an inversion at the one bit where their groups part.
+    """
+    total = 0
+    for bit in reversed(range(len(places).bit_length())):
+        is_upper = (places >> bit & 1).astype(bool)
+        group_starts = places >> (bit + 1) << (bit + 1)
+        upper_before, weight_before = (
+            np.concatenate([[0], np.cumsum(values)]) for values in (is_upper, np.where(is_upper, weights, 0))
+        )
+        total += int((weight_before[:-1] - weight_before[group_starts])[~is_upper].sum())
+        uppers = upper_before[:-1] - upper_before[group_starts]
+        lowers = np.arange(len(places)) - group_starts - uppers
+        targets = group_starts + np.where(is_upper, (1 << bit) + uppers, lowers)
+        moved, moved_weights = np.empty_like(places), np.empty_like(weights)
+        moved[targets], moved_weights[targets] = places, weights
+        places, weights = moved, moved_weights
+    return total
+
+
+def ndcg_by_group(scores: np.ndarray, gains: np.ndarray, groups: np.ndarray, cutoff: int | None = None) -> np.ndarray:
+    """NDCG within each group, float64 [number of distinct groups], in ascending order of groups.
+
+    scores, gains (not negative) and groups are [N]; the gain at rank r counts 1 / log2(r + 1), and nothing beyond the
+    cutoff. Equal scores: the expectation over their orders. nan for a group with one value of gain.
+    """
+    if not len(scores):
+        return np.zeros(0)
+    best_first, ideal = np.lexsort((gains, -scores, groups)), np.lexsort((-gains, groups))
+    groups, scores, gains, ideal_gains = groups[ideal], scores[best_first], gains[best_first], gains[ideal]
+    starts, tie_starts = run_starts(groups), run_starts(groups, scores)
+    lengths, tie_lengths = np.diff(starts, append=len(groups)), np.diff(tie_starts, append=len(groups))
+    ranks = np.arange(len(groups)) - np.repeat(starts, lengths) + 1
+    discounts = (ranks <= (cutoff or np.inf)) / np.log2(ranks + 1)
+    expected_gains = np.repeat(np.add.reduceat(gains, tie_starts) / tie_lengths, tie_lengths)
+    defined = ideal_gains[starts] != ideal_gains[starts + lengths - 1]
+    reached, possible = (np.add.reduceat(values * discounts, starts) for values in (expected_gains, ideal_gains))
+    return np.divide(reached, possible, where=defined, out=np.full(len(starts), np.nan))
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return np.asarray(np.exp(-np.logaddexp(0, -logits)))

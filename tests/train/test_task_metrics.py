@@ -1,0 +1,348 @@
+"""Metrics of tasks that users define, against loops over pairs and requests: ties, missing labels, several ranks."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+
+from hstu.config.args.task import METRICS_OF_KIND, fits_kind
+from hstu.train.metrics import RankingMetrics
+from hstu.train.task_metrics import TaskMetrics, ndcg_by_group, ordered_pairs
+
+CLASSES = 4
+NAN = math.nan
+
+
+def names_of(kind):
+    """The metrics of a kind, with 2 for each K."""
+    return tuple(name.replace("K", "2") for name in METRICS_OF_KIND[kind] if name != "MAE") + (
+        ("MAE",) if "MAE" in METRICS_OF_KIND[kind] else ()
+    )
+
+
+def mean(values):
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else NAN
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x))
+
+
+# --- each metric as a loop -----------------------------------------------------------------------------------------
+
+
+def pair_share(pairs):
+    """Mean over (score of the larger label, score of the smaller one)."""
+    return mean([(a > b) + 0.5 * (a == b) for a, b in pairs])
+
+
+def auc(scores, positive):
+    rows = list(zip(scores, positive, strict=True))
+    return pair_share([(a, b) for (a, p), (b, q) in itertools.product(rows, rows) if p and not q])
+
+
+def gauc(scores, positive, users):
+    total, impressions = 0.0, 0
+    for user in set(users):
+        own = [index for index, other in enumerate(users) if other == user]
+        area = auc([scores[i] for i in own], [positive[i] for i in own])
+        if not math.isnan(area):
+            total, impressions = total + area * len(own), impressions + len(own)
+    return total / impressions if impressions else NAN
+
+
+def xauc(scores, labels, censored):
+    rows = list(zip(scores, labels, censored, strict=True))
+    return pair_share(
+        [
+            (b, a)
+            for (a, x, cut), (b, y, cut2) in itertools.product(rows, rows)
+            if not cut and (x < y or (x == y and cut2))
+        ]
+    )
+
+
+def ndcg(scores, gains, requests, cutoff):
+    values = []
+    for request in sorted(set(requests)):
+        own = [(s, g) for s, g, r in zip(scores, gains, requests, strict=True) if r == request]
+        best = sorted((g for _, g in own), reverse=True)
+        if best[0] == best[-1]:
+            continue
+        discount = [1 / math.log2(rank + 2) if rank < cutoff else 0.0 for rank in range(len(own))]
+        reached = 0.0
+        for score, gain in own:
+            first = sum(other > score for other, _ in own)
+            tied = sum(other == score for other, _ in own)
+            reached += gain * sum(discount[first : first + tied]) / tied
+        values.append(reached / sum(g * d for g, d in zip(best, discount, strict=True)))
+    return mean(values)
+
+
+def questions_reference(name, logits, positive, users):
+    """A metric of binary questions: logits and positive are lists of columns."""
+    columns = list(zip(logits, positive, strict=True))
+    losses = [mean([-log_sigmoid(x if p else -x) for x, p in zip(*column, strict=True)]) for column in columns]
+    if name == "AUC":
+        return mean([auc(*column) for column in columns])
+    if name == "GAUC":
+        return mean([gauc(*column, users) for column in columns])
+    if name == "LOGLOSS":
+        return mean(losses)
+    assert name == "NE"
+    rates = [mean(column) for column in positive]
+    entropies = [-r * math.log(r) - (1 - r) * math.log(1 - r) if 0 < r < 1 else NAN for r in rates]
+    return mean([loss / entropy for loss, entropy in zip(losses, entropies, strict=True)])
+
+
+def reference(name, kind, rows):
+    """A metric of rows (prediction, label, user, request, is censored) without missing labels."""
+    if not rows:
+        return NAN
+    predictions, labels, users, requests, censored = (list(column) for column in zip(*rows, strict=True))
+    if kind == "class":
+        return class_reference(name, predictions, labels, users)
+    if kind == "ordinal":
+        columns = [list(column) for column in zip(*predictions, strict=True)]
+        positive = [[label > k for label in labels] for k in range(CLASSES - 1)]
+        if name == "ACC":
+            return mean([sum(x > 0 for x in logits) == y for logits, y in zip(predictions, labels, strict=True)])
+        if name == "AUC>=2":
+            return auc(columns[1], positive[1])
+        if name in ("AUC", "GAUC", "LOGLOSS", "NE"):
+            return questions_reference(name, columns, positive, users)
+        predictions = [sum(math.exp(log_sigmoid(x)) for x in logits) for logits in predictions]
+    if kind == "binary":
+        if name == "ACC":
+            return mean([(x > 0) == y for x, y in zip(predictions, labels, strict=True)])
+        if not name.startswith("NDCG"):
+            return questions_reference(name, [predictions], [[label == 1 for label in labels]], users)
+    if name.startswith("NDCG"):
+        return ndcg(predictions, labels, requests, 2 if name == "NDCG@2" else math.inf)
+    if name == "XAUC":
+        return xauc(predictions, labels, censored)
+    if name == "AUC>=2":
+        known = [i for i in range(len(rows)) if labels[i] >= 2 or not censored[i]]
+        return auc([predictions[i] for i in known], [labels[i] >= 2 for i in known])
+    errors = [
+        max(label - x, 0) if cut else abs(label - x)
+        for x, label, cut in zip(predictions, labels, censored, strict=True)
+    ]
+    return math.sqrt(mean([error**2 for error in errors])) if name == "RMSE" else mean(errors)
+
+
+def class_reference(name, logits, labels, users):
+    shares = [[math.exp(x) / sum(math.exp(y) for y in row) for x in row] for row in logits]
+    losses = [-math.log(row[label]) for row, label in zip(shares, labels, strict=True)]
+    columns = [([row[c] for row in shares], [label == c for label in labels]) for c in range(CLASSES)]
+    if name == "AUC":
+        return mean([auc(*column) for column in columns])
+    if name == "GAUC":
+        return mean([gauc(*column, users) for column in columns])
+    if name == "AUC>=2":
+        return auc([1 - row[0] - row[1] for row in shares], [label >= 2 for label in labels])
+    if name == "ACC":
+        return mean([row.index(max(row)) == label for row, label in zip(logits, labels, strict=True)])
+    if name == "LOGLOSS":
+        return mean(losses)
+    rates = [labels.count(c) / len(labels) for c in set(labels)]
+    return mean(losses) / -sum(r * math.log(r) for r in rates) if len(rates) > 1 else NAN
+
+
+# --- random tasks --------------------------------------------------------------------------------------------------
+
+QUARTERS = st.integers(-6, 6).map(lambda number: number / 4)
+"""Few values, so that scores tie."""
+FEW_LOGITS = np.random.default_rng(0).normal(size=(8, CLASSES)).astype(np.float32).tolist()
+"""Few rows, so that scores tie. Logits on a grid would give probabilities that differ by rounding alone."""
+
+
+def rows_of(kind):
+    """Lists of (prediction, label or nan, user, request, bound)."""
+    width = {"class": CLASSES, "ordinal": CLASSES - 1}.get(kind)
+    prediction = QUARTERS if width is None else st.sampled_from(FEW_LOGITS).map(lambda logits: logits[:width])
+    label = {
+        "binary": st.integers(0, 1),
+        "class": st.integers(0, CLASSES - 1),
+        "ordinal": st.integers(0, CLASSES - 1),
+    }.get(kind, st.integers(0, 8).map(lambda number: number / 2))
+    bound = st.just(NAN) if kind != "censored" else st.integers(0, 5).map(float) | st.just(NAN)
+    ids = st.integers(0, 3)
+    return st.lists(st.tuples(prediction, label | st.just(NAN), ids, ids, bound), max_size=14)
+
+
+def collected(kind, rows, names=None, **options):
+    """Metrics that have seen the rows in two batches."""
+    task = TaskMetrics(names or names_of(kind), kind, **options)
+    width = {"class": (CLASSES,), "ordinal": (CLASSES - 1,)}.get(kind, ())
+    for part in (rows[::2], rows[1::2]):
+        predictions, labels, users, requests, bounds = zip(*part, strict=True) if part else [()] * 5
+        task.update(
+            np.array(predictions, dtype=np.float32).reshape(len(part), *width),
+            np.array(labels, dtype=np.float32),
+            np.array(users, dtype=np.int64),
+            np.array(requests, dtype=np.int64),
+            np.array(bounds, dtype=np.float32),
+        )
+    return task
+
+
+@pytest.mark.parametrize("kind", METRICS_OF_KIND)
+def test_every_metric_equals_loops_over_pairs_and_requests(kind):
+    @settings(max_examples=60, deadline=None)
+    @given(rows_of(kind))
+    def check(rows):
+        known = [(p, y, u, r, y >= bound) for p, y, u, r, bound in rows if not math.isnan(y)]
+        expected = {name: reference(name, kind, known) for name in names_of(kind)}
+        assert collected(kind, rows).compute() == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", METRICS_OF_KIND)
+def test_metrics_over_three_ranks_equal_those_of_one_process(kind):
+    rng = np.random.default_rng(1)
+    width = {"class": CLASSES, "ordinal": CLASSES - 1}.get(kind)
+    logits = rng.integers(-6, 7, (120, width or 1)) / 4
+    labels = np.where(rng.random(120) < 0.2, NAN, rng.integers(0, 2 if kind == "binary" else CLASSES, 120))
+    rows = [
+        (logit if width else logit[0], label, *ids, bound)
+        for logit, label, ids, bound in zip(
+            logits, labels, rng.integers(0, 9, (120, 2)), rng.integers(1, 9, 120), strict=True
+        )
+    ]
+    whole = collected(kind, rows).compute()
+    assert not any(math.isnan(value) for value in whole.values())
+
+    parts = [rows[:50], [], rows[50:]]  # one rank has no labelled item
+    shares = [collected(kind, part) for part in parts]
+    arrays = [[np.concatenate(chunks) for chunks in zip(*share._chunks, strict=True)] for share in shares]
+    results = []
+    for share in shares:
+        gathered = iter([np.concatenate(of_all) for of_all in zip(*arrays, strict=True)])
+        results.append(share.compute(lambda array, gathered=gathered: next(gathered)))
+    assert results[0] == results[1] == results[2]
+    assert results[0] == pytest.approx(whole, rel=1e-12)
+
+
+def test_binary_and_class_tasks_have_the_metrics_of_actions():
+    rng = np.random.default_rng(2)
+    names, users = ("AUC", "GAUC", "NE", "LOGLOSS", "ACC"), rng.integers(0, 9, 300)
+    for kind, width, options in (("binary", 1, {"num_tasks": 1}), ("class", 5, {"num_tasks": None, "label_offset": 1})):
+        logits = rng.normal(size=(300, width)).astype(np.float32)
+        actions = rng.integers(0, 2, 300) if kind == "binary" else rng.integers(1, 6, 300)
+        extra = ("AUC>=4",) if kind == "class" else ()
+        theirs = RankingMetrics((*names, *extra), **options)
+        theirs.update(logits, actions, users)
+        ours = TaskMetrics((*names, *extra), kind, label_offset=options.get("label_offset", 0))
+        ours.update(logits, actions.astype(np.float32), users, users)
+        assert ours.compute() == pytest.approx(theirs.compute(), rel=1e-12)
+
+
+def test_levels_that_start_at_one_are_those_that_start_at_zero():
+    rng = np.random.default_rng(3)
+    logits, levels, ids = rng.normal(size=(200, 4)), rng.integers(0, 5, 200), rng.integers(0, 20, 200)
+    names = ("AUC", "ACC", "RMSE", "MAE", "XAUC", "NDCG@3")
+    values = []
+    for offset in (0, 1):
+        task = TaskMetrics((*names, f"AUC>={2 + offset}"), "ordinal", label_offset=offset)
+        task.update(logits, (levels + offset).astype(np.float32), ids, ids)
+        values.append([*task.compute().values()])
+    assert values[0] == pytest.approx(values[1])
+
+
+# --- order metrics on many rows ------------------------------------------------------------------------------------
+
+
+def test_xauc_on_many_rows_equals_somers_d():
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 30, 3000) / 2.0
+    scores = np.round(labels + rng.normal(0, 5, 3000))
+    # Somers' D is (ordered pairs − reversed pairs) / pairs with different labels.
+    assert ordered_pairs(scores, labels) == pytest.approx((1 + stats.somersd(labels, scores).statistic) / 2, abs=1e-12)
+
+
+def test_ndcg_on_many_requests_equals_scikit_learn():
+    rng = np.random.default_rng(5)
+    scores, gains = rng.integers(0, 6, (150, 12)) / 2.0, rng.integers(0, 5, (150, 12)).astype(float)
+    order = rng.permutation(150 * 12)
+    requests = np.repeat(np.arange(150), 12)
+    for cutoff in (None, 1, 5):
+        values = ndcg_by_group(scores.ravel()[order], gains.ravel()[order], requests[order], cutoff)
+        assert values.mean() == pytest.approx(sklearn_metrics.ndcg_score(gains, scores, k=cutoff), abs=1e-12)
+
+
+def test_a_prediction_above_a_lower_bound_is_no_error():
+    task = TaskMetrics(("MAE", "RMSE"), "censored")
+    ids = np.arange(3)
+    task.update(np.array([15.0, 8.0, 7.0]), np.array([10.0, 10.0, 5.0]), ids, ids, np.array([10.0, 10.0, 10.0]))
+    assert task.compute() == pytest.approx({"MAE": (0 + 2 + 2) / 3, "RMSE": math.sqrt(8 / 3)})
+
+
+# --- what is undefined or wrong ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "undefined"),
+    [
+        ("binary", [1.0, 1.0, NAN], {"AUC", "GAUC", "NE", "NDCG", "NDCG@2"}),
+        ("regression", [2.5, 2.5, NAN], {"XAUC", "AUC>=2", "NDCG", "NDCG@2"}),
+    ],
+)
+def test_a_metric_that_labels_do_not_define_is_nan_and_names_the_task_and_the_reason(kind, labels, undefined, caplog):
+    rows = [(0.5 * i, label, 0, 0, NAN) for i, label in enumerate(labels)]
+    result = collected(kind, rows, task="click").compute()
+    assert {name for name, value in result.items() if math.isnan(value)} == undefined
+    for name in undefined:
+        assert f"{name} of task 'click' is undefined (nan): " in caplog.text
+
+
+@pytest.mark.parametrize("kind", METRICS_OF_KIND)
+@pytest.mark.parametrize("rows", [[], [None]])
+def test_without_a_known_label_all_metrics_are_nan(kind, rows, caplog):
+    prediction = {"class": [0.0] * CLASSES, "ordinal": [0.0] * (CLASSES - 1)}.get(kind, NAN)
+    result = collected(kind, [(prediction, NAN, 0, 0, NAN) for _ in rows], task="click").compute()
+    assert list(result) == list(names_of(kind))
+    assert all(math.isnan(value) for value in result.values())
+    assert "metrics of task 'click' are undefined (nan): the evaluation set has no labelled items" in caplog.text
+
+
+def test_a_task_that_diverged_has_no_metrics(caplog):
+    result = collected("regression", [(0.5, 1.0, 0, 0, NAN), (math.inf, 2.0, 0, 0, NAN)]).compute()
+    assert all(math.isnan(value) for value in result.values())
+    assert "not finite" in caplog.text
+
+
+def test_negative_labels_have_no_ndcg(caplog):
+    rows = [(0.5, -1.0, 0, 0, NAN), (1.5, 2.0, 0, 0, NAN)]
+    result = collected("regression", rows, ("NDCG", "MAE")).compute()
+    assert math.isnan(result["NDCG"]) and result["MAE"] == 1.0
+    assert "a gain must not be negative, but a label is -1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "text"),
+    [
+        ("binary", 2.0, "classes 2 … 2, but there are logits for 2"),
+        ("class", 4.0, "classes 4 … 4"),
+        ("ordinal", -1.0, "classes -1 … -1"),
+        ("ordinal", 1.5, "labels of task 'stars' must be whole numbers"),
+    ],
+)
+def test_labels_outside_the_classes_are_refused(kind, label, text):
+    prediction = {"class": [0.0] * CLASSES, "ordinal": [0.0] * (CLASSES - 1)}.get(kind, 0.0)
+    with pytest.raises(ValueError, match=text):
+        collected(kind, [(prediction, label, 0, 0, NAN)], task="stars").compute()
+
+
+def test_metrics_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match=r"'RMSE' is not a metric of binary tasks; allowed: AUC, .*NDCG@K"):
+        TaskMetrics(("AUC", "RMSE"), "binary")
+    assert fits_kind("NDCG@10", "binary") and fits_kind("AUC>=0", "class")
+    assert not any(fits_kind(name, "ordinal") for name in ("NDCG@0", "NDCG@", "NDCG@2x", "AUC@2", "AUC>=", "HR@10"))

@@ -45,9 +45,11 @@ def test_any_flipped_byte_of_a_small_store_is_found_on_opening(good: SequenceSto
     chance = random.Random(0)
     for file in sorted(good.path.iterdir()):
         size = file.stat().st_size
-        positions = {*chance.sample(range(size), min(size, 50)), *range(size - 90, size)}  # the end: the seal itself
+        positions = {*chance.sample(range(size), min(size, 30))}
+        if file.name == "meta.json":
+            positions |= {*range(size - 90, size)}  # the seal itself
         whole = file.read_bytes()
-        for position in sorted(positions - set(range(-90, 0))):
+        for position in sorted(positions):
             flip(file, position)
             with pytest.raises(
                 DataError, match=r"damaged|incomplete|cannot be read|does not describe|version"

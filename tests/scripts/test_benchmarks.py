@@ -123,6 +123,7 @@ def variants(rows: list[dict]) -> set[str]:  # type: ignore[type-arg]
     return {row["variant"] for row in rows}
 
 
+@pytest.mark.slow
 def test_attention_reports_and_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written = report(monkeypatch, tmp_path, "attention", "--length", "16", "32", "64", "--tokens", "64")
     everything = {"ours, C++", "ours, PyTorch", "padded", "softmax (SDPA), padded"}

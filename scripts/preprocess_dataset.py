@@ -213,6 +213,8 @@ def _add_own_table(add: Callable[..., argparse.Action]) -> None:
         metavar="COL=TEXT,...",
         help="item columns with several values → what separates them, as 'genres=|,tags=comma'",
     )
+    add("--numbers", help="item or event columns that are quantities, not categories, as price,watch_time", **names)
+    add("--vectors", help="item columns that are vectors: lists of Parquet files, or text with --lists", **names)
     add("--titles", type=Path, help="table with one row per item, with the same item column")
     add("--title", help="column of --titles")
     add(

@@ -6,6 +6,9 @@
     context.<feature>.npy         [U] codes of a contextual feature
     item.<feature>.npy            codes of an item feature: [I], or the lists of all items one after another
     item.<feature>.offsets.npy    int64 [I + 1]: the list of item i is [offsets[i], offsets[i + 1]), for lists
+
+Numbers have float32 in place of codes, NaN where one is missing: item.<feature>.npy has [I * width] of them.
+
     split.<split>.npy             int64 [U]: first event of "valid" and of "test", where the data says which those are
     vocabulary.<feature>.*        code -> raw id: int64 [cardinality], or UTF-8 bytes and their offsets
     titles.*                      item code -> human title, where the data has titles
@@ -34,6 +37,7 @@ from hstu.config.printable import printable
 from hstu.data.datasets import resolve_name
 from hstu.data.datasets.spec import USER_FEATURE
 from hstu.data.store_layout import (
+    NUMBER_ROLES,
     TIME_FEATURES,
     FeatureMeta,
     HeldOut,
@@ -48,10 +52,11 @@ from hstu.data.store_meta import description_problems
 from hstu.data.time_features import time_codes
 
 FORMAT = "hstu-sequence-store"
-VERSION = 3
-"""The newest version that this program reads: a store with features of items or events."""
-WITH_SPLIT, PLAIN = 2, 1
-"""Version of a store with a split of its own, and of one with neither, which earlier programs can read, too."""
+VERSION = 4
+"""The newest version that this program reads: a store with numbers."""
+WITH_FEATURES, WITH_SPLIT, PLAIN = 3, 2, 1
+"""Version of a store with features of items or events, with a split of its own, and with none of these, which earlier
+programs can read, too."""
 META_FILE = "meta.json"
 OFFSETS_FILE = "offsets.npy"
 
@@ -62,7 +67,11 @@ _HASHED_ON_OPENING = 8 << 20
 _MALFORMED = (KeyError, TypeError, IndexError, ValueError, AttributeError)
 """Errors from reading a description that is valid JSON but not that of a store."""
 _SEAL = "sha256"
-_ACCESS = {"context": ("contextual", "context"), "item_feature": ("per-item", "item_values")}
+_ACCESS = {
+    "context": ("contextual", "context"),
+    "item_feature": ("per-item", "item_values"),
+    "item_number": ("numeric per-item", "item_numbers"),
+}
 """Role → what errors call it, and the method that reads it."""
 
 
@@ -79,13 +88,15 @@ class SequenceStore:
         self.num_events: int = meta["num_events"]
         self.statistics: dict[str, Any] = meta["statistics"]
         self.sources: dict[str, str] = meta["sources"]
-        self.features = {f["name"]: FeatureMeta(**f) for f in meta["features"]}
+        self.features = {f["name"]: FeatureMeta.of(f) for f in meta["features"]}
         self.item_feature: str = self._named("item")[0]
         self.action_feature: str | None = next(iter(self._named("action")), None)
         self.timestamp_feature: str | None = next(iter(self._named("timestamp")), None)
         self.contextual_features: tuple[str, ...] = self._named("context")
         self.item_side_features: tuple[str, ...] = self._named("item_feature")
         self.event_features: tuple[str, ...] = self._named("event")
+        self.item_number_features: tuple[str, ...] = self._named("item_number")
+        self.event_number_features: tuple[str, ...] = self._named("event_number")
         known = TIME_FEATURES if self.timestamp_feature else {}
         self.time_features = {name: meta for name, meta in known.items() if name not in self.features}
         """What events have beside the stored features: what follows from their times."""
@@ -142,7 +153,10 @@ class SequenceStore:
         return self._map(OFFSETS_FILE)
 
     def sequence(self, feature: str) -> np.ndarray:
-        """[E] values of the item, the action or an event feature (int32), or of the timestamp (int64, seconds)."""
+        """[E] values of the item, the action or an event feature, or of the timestamp.
+
+        Codes are int32, time features int64, times int64 in seconds, and numbers float32, NaN where one is missing.
+        """
         if feature in self.time_features:
             return self.time_codes(feature, np.arange(self.num_events))
         return self._feature_values(feature, "sequence")
@@ -164,6 +178,10 @@ class SequenceStore:
         codes = self._feature_values(feature, "item_values")
         return codes, self._map(list_offsets_file(feature)) if self.features[feature].is_list else None
 
+    def item_numbers(self, feature: str) -> np.ndarray:
+        """float32 [I, width]: the number or the vector of each item, NaN where it is missing."""
+        return self._feature_values(feature, "item_numbers").reshape(-1, self.features[feature].width)
+
     def held_out(self, split: HeldOut) -> tuple[np.ndarray, np.ndarray]:
         """(begin, end), int64 [U] each: the events of a split that the data itself gives."""
         begin = self._map(split_file(split))
@@ -183,7 +201,8 @@ class SequenceStore:
             return self.num_users
         cardinality = self.feature(feature).cardinality
         if cardinality is None:
-            raise DataError(f"{self.path}: feature {feature!r} is a timestamp and has no cardinality")
+            kind = "number" if self.feature(feature).role in NUMBER_ROLES else "timestamp"
+            raise DataError(f"{self.path}: feature {feature!r} is a {kind} and has no cardinality")
         return cardinality
 
     def raw_ids(self, feature: str) -> np.ndarray:
@@ -253,6 +272,9 @@ class SequenceStore:
             for start, values in _chunks(self._map(file)):
                 if feature.role == "timestamp":
                     self._check_time_order(file, start, values)
+                elif feature.role in NUMBER_ROLES:
+                    if np.isinf(values).any():
+                        raise self._damaged(file, "a number is infinite")
                 elif values.min() < 0 or values.max() >= self.cardinality(name):
                     raise self._damaged(file, f"values outside [0, {feature.cardinality})")
 
@@ -306,6 +328,8 @@ class SequenceStore:
     def _num_values(self, feature: FeatureMeta) -> int:
         if feature.role == "context":
             return self.num_users
+        if feature.role == "item_number":
+            return self.cardinality(self.item_feature) * feature.width
         if feature.role != "item_feature":
             return self.num_events
         if feature.is_list:  # the offsets state it, too

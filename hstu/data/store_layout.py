@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import quote
 
-Role = Literal["item", "action", "timestamp", "context", "item_feature", "event"]
+Role = Literal["item", "action", "timestamp", "context", "item_feature", "event", "item_number", "event_number"]
 HeldOut = Literal["valid", "test"]
 
 DTYPES = {
-    "item": "<i4", "action": "<i4", "timestamp": "<i8", "context": "<i4", "item_feature": "<i4", "event": "<i4"
+    "item": "<i4", "action": "<i4", "timestamp": "<i8", "context": "<i4", "item_feature": "<i4", "event": "<i4",
+    "item_number": "<f4", "event_number": "<f4",
 }  # fmt: skip
 """Role of a feature → dtype of its array."""
-_FOLDERS = {"context": "context", "item_feature": "item"}
+NUMBER_ROLES = ("item_number", "event_number")
+"""Roles of quantities: numbers of events, numbers and vectors of items. NaN stands for a missing one."""
+_FOLDERS = {"context": "context", "item_feature": "item", "item_number": "item"}
 """Role → first part of the name of its files, where that is not "sequence"."""
 
 
 @dataclass(frozen=True)
+class NumberStatistics:
+    """What the transforms of a number need: statistics of the values of its whole column that are not missing."""
+
+    count: int
+    """Items or events that have a value."""
+    missing: int
+    """Items or events that have none."""
+    mean: list[float]
+    """One number, or one per component of a vector, as for ``std``."""
+    std: list[float]
+    """Of the population, so 0 where all values are equal."""
+    log_mean: float | None = None
+    """Mean of sign(x) log(1 + |x|). Vectors have none of what follows."""
+    log_std: float | None = None
+    quantiles: list[float] | None = None
+    """Ascending, at equal distances: the first is the least value, the last the largest."""
+
+
+@dataclass(frozen=True)
 class FeatureMeta:
-    """One feature. Values lie in [0, cardinality); a timestamp is in seconds and has no cardinality."""
+    """One feature. Values lie in [0, cardinality); a timestamp, in seconds, and a number have no cardinality."""
 
     name: str
     role: Role
@@ -30,6 +53,17 @@ class FeatureMeta:
     """Whether models get the raw ids, int64, in place of the codes."""
     is_list: bool = False
     """Whether an item has a list of one or more values, of role "item_feature"."""
+    width: int = 1
+    """Numbers that an item has, of role "item_number": more than one are a vector."""
+    statistics: NumberStatistics | None = None
+    """Of a number."""
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> FeatureMeta:
+        """From the description of a store."""
+        if found := described.get("statistics"):
+            described = {**described, "statistics": NumberStatistics(**found)}
+        return cls(**described)
 
 
 TIME_FEATURES = {
@@ -54,7 +88,7 @@ def list_offsets_file(feature: str) -> str:
 def _quoted(feature: str, role: Role) -> str:
     name = quote(feature, safe="")
     # Else the values of "a.offsets" would be in the file of the offsets of "a".
-    return name.replace(".", "%2E") if role == "item_feature" else name
+    return name.replace(".", "%2E") if role in ("item_feature", "item_number") else name
 
 
 def split_file(split: HeldOut) -> str:

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hstu.data.store_layout import DTYPES
+from hstu.data.store_layout import DTYPES, NUMBER_ROLES
 
-_FILE_DTYPES = ("<i4", "<i8", "|u1")
+_FILE_DTYPES = ("<i4", "<i8", "<f4", "|u1")
 _LARGEST = 2**48
 """More users, events or codes than a disk holds."""
+OPTIONAL = {"raw", "is_list", "width", "statistics"}
+"""Fields of a feature that are left out where they have their defaults, so that earlier programs can read it."""
+_OF_ONE_NUMBER = {"log_mean", "log_std", "quantiles"}
 STATISTICS = ("users", "items", "events", "length_max", "length_min", "length_mean", "length_median", "sparsity")
 
 
@@ -64,10 +67,12 @@ def _feature_problems(features: Any) -> Iterator[str]:
         role, cardinality = feature.get("role"), feature.get("cardinality")
         flags = (feature.get("has_vocab"), feature.get("raw", False), feature.get("is_list", False))
         is_role = isinstance(role, str) and feature.get("dtype") == DTYPES.get(role, ())
-        is_size = cardinality is None if role == "timestamp" else _is_count(cardinality)
-        is_whole = feature.keys() - {"raw", "is_list"} == {"name", "role", "dtype", "cardinality", "has_vocab"}
+        has_numbers = role in NUMBER_ROLES
+        is_size = cardinality is None if role == "timestamp" or has_numbers else _is_count(cardinality)
+        is_whole = feature.keys() - OPTIONAL == {"name", "role", "dtype", "cardinality", "has_vocab"}
         has_flags = all(type(flag) is bool for flag in flags)
         has_right_values = role == "item_feature" or not feature.get("is_list")
+        has_right_values &= _has_statistics(feature) if has_numbers else not feature.keys() & {"width", "statistics"}
         if not (is_whole and _is_name(feature["name"]) and is_role and is_size and has_flags and has_right_values):
             yield f"a feature is {feature!r}"
             return
@@ -75,6 +80,31 @@ def _feature_problems(features: Any) -> Iterator[str]:
     roles = Counter(feature["role"] for feature in features)
     if len(set(names)) < len(names) or roles["item"] != 1 or roles["action"] > 1 or roles["timestamp"] > 1:
         yield f"features are {', '.join(map(repr, names))}, one of which is there twice, or items are missing"
+
+
+def _has_statistics(feature: Mapping[str, Any]) -> bool:
+    """Whether a number or a vector has its width and statistics, and no flags."""
+    width, found = feature.get("width", 1), feature.get("statistics")
+    if feature.get("raw") or feature.get("has_vocab"):
+        return False
+    if not _is_count(width) or (width > 1 and feature["role"] != "item_number") or not isinstance(found, dict):
+        return False
+    expected = {"count", "missing", "mean", "std"} | (_OF_ONE_NUMBER if width == 1 else set())
+    if found.keys() - _OF_ONE_NUMBER | {name for name in _OF_ONE_NUMBER if found.get(name) is not None} != expected:
+        return False
+    counts, lists = [found["count"], found["missing"]], [found["mean"], found["std"]]
+    if not all(isinstance(values, list) and len(values) == width for values in lists):
+        return False
+    if width == 1:
+        if not isinstance(found["quantiles"], list) or len(found["quantiles"]) < 2:
+            return False
+        lists += [found["quantiles"], [found["log_mean"], found["log_std"]]]
+    numbers = [number for values in lists for number in values]
+    return all(type(number) is int and number >= 0 for number in counts) and all(map(_is_finite, numbers))
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_count(value: Any) -> bool:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,12 +19,14 @@ from numpy.lib.format import open_memmap
 
 from hstu.config.errors import DataError
 from hstu.data.jagged import run_offsets
+from hstu.data.number_statistics import statistics_of_numbers
 from hstu.data.store import (
     FORMAT,
     META_FILE,
     OFFSETS_FILE,
     PLAIN,
     VERSION,
+    WITH_FEATURES,
     WITH_SPLIT,
     SequenceStore,
     read_meta,
@@ -32,6 +35,7 @@ from hstu.data.store import (
 )
 from hstu.data.store_layout import (
     DTYPES,
+    NUMBER_ROLES,
     FeatureMeta,
     Role,
     feature_file,
@@ -40,6 +44,7 @@ from hstu.data.store_layout import (
     strings_files,
     vocabulary_stem,
 )
+from hstu.data.store_meta import OPTIONAL
 
 
 class StoreWriter:
@@ -81,6 +86,7 @@ class StoreWriter:
         self.partial = self.target.parent / f".{self.target.name}.partial"
         self._features: list[tuple[str, Role, np.dtype, int | None]] = []
         self._lists: set[str] = set()
+        self._widths: dict[str, int] = {}
         self._vocabularies: set[str] = set()
         self._raw: set[str] = set()
         self._arrays: dict[str, tuple[str, int]] = {}
@@ -136,7 +142,8 @@ class StoreWriter:
         self._create(OFFSETS_FILE, np.dtype(np.int64), len(offsets))[:] = offsets
 
     def create_sequence(self, feature: str, role: Role, *, cardinality: int | None, length: int) -> np.memmap:
-        """A flat [length] array to be filled: item, action and event int32, timestamp int64 (cardinality None).
+        """A flat [length] array to be filled: item, action and event int32; timestamp int64 and event_number float32,
+        both of cardinality None.
 
         An array that a killed writer has left keeps its content.
         """
@@ -156,6 +163,14 @@ class StoreWriter:
         if offsets is not None:
             self._lists.add(feature)
             self._create(list_offsets_file(feature), np.dtype(np.int64), len(offsets))[:] = offsets
+
+    def create_item_numbers(self, feature: str, *, width: int, items: int) -> np.memmap:
+        """A flat [items * width] float32 array to be filled with the numbers of one item after another; NaN: missing.
+
+        The numbers of an item are all missing or all there.
+        """
+        self._widths[feature] = width
+        return self.create_sequence(feature, "item_number", cardinality=None, length=items * width)
 
     def write_vocabulary(self, feature: str, raw_ids: np.ndarray | Iterable[str]) -> None:
         """Stores code → raw id, ascending: an int64 array, or strings. That of the users is called "user_id"."""
@@ -238,29 +253,14 @@ class StoreWriter:
             discarded.rmdir()
 
     def _meta(self) -> dict[str, Any]:
-        features = [
-            vars(
-                FeatureMeta(
-                    name,
-                    role,
-                    dtype.str,
-                    cardinality,
-                    name in self._vocabularies,
-                    name in self._raw,
-                    name in self._lists,
-                )
-            )
-            for name, role, dtype, cardinality in self._features
-        ]
-        for feature in features:
-            for flag in ("raw", "is_list"):
-                if not feature[flag]:
-                    del feature[flag]  # earlier versions, which do not have it, can open the store
+        features = [self._describe(*feature) for feature in self._features]
         item = next(feature["name"] for feature in features if feature["role"] == "item")
-        has_side = any(feature["role"] in ("item_feature", "event") for feature in features)
+        roles = {feature["role"] for feature in features}
+        has_numbers, has_side = bool(roles & set(NUMBER_ROLES)), bool(roles & {"item_feature", "event"})
+        version = VERSION if has_numbers else WITH_FEATURES if has_side else WITH_SPLIT if self._split else PLAIN
         return {
             "format": FORMAT,
-            "version": VERSION if has_side else WITH_SPLIT if self._split else PLAIN,
+            "version": version,
             "name": self._name,
             "command": self._command,
             **({"split": self._split} if self._split else {}),
@@ -279,6 +279,17 @@ class StoreWriter:
                 for file, (dtype, length) in self._arrays.items()
             },
         }
+
+    def _describe(self, name: str, role: Role, dtype: np.dtype, cardinality: int | None) -> dict[str, Any]:
+        optional: dict[str, Any] = {"raw": name in self._raw, "is_list": name in self._lists}
+        if role in NUMBER_ROLES:
+            width = self._widths.get(name, 1)
+            values = np.load(self.partial / feature_file(role, name), mmap_mode="r").reshape(-1, width)
+            optional |= {"width": width, "statistics": statistics_of_numbers(values)}
+        # Earlier versions, which do not have an option, can open stores without it.
+        given = {option: value for option, value in optional.items() if value}
+        described = asdict(FeatureMeta(name, role, dtype.str, cardinality, name in self._vocabularies, **given))
+        return {key: value for key, value in described.items() if key not in OPTIONAL or key in given}
 
     def _check_target(self) -> None:
         check_replaceable(self.target)

@@ -193,7 +193,7 @@ def test_a_recorded_command_is_the_remedy(make_store: MakeStore) -> None:
 def test_a_store_of_a_newer_program_is_told_from_a_damaged_one(make_store: MakeStore) -> None:
     store = make_store(ITEMS)
     describe(store, version=99)
-    with pytest.raises(DataError, match=r"version 99, and this program reads version 3: a newer program wrote it"):
+    with pytest.raises(DataError, match=r"version 99, and this program reads version 4: a newer program wrote it"):
         SequenceStore.open(store.path)
 
 
@@ -305,7 +305,7 @@ NOT_REPLACED: dict[str, tuple[Callable[[SequenceStore], object], str]] = {
         ),
         "its checksum is wrong",
     ),
-    "a newer version": (lambda store: describe(store, version=4), "a newer program wrote it"),
+    "a newer version": (lambda store: describe(store, version=99), "a newer program wrote it"),
     "files beside": (lambda store: (store.path / "thesis.txt").write_text("x"), r"not of the store: thesis\.txt"),
     "a folder beside": (lambda store: (store.path / "src").mkdir(), "not of the store: src"),
 }

@@ -16,7 +16,18 @@ import duckdb
 from duckdb import DuckDBPyConnection
 
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.datasets.own_features import event_value, feature_value, numbered, problems_of_lists, text_of_lists
+from hstu.data.datasets.own_features import (
+    A_NUMBER,
+    A_VECTOR,
+    event_value,
+    feature_value,
+    number_value,
+    numbered,
+    problems_of_lists,
+    problems_of_numbers,
+    text_of_lists,
+    vector_value,
+)
 from hstu.data.datasets.own_types import TIME_UNITS, ColumnTypes, as_integer, split_number, unit_hint
 from hstu.data.datasets.raw import (
     RawFile,
@@ -73,6 +84,10 @@ class InteractionColumns:
     """Columns of the interactions that are features of the events."""
     lists: Mapping[str, str] = field(default_factory=dict)
     """Item column → what separates its values, where it has several. Lists of Parquet files need no separator."""
+    numbers: tuple[str, ...] = ()
+    """Item or event columns that are quantities, not categories."""
+    vectors: tuple[str, ...] = ()
+    """Item columns that are vectors of one width: lists of a Parquet file, or text that ``lists`` divides."""
     bins: Mapping[str, int] = field(default_factory=dict)
     """Context, item or event column → number of ranges that its numbers are grouped into."""
     titles: Path | None = None
@@ -105,6 +120,9 @@ class InteractionColumns:
         if self.items and not self.item_columns:
             problems.append("--items needs --item_columns, the columns to take from it")
         problems += problems_of_lists(self.lists, self.item_columns, self.bins)
+        problems += problems_of_numbers(
+            self.numbers, self.vectors, self.item_columns, self.event_columns, self.bins, self.lists
+        )
         features = (*self.context_columns, *self.item_columns, *self.event_columns)
         for column, ranges in self.bins.items():
             if column not in features or column == self.user:
@@ -146,6 +164,8 @@ class InteractionColumns:
             event_features=self.event_columns,
             bins=self.bins,
             lists=self.lists,
+            numbers=self.numbers,
+            vectors=self.vectors,
             split=self.split,
         )
 
@@ -208,7 +228,12 @@ def interactions(columns: InteractionColumns) -> RawTables:
             _resolve_types, columns, [*map(_as_text, event_context), *expressions], from_context, item_features
         ),
         settings=repr(columns.arguments()),
-        descriptions={name: _description(columns, name, column) for name, column in given.items()},
+        descriptions={name: _description(columns, name, column) for name, column in given.items()}
+        | {
+            name: ColumnDescription(column, A_NUMBER if column in columns.numbers else A_VECTOR)
+            for name, column in (features | event_features).items()
+            if column in (*columns.numbers, *columns.vectors)
+        },
     )
 
 
@@ -244,10 +269,7 @@ def _item_table(columns: InteractionColumns) -> tuple[tuple[RawFile, str] | None
     kinds, features = _columns_of(table), numbered("i", columns.item_columns)
     found = {name: column for name, column in features.items() if column in kinds}
     require_columns(table.path, list(kinds), [columns.item, *([] if found else features.values())])
-    values = {
-        name: feature_value(name, column, kinds[column], columns.lists.get(column), table.path)
-        for name, column in found.items()
-    }
+    values = {name: _value(columns, name, column, kinds[column], table.path) for name, column in found.items()}
     return (table, select_list({"item": columns.item} | found)), values
 
 
@@ -257,9 +279,18 @@ def _of_events(
     """SQL of the features of items and of events that are columns of the interactions."""
     kinds = _columns_of(log) if items or events else {}
     for name, column in items.items():
-        yield feature_value(name, column, kinds[column], columns.lists.get(column), log.path)
+        yield _value(columns, name, column, kinds[column], log.path)
     for name, column in events.items():
-        yield event_value(name, column, kinds[column], log.path)
+        of_event = number_value if column in columns.numbers else event_value
+        yield of_event(name, column, kinds[column], log.path)
+
+
+def _value(columns: InteractionColumns, name: str, column: str, kind: str, file: Path) -> str:
+    """SQL of a feature of the items."""
+    if column in columns.numbers:
+        return number_value(name, column, kind, file)
+    as_sql = vector_value if column in columns.vectors else feature_value
+    return as_sql(name, column, kind, columns.lists.get(column), file)
 
 
 def _description(columns: InteractionColumns, name: str, column: str) -> ColumnDescription:

@@ -26,6 +26,7 @@ class Schema:
     ``action_cardinality``: actions lie in [0, action_cardinality); None means the largest action + 1.
     ``bins``: feature of users, items or events → number of ranges with equally many of them, into which its numbers are
     grouped. ``lists``: item feature → what separates its values, where text holds several.
+    ``numbers``: features of items or events that are quantities. ``vectors``: item features that are vectors.
     """
 
     item: str
@@ -37,6 +38,8 @@ class Schema:
     action_cardinality: int | None = None
     bins: Mapping[str, int] = field(default_factory=dict)
     lists: Mapping[str, str] = field(default_factory=dict)
+    numbers: tuple[str, ...] = ()
+    vectors: tuple[str, ...] = ()
     split: str | None = None
 
 
@@ -111,7 +114,8 @@ class RawTables:
     """Select list over a log: ``user`` and ``item`` (BIGINT or VARCHAR), ``action`` (integer, if the schema has one),
     ``time`` (any type; events are sorted by it) and ``timestamp`` (BIGINT seconds), if the schema has one, ``split``
     (the place of the split in SPLIT_NAMES), if the schema has one; ``e0``, ``e1``, … (VARCHAR), the event features of
-    the schema in order. An unusable value is NULL."""
+    the schema in order. An unusable value is NULL. A number is a FLOAT, which is NULL where it is missing and NaN where
+    it is unusable."""
     context: tuple[RawFile, str] | None = None
     """A file with one row per user, and its select list: ``user``, then ``c0``, ``c1``, … (VARCHAR), the contextual
     features of the schema in order, without user_id."""
@@ -121,7 +125,8 @@ class RawTables:
     """A file with one row per item, and its select list: ``item``, ``title``."""
     item_table: tuple[RawFile, str] | None = None
     """A file with one row per item, and its select list: ``item``, then those of ``i0``, ``i1``, … that are its
-    columns: the item features of the schema in order, VARCHAR or VARCHAR[]."""
+    columns: the item features of the schema in order, VARCHAR or VARCHAR[]. A number is a FLOAT as in ``events``, and a
+    vector a FLOAT[], with NaN as its first number where it is unusable."""
     item_rows: Mapping[str, Sequence[Any]] | None = None
     """The same table in memory: column → values, strings or lists of strings."""
     event_items: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Features of items and of events: their vocabularies, their codes, and ranges of numbers."""
+"""Features of items and of events: their vocabularies, their codes, ranges of numbers, and numbers."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _LEAST_TEXTS, _LOOKED_AT = 10, 10_000
 """How many different values show whether a column holds lists."""
 _PROBABLE_SEPARATORS = "|;,"
+_NAN = "'nan'::FLOAT"
+_NUMBERS_PER_CHUNK = 1 << 20
 
 
 def write_item_features(state: BuildState) -> None:
@@ -29,6 +31,9 @@ def write_item_features(state: BuildState) -> None:
     for name, feature in state.item_features().items():
         source = state.typed_items() if name not in state.raw.event_items else state.events()
         assert source is not None
+        if name in state.numbers():
+            _write_item_numbers(state, name, feature, source)
+            continue
         is_list = str(state.engine.sql(f"SELECT {name} FROM {source}").types[0]).endswith("[]")
         values = _item_values(state, name, source, is_list)
         each = _flattened(values) if is_list else f"(SELECT *, 0 AS place FROM {values})"
@@ -48,6 +53,8 @@ def write_event_vocabularies(state: BuildState) -> dict[str, tuple[int, str]]:
     """Writes the vocabularies of the events' features. Returns e0, e1, … → (cardinality, SQL of an event's value)."""
     found = {}
     for name, feature in state.event_features().items():
+        if name in state.numbers():
+            continue
         value = _value(state, feature, name, f"coalesce(nullif({name}, ''), {literal(UNKNOWN)})", state.events())
         found[name] = (_write_vocabulary(state, feature, name, f"SELECT {value} AS id FROM {state.events()}"), value)
     return found
@@ -81,7 +88,9 @@ def check_items(state: BuildState) -> dict[str, int]:
             f"events have items such as {example!r}. Give the table of these items"
         )
     if without:
-        _log.warning('%s has no row for %d of %d items: their features are "%s"', file, without, total, UNKNOWN)
+        missing = ", and their numbers missing" if state.numbers() else ""
+        _log.warning('%s has no row for %d of %d items: their features are "%s"%s',
+                     file, without, total, UNKNOWN, missing)  # fmt: skip
     if repeated:
         _log.warning("%s has several rows with different values for %d items, such as %r: the first counts",
                      file, repeated, other)  # fmt: skip
@@ -108,26 +117,52 @@ def ranges_of(numbers: np.ndarray, counts: np.ndarray, ranges: int) -> dict[str,
     return found
 
 
-def warn_of_numbers(feature: str, vocabulary: np.ndarray) -> None:
+def warn_of_numbers(feature: str, vocabulary: np.ndarray, *, of_users: bool = False) -> None:
     """Logs a warning where a feature is probably a quantity."""
     if len(vocabulary) > _MANY_NUMBERS and all(_NUMBER.fullmatch(value) for value in vocabulary if value != UNKNOWN):
         _log.warning(
             "column %r has %d different numbers, and each of them becomes a category of its own; --bins %s=10 groups "
-            "them into 10 ranges",
+            "them into 10 ranges%s",
             feature,
             len(vocabulary),
             feature,
+            "" if of_users else f", and --numbers {feature} takes them as quantities",
         )
+
+
+def _write_item_numbers(state: BuildState, name: str, feature: str, source: str) -> None:
+    """Writes the numbers or the vector of each item, NaN where an item has no row or no value."""
+    width = state.width(name)
+    items = int(one(state.engine, f"SELECT count(*) FROM {state.codes('items')}")[0])
+    array = state.writer.create_item_numbers(feature, width=width, items=items)
+    missing = _NAN if feature in state.schema.numbers else f"[{', '.join([_NAN] * width)}]"
+    rows = _first_rows(state, name, source, f"{name} IS NOT NULL")
+    query = f"""SELECT coalesce({name}, {missing}) AS value
+        FROM {state.codes("items")} i LEFT JOIN ({rows}) f ON i.id = f.item ORDER BY i.code"""
+    start = 0
+    for batch in state.engine.sql(query).to_arrow_reader(max(_NUMBERS_PER_CHUNK // width, 1)):
+        values = batch.column("value")
+        numbers = (values if feature in state.schema.numbers else values.flatten()).to_numpy()
+        array[start : start + len(numbers)] = numbers
+        start += len(numbers)
+    array.flush()
+    if np.isnan(array.reshape(-1, width)[:, 0]).all():
+        raise DataError(f"no item of the events has a value of {feature!r}; leave it out")
+
+
+def _first_rows(state: BuildState, name: str, source: str, has_value: str) -> str:
+    """SQL of item and value: that of the item's first row or, in the events, of its first event that has one."""
+    if name in state.raw.event_items:
+        first, order = f"{source} WHERE {has_value}", state.order()
+    else:
+        first, order = f"{source} WHERE item IS NOT NULL", '"row"'
+    return f"SELECT item, {name} FROM {first} QUALIFY row_number() OVER (PARTITION BY item ORDER BY {order}) = 1"
 
 
 def _item_values(state: BuildState, name: str, source: str, is_list: bool) -> str:
     """Writes a value per item, in the order of codes; returns SQL of "row", which is the code, and "value"."""
     has_value = f"len({name}) > 0" if is_list else f"{name} <> ''"
-    if name in state.raw.event_items:
-        first, order = f"{source} WHERE {has_value}", state.order()
-    else:
-        first, order = f"{source} WHERE item IS NOT NULL", '"row"'
-    rows = f"SELECT item, {name} FROM {first} QUALIFY row_number() OVER (PARTITION BY item ORDER BY {order}) = 1"
+    rows = _first_rows(state, name, source, has_value)
     unknown = f"[{literal(UNKNOWN)}]" if is_list else literal(UNKNOWN)
     query = f"""SELECT CASE WHEN {has_value} THEN {name} ELSE {unknown} END AS value
         FROM {state.codes("items")} i LEFT JOIN ({rows}) f ON i.id = f.item ORDER BY i.code"""

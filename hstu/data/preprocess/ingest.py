@@ -22,6 +22,8 @@ from hstu.data.preprocess.state import READING, BadRows, BuildState
 _UNQUOTED, _TOO_LONG = "UNQUOTED VALUE", "LINE SIZE OVER MAXIMUM"
 _MIXED_LINE_ENDS = "CSV Parser state machine reached an invalid state"
 """What DuckDB says about a file of which some lines end in CR LF and some in LF."""
+_SHOWN = 80
+"""Characters of a value that a message shows."""
 _REASONS = {
     "CAST": "value of the wrong type",
     "MISSING COLUMNS": "too few columns",
@@ -153,6 +155,7 @@ def check_rows(state: BuildState) -> None:
             _check_log(state, number, log, bad)
         _check_context(state, bad)
         _check_all_items(state, bad)
+        _check_numbers(state, bad)
         (usable,) = one(state.engine, f"SELECT count(*) FROM {state.events()}")
         if usable == 0:
             raise DataError(f"{', '.join(str(log.path) for log in state.raw.logs)}: no events")
@@ -172,14 +175,20 @@ def _check_log(state: BuildState, number: int, log: RawFile, bad: BadRows) -> No
     rows = dict(zip(conditions, zip(found[::2], found[1::2], strict=True), strict=True))
     for name, (count, first) in sorted(rows.items(), key=lambda item: item[1][1] or 0):
         if count:
-            value, kind = f"CAST({identifier(name)} AS VARCHAR)", f"typeof({identifier(name)})"
-            query = f'SELECT {value}, {kind} FROM {state.ingested_log(number)} WHERE "row" = {first}'
-            text, kind = one(state.engine, query)
-            column = state.raw.descriptions.get(name) or ColumnDescription(name, "a value")
-            value = repr(text) if kind == "VARCHAR" else text
-            shown = "is empty or of the wrong type" if not text else f"is {value}"
-            detail = f"{column.label!r} {shown}; allowed is {column.allowed}{column.hint(text or '')}"
-            bad.add(count, f"unusable {name}", log.place(first), detail)
+            reason, detail = _explain_value(state, name, state.ingested_log(number), first)
+            bad.add(count, reason, log.place(first), detail)
+
+
+def _explain_value(state: BuildState, name: str, rows: str, row: int) -> tuple[str, str]:
+    """(reason, detail) of the unusable value of a column in one of the rows as read."""
+    value, kind = f"CAST({identifier(name)} AS VARCHAR)", f"typeof({identifier(name)})"
+    text, kind = one(state.engine, f'SELECT {value}, {kind} FROM {rows} WHERE "row" = {row}')
+    column = state.raw.descriptions.get(name) or ColumnDescription(name, "a value")
+    short = text if len(text or "") <= _SHOWN else f"{text[:_SHOWN]}…"
+    shown = f"is {repr(short) if kind == 'VARCHAR' else short}" if text else "is empty or of the wrong type"
+    width = f" ({state.width(name)} in the first)" if state.numbers().get(name) in state.schema.vectors else ""
+    detail = f"{column.label!r} {shown}; allowed is {column.allowed}{width}{column.hint(text or '')}"
+    return f"unusable {column.label if name in state.numbers() else name}", detail
 
 
 def _check_context(state: BuildState, bad: BadRows) -> None:
@@ -192,6 +201,25 @@ def _check_context(state: BuildState, bad: BadRows) -> None:
     count, user, row = one(state.engine, f'SELECT count(*), arg_min("user", "row"), min("row") FROM ({repeated})')
     if count:
         bad.add(count, "repeated user", state.raw.context[0].place(row), f"another row for user {user!r}")
+
+
+def _check_numbers(state: BuildState, bad: BadRows) -> None:
+    """Rows of the table of items whose numbers are none, and vectors of another width than the first, are bad rows.
+
+    Raises DataError where a number has no value at all.
+    """
+    for name, feature in state.numbers().items():
+        rows = state.typed_logs()
+        if name in state.item_features() and name not in state.raw.event_items:
+            rows = state.all_typed_items()
+            condition = state.unusable_number(name)
+            count, row = one(state.engine, f'SELECT count(*), min("row") FROM {rows} WHERE {condition}')
+            if count and state.raw.item_table is not None:
+                reason, detail = _explain_value(state, name, state.numbered("item_table"), row)
+                bad.add(count, reason, state.raw.item_table[0].place(row), detail)
+        (known,) = one(state.engine, f"SELECT count({name}) FROM {rows}")
+        if not known:
+            raise DataError(f"{feature!r} is empty in every row; leave it out")
 
 
 def _check_all_items(state: BuildState, bad: BadRows) -> None:

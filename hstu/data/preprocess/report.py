@@ -71,7 +71,8 @@ def format_report(store: SequenceStore) -> str:
         f"  item {store.item_feature}, action {store.action_feature or 'none'}, "
         f"time {store.timestamp_feature or 'none (file order)'}, context {context}",
     ]
-    for kind, names in (("items", store.item_side_features), ("events", store.event_features)):
+    of_items = (*store.item_side_features, *store.item_number_features)
+    for kind, names in (("items", of_items), ("events", (*store.event_features, *store.event_number_features))):
         if names:
             shown = ", ".join(f"{name} ({_values_of(store, name)})" for name in names)
             lines.append(f"  features of {kind}: {shown}")
@@ -119,6 +120,7 @@ def write_report(store: SequenceStore, folder: Path) -> Path:
             *_context(store),
             *_item_features(store),
             *_event_features(store),
+            *_numbers(store),
             *_sources(store),
         ]
         (aside / REPORT).write_text(to_markdown(parts), encoding="utf-8")
@@ -307,8 +309,29 @@ def _event_features(store: SequenceStore) -> list[Part]:
     return [Heading("Features of events"), Table(("", "values", "most frequent, events"), rows)] if rows else []
 
 
+def _numbers(store: SequenceStore) -> list[Part]:
+    """Vectors have the mean of their components' means, and of their deviations."""
+    rows = []
+    for name in (*store.item_number_features, *store.event_number_features):
+        meta = store.features[name]
+        assert meta.statistics is not None
+        found, of = meta.statistics, "items" if meta.role == "item_number" else "events"
+        shown = [""] * 5
+        if found.quantiles:
+            places = np.linspace(0, len(found.quantiles) - 1, 5).astype(int)
+            shown = [f"{found.quantiles[place]:.6g}" for place in places]
+        moments = [f"{float(np.mean(values)):.6g}" for values in (found.mean, found.std)]
+        rows.append((name, of, meta.width, found.missing, *shown, *moments))
+    header = ("", "of", "width", "missing", "min", "25 %", "median", "75 %", "max", "mean", "deviation")
+    return [Heading("Numbers"), Table(header, rows)] if rows else []
+
+
 def _values_of(store: SequenceStore, feature: str) -> str:
     """How many values a feature of items or events has, and a list on average."""
+    if (found := store.features[feature].statistics) is not None:
+        width = store.features[feature].width
+        kind = "number" if width == 1 else f"vector of {width}"
+        return f"{kind}, {found.missing:,} missing" if found.missing else kind
     different = f"{store.cardinality(feature):,}"
     if not store.features[feature].is_list:
         return different

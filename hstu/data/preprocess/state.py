@@ -211,6 +211,14 @@ class BuildState:
         """SQL of the items' rows as RawTables.item_table describes them, with ``row``; None without such a table."""
         if self.raw.item_table is None and self.raw.item_rows is None:
             return None
+        numbers = [name for name in self.numbers() if name in self.item_features() and name not in self.raw.event_items]
+        if not numbers:
+            return self.all_typed_items()
+        usable = " AND ".join(f"NOT ({self.unusable_number(name)})" for name in numbers)
+        return f"(SELECT * FROM {self.all_typed_items()} WHERE {usable})"
+
+    def all_typed_items(self) -> str:
+        """The same, with the rows whose numbers cannot be used."""
         is_typed = self.raw.resolve_types or self.raw.item_rows
         return _numbered(self.file("typed_item_table" if is_typed else "item_table"))
 
@@ -221,6 +229,32 @@ class BuildState:
     def event_features(self) -> dict[str, str]:
         """e0, e1, … → the feature of the events."""
         return {f"e{place}": feature for place, feature in enumerate(self.schema.event_features)}
+
+    def numbers(self) -> dict[str, str]:
+        """Those of i0, i1, …, e0, e1, … that are numbers or vectors → the feature."""
+        features = self.item_features() | self.event_features()
+        named = (*self.schema.numbers, *self.schema.vectors)
+        return {name: feature for name, feature in features.items() if feature in named}
+
+    def width(self, name: str) -> int:
+        """Numbers of a vector, those of the first row that has one; 1 for what is no vector."""
+        if self.numbers()[name] not in self.schema.vectors:
+            return 1
+        stage, journal = f"width {name}", self.writer.journal
+        if stage not in journal:
+            rows, order = (self.all_typed_items(), '"row"')
+            if name in self.raw.event_items:
+                rows, order = self.typed_logs(), 'part, "row"'
+            query = f"SELECT len({name}) FROM {rows} WHERE NOT isnan({name}[1]) ORDER BY {order} LIMIT 1"
+            found = self.engine.execute(query).fetchall()
+            journal.commit(stage, int(found[0][0]) if found else 1)
+        return int(journal[stage])
+
+    def unusable_number(self, name: str) -> str:
+        """SQL condition under which a number or a vector cannot be used."""
+        if self.numbers()[name] not in self.schema.vectors:
+            return f"coalesce(isnan({name}), false)"
+        return f"({name} IS NOT NULL AND (isnan({name}[1]) OR len({name}) <> {self.width(name)}))"
 
     def codes(self, table: str) -> str:
         """SQL of "users", "items" or a vocabulary: id, its ``code``, and for users and items their ``events``."""
@@ -261,9 +295,12 @@ class BuildState:
 
     def usable_events(self) -> str:
         """SQL of all events that can be used, before any are filtered out."""
-        parts = _parts(self.typed_log(number) for number in range(len(self.raw.logs)))
         usable = " AND ".join(f"NOT ({unusable})" for unusable in self.unusable_values().values())
-        return f"(SELECT * FROM {parts} WHERE {usable})"
+        return f"(SELECT * FROM {self.typed_logs()} WHERE {usable})"
+
+    def typed_logs(self) -> str:
+        """SQL of the rows of all logs as RawTables.events describes them; ``part`` is the number of the log."""
+        return _parts(self.typed_log(number) for number in range(len(self.raw.logs)))
 
     def unusable_values(self) -> dict[str, str]:
         """Column → SQL condition under which its value cannot be used."""
@@ -277,6 +314,9 @@ class BuildState:
             )
         if self.schema.split:
             conditions["split"] = '"split" IS NULL'
+        for name in self.numbers():
+            if name in self.event_features() or name in self.raw.event_items:
+                conditions[name] = self.unusable_number(name)
         return conditions
 
     def order(self) -> str:

@@ -84,7 +84,7 @@ def write_context(state: BuildState, num_users: int) -> None:
         if feature in state.schema.bins:
             values = binned(feature, values, state.schema.bins[feature])
         vocabulary, codes = np.unique(values, return_inverse=True)
-        warn_of_numbers(feature, vocabulary)
+        warn_of_numbers(feature, vocabulary, of_users=True)
         state.writer.write_context(feature, codes, cardinality=len(vocabulary))
         state.writer.write_vocabulary(feature, vocabulary)
 
@@ -116,6 +116,10 @@ def write_events(state: BuildState, offsets: np.ndarray, num_items: int) -> None
     """
     arrays = _create_arrays(state, num_items, int(offsets[-1]))
     features = {}
+    for name, feature in state.event_features().items():
+        if name in state.numbers():
+            length = int(offsets[-1])
+            arrays[name] = state.writer.create_sequence(feature, "event_number", cardinality=None, length=length)
     for name, (cardinality, value) in write_event_vocabularies(state).items():
         feature = state.event_features()[name]
         arrays[name] = state.writer.create_sequence(feature, "event", cardinality=cardinality, length=int(offsets[-1]))
@@ -175,6 +179,7 @@ def _write_bucket(
     """``features``: e0, e1, … → SQL of its value."""
     first, last = _raw_user(state, users[0]), _raw_user(state, users[1] - 1)
     coded = {"item": "i.code AS item"} | {name: f"{name}_codes.code AS {name}" for name in features}
+    coded |= {name: f"coalesce(e.{name}, 'nan'::FLOAT) AS {name}" for name in state.numbers()}
     values = ", ".join(coded.get(name, f'e."{name}"') for name in arrays)
     replaced = ", ".join(f"{value} AS {name}" for name, value in features.items())
     events = f"SELECT * {f'REPLACE ({replaced})' if replaced else ''} FROM {state.events()}"

@@ -1,0 +1,199 @@
+"""What a prediction depends on, for every kind of feature and every layout of tokens: change a value of one event, and
+compare the predictions of all events bit for bit."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hstu.config.run_config import RunConfig
+from hstu.data.batch import HSTUBatch
+from hstu.data.sampler import START
+from hstu.data.store import SequenceStore
+from hstu.model.gr_model import GRModel
+from hstu.ops.types import JaggedLayout
+from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.mesh import Mesh
+from hstu.train.sources import open_source
+from tests.conftest import write_small_store
+from tests.train.tiny import build, tables_of, tiny_config
+
+USERS, LENGTH, ACTIONS, ITEMS_PER_EVENT = 4, 8, 4, 3
+ITEMS = LENGTH * ITEMS_PER_EVENT
+KNOWN_BEFORE = ("item", "year", "genres", "device", "time")
+"""Kinds of values of an event that may be shown when its action is predicted: the id of its item, a feature of the item
+and a list, a feature of the event, and what follows from its time (hour_of_day, time_gap, relative bias)."""
+KNOWN_AFTER = ("action", "watched")
+SIDE = ["year", "genres", "device", "watched", "hour_of_day", "time_gap"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of a sequence lie, and which kinds of values have one."""
+
+    task: str
+    network: dict[str, Any] = field(default_factory=dict)
+    candidates: int = 0
+    group: int = 1
+    has_actions: bool = True
+
+    @property
+    def has_relative_bias(self) -> bool:
+        return "relative_bias" in self.network.get("position_encoding", ())
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(kind for kind in KNOWN_BEFORE + KNOWN_AFTER if self.has_actions or kind != "action")
+
+    def config(self, store: SequenceStore, path: Path) -> RunConfig:
+        dataset = {
+            "side_feature_names": SIDE,
+            "known_after": ["watched"],
+            "contextual_feature_names": ["town"],
+            "max_num_candidates": self.candidates,
+        }
+        if self.task == "retrieval":
+            dataset["valid_items"] = 0
+        if not self.has_actions:
+            dataset["action_feature_name"] = ""
+        network = {"disable_contextual_mask": None, "target_group_size": self.group, **self.network}
+        tables = tuple(t for t in tables_of(store) if self.has_actions or t.feature_names != ["action"])
+        batches = {"train_batch_size": USERS, "eval_batch_size": USERS}
+        return tiny_config(self.task, store, path, dataset=dataset, network=network, trainer=batches, tables=tables)
+
+    def may_see(self, predicted: int, kind: str, event: int) -> bool:
+        """Whether the prediction of an event may depend on a value of another one, or of itself."""
+        if kind == "time" and self.may_see(predicted, "time_gap", event + 1):
+            return True  # the time from an event to the next one is a feature of that one
+        if self.task == "retrieval":
+            asks_then = kind == "time" and self.has_relative_bias and predicted < LENGTH - 1  # but not in evaluation
+            return event < predicted or (event == predicted and asks_then)
+        is_candidate = event >= LENGTH - self.candidates
+        if event == predicted or not self.candidates or not is_candidate:
+            return event < predicted or (event == predicted and kind not in KNOWN_AFTER)
+        groups = [(place - LENGTH + self.candidates) // self.group for place in (event, predicted)]
+        has_token = kind not in KNOWN_AFTER or self.network.get("interleave_actions", True)
+        return groups[0] == groups[1] and event < predicted and has_token
+
+
+RELATIVE = {"position_encoding": ("relative_bias", "absolute")}
+ONE_TOKEN = {"interleave_actions": False}
+LAYOUTS = {
+    "ranking, two tokens": Layout("ranking"),
+    "ranking, two tokens, relative bias": Layout("ranking", {**RELATIVE, "kernel_backend": "cutlass"}),
+    "ranking, candidates": Layout("ranking", {"is_causal": False}, candidates=3),
+    "ranking, candidates, one token": Layout("ranking", {**RELATIVE, **ONE_TOKEN}, candidates=3),
+    "ranking, groups": Layout("ranking", candidates=4, group=2),
+    "ranking, groups, one token": Layout("ranking", {**ONE_TOKEN, "kernel_backend": "cutlass"}, candidates=5, group=2),
+    "retrieval, two tokens": Layout("retrieval"),
+    "retrieval, one token, relative bias": Layout("retrieval", {**RELATIVE, **ONE_TOKEN}),
+    "retrieval, no actions": Layout("retrieval", has_actions=False),
+}
+
+
+def write_store(path: Path, kind: str = "", event: int = -1) -> SequenceStore:
+    """Random events; the value ``kind`` of the event at place ``event`` of each user is another one.
+
+    Each place has items of its own, so that a feature of the items at one place is that of no other event.
+    """
+    rng = np.random.default_rng(0)
+    items = np.arange(LENGTH) * ITEMS_PER_EVENT + rng.integers(0, ITEMS_PER_EVENT, (USERS, LENGTH))
+    events = {name: rng.integers(0, ACTIONS, (USERS, LENGTH)) for name in ("action", "device", "watched")}
+    years = rng.integers(0, 5, ITEMS)
+    genres = [rng.integers(0, 6, rng.integers(1, 4)).tolist() for _ in range(ITEMS)]
+    times = 10**6 + np.arange(LENGTH) * 40_000 + rng.integers(0, 9_000, (USERS, LENGTH))
+    at_place = slice(max(event, 0) * ITEMS_PER_EVENT, (event + 1) * ITEMS_PER_EVENT)
+    if kind == "item":
+        items[:, event] = at_place.start + (items[:, event] + 1) % ITEMS_PER_EVENT
+    elif kind == "year":
+        years[at_place] = (years[at_place] + 1) % 5
+    elif kind == "genres":
+        genres[at_place] = [[(code + 1) % 6 for code in codes] + [0] for codes in genres[at_place]]
+    elif kind == "time":
+        times[:, event] += 11_000
+    elif kind:
+        events[kind][:, event] = (events[kind][:, event] + 1) % ACTIONS
+    return write_small_store(
+        path,
+        items.tolist(),
+        actions=events["action"].tolist(),
+        timestamps=times.tolist(),
+        context={"town": [0, 1, 2, 1]},
+        item_features={"year": years.tolist(), "genres": genres},
+        event_features={name: events[name].tolist() for name in ("device", "watched")},
+        num_items=ITEMS,
+        num_actions=ACTIONS,
+    )
+
+
+StoreWith = Callable[..., SequenceStore]
+
+
+@pytest.fixture(scope="module")
+def store_with(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreWith]:
+    """Factory of the stores of write_store, each written once, without waiting for the disk."""
+    folder = tmp_path_factory.mktemp("stores")
+
+    @functools.cache
+    def store_with(kind: str = "", event: int = -1) -> SequenceStore:
+        return write_store(folder / f"{kind}{event}", kind, event)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("hstu.data.store_writer._fsync", lambda *_: None)
+        yield store_with
+
+
+def first_batch(config: RunConfig, mesh: Mesh, split: str = "train") -> HSTUBatch:
+    source = open_source(config, mesh)
+    return next(source.train_batches(START) if split == "train" else source.eval_batches("test"))
+
+
+def predictions(model: GRModel, config: RunConfig, mesh: Mesh) -> Tensor:
+    """What is predicted for the newest events, or what finds them: [users, events, width]."""
+    if config.task == "ranking":
+        batch = first_batch(config, mesh)
+        logits = model(batch).logits
+        assert logits is not None
+        return logits.unflatten(0, (batch.real_batch_size, -1))
+    seen: list[tuple[Tensor, JaggedLayout]] = []
+    encoder = unwrap_dense(model).task.encoder
+    hook = encoder.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    batch = first_batch(config, mesh)
+    model(batch)
+    hook.remove()
+    tokens, layout = seen[0]
+    before = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total) - 1
+    held_out = model(first_batch(config, mesh, "test")).queries
+    assert held_out is not None
+    task = unwrap_dense(model).task
+    queries = task._queries(tokens[before]).unflatten(0, (USERS, -1))
+    return torch.cat([queries, held_out[:USERS, None]], dim=1)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("events", [(4, 6), pytest.param((0, 1, 2, 3, 5, 7), marks=pytest.mark.slow)])
+def test_a_prediction_sees_what_comes_before_it_and_nothing_else(
+    name: str, events: tuple[int, ...], store_with: StoreWith, mesh: Mesh, tmp_path: Path
+) -> None:
+    layout = LAYOUTS[name]
+    model = build(layout.config(store_with(), tmp_path), mesh).state.model.eval()
+    with torch.no_grad():
+        for parameter in model.dense.parameters():
+            parameter.mul_(3)  # so that what one token does to another is not lost in rounding
+        plain = predictions(model, layout.config(store_with(), tmp_path), mesh)
+        first = LENGTH - plain.shape[1]
+        for kind in layout.kinds:
+            for event in events:
+                other = predictions(model, layout.config(store_with(kind, event), tmp_path), mesh)
+                for predicted in range(first, LENGTH):
+                    same = torch.equal(other[:, predicted - first], plain[:, predicted - first])
+                    allowed = layout.may_see(predicted, kind, event)
+                    assert same or allowed, f"the prediction of event {predicted} sees {kind} of event {event}"
+                    nearest = event in (predicted, predicted - 1)
+                    assert not (same and allowed and nearest), f"{kind} of event {event} is not shown to {predicted}"

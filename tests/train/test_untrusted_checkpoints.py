@@ -216,7 +216,7 @@ def test_a_progress_file_of_strange_values_is_refused_or_harmless(
     progress = json.loads((checkpoint / "progress.json").read_text())
     progress["carried"]["running_loss"] = {"sum": 1.0, "steps": 1}
     every = list(mutants(progress))
-    for mutant in random.Random(5).sample(every, 60):
+    for mutant in random.Random(5).sample(every, 80):
         replace(checkpoint, "progress.json", json.dumps(mutant).encode())
         try:
             load(checkpoint, trainer.state, mesh)
@@ -226,7 +226,7 @@ def test_a_progress_file_of_strange_values_is_refused_or_harmless(
         except DataError as error:
             assert str(checkpoint) in str(error)
             outcomes["refused"] += 1
-    assert outcomes["refused"] > 40 and outcomes["harmless"] > 2, outcomes
+    assert outcomes["refused"] > 40 and outcomes["harmless"] > 0, outcomes
     for text in ("", "[]", "null", "[" * 10**5, '{"iteration": 1e999}'):
         replace(checkpoint, "progress.json", text.encode())
         with pytest.raises(DamagedCheckpoint, match=r"progress\.json is damaged"):

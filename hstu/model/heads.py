@@ -109,11 +109,11 @@ def head_products(
         return [Products(1, *layer) for layer in pairwise([hidden_size, *hidden_widths, sum(task_widths)])]
     tasks, last = len(task_widths), hidden_widths[-1]
     own_experts = _own_experts(sharing, num_experts)
-    experts, read_by_a_task = num_experts + tasks * own_experts, num_experts + own_experts
+    experts = num_experts + tasks * own_experts
     return [
         *(Products(experts, *layer) for layer in pairwise([hidden_size, *hidden_widths])),
-        Products(1, hidden_size, tasks * read_by_a_task),
-        Products(tasks, read_by_a_task, last),
+        Products(1, hidden_size, tasks * (num_experts + own_experts)),
+        Products(tasks, experts, last),
         *(Products(1, last, width) for width in task_widths),
     ]
 
@@ -141,28 +141,28 @@ class _Mixture(nn.Module):
     ) -> None:
         super().__init__()
         self.num_tasks, self.num_shared, self.num_own = num_tasks, num_shared, num_own
-        self.num_experts = num_shared + num_tasks * num_own
-        self.experts = nn.ModuleList(
-            _ExpertLayer(self.num_experts, *layer, bias) for layer in pairwise([in_width, *widths])
-        )
+        num_experts = num_shared + num_tasks * num_own
+        self.experts = nn.ModuleList(_ExpertLayer(num_experts, *layer, bias) for layer in pairwise([in_width, *widths]))
         self.activation = _ACTIVATIONS[activation]()
         self.gates = _linear(in_width, num_tasks * (num_shared + num_own), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = x.expand(self.num_experts, -1, -1)
+        hidden = x
         for layer in self.experts:
             hidden = self.activation(layer(hidden))
         weights = self.gates(x).unflatten(1, (self.num_tasks, -1)).softmax(dim=2)
         of_shared, of_own = weights.split([self.num_shared, self.num_own], dim=2)
-        mixed = torch.einsum("mts,smd->mtd", of_shared, hidden[: self.num_shared])
-        if self.num_own:
-            own = hidden[self.num_shared :].unflatten(0, (self.num_tasks, self.num_own))
-            mixed = mixed + torch.einsum("mto,tomd->mtd", of_own, own)
-        return mixed
+        # Zeros for the experts of other tasks: one product with all experts is faster than one for each task.
+        is_own = torch.eye(self.num_tasks, dtype=weights.dtype, device=weights.device).unsqueeze(-1)
+        of_all = torch.cat([of_shared, (of_own.unsqueeze(2) * is_own).flatten(2)], dim=2)
+        return torch.einsum("mte,emd->mtd", of_all, hidden)
 
 
 class _ExpertLayer(nn.Module):
-    """One linear layer of every expert as one batched product: [experts, M, in] → [experts, M, out]."""
+    """One linear layer of every expert as one batched product: [experts, M, in] → [experts, M, out].
+
+    The first layer gets [M, in], the same for all experts.
+    """
 
     def __init__(self, num_experts: int, in_width: int, out_width: int, bias: bool) -> None:
         super().__init__()
@@ -174,9 +174,13 @@ class _ExpertLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_experts * out_width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return torch.bmm(x, self.weight)
-        return torch.baddbmm(self.bias.view(self.num_experts, 1, -1), x, self.weight)
+        if x.ndim == 3:
+            if self.bias is None:
+                return torch.bmm(x, self.weight)
+            return torch.baddbmm(self.bias.view(self.num_experts, 1, -1), x, self.weight)
+        weight = self.weight.transpose(0, 1).flatten(1)  # [in, experts × out]: one product, and no copies of x
+        outputs = x @ weight if self.bias is None else torch.addmm(self.bias, x, weight)
+        return outputs.unflatten(1, (self.num_experts, -1)).transpose(0, 1)
 
 
 def _linear(in_width: int, out_width: int, bias: bool) -> nn.Linear:

@@ -16,7 +16,7 @@ from torchrec.streamable import Pipelineable
 from hstu.data.sampler import SamplerPosition
 
 NEGATIVES = "__negatives__"
-"""Key of the extra item ids (uniform and full negatives) that are looked up in the item table."""
+"""Key of the extra item ids (negatives from the corpus) that are looked up in the item table."""
 POOL = "__pool__"
 """Key under which a micro-batch gets the embeddings of ``pool_ids``."""
 PADDING_ID = int(np.iinfo(np.int64).min)
@@ -54,10 +54,10 @@ class HSTUBatch(Pipelineable):
     """int64 [B], in seconds: when the recommendations are asked for, if RetrievalArgs.request_time = "target"; 0 for
     padding. Only in evaluation."""
     draws: Tensor | None = None
-    """int32 [M, R]. Uniform negatives: indices into the NEGATIVES values. In-batch: random numbers in [0, 2^31)."""
+    """int32 [M, R]. From the corpus: indices into the NEGATIVES values. In-batch: random numbers in [0, 2^31)."""
     pool_positions: Tensor | None = None
-    """int64 [S]. In-batch negatives: index into the item values of the first occurrence of each distinct item, in
-    ascending order of the item ids."""
+    """int64 [S]. In-batch and mixed negatives: index into the item values of the first occurrence of each distinct
+    item, in ascending order of the item ids."""
     pool_ids: Tensor | None = None
     """int64 [S]. Micro-batches have these instead of pool_positions: the distinct items of the whole batch,
     ascending."""

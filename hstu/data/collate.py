@@ -21,7 +21,7 @@ from hstu.config.args import Task
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
 from hstu.data.jagged import ranges, run_indices, run_offsets
-from hstu.data.negatives import LabelKeys, Negatives, draw_31_bits, draw_shared, draw_uniform
+from hstu.data.negatives import ItemDistribution, LabelKeys, Negatives, draw_31_bits, draw_each, draw_shared
 from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import BatchPlan
 from hstu.data.samples import SampleTable, StochasticLength
@@ -206,6 +206,8 @@ class Assembler:
     batch."""
     item_ids: Callable[[np.ndarray], np.ndarray] | None = None
     """Item codes → what the model gets for them. None: the codes."""
+    corpus: ItemDistribution | None = None
+    """How negatives are drawn from the corpus. None: uniformly."""
 
     def __post_init__(self) -> None:
         if self.task == "ranking" and self.roles.action is None:
@@ -268,9 +270,9 @@ class Assembler:
         negatives = self.negatives
         if negatives is None:
             return None, None, None
-        in_batch = negatives.kind == "in_batch"
         if rows.held_out is not None:
-            return None if in_batch else np.empty(0, dtype=np.int64), None, None
+            return None if negatives.kind == "in_batch" else np.empty(0, dtype=np.int64), None, None
+        pool = np.unique(rows.items, return_index=True)[1] if negatives.has_batch_pool else None
         keys = LabelKeys(
             seed=self.seed,
             epoch=plan.epoch,
@@ -278,17 +280,16 @@ class Assembler:
             places=run_indices(rows.num_labels)[1],
             global_start=plan.global_start,
         )
-        if in_batch:
-            draws = draw_31_bits(keys, negatives.num) if negatives.num else None
-            return None, draws, np.unique(rows.items, return_index=True)[1]
-        draws = None
+        if negatives.kind == "in_batch":
+            return None, draw_31_bits(keys, negatives.num) if negatives.num else None, pool
+        draws, corpus = None, self.corpus or ItemDistribution(self.corpus_size)
         if negatives.kind == "full":
             codes = np.arange(self.corpus_size, dtype=np.int64)
         elif negatives.shared:
-            codes = draw_shared(keys, negatives.num, self.corpus_size)
+            codes = draw_shared(keys, negatives.num, corpus)
         else:
-            codes, draws = draw_uniform(keys, negatives.num, self.corpus_size)
-        return codes if self.item_ids is None else self.item_ids(codes), draws, None
+            codes, draws = draw_each(keys, negatives.num, corpus)
+        return codes if self.item_ids is None else self.item_ids(codes), draws, pool
 
     def _padded(self, values: np.ndarray, filler: int = 0) -> np.ndarray:
         padding = np.full(self.batch_size - len(values), filler, dtype=np.int64)

@@ -1,4 +1,8 @@
-"""Negatives drawn on the host from counters, so a sample's draws depend on neither rank, world size nor worker."""
+"""Negatives drawn on the host from counters, so a sample's draws depend on neither rank, world size nor worker.
+
+Items are drawn uniformly or by how often the training samples have them; ``expected_log_counts`` says how often an item
+is then among the negatives, by which the logQ correction divides.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,130 @@ import numpy as np
 
 from hstu.config.args import RetrievalArgs
 from hstu.data.hashing import random_below, random_bits
+from hstu.data.jagged import ranges, run_offsets
+from hstu.data.samples import SampleTable, StochasticLength
+from hstu.data.store import SequenceStore
 
 # Above this many corpus items per draw, sorting the draws is cheaper than a table of the corpus.
 _DENSE_ITEMS_PER_DRAW = 32
 # A block of this size stays in a core's cache through all its operations.
 _DRAWS_PER_BLOCK = 1 << 16
+_EVENTS_PER_BLOCK = 1 << 24
+_WORD2VEC_EXPONENT = 0.75
+"""T. Mikolov et al., "Distributed representations of words and phrases and their compositionality", NeurIPS 2013."""
 
 
 @dataclass(frozen=True)
 class Negatives:
-    """The negatives of the retrieval loss. ``num``: draws per position, 0 for the whole pool."""
+    """The negatives of the retrieval loss."""
 
-    kind: Literal["in_batch", "uniform", "full"]
+    kind: Literal["in_batch", "uniform", "popularity", "mixed", "full"]
     num: int = 0
+    """Draws per position, 0 for the whole pool."""
     shared: bool = False
+    """One set of draws for all positions of a global batch."""
+    exponent: float = 0.0
+    """Draws from the corpus are proportional to an item's count to this power; 0: uniform."""
+    logq: bool = False
+    """Correct the logits for how often an item is expected among the negatives."""
 
     @classmethod
     def of(cls, args: RetrievalArgs) -> Negatives:
         """From the options."""
-        return cls(args.negatives, max(args.num_negatives, 0), args.shared_negatives)  # type: ignore[arg-type]
+        exponent = args.popularity_exponent
+        if exponent is None:
+            exponent = _WORD2VEC_EXPONENT if args.negatives == "popularity" else 0.0
+        shared = args.shared_negatives or args.negatives == "mixed"
+        return cls(args.negatives, max(args.num_negatives, 0), shared, exponent, args.logq_correction)  # type: ignore[arg-type]
+
+    @property
+    def has_batch_pool(self) -> bool:
+        """Whether the items of the batch are negatives."""
+        return self.kind in ("in_batch", "mixed")
+
+
+class ItemDistribution:
+    """Draws item codes in [0, size): uniformly or, with ``weights`` [size], in proportion to those.
+
+    Weighted draws use an alias table: each code has a column, which it shares with one other code.
+    Sources: A. Walker, ACM Transactions on Mathematical Software 3(3), 1977; built by prefix sums as in L. Hübschle-
+    Schneider, P. Sanders, "Parallel weighted random sampling", ESA 2019.
+    """
+
+    def __init__(self, size: int, weights: np.ndarray | None = None) -> None:
+        self.size = size
+        self._weights = weights
+        self._columns = None if weights is None else _alias_table(self.probabilities() * size)
+
+    def probabilities(self) -> np.ndarray:
+        """float64 [size]"""
+        return np.full(self.size, 1 / self.size) if self._weights is None else self._weights / self._weights.sum()
+
+    def items(self, bits: np.ndarray) -> np.ndarray:
+        """The codes, int64, that random uint32 ``bits`` draw. Each probability is exact to 2^-31."""
+        if self._columns is None:
+            return random_below(self.size, bits)
+        kept, other = self._columns
+        places = bits.astype(np.uint64)
+        places *= np.uint64(self.size)
+        columns = (places >> np.uint64(32)).view(np.int64)
+        rests = places.astype(np.uint32)  # the lower 32 bits
+        return np.where(rests < kept.take(columns), columns, other.take(columns))
+
+
+def _alias_table(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(share of each column that is its own code's, uint32 in units of 2^-32; the code of the rest, int32).
+
+    ``scaled``: float64 [size], probabilities times size. Heavy codes (1 or more) fill the columns of light ones in
+    order. One that has given away more than its excess over 1 has the rest of its own column filled by the next.
+    """
+    own, other = np.ones(len(scaled)), np.arange(len(scaled), dtype=np.int32)
+    light, heavy = np.flatnonzero(scaled < 1), np.flatnonzero(scaled >= 1)
+    if len(light) and len(heavy):
+        missing, excess = np.cumsum(1 - scaled[light]), np.cumsum(scaled[heavy] - 1)
+        given = np.concatenate([[0.0], missing[:-1]])  # before each light code
+        own[light] = scaled[light]
+        other[light] = heavy[np.searchsorted(excess, given).clip(max=len(heavy) - 1)]
+        ends = np.searchsorted(missing, excess[:-1], side="right")  # the light code that takes more than the excess
+        emptied = np.flatnonzero(ends < len(light))
+        own[heavy[emptied]] = 1 + excess[emptied] - missing[ends[emptied]]
+        other[heavy[emptied]] = heavy[emptied + 1]
+    return np.minimum(own.clip(min=0) * 2.0**32, 2.0**32 - 1).astype(np.uint32), other
+
+
+def count_items(
+    store: SequenceStore, feature: str, samples: SampleTable, shortened: StochasticLength | None = None
+) -> np.ndarray:
+    """How often each item occurs in ``samples``, int64 [cardinality]. ``shortened``: count those of one epoch."""
+    lengths = samples.stop - samples.start
+    if shortened is not None:
+        lengths, _ = shortened.shorten(lengths, samples.num_labels, 0, np.arange(len(lengths)))
+    codes, size = store.sequence(feature), store.cardinality(feature)
+    counts = np.zeros(size, dtype=np.int64)
+    blocks = np.searchsorted(run_offsets(lengths), np.arange(_EVENTS_PER_BLOCK, lengths.sum(), _EVENTS_PER_BLOCK))
+    for stop, count in zip(np.split(samples.stop, blocks), np.split(lengths, blocks), strict=True):
+        found = codes[ranges(stop - count, count)].astype(np.int64)
+        counts += np.bincount(found[(found >= 0) & (found < size)], minlength=size)  # reading a batch reports others
+    return counts
+
+
+def expected_log_counts(
+    negatives: Negatives, draws: ItemDistribution, counts: np.ndarray, batches_per_epoch: int
+) -> np.ndarray:
+    """log of how often an item is expected among the negatives of a position, float32 [size]; 0 if never.
+
+    ``num`` draws from the corpus have an item ``num`` times its probability. Of the global batches of an epoch, one has
+    an item that the training samples have c times, with probability 1 − (1 − 1 / batches)^c: as if each occurrence fell
+    into any batch. Draws from the items of a batch must still be divided by their number. ``counts``: of count_items.
+    """
+    expected = np.zeros(draws.size)
+    if negatives.has_batch_pool:
+        expected += 1 - (1 - 1 / batches_per_epoch) ** np.maximum(counts, 1)  # an item of a batch occurs
+    if negatives.kind == "in_batch":
+        expected *= max(negatives.num, 1)
+    else:
+        expected += negatives.num * draws.probabilities()
+    return np.log(np.where(expected > 0, expected, 1)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -49,32 +158,32 @@ def draw_31_bits(keys: LabelKeys, num: int) -> np.ndarray:
     return (_draw_32_bits(keys, num) >> np.uint32(1)).astype(np.int32)
 
 
-def draw_shared(keys: LabelKeys, num: int, corpus_size: int) -> np.ndarray:
+def draw_shared(keys: LabelKeys, num: int, corpus: ItemDistribution) -> np.ndarray:
     """Item codes for a whole global batch, int64 [num], equal on all its ranks; repeats are kept."""
     bits = random_bits(keys.seed, keys.epoch, keys.global_start, np.arange(num))
-    return random_below(corpus_size, (bits >> np.uint64(32)).astype(np.uint32))
+    return corpus.items((bits >> np.uint64(32)).astype(np.uint32))
 
 
-def draw_uniform(keys: LabelKeys, num: int, corpus_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(candidate item codes int64 [S], indices into them int32 [M, num]), independent and uniform over the corpus.
+def draw_each(keys: LabelKeys, num: int, corpus: ItemDistribution) -> tuple[np.ndarray, np.ndarray]:
+    """(candidate item codes int64 [S], indices into them int32 [M, num]): independent draws for each label.
 
     The candidates are exactly the distinct items drawn. An optimizer moves every row that is looked up, so any further
     row would make the tables depend on the number of ranks.
     """
-    if corpus_size > _DENSE_ITEMS_PER_DRAW * len(keys.ordinals) * num:
-        codes = random_below(corpus_size, _draw_32_bits(keys, num))
+    if corpus.size > _DENSE_ITEMS_PER_DRAW * len(keys.ordinals) * num:
+        codes = corpus.items(_draw_32_bits(keys, num))
         distinct, indices = np.unique(codes, return_inverse=True)
         return distinct, indices.reshape(codes.shape).astype(np.int32, copy=False)
     rows = max(1, _DRAWS_PER_BLOCK // num)
     blocks = [slice(start, start + rows) for start in range(0, len(keys.ordinals), rows)]
-    drawn = np.zeros(corpus_size, dtype=bool)
+    drawn = np.zeros(corpus.size, dtype=bool)
     indices = np.empty((len(keys.ordinals), num), dtype=np.int32)
     for block in blocks:
-        codes = random_below(corpus_size, _draw_32_bits(keys, num, block))
+        codes = corpus.items(_draw_32_bits(keys, num, block))
         drawn[codes] = True
         indices[block] = codes
     distinct = np.flatnonzero(drawn)
-    index_of = np.empty(corpus_size, dtype=np.int32)
+    index_of = np.empty(corpus.size, dtype=np.int32)
     index_of[distinct] = np.arange(len(distinct), dtype=np.int32)
     for block in blocks:
         indices[block] = index_of.take(indices[block], mode="clip")  # faster than a bounds check

@@ -242,8 +242,7 @@ def batch_bytes(workload: Workload, batch: Batch) -> int:
     numbers = sum(ids.values()) + labels + config.trainer.sequences_per_iteration * (len(ids) + 3)
     if workload.encoder.inputs.needs_times:
         numbers += ids[workload.roles.item]
-    if getattr(config.task_args, "negatives", None) == "in_batch":
-        numbers += workload.negatives(labels, ids[workload.roles.item])
+    numbers += workload.batch_pool(ids[workload.roles.item])
     one = numbers * INT64 + labels * workload.draws_per_label * FLOAT32
     group = tp if tp > 1 else 0  # the batch of the group
     micro = tp if config.trainer.gradient_accumulation_steps > 1 else 0  # and its micro-batches

@@ -136,8 +136,7 @@ def _task(workload: Workload, batch: Batch) -> Iterator[Operator]:
         yield _linear("queries", batch.labels, hidden, width, FLOAT32)
     for rows in (tokens, batch.items):  # queries and positives are selected and normalised
         yield _labelled_rows("queries", batch.labels, width, width, rows)
-    pool = workload.pool(batch) * (workload.dp_size if args.negatives == "in_batch" else 1)
-    yield _softmax(batch.labels, pool, workload.draws_per_label, width)
+    yield _softmax(batch.labels, workload.pool(batch, workload.dp_size), workload.draws_per_label, width)
 
 
 def _updates(workload: Workload) -> Iterator[Operator]:
@@ -328,7 +327,9 @@ def _softmax(queries: int, pool: int, draws: int, width: int) -> Operator:
         if draws:
             drawn = torch.randint(pool, (count, draws), dtype=torch.int32)
             kernel = KERNELS.sampled_softmax_loss
-            return lambda: sampled_softmax_loss(rows, positives, items, drawn, targets, ids, 0.05, kernel), vectors
+            return lambda: sampled_softmax_loss(
+                rows, positives, items, drawn, targets, ids, None, 0.05, kernel
+            ), vectors
         pool_kernel = KERNELS.pool_softmax_loss
         return lambda: pool_softmax_loss(rows, positives, items, targets, ids, None, 0.05, pool_kernel), vectors
 

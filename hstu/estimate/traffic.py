@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 
-from hstu.config.args import RetrievalArgs
 from hstu.data.batch import NEGATIVES
 from hstu.estimate.memory import FIRST_LAYER, INT64, TableShards
 from hstu.estimate.workload import Batch, Workload
@@ -81,13 +80,12 @@ def _tables(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> 
 
 def _gathered_rows(workload: Workload, batch: Batch) -> Iterator[Transfer]:
     """Tensor parallelism gathers the looked-up rows of the group's samples, by one collective per width."""
-    own, tp, args = workload.ids_per_rank(batch), workload.tp_size, workload.config.task_args
-    shares_negatives = isinstance(args, RetrievalArgs) and (args.shared_negatives or args.negatives == "full")
+    own, tp = workload.ids_per_rank(batch), workload.tp_size
     dims = {
         feature: spec.dim
         for spec in workload.specs
         for feature in spec.features
-        if not spec.replicated and not (feature == NEGATIVES and shares_negatives)
+        if not spec.replicated and not (feature == NEGATIVES and workload.shares_negatives)
     }
     payload = sum(own.get(feature, 0) * dim for feature, dim in dims.items()) * FLOAT32
     calls, labels = len(set(dims.values())), -(-batch.labels // tp)
@@ -132,9 +130,8 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
 
 def _pool(workload: Workload, batch: Batch) -> Iterator[Transfer]:
     """The in-batch pool of all data-parallel ranks."""
-    args, ranks = workload.config.task_args, workload.dp_size
-    if isinstance(args, RetrievalArgs) and args.negatives == "in_batch":
-        rows = workload.pool(batch)
+    ranks = workload.dp_size
+    if rows := workload.batch_pool(batch.items):
         payload = rows * workload.config.network.item_width * FLOAT32
         yield Transfer("pool of negatives", "all_gather", "data", ranks, 2, payload + rows * INT64)
         yield Transfer("gradients of the pool", "reduce_scatter", "data", ranks, 1, payload * ranks)

@@ -18,12 +18,13 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.spec import USER_FEATURE, DatasetSpec, Schema
+from hstu.data.negatives import Negatives
 from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import SamplerPosition
 from hstu.model.embedding import TableSpec, table_specs
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.ranking import RankingDense
-from hstu.model.retrieval import RetrievalDense
+from hstu.model.retrieval import LogCounts, RetrievalDense
 from hstu.model.stack import HSTULayer, SequenceEncoder
 from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
@@ -111,8 +112,10 @@ class Workload:
     @cached_property
     def task(self) -> RankingDense | RetrievalDense:
         """The dense part of the model, replicated tables apart, on the meta device: shapes without memory."""
+        has_log_counts = self.negatives is not None and self.negatives.logq
         with torch.device("meta"):
-            return task_module(self.config, self.features, REFERENCE_KERNELS)
+            log_counts = LogCounts(torch.empty(self.corpus_size)) if has_log_counts else None
+            return task_module(self.config, self.features, REFERENCE_KERNELS, log_counts=log_counts)
 
     @cached_property
     def dense_parameters(self) -> dict[str, int]:
@@ -176,34 +179,45 @@ class Workload:
         """What the dense part computes in one pass: the whole batch, or a micro-batch of it."""
         return batch.first(-(-batch.sequences // self.config.trainer.gradient_accumulation_steps))
 
-    def negatives(self, labels: int, items: int) -> int:
-        """Rows of the pool of negatives for so many labels and items; 0 for a task without negatives.
-
-        The number of distinct ids is the expectation for as many uniform draws.
-        """
+    @cached_property
+    def negatives(self) -> Negatives | None:
+        """Those of the retrieval loss."""
         args = self.config.task_args
-        if not isinstance(args, RetrievalArgs):
+        return Negatives.of(args) if isinstance(args, RetrievalArgs) else None
+
+    @property
+    def shares_negatives(self) -> bool:
+        """Whether all labels of a global batch have the same negatives from the corpus."""
+        return self.negatives is not None and (self.negatives.shared or self.negatives.kind == "full")
+
+    def batch_pool(self, items: int) -> int:
+        """Rows of so many items of a batch that are negatives."""
+        return self._distinct(items) if self.negatives is not None and self.negatives.has_batch_pool else 0
+
+    def corpus_pool(self, labels: int) -> int:
+        """Rows that a rank with so many labels looks up as negatives from the corpus."""
+        if self.negatives is None or self.negatives.kind == "in_batch":
             return 0
-        if args.negatives == "full":
+        if self.negatives.kind == "full":
             return self.corpus_size
-        if args.shared_negatives:
-            return args.num_negatives
-        draws = items if args.negatives == "in_batch" else labels * args.num_negatives
+        return self.negatives.num if self.negatives.shared else self._distinct(labels * self.negatives.num)
+
+    def _distinct(self, draws: int) -> int:
+        """The expected number of distinct items of so many uniform draws. Draws by popularity have fewer."""
         return round(self.corpus_size * -np.expm1(draws * np.log1p(-1 / max(self.corpus_size, 2))))
 
-    def pool(self, batch: Batch) -> int:
-        """Rows that the labels of a group are compared with. Draws are made distinct on each rank, not over ranks."""
-        args = self.config.task_args
-        if isinstance(args, RetrievalArgs) and args.negatives == "uniform" and not args.shared_negatives:
-            return self.tp_size * self.negatives(-(-batch.labels // self.tp_size), 0)
-        return self.negatives(batch.labels, batch.items)
+    def pool(self, batch: Batch, ranks: int = 1) -> int:
+        """Rows that the labels of a group are compared with, where ``ranks`` share the items of their batches.
+
+        Draws are made distinct on each rank, not over the ranks of a group.
+        """
+        groups = 1 if self.shares_negatives else self.tp_size
+        return groups * self.corpus_pool(-(-batch.labels // groups)) + ranks * self.batch_pool(batch.items)
 
     @property
     def draws_per_label(self) -> int:
         """Negatives drawn for each label alone; 0: all labels share one pool."""
-        args = self.config.task_args
-        own = isinstance(args, RetrievalArgs) and not args.shared_negatives
-        return max(args.num_negatives, 0) if own else 0  # type: ignore[union-attr]
+        return 0 if self.negatives is None or self.shares_negatives else self.negatives.num
 
     def ids_per_rank(self, batch: Batch) -> dict[str, int]:
         """Ids of each feature that one rank looks up for the batch of its group."""
@@ -213,9 +227,8 @@ class Workload:
         }
         values = self.values_per_item
         ids |= {name: math.ceil(values.get(name, 1) * ids[self.roles.item]) for name in self.roles.side}
-        args = self.config.task_args
-        if isinstance(args, RetrievalArgs) and args.negatives != "in_batch":
-            ids[NEGATIVES] = self.negatives(-(-batch.labels // tp), ids[self.roles.item])
+        if self.negatives is not None and self.negatives.kind != "in_batch":
+            ids[NEGATIVES] = self.corpus_pool(-(-batch.labels // tp))
         return ids
 
     @property

@@ -28,6 +28,29 @@ DRAW_BITS = 31
 """Raw draws are random integers in [0, 2^31)."""
 
 
+class LogCounts(nn.Module):
+    """log of how often each item is expected among the negatives of a position: what logQ corrects for.
+
+    Args:
+        log_counts: float32 [number of items].
+        ids: int64 [number of items], the items' ids; None: 0, 1, ….
+    """
+
+    log_counts: Tensor
+    ids: Tensor | None
+
+    def __init__(self, log_counts: Tensor, ids: Tensor | None = None) -> None:
+        super().__init__()
+        order = None if ids is None else ids.argsort()
+        self.register_buffer("ids", None if ids is None else ids[order], persistent=False)
+        self.register_buffer("log_counts", log_counts if order is None else log_counts[order], persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Those of ``ids``, int64 [S]; undefined for padding."""
+        places = ids if self.ids is None else torch.searchsorted(self.ids, ids)
+        return self.log_counts[places.clamp(0, len(self.log_counts) - 1)]
+
+
 def own_pool(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The pool of a single process: its own."""
     return rows, ids
@@ -46,6 +69,7 @@ class RetrievalDense(nn.Module):
         item_dim: width of the item table; where it is not hidden_size, queries are projected to it.
         args: temperature and l2_norm_eps; the negatives themselves come with the batch.
         gather_pool: collects the in-batch pool over data-parallel ranks.
+        log_counts: for a logQ correction.
         kernels: from :func:`hstu.ops.select.select_kernels`.
     """
 
@@ -58,6 +82,7 @@ class RetrievalDense(nn.Module):
         item_dim: int,
         args: RetrievalArgs,
         gather_pool: GatherPool = own_pool,
+        log_counts: LogCounts | None = None,
         kernels: Kernels = REFERENCE_KERNELS,
     ) -> None:
         super().__init__()
@@ -67,6 +92,7 @@ class RetrievalDense(nn.Module):
         self.temperature = args.temperature
         self.l2_norm_eps = args.l2_norm_eps
         self.gather_pool = gather_pool
+        self.log_counts = log_counts
         self.kernels = kernels
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
@@ -101,18 +127,49 @@ class RetrievalDense(nn.Module):
         item_ends = embeddings[self.item_feature].offsets()[1:]
         labelled_items = newest_elements(item_ends, batch.num_labels, batch.num_labels_total)
         positives = self._item_vectors(embeddings, labelled_items)
-        if NEGATIVES in embeddings:
-            pool = self.kernels.l2_normalize(embeddings[NEGATIVES].values(), self.l2_norm_eps)
-            pool_ids, draws, valid = batch.features[NEGATIVES].values(), batch.draws, None
-        else:
-            pool, pool_ids = self.gather_pool(*self._own_pool(embeddings, batch))
-            draws = None if batch.draws is None else choose_from_pool(batch.draws, pool_ids)
-            valid = first_occurrences(pool_ids) if draws is None else None
+        pool, pool_ids, repeats, draws = self._pool(embeddings, batch)
+        ids = batch.labels, pool_ids, self._log_weights(pool_ids, repeats, batch)
         if draws is None:
-            kernel = self.kernels.pool_softmax_loss
-            return pool_softmax_loss(queries, positives, pool, batch.labels, pool_ids, valid, self.temperature, kernel)
+            return pool_softmax_loss(queries, positives, pool, *ids, self.temperature, self.kernels.pool_softmax_loss)
         sampled = self.kernels.sampled_softmax_loss
-        return sampled_softmax_loss(queries, positives, pool, draws, batch.labels, pool_ids, self.temperature, sampled)
+        return sampled_softmax_loss(queries, positives, pool, draws, *ids, self.temperature, sampled)
+
+    def _pool(
+        self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Items drawn from the corpus, those of the batch, or both.
+
+        Returns (normalised vectors [S, E], ids int64 [S], bool [S] where an entry repeats another and does not count,
+        the rows [M, R] that each label draws).
+        """
+        parts, repeats, draws = [], None, batch.draws
+        if NEGATIVES in embeddings:
+            drawn = self.kernels.l2_normalize(embeddings[NEGATIVES].values(), self.l2_norm_eps)
+            parts.append((drawn, batch.features[NEGATIVES].values()))
+        if _has_batch_pool(batch):
+            pool, ids = self.gather_pool(*self._own_pool(embeddings, batch))
+            parts.append((pool, ids))
+            if draws is None:
+                repeats = ~first_occurrences(ids)
+            else:
+                draws = choose_from_pool(draws, ids)
+        if len(parts) == 1:
+            return *parts[0], repeats, draws
+        vectors, all_ids = (torch.cat(both) for both in zip(*parts, strict=True))
+        assert repeats is not None
+        return vectors, all_ids, F.pad(repeats, (len(all_ids) - len(repeats), 0)), draws
+
+    def _log_weights(self, ids: Tensor, repeats: Tensor | None, batch: HSTUBatch) -> Tensor | None:
+        """How much each entry of the pool counts in the loss, as a log: float32 [S]; None where all count alike."""
+        log_weights = None
+        if self.log_counts is not None:
+            log_weights = -self.log_counts(ids)
+            if batch.draws is not None and _has_batch_pool(batch):
+                log_weights = log_weights + first_occurrences(ids).sum().log()
+        if repeats is None:
+            return log_weights
+        counted = torch.zeros(len(ids), device=ids.device) if log_weights is None else log_weights
+        return counted.masked_fill(repeats, -torch.inf)
 
     def _own_pool(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, Tensor]:
         """Normalised rows and ids of the distinct items of this rank's batch, of which ``batch`` may be a part."""
@@ -126,6 +183,10 @@ class RetrievalDense(nn.Module):
         """Normalised table rows of the items at ``positions`` among all items of the batch."""
         rows = embeddings[self.item_feature].values().index_select(0, positions)
         return self.kernels.l2_normalize(rows, self.l2_norm_eps)
+
+
+def _has_batch_pool(batch: HSTUBatch) -> bool:
+    return batch.pool_positions is not None or batch.pool_ids is not None
 
 
 def newest_elements(ends: Tensor, count: Tensor, total: int) -> Tensor:

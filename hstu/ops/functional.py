@@ -255,11 +255,11 @@ def pool_softmax_loss(
     pool: Tensor,
     target_ids: Tensor,
     pool_ids: Tensor,
-    pool_valid: Tensor | None,
+    pool_log_weights: Tensor | None,
     temperature: float,
     kernel: Callable[..., Tensor],
 ) -> Tensor:
-    """Sum over M queries of −log(e^{s⁺/τ} / (e^{s⁺/τ} + Σ e^{s⁻/τ})), with the whole pool as negatives.
+    """Sum over M queries of −log(e^{s⁺/τ} / (e^{s⁺/τ} + Σ w e^{s⁻/τ})), with the whole pool as negatives.
 
     The gradients are computed together with the loss, so that no score is computed twice and memory holds at most a
     block of scores. Not twice differentiable.
@@ -271,7 +271,7 @@ def pool_softmax_loss(
         pool: [S, D], L2-normalized vectors of the negatives, shared by all queries.
         target_ids: integer [M]. Pool entries with the id of a query's target are not its negatives.
         pool_ids: integer [S]. An id that occurs k times in the pool counts k times.
-        pool_valid: bool [S], False for entries that no query uses; None: all are valid.
+        pool_log_weights: float [S], log w of each entry, −∞ for entries that no query uses; None: all w are 1.
         temperature: τ > 0.
         kernel: :attr:`hstu.ops.types.Kernels.pool_softmax_loss`.
 
@@ -281,11 +281,10 @@ def pool_softmax_loss(
     Raises:
         ValueError: shapes that do not match.
     """
-    _check_shapes(queries, positives, pool, target_ids, pool_ids)
-    if pool_valid is not None and pool_valid.shape != pool_ids.shape:
-        raise ValueError(f"pool_valid is {tuple(pool_valid.shape)}, but pool_ids is {tuple(pool_ids.shape)}")
+    _check_shapes(queries, positives, pool, target_ids, pool_ids, pool_log_weights)
+    vectors, log_weights = _in_full_precision(queries, positives, pool, pool_log_weights)
     with torch.autocast(queries.device.type, enabled=False):
-        return kernel(*_in_full_precision(queries, positives, pool), target_ids, pool_ids, pool_valid, temperature)
+        return kernel(*vectors, target_ids, pool_ids, log_weights, temperature)
 
 
 def sampled_softmax_loss(
@@ -295,13 +294,14 @@ def sampled_softmax_loss(
     draws: Tensor,
     target_ids: Tensor,
     pool_ids: Tensor,
+    pool_log_weights: Tensor | None,
     temperature: float,
     kernel: Callable[..., Tensor],
 ) -> Tensor:
     """As :func:`pool_softmax_loss`, but each query has R negatives, drawn from the pool with repetition.
 
     Args:
-        queries, positives, pool, target_ids, pool_ids, temperature: as there.
+        queries, positives, pool, target_ids, pool_ids, pool_log_weights, temperature: as there.
         draws: integer [M, R], rows of the pool in [0, S).
         kernel: :attr:`hstu.ops.types.Kernels.sampled_softmax_loss`.
 
@@ -311,20 +311,31 @@ def sampled_softmax_loss(
     Raises:
         ValueError: shapes that do not match.
     """
-    _check_shapes(queries, positives, pool, target_ids, pool_ids)
+    _check_shapes(queries, positives, pool, target_ids, pool_ids, pool_log_weights)
     if draws.dim() != 2 or len(draws) != len(queries):
         raise ValueError(f"draws must be [{len(queries)}, R], a row for each query, not {tuple(draws.shape)}")
+    vectors, log_weights = _in_full_precision(queries, positives, pool, pool_log_weights)
     with torch.autocast(queries.device.type, enabled=False):
-        return kernel(*_in_full_precision(queries, positives, pool), draws, target_ids, pool_ids, temperature)
+        return kernel(*vectors, draws, target_ids, pool_ids, log_weights, temperature)
 
 
-def _in_full_precision(*vectors: Tensor) -> tuple[Tensor, ...]:
-    """float64 stays if all are; anything else becomes float32, in which scores and sums are kept."""
+def _in_full_precision(
+    queries: Tensor, positives: Tensor, pool: Tensor, log_weights: Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """float64 stays if all vectors are; else all becomes float32, in which scores and sums are kept."""
+    vectors = queries, positives, pool
     dtype = torch.float64 if all(v.dtype == torch.float64 for v in vectors) else torch.float32
-    return tuple(v.to(dtype) for v in vectors)
+    return tuple(v.to(dtype) for v in vectors), None if log_weights is None else log_weights.to(dtype)
 
 
-def _check_shapes(queries: Tensor, positives: Tensor, pool: Tensor, target_ids: Tensor, pool_ids: Tensor) -> None:
+def _check_shapes(
+    queries: Tensor,
+    positives: Tensor,
+    pool: Tensor,
+    target_ids: Tensor,
+    pool_ids: Tensor,
+    log_weights: Tensor | None,
+) -> None:
     problems = []
     if queries.dim() != 2 or positives.shape != queries.shape:
         problems.append(f"queries {tuple(queries.shape)} and positives {tuple(positives.shape)} must both be [M, D]")
@@ -334,5 +345,7 @@ def _check_shapes(queries: Tensor, positives: Tensor, pool: Tensor, target_ids: 
         problems.append(f"target_ids {tuple(target_ids.shape)} must be [M], M = {len(queries)}")
     if pool_ids.shape != pool.shape[:1]:
         problems.append(f"pool_ids {tuple(pool_ids.shape)} must be [S], S = {len(pool)}")
+    if log_weights is not None and log_weights.shape != pool.shape[:1]:
+        problems.append(f"pool_log_weights {tuple(log_weights.shape)} must be [S], S = {len(pool)}")
     if problems:
         raise ValueError("; ".join(problems))

@@ -488,7 +488,7 @@ class Kernels:
     add_layer_norm: AddLayerNormKernels
     project_uvqk: ProjectionKernels
     norm_mul_dropout: GateKernels
-    sampled_softmax_loss: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    sampled_softmax_loss: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
     """See :func:`hstu.ops.functional.sampled_softmax_loss`; checked arguments, vectors float32 or float64."""
     l2_normalize: Callable[[Tensor, float], Tensor]
     """Vectors [n, E] in float32 (float64 stays), each divided by the larger of its L2 norm and epsilon."""

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
+
 from hstu.checkpoint.find import Run
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.raw_ids import RawIds
@@ -28,7 +30,7 @@ from hstu.model.gr_model import GRModel
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.precision import DTYPES
 from hstu.model.ranking import RankingDense
-from hstu.model.retrieval import GatherPool, RetrievalDense, own_pool
+from hstu.model.retrieval import GatherPool, LogCounts, RetrievalDense, own_pool
 from hstu.model.stack import SequenceEncoder, kernel_shapes
 from hstu.observe.logging import set_up_logging
 from hstu.observe.run_directory import RunDirectory
@@ -215,7 +217,17 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDen
         kernels,
         label_offset(config.task_args, source, config.located) if isinstance(config.task_args, RankingArgs) else 0,
         lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),
+        log_counts_of(source),
     )
+
+
+def log_counts_of(source: BatchSource) -> LogCounts | None:
+    """How often the model expects each item among the negatives; None without a logQ correction."""
+    log_counts = source.expected_log_counts()
+    if log_counts is None:
+        return None
+    ids = source.item_ids()
+    return LogCounts(torch.from_numpy(log_counts), None if ids is None else torch.from_numpy(ids))
 
 
 class LabelledData(Protocol):
@@ -268,6 +280,7 @@ def task_module(
     kernels: Kernels,
     label_offset: int = 0,
     gather_pool: GatherPool = own_pool,
+    log_counts: LogCounts | None = None,
 ) -> RankingDense | RetrievalDense:
     """The same module without anything that depends on the data, the ranks or the device."""
     network = config.network
@@ -281,6 +294,7 @@ def task_module(
         item_dim=network.item_width,
         args=config.task_args,
         gather_pool=gather_pool,
+        log_counts=log_counts,
         kernels=kernels,
     )
 

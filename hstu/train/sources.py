@@ -25,7 +25,7 @@ from hstu.data.batch import HSTUBatch
 from hstu.data.collate import Assembler, Collator, SkippedSamples, StoreReader
 from hstu.data.datasets import resolve_name
 from hstu.data.loader import build_loader
-from hstu.data.negatives import Negatives
+from hstu.data.negatives import ItemDistribution, Negatives, count_items, expected_log_counts
 from hstu.data.roles import FeatureRoles, benchmark_roles, resolve_roles
 from hstu.data.sampler import BatchPartition, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.samples import SampleTable, Split, StochasticLength, build_samples, check_split
@@ -102,6 +102,30 @@ class BatchSource(ABC):
     @abstractmethod
     def least_action(self) -> int:
         """The smallest action in the data. The data must have an action feature."""
+
+    @property
+    def item_counts(self) -> np.ndarray:
+        """How often each item occurs in the training samples, int64 [number of items]."""
+        raise ConfigError("the items of training samples are counted in preprocessed data only")
+
+    @cached_property
+    def corpus(self) -> ItemDistribution:
+        """How negatives are drawn from all items."""
+        assert self.negatives is not None
+        exponent = self.negatives.exponent
+        weights = self.item_counts.astype(np.float64) ** exponent if exponent else None
+        return ItemDistribution(self.cardinalities[self.roles.item], weights)
+
+    def expected_log_counts(self) -> np.ndarray | None:
+        """How often each item is expected among the negatives, see there; None without a logQ correction."""
+        if self.negatives is None or not self.negatives.logq:
+            return None
+        counts = self.item_counts if self.negatives.has_batch_pool else np.zeros(self.corpus.size, dtype=np.int64)
+        return expected_log_counts(self.negatives, self.corpus, counts, self.batches_per_epoch)
+
+    def item_ids(self) -> np.ndarray | None:
+        """What the model gets for each item code, int64; None: the codes."""
+        return None
 
     @abstractmethod
     def train_sampler(self, position: SamplerPosition) -> TrainSampler:
@@ -186,6 +210,17 @@ class StoreSource(BatchSource):
         assert self.roles.action is not None
         return min(int(store.sequence(self.roles.action).min()) for store in (self.store, self._eval_store))
 
+    @cached_property
+    def item_counts(self) -> np.ndarray:
+        """See BatchSource. Reads the items of all training samples once."""
+        return count_items(self.store, self.roles.item, self._train_samples, self._stochastic_length)
+
+    def item_ids(self) -> np.ndarray | None:
+        """See BatchSource."""
+        if self.roles.item not in self.raw_features:
+            return None
+        return self.store.model_ids(self.roles.item, np.arange(self.cardinalities[self.roles.item]))
+
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""
         trainer = self._config.trainer
@@ -268,7 +303,9 @@ class StoreSource(BatchSource):
         )
         corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed
         item_ids = reader.item_ids if self.roles.item in self.raw_features else None
-        assembler = Assembler(batch_size, self._config.task, self.roles, corpus_size, seed, self.negatives, item_ids)
+        corpus = self.corpus if training and self.negatives is not None else None
+        task, negatives = self._config.task, self.negatives
+        assembler = Assembler(batch_size, task, self.roles, corpus_size, seed, negatives, item_ids, corpus)
         return Collator(reader, assembler, self._skipped)
 
     def _recode_eval_store(self) -> dict[str, np.ndarray]:

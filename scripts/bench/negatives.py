@@ -55,6 +55,7 @@ class Bench:
             self.short_draws,
             self.targets,
             self.ids,
+            None,
             TEMPERATURE,
             kernels.sampled_softmax_loss,
         )

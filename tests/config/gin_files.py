@@ -58,12 +58,20 @@ OWN_TABLES = text(
 )
 OWN_DATA = RANKING.replace("ml-1m", "criteo") + OWN_TABLES
 
-BASES = {"ranking": RANKING, "retrieval": RETRIEVAL, "benchmark": BENCHMARK, "own": OWN_DATA}
+RANDOM_RETRIEVAL = text(line for line in BENCHMARK.splitlines() if not line.startswith("RankingArgs"))
+
+BASES = {
+    "ranking": RANKING,
+    "retrieval": RETRIEVAL,
+    "benchmark": BENCHMARK,
+    "own": OWN_DATA,
+    "random retrieval": RANDOM_RETRIEVAL,
+}
 
 
 def task_of(base: str) -> str:
     """The task that one of the ``BASES`` is for."""
-    return "retrieval" if base == "retrieval" else "ranking"
+    return "retrieval" if base.endswith("retrieval") else "ranking"
 
 
 def changed(text: str, *lines: str) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 
 from hstu.config.args import DatasetArgs, Task
 from hstu.data.collate import Assembler, Collator, StoreReader
-from hstu.data.negatives import Negatives
+from hstu.data.negatives import ItemDistribution, Negatives, count_items
 from hstu.data.roles import resolve_roles
 from hstu.data.samples import SampleTable
 from hstu.data.store import SequenceStore
@@ -27,7 +27,11 @@ def build_collator(
 ) -> Collator:
     """The collator of one split of a store. ``recoding``: see StoreReader."""
     roles = resolve_roles(store, args)
+    corpus = None
+    if negatives is not None and negatives.exponent:
+        counts = count_items(store, roles.item, samples)
+        corpus = ItemDistribution(len(counts), counts**negatives.exponent)
     return Collator(
         StoreReader(store, samples, roles, wants_timestamps=wants_timestamps, wants_seen=wants_seen, recoding=recoding),
-        Assembler(batch_size, task, roles, store.cardinality(roles.item), seed, negatives),
+        Assembler(batch_size, task, roles, store.cardinality(roles.item), seed, negatives, corpus=corpus),
     )

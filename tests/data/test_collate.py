@@ -254,7 +254,12 @@ def draws_by_user(collator: Collator, world_size: int, batch_size: int, seed: in
     return found
 
 
-@pytest.mark.parametrize("negatives", [Negatives("uniform", 5), Negatives("in_batch", 5)], ids=lambda n: n.kind)
+POPULAR = Negatives("popularity", 5, exponent=0.75)
+
+
+@pytest.mark.parametrize(
+    "negatives", [Negatives("uniform", 5), Negatives("in_batch", 5), POPULAR], ids=lambda n: n.kind
+)
 def test_a_samples_draws_do_not_depend_on_the_world_size(negatives: Negatives) -> None:
     collator = collator_of(long_store(3000), negatives=negatives, batch_size=8)
     alone = draws_by_user(collator, world_size=1, batch_size=8)
@@ -281,13 +286,33 @@ def test_shared_negatives_are_the_same_on_all_ranks_and_new_for_each_batch() -> 
     assert abs(chi_square_z(np.bincount(torch.cat(shared[0]).numpy(), minlength=60))) < 4
 
 
+def test_draws_by_popularity_are_those_of_the_counts() -> None:
+    store = ToyStore([[0] * 24 + [1] * 5 + [2] for _ in range(40)], num_items=4)
+    (batch,) = batches_of(collator_of(store, batch_size=40, negatives=Negatives("popularity", 64, exponent=0.5)))
+    items = drawn_items(batch)
+    counts = np.sqrt(np.array([24 * 40, 4 * 40]))  # the last two events of a user are held out
+    found = np.bincount(items.ravel(), minlength=4)
+    assert not found[2:].any()
+    np.testing.assert_allclose(found[:2] / items.size, counts / counts.sum(), atol=0.01)
+
+
+def test_mixed_negatives_are_the_items_of_the_batch_and_draws_that_all_ranks_share() -> None:
+    collator = collator_of(long_store(), negatives=Negatives("mixed", 50, shared=True), batch_size=5)
+    ranks = [batches_of(collator, world_size=2, rank=rank)[0] for rank in range(2)]
+    assert torch.equal(*(batch.features[NEGATIVES].values() for batch in ranks))
+    for batch in ranks:
+        items = batch.features["item"].values()
+        assert batch.draws is None and batch.features[NEGATIVES].values().shape == (50,)
+        assert items[batch.pool_positions].tolist() == sorted(set(items.tolist()))
+
+
 def test_full_negatives_are_the_corpus() -> None:
     batch = batches_of(collator_of(long_store(), negatives=Negatives("full")))[0]
     assert batch.features[NEGATIVES].values().tolist() == list(range(60)) and batch.draws is None
     assert batch.features[NEGATIVES].lengths().tolist() == [60, 0, 0, 0]
 
 
-@pytest.mark.parametrize("kind", ["in_batch", "uniform", "full"])
+@pytest.mark.parametrize("kind", ["in_batch", "uniform", "popularity", "mixed", "full"])
 def test_an_evaluation_has_the_keys_of_training_but_no_negatives(kind: str) -> None:
     negatives = Negatives(kind, 3)  # type: ignore[arg-type]
     train, test = (

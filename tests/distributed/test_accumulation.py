@@ -46,6 +46,11 @@ CASES: dict[str, Any] = {
         "optimizer": ADAM,
         "task_args": {"negatives": "uniform", "num_negatives": 5, "shared_negatives": True},
     },
+    "mixed, logQ": {
+        "task": "retrieval",
+        "optimizer": ADAM,
+        "task_args": {"negatives": "mixed", "num_negatives": 5, "logq_correction": True},
+    },
     "full": {
         "task": "retrieval",
         "optimizer": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.01, "adam_eps": 1e-4, **LIMITED},

@@ -66,6 +66,22 @@ CASES: dict[str, Any] = {
             LIMIT,
         ],
     },
+    "retrieval, popularity, logQ": {
+        "task": "retrieval",
+        "bindings": [
+            "RetrievalArgs.negatives = 'popularity'",
+            "RetrievalArgs.num_negatives = 4",
+            "RetrievalArgs.logq_correction = True",
+        ],
+    },
+    "retrieval, mixed, logQ": {
+        "task": "retrieval",
+        "bindings": [
+            "RetrievalArgs.negatives = 'mixed'",
+            "RetrievalArgs.num_negatives = 3",
+            "RetrievalArgs.logq_correction = True",
+        ],
+    },
     "retrieval, full, adam, by tokens": {
         "task": "retrieval",
         "optimizer": "adam",

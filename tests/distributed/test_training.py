@@ -39,6 +39,10 @@ CASES: dict[str, Any] = {
         "sharded": [],
         "task_args": {"negatives": "uniform", "num_negatives": 5, "shared_negatives": True},
     },
+    "mixed by popularity, logQ": {
+        "task": "retrieval",
+        "task_args": {"negatives": "mixed", "num_negatives": 5, "popularity_exponent": 0.5, "logq_correction": True},
+    },
     "full": {"task": "retrieval", "task_args": {"negatives": "full"}},
 }
 METRICS = {

@@ -114,13 +114,15 @@ def pool_softmax_loss(
     pool: Tensor,
     target_ids: Tensor,
     pool_ids: Tensor,
-    pool_valid: Tensor | None,
+    log_weights: Tensor | None,
     temperature: float,
     backend: Backend = Backend.PYTORCH,
 ) -> Tensor:
     """The loss by a backend."""
     kernel = kernels_of(backend, queries.shape[-1]).pool_softmax_loss
-    return functional.pool_softmax_loss(queries, positives, pool, target_ids, pool_ids, pool_valid, temperature, kernel)
+    return functional.pool_softmax_loss(
+        queries, positives, pool, target_ids, pool_ids, log_weights, temperature, kernel
+    )
 
 
 def sampled_softmax_loss(
@@ -132,7 +134,9 @@ def sampled_softmax_loss(
     pool_ids: Tensor,
     temperature: float,
     backend: Backend = Backend.PYTORCH,
+    log_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss by a backend."""
     kernel = kernels_of(backend, queries.shape[-1]).sampled_softmax_loss
-    return functional.sampled_softmax_loss(queries, positives, pool, draws, target_ids, pool_ids, temperature, kernel)
+    ids = target_ids, pool_ids
+    return functional.sampled_softmax_loss(queries, positives, pool, draws, *ids, log_weights, temperature, kernel)

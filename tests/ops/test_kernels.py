@@ -408,9 +408,9 @@ def test_each_row_of_the_gate_depends_on_itself_alone_and_not_on_the_threads(
 
 @pytest.mark.parametrize(("backend", "packed"), SAMPLED_LOSS)
 @settings(deadline=None, max_examples=examples(30))
-@example(queries=MANY_QUERIES, pool_size=1, draws=15, width=1, temperature=1.0, index_type=torch.int64)
-@example(queries=MANY_QUERIES, pool_size=1, draws=40, width=1, temperature=1.0, index_type=torch.int32)
-@example(queries=1, pool_size=1, draws=16, width=1, temperature=0.01, index_type=torch.int32)
+@example(queries=MANY_QUERIES, pool_size=1, draws=15, width=1, temperature=1.0, index_type=torch.int64, weighted=True)
+@example(queries=MANY_QUERIES, pool_size=1, draws=40, width=1, temperature=1.0, index_type=torch.int32, weighted=False)
+@example(queries=1, pool_size=1, draws=16, width=1, temperature=0.01, index_type=torch.int32, weighted=True)
 @given(
     queries=st.sampled_from([0, 1, 7, MANY_QUERIES]),
     pool_size=st.sampled_from([1, 3, 90]),
@@ -418,6 +418,7 @@ def test_each_row_of_the_gate_depends_on_itself_alone_and_not_on_the_threads(
     width=st.sampled_from([1, 16, 19, 40, 50, 64, 100, 256]),
     temperature=st.sampled_from([1.0, 0.05, 0.01]),
     index_type=st.sampled_from([torch.int32, torch.int64]),
+    weighted=st.booleans(),
 )
 def test_the_sampled_loss_equals_float64(
     backend: Backend,
@@ -428,16 +429,19 @@ def test_the_sampled_loss_equals_float64(
     width: int,
     temperature: float,
     index_type: torch.dtype,
+    weighted: bool,
 ) -> None:
     torch.manual_seed(draws)
     leaves = [F.normalize(torch.randn(rows, width), dim=1) for rows in (queries, queries, pool_size)]
     drawn = torch.randint(pool_size, (queries, draws)).to(index_type)
     target_ids, pool_ids = torch.randint(5, (queries,)), torch.randint(9, (pool_size,))
+    log_weights = 3 * torch.randn(pool_size) if weighted else torch.zeros(pool_size)
 
     def run(leaves: list[Tensor], backend: Backend) -> list[Tensor]:
         ids = to([drawn, target_ids, pool_ids], device_of(backend))
+        given = log_weights.to(device_of(backend)) if weighted else None
         return differentiate(
-            lambda q, p, s: sampled_softmax_loss(q, p, s, *ids, temperature, backend),
+            lambda q, p, s: sampled_softmax_loss(q, p, s, *ids, temperature, backend, given),
             to(leaves, device_of(backend)),
             torch.tensor(3.0),
         )
@@ -451,6 +455,7 @@ def test_the_sampled_loss_equals_float64(
     # Summands of a gradient can cancel. The rounding of n of them in float32 follows √n and their size, not their sum.
     # To see them, give each query a copy of the pool, from which it draws alone.
     drawn, pool_ids = drawn + pool_size * torch.arange(queries)[:, None], pool_ids.repeat(max(queries, 1))
+    log_weights = log_weights.repeat(max(queries, 1))
     copies = [*leaves[:2], leaves[2].repeat(max(queries, 1), 1)]
     *_, of_positives, of_copies = run([x.double() for x in copies], Backend.PYTORCH)
     of_query = 2 * of_positives.norm(dim=1).max() if queries else 0.0  # the target's share and the negatives'

@@ -14,23 +14,40 @@ TEMPERATURE = 0.1
 
 
 def oracle(queries, positives, target_ids, negatives_of_row) -> Tensor:
-    """One query at a time; ``negatives_of_row(i)`` gives the vectors and ids of its negatives."""
+    """One query at a time; ``negatives_of_row(i)`` gives the vectors, ids and log weights of its negatives."""
     total = queries.new_zeros(())
     for i, (query, positive, target) in enumerate(zip(queries, positives, target_ids, strict=True)):
-        vectors, ids = negatives_of_row(i)
-        negative_logits = vectors[ids != target] @ query / TEMPERATURE
+        vectors, ids, log_weights = negatives_of_row(i)
+        negative_logits = (vectors @ query / TEMPERATURE + log_weights)[ids != target]
         positive_logit = (query @ positive / TEMPERATURE).reshape(1)
         total = total + torch.cat([positive_logit, negative_logits]).logsumexp(0) - positive_logit[0]
     return total
 
 
-def pool_oracle(queries, positives, pool, target_ids, pool_ids, pool_valid) -> Tensor:
-    keep = torch.ones_like(pool_ids, dtype=torch.bool) if pool_valid is None else pool_valid
-    return oracle(queries, positives, target_ids, lambda _: (pool[keep], pool_ids[keep]))
+def pool_oracle(queries, positives, pool, target_ids, pool_ids, log_weights) -> Tensor:
+    added = torch.zeros(len(pool)) if log_weights is None else log_weights
+    return oracle(queries, positives, target_ids, lambda _: (pool, pool_ids, added))
 
 
-def sampled_oracle(queries, positives, pool, draws, target_ids, pool_ids) -> Tensor:
-    return oracle(queries, positives, target_ids, lambda i: (pool[draws[i].long()], pool_ids[draws[i].long()]))
+def sampled_oracle(queries, positives, pool, draws, target_ids, pool_ids, log_weights) -> Tensor:
+    added = torch.zeros(len(pool)) if log_weights is None else log_weights
+
+    def drawn(i):
+        rows = draws[i].long()
+        return pool[rows], pool_ids[rows], added[rows]
+
+    return oracle(queries, positives, target_ids, drawn)
+
+
+WEIGHTS = st.sampled_from(["none", "some", "finite", "all zero"])
+
+
+def make_log_weights(kind, size):
+    """None, weights of which some or all are zero, or weights above zero."""
+    weights = torch.linspace(-3, 3, size, dtype=torch.float64)
+    if kind == "some":
+        weights[::3] = -torch.inf
+    return {"none": None, "all zero": torch.full_like(weights, -torch.inf)}.get(kind, weights)
 
 
 def make_case(num_queries, pool_size, dim=4, num_ids=5, seed=0, dtype=torch.float64):
@@ -67,23 +84,21 @@ def block_elements(request, monkeypatch):
     num_queries=st.integers(0, 9),
     pool_size=st.integers(0, 12),
     num_ids=st.integers(1, 20),
-    valid=st.sampled_from(["all", "some", "none"]),
+    weights=WEIGHTS,
     block=st.sampled_from([1 << 20, 12, 1]),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_pool_loss_and_gradients_equal_the_oracle(num_queries, pool_size, num_ids, valid, block, seed):
+def test_pool_loss_and_gradients_equal_the_oracle(num_queries, pool_size, num_ids, weights, block, seed):
     queries, positives, pool, target_ids, pool_ids = make_case(num_queries, pool_size, num_ids=num_ids, seed=seed)
-    pool_valid = {"all": None, "some": torch.arange(pool_size) % 3 > 0, "none": torch.zeros(pool_size, dtype=bool)}[
-        valid
-    ]
+    log_weights = make_log_weights(weights, pool_size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(implementation.BLOCK_ELEMENTS, "cpu", block)
         patch.setattr(implementation, "MIN_BLOCK_ROWS", 2)
-        actual = pool_softmax_loss(queries, positives, pool, target_ids, pool_ids, pool_valid, TEMPERATURE)
+        actual = pool_softmax_loss(queries, positives, pool, target_ids, pool_ids, log_weights, TEMPERATURE)
         actual_gradients = gradients(actual, queries, positives, pool)
     # A zero from every leaf keeps them in the oracle's graph when nothing is summed.
     leaves = (queries, positives, pool)
-    expected = pool_oracle(*leaves, target_ids, pool_ids, pool_valid) + sum(0 * leaf.sum() for leaf in leaves)
+    expected = pool_oracle(*leaves, target_ids, pool_ids, log_weights) + sum(0 * leaf.sum() for leaf in leaves)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     for got, want in zip(actual_gradients, gradients(expected, *leaves), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
@@ -96,15 +111,21 @@ def test_pool_loss_and_gradients_equal_the_oracle(num_queries, pool_size, num_id
     num_draws=st.integers(0, 30),
     num_ids=st.integers(1, 20),
     index_dtype=st.sampled_from([torch.int32, torch.int64]),
+    weights=WEIGHTS,
     seed=st.integers(0, 2**31 - 1),
 )
-def test_sampled_loss_and_gradients_equal_the_oracle(num_queries, pool_size, num_draws, num_ids, index_dtype, seed):
+def test_sampled_loss_and_gradients_equal_the_oracle(
+    num_queries, pool_size, num_draws, num_ids, index_dtype, weights, seed
+):
     queries, positives, pool, target_ids, pool_ids = make_case(num_queries, pool_size, num_ids=num_ids, seed=seed)
     draws = make_draws(num_queries, num_draws, pool_size, index_dtype)
     leaves = (queries, positives, pool)
-    actual = sampled_softmax_loss(*leaves, draws, target_ids, pool_ids, TEMPERATURE)
+    log_weights = make_log_weights(weights, pool_size)
+    actual = sampled_softmax_loss(*leaves, draws, target_ids, pool_ids, TEMPERATURE, log_weights=log_weights)
     actual_gradients = gradients(actual, *leaves)
-    expected = sampled_oracle(*leaves, draws, target_ids, pool_ids) + sum(0 * leaf.sum() for leaf in leaves)
+    expected = sampled_oracle(*leaves, draws, target_ids, pool_ids, log_weights) + sum(
+        0 * leaf.sum() for leaf in leaves
+    )
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     for got, want in zip(actual_gradients, gradients(expected, *leaves), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
@@ -112,9 +133,10 @@ def test_sampled_loss_and_gradients_equal_the_oracle(num_queries, pool_size, num
 
 def test_gradcheck_of_the_pool_loss(block_elements):
     queries, positives, pool, target_ids, pool_ids = make_case(5, 7)
-    valid = torch.arange(7) != 2
+    log_weights = make_log_weights("some", 7)
     assert torch.autograd.gradcheck(
-        lambda q, p, s: pool_softmax_loss(q, p, s, target_ids, pool_ids, valid, TEMPERATURE), (queries, positives, pool)
+        lambda q, p, s: pool_softmax_loss(q, p, s, target_ids, pool_ids, log_weights, TEMPERATURE),
+        (queries, positives, pool),
     )
 
 
@@ -122,7 +144,9 @@ def test_gradcheck_of_the_sampled_loss(block_elements):
     queries, positives, pool, target_ids, pool_ids = make_case(5, 7)
     draws = make_draws(5, 6, 7)
     assert torch.autograd.gradcheck(
-        lambda q, p, s: sampled_softmax_loss(q, p, s, draws, target_ids, pool_ids, TEMPERATURE),
+        lambda q, p, s: sampled_softmax_loss(
+            q, p, s, draws, target_ids, pool_ids, TEMPERATURE, log_weights=make_log_weights("some", 7)
+        ),
         (queries, positives, pool),
     )
 

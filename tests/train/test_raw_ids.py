@@ -113,13 +113,14 @@ def raw_store(tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
     return write_small_store(path, **walks(), item_ids=NAMES.tolist(), raw=["item_id"])
 
 
-@pytest.mark.parametrize("negatives", ["in_batch", "uniform", "full"])
+@pytest.mark.parametrize("negatives", ["in_batch", "uniform", "full", "mixed"])
 def test_raw_ids_that_equal_the_codes_change_nothing(
     train: Train, store: SequenceStore, tmp_path: Path, negatives: str
 ) -> None:
     alike = write_small_store(tmp_path / "alike", **walks(), item_ids=list(range(ITEMS)), raw=["item_id"])
     tables = tables_with_dynamic(store, rows=2 * ITEMS)
-    options = {"negatives": negatives} | ({"num_negatives": 4} if negatives == "uniform" else {})
+    options = {"negatives": negatives} | ({"num_negatives": 4} if negatives in ("uniform", "mixed") else {})
+    options |= {"logq_correction": True} if negatives == "mixed" else {}
     runs = [
         train("retrieval", store=each, tables=tables, trainer={"eval_at_end": True}, task_args=options)
         for each in (store, alike)

@@ -57,16 +57,26 @@ class RetrievalArgs(Args):
     """The retrieval task."""
 
     num_negatives: int = option(-1, minimum=-1, maximum=10_000_000)
-    """Negatives per position. -1 or 0: all distinct items of the batch (in_batch) or the whole corpus (full)."""
+    """Negatives per position, for mixed those beside the items of the batch. -1 or 0: all distinct items of the batch
+    (in_batch) or the whole corpus (full)."""
     temperature: float = option(0.05, minimum=1e-6, maximum=1e6)
     """Temperature of the softmax."""
     l2_norm_eps: float = option(1e-6, above=0, maximum=1e6)
     """Lower bound of the norms by which queries and items are divided."""
-    negatives: str = option("in_batch", choices=("in_batch", "uniform", "full"))
+    negatives: str = option("in_batch", choices=("in_batch", "uniform", "popularity", "mixed", "full"))
     """in_batch: the distinct items of the batch over all data-parallel ranks. uniform: random draws from the corpus.
-    full: a softmax over the whole corpus."""
+    popularity: draws from the corpus by how often the training samples have an item; one that they lack is never drawn.
+    mixed: the items of the batch and num_negatives draws from the corpus that all positions share (Yang et al., WWW
+    2020). full: a softmax over the whole corpus."""
     shared_negatives: bool = option(False)
-    """uniform: draw one set of negatives for the whole global batch instead of one set per position."""
+    """uniform, popularity: draw one set of negatives for the whole global batch instead of one set per position."""
+    popularity_exponent: float | None = option(None, above=0, maximum=10)
+    """popularity, mixed: draw items in proportion to their number in the training samples to this power. None: 0.75 for
+    popularity; mixed draws uniformly."""
+    logq_correction: bool = option(False)
+    """Subtract log Q from the logit of each negative, where Q is how often the item is expected among the negatives:
+    the sampled softmax then estimates that of the whole corpus. The target is always there, so its logit stays (Bengio
+    and Senécal, 2003)."""
     filter_seen: bool = option(True)
     """Evaluation: exclude the items that the user has seen."""
     request_time: str = option("last_event", choices=("last_event", "target"))

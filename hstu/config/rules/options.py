@@ -62,7 +62,12 @@ NEEDS: Iterable[tuple[str, str, tuple[Any, ...], str]] = (
     ("schedule.min_ratio", "schedule.schedule", _Not(["constant"]), "there is no decay"),
     ("schedule.decay_iters", "schedule.schedule", _WITH_A_DECAY, ""),
     ("schedule.decay_ratio", "schedule.schedule", _WITH_A_DECAY, ""),
-    ("task_args.shared_negatives", "task_args.negatives", ("uniform",), "only uniform negatives are drawn"),
+    (
+        "task_args.shared_negatives", "task_args.negatives", ("uniform", "popularity"),
+        "only these are drawn per position",
+    ),
+    ("task_args.popularity_exponent", "task_args.negatives", ("popularity", "mixed"), "no other kind counts items"),
+    ("task_args.logq_correction", "task_args.negatives", _Not(["full"]), "the whole corpus is not a sample of it"),
 )  # fmt: skip
 """(option, other option, values of the other with which the first has an effect, why if it is not obvious)."""
 

@@ -141,10 +141,23 @@ def retrieval_has_a_next_item(run: RunConfig) -> Iterator[Problem]:
 def number_of_negatives_fits_their_kind(run: RunConfig) -> Iterator[Problem]:
     if isinstance(retrieval := run.task_args, RetrievalArgs):
         kind = run.cite(retrieval, "negatives")
-        if retrieval.negatives == "uniform" and retrieval.num_negatives <= 0:
+        if retrieval.negatives in ("uniform", "popularity", "mixed") and retrieval.num_negatives <= 0:
             yield run.problem(retrieval, "num_negatives", f"must be above 0 with {kind}, for example 128")
         if retrieval.negatives == "full" and retrieval.num_negatives > 0:
             yield run.problem(retrieval, "num_negatives", f"must be -1 with {kind}, which takes the whole corpus")
+
+
+def counted_items_are_stored(run: RunConfig) -> Iterator[Problem]:
+    retrieval = run.task_args
+    if isinstance(retrieval, RetrievalArgs) and isinstance(run.dataset, BenchmarkDatasetArgs):
+        text = "counts the items of training samples, and random data has none before they are drawn"
+        if retrieval.negatives == "popularity":
+            yield run.problem(retrieval, "negatives", f'{text}; use "uniform"')
+        elif retrieval.popularity_exponent is not None:
+            yield run.problem(retrieval, "popularity_exponent", f"{text}; remove it")
+        if retrieval.logq_correction and retrieval.negatives in ("in_batch", "mixed"):
+            kind = run.cite(retrieval, "negatives")
+            yield run.problem(retrieval, "logq_correction", f'with {kind} {text}; remove it, or use "uniform"')
 
 
 def request_time_is_seen(run: RunConfig) -> Iterator[Problem]:
@@ -207,6 +220,7 @@ RULES = (
     features_have_one_role, what_is_known_after_is_a_side_feature, side_features_have_a_width, actions_are_not_items,
     candidates_leave_history, windows_leave_no_gap, split_fits_the_task,
     head_fits_the_tasks, activation_is_between_layers, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
-    added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, request_time_is_seen,
+    added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, counted_items_are_stored,
+    request_time_is_seen,
     position_encodings_combine, position_buckets_have_a_table, masks_hide_the_labels,
 )  # fmt: skip

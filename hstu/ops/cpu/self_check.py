@@ -86,7 +86,12 @@ def _cases() -> Iterator[Case]:
     yield _case("l2_normalize", lambda kernel, rows: kernel(rows, 1e-6), [torch.randn(30, 50, requires_grad=True)])
     vectors = [F.normalize(torch.randn(rows, 40), dim=1).requires_grad_() for rows in (30, 30, 20)]
     draws, targets, ids = torch.randint(20, (30, 37)), torch.randint(20, (30,)), torch.arange(20)
-    yield _case("sampled_softmax_loss", lambda kernel, *tensors: kernel(*tensors, draws, targets, ids, 0.1), vectors)
+    for log_weights in (None, torch.randn(20)):
+        yield _case(
+            "sampled_softmax_loss",
+            lambda kernel, *tensors, given=log_weights: kernel(*tensors, draws, targets, ids, given, 0.1),
+            vectors,
+        )
     yield _case("update_rows", _train_rows, [torch.randn(40, 21, requires_grad=True)])
 
 

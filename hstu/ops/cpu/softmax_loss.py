@@ -27,7 +27,7 @@ class _LossArguments(Arguments):
     """HstuSampledSoftmax of csrc/softmax_loss.cpp."""
 
     _fields_ = fields(
-        (pointer, "queries positives pool draws target_ids pool_ids"),
+        (pointer, "queries positives pool draws target_ids pool_ids log_weights"),
         (pointer, "losses weights grad_queries grad_positives grad_pool tags packed"),
         (int64, "num_queries num_draws pool_size width padded"),
         (float32, "temperature"),
@@ -47,6 +47,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         draws: Tensor,
         target_ids: Tensor,
         pool_ids: Tensor,
+        pool_log_weights: Tensor | None,
         temperature: float,
     ) -> Tensor:
         """See :func:`hstu.ops.functional.sampled_softmax_loss`."""
@@ -71,6 +72,8 @@ class SampledSoftmaxLoss(SoftmaxLoss):
             target_ids=target_ids.long().contiguous(),
             pool_ids=pool_ids.long().contiguous(),
         )
+        if pool_log_weights is not None:
+            arguments.set(log_weights=pool_log_weights.contiguous())
         losses = torch.empty(num_queries)
         arguments.set(losses=losses, tags=torch.empty(len(pool), dtype=torch.uint8))
         if draws.numel() >= DRAWS_PER_PACKED_ROW * len(pool):

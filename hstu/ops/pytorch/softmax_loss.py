@@ -30,13 +30,14 @@ def l2_normalize(vectors: Tensor, eps: float) -> Tensor:
 
 
 class SoftmaxLoss(Function):
-    """A loss whose forward saves the gradients of queries, positives and pool; four more arguments have none."""
+    """A loss whose forward saves the gradients of queries, positives and pool; the other arguments have none."""
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients that forward computed."""
-        return *(gradient * grad_loss for gradient in ctx.saved_tensors), None, None, None, None
+        others = len(ctx.needs_input_grad) - 3
+        return *(gradient * grad_loss for gradient in ctx.saved_tensors), *[None] * others
 
 
 class PoolSoftmaxLoss(SoftmaxLoss):
@@ -50,7 +51,7 @@ class PoolSoftmaxLoss(SoftmaxLoss):
         pool: Tensor,
         target_ids: Tensor,
         pool_ids: Tensor,
-        pool_valid: Tensor | None,
+        pool_log_weights: Tensor | None,
         temperature: float,
     ) -> Tensor:
         """See hstu.ops.functional.pool_softmax_loss."""
@@ -62,10 +63,9 @@ class PoolSoftmaxLoss(SoftmaxLoss):
 
         def block_logits(rows: slice, columns: slice) -> Tensor:
             logits = scaled_queries[rows] @ pool[columns].t()
-            masked = target_ids[rows, None] == pool_ids[columns]
-            if pool_valid is not None:
-                masked |= ~pool_valid[columns]
-            return logits.masked_fill_(masked, -math.inf)
+            if pool_log_weights is not None:
+                logits += pool_log_weights[columns]
+            return logits.masked_fill_(target_ids[rows, None] == pool_ids[columns], -math.inf)
 
         block_rows, block_columns = _block_shape(len(queries), len(pool), queries.device)
         for rows in _slices(len(queries), block_rows):
@@ -103,11 +103,14 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         draws: Tensor,
         target_ids: Tensor,
         pool_ids: Tensor,
+        pool_log_weights: Tensor | None,
         temperature: float,
     ) -> Tensor:
         """See hstu.ops.functional.sampled_softmax_loss."""
         positive_logits = (queries * positives).sum(dim=1) / temperature
         logits = _draw_scores(queries, pool, draws).div_(temperature)
+        if pool_log_weights is not None:
+            logits += pool_log_weights[draws]
         logits.masked_fill_(pool_ids[draws] == target_ids[:, None], -math.inf)
         losses = target_losses(positive_logits, logits.logsumexp(dim=1))
         if any(ctx.needs_input_grad):

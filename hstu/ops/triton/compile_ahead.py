@@ -157,9 +157,9 @@ def _run_softmax(op: str, width: int) -> None:
     vectors = _zeros(64, width), _zeros(64, width), _zeros(48, width)
     targets, ids = torch.zeros(64, dtype=torch.int64), torch.zeros(48, dtype=torch.int64)
     if op == "pool_softmax_loss":
-        OPERATORS[op](*vectors, targets, ids, torch.ones(48, dtype=torch.bool), 0.05)
+        OPERATORS[op](*vectors, targets, ids, _zeros(48), 0.05)
     else:
-        OPERATORS[op](*vectors, torch.zeros(64, 128, dtype=torch.int64), targets, ids, 0.05)
+        OPERATORS[op](*vectors, torch.zeros(64, 128, dtype=torch.int64), targets, ids, _zeros(48), 0.05)
 
 
 def _run_slots(policy: str) -> None:

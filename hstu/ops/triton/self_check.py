@@ -189,10 +189,10 @@ def _row_cases(device: torch.device, shapes: KernelShapes) -> Iterator[tuple[str
 
 def _loss_cases(shapes: KernelShapes) -> Iterator[tuple[str, Case]]:
     vectors = [F.normalize(torch.randn(rows, shapes.item_dim), dim=1) for rows in (90, 90, 70)]
-    targets, ids, valid, draws = (
+    targets, ids, log_weights, draws = (
         torch.randint(70, (90,)),
         torch.arange(70),
-        torch.rand(70) > 0.2,
+        torch.randn(70).masked_fill(torch.rand(70) < 0.2, -torch.inf),
         torch.randint(70, (90, 37)),
     )
 
@@ -201,8 +201,8 @@ def _loss_cases(shapes: KernelShapes) -> Iterator[tuple[str, Case]]:
 
     few = [vectors[0][:20], vectors[1][:20], vectors[2]]  # one program per query: more queries show no more
     for name, leaves, rest in (
-        ("pool_softmax_loss", vectors, (targets, ids, valid)),
-        ("sampled_softmax_loss", few, (draws[:20], targets[:20], ids)),
+        ("pool_softmax_loss", vectors, (targets, ids, log_weights)),
+        ("sampled_softmax_loss", few, (draws[:20], targets[:20], ids, log_weights)),
     ):
         kernel, reference = OPERATORS[name], getattr(REFERENCE_KERNELS, name)
         yield name, Case(name, applied(kernel, *rest), applied(reference, *rest), leaves)

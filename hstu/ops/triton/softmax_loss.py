@@ -39,17 +39,17 @@ class PoolSoftmaxLoss(SoftmaxLoss):
         pool: Tensor,
         target_ids: Tensor,
         pool_ids: Tensor,
-        pool_valid: Tensor | None,
+        pool_log_weights: Tensor | None,
         temperature: float,
     ) -> Tensor:
         """See hstu.ops.functional.pool_softmax_loss."""
         _require_supported(queries)
         of_queries, of_pool = (queries, target_ids.contiguous()), (pool, pool_ids.contiguous())
         shared = dict(
-            pool_valid=None if pool_valid is None else pool_valid.to(torch.uint8),
+            log_weights=pool_log_weights,
             inverse_temperature=1.0 / temperature,
             WIDTH=queries.shape[1],
-            VALIDATED=pool_valid is not None,
+            WEIGHTED=pool_log_weights is not None,
             precision=precision_for(pool_gradients, queries.dtype),
         )
         positive_logits = (queries * positives).sum(dim=1) / temperature
@@ -79,6 +79,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         draws: Tensor,
         target_ids: Tensor,
         pool_ids: Tensor,
+        pool_log_weights: Tensor | None,
         temperature: float,
     ) -> Tensor:
         """See hstu.ops.functional.sampled_softmax_loss."""
@@ -91,7 +92,8 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         log_totals = torch.empty_like(positive_logits)
         if num_queries:
             each_query = lambda meta: (num_queries,)  # noqa: E731
-            launcher(draw_logits, each_query, configs)(logits=logits, log_totals=log_totals, **shared)
+            weights = dict(log_weights=pool_log_weights, WEIGHTED=pool_log_weights is not None)
+            launcher(draw_logits, each_query, configs)(logits=logits, log_totals=log_totals, **weights, **shared)
         losses = target_losses(positive_logits, log_totals)
         if any(ctx.needs_input_grad):
             grad_queries = torch.empty_like(queries)
@@ -208,8 +210,8 @@ def _pool_logits(
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns"])
 def pool_log_totals(
-    own, other, own_ids, other_ids, pool_valid, log_totals, num_rows, num_columns, inverse_temperature,
-    WIDTH: tl.constexpr, VALIDATED: tl.constexpr, precision: tl.constexpr,
+    own, other, own_ids, other_ids, log_weights, log_totals, num_rows, num_columns, inverse_temperature,
+    WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, precision: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """log Σ exp(logit) over the negatives of each query; −∞ for a query without negatives.
@@ -225,9 +227,8 @@ def pool_log_totals(
             own, other, rows, columns, num_rows, num_columns, own_ids, other_ids, inverse_temperature,
             WIDTH, CHUNK, precision,
         )  # fmt: skip
-        if VALIDATED:
-            valid = tl.load(pool_valid + columns, mask=columns < num_columns, other=0)
-            logits = tl.where(valid[None, :] != 0, logits, NO_LOGIT)
+        if WEIGHTED:
+            logits += tl.load(log_weights + columns, mask=columns < num_columns, other=0.0)[None, :]
         new_peak = tl.maximum(peak, tl.max(logits, axis=1))
         exponentials = tl.exp2((logits - new_peak[:, None]) * LOG2_E)
         total = total * tl.exp2((peak - new_peak) * LOG2_E) + tl.sum(exponentials, axis=1)
@@ -237,8 +238,8 @@ def pool_log_totals(
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns"])
 def pool_gradients(
-    own, other, own_ids, other_ids, pool_valid, log_norms, grad, num_rows, num_columns, inverse_temperature,
-    WIDTH: tl.constexpr, VALIDATED: tl.constexpr, OF_POOL: tl.constexpr, precision: tl.constexpr,
+    own, other, own_ids, other_ids, log_weights, log_norms, grad, num_rows, num_columns, inverse_temperature,
+    WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, OF_POOL: tl.constexpr, precision: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of ``own``, weights @ other, with weights = exp(logit − log_norm of the query) / τ.
@@ -259,12 +260,11 @@ def pool_gradients(
             log_norm = tl.load(log_norms + columns, mask=columns < num_columns, other=0.0)[None, :]
         else:
             log_norm = tl.load(log_norms + rows, mask=rows < num_rows, other=0.0)[:, None]
-        if VALIDATED:
+        if WEIGHTED:
             if OF_POOL:
-                valid = tl.load(pool_valid + rows, mask=rows < num_rows, other=0)[:, None]
+                logits += tl.load(log_weights + rows, mask=rows < num_rows, other=0.0)[:, None]
             else:
-                valid = tl.load(pool_valid + columns, mask=columns < num_columns, other=0)[None, :]
-            logits = tl.where(valid != 0, logits, NO_LOGIT)
+                logits += tl.load(log_weights + columns, mask=columns < num_columns, other=0.0)[None, :]
         weights = tl.exp2((logits - log_norm) * LOG2_E) * inverse_temperature
         sums = _add_products(sums, weights, other, columns, num_columns, WIDTH, CHUNK, precision)
     for index in tl.static_range(0, len(sums)):
@@ -297,8 +297,8 @@ def _draws_of(draws, row, index):
 
 @triton.jit
 def draw_logits(
-    queries, pool, draws, target_ids, pool_ids, logits, log_totals, num_draws, inverse_temperature,
-    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    queries, pool, draws, target_ids, pool_ids, log_weights, logits, log_totals, num_draws, inverse_temperature,
+    WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Logits [M, R] of the draws of each query, −∞ for its own target, and log Σ exp(logit). Grid: (M,)."""
     row = tl.program_id(0).to(tl.int64)
@@ -314,6 +314,8 @@ def draw_logits(
         drawn = tl.load(_draws_of(draws, row, index), mask=index < num_draws, other=0).to(tl.int64)
         p = load_rows(pool, drawn, 0, WIDTH, BLOCK_D, False)
         scores = tl.sum(p * query[None, :], axis=1) * inverse_temperature
+        if WEIGHTED:
+            scores += tl.load(log_weights + drawn)
         is_negative = (tl.load(pool_ids + drawn) != target) & (index < num_draws)
         scores = tl.where(is_negative, scores, NO_LOGIT)
         tl.store(logits + row * num_draws + index, scores, mask=index < num_draws)

@@ -77,19 +77,20 @@ def test_positions_equal_float64_and_far_ones_share_the_last(device: torch.devic
     )
 
 
-@pytest.mark.parametrize("has_valid", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
     ("queries", "pool", "width"), [(0, 4, 16), (1, 1, 3), (130, 70, 50), (5, 100, 200), (70, 70, 256)]
 )
 def test_the_pool_loss_equals_float64(
-    device: torch.device, queries: int, pool: int, width: int, has_valid: bool
+    device: torch.device, queries: int, pool: int, width: int, weighted: bool
 ) -> None:
     torch.manual_seed(0)
-    targets, ids, valid = torch.randint(5, (queries,)), torch.randint(9, (pool,)), torch.rand(pool) > 0.3
+    targets, ids = torch.randint(5, (queries,)), torch.randint(9, (pool,))
+    log_weights = torch.randn(pool).masked_fill(torch.rand(pool) < 0.3, -torch.inf)
 
     def loss(backend: Backend, *vectors: Tensor) -> Tensor:
         place = vectors[0].device
-        given = valid.to(place) if has_valid else None
+        given = log_weights.to(place, vectors[0].dtype) if weighted else None
         return pool_softmax_loss(*vectors, targets.to(place), ids.to(place), given, 0.3, backend)
 
     compare(loss, [F.normalize(torch.randn(n, width), dim=1) for n in (queries, queries, pool)], device)

@@ -10,6 +10,7 @@ extern "C" struct HstuSampledSoftmax {
     const float *queries, *positives, *pool;  // [M, width], [M, width], [S, width]
     const int32_t* draws;                     // [M, R], rows of the pool
     const int64_t *target_ids, *pool_ids;     // [M], [S]
+    const float* log_weights;                 // [S]: added to the scores; null: zeros
     float *losses, *weights;                  // [M], [M, R]
     float *grad_queries, *grad_positives, *grad_pool;
     uint8_t* tags;  // [S]: scratch for the last bytes of pool_ids, so few that they stay in the cache
@@ -154,13 +155,14 @@ class SampledSoftmax {
         for (int64_t r = 0; r < num_draws; ++r) weights[r] = scores[r] * scale;
     }
 
-    // Scores of draws [begin, end), -inf where a draw is the target; returns the largest.
+    // Scores of draws [begin, end) and their log weights, -inf where a draw is the target; returns the largest.
     float score(const vf* own, const int32_t* draws, int64_t begin, int64_t end, int64_t target, float inverse,
                 float* scores) const {
         const float hidden = -std::numeric_limits<float>::infinity();
         const float* rows = PACKED ? a_.packed : a_.pool;
         const int64_t width = a_.width, pitch = SampledSoftmax::pitch(width);
         const uint8_t* tags = a_.tags;
+        const float* log_weights = a_.log_weights;
         const uint8_t tag = uint8_t(target);
         vf peaks = splat(hidden);
         for (int64_t first = begin; first < end; first += LANES) {
@@ -173,11 +175,18 @@ class SampledSoftmax {
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v) products[lane] += own[v] * load(row + pool_place(v, width));
             }
-            store(scores + first, sums_of(products) * inverse);
+            vf now = sums_of(products) * inverse;
+            if (log_weights) {
+                vf shift = {};
+#pragma GCC unroll 16
+                for (int lane = 0; lane < LANES; ++lane) shift[lane] = log_weights[draws[first + (lane < count ? lane : 0)]];
+                now += shift;
+            }
+            store(scores + first, now);
             for (int64_t lane = 0; lane < LANES; ++lane)
                 if (lane >= count || (tags[draws[first + lane]] == tag && a_.pool_ids[draws[first + lane]] == target))
                     scores[first + lane] = hidden;
-            const vf now = load(scores + first);
+            now = load(scores + first);
             peaks = select(now > peaks, now, peaks);
         }
         return largest(peaks);

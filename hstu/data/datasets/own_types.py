@@ -79,7 +79,7 @@ class ColumnTypes:
             value = f"nullif({value}, '')"
         integer = as_integer(value)
         if self._unlike(value, integer) == 0:
-            return integer, True
+            return f"TRY_CAST({value} AS BIGINT)", True  # the same for these values, and faster
         if kind == "VARCHAR":
             self._refuse_decimals(value, column)
         return f"CAST({value} AS VARCHAR)", False
@@ -128,11 +128,8 @@ class ColumnTypes:
             value = r"""regexp_replace("time", '\s+([+-]\d\d(:?\d\d)?)$', '\1')"""
         date = f"TRY_CAST({value} AS TIMESTAMPTZ)"
         moment = f"CASE WHEN isfinite({date}) THEN {date} END"
-        best, unlike = moment, self._unlike('"time"', moment)
-        if not self._types["time"].startswith(_DATES):
-            for kind in (finite, integer):  # on a tie, integers, which are exact
-                if (others := self._unlike('"time"', kind)) <= unlike:
-                    best, unlike = kind, others
+        kinds = (moment,) if self._types["time"].startswith(_DATES) else (integer, finite, moment)
+        best = self._best_of(kinds)  # on a tie, integers, which are exact
         if best == moment:
             if unit not in ("s", "auto"):
                 _log.warning("--time_unit %s has no effect: %r holds dates", unit, column)
@@ -156,6 +153,17 @@ class ColumnTypes:
         unit = _unit_of(median or 0)
         _log.info("times in %r are %s since 1970", column, TIME_UNITS[unit].name)
         return unit
+
+    def _best_of(self, kinds: tuple[str, ...]) -> str:
+        """The kind of time that turns fewest values into NULL, the first of several."""
+        best, fewest = kinds[0], None
+        for kind in kinds if len(kinds) > 1 else ():
+            unlike = self._unlike('"time"', kind)
+            if fewest is None or unlike < fewest:
+                best, fewest = kind, unlike
+            if not fewest:
+                break  # whether texts are dates takes long to find out
+        return best
 
     def _unlike(self, value: str, converted: str) -> int:
         """How many values the conversion turns into NULL."""

@@ -295,6 +295,8 @@ class BuildState:
 
     def usable_events(self) -> str:
         """SQL of all events that can be used, before any are filtered out."""
+        if self.writer.journal.stages.get("checked") == {}:  # every row is usable
+            return self.typed_logs()
         usable = " AND ".join(f"NOT ({unusable})" for unusable in self.unusable_values().values())
         return f"(SELECT * FROM {self.typed_logs()} WHERE {usable})"
 

@@ -178,7 +178,8 @@ def _write_bucket(
 ) -> None:
     """``features``: e0, e1, … → SQL of its value."""
     first, last = _raw_user(state, users[0]), _raw_user(state, users[1] - 1)
-    coded = {"item": "i.code AS item"} | {name: f"{name}_codes.code AS {name}" for name in features}
+    coded = {"item": "CAST(i.code AS INTEGER) AS item"}
+    coded |= {name: f"CAST({name}_codes.code AS INTEGER) AS {name}" for name in features}
     coded |= {name: f"coalesce(e.{name}, 'nan'::FLOAT) AS {name}" for name in state.numbers()}
     values = ", ".join(coded.get(name, f'e."{name}"') for name in arrays)
     replaced = ", ".join(f"{value} AS {name}" for name, value in features.items())

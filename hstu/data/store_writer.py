@@ -161,8 +161,12 @@ class StoreWriter:
         """Stores the codes of an item feature as int32: one per item, or lists with ``offsets`` [I + 1], none empty."""
         self.create_sequence(feature, "item_feature", cardinality=cardinality, length=len(codes))[:] = codes
         if offsets is not None:
-            self._lists.add(feature)
-            self._create(list_offsets_file(feature), np.dtype(np.int64), len(offsets))[:] = offsets
+            self.create_list_offsets(feature, items=len(offsets) - 1)[:] = offsets
+
+    def create_list_offsets(self, feature: str, *, items: int) -> np.memmap:
+        """int64 [items + 1] to be filled: item i has the values [offsets[i], offsets[i + 1]), one at least."""
+        self._lists.add(feature)
+        return self._create(list_offsets_file(feature), np.dtype(np.int64), items + 1)
 
     def create_item_numbers(self, feature: str, *, width: int, items: int) -> np.memmap:
         """A flat [items * width] float32 array to be filled with the numbers of one item after another; NaN: missing.
@@ -180,6 +184,11 @@ class StoreWriter:
             self._create(f"{stem}.npy", np.dtype(np.int64), len(raw_ids))[:] = raw_ids
         else:
             self._write_strings(stem, raw_ids)
+
+    def write_text_vocabulary(self, feature: str, offsets: np.ndarray, utf8: np.ndarray) -> None:
+        """The same for encoded strings: value i is the bytes [offsets[i], offsets[i + 1])."""
+        self._vocabularies.add(feature)
+        self._write_utf8(vocabulary_stem(feature), offsets, utf8)
 
     def write_split(self, column: str, valid: np.ndarray, test: np.ndarray) -> None:
         """Stores the split that a column of the raw data gives. ``valid``, ``test``: first event of each, int64 [U].
@@ -213,9 +222,11 @@ class StoreWriter:
 
     def _write_strings(self, stem: str, strings: Iterable[str]) -> None:
         encoded = [string.encode() for string in strings]
-        offsets_file, utf8_file = strings_files(stem)
         offsets = run_offsets(np.array([len(text) for text in encoded], dtype=np.int64))
-        utf8 = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._write_utf8(stem, offsets, np.frombuffer(b"".join(encoded), dtype=np.uint8))
+
+    def _write_utf8(self, stem: str, offsets: np.ndarray, utf8: np.ndarray) -> None:
+        offsets_file, utf8_file = strings_files(stem)
         for file, array in ((offsets_file, offsets), (utf8_file, utf8)):
             self._arrays[file] = (array.dtype.str, len(array))
             np.save(self.partial / file, array)

@@ -136,7 +136,7 @@ def test_the_command_line_knows_numbers(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_memory_limit_and_the_size_of_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     expected = contents(make(tmp_path / "a", EVENTS, ITEMS, **BOTH).path)
-    monkeypatch.setattr("hstu.data.preprocess.features._NUMBERS_PER_CHUNK", 3)
+    monkeypatch.setattr("hstu.data.preprocess.item_features._ROWS_PER_CHUNK", 3)
     monkeypatch.setattr("hstu.data.preprocess.write._SORT_BYTES_PER_ROW", 4 * 10**9 // 2)
     assert contents(make(tmp_path / "a", EVENTS, ITEMS, force=True, **BOTH).path) == expected
 

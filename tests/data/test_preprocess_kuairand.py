@@ -119,6 +119,7 @@ def test_videos_have_their_own_row_and_unknown_without_one(
     with_videos = SequenceStore.open(preprocess("kuairand-pure", raw_path=tmp_path, output=tmp_path / "store"))
     with_videos.verify_contents()
     assert with_videos.item_side_features == VIDEO_FEATURES
+    assert with_videos.item_number_features == ("video_duration",)
     items = with_videos.raw_ids("video_id")
     rows = videos.set_index(videos.video_id.astype(int)).reindex(items).fillna("")
     assert 0 < (rows.video_id == "").sum() < len(rows)
@@ -132,6 +133,9 @@ def test_videos_have_their_own_row_and_unknown_without_one(
             assert max(map(len, lists)) > 1
         else:
             assert offsets is None and values == [value or "unknown" for value in rows[feature]], feature
+    durations = pd.to_numeric(rows.video_duration).to_numpy(dtype=np.float32)[:, None]
+    assert np.isnan(durations).any()
+    np.testing.assert_array_equal(with_videos.item_numbers("video_duration"), durations)
     before = json.loads((store.path / "meta.json").read_text())["files"]
     after = json.loads((with_videos.path / "meta.json").read_text())["files"]
     assert before.items() <= after.items(), "the files of events and users are the same with and without"

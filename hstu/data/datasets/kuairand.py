@@ -31,7 +31,8 @@ _CONTEXT = (
     "register_days_range",
 )
 _OF_VIDEOS = ("tag", "video_type", "upload_type", "music_type", "author_id", "music_id")
-"""Features of the videos: columns of video_features_basic. All are categories, and ``tag`` holds several."""
+"""Categories of the videos: columns of video_features_basic. ``tag`` holds several."""
+_DURATION = "video_duration"
 
 
 def read(files: Sequence[Path]) -> RawTables:
@@ -56,6 +57,7 @@ def read(files: Sequence[Path]) -> RawTables:
             "item": ColumnDescription("video_id", "an integer"),
             "action": ColumnDescription(", ".join(ACTION_BITS), "an integer in each of them"),
             "time": ColumnDescription("time_ms", "milliseconds since 1970"),
+            f"i{len(_OF_VIDEOS)}": ColumnDescription(_DURATION, "a finite number, or nothing where it is missing"),
         },
     )
 
@@ -63,8 +65,12 @@ def read(files: Sequence[Path]) -> RawTables:
 def _videos(file: Path) -> tuple[RawFile, str]:
     """RawTables.item_table of video_features_basic."""
     values = {name: identifier(name) for name in _OF_VIDEOS} | {"tag": "[x FOR x IN string_split(tag, ',') IF x <> '']"}
+    values[_DURATION] = (
+        f"CASE WHEN isfinite({_DURATION}) THEN TRY_CAST({_DURATION} AS FLOAT) "
+        f"WHEN {_DURATION} IS NOT NULL THEN 'nan'::FLOAT END"
+    )
     selected = ", ".join(f"{value} AS i{place}" for place, value in enumerate(values.values()))
-    types = {"video_id": "BIGINT", **dict.fromkeys(_OF_VIDEOS, "VARCHAR")}
+    types = {"video_id": "BIGINT", **dict.fromkeys(_OF_VIDEOS, "VARCHAR"), _DURATION: "DOUBLE"}
     return table_with_header(file, types), f"video_id AS item, {selected}"
 
 
@@ -86,8 +92,9 @@ def _spec(
             item="video_id",
             action="action",
             context=(USER_FEATURE, *_CONTEXT),
-            item_features=_OF_VIDEOS,
+            item_features=(*_OF_VIDEOS, _DURATION),
             lists={"tag": ","},
+            numbers=(_DURATION,),
             action_cardinality=256,
         ),
         published=published,

@@ -34,8 +34,8 @@ from hstu.data.preprocess.core import check_filters, keep_core
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
 from hstu.data.preprocess.engine import check_free_disk, disk_errors, memory_bytes, open_engine, used_below
 from hstu.data.preprocess.existing import files_that_differ, is_kept
-from hstu.data.preprocess.features import check_items, write_item_features
 from hstu.data.preprocess.ingest import check_rows, read_files
+from hstu.data.preprocess.item_features import check_items, write_item_features
 from hstu.data.preprocess.report import statistics_of
 from hstu.data.preprocess.split import write_split
 from hstu.data.preprocess.state import BuildLimits, BuildOptions, BuildState, Progress, source_names

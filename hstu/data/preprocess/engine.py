@@ -13,6 +13,7 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow
 
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.datasets.raw import RawFile, literal, one_file, open_bytes
@@ -33,6 +34,7 @@ _FEATURE_BYTES = 12
 """Per event and feature of the events: int32 in the store, and working files."""
 _GZIP_RATIO = 5
 _GIB = 1 << 30
+_ROWS_PER_CHUNK = 1 << 20
 
 Connection = duckdb.DuckDBPyConnection
 
@@ -95,6 +97,19 @@ def column(engine: Connection, query: str) -> np.ndarray:
     """The only column of a query, without NULLs: int64 or str objects."""
     (values,) = engine.execute(query).fetchnumpy().values()
     return np.asarray(values)
+
+
+def utf8_column(engine: Connection, query: str) -> tuple[np.ndarray, np.ndarray]:
+    """The only column of a query, strings without NULLs: int64 [n + 1] offsets into UTF-8 bytes, uint8."""
+    lengths, texts = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.uint8)]
+    for batch in engine.sql(query).to_arrow_reader(_ROWS_PER_CHUNK):
+        values = batch.column(0).cast(pyarrow.large_string())
+        _, bounds, text = values.buffers()
+        ends = np.frombuffer(bounds, dtype=np.int64)[values.offset : values.offset + len(values) + 1]
+        lengths.append(np.diff(ends))
+        if text is not None:
+            texts.append(np.frombuffer(text, dtype=np.uint8)[ends[0] : ends[-1]])
+    return np.cumsum(np.concatenate(lengths)), np.concatenate(texts)
 
 
 def write_parquet(engine: Connection, select: str, target: Path) -> int:

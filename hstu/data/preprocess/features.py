@@ -1,4 +1,4 @@
-"""Features of items and of events: their vocabularies, their codes, ranges of numbers, and numbers."""
+"""Vocabularies of the features of items and of events, and ranges of numbers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from hstu.config.errors import DataError
-from hstu.data.datasets.raw import literal, parquet_rows
+from hstu.data.datasets.raw import literal
 from hstu.data.datasets.spec import UNKNOWN
-from hstu.data.preprocess.engine import column, one, write_parquet
+from hstu.data.preprocess.engine import column, one, utf8_column, write_parquet
 from hstu.data.preprocess.state import BuildState
 
 _log = logging.getLogger(__name__)
@@ -22,31 +22,6 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _LEAST_TEXTS, _LOOKED_AT = 10, 10_000
 """How many different values show whether a column holds lists."""
 _PROBABLE_SEPARATORS = "|;,"
-_NAN = "'nan'::FLOAT"
-_NUMBERS_PER_CHUNK = 1 << 20
-
-
-def write_item_features(state: BuildState) -> None:
-    """Writes codes and vocabularies of the items' features: "unknown" where an item has no row or no value."""
-    for name, feature in state.item_features().items():
-        source = state.typed_items() if name not in state.raw.event_items else state.events()
-        assert source is not None
-        if name in state.numbers():
-            _write_item_numbers(state, name, feature, source)
-            continue
-        is_list = str(state.engine.sql(f"SELECT {name} FROM {source}").types[0]).endswith("[]")
-        values = _item_values(state, name, source, is_list)
-        each = _flattened(values) if is_list else f"(SELECT *, 0 AS place FROM {values})"
-        value = _value(state, feature, name, "value", each)
-        number = _write_vocabulary(state, feature, name, f"SELECT {value} AS id FROM {each}")
-        codes = column(
-            state.engine,
-            f"""SELECT CAST(v.code AS INTEGER) FROM (SELECT "row", place, {value} AS id FROM {each}) e
-            JOIN {state.codes(f"vocabulary_{name}")} v ON e.id = v.id ORDER BY "row", place""",
-        )
-        lengths = column(state.engine, f'SELECT len(value) FROM {values} ORDER BY "row"') if is_list else None
-        offsets = None if lengths is None else np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        state.writer.write_item_feature(feature, codes, cardinality=number, offsets=offsets)
 
 
 def write_event_vocabularies(state: BuildState) -> dict[str, tuple[int, str]]:
@@ -55,46 +30,9 @@ def write_event_vocabularies(state: BuildState) -> dict[str, tuple[int, str]]:
     for name, feature in state.event_features().items():
         if name in state.numbers():
             continue
-        value = _value(state, feature, name, f"coalesce(nullif({name}, ''), {literal(UNKNOWN)})", state.events())
-        found[name] = (_write_vocabulary(state, feature, name, f"SELECT {value} AS id FROM {state.events()}"), value)
+        value = feature_value(state, feature, name, f"coalesce(nullif({name}, ''), {literal(UNKNOWN)})", state.events())
+        found[name] = (write_vocabulary(state, feature, name, f"SELECT {value} AS id FROM {state.events()}"), value)
     return found
-
-
-def check_items(state: BuildState) -> dict[str, int]:
-    """Warns of items without a row in the table of items and of rows that disagree; returns their numbers.
-
-    Raises DataError where no item has a row.
-    """
-    rows = state.typed_items()
-    if rows is None:
-        return {}
-    engine, items = state.engine, state.codes("items")
-    file = state.raw.item_table[0].path if state.raw.item_table else state.raw.title_file
-    known = f"SELECT item FROM {rows} WHERE item IS NOT NULL"
-    without, total, example = one(
-        engine, f"SELECT count(*) FILTER (WHERE id NOT IN ({known})), count(*), min(id) FROM {items}"
-    )
-    names = [name for name in state.item_features() if name not in state.raw.event_items]
-    values = ", ".join(f"{name} := {name}" for name in names)
-    repeated, other = one(
-        engine,
-        f"""SELECT count(*), min(item) FROM (SELECT item FROM {rows} WHERE item IS NOT NULL
-        GROUP BY item HAVING count(DISTINCT struct_pack({values})) > 1)""",
-    )
-    if without == total and state.raw.item_table:
-        (theirs,) = one(engine, f"SELECT min(item) FROM {rows}")
-        raise DataError(
-            f"{file} has no row for any of the {total:,} items of the events: it has items such as {theirs!r}, the "
-            f"events have items such as {example!r}. Give the table of these items"
-        )
-    if without:
-        missing = ", and their numbers missing" if state.numbers() else ""
-        _log.warning('%s has no row for %d of %d items: their features are "%s"%s',
-                     file, without, total, UNKNOWN, missing)  # fmt: skip
-    if repeated:
-        _log.warning("%s has several rows with different values for %d items, such as %r: the first counts",
-                     file, repeated, other)  # fmt: skip
-    return {"items_without_row": without, "items_with_different_rows": repeated}
 
 
 def ranges_of(numbers: np.ndarray, counts: np.ndarray, ranges: int) -> dict[str, float]:
@@ -120,61 +58,12 @@ def ranges_of(numbers: np.ndarray, counts: np.ndarray, ranges: int) -> dict[str,
 def warn_of_numbers(feature: str, vocabulary: np.ndarray, *, of_users: bool = False) -> None:
     """Logs a warning where a feature is probably a quantity."""
     if len(vocabulary) > _MANY_NUMBERS and all(_NUMBER.fullmatch(value) for value in vocabulary if value != UNKNOWN):
-        _log.warning(
-            "column %r has %d different numbers, and each of them becomes a category of its own; --bins %s=10 groups "
-            "them into 10 ranges%s",
-            feature,
-            len(vocabulary),
-            feature,
-            "" if of_users else f", and --numbers {feature} takes them as quantities",
+        _log_numbers(
+            feature, len(vocabulary), "" if of_users else f", and --numbers {feature} takes them as quantities"
         )
 
 
-def _write_item_numbers(state: BuildState, name: str, feature: str, source: str) -> None:
-    """Writes the numbers or the vector of each item, NaN where an item has no row or no value."""
-    width = state.width(name)
-    items = int(one(state.engine, f"SELECT count(*) FROM {state.codes('items')}")[0])
-    array = state.writer.create_item_numbers(feature, width=width, items=items)
-    missing = _NAN if feature in state.schema.numbers else f"[{', '.join([_NAN] * width)}]"
-    rows = _first_rows(state, name, source, f"{name} IS NOT NULL")
-    query = f"""SELECT coalesce({name}, {missing}) AS value
-        FROM {state.codes("items")} i LEFT JOIN ({rows}) f ON i.id = f.item ORDER BY i.code"""
-    start = 0
-    for batch in state.engine.sql(query).to_arrow_reader(max(_NUMBERS_PER_CHUNK // width, 1)):
-        values = batch.column("value")
-        numbers = (values if feature in state.schema.numbers else values.flatten()).to_numpy()
-        array[start : start + len(numbers)] = numbers
-        start += len(numbers)
-    array.flush()
-    if np.isnan(array.reshape(-1, width)[:, 0]).all():
-        raise DataError(f"no item of the events has a value of {feature!r}; leave it out")
-
-
-def _first_rows(state: BuildState, name: str, source: str, has_value: str) -> str:
-    """SQL of item and value: that of the item's first row or, in the events, of its first event that has one."""
-    if name in state.raw.event_items:
-        first, order = f"{source} WHERE {has_value}", state.order()
-    else:
-        first, order = f"{source} WHERE item IS NOT NULL", '"row"'
-    return f"SELECT item, {name} FROM {first} QUALIFY row_number() OVER (PARTITION BY item ORDER BY {order}) = 1"
-
-
-def _item_values(state: BuildState, name: str, source: str, is_list: bool) -> str:
-    """Writes a value per item, in the order of codes; returns SQL of "row", which is the code, and "value"."""
-    has_value = f"len({name}) > 0" if is_list else f"{name} <> ''"
-    rows = _first_rows(state, name, source, has_value)
-    unknown = f"[{literal(UNKNOWN)}]" if is_list else literal(UNKNOWN)
-    query = f"""SELECT CASE WHEN {has_value} THEN {name} ELSE {unknown} END AS value
-        FROM {state.codes("items")} i LEFT JOIN ({rows}) f ON i.id = f.item ORDER BY i.code"""
-    write_parquet(state.engine, query, state.file(f"values_{name}"))
-    return state.numbered(f"values_{name}")
-
-
-def _flattened(lists: str) -> str:
-    return f'(SELECT "row", unnest(value) AS value, generate_subscripts(value, 1) AS place FROM {lists})'
-
-
-def _value(state: BuildState, feature: str, name: str, value: str, relation: str) -> str:
+def feature_value(state: BuildState, feature: str, name: str, value: str, relation: str) -> str:
     """SQL of a value as the vocabulary has it: the value itself, or the range that its number is in."""
     if feature not in state.schema.bins:
         return value
@@ -204,22 +93,42 @@ def _range_name(start: float, end: float) -> str:
     return f"{start:.15g}" if start == end else f"{start:.15g}..{end:.15g}"
 
 
-def _write_vocabulary(state: BuildState, feature: str, name: str, values: str) -> int:
+def write_vocabulary(state: BuildState, feature: str, name: str, values: str) -> int:
     """Writes the different values of a query's ``id``, ascending; the row number is the code. Returns their number."""
     table, journal = f"vocabulary_{name}", state.writer.journal
     if table not in journal:
         journal.commit(
             table, write_parquet(state.engine, f"SELECT DISTINCT id FROM ({values}) ORDER BY 1", state.file(table))
         )
-    vocabulary = column(
-        state.engine, f"SELECT id FROM {parquet_rows(state.file(table), numbered=True)} ORDER BY file_row_number"
+    vocabulary, number = state.codes(table), int(journal[table])
+    state.writer.write_text_vocabulary(
+        feature, *utf8_column(state.engine, f"SELECT id FROM {vocabulary} ORDER BY code")
     )
-    state.writer.write_vocabulary(feature, vocabulary)
     if state.raw.resolve_types is not None:  # whoever describes a built-in dataset has decided
-        warn_of_numbers(feature, vocabulary)
-    if name.startswith("i") and feature not in state.schema.lists and state.raw.resolve_types is not None:
-        _hint_at_lists(feature, vocabulary[:_LOOKED_AT].tolist())
-    return int(journal[table])
+        _warn_of_values(state, feature, vocabulary, number)
+        if name.startswith("i") and feature not in state.schema.lists:
+            first = f"SELECT id FROM {vocabulary} ORDER BY code LIMIT {_LOOKED_AT}"
+            _hint_at_lists(feature, column(state.engine, first).tolist())
+    return number
+
+
+def _warn_of_values(state: BuildState, feature: str, vocabulary: str, number: int) -> None:
+    if number > _MANY_NUMBERS:
+        are_numbers = f"bool_and(regexp_full_match(id, {literal(_NUMBER.pattern)}))"
+        (only,) = one(state.engine, f"SELECT {are_numbers} FROM {vocabulary} WHERE id <> {literal(UNKNOWN)}")
+        if only:
+            _log_numbers(feature, number, f", and --numbers {feature} takes them as quantities")
+
+
+def _log_numbers(feature: str, number: int, alternative: str) -> None:
+    _log.warning(
+        "column %r has %d different numbers, and each of them becomes a category of its own; --bins %s=10 groups them "
+        "into 10 ranges%s",
+        feature,
+        number,
+        feature,
+        alternative,
+    )
 
 
 def _hint_at_lists(feature: str, values: list[str]) -> None:

@@ -50,14 +50,13 @@ def read_files(state: BuildState) -> None:
         engine, events = state.engine, state.ingested_logs()
         typed = state.raw.resolve_types(engine, events)
         for part in range(len(state.raw.logs)):
-            # DuckDB keeps the order of the rows.
-            write_parquet(
-                engine, f"SELECT {typed.events} FROM {state.ingested_log(part)}", state.file(f"typed_log_{part}")
-            )
+            rows = f'SELECT {typed.events} FROM {events} WHERE part = {part} ORDER BY "row"'
+            write_parquet(engine, rows, state.file(f"typed_log_{part}"))
         tables = (("context", typed.context), ("titles", typed.titles), ("item_table", typed.items))
         for name, select in tables:
             if select is not None:
-                write_parquet(engine, f"SELECT {select} FROM {state.numbered(name)}", state.file(f"typed_{name}"))
+                rows = f'SELECT {select} FROM {state.numbered(name)} ORDER BY "row"'
+                write_parquet(engine, rows, state.file(f"typed_{name}"))
         state.writer.journal.commit("typed", {"labels": typed.labels})
 
 

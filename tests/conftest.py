@@ -83,6 +83,7 @@ def write_small_store(
     context: Mapping[str, Sequence[int]] | None = None,
     item_features: Mapping[str, Sequence[int] | Sequence[Sequence[int]]] | None = None,
     event_features: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    event_texts: Mapping[str, Sequence[str]] | None = None,
     num_items: int | None = None,
     num_actions: int | None = None,
     item_ids: Sequence[int] | None = None,
@@ -97,7 +98,8 @@ def write_small_store(
     ``timestamps`` in seconds (default: 60 s apart from 1,000,000), ``context`` feature -> one code a user; raw ids
     are 1000 + code for items (or ``item_ids``) and 100 + row for users, so that a mix-up of raw ids and codes shows.
     ``item_features``: feature -> one code or one list of codes an item; ``event_features``: feature -> lists like
-    ``items``; the raw ids of both are "value 007". ``raw``: features whose raw ids models get.
+    ``items``; the raw ids of both are "value 007", or those of ``event_texts``. ``raw``: features whose raw ids models
+    get.
     """
     lengths = [len(row) for row in items]
     if timestamps is None:
@@ -122,9 +124,10 @@ def write_small_store(
             writer.create_sequence(action_feature, "action", cardinality=cardinality, length=total)[:] = flat(actions)
         writer.create_sequence(timestamp_feature, "timestamp", cardinality=None, length=total)[:] = flat(timestamps)
         for feature, rows in (event_features or {}).items():
-            cardinality = int(flat(rows).max()) + 1
-            writer.create_sequence(feature, "event", cardinality=cardinality, length=total)[:] = flat(rows)
-            writer.write_vocabulary(feature, [f"value {code:03}" for code in range(cardinality)])
+            default = [f"value {code:03}" for code in range(int(flat(rows).max()) + 1)]
+            texts = (event_texts or {}).get(feature, default)
+            writer.create_sequence(feature, "event", cardinality=len(texts), length=total)[:] = flat(rows)
+            writer.write_vocabulary(feature, texts)
         for feature, of_items in (item_features or {}).items():
             lists = [value if isinstance(value, Sequence) else [value] for value in of_items]
             offsets = np.concatenate([[0], np.cumsum([len(row) for row in lists])])

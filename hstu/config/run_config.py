@@ -192,7 +192,7 @@ class _GinWriter:
     def _element(self, value: Any, base: str) -> str:
         if not isinstance(value, Args):
             return literal(value)
-        feature = (getattr(value, "feature_names", None) or [base])[0]
-        scope = self.new_scope(getattr(value, "table_name", feature))
+        names = getattr(value, "feature_names", None) or [getattr(value, "task_name", base)]
+        scope = self.new_scope(getattr(value, "table_name", names[0]))
         self.write(value, scope)
         return f"@{scope}/{type(value).__name__}()"

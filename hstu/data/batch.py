@@ -45,6 +45,9 @@ class HSTUBatch(Pipelineable):
     Retrieval evaluation: the store's codes of the held-out items, int64 [B], -1 for padding."""
     user_ids: Tensor
     """int64 [B]: rows of the users in the store, -1 for padding."""
+    label_values: Tensor | None = None
+    """float32 [L, M]: what RankingArgs.tasks read of the labelled items, a row for each of FeatureRoles.labels; NaN
+    where a value is missing. None if L = 0."""
     list_lengths: Tensor | None = None
     """int64 [L, sum of item_lengths]: the number of values that each item has of each of the L side features that are
     lists. None if L = 0."""

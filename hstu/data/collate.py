@@ -21,6 +21,7 @@ from hstu.config.args import Task
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
 from hstu.data.jagged import ranges, run_indices, run_offsets
+from hstu.data.labels import LabelColumn
 from hstu.data.negatives import ItemDistribution, LabelKeys, Negatives, draw_31_bits, draw_each, draw_shared
 from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import BatchPlan
@@ -32,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rows:
-    """The b real sequences of a batch as flat arrays, before padding; all int64."""
+    """The b real sequences of a batch as flat arrays, before padding; int64 unless stated otherwise."""
 
     user_ids: np.ndarray
     """[b]"""
@@ -54,6 +55,8 @@ class Rows:
     """Feature → [Σ lengths], or [Σ list_lengths[feature]] for a list: the values of one item after another."""
     list_lengths: Mapping[str, np.ndarray] = field(default_factory=dict)
     """List → values of each item, [Σ lengths]."""
+    label_values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """The features of FeatureRoles.labels in their order → float32 [Σ num_labels], NaN where missing."""
     held_out: np.ndarray | None = None
     """Retrieval evaluation: the target items, [b]."""
     request_times: np.ndarray | None = None
@@ -87,6 +90,8 @@ class StoreReader:
     """Read whole histories of evaluation samples, which filter_seen needs."""
     recoding: Mapping[str, np.ndarray] | None = field(default=None, kw_only=True)
     """Feature → int64 [cardinality]: from this store's codes to those of the training store. None: the same store."""
+    labels: Mapping[str, LabelColumn] = field(default_factory=dict, kw_only=True)
+    """The columns of FeatureRoles.labels."""
     stochastic_length: StochasticLength | None = field(default=None, kw_only=True)
     """Shortens training samples at random."""
 
@@ -119,6 +124,7 @@ class StoreReader:
                 seen = self._codes(self.roles.item, ranges(begin, seen_lengths))
         items = self._codes(self.roles.item, events)
         side, list_lengths = self._side(events)
+        labelled = ranges(start + lengths - num_labels, num_labels) if self.labels else events[:0]
         return Rows(
             user_ids=users,
             lengths=lengths,
@@ -130,6 +136,7 @@ class StoreReader:
             context={name: self._codes(name, users, of_users=True) for name in self.roles.contextual},
             side=side,
             list_lengths=list_lengths,
+            label_values={name: column.read(labelled) for name, column in self.labels.items()},
             held_out=held_out,
             request_times=request_times,
             seen=seen,
@@ -218,7 +225,7 @@ class Assembler:
         labelled = ranges(np.cumsum(rows.lengths) - rows.num_labels, rows.num_labels)
         negatives, draws, pool_positions = self._negatives(rows, plan)
         num_candidates = self._padded(rows.num_candidates)
-        lists = self.roles.lists
+        lists, label_values = self.roles.lists, list(rows.label_values.values())
         seen_offsets = None if rows.seen_lengths is None else run_offsets(self._padded(rows.seen_lengths))
         return HSTUBatch(
             features=self._features(rows, negatives),
@@ -226,6 +233,7 @@ class Assembler:
             num_labels=torch.from_numpy(self._padded(rows.num_labels)),
             labels=torch.from_numpy(self._labels(rows, labelled)),
             user_ids=torch.from_numpy(self._padded(rows.user_ids, -1)),
+            label_values=_tensor(np.stack(label_values) if label_values else None),
             list_lengths=_tensor(np.stack([rows.list_lengths[name] for name in lists]) if lists else None),
             timestamps=_tensor(rows.timestamps),
             request_times=None if rows.request_times is None else torch.from_numpy(self._padded(rows.request_times)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, NetworkArgs
+from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, NetworkArgs, RankingTaskArgs
 from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite, did_you_mean
+from hstu.data.labels import label_columns
 from hstu.data.store import SequenceStore
 
 
@@ -23,6 +25,8 @@ class FeatureRoles:
     """Those of ``side`` of which an item has several values."""
     known_after: tuple[str, ...] = ()
     """Those of ``side`` that only the event itself makes known, as it does the action."""
+    labels: tuple[str, ...] = field(default=(), kw_only=True)
+    """Features of events, or the action, that RankingArgs.tasks read of labelled items as labels, bounds or weights."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -46,8 +50,13 @@ def benchmark_roles(args: BenchmarkDatasetArgs) -> FeatureRoles:
     )
 
 
-def resolve_roles(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> FeatureRoles:
-    """The store's features, or those that ``args`` names; ConfigError, worded by ``cite``, lists those it lacks."""
+def resolve_roles(
+    store: SequenceStore, args: DatasetArgs, cite: Cite = cite, tasks: Sequence[RankingTaskArgs] | None = None
+) -> FeatureRoles:
+    """The store's features, or those that ``args`` and ``tasks`` name.
+
+    Raises ConfigError, worded by ``cite``, which lists those that the store lacks.
+    """
     chosen = FeatureRoles(
         item=args.item_feature_name or store.item_feature,
         action=store.action_feature if args.action_feature_name is None else args.action_feature_name or None,
@@ -59,6 +68,7 @@ def resolve_roles(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) ->
             name for name in args.side_feature_names if name in store.features and store.features[name].is_list
         ),
         known_after=tuple(args.known_after),
+        labels=label_columns(tasks),
     )
     of_events = (*store.event_features, *store.time_features)
     side = (*store.item_side_features, *of_events)
@@ -81,6 +91,20 @@ def resolve_roles(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) ->
             if role == "side" and not store.item_side_features:
                 text += f". Data preprocessed without them, or by an earlier version, has none. {store.remedy()}"
             problems.append(cite(args, parameter, text + did_you_mean(name, allowed)))
+    problems += [problem for task in tasks or () for problem in _absent(store, chosen.action, task, cite)]
     if problems:
         raise ConfigError(problems)
     return chosen
+
+
+def _absent(store: SequenceStore, action: str | None, task: RankingTaskArgs, cite: Cite) -> Iterator[str]:
+    """What is wrong with the features that a ranking task reads and that the store lacks."""
+    allowed = (*([action] if action else []), *store.event_features, *store.event_number_features)
+    for parameter in ("label", "censored_by", "sample_weight"):
+        name = getattr(task, parameter)
+        if name is not None and name not in allowed:
+            text = (
+                f"{name!r} is neither the action nor a feature of the events of {store.path}; allowed: "
+                f"{', '.join(allowed)}"
+            )
+            yield cite(task, parameter, text + did_you_mean(name, allowed))

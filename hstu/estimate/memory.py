@@ -5,15 +5,17 @@ The formulas of a step follow what autograd saves with the PyTorch kernels; docs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
 
-from hstu.config.args import RankingArgs
+from hstu.config.args import RankingArgs, RankingTaskArgs
 from hstu.config.run_config import RunConfig
 from hstu.estimate.workload import Batch, Workload, plan_workload
 from hstu.model.embedding import TableSpec, build_collections
+from hstu.model.heads import head_products
 from hstu.ops.costs import FLOAT32
 from hstu.ops.layer import saved_bytes
 from hstu.optim.dense import match_part_optimizers
@@ -211,6 +213,8 @@ def task_bytes(workload: Workload, batch: Batch, pool: int) -> tuple[int, int]:
     """(saved for backward, working memory of the loss) of the head, or of the softmax over ``pool`` rows."""
     network, args, c = workload.config.network, workload.config.task_args, workload.element_size
     labels, hidden, item_width = batch.labels, network.hidden_size, network.item_width
+    if isinstance(args, RankingArgs) and args.tasks is not None:
+        return _task_head_bytes(workload, args, args.tasks, labels)
     if isinstance(args, RankingArgs):
         *widths, last = args.prediction_head_arch
         per_hidden = c if args.prediction_head_act_type == "relu" else 2 * c
@@ -223,6 +227,20 @@ def task_bytes(workload: Workload, batch: Batch, pool: int) -> tuple[int, int]:
     if draws := workload.draws_per_label:  # scores, weights, and the draws sorted by row
         return saved, working + labels * draws * (2 * FLOAT32 + 4 * INT64)
     return saved, working + pool * FLOAT32 * item_width
+
+
+def _task_head_bytes(
+    workload: Workload, args: RankingArgs, tasks: Sequence[RankingTaskArgs], labels: int
+) -> tuple[int, int]:
+    """See ``task_bytes``: what the products of the head read, their activations, and what the losses keep."""
+    c, hidden, widths = workload.element_size, workload.config.network.hidden_size, args.prediction_head_arch
+    outputs = [task.output_width for task in tasks]
+    products = head_products(hidden, widths, outputs, args.task_sharing, args.num_experts)
+    per_hidden = c if args.prediction_head_act_type == "relu" else 2 * c
+    activations = sum(times * out * per_hidden for times, _, out in products) - per_hidden * sum(outputs)
+    pairs = sum(task.loss_in_force == "pairwise" for task in tasks) * workload.config.dataset.max_num_candidates
+    saved = INT64 + c * hidden + activations + FLOAT32 * (4 * sum(outputs) + 3 * len(tasks) + 3 * pairs)
+    return labels * saved, labels * FLOAT32 * (sum(outputs) + hidden)
 
 
 def looked_up_bytes(workload: Workload, batch: Batch) -> int:
@@ -243,7 +261,7 @@ def batch_bytes(workload: Workload, batch: Batch) -> int:
     if workload.encoder.inputs.needs_times:
         numbers += ids[workload.roles.item]
     numbers += workload.batch_pool(ids[workload.roles.item])
-    one = numbers * INT64 + labels * workload.draws_per_label * FLOAT32
+    one = numbers * INT64 + labels * (workload.draws_per_label + len(workload.roles.labels)) * FLOAT32
     group = tp if tp > 1 else 0  # the batch of the group
     micro = tp if config.trainer.gradient_accumulation_steps > 1 else 0  # and its micro-batches
     return one * (1 + group + micro) * _BATCHES_IN_FLIGHT[config.trainer.pipeline_type]

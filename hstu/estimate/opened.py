@@ -16,6 +16,7 @@ from hstu.checkpoint.tensors import AVERAGE, TABLES, WEIGHTS
 from hstu.config.args import DatasetArgs, EmbeddingArgs, OptimizerArgs, RetrievalArgs
 from hstu.config.errors import UserError
 from hstu.config.incomplete import Unknown
+from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunDraft
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.roles import FeatureRoles, benchmark_roles, resolve_roles
@@ -23,14 +24,12 @@ from hstu.data.store import SequenceStore
 from hstu.estimate.workload import roles_without_data
 from hstu.model.embedding import TableSpec, table_specs
 from hstu.model.inputs import SequenceFeatures
-from hstu.model.ranking import RankingDense
-from hstu.model.retrieval import RetrievalDense
 from hstu.observe.run_directory import default_path
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.optim.dense import match_part_optimizers
 from hstu.parallel.row_optimizer import STATES
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise
-from hstu.train.builder import task_module
+from hstu.train.builder import TaskModel, task_module
 from hstu.train.directories import directory_of_checkpoints
 from hstu.train.sources import BatchSource, open_source, open_store
 from hstu.train.tables import choose_tables, predefined_tables
@@ -83,9 +82,10 @@ class Opened:
         if not isinstance(dataset, DatasetArgs):
             return Attempt(lambda: benchmark_roles(dataset))
         if self.store.error is None:
-            return Attempt(lambda: resolve_roles(self.store.value, dataset, self.run.located))
+            tasks = tasks_of(self.run)
+            return Attempt(lambda: resolve_roles(self.store.value, dataset, self.run.located, tasks))
         name = resolve_name(dataset.dataset_name)
-        return Attempt(lambda: roles_without_data(dataset, DATASETS[name] if name else None))
+        return Attempt(lambda: roles_without_data(dataset, DATASETS[name] if name else None, tasks_of(self.run)))
 
     @cached_property
     def tables(self) -> Attempt[tuple[EmbeddingArgs, ...]]:
@@ -105,7 +105,7 @@ class Opened:
         return Attempt(lambda: table_specs(tables, run.network, roles, negatives, ranks, run.located))
 
     @cached_property
-    def task(self) -> RankingDense | RetrievalDense:
+    def task(self) -> TaskModel:
         """The dense part of the model without tensor parallelism, on the meta device: shapes without memory."""
         run, roles = self.run, self.roles.value
         if isinstance(run.dataset, DatasetArgs):

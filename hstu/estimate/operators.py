@@ -7,7 +7,7 @@ run (machine.py does both). Operators that would run for long are timed on fewer
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hstu.config.args import OptimizerArgs, RankingArgs
+from hstu.config.args import OptimizerArgs, RankingArgs, RankingTaskArgs
 from hstu.data.batch import keyed_jagged
 from hstu.data.jagged import sequence_tokens
 from hstu.estimate.memory import TableShards, trained_densely
 from hstu.estimate.workload import Batch, Workload
 from hstu.model.embedding import TableSpec
 from hstu.model.gr_model import GRModel
+from hstu.model.heads import head_products
 from hstu.ops import costs
 from hstu.ops.costs import FLOAT32, Cost
 from hstu.ops.dropout import dropout
@@ -126,6 +127,9 @@ def _task(workload: Workload, batch: Batch) -> Iterator[Operator]:
     args, network = workload.config.task_args, workload.config.network
     hidden, tokens = network.hidden_size, workload.tokens(batch)
     if isinstance(args, RankingArgs):
+        if args.tasks is not None:
+            yield from _task_heads(workload, args, args.tasks, batch)
+            return
         widths = [hidden, *args.prediction_head_arch]
         for inputs, outputs in pairwise(widths):
             yield _linear("head", batch.labels, inputs, outputs, workload.element_size)
@@ -137,6 +141,18 @@ def _task(workload: Workload, batch: Batch) -> Iterator[Operator]:
     for rows in (tokens, batch.items):  # queries and positives are selected and normalised
         yield _labelled_rows("queries", batch.labels, width, width, rows)
     yield _softmax(batch.labels, workload.pool(batch, workload.dp_size), workload.draws_per_label, width)
+
+
+def _task_heads(
+    workload: Workload, args: RankingArgs, tasks: Sequence[RankingTaskArgs], batch: Batch
+) -> Iterator[Operator]:
+    hidden, widths = workload.config.network.hidden_size, [task.output_width for task in tasks]
+    for times, inputs, outputs in head_products(
+        hidden, args.prediction_head_arch, widths, args.task_sharing, args.num_experts
+    ):
+        op = _linear("head", batch.labels, inputs, outputs, workload.element_size)
+        yield dataclasses.replace(op, times=times)
+    yield _labelled_rows("loss", batch.labels, sum(widths), hidden, workload.tokens(batch))
 
 
 def _updates(workload: Workload) -> Iterator[Operator]:

@@ -97,7 +97,7 @@ def tables_fit_the_data(run: RunDraft, opened: Opened) -> Iterator[Problem]:
     """Static tables have rows for all ids, and every feature has one table."""
     store = opened.store.value
     names = (*store.features, *store.time_features)
-    cardinalities = {name: store.cardinality(name) for name in names if name != store.timestamp_feature}
+    cardinalities = {name: store.cardinality(name) for name in names if store.feature(name).cardinality is not None}
     known = [table for table in run.embeddings if set(table.feature_names) <= cardinalities.keys()]
     raw = tuple(name for name in cardinalities if store.feature(name).raw)
     too_small = Attempt(lambda: check_rows(known, cardinalities, run.located, raw)).error
@@ -137,7 +137,7 @@ def masks_hide_the_labels(run: RunDraft, opened: Opened) -> Iterator[Problem]:
 def head_fits_the_labels(run: RunDraft, opened: Opened) -> Iterator[Problem]:
     """The head of a ranking model has a class for every action of the data."""
     args, dataset = run.task_args, run.dataset
-    if not isinstance(args, RankingArgs):
+    if not isinstance(args, RankingArgs) or args.tasks is not None:
         return
     if isinstance(dataset, DatasetArgs):
         store = opened.store.value

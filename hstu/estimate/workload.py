@@ -12,24 +12,25 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, RetrievalArgs
+from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, RankingTaskArgs, RetrievalArgs
 from hstu.config.errors import ConfigError, DataError
+from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.spec import USER_FEATURE, DatasetSpec, Schema
+from hstu.data.labels import label_columns
 from hstu.data.negatives import Negatives
 from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import SamplerPosition
 from hstu.model.embedding import TableSpec, table_specs
 from hstu.model.inputs import SequenceFeatures
-from hstu.model.ranking import RankingDense
-from hstu.model.retrieval import LogCounts, RetrievalDense
+from hstu.model.retrieval import LogCounts
 from hstu.model.stack import HSTULayer, SequenceEncoder
 from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.parallel.tensor import SPLIT_DIMS
-from hstu.train.builder import task_module
+from hstu.train.builder import TaskModel, task_module
 from hstu.train.flops import FlopCounter
 from hstu.train.sources import open_source, open_store
 
@@ -110,7 +111,7 @@ class Workload:
         return SequenceFeatures.of(self.roles, self.max_items)
 
     @cached_property
-    def task(self) -> RankingDense | RetrievalDense:
+    def task(self) -> TaskModel:
         """The dense part of the model, replicated tables apart, on the meta device: shapes without memory."""
         has_log_counts = self.negatives is not None and self.negatives.logq
         with torch.device("meta"):
@@ -313,7 +314,7 @@ def _plan_without_data(config: RunConfig) -> _Data:
     assert isinstance(args, DatasetArgs)
     name = resolve_name(args.dataset_name)
     spec = DATASETS[name] if name else None
-    roles = roles_without_data(args, spec)
+    roles = roles_without_data(args, spec, tasks_of(config))
     tables = [*config.embeddings, *(_published_tables(config, roles, spec) if spec else ())]
     rows = {feature: table.item_vocab_size_or_capacity for table in tables for feature in table.feature_names}
     longest = args.max_sequence_length
@@ -329,7 +330,9 @@ def _plan_without_data(config: RunConfig) -> _Data:
     return _Data(roles, tables, longest, rows.get(roles.item, 1), {}, ((batch,),), tuple(notes))
 
 
-def roles_without_data(args: DatasetArgs, spec: DatasetSpec | None) -> FeatureRoles:
+def roles_without_data(
+    args: DatasetArgs, spec: DatasetSpec | None, tasks: Sequence[RankingTaskArgs] = ()
+) -> FeatureRoles:
     """The features of data that is not preprocessed yet. Raises ConfigError if they are not known."""
     schema = spec.schema if spec else Schema(item="")
     item = args.item_feature_name or schema.item
@@ -342,7 +345,7 @@ def roles_without_data(args: DatasetArgs, spec: DatasetSpec | None) -> FeatureRo
     action = schema.action if args.action_feature_name is None else args.action_feature_name
     context = schema.context if args.contextual_feature_names is None else args.contextual_feature_names
     side, after = tuple(args.side_feature_names), tuple(args.known_after)
-    return FeatureRoles(item, action or None, tuple(context), side, known_after=after)
+    return FeatureRoles(item, action or None, tuple(context), side, known_after=after, labels=label_columns(tasks))
 
 
 def _published_tables(config: RunConfig, roles: FeatureRoles, spec: DatasetSpec) -> list[EmbeddingArgs]:

@@ -20,6 +20,7 @@ class ModelOutput:
     num_labels: Tensor
     """int64 scalar on the device: labelled tokens of this batch."""
     logits: Tensor | None = None
-    """Ranking: float32 [M, last width of the head], in the order of ``batch.labels``."""
+    """Ranking: float32 [M, last width of the head], in the order of ``batch.labels``. With RankingArgs.tasks: the
+    predictions of all tasks, side by side."""
     queries: Tensor | None = None
     """Retrieval evaluation: float32 [B, E], normalised, at each sequence's newest token; zero rows for padding."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -23,6 +23,7 @@ from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES
 from hstu.data.datasets import DATASETS
+from hstu.data.labels import LabelFacts, first_class, label_columns
 from hstu.data.roles import FeatureRoles
 from hstu.model.compiled import compile_parts, why_not
 from hstu.model.embedding import table_specs
@@ -32,6 +33,7 @@ from hstu.model.precision import DTYPES
 from hstu.model.ranking import RankingDense
 from hstu.model.retrieval import GatherPool, LogCounts, RetrievalDense, own_pool
 from hstu.model.stack import SequenceEncoder, kernel_shapes
+from hstu.model.tasks import MultiTaskDense
 from hstu.observe.logging import set_up_logging
 from hstu.observe.run_directory import RunDirectory
 from hstu.observe.throughput import ThroughputMeter, peak_tflops
@@ -52,6 +54,7 @@ from hstu.pipeline.prefetch import PrefetchPipeline
 from hstu.pipeline.step import TrainStep
 from hstu.train.directories import choose_directories, describe_saving
 from hstu.train.evaluate import Evaluator, RankingEvaluator, RetrievalEvaluator
+from hstu.train.evaluate_tasks import MultiTaskEvaluator
 from hstu.train.flops import FlopCounter
 from hstu.train.inference import StoredSource, describe_features
 from hstu.train.sources import BatchSource, StoreSource, open_source
@@ -65,7 +68,8 @@ PIPELINES: dict[str, type[TrainPipeline]] = {
     "prefetch": PrefetchPipeline,
 }
 
-
+TaskModel = RankingDense | MultiTaskDense | RetrievalDense
+"""The dense part of a model, replicated tables apart."""
 BesideTables = Callable[[RunConfig, Mesh], int]
 """Bytes of memory that a step needs on a rank beside the sharded tables."""
 
@@ -203,7 +207,7 @@ def build_model(
     return model, optimizers
 
 
-def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDense | RetrievalDense:
+def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
     """The sequence encoder and the head or loss of the task, with the kernels for this device."""
     network, roles = config.network, source.roles
     shapes = kernel_shapes(network, mesh.tp_size)
@@ -215,10 +219,20 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> RankingDen
         config,
         SequenceFeatures.of(roles, source.max_items),
         kernels,
-        label_offset(config.task_args, source, config.located) if isinstance(config.task_args, RankingArgs) else 0,
+        label_offsets(config, source),
         lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),
         log_counts_of(source),
     )
+
+
+def label_offsets(config: RunConfig, source: BatchSource) -> tuple[int, ...]:
+    """The label of class 0 of each ranking task."""
+    if not isinstance(config.task_args, RankingArgs):
+        return ()
+    if config.task_args.tasks is None:
+        return (label_offset(config.task_args, source, config.located),)
+    unknown = LabelFacts()  # without data nothing is trained
+    return tuple(first_class(task, source.label_facts.get(task.label, unknown)) for task in config.task_args.tasks)
 
 
 def log_counts_of(source: BatchSource) -> LogCounts | None:
@@ -278,28 +292,35 @@ def task_module(
     config: RunConfig,
     features: SequenceFeatures,
     kernels: Kernels,
-    label_offset: int = 0,
+    label_offsets: Sequence[int] = (),
     gather_pool: GatherPool = own_pool,
     log_counts: LogCounts | None = None,
-) -> RankingDense | RetrievalDense:
-    """The same module without anything that depends on the data, the ranks or the device."""
+) -> TaskModel:
+    """The same module without anything that depends on the data, the ranks or the device.
+
+    ``label_offsets``: see the function of that name; empty: 0 for each task.
+    """
     network = config.network
     encoder = SequenceEncoder(network, features, kernels)
-    if isinstance(config.task_args, RankingArgs):
-        return RankingDense(encoder, config.task_args, label_offset=label_offset)
+    args = config.task_args
+    if isinstance(args, RankingArgs):
+        offsets = label_offsets or [0] * len(args.tasks or [args])
+        if args.tasks is not None:
+            return MultiTaskDense(encoder, args, label_columns(args.tasks), offsets)
+        return RankingDense(encoder, args, label_offset=offsets[0])
     return RetrievalDense(
         encoder,
         item_feature=features.item,
         hidden_size=network.hidden_size,
         item_dim=network.item_width,
-        args=config.task_args,
+        args=args,
         gather_pool=gather_pool,
         log_counts=log_counts,
         kernels=kernels,
     )
 
 
-def compile_on_all_ranks(task: RankingDense | RetrievalDense, mesh: Mesh) -> None:
+def compile_on_all_ranks(task: TaskModel, mesh: Mesh) -> None:
     """Compile parts of ``task`` if every rank can, so that ranks with the same weights compute the same bits."""
     reasons = [reason for reason in gather_objects(why_not(mesh.device), mesh.world_group) if reason is not None]
     if reasons:
@@ -340,7 +361,10 @@ def build_pipeline(
 def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh: Mesh) -> Evaluator:
     """The evaluator of the task."""
     if isinstance(config.task_args, RankingArgs):
-        offset = cast(RankingDense, unwrap_dense(model).task).label_offset
+        task = unwrap_dense(model).task
+        if isinstance(task, MultiTaskDense):
+            return MultiTaskEvaluator(model, task.each_task, mesh, config.trainer.max_eval_iters)
+        offset = cast(RankingDense, task).label_offset
         return RankingEvaluator(model, config.task_args, offset, mesh, config.trainer.max_eval_iters)
     return RetrievalEvaluator(model, config.task_args, source, mesh, config.trainer.max_eval_iters)
 

@@ -11,19 +11,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hstu.config.args import (
-    BenchmarkDatasetArgs,
-    DatasetArgs,
-    EmbeddingArgs,
-    RetrievalArgs,
-)
+from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, RetrievalArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.problems import in_reading_order
+from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.rules.training import token_limit_admits
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
 from hstu.data.collate import Assembler, Collator, SkippedSamples, StoreReader
 from hstu.data.datasets import resolve_name
+from hstu.data.labels import LabelColumn, LabelFacts, check_labels
 from hstu.data.loader import build_loader
 from hstu.data.negatives import ItemDistribution, Negatives, count_items, expected_log_counts
 from hstu.data.roles import FeatureRoles, benchmark_roles, resolve_roles
@@ -66,6 +63,8 @@ class BatchSource(ABC):
     """Side feature that is a list → its values per item, on average over the items."""
     raw_features: tuple[str, ...] = ()
     """Features of which the model gets raw ids, any int64."""
+    label_facts: Mapping[str, LabelFacts]
+    """Of each of ``roles.labels``, what occurs; empty without data."""
     max_items: int
     """Items of the longest sequence."""
     negatives: Negatives | None
@@ -81,6 +80,7 @@ class BatchSource(ABC):
     def __init__(self, config: RunConfig, mesh: Mesh | None, world_size: int) -> None:
         self._config = config
         self.values_per_item = {}
+        self.label_facts = {}
         self._rank, self._world_size = (0, world_size) if mesh is None else (mesh.rank, mesh.world_size)
         self._pin_memory = mesh is not None and mesh.device.type == "cuda"
         retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
@@ -169,8 +169,14 @@ class StoreSource(BatchSource):
         self._args = args
         self.store = open_store(args)
         self._eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
-        self.roles = resolve_roles(self.store, args, config.located)
+        self.roles = resolve_roles(self.store, args, config.located, tasks_of(config))
         check_split(self.store, args, config.located)
+        self._labels = {name: LabelColumn(self.store, name) for name in self.roles.labels}
+        self._eval_labels = {name: column.of(self._eval_store) for name, column in self._labels.items()}
+        self.label_facts = {
+            name: column.facts().joined(self._eval_labels[name].facts()) for name, column in self._labels.items()
+        }
+        check_labels(tasks_of(config), self.label_facts, config.located)
         predefined = predefined_tables(args, self.store, config.network)
         self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
         self.tables = self.fit(choose_tables(config.embeddings, predefined, self.roles.names, config.located))
@@ -299,6 +305,7 @@ class StoreSource(BatchSource):
             wants_request_times=self._wants_request_times,
             wants_seen=self._wants_seen and not training,
             recoding=self._recoding if store is not self.store else None,
+            labels=self._labels if store is self.store else self._eval_labels,
             stochastic_length=self._stochastic_length if training else None,
         )
         corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed

@@ -58,6 +58,16 @@ OWN_TABLES = text(
 )
 OWN_DATA = RANKING.replace("ml-1m", "criteo") + OWN_TABLES
 
+USER_TASKS = OWN_DATA + text(
+    [
+        "RankingArgs.tasks = [@click/RankingTaskArgs(), @stars/RankingTaskArgs()]",
+        'click/RankingTaskArgs.label = "clicked"',
+        'stars/RankingTaskArgs.label = "action"',
+        'stars/RankingTaskArgs.kind = "ordinal"',
+        "stars/RankingTaskArgs.num_classes = 5",
+    ]
+)
+
 RANDOM_RETRIEVAL = text(line for line in BENCHMARK.splitlines() if not line.startswith("RankingArgs"))
 
 BASES = {
@@ -65,6 +75,7 @@ BASES = {
     "retrieval": RETRIEVAL,
     "benchmark": BENCHMARK,
     "own": OWN_DATA,
+    "tasks": USER_TASKS,
     "random retrieval": RANDOM_RETRIEVAL,
 }
 

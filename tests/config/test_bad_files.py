@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hstu.config.cli import parse_command_line
-from tests.config.gin_files import ALL_RULES, BASES, changed, task_of, write
+from tests.config.gin_files import ALL_RULES, BASES, changed, table, task_of, write
 
 HERE = "  # HERE"
 
@@ -433,7 +433,53 @@ TOGETHER = [
         "l/RandomDistribution.low = 5" + HERE, "l/RandomDistribution.high = 5", told=("must be below", "high = 5")),
 ]  # fmt: skip
 
-EVERY = [*NAMES, *REFERENCES, *VALUES, *SYNTAX, *TOGETHER]
+USER_TASKS = [
+    bad("task of a misspelt scope", "tasks", "RankingArgs.tasks = [@clik/RankingTaskArgs(), @stars/RankingTaskArgs()]"
+        + HERE, told=("nothing is bound to clik/RankingTaskArgs", "did you mean '@click/RankingTaskArgs()'")),
+    bad("task that no list has", "tasks", 'long/RankingTaskArgs.label = "watched"' + HERE,
+        told=("never used: nothing refers to @long/RankingTaskArgs()",)),
+    bad("task without a label", "tasks", "-click/RankingTaskArgs", "click/RankingTaskArgs.weight = 2.0" + HERE,
+        told=("click/RankingTaskArgs.label is required and not bound",)),
+    bad("kind of task", "tasks", 'click/RankingTaskArgs.kind = "binry"' + HERE,
+        told=("one of 'binary', 'class'", "did you mean 'binary'")),
+    bad("classes of a binary task", "tasks", "click/RankingTaskArgs.num_classes = 3" + HERE,
+        told=("no effect with RankingTaskArgs.kind = 'binary'", "set kind to 'class' or 'ordinal'")),
+    bad("no classes", "tasks", "-stars/RankingTaskArgs", 'stars/RankingTaskArgs.label = "action"',
+        'stars/RankingTaskArgs.kind = "ordinal"' + HERE, told=("needs RankingTaskArgs.num_classes",)),
+    bad("loss of another kind", "tasks", 'click/RankingTaskArgs.loss = "mse"' + HERE,
+        told=("is not for RankingTaskArgs.kind = 'binary'", "use 'bce' or 'focal' or 'pairwise'")),
+    bad("metric of another kind", "tasks", 'click/RankingTaskArgs.metrics = ("AUC", "RMSE")' + HERE,
+        told=("RMSE is not for RankingTaskArgs.kind = 'binary'",)),
+    bad("no such metric of a task", "tasks", 'click/RankingTaskArgs.metrics = ("AUCC",)' + HERE,
+        told=("'AUCC' is not allowed", "did you mean 'AUC'")),
+    bad("threshold and bits", "tasks", "click/RankingTaskArgs.positive_from = 2" + HERE,
+        "click/RankingTaskArgs.bit_mask = 4", told=("cannot be combined with click/RankingTaskArgs.bit_mask = 4",)),
+    bad("pairs without candidates", "tasks", 'click/RankingTaskArgs.loss = "pairwise"' + HERE,
+        told=("pairwise compares the candidates of a request", "set max_num_candidates above 1")),
+    bad("order without candidates", "tasks", 'stars/RankingTaskArgs.metrics = ("NDCG@5",)' + HERE,
+        told=("NDCG compares the candidates of a request",)),
+    bad("label that is shown", "tasks", 'click/RankingTaskArgs.label = "clicked"' + HERE,
+        'DatasetArgs.side_feature_names = ["clicked"]', *table("clicked", 2, sharding_type="data_parallel"),
+        told=("the prediction would see its own label", "add it to DatasetArgs.known_after")),
+    bad("two tasks of one name", "tasks", 'stars/RankingTaskArgs.name = "clicked"' + HERE,
+        told=("another task is called 'clicked', too",)),
+    bad("tasks and a number of tasks", "tasks", "RankingArgs.num_tasks = 2" + HERE,
+        told=("cannot be combined with RankingArgs.tasks =", "one RankingTaskArgs per task")),
+    bad("tasks and their metrics", "tasks", 'RankingArgs.eval_metrics = ("GAUC",)' + HERE,
+        told=("cannot be combined with RankingArgs.tasks =", "use RankingTaskArgs.metrics")),
+    bad("experts without tasks", "own", 'RankingArgs.task_sharing = "mmoe"' + HERE,
+        told=("no effect without RankingArgs.tasks",)),
+    bad("experts of one trunk", "tasks", "RankingArgs.num_experts = 3" + HERE,
+        told=("no effect with RankingArgs.task_sharing = 'shared'",)),
+    bad("best metric of no task", "tasks", 'TrainerArgs.best_metric = "AUC/clickd"' + HERE,
+        told=("is not measured; choose one of AUC/clicked", "did you mean 'AUC/clicked'")),
+    bad("best error", "tasks", 'TrainerArgs.best_metric = "MAE/action"',
+        'TrainerArgs.best_metric_mode = "max"' + HERE, told=("would keep the worst", "better when lower")),
+    bad("tasks of random data", "benchmark", "RankingArgs.tasks = [@click/RankingTaskArgs()]" + HERE,
+        'click/RankingTaskArgs.label = "action"', told=("no effect on the random data of BenchmarkDatasetArgs",)),
+]  # fmt: skip
+
+EVERY = [*NAMES, *REFERENCES, *VALUES, *SYNTAX, *TOGETHER, *USER_TASKS]
 
 
 def told_about(argv: list[str], task: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -16,7 +16,18 @@ from hstu.config.errors import ConfigError
 from hstu.config.gin_io import read_and_check
 from hstu.config.option import Args, annotation_of, field_problems, options_of
 from hstu.config.run_config import RunConfig
-from tests.config.gin_files import ALL_RULES, BENCHMARK, OWN_DATA, RETRIEVAL, changed, table, task_of, text, write
+from tests.config.gin_files import (
+    ALL_RULES,
+    BENCHMARK,
+    OWN_DATA,
+    RETRIEVAL,
+    USER_TASKS,
+    changed,
+    table,
+    task_of,
+    text,
+    write,
+)
 
 ANYTHING = (None, True, 0, -1, "", [], (), {}, [None], [[]], "item")
 INTEGERS = (1, 2**31, 2**63 - 1, 2**63, -(2**63), 1e12, 10**400)
@@ -43,6 +54,7 @@ FILES = {
     "FeatureArgs": ("benchmark", RANDOM, "seq/"),
     "RandomDistribution": ("benchmark", RANDOM, "any/"),
     "PartOptimizerArgs": ("benchmark", RANDOM, "any/"),
+    "RankingTaskArgs": ("tasks", USER_TASKS, "stars/"),
 }
 """Class → the base, its text and the scope of the class in it; the other classes are in ``RANDOM`` without a scope."""
 

@@ -78,6 +78,21 @@ BENCHMARKS = instances(
 OPTIMIZERS = instances(
     a.OptimizerArgs, part_optimizers=st.lists(instances(a.PartOptimizerArgs, regex=TEXT.filter(len)), max_size=3)
 )
+METRICS = ["AUC", "AUC>=3", "RMSE", "NDCG@5"]
+RANKING = instances(
+    a.RankingArgs,
+    tasks=st.none()
+    | st.lists(
+        instances(
+            a.RankingTaskArgs,
+            name=st.none() | st.sampled_from(["click", "stars"]),
+            loss=st.none() | st.sampled_from(["bce", "mse"]),
+            metrics=st.none() | st.lists(st.sampled_from(METRICS), min_size=1, max_size=3).map(tuple),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+)
 
 
 @st.composite
@@ -94,7 +109,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         schedule=draw(instances(a.LRScheduleArgs)),
         precision=draw(instances(a.PrecisionArgs)),
         tensor_parallel=draw(instances(a.TensorModelParallelArgs)),
-        task_args=draw(instances(a.RankingArgs if task == "ranking" else a.RetrievalArgs)),
+        task_args=draw(RANKING if task == "ranking" else instances(a.RetrievalArgs)),
     )
 
 

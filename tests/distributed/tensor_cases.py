@@ -51,6 +51,27 @@ MIXED = [
     "OptimizerArgs.sparse_max_gradient = 0.001",
 ]
 """Tables and parts of the dense weights that are trained each in its own way."""
+USER_TASKS = [
+    "RankingArgs.tasks = [@kind/RankingTaskArgs(), @stay/RankingTaskArgs(), @high/RankingTaskArgs()]",
+    'kind/RankingTaskArgs.label = "watched"',
+    'kind/RankingTaskArgs.kind = "class"',
+    "kind/RankingTaskArgs.num_classes = 4",
+    'kind/RankingTaskArgs.metrics = ("LOGLOSS", "ACC")',
+    'stay/RankingTaskArgs.label = "stayed"',
+    'stay/RankingTaskArgs.kind = "regression"',
+    "stay/RankingTaskArgs.scale = 10.0",
+    'stay/RankingTaskArgs.metrics = ("RMSE", "MAE")',
+    'high/RankingTaskArgs.label = "action"',
+    "high/RankingTaskArgs.positive_from = 2",
+    'high/RankingTaskArgs.loss = "pairwise"',
+    'high/RankingTaskArgs.sample_weight = "stayed"',
+    'high/RankingTaskArgs.metrics = ("LOGLOSS",)',
+    "RankingArgs.prediction_head_arch = [6]",
+    "RankingArgs.eval_metrics = ('AUC',)",
+    'RankingArgs.task_sharing = "mmoe"',
+    "DatasetArgs.max_num_candidates = 3",
+]
+"""Tasks that the user defines. A quarter of the labels "stayed" is missing."""
 TASKS = {
     "ranking": ["RankingArgs.prediction_head_arch = [6, 4]", "RankingArgs.eval_metrics = ('AUC', 'LOGLOSS', 'GAUC')"],
     "retrieval": ["RetrievalArgs.eval_metrics = ('HR@5', 'NDCG@5', 'MRR')", "RetrievalArgs.temperature = 0.2"],
@@ -71,7 +92,11 @@ def write_store(path: Path) -> None:
             "genres": [rng.integers(0, 6, rng.integers(1, 4)).tolist() for _ in range(30)],
             "year": rng.integers(0, 3, 30).tolist(),
         },
-        event_features={"watched": [rng.integers(0, 4, n).tolist() for n in lengths]},
+        event_features={
+            "watched": [rng.integers(0, 4, n).tolist() for n in lengths],
+            "stayed": [rng.integers(0, 4, n).tolist() for n in lengths],
+        },
+        event_texts={"stayed": ["12", "3.5", "7", "unknown"]},
         num_items=30,
         num_actions=4,
     )

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.training_cases import train
-from tests.train.tiny import walks
+from tests.train.tiny import OF_THE_ACTION, walks
 
 GLOBAL_BATCH, MICRO_BATCHES, ITERATIONS = 12, 3, 4
 LIMITED = {"sparse_max_gradient": 0.002}
@@ -55,6 +55,12 @@ CASES: dict[str, Any] = {
         "task": "retrieval",
         "optimizer": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.01, "adam_eps": 1e-4, **LIMITED},
         "task_args": {"negatives": "full"},
+    },
+    "tasks": {
+        "task": "ranking",
+        "optimizer": SGD,
+        "dataset": {"max_num_candidates": 3},
+        "task_args": OF_THE_ACTION,
     },
 }
 PIPELINES = {name: ("none", "native", "prefetch")[number % 3] for number, name in enumerate(CASES)}

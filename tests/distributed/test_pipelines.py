@@ -5,6 +5,7 @@ import pytest
 
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.pipeline_cases import PIPELINES, STEPS, train, write_store
+from tests.train.tiny import OF_THE_ACTION
 
 ADAM = {"optimizer_str": "adam"}
 CASES: dict[str, Any] = {
@@ -12,6 +13,7 @@ CASES: dict[str, Any] = {
     "ranking, adam": {"optimizer": ADAM, "trainer": {"max_grad_norm": 0.05}},
     "two widths, adagrad": {"optimizer": {"optimizer_str": "adagrad"}, "network": {"contextual_embedding_dim": 8}},
     "all tables replicated": {"sharded": []},
+    "ranking, tasks": {"dataset": {"max_num_candidates": 3}, "task_args": OF_THE_ACTION},
     "retrieval, in-batch negatives": {"task": "retrieval", "task_args": {"negatives": "in_batch"}},
     "retrieval, all items": {"task": "retrieval", "task_args": {"negatives": "full"}, "optimizer": ADAM},
 }

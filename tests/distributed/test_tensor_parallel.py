@@ -16,7 +16,16 @@ from hstu.parallel.mesh import Mesh
 from hstu.parallel.tensor import ProcessGroupComm
 from hstu.train.builder import build_evaluator
 from tests.distributed.launch import Launch, run_cases
-from tests.distributed.tensor_cases import MIXED, RunOptions, consolidated, make_config, new_run, train, write_store
+from tests.distributed.tensor_cases import (
+    MIXED,
+    USER_TASKS,
+    RunOptions,
+    consolidated,
+    make_config,
+    new_run,
+    train,
+    write_store,
+)
 
 BY_TOKENS = "NetworkArgs.sequence_parallel = True"
 RELATIVE = "NetworkArgs.position_encoding = 'relative_bias'"
@@ -41,6 +50,7 @@ CASES: dict[str, Any] = {
         "replicated": [],
         "bindings": ["NetworkArgs.item_embedding_dim = 8", "NetworkArgs.contextual_embedding_dim = 4"],
     },
+    "ranking, tasks, by tokens": {"bindings": [BY_TOKENS, *USER_TASKS]},
     "retrieval": {"task": "retrieval", "sharding": "column_wise"},
     "retrieval, draws, adam, by tokens": {
         "task": "retrieval",

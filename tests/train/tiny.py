@@ -17,6 +17,7 @@ from hstu.config.args import (
     OptimizerArgs,
     PrecisionArgs,
     RankingArgs,
+    RankingTaskArgs,
     RetrievalArgs,
     TrainerArgs,
 )
@@ -52,6 +53,18 @@ NETWORK = {
     "num_position_buckets": 64,
 }
 RANKING = {"prediction_head_arch": [8, ACTIONS], "eval_metrics": ("AUC", "GAUC", "ACC", "LOGLOSS")}
+OF_THE_ACTION = {
+    "prediction_head_arch": [8],
+    "eval_metrics": ("AUC",),
+    "task_sharing": "ple",
+    "num_experts": 2,
+    "tasks": [
+        RankingTaskArgs(name="level", label="action", kind="ordinal", num_classes=ACTIONS, weight=0.5),
+        RankingTaskArgs(name="odd", label="action", bit_mask=1, loss="focal", metrics=("LOGLOSS", "NDCG")),
+        RankingTaskArgs(name="high", label="action", positive_from=2, loss="pairwise", metrics=("LOGLOSS",)),
+    ],
+}
+"""Arguments of RankingArgs: tasks that need no label but the action. They compare candidates."""
 RETRIEVAL = {"eval_metrics": ("HR@3", "NDCG@3", "MRR")}
 
 

@@ -17,7 +17,7 @@ from hstu.config.args.dataset import BenchmarkDatasetArgs, DatasetArgs, FeatureA
 from hstu.config.args.embedding import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.args.network import NetworkArgs, TensorModelParallelArgs
 from hstu.config.args.optimizer import LRScheduleArgs, OptimizerArgs, PartOptimizerArgs, PrecisionArgs
-from hstu.config.args.task import RankingArgs, RetrievalArgs
+from hstu.config.args.task import RankingArgs, RankingTaskArgs, RetrievalArgs
 from hstu.config.args.trainer import TrainerArgs
 from hstu.config.option import Args
 
@@ -38,6 +38,7 @@ REGISTRY: Mapping[type[Args], str] = {
     PrecisionArgs: "precision",
     TensorModelParallelArgs: "tensor_parallel",
     RankingArgs: "task_args",
+    RankingTaskArgs: "",
     RetrievalArgs: "task_args",
 }
 """Gin class → the field of RunConfig that holds its object or objects; "" where only other classes refer to it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Optional
 
 from hstu.config.option import Args, option
 
@@ -28,13 +29,104 @@ def fits_kind(metric: str, kind: str) -> bool:
     return re.sub(r"(?<=@)[1-9]\d*$|(?<=>=)\d+$", "K", metric) in METRICS_OF_KIND[kind]
 
 
+LOSSES = {
+    "binary": ("bce", "focal", "pairwise"),
+    "class": ("cross_entropy",),
+    "ordinal": ("cumulative_logit",),
+    "regression": ("mse", "huber"),
+    "censored": ("tobit",),
+}
+"""Kind of a ranking task → the losses that it allows, the first of which is its default."""
+DEFAULT_METRIC = {"binary": "AUC", "class": "ACC", "ordinal": "MAE", "regression": "RMSE", "censored": "RMSE"}
+"""Kind of a ranking task → what is measured unless metrics are given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingTaskArgs(Args):
+    """One of RankingArgs.tasks: what is predicted of an item, how it is learnt, and what is measured."""
+
+    label: str = option(not_empty=True)
+    """The feature of the data that holds the labels: the action, or a feature of the events. Texts that are numbers
+    count as these numbers; "unknown" is a missing label, which adds nothing to the loss and to the metrics."""
+    name: Optional[str] = option(None, pattern=r"[a-z_][a-z0-9_]*", examples=("click", "watch_time"))
+    """Name of the task in metrics, such as click in "AUC/click". None: the label, in lower case."""
+    kind: str = option("binary", choices=tuple(LOSSES))
+    """binary: positive or negative. class: one of num_classes. ordinal: one of num_classes in an order, such as stars.
+    regression: a number. censored: a number that may be cut off at a bound, such as a watch time."""
+    loss: Optional[str] = option(None, choices=tuple(loss for losses in LOSSES.values() for loss in losses))
+    """binary: bce, focal (arXiv 1708.02002, gamma = 2) or pairwise (RankNet: the logistic loss of each positive and
+    negative candidate of a request). class: cross_entropy. ordinal: cumulative_logit (arXiv 1901.07884). regression:
+    mse or huber. censored: tobit (Tobin, Econometrica 1958). None: the first of the kind."""
+    weight: float = option(1.0, above=0, maximum=1e6)
+    """Factor of the loss. The loss of a run is the sum over the tasks of weight times the mean over the labelled items,
+    in which items without a label count as 0."""
+    positive_from: Optional[float] = option(None, minimum=-1e12, maximum=1e12)
+    """binary: labels of at least this are positive. None: labels are 0 and 1, or bit_mask is set."""
+    bit_mask: Optional[int] = option(None, minimum=1, maximum=2**24 - 1)
+    """binary: labels that have one of these bits are positive, for actions that are sets of bits."""
+    num_classes: Optional[int] = option(None, minimum=2, maximum=1_000_000)
+    """class, ordinal: number of classes. Labels are 0 to num_classes - 1; or 1 to num_classes, if num_classes occurs
+    and 0 does not. Of class, labels may be texts, which are numbered in alphabetical order."""
+    scale: float = option(1.0, above=0, maximum=1e12)
+    """regression, censored: the loss is that of label / scale; predictions and metrics are in units of the label.
+    Choose about the usual size of a label. huber is linear beyond an error of scale, which is the standard deviation
+    of tobit."""
+    censored_by: Optional[str] = option(None, not_empty=True)
+    """censored: the feature of the events that holds the bound, such as the length of the video. Of a label that
+    reaches it is known only that it is at least as large."""
+    sample_weight: Optional[str] = option(None, not_empty=True)
+    """A feature of the events with the weight of each item in this loss, at least 0. Items without one do not count."""
+    metrics: Optional[tuple[str, ...]] = option(
+        None,
+        pattern=r"AUC|GAUC|ACC|LOGLOSS|NE|AUC>=\d+|RMSE|MAE|XAUC|NDCG|NDCG@[1-9]\d*",
+        examples=("AUC", "AUC>=K", "GAUC", "ACC", "LOGLOSS", "NE", "RMSE", "MAE", "XAUC", "NDCG", "NDCG@K"),
+        not_empty=True,
+        capitals=True,
+    )
+    """Metrics, reported as "AUC/click". NDCG is that of the candidates of a request. None: AUC of binary, ACC of class,
+    MAE of ordinal, RMSE of the others."""
+
+    @property
+    def task_name(self) -> str:
+        """The name in metrics."""
+        return self.name or re.sub(r"\W", "_", self.label.lower(), flags=re.ASCII)
+
+    @property
+    def loss_in_force(self) -> str:
+        """The loss, also where it is the default."""
+        return self.loss or LOSSES[self.kind][0]
+
+    @property
+    def metrics_in_force(self) -> tuple[str, ...]:
+        """The metrics, also where they are the default."""
+        return self.metrics or (DEFAULT_METRIC[self.kind],)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The features that are read: the label, and what its loss needs beside it."""
+        return tuple(dict.fromkeys(filter(None, (self.label, self.censored_by, self.sample_weight))))
+
+    @property
+    def output_width(self) -> int:
+        """Numbers that the head gives: a logit per class, or one. The thresholds of ordinal are parameters."""
+        return self.num_classes or 1 if self.kind == "class" else 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankingArgs(Args):
     """The ranking task."""
 
+    tasks: Optional[list[RankingTaskArgs]] = option(None, not_empty=True)
+    """What is predicted, such as [@click/RankingTaskArgs(), @stars/RankingTaskArgs()]. None: the action, see
+    num_tasks."""
+    task_sharing: str = option("shared", choices=("shared", "mmoe", "ple"))
+    """tasks: what they share of the head. shared: all hidden layers. mmoe: experts, weighted by a gate per task (Ma et
+    al., KDD 2018). ple: shared experts and some of each task's own (Tang et al., RecSys 2020)."""
+    num_experts: int = option(4, minimum=1, maximum=1024)
+    """mmoe: number of experts. ple: number of shared experts, and of each task's own."""
     prediction_head_arch: list[int] = option(not_empty=True, minimum=1, maximum=1_000_000)
     """Widths of the layers of the prediction head. The last one is num_tasks, or the number of classes if there is one
-    task."""
+    task. With tasks: widths of the hidden layers, which a layer with the outputs of each task follows."""
     prediction_head_act_type: str = option("relu", choices=("relu", "gelu"))
     """Activation between the layers of the prediction head."""
     prediction_head_bias: bool = option(True)

@@ -82,11 +82,11 @@ class TrainerArgs(Args):
     eval_at_end: bool = option(True)
     """Evaluate after the last iteration; for retrieval, on the test split."""
     best_metric: Optional[str] = option(None, capitals=True)
-    """One of the task's eval_metrics, such as "NDCG@10" or "AUC/task1". Unless ckpt_save_interval = -1, the checkpoint
-    with its best value on the first evaluated split ("valid" if there is one) is kept under the name "best"; it is
-    saved at once if that iteration has none."""
+    """One of the task's eval_metrics, such as "NDCG@10", "AUC/task1" or "AUC/click". Unless ckpt_save_interval = -1,
+    the checkpoint with its best value on the first evaluated split ("valid" if there is one) is kept under the name
+    "best"; it is saved at once if that iteration has none."""
     best_metric_mode: str = option("max", choices=("max", "min"))
-    """Whether a larger or a smaller best_metric is better. LOGLOSS and NE need "min"."""
+    """Whether a larger or a smaller best_metric is better. LOGLOSS, NE, RMSE and MAE need "min"."""
     early_stop_patience: Optional[int] = option(None, minimum=1)
     """Stop after this many consecutive evaluations in which best_metric does not improve. None: never."""
     max_grad_norm: float = option(0.0, minimum=0)

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from hstu.config.errors import ConfigError
 from hstu.config.incomplete import apply
 from hstu.config.problems import Problem, in_reading_order
-from hstu.config.rules import data, options, task, training
+from hstu.config.rules import data, options, ranking_tasks, task, training
 from hstu.config.run_config import RunConfig, RunDraft
 
 Rule = Callable[[RunDraft], Iterator[Problem]]
 
-RULES: Sequence[Rule] = (*options.RULES, *training.RULES, *task.RULES, *data.RULES)
+RULES: Sequence[Rule] = (*options.RULES, *training.RULES, *task.RULES, *ranking_tasks.RULES, *data.RULES)
 
 
 def validate(config: RunConfig, world_size: int, rules: Iterable[Rule] = RULES) -> list[str]:

@@ -77,8 +77,8 @@ ONLY_TOLD = (
 )  # fmt: skip
 """Options of ``NEEDS`` that files of other trainers give without need: where they have no effect is a warning."""
 
-OF_STORED_DATA = ("trainer.data_workers", "trainer.bad_row_policy")
-"""Options that have no effect on random data, which each rank generates in memory."""
+OF_STORED_DATA = ("trainer.data_workers", "trainer.bad_row_policy", "task_args.tasks")
+"""Options that have no effect on random data, which each rank generates in memory, without labels but the action."""
 
 OF_ONE_TASK = (
     ("dataset.valid_items", "retrieval", "ranking holds out whole users or a period of time"),

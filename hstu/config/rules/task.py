@@ -75,7 +75,7 @@ def split_fits_the_task(run: RunConfig) -> Iterator[Problem]:
 
 
 def head_fits_the_tasks(run: RunConfig) -> Iterator[Problem]:
-    if isinstance(ranking := run.task_args, RankingArgs):
+    if isinstance(ranking := run.task_args, RankingArgs) and ranking.tasks is None:
         last = ranking.prediction_head_arch[-1]
         if ranking.num_tasks not in (1, last):
             text = (
@@ -88,12 +88,12 @@ def head_fits_the_tasks(run: RunConfig) -> Iterator[Problem]:
 def activation_is_between_layers(run: RunConfig) -> Iterator[Problem]:
     if isinstance(ranking := run.task_args, RankingArgs) and is_given(ranking, "prediction_head_act_type"):
         text = f"has no effect on the one layer of {run.cite(ranking, 'prediction_head_arch')}; remove it"
-        if len(ranking.prediction_head_arch) == 1:
+        if len(ranking.prediction_head_arch) == 1 and ranking.tasks is None:
             yield run.problem(ranking, "prediction_head_act_type", text, is_warning=True)
 
 
 def metrics_fit_the_head(run: RunConfig) -> Iterator[Problem]:
-    if isinstance(ranking := run.task_args, RankingArgs):
+    if isinstance(ranking := run.task_args, RankingArgs) and ranking.tasks is None:
         for metric in ranking.eval_metrics:
             if metric.startswith("AUC>=") and (ranking.num_tasks > 1 or ranking.prediction_head_arch[-1] == 1):
                 text = (

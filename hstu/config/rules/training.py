@@ -30,8 +30,8 @@ def save_interval_is_not_zero(run: RunConfig) -> Iterator[Problem]:
 
 def best_metric_is_measured(run: RunConfig) -> Iterator[Problem]:
     trainer, task = run.trainer, run.task_args
-    if trainer.best_metric is None:
-        return
+    if trainer.best_metric is None or (isinstance(task, RankingArgs) and task.tasks is not None):
+        return  # see ranking_tasks.best_metric_is_that_of_a_task
     tasks = task.num_tasks if isinstance(task, RankingArgs) else 1
     per_task = [name for name in task.eval_metrics if name in METRICS_PER_TASK and tasks > 1]
     measured = [*task.eval_metrics, *(f"{name}/task{index}" for name in per_task for index in range(tasks))]

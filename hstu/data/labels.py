@@ -1,0 +1,187 @@
+"""Labels of ranking tasks: which features of the data hold them, and what their values are as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf
+
+import numpy as np
+
+from hstu.config.args import RankingTaskArgs
+from hstu.config.errors import ConfigError, DataError
+from hstu.config.problems import Cite, cite
+from hstu.data.datasets.spec import UNKNOWN
+from hstu.data.store import SequenceStore
+
+_EXACT = 2**24
+"""Whole numbers up to here are exact in float32."""
+_CHUNK = 1 << 22
+
+
+def label_columns(tasks: Sequence[RankingTaskArgs] | None) -> tuple[str, ...]:
+    """The features that the tasks read: labels, bounds and weights, each once."""
+    return tuple(dict.fromkeys(name for task in tasks or () for name in task.columns))
+
+
+@dataclass(frozen=True)
+class LabelColumn:
+    """A feature of the events, or the action, as float32 numbers; NaN where a value is missing.
+
+    Texts that are numbers count as these. Other texts are numbered from 0 on in alphabetical order.
+    """
+
+    store: SequenceStore
+    name: str
+    texts: tuple[str, ...] | None = None
+    """The texts that the numbers 0, 1, … stand for. None: those of the store, if they are not numbers."""
+
+    def of(self, store: SequenceStore) -> LabelColumn:
+        """The same feature of another store, with the same numbers for the same texts."""
+        return self if store is self.store else LabelColumn(store, self.name, self.known_texts)
+
+    @cached_property
+    def known_texts(self) -> tuple[str, ...]:
+        """``texts``, or those of the store; empty if the values are numbers."""
+        return self._own_texts() if self.texts is None else self.texts
+
+    def _own_texts(self) -> tuple[str, ...]:
+        raw = self._raw_ids()
+        if raw is None or raw.dtype != object:
+            return ()
+        texts = tuple(str(text) for text in raw if text != UNKNOWN)
+        return () if all(_as_number(text) is not None for text in texts) else texts
+
+    def _raw_ids(self) -> np.ndarray | None:
+        return self.store.raw_ids(self.name) if self.store.feature(self.name).has_vocab else None
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """Code → number, float32 [cardinality]. Raises DataError for a text that the training data lacks."""
+        raw = self._raw_ids()
+        if raw is None:
+            return np.arange(self.store.cardinality(self.name), dtype=np.float32)
+        if raw.dtype != object:
+            return raw.astype(np.float32)
+        places = {text: float(place) for place, text in enumerate(self.known_texts)}
+        numbers = [places.get(text) if self.known_texts else _as_number(text) for text in raw]
+        for text, number in zip(raw, numbers, strict=True):
+            if number is None and text != UNKNOWN:
+                raise DataError(
+                    f"{self.store.path}: the label {self.name!r} has the value {text!r}, which the training data lacks"
+                )
+        return np.array([np.nan if number is None else number for number in numbers], dtype=np.float32)
+
+    def read(self, events: np.ndarray) -> np.ndarray:
+        """The numbers of these events, float32 [n]. A code out of range is a DataError."""
+        codes = self.store.sequence(self.name)[events]
+        if self.store.feature(self.name).role == "event_number":
+            return codes
+        if len(codes) and (codes.min() < 0 or codes.max() >= len(self.values)):
+            raise DataError(
+                f"{self.store.path}: {self.name!r} has values outside [0, {len(self.values)}): the data is damaged, "
+                "preprocess it again"
+            )
+        return self.values[codes]
+
+    def facts(self) -> LabelFacts:
+        """What occurs. Reads the whole column, unless its values are in a vocabulary."""
+        facts = LabelFacts(example=next(iter(self.known_texts), None))
+        stored = self.values if self.store.feature(self.name).has_vocab else self.store.sequence(self.name)
+        for start in range(0, len(stored), _CHUNK):
+            facts = facts.joined(_facts_of(stored[start : start + _CHUNK]))
+        return facts
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if np.isfinite(np.float32(number)) else None
+
+
+@dataclass(frozen=True)
+class LabelFacts:
+    """What is known of the values of a label that are not missing. If there are none, ``least`` > ``greatest``."""
+
+    least: float = inf
+    greatest: float = -inf
+    are_whole: bool = True
+    """Whether all of them are integers."""
+    example: str | None = None
+    """One of the texts, where they are not numbers."""
+
+    def joined(self, other: LabelFacts) -> LabelFacts:
+        """What is known of the values of both."""
+        return LabelFacts(
+            min(self.least, other.least),
+            max(self.greatest, other.greatest),
+            self.are_whole and other.are_whole,
+            self.example or other.example,
+        )
+
+    def __str__(self) -> str:
+        return f"from {self.least:g} to {self.greatest:g}"
+
+
+def _facts_of(stored: np.ndarray) -> LabelFacts:
+    present = stored[~np.isnan(stored)]
+    if not len(present):
+        return LabelFacts()
+    are_whole = present.dtype.kind == "i" or bool((present == np.round(present)).all())
+    return LabelFacts(float(present.min()), float(present.max()), are_whole)
+
+
+def check_labels(tasks: Sequence[RankingTaskArgs], facts: Mapping[str, LabelFacts], cite: Cite = cite) -> None:
+    """Raise ConfigError, worded by ``cite``, for labels, bounds and weights that do not fit the tasks."""
+    problems = [cite(task, parameter, text) for task in tasks for parameter, text in _problems_of(task, facts)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def first_class(task: RankingTaskArgs, facts: LabelFacts) -> int:
+    """The label of class 0: 0 or 1, see RankingTaskArgs.num_classes."""
+    return int(task.num_classes is not None and facts.greatest == task.num_classes and facts.least >= 1)
+
+
+def _problems_of(task: RankingTaskArgs, facts: Mapping[str, LabelFacts]) -> Iterator[tuple[str, str]]:
+    """(parameter, what is wrong) of one task."""
+    label = facts[task.label]
+    if label.least > label.greatest:
+        yield "label", "all values of this feature are missing in the data"
+    elif label.example is not None and task.kind != "class":
+        yield "label", f"its values are texts such as {label.example!r}, and {task.kind} needs numbers"
+    elif task.num_classes is not None:
+        first = first_class(task, label)
+        if not label.are_whole or label.least < 0 or label.greatest > task.num_classes - 1 + first:
+            kind = "integers" if label.are_whole else "numbers"
+            yield (
+                "num_classes",
+                f"the labels {task.label!r} are {kind} {label}: they must be 0 to {task.num_classes - 1}, or 1 to "
+                f"{task.num_classes}, all integers",
+            )
+    elif task.kind == "binary":
+        yield from _problems_of_positives(task, label)
+    for parameter in ("censored_by", "sample_weight"):
+        beside = facts.get(getattr(task, parameter))
+        if beside is not None and beside.example is not None:
+            yield parameter, f"its values are texts such as {beside.example!r}, not numbers"
+        elif beside is not None and parameter == "sample_weight" and beside.least < 0:
+            yield parameter, f"its values are {beside}, and weights are 0 or more"
+
+
+def _problems_of_positives(task: RankingTaskArgs, label: LabelFacts) -> Iterator[tuple[str, str]]:
+    if task.bit_mask is not None:
+        if not label.are_whole or label.least < 0 or label.greatest >= _EXACT:
+            yield "bit_mask", f"the labels {task.label!r} are not all integers from 0 to {_EXACT - 1}: they are {label}"
+    elif task.positive_from is not None:
+        if not label.least < task.positive_from <= label.greatest:
+            yield "positive_from", f"the labels {task.label!r} are {label}, so either all or none are positive"
+    elif not label.are_whole or label.least < 0 or label.greatest > 1:
+        yield (
+            "label",
+            f"has values {label}, and a binary label is 0 or 1; set positive_from, the least positive label, or "
+            "bit_mask",
+        )

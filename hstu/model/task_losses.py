@@ -1,0 +1,94 @@
+"""Losses of ranking tasks: outputs of the head and labels → a loss per labelled item.
+
+All take outputs float32 [M, width] and labels float32 [M] in units of the loss, without missing values. Those of single
+items return float32 [M]. The host reads nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FOCAL_GAMMA = 2.0
+"""Exponent of the focal loss (Lin et al., ICCV 2017)."""
+_LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
+
+
+def bce(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of the probability that a label is 1. outputs: a logit."""
+    return F.binary_cross_entropy_with_logits(outputs[:, 0], labels, reduction="none")
+
+
+def focal(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy times (1 - p)^2, where p is the predicted probability of the label (Lin et al., ICCV 2017)."""
+    missed = torch.sigmoid(torch.where(labels > 0, -outputs[:, 0], outputs[:, 0]))
+    return missed**FOCAL_GAMMA * bce(outputs, labels)
+
+
+def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of classes. outputs: a logit per class."""
+    return F.cross_entropy(outputs, labels.long(), reduction="none")
+
+
+def cumulative_logit(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the cross entropies of "label > k", k = 0, 1, … (Cao et al., "Rank consistent ordinal regression", 2020).
+
+    outputs: the logit of each.
+    """
+    above = labels[:, None] > torch.arange(outputs.shape[1], device=outputs.device)
+    return F.binary_cross_entropy_with_logits(outputs, above.float(), reduction="none").sum(1)
+
+
+def mse(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Squared error."""
+    return (outputs[:, 0] - labels).square()
+
+
+def huber(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Half the squared error, linear beyond an error of 1 (Huber, 1964)."""
+    return F.huber_loss(outputs[:, 0], labels, reduction="none")
+
+
+def tobit(outputs: Tensor, labels: Tensor, bounds: Tensor) -> Tensor:
+    """Negative log-likelihood of a normal distribution with deviation 1 (Tobin, Econometrica 1958).
+
+    A label that reaches its bound (NaN: there is none) counts as "at least the bound".
+    """
+    predicted = outputs[:, 0]
+    is_censored = labels >= bounds
+    at_least = torch.special.log_ndtr(predicted - torch.where(is_censored, bounds, 0.0))
+    exactly = -0.5 * (predicted - labels).square() - _LOG_SQRT_2_PI
+    return -torch.where(is_censored, at_least, exactly)
+
+
+def pairwise_sum(outputs: Tensor, labels: Tensor, weights: Tensor, num_labels: Tensor, longest: int) -> Tensor:
+    """Sum over requests of the number of items times the mean over the pairs of a positive and a negative item.
+
+    The loss of a pair is log(1 + exp(negative - positive)), that of RankNet (Burges et al., ICML 2005). A request
+    without both kinds has a loss of 0. Returns a scalar.
+
+    Args:
+        outputs: [M, 1], a score.
+        labels: 0 or 1, [M].
+        weights: [M]. Those of the two items of a pair are multiplied; a weight of 0 leaves an item out.
+        num_labels: labelled items of each request, int64 [B], of which the sum is M.
+        longest: at least the largest of them.
+    """
+    scores, size = outputs[:, 0], len(labels)
+    request = torch.repeat_interleave(num_labels, output_size=size)
+    place = torch.arange(size, device=scores.device) - (num_labels.cumsum(0) - num_labels)[request]
+    cells = request * longest + place
+
+    def by_request(values: Tensor) -> Tensor:
+        cleared = values.new_zeros(len(num_labels) * longest)
+        return cleared.index_copy(0, cells, values).view(len(num_labels), longest)
+
+    positive, negative, score = (by_request(values) for values in (labels * weights, (1 - labels) * weights, scores))
+    of_pairs = positive[:, :, None] * negative[:, None, :]
+    losses = F.softplus(score[:, None, :] - score[:, :, None]) * of_pairs
+    total = of_pairs.sum((1, 2))
+    means = losses.sum((1, 2)) / torch.where(total > 0, total, 1.0)
+    return (means * num_labels).sum()

@@ -1,0 +1,151 @@
+"""Ranking with tasks that the user defines (RankingArgs.tasks): a head with outputs for each, and the sum of losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torchrec import JaggedTensor
+
+from hstu.config.args import RankingArgs, RankingTaskArgs
+from hstu.data.batch import HSTUBatch
+from hstu.model import task_losses
+from hstu.model.heads import MultiTaskHead
+from hstu.model.outputs import ModelOutput
+from hstu.model.precision import mixed_precision
+from hstu.model.stack import SequenceEncoder
+
+_LOSSES = {
+    "bce": task_losses.bce,
+    "focal": task_losses.focal,
+    "cross_entropy": task_losses.cross_entropy,
+    "cumulative_logit": task_losses.cumulative_logit,
+    "mse": task_losses.mse,
+    "huber": task_losses.huber,
+}
+
+
+class RankingTask(nn.Module):
+    """One task: what the outputs of the head predict, which labels it learns from, and its loss.
+
+    Args:
+        args: the task.
+        columns: the rows of HSTUBatch.label_values.
+        first_class: the label of class 0.
+    """
+
+    def __init__(self, args: RankingTaskArgs, columns: Sequence[str], first_class: int = 0) -> None:
+        super().__init__()
+        self.args = args
+        self.first_class = first_class
+        self._rows = {name: columns.index(name) for name in args.columns}
+        self.thresholds: nn.Parameter | None = None
+        if args.kind == "ordinal":
+            # At first all classes are equally likely where the head gives 0.
+            classes = args.num_classes or 0
+            log_odds = [math.log((classes - above) / above) for above in range(1, classes)]
+            self.thresholds = nn.Parameter(torch.tensor(log_odds))
+
+    @property
+    def num_predictions(self) -> int:
+        """Numbers that are predicted of an item."""
+        return self.args.output_width if self.thresholds is None else len(self.thresholds)
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """What evaluation reads, float32 [M, num_predictions], from the head's [M, output_width].
+
+        binary: a logit. class: a logit per class. ordinal: the logit of "label > k" for each k. Else the number.
+        """
+        if self.thresholds is not None:
+            return outputs + self.thresholds
+        return outputs * self.args.scale
+
+    def labels(self, label_values: Tensor) -> Tensor:
+        """float32 [M]: 1 for positive and 0 for negative, or the label as it is; NaN where missing."""
+        labels = label_values[self._rows[self.args.label]]
+        if self.args.kind != "binary":
+            return labels
+        if self.args.bit_mask is not None:
+            is_positive = labels.nan_to_num().int() & self.args.bit_mask != 0
+        else:
+            is_positive = labels >= (1.0 if self.args.positive_from is None else self.args.positive_from)
+        return torch.where(labels.isnan(), labels, is_positive.float())
+
+    def bounds(self, label_values: Tensor) -> Tensor | None:
+        """float32 [M]: from where on the label is only known to be at least this; NaN where it is not censored."""
+        return None if self.args.censored_by is None else label_values[self._rows[self.args.censored_by]]
+
+    def weights(self, label_values: Tensor) -> Tensor:
+        """The weight of each item, float32 [M]; 0 where the label or the weight is missing."""
+        is_present = ~label_values[self._rows[self.args.label]].isnan()
+        if self.args.sample_weight is None:
+            return is_present.float()
+        return label_values[self._rows[self.args.sample_weight]].nan_to_num() * is_present
+
+    def loss_sum(self, outputs: Tensor, batch: HSTUBatch) -> Tensor:
+        """RankingTaskArgs.weight times the sum over the items, a float32 scalar. outputs: [M, output_width]."""
+        assert batch.label_values is not None
+        args, weights = self.args, self.weights(batch.label_values)
+        targets = (self.labels(batch.label_values) - self.first_class) / args.scale
+        labels = torch.where(weights > 0, targets, 0.0)
+        if args.loss_in_force == "pairwise":
+            longest = max(1, int(batch.num_candidates_host.max(initial=0)))
+            return args.weight * task_losses.pairwise_sum(outputs, labels, weights, batch.num_labels, longest)
+        bounds = self.bounds(batch.label_values)
+        if bounds is not None:
+            losses = task_losses.tobit(outputs, labels, bounds / args.scale)
+        else:
+            predicted = outputs if self.thresholds is None else outputs + self.thresholds
+            losses = _LOSSES[args.loss_in_force](predicted, labels)
+        return args.weight * (losses * weights).sum()
+
+
+class MultiTaskDense(nn.Module):
+    """The dense part of ranking with RankingArgs.tasks: a sequence encoder, and a head on the labelled items.
+
+    Args:
+        encoder: table rows → tokens.
+        args: tasks and head.
+        columns: the rows of HSTUBatch.label_values.
+        first_classes: of each task, the label of class 0.
+    """
+
+    def __init__(
+        self, encoder: SequenceEncoder, args: RankingArgs, columns: Sequence[str], first_classes: Sequence[int]
+    ) -> None:
+        super().__init__()
+        assert args.tasks is not None
+        self.encoder = encoder
+        self.head = MultiTaskHead(
+            encoder.network.hidden_size,
+            args.prediction_head_arch,
+            args.prediction_head_act_type,
+            args.prediction_head_bias,
+            [task.output_width for task in args.tasks],
+            args.task_sharing,
+            args.num_experts,
+        )
+        self.tasks = nn.ModuleList(
+            RankingTask(task, columns, first) for task, first in zip(args.tasks, first_classes, strict=True)
+        )
+
+    @property
+    def each_task(self) -> list[RankingTask]:
+        """``tasks``, typed."""
+        return [cast(RankingTask, task) for task in self.tasks]
+
+    def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
+        """Loss and predictions of the labelled items, those of one task beside those of the task before."""
+        tokens, layout = self.encoder(embeddings, batch)
+        labelled = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total)
+        with mixed_precision(self.encoder.network.dtype_str, tokens.device.type):
+            outputs = self.head(tokens.index_select(0, labelled))
+        of_tasks = list(zip(self.each_task, outputs, strict=True))
+        return ModelOutput(
+            loss_sum=torch.stack([task.loss_sum(output, batch) for task, output in of_tasks]).sum(),
+            num_labels=batch.num_labels.sum(),
+            logits=torch.cat([task.predictions(output) for task, output in of_tasks], dim=1),
+        )

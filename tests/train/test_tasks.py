@@ -1,0 +1,204 @@
+"""Runs with tasks that the user defines: what they learn, and what their predictions must not be shown."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hstu.config.args import RankingTaskArgs
+from hstu.config.errors import ConfigError
+from hstu.data.sampler import START
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from tests.conftest import write_small_store
+from tests.train.tiny import build, run, tables_of, tiny_config
+
+USERS, LENGTH, ITEMS, ACTIONS = 24, 8, 12, 4
+MISSING = "unknown"
+TASKS = (
+    {"label": "click", "metrics": ("AUC", "LOGLOSS", "NDCG")},
+    {"label": "stars", "kind": "ordinal", "num_classes": 3, "metrics": ("ACC", "MAE")},
+    {"name": "topic", "label": "topic", "kind": "class", "num_classes": 3, "metrics": ("ACC",)},
+    {"label": "watched", "kind": "censored", "censored_by": "length", "scale": 10.0, "metrics": ("XAUC", "RMSE")},
+    {"name": "often", "label": "action", "bit_mask": 2, "loss": "focal", "metrics": ("AUC",)},
+    {"name": "long", "label": "watched", "kind": "regression", "loss": "huber", "scale": 10.0},
+)
+"""All kinds. Each label follows from the item alone."""
+TEXTS = {
+    "click": ["0", "1", MISSING],
+    "stars": ["1", "2", "3", MISSING],
+    "topic": ["art", "law", "war"],
+    "watched": ["10", "20", "30", "5"],
+    "length": ["20", "30", MISSING],
+}
+
+
+def tasks(**changes: Any) -> list[RankingTaskArgs]:
+    return [RankingTaskArgs(**{**task, **changes}) for task in TASKS]
+
+
+def learnable_store(path: Path, last: dict[str, int] | None = None) -> SequenceStore:
+    """``last``: the labels of the last events of all users move on by so many values."""
+    rng = np.random.default_rng(0)
+    items = rng.integers(0, ITEMS, (USERS, LENGTH))
+    codes = {
+        "click": items % 2,
+        "stars": items % 3,
+        "topic": items // 4,
+        "watched": (items + 1) % 4,
+        "length": items % 2,
+        "action": items % ACTIONS,
+    }
+    for name, shift in (last or {}).items():
+        codes[name][:, -1] = (codes[name][:, -1] + shift) % (ACTIONS if name == "action" else len(TEXTS[name]))
+    codes["click"][:, 0], codes["stars"][:, 1], codes["length"][:, 2] = 2, 3, 2  # missing
+    actions = codes.pop("action").tolist()
+    return write_small_store(
+        path,
+        items.tolist(),
+        actions=actions,
+        event_features={name: values.tolist() for name, values in codes.items()},
+        event_texts=TEXTS,
+        num_items=ITEMS,
+        num_actions=ACTIONS,
+    )
+
+
+def task_config(store: SequenceStore, path: Path, **options: Any) -> Any:
+    used = {"item_id", "action", *options.get("dataset", {}).get("side_feature_names", [])}
+    given = {
+        "tables": tuple(table for table in tables_of(store) if set(table.feature_names) <= used),
+        **options,
+        "dataset": {"contextual_feature_names": [], "max_num_candidates": 3, **options.get("dataset", {})},
+        "task_args": {"prediction_head_arch": [16], "tasks": tasks(), **options.get("task_args", {})},
+    }
+    given["task_args"] = {"eval_metrics": ("AUC",), **given["task_args"]}
+    return tiny_config("ranking", store, path, **given)
+
+
+@pytest.mark.parametrize("sharing", ["shared", "mmoe", "ple"])
+def test_a_run_learns_all_kinds_of_tasks(mesh: Mesh, tmp_path: Path, sharing: str) -> None:
+    store = learnable_store(tmp_path / "store")
+    trainer = {"max_train_iters": 60, "eval_at_end": True}
+    experts = {} if sharing == "shared" else {"num_experts": 2}
+    finished = run(task_config(store, tmp_path, trainer=trainer, task_args={"task_sharing": sharing, **experts}), mesh)
+    metrics = finished.metrics
+    print(metrics)
+    assert set(metrics) == {
+        *("AUC/click", "LOGLOSS/click", "NDCG/click", "ACC/stars", "MAE/stars", "ACC/topic"),
+        *("XAUC/watched", "RMSE/watched", "AUC/often", "RMSE/long"),
+    }
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"dataset": {"max_num_candidates": 2}},
+        {"dataset": {"max_num_candidates": 0}, "network": {"interleave_actions": True}},
+        {"dataset": {"max_num_candidates": 2}, "network": {"interleave_actions": True}},
+    ],
+    ids=["candidates", "two tokens", "two tokens, candidates"],
+)
+def test_the_labels_of_an_item_do_not_change_its_predictions(mesh: Mesh, tmp_path: Path, shape: dict[str, Any]) -> None:
+    side = {"side_feature_names": ["click", "watched"], "known_after": ["click", "watched"]}
+    labels = [{}, {"click": 1, "watched": 1, "action": 1, "stars": 1, "topic": 1, "length": 1}]
+    plain, changed = (
+        last_of_all_users(mesh, tmp_path / str(number), learnable_store(tmp_path / f"store{number}", last), shape, side)
+        for number, last in enumerate(labels)
+    )
+    assert (plain[1] != changed[1]).any(dim=0).all(), "every label is read"
+    assert torch.equal(plain[0], changed[0])
+
+
+def last_of_all_users(
+    mesh: Mesh, path: Path, store: SequenceStore, shape: dict[str, Any], side: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Predictions for the last event of each user by a model with large weights, and the labels of these events."""
+    options = {**shape, "dataset": {**side, **shape["dataset"], "shuffle": False, "train_fraction": 0.99}}
+    own = [task for task in tasks() if shape["dataset"]["max_num_candidates"] or task.label != "click"]
+    trainer = {"train_batch_size": USERS, "eval_batch_size": USERS}
+    trained = build(task_config(store, path, **options, trainer=trainer, task_args={"tasks": own}), mesh)
+    model = trained.state.model.eval()
+    batch = next(trained.source.train_batches(START))
+    with torch.no_grad():
+        for parameter in model.dense.parameters():
+            parameter.mul_(3)
+        last = batch.num_labels.cumsum(0)[: batch.real_batch_size] - 1
+        assert batch.label_values is not None
+        return model(batch).logits[last], batch.label_values[:, last].T
+
+
+def test_micro_batches_train_as_the_whole_batch(mesh: Mesh, tmp_path: Path) -> None:
+    store = learnable_store(tmp_path / "store")
+    own = [*tasks(), RankingTaskArgs(name="pairs", label="click", loss="pairwise")]
+    losses = []
+    for parts in (1, 2):
+        trainer = {"gradient_accumulation_steps": parts, "train_batch_size": 8 // parts}
+        config = task_config(store, tmp_path / str(parts), trainer=trainer, task_args={"tasks": own})
+        losses.append(run(config, mesh).losses)
+    assert losses[0][0] != losses[0][-1]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_the_loss_is_the_sum_over_tasks_of_the_mean_over_labelled_items(mesh: Mesh, tmp_path: Path) -> None:
+    store = learnable_store(tmp_path / "store")
+
+    def first_loss(number: int, tasks: list[RankingTaskArgs]) -> float:
+        trainer = build(task_config(store, tmp_path / str(number), task_args={"tasks": tasks}), mesh)
+        model = trainer.state.model
+        with torch.no_grad():
+            for parameter in model.dense.task.head.parameters():
+                parameter.zero_()
+            batch = next(trainer.source.train_batches(START))
+            output = model(batch)
+        return float(output.loss_sum / output.num_labels)
+
+    click, stars = (RankingTaskArgs(**task) for task in TASKS[:2])
+    alone = [first_loss(number, [task]) for number, task in enumerate((click, stars))]
+    heavy = RankingTaskArgs(**{**TASKS[1], "weight": 0.25})
+    assert first_loss(2, [click, heavy]) == pytest.approx(alone[0] + 0.25 * alone[1])
+
+
+BAD_LABELS = {
+    "absent": ({"label": "clicks"}, r"'clicks' is neither the action nor .*allowed: action, click.*mean 'click'"),
+    "of an item": ({"label": "item_id"}, r"label.*'item_id' is neither the action nor a feature of the events"),
+    "no bound": ({**TASKS[3], "censored_by": "lenght"}, r"censored_by = 'lenght'.*did you mean 'length'"),
+    "texts": ({"label": "topic"}, r"label = 'topic': its values are texts such as 'art', and binary needs numbers"),
+    "no threshold": ({"label": "stars"}, r"label = 'stars': has values from 1 to 3, and a binary label is 0 or 1"),
+    "of one kind": (
+        {"label": "stars", "positive_from": 4.0},
+        r"positive_from = 4.0: .* are from 1 to 3, so either all",
+    ),
+    "classes": (
+        {**TASKS[1], "num_classes": 2},
+        r"num_classes = 2: .* integers from 1 to 3: they must be 0 to 1, or 1 to",
+    ),
+    "fractions": ({"label": "length", "sample_weight": "topic"}, r"sample_weight.*texts such as 'art', not numbers"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LABELS)
+def test_labels_that_do_not_fit_the_data_are_errors_of_their_parameter(mesh: Mesh, tmp_path: Path, name: str) -> None:
+    task, told = BAD_LABELS[name]
+    store = learnable_store(tmp_path / "store")
+    with pytest.raises(ConfigError, match=rf"RankingTaskArgs\.{told}" if told[0].isalpha() else told):
+        build(task_config(store, tmp_path, task_args={"tasks": [RankingTaskArgs(**task)]}), mesh)
+
+
+def test_a_second_store_is_evaluated_by_the_texts_of_the_first(mesh: Mesh, tmp_path: Path) -> None:
+    store = learnable_store(tmp_path / "store")
+    rows = [[0, 1, 2, 3]] * 3
+    texts = {**TEXTS, "topic": ["law", "war"], "stars": ["2", "3"]}
+    codes = {name: [[0, 1, 1, 0]] * 3 for name in texts}
+    options = {"event_features": codes, "event_texts": texts, "num_items": ITEMS, "num_actions": ACTIONS}
+    other = write_small_store(tmp_path / "other", rows, actions=rows, **options)
+    config = task_config(store, tmp_path, dataset={"eval_dataset_path": str(other.path)})
+    trainer = build(config, mesh)
+    (batch,) = trainer.source.eval_batches("valid")
+    assert batch.label_values is not None
+    of = dict(zip(trainer.source.roles.labels, batch.label_values[:, :3].tolist(), strict=True))
+    assert (of["topic"], of["stars"]) == ([2, 2, 1], [3, 3, 2])
+    assert trainer.evaluator.evaluate(trainer.source.eval_batches("valid"))["ACC/topic"] >= 0

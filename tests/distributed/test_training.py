@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hstu.config.args import RankingTaskArgs
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.training_cases import train, users_evaluated
-from tests.train.tiny import walks
+from tests.train.tiny import ACTIONS, walks
 
 SIZES = (1, 2, 3)
 ON_THREE_RANKS = ("ranking", "in_batch", "uniform")
@@ -59,6 +60,15 @@ RESUMED: dict[str, Any] = {
     },
 }
 FIRST, WHOLE = 5, 9
+TASKS = {
+    "binary": RankingTaskArgs(name="odd", label="action", bit_mask=1, metrics=("GAUC", "NE", "NDCG@2")),
+    "class": RankingTaskArgs(name="code", label="action", kind="class", num_classes=ACTIONS, metrics=("AUC", "ACC")),
+    "ordinal": RankingTaskArgs(
+        name="level", label="action", kind="ordinal", num_classes=ACTIONS, metrics=("LOGLOSS", "AUC>=2", "NDCG")
+    ),
+    "regression": RankingTaskArgs(name="size", label="action", kind="regression", metrics=("XAUC", "RMSE", "MAE")),
+}
+"""Tasks of each kind."""
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +117,13 @@ def from_checkpoints_of_one_rank(place: Path, size: int) -> dict[str, Any]:
     return cases
 
 
+def tasks_of_each_kind(place: Path, size: int) -> dict[str, Any]:
+    """Evaluate a new model of tasks that the user defines."""
+    task_args = {"prediction_head_arch": [8], "eval_metrics": ("AUC",), "tasks": [*TASKS.values()]}
+    options = {"task": "ranking", "dataset": {"max_num_candidates": 3}, "task_args": task_args}
+    return {"tasks": case(users_evaluated, place, f"{size}/tasks", options)}
+
+
 def interrupted(place: Path, size: int) -> dict[str, Any]:
     cases = {}
     for name, options in RESUMED.items():
@@ -129,6 +146,7 @@ def launches(place: Path) -> dict[int, list[dict[str, Any]]]:
     results = {}
     for size in SIZES:
         cases = trained(place, size, CASES if size < 3 else ON_THREE_RANKS) | from_checkpoints_of_one_rank(place, size)
+        cases |= tasks_of_each_kind(place, size)
         if size < 3:
             cases |= interrupted(place, size)
         results[size] = run_cases(Launch(size, timeout_s=200), cases)
@@ -194,6 +212,16 @@ def test_any_number_of_ranks_gives_the_same_metrics_of_the_same_weights(runs: An
                     assert others["metrics"][split][metric] == pytest.approx(value, rel=1e-12)
                 else:
                     assert others["metrics"][split][metric] == value, (size, split, metric)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_any_number_of_ranks_gives_the_same_metrics_of_tasks_of_each_kind(launches: Any, size: int) -> None:
+    by_rank = [results["tasks"] for results in launches[size]]
+    assert all(rank["metrics"] == by_rank[0]["metrics"] for rank in by_rank)
+    alone = launches[1][0]["tasks"]["metrics"]
+    assert set(alone) == {f"{name}/{task.name}" for task in TASKS.values() for name in task.metrics or ()}
+    assert np.isfinite(list(alone.values())).all()
+    assert by_rank[0]["metrics"] == pytest.approx(alone, rel=1e-6)
 
 
 def test_a_cutoff_beyond_the_corpus_finds_every_item(runs: Any) -> None:

@@ -179,7 +179,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_own_table(add: Callable[..., argparse.Action]) -> None:
     names: dict[str, Any] = {"type": _names, "default": ()}
     separator: dict[str, Any] = {"type": _separator, "metavar": "TEXT"}
-    add("--interactions", nargs="+", metavar="FILE", help="text (also gzipped) or Parquet files, one row per event")
+    add(
+        "--interactions",
+        nargs="+",
+        metavar="FILE",
+        help="text (also .gz or .zst) or Parquet files, or directories of such files, one row per event",
+    )
     add("--glob", action="store_true", help="--interactions are patterns such as 'day_*.csv'")
     add(
         "--append",

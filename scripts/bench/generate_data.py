@@ -1,11 +1,13 @@
 """Write random data in the files of KuaiRand or of MovieLens 20M, at any size, to measure preprocessing.
 
     python scripts/bench/generate_data.py kuairand --output DIR --rows 30000000 [--users 27285 --items 32038725]
+        [--videos]
     python scripts/bench/generate_data.py movielens --output DIR [--rows 20000263 --users 138493 --items 26744]
 
 Histories have log-normal lengths, items are Zipf-distributed, and some events of a user happen at the same time. Users
-of KuaiRand come in random order with their events in order of time, and some occur in one period only. Users of
-MovieLens come in order, each with at least 20 ratings in any order of time. The same arguments give the same bytes.
+of KuaiRand come in random order with their events in order of time, and some occur in one period only. With
+--videos there is a table of all videos. Users of MovieLens come in order, each with at least 20 ratings in any order of
+time. The same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 from harness import command_line
 from tqdm import tqdm
@@ -36,6 +39,12 @@ USER_COLUMNS = (
     *("user_id", "user_active_degree", "follow_user_num_range", "fans_user_num_range"),
     *("friend_user_num_range", "register_days_range"),
 )
+VIDEO_COLUMNS = (
+    *("video_id", "author_id", "video_type", "upload_dt", "upload_type", "video_duration", "music_id", "music_type"),
+    "tag",
+)
+UPLOAD_TYPES = pa.array(["LongImport", "Web", "ShortImport", "Kmovie", "ShareFromOtherApp"])
+TAGS = 70
 PERIODS = ((1_649_347_200_000, 14), (1_650_556_800_000, 17))
 """First millisecond and number of days of the two periods of the logs."""
 SIZES = {"kuairand": (None, 27_285, 32_038_725), "movielens": (20_000_263, 138_493, 26_744)}
@@ -74,7 +83,10 @@ def write_rows(
 
 def write_kuairand(options: argparse.Namespace, random: np.random.Generator, bar: tqdm[NoReturn]) -> None:
     """Write the logs and the user_features file."""
-    *logs, features = DATASETS[f"kuairand-{options.variant}"].raw_formats[0].files
+    raw_format = DATASETS[f"kuairand-{options.variant}"].raw_formats[0]
+    *logs, features = raw_format.files
+    if options.videos:
+        write_videos(options.output / raw_format.optional_files[0], options.items)
     users = write_users(options.output / features, options.users, options.user_features)
     for log, counts in zip(logs, share_out(random, len(users), options.rows, len(logs)), strict=True):
         order = random.permutation(len(users))
@@ -103,6 +115,32 @@ def write_users(target: Path, number: int, source: Path | None) -> np.ndarray:
         writer.writeheader()
         writer.writerows(rows)
     return np.array([int(row["user_id"]) for row in rows])
+
+
+def write_videos(target: Path, number: int) -> None:
+    """Write a video_features_basic file. A fourth of the videos have two tags, and some have none."""
+    random = np.random.default_rng(number)
+    none, tags = pa.array([""]), pa.array(list(map(str, range(TAGS))))
+    with target.open("wb") as sink:
+        sink.write((",".join(VIDEO_COLUMNS) + "\n").encode())
+        for start in range(0, number, _ROWS_PER_CHUNK):
+            size = min(_ROWS_PER_CHUNK, number - start)
+            one, two = (tags.take(pa.array(random.integers(0, TAGS, size))) for _ in range(2))
+            kind = pa.array(random.random(size))
+            several = pc.if_else(pc.less(kind, 0.25), pc.binary_join_element_wise(one, two, ","), one)
+            values = {
+                "video_id": np.arange(start, start + size),
+                "author_id": random.integers(0, number // 4 + 1, size),
+                "video_type": pc.if_else(pc.less(kind, 0.99), "NORMAL", "AD"),
+                "upload_dt": pa.array(["2022-04-10"]).take(pa.array(np.zeros(size, dtype=np.int64))),
+                "upload_type": UPLOAD_TYPES.take(pa.array(random.integers(0, len(UPLOAD_TYPES), size))),
+                "video_duration": random.integers(1_000, 300_000, size).astype(np.float64),
+                "music_id": random.integers(0, number // 2 + 1, size) * 1_000_003,
+                "music_type": random.choice([9.0, 4.0, 8.0], size),
+                "tag": pc.if_else(pc.less(kind, 0.98), several, none[0]),
+            }
+            table = pa.table(values)
+            pa_csv.write_csv(table, sink, pa_csv.WriteOptions(include_header=False, quoting_style="needed"))
 
 
 def share_out(random: np.random.Generator, users: int, rows: int, logs: int) -> np.ndarray:
@@ -170,6 +208,7 @@ def main() -> None:
     add("--users", type=int)
     add("--items", type=int, help="videos or movies")
     add("--variant", choices=("pure", "1k", "27k"), default="27k", help="the KuaiRand whose file names are used")
+    add("--videos", action="store_true", help="KuaiRand: write a table of all videos, too")
     add("--user_features", type=Path, help="a user_features file of KuaiRand; its first users are taken")
     add("--seed", type=int, default=1)
     options = parser.parse_args()

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,16 @@ _COPIED_BYTES = 256 << 20
 
 
 def store_batches(
-    store: SequenceStore, options: argparse.Namespace, workers: int, negatives: Negatives | None = None
+    store: SequenceStore,
+    options: argparse.Namespace,
+    workers: int,
+    negatives: Negatives | None = None,
+    side: Sequence[str] = (),
 ) -> Batches:
-    """Tokens of retrieval training batches, loaded as in training."""
-    args = DatasetArgs(dataset_name=store.name, max_sequence_length=options.length, shuffle=True)
+    """Tokens of retrieval training batches with the features ``side``, loaded as in training."""
+    args = DatasetArgs(
+        dataset_name=store.name, max_sequence_length=options.length, shuffle=True, side_feature_names=list(side)
+    )
     samples = build_samples(store, args, "retrieval", "train", seed=1)
     roles = resolve_roles(store, args)
     items = store.cardinality(store.item_feature)
@@ -116,20 +122,25 @@ def measured(batches: Batches, count: int) -> tuple[float, int]:
 
 
 def data_wait(store: SequenceStore, options: argparse.Namespace) -> dict[str, float]:
-    """Share of the time spent waiting for batches, by loader. A sleep stands for the device that consumes a batch."""
-    rate = options.tokens_per_core * len(os.sched_getaffinity(0))
+    """Share of the time spent waiting for batches, by loader."""
     kinds = {"": None, ", 128 uniform negatives": Negatives("uniform", 128)}
-    shares = {}
-    for kind, negatives in kinds.items():
-        for workers in (0, 1):
-            meter = ThroughputMeter()
-            batches = meter.timed(store_batches(store, options, workers, negatives))
-            for number in range(options.batches + 5):
-                if number == 5:  # a worker takes a moment to start
-                    meter.take()
-                time.sleep(next(batches) / rate)
-            shares[f"{workers} workers{kind}"] = round(meter.take().data_wait, 4)
-    return shares
+    return {
+        f"{workers} workers{kind}": wait_share(store_batches(store, options, workers, negatives), options)
+        for kind, negatives in kinds.items()
+        for workers in (0, 1)
+    }
+
+
+def wait_share(batches: Batches, options: argparse.Namespace) -> float:
+    """Share of the time spent waiting for batches. A sleep stands for the device that consumes a batch."""
+    rate = options.tokens_per_core * len(os.sched_getaffinity(0))
+    meter = ThroughputMeter()
+    timed = meter.timed(batches)
+    for number in range(options.batches + 5):
+        if number == 5:  # a worker takes a moment to start
+            meter.take()
+        time.sleep(next(timed) / rate)
+    return round(meter.take().data_wait, 4)
 
 
 def copy_bytes_per_s() -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 
 OWN = ("--dataset_name", "mine", "--interactions", "events.csv", "--user", "u", "--item", "i")
 ALL = (*OWN, "--action", "a", "--time", "t")
@@ -33,7 +34,12 @@ def zipped(file: Path) -> None:
         archive.writestr("events.csv", GOOD)
 
 
-GZIP = gzip.compress(b"u,i,a,t\n" + b"".join(b"%d,%d,1,%d\n" % (n, n * n, n) for n in range(9_000)))
+def zstd(text: bytes) -> bytes:
+    return bytes(pa.compress(text, codec="zstd", asbytes=True))
+
+
+LONG = b"u,i,a,t\n" + b"".join(b"%d,%d,1,%d\n" % (n, n * n, n) for n in range(9_000))
+GZIP = gzip.compress(LONG)
 KUAIRAND_HEADER = (
     b"user_id,video_id,time_ms,is_click,is_like,is_follow,is_comment,is_forward,is_hate,long_view,is_profile_enter\n"
 )
@@ -64,6 +70,9 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
     "blank first line": (ALL, {"events.csv": b"\n" + GOOD}, "events.csv:1: the first line is empty; it must name"),
     "gzip without .gz": (ALL, {"events.csv": gzip.compress(GOOD)}, "events.csv is gzip-compressed; unpack it, or let"),
     "truncated gzip": (named("e.csv.gz"), {"e.csv.gz": GZIP[:-3_000]}, "cannot read e.csv.gz: .*end"),
+    "zstd without .zst": (ALL, {"events.csv": zstd(GOOD)}, "events.csv is zstd-compressed; unpack it, or let"),
+    "truncated zstd": (named("e.csv.zst"), {"e.csv.zst": zstd(LONG)[:-3_000]}, "cannot read e.csv.zst: "),
+    "no zstd at all": (named("e.csv.zst"), {"e.csv.zst": GOOD}, "cannot read e.csv.zst: "),
     "gzip cut in its header": (named("e.csv.gz"), {"e.csv.gz": GZIP[:6]}, "cannot read e.csv.gz: "),
     "no gzip at all": (named("e.csv.gz"), {"e.csv.gz": GOOD}, "cannot read e.csv.gz: Not a gzipped file"),
     "gzip with a flipped byte": (named("e.csv.gz"), {"e.csv.gz": GZIP[:50] + b"\xaa" + GZIP[51:]}, "cannot read e.csv"),

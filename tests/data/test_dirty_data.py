@@ -20,7 +20,7 @@ from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store import SequenceStore
 from hstu.data.store_writer import Journal
 from tests.conftest import REPOSITORY
-from tests.data.dirty_inputs import ALL, DIRT, GOOD, named, zipped
+from tests.data.dirty_inputs import ALL, DIRT, GOOD, named, zipped, zstd
 
 SCRIPT = REPOSITORY / "scripts" / "preprocess_dataset.py"
 
@@ -114,6 +114,15 @@ def test_gzipped_text_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.Monke
     Path("events.csv.gz").write_bytes(gzip.compress(GOOD))
     assert main([*named("events.csv.gz"), "--output", "store"]) == 0
     assert SequenceStore.open("store").sequence("t").tolist() == [10, 11, 12]
+
+
+def test_a_bad_line_of_zstd_text_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("events.csv.zst").write_bytes(zstd(GOOD + b"2,8,no,13\n"))
+    assert main([*named("events.csv.zst"), "--output", "store"]) == 3
+    assert "events.csv.zst:5: 'a' is 'no'" in capsys.readouterr().err
 
 
 def test_ids_beyond_int64_are_taken_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from hstu.config.errors import ConfigError, DataError
@@ -40,6 +41,30 @@ def test_rows_of_several_files_follow_one_another(tmp_path: Path) -> None:
     store = make(tmp_path, [write(tmp_path / "z.csv", "u,i\n1,10\n1,20\n"), second, third])
     assert histories(store) == {1: [10, 20, 30, 50], 2: [40]}
     assert sorted(store.sources) == ["b.parquet", "c.csv.gz", "z.csv"]
+
+
+def test_a_directory_stands_for_its_files_in_the_order_of_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    days = Path("days")
+    (days / "older").mkdir(parents=True)
+    write(days / "day_10.csv", "u,i\n1,30\n")
+    (days / "day_9.csv.zst").write_bytes(pa.compress(b"u,i\n1,10\n1,20\n", codec="zstd", asbytes=True))
+    for name in ("README.md", ".day_1.csv", "older/day_1.csv"):
+        write(days / name, "no table")
+    assert histories(make(tmp_path, days)) == {1: [10, 20, 30]}
+    write(days / "day_11.csv", "u,i\n1,40\n")
+    command = ["--dataset_name", "mine", "--interactions", "days", "--user", "u", "--item", "i", "--output", "mine"]
+    assert main([*command, "--append", "--no_report"]) == 0
+    store = SequenceStore.open("mine")
+    assert histories(store) == {1: [10, 20, 30, 40]} and "days/day_9.csv.zst" in str(store.command)
+    command[3] = "days/older"
+    Path("days/older/day_1.csv").unlink()
+    assert main([*command, "--force"]) == 3
+    assert (
+        "days/older is a directory without files that end in .csv, .tsv, .csv.gz, .csv.zst," in capsys.readouterr().err
+    )
 
 
 def test_the_type_of_an_id_is_that_of_all_files_together(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from hstu.data.datasets.own_features import (
 )
 from hstu.data.datasets.own_types import TIME_UNITS, ColumnTypes, as_integer, split_number, unit_hint
 from hstu.data.datasets.raw import (
+    COMPRESSIONS,
     RawFile,
     check_readable,
     identifier,
@@ -57,7 +58,8 @@ class InteractionColumns:
     """The interactions table and its columns; the tables of users, of items and of titles, and their columns."""
 
     interactions: Path | Sequence[Path]
-    """One file or several. Without times, their rows follow one another in this order."""
+    """One file or several. Without times, their rows follow one another in this order. A directory stands for its
+    files of text or Parquet, as their names say, in the order of their names."""
     user: str
     """int64 or strings."""
     item: str
@@ -149,8 +151,9 @@ class InteractionColumns:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files of the interactions."""
-        return (self.interactions,) if isinstance(self.interactions, Path) else tuple(self.interactions)
+        """The files of the interactions. Raises DataError for a directory without any."""
+        given = (self.interactions,) if isinstance(self.interactions, Path) else self.interactions
+        return tuple(file for path in given for file in (_files_in(path) if path.is_dir() else [path]))
 
     def schema(self) -> Schema:
         """Features are named after their columns; the user's is user_id."""
@@ -195,6 +198,18 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
             raise DataError(f"--glob: no file matches {pattern}")
         found += [Path(name) for name in names]
     return list(dict.fromkeys(found))
+
+
+def _files_in(directory: Path) -> list[Path]:
+    """The files of a directory whose names say what they hold; numbers in names in the order of numbers."""
+    endings = (*_DELIMITERS, *(f"{text}{end}" for text in _DELIMITERS for end in COMPRESSIONS), ".parquet")
+    files = [file for file in directory.iterdir() if file.name.endswith(endings) and not file.name.startswith(".")]
+    if not files:
+        raise DataError(
+            f"{directory} is a directory without files that end in {', '.join(endings)}; name the files, or give a "
+            "pattern with --glob"
+        )
+    return sorted(files, key=lambda file: _with_numbers(file.name))
 
 
 def _with_numbers(name: str) -> list[tuple[int, str]]:
@@ -302,7 +317,7 @@ def _description(columns: InteractionColumns, name: str, column: str) -> ColumnD
 
 
 def _table(file: Path, delimiter: str | None, header: Sequence[str]) -> RawFile:
-    name = file.name.removesuffix(".gz")
+    name = file.stem if file.suffix in COMPRESSIONS else file.name
     suffix = Path(name).suffix
     if suffix == ".parquet" and name == file.name:
         if header:
@@ -327,7 +342,7 @@ def _unknown_delimiter(file: Path) -> str:
     probably = guess.get(found, f"it seems to be --delimiter {found!r}")
     return (
         f"{file}: say what separates its columns, {probably}. It is known only of files whose name ends in .csv, .tsv "
-        "(perhaps with .gz) or .parquet"
+        f"(perhaps with {' or '.join(COMPRESSIONS)}) or .parquet"
     )
 
 

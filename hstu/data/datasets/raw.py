@@ -26,7 +26,7 @@ _SIGNATURES = (
     (b"PK\x03\x04", "a zip archive; unpack it"),
     (b"PK\x05\x06", "an empty zip archive"),
     (b"BZh", "bzip2-compressed; unpack it"),
-    (b"\x28\xb5\x2f\xfd", "zstd-compressed; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed; unpack it, or let its name end in .zst"),
     (b"\xfd7zXZ", "xz-compressed; unpack it"),
     (b"PAR1", "a Parquet file; let its name end in .parquet"),
     (b"SQLite format 3", "a SQLite database; export the table as CSV"),
@@ -35,6 +35,8 @@ _SIGNATURES = (
     (codecs.BOM_UTF16_BE, "UTF-16 text; convert it to UTF-8, e.g. with iconv -f UTF-16 -t UTF-8"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with git lfs pull"),
 )
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""End of a name → how the text in the file is compressed."""
 _WEB_PAGE = (b"<!doctype", b"<html", b"<?xml")
 
 
@@ -69,7 +71,7 @@ def parquet_rows(file: Path, *, numbered: bool = False) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RawFile:
-    """A table in a file: Parquet, or delimited UTF-8 text, gzipped if its name ends in .gz.
+    """A table in a file: Parquet, or delimited UTF-8 text, compressed if its name ends in .gz or .zst.
 
     Nothing is guessed from the data: a value of another type makes its line unreadable, an empty value is NULL.
     """
@@ -91,7 +93,7 @@ class RawFile:
         if self.columns is None:
             return parquet_rows(self.path)
         described = ", ".join(f"{literal(name)}: {literal(kind)}" for name, kind in self.columns.items())
-        compression = "gzip" if self.path.suffix == ".gz" else "none"  # "?" in a name confuses DuckDB's own guess
+        compression = COMPRESSIONS.get(self.path.suffix, "none")  # "?" in a name confuses DuckDB's own guess
         return (
             f"read_csv([{one_file(self.path)}], auto_detect = false, columns = {{{described}}}, "
             f"delim = {literal(self.delimiter)}, header = {str(self.header).lower()}, quote = {literal(self.quote)}, "
@@ -128,9 +130,9 @@ class RawFile:
 
 @contextmanager
 def open_bytes(file: Path) -> Iterator[IO[bytes]]:
-    """A file's bytes, decompressed if its name ends in .gz. Raises DataError where it cannot be read."""
+    """A file's bytes, decompressed if its name ends in .gz or .zst. Raises DataError where it cannot be read."""
     try:
-        with cast(IO[bytes], gzip.open(file)) if file.suffix == ".gz" else file.open("rb") as stream:
+        with _opened(file) as stream:
             yield stream
     except FileNotFoundError:
         raise DataError(f"there is no file {file}") from None
@@ -139,6 +141,16 @@ def open_bytes(file: Path) -> Iterator[IO[bytes]]:
     except (OSError, EOFError, zlib.error) as error:  # gzip raises EOFError where the file is cut off
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(f"cannot read {file}: {reason}") from error
+
+
+def _opened(file: Path) -> IO[bytes]:
+    if COMPRESSIONS.get(file.suffix) == "gzip":
+        return cast(IO[bytes], gzip.open(file))
+    if COMPRESSIONS.get(file.suffix) == "zstd":
+        import pyarrow  # not above, because the registry of datasets is read without NumPy
+
+        return cast(IO[bytes], pyarrow.CompressedInputStream(str(file), "zstd"))
+    return file.open("rb")
 
 
 @contextmanager

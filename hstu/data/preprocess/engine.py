@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow
 
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.datasets.raw import RawFile, literal, one_file, open_bytes
+from hstu.data.datasets.raw import COMPRESSIONS, RawFile, literal, one_file, open_bytes
 
 _ENGINE_FRACTION = 0.55
 """DuckDB's part of the memory limit; the rest is for Python, the vocabularies and what DuckDB does not count."""
@@ -32,7 +32,7 @@ _WORKING_BYTES = 32
 """Per event in working files: columnar and compressed, the spill of a bucket, and its part of the vocabulary."""
 _FEATURE_BYTES = 12
 """Per event and feature of the events: int32 in the store, and working files."""
-_GZIP_RATIO = 5
+_COMPRESSED_RATIO = 5
 _GIB = 1 << 30
 _ROWS_PER_CHUNK = 1 << 20
 
@@ -160,5 +160,5 @@ def estimated_rows(raw: RawFile) -> int:
         return int(rows or 0)
     with open_bytes(raw.path) as stream:
         sample = stream.read(_SAMPLE_BYTES)
-    size = raw.path.stat().st_size * (_GZIP_RATIO if raw.path.suffix == ".gz" else 1)
+    size = raw.path.stat().st_size * (_COMPRESSED_RATIO if raw.path.suffix in COMPRESSIONS else 1)
     return int(size * max(sample.count(b"\n"), 1) / max(len(sample), 1))

@@ -14,7 +14,7 @@ import duckdb
 import pandas as pd
 
 from hstu.config.errors import DataError
-from hstu.data.datasets.raw import RawFile, identifier, write_with_uniform_lines
+from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier, write_with_uniform_lines
 from hstu.data.datasets.spec import ColumnDescription
 from hstu.data.preprocess.engine import Connection, one, write_parquet
 from hstu.data.preprocess.state import READING, BadRows, BuildState
@@ -98,7 +98,7 @@ def _ingest(engine: Connection, raw: RawFile, select: str, target: Path, bad: Ba
             _count_rejects(engine, raw, uniform, bad)
     except (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.IOException) as error:
         text = str(error)
-        if raw.path.name not in text and "GZIP" not in text.upper():
+        if raw.path.name not in text and not any(kind.upper() in text.upper() for kind in COMPRESSIONS.values()):
             raise
         raise DataError(f"cannot read {raw.path}: {text.splitlines()[0].partition(': ')[2]}") from error
     finally:

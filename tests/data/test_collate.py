@@ -329,7 +329,7 @@ def test_ranges_concatenates_runs() -> None:
 
 
 def test_a_collator_reopens_its_store_where_it_is_unpickled(make_store: Callable[..., SequenceStore]) -> None:
-    collator = collator_of(make_store([[1, 2, 3, 4], [5, 6, 7]]), negatives=Negatives("uniform", 2))
+    collator = collator_of(make_store([[1, 2, 3, 4], [5, 6, 7]]), negatives=Negatives("popularity", 2, exponent=0.75))
     copy = pickle.loads(pickle.dumps(collator))
     assert copy.reader.store is not collator.reader.store
     for one, other in zip(batches_of(collator), batches_of(copy), strict=True):

@@ -30,7 +30,7 @@ def mass_of_columns(corpus: ItemDistribution) -> np.ndarray:
     return (share + np.bincount(other, 1 - share, minlength=corpus.size)) / corpus.size
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 1e-9, 1.0, 1.0, 3.5, 7.0, 1e4]) | st.floats(0, 100), min_size=1, max_size=60))
 def test_the_alias_table_has_the_probabilities_of_the_weights(weights: list[float]) -> None:
     if sum(weights) <= 0:
@@ -57,7 +57,7 @@ def test_equal_weights_and_uniform_draws_have_equal_frequencies() -> None:
         assert ((found - DRAWS / 50) ** 2 / (DRAWS / 50)).sum() < 85.4  # 0.001 at 49 degrees of freedom
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 30), min_size=1, max_size=8),
     stride=st.sampled_from([None, 3]),

@@ -84,14 +84,6 @@ CASES: dict[str, Any] = {
             "RetrievalArgs.logq_correction = True",
         ],
     },
-    "retrieval, mixed, logQ": {
-        "task": "retrieval",
-        "bindings": [
-            "RetrievalArgs.negatives = 'mixed'",
-            "RetrievalArgs.num_negatives = 3",
-            "RetrievalArgs.logq_correction = True",
-        ],
-    },
     "retrieval, full, adam, by tokens": {
         "task": "retrieval",
         "optimizer": "adam",

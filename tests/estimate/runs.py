@@ -83,6 +83,9 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "in-batch negatives": _case([ONE, TWO], task="retrieval"),
     "uniform negatives": _case([ONE, TWO_BY_TENSOR], *UNIFORM, task="retrieval"),
+    "mixed negatives": _case(
+        [TWO], "RetrievalArgs.negatives = 'mixed'", "RetrievalArgs.num_negatives = 32", task="retrieval"
+    ),
     "whole corpus": _case(
         [ONE], "RetrievalArgs.negatives = 'full'", "NetworkArgs.item_embedding_dim = 20", task="retrieval"
     ),

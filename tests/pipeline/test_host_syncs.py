@@ -66,6 +66,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "retrieval, uniform negatives": {"task": "retrieval", "task_args": UNIFORM},
     "retrieval, shared negatives": {"task": "retrieval", "task_args": UNIFORM | {"shared_negatives": True}},
+    "retrieval, mixed negatives, corrected": {
+        "task": "retrieval",
+        "task_args": {"negatives": "mixed", "num_negatives": 5, "logq_correction": True},
+    },
     "retrieval, all items": {"task": "retrieval", "task_args": {"negatives": "full"}},
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from hstu.config.args import RankingTaskArgs
 from hstu.config.errors import ConfigError, DataError
-from hstu.config.problems import Cite, cite
+from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.store import SequenceStore
 
@@ -87,7 +87,7 @@ class LabelColumn:
 
     def facts(self) -> LabelFacts:
         """What occurs. Reads the whole column, unless its values are in a vocabulary."""
-        facts = LabelFacts(example=next(iter(self.known_texts), None))
+        facts = LabelFacts(texts=self.known_texts)
         stored = self.values if self.store.feature(self.name).has_vocab else self.store.sequence(self.name)
         for start in range(0, len(stored), _CHUNK):
             facts = facts.joined(_facts_of(stored[start : start + _CHUNK]))
@@ -110,8 +110,8 @@ class LabelFacts:
     greatest: float = -inf
     are_whole: bool = True
     """Whether all of them are integers."""
-    example: str | None = None
-    """One of the texts, where they are not numbers."""
+    texts: tuple[str, ...] = ()
+    """The texts that the numbers 0, 1, … stand for; empty where values are numbers."""
 
     def joined(self, other: LabelFacts) -> LabelFacts:
         """What is known of the values of both."""
@@ -119,11 +119,11 @@ class LabelFacts:
             min(self.least, other.least),
             max(self.greatest, other.greatest),
             self.are_whole and other.are_whole,
-            self.example or other.example,
+            self.texts or other.texts,
         )
 
     def __str__(self) -> str:
-        return f"from {self.least:g} to {self.greatest:g}"
+        return " or ".join(map(repr, self.texts)) if self.texts else f"from {self.least:g} to {self.greatest:g}"
 
 
 def _facts_of(stored: np.ndarray) -> LabelFacts:
@@ -141,9 +141,25 @@ def check_labels(tasks: Sequence[RankingTaskArgs], facts: Mapping[str, LabelFact
         raise ConfigError(problems)
 
 
-def first_class(task: RankingTaskArgs, facts: LabelFacts) -> int:
+@dataclass(frozen=True)
+class LabelCodes:
+    """What the numbers of a label mean to a task."""
+
+    first: int = 0
     """The label of class 0: 0 or 1, see RankingTaskArgs.num_classes."""
-    return int(task.num_classes is not None and facts.greatest == task.num_classes and facts.least >= 1)
+    positive: tuple[int, ...] = ()
+    """The numbers of RankingTaskArgs.positive_values."""
+
+    @classmethod
+    def of(cls, task: RankingTaskArgs, facts: LabelFacts) -> LabelCodes:
+        """From what is known of the labels."""
+        first = task.num_classes is not None and facts.greatest == task.num_classes and facts.least >= 1
+        known = [text for text in task.positive_values or () if text in facts.texts]
+        return cls(int(first), tuple(facts.texts.index(text) for text in known))
+
+
+PLAIN = LabelCodes()
+"""Of labels that are 0, 1, … or mean themselves."""
 
 
 def _problems_of(task: RankingTaskArgs, facts: Mapping[str, LabelFacts]) -> Iterator[tuple[str, str]]:
@@ -151,10 +167,13 @@ def _problems_of(task: RankingTaskArgs, facts: Mapping[str, LabelFacts]) -> Iter
     label = facts[task.label]
     if label.least > label.greatest:
         yield "label", "all values of this feature are missing in the data"
-    elif label.example is not None and task.kind != "class":
-        yield "label", f"its values are texts such as {label.example!r}, and {task.kind} needs numbers"
+    elif task.positive_values is not None:
+        yield from _problems_of_texts(task.positive_values, label)
+    elif label.texts and task.kind != "class":
+        text = "set positive_values" if task.kind == "binary" else f"{task.kind} needs numbers"
+        yield "label", f"its values are texts such as {label.texts[0]!r}; {text}"
     elif task.num_classes is not None:
-        first = first_class(task, label)
+        first = LabelCodes.of(task, label).first
         if not label.are_whole or label.least < 0 or label.greatest > task.num_classes - 1 + first:
             kind = "integers" if label.are_whole else "numbers"
             yield (
@@ -166,10 +185,24 @@ def _problems_of(task: RankingTaskArgs, facts: Mapping[str, LabelFacts]) -> Iter
         yield from _problems_of_positives(task, label)
     for parameter in ("censored_by", "sample_weight"):
         beside = facts.get(getattr(task, parameter))
-        if beside is not None and beside.example is not None:
-            yield parameter, f"its values are texts such as {beside.example!r}, not numbers"
+        if beside is not None and beside.texts:
+            yield parameter, f"its values are texts such as {beside.texts[0]!r}, not numbers"
         elif beside is not None and parameter == "sample_weight" and beside.least < 0:
             yield parameter, f"its values are {beside}, and weights are 0 or more"
+
+
+def _problems_of_texts(positive: Sequence[str], label: LabelFacts) -> Iterator[tuple[str, str]]:
+    if not label.texts:
+        yield "positive_values", f"the labels are numbers {label}, not texts; use positive_from"
+        return
+    for text in positive:
+        if text not in label.texts:
+            yield (
+                "positive_values",
+                f"{text!r} does not occur; the labels are {label}" + did_you_mean(text, label.texts),
+            )
+    if set(positive) >= set(label.texts):
+        yield "positive_values", f"the labels are {label}, so all are positive"
 
 
 def _problems_of_positives(task: RankingTaskArgs, label: LabelFacts) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from torchrec import JaggedTensor
 
 from hstu.config.args import RankingArgs, RankingTaskArgs
 from hstu.data.batch import HSTUBatch
+from hstu.data.labels import PLAIN, LabelCodes
 from hstu.model import task_losses
 from hstu.model.heads import MultiTaskHead
 from hstu.model.outputs import ModelOutput
@@ -34,13 +35,16 @@ class RankingTask(nn.Module):
     Args:
         args: the task.
         columns: the rows of HSTUBatch.label_values.
-        first_class: the label of class 0.
+        codes: what the numbers of the label mean.
     """
 
-    def __init__(self, args: RankingTaskArgs, columns: Sequence[str], first_class: int = 0) -> None:
+    positive: Tensor
+
+    def __init__(self, args: RankingTaskArgs, columns: Sequence[str], codes: LabelCodes = PLAIN) -> None:
         super().__init__()
         self.args = args
-        self.first_class = first_class
+        self.first_class = codes.first
+        self.register_buffer("positive", torch.tensor(codes.positive, dtype=torch.float32), persistent=False)
         self._rows = {name: columns.index(name) for name in args.columns}
         self.thresholds: nn.Parameter | None = None
         if args.kind == "ordinal":
@@ -70,6 +74,8 @@ class RankingTask(nn.Module):
             return labels
         if self.args.bit_mask is not None:
             is_positive = labels.nan_to_num().int() & self.args.bit_mask != 0
+        elif self.args.positive_values is not None:
+            is_positive = torch.isin(labels, self.positive.to(labels.device))
         else:
             is_positive = labels >= (1.0 if self.args.positive_from is None else self.args.positive_from)
         return torch.where(labels.isnan(), labels, is_positive.float())
@@ -110,11 +116,11 @@ class MultiTaskDense(nn.Module):
         encoder: table rows → tokens.
         args: tasks and head.
         columns: the rows of HSTUBatch.label_values.
-        first_classes: of each task, the label of class 0.
+        codes: what the numbers of the label of each task mean.
     """
 
     def __init__(
-        self, encoder: SequenceEncoder, args: RankingArgs, columns: Sequence[str], first_classes: Sequence[int]
+        self, encoder: SequenceEncoder, args: RankingArgs, columns: Sequence[str], codes: Sequence[LabelCodes]
     ) -> None:
         super().__init__()
         assert args.tasks is not None
@@ -129,7 +135,7 @@ class MultiTaskDense(nn.Module):
             args.num_experts,
         )
         self.tasks = nn.ModuleList(
-            RankingTask(task, columns, first) for task, first in zip(args.tasks, first_classes, strict=True)
+            RankingTask(task, columns, meaning) for task, meaning in zip(args.tasks, codes, strict=True)
         )
 
     @property

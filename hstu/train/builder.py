@@ -23,7 +23,7 @@ from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES
 from hstu.data.datasets import DATASETS
-from hstu.data.labels import LabelFacts, first_class, label_columns
+from hstu.data.labels import PLAIN, LabelCodes, LabelFacts, label_columns
 from hstu.data.roles import FeatureRoles
 from hstu.model.compiled import compile_parts, why_not
 from hstu.model.embedding import table_specs
@@ -219,20 +219,20 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
         config,
         SequenceFeatures.of(roles, source.max_items),
         kernels,
-        label_offsets(config, source),
+        label_codes(config, source),
         lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),
         log_counts_of(source),
     )
 
 
-def label_offsets(config: RunConfig, source: BatchSource) -> tuple[int, ...]:
-    """The label of class 0 of each ranking task."""
+def label_codes(config: RunConfig, source: BatchSource) -> tuple[LabelCodes, ...]:
+    """What the labels of each ranking task mean."""
     if not isinstance(config.task_args, RankingArgs):
         return ()
     if config.task_args.tasks is None:
-        return (label_offset(config.task_args, source, config.located),)
+        return (LabelCodes(label_offset(config.task_args, source, config.located)),)
     unknown = LabelFacts()  # without data nothing is trained
-    return tuple(first_class(task, source.label_facts.get(task.label, unknown)) for task in config.task_args.tasks)
+    return tuple(LabelCodes.of(task, source.label_facts.get(task.label, unknown)) for task in config.task_args.tasks)
 
 
 def log_counts_of(source: BatchSource) -> LogCounts | None:
@@ -292,22 +292,22 @@ def task_module(
     config: RunConfig,
     features: SequenceFeatures,
     kernels: Kernels,
-    label_offsets: Sequence[int] = (),
+    codes: Sequence[LabelCodes] = (),
     gather_pool: GatherPool = own_pool,
     log_counts: LogCounts | None = None,
 ) -> TaskModel:
     """The same module without anything that depends on the data, the ranks or the device.
 
-    ``label_offsets``: see the function of that name; empty: 0 for each task.
+    ``codes``: of label_codes; empty: classes begin at 0.
     """
     network = config.network
     encoder = SequenceEncoder(network, features, kernels)
     args = config.task_args
     if isinstance(args, RankingArgs):
-        offsets = label_offsets or [0] * len(args.tasks or [args])
+        codes = codes or [PLAIN] * len(args.tasks or [args])
         if args.tasks is not None:
-            return MultiTaskDense(encoder, args, label_columns(args.tasks), offsets)
-        return RankingDense(encoder, args, label_offset=offsets[0])
+            return MultiTaskDense(encoder, args, label_columns(args.tasks), codes)
+        return RankingDense(encoder, args, label_offset=codes[0].first)
     return RetrievalDense(
         encoder,
         item_feature=features.item,

@@ -9,6 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from hstu.config.args import RankingTaskArgs
+from hstu.data.labels import PLAIN, LabelCodes
 from hstu.model import task_losses
 from hstu.model.tasks import RankingTask
 
@@ -131,18 +132,20 @@ def values(*columns: list[float]) -> Tensor:
     return torch.tensor(columns)
 
 
-def task(first_class: int = 0, **args: object) -> RankingTask:
+def task(codes: LabelCodes = PLAIN, **args: object) -> RankingTask:
     made = RankingTaskArgs(label="a", **args)  # type: ignore[arg-type]
-    return RankingTask(made, ("a", "b"), first_class)
+    return RankingTask(made, ("a", "b"), codes)
 
 
-def test_labels_of_binary_tasks_are_positive_by_threshold_or_bit() -> None:
+def test_labels_of_binary_tasks_are_positive_by_threshold_or_bit_or_text() -> None:
     labels = values([0, 1, 2, 3, 6, torch.nan], [0.0] * 6)
     assert task().labels(labels)[:5].tolist() == [0, 1, 1, 1, 1]
     assert task(positive_from=2.5).labels(labels)[:5].tolist() == [0, 0, 0, 1, 1]
     assert task(bit_mask=4).labels(labels)[:5].tolist() == [0, 0, 0, 0, 1]
     assert task(bit_mask=3).labels(labels)[:5].tolist() == [0, 1, 1, 1, 1]
-    assert task(bit_mask=3).labels(labels)[5].isnan()
+    of_texts = task(LabelCodes(positive=(0, 3)), positive_values=["cart", "purchase"])
+    assert of_texts.labels(labels)[:5].tolist() == [1, 0, 0, 1, 0]
+    assert task(bit_mask=3).labels(labels)[5].isnan() and of_texts.labels(labels)[5].isnan()
 
 
 def test_items_without_a_label_or_a_weight_do_not_count() -> None:

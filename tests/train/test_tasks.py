@@ -166,7 +166,19 @@ BAD_LABELS = {
     "absent": ({"label": "clicks"}, r"'clicks' is neither the action nor .*allowed: action, click.*mean 'click'"),
     "of an item": ({"label": "item_id"}, r"label.*'item_id' is neither the action nor a feature of the events"),
     "no bound": ({**TASKS[3], "censored_by": "lenght"}, r"censored_by = 'lenght'.*did you mean 'length'"),
-    "texts": ({"label": "topic"}, r"label = 'topic': its values are texts such as 'art', and binary needs numbers"),
+    "texts": ({"label": "topic"}, r"label = 'topic': its values are texts such as .art.; set positive_values"),
+    "a text that does not occur": (
+        {"label": "topic", "positive_values": ["war", "arts"]},
+        r"positive_values.*'arts' does not occur; the labels are 'art' or 'law' or 'war'.*did you mean 'art'",
+    ),
+    "every text": (
+        {"label": "topic", "positive_values": ["war", "law", "art"]},
+        r"positive_values.*so all are positive",
+    ),
+    "texts of numbers": (
+        {"label": "stars", "positive_values": ["3"]},
+        r"positive_values.*numbers from 1 to 3, not texts",
+    ),
     "no threshold": ({"label": "stars"}, r"label = 'stars': has values from 1 to 3, and a binary label is 0 or 1"),
     "of one kind": (
         {"label": "stars", "positive_from": 4.0},

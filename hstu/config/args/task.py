@@ -61,7 +61,9 @@ class RankingTaskArgs(Args):
     """Factor of the loss. The loss of a run is the sum over the tasks of weight times the mean over the labelled items,
     in which items without a label count as 0."""
     positive_from: Optional[float] = option(None, minimum=-1e12, maximum=1e12)
-    """binary: labels of at least this are positive. None: labels are 0 and 1, or bit_mask is set."""
+    """binary: labels of at least this are positive. None: labels are 0 and 1, or one of the next two options is set."""
+    positive_values: Optional[list[str]] = option(None, not_empty=True)
+    """binary: labels that are one of these texts are positive, such as ["cart", "purchase"]."""
     bit_mask: Optional[int] = option(None, minimum=1, maximum=2**24 - 1)
     """binary: labels that have one of these bits are positive, for actions that are sets of bits."""
     num_classes: Optional[int] = option(None, minimum=2, maximum=1_000_000)

@@ -14,12 +14,15 @@ from hstu.config.run_config import RunConfig
 
 _OF_KINDS = {
     "positive_from": ("binary",),
+    "positive_values": ("binary",),
     "bit_mask": ("binary",),
     "num_classes": ("class", "ordinal"),
     "scale": ("regression", "censored"),
     "censored_by": ("censored",),
 }
 """Option of a task → the kinds in which it has an effect."""
+_POSITIVE = ("positive_from", "positive_values", "bit_mask")
+"""The options that say which labels of a binary task are positive."""
 _NEEDED = {"class": "num_classes", "ordinal": "num_classes", "censored": "censored_by"}
 """Kind → the option that it needs."""
 
@@ -45,9 +48,9 @@ def options_fit_the_kind(run: RunConfig, task: RankingTaskArgs) -> Iterator[Prob
 
 
 def positives_have_one_definition(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
-    if task.positive_from is not None and task.bit_mask is not None:
-        text = f"cannot be combined with {run.cite(task, 'bit_mask')}; remove one of them"
-        yield run.problem(task, "positive_from", text)
+    first, *others = [name for name in _POSITIVE if getattr(task, name) is not None] or [""]
+    for other in others:
+        yield run.problem(task, first, f"cannot be combined with {run.cite(task, other)}; remove one of them")
 
 
 def loss_fits_the_kind(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:

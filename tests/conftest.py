@@ -84,6 +84,8 @@ def write_small_store(
     item_features: Mapping[str, Sequence[int] | Sequence[Sequence[int]]] | None = None,
     event_features: Mapping[str, Sequence[Sequence[int]]] | None = None,
     event_texts: Mapping[str, Sequence[str]] | None = None,
+    item_numbers: Mapping[str, np.ndarray] | None = None,
+    event_numbers: Mapping[str, Sequence[Sequence[float]]] | None = None,
     num_items: int | None = None,
     num_actions: int | None = None,
     item_ids: Sequence[int] | None = None,
@@ -98,8 +100,8 @@ def write_small_store(
     ``timestamps`` in seconds (default: 60 s apart from 1,000,000), ``context`` feature -> one code a user; raw ids
     are 1000 + code for items (or ``item_ids``) and 100 + row for users, so that a mix-up of raw ids and codes shows.
     ``item_features``: feature -> one code or one list of codes an item; ``event_features``: feature -> lists like
-    ``items``; the raw ids of both are "value 007", or those of ``event_texts``. ``raw``: features whose raw ids models
-    get.
+    ``items``; the raw ids of both are "value 007", or those of ``event_texts``. ``item_numbers``: feature -> [items,
+    width], ``event_numbers``: feature -> lists like ``items``. ``raw``: features whose raw ids models get.
     """
     lengths = [len(row) for row in items]
     if timestamps is None:
@@ -135,6 +137,14 @@ def write_small_store(
             codes, cardinality = flat(lists), int(flat(lists).max()) + 1
             writer.write_item_feature(feature, codes, cardinality=cardinality, offsets=offsets if is_list else None)
             writer.write_vocabulary(feature, [f"value {code:03}" for code in range(cardinality)])
+        for feature, numbers in (item_numbers or {}).items():
+            array = writer.create_item_numbers(feature, width=numbers.shape[1], items=num_items)
+            array[:] = numbers.reshape(-1)
+            array.flush()
+        for feature, values in (event_numbers or {}).items():
+            array = writer.create_sequence(feature, "event_number", cardinality=None, length=total)
+            array[:] = [value for row in values for value in row]
+            array.flush()
         for feature in raw:
             writer.keep_raw_ids(feature)
     return SequenceStore.open(path)

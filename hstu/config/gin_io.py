@@ -14,7 +14,17 @@ from typing import Any
 
 import gin
 
-from hstu.config.args import CLASSES, REGISTRY, TASK_ARGS, Args, BenchmarkDatasetArgs, EmbeddingArgs, Task
+from hstu.config.args import (
+    CLASSES,
+    REGISTRY,
+    SEVERAL,
+    TASK_ARGS,
+    Args,
+    BenchmarkDatasetArgs,
+    EmbeddingArgs,
+    NumericFeatureArgs,
+    Task,
+)
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.gin_bindings import (
     Bindings,
@@ -118,7 +128,7 @@ class _Builder:
         known: dict[str, Any] = {"task": self.task, "source_files": self.files, "world_size": world_size}
         dataset = self._dataset_class()
         for cls, place in REGISTRY.items():
-            if place not in ("", "embeddings", "dataset", "task_args") or cls in (dataset, TASK_ARGS[self.task]):
+            if place not in ("", *SEVERAL, "dataset", "task_args") or cls in (dataset, TASK_ARGS[self.task]):
                 known[place] = self.object(("", cls))
         if dataset is BenchmarkDatasetArgs:
             tables = getattr(known["dataset"], "embedding_args", None)
@@ -126,6 +136,9 @@ class _Builder:
             tables = [self.object(owner) for owner in self.bindings.owners_of(EmbeddingArgs)]
         if tables is not None and (self.complete or dataset is BenchmarkDatasetArgs):
             known["embeddings"] = tuple(table for table in tables if id(table) not in self._strays)
+        if self.complete:
+            numbers = [self.object(owner) for owner in self.bindings.owners_of(NumericFeatureArgs)]
+            known["numbers"] = tuple(each for each in numbers if id(each) not in self._strays)
         for referred in self._unclear:  # the list grows while their objects are made
             for owner in self.bindings.owners_of(referred):
                 self.object(owner)
@@ -395,14 +408,14 @@ class _Builder:
         place = REGISTRY[cls]
         if place == "task_args" and cls is not TASK_ARGS[self.task]:
             return f"this is a {self.task} run, which reads {TASK_ARGS[self.task].__name__}; remove it"
-        if place not in ("", "embeddings"):
+        if place not in ("", *SEVERAL):
             return f"{cls.__name__} is read without a scope; drop {scope}/" if scope else None
         if not self.complete:  # a file that cannot be read may refer to it
             return None
         root = cls
         while not REGISTRY[root]:
             root = REFERRERS[root]
-        if REGISTRY[root] != "embeddings" and ("", root) not in self._objects:
+        if REGISTRY[root] not in SEVERAL and ("", root) not in self._objects:
             return f"{cls.__name__} belongs to {root.__name__}, which no file binds; remove it" if has_dataset else None
         hint = did_you_mean(written(owner), self._referred) or "; refer to it, or remove it"
         return f"nothing refers to @{written(owner)}(){hint}"

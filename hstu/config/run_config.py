@@ -9,6 +9,7 @@ from typing import Any
 
 from hstu.config.args import (
     REGISTRY,
+    SEVERAL,
     TASK_ARGS,
     Args,
     BenchmarkDatasetArgs,
@@ -16,6 +17,7 @@ from hstu.config.args import (
     EmbeddingArgs,
     LRScheduleArgs,
     NetworkArgs,
+    NumericFeatureArgs,
     OptimizerArgs,
     PrecisionArgs,
     RankingArgs,
@@ -39,6 +41,8 @@ class RunConfig:
     embeddings: tuple[EmbeddingArgs, ...] = ()
     """Tables that the gin files bind, in file order; empty if a built-in dataset has only its predefined tables. With
     BenchmarkDatasetArgs always its ``embedding_args``."""
+    numbers: tuple[NumericFeatureArgs, ...] = ()
+    """How the numbers of the data are read, in file order; those that are not named are standardized."""
     network: NetworkArgs
     """With ``disable_contextual_mask`` as in force, never None."""
     optimizer: OptimizerArgs
@@ -70,7 +74,8 @@ class RunConfig:
         values = [getattr(self, f.name, None) for f in fields(self)]
         single = [value for value in values if isinstance(value, Args)]
         parts: dict[str, Any] = {type(part).__name__: part for part in single}
-        parts |= {f"embeddings[{index}]": table for index, table in enumerate(getattr(self, "embeddings", ()))}
+        for place in SEVERAL:
+            parts |= {f"{place}[{index}]": part for index, part in enumerate(getattr(self, place, ()))}
         for part in single:
             parts.update(_referred_parts(part))
         return parts
@@ -113,6 +118,9 @@ class RunConfig:
             elif each.name == "embeddings" and not isinstance(self.dataset, BenchmarkDatasetArgs):
                 for table in value:  # those of a BenchmarkDatasetArgs are written with it
                     writer.write(table, scope=writer.new_scope(table.table_name))
+            elif each.name == "numbers":
+                for numbers in value:
+                    writer.write(numbers, scope=writer.new_scope(numbers.feature_names[0]))
         header = f"# The configuration in force, defaults included. Task: {self.task}."
         return "\n\n".join([header, *writer.blocks]) + "\n"
 

@@ -51,6 +51,9 @@ class HSTUBatch(Pipelineable):
     list_lengths: Tensor | None = None
     """int64 [L, sum of item_lengths]: the number of values that each item has of each of the L side features that are
     lists. None if L = 0."""
+    numbers: Tensor | None = None
+    """float32 [sum of item_lengths, W]: the numbers and vectors of each item, in the order of FeatureRoles.numbers; NaN
+    where one is missing. None if there are none."""
     timestamps: Tensor | None = None
     """int64 [sum of item_lengths], in seconds: times of the items, if the model has a relative bias."""
     request_times: Tensor | None = None

@@ -57,6 +57,8 @@ class Rows:
     """List → values of each item, [Σ lengths]."""
     label_values: Mapping[str, np.ndarray] = field(default_factory=dict)
     """The features of FeatureRoles.labels in their order → float32 [Σ num_labels], NaN where missing."""
+    numbers: np.ndarray | None = None
+    """float32 [Σ lengths, W], see HSTUBatch.numbers."""
     held_out: np.ndarray | None = None
     """Retrieval evaluation: the target items, [b]."""
     request_times: np.ndarray | None = None
@@ -137,6 +139,7 @@ class StoreReader:
             side=side,
             list_lengths=list_lengths,
             label_values={name: column.read(labelled) for name, column in self.labels.items()},
+            numbers=self._numbers(events),
             held_out=held_out,
             request_times=request_times,
             seen=seen,
@@ -158,10 +161,10 @@ class StoreReader:
         """Rows.side and Rows.list_lengths. The codes of the items at ``events`` must be known to be right."""
         side: dict[str, np.ndarray] = {}
         list_lengths: dict[str, np.ndarray] = {}
-        if not self.roles.side:
+        if not self.roles.categories:
             return side, list_lengths
         items = self.store.sequence(self.roles.item)[events]
-        for name in self.roles.side:
+        for name in self.roles.categories:
             if name in self.store.time_features:
                 side[name] = self.store.time_codes(name, events)
                 continue
@@ -176,6 +179,22 @@ class StoreReader:
                 places = ranges(starts, list_lengths[name])
             side[name] = self._for_model(name, values[places], lambda _: "an item")
         return side, list_lengths
+
+    def _numbers(self, events: np.ndarray) -> np.ndarray | None:
+        """Rows.numbers. The codes of the items at ``events`` must be known to be right."""
+        if not self.roles.numbers:
+            return None
+        items = self.store.sequence(self.roles.item)[events]
+        columns = []
+        for name in self.roles.numbers:
+            of_items = self.store.features[name].role == "item_number"
+            values = self.store.item_numbers(name)[items] if of_items else self.store.sequence(name)[events][:, None]
+            if np.isinf(values).any():
+                raise DataError(
+                    f"{self.store.path}: {name} has infinite numbers: the data is damaged, preprocess it again"
+                )
+            columns.append(values)
+        return np.concatenate(columns, axis=1)
 
     def _for_model(self, feature: str, stored: np.ndarray, place: Callable[[int], str]) -> np.ndarray:
         """What the model gets for stored codes, int64. ``place``: where the one at an index is, for an error."""
@@ -235,6 +254,7 @@ class Assembler:
             user_ids=torch.from_numpy(self._padded(rows.user_ids, -1)),
             label_values=_tensor(np.stack(label_values) if label_values else None),
             list_lengths=_tensor(np.stack([rows.list_lengths[name] for name in lists]) if lists else None),
+            numbers=_tensor(rows.numbers),
             timestamps=_tensor(rows.timestamps),
             request_times=None if rows.request_times is None else torch.from_numpy(self._padded(rows.request_times)),
             draws=_tensor(draws),
@@ -256,7 +276,7 @@ class Assembler:
         if self.roles.action is not None and rows.actions is not None:
             values[self.roles.action] = rows.actions
             jagged_lengths[self.roles.action] = lengths
-        for name in self.roles.side:
+        for name in self.roles.categories:
             values[name], jagged_lengths[name] = rows.side[name], lengths
             if name in rows.list_lengths:
                 ends = run_offsets(rows.list_lengths[name])[run_offsets(rows.lengths)]

@@ -9,7 +9,7 @@ import numpy as np
 from hstu.data.store_layout import NumberStatistics
 
 _CHUNK = 1 << 20
-_QUANTILES = 65
+NUM_QUANTILES = 65
 """Quantiles of a column, the least and the largest value among them."""
 _HALF = 1 << 16
 
@@ -54,9 +54,9 @@ def _quantiles(values: np.ndarray, count: int) -> list[float]:
 
     values: float32 [n]. count: how many of them are no NaN.
     """
-    ranks = np.rint(np.linspace(0, max(count - 1, 0), _QUANTILES)).astype(np.int64)
+    ranks = np.rint(np.linspace(0, max(count - 1, 0), NUM_QUANTILES)).astype(np.int64)
     if not count:
-        return [0.0] * _QUANTILES
+        return [0.0] * NUM_QUANTILES
     upper = np.zeros(_HALF, dtype=np.int64)
     for bits in _ordered_bits(values):
         upper += np.bincount(bits >> 16, minlength=_HALF)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, NetworkArgs, RankingTaskArgs
+from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, NetworkArgs, NumericFeatureArgs, RankingTaskArgs
 from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.data.labels import label_columns
@@ -27,11 +27,20 @@ class FeatureRoles:
     """Those of ``side`` that only the event itself makes known, as it does the action."""
     labels: tuple[str, ...] = field(default=(), kw_only=True)
     """Features of events, or the action, that RankingArgs.tasks read of labelled items as labels, bounds or weights."""
+    numbers: tuple[str, ...] = ()
+    """Those of ``side`` that are numbers or vectors, in the order of their columns in a batch."""
+    number_widths: tuple[int, ...] = ()
+    """Columns of each of ``numbers``: 1, or the width of a vector."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All features, in the order of the keys of a batch."""
-        return (*self.contextual, self.item, *([self.action] if self.action else []), *self.side)
+        """All features with ids, in the order of the keys of a batch."""
+        return (*self.contextual, self.item, *([self.action] if self.action else []), *self.categories)
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Those of ``side`` that have ids, and hence tables."""
+        return tuple(name for name in self.side if name not in self.numbers)
 
     def width(self, feature: str, network: NetworkArgs) -> int:
         """Width of the table rows of a feature."""
@@ -57,6 +66,8 @@ def resolve_roles(
 
     Raises ConfigError, worded by ``cite``, which lists those that the store lacks.
     """
+    known_numbers = (*store.item_number_features, *store.event_number_features)
+    numbers = tuple(name for name in args.side_feature_names if name in known_numbers)
     chosen = FeatureRoles(
         item=args.item_feature_name or store.item_feature,
         action=store.action_feature if args.action_feature_name is None else args.action_feature_name or None,
@@ -69,9 +80,11 @@ def resolve_roles(
         ),
         known_after=tuple(args.known_after),
         labels=label_columns(tasks),
+        numbers=numbers,
+        number_widths=tuple(store.features[name].width for name in numbers),
     )
-    of_events = (*store.event_features, *store.time_features)
-    side = (*store.item_side_features, *of_events)
+    of_events = (*store.event_features, *store.event_number_features, *store.time_features)
+    side = (*store.item_side_features, *store.item_number_features, *of_events)
     allowed_names = {
         "item": (store.item_feature,),
         "action": (store.action_feature,) if store.action_feature else (),
@@ -88,7 +101,7 @@ def resolve_roles(
         allowed = allowed_names[role]
         if name is not None and name not in allowed:
             text = f"{name!r} is no {role} feature of {store.path}; allowed: {', '.join(allowed) or 'none'}"
-            if role == "side" and not store.item_side_features:
+            if role == "side" and not (store.item_side_features or store.item_number_features):
                 text += f". Data preprocessed without them, or by an earlier version, has none. {store.remedy()}"
             problems.append(cite(args, parameter, text + did_you_mean(name, allowed)))
     problems += [problem for task in tasks or () for problem in _absent(store, chosen.action, task, cite)]
@@ -108,3 +121,20 @@ def _absent(store: SequenceStore, action: str | None, task: RankingTaskArgs, cit
                 f"{', '.join(allowed)}"
             )
             yield cite(task, parameter, text + did_you_mean(name, allowed))
+
+
+def check_numbers(roles: FeatureRoles, args: Iterable[NumericFeatureArgs], cite: Cite = cite) -> None:
+    """Raises ConfigError, worded by ``cite``, for transforms of what is no number, or that vectors do not have."""
+    widths = dict(zip(roles.numbers, roles.number_widths, strict=True))
+    problems = []
+    for each in args:
+        for name in each.feature_names:
+            if name not in widths:
+                shown = ", ".join(roles.numbers) or "none"
+                text = f"{name!r} is no number of the data (--numbers, --vectors of preprocessing); it has {shown}"
+                problems.append(cite(each, "feature_names", text + did_you_mean(name, widths)))
+            elif widths[name] > 1 and each.transform not in ("standardize", "none"):
+                text = f"is for numbers, and {name!r} is a vector; use 'standardize' or 'none'"
+                problems.append(cite(each, "transform", text))
+    if problems:
+        raise ConfigError(problems)

@@ -40,12 +40,19 @@ def features_of_own_data_have_tables(run: RunConfig) -> Iterator[Problem]:
     if not isinstance(dataset, DatasetArgs) or resolve_name(dataset.dataset_name) is not None or not run.embeddings:
         return
     known = [name for table in run.embeddings for name in table.feature_names]
+    numbers = [name for each in run.numbers for name in each.feature_names]
     for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names", "side_feature_names"):
         value = getattr(dataset, parameter, None)
         for name in value if isinstance(value, list) else [value]:
-            if name and name not in known and name not in TIME_FEATURES:  # "": no feature; None: that of the store
+            if not name or name in (*known, *numbers, *TIME_FEATURES):  # "": no feature; None: that of the store
+                continue
+            guess = did_you_mean(name, known)
+            if parameter != "side_feature_names":
                 text = f"no EmbeddingArgs has the feature {name!r}; choose one of {', '.join(known)}, or add a table"
-                yield run.problem(dataset, parameter, text + did_you_mean(name, known))
+                yield run.problem(dataset, parameter, text + guess)
+            elif guess:  # else it may be a number, which needs neither: the data decides
+                text = f"no EmbeddingArgs has the feature {name!r}; add a table, or NumericFeatureArgs for a number"
+                yield run.problem(dataset, parameter, text + guess)
 
 
 def sparse_options_have_sharded_tables(run: RunConfig) -> Iterator[Problem]:

@@ -85,16 +85,17 @@ class Opened:
             tasks = tasks_of(self.run)
             return Attempt(lambda: resolve_roles(self.store.value, dataset, self.run.located, tasks))
         name = resolve_name(dataset.dataset_name)
-        return Attempt(lambda: roles_without_data(dataset, DATASETS[name] if name else None, tasks_of(self.run)))
+        spec = DATASETS[name] if name else None
+        return Attempt(lambda: roles_without_data(dataset, spec, tasks_of(self.run), self.run.numbers))
 
     @cached_property
     def tables(self) -> Attempt[tuple[EmbeddingArgs, ...]]:
         """One table for each feature."""
-        run, names = self.run, self.roles.value.names
+        run, roles = self.run, self.roles.value
         if not isinstance(run.dataset, DatasetArgs):
             return Attempt(lambda: tuple(run.embeddings))
         predefined = predefined_tables(self._own_dataset, self.store.value, run.network)
-        return Attempt(lambda: choose_tables(run.embeddings, predefined, names, run.located))
+        return Attempt(lambda: choose_tables(run.embeddings, predefined, roles.names, run.located, roles.numbers))
 
     @cached_property
     def specs(self) -> Attempt[tuple[TableSpec, ...]]:

@@ -12,7 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, RankingTaskArgs, RetrievalArgs
+from hstu.config.args import (
+    BenchmarkDatasetArgs,
+    DatasetArgs,
+    EmbeddingArgs,
+    NumericFeatureArgs,
+    RankingTaskArgs,
+    RetrievalArgs,
+)
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunConfig
@@ -227,7 +234,7 @@ class Workload:
             name: -(-batch.items // tp) for name in (self.roles.item, self.roles.action) if name
         }
         values = self.values_per_item
-        ids |= {name: math.ceil(values.get(name, 1) * ids[self.roles.item]) for name in self.roles.side}
+        ids |= {name: math.ceil(values.get(name, 1) * ids[self.roles.item]) for name in self.roles.categories}
         if self.negatives is not None and self.negatives.kind != "in_batch":
             ids[NEGATIVES] = self.corpus_pool(-(-batch.labels // tp))
         return ids
@@ -314,7 +321,7 @@ def _plan_without_data(config: RunConfig) -> _Data:
     assert isinstance(args, DatasetArgs)
     name = resolve_name(args.dataset_name)
     spec = DATASETS[name] if name else None
-    roles = roles_without_data(args, spec, tasks_of(config))
+    roles = roles_without_data(args, spec, tasks_of(config), config.numbers)
     tables = [*config.embeddings, *(_published_tables(config, roles, spec) if spec else ())]
     rows = {feature: table.item_vocab_size_or_capacity for table in tables for feature in table.feature_names}
     longest = args.max_sequence_length
@@ -331,9 +338,15 @@ def _plan_without_data(config: RunConfig) -> _Data:
 
 
 def roles_without_data(
-    args: DatasetArgs, spec: DatasetSpec | None, tasks: Sequence[RankingTaskArgs] = ()
+    args: DatasetArgs,
+    spec: DatasetSpec | None,
+    tasks: Sequence[RankingTaskArgs] = (),
+    given: Sequence[NumericFeatureArgs] = (),
 ) -> FeatureRoles:
-    """The features of data that is not preprocessed yet. Raises ConfigError if they are not known."""
+    """The features of data that is not preprocessed yet. Raises ConfigError if they are not known.
+
+    ``given``: says which of them are numbers; vectors are taken to have one.
+    """
     schema = spec.schema if spec else Schema(item="")
     item = args.item_feature_name or schema.item
     if not item:
@@ -345,7 +358,18 @@ def roles_without_data(
     action = schema.action if args.action_feature_name is None else args.action_feature_name
     context = schema.context if args.contextual_feature_names is None else args.contextual_feature_names
     side, after = tuple(args.side_feature_names), tuple(args.known_after)
-    return FeatureRoles(item, action or None, tuple(context), side, known_after=after, labels=label_columns(tasks))
+    named = {name for each in given for name in each.feature_names}
+    numbers = tuple(name for name in side if name in named)
+    return FeatureRoles(
+        item,
+        action or None,
+        tuple(context),
+        side,
+        known_after=after,
+        numbers=numbers,
+        number_widths=(1,) * len(numbers),
+        labels=label_columns(tasks),
+    )
 
 
 def _published_tables(config: RunConfig, roles: FeatureRoles, spec: DatasetSpec) -> list[EmbeddingArgs]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec import JaggedTensor
 
-from hstu.config.args import NetworkArgs
+from hstu.config.args import NetworkArgs, NumericFeatureArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import HSTUBatch
 from hstu.data.jagged import sequence_tokens
 from hstu.data.roles import FeatureRoles
+from hstu.data.store_layout import NumberStatistics
 from hstu.model.heads import MLP
+from hstu.model.numbers import NumberInputs
 from hstu.ops.dropout import dropout
 from hstu.ops.layout import build_layout, to_device, token_order
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
@@ -28,6 +32,20 @@ class SequenceFeatures(FeatureRoles):
 
     max_items: int = field(kw_only=True)
     """Items of the longest sequence, candidates included."""
+    transforms: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    """Number or vector → NumericFeatureArgs.transform, where one is given."""
+
+    def with_transforms(self, numbers: Iterable[NumericFeatureArgs]) -> SequenceFeatures:
+        """The same features, whose numbers are transformed as ``numbers`` gives."""
+        return replace(self, transforms={name: args.transform for args in numbers for name in args.feature_names})
+
+    def columns(self, known_after: bool) -> dict[str, range]:
+        """Number or vector that is known after the event, or before it → its columns in a batch."""
+        ends = np.cumsum(self.number_widths, dtype=int).tolist()
+        places = zip(self.numbers, self.number_widths, ends, strict=True)
+        return {
+            name: range(end - width, end) for name, width, end in places if (name in self.known_after) == known_after
+        }
 
     @classmethod
     def of(cls, roles: FeatureRoles, max_items: int) -> SequenceFeatures:
@@ -49,8 +67,8 @@ class SequenceInputs(nn.Module):
 
     Contextual features come first, one token each; then the items, each followed by its action, or with its action
     added (``interleave_actions = False``; not for candidates, whose action is what is to be predicted). The side
-    features of an item are joined, projected and added to the item's token; those that only the event makes known, to
-    its action's. Of a list the mean is taken.
+    features of an item, rows and numbers, are joined, projected and added to the item's token; those that only the
+    event makes known, to its action's. Of a list the mean is taken.
     Initial values: position rows N(0, 1/D), projections as :class:`hstu.model.heads.MLP`.
     """
 
@@ -66,9 +84,12 @@ class SequenceInputs(nn.Module):
         self.kernels = kernels
 
         self.side = {
-            "side": [name for name in features.side if name not in features.known_after],
-            "known_after": list(features.known_after),
+            "side": [name for name in features.categories if name not in features.known_after],
+            "known_after": [name for name in features.known_after if name in features.categories],
         }
+        columns = {role: features.columns(known_after=role == "known_after") for role in self.side}
+        numbers = {role: NumberInputs(found, features.transforms) for role, found in columns.items() if found}
+        self.numbers = nn.ModuleDict(numbers)
         widths = {"item": network.item_width, "contextual": network.contextual_width}
         roles = {"item": "item", "action": "item", "contextual": "contextual"}
         used = {"item": True, "action": features.action is not None, "contextual": bool(features.contextual)}
@@ -80,11 +101,18 @@ class SequenceInputs(nn.Module):
             }
         )
         for role, names in self.side.items():
-            if names:
-                self.projections[role] = MLP(len(names) * network.side_embedding_dim, (hidden, hidden), "silu")
+            width = len(names) * network.side_embedding_dim
+            width += numbers[role].out_width if role in numbers else 0
+            if width:
+                self.projections[role] = MLP(width, (hidden, hidden), "silu")
         self.position_table: nn.Parameter | None = None
         if network.has_absolute_positions:
             self.position_table = nn.Parameter(torch.randn(network.num_position_buckets, hidden) / self.scale)
+
+    def load_statistics(self, statistics: Mapping[str, NumberStatistics]) -> None:
+        """Take the statistics by which numbers are transformed: number or vector → those of the training data."""
+        for numbers in self.numbers.values():
+            cast(NumberInputs, numbers).load_statistics(statistics)
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:
         """Returns tokens [T, D] and their layout. ``embeddings``: rows of every feature in ``self.features``."""
@@ -119,14 +147,14 @@ class SequenceInputs(nn.Module):
             parts.append(self._embed("contextual", feature, embeddings, rows=batch.real_batch_size))
         num_items = int(batch.item_lengths.sum())
         items = self._embed("item", self.features.item, embeddings, rows=num_items)
-        if self.side["side"]:
+        if "side" in self.projections:
             items = items + self._embed_side("side", embeddings, batch)
         if self.features.action is None:
-            if self.side["known_after"]:
+            if "known_after" in self.projections:
                 items = items + self._embed_side("known_after", embeddings, batch)
             return [*parts, items]
         actions = self._embed("action", self.features.action, embeddings, rows=num_items)
-        if self.side["known_after"]:
+        if "known_after" in self.projections:
             actions = actions + self._embed_side("known_after", embeddings, batch)
         if self.tokens_per_item == 2:
             return [*parts, items, actions]
@@ -154,8 +182,12 @@ class SequenceInputs(nn.Module):
                 assert batch.list_lengths is not None
                 lengths = batch.list_lengths[self.features.lists.index(name)]
                 values = torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)  # checks read the device
-            rows.append(values)
-        joined: Tensor = self.projections[role](torch.cat(rows, dim=1) * self.scale)
+            rows.append(values * self.scale)
+        if role in self.numbers:
+            assert batch.numbers is not None
+            numbers = self.numbers[role](batch.numbers)
+            rows.append(numbers.to(rows[0].dtype) if rows else numbers)
+        joined: Tensor = self.projections[role](torch.cat(rows, dim=1))
         return joined
 
 

@@ -215,7 +215,7 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
     log.info("kernels: %s", kernels)
     for leak in label_leak(config, has_context=bool(roles.contextual)):
         log.warning("%s", leak)
-    return task_module(
+    task = task_module(
         config,
         SequenceFeatures.of(roles, source.max_items),
         kernels,
@@ -223,6 +223,9 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
         lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),
         log_counts_of(source),
     )
+    if source.number_statistics:
+        cast(SequenceEncoder, task.encoder).inputs.load_statistics(source.number_statistics)
+    return task
 
 
 def label_codes(config: RunConfig, source: BatchSource) -> tuple[LabelCodes, ...]:
@@ -301,7 +304,7 @@ def task_module(
     ``codes``: of label_codes; empty: classes begin at 0.
     """
     network = config.network
-    encoder = SequenceEncoder(network, features, kernels)
+    encoder = SequenceEncoder(network, features.with_transforms(config.numbers), kernels)
     args = config.task_args
     if isinstance(args, RankingArgs):
         codes = codes or [PLAIN] * len(args.tasks or [args])

@@ -39,7 +39,8 @@ class History:
     """Contextual feature → raw value of this user."""
     features: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Feature of items or of events → its raw value at each of the n events, None where it is missing; a list of
-    values where items have several. Features of items come from the data, where it is at hand, if they are left out."""
+    values where items have several, and for a vector. Features of items come from the data, where it is at hand, if
+    they are left out."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class HistoryEncoder:
         lengths = np.array([len(history.items[self._newest]) for history in histories], dtype=np.int64)
         nothing = np.zeros_like(lengths)
         needs_times = self._config.network.has_relative_bias
-        side = {name: self._side(name, histories) for name in roles.side}
+        side = {name: self._side(name, histories) for name in roles.categories}
         return Rows(
             user_ids=np.arange(len(histories)),
             lengths=lengths,
@@ -151,6 +152,9 @@ class HistoryEncoder:
             },
             side={name: ids for name, (ids, _) in side.items()},
             list_lengths={name: counts for name, (_, counts) in side.items() if counts is not None},
+            numbers=np.concatenate([self._numbers(name, histories) for name in roles.numbers], axis=1)
+            if roles.numbers
+            else None,
             held_out=nothing,
         )
 
@@ -181,6 +185,23 @@ class HistoryEncoder:
         lists = [value if isinstance(value, (list, tuple)) and value else [None] for value in of_events]
         counts = np.array([len(each) for each in lists], dtype=np.int64)
         return self._encoded(name, [value for each in lists for value in each]), counts
+
+    def _numbers(self, name: str, histories: Sequence[History]) -> np.ndarray:
+        """float32 [events, width] of a number or a vector, NaN where it is missing."""
+        roles = self._source.roles
+        width = roles.number_widths[roles.numbers.index(name)]
+        found = []
+        for history in histories:
+            if name in history.features:
+                found.append(_as_numbers(name, history.features[name][self._newest], width, history.user))
+                continue
+            assert self._store is not None, "_check lets no history pass that lacks a feature"
+            codes = self._item_codes.encode(history.items[self._newest])
+            known = codes != self._item_codes.unknown
+            of_items = np.full((len(codes), width), np.nan, dtype=np.float32)
+            of_items[known] = self._store.item_numbers(name)[codes[known]]
+            found.append(of_items)
+        return np.concatenate(found)
 
     def _encoded(self, name: str, values: Sequence[Any]) -> np.ndarray:
         """What the model gets for values, None of which are missing: those the data calls unknown, too."""
@@ -251,4 +272,23 @@ class HistoryEncoder:
             return None
         if self._store is None:
             return "the model reads it, and there is no data to take it from"
-        return None if name in self._store.item_side_features else "the model reads this feature of events"
+        of_items = (*self._store.item_side_features, *self._store.item_number_features)
+        return None if name in of_items else "the model reads this feature of events"
+
+
+def _as_numbers(name: str, values: Sequence[Any], width: int, user: Any) -> np.ndarray:
+    """float32 [n, width], NaN in place of None. Raises DataError for what is no number."""
+    numbers = np.full((len(values), width), np.nan, dtype=np.float32)
+    for place, value in enumerate(values):
+        if value is None:
+            continue
+        try:
+            with np.errstate(over="ignore"):
+                numbers[place] = np.array(value, dtype=np.float32).reshape(width)
+            is_right = not np.isinf(numbers[place]).any()
+        except (TypeError, ValueError):
+            is_right = False
+        if not is_right:
+            what = "a finite number" if width == 1 else f"a list of {width} finite numbers"
+            raise DataError(f"the history of {user!r}: a value of {name!r} is {value!r}; give {what}, or None")
+    return numbers

@@ -23,6 +23,9 @@ from hstu.parallel.shards import ShardedView
 from hstu.train.sources import BatchSource, StoreSource
 from hstu.train.tables import choose_tables
 
+_SIDE_FACTS = ("side", "lists", "known_after", "numbers", "number_widths")
+"""Fields of FeatureRoles that are facts of a checkpoint, under their names."""
+
 
 class InferenceSource(StoreSource):
     """Data that may be newer than the model. Tables have a row for each of its ids, and one for unknown ids."""
@@ -51,7 +54,7 @@ class StoredSource(BatchSource):
             facts["item"],
             facts["action"],
             tuple(facts["contextual"]),
-            *(tuple(facts.get(name, ())) for name in ("side", "lists", "known_after")),  # earlier versions lack them
+            *(tuple(facts.get(name, ())) for name in _SIDE_FACTS),  # earlier versions lack them
         )
         self.cardinalities = facts["cardinalities"]
         self.raw_features = tuple(facts["raw"])
@@ -99,9 +102,7 @@ def describe_features(source: BatchSource) -> dict[str, Any]:
         "item": source.roles.item,
         "action": source.roles.action,
         "contextual": list(source.roles.contextual),
-        "side": list(source.roles.side),
-        "lists": list(source.roles.lists),
-        "known_after": list(source.roles.known_after),
+        **{name: list(getattr(source.roles, name)) for name in _SIDE_FACTS},
         "cardinalities": source.cardinalities,
         "raw": list(source.raw_features),
     }

@@ -23,10 +23,11 @@ from hstu.data.datasets import resolve_name
 from hstu.data.labels import LabelColumn, LabelFacts, check_labels
 from hstu.data.loader import build_loader
 from hstu.data.negatives import ItemDistribution, Negatives, count_items, expected_log_counts
-from hstu.data.roles import FeatureRoles, benchmark_roles, resolve_roles
+from hstu.data.roles import FeatureRoles, benchmark_roles, check_numbers, resolve_roles
 from hstu.data.sampler import BatchPartition, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.samples import SampleTable, Split, StochasticLength, build_samples, check_split
 from hstu.data.store import SequenceStore
+from hstu.data.store_layout import NumberStatistics
 from hstu.data.synthetic import SyntheticDataset
 from hstu.model.inputs import SequenceFeatures
 from hstu.parallel.mesh import Mesh
@@ -61,6 +62,8 @@ class BatchSource(ABC):
     """Feature → n: its ids are in [0, n), or n different int64 if the store keeps raw ids."""
     values_per_item: Mapping[str, float]
     """Side feature that is a list → its values per item, on average over the items."""
+    number_statistics: Mapping[str, NumberStatistics]
+    """Number or vector → its statistics in the training data. Empty where a checkpoint has them."""
     raw_features: tuple[str, ...] = ()
     """Features of which the model gets raw ids, any int64."""
     label_facts: Mapping[str, LabelFacts]
@@ -79,7 +82,7 @@ class BatchSource(ABC):
 
     def __init__(self, config: RunConfig, mesh: Mesh | None, world_size: int) -> None:
         self._config = config
-        self.values_per_item = {}
+        self.values_per_item, self.number_statistics = {}, {}
         self.label_facts = {}
         self._rank, self._world_size = (0, world_size) if mesh is None else (mesh.rank, mesh.world_size)
         self._pin_memory = mesh is not None and mesh.device.type == "cuda"
@@ -170,6 +173,9 @@ class StoreSource(BatchSource):
         self.store = open_store(args)
         self._eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
         self.roles = resolve_roles(self.store, args, config.located, tasks_of(config))
+        check_numbers(self.roles, config.numbers, config.located)
+        described = {name: self.store.features[name].statistics for name in self.roles.numbers}
+        self.number_statistics = {name: found for name, found in described.items() if found is not None}
         check_split(self.store, args, config.located)
         self._labels = {name: LabelColumn(self.store, name) for name in self.roles.labels}
         self._eval_labels = {name: column.of(self._eval_store) for name, column in self._labels.items()}
@@ -179,7 +185,9 @@ class StoreSource(BatchSource):
         check_labels(tasks_of(config), self.label_facts, config.located)
         predefined = predefined_tables(args, self.store, config.network)
         self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
-        self.tables = self.fit(choose_tables(config.embeddings, predefined, self.roles.names, config.located))
+        self.tables = self.fit(
+            choose_tables(config.embeddings, predefined, self.roles.names, config.located, self.roles.numbers)
+        )
         self._recoding = {} if self._eval_store is self.store else self._recode_eval_store()
         self.raw_features = tuple(name for name in self.roles.names if self.store.feature(name).raw)
         items = self.cardinalities[self.roles.item]
@@ -340,6 +348,13 @@ class StoreSource(BatchSource):
                 problems.append(
                     f"DatasetArgs.eval_dataset_path: {name!r} is up to {theirs.cardinality(name) - 1} in {theirs.path} "
                     f"and up to {ours.cardinality(name) - 1} in the training data, {ours.path}"
+                )
+        for name in self.roles.numbers:
+            width, found = ours.features[name].width, theirs.features.get(name)
+            if found is None or (found.role, found.width) != (ours.features[name].role, width):
+                problems.append(
+                    f"DatasetArgs.eval_dataset_path: {theirs.path} has no number or vector {name!r} like that of the "
+                    "training data; preprocess both with the same --numbers and --vectors"
                 )
         if problems:
             raise ConfigError(problems)

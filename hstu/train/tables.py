@@ -22,7 +22,11 @@ def predefined_tables(args: DatasetArgs, store: SequenceStore, network: NetworkA
 
 
 def choose_tables(
-    by_hand: Sequence[EmbeddingArgs], predefined: Sequence[EmbeddingArgs], features: Sequence[str], cite: Cite = cite
+    by_hand: Sequence[EmbeddingArgs],
+    predefined: Sequence[EmbeddingArgs],
+    features: Sequence[str],
+    cite: Cite = cite,
+    numbers: Collection[str] = (),
 ) -> tuple[EmbeddingArgs, ...]:
     """One table for each of ``features``: the one given by hand, or else the predefined one.
 
@@ -32,7 +36,12 @@ def choose_tables(
     problems = []
     for table in by_hand:
         unknown = [name for name in table.feature_names if name not in features]
-        if unknown:
+        if without := [name for name in unknown if name in numbers]:
+            text = (
+                f"{without[0]!r} is a number or a vector, which has no table; remove it here (see NumericFeatureArgs)"
+            )
+            problems.append(cite(table, "feature_names", text))
+        elif unknown:
             text = f"the data has no feature {', '.join(map(repr, unknown))}; it has {', '.join(features)}"
             problems.append(cite(table, "feature_names", text + did_you_mean(unknown[0], features)))
     given = {name for table in by_hand for name in table.feature_names}

@@ -253,7 +253,8 @@ def _too_easy(reference: Any) -> Iterable[str]:
         yield f"the single process's batches are {sizes}: no epoch ends with a smaller one"
     for name, final in reference["weights"].items():
         moved = np.abs(np.subtract(final, reference["initial"][name])).max()
-        if moved < 4 * (RTOL * np.abs(final).max() + ATOL):
+        is_trained = ".numbers." not in name  # the statistics of numbers stay
+        if is_trained and moved < 4 * (RTOL * np.abs(final).max() + ATOL):
             yield f"{name} moves by {moved:.1e} only in the single process"
 
 

@@ -25,8 +25,10 @@ BASE = [
     'DatasetArgs.dataset_name = "toy"',
     "DatasetArgs.max_sequence_length = 12",
     "DatasetArgs.shuffle = True",
-    "DatasetArgs.side_feature_names = ['genres', 'year', 'watched']",
-    "DatasetArgs.known_after = ['watched']",
+    "DatasetArgs.side_feature_names = ['genres', 'price', 'year', 'watched', 'vector', 'seconds']",
+    "DatasetArgs.known_after = ['watched', 'seconds']",
+    "seconds/NumericFeatureArgs.feature_names = ['seconds']",
+    "seconds/NumericFeatureArgs.transform = 'quantile'",
     "NetworkArgs.side_embedding_dim = 8",
     "NetworkArgs.num_layers = 2",
     "NetworkArgs.hidden_size = 16",  # columns are cut in multiples of 4: for 4 ranks
@@ -97,9 +99,17 @@ def write_store(path: Path) -> None:
             "stayed": [rng.integers(0, 4, n).tolist() for n in lengths],
         },
         event_texts={"stayed": ["12", "3.5", "7", "unknown"]},
+        item_numbers={"price": with_gaps(rng.lognormal(0, 2, (30, 1))), "vector": with_gaps(rng.normal(0, 9, (30, 3)))},
+        event_numbers={"seconds": [with_gaps(rng.lognormal(0, 2, n)).tolist() for n in lengths]},
         num_items=30,
         num_actions=4,
     )
+
+
+def with_gaps(numbers: np.ndarray) -> np.ndarray:
+    """Every fourth row is missing."""
+    numbers[::4] = np.nan
+    return numbers
 
 
 class RunOptions(TypedDict, total=False):

@@ -1,6 +1,7 @@
 """Tokens that show features of items and events beside their ids, token by token."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,20 +12,30 @@ from torch import Tensor
 from torchrec import JaggedTensor
 
 from hstu.data.batch import HSTUBatch, keyed_jagged
+from hstu.data.number_statistics import statistics_of_numbers
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
+from hstu.model.numbers import NumberInputs, rank_among
 from tests.model.examples import make_network
 
 WIDTH, SIDE_WIDTH, ROWS = 8, 3, 7
-SIDE = ("genres", "year", "watched", "tags")
-FEATURES = {
-    "with actions": SequenceFeatures(
-        "item", "action", (), SIDE, lists=("genres", "tags"), known_after=("watched", "tags"), max_items=9
-    ),
-    "without actions": SequenceFeatures(
-        "item", None, (), SIDE, lists=("genres", "tags"), known_after=("watched", "tags"), max_items=9
-    ),
-}
-Events = list[list[dict[str, list[int]]]]
+NUMBERS = {"seconds": 1, "vector": 3, "price": 1}
+"""Number or vector → its width."""
+SIDE = ("seconds", "genres", "vector", "year", "watched", "price", "tags")
+TRANSFORMS = {"seconds": "quantile", "price": "log1p"}
+RNG = np.random.default_rng(0)
+COLUMN = {name: RNG.lognormal(0, 2, (40, width)).astype(np.float32) for name, width in NUMBERS.items()}
+STATISTICS = {name: statistics_of_numbers(column) for name, column in COLUMN.items()}
+
+
+def features_with(action: str | None) -> SequenceFeatures:
+    return SequenceFeatures(
+        "item", action, (), SIDE, lists=("genres", "tags"), known_after=("watched", "seconds", "tags"),
+        numbers=tuple(NUMBERS), number_widths=tuple(NUMBERS.values()), transforms=TRANSFORMS, max_items=9,
+    )  # fmt: skip
+
+
+FEATURES = {"with actions": features_with("action"), "without actions": features_with(None)}
+Events = list[list[dict[str, list[Any]]]]
 """User → event → feature → its values."""
 
 
@@ -34,7 +45,12 @@ def random_events(lengths: list[int], features: SequenceFeatures) -> Events:
     def value(name: str) -> list[int]:
         return [int(code) for code in rng.integers(0, ROWS, rng.integers(1, 4) if name in features.lists else 1)]
 
-    return [[{name: value(name) for name in features.names} for _ in range(length)] for length in lengths]
+    def event() -> dict[str, list[Any]]:
+        numbers = {name: column[rng.integers(len(column))].tolist() for name, column in COLUMN.items()}
+        missing = {name: [math.nan] * width for name, width in NUMBERS.items() if rng.random() < 0.3}
+        return {name: value(name) for name in features.names} | numbers | missing
+
+    return [[event() for _ in range(length)] for length in lengths]
 
 
 def make_batch(users: Events, features: SequenceFeatures, candidates: int) -> HSTUBatch:
@@ -53,6 +69,7 @@ def make_batch(users: Events, features: SequenceFeatures, candidates: int) -> HS
         list_lengths=torch.tensor(
             [[len(event[name]) for event in events] for name in features.lists], dtype=torch.int64
         ),
+        numbers=torch.tensor([[x for name in NUMBERS for x in event[name]] for event in events]).reshape(-1, 5),
         num_candidates=torch.from_numpy(own),
         num_labels=torch.zeros(len(lengths), dtype=torch.int64),
         labels=torch.empty(0, dtype=torch.int64),
@@ -64,10 +81,34 @@ def make_batch(users: Events, features: SequenceFeatures, candidates: int) -> HS
     )
 
 
+def transformed(name: str, values: list[float]) -> list[float]:
+    """One number or vector, and whether it is missing, in float64."""
+    column = COLUMN[name].astype(np.float64)
+    if math.isnan(values[0]):
+        return [0.0] * len(values) + [1.0]
+    if name == "seconds":
+        quantiles = np.sort(column[:, 0])[np.rint(np.linspace(0, len(column) - 1, 65)).astype(int)]
+        below, equal = (quantiles < values[0]).sum(), (quantiles == values[0]).sum()
+        place = below + (equal - 1) / 2 if equal else np.interp(values[0], quantiles, np.arange(65))
+        return [place / 32 - 1, 0.0]
+    if name == "price":
+        return [float((math.log1p(values[0]) - np.log1p(column).mean()) / np.log1p(column).std()), 0.0]
+    return [*((np.array(values) - column.mean(axis=0)) / column.std(axis=0)).tolist(), 0.0]
+
+
 def token_by_token(inputs: SequenceInputs, tables: dict[str, Tensor], users: Events, candidates: int) -> Tensor:
-    def joined(role: str, names: tuple[str, ...], event: dict[str, list[int]]) -> Tensor:
+    def joined(role: str, names: tuple[str, ...], event: dict[str, list[Any]]) -> Tensor:
         rows = torch.cat([sum(tables[name][code] for code in event[name]) / len(event[name]) for name in names])
-        out: Tensor = inputs.projections[role](rows * scale)
+        numbers = [
+            [
+                transformed(name, event[name])[place]
+                for name in NUMBERS
+                if (name == "seconds") == (role == "known_after")
+            ]
+            for place in (slice(-1), slice(-1, None))
+        ]
+        flat = torch.tensor([x for part in numbers for each in part for x in each], dtype=torch.float64)
+        out: Tensor = inputs.projections[role](torch.cat([rows * scale, flat]))
         return out
 
     scale, tokens = math.sqrt(WIDTH), []
@@ -98,7 +139,9 @@ def test_tokens_and_their_gradients_are_those_written_down_one_by_one(
 ) -> None:
     features = FEATURES[kind]
     network = make_network(interleave_actions=interleave, position_encoding="none", side_embedding_dim=SIDE_WIDTH)
-    inputs = SequenceInputs(network, features).double()
+    inputs = SequenceInputs(network, features)
+    inputs.load_statistics(STATISTICS)
+    inputs.double()
     users = random_events(lengths, features)
     batch = make_batch(users, features, candidates)
     weights = {
@@ -112,13 +155,13 @@ def test_tokens_and_their_gradients_are_those_written_down_one_by_one(
 
     tokens, _ = inputs(looked_up, batch)
     expected = token_by_token(inputs, weights, users, candidates)
-    torch.testing.assert_close(tokens, expected)
+    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)  # statistics and numbers are float32
     parameters = [*weights.values(), *inputs.parameters()]
     factor = torch.randn_like(tokens)
     if len(tokens):
         got = torch.autograd.grad((tokens * factor).sum(), parameters, allow_unused=True, materialize_grads=True)
         wanted = torch.autograd.grad((expected * factor).sum(), parameters, allow_unused=True, materialize_grads=True)
-        torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("interleave", [True, False])
@@ -142,6 +185,23 @@ def test_what_is_known_after_the_event_reaches_no_token_of_a_candidate_item(inte
     for event in users[0][3:]:
         event["watched"] = [(event["watched"][0] + 1) % ROWS]
         event["tags"] = [(code + 1) % ROWS for code in event["tags"]]
+        event["seconds"] = [1.0 if math.isnan(event["seconds"][0]) else math.nan]
     assert torch.equal(tokens_of_items(), before)
     users[0][3]["genres"] = [(code + 1) % ROWS for code in users[0][3]["genres"]]
     assert not torch.equal(tokens_of_items()[3], before[3]), "what is known of an item is shown"
+    before = tokens_of_items()
+    users[0][4]["vector"] = [1.0, math.pi, 3.0]
+    assert not torch.equal(tokens_of_items()[4], before[4])
+
+
+def test_ranks_among_quantiles_that_are_equal_and_beyond_them() -> None:
+    quantiles = torch.tensor([[0.0, 0.0, 0.0, 1.0, 3.0], [-3e38, -1.0, 0.0, 1.0, 3e38]])
+    values = torch.tensor([[-1.0, 0.0, 0.5, 1.0, 2.0, 9.0], [-3e38, -1.0, 0.5, 1.0, 1.5e38, 3.4e38]])
+    places = torch.tensor([[0.0, 1.0, 2.5, 3.0, 3.5, 4.0], [0.0, 1.0, 2.5, 3.0, 3.5, 4.0]])
+    torch.testing.assert_close(rank_among(values, quantiles), places / 2 - 1)
+
+
+def test_numbers_that_are_all_equal_become_zero() -> None:
+    numbers = NumberInputs({"price": range(1, 2)}, {})
+    numbers.load_statistics({"price": statistics_of_numbers(np.full((5, 1), 7, dtype=np.float32))})
+    assert numbers(torch.tensor([[3.0, 7.0], [3.0, math.nan]])).tolist() == [[0, 0], [0, 1]]

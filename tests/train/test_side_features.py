@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hstu import api
-from hstu.config.args import EmbeddingArgs
+from hstu.config.args import EmbeddingArgs, NumericFeatureArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.store import SequenceStore
 from hstu.parallel.mesh import Mesh
@@ -17,21 +17,26 @@ from tests.conftest import write_small_store
 from tests.train.tiny import build, run, tables_of, tiny_config
 
 SIDE = {
-    "side_feature_names": ["genres", "device", "watched"],
-    "known_after": ["watched"],
+    "side_feature_names": ["genres", "device", "watched", "vector", "seconds", "load"],
+    "known_after": ["watched", "seconds"],
     "contextual_feature_names": [],
 }
 USERS, LENGTH, ITEMS, ACTIONS = 24, 8, 11, 4
 
 
-def random_store(path: Path, **changes: Any) -> SequenceStore:
-    """Items at random; the action on one follows from the device alone."""
+def random_store(path: Path, more: float = 0.0, **changes: Any) -> SequenceStore:
+    """Items at random; the action on one follows from the device. A half of the load is missing.
+
+    ``more``: added to the load of all events.
+    """
     rng = np.random.default_rng(0)
     columns = {
         name: rng.integers(0, high, (USERS, LENGTH))
         for name, high in (("item", ITEMS), ("device", ACTIONS), ("watched", 5))
     }
     columns["action"] = (columns["device"] + 1) % ACTIONS
+    load = np.where(rng.random((USERS, LENGTH)) < 0.5, np.nan, columns["action"] * 1e5)
+    numbers = {"seconds": rng.lognormal(0, 3, (USERS, LENGTH)), "load": load + more}
     genres = [rng.integers(0, 6, rng.integers(1, 4)).tolist() for _ in range(ITEMS)]
     return write_small_store(
         path,
@@ -39,6 +44,8 @@ def random_store(path: Path, **changes: Any) -> SequenceStore:
         actions=columns["action"].tolist(),
         item_features={"genres": genres},
         event_features={name: columns[name].tolist() for name in ("device", "watched")},
+        item_numbers={"vector": rng.normal(3, 9, (ITEMS, 3))},
+        event_numbers={name: column.tolist() for name, column in numbers.items()},
         num_items=ITEMS,
         num_actions=ACTIONS,
         **changes,
@@ -98,19 +105,63 @@ def test_a_history_given_by_hand_with_features_gets_what_its_user_gets(mesh: Mes
     codes, offsets = store.item_values("genres")
     rows = store.encode("item_id", history.items)
     genres = [store.raw_ids("genres")[codes[offsets[row] : offsets[row + 1]]].tolist() for row in rows]
+    vector = store.item_numbers("vector")[rows].tolist()
     shutil.move(store.path, tmp_path / "elsewhere")
     alone = api.load(finished.path, mesh=mesh)
     with pytest.raises(DataError, match=r"no features 'genres', but the model reads it, and there is no data"):
         alone.recommend_for([history])
-    found.append(alone.recommend_for([replace(history, features={**history.features, "genres": genres})], top=3))
+    found.append(
+        alone.recommend_for(
+            [replace(history, features={**history.features, "genres": genres, "vector": vector})], top=3
+        )
+    )
     for answers, unknown in found:
         assert unknown == {} and answers[0].items == expected.items
         np.testing.assert_allclose(answers[0].scores, expected.scores, rtol=1e-4)
 
 
+def test_a_model_keeps_the_statistics_of_the_numbers_that_it_was_trained_on(mesh: Mesh, tmp_path: Path) -> None:
+    store, other = random_store(tmp_path / "store"), random_store(tmp_path / "other", more=1e7)
+    options = {"dataset": SIDE, "tables": tables_for(store, SIDE), "trainer": {"ckpt_save_interval": 4}}
+    config = tiny_config("retrieval", store, tmp_path, **options)
+    numbers = (NumericFeatureArgs(feature_names=["seconds"], transform="quantile"),)
+    finished = run(replace(config, numbers=numbers), mesh)
+    histories = given_histories(store, 3)
+    answers = [api.load(finished.path, mesh=mesh).recommend_for(histories, top=3)[0]]
+    shutil.rmtree(store.path)
+    shutil.move(other.path, store.path)
+    answers.append(api.load(finished.path, mesh=mesh).recommend_for(histories, top=3)[0])
+    for first, second in zip(*answers, strict=True):
+        assert first.items == second.items and first.scores == second.scores
+
+
+def test_transforms_and_tables_that_do_not_fit_the_numbers_are_errors(mesh: Mesh, tmp_path: Path) -> None:
+    store = random_store(tmp_path / "store")
+    for name, transform, told in (
+        (
+            "vector",
+            "log1p",
+            r"transform = 'log1p': is for numbers, and 'vector' is a vector; use 'standardize' or 'none'",
+        ),
+        ("device", "none", r"'device' is no number of the data .*; it has vector, seconds, load"),
+    ):
+        config = tiny_config("ranking", store, tmp_path, dataset=SIDE, tables=tables_for(store, SIDE))
+        numbers = (NumericFeatureArgs(feature_names=[name], transform=transform),)
+        with pytest.raises(ConfigError, match=told):
+            build(replace(config, numbers=numbers), mesh)
+    table = EmbeddingArgs(
+        feature_names=["load"], table_name="load", item_vocab_size_or_capacity=4, sharding_type="data_parallel"
+    )
+    config = tiny_config("ranking", store, tmp_path, dataset=SIDE, tables=(*tables_for(store, SIDE), table))
+    with pytest.raises(ConfigError, match="'load' is a number or a vector, which has no table; remove it here"):
+        build(config, mesh)
+
+
 def given_histories(store: SequenceStore, count: int) -> list[api.History]:
     """The first users' own histories, in raw values, without the features of items."""
     names = {name: store.raw_ids(name)[store.sequence(name)] for name in store.event_features}
+    for name in store.event_number_features:
+        names[name] = np.array([None if value != value else value for value in store.sequence(name)], dtype=object)
     bounds = [slice(*store.offsets()[user : user + 2]) for user in range(count)]
     return [
         api.History(
@@ -131,14 +182,25 @@ def test_what_a_history_given_by_hand_lacks_of_its_features_is_told(mesh: Mesh, 
     model = api.load(finished.path, mesh=mesh)
     (history,) = given_histories(store, 1)
     device, watched = history.features["device"], history.features["watched"]
+    numbers = {name: history.features[name] for name in ("seconds", "load")}
     for features, told in (
-        ({"device": device}, "no features 'watched', but the model reads this feature of events: give one per item"),
-        ({"device": device[1:], "watched": watched}, r"has 7 features 'device' for 8 items; give one per item"),
+        (
+            {**numbers, "device": device},
+            "no features 'watched', but the model reads this feature of events: give one per item",
+        ),
+        (
+            {**numbers, "device": device[1:], "watched": watched},
+            r"has 7 features 'device' for 8 items; give one per item",
+        ),
+        ({**history.features, "load": [1e99] * 8}, "a value of 'load' is 1e\\+99; give a finite number, or None"),
+        ({**history.features, "vector": [[1, 2]] * 8}, r"'vector' is \[1, 2\]; give a list of 3 finite numbers"),
         ({**history.features, "colour": device}, "no feature of items or events 'colour'; it has genres, device, wat"),
     ):
         with pytest.raises(DataError, match=told):
             model.recommend_for([replace(history, features=features)])
-    _, unknown = model.recommend_for([replace(history, features={"device": [None, "sofa"] * 4, "watched": watched})])
+    _, unknown = model.recommend_for(
+        [replace(history, features={**numbers, "device": [None, "sofa"] * 4, "watched": watched})]
+    )
     assert unknown == {"device": ["sofa"]}
 
 

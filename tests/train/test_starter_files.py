@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hstu.config.args import DatasetArgs, Task
@@ -74,11 +75,15 @@ def test_features_of_items_and_events_are_used_and_none_of_an_event_is_shown_to_
 ) -> None:
     data = walks() | {"item_features": {"genres": [[1, 0], [1]] * 5 + [[2]]}}
     data["event_features"] = {"watched": [[1] * len(row) for row in data["items"]]}
+    data["event_numbers"] = {"seconds": [np.arange(len(row)) for row in data["items"]]}
+    data["item_numbers"] = {"vector": np.arange(22).reshape(11, 2)}
     store = write_small_store(tmp_path / "toy", **data)
     list(write_starters(store, store.path))
     config = read(tmp_path / "toy_ranking.gin", "ranking", SHORT)
     assert isinstance(config.dataset, DatasetArgs)
-    assert config.dataset.side_feature_names == ["genres", "watched"] and config.dataset.known_after == ["watched"]
+    assert config.dataset.side_feature_names == ["genres", "vector", "watched", "seconds"]
+    assert config.dataset.known_after == ["watched", "seconds"]
+    assert config.numbers[0].feature_names == ["vector", "seconds"]
     places = (f"TrainerArgs.output_dir = '{tmp_path}/run'", f"TrainerArgs.ckpt_save_dir = '{tmp_path}/checkpoints'")
     assert run(read(tmp_path / "toy_ranking.gin", "ranking", (*SHORT, *places)), mesh).losses
 

@@ -26,11 +26,12 @@ from tests.train.tiny import build, tables_of, tiny_config
 
 USERS, LENGTH, ACTIONS, ITEMS_PER_EVENT = 4, 8, 4, 3
 ITEMS = LENGTH * ITEMS_PER_EVENT
-KNOWN_BEFORE = ("item", "year", "genres", "device", "time")
-"""Kinds of values of an event that may be shown when its action is predicted: the id of its item, a feature of the item
-and a list, a feature of the event, and what follows from its time (hour_of_day, time_gap, relative bias)."""
-KNOWN_AFTER = ("action", "watched")
-SIDE = ["year", "genres", "device", "watched", "hour_of_day", "time_gap"]
+KNOWN_BEFORE = ("item", "year", "genres", "vector", "device", "load", "time")
+"""Kinds of values of an event that may be shown when its action is predicted: the id of its item, a feature of the
+item, a list and a vector, a feature and a number of the event, and what follows from its time (hour_of_day, time_gap,
+relative bias)."""
+KNOWN_AFTER = ("action", "watched", "seconds")
+SIDE = ["year", "genres", "vector", "device", "load", "watched", "seconds", "hour_of_day", "time_gap"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Layout:
     def config(self, store: SequenceStore, path: Path) -> RunConfig:
         dataset = {
             "side_feature_names": SIDE,
-            "known_after": ["watched"],
+            "known_after": ["watched", "seconds"],
             "contextual_feature_names": ["town"],
             "max_num_candidates": self.candidates,
         }
@@ -107,6 +108,8 @@ def write_store(path: Path, kind: str = "", event: int = -1) -> SequenceStore:
     events = {name: rng.integers(0, ACTIONS, (USERS, LENGTH)) for name in ("action", "device", "watched")}
     years = rng.integers(0, 5, ITEMS)
     genres = [rng.integers(0, 6, rng.integers(1, 4)).tolist() for _ in range(ITEMS)]
+    vectors = rng.normal(5, 9, (ITEMS, 2))
+    numbers = {name: rng.normal(5, 9, (USERS, LENGTH)) for name in ("load", "seconds")}
     times = 10**6 + np.arange(LENGTH) * 40_000 + rng.integers(0, 9_000, (USERS, LENGTH))
     at_place = slice(max(event, 0) * ITEMS_PER_EVENT, (event + 1) * ITEMS_PER_EVENT)
     if kind == "item":
@@ -115,6 +118,10 @@ def write_store(path: Path, kind: str = "", event: int = -1) -> SequenceStore:
         years[at_place] = (years[at_place] + 1) % 5
     elif kind == "genres":
         genres[at_place] = [[(code + 1) % 6 for code in codes] + [0] for codes in genres[at_place]]
+    elif kind == "vector":
+        vectors[at_place, 1] += 1
+    elif kind in numbers:
+        numbers[kind][:, event] = [np.nan, *numbers[kind][1:, event] + 1]
     elif kind == "time":
         times[:, event] += 11_000
     elif kind:
@@ -127,6 +134,8 @@ def write_store(path: Path, kind: str = "", event: int = -1) -> SequenceStore:
         context={"town": [0, 1, 2, 1]},
         item_features={"year": years.tolist(), "genres": genres},
         event_features={name: events[name].tolist() for name in ("device", "watched")},
+        item_numbers={"vector": vectors},
+        event_numbers={name: values.tolist() for name, values in numbers.items()},
         num_items=ITEMS,
         num_actions=ACTIONS,
     )

@@ -13,7 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from hstu.config.args.dataset import BenchmarkDatasetArgs, DatasetArgs, FeatureArgs, RandomDistribution
+from hstu.config.args.dataset import (
+    BenchmarkDatasetArgs,
+    DatasetArgs,
+    FeatureArgs,
+    NumericFeatureArgs,
+    RandomDistribution,
+)
 from hstu.config.args.embedding import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.args.network import NetworkArgs, TensorModelParallelArgs
 from hstu.config.args.optimizer import LRScheduleArgs, OptimizerArgs, PartOptimizerArgs, PrecisionArgs
@@ -28,6 +34,7 @@ REGISTRY: Mapping[type[Args], str] = {
     EmbeddingArgs: "embeddings",
     DynamicEmbeddingArgs: "embeddings",
     DatasetArgs: "dataset",
+    NumericFeatureArgs: "numbers",
     BenchmarkDatasetArgs: "dataset",
     FeatureArgs: "",
     RandomDistribution: "",
@@ -42,6 +49,9 @@ REGISTRY: Mapping[type[Args], str] = {
     RetrievalArgs: "task_args",
 }
 """Gin class → the field of RunConfig that holds its object or objects; "" where only other classes refer to it."""
+
+SEVERAL = ("embeddings", "numbers")
+"""Fields of RunConfig that hold an object for each scope of a gin file."""
 
 CLASSES: Mapping[str, type[Args]] = {cls.__name__: cls for cls in REGISTRY}
 """Name in a gin file → class."""

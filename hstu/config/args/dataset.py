@@ -60,11 +60,29 @@ class DatasetArgs(Args):
     """The contextual features to use, in this order. None: all contextual features of the store."""
     side_feature_names: list[str] = option([])
     """The features of items (genres, author) and of events (device, hour) that are part of the item's token, beside its
-    id. Of a feature with several values per item, the mean is taken. Data with times also has hour_of_day (24 values)
-    and day_of_week (7), both UTC, and time_gap (41: the time since the event before, by powers of two)."""
+    id. Of a feature with several values per item, the mean is taken. Numbers and vectors have no table: see
+    NumericFeatureArgs. Data with times also has hour_of_day (24 values) and day_of_week (7), both UTC, and time_gap
+    (41: the time since the event before, by powers of two)."""
     known_after: list[str] = option([])
     """Those of side_feature_names that are known only after the event, such as the time watched. They are part of the
     action's token and, like the action, are never shown to what predicts it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumericFeatureArgs(Args):
+    """How a model reads numbers (a price, the time watched) and vectors of DatasetArgs.side_feature_names.
+
+    A number without NumericFeatureArgs is standardized. The statistics are those of the training data. They are part of
+    the model and of its checkpoints. A missing value is 0 after the transform, and a second input says that it is
+    missing.
+    """
+
+    feature_names: list[str] = option(not_empty=True)
+    """Numbers or vectors of the data, as preprocessed with --numbers and --vectors."""
+    transform: str = option("standardize", choices=("standardize", "log1p", "quantile", "none"))
+    """standardize: subtract the mean and divide by the standard deviation, of each component of a vector. log1p: the
+    same with sign(x) log(1 + |x|), for amounts that spread over orders of magnitude. quantile: the share of values
+    below x, from -1 (the least) to 1 (the largest), by 65 quantiles. none: as it is. Vectors: standardize or none."""
 
 
 # --- random data, generated in memory to measure speed --------------------------------------------------------------

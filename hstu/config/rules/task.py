@@ -9,7 +9,7 @@ from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, RankingArgs, Ret
 from hstu.config.args.dataset import SPLITS
 from hstu.config.option import is_given
 from hstu.config.problems import Problem, did_you_mean, literal
-from hstu.config.rules.data import length_of_items
+from hstu.config.rules.data import each_once, length_of_items
 from hstu.config.run_config import RunConfig
 
 # --- dataset -------------------------------------------------------------------------------------------------------
@@ -37,6 +37,20 @@ def what_is_known_after_is_a_side_feature(run: RunConfig) -> Iterator[Problem]:
             if name not in run.dataset.side_feature_names:
                 text = f"{name!r} is not one of {run.cite(run.dataset, 'side_feature_names')}; add it there, too"
                 yield run.problem(run.dataset, "known_after", text + did_you_mean(name, run.dataset.side_feature_names))
+
+
+def numbers_are_side_features(run: RunConfig) -> Iterator[Problem]:
+    named = ((numbers, getattr(numbers, "feature_names", [])) for numbers in run.numbers)
+    yield from each_once(run, named, "feature_names")
+    known = run.dataset.side_feature_names
+    for numbers in run.numbers:
+        for name in numbers.feature_names:
+            if isinstance(run.dataset, BenchmarkDatasetArgs):
+                text = "has no effect on random data, which has no numbers; remove it"
+                yield run.problem(numbers, "feature_names", text)
+            elif name not in known:
+                text = f"{name!r} is not one of {run.cite(run.dataset, 'side_feature_names')}; add it there, too"
+                yield run.problem(numbers, "feature_names", text + did_you_mean(name, known))
 
 
 def side_features_have_a_width(run: RunConfig) -> Iterator[Problem]:
@@ -217,7 +231,8 @@ def label_leak(run: RunConfig, has_context: bool) -> Iterator[Problem]:
 
 
 RULES = (
-    features_have_one_role, what_is_known_after_is_a_side_feature, side_features_have_a_width, actions_are_not_items,
+    features_have_one_role, what_is_known_after_is_a_side_feature,
+    numbers_are_side_features, side_features_have_a_width, actions_are_not_items,
     candidates_leave_history, windows_leave_no_gap, split_fits_the_task,
     head_fits_the_tasks, activation_is_between_layers, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
     added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, counted_items_are_stored,

@@ -99,11 +99,14 @@ def _data(store: SequenceStore, path: Path, context: Sequence[str]) -> Settings:
 
 def _side(store: SequenceStore) -> Iterator[str]:
     """The paragraph of the features of items and events, if there are any."""
-    events = list(store.event_features)
-    if names := [*store.item_side_features, *events]:
+    events = [*store.event_features, *store.event_number_features]
+    if names := [*store.item_side_features, *store.item_number_features, *events]:
         comment = "# Remove from known_after what is known before the event, such as a device or an hour.\n"
         known_after = {"DatasetArgs.known_after": events} if events else {}
         yield (comment if events else "") + _gin({"DatasetArgs.side_feature_names": names, **known_after})
+    if numbers := [*store.item_number_features, *store.event_number_features]:
+        settings = {"feature_names": numbers, "transform": "standardize"}
+        yield _gin({f"numbers/NumericFeatureArgs.{name}": value for name, value in settings.items()})
 
 
 def _network(store: SequenceStore, task: Task) -> Settings:

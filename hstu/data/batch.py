@@ -60,7 +60,8 @@ class HSTUBatch(Pipelineable):
     """int64 [B], in seconds: when the recommendations are asked for, if RetrievalArgs.request_time = "target"; 0 for
     padding. Only in evaluation."""
     draws: Tensor | None = None
-    """int32 [M, R]. From the corpus: indices into the NEGATIVES values. In-batch: random numbers in [0, 2^31)."""
+    """int32 [n, R] for the n labelled items that have an item before them (``labels_with_history``). From the corpus:
+    indices into the NEGATIVES values. In-batch: random numbers in [0, 2^31)."""
     pool_positions: Tensor | None = None
     """int64 [S]. In-batch and mixed negatives: index into the item values of the first occurrence of each distinct
     item, in ascending order of the item ids."""
@@ -80,6 +81,8 @@ class HSTUBatch(Pipelineable):
     """int64 [B], on the host: the values of num_candidates."""
     num_labels_total: int
     """M, on the host."""
+    num_labels_host: np.ndarray | None = None
+    """int64 [B], on the host: the values of num_labels. None for a batch made by hand."""
     position: SamplerPosition | None = None
     """Sampler position after this batch has been trained on. None for a batch made by hand."""
 
@@ -107,6 +110,12 @@ class HSTUBatch(Pipelineable):
 
     def _map(self, function: Callable[[Any], Any]) -> HSTUBatch:
         return dataclasses.replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+
+
+def labels_with_history(num_labels: np.ndarray, item_lengths: np.ndarray) -> np.ndarray:
+    """How many of the newest ``num_labels`` items of each sequence follow another item; int64 [B] all three."""
+    most: np.ndarray = np.minimum(num_labels, np.maximum(item_lengths - 1, 0))
+    return most
 
 
 def keyed_jagged(values: dict[str, np.ndarray], lengths: dict[str, np.ndarray]) -> KeyedJaggedTensor:

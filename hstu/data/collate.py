@@ -19,7 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hstu.config.args import Task
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
+from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged, labels_with_history
 from hstu.data.jagged import ranges, run_indices, run_offsets
 from hstu.data.labels import LabelColumn
 from hstu.data.negatives import ItemDistribution, LabelKeys, Negatives, draw_31_bits, draw_each, draw_shared
@@ -234,6 +234,8 @@ class Assembler:
     """Item codes → what the model gets for them. None: the codes."""
     corpus: ItemDistribution | None = None
     """How negatives are drawn from the corpus. None: uniformly."""
+    draws_negatives: bool = True
+    """False for evaluation, where nothing is learnt."""
 
     def __post_init__(self) -> None:
         if self.task == "ranking" and self.roles.action is None:
@@ -243,13 +245,13 @@ class Assembler:
         """The batch of ``rows``, padded with empty sequences."""
         labelled = ranges(np.cumsum(rows.lengths) - rows.num_labels, rows.num_labels)
         negatives, draws, pool_positions = self._negatives(rows, plan)
-        num_candidates = self._padded(rows.num_candidates)
+        num_candidates, num_labels = self._padded(rows.num_candidates), self._padded(rows.num_labels)
         lists, label_values = self.roles.lists, list(rows.label_values.values())
         seen_offsets = None if rows.seen_lengths is None else run_offsets(self._padded(rows.seen_lengths))
         return HSTUBatch(
             features=self._features(rows, negatives),
             num_candidates=torch.from_numpy(num_candidates),
-            num_labels=torch.from_numpy(self._padded(rows.num_labels)),
+            num_labels=torch.from_numpy(num_labels),
             labels=torch.from_numpy(self._labels(rows, labelled)),
             user_ids=torch.from_numpy(self._padded(rows.user_ids, -1)),
             label_values=_tensor(np.stack(label_values) if label_values else None),
@@ -265,6 +267,7 @@ class Assembler:
             item_lengths=self._padded(rows.lengths),
             num_candidates_host=num_candidates,
             num_labels_total=len(labelled),
+            num_labels_host=num_labels,
             position=plan.position,
         )
 
@@ -298,14 +301,15 @@ class Assembler:
         negatives = self.negatives
         if negatives is None:
             return None, None, None
-        if rows.held_out is not None:
+        if rows.held_out is not None or not self.draws_negatives:
             return None if negatives.kind == "in_batch" else np.empty(0, dtype=np.int64), None, None
+        num_labels = labels_with_history(rows.num_labels, rows.lengths)
         pool = np.unique(rows.items, return_index=True)[1] if negatives.has_batch_pool else None
         keys = LabelKeys(
             seed=self.seed,
             epoch=plan.epoch,
-            ordinals=np.repeat(plan.ordinals, rows.num_labels),
-            places=run_indices(rows.num_labels)[1],
+            ordinals=np.repeat(plan.ordinals, num_labels),
+            places=run_indices(num_labels)[1],
             global_start=plan.global_start,
         )
         if negatives.kind == "in_batch":

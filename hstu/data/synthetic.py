@@ -242,7 +242,9 @@ class SyntheticDataset:
         self.num_ids = {name: feature.num_ids for name, feature in reader.features.items()}
         """Feature → n; its ids lie in [0, n)."""
         corpus_size = self.num_ids[args.item_feature_name]
-        assembler = Assembler(batch_size, task, reader.roles, corpus_size, seed, negatives)
+        assembler = Assembler(
+            batch_size, task, reader.roles, corpus_size, seed, negatives, draws_negatives=reader.is_training
+        )
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.num_samples = args.num_generated_batches * batch_size * world_size
         self._reader = reader

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
+from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged, labels_with_history
 from hstu.data.jagged import run_offsets
 
 
@@ -100,11 +100,12 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
     labels = [batch.labels.numpy() for batch in batches]
     is_per_label = all(len(batch.labels) == batch.num_labels_total for batch in batches)
     num_candidates = _stack(batches, [batch.num_candidates_host for batch in batches])
+    num_labels = _stack(batches, [batch.num_labels.numpy() for batch in batches])
     has_pool = batches[0].pool_positions is not None
     merged = HSTUBatch(
         features=keyed_jagged(values, lengths),
         num_candidates=torch.from_numpy(num_candidates),
-        num_labels=torch.from_numpy(_stack(batches, [batch.num_labels.numpy() for batch in batches])),
+        num_labels=torch.from_numpy(num_labels),
         labels=torch.from_numpy(np.concatenate(labels) if is_per_label else _stack(batches, labels)),
         user_ids=torch.from_numpy(_stack(batches, [batch.user_ids.numpy() for batch in batches])),
         label_values=_concatenate([batch.label_values for batch in batches], dim=1),
@@ -118,6 +119,7 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
         item_lengths=_stack(batches, [batch.item_lengths for batch in batches]),
         num_candidates_host=num_candidates,
         num_labels_total=sum(batch.num_labels_total for batch in batches),
+        num_labels_host=num_labels,
     )
     layout = GroupLayout(
         num_values={
@@ -173,7 +175,9 @@ def split_micro_batches(batch: HSTUBatch, count: int, item_feature: str) -> tupl
     values = {key: jagged.values().numpy() for key, jagged in features.items()}
     lengths = {key: jagged.lengths().numpy() for key, jagged in features.items()}
     offsets = {key: _offsets(lengths[key]) for key in values if key != NEGATIVES}
-    label_offsets = _offsets(batch.num_labels.numpy())
+    num_labels = batch.num_labels.numpy()
+    label_offsets = _offsets(num_labels)
+    draw_offsets = _offsets(labels_with_history(num_labels, batch.item_lengths))
     pool_ids = None
     if batch.pool_positions is not None:
         pool_ids = torch.from_numpy(values[item_feature][batch.pool_positions.numpy()])
@@ -196,12 +200,13 @@ def split_micro_batches(batch: HSTUBatch, count: int, item_feature: str) -> tupl
             list_lengths=None if batch.list_lengths is None else batch.list_lengths[:, items],
             numbers=None if batch.numbers is None else batch.numbers[items],
             timestamps=None if batch.timestamps is None else batch.timestamps[items],
-            draws=None if batch.draws is None else batch.draws[labels],
+            draws=None if batch.draws is None else batch.draws[draw_offsets[start] : draw_offsets[stop]],
             pool_ids=pool_ids,
             real_batch_size=min(max(batch.real_batch_size - start, 0), stop - start),
             item_lengths=batch.item_lengths[start:stop],
             num_candidates_host=batch.num_candidates_host[start:stop],
             num_labels_total=labels.stop - labels.start,
+            num_labels_host=num_labels[start:stop],
         )
 
     size = batch.batch_size // count

@@ -210,17 +210,26 @@ def input_bytes(workload: Workload, batch: Batch) -> int:
 
 
 def task_bytes(workload: Workload, batch: Batch, pool: int) -> tuple[int, int]:
-    """(saved for backward, working memory of the loss) of the head, or of the softmax over ``pool`` rows."""
-    network, args, c = workload.config.network, workload.config.task_args, workload.element_size
-    labels, hidden, item_width = batch.labels, network.hidden_size, network.item_width
-    if isinstance(args, RankingArgs) and args.tasks is not None:
+    """(saved for backward, working memory of the loss) of the head, and of the softmax over ``pool`` rows."""
+    args = workload.config.task_args
+    of_head = _head_bytes(workload, batch.labels, args) if isinstance(args, RankingArgs) else (0, 0)
+    of_softmax = _softmax_bytes(workload, batch.labels, pool) if workload.config.retrieval is not None else (0, 0)
+    return of_head[0] + of_softmax[0], of_head[1] + of_softmax[1]
+
+
+def _head_bytes(workload: Workload, labels: int, args: RankingArgs) -> tuple[int, int]:
+    if args.tasks is not None:
         return _task_head_bytes(workload, args, args.tasks, labels)
-    if isinstance(args, RankingArgs):
-        *widths, last = args.prediction_head_arch
-        per_hidden = c if args.prediction_head_act_type == "relu" else 2 * c
-        loss = FLOAT32 * (2 * last if args.num_tasks == last else last) + INT64
-        saved = INT64 + c * hidden + per_hidden * sum(widths) + loss
-        return labels * saved, labels * FLOAT32 * (last + hidden)
+    c, hidden = workload.element_size, workload.config.network.hidden_size
+    *widths, last = args.prediction_head_arch
+    per_hidden = c if args.prediction_head_act_type == "relu" else 2 * c
+    loss = FLOAT32 * (2 * last if args.num_tasks == last else last) + INT64
+    saved = INT64 + c * hidden + per_hidden * sum(widths) + loss
+    return labels * saved, labels * FLOAT32 * (last + hidden)
+
+
+def _softmax_bytes(workload: Workload, labels: int, pool: int) -> tuple[int, int]:
+    hidden, item_width = workload.config.network.hidden_size, workload.config.network.item_width
     query = FLOAT32 * (2 * item_width if item_width == hidden else hidden + 2 * item_width)
     saved = labels * (query + 2 * FLOAT32 * item_width + 4 * INT64) + pool * 2 * FLOAT32 * item_width
     working = 4 * labels * FLOAT32 * item_width

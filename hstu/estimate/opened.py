@@ -13,7 +13,7 @@ from torch import nn
 
 from hstu.checkpoint.find import find_checkpoint
 from hstu.checkpoint.tensors import AVERAGE, TABLES, WEIGHTS
-from hstu.config.args import DatasetArgs, EmbeddingArgs, OptimizerArgs, RetrievalArgs
+from hstu.config.args import DatasetArgs, EmbeddingArgs, OptimizerArgs
 from hstu.config.errors import UserError
 from hstu.config.incomplete import Unknown
 from hstu.config.rules.ranking_tasks import tasks_of
@@ -101,8 +101,8 @@ class Opened:
     def specs(self) -> Attempt[tuple[TableSpec, ...]]:
         """The tables as the model has them."""
         run, roles, tables = self.run, self.roles.value, self.tables.value
-        args, ranks = run.task_args, run.world_size
-        negatives = isinstance(args, RetrievalArgs) and args.negatives != "in_batch"
+        args, ranks = run.retrieval, run.world_size
+        negatives = args is not None and args.negatives != "in_batch"
         return Attempt(lambda: table_specs(tables, run.network, roles, negatives, ranks, run.located))
 
     @cached_property

@@ -124,16 +124,16 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Operator]:
 
 
 def _task(workload: Workload, batch: Batch) -> Iterator[Operator]:
-    args, network = workload.config.task_args, workload.config.network
+    ranking, retrieval, network = workload.config.task_args, workload.config.retrieval, workload.config.network
     hidden, tokens = network.hidden_size, workload.tokens(batch)
-    if isinstance(args, RankingArgs):
-        if args.tasks is not None:
-            yield from _task_heads(workload, args, args.tasks, batch)
-            return
-        widths = [hidden, *args.prediction_head_arch]
+    if isinstance(ranking, RankingArgs) and ranking.tasks is not None:
+        yield from _task_heads(workload, ranking, ranking.tasks, batch)
+    elif isinstance(ranking, RankingArgs):
+        widths = [hidden, *ranking.prediction_head_arch]
         for inputs, outputs in pairwise(widths):
             yield _linear("head", batch.labels, inputs, outputs, workload.element_size)
         yield _labelled_rows("loss", batch.labels, widths[-1], hidden, tokens)
+    if retrieval is None:
         return
     width = network.item_width
     if width != hidden:

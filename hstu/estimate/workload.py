@@ -18,7 +18,6 @@ from hstu.config.args import (
     EmbeddingArgs,
     NumericFeatureArgs,
     RankingTaskArgs,
-    RetrievalArgs,
 )
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.rules.ranking_tasks import tasks_of
@@ -190,8 +189,7 @@ class Workload:
     @cached_property
     def negatives(self) -> Negatives | None:
         """Those of the retrieval loss."""
-        args = self.config.task_args
-        return Negatives.of(args) if isinstance(args, RetrievalArgs) else None
+        return Negatives.of(self.config.retrieval) if self.config.retrieval is not None else None
 
     @property
     def shares_negatives(self) -> bool:
@@ -269,8 +267,8 @@ def plan_workload(config: RunConfig, world_size: int, ranks_per_host: int, devic
     """
     has_data = isinstance(config.dataset, BenchmarkDatasetArgs) or _is_preprocessed(config.dataset)
     data = _plan_steps(config, world_size) if has_data else _plan_without_data(config)
-    args = config.task_args
-    has_negatives = isinstance(args, RetrievalArgs) and args.negatives != "in_batch"
+    args = config.retrieval
+    has_negatives = args is not None and args.negatives != "in_batch"
     roles = data.roles
     specs = table_specs(data.tables, config.network, roles, has_negatives, world_size)
     shape = data.max_items, data.corpus_size, data.values_per_item, data.steps, has_data, data.notes

@@ -13,6 +13,7 @@ from hstu.model.heads import PredictionHead
 from hstu.model.outputs import ModelOutput
 from hstu.model.precision import mixed_precision
 from hstu.model.stack import SequenceEncoder
+from hstu.ops.types import JaggedLayout
 
 
 class RankingDense(nn.Module):
@@ -41,6 +42,10 @@ class RankingDense(nn.Module):
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
         """Loss and logits of the batch's labelled items. ``embeddings``: rows of each feature of the encoder."""
         tokens, layout = self.encoder(embeddings, batch)
+        return self.predict(tokens, layout, batch)
+
+    def predict(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> ModelOutput:
+        """The same, from the tokens of the encoder."""
         labelled = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total)
         with mixed_precision(self.encoder.network.dtype_str, tokens.device.type):
             logits = self.head(tokens.index_select(0, labelled))

@@ -104,7 +104,7 @@ class RetrievalDense(nn.Module):
         tokens, layout = self.encoder(embeddings, batch)
         num_labels = batch.num_labels.sum()
         if self.training:
-            return ModelOutput(self._loss(tokens, layout, embeddings, batch), num_labels)
+            return ModelOutput(self.loss_sum(tokens, layout, embeddings, batch), num_labels)
         no_loss = tokens.new_zeros((), dtype=torch.float32)
         return ModelOutput(no_loss, num_labels, queries=self._newest_queries(tokens, layout))
 
@@ -117,7 +117,7 @@ class RetrievalDense(nn.Module):
         is_real = layout.seqlen_offsets.diff() > 0
         return self._queries(with_filler[layout.newest_tokens()]) * is_real[:, None]
 
-    def _loss(
+    def loss_sum(
         self, tokens: Tensor, layout: JaggedLayout, embeddings: dict[str, JaggedTensor], batch: HSTUBatch
     ) -> Tensor:
         """Sum over the labelled items of −log softmax, each predicted from the newest token before it."""

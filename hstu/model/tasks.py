@@ -18,6 +18,7 @@ from hstu.model.heads import MultiTaskHead
 from hstu.model.outputs import ModelOutput
 from hstu.model.precision import mixed_precision
 from hstu.model.stack import SequenceEncoder
+from hstu.ops.types import JaggedLayout
 
 _LOSSES = {
     "bce": task_losses.bce,
@@ -146,6 +147,10 @@ class MultiTaskDense(nn.Module):
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
         """Loss and predictions of the labelled items, those of one task beside those of the task before."""
         tokens, layout = self.encoder(embeddings, batch)
+        return self.predict(tokens, layout, batch)
+
+    def predict(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> ModelOutput:
+        """The same, from the tokens of the encoder."""
         labelled = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total)
         with mixed_precision(self.encoder.network.dtype_str, tokens.device.type):
             outputs = self.head(tokens.index_select(0, labelled))

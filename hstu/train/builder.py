@@ -29,6 +29,7 @@ from hstu.model.compiled import compile_parts, why_not
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
 from hstu.model.inputs import SequenceFeatures
+from hstu.model.joint import JointDense
 from hstu.model.precision import DTYPES
 from hstu.model.ranking import RankingDense
 from hstu.model.retrieval import GatherPool, LogCounts, RetrievalDense, own_pool
@@ -68,7 +69,7 @@ PIPELINES: dict[str, type[TrainPipeline]] = {
     "prefetch": PrefetchPipeline,
 }
 
-TaskModel = RankingDense | MultiTaskDense | RetrievalDense
+TaskModel = RankingDense | MultiTaskDense | RetrievalDense | JointDense
 """The dense part of a model, replicated tables apart."""
 BesideTables = Callable[[RunConfig, Mesh], int]
 """Bytes of memory that a step needs on a rank beside the sharded tables."""
@@ -182,8 +183,7 @@ def build_model(
             "this CPU has no bfloat16 products: the layers compute them in float32 and round to bfloat16, which saves "
             'memory, but no time; NetworkArgs.dtype_str = "float32" is faster'
         )
-    retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
-    has_negatives = retrieval is not None and retrieval.negatives != "in_batch"
+    has_negatives = config.retrieval is not None and config.retrieval.negatives != "in_batch"
     roles, ranks = source.roles, mesh.world_size
     specs = table_specs(source.tables, config.network, roles, has_negatives, ranks, config.located)
     on_all_ranks(lambda: check_memory(specs, config, mesh.local_world_size, ranks), mesh.world_group)
@@ -305,22 +305,28 @@ def task_module(
     """
     network = config.network
     encoder = SequenceEncoder(network, features.with_transforms(config.numbers), kernels)
-    args = config.task_args
-    if isinstance(args, RankingArgs):
-        codes = codes or [PLAIN] * len(args.tasks or [args])
-        if args.tasks is not None:
-            return MultiTaskDense(encoder, args, label_columns(args.tasks), codes)
-        return RankingDense(encoder, args, label_offset=codes[0].first)
-    return RetrievalDense(
-        encoder,
-        item_feature=features.item,
-        hidden_size=network.hidden_size,
-        item_dim=network.item_width,
-        args=args,
-        gather_pool=gather_pool,
-        log_counts=log_counts,
-        kernels=kernels,
-    )
+    args, retrieval = config.task_args, None
+    if config.retrieval is not None:
+        retrieval = RetrievalDense(
+            encoder,
+            item_feature=features.item,
+            hidden_size=network.hidden_size,
+            item_dim=network.item_width,
+            args=config.retrieval,
+            gather_pool=gather_pool,
+            log_counts=log_counts,
+            kernels=kernels,
+        )
+    if isinstance(args, RetrievalArgs):
+        assert retrieval is not None
+        return retrieval
+    codes = codes or [PLAIN] * len(args.tasks or [args])
+    ranking: RankingDense | MultiTaskDense
+    if args.tasks is not None:
+        ranking = MultiTaskDense(encoder, args, label_columns(args.tasks), codes)
+    else:
+        ranking = RankingDense(encoder, args, label_offset=codes[0].first)
+    return ranking if retrieval is None else JointDense(ranking, retrieval, args.next_item_weight)
 
 
 def compile_on_all_ranks(task: TaskModel, mesh: Mesh) -> None:
@@ -365,6 +371,7 @@ def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh
     """The evaluator of the task."""
     if isinstance(config.task_args, RankingArgs):
         task = unwrap_dense(model).task
+        task = task.ranking if isinstance(task, JointDense) else task
         if isinstance(task, MultiTaskDense):
             return MultiTaskEvaluator(model, task.each_task, mesh, config.trainer.max_eval_iters)
         offset = cast(RankingDense, task).label_offset

@@ -86,8 +86,8 @@ class BatchSource(ABC):
         self.label_facts = {}
         self._rank, self._world_size = (0, world_size) if mesh is None else (mesh.rank, mesh.world_size)
         self._pin_memory = mesh is not None and mesh.device.type == "cuda"
+        self.negatives = Negatives.of(config.retrieval) if config.retrieval else None
         retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
-        self.negatives = Negatives.of(retrieval) if retrieval else None
         self._wants_timestamps = config.network.has_relative_bias
         self._wants_request_times = retrieval is not None and retrieval.request_time == "target"
         self._wants_seen = retrieval is not None and retrieval.filter_seen
@@ -320,7 +320,7 @@ class StoreSource(BatchSource):
         item_ids = reader.item_ids if self.roles.item in self.raw_features else None
         corpus = self.corpus if training and self.negatives is not None else None
         task, negatives = self._config.task, self.negatives
-        assembler = Assembler(batch_size, task, self.roles, corpus_size, seed, negatives, item_ids, corpus)
+        assembler = Assembler(batch_size, task, self.roles, corpus_size, seed, negatives, item_ids, corpus, training)
         return Collator(reader, assembler, self._skipped)
 
     def _recode_eval_store(self) -> dict[str, np.ndarray]:

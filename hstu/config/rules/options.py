@@ -63,11 +63,11 @@ NEEDS: Iterable[tuple[str, str, tuple[Any, ...], str]] = (
     ("schedule.decay_iters", "schedule.schedule", _WITH_A_DECAY, ""),
     ("schedule.decay_ratio", "schedule.schedule", _WITH_A_DECAY, ""),
     (
-        "task_args.shared_negatives", "task_args.negatives", ("uniform", "popularity"),
+        "retrieval.shared_negatives", "retrieval.negatives", ("uniform", "popularity"),
         "only these are drawn per position",
     ),
-    ("task_args.popularity_exponent", "task_args.negatives", ("popularity", "mixed"), "no other kind counts items"),
-    ("task_args.logq_correction", "task_args.negatives", _Not(["full"]), "the whole corpus is not a sample of it"),
+    ("retrieval.popularity_exponent", "retrieval.negatives", ("popularity", "mixed"), "no other kind counts items"),
+    ("retrieval.logq_correction", "retrieval.negatives", _Not(["full"]), "the whole corpus is not a sample of it"),
 )  # fmt: skip
 """(option, other option, values of the other with which the first has an effect, why if it is not obvious)."""
 
@@ -123,8 +123,8 @@ def _fits_the_task(run: RunConfig, option: str, task: Task, reason: str) -> Iter
 def _given(run: RunConfig, option: str) -> tuple[Args, str] | None:
     """(part, parameter) of an option; None if it has its default or the run does not have it."""
     place, parameter = option.split(".")
-    part: Args = getattr(run, place)
-    return (part, parameter) if is_given(part, parameter) else None
+    part: Args | None = getattr(run, place)
+    return (part, parameter) if part is not None and is_given(part, parameter) else None
 
 
 RULES = (

@@ -153,7 +153,7 @@ def retrieval_has_a_next_item(run: RunConfig) -> Iterator[Problem]:
 
 
 def number_of_negatives_fits_their_kind(run: RunConfig) -> Iterator[Problem]:
-    if isinstance(retrieval := run.task_args, RetrievalArgs):
+    if (retrieval := run.retrieval) is not None:
         kind = run.cite(retrieval, "negatives")
         if retrieval.negatives in ("uniform", "popularity", "mixed") and retrieval.num_negatives <= 0:
             yield run.problem(retrieval, "num_negatives", f"must be above 0 with {kind}, for example 128")
@@ -162,8 +162,8 @@ def number_of_negatives_fits_their_kind(run: RunConfig) -> Iterator[Problem]:
 
 
 def counted_items_are_stored(run: RunConfig) -> Iterator[Problem]:
-    retrieval = run.task_args
-    if isinstance(retrieval, RetrievalArgs) and isinstance(run.dataset, BenchmarkDatasetArgs):
+    retrieval = run.retrieval
+    if retrieval is not None and isinstance(run.dataset, BenchmarkDatasetArgs):
         text = "counts the items of training samples, and random data has none before they are drawn"
         if retrieval.negatives == "popularity":
             yield run.problem(retrieval, "negatives", f'{text}; use "uniform"')
@@ -181,6 +181,20 @@ def request_time_is_seen(run: RunConfig) -> Iterator[Problem]:
             yield run.problem(retrieval, "request_time", f"has no effect: {because}; remove it")
         elif isinstance(run.dataset, BenchmarkDatasetArgs):
             yield run.problem(retrieval, "request_time", "has no effect on random data; remove it")
+
+
+def next_items_are_not_candidates(run: RunConfig) -> Iterator[Problem]:
+    if run.next_item is not None and run.dataset.max_num_candidates > 0:
+        hides = f"{run.cite(run.dataset, 'max_num_candidates')} hides candidates from each other"
+        text = f"needs the items before an item, and {hides}; set one of the two to 0"
+        yield run.problem(run.task_args, "next_item_weight", text)
+
+
+def next_items_are_not_evaluated(run: RunConfig) -> Iterator[Problem]:
+    for name in ("filter_seen", "request_time", "eval_metrics"):
+        if run.next_item is not None and is_given(run.next_item, name):
+            text = "has no effect: a ranking run does not evaluate how it finds next items; remove it"
+            yield run.problem(run.next_item, name, text, is_warning=True)
 
 
 # --- positions -----------------------------------------------------------------------------------------------------
@@ -236,6 +250,6 @@ RULES = (
     candidates_leave_history, windows_leave_no_gap, split_fits_the_task,
     head_fits_the_tasks, activation_is_between_layers, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
     added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, counted_items_are_stored,
-    request_time_is_seen,
+    request_time_is_seen, next_items_are_not_candidates, next_items_are_not_evaluated,
     position_encodings_combine, position_buckets_have_a_table, masks_hide_the_labels,
 )  # fmt: skip

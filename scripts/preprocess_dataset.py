@@ -3,7 +3,7 @@
     python scripts/preprocess_dataset.py --dataset_name ml-1m [--raw_path DIR] [--output tmp_data/ml-1m]
     python scripts/preprocess_dataset.py --dataset_name NAME --interactions FILE... --user COL --item COL
         [--action COL] [--time COL] [--context FILE --context_columns a,b] [--items FILE --item_columns c,d]
-        [--event_columns e,f]
+        [--event_columns e,f] [--requests FILE... [--request COL]]
     python scripts/preprocess_dataset.py --dataset_name ml-1m --verify
 
 Exit codes: 0 done, 2 bad arguments, 3 bad or missing data, 130 stopped by Ctrl-C, 143 by SIGTERM; then the same command
@@ -141,7 +141,8 @@ def _make(args: argparse.Namespace) -> Path:
     if args.raw_path or not args.user or not args.item:
         raise ConfigError("--interactions needs --user and --item, and does not go with --raw_path")
     given = {name: getattr(args, name) for name in _COLUMNS}
-    given["interactions"] = matching_files(args.interactions) if args.glob else list(map(Path, args.interactions))
+    for name in ("interactions", "requests"):
+        given[name] = tuple(matching_files(given[name]) if args.glob else map(Path, given[name]))
     return import_interactions(args.dataset_name, InteractionColumns(**given), append=args.append, **common)
 
 
@@ -185,7 +186,7 @@ def _add_own_table(add: Callable[..., argparse.Action]) -> None:
         metavar="FILE",
         help="text (also .gz or .zst) or Parquet files, or directories of such files, one row per event",
     )
-    add("--glob", action="store_true", help="--interactions are patterns such as 'day_*.csv'")
+    add("--glob", action="store_true", help="--interactions and --requests are patterns such as 'day_*.csv'")
     add(
         "--append",
         action="store_true",
@@ -196,6 +197,14 @@ def _add_own_table(add: Callable[..., argparse.Action]) -> None:
     add("--action", help="column of the action, integers >= 0 or a few texts")
     add("--time", help="column of the time, a number since 1970 or a date; without it: order of the rows")
     add("--time_unit", choices=(*TIME_UNITS, "auto"), default="s", help="unit of times that are numbers")
+    add(
+        "--requests",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="files, as of --interactions, with one row per impression, in columns of the same names: what to rank",
+    )
+    add("--request", help="column of --requests with the id of the request; without it a user's rows of one time")
     add("--split", help="column that says which events are train, valid and test, in this order within a user")
     add("--context", type=Path, help="table with one row per user, with the same user column")
     add(
@@ -228,6 +237,8 @@ def _add_own_table(add: Callable[..., argparse.Action]) -> None:
         **separator,
     )
     add("--header", help="names of the columns, as a,b,c, if the first line does not name them", **names)
+    add("--requests_delimiter", help="as --delimiter, for --requests", **separator)
+    add("--requests_header", help="as --header, for --requests", **names)
     add("--context_delimiter", help="as --delimiter, for --context", **separator)
     add("--context_header", help="as --header, for --context", **names)
     add("--titles_delimiter", help="as --delimiter, for --titles", **separator)

@@ -93,6 +93,7 @@ def write_small_store(
     action_feature: str = "action",
     timestamp_feature: str = "timestamp",
     raw: Sequence[str] = (),
+    requests: Sequence[tuple[int, int, Mapping[str, Sequence[int]]]] = (),
     name: str = "toy",
 ) -> SequenceStore:
     """A store of the given item codes, one list a user.
@@ -102,6 +103,7 @@ def write_small_store(
     ``item_features``: feature -> one code or one list of codes an item; ``event_features``: feature -> lists like
     ``items``; the raw ids of both are "value 007", or those of ``event_texts``. ``item_numbers``: feature -> [items,
     width], ``event_numbers``: feature -> lists like ``items``. ``raw``: features whose raw ids models get.
+    ``requests``: user, time, and feature -> codes of the candidates, by user and time.
     """
     lengths = [len(row) for row in items]
     if timestamps is None:
@@ -147,6 +149,17 @@ def write_small_store(
             array.flush()
         for feature in raw:
             writer.keep_raw_ids(feature)
+        if requests:
+            sizes = [len(shown[item_feature]) for _, _, shown in requests]
+            arrays = writer.create_requests(len(requests), sum(sizes))
+            arrays["users"][:], arrays["times"][:] = np.array([request[:2] for request in requests]).T
+            arrays["offsets"][:] = np.concatenate([[0], np.cumsum(sizes)])
+            starts = np.concatenate([[0], np.cumsum(lengths)])
+            arrays["history_ends"][:] = [
+                starts[user] + sum(event < time for event in timestamps[user]) for user, time, _ in requests
+            ]
+            for feature in requests[0][2]:
+                writer.create_candidates(feature)[:] = flat([shown[feature] for _, _, shown in requests])
     return SequenceStore.open(path)
 
 

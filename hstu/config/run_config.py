@@ -73,7 +73,7 @@ class RunConfig:
                 raise ConfigError("with BenchmarkDatasetArgs the tables are its embedding_args; leave embeddings empty")
             object.__setattr__(self, "embeddings", tables)
         if self.network.disable_contextual_mask is None:
-            without_leak = replace(self.network, disable_contextual_mask=self.dataset.max_num_candidates == 0)
+            without_leak = replace(self.network, disable_contextual_mask=not self.dataset.has_candidates)
             object.__setattr__(self, "network", without_leak)
 
     @property

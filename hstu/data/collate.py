@@ -24,6 +24,7 @@ from hstu.data.jagged import ranges, run_indices, run_offsets
 from hstu.data.labels import LabelColumn
 from hstu.data.negatives import ItemDistribution, LabelKeys, Negatives, draw_31_bits, draw_each, draw_shared
 from hstu.data.roles import FeatureRoles
+from hstu.data.sample_items import SampleItems
 from hstu.data.sampler import BatchPlan
 from hstu.data.samples import SampleTable, StochasticLength
 from hstu.data.store import USER_FEATURE, SequenceStore
@@ -108,87 +109,91 @@ class StoreReader:
         """The rows of ``plan.indices``. A value out of range is a DataError that names its user."""
         samples, chosen = self.samples, plan.indices
         start, users = samples.start[chosen], samples.user[chosen]
-        lengths, num_labels = samples.stop[chosen] - start, samples.num_labels[chosen]
+        lengths, num_labels = samples.lengths[chosen], samples.num_labels[chosen]
         if self.stochastic_length is not None:
             whole = lengths
-            lengths, num_labels = self.stochastic_length.shorten(whole, num_labels, plan.epoch, plan.ordinals)
+            lengths, num_labels = self.stochastic_length.shorten(
+                whole, num_labels, plan.epoch, plan.ordinals, samples.num_candidates[chosen]
+            )
             start = start + whole - lengths
-        events = ranges(start, lengths)
+        items = SampleItems.of(self.store, samples, chosen, start, lengths)
         times = self.store.timestamp_feature if self.wants_timestamps else None
         held_out = request_times = seen = seen_lengths = None
         if samples.target is not None:
             target, begin = samples.target[chosen], samples.history_begin[chosen]
-            held_out = self._codes(self.roles.item, target)
+            held_out = self._of_items(self.roles.item, SampleItems(self.store, target))
             if times is not None and self.wants_request_times:
                 request_times = self.store.sequence(times)[target].astype(np.int64)
             if self.wants_seen:
                 seen_lengths = target - begin
-                seen = self._codes(self.roles.item, ranges(begin, seen_lengths))
-        items = self._codes(self.roles.item, events)
-        side, list_lengths = self._side(events)
-        labelled = ranges(start + lengths - num_labels, num_labels) if self.labels else events[:0]
+                seen = self._of_items(self.roles.item, SampleItems(self.store, ranges(begin, seen_lengths)))
+        codes = self._of_items(self.roles.item, items)
+        side, list_lengths = self._side(items)
+        ends = start + lengths
+        labelled = SampleItems.of(self.store, samples, chosen, ends - num_labels, num_labels) if self.labels else items
         return Rows(
             user_ids=users,
             lengths=lengths,
             num_candidates=samples.num_candidates[chosen],
             num_labels=num_labels,
-            items=items,
-            actions=None if self.roles.action is None else self._codes(self.roles.action, events),
-            timestamps=None if times is None else self.store.sequence(times)[events],
-            context={name: self._codes(name, users, of_users=True) for name in self.roles.contextual},
+            items=codes,
+            actions=None if self.roles.action is None else self._of_items(self.roles.action, items),
+            timestamps=items.times() if self.wants_timestamps else None,
+            context={name: self._of_users(name, users) for name in self.roles.contextual},
             side=side,
             list_lengths=list_lengths,
-            label_values={name: column.read(labelled) for name, column in self.labels.items()},
-            numbers=self._numbers(events),
+            label_values={name: column.read(labelled.values(name)) for name, column in self.labels.items()},
+            numbers=self._numbers(items),
             held_out=held_out,
             request_times=request_times,
             seen=seen,
             seen_lengths=seen_lengths,
         )
 
-    def _codes(self, feature: str, rows: np.ndarray, of_users: bool = False) -> np.ndarray:
-        """int64 codes of a feature at ``rows``, which are events or, for contextual features, users."""
-        read = self.store.context if of_users else self.store.sequence
+    def _of_items(self, feature: str, items: SampleItems) -> np.ndarray:
+        """What the model gets of the items, the actions or an event feature; int64."""
+        return self._for_model(feature, items.values(feature), items.place)
+
+    def _of_users(self, feature: str, users: np.ndarray) -> np.ndarray:
+        """What the model gets of a contextual feature; int64."""
 
         def place(index: int) -> str:
-            row = int(rows[index])
-            user = row if of_users else int(np.searchsorted(self.store.offsets(), row, side="right")) - 1
-            return f"user {self.store.raw_ids(USER_FEATURE)[user]} ({'row' if of_users else 'event'} {row})"
+            return f"user {self.store.raw_ids(USER_FEATURE)[users[index]]} (row {users[index]})"
 
-        return self._for_model(feature, read(feature)[rows], place)
+        return self._for_model(feature, self.store.context(feature)[users], place)
 
-    def _side(self, events: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Rows.side and Rows.list_lengths. The codes of the items at ``events`` must be known to be right."""
+    def _side(self, items: SampleItems) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Rows.side and Rows.list_lengths. The codes of the items must be known to be right."""
         side: dict[str, np.ndarray] = {}
         list_lengths: dict[str, np.ndarray] = {}
         if not self.roles.categories:
             return side, list_lengths
-        items = self.store.sequence(self.roles.item)[events]
+        codes = items.values(self.roles.item)
         for name in self.roles.categories:
             if name in self.store.time_features:
-                side[name] = self.store.time_codes(name, events)
+                side[name] = items.time_codes(name)
                 continue
             if name in self.store.event_features:
-                side[name] = self._codes(name, events)
+                side[name] = self._of_items(name, items)
                 continue
             values, offsets = self.store.item_values(name)
-            places = items
+            places = codes
             if offsets is not None:
-                starts = offsets[items]
-                list_lengths[name] = offsets[items + 1] - starts
+                starts = offsets[codes]
+                list_lengths[name] = offsets[codes + 1] - starts
                 places = ranges(starts, list_lengths[name])
             side[name] = self._for_model(name, values[places], lambda _: "an item")
         return side, list_lengths
 
-    def _numbers(self, events: np.ndarray) -> np.ndarray | None:
-        """Rows.numbers. The codes of the items at ``events`` must be known to be right."""
+    def _numbers(self, items: SampleItems) -> np.ndarray | None:
+        """Rows.numbers. The codes of the items must be known to be right."""
         if not self.roles.numbers:
             return None
-        items = self.store.sequence(self.roles.item)[events]
+        codes = items.values(self.roles.item)
         columns = []
         for name in self.roles.numbers:
             of_items = self.store.features[name].role == "item_number"
-            values = self.store.item_numbers(name)[items] if of_items else self.store.sequence(name)[events][:, None]
+            values = self.store.item_numbers(name)[codes] if of_items else items.values(name)[:, None]
             if np.isinf(values).any():
                 raise DataError(
                     f"{self.store.path}: {name} has infinite numbers: the data is damaged, preprocess it again"

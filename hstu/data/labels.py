@@ -73,9 +73,8 @@ class LabelColumn:
                 )
         return np.array([np.nan if number is None else number for number in numbers], dtype=np.float32)
 
-    def read(self, events: np.ndarray) -> np.ndarray:
-        """The numbers of these events, float32 [n]. A code out of range is a DataError."""
-        codes = self.store.sequence(self.name)[events]
+    def read(self, codes: np.ndarray) -> np.ndarray:
+        """Numbers of stored values, float32 [n]. A code out of range is a DataError."""
         if self.store.feature(self.name).role == "event_number":
             return codes
         if len(codes) and (codes.min() < 0 or codes.max() >= len(self.values)):
@@ -88,9 +87,10 @@ class LabelColumn:
     def facts(self) -> LabelFacts:
         """What occurs. Reads the whole column, unless its values are in a vocabulary."""
         facts = LabelFacts(texts=self.known_texts)
-        stored = self.values if self.store.feature(self.name).has_vocab else self.store.sequence(self.name)
-        for start in range(0, len(stored), _CHUNK):
-            facts = facts.joined(_facts_of(stored[start : start + _CHUNK]))
+        columns = [self.values] if self.store.feature(self.name).has_vocab else self.store.columns(self.name)
+        for stored in columns:
+            for start in range(0, len(stored), _CHUNK):
+                facts = facts.joined(_facts_of(stored[start : start + _CHUNK]))
         return facts
 
 

@@ -19,6 +19,7 @@ from hstu.data.hashing import hash_strings, random_bits
 from hstu.data.jagged import run_indices
 from hstu.data.store import USER_FEATURE, SequenceStore
 from hstu.data.store_layout import HeldOut
+from hstu.data.store_requests import Requests, has_wrong_bounds
 
 Split = Literal["train", "valid", "test", "all"]
 
@@ -37,13 +38,17 @@ class SampleTable:
     stop: np.ndarray
     """One past the last event of the sample."""
     num_candidates: np.ndarray
-    """How many of the sample's newest events are candidates."""
+    """How many of the sample's newest events are candidates; with ``request``, which follow the events."""
     num_labels: np.ndarray
-    """How many of the sample's newest events are labelled."""
+    """How many of the sample's newest items are labelled."""
     target: np.ndarray | None
     """Retrieval evaluation: the held-out event."""
     history_begin: np.ndarray
     """First event of the user; the seen items are those of [history_begin, target)."""
+    request: np.ndarray | None = None
+    """The request in the store whose candidates follow the events. None: candidates are events."""
+    first_candidate: np.ndarray | None = None
+    """With ``request``: the first of the sample's candidates among those of the store."""
     report: dict[str, int] = field(default_factory=dict)
     """users of the split; samples built from them; dropped_short users, or targets without history; truncated users,
     whose oldest events are in no sample; events of all samples."""
@@ -51,6 +56,11 @@ class SampleTable:
     def __len__(self) -> int:
         """S."""
         return len(self.user)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Items of each sample, candidates included."""
+        return self.stop - self.start + (0 if self.request is None else self.num_candidates)
 
     def select(self, keep: np.ndarray) -> SampleTable:
         """The samples that ``keep``, bool [S], picks, with the same report."""
@@ -93,8 +103,12 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
     "all": every user, unsplit (ranking on a second store). With window_stride, a long training history gives several
     samples, the newest first. Raises ConfigError for a split in time of data without times, DataError for damaged
     offsets. ``args`` obeys the rules of hstu/config/rules.
+
+    With candidates = "requests": the samples of ``_of_requests``.
     """
     runs = _whole_histories(store)
+    if args.candidates == "requests":
+        return _of_requests(store, args, split, seed)
     if store.split is not None and split != "all":
         return _of_given_split(store, runs, args, task, split)
     if task == "retrieval":
@@ -110,6 +124,25 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
         return _ranking_before(runs, cut, args)
     later = runs.stop - cut
     return _ranking_samples(runs.select(later > 0), args, num_later=later[later > 0])
+
+
+def check_requests(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> None:
+    """Raises ConfigError, worded by ``cite``, where the data lacks the requests of the options, or they do not fit."""
+    if args.candidates != "requests":
+        return
+    if not store.num_requests:
+        text = f"{store.path} has no requests; preprocess the data with --requests FILE, or remove this"
+        raise ConfigError([cite(args, "candidates", text)])
+    if store.split is not None:
+        text = f"the split of the data (column {store.split!r}) is of events; preprocess the data without --split"
+        raise ConfigError([cite(args, "candidates", text)])
+    largest = int(store.requests().sizes.max())
+    if not args.max_num_candidates and largest >= args.max_sequence_length:
+        text = (
+            f"leaves no room for history beside the {largest} candidates of the largest request; raise it, or set "
+            "max_num_candidates, which divides larger requests"
+        )
+        raise ConfigError([cite(args, "max_sequence_length", text)])
 
 
 def check_split(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> None:
@@ -161,6 +194,59 @@ def _in_training(store: SequenceStore, fraction: float, seed: int) -> np.ndarray
     in_training = np.zeros(store.num_users, dtype=bool)
     in_training[np.argsort(random_bits(seed, keys))[: round(fraction * store.num_users)]] = True
     return in_training
+
+
+def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split, seed: int) -> SampleTable:
+    """One sample per request, or several if it has more candidates than max_num_candidates: equal parts of them.
+
+    The parts have the same history: the newest events before the request that fit beside the largest part. With split
+    "time", train_fraction of all requests precede the cut.
+    """
+    requests, offsets = store.requests(), np.asarray(store.offsets())
+    if has_wrong_bounds(requests, offsets) or (requests.sizes < 1).any():
+        raise DataError(f"{store.path}: the requests are damaged; preprocess the data again")
+    chosen = np.flatnonzero(_requests_of_split(store, requests, args, split, seed))
+    sizes = requests.sizes[chosen]
+    parts = -(-sizes // (args.max_num_candidates or sizes))
+    room = args.max_sequence_length - -(-sizes // parts)
+    rows, part = run_indices(parts)
+    request = chosen[rows]
+    first, after = (sizes[rows] * (part + step) // parts[rows] for step in (0, 1))
+    begin, stop = offsets[requests.users[request]], requests.history_ends[request]
+    start = np.maximum(begin, stop - room[rows])
+    report = {
+        "users": len(np.unique(requests.users[chosen])),
+        "requests": len(chosen),
+        "samples": len(request),
+        "truncated": int((start > begin).sum()),
+        "candidates": int(sizes.sum()),
+    }
+    return SampleTable(
+        user=requests.users[request],
+        start=start,
+        stop=stop,
+        num_candidates=after - first,
+        num_labels=after - first,
+        target=None,
+        history_begin=begin,
+        request=request,
+        first_candidate=requests.offsets[request] + first,
+        report=report,
+    )
+
+
+def _requests_of_split(
+    store: SequenceStore, requests: Requests, args: DatasetArgs, split: Split, seed: int
+) -> np.ndarray:
+    """bool [R]"""
+    if split == "all":
+        return np.ones(len(requests), dtype=bool)
+    if args.split != "time":
+        in_training = _in_training(store, args.train_fraction, seed)[requests.users]
+    else:
+        middle = min(int(args.train_fraction * len(requests)), len(requests) - 1)
+        in_training = requests.times < np.partition(requests.times, middle)[middle]
+    return np.asarray(in_training == (split == "train"))
 
 
 def _cut_events(store: SequenceStore, fraction: float) -> np.ndarray:
@@ -316,10 +402,15 @@ class StochasticLength:
         return cls(max(kept, 2, args.max_num_candidates + 1), seed, unlabelled)
 
     def shorten(
-        self, lengths: np.ndarray, labels: np.ndarray, epoch: int, ordinals: np.ndarray
+        self,
+        lengths: np.ndarray,
+        labels: np.ndarray,
+        epoch: int,
+        ordinals: np.ndarray,
+        candidates: np.ndarray | int = 0,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(events kept, labels kept) of b samples, the newest ones; all int64 [b]."""
+        """(items kept, labels kept) of b samples, the newest ones, candidates and one more at least; int64 [b]."""
         uniform = (random_bits(self.seed, _STOCHASTIC_LENGTH_STREAM, epoch, ordinals) >> np.uint64(11)) / 2.0**53
         whole = (lengths <= self.kept) | (uniform * lengths.astype(np.float64) ** 2 < self.kept**2)
-        shorter = np.where(whole, lengths, self.kept)
+        shorter = np.where(whole, lengths, np.maximum(self.kept, candidates + 1))
         return shorter, np.minimum(labels, shorter - self.unlabelled)

@@ -10,6 +10,8 @@
 Numbers have float32 in place of codes, NaN where one is missing: item.<feature>.npy has [I * width] of them.
 
     split.<split>.npy             int64 [U]: first event of "valid" and of "test", where the data says which those are
+    request.<field>.npy           [R] requests: see Requests in store_requests.py
+    candidate.<feature>.npy       [C] item codes, actions, or codes of an event feature, request after request
     vocabulary.<feature>.*        code -> raw id: int64 [cardinality], or UTF-8 bytes and their offsets
     titles.*                      item code -> human title, where the data has titles
 
@@ -38,10 +40,13 @@ from hstu.data.datasets import resolve_name
 from hstu.data.datasets.spec import USER_FEATURE
 from hstu.data.store_layout import (
     NUMBER_ROLES,
+    OF_CANDIDATES,
+    REQUEST_FILES,
     TIME_FEATURES,
     FeatureMeta,
     HeldOut,
     Role,
+    candidate_file,
     feature_file,
     list_offsets_file,
     split_file,
@@ -49,11 +54,12 @@ from hstu.data.store_layout import (
     vocabulary_stem,
 )
 from hstu.data.store_meta import description_problems
+from hstu.data.store_requests import Requests, request_problems
 from hstu.data.time_features import time_codes
 
 FORMAT = "hstu-sequence-store"
 VERSION = 4
-"""The newest version that this program reads: a store with numbers."""
+"""The newest version that this program reads: a store with numbers, or with requests."""
 WITH_FEATURES, WITH_SPLIT, PLAIN = 3, 2, 1
 """Version of a store with features of items or events, with a split of its own, and with none of these, which earlier
 programs can read, too."""
@@ -100,6 +106,9 @@ class SequenceStore:
         known = TIME_FEATURES if self.timestamp_feature else {}
         self.time_features = {name: meta for name, meta in known.items() if name not in self.features}
         """What events have beside the stored features: what follows from their times."""
+        self.num_requests: int = meta.get("num_requests", 0)
+        self.num_candidates: int = meta.get("num_candidates", 0)
+        """Candidates of all requests."""
         self.split: str | None = meta.get("split")
         """The column of the raw data that says to which split an event belongs. None: options of a run say it."""
         self._files: dict[str, dict[str, Any]] = meta["files"]
@@ -181,6 +190,30 @@ class SequenceStore:
     def item_numbers(self, feature: str) -> np.ndarray:
         """float32 [I, width]: the number or the vector of each item, NaN where it is missing."""
         return self._feature_values(feature, "item_numbers").reshape(-1, self.features[feature].width)
+
+    def requests(self) -> Requests:
+        """The requests. Raises DataError where the store has none."""
+        if not self.num_requests:
+            raise DataError(f"{self.path} has no requests; preprocess the data with --requests FILE")
+        return Requests(**{field: self._map(file) for field, file in REQUEST_FILES.items()})
+
+    def candidates(self, feature: str) -> np.ndarray:
+        """[C] values of the item, the action or an event feature, request after request; in the dtypes of events."""
+        return self._map(candidate_file(feature))
+
+    def candidate_times(self, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of candidates, the times of their requests and of the last events before these; int64 [n] each."""
+        requests, times = self.requests(), self.sequence(str(self.timestamp_feature))
+        rows = requests.rows_of(candidates)
+        return requests.times[rows], times[requests.history_ends[rows] - 1]
+
+    def columns(self, feature: str) -> list[np.ndarray]:
+        """The values of an item, action or event feature: those of all events and, with requests, of all candidates."""
+        return [self.sequence(feature), *([self.candidates(feature)] if self.num_requests else [])]
+
+    def least_value(self, feature: str) -> int:
+        """The smallest value that events and candidates have of an item, action or event feature; reads all."""
+        return min(int(values.min()) for values in self.columns(feature))
 
     def held_out(self, split: HeldOut) -> tuple[np.ndarray, np.ndarray]:
         """(begin, end), int64 [U] each: the events of a split that the data itself gives."""
@@ -268,15 +301,22 @@ class SequenceStore:
             if any((after < before).any() for before, after in pairwise([*bounds, self.offsets()[1:]])):
                 raise self._damaged(split_file("valid"), "a split begins outside the events of its user")
         for name, feature in self.features.items():
-            file = feature_file(feature.role, name)
-            for start, values in _chunks(self._map(file)):
-                if feature.role == "timestamp":
-                    self._check_time_order(file, start, values)
-                elif feature.role in NUMBER_ROLES:
-                    if np.isinf(values).any():
-                        raise self._damaged(file, "a number is infinite")
-                elif values.min() < 0 or values.max() >= self.cardinality(name):
-                    raise self._damaged(file, f"values outside [0, {feature.cardinality})")
+            files = [feature_file(feature.role, name)]
+            if self.num_requests and feature.role in OF_CANDIDATES:
+                files.append(candidate_file(name))
+            for file in files:
+                for start, values in _chunks(self._map(file)):
+                    if feature.role == "timestamp":
+                        self._check_time_order(file, start, values)
+                    elif feature.role in NUMBER_ROLES:
+                        if np.isinf(values).any():
+                            raise self._damaged(file, "a number is infinite")
+                    elif values.min() < 0 or values.max() >= self.cardinality(name):
+                        raise self._damaged(file, f"values outside [0, {feature.cardinality})")
+        if self.num_requests:
+            times = self.sequence(str(self.timestamp_feature))
+            for file, what in request_problems(self.requests(), self.offsets(), times):
+                raise self._damaged(file, what)
 
     def _check_time_order(self, file: str, start: int, values: np.ndarray) -> None:
         backwards = start + 1 + np.flatnonzero(values[1:] < values[:-1])
@@ -320,7 +360,7 @@ class SequenceStore:
             lengths[feature_file(feature.role, name)] = self._num_values(feature)
             if feature.is_list:
                 lengths[list_offsets_file(name)] = self.cardinality(self.item_feature) + 1
-        lengths |= self._list_lengths()
+        lengths |= self._list_lengths() | self._request_lengths()
         for file, length in lengths.items():
             if self._files.get(file, {}).get("length") != length:
                 raise self._damaged(META_FILE, f"it does not describe {file} with {length} values")
@@ -351,6 +391,15 @@ class SequenceStore:
                 lengths[f"{stem}.npy"] = length
         return lengths
 
+    def _request_lengths(self) -> dict[str, int]:
+        """File → length of what is stored of requests."""
+        if not self.num_requests:
+            return {}
+        lengths = dict.fromkeys(REQUEST_FILES.values(), self.num_requests)
+        lengths[REQUEST_FILES["offsets"]] += 1
+        of_candidates = (name for name, feature in self.features.items() if feature.role in OF_CANDIDATES)
+        return lengths | {candidate_file(name): self.num_candidates for name in of_candidates}
+
     def _check_sums(self, up_to: int | None) -> None:
         """Checks the smallest files, ``up_to`` bytes in total; None means all. Older stores have no checksums."""
         left = up_to
@@ -366,6 +415,8 @@ class SequenceStore:
 
     def _check_offsets(self) -> None:
         self._check_ends(OFFSETS_FILE, self.num_events)
+        if self.num_requests:
+            self._check_ends(REQUEST_FILES["offsets"], self.num_candidates)
         for name in self.item_side_features:
             if self.features[name].is_list:
                 self._check_ends(list_offsets_file(name), len(self.item_values(name)[0]))

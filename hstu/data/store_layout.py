@@ -91,6 +91,20 @@ def _quoted(feature: str, role: Role) -> str:
     return name.replace(".", "%2E") if role in ("item_feature", "item_number") else name
 
 
+REQUEST_FILES = {
+    "users": "request.user.npy", "times": "request.time.npy", "history_ends": "request.history.npy",
+    "offsets": "request.offsets.npy",
+}  # fmt: skip
+"""Field of Requests → its file."""
+OF_CANDIDATES: tuple[Role, ...] = ("item", "action", "event", "event_number")
+"""Roles of the features that the candidates of requests have, as events do."""
+
+
+def candidate_file(feature: str) -> str:
+    """File of the values that candidates have of an item, action or event feature."""
+    return f"candidate.{quote(feature, safe='')}.npy"
+
+
 def split_file(split: HeldOut) -> str:
     """File of the first event of each user that belongs to a split or to a later one."""
     return f"split.{split}.npy"

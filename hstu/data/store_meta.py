@@ -27,6 +27,10 @@ def description_problems(meta: Mapping[str, Any]) -> Iterator[str]:
         yield f"name is {meta.get('name')!r}"
     if not isinstance(meta.get("command", ""), str | None):
         yield f"command is {meta['command']!r}"
+    has_time = any(isinstance(each, dict) and each.get("role") == "timestamp" for each in _listed(meta.get("features")))
+    for name in ("num_requests", "num_candidates") if "num_requests" in meta or "num_candidates" in meta else ():
+        if not _is_count(meta.get(name)) or not has_time:
+            yield f"{name} is {meta.get(name)!r}" + ("" if has_time else " without times")
     if "split" in meta and not _is_name(meta["split"]):
         yield f"split is {meta['split']!r}"
     sources = meta.get("sources")
@@ -105,6 +109,10 @@ def _has_statistics(feature: Mapping[str, Any]) -> bool:
 
 def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _is_count(value: Any) -> bool:

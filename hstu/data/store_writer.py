@@ -36,8 +36,10 @@ from hstu.data.store import (
 from hstu.data.store_layout import (
     DTYPES,
     NUMBER_ROLES,
+    REQUEST_FILES,
     FeatureMeta,
     Role,
+    candidate_file,
     feature_file,
     list_offsets_file,
     split_file,
@@ -90,7 +92,7 @@ class StoreWriter:
         self._vocabularies: set[str] = set()
         self._raw: set[str] = set()
         self._arrays: dict[str, tuple[str, int]] = {}
-        self._num_users = 0
+        self._num_users = self._num_requests = self._num_candidates = 0
         self._split: str | None = None
         self._overwrite = overwrite
         self._check_target()
@@ -151,6 +153,10 @@ class StoreWriter:
         self._features.append((feature, role, dtype, cardinality))
         return self._create(feature_file(role, feature), dtype, length)
 
+    def written(self, feature: str, role: Role) -> np.ndarray:
+        """What an array that create_sequence has made is filled with, read-only."""
+        return np.asarray(open_memmap(self.partial / feature_file(role, feature), mode="r"))
+
     def write_context(self, feature: str, codes: np.ndarray, *, cardinality: int) -> None:
         """Stores the [U] codes of a contextual feature as int32. Features keep the order of these calls."""
         self.create_sequence(feature, "context", cardinality=cardinality, length=len(codes))[:] = codes
@@ -198,6 +204,19 @@ class StoreWriter:
         self._split = column
         self._create(split_file("valid"), np.dtype(np.int64), len(valid))[:] = valid
         self._create(split_file("test"), np.dtype(np.int64), len(test))[:] = test
+
+    def create_requests(self, requests: int, candidates: int) -> dict[str, np.memmap]:
+        """Arrays to be filled: those of Requests (store_requests.py) by their names."""
+        self._num_requests, self._num_candidates = requests, candidates
+        return {
+            field: self._create(file, np.dtype(np.int64), requests + (field == "offsets"))
+            for field, file in REQUEST_FILES.items()
+        }
+
+    def create_candidates(self, feature: str) -> np.memmap:
+        """A flat [C] array to be filled with what candidates have of an item, action or event feature."""
+        (role,) = (role for name, role, *_ in self._features if name == feature)
+        return self._create(candidate_file(feature), np.dtype(DTYPES[role]), self._num_candidates)
 
     def keep_raw_ids(self, feature: str) -> None:
         """Lets models get the raw ids of a feature, which must be int64, in place of its codes."""
@@ -267,8 +286,10 @@ class StoreWriter:
         features = [self._describe(*feature) for feature in self._features]
         item = next(feature["name"] for feature in features if feature["role"] == "item")
         roles = {feature["role"] for feature in features}
-        has_numbers, has_side = bool(roles & set(NUMBER_ROLES)), bool(roles & {"item_feature", "event"})
-        version = VERSION if has_numbers else WITH_FEATURES if has_side else WITH_SPLIT if self._split else PLAIN
+        is_new = bool(self._num_requests or roles & set(NUMBER_ROLES))
+        has_side = bool(roles & {"item_feature", "event"})
+        version = VERSION if is_new else WITH_FEATURES if has_side else WITH_SPLIT if self._split else PLAIN
+        requests = {"num_requests": self._num_requests, "num_candidates": self._num_candidates}
         return {
             "format": FORMAT,
             "version": version,
@@ -277,6 +298,7 @@ class StoreWriter:
             **({"split": self._split} if self._split else {}),
             "num_users": self._num_users,
             "num_events": self._arrays[feature_file("item", item)][1],
+            **(requests if self._num_requests else {}),
             "features": features,
             "statistics": dict(self.statistics),
             "sources": dict(self.sources),

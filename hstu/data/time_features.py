@@ -16,12 +16,21 @@ def time_codes(feature: str, events: np.ndarray, times: np.ndarray, offsets: np.
     int64 [U + 1]: user u's events are [offsets[u], offsets[u + 1]).
     """
     now = np.asarray(times[events], dtype=np.int64)
-    if feature == "hour_of_day":
-        return now // _HOUR_S % 24
-    if feature == "day_of_week":
-        return (now // _DAY_S + 3) % 7  # 1970 began on a Thursday
-    most = (TIME_FEATURES["time_gap"].cardinality or 0) - 1
+    if feature != "time_gap":
+        return calendar_codes(feature, now)
     is_first = offsets[np.searchsorted(offsets, events, side="right") - 1] == events
-    gap = np.where(is_first, 0, now - times[np.maximum(events - 1, 0)])
-    _, exponent = np.frexp(1 + gap)  # exact: 1 + gap = mantissa * 2^exponent, 0.5 <= mantissa < 1
-    return np.where(is_first, 0, np.minimum(exponent, most)).astype(np.int64)
+    return np.where(is_first, 0, gap_codes(np.where(is_first, 0, now - times[np.maximum(events - 1, 0)])))
+
+
+def calendar_codes(feature: str, times: np.ndarray) -> np.ndarray:
+    """int64 [n] codes of hour_of_day or day_of_week. times: int64 [n], seconds since 1970."""
+    if feature == "hour_of_day":
+        return times // _HOUR_S % 24
+    return (times // _DAY_S + 3) % 7  # 1970 began on a Thursday
+
+
+def gap_codes(seconds: np.ndarray) -> np.ndarray:
+    """int64 [n] codes of time_gap, for integers >= 0 of seconds since the user's event before."""
+    most = (TIME_FEATURES["time_gap"].cardinality or 0) - 1
+    _, exponent = np.frexp(1 + seconds)  # exact: 1 + seconds = mantissa * 2^exponent, 0.5 <= mantissa < 1
+    return np.minimum(exponent, most).astype(np.int64)

@@ -145,7 +145,7 @@ def head_fits_the_labels(run: RunDraft, opened: Opened) -> Iterator[Problem]:
         if action is not None and action not in store.features:
             return  # reported as a feature
         roles = FeatureRoles(store.item_feature, action, ())
-        ids, least = ({action: store.cardinality(action)}, int(store.sequence(action).min())) if action else ({}, 0)
+        ids, least = ({action: store.cardinality(action)}, store.least_value(action)) if action else ({}, 0)
         labels = Labels(roles, ids, least)
     else:
         tables = {name: table.item_vocab_size_or_capacity for table in run.embeddings for name in table.feature_names}

@@ -324,9 +324,10 @@ def _plan_without_data(config: RunConfig) -> _Data:
     rows = {feature: table.item_vocab_size_or_capacity for table in tables for feature in table.feature_names}
     longest = args.max_sequence_length
     sequences = config.trainer.sequences_per_iteration * config.tensor_parallel.tensor_model_parallel_size
-    labels = longest - 1 if config.task == "retrieval" else args.max_num_candidates or longest
+    candidates = args.max_num_candidates or (longest - 1) * args.has_candidates  # those of requests may fill it
+    labels = longest - 1 if config.task == "retrieval" else candidates or longest
     lengths = np.full(sequences, longest, dtype=np.int64)
-    batch = Batch(lengths, np.full_like(lengths, args.max_num_candidates), labels * sequences)
+    batch = Batch(lengths, np.full_like(lengths, candidates), labels * sequences)
     notes = [f"{args.dataset_name} is not preprocessed: every sequence is taken to be as long as allowed"]
     if unknown := [feature for feature in roles.names if feature not in rows]:
         notes.append(f"tables of unknown size, not counted: {', '.join(unknown)}")

@@ -25,7 +25,7 @@ from hstu.data.loader import build_loader
 from hstu.data.negatives import ItemDistribution, Negatives, count_items, expected_log_counts
 from hstu.data.roles import FeatureRoles, benchmark_roles, check_numbers, resolve_roles
 from hstu.data.sampler import BatchPartition, EvalSampler, SamplerPosition, TrainSampler
-from hstu.data.samples import SampleTable, Split, StochasticLength, build_samples, check_split
+from hstu.data.samples import SampleTable, Split, StochasticLength, build_samples, check_requests, check_split
 from hstu.data.store import SequenceStore
 from hstu.data.store_layout import NumberStatistics
 from hstu.data.synthetic import SyntheticDataset
@@ -177,6 +177,8 @@ class StoreSource(BatchSource):
         described = {name: self.store.features[name].statistics for name in self.roles.numbers}
         self.number_statistics = {name: found for name, found in described.items() if found is not None}
         check_split(self.store, args, config.located)
+        for store in (self.store, self._eval_store):
+            check_requests(store, args, config.located)
         self._labels = {name: LabelColumn(self.store, name) for name in self.roles.labels}
         self._eval_labels = {name: column.of(self._eval_store) for name, column in self._labels.items()}
         self.label_facts = {
@@ -201,7 +203,7 @@ class StoreSource(BatchSource):
         self._stochastic_length = StochasticLength.of(args, trainer.seed, no_label)
         self._skipped = SkippedSamples(trainer.max_bad_rows) if trainer.bad_row_policy == "skip" else None
         samples = self._train_samples
-        self.train_lengths = SampleLengths(samples.stop - samples.start, samples.num_candidates, samples.num_labels)
+        self.train_lengths = SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels)
         self._partition = choose_partition(config, self.roles, self.max_items, self.train_lengths)
         self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
 
@@ -222,7 +224,7 @@ class StoreSource(BatchSource):
     def least_action(self) -> int:
         """See BatchSource. Reads the whole feature once."""
         assert self.roles.action is not None
-        return min(int(store.sequence(self.roles.action).min()) for store in (self.store, self._eval_store))
+        return min(store.least_value(self.roles.action) for store in (self.store, self._eval_store))
 
     @cached_property
     def item_counts(self) -> np.ndarray:

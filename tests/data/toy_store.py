@@ -31,6 +31,7 @@ class ToyStore(SequenceStore):
         self.contextual_features = tuple(context or {})
         self.item_side_features = self.event_features = ()
         self.time_features = {}
+        self.num_requests = 0
         columns = {"item": items, "action": actions, "time": times}
         self.arrays = {
             name: np.array([value for row in rows for value in row], dtype=np.int64)

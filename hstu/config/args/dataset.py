@@ -27,9 +27,13 @@ class DatasetArgs(Args):
     dynamic_tables: bool = option(False)
     """Built-in datasets: make the predefined tables of items and users dynamic (DynamicEmbeddingArgs), with a row for
     every id."""
+    candidates: str = option("tail", choices=("tail", "requests"))
+    """Ranking: what is scored without attending to each other. tail: the newest items of a user, max_num_candidates of
+    them. requests: what was shown to a user in each request of data preprocessed with --requests, after the newest
+    items before the request that fit."""
     max_num_candidates: int = option(0, minimum=0)
-    """Ranking: number of newest items that are candidates, scored without attending to each other. 0: no candidates;
-    every item is scored."""
+    """Ranking: number of candidates of a sample. tail: 0 means no candidates; every item is scored. requests: a request
+    with more candidates is divided evenly into several samples with the same history; 0 means no limit."""
     window_stride: Optional[int] = option(None, minimum=1)
     """Training: cut a history longer than max_sequence_length into windows of that length, down to its first item.
     Each window ends this many items before the next newer one. A window is labelled on its newest window_stride items
@@ -66,6 +70,11 @@ class DatasetArgs(Args):
     known_after: list[str] = option([])
     """Those of side_feature_names that are known only after the event, such as the time watched. They are part of the
     action's token and, like the action, are never shown to what predicts it."""
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether candidates alone are labelled."""
+        return self.max_num_candidates > 0 or self.candidates == "requests"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,3 +161,8 @@ class BenchmarkDatasetArgs(Args):
     """As DatasetArgs.max_num_candidates."""
     num_generated_batches: int = option(100, minimum=1, maximum=1_000_000)
     """Number of different batches; they are generated once and then repeated."""
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether candidates alone are labelled."""
+        return self.max_num_candidates > 0

@@ -16,6 +16,7 @@ EXCLUSIVE = (
     ("trainer.tokens_per_rank", "trainer.gradient_accumulation_steps", "micro-batches have equal counts of sequences"),
     ("trainer.tokens_per_rank", "dataset.stochastic_length_alpha", "batches are planned by the lengths before the cut"),
     ("trainer.enable_balanced_shuffler", "dataset.stochastic_length_alpha", "it balances the lengths before the cut"),
+    ("dataset.window_stride", "dataset.candidates", "a request has one history, which ends where the request is"),
     ("schedule.warmup_iters", "schedule.warmup_ratio", ""),
     ("schedule.decay_iters", "schedule.decay_ratio", ""),
 )
@@ -42,7 +43,6 @@ NEEDS: Iterable[tuple[str, str, tuple[Any, ...], str]] = (
     ("trainer.profile_step_end", "trainer.profile", (True,), ""),
     ("trainer.data_prefetch", "trainer.data_workers", _Not([0]), "only data workers prepare batches in advance"),
     ("trainer.max_bad_rows", "trainer.bad_row_policy", ("skip",), "no sample is skipped"),
-    ("network.target_group_size", "dataset.max_num_candidates", _Not([0]), "only candidates are grouped"),
     ("network.bfloat16_residual", "network.dtype_str", ("bfloat16",), "layers compute in another type"),
     ("network.recompute_input_layernorm", "network.recompute_layer", (False,), "that recomputes the whole layer"),
     ("network.recompute_input_silu", "network.recompute_layer", (False,), "that recomputes the whole layer"),
@@ -72,8 +72,8 @@ NEEDS: Iterable[tuple[str, str, tuple[Any, ...], str]] = (
 """(option, other option, values of the other with which the first has an effect, why if it is not obvious)."""
 
 ONLY_TOLD = (
-    "trainer.profile_step_start", "trainer.profile_step_end", "network.target_group_size",
-    "network.recompute_input_layernorm", "network.recompute_input_silu",
+    "trainer.profile_step_start", "trainer.profile_step_end", "network.recompute_input_layernorm",
+    "network.recompute_input_silu",
 )  # fmt: skip
 """Options of ``NEEDS`` that files of other trainers give without need: where they have no effect is a warning."""
 
@@ -84,6 +84,7 @@ OF_ONE_TASK = (
     ("dataset.valid_items", "retrieval", "ranking holds out whole users or a period of time"),
     ("dataset.train_fraction", "ranking", "retrieval holds out each user's last items"),
     ("dataset.eval_dataset_path", "ranking", "retrieval holds out each user's last items"),
+    ("dataset.candidates", "ranking", "retrieval scores the whole corpus"),
     ("dataset.max_num_candidates", "ranking", "retrieval scores the whole corpus"),
 )
 """(option, the only task in which it has an effect, why)."""

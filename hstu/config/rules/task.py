@@ -79,6 +79,15 @@ def windows_leave_no_gap(run: RunConfig) -> Iterator[Problem]:
         yield run.problem(dataset, "window_stride", text)
 
 
+def only_candidates_are_grouped(run: RunConfig) -> Iterator[Problem]:
+    if is_given(run.network, "target_group_size") and not run.dataset.has_candidates:
+        text = (
+            f"has no effect with {run.cite(run.dataset, 'max_num_candidates')}, because only candidates are grouped; "
+            "remove it, or set max_num_candidates to a value other than 0"
+        )
+        yield run.problem(run.network, "target_group_size", text, is_warning=True)
+
+
 def split_fits_the_task(run: RunConfig) -> Iterator[Problem]:
     if isinstance(run.dataset, DatasetArgs) and run.dataset.split not in ("auto", *SPLITS[run.task]):
         allowed = " or ".join(literal(split) for split in ("auto", *SPLITS[run.task]))
@@ -119,7 +128,7 @@ def metrics_fit_the_head(run: RunConfig) -> Iterator[Problem]:
 
 
 def labels_are_not_inputs(run: RunConfig) -> Iterator[Problem]:
-    if run.task == "ranking" and not run.network.interleave_actions and run.dataset.max_num_candidates == 0:
+    if run.task == "ranking" and not run.network.interleave_actions and not run.dataset.has_candidates:
         text = (
             f"with {run.cite(run.dataset, 'max_num_candidates')} would show each item its own label as an input; set "
             "max_num_candidates above 0, or interleave_actions = True"
@@ -223,11 +232,19 @@ def masks_hide_the_labels(run: RunConfig) -> Iterator[Problem]:
 def label_leak(run: RunConfig, has_context: bool) -> Iterator[Problem]:
     """How the model sees what it is to predict. ``has_context``: whether its sequences have contextual tokens.
 
-    Candidates are safe: no history or contextual token sees them. Without candidates every item is labelled, so an
-    item that sees later ones sees its own label.
+    Candidates are safe: no history or contextual token sees them, unless the actions of a group that was shown at one
+    time are tokens. Without candidates every item is labelled, so an item that sees later ones sees its own label.
     """
     network = run.network
-    if run.dataset.max_num_candidates > 0:
+    if run.dataset.has_candidates:
+        is_request = isinstance(run.dataset, DatasetArgs) and run.dataset.candidates == "requests"
+        if is_request and network.interleave_actions and network.target_group_size > 1:
+            text = (
+                "a candidate sees the actions, which are labels, of those before it in its group, although they were "
+                "shown at the same time; set it to 1, or NetworkArgs.interleave_actions = False, or "
+                "NetworkArgs.allow_label_leak = True to train such a model on purpose"
+            )
+            yield run.problem(network, "target_group_size", text, is_warning=network.allow_label_leak)
         return
     label = "the next item, its target" if run.task == "retrieval" else "its own action, its label"
     remedy = "" if run.task == "retrieval" else ", or DatasetArgs.max_num_candidates above 0"
@@ -247,7 +264,7 @@ def label_leak(run: RunConfig, has_context: bool) -> Iterator[Problem]:
 RULES = (
     features_have_one_role, what_is_known_after_is_a_side_feature,
     numbers_are_side_features, side_features_have_a_width, actions_are_not_items,
-    candidates_leave_history, windows_leave_no_gap, split_fits_the_task,
+    candidates_leave_history, only_candidates_are_grouped, windows_leave_no_gap, split_fits_the_task,
     head_fits_the_tasks, activation_is_between_layers, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
     added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, counted_items_are_stored,
     request_time_is_seen, next_items_are_not_candidates, next_items_are_not_evaluated,

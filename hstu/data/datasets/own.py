@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ _ALLOWED = {
     "item": _ID,
     "action": "an integer from 0 up (for half stars, double them)",
     "split": f"{', '.join(SPLIT_NAMES[:-1])} or {SPLIT_NAMES[-1]}",
+    "request": _ID,
 }
 
 
@@ -72,6 +73,12 @@ class InteractionColumns:
     """Of times that are numbers: s, ms, us, ns, or auto, the largest of them that gives times before the year 5000."""
     split: str | None = None
     """Which events are trained on: train, valid or test, in this order within a user. None: options of a run decide."""
+    requests: tuple[Path, ...] = ()
+    """Files, or directories of files, with one row per impression: an item that a request showed to a user. They have
+    the columns of the interactions: user, item, action, time (of the request) and event_columns."""
+    request: str | None = None
+    """Column of ``requests`` with the id of the request; a user's rows of one id are one request, at the earliest of
+    their times. None: a user's rows of one time are one request."""
     context: Path | None = None
     """A table with one row per user, and the same user column."""
     context_columns: tuple[str, ...] = ()
@@ -104,6 +111,10 @@ class InteractionColumns:
     """As delimiter, for ``context``. None: ``delimiter``."""
     context_header: tuple[str, ...] = ()
     """As header, for ``context``."""
+    requests_delimiter: str | None = None
+    """As delimiter, for ``requests``. None: ``delimiter``."""
+    requests_header: tuple[str, ...] = ()
+    """As header, for ``requests``."""
     titles_delimiter: str | None = None
     """As delimiter, for ``titles``. None: ``delimiter``."""
     titles_header: tuple[str, ...] = ()
@@ -121,6 +132,7 @@ class InteractionColumns:
             problems.append("--titles, a table of items, and --title, its column, go together")
         if self.items and not self.item_columns:
             problems.append("--items needs --item_columns, the columns to take from it")
+        problems += self._problems_of_requests()
         problems += problems_of_lists(self.lists, self.item_columns, self.bins)
         problems += problems_of_numbers(
             self.numbers, self.vectors, self.item_columns, self.event_columns, self.bins, self.lists
@@ -142,18 +154,34 @@ class InteractionColumns:
             problems.append(f"{USER_FEATURE!r} {text}")
         if self.time_unit not in (*TIME_UNITS, "auto"):
             problems.append(f"--time_unit {self.time_unit}: choose one of {', '.join(TIME_UNITS)}, auto")
-        for option in ("header", "context_header", "titles_header", "items_header"):
+        for option in ("header", "requests_header", "context_header", "titles_header", "items_header"):
             names = getattr(self, option)
             if len(set(names)) < len(names) or "" in names:
                 problems.append(f"--{option} {','.join(names)}: each column needs a name of its own")
         if problems:
             raise ConfigError(problems)
 
+    def _problems_of_requests(self) -> Iterator[str]:
+        if not self.requests:
+            if self.request:
+                yield f"--request {self.request}: it is a column of --requests, which is missing"
+            return
+        if not self.time or not self.action:
+            yield "--requests needs --time, which says which events come before a request, and --action, the label"
+        if self.split:
+            yield f"--requests and --split {self.split}: a split of events says nothing of requests; leave one out"
+        if self.request in (self.user, self.item, self.action, self.time, *self.event_columns):
+            yield f"--request {self.request}: the column is also given as another; name the one with the request's id"
+
     @property
     def files(self) -> tuple[Path, ...]:
         """The files of the interactions. Raises DataError for a directory without any."""
-        given = (self.interactions,) if isinstance(self.interactions, Path) else self.interactions
-        return tuple(file for path in given for file in (_files_in(path) if path.is_dir() else [path]))
+        return _all_files((self.interactions,) if isinstance(self.interactions, Path) else self.interactions)
+
+    @property
+    def request_files(self) -> tuple[Path, ...]:
+        """The files of the requests. Raises DataError for a directory without any."""
+        return _all_files(self.requests)
 
     def schema(self) -> Schema:
         """Features are named after their columns; the user's is user_id."""
@@ -175,9 +203,9 @@ class InteractionColumns:
     def arguments(self) -> dict[str, object]:
         """Option of scripts/preprocess_dataset.py → value, as it would be given there."""
         given: dict[str, object] = {}
-        for name, value in (vars(self) | {"interactions": self.files}).items():
-            if name == "interactions":
-                given[name] = value
+        for name, value in (vars(self) | {"interactions": self.files, "requests": self.request_files}).items():
+            if name in ("interactions", "requests"):
+                given[name] = value or None
             elif isinstance(value, tuple):
                 given[name] = ",".join(value) or None
             elif name == "lists":
@@ -198,6 +226,11 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
             raise DataError(f"--glob: no file matches {pattern}")
         found += [Path(name) for name in names]
     return list(dict.fromkeys(found))
+
+
+def _all_files(paths: Sequence[Path]) -> tuple[Path, ...]:
+    """The files, in place of a directory those in it."""
+    return tuple(file for path in paths for file in (_files_in(path) if path.is_dir() else [path]))
 
 
 def _files_in(directory: Path) -> list[Path]:
@@ -231,9 +264,14 @@ def interactions(columns: InteractionColumns) -> RawTables:
     for log in logs:
         _require(log, [*given.values(), *wanted_of_events.values()])
     expressions = _of_events(columns, logs[0], event_items, event_features)
+    of_requests = given | ({"request": columns.request} if columns.request else {})
     return RawTables(
         logs=logs,
         events=select_list(given | wanted_of_events),
+        requests=tuple(
+            _request_table(file, columns, of_requests | event_features, event_items) for file in columns.request_files
+        ),
+        has_request_ids=columns.request is not None,
         context=context,
         event_context=tuple(event_context),
         title_table=_title_table(columns),
@@ -243,13 +281,23 @@ def interactions(columns: InteractionColumns) -> RawTables:
             _resolve_types, columns, [*map(_as_text, event_context), *expressions], from_context, item_features
         ),
         settings=repr(columns.arguments()),
-        descriptions={name: _description(columns, name, column) for name, column in given.items()}
+        descriptions={name: _description(columns, name, column) for name, column in of_requests.items()}
         | {
             name: ColumnDescription(column, A_NUMBER if column in columns.numbers else A_VECTOR)
             for name, column in (features | event_features).items()
             if column in (*columns.numbers, *columns.vectors)
         },
     )
+
+
+def _request_table(
+    file: Path, columns: InteractionColumns, needed: Mapping[str, str], of_items: Mapping[str, str]
+) -> tuple[RawFile, str]:
+    """A table of impressions as RawTables.requests describes it; of the columns of items those that it has."""
+    table = _table(file, columns.requests_delimiter or columns.delimiter, columns.requests_header)
+    present = _columns_of(table)
+    require_columns(table.path, list(present), needed.values())
+    return table, select_list({**needed, **{name: column for name, column in of_items.items() if column in present}})
 
 
 def _features(columns: InteractionColumns) -> dict[str, str]:
@@ -370,7 +418,7 @@ def _resolve_types(
     engine: DuckDBPyConnection,
     log: str,
 ) -> TypedColumns:
-    table = ColumnTypes(engine, columns.files, log)
+    table = ColumnTypes(engine, (*columns.files, *columns.request_files), log)
     user, user_is_integer = table.id("user", columns.user)
     item, item_is_integer = table.id("item", columns.item)
     selected = [f'{user} AS "user"', f"{item} AS item"]
@@ -383,6 +431,8 @@ def _resolve_types(
         selected += [f'{time} AS "time"', f'{timestamp} AS "timestamp"']
     if columns.split:
         selected.append(f'{split_number()} AS "split"')
+    if columns.request:
+        selected.append("CAST(request AS VARCHAR) AS request")
     selected += of_events
     context = titles = items = None
     if columns.context:

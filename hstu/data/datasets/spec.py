@@ -116,6 +116,10 @@ class RawTables:
     (the place of the split in SPLIT_NAMES), if the schema has one; ``e0``, ``e1``, … (VARCHAR), the event features of
     the schema in order. An unusable value is NULL. A number is a FLOAT, which is NULL where it is missing and NaN where
     it is unusable."""
+    requests: tuple[tuple[RawFile, str], ...] = ()
+    """Files of impressions, and select lists over them: as ``events``, with ``request`` (the id of the request) where
+    the data has one. Columns of users and items may be missing."""
+    has_request_ids: bool = False
     context: tuple[RawFile, str] | None = None
     """A file with one row per user, and its select list: ``user``, then ``c0``, ``c1``, … (VARCHAR), the contextual
     features of the schema in order, without user_id."""
@@ -143,9 +147,14 @@ class RawTables:
     title_file: Path | None = None
 
     @property
+    def parts(self) -> tuple[tuple[RawFile, str], ...]:
+        """The files of events and those of impressions, and their select lists."""
+        return (*((log, self.events) for log in self.logs), *self.requests)
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """All raw files."""
-        tables = [log.path for log in self.logs]
+        tables = [log.path for log, _ in self.parts]
         tables += [table[0].path for table in (self.context, self.title_table, self.item_table) if table]
         return (*tables, *([self.title_file] if self.title_file else []))
 

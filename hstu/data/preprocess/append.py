@@ -19,8 +19,8 @@ from hstu.data.store import USER_FEATURE, SequenceStore, sha256
 from hstu.data.store_writer import discarded_beside, is_taken
 
 _log = logging.getLogger(__name__)
-_TABLES = ("--context", "--titles", "--items")
-"""Tables of users and of items are read as a whole. They may have changed, but must be given again."""
+_TABLES = ("--context", "--titles", "--items", "--requests")
+"""Tables of users and of items, and requests, are read as a whole. They may have changed, but must be given again."""
 _REMEDY = "or make the store again from all files, with --force and without --append"
 
 

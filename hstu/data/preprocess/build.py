@@ -37,6 +37,7 @@ from hstu.data.preprocess.existing import files_that_differ, is_kept
 from hstu.data.preprocess.ingest import check_rows, read_files
 from hstu.data.preprocess.item_features import check_items, write_item_features
 from hstu.data.preprocess.report import statistics_of
+from hstu.data.preprocess.requests import find_requests, write_requests
 from hstu.data.preprocess.split import write_split
 from hstu.data.preprocess.state import BuildLimits, BuildOptions, BuildState, Progress, source_names
 from hstu.data.preprocess.write import (
@@ -173,7 +174,8 @@ def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published
     _check_raw_ids(options.raw_ids, schema)
     check_filters(options)
     _check_all_items(raw, options)
-    for file in (*raw.logs, *(table[0] for table in (raw.context, raw.item_table) if table)):
+    logs = [log for log, _ in raw.parts]
+    for file in (*logs, *(table[0] for table in (raw.context, raw.item_table) if table)):
         check_readable(file)
     with disk_errors(options.output):
         writer = StoreWriter(
@@ -185,8 +187,8 @@ def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published
         )
         with writer:
             features, used = len(schema.event_features), used_below(writer.partial)
-            progress_files = (*raw.logs, *([raw.item_table[0]] if raw.item_table else []))
-            check_free_disk(raw.logs, options.output, features, already_used=used)
+            progress_files = (*logs, *([raw.item_table[0]] if raw.item_table else []))
+            check_free_disk(logs, options.output, features, already_used=used)
             with (
                 closing(Progress(sum(file.path.stat().st_size for file in progress_files))) as progress,
                 open_engine(writer.scratch, options.memory_limit) as engine,
@@ -205,6 +207,8 @@ def _check_raw_ids(roles: Sequence[str], schema: Schema) -> None:
 
 
 def _check_all_items(raw: RawTables, options: BuildOptions) -> None:
+    if raw.requests and options.min_item_events > 1:
+        raise ConfigError("--requests has items without events, and --min_item_events leaves them out; remove one")
     if not options.all_items:
         return
     if raw.titles is None and raw.title_table is None and raw.item_table is None:
@@ -223,6 +227,7 @@ def _build(state: BuildState, published: Mapping[str, float]) -> None:
     read_files(state)
     check_rows(state)
     keep_core(state)
+    of_requests = find_requests(state)
     lengths, num_items = number_users_and_items(state)
     keep_raw_ids(state)
     offsets = run_offsets(lengths)
@@ -231,17 +236,18 @@ def _build(state: BuildState, published: Mapping[str, float]) -> None:
     write_context(state, len(lengths))
     found = check_items(state)
     write_item_features(state)
-    write_events(state, offsets, num_items)
+    event_values = write_events(state, offsets, num_items)
     write_split(state, offsets)
+    write_requests(state, offsets, event_values)
     statistics = statistics_of(lengths, items_with_events(state), published)
-    writer.statistics = statistics | found | {"skipped_rows": state.skipped}
+    writer.statistics = statistics | found | of_requests | {"skipped_rows": state.skipped}
     writer.sources = {name: journal[f"source {name}"] for name in source_names(state.raw.files)}
 
 
 def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions) -> str:
     """Identifies everything that the stages depend on."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in raw.files]
-    tables = [repr(raw.logs), raw.events, repr(raw.context), repr(raw.item_table), raw.settings, repr(schema)]
+    tables = [repr(raw.parts), repr(raw.context), repr(raw.item_table), raw.settings, repr(schema)]
     rules = [options.name, options.bad_row_policy, options.max_bad_rows]
     rules += [options.min_user_events, options.min_item_events, options.all_items]
     programs = [VERSION, np.__version__, duckdb.__version__]

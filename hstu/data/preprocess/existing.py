@@ -13,7 +13,7 @@ from hstu.data.store import SequenceStore, sha256
 from hstu.data.store_writer import check_replaceable, is_taken
 
 _log = logging.getLogger(__name__)
-_PLACES = {"--raw_path", "--interactions", "--context", "--titles", "--items", "--output"}
+_PLACES = {"--raw_path", "--interactions", "--requests", "--context", "--titles", "--items", "--output"}
 """Options that say where files are. The files are compared by their content."""
 _SLOW_BYTES = 1 << 30
 

@@ -30,8 +30,9 @@ def write_event_vocabularies(state: BuildState) -> dict[str, tuple[int, str]]:
     for name, feature in state.event_features().items():
         if name in state.numbers():
             continue
-        value = feature_value(state, feature, name, f"coalesce(nullif({name}, ''), {literal(UNKNOWN)})", state.events())
-        found[name] = (write_vocabulary(state, feature, name, f"SELECT {value} AS id FROM {state.events()}"), value)
+        rows = state.shown_items()
+        value = feature_value(state, feature, name, f"coalesce(nullif({name}, ''), {literal(UNKNOWN)})", rows)
+        found[name] = (write_vocabulary(state, feature, name, f"SELECT {value} AS id FROM {rows}"), value)
     return found
 
 

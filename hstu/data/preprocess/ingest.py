@@ -34,8 +34,8 @@ _REASONS = {
 
 def read_files(state: BuildState) -> None:
     """Writes the logs and the tables to where BuildState.typed_log, typed_context, … read them."""
-    for number, log in enumerate(state.raw.logs):
-        _read(state, f"log_{number}", log, state.raw.events, READING * log.path.stat().st_size)
+    for number, (log, columns) in enumerate(state.raw.parts):
+        _read(state, f"log_{number}", log, columns, READING * log.path.stat().st_size)
     if state.raw.context is not None:
         _read(state, "context", *state.raw.context, 0)
     if state.raw.title_file is not None:
@@ -49,7 +49,7 @@ def read_files(state: BuildState) -> None:
     if state.raw.resolve_types is not None and "typed" not in state.writer.journal:
         engine, events = state.engine, state.ingested_logs()
         typed = state.raw.resolve_types(engine, events)
-        for part in range(len(state.raw.logs)):
+        for part in range(len(state.raw.parts)):
             rows = f'SELECT {typed.events} FROM {events} WHERE part = {part} ORDER BY "row"'
             write_parquet(engine, rows, state.file(f"typed_log_{part}"))
         tables = (("context", typed.context), ("titles", typed.titles), ("item_table", typed.items))
@@ -151,7 +151,7 @@ def check_rows(state: BuildState) -> None:
     journal = state.writer.journal
     if "checked" not in journal:
         bad = state.bad_rows()
-        for number, log in enumerate(state.raw.logs):
+        for number, (log, _) in enumerate(state.raw.parts):
             _check_log(state, number, log, bad)
         _check_context(state, bad)
         _check_all_items(state, bad)
@@ -165,7 +165,7 @@ def check_rows(state: BuildState) -> None:
 
 def _check_log(state: BuildState, number: int, log: RawFile, bad: BadRows) -> None:
     """One pass over the file. A row with several unusable values counts once, for the first of them."""
-    conditions = state.unusable_values()
+    conditions = state.unusable_values(number)
     selected, earlier = [], "false"
     for name, condition in conditions.items():
         here = f"FILTER (WHERE {condition} AND NOT ({earlier}))"

@@ -89,7 +89,7 @@ def _write_values_of_events(state: BuildState, names: list[str]) -> None:
     """Writes the values of those features that events hold: of each, the first that an item has."""
     if not names:
         return
-    events, moment = state.events(), f"row({state.order()})"
+    events, moment = state.shown_items(), f"row({state.order()})"
     present = {name: _has_value(state, name, events) for name in names}
     firsts = [f"arg_min({name}, {moment}) FILTER (WHERE {given}) AS {name}" for name, given in present.items()]
     _write_by_code(state, f"SELECT item, {', '.join(firsts)} FROM {events} GROUP BY item", names, _OF_EVENTS)

@@ -76,6 +76,8 @@ def format_report(store: SequenceStore) -> str:
         if names:
             shown = ", ".join(f"{name} ({_values_of(store, name)})" for name in names)
             lines.append(f"  features of {kind}: {shown}")
+    if store.num_requests:
+        lines.append(f"  {_requests_in_words(store)}")
     if events := store.events_by_split():
         shown = ", ".join(f"{split} {number:,}" for split, number in events.items())
         lines.append(f"  split {store.split}, in events: {shown}")
@@ -121,6 +123,7 @@ def write_report(store: SequenceStore, folder: Path) -> Path:
             *_item_features(store),
             *_event_features(store),
             *_numbers(store),
+            *_requests(store),
             *_sources(store),
         ]
         (aside / REPORT).write_text(to_markdown(parts), encoding="utf-8")
@@ -324,6 +327,31 @@ def _numbers(store: SequenceStore) -> list[Part]:
         rows.append((name, of, meta.width, found.missing, *shown, *moments))
     header = ("", "of", "width", "missing", "min", "25 %", "median", "75 %", "max", "mean", "deviation")
     return [Heading("Numbers"), Table(header, rows)] if rows else []
+
+
+def _requests_in_words(store: SequenceStore) -> str:
+    requests, left_out = store.requests(), store.statistics.get("requests_left_out", 0)
+    sizes, users = requests.sizes, len(np.unique(requests.users))
+    return (
+        f"requests {len(requests):,} of {users:,} users; candidates {store.num_candidates:,}, per request max "
+        f"{sizes.max():,}, mean {sizes.mean():,.1f}"
+        + (f"; left out {left_out:,} requests without an event of the user before" if left_out else "")
+    )
+
+
+def _requests(store: SequenceStore) -> list[Part]:
+    if not store.num_requests:
+        return []
+    requests = store.requests()
+    parts: list[Part] = [Heading("Requests"), Paragraph(f"{_requests_in_words(store)}.")]
+    parts.append(_quantiles("candidates per request", requests.sizes))
+    parts.append(_quantiles("events before a request", requests.history_ends - store.offsets()[requests.users]))
+    if store.action_feature is not None:
+        counts = np.bincount(store.candidates(store.action_feature))
+        share = 100 / store.num_candidates
+        rows = [(str(value), int(counts[value]), f"{counts[value] * share:.2f} %") for value in np.flatnonzero(counts)]
+        parts.append(Table((store.action_feature, "candidates", "share"), rows[:50]))
+    return parts
 
 
 def _values_of(store: SequenceStore, feature: str) -> str:

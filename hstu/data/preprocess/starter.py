@@ -24,6 +24,8 @@ _HEADROOM, _LEAST_HEADROOM = 0.1, 8
 """Spare rows of a table, as a fraction of its ids, and at least."""
 _LONGEST = 200
 """Largest max_sequence_length of a starter file."""
+_MOST_CANDIDATES = 100
+"""Candidates per sample; larger requests are divided."""
 _COVERED = 0.95
 """Share of the users whose whole histories fit, as far as _LONGEST allows."""
 _FULL_SOFTMAX_ITEMS = 20_000
@@ -88,6 +90,8 @@ def _gin(settings: Settings) -> str:
 
 def _data(store: SequenceStore, path: Path, context: Sequence[str]) -> Settings:
     covering = int(np.quantile(np.diff(store.offsets()), _COVERED, method="higher"))
+    if store.num_requests:
+        covering += min(int(store.requests().sizes.max()), _MOST_CANDIDATES)
     return {
         "DatasetArgs.dataset_name": store.name,
         "DatasetArgs.dataset_path": str(path),
@@ -195,7 +199,12 @@ def _ranking(store: SequenceStore) -> Sequence[Settings] | str:
         return "it is trained on some users and evaluated on others, and the data has only one"
     samples = round(0.7 * store.num_users) if store.split is None else int((_training_lengths(store) > 0).sum())
     head = _head(store, store.action_feature)
-    return head if isinstance(head, str) else (_trainer(samples, "LOGLOSS", "min"), head)
+    if isinstance(head, str) or not store.num_requests:
+        return head if isinstance(head, str) else (_trainer(samples, "LOGLOSS", "min"), head)
+    limit = {"DatasetArgs.max_num_candidates": _MOST_CANDIDATES}
+    is_limited = int(store.requests().sizes.max()) > _MOST_CANDIDATES
+    candidates: Settings = {"DatasetArgs.candidates": "requests", **(limit if is_limited else {})}
+    return candidates, _trainer(round(0.7 * store.num_requests), "LOGLOSS", "min"), head
 
 
 def _training_lengths(store: SequenceStore) -> np.ndarray:
@@ -205,7 +214,7 @@ def _training_lengths(store: SequenceStore) -> np.ndarray:
 
 def _head(store: SequenceStore, action: str) -> Settings | str:
     """One sigmoid per bit of the action, one sigmoid for 0 and 1, or one class per value."""
-    least, most = int(store.sequence(action).min()), int(store.sequence(action).max())
+    least, most = store.least_value(action), max(int(values.max()) for values in store.columns(action))
     if least == most:
         return f"{action!r} is always {least}, so there is nothing to predict"
     name = resolve_name(store.name)

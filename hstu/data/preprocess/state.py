@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,8 +190,8 @@ class BuildState:
         return _numbered(self.file(f"log_{number}"))
 
     def ingested_logs(self) -> str:
-        """SQL of the rows of all logs as read; ``part`` is the number of the log."""
-        return _parts(self.ingested_log(number) for number in range(len(self.raw.logs)))
+        """SQL of the rows of all logs as read, impressions included; ``part`` is the number in RawTables.parts."""
+        return _parts({number: self.ingested_log(number) for number in range(len(self.raw.parts))})
 
     def typed_log(self, number: int) -> str:
         """SQL of a log's rows as RawTables.events describes them, with ``row``."""
@@ -295,17 +295,35 @@ class BuildState:
 
     def usable_events(self) -> str:
         """SQL of all events that can be used, before any are filtered out."""
-        if self.writer.journal.stages.get("checked") == {}:  # every row is usable
-            return self.typed_logs()
-        usable = " AND ".join(f"NOT ({unusable})" for unusable in self.unusable_values().values())
-        return f"(SELECT * FROM {self.typed_logs()} WHERE {usable})"
+        return self._usable(range(len(self.raw.logs)))
 
     def typed_logs(self) -> str:
         """SQL of the rows of all logs as RawTables.events describes them; ``part`` is the number of the log."""
-        return _parts(self.typed_log(number) for number in range(len(self.raw.logs)))
+        return _parts({number: self.typed_log(number) for number in range(len(self.raw.logs))})
 
-    def unusable_values(self) -> dict[str, str]:
-        """Column → SQL condition under which its value cannot be used."""
+    def impressions(self) -> str:
+        """SQL of all impressions that can be used."""
+        return self._usable(range(len(self.raw.logs), len(self.raw.parts)))
+
+    def candidates(self) -> str:
+        """SQL of the impressions of the requests that the store has, with ``number``, their request's row."""
+        return parquet_rows(self.file("candidates"))
+
+    def shown_items(self) -> str:
+        """SQL of the events and of the candidates, which lack columns of users."""
+        if not self.raw.requests:
+            return self.events()
+        return f"(SELECT * FROM {self.events()} UNION ALL BY NAME SELECT * EXCLUDE number FROM {self.candidates()})"
+
+    def _usable(self, parts: Sequence[int]) -> str:
+        rows = _parts({number: self.typed_log(number) for number in parts})
+        if self.writer.journal.stages.get("checked") == {}:  # every row is usable
+            return rows
+        usable = " AND ".join(f"NOT ({unusable})" for unusable in self.unusable_values(parts[0]).values())
+        return f"(SELECT * FROM {rows} WHERE {usable})"
+
+    def unusable_values(self, part: int) -> dict[str, str]:
+        """Column → SQL condition under which its value in a part cannot be used."""
         conditions = {name: f'"{name}" IS NULL' for name in ("user", "item")}
         if self.schema.action:
             bound = self.schema.action_cardinality or 2**31 - 1
@@ -316,6 +334,8 @@ class BuildState:
             )
         if self.schema.split:
             conditions["split"] = '"split" IS NULL'
+        if self.raw.has_request_ids and part >= len(self.raw.logs):
+            conditions["request"] = "coalesce(request, '') = ''"
         for name in self.numbers():
             if name in self.event_features() or name in self.raw.event_items:
                 conditions[name] = self.unusable_number(name)
@@ -328,8 +348,10 @@ class BuildState:
         return f'{time}{split}part, "row"'
 
 
-def _parts(logs: Iterable[str]) -> str:
-    return "(" + " UNION ALL ".join(f"SELECT {number} AS part, * FROM {log}" for number, log in enumerate(logs)) + ")"
+def _parts(logs: Mapping[int, str]) -> str:
+    """SQL of the rows of several logs. A log may lack columns of the others, which are then NULL."""
+    rows = (f"SELECT {number} AS part, * FROM {log}" for number, log in logs.items())
+    return "(" + " UNION ALL BY NAME ".join(rows) + ")"
 
 
 def source_names(files: Sequence[Path]) -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count, pairwise
 from typing import Any
 
@@ -15,7 +15,7 @@ from hstu.data.preprocess.engine import column, memory_bytes, one, write_parquet
 from hstu.data.preprocess.features import ranges_of, warn_of_numbers, write_event_vocabularies
 from hstu.data.preprocess.state import NUMBERING, WRITING, BuildState
 
-_ROWS_PER_CHUNK = 1 << 20
+ROWS_PER_CHUNK = 1 << 20
 _SORT_BYTES_PER_ROW = 400
 """Upper bound of the memory per row of a bucket while it is joined and sorted."""
 _FEATURE_BYTES_PER_ROW = 60
@@ -34,8 +34,9 @@ def number_users_and_items(state: BuildState) -> tuple[np.ndarray, int]:
             state.progress.skip(effort / 2)
             continue
         query = f'SELECT "{name}" AS id, count(*) AS events FROM {state.events()} GROUP BY 1'
-        if name == "item" and (all_items := state.all_items()):
-            every = f"{query} UNION ALL SELECT DISTINCT item, 0 FROM {all_items}"
+        further = [table for table in (state.all_items(), state.raw.requests and state.candidates()) if table]
+        if name == "item" and further:
+            every = " UNION ALL ".join([query, *(f"SELECT DISTINCT item, 0 FROM {table}" for table in further)])
             query = f"SELECT id, CAST(sum(events) AS BIGINT) AS events FROM ({every}) GROUP BY 1"
         with state.progress.stage(f"counting {stage}", effort / 2, state.engine):
             journal.commit(stage, write_parquet(state.engine, f"{query} ORDER BY 1", state.file(stage)))
@@ -109,8 +110,8 @@ def binned(feature: str, values: np.ndarray, ranges: int) -> np.ndarray:
     return grouped
 
 
-def write_events(state: BuildState, offsets: np.ndarray, num_items: int) -> None:
-    """Writes items, actions, times and the features of events.
+def write_events(state: BuildState, offsets: np.ndarray, num_items: int) -> dict[str, str]:
+    """Writes items, actions, times and the features of events. Returns e0, e1, … → SQL of its value.
 
     Each bucket of users is joined with the codes, sorted, written and committed.
     """
@@ -126,9 +127,7 @@ def write_events(state: BuildState, offsets: np.ndarray, num_items: int) -> None
         features[name] = value
     journal = state.writer.journal
     if "buckets" not in journal:
-        bytes_per_row = _SORT_BYTES_PER_ROW + _FEATURE_BYTES_PER_ROW * len(features)
-        rows = memory_bytes(state.options.memory_limit) // bytes_per_row
-        journal.commit("buckets", bucket_bounds(offsets, rows))
+        journal.commit("buckets", bucket_bounds(offsets, rows_per_bucket(state, len(features))))
     bounds = journal["buckets"]
     for number, (begin, end) in enumerate(pairwise(bounds)):
         start, stop = int(offsets[begin]), int(offsets[end])
@@ -142,6 +141,13 @@ def write_events(state: BuildState, offsets: np.ndarray, num_items: int) -> None
         for array in arrays.values():
             array.flush()
         journal.commit(f"bucket {number}")
+    return features
+
+
+def rows_per_bucket(state: BuildState, num_features: int) -> int:
+    """How many events may be sorted at once."""
+    bytes_per_row = _SORT_BYTES_PER_ROW + _FEATURE_BYTES_PER_ROW * num_features
+    return memory_bytes(state.options.memory_limit) // bytes_per_row
 
 
 def bucket_bounds(offsets: np.ndarray, rows: int) -> list[int]:
@@ -165,7 +171,7 @@ def _create_arrays(state: BuildState, num_items: int, num_events: int) -> dict[s
 def _largest_action(state: BuildState) -> int:
     journal = state.writer.journal
     if "largest action" not in journal:
-        journal.commit("largest action", int(column(state.engine, f"SELECT max(action) FROM {state.events()}")[0]))
+        journal.commit("largest action", int(column(state.engine, f"SELECT max(action) FROM {state.shown_items()}")[0]))
     return int(journal["largest action"])
 
 
@@ -178,27 +184,44 @@ def _write_bucket(
 ) -> None:
     """``features``: e0, e1, … → SQL of its value."""
     first, last = _raw_user(state, users[0]), _raw_user(state, users[1] - 1)
+    rows = f'SELECT * FROM {state.events()} WHERE "user" BETWEEN ? AND ?'
+    write_rows(state, arrays, features, rows, f'"user", {state.order()}', place, [first, last])
+
+
+def write_rows(
+    state: BuildState,
+    arrays: Mapping[str, np.memmap],
+    features: Mapping[str, str],
+    rows: str,
+    order: str,
+    place: slice,
+    parameters: Sequence[Any] = (),
+) -> None:
+    """Fills a place of ``arrays`` with the rows of a query in ``order``; items and features become codes.
+
+    ``features``: e0, e1, … → SQL of its value.
+    """
     coded = {"item": "CAST(i.code AS INTEGER) AS item"}
     coded |= {name: f"CAST({name}_codes.code AS INTEGER) AS {name}" for name in features}
     coded |= {name: f"coalesce(e.{name}, 'nan'::FLOAT) AS {name}" for name in state.numbers()}
     values = ", ".join(coded.get(name, f'e."{name}"') for name in arrays)
     replaced = ", ".join(f"{value} AS {name}" for name, value in features.items())
-    events = f"SELECT * {f'REPLACE ({replaced})' if replaced else ''} FROM {state.events()}"
+    valued = f"SELECT * {f'REPLACE ({replaced})' if replaced else ''} FROM ({rows})"
     joins = " ".join(
         f"JOIN {state.codes(f'vocabulary_{name}')} {name}_codes ON e.{name} = {name}_codes.id" for name in features
     )
-    rows = state.engine.sql(
-        f"""SELECT {values} FROM ({events} WHERE "user" BETWEEN ? AND ?) e
-        JOIN {state.codes("items")} i ON e.item = i.id {joins} ORDER BY "user", {state.order()}""",
-        params=[first, last],
+    found = state.engine.sql(
+        f"""SELECT {values} FROM ({valued}) e
+        JOIN {state.codes("items")} i ON e.item = i.id {joins} ORDER BY {order}""",
+        params=list(parameters),
     )
     start = place.start
-    for batch in rows.to_arrow_reader(_ROWS_PER_CHUNK):
+    for batch in found.to_arrow_reader(ROWS_PER_CHUNK):
         for name, array in arrays.items():
             array[start : start + batch.num_rows] = batch.column(name).to_numpy(zero_copy_only=False)
         start += batch.num_rows
     if start != place.stop:
-        raise RuntimeError(f"{start - place.start} events of the users {users} instead of {place.stop - place.start}")
+        raise RuntimeError(f"{start - place.start} rows instead of {place.stop - place.start} in {place}")
 
 
 def _raw_user(state: BuildState, code: int) -> Any:
@@ -212,7 +235,7 @@ def _ids(state: BuildState, table: str, length: int) -> np.ndarray:
         return column(state.engine, query)
     ids = np.empty(length, dtype=np.int64)
     start = 0
-    for batch in state.engine.sql(query).to_arrow_reader(_ROWS_PER_CHUNK):
+    for batch in state.engine.sql(query).to_arrow_reader(ROWS_PER_CHUNK):
         ids[start : start + batch.num_rows] = batch.column(0).to_numpy()
         start += batch.num_rows
     return ids

@@ -220,12 +220,15 @@ def _stored_name(name: str, stored: Collection[str], param_map: ParamMap) -> str
     return weight if state == AVERAGE and stored_name not in stored else stored_name
 
 
-# Parameters of NetworkArgs that do not change what the weights mean, and those of RankingArgs that do.
+# Parameters of NetworkArgs that do not change what the weights mean, and those of RankingArgs and its tasks that do.
 _SAME_WEIGHTS = re.compile(
     r"(hidden|input)_dropout|dtype_str|(strict_)?kernel_backend|compile|recompute_\w+|sequence_parallel"
     r"|allow_label_leak"
 )
-_HEAD = re.compile(r"prediction_head_(arch|act_type|bias)|num_tasks")
+_HEAD = re.compile(
+    r"RankingArgs\.(prediction_head_(arch|act_type|bias)|num_tasks|tasks|task_sharing|num_experts)"
+    r"|RankingTaskArgs\.(kind|num_classes|scale)"
+)
 # Parameters that say only where a run reads, writes and reports.
 _PLACES = re.compile(r"TrainerArgs\.(output_dir|ckpt_save_dir|ckpt_load_dir|progress_bar|tensorboard|wandb_project)")
 # Other parameters that decide which tensors there are, and of which sizes.
@@ -258,7 +261,7 @@ class ConfigDifference:
         owner, _, parameter = self._unscoped.partition(".")
         if owner == "NetworkArgs":
             return not _SAME_WEIGHTS.fullmatch(parameter)
-        return owner == "RankingArgs" and bool(_HEAD.fullmatch(parameter))
+        return bool(_HEAD.fullmatch(self._unscoped))
 
     @property
     def shapes_tensors(self) -> bool:

@@ -154,6 +154,19 @@ def test_a_parameter_that_an_older_program_did_not_write_has_its_default() -> No
     ]
 
 
+def test_another_kind_of_task_is_another_model_and_another_loss_is_not() -> None:
+    stored = "click/RankingTaskArgs.kind = 'binary'\nclick/RankingTaskArgs.loss = 'bce'\n"
+    own = stored.replace("binary", "ordinal").replace("bce", "focal")
+    assert [(entry.name, entry.is_of_network) for entry in config_differences(stored, own)] == [
+        ("click/RankingTaskArgs.kind", True),
+        ("click/RankingTaskArgs.loss", False),
+    ]
+    (older,) = config_differences(
+        "RankingArgs.num_tasks = 1\n", "RankingArgs.num_tasks = 1\nRankingArgs.num_experts = 2\n"
+    )
+    assert older.is_of_network
+
+
 def test_two_ways_to_write_a_value_are_no_difference() -> None:
     stored = "NetworkArgs.position_encoding = 'absolute'\nOptimizerArgs.learning_rate = 1\n"
     own = "NetworkArgs.position_encoding = ('absolute',)\nOptimizerArgs.learning_rate = 1.0\n"

@@ -31,7 +31,16 @@ from tests.config.gin_files import ALL_RULES, changed, write
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
 from tests.estimate.runs import run_config
-from tests.train.tiny import build, run, skip_measuring_the_peak, tables_of, tables_with_dynamic, tiny_config, walks
+from tests.train.tiny import (
+    OF_THE_ACTION,
+    build,
+    run,
+    skip_measuring_the_peak,
+    tables_of,
+    tables_with_dynamic,
+    tiny_config,
+    walks,
+)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "adam": {},
@@ -41,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "network": {"position_encoding": "relative_bias", "item_embedding_dim": 8},
     },
     "replicated": {"sharded": (), "optimizer": {"optimizer_str": "rowwise_adagrad", "ema_decay": 0.9}},
+    "tasks": {"task_args": OF_THE_ACTION, "dataset": {"max_num_candidates": 3}},
 }
 
 
@@ -115,6 +125,16 @@ def test_a_mistake_is_told_with_its_line(text: str, tmp_path: Path, line: str, s
     found = problems(tmp_path, text, line)
     name = line.partition(" ")[0]
     assert [problem for problem in found if re.search(rf"\d+: {re.escape(name)} = .*{said}", problem)], found
+
+
+def test_labels_that_do_not_fit_a_task_are_told_with_its_line(store: SequenceStore, tmp_path: Path) -> None:
+    text = tiny_config("ranking", store, tmp_path, **OPTIONS["tasks"]).operative_gin()
+    assert problems(tmp_path, text) == []
+    wrong = ["level/RankingTaskArgs.num_classes = 3", 'odd/RankingTaskArgs.label = "actoin"']
+    told = problems(tmp_path, text, *wrong)
+    assert len(told) == 1 and "did you mean 'action'" in told[0]
+    (told,) = problems(tmp_path, text, wrong[0])
+    assert "num_classes = 3: the labels 'action' are integers from 0 to 3: they must be 0 to 2, or 1 to 3" in told
 
 
 def test_more_memory_than_there_is_is_told(text: str, tmp_path: Path) -> None:

@@ -79,18 +79,19 @@ def task_config(store: SequenceStore, path: Path, **options: Any) -> Any:
     return tiny_config("ranking", store, path, **given)
 
 
-@pytest.mark.parametrize("sharing", ["shared", "mmoe", "ple"])
+@pytest.mark.parametrize("sharing", ["shared", "ple"])
 def test_a_run_learns_all_kinds_of_tasks(mesh: Mesh, tmp_path: Path, sharing: str) -> None:
     store = learnable_store(tmp_path / "store")
     trainer = {"max_train_iters": 60, "eval_at_end": True}
     experts = {} if sharing == "shared" else {"num_experts": 2}
     finished = run(task_config(store, tmp_path, trainer=trainer, task_args={"task_sharing": sharing, **experts}), mesh)
     metrics = finished.metrics
-    print(metrics)
     assert set(metrics) == {
         *("AUC/click", "LOGLOSS/click", "NDCG/click", "ACC/stars", "MAE/stars", "ACC/topic"),
         *("XAUC/watched", "RMSE/watched", "AUC/often", "RMSE/long"),
     }
+    learnt = [metrics[name] for name in ("AUC/click", "ACC/stars", "ACC/topic", "XAUC/watched", "AUC/often")]
+    assert min(learnt) > 0.75, metrics
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,10 @@ def test_the_loss_is_the_sum_over_tasks_of_the_mean_over_labelled_items(mesh: Me
 
 
 BAD_LABELS = {
-    "absent": ({"label": "clicks"}, r"'clicks' is neither the action nor .*allowed: action, click.*mean 'click'"),
+    "absent": (
+        {"label": "clicks"},
+        r"label = 'clicks': 'clicks' is neither the action nor .*allowed: action, click.*mean 'click'",
+    ),
     "of an item": ({"label": "item_id"}, r"label.*'item_id' is neither the action nor a feature of the events"),
     "no bound": ({**TASKS[3], "censored_by": "lenght"}, r"censored_by = 'lenght'.*did you mean 'length'"),
     "texts": ({"label": "topic"}, r"label = 'topic': its values are texts such as .art.; set positive_values"),
@@ -188,7 +192,7 @@ BAD_LABELS = {
         {**TASKS[1], "num_classes": 2},
         r"num_classes = 2: .* integers from 1 to 3: they must be 0 to 1, or 1 to",
     ),
-    "fractions": ({"label": "length", "sample_weight": "topic"}, r"sample_weight.*texts such as 'art', not numbers"),
+    "weights": ({"label": "click", "sample_weight": "topic"}, r"sample_weight.*texts such as 'art', not numbers"),
 }
 
 
@@ -196,7 +200,7 @@ BAD_LABELS = {
 def test_labels_that_do_not_fit_the_data_are_errors_of_their_parameter(mesh: Mesh, tmp_path: Path, name: str) -> None:
     task, told = BAD_LABELS[name]
     store = learnable_store(tmp_path / "store")
-    with pytest.raises(ConfigError, match=rf"RankingTaskArgs\.{told}" if told[0].isalpha() else told):
+    with pytest.raises(ConfigError, match=rf"RankingTaskArgs\.{told}"):
         build(task_config(store, tmp_path, task_args={"tasks": [RankingTaskArgs(**task)]}), mesh)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from hstu.data.jagged import ranges
 from hstu.data.samples import SampleTable
 from hstu.data.store import USER_FEATURE, SequenceStore
-from hstu.data.time_features import calendar_codes, gap_codes
+from hstu.data.time_features import age_codes, calendar_codes, gap_codes
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,11 @@ class SampleItems:
         if self.candidates is None:
             return of_events
         now, before = self.store.candidate_times(self.candidates)
-        shown = gap_codes(now - before) if feature == "time_gap" else calendar_codes(feature, now)
+        if feature == "item_age":
+            codes = self.store.candidates(self.store.item_feature)[self.candidates]
+            shown = age_codes(now - self.store.first_times()[codes])
+        else:
+            shown = gap_codes(now - before) if feature == "time_gap" else calendar_codes(feature, now)
         return self._joined(of_events, shown)
 
     def place(self, index: int) -> str:

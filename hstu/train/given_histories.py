@@ -213,8 +213,17 @@ class HistoryEncoder:
     def _from_times(self, name: str, histories: Sequence[History]) -> np.ndarray:
         times = [np.asarray(history.timestamps, dtype=np.int64) for history in histories]
         offsets = run_offsets(np.array([len(each) for each in times]))
-        codes = time_codes(name, np.arange(offsets[-1]), np.concatenate(times), offsets)
+        joined = np.concatenate(times)
+        first = self._first_times(histories, joined) if name == "item_age" else None
+        codes = time_codes(name, np.arange(offsets[-1]), joined, offsets, first)
         return np.concatenate([each[self._newest] for each in np.split(codes, offsets[1:-1])])
+
+    def _first_times(self, histories: Sequence[History], times: np.ndarray) -> np.ndarray:
+        """When the item of each event had its first event, int64; an item that the data does not have is new."""
+        assert self._store is not None, "_check lets no history pass"
+        codes = self._item_codes.encode([item for history in histories for item in history.items])
+        known = codes != self._item_codes.unknown
+        return np.where(known, self._store.first_times()[np.where(known, codes, 0)], times)
 
     def _of_items(self, name: str, items: Sequence[Any] | np.ndarray) -> list[Any]:
         """Raw values of a feature of items, from the data; None for an item that the data does not have."""
@@ -251,6 +260,11 @@ class HistoryEncoder:
             "timestamps": (history.timestamps, reads_times[0] if reads_times else None),
             **{f"features {name!r}": (history.features.get(name), self._needs(name)) for name in roles.side},
         }
+        if "item_age" in self._of_times and self._store is None:
+            raise DataError(
+                "the model reads 'item_age', the time since an item's first event, and there is no data to take it "
+                "from; put the data of the run back"
+            )
         for name, (given, reason) in needed.items():
             if reason and given is None:
                 raise DataError(f"{of_user} has no {name}, but {reason}: give one per item")

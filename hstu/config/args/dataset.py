@@ -65,8 +65,9 @@ class DatasetArgs(Args):
     side_feature_names: list[str] = option([])
     """The features of items (genres, author) and of events (device, hour) that are part of the item's token, beside its
     id. Of a feature with several values per item, the mean is taken. Numbers and vectors have no table: see
-    NumericFeatureArgs. Data with times also has hour_of_day (24 values) and day_of_week (7), both UTC, and time_gap
-    (41: the time since the event before, by powers of two)."""
+    NumericFeatureArgs. Data with times also has hour_of_day (24 values) and day_of_week (7), both UTC, and by powers of
+    two time_gap (41: the time since the event before) and item_age (40: the time since the item's first event of any
+    user)."""
     known_after: list[str] = option([])
     """Those of side_feature_names that are known only after the event, such as the time watched. They are part of the
     action's token and, like the action, are never shown to what predicts it."""

@@ -30,6 +30,7 @@ class ToyStore(SequenceStore):
         self.timestamp_feature = None if times is None else "time"
         self.contextual_features = tuple(context or {})
         self.item_side_features = self.event_features = ()
+        self.item_number_features = self.event_number_features = ()
         self.time_features = {}
         self.num_requests = 0
         columns = {"item": items, "action": actions, "time": times}

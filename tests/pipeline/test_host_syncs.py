@@ -27,6 +27,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hstu
+from hstu.config.args import RankingTaskArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES, HSTUBatch
 from hstu.data.sampler import SamplerPosition
@@ -46,7 +47,7 @@ from hstu.train.sources import open_source
 from tests.conftest import write_small_store
 from tests.distributed.launch import run_cases
 from tests.distributed.pipeline_cases import PIPELINES, assemble, make_config, write_store
-from tests.train.tiny import build, tiny_config, walks
+from tests.train.tiny import OF_THE_ACTION, build, tiny_config, walks
 
 UNIFORM = {"negatives": "uniform", "num_negatives": 5}
 CASES: dict[str, dict[str, Any]] = {
@@ -56,6 +57,19 @@ CASES: dict[str, dict[str, Any]] = {
         "task": "ranking",
         "dataset": {"max_num_candidates": 2},
         "network": {"interleave_actions": False},
+    },
+    "ranking, tasks": {"task": "ranking", "dataset": {"max_num_candidates": 2}, "task_args": OF_THE_ACTION},
+    "ranking, tasks of values": {
+        "task": "ranking",
+        "task_args": {
+            "prediction_head_arch": [8],
+            "task_sharing": "mmoe",
+            "tasks": [
+                RankingTaskArgs(name="kind", label="action", kind="class", num_classes=4),
+                RankingTaskArgs(name="height", label="action", kind="regression", loss="huber"),
+                RankingTaskArgs(name="least", label="action", kind="censored", censored_by="action"),
+            ],
+        },
     },
     "ranking, relative bias": {"task": "ranking", "network": {"position_encoding": "relative_bias"}},
     "ranking, recomputed": {"task": "ranking", "network": {"recompute_layer": True, "hidden_dropout": 0.3}},

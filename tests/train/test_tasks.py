@@ -1,5 +1,6 @@
 """Runs with tasks that the user defines: what they learn, and what their predictions must not be shown."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hstu.config.args import RankingTaskArgs
 from hstu.config.errors import ConfigError
 from hstu.data.sampler import START
 from hstu.data.store import SequenceStore
+from hstu.model.numbers import NumberInputs
 from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store
 from tests.train.tiny import build, run, tables_of, tiny_config
@@ -52,7 +54,12 @@ def learnable_store(path: Path, last: dict[str, int] | None = None) -> SequenceS
         "length": items % 2,
         "action": items % ACTIONS,
     }
+    dwell = items * 1.5
+    dwell[:, 3] = np.nan
     for name, shift in (last or {}).items():
+        if name == "dwell":
+            dwell[:, -1] += shift
+            continue
         codes[name][:, -1] = (codes[name][:, -1] + shift) % (ACTIONS if name == "action" else len(TEXTS[name]))
     codes["click"][:, 0], codes["stars"][:, 1], codes["length"][:, 2] = 2, 3, 2  # missing
     actions = codes.pop("action").tolist()
@@ -62,6 +69,7 @@ def learnable_store(path: Path, last: dict[str, int] | None = None) -> SequenceS
         actions=actions,
         event_features={name: values.tolist() for name, values in codes.items()},
         event_texts=TEXTS,
+        event_numbers={"dwell": dwell.tolist()},
         num_items=ITEMS,
         num_actions=ACTIONS,
     )
@@ -104,8 +112,9 @@ def test_a_run_learns_all_kinds_of_tasks(mesh: Mesh, tmp_path: Path, sharing: st
     ids=["candidates", "two tokens", "two tokens, candidates"],
 )
 def test_the_labels_of_an_item_do_not_change_its_predictions(mesh: Mesh, tmp_path: Path, shape: dict[str, Any]) -> None:
-    side = {"side_feature_names": ["click", "watched"], "known_after": ["click", "watched"]}
-    labels = [{}, {"click": 1, "watched": 1, "action": 1, "stars": 1, "topic": 1, "length": 1}]
+    shown = ["click", "watched", "dwell"]
+    side = {"side_feature_names": shown, "known_after": shown}
+    labels = [{}, {"click": 1, "watched": 1, "action": 1, "stars": 1, "topic": 1, "length": 1, "dwell": 1}]
     plain, changed = (
         last_of_all_users(mesh, tmp_path / str(number), learnable_store(tmp_path / f"store{number}", last), shape, side)
         for number, last in enumerate(labels)
@@ -119,7 +128,8 @@ def last_of_all_users(
 ) -> tuple[Tensor, Tensor]:
     """Predictions for the last event of each user by a model with large weights, and the labels of these events."""
     options = {**shape, "dataset": {**side, **shape["dataset"], "shuffle": False, "train_fraction": 0.99}}
-    own = [task for task in tasks() if shape["dataset"]["max_num_candidates"] or task.label != "click"]
+    own = [RankingTaskArgs(label="dwell", kind="regression")]
+    own += [task for task in tasks() if shape["dataset"]["max_num_candidates"] or task.label != "click"]
     trainer = {"train_batch_size": USERS, "eval_batch_size": USERS}
     trained = build(task_config(store, path, **options, trainer=trainer, task_args={"tasks": own}), mesh)
     model = trained.state.model.eval()
@@ -127,6 +137,10 @@ def last_of_all_users(
     with torch.no_grad():
         for parameter in model.dense.parameters():
             parameter.mul_(3)
+        for module in model.modules():
+            if isinstance(module, NumberInputs):  # whose statistics are those of the whole store
+                module.shift.zero_()
+                module.scale.fill_(1)
         last = batch.num_labels.cumsum(0)[: batch.real_batch_size] - 1
         assert batch.label_values is not None
         return model(batch).logits[last], batch.label_values[:, last].T
@@ -142,6 +156,19 @@ def test_micro_batches_train_as_the_whole_batch(mesh: Mesh, tmp_path: Path) -> N
         losses.append(run(config, mesh).losses)
     assert losses[0][0] != losses[0][-1]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_numbers_are_labels_as_they_are(mesh: Mesh, tmp_path: Path) -> None:
+    task = RankingTaskArgs(label="dwell", kind="regression")
+    config = task_config(learnable_store(tmp_path / "store"), tmp_path, task_args={"tasks": [task]})
+    config = replace(config, dataset=replace(config.dataset, max_num_candidates=LENGTH - 1, shuffle=False))
+    trainer = build(config, mesh)
+    batch = next(trainer.source.train_batches(START))
+    items = batch.features["item_id"].values().view(-1, LENGTH)[:, 1:]
+    expected = items * 1.5
+    expected[:, 2] = torch.nan
+    assert batch.label_values is not None
+    torch.testing.assert_close(batch.label_values.view_as(expected), expected, equal_nan=True)
 
 
 def test_the_loss_is_the_sum_over_tasks_of_the_mean_over_labelled_items(mesh: Mesh, tmp_path: Path) -> None:

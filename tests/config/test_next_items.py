@@ -31,6 +31,7 @@ def test_a_ranking_run_reads_how_next_items_are_learnt(tmp_path: Path) -> None:
             ["DatasetArgs.max_num_candidates = 2", "NetworkArgs.disable_contextual_mask = True"],
             "next_item_weight = 0.5: needs the items before an item, and DatasetArgs.max_num_candidates = 2",
         ),
+        (['DatasetArgs.candidates = "requests"'], "and DatasetArgs.candidates = 'requests'"),
         (['RetrievalArgs.negatives = "uniform"'], r"num_negatives = -1 \(default\): must be above 0"),
         (["RetrievalArgs.shared_negatives = True"], "shared_negatives = True: has no effect with"),
     ],

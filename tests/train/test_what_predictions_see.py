@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hstu.config.args import RankingTaskArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
 from hstu.data.sampler import START
@@ -31,6 +32,8 @@ KNOWN_BEFORE = ("item", "year", "genres", "vector", "device", "load", "time")
 item, a list and a vector, a feature and a number of the event, and what follows from its time (hour_of_day, time_gap,
 relative bias)."""
 KNOWN_AFTER = ("action", "watched", "seconds")
+NEVER_SHOWN = ("liked",)
+"""A feature of the event that is only a label of a task."""
 SIDE = ["year", "genres", "vector", "device", "load", "watched", "seconds", "hour_of_day", "time_gap"]
 
 
@@ -43,6 +46,7 @@ class Layout:
     candidates: int = 0
     group: int = 1
     has_actions: bool = True
+    task_args: dict[str, Any] = field(default_factory=dict)
 
     @property
     def has_relative_bias(self) -> bool:
@@ -50,7 +54,8 @@ class Layout:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return tuple(kind for kind in KNOWN_BEFORE + KNOWN_AFTER if self.has_actions or kind != "action")
+        kinds = KNOWN_BEFORE + KNOWN_AFTER + (NEVER_SHOWN if self.task_args else ())
+        return tuple(kind for kind in kinds if self.has_actions or kind != "action")
 
     def config(self, store: SequenceStore, path: Path) -> RunConfig:
         dataset = {
@@ -64,12 +69,18 @@ class Layout:
         if not self.has_actions:
             dataset["action_feature_name"] = ""
         network = {"disable_contextual_mask": None, "target_group_size": self.group, **self.network}
-        tables = tuple(t for t in tables_of(store) if self.has_actions or t.feature_names != ["action"])
+        without = {*NEVER_SHOWN, *([] if self.has_actions else ["action"])}
+        tables = tuple(table for table in tables_of(store) if not without & set(table.feature_names))
         batches = {"train_batch_size": USERS, "eval_batch_size": USERS}
-        return tiny_config(self.task, store, path, dataset=dataset, network=network, trainer=batches, tables=tables)
+        return tiny_config(
+            self.task, store, path, dataset=dataset, network=network, trainer=batches, tables=tables,
+            task_args=self.task_args,
+        )  # fmt: skip
 
     def may_see(self, predicted: int, kind: str, event: int) -> bool:
         """Whether the prediction of an event may depend on a value of another one, or of itself."""
+        if kind in NEVER_SHOWN:
+            return False
         if kind == "time" and self.may_see(predicted, "time_gap", event + 1):
             return True  # the time from an event to the next one is a feature of that one
         if self.task == "retrieval":
@@ -85,6 +96,15 @@ class Layout:
 
 RELATIVE = {"position_encoding": ("relative_bias", "absolute")}
 ONE_TOKEN = {"interleave_actions": False}
+TASKS = {
+    "prediction_head_arch": [8],
+    "eval_metrics": ("AUC",),
+    "tasks": [
+        RankingTaskArgs(label="liked", positive_values=["value 002"]),
+        RankingTaskArgs(label="seconds", kind="regression"),
+        RankingTaskArgs(label="action", kind="class", num_classes=ACTIONS),
+    ],
+}
 LAYOUTS = {
     "ranking, two tokens": Layout("ranking"),
     "ranking, two tokens, relative bias": Layout("ranking", {**RELATIVE, "kernel_backend": "cutlass"}),
@@ -92,6 +112,8 @@ LAYOUTS = {
     "ranking, candidates, one token": Layout("ranking", {**RELATIVE, **ONE_TOKEN}, candidates=3),
     "ranking, groups": Layout("ranking", candidates=4, group=2),
     "ranking, groups, one token": Layout("ranking", {**ONE_TOKEN, "kernel_backend": "cutlass"}, candidates=5, group=2),
+    "ranking, tasks and next items": Layout("ranking", task_args=TASKS | {"next_item_weight": 1.0}),
+    "ranking, tasks, candidates": Layout("ranking", candidates=3, task_args=TASKS),
     "retrieval, two tokens": Layout("retrieval"),
     "retrieval, one token, relative bias": Layout("retrieval", {**RELATIVE, **ONE_TOKEN}),
     "retrieval, no actions": Layout("retrieval", has_actions=False),
@@ -105,7 +127,7 @@ def write_store(path: Path, kind: str = "", event: int = -1) -> SequenceStore:
     """
     rng = np.random.default_rng(0)
     items = np.arange(LENGTH) * ITEMS_PER_EVENT + rng.integers(0, ITEMS_PER_EVENT, (USERS, LENGTH))
-    events = {name: rng.integers(0, ACTIONS, (USERS, LENGTH)) for name in ("action", "device", "watched")}
+    events = {name: rng.integers(0, ACTIONS, (USERS, LENGTH)) for name in ("action", "device", "watched", "liked")}
     years = rng.integers(0, 5, ITEMS)
     genres = [rng.integers(0, 6, rng.integers(1, 4)).tolist() for _ in range(ITEMS)]
     vectors = rng.normal(5, 9, (ITEMS, 2))
@@ -133,7 +155,7 @@ def write_store(path: Path, kind: str = "", event: int = -1) -> SequenceStore:
         timestamps=times.tolist(),
         context={"town": [0, 1, 2, 1]},
         item_features={"year": years.tolist(), "genres": genres},
-        event_features={name: events[name].tolist() for name in ("device", "watched")},
+        event_features={name: events[name].tolist() for name in ("device", "watched", "liked")},
         item_numbers={"vector": vectors},
         event_numbers={name: values.tolist() for name, values in numbers.items()},
         num_items=ITEMS,

@@ -193,9 +193,10 @@ def request_time_is_seen(run: RunConfig) -> Iterator[Problem]:
 
 
 def next_items_are_not_candidates(run: RunConfig) -> Iterator[Problem]:
-    if run.next_item is not None and run.dataset.max_num_candidates > 0:
-        hides = f"{run.cite(run.dataset, 'max_num_candidates')} hides candidates from each other"
-        text = f"needs the items before an item, and {hides}; set one of the two to 0"
+    if run.next_item is not None and run.dataset.has_candidates:
+        parameter = "max_num_candidates" if run.dataset.max_num_candidates > 0 else "candidates"
+        hides = f"{run.cite(run.dataset, parameter)} hides candidates from each other"
+        text = f"needs the items before an item, and {hides}; train one of the two"
         yield run.problem(run.task_args, "next_item_weight", text)
 
 

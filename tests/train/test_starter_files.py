@@ -83,7 +83,7 @@ def test_features_of_items_and_events_are_used_and_none_of_an_event_is_shown_to_
     assert isinstance(config.dataset, DatasetArgs)
     assert config.dataset.side_feature_names == ["genres", "vector", "watched", "seconds"]
     assert config.dataset.known_after == ["watched", "seconds"]
-    assert config.numbers[0].feature_names == ["vector", "seconds"]
+    assert [each.feature_names for each in config.numbers] == [["seconds"], ["vector"]]
     places = (f"TrainerArgs.output_dir = '{tmp_path}/run'", f"TrainerArgs.ckpt_save_dir = '{tmp_path}/checkpoints'")
     assert run(read(tmp_path / "toy_ranking.gin", "ranking", (*SHORT, *places)), mesh).losses
 

@@ -108,9 +108,11 @@ def _side(store: SequenceStore) -> Iterator[str]:
         comment = "# Remove from known_after what is known before the event, such as a device or an hour.\n"
         known_after = {"DatasetArgs.known_after": events} if events else {}
         yield (comment if events else "") + _gin({"DatasetArgs.side_feature_names": names, **known_after})
-    if numbers := [*store.item_number_features, *store.event_number_features]:
-        settings = {"feature_names": numbers, "transform": "standardize"}
-        yield _gin({f"numbers/NumericFeatureArgs.{name}": value for name, value in settings.items()})
+    numbers = (*store.item_number_features, *store.event_number_features)
+    for scope, is_vector in (("numbers", False), ("vectors", True)):  # which have other transforms
+        if named := [name for name in numbers if (store.features[name].width > 1) == is_vector]:
+            settings = {"feature_names": named, "transform": "standardize"}
+            yield _gin({f"{scope}/NumericFeatureArgs.{name}": value for name, value in settings.items()})
 
 
 def _network(store: SequenceStore, task: Task) -> Settings:

@@ -212,14 +212,15 @@ def input_bytes(workload: Workload, batch: Batch) -> int:
 def task_bytes(workload: Workload, batch: Batch, pool: int) -> tuple[int, int]:
     """(saved for backward, working memory of the loss) of the head, and of the softmax over ``pool`` rows."""
     args = workload.config.task_args
-    of_head = _head_bytes(workload, batch.labels, args) if isinstance(args, RankingArgs) else (0, 0)
+    of_head = _head_bytes(workload, batch, args) if isinstance(args, RankingArgs) else (0, 0)
     of_softmax = _softmax_bytes(workload, batch.labels, pool) if workload.config.retrieval is not None else (0, 0)
     return of_head[0] + of_softmax[0], of_head[1] + of_softmax[1]
 
 
-def _head_bytes(workload: Workload, labels: int, args: RankingArgs) -> tuple[int, int]:
+def _head_bytes(workload: Workload, batch: Batch, args: RankingArgs) -> tuple[int, int]:
+    labels = batch.labels
     if args.tasks is not None:
-        return _task_head_bytes(workload, args, args.tasks, labels)
+        return _task_head_bytes(workload, args, args.tasks, batch)
     c, hidden = workload.element_size, workload.config.network.hidden_size
     *widths, last = args.prediction_head_arch
     per_hidden = c if args.prediction_head_act_type == "relu" else 2 * c
@@ -239,7 +240,7 @@ def _softmax_bytes(workload: Workload, labels: int, pool: int) -> tuple[int, int
 
 
 def _task_head_bytes(
-    workload: Workload, args: RankingArgs, tasks: Sequence[RankingTaskArgs], labels: int
+    workload: Workload, args: RankingArgs, tasks: Sequence[RankingTaskArgs], batch: Batch
 ) -> tuple[int, int]:
     """See ``task_bytes``: what the products of the head read, their activations, and what the losses keep."""
     c, hidden, widths = workload.element_size, workload.config.network.hidden_size, args.prediction_head_arch
@@ -247,9 +248,9 @@ def _task_head_bytes(
     products = head_products(hidden, widths, outputs, args.task_sharing, args.num_experts)
     per_hidden = c if args.prediction_head_act_type == "relu" else 2 * c
     activations = sum(times * out * per_hidden for times, _, out in products) - per_hidden * sum(outputs)
-    pairs = sum(task.loss_in_force == "pairwise" for task in tasks) * workload.config.dataset.max_num_candidates
+    pairs = sum(task.loss_in_force == "pairwise" for task in tasks) * int(batch.num_candidates.max(initial=0))
     saved = INT64 + c * hidden + activations + FLOAT32 * (4 * sum(outputs) + 3 * len(tasks) + 3 * pairs)
-    return labels * saved, labels * FLOAT32 * (sum(outputs) + hidden)
+    return batch.labels * saved, batch.labels * FLOAT32 * (sum(outputs) + hidden)
 
 
 def looked_up_bytes(workload: Workload, batch: Batch) -> int:

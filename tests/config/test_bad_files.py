@@ -455,7 +455,7 @@ USER_TASKS = [
     bad("threshold and bits", "tasks", "click/RankingTaskArgs.positive_from = 2" + HERE,
         "click/RankingTaskArgs.bit_mask = 4", told=("cannot be combined with click/RankingTaskArgs.bit_mask = 4",)),
     bad("pairs without candidates", "tasks", 'click/RankingTaskArgs.loss = "pairwise"' + HERE,
-        told=("pairwise compares the candidates of a request", "set max_num_candidates above 1")),
+        told=("pairwise compares the candidates of a request", "set it above 1, or DatasetArgs.candidates")),
     bad("order without candidates", "tasks", 'stars/RankingTaskArgs.metrics = ("NDCG@5",)' + HERE,
         told=("NDCG compares the candidates of a request",)),
     bad("label that is shown", "tasks", 'click/RankingTaskArgs.label = "clicked"' + HERE,

@@ -67,18 +67,19 @@ def metrics_fit_the_kind(run: RunConfig, task: RankingTaskArgs) -> Iterator[Prob
 
 
 def pairs_are_of_candidates(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
-    if task.loss == "pairwise" and run.dataset.max_num_candidates == 0:
+    if task.loss == "pairwise" and not run.dataset.has_candidates:
         yield run.problem(task, "loss", _without_candidates(run, "pairwise"))
 
 
 def ranked_are_candidates(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
-    if any(metric.startswith("NDCG") for metric in task.metrics or ()) and run.dataset.max_num_candidates == 0:
+    if any(metric.startswith("NDCG") for metric in task.metrics or ()) and not run.dataset.has_candidates:
         yield run.problem(task, "metrics", _without_candidates(run, "NDCG"))
 
 
 def _without_candidates(run: RunConfig, what: str) -> str:
     cited = run.cite(run.dataset, "max_num_candidates")
-    return f"{what} compares the candidates of a request, and {cited}; set max_num_candidates above 1"
+    remedy = "set it above 1, or DatasetArgs.candidates to requests"
+    return f"{what} compares the candidates of a request, and {cited}; {remedy}"
 
 
 def labels_are_hidden(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:

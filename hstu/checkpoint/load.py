@@ -25,7 +25,7 @@ from hstu.checkpoint.raw_ids import RawIds, RowRemap, remap_rows
 from hstu.checkpoint.state import TrainState, set_random_state
 from hstu.checkpoint.tensors import STATES, TABLES, StoredTensors, is_export, open_tensors, read_metadata, split_name
 from hstu.config.errors import DataError
-from hstu.data.batch import NEGATIVES
+from hstu.data.batch import is_of_negatives
 from hstu.model.embedding import TableSpec
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh
@@ -138,7 +138,7 @@ def _remaps(
     for table in shape.specs:
         if (table.dynamic is not None) != dynamic:
             continue
-        features = [feature for feature in table.features if feature != NEGATIVES]
+        features = [feature for feature in table.features if not is_of_negatives(feature)]
         stored_features = stored_tables.get(_stored_table(options, table.name), {}).get("features", [])
         if len(stored_features) == len(features):
             rows = sum(map(shape.raw_ids.count, features)) if dynamic else table.rows

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 import hstu
 from hstu.checkpoint.raw_ids import RawIds
-from hstu.data.batch import NEGATIVES
+from hstu.data.batch import is_of_negatives
 from hstu.data.sampler import SamplerPosition
 from hstu.model.embedding import TableSpec
 from hstu.model.gr_model import GRModel
@@ -143,7 +143,7 @@ def _canonical(name: str) -> str:
 
 def _describe_table(table: TableSpec) -> dict[str, Any]:
     """Return what a tool needs to use the table: its size and the features that look it up."""
-    features = [name for name in table.features if name != NEGATIVES]
+    features = [name for name in table.features if not is_of_negatives(name)]
     return {"rows": table.rows, "dim": table.dim, "features": features}
 
 

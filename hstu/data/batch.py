@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,39 @@ NEGATIVES = "__negatives__"
 """Key of the extra item ids (negatives from the corpus) that are looked up in the item table."""
 POOL = "__pool__"
 """Key under which a micro-batch gets the embeddings of ``pool_ids``."""
+"""The features of an item tower have keys of their own for both: ``of_negatives`` and ``of_pool``."""
 PADDING_ID = int(np.iinfo(np.int64).min)
 """Id of what only pads a pool of items. All other int64 may be ids, negative ones included."""
+
+
+def of_negatives(feature: str) -> str:
+    """Key of the values that the NEGATIVES have of a feature."""
+    return f"{NEGATIVES}.{feature}"
+
+
+def of_pool(feature: str) -> str:
+    """Key of the rows that a micro-batch gets for the values that the items of ``pool_ids`` have of a feature."""
+    return f"{POOL}.{feature}"
+
+
+def is_of_negatives(key: str) -> bool:
+    """Whether a key is NEGATIVES, or that of a feature of theirs."""
+    return key == NEGATIVES or key.startswith(of_negatives(""))
+
+
+def is_of_pool(key: str) -> bool:
+    """Whether a key is POOL, or that of a feature of its items."""
+    return key == POOL or key.startswith(of_pool(""))
+
+
+@dataclass(frozen=True)
+class ItemFeatures:
+    """Values of some features of n items."""
+
+    values: Mapping[str, np.ndarray]
+    """Feature → int64 [n]; of a list the values of one item after another."""
+    list_lengths: Mapping[str, np.ndarray]
+    """List → int64 [n], values of each item."""
 
 
 @dataclass(kw_only=True)
@@ -33,9 +64,9 @@ class HSTUBatch(Pipelineable):
     """
 
     features: KeyedJaggedTensor
-    """Keys in order: contextual features, item, action if any, side features, NEGATIVES if any. int64 values and
-    lengths. All NEGATIVES belong to the first sequence. ``length_per_key`` is set, so splitting by key reads nothing
-    from the device."""
+    """Keys in order: contextual features, item, action if any, side features, NEGATIVES if any and what an item tower
+    reads of them. int64 values and lengths. All NEGATIVES belong to the first sequence. ``length_per_key`` is set, so
+    splitting by key reads nothing from the device."""
     num_candidates: Tensor
     """int64 [B]: the newest items of each sequence that are candidates."""
     num_labels: Tensor
@@ -68,6 +99,11 @@ class HSTUBatch(Pipelineable):
     pool_ids: Tensor | None = None
     """int64 [S]. Micro-batches have these instead of pool_positions: the distinct items of the whole batch,
     ascending."""
+    pool_features: KeyedJaggedTensor | None = None
+    """With an item tower, the values of its features that the items of pool_ids have: S runs for each feature."""
+    negative_list_lengths: Tensor | None = None
+    """int64 [L, N]: the number of values that each of the N NEGATIVES has of each of the L features of an item tower
+    that are lists. None if L = 0."""
     seen_values: Tensor | None = None
     """int64 [.]. Retrieval evaluation with filter_seen: the store's codes of all items of the users' histories,
     possibly repeated."""

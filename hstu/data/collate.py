@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hstu.config.args import Task
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged, labels_with_history
+from hstu.data.batch import NEGATIVES, HSTUBatch, ItemFeatures, keyed_jagged, labels_with_history, of_negatives
 from hstu.data.jagged import ranges, run_indices, run_offsets
 from hstu.data.labels import LabelColumn
 from hstu.data.negatives import ItemDistribution, LabelKeys, Negatives, draw_31_bits, draw_each, draw_shared
@@ -165,17 +165,24 @@ class StoreReader:
     def _side(self, items: SampleItems) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Rows.side and Rows.list_lengths. The codes of the items must be known to be right."""
         side: dict[str, np.ndarray] = {}
-        list_lengths: dict[str, np.ndarray] = {}
-        if not self.roles.categories:
-            return side, list_lengths
-        codes = items.values(self.roles.item)
+        of_items = []
         for name in self.roles.categories:
             if name in self.store.time_features:
                 side[name] = items.time_codes(name)
-                continue
-            if name in self.store.event_features:
+            elif name in self.store.event_features:
                 side[name] = self._of_items(name, items)
-                continue
+            else:
+                of_items.append(name)
+        if not of_items:
+            return side, {}
+        found = self._features_of_items(of_items, items.values(self.roles.item))
+        return {**side, **found.values}, {**found.list_lengths}
+
+    def _features_of_items(self, names: Sequence[str], codes: np.ndarray) -> ItemFeatures:
+        """Features of the items with these codes, which must be known to be right."""
+        side: dict[str, np.ndarray] = {}
+        list_lengths: dict[str, np.ndarray] = {}
+        for name in names:
             values, offsets = self.store.item_values(name)
             places = codes
             if offsets is not None:
@@ -183,7 +190,7 @@ class StoreReader:
                 list_lengths[name] = offsets.take(codes + 1) - starts
                 places = ranges(starts, list_lengths[name])
             side[name] = self._for_model(name, values.take(places), lambda _: "an item")  # a third faster than []
-        return side, list_lengths
+        return ItemFeatures(side, list_lengths)
 
     def _numbers(self, items: SampleItems) -> np.ndarray | None:
         """Rows.numbers. The codes of the items must be known to be right."""
@@ -221,6 +228,10 @@ class StoreReader:
         """What the model gets for item codes, int64 [n]."""
         return self.store.model_ids(self.roles.item, codes)
 
+    def tower_features(self, codes: np.ndarray) -> ItemFeatures:
+        """What an item tower reads of items, given by their codes, int64 [n]."""
+        return self._features_of_items(self.roles.tower, codes)
+
 
 @dataclass(frozen=True)
 class Assembler:
@@ -241,6 +252,8 @@ class Assembler:
     """How negatives are drawn from the corpus. None: uniformly."""
     draws_negatives: bool = True
     """False for evaluation, where nothing is learnt."""
+    tower_features: Callable[[np.ndarray], ItemFeatures] | None = None
+    """Item codes → the values of ``roles.tower``. Needed with an item tower and NEGATIVES."""
 
     def __post_init__(self) -> None:
         if self.task == "ranking" and self.roles.action is None:
@@ -250,11 +263,12 @@ class Assembler:
         """The batch of ``rows``, padded with empty sequences."""
         labelled = ranges(np.cumsum(rows.lengths) - rows.num_labels, rows.num_labels)
         negatives, draws, pool_positions = self._negatives(rows, plan)
+        looked_up, negative_list_lengths = self._look_ups(negatives)
         num_candidates, num_labels = self._padded(rows.num_candidates), self._padded(rows.num_labels)
         lists, label_values = self.roles.lists, list(rows.label_values.values())
         seen_offsets = None if rows.seen_lengths is None else run_offsets(self._padded(rows.seen_lengths))
         return HSTUBatch(
-            features=self._features(rows, negatives),
+            features=self._features(rows, looked_up),
             num_candidates=torch.from_numpy(num_candidates),
             num_labels=torch.from_numpy(num_labels),
             labels=torch.from_numpy(self._labels(rows, labelled)),
@@ -266,6 +280,7 @@ class Assembler:
             request_times=None if rows.request_times is None else torch.from_numpy(self._padded(rows.request_times)),
             draws=_tensor(draws),
             pool_positions=_tensor(pool_positions),
+            negative_list_lengths=_tensor(negative_list_lengths),
             seen_values=_tensor(rows.seen),
             seen_offsets=_tensor(seen_offsets),
             real_batch_size=len(rows.lengths),
@@ -276,7 +291,7 @@ class Assembler:
             position=plan.position,
         )
 
-    def _features(self, rows: Rows, negatives: np.ndarray | None) -> KeyedJaggedTensor:
+    def _features(self, rows: Rows, negatives: Mapping[str, np.ndarray]) -> KeyedJaggedTensor:
         lengths = self._padded(rows.lengths)
         values = {name: rows.context[name] for name in self.roles.contextual}
         jagged_lengths = {name: (lengths > 0).astype(np.int64) for name in self.roles.contextual}
@@ -289,10 +304,25 @@ class Assembler:
             if name in rows.list_lengths:
                 ends = run_offsets(rows.list_lengths[name])[run_offsets(rows.lengths)]
                 jagged_lengths[name] = self._padded(np.diff(ends))
-        if negatives is not None:
-            values[NEGATIVES] = negatives
-            jagged_lengths[NEGATIVES] = self._padded(np.array([len(negatives)]))
+        for key, looked_up in negatives.items():
+            values[key], jagged_lengths[key] = looked_up, self._padded(np.array([len(looked_up)]))
         return keyed_jagged(values, jagged_lengths)
+
+    def _look_ups(self, negatives: np.ndarray | None) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """For the codes of negatives: what is looked up, by key of the batch, and ``negative_list_lengths``."""
+        if negatives is None:
+            return {}, None
+        values = {NEGATIVES: negatives if self.item_ids is None else self.item_ids(negatives)}
+        if not self.roles.tower:
+            return values, None
+        lists = self.roles.tower_lists
+        if len(negatives):
+            assert self.tower_features is not None
+            features = self.tower_features(negatives)
+        else:  # an evaluation batch
+            features = ItemFeatures(dict.fromkeys(self.roles.tower, negatives), dict.fromkeys(lists, negatives))
+        values |= {of_negatives(name): features.values[name] for name in self.roles.tower}
+        return values, np.stack([features.list_lengths[name] for name in lists]) if lists else None
 
     def _labels(self, rows: Rows, labelled: np.ndarray) -> np.ndarray:
         if rows.held_out is not None:
@@ -302,7 +332,7 @@ class Assembler:
         return values[labelled]
 
     def _negatives(self, rows: Rows, plan: BatchPlan) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        """(item ids to look up, draws, pool positions); each None where the kind of negatives has none."""
+        """(item codes to look up, draws, pool positions); each None where the kind of negatives has none."""
         negatives = self.negatives
         if negatives is None:
             return None, None, None
@@ -326,7 +356,7 @@ class Assembler:
             codes = draw_shared(keys, negatives.num, corpus)
         else:
             codes, draws = draw_each(keys, negatives.num, corpus)
-        return codes if self.item_ids is None else self.item_ids(codes), draws, pool
+        return codes, draws, pool
 
     def _padded(self, values: np.ndarray, filler: int = 0) -> np.ndarray:
         padding = np.full(self.batch_size - len(values), filler, dtype=np.int64)

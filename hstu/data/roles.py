@@ -31,6 +31,8 @@ class FeatureRoles:
     """Those of ``side`` that are numbers or vectors, in the order of their columns in a batch."""
     number_widths: tuple[int, ...] = ()
     """Columns of each of ``numbers``: 1, or the width of a vector."""
+    tower: tuple[str, ...] = ()
+    """Those of ``side`` that make the vectors of items (RetrievalArgs.item_tower)."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -41,6 +43,11 @@ class FeatureRoles:
     def categories(self) -> tuple[str, ...]:
         """Those of ``side`` that have ids, and hence tables."""
         return tuple(name for name in self.side if name not in self.numbers)
+
+    @property
+    def tower_lists(self) -> tuple[str, ...]:
+        """Those of ``tower`` of which an item has several values, in the order of ``lists``."""
+        return tuple(name for name in self.lists if name in self.tower)
 
     def width(self, feature: str, network: NetworkArgs) -> int:
         """Width of the table rows of a feature."""
@@ -60,10 +67,15 @@ def benchmark_roles(args: BenchmarkDatasetArgs) -> FeatureRoles:
 
 
 def resolve_roles(
-    store: SequenceStore, args: DatasetArgs, cite: Cite = cite, tasks: Sequence[RankingTaskArgs] | None = None
+    store: SequenceStore,
+    args: DatasetArgs,
+    cite: Cite = cite,
+    tasks: Sequence[RankingTaskArgs] | None = None,
+    item_tower: bool = False,
 ) -> FeatureRoles:
     """The store's features, or those that ``args`` and ``tasks`` name.
 
+    ``item_tower``: the features of items also make the vectors of items.
     Raises ConfigError, worded by ``cite``, which lists those that the store lacks.
     """
     known_numbers = (*store.item_number_features, *store.event_number_features)
@@ -79,6 +91,7 @@ def resolve_roles(
             name for name in args.side_feature_names if name in store.features and store.features[name].is_list
         ),
         known_after=tuple(args.known_after),
+        tower=tuple(name for name in args.side_feature_names if item_tower and name in store.item_side_features),
         labels=label_columns(tasks),
         numbers=numbers,
         number_widths=tuple(store.features[name].width for name in numbers),
@@ -105,6 +118,15 @@ def resolve_roles(
                 text += f". Data preprocessed without them, or by an earlier version, has none. {store.remedy()}"
             problems.append(cite(args, parameter, text + did_you_mean(name, allowed)))
     problems += [problem for task in tasks or () for problem in _absent(store, chosen.action, task, cite)]
+    if item_tower and (of_items := [name for name in numbers if name in store.item_number_features]):
+        text = f"has the numbers {', '.join(of_items)} of items, of which RetrievalArgs.item_tower = True cannot make "
+        text += "vectors; group them (--bins of preprocessing), leave them out, or set it to False"
+        problems.append(cite(args, "side_feature_names", text))
+    if item_tower and not chosen.tower and not problems:
+        allowed = store.item_side_features
+        text = "has no feature of items, from which RetrievalArgs.item_tower = True makes their vectors; "
+        text += f"{store.path} has {', '.join(allowed)}" if allowed else f"{store.path} has none; set it to False"
+        problems.append(cite(args, "side_feature_names", text))
     if problems:
         raise ConfigError(problems)
     return chosen

@@ -23,8 +23,9 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged, labels_with_history
-from hstu.data.jagged import run_offsets
+from hstu.data.batch import NEGATIVES, HSTUBatch, is_of_negatives, keyed_jagged, labels_with_history
+from hstu.data.jagged import ranges, run_offsets
+from hstu.data.roles import FeatureRoles
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class GroupLayout:
     """Which part of the merged batch of a tensor-parallel group belongs to which rank."""
 
     num_values: dict[str, list[int]]
-    """Per feature, the number of values that each rank contributes. Shared NEGATIVES, which are equal on all ranks and
+    """Per key, the number of values that each rank contributes. Shared negatives, which are equal on all ranks and
     which each rank looks up itself, are left out."""
     sequences: slice
     """This rank's real sequences in the merged batch."""
@@ -52,6 +53,8 @@ class TrainBatch(Pipelineable):
     """How the looked-up rows of the group's ranks are merged. None without tensor parallelism."""
     pool_positions: Tensor | None = None
     """int64 [S]. In-batch negatives in micro-batches: see HSTUBatch.pool_positions, for the undivided batch."""
+    pool_feature_positions: KeyedJaggedTensor | None = None
+    """With an item tower: feature → positions of the values of the pool's S items among the values of the batch."""
 
     @property
     def features(self) -> KeyedJaggedTensor:
@@ -68,7 +71,7 @@ class TrainBatch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """See HSTUBatch.record_stream."""
-        for part in (self.own, *self.parts, self.pool_positions):
+        for part in (self.own, *self.parts, self.pool_positions, self.pool_feature_positions):
             if part is not None:
                 part.record_stream(stream)
 
@@ -79,6 +82,9 @@ class TrainBatch(Pipelineable):
             own=own,
             parts=tuple(own if part is self.own else function(part) for part in self.parts),
             pool_positions=None if self.pool_positions is None else function(self.pool_positions),
+            pool_feature_positions=None
+            if self.pool_feature_positions is None
+            else function(self.pool_feature_positions),
         )
 
 
@@ -90,12 +96,12 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
     """
     features = [batch.features.to_dict() for batch in batches]
     by_rank = {key: [keyed[key].values().numpy() for keyed in features] for key in features[0]}
-    shares_negatives = NEGATIVES in by_rank and batches[0].draws is None
+    shared = {key for key in by_rank if is_of_negatives(key) and batches[0].draws is None}
     values, lengths = {}, {}
     for key, arrays in by_rank.items():
-        values[key] = arrays[0] if key == NEGATIVES and shares_negatives else np.concatenate(arrays)
+        values[key] = arrays[0] if key in shared else np.concatenate(arrays)
         lengths[key] = _stack(batches, [keyed[key].lengths().numpy() for keyed in features])
-        if key == NEGATIVES:
+        if is_of_negatives(key):
             lengths[key] = _all_in_first(len(lengths[key]), len(values[key]))
     labels = [batch.labels.numpy() for batch in batches]
     is_per_label = all(len(batch.labels) == batch.num_labels_total for batch in batches)
@@ -115,6 +121,9 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
         request_times=_stack_tensors(batches, [batch.request_times for batch in batches]),
         draws=_merge_draws(batches, by_rank.get(NEGATIVES)),
         pool_positions=torch.from_numpy(np.unique(values[item_feature], return_index=True)[1]) if has_pool else None,
+        negative_list_lengths=_concatenate(
+            [batch.negative_list_lengths for batch in (batches[:1] if shared else batches)], dim=1
+        ),
         real_batch_size=sum(batch.real_batch_size for batch in batches),
         item_lengths=_stack(batches, [batch.item_lengths for batch in batches]),
         num_candidates_host=num_candidates,
@@ -122,11 +131,7 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
         num_labels_host=num_labels,
     )
     layout = GroupLayout(
-        num_values={
-            key: [len(array) for array in arrays]
-            for key, arrays in by_rank.items()
-            if not (key == NEGATIVES and shares_negatives)
-        },
+        num_values={key: [len(array) for array in arrays] for key, arrays in by_rank.items() if key not in shared},
         sequences=_range_of_rank([batch.real_batch_size for batch in batches], rank),
         labels=_range_of_rank([batch.num_labels_total for batch in batches], rank),
     )
@@ -166,28 +171,49 @@ def _range_of_rank(counts: Sequence[int], rank: int) -> slice:
     return slice(start, start + counts[rank])
 
 
-def split_micro_batches(batch: HSTUBatch, count: int, item_feature: str) -> tuple[HSTUBatch, ...]:
+def pool_feature_positions(batch: HSTUBatch, roles: FeatureRoles) -> KeyedJaggedTensor | None:
+    """See TrainBatch.pool_feature_positions. None without an item tower, or without a pool."""
+    if batch.pool_positions is None or not roles.tower:
+        return None
+    items, positions, lengths = batch.pool_positions.numpy(), {}, {}
+    for name in roles.tower:
+        positions[name], lengths[name] = items, np.ones_like(items)
+        if name in roles.lists:
+            assert batch.list_lengths is not None
+            of_items = batch.list_lengths[roles.lists.index(name)].numpy()
+            lengths[name] = of_items[items]
+            positions[name] = ranges(run_offsets(of_items)[items], lengths[name])
+    return keyed_jagged(positions, lengths)
+
+
+def split_micro_batches(batch: HSTUBatch, count: int, roles: FeatureRoles) -> tuple[HSTUBatch, ...]:
     """Split a training batch on the host into ``count`` runs of equally many sequences. Some may be all padding.
 
     NEGATIVES and the pool of in-batch negatives belong to the whole batch, so every part has all of them.
     """
+    item_feature = roles.item
     features = batch.features.to_dict()
     values = {key: jagged.values().numpy() for key, jagged in features.items()}
     lengths = {key: jagged.lengths().numpy() for key, jagged in features.items()}
-    offsets = {key: _offsets(lengths[key]) for key in values if key != NEGATIVES}
+    offsets = {key: _offsets(lengths[key]) for key in values if not is_of_negatives(key)}
     num_labels = batch.num_labels.numpy()
     label_offsets = _offsets(num_labels)
     draw_offsets = _offsets(labels_with_history(num_labels, batch.item_lengths))
-    pool_ids = None
+    pool_ids, pool_features = None, None
     if batch.pool_positions is not None:
         pool_ids = torch.from_numpy(values[item_feature][batch.pool_positions.numpy()])
+    if (positions := pool_feature_positions(batch, roles)) is not None:
+        of_pool = positions.to_dict()
+        pool_features = keyed_jagged(
+            {name: values[name][found.values().numpy()] for name, found in of_pool.items()},
+            {name: found.lengths().numpy() for name, found in of_pool.items()},
+        )
 
     def part(start: int, stop: int) -> HSTUBatch:
         part_values = {key: values[key][offsets[key][start] : offsets[key][stop]] for key in offsets}
         part_lengths = {key: lengths[key][start:stop] for key in offsets}
-        if NEGATIVES in values:
-            part_values[NEGATIVES] = values[NEGATIVES]
-            part_lengths[NEGATIVES] = _all_in_first(stop - start, len(values[NEGATIVES]))
+        for key in (key for key in values if key not in offsets):
+            part_values[key], part_lengths[key] = values[key], _all_in_first(stop - start, len(values[key]))
         items = slice(offsets[item_feature][start], offsets[item_feature][stop])
         labels = slice(label_offsets[start], label_offsets[stop])
         return HSTUBatch(
@@ -202,6 +228,8 @@ def split_micro_batches(batch: HSTUBatch, count: int, item_feature: str) -> tupl
             timestamps=None if batch.timestamps is None else batch.timestamps[items],
             draws=None if batch.draws is None else batch.draws[draw_offsets[start] : draw_offsets[stop]],
             pool_ids=pool_ids,
+            pool_features=pool_features,
+            negative_list_lengths=batch.negative_list_lengths,
             real_batch_size=min(max(batch.real_batch_size - start, 0), stop - start),
             item_lengths=batch.item_lengths[start:stop],
             num_candidates_host=batch.num_candidates_host[start:stop],

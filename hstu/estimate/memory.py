@@ -213,7 +213,7 @@ def task_bytes(workload: Workload, batch: Batch, pool: int) -> tuple[int, int]:
     """(saved for backward, working memory of the loss) of the head, and of the softmax over ``pool`` rows."""
     args = workload.config.task_args
     of_head = _head_bytes(workload, batch, args) if isinstance(args, RankingArgs) else (0, 0)
-    of_softmax = _softmax_bytes(workload, batch.labels, pool) if workload.config.retrieval is not None else (0, 0)
+    of_softmax = _softmax_bytes(workload, batch, pool) if workload.config.retrieval is not None else (0, 0)
     return of_head[0] + of_softmax[0], of_head[1] + of_softmax[1]
 
 
@@ -229,10 +229,13 @@ def _head_bytes(workload: Workload, batch: Batch, args: RankingArgs) -> tuple[in
     return labels * saved, labels * FLOAT32 * (last + hidden)
 
 
-def _softmax_bytes(workload: Workload, labels: int, pool: int) -> tuple[int, int]:
+def _softmax_bytes(workload: Workload, batch: Batch, pool: int) -> tuple[int, int]:
+    labels = batch.labels
     hidden, item_width = workload.config.network.hidden_size, workload.config.network.item_width
     query = FLOAT32 * (2 * item_width if item_width == hidden else hidden + 2 * item_width)
     saved = labels * (query + 2 * FLOAT32 * item_width + 4 * INT64) + pool * 2 * FLOAT32 * item_width
+    # The tower keeps the inputs of its two products, and of the activation between them.
+    saved += workload.tower_rows(batch, pool) * FLOAT32 * sum(workload.tower_widths)
     working = 4 * labels * FLOAT32 * item_width
     if draws := workload.draws_per_label:  # scores, weights, and the draws sorted by row
         return saved, working + labels * draws * (2 * FLOAT32 + 4 * INT64)

@@ -31,7 +31,7 @@ from hstu.parallel.row_optimizer import STATES
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise
 from hstu.train.builder import TaskModel, task_module
 from hstu.train.directories import directory_of_checkpoints
-from hstu.train.sources import BatchSource, open_source, open_store
+from hstu.train.sources import BatchSource, has_item_tower, open_source, open_store
 from hstu.train.tables import choose_tables, predefined_tables
 
 T = TypeVar("T")
@@ -81,12 +81,14 @@ class Opened:
         dataset = self.run.dataset
         if not isinstance(dataset, DatasetArgs):
             return Attempt(lambda: benchmark_roles(dataset))
+        tower = has_item_tower(self.run)
         if self.store.error is None:
             tasks = tasks_of(self.run)
-            return Attempt(lambda: resolve_roles(self.store.value, dataset, self.run.located, tasks))
+            return Attempt(lambda: resolve_roles(self.store.value, dataset, self.run.located, tasks, tower))
         name = resolve_name(dataset.dataset_name)
         spec = DATASETS[name] if name else None
-        return Attempt(lambda: roles_without_data(dataset, spec, tasks_of(self.run), self.run.numbers))
+        tasks, numbers = tasks_of(self.run), self.run.numbers
+        return Attempt(lambda: roles_without_data(dataset, spec, tasks, numbers, tower))
 
     @cached_property
     def tables(self) -> Attempt[tuple[EmbeddingArgs, ...]]:

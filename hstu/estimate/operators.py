@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hstu.config.args import OptimizerArgs, RankingArgs, RankingTaskArgs
 from hstu.data.batch import keyed_jagged
 from hstu.data.jagged import sequence_tokens
+from hstu.data.roles import FeatureRoles
 from hstu.estimate.memory import TableShards, trained_densely
 from hstu.estimate.workload import Batch, Workload
 from hstu.model.embedding import TableSpec
@@ -138,6 +139,9 @@ def _task(workload: Workload, batch: Batch) -> Iterator[Operator]:
     width = network.item_width
     if width != hidden:
         yield _linear("queries", batch.labels, hidden, width, FLOAT32)
+    rows_of_tower = workload.tower_rows(batch, workload.pool(batch))
+    for inputs, outputs in pairwise(workload.tower_widths):
+        yield _linear("item tower", rows_of_tower, inputs, outputs, FLOAT32)
     for rows in (tokens, batch.items):  # queries and positives are selected and normalised
         yield _labelled_rows("queries", batch.labels, width, width, rows)
     yield _softmax(batch.labels, workload.pool(batch, workload.dp_size), workload.draws_per_label, width)
@@ -415,7 +419,9 @@ def _sharded_tables(workload: Workload, plan: tuple[TableShards, ...], ids: dict
     def prepare(mesh: Mesh) -> Timed:
         specs, counts = _busiest_rank(workload.world_size, plan, ids)
         keys = list(counts)
-        model, optimizer = shard(GRModel(specs, nn.Identity(), keys, keys[0], seed=0), workload.config, mesh)
+        model, optimizer = shard(
+            GRModel(specs, nn.Identity(), keys, FeatureRoles(keys[0], None, ()), seed=0), workload.config, mesh
+        )
         rows_of = {feature: spec.rows for spec in specs for feature in spec.features}
         rng = np.random.default_rng(0)
         features = keyed_jagged(

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from hstu.data.batch import NEGATIVES
+from hstu.data.batch import is_of_negatives
 from hstu.estimate.memory import FIRST_LAYER, INT64, TableShards
 from hstu.estimate.workload import Batch, Workload
 from hstu.ops.costs import FLOAT32
@@ -85,7 +85,7 @@ def _gathered_rows(workload: Workload, batch: Batch) -> Iterator[Transfer]:
         feature: spec.dim
         for spec in workload.specs
         for feature in spec.features
-        if not spec.replicated and not (feature == NEGATIVES and workload.shares_negatives)
+        if not spec.replicated and not (is_of_negatives(feature) and workload.shares_negatives)
     }
     payload = sum(own.get(feature, 0) * dim for feature, dim in dims.items()) * FLOAT32
     calls, labels = len(set(dims.values())), -(-batch.labels // tp)

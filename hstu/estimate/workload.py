@@ -22,13 +22,14 @@ from hstu.config.args import (
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import NEGATIVES
+from hstu.data.batch import NEGATIVES, of_negatives
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.spec import USER_FEATURE, DatasetSpec, Schema
 from hstu.data.labels import label_columns
 from hstu.data.negatives import Negatives
 from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import SamplerPosition
+from hstu.data.store_layout import TIME_FEATURES
 from hstu.model.embedding import TableSpec, table_specs
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import LogCounts
@@ -38,7 +39,7 @@ from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.parallel.tensor import SPLIT_DIMS
 from hstu.train.builder import TaskModel, task_module
 from hstu.train.flops import FlopCounter
-from hstu.train.sources import open_source, open_store
+from hstu.train.sources import has_item_tower, open_source, open_store
 
 MOST_STEPS = 32
 MOST_GROUPS = 16
@@ -221,6 +222,17 @@ class Workload:
         return groups * self.corpus_pool(-(-batch.labels // groups)) + ranks * self.batch_pool(batch.items)
 
     @property
+    def tower_widths(self) -> tuple[int, ...]:
+        """Widths of what an item tower multiplies: joined features, hidden layer, vector. Empty without a tower."""
+        network, features = self.config.network, len(self.roles.tower)
+        return (features * network.side_embedding_dim, network.item_width, network.item_width) if features else ()
+
+    def tower_rows(self, batch: Batch, pool: int) -> int:
+        """Items of which a tower makes vectors in one pass: those of a batch, and of a pool that is not among them."""
+        among = self.batch_pool(batch.items) if self.config.trainer.gradient_accumulation_steps == 1 else 0
+        return batch.items + pool - among
+
+    @property
     def draws_per_label(self) -> int:
         """Negatives drawn for each label alone; 0: all labels share one pool."""
         return 0 if self.negatives is None or self.shares_negatives else self.negatives.num
@@ -234,7 +246,8 @@ class Workload:
         values = self.values_per_item
         ids |= {name: math.ceil(values.get(name, 1) * ids[self.roles.item]) for name in self.roles.categories}
         if self.negatives is not None and self.negatives.kind != "in_batch":
-            ids[NEGATIVES] = self.corpus_pool(-(-batch.labels // tp))
+            count = ids[NEGATIVES] = self.corpus_pool(-(-batch.labels // tp))
+            ids |= {of_negatives(name): math.ceil(values.get(name, 1) * count) for name in self.roles.tower}
         return ids
 
     @property
@@ -319,7 +332,8 @@ def _plan_without_data(config: RunConfig) -> _Data:
     assert isinstance(args, DatasetArgs)
     name = resolve_name(args.dataset_name)
     spec = DATASETS[name] if name else None
-    roles = roles_without_data(args, spec, tasks_of(config), config.numbers)
+    tower = has_item_tower(config)
+    roles = roles_without_data(args, spec, tasks_of(config), config.numbers, tower)
     tables = [*config.embeddings, *(_published_tables(config, roles, spec) if spec else ())]
     rows = {feature: table.item_vocab_size_or_capacity for table in tables for feature in table.feature_names}
     longest = args.max_sequence_length
@@ -341,10 +355,12 @@ def roles_without_data(
     spec: DatasetSpec | None,
     tasks: Sequence[RankingTaskArgs] = (),
     given: Sequence[NumericFeatureArgs] = (),
+    item_tower: bool = False,
 ) -> FeatureRoles:
     """The features of data that is not preprocessed yet. Raises ConfigError if they are not known.
 
     ``given``: says which of them are numbers; vectors are taken to have one.
+    ``item_tower``: side features, other than those of times, are taken to belong to items.
     """
     schema = spec.schema if spec else Schema(item="")
     item = args.item_feature_name or schema.item
@@ -367,6 +383,7 @@ def roles_without_data(
         known_after=after,
         numbers=numbers,
         number_widths=(1,) * len(numbers),
+        tower=tuple(name for name in side if item_tower and name not in (*after, *numbers, *TIME_FEATURES)),
         labels=label_columns(tasks),
     )
 

@@ -18,7 +18,7 @@ from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJa
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
 from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite
-from hstu.data.batch import NEGATIVES
+from hstu.data.batch import NEGATIVES, of_negatives
 from hstu.data.roles import FeatureRoles
 
 _INIT_BLOCK_ROWS = 4096
@@ -69,9 +69,9 @@ def table_specs(
 
     The width of a table is that of its features' role: contextual_embedding_dim, side_embedding_dim, or
     item_embedding_dim, in place of which -1 means hidden_size. ``lookup_negatives``: batches also carry NEGATIVES ids,
-    which the item table serves. ``world_size``: ranks that share the rows of dynamic tables. Raises ConfigError for a
-    table shared by features of different widths, for names that nn.ModuleDict forbids, and for a dynamic table of more
-    rows than a rank can number.
+    which the item table serves, and their values of ``roles.tower``, which the tables of these features serve.
+    ``world_size``: ranks that share the rows of dynamic tables. Raises ConfigError for a table shared by features of
+    different widths, for names that nn.ModuleDict forbids, and for a dynamic table of more rows than a rank can number.
     """
     specs, problems = [], []
     for table in embeddings:
@@ -90,7 +90,8 @@ def table_specs(
                 f"{name.replace('.', '_') + '_table'!r}, say"
             )
             problems.append(cite(table, "table_name", text))
-        serves_negatives = lookup_negatives and roles.item in table.feature_names
+        negatives = [NEGATIVES] if roles.item in table.feature_names else []
+        negatives += [of_negatives(name) for name in table.feature_names if name in roles.tower]
         dynamic = table if isinstance(table, DynamicEmbeddingArgs) else None
         rows = table.item_vocab_size_or_capacity
         share = -(-rows // world_size)
@@ -105,7 +106,7 @@ def table_specs(
                 name=table.table_name,
                 rows=rows if dynamic is None else (share + 1) * world_size,
                 dim=min(dims.values()),
-                features=(*table.feature_names, *([NEGATIVES] if serves_negatives else [])),
+                features=(*table.feature_names, *(negatives if lookup_negatives else ())),
                 replicated=table.sharding_type == "data_parallel",
                 sharding=table.sharding,
                 init_std=table.init_std,

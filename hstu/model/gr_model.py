@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
-from hstu.data.batch import POOL, HSTUBatch
+from hstu.data.batch import POOL, HSTUBatch, ItemFeatures, is_of_pool, of_pool
+from hstu.data.roles import FeatureRoles
 from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections, narrow_to_dim
+from hstu.model.item_tower import ItemTower, join_rows
 from hstu.model.outputs import ModelOutput
 
 
@@ -27,15 +29,16 @@ class DenseModel(nn.Module):
         task: nn.Module,
         specs: Sequence[TableSpec],
         feature_keys: Sequence[str],
-        item_feature: str,
+        roles: FeatureRoles,
     ) -> None:
         super().__init__()
         self.replicated = replicated
         self.task = task
         self._feature_keys = list(feature_keys)
-        self._item_feature = item_feature
+        self._item_feature = roles.item
         dims = {feature: spec.dim for spec in specs for feature in spec.features}
-        self._dim_of_feature = dims | {POOL: dims[item_feature]}
+        dims_of_pool = {POOL: dims[roles.item]} | {of_pool(name): dims[name] for name in roles.tower}
+        self._dim_of_feature = dims | dims_of_pool
 
     def forward(self, looked_up: Sequence[Mapping[str, JaggedTensor]], batch: HSTUBatch) -> ModelOutput:
         """Compute loss and predictions. ``looked_up``: rows of the sharded tables, one mapping per collection."""
@@ -48,6 +51,10 @@ class DenseModel(nn.Module):
             embeddings.update(narrow_to_dim(collection, self._dim_of_feature))
         if batch.pool_ids is not None and POOL not in embeddings:
             embeddings[POOL] = _as_one_sequence(self.replicated.rows(self._item_feature, batch.pool_ids))
+        if batch.pool_features is not None:
+            for name, ids in batch.pool_features.to_dict().items():
+                if of_pool(name) not in embeddings:
+                    embeddings[of_pool(name)] = _as_one_sequence(self.replicated.rows(name, ids.values()))
         output: ModelOutput = self.task(embeddings, batch)
         if torch.is_grad_enabled() and batch.num_labels_total == 0:
             # All ranks take part in the collectives of backward, so every parameter and every looked-up row needs a
@@ -62,7 +69,7 @@ def as_jagged(rows: Mapping[str, Tensor], batch: HSTUBatch) -> dict[str, JaggedT
     features = batch.features.to_dict()
     return {
         name: _as_one_sequence(values)
-        if name == POOL
+        if is_of_pool(name)
         else JaggedTensor(values, lengths=features[name].lengths(), offsets=features[name].offsets())
         for name, values in rows.items()
     }
@@ -84,16 +91,16 @@ class GRModel(nn.Module):
     """
 
     def __init__(
-        self, specs: Sequence[TableSpec], task: nn.Module, feature_keys: Sequence[str], item_feature: str, seed: int
+        self, specs: Sequence[TableSpec], task: nn.Module, feature_keys: Sequence[str], roles: FeatureRoles, seed: int
     ) -> None:
         super().__init__()
         self.specs = tuple(specs)
         self.feature_keys = tuple(feature_keys)
-        self.item_feature = item_feature
+        self.roles = roles
         self.embedding = build_collections(self.specs)
         replicated = ReplicatedTables(self.specs, seed)
         self._dim_of_feature = {feature: spec.dim for spec in self.specs for feature in spec.features}
-        self.dense: nn.Module = DenseModel(replicated, task, self.specs, self.feature_keys, item_feature)
+        self.dense: nn.Module = DenseModel(replicated, task, self.specs, self.feature_keys, roles)
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
         """Loss, and what the task's evaluation needs, of one batch."""
@@ -114,26 +121,56 @@ class GRModel(nn.Module):
         return rows
 
     @torch.no_grad()
-    def embed_items(self, ids: Tensor) -> Tensor:
-        """Rows of the item table, float32 [n, dim], for int64 ids [n] on this rank's device.
+    def embed_items(self, ids: Tensor, features: ItemFeatures | None = None) -> Tensor:
+        """Vectors of items, float32 [n, dim], not normalised, for int64 ids [n] on this rank's device.
 
-        Collective where the table is sharded: all ranks call it equally often, each for ids of its own, of any
+        They are rows of the item table or, with an item tower, what it makes of these and of ``features``; zeros for
+        an item of which the tables have nothing.
+
+        Collective where a table is sharded: all ranks call it equally often, each for ids of its own, of any
         number. In training, only inside ``TrainPipeline.evaluation``: pipelines replace the sharded tables' forward.
         """
-        spec = next(spec for spec in self.specs if self.item_feature in spec.features)
-        if spec.replicated:
-            return functional.embedding(ids, self.replicated_tables.weight(spec.name))
-        lengths = [len(ids) if key == self.item_feature else 0 for key in self.feature_keys]
+        tower, item = self.item_tower, self.roles.item
+        if tower is None:
+            return self._rows_of({item: ids})[item]
+        assert features is not None
+        values, lengths = (
+            {name: torch.from_numpy(array).to(ids.device) for name, array in arrays.items()}
+            for arrays in (features.values, features.list_lengths)
+        )
+        rows = self._rows_of({item: ids} | values)
+        is_known = rows[item].any(dim=1) | join_rows(tower.features, rows, lengths).any(dim=1)
+        vectors: Tensor = tower(rows[item], rows, lengths) * is_known[:, None]
+        return vectors
+
+    def _rows_of(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows [n, dim] for ids [n] of some features. Collective as ``embed_items``."""
+        lengths = [len(ids.get(key, ())) for key in self.feature_keys]
+        device = next(iter(ids.values())).device
         features = KeyedJaggedTensor(
             keys=list(self.feature_keys),
-            values=ids,
-            lengths=torch.tensor(lengths, device=ids.device),
+            values=torch.cat([ids[key] for key in self.feature_keys if key in ids]),
+            lengths=torch.tensor(lengths, device=device),
             stride=1,
             length_per_key=lengths,
         )
-        looked_up = self._collection_of(spec)(features)[self.item_feature].values()
-        rows: Tensor = looked_up[:, : spec.dim]
+        rows: dict[str, Tensor] = {}
+        by_collection: dict[nn.Module, dict[str, int]] = {}
+        for spec in self.specs:
+            for name in (name for name in spec.features if name in ids):
+                if spec.replicated:
+                    rows[name] = functional.embedding(ids[name], self.replicated_tables.weight(spec.name))
+                else:
+                    by_collection.setdefault(self._collection_of(spec), {})[name] = spec.dim
+        for collection, dims in by_collection.items():
+            looked_up = collection(features)
+            rows |= {name: looked_up[name].values()[:, :dim] for name, dim in dims.items()}
         return rows
+
+    @property
+    def item_tower(self) -> ItemTower | None:
+        """The item tower, if there is one, also where ``dense`` is wrapped."""
+        return next((module for module in self.dense.modules() if isinstance(module, ItemTower)), None)
 
     @property
     def replicated_tables(self) -> ReplicatedTables:

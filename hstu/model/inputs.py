@@ -19,6 +19,7 @@ from hstu.data.jagged import sequence_tokens
 from hstu.data.roles import FeatureRoles
 from hstu.data.store_layout import NumberStatistics
 from hstu.model.heads import MLP
+from hstu.model.item_tower import join_rows
 from hstu.model.numbers import NumberInputs
 from hstu.ops.dropout import dropout
 from hstu.ops.layout import build_layout, to_device, token_order
@@ -175,14 +176,12 @@ class SequenceInputs(nn.Module):
 
     def _embed_side(self, role: str, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> Tensor:
         """The side features of one role, [items, D]."""
-        rows = []
-        for name in self.side[role]:
-            values = embeddings[name].values()
-            if name in self.features.lists:
-                assert batch.list_lengths is not None
-                lengths = batch.list_lengths[self.features.lists.index(name)]
-                values = torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)  # checks read the device
-            rows.append(values * self.scale)
+        names, rows = self.side[role], []
+        if names:
+            lists, lengths = self.features.lists, {}
+            if batch.list_lengths is not None:
+                lengths = dict(zip(lists, batch.list_lengths, strict=True))
+            rows.append(join_rows(names, {name: embeddings[name].values() for name in names}, lengths) * self.scale)
         if role in self.numbers:
             assert batch.numbers is not None
             numbers = self.numbers[role](batch.numbers)

@@ -5,7 +5,7 @@ Shapes depend on shapes only, and invalid entries are masked: the host never wai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import RetrievalArgs
-from hstu.data.batch import NEGATIVES, PADDING_ID, POOL, HSTUBatch
+from hstu.data.batch import NEGATIVES, PADDING_ID, POOL, HSTUBatch, of_negatives, of_pool
+from hstu.model.item_tower import ItemTower
 from hstu.model.outputs import ModelOutput
 from hstu.ops.functional import pool_softmax_loss, sampled_softmax_loss
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
@@ -60,7 +61,8 @@ class RetrievalDense(nn.Module):
     """The dense part of retrieval: a sequence encoder, and a softmax over items.
 
     The output at the newest token of each step is the query for the next item. The score of an item is its cosine
-    similarity to the query, divided by the temperature.
+    similarity to the query, divided by the temperature. The vector of an item is its row of the item table, or what an
+    item tower makes of that row and of the item's features.
 
     Args:
         encoder: (embeddings, batch) → (tokens [T, hidden_size], their JaggedLayout).
@@ -68,6 +70,7 @@ class RetrievalDense(nn.Module):
         hidden_size: width of the tokens.
         item_dim: width of the item table; where it is not hidden_size, queries are projected to it.
         args: temperature and l2_norm_eps; the negatives themselves come with the batch.
+        tower: makes the vectors of items; None: they are the rows of the item table.
         gather_pool: collects the in-batch pool over data-parallel ranks.
         log_counts: for a logQ correction.
         kernels: from :func:`hstu.ops.select.select_kernels`.
@@ -81,6 +84,7 @@ class RetrievalDense(nn.Module):
         hidden_size: int,
         item_dim: int,
         args: RetrievalArgs,
+        tower: ItemTower | None = None,
         gather_pool: GatherPool = own_pool,
         log_counts: LogCounts | None = None,
         kernels: Kernels = REFERENCE_KERNELS,
@@ -88,6 +92,7 @@ class RetrievalDense(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.query_projection = nn.Linear(hidden_size, item_dim) if item_dim != hidden_size else nn.Identity()
+        self.tower = tower
         self.item_feature = item_feature
         self.temperature = args.temperature
         self.l2_norm_eps = args.l2_norm_eps
@@ -98,8 +103,8 @@ class RetrievalDense(nn.Module):
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
         """In training mode the loss of the batch's labels, in evaluation mode the queries at the newest tokens.
 
-        ``embeddings``: table rows of the item feature and, where the batch has them, of NEGATIVES. Collective in
-        training with in-batch negatives.
+        ``embeddings``: table rows of the item feature and, where the batch has them, of NEGATIVES; with a tower, also
+        those of its features. Collective in training with in-batch negatives.
         """
         tokens, layout = self.encoder(embeddings, batch)
         num_labels = batch.num_labels.sum()
@@ -126,8 +131,9 @@ class RetrievalDense(nn.Module):
         queries = self._queries(tokens.index_select(0, labelled_tokens - 1))
         item_ends = embeddings[self.item_feature].offsets()[1:]
         labelled_items = newest_elements(item_ends, batch.num_labels, batch.num_labels_total)
-        positives = self._item_vectors(embeddings, labelled_items)
-        pool, pool_ids, repeats, draws = self._pool(embeddings, batch)
+        items = self._items(embeddings, batch)
+        positives = self.kernels.l2_normalize(items.index_select(0, labelled_items), self.l2_norm_eps)
+        pool, pool_ids, repeats, draws = self._pool(items, embeddings, batch)
         ids = batch.labels, pool_ids, self._log_weights(pool_ids, repeats, batch)
         if draws is None:
             return pool_softmax_loss(queries, positives, pool, *ids, self.temperature, self.kernels.pool_softmax_loss)
@@ -135,19 +141,20 @@ class RetrievalDense(nn.Module):
         return sampled_softmax_loss(queries, positives, pool, draws, *ids, self.temperature, sampled)
 
     def _pool(
-        self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch
+        self, items: Tensor, embeddings: dict[str, JaggedTensor], batch: HSTUBatch
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Items drawn from the corpus, those of the batch, or both.
+        """Items drawn from the corpus, those of the batch, or both. ``items``: vectors of all items of the batch.
 
         Returns (normalised vectors [S, E], ids int64 [S], bool [S] where an entry repeats another and does not count,
         the rows [M, R] that each label draws).
         """
         parts, repeats, draws = [], None, batch.draws
         if NEGATIVES in embeddings:
-            drawn = self.kernels.l2_normalize(embeddings[NEGATIVES].values(), self.l2_norm_eps)
-            parts.append((drawn, batch.features[NEGATIVES].values()))
+            lengths = {} if self.tower is None else self.tower.lengths_of_negatives(batch)
+            drawn = self._vectors(embeddings, NEGATIVES, of_negatives, lengths)
+            parts.append((self.kernels.l2_normalize(drawn, self.l2_norm_eps), batch.features[NEGATIVES].values()))
         if _has_batch_pool(batch):
-            pool, ids = self.gather_pool(*self._own_pool(embeddings, batch))
+            pool, ids = self.gather_pool(*self._own_pool(items, embeddings, batch))
             parts.append((pool, ids))
             if draws is None:
                 repeats = ~first_occurrences(ids)
@@ -171,18 +178,35 @@ class RetrievalDense(nn.Module):
         counted = torch.zeros(len(ids), device=ids.device) if log_weights is None else log_weights
         return counted.masked_fill(repeats, -torch.inf)
 
-    def _own_pool(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, Tensor]:
-        """Normalised rows and ids of the distinct items of this rank's batch, of which ``batch`` may be a part."""
+    def _own_pool(self, items: Tensor, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, Tensor]:
+        """Normalised vectors and ids of the distinct items of this rank's batch, of which ``batch`` may be a part."""
         if batch.pool_ids is not None:
-            return self.kernels.l2_normalize(embeddings[POOL].values(), self.l2_norm_eps), batch.pool_ids
+            lengths = {} if self.tower is None else self.tower.lengths_of_pool(batch)
+            pool = self._vectors(embeddings, POOL, of_pool, lengths)
+            return self.kernels.l2_normalize(pool, self.l2_norm_eps), batch.pool_ids
         assert batch.pool_positions is not None
         ids = batch.features[self.item_feature].values()[batch.pool_positions]
-        return self._item_vectors(embeddings, batch.pool_positions), ids
+        return self.kernels.l2_normalize(items.index_select(0, batch.pool_positions), self.l2_norm_eps), ids
 
-    def _item_vectors(self, embeddings: dict[str, JaggedTensor], positions: Tensor) -> Tensor:
-        """Normalised table rows of the items at ``positions`` among all items of the batch."""
-        rows = embeddings[self.item_feature].values().index_select(0, positions)
-        return self.kernels.l2_normalize(rows, self.l2_norm_eps)
+    def _items(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> Tensor:
+        """Vectors of all items of the batch, not normalised."""
+        lengths = {} if self.tower is None else self.tower.lengths_in_batch(batch)
+        return self._vectors(embeddings, self.item_feature, str, lengths)
+
+    def _vectors(
+        self,
+        embeddings: dict[str, JaggedTensor],
+        key: str,
+        key_of: Callable[[str], str],
+        list_lengths: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Vectors of the items under ``key``, not normalised. ``key_of``: feature → the key of its rows."""
+        rows = embeddings[key].values()
+        if self.tower is None:
+            return rows
+        of_features = {name: embeddings[key_of(name)].values() for name in self.tower.features}
+        vectors: Tensor = self.tower(rows, of_features, list_lengths)
+        return vectors
 
 
 def _has_batch_pool(batch: HSTUBatch) -> bool:

@@ -17,24 +17,36 @@ from torch.nn import functional
 
 from hstu.data.batch import HSTUBatch
 from hstu.data.loader import pack, unpack
-from hstu.data.train_batch import GroupLayout, TrainBatch, merge_ranks, split_micro_batches
+from hstu.data.roles import FeatureRoles
+from hstu.data.train_batch import (
+    GroupLayout,
+    TrainBatch,
+    merge_ranks,
+    pool_feature_positions,
+    split_micro_batches,
+)
 from hstu.model.gr_model import GRModel, as_jagged
 from hstu.model.outputs import ModelOutput
 from hstu.parallel.collectives import all_gather, gather_objects
 from hstu.parallel.mesh import Mesh
 
 
-def to_train_batch(batch: HSTUBatch, item_feature: str, mesh: Mesh, num_micro_batches: int = 1) -> TrainBatch:
+def to_train_batch(batch: HSTUBatch, roles: FeatureRoles, mesh: Mesh, num_micro_batches: int = 1) -> TrainBatch:
     """Add what the dense part computes on to a rank's batch on the host.
 
     Collective over the tensor-parallel group, over gloo: all its ranks must have equally many batches.
     """
-    computed, group = _merge_group(batch, item_feature, mesh) if mesh.tp_size > 1 else (batch, None)
+    computed, group = _merge_group(batch, roles.item, mesh) if mesh.tp_size > 1 else (batch, None)
     if num_micro_batches == 1:
         train_batch = TrainBatch(own=batch, parts=(computed,), group=group)
     else:
-        parts = split_micro_batches(computed, num_micro_batches, item_feature)
-        train_batch = TrainBatch(own=batch, parts=parts, group=group, pool_positions=computed.pool_positions)
+        train_batch = TrainBatch(
+            own=batch,
+            parts=split_micro_batches(computed, num_micro_batches, roles),
+            group=group,
+            pool_positions=computed.pool_positions,
+            pool_feature_positions=pool_feature_positions(computed, roles),
+        )
     return train_batch.pin_memory() if batch.labels.is_pinned() else train_batch
 
 
@@ -46,7 +58,7 @@ def evaluate_batch(model: GRModel, batch: HSTUBatch, mesh: Mesh) -> ModelOutput:
     if mesh.tp_size == 1:
         output: ModelOutput = model(batch.to(mesh.device))
         return output
-    merged, group = _merge_group(batch, model.item_feature, mesh)
+    merged, group = _merge_group(batch, model.roles.item, mesh)
     rows = gather_embeddings(model.look_up(batch.to(mesh.device)), group, mesh.tp_group)
     merged = merged.to(mesh.device)
     output = model.dense([as_jagged(rows, merged)], merged)

@@ -41,7 +41,7 @@ class TrainPipeline(ABC):
         self.step.check.resolve()
 
     def _train_batch(self, batch: HSTUBatch) -> TrainBatch:
-        return to_train_batch(batch, self.step.model.item_feature, self.step.mesh, self.num_micro_batches)
+        return to_train_batch(batch, self.step.model.roles, self.step.mesh, self.num_micro_batches)
 
 
 class SequentialPipeline(TrainPipeline):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hstu.data.batch import NEGATIVES, POOL, HSTUBatch
+from hstu.data.batch import POOL, HSTUBatch, is_of_negatives, is_of_pool, of_pool
 from hstu.data.train_batch import TrainBatch
 from hstu.model.gr_model import GRModel, as_jagged
 from hstu.optim.loss_scale import LossScale
@@ -69,8 +69,7 @@ class TrainStep:
         rows = self.model.look_up(batch.own)
         if batch.group is not None:
             rows = gather_embeddings(rows, batch.group, self.mesh.tp_group)
-        if batch.pool_positions is not None and self.model.item_feature in rows:
-            rows[POOL] = rows[self.model.item_feature].index_select(0, batch.pool_positions)
+        rows |= pool_rows(rows, batch, self.model.roles.item)
 
         # Forward and backward of the dense part, one micro-batch after another. Tables are updated inside their
         # backward, so gradients stop at detached rows until those of the whole step are known.
@@ -135,15 +134,24 @@ class TrainStep:
         return nullcontext() if is_last or not isinstance(dense, ReplicatedDense) else dense.no_sync()
 
 
+def pool_rows(rows: Mapping[str, Tensor], batch: TrainBatch, item_feature: str) -> dict[str, Tensor]:
+    """The rows of the pool that all micro-batches share, from those of the whole batch."""
+    positions = {} if batch.pool_positions is None else {POOL: (item_feature, batch.pool_positions)}
+    if batch.pool_feature_positions is not None:
+        of_features = batch.pool_feature_positions.to_dict()
+        positions |= {of_pool(name): (name, found.values()) for name, found in of_features.items()}
+    return {key: rows[name].index_select(0, found) for key, (name, found) in positions.items() if name in rows}
+
+
 def detach_rows(rows: Mapping[str, Tensor], parts: Sequence[HSTUBatch]) -> list[dict[str, Tensor]]:
     """Split looked-up rows [n, dim] per feature among micro-batches, as leaves of autograd.
 
-    Rows that belong to the whole batch (NEGATIVES and POOL) are one leaf in all parts, which sums their gradients.
+    Rows that belong to the whole batch (negatives and pool) are one leaf in all parts, which sums their gradients.
     """
     leaves: list[dict[str, Tensor]] = [{} for _ in parts]
     lengths = [dict(zip(part.features.keys(), part.features.length_per_key(), strict=True)) for part in parts]
     for feature, values in rows.items():
-        if feature in (NEGATIVES, POOL):
+        if is_of_negatives(feature) or is_of_pool(feature):
             pieces = [values.detach().requires_grad_()] * len(parts)
         else:
             sizes = [length[feature] for length in lengths]

@@ -21,7 +21,7 @@ from hstu.config.errors import ConfigError, DataError
 from hstu.config.problems import Cite, cite, in_reading_order
 from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import NEGATIVES
+from hstu.data.batch import NEGATIVES, of_negatives
 from hstu.data.datasets import DATASETS
 from hstu.data.labels import PLAIN, LabelCodes, LabelFacts, label_columns
 from hstu.data.roles import FeatureRoles
@@ -29,6 +29,7 @@ from hstu.model.compiled import compile_parts, why_not
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
 from hstu.model.inputs import SequenceFeatures
+from hstu.model.item_tower import ItemTower
 from hstu.model.joint import JointDense
 from hstu.model.precision import DTYPES
 from hstu.model.ranking import RankingDense
@@ -57,7 +58,7 @@ from hstu.train.directories import choose_directories, describe_saving
 from hstu.train.evaluate import Evaluator, RankingEvaluator, RetrievalEvaluator
 from hstu.train.evaluate_tasks import MultiTaskEvaluator
 from hstu.train.flops import FlopCounter
-from hstu.train.inference import StoredSource, describe_features
+from hstu.train.inference import StoredSource, describe_features, zero_untrained_items
 from hstu.train.sources import BatchSource, StoreSource, open_source
 from hstu.train.trainer import Trainer, leave_nothing
 
@@ -115,6 +116,9 @@ def _build(
     mesh.heartbeat.mark("building the model")
     model, optimizers = build_model(config, source, mesh, beside_tables)
     state = build_state(config, source, model, optimizers, run_directory.identity)
+    if source.roles.tower:
+        log.info("item tower: the vector of an item is made of its id and %s", ", ".join(source.roles.tower))
+        zero_untrained_items(state, source)
     peak = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
     log.info("peak for MFU: %.3g TFLOPS per rank (%s)", peak.value, peak.source)
     return Trainer(
@@ -187,14 +191,14 @@ def build_model(
     roles, ranks = source.roles, mesh.world_size
     specs = table_specs(source.tables, config.network, roles, has_negatives, ranks, config.located)
     on_all_ranks(lambda: check_memory(specs, config, mesh.local_world_size, ranks), mesh.world_group)
-    keys = (*source.roles.names, *([NEGATIVES] if has_negatives else []))
+    negatives = (NEGATIVES, *map(of_negatives, roles.tower)) if has_negatives else ()
     task = build_task(config, source, mesh)
     if config.network.compile:
         compile_on_all_ranks(task, mesh)
     parameters = sum(parameter.numel() for parameter in task.parameters())
     encoder = cast(SequenceEncoder, task.encoder)
     split_encoder(encoder, mesh)
-    model = GRModel(specs, task, keys, source.roles.item, config.trainer.seed)
+    model = GRModel(specs, task, (*roles.names, *negatives), roles, config.trainer.seed)
     model.dense.to(mesh.device)  # the sharded tables are created on their devices
     update_rows = encoder.inputs.kernels.update_rows
     model, table_optimizer = shard(model, config, mesh, update_rows, lambda: beside_tables(config, mesh))
@@ -313,6 +317,7 @@ def task_module(
             hidden_size=network.hidden_size,
             item_dim=network.item_width,
             args=config.retrieval,
+            tower=ItemTower(network, features) if features.tower else None,
             gather_pool=gather_pool,
             log_counts=log_counts,
             kernels=kernels,

@@ -33,7 +33,7 @@ BLOCK_QUERIES = 512
 """Queries that are scored in one block. A block of scores takes CHUNK_ITEMS × BLOCK_QUERIES × 4 bytes = 32 MiB."""
 
 EmbedItems = Callable[[Tensor], Tensor]
-"""Item ids, int64 [n] → rows of the item table, [n, E], not normalised. May be a collective."""
+"""Item ids, int64 [n] → vectors of the items, [n, E], not normalised. May be a collective."""
 Forward = Callable[[HSTUBatch], ModelOutput]
 """A batch on the host → logits or queries of its sequences. May be a collective."""
 
@@ -94,8 +94,7 @@ class RetrievalEvaluator(Evaluator):
     ) -> None:
         super().__init__(model, mesh, max_iters)
         self.args = args
-        self.corpus_size = source.cardinalities[source.roles.item]
-        self.item_feature = source.roles.item
+        self.source = source
 
     def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
         """See Evaluator."""
@@ -104,24 +103,30 @@ class RetrievalEvaluator(Evaluator):
         )
 
     def corpus(self, ids: np.ndarray | None = None) -> Corpus:
-        """The items ``ids``, ascending. By default all items of the data; with a dynamic table, those in the table."""
+        """The items ``ids``, ascending. By default all items of the data.
+
+        With a dynamic table, and without an item tower, those in the table.
+        """
         if ids is None:
-            ids = self._ids_in_dynamic_table()
-        on_device = torch.arange(self.corpus_size) if ids is None else torch.from_numpy(ids)
-        return Corpus(self.embed_items, on_device.to(self.mesh.device), self.args.l2_norm_eps)
+            in_table = None if self.args.item_tower else self._ids_in_dynamic_table()
+            ids = self.source.item_ids() if in_table is None else in_table
+        if ids is None:
+            ids = np.arange(self.source.cardinalities[self.source.roles.item], dtype=np.int64)
+        return Corpus(self.embed_items, torch.from_numpy(ids).to(self.mesh.device), self.args.l2_norm_eps)
 
     def _ids_in_dynamic_table(self) -> np.ndarray | None:
         """The ids that have a row on any rank, ascending; None for a static item table."""
         for table in dynamic_tables(self.model).values():
-            if self.item_feature in table.spec.features:
+            if self.source.roles.item in table.spec.features:
                 return np.sort(self._gather(_host(table.slots.content()[0])))
         return None
 
     def embed_items(self, ids: Tensor) -> Tensor:
-        """Rows of the item table for item ids. Collective if the table is sharded."""
+        """Vectors of items, not normalised, for item ids. Collective if a table is sharded."""
         self.mesh.heartbeat.mark()
         self.between_batches()
-        return self.model.embed_items(ids)
+        features = self.source.tower_features(_host(ids)) if self.args.item_tower else None
+        return self.model.embed_items(ids, features)
 
 
 @contextmanager
@@ -214,9 +219,9 @@ def collect_queries(forward: Forward, batches: Iterable[HSTUBatch], device: torc
 
 @dataclass(frozen=True)
 class Corpus:
-    """The candidate items as normalised vectors, chunk by chunk. An item whose row is all zeros is no candidate.
+    """The candidate items as normalised vectors, chunk by chunk. An item whose vector is all zeros is no candidate.
 
-    Such rows are those of ids that a model does not have.
+    Such vectors are those of items that a model does not have.
     """
 
     embed_items: EmbedItems

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
+
+import numpy as np
+import torch
 
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.raw_ids import RawIds
@@ -14,16 +18,19 @@ from hstu.checkpoint.tensors import AVERAGE, TABLES, join_name, open_tensors, re
 from hstu.config.args import DatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.errors import DataError
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import NEGATIVES, HSTUBatch
+from hstu.data.batch import HSTUBatch, ItemFeatures, is_of_negatives
 from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import SamplerPosition, TrainSampler
 from hstu.data.samples import Split
+from hstu.model.embedding import TableSpec
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
 from hstu.train.sources import BatchSource, StoreSource
 from hstu.train.tables import choose_tables
 
-_SIDE_FACTS = ("side", "lists", "known_after", "numbers", "number_widths")
+log = logging.getLogger(__name__)
+
+_SIDE_FACTS = ("side", "lists", "known_after", "numbers", "number_widths", "tower")
 """Fields of FeatureRoles that are facts of a checkpoint, under their names."""
 
 
@@ -54,7 +61,7 @@ class StoredSource(BatchSource):
             facts["item"],
             facts["action"],
             tuple(facts["contextual"]),
-            *(tuple(facts.get(name, ())) for name in _SIDE_FACTS),  # earlier versions lack them
+            **{name: tuple(facts.get(name, ())) for name in _SIDE_FACTS},  # earlier versions lack them
         )
         self.cardinalities = facts["cardinalities"]
         self.raw_features = tuple(facts["raw"])
@@ -74,6 +81,10 @@ class StoredSource(BatchSource):
         ]
         self.tables = with_room(choose_tables(config.embeddings, stored, self.roles.names), self.cardinalities)
         self.max_items = config.dataset.max_sequence_length
+
+    def tower_features(self, ids: np.ndarray) -> ItemFeatures | None:
+        """See BatchSource."""
+        return self._no_data() if self.roles.tower else None
 
     def _no_data(self) -> NoReturn:
         raise self.missing
@@ -123,14 +134,30 @@ def with_room(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int])
 
 def zero_spare_rows(state: TrainState, source: BatchSource) -> None:
     """Zero the rows of static tables that belong to no id; they serve unknown ids."""
-    tensors = state.tensors()
     for spec in state.model.specs:
-        if spec.dynamic is not None:
-            continue
-        first = max(source.cardinalities[name] for name in spec.features if name != NEGATIVES)
-        for name in (f"{TABLES}{spec.name}", join_name(f"{TABLES}{spec.name}", AVERAGE)):
-            if name in tensors:
-                tensor = tensors[name]
-                view = tensor if isinstance(tensor, ShardedView) else ShardedView.whole(tensor)
-                for start, piece in view.shards.items():
-                    piece[max(0, first - start[0]) :].zero_()
+        if spec.dynamic is None:
+            first = max(source.cardinalities[name] for name in spec.features if not is_of_negatives(name))
+            _zero_rows(state, spec, np.arange(spec.rows) >= first)
+
+
+def zero_untrained_items(state: TrainState, source: BatchSource) -> None:
+    """Zero the rows of items that occur in no training sample: an item tower then makes their vectors of features.
+
+    Rows of items that training does see are left as initialised. A dynamic table has no rows for other items.
+    """
+    spec = next(spec for spec in state.model.specs if source.roles.item in spec.features)
+    if spec.dynamic is None and isinstance(source, StoreSource):
+        occurs = source.trained_items()
+        log.info("item tower: %s of %s items occur in no training sample", f"{(~occurs).sum():,}", f"{len(occurs):,}")
+        _zero_rows(state, spec, np.pad(~occurs, (0, spec.rows - len(occurs))))
+
+
+def _zero_rows(state: TrainState, spec: TableSpec, chosen: np.ndarray) -> None:
+    """Zero chosen rows, bool [rows], of a static table, and of its moving average."""
+    tensors = state.tensors()
+    for name in (f"{TABLES}{spec.name}", join_name(f"{TABLES}{spec.name}", AVERAGE)):
+        if name in tensors:
+            tensor = tensors[name]
+            view = tensor if isinstance(tensor, ShardedView) else ShardedView.whole(tensor)
+            for start, piece in view.shards.items():
+                piece[torch.from_numpy(chosen[start[0] : start[0] + len(piece)])] = 0

@@ -11,13 +11,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, RetrievalArgs
+from hstu.config.args import (
+    BenchmarkDatasetArgs,
+    DatasetArgs,
+    EmbeddingArgs,
+    RetrievalArgs,
+)
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.problems import in_reading_order
 from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.rules.training import token_limit_admits
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import HSTUBatch
+from hstu.data.batch import HSTUBatch, ItemFeatures
 from hstu.data.collate import Assembler, Collator, SkippedSamples, StoreReader
 from hstu.data.datasets import resolve_name
 from hstu.data.labels import LabelColumn, LabelFacts, check_labels
@@ -130,6 +135,10 @@ class BatchSource(ABC):
         """What the model gets for each item code, int64; None: the codes."""
         return None
 
+    def tower_features(self, ids: np.ndarray) -> ItemFeatures | None:
+        """What an item tower reads of items, given by what the model gets for them. None: there is no tower."""
+        return None
+
     @abstractmethod
     def train_sampler(self, position: SamplerPosition) -> TrainSampler:
         """The plan of training from ``position`` on: which samples make up which batch of this rank."""
@@ -153,6 +162,11 @@ def open_source(config: RunConfig, mesh: Mesh | None = None, world_size: int = 1
     return StoreSource(config, config.dataset, mesh, world_size)
 
 
+def has_item_tower(config: RunConfig) -> bool:
+    """Whether the vectors of items are made of their features, too."""
+    return config.retrieval is not None and config.retrieval.item_tower
+
+
 def open_store(args: DatasetArgs) -> SequenceStore:
     """The preprocessed data of ``args``: dataset_path, or tmp_data/<canonical name>."""
     return SequenceStore.open(store_path(args))
@@ -172,7 +186,8 @@ class StoreSource(BatchSource):
         self._args = args
         self.store = open_store(args)
         self._eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
-        self.roles = resolve_roles(self.store, args, config.located, tasks_of(config))
+        tasks, tower = tasks_of(config), has_item_tower(config)
+        self.roles = resolve_roles(self.store, args, config.located, tasks, tower)
         check_numbers(self.roles, config.numbers, config.located)
         described = {name: self.store.features[name].statistics for name in self.roles.numbers}
         self.number_statistics = {name: found for name, found in described.items() if found is not None}
@@ -236,6 +251,21 @@ class StoreSource(BatchSource):
         if self.roles.item not in self.raw_features:
             return None
         return self.store.model_ids(self.roles.item, np.arange(self.cardinalities[self.roles.item]))
+
+    def tower_features(self, ids: np.ndarray) -> ItemFeatures | None:
+        """See BatchSource."""
+        if not self.roles.tower:
+            return None
+        codes = np.searchsorted(self._raw_item_ids, ids) if self.roles.item in self.raw_features else ids
+        return StoreReader(self.store, self._train_samples, self.roles).tower_features(codes)
+
+    def trained_items(self) -> np.ndarray:
+        """bool [items]: whether an item, given by its code, is in any training sample. Reads the items of all."""
+        return count_items(self.store, self.roles.item, self._train_samples) > 0
+
+    @cached_property
+    def _raw_item_ids(self) -> np.ndarray:
+        return self.store.raw_ids(self.roles.item)
 
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""
@@ -319,10 +349,18 @@ class StoreSource(BatchSource):
             stochastic_length=self._stochastic_length if training else None,
         )
         corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed
-        item_ids = reader.item_ids if self.roles.item in self.raw_features else None
-        corpus = self.corpus if training and self.negatives is not None else None
-        task, negatives = self._config.task, self.negatives
-        assembler = Assembler(batch_size, task, self.roles, corpus_size, seed, negatives, item_ids, corpus, training)
+        assembler = Assembler(
+            batch_size,
+            self._config.task,
+            self.roles,
+            corpus_size,
+            seed,
+            self.negatives,
+            item_ids=reader.item_ids if self.roles.item in self.raw_features else None,
+            corpus=self.corpus if training and self.negatives is not None else None,
+            draws_negatives=training,
+            tower_features=reader.tower_features if self.roles.tower else None,
+        )
         return Collator(reader, assembler, self._skipped)
 
     def _recode_eval_store(self) -> dict[str, np.ndarray]:

@@ -114,7 +114,7 @@ def sharded_table(
     specs = table_specs([args], network, FeatureRoles("item", None, ()), world_size=mesh.world_size)
     optimizer_args = OptimizerArgs(optimizer_str=optimizer, learning_rate=LEARNING_RATE)
     config: Any = SimpleNamespace(optimizer=optimizer_args, trainer=SimpleNamespace(seed=1, pipeline_type="none"))
-    return shard(GRModel(specs, nn.Identity(), ["item"], "item", seed=1), config, mesh)
+    return shard(GRModel(specs, nn.Identity(), ["item"], FeatureRoles("item", None, ()), seed=1), config, mesh)
 
 
 def trained(mesh: meshes.Mesh, options: argparse.Namespace, policy: str | None) -> dict[str, float]:

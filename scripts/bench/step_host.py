@@ -269,7 +269,7 @@ def build_trainer(config: RunConfig, source: BatchSource, tables: GRModel, mesh:
         dense = builder.build_task(config, source, mesh)
     assert kernels is not None
     keys = (*roles.names, *([NEGATIVES] if lookup_negatives else []))
-    model = GRModel(specs, dense, keys, roles.item, trainer.seed)
+    model = GRModel(specs, dense, keys, roles, trainer.seed)
     model.dense.to(META)
     model.look_up = lambda batch: look_up(tables, specs, batch)  # type: ignore[method-assign]
     training = {spec.name: TableTraining.of(spec, config.optimizer) for spec in specs}

@@ -318,6 +318,8 @@ TOGETHER = [
         'DatasetArgs.known_after = ["watchd"]' + HERE, told=("'watchd' is not one of", "did you mean 'watched'")),
     bad("side feature without table", "own", 'DatasetArgs.side_feature_names = ["itm"]' + HERE,
         told=("no EmbeddingArgs has the feature 'itm'", "did you mean 'item'")),
+    bad("tower without features", "retrieval", "RetrievalArgs.item_tower = True" + HERE,
+        told=("from their features", "DatasetArgs.side_feature_names")),
     bad("item as action", "own", 'DatasetArgs.item_feature_name = "item"',
         'DatasetArgs.action_feature_name = "item"' + HERE, told=("is also DatasetArgs.item_feature_name = 'item'",)),
     bad("no history left", "ranking", "DatasetArgs.max_num_candidates = 20" + HERE,

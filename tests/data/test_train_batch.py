@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hstu.data.batch import NEGATIVES, HSTUBatch
+from hstu.data.roles import FeatureRoles
 from hstu.data.train_batch import GroupLayout, TrainBatch, merge_ranks, split_micro_batches
 from tests.helpers import make_batch
 
@@ -21,6 +22,7 @@ ACTIONS = [[5, 4, 5], [1], [1, 2], [0, 1, 2, 3]]
 AGES = [6, 7, 8, 9]
 TIMES = [[10, 20, 30], [5], [40, 50], [1, 2, 3, 4]]
 SAMPLES = [0, 1, 2, 3]
+ROLES = FeatureRoles("item", "action", ("age",))
 
 
 def batch_of(samples: Sequence[int], padding: int, **options: Any) -> HSTUBatch:
@@ -113,7 +115,7 @@ def test_held_out_items_are_merged_by_sequence() -> None:
 def test_a_micro_batch_is_the_batch_of_its_own_sequences(samples: Sequence[int], padding: int, count: int) -> None:
     batch = batch_of(samples, padding, num_candidates=[*[1, 1, 2, 1][: len(samples)], *[0] * padding])
     size = (len(samples) + padding) // count
-    for number, part in enumerate(split_micro_batches(batch, count, "item")):
+    for number, part in enumerate(split_micro_batches(batch, count, ROLES)):
         own = [*samples][number * size : (number + 1) * size]
         candidates = batch.num_candidates_host[number * size : (number + 1) * size].tolist()
         assert_same(part, batch_of(own, size - len(own), num_candidates=candidates))
@@ -123,14 +125,14 @@ def test_every_micro_batch_has_the_pool_of_the_whole_batch() -> None:
     batch = batch_of(SAMPLES, 0, task="retrieval", in_batch_pool=True)
     whole = batch.features["item"].values()[batch.pool_positions].tolist()
     assert whole == sorted(set(whole)) and len(whole) == 5
-    for part in split_micro_batches(batch, 2, "item"):
+    for part in split_micro_batches(batch, 2, ROLES):
         assert part.pool_positions is None and part.pool_ids is not None and part.pool_ids.tolist() == whole
 
 
 def test_every_micro_batch_has_all_negatives_and_the_draws_of_its_own_labels() -> None:
     draws = np.arange(12, dtype=np.int32).reshape(6, 2) % 5
     parts = split_micro_batches(
-        batch_of(SAMPLES, 0, task="retrieval", negatives=[9, 8, 7, 6, 5], draws=draws), 2, "item"
+        batch_of(SAMPLES, 0, task="retrieval", negatives=[9, 8, 7, 6, 5], draws=draws), 2, ROLES
     )
     for part in parts:
         keyed = part.features[NEGATIVES]
@@ -145,7 +147,7 @@ def test_every_micro_batch_has_all_negatives_and_the_draws_of_its_own_labels() -
 def test_a_train_batch_moves_as_a_whole() -> None:
     own = batch_of([0], 1, task="retrieval", in_batch_pool=True)
     whole, layout = merged(own, batch_of([2], 1, task="retrieval", in_batch_pool=True))
-    parts = split_micro_batches(whole, 2, "item")
+    parts = split_micro_batches(whole, 2, ROLES)
     batch = TrainBatch(own=own, parts=parts, group=layout, pool_positions=whole.pool_positions)
     moved = batch.to(torch.device("meta"))
     assert moved.features is moved.own.features and moved.group is layout

@@ -20,7 +20,7 @@ from hstu.train.builder import build_evaluator, build_model, build_pipeline
 from hstu.train.evaluate import Evaluator
 from hstu.train.sources import BatchSource, open_source
 from tests.conftest import write_small_store
-from tests.train.tiny import TinyOptions, tiny_config, walks
+from tests.train.tiny import ITEM_FEATURES, TinyOptions, tiny_config, walks
 
 STEPS = 9
 PIPELINES = ("none", "native", "prefetch")
@@ -28,7 +28,7 @@ PIPELINES = ("none", "native", "prefetch")
 
 def write_store(path: Path) -> str:
     """25 users with 4 to 11 events each. Returns the path."""
-    return str(write_small_store(path, **walks(25)).path)
+    return str(write_small_store(path, **walks(25), item_features=ITEM_FEATURES).path)
 
 
 def make_config(

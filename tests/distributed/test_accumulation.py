@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.training_cases import train
-from tests.train.tiny import OF_THE_ACTION, walks
+from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, TOWER, walks
 
 GLOBAL_BATCH, MICRO_BATCHES, ITERATIONS = 12, 3, 4
 LIMITED = {"sparse_max_gradient": 0.002}
@@ -70,6 +70,20 @@ CASES: dict[str, Any] = {
         "dataset": {"max_num_candidates": 3},
         "task_args": OF_THE_ACTION,
     },
+    "in_batch, item tower": {
+        **TOWER,
+        "task": "retrieval",
+        "sharded": ["item_id", "tags"],
+        "optimizer": ADAM,
+        "task_args": {"item_tower": True},
+    },
+    "uniform, item tower": {
+        **TOWER,
+        "task": "retrieval",
+        "sharded": ["colour"],
+        "optimizer": SGD,
+        "task_args": {"item_tower": True, "negatives": "uniform", "num_negatives": 5},
+    },
 }
 PIPELINES = {name: ("none", "native", "prefetch")[number % 3] for number, name in enumerate(CASES)}
 LAUNCHES = {"1 rank": Launch(1, 200), "2 ranks": Launch(2, 200), "tp 2": Launch(2, 200, tp=2)}
@@ -79,7 +93,7 @@ LAUNCHES = {"1 rank": Launch(1, 200), "2 ranks": Launch(2, 200), "tp 2": Launch(
 def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Launch → case, in one piece or in parts → what it learnt. 31 users: the last batch of an epoch is uneven."""
     place = tmp_path_factory.mktemp("accumulation")
-    write_small_store(place / "store", **walks(31))
+    write_small_store(place / "store", **walks(31), item_features=ITEM_FEATURES)
     results = {}
     for name_of_launch, launch in LAUNCHES.items():
         cases = {}

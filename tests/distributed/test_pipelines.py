@@ -5,7 +5,7 @@ import pytest
 
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.pipeline_cases import PIPELINES, STEPS, train, write_store
-from tests.train.tiny import OF_THE_ACTION
+from tests.train.tiny import OF_THE_ACTION, TOWER
 
 ADAM = {"optimizer_str": "adam"}
 CASES: dict[str, Any] = {
@@ -16,6 +16,13 @@ CASES: dict[str, Any] = {
     "ranking, tasks": {"dataset": {"max_num_candidates": 3}, "task_args": OF_THE_ACTION},
     "retrieval, in-batch negatives": {"task": "retrieval", "task_args": {"negatives": "in_batch"}},
     "retrieval, all items": {"task": "retrieval", "task_args": {"negatives": "full"}, "optimizer": ADAM},
+    "retrieval, item tower": {
+        **TOWER,
+        "task": "retrieval",
+        "sharded": ("item_id", "tags"),
+        "task_args": {"negatives": "full", "item_tower": True},
+        "optimizer": ADAM,
+    },
 }
 
 

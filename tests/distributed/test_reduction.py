@@ -99,7 +99,7 @@ def waits(mesh: Mesh, store: str) -> dict[str, list[float]]:
         time.sleep(before)
         batch = next(batches)
         hook = dense.register_forward_hook(partial(_sleep_in_backward, in_backward))
-        pipeline.step(to_train_batch(batch, pipeline.step.model.item_feature, mesh))
+        pipeline.step(to_train_batch(batch, pipeline.step.model.roles, mesh))
         hook.remove()
         return _measured(clock.restart(), mesh)
 

@@ -30,6 +30,7 @@ from tests.distributed.tensor_cases import (
 BY_TOKENS = "NetworkArgs.sequence_parallel = True"
 RELATIVE = "NetworkArgs.position_encoding = 'relative_bias'"
 CLIP = "TrainerArgs.max_grad_norm = 0.05"
+TOWER = "RetrievalArgs.item_tower = True"
 LIMIT = "OptimizerArgs.sparse_max_gradient = 0.001"
 CASES: dict[str, Any] = {
     "ranking": {},
@@ -55,7 +56,7 @@ CASES: dict[str, Any] = {
     "retrieval, draws, adam, by tokens": {
         "task": "retrieval",
         "optimizer": "adam",
-        "bindings": [BY_TOKENS, RELATIVE, "RetrievalArgs.num_negatives = 9"],
+        "bindings": [BY_TOKENS, RELATIVE, "RetrievalArgs.num_negatives = 9", TOWER],
     },
     "retrieval, uniform": {
         "task": "retrieval",
@@ -64,8 +65,8 @@ CASES: dict[str, Any] = {
     },
     "retrieval, uniform, replicated": {
         "task": "retrieval",
-        "replicated": ["item_id"],
-        "bindings": ["RetrievalArgs.negatives = 'uniform'", "RetrievalArgs.num_negatives = 2", BY_TOKENS],
+        "replicated": ["item_id", "year"],
+        "bindings": ["RetrievalArgs.negatives = 'uniform'", "RetrievalArgs.num_negatives = 2", BY_TOKENS, TOWER],
     },
     "retrieval, shared": {
         "task": "retrieval",
@@ -74,6 +75,7 @@ CASES: dict[str, Any] = {
             "RetrievalArgs.num_negatives = 9",
             "RetrievalArgs.shared_negatives = True",
             LIMIT,
+            TOWER,
         ],
     },
     "retrieval, popularity, logQ": {

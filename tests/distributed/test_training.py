@@ -12,7 +12,7 @@ from hstu.config.args import RankingTaskArgs
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.training_cases import train, users_evaluated
-from tests.train.tiny import ACTIONS, walks
+from tests.train.tiny import ACTIONS, ITEM_FEATURES, TOWER, walks
 
 SIZES = (1, 2, 3)
 ON_THREE_RANKS = ("ranking", "in_batch", "uniform")
@@ -45,6 +45,12 @@ CASES: dict[str, Any] = {
         "task_args": {"negatives": "mixed", "num_negatives": 5, "popularity_exponent": 0.5, "logq_correction": True},
     },
     "full": {"task": "retrieval", "task_args": {"negatives": "full"}},
+    "in_batch, item tower": {
+        **TOWER,
+        "task": "retrieval",
+        "sharded": ["item_id", "tags"],
+        "task_args": {"item_tower": True},
+    },
 }
 METRICS = {
     "ranking": ("AUC", "GAUC", "ACC", "LOGLOSS", "NE"),
@@ -53,9 +59,10 @@ METRICS = {
 RESUMED: dict[str, Any] = {
     "ranking": {"task": "ranking", "network": {"hidden_dropout": 0.3, "position_encoding": "relative_bias"}},
     "retrieval": {
+        **TOWER,
         "task": "retrieval",
         "network": {"hidden_dropout": 0.3},
-        "task_args": {"negatives": "uniform", "num_negatives": 5},
+        "task_args": {"negatives": "uniform", "num_negatives": 5, "item_tower": True},
         "schedule": {"warmup_iters": 6},
     },
 }
@@ -75,8 +82,8 @@ TASKS = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two stores, and room for the runs: 31 users, of whom no batch size divides the number, and 7."""
     path = tmp_path_factory.mktemp("training")
-    write_small_store(path / "store", **walks(31))
-    write_small_store(path / "seven", **walks(7))
+    write_small_store(path / "store", **walks(31), item_features=ITEM_FEATURES)
+    write_small_store(path / "seven", **walks(7), item_features=ITEM_FEATURES)
     return path
 
 

@@ -26,6 +26,7 @@ from hstu.parallel.tables import shard, sharded_weights
 USERS, ITEMS, ACTIONS = 23, 41, 5
 GLOBAL_BATCH = 12
 FEATURES = ("user", "item", "action", NEGATIVES)
+ROLES = FeatureRoles("item", None, ("user",))
 
 
 class ToyTask(nn.Module):
@@ -161,10 +162,9 @@ def build(config: Any, mesh: mesh_module.Mesh) -> tuple[GRModel, Optimizers]:
     """The toy model, sharded and replicated, with its optimizers."""
     mesh_module.seed_initial_weights(config.trainer.seed)
     dim, user_dim = config.network.hidden_size, config.network.contextual_embedding_dim
-    roles = FeatureRoles("item", None, ("user",))
-    specs = table_specs(config.embeddings, config.network, roles, lookup_negatives=True, world_size=mesh.world_size)
+    specs = table_specs(config.embeddings, config.network, ROLES, lookup_negatives=True, world_size=mesh.world_size)
     task = ToyTask(dim, user_dim if user_dim > 0 else dim, config.dropout)
-    model, tables = shard(GRModel(specs, task, FEATURES, "item", config.trainer.seed), config, mesh)
+    model, tables = shard(GRModel(specs, task, FEATURES, ROLES, config.trainer.seed), config, mesh)
     replicate_dense(model, mesh)
     return model, build_optimizers(model, config.optimizer, tables, mesh)
 

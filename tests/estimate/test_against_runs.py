@@ -106,7 +106,7 @@ def count(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
         "table states": sum(shard.tensor.nbytes for state in table_states.values() for shard in state.local_shards()),
     }
     first = next(batches)
-    result["activations"] = kept_for_backward(model, to_train_batch(first, model.item_feature, mesh), mesh)
+    result["activations"] = kept_for_backward(model, to_train_batch(first, model.roles, mesh), mesh)
     pipeline.progress(batches)  # DDP settles its buckets after the first step
     result["exchanged"] = exchanged(lambda: pipeline.progress(batches))
     result["gradients"] = sum(p.grad.nbytes for p in unwrap_dense(model).task.parameters() if p.grad is not None)

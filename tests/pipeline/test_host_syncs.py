@@ -120,7 +120,7 @@ def meta_step(config: RunConfig, mesh: meshes.Mesh, spoil: Callable[[GRModel], N
     roles = source.roles
     specs = table_specs(source.tables, config.network, roles, lookup_negatives)
     keys = (*roles.names, *([NEGATIVES] if lookup_negatives else []))
-    model = GRModel(specs, build_task(config, source, mesh), keys, roles.item, config.trainer.seed)
+    model = GRModel(specs, build_task(config, source, mesh), keys, roles, config.trainer.seed)
     model.dense.to("meta")
     model.look_up = partial(rows_of_sharded_tables, model)  # type: ignore[method-assign]
     spoil(model)
@@ -132,7 +132,7 @@ def meta_step(config: RunConfig, mesh: meshes.Mesh, spoil: Callable[[GRModel], N
     )
     step = TrainStep(model, optimizers, mesh, max_grad_norm=1.0)  # type: ignore[arg-type]
     step.check = MetaCheck(mesh)
-    batch = to_train_batch(next(source.train_batches(SamplerPosition())), roles.item, mesh, 2)
+    batch = to_train_batch(next(source.train_batches(SamplerPosition())), roles, mesh, 2)
     batch = batch.to(torch.device("meta"), non_blocking=True)
     with PageableCopies() as copies:
         loss = step(batch).loss
@@ -282,8 +282,7 @@ def test_a_whole_step_reads_nothing_but_the_check_of_the_step_before(
     step, source, parts = trainer.pipeline.step, trainer.source, trainer.args.gradient_accumulation_steps
     step.check.deferred = True
     batches = [
-        to_train_batch(batch, source.roles.item, mesh, parts)
-        for batch in islice(source.train_batches(SamplerPosition()), 4)
+        to_train_batch(batch, source.roles, mesh, parts) for batch in islice(source.train_batches(SamplerPosition()), 4)
     ]
     reads: list[str] = []
     for name in READS:

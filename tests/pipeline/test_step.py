@@ -7,13 +7,13 @@ from hstu.data.batch import POOL
 from hstu.data.train_batch import split_micro_batches
 from hstu.model.gr_model import as_jagged
 from hstu.pipeline.step import collect_row_gradients, detach_rows
-from tests.data.test_train_batch import SAMPLES, batch_of
+from tests.data.test_train_batch import ROLES, SAMPLES, batch_of
 
 
 def test_rows_of_a_micro_batch_are_those_of_its_ids() -> None:
     batch = batch_of(SAMPLES, 2)
     keyed = batch.features.to_dict()
-    parts = split_micro_batches(batch, 3, "item")
+    parts = split_micro_batches(batch, 3, ROLES)
     rows = {name: jagged.values().float()[:, None] for name, jagged in keyed.items()}
     for leaf, part in zip(detach_rows(rows, parts), parts, strict=True):
         for name, jagged in as_jagged(leaf, part).items():
@@ -31,7 +31,7 @@ def test_gradients_of_all_micro_batches_come_back_as_one() -> None:
         return (own @ pool.T).square().sum()
 
     (expected,) = torch.autograd.grad(loss(rows["item"], rows[POOL]), table, retain_graph=True)
-    leaves = detach_rows(rows, split_micro_batches(batch, 3, "item"))
+    leaves = detach_rows(rows, split_micro_batches(batch, 3, ROLES))
     for leaf in leaves:
         loss(leaf["item"], leaf[POOL]).backward()
     assert table.grad is None, "no gradient reaches the table by itself"

@@ -65,6 +65,13 @@ OF_THE_ACTION = {
     ],
 }
 """Arguments of RankingArgs: tasks that need no label but the action. They compare candidates."""
+ITEM_FEATURES: dict[str, Any] = {
+    "colour": [item % 3 for item in range(ITEMS)],
+    "tags": [[item % 4, item % 5][: 1 + item % 2] for item in range(ITEMS)],
+}
+"""Features of the items of walks(), for write_small_store."""
+TOWER: Any = {"dataset": {"side_feature_names": ["colour", "tags"]}}
+"""Options of a run that makes the vectors of items of them."""
 RETRIEVAL = {"eval_metrics": ("HR@3", "NDCG@3", "MRR")}
 
 
@@ -139,7 +146,12 @@ def tiny_config(task: str, store: SequenceStore | str, output: Path | str, **opt
     make_task, defaults = (RankingArgs, RANKING) if ranking else (RetrievalArgs, RETRIEVAL)
     places = {"output_dir": f"{output}/run", "ckpt_save_dir": f"{output}/checkpoints"}
     data = {"dataset_name": "toy", "dataset_path": str(store.path), "max_sequence_length": 8, "shuffle": True}
-    tables = tables_of(store, options.get("sharded", ("item_id",)), options.get("sharding", "row_wise"))
+    unused = {*store.item_side_features} - {*options.get("dataset", {}).get("side_feature_names", ())}
+    tables = tuple(
+        table
+        for table in tables_of(store, options.get("sharded", ("item_id",)), options.get("sharding", "row_wise"))
+        if not unused & {*table.feature_names}
+    )
     return RunConfig(
         task=task,  # type: ignore[arg-type]
         trainer=TrainerArgs(**{**TRAINER, **places, **options.get("trainer", {})}),

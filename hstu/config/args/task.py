@@ -176,6 +176,10 @@ class RetrievalArgs(Args):
     """Subtract log Q from the logit of each negative, where Q is how often the item is expected among the negatives:
     the sampled softmax then estimates that of the whole corpus. The target is always there, so its logit stays (Bengio
     and Senécal, 2003). On MovieLens popularity needs it, and the other kinds did not gain from it."""
+    item_tower: bool = option(False)
+    """Make the vector of an item from its id and its features, those of DatasetArgs.side_feature_names that belong to
+    items: the row of the id plus an MLP of the rows of the features. An item that is new, or was never trained on, gets
+    its vector from its features alone. False: the vector is the row of the id."""
     filter_seen: bool = option(True)
     """Evaluation: exclude the items that the user has seen."""
     request_time: str = option("last_event", choices=("last_event", "target"))

@@ -183,6 +183,17 @@ def counted_items_are_stored(run: RunConfig) -> Iterator[Problem]:
             yield run.problem(retrieval, "logq_correction", f'with {kind} {text}; remove it, or use "uniform"')
 
 
+def item_towers_have_features(run: RunConfig) -> Iterator[Problem]:
+    if (retrieval := run.retrieval) is not None and retrieval.item_tower:
+        if isinstance(run.dataset, BenchmarkDatasetArgs):
+            yield run.problem(
+                retrieval, "item_tower", "is not for random data, where items have no features; remove it"
+            )
+        elif set(run.dataset.side_feature_names) <= set(run.dataset.known_after):
+            text = "makes the vectors of items from their features; name some in DatasetArgs.side_feature_names"
+            yield run.problem(retrieval, "item_tower", text)
+
+
 def request_time_is_seen(run: RunConfig) -> Iterator[Problem]:
     if isinstance(retrieval := run.task_args, RetrievalArgs) and retrieval.request_time == "target":
         if not run.network.has_relative_bias:
@@ -268,6 +279,6 @@ RULES = (
     candidates_leave_history, only_candidates_are_grouped, windows_leave_no_gap, split_fits_the_task,
     head_fits_the_tasks, activation_is_between_layers, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
     added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, counted_items_are_stored,
-    request_time_is_seen, next_items_are_not_candidates, next_items_are_not_evaluated,
+    item_towers_have_features, request_time_is_seen, next_items_are_not_candidates, next_items_are_not_evaluated,
     position_encodings_combine, position_buckets_have_a_table, masks_hide_the_labels,
 )  # fmt: skip

@@ -26,7 +26,7 @@ from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddi
 from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
 from torchrec.distributed.types import QuantizedCommCodecs, ShardingEnv
 
-from hstu.data.batch import NEGATIVES
+from hstu.data.batch import is_of_negatives
 from hstu.model.embedding import DynamicEmbeddingCollection, TableSpec
 from hstu.parallel.dynamic.hashing import mix, unmix
 from hstu.parallel.dynamic.memory import SplitLookup, logical_name
@@ -185,7 +185,7 @@ class ShardedDynamicCollection(ShardedEmbeddingCollection):
         for table in self.tables.values():
             ids = _ids_of(table, features)
             table.clear_default_row()
-            training = [key for key in ids if self.training and key != NEGATIVES]
+            training = [key for key in ids if self.training and not is_of_negatives(key)]
             if training:
                 assigned = table.assign_rows(torch.cat([ids[key] for key in training]))
                 for key, found in zip(training, assigned.split([len(ids[key]) for key in training]), strict=True):

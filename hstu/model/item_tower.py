@@ -1,0 +1,65 @@
+"""Features beside ids: their rows joined, and the vectors that an item tower makes of ids and features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hstu.config.args import NetworkArgs
+from hstu.data.batch import HSTUBatch
+from hstu.data.roles import FeatureRoles
+from hstu.model.heads import MLP
+
+
+def join_rows(names: Sequence[str], rows: Mapping[str, Tensor], list_lengths: Mapping[str, Tensor]) -> Tensor:
+    """The rows of n items side by side, [n, number of names x width]. Of a list the mean is taken.
+
+    rows: feature → [n, width]; of a list [sum of its list_lengths, width]. list_lengths: list → int64 [n].
+    """
+    joined = []
+    for name in names:
+        values = rows[name]
+        if name in list_lengths:
+            lengths = list_lengths[name]
+            values = torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)  # checks read the device
+        joined.append(values)
+    return torch.cat(joined, dim=1)
+
+
+class ItemTower(nn.Module):
+    """Vector of an item: the row of its id, plus an MLP of the joined rows of its features. Both are scaled by √E.
+
+    An item whose id has a row of zeros gets its vector from its features alone.
+    """
+
+    def __init__(self, network: NetworkArgs, roles: FeatureRoles) -> None:
+        super().__init__()
+        self.features, self.lists, self._all_lists = roles.tower, roles.tower_lists, roles.lists
+        width = network.item_width
+        self.scale = math.sqrt(width)
+        self.projection = MLP(len(self.features) * network.side_embedding_dim, (width, width), "silu")
+
+    def forward(self, rows: Tensor, of_features: Mapping[str, Tensor], list_lengths: Mapping[str, Tensor]) -> Tensor:
+        """Vectors [n, E], not normalised, from the rows [n, E] of the ids and what :func:`join_rows` reads."""
+        joined = join_rows(self.features, of_features, list_lengths)
+        vectors: Tensor = rows * self.scale + self.projection(joined * self.scale)
+        return vectors
+
+    def lengths_in_batch(self, batch: HSTUBatch) -> dict[str, Tensor]:
+        """List → its values for each item of a batch."""
+        if batch.list_lengths is None:
+            return {}
+        return {name: batch.list_lengths[self._all_lists.index(name)] for name in self.lists}
+
+    def lengths_of_negatives(self, batch: HSTUBatch) -> dict[str, Tensor]:
+        """List → its values for each of the NEGATIVES of a batch."""
+        lengths = batch.negative_list_lengths
+        return {} if lengths is None else dict(zip(self.lists, lengths, strict=True))
+
+    def lengths_of_pool(self, batch: HSTUBatch) -> dict[str, Tensor]:
+        """List → its values for each of the ``pool_ids`` of a batch."""
+        assert batch.pool_features is not None
+        return {name: batch.pool_features[name].lengths() for name in self.lists}

@@ -87,7 +87,7 @@ def task_config(store: SequenceStore, path: Path, **options: Any) -> Any:
     return tiny_config("ranking", store, path, **given)
 
 
-@pytest.mark.parametrize("sharing", ["shared", "ple"])
+@pytest.mark.parametrize("sharing", ["shared", pytest.param("ple", marks=pytest.mark.slow)])
 def test_a_run_learns_all_kinds_of_tasks(mesh: Mesh, tmp_path: Path, sharing: str) -> None:
     store = learnable_store(tmp_path / "store")
     trainer = {"max_train_iters": 60, "eval_at_end": True}

@@ -1,6 +1,7 @@
 """Requests: what was shown to users, from their own tables to the store, and from the store to batches."""
 
 import tempfile
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from hstu.data.collate import StoreReader
 from hstu.data.labels import LabelColumn
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess import write as write_module
+from hstu.data.preprocess.report import write_report
 from hstu.data.preprocess.requests import first_from
 from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import EvalSampler
 from hstu.data.samples import build_samples, check_requests
 from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.data.store_layout import REQUEST_FILES
+from hstu.data.store_requests import Requests, request_problems
+from hstu.data.store_writer import Journal
 from scripts.preprocess_dataset import main
 from tests.data.collators import build_collator
 from tests.data.test_restart import contents
@@ -51,7 +56,7 @@ def make(folder: Path, events: str = EVENTS, shown: str | None = SHOWN, **given:
     }
     requests = {"requests": (folder / "s.csv",), "request": "r"} if shown is not None else {}
     defaults = {"user": "u", "item": "i", "action": "a", "time": "t", "event_columns": ("device",), **requests}
-    columns = InteractionColumns(interactions=folder / "e.csv", **(defaults | given))
+    columns = InteractionColumns(**({"interactions": folder / "e.csv"} | defaults | given))
     return SequenceStore.open(import_interactions("mine", columns, output=folder / "store", **limits))
 
 
@@ -115,11 +120,12 @@ def test_candidates_have_numbers(tmp_path: Path) -> None:
 
 def test_buckets_of_any_size_give_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = contents(make(tmp_path).path)
-    monkeypatch.setattr(write_module, "_SORT_BYTES_PER_ROW", 1 << 30)
+    monkeypatch.setattr(write_module, "_SORT_BYTES_PER_ROW", 2 * 10**9)
     monkeypatch.setattr("hstu.data.preprocess.requests.ROWS_PER_CHUNK", 1)
     assert contents(make(tmp_path, force=True).path) == whole
 
 
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.integers(0, 6), max_size=5).map(sorted), min_size=1, max_size=4), st.integers(-1, 8))
 def test_the_end_of_each_history_is_found(runs: list[list[int]], at: int) -> None:
     times = np.array([time for run in runs for time in run], dtype=np.int64)
@@ -128,6 +134,62 @@ def test_the_end_of_each_history_is_found(runs: list[list[int]], at: int) -> Non
     assert found.tolist() == [
         start + sum(time < at for time in run) for start, run in zip(bounds[:-1], runs, strict=True)
     ]
+
+
+@pytest.mark.slow
+def test_requests_are_given_again_when_events_are_added(tmp_path: Path) -> None:
+    whole = contents(make(tmp_path).path)
+    first, second = EVENTS.rsplit("\n", 2)[0] + "\n", EVENTS.split("\n")[0] + "\n" + EVENTS.split("\n")[-2] + "\n"
+    make(tmp_path, first, force=True)
+    (tmp_path / "more.csv").write_text(second)
+    found = make(tmp_path, first, append=True, interactions=tmp_path / "more.csv")
+    assert {name: data for name, data in contents(found.path).items() if name != "meta.json"} == {
+        name: data for name, data in whole.items() if name != "meta.json"
+    }
+    report = write_report(found, tmp_path / "report").read_text()
+    assert "## Requests" in report and "events before a request" in report
+    with pytest.raises(DataError, match=r"--requests was .* it is now not given"):
+        make(tmp_path, first, None, append=True, interactions=tmp_path / "more.csv")
+
+
+@pytest.mark.slow
+def test_a_run_stopped_after_any_stage_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = contents(make(tmp_path).path)
+    monkeypatch.setattr(write_module, "_SORT_BYTES_PER_ROW", 2 * 10**9)
+    commit, stages = Journal.commit, []
+
+    def stop(journal: Journal, stage: str, result: object = None) -> None:
+        commit(journal, stage, result)
+        if stage not in stages:
+            stages.append(stage)
+            raise KeyboardInterrupt
+
+    for _ in range(100):
+        with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+            patched.setattr(Journal, "commit", stop)
+            found = make(tmp_path, force=True)
+            break
+    assert {"requests", "request buckets", "request bucket 1"} <= set(stages)
+    assert contents(found.path) == whole
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "said"),
+    [
+        ("users", [1, 0], "users are not ascending"),
+        ("times", [9, 7], "a user's requests are not in time order"),
+        ("history_ends", [1, 9], "a history ends outside the events of its user"),
+        ("history_ends", [2, 2], "a history does not end where its request is"),
+        ("offsets", [0, 0, 3], "a request has no candidates"),
+    ],
+)
+def test_damaged_requests_are_named(field: str, values: list[int], said: str) -> None:
+    arrays = {"users": [0, 0], "times": [7, 9], "history_ends": [1, 2], "offsets": [0, 1, 3]} | {field: values}
+    requests = Requests(**{name: np.array(column) for name, column in arrays.items()})
+    problems = dict(request_problems(requests, np.array([0, 3, 5]), np.array([5, 8, 9, 1, 2])))
+    assert said in problems[REQUEST_FILES[field]]
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -181,14 +243,7 @@ def rows_of(store: SequenceStore, batch: HSTUBatch) -> list[tuple[Any, ...]]:
     return [(user, *(values.tolist() for values in rest)) for user, *rest in zip(users, *of_each, strict=True)]
 
 
-@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
-@given(
-    st.lists(event_rows, min_size=1, max_size=25), st.lists(shown_rows, min_size=1, max_size=25),
-    st.integers(8, 30), st.integers(0, 4),
-)  # fmt: skip
-def test_any_log_gives_the_samples_of_a_plain_reference(
-    event_log: list[Any], shown_log: list[Any], length: int, most: int
-) -> None:
+def check_against_the_reference(event_log: list[Any], shown_log: list[Any], length: int, most: int) -> None:
     events = pd.DataFrame([(9, 1, 1, 0, "p"), *event_log], columns=["u", "i", "a", "t", "device"])
     shown = pd.DataFrame([*shown_log, (9, 1, 1, 14, "p", "x")], columns=["u", "i", "a", "t", "device", "r"])
     for table in (events, shown):
@@ -226,6 +281,29 @@ def test_any_log_gives_the_samples_of_a_plain_reference(
     assert split_by_time[1] == [row for row, second in zip(every, seconds, strict=True) if second >= cut]
     assert sorted(map(str, split_by_user[0] + split_by_user[1])) == sorted(map(str, every))
     assert not {row[0] for row in split_by_user[0]} & {row[0] for row in split_by_user[1]}
+
+
+LOGS = (
+    st.lists(event_rows, min_size=1, max_size=25), st.lists(shown_rows, min_size=1, max_size=25),
+    st.integers(8, 30), st.integers(0, 4),
+)  # fmt: skip
+
+
+@settings(max_examples=3, phases=[Phase.generate])
+@given(*LOGS)
+def test_a_log_gives_the_samples_of_a_plain_reference(
+    event_log: list[Any], shown_log: list[Any], length: int, most: int
+) -> None:
+    check_against_the_reference(event_log, shown_log, length, most)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, phases=[Phase.generate])
+@given(*LOGS)
+def test_any_log_gives_the_samples_of_a_plain_reference(
+    event_log: list[Any], shown_log: list[Any], length: int, most: int
+) -> None:
+    check_against_the_reference(event_log, shown_log, length, most)
 
 
 # --- bad inputs ------------------------------------------------------------------------------------------------------
@@ -284,7 +362,7 @@ def test_options_that_the_data_does_not_admit_are_errors(tmp_path: Path) -> None
 
 def test_the_command_knows_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path)
-    arguments = ["--dataset_name", "mine", "--interactions", str(tmp_path / "e.csv"), "--requests",
+    arguments = ["--dataset_name", "mine", "--no_report", "--interactions", str(tmp_path / "e.csv"), "--requests",
                  str(tmp_path / "s.csv"), "--request", "r", "--event_columns", "device", "--output",
                  str(tmp_path / "store")]  # fmt: skip
     columns = [word for name, column in zip(("user", "item", "action", "time"), "uiat", strict=True) for word in
@@ -292,7 +370,6 @@ def test_the_command_knows_requests(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*arguments, *columns]) == 0
     out = capsys.readouterr().out
     assert "requests 2 of 2 users; candidates 3, per request max 2, mean 1.5; left out 2 requests" in out
-    assert "Requests" in (tmp_path / "store.report" / "report.md").read_text()
     assert "DatasetArgs.candidates = 'requests'" in (tmp_path / "store_ranking.gin").read_text()
     (tmp_path / "s.csv").write_text(SHOWN.replace("q3", "q5"))
     assert main([*arguments, *columns]) == 3

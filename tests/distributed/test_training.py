@@ -12,7 +12,7 @@ from hstu.config.args import RankingTaskArgs
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.training_cases import train, users_evaluated
-from tests.train.tiny import ACTIONS, ITEM_FEATURES, TOWER, walks
+from tests.train.tiny import ACTIONS, ITEM_FEATURES, TOWER, shown, walks
 
 SIZES = (1, 2, 3)
 ON_THREE_RANKS = ("ranking", "in_batch", "uniform")
@@ -32,6 +32,7 @@ CASES: dict[str, Any] = {
         "sharded": [],
         "network": {"position_encoding": "relative_bias"},
     },
+    "ranking, requests": {"task": "ranking", "dataset": {"candidates": "requests", "max_num_candidates": 3}},
     "in_batch": {"task": "retrieval"},
     "in_batch, draws": {"task": "retrieval", "task_args": {"num_negatives": 5}},
     "uniform": {"task": "retrieval", "task_args": {"negatives": "uniform", "num_negatives": 5}},
@@ -82,7 +83,8 @@ TASKS = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two stores, and room for the runs: 31 users, of whom no batch size divides the number, and 7."""
     path = tmp_path_factory.mktemp("training")
-    write_small_store(path / "store", **walks(31), item_features=ITEM_FEATURES)
+    users = walks(31)
+    write_small_store(path / "store", **users, item_features=ITEM_FEATURES, requests=shown(users["items"]))
     write_small_store(path / "seven", **walks(7), item_features=ITEM_FEATURES)
     return path
 

@@ -115,7 +115,7 @@ def test_a_candidate_does_not_see_the_others_of_its_request(mesh: Mesh, tmp_path
 def test_models_learn_to_rank_what_was_shown(mesh: Mesh, tmp_path: Path) -> None:
     store = write_small_store(tmp_path / "store", **random_log())
     dataset = {**DATASET, "side_feature_names": [], "known_after": []}
-    trainer = {"max_train_iters": 120, "eval_at_end": True, "train_batch_size": 16}
+    trainer = {"max_train_iters": 50, "eval_at_end": True, "train_batch_size": 16}
     task = {"prediction_head_arch": [8, 1], "eval_metrics": ("AUC", "GAUC")}
     metrics = {}
     for split in ("user_holdout", "time"):

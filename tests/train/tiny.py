@@ -94,6 +94,18 @@ def walks(num_users: int = 20, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def shown(items: Sequence[Sequence[int]]) -> list[tuple[int, int, dict[str, list[int]]]]:
+    """Requests of these walks, for make_store: two of each user, which show 1 to 4 items at random."""
+    rng = np.random.default_rng(0)
+    requests = []
+    for user, row in enumerate(items):
+        for after in (2, len(row)):
+            codes = rng.integers(0, ITEMS, rng.integers(1, 5)).tolist()
+            candidates = {"item_id": codes, "action": [code % ACTIONS for code in codes]}
+            requests.append((user, 1_000_000 + 60 * (after - 1) + 30, candidates))
+    return requests
+
+
 def tables_of(
     store: SequenceStore, sharded: Sequence[str] = ("item_id",), sharding: str = "row_wise"
 ) -> tuple[EmbeddingArgs, ...]:

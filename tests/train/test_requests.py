@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hstu.config.args import RankingTaskArgs
 from hstu.config.errors import ConfigError
 from hstu.config.rules import validate
 from hstu.data.sampler import START
@@ -126,6 +127,23 @@ def test_models_learn_to_rank_what_was_shown(mesh: Mesh, tmp_path: Path) -> None
         validate(config, 1, ALL_RULES)
         metrics[split] = run(config, mesh).metrics["AUC"]
     assert min(metrics.values()) > 0.8, metrics
+
+
+def test_a_task_compares_the_candidates_of_a_request(mesh: Mesh, tmp_path: Path) -> None:
+    store = write_small_store(tmp_path / "store", **random_log())
+    watched = {"name": "watched", "label": "watched", "kind": "regression", "metrics": ("RMSE",)}
+    clicked = {"name": "clicked", "label": "action", "loss": "pairwise", "metrics": ("NDCG", "NDCG@1")}
+    tasks = [RankingTaskArgs(**clicked), RankingTaskArgs(**watched, weight=0.01)]
+    dataset = {**DATASET, "side_feature_names": [], "known_after": []}
+    config = tiny_config(
+        "ranking", store, tmp_path, dataset=dataset, tables=tables_for(store, dataset),
+        trainer={"max_train_iters": 30, "eval_at_end": True, "train_batch_size": 16},
+        task_args={"prediction_head_arch": [8], "tasks": tasks}, optimizer={"learning_rate": 0.02},
+    )  # fmt: skip
+    validate(config, 1, ALL_RULES)
+    finished = run(config, mesh)
+    assert finished.losses[-1] < finished.losses[0]
+    assert finished.metrics["NDCG@1/clicked"] > 0.6 and "RMSE/watched" in finished.metrics
 
 
 def test_large_requests_are_divided_and_histories_are_shortened(mesh: Mesh, tmp_path: Path) -> None:

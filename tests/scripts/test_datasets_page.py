@@ -42,4 +42,5 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
     report = shown(SECTION)[0].splitlines()[1]
     assert report.strip() in told, "the page shows what the command says"
     assert float(re.findall(r"HR@10[ =:]+([\d.]+)", told)[-1]) > 0.2, "popularity has about 0.05"
+    assert float(re.findall(r"AUC ([\d.]+)  GAUC", told)[-1]) > 0.7, "what the feed has shown can be ranked"
     subprocess.run([sys.executable, "-c", PYTHON[0]], cwd=tmp_path, check=True)

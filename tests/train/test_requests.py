@@ -113,37 +113,36 @@ def test_a_candidate_does_not_see_the_others_of_its_request(mesh: Mesh, tmp_path
         assert torch.equal(before[1:], after[1:]) and not torch.equal(before[0], after[0])
 
 
-def test_models_learn_to_rank_what_was_shown(mesh: Mesh, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["time", pytest.param("user_holdout", marks=pytest.mark.slow)])
+def test_models_learn_to_rank_what_was_shown(mesh: Mesh, tmp_path: Path, split: str) -> None:
     store = write_small_store(tmp_path / "store", **random_log())
     dataset = {**DATASET, "side_feature_names": [], "known_after": []}
     trainer = {"max_train_iters": 50, "eval_at_end": True, "train_batch_size": 16}
     task = {"prediction_head_arch": [8, 1], "eval_metrics": ("AUC", "GAUC")}
-    metrics = {}
-    for split in ("user_holdout", "time"):
-        config = tiny_config(
-            "ranking", store, tmp_path / split, dataset={**dataset, "split": split}, trainer=trainer, task_args=task,
-            tables=tables_for(store, dataset), optimizer={"learning_rate": 0.02},
-        )  # fmt: skip
-        validate(config, 1, ALL_RULES)
-        metrics[split] = run(config, mesh).metrics["AUC"]
-    assert min(metrics.values()) > 0.8, metrics
+    config = tiny_config(
+        "ranking", store, tmp_path, dataset={**dataset, "split": split}, trainer=trainer, task_args=task,
+        tables=tables_for(store, dataset), optimizer={"learning_rate": 0.02},
+    )  # fmt: skip
+    validate(config, 1, ALL_RULES)
+    assert run(config, mesh).metrics["AUC"] > 0.8
 
 
 def test_a_task_compares_the_candidates_of_a_request(mesh: Mesh, tmp_path: Path) -> None:
     store = write_small_store(tmp_path / "store", **random_log())
-    watched = {"name": "watched", "label": "watched", "kind": "regression", "metrics": ("RMSE",)}
+    watched = {"name": "watched", "label": "watched", "kind": "class", "num_classes": 5, "metrics": ("ACC",)}
     clicked = {"name": "clicked", "label": "action", "loss": "pairwise", "metrics": ("NDCG", "NDCG@1")}
     tasks = [RankingTaskArgs(**clicked), RankingTaskArgs(**watched, weight=0.01)]
     dataset = {**DATASET, "side_feature_names": [], "known_after": []}
     config = tiny_config(
         "ranking", store, tmp_path, dataset=dataset, tables=tables_for(store, dataset),
         trainer={"max_train_iters": 30, "eval_at_end": True, "train_batch_size": 16},
-        task_args={"prediction_head_arch": [8], "tasks": tasks}, optimizer={"learning_rate": 0.02},
+        task_args={"prediction_head_arch": [8], "eval_metrics": ("AUC",), "tasks": tasks},
+        optimizer={"learning_rate": 0.02},
     )  # fmt: skip
     validate(config, 1, ALL_RULES)
     finished = run(config, mesh)
     assert finished.losses[-1] < finished.losses[0]
-    assert finished.metrics["NDCG@1/clicked"] > 0.6 and "RMSE/watched" in finished.metrics
+    assert {"NDCG/clicked", "NDCG@1/clicked", "ACC/watched"} <= finished.metrics.keys()
 
 
 def test_large_requests_are_divided_and_histories_are_shortened(mesh: Mesh, tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_candidates_have_numbers(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_buckets_of_any_size_give_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = contents(make(tmp_path).path)
     monkeypatch.setattr(write_module, "_SORT_BYTES_PER_ROW", 2 * 10**9)
@@ -289,7 +290,7 @@ LOGS = (
 )  # fmt: skip
 
 
-@settings(max_examples=3, phases=[Phase.generate])
+@settings(max_examples=2, phases=[Phase.generate])
 @given(*LOGS)
 def test_a_log_gives_the_samples_of_a_plain_reference(
     event_log: list[Any], shown_log: list[Any], length: int, most: int
@@ -327,6 +328,7 @@ def test_bad_impressions_are_reported_with_their_place(tmp_path: Path, shown: st
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_bad_impressions_can_be_skipped(tmp_path: Path) -> None:
     store = make(tmp_path, shown=SHOWN.replace("q1,a,x9,0,7,tv", "q1,a,,0,7,tv"), bad_row_policy="skip")
     assert store.statistics["skipped_rows"] == {"unusable item": 1}

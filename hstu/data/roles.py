@@ -118,10 +118,6 @@ def resolve_roles(
                 text += f". Data preprocessed without them, or by an earlier version, has none. {store.remedy()}"
             problems.append(cite(args, parameter, text + did_you_mean(name, allowed)))
     problems += [problem for task in tasks or () for problem in _absent(store, chosen.action, task, cite)]
-    if item_tower and (of_items := [name for name in numbers if name in store.item_number_features]):
-        text = f"has the numbers {', '.join(of_items)} of items, of which RetrievalArgs.item_tower = True cannot make "
-        text += "vectors; group them (--bins of preprocessing), leave them out, or set it to False"
-        problems.append(cite(args, "side_feature_names", text))
     if item_tower and not chosen.tower and not problems:
         allowed = store.item_side_features
         text = "has no feature of items, from which RetrievalArgs.item_tower = True makes their vectors; "

@@ -118,6 +118,8 @@ def _build(
     state = build_state(config, source, model, optimizers, run_directory.identity)
     if source.roles.tower:
         log.info("item tower: the vector of an item is made of its id and %s", ", ".join(source.roles.tower))
+        if source.roles.numbers:
+            log.warning("item tower: numbers and vectors are left out of it: %s", ", ".join(source.roles.numbers))
         zero_untrained_items(state, source)
     peak = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
     log.info("peak for MFU: %.3g TFLOPS per rank (%s)", peak.value, peak.source)

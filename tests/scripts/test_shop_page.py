@@ -1,0 +1,53 @@
+"""docs/tutorials/a_shop.md: its commands, exactly as written, and in small."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+PAGE = (REPOSITORY / "docs" / "tutorials" / "a_shop.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def follow(place: Path, commands: list[str]) -> str:
+    """Run commands in ``place``. Returns what they print."""
+    for name in ("hstu", "scripts", "pretrain_gr_ranking.py", "pretrain_gr_retrieval.py"):
+        (place / name).symlink_to(REPOSITORY / name)
+    told = ""
+    for command in commands:
+        script = f'set -e; PATH="{Path(sys.executable).parent}:$PATH"\n{command}'
+        done = subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        told += done.stdout + done.stderr
+    return told
+
+
+def last(metric: str, told: str) -> float:
+    return float(re.findall(rf"{re.escape(metric)} ([\d.]+)", told)[-1])
+
+
+def test_a_small_shop_ranks_what_visits_show(tmp_path: Path) -> None:
+    tables, store, ranking, _ = COMMANDS
+    small = [
+        tables.replace("range(1500)", "range(60)"),
+        store,
+        ranking.replace("num_train_epochs = 6", "num_train_epochs = 1"),
+    ]
+    told = follow(tmp_path, small)
+    assert "features of items: category (8), price (number)" in told
+    assert re.search(r"requests \d+ of 60 users; candidates .* per request max 10, mean 10.0", told)
+    assert 0 < last("AUC/click", told) < 1 and 0 < last("AUC/buy", told) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_page_works_as_written(tmp_path: Path) -> None:
+    told = follow(tmp_path, COMMANDS)
+    for line in re.findall(r"^```text\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[1].splitlines()[:8]:
+        assert line.replace("…/tmp_data/shop", "") in told.replace(f"{tmp_path}/tmp_data/shop", "")
+    assert last("AUC/click", told) > 0.72 and last("HR@10", told) > 0.08
+    assert re.search(r"0\.\d{3}  sku-\d{3}", told)

@@ -6,9 +6,6 @@
     context.<feature>.npy         [U] codes of a contextual feature
     item.<feature>.npy            codes of an item feature: [I], or the lists of all items one after another
     item.<feature>.offsets.npy    int64 [I + 1]: the list of item i is [offsets[i], offsets[i + 1]), for lists
-
-Numbers have float32 in place of codes, NaN where one is missing: item.<feature>.npy has [I * width] of them.
-
     split.<split>.npy             int64 [U]: first event of "valid" and of "test", where the data says which those are
     request.<field>.npy           [R] requests: see Requests in store_requests.py
     candidate.<feature>.npy       [C] item codes, actions, or codes of an event feature, request after request
@@ -16,7 +13,7 @@ Numbers have float32 in place of codes, NaN where one is missing: item.<feature>
     titles.*                      item code -> human title, where the data has titles
 
 U users and I items are ordered by raw id. E events are in time order within a user, with ties in the order of the raw
-file.
+file. Numbers have float32 in place of codes, NaN where one is missing: item.<feature>.npy has [I * width] of them.
 ``StoreWriter`` (store_writer.py) writes a store.
 """
 

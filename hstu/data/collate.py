@@ -20,6 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from hstu.config.args import Task
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import NEGATIVES, HSTUBatch, ItemFeatures, keyed_jagged, labels_with_history, of_negatives
+from hstu.data.hard_negatives import shown_not_taken
 from hstu.data.jagged import ranges, run_indices, run_offsets
 from hstu.data.labels import LabelColumn
 from hstu.data.negatives import ItemDistribution, LabelKeys, Negatives, draw_31_bits, draw_each, draw_shared
@@ -60,6 +61,8 @@ class Rows:
     """The features of FeatureRoles.labels in their order → float32 [Σ num_labels], NaN where missing."""
     numbers: np.ndarray | None = None
     """float32 [Σ lengths, W], see HSTUBatch.numbers."""
+    hard_negatives: np.ndarray | None = None
+    """Codes of items, [labels that follow another item, Negatives.hard], see draw_each."""
     held_out: np.ndarray | None = None
     """Retrieval evaluation: the target items, [b]."""
     request_times: np.ndarray | None = None
@@ -97,6 +100,8 @@ class StoreReader:
     """The columns of FeatureRoles.labels."""
     stochastic_length: StochasticLength | None = field(default=None, kw_only=True)
     """Shortens training samples at random."""
+    hard_negatives: int = field(default=0, kw_only=True)
+    """Items to read for each label of what its user was shown and did not take."""
 
     def __post_init__(self) -> None:
         if self.wants_timestamps and self.store.timestamp_feature is None:
@@ -144,11 +149,18 @@ class StoreReader:
             list_lengths=list_lengths,
             label_values={name: column.read(labelled.values(name)) for name, column in self.labels.items()},
             numbers=self._numbers(items),
+            hard_negatives=self._hard_negatives(ends, labels_with_history(num_labels, lengths)),
             held_out=held_out,
             request_times=request_times,
             seen=seen,
             seen_lengths=seen_lengths,
         )
+
+    def _hard_negatives(self, ends: np.ndarray, num_labels: np.ndarray) -> np.ndarray | None:
+        if not self.hard_negatives:
+            return None
+        events = ranges(ends - num_labels, num_labels)
+        return shown_not_taken(self.store, events, np.repeat(ends, num_labels), self.hard_negatives)
 
     def _of_items(self, feature: str, items: SampleItems) -> np.ndarray:
         """What the model gets of the items, the actions or an event feature; int64."""
@@ -355,7 +367,7 @@ class Assembler:
         elif negatives.shared:
             codes = draw_shared(keys, negatives.num, corpus)
         else:
-            codes, draws = draw_each(keys, negatives.num, corpus)
+            codes, draws = draw_each(keys, negatives.num, corpus, rows.hard_negatives)
         return codes, draws, pool
 
     def _padded(self, values: np.ndarray, filler: int = 0) -> np.ndarray:

@@ -39,6 +39,8 @@ class Negatives:
     """Draws from the corpus are proportional to an item's count to this power; 0: uniform."""
     logq: bool = False
     """Correct the logits for how often an item is expected among the negatives."""
+    hard: int = 0
+    """How many of the draws of a position hard negatives replace at most."""
 
     @classmethod
     def of(cls, args: RetrievalArgs) -> Negatives:
@@ -47,7 +49,14 @@ class Negatives:
         if exponent is None:
             exponent = _WORD2VEC_EXPONENT if args.negatives == "popularity" else 0.0
         shared = args.shared_negatives or args.negatives == "mixed"
-        return cls(args.negatives, max(args.num_negatives, 0), shared, exponent, args.logq_correction)  # type: ignore[arg-type]
+        return cls(
+            args.negatives,  # type: ignore[arg-type]
+            max(args.num_negatives, 0),
+            shared,
+            exponent,
+            args.logq_correction,
+            args.hard_negatives,
+        )
 
     @property
     def has_batch_pool(self) -> bool:
@@ -165,14 +174,18 @@ def draw_shared(keys: LabelKeys, num: int, corpus: ItemDistribution) -> np.ndarr
     return corpus.items((bits >> np.uint64(32)).astype(np.uint32))
 
 
-def draw_each(keys: LabelKeys, num: int, corpus: ItemDistribution) -> tuple[np.ndarray, np.ndarray]:
+def draw_each(
+    keys: LabelKeys, num: int, corpus: ItemDistribution, hard: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(candidate item codes int64 [S], indices into them int32 [M, num]): independent draws for each label.
+
+    hard: codes, int64 [M, up to num], that replace the first draws of a label; -1: the draw stays.
 
     The candidates are exactly the distinct items drawn. An optimizer moves every row that is looked up, so any further
     row would make the tables depend on the number of ranks.
     """
     if corpus.size > _DENSE_ITEMS_PER_DRAW * len(keys.ordinals) * num:
-        codes = corpus.items(_draw_32_bits(keys, num))
+        codes = _with_hard(corpus.items(_draw_32_bits(keys, num)), hard)
         distinct, indices = np.unique(codes, return_inverse=True)
         return distinct, indices.reshape(codes.shape).astype(np.int32, copy=False)
     rows = max(1, _DRAWS_PER_BLOCK // num)
@@ -180,7 +193,7 @@ def draw_each(keys: LabelKeys, num: int, corpus: ItemDistribution) -> tuple[np.n
     drawn = np.zeros(corpus.size, dtype=bool)
     indices = np.empty((len(keys.ordinals), num), dtype=np.int32)
     for block in blocks:
-        codes = corpus.items(_draw_32_bits(keys, num, block))
+        codes = _with_hard(corpus.items(_draw_32_bits(keys, num, block)), None if hard is None else hard[block])
         drawn[codes] = True
         indices[block] = codes
     distinct = np.flatnonzero(drawn)
@@ -189,6 +202,13 @@ def draw_each(keys: LabelKeys, num: int, corpus: ItemDistribution) -> tuple[np.n
     for block in blocks:
         indices[block] = index_of.take(indices[block], mode="clip")  # faster than a bounds check
     return distinct, indices
+
+
+def _with_hard(codes: np.ndarray, hard: np.ndarray | None) -> np.ndarray:
+    if hard is not None:
+        first = codes[:, : hard.shape[1]]
+        np.copyto(first, hard, where=hard >= 0, casting="same_kind")
+    return codes
 
 
 def _draw_32_bits(keys: LabelKeys, num: int, rows: slice = slice(None)) -> np.ndarray:

@@ -194,6 +194,9 @@ class StoreSource(BatchSource):
         check_split(self.store, args, config.located)
         for store in (self.store, self._eval_store):
             check_requests(store, args, config.located)
+        if config.retrieval is not None and config.retrieval.hard_negatives and not self.store.num_requests:
+            text = f"{self.store.path} has no requests; preprocess the data with --requests FILE, or remove this"
+            raise ConfigError([config.located(config.retrieval, "hard_negatives", text)])
         self._labels = {name: LabelColumn(self.store, name) for name in self.roles.labels}
         self._eval_labels = {name: column.of(self._eval_store) for name, column in self._labels.items()}
         self.label_facts = {
@@ -347,6 +350,7 @@ class StoreSource(BatchSource):
             recoding=self._recoding if store is not self.store else None,
             labels=self._labels if store is self.store else self._eval_labels,
             stochastic_length=self._stochastic_length if training else None,
+            hard_negatives=self.negatives.hard if training and self.negatives is not None else 0,
         )
         corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed
         assembler = Assembler(

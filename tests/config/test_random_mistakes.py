@@ -11,7 +11,7 @@ from tests.config.gin_files import BASES, changed, task_of, write
 from tests.config.test_bad_files import EVERY, TOGETHER, Bad, is_told, told_about
 
 FILES = 40
-TAKES_AWAY = ("no dataset", "missing include")
+TAKES_AWAY = ("no dataset", "missing include", "task of a misspelt scope")
 """Kinds that take away what most other mistakes are about."""
 KINDS = [case for case in EVERY if case.name not in TAKES_AWAY]
 

@@ -169,6 +169,9 @@ class RetrievalArgs(Args):
     2020). full: a softmax over the whole corpus."""
     shared_negatives: bool = option(False)
     """uniform, popularity: draw one set of negatives for the whole global batch instead of one set per position."""
+    hard_negatives: int = option(0, minimum=0, maximum=10_000_000)
+    """uniform, popularity: how many of the num_negatives of a position are at most items that the user's last request
+    before the target showed and that the user did not take; data preprocessed with --requests has them."""
     popularity_exponent: float | None = option(None, above=0, maximum=10)
     """popularity, mixed: draw items in proportion to their number in the training samples to this power. None: 0.75 for
     popularity; mixed draws uniformly."""

@@ -195,7 +195,7 @@ def context_has_one_id(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterato
     for group in contextual.values():
         if group.is_jagged or group.max_sequence_length != 1:
             parameter = "is_jagged" if group.is_jagged else "max_sequence_length"
-            text = "a contextual feature has one id; set max_sequence_length = 1 and is_jagged = False"
+            text = "a feature of contextual_feature_names has one id; set max_sequence_length = 1 and is_jagged = False"
             yield run.problem(group, parameter, text)
 
 
@@ -209,7 +209,10 @@ def what_belongs_to_items_is_as_long(run: RunConfig, dataset: BenchmarkDatasetAr
             continue
         if item.is_jagged or other.is_jagged or item.max_sequence_length != other.max_sequence_length:
             which = f"{name!r} " if parameter == "side_feature_names" else ""
-            text = f"{which}must have the lengths of {dataset.item_feature_name!r}; put both into one FeatureArgs"
+            text = (
+                f"{which}must have the lengths of {dataset.item_feature_name!r}; put both into one FeatureArgs, or "
+                "give both one max_sequence_length and is_jagged = False"
+            )
             yield run.problem(dataset, parameter, text)
 
 

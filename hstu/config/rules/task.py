@@ -170,6 +170,25 @@ def number_of_negatives_fits_their_kind(run: RunConfig) -> Iterator[Problem]:
             yield run.problem(retrieval, "num_negatives", f"must be -1 with {kind}, which takes the whole corpus")
 
 
+def hard_negatives_are_draws(run: RunConfig) -> Iterator[Problem]:
+    retrieval = run.retrieval
+    if retrieval is None or not retrieval.hard_negatives:
+        return
+    because = None
+    if retrieval.negatives not in ("uniform", "popularity"):
+        because = f"{run.cite(retrieval, 'negatives')} draws none for a position of its own; use uniform or popularity"
+    elif retrieval.shared_negatives:
+        because = f"{run.cite(retrieval, 'shared_negatives')}, and each position has its own; set it to False"
+    elif retrieval.logq_correction:
+        because = f"{run.cite(retrieval, 'logq_correction')} corrects for random draws alone; remove one of the two"
+    elif retrieval.hard_negatives > retrieval.num_negatives:
+        because = f"they replace draws, of which there are {run.cite(retrieval, 'num_negatives')}; use at most as many"
+    elif isinstance(run.dataset, BenchmarkDatasetArgs):
+        because = "random data has no requests; remove it"
+    if because is not None:
+        yield run.problem(retrieval, "hard_negatives", because)
+
+
 def counted_items_are_stored(run: RunConfig) -> Iterator[Problem]:
     retrieval = run.retrieval
     if retrieval is not None and isinstance(run.dataset, BenchmarkDatasetArgs):
@@ -278,7 +297,8 @@ RULES = (
     numbers_are_side_features, side_features_have_a_width, actions_are_not_items,
     candidates_leave_history, only_candidates_are_grouped, windows_leave_no_gap, split_fits_the_task,
     head_fits_the_tasks, activation_is_between_layers, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
-    added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, counted_items_are_stored,
+    added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, hard_negatives_are_draws,
+    counted_items_are_stored,
     item_towers_have_features, request_time_is_seen, next_items_are_not_candidates, next_items_are_not_evaluated,
     position_encodings_combine, position_buckets_have_a_table, masks_hide_the_labels,
 )  # fmt: skip

@@ -132,6 +132,7 @@ def built_in(folder: Path, chance: random.Random) -> Path:
     name = chance.choice(("ml-100k", "ml-1m", "ml-20m", "kuairand-pure"))
     header = ("user_id", "video_id", "time_ms", *ACTION_BITS)
     users = DATASETS["kuairand-pure"].schema.context
+    videos = DATASETS["kuairand-pure"].schema.item_features
     contents = {
         "u.data": rows(chance, lambda row: (row % 5, row % 7, 1 + row % 5, 10**9 + row), "\t"),
         "u.user": rows(chance, lambda row: (row, 20, "M", "other", "1234"), "|"),
@@ -141,6 +142,9 @@ def built_in(folder: Path, chance: random.Random) -> Path:
         "movies.dat": rows(chance, lambda row: (row, f"Film {row} (1990)", "Drama"), "::"),
         "ratings.csv": b"userId,movieId,rating,timestamp\n" + rows(chance, lambda row: (row % 5, row, 3.5, row), ","),
         "movies.csv": b"movieId,title,genres\n" + rows(chance, lambda row: (row, f'"Film, {row}"', "Drama"), ","),
+        "video_features_basic_pure.csv": ",".join(("video_id", *videos)).encode()
+        + b"\n"
+        + rows(chance, lambda row: (row, *videos[:-1], 10.5), ","),
         "user_features_pure.csv": ",".join(users).encode() + b"\n" + rows(chance, lambda row: (row, *users[1:]), ","),
     } | {
         file: ",".join(header).encode()

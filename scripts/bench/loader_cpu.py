@@ -37,7 +37,6 @@ from hstu.data.roles import resolve_roles
 from hstu.data.sampler import TrainSampler
 from hstu.data.samples import build_samples
 from hstu.data.store import FORMAT, META_FILE, VERSION, SequenceStore, sealed, sha256
-from hstu.data.store_layout import FeatureMeta
 from hstu.data.store_writer import array_header
 from hstu.observe.throughput import ThroughputMeter
 
@@ -177,16 +176,17 @@ def sparse_store(path: Path, users: int, events: int, items: int) -> SequenceSto
     create("sequence.timestamp.npy", "<i8", events)
     create("vocabulary.video_id.npy", "<i8", items)
     create("vocabulary.user_id.npy", "<i8", users, np.arange(users))
+    described = ("name", "role", "dtype", "cardinality", "has_vocab")
     features = [
-        FeatureMeta("user_id", "context", "<i4", users, True),
-        FeatureMeta("video_id", "item", "<i4", items, True),
-        FeatureMeta("action", "action", "<i4", 256, False),
-        FeatureMeta("timestamp", "timestamp", "<i8", None, False),
+        ("user_id", "context", "<i4", users, True),
+        ("video_id", "item", "<i4", items, True),
+        ("action", "action", "<i4", 256, False),
+        ("timestamp", "timestamp", "<i8", None, False),
     ]
     meta = {
         **{"format": FORMAT, "version": VERSION, "name": "sparse", "command": None, "num_users": users},
         **{"num_events": events, "statistics": {}, "sources": {}, "files": files},
-        "features": [vars(feature) for feature in features],
+        "features": [dict(zip(described, feature, strict=True)) for feature in features],
     }
     (path / META_FILE).write_text(sealed(meta))
     return SequenceStore.open(path)

@@ -35,7 +35,12 @@ def trained(
     mesh: Mesh, store: str, pipeline: str, kernel: str = "fused", sharding: str = "row_wise", optimizer: str = "adam"
 ) -> dict[str, Any]:
     """Losses, metrics and positions of some steps, the device, and where the rows of the sharded tables lie."""
-    tables = tables_of(SequenceStore.open(store), ("item_id", "town"), sharding)
+    used = {"item_id", "action", "town"}
+    tables = [
+        table
+        for table in tables_of(SequenceStore.open(store), ("item_id", "town"), sharding)
+        if used.issuperset(table.feature_names)
+    ]
     sharded = {
         table.table_name: replace(table, compute_kernel=kernel)
         for table in tables

@@ -12,6 +12,7 @@ from hstu.config.args import NetworkArgs
 from hstu.data.batch import HSTUBatch
 from hstu.data.roles import FeatureRoles
 from hstu.model.heads import MLP
+from hstu.ops.dropout import draw
 
 
 def join_rows(names: Sequence[str], rows: Mapping[str, Tensor], list_lengths: Mapping[str, Tensor]) -> Tensor:
@@ -32,11 +33,13 @@ def join_rows(names: Sequence[str], rows: Mapping[str, Tensor], list_lengths: Ma
 class ItemTower(nn.Module):
     """Vector of an item: the row of its id, plus an MLP of the joined rows of its features. Both are scaled by √E.
 
-    An item whose id has a row of zeros gets its vector from its features alone.
+    An item whose id has a row of zeros gets its vector from its features alone. So do, in training, items chosen at
+    random with probability ``id_dropout`` (DropoutNet, Volkovs et al., NeurIPS 2017).
     """
 
-    def __init__(self, network: NetworkArgs, roles: FeatureRoles) -> None:
+    def __init__(self, network: NetworkArgs, roles: FeatureRoles, id_dropout: float = 0.0) -> None:
         super().__init__()
+        self.id_dropout = id_dropout
         self.features, self.lists, self._all_lists = roles.tower, roles.tower_lists, roles.lists
         width = network.item_width
         self.scale = math.sqrt(width)
@@ -45,6 +48,8 @@ class ItemTower(nn.Module):
     def forward(self, rows: Tensor, of_features: Mapping[str, Tensor], list_lengths: Mapping[str, Tensor]) -> Tensor:
         """Vectors [n, E], not normalised, from the rows [n, E] of the ids and what :func:`join_rows` reads."""
         joined = join_rows(self.features, of_features, list_lengths)
+        if self.training and self.id_dropout > 0:
+            rows = rows * draw(torch.Size((len(rows), 1)), self.id_dropout, rows.device)
         vectors: Tensor = rows * self.scale + self.projection(joined * self.scale)
         return vectors
 

@@ -319,7 +319,7 @@ def task_module(
             hidden_size=network.hidden_size,
             item_dim=network.item_width,
             args=config.retrieval,
-            tower=ItemTower(network, features) if features.tower else None,
+            tower=ItemTower(network, features, config.retrieval.item_id_dropout) if features.tower else None,
             gather_pool=gather_pool,
             log_counts=log_counts,
             kernels=kernels,

@@ -155,3 +155,15 @@ def test_without_the_option_nothing_of_a_tower_is_there() -> None:
     torch.manual_seed(0)
     model = RetrievalDense(RunningSum(DIM, False), item_feature="item", hidden_size=DIM, item_dim=DIM, args=ARGS)
     assert sorted(dict(model.named_parameters())) == ["encoder.map.bias", "encoder.map.weight"]
+
+
+def test_with_id_dropout_some_vectors_are_made_of_features_alone_and_in_evaluation_none() -> None:
+    torch.manual_seed(0)
+    tower = ItemTower(NETWORK, ROLES, id_dropout=0.5)
+    rows, tags, colours = torch.randn(400, DIM), torch.randn(400, 4), torch.randn(400, 4)
+    features, lengths = {"tags": tags, "colour": colours}, {"tags": torch.ones(400, dtype=torch.int64)}
+    alone, whole = tower.eval()(torch.zeros_like(rows), features, lengths), tower(rows, features, lengths)
+    trained = tower.train()(rows, features, lengths)
+    dropped = (trained == alone).all(dim=1)
+    assert 150 < dropped.sum() < 250
+    assert torch.equal(trained[~dropped], whole[~dropped])

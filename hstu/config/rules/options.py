@@ -67,6 +67,7 @@ NEEDS: Iterable[tuple[str, str, tuple[Any, ...], str]] = (
         "only these are drawn per position",
     ),
     ("retrieval.popularity_exponent", "retrieval.negatives", ("popularity", "mixed"), "no other kind counts items"),
+    ("retrieval.item_id_dropout", "retrieval.item_tower", (True,), "without features an item has its id alone"),
     ("retrieval.logq_correction", "retrieval.negatives", _Not(["full"]), "the whole corpus is not a sample of it"),
 )  # fmt: skip
 """(option, other option, values of the other with which the first has an effect, why if it is not obvious)."""

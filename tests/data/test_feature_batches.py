@@ -23,6 +23,7 @@ from tests.data.collators import build_collator
 SEED, BATCH_SIZE = 7, 3
 CONTEXT, ITEM, LISTS, EVENT = ["town", "age"], ["maker", "size"], ["tags"], ["device", "place"]
 TIMES = ["hour_of_day", "day_of_week", "time_gap", "item_age"]
+NUMBERS = {"price": "item", "watched": "event"}
 VALUES = ["", "a", "b", "C", "é", "10"]
 SPLITS: dict[Task, tuple[Split, ...]] = {"retrieval": ("train", "valid", "test"), "ranking": ("train", "valid")}
 Sample = dict[str, Any]
@@ -41,8 +42,14 @@ def schemas(draw: st.DrawFn) -> dict[str, Any]:
     """Which columns the tables have, and how they are split and read."""
     has_action, has_time = draw(st.booleans()), draw(st.booleans())
     some = {
-        name: draw(st.lists(st.sampled_from(names), unique=True))
-        for name, names in (("context", CONTEXT), ("item", ITEM), ("lists", LISTS), ("event", EVENT))
+        name: draw(st.lists(st.sampled_from(list(names)), unique=True))
+        for name, names in (
+            ("context", CONTEXT),
+            ("item", ITEM),
+            ("lists", LISTS),
+            ("event", EVENT),
+            ("numbers", NUMBERS),
+        )
     }
     task: Task = draw(st.sampled_from(["retrieval", "ranking"] if has_action else ["retrieval"]))
     split = draw(st.sampled_from(["given", "auto"] + ["time"] * (has_time and task == "ranking")))
@@ -70,10 +77,17 @@ def random_tables(schema: Mapping[str, Any], seed: int) -> tuple[pd.DataFrame, p
     events["split"] = np.array(["train", "valid", "test"])[np.searchsorted([0.5, 0.8], place)]
     for name in EVENT:
         events[name] = rng.choice(VALUES, size)
+    events["watched"] = rng.choice(["", "0.5", "-2", "1e9"], size)
+    events.loc[0, "watched"] = "0.5"  # a column of numbers without any is refused
     context = pd.DataFrame({"user": users} | {name: rng.choice(VALUES, len(users)) for name in CONTEXT})
     items = pd.DataFrame({"item": [f"i{n}" for n in range(8)] + ["other"]})  # i8 has no row
     for name in ITEM:
         items[name] = rng.choice(VALUES, len(items))
+    items["price"] = [f"{number / 4}" for number in rng.integers(0, 99, len(items))]
+    items.loc[items["item"].isin(rng.permutation(items["item"])[:3]), "price"] = ""
+    if not items.price[items["item"].isin(events["item"])].any():
+        items["price"] = "1.5"
+        events.loc[0, "item"] = "i0"
     items["tags"] = ["|".join(rng.choice(["a", "b", "Ω"], rng.integers(0, 4))) for _ in range(len(items))]
     return events, context, items
 
@@ -84,6 +98,8 @@ def reference(
     events, context, items = tables
     rows = events.merge(items, on="item", how="left").fillna("").merge(context, on="user").replace("", UNKNOWN)
     rows["tags"] = [[UNKNOWN] if text == UNKNOWN else text.split("|") for text in rows.tags]
+    for name in NUMBERS:
+        rows[name] = pd.Series([None if text == UNKNOWN else float(text) for text in rows[name]], dtype=object)
     rows["hour_of_day"], rows["day_of_week"] = (
         rows["at"] // 3600 % 24,
         pd.to_datetime(rows["at"], unit="s").dt.dayofweek,
@@ -126,6 +142,7 @@ def sample_of(schema, newest, labels, shown, target, seen) -> Sample:  # type: i
         *schema["lists"],
         *schema["event"],
         *schema["times"],
+        *schema["numbers"],
         *(["action"] if schema["action"] else []),
     ]
     labelled = newest["item" if schema["task"] == "retrieval" else "action"].tolist()
@@ -175,6 +192,11 @@ def in_raw_values(schema: Mapping[str, Any], store: SequenceStore, batch: HSTUBa
         for name, lengths in lists.items():
             parts = np.split(np.array(of_row[name], dtype=object), np.cumsum(lengths[row])[:-1])
             of_row[name] = [part.tolist() for part in parts]
+        if batch.numbers is not None:
+            ends = np.cumsum(batch.item_lengths)
+            numbers = batch.numbers[ends[row] - batch.item_lengths[row] : ends[row]].T.tolist()
+            for name, values in zip(schema["numbers"], numbers, strict=True):
+                of_row[name] = [None if np.isnan(value) else value for value in values]
         is_evaluation = batch.seen_values is not None
         seen = None
         if batch.seen_values is not None and batch.seen_offsets is not None:
@@ -196,21 +218,22 @@ def make_store(schema: Mapping[str, Any], tables: tuple[pd.DataFrame, ...], fold
     files = [folder / name for name in ("events.csv", "users.csv", "items.csv")]
     for table, file in zip(tables, files, strict=True):
         table.to_csv(file, index=False)
+    of_kind = {kind: [name for name in schema["numbers"] if NUMBERS[name] == kind] for kind in ("item", "event")}
     columns = InteractionColumns(
         interactions=files[0], user="user", item="item",
         action="action" if schema["action"] else None, time="at" if schema["time"] else None,
         split="split" if schema["split"] == "given" else None,
         context=files[1] if schema["context"] else None, context_columns=tuple(schema["context"]),
-        items=files[2] if schema["item"] or schema["lists"] else None,
-        item_columns=(*schema["item"], *schema["lists"]), lists=dict.fromkeys(schema["lists"], "|"),
-        event_columns=tuple(schema["event"]),
+        items=files[2] if schema["item"] or schema["lists"] or "price" in schema["numbers"] else None,
+        item_columns=(*schema["item"], *schema["lists"], *of_kind["item"]), lists=dict.fromkeys(schema["lists"], "|"),
+        event_columns=(*schema["event"], *of_kind["event"]), numbers=tuple(schema["numbers"]),
     )  # fmt: skip
     return SequenceStore.open(import_interactions("mine", columns, output=folder / "store"))
 
 
 def check(schema: Mapping[str, Any], seed: int) -> None:
     tables = random_tables(schema, seed)
-    side = [*schema["item"], *schema["lists"], *schema["event"], *schema["times"]]
+    side = [*schema["item"], *schema["lists"], *schema["event"], *schema["times"], *schema["numbers"]]
     args = DatasetArgs(
         dataset_name="mine", max_sequence_length=schema["length"], max_num_candidates=schema["candidates"],
         side_feature_names=side, split="auto" if schema["split"] == "given" else schema["split"],

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from hstu.config.args import DatasetArgs, Task
+from hstu.config.args import Args, DatasetArgs, Task
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.option import is_given
 from hstu.config.problems import Cite, cite
@@ -126,13 +126,18 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
     return _ranking_samples(runs.select(later > 0), args, num_later=later[later > 0])
 
 
+def require_requests(store: SequenceStore, args: Args, option: str, cite: Cite = cite) -> None:
+    """Raises ConfigError, worded by ``cite``, where the data lacks the requests that an option needs."""
+    if not store.num_requests:
+        text = f"{store.path} has no requests; preprocess the data with --requests FILE, or remove this"
+        raise ConfigError([cite(args, option, text)])
+
+
 def check_requests(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> None:
     """Raises ConfigError, worded by ``cite``, where the data lacks the requests of the options, or they do not fit."""
     if args.candidates != "requests":
         return
-    if not store.num_requests:
-        text = f"{store.path} has no requests; preprocess the data with --requests FILE, or remove this"
-        raise ConfigError([cite(args, "candidates", text)])
+    require_requests(store, args, "candidates", cite)
     if store.split is not None:
         text = f"the split of the data (column {store.split!r}) is of events; preprocess the data without --split"
         raise ConfigError([cite(args, "candidates", text)])

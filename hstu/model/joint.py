@@ -9,9 +9,8 @@ from torchrec import JaggedTensor
 
 from hstu.data.batch import HSTUBatch, labels_with_history
 from hstu.model.outputs import ModelOutput
-from hstu.model.ranking import RankingDense
+from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense, newest_elements
-from hstu.model.tasks import MultiTaskDense
 from hstu.ops.layout import to_device
 
 
@@ -28,7 +27,7 @@ class JointDense(nn.Module):
         weight: of the next item's loss.
     """
 
-    def __init__(self, ranking: RankingDense | MultiTaskDense, retrieval: RetrievalDense, weight: float) -> None:
+    def __init__(self, ranking: RankingModel, retrieval: RetrievalDense, weight: float) -> None:
         super().__init__()
         for task in (ranking, retrieval):
             for name, module in task.named_children():
@@ -37,7 +36,7 @@ class JointDense(nn.Module):
         self._tasks = ranking, retrieval  # in a tuple, which does not register them: their parts are registered above
 
     @property
-    def ranking(self) -> RankingDense | MultiTaskDense:
+    def ranking(self) -> RankingModel:
         """The part that predicts actions."""
         return self._tasks[0]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +19,29 @@ from hstu.model.stack import SequenceEncoder
 from hstu.ops.types import JaggedLayout
 
 
-class RankingDense(nn.Module):
+class RankingModel(nn.Module, ABC):
+    """A sequence encoder, and a head on the tokens of the labelled items."""
+
+    encoder: SequenceEncoder
+    head: nn.Module
+
+    def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
+        """Loss and predictions of the batch's labelled items. ``embeddings``: rows of each feature of the encoder."""
+        tokens, layout = self.encoder(embeddings, batch)
+        return self.predict(tokens, layout, batch)
+
+    @abstractmethod
+    def predict(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> ModelOutput:
+        """The same, from the tokens of the encoder."""
+
+    def head_outputs(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> Any:
+        """What the head gives for the labelled items."""
+        labelled = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total)
+        with mixed_precision(self.encoder.network.dtype_str, tokens.device.type):
+            return self.head(tokens.index_select(0, labelled))
+
+
+class RankingDense(RankingModel):
     """The dense part of ranking: a sequence encoder, and a head on the tokens of the labelled items.
 
     Args:
@@ -39,16 +64,9 @@ class RankingDense(nn.Module):
         self.is_multi_task = args.prediction_head_arch[-1] == args.num_tasks
         self.label_offset = label_offset
 
-    def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
-        """Loss and logits of the batch's labelled items. ``embeddings``: rows of each feature of the encoder."""
-        tokens, layout = self.encoder(embeddings, batch)
-        return self.predict(tokens, layout, batch)
-
     def predict(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> ModelOutput:
-        """The same, from the tokens of the encoder."""
-        labelled = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total)
-        with mixed_precision(self.encoder.network.dtype_str, tokens.device.type):
-            logits = self.head(tokens.index_select(0, labelled))
+        """See RankingModel. Predictions are logits."""
+        logits = self.head_outputs(tokens, layout, batch)
         return ModelOutput(
             loss_sum=self.loss_sum(logits, batch.labels), num_labels=batch.num_labels.sum(), logits=logits
         )

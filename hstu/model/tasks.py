@@ -8,7 +8,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torchrec import JaggedTensor
 
 from hstu.config.args import RankingArgs, RankingTaskArgs
 from hstu.data.batch import HSTUBatch
@@ -16,7 +15,7 @@ from hstu.data.labels import PLAIN, LabelCodes
 from hstu.model import task_losses
 from hstu.model.heads import MultiTaskHead
 from hstu.model.outputs import ModelOutput
-from hstu.model.precision import mixed_precision
+from hstu.model.ranking import RankingModel
 from hstu.model.stack import SequenceEncoder
 from hstu.ops.types import JaggedLayout
 
@@ -110,7 +109,7 @@ class RankingTask(nn.Module):
         return args.weight * (losses * weights).sum()
 
 
-class MultiTaskDense(nn.Module):
+class MultiTaskDense(RankingModel):
     """The dense part of ranking with RankingArgs.tasks: a sequence encoder, and a head on the labelled items.
 
     Args:
@@ -144,17 +143,9 @@ class MultiTaskDense(nn.Module):
         """``tasks``, typed."""
         return [cast(RankingTask, task) for task in self.tasks]
 
-    def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
-        """Loss and predictions of the labelled items, those of one task beside those of the task before."""
-        tokens, layout = self.encoder(embeddings, batch)
-        return self.predict(tokens, layout, batch)
-
     def predict(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> ModelOutput:
-        """The same, from the tokens of the encoder."""
-        labelled = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total)
-        with mixed_precision(self.encoder.network.dtype_str, tokens.device.type):
-            outputs = self.head(tokens.index_select(0, labelled))
-        of_tasks = list(zip(self.each_task, outputs, strict=True))
+        """See RankingModel. The predictions of one task stand beside those of the task before."""
+        of_tasks = list(zip(self.each_task, self.head_outputs(tokens, layout, batch), strict=True))
         return ModelOutput(
             loss_sum=torch.stack([task.loss_sum(output, batch) for task, output in of_tasks]).sum(),
             num_labels=batch.num_labels.sum(),

@@ -30,7 +30,15 @@ from hstu.data.loader import build_loader
 from hstu.data.negatives import ItemDistribution, Negatives, count_items, expected_log_counts
 from hstu.data.roles import FeatureRoles, benchmark_roles, check_numbers, resolve_roles
 from hstu.data.sampler import BatchPartition, EvalSampler, SamplerPosition, TrainSampler
-from hstu.data.samples import SampleTable, Split, StochasticLength, build_samples, check_requests, check_split
+from hstu.data.samples import (
+    SampleTable,
+    Split,
+    StochasticLength,
+    build_samples,
+    check_requests,
+    check_split,
+    require_requests,
+)
 from hstu.data.store import SequenceStore
 from hstu.data.store_layout import NumberStatistics
 from hstu.data.synthetic import SyntheticDataset
@@ -194,9 +202,8 @@ class StoreSource(BatchSource):
         check_split(self.store, args, config.located)
         for store in (self.store, self._eval_store):
             check_requests(store, args, config.located)
-        if config.retrieval is not None and config.retrieval.hard_negatives and not self.store.num_requests:
-            text = f"{self.store.path} has no requests; preprocess the data with --requests FILE, or remove this"
-            raise ConfigError([config.located(config.retrieval, "hard_negatives", text)])
+        if config.retrieval is not None and config.retrieval.hard_negatives:
+            require_requests(self.store, config.retrieval, "hard_negatives", config.located)
         self._labels = {name: LabelColumn(self.store, name) for name in self.roles.labels}
         self._eval_labels = {name: column.of(self._eval_store) for name, column in self._labels.items()}
         self.label_facts = {

@@ -20,9 +20,8 @@ from hstu.data.preprocess.build import build_store
 from hstu.data.preprocess.report import format_report, write_report
 from hstu.data.preprocess.state import BuildOptions
 from hstu.data.store import SequenceStore
-from hstu.data.store_writer import Journal
 from scripts.preprocess_dataset import main
-from tests.data.test_restart import contents
+from tests.data.test_restart import contents, stopped_after_each_stage
 
 EVENTS = """u,i,t,device,price,colour
 b,x1,20,phone,9.5,
@@ -242,22 +241,7 @@ def test_a_run_stopped_after_any_stage_ends_with_the_same_bytes(
     options: dict[str, Any] = BOTH | {"event_columns": ("device", "price"), "bins": {"price": 2}}
     expected = contents(make(tmp_path / "a", **options).path)
     monkeypatch.setattr(write, "_SORT_BYTES_PER_ROW", 4 * 10**9 // 2)  # a bucket of two events
-    commit, stages = Journal.commit, []
-
-    def stop(journal: Journal, stage: str, result: object = None) -> None:
-        commit(journal, stage, result)
-        if stage not in stages:
-            stages.append(stage)
-            raise KeyboardInterrupt
-
-    for _ in range(100):
-        try:
-            with monkeypatch.context() as patched:
-                patched.setattr(Journal, "commit", stop)
-                found = make(tmp_path / "a", force=True, **options)
-            break
-        except KeyboardInterrupt:
-            continue
+    found, stages = stopped_after_each_stage(monkeypatch, lambda: make(tmp_path / "a", force=True, **options))
     assert {"item_table", "vocabulary_e0", "ranges e1", "bucket 1"} <= set(stages)
     assert contents(found.path) == expected
 

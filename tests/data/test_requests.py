@@ -1,7 +1,6 @@
 """Requests: what was shown to users, from their own tables to the store, and from the store to batches."""
 
 import tempfile
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,9 @@ from hstu.data.samples import build_samples, check_requests
 from hstu.data.store import USER_FEATURE, SequenceStore
 from hstu.data.store_layout import REQUEST_FILES
 from hstu.data.store_requests import Requests, request_problems
-from hstu.data.store_writer import Journal
 from scripts.preprocess_dataset import main
 from tests.data.collators import build_collator
-from tests.data.test_restart import contents
+from tests.data.test_restart import contents, stopped_after_each_stage
 
 EVENTS = """u,i,a,t,device
 b,x1,1,20,phone
@@ -159,19 +157,7 @@ def test_a_run_stopped_after_any_stage_ends_with_the_same_bytes(
 ) -> None:
     whole = contents(make(tmp_path).path)
     monkeypatch.setattr(write_module, "_SORT_BYTES_PER_ROW", 2 * 10**9)
-    commit, stages = Journal.commit, []
-
-    def stop(journal: Journal, stage: str, result: object = None) -> None:
-        commit(journal, stage, result)
-        if stage not in stages:
-            stages.append(stage)
-            raise KeyboardInterrupt
-
-    for _ in range(100):
-        with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
-            patched.setattr(Journal, "commit", stop)
-            found = make(tmp_path, force=True)
-            break
+    found, stages = stopped_after_each_stage(monkeypatch, lambda: make(tmp_path, force=True))
     assert {"requests", "request buckets", "request bucket 1"} <= set(stages)
     assert contents(found.path) == whole
 

@@ -6,7 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from hstu.data.preprocess import preprocess, write
 from hstu.data.store_writer import Journal
 from tests.conftest import REPOSITORY
 
+T = TypeVar("T")
 GENERATE = REPOSITORY / "scripts" / "bench" / "generate_data.py"
 SCRIPT = REPOSITORY / "scripts" / "preprocess_dataset.py"
 
@@ -23,6 +27,23 @@ def generate(directory: Path, rows: int, variant: str = "27k") -> Path:
     arguments = ["kuairand", "--output", str(directory), "--rows", str(rows), "--users", "50", "--items", "900"]
     subprocess.run([sys.executable, str(GENERATE), *arguments, "--variant", variant], check=True, timeout=60)
     return directory
+
+
+def stopped_after_each_stage(monkeypatch: pytest.MonkeyPatch, make: Callable[[], T]) -> tuple[T, list[str]]:
+    """Calls ``make`` until it ends, stopped when it first finishes a stage. Returns its result, and the stages."""
+    commit, stages = Journal.commit, []
+
+    def stop(journal: Journal, stage: str, left: object = None) -> None:
+        commit(journal, stage, left)
+        if stage not in stages:
+            stages.append(stage)
+            raise KeyboardInterrupt
+
+    for _ in range(100):
+        with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+            patched.setattr(Journal, "commit", stop)
+            return make(), stages
+    raise AssertionError(f"it never ends; stages: {stages}")
 
 
 def contents(store: Path) -> dict[str, bytes]:

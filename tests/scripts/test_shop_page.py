@@ -1,29 +1,15 @@
 """docs/tutorials/a_shop.md: its commands, exactly as written, and in small."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.scripts.pages import blocks, follow
 
 PAGE = (REPOSITORY / "docs" / "tutorials" / "a_shop.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-
-
-def follow(place: Path, commands: list[str]) -> str:
-    """Run commands in ``place``. Returns what they print."""
-    for name in ("hstu", "scripts", "pretrain_gr_ranking.py", "pretrain_gr_retrieval.py"):
-        (place / name).symlink_to(REPOSITORY / name)
-    told = ""
-    for command in commands:
-        script = f'set -e; PATH="{Path(sys.executable).parent}:$PATH"\n{command}'
-        done = subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-        told += done.stdout + done.stderr
-    return told
+COMMANDS = blocks(PAGE, "bash")
 
 
 def last(metric: str, told: str) -> float:
@@ -47,7 +33,7 @@ def test_a_small_shop_ranks_what_visits_show(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_the_page_works_as_written(tmp_path: Path) -> None:
     told = follow(tmp_path, COMMANDS)
-    for line in re.findall(r"^```text\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[1].splitlines()[:8]:
+    for line in blocks(PAGE, "text")[1].splitlines()[:8]:
         assert line.replace("…/tmp_data/shop", "") in told.replace(f"{tmp_path}/tmp_data/shop", "")
     assert last("AUC/click", told) > 0.72 and last("HR@10", told) > 0.08
     assert re.search(r"0\.\d{3}  sku-\d{3}", told)

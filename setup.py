@@ -34,6 +34,10 @@ CUTLASS_DSL = "nvidia-cutlass-dsl>=4.8,<4.9"
 CUTLASS_DSL_CUDA = "nvidia-cutlass-dsl[cu13]>=4.8,<4.9"
 # Needed only for TrainerArgs.wandb_project.
 WANDB = "wandb>=0.19,<1"
+# Needed only for scripts/factorize.py and scripts/quality.
+SCIPY = "scipy>=1.17,<2"
+# Needed only for scripts/quality/ranking_peers.py.
+QUALITY = [SCIPY, "lightgbm>=4.5,<5"]
 
 REQUIRED = [
     TORCH,
@@ -61,6 +65,7 @@ DEVELOPMENT = [
     "pytest-xdist>=3.8",
     "hypothesis>=6.150",
     "scikit-learn>=1.7",
+    SCIPY,
     "ruff>=0.15",
     "mypy>=2",
     "pandas-stubs>=3",
@@ -77,6 +82,7 @@ COMMANDS = {
     "hstu-export": "hstu_scripts.export:main",
     "hstu-dynamic-table": "hstu_scripts.dynamic_table:main",
     "hstu-estimate": "hstu_scripts.estimate:main",
+    "hstu-factorize": "hstu_scripts.factorize:main",
 }
 
 setup(
@@ -116,6 +122,8 @@ setup(
         "cpu": [FBGEMM_CPU, TRITON_CPU],
         "cuda": [TORCHREC, FBGEMM_CUDA, CUTLASS_DSL_CUDA],
         "wandb": [WANDB],
+        "factorize": [SCIPY],
+        "quality": QUALITY,
         "dev": DEVELOPMENT,
     },
 )

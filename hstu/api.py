@@ -47,7 +47,7 @@ from hstu.parallel.mesh import Mesh
 from hstu.train.builder import build_evaluator, build_model, build_state, raw_ids
 from hstu.train.evaluate import Corpus, Queries, RetrievalEvaluator, evaluation_mode, recommend
 from hstu.train.given_histories import History, HistoryEncoder, Vocabulary, vocabularies_of
-from hstu.train.inference import InferenceSource, StoredSource, zero_spare_rows
+from hstu.train.inference import InferenceSource, StoredSource, asked_at, zero_spare_rows
 from hstu.train.sources import store_path
 
 __all__ = [
@@ -206,17 +206,24 @@ class TrainedModel:
         with self._inference():
             return evaluator.evaluate(self.source.eval_batches(split))
 
-    def user_embeddings(self, users: Sequence[Any]) -> Tensor:
+    @property
+    def reads_request_time(self) -> bool:
+        """Whether recommendations depend on when they are asked for (DatasetArgs.query_time = "request")."""
+        return self.config.network.has_relative_bias and self.config.asks_for_next
+
+    def user_embeddings(self, users: Sequence[Any], at: int | None = None) -> Tensor:
         """Vectors of users after their whole histories: float32 [len(users), E], of length 1.
 
         Args:
             users: raw ids; numbers may be given as strings.
+            at: when they ask, in whole seconds since 1970: int(time.time()) in a service. None: at their newest event.
 
         Raises:
-            DataError: unknown users, or a ranking model, which has no user vectors.
+            DataError: unknown users, users with events after ``at``, or a ranking model, which has no user vectors.
+            ConfigError: ``at`` is given to a model that does not read it, see ``reads_request_time``.
         """
         self._retrieval_args()
-        return self._user_vectors(encode_users(self.store, users))
+        return self._user_vectors(encode_users(self.store, users), at)
 
     def item_embeddings(self) -> Tensor:
         """Vectors of all items, row by row as ``store.raw_ids(store.item_feature)``: float32 [items, E], of length 1.
@@ -229,17 +236,17 @@ class TrainedModel:
         with self._inference():
             return torch.cat([vectors for _, vectors in corpus.chunks()])[: corpus.size]
 
-    def recommend(self, users: Sequence[Any], top: int = 10) -> list[Recommendation]:
+    def recommend(self, users: Sequence[Any], top: int = 10, at: int | None = None) -> list[Recommendation]:
         """Recommend the ``top`` items that each user has not seen, after the user's whole history.
 
-        Raises as :meth:`user_embeddings`.
+        ``at`` and errors: as of :meth:`user_embeddings`.
         """
         self._retrieval_args()
         rows, offsets = encode_users(self.store, users), self.store.offsets()
         lengths = offsets[rows + 1] - offsets[rows]
         seen = self.store.sequence(self.source.roles.item)[ranges(offsets[rows], lengths)]
         corpus = self._retrieval_evaluator().corpus()
-        return self._best(users, self._user_vectors(rows), corpus, self._model_ids(seen), lengths, top)
+        return self._best(users, self._user_vectors(rows, at), corpus, self._model_ids(seen), lengths, top)
 
     def known_users(self, users: Iterable[Any]) -> tuple[list[Any], list[Any]]:
         """Divide raw user ids into those that the data has and those that it does not have, each in order."""
@@ -252,7 +259,7 @@ class TrainedModel:
         return known, unknown
 
     def recommend_for(
-        self, given: Sequence[History], top: int = 10
+        self, given: Sequence[History], top: int = 10, at: int | None = None
     ) -> tuple[list[Recommendation], dict[str, list[Any]]]:
         """Recommend the ``top`` items that are not in a history, for histories given by hand. Needs no data.
 
@@ -261,11 +268,13 @@ class TrainedModel:
         of items that are not given come from the data, if it is there.
 
         Raises:
-            DataError: a history without items, or without what the model reads: actions, times, features of events.
+            DataError: a history without items, or without what the model reads: actions, times, features of events;
+                or one with events after ``at``.
+            ConfigError: as :meth:`user_embeddings`, which says what ``at`` is.
         """
         corpus, item = self._retrieval_evaluator().corpus(), self.source.roles.item
         encoder = HistoryEncoder(self.config, self.source, self._vocabularies)
-        vectors = self._vectors(encoder.batches(given))
+        vectors = self._vectors(encoder.batches(given), at)
         lengths = np.array([len(history.items) for history in given], dtype=np.int64)
         items = [item for history in given for item in history.items]
         seen = encoder.encode(item, items)
@@ -308,11 +317,18 @@ class TrainedModel:
         named = [str(titles[code]) if code != vocabulary.unknown else "" for code in codes]
         return items, [title or str(item) for title, item in zip(named, items, strict=True)]
 
-    def _user_vectors(self, rows: np.ndarray) -> Tensor:
+    def _user_vectors(self, rows: np.ndarray, at: int | None = None) -> Tensor:
         """As ``user_embeddings``, for rows of the store."""
-        return self._vectors(self._with_data().history_batches(rows))
+        return self._vectors(self._with_data().history_batches(rows), at)
 
-    def _vectors(self, batches: Iterable[HSTUBatch]) -> Tensor:
+    def _vectors(self, batches: Iterable[HSTUBatch], at: int | None = None) -> Tensor:
+        if at is not None:
+            if not self.reads_request_time:
+                because = f"its position_encoding is {self.config.network.position_encoding}"
+                if self.config.network.has_relative_bias:
+                    because = 'it was trained with DatasetArgs.query_time = "last_event"'
+                raise ConfigError(f"the model does not read the time of a request: {because}; leave the time out")
+            batches = asked_at(batches, at)
         vectors = [torch.empty(0, self.config.network.item_width, device=self.mesh.device)]
         for batch in batches:
             queries = self.forward(batch).queries

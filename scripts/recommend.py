@@ -15,7 +15,9 @@ import io
 import json
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--actions", help="the actions of --items, separated by commas")
     add("--times", help="the times of --items, seconds since 1970, separated by commas")
+    add(
+        "--at",
+        help="when the users ask, if the model reads it (DatasetArgs.query_time): now, seconds since 1970, or a date "
+        "such as 2026-01-31T18:00 (UTC); default: at the newest event of each",
+    )
     add("--top", type=int, default=10, help="items per user (default 10)")
     add("--format", choices=("text", "json", "csv"), default="text", help="form of the output (default text)")
     add("--output", type=Path, help="file to write; default: the terminal")
@@ -79,22 +86,25 @@ def _recommend(options: argparse.Namespace) -> None:
     """Load the model, answer, and report on stderr what is unknown."""
     wanted = _users(options) if options.users or options.users_file else None
     given = _histories(options) if wanted is None else []
+    at = None if options.at is None else _time(options.at)
     trained = api.load(options.run_dir or options.ckpt, options.ckpt, strict=False if options.partial else None)
     unknown_users: list[Any] = []
     unknown_values: dict[str, list[Any]] = {}
     if wanted is None:
-        answered, unknown_values = trained.recommend_for(given, options.top)
+        answered, unknown_values = trained.recommend_for(given, options.top, at)
         if options.items:
             unknown_values.pop(USER_FEATURE, None)  # the history has no user, only a label
     else:
         known, unknown_users = trained.known_users(wanted)
         if not known:
             raise DataError(f"{trained.store.path} has none of these users: {_shown(unknown_users)}")
-        answered = trained.recommend(known, options.top)
+        answered = trained.recommend(known, options.top, at)
     if not trained.mesh.is_main:
         return
     for line in trained.report:
         print(f"note: {line}", file=sys.stderr)
+    if trained.reads_request_time and at is None:
+        print("note: each user asks at the time of the newest event; --at now asks now", file=sys.stderr)
     if unknown_users:
         print(f"note: {len(unknown_users)} unknown user(s) left out: {_shown(unknown_users)}", file=sys.stderr)
     for feature, values in unknown_values.items():
@@ -134,6 +144,23 @@ def _histories(options: argparse.Namespace) -> list[api.History]:
         else [_parse(line, f"{options.histories}:{number}") for number, line in enumerate(text.split("\n"), 1) if line]
     )
     return [_history(entry, number, options.histories) for number, entry in enumerate(entries, 1)]
+
+
+def _time(text: str) -> int:
+    """Seconds since 1970 of --at."""
+    if text == "now":
+        return int(time.time())
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        date = datetime.fromisoformat(text)
+    except ValueError:
+        raise DataError(
+            f"--at: {text!r} is no time; give now, seconds since 1970, or a date such as 2026-01-31T18:00"
+        ) from None
+    return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
 
 
 def _seconds(text: str) -> int:

@@ -11,11 +11,13 @@ from hstu import api
 from hstu.api import Recommendation, TrainedModel
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
-from hstu.config.errors import DataError
+from hstu.config.errors import ConfigError, DataError
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
+from hstu.train.builder import build_model
+from hstu.train.inference import InferenceSource
 from tests.train.conftest import mesh, store, undisturbed  # noqa: F401
 from tests.train.tiny import ACTIONS, ITEMS, FinishedRun, run, tables_with_dynamic, tiny_config, walks
 
@@ -95,6 +97,41 @@ def test_embeddings_score_as_recommendations_do(trained: TrainedModel) -> None:
     (entry,) = trained.recommend([104], top=1)
     code = trained.store.encode("item_id", np.array(entry.items))[0]
     assert float(users[1] @ items[code]) == pytest.approx(entry.scores[0], rel=1e-5)
+
+
+def test_asked_at_the_time_of_the_held_out_event_a_model_gives_what_is_evaluated(
+    store: SequenceStore,  # noqa: F811
+    mesh: Mesh,  # noqa: F811
+    trained: TrainedModel,
+    tmp_path: Path,
+) -> None:
+    config = tiny_config("retrieval", store, tmp_path, network={"position_encoding": "relative_bias"})
+    source = InferenceSource(config, config.dataset, mesh)  # type: ignore[arg-type]
+    model = TrainedModel(config, tmp_path, mesh, source, *build_model(config, source, mesh), [])
+    batch = next(model.batches("test"))
+    row = int(np.argmin(batch.item_lengths[: batch.real_batch_size]))
+    (whole,) = api.histories(store, [int(batch.user_ids[row])])
+    assert whole.timestamps is not None and whole.actions is not None
+    times = np.asarray(whole.timestamps)
+    history = api.History(whole.user, whole.items[:-1], whole.actions[:-1], times[:-1], whole.context)
+    expected = model.forward(batch).queries
+    assert expected is not None
+    scores = [
+        dict(zip(entry.items, entry.scores, strict=True))
+        for at in (int(times[-1]), None, int(times[-2]))
+        for (entry,), _ in [model.recommend_for([history], top=1000, at=at)]
+    ]
+    items = model.item_embeddings() @ expected[row]
+    for item, score in scores[0].items():
+        assert score == pytest.approx(float(items[item - 1000]), abs=1e-5)
+    assert scores[1] == scores[2] != scores[0]
+    user = int(whole.user)
+    vectors = [model.user_embeddings([user], at=at) for at in (None, int(times[-1]), 10**9)]
+    assert torch.equal(vectors[0], vectors[1]) and not torch.equal(vectors[0], vectors[2])
+    with pytest.raises(DataError, match="1970-01-12 13:46:39 UTC, and a history has an event at"):
+        model.recommend([user], at=999_999)
+    with pytest.raises(ConfigError, match="does not read the time of a request: its position_encoding"):
+        trained.recommend([user], at=10**9)
 
 
 def test_users_get_the_next_item_of_their_walk_and_nothing_they_know(trained: TrainedModel) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import gin
 
-from hstu.config.args import ACCEPTED, CLASSES, REGISTRY, Args
+from hstu.config.args import ACCEPTED, CLASSES, REGISTRY, REPLACED, Args
 from hstu.config.gin_scan import Binding, Broken, Import, Macro, Reference, Scan
 from hstu.config.option import is_required, options_of
 from hstu.config.problems import Problem, nearest, show
@@ -36,7 +36,8 @@ class Bindings:
         self.macros: dict[str, Binding] = {}
         self.user: list[Binding] = []
         self.not_in_force: list[Binding] = []
-        """Those that a later file or the command line overrides, and those of parameters in ``ACCEPTED``."""
+        """Those that a later file or the command line overrides, and those of ``ACCEPTED`` and ``REPLACED``."""
+        self._is_stored = statements.is_stored
         self._problems = problems
         self._seen: dict[tuple[int, str, str], Binding] = {}
         for binding in statements.bindings:
@@ -66,6 +67,11 @@ class Bindings:
         if binding.parameter in ACCEPTED:
             self.not_in_force.append(binding)
             self._report(binding, ACCEPTED[binding.parameter], is_warning=True)
+            return
+        if replaced := REPLACED.get((cls.__name__, binding.parameter)):
+            self.not_in_force.append(binding)
+            if not self._is_stored:
+                self._report(binding, replaced)
             return
         names = {name: option.name for option in options_of(cls) for name in (option.name, *option.metadata["aliases"])}
         owner = (binding.scope, cls)

@@ -81,6 +81,11 @@ class RunConfig:
         """How the next item is learnt: by a retrieval run, or by a ranking run beside the actions."""
         return self.task_args if isinstance(self.task_args, RetrievalArgs) else self.next_item
 
+    @property
+    def asks_for_next(self) -> bool:
+        """Whether what finds the next item has the time of that item's event: DatasetArgs.query_time = "request"."""
+        return getattr(self.dataset, "query_time", "request") == "request"
+
     def parts(self) -> dict[str, Any]:
         """Every argument object by a name: "NetworkArgs", "embeddings[0]", "feature_args[1].seqlen_dist"."""
         values = [getattr(self, f.name, None) for f in fields(self)]

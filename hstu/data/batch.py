@@ -88,8 +88,8 @@ class HSTUBatch(Pipelineable):
     timestamps: Tensor | None = None
     """int64 [sum of item_lengths], in seconds: times of the items, if the model has a relative bias."""
     request_times: Tensor | None = None
-    """int64 [B], in seconds: when the recommendations are asked for, if RetrievalArgs.request_time = "target"; 0 for
-    padding. Only in evaluation."""
+    """int64 [B], in seconds: when the recommendations are asked for, if DatasetArgs.query_time = "request"; 0 for
+    padding. Only in retrieval evaluation of a model with a relative bias."""
     draws: Tensor | None = None
     """int32 [n, R] for the n labelled items that have an item before them (``labels_with_history``). From the corpus:
     indices into the NEGATIVES values. In-batch: random numbers in [0, 2^31)."""
@@ -105,8 +105,8 @@ class HSTUBatch(Pipelineable):
     """int64 [L, N]: the number of values that each of the N NEGATIVES has of each of the L features of an item tower
     that are lists. None if L = 0."""
     seen_values: Tensor | None = None
-    """int64 [.]. Retrieval evaluation with filter_seen: the store's codes of all items of the users' histories,
-    possibly repeated."""
+    """int64 [.], possibly repeated. Retrieval evaluation with filter_seen: the store's codes of all items of the users'
+    histories. Training with mask_seen: ids of the items that the users had before the sequences begin."""
     seen_offsets: Tensor | None = None
     """int64 [B + 1]: each sequence's range in seen_values."""
     real_batch_size: int

@@ -24,6 +24,7 @@ from hstu.data.hard_negatives import shown_not_taken
 from hstu.data.jagged import ranges, run_indices, run_offsets
 from hstu.data.labels import LabelColumn
 from hstu.data.negatives import ItemDistribution, LabelKeys, Negatives, draw_31_bits, draw_each, draw_shared
+from hstu.data.random_windows import RandomWindows
 from hstu.data.roles import FeatureRoles
 from hstu.data.sample_items import SampleItems
 from hstu.data.sampler import BatchPlan
@@ -68,7 +69,7 @@ class Rows:
     request_times: np.ndarray | None = None
     """Retrieval evaluation: the times of the target events, [b], in seconds."""
     seen: np.ndarray | None = None
-    """Retrieval evaluation: items of the whole histories, [Σ seen_lengths]."""
+    """See HSTUBatch.seen_values, [Σ seen_lengths]."""
     seen_lengths: np.ndarray | None = None
     """[b]"""
 
@@ -94,10 +95,14 @@ class StoreReader:
     """Read the times of the held-out events of evaluation samples."""
     wants_seen: bool = field(default=False, kw_only=True)
     """Read whole histories of evaluation samples, which filter_seen needs."""
+    wants_earlier: bool = field(default=False, kw_only=True)
+    """Read what users had before their training samples begin, which mask_seen needs."""
     recoding: Mapping[str, np.ndarray] | None = field(default=None, kw_only=True)
     """Feature → int64 [cardinality]: from this store's codes to those of the training store. None: the same store."""
     labels: Mapping[str, LabelColumn] = field(default_factory=dict, kw_only=True)
     """The columns of FeatureRoles.labels."""
+    random_windows: RandomWindows | None = field(default=None, kw_only=True)
+    """Moves the windows of training samples at random."""
     stochastic_length: StochasticLength | None = field(default=None, kw_only=True)
     """Shortens training samples at random."""
     hard_negatives: int = field(default=0, kw_only=True)
@@ -115,6 +120,9 @@ class StoreReader:
         samples, chosen = self.samples, plan.indices
         start, users = samples.start[chosen], samples.user[chosen]
         lengths, num_labels = samples.lengths[chosen], samples.num_labels[chosen]
+        if self.random_windows is not None:
+            begin, stop = samples.history_begin[chosen], samples.stop[chosen]
+            start = self.random_windows.starts(begin, start, stop, plan.epoch, plan.ordinals)
         if self.stochastic_length is not None:
             whole = lengths
             lengths, num_labels = self.stochastic_length.shorten(
@@ -130,8 +138,9 @@ class StoreReader:
             if times is not None and self.wants_request_times:
                 request_times = self.store.sequence(times)[target].astype(np.int64)
             if self.wants_seen:
-                seen_lengths = target - begin
-                seen = self._of_items(self.roles.item, SampleItems(self.store, ranges(begin, seen_lengths)))
+                seen, seen_lengths = self._items_between(begin, target)
+        elif self.wants_earlier:
+            seen, seen_lengths = self._items_between(samples.history_begin[chosen], start)
         codes = self._of_items(self.roles.item, items)
         side, list_lengths = self._side(items)
         ends = start + lengths
@@ -155,6 +164,11 @@ class StoreReader:
             seen=seen,
             seen_lengths=seen_lengths,
         )
+
+    def _items_between(self, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the model gets of the items of the events [begins[i], ends[i]) for each i; the counts of these."""
+        lengths = ends - begins
+        return self._of_items(self.roles.item, SampleItems(self.store, ranges(begins, lengths))), lengths
 
     def _hard_negatives(self, ends: np.ndarray, num_labels: np.ndarray) -> np.ndarray | None:
         if not self.hard_negatives:

@@ -39,6 +39,11 @@ def random_bits(*counters: ArrayLike) -> np.ndarray:
     return state
 
 
+def random_uniform(*counters: ArrayLike) -> np.ndarray:
+    """Random float64 in [0, 1), addressed as those of random_bits."""
+    return (random_bits(*counters) >> np.uint64(11)) / 2.0**53
+
+
 def random_below(bound: int, bits: np.ndarray) -> np.ndarray:
     """Maps uint32 ``bits`` to int64 in [0, bound), bound <= 2^32. Each probability is within 2^-32 of 1 / bound."""
     scaled = bits.astype(np.uint64)

@@ -13,7 +13,8 @@ import numpy as np
 
 from hstu.config.args import RetrievalArgs
 from hstu.data.hashing import random_below, random_bits
-from hstu.data.jagged import ranges, run_offsets
+from hstu.data.jagged import ranges, run_indices, run_offsets
+from hstu.data.random_windows import coverage
 from hstu.data.samples import SampleTable, StochasticLength
 from hstu.data.store import SequenceStore
 
@@ -115,18 +116,33 @@ def _alias_table(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def count_items(
-    store: SequenceStore, feature: str, samples: SampleTable, shortened: StochasticLength | None = None
+    store: SequenceStore,
+    feature: str,
+    samples: SampleTable,
+    shortened: StochasticLength | None = None,
+    *,
+    random_windows: bool = False,
 ) -> np.ndarray:
-    """How often each item occurs in ``samples``, int64 [cardinality]. ``shortened``: count those of one epoch."""
-    lengths = samples.stop - samples.start
+    """How often each item occurs in ``samples``, int64 [cardinality]. ``shortened``: count those of one epoch.
+
+    ``random_windows``: how often it is expected in an epoch, float64.
+    """
+    lengths = kept = samples.stop - samples.start
     if shortened is not None:
-        lengths, _ = shortened.shorten(lengths, samples.num_labels, 0, np.arange(len(lengths)))
+        kept, _ = shortened.shorten(lengths, samples.num_labels, 0, np.arange(len(lengths)))
+    counted = samples.stop - samples.history_begin if random_windows else kept
     codes, size = store.sequence(feature), store.cardinality(feature)
-    counts = np.zeros(size, dtype=np.int64)
-    blocks = np.searchsorted(run_offsets(lengths), np.arange(_EVENTS_PER_BLOCK, lengths.sum(), _EVENTS_PER_BLOCK))
-    for stop, count in zip(np.split(samples.stop, blocks), np.split(lengths, blocks), strict=True):
-        found = codes[ranges(stop - count, count)].astype(np.int64)
-        counts += np.bincount(found[(found >= 0) & (found < size)], minlength=size)  # reading a batch reports others
+    counts = np.zeros(size, dtype=np.float64 if random_windows else np.int64)
+    blocks = np.searchsorted(run_offsets(counted), np.arange(_EVENTS_PER_BLOCK, counted.sum(), _EVENTS_PER_BLOCK))
+    for rows in np.split(np.arange(len(samples)), blocks):
+        found = codes[ranges(samples.stop[rows] - counted[rows], counted[rows])].astype(np.int64)
+        known = (found >= 0) & (found < size)  # reading a batch reports others
+        weights = None
+        if random_windows:
+            run, place = run_indices(counted[rows])
+            of_event = rows[run]
+            weights = coverage(place, counted[of_event], lengths[of_event], kept[of_event])[known]
+        counts += np.bincount(found[known], weights, minlength=size)
     return counts
 
 
@@ -141,7 +157,7 @@ def expected_log_counts(
     """
     expected = np.zeros(draws.size)
     if negatives.has_batch_pool:
-        expected += 1 - (1 - 1 / batches_per_epoch) ** np.maximum(counts, 1)  # an item of a batch occurs
+        expected += 1 - (1 - 1 / batches_per_epoch) ** np.where(counts > 0, counts, 1)  # an item of a batch occurs
     if negatives.kind == "in_batch":
         expected *= max(negatives.num, 1)
     else:

@@ -15,7 +15,7 @@ from hstu.config.args import Args, DatasetArgs, Task
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.option import is_given
 from hstu.config.problems import Cite, cite
-from hstu.data.hashing import hash_strings, random_bits
+from hstu.data.hashing import hash_strings, random_bits, random_uniform
 from hstu.data.jagged import run_indices
 from hstu.data.store import USER_FEATURE, SequenceStore
 from hstu.data.store_layout import HeldOut
@@ -51,7 +51,7 @@ class SampleTable:
     """With ``request``: the first of the sample's candidates among those of the store."""
     report: dict[str, int] = field(default_factory=dict)
     """users of the split; samples built from them; dropped_short users, or targets without history; truncated users,
-    whose oldest events are in no sample; events of all samples."""
+    whose oldest events are in no sample; users in random windows; events of all samples."""
 
     def __len__(self) -> int:
         """S."""
@@ -91,10 +91,10 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
     event (with valid_items = 0 the last), "test" the last. Training needs two events of a user (history and target),
     evaluation one event before the target.
 
-    user_holdout: the first train_fraction of the users, by a hash of raw id and ``seed``, are trained on; the others
-    are both "valid" and "test". time: the events before a cut, which train_fraction of all events precede, are trained
-    on; "valid" and "test" are the users with later events, of which only the later ones are labelled. Both need one
-    event more than candidates.
+    user_holdout: the first train_fraction of the users, by a hash of raw id and ``seed``, are trained on; the next
+    valid_fraction are "valid", the others "test". With valid_fraction = 0 the others are both. time: the events before
+    a cut, which train_fraction of all events precede, are trained on; "valid" and "test" are the users with later
+    events, of which only the later ones are labelled. Both need one event more than candidates.
 
     Data with a split of its own (SequenceStore.split) replaces these. Training sees the events before the first valid
     or test one. For retrieval, each event of "valid" and "test" is a target. For ranking, each of them is a label of
@@ -116,7 +116,7 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
     if split == "all":
         return _ranking_samples(runs, args)
     if args.split != "time":
-        chosen = _in_training(store, args.train_fraction, seed) == (split == "train")
+        chosen = _users_of_split(store, args, split, seed)
         samples = _ranking_samples(runs.select(chosen), args)
         return in_windows(samples, args, unlabelled=0) if split == "train" else samples
     cut = _cut_events(store, args.train_fraction)
@@ -151,14 +151,21 @@ def check_requests(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -
 
 
 def check_split(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> None:
-    """Raises ConfigError, worded by ``cite``, for options that contradict the split that the data has."""
+    """Raises ConfigError, worded by ``cite``, for options that the split of the data contradicts or leaves no users."""
     if store.split is None:
+        trained, validated = _users_before(store, args)
+        if args.valid_fraction and not trained < validated < store.num_users:
+            text = (
+                f"of {store.num_users} users {trained} are trained on, which leaves {validated - trained} for valid "
+                f"and {store.num_users - validated} for test; change it, or train_fraction, so that both have users"
+            )
+            raise ConfigError(cite(args, "valid_fraction", text))
         return
     text = (
         f"has no effect, because the data says itself which events are train, valid and test (column {store.split!r}); "
         "remove it, or preprocess the data without --split"
     )
-    options = ("split", "valid_items", "train_fraction", "eval_dataset_path")
+    options = ("split", "valid_items", "train_fraction", "valid_fraction", "eval_dataset_path")
     if problems := [cite(args, option, text) for option in options if is_given(args, option)]:
         raise ConfigError(problems)
 
@@ -192,13 +199,23 @@ def _with_target(runs: _Runs, target: np.ndarray, args: DatasetArgs) -> SampleTa
     return _table(kept, args, len(runs.user), no_labels, target=target[usable])
 
 
-def _in_training(store: SequenceStore, fraction: float, seed: int) -> np.ndarray:
+def _users_of_split(store: SequenceStore, args: DatasetArgs, split: Split, seed: int) -> np.ndarray:
     """bool [U]. Raw ids alone decide, so the order of users and files has no influence."""
     raw_ids = store.raw_ids(USER_FEATURE)
     keys = raw_ids if raw_ids.dtype == np.int64 else hash_strings(raw_ids)
-    in_training = np.zeros(store.num_users, dtype=bool)
-    in_training[np.argsort(random_bits(seed, keys))[: round(fraction * store.num_users)]] = True
-    return in_training
+    trained, validated = _users_before(store, args)
+    begin, stop = {"train": (0, trained), "valid": (trained, validated), "test": (validated, None)}[split]
+    if not args.valid_fraction and split != "train":
+        begin, stop = trained, None
+    chosen = np.zeros(store.num_users, dtype=bool)
+    chosen[np.argsort(random_bits(seed, keys))[begin:stop]] = True
+    return chosen
+
+
+def _users_before(store: SequenceStore, args: DatasetArgs) -> tuple[int, int]:
+    """Users to train on, and these with those of "valid"."""
+    validated = round((args.train_fraction + args.valid_fraction) * store.num_users)
+    return round(args.train_fraction * store.num_users), validated
 
 
 def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split, seed: int) -> SampleTable:
@@ -247,10 +264,9 @@ def _requests_of_split(
     if split == "all":
         return np.ones(len(requests), dtype=bool)
     if args.split != "time":
-        in_training = _in_training(store, args.train_fraction, seed)[requests.users]
-    else:
-        middle = min(int(args.train_fraction * len(requests)), len(requests) - 1)
-        in_training = requests.times < np.partition(requests.times, middle)[middle]
+        return _users_of_split(store, args, split, seed)[requests.users]
+    middle = min(int(args.train_fraction * len(requests)), len(requests) - 1)
+    in_training = requests.times < np.partition(requests.times, middle)[middle]
     return np.asarray(in_training == (split == "train"))
 
 
@@ -351,14 +367,19 @@ def _table(
 
 
 def in_windows(samples: SampleTable, args: DatasetArgs, unlabelled: int) -> SampleTable:
-    """Training samples with window_stride: each user's newest window and the older ones, the newest first.
+    """Training samples as the options on long histories cut them.
 
-    Window k has the max_sequence_length events that end k * window_stride before the history does, or fewer at its
-    begin. It is labelled on its newest window_stride events (max_num_candidates, where there are candidates); the
-    oldest window, which begins with the history, on all but its first ``unlabelled`` events. So every event is a label
-    once, after as much history as fits, unless stride + unlabelled exceeds the length.
+    With random_windows, the newest windows, which RandomWindows moves in each epoch. With window_stride, each user's
+    newest window and the older ones, the newest first: window k has the max_sequence_length events that end
+    k * window_stride before the history does, or fewer at its begin. It is labelled on its newest window_stride events
+    (max_num_candidates, where there are candidates); the oldest window, which begins with the history, on all but its
+    first ``unlabelled`` events. So every event is a label once, after as much history as fits, unless
+    stride + unlabelled exceeds the length.
     """
     stride, length = args.window_stride, args.max_sequence_length
+    if args.random_windows:
+        long = int((samples.start > samples.history_begin).sum())
+        return replace(samples, report=samples.report | {"truncated": 0, "in random windows": long})
     if stride is None:
         return samples
     older = -(-np.maximum(samples.stop - samples.history_begin - length, 0) // stride)
@@ -415,7 +436,7 @@ class StochasticLength:
         candidates: np.ndarray | int = 0,
     ) -> tuple[np.ndarray, np.ndarray]:
         """(items kept, labels kept) of b samples, the newest ones, candidates and one more at least; int64 [b]."""
-        uniform = (random_bits(self.seed, _STOCHASTIC_LENGTH_STREAM, epoch, ordinals) >> np.uint64(11)) / 2.0**53
+        uniform = random_uniform(self.seed, _STOCHASTIC_LENGTH_STREAM, epoch, ordinals)
         whole = (lengths <= self.kept) | (uniform * lengths.astype(np.float64) ** 2 < self.kept**2)
         shorter = np.where(whole, lengths, np.maximum(self.kept, candidates + 1))
         return shorter, np.minimum(labels, shorter - self.unlabelled)

@@ -92,7 +92,7 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
     """Merge the batches of a tensor-parallel group, given in rank order and on the host.
 
     Returns (the real sequences rank after rank and then the padding, the layout seen from ``rank``). What only
-    evaluators read of a rank's own batch (seen_values, position) is left out.
+    evaluators read of a rank's own batch (position) is left out.
     """
     features = [batch.features.to_dict() for batch in batches]
     by_rank = {key: [keyed[key].values().numpy() for keyed in features] for key in features[0]}
@@ -121,6 +121,8 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
         request_times=_stack_tensors(batches, [batch.request_times for batch in batches]),
         draws=_merge_draws(batches, by_rank.get(NEGATIVES)),
         pool_positions=torch.from_numpy(np.unique(values[item_feature], return_index=True)[1]) if has_pool else None,
+        seen_values=_concatenate([batch.seen_values for batch in batches]),
+        seen_offsets=_merge_offsets(batches),
         negative_list_lengths=_concatenate(
             [batch.negative_list_lengths for batch in (batches[:1] if shared else batches)], dim=1
         ),
@@ -164,6 +166,11 @@ def _merge_draws(batches: Sequence[HSTUBatch], negatives: Sequence[np.ndarray] |
         draws.append(None if batch.draws is None else batch.draws + shift)
         shift += 0 if negatives is None else len(negatives[rank])
     return _concatenate(draws)
+
+
+def _merge_offsets(batches: Sequence[HSTUBatch]) -> Tensor | None:
+    lengths = [batch.seen_offsets.diff() for batch in batches if batch.seen_offsets is not None]
+    return torch.from_numpy(run_offsets(_stack(batches, [each.numpy() for each in lengths]))) if lengths else None
 
 
 def _range_of_rank(counts: Sequence[int], rank: int) -> slice:
@@ -215,6 +222,10 @@ def split_micro_batches(batch: HSTUBatch, count: int, roles: FeatureRoles) -> tu
         for key in (key for key in values if key not in offsets):
             part_values[key], part_lengths[key] = values[key], _all_in_first(stop - start, len(values[key]))
         items = slice(offsets[item_feature][start], offsets[item_feature][stop])
+        seen_values, seen_offsets = batch.seen_values, batch.seen_offsets
+        if seen_values is not None and seen_offsets is not None:
+            seen_values = seen_values[seen_offsets[start] : seen_offsets[stop]]
+            seen_offsets = seen_offsets[start : stop + 1] - seen_offsets[start]
         labels = slice(label_offsets[start], label_offsets[stop])
         return HSTUBatch(
             features=keyed_jagged(part_values, part_lengths),
@@ -229,6 +240,8 @@ def split_micro_batches(batch: HSTUBatch, count: int, roles: FeatureRoles) -> tu
             draws=None if batch.draws is None else batch.draws[draw_offsets[start] : draw_offsets[stop]],
             pool_ids=pool_ids,
             pool_features=pool_features,
+            seen_values=seen_values,
+            seen_offsets=seen_offsets,
             negative_list_lengths=batch.negative_list_lengths,
             real_batch_size=min(max(batch.real_batch_size - start, 0), stop - start),
             item_lengths=batch.item_lengths[start:stop],

@@ -27,6 +27,7 @@ from hstu.parallel.tables import memory_plans, plan_sharding, prepare_tables
 
 INT64 = 8
 """Bytes of an id, a length, a label and a time."""
+INT32 = 4
 FIRST_LAYER = "task.encoder.stack.layers.0."
 """Prefix of the parameters of the first HSTU layer."""
 _BATCHES_IN_FLIGHT = {"none": 1, "native": 3, "prefetch": 4}
@@ -139,6 +140,7 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
     rows, states = table_bytes(workload, plan)
     saved, alive = layer_bytes(workload, tokens)
     saved_by_task, working_of_task = task_bytes(workload, micro, workload.pool(batch))
+    working_of_task += seen_bytes(workload, micro, workload.pool(batch, workload.dp_size))
     working = max(working_of_task, alive - saved + backward_bytes(workload, tokens))
     activations = layers * saved + input_bytes(workload, micro) + saved_by_task
     gradients = (dense + replicated_gradients(workload, batch)) * FLOAT32
@@ -202,6 +204,8 @@ def input_bytes(workload: Workload, batch: Batch) -> int:
     saved = 2 * INT64 * tokens  # the permutation and its inverse
     for role, width in workload.projected_widths.items():
         saved += workload.rows_by_role(batch)[role] * workload.element_size * (width + 2 * network.hidden_size)
+    if network.action_item_product:  # actions, items and gates
+        saved += 3 * workload.rows_by_role(batch)["action"] * workload.element_size * network.hidden_size
     positions = workload.encoder.inputs.position_table
     if positions is not None and positions.requires_grad:
         saved += INT64 * tokens
@@ -240,6 +244,12 @@ def _softmax_bytes(workload: Workload, batch: Batch, pool: int) -> tuple[int, in
     if draws := workload.draws_per_label:  # scores, weights, and the draws sorted by row
         return saved, working + labels * draws * (2 * FLOAT32 + 4 * INT64)
     return saved, working + pool * FLOAT32 * item_width
+
+
+def seen_bytes(workload: Workload, batch: Batch, pool: int) -> int:
+    """With mask_seen, where each sequence first has each row of the pool; twice, while rows that repeat are filled."""
+    retrieval = workload.config.retrieval
+    return 2 * INT32 * batch.sequences * pool if retrieval is not None and retrieval.mask_seen else 0
 
 
 def _task_head_bytes(

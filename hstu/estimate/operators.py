@@ -98,6 +98,8 @@ def _inputs(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> 
     for role, width in workload.projected_widths.items():
         for inputs in (width, hidden):
             yield _linear("projections", rows[role], inputs, hidden, workload.element_size)
+    if network.action_item_product:
+        yield _action_item_product(rows["action"], hidden, workload.element_size)
     dropped = network.hidden_dropout if network.input_dropout is None else network.input_dropout
     positions = workload.encoder.inputs.position_table
     yield _token_inputs(workload.tokens(batch), hidden, dropped, 0 if positions is None else len(positions))
@@ -202,6 +204,20 @@ def _linear(name: str, rows: int, inputs: int, outputs: int, c: int) -> Operator
         return forward, [x, *linear.parameters()]
 
     return _operator(name, costs.linear(rows, inputs, outputs, c), rows, build)
+
+
+def _action_item_product(rows: int, width: int, c: int) -> Operator:
+    def build(count: int) -> Forward:
+        items, actions = (torch.randn(count, width, dtype=_dtype(c), requires_grad=True) for _ in range(2))
+        gate = nn.Linear(width, width)
+
+        def forward() -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=c != FLOAT32):
+                return actions + items * gate(actions)
+
+        return forward, [items, actions, *gate.parameters()]
+
+    return _operator("products of actions", costs.action_item_product(rows, width, c), rows, build)
 
 
 def _add_layer_norm(rows: int, width: int, c: int, residual_size: int) -> Operator:

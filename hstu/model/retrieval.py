@@ -17,6 +17,7 @@ from hstu.config.args import RetrievalArgs
 from hstu.data.batch import NEGATIVES, PADDING_ID, POOL, HSTUBatch, of_negatives, of_pool
 from hstu.model.item_tower import ItemTower
 from hstu.model.outputs import ModelOutput
+from hstu.model.seen import find_seen
 from hstu.ops.functional import pool_softmax_loss, sampled_softmax_loss
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.types import JaggedLayout, Kernels
@@ -69,7 +70,7 @@ class RetrievalDense(nn.Module):
         item_feature: key of the item ids in a batch.
         hidden_size: width of the tokens.
         item_dim: width of the item table; where it is not hidden_size, queries are projected to it.
-        args: temperature and l2_norm_eps; the negatives themselves come with the batch.
+        args: temperature, l2_norm_eps and mask_seen; the negatives themselves come with the batch.
         tower: makes the vectors of items; None: they are the rows of the item table.
         gather_pool: collects the in-batch pool over data-parallel ranks.
         log_counts: for a logQ correction.
@@ -96,6 +97,7 @@ class RetrievalDense(nn.Module):
         self.item_feature = item_feature
         self.temperature = args.temperature
         self.l2_norm_eps = args.l2_norm_eps
+        self.mask_seen = args.mask_seen
         self.gather_pool = gather_pool
         self.log_counts = log_counts
         self.kernels = kernels
@@ -135,10 +137,12 @@ class RetrievalDense(nn.Module):
         positives = self.kernels.l2_normalize(items.index_select(0, labelled_items), self.l2_norm_eps)
         pool, pool_ids, repeats, draws = self._pool(items, embeddings, batch)
         ids = batch.labels, pool_ids, self._log_weights(pool_ids, repeats, batch)
+        seen = find_seen(pool_ids, labelled_items, batch, self.item_feature) if self.mask_seen else None
         if draws is None:
-            return pool_softmax_loss(queries, positives, pool, *ids, self.temperature, self.kernels.pool_softmax_loss)
+            of_pool = self.kernels.pool_softmax_loss
+            return pool_softmax_loss(queries, positives, pool, *ids, self.temperature, of_pool, seen)
         sampled = self.kernels.sampled_softmax_loss
-        return sampled_softmax_loss(queries, positives, pool, draws, *ids, self.temperature, sampled)
+        return sampled_softmax_loss(queries, positives, pool, draws, *ids, self.temperature, sampled, seen)
 
     def _pool(
         self, items: Tensor, embeddings: dict[str, JaggedTensor], batch: HSTUBatch

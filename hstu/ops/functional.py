@@ -24,6 +24,7 @@ from hstu.ops.types import (
     Preactivation,
     ProjectionKernels,
     RelativeBias,
+    SeenItems,
 )
 
 
@@ -258,6 +259,7 @@ def pool_softmax_loss(
     pool_log_weights: Tensor | None,
     temperature: float,
     kernel: Callable[..., Tensor],
+    seen: SeenItems | None = None,
 ) -> Tensor:
     """Sum over M queries of −log(e^{s⁺/τ} / (e^{s⁺/τ} + Σ w e^{s⁻/τ})), with the whole pool as negatives.
 
@@ -274,6 +276,7 @@ def pool_softmax_loss(
         pool_log_weights: float [S], log w of each entry, −∞ for entries that no query uses; None: all w are 1.
         temperature: τ > 0.
         kernel: :attr:`hstu.ops.types.Kernels.pool_softmax_loss`.
+        seen: hides the items that the users have, the targets among them; ids are not compared. None: only the targets.
 
     Returns:
         Scalar, float32 (float64 if all vectors are); 0 where M = 0 or no query has a negative.
@@ -281,10 +284,10 @@ def pool_softmax_loss(
     Raises:
         ValueError: shapes that do not match.
     """
-    _check_shapes(queries, positives, pool, target_ids, pool_ids, pool_log_weights)
+    _check_shapes(queries, positives, pool, target_ids, pool_ids, pool_log_weights, seen)
     vectors, log_weights = _in_full_precision(queries, positives, pool, pool_log_weights)
     with torch.autocast(queries.device.type, enabled=False):
-        return kernel(*vectors, target_ids, pool_ids, log_weights, temperature)
+        return kernel(*vectors, target_ids, pool_ids, log_weights, temperature, seen)
 
 
 def sampled_softmax_loss(
@@ -297,11 +300,12 @@ def sampled_softmax_loss(
     pool_log_weights: Tensor | None,
     temperature: float,
     kernel: Callable[..., Tensor],
+    seen: SeenItems | None = None,
 ) -> Tensor:
     """As :func:`pool_softmax_loss`, but each query has R negatives, drawn from the pool with repetition.
 
     Args:
-        queries, positives, pool, target_ids, pool_ids, pool_log_weights, temperature: as there.
+        queries, positives, pool, target_ids, pool_ids, pool_log_weights, temperature, seen: as there.
         draws: integer [M, R], rows of the pool in [0, S).
         kernel: :attr:`hstu.ops.types.Kernels.sampled_softmax_loss`.
 
@@ -311,12 +315,12 @@ def sampled_softmax_loss(
     Raises:
         ValueError: shapes that do not match.
     """
-    _check_shapes(queries, positives, pool, target_ids, pool_ids, pool_log_weights)
+    _check_shapes(queries, positives, pool, target_ids, pool_ids, pool_log_weights, seen)
     if draws.dim() != 2 or len(draws) != len(queries):
         raise ValueError(f"draws must be [{len(queries)}, R], a row for each query, not {tuple(draws.shape)}")
     vectors, log_weights = _in_full_precision(queries, positives, pool, pool_log_weights)
     with torch.autocast(queries.device.type, enabled=False):
-        return kernel(*vectors, draws, target_ids, pool_ids, log_weights, temperature)
+        return kernel(*vectors, draws, target_ids, pool_ids, log_weights, temperature, seen)
 
 
 def _in_full_precision(
@@ -335,6 +339,7 @@ def _check_shapes(
     target_ids: Tensor,
     pool_ids: Tensor,
     log_weights: Tensor | None,
+    seen: SeenItems | None,
 ) -> None:
     problems = []
     if queries.dim() != 2 or positives.shape != queries.shape:
@@ -347,5 +352,9 @@ def _check_shapes(
         problems.append(f"pool_ids {tuple(pool_ids.shape)} must be [S], S = {len(pool)}")
     if log_weights is not None and log_weights.shape != pool.shape[:1]:
         problems.append(f"pool_log_weights {tuple(log_weights.shape)} must be [S], S = {len(pool)}")
+    if seen is not None and seen.first.shape[1:] != pool.shape[:1]:
+        problems.append(f"first {tuple(seen.first.shape)} of the seen items must be [B, S], S = {len(pool)}")
+    if seen is not None and not seen.sequences.shape == seen.places.shape == queries.shape[:1]:
+        problems.append(f"sequences and places of the seen items must be [M], M = {len(queries)}")
     if problems:
         raise ValueError("; ".join(problems))

@@ -25,14 +25,16 @@ def build_layout(
     target_group_size: int,
     device: torch.device,
     item_times: Tensor | None = None,
+    asks_for_next: bool = True,
     request_times: Tensor | None = None,
 ) -> JaggedLayout:
     """Lay out a batch on ``device``.
 
     item_lengths: int64 [B] host, items of each sequence, candidates included. The first ``num_sequences`` sequences
     are real and carry context; the others are padding and empty. num_candidates: int64 [B] host, or None.
-    item_times: int64 [Σ item_lengths] seconds on ``device``, or None. request_times: int64 [B] seconds on ``device``,
-    when the last token of each sequence asks; None: at its own time.
+    item_times: int64 [Σ item_lengths] seconds on ``device``, or None. asks_for_next: the query of a token of the
+    history has the time of the next token; False: of its own. request_times: int64 [B] seconds on ``device``, for the
+    last token of each sequence; None: its own time.
     """
     is_real = np.arange(len(item_lengths)) < num_sequences
     seqlens = sequence_tokens(item_lengths, num_contextuals, tokens_per_item, has_context=is_real)
@@ -55,7 +57,7 @@ def build_layout(
         item += of_token(first_items)
         item.masked_fill_(of_token(no_items).bool(), num_items)  # context of a user with no event
         token_times = torch.cat([item_times, item_times.new_zeros(1)])[item]
-        query_times = token_times[token + (position + 1 < history_end)]
+        query_times = token_times[token + (position + 1 < history_end)] if asks_for_next else token_times
         if request_times is not None:
             filled = np.flatnonzero(seqlens > 0)
             last_tokens, filled_on_device = _on_device(device, np.cumsum(seqlens)[filled] - 1, filled)

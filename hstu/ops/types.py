@@ -393,15 +393,15 @@ class GateKernels:
 class RowUpdate:
     """One step of the optimizer of a table, for the rows that have a gradient. Other rows keep weights and states.
 
-    With g the gradient of a row, summed over its look-ups:
+    With g the gradient of a row, summed over its look-ups, and w ← w · (1 - lr · weight_decay) before the update:
 
     - adam, at step t: m ← β1 m + (1 - β1) g, v ← β2 v + (1 - β2) g²,
       w ← w - lr · (m / (1 - β1ᵗ)) / (√(v / (1 - β2ᵗ)) + ε)
     - adagrad: s ← s + g², w ← w - lr · g / (√s + ε)
     - sgd: w ← w - lr · g
 
-    adam is FBGEMM's (OptimType.ADAM without weight decay). torch.optim.SparseAdam differs: it adds ε to the uncorrected
-    √v.
+    adam is FBGEMM's (OptimType.ADAM, whose weight decay is decoupled). torch.optim.SparseAdam differs: it adds ε to the
+    uncorrected √v.
     """
 
     optimizer: Literal["adam", "adagrad", "sgd"]
@@ -412,6 +412,12 @@ class RowUpdate:
     """t, counted from 1."""
     max_gradient: float | None = None
     """Absolute value to which g is clamped."""
+    weight_decay: float = 0.0
+
+    @property
+    def kept(self) -> float:
+        """What weight decay leaves of a weight, as a factor."""
+        return 1 - self.learning_rate * self.weight_decay
 
 
 class UpdateRows(Protocol):
@@ -477,6 +483,27 @@ class ServedBy:
 
 
 @dataclass(frozen=True)
+class SeenItems:
+    """Which entries of a pool are no negatives of a query: the items that its user has up to the target.
+
+    Entry s is hidden from query m if ``first[sequences[m], s] <= places[m]``. This hides the target itself, too,
+    because it is an item of the sequence.
+    """
+
+    first: Tensor
+    """int32 [B, S], contiguous: the first place in a sequence at which it has the item of an entry; below 0 for items
+    before the sequence, NEVER_SEEN for others."""
+    sequences: Tensor
+    """int32 [M]: the sequence of each query."""
+    places: Tensor
+    """int32 [M]: the place of each query's target in its sequence."""
+
+
+NEVER_SEEN = 2**31 - 1
+"""In SeenItems.first: the sequence does not have the item."""
+
+
+@dataclass(frozen=True)
 class Kernels:
     """The kernels of a model, one per operator; build it with :func:`hstu.ops.select.select_kernels`.
 
@@ -488,11 +515,11 @@ class Kernels:
     add_layer_norm: AddLayerNormKernels
     project_uvqk: ProjectionKernels
     norm_mul_dropout: GateKernels
-    sampled_softmax_loss: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+    sampled_softmax_loss: Callable[..., Tensor]
     """See :func:`hstu.ops.functional.sampled_softmax_loss`; checked arguments, vectors float32 or float64."""
     l2_normalize: Callable[[Tensor, float], Tensor]
     """Vectors [n, E] in float32 (float64 stays), each divided by the larger of its L2 norm and epsilon."""
-    pool_softmax_loss: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+    pool_softmax_loss: Callable[..., Tensor]
     """See :func:`hstu.ops.functional.pool_softmax_loss`; checked arguments, vectors float32 or float64."""
     jagged_concat: Callable[[Sequence[Tensor], TokenOrder], Tensor]
     """Rows of the parts (each [·, D], T rows together) as tokens [T, D] in the given order."""

@@ -58,7 +58,8 @@ def evaluate_batch(model: GRModel, batch: HSTUBatch, mesh: Mesh) -> ModelOutput:
     if mesh.tp_size == 1:
         output: ModelOutput = model(batch.to(mesh.device))
         return output
-    merged, group = _merge_group(batch, model.roles.item, mesh)
+    needed = dataclasses.replace(batch, seen_values=None, seen_offsets=None)  # evaluators read those of their own
+    merged, group = _merge_group(needed, model.roles.item, mesh)
     rows = gather_embeddings(model.look_up(batch.to(mesh.device)), group, mesh.tp_group)
     merged = merged.to(mesh.device)
     output = model.dense([as_jagged(rows, merged)], merged)
@@ -72,8 +73,7 @@ def evaluate_batch(model: GRModel, batch: HSTUBatch, mesh: Mesh) -> ModelOutput:
 
 
 def _merge_group(batch: HSTUBatch, item_feature: str, mesh: Mesh) -> tuple[HSTUBatch, GroupLayout]:
-    needed = dataclasses.replace(batch, seen_values=None, seen_offsets=None, position=None)
-    packed = gather_objects(pack(needed), mesh.tp_group)
+    packed = gather_objects(pack(dataclasses.replace(batch, position=None)), mesh.tp_group)
     return merge_ranks([unpack(part) for part in packed], mesh.tp_rank, item_feature)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from hstu.data.batch import HSTUBatch, ItemFeatures, is_of_negatives
 from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import SamplerPosition, TrainSampler
 from hstu.data.samples import Split
+from hstu.data.store_layout import NumberStatistics
 from hstu.model.embedding import TableSpec
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
@@ -40,6 +42,11 @@ class InferenceSource(StoreSource):
     def fit(self, tables: tuple[EmbeddingArgs, ...]) -> tuple[EmbeddingArgs, ...]:
         """See StoreSource."""
         return with_room(tables, self.cardinalities)
+
+    @property
+    def number_statistics(self) -> Mapping[str, NumberStatistics]:
+        """See BatchSource. The checkpoint has those that the model was trained with."""
+        return {}
 
 
 class StoredSource(BatchSource):
@@ -105,6 +112,29 @@ class StoredSource(BatchSource):
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
         """See BatchSource."""
         self._no_data()
+
+
+def asked_at(batches: Iterable[HSTUBatch], at: int) -> Iterator[HSTUBatch]:
+    """Batches of histories, on the host, whose users all ask at ``at``, in seconds since 1970.
+
+    Raises DataError where a history has a later event. The model must have a relative bias.
+    """
+    for batch in batches:
+        assert batch.timestamps is not None
+        newest = int(batch.timestamps.max()) if len(batch.timestamps) else at
+        if newest > at:
+            raise DataError(
+                f"recommendations are asked for at {_as_date(at)}, and a history has an event at {_as_date(newest)}, "
+                "which is later; give a later time, or leave out what comes after it"
+            )
+        yield replace(batch, request_times=torch.full((batch.batch_size,), at, dtype=torch.int64))
+
+
+def _as_date(seconds: int) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (OverflowError, ValueError, OSError):
+        return f"second {seconds}"
 
 
 def describe_features(source: BatchSource) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from hstu.data.datasets import resolve_name
 from hstu.data.labels import LabelColumn, LabelFacts, check_labels
 from hstu.data.loader import build_loader
 from hstu.data.negatives import ItemDistribution, Negatives, count_items, expected_log_counts
+from hstu.data.random_windows import RandomWindows
 from hstu.data.roles import FeatureRoles, benchmark_roles, check_numbers, resolve_roles
 from hstu.data.sampler import BatchPartition, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.samples import (
@@ -42,6 +43,7 @@ from hstu.data.samples import (
 from hstu.data.store import SequenceStore
 from hstu.data.store_layout import NumberStatistics
 from hstu.data.synthetic import SyntheticDataset
+from hstu.data.training_statistics import training_statistics
 from hstu.model.inputs import SequenceFeatures
 from hstu.parallel.mesh import Mesh
 from hstu.train.flops import FlopCounter
@@ -75,8 +77,6 @@ class BatchSource(ABC):
     """Feature → n: its ids are in [0, n), or n different int64 if the store keeps raw ids."""
     values_per_item: Mapping[str, float]
     """Side feature that is a list → its values per item, on average over the items."""
-    number_statistics: Mapping[str, NumberStatistics]
-    """Number or vector → its statistics in the training data. Empty where a checkpoint has them."""
     raw_features: tuple[str, ...] = ()
     """Features of which the model gets raw ids, any int64."""
     label_facts: Mapping[str, LabelFacts]
@@ -95,15 +95,16 @@ class BatchSource(ABC):
 
     def __init__(self, config: RunConfig, mesh: Mesh | None, world_size: int) -> None:
         self._config = config
-        self.values_per_item, self.number_statistics = {}, {}
+        self.values_per_item = {}
         self.label_facts = {}
         self._rank, self._world_size = (0, world_size) if mesh is None else (mesh.rank, mesh.world_size)
         self._pin_memory = mesh is not None and mesh.device.type == "cuda"
         self.negatives = Negatives.of(config.retrieval) if config.retrieval else None
         retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
         self._wants_timestamps = config.network.has_relative_bias
-        self._wants_request_times = retrieval is not None and retrieval.request_time == "target"
+        self._wants_request_times = retrieval is not None and config.asks_for_next
         self._wants_seen = retrieval is not None and retrieval.filter_seen
+        self._wants_earlier = config.retrieval is not None and config.retrieval.mask_seen
 
     def epoch_after(self, position: SamplerPosition) -> int:
         """The epoch (0-based) of the training batch that follows ``position``."""
@@ -120,8 +121,13 @@ class BatchSource(ABC):
         """The smallest action in the data. The data must have an action feature."""
 
     @property
+    def number_statistics(self) -> Mapping[str, NumberStatistics]:
+        """Number or vector → its statistics in the training data. Empty where a checkpoint has them."""
+        return {}
+
+    @property
     def item_counts(self) -> np.ndarray:
-        """How often each item occurs in the training samples, int64 [number of items]."""
+        """How often each item occurs in the training samples; with random windows, float64, is expected in an epoch."""
         raise ConfigError("the items of training samples are counted in preprocessed data only")
 
     @cached_property
@@ -197,8 +203,6 @@ class StoreSource(BatchSource):
         tasks, tower = tasks_of(config), has_item_tower(config)
         self.roles = resolve_roles(self.store, args, config.located, tasks, tower)
         check_numbers(self.roles, config.numbers, config.located)
-        described = {name: self.store.features[name].statistics for name in self.roles.numbers}
-        self.number_statistics = {name: found for name, found in described.items() if found is not None}
         check_split(self.store, args, config.located)
         for store in (self.store, self._eval_store):
             check_requests(store, args, config.located)
@@ -226,6 +230,7 @@ class StoreSource(BatchSource):
         self._eval_samples: dict[Split, SampleTable] = {}
         trainer, no_label = config.trainer, int(config.task == "retrieval")
         self._stochastic_length = StochasticLength.of(args, trainer.seed, no_label)
+        self._random_windows = RandomWindows.of(args, trainer.seed)
         self._skipped = SkippedSamples(trainer.max_bad_rows) if trainer.bad_row_policy == "skip" else None
         samples = self._train_samples
         self.train_lengths = SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels)
@@ -251,10 +256,19 @@ class StoreSource(BatchSource):
         assert self.roles.action is not None
         return min(store.least_value(self.roles.action) for store in (self.store, self._eval_store))
 
+    @property
+    def number_statistics(self) -> Mapping[str, NumberStatistics]:
+        """See BatchSource. Reads the numbers of all training events."""
+        return training_statistics(self.store, self.roles.numbers, self._train_samples)
+
     @cached_property
     def item_counts(self) -> np.ndarray:
         """See BatchSource. Reads the items of all training samples once."""
-        return count_items(self.store, self.roles.item, self._train_samples, self._stochastic_length)
+        return self._count_items(self._stochastic_length)
+
+    def _count_items(self, shortened: StochasticLength | None) -> np.ndarray:
+        is_random = self._args.random_windows
+        return count_items(self.store, self.roles.item, self._train_samples, shortened, random_windows=is_random)
 
     def item_ids(self) -> np.ndarray | None:
         """See BatchSource."""
@@ -271,7 +285,7 @@ class StoreSource(BatchSource):
 
     def trained_items(self) -> np.ndarray:
         """bool [items]: whether an item, given by its code, is in any training sample. Reads the items of all."""
-        return count_items(self.store, self.roles.item, self._train_samples) > 0
+        return self._count_items(None) > 0
 
     @cached_property
     def _raw_item_ids(self) -> np.ndarray:
@@ -318,7 +332,7 @@ class StoreSource(BatchSource):
             log.info("split by column %r of the data, in events: %s", self.store.split, shown)
             return held_out[:1], held_out
         if self._config.task == "ranking":
-            return ("valid",), ("valid",)
+            return ("valid",), ("valid", "test") if self._args.valid_fraction else ("valid",)
         # Without held-out validation items the published protocol always evaluates on the last item.
         return (("valid",), ("valid", "test")) if self._args.valid_items else (("test",), ("test",))
 
@@ -354,8 +368,10 @@ class StoreSource(BatchSource):
             wants_timestamps=self._wants_timestamps,
             wants_request_times=self._wants_request_times,
             wants_seen=self._wants_seen and not training,
+            wants_earlier=self._wants_earlier and training,
             recoding=self._recoding if store is not self.store else None,
             labels=self._labels if store is self.store else self._eval_labels,
+            random_windows=self._random_windows if training else None,
             stochastic_length=self._stochastic_length if training else None,
             hard_negatives=self.negatives.hard if training and self.negatives is not None else 0,
         )

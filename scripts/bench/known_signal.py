@@ -96,14 +96,19 @@ def best_aucs(test: pd.DataFrame) -> dict[str, float]:
     return {name: auc(test[f"p_{name}"].to_numpy(), test[name].to_numpy() > 0) for name in ACTIONS}
 
 
-def train(folder: Path, epochs: int, bindings: Sequence[str] = ()) -> dict[str, float]:
-    """Preprocess and train, as a user does, in ``folder``. Returns the AUC of each action on the test events."""
+def preprocess(folder: Path) -> None:
+    """Make <folder>/store and its starter files, as a user does."""
     read = columns(folder)
     run("scripts/preprocess_dataset.py", "--dataset_name", "known", "--output", folder / "store",
         "--interactions", read.interactions, "--user", read.user, "--item", read.item, "--action", read.action,
         "--time", read.time, "--split", read.split, "--context", read.context,
         "--context_columns", ",".join(read.context_columns), "--items", read.items,
         "--item_columns", ",".join(read.item_columns), "--event_columns", ",".join(read.event_columns))  # fmt: skip
+
+
+def train(folder: Path, epochs: int, bindings: Sequence[str] = ()) -> dict[str, float]:
+    """Preprocess and train, as a user does, in ``folder``. Returns the AUC of each action on the test events."""
+    preprocess(folder)
     options = [
         f"DatasetArgs.side_feature_names = {FEATURES}",
         "DatasetArgs.known_after = []",

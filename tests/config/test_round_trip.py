@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.config import args as a
-from hstu.config.gin_io import load
+from hstu.config.gin_io import load, load_stored
 from hstu.config.option import annotation_of, field_problems, is_required
 from hstu.config.run_config import RunConfig
 from tests.config.gin_files import BASES, task_of, write
@@ -134,3 +134,10 @@ def test_operative_gin_of_a_file(base: str, tmp_path: Path) -> None:
 def test_configs_that_differ_are_not_equal(tmp_path: Path) -> None:
     file = write(tmp_path, BASES["ranking"])
     assert load([file], [], "ranking") != load([file], ["TrainerArgs.seed = 5"], "ranking")
+
+
+def test_a_stored_configuration_may_have_what_was_replaced(tmp_path: Path) -> None:
+    text = load([write(tmp_path, BASES["retrieval"])], [], "retrieval").operative_gin()
+    (tmp_path / "operative.gin").write_text(f"{text}\nRetrievalArgs.request_time = 'last_event'\n")
+    stored = load_stored(tmp_path / "operative.gin")
+    assert stored.operative_gin() == text

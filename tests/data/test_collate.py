@@ -17,7 +17,7 @@ from hstu.data.collate import Collator, ranges
 from hstu.data.negatives import Negatives
 from hstu.data.roles import resolve_roles
 from hstu.data.sampler import EvalSampler, TrainSampler
-from hstu.data.samples import build_samples
+from hstu.data.samples import StochasticLength, build_samples
 from hstu.data.store import SequenceStore
 from tests.conftest import write_small_store
 from tests.data.collators import build_collator
@@ -122,6 +122,29 @@ def test_a_retrieval_evaluation_holds_out_the_last_item_and_knows_the_whole_hist
     (valid,) = batches_of(collator_of(store, split="valid", length=2, batch_size=3))
     assert valid.labels.tolist() == [9, -1, -1] and valid.seen_values is None
     assert [row.tolist() for row in valid.features["item"].to_dense()] == [[7, 8], [], []]
+
+
+@pytest.mark.parametrize(
+    ("args", "shortened", "expected"),
+    [
+        ({}, None, [([8, 9, 1], [7, 6]), ([5, 3], [])]),
+        ({"window_stride": 1}, None, [([8, 9, 1], [7, 6]), ([6, 8, 9], [7]), ([7, 6, 8], []), ([5, 3], [])]),
+        ({}, StochasticLength(kept=2, seed=1, unlabelled=1), [([9, 1], [7, 6, 8]), ([5, 3], [])]),
+    ],
+    ids=["newest", "windows", "stochastic_length"],
+)
+def test_a_training_batch_has_the_items_before_its_sequences_where_seen_items_are_masked(
+    args: dict[str, object], shortened: StochasticLength | None, expected: list[tuple[list[int], list[int]]]
+) -> None:
+    store = ToyStore([[7, 6, 8, 9, 1, 2], [5, 3, 4]])
+    options = {"length": 3, "args": {"valid_items": 0, **args}, "stochastic_length": shortened}
+    (batch,) = batches_of(collator_of(store, wants_earlier=True, **options))
+    padding: list[tuple[list[int], list[int]]] = [([], [])] * (4 - len(expected))
+    sequences, earlier = zip(*expected, *padding, strict=True)
+    assert [row.tolist() for row in batch.features["item"].to_dense()] == [*sequences]
+    assert batch.seen_values is not None and batch.seen_offsets is not None
+    assert [row.tolist() for row in batch.seen_values.tensor_split(batch.seen_offsets[1:-1])] == [*earlier]
+    assert batches_of(collator_of(store, **options))[0].seen_values is None
 
 
 def test_time_split_evaluation_labels_later_events_only() -> None:

@@ -11,7 +11,8 @@ from tests.conftest import REPOSITORY
 
 
 def test_the_registry_holds_every_built_in_dataset() -> None:
-    assert set(DATASETS) == {"ml-100k", "ml-1m", "ml-20m", "kuairand-pure", "kuairand-1k", "kuairand-27k"}
+    kuairand = {"kuairand-pure", "kuairand-1k", "kuairand-27k"}
+    assert set(DATASETS) == {"ml-100k", "ml-1m", "ml-20m", "amazon-books"} | kuairand
     assert all(resolve_name(name) == name for name in DATASETS)
 
 
@@ -32,6 +33,7 @@ def test_the_registry_needs_no_heavy_import() -> None:
         ("MovieLens_20M", "ml-20m"),
         ("ML100K", "ml-100k"),
         ("KuaiRand-Pure", "kuairand-pure"),
+        ("amzn_books", "amazon-books"),
         ("ml-2m", None),
         ("criteo", None),
         ("ml", None),

@@ -203,10 +203,10 @@ def test_training_never_sees_a_held_out_event(
 def test_options_that_contradict_the_column_are_errors() -> None:
     store = SplitStore([(3, 1, 1)])
     check_split(store, options(8))
-    wrong = options(8, split="time", valid_items=0, train_fraction=0.5, eval_dataset_path="x")
+    wrong = options(8, split="time", valid_items=0, train_fraction=0.5, valid_fraction=0.1, eval_dataset_path="x")
     with pytest.raises(ConfigError) as raised:
         check_split(store, wrong)
-    assert len(raised.value.problems) == 4
+    assert len(raised.value.problems) == 5
     assert (
         "DatasetArgs.valid_items = 0: has no effect, because the data says itself which events are train, valid and "
         "test (column 'fold'); remove it, or preprocess the data without --split" in raised.value.problems

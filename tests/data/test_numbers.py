@@ -13,14 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hstu.config.args import DatasetArgs, Task
 from hstu.config.errors import ConfigError, DataError
 from hstu.data import number_statistics
 from hstu.data.datasets.own_features import number_value, vector_value
 from hstu.data.number_statistics import signed_log, statistics_of_numbers
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess.report import format_report, write_report
+from hstu.data.samples import build_samples
 from hstu.data.store import SequenceStore, sealed
+from hstu.data.training_statistics import training_statistics
 from scripts.preprocess_dataset import main
+from tests.conftest import write_small_store
 from tests.data.test_features import make
 from tests.data.test_restart import contents
 
@@ -51,6 +55,25 @@ def test_numbers_and_vectors_reach_the_store(tmp_path: Path) -> None:
         store.sequence("price")
     with pytest.raises(DataError, match="'watched' is a number and has no cardinality"):
         store.cardinality("watched")
+
+
+@pytest.mark.parametrize("windows", [{}, {"window_stride": 2}, {"random_windows": True}])
+@pytest.mark.parametrize("task", ["retrieval", "ranking"])
+def test_statistics_are_those_of_what_is_trained_on(tmp_path: Path, task: Task, windows: dict[str, Any]) -> None:
+    watched = [[1.0, 2, NAN, 4, 50, 60], [7.0, 8], [9.0, 10, 11, 120, 130]]
+    lengths = [len(row) for row in watched]
+    store = write_small_store(
+        tmp_path / "store", [[0, 1, 2, 3, 4, 5][:n] for n in lengths], event_numbers={"watched": watched},
+        item_numbers={"price": np.arange(6, dtype=np.float32)[:, None]},
+    )  # fmt: skip
+    args = DatasetArgs(dataset_name="toy", max_sequence_length=3, train_fraction=0.6, **windows)
+    train = build_samples(store, args, task, "train", seed=3)
+    found = training_statistics(store, ["price", "watched"], train)
+    of_users = np.concatenate([watched[user] for user in set(train.user)])
+    trained = {"retrieval": np.array([1.0, 2, 4, 9, 10, 11]), "ranking": of_users}[task]
+    known = trained[~np.isnan(trained)]
+    assert found["watched"].mean == [pytest.approx(known.mean())] and found["watched"].count == len(known)
+    assert found["price"] == store.features["price"].statistics
 
 
 numbers = st.one_of(st.none(), st.floats(-(2.0**90), 2.0**90, width=32), st.integers(-9, 9).map(float))

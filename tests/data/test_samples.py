@@ -15,7 +15,7 @@ from hstu.data.collate import Assembler, Collator, SkippedSamples, StoreReader
 from hstu.data.loader import build_loader
 from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import EvalSampler, TrainSampler
-from hstu.data.samples import SampleTable, StochasticLength, build_samples
+from hstu.data.samples import SampleTable, StochasticLength, build_samples, check_split
 from hstu.data.store import SequenceStore
 from tests.data.toy_store import ToyStore
 
@@ -265,6 +265,27 @@ def test_user_holdout_has_every_long_enough_user_in_exactly_one_split(
     )
     assert valid == test
     assert sorted(train + valid, key=lambda sample: sample.user) == expected == everyone
+
+
+def test_valid_users_are_taken_from_those_that_are_not_trained_on() -> None:
+    store = ToyStore([[1, 2]] * 40)
+
+    def users(split: Any, fraction: float) -> list[int]:
+        args = dataset_args(train_fraction=0.5, valid_fraction=fraction)
+        return sorted(build_samples(store, args, "ranking", split, seed=3).user.tolist())
+
+    train, both = users("train", 0.0), users("valid", 0.0)
+    assert users("test", 0.0) == both and users("train", 0.2) == train
+    valid, test = users("valid", 0.2), users("test", 0.2)
+    assert (len(train), len(valid), len(test)) == (20, 8, 12) and sorted(valid + test) == both
+    assert set(valid) < set(users("valid", 0.3)), "users in one order: a larger fraction adds some"
+
+
+def test_a_fraction_of_few_users_that_leaves_a_split_empty_is_an_error() -> None:
+    check_split(ToyStore([[1, 2]] * 10), dataset_args(valid_fraction=0.2))  # type: ignore[arg-type]
+    said = "of 2 users 1 are trained on, which leaves 1 for valid and 0 for test"
+    with pytest.raises(ConfigError, match=f"valid_fraction = 0.2: {said}"):
+        check_split(ToyStore([[1, 2]] * 2), dataset_args(valid_fraction=0.2))  # type: ignore[arg-type]
 
 
 def test_user_holdout_goes_by_raw_ids_not_by_the_order_of_users() -> None:

@@ -44,7 +44,8 @@ def assert_same(batch: HSTUBatch, expected: HSTUBatch) -> None:
     assert batch.features.keys() == expected.features.keys()
     assert batch.features.values().tolist() == expected.features.values().tolist()
     assert batch.features.lengths().tolist() == expected.features.lengths().tolist()
-    for name in ("num_candidates", "num_labels", "labels", "timestamps", "draws", "pool_positions"):
+    seen = "seen_values", "seen_offsets"
+    for name in ("num_candidates", "num_labels", "labels", "timestamps", "draws", "pool_positions", *seen):
         mine, theirs = getattr(batch, name), getattr(expected, name)
         assert (mine is None) == (theirs is None), name
         assert mine is None or (mine.dtype == theirs.dtype and mine.tolist() == theirs.tolist()), name
@@ -55,6 +56,19 @@ def assert_same(batch: HSTUBatch, expected: HSTUBatch) -> None:
 
 
 # --- tensor-parallel groups ----------------------------------------------------------------------------------------
+
+
+BEFORE = [[8], [], [9, 9], [3, 5]]
+"""What the users of the samples had before."""
+
+
+def before(samples: Sequence[int], padding: int) -> dict[str, Any]:
+    return {"task": "retrieval", "seen_lists": [BEFORE[sample] for sample in samples] + [[]] * padding}
+
+
+def test_a_merged_batch_has_what_the_users_of_all_ranks_had_before() -> None:
+    ranks = [batch_of(samples, 1, **before(samples, 1)) for samples in ([0, 1], [2, 3])]
+    assert_same(merged(*ranks)[0], batch_of(SAMPLES, 2, **before(SAMPLES, 2)))
 
 
 @pytest.mark.parametrize("task", ["ranking", "retrieval"])
@@ -119,6 +133,13 @@ def test_a_micro_batch_is_the_batch_of_its_own_sequences(samples: Sequence[int],
         own = [*samples][number * size : (number + 1) * size]
         candidates = batch.num_candidates_host[number * size : (number + 1) * size].tolist()
         assert_same(part, batch_of(own, size - len(own), num_candidates=candidates))
+
+
+def test_a_micro_batch_has_what_its_own_users_had_before() -> None:
+    batch = batch_of([0, 2, 3], 1, **before([0, 2, 3], 1))
+    first, second = split_micro_batches(batch, 2, ROLES)
+    assert_same(first, batch_of([0, 2], 0, **before([0, 2], 0)))
+    assert_same(second, batch_of([3], 1, **before([3], 1)))
 
 
 def test_every_micro_batch_has_the_pool_of_the_whole_batch() -> None:

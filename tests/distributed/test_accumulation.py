@@ -1,15 +1,17 @@
 """Micro-batches train what one batch of all their sequences trains: dense weights, tables of both kinds, negatives."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hstu.data.store import SequenceStore
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.training_cases import train
-from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, TOWER, walks
+from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, TOWER, tables_of, walks
 
 GLOBAL_BATCH, MICRO_BATCHES, ITERATIONS = 12, 3, 4
 LIMITED = {"sparse_max_gradient": 0.002}
@@ -34,7 +36,12 @@ CASES: dict[str, Any] = {
     },
     "in_batch": {"task": "retrieval", "optimizer": ADAM},
     "in_batch, replicated": {"task": "retrieval", "sharded": [], "optimizer": SGD | LIMITED},
-    "in_batch, draws": {"task": "retrieval", "optimizer": SGD | LIMITED, "task_args": {"num_negatives": 5}},
+    "in_batch, draws, seen": {
+        "task": "retrieval",
+        "optimizer": SGD | LIMITED,
+        "dataset": {"max_sequence_length": 4},
+        "task_args": {"num_negatives": 5, "mask_seen": True},
+    },
     "uniform": {
         "task": "retrieval",
         "optimizer": ADAM | LIMITED,
@@ -46,10 +53,11 @@ CASES: dict[str, Any] = {
         "optimizer": ADAM,
         "task_args": {"negatives": "uniform", "num_negatives": 5, "shared_negatives": True},
     },
-    "mixed, logQ": {
+    "mixed, logQ, seen": {
         "task": "retrieval",
         "optimizer": ADAM,
-        "task_args": {"negatives": "mixed", "num_negatives": 5, "logq_correction": True},
+        "dataset": {"max_sequence_length": 4},
+        "task_args": {"negatives": "mixed", "num_negatives": 5, "logq_correction": True, "mask_seen": True},
     },
     "actions and next items": {
         "task": "ranking",
@@ -85,6 +93,8 @@ CASES: dict[str, Any] = {
         "task_args": {"item_tower": True, "negatives": "uniform", "num_negatives": 5},
     },
 }
+DECAYED = ("in_batch", "full")
+"""Cases whose tables have weight decay, once per step and not per micro-batch."""
 PIPELINES = {name: ("none", "native", "prefetch")[number % 3] for number, name in enumerate(CASES)}
 LAUNCHES = {"1 rank": Launch(1, 200), "2 ranks": Launch(2, 200), "tp 2": Launch(2, 200, tp=2)}
 
@@ -94,10 +104,14 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     """Launch → case, in one piece or in parts → what it learnt. 31 users: the last batch of an epoch is uneven."""
     place = tmp_path_factory.mktemp("accumulation")
     write_small_store(place / "store", **walks(31), item_features=ITEM_FEATURES)
-    results = {}
+    store, results = SequenceStore.open(place / "store"), {}
     for name_of_launch, launch in LAUNCHES.items():
         cases = {}
         for name, options in CASES.items():
+            if name in DECAYED:
+                used = {"item_id", "town", "action"}
+                tables = (table for table in tables_of(store) if used.issuperset(table.feature_names))
+                options = options | {"tables": tuple(replace(table, weight_decay=3.0) for table in tables)}
             for parts in (1, MICRO_BATCHES) if launch.ranks == 1 else (MICRO_BATCHES,):
                 trainer = {
                     "train_batch_size": GLOBAL_BATCH // parts,

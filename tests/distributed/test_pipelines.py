@@ -15,7 +15,12 @@ CASES: dict[str, Any] = {
     "all tables replicated": {"sharded": []},
     "ranking, tasks": {"dataset": {"max_num_candidates": 3}, "task_args": OF_THE_ACTION},
     "retrieval, in-batch negatives": {"task": "retrieval", "task_args": {"negatives": "in_batch"}},
-    "retrieval, all items": {"task": "retrieval", "task_args": {"negatives": "full"}, "optimizer": ADAM},
+    "retrieval, all items, seen": {
+        "task": "retrieval",
+        "dataset": {"max_sequence_length": 4},
+        "task_args": {"negatives": "full", "mask_seen": True},
+        "optimizer": ADAM,
+    },
     "retrieval, item tower": {
         **TOWER,
         "task": "retrieval",

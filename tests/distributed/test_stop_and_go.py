@@ -28,7 +28,10 @@ STOPS: dict[str, tuple[int, str, int]] = {
 """In which iteration, at what, and after which iteration the run then stops. An epoch has 3; one evaluates every 4."""
 TASKS: dict[str, Any] = {
     "ranking": {"task": "ranking", "precision": {"loss_scale": "dynamic", "growth_interval": 3}},
-    "retrieval": {"task": "retrieval", "task_args": {"negatives": "uniform", "num_negatives": 5}},
+    "retrieval": {
+        "task": "retrieval",
+        "task_args": {"negatives": "uniform", "num_negatives": 5, "mask_seen": True},
+    },
 }
 
 

@@ -30,7 +30,9 @@ from tests.distributed.tensor_cases import (
 BY_TOKENS = "NetworkArgs.sequence_parallel = True"
 RELATIVE = "NetworkArgs.position_encoding = 'relative_bias'"
 CLIP = "TrainerArgs.max_grad_norm = 0.05"
+PRODUCT = "NetworkArgs.action_item_product = True"
 TOWER = "RetrievalArgs.item_tower = True"
+SEEN = "RetrievalArgs.mask_seen = True"
 LIMIT = "OptimizerArgs.sparse_max_gradient = 0.001"
 CASES: dict[str, Any] = {
     "ranking": {},
@@ -49,19 +51,19 @@ CASES: dict[str, Any] = {
     "ranking, mixed": {"optimizer": "adam", "bindings": [*MIXED, CLIP, "OptimizerArgs.ema_decay = 0.9"]},
     "ranking, two widths": {
         "replicated": [],
-        "bindings": ["NetworkArgs.item_embedding_dim = 8", "NetworkArgs.contextual_embedding_dim = 4"],
+        "bindings": ["NetworkArgs.item_embedding_dim = 8", "NetworkArgs.contextual_embedding_dim = 4", PRODUCT],
     },
-    "ranking, tasks, by tokens": {"bindings": [BY_TOKENS, *USER_TASKS]},
+    "ranking, tasks, by tokens": {"bindings": [BY_TOKENS, PRODUCT, *USER_TASKS]},
     "retrieval": {"task": "retrieval", "sharding": "column_wise"},
     "retrieval, draws, adam, by tokens": {
         "task": "retrieval",
         "optimizer": "adam",
         "bindings": [BY_TOKENS, RELATIVE, "RetrievalArgs.num_negatives = 9", TOWER],
     },
-    "retrieval, uniform": {
+    "retrieval, uniform, seen": {
         "task": "retrieval",
         "optimizer": "adagrad",
-        "bindings": ["RetrievalArgs.negatives = 'uniform'", "RetrievalArgs.num_negatives = 2", LIMIT],
+        "bindings": ["RetrievalArgs.negatives = 'uniform'", "RetrievalArgs.num_negatives = 2", SEEN, LIMIT],
     },
     "retrieval, uniform, replicated": {
         "task": "retrieval",
@@ -89,7 +91,14 @@ CASES: dict[str, Any] = {
     "retrieval, full, adam, by tokens": {
         "task": "retrieval",
         "optimizer": "adam",
-        "bindings": ["RetrievalArgs.negatives = 'full'", BY_TOKENS, "NetworkArgs.interleave_actions = False", LIMIT],
+        "bindings": [
+            "RetrievalArgs.negatives = 'full'",
+            SEEN,
+            BY_TOKENS,
+            PRODUCT,
+            "NetworkArgs.interleave_actions = False",
+            LIMIT,
+        ],
     },
 }
 IN_BFLOAT16: dict[str, Any] = {

@@ -34,18 +34,34 @@ CASES: dict[str, Any] = {
     },
     "ranking, requests": {"task": "ranking", "dataset": {"candidates": "requests", "max_num_candidates": 3}},
     "in_batch": {"task": "retrieval"},
-    "in_batch, draws": {"task": "retrieval", "task_args": {"num_negatives": 5}},
+    "in_batch, draws, seen": {
+        "task": "retrieval",
+        "dataset": {"max_sequence_length": 4},
+        "task_args": {"num_negatives": 5, "mask_seen": True},
+    },
     "uniform": {"task": "retrieval", "task_args": {"negatives": "uniform", "num_negatives": 5}},
     "uniform, shared, replicated": {
         "task": "retrieval",
         "sharded": [],
         "task_args": {"negatives": "uniform", "num_negatives": 5, "shared_negatives": True},
     },
-    "mixed by popularity, logQ": {
+    "mixed by popularity, logQ, random windows, seen": {
         "task": "retrieval",
-        "task_args": {"negatives": "mixed", "num_negatives": 5, "popularity_exponent": 0.5, "logq_correction": True},
+        "dataset": {"random_windows": True, "max_sequence_length": 5},
+        "task_args": {
+            "negatives": "mixed",
+            "num_negatives": 5,
+            "popularity_exponent": 0.5,
+            "logq_correction": True,
+            "mask_seen": True,
+        },
     },
-    "full": {"task": "retrieval", "task_args": {"negatives": "full"}},
+    "full, last event": {
+        "task": "retrieval",
+        "dataset": {"query_time": "last_event"},
+        "network": {"position_encoding": "relative_bias"},
+        "task_args": {"negatives": "full"},
+    },
     "in_batch, item tower": {
         **TOWER,
         "task": "retrieval",

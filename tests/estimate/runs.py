@@ -71,7 +71,10 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": _case([ONE, TWO_BY_TENSOR], "NetworkArgs.dtype_str = 'bfloat16'"),
     "candidates": _case([ONE], "BenchmarkDatasetArgs.max_num_candidates = 5", "NetworkArgs.interleave_actions = False"),
     "other widths": _case(
-        [ONE, TWO, FOUR], "NetworkArgs.item_embedding_dim = 20", "NetworkArgs.contextual_embedding_dim = 26"
+        [ONE, TWO, FOUR],
+        "NetworkArgs.item_embedding_dim = 20",
+        "NetworkArgs.contextual_embedding_dim = 26",
+        "NetworkArgs.action_item_product = True",
     ),
     "relative bias": _case([ONE, TWO_BY_TENSOR], "NetworkArgs.position_encoding = 'relative_bias'"),
     "tokens split": _case([TWO_BY_TENSOR, FOUR], "NetworkArgs.sequence_parallel = True"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from hstu.data.batch import HSTUBatch, keyed_jagged
@@ -119,7 +119,10 @@ def token_by_token(inputs: SequenceInputs, tables: dict[str, Tensor], users: Eve
             if inputs.features.action is None:
                 tokens.append(item + after)
                 continue
-            action = tables["action"][event["action"][0]] * scale + after
+            action = tables["action"][event["action"][0]] * scale
+            if inputs.action_gate is not None:
+                action = action + item * inputs.action_gate(action)
+            action = action + after
             if inputs.tokens_per_item == 2:
                 tokens += [item, action]
             else:
@@ -138,8 +141,15 @@ def test_tokens_and_their_gradients_are_those_written_down_one_by_one(
     lengths: list[int], kind: str, interleave: bool, candidates: int
 ) -> None:
     features = FEATURES[kind]
-    network = make_network(interleave_actions=interleave, position_encoding="none", side_embedding_dim=SIDE_WIDTH)
+    network = make_network(
+        interleave_actions=interleave,
+        action_item_product=features.action is not None and len(lengths) % 2 == 0,
+        position_encoding="none",
+        side_embedding_dim=SIDE_WIDTH,
+    )
     inputs = SequenceInputs(network, features)
+    if inputs.action_gate is not None:
+        nn.init.normal_(inputs.action_gate[0].weight)
     inputs.load_statistics(STATISTICS)
     inputs.double()
     users = random_events(lengths, features)

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from hstu.ops import functional
 from hstu.ops.select import resolve_kernels
-from hstu.ops.types import AttentionConfig, Backend, GateConfig, JaggedLayout, Kernels, KernelShapes, RelativeBias
+from hstu.ops.types import (
+    AttentionConfig,
+    Backend,
+    GateConfig,
+    JaggedLayout,
+    Kernels,
+    KernelShapes,
+    RelativeBias,
+    SeenItems,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's own switch: its kernels run on the CPU, by NumPy. tests/ops/triton/test_interpreted.py starts pytest so."""
@@ -117,11 +126,12 @@ def pool_softmax_loss(
     log_weights: Tensor | None,
     temperature: float,
     backend: Backend = Backend.PYTORCH,
+    seen: SeenItems | None = None,
 ) -> Tensor:
     """The loss by a backend."""
     kernel = kernels_of(backend, queries.shape[-1]).pool_softmax_loss
     return functional.pool_softmax_loss(
-        queries, positives, pool, target_ids, pool_ids, log_weights, temperature, kernel
+        queries, positives, pool, target_ids, pool_ids, log_weights, temperature, kernel, seen
     )
 
 
@@ -135,8 +145,11 @@ def sampled_softmax_loss(
     temperature: float,
     backend: Backend = Backend.PYTORCH,
     log_weights: Tensor | None = None,
+    seen: SeenItems | None = None,
 ) -> Tensor:
     """The loss by a backend."""
     kernel = kernels_of(backend, queries.shape[-1]).sampled_softmax_loss
     ids = target_ids, pool_ids
-    return functional.sampled_softmax_loss(queries, positives, pool, draws, *ids, log_weights, temperature, kernel)
+    return functional.sampled_softmax_loss(
+        queries, positives, pool, draws, *ids, log_weights, temperature, kernel, seen
+    )

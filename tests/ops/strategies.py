@@ -33,6 +33,7 @@ class Batch:
         with_times: bool = True,
         device: str | torch.device = "cpu",
         request_times: torch.Tensor | None = None,
+        asks_for_next: bool = True,
     ) -> JaggedLayout:
         items = np.array([user.history + user.candidates for user in self.users], dtype=np.int64)
         times = [time for user in self.users for time in (user.item_times or (0,) * (user.history + user.candidates))]
@@ -46,6 +47,7 @@ class Batch:
             device=torch.device(device),
             item_times=torch.tensor(times, dtype=torch.int64, device=device) if with_times else None,
             request_times=request_times,
+            asks_for_next=asks_for_next,
         )
 
 

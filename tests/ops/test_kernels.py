@@ -4,6 +4,7 @@ The float64 results are the PyTorch backend's, which other tests hold against a 
 held against that here, too. Triton's kernels are driven on a GPU, and interpreted (see backends.py).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.cutlass.support import head_unsupported_reason
 from hstu.ops.layout import time_buckets
-from hstu.ops.types import NUM_TIME_BUCKETS, Backend, GateConfig, RelativeBias
+from hstu.ops.types import NUM_TIME_BUCKETS, Backend, GateConfig, RelativeBias, SeenItems
 from tests.ops import oracle
 from tests.ops.backends import (
     BACKENDS,
@@ -35,12 +36,14 @@ from tests.ops.backends import (
     hstu_attention,
     kernels_of,
     norm_mul_dropout,
+    pool_softmax_loss,
     projected_attention,
     projected_gate,
     sampled_softmax_loss,
 )
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch, batches
+from tests.ops.test_softmax_loss import make_seen
 
 IN_PLACE_OR_PACKED = [
     pytest.param(Backend.CPU, False, id="cpu, rows in place"),
@@ -50,6 +53,7 @@ SAMPLED_LOSS = [
     *([] if INTERPRETED else IN_PLACE_OR_PACKED),
     pytest.param(Backend.TRITON, False, marks=TRITON.marks, id="triton"),
 ]
+ONE_ROW: dict[str, Any] = {"pool_size": 1, "width": 1, "masks": False}
 MANY_QUERIES = 20 if INTERPRETED else 130
 LENGTHS = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 63, 65, 127, 129])
 NUM_CANDIDATES = st.sampled_from([0, 0, 1, 7, 40])
@@ -408,9 +412,9 @@ def test_each_row_of_the_gate_depends_on_itself_alone_and_not_on_the_threads(
 
 @pytest.mark.parametrize(("backend", "packed"), SAMPLED_LOSS)
 @settings(deadline=None, max_examples=examples(30))
-@example(queries=MANY_QUERIES, pool_size=1, draws=15, width=1, temperature=1.0, index_type=torch.int64, weighted=True)
-@example(queries=MANY_QUERIES, pool_size=1, draws=40, width=1, temperature=1.0, index_type=torch.int32, weighted=False)
-@example(queries=1, pool_size=1, draws=16, width=1, temperature=0.01, index_type=torch.int32, weighted=True)
+@example(**ONE_ROW, queries=MANY_QUERIES, draws=15, temperature=1.0, index_type=torch.int64, weighted=True)
+@example(**ONE_ROW, queries=MANY_QUERIES, draws=40, temperature=1.0, index_type=torch.int32, weighted=False)
+@example(**ONE_ROW, queries=1, draws=16, temperature=0.01, index_type=torch.int32, weighted=True)
 @given(
     queries=st.sampled_from([0, 1, 7, MANY_QUERIES]),
     pool_size=st.sampled_from([1, 3, 90]),
@@ -419,6 +423,7 @@ def test_each_row_of_the_gate_depends_on_itself_alone_and_not_on_the_threads(
     temperature=st.sampled_from([1.0, 0.05, 0.01]),
     index_type=st.sampled_from([torch.int32, torch.int64]),
     weighted=st.booleans(),
+    masks=st.booleans(),
 )
 def test_the_sampled_loss_equals_float64(
     backend: Backend,
@@ -430,18 +435,21 @@ def test_the_sampled_loss_equals_float64(
     temperature: float,
     index_type: torch.dtype,
     weighted: bool,
+    masks: bool,
 ) -> None:
     torch.manual_seed(draws)
     leaves = [F.normalize(torch.randn(rows, width), dim=1) for rows in (queries, queries, pool_size)]
     drawn = torch.randint(pool_size, (queries, draws)).to(index_type)
     target_ids, pool_ids = torch.randint(5, (queries,)), torch.randint(9, (pool_size,))
     log_weights = 3 * torch.randn(pool_size) if weighted else torch.zeros(pool_size)
+    seen = make_seen(queries, pool_size) if masks else None
 
     def run(leaves: list[Tensor], backend: Backend) -> list[Tensor]:
         ids = to([drawn, target_ids, pool_ids], device_of(backend))
         given = log_weights.to(device_of(backend)) if weighted else None
+        there = None if seen is None else SeenItems(*to([seen.first, seen.sequences, seen.places], device_of(backend)))
         return differentiate(
-            lambda q, p, s: sampled_softmax_loss(q, p, s, *ids, temperature, backend, given),
+            lambda q, p, s: sampled_softmax_loss(q, p, s, *ids, temperature, backend, given, there),
             to(leaves, device_of(backend)),
             torch.tensor(3.0),
         )
@@ -456,6 +464,8 @@ def test_the_sampled_loss_equals_float64(
     # To see them, give each query a copy of the pool, from which it draws alone.
     drawn, pool_ids = drawn + pool_size * torch.arange(queries)[:, None], pool_ids.repeat(max(queries, 1))
     log_weights = log_weights.repeat(max(queries, 1))
+    if seen is not None:
+        seen = dataclasses.replace(seen, first=seen.first.repeat(1, max(queries, 1)))
     copies = [*leaves[:2], leaves[2].repeat(max(queries, 1), 1)]
     *_, of_positives, of_copies = run([x.double() for x in copies], Backend.PYTORCH)
     of_query = 2 * of_positives.norm(dim=1).max() if queries else 0.0  # the target's share and the negatives'
@@ -491,6 +501,43 @@ def test_the_sampled_loss_has_the_same_bits_on_any_number_of_threads(
         assert all(torch.equal(x, y) for x, y in zip(result[1:], results[0][1:], strict=True))
 
 
+@pytest.mark.parametrize("backend", [pytest.param(Backend.CPU, id="cpu")])
+@settings(deadline=None, max_examples=examples(25))
+@given(
+    queries=st.sampled_from([0, 1, 7, MANY_QUERIES]),
+    pool_size=st.sampled_from([0, 1, 16, 90]),
+    temperature=st.sampled_from([1.0, 0.05, 0.01]),
+    weighted=st.booleans(),
+    masks=st.booleans(),
+    block_elements=st.sampled_from([1 << 18, 60]),
+)
+def test_the_pool_loss_equals_float64(
+    backend: Backend,
+    queries: int,
+    pool_size: int,
+    temperature: float,
+    weighted: bool,
+    masks: bool,
+    block_elements: int,
+) -> None:
+    torch.manual_seed(pool_size)
+    leaves = [F.normalize(torch.randn(rows, 40), dim=1) for rows in (queries, queries, pool_size)]
+    target_ids, pool_ids = (torch.randint(9, (n,)) * 2**32 for n in (queries, pool_size))  # equal in the lower bits
+    log_weights = torch.randn(pool_size).masked_fill(torch.rand(pool_size) < 0.2, -torch.inf) if weighted else None
+    seen = make_seen(queries, pool_size) if masks else None
+
+    def run(leaves: list[Tensor], backend: Backend) -> list[Tensor]:
+        others = target_ids, pool_ids, log_weights, temperature, backend, seen
+        return differentiate(lambda q, p, s: pool_softmax_loss(q, p, s, *others), leaves, torch.tensor(3.0))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hstu.ops.cpu.softmax_loss.POOL_BLOCK_ELEMENTS", block_elements)
+        patch.setattr("hstu.ops.cpu.softmax_loss.POOL_BLOCK_ROWS", 3)
+        got = run(leaves, backend)
+    expected = run([x.double() for x in leaves], Backend.PYTORCH)
+    assert_near(got, expected, 4 * TOLERANCE[backend][torch.float32] * max(1, 0.5 / temperature))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_targets_of_any_score_have_a_finite_loss_and_exact_gradients(backend: Backend) -> None:
     """Scores of 100 above and below the target, whose exponentials would be infinite or zero, also in later chunks."""
@@ -502,15 +549,19 @@ def test_targets_of_any_score_have_a_finite_loss_and_exact_gradients(backend: Ba
     draws = torch.cat([draws, draws], dim=1)
     ids = [torch.full((4,), 200), torch.arange(90)]
 
-    def run(leaves: list[Tensor], backend: Backend) -> list[Tensor]:
-        there = to([draws, *ids], device_of(backend))
-        return differentiate(
-            lambda q, p, s: sampled_softmax_loss(q, p, s, *there, 0.01, backend),
-            to(leaves, device_of(backend)),
-            torch.tensor(1.0),
-        )
+    def run(leaves: list[Tensor], backend: Backend, whole_pool: bool) -> list[Tensor]:
+        drawn, *there = to([draws, *ids], device_of(backend))
 
-    assert_near(run(leaves, backend), run(to(leaves, "cpu", torch.float64), Backend.PYTORCH), 2e-5)
+        def loss(q: Tensor, p: Tensor, s: Tensor) -> Tensor:
+            if whole_pool:
+                return pool_softmax_loss(q, p, s, *there, None, 0.01, backend)
+            return sampled_softmax_loss(q, p, s, drawn, *there, 0.01, backend)
+
+        return differentiate(loss, to(leaves, device_of(backend)), torch.tensor(1.0))
+
+    for whole_pool in (False, True):
+        expected = run(to(leaves, "cpu", torch.float64), Backend.PYTORCH, whole_pool)
+        assert_near(run(leaves, backend, whole_pool), expected, 2e-5)
 
 
 @pytest.mark.parametrize("backend", WITHOUT_A_GPU)

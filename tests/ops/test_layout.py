@@ -38,6 +38,12 @@ def test_only_the_last_token_of_a_sequence_asks_at_the_time_of_the_request(batch
     assert torch.equal(asked.token_times, own.token_times)
 
 
+@given(batches())
+def test_queries_may_all_have_the_times_of_their_own_tokens(batch: Batch) -> None:
+    layout = batch.layout(asks_for_next=False)
+    assert layout.query_times is not None and torch.equal(layout.query_times, layout.token_times)
+
+
 def test_newest_items_are_found_behind_context_and_between_actions() -> None:
     # tokens: c i a i a i a | (empty) | c i a
     batch = Batch((User(3, 0), User(1, 0), User(0, 0, is_padding=True)), contextuals=1, tokens_per_item=2, group_size=1)

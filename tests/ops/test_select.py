@@ -116,7 +116,7 @@ def test_the_printed_kernels_name_what_pytorch_serves_and_why() -> None:
     kernels = resolve_kernels(Backend.CPU, KernelShapes(512, 1, 64, 64, torch.bfloat16))
     assert "attention: pytorch (heads of 512 > 256 channels)" in str(kernels)
     assert "norm_mul_dropout: cpu, " in str(kernels)
-    assert "sampled_softmax_loss: cpu" in str(kernels)
+    assert "sampled_softmax_loss: cpu" in str(kernels) and "pool_softmax_loss: cpu" in str(kernels)
     assert kernels.attention is REFERENCE_KERNELS.attention
     assert kernels.norm_mul_dropout is not REFERENCE_KERNELS.norm_mul_dropout
 

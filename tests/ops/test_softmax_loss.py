@@ -8,35 +8,43 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hstu.ops.pytorch.softmax_loss as implementation
+from hstu.ops.types import NEVER_SEEN, SeenItems
 from tests.ops.backends import pool_softmax_loss, sampled_softmax_loss
 
 TEMPERATURE = 0.1
 
 
-def oracle(queries, positives, target_ids, negatives_of_row) -> Tensor:
-    """One query at a time; ``negatives_of_row(i)`` gives the vectors, ids and log weights of its negatives."""
+def oracle(queries, positives, negatives_of_row) -> Tensor:
+    """One query at a time; ``negatives_of_row(i)``: vectors and log weights of what it is compared with, and a mask."""
     total = queries.new_zeros(())
-    for i, (query, positive, target) in enumerate(zip(queries, positives, target_ids, strict=True)):
-        vectors, ids, log_weights = negatives_of_row(i)
-        negative_logits = (vectors @ query / TEMPERATURE + log_weights)[ids != target]
+    for i, (query, positive) in enumerate(zip(queries, positives, strict=True)):
+        vectors, log_weights, is_negative = negatives_of_row(i)
+        negative_logits = (vectors @ query / TEMPERATURE + log_weights)[is_negative]
         positive_logit = (query @ positive / TEMPERATURE).reshape(1)
         total = total + torch.cat([positive_logit, negative_logits]).logsumexp(0) - positive_logit[0]
     return total
 
 
-def pool_oracle(queries, positives, pool, target_ids, pool_ids, log_weights) -> Tensor:
+def is_negative(target_ids, pool_ids, seen, i) -> Tensor:
+    """bool [S]: whether the i-th query meets each entry of the pool."""
+    if seen is None:
+        return pool_ids != target_ids[i]
+    return torch.tensor([int(place) > int(seen.places[i]) for place in seen.first[seen.sequences[i]]], dtype=torch.bool)
+
+
+def pool_oracle(queries, positives, pool, target_ids, pool_ids, log_weights, seen=None) -> Tensor:
     added = torch.zeros(len(pool)) if log_weights is None else log_weights
-    return oracle(queries, positives, target_ids, lambda _: (pool, pool_ids, added))
+    return oracle(queries, positives, lambda i: (pool, added, is_negative(target_ids, pool_ids, seen, i)))
 
 
-def sampled_oracle(queries, positives, pool, draws, target_ids, pool_ids, log_weights) -> Tensor:
+def sampled_oracle(queries, positives, pool, draws, target_ids, pool_ids, log_weights, seen=None) -> Tensor:
     added = torch.zeros(len(pool)) if log_weights is None else log_weights
 
     def drawn(i):
         rows = draws[i].long()
-        return pool[rows], pool_ids[rows], added[rows]
+        return pool[rows], added[rows], is_negative(target_ids, pool_ids, seen, i)[rows]
 
-    return oracle(queries, positives, target_ids, drawn)
+    return oracle(queries, positives, drawn)
 
 
 WEIGHTS = st.sampled_from(["none", "some", "finite", "all zero"])
@@ -67,6 +75,19 @@ def make_draws(num_queries, num_draws, pool_size, dtype=torch.int32):
     return torch.randint(max(pool_size, 1), (num_queries, num_draws), generator=generator).to(dtype)
 
 
+def make_seen(num_queries, pool_size, seed=0, num_sequences=3, device="cpu"):
+    """Items that sequences have never, before they begin, or from one of 8 places on; queries in any order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
+
+    first = draw(-1, 8, num_sequences, pool_size)
+    first[draw(0, 2, num_sequences, pool_size) == 1] = NEVER_SEEN
+    tensors = first, draw(0, num_sequences, num_queries), draw(0, 8, num_queries)
+    return SeenItems(*(tensor.to(device) for tensor in tensors))
+
+
 def gradients(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(3 * loss, leaves)
 
@@ -85,20 +106,22 @@ def block_elements(request, monkeypatch):
     pool_size=st.integers(0, 12),
     num_ids=st.integers(1, 20),
     weights=WEIGHTS,
+    masks_seen=st.booleans(),
     block=st.sampled_from([1 << 20, 12, 1]),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_pool_loss_and_gradients_equal_the_oracle(num_queries, pool_size, num_ids, weights, block, seed):
+def test_pool_loss_and_gradients_equal_the_oracle(num_queries, pool_size, num_ids, weights, masks_seen, block, seed):
     queries, positives, pool, target_ids, pool_ids = make_case(num_queries, pool_size, num_ids=num_ids, seed=seed)
     log_weights = make_log_weights(weights, pool_size)
+    seen = make_seen(num_queries, pool_size, seed) if masks_seen else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(implementation.BLOCK_ELEMENTS, "cpu", block)
         patch.setattr(implementation, "MIN_BLOCK_ROWS", 2)
-        actual = pool_softmax_loss(queries, positives, pool, target_ids, pool_ids, log_weights, TEMPERATURE)
+        actual = pool_softmax_loss(queries, positives, pool, target_ids, pool_ids, log_weights, TEMPERATURE, seen=seen)
         actual_gradients = gradients(actual, queries, positives, pool)
     # A zero from every leaf keeps them in the oracle's graph when nothing is summed.
     leaves = (queries, positives, pool)
-    expected = pool_oracle(*leaves, target_ids, pool_ids, log_weights) + sum(0 * leaf.sum() for leaf in leaves)
+    expected = pool_oracle(*leaves, target_ids, pool_ids, log_weights, seen) + sum(0 * leaf.sum() for leaf in leaves)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     for got, want in zip(actual_gradients, gradients(expected, *leaves), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
@@ -112,20 +135,21 @@ def test_pool_loss_and_gradients_equal_the_oracle(num_queries, pool_size, num_id
     num_ids=st.integers(1, 20),
     index_dtype=st.sampled_from([torch.int32, torch.int64]),
     weights=WEIGHTS,
+    masks_seen=st.booleans(),
     seed=st.integers(0, 2**31 - 1),
 )
 def test_sampled_loss_and_gradients_equal_the_oracle(
-    num_queries, pool_size, num_draws, num_ids, index_dtype, weights, seed
+    num_queries, pool_size, num_draws, num_ids, index_dtype, weights, masks_seen, seed
 ):
     queries, positives, pool, target_ids, pool_ids = make_case(num_queries, pool_size, num_ids=num_ids, seed=seed)
     draws = make_draws(num_queries, num_draws, pool_size, index_dtype)
     leaves = (queries, positives, pool)
     log_weights = make_log_weights(weights, pool_size)
-    actual = sampled_softmax_loss(*leaves, draws, target_ids, pool_ids, TEMPERATURE, log_weights=log_weights)
+    seen = make_seen(num_queries, pool_size, seed) if masks_seen else None
+    ids = target_ids, pool_ids
+    actual = sampled_softmax_loss(*leaves, draws, *ids, TEMPERATURE, log_weights=log_weights, seen=seen)
     actual_gradients = gradients(actual, *leaves)
-    expected = sampled_oracle(*leaves, draws, target_ids, pool_ids, log_weights) + sum(
-        0 * leaf.sum() for leaf in leaves
-    )
+    expected = sampled_oracle(*leaves, draws, *ids, log_weights, seen) + sum(0 * leaf.sum() for leaf in leaves)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     for got, want in zip(actual_gradients, gradients(expected, *leaves), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
@@ -248,3 +272,6 @@ def test_shapes_that_do_not_fit_are_refused():
         pool_softmax_loss(queries, positives, pool, target_ids, pool_ids[:-1], None, TEMPERATURE)
     with pytest.raises(ValueError, match=r"draws must be \[3, R\]"):
         sampled_softmax_loss(queries, positives, pool, make_draws(2, 5, 4), target_ids, pool_ids, TEMPERATURE)
+    of_another_pool = make_seen(2, 5)
+    with pytest.raises(ValueError, match=r"first \(3, 5\) .* S = 4; sequences and places .* must be \[M\], M = 3"):
+        pool_softmax_loss(queries, positives, pool, target_ids, pool_ids, None, TEMPERATURE, seen=of_another_pool)

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "items": [*model, "--items", "nothing", "--actions", "2"],
         "no actions": [*model, "--items", "nothing"],
         "times": [*model, "--items", "item, 1", "--times", "1717000000,noon"],
+        "at": [*model, "--users", "u7", "--at", "2026-01-31T18:00"],
+        "at no time": [*model, "--users", "u7", "--at", "noon"],
         "wrong": [*model, "--histories", str(directory / "wrong.json")],
         "misspelt": [*model, "--histories", str(directory / "misspelt.json")],
         "no file": [*model, "--users_file", str(directory / "absent")],
@@ -150,6 +153,7 @@ def test_an_export_answers_histories_without_the_data(results: dict[str, Any]) -
     [
         ("no actions", "has no actions, but the model reads 'did'"),
         ("times", "--times: 'noon' is not a whole number of seconds since 1970"),
+        ("at no time", "--at: 'noon' is no time; give now, seconds since 1970"),
         ("wrong", "wrong.json: history 1: items must be a list of strings or whole numbers"),
         ("misspelt", "misspelt.json: history 1: action is not known; allowed: user, items, actions"),
         ("no file", "absent cannot be read"),
@@ -158,3 +162,14 @@ def test_an_export_answers_histories_without_the_data(results: dict[str, Any]) -
 def test_mistakes_are_told(results: dict[str, Any], case: str, told: str) -> None:
     code, output, errors = results[case]
     assert (code, output) == (3, "") and told in errors
+
+
+def test_a_time_that_the_model_does_not_read_is_refused(results: dict[str, Any]) -> None:
+    code, output, errors = results["at"]
+    assert (code, output) == (2, "") and "does not read the time of a request" in errors
+
+
+def test_a_time_is_now_or_seconds_or_a_date() -> None:
+    assert recommend._time("1769882400") == recommend._time("2026-01-31T18:00") == 1_769_882_400
+    assert recommend._time("2026-01-31T19:00+01:00") == 1_769_882_400
+    assert abs(recommend._time("now") - time.time()) < 10

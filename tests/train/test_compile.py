@@ -22,7 +22,12 @@ def test_compiled_parts_train_what_the_others_do_on_two_ranks(store: SequenceSto
             task="ranking",
             store=str(store.path),
             output=str(tmp_path / str(compiled)),
-            network={"compile": compiled, "item_embedding_dim": 8, "contextual_embedding_dim": 8},
+            network={
+                "compile": compiled,
+                "item_embedding_dim": 8,
+                "contextual_embedding_dim": 8,
+                "action_item_product": True,
+            },
             trainer={
                 "train_batch_size": 8,
                 "eval_batch_size": 8,
@@ -41,7 +46,8 @@ def test_compiled_parts_train_what_the_others_do_on_two_ranks(store: SequenceSto
             np.testing.assert_allclose(compiled[part][name], values, rtol=1e-4, atol=1e-5, err_msg=name)
     log = (tmp_path / "True" / "run" / "log.txt").read_text()
     parts = [f"encoder.inputs.projections.{role}" for role in ("item", "action", "contextual")]
-    assert f"compiled at first use: {', '.join([*parts, 'head', 'loss'])}" in log
+    parts += ["encoder.inputs.action_gate", "head", "loss"]
+    assert f"compiled at first use: {', '.join(parts)}" in log
 
 
 def test_without_a_compiler_the_run_goes_on(

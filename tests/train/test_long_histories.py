@@ -47,12 +47,33 @@ def test_windows_train_on_whole_histories(source: Callable[..., StoreSource], st
     assert max(lengths(windows)) == LONGEST and len(lengths(windows)) > len(lengths(newest))
 
 
-def test_evaluation_knows_nothing_of_windows(source: Callable[..., StoreSource]) -> None:
-    options = {"window_stride": 4, "stochastic_length_alpha": 1.0}
+@pytest.mark.parametrize("windows", [{"window_stride": 4}, {"random_windows": True}])
+def test_evaluation_knows_nothing_of_windows(source: Callable[..., StoreSource], windows: dict[str, Any]) -> None:
+    options = {"stochastic_length_alpha": 1.0, **windows}
     for task in ("retrieval", "ranking"):
         plain, changed = source(task), source(task, dataset=options)
         pairs = zip(plain.eval_batches("valid"), changed.eval_batches("valid"), strict=True)
         assert all((one.features.values() == other.features.values()).all() for one, other in pairs)
+
+
+def test_random_windows_have_other_items_in_each_epoch_and_as_many_labels(source: Callable[..., StoreSource]) -> None:
+    for task in ("retrieval", "ranking"):
+        negatives = {"negatives": "popularity", "num_negatives": 4} if task == "retrieval" else {}
+        newest, windows = (
+            source(task, dataset={"random_windows": is_random}, task_args=negatives) for is_random in (False, True)
+        )
+        epochs = [
+            [list(islice(each.train_batches(SamplerPosition(epoch, 0)), each.batches_per_epoch)) for epoch in (0, 1)]
+            for each in (newest, windows)
+        ]
+        (plain, _), (one, other) = epochs
+        assert [batch.num_labels_total for batch in one] == [batch.num_labels_total for batch in plain]
+        seen = [
+            {tuple(batch.features["item_id"].values().tolist()) for batch in epoch} for epoch in (plain, one, other)
+        ]
+        assert len(set.union(*seen)) == sum(map(len, seen))
+        if task == "retrieval":
+            assert windows.item_counts.sum() == pytest.approx(newest.item_counts.sum())
 
 
 def test_stochastic_length_shortens_training_samples_anew_each_epoch(source: Callable[..., StoreSource]) -> None:
@@ -64,11 +85,13 @@ def test_stochastic_length_shortens_training_samples_anew_each_epoch(source: Cal
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
-@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+@pytest.mark.parametrize(
+    ("task", "windows"), [("ranking", {"window_stride": 3}), ("retrieval", {"random_windows": True})]
+)
 def test_a_run_resumed_with_both_options_is_the_run_that_went_through(
-    task: str, train: Callable[..., FinishedRun]
+    task: str, windows: dict[str, Any], train: Callable[..., FinishedRun]
 ) -> None:
-    options = {"dataset": {"max_sequence_length": LONGEST, "window_stride": 3, "stochastic_length_alpha": 1.2}}
+    options = {"dataset": {"max_sequence_length": LONGEST, "stochastic_length_alpha": 1.2, **windows}}
     through = train(task, trainer={"max_train_iters": 8, "log_interval": 1}, **options)
     saving = {"ckpt_save_interval": 4, "log_interval": 1}
     train(task, trainer={"max_train_iters": 4, **saving}, output="parts", **options)

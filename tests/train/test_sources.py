@@ -149,6 +149,17 @@ def test_seen_items_come_with_evaluation_batches_only_where_they_are_filtered(
     assert next(source("retrieval").train_batches(FIRST)).seen_values is None
 
 
+def test_training_batches_have_what_users_had_before_where_it_is_masked(source: Callable[..., StoreSource]) -> None:
+    opened = source("retrieval", task_args={"mask_seen": True}, dataset={"max_sequence_length": 3})
+    batch = next(opened.train_batches(FIRST))
+    offsets, items = np.asarray(opened.store.offsets()), opened.store.sequence("item_id")
+    for row, user in enumerate(real(batch)):
+        begin, stop = offsets[user], offsets[user + 1] - 2  # the last two are held out
+        seen = batch.seen_values[batch.seen_offsets[row] : batch.seen_offsets[row + 1]]
+        assert seen.tolist() == items[begin : max(begin, stop - 3)].tolist()
+    assert len(batch.seen_values) > 0
+
+
 def test_times_are_read_for_relative_bias_only(source: Callable[..., StoreSource]) -> None:
     assert next(source("ranking").train_batches(FIRST)).timestamps is None
     relative = source("ranking", network={"position_encoding": "relative_bias"})
@@ -156,10 +167,11 @@ def test_times_are_read_for_relative_bias_only(source: Callable[..., StoreSource
     assert next(relative.eval_batches("valid")).timestamps is not None
 
 
-def test_a_request_is_made_at_the_time_of_the_held_out_event_where_wanted(source: Callable[..., StoreSource]) -> None:
+def test_a_request_is_made_at_the_time_of_the_held_out_event(source: Callable[..., StoreSource]) -> None:
     network = {"position_encoding": ("absolute", "relative_bias")}
-    assert next(source("retrieval", network=network).eval_batches("valid")).request_times is None
-    opened = source("retrieval", network=network, task_args={"request_time": "target"})
+    without = source("retrieval", network=network, dataset={"query_time": "last_event"})
+    assert next(without.eval_batches("valid")).request_times is None
+    opened = source("retrieval", network=network)
     assert next(opened.train_batches(FIRST)).request_times is None
     batch = next(opened.eval_batches("valid"))
     offsets, times = opened.store.offsets(), opened.store.sequence("timestamp")

@@ -300,6 +300,18 @@ def test_evaluations_use_the_average_of_the_weights(train: Callable[..., Finishe
 # --- going on ------------------------------------------------------------------------------------------------------
 
 
+def test_the_best_ranker_is_chosen_by_users_that_the_test_does_not_have(train: Callable[..., FinishedRun]) -> None:
+    options = {"eval_interval": 2, "eval_at_end": True, "best_metric": "LOGLOSS"}
+    finished = train("ranking", trainer=options, dataset={"train_fraction": 0.5, "valid_fraction": 0.2})
+    assert finished.evaluations == [(2, "valid"), (4, "valid"), (4, "test")]
+    assert finished.summary["best"]["split"] == "valid"
+    source = finished.trainer.source
+    users = [
+        {int(user) for batch in source.eval_batches(split) for user in batch.user_ids} for split in ("valid", "test")
+    ]
+    assert users[0] and users[1] and not users[0] & users[1] - {-1}
+
+
 def test_a_continued_run_remembers_the_best_metrics_of_its_first_part(train: Callable[..., FinishedRun]) -> None:
     options = {"eval_interval": 2, "ckpt_save_interval": 4, "ckpt_load_dir": "auto"}
     first = train("ranking", output="one", trainer={**options, "max_train_iters": 4})

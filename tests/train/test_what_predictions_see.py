@@ -3,14 +3,14 @@ compare the predictions of all events bit for bit."""
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hstu.config.args import RankingTaskArgs
 from hstu.config.run_config import RunConfig
@@ -34,7 +34,7 @@ relative bias)."""
 KNOWN_AFTER = ("action", "watched", "seconds")
 NEVER_SHOWN = ("liked",)
 """A feature of the event that is only a label of a task."""
-SIDE = ["year", "genres", "vector", "device", "load", "watched", "seconds", "hour_of_day", "time_gap"]
+SIDE = ["year", "genres", "vector", "device", "load", "watched", "seconds", "hour_of_day", "time_gap", "item_age"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,11 @@ class Layout:
     group: int = 1
     has_actions: bool = True
     task_args: dict[str, Any] = field(default_factory=dict)
+    query_time: str = "request"
 
     @property
-    def has_relative_bias(self) -> bool:
-        return "relative_bias" in self.network.get("position_encoding", ())
+    def reads_request_time(self) -> bool:
+        return self.query_time == "request" and "relative_bias" in self.network.get("position_encoding", ())
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -63,6 +64,7 @@ class Layout:
             "known_after": ["watched", "seconds"],
             "contextual_feature_names": ["town"],
             "max_num_candidates": self.candidates,
+            "query_time": self.query_time,
         }
         if self.task == "retrieval":
             dataset["valid_items"] = 0
@@ -84,8 +86,7 @@ class Layout:
         if kind == "time" and self.may_see(predicted, "time_gap", event + 1):
             return True  # the time from an event to the next one is a feature of that one
         if self.task == "retrieval":
-            asks_then = kind == "time" and self.has_relative_bias and predicted < LENGTH - 1  # but not in evaluation
-            return event < predicted or (event == predicted and asks_then)
+            return event < predicted or (event == predicted and kind == "time" and self.reads_request_time)
         is_candidate = event >= LENGTH - self.candidates
         if event == predicted or not self.candidates or not is_candidate:
             return event < predicted or (event == predicted and kind not in KNOWN_AFTER)
@@ -96,6 +97,7 @@ class Layout:
 
 RELATIVE = {"position_encoding": ("relative_bias", "absolute")}
 ONE_TOKEN = {"interleave_actions": False}
+PRODUCT = {"action_item_product": True}
 TASKS = {
     "prediction_head_arch": [8],
     "eval_metrics": ("AUC",),
@@ -109,14 +111,14 @@ LAYOUTS = {
     "ranking, two tokens": Layout("ranking"),
     "ranking, two tokens, relative bias": Layout("ranking", {**RELATIVE, "kernel_backend": "cutlass"}),
     "ranking, candidates": Layout("ranking", {"is_causal": False}, candidates=3),
-    "ranking, candidates, one token": Layout("ranking", {**RELATIVE, **ONE_TOKEN}, candidates=3),
-    "ranking, groups": Layout("ranking", candidates=4, group=2),
+    "ranking, candidates, one token": Layout("ranking", {**RELATIVE, **ONE_TOKEN, **PRODUCT}, candidates=3),
+    "ranking, groups": Layout("ranking", PRODUCT, candidates=4, group=2),
     "ranking, groups, one token": Layout("ranking", {**ONE_TOKEN, "kernel_backend": "cutlass"}, candidates=5, group=2),
-    "ranking, tasks and next items": Layout("ranking", task_args=TASKS | {"next_item_weight": 1.0}),
+    "ranking, tasks and next items": Layout("ranking", PRODUCT, task_args=TASKS | {"next_item_weight": 1.0}),
     "ranking, tasks, candidates": Layout("ranking", candidates=3, task_args=TASKS),
-    "retrieval, two tokens": Layout("retrieval"),
+    "retrieval, two tokens, relative bias": Layout("retrieval", RELATIVE | PRODUCT),
     "retrieval, one token, relative bias": Layout("retrieval", {**RELATIVE, **ONE_TOKEN}),
-    "retrieval, no actions": Layout("retrieval", has_actions=False),
+    "retrieval, no actions, last event": Layout("retrieval", RELATIVE, has_actions=False, query_time="last_event"),
 }
 
 
@@ -185,6 +187,19 @@ def first_batch(config: RunConfig, mesh: Mesh, split: str = "train") -> HSTUBatc
     return next(source.train_batches(START) if split == "train" else source.eval_batches("test"))
 
 
+def training_queries(model: GRModel, config: RunConfig, mesh: Mesh) -> Tensor:
+    """What finds each event of the training histories but the first: [users, events, width]."""
+    seen: list[tuple[Tensor, JaggedLayout]] = []
+    task = unwrap_dense(model).task
+    hook = task.encoder.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    batch = first_batch(config, mesh)
+    model(batch)
+    hook.remove()
+    tokens, layout = seen[0]
+    before = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total) - 1
+    return task._queries(tokens[before]).unflatten(0, (USERS, -1))
+
+
 def predictions(model: GRModel, config: RunConfig, mesh: Mesh) -> Tensor:
     """What is predicted for the newest events, or what finds them: [users, events, width]."""
     if config.task == "ranking":
@@ -192,19 +207,9 @@ def predictions(model: GRModel, config: RunConfig, mesh: Mesh) -> Tensor:
         logits = model(batch).logits
         assert logits is not None
         return logits.unflatten(0, (batch.real_batch_size, -1))
-    seen: list[tuple[Tensor, JaggedLayout]] = []
-    encoder = unwrap_dense(model).task.encoder
-    hook = encoder.register_forward_hook(lambda module, arguments, output: seen.append(output))
-    batch = first_batch(config, mesh)
-    model(batch)
-    hook.remove()
-    tokens, layout = seen[0]
-    before = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total) - 1
     held_out = model(first_batch(config, mesh, "test")).queries
     assert held_out is not None
-    task = unwrap_dense(model).task
-    queries = task._queries(tokens[before]).unflatten(0, (USERS, -1))
-    return torch.cat([queries, held_out[:USERS, None]], dim=1)
+    return torch.cat([training_queries(model, config, mesh), held_out[:USERS, None]], dim=1)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -217,6 +222,8 @@ def test_a_prediction_sees_what_comes_before_it_and_nothing_else(
     with torch.no_grad():
         for parameter in model.dense.parameters():
             parameter.mul_(3)  # so that what one token does to another is not lost in rounding
+        if layout.network.get("action_item_product"):
+            nn.init.normal_(unwrap_dense(model).task.encoder.inputs.action_gate[0].weight)
         plain = predictions(model, layout.config(store_with(), tmp_path), mesh)
         first = LENGTH - plain.shape[1]
         for kind in layout.kinds:
@@ -228,3 +235,24 @@ def test_a_prediction_sees_what_comes_before_it_and_nothing_else(
                     assert same or allowed, f"the prediction of event {predicted} sees {kind} of event {event}"
                     nearest = event in (predicted, predicted - 1)
                     assert not (same and allowed and nearest), f"{kind} of event {event} is not shown to {predicted}"
+
+
+@pytest.mark.parametrize("query_time", ["request", "last_event"])
+@pytest.mark.parametrize("network", [RELATIVE, RELATIVE | ONE_TOKEN])
+def test_an_item_is_found_in_evaluation_by_what_finds_it_in_training(
+    query_time: str, network: dict[str, Any], store_with: StoreWith, mesh: Mesh, tmp_path: Path
+) -> None:
+    """The item before the last is one of training, and with valid_items = 1 that of validation."""
+    config = Layout("retrieval", network, query_time=query_time).config(store_with(), tmp_path)
+    config, evaluated = (
+        replace(config, dataset=replace(config.dataset, shuffle=False, valid_items=valid_items))  # type: ignore[arg-type]
+        for valid_items in (0, 1)
+    )
+    model = build(config, mesh).state.model.eval()
+    with torch.no_grad():
+        for parameter in model.dense.parameters():
+            parameter.mul_(3)
+        trained = training_queries(model, config, mesh)[:, -1]
+        found = model(next(open_source(evaluated, mesh).eval_batches("valid"))).queries
+    assert found is not None
+    torch.testing.assert_close(found[:USERS], trained, rtol=1e-5, atol=1e-6)

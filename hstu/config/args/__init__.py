@@ -62,5 +62,12 @@ ACCEPTED: Mapping[str, str] = {
 }
 """Parameters that files of other trainers give to any class and that nothing reads → what the warning says."""
 
+REPLACED: Mapping[tuple[str, str], str] = {
+    ("RetrievalArgs", "request_time"): "was replaced by DatasetArgs.query_time, which holds in training, too; remove "
+    'it for "target", or bind DatasetArgs.query_time = "last_event"'
+}
+"""(class, parameter) of earlier versions → what the error says. Stored configurations that bind one are read as if they
+did not."""
+
 TASK_ARGS: Mapping[Task, type[RankingArgs | RetrievalArgs]] = {"ranking": RankingArgs, "retrieval": RetrievalArgs}
 """The entry script decides on the task, and the task on the class that is read."""

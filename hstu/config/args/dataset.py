@@ -39,10 +39,19 @@ class DatasetArgs(Args):
     Each window ends this many items before the next newer one. A window is labelled on its newest window_stride items
     (or max_num_candidates), so that no label occurs twice; the oldest window is labelled on all its items. None: use
     only the newest items."""
+    random_windows: bool = option(False)
+    """Training: of a history longer than max_sequence_length, take one window of that length in each epoch, at random,
+    instead of the newest items. It begins at any item with equal probability, or is the newest window if too few items
+    follow. All its items are labelled, as those of a short history are, or the newest max_num_candidates."""
     stochastic_length_alpha: Optional[float] = option(None, above=0, maximum=2)
     """Training: stochastic length (arXiv 2402.17152). With s = max_sequence_length ^ (alpha / 2), a sample of n > s
     items is cut to its newest s items with probability 1 - (s / n)^2, drawn again in each epoch. It saves computation
     and drops some older labels. 2: no cut. None: off."""
+    query_time: str = option("request", choices=("request", "last_event"))
+    """What finds the next item, with a relative bias: from which time it looks back on the events, in training and
+    evaluation. request: from the time of the event to find, as the published model does. A service knows that time: it
+    is now (recommend.py --at now). last_event: from the time of the last event before it. It has no influence on
+    actions, which are predicted at the time of their own event."""
     shuffle: bool = option(False)
     """Shuffle the users again in each epoch."""
     split: str = option("auto", choices=("auto", *SPLITS["retrieval"], *SPLITS["ranking"]))
@@ -53,6 +62,10 @@ class DatasetArgs(Args):
     trains on all items but the last and evaluates on the last."""
     train_fraction: float = option(0.7, above=0, below=1)
     """user_holdout: fraction of users to train on. time: fraction of events before the cut."""
+    valid_fraction: float = option(0.0, minimum=0, below=1)
+    """user_holdout: fraction of users to evaluate on during training and to choose the best model by (valid). The users
+    beside these and train_fraction are evaluated on after the last iteration alone (test). 0: all users that are not
+    trained on are valid, and there is no test."""
     eval_dataset_path: Optional[str] = option(None)
     """Ranking: a second preprocessed directory, all of which is used for evaluation."""
     item_feature_name: Optional[str] = option(None)
@@ -82,9 +95,9 @@ class DatasetArgs(Args):
 class NumericFeatureArgs(Args):
     """How a model reads numbers (a price, the time watched) and vectors of DatasetArgs.side_feature_names.
 
-    A number without NumericFeatureArgs is standardized. The statistics are those of the training data. They are part of
-    the model and of its checkpoints. A missing value is 0 after the transform, and a second input says that it is
-    missing.
+    A number without NumericFeatureArgs is standardized. The statistics are those of the training data; for numbers of
+    items, of all items. They are part of the model and of its checkpoints. A missing value is 0 after the transform,
+    and a second input says that it is missing.
     """
 
     feature_names: list[str] = option(not_empty=True)

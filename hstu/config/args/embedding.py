@@ -37,8 +37,17 @@ class EmbeddingArgs(Args):
     learning_rate: Optional[float] = option(None, above=0, maximum=1e6)
     """Peak learning rate of this table. None: OptimizerArgs.sparse_learning_rate, or OptimizerArgs.learning_rate if
     the table is data_parallel."""
+    weight_decay: float = option(0.0, minimum=0, maximum=1e6)
+    """Decoupled weight decay: a step that trains a row first multiplies it by 1 - learning rate · weight_decay. Rows
+    that a step does not train keep their values. model_parallel tables need adam, adamw or rowwise_adagrad for it."""
     init_std: float = option(0.02, above=0, maximum=1e6)
     """Standard deviation of the normal distribution of initial rows."""
+    initial_rows: Optional[str] = option(None, not_empty=True)
+    """Parquet file with vectors that rows start with, such as those of scripts/factorize.py. Its column id has raw ids
+    of the data (int64 or string), its column vector lists of float32 of one length, at most the width of the table. Ids
+    that the file lacks, and the columns beyond its vectors, start at random. The model multiplies rows by
+    sqrt(hidden_size). A checkpoint replaces these rows, and a run that resumes does not read the file. Not for dynamic
+    tables and random data. None: all rows start at random."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,6 +179,10 @@ class RetrievalArgs(Args):
     """Subtract log Q from the logit of each negative, where Q is how often the item is expected among the negatives:
     the sampled softmax then estimates that of the whole corpus. The target is always there, so its logit stays (Bengio
     and Senécal, 2003). On MovieLens popularity needs it, and the other kinds did not gain from it."""
+    mask_seen: bool = option(False)
+    """Training: no negatives of a position are items that the user has seen up to it, those before the sequence begins
+    included, of whatever kind the negatives are; filter_seen excludes the same items from evaluation. A step needs 8
+    bytes of memory for each sequence and each item of the pool of negatives."""
     item_tower: bool = option(False)
     """Make the vector of an item from its id and its features, those of DatasetArgs.side_feature_names that belong to
     items: the row of the id plus an MLP of the rows of the features. An item that is new, or was never trained on, gets
@@ -188,9 +192,6 @@ class RetrievalArgs(Args):
     stand alone (DropoutNet, Volkovs et al., NeurIPS 2017). Items that are only known by features need it."""
     filter_seen: bool = option(True)
     """Evaluation: exclude the items that the user has seen."""
-    request_time: str = option("last_event", choices=("last_event", "target"))
-    """Evaluation with relative_bias: when the user asks. last_event: at the time of the last event of the history.
-    target: at the time of the held-out event, as in the published results."""
     eval_metrics: tuple[str, ...] = option(
         ("HR@10", "NDCG@10"),
         pattern=r"(HR|NDCG|MRR)@[1-9]\d*|MRR",

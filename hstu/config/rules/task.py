@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, RankingArgs, RetrievalArgs
+from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, RankingArgs
 from hstu.config.args.dataset import SPLITS
 from hstu.config.option import is_given
 from hstu.config.problems import Problem, did_you_mean, literal
@@ -97,6 +97,15 @@ def split_fits_the_task(run: RunConfig) -> Iterator[Problem]:
 # --- ranking -------------------------------------------------------------------------------------------------------
 
 
+def users_are_left_for_the_test(run: RunConfig) -> Iterator[Problem]:
+    dataset = run.dataset
+    if not isinstance(dataset, DatasetArgs) or dataset.valid_fraction == 0:
+        return
+    if dataset.train_fraction + dataset.valid_fraction >= 1:
+        text = f"leaves no users for the test beside {run.cite(dataset, 'train_fraction')}; their sum must be below 1"
+        yield run.problem(dataset, "valid_fraction", text)
+
+
 def head_fits_the_tasks(run: RunConfig) -> Iterator[Problem]:
     if isinstance(ranking := run.task_args, RankingArgs) and ranking.tasks is None:
         last = ranking.prediction_head_arch[-1]
@@ -149,9 +158,13 @@ def ranking_has_actions(run: RunConfig) -> Iterator[Problem]:
 
 def added_actions_exist(run: RunConfig) -> Iterator[Problem]:
     missing = None if isinstance(run.dataset, BenchmarkDatasetArgs) else ""
-    if run.task == "retrieval" and run.dataset.action_feature_name == missing and not run.network.interleave_actions:
-        text = f"has no effect with {run.cite(run.dataset, 'action_feature_name')}: there are no actions; remove it"
+    if run.task != "retrieval" or run.dataset.action_feature_name != missing:
+        return
+    text = f"has no effect with {run.cite(run.dataset, 'action_feature_name')}: there are no actions; remove it"
+    if not run.network.interleave_actions:
         yield run.problem(run.network, "interleave_actions", text)
+    if run.network.action_item_product:
+        yield run.problem(run.network, "action_item_product", text)
 
 
 def retrieval_has_a_next_item(run: RunConfig) -> Iterator[Problem]:
@@ -213,13 +226,15 @@ def item_towers_have_features(run: RunConfig) -> Iterator[Problem]:
             yield run.problem(retrieval, "item_tower", text)
 
 
-def request_time_is_seen(run: RunConfig) -> Iterator[Problem]:
-    if isinstance(retrieval := run.task_args, RetrievalArgs) and retrieval.request_time == "target":
+def query_time_is_seen(run: RunConfig) -> Iterator[Problem]:
+    if is_given(run.dataset, "query_time"):
+        because = None
         if not run.network.has_relative_bias:
             because = f"only a relative bias sees times, and {run.cite(run.network, 'position_encoding')}"
-            yield run.problem(retrieval, "request_time", f"has no effect: {because}; remove it")
-        elif isinstance(run.dataset, BenchmarkDatasetArgs):
-            yield run.problem(retrieval, "request_time", "has no effect on random data; remove it")
+        elif run.retrieval is None:
+            because = "only what finds the next item has a choice, and this ranking run predicts actions alone"
+        if because is not None:
+            yield run.problem(run.dataset, "query_time", f"has no effect: {because}; remove it")
 
 
 def next_items_are_not_candidates(run: RunConfig) -> Iterator[Problem]:
@@ -231,7 +246,7 @@ def next_items_are_not_candidates(run: RunConfig) -> Iterator[Problem]:
 
 
 def next_items_are_not_evaluated(run: RunConfig) -> Iterator[Problem]:
-    for name in ("filter_seen", "request_time", "eval_metrics"):
+    for name in ("filter_seen", "eval_metrics"):
         if run.next_item is not None and is_given(run.next_item, name):
             text = "has no effect: a ranking run does not evaluate how it finds next items; remove it"
             yield run.problem(run.next_item, name, text, is_warning=True)
@@ -296,9 +311,10 @@ RULES = (
     features_have_one_role, what_is_known_after_is_a_side_feature,
     numbers_are_side_features, side_features_have_a_width, actions_are_not_items,
     candidates_leave_history, only_candidates_are_grouped, windows_leave_no_gap, split_fits_the_task,
+    users_are_left_for_the_test,
     head_fits_the_tasks, activation_is_between_layers, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
     added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, hard_negatives_are_draws,
     counted_items_are_stored,
-    item_towers_have_features, request_time_is_seen, next_items_are_not_candidates, next_items_are_not_evaluated,
+    item_towers_have_features, query_time_is_seen, next_items_are_not_candidates, next_items_are_not_evaluated,
     position_encodings_combine, position_buckets_have_a_table, masks_hide_the_labels,
 )  # fmt: skip

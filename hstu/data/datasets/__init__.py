@@ -1,8 +1,8 @@
 """The built-in datasets: one file per dataset family, collected here under the names that users write.
 
-movielens.py and kuairand.py each hold everything about a family: where the data is published, the features, the reader
-of the raw files. A new dataset of a known family is one more entry there; a new family is one more file, listed in
-``_FAMILIES``. own.py reads users' own tables, spec.py and raw.py hold what all of them declare.
+movielens.py, kuairand.py and amazon.py each hold everything about a family: where the data is published, the features,
+the reader of the raw files. A new dataset of a known family is one more entry there; a new family is one more file,
+listed in ``_FAMILIES``. own.py reads users' own tables, spec.py and raw.py hold what all of them declare.
 Anyone may import this registry: it needs neither NumPy nor torch nor DuckDB.
 """
 
@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from hstu.data.datasets import kuairand, movielens
+from hstu.data.datasets import amazon, kuairand, movielens
 from hstu.data.datasets.spec import DatasetSpec
 
 __all__ = ["DATASETS", "resolve_name"]
 
-_FAMILIES = (movielens, kuairand)
+_FAMILIES = (movielens, kuairand, amazon)
 
 DATASETS: Mapping[str, DatasetSpec] = {spec.name: spec for family in _FAMILIES for spec in family.DATASETS}
 """Canonical name → built-in dataset."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu.config.errors import DataError
-from hstu.data.datasets.raw import RawFile, table_with_header
+from hstu.data.datasets.raw import RawFile, rating_and_time, table_with_header
 from hstu.data.datasets.spec import (
     UNKNOWN,
     USER_FEATURE,
@@ -75,7 +75,7 @@ def read_20m(files: Sequence[Path]) -> RawTables:
     columns = {"userId": "BIGINT", "movieId": "BIGINT", "rating": "DOUBLE", "timestamp": "BIGINT"}
     return RawTables(
         logs=(table_with_header(ratings, columns),),
-        events='"userId" AS "user", "movieId" AS item, ' + _action_and_time(scale=2, time='"timestamp"'),
+        events='"userId" AS "user", "movieId" AS item, ' + rating_and_time(scale=2, time='"timestamp"'),
         descriptions=_DESCRIPTIONS | {"action": ColumnDescription("rating", "0.5 to 5 in halves")},
         **_movies(movies, _movies_20m, encoding="utf-8"),
     )
@@ -95,18 +95,11 @@ def _with_users(
     table = RawFile(path=users, columns=user_columns, delimiter=delimiters[1], header=header, quote="")
     return RawTables(
         logs=(log,),
-        events='"user", item, ' + _action_and_time(scale=1, time='"time"'),
+        events='"user", item, ' + rating_and_time(scale=1, time='"time"'),
         context=(table, context),
         descriptions=_DESCRIPTIONS,
         **_movies(movies, parse_movies, encoding),
     )
-
-
-def _action_and_time(scale: int, time: str) -> str:
-    """A rating that is 0, or not whole after scaling, becomes NULL, which the check of the rows refuses."""
-    whole = f"rating * {scale} = floor(rating * {scale}) AND rating > 0 AND rating <= 1000"
-    action = f"CASE WHEN {whole} THEN CAST(rating * {scale} AS INTEGER) END"
-    return f'{action} AS action, {time} AS "time", {time} AS "timestamp"'
 
 
 def _movies_100k(lines: Iterator[str]) -> Iterator[list[str]]:

@@ -55,6 +55,16 @@ def select_list(columns: Mapping[str, str]) -> str:
     return ", ".join(f"{identifier(column)} AS {identifier(name)}" for name, column in columns.items())
 
 
+def rating_and_time(scale: int, time: str) -> str:
+    """SQL of an action and times from columns ``rating`` and ``time``.
+
+    A rating that is 0, or not whole after scaling, becomes NULL, which the check of the rows refuses.
+    """
+    whole = f"rating * {scale} = floor(rating * {scale}) AND rating > 0 AND rating <= 1000"
+    action = f"CASE WHEN {whole} THEN CAST(rating * {scale} AS INTEGER) END"
+    return f'{action} AS action, {time} AS "time", {time} AS "timestamp"'
+
+
 def one_file(file: Path) -> str:
     """SQL literal by which DuckDB reads this file alone. It takes unescaped ``*``, ``?`` and ``[`` as a pattern."""
     return literal(re.sub(r"[*?\[]", r"[\g<0>]", str(file.absolute())))

@@ -177,7 +177,8 @@ class DatasetSpec:
 
     name: str
     homepage: str
-    archive: Archive
+    archive: Archive | None
+    """None: the publisher gives the files to people alone, who put them where errors say."""
     raw_formats: tuple[RawFormat, ...]
     schema: Schema
     published: Mapping[str, float]

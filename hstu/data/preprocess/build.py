@@ -100,7 +100,8 @@ def preprocess(
     raw = raw_format.reader(files)
     has_items = raw.item_rows or raw.item_table
     schema = spec.schema if has_items else replace(spec.schema, item_features=())
-    return build_store(raw, schema, options, spec.published)
+    is_filtered = max(options.min_user_events, options.min_item_events) > 1  # then the figures of all data say nothing
+    return build_store(raw, schema, options, {} if is_filtered else spec.published)
 
 
 def import_interactions(

@@ -34,7 +34,7 @@ def locate_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Pat
 
     The archive's own folders (``<directory>/ml-1m/``, ``…/KuaiRand-1K/data/``) are searched as well.
     """
-    top = directory / spec.archive.folder
+    top = directory / (spec.archive.folder if spec.archive else "")
     for raw_format in spec.raw_formats:
         for folder in (directory, directory / "data", top, top / "data"):
             if all((folder / file).is_file() for file in raw_format.files):
@@ -50,11 +50,15 @@ def obtain_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Pat
     """
     if located := locate_raw(spec, directory):
         return located
+    if (archive := spec.archive) is None:
+        raise DataError(
+            f"{directory} lacks the files of {spec.name}, which is not downloaded. {by_hand(spec, directory)}"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        _fetch_archive(spec, directory)
+        _fetch_archive(spec, archive, directory)
     except OSError as unreachable:
-        _log.warning("cannot download %s: %s", spec.archive.url, unreachable)
+        _log.warning("cannot download %s: %s", archive.url, unreachable)
         if spec.wheel is None:
             raise DataError(f"cannot download {spec.name}: {unreachable}. {by_hand(spec, directory)}") from unreachable
         try:
@@ -63,12 +67,14 @@ def obtain_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Pat
             raise DataError(f"cannot get {spec.name}: {unreachable}; {error}. {by_hand(spec, directory)}") from error
     if located := locate_raw(spec, directory):
         return located
-    raise DataError(f"{spec.archive.file} does not hold {', '.join(spec.raw_formats[0].files)}")
+    raise DataError(f"{archive.file} does not hold {', '.join(spec.raw_formats[0].files)}")
 
 
 def by_hand(spec: DatasetSpec, directory: Path) -> str:
     """What a user without network access can do."""
     files = " or ".join(", ".join(raw_format.files) for raw_format in spec.raw_formats)
+    if spec.archive is None:
+        return f"Get {files} from {spec.homepage} and put it into {directory}, or name a directory with --raw_path DIR"
     return (
         f"Get {spec.archive.url} (see {spec.homepage}) on another machine and put it, or its files {files}, "
         f"into {directory}; or name a directory that has them with --raw_path DIR"
@@ -120,10 +126,10 @@ def fetch_wheel_files(wheel: WheelFiles, directory: Path) -> None:
             os.replace(Path(folder) / name, directory / name)
 
 
-def _fetch_archive(spec: DatasetSpec, directory: Path) -> None:
+def _fetch_archive(spec: DatasetSpec, published: Archive, directory: Path) -> None:
     """Downloads the archive, unpacks the files of all raw formats without their folders, and removes the archive."""
     wanted = {file for raw_format in spec.raw_formats for file in (*raw_format.files, *raw_format.optional_files)}
-    archive = download(spec.archive, directory)
+    archive = download(published, directory)
     for member, source in _members(archive):
         name = PurePosixPath(member).name
         if name in wanted:

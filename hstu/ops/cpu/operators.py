@@ -16,6 +16,7 @@ OPERATORS: dict[str, Any] = {
     "attention": AttentionKernels(attention.forward, attention.backward, differentiates_silu=False),
     "norm_mul_dropout": GateKernels(norm_mul_dropout.forward, norm_mul_dropout.backward, differentiates_silu=False),
     "sampled_softmax_loss": softmax_loss.SampledSoftmaxLoss.apply,
+    "pool_softmax_loss": softmax_loss.PoolSoftmaxLoss.apply,
     "l2_normalize": softmax_loss.l2_normalize,
     "update_rows": row_update.update_rows,
 }

@@ -16,7 +16,7 @@ from hstu.ops.cpu.operators import OPERATORS
 from hstu.ops.functional import hstu_attention, norm_mul_dropout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.self_check import largest_error, record_passed, small_layout
-from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, GateConfig, RelativeBias, RowUpdate, UpdateRows
+from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, GateConfig, RelativeBias, RowUpdate, SeenItems, UpdateRows
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +86,17 @@ def _cases() -> Iterator[Case]:
     yield _case("l2_normalize", lambda kernel, rows: kernel(rows, 1e-6), [torch.randn(30, 50, requires_grad=True)])
     vectors = [F.normalize(torch.randn(rows, 40), dim=1).requires_grad_() for rows in (30, 30, 20)]
     draws, targets, ids = torch.randint(20, (30, 37)), torch.randint(20, (30,)), torch.arange(20)
-    for log_weights in (None, torch.randn(20)):
+    places = torch.arange(30, dtype=torch.int32)
+    seen = SeenItems(torch.randint(-1, 60, (2, 20), dtype=torch.int32), places % 2, places)
+    for log_weights, hidden in ((None, None), (torch.randn(20), None), (torch.randn(20), seen)):
         yield _case(
             "sampled_softmax_loss",
-            lambda kernel, *tensors, given=log_weights: kernel(*tensors, draws, targets, ids, given, 0.1),
+            lambda kernel, *tensors, given=(log_weights, 0.1, hidden): kernel(*tensors, draws, targets, ids, *given),
+            vectors,
+        )
+        yield _case(
+            "pool_softmax_loss",
+            lambda kernel, *tensors, given=(log_weights, 0.1, hidden): kernel(*tensors, targets, ids, *given),
             vectors,
         )
     yield _case("update_rows", _train_rows, [torch.randn(40, 21, requires_grad=True)])

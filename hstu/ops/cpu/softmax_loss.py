@@ -1,4 +1,4 @@
-"""Sampled softmax loss and L2 normalization by C++ kernels; see csrc/softmax_loss.cpp and csrc/layer.cpp.
+"""Softmax losses and L2 normalization by C++ kernels; see csrc/softmax_loss.cpp, pool_softmax.cpp and layer.cpp.
 
 As in PyTorch's, the forward of the loss computes the gradients, and backward scales them.
 """
@@ -15,10 +15,13 @@ from torch.autograd.function import once_differentiable
 
 from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, num_threads, pointer
 from hstu.ops.pytorch import softmax_loss
-from hstu.ops.pytorch.softmax_loss import SoftmaxLoss
+from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, first_places, in_blocks
+from hstu.ops.types import SeenItems
 
 DRAWS_PER_PACKED_ROW = 8
 """From this many draws per row of the pool on, its rows are copied to aligned memory; for fewer that does not pay."""
+POOL_BLOCK_ELEMENTS, POOL_BLOCK_ROWS = 1 << 18, 64
+"""Scores of a block, and its least number of rows: 1 MiB stays in the cache of a core."""
 LEAST_WIDTH = 16
 """Of vectors, in numbers: one register of AVX-512. Shorter ones are padded."""
 
@@ -28,6 +31,7 @@ class _LossArguments(Arguments):
 
     _fields_ = fields(
         (pointer, "queries positives pool draws target_ids pool_ids log_weights"),
+        (pointer, "first sequences places"),
         (pointer, "losses weights grad_queries grad_positives grad_pool tags packed"),
         (int64, "num_queries num_draws pool_size width padded"),
         (float32, "temperature"),
@@ -49,6 +53,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         pool_ids: Tensor,
         pool_log_weights: Tensor | None,
         temperature: float,
+        seen: SeenItems | None = None,
     ) -> Tensor:
         """See :func:`hstu.ops.functional.sampled_softmax_loss`."""
         num_queries, num_draws = draws.shape
@@ -74,6 +79,8 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         )
         if pool_log_weights is not None:
             arguments.set(log_weights=pool_log_weights.contiguous())
+        if seen is not None:
+            arguments.set(first=seen.first, sequences=seen.sequences, places=seen.places)
         losses = torch.empty(num_queries)
         arguments.set(losses=losses, tags=torch.empty(len(pool), dtype=torch.uint8))
         if draws.numel() >= DRAWS_PER_PACKED_ROW * len(pool):
@@ -90,6 +97,66 @@ class SampledSoftmaxLoss(SoftmaxLoss):
 def _at_least(width: int, vectors: Tensor) -> Tensor:
     """The vectors, padded with zeros to ``width`` where they are shorter, with contiguous rows."""
     return F.pad(vectors, (0, max(0, width - vectors.shape[1]))).contiguous()
+
+
+class _PoolArguments(Arguments):
+    """HstuPoolSoftmax of csrc/pool_softmax.cpp."""
+
+    _fields_ = fields(
+        (pointer, "scores log_weights keys key_rows marks peaks totals"),
+        (int64, "rows columns key_pitch"),
+        (int32, "ordered threads"),
+    )
+
+
+class PoolSoftmaxLoss(SoftmaxLoss):
+    """Softmax against the whole pool: products by PyTorch, the rest by C++. In float64 PyTorch computes all of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        positives: Tensor,
+        pool: Tensor,
+        target_ids: Tensor,
+        pool_ids: Tensor,
+        pool_log_weights: Tensor | None,
+        temperature: float,
+        seen: SeenItems | None = None,
+    ) -> Tensor:
+        """See :func:`hstu.ops.functional.pool_softmax_loss`."""
+        if queries.dtype == torch.float64:
+            others = target_ids, pool_ids, pool_log_weights, temperature, seen
+            return softmax_loss.PoolSoftmaxLoss.forward(ctx, queries, positives, pool, *others)
+        if seen is None:
+            keys, marks = _as_int32(pool_ids, target_ids)
+            key_rows = None
+        else:
+            keys, marks, key_rows = seen.first, seen.places, seen.sequences
+
+        def exponentials(scores: Tensor, rows: slice, columns: slice, peaks: Tensor, totals: Tensor) -> None:
+            arguments = _PoolArguments(
+                rows=scores.shape[0],
+                columns=scores.shape[1],
+                key_pitch=len(pool),
+                ordered=seen is not None,
+                threads=num_threads(),
+            )
+            arguments.set(scores=scores, keys=keys[..., columns], marks=marks[rows], peaks=peaks, totals=totals)
+            if key_rows is not None:
+                arguments.set(key_rows=key_rows[rows])
+            if pool_log_weights is not None:
+                arguments.set(log_weights=pool_log_weights[columns])
+            library().hstu_pool_softmax(ctypes.byref(arguments))
+
+        blocks = softmax_loss.block_shape(len(queries), len(pool), POOL_BLOCK_ELEMENTS, POOL_BLOCK_ROWS)
+        return in_blocks(ctx, queries, positives, pool, temperature, exponentials, blocks)
+
+
+def _as_int32(pool_ids: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers that are equal where ids are, of the pool and of the targets."""
+    ordered = pool_ids.sort().values
+    return torch.searchsorted(ordered, pool_ids).int(), first_places(target_ids, ordered).int()
 
 
 class _UnitArguments(Arguments):

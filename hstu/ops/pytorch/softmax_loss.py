@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from hstu.ops.types import SeenItems
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Elements of the largest temporary block: what stays in a CPU's cache; what keeps a GPU busy (256 MiB)."""
@@ -40,6 +42,14 @@ class SoftmaxLoss(Function):
         return *(gradient * grad_loss for gradient in ctx.saved_tensors), *[None] * others
 
 
+Exponentials = Callable[[Tensor, slice, slice, Tensor, Tensor], None]
+"""(scores of a block [m, n], its rows, its columns, peaks [m], totals [m]); updates all tensors in place.
+
+The peaks are raised to the largest score that is not hidden. The scores become exponentials relative to the peaks, 0
+where hidden. Their sums are added to the totals, which stay relative to the peaks.
+"""
+
+
 class PoolSoftmaxLoss(SoftmaxLoss):
     """Softmax against the whole pool, block by block."""
 
@@ -53,42 +63,63 @@ class PoolSoftmaxLoss(SoftmaxLoss):
         pool_ids: Tensor,
         pool_log_weights: Tensor | None,
         temperature: float,
+        seen: SeenItems | None = None,
     ) -> Tensor:
         """See hstu.ops.functional.pool_softmax_loss."""
-        positive_logits = (queries * positives).sum(dim=1) / temperature
-        losses = torch.empty_like(positive_logits)
-        wants_gradients = any(ctx.needs_input_grad)
-        grad_queries, grad_pool = torch.zeros_like(queries), torch.zeros_like(pool)
-        scaled_queries = queries / temperature
 
-        def block_logits(rows: slice, columns: slice) -> Tensor:
-            logits = scaled_queries[rows] @ pool[columns].t()
+        def exponentials(scores: Tensor, rows: slice, columns: slice, peaks: Tensor, totals: Tensor) -> None:
             if pool_log_weights is not None:
-                logits += pool_log_weights[columns]
-            return logits.masked_fill_(target_ids[rows, None] == pool_ids[columns], -math.inf)
+                scores += pool_log_weights[columns]
+            if seen is None:
+                hidden = target_ids[rows, None] == pool_ids[columns]
+            else:
+                hidden = seen.first[:, columns].index_select(0, seen.sequences[rows]) <= seen.places[rows, None]
+            old_peaks = peaks.clone()
+            torch.maximum(peaks, scores.masked_fill_(hidden, -math.inf).amax(dim=1), out=peaks)
+            scores.sub_(peaks[:, None]).exp_()
+            totals.mul_(old_peaks.sub_(peaks).exp_()).add_(scores.sum(dim=1))
 
-        block_rows, block_columns = _block_shape(len(queries), len(pool), queries.device)
-        for rows in _slices(len(queries), block_rows):
-            peak, total = positive_logits[rows], torch.zeros_like(positive_logits[rows])
-            for columns in _slices(len(pool), block_columns):
-                logits = block_logits(rows, columns)
-                old_peak, peak = peak, torch.maximum(peak, logits.amax(dim=1))
-                exponentials = logits.sub_(peak[:, None]).exp_()
-                total = total * torch.exp(old_peak - peak) + exponentials.sum(dim=1)
-            losses[rows] = target_losses(positive_logits[rows], peak + total.log())
-            if not wants_gradients:
-                continue
-            row_scales = torch.exp(peak - positive_logits[rows] - losses[rows])[:, None] / temperature
-            for columns in _slices(len(pool), block_columns):
-                if block_columns < len(pool):  # else the only block is still at hand
-                    exponentials = block_logits(rows, columns).sub_(peak[:, None]).exp_()
-                grad_queries[rows].addmm_(exponentials, pool[columns])
-                grad_pool[columns].addmm_(exponentials.t(), queries[rows] * row_scales)
-            grad_queries[rows] *= row_scales
-        if wants_gradients:
-            grad_positives = add_positive_part(grad_queries, queries, positives, losses, temperature)
-            ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
-        return losses.sum()
+        elements = BLOCK_ELEMENTS.get(queries.device.type, BLOCK_ELEMENTS["cuda"])
+        blocks = block_shape(len(queries), len(pool), elements)
+        return in_blocks(ctx, queries, positives, pool, temperature, exponentials, blocks)
+
+
+def in_blocks(
+    ctx: Any,
+    queries: Tensor,
+    positives: Tensor,
+    pool: Tensor,
+    temperature: float,
+    exponentials: Exponentials,
+    blocks: tuple[int, int],
+) -> Tensor:
+    """The loss against a whole pool, and its gradients if they are needed. blocks: rows and columns of a block."""
+    positive_logits = (queries * positives).sum(dim=1) / temperature
+    losses = torch.empty_like(positive_logits)
+    wants_gradients = any(ctx.needs_input_grad)
+    grad_queries, grad_pool = torch.zeros_like(queries), torch.zeros_like(pool)
+    scaled_queries = queries / temperature
+    block_rows, block_columns = blocks
+    for rows in _slices(len(queries), block_rows):
+        peaks, totals = positive_logits[rows].clone(), torch.zeros_like(positive_logits[rows])
+        for columns in _slices(len(pool), block_columns):
+            block = scaled_queries[rows] @ pool[columns].t()
+            exponentials(block, rows, columns, peaks, totals)
+        losses[rows] = target_losses(positive_logits[rows], peaks + totals.log())
+        if not wants_gradients:
+            continue
+        row_scales = torch.exp(peaks - positive_logits[rows] - losses[rows])[:, None] / temperature
+        for columns in _slices(len(pool), block_columns):
+            if block_columns < len(pool):  # else the only block is still at hand
+                block = scaled_queries[rows] @ pool[columns].t()
+                exponentials(block, rows, columns, peaks, totals)
+            grad_queries[rows].addmm_(block, pool[columns])
+            grad_pool[columns].addmm_(block.t(), queries[rows] * row_scales)
+        grad_queries[rows] *= row_scales
+    if wants_gradients:
+        grad_positives = add_positive_part(grad_queries, queries, positives, losses, temperature)
+        ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
+    return losses.sum()
 
 
 class SampledSoftmaxLoss(SoftmaxLoss):
@@ -105,13 +136,18 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         pool_ids: Tensor,
         pool_log_weights: Tensor | None,
         temperature: float,
+        seen: SeenItems | None = None,
     ) -> Tensor:
         """See hstu.ops.functional.sampled_softmax_loss."""
         positive_logits = (queries * positives).sum(dim=1) / temperature
         logits = _draw_scores(queries, pool, draws).div_(temperature)
         if pool_log_weights is not None:
             logits += pool_log_weights[draws]
-        logits.masked_fill_(pool_ids[draws] == target_ids[:, None], -math.inf)
+        if seen is None:
+            hidden = pool_ids[draws] == target_ids[:, None]
+        else:
+            hidden = seen.first[seen.sequences[:, None], draws] <= seen.places[:, None]
+        logits.masked_fill_(hidden, -math.inf)
         losses = target_losses(positive_logits, logits.logsumexp(dim=1))
         if any(ctx.needs_input_grad):
             weights = logits.sub_((positive_logits + losses)[:, None]).exp_().div_(temperature)
@@ -125,6 +161,13 @@ class SampledSoftmaxLoss(SoftmaxLoss):
 def target_losses(positive_logits: Tensor, negative_log_totals: Tensor) -> Tensor:
     """−log of the target's probability. Exact for small losses, too, and 0 without negatives (a log total of −inf)."""
     return torch.logaddexp(torch.zeros_like(positive_logits), negative_log_totals - positive_logits)
+
+
+def first_places(ids: Tensor, ordered: Tensor) -> Tensor:
+    """The first place of each id in ``ordered``, ascending int64 [S]; S where it is not there."""
+    found = torch.searchsorted(ordered, ids)
+    padded = F.pad(ordered, (0, 1), value=torch.iinfo(torch.int64).min)  # an id beyond the end is greater
+    return torch.where(padded[found] == ids, found, len(ordered))
 
 
 def add_positive_part(
@@ -192,10 +235,9 @@ def _weighted_row_sums_transposed(queries: Tensor, draws: Tensor, weights: Tenso
     return F.embedding_bag(query_rows, queries, run_starts, per_sample_weights=weights.flatten()[order], mode="sum")
 
 
-def _block_shape(rows: int, columns: int, device: torch.device) -> tuple[int, int]:
-    """Block of at most about BLOCK_ELEMENTS scores: whole rows of the matrix, unless too few would fit."""
-    elements = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"])
-    block_rows = max(1, min(rows, max(MIN_BLOCK_ROWS, elements // max(1, columns))))
+def block_shape(rows: int, columns: int, elements: int, least_rows: int = MIN_BLOCK_ROWS) -> tuple[int, int]:
+    """Block of at most about ``elements`` scores: whole rows of the matrix, unless too few would fit."""
+    block_rows = max(1, min(rows, max(least_rows, elements // max(1, columns))))
     return block_rows, max(1, min(columns, elements // block_rows))
 
 

@@ -29,7 +29,15 @@ from hstu.ops.triton.launch import Launch, recorded_launches
 from hstu.ops.triton.new_rows import start_rows
 from hstu.ops.triton.operators import OPERATORS
 from hstu.ops.triton.slots import DeviceSlots
-from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, GateConfig, JaggedLayout, RelativeBias, TensorParallelComm
+from hstu.ops.types import (
+    NUM_TIME_BUCKETS,
+    AttentionConfig,
+    GateConfig,
+    JaggedLayout,
+    RelativeBias,
+    SeenItems,
+    TensorParallelComm,
+)
 
 WARP_SIZE = 32
 HEADS = 2
@@ -68,9 +76,15 @@ def variants() -> list[Variant]:
         Variant("jagged_concat", 0, f"[T, {HIDDEN}], float32", _run_jagged),
         Variant("add_positions", 0, f"[T, {HIDDEN}], float32", _run_positions),
         *(
-            Variant(op, 0, f"[M, {width}], float32", lambda op=op, width=width: _run_softmax(op, width))  # type: ignore[misc]
+            Variant(
+                op,
+                0,
+                f"[M, {width}], float32{', seen items masked' if masks else ''}",
+                lambda op=op, width=width, masks=masks: _run_softmax(op, width, masks),  # type: ignore[misc]
+            )
             for op in ("pool_softmax_loss", "sampled_softmax_loss")
             for width in (64, 256)
+            for masks in (False, True)
         ),
         *(Variant("slots", 0, policy, lambda policy=policy: _run_slots(policy)) for policy in ("lru", "lfu")),  # type: ignore[misc]
     ]
@@ -153,13 +167,13 @@ def _run_positions() -> None:
     OPERATORS["add_positions"](x, table, layout.positions).sum().backward()
 
 
-def _run_softmax(op: str, width: int) -> None:
+def _run_softmax(op: str, width: int, masks: bool) -> None:
     vectors = _zeros(64, width), _zeros(64, width), _zeros(48, width)
     targets, ids = torch.zeros(64, dtype=torch.int64), torch.zeros(48, dtype=torch.int64)
-    if op == "pool_softmax_loss":
-        OPERATORS[op](*vectors, targets, ids, _zeros(48), 0.05)
-    else:
-        OPERATORS[op](*vectors, torch.zeros(64, 128, dtype=torch.int64), targets, ids, _zeros(48), 0.05)
+    of_queries = torch.zeros(64, dtype=torch.int32)
+    seen = SeenItems(torch.zeros(2, 48, dtype=torch.int32), of_queries, of_queries) if masks else None
+    draws = () if op == "pool_softmax_loss" else (torch.zeros(64, 128, dtype=torch.int64),)
+    OPERATORS[op](*vectors, *draws, targets, ids, _zeros(48), 0.05, seen)
 
 
 def _run_slots(policy: str) -> None:

@@ -30,6 +30,7 @@ from hstu.ops.types import (
     GateKernels,
     KernelShapes,
     RelativeBias,
+    SeenItems,
     TokenOrder,
 )
 
@@ -196,16 +197,28 @@ def _loss_cases(shapes: KernelShapes) -> Iterator[tuple[str, Case]]:
         torch.randint(70, (90, 37)),
     )
 
-    def applied(function: Function, *rest: Tensor) -> Function:
-        return lambda *tensors: function(*tensors, *(x.to(tensors[0].device) for x in rest), 0.1)
+    places = torch.arange(90, dtype=torch.int32)
+    first = torch.randint(-1, 180, (2, 70), dtype=torch.int32)
+
+    def applied(function: Function, *rest: Tensor, masks: bool) -> Function:
+        def run(*tensors: Tensor) -> Tensor:
+            device, count = tensors[0].device, len(tensors[0])
+            seen = SeenItems(*(x.to(device) for x in (first, places[:count] % 2, places[:count]))) if masks else None
+            return function(*tensors, *(x.to(device) for x in rest), 0.1, seen)
+
+        return run
 
     few = [vectors[0][:20], vectors[1][:20], vectors[2]]  # one program per query: more queries show no more
     for name, leaves, rest in (
         ("pool_softmax_loss", vectors, (targets, ids, log_weights)),
         ("sampled_softmax_loss", few, (draws[:20], targets[:20], ids, log_weights)),
     ):
-        kernel, reference = OPERATORS[name], getattr(REFERENCE_KERNELS, name)
-        yield name, Case(name, applied(kernel, *rest), applied(reference, *rest), leaves)
+        for masks in (False, True):
+            kernel, reference = (
+                applied(function, *rest, masks=masks)
+                for function in (OPERATORS[name], getattr(REFERENCE_KERNELS, name))
+            )
+            yield name, Case(f"{name}{', seen items masked' if masks else ''}", kernel, reference, leaves)
 
 
 def _slots_errors(device: torch.device) -> Errors:

@@ -6,7 +6,7 @@ stored. Sampled negatives store one float32 per draw.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,12 +18,16 @@ from hstu.ops.triton.launch import bucket, launcher, precision_for
 from hstu.ops.triton.primitives import LOG2_E, Matrix, dot, load_rows, matrix, store_rows
 from hstu.ops.triton.rows import sums_by_key
 from hstu.ops.triton.support import WIDEST_VECTOR
+from hstu.ops.types import SeenItems
 
 Tiles = tuple[tuple[int, int, int, int], ...]
 """Configurations: BLOCK_M, BLOCK_N, CHUNK, num_warps. The first is the default."""
 LOG_TOTAL_TILES: Tiles = ((64, 64, 32, 4), (128, 64, 32, 8))
 GRADIENT_TILES: tuple[Tiles, Tiles] = (((64, 32, 32, 4), (64, 16, 64, 8)), ((64, 16, 32, 8), (32, 16, 64, 8)))
 """Of vectors of at most 128 numbers, and of wider ones: the largest tiles that spill no registers."""
+MASKED_LOG_TOTAL_TILES: Tiles = ((64, 32, 32, 4),)
+MASKED_GRADIENT_TILES: tuple[Tiles, Tiles] = (GRADIENT_TILES[0], GRADIENT_TILES[1][1:])
+"""The same where seen items are masked: their addresses need registers, too."""
 NO_LOGIT = tl.constexpr(float("-inf"))
 """Logit of an entry that is not a negative of the query."""
 
@@ -41,25 +45,31 @@ class PoolSoftmaxLoss(SoftmaxLoss):
         pool_ids: Tensor,
         pool_log_weights: Tensor | None,
         temperature: float,
+        seen: SeenItems | None = None,
     ) -> Tensor:
         """See hstu.ops.functional.pool_softmax_loss."""
         _require_supported(queries)
         of_queries, of_pool = (queries, target_ids.contiguous()), (pool, pool_ids.contiguous())
         shared = dict(
             log_weights=pool_log_weights,
+            seen=_seen(seen),
             inverse_temperature=1.0 / temperature,
             WIDTH=queries.shape[1],
             WEIGHTED=pool_log_weights is not None,
+            MASKED=seen is not None,
             precision=precision_for(pool_gradients, queries.dtype),
         )
         positive_logits = (queries * positives).sum(dim=1) / temperature
         log_totals = torch.empty_like(positive_logits)
-        _launch_pairs(pool_log_totals, of_queries, of_pool, LOG_TOTAL_TILES, log_totals=log_totals, **shared)
+        log_total_tiles, gradient_tiles = LOG_TOTAL_TILES, GRADIENT_TILES
+        if seen is not None:
+            log_total_tiles, gradient_tiles = MASKED_LOG_TOTAL_TILES, MASKED_GRADIENT_TILES
+        _launch_pairs(pool_log_totals, of_queries, of_pool, log_total_tiles, log_totals=log_totals, **shared)
         losses = target_losses(positive_logits, log_totals)
         if any(ctx.needs_input_grad):
             grad_queries, grad_pool = torch.empty_like(queries), torch.empty_like(pool)
             shared |= dict(log_norms=positive_logits + losses)
-            tiles = GRADIENT_TILES[queries.shape[1] > 128]
+            tiles = gradient_tiles[queries.shape[1] > 128]
             for grad, own, other in ((grad_queries, of_queries, of_pool), (grad_pool, of_pool, of_queries)):
                 _launch_pairs(pool_gradients, own, other, tiles, grad=matrix(grad), OF_POOL=grad is grad_pool, **shared)
             grad_positives = add_positive_part(grad_queries, queries, positives, losses, temperature)
@@ -81,6 +91,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         pool_ids: Tensor,
         pool_log_weights: Tensor | None,
         temperature: float,
+        seen: SeenItems | None = None,
     ) -> Tensor:
         """See hstu.ops.functional.sampled_softmax_loss."""
         num_queries, num_draws = draws.shape
@@ -92,8 +103,16 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         log_totals = torch.empty_like(positive_logits)
         if num_queries:
             each_query = lambda meta: (num_queries,)  # noqa: E731
-            weights = dict(log_weights=pool_log_weights, WEIGHTED=pool_log_weights is not None)
-            launcher(draw_logits, each_query, configs)(logits=logits, log_totals=log_totals, **weights, **shared)
+            launcher(draw_logits, each_query, configs)(
+                log_weights=pool_log_weights,
+                seen=_seen(seen),
+                logits=logits,
+                log_totals=log_totals,
+                pool_size=len(pool),
+                WEIGHTED=pool_log_weights is not None,
+                MASKED=seen is not None,
+                **shared,
+            )
         losses = target_losses(positive_logits, log_totals)
         if any(ctx.needs_input_grad):
             grad_queries = torch.empty_like(queries)
@@ -111,6 +130,18 @@ class SampledSoftmaxLoss(SoftmaxLoss):
             grad_positives = add_positive_part(grad_queries, queries, positives, losses, temperature)
             ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
         return losses.sum()
+
+
+class Seen(NamedTuple):
+    """SeenItems as an argument of a kernel."""
+
+    first: Any
+    sequences: Any
+    places: Any
+
+
+def _seen(items: SeenItems | None) -> Seen:
+    return Seen(None, None, None) if items is None else Seen(items.first, items.sequences, items.places)
 
 
 def _shared(queries: Tensor, pool: Tensor, target_ids: Tensor, pool_ids: Tensor, temperature: float) -> dict[str, Any]:
@@ -189,10 +220,13 @@ def _load_chunk(source, rows, limit, first, WIDTH: tl.constexpr, CHUNK: tl.const
 
 @triton.jit
 def _pool_logits(
-    own, other, rows, columns, num_rows, num_columns, own_ids, other_ids, inverse_temperature,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, precision: tl.constexpr,
+    own, other, rows, columns, num_rows, num_columns, own_ids, other_ids, seen, inverse_temperature,
+    WIDTH: tl.constexpr, MASKED: tl.constexpr, OF_POOL: tl.constexpr, CHUNK: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Logits [rows of own, rows of other]; −∞ where the ids are equal, and from ``num_columns`` on.
+    """Logits [rows of own, rows of other]; −∞ where an entry is hidden from a query, and from ``num_columns`` on.
+
+    Hidden are targets: entries with the id of the query's; if MASKED, all that ``seen`` hides. OF_POOL: ``own`` is the
+    pool and ``other`` the queries, else the reverse.
 
     Both are read CHUNK numbers of the width at a time, because whole rows of 256 do not fit into the registers.
     """
@@ -202,16 +236,33 @@ def _pool_logits(
         b = _load_chunk(other, columns, num_columns, first, WIDTH, CHUNK)
         products = dot(a, b.T, products, precision)
     inside = columns < num_columns
-    row_ids = tl.load(own_ids + rows, mask=rows < num_rows, other=0)
-    column_ids = tl.load(other_ids + columns, mask=inside, other=0)
-    is_negative = (row_ids[:, None] != column_ids[None, :]) & inside[None, :]
+    if MASKED:
+        if OF_POOL:
+            is_negative = _is_unseen(seen, columns[None, :], num_columns, rows[:, None], num_rows)
+        else:
+            is_negative = _is_unseen(seen, rows[:, None], num_rows, columns[None, :], num_columns)
+    else:
+        row_ids = tl.load(own_ids + rows, mask=rows < num_rows, other=0)
+        column_ids = tl.load(other_ids + columns, mask=inside, other=0)
+        is_negative = row_ids[:, None] != column_ids[None, :]
+    is_negative = is_negative & inside[None, :]
     return tl.where(is_negative, products * inverse_temperature, NO_LOGIT)
+
+
+@triton.jit
+def _is_unseen(seen, queries, num_queries, entries, pool_size):
+    """Whether entries of the pool are negatives of queries, in the shape to which their indices broadcast."""
+    exists = queries < num_queries
+    sequence = tl.load(seen.sequences + queries, mask=exists, other=0).to(tl.int64)
+    place = tl.load(seen.places + queries, mask=exists, other=0)
+    first = tl.load(seen.first + sequence * pool_size + entries, mask=exists & (entries < pool_size), other=0)
+    return first > place
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns"])
 def pool_log_totals(
-    own, other, own_ids, other_ids, log_weights, log_totals, num_rows, num_columns, inverse_temperature,
-    WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, precision: tl.constexpr,
+    own, other, own_ids, other_ids, log_weights, seen, log_totals, num_rows, num_columns, inverse_temperature,
+    WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, precision: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """log Σ exp(logit) over the negatives of each query; −∞ for a query without negatives.
@@ -224,8 +275,8 @@ def pool_log_totals(
     for first in tl.range(0, num_columns, BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
         logits = _pool_logits(
-            own, other, rows, columns, num_rows, num_columns, own_ids, other_ids, inverse_temperature,
-            WIDTH, CHUNK, precision,
+            own, other, rows, columns, num_rows, num_columns, own_ids, other_ids, seen, inverse_temperature,
+            WIDTH, MASKED, False, CHUNK, precision,
         )  # fmt: skip
         if WEIGHTED:
             logits += tl.load(log_weights + columns, mask=columns < num_columns, other=0.0)[None, :]
@@ -238,8 +289,8 @@ def pool_log_totals(
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns"])
 def pool_gradients(
-    own, other, own_ids, other_ids, log_weights, log_norms, grad, num_rows, num_columns, inverse_temperature,
-    WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, OF_POOL: tl.constexpr, precision: tl.constexpr,
+    own, other, own_ids, other_ids, log_weights, seen, log_norms, grad, num_rows, num_columns, inverse_temperature,
+    WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, OF_POOL: tl.constexpr, precision: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of ``own``, weights @ other, with weights = exp(logit − log_norm of the query) / τ.
@@ -253,8 +304,8 @@ def pool_gradients(
     for first in tl.range(0, num_columns, BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
         logits = _pool_logits(
-            own, other, rows, columns, num_rows, num_columns, own_ids, other_ids, inverse_temperature,
-            WIDTH, CHUNK, precision,
+            own, other, rows, columns, num_rows, num_columns, own_ids, other_ids, seen, inverse_temperature,
+            WIDTH, MASKED, OF_POOL, CHUNK, precision,
         )  # fmt: skip
         if OF_POOL:
             log_norm = tl.load(log_norms + columns, mask=columns < num_columns, other=0.0)[None, :]
@@ -295,18 +346,26 @@ def _draws_of(draws, row, index):
     return draws.data + row * draws.stride_row + index * draws.stride_column
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pool_size"])
 def draw_logits(
-    queries, pool, draws, target_ids, pool_ids, log_weights, logits, log_totals, num_draws, inverse_temperature,
-    WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    queries, pool, draws, target_ids, pool_ids, log_weights, seen, logits, log_totals, pool_size, num_draws,
+    inverse_temperature,
+    WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Logits [M, R] of the draws of each query, −∞ for its own target, and log Σ exp(logit). Grid: (M,)."""
+    """Logits [M, R] of the draws of each query, −∞ for hidden ones as in ``_pool_logits``, and log Σ exp(logit).
+
+    Grid: (M,).
+    """
     row = tl.program_id(0).to(tl.int64)
     width = tl.arange(0, BLOCK_D)
     query = tl.load(
         queries.data + row * queries.stride_row + width * queries.stride_column, mask=width < WIDTH, other=0.0
     )
-    target = tl.load(target_ids + row)
+    if MASKED:
+        place = tl.load(seen.places + row)
+        first_places = seen.first + tl.load(seen.sequences + row).to(tl.int64) * pool_size
+    else:
+        target = tl.load(target_ids + row)
     peak = -1e30
     total = 0.0
     for first in tl.range(0, num_draws, BLOCK):
@@ -316,7 +375,11 @@ def draw_logits(
         scores = tl.sum(p * query[None, :], axis=1) * inverse_temperature
         if WEIGHTED:
             scores += tl.load(log_weights + drawn)
-        is_negative = (tl.load(pool_ids + drawn) != target) & (index < num_draws)
+        if MASKED:
+            is_negative = tl.load(first_places + drawn) > place
+        else:
+            is_negative = tl.load(pool_ids + drawn) != target
+        is_negative = is_negative & (index < num_draws)
         scores = tl.where(is_negative, scores, NO_LOGIT)
         tl.store(logits + row * num_draws + index, scores, mask=index < num_draws)
         new_peak = tl.maximum(peak, tl.max(scores, axis=0))

@@ -30,8 +30,8 @@ MAIN = {
     "activate 256 2 × 4 × 256, bfloat16": 80,
     "jagged_concat 0 [T, 1024], float32": 80,
     "add_positions 0 [T, 1024], float32": 90,
-    "pool_softmax_loss 0 [M, 256], float32": 80,
-    "sampled_softmax_loss 0 [M, 64], float32": 90,
+    "pool_softmax_loss 0 [M, 256], float32, seen items masked": 80,
+    "sampled_softmax_loss 0 [M, 64], float32, seen items masked": 90,
     "slots 0 lfu": 90,
 }
 LONG_TO_COMPILE = ("slots 0 lfu",)

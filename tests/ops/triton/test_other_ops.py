@@ -13,6 +13,7 @@ from hstu.ops.types import NUM_TIME_BUCKETS, Backend, RelativeBias, TokenOrder
 from tests.ops.backends import hstu_attention, kernels_of, pool_softmax_loss
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch
+from tests.ops.test_softmax_loss import make_seen
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -77,12 +78,12 @@ def test_positions_equal_float64_and_far_ones_share_the_last(device: torch.devic
     )
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("weighted", "masks"), [(False, False), (True, True)])
 @pytest.mark.parametrize(
     ("queries", "pool", "width"), [(0, 4, 16), (1, 1, 3), (130, 70, 50), (5, 100, 200), (70, 70, 256)]
 )
 def test_the_pool_loss_equals_float64(
-    device: torch.device, queries: int, pool: int, width: int, weighted: bool
+    device: torch.device, queries: int, pool: int, width: int, weighted: bool, masks: bool
 ) -> None:
     torch.manual_seed(0)
     targets, ids = torch.randint(5, (queries,)), torch.randint(9, (pool,))
@@ -91,7 +92,8 @@ def test_the_pool_loss_equals_float64(
     def loss(backend: Backend, *vectors: Tensor) -> Tensor:
         place = vectors[0].device
         given = log_weights.to(place, vectors[0].dtype) if weighted else None
-        return pool_softmax_loss(*vectors, targets.to(place), ids.to(place), given, 0.3, backend)
+        seen = make_seen(queries, pool, device=place) if masks else None
+        return pool_softmax_loss(*vectors, targets.to(place), ids.to(place), given, 0.3, backend, seen)
 
     compare(loss, [F.normalize(torch.randn(n, width), dim=1) for n in (queries, queries, pool)], device)
 

@@ -20,7 +20,9 @@ constexpr int LANES = HSTU_LANES;
 typedef float vf __attribute__((vector_size(4 * HSTU_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * HSTU_LANES)));
 typedef float vf_unaligned __attribute__((vector_size(4 * HSTU_LANES), aligned(4), may_alias));
+typedef int32_t vi_unaligned __attribute__((vector_size(4 * HSTU_LANES), aligned(4), may_alias));
 
+inline vi load_int(const int32_t* from) { return *reinterpret_cast<const vi_unaligned*>(from); }
 inline vf load(const float* from) { return *reinterpret_cast<const vf_unaligned*>(from); }
 inline void store(float* to, vf x) { *reinterpret_cast<vf_unaligned*>(to) = x; }
 inline vf splat(float x) { return x - vf{}; }
@@ -75,7 +77,20 @@ inline vf exp(vf x) {
     return (vf)((vi)y + ((vi)shifted << 23));
 }
 
+// The same, but 0 for x < -87: e^-87 is about the least normal number.
+inline vf exp_or_zero(vf x) { return select(x < -87.0f, vf{}, exp(x)); }
+
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+
+// The largest number of a vector, in log2(LANES) steps.
+inline float largest(vf x) {
+#pragma GCC unroll 4
+    for (int bit = 1; bit < LANES; bit *= 2) {
+        const vf other = __builtin_shuffle(x, lane_numbers() ^ bit);
+        x = select(other > x, other, x);
+    }
+    return x[0];
+}
 
 typedef uint16_t bfloat;  // the upper half of a float
 

@@ -11,6 +11,7 @@ extern "C" struct HstuSampledSoftmax {
     const int32_t* draws;                     // [M, R], rows of the pool
     const int64_t *target_ids, *pool_ids;     // [M], [S]
     const float* log_weights;                 // [S]: added to the scores; null: zeros
+    const int32_t *first, *sequences, *places;  // [B, S], [M], [M]: see SeenItems in hstu/ops/types.py; null: none
     float *losses, *weights;                  // [M], [M, R]
     float *grad_queries, *grad_positives, *grad_pool;
     uint8_t* tags;  // [S]: scratch for the last bytes of pool_ids, so few that they stay in the cache
@@ -24,8 +25,7 @@ namespace hstu {
 namespace {
 
 constexpr int64_t QUERIES_AT_ONCE = 64;
-// e^40 leaves room for sums; e^-87 is about the least normal number.
-constexpr float MOST_EXPONENT = 40, LEAST_EXPONENT = -87;
+constexpr float MOST_EXPONENT = 40;  // e^40 leaves room for sums
 
 // One vector of the sums of LANES vectors.
 inline vf sums_of(vf* rows) {
@@ -41,16 +41,6 @@ inline vf sums_of(vf* rows) {
         }
     }
     return rows[0];
-}
-
-// The largest number of a vector, in log2(LANES) steps.
-inline float largest(vf x) {
-#pragma GCC unroll 4
-    for (int bit = 1; bit < LANES; bit *= 2) {
-        const vf other = __builtin_shuffle(x, lane_numbers() ^ bit);
-        x = select(other > x, other, x);
-    }
-    return x[0];
 }
 
 // A row is read as NV vectors. Where its width is no multiple of LANES, the last ones begin earlier and overlap those
@@ -117,7 +107,7 @@ class SampledSoftmax {
         float shift = target;
         for (int64_t first = 0; first < num_draws; first += CHUNK) {
             const int64_t end = std::min(first + CHUNK, num_draws);
-            const float peak = score(own, draws, first, end, a_.target_ids[query], inverse, scores);
+            const float peak = score(own, draws, first, end, query, inverse, scores);
             if (peak > shift + MOST_EXPONENT) {
                 const float factor = std::exp(shift - peak);
                 total *= factor;
@@ -127,8 +117,7 @@ class SampledSoftmax {
                 shift = peak;
             }
             for (int64_t r = first; r < end; r += LANES) {
-                const vf exponent = load(scores + r) - shift;
-                const vf e = select(exponent < LEAST_EXPONENT, vf{}, exp(exponent));
+                const vf e = exp_or_zero(load(scores + r) - shift);
                 store(scores + r, e);
                 total += e;
             }
@@ -155,15 +144,13 @@ class SampledSoftmax {
         for (int64_t r = 0; r < num_draws; ++r) weights[r] = scores[r] * scale;
     }
 
-    // Scores of draws [begin, end) and their log weights, -inf where a draw is the target; returns the largest.
-    float score(const vf* own, const int32_t* draws, int64_t begin, int64_t end, int64_t target, float inverse,
+    // Scores of draws [begin, end) and their log weights, -inf where a draw is hidden; returns the largest.
+    float score(const vf* own, const int32_t* draws, int64_t begin, int64_t end, int64_t query, float inverse,
                 float* scores) const {
         const float hidden = -std::numeric_limits<float>::infinity();
         const float* rows = PACKED ? a_.packed : a_.pool;
         const int64_t width = a_.width, pitch = SampledSoftmax::pitch(width);
-        const uint8_t* tags = a_.tags;
         const float* log_weights = a_.log_weights;
-        const uint8_t tag = uint8_t(target);
         vf peaks = splat(hidden);
         for (int64_t first = begin; first < end; first += LANES) {
             const int64_t count = std::min<int64_t>(LANES, end - first);
@@ -183,13 +170,29 @@ class SampledSoftmax {
                 now += shift;
             }
             store(scores + first, now);
-            for (int64_t lane = 0; lane < LANES; ++lane)
-                if (lane >= count || (tags[draws[first + lane]] == tag && a_.pool_ids[draws[first + lane]] == target))
-                    scores[first + lane] = hidden;
+            for (int64_t lane = count; lane < LANES; ++lane) scores[first + lane] = hidden;
+            hide(draws + first, count, query, scores + first);
             now = load(scores + first);
             peaks = select(now > peaks, now, peaks);
         }
         return largest(peaks);
+    }
+
+    // Makes the scores of draws that are no negatives of a query -inf: its target, and what its user has seen.
+    void hide(const int32_t* draws, int64_t count, int64_t query, float* scores) const {
+        const float hidden = -std::numeric_limits<float>::infinity();
+        if (a_.first) {
+            const int32_t* first = a_.first + a_.sequences[query] * a_.pool_size;
+            const int32_t place = a_.places[query];
+            for (int64_t lane = 0; lane < count; ++lane)
+                if (first[draws[lane]] <= place) scores[lane] = hidden;
+            return;
+        }
+        const int64_t target = a_.target_ids[query];
+        const uint8_t* tags = a_.tags;
+        const uint8_t tag = uint8_t(target);
+        for (int64_t lane = 0; lane < count; ++lane)
+            if (tags[draws[lane]] == tag && a_.pool_ids[draws[lane]] == target) scores[lane] = hidden;
     }
 
     // Each number is the sum over queries in order, hence the same on any number of threads. Threads share the columns

@@ -1,0 +1,349 @@
+"""One run of the campaign, a row of a table with a seed: its commands, and its result in one file of JSON lines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hstu.config.args import DatasetArgs
+from hstu.config.errors import ConfigError, UserError
+from hstu.config.gin_io import read_and_check
+from hstu.config.gin_scan import scan
+from hstu.config.rules import RULES
+from hstu.config.run_config import RunConfig
+from hstu.data.rules import DATA_RULES
+from hstu.data.samples import build_samples
+from hstu.data.store import SequenceStore
+from hstu.observe.records import read_metrics
+from scripts.quality.tables import Row, Table
+
+ROOT = Path(__file__).resolve().parents[2]
+METRICS = "metrics.jsonl"
+_SAVE_INTERVAL = 200
+"""Iterations between two checkpoints: what a kill may cost."""
+
+
+class RunFailed(UserError):
+    """A command of a run has ended without what it should have made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Directories of the campaign."""
+
+    data: Path
+    """Preprocessed datasets."""
+    work: Path
+    """Runs and their checkpoints."""
+    output: Path
+    """Tables, plots and raw metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What is reported of a run."""
+
+    metrics: dict[str, float]
+    split: str
+    """Where ``metrics`` come from."""
+    validation: dict[str, float] | None = None
+    """The metrics of the validation part at the iteration that it has chosen. None: it has chosen nothing."""
+    iteration: int | None = None
+    """Of the weights that were evaluated."""
+    epoch: float | None = None
+    epochs: float | None = None
+    """That were trained."""
+    seconds: float | None = None
+    """Wall time of the training, with evaluations on the validation part."""
+    tokens: float | None = None
+    """Trained on, repeated ones counted again."""
+    flops: float | None = None
+    """Of forward and backward for these tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A row of a table with a seed."""
+
+    table_name: str
+    table: Table
+    row: Row
+    seed: int
+    places: Places
+    threads: int = 1
+    bindings: tuple[str, ...] = ()
+    """Further ones, of the command line."""
+    waits_for: tuple[Run, ...] = ()
+    """The runs whose validation says how long this one trains."""
+
+    def __str__(self) -> str:
+        return f"{self.row.name}, seed {self.seed}"
+
+    # --- settings ---
+
+    @cached_property
+    def settings(self) -> tuple[str, ...] | None:
+        """What the run computes, one line for each setting. None: another run must first tell how long to train."""
+        if self.row.peer:
+            return (" ".join(self.row.peer),)
+        length = self._length()
+        if length is None:
+            return None
+        bound = {each.name: each.value for each in scan([self._config_file], [*self._bindings(), *length]).bindings}
+        bound.pop("DatasetArgs.dataset_path", None)  # the data is the same in another directory; see data_facts
+        commands = (" ".join(command) for command in self.table.prepare_of(self.row))
+        return (*commands, *(f"{name} = {value!r}" for name, value in sorted(bound.items())))
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The checked configuration. Raises ConfigError with the name of the row."""
+        try:
+            rules = (*RULES, *DATA_RULES)
+            return read_and_check([self._config_file], self._all_bindings(), self.table.task, 1, rules)[0]
+        except ConfigError as error:
+            raise ConfigError(f"table {self.table_name}, row {self.row.name!r}:\n{error}") from error
+
+    def check(self) -> None:
+        """Raise ConfigError unless the row can be trained as it is written."""
+        if not self.row.peer:
+            _ = self.config
+
+    # --- commands ---
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes. Other settings have another one."""
+        made_of = hashlib.sha256("\n".join(self.settings or ()).encode()).hexdigest()[:8]
+        return self.places.work / self.table_name / f"{slug(self.row.name)}-{made_of}" / f"seed{self.seed}"
+
+    def commands(self) -> Iterator[list[str]]:
+        """The scripts to run one after the other, with arguments. Those that are done are left out."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number, command in enumerate(self.table.prepare_of(self.row)):
+            done = self.folder / f"prepared-{number}"
+            if not done.exists():
+                yield self._filled(command)
+                done.touch()
+        if self.row.peer:
+            if not self._peer_file.exists():
+                yield self._filled(self.row.peer)
+        else:
+            yield from self._training()
+        self._write_result()
+
+    def _training(self) -> Iterator[list[str]]:
+        if not self._is_trained():
+            script = f"pretrain_gr_{self.table.task}.py"
+            yield [script, "--gin-config-file", self._config_file, "--gin-bindings", *self._all_bindings()]
+        if not self._is_trained():
+            raise RunFailed("the training ended before its last iteration")
+        if self.table.chooses(self.row) and not self._test_file.exists():
+            best = self.folder / "checkpoints" / "best"
+            yield ["scripts/quality/evaluate.py", "--checkpoint", str(best), "--output", str(self._test_file)]
+
+    def progress(self) -> float:
+        """The share of the training that is done, in [0, 1]."""
+        file = self.folder / METRICS
+        if self.row.peer or not file.exists():
+            return 0.0
+        last = next((record["epoch"] for record in reversed(read_metrics(file)) if record["kind"] == "train"), 0.0)
+        return min(1.0, float(last) / self._epochs)
+
+    # --- result ---
+
+    @property
+    def result_file(self) -> Path:
+        """The raw metrics and the result."""
+        return self.places.output / self.table_name / "raw" / f"{slug(self.row.name)}-seed{self.seed}.jsonl"
+
+    def stored(self) -> Result | None:
+        """The result, if there is one of these settings and this data."""
+        header, records = read_result_file(self.result_file)
+        if self.settings is None or header.get("settings") != list(self.settings):
+            return None
+        facts = self.data_facts()
+        if facts is not None and header.get("data") != facts:
+            return None
+        return Result(**records[-1])
+
+    def is_outdated(self) -> bool:
+        """Whether there is a result of other settings or of other data."""
+        return self.result_file.exists() and self.stored() is None
+
+    def data_facts(self) -> dict[str, Any] | None:
+        """What the data of the table is. None: it is not preprocessed."""
+        return data_facts(self.places.data / self.table.dataset)
+
+    def curve(self) -> list[tuple[float, float]]:
+        """(epoch, value of the first metric) of the evaluations on the validation part."""
+        _, records = read_result_file(self.result_file)
+        found = [record for record in records[:-1] if record.get("kind") == "eval" and record["split"] == "valid"]
+        values = [(record["epoch"], record["metrics"].get(self.table.metric)) for record in found]
+        return [(epoch, value) for epoch, value in values if value is not None]
+
+    def _write_result(self) -> None:
+        header = {
+            "kind": "run", "table": self.table_name, "row": self.row.name, "seed": self.seed,
+            "settings": self.settings, "data": self.data_facts(), "threads": self.threads,
+        }  # fmt: skip
+        result = self._peer_result() if self.row.peer else self._trained_result()
+        records = [] if self.row.peer else read_metrics(self.folder / METRICS)
+        lines = [json.dumps(each) for each in (header, *records, {"kind": "result", **vars(result)})]
+        self.result_file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.result_file.with_suffix(".new")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.replace(self.result_file)
+
+    def _peer_result(self) -> Result:
+        written = json.loads(self._peer_file.read_text(encoding="utf-8"))
+        return Result(metrics=written["metrics"], split="test", seconds=written.get("seconds"))
+
+    def _trained_result(self) -> Result:
+        records = read_metrics(self.folder / METRICS)
+        evaluations = [record for record in records if record["kind"] == "eval"]
+        chosen = evaluations[-1]
+        validation, split, metrics = None, chosen["split"], chosen["metrics"]
+        if self.table.chooses(self.row):
+            best = self._summary()["best"]
+            chosen = next(e for e in evaluations if (e["split"], e["iter"]) == (best["split"], best["iter"]))
+            validation, split = chosen["metrics"], "test"
+            metrics = json.loads(self._test_file.read_text(encoding="utf-8"))["metrics"]
+        tokens, flops = self._work(records)
+        lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
+        return Result(
+            metrics=metrics, split=split, validation=validation, iteration=chosen["iter"], epoch=chosen["epoch"],
+            epochs=records[-1]["epoch"], seconds=seconds_of(lines), tokens=tokens, flops=flops,
+        )  # fmt: skip
+
+    def _work(self, records: Sequence[dict[str, Any]]) -> tuple[float, float]:
+        """Tokens and FLOPs: those per sample between two records, times the samples of that share of an epoch."""
+        dataset = self.config.dataset
+        assert isinstance(dataset, DatasetArgs) and dataset.dataset_path is not None
+        store = SequenceStore.open(dataset.dataset_path)
+        samples = len(build_samples(store, dataset, self.table.task, "train", self.seed))
+        tokens, flops, before = 0.0, 0.0, 0.0
+        for record in (record for record in records if record["kind"] == "train"):
+            seconds = (record["epoch"] - before) * samples / record["samples_per_s"]
+            tokens += record["tokens_per_s"] * seconds
+            flops += 1e12 * record["tflops"] * seconds
+            before = record["epoch"]
+        return round(tokens), round(flops)
+
+    # --- bindings ---
+
+    @property
+    def _config_file(self) -> str:
+        return str(ROOT / self.table.config_of(self.row))
+
+    @property
+    def _test_file(self) -> Path:
+        return self.folder / "test.json"
+
+    @property
+    def _peer_file(self) -> Path:
+        return self.folder / "peer.json"
+
+    @property
+    def _epochs(self) -> float:
+        trainer = self.config.trainer
+        if trainer.max_train_iters is not None:
+            raise ConfigError(f"row {self.row.name!r}: set TrainerArgs.num_train_epochs instead of max_train_iters")
+        return trainer.num_train_epochs or 1.0
+
+    def _bindings(self) -> tuple[str, ...]:
+        return (*self.table.bindings_of(self.row), *self.bindings)
+
+    def _length(self) -> tuple[str, ...] | None:
+        """How long to train, where other runs say so; None as long as they are not finished."""
+        if self.row.epochs_of is None:
+            return ()
+        results = [run.stored() for run in self.waits_for]
+        best = [result.epoch for result in results if result is not None and result.epoch is not None]
+        if not best or len(best) < len(results):
+            return None
+        return (f"TrainerArgs.num_train_epochs = {max(1, round(sum(best) / len(best)))}.0",)
+
+    def _all_bindings(self) -> list[str]:
+        own = [
+            *(self._length() or ()),
+            f"TrainerArgs.seed = {self.seed}",
+            f"TrainerArgs.output_dir = {str(self.folder)!r}",
+            f"TrainerArgs.ckpt_save_dir = {str(self.folder / 'checkpoints')!r}",
+            'TrainerArgs.ckpt_load_dir = "auto"',
+            f"TrainerArgs.ckpt_save_interval = {_SAVE_INTERVAL}",
+            "TrainerArgs.ckpt_keep_last = 2",
+            "TrainerArgs.tensorboard = False",
+            'TrainerArgs.progress_bar = "off"',
+        ]
+        if self.table.chooses(self.row):
+            own += [f"TrainerArgs.best_metric = {self.table.metric!r}"]
+            own += [f"TrainerArgs.best_metric_mode = {self.table.mode!r}"]
+        else:  # the held-out part is seen once, when the training is over
+            own += ["TrainerArgs.eval_interval = 0", "TrainerArgs.best_metric = None"]
+            own += ['TrainerArgs.best_metric_mode = "max"']
+            own += ["TrainerArgs.early_stop_patience = None"]
+        data = f"DatasetArgs.dataset_path = {str(self.places.data / self.table.dataset)!r}"
+        return self._filled([data, *self._bindings(), *own])
+
+    def _filled(self, texts: Sequence[str]) -> list[str]:
+        meanings = {
+            "$seed": str(self.seed),
+            "$store": str(self.places.data / self.table.dataset),
+            "$folder": str(self.folder),
+        }
+        return [re.sub("|".join(map(re.escape, meanings)), lambda found: meanings[found[0]], text) for text in texts]
+
+    def _summary(self) -> dict[str, Any]:
+        file = self.folder / "summary.json"
+        summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return summary
+
+    def _is_trained(self) -> bool:
+        return self._summary().get("status") in ("done", "stopped early")
+
+
+def slug(name: str) -> str:
+    """``name`` as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def data_facts(store: Path) -> dict[str, Any] | None:
+    """Sizes by which one preprocessed dataset differs from another of its name; None if there is none."""
+    if not store.is_dir():
+        return None
+    opened = SequenceStore.open(store)
+    return {
+        "users": opened.num_users,
+        "items": opened.cardinality(opened.item_feature),
+        "events": int(opened.offsets()[-1]),
+    }
+
+
+def read_result_file(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The header of a result file and its other lines, the last of which is the result. ({}, []): there is no file."""
+    if not file.exists():
+        return {}, []
+    header, *records = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    records[-1].pop("kind")
+    return header, records
+
+
+def seconds_of(lines: Sequence[str]) -> float:
+    """The seconds of training that metrics.jsonl tells of: of all attempts together, if the run was resumed."""
+    attempts = [0.0]
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut off by a kill
+            continue
+        if record.get("kind") == "resumed":
+            attempts.append(0.0)
+        elif record.get("kind") == "train":
+            attempts[-1] = record["time_s"]
+    return round(sum(attempts), 1)

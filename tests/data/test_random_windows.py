@@ -1,0 +1,116 @@
+"""Random windows of long histories: where they lie, how often each event is in one, and on what that depends."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hstu.config.args import DatasetArgs
+from hstu.data.batch import HSTUBatch
+from hstu.data.collate import Assembler, Collator, StoreReader
+from hstu.data.loader import build_loader
+from hstu.data.negatives import count_items
+from hstu.data.random_windows import RandomWindows, coverage
+from hstu.data.roles import FeatureRoles
+from hstu.data.sampler import TrainSampler
+from hstu.data.samples import SampleTable, StochasticLength, build_samples
+from tests.data.toy_store import ToyStore
+
+LENGTH = 8
+ARGS = DatasetArgs(dataset_name="toy", max_sequence_length=LENGTH, random_windows=True, valid_items=0)
+SIZES = (5, 8, 30, 41)
+STORE = ToyStore([list(range(size)) for size in SIZES], actions=[[1] * size for size in SIZES])
+
+
+def samples_of(args: DatasetArgs = ARGS, **options: object) -> SampleTable:
+    task = "ranking" if "max_num_candidates" in options else "retrieval"
+    return build_samples(STORE, replace(args, **options), task, "train", seed=1)  # type: ignore[arg-type]
+
+
+def draw(samples: SampleTable, epochs: int) -> np.ndarray:
+    """First events of the windows, counted from those of the histories: [epochs, samples]."""
+    rows, numbers = np.arange(len(samples)), np.arange(epochs)[:, None]
+    windows = RandomWindows(seed=3)
+    starts = windows.starts(samples.history_begin, samples.start, samples.stop, numbers, rows)  # type: ignore[arg-type]
+    return starts - samples.history_begin
+
+
+def test_a_window_begins_anywhere_and_is_the_newest_where_too_few_events_follow() -> None:
+    samples = samples_of()
+    assert samples.report["in random windows"] == 2 and samples.report["truncated"] == 0
+    drawn = draw(samples, 6000)
+    assert (drawn[:, :2] == 0).all(), "short histories are whole"
+    for row, size in ((2, 29), (3, 40)):  # without the event that is held out
+        shares = np.bincount(drawn[:, row], minlength=size) / len(drawn)
+        newest = size - LENGTH
+        assert shares[:newest] == pytest.approx(1 / size, abs=0.01)
+        assert shares[newest] == pytest.approx(LENGTH / size, abs=0.02) and not shares[newest + 1 :].any()
+
+
+@pytest.mark.parametrize("kept", [LENGTH, 5, 1])
+def test_the_coverage_of_an_event_is_the_share_of_windows_that_have_it(kept: int) -> None:
+    for size in (1, 7, 8, 9, 15, 16, 17, 40):
+        window, places = min(size, LENGTH), np.arange(size)
+        kept = min(kept, window)
+        expected = np.zeros(size)
+        for begin in range(size):  # each is as probable
+            stop = min(begin, size - window) + window
+            expected[stop - kept : stop] += 1 / size
+        found = coverage(places, np.full(size, size), np.full(size, window), np.full(size, kept))
+        assert found == pytest.approx(expected)
+
+
+def test_items_are_counted_as_often_as_windows_have_them() -> None:
+    samples = samples_of()
+    expected = np.zeros(50)
+    for starts in draw(samples, 3000):
+        for start, length in zip(starts.tolist(), samples.lengths.tolist(), strict=True):
+            expected[start : start + length] += 1 / 3000
+    found = count_items(STORE, "item", samples, random_windows=True)
+    assert found == pytest.approx(expected, abs=0.05) and found.sum() == pytest.approx(samples.lengths.sum())
+    stochastic = StochasticLength.of(replace(ARGS, stochastic_length_alpha=1.0), 0, 1)  # s = 3
+    shorter = count_items(STORE, "item", samples, stochastic, random_windows=True)
+    assert (shorter <= found + 1e-9).all() and shorter.sum() < found.sum()
+
+
+def batches(world_size: int = 1, workers: int = 0, **options: object) -> list[list[list[int]]]:
+    """Per global batch of four epochs: the items of each sequence, over all ranks."""
+    args, samples = replace(ARGS, **options), samples_of(**options)  # type: ignore[arg-type]
+    task = "ranking" if args.max_num_candidates else "retrieval"
+    roles = FeatureRoles("item", "action", ())
+    stochastic = StochasticLength.of(args, 1, int(task == "retrieval"))
+    reader = StoreReader(STORE, samples, roles, random_windows=RandomWindows.of(args, 1), stochastic_length=stochastic)
+    merged: list[list[list[int]]] = [[] for _ in range(4 * (len(samples) // 2))]
+    for rank in range(world_size):
+        collator = Collator(reader, Assembler(2 // world_size, task, roles, 50, 1))  # type: ignore[arg-type]
+        sampler = TrainSampler(len(samples), 2 // world_size, rank, world_size, seed=1, shuffle=True)
+        loader = build_loader(collator, sampler, workers=workers)
+        for step, batch in zip(range(len(merged)), loader, strict=False):
+            merged[step] += sequences(batch)
+        loader.close()  # type: ignore[attr-defined]
+    return merged
+
+
+def sequences(batch: HSTUBatch) -> list[list[int]]:
+    return [row.tolist() for row in batch.features["item"].to_dense()]
+
+
+@pytest.mark.parametrize("options", [{}, {"stochastic_length_alpha": 1.4}])
+def test_windows_are_the_same_at_any_world_size_and_with_workers(options: dict[str, object]) -> None:
+    alone = batches(**options)
+    drawn = [row for step in alone for row in step]
+    assert len({tuple(row) for row in drawn}) > 6
+    assert all(row == list(range(row[0], row[0] + len(row))) for row in drawn), "without gaps"
+    assert batches(2, **options) == alone
+    assert batches(1, 1, **options) == alone
+
+
+def test_the_newest_items_of_a_window_are_its_candidates() -> None:
+    samples = samples_of(max_num_candidates=3, train_fraction=0.99)
+    roles = FeatureRoles("item", "action", ())
+    reader = StoreReader(STORE, samples, roles, random_windows=RandomWindows(1))
+    collator = Collator(reader, Assembler(4, "ranking", roles, 50, 1))
+    sampler = TrainSampler(len(samples), 4, 0, 1, seed=1, shuffle=False)
+    for _, batch in zip(range(3), build_loader(collator, sampler), strict=False):
+        assert batch.item_lengths.tolist() == [5, 8, 8, 8]
+        assert batch.num_candidates_host.tolist() == [3] * 4 and batch.num_labels_total == 12

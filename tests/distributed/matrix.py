@@ -34,8 +34,8 @@ TABLES = ("item_id", "action", "age", "genres", "year", "watched")
 STEPS = 8
 """More than an epoch, which is 3 batches of the 23 users of ranking and 5 of the 33 of retrieval."""
 RTOL = 1e-5
-ATOL = 1.2e-7
-"""One unit in the last place of 1: weights near zero are what is left of larger updates, summed in another order.
+ATOL = 2.4e-7
+"""Two units in the last place of 1: weights near zero are what is left of larger updates, summed in another order.
 
 It is this small with adam_eps = 1e-4 (tensor_cases.py) and a small learning rate: of a gradient that cancels out to
 nothing but rounding Adam and Adagrad make a step, learning_rate / adam_eps times as large.

@@ -31,7 +31,8 @@ class Row:
     bindings: tuple[str, ...] = ()
     """Changes of the gin file; they win over those of the table."""
     prepare: tuple[tuple[str, ...], ...] = ()
-    """Commands before the training, such as one that writes initial rows: a script and its arguments."""
+    """Commands before the training, such as one that writes initial rows: a script and its arguments. (): those of the
+    row that ``epochs_of`` names, or those of the table if the row has the table's gin file."""
     epochs_of: str | None = None
     """Train as this row of the table does, on its validation part, too, for as many epochs as it needed to its best
     validation. The row's own bindings come on top."""
@@ -56,6 +57,8 @@ class Table:
     """The row that the others are compared with, seed by seed."""
     bindings: tuple[str, ...] = ()
     """For all rows."""
+    prepare: tuple[tuple[str, ...], ...] = ()
+    """Commands before the training of rows with the table's gin file."""
     validation: tuple[str, ...] = ()
     """Bindings that hold out a validation part. (): the data has none, and all rows train as long as they say."""
     whole: tuple[str, ...] = ()
@@ -87,8 +90,12 @@ class Table:
         return (*self.bindings, *self.validation, *row.bindings)
 
     def prepare_of(self, row: Row) -> tuple[tuple[str, ...], ...]:
-        """All commands before the training of a row."""
-        return (*(self.prepare_of(self.row(row.epochs_of)) if row.epochs_of else ()), *row.prepare)
+        """The commands before the training of a row."""
+        if row.prepare:
+            return row.prepare
+        if row.epochs_of:
+            return self.prepare_of(self.row(row.epochs_of))
+        return () if row.config else self.prepare
 
     def chooses(self, row: Row) -> bool:
         """Whether validation chooses the checkpoint of a row."""
@@ -100,16 +107,6 @@ def find(kind: str, name: str, known: Mapping[str, T]) -> T:
     if name not in known:
         raise ConfigError(f"there is no {kind} {name!r}{did_you_mean(name, known)}; choose from: {', '.join(known)}")
     return known[name]
-
-
-def ablation(base: str, levers: Mapping[str, Sequence[str]]) -> tuple[Row, ...]:
-    """The row ``base``, the one with all levers, "all", and for each lever all others, "without <lever>"."""
-
-    def row(name: str, used: Sequence[str]) -> Row:
-        return Row(name=name, bindings=tuple(binding for lever in used for binding in levers[lever]))
-
-    without = (row(f"without {left_out}", [name for name in levers if name != left_out]) for left_out in levers)
-    return (row(base, ()), row("all", tuple(levers)), *without)
 
 
 def without_each(undone: Mapping[str, Sequence[str]]) -> tuple[Row, ...]:
@@ -148,13 +145,36 @@ _RETRIEVAL_PEERS = tuple(
     )
     for name in ("popularity", "item_knn_recent", "ease_recent", "gru4rec", "sasrec_published", "sasrec_unseen")
 )  # fmt: skip
-_RANKING = {
-    "item × action": ("NetworkArgs.action_item_product = True",),
-    "batches of 8": ("TrainerArgs.train_batch_size = 8", "OptimizerArgs.learning_rate = 1.5e-3"),
-    "windows": ("DatasetArgs.window_stride = 200",),
-    "moving average": ("OptimizerArgs.ema_decay = 0.995",),
-    "items of width 16": ("NetworkArgs.item_embedding_dim = 16",),
-}
+_NO_NUMBERS = (
+    "TrainerArgs.train_batch_size = 8",
+    "TrainerArgs.eval_interval = 100",
+    "DatasetArgs.window_stride = 200",
+    "NetworkArgs.num_layers = 2",
+    "NetworkArgs.num_attention_heads = 2",
+    "NetworkArgs.hidden_dropout = 0.3",
+    "NetworkArgs.input_dropout = 0.0",
+    "NetworkArgs.item_embedding_dim = 16",
+    "OptimizerArgs.learning_rate = 1.5e-3",
+    "OptimizerArgs.ema_decay = 0.995",
+)
+"""The recipe without its numbers, on top of the gin file of ids and ratings."""
+_RANKS = (
+    "item_popularity", "user_count", "hour", "gap", "days_since_first", "in_session", "in_second", "year_number",
+    "year_count", "genres_count",
+)  # fmt: skip
+_AMOUNTS = (
+    "item_mean", "item_std", *(f"item_share_{stars}" for stars in range(1, 6)),
+    "user_mean", "user_offset", "user_std", "user_choice", *(f"user_share_{stars}" for stars in range(1, 6)),
+    *(f"last_{what}_{back}" for back in (1, 2, 3) for what in ("rating", "above")),
+    "recent_offset_0.7", "recent_offset_0.9", "recent_offset_0.97", "baseline", "recent_baseline",
+    "weekday", "year_offset", "genres_offset", "genres_least", "genres_most",
+)  # fmt: skip
+_NO_FACTORS = (
+    f"DatasetArgs.side_feature_names = {['genres', *_RANKS, *_AMOUNTS]}",
+    f"ranks/NumericFeatureArgs.feature_names = {[*_RANKS]}",
+    f"amounts/NumericFeatureArgs.feature_names = {[*_AMOUNTS]}",
+)
+_PRODUCT = "NetworkArgs.action_item_product = True"
 
 
 def _retrieval(title: str, dataset: str, config: str, rows: tuple[Row, ...], epochs: int) -> Table:
@@ -170,17 +190,64 @@ def _retrieval(title: str, dataset: str, config: str, rows: tuple[Row, ...], epo
     )  # fmt: skip
 
 
-def _ranking(title: str, dataset: str, config: str, epochs: int) -> Table:
-    return Table(
-        title=title, task="ranking", dataset=dataset, config=config, reference="all",
-        rows=(*ablation("the gin file", _RANKING), Row(name="all, trained on validation users, too", epochs_of="all")),
-        metrics=("AUC>=4", "LOGLOSS", "ACC"),
-        bindings=(
-            'RankingArgs.eval_metrics = ("AUC>=4", "LOGLOSS", "ACC")',
-            f"TrainerArgs.num_train_epochs = {epochs}.0",
+def _numbers(train_fraction: float) -> tuple[tuple[str, ...], ...]:
+    """What makes the data of a row with numbers."""
+    return (
+        (
+            "scripts/quality/causal_features.py", "--store", "$store", "--seed", "$seed",
+            "--train_fraction", str(train_fraction), "--output", "$folder/numbers", "--force",
         ),
-        validation=("DatasetArgs.train_fraction = 0.6", "DatasetArgs.valid_fraction = 0.1"),  # the usual 30 % are test
+    )  # fmt: skip
+
+
+def _first_rows(config: str, bindings: Sequence[str]) -> tuple[str, ...]:
+    """What factorizes the ratings that a row trains on."""
+    run = ("DatasetArgs.dataset_path = '$store'", "TrainerArgs.seed = $seed", *_RANKING_VALIDATION, *bindings)
+    return (
+        "scripts/factorize.py",
+        "--gin-config-file",
+        config,
+        "--gin-bindings",
+        *run,
+        "--output",
+        "$folder/items.parquet",
+    )
+
+
+_RANKING_VALIDATION = ("DatasetArgs.train_fraction = 0.6", "DatasetArgs.valid_fraction = 0.1")
+
+
+def _ranking(title: str, dataset: str, items: int, epochs: int, undone: Mapping[str, Sequence[str]]) -> Table:
+    """``items``: rows of the table. ``epochs``: of the rows without numbers."""
+    name = dataset.replace("-", "_")
+    plain, recipe = f"configs/{name}_ranking.gin", (*_NO_NUMBERS, f"TrainerArgs.num_train_epochs = {epochs}.0")
+
+    def without_numbers(name: str, *more: str, prepare: tuple[tuple[str, ...], ...] = ()) -> Row:
+        return Row(name=name, config=plain, bindings=(*recipe, *more), prepare=prepare)
+
+    return Table(
+        title=title, task="ranking", dataset=dataset, config=f"configs/{name}_ranking_numbers.gin", reference="all",
+        rows=(
+            *without_each(undone),
+            Row(name="all, trained on validation users, too", epochs_of="all", prepare=_numbers(0.7)),
+            Row(name="no numbers, usual settings", config=plain),
+            without_numbers("no numbers"),
+            without_numbers("no numbers, with item × action", _PRODUCT),
+            without_numbers(
+                "no numbers, with first rows",
+                'item/EmbeddingArgs.feature_names = ["movie_id"]',
+                'item/EmbeddingArgs.table_name = "movie_id"',
+                f"item/EmbeddingArgs.item_vocab_size_or_capacity = {items}",
+                'item/EmbeddingArgs.sharding_type = "data_parallel"',
+                "item/EmbeddingArgs.initial_rows = '$folder/items.parquet'",
+                prepare=(_first_rows(plain, recipe),),
+            ),
+        ),
+        metrics=("AUC>=4", "LOGLOSS", "ACC"),
+        bindings=('RankingArgs.eval_metrics = ("AUC>=4", "LOGLOSS", "ACC")',),
+        validation=_RANKING_VALIDATION,  # the usual 30 % are test
         whole=("DatasetArgs.train_fraction = 0.7", "DatasetArgs.valid_fraction = 0.0"),
+        prepare=_numbers(0.6),
     )  # fmt: skip
 
 
@@ -205,6 +272,12 @@ TABLES: Mapping[str, Table] = {
             *_RETRIEVAL_PEERS,
         ), epochs=40,
     ),
-    "ml_1m_ranking": _ranking("Ratings, MovieLens-1M", "ml-1m", "configs/ml_1m_ranking.gin", epochs=4),
-    "ml_100k_ranking": _ranking("Ratings, MovieLens-100K", "ml-100k", "configs/ml_100k_ranking.gin", epochs=10),
+    "ml_1m_ranking": _ranking(
+        "Ratings, MovieLens-1M", "ml-1m", items=3706, epochs=3,
+        undone={
+            "numbers of factors and neighbours": _NO_FACTORS,
+            "windows": ("DatasetArgs.window_stride = None",),
+            "moving average": ("OptimizerArgs.ema_decay = 0.0",),
+        },
+    ),
 }  # fmt: skip

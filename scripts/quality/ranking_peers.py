@@ -41,10 +41,8 @@ from hstu.data.store import USER_FEATURE, SequenceStore
 from hstu.train.metrics import auc
 from scripts.quality.causal_features import Columns, causal_features
 from scripts.quality.means import mean_and_error
-from scripts.quality.ratings import Ratings
+from scripts.quality.ratings import PARTS, Ratings
 
-PARTS = {"1-20": (0, 20), "21-50": (20, 50), "51-100": (50, 100), "101+": (100, sys.maxsize)}
-"""Parts of a sample, by the number of its earlier ratings."""
 SCORES = {
     "item mean": "item_mean",
     "item mean + running user mean": "baseline",

@@ -8,6 +8,7 @@ ratings, and none on the user's own ratings but the earlier ones.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,8 @@ from hstu.data.jagged import ranges, run_indices
 from hstu.data.samples import build_samples
 from hstu.data.store import USER_FEATURE, SequenceStore
 
+PARTS = {"1-20": (0, 20), "21-50": (20, 50), "51-100": (50, 100), "101+": (100, sys.maxsize)}
+"""Parts of a sample, by the number of its earlier ratings."""
 _FOLD_STREAM = 0x464F_4C44
 
 

@@ -50,8 +50,6 @@ class Result:
     """What is reported of a run."""
 
     metrics: dict[str, float]
-    split: str
-    """Where ``metrics`` come from."""
     validation: dict[str, float] | None = None
     """The metrics of the validation part at the iteration that it has chosen. None: it has chosen nothing."""
     iteration: int | None = None
@@ -143,9 +141,9 @@ class Run:
             yield [script, "--gin-config-file", self._config_file, "--gin-bindings", *self._all_bindings()]
         if not self._is_trained():
             raise RunFailed("the training ended before its last iteration")
-        if self.table.chooses(self.row) and not self._test_file.exists():
-            best = self.folder / "checkpoints" / "best"
-            yield ["scripts/quality/evaluate.py", "--checkpoint", str(best), "--output", str(self._test_file)]
+        if not self._test_file.exists():
+            tested = self.folder / "checkpoints" / ("best" if self.table.chooses(self.row) else "")
+            yield ["scripts/quality/evaluate.py", "--checkpoint", str(tested), "--output", str(self._test_file)]
 
     def progress(self) -> float:
         """The share of the training that is done, in [0, 1]."""
@@ -202,22 +200,21 @@ class Run:
 
     def _peer_result(self) -> Result:
         written = json.loads(self._peer_file.read_text(encoding="utf-8"))
-        return Result(metrics=written["metrics"], split="test", seconds=written.get("seconds"))
+        return Result(metrics=written["metrics"], seconds=written.get("seconds"))
 
     def _trained_result(self) -> Result:
         records = read_metrics(self.folder / METRICS)
         evaluations = [record for record in records if record["kind"] == "eval"]
-        chosen = evaluations[-1]
-        validation, split, metrics = None, chosen["split"], chosen["metrics"]
+        chosen, validation = evaluations[-1], None
         if self.table.chooses(self.row):
             best = self._summary()["best"]
             chosen = next(e for e in evaluations if (e["split"], e["iter"]) == (best["split"], best["iter"]))
-            validation, split = chosen["metrics"], "test"
-            metrics = json.loads(self._test_file.read_text(encoding="utf-8"))["metrics"]
+            validation = chosen["metrics"]
+        metrics = json.loads(self._test_file.read_text(encoding="utf-8"))["metrics"]
         tokens, flops = self._work(records)
         lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
         return Result(
-            metrics=metrics, split=split, validation=validation, iteration=chosen["iter"], epoch=chosen["epoch"],
+            metrics=metrics, validation=validation, iteration=chosen["iter"], epoch=chosen["epoch"],
             epochs=records[-1]["epoch"], seconds=seconds_of(lines), tokens=tokens, flops=flops,
         )  # fmt: skip
 

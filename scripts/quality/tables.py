@@ -13,6 +13,7 @@ from hstu.config.args import Task
 from hstu.config.args.task import LOWER_IS_BETTER
 from hstu.config.errors import ConfigError
 from hstu.config.problems import did_you_mean
+from scripts.quality.ratings import PARTS
 
 T = TypeVar("T")
 
@@ -243,7 +244,7 @@ def _ranking(title: str, dataset: str, items: int, epochs: int, undone: Mapping[
                 prepare=(_first_rows(plain, recipe),),
             ),
         ),
-        metrics=("AUC>=4", "LOGLOSS", "ACC"),
+        metrics=("AUC>=4", "LOGLOSS", *(f"AUC>=4, {part}" for part in PARTS)),
         bindings=('RankingArgs.eval_metrics = ("AUC>=4", "LOGLOSS", "ACC")',),
         validation=_RANKING_VALIDATION,  # the usual 30 % are test
         whole=("DatasetArgs.train_fraction = 0.7", "DatasetArgs.valid_fraction = 0.0"),

@@ -176,7 +176,7 @@ def test_a_stopped_training_goes_on_and_validation_says_which_weights_are_tested
     valid = [each for each in evaluations if each["split"] == "valid"]
     best = max(valid, key=lambda each: each["metrics"]["NDCG@10"])
     assert len(valid) > 3 and (result["iteration"], result["validation"]) == (best["iter"], best["metrics"])
-    assert result["split"] == "test" and result["tokens"] > 0
+    assert result["tokens"] > 0
     assert {file.name for file in (tmp_path / "at once" / "tiny").glob("*.png")} == {"curves.png", "metrics.png"}
     evaluations, whole = results("at once", "whole")
     assert len(evaluations) == 1 and whole["epochs"] == max(1, round(result["epoch"]))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hstu.ops.types import KernelShapes
+from hstu.ops.kernels import KernelShapes
 from tests import gpu_plan
 from tests.conftest import GPU_TESTS, REPOSITORY
 

@@ -27,6 +27,7 @@ from hstu.model.embedding import TableSpec
 from hstu.model.gr_model import GRModel
 from hstu.model.heads import head_products
 from hstu.ops import costs
+from hstu.ops.comm import TensorParallelComm
 from hstu.ops.costs import FLOAT32, Cost
 from hstu.ops.dropout import dropout
 from hstu.ops.functional import (
@@ -36,9 +37,9 @@ from hstu.ops.functional import (
     pool_softmax_loss,
     sampled_softmax_loss,
 )
-from hstu.ops.layout import build_layout, token_order
+from hstu.ops.kernels import Backend, GateConfig, RelativeBias
+from hstu.ops.layout import NUM_TIME_BUCKETS, build_layout, token_order
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS as KERNELS
-from hstu.ops.types import NUM_TIME_BUCKETS, Backend, GateConfig, RelativeBias, TensorParallelComm
 from hstu.optim.dense import DenseOptimizer
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.row_optimizer import STATES, RowOptimizer

@@ -22,9 +22,9 @@ from hstu.model.heads import MLP
 from hstu.model.item_tower import join_rows
 from hstu.model.numbers import NumberInputs
 from hstu.ops.dropout import dropout
-from hstu.ops.layout import build_layout, to_device, token_order
+from hstu.ops.kernels import Kernels
+from hstu.ops.layout import JaggedLayout, build_layout, to_device, token_order
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.types import JaggedLayout, Kernels
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hstu.model.heads import PredictionHead
 from hstu.model.outputs import ModelOutput
 from hstu.model.precision import mixed_precision
 from hstu.model.stack import SequenceEncoder
-from hstu.ops.types import JaggedLayout
+from hstu.ops.layout import JaggedLayout
 
 
 class RankingModel(nn.Module, ABC):

@@ -19,8 +19,9 @@ from hstu.model.item_tower import ItemTower
 from hstu.model.outputs import ModelOutput
 from hstu.model.seen import find_seen
 from hstu.ops.functional import pool_softmax_loss, sampled_softmax_loss
+from hstu.ops.kernels import Kernels
+from hstu.ops.layout import JaggedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.types import JaggedLayout, Kernels
 
 GatherPool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(rows [S, E], ids [S]) of this rank → the same of all data-parallel ranks, one after another. Differentiable in

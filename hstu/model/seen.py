@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hstu.data.batch import HSTUBatch
+from hstu.ops.kernels import NEVER_SEEN, SeenItems
 from hstu.ops.pytorch.softmax_loss import first_places
-from hstu.ops.types import NEVER_SEEN, SeenItems
 
 _BEFORE_THE_SEQUENCE = -1
 

@@ -13,18 +13,11 @@ from hstu.config.args import NetworkArgs
 from hstu.data.batch import HSTUBatch
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
 from hstu.model.precision import DTYPES, mixed_precision
-from hstu.ops.layer import HSTULayerFunction
+from hstu.ops.comm import TensorParallelComm
+from hstu.ops.kernels import AttentionConfig, Kernels, KernelShapes
+from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.types import (
-    NUM_TIME_BUCKETS,
-    AttentionConfig,
-    HSTULayerConfig,
-    JaggedLayout,
-    Kernels,
-    KernelShapes,
-    LayerWeights,
-    TensorParallelComm,
-)
 
 
 def kernel_shapes(network: NetworkArgs, tp_size: int = 1) -> KernelShapes:

@@ -17,7 +17,7 @@ from hstu.model.heads import MultiTaskHead
 from hstu.model.outputs import ModelOutput
 from hstu.model.ranking import RankingModel
 from hstu.model.stack import SequenceEncoder
-from hstu.ops.types import JaggedLayout
+from hstu.ops.layout import JaggedLayout
 
 _LOSSES = {
     "bce": task_losses.bce,

@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
+from hstu.ops.kernels import KernelShapes
 from hstu.ops.self_check import cache_directory, locked
-from hstu.ops.types import KernelShapes
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.types import TensorParallelComm
+from hstu.ops.comm import TensorParallelComm
 
 _RESOLUTION = 1 << 16
 _SEEDS = 1 << 62

@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hstu.ops.types import (
+from hstu.ops.kernels import (
     AddLayerNormKernels,
     AttentionConfig,
     AttentionKernels,
     GateConfig,
     GateKernels,
-    JaggedLayout,
     Preactivation,
     ProjectionKernels,
     RelativeBias,
     SeenItems,
 )
+from hstu.ops.layout import JaggedLayout
 
 
 def hstu_attention(
@@ -275,7 +275,7 @@ def pool_softmax_loss(
         pool_ids: integer [S]. An id that occurs k times in the pool counts k times.
         pool_log_weights: float [S], log w of each entry, −∞ for entries that no query uses; None: all w are 1.
         temperature: τ > 0.
-        kernel: :attr:`hstu.ops.types.Kernels.pool_softmax_loss`.
+        kernel: :attr:`hstu.ops.kernels.Kernels.pool_softmax_loss`.
         seen: hides the items that the users have, the targets among them; ids are not compared. None: only the targets.
 
     Returns:
@@ -307,7 +307,7 @@ def sampled_softmax_loss(
     Args:
         queries, positives, pool, target_ids, pool_ids, pool_log_weights, temperature, seen: as there.
         draws: integer [M, R], rows of the pool in [0, S).
-        kernel: :attr:`hstu.ops.types.Kernels.sampled_softmax_loss`.
+        kernel: :attr:`hstu.ops.kernels.Kernels.sampled_softmax_loss`.
 
     Returns:
         Scalar, float32 (float64 if all vectors are).

@@ -7,24 +7,94 @@ One function instead of one per operator decides what is kept for backward (:cla
 soon as backward has used it, and overlaps collectives with matrix products.
 A layer adds the update of the layer before it, so that the sum and its norm are one pass over memory. So are, in
 backward, the norm, the sum of the gradients of x, and their copy in the dtype of the update.
-Source: HSTU, arXiv 2402.17152, sec. 3.
+Shapes are written as in kernels.py. Source: HSTU, arXiv 2402.17152, sec. 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu.config.args import NetworkArgs
+from hstu.ops.comm import TensorParallelComm
 from hstu.ops.costs import FLOAT32
 from hstu.ops.functional import relative_bias
+from hstu.ops.kernels import AttentionConfig, GateConfig, Kernels, Preactivation
+from hstu.ops.layout import JaggedLayout
 from hstu.ops.products import matmul
-from hstu.ops.types import GateConfig, HSTULayerConfig, JaggedLayout, LayerWeights, Preactivation, SavedActivations
+
+
+@dataclass(frozen=True)
+class HSTULayerConfig:
+    """What a layer needs besides the batch and its weights."""
+
+    head_dim: int
+    attention: AttentionConfig
+    eps: float
+    """Of both norms."""
+    kernels: Kernels
+    dropout: float = 0.0
+    """Probability; 0 in evaluation."""
+    recompute_normalized: bool = False
+    """Backward recomputes ``SavedActivations.normalized``."""
+    recompute_activated: bool = False
+    """Backward recomputes ``SavedActivations.activated``."""
+    recompute_all: bool = False
+    """Backward recomputes everything; only the input is kept."""
+    comm: TensorParallelComm = field(default_factory=TensorParallelComm)
+    """Communication with the ranks that hold the other heads."""
+
+
+class LayerWeights(NamedTuple):
+    """Parameters of a layer, in any dtype; those with heads are this rank's. Rows lie as [head, (u v q k), channel]."""
+
+    input_norm_weight: Tensor
+    """[D]."""
+    input_norm_bias: Tensor
+    """[D]."""
+    uvqk_weight: Tensor
+    """[H · 4 · d, D]."""
+    uvqk_bias: Tensor
+    """[H · 4 · d]."""
+    position_weight: Tensor | None
+    """The field of :class:`RelativeBias`; None: the layer has no bias."""
+    time_weight: Tensor | None
+    """The field of :class:`RelativeBias`; None: the layer has no bias."""
+    output_norm_weight: Tensor
+    """[H · d]."""
+    output_norm_bias: Tensor
+    """[H · d]."""
+    out_weight: Tensor
+    """[D, H · d]."""
+
+
+@dataclass
+class SavedActivations:
+    """What backward needs besides the input x + update, in this order; None: it is recomputed, or there is none.
+
+    Backward deletes each field after its last use, so that the memory can be used again.
+    """
+
+    input_statistics: Tensor
+    """Mean and rstd of this rank's tokens, [2, T]."""
+    normalized: Tensor | None
+    """This rank's tokens, [T, D]."""
+    projected: Tensor
+    """[T, H · 4 · d]."""
+    activated: Tensor | None
+    """SiLU(projected), [T, H · 4 · d]."""
+    attended: Tensor
+    """[T, H, d]."""
+    output_statistics: Tensor
+    """Mean and rstd over the heads of all ranks, [2, T]."""
+    dropout_mask: Tensor | None
+    """bool [T, H · d], or a seed int64 []."""
 
 
 def saved_bytes(network: NetworkArgs, tokens: int, tp_size: int, element_size: int, residual_size: int) -> int:

@@ -1,18 +1,93 @@
-"""The positions, times and order of the tokens of a jagged batch; see :class:`hstu.ops.types.JaggedLayout`."""
+"""The layout of a jagged batch: offsets, positions, times and order of its tokens."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hstu.data.jagged import run_offsets, run_starts, sequence_tokens
-from hstu.ops.types import NUM_TIME_BUCKETS, JaggedLayout, TokenOrder
 
 TIME_BUCKET_WIDTH = 0.301
 """Width of a time bucket in natural log seconds: ⌊ln(max(1, |Δt|)) / 0.301⌋."""
+NUM_TIME_BUCKETS = 128
+"""Rows of the time weight of a relative bias."""
+
+
+@dataclass
+class JaggedLayout:
+    """Where each token of one jagged batch sits; build it with :func:`build_layout`.
+
+    Tokens of B sequences lie one after another, without padding, in tensors of T rows. Sequence s is
+
+        [context_1 … context_C] [item_1 (action_1) … item_n (action_n)] [candidate_1 (action) … candidate_m (action)]
+
+    The host (numpy) copies of the integers exist so that no operator waits for the device to learn a size.
+    """
+
+    seqlen_offsets: Tensor
+    """int64 [B + 1]: sequence s holds the tokens ``seqlen_offsets[s]:seqlen_offsets[s + 1]``."""
+    seqlens: np.ndarray
+    """int64 [B], host: tokens of each sequence, context and candidates included."""
+    num_contextuals: int
+    """C: the first C tokens of every sequence that is not empty."""
+    num_candidate_tokens: Tensor | None
+    """int64 [B]: how many tokens at the end of each sequence are candidates. None: no sequence has any."""
+    num_candidate_tokens_host: np.ndarray
+    """int64 [B], host: the same, zeros where there are none."""
+    candidate_group_tokens: int
+    """Tokens of one target group: target_group_size × tokens_per_item."""
+    tokens_per_item: int
+    """2 where an action token follows each item token, else 1."""
+    positions: Tensor
+    """int64 [T]: position in the sequence from 0; all candidate tokens share the position of the first."""
+    token_times: Tensor | None = None
+    """int64 [T], seconds: when a token happened (context: the first event; 0 where there is none)."""
+    query_times: Tensor | None = None
+    """int64 [T], seconds: time of the next token of context + history; its own for the last and for candidates."""
+    cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What operators derive from the layout once and use again in each layer and in backward."""
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences B, empty ones included."""
+        return len(self.seqlens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens T of the whole batch."""
+        return int(self.seqlens.sum())
+
+    @property
+    def num_items(self) -> np.ndarray:
+        """int64 [B], host: items of each sequence, candidates included."""
+        return np.maximum(self.seqlens - self.num_contextuals, 0) // self.tokens_per_item
+
+    def newest_item_tokens(self, count: Tensor, total: int) -> Tensor:
+        """Token index of the newest ``count[s]`` items of each sequence s, oldest first: int64 [total].
+
+        count: int64 [B] on the device; ``total`` is its sum, known on the host. The token before an item's is the
+        newest one of the previous step: the previous item's action, or that item.
+        """
+        sequence = torch.repeat_interleave(count, output_size=total)
+        index = torch.arange(total, device=count.device) - (count.cumsum(0) - count)[sequence]
+        return self.seqlen_offsets[1:][sequence] - (count[sequence] - index) * self.tokens_per_item
+
+    def newest_tokens(self) -> Tensor:
+        """Index of each sequence's last token: int64 [B]; for an empty sequence that of another one, or -1."""
+        return self.seqlen_offsets[1:] - 1
+
+
+@dataclass(frozen=True)
+class TokenOrder:
+    """A permutation: token t is row ``source[t]`` of the concatenated parts. Both int64 [T]."""
+
+    source: Tensor
+    inverse: Tensor
 
 
 def build_layout(
@@ -86,7 +161,7 @@ def pad_tokens(layout: JaggedLayout, padding: int) -> JaggedLayout:
 
     positions = longer(layout.positions, padding)
     assert positions is not None
-    return dataclasses.replace(
+    return replace(
         layout,
         seqlen_offsets=torch.cat([layout.seqlen_offsets, layout.seqlen_offsets[-1:] + padding]),
         seqlens=np.append(layout.seqlens, padding),

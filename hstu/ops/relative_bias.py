@@ -7,8 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from hstu.ops.layout import time_buckets
-from hstu.ops.types import NUM_TIME_BUCKETS
+from hstu.ops.layout import NUM_TIME_BUCKETS, time_buckets
 
 
 @functools.cache

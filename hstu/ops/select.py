@@ -1,4 +1,4 @@
-"""Which kernels a model runs on: resolved once, when it is built, into a :class:`hstu.ops.types.Kernels`.
+"""Which kernels a model runs on: resolved once, when it is built, into a :class:`hstu.ops.kernels.Kernels`.
 
 Imports backends inside functions: a machine needs neither Triton, nor CUTLASS, nor a C++ compiler
 for the backends that it does not use.
@@ -16,8 +16,8 @@ import torch
 
 from hstu.config.errors import ConfigError
 from hstu.ops.check_process import Checked, refusal
+from hstu.ops.kernels import OPERATORS, Backend, Kernels, KernelShapes, ServedBy
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.types import OPERATORS, Backend, Kernels, KernelShapes, ServedBy
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.ops.layout import build_layout
-from hstu.ops.types import JaggedLayout, KernelShapes
+from hstu.ops.kernels import KernelShapes
+from hstu.ops.layout import JaggedLayout, build_layout
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.types import RowUpdate, UpdateRows
+from hstu.ops.row_update import RowUpdate, UpdateRows
 
 STATES = {
     "sgd": (),
@@ -23,7 +23,7 @@ STATES = {
 
 
 class RowOptimizer(torch.optim.Optimizer):
-    """:class:`hstu.ops.types.RowUpdate` of parameters [rows, D]; t is counted over all steps of the optimizer."""
+    """:class:`hstu.ops.row_update.RowUpdate` of parameters [rows, D]; t is counted over all steps of the optimizer."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, found_inf: Tensor | None = None) -> None:  # type: ignore[override]
-        """Update the rows that have a gradient. ``found_inf``: see :class:`hstu.ops.types.UpdateRows`."""
+        """Update the rows that have a gradient. ``found_inf``: see :class:`hstu.ops.row_update.UpdateRows`."""
         self.steps += 1
         for group in self.param_groups:
             update = RowUpdate(

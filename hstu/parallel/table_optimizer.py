@@ -22,7 +22,7 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from hstu.config.args import OptimizerArgs
 from hstu.model.embedding import TableSpec
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.types import UpdateRows
+from hstu.ops.row_update import UpdateRows
 from hstu.parallel.row_optimizer import STATES, RowOptimizer
 from hstu.parallel.table_kernels import RowSparseEmbedding
 

@@ -23,7 +23,7 @@ from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
 from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.types import UpdateRows
+from hstu.ops.row_update import UpdateRows
 from hstu.parallel.collectives import on_all_ranks, require_equal
 from hstu.parallel.dynamic.collection import DynamicSharder, RowSparseDynamicCollection, ShardedDynamicCollection
 from hstu.parallel.dynamic.memory import MemoryPlan, physical_names, plan_memory, split_tables

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu.model.stack import HSTULayer, SequenceEncoder
-from hstu.ops.layout import pad_tokens
-from hstu.ops.types import JaggedLayout, Pending, TensorParallelComm
+from hstu.ops.comm import Pending, TensorParallelComm
+from hstu.ops.layout import JaggedLayout, pad_tokens
 from hstu.parallel.collectives import gather_copies, join_rows, split_rows, sum_over_ranks
 from hstu.parallel.mesh import Mesh
 

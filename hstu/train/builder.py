@@ -40,9 +40,9 @@ from hstu.model.tasks import MultiTaskDense
 from hstu.observe.logging import set_up_logging
 from hstu.observe.run_directory import RunDirectory
 from hstu.observe.throughput import ThroughputMeter, peak_tflops
+from hstu.ops.kernels import Kernels
 from hstu.ops.products import cpu_multiplies_bfloat16
 from hstu.ops.select import select_kernels
-from hstu.ops.types import Kernels
 from hstu.optim.loss_scale import LossScale
 from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.optim.schedule import Schedule

@@ -42,17 +42,9 @@ from torch import Tensor
 
 from hstu.ops.costs import attention_flops
 from hstu.ops.functional import hstu_attention
-from hstu.ops.layout import build_layout
+from hstu.ops.kernels import AttentionConfig, Backend, Kernels, KernelShapes, RelativeBias
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, build_layout
 from hstu.ops.select import resolve_kernels
-from hstu.ops.types import (
-    NUM_TIME_BUCKETS,
-    AttentionConfig,
-    Backend,
-    JaggedLayout,
-    Kernels,
-    KernelShapes,
-    RelativeBias,
-)
 
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {"length": [128, 256, 512, 1024, 2048], "tokens": 8192, "heads": 2, "head_dim": 64},

@@ -51,9 +51,10 @@ from torch.profiler import ProfilerActivity, profile
 from hstu.config.args import NetworkArgs
 from hstu.model.stack import HSTULayer, kernel_shapes
 from hstu.ops.costs import ATTENTION_PASSES, PROJECTION_PASSES, attention_flops, projection_flops
+from hstu.ops.kernels import Backend
 from hstu.ops.layer import saved_bytes
+from hstu.ops.layout import JaggedLayout
 from hstu.ops.select import resolve_kernels, select_backend
-from hstu.ops.types import Backend, JaggedLayout
 
 NETWORK = NetworkArgs(
     num_layers=4, hidden_size=256, num_attention_heads=4, kv_channels=64, position_encoding=("relative_bias",)

@@ -18,8 +18,8 @@ from harness import Pass, Row, begin, finish, operator_command_line, rates, time
 from torch import Tensor
 
 from hstu.ops.functional import add_layer_norm, norm_mul_dropout, project_uvqk
+from hstu.ops.kernels import GateConfig, KernelShapes
 from hstu.ops.select import resolve_kernels
-from hstu.ops.types import GateConfig, KernelShapes
 
 SIZES = {"cpu": (512, 64, 2, 32), "cuda": (32 * 4096, 1024, 4, 256)}
 """Default tokens, hidden size, heads and head dim for each device."""

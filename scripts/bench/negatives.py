@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hstu.ops.costs import sampled_softmax
 from hstu.ops.functional import pool_softmax_loss, sampled_softmax_loss
-from hstu.ops.types import Backend, Kernels
+from hstu.ops.kernels import Backend, Kernels
 
 TEMPERATURE, EPS = 0.05, 1e-6
 

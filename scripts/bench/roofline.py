@@ -26,7 +26,7 @@ from hstu.estimate.machine import gpu
 from hstu.estimate.workload import plan_workload
 from hstu.observe.logging import quiet_libraries
 from hstu.ops.cutlass.schedule import Rows, leading_rows, list_blocks, num_tiles, tile_ranges
-from hstu.ops.types import AttentionConfig
+from hstu.ops.kernels import AttentionConfig
 
 HEADS, WIDTH, SEQUENCES = 4, 256, 32
 PROCESSORS, CLOCK_HZ = 132, 1.83e9

@@ -46,7 +46,8 @@ from hstu.model.gr_model import GRModel
 from hstu.observe.logging import quiet_libraries
 from hstu.ops.cpu.operators import OPERATORS
 from hstu.ops.functional import hstu_attention
-from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, RelativeBias
+from hstu.ops.kernels import AttentionConfig, RelativeBias
+from hstu.ops.layout import NUM_TIME_BUCKETS
 from hstu.parallel import mesh as meshes
 from hstu.train.flops import FlopCounter
 from hstu.train.sources import StoreSource, open_source

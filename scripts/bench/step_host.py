@@ -48,9 +48,9 @@ from hstu.observe.logging import quiet_libraries
 from hstu.observe.throughput import ThroughputMeter
 from hstu.ops import layer
 from hstu.ops.cutlass import attention
+from hstu.ops.kernels import OPERATORS, Backend, Kernels
 from hstu.ops.select import resolve_kernels
 from hstu.ops.triton.launch import Launch, recorded_launches
-from hstu.ops.types import OPERATORS, Backend, Kernels
 from hstu.optim.dense import DenseOptimizer
 from hstu.optim.optimizers import Optimizers
 from hstu.optim.schedule import Schedule

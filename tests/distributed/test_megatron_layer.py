@@ -19,8 +19,9 @@ from hstu.config.args import NetworkArgs
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.stack import HSTULayer, SequenceEncoder
 from hstu.ops.functional import hstu_attention
+from hstu.ops.kernels import RelativeBias
+from hstu.ops.layout import JaggedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.types import JaggedLayout, RelativeBias
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.tensor import split_encoder
 from tests.distributed.launch import run_ranks

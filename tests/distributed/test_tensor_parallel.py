@@ -10,8 +10,8 @@ import torch
 
 from hstu.checkpoint.load import load
 from hstu.checkpoint.save import save
+from hstu.ops.comm import TensorParallelComm
 from hstu.ops.dropout import draw
-from hstu.ops.types import TensorParallelComm
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tensor import ProcessGroupComm
 from hstu.train.builder import build_evaluator

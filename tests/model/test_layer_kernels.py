@@ -10,7 +10,7 @@ from torch import nn
 
 from hstu.model.stack import HSTULayer
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
-from hstu.ops.types import Backend
+from hstu.ops.kernels import Backend
 from tests.model.examples import gradients, make_network
 from tests.model.test_layer import BATCH, MAX_TOKENS, RECOMPUTE, formula, step
 from tests.ops.backends import INTERPRETED, kernels_of

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hstu.data.batch import PADDING_ID
 from hstu.model.seen import find_seen
-from hstu.ops.types import NEVER_SEEN, Backend
+from hstu.ops.kernels import NEVER_SEEN, Backend
 from tests.helpers import make_batch
 from tests.model.test_retrieval import (
     DIM,

@@ -8,17 +8,9 @@ import torch
 from torch import Tensor
 
 from hstu.ops import functional
+from hstu.ops.kernels import AttentionConfig, Backend, GateConfig, Kernels, KernelShapes, RelativeBias, SeenItems
+from hstu.ops.layout import JaggedLayout
 from hstu.ops.select import resolve_kernels
-from hstu.ops.types import (
-    AttentionConfig,
-    Backend,
-    GateConfig,
-    JaggedLayout,
-    Kernels,
-    KernelShapes,
-    RelativeBias,
-    SeenItems,
-)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's own switch: its kernels run on the CPU, by NumPy. tests/ops/triton/test_interpreted.py starts pytest so."""

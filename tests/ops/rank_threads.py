@@ -7,7 +7,7 @@ from threading import Barrier, Lock
 import torch
 from torch import Tensor
 
-from hstu.ops.types import Pending, TensorParallelComm
+from hstu.ops.comm import Pending, TensorParallelComm
 
 
 class RankThread(TensorParallelComm):

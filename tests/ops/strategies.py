@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from hstu.ops.layout import build_layout
-from hstu.ops.types import JaggedLayout
+from hstu.ops.layout import JaggedLayout, build_layout
 from tests.ops.oracle import Token, User, tokens_of
 
 

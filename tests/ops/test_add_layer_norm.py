@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hstu.ops.functional import add_layer_norm
-from hstu.ops.types import Backend
+from hstu.ops.kernels import Backend
 from tests.ops.backends import INTERPRETED, TRITON, device_of, kernels_of
 
 BACKENDS = [TRITON] if INTERPRETED else [Backend.PYTORCH, TRITON]

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hstu.ops.kernels import RelativeBias
+from hstu.ops.layout import NUM_TIME_BUCKETS
 from hstu.ops.pytorch import attention as pytorch_attention
-from hstu.ops.types import NUM_TIME_BUCKETS, RelativeBias
 from tests.ops import oracle
 from tests.ops.backends import hstu_attention, projected_attention
 from tests.ops.oracle import User

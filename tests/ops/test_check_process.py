@@ -12,7 +12,7 @@ import torch
 
 from hstu.ops import check_process
 from hstu.ops.check_process import Checked, refusal
-from hstu.ops.types import KernelShapes
+from hstu.ops.kernels import KernelShapes
 
 GPU = torch.device("cuda", 0)
 SHAPES = KernelShapes(64, 2, 128, 64, torch.bfloat16)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.cutlass.support import head_unsupported_reason
-from hstu.ops.layout import time_buckets
-from hstu.ops.types import NUM_TIME_BUCKETS, Backend, GateConfig, RelativeBias, SeenItems
+from hstu.ops.kernels import Backend, GateConfig, RelativeBias, SeenItems
+from hstu.ops.layout import NUM_TIME_BUCKETS, time_buckets
 from tests.ops import oracle
 from tests.ops.backends import (
     BACKENDS,

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from hstu.config.args import NetworkArgs
 from hstu.model.stack import HSTULayer
+from hstu.ops.comm import TensorParallelComm
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
-from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, saved_bytes
-from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, Backend, JaggedLayout, LayerWeights, TensorParallelComm
+from hstu.ops.kernels import AttentionConfig, Backend
+from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights, saved_bytes
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from tests.model.examples import make_network
 from tests.ops.backends import INTERPRETED, kernels_of
 from tests.ops.oracle import User

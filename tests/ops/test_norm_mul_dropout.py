@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hstu.ops.comm import TensorParallelComm
 from hstu.ops.dropout import draw, dropout
-from hstu.ops.types import GateConfig, TensorParallelComm
+from hstu.ops.kernels import GateConfig
 from tests.ops import oracle
 from tests.ops.backends import norm_mul_dropout, projected_gate
 from tests.ops.rank_threads import RankThread, on_ranks

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hstu.ops.cpu import row_update as cpp
 from hstu.ops.pytorch import row_update as plain
-from hstu.ops.types import RowUpdate, UpdateRows
+from hstu.ops.row_update import RowUpdate, UpdateRows
 
 STATES = {"sgd": 0, "adagrad": 1, "adam": 2}
 KERNELS = {"C++": cpp.update_rows, "PyTorch": plain.update_rows}

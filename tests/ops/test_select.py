@@ -8,9 +8,9 @@ import torch
 
 from hstu.config.errors import ConfigError
 from hstu.ops.cpu import build, self_check
+from hstu.ops.kernels import Backend, KernelShapes
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.select import resolve_kernels, select_backend, select_kernels
-from hstu.ops.types import Backend, KernelShapes
 
 CPU = torch.device("cpu")
 SHAPES = KernelShapes(64, 1, 64, 64, torch.float32)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hstu.ops.pytorch.softmax_loss as implementation
-from hstu.ops.types import NEVER_SEEN, SeenItems
+from hstu.ops.kernels import NEVER_SEEN, SeenItems
 from tests.ops.backends import pool_softmax_loss, sampled_softmax_loss
 
 TEMPERATURE = 0.1

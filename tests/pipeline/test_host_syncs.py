@@ -35,9 +35,9 @@ from hstu.data.store import SequenceStore
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import DenseModel, GRModel
 from hstu.model.ranking import RankingDense
+from hstu.ops.kernels import AttentionConfig
 from hstu.ops.layout import build_layout
 from hstu.ops.pytorch import attention
-from hstu.ops.types import AttentionConfig
 from hstu.parallel import mesh as meshes
 from hstu.parallel.group import to_train_batch
 from hstu.pipeline.finite import FiniteCheck

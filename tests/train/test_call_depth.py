@@ -11,8 +11,8 @@ import pytest
 
 import hstu
 from hstu.ops.cpu import build
+from hstu.ops.kernels import Backend, Kernels, KernelShapes
 from hstu.ops.select import resolve_kernels
-from hstu.ops.types import Backend, Kernels, KernelShapes
 from hstu.pipeline.finite import NonFiniteStep
 from tests.train.tiny import FinishedRun
 

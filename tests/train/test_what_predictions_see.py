@@ -18,7 +18,7 @@ from hstu.data.batch import HSTUBatch
 from hstu.data.sampler import START
 from hstu.data.store import SequenceStore
 from hstu.model.gr_model import GRModel
-from hstu.ops.types import JaggedLayout
+from hstu.ops.layout import JaggedLayout
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.train.sources import open_source

@@ -27,7 +27,8 @@ from hstu.ops.cpu.build import (
     strides,
     with_contiguous_rows,
 )
-from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, JaggedLayout, Preactivation, RelativeBias
+from hstu.ops.kernels import AttentionConfig, Preactivation, RelativeBias
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 
 MOST_BUCKET_BYTES = 2**26
 MOST_BINS = 64  # parts of the work, each with its own sums of bias gradients
@@ -67,7 +68,7 @@ class _Plan:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
 ) -> Tensor:
-    """See :class:`hstu.ops.types.AttentionForward`. float32 or bfloat16, heads of at most WIDEST_ROW channels."""
+    """See :class:`hstu.ops.kernels.AttentionForward`. float32 or bfloat16, heads of at most WIDEST_ROW channels."""
     arguments = _prepare(q, k, v, layout, config, bias)
     out = torch.empty(v.shape, dtype=v.dtype)
     arguments.set(out=out)
@@ -86,7 +87,7 @@ def backward(
     grads: tuple[Tensor, Tensor, Tensor],
     before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
 ) -> RelativeBias | None:
-    """See :class:`hstu.ops.types.AttentionBackward`; without ``before_silu``."""
+    """See :class:`hstu.ops.kernels.AttentionBackward`; without ``before_silu``."""
     assert before_silu is None
     arguments = _prepare(q, k, v, layout, config, bias)
     arguments.set(grad_out=with_contiguous_rows(grad), grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])

@@ -22,7 +22,7 @@ from hstu.ops.cpu.build import (
     with_contiguous_rows,
 )
 from hstu.ops.dropout import draw, scale_of
-from hstu.ops.types import GateConfig, Preactivation
+from hstu.ops.kernels import GateConfig, Preactivation
 
 TOKENS_PER_BIN = 256
 MOST_BINS = 64
@@ -58,7 +58,7 @@ class _Arguments(Arguments):
 def forward(
     x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`hstu.ops.types.GateForward`. float32 or bfloat16; the dropout mask is bool [T, H · d]."""
+    """See :class:`hstu.ops.kernels.GateForward`. float32 or bfloat16; the dropout mask is bool [T, H · d]."""
     kept = draw(x.flatten(1).shape, config.dropout, _CPU, config.comm) if config.dropout > 0 else None
     u = _joined(u)
     statistics, out = torch.empty(2, len(x)), torch.empty(len(x), len(weight), dtype=x.dtype)
@@ -86,7 +86,7 @@ def backward(
     grad_u: Tensor,
     before_silu: Preactivation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.types.GateBackward`; without ``before_silu``."""
+    """See :class:`hstu.ops.kernels.GateBackward`; without ``before_silu``."""
     assert before_silu is None
     u = _joined(u)
     joined_grad_u = grad_u if grad_u.shape == u.shape else torch.empty_like(u)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hstu.ops.cpu import attention, norm_mul_dropout, row_update, softmax_loss
-from hstu.ops.types import AttentionKernels, GateKernels, KernelShapes
+from hstu.ops.kernels import AttentionKernels, GateKernels, KernelShapes
 
 WIDEST_ROW = 256
 DTYPES = (torch.float32, torch.bfloat16)

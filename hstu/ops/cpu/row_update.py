@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, num_threads, pointer
 from hstu.ops.pytorch import row_update
-from hstu.ops.types import RowUpdate
+from hstu.ops.row_update import RowUpdate
 
 
 class _Optimizer(IntEnum):
@@ -37,7 +37,7 @@ class _Arguments(Arguments):
 def update_rows(
     gradient: Tensor, weight: Tensor, states: Sequence[Tensor], update: RowUpdate, found_inf: Tensor | None = None
 ) -> None:
-    """See :class:`hstu.ops.types.UpdateRows`. PyTorch serves dense gradients, ``found_inf`` and other dtypes."""
+    """See :class:`hstu.ops.row_update.UpdateRows`. PyTorch serves dense gradients, ``found_inf`` and other dtypes."""
     tensors = (weight, *states)
     served = gradient.is_sparse and all(each.dtype == torch.float32 and each.is_contiguous() for each in tensors)
     if not served or found_inf is not None:

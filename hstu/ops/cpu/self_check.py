@@ -14,9 +14,11 @@ from torch import Tensor
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.cpu.operators import OPERATORS
 from hstu.ops.functional import hstu_attention, norm_mul_dropout
+from hstu.ops.kernels import AttentionConfig, GateConfig, RelativeBias, SeenItems
+from hstu.ops.layout import NUM_TIME_BUCKETS
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.row_update import RowUpdate, UpdateRows
 from hstu.ops.self_check import largest_error, record_passed, small_layout
-from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, GateConfig, RelativeBias, RowUpdate, SeenItems, UpdateRows
 
 log = logging.getLogger(__name__)
 

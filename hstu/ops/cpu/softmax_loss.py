@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, num_threads, pointer
+from hstu.ops.kernels import SeenItems
 from hstu.ops.pytorch import softmax_loss
 from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, first_places, in_blocks
-from hstu.ops.types import SeenItems
 
 DRAWS_PER_PACKED_ROW = 8
 """From this many draws per row of the pool on, its rows are copied to aligned memory; for fewer that does not pay."""
@@ -171,7 +171,7 @@ class _UnitArguments(Arguments):
 
 
 def l2_normalize(vectors: Tensor, eps: float) -> Tensor:
-    """See :attr:`hstu.ops.types.Kernels.l2_normalize`."""
+    """See :attr:`hstu.ops.kernels.Kernels.l2_normalize`."""
     if vectors.dtype == torch.float64:
         return softmax_loss.l2_normalize(vectors, eps)
     unit: Tensor = _Unit.apply(vectors.float(), eps)

@@ -26,8 +26,8 @@ from hstu.ops.cutlass.schedule import Rows, leading_rows, list_blocks
 from hstu.ops.cutlass.sm80 import BackwardSm80, ForwardSm80
 from hstu.ops.cutlass.sm90 import BackwardSm90, ForwardSm90
 from hstu.ops.cutlass.support import CAPABILITIES, HEAD_DIMS, head_unsupported_reason
-from hstu.ops.layout import to_device
-from hstu.ops.types import AttentionConfig, JaggedLayout, Preactivation, RelativeBias
+from hstu.ops.kernels import AttentionConfig, Preactivation, RelativeBias
+from hstu.ops.layout import JaggedLayout, to_device
 
 ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
@@ -38,7 +38,7 @@ ALIGNMENT = 16
 def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None = None
 ) -> Tensor:
-    """See :class:`hstu.ops.types.AttentionForward`."""
+    """See :class:`hstu.ops.kernels.AttentionForward`."""
     reason = head_unsupported_reason(q.shape[2], q.dtype, bias is not None)
     if reason is not None:
         raise ValueError(f"no CUTLASS kernel: {reason}")
@@ -61,7 +61,7 @@ def backward(
     grads: tuple[Tensor, Tensor, Tensor],
     before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
 ) -> RelativeBias | None:
-    """See :class:`hstu.ops.types.AttentionBackward`. The gradients have the same bits in every run."""
+    """See :class:`hstu.ops.kernels.AttentionBackward`. The gradients have the same bits in every run."""
     grad, q, k, v = _loadable(grad), _loadable(q), _loadable(k), _loadable(v)
     of_q, of_k, of_v = (Gradient(*both) for both in zip(grads, before_silu or (None,) * 3, strict=True))
     arguments = None if bias is None else BiasArguments.of(bias, layout)

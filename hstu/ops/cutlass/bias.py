@@ -20,7 +20,7 @@ from cutlass.cutlass_dsl import select_
 
 from hstu.ops.cutlass.bias_arguments import CELL_BITS, NUM_CELLS
 from hstu.ops.cutlass.schedule import Rows
-from hstu.ops.types import NUM_TIME_BUCKETS
+from hstu.ops.layout import NUM_TIME_BUCKETS
 
 WARPS = 8
 """Warps that compute, in the kernels of both compute capabilities."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from hstu.ops.cutlass import attention
 from hstu.ops.cutlass.support import unsupported_reason
-from hstu.ops.types import AttentionKernels
+from hstu.ops.kernels import AttentionKernels
 
 __all__ = ["OPERATORS", "unsupported_reason"]
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from hstu.data.jagged import run_indices, run_starts
-from hstu.ops.types import AttentionConfig, JaggedLayout
+from hstu.ops.kernels import AttentionConfig
+from hstu.ops.layout import JaggedLayout
 
 SEES_ALL = 2**30
 """A number of rows that exceeds the length of every sequence."""

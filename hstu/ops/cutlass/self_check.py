@@ -15,16 +15,10 @@ from torch import Tensor
 from hstu.ops.cutlass.operators import OPERATORS
 from hstu.ops.cutlass.support import BIAS_HEAD_DIMS, DTYPES, HEAD_DIMS, unsupported_reason
 from hstu.ops.functional import projected_attention
+from hstu.ops.kernels import AttentionConfig, AttentionKernels, KernelShapes, RelativeBias
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.self_check import Checks, Errors, main, same_bits, small_layout
-from hstu.ops.types import (
-    NUM_TIME_BUCKETS,
-    AttentionConfig,
-    AttentionKernels,
-    JaggedLayout,
-    KernelShapes,
-    RelativeBias,
-)
 
 TOLERANCE = 1e-2
 """Largest norm of the error relative to the norm of the reference: above the rounding of 16-bit types, far below a

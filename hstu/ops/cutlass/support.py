@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hstu.ops.types import KernelShapes
+from hstu.ops.kernels import KernelShapes
 
 HEAD_DIMS = (32, 64, 128, 256)
 BIAS_HEAD_DIMS = (32, 64, 128)

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hstu.data.jagged import run_starts
-from hstu.ops.layout import distance_index, time_buckets, to_device
+from hstu.ops.kernels import AttentionConfig, Preactivation, RelativeBias
+from hstu.ops.layout import JaggedLayout, distance_index, time_buckets, to_device
 from hstu.ops.pytorch.silu import write_gradient
-from hstu.ops.types import AttentionConfig, JaggedLayout, Preactivation, RelativeBias
 
 MASKED = -1e30
 SCORES_PER_BLOCK = {"cpu": 2**17, "cuda": 2**26}  # CPU: the score matrices of a block stay in its cache
@@ -79,7 +79,7 @@ class Plan:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
 ) -> Tensor:
-    """See :class:`hstu.ops.types.AttentionForward`."""
+    """See :class:`hstu.ops.kernels.AttentionForward`."""
     weights = _in_compute_type(bias)
     q_rows, k_rows, v_rows = _with_zero_row(q), _with_zero_row(k), _with_zero_row(v)
     out = torch.zeros_like(v_rows)
@@ -105,7 +105,7 @@ def backward(
     grads: tuple[Tensor, Tensor, Tensor],
     before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
 ) -> RelativeBias | None:
-    """See :class:`hstu.ops.types.AttentionBackward`."""
+    """See :class:`hstu.ops.kernels.AttentionBackward`."""
     weights = _in_compute_type(bias)
     grad_weights = None if weights is None else tuple(torch.zeros_like(weight) for weight in weights)
     q_rows, k_rows, v_rows = _with_zero_row(q), _with_zero_row(k), _with_zero_row(v)

@@ -8,15 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hstu.ops.comm import TensorParallelComm
 from hstu.ops.dropout import draw, scale_of
+from hstu.ops.kernels import GateConfig, Preactivation
 from hstu.ops.pytorch.silu import write_gradient
-from hstu.ops.types import GateConfig, Preactivation, TensorParallelComm
 
 
 def add_layer_norm_forward(
     x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.types.AddLayerNormForward`."""
+    """See :class:`hstu.ops.kernels.AddLayerNormForward`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     total = x if update is None else (x + update).to(x.dtype)
     y, mean, rstd = torch.native_layer_norm(total.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
@@ -32,7 +33,7 @@ def add_layer_norm_backward(
     statistics: Tensor,
     update_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """See :class:`hstu.ops.types.AddLayerNormBackward`."""
+    """See :class:`hstu.ops.kernels.AddLayerNormBackward`."""
     wide = torch.promote_types(total.dtype, torch.float32)
     mean, rstd = statistics.unsqueeze(2)
     through_norm, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
@@ -46,7 +47,7 @@ def add_layer_norm_backward(
 def gate_forward(
     x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`hstu.ops.types.GateForward`; the dropout mask is bool [T, H · d]."""
+    """See :class:`hstu.ops.kernels.GateForward`; the dropout mask is bool [T, H · d]."""
     rows, weight, bias = _wide(x, weight, bias)
     normalised, statistics = _normalise(rows, weight, bias, config)
     kept = draw(rows.shape, config.dropout, x.device, config.comm) if config.dropout > 0 else None
@@ -65,7 +66,7 @@ def gate_backward(
     grad_u: Tensor,
     before_silu: Preactivation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.types.GateBackward`."""
+    """See :class:`hstu.ops.kernels.GateBackward`."""
     rows, wide_weight, wide_bias = _wide(x, weight, bias)
     normalised = torch.addcmul(wide_bias, _centred(rows, statistics), wide_weight)
     gated = _gated(normalised, u, x.dtype, dropout_mask, config)

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.products import linear
-from hstu.ops.pytorch import attention, norm, row_update, softmax_loss
-from hstu.ops.types import (
+from hstu.ops.kernels import (
     OPERATORS,
     AddLayerNormKernels,
     AttentionKernels,
@@ -20,23 +18,25 @@ from hstu.ops.types import (
     Kernels,
     ProjectionKernels,
     ServedBy,
-    TokenOrder,
 )
+from hstu.ops.layout import TokenOrder
+from hstu.ops.products import linear
+from hstu.ops.pytorch import attention, norm, row_update, softmax_loss
 
 
 def project_uvqk(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """See :class:`hstu.ops.types.ProjectionKernels`."""
+    """See :class:`hstu.ops.kernels.ProjectionKernels`."""
     projected = linear(x, weight, bias)
     return projected, F.silu(projected)
 
 
 def add_positions(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-    """See :attr:`hstu.ops.types.Kernels.add_positions`."""
+    """See :attr:`hstu.ops.kernels.Kernels.add_positions`."""
     return x + F.embedding(positions.clamp(max=len(table) - 1), table)
 
 
 def jagged_concat(parts: Sequence[Tensor], order: TokenOrder) -> Tensor:
-    """See :attr:`hstu.ops.types.Kernels.jagged_concat`."""
+    """See :attr:`hstu.ops.kernels.Kernels.jagged_concat`."""
     return _Permute.apply(torch.cat(list(parts)), order.source, order.inverse)
 
 

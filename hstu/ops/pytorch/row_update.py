@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hstu.ops.types import RowUpdate
+from hstu.ops.row_update import RowUpdate
 
 
 @torch.no_grad()
 def update_rows(
     gradient: Tensor, weight: Tensor, states: Sequence[Tensor], update: RowUpdate, found_inf: Tensor | None = None
 ) -> None:
-    """See :class:`hstu.ops.types.UpdateRows`."""
+    """See :class:`hstu.ops.row_update.UpdateRows`."""
     if not gradient.is_sparse:
         changes = gradient.ne(0).any(1, keepdim=True)
         new = _updated(gradient, weight, states, update)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hstu.ops.types import Preactivation
+from hstu.ops.kernels import Preactivation
 
 
 def write_gradient(grad: Tensor, target: Tensor, before_silu: Preactivation | None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from hstu.ops.types import SeenItems
+from hstu.ops.kernels import SeenItems
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Elements of the largest temporary block: what stays in a CPU's cache; what keeps a GPU busy (256 MiB)."""
@@ -26,7 +26,7 @@ MIN_BLOCK_ROWS = 256
 
 
 def l2_normalize(vectors: Tensor, eps: float) -> Tensor:
-    """See :attr:`hstu.ops.types.Kernels.l2_normalize`."""
+    """See :attr:`hstu.ops.kernels.Kernels.l2_normalize`."""
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
     return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=eps)
 

@@ -29,7 +29,7 @@ Each program of backward writes one row of partial sums of the affine gradients.
 def forward(
     x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.types.AddLayerNormForward`; x and update have any strides."""
+    """See :class:`hstu.ops.kernels.AddLayerNormForward`; x and update have any strides."""
     total = x if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     normalized = torch.empty(x.shape, dtype=dtype, device=x.device)
     statistics = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
@@ -58,7 +58,7 @@ def backward(
     statistics: Tensor,
     update_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """See :class:`hstu.ops.types.AddLayerNormBackward`; the gradients and the sum have any strides."""
+    """See :class:`hstu.ops.kernels.AddLayerNormBackward`; the gradients and the sum have any strides."""
     grad_x = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     rounded = update_dtype not in (None, total.dtype)
     grad_update = torch.empty(total.shape, dtype=update_dtype, device=total.device) if rounded else None

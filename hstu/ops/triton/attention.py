@@ -12,13 +12,13 @@ import torch
 import triton
 from torch import Tensor
 
-from hstu.ops.layout import to_device
+from hstu.ops.kernels import AttentionConfig, Preactivation, RelativeBias
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, to_device
 from hstu.ops.relative_bias import bucket_thresholds, fixed_point_scale
 from hstu.ops.triton import attention_kernels as kernels
 from hstu.ops.triton.attention_tiles import Batch, Bias, Mode
 from hstu.ops.triton.launch import bucket, capability_of, launcher, precision_for
 from hstu.ops.triton.primitives import Heads, heads, matrix
-from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, JaggedLayout, Preactivation, RelativeBias
 
 TIME_SLOTS = 64
 """Copies of the totals of the time buckets, so that atomics on one bucket rarely collide."""
@@ -29,7 +29,7 @@ BIAS_GROUPS = 64
 def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
 ) -> Tensor:
-    """See :class:`hstu.ops.types.AttentionForward`."""
+    """See :class:`hstu.ops.kernels.AttentionForward`."""
     # Not empty_like: v is a view with gaps between its heads, and the consumer of the output wants it contiguous.
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if layout.num_tokens:
@@ -49,7 +49,7 @@ def backward(
     grads: tuple[Tensor, Tensor, Tensor],
     before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
 ) -> RelativeBias | None:
-    """See :class:`hstu.ops.types.AttentionBackward`. The gradients have the same bits in every run."""
+    """See :class:`hstu.ops.kernels.AttentionBackward`. The gradients have the same bits in every run."""
     call = _Call(q, k, v, layout, config, bias, silu=before_silu is not None)
     before_q, before_k, before_v = before_silu or (None,) * 3
     grad_q, grad_k, grad_v = map(heads, grads)

@@ -23,21 +23,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from hstu.ops.comm import TensorParallelComm
 from hstu.ops.functional import add_layer_norm, project_uvqk, projected_attention, projected_gate
-from hstu.ops.layout import build_layout, token_order
+from hstu.ops.kernels import AttentionConfig, GateConfig, RelativeBias, SeenItems
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, build_layout, token_order
 from hstu.ops.triton.launch import Launch, recorded_launches
 from hstu.ops.triton.new_rows import start_rows
 from hstu.ops.triton.operators import OPERATORS
 from hstu.ops.triton.slots import DeviceSlots
-from hstu.ops.types import (
-    NUM_TIME_BUCKETS,
-    AttentionConfig,
-    GateConfig,
-    JaggedLayout,
-    RelativeBias,
-    SeenItems,
-    TensorParallelComm,
-)
 
 WARP_SIZE = 32
 HEADS = 2

@@ -19,7 +19,7 @@ GROUP = 8
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """See :class:`hstu.ops.types.ProjectionKernels`; sums are in float32."""
+    """See :class:`hstu.ops.kernels.ProjectionKernels`; sums are in float32."""
     projected = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     activated = torch.empty_like(projected)
     if not projected.numel():

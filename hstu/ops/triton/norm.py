@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hstu.ops.kernels import GateConfig, Preactivation
 from hstu.ops.triton.launch import launcher
 from hstu.ops.triton.primitives import heads, matrix, sigmoid, silu_derivative
-from hstu.ops.types import GateConfig, Preactivation
 
 PROGRAMS = 1024
 """Largest number of programs. Each writes one row of partial sums of the affine gradients."""
@@ -28,7 +28,7 @@ _SEEDS = 1 << 31
 def gate_forward(
     x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`hstu.ops.types.GateForward`; the dropout mask is a seed, int64 [] on the host.
+    """See :class:`hstu.ops.kernels.GateForward`; the dropout mask is a seed, int64 [] on the host.
 
     The seed is drawn from the CPU generator of torch: restoring its state repeats the mask, without device access.
     """
@@ -56,7 +56,7 @@ def gate_backward(
     grad_u: Tensor,
     before_silu: Preactivation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.types.GateBackward`. With ``before_silu``, u is computed again instead of read."""
+    """See :class:`hstu.ops.kernels.GateBackward`. With ``before_silu``, u is computed again instead of read."""
     seed = 0 if dropout_mask is None else int(dropout_mask)
     gated = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)

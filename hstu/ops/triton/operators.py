@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from hstu.ops.kernels import AddLayerNormKernels, AttentionKernels, GateKernels, ProjectionKernels
 from hstu.ops.triton import add_layer_norm, attention, linear, norm
 from hstu.ops.triton.rows import add_positions, jagged_concat
 from hstu.ops.triton.softmax_loss import PoolSoftmaxLoss, SampledSoftmaxLoss
 from hstu.ops.triton.support import unsupported_reason
-from hstu.ops.types import AddLayerNormKernels, AttentionKernels, GateKernels, ProjectionKernels
 
 __all__ = ["OPERATORS", "unsupported_reason"]
 

@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hstu.ops.layout import TokenOrder
 from hstu.ops.triton.launch import launcher
 from hstu.ops.triton.primitives import matrix
-from hstu.ops.types import TokenOrder
 
 ROWS = 8
 """Rows of a tile."""
@@ -23,7 +23,7 @@ COLUMNS = 512
 
 
 def jagged_concat(parts: Sequence[Tensor], order: TokenOrder) -> Tensor:
-    """See :attr:`hstu.ops.types.Kernels.jagged_concat`. Parts may have any strides; each row is copied once."""
+    """See :attr:`hstu.ops.kernels.Kernels.jagged_concat`. Parts may have any strides; each row is copied once."""
     tokens: Tensor = _Concat.apply(order.inverse, *parts)
     return tokens
 
@@ -53,7 +53,7 @@ class _Concat(torch.autograd.Function):
 
 
 def add_positions(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-    """See :attr:`hstu.ops.types.Kernels.add_positions`. The gradient of the table has the same bits in every run."""
+    """See :attr:`hstu.ops.kernels.Kernels.add_positions`. The gradient of the table has the same bits in every run."""
     encoded: Tensor = _AddPositions.apply(x, table, positions)
     return encoded
 

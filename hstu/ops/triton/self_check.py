@@ -16,13 +16,7 @@ from torch import Tensor, nn
 
 from hstu.data.hashing import splitmix64
 from hstu.ops.functional import add_layer_norm, project_uvqk, projected_attention, projected_gate
-from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.self_check import Checks, Errors, largest_error, main, same_bits, small_layout
-from hstu.ops.triton.launch import each_configuration
-from hstu.ops.triton.operators import OPERATORS, unsupported_reason
-from hstu.ops.triton.slots import DeviceSlots
-from hstu.ops.types import (
-    NUM_TIME_BUCKETS,
+from hstu.ops.kernels import (
     AddLayerNormKernels,
     AttentionConfig,
     AttentionKernels,
@@ -31,8 +25,13 @@ from hstu.ops.types import (
     KernelShapes,
     RelativeBias,
     SeenItems,
-    TokenOrder,
 )
+from hstu.ops.layout import NUM_TIME_BUCKETS, TokenOrder
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.self_check import Checks, Errors, largest_error, main, same_bits, small_layout
+from hstu.ops.triton.launch import each_configuration
+from hstu.ops.triton.operators import OPERATORS, unsupported_reason
+from hstu.ops.triton.slots import DeviceSlots
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest difference relative to the largest number: above the rounding of the type, far below a defect."""

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hstu.ops.kernels import SeenItems
 from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, add_positive_part, target_losses
 from hstu.ops.triton.launch import bucket, launcher, precision_for
 from hstu.ops.triton.primitives import LOG2_E, Matrix, dot, load_rows, matrix, store_rows
 from hstu.ops.triton.rows import sums_by_key
 from hstu.ops.triton.support import WIDEST_VECTOR
-from hstu.ops.types import SeenItems
 
 Tiles = tuple[tuple[int, int, int, int], ...]
 """Configurations: BLOCK_M, BLOCK_N, CHUNK, num_warps. The first is the default."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hstu.ops.types import KernelShapes
+from hstu.ops.kernels import KernelShapes
 
 WIDEST_HEAD = 256
 WIDEST_ROW = 16384

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from hstu.ops.cutlass.bias_arguments import CELL_BITS, NUM_CELLS, BiasArguments, BiasSums, cells
-from hstu.ops.layout import time_buckets
+from hstu.ops.kernels import AttentionConfig, RelativeBias
+from hstu.ops.layout import NUM_TIME_BUCKETS, time_buckets
 from hstu.ops.relative_bias import bucket_thresholds
 from hstu.ops.self_check import small_layout
-from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, RelativeBias
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,9 @@ pytest.importorskip("cutlass")
 
 from hstu.ops.cutlass import attention
 from hstu.ops.cutlass.attention import NUM_FACTORS, NUM_SIZES, Kernel, Variant, launch_arguments
+from hstu.ops.kernels import AttentionConfig, RelativeBias
+from hstu.ops.layout import NUM_TIME_BUCKETS
 from hstu.ops.self_check import small_layout
-from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, RelativeBias
 
 VARIANT = Variant(Kernel.KEYS, torch.bfloat16, 64, 80, through_silu=True)
 WITH_BIAS = Variant(Kernel.QUERIES, torch.bfloat16, 128, 80, has_bias=True, through_silu=True)

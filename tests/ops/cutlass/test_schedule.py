@@ -20,8 +20,8 @@ from hstu.ops.cutlass.schedule import (
     tile_ranges,
     visible_columns,
 )
-from hstu.ops.layout import build_layout, pad_tokens
-from hstu.ops.types import AttentionConfig, JaggedLayout
+from hstu.ops.kernels import AttentionConfig
+from hstu.ops.layout import JaggedLayout, build_layout, pad_tokens
 from tests.ops import oracle
 from tests.ops.oracle import User
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hstu.config.errors import ConfigError
+from hstu.ops.kernels import Backend, KernelShapes
 from hstu.ops.select import resolve_kernels, select_backend
-from hstu.ops.types import Backend, KernelShapes
 
 GPU = torch.device("cuda", 0)
 

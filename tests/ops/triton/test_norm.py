@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hstu.ops.types import Backend, GateConfig, TensorParallelComm
+from hstu.ops.comm import TensorParallelComm
+from hstu.ops.kernels import Backend, GateConfig
 from tests.ops.backends import norm_mul_dropout
 
 TOKENS, HEADS, WIDTH = 20, 2, 150

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hstu.ops.functional import project_uvqk
-from hstu.ops.types import NUM_TIME_BUCKETS, Backend, RelativeBias, TokenOrder
+from hstu.ops.kernels import Backend, RelativeBias
+from hstu.ops.layout import NUM_TIME_BUCKETS, TokenOrder
 from tests.ops.backends import hstu_attention, kernels_of, pool_softmax_loss
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch

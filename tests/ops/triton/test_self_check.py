@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hstu.config.errors import ConfigError
+from hstu.ops.kernels import Backend, KernelShapes
 from hstu.ops.select import resolve_kernels, select_backend
 from hstu.ops.self_check import small_layout
-from hstu.ops.types import Backend, KernelShapes
 from tests.ops.backends import INTERPRETED
 
 GPU = torch.device("cuda", 0)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hstu.ops.types import Backend
+from hstu.ops.kernels import Backend
 from hstu.parallel.dynamic.hashing import initial_rows, normal_quantiles, unmix
 from hstu.parallel.dynamic.rows import InitialRows, RowBlock, Rows
 from hstu.parallel.dynamic.slot_tables import GpuSlots, TorchSlots

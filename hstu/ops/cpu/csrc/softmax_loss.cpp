@@ -11,7 +11,7 @@ extern "C" struct HstuSampledSoftmax {
     const int32_t* draws;                     // [M, R], rows of the pool
     const int64_t *target_ids, *pool_ids;     // [M], [S]
     const float* log_weights;                 // [S]: added to the scores; null: zeros
-    const int32_t *first, *sequences, *places;  // [B, S], [M], [M]: see SeenItems in hstu/ops/types.py; null: none
+    const int32_t *first, *sequences, *places;  // [B, S], [M], [M]: see SeenItems in hstu/ops/kernels.py; null: none
     float *losses, *weights;                  // [M], [M, R]
     float *grad_queries, *grad_positives, *grad_pool;
     uint8_t* tags;  // [S]: scratch for the last bytes of pool_ids, so few that they stay in the cache

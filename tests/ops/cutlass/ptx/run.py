@@ -9,7 +9,8 @@ from torch import Tensor
 from hstu.ops.cutlass.attention import Variant, bias_tensors
 from hstu.ops.cutlass.bias_arguments import BiasArguments, BiasSums
 from hstu.ops.cutlass.schedule import leading_rows, list_blocks
-from hstu.ops.types import AttentionConfig, JaggedLayout
+from hstu.ops.kernels import AttentionConfig
+from hstu.ops.layout import JaggedLayout
 from tests.ops.cutlass.ptx.machine import Cta, TensorMap
 from tests.ops.cutlass.ptx.parse import parse
 

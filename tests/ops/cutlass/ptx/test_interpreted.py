@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hstu.ops.functional import hstu_attention, projected_attention
+from hstu.ops.kernels import AttentionConfig, AttentionKernels, RelativeBias
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.self_check import small_layout as layout_with_times
-from hstu.ops.types import NUM_TIME_BUCKETS, AttentionConfig, AttentionKernels, JaggedLayout, RelativeBias
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT compiled here")
 

@@ -76,7 +76,7 @@ class Optimizers:
 
     def load_counters(self, counters: dict[str, Any]) -> None:
         """Restore ``counters``."""
-        self.tables.steps = counters["table_steps"]
+        self.tables.steps = self.dense.steps = counters["table_steps"]
         self.set_lr_multiplier(counters["lr_multiplier"])
 
 

@@ -289,12 +289,12 @@ def test_a_run_that_improves_goes_on_and_keeps_its_best(train: Callable[..., Fin
 
 def test_evaluations_use_the_average_of_the_weights(train: Callable[..., FinishedRun]) -> None:
     options = {"max_train_iters": 6, "eval_interval": 3}
-    plain = train("ranking", trainer=options)
+    plain = train("ranking", trainer=options, sharded=())
     averaged = train("ranking", trainer=options, optimizer={"ema_decay": 0.999}, sharded=())
     still = train("ranking", trainer=options, optimizer={"learning_rate": 1e-12}, sharded=())
-    assert averaged.losses == train("ranking", trainer=options, sharded=()).losses != still.losses
-    assert averaged.metrics["LOGLOSS"] == pytest.approx(still.metrics["LOGLOSS"], rel=1e-2), "hardly trained yet"
-    assert averaged.metrics["LOGLOSS"] != plain.metrics["LOGLOSS"]
+    assert averaged.losses == plain.losses != still.losses
+    lost = [finished.metrics["LOGLOSS"] for finished in (plain, averaged, still)]
+    assert lost[0] < lost[1] < 0.9 * lost[2], "the average follows the weights at a distance"
 
 
 # --- going on ------------------------------------------------------------------------------------------------------

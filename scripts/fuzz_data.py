@@ -41,8 +41,10 @@ from hstu.data.datasets.embeddings import predefined_embeddings
 from hstu.data.datasets.kuairand import ACTION_BITS
 from hstu.data.preprocess import InteractionColumns, import_interactions, preprocess
 from hstu.data.preprocess.report import format_report
-from hstu.data.store import META_FILE, SequenceStore, sealed, sha256
-from hstu.data.store_layout import strings_files
+from hstu.data.store import SequenceStore
+from hstu.data.store_files import sha256
+from hstu.data.store_layout import META_FILE, strings_files
+from hstu.data.store_meta import sealed
 from hstu.data.store_writer import array_header
 
 _CASES_PER_CHILD = 40

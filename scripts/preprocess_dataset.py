@@ -38,7 +38,8 @@ from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_inte
 from hstu.data.preprocess.engine import disk_errors
 from hstu.data.preprocess.report import REPORT, check_report_folder, format_report, write_report
 from hstu.data.preprocess.starter import write_starters
-from hstu.data.store import META_FILE, SequenceStore
+from hstu.data.store import SequenceStore
+from hstu.data.store_layout import META_FILE
 
 _EXIT_SIGNAL = 128
 """Plus the number of the signal, as shells count."""

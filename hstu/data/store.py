@@ -14,30 +14,26 @@
 
 U users and I items are ordered by raw id. E events are in time order within a user, with ties in the order of the raw
 file. Numbers have float32 in place of codes, NaN where one is missing: item.<feature>.npy has [I * width] of them.
-``StoreWriter`` (store_writer.py) writes a store.
+store_writer.py writes a store, store_meta.py describes it, store_files.py maps its arrays and checks them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
 
 from hstu.config.errors import DataError
-from hstu.config.printable import printable
-from hstu.data.datasets import resolve_name
 from hstu.data.datasets.spec import USER_FEATURE
+from hstu.data.store_files import StoreFiles
 from hstu.data.store_layout import (
+    META_FILE,
     NUMBER_ROLES,
     OF_CANDIDATES,
+    OFFSETS_FILE,
     REQUEST_FILES,
     TIME_FEATURES,
     FeatureMeta,
@@ -50,26 +46,13 @@ from hstu.data.store_layout import (
     strings_files,
     vocabulary_stem,
 )
-from hstu.data.store_meta import description_problems
+from hstu.data.store_meta import MALFORMED, description_problems, length_problems, read_meta, remedy
 from hstu.data.store_requests import Requests, request_problems
 from hstu.data.time_features import time_codes
 
-FORMAT = "hstu-sequence-store"
-VERSION = 4
-"""The newest version that this program reads: a store with numbers, or with requests."""
-WITH_FEATURES, WITH_SPLIT, PLAIN = 3, 2, 1
-"""Version of a store with features of items or events, with a split of its own, and with none of these, which earlier
-programs can read, too."""
-META_FILE = "meta.json"
-OFFSETS_FILE = "offsets.npy"
-
-_OFFSET_SAMPLES = 1024
 _CHUNK = 1 << 22
 _HASHED_ON_OPENING = 8 << 20
 """Bytes whose checksums are verified at every opening, smallest files first; takes a few milliseconds."""
-_MALFORMED = (KeyError, TypeError, IndexError, ValueError, AttributeError)
-"""Errors from reading a description that is valid JSON but not that of a store."""
-_SEAL = "sha256"
 _ACCESS = {
     "context": ("contextual", "context"),
     "item_feature": ("per-item", "item_values"),
@@ -108,9 +91,8 @@ class SequenceStore:
         """Candidates of all requests."""
         self.split: str | None = meta.get("split")
         """The column of the raw data that says to which split an event belongs. None: options of a run say it."""
-        self._files: dict[str, dict[str, Any]] = meta["files"]
         self.command: str | None = meta["command"]
-        self._maps: dict[str, np.ndarray] = {}
+        self._files = StoreFiles(path, meta)
         self._first_times: np.ndarray | None = None
 
     @classmethod
@@ -125,16 +107,18 @@ class SequenceStore:
         try:
             meta = read_meta(path)
         except DataError as error:
-            raise DataError(f"{error}. {_remedy(path, None)}") from error
+            raise DataError(f"{error}. {remedy(path, None)}") from error
         for problem in description_problems(meta):
-            raise DataError(f"{path / META_FILE} is damaged: {problem}. {_remedy(path, meta)}")
+            raise DataError(f"{path / META_FILE} is damaged: {problem}. {remedy(path, meta)}")
         try:
             store = cls(path, meta)
-            store._check_files()
+            store._files.check_presence()
+            for problem in length_problems(meta):
+                raise store._files.damaged(META_FILE, problem)
             store._check_offsets()
-        except _MALFORMED as error:
-            raise DataError(f"{path / META_FILE} is incomplete ({error!r}). {_remedy(path, meta)}") from error
-        store._check_sums(up_to=_HASHED_ON_OPENING)
+        except MALFORMED as error:
+            raise DataError(f"{path / META_FILE} is incomplete ({error!r}). {remedy(path, meta)}") from error
+        store._files.check_sums(up_to=_HASHED_ON_OPENING)
         return store
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
@@ -146,7 +130,7 @@ class SequenceStore:
     @property
     def checksums(self) -> dict[str, str]:
         """File → the SHA-256 that its description states; its size in bytes in stores older than the checksums."""
-        return {file: str(entry.get("sha256", entry["bytes"])) for file, entry in self._files.items()}
+        return self._files.checksums
 
     def feature(self, name: str) -> FeatureMeta:
         """A feature, stored or of its time. Raises DataError where there is none of this name."""
@@ -157,7 +141,7 @@ class SequenceStore:
 
     def offsets(self) -> np.ndarray:
         """int64 [U + 1]: user u's events are [offsets[u], offsets[u + 1])."""
-        return self._map(OFFSETS_FILE)
+        return self._files[OFFSETS_FILE]
 
     def sequence(self, feature: str) -> np.ndarray:
         """[E] values of the item, the action or an event feature, or of the timestamp.
@@ -200,7 +184,7 @@ class SequenceStore:
         The list of item i, which has one or more codes, is codes[offsets[i] : offsets[i + 1]].
         """
         codes = self._feature_values(feature, "item_values")
-        return codes, self._map(list_offsets_file(feature)) if self.features[feature].is_list else None
+        return codes, self._files[list_offsets_file(feature)] if self.features[feature].is_list else None
 
     def item_numbers(self, feature: str) -> np.ndarray:
         """float32 [I, width]: the number or the vector of each item, NaN where it is missing."""
@@ -210,11 +194,11 @@ class SequenceStore:
         """The requests. Raises DataError where the store has none."""
         if not self.num_requests:
             raise DataError(f"{self.path} has no requests; preprocess the data with --requests FILE")
-        return Requests(**{field: self._map(file) for field, file in REQUEST_FILES.items()})
+        return Requests(**{field: self._files[file] for field, file in REQUEST_FILES.items()})
 
     def candidates(self, feature: str) -> np.ndarray:
         """[C] values of the item, the action or an event feature, request after request; in the dtypes of events."""
-        return self._map(candidate_file(feature))
+        return self._files[candidate_file(feature)]
 
     def candidate_times(self, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of candidates, the times of their requests and of the last events before these; int64 [n] each."""
@@ -232,8 +216,8 @@ class SequenceStore:
 
     def held_out(self, split: HeldOut) -> tuple[np.ndarray, np.ndarray]:
         """(begin, end), int64 [U] each: the events of a split that the data itself gives."""
-        begin = self._map(split_file(split))
-        return begin, self._map(split_file("test")) if split == "valid" else self.offsets()[1:]
+        begin = self._files[split_file(split)]
+        return begin, self._files[split_file("test")] if split == "valid" else self.offsets()[1:]
 
     def events_by_split(self) -> dict[str, int]:
         """Split → its events, where the data has a split of its own; else empty."""
@@ -264,7 +248,7 @@ class SequenceStore:
             raise DataError(f"{self.path}: feature {feature!r} has no vocabulary, its values are the raw ones")
         stem = vocabulary_stem(feature)
         files = (f"{stem}.npy",) if f"{stem}.npy" in self._files else strings_files(stem)
-        return tuple(self._map(file) for file in files)
+        return tuple(self._files[file] for file in files)
 
     def model_ids(self, feature: str, codes: np.ndarray) -> np.ndarray:
         """What models get for codes, int64 [n]: the codes, or the raw ids if the store keeps those of the feature."""
@@ -287,20 +271,20 @@ class SequenceStore:
     def titles(self) -> np.ndarray | None:
         """Item code → human title, str objects [cardinality]; None where the data has no titles."""
         files = strings_files("titles")
-        return self._decoded("titles", tuple(map(self._map, files))) if files[0] in self._files else None
+        return self._decoded("titles", tuple(self._files[file] for file in files)) if files[0] in self._files else None
 
     def _decoded(self, stem: str, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
         offsets, utf8 = arrays
         if offsets[0] != 0 or offsets[-1] != len(utf8) or (np.diff(offsets) < 0).any():
-            raise self._damaged(strings_files(stem)[0], "its values are not ascending, or not those of the text")
+            raise self._files.damaged(strings_files(stem)[0], "its values are not ascending, or not those of the text")
         try:
             return decode_strings(offsets, utf8)
         except UnicodeDecodeError as error:
-            raise self._damaged(strings_files(stem)[1], str(error)) from error
+            raise self._files.damaged(strings_files(stem)[1], str(error)) from error
 
     def verify_contents(self) -> None:
         """Checks the checksum and the values of every array. Raises DataError, which names the damaged file."""
-        self._check_sums(up_to=None)
+        self._files.check_sums(up_to=None)
         self.verify_values()
 
     def verify_values(self) -> None:
@@ -308,36 +292,38 @@ class SequenceStore:
         for name in self.item_side_features:
             _, ends = self.item_values(name)
             if ends is not None and (np.diff(ends) < 1).any():
-                raise self._damaged(list_offsets_file(name), "an item has no values, or offsets are not ascending")
+                raise self._files.damaged(
+                    list_offsets_file(name), "an item has no values, or offsets are not ascending"
+                )
         if (np.diff(self.offsets()) < 1).any():
-            raise self._damaged(OFFSETS_FILE, "a user has no events, or offsets are not ascending")
+            raise self._files.damaged(OFFSETS_FILE, "a user has no events, or offsets are not ascending")
         if self.split is not None:
-            bounds = (self.offsets()[:-1], self._map(split_file("valid")), self._map(split_file("test")))
+            bounds = (self.offsets()[:-1], self._files[split_file("valid")], self._files[split_file("test")])
             if any((after < before).any() for before, after in pairwise([*bounds, self.offsets()[1:]])):
-                raise self._damaged(split_file("valid"), "a split begins outside the events of its user")
+                raise self._files.damaged(split_file("valid"), "a split begins outside the events of its user")
         for name, feature in self.features.items():
             files = [feature_file(feature.role, name)]
             if self.num_requests and feature.role in OF_CANDIDATES:
                 files.append(candidate_file(name))
             for file in files:
-                for start, values in _chunks(self._map(file)):
+                for start, values in _chunks(self._files[file]):
                     if feature.role == "timestamp":
                         self._check_time_order(file, start, values)
                     elif feature.role in NUMBER_ROLES:
                         if np.isinf(values).any():
-                            raise self._damaged(file, "a number is infinite")
+                            raise self._files.damaged(file, "a number is infinite")
                     elif values.min() < 0 or values.max() >= self.cardinality(name):
-                        raise self._damaged(file, f"values outside [0, {feature.cardinality})")
+                        raise self._files.damaged(file, f"values outside [0, {feature.cardinality})")
         if self.num_requests:
             times = self.sequence(str(self.timestamp_feature))
             for file, what in request_problems(self.requests(), self.offsets(), times):
-                raise self._damaged(file, what)
+                raise self._files.damaged(file, what)
 
     def _check_time_order(self, file: str, start: int, values: np.ndarray) -> None:
         backwards = start + 1 + np.flatnonzero(values[1:] < values[:-1])
         offsets = self.offsets()
         if (offsets[np.searchsorted(offsets, backwards)] != backwards).any():
-            raise self._damaged(file, "a user's events are not in time order")
+            raise self._files.damaged(file, "a user's events are not in time order")
 
     def _named(self, role: Role) -> tuple[str, ...]:
         return tuple(name for name, feature in self.features.items() if feature.role == role)
@@ -347,110 +333,19 @@ class SequenceStore:
         kind, right_method = _ACCESS.get(meta.role, ("sequence", "sequence"))
         if method != right_method:
             raise DataError(f"{self.path}: {feature!r} is a {kind} feature, use {right_method}({feature!r})")
-        return self._map(feature_file(meta.role, feature))
-
-    def _map(self, file: str) -> np.ndarray:
-        if file not in self._maps:
-            self._maps[file] = np.asarray(open_memmap(self.path / file, mode="r"))
-        return self._maps[file]
-
-    def _check_files(self) -> None:
-        for file, expected in self._files.items():
-            path = self.path / file
-            if not path.is_file():
-                raise self._damaged(file, "it is missing")
-            if path.stat().st_size != expected["bytes"]:
-                raise self._damaged(file, f"it has {path.stat().st_size} bytes instead of {expected['bytes']}")
-            try:
-                array = self._map(file)
-            except (*_MALFORMED, OSError, EOFError, SyntaxError, tokenize.TokenError) as error:
-                raise self._damaged(file, str(error)) from error
-            if array.dtype.str != expected["dtype"] or array.shape != (expected["length"],):
-                found = f"{array.dtype.str} {list(array.shape)}"
-                raise self._damaged(file, f"it holds {found} instead of {expected['dtype']} [{expected['length']}]")
-        lengths = {OFFSETS_FILE: self.num_users + 1}
-        if self.split is not None:
-            lengths |= {split_file("valid"): self.num_users, split_file("test"): self.num_users}
-        for name, feature in self.features.items():
-            lengths[feature_file(feature.role, name)] = self._num_values(feature)
-            if feature.is_list:
-                lengths[list_offsets_file(name)] = self.cardinality(self.item_feature) + 1
-        lengths |= self._list_lengths() | self._request_lengths()
-        for file, length in lengths.items():
-            if self._files.get(file, {}).get("length") != length:
-                raise self._damaged(META_FILE, f"it does not describe {file} with {length} values")
-
-    def _num_values(self, feature: FeatureMeta) -> int:
-        if feature.role == "context":
-            return self.num_users
-        if feature.role == "item_number":
-            return self.cardinality(self.item_feature) * feature.width
-        if feature.role != "item_feature":
-            return self.num_events
-        if feature.is_list:  # the offsets state it, too
-            return int(self._files.get(feature_file(feature.role, feature.name), {}).get("length", -1))
-        return self.cardinality(self.item_feature)
-
-    def _list_lengths(self) -> dict[str, int]:
-        """File → length of the lists of raw ids and of titles."""
-        required = {
-            vocabulary_stem(name): self.cardinality(name) for name, meta in self.features.items() if meta.has_vocab
-        }
-        optional = {vocabulary_stem(USER_FEATURE): self.num_users, "titles": self.cardinality(self.item_feature)}
-        lengths: dict[str, int] = {}
-        for stem, length in (optional | required).items():
-            strings, utf8 = strings_files(stem)
-            if strings in self._files:
-                lengths |= {strings: length + 1, utf8: self._files.get(utf8, {}).get("length", -1)}
-            elif stem in required or f"{stem}.npy" in self._files:
-                lengths[f"{stem}.npy"] = length
-        return lengths
-
-    def _request_lengths(self) -> dict[str, int]:
-        """File → length of what is stored of requests."""
-        if not self.num_requests:
-            return {}
-        lengths = dict.fromkeys(REQUEST_FILES.values(), self.num_requests)
-        lengths[REQUEST_FILES["offsets"]] += 1
-        of_candidates = (name for name, feature in self.features.items() if feature.role in OF_CANDIDATES)
-        return lengths | {candidate_file(name): self.num_candidates for name in of_candidates}
-
-    def _check_sums(self, up_to: int | None) -> None:
-        """Checks the smallest files, ``up_to`` bytes in total; None means all. Older stores have no checksums."""
-        left = up_to
-        for file, expected in sorted(self._files.items(), key=lambda item: item[1]["bytes"]):
-            if left is not None and (left := left - expected["bytes"]) < 0:
-                return
-            try:
-                found = sha256(self.path / file)
-            except OSError as error:
-                raise self._damaged(file, str(error)) from error
-            if found != expected.get("sha256", found):
-                raise self._damaged(file, f"its SHA-256 is {found} instead of {expected['sha256']}")
+        return self._files[feature_file(meta.role, feature)]
 
     def _check_offsets(self) -> None:
-        self._check_ends(OFFSETS_FILE, self.num_events)
+        self._files.check_ends(OFFSETS_FILE, self.num_events)
         if self.num_requests:
-            self._check_ends(REQUEST_FILES["offsets"], self.num_candidates)
+            self._files.check_ends(REQUEST_FILES["offsets"], self.num_candidates)
         for name in self.item_side_features:
             if self.features[name].is_list:
-                self._check_ends(list_offsets_file(name), len(self.item_values(name)[0]))
-
-    def _check_ends(self, file: str, total: int) -> None:
-        """Checks the ends and a sample of offsets."""
-        offsets = self._map(file)
-        if offsets[0] != 0 or offsets[-1] != total:
-            raise self._damaged(file, f"it does not run from 0 to {total}")
-        sample = offsets[np.linspace(0, len(offsets) - 1, min(_OFFSET_SAMPLES, len(offsets)), dtype=np.int64)]
-        if (np.diff(sample) < 1).any():
-            raise self._damaged(file, "its values are not ascending")
+                self._files.check_ends(list_offsets_file(name), len(self.item_values(name)[0]))
 
     def remedy(self) -> str:
         """How to make the store again, in words: the command that made it, with --force."""
-        return _remedy(self.path, {"command": self.command})
-
-    def _damaged(self, file: str, what: str) -> DataError:
-        return DataError(f"{self.path / file} is damaged: {what}. {self.remedy()}")
+        return self._files.remedy()
 
 
 def decode_strings(offsets: np.ndarray, utf8: np.ndarray) -> np.ndarray:
@@ -465,67 +360,3 @@ def decode_strings(offsets: np.ndarray, utf8: np.ndarray) -> np.ndarray:
 def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(start, chunk). Chunks overlap by one value, so that every pair of neighbours can be compared."""
     return ((start, values[start : start + _CHUNK + 1]) for start in range(0, len(values), _CHUNK))
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """The description of a store, of a version that this program reads, with a right checksum. Else DataError."""
-    if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-        raise DataError(f"no preprocessed data at {path}")
-    try:
-        meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is not a sequence store: it has no {META_FILE}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path / META_FILE} cannot be read ({error})") from error
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise DataError(f"{path / META_FILE} does not describe a sequence store")
-    version = meta.get("version")
-    if type(version) is int and version > VERSION:
-        raise DataError(
-            f"{path} has store version {version}, and this program reads version {VERSION}: a newer program wrote it. "
-            "Update this program"
-        )
-    if type(version) is not int or version < 1:
-        raise DataError(f"{path / META_FILE} is damaged: its version is {version!r}")
-    if not _is_intact(meta):
-        raise DataError(f"{path / META_FILE} is damaged: its checksum is wrong")
-    return meta
-
-
-def _remedy(path: Path, meta: Mapping[str, Any] | None) -> str:
-    """The command that makes the store: the one recorded in ``meta``, else a guess from the directory's name.
-
-    Without a good description, nothing is replaced, not even with --force.
-    """
-    end = " --force" if meta is not None else " (first move what is there away)" if os.path.exists(path) else ""
-    if meta and (command := meta.get("command")):
-        return f"Make it with: {printable(str(command), keep='')}{end}"
-    script = "python scripts/preprocess_dataset.py"
-    if name := resolve_name(path.name):
-        return f"Make it with: {script} --dataset_name {name} --output {path}{end}"
-    return (
-        f"Make it with: {script} --dataset_name NAME --output {path} (a built-in NAME), or from your own table "
-        f"with: {script} --dataset_name NAME --interactions FILE --user COLUMN --item COLUMN --output {path}{end}"
-    )
-
-
-def sha256(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sealed(meta: Mapping[str, Any]) -> str:
-    """JSON of a store's description, with the checksum of its own content."""
-    return json.dumps({**meta, _SEAL: _digest(meta)}, indent=1, ensure_ascii=False)
-
-
-def _is_intact(meta: Mapping[str, Any]) -> bool:
-    """Whether the checksum is right. Stores older than the checksums have none and pass."""
-    if _SEAL not in meta:
-        return f'"{_SEAL}"' not in json.dumps(meta.get("files"))
-    return bool(meta[_SEAL] == _digest({name: value for name, value in meta.items() if name != _SEAL}))
-
-
-def _digest(meta: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()

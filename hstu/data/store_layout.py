@@ -10,6 +10,8 @@ from urllib.parse import quote
 Role = Literal["item", "action", "timestamp", "context", "item_feature", "event", "item_number", "event_number"]
 HeldOut = Literal["valid", "test"]
 
+META_FILE = "meta.json"
+OFFSETS_FILE = "offsets.npy"
 DTYPES = {
     "item": "<i4", "action": "<i4", "timestamp": "<i8", "context": "<i4", "item_feature": "<i4", "event": "<i4",
     "item_number": "<f4", "event_number": "<f4",

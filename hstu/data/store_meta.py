@@ -1,14 +1,42 @@
-"""Whether the description of a store, meta.json, has the fields and types of one."""
+"""The description of a store, meta.json: how it is read and sealed, and what may be wrong with it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from hstu.data.store_layout import DTYPES, NUMBER_ROLES
+from hstu.config.errors import DataError
+from hstu.config.printable import printable
+from hstu.data.datasets import resolve_name
+from hstu.data.datasets.spec import USER_FEATURE
+from hstu.data.store_layout import (
+    DTYPES,
+    META_FILE,
+    NUMBER_ROLES,
+    OF_CANDIDATES,
+    OFFSETS_FILE,
+    REQUEST_FILES,
+    FeatureMeta,
+    candidate_file,
+    feature_file,
+    list_offsets_file,
+    split_file,
+    strings_files,
+    vocabulary_stem,
+)
 
+FORMAT = "hstu-sequence-store"
+VERSION = 4
+"""The newest version that this program reads: a store with numbers, or with requests."""
+WITH_FEATURES, WITH_SPLIT, PLAIN = 3, 2, 1
+"""Version of a store with features of items or events, with a split of its own, and with none of these, which earlier
+programs can read, too."""
 _FILE_DTYPES = ("<i4", "<i8", "<f4", "|u1")
 _LARGEST = 2**48
 """More users, events or codes than a disk holds."""
@@ -16,6 +44,67 @@ OPTIONAL = {"raw", "is_list", "width", "statistics"}
 """Fields of a feature that are left out where they have their defaults, so that earlier programs can read it."""
 _OF_ONE_NUMBER = {"log_mean", "log_std", "quantiles"}
 STATISTICS = ("users", "items", "events", "length_max", "length_min", "length_mean", "length_median", "sparsity")
+_SEAL = "sha256"
+MALFORMED = (KeyError, TypeError, IndexError, ValueError, AttributeError)
+"""Errors from reading a description that is valid JSON but not that of a store."""
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The description of a store, of a version that this program reads, with a right checksum. Else DataError."""
+    if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
+        raise DataError(f"no preprocessed data at {path}")
+    try:
+        meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is not a sequence store: it has no {META_FILE}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path / META_FILE} cannot be read ({error})") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise DataError(f"{path / META_FILE} does not describe a sequence store")
+    version = meta.get("version")
+    if type(version) is int and version > VERSION:
+        raise DataError(
+            f"{path} has store version {version}, and this program reads version {VERSION}: a newer program wrote it. "
+            "Update this program"
+        )
+    if type(version) is not int or version < 1:
+        raise DataError(f"{path / META_FILE} is damaged: its version is {version!r}")
+    if not _is_intact(meta):
+        raise DataError(f"{path / META_FILE} is damaged: its checksum is wrong")
+    return meta
+
+
+def remedy(path: Path, meta: Mapping[str, Any] | None) -> str:
+    """The command that makes the store: the one recorded in ``meta``, else a guess from the directory's name.
+
+    Without a good description, nothing is replaced, not even with --force.
+    """
+    end = " --force" if meta is not None else " (first move what is there away)" if os.path.exists(path) else ""
+    if meta and (command := meta.get("command")):
+        return f"Make it with: {printable(str(command), keep='')}{end}"
+    script = "python scripts/preprocess_dataset.py"
+    if name := resolve_name(path.name):
+        return f"Make it with: {script} --dataset_name {name} --output {path}{end}"
+    return (
+        f"Make it with: {script} --dataset_name NAME --output {path} (a built-in NAME), or from your own table "
+        f"with: {script} --dataset_name NAME --interactions FILE --user COLUMN --item COLUMN --output {path}{end}"
+    )
+
+
+def sealed(meta: Mapping[str, Any]) -> str:
+    """JSON of a store's description, with the checksum of its own content."""
+    return json.dumps({**meta, _SEAL: _digest(meta)}, indent=1, ensure_ascii=False)
+
+
+def _is_intact(meta: Mapping[str, Any]) -> bool:
+    """Whether the checksum is right. Stores older than the checksums have none and pass."""
+    if _SEAL not in meta:
+        return f'"{_SEAL}"' not in json.dumps(meta.get("files"))
+    return bool(meta[_SEAL] == _digest({name: value for name, value in meta.items() if name != _SEAL}))
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def description_problems(meta: Mapping[str, Any]) -> Iterator[str]:
@@ -47,6 +136,63 @@ def description_problems(meta: Mapping[str, Any]) -> Iterator[str]:
             yield f"{file!r} of files is {entry!r}"
 
 
+def length_problems(meta: Mapping[str, Any]) -> Iterator[str]:
+    """The files that a description lacks, or gives other lengths than follow from its counts and features.
+
+    Its fields must be those of a description.
+    """
+    for file, length in _lengths(meta).items():
+        if meta["files"].get(file, {}).get("length") != length:
+            yield f"it does not describe {file} with {length} values"
+
+
+def _lengths(meta: Mapping[str, Any]) -> dict[str, int]:
+    """File → how many values it must have."""
+    users, requests = meta["num_users"], meta.get("num_requests", 0)
+    features = [FeatureMeta.of(feature) for feature in meta["features"]]
+    items = next(feature.cardinality for feature in features if feature.role == "item")
+    assert items is not None, "description_problems requires it"
+    lengths = {OFFSETS_FILE: users + 1}
+    if "split" in meta:
+        lengths |= {split_file("valid"): users, split_file("test"): users}
+    for feature in features:
+        file = feature_file(feature.role, feature.name)
+        if feature.is_list:  # the offsets state how many values there are
+            lengths |= {file: _stated_length(meta, file), list_offsets_file(feature.name): items + 1}
+        else:
+            of_role = {"context": users, "item_feature": items, "item_number": items * feature.width}
+            lengths[file] = of_role.get(feature.role, meta["num_events"])
+    lengths |= _lengths_of_strings(meta, features, items)
+    if requests:
+        lengths |= dict.fromkeys(REQUEST_FILES.values(), requests) | {REQUEST_FILES["offsets"]: requests + 1}
+        of_candidates = (feature.name for feature in features if feature.role in OF_CANDIDATES)
+        lengths |= {candidate_file(name): meta["num_candidates"] for name in of_candidates}
+    return lengths
+
+
+def _lengths_of_strings(meta: Mapping[str, Any], features: Sequence[FeatureMeta], items: int) -> dict[str, int]:
+    """File → length of the lists of raw ids and of titles."""
+    users = meta["num_users"]
+    required = {
+        vocabulary_stem(feature.name): users if feature.name == USER_FEATURE else feature.cardinality
+        for feature in features
+        if feature.has_vocab
+    }
+    lengths: dict[str, int] = {}
+    for stem, length in ({vocabulary_stem(USER_FEATURE): users, "titles": items} | required).items():
+        strings, utf8 = strings_files(stem)
+        if strings in meta["files"]:
+            lengths |= {strings: length + 1, utf8: _stated_length(meta, utf8)}
+        elif stem in required or f"{stem}.npy" in meta["files"]:
+            lengths[f"{stem}.npy"] = length
+    return lengths
+
+
+def _stated_length(meta: Mapping[str, Any], file: str) -> int:
+    """How many values the description gives a file; -1 where it lacks the file."""
+    return int(meta["files"].get(file, {}).get("length", -1))
+
+
 def _statistics_problems(statistics: Any) -> Iterator[str]:
     """A store that preprocessing has made has all statistics, another one has none."""
     if not isinstance(statistics, dict):
@@ -72,7 +218,8 @@ def _feature_problems(features: Any) -> Iterator[str]:
         flags = (feature.get("has_vocab"), feature.get("raw", False), feature.get("is_list", False))
         is_role = isinstance(role, str) and feature.get("dtype") == DTYPES.get(role, ())
         has_numbers = role in NUMBER_ROLES
-        is_size = cardinality is None if role == "timestamp" or has_numbers else _is_count(cardinality)
+        has_codes = role != "timestamp" and not has_numbers
+        is_size = _is_count(cardinality) if has_codes else cardinality is None and not feature.get("has_vocab")
         is_whole = feature.keys() - OPTIONAL == {"name", "role", "dtype", "cardinality", "has_vocab"}
         has_flags = all(type(flag) is bool for flag in flags)
         has_right_values = role == "item_feature" or not feature.get("is_list")
@@ -89,7 +236,7 @@ def _feature_problems(features: Any) -> Iterator[str]:
 def _has_statistics(feature: Mapping[str, Any]) -> bool:
     """Whether a number or a vector has its width and statistics, and no flags."""
     width, found = feature.get("width", 1), feature.get("statistics")
-    if feature.get("raw") or feature.get("has_vocab"):
+    if feature.get("raw"):
         return False
     if not _is_count(width) or (width > 1 and feature["role"] != "item_number") or not isinstance(found, dict):
         return False

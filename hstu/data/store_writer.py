@@ -20,22 +20,13 @@ from numpy.lib.format import open_memmap
 from hstu.config.errors import DataError
 from hstu.data.jagged import run_offsets
 from hstu.data.number_statistics import statistics_of_numbers
-from hstu.data.store import (
-    FORMAT,
-    META_FILE,
-    OFFSETS_FILE,
-    PLAIN,
-    VERSION,
-    WITH_FEATURES,
-    WITH_SPLIT,
-    SequenceStore,
-    read_meta,
-    sealed,
-    sha256,
-)
+from hstu.data.store import SequenceStore
+from hstu.data.store_files import sha256
 from hstu.data.store_layout import (
     DTYPES,
+    META_FILE,
     NUMBER_ROLES,
+    OFFSETS_FILE,
     REQUEST_FILES,
     FeatureMeta,
     Role,
@@ -46,7 +37,7 @@ from hstu.data.store_layout import (
     strings_files,
     vocabulary_stem,
 )
-from hstu.data.store_meta import OPTIONAL
+from hstu.data.store_meta import FORMAT, OPTIONAL, PLAIN, VERSION, WITH_FEATURES, WITH_SPLIT, read_meta, sealed
 
 
 class StoreWriter:

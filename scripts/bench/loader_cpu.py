@@ -36,7 +36,10 @@ from hstu.data.negatives import Negatives
 from hstu.data.roles import resolve_roles
 from hstu.data.sampler import TrainSampler
 from hstu.data.samples import build_samples
-from hstu.data.store import FORMAT, META_FILE, VERSION, SequenceStore, sealed, sha256
+from hstu.data.store import SequenceStore
+from hstu.data.store_files import sha256
+from hstu.data.store_layout import META_FILE
+from hstu.data.store_meta import FORMAT, VERSION, sealed
 from hstu.data.store_writer import array_header
 from hstu.observe.throughput import ThroughputMeter
 

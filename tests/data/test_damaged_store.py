@@ -12,8 +12,9 @@ import pytest
 
 import hstu.data.store as store_module
 from hstu.config.errors import DataError
-from hstu.data.store import SequenceStore, sealed
-from hstu.data.store_meta import STATISTICS
+from hstu.data.store import SequenceStore
+from hstu.data.store_files import sha256
+from hstu.data.store_meta import STATISTICS, sealed
 from hstu.data.store_writer import StoreWriter
 
 MakeStore = Callable[..., SequenceStore]
@@ -165,7 +166,7 @@ def test_raw_ids_that_are_no_text_are_told_when_they_are_read(file: str, tmp_pat
     np.save(tmp_path / "s" / file, damaged)
     meta = json.loads((tmp_path / "s" / "meta.json").read_text())
     del meta["sha256"]
-    meta["files"][file]["sha256"] = store_module.sha256(tmp_path / "s" / file)
+    meta["files"][file]["sha256"] = sha256(tmp_path / "s" / file)
     (tmp_path / "s" / "meta.json").write_text(sealed(meta))
     with pytest.raises(DataError, match=file.replace(".", r"\.")):
         SequenceStore.open(tmp_path / "s").raw_ids("town")

@@ -109,7 +109,7 @@ def test_bounds_that_are_damaged_are_found(tmp_path: Path) -> None:
     np.save(store.path / "split.test.npy", bounds)
     with pytest.raises(DataError, match=r"split\.test\.npy is damaged: its SHA-256"):
         SequenceStore.open(store.path)
-    store._maps.clear()
+    store._files._maps.clear()
     with pytest.raises(DataError, match="a split begins outside the events of its user"):
         store.verify_values()
     with pytest.raises(DataError, match="the bounds of its splits are damaged"):

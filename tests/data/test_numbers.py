@@ -21,7 +21,8 @@ from hstu.data.number_statistics import signed_log, statistics_of_numbers
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess.report import format_report, write_report
 from hstu.data.samples import build_samples
-from hstu.data.store import SequenceStore, sealed
+from hstu.data.store import SequenceStore
+from hstu.data.store_meta import sealed
 from hstu.data.training_statistics import training_statistics
 from scripts.preprocess_dataset import main
 from tests.conftest import write_small_store

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from hstu.config.errors import DataError
-from hstu.data.store import SequenceStore, sealed, sha256
+from hstu.data.store import SequenceStore
+from hstu.data.store_files import sha256
+from hstu.data.store_meta import sealed
 from hstu.data.store_writer import StoreWriter
 from tests.conftest import REPOSITORY
 

@@ -15,7 +15,8 @@ from hstu.config.errors import DataError
 from hstu.data.datasets.own import InteractionColumns
 from hstu.data.preprocess.existing import option_that_differs, options_of, options_that_differ
 from hstu.data.preprocess.state import BuildOptions, source_names
-from hstu.data.store import USER_FEATURE, SequenceStore, sha256
+from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.data.store_files import sha256
 from hstu.data.store_writer import discarded_beside, is_taken
 
 _log = logging.getLogger(__name__)

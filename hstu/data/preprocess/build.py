@@ -48,7 +48,8 @@ from hstu.data.preprocess.write import (
     write_events,
     write_vocabularies,
 )
-from hstu.data.store import VERSION, SequenceStore
+from hstu.data.store import SequenceStore
+from hstu.data.store_meta import VERSION
 from hstu.data.store_writer import StoreWriter
 
 _log = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from hstu.config.errors import DataError
 from hstu.data.preprocess.state import BuildOptions, source_names
-from hstu.data.store import SequenceStore, sha256
+from hstu.data.store import SequenceStore
+from hstu.data.store_files import sha256
 from hstu.data.store_writer import check_replaceable, is_taken
 
 _log = logging.getLogger(__name__)

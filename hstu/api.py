@@ -48,7 +48,7 @@ from hstu.train.builder import build_evaluator, build_model, build_state, raw_id
 from hstu.train.evaluate import Corpus, Queries, RetrievalEvaluator, evaluation_mode, recommend
 from hstu.train.given_histories import History, HistoryEncoder, Vocabulary, vocabularies_of
 from hstu.train.inference import InferenceSource, StoredSource, asked_at, zero_spare_rows
-from hstu.train.sources import store_path
+from hstu.train.store_source import store_path
 
 __all__ = [
     "History",

@@ -40,7 +40,7 @@ from hstu.data.rules import DATA_RULES
 from hstu.data.samples import build_samples, check_requests, check_split
 from hstu.data.store import SequenceStore
 from hstu.data.training_statistics import trained_events
-from hstu.train.sources import open_store
+from hstu.train.store_source import open_store
 
 try:
     from scipy.sparse import csr_matrix, diags

@@ -82,6 +82,11 @@ class RunConfig:
         return self.task_args if isinstance(self.task_args, RetrievalArgs) else self.next_item
 
     @property
+    def has_item_tower(self) -> bool:
+        """Whether the vectors of items are made of their features, too."""
+        return self.retrieval is not None and self.retrieval.item_tower
+
+    @property
     def asks_for_next(self) -> bool:
         """Whether what finds the next item has the time of that item's event: DatasetArgs.query_time = "request"."""
         return getattr(self.dataset, "query_time", "request") == "request"

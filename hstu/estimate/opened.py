@@ -29,9 +29,11 @@ from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.optim.dense import match_part_optimizers
 from hstu.parallel.row_optimizer import STATES
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise
+from hstu.train.batch_source import BatchSource
 from hstu.train.builder import TaskModel, task_module
 from hstu.train.directories import directory_of_checkpoints
-from hstu.train.sources import BatchSource, has_item_tower, open_source, open_store
+from hstu.train.sources import open_source
+from hstu.train.store_source import open_store
 from hstu.train.tables import choose_tables, predefined_tables
 
 T = TypeVar("T")
@@ -81,7 +83,7 @@ class Opened:
         dataset = self.run.dataset
         if not isinstance(dataset, DatasetArgs):
             return Attempt(lambda: benchmark_roles(dataset))
-        tower = has_item_tower(self.run)
+        tower = self.run.has_item_tower
         if self.store.error is None:
             tasks = tasks_of(self.run)
             return Attempt(lambda: resolve_roles(self.store.value, dataset, self.run.located, tasks, tower))

@@ -12,13 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hstu.config.args import (
-    BenchmarkDatasetArgs,
-    DatasetArgs,
-    EmbeddingArgs,
-    NumericFeatureArgs,
-    RankingTaskArgs,
-)
+from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, NumericFeatureArgs, RankingTaskArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunConfig
@@ -39,7 +33,8 @@ from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.parallel.tensor import SPLIT_DIMS
 from hstu.train.builder import TaskModel, task_module
 from hstu.train.flops import FlopCounter
-from hstu.train.sources import has_item_tower, open_source, open_store
+from hstu.train.sources import open_source
+from hstu.train.store_source import open_store
 
 MOST_STEPS = 32
 MOST_GROUPS = 16
@@ -332,7 +327,7 @@ def _plan_without_data(config: RunConfig) -> _Data:
     assert isinstance(args, DatasetArgs)
     name = resolve_name(args.dataset_name)
     spec = DATASETS[name] if name else None
-    tower = has_item_tower(config)
+    tower = config.has_item_tower
     roles = roles_without_data(args, spec, tasks_of(config), config.numbers, tower)
     tables = [*config.embeddings, *(_published_tables(config, roles, spec) if spec else ())]
     rows = {feature: table.item_vocab_size_or_capacity for table in tables for feature in table.feature_names}

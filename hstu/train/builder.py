@@ -55,12 +55,14 @@ from hstu.pipeline.native import NativePipeline
 from hstu.pipeline.none import SequentialPipeline, TrainPipeline
 from hstu.pipeline.prefetch import PrefetchPipeline
 from hstu.pipeline.step import TrainStep
+from hstu.train.batch_source import BatchSource
 from hstu.train.directories import choose_directories, describe_saving
 from hstu.train.evaluate import Evaluator, RankingEvaluator, RetrievalEvaluator
 from hstu.train.evaluate_tasks import MultiTaskEvaluator
 from hstu.train.flops import FlopCounter
 from hstu.train.inference import StoredSource, describe_features, zero_untrained_items
-from hstu.train.sources import BatchSource, StoreSource, open_source
+from hstu.train.sources import open_source
+from hstu.train.store_source import StoreSource
 from hstu.train.trainer import Trainer, leave_nothing
 
 log = logging.getLogger(__name__)

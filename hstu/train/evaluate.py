@@ -24,8 +24,8 @@ from hstu.parallel.collectives import gather_objects
 from hstu.parallel.group import evaluate_batch
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
+from hstu.train.batch_source import BatchSource
 from hstu.train.metrics import Gather, RankingMetrics, only_rank, retrieval_metrics
-from hstu.train.sources import BatchSource
 
 CHUNK_ITEMS = 16384
 """Items of the corpus that are embedded and scored in one chunk."""

@@ -21,7 +21,8 @@ from hstu.data.sampler import START, BatchPlan
 from hstu.data.store import USER_FEATURE, SequenceStore
 from hstu.data.store_layout import TIME_FEATURES
 from hstu.data.time_features import time_codes
-from hstu.train.sources import BatchSource, StoreSource
+from hstu.train.batch_source import BatchSource
+from hstu.train.store_source import StoreSource
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from hstu.data.store_layout import NumberStatistics
 from hstu.model.embedding import TableSpec
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
-from hstu.train.sources import BatchSource, StoreSource
+from hstu.train.batch_source import BatchSource
+from hstu.train.store_source import StoreSource
 from hstu.train.tables import choose_tables
 
 log = logging.getLogger(__name__)

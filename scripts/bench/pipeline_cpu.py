@@ -26,8 +26,9 @@ from hstu.observe.logging import quiet_libraries
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel import mesh as meshes
 from hstu.pipeline.none import TrainPipeline
+from hstu.train.batch_source import BatchSource
 from hstu.train.builder import PIPELINES, build_model, build_pipeline
-from hstu.train.sources import BatchSource, open_source
+from hstu.train.sources import open_source
 
 
 @dataclass

@@ -50,7 +50,8 @@ from hstu.ops.kernels import AttentionConfig, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS
 from hstu.parallel import mesh as meshes
 from hstu.train.flops import FlopCounter
-from hstu.train.sources import StoreSource, open_source
+from hstu.train.sources import open_source
+from hstu.train.store_source import StoreSource
 
 VARIANTS = {
     "cpp_float32": ("cutlass", "float32"),

@@ -62,9 +62,10 @@ from hstu.pipeline.finite import FiniteCheck
 from hstu.pipeline.none import SequentialPipeline
 from hstu.pipeline.step import TrainStep
 from hstu.train import builder
+from hstu.train.batch_source import BatchSource
 from hstu.train.flops import FlopCounter
 from hstu.train.history import RunningLoss
-from hstu.train.sources import BatchSource, open_source
+from hstu.train.sources import open_source
 from hstu.train.trainer import Trainer
 
 META = torch.device("meta")

@@ -16,9 +16,10 @@ from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.parallel.shards import ShardedView
 from hstu.pipeline.none import TrainPipeline
+from hstu.train.batch_source import BatchSource
 from hstu.train.builder import build_evaluator, build_model, build_pipeline
 from hstu.train.evaluate import Evaluator
-from hstu.train.sources import BatchSource, open_source
+from hstu.train.sources import open_source
 from tests.conftest import write_small_store
 from tests.train.tiny import ITEM_FEATURES, TinyOptions, tiny_config, walks
 

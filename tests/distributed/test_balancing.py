@@ -17,7 +17,8 @@ from hstu.pipeline.none import SequentialPipeline
 from hstu.pipeline.step import TrainStep
 from hstu.train.builder import build_model
 from hstu.train.flops import FlopCounter
-from hstu.train.sources import StoreSource, open_source
+from hstu.train.sources import open_source
+from hstu.train.store_source import StoreSource
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
 from tests.train.tiny import TinyOptions, tiny_config

@@ -15,6 +15,8 @@ from hstu.observe.logging import quiet_libraries, tear_down_logging
 from hstu.observe.throughput import PeakTflops
 from hstu.parallel import mesh as meshes
 from hstu.parallel.mesh import Mesh
+from hstu.train.sources import open_source
+from hstu.train.store_source import StoreSource
 from tests.conftest import write_small_store
 from tests.train.tiny import FinishedRun, run, tiny_config, walks
 
@@ -47,6 +49,18 @@ def undisturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def store(tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
     """The walks of 20 users."""
     return write_small_store(tmp_path_factory.mktemp("walks") / "store", **walks())
+
+
+@pytest.fixture
+def source(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> Callable[..., StoreSource]:
+    """``source("retrieval", dataset={...})`` over the walks, or ``store=``."""
+
+    def open_it(task: str, *, store: SequenceStore = store, **options: Any) -> StoreSource:
+        opened = open_source(tiny_config(task, store, tmp_path, **options), mesh)
+        assert isinstance(opened, StoreSource)
+        return opened
+
+    return open_it
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,22 +10,19 @@ import pytest
 from hstu.config.errors import DataError
 from hstu.data.sampler import SamplerPosition
 from hstu.data.store import SequenceStore
-from hstu.parallel.mesh import Mesh
-from hstu.train.sources import StoreSource, open_source
-from tests.train.tiny import FinishedRun, tiny_config
+from hstu.train.store_source import StoreSource
+from tests.train.tiny import FinishedRun
 
 LONGEST = 5
 
 
 @pytest.fixture
-def source(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> Callable[..., StoreSource]:
+def source(source: Callable[..., StoreSource]) -> Callable[..., StoreSource]:
     """``source("retrieval", dataset={...})`` over the walks, histories of at most 5."""
 
-    def open_it(task: str, store: SequenceStore = store, **options: Any) -> StoreSource:
+    def open_it(task: str, **options: Any) -> StoreSource:
         dataset = {"max_sequence_length": LONGEST} | options.pop("dataset", {})
-        opened = open_source(tiny_config(task, store, tmp_path, dataset=dataset, **options), mesh)
-        assert isinstance(opened, StoreSource)
-        return opened
+        return source(task, dataset=dataset, **options)
 
     return open_it
 
@@ -110,8 +106,8 @@ def test_a_damaged_sample_ends_the_run_or_is_left_out(
     values.flush()
     damaged = SequenceStore.open(damaged.path)
     with pytest.raises(DataError, match="item_id = 99 of user 102"):
-        lengths(source("retrieval", damaged))
-    skipping = source("retrieval", damaged, trainer={"bad_row_policy": "skip"})
+        lengths(source("retrieval", store=damaged))
+    skipping = source("retrieval", store=damaged, trainer={"bad_row_policy": "skip"})
     assert len(lengths(skipping)) == 5
     with pytest.raises(DataError, match=r"damaged sample 3, TrainerArgs\.max_bad_rows = 2"):
-        lengths(source("retrieval", damaged, trainer={"bad_row_policy": "skip", "max_bad_rows": 2}), epochs=4)
+        lengths(source("retrieval", store=damaged, trainer={"bad_row_policy": "skip", "max_bad_rows": 2}), epochs=4)

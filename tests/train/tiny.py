@@ -22,6 +22,7 @@ from hstu.config.args import (
     TrainerArgs,
 )
 from hstu.config.run_config import RunConfig
+from hstu.data.batch import HSTUBatch
 from hstu.data.store import SequenceStore
 from hstu.observe.records import read_metrics
 from hstu.observe.throughput import PeakTflops
@@ -226,3 +227,15 @@ def run(config: RunConfig, mesh: Mesh) -> FinishedRun:
     trainer = build(config, mesh)
     trainer.train()
     return FinishedRun(trainer, trainer.run_directory.path)
+
+
+def ids(batch: HSTUBatch, feature: str) -> list[int]:
+    """The values of a feature in a batch."""
+    values: list[int] = batch.features[feature].values().tolist()
+    return values
+
+
+def real_users(batch: HSTUBatch) -> list[int]:
+    """Rows of the users in a batch, without padding."""
+    users: list[int] = batch.user_ids[batch.user_ids >= 0].tolist()
+    return users

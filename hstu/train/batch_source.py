@@ -1,0 +1,167 @@
+"""What every source of batches has: the data of a run as training and evaluation see it, and how ranks share it."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from hstu.config.args import EmbeddingArgs, RetrievalArgs
+from hstu.config.errors import ConfigError
+from hstu.config.problems import in_reading_order
+from hstu.config.rules.training import token_limit_admits
+from hstu.config.run_config import RunConfig
+from hstu.data.batch import HSTUBatch, ItemFeatures
+from hstu.data.labels import LabelFacts
+from hstu.data.negatives import ItemDistribution, Negatives, expected_log_counts
+from hstu.data.roles import FeatureRoles
+from hstu.data.sampler import BatchPartition, SamplerPosition, TrainSampler
+from hstu.data.samples import Split
+from hstu.data.store_layout import NumberStatistics
+from hstu.model.inputs import SequenceFeatures
+from hstu.parallel.mesh import Mesh
+from hstu.train.flops import FlopCounter
+
+log = logging.getLogger(__name__)
+
+
+class SampleLengths(NamedTuple):
+    """The training samples by their lengths alone, in the order of the sample table; int64 [S] each."""
+
+    items: np.ndarray
+    """Items of the sequence, candidates included."""
+    candidates: np.ndarray
+    labels: np.ndarray
+    """Labelled items."""
+
+
+class BatchSource(ABC):
+    """Training and evaluation batches of this rank, and what the model must know about the data.
+
+    Args:
+        config: the run.
+        mesh: this rank. None: rank 0 of ``world_size`` ranks that are not started.
+        world_size: ranks of the run, if ``mesh`` is None.
+    """
+
+    roles: FeatureRoles
+    tables: tuple[EmbeddingArgs, ...]
+    cardinalities: dict[str, int]
+    """Feature → n: its ids are in [0, n), or n different int64 if the store keeps raw ids."""
+    values_per_item: Mapping[str, float]
+    """Side feature that is a list → its values per item, on average over the items."""
+    raw_features: tuple[str, ...] = ()
+    """Features of which the model gets raw ids, any int64."""
+    label_facts: Mapping[str, LabelFacts]
+    """Of each of ``roles.labels``, what occurs; empty without data."""
+    max_items: int
+    """Items of the longest sequence."""
+    negatives: Negatives | None
+    """Those of the retrieval loss."""
+    train_lengths: SampleLengths
+    batches_per_epoch: int
+    """Steps of one pass over the training data. With tokens_per_rank: of the first pass; others differ a little."""
+    eval_splits: tuple[Split, ...]
+    """Splits evaluated during training. The first one selects the best model."""
+    final_splits: tuple[Split, ...]
+    """Splits evaluated after the last iteration."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh | None, world_size: int) -> None:
+        self._config = config
+        self.values_per_item = {}
+        self.label_facts = {}
+        self._rank, self._world_size = (0, world_size) if mesh is None else (mesh.rank, mesh.world_size)
+        self._pin_memory = mesh is not None and mesh.device.type == "cuda"
+        self.negatives = Negatives.of(config.retrieval) if config.retrieval else None
+        retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
+        self._wants_timestamps = config.network.has_relative_bias
+        self._wants_request_times = retrieval is not None and config.asks_for_next
+        self._wants_seen = retrieval is not None and retrieval.filter_seen
+        self._wants_earlier = config.retrieval is not None and config.retrieval.mask_seen
+
+    def epoch_after(self, position: SamplerPosition) -> int:
+        """The epoch (0-based) of the training batch that follows ``position``."""
+        return position.epoch + (position.consumed == len(self.train_lengths.items))
+
+    @property
+    def description(self) -> dict[str, str]:
+        """What must be equal on all ranks beside the configuration: name → value."""
+        return {}
+
+    @property
+    @abstractmethod
+    def least_action(self) -> int:
+        """The smallest action in the data. The data must have an action feature."""
+
+    @property
+    def number_statistics(self) -> Mapping[str, NumberStatistics]:
+        """Number or vector → its statistics in the training data. Empty where a checkpoint has them."""
+        return {}
+
+    @property
+    def item_counts(self) -> np.ndarray:
+        """How often each item occurs in the training samples; with random windows, float64, is expected in an epoch."""
+        raise ConfigError("the items of training samples are counted in preprocessed data only")
+
+    @cached_property
+    def corpus(self) -> ItemDistribution:
+        """How negatives are drawn from all items."""
+        assert self.negatives is not None
+        exponent = self.negatives.exponent
+        weights = self.item_counts.astype(np.float64) ** exponent if exponent else None
+        return ItemDistribution(self.cardinalities[self.roles.item], weights)
+
+    def expected_log_counts(self) -> np.ndarray | None:
+        """How often each item is expected among the negatives, see there; None without a logQ correction."""
+        if self.negatives is None or not self.negatives.logq:
+            return None
+        counts = self.item_counts if self.negatives.has_batch_pool else np.zeros(self.corpus.size, dtype=np.int64)
+        return expected_log_counts(self.negatives, self.corpus, counts, self.batches_per_epoch)
+
+    def item_ids(self) -> np.ndarray | None:
+        """What the model gets for each item code, int64; None: the codes."""
+        return None
+
+    def tower_features(self, ids: np.ndarray) -> ItemFeatures | None:
+        """What an item tower reads of items, given by what the model gets for them. None: there is no tower."""
+        return None
+
+    @abstractmethod
+    def train_sampler(self, position: SamplerPosition) -> TrainSampler:
+        """The plan of training from ``position`` on: which samples make up which batch of this rank."""
+
+    @abstractmethod
+    def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
+        """Endless training batches on the host, from ``position`` on."""
+
+    @abstractmethod
+    def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
+        """One pass over a split; equally many batches on every rank."""
+
+
+def choose_partition(
+    config: RunConfig, roles: FeatureRoles, max_items: int, lengths: SampleLengths
+) -> BatchPartition | None:
+    """How global batches are divided among data-parallel ranks; None for contiguous slices of equal counts.
+
+    Raises ConfigError if the longest sequence that ``max_items`` allows has more tokens than a rank may have.
+    """
+    trainer, network = config.trainer, config.network
+    if trainer.tokens_per_rank is None and not trainer.enable_balanced_shuffler:
+        return None
+    longest = SequenceFeatures.of(roles, max_items).max_tokens(network)
+    length = f"max_sequence_length ({max_items} items and {len(roles.contextual)} contextual features)"
+    if problems := list(token_limit_admits(config, longest, length)):
+        raise ConfigError(in_reading_order(problems))
+    loads = FlopCounter(network, roles).per_sequence(lengths.items, lengths.candidates)
+    if trainer.tokens_per_rank is not None:
+        log.info(
+            "dynamic batching: at most %d tokens per rank, sequences of %.1f tokens on average",
+            trainer.tokens_per_rank,
+            float(loads.tokens.mean()) if len(loads.tokens) else 0.0,
+        )
+    return BatchPartition(loads, trainer.enable_balanced_shuffler, trainer.tokens_per_rank)

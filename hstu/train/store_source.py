@@ -1,0 +1,251 @@
+"""Batches of real data, from a preprocessed store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from hstu.config.args import DatasetArgs, EmbeddingArgs
+from hstu.config.rules.ranking_tasks import tasks_of
+from hstu.config.run_config import RunConfig
+from hstu.data.batch import HSTUBatch, ItemFeatures
+from hstu.data.collate import Assembler, Collator, SkippedSamples, StoreReader
+from hstu.data.datasets import resolve_name
+from hstu.data.labels import LabelColumn, check_labels
+from hstu.data.loader import build_loader
+from hstu.data.negatives import count_items
+from hstu.data.random_windows import RandomWindows
+from hstu.data.recoding import recoding_of
+from hstu.data.roles import check_numbers, resolve_roles
+from hstu.data.sampler import EvalSampler, SamplerPosition, TrainSampler
+from hstu.data.samples import (
+    SampleTable,
+    Split,
+    StochasticLength,
+    build_samples,
+    check_requests,
+    check_split,
+    require_requests,
+)
+from hstu.data.store import SequenceStore
+from hstu.data.store_layout import NumberStatistics
+from hstu.data.training_statistics import training_statistics
+from hstu.parallel.mesh import Mesh
+from hstu.train.batch_source import BatchSource, SampleLengths, choose_partition
+from hstu.train.tables import check_rows, choose_tables, predefined_tables
+
+log = logging.getLogger(__name__)
+
+
+class StoreSource(BatchSource):
+    """Real data: samples of a sequence store."""
+
+    def __init__(self, config: RunConfig, args: DatasetArgs, mesh: Mesh | None, world_size: int = 1) -> None:
+        super().__init__(config, mesh, world_size)
+        self._args = args
+        self.store = open_store(args)
+        self._eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
+        tasks, tower = tasks_of(config), config.has_item_tower
+        self.roles = resolve_roles(self.store, args, config.located, tasks, tower)
+        check_numbers(self.roles, config.numbers, config.located)
+        check_split(self.store, args, config.located)
+        for store in (self.store, self._eval_store):
+            check_requests(store, args, config.located)
+        if config.retrieval is not None and config.retrieval.hard_negatives:
+            require_requests(self.store, config.retrieval, "hard_negatives", config.located)
+        self._labels = {name: LabelColumn(self.store, name) for name in self.roles.labels}
+        self._eval_labels = {name: column.of(self._eval_store) for name, column in self._labels.items()}
+        self.label_facts = {
+            name: column.facts().joined(self._eval_labels[name].facts()) for name, column in self._labels.items()
+        }
+        check_labels(tasks_of(config), self.label_facts, config.located)
+        predefined = predefined_tables(args, self.store, config.network)
+        self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
+        self.tables = self.fit(
+            choose_tables(config.embeddings, predefined, self.roles.names, config.located, self.roles.numbers)
+        )
+        self._recoding = {} if self._eval_store is self.store else recoding_of(self._eval_store, self.store, self.roles)
+        self.raw_features = tuple(name for name in self.roles.names if self.store.feature(name).raw)
+        items = self.cardinalities[self.roles.item]
+        self.values_per_item = {name: len(self.store.item_values(name)[0]) / items for name in self.roles.lists}
+        check_rows(self.tables, self.cardinalities, config.located, self.raw_features)
+        self.max_items = args.max_sequence_length
+        self.eval_splits, self.final_splits = self._splits()
+        self._train_samples = self._samples("train")
+        self._eval_samples: dict[Split, SampleTable] = {}
+        trainer, no_label = config.trainer, int(config.task == "retrieval")
+        self._stochastic_length = StochasticLength.of(args, trainer.seed, no_label)
+        self._random_windows = RandomWindows.of(args, trainer.seed)
+        self._skipped = SkippedSamples(trainer.max_bad_rows) if trainer.bad_row_policy == "skip" else None
+        samples = self._train_samples
+        self.train_lengths = SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels)
+        self._partition = choose_partition(config, self.roles, self.max_items, self.train_lengths)
+        self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
+
+    def fit(self, tables: tuple[EmbeddingArgs, ...]) -> tuple[EmbeddingArgs, ...]:
+        """The tables of the model, given the configured ones. For sources that change their sizes."""
+        return tables
+
+    @property
+    def description(self) -> dict[str, str]:
+        """See BatchSource. The checksum of each file."""
+        facts = {f"{file} of the data": checksum for file, checksum in self.store.checksums.items()}
+        if self._eval_store is not self.store:
+            evaluated = self._eval_store.checksums.items()
+            facts |= {f"{file} of eval_dataset_path": checksum for file, checksum in evaluated}
+        return facts
+
+    @cached_property
+    def least_action(self) -> int:
+        """See BatchSource. Reads the whole feature once."""
+        assert self.roles.action is not None
+        return min(store.least_value(self.roles.action) for store in (self.store, self._eval_store))
+
+    @property
+    def number_statistics(self) -> Mapping[str, NumberStatistics]:
+        """See BatchSource. Reads the numbers of all training events."""
+        return training_statistics(self.store, self.roles.numbers, self._train_samples)
+
+    @cached_property
+    def item_counts(self) -> np.ndarray:
+        """See BatchSource. Reads the items of all training samples once."""
+        return self._count_items(self._stochastic_length)
+
+    def _count_items(self, shortened: StochasticLength | None) -> np.ndarray:
+        is_random = self._args.random_windows
+        return count_items(self.store, self.roles.item, self._train_samples, shortened, random_windows=is_random)
+
+    def item_ids(self) -> np.ndarray | None:
+        """See BatchSource."""
+        if self.roles.item not in self.raw_features:
+            return None
+        return self.store.model_ids(self.roles.item, np.arange(self.cardinalities[self.roles.item]))
+
+    def tower_features(self, ids: np.ndarray) -> ItemFeatures | None:
+        """See BatchSource."""
+        if not self.roles.tower:
+            return None
+        codes = np.searchsorted(self._raw_item_ids, ids) if self.roles.item in self.raw_features else ids
+        return StoreReader(self.store, self._train_samples, self.roles).tower_features(codes)
+
+    def trained_items(self) -> np.ndarray:
+        """bool [items]: whether an item, given by its code, is in any training sample. Reads the items of all."""
+        return self._count_items(None) > 0
+
+    @cached_property
+    def _raw_item_ids(self) -> np.ndarray:
+        return self.store.raw_ids(self.roles.item)
+
+    def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
+        """See BatchSource."""
+        trainer = self._config.trainer
+        collator = self._collator(self.store, self._train_samples, trainer.sequences_per_iteration, training=True)
+        return build_loader(
+            collator,
+            self.train_sampler(position),
+            workers=trainer.data_workers,
+            prefetch=trainer.data_prefetch,
+            pin_memory=self._pin_memory,
+        )
+
+    def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
+        """See BatchSource."""
+        trainer = self._config.trainer
+        if split not in self._eval_samples:  # they are the same at every evaluation
+            self._eval_samples[split] = self._samples(split)
+        samples = self._eval_samples[split]
+        collator = self._collator(self._eval_store, samples, trainer.eval_batch_size, training=False)
+        sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._rank, self._world_size)
+        return build_loader(collator, sampler, workers=trainer.data_workers, prefetch=trainer.data_prefetch)
+
+    def history_batches(self, users: np.ndarray) -> Iterator[HSTUBatch]:
+        """The whole histories of ``users`` (rows of the store) in the given order, without labels, on every rank."""
+        offsets = np.asarray(self.store.offsets())
+        begin, stop = offsets[users], offsets[users + 1]
+        nothing = np.zeros_like(stop)
+        start = np.maximum(begin, stop - self.max_items)
+        # Nothing is held out. A target makes these evaluation batches, for which no negatives are drawn.
+        samples = SampleTable(users, start, stop, nothing, nothing, target=stop - 1, history_begin=begin)
+        batch_size = self._config.trainer.eval_batch_size
+        collator = self._collator(self.store, samples, batch_size, training=False)
+        return build_loader(collator, EvalSampler(len(users), batch_size, rank=0, world_size=1))
+
+    def _splits(self) -> tuple[tuple[Split, ...], tuple[Split, ...]]:
+        if events := self.store.events_by_split():
+            held_out: tuple[Split, ...] = tuple(split for split in ("valid", "test") if events[split])
+            shown = ", ".join(f"{number} {split}" for split, number in events.items())
+            log.info("split by column %r of the data, in events: %s", self.store.split, shown)
+            return held_out[:1], held_out
+        if self._config.task == "ranking":
+            return ("valid",), ("valid", "test") if self._args.valid_fraction else ("valid",)
+        # Without held-out validation items the published protocol always evaluates on the last item.
+        return (("valid",), ("valid", "test")) if self._args.valid_items else (("test",), ("test",))
+
+    def _samples(self, split: Split) -> SampleTable:
+        store = self.store if split == "train" else self._eval_store
+        kind: Split = "all" if split != "train" and self._args.eval_dataset_path else split
+        samples = build_samples(store, self._args, self._config.task, kind, self._config.trainer.seed)
+        if split == "train" or store.split is not None:
+            log.info("%s, %s: %s", store.path, split, ", ".join(f"{n} {name}" for name, n in samples.report.items()))
+        return samples
+
+    def train_sampler(self, position: SamplerPosition) -> TrainSampler:
+        """See BatchSource."""
+        trainer = self._config.trainer
+        return TrainSampler(
+            len(self._train_samples),
+            trainer.sequences_per_iteration,
+            self._rank,
+            self._world_size,
+            trainer.seed,
+            self._args.shuffle,
+            position,
+            self._partition,
+        )
+
+    def _collator(self, store: SequenceStore, samples: SampleTable, batch_size: int, *, training: bool) -> Collator:
+        # Roles and corpus are those of the training data, whichever store is read: a second store may have further
+        # features and fewer ids, which fit the tables all the same.
+        reader = StoreReader(
+            store,
+            samples,
+            self.roles,
+            wants_timestamps=self._wants_timestamps,
+            wants_request_times=self._wants_request_times,
+            wants_seen=self._wants_seen and not training,
+            wants_earlier=self._wants_earlier and training,
+            recoding=self._recoding if store is not self.store else None,
+            labels=self._labels if store is self.store else self._eval_labels,
+            random_windows=self._random_windows if training else None,
+            stochastic_length=self._stochastic_length if training else None,
+            hard_negatives=self.negatives.hard if training and self.negatives is not None else 0,
+        )
+        corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed
+        assembler = Assembler(
+            batch_size,
+            self._config.task,
+            self.roles,
+            corpus_size,
+            seed,
+            self.negatives,
+            item_ids=reader.item_ids if self.roles.item in self.raw_features else None,
+            corpus=self.corpus if training and self.negatives is not None else None,
+            draws_negatives=training,
+            tower_features=reader.tower_features if self.roles.tower else None,
+        )
+        return Collator(reader, assembler, self._skipped)
+
+
+def open_store(args: DatasetArgs) -> SequenceStore:
+    """The preprocessed data of ``args``: dataset_path, or tmp_data/<canonical name>."""
+    return SequenceStore.open(store_path(args))
+
+
+def store_path(args: DatasetArgs) -> Path:
+    """Where the preprocessed data of ``args`` is."""
+    name = resolve_name(args.dataset_name) or args.dataset_name
+    return Path(args.dataset_path or Path("tmp_data") / name)

@@ -1,0 +1,94 @@
+"""Evaluation on a second store, which numbers its ids differently."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hstu.config.errors import ConfigError, DataError
+from hstu.data.store import SequenceStore
+from hstu.data.store_writer import StoreWriter
+from hstu.parallel.mesh import Mesh
+from hstu.train.sources import open_source
+from hstu.train.store_source import StoreSource
+from tests.train.tiny import ITEMS, build, ids, real_users, tiny_config, walks
+
+
+def write_users(path: Path, users: list[int], *, item_order: np.ndarray, extra_context: bool = False) -> SequenceStore:
+    """A store of these users of the walks that numbers items by ``item_order`` (code → raw id 1000, 1001, …).
+
+    StoreWriter wants vocabularies in ascending order, so codes are the places of those items that occur.
+    """
+    data = walks()
+    rows = [data["items"][user] for user in users]
+    raw = np.unique(np.array([item_order[item] for row in rows for item in row]))
+    total = sum(len(row) for row in rows)
+    with StoreWriter(path, name="other", command=None) as writer:
+        writer.write_offsets(np.cumsum([0, *(len(row) for row in rows)]))
+        towns = np.array([data["context"]["town"][user] for user in users])
+        if extra_context:
+            writer.write_context("planet", np.zeros(len(users), dtype=np.int64), cardinality=1)
+        writer.write_context("town", towns, cardinality=3)
+        items = np.searchsorted(raw, [item_order[item] for row in rows for item in row])
+        writer.create_sequence("item_id", "item", cardinality=len(raw), length=total)[:] = items
+        writer.write_vocabulary("item_id", 1000 + raw)
+        writer.write_vocabulary("user_id", 100 + np.array(users))
+        actions = [action for user in users for action in data["actions"][user]]
+        writer.create_sequence("action", "action", cardinality=max(actions) + 1, length=total)[:] = actions
+        writer.create_sequence("timestamp", "timestamp", cardinality=None, length=total)[:] = np.arange(total)
+    return SequenceStore.open(path)
+
+
+def test_a_second_store_with_other_numbers_gives_the_metrics_of_one_store(
+    mesh: Mesh, make_store: Callable[..., SequenceStore], tmp_path: Path
+) -> None:
+    data = walks()
+    one_more = {"items": [[item + 1 for item in row] for row in data["items"]], "num_items": ITEMS + 1}
+    store = make_store(**{**data, **one_more})  # its item 0, raw id 1000, is nobody's
+    trainer = build(tiny_config("ranking", store, tmp_path / "out", trainer={"max_train_iters": 10}), mesh)
+    trainer.train()
+    first = list(trainer.source.eval_batches("valid"))
+    held_out = [user for batch in first for user in real_users(batch)]
+    second_store = write_users(tmp_path / "second", held_out, item_order=1 + np.arange(ITEMS), extra_context=True)
+    begins = second_store.offsets()[:-1]
+    assert (second_store.sequence("item_id")[begins] + 1 == [one_more["items"][user][0] for user in held_out]).all()
+
+    config = tiny_config("ranking", store, tmp_path, dataset={"eval_dataset_path": str(second_store.path)})
+    second = list(open_source(config, mesh).eval_batches("valid"))
+    assert [ids(batch, "item_id") for batch in second] == [ids(batch, "item_id") for batch in first]
+    assert trainer.evaluator.evaluate(second) == trainer.evaluator.evaluate(first)
+
+
+def test_ids_that_only_the_second_store_has_are_refused(
+    source: Callable[..., StoreSource], tmp_path: Path, store: SequenceStore
+) -> None:
+    shifted = np.arange(ITEMS) + ITEMS - 1
+    second = write_users(tmp_path / "second", list(range(20)), item_order=shifted)
+    with pytest.raises(DataError) as caught:
+        source("ranking", dataset={"eval_dataset_path": str(second.path)})
+    for part in (
+        "DatasetArgs.eval_dataset_path",
+        str(second.path),
+        "10 raw id(s)",
+        "'item_id': 1011, 1012",
+        "or leave",
+    ):
+        assert part in str(caught.value)
+
+
+def test_actions_beyond_those_trained_on_are_refused(
+    make_store: Callable[..., SequenceStore], source: Callable[..., StoreSource]
+) -> None:
+    data = walks()
+    second = make_store(**{**data, "num_actions": 9})
+    with pytest.raises(ConfigError, match=r"eval_dataset_path: 'action' is up to 8 in .* and up to 3 in"):
+        source("ranking", dataset={"eval_dataset_path": str(second.path)})
+
+
+def test_a_second_store_without_a_feature_is_refused(
+    make_store: Callable[..., SequenceStore], source: Callable[..., StoreSource]
+) -> None:
+    second = make_store(**{**walks(), "context": {}})
+    with pytest.raises(DataError, match="has no feature 'town'"):
+        source("ranking", dataset={"eval_dataset_path": str(second.path)})

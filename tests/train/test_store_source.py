@@ -1,0 +1,184 @@
+"""Batches from a preprocessed store."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hstu.config.args import EmbeddingArgs
+from hstu.config.errors import ConfigError, DataError
+from hstu.config.gin_io import load
+from hstu.data.batch import NEGATIVES
+from hstu.data.sampler import SamplerPosition
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from hstu.train.sources import open_source
+from hstu.train.store_source import StoreSource
+from tests.train.tiny import ITEMS, FinishedRun, ids, real_users, tables_of, tables_with_dynamic, tiny_config, walks
+
+FIRST = SamplerPosition()
+
+
+def test_missing_data_is_told_where_it_should_be_and_how_to_make_it(mesh: Mesh, store: SequenceStore) -> None:
+    config = tiny_config("ranking", store, "unused", dataset={"dataset_name": "shop", "dataset_path": None})
+    with pytest.raises(DataError, match=r"no preprocessed data at .*tmp_data/shop.*--dataset_name NAME"):
+        open_source(config, mesh)
+
+
+def test_any_spelling_of_a_built_in_dataset_means_its_directory(
+    mesh: Mesh, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp_data").mkdir()
+    (tmp_path / "tmp_data" / "ml-1m").symlink_to(store.path)
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config("ranking", store, "unused", dataset={"dataset_name": "MovieLens-1M", "dataset_path": None})
+    assert open_source(config, mesh).cardinalities["item_id"] == ITEMS
+
+
+def test_a_built_in_dataset_has_tables_of_which_some_can_be_given_by_hand(source: Callable[..., StoreSource]) -> None:
+    mine = EmbeddingArgs(
+        feature_names=["item_id"],
+        table_name="mine",
+        item_vocab_size_or_capacity=50,
+        sharding_type="data_parallel",
+        init_std=0.5,
+    )
+    tables = source("ranking", tables=(mine,), dataset={"dataset_name": "ml-100k"}).tables
+    assert {table.table_name: table.item_vocab_size_or_capacity for table in tables} == {
+        "mine": 50,
+        "town": 3,
+        "action": 4,
+    }
+
+
+def test_a_built_in_dataset_trains_without_a_table_by_hand(train: Callable[..., FinishedRun]) -> None:
+    finished = train("ranking", tables=(), dataset={"dataset_name": "ml-100k"})
+    assert len(finished.losses) == 4
+
+
+def test_a_static_table_with_too_few_rows_is_refused(store: SequenceStore, source: Callable[..., StoreSource]) -> None:
+    item, *others = sorted(tables_of(store), key=lambda table: table.table_name != "item_id_table")
+    small = EmbeddingArgs(
+        feature_names=["item_id"], table_name="small", item_vocab_size_or_capacity=10, sharding_type="data_parallel"
+    )
+    assert item.table_name == "item_id_table"
+    with pytest.raises(ConfigError, match=r"'small'.* it must be at least 11, or the table a DynamicEmbeddingArgs"):
+        source("ranking", tables=(small, *others))
+
+
+def test_a_history_without_candidates_keeps_its_length(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:
+    text = tiny_config("ranking", store, tmp_path).operative_gin()
+    whole, candidates = "DatasetArgs.max_sequence_length = 8", "DatasetArgs.max_num_candidates = 0"
+    assert whole in text and candidates in text
+    text = text.replace(whole, "DatasetArgs.max_history_seqlen = 4").replace(candidates, candidates[:-1] + "3")
+    (tmp_path / "run.gin").write_text(text)
+    source = open_source(load([str(tmp_path / "run.gin")], [], "ranking"), mesh)
+    longest = source.train_lengths.items == source.train_lengths.items.max()
+    assert set(source.train_lengths.items[longest] - source.train_lengths.candidates[longest]) == {4}
+    assert source.max_items == 7
+
+
+def test_ranking_evaluates_the_validation_users(source: Callable[..., StoreSource]) -> None:
+    opened = source("ranking")
+    assert (opened.eval_splits, opened.final_splits) == (("valid",), ("valid",))
+    trained = {
+        user for _, batch in zip(range(2), opened.train_batches(FIRST), strict=False) for user in real_users(batch)
+    }
+    evaluated = [user for batch in opened.eval_batches("valid") for user in real_users(batch)]
+    assert sorted([*trained, *evaluated]) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("valid_items", "while_training", "at_the_end"), [(1, ("valid",), ("valid", "test")), (0, ("test",), ("test",))]
+)
+def test_retrieval_without_validation_items_evaluates_on_the_last_ones(
+    source: Callable[..., StoreSource], valid_items: int, while_training: Any, at_the_end: Any
+) -> None:
+    opened = source("retrieval", dataset={"valid_items": valid_items})
+    assert (opened.eval_splits, opened.final_splits) == (while_training, at_the_end)
+
+
+def test_seen_items_come_with_evaluation_batches_only_where_they_are_filtered(
+    source: Callable[..., StoreSource],
+) -> None:
+    assert next(source("retrieval").eval_batches("valid")).seen_values is not None
+    assert next(source("retrieval", task_args={"filter_seen": False}).eval_batches("valid")).seen_values is None
+    assert next(source("retrieval").train_batches(FIRST)).seen_values is None
+
+
+def test_training_batches_have_what_users_had_before_where_it_is_masked(source: Callable[..., StoreSource]) -> None:
+    opened = source("retrieval", task_args={"mask_seen": True}, dataset={"max_sequence_length": 3})
+    batch = next(opened.train_batches(FIRST))
+    offsets, items = np.asarray(opened.store.offsets()), opened.store.sequence("item_id")
+    for row, user in enumerate(real_users(batch)):
+        begin, stop = offsets[user], offsets[user + 1] - 2  # the last two are held out
+        seen = batch.seen_values[batch.seen_offsets[row] : batch.seen_offsets[row + 1]]
+        assert seen.tolist() == items[begin : max(begin, stop - 3)].tolist()
+    assert len(batch.seen_values) > 0
+
+
+def test_times_are_read_for_relative_bias_only(source: Callable[..., StoreSource]) -> None:
+    assert next(source("ranking").train_batches(FIRST)).timestamps is None
+    relative = source("ranking", network={"position_encoding": "relative_bias"})
+    assert next(relative.train_batches(FIRST)).timestamps is not None
+    assert next(relative.eval_batches("valid")).timestamps is not None
+
+
+def test_a_request_is_made_at_the_time_of_the_held_out_event(source: Callable[..., StoreSource]) -> None:
+    network = {"position_encoding": ("absolute", "relative_bias")}
+    without = source("retrieval", network=network, dataset={"query_time": "last_event"})
+    assert next(without.eval_batches("valid")).request_times is None
+    opened = source("retrieval", network=network)
+    assert next(opened.train_batches(FIRST)).request_times is None
+    batch = next(opened.eval_batches("valid"))
+    offsets, times = opened.store.offsets(), opened.store.sequence("timestamp")
+    expected = [times[offsets[user + 1] - 2] for user in real_users(batch)]  # the last event is the test's
+    assert batch.request_times is not None and expected
+    assert batch.request_times[: batch.real_batch_size].tolist() == expected
+
+
+def test_batches_go_on_from_any_position(source: Callable[..., StoreSource]) -> None:
+    straight = source("retrieval").train_batches(FIRST)
+    batches = [next(straight) for _ in range(5)]
+    assert [batch.position.consumed for batch in batches[:3]] == [8, 16, 20]
+    resumed = source("retrieval").train_batches(batches[1].position)
+    for expected in batches[2:]:
+        assert ids(next(resumed), "item_id") == ids(expected, "item_id")
+
+
+def test_histories_of_chosen_users_come_whole_in_the_given_order(source: Callable[..., StoreSource]) -> None:
+    opened = source("retrieval", trainer={"eval_batch_size": 2}, task_args={"negatives": "full"})
+    users = np.array([7, 0, 7])
+    batches = list(opened.history_batches(users))
+    assert [user for batch in batches for user in real_users(batch)] == [7, 0, 7]
+    rows = walks()["items"]
+    assert ids(batches[0], "item_id") == [*rows[7][-8:], *rows[0][-8:]]
+    assert all(ids(batch, NEGATIVES) == [] for batch in batches), "nothing is contrasted, so no corpus is looked up"
+
+
+@pytest.mark.parametrize("options", [{"data_workers": 1}, {"data_workers": 2, "data_prefetch": 1}])
+def test_workers_change_nothing(train: Callable[..., FinishedRun], options: dict[str, int]) -> None:
+    one, other = (train("retrieval", trainer={"eval_at_end": True, **more}) for more in ({}, options))
+    assert one.losses == other.losses
+    assert one.metrics == other.metrics
+
+
+@pytest.mark.parametrize("negatives", ["in_batch", "uniform", "full"])
+def test_a_dynamic_table_smaller_than_the_ids_trains_and_evaluates(
+    train: Callable[..., FinishedRun], store: SequenceStore, negatives: str
+) -> None:
+    options = {"negatives": negatives} | ({"num_negatives": 4} if negatives == "uniform" else {})
+    finished = train(
+        "retrieval",
+        tables=tables_with_dynamic(store, rows=7),
+        trainer={"max_train_iters": 30, "eval_at_end": True},
+        task_args={**options, "filter_seen": False, "eval_metrics": ("HR@7", "HR@11", "MRR")},
+    )
+    assert finished.metrics["HR@7"] < 1.0, "a target without a row is a miss"
+    assert finished.metrics["HR@11"] == finished.metrics["HR@7"] and finished.metrics["MRR"] > 0.1
+    assert finished.losses[-1] < finished.losses[0]
+    report = [record for record in finished.records if record["kind"] == "train"][-1]["tables"]["movies"]
+    assert report["rows"] == report["capacity"] == 7
+    assert report["evictions"] == report["insertions"] > 0 and 0 < report["hit_rate"] < 1

@@ -1,16 +1,15 @@
-"""From a plan to a batch: gather the planned samples' events from the store, and assemble an HSTUBatch.
+"""From a plan to a batch: the Collator reads the planned samples and assembles them with padding and negatives.
 
-A *reader* (StoreReader here, SyntheticReader for random data) produces flat arrays; the Assembler turns them into an
-HSTUBatch with padding and negatives. Neither loops over samples or tokens.
+A reader (StoreReader in store_reader.py, SyntheticReader for random data) gives the samples as Rows. Nothing here loops
+over samples or tokens.
 """
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,243 +19,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from hstu.config.args import Task
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import NEGATIVES, HSTUBatch, ItemFeatures, keyed_jagged, labels_with_history, of_negatives
-from hstu.data.hard_negatives import shown_not_taken
 from hstu.data.jagged import ranges, run_indices, run_offsets
-from hstu.data.labels import LabelColumn
 from hstu.data.negatives import ItemDistribution, LabelKeys, Negatives, draw_31_bits, draw_each, draw_shared
-from hstu.data.random_windows import RandomWindows
 from hstu.data.roles import FeatureRoles
-from hstu.data.sample_items import SampleItems
+from hstu.data.rows import RowReader, Rows
 from hstu.data.sampler import BatchPlan
-from hstu.data.samples import SampleTable, StochasticLength
-from hstu.data.store import USER_FEATURE, SequenceStore
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The b real sequences of a batch as flat arrays, before padding; int64 unless stated otherwise."""
-
-    user_ids: np.ndarray
-    """[b]"""
-    lengths: np.ndarray
-    """Items of each sequence, [b]."""
-    num_candidates: np.ndarray
-    """[b]"""
-    num_labels: np.ndarray
-    """[b]"""
-    items: np.ndarray
-    """[Σ lengths]"""
-    actions: np.ndarray | None
-    """[Σ lengths]"""
-    timestamps: np.ndarray | None
-    """[Σ lengths], seconds."""
-    context: Mapping[str, np.ndarray]
-    """Feature → [b]."""
-    side: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Feature → [Σ lengths], or [Σ list_lengths[feature]] for a list: the values of one item after another."""
-    list_lengths: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """List → values of each item, [Σ lengths]."""
-    label_values: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """The features of FeatureRoles.labels in their order → float32 [Σ num_labels], NaN where missing."""
-    numbers: np.ndarray | None = None
-    """float32 [Σ lengths, W], see HSTUBatch.numbers."""
-    hard_negatives: np.ndarray | None = None
-    """Codes of items, [labels that follow another item, Negatives.hard], see draw_each."""
-    held_out: np.ndarray | None = None
-    """Retrieval evaluation: the target items, [b]."""
-    request_times: np.ndarray | None = None
-    """Retrieval evaluation: the times of the target events, [b], in seconds."""
-    seen: np.ndarray | None = None
-    """See HSTUBatch.seen_values, [Σ seen_lengths]."""
-    seen_lengths: np.ndarray | None = None
-    """[b]"""
-
-
-class RowReader(Protocol):
-    """A source of rows."""
-
-    def read(self, plan: BatchPlan) -> Rows:
-        """The rows of ``plan.indices``, in that order."""
-        ...
-
-
-@dataclass(eq=False)
-class StoreReader:
-    """Reads the samples of a table from a store, and checks every value that it reads."""
-
-    store: SequenceStore
-    samples: SampleTable
-    roles: FeatureRoles
-    wants_timestamps: bool = field(default=False, kw_only=True)
-    """Read event times, which relative attention biases need. ConfigError where the store has none."""
-    wants_request_times: bool = field(default=False, kw_only=True)
-    """Read the times of the held-out events of evaluation samples."""
-    wants_seen: bool = field(default=False, kw_only=True)
-    """Read whole histories of evaluation samples, which filter_seen needs."""
-    wants_earlier: bool = field(default=False, kw_only=True)
-    """Read what users had before their training samples begin, which mask_seen needs."""
-    recoding: Mapping[str, np.ndarray] | None = field(default=None, kw_only=True)
-    """Feature → int64 [cardinality]: from this store's codes to those of the training store. None: the same store."""
-    labels: Mapping[str, LabelColumn] = field(default_factory=dict, kw_only=True)
-    """The columns of FeatureRoles.labels."""
-    random_windows: RandomWindows | None = field(default=None, kw_only=True)
-    """Moves the windows of training samples at random."""
-    stochastic_length: StochasticLength | None = field(default=None, kw_only=True)
-    """Shortens training samples at random."""
-    hard_negatives: int = field(default=0, kw_only=True)
-    """Items to read for each label of what its user was shown and did not take."""
-
-    def __post_init__(self) -> None:
-        if self.wants_timestamps and self.store.timestamp_feature is None:
-            raise ConfigError(
-                f'NetworkArgs.position_encoding = "relative_bias" needs times, and {self.store.path} has none; '
-                "use another position_encoding or preprocess with a time column"
-            )
-
-    def read(self, plan: BatchPlan) -> Rows:
-        """The rows of ``plan.indices``. A value out of range is a DataError that names its user."""
-        samples, chosen = self.samples, plan.indices
-        start, users = samples.start[chosen], samples.user[chosen]
-        lengths, num_labels = samples.lengths[chosen], samples.num_labels[chosen]
-        if self.random_windows is not None:
-            begin, stop = samples.history_begin[chosen], samples.stop[chosen]
-            start = self.random_windows.starts(begin, start, stop, plan.epoch, plan.ordinals)
-        if self.stochastic_length is not None:
-            whole = lengths
-            lengths, num_labels = self.stochastic_length.shorten(
-                whole, num_labels, plan.epoch, plan.ordinals, samples.num_candidates[chosen]
-            )
-            start = start + whole - lengths
-        items = SampleItems.of(self.store, samples, chosen, start, lengths)
-        times = self.store.timestamp_feature if self.wants_timestamps else None
-        held_out = request_times = seen = seen_lengths = None
-        if samples.target is not None:
-            target, begin = samples.target[chosen], samples.history_begin[chosen]
-            held_out = self._of_items(self.roles.item, SampleItems(self.store, target))
-            if times is not None and self.wants_request_times:
-                request_times = self.store.sequence(times)[target].astype(np.int64)
-            if self.wants_seen:
-                seen, seen_lengths = self._items_between(begin, target)
-        elif self.wants_earlier:
-            seen, seen_lengths = self._items_between(samples.history_begin[chosen], start)
-        codes = self._of_items(self.roles.item, items)
-        side, list_lengths = self._side(items)
-        ends = start + lengths
-        labelled = SampleItems.of(self.store, samples, chosen, ends - num_labels, num_labels) if self.labels else items
-        return Rows(
-            user_ids=users,
-            lengths=lengths,
-            num_candidates=samples.num_candidates[chosen],
-            num_labels=num_labels,
-            items=codes,
-            actions=None if self.roles.action is None else self._of_items(self.roles.action, items),
-            timestamps=items.times() if self.wants_timestamps else None,
-            context={name: self._of_users(name, users) for name in self.roles.contextual},
-            side=side,
-            list_lengths=list_lengths,
-            label_values={name: column.read(labelled.values(name)) for name, column in self.labels.items()},
-            numbers=self._numbers(items),
-            hard_negatives=self._hard_negatives(ends, labels_with_history(num_labels, lengths)),
-            held_out=held_out,
-            request_times=request_times,
-            seen=seen,
-            seen_lengths=seen_lengths,
-        )
-
-    def _items_between(self, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the model gets of the items of the events [begins[i], ends[i]) for each i; the counts of these."""
-        lengths = ends - begins
-        return self._of_items(self.roles.item, SampleItems(self.store, ranges(begins, lengths))), lengths
-
-    def _hard_negatives(self, ends: np.ndarray, num_labels: np.ndarray) -> np.ndarray | None:
-        if not self.hard_negatives:
-            return None
-        events = ranges(ends - num_labels, num_labels)
-        return shown_not_taken(self.store, events, np.repeat(ends, num_labels), self.hard_negatives)
-
-    def _of_items(self, feature: str, items: SampleItems) -> np.ndarray:
-        """What the model gets of the items, the actions or an event feature; int64."""
-        return self._for_model(feature, items.values(feature), items.place)
-
-    def _of_users(self, feature: str, users: np.ndarray) -> np.ndarray:
-        """What the model gets of a contextual feature; int64."""
-
-        def place(index: int) -> str:
-            return f"user {self.store.raw_ids(USER_FEATURE)[users[index]]} (row {users[index]})"
-
-        return self._for_model(feature, self.store.context(feature)[users], place)
-
-    def _side(self, items: SampleItems) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Rows.side and Rows.list_lengths. The codes of the items must be known to be right."""
-        side: dict[str, np.ndarray] = {}
-        of_items = []
-        for name in self.roles.categories:
-            if name in self.store.time_features:
-                side[name] = items.time_codes(name)
-            elif name in self.store.event_features:
-                side[name] = self._of_items(name, items)
-            else:
-                of_items.append(name)
-        if not of_items:
-            return side, {}
-        found = self._features_of_items(of_items, items.values(self.roles.item))
-        return {**side, **found.values}, {**found.list_lengths}
-
-    def _features_of_items(self, names: Sequence[str], codes: np.ndarray) -> ItemFeatures:
-        """Features of the items with these codes, which must be known to be right."""
-        side: dict[str, np.ndarray] = {}
-        list_lengths: dict[str, np.ndarray] = {}
-        for name in names:
-            values, offsets = self.store.item_values(name)
-            places = codes
-            if offsets is not None:
-                starts = offsets.take(codes)
-                list_lengths[name] = offsets.take(codes + 1) - starts
-                places = ranges(starts, list_lengths[name])
-            side[name] = self._for_model(name, values.take(places), lambda _: "an item")  # a third faster than []
-        return ItemFeatures(side, list_lengths)
-
-    def _numbers(self, items: SampleItems) -> np.ndarray | None:
-        """Rows.numbers. The codes of the items must be known to be right."""
-        if not self.roles.numbers:
-            return None
-        codes = items.values(self.roles.item)
-        columns = []
-        for name in self.roles.numbers:
-            of_items = self.store.features[name].role == "item_number"
-            values = self.store.item_numbers(name)[codes] if of_items else items.values(name)[:, None]
-            if np.isinf(values).any():
-                raise DataError(
-                    f"{self.store.path}: {name} has infinite numbers: the data is damaged, preprocess it again"
-                )
-            columns.append(values)
-        return np.concatenate(columns, axis=1)
-
-    def _for_model(self, feature: str, stored: np.ndarray, place: Callable[[int], str]) -> np.ndarray:
-        """What the model gets for stored codes, int64. ``place``: where the one at an index is, for an error."""
-        values = stored.astype(np.int64)
-        cardinality = self.store.cardinality(feature)
-        # Viewed as unsigned, a negative code is too large as well: one comparison instead of two.
-        wrong = values.view(np.uint64) >= np.uint64(cardinality)
-        if wrong.any():
-            first = int(wrong.argmax())
-            raise DataError(
-                f"{self.store.path}: {feature} = {values[first]} of {place(first)} is not in [0, {cardinality}): "
-                "the data is damaged, preprocess it again"
-            )
-        if self.recoding and feature in self.recoding:
-            return self.recoding[feature][values]
-        return self.store.model_ids(feature, values)
-
-    def item_ids(self, codes: np.ndarray) -> np.ndarray:
-        """What the model gets for item codes, int64 [n]."""
-        return self.store.model_ids(self.roles.item, codes)
-
-    def tower_features(self, codes: np.ndarray) -> ItemFeatures:
-        """What an item tower reads of items, given by their codes, int64 [n]."""
-        return self._features_of_items(self.roles.tower, codes)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from hstu.checkpoint.raw_ids import RawIds
 from hstu.config.errors import DataError
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import PADDING_ID, HSTUBatch
-from hstu.data.collate import Assembler, Rows
+from hstu.data.collate import Assembler
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.jagged import run_offsets
+from hstu.data.rows import Rows
 from hstu.data.sampler import START, BatchPlan
 from hstu.data.store import USER_FEATURE, SequenceStore
 from hstu.data.store_layout import TIME_FEATURES

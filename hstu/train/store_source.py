@@ -13,7 +13,7 @@ from hstu.config.args import DatasetArgs, EmbeddingArgs
 from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch, ItemFeatures
-from hstu.data.collate import Assembler, Collator, SkippedSamples, StoreReader
+from hstu.data.collate import Assembler, Collator, SkippedSamples
 from hstu.data.datasets import resolve_name
 from hstu.data.labels import LabelColumn, check_labels
 from hstu.data.loader import build_loader
@@ -33,6 +33,7 @@ from hstu.data.samples import (
 )
 from hstu.data.store import SequenceStore
 from hstu.data.store_layout import NumberStatistics
+from hstu.data.store_reader import StoreReader
 from hstu.data.training_statistics import training_statistics
 from hstu.parallel.mesh import Mesh
 from hstu.train.batch_source import BatchSource, SampleLengths, choose_partition

@@ -30,7 +30,7 @@ import torch
 from harness import ROOT, command_line, publish
 
 from hstu.config.args import DatasetArgs
-from hstu.data.collate import Assembler, Collator, StoreReader
+from hstu.data.collate import Assembler, Collator
 from hstu.data.loader import build_loader
 from hstu.data.negatives import Negatives
 from hstu.data.roles import resolve_roles
@@ -40,6 +40,7 @@ from hstu.data.store import SequenceStore
 from hstu.data.store_files import sha256
 from hstu.data.store_layout import META_FILE
 from hstu.data.store_meta import FORMAT, VERSION, sealed
+from hstu.data.store_reader import StoreReader
 from hstu.data.store_writer import array_header
 from hstu.observe.throughput import ThroughputMeter
 

@@ -1,15 +1,20 @@
-"""A collator for one split of a store, roles and hashing taken from that store."""
+"""Collators for one split of a store, roles and hashing taken from that store, and their batches."""
 
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 
 from hstu.config.args import DatasetArgs, Task
-from hstu.data.collate import Assembler, Collator, StoreReader
+from hstu.data.batch import HSTUBatch
+from hstu.data.collate import Assembler, Collator
 from hstu.data.negatives import ItemDistribution, Negatives, count_items
 from hstu.data.roles import resolve_roles
-from hstu.data.samples import SampleTable, StochasticLength
+from hstu.data.sampler import EvalSampler
+from hstu.data.samples import SampleTable, StochasticLength, build_samples
 from hstu.data.store import SequenceStore
+from hstu.data.store_reader import StoreReader
+from tests.data.test_batch import tensors_of
 
 
 def build_collator(
@@ -46,3 +51,39 @@ def build_collator(
         ),
         Assembler(batch_size, task, roles, store.cardinality(roles.item), seed, negatives, corpus=corpus),
     )
+
+
+def collator_of(
+    store: SequenceStore,
+    task: str = "retrieval",
+    split: str = "train",
+    *,
+    length: int = 100,
+    candidates: int = 0,
+    batch_size: int = 4,
+    seed: int = 0,
+    args: dict[str, object] | None = None,
+    **options: object,
+) -> Collator:
+    dataset = DatasetArgs(dataset_name="toy", max_sequence_length=length, max_num_candidates=candidates, **(args or {}))
+    samples = build_samples(store, dataset, task, split, seed)
+    return build_collator(store, samples, dataset, task, batch_size=batch_size, seed=seed, **options)
+
+
+def batches_of(collator: Collator, world_size: int = 1, rank: int = 0) -> list[HSTUBatch]:
+    """One pass in file order."""
+    sampler = EvalSampler(len(collator.reader.samples), collator.assembler.batch_size, rank, world_size)
+    return [collator(plan) for plan in sampler]
+
+
+def assert_same(batch: HSTUBatch, expected: HSTUBatch) -> None:
+    assert batch.features.keys() == expected.features.keys()
+    assert batch.features.length_per_key() == expected.features.length_per_key()
+    ours, theirs = tensors_of(batch), tensors_of(expected)
+    assert ours.keys() == theirs.keys()
+    for name in ours.keys() - {"user_ids"}:
+        assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]), name
+    for name in ("item_lengths", "num_candidates_host"):
+        assert np.array_equal(getattr(batch, name), getattr(expected, name)), name
+    for name in ("batch_size", "real_batch_size", "num_labels_total"):
+        assert getattr(batch, name) == getattr(expected, name), name

@@ -1,8 +1,6 @@
 import pickle
-import tempfile
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,58 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu.config.args import DatasetArgs
-from hstu.config.errors import ConfigError, DataError
+from hstu.config.errors import ConfigError
 from hstu.data.batch import NEGATIVES, HSTUBatch
-from hstu.data.collate import Collator, ranges
+from hstu.data.collate import Collator
 from hstu.data.negatives import Negatives
-from hstu.data.roles import resolve_roles
 from hstu.data.sampler import EvalSampler, TrainSampler
-from hstu.data.samples import StochasticLength, build_samples
+from hstu.data.samples import StochasticLength
 from hstu.data.store import SequenceStore
-from tests.conftest import write_small_store
-from tests.data.collators import build_collator
-from tests.data.test_batch import tensors_of
+from tests.data.collators import assert_same, batches_of, collator_of
 from tests.data.test_hashing import chi_square_z
 from tests.data.toy_store import ToyStore
 from tests.helpers import make_batch
-
-
-def collator_of(
-    store: SequenceStore,
-    task: str = "retrieval",
-    split: str = "train",
-    *,
-    length: int = 100,
-    candidates: int = 0,
-    batch_size: int = 4,
-    seed: int = 0,
-    args: dict[str, object] | None = None,
-    **options: object,
-) -> Collator:
-    dataset = DatasetArgs(dataset_name="toy", max_sequence_length=length, max_num_candidates=candidates, **(args or {}))
-    samples = build_samples(store, dataset, task, split, seed)
-    return build_collator(store, samples, dataset, task, batch_size=batch_size, seed=seed, **options)
-
-
-def batches_of(collator: Collator, world_size: int = 1, rank: int = 0) -> list[HSTUBatch]:
-    """One pass in file order."""
-    sampler = EvalSampler(len(collator.reader.samples), collator.assembler.batch_size, rank, world_size)
-    return [collator(plan) for plan in sampler]
-
-
-def assert_same(batch: HSTUBatch, expected: HSTUBatch) -> None:
-    assert batch.features.keys() == expected.features.keys()
-    assert batch.features.length_per_key() == expected.features.length_per_key()
-    ours, theirs = tensors_of(batch), tensors_of(expected)
-    assert ours.keys() == theirs.keys()
-    for name in ours.keys() - {"user_ids"}:
-        assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]), name
-    for name in ("item_lengths", "num_candidates_host"):
-        assert np.array_equal(getattr(batch, name), getattr(expected, name)), name
-    for name in ("batch_size", "real_batch_size", "num_labels_total"):
-        assert getattr(batch, name) == getattr(expected, name), name
-
 
 users = st.lists(
     st.lists(st.tuples(st.integers(0, 49), st.integers(0, 9)), min_size=1, max_size=9), min_size=4, max_size=4
@@ -172,52 +129,6 @@ def test_every_batch_says_where_the_run_stands() -> None:
     sampler = TrainSampler(5, 2, 0, 1, seed=0, shuffle=True)
     consumed = [collator(plan).position for plan in islice(sampler, 4)]
     assert [(position.epoch, position.consumed) for position in consumed] == [(0, 2), (0, 4), (0, 5), (1, 2)]
-
-
-def test_a_store_on_disk_and_one_in_memory_give_the_same_batches(make_store: Callable[..., SequenceStore]) -> None:
-    items, actions, context = [[1, 2, 3], [4, 5, 6, 7], [8, 9]], [[1, 2, 3], [4, 5, 6, 7], [8, 9]], {"age": [2, 1, 0]}
-    on_disk = make_store(items, actions=actions, context=context, item_feature="item", num_items=50)
-    in_memory = ToyStore(items, actions=actions, context=context)
-    for task, split in (("ranking", "all"), ("retrieval", "train"), ("retrieval", "test")):
-        pairs = [batches_of(collator_of(store, task, split, batch_size=3)) for store in (on_disk, in_memory)]
-        for one, other in zip(*pairs, strict=True):
-            assert_same(one, other)
-
-
-def test_roles_follow_the_users_choice_and_order(make_store: Callable[..., SequenceStore]) -> None:
-    store = make_store([[1, 2]], actions=[[1, 2]], context={"a": [0], "b": [0], "c": [0]})
-
-    def roles(**chosen: object) -> tuple[str, ...]:
-        return resolve_roles(store, DatasetArgs(dataset_name="toy", max_sequence_length=9, **chosen)).names
-
-    assert roles() == ("a", "b", "c", "item_id", "action")
-    assert roles(contextual_feature_names=["c", "a"]) == ("c", "a", "item_id", "action")
-    with pytest.raises(ConfigError) as error:
-        roles(contextual_feature_names=["d"], item_feature_name="movie", action_feature_name="a")
-    assert len(error.value.problems) == 3
-    assert "'d' is no context feature" in str(error.value) and "allowed: a, b, c" in str(error.value)
-
-
-# Damaged data
-
-
-@pytest.mark.parametrize(
-    ("feature", "position", "value", "message"),
-    [
-        ("item", 4, 50, "item = 50 of user 101 (event 4) is not in [0, 50)"),
-        ("item", 1, -1, "item = -1 of user 100"),
-        ("action", 5, 10, "action = 10 of user 101"),
-        ("age", 1, 77, "age = 77 of user 101"),
-    ],
-)
-def test_a_value_out_of_range_names_the_user(feature: str, position: int, value: int, message: str) -> None:
-    store = ToyStore([[1, 2, 3], [4, 5, 6]], actions=[[1, 2, 3], [4, 5, 6]], context={"age": [1, 2]})
-    collator = collator_of(store, "ranking", "all")
-    assert len(batches_of(collator)) == 1
-    store.arrays[feature][position] = value
-    with pytest.raises(DataError) as error:
-        batches_of(collator)
-    assert message in str(error.value) and "preprocess it again" in str(error.value)
 
 
 def test_what_the_data_lacks_is_a_configuration_error() -> None:
@@ -346,49 +257,9 @@ def test_an_evaluation_has_the_keys_of_training_but_no_negatives(kind: str) -> N
     assert test.draws is None and test.pool_positions is None
 
 
-def test_ranges_concatenates_runs() -> None:
-    assert ranges(np.array([5, 0, 9]), np.array([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
-    assert ranges(np.empty(0, np.int64), np.empty(0, np.int64)).tolist() == []
-
-
 def test_a_collator_reopens_its_store_where_it_is_unpickled(make_store: Callable[..., SequenceStore]) -> None:
     collator = collator_of(make_store([[1, 2, 3, 4], [5, 6, 7]]), negatives=Negatives("popularity", 2, exponent=0.75))
     copy = pickle.loads(pickle.dumps(collator))
     assert copy.reader.store is not collator.reader.store
     for one, other in zip(batches_of(collator), batches_of(copy), strict=True):
         assert_same(one, other)
-
-
-@settings(deadline=None, max_examples=25)
-@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_side_features_are_those_of_each_event_and_of_its_item(lengths: list[int], seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    items = [rng.integers(0, 5, length).tolist() for length in lengths]
-    devices = [rng.integers(0, 3, length).tolist() for length in lengths]
-    genres = [rng.integers(0, 4, rng.integers(1, 4)).tolist() for _ in range(5)]
-    years = rng.integers(0, 3, 5).tolist()
-    with tempfile.TemporaryDirectory() as folder:
-        store = write_small_store(
-            Path(folder) / "store",
-            items,
-            item_features={"genres": genres, "year": years},
-            event_features={"device": devices},
-            num_items=5,
-        )
-        args = {"side_feature_names": ["year", "device", "genres"], "contextual_feature_names": []}
-        batches = batches_of(collator_of(store, "retrieval", length=4, batch_size=2, args=args))
-        for batch in batches:
-            features = batch.features.to_dict()
-            users = batch.user_ids[: batch.real_batch_size].tolist()
-            newest = {user: slice(max(0, len(items[user]) - 2 - 4), len(items[user]) - 2) for user in users}
-            chosen = {user: items[user][newest[user]] for user in users}
-            padding = [[]] * (batch.batch_size - batch.real_batch_size)
-            expected = {
-                "year": [*([[years[item] for item in chosen[user]] for user in users]), *padding],
-                "device": [*([devices[user][newest[user]] for user in users]), *padding],
-                "genres": [*([[g for item in chosen[user] for g in genres[item]] for user in users]), *padding],
-            }
-            for name, rows in expected.items():
-                assert [part.tolist() for part in features[name].to_dense()] == rows, name
-            counts = [len(genres[item]) for user in users for item in chosen[user]]
-            assert batch.list_lengths is not None and batch.list_lengths.tolist() == [counts]

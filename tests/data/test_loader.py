@@ -24,8 +24,7 @@ from hstu.data.negatives import Negatives
 from hstu.data.sampler import START, BatchPlan, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.samples import build_samples
 from hstu.data.store import SequenceStore
-from tests.data.collators import build_collator
-from tests.data.test_collate import assert_same
+from tests.data.collators import assert_same, build_collator
 from tests.data.toy_store import ToyStore
 
 NUM_USERS = 23

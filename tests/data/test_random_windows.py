@@ -7,13 +7,14 @@ import pytest
 
 from hstu.config.args import DatasetArgs
 from hstu.data.batch import HSTUBatch
-from hstu.data.collate import Assembler, Collator, StoreReader
+from hstu.data.collate import Assembler, Collator
 from hstu.data.loader import build_loader
 from hstu.data.negatives import count_items
 from hstu.data.random_windows import RandomWindows, coverage
 from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import TrainSampler
 from hstu.data.samples import SampleTable, StochasticLength, build_samples
+from hstu.data.store_reader import StoreReader
 from tests.data.toy_store import ToyStore
 
 LENGTH = 8

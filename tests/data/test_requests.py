@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from hstu.config.args import DatasetArgs
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import HSTUBatch
-from hstu.data.collate import StoreReader
 from hstu.data.labels import LabelColumn
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess import write as write_module
@@ -25,6 +24,7 @@ from hstu.data.sampler import EvalSampler
 from hstu.data.samples import build_samples, check_requests
 from hstu.data.store import USER_FEATURE, SequenceStore
 from hstu.data.store_layout import REQUEST_FILES
+from hstu.data.store_reader import StoreReader
 from hstu.data.store_requests import Requests, request_problems
 from scripts.preprocess_dataset import main
 from tests.data.collators import build_collator

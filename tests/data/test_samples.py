@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from hstu.config.args import DatasetArgs, Task
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.collate import Assembler, Collator, SkippedSamples, StoreReader
+from hstu.data.collate import Assembler, Collator, SkippedSamples
 from hstu.data.loader import build_loader
 from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import EvalSampler, TrainSampler
 from hstu.data.samples import SampleTable, StochasticLength, build_samples, check_split
 from hstu.data.store import SequenceStore
+from hstu.data.store_reader import StoreReader
 from tests.data.toy_store import ToyStore
 
 

@@ -1,0 +1,24 @@
+"""Which features of a store become which inputs of the model."""
+
+from collections.abc import Callable
+
+import pytest
+
+from hstu.config.args import DatasetArgs
+from hstu.config.errors import ConfigError
+from hstu.data.roles import resolve_roles
+from hstu.data.store import SequenceStore
+
+
+def test_roles_follow_the_users_choice_and_order(make_store: Callable[..., SequenceStore]) -> None:
+    store = make_store([[1, 2]], actions=[[1, 2]], context={"a": [0], "b": [0], "c": [0]})
+
+    def roles(**chosen: object) -> tuple[str, ...]:
+        return resolve_roles(store, DatasetArgs(dataset_name="toy", max_sequence_length=9, **chosen)).names
+
+    assert roles() == ("a", "b", "c", "item_id", "action")
+    assert roles(contextual_feature_names=["c", "a"]) == ("c", "a", "item_id", "action")
+    with pytest.raises(ConfigError) as error:
+        roles(contextual_feature_names=["d"], item_feature_name="movie", action_feature_name="a")
+    assert len(error.value.problems) == 3
+    assert "'d' is no context feature" in str(error.value) and "allowed: a, b, c" in str(error.value)

@@ -150,7 +150,7 @@ def coerce(annotation: Any, value: Any) -> Any:
     origin, parameters = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):  # Optional, or a number or a word
         kinds = [parameter for parameter in parameters if parameter is not types.NoneType]
-        fitting = (kind for kind in kinds if isinstance(value, typing.get_origin(kind) or kind))
+        fitting = (kind for kind in kinds if isinstance(value, _written_as(kind)))
         return None if value is None else coerce(next(fitting, kinds[0]), value)
     if origin is tuple and isinstance(value, str):
         return (value,)
@@ -171,6 +171,12 @@ def coerce(annotation: Any, value: Any) -> Any:
     if annotation is int and not -(2**63) <= value < 2**63:
         raise Mismatch("; this number needs more than 64 bits")
     return value
+
+
+def _written_as(kind: Any) -> type | tuple[type, ...]:
+    """The types of the values that are meant as this one: a list may be written as a tuple, and the reverse."""
+    origin = typing.get_origin(kind) or kind
+    return (list, tuple) if origin in (list, tuple) else origin
 
 
 def _is_unicode(text: str) -> bool:
@@ -211,6 +217,8 @@ def _quoted_hint(value: Any) -> str:
 
 def _within_limits(field: Field[Any], element: Any) -> bool:
     limits = field.metadata
+    if element is None:  # its type has been checked
+        return True
     if limits["words"] and isinstance(element, str):
         return element in limits["words"]
     return (
@@ -291,8 +299,10 @@ def describe(cls: type[Args], field: Field[Any]) -> str:
 
 
 def _kind_in_words(kind: str) -> str:
-    if element := re.fullmatch(r"(?:list|tuple)\[(\w+)(?:, \.\.\.)?\]", kind):
-        return f"list of {_kind_in_words(element[1]).replace('a reference', 'references')}"
+    if element := re.fullmatch(r"(?:list|tuple)\[(?:(Optional)\[)?(\w+)\]?(?:, \.\.\.)?\]", kind):
+        is_optional, name = element.groups()
+        words = f"list of {_kind_in_words(name).replace('a reference', 'references')}"
+        return f"{words} and None" if is_optional else words
     if value := re.fullmatch(r"dict\[str, (\w+)\]", kind):
         return f"dict from feature to {_kind_in_words(value[1])}"
     return kind if kind in ("int", "float", "bool", "str") else f"a reference @scope/{kind}()"

@@ -29,6 +29,7 @@ def kernel_shapes(network: NetworkArgs, tp_size: int = 1) -> KernelShapes:
         item_dim=network.item_width,
         dtype=DTYPES[network.dtype_str],
         has_bias=network.has_relative_bias,
+        has_window=network.has_window,
     )
 
 
@@ -52,9 +53,12 @@ class HSTULayer(nn.Module):
         network: widths, dropout, mask, and what backward recomputes.
         max_tokens: tokens of the longest possible sequence, the divisor N unless ``scaling_seqlen`` is given.
         kernels: from :func:`hstu.ops.select.select_kernels`.
+        index: of the layer, from 0.
     """
 
-    def __init__(self, network: NetworkArgs, max_tokens: int, kernels: Kernels = REFERENCE_KERNELS) -> None:
+    def __init__(
+        self, network: NetworkArgs, max_tokens: int, kernels: Kernels = REFERENCE_KERNELS, index: int = 0
+    ) -> None:
         super().__init__()
         self.network = network
         self.kernels = kernels
@@ -63,6 +67,8 @@ class HSTULayer(nn.Module):
             scaling_seqlen=network.scaling_seqlen if network.scaling_seqlen > 0 else max_tokens,
             is_causal=network.is_causal,
             contextual_mask=not network.disable_contextual_mask,
+            max_span=network.attention_spans[index],
+            full_tokens=network.min_full_attention_tokens,
         )
         inner = network.num_attention_heads * network.kv_channels
 
@@ -127,7 +133,7 @@ class SequenceEncoder(nn.Module):
         self.features = features
         self.inputs = SequenceInputs(network, features, kernels)
         max_tokens = features.max_tokens(network)
-        layers = nn.ModuleList(HSTULayer(network, max_tokens, kernels) for _ in range(network.num_layers))
+        layers = nn.ModuleList(HSTULayer(network, max_tokens, kernels, index) for index in range(network.num_layers))
         self.stack = nn.ModuleDict({"layers": layers})  # the name of the layers in checkpoints
         self.comm = TensorParallelComm()
         """Communication with the ranks that share the tokens between the layers."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +54,16 @@ class AttentionConfig:
     """False: bidirectional over context and history. Candidates never see another group, nor later tokens."""
     contextual_mask: bool = True
     """True: contextual tokens see all context and history."""
+    max_span: int | None = None
+    """The farthest history token that a token sees, in positions before it (if bidirectional, after it, too). Context
+    is seen from everywhere. All candidates have the position of the first. None: no limit."""
+    full_tokens: int = 0
+    """With ``max_span``: the newest tokens of context and history that have no such limit; above 0, candidates have
+    none either."""
+
+    def has_no_limit(self, position: Any, history_end: Any) -> Any:
+        """Whether the tokens at ``position`` see all that the mask without ``max_span`` shows. Numbers or arrays."""
+        return (self.full_tokens > 0) & (position >= history_end - self.full_tokens)
 
 
 @dataclass(frozen=True)
@@ -249,6 +259,8 @@ class KernelShapes:
     """Of matrix products and attention."""
     has_bias: bool = False
     """Whether attention has a relative bias."""
+    has_window: bool = False
+    """Whether attention of some layer has a ``max_span``."""
 
 
 @dataclass(frozen=True)

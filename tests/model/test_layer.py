@@ -53,6 +53,8 @@ def formula(layer: HSTULayer, x: Tensor) -> Tensor:
         is_causal=network.is_causal,
         contextual_mask=not network.disable_contextual_mask,
         bias=None if layer.bias is None else (layer.bias.position_weight, layer.bias.time_weight),
+        max_span=network.attention_spans[0],
+        full_tokens=network.min_full_attention_tokens,
     )
     gated = oracle.norm_mul(attended, u, layer.output_norm.weight, layer.output_norm.bias, network.norm_epsilon)
     return x + gated @ layer.out.weight.T  # type: ignore[union-attr, operator]
@@ -69,6 +71,8 @@ def formula(layer: HSTULayer, x: Tensor) -> Tensor:
         {"attention_scale": 1.5},
         {"scaling_seqlen": 5},
         {"norm_epsilon": 0.1},
+        {"max_attention_span": 3},
+        {"max_attention_span": (2, None), "min_full_attention_tokens": 4, "position_encoding": "relative_bias"},
     ],
     ids=str,
 )

@@ -72,6 +72,43 @@ def test_context_sees_the_whole_history_unless_disabled() -> None:
         assert (0 in changed_tokens(before, after)) == context_changes
 
 
+@pytest.mark.parametrize(
+    ("spans", "full", "reach"),
+    [
+        (3, 0, 2 * 3),
+        ((2, 5), 0, 2 + 5),
+        ((2, None), 0, 99),
+        (3, 1, 99),
+    ],
+)
+def test_a_token_reaches_back_by_the_spans_of_all_layers(
+    spans: int | tuple[int | None, ...], full: int, reach: int
+) -> None:
+    features = make_features(contextuals=1)
+    network = make_network(
+        max_attention_span=spans, min_full_attention_tokens=full, disable_contextual_mask=True, interleave_actions=False
+    )
+    encoder, tables = SequenceEncoder(network, features), Tables(features, 8, 8)
+    batch = make_batch(random_samples([16], contextuals=1), features)
+    embeddings = tables(batch)
+    tokens, _ = encoder(embeddings, batch)
+    (gradient,) = torch.autograd.grad(tokens[-1].square().sum(), embeddings["item"].values())
+    assert torch.nonzero(gradient.any(1)).flatten().tolist() == list(range(max(0, 15 - reach), 16))
+
+
+def test_candidates_share_a_window_and_context_is_seen_from_everywhere() -> None:
+    # tokens: c | i a i a i a i a | i a i a (2 candidates: 9-10 11-12)
+    (sample,) = random_samples([6], contextuals=1, candidates=2)
+    config = dict(max_attention_span=3, num_layers=1)
+    (before,) = encode([sample], 1, **config)
+    (after,) = encode([change(sample, 1, action_only=True)], 1, **config)
+    assert changed_tokens(before, after) == [0, 4, 5, 6, 7]  # context, its own token, and three more
+    (after,) = encode([change(sample, 2, action_only=True)], 1, **config)
+    assert changed_tokens(before, after) == [0, 6, 7, 8, 9, 10, 11, 12]
+    (after,) = encode([dataclasses.replace(sample, context=((sample.context[0] + 1) % ROWS,))], 1, **config)
+    assert changed_tokens(before, after) == list(range(13))
+
+
 @pytest.mark.parametrize("encoding", ["absolute", "relative_bias", "none"])
 @pytest.mark.parametrize("interleave", [True, False])
 def test_users_do_not_depend_on_their_neighbours_or_on_padding(encoding: str, interleave: bool) -> None:

@@ -74,6 +74,22 @@ def sees(query: Token, key: Token, *, is_causal: bool, contextual_mask: bool) ->
     return not_after or not is_causal
 
 
+def within_span(
+    query: Token, key: Token, *, contextual_mask: bool, max_span: int | None, full_tokens: int, num_before: int
+) -> bool:
+    """Whether a span hides no token from another one; ``num_before``: context and history tokens of the sequence."""
+    if max_span is None or key.kind in ("context", "candidate") or (query.kind == "context" and contextual_mask):
+        return True
+    if full_tokens > 0 and query.position >= num_before - full_tokens:
+        return True
+    return abs(query.position - key.position) <= max_span
+
+
+def num_before(tokens: list[Token]) -> int:
+    """Context and history tokens of a sequence."""
+    return sum(token.kind != "candidate" for token in tokens)
+
+
 def bias_of(query: Token, key: Token, position_weight: Tensor, time_weight: Tensor) -> Tensor:
     """Learned bias of a pair: by clamped distance and by bucket of the logarithm of the time difference."""
     farthest = len(position_weight) // 2
@@ -93,6 +109,8 @@ def attention(
     is_causal: bool,
     contextual_mask: bool,
     bias: tuple[Tensor, Tensor] | None = None,
+    max_span: int | None = None,
+    full_tokens: int = 0,
 ) -> Tensor:
     """q, k, v: [T, H, d]; returns [T, H, d]."""
     outputs, first = [], 0
@@ -105,8 +123,16 @@ def attention(
         if bias is not None:
             pairs = torch.stack([torch.stack([bias_of(i, j, *bias) for j in tokens]) for i in tokens])
             scores = scores + pairs
+        window = dict(max_span=max_span, full_tokens=full_tokens, num_before=num_before(tokens))
         mask = torch.tensor(
-            [[sees(i, j, is_causal=is_causal, contextual_mask=contextual_mask) for j in tokens] for i in tokens]
+            [
+                [
+                    sees(i, j, is_causal=is_causal, contextual_mask=contextual_mask)
+                    and within_span(i, j, contextual_mask=contextual_mask, **window)
+                    for j in tokens
+                ]
+                for i in tokens
+            ]
         )
         weights = scores * torch.sigmoid(scores) / scaling_seqlen * mask
         outputs.append(torch.einsum("hij,jhd->ihd", weights, v[rows]))

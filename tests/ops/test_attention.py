@@ -1,5 +1,7 @@
 """HSTU attention against the pair-by-pair oracle in float64, forward and backward."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -33,8 +35,10 @@ def forward_and_gradients(attend, inputs: list[Tensor], with_bias: bool) -> list
     return [out.detach(), *torch.autograd.grad(out, used, grad_out.detach(), materialize_grads=True)]
 
 
-def compare(batch: Batch, inputs: list[Tensor], *, with_bias: bool, is_causal: bool, contextual_mask: bool) -> None:
-    config = dict(alpha=0.37, scaling_seqlen=7, is_causal=is_causal, contextual_mask=contextual_mask)
+def compare(
+    batch: Batch, inputs: list[Tensor], *, with_bias: bool, is_causal: bool, contextual_mask: bool, **window: Any
+) -> None:
+    config = dict(alpha=0.37, scaling_seqlen=7, is_causal=is_causal, contextual_mask=contextual_mask, **window)
     layout, sequences = batch.layout(), batch.tokens()
 
     def ours(q: Tensor, k: Tensor, v: Tensor, position: Tensor, time: Tensor) -> Tensor:
@@ -67,6 +71,24 @@ def test_equals_the_oracle_forward_and_backward(
 ) -> None:
     inputs = random_inputs(batch, heads, width=3, dtype=dtype, seed=seed)
     compare(batch, inputs, with_bias=with_bias, is_causal=is_causal, contextual_mask=contextual_mask)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    batch=batches(),
+    rows=st.integers(1, 4),
+    with_bias=st.booleans(),
+    is_causal=st.booleans(),
+    contextual_mask=st.booleans(),
+    max_span=st.integers(0, 9),
+    full_tokens=st.sampled_from([0, 0, 1, 2, 5, 30]),
+    seed=st.integers(0, 99),
+)
+def test_a_window_equals_the_oracle_forward_and_backward(batch: Batch, rows: int, seed: int, **config: Any) -> None:
+    inputs = random_inputs(batch, heads=2, width=3, dtype=torch.float64, seed=seed)
+    with pytest.MonkeyPatch.context() as patched:  # blocks that are smaller than the sequences
+        patched.setattr(pytorch_attention, "ROWS_PER_BLOCK", {"cpu": rows})
+        compare(batch, inputs, **config)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -163,8 +185,21 @@ def test_cost_follows_the_sum_of_squares_and_memory_is_bounded() -> None:
     q = torch.zeros(layout.num_tokens, 1, 1)
     hstu_attention(q, q, q, layout, alpha=1.0, scaling_seqlen=2000)
     (plan,) = layout.cache.values()
-    blocks = [g.size * (b.stop - b.start) * b.num_keys for g in plan.groups for b in g.blocks]
+    blocks = [g.size * b.num_scores for g in plan.groups for b in g.blocks]
     pairs = sum(n * n for n in lengths)
     assert 0.5 * pairs < sum(blocks) < 0.7 * pairs  # causal: little more than half of Σ n²
     assert sum(blocks) < 0.01 * len(lengths) * max(lengths) ** 2
     assert max(blocks) <= max(pytorch_attention.SCORES_PER_BLOCK["cpu"], 64 * max(lengths))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_cost_of_a_window_grows_with_the_length(is_causal: bool) -> None:
+    def scores(length: int) -> int:
+        batch = Batch((User(length, 9), User(length // 2, 0)), contextuals=3, tokens_per_item=1, group_size=1)
+        q = torch.zeros(batch.layout().num_tokens, 1, 1)
+        config = dict(alpha=1.0, scaling_seqlen=1, is_causal=is_causal, max_span=100, full_tokens=70)
+        hstu_attention(q, q, q, layout := batch.layout(), **config)
+        (plan,) = layout.cache.values()
+        return sum(g.size * b.num_scores for g in plan.groups for b in g.blocks)
+
+    assert scores(16_000) < 5 * scores(4_000)  # 16 without a window

@@ -38,6 +38,14 @@ class NetworkArgs(Args):
     bfloat16_residual: bool = option(False)
     """True: keep the residual stream between the layers, and its gradient, in bfloat16 instead of float32. It needs
     dtype_str = "bfloat16" and saves memory and, on GPUs, traffic; docs/benchmarks/layer compares the quality."""
+    max_attention_span: Optional[int | tuple[Optional[int], ...]] = option(None, minimum=1, maximum=10_000_000)
+    """How many tokens of the history a token sees before itself (with is_causal = False, after itself, too), so that
+    the cost of attention grows linearly with the length. An interleaved action is a token of its own. Context tokens
+    stay visible; candidates see the newest tokens of the history. One number for all layers, or one per layer, such as
+    (256, 256, None). None: the whole history. docs/attention_mask.md defines the mask."""
+    min_full_attention_tokens: int = option(0, minimum=0, maximum=10_000_000)
+    """With max_attention_span: the newest tokens of context and history, before the candidates, that see the whole
+    history all the same. Above 0, candidates see it, too."""
     kernel_backend: str = option("cutlass", choices=KERNEL_BACKENDS)
     """Kernels of the model. On a CPU, "cutlass" and "triton" both mean the C++ kernels. If a backend cannot run, the
     log states which one is used instead and why."""
@@ -106,6 +114,17 @@ class NetworkArgs(Args):
     def score_factor(self) -> float:
         """Factor of the products of queries and keys."""
         return self.kv_channels**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def attention_spans(self) -> tuple[Optional[int], ...]:
+        """max_attention_span of each layer."""
+        spans = self.max_attention_span
+        return spans if isinstance(spans, tuple) else (spans,) * self.num_layers
+
+    @property
+    def has_window(self) -> bool:
+        """Whether some layer has a max_attention_span."""
+        return any(span is not None for span in self.attention_spans)
 
     @property
     def item_width(self) -> int:

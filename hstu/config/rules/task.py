@@ -271,6 +271,22 @@ def position_buckets_have_a_table(run: RunConfig) -> Iterator[Problem]:
 # --- masks ---------------------------------------------------------------------------------------------------------
 
 
+def spans_fit_the_layers(run: RunConfig) -> Iterator[Problem]:
+    spans = run.network.max_attention_span
+    if isinstance(spans, tuple) and len(spans) != run.network.num_layers:
+        text = f"has {len(spans)} spans, but must have one per layer: {run.cite(run.network, 'num_layers')}"
+        yield run.problem(run.network, "max_attention_span", f"{text}; write one number for all layers, or as many")
+
+
+def full_attention_exceeds_a_span(run: RunConfig) -> Iterator[Problem]:
+    if is_given(run.network, "min_full_attention_tokens") and not run.network.has_window:
+        text = (
+            f"has no effect with {run.cite(run.network, 'max_attention_span')}, because all tokens see the whole "
+            "history; remove it, or set max_attention_span"
+        )
+        yield run.problem(run.network, "min_full_attention_tokens", text)
+
+
 def masks_hide_the_labels(run: RunConfig) -> Iterator[Problem]:
     yield from label_leak(run, has_context=bool(run.dataset.contextual_feature_names))  # None: known with the data
 
@@ -316,5 +332,6 @@ RULES = (
     added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, hard_negatives_are_draws,
     counted_items_are_stored,
     item_towers_have_features, query_time_is_seen, next_items_are_not_candidates, next_items_are_not_evaluated,
-    position_encodings_combine, position_buckets_have_a_table, masks_hide_the_labels,
+    position_encodings_combine, position_buckets_have_a_table,
+    spans_fit_the_layers, full_attention_exceeds_a_span, masks_hide_the_labels,
 )  # fmt: skip

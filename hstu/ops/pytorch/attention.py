@@ -1,8 +1,8 @@
 """HSTU attention in plain PyTorch, on any device, in bounded memory and at a cost proportional to Σ n².
 
 Sequences are sorted by length and cut into groups of similar ones, padded to the longest of the group; a group is
-worked on in blocks of query rows, each against the keys it may see. Only q, k and v are kept for backward, which
-computes the scores again block by block.
+worked on in blocks of query rows, each against the keys it may see: with a window, those of context and the window.
+Only q, k and v are kept for backward, which computes the scores again block by block.
 
 Two things make it fast:
 
@@ -47,12 +47,28 @@ class Terms:
 
 @dataclass
 class Block:
-    """Query rows [start, stop) of a group, and the first num_keys keys."""
+    """Query rows [start, stop) of a group and its keys [first_key, stop_key). Rows may have several blocks."""
 
     start: int
     stop: int
-    num_keys: int
+    first_key: int
+    stop_key: int
     terms: Terms | None = None
+
+    @property
+    def rows(self) -> slice:
+        """The queries."""
+        return slice(self.start, self.stop)
+
+    @property
+    def keys(self) -> slice:
+        """The keys."""
+        return slice(self.first_key, self.stop_key)
+
+    @property
+    def num_scores(self) -> int:
+        """Scores of one head of one sequence."""
+        return (self.stop - self.start) * (self.stop_key - self.first_key)
 
 
 @dataclass
@@ -64,7 +80,7 @@ class Group:
     size: int
     length: int
     history_end: Tensor
-    """int64 [S, 1, 1]: first candidate token; S is 1 (and this n) where no sequence has candidates."""
+    """int64 [S, 1, 1]: first candidate token; S is 1 (and this n) where the mask does not depend on it."""
     blocks: list[Block] = field(default_factory=list)
 
 
@@ -85,11 +101,10 @@ def forward(
     out = torch.zeros_like(v_rows)
     for group, blocks in _walk(layout, config, weights, heads=q.shape[1], dtype=out.dtype):
         q_pad, k_pad, v_pad = (_pad(rows, group) for rows in (q_rows, k_rows, v_rows))
-        out_pad = torch.empty_like(v_pad)
+        out_pad = torch.zeros_like(v_pad)
         for block, terms in blocks:
-            keys = slice(0, block.num_keys)
-            scores = _scores(q_pad[:, block.start : block.stop], k_pad[:, keys], terms, weights, config.alpha)
-            out_pad[:, block.start : block.stop] = F.silu(scores, inplace=True) @ v_pad[:, keys]
+            scores = _scores(q_pad[:, block.rows], k_pad[:, block.keys], terms, weights, config.alpha)
+            out_pad[:, block.rows] += F.silu(scores, inplace=True) @ v_pad[:, block.keys]
         _unpad(out_pad, group, out)
     return out[:-1].div(config.scaling_seqlen).to(v.dtype)
 
@@ -113,9 +128,9 @@ def backward(
     grad_q, grad_k, grad_v = (torch.zeros_like(rows) for rows in (q_rows, k_rows, v_rows))
     for group, blocks in _walk(layout, config, weights, heads=q.shape[1], dtype=grad_rows.dtype):
         q_pad, k_pad, v_pad, grad_pad = (_pad(rows, group) for rows in (q_rows, k_rows, v_rows, grad_rows))
-        grad_q_pad, grad_k_pad, grad_v_pad = torch.empty_like(q_pad), *map(torch.zeros_like, (k_pad, v_pad))
+        grad_q_pad, grad_k_pad, grad_v_pad = map(torch.zeros_like, (q_pad, k_pad, v_pad))
         for block, terms in blocks:
-            rows, keys = slice(block.start, block.stop), slice(0, block.num_keys)
+            rows, keys = block.rows, block.keys
             scores = _scores(q_pad[:, rows], k_pad[:, keys], terms, weights, config.alpha)
             grad_scores = grad_pad[:, rows] @ v_pad[:, keys].transpose(1, 2)
             grad_scores = torch.ops.aten.silu_backward(grad_scores, scores)
@@ -123,7 +138,7 @@ def backward(
             # Not baddbmm_: into a slice it multiplies one sequence at a time.
             grad_v_pad[:, keys] += weighted.transpose(1, 2) @ grad_pad[:, rows]
             grad_k_pad[:, keys] += grad_scores.transpose(1, 2) @ q_pad[:, rows]
-            grad_q_pad[:, rows] = grad_scores @ k_pad[:, keys]
+            grad_q_pad[:, rows] += grad_scores @ k_pad[:, keys]
             if grad_weights is not None:
                 _add_weight_gradients(grad_scores, terms, grad_weights, heads=q.shape[1])
         _unpad(grad_q_pad, group, grad_q)
@@ -239,19 +254,24 @@ def _make_plan(layout: JaggedLayout, config: AttentionConfig, heads: int) -> Pla
     while first < len(order):
         length = int(layout.seqlens[order[first]])
         rows = min(length, ROWS_PER_BLOCK[device.type])
+        if config.max_span is not None:
+            rows = min(rows, max(config.max_span, ROWS_PER_BLOCK["cpu"]))
         members = order[first : first + max(budget // (rows * length), 1)]
-        groups.append(_make_group(layout, members, offsets, length))
-        groups[-1].blocks = _make_blocks(layout, config, length, rows)
+        groups.append(_make_group(layout, config, members, offsets, length))
+        groups[-1].blocks = _make_blocks(layout, config, members, length, rows)
         first += len(members)
-    pairs = sum(g.size * (block.stop - block.start) * block.num_keys for g in groups for block in g.blocks)
+    pairs = sum(g.size * block.num_scores for g in groups for block in g.blocks)
     return Plan(groups, remembers=pairs <= MOST_PAIRS_REMEMBERED)
 
 
-def _make_group(layout: JaggedLayout, members: np.ndarray, offsets: np.ndarray, length: int) -> Group:
+def _make_group(
+    layout: JaggedLayout, config: AttentionConfig, members: np.ndarray, offsets: np.ndarray, length: int
+) -> Group:
     place = np.arange(length)
     tokens = np.where(place < layout.seqlens[members, None], offsets[members, None] + place, layout.num_tokens)
     candidates = layout.num_candidate_tokens_host[members]
-    history_end = layout.seqlens[members] - candidates if candidates.any() else np.array([length])
+    depends = candidates.any() or (config.max_span is not None and config.full_tokens > 0)
+    history_end = layout.seqlens[members] - candidates if depends else np.array([length])
     device = layout.positions.device
     return Group(
         tokens=to_device(tokens.reshape(-1), device),
@@ -261,13 +281,38 @@ def _make_group(layout: JaggedLayout, members: np.ndarray, offsets: np.ndarray, 
     )
 
 
-def _make_blocks(layout: JaggedLayout, config: AttentionConfig, length: int, rows: int) -> list[Block]:
+def _make_blocks(
+    layout: JaggedLayout, config: AttentionConfig, members: np.ndarray, length: int, rows: int
+) -> list[Block]:
+    lengths = layout.seqlens[members]
+    ends = lengths - layout.num_candidate_tokens_host[members]
     blocks = []
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        sees_ahead = not config.is_causal or (config.contextual_mask and start < layout.num_contextuals)
-        blocks.append(Block(start, stop, num_keys=length if sees_ahead else stop))
+        first, last = _key_range(start, stop, lengths, ends, config)
+        if config.contextual_mask and start < layout.num_contextuals:
+            first, last = 0, length
+        elif first <= layout.num_contextuals:
+            first, last = 0, last if config.is_causal else max(last, layout.num_contextuals)
+        if first > 0 and layout.num_contextuals:
+            blocks.append(Block(start, stop, 0, layout.num_contextuals))
+        blocks.append(Block(start, stop, first, min(last, length)))
     return blocks
+
+
+def _key_range(
+    start: int, stop: int, lengths: np.ndarray, ends: np.ndarray, config: AttentionConfig
+) -> tuple[int, int]:
+    """Range of keys with all that rows [start, stop) see, but for context and what contextual rows see.
+
+    lengths, ends: tokens of each sequence of the group, and those before its candidates.
+    """
+    longest = int(lengths.max())
+    no_limit = config.max_span is None or config.has_no_limit(np.minimum(stop - 1, ends), ends)[start < lengths].any()
+    if config.max_span is None or no_limit:
+        return 0, stop if config.is_causal else longest
+    first = int(np.minimum(start, ends[start < lengths]).min()) - config.max_span
+    return max(first, 0), stop if config.is_causal else stop + config.max_span
 
 
 def _make_terms(
@@ -275,7 +320,7 @@ def _make_terms(
 ) -> Terms:
     device = layout.positions.device
     i = torch.arange(block.start, block.stop, device=device)[None, :, None]
-    j = torch.arange(block.num_keys, device=device)[None, None, :]
+    j = torch.arange(block.first_key, block.stop_key, device=device)[None, None, :]
     end = group.history_end
     hidden = ~_visible(i, j, end, layout, config)
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, MASKED)
@@ -284,8 +329,8 @@ def _make_terms(
     distance = distance_index(torch.minimum(i, end), torch.minimum(j, end), num_weights)
     assert layout.query_times is not None and layout.token_times is not None
     tokens = group.tokens.clamp(max=layout.num_tokens - 1).view(group.size, group.length)
-    query_times = layout.query_times[tokens[:, block.start : block.stop]]
-    token_times = layout.token_times[tokens[:, : block.num_keys]]
+    query_times = layout.query_times[tokens[:, block.rows]]
+    token_times = layout.token_times[tokens[:, block.keys]]
     buckets = time_buckets(query_times[:, :, None] - token_times[:, None, :])
     return Terms(mask, distance.reshape(-1), buckets.reshape(-1))
 
@@ -296,7 +341,19 @@ def _visible(i: Tensor, j: Tensor, end: Tensor, layout: JaggedLayout, config: At
     in_history = before if config.is_causal else torch.ones_like(before)
     if config.contextual_mask:
         in_history = in_history | (i < layout.num_contextuals)
+    if config.max_span is not None:
+        in_history = in_history & _within_span(i, j, end, layout, config, config.max_span)
     group_tokens = layout.candidate_group_tokens
     group_i = (i - end).div(group_tokens, rounding_mode="floor")
     group_j = (j - end).div(group_tokens, rounding_mode="floor")
     return torch.where(j < end, in_history, before & (group_i == group_j))
+
+
+def _within_span(i: Tensor, j: Tensor, end: Tensor, layout: JaggedLayout, config: AttentionConfig, span: int) -> Tensor:
+    """bool [S, r, k]: whether token j of context and history is not too far from token i."""
+    position = torch.minimum(i, end)
+    near = (position - j).abs() <= span
+    no_limit = config.has_no_limit(position, end)
+    if config.contextual_mask:
+        no_limit = no_limit | (i < layout.num_contextuals)
+    return near | no_limit | (j < layout.num_contextuals)

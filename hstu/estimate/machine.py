@@ -23,7 +23,8 @@ from hstu.config.args import BenchmarkDatasetArgs
 from hstu.config.errors import ConfigError
 from hstu.config.problems import did_you_mean
 from hstu.data.sampler import SamplerPosition
-from hstu.estimate.operators import ATTENTION, Operator
+from hstu.estimate.dense_operators import ATTENTION
+from hstu.estimate.timing import Operator
 from hstu.estimate.traffic import Transfer
 from hstu.estimate.workload import Workload
 from hstu.observe.throughput import data_sheet_tflops, peak_tflops

@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hstu.config.errors import EXIT_DONE, ConfigError, UserError
 from hstu.config.printable import PrintableFormatter, printable
 from hstu.data.datasets import DATASETS, resolve_name
-from hstu.data.datasets.own import matching_files
 from hstu.data.datasets.own_features import lists_of
+from hstu.data.datasets.own_files import matching_files
 from hstu.data.datasets.own_types import TIME_UNITS
 from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_interactions, preprocess
 from hstu.data.preprocess.engine import disk_errors

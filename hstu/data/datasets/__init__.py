@@ -2,7 +2,7 @@
 
 movielens.py, kuairand.py and amazon.py each hold everything about a family: where the data is published, the features,
 the reader of the raw files. A new dataset of a known family is one more entry there; a new family is one more file,
-listed in ``_FAMILIES``. own.py reads users' own tables, spec.py and raw.py hold what all of them declare.
+listed in ``_FAMILIES``. own.py and own_*.py read users' own tables, spec.py and raw.py hold what all of them declare.
 Anyone may import this registry: it needs neither NumPy nor torch nor DuckDB.
 """
 

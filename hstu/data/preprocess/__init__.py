@@ -5,7 +5,7 @@ files, report.py describes the finished store, starter.py writes gin files for i
 ``import_interactions`` and ``InteractionColumns`` from here.
 """
 
-from hstu.data.datasets.own import InteractionColumns
+from hstu.data.datasets.own_columns import InteractionColumns
 from hstu.data.preprocess.build import DATA_DIRECTORY, import_interactions, preprocess
 
 __all__ = ["DATA_DIRECTORY", "InteractionColumns", "import_interactions", "preprocess"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hstu.config.errors import DataError
-from hstu.data.datasets.own import InteractionColumns
+from hstu.data.datasets.own_columns import InteractionColumns
 from hstu.data.preprocess.existing import option_that_differs, options_of, options_that_differ
 from hstu.data.preprocess.state import BuildOptions, source_names
 from hstu.data.store import USER_FEATURE, SequenceStore

@@ -25,7 +25,8 @@ import numpy as np
 
 from hstu.config.errors import ConfigError, DataError
 from hstu.data.datasets import DATASETS, resolve_name
-from hstu.data.datasets.own import InteractionColumns, interactions
+from hstu.data.datasets.own import interactions
+from hstu.data.datasets.own_columns import InteractionColumns
 from hstu.data.datasets.raw import check_readable
 from hstu.data.datasets.spec import USER_FEATURE, RawTables, Schema
 from hstu.data.jagged import run_offsets

@@ -1,0 +1,176 @@
+"""Which columns of which files of users' own tables mean what, as users say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hstu.config.errors import ConfigError
+from hstu.data.datasets.own_features import problems_of_lists, problems_of_numbers, text_of_lists
+from hstu.data.datasets.own_files import all_files
+from hstu.data.datasets.own_types import TIME_UNITS
+from hstu.data.datasets.spec import USER_FEATURE, Schema
+
+
+@dataclass(frozen=True, kw_only=True)
+class InteractionColumns:
+    """The interactions table and its columns; the tables of users, of items and of titles, and their columns."""
+
+    interactions: Path | Sequence[Path]
+    """One file or several. Without times, their rows follow one another in this order. A directory stands for its
+    files of text or Parquet, as their names say, in the order of their names."""
+    user: str
+    """int64 or strings."""
+    item: str
+    """int64 or strings."""
+    action: str | None = None
+    """Integers >= 0, or texts, which are numbered in alphabetical order."""
+    time: str | None = None
+    """Numbers since 1970, or dates. None: the rows are in time order."""
+    time_unit: str = "s"
+    """Of times that are numbers: s, ms, us, ns, or auto, the largest of them that gives times before the year 5000."""
+    split: str | None = None
+    """Which events are trained on: train, valid or test, in this order within a user. None: options of a run decide."""
+    requests: tuple[Path, ...] = ()
+    """Files, or directories of files, with one row per impression: an item that a request showed to a user. They have
+    the columns of the interactions: user, item, action, time (of the request) and event_columns."""
+    request: str | None = None
+    """Column of ``requests`` with the id of the request; a user's rows of one id are one request, at the earliest of
+    their times. None: a user's rows of one time are one request."""
+    context: Path | None = None
+    """A table with one row per user, and the same user column."""
+    context_columns: tuple[str, ...] = ()
+    """Contextual features in token order. The user column among them makes the user a feature, user_id. Columns that
+    ``context`` lacks are taken from the interactions, where the first event of a user that has a value counts."""
+    items: Path | None = None
+    """A table with one row per item, and the same item column. Of several rows, an item's first counts."""
+    item_columns: tuple[str, ...] = ()
+    """Features of the items. Columns that ``items`` lacks are taken from the interactions, where the first event of an
+    item that has a value counts."""
+    event_columns: tuple[str, ...] = ()
+    """Columns of the interactions that are features of the events."""
+    lists: Mapping[str, str] = field(default_factory=dict)
+    """Item column → what separates its values, where it has several. Lists of Parquet files need no separator."""
+    numbers: tuple[str, ...] = ()
+    """Item or event columns that are quantities, not categories."""
+    vectors: tuple[str, ...] = ()
+    """Item columns that are vectors of one width: lists of a Parquet file, or text that ``lists`` divides."""
+    bins: Mapping[str, int] = field(default_factory=dict)
+    """Context, item or event column → number of ranges that its numbers are grouped into."""
+    titles: Path | None = None
+    """A table with one row per item, and the same item column."""
+    title: str | None = None
+    """Column of ``titles``."""
+    delimiter: str | None = None
+    """What separates the columns of text files. None: a comma in .csv, a tab in .tsv."""
+    header: tuple[str, ...] = ()
+    """Names of the columns, for files whose first line does not name them."""
+    context_delimiter: str | None = None
+    """As delimiter, for ``context``. None: ``delimiter``."""
+    context_header: tuple[str, ...] = ()
+    """As header, for ``context``."""
+    requests_delimiter: str | None = None
+    """As delimiter, for ``requests``. None: ``delimiter``."""
+    requests_header: tuple[str, ...] = ()
+    """As header, for ``requests``."""
+    titles_delimiter: str | None = None
+    """As delimiter, for ``titles``. None: ``delimiter``."""
+    titles_header: tuple[str, ...] = ()
+    """As header, for ``titles``."""
+    items_delimiter: str | None = None
+    """As delimiter, for ``items``. None: ``delimiter``."""
+    items_header: tuple[str, ...] = ()
+    """As header, for ``items``."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.context and not self.context_columns:
+            problems.append("--context needs --context_columns, the columns to take from it")
+        if (self.titles is None) != (self.title is None):
+            problems.append("--titles, a table of items, and --title, its column, go together")
+        if self.items and not self.item_columns:
+            problems.append("--items needs --item_columns, the columns to take from it")
+        problems += self._problems_of_requests()
+        problems += problems_of_lists(self.lists, self.item_columns, self.bins)
+        problems += problems_of_numbers(
+            self.numbers, self.vectors, self.item_columns, self.event_columns, self.bins, self.lists
+        )
+        features = (*self.context_columns, *self.item_columns, *self.event_columns)
+        for column, ranges in self.bins.items():
+            if column not in features or column == self.user:
+                options = "--context_columns, --item_columns or --event_columns"
+                problems.append(f"--bins {column}={ranges}: {column!r} is not among {options}")
+            if ranges < 2:
+                problems.append(f"--bins {column}={ranges}: at least 2 ranges are needed")
+        named = [self.item, self.action, self.time, self.split, *self.schema().context]
+        named += [*self.item_columns, *self.event_columns]
+        repeated = sorted({name for name in named if name and named.count(name) > 1})
+        if repeated:
+            problems.append(f"column(s) {', '.join(repeated)} would be two features; each feature needs its own column")
+        if USER_FEATURE in (self.item, self.action, self.time, *self.item_columns, *self.event_columns):
+            text = "is the name of the users, it cannot be the item, action or time, or a feature of items or events"
+            problems.append(f"{USER_FEATURE!r} {text}")
+        if self.time_unit not in (*TIME_UNITS, "auto"):
+            problems.append(f"--time_unit {self.time_unit}: choose one of {', '.join(TIME_UNITS)}, auto")
+        for option in ("header", "requests_header", "context_header", "titles_header", "items_header"):
+            names = getattr(self, option)
+            if len(set(names)) < len(names) or "" in names:
+                problems.append(f"--{option} {','.join(names)}: each column needs a name of its own")
+        if problems:
+            raise ConfigError(problems)
+
+    def _problems_of_requests(self) -> Iterator[str]:
+        if not self.requests:
+            if self.request:
+                yield f"--request {self.request}: it is a column of --requests, which is missing"
+            return
+        if not self.time or not self.action:
+            yield "--requests needs --time, which says which events come before a request, and --action, the label"
+        if self.split:
+            yield f"--requests and --split {self.split}: a split of events says nothing of requests; leave one out"
+        if self.request in (self.user, self.item, self.action, self.time, *self.event_columns):
+            yield f"--request {self.request}: the column is also given as another; name the one with the request's id"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the interactions. Raises DataError for a directory without any."""
+        return all_files((self.interactions,) if isinstance(self.interactions, Path) else self.interactions)
+
+    @property
+    def request_files(self) -> tuple[Path, ...]:
+        """The files of the requests. Raises DataError for a directory without any."""
+        return all_files(self.requests)
+
+    def schema(self) -> Schema:
+        """Features are named after their columns; the user's is user_id."""
+        context = tuple(USER_FEATURE if column == self.user else column for column in self.context_columns)
+        return Schema(
+            item=self.item,
+            action=self.action,
+            timestamp=self.time,
+            context=context,
+            item_features=self.item_columns,
+            event_features=self.event_columns,
+            bins=self.bins,
+            lists=self.lists,
+            numbers=self.numbers,
+            vectors=self.vectors,
+            split=self.split,
+        )
+
+    def arguments(self) -> dict[str, object]:
+        """Option of scripts/preprocess_dataset.py → value, as it would be given there."""
+        given: dict[str, object] = {}
+        for name, value in (vars(self) | {"interactions": self.files, "requests": self.request_files}).items():
+            if name in ("interactions", "requests"):
+                given[name] = value or None
+            elif isinstance(value, tuple):
+                given[name] = ",".join(value) or None
+            elif name == "lists":
+                given[name] = text_of_lists(value) or None
+            elif isinstance(value, Mapping):
+                given[name] = ",".join(f"{key}={number}" for key, number in value.items()) or None
+            else:
+                given[name] = None if value == type(self).__dataclass_fields__[name].default else value
+        return given

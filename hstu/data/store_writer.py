@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import io
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from numpy.lib.format import open_memmap
 
 from hstu.config.errors import DataError
 from hstu.data.jagged import run_offsets
+from hstu.data.journal import Journal
 from hstu.data.number_statistics import statistics_of_numbers
 from hstu.data.store import SequenceStore
 from hstu.data.store_files import sha256
@@ -348,46 +348,6 @@ def check_replaceable(target: Path) -> None:
     if foreign := sorted(path.name for path in target.iterdir() if path.name not in described):
         shown = ", ".join(foreign[:5]) + (", …" if len(foreign) > 5 else "")
         raise DataError(f"{target} holds files that are not of the store: {shown}; move them away")
-
-
-class Journal:
-    """The finished stages of a long job and the result of each, in a file that is replaced atomically at every commit.
-
-    ``key`` identifies everything that the stages depend on. A journal with another key is ignored.
-    """
-
-    def __init__(self, file: Path, key: str | None) -> None:
-        self.file = file
-        self.key = key
-        self.stages: dict[str, Any] = {}
-
-    def resume(self) -> bool:
-        """Takes over the stages of an interrupted job with the same key. False where there is none."""
-        try:
-            stored = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        is_ours = isinstance(stored, dict) and self.key is not None and stored.get("key") == self.key
-        if not is_ours or not isinstance(stored.get("stages"), dict):
-            return False
-        self.stages = stored["stages"]
-        return True
-
-    def __contains__(self, stage: str) -> bool:
-        return stage in self.stages
-
-    def __getitem__(self, stage: str) -> Any:
-        return self.stages[stage]
-
-    def commit(self, stage: str, result: Any = None) -> None:
-        """Records a stage as done. ``result`` must be JSON; files of the stage must already be on the disk."""
-        self.stages[stage] = result
-        aside = self.file.with_suffix(".new")
-        with aside.open("w", encoding="utf-8") as stream:
-            json.dump({"key": self.key, "stages": self.stages}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, self.file)
 
 
 def array_header(dtype: str, length: int) -> bytes:

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from hstu.config.errors import ConfigError, DataError
+from hstu.data.journal import Journal
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store import SequenceStore
-from hstu.data.store_writer import Journal
 from scripts.preprocess_dataset import main
 from tests.data.test_interactions import histories
 from tests.data.test_restart import contents

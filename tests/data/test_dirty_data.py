@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 
 from hstu.config.errors import DataError
+from hstu.data.journal import Journal
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store import SequenceStore
-from hstu.data.store_writer import Journal
 from tests.conftest import REPOSITORY
 from tests.data.dirty_inputs import ALL, DIRT, GOOD, named, zipped, zstd
 

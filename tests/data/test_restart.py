@@ -14,8 +14,8 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
+from hstu.data.journal import Journal
 from hstu.data.preprocess import preprocess, write
-from hstu.data.store_writer import Journal
 from tests.conftest import REPOSITORY
 
 T = TypeVar("T")

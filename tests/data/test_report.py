@@ -9,7 +9,8 @@ import pytest
 
 from hstu.config.errors import DataError
 from hstu.data.preprocess.document import Heading, Paragraph, Table, to_html, to_markdown
-from hstu.data.preprocess.report import equal_times, repeated_events, statistics_of, write_report
+from hstu.data.preprocess.report import write_report
+from hstu.data.preprocess.statistics import equal_times, repeated_events, statistics_of
 from hstu.data.store import SequenceStore
 from tests.conftest import REPOSITORY
 
@@ -79,7 +80,7 @@ def test_events_of_one_second_are_counted(make_store: MakeStore, monkeypatch: py
     times = [[5, 5, 5, 6], [6], [6, 6], [7, 8, 8]]
     store = make_store([[0] * len(row) for row in times], timestamps=times)
     assert equal_times(store) == (4, 2), "the second and third user have two events at the end"
-    monkeypatch.setattr("hstu.data.preprocess.report._CHUNK", 1)
+    monkeypatch.setattr("hstu.data.preprocess.statistics._CHUNK", 1)
     assert equal_times(store) == (4, 2)
 
 
@@ -124,5 +125,5 @@ def test_counts_do_not_depend_on_chunks(make_store: MakeStore, monkeypatch: pyte
     store = make_store(items, timestamps=[sorted(rng.integers(0, 9, len(row)).tolist()) for row in items])
     store.statistics = statistics_of(np.diff(store.offsets()), 5, published={})
     whole = write_report(store, tmp_path / "whole").read_text()
-    monkeypatch.setattr("hstu.data.preprocess.report._CHUNK", 7)
+    monkeypatch.setattr("hstu.data.preprocess.statistics._CHUNK", 7)
     assert write_report(store, tmp_path / "chunks").read_text() == whole

@@ -37,10 +37,10 @@ from hstu.data.preprocess.engine import check_free_disk, disk_errors, memory_byt
 from hstu.data.preprocess.existing import files_that_differ, is_kept
 from hstu.data.preprocess.ingest import check_rows, read_files
 from hstu.data.preprocess.item_features import check_items, write_item_features
-from hstu.data.preprocess.report import statistics_of
 from hstu.data.preprocess.requests import find_requests, write_requests
 from hstu.data.preprocess.split import write_split
 from hstu.data.preprocess.state import BuildLimits, BuildOptions, BuildState, Progress, source_names
+from hstu.data.preprocess.statistics import statistics_of
 from hstu.data.preprocess.write import (
     items_with_events,
     keep_raw_ids,

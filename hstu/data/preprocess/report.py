@@ -1,60 +1,32 @@
-"""What preprocessing found: statistics for meta.json, lines for the terminal, and a report with plots."""
+"""What preprocessing found: lines for the terminal, and a report with plots."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from hstu.config.errors import DataError
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.figure import COLOURS, open_figure
 from hstu.data.preprocess.document import Heading, Image, Paragraph, Part, Table, to_html, to_markdown
+from hstu.data.preprocess.statistics import chunks, differences, equal_times, event_counts, repeated_events
 from hstu.data.store import USER_FEATURE, SequenceStore
 
 REPORT = "report.md"
 _HTML = "report.html"
 _FILES = (REPORT, _HTML, "lengths.png", "popularity.png")
 _LAST_LINE = "Made by"
-_CHUNK = 1 << 22
 _TOP = 10
 _TRUNCATED_AT = (50, 200, 1000)
 """Values of max_sequence_length for which the report shows how much they cut off."""
 _BLUE, _ORANGE = COLOURS[:2]
 _FIGURE: tuple[tuple[float, float], int] = ((6.4, 3.2), 100)
 """Inches and dots per inch."""
-
-
-def statistics_of(lengths: np.ndarray, num_items: int, published: Mapping[str, float]) -> dict[str, Any]:
-    """Counts, lengths per user and sparsity in [0, 1]; ``published`` are the figures of the complete data."""
-    events = int(lengths.sum())
-    return {
-        "users": len(lengths),
-        "items": num_items,
-        "events": events,
-        "length_max": int(lengths.max()),
-        "length_min": int(lengths.min()),
-        "length_mean": events / len(lengths),
-        "length_median": float(np.median(lengths)),
-        "sparsity": 1 - events / (len(lengths) * num_items),
-        "published": dict(published),
-    }
-
-
-def differences(statistics: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Statistic → (found, published) where they differ by more than the rounding to an integer."""
-    return {
-        name: (statistics[name], published)
-        for name, published in statistics["published"].items()
-        if abs(statistics[name] - published) >= 1
-    }
 
 
 def format_report(store: SequenceStore) -> str:
@@ -102,7 +74,7 @@ def write_report(store: SequenceStore, folder: Path) -> Path:
     aside.chmod(0o755)
     try:
         lengths = np.diff(store.offsets())
-        counts = _bincount(store, store.item_feature)
+        counts = event_counts(store, store.item_feature)
         draw_lengths(lengths, aside / "lengths.png")
         draw_popularity(counts, aside / "popularity.png")
         parts = [
@@ -154,30 +126,6 @@ def check_report_folder(folder: Path) -> None:
         )
 
 
-def repeated_events(store: SequenceStore) -> int:
-    """How many events equal an earlier one of their user in time, item and action; 0 without times."""
-    if store.timestamp_feature is None:
-        return 0
-    features = [store.timestamp_feature, store.item_feature]
-    features += [store.action_feature] if store.action_feature else []
-    return sum(_repeated_in(store, features, begin, end) for begin, end in _whole_users(store))
-
-
-def equal_times(store: SequenceStore) -> tuple[int, int]:
-    """(events at the same second as their user's event before, users whose last event is one of them)."""
-    assert store.timestamp_feature is not None
-    times, stops = store.sequence(store.timestamp_feature), store.offsets()[1:]
-    events = users = 0
-    for begin, end in _whole_users(store):
-        tied = np.zeros(end - begin, dtype=bool)
-        tied[1:] = np.diff(times[begin:end]) == 0
-        starts = store.offsets()[slice(*np.searchsorted(store.offsets(), [begin, end]))]
-        tied[starts - begin] = False  # the event before is another user's
-        events += int(tied.sum())
-        users += int(tied[stops[slice(*np.searchsorted(stops, [begin + 1, end + 1]))] - 1 - begin].sum())
-    return events, users
-
-
 def _counts(store: SequenceStore) -> list[Part]:
     found = store.statistics
     rows = [(name, found[name]) for name in ("users", "items", "events")]
@@ -187,7 +135,7 @@ def _counts(store: SequenceStore) -> list[Part]:
         rows.append(("events possible that did not happen (sparsity)", f"{found['sparsity']:.4%}"))
     if store.timestamp_feature is not None:
         times = store.sequence(store.timestamp_feature)
-        spans = [(int(times[a:b].min()), int(times[a:b].max())) for a, b in _chunks(store.num_events)]
+        spans = [(int(times[a:b].min()), int(times[a:b].max())) for a, b in chunks(store.num_events)]
         first, last = min(span[0] for span in spans), max(span[1] for span in spans)
         rows.append(("first event", f"{_date(first)} UTC"))
         rows.append(("last event", f"{_date(last)} UTC"))
@@ -265,7 +213,7 @@ def _top_items(store: SequenceStore, counts: np.ndarray) -> list[Part]:
 def _actions(store: SequenceStore) -> list[Part]:
     if store.action_feature is None:
         return []
-    counts = _bincount(store, store.action_feature)
+    counts = event_counts(store, store.action_feature)
     values = np.arange(len(counts))
     name = resolve_name(store.name)
     if name is not None and (bits := DATASETS[name].action_bits):
@@ -306,7 +254,7 @@ def _item_features(store: SequenceStore) -> list[Part]:
 
 def _event_features(store: SequenceStore) -> list[Part]:
     rows = [
-        (name, _values_of(store, name), _most_frequent(store, name, _bincount(store, name)))
+        (name, _values_of(store, name), _most_frequent(store, name, event_counts(store, name)))
         for name in store.event_features
     ]
     return [Heading("Features of events"), Table(("", "values", "most frequent, events"), rows)] if rows else []
@@ -406,35 +354,6 @@ def draw_popularity(counts: np.ndarray, image: Path) -> None:
             ha="right" if half > len(ordered) ** 0.5 else "left",
         )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="events", title="How popular items are")
-
-
-def _bincount(store: SequenceStore, feature: str) -> np.ndarray:
-    counts = np.zeros(store.cardinality(feature), dtype=np.int64)
-    for begin, end in _chunks(store.num_events):
-        np.add.at(counts, store.sequence(feature)[begin:end], 1)
-    return counts
-
-
-def _chunks(events: int) -> Iterable[tuple[int, int]]:
-    return ((begin, min(begin + _CHUNK, events)) for begin in range(0, events, _CHUNK))
-
-
-def _whole_users(store: SequenceStore) -> Iterable[tuple[int, int]]:
-    """Ranges of about _CHUNK events that do not divide a user."""
-    offsets = store.offsets()
-    begin = 0
-    while begin < store.num_events:
-        end = int(offsets[min(int(np.searchsorted(offsets, begin + _CHUNK)), store.num_users)])
-        yield begin, end
-        begin = end
-
-
-def _repeated_in(store: SequenceStore, features: Sequence[str], begin: int, end: int) -> int:
-    user = np.searchsorted(store.offsets(), np.arange(begin, end), side="right")
-    keys = [user, *(store.sequence(name)[begin:end] for name in features)]
-    tied = (np.diff(keys[0]) == 0) & (np.diff(keys[1]) == 0)  # few events, so that the rest is fast
-    among = np.append(tied, False) | np.append(False, tied)
-    return int(pd.DataFrame({index: key[among] for index, key in enumerate(keys)}).duplicated().sum())
 
 
 def _date(seconds: int) -> str:

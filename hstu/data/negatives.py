@@ -15,7 +15,8 @@ from hstu.config.args import RetrievalArgs
 from hstu.data.hashing import random_below, random_bits
 from hstu.data.jagged import ranges, run_indices, run_offsets
 from hstu.data.random_windows import coverage
-from hstu.data.samples import SampleTable, StochasticLength
+from hstu.data.samples import SampleTable
+from hstu.data.stochastic_length import StochasticLength
 from hstu.data.store import SequenceStore
 
 # Above this many corpus items per draw, sorting the draws is cheaper than a table of the corpus.

@@ -1,4 +1,4 @@
-"""From users' histories to samples: splits, truncation, candidates, windows and stochastic length.
+"""From users' histories to samples: splits, truncation, candidates and windows.
 
 A sample is a run of one user's events. Nothing is copied here: a SampleTable only states which events are meant.
 Everything is vectorised over users or samples.
@@ -15,16 +15,13 @@ from hstu.config.args import Args, DatasetArgs, Task
 from hstu.config.errors import ConfigError, DataError
 from hstu.config.option import is_given
 from hstu.config.problems import Cite, cite
-from hstu.data.hashing import hash_strings, random_bits, random_uniform
+from hstu.data.hashing import hash_strings, random_bits
 from hstu.data.jagged import run_indices
 from hstu.data.store import USER_FEATURE, SequenceStore
 from hstu.data.store_layout import HeldOut
 from hstu.data.store_requests import Requests, has_wrong_bounds
 
 Split = Literal["train", "valid", "test", "all"]
-
-_STOCHASTIC_LENGTH_STREAM = 0x5354_4F43
-"""Separates these draws from those of negatives, which have the same seed."""
 
 
 @dataclass(frozen=True)
@@ -401,42 +398,3 @@ def in_windows(samples: SampleTable, args: DatasetArgs, unlabelled: int) -> Samp
     )
     report = samples.report | {"samples": int(kept.sum()), "truncated": 0, "events": int((stop - start)[kept].sum())}
     return replace(table.select(kept), report=report)
-
-
-@dataclass(frozen=True)
-class StochasticLength:
-    """Which training samples are shortened in an epoch, and to what (arXiv 2402.17152, "stochastic length").
-
-    Of a sample of n > s events the newest s are kept with probability 1 - (s / n)^2, where
-    s = max_sequence_length ^ (alpha / 2); of the paper's ways to choose the s events this is the greedy one. The draw
-    depends on (seed, epoch, place in the epoch) alone: equal at any world size, with any number of workers and after a
-    resume.
-    """
-
-    kept: int
-    """s."""
-    seed: int
-    unlabelled: int
-    """Events at the start of a sample that are no labels: 1 for retrieval, else 0."""
-
-    @classmethod
-    def of(cls, args: DatasetArgs, seed: int, unlabelled: int) -> StochasticLength | None:
-        """From the options; None where stochastic length is off. At least one event of history stays."""
-        if args.stochastic_length_alpha is None:
-            return None
-        kept = round(args.max_sequence_length ** (args.stochastic_length_alpha / 2))
-        return cls(max(kept, 2, args.max_num_candidates + 1), seed, unlabelled)
-
-    def shorten(
-        self,
-        lengths: np.ndarray,
-        labels: np.ndarray,
-        epoch: int,
-        ordinals: np.ndarray,
-        candidates: np.ndarray | int = 0,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(items kept, labels kept) of b samples, the newest ones, candidates and one more at least; int64 [b]."""
-        uniform = random_uniform(self.seed, _STOCHASTIC_LENGTH_STREAM, epoch, ordinals)
-        whole = (lengths <= self.kept) | (uniform * lengths.astype(np.float64) ** 2 < self.kept**2)
-        shorter = np.where(whole, lengths, np.maximum(self.kept, candidates + 1))
-        return shorter, np.minimum(labels, shorter - self.unlabelled)

@@ -17,7 +17,8 @@ from hstu.data.roles import FeatureRoles
 from hstu.data.rows import Rows
 from hstu.data.sample_items import SampleItems
 from hstu.data.sampler import BatchPlan
-from hstu.data.samples import SampleTable, StochasticLength
+from hstu.data.samples import SampleTable
+from hstu.data.stochastic_length import StochasticLength
 from hstu.data.store import USER_FEATURE, SequenceStore
 
 

@@ -22,15 +22,8 @@ from hstu.data.random_windows import RandomWindows
 from hstu.data.recoding import recoding_of
 from hstu.data.roles import check_numbers, resolve_roles
 from hstu.data.sampler import EvalSampler, SamplerPosition, TrainSampler
-from hstu.data.samples import (
-    SampleTable,
-    Split,
-    StochasticLength,
-    build_samples,
-    check_requests,
-    check_split,
-    require_requests,
-)
+from hstu.data.samples import SampleTable, Split, build_samples, check_requests, check_split, require_requests
+from hstu.data.stochastic_length import StochasticLength
 from hstu.data.store import SequenceStore
 from hstu.data.store_layout import NumberStatistics
 from hstu.data.store_reader import StoreReader

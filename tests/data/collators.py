@@ -11,7 +11,8 @@ from hstu.data.collate import Assembler, Collator
 from hstu.data.negatives import ItemDistribution, Negatives, count_items
 from hstu.data.roles import resolve_roles
 from hstu.data.sampler import EvalSampler
-from hstu.data.samples import SampleTable, StochasticLength, build_samples
+from hstu.data.samples import SampleTable, build_samples
+from hstu.data.stochastic_length import StochasticLength
 from hstu.data.store import SequenceStore
 from hstu.data.store_reader import StoreReader
 from tests.data.test_batch import tensors_of

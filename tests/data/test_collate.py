@@ -1,3 +1,4 @@
+import logging
 import pickle
 from collections.abc import Callable
 from itertools import islice
@@ -8,16 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu.config.errors import ConfigError
+from hstu.config.args import DatasetArgs
+from hstu.config.errors import ConfigError, DataError
 from hstu.data.batch import NEGATIVES, HSTUBatch
-from hstu.data.collate import Collator
+from hstu.data.collate import Assembler, Collator, SkippedSamples
+from hstu.data.loader import build_loader
 from hstu.data.negatives import Negatives
+from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import EvalSampler, TrainSampler
-from hstu.data.samples import StochasticLength
+from hstu.data.samples import build_samples
+from hstu.data.stochastic_length import StochasticLength
 from hstu.data.store import SequenceStore
+from hstu.data.store_reader import StoreReader
 from tests.data.collators import assert_same, batches_of, collator_of
 from tests.data.test_hashing import chi_square_z
-from tests.data.toy_store import ToyStore
+from tests.data.toy_store import ToyStore, store_of
 from tests.helpers import make_batch
 
 users = st.lists(
@@ -263,3 +269,39 @@ def test_a_collator_reopens_its_store_where_it_is_unpickled(make_store: Callable
     assert copy.reader.store is not collator.reader.store
     for one, other in zip(batches_of(collator), batches_of(copy), strict=True):
         assert_same(one, other)
+
+
+# Damaged samples
+
+
+def damaged_loader(
+    limit: int, workers: int = 0, damaged: tuple[int, ...] = (6, 20)
+) -> tuple[SkippedSamples, list[list[int]]]:
+    store = store_of(4, 5, 6, 7, 8)
+    store.arrays["item"][list(damaged)] = 77  # users 1 and 3; 50 items
+    samples = build_samples(store, DatasetArgs(dataset_name="toy", max_sequence_length=9), "retrieval", "test", 1)
+    roles, skipped = FeatureRoles("item", None, ()), SkippedSamples(limit)
+    collator = Collator(StoreReader(store, samples, roles), Assembler(2, "retrieval", roles, 50, 1), skipped)
+    loader = build_loader(collator, EvalSampler(len(samples), 2, 0, 1), workers=workers)
+    return skipped, [batch.user_ids.tolist() for batch in loader]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_samples_are_left_out_and_counted_over_workers(workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    skipped, users = damaged_loader(limit=2, workers=workers)
+    assert users == [[0, -1], [2, -1], [4, -1]]
+    assert skipped.count == 2
+    if not workers:
+        assert "skipped damaged sample 1 of at most 2: toy: item = 77 of user 101" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_more_damaged_samples_than_allowed_end_the_run(workers: int) -> None:
+    with pytest.raises(DataError, match=r"item = 77 of user 103 .* damaged sample 2, TrainerArgs\.max_bad_rows = 1"):
+        damaged_loader(limit=1, workers=workers)
+
+
+def test_nothing_is_logged_where_nothing_is_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        skipped, users = damaged_loader(limit=0, damaged=())
+    assert not caplog.records and skipped.count == 0 and len(users) == 3

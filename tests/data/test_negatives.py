@@ -12,7 +12,8 @@ from hstu.config.args import DatasetArgs, RetrievalArgs
 from hstu.data import negatives as module
 from hstu.data.hashing import random_bits
 from hstu.data.negatives import ItemDistribution, Negatives, count_items, expected_log_counts
-from hstu.data.samples import StochasticLength, build_samples
+from hstu.data.samples import build_samples
+from hstu.data.stochastic_length import StochasticLength
 from tests.conftest import write_small_store
 from tests.data.toy_store import ToyStore
 

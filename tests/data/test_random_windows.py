@@ -13,7 +13,8 @@ from hstu.data.negatives import count_items
 from hstu.data.random_windows import RandomWindows, coverage
 from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import TrainSampler
-from hstu.data.samples import SampleTable, StochasticLength, build_samples
+from hstu.data.samples import SampleTable, build_samples
+from hstu.data.stochastic_length import StochasticLength
 from hstu.data.store_reader import StoreReader
 from tests.data.toy_store import ToyStore
 

@@ -1,6 +1,5 @@
-"""Splits, truncation, windows, stochastic length, and damaged samples that are skipped."""
+"""Splits, truncation and windows."""
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +10,9 @@ from hypothesis import strategies as st
 
 from hstu.config.args import DatasetArgs, Task
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.collate import Assembler, Collator, SkippedSamples
-from hstu.data.loader import build_loader
-from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import EvalSampler, TrainSampler
-from hstu.data.samples import SampleTable, StochasticLength, build_samples, check_split
+from hstu.data.samples import SampleTable, build_samples, check_split
 from hstu.data.store import SequenceStore
-from hstu.data.store_reader import StoreReader
-from tests.data.toy_store import ToyStore
-
-
-def store_of(*lengths: int) -> ToyStore:
-    items = [[event % 50 for event in range(length)] for length in lengths]
-    return ToyStore(items, actions=[[1] * length for length in lengths])
+from tests.data.toy_store import ToyStore, store_of
 
 
 def table(task: Task, lengths: tuple[int, ...], **options: Any) -> SampleTable:
@@ -72,93 +61,6 @@ def test_every_event_is_a_label_exactly_once(lengths: list[int], length: int, da
             if trained - begin > unlabelled and begin in samples.history_begin:
                 assert (times[begin + unlabelled : trained] == 1).all()
                 assert times[begin : begin + unlabelled].sum() == 0
-
-
-def shortened(alpha: float, lengths: np.ndarray, epoch: int = 0, longest: int = 100) -> np.ndarray:
-    args = DatasetArgs(dataset_name="toy", max_sequence_length=longest, stochastic_length_alpha=alpha)
-    stochastic = StochasticLength.of(args, seed=3, unlabelled=1)
-    assert stochastic is not None
-    kept, labels = stochastic.shorten(lengths, lengths - 1, epoch, np.arange(len(lengths)))
-    assert (labels == kept - 1).all()
-    return kept
-
-
-def test_the_share_of_whole_samples_is_that_of_the_paper() -> None:
-    kept = shortened(1.5, np.full(200_000, 80))  # s = 100 ^ 0.75 = 31.6
-    assert set(kept.tolist()) == {32, 80}
-    assert (kept == 80).mean() == pytest.approx((32 / 80) ** 2, abs=0.005)
-    assert (shortened(1.5, np.arange(1, 33)) == np.arange(1, 33)).all(), "short samples stay whole"
-    assert (shortened(2.0, np.full(50, 100)) == 100).all()
-
-
-def test_draws_differ_by_epoch_and_not_by_what_else_is_in_the_batch() -> None:
-    lengths = np.full(1000, 90)
-    one, other = shortened(1.5, lengths, 0), shortened(1.5, lengths, 1)
-    assert (one != other).any()
-    args = DatasetArgs(dataset_name="toy", max_sequence_length=100, stochastic_length_alpha=1.5)
-    stochastic = StochasticLength.of(args, 3, 1)
-    assert stochastic is not None
-    alone = [stochastic.shorten(lengths[:1], lengths[:1] - 1, 0, np.array([n]))[0][0] for n in range(100)]
-    assert alone == one[:100].tolist()
-
-
-def batches(world_size: int, workers: int) -> list[tuple[list[int], list[int]]]:
-    """Per global batch: lengths and items of its samples over all ranks."""
-    store = store_of(*range(20, 60))
-    args = DatasetArgs(dataset_name="toy", max_sequence_length=30, stochastic_length_alpha=1.4, shuffle=True)
-    samples = build_samples(store, args, "retrieval", "train", 1)
-    roles = FeatureRoles("item", "action", ())
-    reader = StoreReader(store, samples, roles, stochastic_length=StochasticLength.of(args, 1, 1))
-    merged: list[tuple[list[int], list[int]]] = []
-    for rank in range(world_size):
-        collator = Collator(reader, Assembler(8 // world_size, "retrieval", roles, 50, 1))
-        sampler = TrainSampler(len(samples), 8 // world_size, rank, world_size, seed=1, shuffle=True)
-        loader = build_loader(collator, sampler, workers=workers)
-        for step, batch in zip(range(12), loader, strict=False):  # more than two epochs
-            if rank == 0:
-                merged.append(([], []))
-            merged[step][0].extend(batch.item_lengths[: batch.real_batch_size].tolist())
-            merged[step][1].extend(batch.features["item"].values().tolist())
-        loader.close()  # type: ignore[attr-defined]
-    return merged
-
-
-def test_stochastic_lengths_are_the_same_at_any_world_size_and_with_workers() -> None:
-    alone = batches(1, 0)
-    assert len({length for lengths, _ in alone for length in lengths}) > 2
-    assert batches(2, 0) == alone
-    assert batches(1, 1) == alone
-
-
-def damaged_loader(limit: int, workers: int = 0) -> tuple[SkippedSamples, list[list[int]]]:
-    store = store_of(4, 5, 6, 7, 8)
-    store.arrays["item"][[6, 20]] = 77  # users 1 and 3; 50 items
-    samples = build_samples(store, DatasetArgs(dataset_name="toy", max_sequence_length=9), "retrieval", "test", 1)
-    roles, skipped = FeatureRoles("item", None, ()), SkippedSamples(limit)
-    collator = Collator(StoreReader(store, samples, roles), Assembler(2, "retrieval", roles, 50, 1), skipped)
-    loader = build_loader(collator, EvalSampler(len(samples), 2, 0, 1), workers=workers)
-    return skipped, [batch.user_ids.tolist() for batch in loader]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_damaged_samples_are_left_out_and_counted_over_workers(workers: int, caplog: pytest.LogCaptureFixture) -> None:
-    skipped, users = damaged_loader(limit=2, workers=workers)
-    assert users == [[0, -1], [2, -1], [4, -1]]
-    assert skipped.count == 2
-    if not workers:
-        assert "skipped damaged sample 1 of at most 2: toy: item = 77 of user 101" in caplog.text
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_more_damaged_samples_than_allowed_end_the_run(workers: int) -> None:
-    with pytest.raises(DataError, match=r"item = 77 of user 103 .* damaged sample 2, TrainerArgs\.max_bad_rows = 1"):
-        damaged_loader(limit=1, workers=workers)
-
-
-def test_nothing_is_logged_where_nothing_is_wrong(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        batches(1, 0)
-    assert not caplog.records
 
 
 def dataset_args(length: int = 100, **options: object) -> DatasetArgs:

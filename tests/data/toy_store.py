@@ -70,3 +70,9 @@ def _restore(state: dict[str, Any]) -> ToyStore:
     store = ToyStore.__new__(ToyStore)
     store.__dict__.update(state)
     return store
+
+
+def store_of(*lengths: int) -> ToyStore:
+    """Users with so many events."""
+    items = [[event % 50 for event in range(length)] for length in lengths]
+    return ToyStore(items, actions=[[1] * length for length in lengths])

@@ -73,24 +73,6 @@ def test_equals_the_oracle_forward_and_backward(
     compare(batch, inputs, with_bias=with_bias, is_causal=is_causal, contextual_mask=contextual_mask)
 
 
-@settings(deadline=None, max_examples=40)
-@given(
-    batch=batches(),
-    rows=st.integers(1, 4),
-    with_bias=st.booleans(),
-    is_causal=st.booleans(),
-    contextual_mask=st.booleans(),
-    max_span=st.integers(0, 9),
-    full_tokens=st.sampled_from([0, 0, 1, 2, 5, 30]),
-    seed=st.integers(0, 99),
-)
-def test_a_window_equals_the_oracle_forward_and_backward(batch: Batch, rows: int, seed: int, **config: Any) -> None:
-    inputs = random_inputs(batch, heads=2, width=3, dtype=torch.float64, seed=seed)
-    with pytest.MonkeyPatch.context() as patched:  # blocks that are smaller than the sequences
-        patched.setattr(pytorch_attention, "ROWS_PER_BLOCK", {"cpu": rows})
-        compare(batch, inputs, **config)
-
-
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("remembered", [0, 2**25])
@@ -190,16 +172,3 @@ def test_cost_follows_the_sum_of_squares_and_memory_is_bounded() -> None:
     assert 0.5 * pairs < sum(blocks) < 0.7 * pairs  # causal: little more than half of Σ n²
     assert sum(blocks) < 0.01 * len(lengths) * max(lengths) ** 2
     assert max(blocks) <= max(pytorch_attention.SCORES_PER_BLOCK["cpu"], 64 * max(lengths))
-
-
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_the_cost_of_a_window_grows_with_the_length(is_causal: bool) -> None:
-    def scores(length: int) -> int:
-        batch = Batch((User(length, 9), User(length // 2, 0)), contextuals=3, tokens_per_item=1, group_size=1)
-        q = torch.zeros(batch.layout().num_tokens, 1, 1)
-        config = dict(alpha=1.0, scaling_seqlen=1, is_causal=is_causal, max_span=100, full_tokens=70)
-        hstu_attention(q, q, q, layout := batch.layout(), **config)
-        (plan,) = layout.cache.values()
-        return sum(g.size * b.num_scores for g in plan.groups for b in g.blocks)
-
-    assert scores(16_000) < 5 * scores(4_000)  # 16 without a window

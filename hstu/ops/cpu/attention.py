@@ -46,7 +46,7 @@ class _Arguments(Arguments):
         (strides, "out_strides grad_q_strides grad_k_strides grad_v_strides"),
         (pointer, "position_weight time_weight grad_position_weight grad_time_weight"),
         (pointer, "query_times token_times buckets bucket_offsets offsets candidates order"),
-        (int64, "sequences heads width positions bins contextuals group_tokens"),
+        (int64, "sequences heads width positions bins contextuals group_tokens max_span full_tokens"),
         (float32, "alpha inverse_n"),
         (int32, "is_causal contextual_mask is_bfloat threads"),
     )
@@ -116,6 +116,8 @@ def _prepare(
         bins=max(1, min(MOST_BINS, layout.batch_size * q.shape[1])),
         contextuals=layout.num_contextuals,
         group_tokens=layout.candidate_group_tokens,
+        max_span=-1 if config.max_span is None else config.max_span,
+        full_tokens=config.full_tokens,
         alpha=config.alpha,
         inverse_n=1 / config.scaling_seqlen,
         is_causal=config.is_causal,

@@ -24,8 +24,6 @@ OPERATORS: dict[str, Any] = {
 
 def unsupported_reason(operator: str, shapes: KernelShapes) -> str | None:
     """Why the C++ kernel of ``operator`` cannot serve these shapes; None: it can."""
-    if operator == "attention" and shapes.has_window:
-        return "max_attention_span"
     if operator == "attention" and shapes.head_dim > WIDEST_ROW:
         return f"heads of {shapes.head_dim} > {WIDEST_ROW} channels"
     if operator == "sampled_softmax_loss" and shapes.item_dim > WIDEST_ROW:

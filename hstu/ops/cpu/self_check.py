@@ -69,8 +69,8 @@ def _cases() -> Iterator[Case]:
     for width in (24, 80, 200):
         heads = [torch.randn(layout.num_tokens, 2, width, requires_grad=True) for _ in range(3)]
         tables = [torch.randn(size, requires_grad=True) for size in (99, NUM_TIME_BUCKETS)]
-        for is_causal in (True, False):
-            config = AttentionConfig(alpha=width**-0.5, scaling_seqlen=50, is_causal=is_causal)
+        for mask in ({}, {"is_causal": False}, {"max_span": 20, "full_tokens": 9}):
+            config = AttentionConfig(alpha=width**-0.5, scaling_seqlen=50, **mask)
             yield _case(
                 "attention",
                 lambda kernels, q, k, v, p, t, config=config: hstu_attention(

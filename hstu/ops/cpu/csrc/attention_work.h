@@ -52,7 +52,7 @@ class Work {
     // Calls visit(place in the tile, score with its bias, who sees it) for each vector of a block.
     template <class Visit>
     void for_each_vector(const Strip& strip, int64_t j, int64_t keys, int first_vector, Visit visit) {
-        const bool masked = j + keys > strip.all_see;
+        const bool masked = j < strip.all_from || j + keys > strip.all_see;
         const float scale = score_scale_;
         const auto walk = [&](auto bias) {
             for (int64_t key = 0; key < keys; ++key)

@@ -71,13 +71,13 @@ class Bias {
 
     void begin_strip(const Strip& strip) {
         if (kept_) kept_ += kept_keys_ * STRIP;
-        kept_keys_ = strip.end;
+        kept_keys_ = strip.keys();
         strip_ = &strip;
     }
 
     void begin_block(int64_t first_key, int64_t keys) {
         first_key_ = first_key;
-        block_ = kept_ ? kept_ + first_key * STRIP : s_.buckets.data();
+        block_ = kept_ ? kept_ + strip_->number_of(first_key) * STRIP : s_.buckets.data();
         if (!kept_) fill_buckets(a_, sequence_, *strip_, first_key, keys, s_.buckets.data());
     }
 

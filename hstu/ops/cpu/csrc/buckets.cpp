@@ -103,7 +103,7 @@ int64_t bucket_bytes(const HstuAttention& a, int64_t sequence) {
     const int64_t length = a.offsets[sequence + 1] - a.offsets[sequence];
     int64_t bytes = 0;
     for (int64_t first = 0; first < length; first += STRIP)
-        bytes += make_strip(a, first, length, length - a.candidates[sequence]).end * STRIP;
+        bytes += make_strip(a, first, length, length - a.candidates[sequence]).keys() * STRIP;
     return bytes;
 }
 
@@ -138,8 +138,10 @@ extern "C" void hstu_fill_buckets(const HstuAttention* a) {
         uint8_t* out = a->buckets + a->bucket_offsets[sequence];
         for (int64_t first = 0; first < length; first += hstu::STRIP) {
             const hstu::Strip strip = hstu::make_strip(*a, first, length, length - a->candidates[sequence]);
-            hstu::fill_buckets(*a, sequence, strip, 0, strip.end, out);
-            out += strip.end * hstu::STRIP;
+            hstu::fill_buckets(*a, sequence, strip, 0, strip.context_end, out);
+            hstu::fill_buckets(*a, sequence, strip, strip.first_key, strip.end - strip.first_key,
+                               out + strip.context_end * hstu::STRIP);
+            out += strip.keys() * hstu::STRIP;
         }
     }
 }

@@ -1,0 +1,222 @@
+"""The Triton kernels of the softmax losses; softmax_loss.py launches them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hstu.ops.triton.primitives import LOG2_E, Matrix, dot, load_rows, store_rows
+
+NO_LOGIT = tl.constexpr(float("-inf"))
+"""Logit of an entry that is not a negative of the query."""
+
+
+@triton.jit
+def _chunk_of(matrix, first):
+    """The columns of a matrix from ``first`` on."""
+    return Matrix(matrix.data + first * matrix.stride_column, matrix.stride_row, matrix.stride_column)
+
+
+@triton.jit
+def _load_chunk(source, rows, limit, first, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """[rows, CHUNK] of a matrix WIDTH wide, from column ``first`` on; zeros beyond the width and from row ``limit``."""
+    part = _chunk_of(source, first)
+    columns = tl.arange(0, CHUNK)
+    pointers = part.data + rows.to(tl.int64)[:, None] * part.stride_row + columns[None, :] * part.stride_column
+    inside = rows[:, None] < limit
+    if WIDTH % CHUNK != 0:
+        inside = inside & (first + columns[None, :] < WIDTH)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def _pool_logits(
+    own, other, rows, columns, num_rows, num_columns, own_ids, other_ids, seen, inverse_temperature,
+    WIDTH: tl.constexpr, MASKED: tl.constexpr, OF_POOL: tl.constexpr, CHUNK: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """Logits [rows of own, rows of other]; −∞ where an entry is hidden from a query, and from ``num_columns`` on.
+
+    Hidden are targets: entries with the id of the query's; if MASKED, all that ``seen`` hides. OF_POOL: ``own`` is the
+    pool and ``other`` the queries, else the reverse.
+
+    Both are read CHUNK numbers of the width at a time, because whole rows of 256 do not fit into the registers.
+    """
+    products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for first in tl.range(0, WIDTH, CHUNK):
+        a = _load_chunk(own, rows, num_rows, first, WIDTH, CHUNK)
+        b = _load_chunk(other, columns, num_columns, first, WIDTH, CHUNK)
+        products = dot(a, b.T, products, precision)
+    inside = columns < num_columns
+    if MASKED:
+        if OF_POOL:
+            is_negative = _is_unseen(seen, columns[None, :], num_columns, rows[:, None], num_rows)
+        else:
+            is_negative = _is_unseen(seen, rows[:, None], num_rows, columns[None, :], num_columns)
+    else:
+        row_ids = tl.load(own_ids + rows, mask=rows < num_rows, other=0)
+        column_ids = tl.load(other_ids + columns, mask=inside, other=0)
+        is_negative = row_ids[:, None] != column_ids[None, :]
+    is_negative = is_negative & inside[None, :]
+    return tl.where(is_negative, products * inverse_temperature, NO_LOGIT)
+
+
+@triton.jit
+def _is_unseen(seen, queries, num_queries, entries, pool_size):
+    """Whether entries of the pool are negatives of queries, in the shape to which their indices broadcast."""
+    exists = queries < num_queries
+    sequence = tl.load(seen.sequences + queries, mask=exists, other=0).to(tl.int64)
+    place = tl.load(seen.places + queries, mask=exists, other=0)
+    first = tl.load(seen.first + sequence * pool_size + entries, mask=exists & (entries < pool_size), other=0)
+    return first > place
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns"])
+def pool_log_totals(
+    own, other, own_ids, other_ids, log_weights, seen, log_totals, num_rows, num_columns, inverse_temperature,
+    WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, precision: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """log Σ exp(logit) over the negatives of each query; −∞ for a query without negatives.
+
+    ``own``: the queries; ``other``: the pool. Grid: (blocks of queries,).
+    """
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    peak = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite, because −∞ − (−∞) is nan
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for first in tl.range(0, num_columns, BLOCK_N):
+        columns = first + tl.arange(0, BLOCK_N)
+        logits = _pool_logits(
+            own, other, rows, columns, num_rows, num_columns, own_ids, other_ids, seen, inverse_temperature,
+            WIDTH, MASKED, False, CHUNK, precision,
+        )  # fmt: skip
+        if WEIGHTED:
+            logits += tl.load(log_weights + columns, mask=columns < num_columns, other=0.0)[None, :]
+        new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+        exponentials = tl.exp2((logits - new_peak[:, None]) * LOG2_E)
+        total = total * tl.exp2((peak - new_peak) * LOG2_E) + tl.sum(exponentials, axis=1)
+        peak = new_peak
+    tl.store(log_totals + rows, peak + tl.log(total), mask=rows < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns"])
+def pool_gradients(
+    own, other, own_ids, other_ids, log_weights, seen, log_norms, grad, num_rows, num_columns, inverse_temperature,
+    WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, OF_POOL: tl.constexpr, precision: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of ``own``, weights @ other, with weights = exp(logit − log_norm of the query) / τ.
+
+    ``own``: the queries, or the pool if OF_POOL; ``other``: the other one. Grid: (blocks of rows of ``own``,).
+    """
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sums = ()  # [BLOCK_M, CHUNK] each
+    for _ in tl.static_range(0, WIDTH, CHUNK):
+        sums = sums + (tl.zeros((BLOCK_M, CHUNK), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    for first in tl.range(0, num_columns, BLOCK_N):
+        columns = first + tl.arange(0, BLOCK_N)
+        logits = _pool_logits(
+            own, other, rows, columns, num_rows, num_columns, own_ids, other_ids, seen, inverse_temperature,
+            WIDTH, MASKED, OF_POOL, CHUNK, precision,
+        )  # fmt: skip
+        if OF_POOL:
+            log_norm = tl.load(log_norms + columns, mask=columns < num_columns, other=0.0)[None, :]
+        else:
+            log_norm = tl.load(log_norms + rows, mask=rows < num_rows, other=0.0)[:, None]
+        if WEIGHTED:
+            if OF_POOL:
+                logits += tl.load(log_weights + rows, mask=rows < num_rows, other=0.0)[:, None]
+            else:
+                logits += tl.load(log_weights + columns, mask=columns < num_columns, other=0.0)[None, :]
+        weights = tl.exp2((logits - log_norm) * LOG2_E) * inverse_temperature
+        sums = _add_products(sums, weights, other, columns, num_columns, WIDTH, CHUNK, precision)
+    for index in tl.static_range(0, len(sums)):
+        _store_chunk(grad, rows, num_rows, sums[index], index * CHUNK, WIDTH, CHUNK)
+
+
+@triton.jit
+def _add_products(
+    sums, weights, other, columns, num_columns, WIDTH: tl.constexpr, CHUNK: tl.constexpr, precision: tl.constexpr
+):
+    """sums + weights @ rows of other; a tuple with one element per CHUNK of the width."""
+    added = ()
+    for index in tl.static_range(0, len(sums)):
+        values = _load_chunk(other, columns, num_columns, index * CHUNK, WIDTH, CHUNK)
+        added = added + (dot(weights, values, sums[index], precision),)  # type: ignore[assignment]  # noqa: RUF005
+    return added
+
+
+@triton.jit
+def _store_chunk(target, rows, limit, values, FIRST: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    rest: tl.constexpr = WIDTH - FIRST
+    part = _chunk_of(target, FIRST)
+    store_rows(part, rows.to(tl.int64), limit, values, rest if rest < CHUNK else CHUNK, CHUNK)
+
+
+@triton.jit
+def _draws_of(draws, row, index):
+    return draws.data + row * draws.stride_row + index * draws.stride_column
+
+
+@triton.jit(do_not_specialize=["pool_size"])
+def draw_logits(
+    queries, pool, draws, target_ids, pool_ids, log_weights, seen, logits, log_totals, pool_size, num_draws,
+    inverse_temperature,
+    WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Logits [M, R] of the draws of each query, −∞ for hidden ones as in ``_pool_logits``, and log Σ exp(logit).
+
+    Grid: (M,).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    width = tl.arange(0, BLOCK_D)
+    query = tl.load(
+        queries.data + row * queries.stride_row + width * queries.stride_column, mask=width < WIDTH, other=0.0
+    )
+    if MASKED:
+        place = tl.load(seen.places + row)
+        first_places = seen.first + tl.load(seen.sequences + row).to(tl.int64) * pool_size
+    else:
+        target = tl.load(target_ids + row)
+    peak = -1e30
+    total = 0.0
+    for first in tl.range(0, num_draws, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        drawn = tl.load(_draws_of(draws, row, index), mask=index < num_draws, other=0).to(tl.int64)
+        p = load_rows(pool, drawn, 0, WIDTH, BLOCK_D, False)
+        scores = tl.sum(p * query[None, :], axis=1) * inverse_temperature
+        if WEIGHTED:
+            scores += tl.load(log_weights + drawn)
+        if MASKED:
+            is_negative = tl.load(first_places + drawn) > place
+        else:
+            is_negative = tl.load(pool_ids + drawn) != target
+        is_negative = is_negative & (index < num_draws)
+        scores = tl.where(is_negative, scores, NO_LOGIT)
+        tl.store(logits + row * num_draws + index, scores, mask=index < num_draws)
+        new_peak = tl.maximum(peak, tl.max(scores, axis=0))
+        exponentials = tl.sum(tl.exp2((scores - new_peak) * LOG2_E), axis=0)
+        total = total * tl.exp2((peak - new_peak) * LOG2_E) + exponentials
+        peak = new_peak
+    tl.store(log_totals + row, peak + tl.log(total))
+
+
+@triton.jit
+def draw_gradients(
+    pool, draws, logits, log_norms, weights, grad, num_draws, inverse_temperature,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For each query, weights = exp(logit − log_norm) / τ and grad = Σ weight · drawn row. Grid: (M,)."""
+    row = tl.program_id(0).to(tl.int64)
+    width = tl.arange(0, BLOCK_D)
+    log_norm = tl.load(log_norms + row)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for first in tl.range(0, num_draws, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        inside = index < num_draws
+        drawn = tl.load(_draws_of(draws, row, index), mask=inside, other=0).to(tl.int64)
+        p = load_rows(pool, drawn, 0, WIDTH, BLOCK_D, False)
+        scores = tl.load(logits + row * num_draws + index, mask=inside, other=NO_LOGIT)
+        weight = tl.exp2((scores - log_norm) * LOG2_E) * inverse_temperature
+        tl.store(weights + row * num_draws + index, weight, mask=inside)
+        total += tl.sum(p * weight[:, None], axis=0)
+    tl.store(grad.data + row * grad.stride_row + width, total, mask=width < WIDTH)

@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> str:
 
     from hstu.estimate import machine
     from hstu.estimate.estimate import as_json, as_text, estimate
-    from hstu.estimate.workload import plan_workload
+    from hstu.estimate.plan import plan_workload
     from hstu.observe.logging import quiet_libraries
 
     quiet_libraries()

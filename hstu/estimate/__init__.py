@@ -1,7 +1,7 @@
 """Memory, communication and step time of a run, estimated from its configuration before anything is started.
 
 The estimate reads the model on the meta device, the samplers and the costs of the operators. No other room imports
-this one. scripts/estimate.py calls ``plan_workload`` (workload.py), ``gpu`` or ``this_cpu`` (machine.py) and
+this one. scripts/estimate.py calls ``plan_workload`` (plan.py), ``gpu`` or ``this_cpu`` (machine.py) and
 ``estimate`` (estimate.py). docs/distributed.md explains the formulas. The entry scripts apply the rules of preflight.py
 for ``--validate-only``.
 """

@@ -13,7 +13,8 @@ from torch import nn
 
 from hstu.config.args import RankingArgs, RankingTaskArgs
 from hstu.config.run_config import RunConfig
-from hstu.estimate.workload import Batch, Workload, plan_workload
+from hstu.estimate.plan import plan_workload
+from hstu.estimate.workload import Batch, Workload
 from hstu.model.embedding import TableSpec, build_collections
 from hstu.model.heads import head_products
 from hstu.ops.costs import FLOAT32

@@ -21,7 +21,7 @@ from hstu.config.run_config import RunDraft
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.roles import FeatureRoles, benchmark_roles, resolve_roles
 from hstu.data.store import SequenceStore
-from hstu.estimate.workload import roles_without_data
+from hstu.estimate.plan import roles_without_data
 from hstu.model.embedding import TableSpec, table_specs
 from hstu.model.inputs import SequenceFeatures
 from hstu.observe.run_directory import default_path

@@ -33,7 +33,8 @@ from hstu.data.store import SequenceStore
 from hstu.estimate.estimate import size
 from hstu.estimate.memory import TableShards, beside_tables, memory, plan_tables
 from hstu.estimate.opened import Attempt, Labels, Opened
-from hstu.estimate.workload import Workload, plan_workload
+from hstu.estimate.plan import plan_workload
+from hstu.estimate.workload import Workload
 from hstu.model.stack import kernel_shapes
 from hstu.observe.logging import quiet_libraries
 from hstu.observe.releases import installed_releases, pipeline_unsupported_reason
@@ -43,7 +44,7 @@ from hstu.optim.dense import decayed_parameters, match_part_optimizers
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise
 from hstu.parallel.table_plan import room_of_rank
 from hstu.parallel.tables import check_kernels, check_memory, table_training
-from hstu.train.builder import label_offset
+from hstu.train.label_codes import label_offset
 from hstu.train.tables import check_rows
 
 

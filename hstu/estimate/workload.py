@@ -1,30 +1,20 @@
-"""The workload of a run, from its configuration and the lengths of its data, before it starts."""
+"""What the ranks of a run compute on: batches, and the shapes of the model that computes on them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, NumericFeatureArgs, RankingTaskArgs
-from hstu.config.errors import ConfigError, DataError
-from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES, of_negatives
-from hstu.data.datasets import DATASETS, resolve_name
-from hstu.data.datasets.spec import USER_FEATURE, DatasetSpec, Schema
-from hstu.data.labels import label_columns
 from hstu.data.negatives import Negatives
 from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import SamplerPosition
-from hstu.data.store_layout import TIME_FEATURES
-from hstu.model.embedding import TableSpec, table_specs
+from hstu.model.embedding import TableSpec
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import LogCounts
 from hstu.model.stack import HSTULayer, SequenceEncoder
@@ -33,12 +23,6 @@ from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.parallel.tensor import SPLIT_DIMS
 from hstu.train.builder import TaskModel, task_module
 from hstu.train.flops import FlopCounter
-from hstu.train.sources import open_source
-from hstu.train.store_source import open_store
-
-MOST_STEPS = 32
-MOST_GROUPS = 16
-"""Steps and tensor-parallel groups whose batches are planned. A mean over more of them hardly differs."""
 
 
 @dataclass(frozen=True)
@@ -266,138 +250,3 @@ class Workload:
         """Cost of the slowest data-parallel rank, for which all wait, over the mean rank; mean over the steps."""
         costs = [[self.flops(batch) for batch in step] for step in self.steps]
         return float(np.mean([max(step) for step in costs]) / np.mean([np.mean(step) for step in costs]))
-
-
-def plan_workload(config: RunConfig, world_size: int, ranks_per_host: int, device_type: str) -> Workload:
-    """The workload of ``config`` on so many ranks. Reads lengths but no samples, and starts nothing.
-
-    Raises ConfigError and DataError as a run would, except for data that is not preprocessed yet.
-    """
-    has_data = isinstance(config.dataset, BenchmarkDatasetArgs) or _is_preprocessed(config.dataset)
-    data = _plan_steps(config, world_size) if has_data else _plan_without_data(config)
-    args = config.retrieval
-    has_negatives = args is not None and args.negatives != "in_batch"
-    roles = data.roles
-    specs = table_specs(data.tables, config.network, roles, has_negatives, world_size)
-    shape = data.max_items, data.corpus_size, data.values_per_item, data.steps, has_data, data.notes
-    return Workload(config, world_size, ranks_per_host, device_type, roles, specs, *shape)
-
-
-class _Data(NamedTuple):
-    roles: FeatureRoles
-    tables: Sequence[EmbeddingArgs]
-    max_items: int
-    corpus_size: int
-    values_per_item: Mapping[str, float]
-    steps: tuple[tuple[Batch, ...], ...]
-    notes: tuple[str, ...]
-
-
-def _plan_steps(config: RunConfig, world_size: int) -> _Data:
-    """The batches of the first steps, by the sampler of the run."""
-    source, tp = open_source(config, world_size=world_size), config.tensor_parallel.tensor_model_parallel_size
-    num_steps = min(source.batches_per_epoch, MOST_STEPS)
-    sampler, lengths = source.train_sampler(SamplerPosition()), source.train_lengths
-    groups = np.unique(np.linspace(0, world_size // tp - 1, MOST_GROUPS).astype(int))
-    of_groups = []
-    for group in groups:
-        ranks = [islice(sampler.for_rank(rank), num_steps) for rank in range(group * tp, (group + 1) * tp)]
-        samples = [np.concatenate([plan.indices for plan in plans]) for plans in zip(*ranks, strict=True)]
-        of_groups.append(
-            [Batch(lengths.items[s], lengths.candidates[s], int(lengths.labels[s].sum())) for s in samples]
-        )
-    kind = "random data" if isinstance(config.dataset, BenchmarkDatasetArgs) else "the preprocessed data"
-    notes = (f"lengths: the first {num_steps} steps of this run, planned on {kind}",)
-    corpus_size = source.cardinalities[source.roles.item]
-    shape = source.max_items, corpus_size, source.values_per_item
-    return _Data(source.roles, source.tables, *shape, tuple(zip(*of_groups, strict=True)), notes)
-
-
-def _is_preprocessed(args: DatasetArgs) -> bool:
-    try:
-        open_store(args)
-    except DataError:
-        return False
-    return True
-
-
-def _plan_without_data(config: RunConfig) -> _Data:
-    """From the configuration alone: its tables, published sizes, and sequences as long as allowed."""
-    args = config.dataset
-    assert isinstance(args, DatasetArgs)
-    name = resolve_name(args.dataset_name)
-    spec = DATASETS[name] if name else None
-    tower = config.has_item_tower
-    roles = roles_without_data(args, spec, tasks_of(config), config.numbers, tower)
-    tables = [*config.embeddings, *(_published_tables(config, roles, spec) if spec else ())]
-    rows = {feature: table.item_vocab_size_or_capacity for table in tables for feature in table.feature_names}
-    longest = args.max_sequence_length
-    sequences = config.trainer.sequences_per_iteration * config.tensor_parallel.tensor_model_parallel_size
-    candidates = args.max_num_candidates or (longest - 1) * args.has_candidates  # those of requests may fill it
-    labels = longest - 1 if config.task == "retrieval" else candidates or longest
-    lengths = np.full(sequences, longest, dtype=np.int64)
-    batch = Batch(lengths, np.full_like(lengths, candidates), labels * sequences)
-    notes = [f"{args.dataset_name} is not preprocessed: every sequence is taken to be as long as allowed"]
-    if unknown := [feature for feature in roles.names if feature not in rows]:
-        notes.append(f"tables of unknown size, not counted: {', '.join(unknown)}")
-    if args.side_feature_names:
-        notes.append("side features that are lists are counted with one value per item")
-    return _Data(roles, tables, longest, rows.get(roles.item, 1), {}, ((batch,),), tuple(notes))
-
-
-def roles_without_data(
-    args: DatasetArgs,
-    spec: DatasetSpec | None,
-    tasks: Sequence[RankingTaskArgs] = (),
-    given: Sequence[NumericFeatureArgs] = (),
-    item_tower: bool = False,
-) -> FeatureRoles:
-    """The features of data that is not preprocessed yet. Raises ConfigError if they are not known.
-
-    ``given``: says which of them are numbers; vectors are taken to have one.
-    ``item_tower``: side features, other than those of times, are taken to belong to items.
-    """
-    schema = spec.schema if spec else Schema(item="")
-    item = args.item_feature_name or schema.item
-    if not item:
-        raise ConfigError(
-            f"{args.dataset_name} is not preprocessed, so its features are not known: make it with "
-            "scripts/preprocess_dataset.py, or name them (DatasetArgs.item_feature_name, action_feature_name, "
-            "contextual_feature_names)"
-        )
-    action = schema.action if args.action_feature_name is None else args.action_feature_name
-    context = schema.context if args.contextual_feature_names is None else args.contextual_feature_names
-    side, after = tuple(args.side_feature_names), tuple(args.known_after)
-    named = {name for each in given for name in each.feature_names}
-    numbers = tuple(name for name in side if name in named)
-    return FeatureRoles(
-        item,
-        action or None,
-        tuple(context),
-        side,
-        known_after=after,
-        numbers=numbers,
-        number_widths=(1,) * len(numbers),
-        tower=tuple(name for name in side if item_tower and name not in (*after, *numbers, *TIME_FEATURES)),
-        labels=label_columns(tasks),
-    )
-
-
-def _published_tables(config: RunConfig, roles: FeatureRoles, spec: DatasetSpec) -> list[EmbeddingArgs]:
-    """Predefined tables with published numbers of rows: items, users and actions."""
-    rows = {
-        roles.item: (spec.published.get("items"), "model_parallel"),
-        USER_FEATURE: (spec.published.get("users"), "model_parallel"),
-        spec.schema.action: (spec.schema.action_cardinality, "data_parallel"),
-    }
-    given = {name for table in config.embeddings for name in table.feature_names}
-    return [
-        EmbeddingArgs(
-            feature_names=[name],
-            table_name=name,
-            item_vocab_size_or_capacity=int(rows[name][0] or 1),
-            sharding_type=rows[name][1],
-        )
-        for name in roles.names
-        if name not in given and rows.get(name, (None,))[0]
-    ]

@@ -31,7 +31,7 @@ from hstu.config.gin_io import load
 from hstu.config.run_config import RunConfig
 from hstu.estimate.estimate import estimate
 from hstu.estimate.machine import Clock, batch_seconds, this_cpu
-from hstu.estimate.workload import plan_workload
+from hstu.estimate.plan import plan_workload
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
 

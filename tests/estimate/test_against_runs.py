@@ -17,7 +17,8 @@ from hstu.config.run_config import RunConfig
 from hstu.data.sampler import SamplerPosition
 from hstu.data.train_batch import TrainBatch
 from hstu.estimate import memory, traffic
-from hstu.estimate.workload import Workload, plan_workload
+from hstu.estimate.plan import plan_workload
+from hstu.estimate.workload import Workload
 from hstu.model.gr_model import GRModel, as_jagged
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.group import gather_embeddings, to_train_batch

@@ -11,7 +11,7 @@ from hstu.config.gin_io import load
 from hstu.estimate import machine
 from hstu.estimate.estimate import as_text, estimate, size
 from hstu.estimate.memory import beside_tables, plan_tables
-from hstu.estimate.workload import plan_workload
+from hstu.estimate.plan import plan_workload
 from hstu.parallel.table_plan import TableRoom, TablesDoNotFit
 from tests.estimate.runs import run_config
 

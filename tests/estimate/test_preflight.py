@@ -21,8 +21,8 @@ from hstu.data.store import SequenceStore
 from hstu.estimate import preflight
 from hstu.estimate.memory import beside_tables_of_run, memory
 from hstu.estimate.opened import Opened
+from hstu.estimate.plan import plan_workload
 from hstu.estimate.preflight import PREFLIGHT_RULES
-from hstu.estimate.workload import plan_workload
 from hstu.parallel import tables
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.table_plan import TableRoom

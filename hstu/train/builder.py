@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 
@@ -18,13 +18,13 @@ from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import BackgroundWriter, CheckpointStore
 from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs, TrainerArgs
 from hstu.config.errors import ConfigError, DataError
-from hstu.config.problems import Cite, cite, in_reading_order
+from hstu.config.problems import in_reading_order
 from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES, of_negatives
 from hstu.data.datasets import DATASETS
 from hstu.data.initial_rows import find_initial_rows
-from hstu.data.labels import PLAIN, LabelCodes, LabelFacts, label_columns
+from hstu.data.labels import PLAIN, LabelCodes, label_columns
 from hstu.data.roles import FeatureRoles
 from hstu.model.compiled import compile_parts, why_not
 from hstu.model.embedding import table_specs
@@ -61,6 +61,7 @@ from hstu.train.evaluate import Evaluator, RankingEvaluator, RetrievalEvaluator
 from hstu.train.evaluate_tasks import MultiTaskEvaluator
 from hstu.train.flops import FlopCounter
 from hstu.train.inference import StoredSource, describe_features, zero_untrained_items
+from hstu.train.label_codes import label_codes
 from hstu.train.sources import open_source
 from hstu.train.store_source import StoreSource
 from hstu.train.trainer import Trainer, leave_nothing
@@ -249,16 +250,6 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
     return task
 
 
-def label_codes(config: RunConfig, source: BatchSource) -> tuple[LabelCodes, ...]:
-    """What the labels of each ranking task mean."""
-    if not isinstance(config.task_args, RankingArgs):
-        return ()
-    if config.task_args.tasks is None:
-        return (LabelCodes(label_offset(config.task_args, source, config.located)),)
-    unknown = LabelFacts()  # without data nothing is trained
-    return tuple(LabelCodes.of(task, source.label_facts.get(task.label, unknown)) for task in config.task_args.tasks)
-
-
 def log_counts_of(source: BatchSource) -> LogCounts | None:
     """How often the model expects each item among the negatives; None without a logQ correction."""
     log_counts = source.expected_log_counts()
@@ -266,50 +257,6 @@ def log_counts_of(source: BatchSource) -> LogCounts | None:
         return None
     ids = source.item_ids()
     return LogCounts(torch.from_numpy(log_counts), None if ids is None else torch.from_numpy(ids))
-
-
-class LabelledData(Protocol):
-    """What label_offset reads of a BatchSource."""
-
-    @property
-    def roles(self) -> FeatureRoles:
-        """The features by role."""
-
-    @property
-    def cardinalities(self) -> dict[str, int]:
-        """Ids of a feature are in [0, cardinality)."""
-
-    @property
-    def least_action(self) -> int:
-        """The smallest action in the data."""
-
-
-def label_offset(args: RankingArgs, data: LabelledData, cite: Cite = cite) -> int:
-    """The action of class 0: 0 if the head has a class for every action from 0 on, 1 if it lacks one (ratings).
-
-    Raises ConfigError, worded by ``cite``, if some action of the data has no class in the head.
-    """
-    last, action = args.prediction_head_arch[-1], data.roles.action
-    if action is None:
-        raise ConfigError("ranking needs an action feature, and the data has none; name one or train retrieval")
-    if last == args.num_tasks:
-        return 0
-    actions = data.cardinalities[action]
-    if last < actions - 1:
-        text = (
-            f"ends in {last} classes, but {action!r} goes up to {actions - 1}: end it in {actions - 1} (values from 1 "
-            f"on) or {actions} (from 0 on), or in num_tasks for bit tasks"
-        )
-        raise ConfigError(cite(args, "prediction_head_arch", text))
-    if last >= actions:
-        return 0
-    if data.least_action == 0:
-        text = (
-            f"ends in {last} classes, which serve the actions 1 to {last}, but {action!r} also takes the value 0: end "
-            f"it in {actions}"
-        )
-        raise ConfigError(cite(args, "prediction_head_arch", text))
-    return 1
 
 
 def task_module(

@@ -1,7 +1,7 @@
 """Gin text → statements with their line. The grammar is that of gin's own parser.
 
 gin's own loader keeps neither lines nor duplicates and stops at the first mistake, so that only its parser is used;
-gin_io.py makes objects of the statements.
+gin_builder.py makes objects of the statements.
 """
 
 from __future__ import annotations

@@ -255,7 +255,7 @@ def test_attention_copies_what_it_plans_from_pinned_memory(kernels: str, monkeyp
             planned = pytest.importorskip("hstu.ops.triton.attention")._longest_first(layout)
         else:
             offsets = np.concatenate([[0], np.cumsum(layout.seqlens)])
-            planned = attention._make_group(layout, np.arange(3), offsets, 72).tokens
+            planned = attention._make_group(layout, config, np.arange(3), offsets, 72).tokens
     assert planned.is_meta and not copies.found
 
 

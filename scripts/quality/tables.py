@@ -203,7 +203,7 @@ def _numbers(train_fraction: float) -> tuple[tuple[str, ...], ...]:
 
 def _first_rows(config: str, bindings: Sequence[str]) -> tuple[str, ...]:
     """What factorizes the ratings that a row trains on."""
-    run = ("DatasetArgs.dataset_path = '$store'", "TrainerArgs.seed = $seed", *_RANKING_VALIDATION, *bindings)
+    run = (_EVENTS_ALONE, "TrainerArgs.seed = $seed", *_RANKING_VALIDATION, *bindings)
     return (
         "scripts/factorize.py",
         "--gin-config-file",
@@ -215,6 +215,7 @@ def _first_rows(config: str, bindings: Sequence[str]) -> tuple[str, ...]:
     )
 
 
+_EVENTS_ALONE = "DatasetArgs.dataset_path = '$store'"
 _RANKING_VALIDATION = ("DatasetArgs.train_fraction = 0.6", "DatasetArgs.valid_fraction = 0.1")
 
 
@@ -224,14 +225,14 @@ def _ranking(title: str, dataset: str, items: int, epochs: int, undone: Mapping[
     plain, recipe = f"configs/{name}_ranking.gin", (*_NO_NUMBERS, f"TrainerArgs.num_train_epochs = {epochs}.0")
 
     def without_numbers(name: str, *more: str, prepare: tuple[tuple[str, ...], ...] = ()) -> Row:
-        return Row(name=name, config=plain, bindings=(*recipe, *more), prepare=prepare)
+        return Row(name=name, config=plain, bindings=(_EVENTS_ALONE, *recipe, *more), prepare=prepare)
 
     return Table(
         title=title, task="ranking", dataset=dataset, config=f"configs/{name}_ranking_numbers.gin", reference="all",
         rows=(
             *without_each(undone),
             Row(name="all, trained on validation users, too", epochs_of="all", prepare=_numbers(0.7)),
-            Row(name="no numbers, usual settings", config=plain),
+            Row(name="no numbers, usual settings", config=plain, bindings=(_EVENTS_ALONE,)),
             without_numbers("no numbers"),
             without_numbers("no numbers, with item × action", _PRODUCT),
             without_numbers(
@@ -245,7 +246,10 @@ def _ranking(title: str, dataset: str, items: int, epochs: int, undone: Mapping[
             ),
         ),
         metrics=("AUC>=4", "LOGLOSS", *(f"AUC>=4, {part}" for part in PARTS)),
-        bindings=('RankingArgs.eval_metrics = ("AUC>=4", "LOGLOSS", "ACC")',),
+        bindings=(
+            'RankingArgs.eval_metrics = ("AUC>=4", "LOGLOSS", "ACC")',
+            "DatasetArgs.dataset_path = '$folder/numbers'",
+        ),
         validation=_RANKING_VALIDATION,  # the usual 30 % are test
         whole=("DatasetArgs.train_fraction = 0.7", "DatasetArgs.valid_fraction = 0.0"),
         prepare=_numbers(0.6),

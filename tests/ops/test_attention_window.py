@@ -41,7 +41,7 @@ def test_a_window_equals_the_oracle_forward_and_backward(
         compare(batch, inputs, **config)
 
 
-@pytest.mark.parametrize("backend", [backend for backend in WITHOUT_A_GPU if backend is Backend.CPU])
+@pytest.mark.parametrize("backend", WITHOUT_A_GPU)
 @settings(deadline=None, max_examples=examples(40))
 @given(
     batch=long_batches(),

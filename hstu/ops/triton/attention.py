@@ -114,7 +114,7 @@ class _Call:
             kernel.function,
             lambda meta: (triton.cdiv(longest, meta[kernel.tile]), self.q.shape[1], self.layout.batch_size),
             self._configs(kernel),
-            (self._block_d, self.q.dtype, self.bias is not None, self.silu, self.config.is_causal, bucket(longest)),
+            (self._block_d, self.q.dtype, self.bias is not None, self.silu, self._mask, bucket(longest)),
             zeroed if self.silu else (),
         )
         shared = self._shared(kernel.function, exact=self._block_d > 128)
@@ -164,11 +164,17 @@ class _Call:
         return RelativeBias((position_totals * factor).to(position.dtype), (time_totals.sum(0) * factor).to(time.dtype))
 
     @property
+    def _mask(self) -> tuple[bool, int]:
+        """What decides how many tiles are masked or skipped: is it causal, and the span, 0 without one."""
+        return self.config.is_causal, bucket(self.config.max_span or 0)
+
+    @property
     def _block_d(self) -> int:
         return max(16, triton.next_power_of_2(self.q.shape[2]))
 
     def _shared(self, kernel: Any, exact: bool) -> dict[str, Any]:
         layout, config, bias = self.layout, self.config, self.bias
+        window = config.max_span is not None
         no_bias = Bias(None, None, None, None, None, 0)
         return dict(
             q=heads(self.q),
@@ -180,6 +186,8 @@ class _Call:
                 _longest_first(layout),
                 layout.num_contextuals,
                 layout.candidate_group_tokens,
+                config.max_span or 0,
+                config.full_tokens if window else 0,
             ),
             bias=no_bias if bias is None else _bias_argument(bias, layout),
             alpha=float(config.alpha),
@@ -187,8 +195,9 @@ class _Call:
                 width=self.q.shape[2],
                 block_d=self._block_d,
                 causal=config.is_causal,
-                contextual=config.is_causal and config.contextual_mask and layout.num_contextuals > 0,
+                contextual=(config.is_causal or window) and config.contextual_mask and layout.num_contextuals > 0,
                 candidates=layout.num_candidate_tokens is not None,
+                window=window,
                 bias=bias is not None,
                 precision=precision_for(kernel, self.q.dtype, exact=exact),
                 silu=self.silu and kernel is not kernels.attention_backward_bias,
@@ -220,7 +229,8 @@ Tiles = dict[int, tuple[tuple[int, int, int, int], ...]]
 """By the widest tile (block_d) that they serve: (BLOCK_M, BLOCK_N, num_warps, num_stages) to choose from.
 
 The first choice runs where nothing may be measured. None spills registers up to head dim 128
-(tests/ops/triton/test_compile_ahead.py). With a bias, a tile also holds times, buckets and gathered weights.
+(tests/ops/triton/test_compile_ahead.py), but "keys" at 128 with a bias and a window, by 11 instructions. With a bias,
+a tile also holds times, buckets and gathered weights.
 """
 # 16-bit inputs, by (kernel, has bias): tiles for compute capability 8.x, and for 9.0 and later.
 TILES_16_BIT: dict[tuple[str, bool], tuple[Tiles, Tiles]] = {

@@ -13,10 +13,15 @@ from hstu.ops.triton.attention_tiles import (
     bias_at,
     distance_index,
     keys_of_rows,
+    masked_keys_at,
+    masked_rows_at,
+    num_masked_keys,
+    num_masked_rows,
     rows_of_keys,
     scores,
     sequence_at,
     slot_of,
+    tiles_on_diagonal,
     time_buckets,
     visible,
 )
@@ -84,13 +89,11 @@ def attention_forward(
     rows = first_row + tl.arange(0, BLOCK_M)
     q_tile = load_rows(rows_of_head(q, start, head), rows, span.length, mode.width, mode.block_d, True)
     total = tl.zeros((BLOCK_M, mode.block_d), tl.float32)
-    full, history_tiles, own, own_tiles = keys_of_rows(first_row, span, mode, BLOCK_M, BLOCK_N)
-    for first_key in tl.range(0, full, BLOCK_N):
+    tiles = keys_of_rows(first_row, span, mode, BLOCK_M, BLOCK_N)
+    for first_key in tl.range(tiles.first_full, tiles.full, BLOCK_N):
         total = _add_tile(total, q_tile, k_head, v_head, rows, first_key, alpha, span, bias, mode, BLOCK_N, False)
-    for index in tl.range(0, history_tiles + own_tiles):
-        first_key = full + index * BLOCK_N
-        if mode.candidates:
-            first_key = tl.where(index < history_tiles, first_key, own + (index - history_tiles) * BLOCK_N)
+    for index in tl.range(0, num_masked_keys(tiles)):
+        first_key = masked_keys_at(index, tiles, mode, BLOCK_N)
         total = _add_tile(total, q_tile, k_head, v_head, rows, first_key, alpha, span, bias, mode, BLOCK_N, True)
     store_rows(rows_of_head(out, start, head), rows, span.length, total * inverse_n, mode.width, mode.block_d)
 
@@ -146,20 +149,16 @@ def attention_backward_keys(
     v_tile = load_rows(rows_of_head(v, start, head), keys, span.length, mode.width, mode.block_d, True)
     sum_k = tl.zeros((BLOCK_N, mode.block_d), tl.float32)
     sum_v = tl.zeros((BLOCK_N, mode.block_d), tl.float32)
-    context_tiles, first, masked_tiles, full, stop = rows_of_keys(first_key, span, mode, BLOCK_M, BLOCK_N)
-    for index in tl.range(0, context_tiles + masked_tiles):
-        first_row = first + (index - context_tiles) * BLOCK_M
-        stop_row = stop
-        if mode.contextual:
-            first_row = tl.where(index < context_tiles, index * BLOCK_M, first_row)
-            stop_row = tl.where(index < context_tiles, first, stop)
+    tiles = rows_of_keys(first_key, span, mode, BLOCK_M, BLOCK_N)
+    for index in tl.range(0, num_masked_rows(tiles)):
+        first_row, stop_row = masked_rows_at(index, tiles, span, mode, BLOCK_M)
         sum_k, sum_v = _add_rows(
             sum_k, sum_v, k_tile, v_tile, q_head, grad_head, keys, first_row, stop_row, alpha, span, bias,
             mode, BLOCK_M, True,
         )  # fmt: skip
-    for first_row in tl.range(full, stop, BLOCK_M):
+    for first_row in tl.range(tiles.full, tiles.stop_full, BLOCK_M):
         sum_k, sum_v = _add_rows(
-            sum_k, sum_v, k_tile, v_tile, q_head, grad_head, keys, first_row, stop, alpha, span, bias,
+            sum_k, sum_v, k_tile, v_tile, q_head, grad_head, keys, first_row, tiles.stop_full, alpha, span, bias,
             mode, BLOCK_M, False,
         )  # fmt: skip
     slot = slot_of(sequence, start, first_key, BLOCK_N)
@@ -207,15 +206,13 @@ def attention_backward_queries(
     q_tile = load_rows(rows_of_head(q, start, head), rows, span.length, mode.width, mode.block_d, True)
     grad_tile = load_rows(rows_of_head(grad, start, head), rows, span.length, mode.width, mode.block_d, True)
     total = tl.zeros((BLOCK_M, mode.block_d), tl.float32)
-    full, history_tiles, own, own_tiles = keys_of_rows(first_row, span, mode, BLOCK_M, BLOCK_N)
-    for first_key in tl.range(0, full, BLOCK_N):
+    tiles = keys_of_rows(first_row, span, mode, BLOCK_M, BLOCK_N)
+    for first_key in tl.range(tiles.first_full, tiles.full, BLOCK_N):
         total = _add_keys(
             total, q_tile, grad_tile, k_head, v_head, rows, first_key, alpha, span, bias, mode, BLOCK_N, False
         )
-    for index in tl.range(0, history_tiles + own_tiles):
-        first_key = full + index * BLOCK_N
-        if mode.candidates:
-            first_key = tl.where(index < history_tiles, first_key, own + (index - history_tiles) * BLOCK_N)
+    for index in tl.range(0, num_masked_keys(tiles)):
+        first_key = masked_keys_at(index, tiles, mode, BLOCK_N)
         total = _add_keys(
             total, q_tile, grad_tile, k_head, v_head, rows, first_key, alpha, span, bias, mode, BLOCK_N, True
         )
@@ -267,12 +264,11 @@ def attention_backward_bias(
     for sequence in tl.range(tl.program_id(1), num_sequences, tl.num_programs(1)):
         start, span = sequence_at(batch, sequence, mode)
         own_bias = bias_at(bias, start, mode)
-        tiles = tl.cdiv(span.length, BLOCK)
-        last_tile = tl.minimum(tiles, tiles + diagonal)
-        if mode.causal:  # noqa: SIM102  # the compiler decides this condition, the program the other
-            if diagonal < 0:  # only contextual rows see later keys
-                last_tile = tl.minimum(last_tile, tl.cdiv(span.num_contextuals, BLOCK))
-        for tile in tl.range(tl.maximum(diagonal, 0), last_tile):
+        first, count, late, late_count = tiles_on_diagonal(diagonal, span, mode, BLOCK)
+        for index in tl.range(0, count + late_count):
+            tile = first + index
+            if mode.window:
+                tile = tl.where(index < count, tile, late + index - count)
             rows = tile * BLOCK + index_in_tile
             keys = (tile - diagonal) * BLOCK + index_in_tile
             i, j = rows[:, None], keys[None, :]

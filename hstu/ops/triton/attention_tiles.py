@@ -17,6 +17,8 @@ from hstu.ops.triton.primitives import Precision, dot
 BUCKETS_PER_LOG2 = tl.constexpr(0.6931471805599453 / 0.301)
 """ln 2 / TIME_BUCKET_WIDTH, for an estimate that the thresholds correct."""
 LAST_BUCKET = tl.constexpr(127)
+NOWHERE = tl.constexpr(2**30)
+"""Behind the end of every sequence."""
 
 
 class Batch(NamedTuple):
@@ -31,6 +33,9 @@ class Batch(NamedTuple):
     num_contextuals: Any
     group_tokens: Any
     """Tokens of a target group."""
+    max_span: Any
+    """As in AttentionConfig; 0 without a window."""
+    full_tokens: Any
 
 
 class Bias(NamedTuple):
@@ -58,6 +63,46 @@ class Span(NamedTuple):
     """First candidate token; the length where there is none."""
     num_contextuals: Any
     group_tokens: Any
+    max_span: Any
+    full_from: Any
+    """First position that has no ``max_span``; NOWHERE: all have one."""
+
+
+class KeyTiles(NamedTuple):
+    """Tiles of keys that a tile of rows sees. Tiles in [first_full, full) need no mask, the others do."""
+
+    first_full: Any
+    full: Any
+    history_tiles: Any
+    """From key ``full`` on."""
+    own: Any
+    own_tiles: Any
+    """From key ``own`` on: the target groups of the rows."""
+    low: Any
+    low_tiles: Any
+    """From key ``low`` to ``first_full``: the far end of the window."""
+    context_tiles: Any
+    """From key 0 on, below ``low``."""
+
+
+class RowTiles(NamedTuple):
+    """Tiles of rows that see a tile of keys. Rows in [full, stop_full) see all of the keys, the others need a mask."""
+
+    full: Any
+    stop_full: Any
+    first: Any
+    masked_tiles: Any
+    """From row ``first`` to ``full``."""
+    stop: Any
+    """All but the newest rows end here."""
+    context_tiles: Any
+    """From row 0 to ``first``: contextual rows."""
+    late: Any
+    late_tiles: Any
+    """From row ``late`` to ``stop``: rows for which the keys lie at the far end of the window."""
+    newest: Any
+    newest_tiles: Any
+    """From row ``newest`` to the end of the sequence: rows that have no ``max_span``."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +115,10 @@ class Mode:
     """Columns of its tiles: a power of two."""
     causal: bool
     contextual: bool
-    """The first ``num_contextuals`` tokens see all context and history."""
+    """The first ``num_contextuals`` tokens see more than others: all context and history."""
     candidates: bool
+    window: bool
+    """There is a ``max_span``."""
     bias: bool
     precision: Precision
     silu: bool = False
@@ -86,7 +133,8 @@ def sequence_at(batch, index, mode: tl.constexpr):
     end = length
     if mode.candidates:
         end = length - tl.load(batch.candidates + index).to(tl.int32)
-    return start, Span(length, end, batch.num_contextuals, batch.group_tokens)
+    full_from = tl.where(batch.full_tokens > 0, end - batch.full_tokens, NOWHERE)
+    return start, Span(length, end, batch.num_contextuals, batch.group_tokens, batch.max_span, full_from)
 
 
 @triton.jit
@@ -119,6 +167,16 @@ def visible(i, j, span, mode: tl.constexpr):
         sees = sees & (j < span.end)
     else:
         sees = (j < span.end) & (i >= 0)
+    if mode.window:
+        position = tl.minimum(i, span.end)
+        no_limit = position >= span.full_from
+        if mode.contextual:
+            no_limit = no_limit | (i < span.num_contextuals)
+        near = j >= tl.where(no_limit, 0, position - span.max_span)
+        if not mode.causal:
+            near = near & (j <= tl.where(no_limit, span.end, position + span.max_span))
+        near = near | (j < span.num_contextuals)
+        sees = sees & near
     if mode.candidates:
         # Wherever the result counts, i and j are candidates, so the truncating division is the floor.
         same_group = (i - span.end) // span.group_tokens == (j - span.end) // span.group_tokens
@@ -128,11 +186,7 @@ def visible(i, j, span, mode: tl.constexpr):
 
 @triton.jit
 def keys_of_rows(first_row, span, mode: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tiles of keys that rows [first_row, first_row + BLOCK_M) see.
-
-    Returns (full, history_tiles, own, own_tiles): all of the rows see keys [0, full); the next history_tiles tiles, and
-    own_tiles tiles from key ``own`` on (the target groups of the rows), need the mask.
-    """
+    """The KeyTiles of rows [first_row, first_row + BLOCK_M)."""
     stop_row = tl.minimum(first_row + BLOCK_M, span.length)
     full = span.end
     seen = span.end
@@ -141,45 +195,148 @@ def keys_of_rows(first_row, span, mode: tl.constexpr, BLOCK_M: tl.constexpr, BLO
         seen = tl.minimum(span.end, stop_row)
         if mode.contextual:
             seen = tl.where(first_row < span.num_contextuals, span.end, seen)
+    first_full, low, low_tiles, context_tiles = 0, 0, 0, 0
+    if mode.window:
+        oldest, newest = tl.minimum(first_row, span.end), tl.minimum(stop_row - 1, span.end)
+        some_see_all = newest >= span.full_from
+        if mode.contextual:
+            some_see_all = some_see_all | (first_row < span.num_contextuals)
+        low = tl.where(some_see_all, 0, tl.maximum(oldest - span.max_span, 0)) // BLOCK_N * BLOCK_N
+        first_full = tl.where(oldest >= span.full_from, 0, tl.maximum(newest - span.max_span, 0))
+        first_full = tl.cdiv(first_full, BLOCK_N) * BLOCK_N
+        if not mode.causal:
+            full = tl.where(oldest >= span.full_from, full, tl.minimum(full, oldest + span.max_span + 1))
+            near = tl.maximum(newest + span.max_span + 1, span.num_contextuals)
+            seen = tl.where(some_see_all, seen, tl.minimum(seen, near))
+        context_tiles = tl.cdiv(tl.minimum(span.num_contextuals, low), BLOCK_N)
     full = full // BLOCK_N * BLOCK_N
-    history_tiles = tl.cdiv(seen - full, BLOCK_N)
+    if mode.window:
+        full = tl.where(full <= first_full, low, full)
+        first_full = tl.minimum(first_full, full)
+        low_tiles = (first_full - low) // BLOCK_N
+    history_tiles = tl.cdiv(tl.maximum(seen - full, 0), BLOCK_N)
     own = full + history_tiles * BLOCK_N
     own_tiles = 0
     if mode.candidates:  # noqa: SIM102  # the compiler decides this condition, the program the other
         if stop_row > span.end:
-            oldest = tl.maximum(first_row, span.end)
-            group_start = oldest - (oldest - span.end) % span.group_tokens
+            oldest_candidate = tl.maximum(first_row, span.end)
+            group_start = oldest_candidate - (oldest_candidate - span.end) % span.group_tokens
             own = tl.maximum(own, group_start // BLOCK_N * BLOCK_N)
             own_tiles = tl.maximum(tl.cdiv(stop_row - own, BLOCK_N), 0)
-    return full, history_tiles, own, own_tiles
+    return KeyTiles(first_full, full, history_tiles, own, own_tiles, low, low_tiles, context_tiles)
+
+
+@triton.jit
+def num_masked_keys(tiles):
+    """Number of the tiles of keys that need a mask."""
+    return tiles.history_tiles + tiles.own_tiles + tiles.low_tiles + tiles.context_tiles
+
+
+@triton.jit
+def masked_keys_at(index, tiles, mode: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First key of the ``index``-th tile that needs a mask."""
+    first_key = tiles.full + index * BLOCK_N
+    if mode.candidates:
+        own = index - tiles.history_tiles
+        first_key = tl.where(own < 0, first_key, tiles.own + own * BLOCK_N)
+    if mode.window:
+        low = index - (tiles.history_tiles + tiles.own_tiles)
+        first_key = tl.where(low >= 0, tiles.low + low * BLOCK_N, first_key)
+        first_key = tl.where(low >= tiles.low_tiles, (low - tiles.low_tiles) * BLOCK_N, first_key)
+    return first_key
 
 
 @triton.jit
 def rows_of_keys(first_key, span, mode: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tiles of rows that see keys [first_key, first_key + BLOCK_N).
-
-    Returns (context_tiles, first, masked_tiles, full, stop): context_tiles tiles from row 0 on hold the contextual rows
-    before ``first``; masked_tiles tiles from row ``first`` on need the mask; rows [full, stop) see all of the keys.
-    """
+    """The RowTiles of keys [first_key, first_key + BLOCK_N)."""
     stop_key = tl.minimum(first_key + BLOCK_N, span.length)
     first = first_key
     stop = span.length
-    context_tiles = 0
+    context_tiles, late, late_tiles, newest, newest_tiles = 0, 0, 0, 0, 0
     if mode.causal:
         masked_stop = tl.where(stop_key <= span.end, stop_key - 1, span.length)
-        if mode.contextual:
-            rows = tl.minimum(span.num_contextuals, first)
-            context_tiles = tl.where(first_key < span.end, tl.cdiv(rows, BLOCK_M), 0)
     else:
-        first = tl.where(first_key < span.end, 0, first_key)
-        masked_stop = tl.where(stop_key <= span.end, 0, span.length)
+        farthest = 0
+        if mode.window:
+            farthest = tl.where(first_key < span.num_contextuals, 0, tl.maximum(first_key - span.max_span, 0))
+            farthest = tl.maximum(tl.minimum(farthest, span.full_from), 0)
+        first = tl.where(first_key < span.end, farthest, first_key)
+        masked_stop = 0
+        if mode.window:
+            masked_stop = stop_key - 1 - span.max_span
+        masked_stop = tl.where(stop_key <= span.end, masked_stop, span.length)
+    if mode.contextual:
+        rows = tl.minimum(span.num_contextuals, first)
+        context_tiles = tl.where(first_key < span.end, tl.cdiv(rows, BLOCK_M), 0)
+    if mode.window:
+        is_context = (first_key < span.num_contextuals) | (first_key >= span.end)
+        stop = tl.where((stop_key + span.max_span > span.end) | is_context, stop, stop_key + span.max_span)
     if mode.candidates:  # noqa: SIM102
         if first_key >= span.end:
             last_group = (stop_key - 1 - span.end) // span.group_tokens
             stop = tl.minimum(span.length, span.end + (last_group + 1) * span.group_tokens)
             masked_stop = stop
     masked_tiles = tl.cdiv(tl.maximum(masked_stop - first, 0), BLOCK_M)
-    return context_tiles, first, masked_tiles, first + masked_tiles * BLOCK_M, stop
+    full = first + masked_tiles * BLOCK_M
+    stop_full = stop
+    if mode.window:
+        near = first_key + span.max_span
+        stop_full = tl.where(near >= span.end, stop, tl.minimum(stop, near + 1))
+        late = tl.maximum(full, stop_full)
+        late_tiles = tl.cdiv(tl.maximum(stop - late, 0), BLOCK_M)
+        newest = tl.maximum(span.full_from, stop)
+        newest_tiles = tl.where(first_key < span.end, tl.cdiv(tl.maximum(span.length - newest, 0), BLOCK_M), 0)
+    return RowTiles(
+        full, stop_full, first, masked_tiles, stop, context_tiles, late, late_tiles, newest, newest_tiles
+    )  # fmt: skip
+
+
+@triton.jit
+def num_masked_rows(tiles):
+    """Number of the tiles of rows that need a mask."""
+    return tiles.context_tiles + tiles.masked_tiles + tiles.late_tiles + tiles.newest_tiles
+
+
+@triton.jit
+def masked_rows_at(index, tiles, span, mode: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(first row, stop) of the ``index``-th tile of rows that needs a mask; it has at most BLOCK_M rows."""
+    masked = index - tiles.context_tiles
+    first_row = tiles.first + masked * BLOCK_M
+    stop_row = tiles.stop
+    if mode.contextual:
+        first_row = tl.where(masked < 0, index * BLOCK_M, first_row)
+        stop_row = tl.where(masked < 0, tiles.first, stop_row)
+    if mode.window:
+        late = masked - tiles.masked_tiles
+        first_row = tl.where(late >= 0, tiles.late + late * BLOCK_M, first_row)
+        newest = late - tiles.late_tiles
+        first_row = tl.where(newest >= 0, tiles.newest + newest * BLOCK_M, first_row)
+        stop_row = tl.where(newest >= 0, span.length, stop_row)
+    return first_row, stop_row
+
+
+@triton.jit
+def tiles_on_diagonal(diagonal, span, mode: tl.constexpr, BLOCK: tl.constexpr):
+    """Tiles of rows on a diagonal of tiles (tile of rows − tile of keys) in which some row sees some key.
+
+    Returns (first, count, late, late_count): ``count`` tiles from ``first`` on, and ``late_count`` from ``late`` on.
+    """
+    tiles = tl.cdiv(span.length, BLOCK)
+    stop = tl.minimum(tiles, tiles + diagonal)
+    context_tiles = tl.cdiv(span.num_contextuals, BLOCK)
+    if mode.causal:  # noqa: SIM102  # the compiler decides this condition, the program the other
+        if diagonal < 0:  # only contextual rows see later keys
+            stop = tl.minimum(stop, context_tiles)
+    first = tl.maximum(diagonal, 0)
+    count = tl.maximum(stop - first, 0)
+    late, late_count = 0, 0
+    if mode.window:  # noqa: SIM102
+        if (tl.abs(diagonal) - 1) * BLOCK >= span.max_span:  # only context, and what has no span
+            count = tl.minimum(count, context_tiles)
+            late = tl.maximum(tl.minimum(span.full_from, span.end), 0) // BLOCK
+            late = tl.maximum(late, first + count)
+            late_count = tl.maximum(stop - late, 0)
+    return first, count, late, late_count
 
 
 @triton.jit

@@ -61,6 +61,7 @@ def variants() -> list[Variant]:
     return [
         *(_attention(width, torch.bfloat16, *parts) for width in (16, 32, 64, 128, 256) for parts in ATTENTION_PARTS),
         *(_attention(width, torch.float32, *parts) for width in (64, 128) for parts in ATTENTION_PARTS[::2]),
+        *(_attention(64, torch.bfloat16, *parts) for parts in WINDOW_PARTS),
         *(_add_layer_norm(residual) for residual in (torch.float32, torch.bfloat16)),
         *(_norm(width, split) for width in (64, 256) for split in (False, True)),
         Variant("uvqk", 256, f"{HIDDEN} → {HEADS} × 4 × 256, bfloat16", lambda: _run_uvqk(torch.bfloat16)),
@@ -84,6 +85,7 @@ def variants() -> list[Variant]:
 
 
 ATTENTION_PARTS = (("causal",), ("causal", "context", "candidates"), ("causal", "bias"), ("bidirectional", "bias"))
+WINDOW_PARTS = (("causal", "context", "candidates", "window"), ("causal", "window", "bias"))
 
 
 def _attention(head_dim: int, dtype: torch.dtype, *parts: str) -> Variant:
@@ -97,7 +99,8 @@ def _run_attention(head_dim: int, dtype: torch.dtype, parts: tuple[str, ...]) ->
     bias = None
     if "bias" in parts:
         bias = RelativeBias(*(torch.zeros(n, requires_grad=True) for n in (2 * 64 - 1, NUM_TIME_BUCKETS)))
-    config = AttentionConfig(head_dim**-0.5, 64, "causal" in parts, True)
+    window = {"max_span": 20, "full_tokens": 9} if "window" in parts else {}
+    config = AttentionConfig(head_dim**-0.5, 64, "causal" in parts, True, **window)
     out = projected_attention(projected, _zeros(HEADS, 3, head_dim), layout, config, bias, OPERATORS["attention"])
     out.backward(torch.zeros_like(out))
 

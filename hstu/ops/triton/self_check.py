@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,15 +101,21 @@ def _cases(device: torch.device, shapes: KernelShapes) -> Iterator[tuple[str, Ca
     """The operator and the case; the inputs are the same in every run."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        cases = [("attention", _attention_case(device, shapes, is_causal)) for is_causal in (True, False)]
+        cases = [("attention", _attention_case(device, shapes, **mask)) for mask in MASKS]
+        if shapes.has_window:
+            cases += [("attention", _attention_case(device, shapes, **mask, **WINDOW)) for mask in MASKS]
         cases += [*_row_cases(device, shapes), *_loss_cases(shapes)]
     yield from cases
 
 
-def _attention_case(device: torch.device, shapes: KernelShapes, is_causal: bool) -> Case:
+MASKS: tuple[dict[str, Any], ...] = ({"is_causal": True}, {"is_causal": False})
+WINDOW = {"max_span": 20, "full_tokens": 9}
+
+
+def _attention_case(device: torch.device, shapes: KernelShapes, **mask: Any) -> Case:
     width, dtype, has_bias = shapes.head_dim, shapes.dtype, shapes.has_bias
     layouts = {place: small_layout(torch.device(place)) for place in {device.type, "cpu"}}
-    config = AttentionConfig(alpha=width**-0.5, scaling_seqlen=50, is_causal=is_causal)
+    config = AttentionConfig(alpha=width**-0.5, scaling_seqlen=50, **mask)
     tables = [torch.randn(size) for size in (99, NUM_TIME_BUCKETS)] if has_bias else []
     projected = torch.randn(layouts["cpu"].num_tokens, 2, 3, width).to(dtype)
 
@@ -118,8 +125,9 @@ def _attention_case(device: torch.device, shapes: KernelShapes, is_causal: bool)
         )
 
     leaves = [projected, torch.zeros(2, 3, width), *tables]
-    mask, bias = "causal" if is_causal else "bidirectional", "bias" if has_bias else "no bias"
-    name = f"attention ({width} channels, {str(dtype).removeprefix('torch.')}, {mask}, {bias})"
+    kinds = "causal" if config.is_causal else "bidirectional", "bias" if has_bias else "no bias"
+    window = "" if config.max_span is None else ", window"
+    name = f"attention ({width} channels, {str(dtype).removeprefix('torch.')}, {', '.join(kinds)}{window})"
     return Case(name, of(OPERATORS["attention"]), of(REFERENCE_KERNELS.attention), leaves)
 
 
@@ -258,7 +266,7 @@ def all_shapes() -> Iterator[KernelShapes]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for head_dim in (16, 50, 64, 128, 256):
             for has_bias in (False, True):
-                yield KernelShapes(head_dim, 2, 2 * head_dim, head_dim, dtype, has_bias)
+                yield KernelShapes(head_dim, 2, 2 * head_dim, head_dim, dtype, has_bias, has_window=True)
 
 
 if __name__ == "__main__":

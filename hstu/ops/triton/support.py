@@ -26,8 +26,6 @@ def unsupported_reason(operator: str, shapes: KernelShapes) -> str | None:
     if operator in ("pool_softmax_loss", "sampled_softmax_loss"):
         too_wide = shapes.item_dim > WIDEST_VECTOR
         return f"vectors of {shapes.item_dim} > {WIDEST_VECTOR} numbers" if too_wide else None
-    if operator == "attention" and shapes.has_window:
-        return "max_attention_span"
     if operator == "attention" and shapes.head_dim > WIDEST_HEAD:
         return f"heads of {shapes.head_dim} > {WIDEST_HEAD} channels"
     inner = shapes.num_heads * shapes.head_dim

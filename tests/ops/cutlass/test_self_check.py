@@ -69,11 +69,14 @@ def test_another_gpu_is_refused_with_the_reason(
 
 
 def test_the_table_names_what_cutlass_serves() -> None:
-    def table(head_dim: int, *, has_bias: bool) -> str:
-        return str(resolve_kernels(Backend.CUTLASS, KernelShapes(head_dim, 4, 64, 64, torch.bfloat16, has_bias)))
+    def table(head_dim: int, *, has_bias: bool, has_window: bool = False) -> str:
+        shapes = KernelShapes(head_dim, 4, 64, 64, torch.bfloat16, has_bias, has_window)
+        return str(resolve_kernels(Backend.CUTLASS, shapes))
 
     assert "attention: cutlass, add_layer_norm: triton" in table(256, has_bias=False)
     assert "attention: cutlass, add_layer_norm: triton" in table(128, has_bias=True)
     with_bias = "attention: triton (no cutlass: heads of 256 channels with a relative bias, not 32, 64, 128)"
     assert with_bias in table(256, has_bias=True)
     assert "attention: triton (no cutlass: heads of 50 channels, not 32, 64, 128, 256)" in table(50, has_bias=False)
+    window = table(64, has_bias=False, has_window=True)
+    assert "attention: triton (no cutlass: NetworkArgs.max_attention_span), " in window

@@ -1,5 +1,6 @@
 """Triton kernels are compared with PyTorch before their first use; a wrong kernel is refused with its error."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -88,6 +89,8 @@ def test_only_what_the_run_uses_is_checked() -> None:
     assert [name for name, _ in checks(cpu, None)] == ["slots of dynamic tables"]
     attention = [name for name, _ in checks(cpu, WITH_BIAS) if "attention" in name]
     assert len(attention) == 2 and all("16 channels, bfloat16" in name and ", bias" in name for name in attention)
+    attention = [name for name, _ in checks(cpu, replace(WITH_BIAS, has_window=True)) if "attention" in name]
+    assert len(attention) == 4 and sum(", window" in name for name in attention) == 2
     assert not [name for name, _ in checks(cpu, KernelShapes(512, 1, 64, 64, torch.float32)) if "attention" in name]
 
 

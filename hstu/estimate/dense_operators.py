@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -112,19 +114,21 @@ def gate(rows: int, heads: int, width: int, c: int, dropped: float, ranks: int) 
     return timed_operator("norm, gate, dropout", cost, rows, build)
 
 
-def attention(workload: Workload, batch: Batch, heads: int) -> Operator:
-    """Attention of the sequences of ``batch``, with the heads of one rank."""
+def attention(workload: Workload, batch: Batch, heads: int, max_span: int | None) -> Operator:
+    """Attention of a layer with this span over the sequences of ``batch``, with the heads of one rank."""
     network, per_item = workload.config.network, workload.features.tokens_per_item(workload.config.network)
     width, c, contextuals = network.kv_channels, workload.element_size, len(workload.roles.contextual)
+    window = costs.Window(max_span, network.min_full_attention_tokens, contextuals)
 
     def cost_of(part: Batch) -> Cost:
         tokens = sequence_tokens(part.item_lengths, contextuals, per_item)
-        return costs.attention(tokens, part.num_candidates * per_item, heads, width, c, network.is_causal)
+        return costs.attention(tokens, part.num_candidates * per_item, heads, width, c, network.is_causal, window)
 
     def prepare(_: Mesh) -> Timed:
         by_sequence = [cost_of(batch.first(count)).flops for count in range(1, batch.sequences + 1)]
         timed = batch.first(max(1, int(np.searchsorted(by_sequence, MOST_FLOPS, side="right"))))
         layer = workload.layer
+        config = replace(layer.attention_config, max_span=max_span)
         has_bias = layer.bias is not None
         layout = build_layout(
             item_lengths=timed.item_lengths,
@@ -146,7 +150,7 @@ def attention(workload: Workload, batch: Batch, heads: int) -> Operator:
         grad = torch.randn_like(q)
 
         def both() -> None:
-            out = functional.hstu_attention(q, k, v, layout, layer.attention_config, bias, KERNELS.attention)
+            out = functional.hstu_attention(q, k, v, layout, config, bias, KERNELS.attention)
             torch.autograd.grad(out, leaves, grad)
 
         def first() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -55,12 +56,14 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Operator]:
         (norm, dense.add_layer_norm(own, hidden, c, workload.residual_size)),
         (whole, dense.linear("W_uvqk", tokens, hidden, 4 * inner, c)),
         (silu, dense.silu(tokens, 4 * inner, c, fused)),
-        (whole, dense.attention(workload, batch, heads)),
         (whole, dense.gate(tokens, heads, width, c, network.hidden_dropout, tp)),
         (0, dense.linear("W_o", tokens, inner, hidden, c)),
     )
     for again, op in repeated:
         yield dataclasses.replace(op, times=network.num_layers, extra_forwards=again)
+    for span, layers in Counter(network.attention_spans).items():
+        op = dense.attention(workload, batch, heads, span)
+        yield dataclasses.replace(op, times=layers, extra_forwards=whole)
 
 
 def _task(workload: Workload, batch: Batch) -> Iterator[Operator]:

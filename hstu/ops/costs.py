@@ -11,6 +11,8 @@ kernels. ``element_size``: bytes of the compute type.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +40,19 @@ class Cost(NamedTuple):
     """Kernels started."""
 
 
+class Window(NamedTuple):
+    """What hides far tokens from attention, as in :class:`hstu.ops.kernels.AttentionConfig`."""
+
+    max_span: int | None
+    """None: nothing is hidden."""
+    full_tokens: int
+    num_contextuals: int
+    """Tokens that are seen from everywhere."""
+
+
+NO_WINDOW = Window(None, 0, 0)
+
+
 def sequence_flops(
     tokens: Integers,
     candidate_tokens: Integers,
@@ -47,6 +62,7 @@ def sequence_flops(
     num_heads: int,
     head_dim: int,
     is_causal: bool = True,
+    windows: Sequence[Window] = (),
 ) -> Floats:
     """Floating-point operations of training (forward and backward) on each sequence, float64 [B].
 
@@ -56,11 +72,14 @@ def sequence_flops(
 
     The terms are the uvqk projection, the output projection and the attention. A causal mask removes half of the
     attention among the T − C tokens that are not candidates; without one nothing is subtracted. Without candidates
-    this is a·T + b·T² with a = 30·L·D·Hd and b = 7·L·Hd (14·L·Hd, if not causal).
+    this is a·T + b·T² with a = 30·L·D·Hd and b = 7·L·Hd (14·L·Hd, if not causal). ``windows``, one per layer if there
+    are any, take off 3.5·4·H·d for each pair that they hide.
     """
-    projections = projection_flops(tokens, hidden_size, num_heads, head_dim)
-    attention = attention_flops(tokens, candidate_tokens, num_heads, head_dim, is_causal)
-    return np.asarray(num_layers * (PROJECTION_PASSES * projections + ATTENTION_PASSES * attention))
+    total = num_layers * PROJECTION_PASSES * projection_flops(tokens, hidden_size, num_heads, head_dim)
+    for window, layers in Counter(windows or [NO_WINDOW] * num_layers).items():
+        attention = attention_flops(tokens, candidate_tokens, num_heads, head_dim, is_causal, window)
+        total = total + layers * ATTENTION_PASSES * attention
+    return np.asarray(total)
 
 
 def projection_flops(tokens: Integers, hidden_size: int, num_heads: int, head_dim: int) -> Floats:
@@ -69,14 +88,38 @@ def projection_flops(tokens: Integers, hidden_size: int, num_heads: int, head_di
 
 
 def attention_flops(
-    tokens: Integers, candidate_tokens: Integers, num_heads: int, head_dim: int, is_causal: bool = True
+    tokens: Integers,
+    candidate_tokens: Integers,
+    num_heads: int,
+    head_dim: int,
+    is_causal: bool = True,
+    window: Window = NO_WINDOW,
 ) -> Floats:
     """Forward of the attention of one layer, float64 [B]."""
     length = np.asarray(tokens, dtype=np.float64)
-    history = length - np.asarray(candidate_tokens, dtype=np.float64)
+    candidates = np.asarray(candidate_tokens, dtype=np.float64)
+    history = length - candidates
     width = num_heads * head_dim
     masked = 2.0 * width * history**2 if is_causal else 0.0
-    return np.asarray(4.0 * width * length**2 - masked)
+    return np.asarray(4.0 * width * (length**2 - hidden_pairs(history, candidates, is_causal, window)) - masked)
+
+
+def hidden_pairs(history: Floats, candidates: Floats, is_causal: bool, window: Window) -> Floats:
+    """Pairs of a token and one that it would see without ``window``, float64 [B]; the masked half counts as h² / 2.
+
+    history, candidates: tokens of context and history, and of the candidates.
+    """
+    if window.max_span is None:
+        return np.zeros_like(history)
+
+    def triangle(side: Floats | float) -> Floats:
+        return np.square(np.maximum(side, 0)) / 2
+
+    beyond = np.maximum(history - window.num_contextuals - window.max_span, 0)
+    hidden = triangle(beyond - window.full_tokens)  # earlier tokens; the newest rows have no limit
+    if not is_causal:  # later tokens, of which the newest rows hide none either
+        hidden = hidden + triangle(beyond) - triangle(np.minimum(window.full_tokens - window.max_span, beyond))
+    return np.asarray(hidden + (0 if window.full_tokens else candidates * beyond))
 
 
 def attention(
@@ -86,12 +129,14 @@ def attention(
     head_dim: int,
     element_size: int,
     is_causal: bool = True,
+    window: Window = NO_WINDOW,
 ) -> Cost:
     """Attention of one layer over sequences of ``tokens`` tokens each.
 
     Forward moves q, k, v and the output; backward those, their gradients and the gradient of the output.
     """
-    flops = ATTENTION_PASSES * float(attention_flops(tokens, candidate_tokens, num_heads, head_dim, is_causal).sum())
+    forward = float(attention_flops(tokens, candidate_tokens, num_heads, head_dim, is_causal, window).sum())
+    flops = ATTENTION_PASSES * forward
     return Cost(flops, 12.0 * element_size * int(np.sum(tokens)) * num_heads * head_dim)
 
 

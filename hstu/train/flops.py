@@ -11,7 +11,7 @@ from hstu.data.batch import HSTUBatch
 from hstu.data.jagged import sequence_tokens
 from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import Loads
-from hstu.ops.costs import sequence_flops
+from hstu.ops.costs import Window, sequence_flops
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class FlopCounter:
         """Tokens and floating-point operations of each sequence. item_lengths, num_candidates: integers [S]."""
         per_item = self.network.tokens_per_item(self.roles.action is not None)
         tokens = sequence_tokens(item_lengths, len(self.roles.contextual), per_item)
+        full, contextuals = self.network.min_full_attention_tokens, len(self.roles.contextual)
         costs = sequence_flops(
             tokens,
             np.asarray(num_candidates, dtype=np.int64) * per_item,
@@ -38,5 +39,6 @@ class FlopCounter:
             num_heads=self.network.num_attention_heads,
             head_dim=self.network.kv_channels,
             is_causal=self.network.is_causal,
+            windows=[Window(span, full, contextuals) for span in self.network.attention_spans],
         )
         return Loads(tokens, costs)

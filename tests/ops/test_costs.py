@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.ops import costs
-from hstu.ops.costs import sequence_flops
+from hstu.ops.costs import Window, hidden_pairs, sequence_flops
+from tests.ops import oracle
+from tests.ops.oracle import User
 
 TINY = dict(num_layers=2, hidden_size=8, num_heads=2, head_dim=4)  # Hd = 8
 
@@ -48,6 +50,35 @@ def test_a_sequence_without_candidates_costs_a_linear_and_a_quadratic_part(is_ca
     tokens = np.array([0, 1, 10, 4099])
     flops = sequence_flops(tokens, np.zeros(4, int), **TINY, is_causal=is_causal)
     assert flops.tolist() == (2 * (30 * 8 * 8 * tokens + quadratic * 8 * tokens**2)).tolist()
+
+
+@given(
+    st.integers(0, 40), st.integers(0, 5), st.integers(0, 3), st.integers(1, 45), st.sampled_from([0, 0, 1, 20, 60]),
+    st.booleans(),
+)  # fmt: skip
+@settings(max_examples=20, deadline=None)
+def test_the_pairs_that_a_window_hides(
+    items: int, candidates: int, contextuals: int, span: int, full: int, is_causal: bool
+) -> None:
+    tokens = oracle.tokens_of(User(items, candidates), contextuals=contextuals, tokens_per_item=1, group_size=1)
+    mask = dict(contextual_mask=True, max_span=span, full_tokens=full, num_before=contextuals + items)
+    hidden = sum(
+        oracle.sees(i, j, is_causal=is_causal, contextual_mask=True) and not oracle.within_span(i, j, **mask)
+        for i in tokens
+        for j in tokens
+    )
+    window = Window(span, full, contextuals)
+    counted = hidden_pairs(np.array([contextuals + items]), np.array([candidates]), is_causal, window).item()
+    assert abs(counted - hidden) <= items + candidates  # half of the diagonals
+
+
+def test_with_a_window_the_cost_grows_with_the_length() -> None:
+    tokens, none = np.array([10_000, 20_000, 30_000]), np.zeros(3, int)
+    one, two, three = sequence_flops(tokens, none, **TINY, windows=[Window(256, 128, 3)] * 2)
+    assert three - two == pytest.approx(two - one)
+    whole, windowed = (costs.attention(tokens, none, 2, 4, 2, window=Window(s, 0, 0)).flops for s in (None, 256))
+    both = sequence_flops(tokens, none, **TINY, windows=[Window(None, 0, 0), Window(256, 0, 0)]).sum()
+    assert sequence_flops(tokens, none, **TINY).sum() - both == pytest.approx(whole - windowed)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -285,4 +285,13 @@ TABLES: Mapping[str, Table] = {
             "moving average": ("OptimizerArgs.ema_decay = 0.0",),
         },
     ),
+    "ml_100k_ranking": _ranking(
+        "Ratings, MovieLens-100K", "ml-100k", items=1682, epochs=3,
+        undone={
+            "numbers of factors and neighbours": _NO_FACTORS,
+            "a slow item table": ("OptimizerArgs.sparse_learning_rate = 3e-3",),
+            "windows": ("DatasetArgs.window_stride = None",),
+            "moving average": ("OptimizerArgs.ema_decay = 0.0",),
+        },
+    ),
 }  # fmt: skip

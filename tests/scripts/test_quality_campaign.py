@@ -157,7 +157,8 @@ def test_a_stopped_training_goes_on_and_validation_says_which_weights_are_tested
     ml_100k_store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = ("TrainerArgs.num_train_epochs = 3.0", "TrainerArgs.eval_interval = 9", "NetworkArgs.num_layers = 1",
-             "DatasetArgs.max_sequence_length = 20", "TrainerArgs.log_interval = 1")  # fmt: skip
+             "DatasetArgs.max_sequence_length = 20", "TrainerArgs.log_interval = 1",
+             "TrainerArgs.train_batch_size = 32")  # fmt: skip
     rows = (Row(name="short", bindings=short), Row(name="whole", epochs_of="short"))
     tiny = replace(TABLES["ml_100k_retrieval"], rows=rows, reference="short", dataset=ml_100k_store.path.name)
     monkeypatch.setitem(TABLES, "tiny", tiny)

@@ -46,6 +46,7 @@ COSTS = {
     # for any batch
     f"{OPS}test_one_compiled_kernel_serves_any_batch": Cost(attention=2.5, cutlass=0.125, other_s=1),
     f"{OPS}test_attention_equals_float64_on_a_long_sequence": Cost(attention=0.9, other_s=1),
+    "tests/ops/test_attention_window.py::test_long_sequences_with_a_window_are_right": Cost(attention=4, other_s=1),
     # Do whole steps train what they train elsewhere?
     "tests/distributed/test_tables_by_device.py::test_rows_train_the_same_wherever_they_lie": Cost(other_s=3),
     "tests/distributed/test_tables_by_device.py::test_a_table_trains_the_same_however_it_is_sharded": Cost(other_s=2),

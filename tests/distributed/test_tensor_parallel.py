@@ -31,13 +31,14 @@ BY_TOKENS = "NetworkArgs.sequence_parallel = True"
 RELATIVE = "NetworkArgs.position_encoding = 'relative_bias'"
 CLIP = "TrainerArgs.max_grad_norm = 0.05"
 PRODUCT = "NetworkArgs.action_item_product = True"
+WINDOW = "NetworkArgs.max_attention_span = (3, 8)", "NetworkArgs.min_full_attention_tokens = 2"
 TOWER = "RetrievalArgs.item_tower = True"
 SEEN = "RetrievalArgs.mask_seen = True"
 LIMIT = "OptimizerArgs.sparse_max_gradient = 0.001"
 CASES: dict[str, Any] = {
     "ranking": {},
     "ranking, by tokens": {"bindings": [BY_TOKENS, RELATIVE, CLIP], "sharding": "table_wise"},
-    "ranking, adam": {"optimizer": "adam", "bindings": [RELATIVE, CLIP, "NetworkArgs.recompute_layer = True"]},
+    "ranking, adam": {"optimizer": "adam", "bindings": [RELATIVE, CLIP, "NetworkArgs.recompute_layer = True", *WINDOW]},
     "ranking, adam, by tokens": {
         "optimizer": "adam",
         "replicated": ["item_id", "action", "age"],
@@ -58,7 +59,7 @@ CASES: dict[str, Any] = {
     "retrieval, draws, adam, by tokens": {
         "task": "retrieval",
         "optimizer": "adam",
-        "bindings": [BY_TOKENS, RELATIVE, "RetrievalArgs.num_negatives = 9", TOWER],
+        "bindings": [BY_TOKENS, RELATIVE, "RetrievalArgs.num_negatives = 9", TOWER, *WINDOW],
     },
     "retrieval, uniform, seen": {
         "task": "retrieval",

@@ -38,7 +38,16 @@ def make_layer(backend: Backend, **changes: Any) -> HSTULayer:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("changes", [{}, {"is_causal": False}, {"position_encoding": "relative_bias"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"is_causal": False},
+        {"position_encoding": "relative_bias"},
+        {"position_encoding": "relative_bias", "max_attention_span": 4, "min_full_attention_tokens": 3},
+    ],
+    ids=str,
+)
 def test_equals_its_formula_forward_and_backward(backend: Backend, changes: dict[str, Any]) -> None:
     layer = make_layer(backend, **changes)
     reference = copy.deepcopy(layer).double()

@@ -133,6 +133,15 @@ def test_attention_reports_and_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert (tmp_path / "attention.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_attention_with_a_span_reports_and_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sizes = ["--length", "32", "64", "--longest-whole", "32", "--span", "8", "--full-tokens", "4"]
+    written = report(monkeypatch, tmp_path, "attention_window", *sizes)
+    for length, count in ((32, 8), (64, 6)):
+        assert len(variants([row for row in written["lengths"] if row["length"] == length])) == count
+    assert (tmp_path / "attention_window.png").stat().st_size > 10_000
+
+
 def test_the_layer_and_the_jagged_operators_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     layer, lengths = import_module("layer"), np.array([30, 30])
     shape = import_module("attention").Shape(lengths, 1, 8)

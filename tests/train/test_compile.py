@@ -27,6 +27,7 @@ def test_compiled_parts_train_what_the_others_do_on_two_ranks(store: SequenceSto
                 "item_embedding_dim": 8,
                 "contextual_embedding_dim": 8,
                 "action_item_product": True,
+                "max_attention_span": 5,
             },
             trainer={
                 "train_batch_size": 8,

@@ -149,6 +149,7 @@ def options(case: Case, clips: bool) -> RunOptions:
             f"TrainerArgs.max_grad_norm = {0.5 if clips else 0.0}",
             # Of the two encodings one is added to tokens, the other to what heads compute.
             f"NetworkArgs.position_encoding = {'absolute' if case.task == 'ranking' else 'relative_bias'!r}",
+            f"NetworkArgs.max_attention_span = {8 if case.task == 'ranking' else None}",
             *(["RetrievalArgs.item_tower = True", "RetrievalArgs.mask_seen = True"] * (case.task == "retrieval")),
             # Divided by the longest sequence attention is so little that sgd hardly moves its weights.
             "NetworkArgs.scaling_seqlen = 1",

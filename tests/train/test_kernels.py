@@ -18,8 +18,10 @@ def kernels() -> None:
 
 
 def network(backend: str, task: str) -> dict[str, Any]:
-    encoding = "relative_bias" if task == "retrieval" else "absolute"
-    return {"kernel_backend": backend, "hidden_dropout": 0.2, "position_encoding": encoding}
+    changes: dict[str, Any] = {"position_encoding": "absolute"}
+    if task == "retrieval":
+        changes = {"position_encoding": "relative_bias", "max_attention_span": 6, "min_full_attention_tokens": 2}
+    return {"kernel_backend": backend, "hidden_dropout": 0.2, **changes}
 
 
 @pytest.mark.parametrize("task", ["retrieval", "ranking"])

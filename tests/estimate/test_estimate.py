@@ -9,8 +9,10 @@ from hstu.config.args import DynamicEmbeddingArgs
 from hstu.config.errors import ConfigError
 from hstu.config.gin_io import load
 from hstu.estimate import machine
+from hstu.estimate.dense_operators import ATTENTION
 from hstu.estimate.estimate import as_text, estimate, size
 from hstu.estimate.memory import beside_tables, plan_tables
+from hstu.estimate.operators import operators
 from hstu.estimate.plan import plan_workload
 from hstu.parallel.table_plan import TableRoom, TablesDoNotFit
 from tests.estimate.runs import run_config
@@ -47,6 +49,17 @@ def test_recomputation_trades_memory_for_time() -> None:
     assert again.memory["activations"] < plain.memory["activations"] / 3
     assert again.memory["working memory"] > plain.memory["working memory"]
     assert again.step_s > plain.step_s
+
+
+def test_each_layer_costs_what_its_span_costs() -> None:
+    costs = []
+    for spans in ("None", "(8, None)", "8"):
+        workload = plan_workload(run_config(bindings=[f"NetworkArgs.max_attention_span = {spans}"]), 1, 1, "cuda")
+        attention = [op for op in operators(workload, workload.largest, ()) if op.name == ATTENTION]
+        assert sum(op.times for op in attention) == 2
+        costs.append(sum(op.cost.flops * op.times for op in attention))
+    assert costs[0] > costs[1] > costs[2]
+    assert costs[0] - costs[1] == pytest.approx(costs[1] - costs[2])
 
 
 def test_a_bfloat16_residual_takes_half_the_bytes_between_the_layers() -> None:
@@ -133,7 +146,7 @@ def test_own_data_that_is_not_there_must_name_its_features(tmp_path) -> None:
 
 @pytest.mark.parametrize("task", ["ranking", "retrieval"])
 def test_a_cpu_is_measured_operator_by_operator(task: str) -> None:
-    workload = plan_workload(run_config(task), 2, 2, "cpu")
+    workload = plan_workload(run_config(task, bindings=["NetworkArgs.max_attention_span = (8, None)"]), 2, 2, "cpu")
     with machine.this_cpu(workload) as cpu:
         found = estimate(workload, cpu, machine.batch_seconds(workload))
     assert all(seconds > 0 for seconds in found.computing.values())

@@ -224,6 +224,19 @@ def _ranking(title: str, dataset: str, items: int, epochs: int, undone: Mapping[
     name = dataset.replace("-", "_")
     plain, recipe = f"configs/{name}_ranking.gin", (*_NO_NUMBERS, f"TrainerArgs.num_train_epochs = {epochs}.0")
 
+    first_rows = (
+        'item/EmbeddingArgs.feature_names = ["movie_id"]',
+        'item/EmbeddingArgs.table_name = "movie_id"',
+        f"item/EmbeddingArgs.item_vocab_size_or_capacity = {items}",
+        'item/EmbeddingArgs.sharding_type = "model_parallel"',
+        "item/EmbeddingArgs.initial_rows = '$folder/items.parquet'",
+        "TrainerArgs.num_train_epochs = 6.0",
+        "OptimizerArgs.learning_rate = 3e-3",
+        "OptimizerArgs.sparse_learning_rate = 1e-5",
+    )
+    """Rows that stay what they are made of."""
+    factors = (_first_rows(plain, recipe),)
+
     def without_numbers(name: str, *more: str, prepare: tuple[tuple[str, ...], ...] = ()) -> Row:
         return Row(name=name, config=plain, bindings=(_EVENTS_ALONE, *recipe, *more), prepare=prepare)
 
@@ -235,15 +248,8 @@ def _ranking(title: str, dataset: str, items: int, epochs: int, undone: Mapping[
             Row(name="no numbers, usual settings", config=plain, bindings=(_EVENTS_ALONE,)),
             without_numbers("no numbers"),
             without_numbers("no numbers, with item × action", _PRODUCT),
-            without_numbers(
-                "no numbers, with first rows",
-                'item/EmbeddingArgs.feature_names = ["movie_id"]',
-                'item/EmbeddingArgs.table_name = "movie_id"',
-                f"item/EmbeddingArgs.item_vocab_size_or_capacity = {items}",
-                'item/EmbeddingArgs.sharding_type = "data_parallel"',
-                "item/EmbeddingArgs.initial_rows = '$folder/items.parquet'",
-                prepare=(_first_rows(plain, recipe),),
-            ),
+            without_numbers("no numbers, with first rows", *first_rows, prepare=factors),
+            without_numbers("no numbers, with first rows and item × action", *first_rows, _PRODUCT, prepare=factors),
         ),
         metrics=("AUC>=4", "LOGLOSS", *(f"AUC>=4, {part}" for part in PARTS)),
         bindings=(

@@ -43,8 +43,6 @@ class TableSpec:
     """Its own optimizer; None: that of all tables."""
     learning_rate: float | None = None
     """Its own peak learning rate; None: that of all tables."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of the rows that a step trains."""
     compute_kernel: str | None = None
     """TorchRec's compute kernel; None: the planner chooses."""
 
@@ -115,7 +113,6 @@ def table_specs(
                 dynamic=dynamic,
                 optimizer=table.optimizer_str,
                 learning_rate=table.learning_rate,
-                weight_decay=table.weight_decay,
                 compute_kernel=table.compute_kernel,
             )
         )

@@ -13,15 +13,15 @@ from torch import Tensor
 class RowUpdate:
     """One step of the optimizer of a table, for the rows that have a gradient. Other rows keep weights and states.
 
-    With g the gradient of a row, summed over its look-ups, and w ← w · (1 - lr · weight_decay) before the update:
+    With g the gradient of a row, summed over its look-ups:
 
     - adam, at step t: m ← β1 m + (1 - β1) g, v ← β2 v + (1 - β2) g²,
       w ← w - lr · (m / (1 - β1ᵗ)) / (√(v / (1 - β2ᵗ)) + ε)
     - adagrad: s ← s + g², w ← w - lr · g / (√s + ε)
     - sgd: w ← w - lr · g
 
-    adam is FBGEMM's (OptimType.ADAM, whose weight decay is decoupled). torch.optim.SparseAdam differs: it adds ε to the
-    uncorrected √v.
+    adam is FBGEMM's (OptimType.ADAM without weight decay). torch.optim.SparseAdam differs: it adds ε to the uncorrected
+    √v.
     """
 
     optimizer: Literal["adam", "adagrad", "sgd"]
@@ -32,12 +32,6 @@ class RowUpdate:
     """t, counted from 1."""
     max_gradient: float | None = None
     """Absolute value to which g is clamped."""
-    weight_decay: float = 0.0
-
-    @property
-    def kept(self) -> float:
-        """What weight decay leaves of a weight, as a factor."""
-        return 1 - self.learning_rate * self.weight_decay
 
 
 class UpdateRows(Protocol):

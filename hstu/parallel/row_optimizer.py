@@ -19,7 +19,7 @@ STATES = {
     "adamw": ("exp_avg", "exp_avg_sq"),
 }
 """Optimizer → names of its states, as in torch.optim: float32 [rows, columns]; ``rowwise_…``: float32 [rows]."""
-# adamw equals adam on tables: both decay by EmbeddingArgs.weight_decay.
+# adamw equals adam on tables: no weight decay is passed on.
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -34,10 +34,9 @@ class RowOptimizer(torch.optim.Optimizer):
     ) -> None:
         """``groups``: as in torch.optim, with ``lr``, and if they differ from these defaults:
 
-        ``optimizer``: adam; ``max_gradient``: None, or the absolute value to which gradients of rows are clamped;
-        ``weight_decay``: 0.
+        ``optimizer``: adam; ``max_gradient``: None, or the absolute value to which gradients of rows are clamped.
         """
-        super().__init__(groups, {"optimizer": "adam", "max_gradient": None, "weight_decay": 0.0})
+        super().__init__(groups, {"optimizer": "adam", "max_gradient": None})
         self.steps = 0
         """Steps taken; part of the state to checkpoint."""
         self._betas, self._eps, self._update_rows = betas, eps, update_rows
@@ -57,7 +56,6 @@ class RowOptimizer(torch.optim.Optimizer):
                 betas=self._betas,
                 step=self.steps,
                 max_gradient=group["max_gradient"],
-                weight_decay=group["weight_decay"],
             )
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    SplitTableBatchedEmbeddingBagsCodegen,
-    WeightDecayMode,
-)
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
@@ -50,8 +47,6 @@ class TableTraining:
     """Peak learning rate."""
     max_gradient: float | None = None
     """Absolute value to which gradients of rows are clamped."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of the rows that a step trains."""
 
     @classmethod
     def of(cls, spec: TableSpec, args: OptimizerArgs) -> TableTraining:
@@ -63,12 +58,11 @@ class TableTraining:
             optimizer = spec.optimizer or args.optimizer_str
             rate = spec.learning_rate or args.learning_rate
             optimizer = "adagrad" if optimizer == "rowwise_adagrad" else optimizer
-            return cls(optimizer, rate, args.sparse_max_gradient, spec.weight_decay)
+            return cls(optimizer, rate, args.sparse_max_gradient)
         return cls(
             spec.optimizer or args.sparse_optimizer_str or args.optimizer_str,
             spec.learning_rate or args.sparse_learning_rate or args.learning_rate,
             args.sparse_max_gradient,
-            spec.weight_decay,
         )
 
     @property
@@ -91,10 +85,6 @@ class TableTraining:
             params["eps"] = args.adam_eps
         if self.optimizer in ("adam", "adamw"):
             params |= {"beta1": args.adam_beta1, "beta2": args.adam_beta2}
-        if self.weight_decay > 0:  # decoupled in both: FBGEMM's Adam has no other
-            params["weight_decay"] = self.weight_decay
-            if self.optimizer == "rowwise_adagrad":
-                params["weight_decay_mode"] = WeightDecayMode.DECOUPLE
         if self.max_gradient is not None:
             params["max_gradient"] = self.max_gradient  # read by ClampedFusedEmbedding
         return params
@@ -136,7 +126,6 @@ class TableOptimizer:
                 "lr": training[table].learning_rate,
                 "optimizer": training[table].optimizer,
                 "max_gradient": training[table].max_gradient,
-                "weight_decay": training[table].weight_decay,
                 "table": table,
             }
             for table, weight in [*own, *replicated.items()]

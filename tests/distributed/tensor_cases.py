@@ -42,7 +42,6 @@ BASE = [
 ]
 MIXED = [
     "item_id/EmbeddingArgs.learning_rate = 0.01",
-    "item_id/EmbeddingArgs.weight_decay = 5.0",
     "age/EmbeddingArgs.optimizer_str = 'rowwise_adagrad'",
     "action/EmbeddingArgs.optimizer_str = 'sgd'",
     "uvqk/PartOptimizerArgs.regex = '[01].uvqk|out.weight'",

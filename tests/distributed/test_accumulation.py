@@ -1,17 +1,15 @@
 """Micro-batches train what one batch of all their sequences trains: dense weights, tables of both kinds, negatives."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hstu.data.store import SequenceStore
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.training_cases import train
-from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, TOWER, tables_of, walks
+from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, TOWER, walks
 
 GLOBAL_BATCH, MICRO_BATCHES, ITERATIONS = 12, 3, 4
 LIMITED = {"sparse_max_gradient": 0.002}
@@ -93,8 +91,6 @@ CASES: dict[str, Any] = {
         "task_args": {"item_tower": True, "negatives": "uniform", "num_negatives": 5},
     },
 }
-DECAYED = ("in_batch", "full")
-"""Cases whose tables have weight decay, once per step and not per micro-batch."""
 PIPELINES = {name: ("none", "native", "prefetch")[number % 3] for number, name in enumerate(CASES)}
 LAUNCHES = {"1 rank": Launch(1, 200), "2 ranks": Launch(2, 200), "tp 2": Launch(2, 200, tp=2)}
 
@@ -104,14 +100,10 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     """Launch → case, in one piece or in parts → what it learnt. 31 users: the last batch of an epoch is uneven."""
     place = tmp_path_factory.mktemp("accumulation")
     write_small_store(place / "store", **walks(31), item_features=ITEM_FEATURES)
-    store, results = SequenceStore.open(place / "store"), {}
+    results = {}
     for name_of_launch, launch in LAUNCHES.items():
         cases = {}
         for name, options in CASES.items():
-            if name in DECAYED:
-                used = {"item_id", "town", "action"}
-                tables = (table for table in tables_of(store) if used.issuperset(table.feature_names))
-                options = options | {"tables": tuple(replace(table, weight_decay=3.0) for table in tables)}
             for parts in (1, MICRO_BATCHES) if launch.ranks == 1 else (MICRO_BATCHES,):
                 trainer = {
                     "train_batch_size": GLOBAL_BATCH // parts,

@@ -49,8 +49,8 @@ OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 PIPELINES = ("none", "native", "prefetch")
 PRESSED = {"lru": {}, "lfu": {"evict_strategy": "lfu"}, "hashed": {"dist_type": "hash_roundrobin"}}
 MIXED: dict[str, Any] = {
-    "user": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.05, "weight_decay": 2.0},
-    "item": {"learning_rate": 0.02, "weight_decay": 1.0},
+    "user": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.05},
+    "item": {"learning_rate": 0.02},
 }
 IN_PIPELINES = {
     f"{pipeline}/{name}": {"pipeline": pipeline, "optimizer": name}

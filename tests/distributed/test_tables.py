@@ -60,9 +60,9 @@ CASES |= {
     },
 }
 OWN = {
-    "user": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.05, "weight_decay": 2.0},
+    "user": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.05},
     "item": {"learning_rate": 0.02},
-    "action": {"optimizer_str": "sgd", "learning_rate": 0.3, "weight_decay": 1.0},
+    "action": {"optimizer_str": "sgd", "learning_rate": 0.3},
 }
 PARTS = [{"regex": "head", "optimizer_str": "sgd", "learning_rate": 0.2}]
 LIMIT = 0.01
@@ -70,11 +70,7 @@ LIMITED = {"sparse_max_gradient": LIMIT}
 MIXED = {
     "adam beside rowwise_adagrad": {"optimizer": "adam", "trained": OWN, "parts": PARTS},
     "one optimizer, two rates": {"optimizer": "adam", "trained": {"user": {"learning_rate": 0.3}}, "replicated": []},
-    "columns": {
-        "optimizer": "adagrad",
-        "sharding": "column_wise",
-        "trained": {"user": {"optimizer_str": "adam", "weight_decay": 2.0}},
-    },
+    "columns": {"optimizer": "adagrad", "sharding": "column_wise", "trained": {"user": {"optimizer_str": "adam"}}},
     "limited rows": {"optimizer": "rowwise_adagrad", "optimizer_args": LIMITED},
     "limited, mixed": {"optimizer": "adam", "trained": OWN, "parts": PARTS, "optimizer_args": LIMITED},
     "limited columns": {"optimizer": "sgd", "sharding": "column_wise", "optimizer_args": LIMITED},
@@ -103,7 +99,6 @@ class Training:
     optimizer: str
     learning_rate: float
     max_gradient: float | None = None
-    weight_decay: float = 0.0
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +311,6 @@ def reference_of(case: dict[str, Any], initial: dict[str, Any]) -> tuple[dict[st
             own.get("optimizer_str", replicas if feature in replicated else name),
             own.get("learning_rate", LEARNING_RATE),
             max_gradient=case.get("optimizer_args", {}).get("sparse_max_gradient"),
-            weight_decay=own.get("weight_decay", 0.0),
         )
         for feature in ("user", "item", "action")
         for own in [case.get("trained", {}).get(feature, {})]
@@ -325,7 +319,7 @@ def reference_of(case: dict[str, Any], initial: dict[str, Any]) -> tuple[dict[st
     return reference({"": (name, LEARNING_RATE)} | parts, tables, initial, steps=3)
 
 
-def test_weight_decay_of_dense_weights_touches_no_table(on_one_rank: Any) -> None:
+def test_weight_decay_does_not_touch_sharded_or_replicated_tables(on_one_rank: Any) -> None:
     decayed, plain = on_one_rank["one step adamw"], on_one_rank["one step adam"]
     assert decayed["tables"] == plain["tables"]
     weight = np.array(decayed["dense"]["head.weight"]) - np.array(plain["dense"]["head.weight"])
@@ -456,7 +450,6 @@ def update_rows(
 ) -> None:
     assert table.grad is not None
     optimizer, rate, gradient = training.optimizer, training.learning_rate, table.grad[rows]
-    table[rows] *= 1 - rate * training.weight_decay
     if optimizer == "sgd":
         table[rows] -= rate * gradient
     elif optimizer == "adam":

@@ -42,7 +42,7 @@ def trained(
         if used.issuperset(table.feature_names)
     ]
     sharded = {
-        table.table_name: replace(table, compute_kernel=kernel, weight_decay=1.0)
+        table.table_name: replace(table, compute_kernel=kernel)
         for table in tables
         if table.sharding_type == "model_parallel"
     }

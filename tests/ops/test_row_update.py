@@ -30,7 +30,6 @@ def oracle(rows: Tensor, values: Tensor, tables: list[Tensor], update: RowUpdate
             gradient = gradient.clamp(-update.max_gradient, update.max_gradient)
         for column, g in enumerate(gradient.tolist()):
             numbers = [table[row][column] for table in new]
-            numbers[0] -= update.learning_rate * update.weight_decay * numbers[0]
             for table, number in zip(new, _number(g, numbers, update), strict=True):
                 table[row][column] = number
     return [torch.tensor(table, dtype=torch.float64) for table in new]
@@ -67,21 +66,13 @@ def case(optimizer: str, count: int, table_rows: int, width: int, seed: int = 0)
     table_rows=st.sampled_from([1, 5, 3000]),
     width=st.sampled_from([1, 16, 50]),
     max_gradient=st.sampled_from([None, 0.5]),
-    weight_decay=st.sampled_from([0.0, 3.0]),
     seed=st.integers(0, 1000),
 )
 def test_rows_with_a_gradient_are_trained_by_the_formula(
-    kernel: str,
-    optimizer: Any,
-    count: int,
-    table_rows: int,
-    width: int,
-    max_gradient: float | None,
-    weight_decay: float,
-    seed: int,
+    kernel: str, optimizer: Any, count: int, table_rows: int, width: int, max_gradient: float | None, seed: int
 ) -> None:
     rows, values, tables = case(optimizer, count, table_rows, width, seed)
-    update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98), step=3, max_gradient=max_gradient, weight_decay=weight_decay)
+    update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98), step=3, max_gradient=max_gradient)
     expected = oracle(rows, values, tables, update)
     KERNELS[kernel](sparse(rows, values, tables[0].shape), tables[0], tables[1:], update)
     for table, right in zip(tables, expected, strict=True):
@@ -93,7 +84,7 @@ def test_rows_with_a_gradient_are_trained_by_the_formula(
 def test_rows_without_a_gradient_keep_every_bit(kernel: UpdateRows, optimizer: Any) -> None:
     _, values, tables = case(optimizer, 3, 9, 4)
     before = [table.clone() for table in tables]
-    update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98), weight_decay=1.0)
+    update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98))
     kernel(sparse(torch.tensor([7, 2, 7]), values, (9, 4)), tables[0], tables[1:], update)
     for old, new in zip(before, tables, strict=True):
         moved = (old != new).any(1).nonzero().flatten().tolist()
@@ -114,7 +105,7 @@ def test_a_dense_gradient_trains_the_same_rows(optimizer: Any) -> None:
     rows, values, tables = case(optimizer, 40, 60, 5)
     others = [table.clone() for table in tables]
     gradient = sparse(rows, values, (60, 5))
-    update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98), step=2, max_gradient=1.0, weight_decay=0.5)
+    update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98), step=2, max_gradient=1.0)
     plain.update_rows(gradient, tables[0], tables[1:], update)
     plain.update_rows(gradient.to_dense(), others[0], others[1:], update)
     for left, right in zip(tables, others, strict=True):

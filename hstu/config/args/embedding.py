@@ -37,9 +37,6 @@ class EmbeddingArgs(Args):
     learning_rate: Optional[float] = option(None, above=0, maximum=1e6)
     """Peak learning rate of this table. None: OptimizerArgs.sparse_learning_rate, or OptimizerArgs.learning_rate if
     the table is data_parallel."""
-    weight_decay: float = option(0.0, minimum=0, maximum=1e6)
-    """Decoupled weight decay: a step that trains a row first multiplies it by 1 - learning rate · weight_decay. Rows
-    that a step does not train keep their values. model_parallel tables need adam, adamw or rowwise_adagrad for it."""
     init_std: float = option(0.02, above=0, maximum=1e6)
     """Standard deviation of the normal distribution of initial rows."""
     initial_rows: Optional[str] = option(None, not_empty=True)

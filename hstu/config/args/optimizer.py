@@ -42,8 +42,7 @@ class OptimizerArgs(Args):
     adam_eps: float = option(1e-8, above=0)
     """Epsilon of adam, adamw, adagrad and rowwise_adagrad."""
     weight_decay: float = option(0.0, minimum=0)
-    """Decoupled weight decay of dense weights. Norms and biases never decay. For tables, use
-    EmbeddingArgs.weight_decay."""
+    """Decoupled weight decay of dense weights. Tables, norms and biases never decay."""
     momentum: float = option(0.0, minimum=0, below=1)
     """Momentum of sgd in the dense part. Tables have none."""
     sparse_optimizer_str: Optional[str] = option(None, choices=TABLE_OPTIMIZERS)

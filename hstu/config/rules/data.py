@@ -123,17 +123,6 @@ def dense_kernel_has_adam(run: RunConfig, table: EmbeddingArgs) -> Iterator[Prob
             yield run.problem(table, "compute_kernel", text)
 
 
-def decaying_tables_have_an_optimizer_for_it(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
-    if table.weight_decay > 0 and _may_be_sharded(table):
-        owner, parameter = _optimizer_of(run, table)
-        if getattr(owner, parameter) in ("sgd", "adagrad"):
-            text = (
-                f"cannot be combined with {run.cite(owner, parameter)}: FBGEMM's kernels have no weight decay for it; "
-                "use adam, adamw or rowwise_adagrad, or a data_parallel table"
-            )
-            yield run.problem(table, "weight_decay", text)
-
-
 def _may_be_sharded(table: EmbeddingArgs) -> bool:
     """Whether the table is model_parallel, or its wrong sharding_type may be meant so."""
     return getattr(table, "sharding_type", "model_parallel") == "model_parallel"
@@ -151,7 +140,7 @@ RULES_OF_A_TABLE = (
     rowwise_adagrad_forbids_column_wise, rowwise_adagrad_is_for_sharded_tables, kernels_are_for_sharded_tables,
     sharding_is_for_sharded_tables,
     dynamic_tables_choose_their_kernel, one_option_gives_the_gpu_memory, dense_kernel_has_adam,
-    initial_rows_are_for_ids_of_a_vocabulary, decaying_tables_have_an_optimizer_for_it,
+    initial_rows_are_for_ids_of_a_vocabulary,
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ class _Arguments(Arguments):
     _fields_ = fields(
         (pointer, "rows gradients weight first second"),
         (int64, "count width"),
-        (float32, "rate eps beta1 beta2 correction1 correction2 max_gradient kept"),
+        (float32, "rate eps beta1 beta2 correction1 correction2 max_gradient"),
         (int32, "optimizer threads"),
     )
 
@@ -55,7 +55,6 @@ def update_rows(
         correction1=1 - update.betas[0] ** update.step,
         correction2=1 - update.betas[1] ** update.step,
         max_gradient=math.inf if update.max_gradient is None else update.max_gradient,
-        kept=update.kept,
         optimizer=_Optimizer[update.optimizer.upper()],
         threads=num_threads(),
     )

@@ -46,8 +46,6 @@ def _updated(g: Tensor, weight: Tensor, states: Sequence[Tensor], update: RowUpd
     """New weight and states."""
     if update.max_gradient is not None:
         g = g.clamp(-update.max_gradient, update.max_gradient)
-    if update.weight_decay:
-        weight = weight * update.kept
     rate, eps = update.learning_rate, update.eps
     match update.optimizer:
         case "sgd":

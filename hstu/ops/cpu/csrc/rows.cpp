@@ -14,7 +14,6 @@ extern "C" struct HstuRowUpdate {
     float *weight, *first, *second;  // first and second: the states of the optimizer, or null
     int64_t count, width;
     float rate, eps, beta1, beta2, correction1, correction2, max_gradient;
-    float kept;  // of a weight after weight decay; 1: there is none
     int32_t optimizer, threads;
 };
 
@@ -55,9 +54,6 @@ template <int OPTIMIZER>
 void update_row(const HstuRowUpdate& a, const float* __restrict gradient, float* __restrict w, float* __restrict m,
                 float* __restrict v) {
     const float limit = a.max_gradient;
-    if (a.kept != 1) {
-        for (int64_t c = 0; c < a.width; ++c) w[c] *= a.kept;
-    }
     for (int64_t c = 0; c < a.width; ++c) {
         const float g = std::min(std::max(gradient[c], -limit), limit);
         if (OPTIMIZER == SGD) {

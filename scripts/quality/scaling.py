@@ -68,7 +68,7 @@ class Fit:
 
 
 def fit_power_law(flops: Sequence[float], losses: Sequence[float]) -> Fit | None:
-    """Least squares with b, c > 0. None: fewer than four points, or no such curve is found."""
+    """Least squares with b > 0 and c above its standard error. None: fewer than four points, or no such curve."""
     if len(flops) < 4:
         return None
     x, y = np.asarray(flops), np.asarray(losses)
@@ -85,7 +85,7 @@ def fit_power_law(flops: Sequence[float], losses: Sequence[float]) -> Fit | None
         return None
     a, b, c = map(float, found)
     errors = np.sqrt(np.diag(covariance))
-    return Fit(a, b, c, (float(errors[0]), float(errors[1]), float(errors[2])), scale) if c > 0 else None
+    return Fit(a, b, c, (float(errors[0]), float(errors[1]), float(errors[2])), scale) if c > errors[2] else None
 
 
 def sizes(base: Mapping[str, int], axes: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
@@ -205,7 +205,9 @@ def describe(study: Study, points: Sequence[Point], fit: Fit | None) -> str:
     if len(points) < len(study.sizes):
         lines.append(f"{len(points)} of {len(study.sizes)} sizes have been run.")
     if fit is None:
-        lines.append("Four points are needed for a fit." if len(points) < 4 else "No power law fits these points.")
+        lines.append(
+            "Four points are needed for a fit." if len(points) < 4 else "These points do not determine a power law."
+        )
     else:
         a, b, c = (f"{value:.3f} ± {error:.3f}" for value, error in zip((fit.a, fit.b, fit.c), fit.errors, strict=True))
         lines.append(f"L = a + b (C / {fit.scale:.2e})^-c with a = {a}, b = {b}, c = {c} (standard errors of the fit).")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -59,7 +60,7 @@ class InitialRows:
             rows = self._rows_of(values)
             is_known = rows >= 0
             rows, vectors, values = rows[is_known], vectors[is_known], values[is_known]
-            if (again := seen[rows] | _repeats(rows)).any():
+            if (again := seen[rows] | pd.Index(rows).duplicated()).any():
                 self._fail(f"the id {values[again].tolist()[0]!r} occurs more than once; keep one row per id")
             seen[rows] = True
             self.known, self.unknown = self.known + len(rows), self.unknown + int((~is_known).sum())
@@ -138,13 +139,6 @@ class InitialRows:
 
     def _fail(self, text: str) -> NoReturn:
         raise ConfigError(self.cite(self.table, "initial_rows", text))
-
-
-def _repeats(rows: np.ndarray) -> np.ndarray:
-    """bool [n]: whether an earlier element is equal."""
-    is_first = np.zeros(len(rows), dtype=bool)
-    is_first[np.unique(rows, return_index=True)[1]] = True
-    return ~is_first
 
 
 def find_initial_rows(

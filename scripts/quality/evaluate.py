@@ -25,7 +25,7 @@ from hstu.observe.logging import quiet_libraries
 from hstu.train.builder import build_evaluator
 from hstu.train.evaluate import RankingEvaluator
 from hstu.train.metrics import RankingMetrics
-from scripts.quality.ratings import PARTS
+from scripts.quality.ratings import PARTS, in_parts
 
 
 def by_place(trained: api.TrainedModel) -> dict[str, float]:
@@ -40,8 +40,7 @@ def by_place(trained: api.TrainedModel) -> dict[str, float]:
         place = run_indices(num_labels)[1] + np.repeat(batch.item_lengths - num_labels, num_labels)
         logits, users = trained.forward(batch).logits, np.repeat(batch.user_ids.numpy(), num_labels)
         assert logits is not None, "the model has no ranking head"
-        for part, (first, end) in PARTS.items():
-            here = (first <= place) & (place < end)
+        for part, here in in_parts(place):
             parts[part].update(logits.numpy()[here], batch.labels.numpy()[here], users[here])
     return {f"{name}, {part}": value for part, found in parts.items() for name, value in found.compute().items()}
 

@@ -41,7 +41,7 @@ from hstu.data.store import USER_FEATURE, SequenceStore
 from hstu.train.metrics import auc
 from scripts.quality.causal_features import Columns, causal_features
 from scripts.quality.means import mean_and_error
-from scripts.quality.ratings import PARTS, Ratings
+from scripts.quality.ratings import Ratings, in_parts
 
 SCORES = {
     "item mean": "item_mean",
@@ -87,8 +87,7 @@ def measure(scores: np.ndarray, labels: Labels, threshold: int) -> Metrics:
     """AUC of "at least ``threshold`` stars" over all labels and over the parts of the samples. scores: [M]."""
     is_liked = labels.rating >= threshold
     found = {f"AUC>={threshold}": auc(scores, is_liked)}
-    for name, (first, end) in PARTS.items():
-        here = (first <= labels.place) & (labels.place < end)
+    for name, here in in_parts(labels.place):
         found[f"AUC>={threshold}, {name}"] = auc(scores[here], is_liked[here])
     return found
 

@@ -28,6 +28,12 @@ PARTS = {"1-20": (0, 20), "21-50": (20, 50), "51-100": (50, 100), "101+": (100, 
 _FOLD_STREAM = 0x464F_4C44
 
 
+def in_parts(place: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """For each part, which labels are in it: bool [M]. place: number of earlier ratings in the sample, int64 [M]."""
+    for name, (first, end) in PARTS.items():
+        yield name, (first <= place) & (place < end)
+
+
 @dataclass(frozen=True)
 class Ratings:
     """E ratings of U users, one user after another, each in time order.

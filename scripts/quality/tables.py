@@ -175,6 +175,8 @@ _NO_FACTORS = (
     f"ranks/NumericFeatureArgs.feature_names = {[*_RANKS]}",
     f"amounts/NumericFeatureArgs.feature_names = {[*_AMOUNTS]}",
 )
+_EVENTS_ALONE = "DatasetArgs.dataset_path = '$store'"
+_RANKING_VALIDATION = ("DatasetArgs.train_fraction = 0.6", "DatasetArgs.valid_fraction = 0.1")
 _PRODUCT = "NetworkArgs.action_item_product = True"
 
 
@@ -213,10 +215,6 @@ def _first_rows(config: str, bindings: Sequence[str]) -> tuple[str, ...]:
         "--output",
         "$folder/items.parquet",
     )
-
-
-_EVENTS_ALONE = "DatasetArgs.dataset_path = '$store'"
-_RANKING_VALIDATION = ("DatasetArgs.train_fraction = 0.6", "DatasetArgs.valid_fraction = 0.1")
 
 
 def _ranking(title: str, dataset: str, items: int, epochs: int, undone: Mapping[str, Sequence[str]]) -> Table:

@@ -9,7 +9,7 @@ from scipy.stats import mannwhitneyu
 from hstu import api
 from hstu.data.store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from scripts.quality import evaluate
+from scripts.quality import evaluate, ratings
 from tests.train.conftest import mesh, store, undisturbed  # noqa: F401
 from tests.train.tiny import run, tiny_config
 
@@ -20,7 +20,8 @@ def test_each_label_counts_in_the_part_of_its_place_in_the_sample(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluate, "PARTS", {"1-3": (0, 3), "4+": (3, 99)})
+    for module in (evaluate, ratings):
+        monkeypatch.setattr(module, "PARTS", {"1-3": (0, 3), "4+": (3, 99)})
     trainer = {"ckpt_save_interval": 1000}
     config = tiny_config("ranking", store, tmp_path, trainer=trainer, task_args={"eval_metrics": ("AUC>=2", "ACC")})
     trained = api.load(run(config, mesh).path, mesh=mesh)

@@ -91,10 +91,10 @@ class TrainState:
     def _sharded(self) -> list[TableSpec]:
         return [spec for spec in self.model.specs if not spec.replicated and spec.dynamic is None]
 
-    def _whole(self, name: str, tensor: Tensor) -> Tensor | ShardedView:
+    def _whole(self, name: str, tensor: Tensor | ShardedView) -> Tensor | ShardedView:
         """Return a dense parameter, or a state of it, with the size that it has without tensor parallelism."""
         parameter, group = self.optimizers.dense.parameters.get(name), self.optimizers.tp_group
-        if parameter is None or group is None or tensor.shape != parameter.shape:
+        if parameter is None or group is None or tensor.size() != parameter.size():
             return tensor
         dim = shard_dim(parameter)
         return tensor if dim is None else global_view(tensor, dim, group)

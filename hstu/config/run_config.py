@@ -13,6 +13,7 @@ from hstu.config.args import (
     TASK_ARGS,
     Args,
     BenchmarkDatasetArgs,
+    DataParallelArgs,
     DatasetArgs,
     EmbeddingArgs,
     LRScheduleArgs,
@@ -49,6 +50,7 @@ class RunConfig:
     schedule: LRScheduleArgs = field(default_factory=LRScheduleArgs)
     precision: PrecisionArgs = field(default_factory=PrecisionArgs)
     tensor_parallel: TensorModelParallelArgs = field(default_factory=TensorModelParallelArgs)
+    data_parallel: DataParallelArgs = field(default_factory=DataParallelArgs)
     task_args: RankingArgs | RetrievalArgs
     next_item: RetrievalArgs | None = None
     """The softmax of a ranking run that also learns the next item (RankingArgs.next_item_weight). None: it does not."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
-from hstu.config.args import RankingArgs, RankingTaskArgs
+from hstu.config.args import OptimizerArgs, RankingArgs, RankingTaskArgs
 from hstu.config.run_config import RunConfig
 from hstu.estimate.plan import plan_workload
 from hstu.estimate.workload import Batch, Workload
@@ -21,6 +21,7 @@ from hstu.ops.costs import FLOAT32
 from hstu.ops.layer import saved_bytes
 from hstu.optim.dense import match_part_optimizers
 from hstu.parallel.dynamic.memory import logical_name
+from hstu.parallel.flat_weights import FlatLayout
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.table_optimizer import STATES, TableTraining, is_rowwise
 from hstu.parallel.table_plan import UNLIMITED, TableRanks, TableRoom
@@ -94,32 +95,45 @@ def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int,
     return int(busiest[0]), int(busiest[1])
 
 
+def flat_layout(workload: Workload) -> FlatLayout | None:
+    """How the dense weights of a rank lie if their optimizer states are sharded; None: they are not."""
+    if workload.config.data_parallel.sharding == "none" or workload.dp_size == 1:
+        return None
+    return FlatLayout.of(workload.dense_parameters, workload.dp_size)
+
+
 def trained_densely(workload: Workload) -> list[tuple[str, int]]:
-    """(optimizer, elements) of each parameter of the dense part on a rank.
+    """(optimizer, elements) of each parameter of the dense part that a rank updates; the rank with the most states.
 
     Raises ConfigError as a run would for OptimizerArgs.part_optimizers that match no weight.
     """
-    args, counts = workload.config.optimizer, workload.dense_parameters
+    args, counts, layout = workload.config.optimizer, workload.dense_parameters, flat_layout(workload)
     settings = match_part_optimizers(dict.fromkeys(counts, True), args)
-    return [(settings[name].optimizer, count) for name, count in counts.items()]
+    shares = [counts]
+    if layout is not None:
+        by_rank = map(layout.owned, range(workload.dp_size))
+        shares = [{name: len(elements) for name, elements in owned.items()} for owned in by_rank]
+    trained = [[(settings[name].optimizer, count) for name, count in share.items()] for share in shares]
+    return max(trained, key=lambda of_rank: sum(_state_numbers(args, *each) for each in of_rank))
 
 
 def dense_state_bytes(workload: Workload) -> int:
     """States of the dense optimizers, with a step count per parameter, of replicated tables, and the moving average."""
     args = workload.config.optimizer
-
-    def numbers(optimizer: str, elements: int) -> int:
-        average = elements if args.ema_decay > 0 else 0
-        if optimizer == "sgd":
-            return average + (elements if args.momentum > 0 else 0)
-        return average + elements * len(STATES[optimizer]) + 1
-
     tables = sum(
         spec.rows * spec.dim * (len(TableTraining.of(spec, args).states) + (1 if args.ema_decay > 0 else 0))
         for spec in workload.specs
         if spec.replicated
     )
-    return FLOAT32 * (tables + sum(numbers(*trained) for trained in trained_densely(workload)))
+    return FLOAT32 * (tables + sum(_state_numbers(args, *each) for each in trained_densely(workload)))
+
+
+def _state_numbers(args: OptimizerArgs, optimizer: str, elements: int) -> int:
+    """Numbers that are kept for so many elements of a parameter of the dense part."""
+    average = elements if args.ema_decay > 0 else 0
+    if optimizer == "sgd":
+        return average + (elements if args.momentum > 0 else 0)
+    return average + elements * len(STATES[optimizer]) + 1
 
 
 def replicated_gradients(workload: Workload, batch: Batch) -> int:
@@ -137,6 +151,8 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
     micro = workload.micro_batch(batch)
     tokens = workload.tokens(micro)
     dense, replicated = sum(workload.dense_parameters.values()), workload.replicated_elements
+    layout = flat_layout(workload)
+    weights = dense if layout is None else workload.dp_size * layout.range_size
     fixed = sum(buffer.numel() for buffer in workload.task.buffers())
     rows, states = table_bytes(workload, plan)
     saved, alive = layer_bytes(workload, tokens)
@@ -148,7 +164,7 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
     if workload.dp_size == 1:  # no buckets of DDP
         gradients = _gradients_beyond_activations(workload, saved, gradients - activations - working)
     return {
-        "dense weights": (dense + fixed) * FLOAT32,
+        "dense weights": (weights + fixed) * FLOAT32,
         "replicated tables": replicated * FLOAT32,
         "gradients of both": gradients,
         "optimizer states of both": dense_state_bytes(workload),

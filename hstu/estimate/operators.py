@@ -104,6 +104,7 @@ def _task_heads(
 def _updates(workload: Workload) -> Iterator[Operator]:
     by_optimizer: dict[str, list[int]] = {}
     for optimizer, elements in trained_densely(workload):
-        by_optimizer.setdefault(optimizer, []).append(elements)
+        if elements > 0:
+            by_optimizer.setdefault(optimizer, []).append(elements)
     for optimizer, counts in by_optimizer.items():
         yield tables.dense_update(optimizer, sum(counts), len(counts))

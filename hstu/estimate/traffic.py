@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from hstu.data.batch import is_of_negatives
-from hstu.estimate.memory import FIRST_LAYER, INT64, TableShards
+from hstu.estimate.memory import FIRST_LAYER, INT64, TableShards, flat_layout
 from hstu.estimate.workload import Batch, Workload
 from hstu.ops.costs import FLOAT32
 
@@ -138,7 +138,7 @@ def _pool(workload: Workload, batch: Batch) -> Iterator[Transfer]:
 
 
 def _gradients(workload: Workload, batch: Batch) -> Iterator[Transfer]:
-    """DDP's buckets, the rows of replicated tables on a CPU, and the few numbers of the loss."""
+    """DDP's buckets, updated weights, the rows of replicated tables on a CPU, and the few numbers of the loss."""
     elements = sum(workload.dense_parameters.values())
     if workload.device_type != "cpu":
         elements += workload.replicated_elements
@@ -152,4 +152,6 @@ def _gradients(workload: Workload, batch: Batch) -> Iterator[Transfer]:
     size = FLOAT32 if workload.config.precision.fp32_master_grads else workload.element_size
     data = partial(Transfer, kind="all_reduce", group="data", ranks=workload.dp_size)
     yield data("gradients of the dense part", calls=buckets, payload=elements * size, behind="backward")
+    if layout := flat_layout(workload):
+        yield data("updated dense weights", kind="all_gather", calls=1, payload=layout.range_size * FLOAT32)
     yield data("loss and count", calls=1, payload=2 * FLOAT32)

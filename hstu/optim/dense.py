@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
 from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.model.embedding import ReplicatedTables
+from hstu.parallel.flat_weights import FlatWeights
+from hstu.parallel.shards import ShardedView
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +55,16 @@ class DenseOptimizer:
     parameters. With ``ema_decay``, the state includes an exponential moving average of the parameters. Replicated
     tables are among the parameters, but hstu.parallel trains them.
 
-    ``settings``: by name, for parameters that are not trained as ``args`` says.
+    ``settings``: by name, for parameters that are not trained as ``args`` says. ``shard_group``: ranks that share the
+    state, see FlatWeights; they have equal parameters and gradients. None: this rank has all of it.
     """
 
     def __init__(
-        self, module: nn.Module, args: OptimizerArgs, settings: Mapping[str, OptimizerSettings] | None = None
+        self,
+        module: nn.Module,
+        args: OptimizerArgs,
+        settings: Mapping[str, OptimizerSettings] | None = None,
+        shard_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.parameters = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.learning_rate = args.learning_rate
@@ -64,12 +72,17 @@ class DenseOptimizer:
         parts = [part for part in module.modules() if isinstance(part, ReplicatedTables)]
         tables = {id(weight) for part in parts for weight in part.parameters()}
         trained = {name: weight for name, weight in self.parameters.items() if id(weight) not in tables}
-        self._groups = [*_parameter_groups(module, trained, args, settings or {})]
+        self._flat = None if shard_group is None else FlatWeights(trained, shard_group)
+        self._owned = trained if self._flat is None else self._flat.own
+        """What this rank updates of each trained parameter."""
+        decaying = {id(weight) for weight in decayed_parameters(module)}
+        decayed = {name for name, weight in trained.items() if id(weight) in decaying}
+        self._groups = [*_parameter_groups(self._owned, decayed, args, settings or {})]
         self.ema_decay = args.ema_decay
         self.steps = 0
         """Steps taken. Together with ``state_tensors`` the whole state; to be set on restore."""
-        averaged = self.parameters if args.ema_decay > 0 else {}
-        self._averages = {name: weight.detach().clone() for name, weight in averaged.items()}
+        self._averaged = self.parameters | self._owned if args.ema_decay > 0 else {}
+        self._averages = {name: weight.detach().clone() for name, weight in self._averaged.items()}
 
     def set_lr_multiplier(self, multiplier: float) -> None:
         """Use each learning rate × multiplier from the next step on."""
@@ -80,18 +93,25 @@ class DenseOptimizer:
         """Drop the gradients."""
         for group in self._groups:
             group.optimizer.zero_grad(set_to_none=True)
+        if self._flat is not None:
+            self._flat.zero_grad()
 
     @torch.no_grad()
     def step(self, found_inf: Tensor | None = None) -> None:
         """Apply weight decay, then the updates, then the moving average, to all parameters.
 
+        Collective over ``shard_group``.
         ``found_inf``: float32 scalar on the device, as in torch.amp. Where it is not 0, no weight, moment, average or
         step count of a moment changes, whatever the gradients are. ``steps`` counts the step all the same.
         """
+        if self._flat is not None:
+            self._flat.take_gradients()
         for group in self._groups:
             group.step(found_inf)
+        if self._flat is not None:
+            self._flat.gather()
         if self._averages:
-            weights: list[Tensor] = [self.parameters[name] for name in self._averages]
+            weights: list[Tensor] = [*self._averaged.values()]
             # A constant decay of 0.995 would leave 22 % of the initial weights in the average after 300 steps. This
             # warm-up is that of TensorFlow's ExponentialMovingAverage(num_updates).
             change = 1.0 - min(self.ema_decay, (1 + self.steps) / (10 + self.steps))
@@ -105,28 +125,39 @@ class DenseOptimizer:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the parameters have their averages as values. Without averages nothing happens."""
-        self._swap_averages()
+        """Inside, the parameters have their averages as values. Without averages nothing happens.
+
+        Entering is collective over ``shard_group`` and takes memory for the averages of all ranks. Leaving is not
+        collective, so a rank that fails inside does not wait for others.
+        """
+        averages = self._averages
+        if averages and self._flat is not None:
+            averages = averages | self._flat.gathered({name: averages[name] for name in self._owned})
+        self._swap(averages)
         try:
             yield
         finally:
-            self._swap_averages()
+            self._swap(averages)
 
-    def _swap_averages(self) -> None:
-        for name, average in self._averages.items():
+    def _swap(self, averages: Mapping[str, Tensor]) -> None:
+        for name, average in averages.items():
             weight = self.parameters[name]
             weight.data, average.data = average.data, weight.data
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """The live state: ``<parameter>.<state>`` → tensor."""
+    def state_tensors(self) -> dict[str, Tensor | ShardedView]:
+        """The live state: ``<parameter>.<state>`` → tensor of the size of the parameter, or a scalar."""
         state = {parameter: kept for group in self._groups for parameter, kept in group.optimizer.state.items()}
         states = {
-            f"{name}.{key}": value
-            for name, parameter in self.parameters.items()
-            for key, value in state.get(parameter, {}).items()
+            f"{name}.{key}": self._whole(name, value)
+            for name, owned in self._owned.items()
+            for key, value in state.get(owned, {}).items()
             if isinstance(value, Tensor)
         }
-        return states | {f"{name}.average": average for name, average in self._averages.items()}
+        return states | {f"{name}.average": self._whole(name, average) for name, average in self._averages.items()}
+
+    def _whole(self, name: str, state: Tensor) -> Tensor | ShardedView:
+        is_shared = self._flat is not None and name in self._owned and state.ndim > 0
+        return self._flat.view(name, state) if self._flat is not None and is_shared else state
 
 
 @dataclass(frozen=True)
@@ -167,18 +198,20 @@ class _ParameterGroup:
 
 
 def _parameter_groups(
-    module: nn.Module,
     parameters: Mapping[str, nn.Parameter],
+    decaying: Collection[str],
     args: OptimizerArgs,
     settings: Mapping[str, OptimizerSettings],
 ) -> Iterator[_ParameterGroup]:
-    common, decaying = OptimizerSettings.of(args), {id(weight) for weight in decayed_parameters(module)}
-    groups: dict[OptimizerSettings, list[nn.Parameter]] = {}
+    common = OptimizerSettings.of(args)
+    groups: dict[OptimizerSettings, dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        groups.setdefault(settings.get(name, common), []).append(parameter)
+        groups.setdefault(settings.get(name, common), {})[name] = parameter
     for group_settings, weights in groups.items():
-        decayed: list[Tensor] = [w for w in weights if group_settings.weight_decay > 0 and id(w) in decaying]
-        group = _ParameterGroup(group_settings, _build(weights, group_settings, args), decayed)
+        decayed: list[Tensor] = [
+            w for name, w in weights.items() if group_settings.weight_decay > 0 and name in decaying
+        ]
+        group = _ParameterGroup(group_settings, _build([*weights.values()], group_settings, args), decayed)
         group.create_state()
         yield group
 

@@ -81,10 +81,16 @@ class Optimizers:
 
 
 def build_optimizers(
-    model: GRModel, args: OptimizerArgs, tables: TableOptimizer, mesh: Mesh, cite: Cite = cite
+    model: GRModel,
+    args: OptimizerArgs,
+    tables: TableOptimizer,
+    mesh: Mesh,
+    cite: Cite = cite,
+    shard_states: bool = False,
 ) -> Optimizers:
     """Build the optimizers of a model with sharded tables; its dense part may be tensor-parallel and wrapped by DDP.
 
+    ``shard_states``: shard those of the dense part over the data-parallel ranks.
     Raises ConfigError if OptimizerArgs.part_optimizers do not fit its weights. ``cite`` formats the problems.
     """
     dense = unwrap_dense(model)
@@ -93,5 +99,6 @@ def build_optimizers(
     weights = {
         name: id(weight) in decaying for name, weight in dense.named_parameters() if id(weight) not in tables_of_dense
     }
-    optimizer = DenseOptimizer(dense, args, match_part_optimizers(weights, args, cite))
+    shard_group = mesh.dp_group if shard_states and mesh.dp_size > 1 else None
+    optimizer = DenseOptimizer(dense, args, match_part_optimizers(weights, args, cite), shard_group)
     return Optimizers(optimizer, tables, mesh.tp_group if mesh.tp_size > 1 else None)

@@ -72,12 +72,17 @@ def shard_dim(parameter: Tensor) -> int | None:
     return dim
 
 
-def global_view(shard: Tensor, dim: int, group: dist.ProcessGroup) -> ShardedView:
-    """The tensor of which each rank of ``group`` holds an equal shard along ``dim``; it shares the shard's memory."""
-    size, offset = list(shard.size()), [0] * shard.ndim
+def global_view(shard: Tensor | ShardedView, dim: int, group: dist.ProcessGroup) -> ShardedView:
+    """The tensor of which each rank of ``group`` has an equal shard along ``dim``; it shares the shard's memory.
+
+    A shard may itself be sharded over ranks of another group.
+    """
+    own = shard if isinstance(shard, ShardedView) else ShardedView.whole(shard)
+    size = list(own.size())
+    begin = size[dim] * dist.get_rank(group)
     size[dim] *= dist.get_world_size(group)
-    offset[dim] = shard.shape[dim] * dist.get_rank(group)
-    return ShardedView(size, [(offset, shard)])
+    moved = [((*at[:dim], at[dim] + begin, *at[dim + 1 :]), piece) for at, piece in own.shards.items()]
+    return ShardedView(size, moved)
 
 
 def clip_grad_norm(parameters: Collection[nn.Parameter], max_norm: float, group: dist.ProcessGroup | None) -> Tensor:

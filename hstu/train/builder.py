@@ -222,7 +222,8 @@ def build_model(
         write_given_rows(model, find_initial_rows(source.store, source.tables, dims, config.located), mesh)
     precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
     model = replicate_dense(model, mesh, DTYPES[precision])
-    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, config.located)
+    shard_states = config.data_parallel.sharding == "optimizer"
+    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, config.located, shard_states)
     seed_dropout(mesh)
     rows = sum(spec.rows for spec in specs)
     log.info("model: %s dense parameters, %s rows in %d tables", f"{parameters:,}", f"{rows:,}", len(specs))

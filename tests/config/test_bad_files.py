@@ -180,6 +180,8 @@ TOGETHER = [
         told=("no effect with TensorModelParallelArgs.tensor_model_parallel_size = 1",)),
     bad("ranks and tensor parallelism", "ranking", "TensorModelParallelArgs.tensor_model_parallel_size = 2" + HERE,
         told=("must divide the number of ranks, which is 3",), world_size=3),
+    bad("kind of sharding", "ranking", "DataParallelArgs.sharding = 'states'" + HERE,
+        told=("'none', 'optimizer'",)),
     bad("iterations and epochs", "ranking", "TrainerArgs.max_train_iters = 5",
         "TrainerArgs.num_train_epochs = 2" + HERE,
         told=("cannot be combined with TrainerArgs.max_train_iters = 5",)),

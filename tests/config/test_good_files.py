@@ -355,6 +355,7 @@ def test_balancing_without_effect_is_warned_of(lines: list[str], warned: str | N
             ["TrainerArgs.eval_interval = 0", "TrainerArgs.eval_at_end = False", "TrainerArgs.max_eval_iters = 5"],
             "nothing is evaluated",
         ),
+        (RANKING, ["DataParallelArgs.sharding = 'optimizer'"], "no effect with one data-parallel rank"),
         (
             DYNAMIC,
             [

@@ -109,6 +109,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         schedule=draw(instances(a.LRScheduleArgs)),
         precision=draw(instances(a.PrecisionArgs)),
         tensor_parallel=draw(instances(a.TensorModelParallelArgs)),
+        data_parallel=draw(instances(a.DataParallelArgs)),
         task_args=draw(RANKING if task == "ranking" else instances(a.RetrievalArgs)),
     )
 

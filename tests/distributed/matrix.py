@@ -68,6 +68,11 @@ class Case(NamedTuple):
         return self.pipeline == "native"
 
     @property
+    def shards_states(self) -> bool:
+        """Whether data-parallel ranks share the states of the dense optimizers, with some of most settings."""
+        return self.balanced != (self.pipeline == "prefetch")
+
+    @property
     def is_refused(self) -> bool:
         """One moment a row cannot be kept by ranks that have parts of a row: the configuration is refused."""
         return self.optimizer == "rowwise_adagrad" and self.sharding == "column_wise"
@@ -146,6 +151,7 @@ def options(case: Case, clips: bool) -> RunOptions:
             f"TensorModelParallelArgs.tensor_model_parallel_size = {case.tp}",
             f"NetworkArgs.sequence_parallel = {case.by_tokens}",
             f"TrainerArgs.enable_balanced_shuffler = {case.balanced}",
+            f"DataParallelArgs.sharding = {'optimizer' if case.shards_states else 'none'!r}",
             f"TrainerArgs.max_grad_norm = {0.5 if clips else 0.0}",
             # Of the two encodings one is added to tokens, the other to what heads compute.
             f"NetworkArgs.position_encoding = {'absolute' if case.task == 'ranking' else 'relative_bias'!r}",

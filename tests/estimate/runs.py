@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from hstu.config.gin_io import load
 from hstu.config.run_config import RunConfig
+from hstu.parallel.shards import ShardedView
 from tests.config.gin_files import table
 
 ITEMS, USERS, ACTIONS = 3001, 523, 16
@@ -51,6 +54,12 @@ def run_config(
     ]
     size = f"TensorModelParallelArgs.tensor_model_parallel_size = {tp}"
     return load([], [*DATA, *tables, *RUN, *TASKS[task], size, *bindings], task)  # type: ignore[arg-type]
+
+
+def held_bytes(state: Tensor | ShardedView) -> int:
+    """Bytes of what this rank holds of a state."""
+    view = state if isinstance(state, ShardedView) else ShardedView.whole(state)
+    return sum(shard.nbytes for shard in view.shards.values())
 
 
 ONE, TWO, TWO_BY_TENSOR, FOUR = (1, 1), (2, 1), (2, 2), (4, 2)
@@ -107,6 +116,9 @@ CASES: dict[str, dict[str, Any]] = {
         "rest/PartOptimizerArgs.optimizer_str = 'sgd'",
         "OptimizerArgs.part_optimizers = [@layers/PartOptimizerArgs(), @rest/PartOptimizerArgs()]",
         "OptimizerArgs.ema_decay = 0.9",
+    ),
+    "states sharded": _case(
+        [TWO, FOUR], "DataParallelArgs.sharding = 'optimizer'", "OptimizerArgs.ema_decay = 0.9", task="retrieval"
     ),
     "momentum": _case([ONE], "OptimizerArgs.optimizer_str = 'sgd'", "OptimizerArgs.momentum = 0.9"),
 }

@@ -27,7 +27,7 @@ from hstu.parallel.tables import sharded_weights
 from hstu.train.builder import build_model, build_pipeline
 from hstu.train.sources import open_source
 from tests.distributed.launch import Launch, run_cases
-from tests.estimate.runs import CASES, ONE, TWO_BY_TENSOR, run_config
+from tests.estimate.runs import CASES, ONE, TWO_BY_TENSOR, held_bytes, run_config
 
 BYTES = {"float": 4, "long int": 8, "int": 4, "c10::BFloat16": 2, "unsigned char": 1, "double": 8}
 LAUNCHED = [
@@ -62,7 +62,7 @@ def test_what_stays_is_known_to_the_byte(name: str, world_size: int, tp: int) ->
     for rank in ranks:
         assert rank["gradients"] == 4 * dense
         assert rank["weights"] == 4 * (dense + workload.replicated_elements)
-        assert rank["states"] == memory.dense_state_bytes(workload)
+    assert max(rank["states"] for rank in ranks) == memory.dense_state_bytes(workload)
     assert max((rank["tables"], rank["table states"]) for rank in ranks) == (rows, states)
 
 
@@ -102,7 +102,7 @@ def count(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
     pipeline, batches = build_pipeline(config.trainer, model, optimizers, mesh), source.train_batches(SamplerPosition())
     result = {
         "weights": sum(p.nbytes for p in model.dense.parameters()),
-        "states": sum(t.nbytes for t in (*dense_states.values(), *replicated_states.values())),
+        "states": sum(map(held_bytes, (*dense_states.values(), *replicated_states.values()))),
         "tables": sum(t.nbytes for t in tables),
         "table states": sum(shard.tensor.nbytes for state in table_states.values() for shard in state.local_shards()),
     }

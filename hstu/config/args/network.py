@@ -147,3 +147,14 @@ class TensorModelParallelArgs(Args):
 
     tensor_model_parallel_size: int = option(1, minimum=1)
     """Ranks that share one dense model. The data-parallel size is the number of ranks divided by this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataParallelArgs(Args):
+    """Data parallelism of the dense part."""
+
+    sharding: str = option("none", choices=("none", "optimizer"))
+    """What each data-parallel rank holds only a part of. none: nothing, every rank has the whole dense part.
+    optimizer: the states of its optimizers and the moving average of its weights (OptimizerArgs.ema_decay). Each rank
+    updates an equal part of the weights, and the ranks gather the parts after every step (ZeRO stage 1). The weights
+    are the same with both, and so are the checkpoints: a run can go on with the other one."""

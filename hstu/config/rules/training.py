@@ -131,6 +131,13 @@ def ranks_divide(run: RunDraft) -> Iterator[Problem]:
         yield run.problem(run.tensor_parallel, "tensor_model_parallel_size", text)
 
 
+def sharding_has_ranks(run: RunDraft) -> Iterator[Problem]:
+    ranks = run.world_size // run.tensor_parallel.tensor_model_parallel_size
+    if run.data_parallel.sharding != "none" and ranks == 1:
+        text = "has no effect with one data-parallel rank, which holds everything"
+        yield run.problem(run.data_parallel, "sharding", text, is_warning=True)
+
+
 # --- optimizers and schedule ---------------------------------------------------------------------------------------
 
 
@@ -214,7 +221,7 @@ RULES = (
     profiled_iterations_are_a_range, save_interval_is_not_zero,
     evaluations_take_place, best_metric_is_measured, best_metric_has_an_effect, best_metric_mode_fits_the_metric,
     token_limit_admits_the_longest_sequence, token_limit_can_be_reached, balanced_lengths_differ,
-    heads_divide, ranks_divide,
+    heads_divide, ranks_divide, sharding_has_ranks,
     momentum_has_sgd, adam_options_have_adam, part_regexes_compile,
     milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run, warmup_start_has_a_warmup,
     by_epoch_has_an_effect, by_epoch_trains_in_the_first_epoch,

@@ -1,0 +1,152 @@
+"""Weights in one buffer, of which each data-parallel rank updates an equal share (ZeRO stage 1).
+
+The buffer is cut into as many equal ranges as there are ranks, wherever a weight begins or ends. A rank has optimizer
+states for its range only, updates it, and gathers the ranges of the others: one all-gather in place per step.
+
+torch.distributed.optim.ZeroRedundancyOptimizer (torch 2.13) does not serve here. It gives whole weights to ranks, so
+the rank with the largest weight sets the memory, and it fails if there are fewer weights with equal settings than
+ranks. It broadcasts from one rank after another. The states of a weight exist on one rank only, under names that
+change with the ranks, and ``found_inf``, which torch's fused optimizers read, does not reach the optimizer inside.
+Source: Rajbhandari et al., ZeRO, SC 2020.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hstu.parallel.shards import ShardedView
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""(offset, shape) of a part of a tensor."""
+ALIGNMENT = 128
+"""Weights and ranges begin at multiples of so many float32 numbers: 512 bytes, as torch allocates on a GPU.
+
+Kernels then read weights as fast as separate ones, and vector instructions round each number as in a separate weight.
+"""
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """Where weights lie in a buffer that is cut into equal ranges, one per rank."""
+
+    starts: Mapping[str, int]
+    """Weight → its first element in the buffer."""
+    numels: Mapping[str, int]
+    """Weight → its number of elements."""
+    range_size: int
+    """Elements of a range."""
+
+    @classmethod
+    def of(cls, numels: Mapping[str, int], ranks: int) -> FlatLayout:
+        """Lay weights of these sizes one after another."""
+        starts, end = {}, 0
+        for name, numel in numels.items():
+            starts[name] = end
+            end += _aligned(numel)
+        return cls(starts, dict(numels), _aligned(-(-end // ranks)))
+
+    def owned(self, rank: int) -> dict[str, range]:
+        """For each weight, the elements of it in the range of ``rank``; an empty range where there are none."""
+        begin, end = rank * self.range_size, (rank + 1) * self.range_size
+        return {
+            name: range(*(min(max(bound - start, 0), self.numels[name]) for bound in (begin, end)))
+            for name, start in self.starts.items()
+        }
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
+class FlatWeights:
+    """float32 weights that are moved to one buffer, and the elements of each that this rank updates."""
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> None:
+        """Move ``weights``, which are equal on all ranks of ``group``, to a new buffer. They stay the same objects."""
+        ranks, self._rank = dist.get_world_size(group), dist.get_rank(group)
+        self._weights, self._group = dict(weights), group
+        self._layout = FlatLayout.of({name: weight.numel() for name, weight in weights.items()}, ranks)
+        self._elements = self._layout.owned(self._rank)
+        first = next(iter(weights.values()))
+        self._buffer = first.detach().new_zeros(ranks * self._layout.range_size)
+        for name, whole in self._wholes(self._buffer).items():
+            weights[name].data = whole.copy_(weights[name].detach())
+        self.own = {name: nn.Parameter(weight.detach().view(-1)[self._slice(name)]) for name, weight in weights.items()}
+        """Weight → the elements that this rank updates [n], perhaps none, in the memory of the weight."""
+
+    def take_gradients(self) -> None:
+        """After backward: give each of ``own`` its part of the gradient of the weight, in the same memory."""
+        for name, own in self.own.items():
+            gradient = self._weights[name].grad
+            own.grad = None if gradient is None else gradient.view(-1)[self._slice(name)]
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of the weights and of ``own``."""
+        for weight in (*self._weights.values(), *self.own.values()):
+            weight.grad = None
+
+    def gather(self) -> None:
+        """After each rank has changed ``own``: update the weights. Collective."""
+        self._gather_ranges(self._buffer)
+
+    def gathered(self, owned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors of the size of the weights, from a tensor like ``own`` on each rank. Collective."""
+        buffer = torch.empty_like(self._buffer)
+        wholes = self._wholes(buffer)
+        for name, part in owned.items():
+            wholes[name].view(-1)[self._slice(name)] = part
+        self._gather_ranges(buffer)
+        return wholes
+
+    def view(self, name: str, owned: Tensor) -> ShardedView:
+        """A tensor of the size of a weight, of which this rank has ``owned``, a number for each of its ``own``."""
+        size, elements, shards = self._weights[name].size(), self._elements[name], []
+        for offset, shape in boxes(size, elements.start, elements.stop):
+            count = math.prod(shape)
+            shards.append((offset, owned[:count].view(shape)))
+            owned = owned[count:]
+        return ShardedView(size, shards)
+
+    def _slice(self, name: str) -> slice:
+        elements = self._elements[name]
+        return slice(elements.start, elements.stop)
+
+    def _wholes(self, buffer: Tensor) -> dict[str, Tensor]:
+        return {
+            name: buffer[start : start + self._layout.numels[name]].view(self._weights[name].size())
+            for name, start in self._layout.starts.items()
+        }
+
+    def _gather_ranges(self, buffer: Tensor) -> None:
+        dist.all_gather_into_tensor(buffer, buffer.chunk(dist.get_world_size(self._group))[self._rank], self._group)
+
+
+def boxes(size: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """The boxes that the elements from ``start`` to ``stop`` of a tensor of ``size`` fill, in order.
+
+    Of a matrix these are a part of a row, whole rows, and a part of a row.
+    """
+    if start >= stop:
+        return
+    if len(size) <= 1:
+        yield ((start,), (stop - start,)) if size else ((), ())
+        return
+    row = math.prod(size[1:])
+    first, last = -(-start // row), stop // row
+    if first > last:  # within a row
+        yield from _in_row(last, boxes(size[1:], start - last * row, stop - last * row))
+        return
+    yield from _in_row(first - 1, boxes(size[1:], start - (first - 1) * row, row))
+    if first < last:
+        yield (first, *(0 for _ in size[1:])), (last - first, *size[1:])
+    yield from _in_row(last, boxes(size[1:], 0, stop - last * row))
+
+
+def _in_row(row: int, boxes: Iterator[Box]) -> Iterator[Box]:
+    return (((row, *offset), (1, *shape)) for offset, shape in boxes)

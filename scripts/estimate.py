@@ -47,13 +47,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gin-bindings", dest="bindings", action="extend", nargs="+", default=[], metavar="BINDING")
     add("--world-size", type=int, default=1, help="ranks (1)")
     add("--tp", type=int, help="tensor-parallel size (default: as in the file)")
+    add("--cp", type=int, help="context-parallel size (default: as in the file)")
     add("--ranks-per-host", type=int, help="ranks per host (8, or all if there are fewer; on a CPU all)")
     add("--device", choices=DEVICES, default="cpu")
     add("--set", dest="settings", action="append", default=[], metavar="NAME=NUMBER", help="a number of the machine")
     add("--task", choices=("ranking", "retrieval"), help="task of the run, if the file does not show it")
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
-    for name in ("world_size", "tp", "ranks_per_host"):
+    for name in ("world_size", "tp", "cp", "ranks_per_host"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
@@ -68,9 +69,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def read(options: argparse.Namespace) -> RunConfig:
     """The checked configuration for ``world_size`` ranks."""
-    tp = [] if options.tp is None else [f"TensorModelParallelArgs.tensor_model_parallel_size = {options.tp}"]
+    sizes = {
+        "TensorModelParallelArgs.tensor_model_parallel_size": options.tp,
+        "ContextParallelArgs.context_parallel_size": options.cp,
+    }
+    bindings = [*options.bindings, *(f"{name} = {size}" for name, size in sizes.items() if size is not None)]
     task = options.task or _task_of(options)
-    return read_and_check(options.files, [*options.bindings, *tp], task, options.world_size, (*RULES, *DATA_RULES))[0]
+    return read_and_check(options.files, bindings, task, options.world_size, (*RULES, *DATA_RULES))[0]
 
 
 def _task_of(options: argparse.Namespace) -> Task:

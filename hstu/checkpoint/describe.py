@@ -13,6 +13,7 @@ from torch import Tensor
 from hstu.checkpoint.directory import read_manifest, verified_file
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.matching import config_differences
+from hstu.checkpoint.progress import sizes_of_ranks
 from hstu.checkpoint.tensors import DYNAMIC, STATES, StoredTensors, is_export, open_tensors, read_metadata
 from hstu.parallel.dynamic.content import TableContent, merged
 from hstu.parallel.dynamic.slots import counts_of, steps_of
@@ -47,7 +48,8 @@ def _facts(root: Path) -> dict[str, Any]:
     if not is_export(root):
         position = metadata["position"]
         facts["data"] = f"epoch {position['epoch']}, {position['consumed']} samples consumed"
-        facts["ranks"] = f"{metadata['world_size']} in groups of {metadata.get('tensor_parallel_size', 1)}"
+        ranks, tp, cp = sizes_of_ranks(metadata)
+        facts["ranks"] = f"{ranks} in groups of {tp * cp}"
         facts["learning rate"] = f"× {metadata['optimizer']['lr_multiplier']}"
     dynamic = read_tables(root)
     for table, entry in metadata.get("tables", {}).items():

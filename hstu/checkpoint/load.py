@@ -21,6 +21,7 @@ from hstu.checkpoint.directory import (
 )
 from hstu.checkpoint.dynamic import load_table, read_tables, table_problems
 from hstu.checkpoint.matching import ConfigDifference, LoadOptions, TensorMatch, config_differences, match_tensors
+from hstu.checkpoint.progress import sizes_of_ranks
 from hstu.checkpoint.raw_ids import RawIds, RowRemap, remap_rows
 from hstu.checkpoint.state import TrainState, set_random_state
 from hstu.checkpoint.tensors import STATES, TABLES, StoredTensors, is_export, open_tensors, read_metadata, split_name
@@ -59,7 +60,7 @@ class ModelShape:
 def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions = _EVERYTHING) -> list[str]:
     """Read a checkpoint into ``state`` in place. Collective. Ranks, groups and sharding may differ from the saved ones.
 
-    With another number of ranks, or another tensor-parallel size, the dropout generators keep their fresh seeds.
+    With another number of ranks, or other groups of them, the dropout generators keep their fresh seeds.
     Returns one line for each thing that did not fit; with ``options.strict`` there are none but those of new ids
     (``options.zero_new_rows``).
 
@@ -251,11 +252,11 @@ def _restore_metadata(root: Path, state: TrainState, mesh: Mesh) -> None:
         raise DamagedCheckpoint(
             f"{root / 'progress.json'} is damaged: it lacks a part of the state, {error}. Load another checkpoint."
         ) from error
-    ranks, group = stored["world_size"], stored.get("tensor_parallel_size", 1)
-    if (ranks, group) == (mesh.world_size, mesh.tp_size):  # the generators of a group must agree
+    ranks, tp, cp = sizes_of_ranks(stored)
+    if (ranks, tp, cp) == (mesh.world_size, mesh.tp_size, mesh.cp_size):  # the generators of a group must agree
         set_random_state(torch_load(verified_file(root, f"rng_rank{mesh.rank}.pt")), mesh.device)
     else:
-        log.info("%s was saved by %d ranks in groups of %d: dropout starts from fresh seeds", root, ranks, group)
+        log.info("%s was saved by %d ranks in groups of %d: dropout starts from fresh seeds", root, ranks, tp * cp)
 
 
 def _message(root: Path, problems: list[str], differences: list[ConfigDifference], remedy: str) -> str:

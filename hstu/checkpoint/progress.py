@@ -100,10 +100,21 @@ PROGRESS = _fields(
         "optimizer": _fields({"table_steps": _count, "lr_multiplier": _number}),
         "world_size": _ranks,
     },
-    {"tensor_parallel_size": _ranks, "carried": _each(_carried), **_TABLES, **_VERSIONS},
+    {
+        "tensor_parallel_size": _ranks,
+        "context_parallel_size": _ranks,
+        "carried": _each(_carried),
+        **_TABLES,
+        **_VERSIONS,
+    },
 )
 EXPORT = _fields({"iteration": _count}, {"version": _count, **_TABLES, **_VERSIONS})
 EXPORT_VERSION = 1
+
+
+def sizes_of_ranks(progress: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Ranks that have saved a checkpoint: of the world, of a tensor-parallel and of a context-parallel group."""
+    return progress["world_size"], progress.get("tensor_parallel_size", 1), progress.get("context_parallel_size", 1)
 
 
 def read_checked(path: Path, check: Check) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class Snapshot:
         if copies is not None:
             _copy_to_host(tensors, copies, mesh.device)
         ranks = {"world_size": mesh.world_size, "tensor_parallel_size": mesh.tp_size}
+        ranks |= {"context_parallel_size": mesh.cp_size}
         return cls(
             iteration=state.iteration,
             tensors=tensors,

@@ -13,6 +13,7 @@ from hstu.config.args import (
     TASK_ARGS,
     Args,
     BenchmarkDatasetArgs,
+    ContextParallelArgs,
     DataParallelArgs,
     DatasetArgs,
     EmbeddingArgs,
@@ -51,6 +52,7 @@ class RunConfig:
     precision: PrecisionArgs = field(default_factory=PrecisionArgs)
     tensor_parallel: TensorModelParallelArgs = field(default_factory=TensorModelParallelArgs)
     data_parallel: DataParallelArgs = field(default_factory=DataParallelArgs)
+    context_parallel: ContextParallelArgs = field(default_factory=ContextParallelArgs)
     task_args: RankingArgs | RetrievalArgs
     next_item: RetrievalArgs | None = None
     """The softmax of a ranking run that also learns the next item (RankingArgs.next_item_weight). None: it does not."""
@@ -92,6 +94,11 @@ class RunConfig:
     def asks_for_next(self) -> bool:
         """Whether what finds the next item has the time of that item's event: DatasetArgs.query_time = "request"."""
         return getattr(self.dataset, "query_time", "request") == "request"
+
+    @property
+    def ranks_per_group(self) -> int:
+        """Ranks that compute on the same sequences."""
+        return self.tensor_parallel.tensor_model_parallel_size * self.context_parallel.context_parallel_size
 
     def parts(self) -> dict[str, Any]:
         """Every argument object by a name: "NetworkArgs", "embeddings[0]", "feature_args[1].seqlen_dist"."""

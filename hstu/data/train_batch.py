@@ -2,7 +2,7 @@
 
 The two differ in two cases, which combine:
 
-- Under tensor parallelism the ranks of a group compute on the sequences of all of them: ``merge_ranks``.
+- Under tensor and context parallelism the ranks of a group compute on the sequences of all of them: ``merge_ranks``.
 - With gradient accumulation the dense part computes one micro-batch after another: ``split_micro_batches``. The tables
   see the batch as a whole, with one look-up and one update. What a loss needs of all samples (its count of labels, its
   pool of negatives) also belongs to the whole batch, so the update is that of the undivided batch, with the
@@ -30,7 +30,7 @@ from hstu.data.roles import FeatureRoles
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Which part of the merged batch of a tensor-parallel group belongs to which rank."""
+    """Which part of the merged batch of a tp_cp group belongs to which rank."""
 
     num_values: dict[str, list[int]]
     """Per key, the number of values that each rank contributes. Shared negatives, which are equal on all ranks and
@@ -50,7 +50,7 @@ class TrainBatch(Pipelineable):
     parts: tuple[HSTUBatch, ...]
     """What the dense part computes on, in order: ``own``, the merged batch of the group, or micro-batches of either."""
     group: GroupLayout | None = None
-    """How the looked-up rows of the group's ranks are merged. None without tensor parallelism."""
+    """How the looked-up rows of the group's ranks are merged. None for a rank by itself."""
     pool_positions: Tensor | None = None
     """int64 [S]. In-batch negatives in micro-batches: see HSTUBatch.pool_positions, for the undivided batch."""
     pool_feature_positions: KeyedJaggedTensor | None = None
@@ -89,7 +89,7 @@ class TrainBatch(Pipelineable):
 
 
 def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> tuple[HSTUBatch, GroupLayout]:
-    """Merge the batches of a tensor-parallel group, given in rank order and on the host.
+    """Merge the batches of a tp_cp group, given in rank order and on the host.
 
     Returns (the real sequences rank after rank and then the padding, the layout seen from ``rank``). What only
     evaluators read of a rank's own batch (position) is left out.

@@ -13,7 +13,7 @@ from hstu.data.jagged import sequence_tokens
 from hstu.estimate.timing import MOST_FLOPS, Forward, Operator, Timed, timed_operator
 from hstu.estimate.workload import Batch, Workload
 from hstu.ops import costs, functional
-from hstu.ops.comm import TensorParallelComm
+from hstu.ops.comm import LayerComm
 from hstu.ops.costs import FLOAT32, Cost
 from hstu.ops.dropout import dropout
 from hstu.ops.kernels import GateConfig, RelativeBias
@@ -84,15 +84,15 @@ def silu(rows: int, width: int, c: int, fused: bool) -> Operator:
     return timed_operator("SiLU", costs.silu(rows, width, c, fused=fused), rows, build)
 
 
-class _CopyingComm(TensorParallelComm):
+class _CopyingComm(LayerComm):
     """Several ranks without communication, which traffic.py estimates."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, tp_size: int) -> None:
+        self.tp_size = tp_size
 
     def all_gather(self, own: Tensor) -> Tensor:
-        """See :class:`TensorParallelComm`."""
-        return own.expand(self.size, *own.shape)
+        """See :class:`LayerComm`."""
+        return own.expand(self.tp_size, *own.shape)
 
 
 def gate(rows: int, heads: int, width: int, c: int, dropped: float, ranks: int) -> Operator:

@@ -72,7 +72,7 @@ def estimate(workload: Workload, machine: Machine, batch_s: float = 0.0) -> Esti
         step=_step(workload, machine, computing, exchanged, batch_s),
         tokens=sum(map(workload.tokens, batches)) / len(batches) * workload.dp_size,
         samples=sum(one.sequences for one in batches) / len(batches) * workload.dp_size,
-        flops=sum(map(workload.flops, batches)) / len(batches) / workload.tp_size,
+        flops=sum(map(workload.flops, batches)) / len(batches) / workload.group_size,
         peak_tflops=machine.peak_tflops,
         memory_limit=machine.memory_gb * 1e9,
         notes=workload.notes,
@@ -97,10 +97,13 @@ def _step(
     workload: Workload, machine: Machine, computing: dict[str, float], exchanged: tuple[Transfer, ...], batch_s: float
 ) -> dict[str, float]:
     compute = sum(computing.values())
-    parts = {"world": "tables", "tensor": "tensor parallelism", "data": "data parallelism"}
+    shared = "tensor parallelism" if workload.cp_size == 1 else "context parallelism"
+    parts = {"world": "tables", "tensor": "tensor parallelism", "context": "context parallelism"}
+    parts |= {"samples": shared, "data": "data parallelism"}
     exposed = dict.fromkeys(parts.values(), 0.0)
+    within = {"tensor": workload.tp_size, "context": workload.group_size, "samples": workload.group_size}
     for transfer in exchanged:
-        ranks = workload.tp_size if transfer.group == "tensor" else workload.world_size
+        ranks = within.get(transfer.group, workload.world_size)
         seconds = machine.transfer_seconds(transfer, across_hosts=ranks > workload.ranks_per_host)
         hidden = _hidden_seconds(transfer, seconds, workload, computing) if machine.overlaps else 0.0
         exposed[parts[transfer.group]] += max(0.0, seconds - hidden)
@@ -131,6 +134,7 @@ def as_json(found: Estimate, workload: Workload) -> dict[str, Any]:
     return {
         "world_size": workload.world_size,
         "tensor_parallel": workload.tp_size,
+        "context_parallel": workload.cp_size,
         "memory": found.memory,
         "memory_total": found.memory_total,
         "transfers": [
@@ -166,7 +170,7 @@ def _lines(found: Estimate, workload: Workload, machine: Machine) -> Iterator[st
     yield (
         f"{config.task}, {', '.join(config.source_files) or 'bindings'}: {_count(ranks, 'rank')} on "
         f"{_count(hosts, 'host')} ({machine.name}), tensor parallel {workload.tp_size}, "
-        f"data parallel {workload.dp_size}"
+        f"context parallel {workload.cp_size}, data parallel {workload.dp_size}"
     )
     yield "\nmemory per rank" + ("" if ranks == 1 else " (of the rank that needs the most)")
     yield from (_row(kind, size(number)) for kind, number in found.memory.items() if number)

@@ -97,9 +97,9 @@ def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int,
 
 def flat_layout(workload: Workload) -> FlatLayout | None:
     """How the dense weights of a rank lie if their optimizer states are sharded; None: they are not."""
-    if workload.config.data_parallel.sharding == "none" or workload.dp_size == 1:
+    if workload.config.data_parallel.sharding == "none" or workload.dp_cp_size == 1:
         return None
-    return FlatLayout.of(workload.dense_parameters, workload.dp_size)
+    return FlatLayout.of(workload.dense_parameters, workload.dp_cp_size)
 
 
 def trained_densely(workload: Workload) -> list[tuple[str, int]]:
@@ -111,7 +111,7 @@ def trained_densely(workload: Workload) -> list[tuple[str, int]]:
     settings = match_part_optimizers(dict.fromkeys(counts, True), args)
     shares = [counts]
     if layout is not None:
-        by_rank = map(layout.owned, range(workload.dp_size))
+        by_rank = map(layout.owned, range(workload.dp_cp_size))
         shares = [{name: len(elements) for name, elements in owned.items()} for owned in by_rank]
     trained = [[(settings[name].optimizer, count) for name, count in share.items()] for share in shares]
     return max(trained, key=lambda of_rank: sum(_state_numbers(args, *each) for each in of_rank))
@@ -142,7 +142,7 @@ def replicated_gradients(workload: Workload, batch: Batch) -> int:
         return workload.replicated_elements
     counts = workload.ids_per_rank(batch)
     tables = [spec for spec in workload.specs if spec.replicated]
-    return sum(counts.get(name, 0) * workload.tp_size * spec.dim for spec in tables for name in spec.features)
+    return sum(counts.get(name, 0) * workload.group_size * spec.dim for spec in tables for name in spec.features)
 
 
 def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
@@ -152,7 +152,7 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
     tokens = workload.tokens(micro)
     dense, replicated = sum(workload.dense_parameters.values()), workload.replicated_elements
     layout = flat_layout(workload)
-    weights = dense if layout is None else workload.dp_size * layout.range_size
+    weights = dense if layout is None else workload.dp_cp_size * layout.range_size
     fixed = sum(buffer.numel() for buffer in workload.task.buffers())
     rows, states = table_bytes(workload, plan)
     saved, alive = layer_bytes(workload, tokens)
@@ -161,7 +161,7 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
     working = max(working_of_task, alive - saved + backward_bytes(workload, tokens))
     activations = layers * saved + input_bytes(workload, micro) + saved_by_task
     gradients = (dense + replicated_gradients(workload, batch)) * FLOAT32
-    if workload.dp_size == 1:  # no buckets of DDP
+    if workload.dp_cp_size == 1:  # no buckets of DDP
         gradients = _gradients_beyond_activations(workload, saved, gradients - activations - working)
     return {
         "dense weights": (weights + fixed) * FLOAT32,
@@ -192,7 +192,7 @@ def _gradients_beyond_activations(workload: Workload, saved: int, at_the_end: in
 def layer_bytes(workload: Workload, tokens: int) -> tuple[int, int]:
     """(saved in forward, alive during backward) of one layer. They differ only under recompute_layer."""
     network = workload.config.network
-    shape = tokens, workload.tp_size, workload.element_size, workload.residual_size
+    shape = -(-tokens // workload.cp_size), workload.tp_size, workload.element_size, workload.residual_size
     saved = saved_bytes(network, *shape)
     if not network.recompute_layer:
         return saved, saved
@@ -205,14 +205,17 @@ def backward_bytes(workload: Workload, tokens: int) -> int:
 
     Alive are float32 copies of q, k, v and of the output's gradient, and the gradients of q, k and v; the gradients of
     the attention's output, of U, V, Q and K and of the residual, with its copy in the compute type; and SiLU of the
-    projection, if it is recomputed. The attention's output and the dropout mask are already freed.
+    projection, if it is recomputed. The attention's output and the dropout mask are already freed. With context
+    parallelism q, k, v, their gradients and that of the attention's output are there by heads, too.
     """
-    network, c = workload.config.network, workload.element_size
+    network, c, tokens = workload.config.network, workload.element_size, -(-tokens // workload.cp_size)
     residual = workload.residual_size + (c if c != workload.residual_size else 0)
     inner = network.num_attention_heads * network.kv_channels // workload.tp_size
     recomputed = 4 * c * inner if network.recompute_input_silu and not network.recompute_layer else 0
     freed = c * inner + (inner if network.hidden_dropout > 0 else 0)
-    return tokens * (residual * network.hidden_size + 7 * FLOAT32 * inner + 5 * c * inner + recomputed - freed)
+    by_heads = 7 * c * inner if workload.cp_size > 1 else 0
+    per_token = residual * network.hidden_size + 7 * FLOAT32 * inner + 5 * c * inner + recomputed - freed + by_heads
+    return tokens * per_token
 
 
 def input_bytes(workload: Workload, batch: Batch) -> int:
@@ -284,10 +287,10 @@ def _task_head_bytes(
 
 
 def looked_up_bytes(workload: Workload, batch: Batch) -> int:
-    """Bytes of the table rows for the samples of one rank and, under tensor parallelism, for those of its group."""
-    tp, counts = workload.tp_size, workload.ids_per_rank(batch)
+    """Bytes of the table rows for the samples of one rank and, where it has a tp_cp group, for those of the group."""
+    group, counts = workload.group_size, workload.ids_per_rank(batch)
     return FLOAT32 * sum(
-        counts.get(feature, 0) * spec.dim * (tp + (0 if spec.replicated or tp == 1 else 1))
+        counts.get(feature, 0) * spec.dim * (group + (0 if spec.replicated or group == 1 else 1))
         for spec in workload.specs
         for feature in spec.features
     )
@@ -295,13 +298,13 @@ def looked_up_bytes(workload: Workload, batch: Batch) -> int:
 
 def batch_bytes(workload: Workload, batch: Batch) -> int:
     """Bytes of the batches that a pipeline holds on the device at the same time."""
-    config, tp = workload.config, workload.tp_size
-    ids, labels = workload.ids_per_rank(batch), -(-batch.labels // tp)
+    config, size = workload.config, workload.group_size
+    ids, labels = workload.ids_per_rank(batch), -(-batch.labels // size)
     numbers = sum(ids.values()) + labels + config.trainer.sequences_per_iteration * (len(ids) + 3)
     if workload.encoder.inputs.needs_times:
         numbers += ids[workload.roles.item]
     numbers += workload.batch_pool(ids[workload.roles.item])
     one = numbers * INT64 + labels * (workload.draws_per_label + len(workload.roles.labels)) * FLOAT32
-    group = tp if tp > 1 else 0  # the batch of the group
-    micro = tp if config.trainer.gradient_accumulation_steps > 1 else 0  # and its micro-batches
+    group = size if size > 1 else 0  # the batch of the group
+    micro = size if config.trainer.gradient_accumulation_steps > 1 else 0  # and its micro-batches
     return one * (1 + group + micro) * _BATCHES_IN_FLIGHT[config.trainer.pipeline_type]

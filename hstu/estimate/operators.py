@@ -30,7 +30,7 @@ def _inputs(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> 
         yield tables.sharded_tables(workload, plan, own)
     for spec in workload.specs:
         if spec.replicated:
-            ids = sum(own.get(feature, 0) for feature in spec.features) * workload.tp_size
+            ids = sum(own.get(feature, 0) for feature in spec.features) * workload.group_size
             yield tables.replicated_table(workload, spec, ids)
     rows = workload.rows_by_role(batch)
     for role, width in workload.projected_widths.items():
@@ -46,7 +46,7 @@ def _inputs(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> 
 def _layers(workload: Workload, batch: Batch) -> Iterator[Operator]:
     network, tp, c = workload.config.network, workload.tp_size, workload.element_size
     hidden, heads, width = network.hidden_size, network.num_attention_heads // tp, network.kv_channels
-    inner, tokens = heads * width, workload.tokens(batch)
+    inner, tokens = heads * width, -(-workload.tokens(batch) // workload.cp_size)
     own = -(-tokens // tp) if network.sequence_parallel else tokens
     whole = int(network.recompute_layer)
     norm = max(whole, int(network.recompute_input_layernorm))
@@ -62,7 +62,7 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Operator]:
     for again, op in repeated:
         yield dataclasses.replace(op, times=network.num_layers, extra_forwards=again)
     for span, layers in Counter(network.attention_spans).items():
-        op = dense.attention(workload, batch, heads, span)
+        op = dense.attention(workload, batch, heads // workload.cp_size, span)
         yield dataclasses.replace(op, times=layers, extra_forwards=whole)
 
 

@@ -25,7 +25,7 @@ from hstu.train.store_source import open_store
 
 MOST_STEPS = 32
 MOST_GROUPS = 16
-"""Steps and tensor-parallel groups whose batches are planned. A mean over more of them hardly differs."""
+"""Steps and tp_cp groups whose batches are planned. A mean over more of them hardly differs."""
 
 
 def plan_workload(config: RunConfig, world_size: int, ranks_per_host: int, device_type: str) -> Workload:
@@ -55,13 +55,13 @@ class _Data(NamedTuple):
 
 def _plan_steps(config: RunConfig, world_size: int) -> _Data:
     """The batches of the first steps, by the sampler of the run."""
-    source, tp = open_source(config, world_size=world_size), config.tensor_parallel.tensor_model_parallel_size
+    source, size = open_source(config, world_size=world_size), config.ranks_per_group
     num_steps = min(source.batches_per_epoch, MOST_STEPS)
     sampler, lengths = source.train_sampler(SamplerPosition()), source.train_lengths
-    groups = np.unique(np.linspace(0, world_size // tp - 1, MOST_GROUPS).astype(int))
+    groups = np.unique(np.linspace(0, world_size // size - 1, MOST_GROUPS).astype(int))
     of_groups = []
     for group in groups:
-        ranks = [islice(sampler.for_rank(rank), num_steps) for rank in range(group * tp, (group + 1) * tp)]
+        ranks = [islice(sampler.for_rank(rank), num_steps) for rank in range(group * size, (group + 1) * size)]
         samples = [np.concatenate([plan.indices for plan in plans]) for plans in zip(*ranks, strict=True)]
         of_groups.append(
             [Batch(lengths.items[s], lengths.candidates[s], int(lengths.labels[s].sum())) for s in samples]
@@ -92,7 +92,7 @@ def _plan_without_data(config: RunConfig) -> _Data:
     tables = [*config.embeddings, *(_published_tables(config, roles, spec) if spec else ())]
     rows = {feature: table.item_vocab_size_or_capacity for table in tables for feature in table.feature_names}
     longest = args.max_sequence_length
-    sequences = config.trainer.sequences_per_iteration * config.tensor_parallel.tensor_model_parallel_size
+    sequences = config.trainer.sequences_per_iteration * config.ranks_per_group
     candidates = args.max_num_candidates or (longest - 1) * args.has_candidates  # those of requests may fill it
     labels = longest - 1 if config.task == "retrieval" else candidates or longest
     lengths = np.full(sequences, longest, dtype=np.int64)

@@ -24,7 +24,8 @@ class Transfer:
 
     name: str
     kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
-    group: Literal["world", "data", "tensor"]
+    group: Literal["world", "data", "tensor", "context", "samples"]
+    """Of the last one the ranks share their samples: a tp_cp group."""
     ranks: int
     """Size of the group."""
     calls: int
@@ -79,8 +80,8 @@ def _tables(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> 
 
 
 def _gathered_rows(workload: Workload, batch: Batch) -> Iterator[Transfer]:
-    """Tensor parallelism gathers the looked-up rows of the group's samples, by one collective per width."""
-    own, tp = workload.ids_per_rank(batch), workload.tp_size
+    """The ranks of a tp_cp group gather the looked-up rows of their samples, by one collective per width."""
+    own, size = workload.ids_per_rank(batch), workload.group_size
     dims = {
         feature: spec.dim
         for spec in workload.specs
@@ -88,19 +89,19 @@ def _gathered_rows(workload: Workload, batch: Batch) -> Iterator[Transfer]:
         if not spec.replicated and not (is_of_negatives(feature) and workload.shares_negatives)
     }
     payload = sum(own.get(feature, 0) * dim for feature, dim in dims.items()) * FLOAT32
-    calls, labels = len(set(dims.values())), -(-batch.labels // tp)
+    calls, labels = len(set(dims.values())), -(-batch.labels // size)
     lengths = workload.config.trainer.sequences_per_iteration * (len(own) + 4)
     pickled = INT64 * (sum(own.values()) + labels + lengths) + FLOAT32 * labels * workload.draws_per_label
-    tensor = partial(Transfer, group="tensor", ranks=tp)
-    yield tensor("samples of the group, on hosts", "all_gather", calls=2, payload=pickled)
-    yield tensor("rows of the group's samples", "all_gather", calls=calls, payload=payload)
-    yield tensor("their gradients", "reduce_scatter", calls=calls, payload=payload * tp)
+    samples = partial(Transfer, group="samples", ranks=size)
+    yield samples("samples of the group, on hosts", "all_gather", calls=2, payload=pickled)
+    yield samples("rows of the group's samples", "all_gather", calls=calls, payload=payload)
+    yield samples("their gradients", "reduce_scatter", calls=calls, payload=payload * size)
 
 
 def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
-    """Tensor parallelism within the layers (parallel/tensor.py)."""
+    """Tensor, sequence and context parallelism within the layers (parallel/layer_comm.py)."""
     network, tp, c = workload.config.network, workload.tp_size, workload.element_size
-    layers, tokens = network.num_layers, workload.tokens(batch)
+    layers, tokens = network.num_layers, -(-workload.tokens(batch) // workload.cp_size)
     passes = 2 if network.recompute_layer else 1  # backward repeats what leads to the input of W_o
     tensor = partial(Transfer, group="tensor", ranks=tp)
     statistics = layers * (1 + passes)
@@ -113,6 +114,20 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
         payload = layers * sum(shared) * FLOAT32
         yield tensor("gradients of shared parameters", "all_reduce", calls=calls, payload=payload)
     width = tokens * network.hidden_size
+    if network.sequence_parallel or workload.cp_size > 1:
+        ends = -(-width // tp) if network.sequence_parallel else width
+        name, both = "tokens before and after the layers", 2 * ends * FLOAT32
+        joined = partial(Transfer, name, "all_gather", calls=2, payload=both)
+        if network.sequence_parallel:
+            yield joined(group="samples", ranks=workload.group_size)
+        else:
+            yield joined(group="context", ranks=workload.cp_size)
+    heads = layers * tokens * network.num_attention_heads * network.kv_channels // tp * c
+    context = partial(Transfer, kind="all_to_all", group="context", ranks=workload.cp_size)
+    yield context("q, k, v by heads", calls=layers * passes, payload=3 * heads * passes)
+    yield context("q, k, v by heads, again", calls=layers, payload=3 * heads, behind="weights")
+    yield context("what attention gives, by tokens", calls=layers * passes, payload=heads * passes)
+    yield context("gradients of both", calls=2 * layers, payload=4 * heads)
     whole, part = layers * width * c, layers * -(-width // tp) * c
     per_layer = partial(tensor, calls=layers)
     if not network.sequence_parallel:
@@ -124,8 +139,6 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
     yield per_layer("sums of W_o", "reduce_scatter", payload=whole)
     yield per_layer("gradients of W_o's sums", "all_gather", payload=part)
     yield per_layer("gradients of W_uvqk's input", "reduce_scatter", payload=whole, behind="weights")
-    both_ends = 2 * -(-width // tp) * FLOAT32
-    yield tensor("tokens before and after the layers", "all_gather", calls=2, payload=both_ends)
 
 
 def _pool(workload: Workload, batch: Batch) -> Iterator[Transfer]:
@@ -144,14 +157,14 @@ def _gradients(workload: Workload, batch: Batch) -> Iterator[Transfer]:
         elements += workload.replicated_elements
     elif tables := [spec for spec in workload.specs if spec.replicated]:
         counts = workload.ids_per_rank(batch)
-        looked_up = [sum(counts.get(name, 0) for name in spec.features) * workload.tp_size for spec in tables]
+        looked_up = [sum(counts.get(name, 0) for name in spec.features) * workload.group_size for spec in tables]
         rows = [min(spec.rows, count) for spec, count in zip(tables, looked_up, strict=True)]
         payload = sum(count * (spec.dim * FLOAT32 + INT64) for spec, count in zip(tables, rows, strict=True))
-        yield Transfer("rows of replicated tables", "all_gather", "data", workload.dp_size, 2 * len(tables), payload)
+        yield Transfer("rows of replicated tables", "all_gather", "data", workload.dp_cp_size, 2 * len(tables), payload)
     buckets = 1 + elements * FLOAT32 // DDP_BUCKET_BYTES
     size = FLOAT32 if workload.config.precision.fp32_master_grads else workload.element_size
-    data = partial(Transfer, kind="all_reduce", group="data", ranks=workload.dp_size)
+    data = partial(Transfer, kind="all_reduce", group="data", ranks=workload.dp_cp_size)
     yield data("gradients of the dense part", calls=buckets, payload=elements * size, behind="backward")
     if layout := flat_layout(workload):
         yield data("updated dense weights", kind="all_gather", calls=1, payload=layout.range_size * FLOAT32)
-    yield data("loss and count", calls=1, payload=2 * FLOAT32)
+    yield data("loss and count", ranks=workload.dp_size, calls=1, payload=2 * FLOAT32)

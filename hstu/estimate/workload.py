@@ -27,7 +27,7 @@ from hstu.train.flops import FlopCounter
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples that a tensor-parallel group computes on in one step. A rank looks up 1 / tp_size of them."""
+    """The samples that a tp_cp group computes on in one step. A rank looks up 1 / group_size of them."""
 
     item_lengths: np.ndarray
     """int64 [sequences]: items of each sequence, candidates included."""
@@ -82,8 +82,23 @@ class Workload:
         return self.config.tensor_parallel.tensor_model_parallel_size
 
     @property
+    def cp_size(self) -> int:
+        """Ranks of a context-parallel group."""
+        return self.config.context_parallel.context_parallel_size
+
+    @property
+    def group_size(self) -> int:
+        """Ranks that compute on the same samples."""
+        return self.config.ranks_per_group
+
+    @property
     def dp_size(self) -> int:
         """Data-parallel ranks."""
+        return self.world_size // self.group_size
+
+    @property
+    def dp_cp_size(self) -> int:
+        """Ranks with equal dense weights, over which DDP averages gradients."""
         return self.world_size // self.tp_size
 
     @property
@@ -197,7 +212,7 @@ class Workload:
 
         Draws are made distinct on each rank, not over the ranks of a group.
         """
-        groups = 1 if self.shares_negatives else self.tp_size
+        groups = 1 if self.shares_negatives else self.group_size
         return groups * self.corpus_pool(-(-batch.labels // groups)) + ranks * self.batch_pool(batch.items)
 
     @property
@@ -218,14 +233,14 @@ class Workload:
 
     def ids_per_rank(self, batch: Batch) -> dict[str, int]:
         """Ids of each feature that one rank looks up for the batch of its group."""
-        tp = self.tp_size
-        ids = dict.fromkeys(self.roles.contextual, -(-batch.sequences // tp)) | {
-            name: -(-batch.items // tp) for name in (self.roles.item, self.roles.action) if name
+        ranks = self.group_size
+        ids = dict.fromkeys(self.roles.contextual, -(-batch.sequences // ranks)) | {
+            name: -(-batch.items // ranks) for name in (self.roles.item, self.roles.action) if name
         }
         values = self.values_per_item
         ids |= {name: math.ceil(values.get(name, 1) * ids[self.roles.item]) for name in self.roles.categories}
         if self.negatives is not None and self.negatives.kind != "in_batch":
-            count = ids[NEGATIVES] = self.corpus_pool(-(-batch.labels // tp))
+            count = ids[NEGATIVES] = self.corpus_pool(-(-batch.labels // ranks))
             ids |= {of_negatives(name): math.ceil(values.get(name, 1) * count) for name in self.roles.tower}
         return ids
 

@@ -13,7 +13,7 @@ from hstu.config.args import NetworkArgs
 from hstu.data.batch import HSTUBatch
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
 from hstu.model.precision import DTYPES, mixed_precision
-from hstu.ops.comm import TensorParallelComm
+from hstu.ops.comm import LayerComm
 from hstu.ops.kernels import AttentionConfig, Kernels, KernelShapes
 from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
@@ -76,7 +76,7 @@ class HSTULayer(nn.Module):
         self.uvqk = nn.Linear(network.hidden_size, 4 * inner)
         self.output_norm = nn.LayerNorm(inner, eps=network.norm_epsilon)
         self.out = nn.Linear(inner, network.hidden_size, bias=False)
-        self.comm = TensorParallelComm()
+        self.comm = LayerComm()
         """Communication with the ranks that hold the other heads of uvqk, output_norm and out."""
         self.bias: RelativeAttentionBias | None = None
         if network.has_relative_bias:
@@ -135,7 +135,7 @@ class SequenceEncoder(nn.Module):
         max_tokens = features.max_tokens(network)
         layers = nn.ModuleList(HSTULayer(network, max_tokens, kernels, index) for index in range(network.num_layers))
         self.stack = nn.ModuleDict({"layers": layers})  # the name of the layers in checkpoints
-        self.comm = TensorParallelComm()
+        self.comm = LayerComm()
         """Communication with the ranks that share the tokens between the layers."""
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.comm import TensorParallelComm
+from hstu.ops.comm import LayerComm
 
 _RESOLUTION = 1 << 16
 _SEEDS = 1 << 62
@@ -22,7 +22,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x * draw(x.shape, p, x.device) * scale_of(p, x.device)
 
 
-def draw(shape: torch.Size, p: float, device: torch.device, comm: TensorParallelComm | None = None) -> Tensor:
+def draw(shape: torch.Size, p: float, device: torch.device, comm: LayerComm | None = None) -> Tensor:
     """A dropout mask: bool of this shape, False with probability p.
 
     It follows torch's CPU generator on all devices: restoring its state repeats the mask, without device access.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hstu.ops.comm import TensorParallelComm
+from hstu.ops.comm import LayerComm
 from hstu.ops.layout import JaggedLayout, TokenOrder
 from hstu.ops.row_update import UpdateRows
 
@@ -74,7 +74,7 @@ class GateConfig:
     """Added to the variance."""
     dropout: float
     """Probability; 0 in evaluation."""
-    comm: TensorParallelComm = field(default_factory=TensorParallelComm)
+    comm: LayerComm = field(default_factory=LayerComm)
     """The norm spans the heads of all ranks, which exchange two numbers per row in forward and in backward."""
 
     def combine_statistics(self, own: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One HSTU layer as one autograd function, on one rank or with its heads split over several.
+"""One HSTU layer as one autograd function, on one rank or with its heads or tokens split over several.
 
     x = x + update;  U, V, Q, K = split(SiLU(W_uvqk LayerNorm(x) + b))
     update = W_o · Dropout(LayerNorm(attention) ⊙ U)
@@ -7,7 +7,8 @@ One function instead of one per operator decides what is kept for backward (:cla
 soon as backward has used it, and overlaps collectives with matrix products.
 A layer adds the update of the layer before it, so that the sum and its norm are one pass over memory. So are, in
 backward, the norm, the sum of the gradients of x, and their copy in the dtype of the update.
-Shapes are written as in kernels.py. Source: HSTU, arXiv 2402.17152, sec. 3.
+Shapes are written as in kernels.py; T tokens and H heads are those that this rank projects. With context parallelism
+the ranks exchange them for attention (:meth:`LayerComm.tokens_to_heads`). Source: HSTU, arXiv 2402.17152, sec. 3.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu.config.args import NetworkArgs
-from hstu.ops.comm import TensorParallelComm
+from hstu.ops.comm import LayerComm
 from hstu.ops.costs import FLOAT32
 from hstu.ops.functional import relative_bias
 from hstu.ops.kernels import AttentionConfig, GateConfig, Kernels, Preactivation
@@ -47,8 +48,8 @@ class HSTULayerConfig:
     """Backward recomputes ``SavedActivations.activated``."""
     recompute_all: bool = False
     """Backward recomputes everything; only the input is kept."""
-    comm: TensorParallelComm = field(default_factory=TensorParallelComm)
-    """Communication with the ranks that hold the other heads."""
+    comm: LayerComm = field(default_factory=LayerComm)
+    """Communication with the ranks that hold the other heads or tokens."""
 
 
 class LayerWeights(NamedTuple):
@@ -125,19 +126,19 @@ def saved_bytes(network: NetworkArgs, tokens: int, tp_size: int, element_size: i
     return layer_input + sum(saved.values())
 
 
-def split_uvqk(uvqk: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """u, v, q, k, each [T, H, d]: views of [T, H · 4 · d], whose columns lie as [head, (u v q k), channel]."""
-    u, v, q, k = uvqk.unflatten(1, (-1, 4, head_dim)).unbind(2)
-    return u, v, q, k
+def split_gate(uvqk: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """u [T, H, d], and v, q, k as [T, H, 3, d]: views of [T, H · 4 · d], of columns [head, (u v q k), channel]."""
+    by_head = uvqk.unflatten(1, (-1, 4, head_dim))
+    return by_head[:, :, 0], by_head[:, :, 1:]
 
 
 def _before_silu(
     projected: Tensor, grad_shift: Tensor, head_dim: int
 ) -> tuple[Preactivation, tuple[Preactivation, Preactivation, Preactivation]]:
     """What u, and what q, k and v are the SiLU of. projected: [T, H · 4 · d]; grad_shift: [H · 4 · d]."""
-    shifts = (shift[0] for shift in split_uvqk(grad_shift.unsqueeze(0), head_dim))
-    u, v, q, k = map(Preactivation, split_uvqk(projected, head_dim), shifts)
-    return u, (q, k, v)
+    (u, vqk), (u_shift, vqk_shift) = (split_gate(rows, head_dim) for rows in (projected, grad_shift.unsqueeze(0)))
+    v, q, k = map(Preactivation, vqk.unbind(2), vqk_shift[0].unbind(1))
+    return Preactivation(u, u_shift[0]), (q, k, v)
 
 
 class HSTULayerFunction(torch.autograd.Function):
@@ -223,8 +224,10 @@ class _Computation:
         all_tokens = config.comm.all_gather_tokens(normalized)()
         uvqk, shift = weights.uvqk_weight.to(self.dtype), weights.uvqk_bias.to(self.dtype)
         projected, activated = kernels.project_uvqk.forward(all_tokens, uvqk, shift)
-        u, v, q, k = split_uvqk(activated, config.head_dim)
+        u, vqk = split_gate(activated, config.head_dim)
+        v, q, k = config.comm.tokens_to_heads(vqk)().unbind(2)
         attended = kernels.attention.forward(q, k, v, self.layout, config.attention, self.bias)
+        attended = config.comm.heads_to_tokens(attended)()
         gated, output_statistics, dropout_mask = kernels.norm_mul_dropout.forward(
             attended, u, weights.output_norm_weight, weights.output_norm_bias, self.gate
         )
@@ -266,24 +269,34 @@ class _Computation:
         The kernels of gate and attention write their parts of one tensor. Where they differentiate SiLU and sum over
         the tokens, no other pass over that tensor is needed.
         """
-        config, kernels, shift = self.config, self.config.kernels, self.weights.uvqk_bias
+        config, kernels, comm, shift = self.config, self.config.kernels, self.config.comm, self.weights.uvqk_bias
         activated = kernels.project_uvqk.activate(saved.projected) if saved.activated is None else saved.activated
         del saved.activated
-        u, v, q, k = split_uvqk(activated, config.head_dim)
+        u, own_vqk = split_gate(activated, config.head_dim)
+        exchanged_vqk = comm.tokens_to_heads(own_vqk)
         gradient = torch.empty_like(activated)
         grad_shift = torch.empty(len(shift), dtype=torch.promote_types(self.dtype, torch.float32), device=shift.device)
-        grad_u, grad_v, grad_q, grad_k = split_uvqk(gradient, config.head_dim)
-        differentiates_silu = kernels.attention.differentiates_silu and kernels.norm_mul_dropout.differentiates_silu
+        grad_u, grad_own_vqk = split_gate(gradient, config.head_dim)
+        differentiates_silu = (
+            kernels.attention.differentiates_silu
+            and kernels.norm_mul_dropout.differentiates_silu
+            and comm.cp_size == 1  # else attention has not what its inputs are the SiLU of
+        )
         u_before = qkv_before = None
         if differentiates_silu:
             u_before, qkv_before = _before_silu(saved.projected, grad_shift, config.head_dim)
-        grad_attended = self._backward_through_gate(grad, saved, u, grad_u, u_before, grads)
+        grad_attended = comm.tokens_to_heads(self._backward_through_gate(grad, saved, u, grad_u, u_before, grads))()
+        vqk = exchanged_vqk()
+        grad_vqk = torch.empty_like(vqk) if comm.cp_size > 1 else grad_own_vqk
+        (v, q, k), (grad_v, grad_q, grad_k) = vqk.unbind(2), grad_vqk.unbind(2)
         grad_bias = kernels.attention.backward(
             grad_attended, q, k, v, self.layout, config.attention, self.bias, (grad_q, grad_k, grad_v), qkv_before
         )
+        if comm.cp_size > 1:
+            grad_own_vqk.copy_(comm.heads_to_tokens(grad_vqk)())
         if grad_bias is not None:
-            grads["position_weight"] = config.comm.all_reduce_over_heads(grad_bias.position_weight)
-            grads["time_weight"] = config.comm.all_reduce_over_heads(grad_bias.time_weight)
+            grads["position_weight"] = comm.all_reduce_over_heads(grad_bias.position_weight)
+            grads["time_weight"] = comm.all_reduce_over_heads(grad_bias.time_weight)
         if not differentiates_silu:
             torch.ops.aten.silu_backward.grad_input(gradient, saved.projected, grad_input=gradient)
             grad_shift = gradient.sum(0)

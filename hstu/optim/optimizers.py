@@ -99,6 +99,6 @@ def build_optimizers(
     weights = {
         name: id(weight) in decaying for name, weight in dense.named_parameters() if id(weight) not in tables_of_dense
     }
-    shard_group = mesh.dp_group if shard_states and mesh.dp_size > 1 else None
+    shard_group = mesh.dp_cp_group if shard_states and mesh.dp_cp_size > 1 else None
     optimizer = DenseOptimizer(dense, args, match_part_optimizers(weights, args, cite), shard_group)
     return Optimizers(optimizer, tables, mesh.tp_group if mesh.tp_size > 1 else None)

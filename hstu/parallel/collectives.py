@@ -46,6 +46,24 @@ def join_rows(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _apply(own, _gather, _own_part, group)
 
 
+def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
+    """The tensor itself. Backward: multiplies the gradient by ``factor``."""
+    return tensor if factor == 1 else _Scaled.apply(tensor, factor)
+
+
+class _Scaled(torch.autograd.Function):
+    """Multiplies the gradient of a tensor by a number."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor  # type: ignore[attr-defined]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None  # type: ignore[attr-defined]
+
+
 class _WithBackward(torch.autograd.Function):
     """Applies one collective to a tensor, and another one to its gradient."""
 

@@ -59,14 +59,14 @@ def _average_bucket(dense: ReplicatedDense, bucket: dist.GradBucket) -> torch.fu
 
 
 def replicate_dense(model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32) -> GRModel:
-    """Wrap ``model.dense`` in DDP over the data-parallel group if it has several ranks.
+    """Wrap ``model.dense`` in DDP over the ranks with equal dense weights, if there are several.
 
     Replicated tables are included where their gradients are dense; for others see :func:`average_sparse_gradients`.
     ``sent_as``: see ReplicatedDense. Every parameter gets a gradient on every rank, even for batches without labels
     (see DenseModel), so DDP need not search for unused parameters.
     """
-    if mesh.dp_size > 1:
-        model.dense = ReplicatedDense(model.dense, mesh.dp_group, sent_as)
+    if mesh.dp_cp_size > 1:
+        model.dense = ReplicatedDense(model.dense, mesh.dp_cp_group, sent_as)
     return model
 
 

@@ -1,4 +1,4 @@
-"""A tensor-parallel group computes on the sequences of all its ranks; each rank loads and looks up its own.
+"""The ranks of a tp_cp group compute on the sequences of all of them; each rank loads and looks up its own.
 
 Gradients: every rank of a group has the gradient of the group's rows, times the data-parallel size. What flows back
 to a rank's own rows is the sum over the group, and TorchRec divides by the number of ranks in the world. The result is
@@ -34,9 +34,9 @@ from hstu.parallel.mesh import Mesh
 def to_train_batch(batch: HSTUBatch, roles: FeatureRoles, mesh: Mesh, num_micro_batches: int = 1) -> TrainBatch:
     """Add what the dense part computes on to a rank's batch on the host.
 
-    Collective over the tensor-parallel group, over gloo: all its ranks must have equally many batches.
+    Collective over the tp_cp group, over gloo: all its ranks must have equally many batches.
     """
-    computed, group = _merge_group(batch, roles.item, mesh) if mesh.tp_size > 1 else (batch, None)
+    computed, group = _merge_group(batch, roles.item, mesh) if mesh.tp_cp_size > 1 else (batch, None)
     if num_micro_batches == 1:
         train_batch = TrainBatch(own=batch, parts=(computed,), group=group)
     else:
@@ -51,16 +51,16 @@ def to_train_batch(batch: HSTUBatch, roles: FeatureRoles, mesh: Mesh, num_micro_
 
 
 def evaluate_batch(model: GRModel, batch: HSTUBatch, mesh: Mesh) -> ModelOutput:
-    """Forward of a rank's batch on the host. Collective over the tensor-parallel group, where there is one.
+    """Forward of a rank's batch on the host. Collective over the tp_cp group.
 
     The loss and its count are those of the group; logits and queries are those of this rank's own sequences.
     """
-    if mesh.tp_size == 1:
+    if mesh.tp_cp_size == 1:
         output: ModelOutput = model(batch.to(mesh.device))
         return output
     needed = dataclasses.replace(batch, seen_values=None, seen_offsets=None)  # evaluators read those of their own
     merged, group = _merge_group(needed, model.roles.item, mesh)
-    rows = gather_embeddings(model.look_up(batch.to(mesh.device)), group, mesh.tp_group)
+    rows = gather_embeddings(model.look_up(batch.to(mesh.device)), group, mesh.tp_cp_group)
     merged = merged.to(mesh.device)
     output = model.dense([as_jagged(rows, merged)], merged)
     logits, queries = output.logits, output.queries
@@ -73,8 +73,8 @@ def evaluate_batch(model: GRModel, batch: HSTUBatch, mesh: Mesh) -> ModelOutput:
 
 
 def _merge_group(batch: HSTUBatch, item_feature: str, mesh: Mesh) -> tuple[HSTUBatch, GroupLayout]:
-    packed = gather_objects(pack(dataclasses.replace(batch, position=None)), mesh.tp_group)
-    return merge_ranks([unpack(part) for part in packed], mesh.tp_rank, item_feature)
+    packed = gather_objects(pack(dataclasses.replace(batch, position=None)), mesh.tp_cp_group)
+    return merge_ranks([unpack(part) for part in packed], mesh.tp_cp_rank, item_feature)
 
 
 def gather_embeddings(

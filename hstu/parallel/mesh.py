@@ -83,7 +83,10 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks, groups and device of this process. Data-parallel size = world size / tensor-parallel size."""
+    """Ranks, groups and device of this process, in Megatron's terms and order: tp varies fastest, then cp, then dp.
+
+    A tp_cp group computes on the sequences of all its ranks; there are dp_size such groups.
+    """
 
     device: torch.device
     rank: int
@@ -95,14 +98,35 @@ class Mesh:
     dp_size: int
     tp_rank: int
     tp_size: int
+    cp_rank: int
+    cp_size: int
     world_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     tp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    tp_cp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    """Ranks with equal dense weights."""
     seed: int
     store: dist.Store | None = None
     """The key-value store of the launch; None for a mesh that was never started."""
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     """What this rank is doing, for the watchdog."""
+
+    @property
+    def tp_cp_size(self) -> int:
+        """Ranks that compute on the same sequences."""
+        return self.tp_size * self.cp_size
+
+    @property
+    def tp_cp_rank(self) -> int:
+        """Index of this rank in ``tp_cp_group``."""
+        return self.cp_rank * self.tp_size + self.tp_rank
+
+    @property
+    def dp_cp_size(self) -> int:
+        """Ranks with equal dense weights."""
+        return self.dp_size * self.cp_size
 
     @property
     def is_main(self) -> bool:
@@ -112,13 +136,14 @@ class Mesh:
 
 def start(
     tensor_parallel_size: int = 1,
+    context_parallel_size: int = 1,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     seed: int = 1234,
     deterministic: bool = False,
     allow_tf32: bool = False,
     must_agree: Mapping[str, str] = MappingProxyType({}),
 ) -> Mesh:
-    """Choose the device, join the world, create data- and tensor-parallel groups, and seed this process.
+    """Choose the device, join the world, create data-, tensor- and context-parallel groups, and seed this process.
 
     Afterwards torch's generator has the seed of the initial weights, which is equal on all ranks. Call ``seed_dropout``
     once the model is built.
@@ -149,6 +174,7 @@ def start(
     groups = _parallel_state()
     groups.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel_size,
+        context_parallel_size=context_parallel_size,
         distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=False,
     )
@@ -162,9 +188,14 @@ def start(
         dp_size=groups.get_data_parallel_world_size(),
         tp_rank=groups.get_tensor_model_parallel_rank(),
         tp_size=groups.get_tensor_model_parallel_world_size(),
+        cp_rank=groups.get_context_parallel_rank(),
+        cp_size=groups.get_context_parallel_world_size(),
         world_group=world_group,
         dp_group=groups.get_data_parallel_group(),
         tp_group=groups.get_tensor_model_parallel_group(),
+        cp_group=groups.get_context_parallel_group(),
+        tp_cp_group=groups.get_tensor_and_context_parallel_group(),
+        dp_cp_group=groups.get_data_parallel_group(with_context_parallel=True),
         seed=seed,
         store=store,
     )
@@ -178,7 +209,8 @@ def without_timeout(mesh: Mesh) -> None:
 
     Their own timeout counts the time in which all ranks are suspended.
     """
-    for group in (mesh.world_group, mesh.dp_group, mesh.tp_group):
+    groups = mesh.dp_group, mesh.tp_group, mesh.cp_group, mesh.tp_cp_group, mesh.dp_cp_group
+    for group in (mesh.world_group, *groups):
         dist.distributed_c10d._set_pg_timeout(_NO_TIMEOUT, group)
 
 
@@ -212,7 +244,7 @@ def seed_initial_weights(seed: int) -> None:
 
 
 def seed_dropout(mesh: Mesh) -> None:
-    """Seed torch differently on each data-parallel rank; the ranks of a tensor-parallel group share a seed."""
+    """Seed torch differently on each data-parallel rank; the ranks of a tp_cp group share a seed."""
     words = np.random.SeedSequence([mesh.seed, _DROPOUT_STREAM, mesh.dp_rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0]))
 

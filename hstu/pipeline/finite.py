@@ -73,8 +73,8 @@ class FiniteCheck:
         if self.mesh.dp_size > 1:
             dist.all_reduce(totals, group=self.mesh.dp_group)
         bad = torch.cat([(~totals[:1].isfinite()).float(), totals[1:]])
-        if self.mesh.tp_size > 1:  # each rank of a group computes the same loss
-            dist.all_reduce(bad, group=self.mesh.tp_group)
+        if self.mesh.tp_cp_size > 1:  # each rank of a group computes the same loss
+            dist.all_reduce(bad, group=self.mesh.tp_cp_group)
         good = bad == 0
         self.found_inf = (~good[:2].all()).float() if self.deferred else None
         self._pending = _Pending(

@@ -65,10 +65,10 @@ class TrainStep:
         """
         self.optimizers.zero_grad()
 
-        # Rows of the sharded tables: those of this rank, or of its tensor-parallel group.
+        # Rows of the sharded tables: those of this rank, or of its tp_cp group.
         rows = self.model.look_up(batch.own)
         if batch.group is not None:
-            rows = gather_embeddings(rows, batch.group, self.mesh.tp_group)
+            rows = gather_embeddings(rows, batch.group, self.mesh.tp_cp_group)
         rows |= pool_rows(rows, batch, self.model.roles.item)
 
         # Forward and backward of the dense part, one micro-batch after another. Tables are updated inside their

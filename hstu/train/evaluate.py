@@ -56,7 +56,7 @@ class Evaluator(ABC):
         """Metrics over the batches of all ranks."""
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
-        """Output of the model for a batch on the host, computed by this rank or by its tensor-parallel group."""
+        """Output of the model for a batch on the host, computed by this rank or by its tp_cp group."""
         return evaluate_batch(self.model, batch, self.mesh)
 
     def _limited(self, batches: Iterable[HSTUBatch]) -> Iterator[HSTUBatch]:

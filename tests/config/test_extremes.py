@@ -74,6 +74,7 @@ UNLIMITED = {
     "LRScheduleArgs": "warmup_iters decay_iters milestones",
     "PrecisionArgs": "growth_interval",
     "TensorModelParallelArgs": "tensor_model_parallel_size",
+    "ContextParallelArgs": "context_parallel_size",
     "RankingArgs": "num_tasks",
 }
 """Numbers without an upper limit: runs with 2^63 - 1 or 1e308 there train, or end with a message."""

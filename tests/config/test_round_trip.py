@@ -110,6 +110,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         precision=draw(instances(a.PrecisionArgs)),
         tensor_parallel=draw(instances(a.TensorModelParallelArgs)),
         data_parallel=draw(instances(a.DataParallelArgs)),
+        context_parallel=draw(instances(a.ContextParallelArgs)),
         task_args=draw(RANKING if task == "ranking" else instances(a.RetrievalArgs)),
     )
 

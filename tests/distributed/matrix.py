@@ -50,6 +50,7 @@ class Case(NamedTuple):
 
     world: int
     tp: int
+    cp: int
     sharding: str
     optimizer: str
     pipeline: str
@@ -59,7 +60,7 @@ class Case(NamedTuple):
     balanced: bool
 
     def __str__(self) -> str:
-        parts = [f"{self.world} ranks", f"tp {self.tp}", *self[2:6]]
+        parts = [f"{self.world} ranks", f"tp {self.tp}", f"cp {self.cp}", *self[3:7]]
         return ", ".join(parts + ["by tokens"] * self.by_tokens + ["balanced"] * self.balanced)
 
     @property
@@ -81,6 +82,7 @@ class Case(NamedTuple):
 FACTORS: dict[str, tuple[Any, ...]] = {
     "world": (1, 2, 4),
     "tp": (1, 2, 4),
+    "cp": (1, 2, 4),
     "sharding": ("row_wise", "table_wise", "column_wise", "data_parallel"),
     "optimizer": ("sgd", "rowwise_adagrad", "adam"),
     "pipeline": ("none", "native", "prefetch"),
@@ -102,7 +104,8 @@ def pairwise_cases() -> list[Case]:
 
 def _means_something(case: Case) -> bool:
     # Groups are made of ranks, tokens are split within a group, and one rank has no one to share a batch with.
-    return case.tp <= case.world and (case.tp > 1 or not case.by_tokens) and (case.world > 1 or not case.balanced)
+    in_groups = case.tp * case.cp <= case.world
+    return in_groups and (case.tp > 1 or not case.by_tokens) and (case.world > 1 or not case.balanced)
 
 
 def pairs(row: tuple[Any, ...]) -> set[tuple[tuple[int, Any], tuple[int, Any]]]:
@@ -133,7 +136,7 @@ def alone(case: Case) -> Case:
     """
     differs = case.sharding == "data_parallel" and (case.clips or "adagrad" in case.optimizer)
     sharding = "data_parallel" if differs else "row_wise"
-    return Case(1, 1, sharding, case.optimizer, "none", case.task, by_tokens=False, balanced=False)
+    return Case(1, 1, 1, sharding, case.optimizer, "none", case.task, by_tokens=False, balanced=False)
 
 
 def options(case: Case, clips: bool) -> RunOptions:
@@ -149,6 +152,7 @@ def options(case: Case, clips: bool) -> RunOptions:
         "learning_rate": sgd_rate if case.optimizer == "sgd" else 0.005,
         "bindings": [
             f"TensorModelParallelArgs.tensor_model_parallel_size = {case.tp}",
+            f"ContextParallelArgs.context_parallel_size = {case.cp}",
             f"NetworkArgs.sequence_parallel = {case.by_tokens}",
             f"TrainerArgs.enable_balanced_shuffler = {case.balanced}",
             f"DataParallelArgs.sharding = {'optimizer' if case.shards_states else 'none'!r}",
@@ -169,11 +173,11 @@ def run(cases: Sequence[Case], store: str) -> dict[Case, list[str]]:
     expected: dict[str, Any] = {}
     for world in sorted({1, *(case.world for case in cases)}):
         here = [case for case in cases if case.world == world]
-        groups: dict[int, dict[str, RunOptions]] = {}
+        groups: dict[tuple[int, int], dict[str, RunOptions]] = {}
         if world == 1:
-            groups[1] = {_reference(case): options(alone(case), case.clips) for case in cases}
+            groups[1, 1] = {_reference(case): options(alone(case), case.clips) for case in cases}
         for case in here:
-            groups.setdefault(case.tp, {})[str(case)] = options(case, case.clips)
+            groups.setdefault((case.tp, case.cp), {})[str(case)] = options(case, case.clips)
         try:
             ranks = _launch(store, world, groups)
         except RankFailure as failure:
@@ -204,17 +208,18 @@ def _reference(case: Case) -> str:
     return f"reference: {alone(case)}{', clipped' if case.clips else ''}"
 
 
-def _launch(store: str, world: int, by_tp: dict[int, dict[str, RunOptions]]) -> list[Any]:
-    groups = [Group(tp, free_port(), cases) for tp, cases in by_tp.items()]
-    timeout_s = 120.0 + 10 * sum(len(cases) for cases in by_tp.values())
+def _launch(store: str, world: int, by_sizes: dict[tuple[int, int], dict[str, RunOptions]]) -> list[Any]:
+    groups = [Group(*sizes, free_port(), cases) for sizes, cases in by_sizes.items()]
+    timeout_s = 120.0 + 10 * sum(len(cases) for cases in by_sizes.values())
     return run_ranks(Launch(world, timeout_s), run_groups, store, groups)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that share tensor-parallel groups of ``tp`` ranks, which meet at ``port``."""
+    """Runs in groups of ``tp`` tensor-parallel and ``cp`` context-parallel ranks, which meet at ``port``."""
 
     tp: int
+    cp: int
     port: int
     runs: dict[str, RunOptions]
 
@@ -224,7 +229,7 @@ def run_groups(store: str, groups: Sequence[Group]) -> dict[str, Any]:
     results = {}
     for group in groups:
         os.environ["MASTER_PORT"] = str(group.port)
-        with started_mesh(group.tp) as mesh:
+        with started_mesh(group.tp, group.cp) as mesh:
             results |= {name: _train(mesh, store, run) for name, run in group.runs.items()}
     return results
 
@@ -311,11 +316,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="the whole matrix, not only what covers its pairs")
     parser.add_argument("--world", type=int, choices=FACTORS["world"], help="only on this many ranks")
     parser.add_argument("--tp", type=int, choices=FACTORS["tp"], help="only with groups of this many ranks")
+    parser.add_argument("--cp", type=int, choices=FACTORS["cp"], help="only with context-parallel groups of this many")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result of each case")
     args = parser.parse_args(argv)
     refused = [case for case in all_cases() if case.is_refused]
     wanted = all_cases() if args.all else [*pairwise_cases(), *refused]
-    wanted = [case for case in wanted if args.world in (None, case.world) and args.tp in (None, case.tp)]
+    given = {name: getattr(args, name) for name in ("world", "tp", "cp") if getattr(args, name) is not None}
+    wanted = [case for case in wanted if all(getattr(case, name) == size for name, size in given.items())]
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hstu-matrix-") as directory:
         store = f"{directory}/store"
@@ -336,13 +343,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_by_grid(cases: Sequence[Case], store: str) -> Iterable[tuple[Case, list[str]]]:
     """Run the cases, a launch for each number of ranks and size of groups."""
-    for world, tp in dict.fromkeys((case.world, case.tp) for case in cases):
-        begun, here = time.monotonic(), [case for case in cases if (case.world, case.tp) == (world, tp)]
+    for sizes in dict.fromkeys(case[:3] for case in cases):
+        begun, here = time.monotonic(), [case for case in cases if case[:3] == sizes]
         results = run([case for case in here if not case.is_refused], store)
         results |= {case: not_refused(case, store) for case in here if case.is_refused}
         equal = sum(not problems for problems in results.values())
         seconds = time.monotonic() - begun
-        print(f"{world} ranks, tp {tp}: {equal} of {len(results)} cases as they must be, {seconds:.0f} s", flush=True)
+        world, tp, cp = sizes
+        told = f"{equal} of {len(results)} cases as they must be, {seconds:.0f} s"
+        print(f"{world} ranks, tp {tp}, cp {cp}: {told}", flush=True)
         yield from results.items()
 
 

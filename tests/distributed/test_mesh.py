@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from hstu.config.errors import ConfigError
 from hstu.data.batch import PADDING_ID
@@ -15,13 +16,20 @@ from hstu.parallel.mesh import Mesh
 from tests.distributed.launch import REPOSITORY, Launch, RankFailure, run_cases, run_ranks
 
 
-def describe(tensor_parallel_size: int = 1) -> dict[str, Any]:
+def describe(tensor_parallel_size: int = 1, context_parallel_size: int = 1) -> dict[str, Any]:
     """Ranks, threads and the first random numbers before and after seeding dropout."""
-    mesh = mesh_module.start(tensor_parallel_size, timeout_s=60, seed=5, deterministic=True, allow_tf32=True)
+    mesh = mesh_module.start(
+        tensor_parallel_size, context_parallel_size, timeout_s=60, seed=5, deterministic=True, allow_tf32=True
+    )
     weights = torch.rand(2).tolist()
     mesh_module.seed_dropout(mesh)
     result = {
         "ranks": [mesh.rank, mesh.world_size, mesh.dp_rank, mesh.dp_size, mesh.tp_rank, mesh.tp_size],
+        "context": [mesh.cp_rank, mesh.cp_size],
+        "groups": {
+            name: dist.get_process_group_ranks(getattr(mesh, f"{name}_group"))
+            for name in ("tp", "cp", "tp_cp", "dp", "dp_cp")
+        },
         "hosts": [mesh.local_rank, mesh.local_world_size],
         "device": mesh.device.type,
         "main": mesh.is_main,
@@ -95,8 +103,12 @@ def test_plain_python_is_a_world_of_one_without_any_environment() -> None:
 
 
 def test_groups_of_neighbours_share_a_dense_model() -> None:
-    ranks = [result["ranks"] for result in run_ranks(2, describe, tensor_parallel_size=2)]
-    assert ranks == [[0, 2, 0, 1, 0, 2], [1, 2, 0, 1, 1, 2]]
+    ranks = run_ranks(4, describe, tensor_parallel_size=2, context_parallel_size=2)
+    assert [result["ranks"] for result in ranks] == [[rank, 4, 0, 1, rank % 2, 2] for rank in range(4)]
+    assert [result["context"] for result in ranks] == [[0, 2], [0, 2], [1, 2], [1, 2]]
+    assert ranks[2]["groups"] == {"tp": [2, 3], "cp": [0, 2], "tp_cp": [0, 1, 2, 3], "dp": [2], "dp_cp": [0, 2]}
+    assert all(result["weights"] == ranks[0]["weights"] for result in ranks)
+    assert all(result["dropout"] == ranks[0]["dropout"] for result in ranks)
 
 
 def test_collectives_and_their_gradients() -> None:

@@ -1,4 +1,4 @@
-"""Tensor and sequence parallelism change where a run computes, not what: all is compared with a single process."""
+"""Tensor, sequence and context parallelism change where a run computes, not what: all is compared with one process."""
 
 from functools import partial
 from pathlib import Path
@@ -10,10 +10,10 @@ import torch
 
 from hstu.checkpoint.load import load
 from hstu.checkpoint.save import save
-from hstu.ops.comm import TensorParallelComm
+from hstu.ops.comm import LayerComm
 from hstu.ops.dropout import draw
+from hstu.parallel.layer_comm import ProcessGroupComm
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.tensor import ProcessGroupComm
 from hstu.train.builder import build_evaluator
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.tensor_cases import (
@@ -106,8 +106,9 @@ IN_BFLOAT16: dict[str, Any] = {
     f"bfloat16{', by tokens' if by_tokens else ''}": {"bindings": ["NetworkArgs.dtype_str = 'bfloat16'", *by_tokens]}
     for by_tokens in ([], [BY_TOKENS])
 }
-GRIDS = [(2, 2), *(pytest.param(grid, marks=pytest.mark.slow) for grid in ((2, 1), (4, 2), (4, 4)))]
-"""(ranks, ranks of a tensor-parallel group)."""
+SLOW_GRIDS = (2, 1, 1), (4, 2, 1), (4, 4, 1), (4, 1, 2), (4, 1, 4), (4, 2, 2)
+GRIDS = [(2, 2, 1), (2, 1, 2), *(pytest.param(grid, marks=pytest.mark.slow) for grid in SLOW_GRIDS)]
+"""(ranks, ranks of a tensor-parallel group, ranks of a context-parallel group)."""
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +123,10 @@ def alone(store: str) -> dict[str, Any]:
     return run_cases(Launch(1, timeout_s=150), trained_and_evaluated(store))[0]
 
 
-@pytest.fixture(scope="module", params=GRIDS, ids=lambda grid: f"{grid[0]}ranks-tp{grid[1]}")
+@pytest.fixture(scope="module", params=GRIDS, ids=lambda grid: f"{grid[0]}ranks-tp{grid[1]}-cp{grid[2]}")
 def over_ranks(request: Any, store: str) -> tuple[int, list[dict[str, Any]]]:
-    ranks, tp = request.param
-    return tp, run_cases(Launch(ranks, 200, tp), trained_and_evaluated(store))
+    ranks, tp, cp = request.param
+    return tp, run_cases(Launch(ranks, 200, tp, cp), trained_and_evaluated(store))
 
 
 def trained_and_evaluated(store: str) -> dict[str, Any]:
@@ -229,8 +230,8 @@ def dropout_masks(mesh: Mesh, store: str) -> dict[str, Any]:
         results[name] = train(mesh, config, source, state, 3)
         consolidated(state, mesh)  # refuses replicated weights that are not equal on all ranks
     for place, comm in (
-        ("before W_o", ProcessGroupComm(mesh.tp_group, sequence_parallel=False)),
-        ("input", TensorParallelComm()),
+        ("before W_o", ProcessGroupComm(mesh, sequence_parallel=False)),
+        ("input", LayerComm()),
     ):
         results[place] = draw(torch.Size([64]), 0.5, torch.device("cpu"), comm).tolist()
     return results

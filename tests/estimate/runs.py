@@ -43,7 +43,11 @@ TASKS = {"ranking": ["RankingArgs.prediction_head_arch = [24, 16]"], "retrieval"
 
 
 def run_config(
-    task: str = "ranking", sharding: str = "row_wise", tp: int = 1, bindings: tuple[str, ...] | list[str] = ()
+    task: str = "ranking",
+    sharding: str = "row_wise",
+    tp: int = 1,
+    cp: int = 1,
+    bindings: tuple[str, ...] | list[str] = (),
 ) -> RunConfig:
     """A run that takes a second; ``bindings`` win."""
     tables = [
@@ -52,8 +56,11 @@ def run_config(
         *table("age", 7, sharding_type="data_parallel"),
         *table("action", ACTIONS, sharding_type="data_parallel"),
     ]
-    size = f"TensorModelParallelArgs.tensor_model_parallel_size = {tp}"
-    return load([], [*DATA, *tables, *RUN, *TASKS[task], size, *bindings], task)  # type: ignore[arg-type]
+    sizes = [
+        f"TensorModelParallelArgs.tensor_model_parallel_size = {tp}",
+        f"ContextParallelArgs.context_parallel_size = {cp}",
+    ]
+    return load([], [*DATA, *tables, *RUN, *TASKS[task], *sizes, *bindings], task)  # type: ignore[arg-type]
 
 
 def held_bytes(state: Tensor | ShardedView) -> int:
@@ -62,21 +69,23 @@ def held_bytes(state: Tensor | ShardedView) -> int:
     return sum(shard.nbytes for shard in view.shards.values())
 
 
-ONE, TWO, TWO_BY_TENSOR, FOUR = (1, 1), (2, 1), (2, 2), (4, 2)
-"""(ranks, tensor-parallel size) of the launches."""
+Sizes = tuple[int, int, int]
+"""(ranks, tensor-parallel size, context-parallel size) of a launch."""
+ONE, TWO, TWO_BY_TENSOR, TWO_BY_CONTEXT, FOUR = (1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 1)
+FOUR_BY_BOTH = 4, 2, 2
 UNIFORM = ["RetrievalArgs.negatives = 'uniform'", "RetrievalArgs.num_negatives = 32"]
 
 
-def _case(launches: list[tuple[int, int]], *bindings: str, **run: Any) -> dict[str, Any]:
+def _case(launches: list[Sizes], *bindings: str, **run: Any) -> dict[str, Any]:
     return {"launches": launches, "run": {**run, "bindings": list(bindings)}}
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "ranking": _case([ONE, TWO, TWO_BY_TENSOR, FOUR]),
+    "ranking": _case([ONE, TWO, TWO_BY_TENSOR, TWO_BY_CONTEXT, FOUR, FOUR_BY_BOTH]),
     "no dropout": _case([ONE], "NetworkArgs.hidden_dropout = 0.0"),
     "norm recomputed": _case([ONE, TWO_BY_TENSOR], "NetworkArgs.recompute_input_layernorm = True"),
-    "SiLU recomputed": _case([ONE, TWO_BY_TENSOR], "NetworkArgs.recompute_input_silu = True"),
-    "layer recomputed": _case([ONE], "NetworkArgs.recompute_layer = True"),
+    "SiLU recomputed": _case([ONE, TWO_BY_TENSOR, TWO_BY_CONTEXT], "NetworkArgs.recompute_input_silu = True"),
+    "layer recomputed": _case([ONE, TWO_BY_CONTEXT], "NetworkArgs.recompute_layer = True"),
     "bfloat16": _case([ONE, TWO_BY_TENSOR], "NetworkArgs.dtype_str = 'bfloat16'"),
     "candidates": _case([ONE], "BenchmarkDatasetArgs.max_num_candidates = 5", "NetworkArgs.interleave_actions = False"),
     "other widths": _case(
@@ -85,8 +94,8 @@ CASES: dict[str, dict[str, Any]] = {
         "NetworkArgs.contextual_embedding_dim = 26",
         "NetworkArgs.action_item_product = True",
     ),
-    "relative bias": _case([ONE, TWO_BY_TENSOR], "NetworkArgs.position_encoding = 'relative_bias'"),
-    "tokens split": _case([TWO_BY_TENSOR, FOUR], "NetworkArgs.sequence_parallel = True"),
+    "relative bias": _case([ONE, TWO_BY_TENSOR, TWO_BY_CONTEXT], "NetworkArgs.position_encoding = 'relative_bias'"),
+    "tokens split": _case([TWO_BY_TENSOR, FOUR, FOUR_BY_BOTH], "NetworkArgs.sequence_parallel = True"),
     "several tasks": _case(
         [ONE],
         "RankingArgs.num_tasks = 8",
@@ -94,7 +103,7 @@ CASES: dict[str, dict[str, Any]] = {
         "RankingArgs.prediction_head_act_type = 'gelu'",
     ),
     "in-batch negatives": _case([ONE, TWO], task="retrieval"),
-    "uniform negatives": _case([ONE, TWO_BY_TENSOR], *UNIFORM, task="retrieval"),
+    "uniform negatives": _case([ONE, TWO_BY_TENSOR, TWO_BY_CONTEXT], *UNIFORM, task="retrieval"),
     "mixed negatives": _case(
         [TWO], "RetrievalArgs.negatives = 'mixed'", "RetrievalArgs.num_negatives = 32", task="retrieval"
     ),

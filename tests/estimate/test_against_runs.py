@@ -27,36 +27,38 @@ from hstu.parallel.tables import sharded_weights
 from hstu.train.builder import build_model, build_pipeline
 from hstu.train.sources import open_source
 from tests.distributed.launch import Launch, run_cases
-from tests.estimate.runs import CASES, ONE, TWO_BY_TENSOR, held_bytes, run_config
+from tests.estimate.runs import CASES, ONE, TWO_BY_CONTEXT, TWO_BY_TENSOR, Sizes, held_bytes, run_config
 
 BYTES = {"float": 4, "long int": 8, "int": 4, "c10::BFloat16": 2, "unsigned char": 1, "double": 8}
 LAUNCHED = [
-    # Starting ranks takes most of the time: by default one rank, and two that form a tensor-parallel group.
-    pytest.param(name, *launch, marks=[] if launch in (ONE, TWO_BY_TENSOR) else [pytest.mark.slow])
+    # Starting ranks takes most of the time: by default one rank, and two that form a group.
+    pytest.param(name, launch, marks=[] if launch in (ONE, TWO_BY_TENSOR, TWO_BY_CONTEXT) else [pytest.mark.slow])
     for name, case in CASES.items()
     for launch in case["launches"]
 ]
 
 
 @cache
-def counted(world_size: int, tp: int) -> list[dict[str, Any]]:
+def counted(launch: Sizes) -> list[dict[str, Any]]:
     """Per rank: case → counts. One launch serves all cases."""
+    ranks, tp, cp = launch
     cases = {
-        name: partial(count, config=run_config(**case["run"], tp=tp))
+        name: partial(count, config=run_config(**case["run"], tp=tp, cp=cp))
         for name, case in CASES.items()
-        if (world_size, tp) in case["launches"]
+        if launch in case["launches"]
     }
-    return run_cases(Launch(world_size, 200, tp), cases)
+    return run_cases(Launch(ranks, 200, tp, cp), cases)
 
 
-def case(name: str, world_size: int, tp: int) -> tuple[Workload, list[dict[str, Any]]]:
-    config = run_config(**CASES[name]["run"], tp=tp)
-    return plan_workload(config, world_size, world_size, "cpu"), [rank[name] for rank in counted(world_size, tp)]
+def case(name: str, launch: Sizes) -> tuple[Workload, list[dict[str, Any]]]:
+    ranks, tp, cp = launch
+    config = run_config(**CASES[name]["run"], tp=tp, cp=cp)
+    return plan_workload(config, ranks, ranks, "cpu"), [rank[name] for rank in counted(launch)]
 
 
-@pytest.mark.parametrize(("name", "world_size", "tp"), LAUNCHED)
-def test_what_stays_is_known_to_the_byte(name: str, world_size: int, tp: int) -> None:
-    workload, ranks = case(name, world_size, tp)
+@pytest.mark.parametrize(("name", "launch"), LAUNCHED)
+def test_what_stays_is_known_to_the_byte(name: str, launch: Sizes) -> None:
+    workload, ranks = case(name, launch)
     dense = sum(workload.dense_parameters.values())
     rows, states = memory.table_bytes(workload, memory.plan_tables(workload))
     for rank in ranks:
@@ -66,9 +68,9 @@ def test_what_stays_is_known_to_the_byte(name: str, world_size: int, tp: int) ->
     assert max((rank["tables"], rank["table states"]) for rank in ranks) == (rows, states)
 
 
-@pytest.mark.parametrize(("name", "world_size", "tp"), LAUNCHED)
-def test_what_backward_needs_is_known_within_a_tenth(name: str, world_size: int, tp: int) -> None:
-    workload, ranks = case(name, world_size, tp)
+@pytest.mark.parametrize(("name", "launch"), LAUNCHED)
+def test_what_backward_needs_is_known_within_a_tenth(name: str, launch: Sizes) -> None:
+    workload, ranks = case(name, launch)
     batch = workload.steps[0][0]
     layers, tokens = workload.config.network.num_layers, workload.tokens(batch)
     expected = (
@@ -79,9 +81,9 @@ def test_what_backward_needs_is_known_within_a_tenth(name: str, world_size: int,
     assert ranks[0]["activations"] == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize(("name", "world_size", "tp"), [one for one in LAUNCHED if one.values[1] > 1])
-def test_what_is_exchanged_is_known_within_a_fifth(name: str, world_size: int, tp: int) -> None:
-    workload, ranks = case(name, world_size, tp)
+@pytest.mark.parametrize(("name", "launch"), [one for one in LAUNCHED if max(one.values[1][1:]) > 1])
+def test_what_is_exchanged_is_known_within_a_fifth(name: str, launch: Sizes) -> None:
+    workload, ranks = case(name, launch)
     expected: Counter[str] = Counter()
     for transfer in traffic.transfers(workload, workload.steps[2][0], memory.plan_tables(workload)):
         # gloo sums whole tensors where a part would do
@@ -129,7 +131,7 @@ def kept_for_backward(model: GRModel, batch: TrainBatch, mesh: Mesh) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         rows = model.look_up(batch.own)
         if batch.group is not None:
-            rows = gather_embeddings(rows, batch.group, mesh.tp_group)
+            rows = gather_embeddings(rows, batch.group, mesh.tp_cp_group)
         (whole,) = batch.parts
         output = model.dense([as_jagged(rows, whole)], whole)
     output.loss_sum.backward()  # the ranks' collectives of backward

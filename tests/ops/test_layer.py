@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hstu.config.args import NetworkArgs
 from hstu.model.stack import HSTULayer
-from hstu.ops.comm import TensorParallelComm
+from hstu.ops.comm import LayerComm
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.kernels import AttentionConfig, Backend
 from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights, saved_bytes
@@ -51,13 +51,9 @@ def make_weights(dtype: torch.dtype = torch.float64) -> LayerWeights:
     return LayerWeights(*(torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes))
 
 
-def make_config(
-    backend: Backend = Backend.PYTORCH, comm: TensorParallelComm | None = None, **options: bool
-) -> HSTULayerConfig:
+def make_config(backend: Backend = Backend.PYTORCH, comm: LayerComm | None = None, **options: bool) -> HSTULayerConfig:
     kernels = kernels_of(backend, WIDTH, has_bias=True)
-    return HSTULayerConfig(
-        WIDTH, AttentionConfig(0.6, LONGEST), 0.1, kernels, comm=comm or TensorParallelComm(), **options
-    )
+    return HSTULayerConfig(WIDTH, AttentionConfig(0.6, LONGEST), 0.1, kernels, comm=comm or LayerComm(), **options)
 
 
 def padded_layout() -> JaggedLayout:
@@ -98,15 +94,16 @@ def test_a_layer_differentiates_silu_where_a_kernel_does_not(operators: tuple[st
 
 
 CUT = LayerWeights(None, None, 0, 0, None, None, 0, 0, 1)  # type: ignore[arg-type]
-"""The dimension along which the ranks' weights are cut."""
+"""The dimension along which tensor-parallel ranks' weights are cut."""
+UNCUT = LayerWeights(*[None] * len(CUT))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{}, {"recompute_normalized": True, "recompute_activated": True}], ids=str)
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
+@pytest.mark.parametrize("parallel", ["tensor", "sequence", "context"])
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_heads_on_several_ranks_give_what_one_rank_gives(
-    backend: Backend, count: int, sequence_parallel: bool, options: dict[str, bool]
+def test_several_ranks_give_what_one_rank_gives(
+    backend: Backend, count: int, parallel: str, options: dict[str, bool]
 ) -> None:
     dtype = torch.float64 if backend is Backend.PYTORCH else torch.float32
     tolerance = 1e-10 if backend is Backend.PYTORCH else 2e-5
@@ -114,22 +111,25 @@ def test_heads_on_several_ranks_give_what_one_rank_gives(
     x, update = (torch.randn(layout.num_tokens, HIDDEN, dtype=dtype, requires_grad=True) for _ in range(2))
     slope = torch.randn_like(x)
 
-    def run(comm: TensorParallelComm, rows: list[Tensor], slope: Tensor, weights: LayerWeights) -> list[Tensor]:
+    def run(comm: LayerComm, rows: list[Tensor], slope: Tensor, weights: LayerWeights) -> list[Tensor]:
         out = HSTULayerFunction.apply(*rows, layout, make_config(backend, comm, **options), *weights)
         return [*out, *torch.autograd.grad(torch.add(*out), [*rows, *weights], slope)]
 
     def one(comm: RankThread) -> list[Tensor]:
-        parts = [w if dim is None else w.chunk(count, dim)[comm.rank] for w, dim in zip(whole, CUT, strict=True)]
+        parts = [w if dim is None else w.chunk(comm.tp_size, dim)[comm.rank] for w, dim in zip(whole, cut, strict=True)]
         weights = LayerWeights(*(part.detach().clone().requires_grad_() for part in parts))
-        own = [tensor.chunk(count)[comm.rank] if sequence_parallel else tensor for tensor in (x, update, slope)]
+        own = [tensor.chunk(count)[comm.rank] if rows == 0 else tensor for tensor in (x, update, slope)]
         return run(comm, [tensor.detach().clone().requires_grad_() for tensor in own[:2]], own[2], weights)
 
-    expected = run(TensorParallelComm(), [x, update], slope, whole)
-    rows = 0 if sequence_parallel else None
-    for parts, exact, dim in zip(
-        zip(*on_ranks(one, count, sequence_parallel), strict=True), expected, (*[rows] * 4, *CUT), strict=True
-    ):
-        together = [torch.cat(parts, dim)] if dim is not None else parts
+    rows = None if parallel == "tensor" else 0
+    cut = UNCUT if parallel == "context" else CUT
+    expected = run(LayerComm(), [x, update], slope, whole)
+    by_output = zip(*on_ranks(one, count, parallel), strict=True)
+    for index, (parts, exact) in enumerate(zip(by_output, expected, strict=True)):
+        dim = rows if index < 4 else cut[index - 4]
+        together = [torch.cat(parts, dim)] if dim is not None else list(parts)
+        if parallel == "context" and index >= 4:  # each rank has the gradient by its own tokens
+            together = [torch.stack(together).sum(0)]
         for ours in together:
             size = float(exact.detach().abs().max())
             torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance * size)

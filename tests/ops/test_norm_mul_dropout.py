@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hstu.ops.comm import TensorParallelComm
+from hstu.ops.comm import LayerComm
 from hstu.ops.dropout import draw, dropout
 from hstu.ops.kernels import GateConfig
 from tests.ops import oracle
@@ -124,10 +124,10 @@ def test_split_heads_keep_their_precision_where_the_mean_is_large() -> None:
     torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=2e-3)
 
 
-class OfTwo(TensorParallelComm):
+class OfTwo(LayerComm):
     """One of two ranks, as far as dropout is concerned."""
 
-    size = 2
+    tp_size = 2
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

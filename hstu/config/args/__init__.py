@@ -21,7 +21,7 @@ from hstu.config.args.dataset import (
     RandomDistribution,
 )
 from hstu.config.args.embedding import DynamicEmbeddingArgs, EmbeddingArgs
-from hstu.config.args.network import DataParallelArgs, NetworkArgs, TensorModelParallelArgs
+from hstu.config.args.network import ContextParallelArgs, DataParallelArgs, NetworkArgs, TensorModelParallelArgs
 from hstu.config.args.optimizer import LRScheduleArgs, OptimizerArgs, PartOptimizerArgs, PrecisionArgs
 from hstu.config.args.task import RankingArgs, RankingTaskArgs, RetrievalArgs
 from hstu.config.args.trainer import TrainerArgs
@@ -45,6 +45,7 @@ REGISTRY: Mapping[type[Args], str] = {
     PrecisionArgs: "precision",
     TensorModelParallelArgs: "tensor_parallel",
     DataParallelArgs: "data_parallel",
+    ContextParallelArgs: "context_parallel",
     RankingArgs: "task_args",
     RankingTaskArgs: "",
     RetrievalArgs: "task_args",

@@ -1,4 +1,4 @@
-"""Options of the HSTU network and of its distribution over the ranks of a tensor-parallel group."""
+"""Options of the HSTU network and of its distribution over the ranks of a group."""
 
 from __future__ import annotations
 
@@ -158,3 +158,12 @@ class DataParallelArgs(Args):
     optimizer: the states of its optimizers and the moving average of its weights (OptimizerArgs.ema_decay). Each rank
     updates an equal part of the weights, and the ranks gather the parts after every step (ZeRO stage 1). The weights
     are the same with both, and so are the checkpoints: a run can go on with the other one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextParallelArgs(Args):
+    """Context parallelism: long sequences are spread over several ranks."""
+
+    context_parallel_size: int = option(1, minimum=1)
+    """Ranks that share the tokens of the HSTU layers, of all sequences alike. Each computes attention for some heads.
+    The data-parallel size is the number of ranks divided by this and the tensor-parallel size."""

@@ -13,7 +13,8 @@ class TrainerArgs(Args):
     """The training loop: batch sizes, run length, evaluation, checkpoints, data loading and the run directory."""
 
     train_batch_size: int = option(minimum=1, maximum=10_000_000)
-    """Sequences per rank in a training step. A tensor-parallel group trains on this number times its size. With
+    """Sequences per rank in a training step. The ranks that share a dense model or its tokens train on this number
+    times the size of their group. With
     tokens_per_rank, this is the upper limit of sequences per rank."""
     eval_batch_size: int = option(minimum=1, maximum=10_000_000)
     """Sequences per rank in an evaluation step."""

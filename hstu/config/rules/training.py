@@ -120,15 +120,27 @@ def _longest_sequence(run: RunConfig, items: int) -> int:
 
 
 def heads_divide(run: RunConfig) -> Iterator[Problem]:
-    if run.network.num_attention_heads % run.tensor_parallel.tensor_model_parallel_size:
-        size = run.cite(run.tensor_parallel, "tensor_model_parallel_size")
-        yield run.problem(run.network, "num_attention_heads", f"must be a multiple of {size}; change one of them")
+    if run.network.num_attention_heads % run.ranks_per_group:
+        text = f"must be a multiple of {' times '.join(_cited_sizes(run))}; change one of them"
+        yield run.problem(run.network, "num_attention_heads", text)
 
 
 def ranks_divide(run: RunDraft) -> Iterator[Problem]:
-    if run.world_size % run.tensor_parallel.tensor_model_parallel_size:
+    if run.world_size % run.ranks_per_group:
         text = f"must divide the number of ranks, which is {run.world_size}; change it, or torchrun --nproc-per-node"
-        yield run.problem(run.tensor_parallel, "tensor_model_parallel_size", text)
+        tensor, context = run.tensor_parallel, run.context_parallel
+        if context.context_parallel_size == 1:
+            yield run.problem(tensor, "tensor_model_parallel_size", text)
+        else:
+            times = [f"times {cited}" for cited in _cited_sizes(run)[:-1]]
+            yield run.problem(context, "context_parallel_size", " ".join([*times, text]))
+
+
+def _cited_sizes(run: RunConfig) -> list[str]:
+    """The sizes of the groups, with their places, that are not 1."""
+    tensor, context = run.tensor_parallel, run.context_parallel
+    cited = [run.cite(tensor, "tensor_model_parallel_size")] * (tensor.tensor_model_parallel_size > 1)
+    return cited + [run.cite(context, "context_parallel_size")] * (context.context_parallel_size > 1)
 
 
 def sharding_has_ranks(run: RunDraft) -> Iterator[Problem]:

@@ -65,7 +65,7 @@ def forward(
     arguments = _prepare(x, u, weight, bias, config, statistics, kept)
     arguments.set(out=out)
     run = library().hstu_gate
-    if config.comm.size == 1:
+    if config.comm.tp_size == 1:
         run(ctypes.byref(arguments), _Pass.FORWARD)
     else:
         run(ctypes.byref(arguments), _Pass.MEASURE)
@@ -96,7 +96,7 @@ def backward(
     arguments.set(grad_out=grad.contiguous(), out=out, grad_x=grad_x, grad_u=joined_grad_u)
     arguments.set(grad_weight=sums[0], grad_bias=sums[1], along_one=along[0], along_row=along[1])
     run = library().hstu_gate
-    if config.comm.size == 1:
+    if config.comm.tp_size == 1:
         run(ctypes.byref(arguments), _Pass.BACKWARD)
     else:
         run(ctypes.byref(arguments), _Pass.SUMS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hstu.ops.comm import TensorParallelComm
+from hstu.ops.comm import LayerComm
 from hstu.ops.dropout import draw, scale_of
 from hstu.ops.kernels import GateConfig, Preactivation
 from hstu.ops.pytorch.silu import write_gradient
@@ -73,7 +73,7 @@ def gate_backward(
     grad = _dropped(grad, dropout_mask, config).view(u.shape)
     write_gradient(normalised.view(u.shape).mul_(grad), grad_u, before_silu)
     grad = (grad.to(rows.dtype) * u).flatten(1)
-    if config.comm.size == 1:
+    if config.comm.tp_size == 1:
         mean, rstd = statistics.unsqueeze(2)
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
             grad, rows, wide_weight.shape, mean, rstd, wide_weight, wide_bias, [True] * 3
@@ -91,7 +91,7 @@ def _wide(x: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
 
 def _normalise(rows: Tensor, weight: Tensor, bias: Tensor, config: GateConfig) -> tuple[Tensor, Tensor]:
     """LayerNorm of rows whose channels are split over the ranks, and its mean and rstd [2, T]."""
-    if config.comm.size == 1:
+    if config.comm.tp_size == 1:
         normalised, mean, rstd = torch.native_layer_norm(rows, weight.shape, weight, bias, config.eps)
         return normalised, torch.stack([mean, rstd]).squeeze(2)
     own_mean = rows.mean(1)
@@ -101,7 +101,7 @@ def _normalise(rows: Tensor, weight: Tensor, bias: Tensor, config: GateConfig) -
 
 
 def _through_norm(
-    grad: Tensor, rows: Tensor, weight: Tensor, statistics: Tensor, comm: TensorParallelComm
+    grad: Tensor, rows: Tensor, weight: Tensor, statistics: Tensor, comm: LayerComm
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows whose channels are split over the ranks, and of this rank's weights and biases."""
     centred = _centred(rows, statistics)

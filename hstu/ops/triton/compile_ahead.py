@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from hstu.ops.comm import TensorParallelComm
+from hstu.ops.comm import LayerComm
 from hstu.ops.functional import add_layer_norm, project_uvqk, projected_attention, projected_gate
 from hstu.ops.kernels import AttentionConfig, GateConfig, RelativeBias, SeenItems
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, build_layout, token_order
@@ -105,13 +105,13 @@ def _run_attention(head_dim: int, dtype: torch.dtype, parts: tuple[str, ...]) ->
     out.backward(torch.zeros_like(out))
 
 
-class _TwoEqualRanks(TensorParallelComm):
+class _TwoEqualRanks(LayerComm):
     """Stands in for two ranks with equal values, to compile the kernels of tensor parallelism in one process."""
 
-    size = 2
+    tp_size = 2
 
     def all_gather(self, own: Tensor) -> Tensor:
-        """See :class:`TensorParallelComm`."""
+        """See :class:`LayerComm`."""
         return torch.stack([own, own])
 
 
@@ -123,7 +123,7 @@ def _norm(head_dim: int, split: bool) -> Variant:
 def _run_norm(head_dim: int, split: bool) -> None:
     _, x, u, _ = _zeros(64, HEADS, 4, head_dim, dtype=torch.bfloat16).unbind(2)
     shift, weight, bias = _zeros(HEADS, head_dim), _zeros(HEADS * head_dim), _zeros(HEADS * head_dim)
-    config = GateConfig(1e-5, 0.2, _TwoEqualRanks() if split else TensorParallelComm())
+    config = GateConfig(1e-5, 0.2, _TwoEqualRanks() if split else LayerComm())
     projected_gate(x, u, shift, weight, bias, config, OPERATORS["norm_mul_dropout"]).float().sum().backward()
 
 

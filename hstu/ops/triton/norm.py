@@ -40,7 +40,7 @@ def gate_forward(
     if len(x):
         shared = _shared(u, weight, bias, statistics, config.dropout, 0 if seed is None else int(seed))
         run = _over_rows(norm_mul_dropout_forward, x)
-        run(**shared, out=matrix(gated), eps=float(config.eps), GIVEN=config.comm.size > 1)
+        run(**shared, out=matrix(gated), eps=float(config.eps), GIVEN=config.comm.tp_size > 1)
     return gated, statistics, seed
 
 
@@ -82,7 +82,7 @@ def gate_backward(
                 SILU=before_silu is not None,
             )
 
-    if config.comm.size > 1:
+    if config.comm.tp_size > 1:
         run("sums")
         row_sums = config.comm.all_gather(row_sums).mean(0)
         run("rows")
@@ -112,7 +112,7 @@ def _shared(u: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, dropout
 def _statistics(x: Tensor, config: GateConfig) -> Tensor:
     """Memory for the mean and rstd of each row, float32 [2, T]; already computed where several ranks share the rows."""
     own = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
-    if config.comm.size == 1:
+    if config.comm.tp_size == 1:
         return own
     if len(x):
         _over_rows(row_statistics, x)(mean=own[0], variance=own[1], num_rows=len(x))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hstu.ops.comm import TensorParallelComm
+from hstu.ops.comm import LayerComm
 from hstu.ops.kernels import Backend, GateConfig
 from tests.ops.backends import norm_mul_dropout
 
@@ -20,9 +20,9 @@ def inputs(device: torch.device) -> list[Tensor]:
     return [tensor.requires_grad_() for tensor in tensors]
 
 
-def gate(*tensors: Tensor, dropout: float = 0.3, seed: int = 1, comm: TensorParallelComm | None = None) -> Tensor:
+def gate(*tensors: Tensor, dropout: float = 0.3, seed: int = 1, comm: LayerComm | None = None) -> Tensor:
     torch.manual_seed(seed)
-    return norm_mul_dropout(*tensors, GateConfig(1e-5, dropout, comm or TensorParallelComm()), Backend.TRITON)
+    return norm_mul_dropout(*tensors, GateConfig(1e-5, dropout, comm or LayerComm()), Backend.TRITON)
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
@@ -84,8 +84,8 @@ def test_heads_on_two_ranks_give_the_norm_over_all_of_them(device: torch.device)
 
     own = [x[:, :1], u[:, :1], weight[:WIDTH], bias[:WIDTH]]
     own = [tensor.detach().requires_grad_() for tensor in own]
-    comm = TensorParallelComm()
-    comm.size, comm.all_gather = 2, gather  # type: ignore[method-assign]
+    comm = LayerComm()
+    comm.tp_size, comm.all_gather = 2, gather  # type: ignore[method-assign]
     out = gate(*own, dropout=0.0, comm=comm)
     grads = torch.autograd.grad(out, own, slope[:, 0])
     for ours, exact in zip(grads, whole, strict=True):

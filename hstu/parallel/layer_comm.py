@@ -1,0 +1,124 @@
+"""What the ranks that share the HSTU layers send to each other: tensor, sequence and context parallelism.
+
+- **Tensor parallelism**: each rank has the weights of some heads. Partial products of W_o are summed.
+- **Sequence parallelism**: between the projections the tokens are split over the same ranks. They are gathered before
+  W_uvqk, and the partial products of W_o are reduce-scattered.
+- **Context parallelism**: the tokens are split within the layer, too. Only attention needs more than one token. For it
+  the ranks exchange all heads of their own tokens for some heads of all tokens, and the result back (Ulysses, arXiv
+  2309.14509). Every kernel, mask and bias is that of a single rank, and all ranks have equal work, whatever the lengths
+  of the sequences.
+
+Megatron-core 0.16.1 has mappings for the first two. They need CUDA, and each is an autograd function that waits for its
+result, whereas a layer is one autograd function that communicates while it computes.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from hstu.ops.comm import LayerComm, Pending
+from hstu.ops.layout import JaggedLayout, pad_tokens
+from hstu.parallel.collectives import gather_copies, join_rows, scale_gradient, split_rows, sum_over_ranks
+from hstu.parallel.mesh import Mesh
+
+
+class ProcessGroupComm(LayerComm):
+    """The ranks of a tp_cp group.
+
+    ``sequence_parallel``: between the projections the tokens are split over the tensor-parallel ranks.
+    """
+
+    def __init__(self, mesh: Mesh, sequence_parallel: bool) -> None:
+        self.rank, self.tp_size, self.cp_size = mesh.tp_cp_rank, mesh.tp_size, mesh.cp_size
+        self.tp_group, self.cp_group = mesh.tp_group, mesh.cp_group
+        self.sequence_parallel = sequence_parallel
+        self.tokens_group = mesh.tp_cp_group if sequence_parallel else mesh.cp_group
+        """The ranks over which the tokens between the layers are split."""
+
+    def all_gather(self, own: Tensor) -> Tensor:
+        """See :class:`LayerComm`."""
+        return gather_copies(own, self.tp_group)
+
+    def all_gather_tokens(self, own: Tensor) -> Pending:
+        """See :class:`LayerComm`."""
+        if not self.sequence_parallel:
+            return super().all_gather_tokens(own)
+        rows = own.new_empty((self.tp_size * len(own), own.shape[1]))
+        return _pending(rows, dist.all_gather_into_tensor(rows, own.contiguous(), self.tp_group, async_op=True))
+
+    def reduce_tokens(self, partial: Tensor) -> Pending:
+        """See :class:`LayerComm`."""
+        if self.tp_size == 1:
+            return super().reduce_tokens(partial)
+        if not self.sequence_parallel:
+            return _pending(partial, dist.all_reduce(partial, group=self.tp_group, async_op=True))
+        own = partial.new_empty((len(partial) // self.tp_size, partial.shape[1]))
+        return _pending(own, dist.reduce_scatter_tensor(own, partial, group=self.tp_group, async_op=True))
+
+    def tokens_to_heads(self, own: Tensor) -> Pending:
+        """See :class:`LayerComm`."""
+        if self.cp_size == 1:
+            return super().tokens_to_heads(own)
+        by_rank = own.unflatten(1, (self.cp_size, -1)).transpose(0, 1)
+        exchanged = self._exchange(by_rank)
+        return lambda: exchanged().flatten(0, 1)
+
+    def heads_to_tokens(self, own: Tensor) -> Pending:
+        """See :class:`LayerComm`."""
+        if self.cp_size == 1:
+            return super().heads_to_tokens(own)
+        exchanged = self._exchange(own.unflatten(0, (self.cp_size, -1)))
+        return lambda: exchanged().transpose(0, 1).flatten(1, 2)
+
+    def _exchange(self, by_rank: Tensor) -> Pending:
+        """Begin to send ``by_rank[r]`` to rank r of the context-parallel group; returns what each rank has sent."""
+        sent = by_rank.contiguous()
+        received = sent.new_empty(sent.shape)
+        work = dist.all_to_all_single(received, sent, group=self.cp_group, async_op=True)
+
+        def wait(sent: Tensor = sent) -> Tensor:  # keeps what is sent until it has arrived
+            work.wait()
+            return received
+
+        return wait
+
+    def split_tokens(self, x: Tensor, layout: JaggedLayout) -> tuple[Tensor, JaggedLayout]:
+        """See :class:`LayerComm`. Zero tokens pad the batch to a multiple of the number of ranks.
+
+        Of the layers' weights a context-parallel rank has the gradients by its own tokens, and DDP averages them over
+        the ranks. So that their mean is the sum over the tokens, gradients are ``cp_size`` times as large between here
+        and ``join_tokens``.
+        """
+        if not self._splits_tokens:
+            return x, layout
+        padding = max(len(x), 1) + -max(len(x), 1) % dist.get_world_size(self.tokens_group) - len(x)
+        own = split_rows(F.pad(x, (0, 0, 0, padding)), self.tokens_group)
+        return scale_gradient(own, 1 / self.cp_size), pad_tokens(layout, padding)
+
+    def join_tokens(self, own: Tensor, num_tokens: int) -> Tensor:
+        """See :class:`LayerComm`."""
+        if not self._splits_tokens:
+            return own
+        return join_rows(scale_gradient(own, self.cp_size), self.tokens_group)[:num_tokens]
+
+    def all_reduce_over_heads(self, gradient: Tensor) -> Tensor:
+        """See :class:`LayerComm`."""
+        return sum_over_ranks(gradient, self.tp_group)
+
+    def all_reduce_over_tokens(self, gradient: Tensor) -> Tensor:
+        """See :class:`LayerComm`."""
+        return sum_over_ranks(gradient, self.tp_group) if self.sequence_parallel else gradient
+
+    @property
+    def _splits_tokens(self) -> bool:
+        return self.sequence_parallel or self.cp_size > 1
+
+
+def _pending(result: Tensor, work: dist.Work) -> Pending:
+    def wait() -> Tensor:
+        work.wait()
+        return result
+
+    return wait

@@ -197,9 +197,9 @@ def load_save_and_train(
     return {"stored": stored, "names": sorted(state.tensors()), "losses": losses}
 
 
-def test_checkpoints_move_between_tensor_parallel_sizes_bit_for_bit(store: str, tmp_path: Path) -> None:
+def test_checkpoints_move_between_groups_of_other_sizes_bit_for_bit(store: str, tmp_path: Path) -> None:
     path, before = None, None
-    for number, (ranks, tp) in enumerate([(2, 1), (2, 2), (1, 1)]):
+    for number, (ranks, tp, cp) in enumerate([(2, 1, 2), (2, 2, 1), (1, 1, 1)]):
         target = tmp_path / str(number)
         cases = {
             name: partial(
@@ -211,7 +211,7 @@ def test_checkpoints_move_between_tensor_parallel_sizes_bit_for_bit(store: str, 
             )
             for name, case in MOVED.items()
         }
-        results = run_cases(Launch(ranks, 120, tp), cases)[0]
+        results = run_cases(Launch(ranks, 120, tp, cp), cases)[0]
         for name in MOVED if before else ():
             assert results[name]["stored"] == before[name]["stored"]
             assert results[name]["names"] == before[name]["names"]

@@ -287,6 +287,7 @@ class _Computation:
             u_before, qkv_before = _before_silu(saved.projected, grad_shift, config.head_dim)
         grad_attended = comm.tokens_to_heads(self._backward_through_gate(grad, saved, u, grad_u, u_before, grads))()
         vqk = exchanged_vqk()
+        del activated, u, own_vqk, exchanged_vqk  # with context parallelism nothing else keeps their memory
         grad_vqk = torch.empty_like(vqk) if comm.cp_size > 1 else grad_own_vqk
         (v, q, k), (grad_v, grad_q, grad_k) = vqk.unbind(2), grad_vqk.unbind(2)
         grad_bias = kernels.attention.backward(

@@ -74,15 +74,9 @@ class ProcessGroupComm(LayerComm):
 
     def _exchange(self, by_rank: Tensor) -> Pending:
         """Begin to send ``by_rank[r]`` to rank r of the context-parallel group; returns what each rank has sent."""
-        sent = by_rank.contiguous()
-        received = sent.new_empty(sent.shape)
-        work = dist.all_to_all_single(received, sent, group=self.cp_group, async_op=True)
-
-        def wait(sent: Tensor = sent) -> Tensor:  # keeps what is sent until it has arrived
-            work.wait()
-            return received
-
-        return wait
+        received = by_rank.new_empty(by_rank.shape)
+        work = dist.all_to_all_single(received, by_rank.contiguous(), group=self.cp_group, async_op=True)
+        return _pending(received, work)
 
     def split_tokens(self, x: Tensor, layout: JaggedLayout) -> tuple[Tensor, JaggedLayout]:
         """See :class:`LayerComm`. Zero tokens pad the batch to a multiple of the number of ranks.

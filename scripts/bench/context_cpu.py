@@ -4,7 +4,7 @@
 
 For each number of ranks, which are processes with one thread each, HSTU layers run forward and backward on the same
 batch of one long and many short sequences. Of each rank: its seconds of the processor, the bytes that autograd keeps,
-the most memory beyond what it has before the layers, and the bytes that it receives for attention. Loss and
+the most bytes of tensors at one time, its own input apart, and the bytes that it receives for attention. Loss and
 gradients must be those of one rank. "alone" is what data parallelism would have: the rank with the long history has its
 pairs of tokens alone.
 """
@@ -12,9 +12,11 @@ pairs of tokens alone.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import socket
+import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -76,43 +78,37 @@ def run_layers(mesh: Mesh, options: argparse.Namespace) -> Row:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    before = reset_peak()
     begun, wall = time.process_time(), time.perf_counter()
-    own, padded = comm.split_tokens(x, layout)
-    update = None
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        for layer in layers:
-            own, update = layer(own, padded, update)
-    assert update is not None
-    own = own + update
-    loss = own.square().sum()
-    loss.backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+        own, padded = comm.split_tokens(x, layout)
+        update = None
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            for layer in layers:
+                own, update = layer(own, padded, update)
+        assert update is not None
+        loss = (own + update).square().sum()
+        loss.backward()
     cpu_s, wall_s = time.process_time() - begun, time.perf_counter() - wall
     return {
         "cpu_s": round(cpu_s, 2),
         "wall_s": round(wall_s, 2),
         "kept_bytes": sum(kept.values()),
-        "peak_bytes": peak() - before,
+        "peak_bytes": peak_bytes(recorded),
         "received_bytes": comm.received,
         "loss": float(loss.detach()),
         "weight_gradient": layers[0].uvqk.weight.grad,
     }
 
 
-def reset_peak() -> int:
-    """Bytes of memory of this process now; the peak begins anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak() -> int:
-    """The most bytes of memory since ``reset_peak``."""
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+def peak_bytes(recorded: torch.profiler.profile) -> int:
+    """The most bytes that tensors had at one time, beyond those that they had at the start."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    totals = [(each["ts"], each["args"]) for each in events if each.get("name") == "[memory]"]
+    changes = [args["Bytes"] for _, args in sorted(totals, key=lambda total: total[0])]
+    return int(np.cumsum(changes).max())
 
 
 def serve(pipe: Connection, rank: int, ranks: int, port: int, options: argparse.Namespace) -> None:
@@ -155,6 +151,7 @@ def summary(ranks: int, measured: list[Row], alone: Row, options: argparse.Names
         "work_max_over_mean": round(max(cpu) / (sum(cpu) / ranks), 3),
         "work_of_data_parallelism_max_over_mean": round(pairs.max() / max(pairs.sum() / ranks, pairs.max() / ranks), 2),
         "kept_bytes": max(rank["kept_bytes"] for rank in measured),
+        "peak_over_share": round(max(rank["peak_bytes"] for rank in measured) * ranks / alone["peak_bytes"], 3),
         "kept_over_share": round(max(rank["kept_bytes"] for rank in measured) * ranks / alone["kept_bytes"], 3),
         "peak_bytes": max(rank["peak_bytes"] for rank in measured),
         "received_bytes": received,

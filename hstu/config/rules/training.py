@@ -146,7 +146,7 @@ def _cited_sizes(run: RunConfig) -> list[str]:
 def sharding_has_ranks(run: RunDraft) -> Iterator[Problem]:
     ranks = run.world_size // run.tensor_parallel.tensor_model_parallel_size
     if run.data_parallel.sharding != "none" and ranks == 1:
-        text = "has no effect with one data-parallel rank, which holds everything"
+        text = "has no effect with one data-parallel rank and no context parallelism, for this rank holds everything"
         yield run.problem(run.data_parallel, "sharding", text, is_warning=True)
 
 

@@ -147,7 +147,7 @@ def replicated_gradients(workload: Workload, batch: Batch) -> int:
 
 def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
     """Kind of memory → bytes on the rank that needs the most, for the largest batch."""
-    batch, layers = workload.largest, workload.config.network.num_layers
+    batch = workload.largest
     micro = workload.micro_batch(batch)
     tokens = workload.tokens(micro)
     dense, replicated = sum(workload.dense_parameters.values()), workload.replicated_elements
@@ -159,10 +159,12 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
     saved_by_task, working_of_task = task_bytes(workload, micro, workload.pool(batch))
     working_of_task += seen_bytes(workload, micro, workload.pool(batch, workload.dp_size))
     working = max(working_of_task, alive - saved + backward_bytes(workload, tokens))
-    activations = layers * saved + input_bytes(workload, micro) + saved_by_task
+    of_layers = saved_by_layers(workload, micro)
+    activations = of_layers + input_bytes(workload, micro) + saved_by_task
     gradients = (dense + replicated_gradients(workload, batch)) * FLOAT32
     if workload.dp_cp_size == 1:  # no buckets of DDP
-        gradients = _gradients_beyond_activations(workload, saved, gradients - activations - working)
+        per_layer = of_layers // workload.config.network.num_layers
+        gradients = _gradients_beyond_activations(workload, per_layer, gradients - activations - working)
     return {
         "dense weights": (weights + fixed) * FLOAT32,
         "replicated tables": replicated * FLOAT32,
@@ -180,13 +182,19 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
 def _gradients_beyond_activations(workload: Workload, saved: int, at_the_end: int) -> int:
     """Bytes that gradients add to the peak of a step. Backward frees the activations of a layer as it adds gradients.
 
-    saved: activations of a layer. at_the_end: bytes of all gradients beyond the peak of activations.
+    saved: activations of a layer, on average. at_the_end: bytes of all gradients beyond the peak of activations.
     """
     counts, layers = workload.dense_parameters, workload.config.network.num_layers
     layer = sum(count for name, count in counts.items() if name.startswith(FIRST_LAYER))
     head = sum(count for name, count in counts.items() if name.startswith(("task.head", "task.query")))
     during = (FLOAT32 * (head + (done + 1) * layer) - done * saved for done in range(layers))
     return max(0, at_the_end, *during)
+
+
+def saved_by_layers(workload: Workload, batch: Batch) -> int:
+    """Bytes that all layers save in forward."""
+    parts = workload.layer_parts(batch)
+    return sum(len(spans) * layer_bytes(workload, workload.tokens(part))[0] for spans, part in parts)
 
 
 def layer_bytes(workload: Workload, tokens: int) -> tuple[int, int]:

@@ -44,6 +44,12 @@ def _inputs(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> 
 
 
 def _layers(workload: Workload, batch: Batch) -> Iterator[Operator]:
+    for spans, part in workload.layer_parts(batch):
+        yield from _equal_layers(workload, part, spans)
+
+
+def _equal_layers(workload: Workload, batch: Batch, spans: tuple[int | None, ...]) -> Iterator[Operator]:
+    """The operators of layers with these max_attention_span on ``batch``."""
     network, tp, c = workload.config.network, workload.tp_size, workload.element_size
     hidden, heads, width = network.hidden_size, network.num_attention_heads // tp, network.kv_channels
     inner, tokens = heads * width, -(-workload.tokens(batch) // workload.cp_size)
@@ -60,8 +66,8 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Operator]:
         (0, dense.linear("W_o", tokens, inner, hidden, c)),
     )
     for again, op in repeated:
-        yield dataclasses.replace(op, times=network.num_layers, extra_forwards=again)
-    for span, layers in Counter(network.attention_spans).items():
+        yield dataclasses.replace(op, times=len(spans), extra_forwards=again)
+    for span, layers in Counter(spans).items():
         op = dense.attention(workload, batch, heads // workload.cp_size, span)
         yield dataclasses.replace(op, times=layers, extra_forwards=whole)
 

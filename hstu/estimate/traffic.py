@@ -101,12 +101,11 @@ def _gathered_rows(workload: Workload, batch: Batch) -> Iterator[Transfer]:
 def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
     """Tensor, sequence and context parallelism within the layers (parallel/layer_comm.py)."""
     network, tp, c = workload.config.network, workload.tp_size, workload.element_size
-    layers, tokens = network.num_layers, -(-workload.tokens(batch) // workload.cp_size)
+    layers, tokens = network.num_layers, workload.tokens_of_layers(batch)
     passes = 2 if network.recompute_layer else 1  # backward repeats what leads to the input of W_o
     tensor = partial(Transfer, group="tensor", ranks=tp)
-    statistics = layers * (1 + passes)
-    norms = statistics * 2 * tokens * FLOAT32
-    yield tensor("statistics of the output norm", "all_gather", calls=statistics, payload=norms)
+    norms = (1 + passes) * 2 * tokens * FLOAT32
+    yield tensor("statistics of the output norm", "all_gather", calls=layers * (1 + passes), payload=norms)
     names = ["bias.position_weight", "bias.time_weight"]
     names += ["input_norm.weight", "input_norm.bias"] if network.sequence_parallel else []
     shared = [workload.dense_parameters.get(FIRST_LAYER + name, 0) for name in names]
@@ -114,21 +113,14 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
         payload = layers * sum(shared) * FLOAT32
         yield tensor("gradients of shared parameters", "all_reduce", calls=calls, payload=payload)
     width = tokens * network.hidden_size
-    if network.sequence_parallel or workload.cp_size > 1:
-        ends = -(-width // tp) if network.sequence_parallel else width
-        name, both = "tokens before and after the layers", 2 * ends * FLOAT32
-        joined = partial(Transfer, name, "all_gather", calls=2, payload=both)
-        if network.sequence_parallel:
-            yield joined(group="samples", ranks=workload.group_size)
-        else:
-            yield joined(group="context", ranks=workload.cp_size)
-    heads = layers * tokens * network.num_attention_heads * network.kv_channels // tp * c
+    yield from _ends(workload, batch)
+    heads = tokens * network.num_attention_heads * network.kv_channels // tp * c
     context = partial(Transfer, kind="all_to_all", group="context", ranks=workload.cp_size)
     yield context("q, k, v by heads", calls=layers * passes, payload=3 * heads * passes)
     yield context("q, k, v by heads, again", calls=layers, payload=3 * heads, behind="weights")
     yield context("what attention gives, by tokens", calls=layers * passes, payload=heads * passes)
     yield context("gradients of both", calls=2 * layers, payload=4 * heads)
-    whole, part = layers * width * c, layers * -(-width // tp) * c
+    whole, part = width * c, -(-width // tp) * c
     per_layer = partial(tensor, calls=layers)
     if not network.sequence_parallel:
         yield per_layer("sums of W_o", "all_reduce", payload=whole)
@@ -139,6 +131,19 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
     yield per_layer("sums of W_o", "reduce_scatter", payload=whole)
     yield per_layer("gradients of W_o's sums", "all_gather", payload=part)
     yield per_layer("gradients of W_uvqk's input", "reduce_scatter", payload=whole, behind="weights")
+
+
+def _ends(workload: Workload, batch: Batch) -> Iterator[Transfer]:
+    """Where the tokens are split before layers and joined after them."""
+    network = workload.config.network
+    parts = [-(-workload.tokens(part) // workload.cp_size) for _, part in workload.layer_parts(batch)]
+    width = sum(parts) * network.hidden_size
+    ends = -(-width // workload.tp_size) if network.sequence_parallel else width
+    name, calls, both = "tokens before and after the layers", 2 * len(parts), 2 * ends * FLOAT32
+    if network.sequence_parallel:
+        yield Transfer(name, "all_gather", "samples", workload.group_size, calls, both)
+    else:
+        yield Transfer(name, "all_gather", "context", workload.cp_size, calls, both)
 
 
 def _pool(workload: Workload, batch: Batch) -> Iterator[Transfer]:

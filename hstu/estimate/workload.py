@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,7 +22,7 @@ from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.parallel.tensor import SPLIT_DIMS
 from hstu.train.builder import TaskModel, task_module
-from hstu.train.flops import FlopCounter
+from hstu.train.flops import FlopCounter, truncated_items
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,20 @@ class Workload:
     def tokens(self, batch: Batch) -> int:
         """Tokens of a batch."""
         return int(self._counter.per_sequence(batch.item_lengths, batch.num_candidates).tokens.sum())
+
+    def layer_parts(self, batch: Batch) -> Iterator[tuple[tuple[int | None, ...], Batch]]:
+        """The max_attention_span of some layers, and the batch that they compute on; all layers in order."""
+        network = self.config.network
+        spans, whole = network.attention_spans, network.whole_layers
+        yield spans[:whole], batch
+        if spans[whole:]:
+            lengths = truncated_items(network, batch.item_lengths, batch.num_candidates)
+            yield spans[whole:], replace(batch, item_lengths=lengths)
+
+    def tokens_of_layers(self, batch: Batch) -> int:
+        """Tokens that a context-parallel rank has in all layers together."""
+        parts = self.layer_parts(batch)
+        return sum(len(spans) * -(-self.tokens(part) // self.cp_size) for spans, part in parts)
 
     def flops(self, batch: Batch) -> float:
         """Reported operations of training on a batch, all ranks of the group together."""

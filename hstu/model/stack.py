@@ -5,6 +5,8 @@ Source: HSTU, arXiv 2402.17152, sec. 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torchrec import JaggedTensor
@@ -16,7 +18,7 @@ from hstu.model.precision import DTYPES, mixed_precision
 from hstu.ops.comm import LayerComm
 from hstu.ops.kernels import AttentionConfig, Kernels, KernelShapes
 from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights
-from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, truncate_history
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 
@@ -144,12 +146,23 @@ class SequenceEncoder(nn.Module):
             x, layout = self.inputs(embeddings, batch)
             if self.network.bfloat16_residual:
                 x = x.bfloat16()
-            own, padded_layout = self.comm.split_tokens(x, layout)
-            update: Tensor | None = None
-            for layer in self.layers:
-                own, update = layer(own, padded_layout, update)
-            assert update is not None  # there is a layer
-            return self.comm.join_tokens(own + update, len(x)).float(), layout
+            layers, whole = list(self.layers), self.network.whole_layers
+            x = self._run(layers[:whole], x, layout)
+            if layers[whole:]:
+                assert self.network.truncate_to_items is not None
+                shorter, tokens = truncate_history(layout, self.network.truncate_to_items)
+                newest = self._run(layers[whole:], x.index_select(0, tokens), shorter)
+                x = x.index_copy(0, tokens, newest)
+            return x.float(), layout
+
+    def _run(self, layers: Sequence[nn.Module], x: Tensor, layout: JaggedLayout) -> Tensor:
+        """Tokens [T, D] after these layers."""
+        own, padded_layout = self.comm.split_tokens(x, layout)
+        update: Tensor | None = None
+        for layer in layers:
+            own, update = layer(own, padded_layout, update)
+        assert update is not None  # there is a layer
+        return self.comm.join_tokens(own + update, len(x))
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -174,6 +174,41 @@ def pad_tokens(layout: JaggedLayout, padding: int) -> JaggedLayout:
     )
 
 
+def truncate_history(layout: JaggedLayout, items: int) -> tuple[JaggedLayout, Tensor]:
+    """The layout of the context, the newest ``items`` items of each history and the candidates, and their tokens.
+
+    Returns (the layout of shorter sequences, token of the whole ones for each of theirs: int64 [T'], ascending).
+    Positions are those in the shorter sequences; times are those that the tokens had.
+    """
+    context = np.where(layout.seqlens > 0, layout.num_contextuals, 0)
+    history = layout.seqlens - context - layout.num_candidate_tokens_host
+    removed = np.maximum(history - items * layout.tokens_per_item, 0)
+    seqlens = layout.seqlens - removed
+    device, num_tokens = layout.positions.device, int(seqlens.sum())
+    lengths, starts, removed_on_device, old_starts, history_ends = _on_device(
+        device,
+        seqlens,
+        run_starts(seqlens),
+        removed,
+        run_starts(layout.seqlens),
+        seqlens - layout.num_candidate_tokens_host,
+    )
+    sequence = torch.repeat_interleave(lengths, output_size=num_tokens)
+    position = torch.arange(num_tokens, device=device) - starts[sequence]
+    behind_context = position >= layout.num_contextuals
+    tokens = old_starts[sequence] + position + behind_context * removed_on_device[sequence]
+    shorter = replace(
+        layout,
+        seqlen_offsets=to_device(run_offsets(seqlens), device),
+        seqlens=seqlens,
+        positions=torch.minimum(position, history_ends[sequence]),
+        token_times=None if layout.token_times is None else layout.token_times[tokens],
+        query_times=None if layout.query_times is None else layout.query_times[tokens],
+        cache={},
+    )
+    return shorter, tokens
+
+
 def token_order(layout: JaggedLayout) -> TokenOrder:
     """The order of ``layout`` for the concatenated parts [context_1 … context_C, items, actions (if they are tokens)].
 

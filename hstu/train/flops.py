@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,17 +29,36 @@ class FlopCounter:
 
     def per_sequence(self, item_lengths: np.ndarray, num_candidates: np.ndarray) -> Loads:
         """Tokens and floating-point operations of each sequence. item_lengths, num_candidates: integers [S]."""
+        candidates, whole = np.asarray(num_candidates, dtype=np.int64), self.network.whole_layers
+        spans = self.network.attention_spans
+        tokens, costs = self._layers(spans[:whole], np.asarray(item_lengths), candidates)
+        if spans[whole:]:
+            shorter = truncated_items(self.network, np.asarray(item_lengths), candidates)
+            costs = costs + self._layers(spans[whole:], shorter, candidates)[1]
+        return Loads(tokens, costs)
+
+    def _layers(
+        self, spans: Sequence[int | None], item_lengths: np.ndarray, num_candidates: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and operations of each sequence in layers with these spans."""
         per_item = self.network.tokens_per_item(self.roles.action is not None)
         tokens = sequence_tokens(item_lengths, len(self.roles.contextual), per_item)
         full, contextuals = self.network.min_full_attention_tokens, len(self.roles.contextual)
         costs = sequence_flops(
             tokens,
-            np.asarray(num_candidates, dtype=np.int64) * per_item,
-            num_layers=self.network.num_layers,
+            num_candidates * per_item,
+            num_layers=len(spans),
             hidden_size=self.network.hidden_size,
             num_heads=self.network.num_attention_heads,
             head_dim=self.network.kv_channels,
             is_causal=self.network.is_causal,
-            windows=[Window(span, full, contextuals) for span in self.network.attention_spans],
+            windows=[Window(span, full, contextuals) for span in spans],
         )
-        return Loads(tokens, costs)
+        return tokens, costs
+
+
+def truncated_items(network: NetworkArgs, item_lengths: np.ndarray, num_candidates: np.ndarray) -> np.ndarray:
+    """Items of each sequence in the layers after NetworkArgs.truncate_after_layer. All are int64 [S]."""
+    assert network.truncate_to_items is not None
+    history = item_lengths - num_candidates
+    return np.asarray(np.minimum(history, network.truncate_to_items) + num_candidates)

@@ -32,6 +32,7 @@ RELATIVE = "NetworkArgs.position_encoding = 'relative_bias'"
 CLIP = "TrainerArgs.max_grad_norm = 0.05"
 PRODUCT = "NetworkArgs.action_item_product = True"
 WINDOW = "NetworkArgs.max_attention_span = (3, 8)", "NetworkArgs.min_full_attention_tokens = 2"
+TRUNCATED = "NetworkArgs.truncate_after_layer = 1", "NetworkArgs.truncate_to_items = 3"
 TOWER = "RetrievalArgs.item_tower = True"
 SEEN = "RetrievalArgs.mask_seen = True"
 LIMIT = "OptimizerArgs.sparse_max_gradient = 0.001"
@@ -45,6 +46,7 @@ CASES: dict[str, Any] = {
         "bindings": [
             BY_TOKENS,
             "DatasetArgs.max_num_candidates = 2",
+            *TRUNCATED,
             "NetworkArgs.recompute_input_layernorm = True",
             "RankingArgs.eval_metrics = ('LOGLOSS', 'NE')",  # equal candidates tie, but for rounding: no AUC
         ],
@@ -87,6 +89,7 @@ CASES: dict[str, Any] = {
             "RetrievalArgs.negatives = 'popularity'",
             "RetrievalArgs.num_negatives = 4",
             "RetrievalArgs.logq_correction = True",
+            *TRUNCATED,
         ],
     },
     "retrieval, full, adam, by tokens": {

@@ -102,6 +102,12 @@ CASES: dict[str, dict[str, Any]] = {
         "RankingArgs.prediction_head_arch = [24, 8]",
         "RankingArgs.prediction_head_act_type = 'gelu'",
     ),
+    "truncated": _case(
+        [ONE, TWO_BY_TENSOR, TWO_BY_CONTEXT],
+        "NetworkArgs.truncate_after_layer = 1",
+        "NetworkArgs.truncate_to_items = 7",
+        "BenchmarkDatasetArgs.max_num_candidates = 5",
+    ),
     "in-batch negatives": _case([ONE, TWO], task="retrieval"),
     "uniform negatives": _case([ONE, TWO_BY_TENSOR, TWO_BY_CONTEXT], *UNIFORM, task="retrieval"),
     "mixed negatives": _case(

@@ -72,9 +72,8 @@ def test_what_stays_is_known_to_the_byte(name: str, launch: Sizes) -> None:
 def test_what_backward_needs_is_known_within_a_tenth(name: str, launch: Sizes) -> None:
     workload, ranks = case(name, launch)
     batch = workload.steps[0][0]
-    layers, tokens = workload.config.network.num_layers, workload.tokens(batch)
     expected = (
-        layers * memory.layer_bytes(workload, tokens)[0]
+        memory.saved_by_layers(workload, batch)
         + memory.input_bytes(workload, batch)
         + memory.task_bytes(workload, batch, workload.pool(batch))[0]
     )

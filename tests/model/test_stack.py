@@ -109,6 +109,28 @@ def test_candidates_share_a_window_and_context_is_seen_from_everywhere() -> None
     assert changed_tokens(before, after) == list(range(13))
 
 
+def test_later_layers_compute_on_the_newest_items_alone() -> None:
+    # tokens: c i a i a i a i a | i a i a (2 candidates: 9-10 11-12), and c i a, which is short
+    samples, features = random_samples([6, 1], contextuals=1, candidates=2), make_features(contextuals=1)
+    samples[1] = random_samples([1], contextuals=1)[0]
+    network = make_network(num_layers=3, truncate_after_layer=1, truncate_to_items=2, hidden_dropout=0.0)
+    encoder, tables = SequenceEncoder(network, features).double(), Tables(features, 8, 8)
+    batch = make_batch(samples, features)
+    tokens, layout = encoder(tables(batch), batch)
+    left = [0, *range(5, 13), 13, 14, 15]
+    older = [place for place in range(16) if place not in left]
+
+    x, _ = encoder.inputs(tables(batch), batch)
+    first, update = encoder.layers[0](x, layout)
+    first = first + update
+    torch.testing.assert_close(tokens[older], first[older].float())
+    shorter = make_batch([dataclasses.replace(samples[0], items=(0,) * 4, actions=(0,) * 4), samples[1]], features)
+    _, short_layout = encoder.inputs(tables(shorter), shorter)
+    second, update = encoder.layers[1](first[left], short_layout)
+    third, update = encoder.layers[2](second, short_layout, update)
+    torch.testing.assert_close(tokens[left], (third + update).float())
+
+
 @pytest.mark.parametrize("encoding", ["absolute", "relative_bias", "none"])
 @pytest.mark.parametrize("interleave", [True, False])
 def test_users_do_not_depend_on_their_neighbours_or_on_padding(encoding: str, interleave: bool) -> None:

@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
-from hstu.ops.layout import pad_tokens
+from hstu.ops.layout import pad_tokens, truncate_history
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch, batches
 
@@ -42,6 +43,27 @@ def test_only_the_last_token_of_a_sequence_asks_at_the_time_of_the_request(batch
 def test_queries_may_all_have_the_times_of_their_own_tokens(batch: Batch) -> None:
     layout = batch.layout(asks_for_next=False)
     assert layout.query_times is not None and torch.equal(layout.query_times, layout.token_times)
+
+
+@given(batches(), st.integers(1, 6))
+def test_a_truncated_layout_has_the_tokens_that_are_left(batch: Batch, items: int) -> None:
+    layout = batch.layout()
+    shorter, tokens = truncate_history(layout, items)
+    left, positions, start = [], [], 0
+    for sequence in batch.tokens():
+        oldest = [place for place, token in enumerate(sequence) if token.kind == "history"]
+        removed = oldest[: max(0, len(oldest) - items * batch.tokens_per_item)]
+        kept = [place for place in range(len(sequence)) if place not in removed]
+        history_end = sum(sequence[place].kind != "candidate" for place in kept)
+        left += [start + place for place in kept]
+        positions += [min(place, history_end) for place in range(len(kept))]
+        start += len(sequence)
+    assert tokens.tolist() == left
+    assert shorter.positions.tolist() == positions
+    assert shorter.num_tokens == len(left) == shorter.seqlen_offsets[-1]
+    assert shorter.num_candidate_tokens_host.tolist() == layout.num_candidate_tokens_host.tolist()
+    for name in ("token_times", "query_times"):
+        assert getattr(shorter, name).tolist() == getattr(layout, name)[left].tolist()
 
 
 def test_newest_items_are_found_behind_context_and_between_actions() -> None:

@@ -32,6 +32,15 @@ def test_actions_that_are_no_tokens_do_not_count(roles: FeatureRoles, interleave
     assert counter(roles, interleave_actions=interleave).count(batch([1, 2, 3], [4]))[0] == (2 + 3) + (2 + 1)
 
 
+def test_layers_after_a_truncation_cost_as_much_as_shorter_sequences() -> None:
+    def flops(layers: int, items: int, **options: int) -> float:
+        return counter(num_layers=layers, **options).count(batch([0] * items, candidates=[2]))[1]
+
+    truncated = flops(3, 9, truncate_after_layer=1, truncate_to_items=4)
+    assert truncated == flops(1, 9) + flops(2, 4 + 2)
+    assert flops(3, 5, truncate_after_layer=1, truncate_to_items=4) == flops(3, 5), "a history that is short"
+
+
 def test_padding_costs_nothing() -> None:
     assert counter().count(batch([1, 2, 3], [4], [], [])) == counter().count(batch([1, 2, 3], [4]))
     assert counter().count(batch([], [])) == (0, 0.0)

@@ -97,6 +97,7 @@ class Layout:
 
 RELATIVE = {"position_encoding": ("relative_bias", "absolute")}
 ONE_TOKEN = {"interleave_actions": False}
+TRUNCATED = {"truncate_after_layer": 1, "truncate_to_items": 2}
 PRODUCT = {"action_item_product": True}
 TASKS = {
     "prediction_head_arch": [8],
@@ -116,6 +117,8 @@ LAYOUTS = {
     "ranking, groups, one token": Layout("ranking", {**ONE_TOKEN, "kernel_backend": "cutlass"}, candidates=5, group=2),
     "ranking, tasks and next items": Layout("ranking", PRODUCT, task_args=TASKS | {"next_item_weight": 1.0}),
     "ranking, tasks, candidates": Layout("ranking", candidates=3, task_args=TASKS),
+    "ranking, truncated": Layout("ranking", RELATIVE | TRUNCATED),
+    "retrieval, truncated": Layout("retrieval", RELATIVE | TRUNCATED),
     "retrieval, two tokens, relative bias": Layout("retrieval", RELATIVE | PRODUCT),
     "retrieval, one token, relative bias": Layout("retrieval", {**RELATIVE, **ONE_TOKEN}),
     "retrieval, no actions, last event": Layout("retrieval", RELATIVE, has_actions=False, query_time="last_event"),

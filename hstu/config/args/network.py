@@ -46,6 +46,12 @@ class NetworkArgs(Args):
     min_full_attention_tokens: int = option(0, minimum=0, maximum=10_000_000)
     """With max_attention_span: the newest tokens of context and history, before the candidates, that see the whole
     history all the same. Above 0, candidates see it, too."""
+    truncate_after_layer: Optional[int] = option(None, minimum=1, maximum=100_000)
+    """This many layers compute on whole sequences. Those after them compute on the context, the newest
+    truncate_to_items items of the history, and the candidates. Older items stay what the first layers made of them,
+    from which their labels, if they have any, are predicted. None: all layers compute on whole sequences."""
+    truncate_to_items: Optional[int] = option(None, minimum=1, maximum=10_000_000)
+    """With truncate_after_layer: items of the history, with their actions, on which the later layers compute."""
     kernel_backend: str = option("cutlass", choices=KERNEL_BACKENDS)
     """Kernels of the model. On a CPU, "cutlass" and "triton" both mean the C++ kernels. If a backend cannot run, the
     log states which one is used instead and why."""
@@ -126,6 +132,11 @@ class NetworkArgs(Args):
         """Whether some layer has a max_attention_span."""
         spans = self.max_attention_span
         return any(span is not None for span in (spans if isinstance(spans, tuple) else (spans,)))
+
+    @property
+    def whole_layers(self) -> int:
+        """Layers that compute on whole sequences, the first ones."""
+        return self.num_layers if self.truncate_after_layer is None else self.truncate_after_layer
 
     @property
     def item_width(self) -> int:

@@ -287,6 +287,16 @@ def full_attention_exceeds_a_span(run: RunConfig) -> Iterator[Problem]:
         yield run.problem(run.network, "min_full_attention_tokens", text)
 
 
+def truncation_leaves_layers(run: RunConfig) -> Iterator[Problem]:
+    network = run.network
+    for name, other in (("truncate_after_layer", "truncate_to_items"), ("truncate_to_items", "truncate_after_layer")):
+        if getattr(network, name) is not None and getattr(network, other) is None:
+            yield run.problem(network, name, f"has no effect without NetworkArgs.{other}; set both or remove it")
+    if network.truncate_after_layer is not None and network.truncate_after_layer >= network.num_layers:
+        text = f"must be below {run.cite(network, 'num_layers')}, or no layer follows; change it or remove it"
+        yield run.problem(network, "truncate_after_layer", text)
+
+
 def masks_hide_the_labels(run: RunConfig) -> Iterator[Problem]:
     yield from label_leak(run, has_context=bool(run.dataset.contextual_feature_names))  # None: known with the data
 
@@ -333,5 +343,5 @@ RULES = (
     counted_items_are_stored,
     item_towers_have_features, query_time_is_seen, next_items_are_not_candidates, next_items_are_not_evaluated,
     position_encodings_combine, position_buckets_have_a_table,
-    spans_fit_the_layers, full_attention_exceeds_a_span, masks_hide_the_labels,
+    spans_fit_the_layers, full_attention_exceeds_a_span, truncation_leaves_layers, masks_hide_the_labels,
 )  # fmt: skip

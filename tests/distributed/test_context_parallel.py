@@ -1,0 +1,145 @@
+"""A layer whose tokens and heads are split over real ranks computes what one rank does, for batches drawn at random."""
+
+import os
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hstu.ops.comm import LayerComm
+from hstu.ops.kernels import AttentionConfig, Backend
+from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights
+from hstu.ops.layout import NUM_TIME_BUCKETS
+from hstu.parallel.layer_comm import ProcessGroupComm
+from hstu.parallel.mesh import Mesh
+from tests.distributed.launch import Launch, free_port, run_ranks, started_mesh
+from tests.ops.backends import kernels_of
+from tests.ops.strategies import Batch, batches
+
+HIDDEN, HEADS, WIDTH, LONGEST = 6, 4, 3, 40
+CUT = LayerWeights(None, None, 0, 0, None, None, 0, 0, 1)  # type: ignore[arg-type]
+"""The dimension along which tensor-parallel ranks' weights are cut."""
+
+
+class Grid(NamedTuple):
+    """How four ranks share a layer."""
+
+    tp: int
+    cp: int
+    sequence_parallel: bool = False
+
+
+GRIDS = Grid(1, 4), Grid(2, 2), Grid(2, 2, sequence_parallel=True)
+
+
+class Case(NamedTuple):
+    """A batch, and what its tokens see."""
+
+    batch: Batch
+    is_causal: bool
+    contextual_mask: bool
+    has_bias: bool
+    max_span: int | None
+    full_tokens: int
+    recompute_all: bool
+
+
+def drawn_cases() -> list[Case]:
+    cases: list[Case] = []
+    span, full, flag = st.none() | st.integers(1, 6), st.integers(0, 4), st.booleans()
+
+    @settings(max_examples=40, derandomize=True, database=None, deadline=None)
+    @given(st.builds(Case, batches(), flag, flag, flag, span, full, flag))
+    def draw(case: Case) -> None:
+        cases.append(case)
+
+    draw()
+    return cases
+
+
+def run_layer(case: Case, x: Tensor, slope: Tensor, weights: LayerWeights, comm: LayerComm) -> list[Tensor]:
+    """Output and gradients of a layer, which is given the whole batch."""
+    attention = AttentionConfig(
+        0.6, LONGEST, case.is_causal, case.contextual_mask, max_span=case.max_span, full_tokens=case.full_tokens
+    )
+    kernels = kernels_of(Backend.PYTORCH, WIDTH, has_bias=case.has_bias)
+    config = HSTULayerConfig(WIDTH, attention, 0.1, kernels, recompute_all=case.recompute_all, comm=comm)
+    leaves = [w.detach().clone().requires_grad_() for w in weights if w is not None]
+    given_weights = iter(leaves)
+    x = x.clone().requires_grad_()
+    own, layout = comm.split_tokens(x, case.batch.layout())
+    out, update = HSTULayerFunction.apply(
+        own, None, layout, config, *(None if w is None else next(given_weights) for w in weights)
+    )
+    out = comm.join_tokens(out + update, len(x))
+    return [out.detach(), *torch.autograd.grad(out, [x, *leaves], slope)]
+
+
+def errors(mesh: Mesh, case: Case, sequence_parallel: bool) -> list[float]:
+    """How far output and gradients of this rank are from those of one rank, relative to their largest numbers."""
+    torch.manual_seed(0)
+    inner = HEADS * WIDTH
+    shapes: list[Any] = [(HIDDEN,)] * 2 + [(4 * inner, HIDDEN), (4 * inner,)]
+    shapes += [(2 * LONGEST - 1,), (NUM_TIME_BUCKETS,)] if case.has_bias else [None, None]
+    shapes += [(inner,), (inner,), (HIDDEN, inner)]
+    whole = LayerWeights(*(None if shape is None else torch.randn(shape).double() for shape in shapes))  # type: ignore
+    x = torch.randn(case.batch.layout().num_tokens, HIDDEN).double()
+    slope = torch.randn_like(x)
+    expected = run_layer(case, x, slope, whole, LayerComm())
+    parts = LayerWeights(*(_cut(w, dim, mesh) for w, dim in zip(whole, CUT, strict=True)))
+    found = run_layer(case, x, slope, parts, ProcessGroupComm(mesh, sequence_parallel))
+    for gradient in found[2:]:  # as DDP does
+        dist.all_reduce(gradient, group=mesh.cp_group)
+        gradient /= mesh.cp_size
+    dims = [None, None, *(dim for w, dim in zip(whole, CUT, strict=True) if w is not None)]
+    exact = [_cut(tensor, dim, mesh) for tensor, dim in zip(expected, dims, strict=True)]
+    scale = [float(tensor.abs().max()) if tensor.numel() else 1.0 for tensor in expected]
+    return [
+        float((ours - theirs).abs().max()) / max(size, 1e-3) if ours.numel() else 0.0
+        for ours, theirs, size in zip(found, exact, scale, strict=True)
+    ]
+
+
+def _cut(tensor: Any, dim: int | None, mesh: Mesh) -> Any:
+    return tensor if tensor is None or dim is None else tensor.chunk(mesh.tp_size, dim)[mesh.tp_rank]
+
+
+def compare(cases: list[Case], ports: dict[Grid, int]) -> dict[Grid, list[float]]:
+    """On a rank: the largest error of each case."""
+    found = {}
+    for grid, port in ports.items():
+        os.environ["MASTER_PORT"] = str(port)
+        with started_mesh(grid.tp, grid.cp) as mesh:
+            found[grid] = [max(errors(mesh, case, grid.sequence_parallel)) for case in cases]
+    return found
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    return drawn_cases()
+
+
+@pytest.fixture(scope="module")
+def by_rank(cases: list[Case]) -> list[dict[Grid, list[float]]]:
+    return run_ranks(Launch(4, timeout_s=150), compare, cases, {grid: free_port() for grid in GRIDS})
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_random_batches_give_what_one_rank_gives(cases: list[Case], by_rank: Any, grid: Grid) -> None:
+    for rank, found in enumerate(by_rank):
+        wrong = [(case, error) for case, error in zip(cases, found[grid], strict=True) if not error < 1e-10]
+        assert not wrong, f"rank {rank}: {wrong[0]}"
+
+
+def test_the_batches_are_of_all_kinds(cases: list[Case]) -> None:
+    users = [user for case in cases for user in case.batch.users]
+    assert any(user.candidates > case.batch.group_size > 1 for case in cases for user in case.batch.users)
+    assert any(user.history == 0 for user in users) and any(user.history > 5 for user in users)
+    for name in ("is_causal", "contextual_mask", "has_bias", "recompute_all"):
+        assert {getattr(case, name) for case in cases} == {False, True}
+    assert any(case.max_span and case.full_tokens for case in cases)
+    assert any(case.batch.contextuals and case.batch.tokens_per_item == 2 for case in cases)

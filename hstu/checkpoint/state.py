@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 
 import hstu
 from hstu.checkpoint.raw_ids import RawIds
@@ -23,7 +24,7 @@ from hstu.model.embedding import TableSpec
 from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.ddp import unwrap_dense
-from hstu.parallel.shards import ShardedView, global_view, shard_dim
+from hstu.parallel.shards import ShardedView, global_view, shard_dim, view_of
 from hstu.parallel.table_optimizer import is_rowwise
 from hstu.parallel.tables import sharded_weights
 
@@ -67,7 +68,8 @@ class TrainState:
 
     def _weights(self) -> dict[str, Tensor | ShardedView]:
         parameters = unwrap_dense(self.model).state_dict().items()
-        dense = {_canonical(name): self._whole(name, tensor) for name, tensor in parameters}
+        held = {name: view_of(tensor) if isinstance(tensor, DTensor) else tensor for name, tensor in parameters}
+        dense = {_canonical(name): self._whole(name, tensor) for name, tensor in held.items()}
         sharded = sharded_weights(self.model)
         return dense | {f"tables.{t.name}": _pieces(sharded.get(t.name), (t.rows, t.dim)) for t in self._sharded()}
 

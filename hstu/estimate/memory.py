@@ -95,11 +95,16 @@ def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int,
     return int(busiest[0]), int(busiest[1])
 
 
-def flat_layout(workload: Workload) -> FlatLayout | None:
-    """How the dense weights of a rank lie if their optimizer states are sharded; None: they are not."""
-    if workload.config.data_parallel.sharding == "none" or workload.dp_cp_size == 1:
-        return None
-    return FlatLayout.of(workload.dense_parameters, workload.dp_cp_size)
+def held_weights(workload: Workload) -> dict[str, int]:
+    """Elements of each parameter of the dense part that a rank holds from step to step, padding included."""
+    counts, rows, ranks = workload.dense_parameters, workload.dense_rows, workload.dp_cp_size
+    match workload.dense_sharding:
+        case "weights":
+            return {name: -(-rows[name] // ranks) * (count // rows[name]) for name, count in counts.items()}
+        case "optimizer":
+            layout = FlatLayout.of(counts, ranks)
+            return counts | {"padding": ranks * layout.range_size - sum(counts.values())}
+    return counts
 
 
 def trained_densely(workload: Workload) -> list[tuple[str, int]]:
@@ -107,12 +112,14 @@ def trained_densely(workload: Workload) -> list[tuple[str, int]]:
 
     Raises ConfigError as a run would for OptimizerArgs.part_optimizers that match no weight.
     """
-    args, counts, layout = workload.config.optimizer, workload.dense_parameters, flat_layout(workload)
+    args, counts = workload.config.optimizer, workload.dense_parameters
     settings = match_part_optimizers(dict.fromkeys(counts, True), args)
     shares = [counts]
-    if layout is not None:
-        by_rank = map(layout.owned, range(workload.dp_cp_size))
+    if workload.dense_sharding == "optimizer":
+        by_rank = map(FlatLayout.of(counts, workload.dp_cp_size).owned, range(workload.dp_cp_size))
         shares = [{name: len(elements) for name, elements in owned.items()} for owned in by_rank]
+    elif workload.dense_sharding == "weights":
+        shares = [held_weights(workload)]  # the first rank's, without padding
     trained = [[(settings[name].optimizer, count) for name, count in share.items()] for share in shares]
     return max(trained, key=lambda of_rank: sum(_state_numbers(args, *each) for each in of_rank))
 
@@ -151,8 +158,7 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
     micro = workload.micro_batch(batch)
     tokens = workload.tokens(micro)
     dense, replicated = sum(workload.dense_parameters.values()), workload.replicated_elements
-    layout = flat_layout(workload)
-    weights = dense if layout is None else workload.dp_cp_size * layout.range_size
+    held = sum(held_weights(workload).values())
     fixed = sum(buffer.numel() for buffer in workload.task.buffers())
     rows, states = table_bytes(workload, plan)
     saved, alive = layer_bytes(workload, tokens)
@@ -161,12 +167,15 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
     working = max(working_of_task, alive - saved + backward_bytes(workload, tokens))
     of_layers = saved_by_layers(workload, micro)
     activations = of_layers + input_bytes(workload, micro) + saved_by_task
-    gradients = (dense + replicated_gradients(workload, batch)) * FLOAT32
+    gathered, whole_gradients = _gathered(workload)
+    of_dense = held + whole_gradients if gathered else dense
+    gradients = (of_dense + replicated_gradients(workload, batch)) * FLOAT32
     if workload.dp_cp_size == 1:  # no buckets of DDP
         per_layer = of_layers // workload.config.network.num_layers
         gradients = _gradients_beyond_activations(workload, per_layer, gradients - activations - working)
     return {
-        "dense weights": (weights + fixed) * FLOAT32,
+        "dense weights": (held + fixed) * FLOAT32,
+        "gathered weights": gathered * FLOAT32,
         "replicated tables": replicated * FLOAT32,
         "gradients of both": gradients,
         "optimizer states of both": dense_state_bytes(workload),
@@ -177,6 +186,22 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
         "working memory": working,
         "batches": batch_bytes(workload, batch),
     }
+
+
+def _gathered(workload: Workload) -> tuple[int, int]:
+    """Elements of gathered weights, and of gradients before their exchange, that FSDP needs at the same time.
+
+    These are all weights but those of the layers, a layer, and the buffers of the exchanges that overlap with it.
+    """
+    if workload.dense_sharding != "weights":
+        return 0, 0
+    counts, config = workload.dense_parameters, workload.config
+    layer = sum(count for name, count in counts.items() if name.startswith(FIRST_LAYER))
+    dense = sum(counts.values())
+    beside_layers = dense - config.network.num_layers * layer
+    # Micro-batches are summed before they are exchanged.
+    gradients = dense + layer if config.trainer.gradient_accumulation_steps > 1 else beside_layers + 2 * layer
+    return beside_layers + 3 * layer, gradients
 
 
 def _gradients_beyond_activations(workload: Workload, saved: int, at_the_end: int) -> int:

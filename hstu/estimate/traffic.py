@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from hstu.data.batch import is_of_negatives
-from hstu.estimate.memory import FIRST_LAYER, INT64, TableShards, flat_layout
+from hstu.estimate.memory import FIRST_LAYER, INT64, TableShards, held_weights
 from hstu.estimate.workload import Batch, Workload
 from hstu.ops.costs import FLOAT32
 
@@ -156,7 +156,7 @@ def _pool(workload: Workload, batch: Batch) -> Iterator[Transfer]:
 
 
 def _gradients(workload: Workload, batch: Batch) -> Iterator[Transfer]:
-    """DDP's buckets, updated weights, the rows of replicated tables on a CPU, and the few numbers of the loss."""
+    """Weights and their gradients, the rows of replicated tables on a CPU, and the few numbers of the loss."""
     elements = sum(workload.dense_parameters.values())
     if workload.device_type != "cpu":
         elements += workload.replicated_elements
@@ -166,10 +166,31 @@ def _gradients(workload: Workload, batch: Batch) -> Iterator[Transfer]:
         rows = [min(spec.rows, count) for spec, count in zip(tables, looked_up, strict=True)]
         payload = sum(count * (spec.dim * FLOAT32 + INT64) for spec, count in zip(tables, rows, strict=True))
         yield Transfer("rows of replicated tables", "all_gather", "data", workload.dp_cp_size, 2 * len(tables), payload)
-    buckets = 1 + elements * FLOAT32 // DDP_BUCKET_BYTES
     size = FLOAT32 if workload.config.precision.fp32_master_grads else workload.element_size
-    data = partial(Transfer, kind="all_reduce", group="data", ranks=workload.dp_cp_size)
-    yield data("gradients of the dense part", calls=buckets, payload=elements * size, behind="backward")
-    if layout := flat_layout(workload):
-        yield data("updated dense weights", kind="all_gather", calls=1, payload=layout.range_size * FLOAT32)
-    yield data("loss and count", ranks=workload.dp_size, calls=1, payload=2 * FLOAT32)
+    data = partial(Transfer, group="data", ranks=workload.dp_cp_size)
+    if workload.dense_sharding == "weights":
+        yield from _sharded_weights(workload, size)
+        elements -= sum(workload.dense_parameters.values())
+    if workload.dense_sharding == "optimizer":
+        part = sum(held_weights(workload).values()) // workload.dp_cp_size
+        yield data("updated dense weights", "all_gather", calls=1, payload=part * FLOAT32)
+    if elements > 0:
+        buckets = 1 + elements * FLOAT32 // DDP_BUCKET_BYTES
+        payload = elements * size
+        yield data("gradients of the dense part", "all_reduce", calls=buckets, payload=payload, behind="backward")
+    yield data("loss and count", "all_reduce", ranks=workload.dp_size, calls=1, payload=2 * FLOAT32)
+
+
+def _sharded_weights(workload: Workload, gradient_size: int) -> Iterator[Transfer]:
+    """FSDP's units are the layers and all the rest; backward gathers the layers again."""
+    layers, passes = workload.config.network.num_layers, workload.config.trainer.gradient_accumulation_steps
+    held = held_weights(workload)
+    part, of_layer = sum(held.values()), sum(count for name, count in held.items() if name.startswith(FIRST_LAYER))
+    data = partial(Transfer, group="data", ranks=workload.dp_cp_size)
+    payload = passes * part * FLOAT32
+    yield data("dense weights in forward", "all_gather", calls=passes * (layers + 1), payload=payload)
+    payload = passes * layers * of_layer * FLOAT32
+    yield data("dense weights in backward", "all_gather", calls=passes * layers, payload=payload)
+    payload = workload.dp_cp_size * part * gradient_size
+    name = "gradients of the dense part"
+    yield data(name, "reduce_scatter", calls=layers + 1, payload=payload, behind="backward")

@@ -128,6 +128,20 @@ class Workload:
             for name, parameter in self.task.named_parameters()
         }
 
+    @cached_property
+    def dense_rows(self) -> dict[str, int]:
+        """First dimension of each parameter of ``task`` on one rank, by its name in the model."""
+        split = tuple(f".{name}" for name, dim in SPLIT_DIMS.items() if dim == 0)
+        return {
+            f"task.{name}": parameter.shape[0] // (self.tp_size if name.endswith(split) else 1)
+            for name, parameter in self.task.named_parameters()
+        }
+
+    @property
+    def dense_sharding(self) -> str:
+        """DataParallelArgs.sharding as in force: "none" with one data-parallel rank."""
+        return self.config.data_parallel.sharding if self.dp_cp_size > 1 else "none"
+
     @property
     def encoder(self) -> SequenceEncoder:
         """The encoder of ``task``."""

@@ -21,7 +21,7 @@ from hstu.model.outputs import ModelOutput
 
 
 class DenseModel(nn.Module):
-    """The part of the model that every data-parallel rank holds in full: replicated tables and the task's model."""
+    """What is not in sharded tables: replicated tables and the task's model."""
 
     def __init__(
         self,
@@ -39,6 +39,8 @@ class DenseModel(nn.Module):
         dims = {feature: spec.dim for spec in specs for feature in spec.features}
         dims_of_pool = {POOL: dims[roles.item]} | {of_pool(name): dims[name] for name in roles.tower}
         self._dim_of_feature = dims | dims_of_pool
+        self.fills_gradients = True
+        """Whether a batch without labels gives every weight a gradient of zeros."""
 
     def forward(self, looked_up: Sequence[Mapping[str, JaggedTensor]], batch: HSTUBatch) -> ModelOutput:
         """Compute loss and predictions. ``looked_up``: rows of the sharded tables, one mapping per collection."""
@@ -60,7 +62,8 @@ class DenseModel(nn.Module):
             # All ranks take part in the collectives of backward, so every parameter and every looked-up row needs a
             # gradient even where this rank has nothing to learn from. Replicated tables get theirs through the rows.
             rows = [jagged.values() for jagged in embeddings.values()]
-            output.loss_sum = output.loss_sum + _zero_that_depends_on([*rows, *self.task.parameters()])
+            weights = self.task.parameters() if self.fills_gradients else ()
+            output.loss_sum = output.loss_sum + _zero_that_depends_on([*rows, *weights])
         return output
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
 from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.model.embedding import ReplicatedTables
-from hstu.parallel.flat_weights import FlatWeights
 from hstu.parallel.shards import ShardedView
+from hstu.parallel.weight_shares import WeightShares
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +54,8 @@ class DenseOptimizer:
     parameters. With ``ema_decay``, the state includes an exponential moving average of the parameters. Replicated
     tables are among the parameters, but hstu.parallel trains them.
 
-    ``settings``: by name, for parameters that are not trained as ``args`` says. ``shard_group``: ranks that share the
-    state, see FlatWeights; they have equal parameters and gradients. None: this rank has all of it.
+    ``settings``: by name, for parameters that are not trained as ``args`` says. ``shares``: what each rank updates of
+    the parameters where ranks share that; None: this rank updates all.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class DenseOptimizer:
         module: nn.Module,
         args: OptimizerArgs,
         settings: Mapping[str, OptimizerSettings] | None = None,
-        shard_group: dist.ProcessGroup | None = None,
+        shares: WeightShares | None = None,
     ) -> None:
         self.parameters = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.learning_rate = args.learning_rate
@@ -72,8 +71,8 @@ class DenseOptimizer:
         parts = [part for part in module.modules() if isinstance(part, ReplicatedTables)]
         tables = {id(weight) for part in parts for weight in part.parameters()}
         trained = {name: weight for name, weight in self.parameters.items() if id(weight) not in tables}
-        self._flat = None if shard_group is None else FlatWeights(trained, shard_group)
-        self._owned = trained if self._flat is None else self._flat.own
+        self._shares = shares
+        self._owned = trained if shares is None else shares.own
         """What this rank updates of each trained parameter."""
         decaying = {id(weight) for weight in decayed_parameters(module)}
         decayed = {name for name, weight in trained.items() if id(weight) in decaying}
@@ -93,23 +92,23 @@ class DenseOptimizer:
         """Drop the gradients."""
         for group in self._groups:
             group.optimizer.zero_grad(set_to_none=True)
-        if self._flat is not None:
-            self._flat.zero_grad()
+        if self._shares is not None:
+            self._shares.zero_grad()
 
     @torch.no_grad()
     def step(self, found_inf: Tensor | None = None) -> None:
         """Apply weight decay, then the updates, then the moving average, to all parameters.
 
-        Collective over ``shard_group``.
-        ``found_inf``: float32 scalar on the device, as in torch.amp. Where it is not 0, no weight, moment, average or
-        step count of a moment changes, whatever the gradients are. ``steps`` counts the step all the same.
+        Collective where ranks share parameters. ``found_inf``: float32 scalar on the device, as in torch.amp. Where it
+        is not 0, no weight, moment, average or step count of a moment changes, whatever the gradients are. ``steps``
+        counts the step all the same.
         """
-        if self._flat is not None:
-            self._flat.take_gradients()
+        if self._shares is not None:
+            self._shares.take_gradients()
         for group in self._groups:
             group.step(found_inf)
-        if self._flat is not None:
-            self._flat.gather()
+        if self._shares is not None:
+            self._shares.gather()
         if self._averages:
             weights: list[Tensor] = [*self._averaged.values()]
             # A constant decay of 0.995 would leave 22 % of the initial weights in the average after 300 steps. This
@@ -125,19 +124,19 @@ class DenseOptimizer:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the parameters have their averages as values. Without averages nothing happens.
+        """Inside, the parameters have their averages as values, if there are averages.
 
-        Entering is collective over ``shard_group`` and takes memory for the averages of all ranks. Leaving is not
-        collective, so a rank that fails inside does not wait for others.
+        Where ranks share parameters, entering is collective, and parts of a sharded model can be called inside.
         """
-        averages = self._averages
-        if averages and self._flat is not None:
-            averages = averages | self._flat.gathered({name: averages[name] for name in self._owned})
-        self._swap(averages)
+        shared = {} if self._shares is None else self._shares.own
+        whole = {name: average for name, average in self._averages.items() if name not in shared}
+        owned = {name: average for name, average in self._averages.items() if name in shared}
+        self._swap(whole)
         try:
-            yield
+            with nullcontext() if self._shares is None else self._shares.lend(owned):
+                yield
         finally:
-            self._swap(averages)
+            self._swap(whole)
 
     def _swap(self, averages: Mapping[str, Tensor]) -> None:
         for name, average in averages.items():
@@ -156,8 +155,8 @@ class DenseOptimizer:
         return states | {f"{name}.average": self._whole(name, average) for name, average in self._averages.items()}
 
     def _whole(self, name: str, state: Tensor) -> Tensor | ShardedView:
-        is_shared = self._flat is not None and name in self._owned and state.ndim > 0
-        return self._flat.view(name, state) if self._flat is not None and is_shared else state
+        is_shared = self._shares is not None and name in self._owned and state.ndim > 0
+        return self._shares.view(name, state) if self._shares is not None and is_shared else state
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,12 @@ from hstu.config.problems import Cite, cite
 from hstu.model.gr_model import GRModel
 from hstu.optim.dense import DenseOptimizer, decayed_parameters, match_part_optimizers
 from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.flat_weights import FlatWeights
+from hstu.parallel.fsdp import FsdpWeights, fully_sharded
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import clip_grad_norm
 from hstu.parallel.table_optimizer import TableOptimizer
+from hstu.parallel.weight_shares import WeightShares
 
 
 class Optimizers:
@@ -57,8 +60,8 @@ class Optimizers:
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Scale the dense gradients so that their global L2 norm is at most ``max_norm``.
 
-        Returns the norm before clipping as a scalar on the device, without a host wait. DDP has made the gradients
-        equal on all ranks, and so is the norm. Gradients of sharded tables are not part of it.
+        Returns the norm before clipping as a scalar on the device, equal on all ranks, without a host wait. Collective
+        where dense weights are sharded. Gradients of sharded tables are not part of it.
         """
         return clip_grad_norm(self.dense.parameters.values(), max_norm, self.tp_group)
 
@@ -88,9 +91,10 @@ def build_optimizers(
     cite: Cite = cite,
     shard_states: bool = False,
 ) -> Optimizers:
-    """Build the optimizers of a model with sharded tables; its dense part may be tensor-parallel and wrapped by DDP.
+    """Build the optimizers of a model with sharded tables; its dense part may be tensor-parallel, and wrapped by DDP or
+    fully sharded.
 
-    ``shard_states``: shard those of the dense part over the data-parallel ranks.
+    ``shard_states``: shard those of the dense part over the data-parallel ranks. Those of sharded weights always are.
     Raises ConfigError if OptimizerArgs.part_optimizers do not fit its weights. ``cite`` formats the problems.
     """
     dense = unwrap_dense(model)
@@ -99,6 +103,11 @@ def build_optimizers(
     weights = {
         name: id(weight) in decaying for name, weight in dense.named_parameters() if id(weight) not in tables_of_dense
     }
-    shard_group = mesh.dp_cp_group if shard_states and mesh.dp_cp_size > 1 else None
-    optimizer = DenseOptimizer(dense, args, match_part_optimizers(weights, args, cite), shard_group)
+    trained, sharded = {name: dense.get_parameter(name) for name in weights}, fully_sharded(dense)
+    shares: WeightShares | None = None
+    if sharded is not None:
+        shares = FsdpWeights(trained, sharded)
+    elif shard_states and mesh.dp_cp_size > 1:
+        shares = FlatWeights(trained, mesh.dp_cp_group)
+    optimizer = DenseOptimizer(dense, args, match_part_optimizers(weights, args, cite), shares)
     return Optimizers(optimizer, tables, mesh.tp_group if mesh.tp_size > 1 else None)

@@ -6,19 +6,23 @@ DDP and in TorchRec's exchange for the tables, so an update is that of the mean 
 
 # No postponed annotations: DDP inspects those of the communication hook.
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hstu.model.embedding import ReplicatedTables
 from hstu.model.gr_model import GRModel
 from hstu.ops.pytorch.row_update import sum_by_row
 from hstu.parallel.collectives import PADDING_ID, gather_rows
+from hstu.parallel.fsdp import fully_sharded
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.shards import numbers_of
+from hstu.parallel.shards import all_finite, numbers_of
 
 
 class ReplicatedDense(DistributedDataParallel):
@@ -79,11 +83,16 @@ def unwrap_dense(model: GRModel) -> nn.Module:
 def own_gradients_finite(dense: nn.Module) -> Tensor:
     """After backward: whether this rank's gradients of the dense part are finite before averaging; bool scalar."""
     gradients = [parameter.grad for parameter in dense.parameters() if parameter.grad is not None]
-    if not isinstance(dense, ReplicatedDense):
+    sharded = fully_sharded(dense)
+    if sharded is not None:
+        checked, sharded.own_units_finite = sharded.own_units_finite, []
+        rest = [numbers_of(gradient) for gradient in gradients if not isinstance(gradient, DTensor)]
+    elif isinstance(dense, ReplicatedDense):
+        checked, dense.own_buckets_finite = dense.own_buckets_finite, []
+        rest = [numbers_of(gradient) for gradient in gradients if gradient.is_sparse]
+    else:
         return all_finite([numbers_of(gradient) for gradient in gradients])
-    buckets, dense.own_buckets_finite = dense.own_buckets_finite, []
-    sparse = [numbers_of(gradient) for gradient in gradients if gradient.is_sparse]
-    return torch.stack([*buckets, *([all_finite(sparse)] if sparse else [])]).all()
+    return torch.stack([*checked, *([all_finite(rest)] if rest else [])]).all()
 
 
 def sparse_tables(dense: nn.Module) -> list[str]:
@@ -97,17 +106,31 @@ def sparse_tables(dense: nn.Module) -> list[str]:
     ]
 
 
+@contextmanager
+def gradient_sync(dense: nn.Module, *, is_last: bool) -> Iterator[None]:
+    """Around a micro-batch: gradients are averaged once per step, after they are summed over all micro-batches."""
+    if isinstance(dense, FSDPModule):
+        dense.set_requires_gradient_sync(is_last)
+    with dense.no_sync() if isinstance(dense, ReplicatedDense) and not is_last else nullcontext():
+        yield
+
+
 def average_sparse_gradients(dense: nn.Module) -> None:
     """After own_gradients_finite: average the sparse gradients over the ranks, each of which gets the others' rows.
 
     DDP would add up whole tables. The rows of the ranks follow each other, so all ranks sum them in one order.
-    Collective where ``dense`` is wrapped by DDP, which has averaged the other gradients.
+    Collective where ``dense`` is wrapped by DDP, which has averaged the other gradients, or fully sharded; then dense
+    gradients of the tables are averaged, too.
     """
-    if not isinstance(dense, ReplicatedDense):
+    if isinstance(dense, ReplicatedDense):
+        group, module = dense.process_group, dense.module
+    elif sharded := fully_sharded(dense):
+        sharded.average_table_gradients()
+        group, module = sharded.group, dense
+    else:
         return
-    group = dense.process_group
-    for name in sparse_tables(dense.module):
-        weight = dense.module.get_parameter(name)
+    for name in sparse_tables(module):
+        weight = module.get_parameter(name)
         if weight.grad is None:  # no row was looked up
             weight.grad = torch.sparse_coo_tensor(
                 torch.empty(1, 0, dtype=torch.int64), weight.new_empty(0, weight.shape[1]), weight.shape
@@ -116,13 +139,3 @@ def average_sparse_gradients(dense: nn.Module) -> None:
         values, rows = gather_rows(values.mul_(1.0 / dist.get_world_size(group)), rows, group)
         is_row = rows != PADDING_ID
         weight.grad = torch.sparse_coo_tensor(rows[is_row][None], values[is_row], weight.shape, check_invariants=False)
-
-
-def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether all numbers are finite, as a bool scalar on the device, without a host wait.
-
-    The sum of all numbers is not finite if any of them is not. It takes one pass over each tensor and is many times
-    faster than isfinite.
-    """
-    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
-    return torch.stack(sums).sum().isfinite() if sums else torch.tensor(True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hstu.parallel.shards import ShardedView
+from hstu.parallel.weight_shares import WeightShares
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offset, shape) of a part of a tensor."""
@@ -64,62 +66,64 @@ def _aligned(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
-class FlatWeights:
-    """float32 weights that are moved to one buffer, and the elements of each that this rank updates."""
+class FlatWeights(WeightShares):
+    """float32 weights that are moved to one buffer, of which this rank updates the elements in its range."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> None:
         """Move ``weights``, which are equal on all ranks of ``group``, to a new buffer. They stay the same objects."""
-        ranks, self._rank = dist.get_world_size(group), dist.get_rank(group)
-        self._weights, self._group = dict(weights), group
-        self._layout = FlatLayout.of({name: weight.numel() for name, weight in weights.items()}, ranks)
+        ranks, self._rank, self._group = dist.get_world_size(group), dist.get_rank(group), group
+        self._sizes = {name: weight.size() for name, weight in weights.items()}
+        self._layout = FlatLayout.of({name: size.numel() for name, size in self._sizes.items()}, ranks)
         self._elements = self._layout.owned(self._rank)
         first = next(iter(weights.values()))
         self._buffer = first.detach().new_zeros(ranks * self._layout.range_size)
         for name, whole in self._wholes(self._buffer).items():
             weights[name].data = whole.copy_(weights[name].detach())
-        self.own = {name: nn.Parameter(weight.detach().view(-1)[self._slice(name)]) for name, weight in weights.items()}
-        """Weight → the elements that this rank updates [n], perhaps none, in the memory of the weight."""
-
-    def take_gradients(self) -> None:
-        """After backward: give each of ``own`` its part of the gradient of the weight, in the same memory."""
-        for name, own in self.own.items():
-            gradient = self._weights[name].grad
-            own.grad = None if gradient is None else gradient.view(-1)[self._slice(name)]
-
-    def zero_grad(self) -> None:
-        """Drop the gradients of the weights and of ``own``."""
-        for weight in (*self._weights.values(), *self.own.values()):
-            weight.grad = None
+        super().__init__(weights, {name: self._own_part(name, weight.detach()) for name, weight in weights.items()})
 
     def gather(self) -> None:
-        """After each rank has changed ``own``: update the weights. Collective."""
+        """See WeightShares."""
         self._gather_ranges(self._buffer)
 
-    def gathered(self, owned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors of the size of the weights, from a tensor like ``own`` on each rank. Collective."""
-        buffer = torch.empty_like(self._buffer)
-        wholes = self._wholes(buffer)
-        for name, part in owned.items():
-            wholes[name].view(-1)[self._slice(name)] = part
-        self._gather_ranges(buffer)
-        return wholes
+    @contextmanager
+    def lend(self, owned: Mapping[str, Tensor]) -> Iterator[None]:
+        """See WeightShares. It takes the memory of all weights, or nothing without ``owned``."""
+        values = self._gathered(owned) if owned else {}
+        self._swap(values)
+        try:
+            yield
+        finally:
+            self._swap(values)
 
     def view(self, name: str, owned: Tensor) -> ShardedView:
-        """A tensor of the size of a weight, of which this rank has ``owned``, a number for each of its ``own``."""
-        size, elements, shards = self._weights[name].size(), self._elements[name], []
+        """See WeightShares."""
+        size, elements, shards = self._sizes[name], self._elements[name], []
         for offset, shape in boxes(size, elements.start, elements.stop):
             count = math.prod(shape)
             shards.append((offset, owned[:count].view(shape)))
             owned = owned[count:]
         return ShardedView(size, shards)
 
-    def _slice(self, name: str) -> slice:
+    def _own_part(self, name: str, gradient: Tensor) -> Tensor:
         elements = self._elements[name]
-        return slice(elements.start, elements.stop)
+        return gradient.view(-1)[elements.start : elements.stop]
+
+    def _swap(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            weight = self.weights[name]
+            weight.data, value.data = value.data, weight.data
+
+    def _gathered(self, owned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        buffer = torch.empty_like(self._buffer)
+        wholes = self._wholes(buffer)
+        for name, part in owned.items():
+            self._own_part(name, wholes[name]).copy_(part)
+        self._gather_ranges(buffer)
+        return wholes
 
     def _wholes(self, buffer: Tensor) -> dict[str, Tensor]:
         return {
-            name: buffer[start : start + self._layout.numels[name]].view(self._weights[name].size())
+            name: buffer[start : start + self._layout.numels[name]].view(self._sizes[name])
             for name, start in self._layout.starts.items()
         }
 

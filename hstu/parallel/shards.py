@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
 
 from hstu.ops.pytorch.row_update import sum_by_row
 
@@ -88,29 +89,66 @@ def global_view(shard: Tensor | ShardedView, dim: int, group: dist.ProcessGroup)
 def clip_grad_norm(parameters: Collection[nn.Parameter], max_norm: float, group: dist.ProcessGroup | None) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ by the L2 norm over the global parameters, each counted once.
 
-    Gradients may be sparse. ``group``: the tensor-parallel group, or None. Returns the norm before clipping, a scalar
-    on the device; the host does not wait for it. Megatron-core 0.16.1 has the same in optimizer/clip_grads.py, for
-    dense CUDA tensors only.
+    Gradients may be sparse, or DTensors, all on one mesh. ``group``: the tensor-parallel group, or None. Returns the
+    norm before clipping, a scalar on the device; the host does not wait for it. Megatron-core 0.16.1 has the same in
+    optimizer/clip_grads.py, for dense CUDA tensors only.
     """
-    sharded: list[Tensor] = []
-    replicated: list[Tensor] = []
+    kinds: dict[tuple[bool, bool], list[Tensor]] = {(a, b): [] for a in (False, True) for b in (False, True)}
+    # (whether tensor-parallel ranks have parts, whether data-parallel ranks have parts) → numbers of gradients
+    data_group = None
     for parameter in parameters:
-        if parameter.grad is None:
+        gradient = parameter.grad
+        if gradient is None:
             continue
-        if parameter.grad.is_sparse:  # the norm is that of the sums of repeated rows
-            rows, values = sum_by_row(parameter.grad)
-            parameter.grad = torch.sparse_coo_tensor(rows[None], values, parameter.shape, check_invariants=False)
-        kind = replicated if group is None or shard_dim(parameter) is None else sharded
-        kind.append(numbers_of(parameter.grad))
-    norm = torch.nn.utils.get_total_norm(replicated)
+        if gradient.is_sparse:  # the norm is that of the sums of repeated rows
+            rows, values = sum_by_row(gradient)
+            gradient = torch.sparse_coo_tensor(rows[None], values, parameter.shape, check_invariants=False)
+            parameter.grad = gradient
+        if isinstance(gradient, DTensor):
+            data_group = gradient.device_mesh.get_group()
+        is_split = group is not None and shard_dim(parameter) is not None
+        kinds[is_split, isinstance(gradient, DTensor)].append(numbers_of(gradient))
+    norm = _norm(kinds[False, False], kinds[False, True], data_group)
     if group is not None:
-        square = torch.nn.utils.get_total_norm(sharded).square()
+        square = _norm(kinds[True, False], kinds[True, True], data_group).square()
         dist.all_reduce(square, group=group)
         norm = (square + norm.square()).sqrt()
-    torch._foreach_mul_([*sharded, *replicated], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_([one for kind in kinds.values() for one in kind], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
+def _norm(whole: list[Tensor], parts: list[Tensor], group: dist.ProcessGroup | None) -> Tensor:
+    """Of whole gradients, and of others of which each rank of ``group`` has a part."""
+    norm = torch.nn.utils.get_total_norm(whole)
+    if group is None or not parts:
+        return norm
+    square = torch.nn.utils.get_total_norm(parts).square()
+    dist.all_reduce(square, group=group)
+    return (norm.square() + square).sqrt()
+
+
 def numbers_of(gradient: Tensor) -> Tensor:
-    """The numbers of a gradient; of a sparse one, those of the rows that it has."""
-    return gradient._values() if gradient.is_sparse else gradient
+    """The numbers of a gradient that this rank has; of a sparse one, those of the rows that it has."""
+    return gradient._values() if gradient.is_sparse else local_part(gradient)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory: of a DTensor its shard, of any other tensor all."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def view_of(whole: DTensor, shard: Tensor | None = None) -> ShardedView:
+    """A tensor that is cut along its first dimension as ``whole``, of which this rank has ``shard``, or its own."""
+    ranks = whole.device_mesh.size()
+    begin = -(-whole.shape[0] // ranks) * whole.device_mesh.get_local_rank()
+    return ShardedView(whole.size(), [((begin, *[0] * (whole.ndim - 1)), whole.to_local() if shard is None else shard)])
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether all numbers are finite, as a bool scalar on the device, without a host wait.
+
+    The sum of all numbers is not finite if any of them is not. It takes one pass over each tensor and is many times
+    faster than isfinite.
+    """
+    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
+    return torch.stack(sums).sum().isfinite() if sums else torch.tensor(True)

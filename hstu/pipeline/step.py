@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +15,10 @@ from hstu.data.train_batch import TrainBatch
 from hstu.model.gr_model import GRModel, as_jagged
 from hstu.optim.loss_scale import LossScale
 from hstu.optim.optimizers import Optimizers
-from hstu.parallel.ddp import ReplicatedDense, all_finite, average_sparse_gradients, own_gradients_finite
+from hstu.parallel.ddp import average_sparse_gradients, gradient_sync, own_gradients_finite
 from hstu.parallel.group import gather_embeddings
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.shards import numbers_of
+from hstu.parallel.shards import all_finite, numbers_of
 from hstu.pipeline.finite import FiniteCheck
 
 log = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ class TrainStep:
         loss_weight = self.mesh.dp_size * (self.loss_scale.value if self.loss_scale else 1) / num_labels
         loss_sum = torch.zeros((), device=num_labels.device)
         for index, part in enumerate(batch.parts):
-            with self._gradient_sync(is_last=index == len(batch.parts) - 1):
+            with gradient_sync(self.model.dense, is_last=index == len(batch.parts) - 1):
                 output = self.model.dense([as_jagged(leaves[index], part)], part)
                 (output.loss_sum * loss_weight).backward()
             loss_sum += output.loss_sum.detach().float()
@@ -127,11 +126,6 @@ class TrainStep:
         dense_gradients = [numbers_of(weight.grad) for weight in weights if weight.grad is not None]
         torch._foreach_mul_([*row_gradients, *dense_gradients], 1.0 / scale)
         return True
-
-    def _gradient_sync(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """DDP averages gradients over ranks once per step, after they are summed over all micro-batches."""
-        dense = self.model.dense
-        return nullcontext() if is_last or not isinstance(dense, ReplicatedDense) else dense.no_sync()
 
 
 def pool_rows(rows: Mapping[str, Tensor], batch: TrainBatch, item_feature: str) -> dict[str, Tensor]:

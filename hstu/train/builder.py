@@ -48,6 +48,7 @@ from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.optim.schedule import Schedule
 from hstu.parallel.collectives import gather_objects, gather_rows, on_all_ranks, require_equal
 from hstu.parallel.ddp import replicate_dense, unwrap_dense
+from hstu.parallel.fsdp import shard_dense
 from hstu.parallel.mesh import Mesh, seed_dropout
 from hstu.parallel.tables import check_memory, shard, write_given_rows
 from hstu.parallel.tensor import split_encoder
@@ -221,7 +222,8 @@ def build_model(
         dims = {spec.name: spec.dim for spec in specs}
         write_given_rows(model, find_initial_rows(source.store, source.tables, dims, config.located), mesh)
     precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
-    model = replicate_dense(model, mesh, DTYPES[precision])
+    distribute = shard_dense if config.data_parallel.sharding == "weights" else replicate_dense
+    model = distribute(model, mesh, DTYPES[precision])
     shard_states = config.data_parallel.sharding == "optimizer"
     optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, config.located, shard_states)
     seed_dropout(mesh)

@@ -69,9 +69,10 @@ class Case(NamedTuple):
         return self.pipeline == "native"
 
     @property
-    def shards_states(self) -> bool:
-        """Whether data-parallel ranks share the states of the dense optimizers, with some of most settings."""
-        return self.balanced != (self.pipeline == "prefetch")
+    def dense_sharding(self) -> str:
+        """DataParallelArgs.sharding: each kind meets most other levels, though it is no factor of its own."""
+        kinds = ("none", "optimizer", "weights")
+        return kinds[(self.balanced + 2 * (self.pipeline == "prefetch") + (self.task == "retrieval")) % 3]
 
     @property
     def is_refused(self) -> bool:
@@ -155,7 +156,7 @@ def options(case: Case, clips: bool) -> RunOptions:
             f"ContextParallelArgs.context_parallel_size = {case.cp}",
             f"NetworkArgs.sequence_parallel = {case.by_tokens}",
             f"TrainerArgs.enable_balanced_shuffler = {case.balanced}",
-            f"DataParallelArgs.sharding = {'optimizer' if case.shards_states else 'none'!r}",
+            f"DataParallelArgs.sharding = {case.dense_sharding!r}",
             f"TrainerArgs.max_grad_norm = {0.5 if clips else 0.0}",
             # Of the two encodings one is added to tokens, the other to what heads compute.
             f"NetworkArgs.position_encoding = {'absolute' if case.task == 'ranking' else 'relative_bias'!r}",

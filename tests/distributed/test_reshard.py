@@ -25,8 +25,8 @@ from tests.distributed.tensor_cases import (
 
 HOPS = [(1, 1), (2, 1), (4, 2), (3, 1), (1, 1)]
 """(ranks, ranks of a tensor-parallel group)."""
-STATES = ("none", "optimizer", "optimizer", "none", "none")
-"""What data-parallel ranks share at each hop."""
+DENSE = ("none", "optimizer", "weights", "none", "none")
+"""DataParallelArgs.sharding at each hop."""
 BATCH = 12  # a multiple of all numbers of ranks
 SAMPLES = {"ranking": 23, "retrieval": 33}
 BEFORE = {"ranking": 3, "retrieval": 2}  # steps until the checkpoint, which lies in the middle of an epoch
@@ -59,8 +59,8 @@ def options_at(hop: int, case: dict[str, Any]) -> dict[str, Any]:
     """The options of a case at a hop."""
     per_rank = f"TrainerArgs.train_batch_size = {BATCH // HOPS[hop][0]}"
     kept = {name: value for name, value in case.items() if name != "moves"}
-    states = f"DataParallelArgs.sharding = {STATES[hop]!r}"
-    bindings, moves = [*PADDED, *case.get("bindings", []), per_rank, states], case.get("moves", [ROWS] * len(HOPS))
+    dense = f"DataParallelArgs.sharding = {DENSE[hop]!r}"
+    bindings, moves = [*PADDED, *case.get("bindings", []), per_rank, dense], case.get("moves", [ROWS] * len(HOPS))
     return {**kept, "before": BEFORE[case.get("task", "ranking")], "bindings": bindings, **moves[hop]}
 
 

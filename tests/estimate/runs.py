@@ -135,5 +135,6 @@ CASES: dict[str, dict[str, Any]] = {
     "states sharded": _case(
         [TWO, FOUR], "DataParallelArgs.sharding = 'optimizer'", "OptimizerArgs.ema_decay = 0.9", task="retrieval"
     ),
+    "weights sharded": _case([TWO, FOUR], "DataParallelArgs.sharding = 'weights'"),
     "momentum": _case([ONE], "OptimizerArgs.optimizer_str = 'sgd'", "OptimizerArgs.momentum = 0.9"),
 }

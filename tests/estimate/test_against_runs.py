@@ -23,6 +23,7 @@ from hstu.model.gr_model import GRModel, as_jagged
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.group import gather_embeddings, to_train_batch
 from hstu.parallel.mesh import Mesh, seed_initial_weights
+from hstu.parallel.shards import local_part, numbers_of
 from hstu.parallel.tables import sharded_weights
 from hstu.train.builder import build_model, build_pipeline
 from hstu.train.sources import open_source
@@ -62,8 +63,10 @@ def test_what_stays_is_known_to_the_byte(name: str, launch: Sizes) -> None:
     dense = sum(workload.dense_parameters.values())
     rows, states = memory.table_bytes(workload, memory.plan_tables(workload))
     for rank in ranks:
-        assert rank["gradients"] == 4 * dense
-        assert rank["weights"] == 4 * (dense + workload.replicated_elements)
+        held = 4 * sum(memory.held_weights(workload).values())
+        is_sharded = workload.dense_sharding == "weights"
+        assert rank["gradients"] == (held if is_sharded else 4 * dense)
+        assert rank["weights"] == (held if is_sharded else 4 * dense) + 4 * workload.replicated_elements
     assert max(rank["states"] for rank in ranks) == memory.dense_state_bytes(workload)
     assert max((rank["tables"], rank["table states"]) for rank in ranks) == (rows, states)
 
@@ -102,7 +105,7 @@ def count(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
     tables = [shard.tensor for weight in sharded_weights(model).values() for shard in weight.local_shards()]
     pipeline, batches = build_pipeline(config.trainer, model, optimizers, mesh), source.train_batches(SamplerPosition())
     result = {
-        "weights": sum(p.nbytes for p in model.dense.parameters()),
+        "weights": sum(local_part(p.detach()).nbytes for p in model.dense.parameters()),
         "states": sum(map(held_bytes, (*dense_states.values(), *replicated_states.values()))),
         "tables": sum(t.nbytes for t in tables),
         "table states": sum(shard.tensor.nbytes for state in table_states.values() for shard in state.local_shards()),
@@ -111,13 +114,14 @@ def count(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
     result["activations"] = kept_for_backward(model, to_train_batch(first, model.roles, mesh), mesh)
     pipeline.progress(batches)  # DDP settles its buckets after the first step
     result["exchanged"] = exchanged(lambda: pipeline.progress(batches))
-    result["gradients"] = sum(p.grad.nbytes for p in unwrap_dense(model).task.parameters() if p.grad is not None)
+    gradients = [p.grad for p in unwrap_dense(model).task.parameters() if p.grad is not None]
+    result["gradients"] = sum(numbers_of(gradient).nbytes for gradient in gradients)
     return result
 
 
 def kept_for_backward(model: GRModel, batch: TrainBatch, mesh: Mesh) -> int:
     """Bytes of the storages that autograd keeps, beyond parameters and the batch itself."""
-    not_counted = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    not_counted = {local_part(p.detach()).untyped_storage().data_ptr() for p in model.parameters()}
     for one in (batch.own, *batch.parts):
         tensors = [one.features.values(), one.features.lengths(), one.labels, one.num_labels, one.draws]
         not_counted |= {t.untyped_storage().data_ptr() for t in tensors if t is not None}
@@ -133,6 +137,8 @@ def kept_for_backward(model: GRModel, batch: TrainBatch, mesh: Mesh) -> int:
             rows = gather_embeddings(rows, batch.group, mesh.tp_cp_group)
         (whole,) = batch.parts
         output = model.dense([as_jagged(rows, whole)], whole)
+    # Those that are gathered now.
+    not_counted |= {local_part(p.detach()).untyped_storage().data_ptr() for p in model.parameters()}
     output.loss_sum.backward()  # the ranks' collectives of backward
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in not_counted)
 

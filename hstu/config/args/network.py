@@ -165,11 +165,12 @@ class TensorModelParallelArgs(Args):
 class DataParallelArgs(Args):
     """Data parallelism of the dense part."""
 
-    sharding: str = option("none", choices=("none", "optimizer"))
+    sharding: str = option("none", choices=("none", "optimizer", "weights"))
     """What each data-parallel rank holds only a part of. none: nothing, every rank has the whole dense part.
     optimizer: the states of its optimizers and the moving average of its weights (OptimizerArgs.ema_decay). Each rank
-    updates an equal part of the weights, and the ranks gather the parts after every step (ZeRO stage 1). The weights
-    are the same with both, and so are the checkpoints: a run can go on with the other one."""
+    updates an equal part of the weights, and the ranks gather the parts after every step (ZeRO stage 1). weights: also
+    the weights and their gradients. Each layer is gathered when it computes, in forward and again in backward (FSDP).
+    All train the same weights, and checkpoints do not depend on it: a run can go on with another one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,6 +136,8 @@ _RETRIEVAL = {
     "the time of the request": ('DatasetArgs.query_time = "last_event"',),
     "learned positions": ('NetworkArgs.position_encoding = "relative_bias"',),
 }
+_ONLY_ML_1M = "learned positions", "random windows"
+"""Parts that the recipe of ML-100K does not have."""
 _RETRIEVAL_PEERS = tuple(
     Row(
         name=name,
@@ -276,7 +278,8 @@ TABLES: Mapping[str, Table] = {
     "ml_100k_retrieval": _retrieval(
         "Next film, MovieLens-100K", "ml-100k", "configs/ml_100k_retrieval.gin",
         (
-            *without_each({part: undo for part, undo in _RETRIEVAL.items() if part != "learned positions"}),
+            *without_each({part: undo for part, undo in _RETRIEVAL.items() if part not in _ONLY_ML_1M}),
+            Row(name="with random windows", bindings=("DatasetArgs.random_windows = True",)),
             Row(name="all, trained on validation items, too", epochs_of="all"),
             *_RETRIEVAL_PEERS,
         ), epochs=24,

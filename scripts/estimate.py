@@ -5,6 +5,9 @@
 No GPU is needed. The time on a GPU is a roofline: published peaks times assumed efficiencies. ``--set`` changes any
 number: --set network_gb_s=25 --set attention_efficiency=0.5. For the CPU (``--device cpu``, the default) the operators
 of the run are timed on this machine for some seconds. docs/distributed.md explains the formulas.
+
+--fit tries what may be split, sharded and recomputed, and into how many micro-batches a rank divides its batch. All
+plans train the same global batches. It needs a --device other than the CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -52,12 +56,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=DEVICES, default="cpu")
     add("--set", dest="settings", action="append", default=[], metavar="NAME=NUMBER", help="a number of the machine")
     add("--task", choices=("ranking", "retrieval"), help="task of the run, if the file does not show it")
+    add("--fit", action="store_true", help="search for the fastest plan within the memory, and print its gin lines")
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     for name in ("world_size", "tp", "cp", "ranks_per_host"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if options.fit and (options.device == "cpu" or options.json):
+        raise ConfigError("--fit compares plans on a GPU, and prints text: give --device h100, and no --json")
     if options.ranks_per_host is None:
         options.ranks_per_host = options.world_size if options.device == "cpu" else min(8, options.world_size)
     if options.world_size % options.ranks_per_host:
@@ -92,21 +99,30 @@ def run(options: argparse.Namespace) -> str:
 
     import torch
 
-    from hstu.estimate import machine
+    from hstu.estimate import fit, machine
     from hstu.estimate.estimate import as_json, as_text, estimate
     from hstu.estimate.plan import plan_workload
     from hstu.observe.logging import quiet_libraries
 
     quiet_libraries()
     on_cpu = options.device == "cpu"
+    if options.fit:
+        gpu = machine.gpu(options.device, getattr(torch, config.network.dtype_str))
+        gpu = machine.with_settings(gpu, _settings(options))
+        tell = partial(print, file=sys.stderr, flush=True)
+        return fit.as_text(fit.search(config, options.world_size, options.ranks_per_host, gpu, tell), config)
     workload = plan_workload(config, options.world_size, options.ranks_per_host, "cpu" if on_cpu else "cuda")
     dtype = getattr(torch, config.network.dtype_str)
     with machine.this_cpu(workload) if on_cpu else nullcontext(machine.gpu(options.device, dtype)) as device:
-        device = machine.with_settings(device, dict(text.partition("=")[::2] for text in options.settings))
+        device = machine.with_settings(device, _settings(options))
         found = estimate(workload, device, machine.batch_seconds(workload) if on_cpu else 0.0)
     if options.json:
         return json.dumps(as_json(found, workload), indent=1)
     return as_text(found, workload, device)
+
+
+def _settings(options: argparse.Namespace) -> dict[str, str]:
+    return dict(text.partition("=")[::2] for text in options.settings)
 
 
 @tool

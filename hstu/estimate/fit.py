@@ -1,0 +1,154 @@
+"""The fastest way to train a run within the memory of its ranks: what is split, sharded and recomputed.
+
+All plans train the same global batches, so they give the losses of the file (but for rounding and dropout). A plan says
+how many ranks share the heads (tensor parallelism) and the tokens (context parallelism), which dense states are
+sharded, what backward recomputes, and into how many micro-batches a rank divides its sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from hstu.config.errors import ConfigError
+from hstu.config.rules import validate
+from hstu.config.run_config import RunConfig
+from hstu.estimate.estimate import Estimate, estimate
+from hstu.estimate.machine import Machine
+from hstu.estimate.plan import plan_workload
+from hstu.estimate.workload import Workload
+
+USED = 0.9
+"""Share of the memory that a plan may use: the rest is for CUDA's context, NCCL's buffers and fragmentation."""
+SHARDING = ("none", "optimizer", "weights")
+NORM, SILU, LAYER = "recompute_input_layernorm", "recompute_input_silu", "recompute_layer"
+RECOMPUTED: tuple[tuple[str, ...], ...] = ((), (NORM,), (SILU,), (NORM, SILU), (LAYER,))
+SEARCHED = (
+    ("tensor_parallel", "tensor_model_parallel_size"),
+    ("context_parallel", "context_parallel_size"),
+    ("network", "sequence_parallel"),
+    ("data_parallel", "sharding"),
+    *(("network", name) for name in (NORM, SILU, LAYER)),
+    ("trainer", "train_batch_size"),
+    ("trainer", "gradient_accumulation_steps"),
+)
+"""What plans differ in: field of RunConfig, parameter."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to train, and its estimate."""
+
+    config: RunConfig
+    found: Estimate
+
+    @property
+    def fits(self) -> bool:
+        """Whether its memory is at most ``USED`` of that of a rank."""
+        return self.found.memory_total <= USED * self.found.memory_limit
+
+    def bindings(self, file: RunConfig) -> list[str]:
+        """The gin bindings that make this plan of another configuration; none if it is the same."""
+        pairs = [(getattr(self.config, part), getattr(file, part), name) for part, name in SEARCHED]
+        return [
+            f"{type(own).__name__}.{name} = {getattr(own, name)!r}"
+            for own, other, name in pairs
+            if getattr(own, name) != getattr(other, name)
+        ]
+
+
+def search(
+    config: RunConfig,
+    world_size: int,
+    ranks_per_host: int,
+    machine: Machine,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Plan]:
+    """All plans, each with as few micro-batches as fit: the fastest first, then the smallest of those that do not fit.
+
+    ``progress`` is called with a line for each pair of group sizes.
+    """
+    plans = []
+    for tp, cp in _groups(config, world_size, ranks_per_host):
+        progress(f"tensor parallel {tp}, context parallel {cp}")
+        planned: Workload | None = None
+        for by_tokens, sharding, recomputed in product((False, True), SHARDING, RECOMPUTED):
+            changed = _changed(config, tp, cp, by_tokens, sharding, recomputed)
+            if (by_tokens and tp == 1) or not _is_valid(changed, world_size):
+                continue
+            # Lengths and tables depend on the size of the groups alone.
+            planned = planned or plan_workload(changed, world_size, ranks_per_host, "cuda")
+            plans.append(_with_fewest_micro_batches(replace(planned, config=changed), machine))
+    fitting = sorted((plan for plan in plans if plan.fits), key=lambda plan: plan.found.step_s)
+    return fitting + sorted((plan for plan in plans if not plan.fits), key=lambda plan: plan.found.memory_total)
+
+
+def _groups(config: RunConfig, world_size: int, ranks_per_host: int) -> Iterator[tuple[int, int]]:
+    """Sizes of tensor- and context-parallel groups within a host that divide the heads and the ranks."""
+    heads = config.network.num_attention_heads
+    for tp, cp in product(range(1, min(heads, ranks_per_host) + 1), repeat=2):
+        size = tp * cp
+        if not (heads % size or world_size % size or ranks_per_host % size):
+            yield tp, cp
+
+
+def _changed(
+    config: RunConfig, tp: int, cp: int, by_tokens: bool, sharding: str, recomputed: Sequence[str]
+) -> RunConfig:
+    recompute: dict[str, Any] = {name: name in recomputed for name in (NORM, SILU, LAYER)}
+    return replace(
+        config,
+        network=replace(config.network, sequence_parallel=by_tokens, **recompute),
+        tensor_parallel=replace(config.tensor_parallel, tensor_model_parallel_size=tp),
+        context_parallel=replace(config.context_parallel, context_parallel_size=cp),
+        data_parallel=replace(config.data_parallel, sharding=sharding),
+    )
+
+
+def _is_valid(config: RunConfig, world_size: int) -> bool:
+    """Whether no option contradicts another one, or has no effect beside it."""
+    try:
+        return not validate(config, world_size)
+    except ConfigError:
+        return False
+
+
+def _with_fewest_micro_batches(workload: Workload, machine: Machine) -> Plan:
+    """The plan with the fewest micro-batches that fits, or the one with the most."""
+    config, trainer = workload.config, workload.config.trainer
+    sequences = trainer.sequences_per_iteration
+    if trainer.tokens_per_rank is not None:  # cannot be divided
+        return Plan(config, estimate(workload, machine))
+    for count in (count for count in range(1, sequences + 1) if sequences % count == 0):
+        divided = replace(trainer, train_batch_size=sequences // count, gradient_accumulation_steps=count)
+        changed = replace(config, trainer=divided)
+        plan = Plan(changed, estimate(replace(workload, config=changed), machine))
+        if plan.fits:
+            break
+    return plan
+
+
+def as_text(plans: Sequence[Plan], file: RunConfig) -> str:
+    """The plans than which no other is both faster and smaller, as a table, then the gin lines of the fastest."""
+    best = plans[0]
+    limit = USED * best.found.memory_limit / 1e9
+    lines = [
+        f"within {limit:.1f} GB, {USED:.0%} of a rank's memory; all plans train the global batches of the file",
+        "",
+    ]
+    lines.append(f"{'tokens/s':>12} {'step':>10} {'memory':>10}  differs from the file in")
+    smallest = float("inf")
+    for plan in plans if best.fits else [best]:
+        found = plan.found
+        if found.memory_total >= smallest:
+            continue
+        smallest = found.memory_total
+        differs = ", ".join(line.partition(".")[2].replace(" = ", "=") for line in plan.bindings(file)) or "nothing"
+        size = f"{found.memory_total / 1e9:.1f} GB"
+        lines.append(f"{found.tokens / found.step_s:>12,.0f} {1e3 * found.step_s:>7.1f} ms {size:>10}  {differs}")
+    if not best.fits:
+        remedy = "no plan fits, and this one is the smallest: use more ranks, shorter sequences, or a smaller model"
+        return "\n".join([*lines, "", remedy])
+    return "\n".join([*lines, "", "# the fastest:", *(best.bindings(file) or ["# the file as it is"])])

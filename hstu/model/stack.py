@@ -5,7 +5,7 @@ Source: HSTU, arXiv 2402.17152, sec. 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -146,23 +146,24 @@ class SequenceEncoder(nn.Module):
             x, layout = self.inputs(embeddings, batch)
             if self.network.bfloat16_residual:
                 x = x.bfloat16()
-            layers, whole = list(self.layers), self.network.whole_layers
-            x = self._run(layers[:whole], x, layout)
-            if layers[whole:]:
-                assert self.network.truncate_to_items is not None
-                shorter, tokens = truncate_history(layout, self.network.truncate_to_items)
-                newest = self._run(layers[whole:], x.index_select(0, tokens), shorter)
-                x = x.index_copy(0, tokens, newest)
+            for layers, tokens, part in self._stages(layout):
+                own, split = self.comm.split_tokens(x if tokens is None else x.index_select(0, tokens), part)
+                update: Tensor | None = None
+                for layer in layers:
+                    own, update = layer(own, split, update)
+                assert update is not None  # there is a layer
+                joined = self.comm.join_tokens(own + update, part.num_tokens)
+                x = joined if tokens is None else x.index_copy(0, tokens, joined)
             return x.float(), layout
 
-    def _run(self, layers: Sequence[nn.Module], x: Tensor, layout: JaggedLayout) -> Tensor:
-        """Tokens [T, D] after these layers."""
-        own, padded_layout = self.comm.split_tokens(x, layout)
-        update: Tensor | None = None
-        for layer in layers:
-            own, update = layer(own, padded_layout, update)
-        assert update is not None  # there is a layer
-        return self.comm.join_tokens(own + update, len(x))
+    def _stages(self, layout: JaggedLayout) -> Iterator[tuple[Sequence[nn.Module], Tensor | None, JaggedLayout]]:
+        """Some layers, the tokens on which they compute (None: all), and the layout of these; all layers in order."""
+        layers, whole = list(self.layers), self.network.whole_layers
+        yield layers[:whole], None, layout
+        if layers[whole:]:
+            assert self.network.truncate_to_items is not None
+            shorter, tokens = truncate_history(layout, self.network.truncate_to_items)
+            yield layers[whole:], tokens, shorter
 
     @property
     def layers(self) -> nn.ModuleList:

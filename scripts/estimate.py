@@ -105,14 +105,13 @@ def run(options: argparse.Namespace) -> str:
     from hstu.observe.logging import quiet_libraries
 
     quiet_libraries()
-    on_cpu = options.device == "cpu"
+    on_cpu, dtype = options.device == "cpu", getattr(torch, config.network.dtype_str)
     if options.fit:
-        gpu = machine.gpu(options.device, getattr(torch, config.network.dtype_str))
+        gpu = machine.gpu(options.device, dtype)
         gpu = machine.with_settings(gpu, _settings(options))
         tell = partial(print, file=sys.stderr, flush=True)
         return fit.as_text(fit.search(config, options.world_size, options.ranks_per_host, gpu, tell), config)
     workload = plan_workload(config, options.world_size, options.ranks_per_host, "cpu" if on_cpu else "cuda")
-    dtype = getattr(torch, config.network.dtype_str)
     with machine.this_cpu(workload) if on_cpu else nullcontext(machine.gpu(options.device, dtype)) as device:
         device = machine.with_settings(device, _settings(options))
         found = estimate(workload, device, machine.batch_seconds(workload) if on_cpu else 0.0)

@@ -63,8 +63,11 @@ class Snapshot:
         tensors = state.tensors()
         if copies is not None:
             _copy_to_host(tensors, copies, mesh.device)
-        ranks = {"world_size": mesh.world_size, "tensor_parallel_size": mesh.tp_size}
-        ranks |= {"context_parallel_size": mesh.cp_size}
+        ranks = {
+            "world_size": mesh.world_size,
+            "tensor_parallel_size": mesh.tp_size,
+            "context_parallel_size": mesh.cp_size,
+        }
         return cls(
             iteration=state.iteration,
             tensors=tensors,

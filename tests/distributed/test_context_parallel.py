@@ -19,10 +19,9 @@ from hstu.parallel.mesh import Mesh
 from tests.distributed.launch import Launch, free_port, run_ranks, started_mesh
 from tests.ops.backends import kernels_of
 from tests.ops.strategies import Batch, batches
+from tests.ops.test_layer import CUT
 
 HIDDEN, HEADS, WIDTH, LONGEST = 6, 4, 3, 40
-CUT = LayerWeights(None, None, 0, 0, None, None, 0, 0, 1)  # type: ignore[arg-type]
-"""The dimension along which tensor-parallel ranks' weights are cut."""
 
 
 class Grid(NamedTuple):

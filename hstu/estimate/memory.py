@@ -239,14 +239,14 @@ def backward_bytes(workload: Workload, tokens: int) -> int:
     Alive are float32 copies of q, k, v and of the output's gradient, and the gradients of q, k and v; the gradients of
     the attention's output, of U, V, Q and K and of the residual, with its copy in the compute type; and SiLU of the
     projection, if it is recomputed. The attention's output and the dropout mask are already freed. With context
-    parallelism q, k, v, their gradients and that of the attention's output are there by heads, too.
+    parallelism the gradients of q, k and v are there by heads, too, and u is freed.
     """
     network, c, tokens = workload.config.network, workload.element_size, -(-tokens // workload.cp_size)
     residual = workload.residual_size + (c if c != workload.residual_size else 0)
     inner = network.num_attention_heads * network.kv_channels // workload.tp_size
     recomputed = 4 * c * inner if network.recompute_input_silu and not network.recompute_layer else 0
     freed = c * inner + (inner if network.hidden_dropout > 0 else 0)
-    by_heads = 7 * c * inner if workload.cp_size > 1 else 0
+    by_heads = 2 * c * inner if workload.cp_size > 1 else 0
     per_token = residual * network.hidden_size + 7 * FLOAT32 * inner + 5 * c * inner + recomputed - freed + by_heads
     return tokens * per_token
 

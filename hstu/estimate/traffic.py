@@ -117,7 +117,8 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
     heads = tokens * network.num_attention_heads * network.kv_channels // tp * c
     context = partial(Transfer, kind="all_to_all", group="context", ranks=workload.cp_size)
     yield context("q, k, v by heads", calls=layers * passes, payload=3 * heads * passes)
-    yield context("q, k, v by heads, again", calls=layers, payload=3 * heads, behind="weights")
+    if network.recompute_input_silu and not network.recompute_layer:
+        yield context("q, k, v by heads, again", calls=layers, payload=3 * heads, behind="weights")
     yield context("what attention gives, by tokens", calls=layers * passes, payload=heads * passes)
     yield context("gradients of both", calls=2 * layers, payload=4 * heads)
     whole, part = width * c, -(-width // tp) * c

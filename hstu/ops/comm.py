@@ -54,9 +54,9 @@ class LayerComm:
         """
         return lambda: own
 
-    def heads_to_tokens(self, own: Tensor) -> Pending:
-        """Begin the inverse of :meth:`tokens_to_heads`."""
-        return lambda: own
+    def heads_to_tokens(self, own: Tensor, out: Tensor | None = None) -> Pending:
+        """Begin the inverse of :meth:`tokens_to_heads`. out: where the result is written, with any strides."""
+        return lambda: own if out is None else out.copy_(own)
 
     def split_tokens(self, x: Tensor, layout: JaggedLayout) -> tuple[Tensor, JaggedLayout]:
         """The rows of this rank's tokens, from rows [T, D] that all ranks have, and the layout of the split tokens.

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu.config.args import NetworkArgs
-from hstu.ops.comm import LayerComm
+from hstu.ops.comm import LayerComm, Pending
 from hstu.ops.costs import FLOAT32
 from hstu.ops.functional import relative_bias
 from hstu.ops.kernels import AttentionConfig, GateConfig, Kernels, Preactivation
@@ -88,8 +88,10 @@ class SavedActivations:
     """This rank's tokens, [T, D]."""
     projected: Tensor
     """[T, H · 4 · d]."""
-    activated: Tensor | None
-    """SiLU(projected), [T, H · 4 · d]."""
+    u: Tensor | None
+    """[T, H, d]. u and vqk are views of SiLU(projected), unless context parallelism exchanges v, q and k."""
+    vqk: Tensor | None
+    """What attention reads, [T, H, 3, d]: with context parallelism some heads of all tokens, as many numbers."""
     attended: Tensor
     """[T, H, d]."""
     output_statistics: Tensor
@@ -118,7 +120,8 @@ def saved_bytes(network: NetworkArgs, tokens: int, tp_size: int, element_size: i
         "input_statistics": 2 * FLOAT32 * own_tokens,
         "normalized": 0 if network.recompute_input_layernorm else own_tokens * element_size * width,
         "projected": tokens * element_size * 4 * inner,
-        "activated": 0 if network.recompute_input_silu else tokens * element_size * 4 * inner,
+        "u": 0 if network.recompute_input_silu else tokens * element_size * inner,
+        "vqk": 0 if network.recompute_input_silu else tokens * element_size * 3 * inner,
         "attended": tokens * element_size * inner,
         "output_statistics": 2 * FLOAT32 * tokens,
         "dropout_mask": tokens * inner if network.hidden_dropout > 0 else 0,
@@ -170,7 +173,7 @@ class HSTULayerFunction(torch.autograd.Function):
             if config.recompute_normalized:
                 saved.normalized = None
             if config.recompute_activated:
-                saved.activated = None
+                saved.u = saved.vqk = None
             ctx.save_for_backward(x, *weights, *(() if config.recompute_all else vars(saved).values()))
             return x, config.comm.reduce_tokens(matmul(gated, layer.weights.out_weight.to(dtype).t()))()
 
@@ -224,17 +227,25 @@ class _Computation:
         all_tokens = config.comm.all_gather_tokens(normalized)()
         uvqk, shift = weights.uvqk_weight.to(self.dtype), weights.uvqk_bias.to(self.dtype)
         projected, activated = kernels.project_uvqk.forward(all_tokens, uvqk, shift)
-        u, vqk = split_gate(activated, config.head_dim)
-        v, q, k = config.comm.tokens_to_heads(vqk)().unbind(2)
+        u, exchanged_vqk = self._exchange(activated)
+        vqk = exchanged_vqk()
+        del activated, exchanged_vqk  # with context parallelism nothing else keeps their memory
+        v, q, k = vqk.unbind(2)
         attended = kernels.attention.forward(q, k, v, self.layout, config.attention, self.bias)
         attended = config.comm.heads_to_tokens(attended)()
         gated, output_statistics, dropout_mask = kernels.norm_mul_dropout.forward(
             attended, u, weights.output_norm_weight, weights.output_norm_bias, self.gate
         )
         saved = SavedActivations(
-            input_statistics, normalized, projected, activated, attended, output_statistics, dropout_mask
+            input_statistics, normalized, projected, u, vqk, attended, output_statistics, dropout_mask
         )
         return x, saved, gated
+
+    def _exchange(self, activated: Tensor) -> tuple[Tensor, Pending]:
+        """u of this rank's tokens; and v, q and k for its attention, of which the exchange begins."""
+        u, vqk = split_gate(activated, self.config.head_dim)
+        exchanged = self.config.comm.tokens_to_heads(vqk)
+        return (u.contiguous() if self.config.comm.cp_size > 1 else u), exchanged
 
     def backward(
         self, grad: Tensor, grad_update: Tensor, x: Tensor, saved: SavedActivations, update_dtype: torch.dtype | None
@@ -270,11 +281,11 @@ class _Computation:
         the tokens, no other pass over that tensor is needed.
         """
         config, kernels, comm, shift = self.config, self.config.kernels, self.config.comm, self.weights.uvqk_bias
-        activated = kernels.project_uvqk.activate(saved.projected) if saved.activated is None else saved.activated
-        del saved.activated
-        u, own_vqk = split_gate(activated, config.head_dim)
-        exchanged_vqk = comm.tokens_to_heads(own_vqk)
-        gradient = torch.empty_like(activated)
+        u, vqk, exchanged_vqk = saved.u, saved.vqk, None
+        if u is None:  # the exchange runs beside the products of the gate
+            u, exchanged_vqk = self._exchange(kernels.project_uvqk.activate(saved.projected))
+        del saved.u, saved.vqk
+        gradient = torch.empty_like(saved.projected)
         grad_shift = torch.empty(len(shift), dtype=torch.promote_types(self.dtype, torch.float32), device=shift.device)
         grad_u, grad_own_vqk = split_gate(gradient, config.head_dim)
         differentiates_silu = (
@@ -286,15 +297,18 @@ class _Computation:
         if differentiates_silu:
             u_before, qkv_before = _before_silu(saved.projected, grad_shift, config.head_dim)
         grad_attended = comm.tokens_to_heads(self._backward_through_gate(grad, saved, u, grad_u, u_before, grads))()
-        vqk = exchanged_vqk()
-        del activated, u, own_vqk, exchanged_vqk  # with context parallelism nothing else keeps their memory
+        if exchanged_vqk is not None:
+            vqk = exchanged_vqk()
+        assert vqk is not None
+        del u, exchanged_vqk  # with context parallelism nothing else keeps their memory, nor that of v, q and k below
         grad_vqk = torch.empty_like(vqk) if comm.cp_size > 1 else grad_own_vqk
         (v, q, k), (grad_v, grad_q, grad_k) = vqk.unbind(2), grad_vqk.unbind(2)
         grad_bias = kernels.attention.backward(
             grad_attended, q, k, v, self.layout, config.attention, self.bias, (grad_q, grad_k, grad_v), qkv_before
         )
+        del v, q, k, vqk, grad_attended
         if comm.cp_size > 1:
-            grad_own_vqk.copy_(comm.heads_to_tokens(grad_vqk)())
+            comm.heads_to_tokens(grad_vqk, out=grad_own_vqk)()
         if grad_bias is not None:
             grads["position_weight"] = comm.all_reduce_over_heads(grad_bias.position_weight)
             grads["time_weight"] = comm.all_reduce_over_heads(grad_bias.time_weight)

@@ -65,12 +65,20 @@ class ProcessGroupComm(LayerComm):
         exchanged = self._exchange(by_rank)
         return lambda: exchanged().flatten(0, 1)
 
-    def heads_to_tokens(self, own: Tensor) -> Pending:
+    def heads_to_tokens(self, own: Tensor, out: Tensor | None = None) -> Pending:
         """See :class:`LayerComm`."""
         if self.cp_size == 1:
-            return super().heads_to_tokens(own)
+            return super().heads_to_tokens(own, out)
         exchanged = self._exchange(own.unflatten(0, (self.cp_size, -1)))
-        return lambda: exchanged().transpose(0, 1).flatten(1, 2)
+        shape = len(own) // self.cp_size, own.shape[1] * self.cp_size, *own.shape[2:]
+
+        def result() -> Tensor:
+            by_rank = exchanged()
+            by_token = by_rank.new_empty(shape) if out is None else out
+            by_token.unflatten(1, (self.cp_size, -1)).copy_(by_rank.transpose(0, 1))
+            return by_token
+
+        return result
 
     def _exchange(self, by_rank: Tensor) -> Pending:
         """Begin to send ``by_rank[r]`` to rank r of the context-parallel group; returns what each rank has sent."""

@@ -52,11 +52,10 @@ class RankThread(LayerComm):
         heads = self.all_gather(own).flatten(0, 1).chunk(self.cp_size, 1)[self.rank]
         return lambda: heads
 
-    def heads_to_tokens(self, own: Tensor) -> Pending:
-        if self.cp_size == 1:
-            return lambda: own
-        tokens = torch.cat([*self.all_gather(own)], 1).chunk(self.cp_size)[self.rank]
-        return lambda: tokens
+    def heads_to_tokens(self, own: Tensor, out: Tensor | None = None) -> Pending:
+        if self.cp_size > 1:
+            own = torch.cat([*self.all_gather(own)], 1).chunk(self.cp_size)[self.rank]
+        return super().heads_to_tokens(own, out)
 
     def all_reduce_over_heads(self, gradient: Tensor) -> Tensor:
         if self.tp_size == 1:

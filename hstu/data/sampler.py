@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
@@ -113,10 +113,6 @@ class TrainSampler:
     def _token_budget(self) -> int | None:
         return None if self.partition is None else self.partition.tokens_per_rank
 
-    def for_rank(self, rank: int) -> TrainSampler:
-        """The same global batches, with the plans of another rank."""
-        return replace(self, rank=rank)
-
     @cached_property
     def batches_per_epoch(self) -> int:
         """Global batches per epoch. With a token budget, those of the first epoch; other epochs differ by a few."""
@@ -126,13 +122,26 @@ class TrainSampler:
 
     def __iter__(self) -> Iterator[BatchPlan]:
         """Yields this rank's plans without end."""
+        for epoch, order, bounds in self._epochs():
+            start, stop = int(bounds[0]), int(bounds[-1])
+            ordinals = start + np.flatnonzero(self._ranks(order, bounds) == self.rank)
+            yield BatchPlan(order[ordinals], ordinals, epoch, start, SamplerPosition(epoch, stop))
+
+    def global_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (rows of the sample table, the rank of each) of the global batches without end; int64 [n] both.
+
+        These are the samples of the plans of all ranks, in the order of the epoch.
+        """
+        for _, order, bounds in self._epochs():
+            yield order[bounds[0] : bounds[-1]], self._ranks(order, bounds)
+
+    def _epochs(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(epoch, its order, bounds of the ranks' slices) of the global batches without end."""
         epoch, consumed = self.position.epoch, self.position.consumed
         while True:
             order = self._order(epoch)
             for bounds in self._global_batches(order, consumed):
-                start, stop = int(bounds[0]), int(bounds[-1])
-                ordinals = self._own_ordinals(order, bounds)
-                yield BatchPlan(order[ordinals], ordinals, epoch, start, SamplerPosition(epoch, stop))
+                yield epoch, order, bounds
             epoch, consumed = epoch + 1, 0
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -152,14 +161,13 @@ class TrainSampler:
             yield bounds
             begin = int(bounds[-1])
 
-    def _own_ordinals(self, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-        """This rank's ordinals of a global batch, ascending; int64."""
+    def _ranks(self, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+        """The rank of each sample of a global batch, in the order of the epoch; int64 [n]."""
         if self.partition is None or not self.partition.balance or self.world_size == 1:
-            return np.arange(bounds[self.rank], bounds[self.rank + 1], dtype=np.int64)
+            return np.repeat(np.arange(self.world_size), np.diff(bounds))
         chosen, loads = order[bounds[0] : bounds[-1]], self.partition.loads
         chosen_loads = Loads(loads.tokens[chosen], loads.costs[chosen])
-        ranks = rebalance(np.diff(bounds), chosen_loads, self.batch_size, self._token_budget)
-        return bounds[0] + np.flatnonzero(ranks == self.rank)
+        return rebalance(np.diff(bounds), chosen_loads, self.batch_size, self._token_budget)
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from hstu.estimate.machine import Machine
 from hstu.estimate.memory import TableShards, beside_tables, memory, plan_tables
 from hstu.estimate.operators import operators
 from hstu.estimate.traffic import Transfer, transfers
-from hstu.estimate.workload import Workload
+from hstu.estimate.workload import Batch, Workload
 from hstu.parallel.table_plan import UNLIMITED, TableRoom, TablesDoNotFit
 
 
@@ -60,16 +60,21 @@ class Estimate:
 
 def estimate(workload: Workload, machine: Machine, batch_s: float = 0.0) -> Estimate:
     """The estimate for ``machine``. batch_s: seconds in which the host makes a batch."""
-    plan, batches = _plan_for(machine, workload), workload.batches
+    plan, batches = plan_for(machine, workload), workload.batches
     exchanged = transfers(workload, workload.typical, plan)
-    computing: dict[str, float] = {}
-    for op in operators(workload, workload.typical, plan):
-        computing[op.name] = computing.get(op.name, 0.0) + machine.seconds(op)
+    computing = computing_seconds(workload, machine, workload.typical, plan)
+    compute = sum(computing.values())
+    exposed = exchange_seconds(workload, machine, exchanged, computing)
     return Estimate(
         memory=memory(workload, plan),
         transfers=exchanged,
         computing=computing,
-        step=_step(workload, machine, computing, exchanged, batch_s),
+        step={
+            "computing": compute,
+            "waiting for the slowest rank": compute * (workload.straggling - 1),
+            **{f"exchange for {part}": seconds for part, seconds in exposed.items()},
+            "making batches": batch_wait_s(workload, machine, batch_s, compute),
+        },
         tokens=sum(map(workload.tokens, batches)) / len(batches) * workload.dp_size,
         samples=sum(one.sequences for one in batches) / len(batches) * workload.dp_size,
         flops=sum(map(workload.flops, batches)) / len(batches) / workload.group_size,
@@ -79,7 +84,32 @@ def estimate(workload: Workload, machine: Machine, batch_s: float = 0.0) -> Esti
     )
 
 
-def _plan_for(machine: Machine, workload: Workload) -> tuple[TableShards, ...]:
+def computing_seconds(
+    workload: Workload, machine: Machine, batch: Batch, plan: tuple[TableShards, ...]
+) -> dict[str, float]:
+    """Operator → seconds on a rank of the group that trains on ``batch``."""
+    computing: dict[str, float] = {}
+    for op in operators(workload, batch, plan):
+        computing[op.name] = computing.get(op.name, 0.0) + machine.seconds(op)
+    return computing
+
+
+def exchange_seconds(
+    workload: Workload, machine: Machine, exchanged: tuple[Transfer, ...], computing: dict[str, float]
+) -> dict[str, float]:
+    """What ranks exchange for → seconds that the operators of ``computing`` do not hide."""
+    shared = "tensor parallelism" if workload.cp_size == 1 else "context parallelism"
+    parts = {"world": "tables", "tensor": "tensor parallelism", "context": "context parallelism"}
+    parts |= {"samples": shared, "data": "data parallelism"}
+    exposed = dict.fromkeys(parts.values(), 0.0)
+    for transfer in exchanged:
+        seconds = machine.transfer_seconds(transfer, workload.ranks_on_host(transfer.group, transfer.ranks))
+        hidden = _hidden_seconds(transfer, seconds, workload, computing) if machine.overlaps else 0.0
+        exposed[parts[transfer.group]] += max(0.0, seconds - hidden)
+    return exposed
+
+
+def plan_for(machine: Machine, workload: Workload) -> tuple[TableShards, ...]:
     """The plan of a run on ``machine``; where the tables do not fit, one that shows by how much."""
     has = int(machine.memory_gb * 1e9)
     if workload.device_type == "cuda":  # how much memory its host has is not known
@@ -93,29 +123,6 @@ def _plan_for(machine: Machine, workload: Workload) -> tuple[TableShards, ...]:
         return plan_tables(workload)
 
 
-def _step(
-    workload: Workload, machine: Machine, computing: dict[str, float], exchanged: tuple[Transfer, ...], batch_s: float
-) -> dict[str, float]:
-    compute = sum(computing.values())
-    shared = "tensor parallelism" if workload.cp_size == 1 else "context parallelism"
-    parts = {"world": "tables", "tensor": "tensor parallelism", "context": "context parallelism"}
-    parts |= {"samples": shared, "data": "data parallelism"}
-    exposed = dict.fromkeys(parts.values(), 0.0)
-    within = {"tensor": workload.tp_size, "context": workload.group_size, "samples": workload.group_size}
-    for transfer in exchanged:
-        ranks = within.get(transfer.group, workload.world_size)
-        seconds = machine.transfer_seconds(transfer, across_hosts=ranks > workload.ranks_per_host)
-        hidden = _hidden_seconds(transfer, seconds, workload, computing) if machine.overlaps else 0.0
-        exposed[parts[transfer.group]] += max(0.0, seconds - hidden)
-    asynchronous = workload.config.trainer.data_workers > 0 or machine.overlaps
-    return {
-        "computing": compute,
-        "waiting for the slowest rank": compute * (workload.straggling - 1),
-        **{f"exchange for {part}": seconds for part, seconds in exposed.items()},
-        "making batches": max(0.0, batch_s - compute) if asynchronous else batch_s,
-    }
-
-
 def _hidden_seconds(transfer: Transfer, seconds: float, workload: Workload, computing: dict[str, float]) -> float:
     """Seconds of computation that can hide ``transfer``."""
     compute = sum(computing.values())
@@ -127,6 +134,12 @@ def _hidden_seconds(transfer: Transfer, seconds: float, workload: Workload, comp
         case "pipeline":
             return 0.0 if workload.config.trainer.pipeline_type == "none" else compute
     return 0.0
+
+
+def batch_wait_s(workload: Workload, machine: Machine, batch_s: float, compute_s: float) -> float:
+    """Seconds of a step that its computation does not hide of the ``batch_s`` in which the host makes a batch."""
+    asynchronous = workload.config.trainer.data_workers > 0 or machine.overlaps
+    return max(0.0, batch_s - compute_s) if asynchronous else batch_s
 
 
 def as_json(found: Estimate, workload: Workload) -> dict[str, Any]:

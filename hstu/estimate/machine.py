@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import statistics
 import subprocess
@@ -57,7 +58,11 @@ class Machine:
     link_latency_us: float = 20.0
     """Latency of one collective within a host."""
     network_latency_us: float = 50.0
-    """Latency of one collective across hosts."""
+    """Latency of one collective across hosts, beside that of its messages."""
+    hop_us: float = 5.0
+    """Latency of each message that waits for another one: a tree of hosts for all_reduce, else a ring of hosts."""
+    message_us: float = 1.0
+    """Time of a rank to send one of the messages of an all_to_all, beside its bytes."""
     launch_us: float = 4.0
     """Time to launch one kernel, if the host does nothing else."""
     matmul_efficiency: float = 0.6
@@ -77,11 +82,28 @@ class Machine:
         once = max(arithmetic, memory) + op.cost.launches * self.launch_us * 1e-6
         return op.times * once * (1 + op.extra_forwards / 3)  # backward is two thirds
 
-    def transfer_seconds(self, transfer: Transfer, across_hosts: bool) -> float:
-        """Seconds of all calls of ``transfer``."""
-        rate = self.network_gb_s if across_hosts else self.link_gb_s
-        latency = self.network_latency_us if across_hosts else self.link_latency_us
-        return transfer.wire / (rate * 1e9 * self.link_efficiency) + transfer.calls * latency * 1e-6
+    def transfer_seconds(self, transfer: Transfer, on_host: int) -> float:
+        """Seconds of all calls of ``transfer``, of whose ranks a host has ``on_host``.
+
+        Links within hosts and between them work at the same time.
+        """
+        within, between = transfer.sent(on_host)
+        moving = max(within / self.link_gb_s, between / self.network_gb_s) / (1e9 * self.link_efficiency)
+        return moving + transfer.calls * self._latency_us(transfer, on_host) * 1e-6
+
+    def _latency_us(self, transfer: Transfer, on_host: int) -> float:
+        """Of one call."""
+        hosts = -(-transfer.ranks // on_host)
+        if hosts == 1:
+            return self.link_latency_us
+        match transfer.kind:
+            case "all_reduce":
+                messages = 2 * math.ceil(math.log2(hosts)) * self.hop_us
+            case "all_to_all":
+                messages = (transfer.ranks - on_host) * self.message_us
+            case _:
+                messages = (hosts - 1) * self.hop_us
+        return self.network_latency_us + messages
 
 
 # Name → (name in torch, memory GB, memory GB/s, NVLink or PCIe GB/s one way, network GB/s per GPU), by the makers' data
@@ -145,11 +167,11 @@ class ThisCpu(Machine):
         more = max(0.0, seconds_of(timed.first, self.clock) - once) if timed.first else 0.0
         return timed.scale * (op.times * once * (1 + op.extra_forwards / 3) + more)
 
-    def transfer_seconds(self, transfer: Transfer, across_hosts: bool) -> float:
+    def transfer_seconds(self, transfer: Transfer, on_host: int) -> float:
         """As Machine, but gloo reduces whole tensors for a reduce-scatter."""
         if transfer.kind == "reduce_scatter":
             transfer = replace(transfer, kind="all_reduce")
-        return super().transfer_seconds(transfer, across_hosts)
+        return super().transfer_seconds(transfer, on_host)
 
 
 @contextmanager

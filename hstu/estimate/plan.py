@@ -14,12 +14,14 @@ from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunConfig
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.spec import USER_FEATURE, DatasetSpec, Schema
+from hstu.data.jagged import run_offsets
 from hstu.data.labels import label_columns
 from hstu.data.roles import FeatureRoles
 from hstu.data.sampler import SamplerPosition
 from hstu.data.store_layout import TIME_FEATURES
 from hstu.estimate.workload import Batch, Workload
 from hstu.model.embedding import table_specs
+from hstu.train.batch_source import SampleLengths
 from hstu.train.sources import open_source
 from hstu.train.store_source import open_store
 
@@ -57,20 +59,24 @@ def _plan_steps(config: RunConfig, world_size: int) -> _Data:
     """The batches of the first steps, by the sampler of the run."""
     source, size = open_source(config, world_size=world_size), config.ranks_per_group
     num_steps = min(source.batches_per_epoch, MOST_STEPS)
-    sampler, lengths = source.train_sampler(SamplerPosition()), source.train_lengths
     groups = np.unique(np.linspace(0, world_size // size - 1, MOST_GROUPS).astype(int))
-    of_groups = []
-    for group in groups:
-        ranks = [islice(sampler.for_rank(rank), num_steps) for rank in range(group * size, (group + 1) * size)]
-        samples = [np.concatenate([plan.indices for plan in plans]) for plans in zip(*ranks, strict=True)]
-        of_groups.append(
-            [Batch(lengths.items[s], lengths.candidates[s], int(lengths.labels[s].sum())) for s in samples]
+    steps = []
+    for samples, ranks in islice(source.train_sampler(SamplerPosition()).global_batches(), num_steps):
+        in_order = samples[np.argsort(ranks, kind="stable")]
+        bounds = run_offsets(np.bincount(ranks // size, minlength=world_size // size))
+        steps.append(
+            tuple(batch_of(source.train_lengths, in_order[bounds[g] : bounds[g + 1]]) for g in groups.tolist())
         )
     kind = "random data" if isinstance(config.dataset, BenchmarkDatasetArgs) else "the preprocessed data"
     notes = (f"lengths: the first {num_steps} steps of this run, planned on {kind}",)
     corpus_size = source.cardinalities[source.roles.item]
     shape = source.max_items, corpus_size, source.values_per_item
-    return _Data(source.roles, source.tables, *shape, tuple(zip(*of_groups, strict=True)), notes)
+    return _Data(source.roles, source.tables, *shape, tuple(steps), notes)
+
+
+def batch_of(lengths: SampleLengths, samples: np.ndarray) -> Batch:
+    """The batch of these rows of the sample table."""
+    return Batch(lengths.items[samples], lengths.candidates[samples], int(lengths.labels[samples].sum()))
 
 
 def _is_preprocessed(args: DatasetArgs) -> bool:

@@ -37,9 +37,25 @@ class Transfer:
     @property
     def wire(self) -> float:
         """Bytes that a rank must send at least: those of a ring for all_reduce, all but its own part for the others."""
-        others = self.ranks - 1
-        factor = {"all_reduce": 2 * others / self.ranks, "all_gather": others}.get(self.kind, others / self.ranks)
-        return self.payload * factor
+        return sum(self.sent(self.ranks))
+
+    def sent(self, on_host: int) -> tuple[float, float]:
+        """Bytes that a rank must send (within its host, to other hosts), of whose ranks a host has ``on_host``.
+
+        The ranks of a host first share what leaves it, so that each sends an equal part, and then share what arrives.
+        """
+        hosts = -(-self.ranks // on_host)
+        near, far = on_host - 1, hosts - 1
+        match self.kind:
+            case "all_reduce":
+                factors = 2 * near / on_host, 2 * far / hosts / on_host
+            case "all_gather":
+                factors = hosts * near, far
+            case "reduce_scatter":
+                factors = near / on_host, far / hosts / on_host
+            case "all_to_all":
+                factors = near / self.ranks, (self.ranks - on_host) / self.ranks
+        return self.payload * factors[0], self.payload * factors[1]
 
 
 def transfers(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> tuple[Transfer, ...]:

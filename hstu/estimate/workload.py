@@ -101,6 +101,11 @@ class Workload:
         """Ranks with equal dense weights, over which DDP averages gradients."""
         return self.world_size // self.tp_size
 
+    def ranks_on_host(self, group: str, ranks: int) -> int:
+        """How many of the ``ranks`` of a group of a Transfer a host has."""
+        stride = {"context": self.tp_size, "data": self.world_size // ranks}.get(group, 1)
+        return min(ranks, max(1, self.ranks_per_host // stride))
+
     @property
     def element_size(self) -> int:
         """Bytes of a number in the compute type."""

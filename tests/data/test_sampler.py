@@ -69,6 +69,20 @@ def test_a_run_resumed_at_another_world_size_sees_each_sample_once(
     assert samples_of(before[:stop]) + samples_of(after) == epoch_order(num_samples, 11, 0, True).tolist()
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=90), worlds, st.booleans())
+def test_global_batches_are_what_all_ranks_take_together(tokens: list[int], world_size: int, balance: bool) -> None:
+    loads = Loads(np.array(tokens), np.array(tokens, dtype=np.float64) ** 2)
+    options = {"num_samples": len(tokens), "batch_size": 4, "seed": 5, "shuffle": True}
+    partition = BatchPartition(loads, balance, tokens_per_rank=100)
+    batches = epoch_of(world_size, partition, **options)
+    sampler = TrainSampler(rank=0, world_size=world_size, partition=partition, **options)
+    for plans, (samples, ranks) in zip(batches, sampler.global_batches(), strict=False):
+        assert [plan.indices.tolist() for plan in plans] == [
+            samples[ranks == rank].tolist() for rank in range(world_size)
+        ]
+
+
 stages = st.lists(
     st.tuples(worlds, st.integers(1, 6), st.integers(0, 8), st.booleans(), st.booleans()), min_size=1, max_size=10
 )

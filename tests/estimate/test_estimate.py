@@ -1,6 +1,7 @@
 """What the estimate reckons with, and how its parts make a step."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hstu.estimate.estimate import as_text, estimate, size
 from hstu.estimate.memory import beside_tables, plan_tables
 from hstu.estimate.operators import operators
 from hstu.estimate.plan import plan_workload
+from hstu.estimate.traffic import Transfer
 from hstu.parallel.table_plan import TableRoom, TablesDoNotFit
 from tests.estimate.runs import run_config
 
@@ -39,6 +41,36 @@ def test_exchanges_hide_behind_computation_as_the_pipeline_allows() -> None:
     beside = dataclasses.replace(slow_links, overlaps=False)
     assert estimate(workload, beside).step_s > steps["native"].step_s
     assert estimate(workload, H100).step_s < steps["native"].step_s
+
+
+@pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "reduce_scatter", "all_to_all"])
+def test_the_ranks_of_a_host_share_what_leaves_it(kind: Any) -> None:
+    one = Transfer("", kind, "world", ranks=16, calls=1, payload=16)
+    alone, together = one.sent(on_host=1), one.sent(on_host=16)
+    assert alone[0] == together[1] == 0
+    assert alone[1] == together[0] == one.wire, "a host of each is as one host of all, on the other links"
+    within, between = one.sent(on_host=8)
+    assert within + between == pytest.approx(one.wire), "all but its own part arrives once, by whichever links"
+    assert between == pytest.approx(one.wire * (8 / 15 if kind == "all_to_all" else 1 / 15))
+
+
+def test_many_hosts_cost_messages() -> None:
+    def seconds(kind: Any, ranks: int) -> float:
+        return H100.transfer_seconds(Transfer("", kind, "world", ranks, calls=1, payload=0), on_host=8)
+
+    assert seconds("all_gather", 8) == H100.link_latency_us * 1e-6
+    for kind, hops in (("all_reduce", 2 * 9), ("all_gather", 511), ("reduce_scatter", 511)):
+        assert seconds(kind, 4096) == pytest.approx(1e-6 * (H100.network_latency_us + hops * H100.hop_us))
+    assert seconds("all_to_all", 4096) == pytest.approx(1e-6 * (H100.network_latency_us + 4088 * H100.message_us))
+
+
+def test_ranks_of_a_group_on_a_host() -> None:
+    config = run_config(tp=2, cp=2)
+    workload = plan_workload(config, 32, 8, "cuda")
+    on_host = {"world": (32, 8), "tensor": (2, 2), "context": (2, 2), "samples": (4, 4), "data": (16, 4)}
+    assert {group: (ranks, workload.ranks_on_host(group, ranks)) for group, (ranks, _) in on_host.items()} == on_host
+    assert workload.ranks_on_host("data", 8) == 2, "one of each tp_cp group"
+    assert dataclasses.replace(workload, ranks_per_host=1).ranks_on_host("data", 16) == 1
 
 
 def test_recomputation_trades_memory_for_time() -> None:

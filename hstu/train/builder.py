@@ -346,7 +346,9 @@ def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh
         task = unwrap_dense(model).task
         task = task.ranking if isinstance(task, JointDense) else task
         if isinstance(task, MultiTaskDense):
-            return MultiTaskEvaluator(model, task.each_task, mesh, config.trainer.max_eval_iters)
+            return MultiTaskEvaluator(
+                model, task.each_task, config.task_args.tasks or [], mesh, config.trainer.max_eval_iters
+            )
         offset = cast(RankingDense, task).label_offset
         return RankingEvaluator(model, config.task_args, offset, mesh, config.trainer.max_eval_iters)
     return RetrievalEvaluator(model, config.task_args, source, mesh, config.trainer.max_eval_iters)

@@ -6,7 +6,7 @@ Every rank calls these functions together, with equally many batches (some may h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +26,7 @@ from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from hstu.train.batch_source import BatchSource
 from hstu.train.metrics import Gather, RankingMetrics, only_rank, retrieval_metrics
+from hstu.train.observations import Observations, of_ranking
 
 CHUNK_ITEMS = 16384
 """Items of the corpus that are embedded and scored in one chunk."""
@@ -51,9 +52,17 @@ class Evaluator(ABC):
         self.between_batches: Callable[[], None] = lambda: None
         """Called on all ranks before every batch and before every chunk of the corpus; may raise on all of them."""
 
-    @abstractmethod
     def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
         """Metrics over the batches of all ranks."""
+        return self.metrics(self.observe(batches))
+
+    @abstractmethod
+    def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
+        """Each prediction for the batches of all ranks."""
+
+    @abstractmethod
+    def metrics(self, observations: Observations) -> dict[str, float]:
+        """Metrics of these predictions. No collective."""
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
         """Output of the model for a batch on the host, computed by this rank or by its tp_cp group."""
@@ -80,10 +89,16 @@ class RankingEvaluator(Evaluator):
         self.num_tasks = args.num_tasks if args.prediction_head_arch[-1] == args.num_tasks else None
         self.label_offset = label_offset
 
-    def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
+    def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
+        """See Evaluator."""
+        item = self.model.roles.item
+        return observe_ranking(self.model, self._limited(batches), item, self.forward, self._gather)
+
+    def metrics(self, observations: Observations) -> dict[str, float]:
         """See Evaluator."""
         metrics = RankingMetrics(self.names, num_tasks=self.num_tasks, label_offset=self.label_offset)
-        return evaluate_ranking(self.model, self._limited(batches), metrics, self.forward, self._gather)
+        metrics.update(observations.results, observations.labels, observations.users)
+        return metrics.compute()
 
 
 class RetrievalEvaluator(Evaluator):
@@ -96,11 +111,13 @@ class RetrievalEvaluator(Evaluator):
         self.args = args
         self.source = source
 
-    def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
+    def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
         """See Evaluator."""
-        return evaluate_retrieval(
-            self.model, self._limited(batches), self.corpus(), self.args.eval_metrics, self.forward, self._gather
-        )
+        return observe_retrieval(self.model, self._limited(batches), self.corpus(), self.forward, self._gather)
+
+    def metrics(self, observations: Observations) -> dict[str, float]:
+        """See Evaluator."""
+        return retrieval_metrics(self.args.eval_metrics, observations.results)
 
     def corpus(self, ids: np.ndarray | None = None) -> Corpus:
         """The items ``ids``, ascending. By default all items of the data.
@@ -141,39 +158,41 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def evaluate_ranking(
+def observe_ranking(
     model: nn.Module,
     batches: Iterable[HSTUBatch],
-    metrics: RankingMetrics,
+    item_feature: str,
     forward: Forward,
     gather: Gather = only_rank,
-) -> dict[str, float]:
-    """Metrics over all labelled items in the ``batches`` of all ranks; the same numbers on every rank."""
+) -> Observations:
+    """Predictions for all labelled items in the ``batches`` of all ranks; the same on every rank."""
+    found = [Observations.none(np.zeros((0, 1), dtype=np.float32), np.zeros(0, dtype=np.int64))]
     with evaluation_mode(model):
         for batch in batches:
             logits = forward(batch).logits
             assert logits is not None, "the model has no ranking head"
-            users = np.repeat(_host(batch.user_ids), _host(batch.num_labels))
-            metrics.update(_host(logits), _host(batch.labels), users)
-    return metrics.compute(gather)
+            requests = np.arange(batch.batch_size)  # no metric of the actions reads them
+            found.append(of_ranking(batch, item_feature, _host(logits), _host(batch.labels), requests))
+    return Observations.joined(found[1:] or found).gathered(gather)
 
 
-def evaluate_retrieval(
+def observe_retrieval(
     model: nn.Module,
     batches: Iterable[HSTUBatch],
     corpus: Corpus,
-    metric_names: Sequence[str],
     forward: Forward,
     gather: Gather = only_rank,
-) -> dict[str, float]:
-    """Metrics of the ranks of the held-out items among all items of ``corpus``; the same numbers on every rank.
+) -> Observations:
+    """The ranks of the held-out items among all items of ``corpus``; the same on every rank.
 
     Items in ``seen_values`` of a batch are removed from the corpus of that user, but never the held-out item itself.
     Memory is bounded by the queries of this rank and one block of scores.
     """
     with evaluation_mode(model):
-        ranks = target_ranks(collect_queries(forward, batches, corpus.ids.device), corpus)
-    return retrieval_metrics(metric_names, gather(ranks))
+        queries, history = collect_queries(forward, batches, corpus.ids.device)
+        ranks = target_ranks(queries, corpus)
+    targets = queries.targets
+    return Observations(queries.user_ids, targets, history, np.arange(len(queries)), ranks, targets).gathered(gather)
 
 
 @dataclass(frozen=True)
@@ -196,10 +215,10 @@ class Queries:
         return len(self.user_ids)
 
 
-def collect_queries(forward: Forward, batches: Iterable[HSTUBatch], device: torch.device) -> Queries:
-    """Run the model over evaluation batches. The model must be in evaluation mode."""
+def collect_queries(forward: Forward, batches: Iterable[HSTUBatch], device: torch.device) -> tuple[Queries, np.ndarray]:
+    """Run the model over evaluation batches, in evaluation mode. Returns also the events it has read, int64 [U]."""
     vectors: list[Tensor] = [torch.zeros((0, 1), device=device)]
-    users, targets, seen, seen_lengths = ([np.zeros(0, dtype=np.int64)] for _ in range(4))
+    users, targets, seen, seen_lengths, history = ([np.zeros(0, dtype=np.int64)] for _ in range(5))
     for batch in batches:
         queries = forward(batch).queries
         assert queries is not None, "the model is not a retrieval model"
@@ -207,14 +226,14 @@ def collect_queries(forward: Forward, batches: Iterable[HSTUBatch], device: torc
         vectors.append(queries[torch.from_numpy(real).to(device)].float())
         users.append(_host(batch.user_ids)[real])
         targets.append(_host(batch.labels)[real])
+        history.append(batch.item_lengths[real])
         if batch.seen_values is None or batch.seen_offsets is None:
             seen_lengths.append(np.zeros(len(real), dtype=np.int64))
         else:  # padding rows have no seen items
             seen.append(_host(batch.seen_values))
             seen_lengths.append(np.diff(_host(batch.seen_offsets))[real])
-    return Queries(
-        torch.cat(vectors[1:] or vectors), *(np.concatenate(parts) for parts in (users, targets, seen, seen_lengths))
-    )
+    arrays = (np.concatenate(parts) for parts in (users, targets, seen, seen_lengths))
+    return Queries(torch.cat(vectors[1:] or vectors), *arrays), np.concatenate(history)
 
 
 @dataclass(frozen=True)

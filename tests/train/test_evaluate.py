@@ -12,8 +12,9 @@ from torch import nn
 
 import hstu.train.evaluate as evaluate
 from hstu.model.outputs import ModelOutput
-from hstu.train.evaluate import Corpus, Queries, evaluate_ranking, evaluate_retrieval, recommend, target_ranks
+from hstu.train.evaluate import Corpus, Queries, observe_ranking, observe_retrieval, recommend, target_ranks
 from hstu.train.metrics import RankingMetrics, retrieval_metrics
+from hstu.train.observations import Observations, of_ranking
 from tests.helpers import make_batch
 
 EPS = 1e-6
@@ -186,9 +187,13 @@ def retrieval_batches():
     return LastItemModel(table), [first, second], ranks_by_loop(queries, table)
 
 
-def evaluate_batches(model, batches, **options):
+def observe_batches(model, batches, **options) -> Observations:
     corpus = Corpus(lambda ids: model.table[ids], torch.arange(20), EPS, chunk_items=6)
-    return evaluate_retrieval(model, batches, corpus, ["HR@1", "HR@10", "NDCG@10", "MRR", "HR@500"], model, **options)
+    return observe_retrieval(model, batches, corpus, model, **options)
+
+
+def evaluate_batches(model, batches):
+    return retrieval_metrics(["HR@1", "HR@10", "NDCG@10", "MRR", "HR@500"], observe_batches(model, batches).results)
 
 
 def test_retrieval_evaluation_ignores_padding_and_leaves_the_model_as_it_was():
@@ -209,11 +214,12 @@ def test_without_seen_items_nothing_is_filtered():
 
 def test_retrieval_over_two_ranks_equals_one_process():
     model, batches, _ = retrieval_batches()
-    per_rank: list[np.ndarray] = []
-    for batch in batches:
-        evaluate_batches(model, [batch], gather=lambda ranks: per_rank.append(ranks) or ranks)
-    both = evaluate_batches(model, batches[:1], gather=lambda ranks: np.concatenate([ranks, per_rank[1]]))
-    assert both == evaluate_batches(model, batches)
+    second = iter(vars(observe_batches(model, batches[1:])).values())
+    both = observe_batches(model, batches[:1], gather=lambda array: np.concatenate([array, next(second)]))
+    alone = observe_batches(model, batches)
+    for name in ("users", "items", "history", "results", "labels"):
+        np.testing.assert_array_equal(getattr(both, name), getattr(alone, name))
+    assert alone.history.tolist() == [2, 1, 3, 2, 2] and alone.items.tolist() == [8, 9, 2, 0, 19]
 
 
 def test_a_rank_with_padding_only_still_takes_part_in_every_lookup():
@@ -225,7 +231,7 @@ def test_a_rank_with_padding_only_still_takes_part_in_every_lookup():
         return model.table[ids]
 
     for rank_batches in (batches, [make_batch([[], []], task="retrieval_eval", labels=[-1, -1])]):
-        evaluate_retrieval(model, rank_batches, Corpus(embed, torch.arange(20), EPS, chunk_items=6), ["MRR"], model)
+        observe_retrieval(model, rank_batches, Corpus(embed, torch.arange(20), EPS, chunk_items=6), model)
     assert calls[: len(calls) // 2] == calls[len(calls) // 2 :] == [6] * 8
 
 
@@ -241,7 +247,15 @@ def test_ranking_evaluation_attributes_labels_to_users():
     batch = make_batch([[0, 4, 2], [3, 1], []], [[1, 5, 2], [1, 4], []])
     metrics = RankingMetrics(("GAUC", "ACC", "AUC>=4"), num_tasks=None, label_offset=1)
     model = RatingModel()
-    result = evaluate_ranking(model, [batch, make_batch([[], []], [[], []])], metrics, model)
+    found = observe_ranking(model, [batch, make_batch([[], []], [[], []])], "item", model)
+    metrics.update(found.results, found.labels, found.users)
+    result = metrics.compute()
+    assert found.items.tolist() == [0, 4, 2, 3, 1] and found.history.tolist() == [0, 1, 2, 0, 1]
+    candidates = make_batch([[0, 4, 2], [3, 1]], [[1, 5, 2], [1, 4]], num_candidates=[2, 1])
+    assert observe_ranking(model, [], "item", model).results.shape == (0, 1)
+    found = of_ranking(candidates, "item", np.zeros((3, 5)), candidates.labels.numpy(), np.array([7, 8]))
+    assert (found.items.tolist(), found.history.tolist()) == ([4, 2, 1], [1, 1, 1])
+    assert (found.labels.tolist(), found.requests.tolist()) == ([5, 2, 4], [7, 7, 8])
     assert result["ACC"] == 2 / 5
     # P(rating >= 4) is high for items 3 and 4; the ratings >= 4 belong to items 4 and 1.
     assert result["AUC>=4"] == pytest.approx((2.5 + 1) / 6)

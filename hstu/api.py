@@ -10,11 +10,8 @@ docs/python_api.md shows each function with its output. Importing this module im
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,32 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.checkpoint.directory import verified_file
 from hstu.checkpoint.dynamic import read_tables
-from hstu.checkpoint.find import GIN, check_belongs, is_run, locate
-from hstu.checkpoint.load import load as load_checkpoint
-from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.tensors import TABLES, open_tensors
-from hstu.config.args import DatasetArgs, RetrievalArgs
-from hstu.config.errors import ConfigError, DataError
-from hstu.config.gin_io import load_stored
+from hstu.config.errors import DataError
 from hstu.config.printable import printable
-from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch
 from hstu.data.jagged import ranges
 from hstu.data.samples import Split
 from hstu.data.store import USER_FEATURE, SequenceStore
-from hstu.model.gr_model import GRModel
-from hstu.model.outputs import ModelOutput
-from hstu.optim.optimizers import Optimizers
-from hstu.parallel import mesh as meshes
 from hstu.parallel.dynamic.content import merged
 from hstu.parallel.mesh import Mesh
-from hstu.train.builder import build_evaluator, build_model, build_state, raw_ids
-from hstu.train.evaluate import Corpus, Queries, RetrievalEvaluator, evaluation_mode, recommend
-from hstu.train.given_histories import History, HistoryEncoder, Vocabulary, vocabularies_of
-from hstu.train.inference import InferenceSource, StoredSource, asked_at, zero_spare_rows
-from hstu.train.store_source import store_path
+from hstu.serve.loaded import LoadedModel
+from hstu.train.builder import build_evaluator
+from hstu.train.evaluate import Corpus, Queries, recommend
+from hstu.train.given_histories import History, HistoryEncoder, Vocabulary
+from hstu.train.inference import StoredSource
 
 __all__ = [
     "History",
@@ -110,74 +96,17 @@ def histories(store: SequenceStore, rows: Iterable[int] | None = None) -> Iterat
 def load(
     path: str | Path, checkpoint: str | Path | None = None, mesh: Mesh | None = None, strict: bool | None = None
 ) -> TrainedModel:
-    """Load the model of a run, a checkpoint, a directory of checkpoints, or an export.
-
-    The data may be newer than the model: new users, items and values of contextual features have rows of zeros, which
-    ``TrainedModel.report`` counts. Without the data, the model can recommend for histories given by hand.
-
-    Args:
-        path: what to load. Of a run and of a directory of checkpoints, the newest checkpoint is loaded.
-        checkpoint: load this checkpoint or export of the run ``path`` instead, with the run's configuration.
-        mesh: ranks to load on. None: this process, or all ranks if torchrun started it. Collective.
-        strict: False: load what fits and report the rest. None: TrainerArgs.ckpt_load_strict of the configuration.
-
-    Raises:
-        DataError: the path, the checkpoint or the data is missing or damaged, or the checkpoint is of another run.
-        ConfigError: the configuration does not fit the checkpoint, or the run used random data.
-    """
-    directory = Path(path)
-    stored = locate(checkpoint or directory)
-    if checkpoint and is_run(directory):
-        check_belongs(stored, directory)
-    config = load_stored(directory / GIN if is_run(directory) else verified_file(stored, GIN))
-    return TrainedModel.restore(config, stored, mesh or _mesh_of_this_process(), strict)
+    """Load the model of a run, a checkpoint, a directory of checkpoints, or an export; see ``LoadedModel.load``."""
+    return TrainedModel.load(path, checkpoint, mesh, strict)
 
 
 @dataclass
-class TrainedModel:
+class TrainedModel(LoadedModel):
     """A model with trained weights, its data and its configuration. Create it with :func:`load`.
 
     Methods that compute use no dropout, and moving averages of the weights if the run kept them. On several ranks
     they are collective.
     """
-
-    config: RunConfig
-    checkpoint: Path
-    mesh: Mesh
-    source: InferenceSource | StoredSource
-    model: GRModel
-    """Tables and dense part: ``model.embedding`` and ``model.dense``."""
-    optimizers: Optimizers
-    report: list[str]
-    """What of the checkpoint did not fit, and how many ids of the data it does not have; one line each."""
-
-    @classmethod
-    def restore(cls, config: RunConfig, checkpoint: str | Path, mesh: Mesh, strict: bool | None = None) -> TrainedModel:
-        """Build the model of ``config`` and load its weights. Raises as :func:`load`."""
-        if not isinstance(config.dataset, DatasetArgs):
-            raise ConfigError("the run trained on random data (BenchmarkDatasetArgs), so there is nothing to look up")
-        root = locate(checkpoint)
-        source = _open_source(config, root, mesh)
-        model, optimizers = build_model(config, source, mesh)
-        state = build_state(config, source, model, optimizers)
-        is_strict = config.trainer.ckpt_load_strict if strict is None else strict
-        report = load_checkpoint(root, state, mesh, LoadOptions(is_strict, optimizer=False, zero_new_rows=True))
-        zero_spare_rows(state, source)
-        return cls(config, root, mesh, source, model, optimizers, report)
-
-    @property
-    def store(self) -> SequenceStore:
-        """The data of the run. Raises DataError if it is not there."""
-        return self._with_data().store
-
-    @cached_property
-    def _vocabularies(self) -> dict[str, Vocabulary]:
-        return vocabularies_of(self.source, raw_ids(self.source))
-
-    def _with_data(self) -> InferenceSource:
-        if isinstance(self.source, StoredSource):
-            raise self.source.missing
-        return self.source
 
     def tables(self) -> dict[str, Table]:
         """Read all embedding tables from the checkpoint, by table name."""
@@ -194,22 +123,11 @@ class TrainedModel:
         """The evaluation batches of a split ("valid"; "test" for retrieval), on the device."""
         return (batch.to(self.mesh.device) for batch in self.source.eval_batches(split))
 
-    def forward(self, batch: HSTUBatch) -> ModelOutput:
-        """Loss and predictions of a batch: ``logits`` (ranking) or ``queries`` (retrieval)."""
-        with self._inference():
-            output: ModelOutput = self.model(batch.to(self.mesh.device))
-        return output
-
     def evaluate(self, split: Split = "valid") -> dict[str, float]:
         """Compute the metrics of the configuration on a split."""
         evaluator = build_evaluator(self.config, self.source, self.model, self.mesh)
-        with self._inference():
+        with self.inference():
             return evaluator.evaluate(self.source.eval_batches(split))
-
-    @property
-    def reads_request_time(self) -> bool:
-        """Whether recommendations depend on when they are asked for (DatasetArgs.query_time = "request")."""
-        return self.config.network.has_relative_bias and self.config.asks_for_next
 
     def user_embeddings(self, users: Sequence[Any], at: int | None = None) -> Tensor:
         """Vectors of users after their whole histories: float32 [len(users), E], of length 1.
@@ -222,7 +140,7 @@ class TrainedModel:
             DataError: unknown users, users with events after ``at``, or a ranking model, which has no user vectors.
             ConfigError: ``at`` is given to a model that does not read it, see ``reads_request_time``.
         """
-        self._retrieval_args()
+        self.require_retrieval()
         return self._user_vectors(encode_users(self.store, users), at)
 
     def item_embeddings(self) -> Tensor:
@@ -232,8 +150,8 @@ class TrainedModel:
         for a ranking model.
         """
         all_codes = np.arange(self.store.cardinality(self.source.roles.item), dtype=np.int64)
-        corpus = self._retrieval_evaluator().corpus(self._model_ids(all_codes))
-        with self._inference():
+        corpus = self.retrieval_evaluator().corpus(self.model_ids(all_codes))
+        with self.inference():
             return torch.cat([vectors for _, vectors in corpus.chunks()])[: corpus.size]
 
     def recommend(self, users: Sequence[Any], top: int = 10, at: int | None = None) -> list[Recommendation]:
@@ -241,18 +159,17 @@ class TrainedModel:
 
         ``at`` and errors: as of :meth:`user_embeddings`.
         """
-        self._retrieval_args()
+        self.require_retrieval()
         rows, offsets = encode_users(self.store, users), self.store.offsets()
         lengths = offsets[rows + 1] - offsets[rows]
         seen = self.store.sequence(self.source.roles.item)[ranges(offsets[rows], lengths)]
-        corpus = self._retrieval_evaluator().corpus()
-        return self._best(users, self._user_vectors(rows, at), corpus, self._model_ids(seen), lengths, top)
+        corpus = self.retrieval_evaluator().corpus()
+        return self._best(users, self._user_vectors(rows, at), corpus, self.model_ids(seen), lengths, top)
 
     def known_users(self, users: Iterable[Any]) -> tuple[list[Any], list[Any]]:
         """Divide raw user ids into those that the data has and those that it does not have, each in order."""
-        vocabulary = Vocabulary(self.store.num_users, self.store.raw_ids(USER_FEATURE), keeps_raw=False)
         named = list(users)
-        is_known = vocabulary.encode(named) != vocabulary.unknown
+        is_known = self.users.encode(named) != self.users.unknown
         known, unknown = (
             [user for user, each in zip(named, is_known, strict=True) if each == b] for b in (True, False)
         )
@@ -272,9 +189,9 @@ class TrainedModel:
                 or one with events after ``at``.
             ConfigError: as :meth:`user_embeddings`, which says what ``at`` is.
         """
-        corpus, item = self._retrieval_evaluator().corpus(), self.source.roles.item
-        encoder = HistoryEncoder(self.config, self.source, self._vocabularies)
-        vectors = self._vectors(encoder.batches(given), at)
+        corpus, item = self.retrieval_evaluator().corpus(), self.source.roles.item
+        encoder = HistoryEncoder(self.config, self.source, self.vocabularies)
+        vectors = self.user_vectors(encoder.batches(given), at)
         lengths = np.array([len(history.items) for history in given], dtype=np.int64)
         items = [item for history in given for item in history.items]
         seen = encoder.encode(item, items)
@@ -292,7 +209,7 @@ class TrainedModel:
         top: int,
     ) -> list[Recommendation]:
         rows = np.arange(len(users))
-        with self._inference():
+        with self.inference():
             queries = Queries(vectors, rows, np.full_like(rows, -1), seen, seen_lengths)
             positions, scores = recommend(queries, corpus, top)
         found = positions >= 0
@@ -302,13 +219,9 @@ class TrainedModel:
             for user, own, count in zip(users, scores, found.sum(axis=1), strict=True)
         ]
 
-    def _model_ids(self, codes: np.ndarray) -> np.ndarray:
-        """What the model gets for item codes."""
-        return self.store.model_ids(self.source.roles.item, codes)
-
     def _describe_items(self, ids: np.ndarray) -> tuple[list[Any], list[str]]:
         """Raw ids and titles of items, given by what the model gets for them."""
-        items = self._vocabularies[self.source.roles.item].decode(ids)
+        items = self.vocabularies[self.source.roles.item].decode(ids)
         titles = None if isinstance(self.source, StoredSource) else self.store.titles()
         if titles is None:
             return items, [str(item) for item in items]
@@ -319,37 +232,7 @@ class TrainedModel:
 
     def _user_vectors(self, rows: np.ndarray, at: int | None = None) -> Tensor:
         """As ``user_embeddings``, for rows of the store."""
-        return self._vectors(self._with_data().history_batches(rows), at)
-
-    def _vectors(self, batches: Iterable[HSTUBatch], at: int | None = None) -> Tensor:
-        if at is not None:
-            if not self.reads_request_time:
-                because = f"its position_encoding is {self.config.network.position_encoding}"
-                if self.config.network.has_relative_bias:
-                    because = 'it was trained with DatasetArgs.query_time = "last_event"'
-                raise ConfigError(f"the model does not read the time of a request: {because}; leave the time out")
-            batches = asked_at(batches, at)
-        vectors = [torch.empty(0, self.config.network.item_width, device=self.mesh.device)]
-        for batch in batches:
-            queries = self.forward(batch).queries
-            assert queries is not None  # it is a retrieval model
-            vectors.append(queries[: batch.real_batch_size])
-        return torch.cat(vectors)
-
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        with evaluation_mode(self.model), self.optimizers.averaged_weights():
-            yield
-
-    def _retrieval_args(self) -> RetrievalArgs:
-        if not isinstance(self.config.task_args, RetrievalArgs):
-            raise DataError(
-                "this model belongs to a ranking run; recommendations and user or item vectors need a retrieval run"
-            )
-        return self.config.task_args
-
-    def _retrieval_evaluator(self) -> RetrievalEvaluator:
-        return RetrievalEvaluator(self.model, self._retrieval_args(), self.source, self.mesh)
+        return self.user_vectors(self.with_data().history_batches(rows), at)
 
 
 def format_recommendations(recommendations: Iterable[Recommendation]) -> str:
@@ -372,24 +255,6 @@ def encode_users(store: SequenceStore, users: Sequence[Any]) -> np.ndarray:
     except ValueError as error:
         raise DataError(f"{store.path}: user ids are whole numbers, got {list(users)!r}") from error
     return store.encode(USER_FEATURE, numbers)
-
-
-@cache
-def _mesh_of_this_process() -> Mesh:
-    """Join the process group at the first call; a notebook may load many models."""
-    atexit.register(meshes.finish, wait=False)
-    return meshes.start()
-
-
-def _open_source(config: RunConfig, checkpoint: Path, mesh: Mesh) -> InferenceSource | StoredSource:
-    """The data of the run or, where it is not there, what the checkpoint says about it."""
-    assert isinstance(config.dataset, DatasetArgs)
-    try:
-        return InferenceSource(config, config.dataset, mesh)
-    except DataError as error:
-        if store_path(config.dataset).exists():
-            raise
-        return StoredSource(config, checkpoint, mesh, error)
 
 
 def _with_vocabulary(store: SequenceStore) -> list[str]:

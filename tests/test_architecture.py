@@ -20,7 +20,8 @@ LEVELS = (
     ("pipeline",),
     ("checkpoint", "observe"),
     ("train",),
-    ("estimate", "api"),
+    ("estimate", "serve"),
+    ("api",),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 IMPORTS_WHEN_CALLED = {

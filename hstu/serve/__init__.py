@@ -1,0 +1,5 @@
+"""Applies a trained model: metrics, predictions, vectors, export, server.
+
+``LoadedModel`` (loaded.py) opens a checkpoint or an export with its data. hstu.api, the interface for notebooks, and
+the scripts of docs/use.md call the rest. No earlier room imports this one.
+"""

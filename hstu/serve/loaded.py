@@ -1,0 +1,199 @@
+"""A trained model with its data, as everything that applies it needs it."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu.checkpoint.directory import verified_file
+from hstu.checkpoint.find import GIN, check_belongs, is_run, locate
+from hstu.checkpoint.load import load as load_checkpoint
+from hstu.checkpoint.matching import LoadOptions
+from hstu.config.args import DatasetArgs, RetrievalArgs
+from hstu.config.errors import ConfigError, DataError
+from hstu.config.gin_io import load_stored
+from hstu.config.run_config import RunConfig
+from hstu.data.batch import HSTUBatch
+from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.model.gr_model import GRModel
+from hstu.model.outputs import ModelOutput
+from hstu.optim.optimizers import Optimizers
+from hstu.parallel import mesh as meshes
+from hstu.parallel.mesh import Mesh
+from hstu.train.builder import build_model, build_state, raw_ids
+from hstu.train.evaluate import RetrievalEvaluator, evaluation_mode
+from hstu.train.given_histories import Vocabulary, vocabularies_of
+from hstu.train.inference import InferenceSource, StoredSource, asked_at, zero_spare_rows
+from hstu.train.store_source import store_path
+
+
+def stored_config(path: str | Path, checkpoint: str | Path | None = None) -> tuple[RunConfig, Path]:
+    """The configuration and the checkpoint or export that two paths mean. Arguments and errors: ``LoadedModel.load``"""
+    directory = Path(path)
+    stored = locate(checkpoint or directory)
+    if checkpoint and is_run(directory):
+        check_belongs(stored, directory)
+    return load_stored(directory / GIN if is_run(directory) else verified_file(stored, GIN)), stored
+
+
+@dataclass
+class LoadedModel:
+    """A model with trained weights, its data and its configuration.
+
+    Methods that compute use no dropout, and moving averages of the weights if the run kept them. On several ranks
+    they are collective.
+    """
+
+    config: RunConfig
+    checkpoint: Path
+    mesh: Mesh
+    source: InferenceSource | StoredSource
+    model: GRModel
+    """Tables and dense part: ``model.embedding`` and ``model.dense``."""
+    optimizers: Optimizers
+    report: list[str]
+    """What of the checkpoint did not fit, and how many ids of the data it does not have; one line each."""
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        checkpoint: str | Path | None = None,
+        mesh: Mesh | None = None,
+        strict: bool | None = None,
+    ) -> Self:
+        """Load the model of a run, a checkpoint, a directory of checkpoints, or an export.
+
+        The data may be newer than the model: new users, items and values of contextual features have rows of zeros,
+        which ``report`` counts. Without the data, the model can recommend for histories given by hand.
+
+        Args:
+            path: what to load. Of a run and of a directory of checkpoints, the newest checkpoint is loaded.
+            checkpoint: load this checkpoint or export of the run ``path`` instead, with the run's configuration.
+            mesh: ranks to load on. None: this process, or all ranks if torchrun started it. Collective.
+            strict: False: load what fits and report the rest. None: TrainerArgs.ckpt_load_strict of the configuration.
+
+        Raises:
+            DataError: the path, the checkpoint or the data is missing or damaged, or the checkpoint is of another run.
+            ConfigError: the configuration does not fit the checkpoint, or the run used random data.
+        """
+        config, stored = stored_config(path, checkpoint)
+        return cls.restore(config, stored, mesh or mesh_of_this_process(), strict)
+
+    @classmethod
+    def restore(cls, config: RunConfig, checkpoint: str | Path, mesh: Mesh, strict: bool | None = None) -> Self:
+        """Build the model of ``config`` and load its weights. Raises as ``load``."""
+        if not isinstance(config.dataset, DatasetArgs):
+            raise ConfigError("the run trained on random data (BenchmarkDatasetArgs), so there is nothing to look up")
+        root = locate(checkpoint)
+        source = _open_source(config, root, mesh)
+        model, optimizers = build_model(config, source, mesh)
+        state = build_state(config, source, model, optimizers)
+        is_strict = config.trainer.ckpt_load_strict if strict is None else strict
+        report = load_checkpoint(root, state, mesh, LoadOptions(is_strict, optimizer=False, zero_new_rows=True))
+        zero_spare_rows(state, source)
+        return cls(config, root, mesh, source, model, optimizers, report)
+
+    @property
+    def store(self) -> SequenceStore:
+        """The data of the run. Raises DataError if it is not there."""
+        return self.with_data().store
+
+    def with_data(self) -> InferenceSource:
+        """The source of batches. Raises DataError if the data is not there."""
+        if isinstance(self.source, StoredSource):
+            raise self.source.missing
+        return self.source
+
+    @cached_property
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        """The ids of each feature."""
+        return vocabularies_of(self.source, raw_ids(self.source))
+
+    @cached_property
+    def users(self) -> Vocabulary:
+        """The users of the data."""
+        return Vocabulary(self.store.num_users, self.store.raw_ids(USER_FEATURE), keeps_raw=False)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Inside, the model computes without dropout and gradients, with averaged weights if the run kept them."""
+        with evaluation_mode(self.model), self.optimizers.averaged_weights():
+            yield
+
+    def forward(self, batch: HSTUBatch) -> ModelOutput:
+        """Loss and predictions of a batch: ``logits`` (ranking) or ``queries`` (retrieval)."""
+        with self.inference():
+            output: ModelOutput = self.model(batch.to(self.mesh.device))
+        return output
+
+    @property
+    def reads_request_time(self) -> bool:
+        """Whether recommendations depend on when they are asked for (DatasetArgs.query_time = "request")."""
+        return self.config.network.has_relative_bias and self.config.asks_for_next
+
+    def user_vectors(self, batches: Iterable[HSTUBatch], at: int | None = None) -> Tensor:
+        """Vectors of the users of batches of histories: float32 [users, E], of length 1.
+
+        Args:
+            at: when they ask, in whole seconds since 1970. None: at the newest event of each.
+
+        Raises ConfigError if ``at`` is given to a model that does not read it, DataError for a history with later
+        events.
+        """
+        if at is not None:
+            if not self.reads_request_time:
+                because = f"its position_encoding is {self.config.network.position_encoding}"
+                if self.config.network.has_relative_bias:
+                    because = 'it was trained with DatasetArgs.query_time = "last_event"'
+                raise ConfigError(f"the model does not read the time of a request: {because}; leave the time out")
+            batches = asked_at(batches, at)
+        vectors = [torch.empty(0, self.config.network.item_width, device=self.mesh.device)]
+        for batch in batches:
+            queries = self.forward(batch).queries
+            assert queries is not None  # it is a retrieval model
+            vectors.append(queries[: batch.real_batch_size])
+        return torch.cat(vectors)
+
+    def require_retrieval(self) -> RetrievalArgs:
+        """The task of a retrieval run. Raises DataError for a ranking run."""
+        if not isinstance(self.config.task_args, RetrievalArgs):
+            raise DataError(
+                "this model belongs to a ranking run; recommendations and user or item vectors need a retrieval run"
+            )
+        return self.config.task_args
+
+    def retrieval_evaluator(self) -> RetrievalEvaluator:
+        """Embeds items and scores them. Raises DataError for a ranking run."""
+        return RetrievalEvaluator(self.model, self.require_retrieval(), self.source, self.mesh)
+
+    def model_ids(self, codes: np.ndarray) -> np.ndarray:
+        """What the model gets for item codes of the data, int64 [n]."""
+        return self.store.model_ids(self.source.roles.item, codes)
+
+
+@cache
+def mesh_of_this_process() -> Mesh:
+    """Join the process group at the first call; a notebook may load many models."""
+    atexit.register(meshes.finish, wait=False)
+    return meshes.start()
+
+
+def _open_source(config: RunConfig, checkpoint: Path, mesh: Mesh) -> InferenceSource | StoredSource:
+    """The data of the run or, where it is not there, what the checkpoint says about it."""
+    assert isinstance(config.dataset, DatasetArgs)
+    try:
+        return InferenceSource(config, config.dataset, mesh)
+    except DataError as error:
+        if store_path(config.dataset).exists():
+            raise
+        return StoredSource(config, checkpoint, mesh, error)

@@ -7,7 +7,7 @@ sharded, what backward recomputes, and into how many micro-batches a rank divide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -24,13 +24,15 @@ USED = 0.9
 """Share of the memory that a plan may use: the rest is for CUDA's context, NCCL's buffers and fragmentation."""
 SHARDING = ("none", "optimizer", "weights")
 NORM, SILU, LAYER = "recompute_input_layernorm", "recompute_input_silu", "recompute_layer"
-RECOMPUTED: tuple[tuple[str, ...], ...] = ((), (NORM,), (SILU,), (NORM, SILU), (LAYER,))
+NUM_LAYERS = "recompute_num_layers"
+KEPT: Mapping[str, Any] = {NORM: False, SILU: False, LAYER: False, NUM_LAYERS: None}
+"""Nothing is recomputed."""
 SEARCHED = (
     ("tensor_parallel", "tensor_model_parallel_size"),
     ("context_parallel", "context_parallel_size"),
     ("network", "sequence_parallel"),
     ("data_parallel", "sharding"),
-    *(("network", name) for name in (NORM, SILU, LAYER)),
+    *(("network", name) for name in KEPT),
     ("trainer", "train_batch_size"),
     ("trainer", "gradient_accumulation_steps"),
 )
@@ -74,7 +76,7 @@ def search(
     for tp, cp in _groups(config, world_size, ranks_per_host):
         progress(f"tensor parallel {tp}, context parallel {cp}")
         planned: Workload | None = None
-        for by_tokens, sharding, recomputed in product((False, True), SHARDING, RECOMPUTED):
+        for by_tokens, sharding, recomputed in product((False, True), SHARDING, _recomputed(config)):
             changed = _changed(config, tp, cp, by_tokens, sharding, recomputed)
             if (by_tokens and tp == 1) or not _is_valid(changed, world_size):
                 continue
@@ -94,13 +96,21 @@ def _groups(config: RunConfig, world_size: int, ranks_per_host: int) -> Iterator
             yield tp, cp
 
 
+def _recomputed(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """What backward may recompute: parts of all layers, half of the layers, or all of them."""
+    layers = config.network.num_layers
+    yield from ({}, {NORM: True}, {SILU: True}, {NORM: True, SILU: True})
+    if layers > 1:
+        yield {SILU: True, LAYER: True, NUM_LAYERS: layers // 2}
+    yield {LAYER: True}
+
+
 def _changed(
-    config: RunConfig, tp: int, cp: int, by_tokens: bool, sharding: str, recomputed: Sequence[str]
+    config: RunConfig, tp: int, cp: int, by_tokens: bool, sharding: str, recomputed: Mapping[str, Any]
 ) -> RunConfig:
-    recompute: dict[str, Any] = {name: name in recomputed for name in (NORM, SILU, LAYER)}
     return replace(
         config,
-        network=replace(config.network, sequence_parallel=by_tokens, **recompute),
+        network=replace(config.network, sequence_parallel=by_tokens, **{**KEPT, **recomputed}),
         tensor_parallel=replace(config.tensor_parallel, tensor_model_parallel_size=tp),
         context_parallel=replace(config.context_parallel, context_parallel_size=cp),
         data_parallel=replace(config.data_parallel, sharding=sharding),

@@ -14,7 +14,7 @@ from torch import nn
 from hstu.config.args import OptimizerArgs, RankingArgs, RankingTaskArgs
 from hstu.config.run_config import RunConfig
 from hstu.estimate.plan import plan_workload
-from hstu.estimate.workload import Batch, Workload
+from hstu.estimate.workload import Batch, LayerPart, Workload
 from hstu.model.embedding import TableSpec, build_collections
 from hstu.model.heads import head_products
 from hstu.ops.costs import FLOAT32
@@ -156,15 +156,13 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
     """Kind of memory → bytes on the rank that needs the most, for the largest batch."""
     batch = workload.largest
     micro = workload.micro_batch(batch)
-    tokens = workload.tokens(micro)
     dense, replicated = sum(workload.dense_parameters.values()), workload.replicated_elements
     held = sum(held_weights(workload).values())
     fixed = sum(buffer.numel() for buffer in workload.task.buffers())
     rows, states = table_bytes(workload, plan)
-    saved, alive = layer_bytes(workload, tokens)
     saved_by_task, working_of_task = task_bytes(workload, micro, workload.pool(batch))
     working_of_task += seen_bytes(workload, micro, workload.pool(batch, workload.dp_size))
-    working = max(working_of_task, alive - saved + backward_bytes(workload, tokens))
+    working = max(working_of_task, working_of_layers(workload, micro))
     of_layers = saved_by_layers(workload, micro)
     activations = of_layers + input_bytes(workload, micro) + saved_by_task
     gathered, whole_gradients = _gathered(workload)
@@ -218,14 +216,23 @@ def _gradients_beyond_activations(workload: Workload, saved: int, at_the_end: in
 
 def saved_by_layers(workload: Workload, batch: Batch) -> int:
     """Bytes that all layers save in forward."""
-    parts = workload.layer_parts(batch)
-    return sum(len(spans) * layer_bytes(workload, workload.tokens(part))[0] for spans, part in parts)
+    return sum(len(part.spans) * layer_bytes(workload, part)[0] for part in workload.layer_parts(batch))
 
 
-def layer_bytes(workload: Workload, tokens: int) -> tuple[int, int]:
+def working_of_layers(workload: Workload, batch: Batch) -> int:
+    """Bytes beyond ``saved_by_layers`` at the peak of backward, which frees what the later layers have saved."""
+    most, freed = 0, 0
+    for part in reversed(list(workload.layer_parts(batch))):
+        saved, alive = layer_bytes(workload, part)
+        most = max(most, alive - saved + backward_bytes(workload, part) - freed)
+        freed += len(part.spans) * saved
+    return most
+
+
+def layer_bytes(workload: Workload, part: LayerPart) -> tuple[int, int]:
     """(saved in forward, alive during backward) of one layer. They differ only under recompute_layer."""
-    network = workload.config.network
-    shape = -(-tokens // workload.cp_size), workload.tp_size, workload.element_size, workload.residual_size
+    network, tokens = part.network, -(-workload.tokens(part.batch) // workload.cp_size)
+    shape = tokens, workload.tp_size, workload.element_size, workload.residual_size
     saved = saved_bytes(network, *shape)
     if not network.recompute_layer:
         return saved, saved
@@ -233,7 +240,7 @@ def layer_bytes(workload: Workload, tokens: int) -> tuple[int, int]:
     return saved, saved_bytes(network, *shape)
 
 
-def backward_bytes(workload: Workload, tokens: int) -> int:
+def backward_bytes(workload: Workload, part: LayerPart) -> int:
     """Working memory at the peak of a layer's backward, which is in the attention, beyond the saved activations.
 
     Alive are float32 copies of q, k, v and of the output's gradient, and the gradients of q, k and v; the gradients of
@@ -241,7 +248,7 @@ def backward_bytes(workload: Workload, tokens: int) -> int:
     projection, if it is recomputed. The attention's output and the dropout mask are already freed. With context
     parallelism the gradients of q, k and v are there by heads, too, and u is freed.
     """
-    network, c, tokens = workload.config.network, workload.element_size, -(-tokens // workload.cp_size)
+    network, c, tokens = part.network, workload.element_size, -(-workload.tokens(part.batch) // workload.cp_size)
     residual = workload.residual_size + (c if c != workload.residual_size else 0)
     inner = network.num_attention_heads * network.kv_channels // workload.tp_size
     recomputed = 4 * c * inner if network.recompute_input_silu and not network.recompute_layer else 0

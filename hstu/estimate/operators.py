@@ -12,7 +12,7 @@ from hstu.estimate import dense_operators as dense
 from hstu.estimate import table_operators as tables
 from hstu.estimate.memory import TableShards, trained_densely
 from hstu.estimate.timing import Operator
-from hstu.estimate.workload import Batch, Workload
+from hstu.estimate.workload import Batch, LayerPart, Workload
 from hstu.model.heads import head_products
 from hstu.ops.costs import FLOAT32
 from hstu.ops.kernels import Backend
@@ -44,13 +44,13 @@ def _inputs(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> 
 
 
 def _layers(workload: Workload, batch: Batch) -> Iterator[Operator]:
-    for spans, part in workload.layer_parts(batch):
-        yield from _equal_layers(workload, part, spans)
+    for part in workload.layer_parts(batch):
+        yield from _equal_layers(workload, part)
 
 
-def _equal_layers(workload: Workload, batch: Batch, spans: tuple[int | None, ...]) -> Iterator[Operator]:
-    """The operators of layers with these max_attention_span on ``batch``."""
-    network, tp, c = workload.config.network, workload.tp_size, workload.element_size
+def _equal_layers(workload: Workload, part: LayerPart) -> Iterator[Operator]:
+    network, spans, batch = part.network, part.spans, part.batch
+    tp, c = workload.tp_size, workload.element_size
     hidden, heads, width = network.hidden_size, network.num_attention_heads // tp, network.kv_channels
     inner, tokens = heads * width, -(-workload.tokens(batch) // workload.cp_size)
     own = -(-tokens // tp) if network.sequence_parallel else tokens

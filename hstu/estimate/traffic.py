@@ -117,11 +117,12 @@ def _gathered_rows(workload: Workload, batch: Batch) -> Iterator[Transfer]:
 def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
     """Tensor, sequence and context parallelism within the layers (parallel/layer_comm.py)."""
     network, tp, c = workload.config.network, workload.tp_size, workload.element_size
-    layers, tokens = network.num_layers, workload.tokens_of_layers(batch)
-    passes = 2 if network.recompute_layer else 1  # backward repeats what leads to the input of W_o
+    layers, (tokens, recomputed) = network.num_layers, workload.tokens_of_layers(batch)
+    # Backward repeats what leads to the input of W_o in the layers that it recomputes.
+    passes, passed = layers + network.recomputed_layers, tokens + recomputed
     tensor = partial(Transfer, group="tensor", ranks=tp)
-    norms = (1 + passes) * 2 * tokens * FLOAT32
-    yield tensor("statistics of the output norm", "all_gather", calls=layers * (1 + passes), payload=norms)
+    norms = 2 * (tokens + passed) * FLOAT32
+    yield tensor("statistics of the output norm", "all_gather", calls=layers + passes, payload=norms)
     names = ["bias.position_weight", "bias.time_weight"]
     names += ["input_norm.weight", "input_norm.bias"] if network.sequence_parallel else []
     shared = [workload.dense_parameters.get(FIRST_LAYER + name, 0) for name in names]
@@ -130,20 +131,22 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
         yield tensor("gradients of shared parameters", "all_reduce", calls=calls, payload=payload)
     width = tokens * network.hidden_size
     yield from _ends(workload, batch)
-    heads = tokens * network.num_attention_heads * network.kv_channels // tp * c
+    channels = network.num_attention_heads * network.kv_channels // tp * c
+    heads, passed_heads = tokens * channels, passed * channels
     context = partial(Transfer, kind="all_to_all", group="context", ranks=workload.cp_size)
-    yield context("q, k, v by heads", calls=layers * passes, payload=3 * heads * passes)
-    if network.recompute_input_silu and not network.recompute_layer:
-        yield context("q, k, v by heads, again", calls=layers, payload=3 * heads, behind="weights")
-    yield context("what attention gives, by tokens", calls=layers * passes, payload=heads * passes)
+    yield context("q, k, v by heads", calls=passes, payload=3 * passed_heads)
+    if network.recompute_input_silu and layers > network.recomputed_layers:
+        once = 2 * layers - passes  # in layers that are not recomputed as a whole
+        yield context("q, k, v by heads, again", calls=once, payload=3 * (2 * heads - passed_heads), behind="weights")
+    yield context("what attention gives, by tokens", calls=passes, payload=passed_heads)
     yield context("gradients of both", calls=2 * layers, payload=4 * heads)
-    whole, part = width * c, -(-width // tp) * c
+    whole, part, passed_part = width * c, -(-width // tp) * c, -(-passed * network.hidden_size // tp) * c
     per_layer = partial(tensor, calls=layers)
     if not network.sequence_parallel:
         yield per_layer("sums of W_o", "all_reduce", payload=whole)
         yield per_layer("gradients of W_uvqk's input", "all_reduce", payload=whole, behind="weights")
         return
-    yield tensor("tokens before W_uvqk", "all_gather", calls=layers * passes, payload=passes * part)
+    yield tensor("tokens before W_uvqk", "all_gather", calls=passes, payload=passed_part)
     yield per_layer("tokens before W_uvqk, again", "all_gather", payload=part, behind="weights")
     yield per_layer("sums of W_o", "reduce_scatter", payload=whole)
     yield per_layer("gradients of W_o's sums", "all_gather", payload=part)
@@ -153,7 +156,7 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
 def _ends(workload: Workload, batch: Batch) -> Iterator[Transfer]:
     """Where the tokens are split before layers and joined after them."""
     network = workload.config.network
-    parts = [-(-workload.tokens(part) // workload.cp_size) for _, part in workload.layer_parts(batch)]
+    parts = [-(-workload.tokens(stage) // workload.cp_size) for stage in workload.stages(batch)]
     width = sum(parts) * network.hidden_size
     ends = -(-width // workload.tp_size) if network.sequence_parallel else width
     name, calls, both = "tokens before and after the layers", 2 * len(parts), 2 * ends * FLOAT32

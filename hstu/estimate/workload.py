@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
 
+from hstu.config.args import NetworkArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES, of_negatives
 from hstu.data.negatives import Negatives
@@ -50,6 +52,17 @@ class Batch:
         """The first sequences, with their part of the labels."""
         labels = -(-self.labels * sequences // max(self.sequences, 1))
         return Batch(self.item_lengths[:sequences], self.num_candidates[:sequences], labels)
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """Layers that compute on the same tokens and keep the same of them."""
+
+    network: NetworkArgs
+    """As it is in these layers, see NetworkArgs.of_layer."""
+    spans: tuple[int | None, ...]
+    """max_attention_span of each of the layers."""
+    batch: Batch
 
 
 @dataclass(frozen=True)
@@ -188,19 +201,28 @@ class Workload:
         """Tokens of a batch."""
         return int(self._counter.per_sequence(batch.item_lengths, batch.num_candidates).tokens.sum())
 
-    def layer_parts(self, batch: Batch) -> Iterator[tuple[tuple[int | None, ...], Batch]]:
-        """The max_attention_span of some layers, and the batch that they compute on; all layers in order."""
-        network = self.config.network
-        spans, whole = network.attention_spans, network.whole_layers
-        yield spans[:whole], batch
-        if spans[whole:]:
-            lengths = truncated_items(network, batch.item_lengths, batch.num_candidates)
-            yield spans[whole:], replace(batch, item_lengths=lengths)
+    def layer_parts(self, batch: Batch) -> Iterator[LayerPart]:
+        """Layers that compute on the same tokens and keep the same of them; all layers in order."""
+        network, stages = self.config.network, self.stages(batch)
+        bounds = {0, network.whole_layers, network.recomputed_layers, network.num_layers}
+        for first, end in pairwise(sorted(bounds)):
+            spans = network.attention_spans[first:end]
+            yield LayerPart(network.of_layer(first), spans, stages[0 if first < network.whole_layers else -1])
 
-    def tokens_of_layers(self, batch: Batch) -> int:
-        """Tokens that a context-parallel rank has in all layers together."""
-        parts = self.layer_parts(batch)
-        return sum(len(spans) * -(-self.tokens(part) // self.cp_size) for spans, part in parts)
+    def stages(self, batch: Batch) -> list[Batch]:
+        """What the layers compute on: the batch, then its truncated sequences (NetworkArgs.truncate_to_items)."""
+        network = self.config.network
+        if network.whole_layers == network.num_layers:
+            return [batch]
+        lengths = truncated_items(network, batch.item_lengths, batch.num_candidates)
+        return [batch, replace(batch, item_lengths=lengths)]
+
+    def tokens_of_layers(self, batch: Batch) -> tuple[int, int]:
+        """Tokens that a context-parallel rank has in all layers together, and in those that backward recomputes."""
+        parts = list(self.layer_parts(batch))
+        tokens = [len(part.spans) * -(-self.tokens(part.batch) // self.cp_size) for part in parts]
+        again = (count for count, part in zip(tokens, parts, strict=True) if part.network.recompute_layer)
+        return sum(tokens), sum(again)
 
     def flops(self, batch: Batch) -> float:
         """Reported operations of training on a batch, all ranks of the group together."""

@@ -135,7 +135,9 @@ class SequenceEncoder(nn.Module):
         self.features = features
         self.inputs = SequenceInputs(network, features, kernels)
         max_tokens = features.max_tokens(network)
-        layers = nn.ModuleList(HSTULayer(network, max_tokens, kernels, index) for index in range(network.num_layers))
+        layers = nn.ModuleList(
+            HSTULayer(network.of_layer(index), max_tokens, kernels, index) for index in range(network.num_layers)
+        )
         self.stack = nn.ModuleDict({"layers": layers})  # the name of the layers in checkpoints
         self.comm = LayerComm()
         """Communication with the ranks that share the tokens between the layers."""

@@ -47,8 +47,7 @@ NEEDS: Iterable[tuple[str, str, tuple[Any, ...], str]] = (
     ("trainer.data_prefetch", "trainer.data_workers", _Not([0]), "only data workers prepare batches in advance"),
     ("trainer.max_bad_rows", "trainer.bad_row_policy", ("skip",), "no sample is skipped"),
     ("network.bfloat16_residual", "network.dtype_str", ("bfloat16",), "layers compute in another type"),
-    ("network.recompute_input_layernorm", "network.recompute_layer", (False,), "that recomputes the whole layer"),
-    ("network.recompute_input_silu", "network.recompute_layer", (False,), "that recomputes the whole layer"),
+    ("network.recompute_num_layers", "network.recompute_layer", (True,), "it counts the layers of that"),
     (
         "network.sequence_parallel", "tensor_parallel.tensor_model_parallel_size", _Not([1]),
         "it splits tokens over the ranks of a tensor-parallel group",
@@ -76,10 +75,7 @@ NEEDS: Iterable[tuple[str, str, tuple[Any, ...], str]] = (
 )  # fmt: skip
 """(option, other option, values of the other with which the first has an effect, why if it is not obvious)."""
 
-ONLY_TOLD = (
-    "trainer.profile_step_start", "trainer.profile_step_end", "network.recompute_input_layernorm",
-    "network.recompute_input_silu",
-)  # fmt: skip
+ONLY_TOLD = ("trainer.profile_step_start", "trainer.profile_step_end")
 """Options of ``NEEDS`` that files of other trainers give without need: where they have no effect is a warning."""
 
 OF_STORED_DATA = ("trainer.data_workers", "trainer.bad_row_policy", "task_args.tasks")

@@ -297,6 +297,18 @@ def truncation_leaves_layers(run: RunConfig) -> Iterator[Problem]:
         yield run.problem(network, "truncate_after_layer", text)
 
 
+def layers_are_recomputed(run: RunConfig) -> Iterator[Problem]:
+    network, layers = run.network, run.network.recomputed_layers
+    if layers > network.num_layers:
+        text = f"must be at most {run.cite(network, 'num_layers')}; change it, or remove it to recompute all layers"
+        yield run.problem(network, "recompute_num_layers", text)
+    for name in ("recompute_input_layernorm", "recompute_input_silu"):
+        if is_given(network, name) and layers >= network.num_layers:
+            text = f"has no effect with {run.cite(network, 'recompute_layer')}, because that recomputes the whole layer"
+            remedy = "; remove it, or set recompute_layer to False, or recompute_num_layers to fewer layers"
+            yield run.problem(network, name, text + remedy, is_warning=True)
+
+
 def masks_hide_the_labels(run: RunConfig) -> Iterator[Problem]:
     yield from label_leak(run, has_context=bool(run.dataset.contextual_feature_names))  # None: known with the data
 
@@ -343,5 +355,6 @@ RULES = (
     counted_items_are_stored,
     item_towers_have_features, query_time_is_seen, next_items_are_not_candidates, next_items_are_not_evaluated,
     position_encodings_combine, position_buckets_have_a_table,
-    spans_fit_the_layers, full_attention_exceeds_a_span, truncation_leaves_layers, masks_hide_the_labels,
+    spans_fit_the_layers, full_attention_exceeds_a_span, truncation_leaves_layers, layers_are_recomputed,
+    masks_hide_the_labels,
 )  # fmt: skip

@@ -180,6 +180,7 @@ _NO_FACTORS = (
 _EVENTS_ALONE = "DatasetArgs.dataset_path = '$store'"
 _RANKING_VALIDATION = ("DatasetArgs.train_fraction = 0.6", "DatasetArgs.valid_fraction = 0.1")
 _PRODUCT = "NetworkArgs.action_item_product = True"
+_NEXT_ITEM = "RankingArgs.next_item_weight = 0.1", 'RetrievalArgs.negatives = "full"'
 
 
 def _retrieval(title: str, dataset: str, config: str, rows: tuple[Row, ...], epochs: int) -> Table:
@@ -248,6 +249,7 @@ def _ranking(title: str, dataset: str, items: int, epochs: int, undone: Mapping[
             Row(name="no numbers, usual settings", config=plain, bindings=(_EVENTS_ALONE,)),
             without_numbers("no numbers"),
             without_numbers("no numbers, with item × action", _PRODUCT),
+            without_numbers("no numbers, with the loss of the next item", *_NEXT_ITEM),
             without_numbers("no numbers, with first rows", *first_rows, prepare=factors),
             without_numbers("no numbers, with first rows and item × action", *first_rows, _PRODUCT, prepare=factors),
         ),

@@ -130,13 +130,20 @@ class SequenceInputs(nn.Module):
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:
         """Returns tokens [T, D] and their layout. ``embeddings``: rows of every feature in ``self.features``."""
-        layout = self._layout(batch)
-        x = self.kernels.jagged_concat(self._parts(embeddings, batch, layout), token_order(layout))
-        if self.position_table is not None:
-            x = self.kernels.add_positions(x, self.position_table, layout.positions)
+        layout = self.layout(batch)
+        x = self.add_positions(self.content(embeddings, batch, layout), layout.positions)
         return dropout(x, self.dropout, self.training), layout
 
-    def _layout(self, batch: HSTUBatch) -> JaggedLayout:
+    def content(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, layout: JaggedLayout) -> Tensor:
+        """Tokens [T, D] before positions are added: each depends on its own item or contextual feature alone."""
+        return self.kernels.jagged_concat(self._parts(embeddings, batch, layout), token_order(layout))
+
+    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [T, D] with the learned vectors of the positions, int64 [T]; x itself where the model has none."""
+        return x if self.position_table is None else self.kernels.add_positions(x, self.position_table, positions)
+
+    def layout(self, batch: HSTUBatch) -> JaggedLayout:
+        """Where the tokens of a batch lie. Raises ConfigError where the model needs times and the batch has none."""
         if self.needs_times and batch.timestamps is None:
             raise ConfigError(
                 'NetworkArgs.position_encoding = "relative_bias" needs the time of every event, and this data '

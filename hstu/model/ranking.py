@@ -34,11 +34,19 @@ class RankingModel(nn.Module, ABC):
     def predict(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> ModelOutput:
         """The same, from the tokens of the encoder."""
 
+    @abstractmethod
+    def logits(self, tokens: Tensor) -> Tensor:
+        """What ``ModelOutput.logits`` has for items, from their tokens [M, D] alone."""
+
     def head_outputs(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> Any:
         """What the head gives for the labelled items."""
         labelled = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total)
+        return self.of_head(tokens.index_select(0, labelled))
+
+    def of_head(self, tokens: Tensor) -> Any:
+        """What the head gives for tokens [M, D], in the network's compute dtype."""
         with mixed_precision(self.encoder.network.dtype_str, tokens.device.type):
-            return self.head(tokens.index_select(0, labelled))
+            return self.head(tokens)
 
 
 class RankingDense(RankingModel):
@@ -70,6 +78,11 @@ class RankingDense(RankingModel):
         return ModelOutput(
             loss_sum=self.loss_sum(logits, batch.labels), num_labels=batch.num_labels.sum(), logits=logits
         )
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """See RankingModel."""
+        logits: Tensor = self.of_head(tokens)
+        return logits
 
     def loss_sum(self, logits: Tensor, actions: Tensor) -> Tensor:
         """Summed loss, a float32 scalar. logits: float32 [M, last]; actions: int64 [M]."""

@@ -6,6 +6,7 @@ Source: HSTU, arXiv 2402.17152, sec. 3.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from hstu.data.batch import HSTUBatch
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
 from hstu.model.precision import DTYPES, mixed_precision
 from hstu.ops.comm import LayerComm
-from hstu.ops.kernels import AttentionConfig, Kernels, KernelShapes
+from hstu.ops.kernels import AttentionConfig, AttentionForward, Kernels, KernelShapes
 from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, truncate_history
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
@@ -88,12 +89,21 @@ class HSTULayer(nn.Module):
         nn.init.zeros_(self.uvqk.bias)
         nn.init.xavier_uniform_(self.out.weight)
 
-    def forward(self, x: Tensor, layout: JaggedLayout, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        layout: JaggedLayout,
+        update: Tensor | None = None,
+        attend: AttentionForward | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """x and the update of the layer before (None: this is the first) → x + update, and the layer's own update.
 
-        All are [T, D]. What follows the last layer adds its update to x.
+        All are [T, D]. What follows the last layer adds its update to x. ``attend``: the attention of a forward without
+        backward, instead of the kernel's, for tokens that also attend to what ``layout`` does not have.
         """
-        network, bias = self.network, self.bias
+        network, bias, kernels = self.network, self.bias, self.kernels
+        if attend is not None:
+            kernels = replace(kernels, attention=replace(kernels.attention, forward=attend))
         weights = LayerWeights(
             input_norm_weight=self.input_norm.weight,
             input_norm_bias=self.input_norm.bias,
@@ -109,7 +119,7 @@ class HSTULayer(nn.Module):
             head_dim=network.kv_channels,
             attention=self.attention_config,
             eps=network.norm_epsilon,
-            kernels=self.kernels,
+            kernels=kernels,
             dropout=network.hidden_dropout if self.training else 0.0,
             recompute_normalized=network.recompute_input_layernorm,
             recompute_activated=network.recompute_input_silu,

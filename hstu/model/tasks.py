@@ -145,9 +145,18 @@ class MultiTaskDense(RankingModel):
 
     def predict(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> ModelOutput:
         """See RankingModel. The predictions of one task stand beside those of the task before."""
-        of_tasks = list(zip(self.each_task, self.head_outputs(tokens, layout, batch), strict=True))
+        outputs = self.head_outputs(tokens, layout, batch)
+        losses = [task.loss_sum(output, batch) for task, output in zip(self.each_task, outputs, strict=True)]
         return ModelOutput(
-            loss_sum=torch.stack([task.loss_sum(output, batch) for task, output in of_tasks]).sum(),
+            loss_sum=torch.stack(losses).sum(),
             num_labels=batch.num_labels.sum(),
-            logits=torch.cat([task.predictions(output) for task, output in of_tasks], dim=1),
+            logits=self._predictions(outputs),
         )
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """See RankingModel."""
+        return self._predictions(self.of_head(tokens))
+
+    def _predictions(self, outputs: Sequence[Tensor]) -> Tensor:
+        each = [task.predictions(output) for task, output in zip(self.each_task, outputs, strict=True)]
+        return torch.cat(each, dim=1)

@@ -1,0 +1,180 @@
+"""HSTU attention of new tokens to the cached keys and values of earlier ones, and to each other.
+
+A row of HSTU attention has no softmax: it is Σ SiLU(score) V / N with a constant N. The sum may therefore be computed
+in parts, page by page of a cache, and earlier tokens are never computed again. Plain matrix products, forward alone.
+Source: M-FALCON, arXiv 2402.17152, sec. 3.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hstu.ops.kernels import AttentionConfig, RelativeBias
+from hstu.ops.layout import JaggedLayout, distance_index, time_buckets
+from hstu.ops.pytorch.attention import MASKED
+
+
+@dataclass(frozen=True)
+class CachedPrefix:
+    """The first tokens of one sequence: its context, and its history up to the new tokens."""
+
+    pages: Sequence[tuple[Tensor, Tensor]]
+    """Keys and values of some tokens, [H, b, d] each, in order."""
+    num_tokens: int
+    num_contextuals: int
+    """The first tokens, which a window does not hide."""
+    times: Tensor | None
+    """int64 [num_tokens], seconds; None without a relative bias."""
+    history_end: int
+    """Tokens of context and history together with all that are being appended: where candidates stand."""
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: JaggedLayout,
+    config: AttentionConfig,
+    bias: RelativeBias | None,
+    prefix: CachedPrefix,
+) -> Tensor:
+    """:class:`hstu.ops.kernels.AttentionForward` for new tokens of the sequence that begins with ``prefix``.
+
+    q, k, v: [n, H, d], any strides. layout: of the new tokens alone, with the positions that they have in the whole
+    sequence; they are all candidates, or all history that follows the prefix at once. Returns [n, H, d], contiguous.
+
+    Computed in float32, or float64 where q has it. Memory: n scores per head and token of a page, and, with a bias, n
+    numbers per token of the prefix (1 instead of n where all new tokens have one position and one time).
+
+    Raises:
+        ValueError: history without a causal mask, whose earlier tokens would see the new ones.
+    """
+    are_candidates = layout.num_candidate_tokens is not None
+    if not (are_candidates or config.is_causal):
+        raise ValueError("is_causal = False: earlier tokens see appended ones, so their keys and values change")
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    queries, keys, values = (x.transpose(0, 1).to(dtype) for x in (q, k, v))
+    weights = None if bias is None else (bias.position_weight.to(dtype), bias.time_weight.to(dtype))
+    out = _own_groups if are_candidates else _own_history
+    attended = out(queries, keys, values, layout, config, weights, prefix)
+    added = _prefix_terms(layout, config, weights, prefix, dtype)
+    start = 0
+    for page_keys, page_values in prefix.pages:
+        stop = start + page_keys.shape[1]
+        if not _is_hidden(start, stop, layout, config, prefix):
+            terms = added if added.shape[-1] == 1 else added[..., start:stop]
+            scores = torch.baddbmm(terms, queries, page_keys.to(dtype).transpose(1, 2), alpha=config.alpha)
+            attended.baddbmm_(F.silu(scores, inplace=True), page_values.to(dtype))
+        start = stop
+    return attended.div_(config.scaling_seqlen).transpose(0, 1).to(v.dtype).contiguous()
+
+
+def _prefix_terms(
+    layout: JaggedLayout,
+    config: AttentionConfig,
+    weights: tuple[Tensor, Tensor] | None,
+    prefix: CachedPrefix,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What is added to the scores of the prefix: [r, P], where r = 1 serves all rows; [1, 1] of zeros: nothing."""
+    device = layout.positions.device
+    rows = layout.positions[:1] if layout.num_candidate_tokens is not None else layout.positions
+    keys = torch.arange(prefix.num_tokens, device=device)
+    added = torch.zeros(1, 1, dtype=dtype, device=device)
+    if weights is not None:
+        position_weight, time_weight = weights
+        added = position_weight[distance_index(rows[:, None], keys, len(position_weight))]
+        added = added + time_weight[_buckets(layout, prefix)]
+    if config.max_span is not None:
+        hidden = ~_visible(rows[:, None], keys, config, config.max_span, prefix)
+        added = added.masked_fill(hidden, MASKED)
+    return added
+
+
+def _buckets(layout: JaggedLayout, prefix: CachedPrefix) -> Tensor:
+    """int64 [r, P]: time buckets of the new tokens and the prefix, the same in all layers."""
+    if "prefix_buckets" not in layout.cache:
+        assert layout.query_times is not None and prefix.times is not None, "a relative bias has times"
+        times = layout.query_times
+        if layout.num_candidate_tokens is not None and bool((times == times[0]).all()):
+            times = times[:1]  # one request: the logarithms are computed once per token of the prefix
+        layout.cache["prefix_buckets"] = time_buckets(times[:, None] - prefix.times).long()
+    buckets: Tensor = layout.cache["prefix_buckets"]
+    return buckets
+
+
+def _visible(rows: Tensor, keys: Tensor, config: AttentionConfig, span: int, prefix: CachedPrefix) -> Tensor:
+    """bool: whether a window of ``span`` lets the rows at these positions see these tokens of context and history."""
+    return (rows - keys <= span) | (keys < prefix.num_contextuals) | config.has_no_limit(rows, prefix.history_end)
+
+
+def _is_hidden(start: int, stop: int, layout: JaggedLayout, config: AttentionConfig, prefix: CachedPrefix) -> bool:
+    """Whether no new token sees the tokens [start, stop) of the prefix."""
+    if config.max_span is None or start < prefix.num_contextuals:
+        return False
+    first, newest = prefix.num_tokens, prefix.num_tokens + layout.num_tokens - 1
+    if layout.num_candidate_tokens is not None:
+        first = newest = prefix.history_end
+    has_limit = not config.has_no_limit(newest, prefix.history_end)
+    return has_limit and first - (stop - 1) > config.max_span
+
+
+def _own_history(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: JaggedLayout,
+    config: AttentionConfig,
+    weights: tuple[Tensor, Tensor] | None,
+    prefix: CachedPrefix,
+) -> Tensor:
+    """Each new token of the history with itself and the new ones before it, [H, n, d]."""
+    rows, columns = layout.positions[:, None], layout.positions
+    hidden = columns > rows
+    if config.max_span is not None:
+        hidden = hidden | ~_visible(rows, columns, config, config.max_span, prefix)
+    added = torch.zeros(hidden.shape, dtype=queries.dtype, device=queries.device)
+    if weights is not None:
+        assert layout.query_times is not None and layout.token_times is not None
+        position_weight, time_weight = weights
+        by_time = time_weight[time_buckets(layout.query_times[:, None] - layout.token_times).long()]
+        added = position_weight[distance_index(rows, columns, len(position_weight))] + by_time
+    added = added.masked_fill(hidden, MASKED)
+    scores = torch.baddbmm(added, queries, keys.transpose(1, 2), alpha=config.alpha)
+    return F.silu(scores, inplace=True) @ values
+
+
+def _own_groups(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: JaggedLayout,
+    config: AttentionConfig,
+    weights: tuple[Tensor, Tensor] | None,
+    prefix: CachedPrefix,
+) -> Tensor:
+    """Each candidate token with itself and those of its group before it, [H, n, d]."""
+    size, count = layout.candidate_group_tokens, queries.shape[1]
+    padding = -count % size  # of the last group; real tokens do not see it, because it comes after them
+
+    def grouped(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, padding)).unflatten(1, (-1, size))
+
+    q, k, v = grouped(queries), grouped(keys), grouped(values)
+    # Products of single rows and columns are faster as sums of products.
+    scores = config.alpha * ((q * k).sum(-1, keepdim=True) if size == 1 else q @ k.transpose(2, 3))
+    if weights is not None:
+        assert layout.query_times is not None and layout.token_times is not None
+        position_weight, time_weight = weights
+        asked, known = (F.pad(t, (0, padding)).view(-1, size) for t in (layout.query_times, layout.token_times))
+        by_time = time_weight[time_buckets(asked[:, :, None] - known[:, None, :]).long()]
+        scores = scores + (by_time + position_weight[len(position_weight) // 2])
+    later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    weighted = F.silu(scores.masked_fill_(later, MASKED), inplace=True)
+    attended = weighted * v if size == 1 else weighted @ v
+    return attended.flatten(1, 2)[:, :count].contiguous()

@@ -1,0 +1,309 @@
+"""Encode a history once, append events to it, and score candidates against it, exactly as the whole forward would.
+
+An HSTU layer reads earlier tokens through their keys and values alone. These are kept, and new tokens compute
+projections, gate and attention for themselves. Source: M-FALCON, arXiv 2402.17152, sec. 3.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec import JaggedTensor
+
+from hstu.config.errors import ConfigError
+from hstu.data.batch import HSTUBatch
+from hstu.data.jagged import run_offsets
+from hstu.model.precision import mixed_precision
+from hstu.model.stack import SequenceEncoder
+from hstu.ops.kernels import AttentionConfig, AttentionForward, RelativeBias
+from hstu.ops.layout import JaggedLayout
+from hstu.ops.pytorch.prefix_attention import CachedPrefix, prefix_attention
+from hstu.serve.pages import Prefix, PrefixCache
+
+APPENDED_AT_ONCE = 256
+"""History tokens of one pass: the scores of a pass are as many per token of the prefix."""
+
+
+class IncrementalEncoder:
+    """A sequence encoder whose histories stay in a cache. Call it in evaluation mode and without gradients.
+
+    Histories are under keys of your choice. Results equal those of ``encoder`` on the whole sequence, but for the order
+    of sums.
+
+    Args:
+        encoder: on one rank; not tensor- or context-parallel.
+        cache: for its network.
+        embeddings_of: batch → table rows of its features, as the encoder reads them.
+        candidates_at_once: items per micro-batch, rounded up to whole groups.
+
+    Raises:
+        ConfigError: the network truncates histories.
+    """
+
+    def __init__(
+        self,
+        encoder: SequenceEncoder,
+        cache: PrefixCache,
+        embeddings_of: Callable[[HSTUBatch], dict[str, JaggedTensor]],
+        candidates_at_once: int = 256,
+    ) -> None:
+        if encoder.network.truncate_after_layer is not None:
+            raise ConfigError(
+                "NetworkArgs.truncate_after_layer is not supported by incremental inference: in the later layers each "
+                "event moves the place where histories are cut; use TrainedModel.forward, or train without truncation"
+            )
+        self.encoder, self.cache = encoder, cache
+        self._embeddings_of = embeddings_of
+        group = encoder.network.target_group_size
+        self._items_at_once = -(-candidates_at_once // group) * group
+        self.reencodes_because = why_append_reencodes(encoder)
+        """Why appending an event changes what the cache has of earlier ones; None: it does not."""
+
+    # -- whole histories -----------------------------------------------------------------------------------------
+
+    def encode(self, keys: Sequence[Hashable], batch: HSTUBatch) -> None:
+        """Keep the histories of a batch, whose real sequences have these keys and no candidates.
+
+        What was under the keys is replaced. Raises ValueError if they do not fit the cache together.
+        """
+        layout = self.encoder.inputs.layout(batch)
+        if len({*keys}) != batch.real_batch_size or layout.num_candidate_tokens is not None:
+            raise ValueError(f"{len({*keys})} keys for {batch.real_batch_size} sequences, or there are candidates")
+        offsets = run_offsets(layout.seqlens)[: len(keys) + 1].tolist()
+        runs = [slice(*pair) for pair in pairwise(offsets)]
+
+        def attend_and_keep(layer: int) -> AttentionForward:
+            def attend(
+                q: Tensor,
+                k: Tensor,
+                v: Tensor,
+                layout: JaggedLayout,
+                config: AttentionConfig,
+                bias: RelativeBias | None,
+            ) -> Tensor:
+                for prefix, run in zip(prefixes, runs, strict=True):
+                    self.cache.write(prefix, layer, 0, k[run], v[run])
+                return self.encoder.inputs.kernels.attention.forward(q, k, v, layout, config, bias)
+
+            return attend
+
+        with self._forgotten_after_an_error(keys):
+            for key in keys:
+                self.cache.drop(key)
+            prefixes = self.cache.reserve({key: run.stop - run.start for key, run in zip(keys, runs, strict=True)})
+            self._run_layers(self._content(batch, layout), layout, attend_and_keep)
+            for prefix, run in zip(prefixes, runs, strict=True):
+                prefix.num_tokens = run.stop - run.start
+                prefix.times = None if layout.token_times is None else layout.token_times[run].clone()
+        self.cache.statistics.encoded_tokens += layout.num_tokens
+
+    # -- new tokens of one history -------------------------------------------------------------------------------
+
+    def kept_items(self, prefix: Prefix, new_items: int) -> int | None:
+        """How many of the cached items stay as they are when ``new_items`` follow; None: encode the whole history.
+
+        The items after them are to be computed again together with the new ones: with a relative bias that reads
+        when the next event is, the newest item; with min_full_attention_tokens, those that get a window.
+        """
+        if self.reencodes_because is not None:
+            return None
+        features, network = self.encoder.features, self.encoder.network
+        context, per_item = len(features.contextual), features.tokens_per_item(network)
+        stable = prefix.num_tokens
+        if network.has_relative_bias and features.asks_for_next:
+            stable -= 1
+        spans = [span for span in network.attention_spans if span is not None]
+        if spans and network.min_full_attention_tokens:
+            first_limited = max(prefix.num_tokens - network.min_full_attention_tokens, context + min(spans) + 1)
+            if first_limited < prefix.num_tokens + new_items * per_item - network.min_full_attention_tokens:
+                stable = min(stable, first_limited)
+        return (stable - context) // per_item
+
+    def append(self, prefix: Prefix, key: Hashable, batch: HSTUBatch, count: int, kept: int) -> Tensor:
+        """Keep the newest ``count`` items of the sequence of ``batch`` after the first ``kept`` items of ``prefix``.
+
+        The batch may begin with context and earlier items. Returns the newest token, float32 [D]. ``kept`` is at most
+        what ``kept_items`` gives.
+        """
+        tokens = None
+        with self._forgotten_after_an_error([key]):
+            self.cache.cut(prefix, self._tokens_of(kept))
+            self.cache.reserve({key: prefix.num_tokens + count * self._per_item})
+            x, layout = self._newest(batch, count)
+            end = prefix.num_tokens + len(x)
+            for rows in _runs_of(len(x), APPENDED_AT_ONCE):
+                part = _part(layout, rows, prefix.num_tokens, end)
+                tokens = self._extend(prefix, x[rows], part, end, keep=True)
+        self.cache.statistics.appended_tokens += len(x)
+        assert tokens is not None, "count is at least 1"
+        return tokens[-1]
+
+    def newest(self, prefix: Prefix, batch: HSTUBatch, count: int = 1) -> Tensor:
+        """The newest token of a history, float32 [D], as it is when asked at ``batch.request_times``.
+
+        batch: ends with the newest ``count`` items, which are in the cache and are computed again, but not kept.
+        """
+        before = prefix.num_tokens - count * self._per_item
+        x, layout = self._newest(batch, count)
+        part = _part(layout, slice(0, len(x)), before, prefix.num_tokens)
+        self.cache.statistics.scored_tokens += len(x)
+        return self._extend(_first_tokens(prefix, before), x, part, prefix.num_tokens, keep=False)[-1]
+
+    def score(self, prefix: Prefix, batch: HSTUBatch) -> Tensor:
+        """Tokens of the candidates of the only sequence of ``batch`` after the history ``prefix``: float32 [m, D].
+
+        Micro-batches of candidates bound the memory. The batch may begin with context and earlier items. Actions of
+        candidates are only read by later candidates of their group.
+        """
+        group, per_item = self.encoder.network.target_group_size, self._per_item
+        count = int(batch.num_candidates_host[0])
+        x, layout = self._newest(batch, count)
+        if group == 1 and per_item == 2:  # nothing sees the actions
+            x, layout, per_item = x[::2], _every_second(layout), 1
+        end, found = prefix.num_tokens, []
+        for rows in _runs_of(len(x), self._items_at_once * per_item):
+            part = _part(layout, rows, end, end)
+            found.append(self._extend(prefix, x[rows], part, end, keep=False)[::per_item])
+        self.cache.statistics.scored_tokens += len(x)
+        return torch.cat([x.new_empty(0, x.shape[1], dtype=torch.float32), *found])
+
+    # -- one pass ------------------------------------------------------------------------------------------------
+
+    @property
+    def _per_item(self) -> int:
+        return self.encoder.features.tokens_per_item(self.encoder.network)
+
+    def _tokens_of(self, items: int) -> int:
+        return len(self.encoder.features.contextual) + items * self._per_item
+
+    def _newest(self, batch: HSTUBatch, count: int) -> tuple[Tensor, JaggedLayout]:
+        """The tokens of the newest items of the only sequence, without positions, and their layout."""
+        if batch.real_batch_size != 1 or batch.item_lengths[0] < count:
+            raise ValueError(f"a batch of one sequence with at least {count} items, not of {batch.item_lengths}")
+        layout = self.encoder.inputs.layout(batch)
+        content = self._content(batch, layout)
+        rows = slice(len(content) - count * self._per_item, len(content))
+        newest = replace(
+            layout,
+            positions=layout.positions[rows],
+            token_times=None if layout.token_times is None else layout.token_times[rows],
+            query_times=None if layout.query_times is None else layout.query_times[rows],
+        )
+        return content[rows], newest
+
+    def _extend(self, prefix: Prefix, x: Tensor, layout: JaggedLayout, history_end: int, keep: bool) -> Tensor:
+        """Encoded tokens, float32 [n, D], of the contents ``x`` [n, D]. ``keep``: they become part of the prefix."""
+
+        def attend_to_prefix(layer: int) -> AttentionForward:
+            def attend(
+                q: Tensor,
+                k: Tensor,
+                v: Tensor,
+                layout: JaggedLayout,
+                config: AttentionConfig,
+                bias: RelativeBias | None,
+            ) -> Tensor:
+                cached = CachedPrefix(
+                    pages=self.cache.pages(prefix, layer),
+                    num_tokens=prefix.num_tokens,
+                    num_contextuals=len(self.encoder.features.contextual),
+                    times=prefix.times,
+                    history_end=history_end,
+                )
+                if keep:
+                    self.cache.write(prefix, layer, prefix.num_tokens, k, v)
+                return prefix_attention(q, k, v, layout, config, bias, cached)
+
+            return attend
+
+        tokens = self._run_layers(x, layout, attend_to_prefix)
+        if keep:
+            prefix.num_tokens += len(x)
+            if prefix.times is not None and layout.token_times is not None:
+                prefix.times = torch.cat([prefix.times, layout.token_times])
+        return tokens
+
+    def _content(self, batch: HSTUBatch, layout: JaggedLayout) -> Tensor:
+        """Tokens of a batch [T, D] without positions."""
+        with mixed_precision(self.encoder.network.dtype_str, layout.positions.device.type):
+            return self.encoder.inputs.content(self._embeddings_of(batch), batch, layout)
+
+    def _run_layers(self, content: Tensor, layout: JaggedLayout, attend: Callable[[int], AttentionForward]) -> Tensor:
+        """Encoded tokens, float32 [n, D]. ``attend``: the attention of each layer, given by its index."""
+        network = self.encoder.network
+        with mixed_precision(network.dtype_str, content.device.type):
+            x = self.encoder.inputs.add_positions(content, layout.positions)
+            if network.bfloat16_residual:
+                x = x.bfloat16()
+            update: Tensor | None = None
+            for index, layer in enumerate(self.encoder.layers):
+                x, update = layer(x, layout, update, attend(index))
+            assert update is not None  # there is a layer
+            return (x + update).float()
+
+    @contextmanager
+    def _forgotten_after_an_error(self, keys: Sequence[Hashable]) -> Iterator[None]:
+        """Drop the sequences if the block raises: some layers may have new keys and values, and others old ones."""
+        try:
+            yield
+        except BaseException:
+            for key in keys:
+                self.cache.drop(key)
+            raise
+
+
+def why_append_reencodes(encoder: SequenceEncoder) -> str | None:
+    """Why earlier tokens read later ones, so that the history is encoded again for each event; None: they do not."""
+    network = encoder.network
+    if not network.is_causal:
+        return "NetworkArgs.is_causal = False: events see later ones"
+    if encoder.features.contextual and not network.disable_contextual_mask:
+        return "NetworkArgs.disable_contextual_mask = False: context sees the whole history, which sees the context"
+    return None
+
+
+def _runs_of(count: int, length: int) -> Iterator[slice]:
+    for start in range(0, count, length):
+        yield slice(start, min(start + length, count))
+
+
+def _first_tokens(prefix: Prefix, count: int) -> Prefix:
+    """A view of the prefix that ends earlier."""
+    return replace(prefix, num_tokens=count, times=None if prefix.times is None else prefix.times[:count])
+
+
+def _part(layout: JaggedLayout, rows: slice, start: int, history_end: int) -> JaggedLayout:
+    """The layout of some tokens, the first of which is token ``start`` of context and history; one sequence."""
+    count, device = rows.stop - rows.start, layout.positions.device
+    are_candidates = layout.num_candidate_tokens is not None
+    positions = torch.arange(start, start + count, device=device).clamp_(max=history_end)
+    return replace(
+        layout,
+        seqlen_offsets=torch.tensor([0, count], device=device),
+        seqlens=np.array([count]),
+        num_contextuals=0,
+        num_candidate_tokens=torch.tensor([count], device=device) if are_candidates else None,
+        num_candidate_tokens_host=np.array([count if are_candidates else 0]),
+        positions=positions,
+        token_times=None if layout.token_times is None else layout.token_times[rows],
+        query_times=None if layout.query_times is None else layout.query_times[rows],
+        cache={},
+    )
+
+
+def _every_second(layout: JaggedLayout) -> JaggedLayout:
+    """The layout of the items alone, where each is followed by its action."""
+    return replace(
+        layout,
+        candidate_group_tokens=1,
+        tokens_per_item=1,
+        positions=layout.positions[::2],
+        token_times=None if layout.token_times is None else layout.token_times[::2],
+        query_times=None if layout.query_times is None else layout.query_times[::2],
+    )

@@ -189,7 +189,8 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
 def _gathered(workload: Workload) -> tuple[int, int]:
     """Elements of gathered weights, and of gradients before their exchange, that FSDP needs at the same time.
 
-    These are all weights but those of the layers, a layer, and the buffers of the exchanges that overlap with it.
+    These are all weights but those of the layers, a layer, and the buffers of the exchanges that overlap with it; all
+    weights without DataParallelArgs.reshard_after_forward.
     """
     if workload.dense_sharding != "weights":
         return 0, 0
@@ -199,7 +200,7 @@ def _gathered(workload: Workload) -> tuple[int, int]:
     beside_layers = dense - config.network.num_layers * layer
     # Micro-batches are summed before they are exchanged.
     gradients = dense + layer if config.trainer.gradient_accumulation_steps > 1 else beside_layers + 2 * layer
-    return beside_layers + 3 * layer, gradients
+    return (beside_layers + 3 * layer if config.data_parallel.reshard_after_forward else dense + layer), gradients
 
 
 def _gradients_beyond_activations(workload: Workload, saved: int, at_the_end: int) -> int:

@@ -202,15 +202,16 @@ def _gradients(workload: Workload, batch: Batch) -> Iterator[Transfer]:
 
 
 def _sharded_weights(workload: Workload, gradient_size: int) -> Iterator[Transfer]:
-    """FSDP's units are the layers and all the rest; backward gathers the layers again."""
+    """FSDP's units are the layers and all the rest; backward gathers the layers again if they were freed."""
     layers, passes = workload.config.network.num_layers, workload.config.trainer.gradient_accumulation_steps
     held = held_weights(workload)
     part, of_layer = sum(held.values()), sum(count for name, count in held.items() if name.startswith(FIRST_LAYER))
     data = partial(Transfer, group="data", ranks=workload.dp_cp_size)
     payload = passes * part * FLOAT32
     yield data("dense weights in forward", "all_gather", calls=passes * (layers + 1), payload=payload)
-    payload = passes * layers * of_layer * FLOAT32
-    yield data("dense weights in backward", "all_gather", calls=passes * layers, payload=payload)
+    if workload.config.data_parallel.reshard_after_forward:
+        payload = passes * layers * of_layer * FLOAT32
+        yield data("dense weights in backward", "all_gather", calls=passes * layers, payload=payload)
     payload = workload.dp_cp_size * part * gradient_size
     name = "gradients of the dense part"
     yield data(name, "reduce_scatter", calls=layers + 1, payload=payload, behind="backward")

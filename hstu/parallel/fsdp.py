@@ -1,9 +1,9 @@
 """Dense weights of which each data-parallel rank holds a part: torch's FSDP2 (ZeRO stage 3).
 
 A layer's weights are gathered for its forward and freed, gathered again for its backward, and their gradients are
-reduce-scattered. All other dense weights are one more unit, which stays gathered from forward to backward. The rows of
-a weight are cut into as many equal parts as there are ranks. HSTULayerFunction saves the gathered weights for backward;
-FSDP frees their memory and fills it again, so they take none in between.
+reduce-scattered. They may stay gathered in between. All other dense weights are one more unit, which stays gathered
+from forward to backward. The rows of a weight are cut into as many equal parts as there are ranks. HSTULayerFunction
+saves the gathered weights for backward; FSDP frees their memory and fills it again, so they take none in between.
 
 Source: Zhao et al., PyTorch FSDP, VLDB 2023.
 """
@@ -30,7 +30,7 @@ from hstu.parallel.weight_shares import WeightShares
 class FullySharded:
     """How a dense part is sharded: its units, and what it learns about gradients before they are averaged."""
 
-    def __init__(self, dense: DenseModel, mesh: Mesh, sent_as: torch.dtype) -> None:
+    def __init__(self, dense: DenseModel, mesh: Mesh, sent_as: torch.dtype, reshard_after_forward: bool) -> None:
         """Shard the weights of ``dense`` in place; those of its replicated tables stay whole."""
         self.group = mesh.dp_cp_group
         self.sent_as = sent_as
@@ -41,7 +41,9 @@ class FullySharded:
         attributes = {name: vars(weight) for name, weight in dense.named_parameters()}
         ranks = DeviceMesh.from_group(self.group, mesh.device.type)
         layers = [module for module in dense.modules() if isinstance(module, HSTULayer)]
-        self.units: list[FSDPModule] = [fully_shard(layer, mesh=ranks) for layer in layers]
+        self.units: list[FSDPModule] = [
+            fully_shard(layer, mesh=ranks, reshard_after_forward=reshard_after_forward) for layer in layers
+        ]
         self.root: FSDPModule = fully_shard(dense, mesh=ranks, ignored_params=set(self.tables))
         self.units.append(self.root)
         for name, weight in dense.named_parameters():
@@ -86,15 +88,17 @@ class _AveragingReduceScatter:
         output_tensor.copy_(received)
 
 
-def shard_dense(model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32) -> GRModel:
+def shard_dense(
+    model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32, reshard_after_forward: bool = True
+) -> GRModel:
     """Shard the weights of ``model.dense`` over the ranks with equal ones, if there are several.
 
-    ``sent_as``: see FullySharded.
+    ``sent_as``: see FullySharded. ``reshard_after_forward``: see DataParallelArgs.
     """
     if mesh.dp_cp_size > 1:
         dense = model.dense
         assert isinstance(dense, DenseModel)
-        sharded = FullySharded(dense, mesh, sent_as)
+        sharded = FullySharded(dense, mesh, sent_as, reshard_after_forward)
         dense.fully_sharded = sharded  # type: ignore[assignment]  # nn.Module declares only tensors and modules
     return model
 

@@ -222,9 +222,12 @@ def build_model(
         dims = {spec.name: spec.dim for spec in specs}
         write_given_rows(model, find_initial_rows(source.store, source.tables, dims, config.located), mesh)
     precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
-    distribute = shard_dense if config.data_parallel.sharding == "weights" else replicate_dense
-    model = distribute(model, mesh, DTYPES[precision])
-    shard_states = config.data_parallel.sharding == "optimizer"
+    sharding, sent_as = config.data_parallel, DTYPES[precision]
+    if sharding.sharding == "weights":
+        model = shard_dense(model, mesh, sent_as, sharding.reshard_after_forward)
+    else:
+        model = replicate_dense(model, mesh, sent_as)
+    shard_states = sharding.sharding == "optimizer"
     optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, config.located, shard_states)
     seed_dropout(mesh)
     rows = sum(spec.rows for spec in specs)

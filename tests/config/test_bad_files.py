@@ -183,6 +183,8 @@ TOGETHER = [
     bad("a truncation after the last layer", "ranking", "NetworkArgs.truncate_after_layer = 2" + HERE,
         "NetworkArgs.truncate_to_items = 10", "NetworkArgs.num_layers = 2",
         told=("must be below NetworkArgs.num_layers = 2",)),
+    bad("gathered weights without shards", "ranking", "DataParallelArgs.reshard_after_forward = False" + HERE,
+        'DataParallelArgs.sharding = "optimizer"', told=("no effect with DataParallelArgs.sharding",), world_size=2),
     bad("more recomputed layers than there are", "ranking", "NetworkArgs.recompute_num_layers = 3" + HERE,
         "NetworkArgs.recompute_layer = True", "NetworkArgs.num_layers = 2",
         told=("must be at most NetworkArgs.num_layers = 2",)),

@@ -65,6 +65,8 @@ CASES: dict[str, RunOptions] = {
     "tasks": {"optimizer": "sgd", "bindings": [*USER_TASKS, ELEVEN]},
     "next items": {"bindings": ["RankingArgs.next_item_weight = 0.5", ELEVEN, AVERAGED]},
 }
+KEPT_GATHERED = CASES["momentum"], CASES["next items"]
+"""Fully sharded, these do not free their layers after forward."""
 RESUMED = (
     "none, then optimizer", "optimizer, then none", "optimizer, then weights", "weights, then none",
     "weights, then weights",
@@ -88,6 +90,8 @@ def config_of(store: str, launch: Launch, case: RunOptions, kind: str) -> RunCon
         f"DataParallelArgs.sharding = {kind!r}",
         "TrainerArgs.train_batch_size = 4",
     ]
+    if kind == "weights" and case in KEPT_GATHERED:
+        own.append("DataParallelArgs.reshard_after_forward = False")
     return make_config(store, launch.ranks, **{**case, "bindings": [*own, *case.get("bindings", ())]})
 
 
@@ -242,12 +246,12 @@ def test_the_estimate_knows_the_states_of_a_rank_and_what_is_gathered(launched: 
         assert memory.dense_state_bytes(workload) == max(rank[case][kind]["held"] for rank in launched.told)
         names = {transfer.name for transfer in traffic.transfers(workload, workload.typical, ())}
         assert ("updated dense weights" in names) == (kind == "optimizer")
-        assert ("dense weights in backward" in names) == (kind == "weights")
+        assert ("dense weights in backward" in names) == (kind == "weights" and CASES[case] not in KEPT_GATHERED)
 
 
-def freed_and_refused(mesh: Mesh, store: str) -> dict[str, Any]:
+def freed_and_refused(mesh: Mesh, store: str, case: str) -> dict[str, Any]:
     """Bytes of gathered weights of layers that are left for backward; the error of a step with nan on rank 1."""
-    run = Run(mesh, store, CASES["tasks"], "weights")
+    run = Run(mesh, store, CASES[case], "weights")
     dense, kept = run.state.model.dense, []
     layers = [module for module in dense.modules() if isinstance(module, HSTULayer)]
     for layer in layers:
@@ -275,8 +279,10 @@ def _spoil(output: ModelOutput) -> None:
 
 
 def test_weights_of_layers_are_freed_until_backward_and_a_rank_with_nan_is_named(store: str) -> None:
-    for rank in run_cases(Launch(2, 100), {"case": partial(freed_and_refused, store=store)}):
-        told = rank["case"]
-        assert told["seen"] == ["Parameter"] * 2 and told["left"] == [0, 0]
+    cases = {name: partial(freed_and_refused, store=store, case=name) for name in ("tasks", "next items")}
+    for rank, name in product(run_cases(Launch(2, 100), cases), cases):
+        told = rank[name]
+        assert told["seen"] == ["Parameter"] * 2 and all(told["left"]) == (CASES[name] in KEPT_GATHERED)
+        assert any(told["left"]) == all(told["left"])
         assert "the gradient is not finite" in told["error"] and "nan or inf on rank 1" in told["error"]
         assert "rank 0" not in told["error"] and told["unchanged"]

@@ -1,4 +1,5 @@
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -6,9 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hstu.config.args import DataParallelArgs
 from hstu.data.sampler import SamplerPosition
 from hstu.model.outputs import ModelOutput
 from hstu.parallel.ddp import ReplicatedDense, own_gradients_finite
+from hstu.parallel.fsdp import fully_sharded
 from hstu.parallel.group import to_train_batch
 from hstu.parallel.mesh import Mesh
 from scripts.bench.collective_clock import CollectiveClock, Times, split
@@ -32,6 +35,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         {
             **{f"sent as {dtype}": partial(sent_as, dtype=dtype) for dtype in DTYPES},
             **{f"exact {exact}": partial(train_with, store=store, exact=exact) for exact in (True, False)},
+            "sharded": partial(train_with, store=store, exact=False, sharding="weights"),
             "order": partial(order_of_backward, store=store),
             "waits": partial(waits, store=store),  # last, because the clock changes torch's classes
         },
@@ -50,14 +54,16 @@ def sent_as(mesh: Mesh, dtype: torch.dtype) -> dict[str, Any]:
     return {"averaged": averaged, "finite": [*finite, bool(own_gradients_finite(dense))]}
 
 
-def train_with(mesh: Mesh, store: str, exact: bool) -> tuple[torch.dtype, list[float]]:
+def train_with(mesh: Mesh, store: str, exact: bool, sharding: str = "none") -> tuple[torch.dtype, list[float]]:
     """In bfloat16: what a run sends its gradients as, and its losses. ``exact``: PrecisionArgs.fp32_master_grads."""
     precision = {"fp32_master_grads": exact}
     config = make_config(store, "none", network={"dtype_str": "bfloat16"}, precision=precision)
+    config = replace(config, data_parallel=DataParallelArgs(sharding=sharding))
     pipeline, source, _, _ = assemble(config, mesh)
     batches = source.train_batches(SamplerPosition())
     losses = [float(pipeline.progress(batches).loss) for _ in range(3)]
-    return pipeline.step.model.dense.sent_as, losses
+    dense = pipeline.step.model.dense
+    return (fully_sharded(dense) or dense).sent_as, losses
 
 
 def order_of_backward(mesh: Mesh, store: str) -> list[str]:
@@ -140,6 +146,8 @@ def test_a_run_sends_its_gradients_as_it_is_told(told: Any) -> None:
         (exact, exact_losses), (rounded, losses) = rank["exact True"], rank["exact False"]
         assert (exact, rounded) == (torch.float32, torch.bfloat16)
         assert losses == pytest.approx(exact_losses, rel=1e-3) and losses != exact_losses
+        sent, of_shards = rank["sharded"]
+        assert sent == torch.bfloat16 and of_shards == pytest.approx(losses, rel=1e-6)
 
 
 @pytest.mark.parametrize("where", ["before the step", "in backward"])

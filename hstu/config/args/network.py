@@ -185,6 +185,9 @@ class DataParallelArgs(Args):
     updates an equal part of the weights, and the ranks gather the parts after every step (ZeRO stage 1). weights: also
     the weights and their gradients. Each layer is gathered when it computes, in forward and again in backward (FSDP).
     All train the same weights, and checkpoints do not depend on it: a run can go on with another one."""
+    reshard_after_forward: bool = option(True)
+    """weights: free the gathered weights of a layer after its forward. False: they stay for backward, which saves the
+    second of the three exchanges of a step and takes the memory of all weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

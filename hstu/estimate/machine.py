@@ -1,4 +1,4 @@
-"""What a device and its links can do: a GPU by its data sheet and assumed efficiencies, this CPU by measurement."""
+"""What a rank, its links and its storage can do: a GPU by its data sheet and assumptions, this CPU by measurement."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The device of one rank, and its links.
+    """The device of one rank, its links, and the cluster around it.
 
-    The efficiencies are assumptions, the same for every GPU. None of them has been measured with this trainer.
+    Efficiencies, latencies, storage and failures are assumptions, the same for every GPU. None of them has been
+    measured with this trainer. mtbf_hours is that of the training of Llama 3 (arXiv 2407.21783): 419 unexpected
+    interruptions of 16,384 GPUs in 54 days.
     """
 
     name: str
@@ -71,6 +73,18 @@ class Machine:
     """Share of the peak that the attention reaches, by the operations that hstu/ops/costs.py counts."""
     memory_efficiency: float = 0.75
     link_efficiency: float = 0.7
+    mtbf_hours: float = 50_000.0
+    """Mean time between failures that end the run, of one rank with its part of host and network."""
+    restart_s: float = 300.0
+    """From a failure to the start of loading: it is noticed, the host is replaced, and the processes start."""
+    storage_gb_s: float = 100.0
+    """Bandwidth of the shared storage, for all hosts together."""
+    host_storage_gb_s: float = 5.0
+    """Bandwidth of one host to the shared storage."""
+    save_s: float = 5.0
+    """Time of a save beside its bytes: ranks agree on who writes what, sync and commit."""
+    host_copy_gb_s: float = 10.0
+    """Bandwidth from the memory of a rank to that of its host, for a checkpoint in the background."""
     overlaps: bool = True
     """Whether communication and copies run beside computation."""
 

@@ -85,14 +85,20 @@ def beside_tables_of_run(config: RunConfig, mesh: Mesh) -> int:
 
 def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int, int]:
     """(rows, optimizer states) of the sharded tables on the rank that holds the most of both."""
+    held = table_bytes_by_rank(workload, plan)
+    busiest = held[held.sum(axis=1).argmax()]
+    return int(busiest[0]), int(busiest[1])
+
+
+def table_bytes_by_rank(workload: Workload, plan: tuple[TableShards, ...]) -> np.ndarray:
+    """Bytes of (rows, optimizer states) of the sharded tables on each rank; int64 [ranks, 2]."""
     held = np.zeros((workload.world_size, 2), dtype=np.int64)
     for table in plan:
         states = STATES[TableTraining.of(table.spec, workload.config.optimizer).optimizer]
         for rank, rows, columns in table.shards:
             of_states = sum(rows * (1 if is_rowwise(state) else columns) for state in states)
             held[rank] += (FLOAT32 * rows * columns, FLOAT32 * of_states)
-    busiest = held[held.sum(axis=1).argmax()]
-    return int(busiest[0]), int(busiest[1])
+    return held
 
 
 def held_weights(workload: Workload) -> dict[str, int]:

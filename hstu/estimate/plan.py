@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -17,17 +18,19 @@ from hstu.data.datasets.spec import USER_FEATURE, DatasetSpec, Schema
 from hstu.data.jagged import run_offsets
 from hstu.data.labels import label_columns
 from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import SamplerPosition
+from hstu.data.sampler import SamplerPosition, TrainSampler
 from hstu.data.store_layout import TIME_FEATURES
 from hstu.estimate.workload import Batch, Workload
 from hstu.model.embedding import table_specs
-from hstu.train.batch_source import SampleLengths
+from hstu.train.batch_source import BatchSource, SampleLengths, choose_partition
 from hstu.train.sources import open_source
 from hstu.train.store_source import open_store
 
 MOST_STEPS = 32
 MOST_GROUPS = 16
 """Steps and tp_cp groups whose batches are planned. A mean over more of them hardly differs."""
+DRAWN_RANKS = 64
+"""Random data has samples for so many ranks, from which batches of any number of ranks are drawn."""
 
 
 def plan_workload(config: RunConfig, world_size: int, ranks_per_host: int, device_type: str) -> Workload:
@@ -35,14 +38,80 @@ def plan_workload(config: RunConfig, world_size: int, ranks_per_host: int, devic
 
     Raises ConfigError and DataError as a run would, except for data that is not preprocessed yet.
     """
-    has_data = isinstance(config.dataset, BenchmarkDatasetArgs) or _is_preprocessed(config.dataset)
+    has_data = _has_data(config)
     data = _plan_steps(config, world_size) if has_data else _plan_without_data(config)
+    return _workload(config, (world_size, ranks_per_host, device_type), data, has_data)
+
+
+@dataclass(frozen=True)
+class LengthDraws:
+    """Global batches of ``world_size`` ranks with lengths of the data, as if it had as many samples as they need."""
+
+    config: RunConfig
+    roles: FeatureRoles
+    max_items: int
+    lengths: SampleLengths
+    """Of the training samples."""
+    world_size: int
+
+    def global_batch(self, *seed: int) -> tuple[SampleLengths, np.ndarray]:
+        """(samples that are drawn with replacement, the tp_cp group of each, int64), divided by the run's sampler."""
+        size = self.config.trainer.sequences_per_iteration
+        count = size * self.world_size
+        chosen = np.random.default_rng(seed).integers(len(self.lengths.items), size=count)
+        drawn = SampleLengths(*(values[chosen] for values in self.lengths))
+        partition = choose_partition(self.config, self.roles, self.max_items, drawn)
+        sampler = TrainSampler(count, size, 0, self.world_size, seed=0, shuffle=False, partition=partition)
+        samples, ranks = next(sampler.global_batches())
+        return SampleLengths(*(values[samples] for values in drawn)), ranks // self.config.ranks_per_group
+
+
+def plan_cluster(
+    config: RunConfig, world_size: int, ranks_per_host: int, device_type: str
+) -> tuple[Workload, LengthDraws]:
+    """The workload of a run that may need more samples than the data has, and its global batches.
+
+    The batches of the workload are some of drawn global batches, from the cheapest to the most expensive.
+    """
+    has_data = _has_data(config)
+    if has_data:
+        source = open_source(config, world_size=DRAWN_RANKS)
+        lengths = source.train_lengths
+        data = _data_of(source, (), (f"lengths: drawn from those of {len(lengths.items):,} training samples",))
+    else:
+        data = _plan_without_data(config)
+        batch = data.steps[0][0]
+        labels = np.full_like(batch.item_lengths, batch.labels // batch.sequences)
+        lengths = SampleLengths(batch.item_lengths, batch.num_candidates, labels)
+    draws = LengthDraws(config, data.roles, data.max_items, lengths, world_size)
+    workload = _workload(config, (world_size, ranks_per_host, device_type), data, has_data)
+    return replace(workload, steps=(_spread_batches(workload, draws),)), draws
+
+
+def _spread_batches(workload: Workload, draws: LengthDraws) -> tuple[Batch, ...]:
+    """MOST_GROUPS batches of drawn global batches, evenly spaced in the order of their costs."""
+    batches: list[Batch] = []
+    while len(batches) < MOST_GROUPS:
+        lengths, groups = draws.global_batch(len(batches))
+        in_order = np.argsort(groups, kind="stable")
+        bounds = run_offsets(np.bincount(groups, minlength=workload.dp_size))
+        batches += (batch_of(lengths, in_order[begin:end]) for begin, end in pairwise(bounds.tolist()))
+    batches.sort(key=workload.flops)
+    return tuple(batches[index] for index in np.linspace(0, len(batches) - 1, MOST_GROUPS).astype(int))
+
+
+def _has_data(config: RunConfig) -> bool:
+    return isinstance(config.dataset, BenchmarkDatasetArgs) or _is_preprocessed(config.dataset)
+
+
+def _workload(config: RunConfig, ranks: tuple[int, int, str], data: _Data, has_data: bool) -> Workload:
+    """``ranks``: world size, ranks per host and type of their devices."""
     args = config.retrieval
     has_negatives = args is not None and args.negatives != "in_batch"
-    roles = data.roles
-    specs = table_specs(data.tables, config.network, roles, has_negatives, world_size)
+    specs = table_specs(data.tables, config.network, data.roles, has_negatives, ranks[0])
+    world_size, ranks_per_host, device_type = ranks
     shape = data.max_items, data.corpus_size, data.values_per_item, data.steps, has_data, data.notes
-    return Workload(config, world_size, ranks_per_host, device_type, roles, specs, *shape)
+    return Workload(config, world_size, ranks_per_host, device_type, data.roles, specs, *shape)
 
 
 class _Data(NamedTuple):
@@ -69,9 +138,12 @@ def _plan_steps(config: RunConfig, world_size: int) -> _Data:
         )
     kind = "random data" if isinstance(config.dataset, BenchmarkDatasetArgs) else "the preprocessed data"
     notes = (f"lengths: the first {num_steps} steps of this run, planned on {kind}",)
-    corpus_size = source.cardinalities[source.roles.item]
-    shape = source.max_items, corpus_size, source.values_per_item
-    return _Data(source.roles, source.tables, *shape, tuple(steps), notes)
+    return _data_of(source, tuple(steps), notes)
+
+
+def _data_of(source: BatchSource, steps: tuple[tuple[Batch, ...], ...], notes: tuple[str, ...]) -> _Data:
+    shape = source.max_items, source.cardinalities[source.roles.item], source.values_per_item
+    return _Data(source.roles, source.tables, *shape, steps, notes)
 
 
 def batch_of(lengths: SampleLengths, samples: np.ndarray) -> Batch:

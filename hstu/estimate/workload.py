@@ -16,6 +16,7 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batch import NEGATIVES, of_negatives
 from hstu.data.negatives import Negatives
 from hstu.data.roles import FeatureRoles
+from hstu.data.sampler import Loads
 from hstu.model.embedding import TableSpec
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import LogCounts
@@ -197,9 +198,13 @@ class Workload:
         contextual = batch.sequences * len(self.roles.contextual)
         return dict.fromkeys(("item", "action", "side", "known_after"), batch.items) | {"contextual": contextual}
 
+    def loads(self, item_lengths: np.ndarray, num_candidates: np.ndarray) -> Loads:
+        """Tokens and reported operations of each sequence; both arrays int64 [sequences]."""
+        return FlopCounter(self.config.network, self.roles).per_sequence(item_lengths, num_candidates)
+
     def tokens(self, batch: Batch) -> int:
         """Tokens of a batch."""
-        return int(self._counter.per_sequence(batch.item_lengths, batch.num_candidates).tokens.sum())
+        return int(self.loads(batch.item_lengths, batch.num_candidates).tokens.sum())
 
     def layer_parts(self, batch: Batch) -> Iterator[LayerPart]:
         """Layers that compute on the same tokens and keep the same of them; all layers in order."""
@@ -226,11 +231,7 @@ class Workload:
 
     def flops(self, batch: Batch) -> float:
         """Reported operations of training on a batch, all ranks of the group together."""
-        return float(self._counter.per_sequence(batch.item_lengths, batch.num_candidates).costs.sum())
-
-    @cached_property
-    def _counter(self) -> FlopCounter:
-        return FlopCounter(self.config.network, self.roles)
+        return float(self.loads(batch.item_lengths, batch.num_candidates).costs.sum())
 
     def micro_batch(self, batch: Batch) -> Batch:
         """What the dense part computes in one pass: the whole batch, or a micro-batch of it."""

@@ -78,6 +78,7 @@ COMMANDS = {
     "hstu-train-retrieval": "pretrain_gr_retrieval:main",
     "hstu-preprocess": "hstu_scripts.preprocess_dataset:main",
     "hstu-recommend": "hstu_scripts.recommend:main",
+    "hstu-evaluate": "hstu_scripts.evaluate:main",
     "hstu-inspect-checkpoint": "hstu_scripts.inspect_checkpoint:main",
     "hstu-export": "hstu_scripts.export:main",
     "hstu-dynamic-table": "hstu_scripts.dynamic_table:main",

@@ -30,8 +30,8 @@ from hstu.data.samples import Split
 from hstu.data.store import USER_FEATURE, SequenceStore
 from hstu.parallel.dynamic.content import merged
 from hstu.parallel.mesh import Mesh
+from hstu.serve.evaluation import evaluate_split
 from hstu.serve.loaded import LoadedModel
-from hstu.train.builder import build_evaluator
 from hstu.train.evaluate import Corpus, Queries, recommend
 from hstu.train.given_histories import History, HistoryEncoder, Vocabulary
 from hstu.train.inference import StoredSource
@@ -123,11 +123,9 @@ class TrainedModel(LoadedModel):
         """The evaluation batches of a split ("valid"; "test" for retrieval), on the device."""
         return (batch.to(self.mesh.device) for batch in self.source.eval_batches(split))
 
-    def evaluate(self, split: Split = "valid") -> dict[str, float]:
-        """Compute the metrics of the configuration on a split."""
-        evaluator = build_evaluator(self.config, self.source, self.model, self.mesh)
-        with self.inference():
-            return evaluator.evaluate(self.source.eval_batches(split))
+    def evaluate(self, split: Split = "valid", metrics: Sequence[str] | None = None) -> dict[str, float]:
+        """Compute metrics on a split: those of the configuration, or others of the task, such as ("HR@50",)."""
+        return evaluate_split(self, split, metrics).metrics()
 
     def user_embeddings(self, users: Sequence[Any], at: int | None = None) -> Tensor:
         """Vectors of users after their whole histories: float32 [len(users), E], of length 1.

@@ -15,9 +15,7 @@ import io
 import json
 import signal
 import sys
-import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,19 @@ from hstu.config.errors import EXIT_DONE, DataError
 from hstu.config.tool import tool
 from hstu.data.store import USER_FEATURE
 from hstu.observe.logging import quiet_libraries
+from hstu.serve.command import (
+    add_model_arguments,
+    load_model,
+    note,
+    parse_json,
+    parse_time,
+    read_ids,
+    read_text,
+    require_model,
+    shown,
+    write_text,
+)
 
-_SHOWN = 10
 _LISTS: dict[str, tuple[type, ...]] = {"items": (str, int), "actions": (str, int), "timestamps": (int,)}
 _KINDS: dict[type, str] = {str: "strings", int: "whole numbers"}
 _HISTORY_FIELDS = ("user", "items", "actions", "timestamps", "context", "features")
@@ -43,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.run_dir is None and options.ckpt is None:
-        parser.error("give --run_dir, --ckpt or both")
+    require_model(parser, options)
     if (options.actions or options.times) and not options.items:
         parser.error("--actions and --times belong to --items")
     if options.top < 1:
@@ -57,9 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--run_dir", type=Path, help="directory of a retrieval run")
-    add("--ckpt", help="checkpoint, directory of checkpoints, or export; default: those of the run")
-    add("--partial", action="store_true", help="load what fits of the checkpoint, and report the rest")
+    add_model_arguments(parser, has_data=False)
     whom = parser.add_mutually_exclusive_group(required=True)
     whom.add_argument("--users", help="raw user ids, separated by commas")
     whom.add_argument("--users_file", help="file with one raw user id per line, or .json with a list; - for stdin")
@@ -86,8 +92,8 @@ def _recommend(options: argparse.Namespace) -> None:
     """Load the model, answer, and report on stderr what is unknown."""
     wanted = _users(options) if options.users or options.users_file else None
     given = _histories(options) if wanted is None else []
-    at = None if options.at is None else _time(options.at)
-    trained = api.load(options.run_dir or options.ckpt, options.ckpt, strict=False if options.partial else None)
+    at = None if options.at is None else parse_time(options.at)
+    trained = load_model(api.TrainedModel, options)
     unknown_users: list[Any] = []
     unknown_values: dict[str, list[Any]] = {}
     if wanted is None:
@@ -97,18 +103,16 @@ def _recommend(options: argparse.Namespace) -> None:
     else:
         known, unknown_users = trained.known_users(wanted)
         if not known:
-            raise DataError(f"{trained.store.path} has none of these users: {_shown(unknown_users)}")
+            raise DataError(f"{trained.store.path} has none of these users: {shown(unknown_users)}")
         answered = trained.recommend(known, options.top, at)
     if not trained.mesh.is_main:
         return
-    for line in trained.report:
-        print(f"note: {line}", file=sys.stderr)
     if trained.reads_request_time and at is None:
-        print("note: each user asks at the time of the newest event; --at now asks now", file=sys.stderr)
+        note(trained, "each user asks at the time of the newest event; --at now asks now")
     if unknown_users:
-        print(f"note: {len(unknown_users)} unknown user(s) left out: {_shown(unknown_users)}", file=sys.stderr)
+        note(trained, f"{len(unknown_users)} unknown user(s) left out: {shown(unknown_users)}")
     for feature, values in unknown_values.items():
-        print(f"note: {len(values)} unknown value(s) of {feature}: {_shown(values)}", file=sys.stderr)
+        note(trained, f"{len(values)} unknown value(s) of {feature}: {shown(values)}")
     if options.format == "json":
         facts = {"unknown_users": unknown_users, "unknown_values": unknown_values, "notes": trained.report}
         text = _as_json(trained, answered, facts)
@@ -120,13 +124,7 @@ def _recommend(options: argparse.Namespace) -> None:
 def _users(options: argparse.Namespace) -> list[str]:
     if options.users:
         return [user for user in options.users.split(",") if user]
-    text = _read(options.users_file)
-    if not options.users_file.endswith(".json"):
-        return [line for line in text.split("\n") if line]
-    users = _parse(text, options.users_file)
-    if not isinstance(users, list) or not all(isinstance(user, (str, int)) for user in users):
-        raise DataError(f"{options.users_file}: expected a list of ids, strings or whole numbers")
-    return list(map(str, users))
+    return read_ids(options.users_file)
 
 
 def _histories(options: argparse.Namespace) -> list[api.History]:
@@ -137,30 +135,15 @@ def _histories(options: argparse.Namespace) -> list[api.History]:
         if options.times:
             entry["timestamps"] = [_seconds(text) for text in options.times.split(",")]
         return [api.History(**entry)]
-    text = _read(options.histories)
+    text = read_text(options.histories)
     entries = (
-        _parse(text, options.histories)
+        parse_json(text, options.histories)
         if text.lstrip().startswith("[")
-        else [_parse(line, f"{options.histories}:{number}") for number, line in enumerate(text.split("\n"), 1) if line]
+        else [
+            parse_json(line, f"{options.histories}:{number}") for number, line in enumerate(text.split("\n"), 1) if line
+        ]
     )
     return [_history(entry, number, options.histories) for number, entry in enumerate(entries, 1)]
-
-
-def _time(text: str) -> int:
-    """Seconds since 1970 of --at."""
-    if text == "now":
-        return int(time.time())
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        date = datetime.fromisoformat(text)
-    except ValueError:
-        raise DataError(
-            f"--at: {text!r} is no time; give now, seconds since 1970, or a date such as 2026-01-31T18:00"
-        ) from None
-    return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
 
 
 def _seconds(text: str) -> int:
@@ -187,25 +170,6 @@ def _history(entry: Any, number: int, file: str) -> api.History:
         raise DataError(f'{where}: features must be an object such as {{"device": ["phone", "desktop"]}}')
     fields: dict[str, Any] = {"user": number} | entry
     return api.History(**fields)
-
-
-def _read(file: str) -> str:
-    try:
-        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}") from error
-
-
-def _shown(values: Sequence[Any]) -> str:
-    return ", ".join(map(repr, values[:_SHOWN])) + (", …" if len(values) > _SHOWN else "")
 
 
 def _as_json(trained: api.TrainedModel, answered: Sequence[api.Recommendation], facts: dict[str, Any]) -> str:
@@ -236,11 +200,8 @@ def _as_csv(answered: Sequence[api.Recommendation]) -> str:
 def _write(text: str, output: Path | None) -> None:
     if output is None:
         sys.stdout.write(text)
-        return
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{output} cannot be written: {error.strerror or error}") from error
+    else:
+        write_text(output, text)
 
 
 if __name__ == "__main__":

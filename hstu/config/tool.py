@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from hstu.config.errors import EXIT_BAD_DATA, UserError
+from hstu.config.errors import EXIT_BAD_DATA, UserError, report_once
 from hstu.config.printable import printable
 
 _EXIT_SIGNAL = 128
@@ -19,8 +19,8 @@ _EXIT_SIGNAL = 128
 def tool(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     """Decorates the main function of a tool, which takes the arguments and returns the exit code.
 
-    A UserError is printed and gives its exit code, and a file that cannot be read or written gives 3. Ctrl-C gives 130,
-    and a reader that has left (``| head``) 141.
+    A UserError is printed, once if several ranks have it, and gives its exit code. A file that cannot be read or
+    written gives 3, Ctrl-C 130, and a reader that has left (``| head``) 141.
     """
 
     @functools.wraps(main)
@@ -29,7 +29,7 @@ def tool(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             with reader_may_leave():
                 return main(arguments)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            report_once(f"error: {error}")
             return error.exit_code
         except OSError as error:  # a place that cannot be read or written
             if error.filename is None:

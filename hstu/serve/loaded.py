@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Self
@@ -62,6 +62,8 @@ class LoadedModel:
     optimizers: Optimizers
     report: list[str]
     """What of the checkpoint did not fit, and how many ids of the data it does not have; one line each."""
+    trained_on: DatasetArgs | None = None
+    """The data of the run, where the model is applied to other data. None: it is applied to that of the run."""
 
     @classmethod
     def load(
@@ -70,6 +72,7 @@ class LoadedModel:
         checkpoint: str | Path | None = None,
         mesh: Mesh | None = None,
         strict: bool | None = None,
+        data: str | Path | None = None,
     ) -> Self:
         """Load the model of a run, a checkpoint, a directory of checkpoints, or an export.
 
@@ -81,13 +84,21 @@ class LoadedModel:
             checkpoint: load this checkpoint or export of the run ``path`` instead, with the run's configuration.
             mesh: ranks to load on. None: this process, or all ranks if torchrun started it. Collective.
             strict: False: load what fits and report the rest. None: TrainerArgs.ckpt_load_strict of the configuration.
+            data: apply the model to this preprocessed data instead of the run's.
 
         Raises:
             DataError: the path, the checkpoint or the data is missing or damaged, or the checkpoint is of another run.
             ConfigError: the configuration does not fit the checkpoint, or the run used random data.
         """
         config, stored = stored_config(path, checkpoint)
-        return cls.restore(config, stored, mesh or mesh_of_this_process(), strict)
+        own = config.dataset
+        if data is not None and isinstance(own, DatasetArgs):
+            config = replace(config, dataset=replace(own, dataset_path=str(data), eval_dataset_path=None))
+        loaded = cls.restore(config, stored, mesh or mesh_of_this_process(), strict)
+        if config.dataset is not own and isinstance(own, DatasetArgs):
+            loaded.trained_on = own
+            loaded.with_data()  # without it, nothing can be applied to it
+        return loaded
 
     @classmethod
     def restore(cls, config: RunConfig, checkpoint: str | Path, mesh: Mesh, strict: bool | None = None) -> Self:

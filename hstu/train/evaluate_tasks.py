@@ -20,7 +20,7 @@ from hstu.train.task_metrics import TaskMetrics
 class MultiTaskEvaluator(Evaluator):
     """Metrics of each task over its labelled items. Items without a label count for the other tasks alone.
 
-    ``args``: what is measured of each of ``tasks``.
+    ``args``: what is measured. Tasks that are not in it are not measured.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class MultiTaskEvaluator(Evaluator):
     ) -> None:
         super().__init__(model, mesh, max_iters)
         self.tasks: Sequence[RankingTask] = list(tasks)
-        self.args = args
+        self.args = {each.task_name: each for each in args}
 
     def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
         """See Evaluator."""
@@ -58,7 +58,10 @@ class MultiTaskEvaluator(Evaluator):
         labels = torch.from_numpy(observations.labels.T)
         ends = np.cumsum([task.num_predictions for task in self.tasks])[:-1]
         of_tasks = np.split(observations.results, ends, axis=1)
-        for task, args, predictions in zip(self.tasks, self.args, of_tasks, strict=True):
+        for task, predictions in zip(self.tasks, of_tasks, strict=True):
+            args = self.args.get(task.args.task_name)
+            if args is None:
+                continue
             metrics = TaskMetrics(args.metrics_in_force, args.kind, task=args.task_name, label_offset=task.first_class)
             if len(observations):
                 bounds = task.bounds(labels)

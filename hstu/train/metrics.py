@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import nan
 
@@ -26,6 +27,17 @@ Gather = Callable[[np.ndarray], np.ndarray]
 def only_rank(array: np.ndarray) -> np.ndarray:
     """The gather for a single process."""
     return array
+
+
+@contextmanager
+def undefined_without_warning() -> Iterator[None]:
+    """Inside, metrics that the data does not define are nan without a warning: for small selections of the data."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def auc_by_group(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:

@@ -42,17 +42,18 @@ class StoreSource(BatchSource):
         super().__init__(config, mesh, world_size)
         self._args = args
         self.store = open_store(args)
-        self._eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
+        self.eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
+        """The data that is evaluated on."""
         tasks, tower = tasks_of(config), config.has_item_tower
         self.roles = resolve_roles(self.store, args, config.located, tasks, tower)
         check_numbers(self.roles, config.numbers, config.located)
         check_split(self.store, args, config.located)
-        for store in (self.store, self._eval_store):
+        for store in (self.store, self.eval_store):
             check_requests(store, args, config.located)
         if config.retrieval is not None and config.retrieval.hard_negatives:
             require_requests(self.store, config.retrieval, "hard_negatives", config.located)
         self._labels = {name: LabelColumn(self.store, name) for name in self.roles.labels}
-        self._eval_labels = {name: column.of(self._eval_store) for name, column in self._labels.items()}
+        self._eval_labels = {name: column.of(self.eval_store) for name, column in self._labels.items()}
         self.label_facts = {
             name: column.facts().joined(self._eval_labels[name].facts()) for name, column in self._labels.items()
         }
@@ -62,7 +63,7 @@ class StoreSource(BatchSource):
         self.tables = self.fit(
             choose_tables(config.embeddings, predefined, self.roles.names, config.located, self.roles.numbers)
         )
-        self._recoding = {} if self._eval_store is self.store else recoding_of(self._eval_store, self.store, self.roles)
+        self._recoding = {} if self.eval_store is self.store else recoding_of(self.eval_store, self.store, self.roles)
         self.raw_features = tuple(name for name in self.roles.names if self.store.feature(name).raw)
         items = self.cardinalities[self.roles.item]
         self.values_per_item = {name: len(self.store.item_values(name)[0]) / items for name in self.roles.lists}
@@ -88,8 +89,8 @@ class StoreSource(BatchSource):
     def description(self) -> dict[str, str]:
         """See BatchSource. The checksum of each file."""
         facts = {f"{file} of the data": checksum for file, checksum in self.store.checksums.items()}
-        if self._eval_store is not self.store:
-            evaluated = self._eval_store.checksums.items()
+        if self.eval_store is not self.store:
+            evaluated = self.eval_store.checksums.items()
             facts |= {f"{file} of eval_dataset_path": checksum for file, checksum in evaluated}
         return facts
 
@@ -97,7 +98,7 @@ class StoreSource(BatchSource):
     def least_action(self) -> int:
         """See BatchSource. Reads the whole feature once."""
         assert self.roles.action is not None
-        return min(store.least_value(self.roles.action) for store in (self.store, self._eval_store))
+        return min(store.least_value(self.roles.action) for store in (self.store, self.eval_store))
 
     @property
     def number_statistics(self) -> Mapping[str, NumberStatistics]:
@@ -123,12 +124,19 @@ class StoreSource(BatchSource):
         """See BatchSource."""
         if not self.roles.tower:
             return None
-        codes = np.searchsorted(self._raw_item_ids, ids) if self.roles.item in self.raw_features else ids
-        return StoreReader(self.store, self._train_samples, self.roles).tower_features(codes)
+        return StoreReader(self.store, self._train_samples, self.roles).tower_features(self.item_codes(ids))
+
+    def item_codes(self, ids: np.ndarray) -> np.ndarray:
+        """The codes of items of the data, given by what the model gets for them; int64."""
+        return np.searchsorted(self._raw_item_ids, ids) if self.roles.item in self.raw_features else ids
+
+    def training_item_counts(self) -> np.ndarray:
+        """[items] by code: how often each item is in the training samples, before they are shortened at random."""
+        return self._count_items(None)
 
     def trained_items(self) -> np.ndarray:
         """bool [items]: whether an item, given by its code, is in any training sample. Reads the items of all."""
-        return self._count_items(None) > 0
+        return self.training_item_counts() > 0
 
     @cached_property
     def _raw_item_ids(self) -> np.ndarray:
@@ -152,7 +160,7 @@ class StoreSource(BatchSource):
         if split not in self._eval_samples:  # they are the same at every evaluation
             self._eval_samples[split] = self._samples(split)
         samples = self._eval_samples[split]
-        collator = self._collator(self._eval_store, samples, trainer.eval_batch_size, training=False)
+        collator = self._collator(self.eval_store, samples, trainer.eval_batch_size, training=False)
         sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._rank, self._world_size)
         return build_loader(collator, sampler, workers=trainer.data_workers, prefetch=trainer.data_prefetch)
 
@@ -180,7 +188,7 @@ class StoreSource(BatchSource):
         return (("valid",), ("valid", "test")) if self._args.valid_items else (("test",), ("test",))
 
     def _samples(self, split: Split) -> SampleTable:
-        store = self.store if split == "train" else self._eval_store
+        store = self.store if split == "train" else self.eval_store
         kind: Split = "all" if split != "train" and self._args.eval_dataset_path else split
         samples = build_samples(store, self._args, self._config.task, kind, self._config.trainer.seed)
         if split == "train" or store.split is not None:

@@ -18,6 +18,7 @@ from hstu.checkpoint.find import locate
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store import SequenceStore
 from hstu.parallel.mesh import Mesh
+from hstu.serve.command import parse_time
 from tests.distributed.launch import run_cases, run_ranks
 from tests.train.tiny import run, skip_measuring_the_peak, tiny_config, walks
 
@@ -170,6 +171,6 @@ def test_a_time_that_the_model_does_not_read_is_refused(results: dict[str, Any])
 
 
 def test_a_time_is_now_or_seconds_or_a_date() -> None:
-    assert recommend._time("1769882400") == recommend._time("2026-01-31T18:00") == 1_769_882_400
-    assert recommend._time("2026-01-31T19:00+01:00") == 1_769_882_400
-    assert abs(recommend._time("now") - time.time()) < 10
+    assert parse_time("1769882400") == parse_time("2026-01-31T18:00") == 1_769_882_400
+    assert parse_time("2026-01-31T19:00+01:00") == 1_769_882_400
+    assert abs(parse_time("now") - time.time()) < 10

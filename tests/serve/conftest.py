@@ -1,0 +1,82 @@
+"""Trained tiny models that the tests of this room share: one world of one rank, and one run of each task."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hstu.data.store import SequenceStore
+from hstu.observe.logging import quiet_libraries
+from hstu.parallel import mesh as meshes
+from hstu.parallel.mesh import Mesh
+from hstu.serve.loaded import LoadedModel
+from tests.conftest import write_small_store
+from tests.train.conftest import undisturbed  # noqa: F401
+from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, FinishedRun, run, skip_measuring_the_peak, tiny_config, walks
+
+CONFIGS: dict[str, Any] = {
+    "retrieval": {"task_args": {"negatives": "full"}, "trainer": {"max_train_iters": 15, "ckpt_save_interval": 3}},
+    "ranking": {"trainer": {"max_train_iters": 10}},
+    "tasks": {"task_args": OF_THE_ACTION, "dataset": {"max_num_candidates": 2}},
+}
+"""Name of a run → its options."""
+
+
+@pytest.fixture(scope="package")
+def mesh() -> Iterator[Mesh]:
+    """One rank without launcher."""
+    threads = torch.get_num_threads()
+    quiet_libraries()
+    world = meshes.start(timeout_s=60)
+    torch.set_num_threads(1)
+    yield world
+    meshes.finish()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="package")
+def store(tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
+    """The walks of 20 users, whose items have features."""
+    return write_small_store(tmp_path_factory.mktemp("walks") / "store", **walks(), item_features=ITEM_FEATURES)
+
+
+@pytest.fixture(scope="package")
+def finished(
+    mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], FinishedRun]:
+    """``finished("ranking")``: a run of CONFIGS with checkpoints, trained at its first use."""
+    runs: dict[str, FinishedRun] = {}
+
+    def train(name: str) -> FinishedRun:
+        if name not in runs:
+            skip_measuring_the_peak()
+            options = {**CONFIGS[name]}
+            options["trainer"] = {"ckpt_save_interval": 1000, "eval_at_end": True, **options.get("trainer", {})}
+            task = "retrieval" if name == "retrieval" else "ranking"
+            runs[name] = run(tiny_config(task, store, tmp_path_factory.mktemp(name), **options), mesh)
+        return runs[name]
+
+    return train
+
+
+@pytest.fixture(scope="package")
+def loaded(finished: Callable[[str], FinishedRun], mesh: Mesh) -> Callable[[str], LoadedModel]:
+    """``loaded("ranking")``: the model of that run."""
+    models: dict[str, LoadedModel] = {}
+
+    def load(name: str) -> LoadedModel:
+        if name not in models:
+            models[name] = LoadedModel.load(finished(name).path, mesh=mesh)
+        return models[name]
+
+    return load
+
+
+@pytest.fixture
+def here(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A directory to write to, and scripts run on the rank of this process."""
+    monkeypatch.setattr("hstu.serve.loaded.mesh_of_this_process", lambda: mesh)
+    return tmp_path

@@ -79,6 +79,7 @@ COMMANDS = {
     "hstu-preprocess": "hstu_scripts.preprocess_dataset:main",
     "hstu-recommend": "hstu_scripts.recommend:main",
     "hstu-evaluate": "hstu_scripts.evaluate:main",
+    "hstu-predict": "hstu_scripts.predict:main",
     "hstu-inspect-checkpoint": "hstu_scripts.inspect_checkpoint:main",
     "hstu-export": "hstu_scripts.export:main",
     "hstu-dynamic-table": "hstu_scripts.dynamic_table:main",

@@ -161,12 +161,8 @@ class LoadedModel:
         Raises ConfigError if ``at`` is given to a model that does not read it, DataError for a history with later
         events.
         """
+        self.check_request_time(at)
         if at is not None:
-            if not self.reads_request_time:
-                because = f"its position_encoding is {self.config.network.position_encoding}"
-                if self.config.network.has_relative_bias:
-                    because = 'it was trained with DatasetArgs.query_time = "last_event"'
-                raise ConfigError(f"the model does not read the time of a request: {because}; leave the time out")
             batches = asked_at(batches, at)
         vectors = [torch.empty(0, self.config.network.item_width, device=self.mesh.device)]
         for batch in batches:
@@ -174,6 +170,15 @@ class LoadedModel:
             assert queries is not None  # it is a retrieval model
             vectors.append(queries[: batch.real_batch_size])
         return torch.cat(vectors)
+
+    def check_request_time(self, at: int | None) -> None:
+        """Raise ConfigError if a time is given that the model does not read."""
+        if at is None or self.reads_request_time:
+            return
+        because = f"its position_encoding is {self.config.network.position_encoding}"
+        if self.config.network.has_relative_bias:
+            because = 'it was trained with DatasetArgs.query_time = "last_event"'
+        raise ConfigError(f"the model does not read the time of a request: {because}; leave the time out")
 
     def require_retrieval(self) -> RetrievalArgs:
         """The task of a retrieval run. Raises DataError for a ranking run."""

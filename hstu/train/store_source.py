@@ -15,6 +15,8 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batch import HSTUBatch, ItemFeatures
 from hstu.data.collate import Assembler, Collator, SkippedSamples
 from hstu.data.datasets import resolve_name
+from hstu.data.given_requests import GivenRequests, NoLabels
+from hstu.data.jagged import ranges
 from hstu.data.labels import LabelColumn, check_labels
 from hstu.data.loader import build_loader
 from hstu.data.negatives import count_items
@@ -164,8 +166,11 @@ class StoreSource(BatchSource):
         sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._rank, self._world_size)
         return build_loader(collator, sampler, workers=trainer.data_workers, prefetch=trainer.data_prefetch)
 
-    def history_batches(self, users: np.ndarray) -> Iterator[HSTUBatch]:
-        """The whole histories of ``users`` (rows of the store) in the given order, without labels, on every rank."""
+    def history_batches(self, users: np.ndarray, *, divided: bool = False) -> Iterator[HSTUBatch]:
+        """The whole histories of ``users`` (rows of the store) in the given order, without labels, on every rank.
+
+        divided: instead, each rank gets some of the users, in equally many batches.
+        """
         offsets = np.asarray(self.store.offsets())
         begin, stop = offsets[users], offsets[users + 1]
         nothing = np.zeros_like(stop)
@@ -174,7 +179,22 @@ class StoreSource(BatchSource):
         samples = SampleTable(users, start, stop, nothing, nothing, target=stop - 1, history_begin=begin)
         batch_size = self._config.trainer.eval_batch_size
         collator = self._collator(self.store, samples, batch_size, training=False)
-        return build_loader(collator, EvalSampler(len(users), batch_size, rank=0, world_size=1))
+        rank, world_size = (self._rank, self._world_size) if divided else (0, 1)
+        return build_loader(collator, EvalSampler(len(users), batch_size, rank, world_size))
+
+    def candidate_batches(self, requests: GivenRequests) -> Iterator[tuple[np.ndarray, HSTUBatch]]:
+        """This rank's share of given requests: places of the candidates of each batch, int64 [M], and the batch.
+
+        The places are among all candidates of ``requests``, in the order of the labelled items.
+        """
+        samples = requests.samples(self._args)
+        batch_size = self._config.trainer.eval_batch_size
+        labels = {name: NoLabels(requests, name) for name in self.roles.labels}
+        collator = self._collator(requests, samples, batch_size, training=False, labels=labels)
+        for plan in EvalSampler(len(samples), batch_size, self._rank, self._world_size):
+            assert samples.first_candidate is not None
+            chosen = plan.indices
+            yield ranges(samples.first_candidate[chosen], samples.num_candidates[chosen]), collator(plan)
 
     def _splits(self) -> tuple[tuple[Split, ...], tuple[Split, ...]]:
         if events := self.store.events_by_split():
@@ -209,7 +229,17 @@ class StoreSource(BatchSource):
             self._partition,
         )
 
-    def _collator(self, store: SequenceStore, samples: SampleTable, batch_size: int, *, training: bool) -> Collator:
+    def _collator(
+        self,
+        store: SequenceStore,
+        samples: SampleTable,
+        batch_size: int,
+        *,
+        training: bool,
+        labels: Mapping[str, LabelColumn] | None = None,
+    ) -> Collator:
+        if labels is None:
+            labels = self._labels if store is self.store else self._eval_labels
         # Roles and corpus are those of the training data, whichever store is read: a second store may have further
         # features and fewer ids, which fit the tables all the same.
         reader = StoreReader(
@@ -220,8 +250,8 @@ class StoreSource(BatchSource):
             wants_request_times=self._wants_request_times,
             wants_seen=self._wants_seen and not training,
             wants_earlier=self._wants_earlier and training,
-            recoding=self._recoding if store is not self.store else None,
-            labels=self._labels if store is self.store else self._eval_labels,
+            recoding=self._recoding if store is self.eval_store else None,
+            labels=labels,
             random_windows=self._random_windows if training else None,
             stochastic_length=self._stochastic_length if training else None,
             hard_negatives=self.negatives.hard if training and self.negatives is not None else 0,

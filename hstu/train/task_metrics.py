@@ -117,7 +117,7 @@ class TaskMetrics(CollectedMetrics):
         if self.kind == "binary":
             return _Answers(labels, questions[:, 0], classified)
         right = (questions > 0).sum(axis=1) == levels
-        expected = self.label_offset + _sigmoid(questions).sum(axis=1)
+        expected = self.label_offset + sigmoid(questions).sum(axis=1)
         always = np.zeros((len(labels), 1))  # every label is at least the lowest one
         classified = replace(classified, accuracy=float(right.mean()))
         return _Answers(labels, expected, classified, np.concatenate([always, questions], axis=1))
@@ -246,5 +246,6 @@ def ndcg_by_group(scores: np.ndarray, gains: np.ndarray, groups: np.ndarray, cut
     return np.divide(reached, possible, where=defined, out=np.full(len(starts), np.nan))
 
 
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(−x)) of each element."""
     return np.asarray(np.exp(-np.logaddexp(0, -logits)))

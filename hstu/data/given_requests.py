@@ -1,0 +1,104 @@
+"""Requests that are given instead of read: which candidates a model scores for which users."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from hstu.config.args import DatasetArgs
+from hstu.config.errors import DataError
+from hstu.data.jagged import run_indices, run_offsets
+from hstu.data.labels import LabelColumn
+from hstu.data.samples import SampleTable
+from hstu.data.store import SequenceStore
+from hstu.data.store_meta import read_meta
+from hstu.data.store_requests import Requests
+
+
+class GivenRequests(SequenceStore):
+    """A store with one request per user, after the user's whole history, in place of its own requests.
+
+    Args:
+        store: the data.
+        users: rows of the users, int64 [U].
+        counts: candidates of each, int64 [U], at least 1.
+        values: feature → stored values of all candidates, user after user, [C]. Others have 0.
+        at: when the users ask, in seconds since 1970. None: at the newest event of each.
+
+    Raises DataError for an event of one of the users after ``at``.
+    """
+
+    def __init__(
+        self,
+        store: SequenceStore,
+        users: np.ndarray,
+        counts: np.ndarray,
+        values: Mapping[str, np.ndarray],
+        at: int | None = None,
+    ) -> None:
+        super().__init__(store.path, read_meta(store.path))
+        ends = np.asarray(store.offsets())[users + 1]
+        times = np.zeros_like(ends)
+        if store.timestamp_feature is not None:
+            times = store.sequence(store.timestamp_feature)[ends - 1].astype(np.int64)
+            if at is not None and (times > at).any():
+                raise DataError(
+                    f"scores are asked for at second {at} since 1970, and a history has an event at second "
+                    f"{times.max()}, which is later; give a later time"
+                )
+        times = times if at is None else np.full_like(times, at)
+        self._requests = Requests(users, times, ends, run_offsets(counts))
+        self._values = values
+        self.num_requests, self.num_candidates = len(users), int(counts.sum())
+
+    def requests(self) -> Requests:
+        """See SequenceStore."""
+        return self._requests
+
+    def candidates(self, feature: str) -> np.ndarray:
+        """See SequenceStore."""
+        if feature in self._values:
+            return self._values[feature]
+        return np.zeros(self.num_candidates, dtype=self.sequence(feature).dtype)
+
+    def samples(self, args: DatasetArgs) -> SampleTable:
+        """The requests, each cut into samples of at most half of ``max_sequence_length`` candidates.
+
+        The history is as long as beside the candidates in training, or one event shorter than the longest sequence if
+        training has no candidates. Candidates that do not see each other have the same scores in any sample.
+        """
+        requests, length = self._requests, args.max_sequence_length
+        sizes, most = requests.sizes, args.max_num_candidates
+        if most:
+            beside = -(-sizes // -(-sizes // most))
+        elif args.candidates == "requests":
+            beside = np.where(sizes < length, sizes, max(1, length // 2))
+        else:
+            beside = np.ones_like(sizes)
+        in_sample = np.maximum(beside, max(1, length // 2))
+        row, part = run_indices(-(-sizes // in_sample))
+        first = part * in_sample[row]
+        count = np.minimum(sizes[row] - first, in_sample[row])
+        begin, stop = np.asarray(self.offsets())[requests.users[row]], requests.history_ends[row]
+        return SampleTable(
+            user=requests.users[row],
+            start=np.maximum(begin, stop - (length - beside[row])),
+            stop=stop,
+            num_candidates=count,
+            num_labels=count,
+            target=None,
+            history_begin=begin,
+            request=row,
+            first_candidate=requests.offsets[row] + first,
+        )
+
+
+@dataclass(frozen=True)
+class NoLabels(LabelColumn):
+    """A label that is not known of any candidate."""
+
+    def read(self, codes: np.ndarray) -> np.ndarray:
+        """NaN, float32 [n]."""
+        return np.full(len(codes), np.nan, dtype=np.float32)

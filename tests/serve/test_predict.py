@@ -1,0 +1,234 @@
+"""Predictions in Parquet: what the interface for notebooks gives, restarts, and mistakes."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hstu import api
+from hstu.config.errors import DataError
+from hstu.data.given_requests import GivenRequests
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from hstu.serve.evaluation import evaluate_split
+from hstu.serve.loaded import LoadedModel
+from hstu.serve.parts import Parts
+from hstu.serve.score_columns import score_columns
+from tests.conftest import write_small_store
+from tests.train.tiny import ACTIONS, ITEM_FEATURES, ITEMS, FinishedRun, walks
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import predict
+
+Finished = Callable[[str], FinishedRun]
+Loaded = Callable[[str], LoadedModel]
+USERS = [str(100 + user) for user in range(20)]
+
+
+@pytest.fixture
+def call(here: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """``call("retrieval", "--top", 3)``: the exit code of the script, with the model of that run."""
+
+    def run(name: str, *options: Any, where: str = "out") -> int:
+        monkeypatch.setattr(predict, "load_model", lambda cls, options: loaded(name))
+        return predict.main(["--run_dir", name, "--output", str(here / where), *map(str, options)])
+
+    return run
+
+
+@pytest.fixture
+def predicted(here: Path, call: Callable[..., int]) -> Callable[..., pd.DataFrame]:
+    """What the script writes. ``where``: directory below ``here``."""
+
+    def read(name: str, *options: Any, where: str = "out") -> pd.DataFrame:
+        assert call(name, *options, where=where) == 0
+        output = here / where
+        return pd.read_parquet(output)
+
+    return read
+
+
+@pytest.fixture
+def refused(call: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The errors of a call that fails."""
+
+    def errors(name: str, *options: Any) -> str:
+        assert call(name, *options) in (2, 3)
+        return capsys.readouterr().err
+
+    return errors
+
+
+def test_users_get_what_the_interface_for_notebooks_recommends(
+    predicted: Callable[..., pd.DataFrame], finished: Finished, mesh: Mesh
+) -> None:
+    found = predicted("retrieval", "--top", 4, "--part_users", 7)
+    expected = api.load(finished("retrieval").path, mesh=mesh).recommend(USERS, top=4)
+    assert found["user"].tolist() == [int(entry.user) for entry in expected for _ in entry.items]
+    assert found["item"].tolist() == [item for entry in expected for item in entry.items]
+    np.testing.assert_allclose(found["score"], [score for entry in expected for score in entry.scores], rtol=1e-6)
+    assert found["rank"].tolist() == [place for entry in expected for place in range(1, len(entry.items) + 1)]
+
+
+def cosines(finished: Finished, mesh: Mesh, store: SequenceStore, keep_seen: bool) -> dict[int, dict[int, float]]:
+    """User → item → score, by hand."""
+    trained = api.load(finished("retrieval").path, mesh=mesh)
+    scores = (trained.user_embeddings(USERS) @ trained.item_embeddings().T).tolist()
+    return {
+        100 + user: {
+            1000 + item: score for item, score in enumerate(row) if keep_seen or item not in walks()["items"][user]
+        }
+        for user, row in enumerate(scores)
+    }
+
+
+@pytest.mark.parametrize("keep_seen", [False, True])
+def test_items_are_chosen_by_lists_and_by_candidates(
+    predicted: Callable[..., pd.DataFrame],
+    finished: Finished,
+    store: SequenceStore,
+    mesh: Mesh,
+    here: Path,
+    keep_seen: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (here / "allow.txt").write_text("1001\n1002\n1003\n1004\n1005\n7\n")
+    (here / "deny.csv").write_text("item,why\n1003,old\n")
+    (here / "users.txt").write_text("105\n102\n105\nnobody\n")
+    pairs = pd.DataFrame({"user": [102, 105, 102, 105, 102, 1], "item": [1001, 1002, 1009, 1003, 1000, 1000]})
+    pairs.to_parquet(here / "pairs.parquet")
+    options = ["--deny", here / "deny.csv", *(["--keep_seen"] if keep_seen else [])]
+    scores = cosines(finished, mesh, store, keep_seen)
+    listed = predicted("retrieval", "--allow", here / "allow.txt", "--users_file", here / "users.txt", *options)
+    printed = capsys.readouterr().err
+    assert "1 unknown item(s) left out: '7'" in printed and "1 unknown user(s) left out: 'nobody'" in printed
+    chosen = predicted("retrieval", "--candidates", here / "pairs.parquet", *options, where="pairs")
+    for found, items, users in (
+        (listed, {105: (1001, 1002, 1004, 1005), 102: (1001, 1002, 1004, 1005)}, [105, 102]),
+        (chosen, {102: (1001, 1009, 1000), 105: (1002,)}, [102, 105]),
+    ):
+        rows = [
+            (user, item, scores[user][item])
+            for user in users
+            for item in sorted(items[user], key=lambda item: -scores[user].get(item, 0))
+            if item in scores[user]
+        ]
+        assert [tuple(row[:2]) for row in found[["user", "item"]].to_numpy()] == [row[:2] for row in rows]
+        np.testing.assert_allclose(found["score"], [row[2] for row in rows], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "held_out"), [("ranking", 1), ("tasks", 2)])
+def test_a_ranking_model_predicts_candidates_as_it_was_evaluated_on_them(
+    name: str, held_out: int, here: Path, finished: Finished, loaded: Loaded, mesh: Mesh
+) -> None:
+    rows = walks()["items"]
+    earlier = {**walks(), "items": [row[:-held_out] for row in rows]}
+    earlier["actions"] = [row[:-held_out] for row in walks()["actions"]]
+    write_small_store(here / "earlier", **earlier, item_features=ITEM_FEATURES)
+    pairs = [(100 + user, 1000 + item) for user, row in enumerate(rows) for item in row[-held_out:]]
+    extra = [(user, 1000 + item) for user in (103, 104) for item in range(ITEMS)]
+    pd.DataFrame([*extra, *pairs], columns=["user", "item"]).to_csv(here / "pairs.csv", index=False)
+    arguments = ["--run_dir", finished(name).path, "--data", here / "earlier", "--part_users", "9"]
+    arguments += ["--candidates", here / "pairs.csv", "--output", here / "out"]
+    assert predict.main(list(map(str, arguments))) == 0
+    found = pd.read_parquet(here / "out")
+    assert len(found) == len(pairs) + len(extra) and found["user"].tolist()[: ITEMS + held_out] == [103] * (
+        ITEMS + held_out
+    )
+    evaluation = evaluate_split(loaded(name), "valid")
+    observations = evaluation.observations
+    columns = score_columns(evaluation.evaluator, loaded(name).config, loaded(name).store).of(observations.results)
+    assert set(found) == {"user", "item", *columns}
+    by_user = found.groupby("user").tail(held_out).set_index("user")
+    for user in np.unique(observations.users):
+        last = np.flatnonzero(observations.users == user)[-held_out:]
+        own = by_user.loc[[100 + user]]
+        assert own["item"].tolist() == (1000 + observations.items[last]).tolist()
+        for column, values in columns.items():
+            np.testing.assert_allclose(own[column], values[last], rtol=1e-4, atol=1e-5)
+
+
+def test_columns_of_scores_are_probabilities_and_expected_labels(loaded: Loaded) -> None:
+    for name, width in (("ranking", ACTIONS), ("tasks", 5)):
+        evaluator = evaluate_split(loaded(name), "valid").evaluator
+        logits = np.random.default_rng(0).normal(size=(7, width)).astype(np.float32)
+        columns = score_columns(evaluator, loaded(name).config, loaded(name).store).of(logits)
+        if name == "ranking":
+            probabilities = torch.from_numpy(logits).softmax(dim=1).numpy()
+            np.testing.assert_allclose(np.stack([columns[f"p_{c}"] for c in range(ACTIONS)], 1), probabilities, 1e-5)
+            np.testing.assert_allclose(columns["score"], probabilities @ np.arange(ACTIONS), rtol=1e-5)
+        else:
+            chances = torch.from_numpy(logits).sigmoid().numpy()
+            assert list(columns) == ["score_level", "score_odd", "score_high"]
+            np.testing.assert_allclose(columns["score_level"], chances[:, :3].sum(axis=1), rtol=1e-5)
+            np.testing.assert_allclose(columns["score_high"], chances[:, 4], rtol=1e-5)
+
+
+def test_a_run_that_was_killed_goes_on_and_writes_the_same_files(
+    predicted: Callable[..., pd.DataFrame],
+    here: Path,
+    finished: Finished,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    predicted("retrieval", "--part_users", 6, where="whole")
+    write, options = Parts.write, ["--part_users", "6", "--output", str(here / "killed")]
+
+    def killed(self: Parts, number: int, table: Any) -> None:
+        if number == 2:
+            self.path(number).with_name(f".writing_{self.path(number).name}").write_text("half")
+            raise KeyboardInterrupt
+        write(self, number, table)
+
+    arguments = ["--run_dir", str(finished("retrieval").path), *options]
+    with monkeypatch.context() as patched:
+        patched.setattr(Parts, "write", killed)
+        assert predict.main(arguments) == 130
+    capsys.readouterr()
+    assert predict.main([*arguments, "--top", "3"]) == 3
+    assert "parts of another call, which cannot be continued: top was 10 and is 3" in capsys.readouterr().err
+    assert predict.main(arguments) == 0
+    assert "2 of 4 parts are there; going on with the rest" in capsys.readouterr().err
+    for file in sorted((here / "whole").iterdir()):
+        assert (here / "killed" / file.name).read_bytes() == file.read_bytes()
+    assert len(list((here / "killed").iterdir())) == 5
+    assert predict.main(arguments) == 3 and "exists and is complete" in capsys.readouterr().err
+
+
+def test_mistakes_are_told(refused: Callable[..., str], here: Path) -> None:
+    (here / "wrong.csv").write_text("users,item\n100,1000\n")
+    (here / "nobody.txt").write_text("zoe\n")
+    (here / "gap.csv").write_text("user,item\n100,\n")
+    assert "wrong.csv has no column 'user'; it has users, item; did you mean 'users'?" in refused(
+        "retrieval", "--users_file", here / "wrong.csv"
+    )
+    assert "nobody.txt: the data knows no user of this file: 'zoe'" in refused(
+        "retrieval", "--users_file", here / "nobody.txt"
+    )
+    assert "absent.parquet cannot be read: there is no such file" in refused(
+        "retrieval", "--candidates", here / "absent.parquet"
+    )
+    assert "knows no pair of user and item" in refused("retrieval", "--candidates", here / "gap.csv")
+    assert "name a file of them with --candidates" in refused("ranking")
+    assert "--top is for retrieval" in refused("ranking", "--top", 3)
+    (here / "pairs.csv").write_text("user,item\n100,1000\n")
+    assert "reads no times" in refused("ranking", "--candidates", here / "pairs.csv", "--at", "now")
+    assert "does not read the time of a request" in refused("retrieval", "--at", "now")
+    (here / "items.txt").write_text("1001\n")
+    lists = ("--allow", here / "items.txt", "--deny", here / "items.txt")
+    assert "no item is left to recommend" in refused("retrieval", *lists)
+    assert not (here / "out").exists()
+    (here / "out").mkdir(exist_ok=True)
+    (here / "out" / "mine.txt").write_text("mine")
+    assert "exists and holds no predictions" in refused("retrieval")
+
+
+def test_candidates_after_the_time_of_the_request_are_refused(store: SequenceStore) -> None:
+    with pytest.raises(DataError, match="a history has an event at second"):
+        GivenRequests(store, np.array([0]), np.array([1]), {}, at=1_000_000)

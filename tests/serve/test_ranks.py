@@ -1,0 +1,73 @@
+"""Two ranks give what one gives: metrics, segments and intervals, and predictions of both tasks."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hstu.data.samples import Split
+from hstu.parallel.mesh import Mesh
+from hstu.serve.bootstrap import Resampling
+from hstu.serve.evaluation import evaluate_split
+from hstu.serve.id_files import Candidates
+from hstu.serve.loaded import LoadedModel
+from hstu.serve.predict import ItemChoice, RankingPredictor, RetrievalPredictor
+from tests.distributed.launch import run_cases
+from tests.train.tiny import ITEMS, FinishedRun
+
+USERS = np.array([3, 17, 0, 8, 9, 12, 4])
+CANDIDATES = Candidates(USERS, np.full(7, ITEMS), np.tile(np.arange(ITEMS), 7), {})
+
+
+def metrics(mesh: Mesh, path: Path, split: Split) -> Any:
+    evaluation = evaluate_split(LoadedModel.load(path, mesh=mesh), split)
+    resampling = Resampling(mesh, 5)
+    segments = {name: asdict(scores) for name, scores in evaluation.by_segment("town", resampling)}
+    return {"whole": asdict(evaluation.scores(resampling)), **segments}
+
+
+def predictions(mesh: Mesh, retrieval: Path, ranking: Path) -> Any:
+    model = LoadedModel.load(retrieval, mesh=mesh)
+    best = RetrievalPredictor(model, 3, ItemChoice())
+    chosen = RetrievalPredictor(model, None, ItemChoice(keep_seen=True), CANDIDATES)
+    scored = RankingPredictor(LoadedModel.load(ranking, mesh=mesh), CANDIDATES)
+    tables = {"best": best.predict(USERS), "chosen": chosen.predict(USERS[:1]), "scored": scored.predict(USERS)}
+    return {name: table.to_pydict() for name, table in tables.items()}
+
+
+@pytest.fixture(scope="module")
+def found(finished: Callable[[str], FinishedRun], mesh: Mesh) -> list[dict[str, Any]]:
+    """Of one rank, and of each of two."""
+    retrieval, ranking = (finished(name).path for name in ("retrieval", "ranking"))
+    cases = {
+        "retrieval": partial(metrics, path=retrieval, split="test"),
+        "ranking": partial(metrics, path=ranking, split="valid"),
+        "predictions": partial(predictions, retrieval=retrieval, ranking=ranking),
+    }
+    return [{name: case(mesh) for name, case in cases.items()}, *run_cases(2, cases)]
+
+
+def test_metrics_segments_and_intervals_do_not_depend_on_the_ranks(found: list[dict[str, Any]]) -> None:
+    one, *of_ranks = found
+    for task in ("retrieval", "ranking"):
+        assert set(one[task]) == {"whole", "0", "1", "2"}
+        for rank in of_ranks:
+            for name, expected in one[task].items():
+                assert rank[task][name]["metrics"] == pytest.approx(expected["metrics"], nan_ok=True, rel=1e-6)
+                for metric, interval in expected["intervals"].items():
+                    assert rank[task][name]["intervals"][metric] == pytest.approx(interval, nan_ok=True, rel=1e-6)
+
+
+def test_predictions_do_not_depend_on_the_ranks(found: list[dict[str, Any]]) -> None:
+    one, *of_ranks = found
+    for name, expected in one["predictions"].items():
+        assert len(expected["user"]) == {"best": 18, "chosen": ITEMS, "scored": 7 * ITEMS}[name]
+        for rank in of_ranks:
+            actual = rank["predictions"][name]
+            assert list(actual) == list(expected)
+            for column, values in expected.items():
+                np.testing.assert_allclose(actual[column], values, rtol=1e-5)

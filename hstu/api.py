@@ -11,7 +11,7 @@ docs/python_api.md shows each function with its output. Importing this module im
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from hstu.parallel.dynamic.content import merged
 from hstu.parallel.mesh import Mesh
 from hstu.serve.evaluation import evaluate_split
 from hstu.serve.loaded import LoadedModel
+from hstu.serve.session import Session
 from hstu.train.evaluate import Corpus, Queries, recommend
 from hstu.train.given_histories import History, HistoryEncoder, Vocabulary
 from hstu.train.inference import StoredSource
@@ -196,6 +197,22 @@ class TrainedModel(LoadedModel):
         encoder.unknown[item] |= {items[place] for place in np.flatnonzero(corpus.positions(seen) < 0)}
         best = self._best([history.user for history in given], vectors, corpus, seen, lengths, top)
         return best, {name: sorted(values, key=str) for name, values in encoder.unknown.items() if values}
+
+    def histories(self, users: Sequence[Any]) -> Iterator[History]:
+        """The histories of users of the data, with the context that the model reads; not with features of events.
+
+        Raises DataError that names unknown users.
+        """
+        names = self.source.roles.contextual
+        for history in histories(self.store, encode_users(self.store, users)):
+            yield replace(history, context={name: history.context[name] for name in names})
+
+    def session(self, cache_bytes: int, **options: Any) -> Session:
+        """Keep the histories of users encoded, so that appending events and scoring candidates cost what is new.
+
+        Arguments and errors: :class:`hstu.serve.session.Session`.
+        """
+        return Session(self, cache_bytes, **options)
 
     def _best(
         self,

@@ -131,16 +131,10 @@ class SequenceInputs(nn.Module):
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:
         """Returns tokens [T, D] and their layout. ``embeddings``: rows of every feature in ``self.features``."""
         layout = self.layout(batch)
-        x = self.add_positions(self.content(embeddings, batch, layout), layout.positions)
+        x = self.kernels.jagged_concat(self.parts(embeddings, batch, layout), token_order(layout))
+        if self.position_table is not None:
+            x = self.kernels.add_positions(x, self.position_table, layout.positions)
         return dropout(x, self.dropout, self.training), layout
-
-    def content(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, layout: JaggedLayout) -> Tensor:
-        """Tokens [T, D] before positions are added: each depends on its own item or contextual feature alone."""
-        return self.kernels.jagged_concat(self._parts(embeddings, batch, layout), token_order(layout))
-
-    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [T, D] with the learned vectors of the positions, int64 [T]; x itself where the model has none."""
-        return x if self.position_table is None else self.kernels.add_positions(x, self.position_table, positions)
 
     def layout(self, batch: HSTUBatch) -> JaggedLayout:
         """Where the tokens of a batch lie. Raises ConfigError where the model needs times and the batch has none."""
@@ -162,8 +156,8 @@ class SequenceInputs(nn.Module):
             request_times=batch.request_times if self.needs_times else None,
         )
 
-    def _parts(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, layout: JaggedLayout) -> list[Tensor]:
-        """Rows of width D in the order that :func:`hstu.ops.layout.token_order` names."""
+    def parts(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, layout: JaggedLayout) -> list[Tensor]:
+        """Rows of width D in the order that :func:`hstu.ops.layout.token_order` names, without positions."""
         parts = []
         for feature in self.features.contextual:
             parts.append(self._embed("contextual", feature, embeddings, rows=batch.real_batch_size))

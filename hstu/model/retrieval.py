@@ -116,14 +116,15 @@ class RetrievalDense(nn.Module):
         no_loss = tokens.new_zeros((), dtype=torch.float32)
         return ModelOutput(no_loss, num_labels, queries=self._newest_queries(tokens, layout))
 
-    def _queries(self, tokens: Tensor) -> Tensor:
+    def queries(self, tokens: Tensor) -> Tensor:
+        """Normalised queries [n, item_dim] of encoded tokens [n, hidden_size]."""
         return self.kernels.l2_normalize(self.query_projection(tokens), self.l2_norm_eps)
 
     def _newest_queries(self, tokens: Tensor, layout: JaggedLayout) -> Tensor:
         """[B, item_dim], zero for empty sequences."""
         with_filler = F.pad(tokens, (0, 0, 0, 1))  # a row to index in a batch of padding alone
         is_real = layout.seqlen_offsets.diff() > 0
-        return self._queries(with_filler[layout.newest_tokens()]) * is_real[:, None]
+        return self.queries(with_filler[layout.newest_tokens()]) * is_real[:, None]
 
     def loss_sum(
         self, tokens: Tensor, layout: JaggedLayout, embeddings: dict[str, JaggedTensor], batch: HSTUBatch
@@ -131,7 +132,7 @@ class RetrievalDense(nn.Module):
         """Sum over the labelled items of −log softmax, each predicted from the newest token before it."""
         _check_labels_have_history(batch)
         labelled_tokens = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total)
-        queries = self._queries(tokens.index_select(0, labelled_tokens - 1))
+        queries = self.queries(tokens.index_select(0, labelled_tokens - 1))
         item_ends = embeddings[self.item_feature].offsets()[1:]
         labelled_items = newest_elements(item_ends, batch.num_labels, batch.num_labels_total)
         items = self._items(embeddings, batch)

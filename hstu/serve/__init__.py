@@ -3,6 +3,6 @@
 ``LoadedModel`` (loaded.py) opens a checkpoint or an export with its data. hstu.api, the interface for notebooks, and
 the scripts of docs/use.md call the rest. No earlier room imports this one.
 
-What is computed once per user is kept, so that a request costs what is new in it: an ``IncrementalEncoder`` (prefix.py)
-fills, extends and reads a ``PrefixCache`` (pages.py) of the keys and values of histories.
+A ``Session`` (session.py) keeps what is computed once per user, so that a request costs what is new in it: an
+``IncrementalEncoder`` (prefix.py) fills, extends and reads a ``PrefixCache`` (pages.py) of keys and values.
 """

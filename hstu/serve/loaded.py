@@ -161,11 +161,8 @@ class LoadedModel:
         Raises ConfigError if ``at`` is given to a model that does not read it, DataError for a history with later
         events.
         """
-        self.check_request_time(at)
-        if at is not None:
-            batches = asked_at(batches, at)
         vectors = [torch.empty(0, self.config.network.item_width, device=self.mesh.device)]
-        for batch in batches:
+        for batch in self.asked_at(batches, at):
             queries = self.forward(batch).queries
             assert queries is not None  # it is a retrieval model
             vectors.append(queries[: batch.real_batch_size])
@@ -179,6 +176,11 @@ class LoadedModel:
         if self.config.network.has_relative_bias:
             because = 'it was trained with DatasetArgs.query_time = "last_event"'
         raise ConfigError(f"the model does not read the time of a request: {because}; leave the time out")
+
+    def asked_at(self, batches: Iterable[HSTUBatch], at: int | None) -> Iterator[HSTUBatch]:
+        """Batches of histories whose users ask at ``at``. Arguments and errors: ``user_vectors``."""
+        self.check_request_time(at)
+        return iter(batches) if at is None else asked_at(batches, at)
 
     def require_retrieval(self) -> RetrievalArgs:
         """The task of a retrieval run. Raises DataError for a ranking run."""

@@ -38,12 +38,12 @@ class CacheStatistics:
     """Bytes of the pages in use."""
     users: int = 0
     """Sequences in the cache."""
-    hits: int = 0
-    """Requests that found their prefix."""
-    misses: int = 0
-    """Requests that did not, so that the history was encoded."""
     evictions: int = 0
     """Sequences that gave their pages to others."""
+    hits: int = 0
+    """Questions to a session that found the history in the cache."""
+    misses: int = 0
+    """Questions to a session for which it was encoded first."""
     encoded_tokens: int = 0
     """Tokens computed with whole histories."""
     appended_tokens: int = 0
@@ -102,11 +102,8 @@ class PrefixCache:
     def find(self, key: Hashable) -> Prefix | None:
         """The prefix under ``key``, which becomes the most recently used; None: it is not here (any more)."""
         prefix = self._prefixes.get(key)
-        if prefix is None:
-            self._counts.misses += 1
-            return None
-        self._counts.hits += 1
-        self._prefixes.move_to_end(key)
+        if prefix is not None:
+            self._prefixes.move_to_end(key)
         return prefix
 
     def fits(self, lengths: Sequence[int]) -> bool:

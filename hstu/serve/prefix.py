@@ -22,7 +22,7 @@ from hstu.data.jagged import run_offsets
 from hstu.model.precision import mixed_precision
 from hstu.model.stack import SequenceEncoder
 from hstu.ops.kernels import AttentionConfig, AttentionForward, RelativeBias
-from hstu.ops.layout import JaggedLayout
+from hstu.ops.layout import JaggedLayout, token_order
 from hstu.ops.pytorch.prefix_attention import CachedPrefix, prefix_attention
 from hstu.serve.pages import Prefix, PrefixCache
 
@@ -149,6 +149,8 @@ class IncrementalEncoder:
 
         batch: ends with the newest ``count`` items, which are in the cache and are computed again, but not kept.
         """
+        if self.reencodes_because is not None:
+            raise ValueError(f"earlier tokens read when the newest one is asked: {self.reencodes_because}")
         before = prefix.num_tokens - count * self._per_item
         x, layout = self._newest(batch, count)
         part = _part(layout, slice(0, len(x)), before, prefix.num_tokens)
@@ -232,13 +234,15 @@ class IncrementalEncoder:
     def _content(self, batch: HSTUBatch, layout: JaggedLayout) -> Tensor:
         """Tokens of a batch [T, D] without positions."""
         with mixed_precision(self.encoder.network.dtype_str, layout.positions.device.type):
-            return self.encoder.inputs.content(self._embeddings_of(batch), batch, layout)
+            parts = self.encoder.inputs.parts(self._embeddings_of(batch), batch, layout)
+            return self.encoder.inputs.kernels.jagged_concat(parts, token_order(layout))
 
     def _run_layers(self, content: Tensor, layout: JaggedLayout, attend: Callable[[int], AttentionForward]) -> Tensor:
         """Encoded tokens, float32 [n, D]. ``attend``: the attention of each layer, given by its index."""
-        network = self.encoder.network
+        network, inputs, x = self.encoder.network, self.encoder.inputs, content
         with mixed_precision(network.dtype_str, content.device.type):
-            x = self.encoder.inputs.add_positions(content, layout.positions)
+            if inputs.position_table is not None:
+                x = inputs.kernels.add_positions(x, inputs.position_table, layout.positions)
             if network.bfloat16_residual:
                 x = x.bfloat16()
             update: Tensor | None = None

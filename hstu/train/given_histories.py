@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,12 +16,12 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batch import PADDING_ID, HSTUBatch
 from hstu.data.collate import Assembler
 from hstu.data.datasets.spec import UNKNOWN
-from hstu.data.jagged import run_offsets
+from hstu.data.jagged import ranges, run_offsets
 from hstu.data.rows import Rows
 from hstu.data.sampler import START, BatchPlan
 from hstu.data.store import USER_FEATURE, SequenceStore
 from hstu.data.store_layout import TIME_FEATURES
-from hstu.data.time_features import time_codes
+from hstu.data.time_features import gap_codes, time_codes
 from hstu.train.batch_source import BatchSource
 from hstu.train.store_source import StoreSource
 
@@ -119,34 +119,44 @@ class HistoryEncoder:
         self.unknown[feature] |= {value for value, id_ in zip(values, ids, strict=True) if id_ == vocabulary.unknown}
         return ids
 
-    def batches(self, histories: Sequence[History]) -> Iterator[HSTUBatch]:
-        """The histories in order, each cut to its newest items. Raises DataError for one that lacks something."""
+    def batches(
+        self, histories: Sequence[History], *, max_items: Sequence[int] | None = None, num_candidates: int = 0
+    ) -> Iterator[HSTUBatch]:
+        """The histories in order, each cut to its newest items. Raises DataError for one that lacks something.
+
+        Args:
+            max_items: items that are kept of each history. None: as many as the model was trained on.
+            num_candidates: the newest so many items of each history are the candidates of one request, which follows
+                the event before them.
+        """
         source, size = self._source, self._config.trainer.eval_batch_size
         # An evaluation batch, so that no negatives are drawn; its held-out items mean nothing.
         assembler = Assembler(size, "retrieval", source.roles, 1, seed=0, negatives=source.negatives)
         for first in range(0, len(histories), size):
             chunk = histories[first : first + size]
             count = np.arange(len(chunk))
-            yield assembler.assemble(self._rows(chunk), BatchPlan(count, count, 0, 0, START))
+            kept = [source.max_items] * len(chunk) if max_items is None else max_items[first : first + size]
+            cut = _Cut([slice(-items, None) for items in kept], num_candidates)
+            yield assembler.assemble(self._rows(chunk, cut), BatchPlan(count, count, 0, 0, START))
 
-    def _rows(self, histories: Sequence[History]) -> Rows:
+    def _rows(self, histories: Sequence[History], cut: _Cut) -> Rows:
         roles = self._source.roles
         for history in histories:
             self._check(history)
-        lengths = np.array([len(history.items[self._newest]) for history in histories], dtype=np.int64)
+        lengths = np.array([len(items) for items in cut.each([history.items for history in histories])], dtype=np.int64)
         nothing = np.zeros_like(lengths)
         needs_times = self._config.network.has_relative_bias
-        side = {name: self._side(name, histories) for name in roles.categories}
+        side = {name: self._side(name, histories, cut) for name in roles.categories}
         return Rows(
             user_ids=np.arange(len(histories)),
             lengths=lengths,
-            num_candidates=nothing,
+            num_candidates=np.full_like(lengths, cut.num_candidates),
             num_labels=nothing,
-            items=self.encode(roles.item, self._joined([history.items for history in histories])),
-            actions=self.encode(roles.action, self._joined([history.actions for history in histories]))
+            items=self.encode(roles.item, cut.joined([history.items for history in histories])),
+            actions=self.encode(roles.action, cut.joined([history.actions for history in histories]))
             if roles.action
             else None,
-            timestamps=np.array(self._joined([history.timestamps for history in histories]), dtype=np.int64)
+            timestamps=np.array(cut.joined([history.timestamps for history in histories]), dtype=np.int64)
             if needs_times
             else None,
             context={
@@ -154,51 +164,43 @@ class HistoryEncoder:
             },
             side={name: ids for name, (ids, _) in side.items()},
             list_lengths={name: counts for name, (_, counts) in side.items() if counts is not None},
-            numbers=np.concatenate([self._numbers(name, histories) for name in roles.numbers], axis=1)
+            numbers=np.concatenate([self._numbers(name, histories, cut) for name in roles.numbers], axis=1)
             if roles.numbers
             else None,
             held_out=nothing,
         )
-
-    @property
-    def _newest(self) -> slice:
-        return slice(-self._source.max_items, None)
-
-    def _joined(self, values: Iterable[Sequence[Any] | np.ndarray | None]) -> list[Any]:
-        """The values of the newest events of each history, one history after another."""
-        return [value for each in values if each is not None for value in each[self._newest]]
 
     def _context(self, feature: str, history: History) -> np.ndarray:
         """The value of one feature, int64 [1]. One that is not given is unknown, too, but not noted."""
         value = history.context.get(feature, history.user if feature == USER_FEATURE else None)
         return np.array([self._vocabularies[feature].unknown]) if value is None else self.encode(feature, [value])
 
-    def _side(self, name: str, histories: Sequence[History]) -> tuple[np.ndarray, np.ndarray | None]:
+    def _side(self, name: str, histories: Sequence[History], cut: _Cut) -> tuple[np.ndarray, np.ndarray | None]:
         """(ids, how many of them each event has) of a side feature; None where each has one."""
         if name in self._of_times:
-            return self._from_times(name, histories), None
+            return self._from_times(name, histories, cut), None
         values = [
             self._of_items(name, history.items) if name not in history.features else history.features[name]
             for history in histories
         ]
-        of_events = self._joined(values)
+        of_events = cut.joined(values)
         if name not in self._source.roles.lists:
             return self._encoded(name, of_events), None
         lists = [value if isinstance(value, (list, tuple)) and value else [None] for value in of_events]
         counts = np.array([len(each) for each in lists], dtype=np.int64)
         return self._encoded(name, [value for each in lists for value in each]), counts
 
-    def _numbers(self, name: str, histories: Sequence[History]) -> np.ndarray:
+    def _numbers(self, name: str, histories: Sequence[History], cut: _Cut) -> np.ndarray:
         """float32 [events, width] of a number or a vector, NaN where it is missing."""
         roles = self._source.roles
         width = roles.number_widths[roles.numbers.index(name)]
         found = []
-        for history in histories:
+        for history, newest in zip(histories, cut.newest, strict=True):
             if name in history.features:
-                found.append(_as_numbers(name, history.features[name][self._newest], width, history.user))
+                found.append(_as_numbers(name, history.features[name][newest], width, history.user))
                 continue
             assert self._store is not None, "_check lets no history pass that lacks a feature"
-            codes = self._item_codes.encode(history.items[self._newest])
+            codes = self._item_codes.encode(history.items[newest])
             known = codes != self._item_codes.unknown
             of_items = np.full((len(codes), width), np.nan, dtype=np.float32)
             of_items[known] = self._store.item_numbers(name)[codes[known]]
@@ -212,13 +214,17 @@ class HistoryEncoder:
         ids[~missing] = self.encode(name, [value for value in values if value is not None])
         return ids
 
-    def _from_times(self, name: str, histories: Sequence[History]) -> np.ndarray:
+    def _from_times(self, name: str, histories: Sequence[History], cut: _Cut) -> np.ndarray:
         times = [np.asarray(history.timestamps, dtype=np.int64) for history in histories]
         offsets = run_offsets(np.array([len(each) for each in times]))
         joined = np.concatenate(times)
         first = self._first_times(histories, joined) if name == "item_age" else None
         codes = time_codes(name, np.arange(offsets[-1]), joined, offsets, first)
-        return np.concatenate([each[self._newest] for each in np.split(codes, offsets[1:-1])])
+        if name == "time_gap" and cut.num_candidates:
+            firsts = offsets[1:] - cut.num_candidates
+            candidates = ranges(firsts, np.full_like(firsts, cut.num_candidates))
+            codes[candidates] = gap_codes(joined[candidates] - np.repeat(joined[firsts - 1], cut.num_candidates))
+        return np.concatenate(cut.each(np.split(codes, offsets[1:-1])))
 
     def _first_times(self, histories: Sequence[History], times: np.ndarray) -> np.ndarray:
         """When the item of each event had its first event, int64; an item that the data does not have is new."""
@@ -290,6 +296,23 @@ class HistoryEncoder:
             return "the model reads it, and there is no data to take it from"
         of_items = (*self._store.item_side_features, *self._store.item_number_features)
         return None if name in of_items else "the model reads this feature of events"
+
+
+class _Cut(NamedTuple):
+    """What of each history a batch has."""
+
+    newest: list[slice]
+    """Its newest items."""
+    num_candidates: int
+    """The newest of these, which are candidates."""
+
+    def each(self, values: Iterable[Any]) -> list[Any]:
+        """The values of the newest events of each history; None where it has none."""
+        return [None if of_one is None else of_one[newest] for of_one, newest in zip(values, self.newest, strict=True)]
+
+    def joined(self, values: Iterable[Sequence[Any] | np.ndarray | None]) -> list[Any]:
+        """The same, one history after another."""
+        return [value for of_one in self.each(values) if of_one is not None for value in of_one]
 
 
 def _as_numbers(name: str, values: Sequence[Any], width: int, user: Any) -> np.ndarray:

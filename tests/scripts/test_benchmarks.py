@@ -242,3 +242,28 @@ def test_the_roofline_expects_less_of_short_sequences_and_states_the_deviation()
     assert rows[512]["low"] < rows[512]["published"] < rows[512]["high"] < 0.6 * rows[16384]["high"]
     assert all(row["low"] < row["high"] for row in rows.values())
     assert roofline.deviation({"low": 50.0, "high": 150.0, "published": 100}) == "-50 to +50 %"
+
+
+def test_scoring_with_a_cached_history_is_compared_with_whole_forwards(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = import_module("incremental_cpu")
+    for name, value in {"HEADS": 2, "HEAD_DIM": 4, "HIDDEN": 8, "IDS": 50}.items():
+        monkeypatch.setattr(script, name, value)
+    sizes = ["--events", "12", "--candidates", "5", "--layers", "2", "--micro-batches", "2", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", ["incremental_cpu", *sizes, "--threads", "0", "--cache-bytes", "1000000"])
+    script.main()
+    written = json.loads(capsys.readouterr().out)
+    assert max(written["deviation"].values()) < 1e-6
+    gflop = {row["way"]: row["gflop"] for row in written["scoring"]}
+    history, a_token, a_pair = 24, 2 * 2 * 8 * 5 * 8 / 1e9, 2 * 4 * 8 / 1e9
+    whole = history * a_token + history * (history + 1) / 2 * a_pair
+    assert gflop == pytest.approx(
+        {
+            "cache": 5 * a_token + 5 * (history + 1) * a_pair,
+            "one forward with all 5": whole + 10 * a_token + 5 * (2 * history + 3) * a_pair,
+            "3 forwards with 2": 3 * whole + 10 * a_token + 5 * (2 * history + 3) * a_pair,
+            "cache, history encoded first": whole + 5 * a_token + 5 * (history + 1) * a_pair,
+        },
+        rel=1e-3,
+    )

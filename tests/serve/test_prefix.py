@@ -218,7 +218,11 @@ def test_the_least_recently_used_history_gives_its_pages_and_no_answer_changes()
         assert model.cache.statistics.used_bytes <= capacity
     statistics = model.cache.statistics
     # 24, 20, 16 and 22 tokens take 6, 5, 4 and 6 of the 15 pages
-    assert (statistics.misses, statistics.evictions, statistics.users) == (8, 5, 3)
+    assert (statistics.encoded_tokens, statistics.evictions, statistics.users) == (
+        24 * 2 + 20 * 2 + 16 * 2 + 22 * 2,
+        5,
+        3,
+    )
     assert statistics.used_bytes == 15 * PAGE * 2 * 2 * 8 * 4
 
 

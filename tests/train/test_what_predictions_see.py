@@ -200,7 +200,7 @@ def training_queries(model: GRModel, config: RunConfig, mesh: Mesh) -> Tensor:
     hook.remove()
     tokens, layout = seen[0]
     before = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total) - 1
-    return task._queries(tokens[before]).unflatten(0, (USERS, -1))
+    return task.queries(tokens[before]).unflatten(0, (USERS, -1))
 
 
 def predictions(model: GRModel, config: RunConfig, mesh: Mesh) -> Tensor:

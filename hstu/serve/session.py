@@ -1,0 +1,396 @@
+"""A session of a trained model: histories of users that are encoded once, continued, and asked again and again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchrec import JaggedTensor
+
+from hstu.config.args import DatasetArgs
+from hstu.config.errors import ConfigError, DataError
+from hstu.data.batch import HSTUBatch
+from hstu.data.store_layout import TIME_FEATURES
+from hstu.model.gr_model import as_jagged
+from hstu.model.joint import JointDense
+from hstu.model.ranking import RankingModel
+from hstu.model.retrieval import RetrievalDense
+from hstu.model.stack import SequenceEncoder
+from hstu.serve.loaded import LoadedModel
+from hstu.serve.pages import CacheStatistics, Prefix, PrefixCache
+from hstu.serve.prefix import IncrementalEncoder
+from hstu.train.given_histories import History, HistoryEncoder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Known:
+    """What a session has of a user, in host memory, to encode it again after its pages went to others."""
+
+    history: History
+    """The items that the model reads, after one that only says how long before them it was."""
+    before: int
+    """1 where there is such an item, else 0."""
+
+    @property
+    def num_items(self) -> int:
+        return len(self.history.items) - self.before
+
+
+class Session:
+    """Histories of users whose keys and values are kept, so that a request costs what is new in it.
+
+    Answers are those of the whole forward for the same events. What does not fit the cache is encoded again when it
+    is asked for. Not thread-safe; on one rank.
+
+    Args:
+        loaded: a ranking or a retrieval model.
+        cache_bytes: memory for keys and values on the model's device.
+        page_tokens: tokens per page of the cache.
+        candidates_at_once: candidates of a micro-batch.
+        trim_events: by how many events a history that outgrows the model is shortened at once. With 1 it always has
+            the newest events that the model reads; each new event then moves all positions, and the history is encoded
+            again. With n, it is encoded again at every n-th event, and is up to n − 1 events shorter than it could be.
+
+    Raises:
+        ConfigError: a model on several ranks, one that truncates histories, or a cache too small for one history.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cache_bytes: int,
+        *,
+        page_tokens: int = 128,
+        candidates_at_once: int = 256,
+        trim_events: int = 1,
+    ) -> None:
+        if loaded.mesh.world_size > 1:
+            raise ConfigError(
+                f"the model is loaded on {loaded.mesh.world_size} ranks, and a session needs it on one: load it in a "
+                "process that torchrun has not started"
+            )
+        self._loaded = loaded
+        self._task = _task_of(loaded.model.dense)
+        dataset = loaded.config.dataset
+        assert isinstance(dataset, DatasetArgs), "LoadedModel.restore requires data"
+        self.max_items = loaded.source.max_items
+        """Items of the longest history: what the model was trained on, without room for candidates."""
+        if isinstance(self._task, RankingModel):
+            self.max_items -= max(dataset.max_num_candidates, 1)
+        if not 1 <= trim_events <= self.max_items:
+            raise ConfigError(
+                f"trim_events = {trim_events}; give a number from 1 to {self.max_items}, the longest history"
+            )
+        self._trim_events = trim_events
+        encoder, network = cast(SequenceEncoder, self._task.encoder), loaded.config.network
+        self._reads_times = network.has_relative_bias or not {*loaded.source.roles.side}.isdisjoint(TIME_FEATURES)
+        features = encoder.features
+        self._context, self._per_item = len(features.contextual), features.tokens_per_item(network)
+        self._cache = PrefixCache(
+            network,
+            capacity_bytes=cache_bytes,
+            max_tokens=self._tokens_of(self.max_items),
+            device=loaded.mesh.device,
+            page_tokens=page_tokens,
+        )
+        self._incremental = IncrementalEncoder(encoder, self._cache, self._embeddings_of, candidates_at_once)
+        if self._incremental.reencodes_because is not None:
+            log.warning(
+                "session: each appended event encodes its history again: %s", self._incremental.reencodes_because
+            )
+        self._histories = HistoryEncoder(loaded.config, loaded.source, loaded.vocabularies)
+        self._users: dict[Any, _Known] = {}
+
+    @property
+    def statistics(self) -> CacheStatistics:
+        """What the cache holds and has done."""
+        return self._cache.statistics
+
+    @property
+    def reencodes_because(self) -> str | None:
+        """Why an appended event costs as much as the whole history; None: it costs what is new."""
+        return self._incremental.reencodes_because
+
+    @property
+    def unknown(self) -> dict[str, list[Any]]:
+        """Feature → raw values that the model does not have, of all that the session was given."""
+        found = {name: values - {None} for name, values in self._histories.unknown.items()}  # None: actions to come
+        return {name: sorted(values, key=str) for name, values in found.items() if values}
+
+    # -- what users did ------------------------------------------------------------------------------------------
+
+    def encode(self, histories: Iterable[History]) -> None:
+        """Encode histories, together where they fit the cache. What the session had of their users is replaced.
+
+        Raises DataError for a history without items, or without what the model reads of them.
+        """
+        waiting: dict[Any, _Known] = {}
+        for history in histories:
+            known = _newest(_as_lists(history), self.max_items)
+            lengths = [self._tokens_of(each.num_items) for each in (*waiting.values(), known)]
+            if len(waiting) == self._loaded.config.trainer.eval_batch_size or not self._cache.fits(lengths):
+                self._encode(waiting)
+                waiting = {}
+            waiting[history.user] = known
+        self._encode(waiting)
+
+    def append(self, events: Iterable[History]) -> None:
+        """Append events, oldest first, to the histories of their users. ``context`` of the events is not read.
+
+        A history that has to be encoded again (``reencodes_because``, ``trim_events``) is so when it is next asked for.
+
+        Raises DataError for users whose history the session does not have, events without what the model reads, or
+        events earlier than the newest one of the history.
+        """
+        for new in events:
+            self._append(new)
+
+    def forget(self, users: Sequence[Any]) -> None:
+        """Remove users and what is cached of them. Users that are not there are ignored."""
+        for user in users:
+            self._users.pop(user, None)
+            self._cache.drop(user)
+
+    # -- what is asked -------------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        user: Any,
+        items: Sequence[Any],
+        *,
+        at: int | None = None,
+        actions: Sequence[Any] | None = None,
+        features: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Tensor:
+        """Score candidates that are shown to a user after the history.
+
+        Args:
+            user: one whose history the session has.
+            items: raw ids, [m].
+            at: when they are shown, in whole seconds since 1970. None: at the newest event of the history.
+            actions: actions on the candidates, which only later candidates of their group see
+                (NetworkArgs.target_group_size above 1); None: unknown ones.
+            features: feature of items or events → its raw value for each candidate, as in History. What is known only
+                after an event may be left out.
+
+        Returns:
+            Ranking: logits as ``ModelOutput.logits``, float32 [m, last width of the head]. Retrieval: cosines of the
+            user's and the items' vectors, float32 [m]; −inf for items that the model does not have.
+
+        Raises:
+            DataError: an unknown user, ``at`` before the newest event, or candidates without what the model reads.
+            ConfigError: ``at`` is given to a model that does not read it.
+        """
+        known = self._known(user)
+        if isinstance(self._task, RetrievalDense):
+            return self._cosines(user, items, at)
+        shown = self._shown(known.history, items, at, actions, features or {})
+        together = _joined(_slice(known.history, 1), shown, "the candidates for")
+        (batch,) = self._histories.batches([together], max_items=[len(items) + 1], num_candidates=len(items))
+        prefix = self._prefix(user, known)
+        with self._loaded.inference():
+            return self._task.logits(self._incremental.score(prefix, batch.to(self._loaded.mesh.device)))
+
+    def user_embeddings(self, users: Sequence[Any], at: int | None = None) -> Tensor:
+        """Vectors of users after their histories: float32 [len(users), E], of length 1. Retrieval only.
+
+        Where ``reencodes_because`` is not None, all events depend on the newest one, and the whole history is computed.
+        ``at`` and errors: as ``TrainedModel.user_embeddings``.
+        """
+        self._loaded.require_retrieval()
+        assert isinstance(self._task, RetrievalDense)
+        vectors = [torch.empty(0, self._loaded.config.network.item_width, device=self._loaded.mesh.device)]
+        for user in users:
+            known = self._known(user)
+            if self.reencodes_because is not None:
+                batches = self._histories.batches([known.history], max_items=[known.num_items])
+                vectors.append(self._loaded.user_vectors(batches, at))
+                continue
+            (batch,) = self._loaded.asked_at([self._tail(known, 1)], at)
+            prefix = self._prefix(user, known)
+            with self._loaded.inference():
+                newest = self._incremental.newest(prefix, batch.to(self._loaded.mesh.device))
+                vectors.append(self._task.queries(newest[None]))
+        return torch.cat(vectors)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _append(self, new: History) -> None:
+        known, count = self._known(new.user), len(new.items)
+        if not count:
+            return
+        both = _joined(known.history, _as_lists(new), "the events to append to")
+        if known.num_items + count > self.max_items:
+            updated = _newest(both, self.max_items - self._trim_events + 1)
+            self._tail(updated, min(count, updated.num_items))  # raises for events without what the model reads
+            self._cache.drop(new.user)
+        else:
+            updated = _Known(both, known.before)
+            self._extend(new.user, updated, count)
+        self._users[new.user] = updated
+
+    def _extend(self, user: Any, known: _Known, count: int) -> None:
+        """Continue what the cache has of a user, of whose items the newest ``count`` are new."""
+        prefix = self._cache.find(user)
+        kept = None if prefix is None else self._incremental.kept_items(prefix, count)
+        computed = count if kept is None else known.num_items - kept
+        batch = self._tail(known, computed)
+        if prefix is None or kept is None:
+            self._cache.drop(user)
+            return
+        with self._loaded.inference():
+            self._incremental.append(prefix, user, batch.to(self._loaded.mesh.device), computed, kept)
+
+    def _encode(self, known: Mapping[Any, _Known]) -> None:
+        """Encode users together, who are at most as many as an evaluation batch has."""
+        histories = [each.history for each in known.values()]
+        lengths = [each.num_items for each in known.values()]
+        for batch in self._histories.batches(histories, max_items=lengths):
+            with self._loaded.inference():
+                self._incremental.encode([*known], batch.to(self._loaded.mesh.device))
+        self._users.update(known)
+
+    def _prefix(self, user: Any, known: _Known) -> Prefix:
+        """What the cache has of a user; encoded if it has nothing."""
+        prefix = self._cache.find(user)
+        if prefix is not None:
+            self.statistics.hits += 1
+            return prefix
+        self.statistics.misses += 1
+        self._encode({user: known})
+        prefix = self._cache.find(user)
+        assert prefix is not None, "it has just been encoded"
+        return prefix
+
+    def _known(self, user: Any) -> _Known:
+        if user not in self._users:
+            raise DataError(f"the session has no history of {user!r}; give it to encode() first, under the same id")
+        return self._users[user]
+
+    def _tokens_of(self, items: int) -> int:
+        return self._context + items * self._per_item
+
+    def _tail(self, known: _Known, count: int) -> HSTUBatch:
+        """A batch that ends with the newest ``count`` items; one before them says how long ago it was."""
+        (batch,) = self._histories.batches([_slice(known.history, count + 1)], max_items=[count + 1])
+        return batch
+
+    def _embeddings_of(self, batch: HSTUBatch) -> dict[str, JaggedTensor]:
+        model = self._loaded.model
+        return model.replicated_tables(batch.features) | as_jagged(model.look_up(batch), batch)
+
+    def _shown(
+        self,
+        history: History,
+        items: Sequence[Any],
+        at: int | None,
+        actions: Sequence[Any] | None,
+        features: Mapping[str, Sequence[Any]],
+    ) -> History:
+        """Candidates as events of their own."""
+        times, nothing = history.timestamps, [None] * len(items)
+        if at is not None and not self._reads_times:
+            raise ConfigError("the model does not read the time of a request; leave the time out")
+        if at is not None and times is not None and at < times[-1]:
+            raise DataError(f"candidates are shown at {at} to {history.user!r}, whose newest event is at {times[-1]}")
+        after = {name: nothing for name in self._loaded.source.roles.known_after if name in history.features}
+        return replace(
+            history,
+            items=[*items],
+            actions=nothing if actions is None and history.actions is not None else actions,
+            timestamps=None if times is None else [times[-1] if at is None else at] * len(items),
+            features=after | {name: [*values] for name, values in features.items()},
+        )
+
+    def _cosines(self, user: Any, items: Sequence[Any], at: int | None) -> Tensor:
+        """Scores of a retrieval model, float32 [m]."""
+        vector = self.user_embeddings([user], at)[0]
+        ids = self._histories.encode(self._loaded.source.roles.item, items)
+        known = np.flatnonzero(ids != self._loaded.vocabularies[self._loaded.source.roles.item].unknown)
+        scores = torch.full((len(ids),), -torch.inf, device=vector.device)
+        corpus = self._loaded.retrieval_evaluator().corpus(ids[known])
+        with self._loaded.inference():
+            for first, vectors in corpus.chunks():
+                found = (vectors @ vector).masked_fill(~vectors.any(dim=1), -torch.inf)
+                places = torch.from_numpy(known[first : first + len(found)]).to(scores.device)
+                scores[places] = found[: len(places)]
+        return scores
+
+
+def _task_of(dense: nn.Module) -> RankingModel | RetrievalDense:
+    """The dense part of the task, also where it is wrapped; of a joint one that of ranking."""
+    for module in dense.modules():
+        if isinstance(module, JointDense):
+            return module.ranking
+        if isinstance(module, (RankingModel, RetrievalDense)):
+            return module
+    raise AssertionError("a model has a task")
+
+
+# -- histories ---------------------------------------------------------------------------------------------------
+
+
+def _as_lists(history: History) -> History:
+    def as_list(values: Any) -> Any:
+        return values.tolist() if isinstance(values, np.ndarray) else None if values is None else [*values]
+
+    features = {name: as_list(values) for name, values in history.features.items()}
+    return replace(
+        history,
+        items=as_list(history.items),
+        actions=as_list(history.actions),
+        timestamps=as_list(history.timestamps),
+        features=features,
+    )
+
+
+def _slice(history: History, count: int) -> History:
+    """The newest ``count`` events, or all that there are."""
+
+    def newest(values: Any) -> Any:
+        return None if values is None else values[-count:]
+
+    return replace(
+        history,
+        items=newest(history.items),
+        actions=newest(history.actions),
+        timestamps=newest(history.timestamps),
+        features={name: newest(values) for name, values in history.features.items()},
+    )
+
+
+def _newest(history: History, count: int) -> _Known:
+    """The newest ``count`` items, and the one before them if there is one."""
+    return _Known(_slice(history, count + 1), before=int(len(history.items) > count))
+
+
+def _joined(history: History, new: History, what: str) -> History:
+    """The events of ``new`` after those of ``history``. Raises DataError where one has what the other lacks."""
+    of_user = f"{what} the history of {new.user!r}"
+
+    def join(what: str, before: Any, after: Any) -> Any:
+        if (before is None) != (after is None):
+            has, lacks = ("do not have", "has") if after is None else ("have", "does not have")
+            raise DataError(f"{of_user} {has} {what}, and the history {lacks} them; give both the same")
+        return None if before is None else [*before, *after]
+
+    times = history.timestamps, new.timestamps
+    if all(each is not None and len(each) for each in times) and times[1][0] < times[0][-1]:  # type: ignore[index]
+        raise DataError(f"{of_user} begin at {times[1][0]}, before its newest at {times[0][-1]}; give them in order")  # type: ignore[index]
+    names = [*history.features, *(name for name in new.features if name not in history.features)]
+    return replace(
+        history,
+        items=[*history.items, *new.items],
+        actions=join("actions", history.actions, new.actions),
+        timestamps=join("timestamps", *times),
+        features={
+            name: join(f"features {name!r}", history.features.get(name), new.features.get(name)) for name in names
+        },
+    )

@@ -1,0 +1,252 @@
+"""Sessions of trained models: answers equal those of whole forwards over the same events."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hstu import api
+from hstu.api import History, TrainedModel
+from hstu.config.errors import ConfigError, DataError
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from hstu.serve.session import Session
+from hstu.train.builder import build_model
+from hstu.train.inference import InferenceSource
+from tests.conftest import write_small_store
+from tests.train.test_requests import random_log
+from tests.train.test_side_features import tables_for
+from tests.train.tiny import ITEM_FEATURES, tiny_config, walks
+
+MEGABYTE = 1 << 20
+RELATIVE = {"position_encoding": ("absolute", "relative_bias")}
+
+
+def untrained(task: str, store: SequenceStore, mesh: Mesh, path: Path, **options: Any) -> TrainedModel:
+    """A model with large random weights, so that what one token does to another is not lost in rounding."""
+    config = tiny_config(task, store, path, **options)
+    source = InferenceSource(config, config.dataset, mesh)  # type: ignore[arg-type]
+    model, optimizers = build_model(config, source, mesh)
+    with torch.no_grad():
+        for parameter in model.dense.parameters():
+            parameter.mul_(3)
+    return TrainedModel(config, path, mesh, source, model, optimizers, [])
+
+
+def until(history: History, count: int) -> History:
+    """The first events."""
+    return part(history, 0, count)
+
+
+def part(history: History, start: int, stop: int) -> History:
+    def cut(values: Any) -> Any:
+        return None if values is None else values[start:stop]
+
+    features = {name: cut(values) for name, values in history.features.items()}
+    events = cut(history.items), cut(history.actions), cut(history.timestamps)
+    return History(history.user, *events, context=history.context, features=features)
+
+
+def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("interleave", "group"), [(True, 1), (False, 2)])
+def test_what_requests_showed_scores_as_in_an_evaluation_of_the_data(
+    mesh: Mesh,
+    tmp_path: Path,
+    interleave: bool,
+    group: int,
+) -> None:
+    log, side = random_log(), ["device", "watched", "time_gap"]
+    data = write_small_store(tmp_path / "store", **log)
+    model = untrained(
+        "ranking",
+        data,
+        mesh,
+        tmp_path / "run",
+        dataset={
+            "candidates": "requests",
+            "max_sequence_length": 10,
+            "contextual_feature_names": [],
+            "side_feature_names": side,
+            "known_after": ["watched"],
+        },
+        network={**RELATIVE, "interleave_actions": interleave, "target_group_size": group},
+        tables=tables_for(data, {"side_feature_names": side}),
+    )
+    session = model.session(MEGABYTE)
+    assert session.reencodes_because is None
+    seen = 0
+    for batch in model.batches("valid"):
+        logits = model.forward(batch).logits
+        assert logits is not None
+        for row in range(batch.real_batch_size):
+            user, shown = int(batch.user_ids[row]), int(batch.num_candidates_host[row])
+            events = int(batch.item_lengths[row]) - shown
+            history = raw_history(log, user, events)
+            session.encode([until(history, events - 2)])
+            session.append([part(history, events - 2, events)])
+            ((time, candidates),) = (
+                (time, found)
+                for who, time, found in log["requests"]
+                if who == user and 1000 + 60 * (events - 1) + 30 == time
+            )
+            scores = session.score(
+                100 + user,
+                [1000 + item for item in candidates["item_id"]],
+                at=time,
+                features={"device": raw_values(candidates["device"])},
+            )
+            assert_equal(scores, logits[seen : seen + shown])
+            seen += shown
+        seen = 0
+    assert session.statistics.hits > 4 and session.statistics.misses == 0 and session.unknown == {}
+
+
+def raw_values(codes: list[int]) -> list[str]:
+    return [f"value {code:03d}" for code in codes]
+
+
+def raw_history(log: dict[str, Any], user: int, events: int) -> History:
+    features = {name: raw_values(values[user][:events]) for name, values in log["event_features"].items()}
+    items = [1000 + item for item in log["items"][user][:events]]
+    return History(100 + user, items, log["actions"][user][:events], log["timestamps"][user][:events], {}, features)
+
+
+@pytest.fixture(scope="module")
+def retrieval(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    """A model of histories of at most 8 items, with context and features of items, that reads when it is asked."""
+    path = tmp_path_factory.mktemp("retrieval")
+    data = write_small_store(path / "store", **walks(), item_features=ITEM_FEATURES)
+    return untrained(
+        "retrieval", data, mesh, path / "run", network=RELATIVE, dataset={"side_feature_names": ["colour", "tags"]}
+    )
+
+
+@pytest.fixture(scope="module")
+def long(retrieval: TrainedModel) -> History:
+    """A user with 10 events."""
+    row = int(np.argmax([len(items) for items in walks()["items"]]))
+    (history,) = api.histories(retrieval.store, [row])
+    assert len(history.items) == 10
+    return history
+
+
+def vectors_of(model: TrainedModel, history: History, at: int | None = None) -> torch.Tensor:
+    """By the whole forward."""
+    encoder = model.session(MEGABYTE)._histories
+    return model.user_vectors(encoder.batches([history]), at)
+
+
+def test_vectors_follow_the_events_also_where_histories_outgrow_the_model(
+    retrieval: TrainedModel, long: History
+) -> None:
+    session = retrieval.session(MEGABYTE)
+    session.encode([until(long, 2)])
+    for count in range(3, 11):
+        session.append([part(long, count - 1, count)])
+        assert_equal(session.user_embeddings([long.user]), vectors_of(retrieval, until(long, count)))
+    assert (session.statistics.hits, session.statistics.misses) == (6, 2)  # the last two events move all positions
+    assert_equal(session.user_embeddings([long.user]), retrieval.user_embeddings([long.user]))
+    later = int(np.asarray(long.timestamps)[-1]) + 10**6
+    assert_equal(session.user_embeddings([long.user], at=later), retrieval.user_embeddings([long.user], at=later))
+
+
+def test_trimmed_histories_are_shorter_and_encoded_less_often(retrieval: TrainedModel, long: History) -> None:
+    session = retrieval.session(MEGABYTE, trim_events=2)
+    session.encode([until(long, 8)])
+    for count, kept in ((9, 7), (10, 8)):
+        session.append([part(long, count - 1, count)])
+        assert_equal(session.user_embeddings([long.user]), vectors_of(retrieval, part(long, count - kept, count)))
+    assert (session.statistics.hits, session.statistics.misses) == (1, 1)
+
+
+def test_cosines_are_those_of_the_vectors_and_unknown_items_score_nothing(
+    retrieval: TrainedModel, long: History
+) -> None:
+    session = retrieval.session(MEGABYTE)
+    session.encode([long])
+    scores = session.score(long.user, [1003, 99, 1000])
+    items = retrieval.item_embeddings() @ retrieval.user_embeddings([long.user])[0]
+    assert_equal(scores, torch.stack([items[3], torch.tensor(-torch.inf), items[0]]))
+    assert session.unknown == {"item_id": [99]}
+
+
+def test_many_users_share_a_cache_that_holds_few(retrieval: TrainedModel) -> None:
+    users = list(retrieval.histories(range(100, 120)))
+    expected = retrieval.user_embeddings([history.user for history in users])
+    least = 2 * 2 * 16 * 4 * 32  # 2 layers, K and V, 16 channels, float32, and one page of 32 tokens
+    session = retrieval.session(4 * least, page_tokens=32)
+    session.encode(users)
+    assert session.statistics.users == 4
+    order = [19, 3, 18, 3, 19, 0]
+    assert_equal(session.user_embeddings([users[row].user for row in order]), expected[order])
+    assert session.statistics.used_bytes == session.statistics.capacity_bytes == 4 * least
+    assert (session.statistics.hits, session.statistics.misses) == (4, 2)
+    session.forget([users[0].user])
+    assert session.statistics.users == 3
+    with pytest.raises(ConfigError, match=r"holds 0 pages of 8,192 bytes, and a history of 17 tokens needs 1"):
+        retrieval.session(least - 1, page_tokens=32)
+
+
+def test_a_model_whose_context_sees_everything_is_encoded_again(
+    mesh: Mesh,
+    store: SequenceStore,
+    tmp_path: Path,
+) -> None:
+    model = untrained(
+        "ranking",
+        store,
+        mesh,
+        tmp_path,
+        dataset={"max_num_candidates": 2},
+        network={"disable_contextual_mask": False},
+    )
+    session = model.session(MEGABYTE)
+    assert "disable_contextual_mask = False" in str(session.reencodes_because)
+    batch = next(model.batches("valid"))
+    logits = model.forward(batch).logits
+    assert logits is not None
+    row = int(np.argmax(batch.item_lengths))
+    (whole,) = api.histories(store, [int(batch.user_ids[row])])
+    history = part(whole, len(whole.items) - int(batch.item_lengths[row]), len(whole.items) - 2)
+    session.encode([until(history, 2)])
+    session.append([part(history, 2, len(history.items))])
+    assert_equal(session.score(history.user, whole.items[-2:]), logits[2 * row : 2 * row + 2])
+    assert session.statistics.misses == 1
+    with pytest.raises(ConfigError, match="the model does not read the time of a request"):
+        session.score(history.user, whole.items[-2:], at=10**9)
+
+
+@pytest.fixture
+def session(retrieval: TrainedModel, long: History) -> Iterator[Session]:
+    session = retrieval.session(MEGABYTE)
+    session.encode([until(long, 5)])
+    yield session
+    assert_equal(session.user_embeddings([long.user]), vectors_of(retrieval, until(long, 5)))  # nothing has changed
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda s, h: s.append([part(h, 0, 1)]), "begin at 1000000, before its newest at 1000240; give them in order"),
+        (lambda s, h: s.append([History(h.user, [1000], [1])]), "do not have timestamps, and the history has them"),
+        (lambda s, h: s.append([History("zoe", [1000])]), "the session has no history of 'zoe'; give it to encode"),
+        (lambda s, h: s.encode([History("zoe", [])]), "the history of 'zoe' has no items"),
+        (lambda s, h: s.user_embeddings([h.user], at=5), "a history has an event at"),
+    ],
+)
+def test_mistakes_are_refused_and_change_nothing(
+    session: Session, long: History, mistake: Callable[[Session, History], None], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        mistake(session, long)
+
+
+def test_options_out_of_range_are_refused(retrieval: TrainedModel) -> None:
+    with pytest.raises(ConfigError, match="trim_events = 9; give a number from 1 to 8"):
+        retrieval.session(MEGABYTE, trim_events=9)

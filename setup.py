@@ -36,6 +36,8 @@ CUTLASS_DSL_CUDA = "nvidia-cutlass-dsl[cu13]>=4.8,<4.9"
 WANDB = "wandb>=0.19,<1"
 # Needed only for scripts/factorize.py and scripts/quality.
 SCIPY = "scipy>=1.17,<2"
+# Needed only for scripts/embed.py --index. It has wheels; hnswlib has to be compiled.
+FAISS = "faiss-cpu>=1.10,<2"
 # Needed only for scripts/quality/ranking_peers.py.
 QUALITY = [SCIPY, "lightgbm>=4.5,<5"]
 
@@ -80,6 +82,7 @@ COMMANDS = {
     "hstu-recommend": "hstu_scripts.recommend:main",
     "hstu-evaluate": "hstu_scripts.evaluate:main",
     "hstu-predict": "hstu_scripts.predict:main",
+    "hstu-embed": "hstu_scripts.embed:main",
     "hstu-inspect-checkpoint": "hstu_scripts.inspect_checkpoint:main",
     "hstu-export": "hstu_scripts.export:main",
     "hstu-dynamic-table": "hstu_scripts.dynamic_table:main",
@@ -125,6 +128,7 @@ setup(
         "cuda": [TORCHREC, FBGEMM_CUDA, CUTLASS_DSL_CUDA],
         "wandb": [WANDB],
         "factorize": [SCIPY],
+        "index": [FAISS],
         "quality": QUALITY,
         "dev": DEVELOPMENT,
     },

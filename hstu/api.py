@@ -33,6 +33,7 @@ from hstu.parallel.mesh import Mesh
 from hstu.serve.evaluation import evaluate_split
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.session import Session
+from hstu.serve.vectors import item_vectors
 from hstu.train.evaluate import Corpus, Queries, recommend
 from hstu.train.given_histories import History, HistoryEncoder, Vocabulary
 from hstu.train.inference import StoredSource
@@ -148,10 +149,7 @@ class TrainedModel(LoadedModel):
         Items that the model does not have, or that have no row in a dynamic table, have zero vectors. Raises DataError
         for a ranking model.
         """
-        all_codes = np.arange(self.store.cardinality(self.source.roles.item), dtype=np.int64)
-        corpus = self.retrieval_evaluator().corpus(self.model_ids(all_codes))
-        with self.inference():
-            return torch.cat([vectors for _, vectors in corpus.chunks()])[: corpus.size]
+        return torch.cat(list(item_vectors(self)))
 
     def recommend(self, users: Sequence[Any], top: int = 10, at: int | None = None) -> list[Recommendation]:
         """Recommend the ``top`` items that each user has not seen, after the user's whole history.

@@ -33,8 +33,8 @@ from hstu.config.errors import EXIT_DONE, ConfigError, DataError
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel.collectives import gather_objects, on_all_ranks, require_equal
-from hstu.serve.command import add_model_arguments, load_model, note, parse_time, require_model, shown
-from hstu.serve.id_files import Candidates, item_codes, read_candidates, read_codes
+from hstu.serve.command import add_model_arguments, load_model, note, note_unknown, parse_time, require_model
+from hstu.serve.id_files import Candidates, item_codes, read_candidates, read_codes, users_of_file
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.parts import Parts
 from hstu.serve.predict import ItemChoice, Predictor, RankingPredictor, RetrievalPredictor
@@ -89,11 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 def _wanted(loaded: LoadedModel, options: argparse.Namespace) -> tuple[Candidates | None, np.ndarray]:
     """The candidates, if there are any, and the rows of the users to predict for. Notes what is left out."""
     source = loaded.with_data()
-    users = np.arange(source.store.num_users)
-    if options.users_file:
-        found = read_codes(options.users_file, "user", loaded.users)
-        _note_unknown(loaded, options.users_file, {"user": found.unknown})
-        users = found.codes[np.sort(np.unique(found.codes, return_index=True)[1])]
+    users = users_of_file(loaded, options.users_file)
     if not options.candidates:
         return None, users
     roles, store = source.roles, source.store
@@ -101,7 +97,7 @@ def _wanted(loaded: LoadedModel, options: argparse.Namespace) -> tuple[Candidate
     read = [name for name in (*roles.categories, *numbers) if name in (*store.event_features, *numbers)]
     before = [name for name in read if name not in roles.known_after] if loaded.config.task == "ranking" else []
     candidates, unknown = read_candidates(options.candidates, store, loaded.users, before)
-    _note_unknown(loaded, options.candidates, unknown)
+    note_unknown(loaded, options.candidates, unknown)
     if not options.users_file:
         return candidates, candidates.users
     wanted = candidates.of_users(users).users
@@ -110,12 +106,6 @@ def _wanted(loaded: LoadedModel, options: argparse.Namespace) -> tuple[Candidate
     if len(wanted) < len(users):
         note(loaded, f"{len(users) - len(wanted)} user(s) of {options.users_file} have no candidates")
     return candidates, wanted
-
-
-def _note_unknown(loaded: LoadedModel, file: str, unknown: dict[str, list[Any]]) -> None:
-    for column, ids in unknown.items():
-        if ids:
-            note(loaded, f"{file}: {len(ids)} unknown {column}(s) left out: {shown(ids)}")
 
 
 def _predictor(loaded: LoadedModel, candidates: Candidates | None, options: argparse.Namespace) -> Predictor:
@@ -133,7 +123,7 @@ def _predictor(loaded: LoadedModel, candidates: Candidates | None, options: argp
         found = read_codes(file, "item", item_codes(loaded.store)) if file else None
         lists[name] = None if found is None else found.codes
         if found is not None:
-            _note_unknown(loaded, file, {"item": found.unknown})
+            note_unknown(loaded, file, {"item": found.unknown})
     if loaded.reads_request_time and at is None:
         note(loaded, "each user asks at the time of the newest event; --at now asks now")
     choice = ItemChoice(lists["allow"], lists["deny"], options.keep_seen)

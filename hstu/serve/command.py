@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +51,13 @@ def note(loaded: LoadedModel, *lines: str) -> None:
     if loaded.mesh.is_main:
         for line in lines:
             print(f"note: {line}", file=sys.stderr)
+
+
+def note_unknown(loaded: LoadedModel, file: str, unknown: Mapping[str, Sequence[Any]]) -> None:
+    """Say which ids of a file the data does not know, by column."""
+    for column, ids in unknown.items():
+        if ids:
+            note(loaded, f"{file}: {len(ids)} unknown {column}(s) left out: {shown(ids)}")
 
 
 def shown(values: Sequence[Any]) -> str:

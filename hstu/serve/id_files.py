@@ -18,7 +18,8 @@ from hstu.config.problems import did_you_mean
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.jagged import ranges, run_starts
 from hstu.data.store import SequenceStore
-from hstu.serve.command import read_ids
+from hstu.serve.command import note_unknown, read_ids
+from hstu.serve.loaded import LoadedModel
 from hstu.train.given_histories import Vocabulary
 
 _READERS = (".csv", ".parquet")
@@ -81,6 +82,15 @@ def read_codes(file: str, column: str, vocabulary: Vocabulary) -> Encoded:
     if not known.any():
         raise DataError(f"{file}: the data knows no {column} of this file: {', '.join(map(repr, found.unknown[:5]))}")
     return replace(found, codes=found.codes[known])
+
+
+def users_of_file(loaded: LoadedModel, file: str | None) -> np.ndarray:
+    """Rows of the users of a file, each once, int64; None: of all users. Notes those that the data does not know."""
+    if file is None:
+        return np.arange(loaded.store.num_users)
+    found = read_codes(file, "user", loaded.users)
+    note_unknown(loaded, file, {"user": found.unknown})
+    return found.codes[np.sort(np.unique(found.codes, return_index=True)[1])]
 
 
 def read_candidates(

@@ -7,7 +7,7 @@ rows of a part depend on its users alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,6 @@ import pyarrow as pa
 import torch
 
 from hstu.config.errors import ConfigError, DataError
-from hstu.data.batch import HSTUBatch
 from hstu.data.given_requests import GivenRequests
 from hstu.data.jagged import ranges, run_starts
 from hstu.data.store import USER_FEATURE
@@ -25,6 +24,7 @@ from hstu.parallel.collectives import gather_objects
 from hstu.serve.id_files import Candidates
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.score_columns import score_columns
+from hstu.serve.vectors import own_user_vectors
 from hstu.train.builder import build_evaluator
 from hstu.train.evaluate import Corpus, Queries, recommend
 
@@ -106,16 +106,7 @@ class RetrievalPredictor(Predictor):
 
     def predict(self, users: np.ndarray) -> pa.Table:
         """See Predictor."""
-        batches = list[HSTUBatch]()
-
-        def noted() -> Iterator[HSTUBatch]:
-            for batch in self.source.history_batches(users, divided=True):
-                self.loaded.mesh.heartbeat.mark()
-                batches.append(batch)
-                yield batch
-
-        vectors = self.loaded.user_vectors(noted(), self.at)
-        own = np.concatenate([np.zeros(0, np.int64), *(b.user_ids.numpy()[: b.real_batch_size] for b in batches)])
+        own, vectors = own_user_vectors(self.loaded, users, self.at)
         with self.loaded.inference():
             if self.candidates is None:
                 found = self._best(own, vectors)
@@ -197,7 +188,7 @@ class RankingPredictor(Predictor):
         super().__init__(loaded)
         self.candidates, self.at = candidates, at
         self._evaluator = build_evaluator(loaded.config, self.source, loaded.model, loaded.mesh)
-        self._columns = score_columns(self._evaluator, loaded.config, self.store)
+        self._columns = score_columns(self._evaluator, loaded.config, self.source)
         network, roles = loaded.config.network, self.source.roles
         if network.target_group_size > 1 and network.interleave_actions:
             raise ConfigError(

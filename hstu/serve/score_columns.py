@@ -9,11 +9,11 @@ import numpy as np
 
 from hstu.config.args import DatasetArgs
 from hstu.config.run_config import RunConfig
-from hstu.data.store import SequenceStore
 from hstu.model.tasks import RankingTask
 from hstu.train.builder import task_names
 from hstu.train.evaluate import Evaluator, RankingEvaluator
 from hstu.train.evaluate_tasks import MultiTaskEvaluator
+from hstu.train.store_source import StoreSource
 from hstu.train.task_metrics import sigmoid
 
 Columns = dict[str, np.ndarray]
@@ -33,11 +33,11 @@ class ScoreColumns:
         return {name: values.astype(np.float32) for name, values in self.convert(outputs.astype(np.float64)).items()}
 
 
-def score_columns(evaluator: Evaluator, config: RunConfig, store: SequenceStore) -> ScoreColumns:
+def score_columns(evaluator: Evaluator, config: RunConfig, source: StoreSource) -> ScoreColumns:
     """The columns of a ranking model.
 
     - One binary task: ``score``, the probability of a positive action; of several, ``score_<name>`` each.
-    - Classes: ``p_<action>``, the probability of each, and ``score``, the expected action.
+    - Classes: ``p_<action>``, the probability of each, and ``score``, the expected action, unless actions are texts.
     - RankingArgs.tasks: binary ``score_<task>``, a probability; class ``p_<task>_<label>``; ordinal ``score_<task>``,
       the expected label; regression and censored ``score_<task>``, the value.
     """
@@ -47,19 +47,21 @@ def score_columns(evaluator: Evaluator, config: RunConfig, store: SequenceStore)
 
         def of_tasks(outputs: np.ndarray) -> Columns:
             parts = np.split(outputs, np.cumsum(widths)[:-1], axis=1)
-            return {
-                name: each for task, own in zip(tasks, parts, strict=True) for name, each in _task(task, own).items()
-            }
+            columns: Columns = {}
+            for task, own in zip(tasks, parts, strict=True):
+                columns |= _task(task, own, source.label_facts[task.args.label].texts)
+            return columns
 
         return ScoreColumns(sum(widths), 0, of_tasks)
     assert isinstance(evaluator, RankingEvaluator)
     if evaluator.num_tasks is not None:
         names = _names_of_bits(evaluator.num_tasks, config)
         return ScoreColumns(len(names), 0, lambda outputs: dict(zip(names, sigmoid(outputs).T, strict=True)))
-    first = evaluator.label_offset
-    last = config.task_args.prediction_head_arch[-1]  # type: ignore[union-attr]
-    labels = range(first, first + last)
-    return ScoreColumns(last, first, lambda outputs: _classes(outputs, "p_", labels, "score"))
+    first, last = evaluator.label_offset, config.task_args.prediction_head_arch[-1]  # type: ignore[union-attr]
+    action = source.roles.action
+    assert action is not None, "a ranking model has actions"
+    texts = source.store.raw_ids(action).tolist() if source.store.feature(action).has_vocab else []
+    return ScoreColumns(last, first, lambda outputs: _classes(outputs, "p_", first, texts, None if texts else "score"))
 
 
 def _names_of_bits(count: int, config: RunConfig) -> list[str]:
@@ -70,11 +72,11 @@ def _names_of_bits(count: int, config: RunConfig) -> list[str]:
     return [f"score_{name}" for name in (named if len(named) == count else [f"task{bit}" for bit in range(count)])]
 
 
-def _task(task: RankingTask, outputs: np.ndarray) -> Columns:
+def _task(task: RankingTask, outputs: np.ndarray, texts: Sequence[str]) -> Columns:
+    """``texts``: what the labels 0, 1, … stand for; empty if they are numbers."""
     name, kind = task.args.task_name, task.args.kind
     if kind == "class":
-        labels = range(task.first_class, task.first_class + outputs.shape[1])
-        return _classes(outputs, f"p_{name}_", labels)
+        return _classes(outputs, f"p_{name}_", task.first_class, texts)
     if kind == "binary":
         return {f"score_{name}": sigmoid(outputs[:, 0])}
     if kind == "ordinal":
@@ -82,8 +84,12 @@ def _task(task: RankingTask, outputs: np.ndarray) -> Columns:
     return {f"score_{name}": outputs[:, 0]}
 
 
-def _classes(outputs: np.ndarray, prefix: str, labels: Sequence[int], expected: str | None = None) -> Columns:
-    """The probability of each class and, if ``expected`` names a column, the expected label."""
+def _classes(
+    outputs: np.ndarray, prefix: str, first: int, texts: Sequence[str] = (), expected: str | None = None
+) -> Columns:
+    """The probability of each class, from the label ``first`` on; the expected label if ``expected`` is its column."""
     probabilities = np.exp(outputs - np.logaddexp.reduce(outputs, axis=1, keepdims=True))
-    columns = {f"{prefix}{label}": column for label, column in zip(labels, probabilities.T, strict=True)}
+    labels = range(first, first + outputs.shape[1])
+    names = [texts[label] if label < len(texts) else label for label in labels]
+    columns = {f"{prefix}{name}": column for name, column in zip(names, probabilities.T, strict=True)}
     return columns if expected is None else {expected: probabilities @ np.array(labels), **columns}

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,9 @@ def test_a_ranking_model_predicts_candidates_as_it_was_evaluated_on_them(
     )
     evaluation = evaluate_split(loaded(name), "valid")
     observations = evaluation.observations
-    columns = score_columns(evaluation.evaluator, loaded(name).config, loaded(name).store).of(observations.results)
+    columns = score_columns(evaluation.evaluator, loaded(name).config, loaded(name).with_data()).of(
+        observations.results
+    )
     assert set(found) == {"user", "item", *columns}
     by_user = found.groupby("user").tail(held_out).set_index("user")
     for user in np.unique(observations.users):
@@ -158,7 +161,7 @@ def test_columns_of_scores_are_probabilities_and_expected_labels(loaded: Loaded)
     for name, width in (("ranking", ACTIONS), ("tasks", 5)):
         evaluator = evaluate_split(loaded(name), "valid").evaluator
         logits = np.random.default_rng(0).normal(size=(7, width)).astype(np.float32)
-        columns = score_columns(evaluator, loaded(name).config, loaded(name).store).of(logits)
+        columns = score_columns(evaluator, loaded(name).config, loaded(name).with_data()).of(logits)
         if name == "ranking":
             probabilities = torch.from_numpy(logits).softmax(dim=1).numpy()
             np.testing.assert_allclose(np.stack([columns[f"p_{c}"] for c in range(ACTIONS)], 1), probabilities, 1e-5)
@@ -168,6 +171,15 @@ def test_columns_of_scores_are_probabilities_and_expected_labels(loaded: Loaded)
             assert list(columns) == ["score_level", "score_odd", "score_high"]
             np.testing.assert_allclose(columns["score_level"], chances[:, :3].sum(axis=1), rtol=1e-5)
             np.testing.assert_allclose(columns["score_high"], chances[:, 4], rtol=1e-5)
+
+
+def test_classes_are_named_by_the_texts_of_the_actions(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded("ranking")
+    texts = np.array(["buy", "cart", "look", "view"], dtype=object)
+    monkeypatch.setitem(model.store.features, "action", replace(model.store.feature("action"), has_vocab=True))
+    monkeypatch.setattr(SequenceStore, "raw_ids", lambda self, name: texts)
+    columns = score_columns(evaluate_split(model, "valid").evaluator, model.config, model.with_data())
+    assert list(columns.of(np.zeros((1, ACTIONS), dtype=np.float32))) == ["p_buy", "p_cart", "p_look", "p_view"]
 
 
 def test_a_run_that_was_killed_goes_on_and_writes_the_same_files(

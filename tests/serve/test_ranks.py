@@ -1,4 +1,4 @@
-"""Two ranks give what one gives: metrics, segments and intervals, and predictions of both tasks."""
+"""Two ranks give what one gives: metrics, segments and intervals, predictions of both tasks, and vectors."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +16,7 @@ from hstu.serve.evaluation import evaluate_split
 from hstu.serve.id_files import Candidates
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.predict import ItemChoice, RankingPredictor, RetrievalPredictor
+from hstu.serve.vectors import user_vectors
 from tests.distributed.launch import run_cases
 from tests.train.tiny import ITEMS, FinishedRun
 
@@ -36,7 +37,10 @@ def predictions(mesh: Mesh, retrieval: Path, ranking: Path) -> Any:
     chosen = RetrievalPredictor(model, None, ItemChoice(keep_seen=True), CANDIDATES)
     scored = RankingPredictor(LoadedModel.load(ranking, mesh=mesh), CANDIDATES)
     tables = {"best": best.predict(USERS), "chosen": chosen.predict(USERS[:1]), "scored": scored.predict(USERS)}
-    return {name: table.to_pydict() for name, table in tables.items()}
+    vectors = np.concatenate(list(user_vectors(model, USERS))).tolist()
+    return {"vectors": {"user": USERS.tolist(), "vector": vectors}} | {
+        name: table.to_pydict() for name, table in tables.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +69,9 @@ def test_metrics_segments_and_intervals_do_not_depend_on_the_ranks(found: list[d
 def test_predictions_do_not_depend_on_the_ranks(found: list[dict[str, Any]]) -> None:
     one, *of_ranks = found
     for name, expected in one["predictions"].items():
-        assert len(expected["user"]) == {"best": 18, "chosen": ITEMS, "scored": 7 * ITEMS}[name]
+        assert len(expected["user"]) == {"best": 18, "chosen": ITEMS, "scored": 7 * ITEMS, "vectors": 7}[name]
         for rank in of_ranks:
             actual = rank["predictions"][name]
             assert list(actual) == list(expected)
             for column, values in expected.items():
-                np.testing.assert_allclose(actual[column], values, rtol=1e-5)
+                np.testing.assert_allclose(actual[column], values, rtol=1e-5, atol=1e-6)

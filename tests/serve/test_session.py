@@ -19,9 +19,10 @@ from hstu.train.inference import InferenceSource
 from tests.conftest import write_small_store
 from tests.train.test_requests import random_log
 from tests.train.test_side_features import tables_for
-from tests.train.tiny import ITEM_FEATURES, tiny_config, walks
+from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, tiny_config, walks
 
 MEGABYTE = 1 << 20
+JOINT: dict[str, Any] = {"task_args": {"next_item_weight": 1.0}, "next_item": {"negatives": "full"}}
 RELATIVE = {"position_encoding": ("absolute", "relative_bias")}
 
 
@@ -193,10 +194,13 @@ def test_many_users_share_a_cache_that_holds_few(retrieval: TrainedModel) -> Non
         retrieval.session(least - 1, page_tokens=32)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"task_args": OF_THE_ACTION}, JOINT],
+    ids=["action", "tasks", "joint"],
+)
 def test_a_model_whose_context_sees_everything_is_encoded_again(
-    mesh: Mesh,
-    store: SequenceStore,
-    tmp_path: Path,
+    mesh: Mesh, store: SequenceStore, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     model = untrained(
         "ranking",
@@ -205,6 +209,7 @@ def test_a_model_whose_context_sees_everything_is_encoded_again(
         tmp_path,
         dataset={"max_num_candidates": 2},
         network={"disable_contextual_mask": False},
+        **options,
     )
     session = model.session(MEGABYTE)
     assert "disable_contextual_mask = False" in str(session.reencodes_because)

@@ -267,3 +267,15 @@ def test_scoring_with_a_cached_history_is_compared_with_whole_forwards(
         },
         rel=1e-3,
     )
+
+
+@pytest.mark.slow
+def test_a_context_parallel_rank_needs_its_share_of_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "context.json"
+    options = ["--longest", "2000", "--layers", "8", "--span", "64", "--ranks", "1", "4", "--output"]
+    monkeypatch.setattr("sys.argv", ["context_cpu", *options, str(file)])
+    import_module("context_cpu").main()
+    alone, four = json.loads(file.read_text())["rows"]
+    assert alone["kept_bytes"] > 10**8
+    assert four["kept_over_share"] < 1.02 and four["peak_over_share"] < 1.1
+    assert four["loss_off"] < 1e-6 and four["weight_gradient_off"] < 1e-5

@@ -107,6 +107,7 @@ def test_the_padded_layer_is_ours(position_encoding: tuple[str, ...]) -> None:
 
 @pytest.mark.filterwarnings("ignore:fbgemm")  # its gradient lies below autograd; whether it is right is seen here
 def test_all_losses_and_their_gradients_are_the_same_but_that_of_the_whole_pool() -> None:
+    torch.manual_seed(0)
     negatives = import_module("negatives")
     options = negatives.parse(["--queries", "50", "--pool", "20", "--draws", "9", "--dim", "8", "--no-compile"])
     passes = negatives.passes_of(options, CPU)

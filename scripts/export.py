@@ -1,10 +1,14 @@
 """Export a trained model for other tools: weights in one safetensors file, and what is needed to use them.
 
 python scripts/export.py --ckpt runs/quickstart/checkpoints --output exports/quickstart
+python scripts/export.py --ckpt runs/quickstart/checkpoints --output exports/quickstart --program
 
 model.safetensors holds model.<parameter> and model.tables.<table> (moving averages where the run keeps them), and the
 raw id of each table row as ids.<feature>. For each dynamic table it holds dynamic.<table>.ids, ascending, and
 dynamic.<table>.weight with one row per id; such an id is an index into ids.<feature>.
+
+With --program, the folder "serving" in it has all that a service needs to use the model with plain PyTorch
+(docs/export.md).
 """
 
 from __future__ import annotations
@@ -25,6 +29,10 @@ from hstu.checkpoint.find import locate
 from hstu.config.errors import EXIT_DONE
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
+from hstu.serve.command import note
+from hstu.serve.export import TABLE_DTYPES, ServingOptions, for_export, write_serving
+from hstu.serve.loaded import LoadedModel, mesh_of_this_process, stored_config
+from hstu.serve.model_card import CardFacts
 
 
 @tool
@@ -33,11 +41,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="a checkpoint, or a directory of them (the newest is used)")
     parser.add_argument("--output", type=Path, required=True, help="directory to create")
+    parser.add_argument("--program", action="store_true", help="also write a traced program and what it reads")
+    parser.add_argument(
+        "--table_dtype", choices=TABLE_DTYPES, default="float32", help="data type of the program's tables (%(default)s)"
+    )
+    parser.add_argument("--data", type=Path, help="data of the program's items; default: that of the run")
+    parser.add_argument("--aot", action="store_true", help="also compile the program for this kind of machine")
     options = parser.parse_args(arguments)
+    if not options.program and (options.aot or options.data or options.table_dtype != "float32"):
+        parser.error("--table_dtype, --data and --aot belong to --program")
     quiet_libraries()
-    path = export(locate(options.ckpt), options.output)
+    checkpoint, measured = locate(options.ckpt), list[str]()
+
+    def write_program(directory: Path) -> None:
+        config = for_export(stored_config(checkpoint)[0], options.data)
+        loaded = LoadedModel.restore(config, checkpoint, mesh_of_this_process())
+        note(loaded, *loaded.report)
+        serving = ServingOptions(options.table_dtype, options.aot)
+        measured.extend(write_serving(loaded, directory / "serving", serving, CardFacts.of(checkpoint)))
+
+    path = export(checkpoint, options.output, write_program if options.program else None)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     print("\n".join(f"{file.stat().st_size:>14,}  {file}" for file in files))
+    print("\n".join(measured), end="\n" if measured else "")
     return EXIT_DONE
 
 

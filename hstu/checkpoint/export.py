@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,14 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-def export(checkpoint: Path, output: Path) -> Path:
+def export(checkpoint: Path, output: Path, write_more: Callable[[Path], None] | None = None) -> Path:
     """Write the weights of a checkpoint, and all that names them, into the new directory ``output``.
 
     ``model.safetensors`` holds the weights under their names in the checkpoint (moving averages where the run keeps
     them), the raw ids of table rows as ``ids.<feature>`` (see RawIds), and dynamic tables (see dynamic.py).
     ``operative.gin`` is the configuration. ``config.json`` has the size and the features of each table. The host needs
-    memory for what one rank has written of one tensor. Raises DataError if the checkpoint is damaged or
-    ``output`` exists.
+    memory for what one rank has written of one tensor. ``write_more`` writes further files into the directory that it
+    gets, which is not complete yet. Raises DataError if the checkpoint is damaged or ``output`` exists.
     """
     if output.exists():
         raise DataError(f"{output} exists; give the name of a directory that does not exist")
@@ -52,6 +52,19 @@ def export(checkpoint: Path, output: Path) -> Path:
     temporary = temporary_path(output)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    try:
+        _write(checkpoint, temporary)
+        if write_more is not None:
+            write_more(temporary)
+        write_manifest(temporary, describe_files(temporary, (path for path in temporary.rglob("*") if path.is_file())))
+        temporary.rename(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return output
+
+
+def _write(checkpoint: Path, temporary: Path) -> None:
     dynamic = read_tables(checkpoint)
     tensors = _write_tensors(checkpoint, dynamic, temporary / CONSOLIDATED)
     shutil.copyfile(checkpoint / _GIN, temporary / _GIN)
@@ -65,9 +78,6 @@ def export(checkpoint: Path, output: Path) -> Path:
         "tensors": tensors,
     } | ({"features": metadata["features"]} if "features" in metadata else {})
     (temporary / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-    write_manifest(temporary, describe_files(temporary, (path for path in temporary.rglob("*") if path.is_file())))
-    temporary.rename(output)
-    return output
 
 
 def _table(entry: dict[str, Any], parts: list[TableContent] | None) -> dict[str, Any]:

@@ -135,18 +135,18 @@ class GRModel(nn.Module):
         """
         tower, item = self.item_tower, self.roles.item
         if tower is None:
-            return self._rows_of({item: ids})[item]
+            return self.rows_of({item: ids})[item]
         assert features is not None
         values, lengths = (
             {name: torch.from_numpy(array).to(ids.device) for name, array in arrays.items()}
             for arrays in (features.values, features.list_lengths)
         )
-        rows = self._rows_of({item: ids} | values)
+        rows = self.rows_of({item: ids} | values)
         is_known = rows[item].any(dim=1) | join_rows(tower.features, rows, lengths).any(dim=1)
         vectors: Tensor = tower(rows[item], rows, lengths) * is_known[:, None]
         return vectors
 
-    def _rows_of(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def rows_of(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows [n, dim] for ids [n] of some features. Collective as ``embed_items``."""
         lengths = [len(ids.get(key, ())) for key in self.feature_keys]
         device = next(iter(ids.values())).device

@@ -16,11 +16,10 @@ from hstu.config.args import NetworkArgs
 from hstu.data.batch import HSTUBatch
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
 from hstu.model.precision import DTYPES, mixed_precision
-from hstu.model.truncation import Truncation
 from hstu.ops.comm import LayerComm
 from hstu.ops.kernels import AttentionConfig, AttentionForward, Kernels, KernelShapes
 from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights
-from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, truncate_history
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 
@@ -154,32 +153,29 @@ class SequenceEncoder(nn.Module):
         """Communication with the ranks that share the tokens between the layers."""
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:
-        """Returns tokens float32 [., D], those of this rank's range, and the layout of all tokens of the batch."""
+        """Returns tokens float32 [T, D] and their layout."""
         with mixed_precision(self.network.dtype_str, batch.num_candidates.device.type):
-            x, layout = self.inputs(embeddings, batch, self.comm)
+            x, layout = self.inputs(embeddings, batch)
             if self.network.bfloat16_residual:
                 x = x.bfloat16()
-            for layers, part, cut in self._stages(layout):
-                uncut, own = (None, x) if cut is None else (x, cut.shorten(x))
-                del x  # where the layers pad or split the tokens, the whole ones are not needed beside them
-                own, split = self.comm.split_tokens(own, part)
+            for layers, tokens, part in self._stages(layout):
+                own, split = self.comm.split_tokens(x if tokens is None else x.index_select(0, tokens), part)
                 update: Tensor | None = None
                 for layer in layers:
                     own, update = layer(own, split, update)
                 assert update is not None  # there is a layer
-                x = self.comm.join_tokens(own + update, part.num_tokens)
-                if cut is not None and uncut is not None:
-                    x = cut.restore(uncut, x)
+                joined = self.comm.join_tokens(own + update, part.num_tokens)
+                x = joined if tokens is None else x.index_copy(0, tokens, joined)
             return x.float(), layout
 
-    def _stages(self, layout: JaggedLayout) -> Iterator[tuple[Sequence[nn.Module], JaggedLayout, Truncation | None]]:
-        """Some layers, the layout of the tokens on which they compute, and how these are cut; all layers in order."""
+    def _stages(self, layout: JaggedLayout) -> Iterator[tuple[Sequence[nn.Module], Tensor | None, JaggedLayout]]:
+        """Some layers, the tokens on which they compute (None: all), and the layout of these; all layers in order."""
         layers, whole = list(self.layers), self.network.whole_layers
-        yield layers[:whole], layout, None
+        yield layers[:whole], None, layout
         if layers[whole:]:
             assert self.network.truncate_to_items is not None
-            cut = Truncation.of(layout, self.network.truncate_to_items, self.comm)
-            yield layers[whole:], cut.layout, cut
+            shorter, tokens = truncate_history(layout, self.network.truncate_to_items)
+            yield layers[whole:], tokens, shorter
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -5,4 +5,7 @@ the scripts of docs/use.md call the rest. No earlier room imports this one.
 
 A ``Session`` (session.py) keeps what is computed once per user, so that a request costs what is new in it: an
 ``IncrementalEncoder`` (prefix.py) fills, extends and reads a ``PrefixCache`` (pages.py) of keys and values.
+
+export.py writes a directory that a service loads with the package of runtime/, which imports nothing but torch and the
+standard library: program.py is the traced dense part, contents.py collects what lies beside it, check.py compares.
 """

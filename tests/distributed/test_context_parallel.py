@@ -70,12 +70,11 @@ def run_layer(case: Case, x: Tensor, slope: Tensor, weights: LayerWeights, comm:
     leaves = [w.detach().clone().requires_grad_() for w in weights if w is not None]
     given_weights = iter(leaves)
     x = x.clone().requires_grad_()
-    shares = [len(tokens) for tokens in comm.token_ranges(len(x))]
-    own, layout = comm.split_tokens(comm.take_rows(x, shares), case.batch.layout())
+    own, layout = comm.split_tokens(x, case.batch.layout())
     out, update = HSTULayerFunction.apply(
         own, None, layout, config, *(None if w is None else next(given_weights) for w in weights)
     )
-    out = comm.gather_rows(comm.join_tokens(out + update, len(x)), shares)
+    out = comm.join_tokens(out + update, len(x))
     return [out.detach(), *torch.autograd.grad(out, [x, *leaves], slope)]
 
 

@@ -223,9 +223,8 @@ def skip_measuring_the_peak() -> None:
 
 
 def run(config: RunConfig, mesh: Mesh) -> FinishedRun:
-    """Build and train. Draws no curves, which takes longer than a tiny run; tests/observe draws some."""
+    """Build and train."""
     trainer = build(config, mesh)
-    trainer.run_directory.draw_curves = lambda: None  # type: ignore[method-assign]
     trainer.train()
     return FinishedRun(trainer, trainer.run_directory.path)
 

@@ -322,7 +322,7 @@ def _make_terms(
     i = torch.arange(block.start, block.stop, device=device)[None, :, None]
     j = torch.arange(block.first_key, block.stop_key, device=device)[None, None, :]
     end = group.history_end
-    hidden = ~_visible(i, j, end, layout, config)
+    hidden = ~is_visible(i, j, end, layout, config)
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, MASKED)
     if not num_weights:
         return Terms(mask, None, None)
@@ -335,7 +335,7 @@ def _make_terms(
     return Terms(mask, distance.reshape(-1), buckets.reshape(-1))
 
 
-def _visible(i: Tensor, j: Tensor, end: Tensor, layout: JaggedLayout, config: AttentionConfig) -> Tensor:
+def is_visible(i: Tensor, j: Tensor, end: Tensor, layout: JaggedLayout, config: AttentionConfig) -> Tensor:
     """bool [S, r, k]: whether token i of a sequence may look at token j; ``end`` is its first candidate token."""
     before = j <= i
     in_history = before if config.is_causal else torch.ones_like(before)

@@ -1,0 +1,225 @@
+"""The dense part of a trained model as one function of tensors, which torch.export can trace for any batch.
+
+It holds the trained modules themselves. Only what computes with host integers is replaced: the caller gives the layout
+as tensors, and attention pads sequences to one length (hstu/ops/pytorch/padded_attention.py). It computes in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from hstu.model.ranking import RankingModel
+from hstu.model.retrieval import RetrievalDense
+from hstu.model.stack import HSTULayer, SequenceEncoder
+from hstu.model.tasks import MultiTaskDense, RankingTask
+from hstu.ops.kernels import AttentionKernels
+from hstu.ops.layout import JaggedLayout
+from hstu.ops.pytorch import attention, padded_attention
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.pytorch.padded_attention import PaddedLayout
+
+M = TypeVar("M", bound=nn.Module)
+_KERNELS = replace(REFERENCE_KERNELS, attention=AttentionKernels(padded_attention.forward, attention.backward))
+
+_SIZES = {
+    "items": (("items", 3), ("item_width", None)),
+    "actions": (("items", 3), ("item_width", None)),
+    "side": (("items", 3), ("side_width", None)),
+    "known_after": (("items", 3), ("known_after_width", None)),
+    "numbers": (("items", 3), ("number_width", None)),
+    "is_history": (("items", 3),),
+    "context": (("contexts", 4), ("contextual_width", None)),
+    "order": (("tokens", 6),),
+    "positions": (("tokens", 6),),
+    "places": (("tokens", 6),),
+    "token_times": (("tokens", 6),),
+    "query_times": (("tokens", 6),),
+    "padded": (("sequences", 2), ("longest", 5)),
+    "history_ends": (("sequences", 2),),
+    "outputs": (("outputs", 3),),
+    "kept": (("kept_tokens", 4),),
+    "kept_places": (("kept_tokens", 4),),
+    "kept_padded": (("sequences", 2), ("longest_kept", 4)),
+    "kept_history_ends": (("sequences", 2),),
+}
+"""Input → its dimensions: the name of each, and its size in the example that is traced; None: a size of the model."""
+
+
+class ServingProgram(nn.Module):
+    """Rows of tables and a layout → what the task predicts at chosen tokens.
+
+    The inputs are a dict of tensors, those that ``input_names`` lists:
+
+    items, actions: float32 [I, E], rows of the item and the action table, sequence after sequence.
+    side, known_after: float32 [I, .], rows of the side features side by side; the mean of a list.
+    numbers: float32 [I, W], as HSTUBatch.numbers.
+    is_history: float32 [I], 0 for candidates, whose action is hidden.
+    context: float32 [C · S, .], the rows of the first contextual feature of all sequences, then those of the second, ….
+    order: int64 [T], row of each token among those of context, items and actions, one after another.
+    positions: int64 [T], place of each token in its sequence; all candidates have that of the first.
+    padded, places, history_ends: int64 [S, N], [T], [S], see PaddedLayout.
+    token_times, query_times: int64 [T], in seconds, see JaggedLayout.
+    kept, kept_padded, kept_places, kept_history_ends: with NetworkArgs.truncate_to_items, the tokens on which the later
+        layers compute, and their layout.
+    outputs: int64 [M], the tokens from which to predict.
+
+    Returns float32: [M, E], of length 1, for retrieval; [M, P] for ranking, what ModelOutput.logits holds.
+    """
+
+    def __init__(self, task: RetrievalDense | RankingModel) -> None:
+        super().__init__()
+        encoder = cast(SequenceEncoder, task.encoder)
+        self.network = encoder.network
+        self.inputs = _frozen(encoder.inputs)
+        self.layers = _frozen(encoder.layers)
+        for layer in self.layers:
+            cast(HSTULayer, layer).kernels = _KERNELS
+        self.head: nn.Module | None = None
+        self.tasks: nn.ModuleList | None = None
+        if isinstance(task, RetrievalDense):
+            self.query_projection = _frozen(task.query_projection)
+            self.l2_norm_eps = task.l2_norm_eps
+        else:
+            self.head = _frozen(task.head)
+            self.tasks = _frozen(task.tasks) if isinstance(task, MultiTaskDense) else None
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs that this model reads."""
+        features, network = self.inputs.features, self.network
+        hides = features.action is not None and self.inputs.tokens_per_item == 1 and self.head is not None
+        needed = {
+            "actions": features.action is not None,
+            "side": bool(self.inputs.side["side"]),
+            "known_after": bool(self.inputs.side["known_after"]),
+            "numbers": bool(features.numbers),
+            "is_history": hides,
+            "context": bool(features.contextual),
+            "token_times": network.has_relative_bias,
+            "query_times": network.has_relative_bias,
+            **dict.fromkeys((name for name in _SIZES if name.startswith("kept")), self._truncates),
+        }
+        return tuple(name for name in _SIZES if needed.get(name, True))
+
+    @property
+    def _truncates(self) -> bool:
+        return self.network.whole_layers < self.network.num_layers
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """See the class."""
+        x = self._tokens(inputs)
+        for layers, tokens, layout in self._stages(inputs):
+            own, update = x if tokens is None else x.index_select(0, tokens), None
+            for layer in layers:
+                own, update = layer(own, layout, update)
+            assert update is not None  # there is a layer
+            x = own + update if tokens is None else x.index_copy(0, tokens, own + update)
+        return self._predict(x.index_select(0, inputs["outputs"]))
+
+    def _predict(self, tokens: Tensor) -> Tensor:
+        if self.head is None:
+            queries: Tensor = _KERNELS.l2_normalize(self.query_projection(tokens), self.l2_norm_eps)
+            return queries
+        outputs = self.head(tokens)
+        if self.tasks is None:
+            logits: Tensor = outputs
+            return logits
+        tasks = (cast(RankingTask, task) for task in self.tasks)
+        return torch.cat([task.predictions(own) for task, own in zip(tasks, outputs, strict=True)], dim=1)
+
+    def _tokens(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The tokens [T, D] that the first layer reads, as SequenceInputs makes them."""
+        module = self.inputs
+        parts = [self._projected("contextual", inputs["context"])] if "context" in inputs else []
+        items = self._projected("item", inputs["items"])
+        if "side" in module.projections:
+            items = items + self._side("side", inputs)
+        if "actions" in inputs:
+            actions = self._projected("action", inputs["actions"])
+            if module.action_gate is not None:
+                actions = actions + items * module.action_gate(actions)
+            if "known_after" in module.projections:
+                actions = actions + self._side("known_after", inputs)
+            if "is_history" in inputs:
+                actions = actions * inputs["is_history"][:, None]
+            parts += [items, actions] if module.tokens_per_item == 2 else [items + actions]
+        else:
+            parts.append(items + self._side("known_after", inputs) if "known_after" in module.projections else items)
+        x = torch.cat(parts).index_select(0, inputs["order"])
+        if module.position_table is not None:
+            x = _KERNELS.add_positions(x, module.position_table, inputs["positions"])
+        return x
+
+    def _projected(self, role: str, rows: Tensor) -> Tensor:
+        rows = rows * self.inputs.scale
+        projected: Tensor = self.inputs.projections[role](rows) if role in self.inputs.projections else rows
+        return projected
+
+    def _side(self, role: str, inputs: dict[str, Tensor]) -> Tensor:
+        rows = [inputs[role] * self.inputs.scale] if role in inputs else []
+        if role in self.inputs.numbers:
+            rows.append(self.inputs.numbers[role](inputs["numbers"]))
+        projected: Tensor = self.inputs.projections[role](torch.cat(rows, dim=1))
+        return projected
+
+    def _stages(self, inputs: dict[str, Tensor]) -> Iterator[tuple[Sequence[nn.Module], Tensor | None, JaggedLayout]]:
+        """As SequenceEncoder: some layers, the tokens on which they compute (None: all), and the layout of these."""
+        layers, whole = list(self.layers), self.network.whole_layers
+        times = inputs.get("token_times"), inputs.get("query_times")
+        yield layers[:whole], None, self._layout(inputs, "", *times)
+        if self._truncates:
+            kept = inputs["kept"]
+            yield layers[whole:], kept, self._layout(inputs, "kept_", *(t if t is None else t[kept] for t in times))
+
+    def _layout(
+        self, inputs: dict[str, Tensor], kind: str, token_times: Tensor | None, query_times: Tensor | None
+    ) -> JaggedLayout:
+        module, nothing = self.inputs, np.zeros(0, dtype=np.int64)
+        return PaddedLayout(
+            seqlen_offsets=inputs[f"{kind}history_ends"],  # the kernels of the program read neither these
+            seqlens=nothing,
+            num_candidate_tokens=None,
+            num_candidate_tokens_host=nothing,
+            positions=inputs[f"{kind}places"],  # nor these
+            num_contextuals=len(module.features.contextual),
+            candidate_group_tokens=module.target_group_size * module.tokens_per_item,
+            tokens_per_item=module.tokens_per_item,
+            token_times=token_times,
+            query_times=query_times,
+            padded_tokens=inputs[f"{kind}padded"],
+            places=inputs[f"{kind}places"],
+            history_ends=inputs[f"{kind}history_ends"],
+        )
+
+
+def trace(program: ServingProgram) -> ExportedProgram:
+    """The program as a graph of PyTorch's own operators, for any number of sequences, items and tokens."""
+    sizes = {
+        "item_width": program.network.item_width,
+        "contextual_width": program.network.contextual_width,
+        "number_width": sum(program.inputs.features.number_widths),
+        **{f"{role}_width": len(n) * program.network.side_embedding_dim for role, n in program.inputs.side.items()},
+    }
+    names = sorted({name for dims in _SIZES.values() for name, size in dims if size is not None})
+    dims = {name: Dim(name) for name in names}
+    example, shapes = {}, {}
+    for name in program.input_names:
+        is_float = name in ("items", "actions", "side", "known_after", "numbers", "is_history", "context")
+        size = [sizes[axis] if given is None else given for axis, given in _SIZES[name]]
+        example[name] = torch.zeros(size, dtype=torch.float32 if is_float else torch.int64)
+        shapes[name] = {place: dims[axis] for place, (axis, given) in enumerate(_SIZES[name]) if given is not None}
+    with torch.no_grad():
+        return torch.export.export(program, (example,), dynamic_shapes=(shapes,))
+
+
+def _frozen(module: M) -> M:
+    """A copy on the CPU, in evaluation mode."""
+    return copy.deepcopy(module).cpu().eval().requires_grad_(False)

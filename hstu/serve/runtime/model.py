@@ -1,0 +1,201 @@
+"""The model of an exported directory: what a service calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .encode import Encoder
+from .files import COMPILED, PROGRAM, TABLES, VOCABULARY, Safetensors, read_directory, read_tables
+from .layout import Program, Sequence_, run
+from .requests import Candidates, History, ServingError
+
+ITEM_VECTORS = "item_vectors"
+_SCORES_AT_ONCE = 1 << 25
+"""Scores of users and items that are computed at once."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The best items of one user, best first."""
+
+    items: list[Any]
+    """Ids of the raw data."""
+    scores: list[float]
+    """Cosines of the vectors of user and item."""
+    titles: list[str]
+    """Titles of the items; empty where the data has none."""
+
+
+def load(directory: str | Path, *, verify: bool = True, compiled: bool = False) -> Model:
+    """Load the folder ``serving`` of an export.
+
+    Args:
+        directory: the folder, which may have been moved.
+        verify: compare the checksum of every file with the manifest. Sizes are always compared.
+        compiled: run the program that ``--aot`` has compiled for this kind of machine instead of the graph.
+
+    Raises:
+        ServingError: a file is missing, incomplete or damaged, or the folder is of another version.
+    """
+    return Model(Path(directory), verify, compiled)
+
+
+class Model:
+    """An exported model in host memory; :func:`load` creates it. Several threads may call it at once.
+
+    ``facts`` is what serving.json holds: features, tasks and limits of the model. ``encoder`` looks up what it reads.
+    """
+
+    def __init__(self, directory: Path, verify: bool, compiled: bool) -> None:
+        self.facts, files = read_directory(directory, verify)
+        tables, stored = read_tables(directory / TABLES), Safetensors(directory / VOCABULARY)
+        self.encoder = Encoder(self.facts, tables, stored)
+        self._titles = stored.texts("titles") if "titles.utf8" in stored else []
+        self._items: Tensor | None = None
+        if self.facts["task"] == "retrieval":
+            items, places = self.encoder.items, torch.arange(self.encoder.items.size)
+            if ITEM_VECTORS in tables:
+                vectors = tables[ITEM_VECTORS].rows(places)
+            else:
+                vectors = tables[self.facts["features"][self.facts["item"]]["table"]].rows(items.rows_of(places))
+            self._items = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=self.facts["l2_norm_eps"])
+            self._is_missing = ~self._items.any(dim=1)
+        if compiled and COMPILED not in files:
+            raise ServingError(f"{directory} has no compiled program; export with --aot, or load it without")
+        self._program: Program
+        if compiled:
+            self._program = torch._inductor.aoti_load_package(str(directory / COMPILED))
+        else:
+            self._program = torch.export.load(directory / PROGRAM).module()
+
+    @property
+    def reads_request_time(self) -> bool:
+        """Whether results depend on ``at``, when they are asked for."""
+        return bool(self.facts["reads_request_time"])
+
+    def recommend(
+        self, history: History, k: int = 10, at: int | None = None, filter_seen: bool = True
+    ) -> Recommendation:
+        """:meth:`recommend_batch` for one history."""
+        return self.recommend_batch([history], k, at, filter_seen)[0]
+
+    def recommend_batch(
+        self, histories: Sequence[History], k: int = 10, at: int | None = None, filter_seen: bool = True
+    ) -> list[Recommendation]:
+        """The ``k`` best items of each user; fewer where there are not as many.
+
+        Args:
+            histories: what each user has done.
+            k: number of items.
+            at: when they ask, in whole seconds since 1970. None: at the newest event of each.
+            filter_seen: leave out the items of a user's history.
+
+        Raises:
+            ServingError: a history lacks something that the model reads, is empty or has an event after ``at``; the
+                model does not read ``at``; or it is a ranking model.
+        """
+        items, queries = self._item_vectors("recommend"), self.embed_batch(histories, at)
+        found = []
+        step = max(1, _SCORES_AT_ONCE // max(1, len(items)))
+        for first in range(0, len(histories), step):
+            scores = queries[first : first + step] @ items.t()
+            scores[:, self._is_missing] = -torch.inf
+            if filter_seen:
+                for own, history in zip(scores, histories[first : first + step], strict=True):
+                    seen = self.encoder.items.places(history.items)
+                    own[seen[seen >= 0]] = -torch.inf
+            best, places = scores.topk(min(k, len(items)), dim=1)
+            found += [self._named(*pair) for pair in zip(best, places, strict=True)]
+        return found
+
+    def _named(self, scores: Tensor, places: Tensor) -> Recommendation:
+        chosen: list[int] = places[scores > -torch.inf].tolist()
+        titles = [self._titles[place] for place in chosen] if self._titles else []
+        return Recommendation(
+            [self.encoder.items.value_at(place) for place in chosen], scores[: len(chosen)].tolist(), titles
+        )
+
+    def embed(self, history: History, at: int | None = None) -> Tensor:
+        """:meth:`embed_batch` for one history: float32 [E]."""
+        return self.embed_batch([history], at)[0]
+
+    def embed_batch(self, histories: Sequence[History], at: int | None = None) -> Tensor:
+        """Vectors of users, float32 [len(histories), E], of length 1. Arguments and errors: :meth:`recommend_batch`."""
+        width = self._item_vectors("embed").shape[1]
+        encoded: list[Sequence_] = [
+            (self.encoder.history(history, at, self.facts["max_items"]), None) for history in histories
+        ]
+        return torch.cat([torch.empty(0, width), *run(self._program, self.facts, encoded)])
+
+    def item_vectors(self, items: Sequence[Any]) -> Tensor:
+        """Vectors of items, float32 [len(items), E], of length 1; zeros for items that the model does not have."""
+        places = self.encoder.items.places(items)
+        return self._item_vectors("embed")[places.clamp(min=0)].masked_fill((places < 0)[:, None], 0)
+
+    def score(
+        self, history: History, candidates: Candidates | Sequence[Any], at: int | None = None
+    ) -> dict[str, list[Any]]:
+        """:meth:`score_batch` for one history."""
+        return self.score_batch([history], [candidates], at)[0]
+
+    def score_batch(
+        self, histories: Sequence[History], candidates: Sequence[Candidates | Sequence[Any]], at: int | None = None
+    ) -> list[dict[str, list[Any]]]:
+        """For each history: name of a prediction → its value for each candidate, in the order given.
+
+        Ranking has a prediction per task (``facts["tasks"]``). A binary task gives a probability, a class task a list
+        of probabilities, an ordinal one the probabilities of "more than i", others a number. Retrieval has "cosine".
+        Arguments and errors: :meth:`recommend_batch`.
+        """
+        results = []
+        for outputs in self.predict_batch(histories, candidates, at):
+            values, first = {}, 0
+            for task in self.facts["tasks"]:
+                own = outputs[:, first : first + task["width"]]
+                first += task["width"]
+                if task["kind"] != "number":
+                    own = own.softmax(1) if task["kind"] == "class" else own.sigmoid()
+                values[task["name"]] = (own if task["kind"] in ("class", "ordinal") else own[:, 0]).tolist()
+            results.append(values)
+        return results
+
+    def predict_batch(
+        self, histories: Sequence[History], candidates: Sequence[Candidates | Sequence[Any]], at: int | None = None
+    ) -> list[Tensor]:
+        """As :meth:`score_batch`, but what the model computes, float32 [candidates, outputs]: logits of ranking."""
+        shown = [each if isinstance(each, Candidates) else Candidates(each) for each in candidates]
+        if len(shown) != len(histories):
+            raise ServingError(f"{len(shown)} lists of candidates for {len(histories)} histories; give one per history")
+        if self.facts["task"] == "retrieval":
+            queries = self.embed_batch(histories, at)
+            return [
+                (self.item_vectors(each.items) @ query)[:, None] for each, query in zip(shown, queries, strict=True)
+            ]
+        pairs = list(zip(histories, shown, strict=True))
+        parts = [self._parts(history, each, at) for history, each in pairs]
+        found = iter(run(self._program, self.facts, [part for own in parts for part in own]))
+        width = sum(task["width"] for task in self.facts["tasks"])
+        return [torch.cat([torch.empty(0, width), *(next(found) for _ in own)]) for own in parts]
+
+    def _parts(self, history: History, candidates: Candidates, at: int | None) -> list[Sequence_]:
+        """The sequences in which the candidates are scored: equal parts of them, each after the history that fits.
+
+        A model that was trained with candidates has no more events than it had there beside the largest part.
+        """
+        count, longest, rule = len(candidates.items), self.facts["max_items"], self.facts["candidates"]
+        number = -(-count // (rule["most"] or min(count, longest - 1) or 1))
+        room = longest - (-(-count // number) if rule["trained"] and number else 1)
+        events, rows = self.encoder.history(history, at, room), self.encoder.candidates(candidates, history, at)
+        bounds = [(count * part // number, count * (part + 1) // number) for part in range(number)]
+        return [(events, {name: values[start:stop] for name, values in rows.items()}) for start, stop in bounds]
+
+    def _item_vectors(self, purpose: str) -> Tensor:
+        if self._items is None:
+            raise ServingError(f"cannot {purpose}: a ranking model has no vectors of users and items; use score")
+        return self._items

@@ -1,0 +1,39 @@
+"""What a request consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ServingError(ValueError):
+    """The directory is damaged, or a request lacks something or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class History:
+    """The events of one user, oldest first. All values are those of the raw data."""
+
+    items: Sequence[Any]
+    """Ids of the items, one per event."""
+    actions: Sequence[Any] | None = None
+    """One per event, if the model reads actions."""
+    timestamps: Sequence[int] | None = None
+    """Whole seconds since 1970, one per event, if the model reads times."""
+    context: Mapping[str, Any] = field(default_factory=dict)
+    """Contextual feature → value of this user. One that is left out is unknown."""
+    features: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Feature of items or events → its value at each event, None where it is missing; a list of values where an item
+    has several, and for a vector. Features of items that are left out are those of the exported data."""
+    user: Any = None
+    """Id of the user, for models with the contextual feature user_id."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Items to score for one user."""
+
+    items: Sequence[Any]
+    features: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """As History.features, for features that are known before the event."""

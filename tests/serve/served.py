@@ -1,0 +1,101 @@
+"""Models with random weights and every kind of feature, exported for serving."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hstu.api import TrainedModel
+from hstu.config.args import EmbeddingArgs
+from hstu.data.sampler import SamplerPosition
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from hstu.parallel.tables import dynamic_tables
+from hstu.serve import runtime
+from hstu.serve.export import ServingOptions, for_export, write_serving
+from hstu.serve.model_card import CardFacts
+from hstu.train.builder import build_model, build_state
+from hstu.train.inference import InferenceSource, zero_spare_rows
+from tests.conftest import write_small_store
+from tests.train.tiny import ITEM_FEATURES, ITEMS, tables_of, tables_with_dynamic, tiny_config, walks
+
+EVENT_CATEGORIES = ("device", "watched")
+FEATURES = ["colour", "tags", "device", "watched", "price", "shape", "spent"]
+FEATURES += ["hour_of_day", "day_of_week", "time_gap", "item_age"]
+EVERY_FEATURE: dict[str, Any] = {"side_feature_names": FEATURES, "known_after": ["watched", "spent"]}
+"""Options of DatasetArgs."""
+BIAS: dict[str, Any] = {"position_encoding": ("absolute", "relative_bias")}
+
+
+def feature_store(path: Path, **options: Any) -> SequenceStore:
+    """The walks, with features of items (category, list, number, vector) and of events (categories, number)."""
+    rng, found = np.random.default_rng(0), walks()
+    rows: list[list[int]] = found["items"]
+    shape = rng.normal(size=(ITEMS, 3)).astype(np.float32)
+    shape[2] = np.nan
+    return write_small_store(
+        path,
+        **found,
+        item_features=ITEM_FEATURES,
+        event_features={
+            "device": [[i % 3 for i in row] for row in rows],
+            "watched": [[i % 4 for i in r] for r in rows],
+        },
+        item_numbers={"price": rng.normal(size=(ITEMS, 1)).astype(np.float32), "shape": shape},
+        event_numbers={"spent": [[i / 3 for i in row] for row in rows]},
+        timestamps=[np.cumsum(rng.integers(1, 90_000, len(row))).tolist() for row in rows],
+        **options,
+    )
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model, and what was exported of it."""
+
+    trained: TrainedModel
+    folder: Path
+    model: runtime.Model
+    lines: list[str]
+
+
+def random_model(
+    task: str, store: SequenceStore, mesh: Mesh, output: Path, *, dynamic: bool = False, **options: Any
+) -> TrainedModel:
+    """A model whose weights are random, and large enough that each part of it matters."""
+    read = options.get("dataset", {}).get("side_feature_names", [])
+    unread = {*store.item_side_features, *EVENT_CATEGORIES} - {*read}
+    if options.get("dataset", {}).get("action_feature_name") == "":
+        unread.add("action")
+    tables: Sequence[EmbeddingArgs] = tables_with_dynamic(store, 64) if dynamic else tables_of(store)
+    options["tables"] = tuple(table for table in tables if not unread & {*table.feature_names})
+    config = for_export(tiny_config(task, store, output, **options))
+    source = InferenceSource(config, config.dataset, mesh)  # type: ignore[arg-type]
+    model, optimizers = build_model(config, source, mesh)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.dense.named_parameters():
+            if "replicated" not in name:
+                weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    if dynamic_tables(model):  # ids get rows when they are trained on
+        model.train()
+        model(next(iter(source.train_batches(SamplerPosition()))))
+        model.eval()
+    zero_spare_rows(build_state(config, source, model, optimizers), source)
+    return TrainedModel(config, output, mesh, source, model, optimizers, [])
+
+
+def serve(trained: TrainedModel, folder: Path, options: ServingOptions = ServingOptions()) -> Served:  # noqa: B008
+    """Export a model and load the result."""
+    logging.getLogger("torch.export").setLevel(logging.ERROR)
+    lines = write_serving(trained, folder, options, CardFacts(7, (("valid", 7, {"HR@10": 0.5}),), {"torch": "2"}))
+    return Served(trained, folder, runtime.load(folder), lines)
+
+
+def difference(served: Served) -> float:
+    """What serving.json says was measured."""
+    measured: float = served.model.facts["measured"]["difference"]
+    return measured

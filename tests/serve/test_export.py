@@ -1,0 +1,209 @@
+"""An exported directory computes what the model computes, and says what is wrong with files and requests."""
+
+import ast
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hstu import api
+from hstu.config.errors import ConfigError, DataError
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from hstu.serve import runtime
+from hstu.serve.check import TOLERANCE, check
+from hstu.serve.contents import check_can_be_served
+from hstu.serve.runtime import Candidates, History, ServingError, layout
+from tests.serve.served import BIAS, EVERY_FEATURE, Served, difference, feature_store, random_model, serve
+from tests.train.tiny import OF_THE_ACTION
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
+    return feature_store(tmp_path_factory.mktemp("features") / "store")
+
+
+@pytest.fixture(scope="module")
+def retrieval(mesh: Mesh, features: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """Item tokens with their actions added, an item tower, a relative bias, and rows that are projected."""
+    output = tmp_path_factory.mktemp("retrieval")
+    network = {**BIAS, "interleave_actions": False, "item_embedding_dim": 12, "num_layers": 1}
+    dataset = {"side_feature_names": ["colour", "tags", "price", "time_gap"]}
+    task_args = {"item_tower": True}
+    trained = random_model("retrieval", features, mesh, output, network=network, dataset=dataset, task_args=task_args)
+    return serve(trained, output / "serving")
+
+
+@pytest.fixture(scope="module")
+def ranking(mesh: Mesh, features: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """Action tokens, candidates, three tasks, and every kind of feature."""
+    output = tmp_path_factory.mktemp("ranking")
+    dataset = {**EVERY_FEATURE, "max_num_candidates": 3}
+    network = {**BIAS, "num_layers": 1}
+    trained = random_model("ranking", features, mesh, output, network=network, dataset=dataset, task_args=OF_THE_ACTION)
+    return serve(trained, output / "serving")
+
+
+def histories(store: SequenceStore, count: int = 6) -> list[History]:
+    """Those of the first users of the data, who have done something that the vocabulary does not have."""
+    found = []
+    for each in api.histories(store, range(count)):
+        assert each.actions is not None and each.timestamps is not None
+        items, times = [*each.items.tolist(), -5], [*each.timestamps.tolist(), int(each.timestamps[-1]) + 9]  # type: ignore[union-attr]
+        found.append(History(items, [*each.actions.tolist(), 1], times, each.context, user=each.user))  # type: ignore[union-attr]
+    return found
+
+
+def test_recommendations_are_those_of_the_model(features: SequenceStore, retrieval: Served) -> None:
+    assert difference(retrieval) <= TOLERANCE
+    given, at = histories(features), 3_000_000
+    for time in (None, at):
+        expected, _ = retrieval.trained.recommend_for([api.History(**vars(each)) for each in given], top=4, at=time)
+        found = retrieval.model.recommend_batch(given, k=4, at=time)
+        assert [entry.items for entry in found] == [entry.items for entry in expected]
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours.scores, theirs.scores, atol=TOLERANCE)
+    vectors = retrieval.model.embed_batch(given)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(given)))
+    scores = retrieval.model.score(given[0], [1003, -5])["cosine"]
+    assert scores == pytest.approx([float(vectors[0] @ retrieval.trained.item_embeddings()[3]), 0.0], abs=TOLERANCE)
+
+
+def test_requests_of_a_batch_do_not_change_each_other(
+    features: SequenceStore, retrieval: Served, ranking: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = histories(features)
+    alone = torch.stack([retrieval.model.embed(history) for history in given])
+    together = retrieval.model.embed_batch(given)
+    monkeypatch.setattr(layout, "SCORES_AT_ONCE", 500)  # several runs, of sequences of equal lengths
+    for found in (alone, retrieval.model.embed_batch(given)):
+        torch.testing.assert_close(found, together, rtol=0, atol=1e-6)
+    events = {name: ["value 001"] * 5 for name in ("device", "watched")} | {"spent": [None] * 5}
+    whole = [History([1000, 1001, 1002, 1003, 1004], [0, 1, 2, 3, 0], range(5), {}, events)] * 2
+    own = {"device": ["value 001", None, "value 002"]}
+    shown = [Candidates([1005, 1000, 1010], own), Candidates([1005], {"device": ["value 001"]})]
+    three, one = ranking.model.predict_batch(whole, shown, at=9)
+    torch.testing.assert_close(three[:1], one, rtol=1e-5, atol=1e-5)
+    assert retrieval.model.embed_batch([]).shape == (0, 12) and retrieval.model.recommend_batch([]) == []
+    assert [len(each) for each in ranking.model.predict_batch(whole[:1], [Candidates([], {"device": []})])] == [0]
+
+
+def test_scores_are_predictions_of_the_tasks(ranking: Served) -> None:
+    assert difference(ranking) <= TOLERANCE
+    history = History([1000], [1], [0], features={"device": ["value 000"], "watched": [None], "spent": [1.5]})
+    shown = Candidates([1000, 1001], {"device": [None, None]})
+    scores = ranking.model.score(history, shown)
+    assert list(scores) == ["level", "odd", "high"] and {len(values) for values in scores.values()} == {2}
+    with pytest.raises(ServingError, match="has no items; give the time of the request"):
+        ranking.model.score(History([]), shown)
+    assert len(ranking.model.score(History([]), shown, at=9)["odd"]) == 2
+    (logits,) = ranking.model.predict_batch([history], [shown])
+    assert scores["odd"] == pytest.approx(logits[:, 3].sigmoid().tolist())
+    assert scores["level"] == [pytest.approx(row) for row in logits[:, :3].sigmoid().tolist()]
+
+
+def test_the_check_notices_a_model_that_differs(ranking: Served) -> None:
+    layer = ranking.trained.model.dense.task.encoder.layers[0]
+    weight = layer.bias.time_weight
+    with torch.no_grad():
+        weight += 0.05
+        with pytest.raises(DataError, match="differs from the model by"):
+            check(ranking.trained, ranking.model)
+        weight -= 0.05
+    assert check(ranking.trained, ranking.model) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["program.pt2", "tables.safetensors", "manifest.json", "serving.json"])
+def test_a_flipped_byte_is_an_error(retrieval: Served, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(retrieval.folder, tmp_path / "copy")
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(ServingError, match=f"{name} is damaged"):
+        runtime.load(folder)
+
+
+def test_a_directory_that_was_copied_in_part_is_an_error(retrieval: Served, tmp_path: Path) -> None:
+    folder = shutil.copytree(retrieval.folder, tmp_path / "copy")
+    path = folder / "tables.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ServingError, match=r"tables.safetensors has \d+ bytes instead of \d+"):
+        runtime.load(folder, verify=False)
+    path.unlink()
+    with pytest.raises(ServingError, match=r"tables.safetensors is missing: the folder was copied in part"):
+        runtime.load(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ServingError, match=r"it has no manifest.json, which is written last"):
+        runtime.load(folder)
+
+
+def test_another_version_and_a_missing_compiled_program_are_errors(
+    retrieval: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ServingError, match="has no compiled program; export with --aot"):
+        runtime.load(retrieval.folder, compiled=True)
+    monkeypatch.setattr("hstu.serve.runtime.files.VERSION", 2)
+    with pytest.raises(ServingError, match="has the format hstu-serving 1, and this program reads hstu-serving 2"):
+        runtime.load(retrieval.folder)
+
+
+@pytest.mark.parametrize(
+    ("history", "at", "message"),
+    [
+        ({"items": []}, None, "has no items"),
+        ({"items": [1]}, None, "has no actions, but the model reads 'action'"),
+        ({"items": [1], "actions": [1]}, None, "has no timestamps"),
+        ({"items": [1, 2], "actions": [1], "timestamps": [1, 2]}, None, "has 1 actions for 2 items"),
+        ({"context": {"country": 1}}, None, "has no contextual feature 'country'; it has town"),
+        ({"features": {"colours": [1]}}, None, "has no feature of items or events 'colours'; it has colour, tags"),
+        ({"features": {"price": ["much"]}}, None, "a value of 'price' is 'much'; give a finite number"),
+        ({}, 4, "has an event at 5, which is later than the request at 4"),
+    ],
+)
+def test_a_request_that_the_model_cannot_read_is_an_error(
+    retrieval: Served, history: dict[str, Any], at: int | None, message: str
+) -> None:
+    whole = {"items": [1000], "actions": [1], "timestamps": [5]} if "items" not in history else {}
+    with pytest.raises(ServingError, match=message):
+        retrieval.model.recommend(History(**{**whole, **history}), at=at)
+
+
+def test_a_ranking_model_has_no_vectors(ranking: Served) -> None:
+    with pytest.raises(ServingError, match="cannot recommend: a ranking model has no vectors"):
+        ranking.model.recommend(History([1000], [1], [5]))
+
+
+def test_models_whose_requests_would_lack_something_are_refused(
+    mesh: Mesh,
+    features: SequenceStore,
+    tmp_path: Path,
+) -> None:
+    grouped = {"network": {"target_group_size": 2}, "dataset": {"max_num_candidates": 2}}
+    with pytest.raises(ConfigError, match="target_group_size = 2"):
+        check_can_be_served(random_model("ranking", features, mesh, tmp_path, **grouped))
+    leaking = {"network": {"is_causal": False, "allow_label_leak": True}}
+    with pytest.raises(ConfigError, match="has seen the actions that it predicts"):
+        check_can_be_served(random_model("ranking", features, mesh, tmp_path, **leaking))
+
+
+def test_the_runtime_imports_torch_and_the_standard_library_alone() -> None:
+    allowed = {*sys.stdlib_module_names, "torch"}
+    for path in Path(runtime.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert {name.split(".")[0] for name in names} <= allowed, path
+
+
+def test_the_directory_has_the_package_and_a_card(retrieval: Served) -> None:
+    package = {path.name for path in (retrieval.folder / "hstu_serving").glob("*.py")}
+    assert package == {path.name for path in Path(runtime.__file__).parent.glob("*.py")}
+    card = (retrieval.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "| valid | 7 | HR@10 | 0.5000 |" in card and "NetworkArgs.item_embedding_dim = 12" in card
+    files = json.loads((retrieval.folder / "manifest.json").read_text())["files"]
+    assert {"program.pt2", "tables.safetensors", "vocabulary.safetensors", "MODEL_CARD.md"} <= files.keys()

@@ -82,18 +82,19 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
     loaded = load_model(LoadedModel, options)
     evaluation = _predict(loaded, options)
     resampling = Resampling(loaded.mesh, options.resamples, options.confidence, options.seed)
-    document = {
+    _progress(evaluation, f"predictions={len(evaluation.observations):,}")
+    document: dict[str, Any] = {
         "checkpoint": str(loaded.checkpoint),
         "data": str(loaded.with_data().eval_store.path),
         "split": evaluation.split,
         "resamples": options.resamples,
         "confidence": options.confidence,
         **_as_json(evaluation.scores(resampling)),
-        "segments": {
-            by: {name: _as_json(scores) for name, scores in evaluation.by_segment(by, resampling)}
-            for by in dict.fromkeys(filter(None, options.segments.split(",")))
-        },
+        "segments": {},
     }
+    for by in dict.fromkeys(filter(None, options.segments.split(","))):
+        document["segments"][by] = {name: _as_json(scores) for name, scores in evaluation.by_segment(by, resampling)}
+        _progress(evaluation, f"segments={by}")
     if options.compare:
         other = LoadedModel.load(options.compare, mesh=loaded.mesh, data=options.data)
         if other.config.task != loaded.config.task:
@@ -109,6 +110,12 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
             "metrics": {name: _finite(asdict(difference)) for name, difference in differences.items()},
         }
     return document if loaded.mesh.is_main else None
+
+
+def _progress(evaluation: Evaluation, done: str) -> None:
+    """Resamples of many predictions take minutes."""
+    if evaluation.loaded.mesh.is_main:
+        print(f"evaluate split={evaluation.split} {done}", file=sys.stderr)
 
 
 def _predict(loaded: LoadedModel, options: argparse.Namespace) -> Evaluation:

@@ -238,7 +238,7 @@ def working_of_layers(workload: Workload, batch: Batch) -> int:
 
 def layer_bytes(workload: Workload, part: LayerPart) -> tuple[int, int]:
     """(saved in forward, alive during backward) of one layer. They differ only under recompute_layer."""
-    network, tokens = part.network, -(-workload.tokens(part.batch) // workload.cp_size)
+    network, tokens = part.network, workload.share(workload.tokens(part.batch))
     shape = tokens, workload.tp_size, workload.element_size, workload.residual_size
     saved = saved_bytes(network, *shape)
     if not network.recompute_layer:
@@ -255,7 +255,7 @@ def backward_bytes(workload: Workload, part: LayerPart) -> int:
     projection, if it is recomputed. The attention's output and the dropout mask are already freed. With context
     parallelism the gradients of q, k and v are there by heads, too, and u is freed.
     """
-    network, c, tokens = part.network, workload.element_size, -(-workload.tokens(part.batch) // workload.cp_size)
+    network, c, tokens = part.network, workload.element_size, workload.share(workload.tokens(part.batch))
     residual = workload.residual_size + (c if c != workload.residual_size else 0)
     inner = network.num_attention_heads * network.kv_channels // workload.tp_size
     recomputed = 4 * c * inner if network.recompute_input_silu and not network.recompute_layer else 0
@@ -267,12 +267,13 @@ def backward_bytes(workload: Workload, part: LayerPart) -> int:
 
 def input_bytes(workload: Workload, batch: Batch) -> int:
     """Bytes saved for backward where table rows become tokens."""
-    network, tokens = workload.config.network, workload.tokens(batch)
+    network, tokens = workload.config.network, workload.share(workload.tokens(batch))
+    rows = {role: workload.share(count) for role, count in workload.rows_by_role(batch).items()}
     saved = 2 * INT64 * tokens  # the permutation and its inverse
     for role, width in workload.projected_widths.items():
-        saved += workload.rows_by_role(batch)[role] * workload.element_size * (width + 2 * network.hidden_size)
+        saved += rows[role] * workload.element_size * (width + 2 * network.hidden_size)
     if network.action_item_product:  # actions, items and gates
-        saved += 3 * workload.rows_by_role(batch)["action"] * workload.element_size * network.hidden_size
+        saved += 3 * rows["action"] * workload.element_size * network.hidden_size
     positions = workload.encoder.inputs.position_table
     if positions is not None and positions.requires_grad:
         saved += INT64 * tokens
@@ -289,19 +290,19 @@ def task_bytes(workload: Workload, batch: Batch, pool: int) -> tuple[int, int]:
 
 
 def _head_bytes(workload: Workload, batch: Batch, args: RankingArgs) -> tuple[int, int]:
-    labels = batch.labels
+    labels, own = batch.labels, workload.share(batch.labels)  # outputs are gathered for the loss
     if args.tasks is not None:
         return _task_head_bytes(workload, args, args.tasks, batch)
     c, hidden = workload.element_size, workload.config.network.hidden_size
     *widths, last = args.prediction_head_arch
     per_hidden = c if args.prediction_head_act_type == "relu" else 2 * c
     loss = FLOAT32 * (2 * last if args.num_tasks == last else last) + INT64
-    saved = INT64 + c * hidden + per_hidden * sum(widths) + loss
-    return labels * saved, labels * FLOAT32 * (last + hidden)
+    of_head = INT64 + c * hidden + per_hidden * sum(widths)
+    return own * of_head + labels * loss, FLOAT32 * (labels * last + own * hidden)
 
 
 def _softmax_bytes(workload: Workload, batch: Batch, pool: int) -> tuple[int, int]:
-    labels = batch.labels
+    labels = workload.share(batch.labels)
     hidden, item_width = workload.config.network.hidden_size, workload.config.network.item_width
     query = FLOAT32 * (2 * item_width if item_width == hidden else hidden + 2 * item_width)
     saved = labels * (query + 2 * FLOAT32 * item_width + 4 * INT64) + pool * 2 * FLOAT32 * item_width
@@ -329,8 +330,10 @@ def _task_head_bytes(
     per_hidden = c if args.prediction_head_act_type == "relu" else 2 * c
     activations = sum(times * out * per_hidden for times, _, out in products) - per_hidden * sum(outputs)
     pairs = sum(task.loss_in_force == "pairwise" for task in tasks) * int(batch.num_candidates.max(initial=0))
-    saved = INT64 + c * hidden + activations + FLOAT32 * (4 * sum(outputs) + 3 * len(tasks) + 3 * pairs)
-    return batch.labels * saved, batch.labels * FLOAT32 * (sum(outputs) + hidden)
+    of_losses = FLOAT32 * (4 * sum(outputs) + 3 * len(tasks) + 3 * pairs)
+    labels, own = batch.labels, workload.share(batch.labels)
+    saved = own * (INT64 + c * hidden + activations) + labels * of_losses
+    return saved, FLOAT32 * (labels * sum(outputs) + own * hidden)
 
 
 def looked_up_bytes(workload: Workload, batch: Batch) -> int:

@@ -32,7 +32,7 @@ def _inputs(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> 
         if spec.replicated:
             ids = sum(own.get(feature, 0) for feature in spec.features) * workload.group_size
             yield tables.replicated_table(workload, spec, ids)
-    rows = workload.rows_by_role(batch)
+    rows = {role: workload.share(count) for role, count in workload.rows_by_role(batch).items()}
     for role, width in workload.projected_widths.items():
         for inputs in (width, hidden):
             yield dense.linear("projections", rows[role], inputs, hidden, workload.element_size)
@@ -40,7 +40,8 @@ def _inputs(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> 
         yield dense.action_item_product(rows["action"], hidden, workload.element_size)
     dropped = network.hidden_dropout if network.input_dropout is None else network.input_dropout
     positions = workload.encoder.inputs.position_table
-    yield dense.token_inputs(workload.tokens(batch), hidden, dropped, 0 if positions is None else len(positions))
+    tokens = workload.share(workload.tokens(batch))
+    yield dense.token_inputs(tokens, hidden, dropped, 0 if positions is None else len(positions))
 
 
 def _layers(workload: Workload, batch: Batch) -> Iterator[Operator]:
@@ -52,7 +53,7 @@ def _equal_layers(workload: Workload, part: LayerPart) -> Iterator[Operator]:
     network, spans, batch = part.network, part.spans, part.batch
     tp, c = workload.tp_size, workload.element_size
     hidden, heads, width = network.hidden_size, network.num_attention_heads // tp, network.kv_channels
-    inner, tokens = heads * width, -(-workload.tokens(batch) // workload.cp_size)
+    inner, tokens = heads * width, workload.share(workload.tokens(batch))
     own = -(-tokens // tp) if network.sequence_parallel else tokens
     whole = int(network.recompute_layer)
     norm = max(whole, int(network.recompute_input_layernorm))
@@ -74,37 +75,38 @@ def _equal_layers(workload: Workload, part: LayerPart) -> Iterator[Operator]:
 
 def _task(workload: Workload, batch: Batch) -> Iterator[Operator]:
     ranking, retrieval, network = workload.config.task_args, workload.config.retrieval, workload.config.network
-    hidden, tokens = network.hidden_size, workload.tokens(batch)
+    hidden, tokens, labels = network.hidden_size, workload.share(workload.tokens(batch)), workload.share(batch.labels)
     if isinstance(ranking, RankingArgs) and ranking.tasks is not None:
         yield from _task_heads(workload, ranking, ranking.tasks, batch)
     elif isinstance(ranking, RankingArgs):
         widths = [hidden, *ranking.prediction_head_arch]
         for inputs, outputs in pairwise(widths):
-            yield dense.linear("head", batch.labels, inputs, outputs, workload.element_size)
-        yield dense.labelled_rows("loss", batch.labels, widths[-1], hidden, tokens)
+            yield dense.linear("head", labels, inputs, outputs, workload.element_size)
+        yield dense.labelled_rows("loss", labels, widths[-1], hidden, tokens)
     if retrieval is None:
         return
     width = network.item_width
     if width != hidden:
-        yield dense.linear("queries", batch.labels, hidden, width, FLOAT32)
+        yield dense.linear("queries", labels, hidden, width, FLOAT32)
     rows_of_tower = workload.tower_rows(batch, workload.pool(batch))
     for inputs, outputs in pairwise(workload.tower_widths):
         yield dense.linear("item tower", rows_of_tower, inputs, outputs, FLOAT32)
     for rows in (tokens, batch.items):  # queries and positives are selected and normalised
-        yield dense.labelled_rows("queries", batch.labels, width, width, rows)
-    yield dense.softmax(batch.labels, workload.pool(batch, workload.dp_size), workload.draws_per_label, width)
+        yield dense.labelled_rows("queries", labels, width, width, rows)
+    yield dense.softmax(labels, workload.pool(batch, workload.dp_size), workload.draws_per_label, width)
 
 
 def _task_heads(
     workload: Workload, args: RankingArgs, tasks: Sequence[RankingTaskArgs], batch: Batch
 ) -> Iterator[Operator]:
     hidden, widths = workload.config.network.hidden_size, [task.output_width for task in tasks]
+    labels = workload.share(batch.labels)
     for times, inputs, outputs in head_products(
         hidden, args.prediction_head_arch, widths, args.task_sharing, args.num_experts
     ):
-        op = dense.linear("head", batch.labels, inputs, outputs, workload.element_size)
+        op = dense.linear("head", labels, inputs, outputs, workload.element_size)
         yield dataclasses.replace(op, times=times)
-    yield dense.labelled_rows("loss", batch.labels, sum(widths), hidden, workload.tokens(batch))
+    yield dense.labelled_rows("loss", labels, sum(widths), hidden, workload.share(workload.tokens(batch)))
 
 
 def _updates(workload: Workload) -> Iterator[Operator]:

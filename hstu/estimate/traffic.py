@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from hstu.config.args import RankingArgs
 from hstu.data.batch import is_of_negatives
 from hstu.estimate.memory import FIRST_LAYER, INT64, TableShards, held_weights
 from hstu.estimate.workload import Batch, Workload
@@ -154,16 +155,19 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
 
 
 def _ends(workload: Workload, batch: Batch) -> Iterator[Transfer]:
-    """Where the tokens are split before layers and joined after them."""
-    network = workload.config.network
-    parts = [-(-workload.tokens(stage) // workload.cp_size) for stage in workload.stages(batch)]
-    width = sum(parts) * network.hidden_size
-    ends = -(-width // workload.tp_size) if network.sequence_parallel else width
-    name, calls, both = "tokens before and after the layers", 2 * len(parts), 2 * ends * FLOAT32
+    """Where layers begin and end, and where the head does."""
+    network, task = workload.config.network, workload.config.task_args
+    parts = [workload.share(workload.tokens(stage)) for stage in workload.stages(batch)]
+    context = partial(Transfer, kind="all_gather", group="context", ranks=workload.cp_size)
     if network.sequence_parallel:
-        yield Transfer(name, "all_gather", "samples", workload.group_size, calls, both)
-    else:
-        yield Transfer(name, "all_gather", "context", workload.cp_size, calls, both)
+        numbers = sum(-(-part // workload.tp_size) for part in parts) * network.hidden_size
+        name, calls, both = "tokens before and after the layers", 2 * len(parts), 2 * numbers * FLOAT32
+        yield Transfer(name, "all_gather", "tensor", workload.tp_size, calls, both)
+    for part in parts[1:]:  # to equal shares of what a truncation leaves and back, and so do the gradients
+        yield context("tokens of a truncation", calls=4, payload=4 * part * network.hidden_size * FLOAT32)
+    if isinstance(task, RankingArgs):
+        outputs = task.prediction_head_arch[-1] if task.tasks is None else sum(t.output_width for t in task.tasks)
+        yield context("what the head gives", calls=1, payload=workload.share(batch.labels) * outputs * FLOAT32)
 
 
 def _pool(workload: Workload, batch: Batch) -> Iterator[Transfer]:

@@ -222,10 +222,14 @@ class Workload:
         lengths = truncated_items(network, batch.item_lengths, batch.num_candidates)
         return [batch, replace(batch, item_lengths=lengths)]
 
+    def share(self, count: int) -> int:
+        """What a context-parallel rank has of so many tokens, or of so many things that belong to a token each."""
+        return -(-count // self.cp_size)
+
     def tokens_of_layers(self, batch: Batch) -> tuple[int, int]:
         """Tokens that a context-parallel rank has in all layers together, and in those that backward recomputes."""
         parts = list(self.layer_parts(batch))
-        tokens = [len(part.spans) * -(-self.tokens(part.batch) // self.cp_size) for part in parts]
+        tokens = [len(part.spans) * self.share(self.tokens(part.batch)) for part in parts]
         again = (count for count, part in zip(tokens, parts, strict=True) if part.network.recompute_layer)
         return sum(tokens), sum(again)
 

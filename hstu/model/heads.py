@@ -38,7 +38,7 @@ class PredictionHead(MLP):
 
 
 class MultiTaskHead(nn.Module):
-    """The heads of several tasks: tokens [M, hidden_size] → for each task, float32 outputs [M, width of the task].
+    """The heads of several tasks: tokens [M, hidden_size] → the outputs of all tasks side by side, float32 [M, .].
 
     A trunk is an MLP of ``hidden_widths`` with the activation after every layer. Each task has a linear layer on what
     it reads from the trunks:
@@ -80,12 +80,13 @@ class MultiTaskHead(nn.Module):
         self.trunk = _Mixture(hidden_size, hidden_widths, activation, bias, len(task_widths), num_experts, own_experts)
         self.outputs = nn.ModuleList(_linear(hidden_widths[-1], width, bias) for width in task_widths)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         """Returns float32 outputs, whatever the compute dtype."""
         if isinstance(self.trunk, MLP):
-            return list(self.trunk(x).float().split(self.task_widths, dim=1))
+            outputs: Tensor = self.trunk(x).float()
+            return outputs
         inputs = self.trunk(x).unbind(dim=1)
-        return [output(own).float() for output, own in zip(self.outputs, inputs, strict=True)]
+        return torch.cat([output(own).float() for output, own in zip(self.outputs, inputs, strict=True)], dim=1)
 
 
 class Products(NamedTuple):

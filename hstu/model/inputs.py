@@ -21,9 +21,10 @@ from hstu.data.store_layout import NumberStatistics
 from hstu.model.heads import MLP
 from hstu.model.item_tower import join_rows
 from hstu.model.numbers import NumberInputs
+from hstu.ops.comm import LayerComm
 from hstu.ops.dropout import dropout
 from hstu.ops.kernels import Kernels
-from hstu.ops.layout import JaggedLayout, build_layout, to_device, token_order
+from hstu.ops.layout import JaggedLayout, build_layout, part_rows, to_device, token_order
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 
@@ -128,13 +129,16 @@ class SequenceInputs(nn.Module):
         for numbers in self.numbers.values():
             cast(NumberInputs, numbers).load_statistics(statistics)
 
-    def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:
-        """Returns tokens [T, D] and their layout. ``embeddings``: rows of every feature in ``self.features``."""
-        layout = self.layout(batch)
-        x = self.kernels.jagged_concat(self.parts(embeddings, batch, layout), token_order(layout))
+    def forward(
+        self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, comm: LayerComm | None = None
+    ) -> tuple[Tensor, JaggedLayout]:
+        """Returns the tokens of this rank, [., D], and the layout of all. ``embeddings``: rows of every feature."""
+        layout, comm = self.layout(batch), comm or LayerComm()
+        own = comm.token_ranges(layout.num_tokens)[comm.cp_rank]
+        x = self.kernels.jagged_concat(self.parts(embeddings, batch, layout, own), token_order(layout, own))
         if self.position_table is not None:
-            x = self.kernels.add_positions(x, self.position_table, layout.positions)
-        return dropout(x, self.dropout, self.training), layout
+            x = self.kernels.add_positions(x, self.position_table, layout.positions[own.start : own.stop])
+        return dropout(x, self.dropout, self.training, comm.input_stream), layout
 
     def layout(self, batch: HSTUBatch) -> JaggedLayout:
         """Where the tokens of a batch lie. Raises ConfigError where the model needs times and the batch has none."""
@@ -156,55 +160,73 @@ class SequenceInputs(nn.Module):
             request_times=batch.request_times if self.needs_times else None,
         )
 
-    def parts(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, layout: JaggedLayout) -> list[Tensor]:
-        """Rows of width D in the order that :func:`hstu.ops.layout.token_order` names, without positions."""
-        parts = []
-        for feature in self.features.contextual:
-            parts.append(self._embed("contextual", feature, embeddings, rows=batch.real_batch_size))
+    def parts(
+        self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, layout: JaggedLayout, tokens: range | None = None
+    ) -> list[Tensor]:
+        """Rows of width D in the order that :func:`hstu.ops.layout.token_order` names, without positions.
+
+        tokens: those that they make; None: all.
+        """
+        tokens = range(layout.num_tokens) if tokens is None else tokens
+        *of_contexts, of_items = (rows := part_rows(layout, tokens))[: len(self.features.contextual) + 1]
+        parts = [
+            self._embed("contextual", feature, embeddings, batch.real_batch_size, own)
+            for feature, own in zip(self.features.contextual, of_contexts, strict=True)
+        ]
+        of_actions = rows[-1]
+        own = range(of_actions.start, of_items.stop)  # a range may begin with an action, and end with an item
         num_items = int(batch.item_lengths.sum())
-        items = self._embed("item", self.features.item, embeddings, rows=num_items)
+        items = self._embed("item", self.features.item, embeddings, num_items, own)
         if "side" in self.projections:
-            items = items + self._embed_side("side", embeddings, batch)
+            items = items + self._embed_side("side", embeddings, batch, own)
         if self.features.action is None:
             if "known_after" in self.projections:
-                items = items + self._embed_side("known_after", embeddings, batch)
+                items = items + self._embed_side("known_after", embeddings, batch, own)
             return [*parts, items]
-        actions = self._embed("action", self.features.action, embeddings, rows=num_items)
+        actions = self._embed("action", self.features.action, embeddings, num_items, own)
         if self.action_gate is not None:
             actions = actions + items * self.action_gate(actions)
         if "known_after" in self.projections:
-            actions = actions + self._embed_side("known_after", embeddings, batch)
+            actions = actions + self._embed_side("known_after", embeddings, batch, own)
         if self.tokens_per_item == 2:
-            return [*parts, items, actions]
+            ends = len(own) - len(of_items), len(of_actions)
+            return [*parts, _rows(items, range(ends[0], len(own))), _rows(actions, range(ends[1]))]
         if layout.num_candidate_tokens is None:
             return [*parts, items + actions]
-        is_history = to_device(_is_history(batch), actions.device)
+        is_history = to_device(_is_history(batch)[own.start : own.stop], actions.device)
         return [*parts, items + actions * is_history[:, None]]
 
-    def _embed(self, role: str, feature: str, embeddings: dict[str, JaggedTensor], rows: int) -> Tensor:
+    def _embed(self, role: str, feature: str, embeddings: dict[str, JaggedTensor], num_rows: int, own: range) -> Tensor:
+        """The rows ``own`` of a feature that must have ``num_rows``, with width D."""
         values = embeddings[feature].values()
-        if len(values) != rows:
+        if len(values) != num_rows:
             raise DataError(
-                f"feature {feature!r} has {len(values)} values in a batch that needs {rows}: a contextual feature has "
-                "exactly one value per sequence, an action exactly one per item"
+                f"feature {feature!r} has {len(values)} values in a batch that needs {num_rows}: a contextual feature "
+                "has exactly one value per sequence, an action exactly one per item"
             )
-        values = values * self.scale
+        values = _rows(values, own) * self.scale
         return self.projections[role](values) if role in self.projections else values
 
-    def _embed_side(self, role: str, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> Tensor:
-        """The side features of one role, [items, D]."""
+    def _embed_side(self, role: str, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, own: range) -> Tensor:
+        """The side features of one role, of the items ``own``, with width D."""
         names, rows = self.side[role], []
         if names:
             lists, lengths = self.features.lists, {}
             if batch.list_lengths is not None:
                 lengths = dict(zip(lists, batch.list_lengths, strict=True))
-            rows.append(join_rows(names, {name: embeddings[name].values() for name in names}, lengths) * self.scale)
+            joined = join_rows(names, {name: embeddings[name].values() for name in names}, lengths)
+            rows.append(_rows(joined, own) * self.scale)
         if role in self.numbers:
             assert batch.numbers is not None
-            numbers = self.numbers[role](batch.numbers)
+            numbers = self.numbers[role](_rows(batch.numbers, own))
             rows.append(numbers.to(rows[0].dtype) if rows else numbers)
-        joined: Tensor = self.projections[role](torch.cat(rows, dim=1))
-        return joined
+        projected: Tensor = self.projections[role](torch.cat(rows, dim=1))
+        return projected
+
+
+def _rows(values: Tensor, own: range) -> Tensor:
+    """The rows ``own``. All rows are the tensor itself, whose gradient is then no sum."""
+    return values if len(own) == len(values) else values[own.start : own.stop]
 
 
 def _is_history(batch: HSTUBatch) -> np.ndarray:

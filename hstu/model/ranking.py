@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torchrec import JaggedTensor
 from hstu.config.args import RankingArgs
 from hstu.data.batch import HSTUBatch
 from hstu.model.heads import PredictionHead
+from hstu.model.labelled import labelled_rows
 from hstu.model.outputs import ModelOutput
 from hstu.model.precision import mixed_precision
 from hstu.model.stack import SequenceEncoder
@@ -38,15 +38,16 @@ class RankingModel(nn.Module, ABC):
     def logits(self, tokens: Tensor) -> Tensor:
         """What ``ModelOutput.logits`` has for items, from their tokens [M, D] alone."""
 
-    def head_outputs(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> Any:
-        """What the head gives for the labelled items."""
-        labelled = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total)
-        return self.of_head(tokens.index_select(0, labelled))
+    def head_outputs(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> Tensor:
+        """What the head gives for all labelled items, float32 [M, .]. tokens: this rank's, for which it computes it."""
+        rows, labels = labelled_rows(tokens, layout, batch, self.encoder.comm)
+        return self.encoder.comm.gather_rows(self.of_head(rows), labels.counts)
 
-    def of_head(self, tokens: Tensor) -> Any:
-        """What the head gives for tokens [M, D], in the network's compute dtype."""
+    def of_head(self, tokens: Tensor) -> Tensor:
+        """What the head gives for tokens [M, D], computed in the network's compute dtype: float32 [M, .]."""
         with mixed_precision(self.encoder.network.dtype_str, tokens.device.type):
-            return self.head(tokens)
+            outputs: Tensor = self.head(tokens)
+            return outputs
 
 
 class RankingDense(RankingModel):
@@ -81,8 +82,7 @@ class RankingDense(RankingModel):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """See RankingModel."""
-        logits: Tensor = self.of_head(tokens)
-        return logits
+        return self.of_head(tokens)
 
     def loss_sum(self, logits: Tensor, actions: Tensor) -> Tensor:
         """Summed loss, a float32 scalar. logits: float32 [M, last]; actions: int64 [M]."""

@@ -6,6 +6,7 @@ Shapes depend on shapes only, and invalid entries are masked: the host never wai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,11 +17,14 @@ from torchrec import JaggedTensor
 from hstu.config.args import RetrievalArgs
 from hstu.data.batch import NEGATIVES, PADDING_ID, POOL, HSTUBatch, of_negatives, of_pool
 from hstu.model.item_tower import ItemTower
+from hstu.model.labelled import labelled_rows, own_rows
 from hstu.model.outputs import ModelOutput
 from hstu.model.seen import find_seen
+from hstu.model.stack import SequenceEncoder
+from hstu.ops.comm import LayerComm
 from hstu.ops.functional import pool_softmax_loss, sampled_softmax_loss
 from hstu.ops.kernels import Kernels
-from hstu.ops.layout import JaggedLayout
+from hstu.ops.layout import JaggedLayout, TokenRuns, to_device
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 GatherPool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -67,7 +71,8 @@ class RetrievalDense(nn.Module):
     item tower makes of that row and of the item's features.
 
     Args:
-        encoder: (embeddings, batch) → (tokens [T, hidden_size], their JaggedLayout).
+        encoder: (embeddings, batch) → (this rank's tokens [., hidden_size], the JaggedLayout of all); with ``comm`` as
+            :class:`SequenceEncoder`.
         item_feature: key of the item ids in a batch.
         hidden_size: width of the tokens.
         item_dim: width of the item table; where it is not hidden_size, queries are projected to it.
@@ -116,45 +121,56 @@ class RetrievalDense(nn.Module):
         no_loss = tokens.new_zeros((), dtype=torch.float32)
         return ModelOutput(no_loss, num_labels, queries=self._newest_queries(tokens, layout))
 
+    @property
+    def comm(self) -> LayerComm:
+        """The encoder's."""
+        return cast(SequenceEncoder, self.encoder).comm
+
     def queries(self, tokens: Tensor) -> Tensor:
         """Normalised queries [n, item_dim] of encoded tokens [n, hidden_size]."""
         return self.kernels.l2_normalize(self.query_projection(tokens), self.l2_norm_eps)
 
     def _newest_queries(self, tokens: Tensor, layout: JaggedLayout) -> Tensor:
         """[B, item_dim], zero for empty sequences."""
-        with_filler = F.pad(tokens, (0, 0, 0, 1))  # a row to index in a batch of padding alone
-        is_real = layout.seqlen_offsets.diff() > 0
-        return self.queries(with_filler[layout.newest_tokens()]) * is_real[:, None]
+        filled, device = np.flatnonzero(layout.seqlens), tokens.device
+        newest = TokenRuns(np.cumsum(layout.seqlens)[filled] - 1, np.ones_like(filled))
+        found = own_rows(newest, layout, self.comm)
+        rows = tokens.index_select(0, to_device(newest.first[found.own] - found.first_token, device))
+        queries = self.comm.gather_rows(self.queries(rows), found.counts)
+        return queries.new_zeros(layout.batch_size, queries.shape[1]).index_copy(0, to_device(filled, device), queries)
 
     def loss_sum(
         self, tokens: Tensor, layout: JaggedLayout, embeddings: dict[str, JaggedTensor], batch: HSTUBatch
     ) -> Tensor:
         """Sum over the labelled items of −log softmax, each predicted from the newest token before it."""
         _check_labels_have_history(batch)
-        labelled_tokens = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total)
-        queries = self.queries(tokens.index_select(0, labelled_tokens - 1))
+        rows, labels = labelled_rows(tokens, layout, batch, self.comm, shift=-1)
+        queries = self.queries(rows)
         item_ends = embeddings[self.item_feature].offsets()[1:]
-        labelled_items = newest_elements(item_ends, batch.num_labels, batch.num_labels_total)
+        labelled_items = newest_elements(item_ends, batch.num_labels, batch.num_labels_total)[labels.own]
         items = self._items(embeddings, batch)
         positives = self.kernels.l2_normalize(items.index_select(0, labelled_items), self.l2_norm_eps)
-        pool, pool_ids, repeats, draws = self._pool(items, embeddings, batch)
-        ids = batch.labels, pool_ids, self._log_weights(pool_ids, repeats, batch)
+        drawn = None if batch.draws is None else batch.draws[labels.own]
+        pool, pool_ids, repeats, draws = self._pool(items, embeddings, batch, drawn)
+        ids = batch.labels[labels.own], pool_ids, self._log_weights(pool_ids, repeats, batch)
         seen = find_seen(pool_ids, labelled_items, batch, self.item_feature) if self.mask_seen else None
         if draws is None:
             of_pool = self.kernels.pool_softmax_loss
-            return pool_softmax_loss(queries, positives, pool, *ids, self.temperature, of_pool, seen)
-        sampled = self.kernels.sampled_softmax_loss
-        return sampled_softmax_loss(queries, positives, pool, draws, *ids, self.temperature, sampled, seen)
+            loss = pool_softmax_loss(queries, positives, pool, *ids, self.temperature, of_pool, seen)
+        else:
+            sampled = self.kernels.sampled_softmax_loss
+            loss = sampled_softmax_loss(queries, positives, pool, draws, *ids, self.temperature, sampled, seen)
+        return self.comm.sum_over_tokens(loss)
 
     def _pool(
-        self, items: Tensor, embeddings: dict[str, JaggedTensor], batch: HSTUBatch
+        self, items: Tensor, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, draws: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Items drawn from the corpus, those of the batch, or both. ``items``: vectors of all items of the batch.
 
-        Returns (normalised vectors [S, E], ids int64 [S], bool [S] where an entry repeats another and does not count,
-        the rows [M, R] that each label draws).
+        ``draws``: those of this rank's labels, [m, R]. Returns (normalised vectors [S, E], ids int64 [S], bool [S]
+        where an entry repeats another and does not count, the rows [m, R] that each label draws).
         """
-        parts, repeats, draws = [], None, batch.draws
+        parts, repeats = [], None
         if NEGATIVES in embeddings:
             lengths = {} if self.tower is None else self.tower.lengths_of_negatives(batch)
             drawn = self._vectors(embeddings, NEGATIVES, of_negatives, lengths)

@@ -16,10 +16,11 @@ from hstu.config.args import NetworkArgs
 from hstu.data.batch import HSTUBatch
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
 from hstu.model.precision import DTYPES, mixed_precision
+from hstu.model.truncation import Truncation
 from hstu.ops.comm import LayerComm
 from hstu.ops.kernels import AttentionConfig, AttentionForward, Kernels, KernelShapes
 from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights
-from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, truncate_history
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 
@@ -153,29 +154,32 @@ class SequenceEncoder(nn.Module):
         """Communication with the ranks that share the tokens between the layers."""
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:
-        """Returns tokens float32 [T, D] and their layout."""
+        """Returns tokens float32 [., D], those of this rank's range, and the layout of all tokens of the batch."""
         with mixed_precision(self.network.dtype_str, batch.num_candidates.device.type):
-            x, layout = self.inputs(embeddings, batch)
+            x, layout = self.inputs(embeddings, batch, self.comm)
             if self.network.bfloat16_residual:
                 x = x.bfloat16()
-            for layers, tokens, part in self._stages(layout):
-                own, split = self.comm.split_tokens(x if tokens is None else x.index_select(0, tokens), part)
+            for layers, part, cut in self._stages(layout):
+                uncut, own = (None, x) if cut is None else (x, cut.shorten(x))
+                del x  # where the layers pad or split the tokens, the whole ones are not needed beside them
+                own, split = self.comm.split_tokens(own, part)
                 update: Tensor | None = None
                 for layer in layers:
                     own, update = layer(own, split, update)
                 assert update is not None  # there is a layer
-                joined = self.comm.join_tokens(own + update, part.num_tokens)
-                x = joined if tokens is None else x.index_copy(0, tokens, joined)
+                x = self.comm.join_tokens(own + update, part.num_tokens)
+                if cut is not None and uncut is not None:
+                    x = cut.restore(uncut, x)
             return x.float(), layout
 
-    def _stages(self, layout: JaggedLayout) -> Iterator[tuple[Sequence[nn.Module], Tensor | None, JaggedLayout]]:
-        """Some layers, the tokens on which they compute (None: all), and the layout of these; all layers in order."""
+    def _stages(self, layout: JaggedLayout) -> Iterator[tuple[Sequence[nn.Module], JaggedLayout, Truncation | None]]:
+        """Some layers, the layout of the tokens on which they compute, and how these are cut; all layers in order."""
         layers, whole = list(self.layers), self.network.whole_layers
-        yield layers[:whole], None, layout
+        yield layers[:whole], layout, None
         if layers[whole:]:
             assert self.network.truncate_to_items is not None
-            shorter, tokens = truncate_history(layout, self.network.truncate_to_items)
-            yield layers[whole:], tokens, shorter
+            cut = Truncation.of(layout, self.network.truncate_to_items, self.comm)
+            yield layers[whole:], cut.layout, cut
 
     @property
     def layers(self) -> nn.ModuleList:

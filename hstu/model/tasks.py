@@ -146,7 +146,9 @@ class MultiTaskDense(RankingModel):
     def predict(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> ModelOutput:
         """See RankingModel. The predictions of one task stand beside those of the task before."""
         outputs = self.head_outputs(tokens, layout, batch)
-        losses = [task.loss_sum(output, batch) for task, output in zip(self.each_task, outputs, strict=True)]
+        losses = [
+            task.loss_sum(output, batch) for task, output in zip(self.each_task, self._split(outputs), strict=True)
+        ]
         return ModelOutput(
             loss_sum=torch.stack(losses).sum(),
             num_labels=batch.num_labels.sum(),
@@ -157,6 +159,9 @@ class MultiTaskDense(RankingModel):
         """See RankingModel."""
         return self._predictions(self.of_head(tokens))
 
-    def _predictions(self, outputs: Sequence[Tensor]) -> Tensor:
-        each = [task.predictions(output) for task, output in zip(self.each_task, outputs, strict=True)]
+    def _split(self, outputs: Tensor) -> tuple[Tensor, ...]:
+        return outputs.split(self.head.task_widths, dim=1)
+
+    def _predictions(self, outputs: Tensor) -> Tensor:
+        each = [task.predictions(output) for task, output in zip(self.each_task, self._split(outputs), strict=True)]
         return torch.cat(each, dim=1)

@@ -1,8 +1,13 @@
-"""What the ranks that share a layer communicate: an interface, and its implementation for a single rank."""
+"""What the ranks that share a layer communicate: an interface, and its implementation for a single rank.
+
+Of T tokens each context-parallel rank has a range, from the inputs to the head. The gradients by them are ``cp_size``
+times as large there, because DDP averages the gradients of weights over these ranks: of the weights each rank has the
+gradients by its own tokens, whose mean is then the sum over the tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -26,11 +31,23 @@ class LayerComm:
     """Number of ranks among which the weights of the heads are split."""
     cp_size = 1
     """Number of ranks among which the tokens are split, within the layer, too."""
+    cp_rank = 0
+    """Index of this rank among these."""
 
     @property
     def size(self) -> int:
         """Number of ranks that share the layer."""
         return self.tp_size * self.cp_size
+
+    @property
+    def dropout_stream(self) -> int | None:
+        """The stream of :func:`hstu.ops.dropout.draw` for what each of these ranks has its own part of."""
+        return None if self.size == 1 else self.rank
+
+    @property
+    def input_stream(self) -> int | None:
+        """The same for the inputs, of which the context-parallel ranks have parts."""
+        return None if self.cp_size == 1 else self.cp_rank
 
     def all_gather(self, own: Tensor) -> Tensor:
         """Stack one tensor [...] of each tensor-parallel rank: [tp_size, ...] on all of them."""
@@ -58,15 +75,31 @@ class LayerComm:
         """Begin the inverse of :meth:`tokens_to_heads`. out: where the result is written, with any strides."""
         return lambda: own if out is None else out.copy_(own)
 
-    def split_tokens(self, x: Tensor, layout: JaggedLayout) -> tuple[Tensor, JaggedLayout]:
-        """The rows of this rank's tokens, from rows [T, D] that all ranks have, and the layout of the split tokens.
+    def token_ranges(self, num_tokens: int) -> list[range]:
+        """The tokens of each context-parallel rank, of so many of a batch."""
+        return [range(num_tokens)]
 
-        Differentiable, as is :meth:`join_tokens`. The layout may have padding tokens at the end.
+    def split_tokens(self, own: Tensor, layout: JaggedLayout) -> tuple[Tensor, JaggedLayout]:
+        """What the layers compute on: the rows of this rank's range of tokens, or a part of them, and a layout.
+
+        Both are padded at the end where ranks must have equally many. Differentiable, as are the methods below.
         """
-        return x, layout
+        return own, layout
 
     def join_tokens(self, own: Tensor, num_tokens: int) -> Tensor:
-        """The inverse of :meth:`split_tokens`: rows [num_tokens, D] of all ranks."""
+        """The inverse of :meth:`split_tokens`: the rows of this rank's range of ``num_tokens`` tokens."""
+        return own
+
+    def take_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """This rank's part of rows that all context-parallel ranks have, ``counts[r]`` of rank r."""
+        return rows
+
+    def gather_rows(self, own: Tensor, counts: Sequence[int]) -> Tensor:
+        """The inverse of :meth:`take_rows`: the rows of all context-parallel ranks, one after another."""
+        return own
+
+    def sum_over_tokens(self, own: Tensor) -> Tensor:
+        """The sum over the context-parallel ranks of a scalar that each has computed from its tokens."""
         return own
 
     def all_reduce_over_heads(self, gradient: Tensor) -> Tensor:

@@ -7,28 +7,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.comm import LayerComm
-
 _RESOLUTION = 1 << 16
 _SEEDS = 1 << 62
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zero each element with probability p (on a CPU a multiple of 2⁻¹⁶) and scale the others to keep the mean."""
+def dropout(x: Tensor, p: float, training: bool, stream: int | None = None) -> Tensor:
+    """Zero each element with probability p (on a CPU a multiple of 2⁻¹⁶) and scale the others to keep the mean.
+
+    ``stream``: as of :func:`draw`.
+    """
     if not training or p == 0:
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" and stream is None:
         return F.dropout(x, p)
-    return x * draw(x.shape, p, x.device) * scale_of(p, x.device)
+    return x * draw(x.shape, p, x.device, stream) * scale_of(p, x.device)
 
 
-def draw(shape: torch.Size, p: float, device: torch.device, comm: LayerComm | None = None) -> Tensor:
+def draw(shape: torch.Size, p: float, device: torch.device, stream: int | None = None) -> Tensor:
     """A dropout mask: bool of this shape, False with probability p.
 
     It follows torch's CPU generator on all devices: restoring its state repeats the mask, without device access.
-    ``comm``: ranks with equal generator states draw different masks, and their states stay equal.
+    ``stream``: ranks with equal generator states and different streams draw different masks, of any shapes, and their
+    states stay equal.
     """
-    generator = None if comm is None or comm.size == 1 else _generator_of(comm.rank, device)
+    generator = None if stream is None else _generator_of(stream, device)
     if device.type != "cpu":
         generator = generator or _generator_of(0, device)
         return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p, generator=generator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,24 @@ TIME_BUCKET_WIDTH = 0.301
 """Width of a time bucket in natural log seconds: ⌊ln(max(1, |Δt|)) / 0.301⌋."""
 NUM_TIME_BUCKETS = 128
 """Rows of the time weight of a relative bias."""
+
+
+@dataclass(frozen=True)
+class TokenRuns:
+    """Some tokens of a batch, on the host: first[s], first[s] + stride, …, ``count[s]`` of sequence s, in order."""
+
+    first: np.ndarray
+    """int64 [B]."""
+    count: np.ndarray
+    """int64 [B]."""
+    stride: int = 1
+
+    def within(self, tokens: range) -> range:
+        """Which of the runs' tokens, numbered in order, are among ``tokens``."""
+        return range(*(self._before(bound) for bound in (tokens.start, tokens.stop)))
+
+    def _before(self, bound: int) -> int:
+        return int(np.clip(-((self.first - bound) // self.stride), 0, self.count).sum())
 
 
 @dataclass
@@ -77,14 +95,15 @@ class JaggedLayout:
         index = torch.arange(total, device=count.device) - (count.cumsum(0) - count)[sequence]
         return self.seqlen_offsets[1:][sequence] - (count[sequence] - index) * self.tokens_per_item
 
-    def newest_tokens(self) -> Tensor:
-        """Index of each sequence's last token: int64 [B]; for an empty sequence that of another one, or -1."""
-        return self.seqlen_offsets[1:] - 1
+    def newest_item_runs(self, count: np.ndarray, shift: int = 0) -> TokenRuns:
+        """The tokens of :meth:`newest_item_tokens`, or those ``shift`` after them; int64 [B] on the host."""
+        ends = np.cumsum(self.seqlens)
+        return TokenRuns(ends - count * self.tokens_per_item + shift, count, self.tokens_per_item)
 
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """A permutation: token t is row ``source[t]`` of the concatenated parts. Both int64 [T]."""
+    """A permutation: token t is row ``source[t]`` of the concatenated parts. Both int64 [tokens]."""
 
     source: Tensor
     inverse: Tensor
@@ -174,10 +193,11 @@ def pad_tokens(layout: JaggedLayout, padding: int) -> JaggedLayout:
     )
 
 
-def truncate_history(layout: JaggedLayout, items: int) -> tuple[JaggedLayout, Tensor]:
+def truncate_history(layout: JaggedLayout, items: int) -> tuple[JaggedLayout, Tensor, Callable[[range], range]]:
     """The layout of the context, the newest ``items`` items of each history and the candidates, and their tokens.
 
-    Returns (the layout of shorter sequences, token of the whole ones for each of theirs: int64 [T'], ascending).
+    Returns (the layout of shorter sequences, token of the whole ones for each of theirs: int64 [T'], ascending, a
+    function: range of tokens of the whole ones → which of the T' are among them).
     Positions are those in the shorter sequences; times are those that the tokens had.
     """
     context = np.where(layout.seqlens > 0, layout.num_contextuals, 0)
@@ -206,23 +226,47 @@ def truncate_history(layout: JaggedLayout, items: int) -> tuple[JaggedLayout, Te
         query_times=None if layout.query_times is None else layout.query_times[tokens],
         cache={},
     )
-    return shorter, tokens
+    starts_on_host = run_starts(layout.seqlens)
+    runs = TokenRuns(starts_on_host, context), TokenRuns(starts_on_host + context + removed, seqlens - context)
+
+    def left(of_whole: range) -> range:
+        contexts, others = (run.within(of_whole) for run in runs)
+        return range(contexts.start + others.start, contexts.stop + others.stop)
+
+    return shorter, tokens, left
 
 
-def token_order(layout: JaggedLayout) -> TokenOrder:
+def part_rows(layout: JaggedLayout, tokens: range) -> list[range]:
+    """The rows of each part that :func:`token_order` puts in order of which ``tokens`` are made."""
+    starts, stride = run_starts(layout.seqlens), layout.tokens_per_item
+    starts_of_real = starts[layout.seqlens > 0]
+    contexts = [TokenRuns(starts_of_real + c, np.ones_like(starts_of_real)) for c in range(layout.num_contextuals)]
+    first_items = starts + layout.num_contextuals
+    return [
+        runs.within(tokens)
+        for runs in (*contexts, *(TokenRuns(first_items + part, layout.num_items, stride) for part in range(stride)))
+    ]
+
+
+def token_order(layout: JaggedLayout, tokens: range | None = None) -> TokenOrder:
     """The order of ``layout`` for the concatenated parts [context_1 … context_C, items, actions (if they are tokens)].
 
-    Each contextual part has one row per real sequence, each other part one row per item, all in batch order.
+    Each contextual part has one row per real sequence, each other part one row per item, all in batch order; or those
+    rows of them of which ``tokens`` are made.
     """
     num_contextuals, stride, num_items = layout.num_contextuals, layout.tokens_per_item, layout.num_items
     device, starts = layout.positions.device, run_starts(layout.seqlens)
-    contexts = np.arange(num_contextuals)[:, None] + starts[layout.seqlens > 0]
+    tokens = range(layout.num_tokens) if tokens is None else tokens
+    rows_of_parts, starts = part_rows(layout, tokens), starts - tokens.start
+    starts_of_real = starts[layout.seqlens > 0]
+    contexts = [starts_of_real[rows.start : rows.stop] + c for c, rows in enumerate(rows_of_parts[:num_contextuals])]
     first_tokens, lengths = _on_device(device, starts + num_contextuals - stride * run_starts(num_items), num_items)
     total = int(num_items.sum())
     items = torch.repeat_interleave(first_tokens, lengths, output_size=total)
     items = items.add_(torch.arange(total, device=device), alpha=stride)
-    parts = [to_device(contexts.reshape(-1), device), *(items + part if part else items for part in range(stride))]
-    inverse = torch.cat(parts)
+    of_items = [items[rows.start : rows.stop] for rows in rows_of_parts[num_contextuals:]]
+    parts = [own + part if part else own for part, own in enumerate(of_items)]
+    inverse = torch.cat([to_device(np.concatenate([np.empty(0, np.int64), *contexts]), device), *parts])
     source = torch.empty_like(inverse)
     source.scatter_(0, inverse, torch.arange(len(inverse), device=device))
     return TokenOrder(source, inverse)

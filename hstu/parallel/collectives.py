@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -36,14 +37,14 @@ def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     return local if dist.get_world_size(group) == 1 else _apply(local, _gather, _reduce_scatter, group)
 
 
-def split_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's part [n, …] of rows [ranks · n, …] that are equal on all ranks. Backward: gathers the gradients."""
-    return _apply(rows, _own_part, _gather, group)
+def split_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """This rank's part of rows that are equal on all ranks, ``counts[r]`` on rank r. Backward gathers gradients."""
+    return _apply(rows, partial(_own_part, counts=counts), partial(_gather_parts, counts=counts), group)
 
 
-def join_rows(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+def join_rows(own: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """The inverse of ``split_rows``. Backward: each rank keeps its part, as the gradient is equal on all ranks."""
-    return _apply(own, _gather, _own_part, group)
+    return _apply(own, partial(_gather_parts, counts=counts), partial(_own_part, counts=counts), group)
 
 
 def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
@@ -88,8 +89,20 @@ def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gather_copies(local, group).flatten(0, 1)
 
 
-def _own_part(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return rows.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
+def _own_part(rows: Tensor, group: dist.ProcessGroup, counts: Sequence[int]) -> Tensor:
+    return rows.split(list(counts))[dist.get_rank(group)].clone()
+
+
+def _gather_parts(own: Tensor, group: dist.ProcessGroup, counts: Sequence[int]) -> Tensor:
+    longest = max(counts)
+    if longest == 0:
+        return own
+    if longest > len(own):
+        own = torch.cat([own, own.new_zeros((longest - len(own), *own.shape[1:]))])
+    by_rank = gather_copies(own, group)
+    if min(counts) == longest:
+        return by_rank.flatten(0, 1)
+    return torch.cat([rows[:count] for rows, count in zip(by_rank, counts, strict=True)])
 
 
 def _reduce_scatter(partial_sums: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,8 +1,9 @@
 """The ranks of a tp_cp group compute on the sequences of all of them; each rank loads and looks up its own.
 
-Gradients: every rank of a group has the gradient of the group's rows, times the data-parallel size. What flows back
-to a rank's own rows is the sum over the group, and TorchRec divides by the number of ranks in the world. The result is
-the gradient of a single process.
+Gradients: every rank of a group has the gradient of the group's rows, times the data-parallel size; with context
+parallelism the gradient by its own tokens, times the context-parallel size, too. What flows back to a rank's own rows
+is the sum over the group, and TorchRec divides by the number of ranks in the world. The result is the gradient of a
+single process.
 """
 
 from __future__ import annotations

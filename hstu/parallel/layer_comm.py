@@ -3,16 +3,19 @@
 - **Tensor parallelism**: each rank has the weights of some heads. Partial products of W_o are summed.
 - **Sequence parallelism**: between the projections the tokens are split over the same ranks. They are gathered before
   W_uvqk, and the partial products of W_o are reduce-scattered.
-- **Context parallelism**: the tokens are split within the layer, too. Only attention needs more than one token. For it
-  the ranks exchange all heads of their own tokens for some heads of all tokens, and the result back (Ulysses, arXiv
-  2309.14509). Every kernel, mask and bias is that of a single rank, and all ranks have equal work, whatever the lengths
-  of the sequences.
+- **Context parallelism**: the tokens are split from the inputs to the head. Only attention needs more than one token.
+  For it the ranks exchange all heads of their own tokens for some heads of all tokens, and the result back (Ulysses,
+  arXiv 2309.14509). Every kernel, mask and bias is that of a single rank, and all ranks have equal work, whatever the
+  lengths of the sequences.
 
 Megatron-core 0.16.1 has mappings for the first two. They need CUDA, and each is an autograd function that waits for its
 result, whereas a layer is one autograd function that communicates while it computes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -32,10 +35,8 @@ class ProcessGroupComm(LayerComm):
 
     def __init__(self, mesh: Mesh, sequence_parallel: bool) -> None:
         self.rank, self.tp_size, self.cp_size = mesh.tp_cp_rank, mesh.tp_size, mesh.cp_size
-        self.tp_group, self.cp_group = mesh.tp_group, mesh.cp_group
+        self.cp_rank, self.tp_group, self.cp_group = mesh.cp_rank, mesh.tp_group, mesh.cp_group
         self.sequence_parallel = sequence_parallel
-        self.tokens_group = mesh.tp_cp_group if sequence_parallel else mesh.cp_group
-        """The ranks over which the tokens between the layers are split."""
 
     def all_gather(self, own: Tensor) -> Tensor:
         """See :class:`LayerComm`."""
@@ -86,24 +87,50 @@ class ProcessGroupComm(LayerComm):
         work = dist.all_to_all_single(received, by_rank.contiguous(), group=self.cp_group, async_op=True)
         return _pending(received, work)
 
-    def split_tokens(self, x: Tensor, layout: JaggedLayout) -> tuple[Tensor, JaggedLayout]:
-        """See :class:`LayerComm`. Zero tokens pad the batch to a multiple of the number of ranks.
+    def token_ranges(self, num_tokens: int) -> list[range]:
+        """See :class:`LayerComm`."""
+        bounds = [min(rank * self._tokens_per_rank(num_tokens), num_tokens) for rank in range(self.cp_size + 1)]
+        return [range(*pair) for pair in pairwise(bounds)]
 
-        Of the layers' weights a context-parallel rank has the gradients by its own tokens, and DDP averages them over
-        the ranks. So that their mean is the sum over the tokens, gradients are ``cp_size`` times as large between here
-        and ``join_tokens``.
-        """
-        if not self._splits_tokens:
-            return x, layout
-        padding = max(len(x), 1) + -max(len(x), 1) % dist.get_world_size(self.tokens_group) - len(x)
-        own = split_rows(F.pad(x, (0, 0, 0, padding)), self.tokens_group)
-        return scale_gradient(own, 1 / self.cp_size), pad_tokens(layout, padding)
+    def split_tokens(self, own: Tensor, layout: JaggedLayout) -> tuple[Tensor, JaggedLayout]:
+        """See :class:`LayerComm`. With sequence parallelism the tensor-parallel ranks share the range."""
+        size = self._tokens_per_rank(layout.num_tokens)
+        if size > len(own):
+            own = F.pad(own, (0, 0, 0, size - len(own)))
+        if self.sequence_parallel:
+            own = split_rows(own, self._tp_counts(size), self.tp_group)
+        return own, pad_tokens(layout, self.cp_size * size - layout.num_tokens)
 
     def join_tokens(self, own: Tensor, num_tokens: int) -> Tensor:
         """See :class:`LayerComm`."""
-        if not self._splits_tokens:
+        if self.sequence_parallel:
+            own = join_rows(own, self._tp_counts(len(own) * self.tp_size), self.tp_group)
+        count = len(self.token_ranges(num_tokens)[self.cp_rank])
+        return own if len(own) == count else own[:count]
+
+    def _tokens_per_rank(self, num_tokens: int) -> int:
+        """Tokens of a context-parallel rank, padding included."""
+        share = -(-max(num_tokens, 1) // self.cp_size)
+        return share + -share % self.tp_size if self.sequence_parallel else share
+
+    def _tp_counts(self, num_tokens: int) -> list[int]:
+        return [num_tokens // self.tp_size] * self.tp_size
+
+    def take_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """See :class:`LayerComm`."""
+        if self.cp_size == 1:
+            return rows
+        return scale_gradient(split_rows(rows, counts, self.cp_group), 1 / self.cp_size)
+
+    def gather_rows(self, own: Tensor, counts: Sequence[int]) -> Tensor:
+        """See :class:`LayerComm`."""
+        if self.cp_size == 1:
             return own
-        return join_rows(scale_gradient(own, self.cp_size), self.tokens_group)[:num_tokens]
+        return join_rows(scale_gradient(own, self.cp_size), counts, self.cp_group)
+
+    def sum_over_tokens(self, own: Tensor) -> Tensor:
+        """See :class:`LayerComm`."""
+        return own if self.cp_size == 1 else self.gather_rows(own[None], [1] * self.cp_size).sum()
 
     def all_reduce_over_heads(self, gradient: Tensor) -> Tensor:
         """See :class:`LayerComm`."""
@@ -112,10 +139,6 @@ class ProcessGroupComm(LayerComm):
     def all_reduce_over_tokens(self, gradient: Tensor) -> Tensor:
         """See :class:`LayerComm`."""
         return sum_over_ranks(gradient, self.tp_group) if self.sequence_parallel else gradient
-
-    @property
-    def _splits_tokens(self) -> bool:
-        return self.sequence_parallel or self.cp_size > 1
 
 
 def _pending(result: Tensor, work: dist.Work) -> Pending:

@@ -185,5 +185,5 @@ def _common(this: Evaluation, other: Evaluation) -> tuple[Observations, Observat
 def _raw(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
     """Raw ids of the user and of the item of each prediction."""
     source, observations = evaluation.loaded.with_data(), evaluation.observations
-    items = source.store.raw_ids(source.roles.item)[source.item_codes(observations.items)]
-    return source.eval_store.raw_ids(USER_FEATURE)[observations.users], items
+    items = evaluation.loaded.vocabularies[source.roles.item].decode(observations.items)
+    return source.eval_store.raw_ids(USER_FEATURE)[observations.users], np.array(items)

@@ -42,9 +42,11 @@ def segmentation(by: str, loaded: LoadedModel, observations: Observations) -> Se
     if by == "history":
         return _of_history(observations.history)
     if by in ("popularity", "cold"):
-        counts = _training_counts(loaded, source)
+        counts = np.append(_training_counts(loaded, source), 0)  # for items of eval_dataset_path alone
         found = _deciles(counts) if by == "popularity" else _cold(counts)
-        return Segmentation(found.names, found.of_row[source.item_codes(observations.items)])
+        codes = np.minimum(source.item_codes(observations.items), len(counts) - 2)
+        is_known = loaded.model_ids(codes) == observations.items
+        return Segmentation(found.names, found.of_row[np.where(is_known, codes, len(counts) - 1)])
     features = source.eval_store.contextual_features
     if by not in features:
         allowed = ("history", "popularity", "cold", *features)

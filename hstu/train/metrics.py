@@ -97,13 +97,11 @@ class CollectedMetrics(ABC):
         """Add M predictions, [M] or [M, width], and arrays [M] that belong to them."""
         self._chunks.append((predictions.astype(np.float32), *others))
 
-    def compute(self, gather: Gather = only_rank) -> dict[str, float]:
-        """All metrics over the predictions of all ranks, the same on every rank. Collective."""
-        if not self._chunks:  # then no rank has any: all get equally many batches
-            return self._all_undefined("the evaluation set has no batches")
-        predictions, *others = (gather(np.concatenate(parts)) for parts in zip(*self._chunks, strict=True))
-        if not len(predictions):
+    def compute(self) -> dict[str, float]:
+        """All metrics over the predictions."""
+        if not any(len(chunk[0]) for chunk in self._chunks):
             return self._all_undefined("the evaluation set has no labelled items")
+        predictions, *others = (np.concatenate(parts) for parts in zip(*self._chunks, strict=True))
         if not np.isfinite(predictions).all():
             return self._all_undefined("the model predicts values that are not finite")
         return self._compute(predictions.astype(np.float64), *others)

@@ -70,11 +70,12 @@ def run_layer(case: Case, x: Tensor, slope: Tensor, weights: LayerWeights, comm:
     leaves = [w.detach().clone().requires_grad_() for w in weights if w is not None]
     given_weights = iter(leaves)
     x = x.clone().requires_grad_()
-    own, layout = comm.split_tokens(x, case.batch.layout())
+    shares = [len(tokens) for tokens in comm.token_ranges(len(x))]
+    own, layout = comm.split_tokens(comm.take_rows(x, shares), case.batch.layout())
     out, update = HSTULayerFunction.apply(
         own, None, layout, config, *(None if w is None else next(given_weights) for w in weights)
     )
-    out = comm.join_tokens(out + update, len(x))
+    out = comm.gather_rows(comm.join_tokens(out + update, len(x)), shares)
     return [out.detach(), *torch.autograd.grad(out, [x, *leaves], slope)]
 
 

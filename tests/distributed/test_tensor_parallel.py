@@ -10,7 +10,6 @@ import torch
 
 from hstu.checkpoint.load import load
 from hstu.checkpoint.save import save
-from hstu.ops.comm import LayerComm
 from hstu.ops.dropout import draw
 from hstu.parallel.layer_comm import ProcessGroupComm
 from hstu.parallel.mesh import Mesh
@@ -232,11 +231,9 @@ def dropout_masks(mesh: Mesh, store: str) -> dict[str, Any]:
         source, state = new_run(mesh, config)
         results[name] = train(mesh, config, source, state, 3)
         consolidated(state, mesh)  # refuses replicated weights that are not equal on all ranks
-    for place, comm in (
-        ("before W_o", ProcessGroupComm(mesh, sequence_parallel=False)),
-        ("input", LayerComm()),
-    ):
-        results[place] = draw(torch.Size([64]), 0.5, torch.device("cpu"), comm).tolist()
+    comm = ProcessGroupComm(mesh, sequence_parallel=False)
+    for place, stream in (("before W_o", comm.dropout_stream), ("input", comm.input_stream)):
+        results[place] = draw(torch.Size([64]), 0.5, torch.device("cpu"), stream).tolist()
     return results
 
 

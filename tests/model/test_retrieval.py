@@ -11,6 +11,7 @@ from hstu.data.batch import NEGATIVES, PADDING_ID
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.stack import SequenceEncoder
+from hstu.ops.comm import LayerComm
 from hstu.ops.layout import build_layout
 from tests.helpers import make_batch
 from tests.model.examples import make_network
@@ -27,6 +28,7 @@ class RunningSum(nn.Module):
         super().__init__()
         self.map = nn.Linear(DIM, hidden_size)
         self.tokens_per_item = 2 if interleaved else 1
+        self.comm = LayerComm()
 
     def forward(self, embeddings, batch):
         layout = build_layout(

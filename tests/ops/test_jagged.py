@@ -1,9 +1,11 @@
 """Jagged concatenation and positions."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 
-from hstu.ops.layout import token_order
+from hstu.ops.layout import part_rows, token_order
 from hstu.ops.pytorch.operators import add_positions, jagged_concat
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch, batches
@@ -27,6 +29,14 @@ def test_tokens_stand_where_a_loop_over_users_puts_them(batch: Batch) -> None:
     order = token_order(batch.layout())
     assert [flat[row] for row in order.source.tolist()] == expected
     assert order.source[order.inverse].tolist() == list(range(len(flat)))
+
+    for start, stop in pairwise(
+        [0, len(flat) // 3, len(flat) // 2, len(flat)]
+    ):  # ranges of tokens, by their rows alone
+        of_range = range(start, stop)
+        rows_of_parts = part_rows(batch.layout(), of_range)
+        own = [name for part, rows in zip(names, rows_of_parts, strict=True) for name in part[rows.start : rows.stop]]
+        assert [own[row] for row in token_order(batch.layout(), of_range).source.tolist()] == expected[start:stop]
 
 
 def test_gradient_goes_back_to_the_row_a_token_came_from() -> None:

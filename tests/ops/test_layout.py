@@ -1,5 +1,7 @@
 """The layout against tokens written down one at a time."""
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -45,10 +47,16 @@ def test_queries_may_all_have_the_times_of_their_own_tokens(batch: Batch) -> Non
     assert layout.query_times is not None and torch.equal(layout.query_times, layout.token_times)
 
 
+def parts_of(num_tokens: int) -> list[range]:
+    """Ranges that cut sequences anywhere, one of them empty."""
+    bounds = sorted([0, 0, num_tokens // 3, num_tokens // 2, num_tokens])
+    return [range(*pair) for pair in pairwise(bounds)]
+
+
 @given(batches(), st.integers(1, 6))
 def test_a_truncated_layout_has_the_tokens_that_are_left(batch: Batch, items: int) -> None:
     layout = batch.layout()
-    shorter, tokens = truncate_history(layout, items)
+    shorter, tokens, left_of = truncate_history(layout, items)
     left, positions, start = [], [], 0
     for sequence in batch.tokens():
         oldest = [place for place, token in enumerate(sequence) if token.kind == "history"]
@@ -60,6 +68,9 @@ def test_a_truncated_layout_has_the_tokens_that_are_left(batch: Batch, items: in
         start += len(sequence)
     assert tokens.tolist() == left
     assert shorter.positions.tolist() == positions
+    for part in parts_of(layout.num_tokens):
+        own = left_of(part)
+        assert tokens[own.start : own.stop].tolist() == [token for token in left if token in part]
     assert shorter.num_tokens == len(left) == shorter.seqlen_offsets[-1]
     assert shorter.num_candidate_tokens_host.tolist() == layout.num_candidate_tokens_host.tolist()
     for name in ("token_times", "query_times"):
@@ -73,13 +84,23 @@ def test_newest_items_are_found_behind_context_and_between_actions() -> None:
     assert layout.num_items.tolist() == [3, 1, 0]
     assert layout.newest_item_tokens(torch.tensor([2, 1, 0]), total=3).tolist() == [3, 5, 8]
     assert layout.newest_item_tokens(torch.tensor([0, 0, 0]), total=0).tolist() == []
-    assert layout.newest_tokens()[:2].tolist() == [6, 9]
 
 
 def test_without_actions_an_item_is_one_token() -> None:
     layout = Batch((User(2, 1),), contextuals=2, tokens_per_item=1, group_size=1).layout()
     assert layout.newest_item_tokens(torch.tensor([3]), total=3).tolist() == [2, 3, 4]
     assert layout.positions.tolist() == [0, 1, 2, 3, 4]
+
+
+@given(batches(), st.integers(-1, 0))
+def test_the_newest_items_of_a_range_of_tokens_are_known_on_the_host(batch: Batch, shift: int) -> None:
+    layout = batch.layout()
+    counts = layout.num_items // 2
+    tokens = (layout.newest_item_tokens(torch.from_numpy(counts), int(counts.sum())) + shift).tolist()
+    runs = layout.newest_item_runs(counts, shift)
+    for part in parts_of(layout.num_tokens):
+        own = runs.within(part)
+        assert tokens[own.start : own.stop] == [token for token in tokens if token in part]
 
 
 @given(batches())

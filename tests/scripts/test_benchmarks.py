@@ -107,6 +107,7 @@ def test_the_padded_layer_is_ours(position_encoding: tuple[str, ...]) -> None:
 
 @pytest.mark.filterwarnings("ignore:fbgemm")  # its gradient lies below autograd; whether it is right is seen here
 def test_all_losses_and_their_gradients_are_the_same_but_that_of_the_whole_pool() -> None:
+    torch.manual_seed(0)
     negatives = import_module("negatives")
     options = negatives.parse(["--queries", "50", "--pool", "20", "--draws", "9", "--dim", "8", "--no-compile"])
     passes = negatives.passes_of(options, CPU)
@@ -267,3 +268,15 @@ def test_scoring_with_a_cached_history_is_compared_with_whole_forwards(
         },
         rel=1e-3,
     )
+
+
+@pytest.mark.slow
+def test_a_context_parallel_rank_needs_its_share_of_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "context.json"
+    options = ["--longest", "2000", "--layers", "8", "--span", "64", "--ranks", "1", "4", "--output"]
+    monkeypatch.setattr("sys.argv", ["context_cpu", *options, str(file)])
+    import_module("context_cpu").main()
+    alone, four = json.loads(file.read_text())["rows"]
+    assert alone["kept_bytes"] > 10**8
+    assert four["kept_over_share"] < 1.02 and four["peak_over_share"] < 1.1
+    assert four["loss_off"] < 1e-6 and four["weight_gradient_off"] < 1e-5

@@ -55,7 +55,7 @@ class Model:
         """The newest token of each sequence, by one whole forward."""
         batch = make_batch(samples, self.features)
         tokens, layout = self.encoder(self.tables(batch), batch)
-        newest: Tensor = tokens[layout.newest_tokens()]
+        newest: Tensor = tokens[layout.seqlen_offsets[1:] - 1]
         return newest
 
     def candidates(self, sample: Sample) -> Tensor:

@@ -170,7 +170,6 @@ def test_a_run_that_reaches_its_last_iteration_is_done(train: Callable[..., Fini
     evaluated = {r["iter"]: r["metrics"]["LOGLOSS"] for r in finished.records if r["kind"] == "eval"}
     assert best["value"] == min(evaluated.values()) == evaluated[best["iter"]]
     assert summary["throughput"]["tokens_per_s"] > 0 and summary["seconds"] > 0
-    assert (finished.path / "curves.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("saving", [True, False])

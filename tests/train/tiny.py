@@ -223,8 +223,9 @@ def skip_measuring_the_peak() -> None:
 
 
 def run(config: RunConfig, mesh: Mesh) -> FinishedRun:
-    """Build and train."""
+    """Build and train. Draws no curves, which takes longer than a tiny run; tests/observe draws some."""
     trainer = build(config, mesh)
+    trainer.run_directory.draw_curves = lambda: None  # type: ignore[method-assign]
     trainer.train()
     return FinishedRun(trainer, trainer.run_directory.path)
 

@@ -59,7 +59,7 @@ def forward(
     x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`hstu.ops.kernels.GateForward`. float32 or bfloat16; the dropout mask is bool [T, H · d]."""
-    kept = draw(x.flatten(1).shape, config.dropout, _CPU, config.comm) if config.dropout > 0 else None
+    kept = draw(x.flatten(1).shape, config.dropout, _CPU, config.comm.dropout_stream) if config.dropout > 0 else None
     u = _joined(u)
     statistics, out = torch.empty(2, len(x)), torch.empty(len(x), len(weight), dtype=x.dtype)
     arguments = _prepare(x, u, weight, bias, config, statistics, kept)

@@ -50,7 +50,7 @@ def gate_forward(
     """See :class:`hstu.ops.kernels.GateForward`; the dropout mask is bool [T, H · d]."""
     rows, weight, bias = _wide(x, weight, bias)
     normalised, statistics = _normalise(rows, weight, bias, config)
-    kept = draw(rows.shape, config.dropout, x.device, config.comm) if config.dropout > 0 else None
+    kept = draw(rows.shape, config.dropout, x.device, config.comm.dropout_stream) if config.dropout > 0 else None
     return _gated(normalised, u, x.dtype, kept, config), statistics, kept
 
 

@@ -1,0 +1,44 @@
+"""The tokens of the labelled items that a rank has. With context parallelism each rank has a range of all tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hstu.data.batch import HSTUBatch
+from hstu.ops.comm import LayerComm
+from hstu.ops.layout import JaggedLayout, TokenRuns
+
+
+class OwnRows(NamedTuple):
+    """Which of some tokens of a batch, numbered in order, are this rank's."""
+
+    own: slice
+    counts: list[int]
+    """How many each context-parallel rank has."""
+    first_token: int
+    """This rank's first token of the batch."""
+
+
+def own_rows(runs: TokenRuns, layout: JaggedLayout, comm: LayerComm) -> OwnRows:
+    """Which tokens of ``runs`` are this rank's."""
+    ranges = comm.token_ranges(layout.num_tokens)
+    of_ranks = [runs.within(of_rank) for of_rank in ranges]
+    own = of_ranks[comm.cp_rank]
+    return OwnRows(slice(own.start, own.stop), [len(each) for each in of_ranks], ranges[comm.cp_rank].start)
+
+
+def labelled_rows(
+    tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch, comm: LayerComm, shift: int = 0
+) -> tuple[Tensor, OwnRows]:
+    """The rows [m, D] of this rank's tokens, [., D], that are ``shift`` after those of the labelled items.
+
+    Returns them, and which of the labels they belong to.
+    """
+    places = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total) + shift
+    if comm.cp_size == 1:
+        return tokens.index_select(0, places), OwnRows(slice(None), [batch.num_labels_total], 0)
+    assert batch.num_labels_host is not None  # the batch of a group
+    labels = own_rows(layout.newest_item_runs(batch.num_labels_host, shift), layout, comm)
+    return tokens.index_select(0, places[labels.own] - labels.first_token), labels

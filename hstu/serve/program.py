@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from hstu.model.heads import MultiTaskHead
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.stack import HSTULayer, SequenceEncoder
@@ -128,12 +129,12 @@ class ServingProgram(nn.Module):
         if self.head is None:
             queries: Tensor = _KERNELS.l2_normalize(self.query_projection(tokens), self.l2_norm_eps)
             return queries
-        outputs = self.head(tokens)
+        outputs: Tensor = self.head(tokens)
         if self.tasks is None:
-            logits: Tensor = outputs
-            return logits
+            return outputs
+        each = outputs.split(cast(MultiTaskHead, self.head).task_widths, dim=1)
         tasks = (cast(RankingTask, task) for task in self.tasks)
-        return torch.cat([task.predictions(own) for task, own in zip(tasks, outputs, strict=True)], dim=1)
+        return torch.cat([task.predictions(own) for task, own in zip(tasks, each, strict=True)], dim=1)
 
     def _tokens(self, inputs: dict[str, Tensor]) -> Tensor:
         """The tokens [T, D] that the first layer reads, as SequenceInputs makes them."""

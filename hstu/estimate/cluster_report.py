@@ -68,7 +68,8 @@ def _lines(clusters: Sequence[Simulated], machine: Machine) -> Iterator[str]:
     for *numbers, last in rows:
         yield "  ".join(f"{cell:>{width}}" for cell, width in zip(numbers, widths, strict=False)) + f"  {last}"
     yield "\nnote: an estimate; none of it has been measured on GPUs"
-    yield f"note: {len(clusters[0].steps.seconds)} steps are simulated; waiting and exchange are shares of them"
+    fewest = min(len(each.steps.seconds) for each in clusters)
+    yield f"note: at least {fewest} steps are simulated; waiting and exchange are shares of them"
     yield "note: goodput is the share of the time that trains and is kept; the last column is a share of all time"
     yield f"note: a failure per {machine.mtbf_hours:,.0f} GPU hours, {machine.restart_s:g} s to restart"
     yield (

@@ -95,15 +95,16 @@ class _CopyingComm(LayerComm):
         return own.expand(self.tp_size, *own.shape)
 
 
-def gate(rows: int, heads: int, width: int, c: int, dropped: float, ranks: int) -> Operator:
-    """The gated norm of [rows, heads, width] on one of ``ranks`` ranks."""
+def gate(workload: Workload, rows: int, heads: int, width: int) -> Operator:
+    """The gated norm of [rows, heads, width] on one rank."""
+    c, dropped = workload.element_size, workload.config.network.hidden_dropout
 
     def build(count: int) -> Forward:
         uvqk = torch.randn(count, heads, 4, width, dtype=_dtype(c))
         x, u = torch.randn(count, heads, width).to(_dtype(c)).requires_grad_(), uvqk[:, :, 0].requires_grad_()
         norm = nn.LayerNorm(heads * width)
-        config = GateConfig(norm.eps, dropped, _CopyingComm(ranks))
-        kernels = KERNELS.norm_mul_dropout
+        config = GateConfig(norm.eps, dropped, _CopyingComm(workload.tp_size))
+        kernels = workload.cpu_kernels.norm_mul_dropout
         return lambda: functional.norm_mul_dropout(x, u, norm.weight, norm.bias, config, kernels), [
             x,
             u,
@@ -150,7 +151,7 @@ def attention(workload: Workload, batch: Batch, heads: int, max_span: int | None
         grad = torch.randn_like(q)
 
         def both() -> None:
-            out = functional.hstu_attention(q, k, v, layout, config, bias, KERNELS.attention)
+            out = functional.hstu_attention(q, k, v, layout, config, bias, workload.cpu_kernels.attention)
             torch.autograd.grad(out, leaves, grad)
 
         def first() -> None:
@@ -207,8 +208,9 @@ def labelled_rows(name: str, labels: int, width: int, hidden: int, tokens: int) 
     return timed_operator(name, cost, labels, build)
 
 
-def softmax(queries: int, pool: int, draws: int, width: int) -> Operator:
-    """The softmax loss of retrieval. ``draws``: negatives of each query's own; 0: the whole pool."""
+def softmax(workload: Workload, queries: int, pool: int, width: int) -> Operator:
+    """The softmax loss of retrieval, over the negatives of each query's own, or over the whole pool."""
+    draws = workload.draws_per_label
 
     def build(count: int) -> Forward:
         vectors = [F.normalize(torch.randn(rows, width)).requires_grad_() for rows in (count, count, pool)]
@@ -216,11 +218,11 @@ def softmax(queries: int, pool: int, draws: int, width: int) -> Operator:
         targets, ids = torch.randint(pool, (count,)), torch.arange(pool)
         if draws:
             drawn = torch.randint(pool, (count, draws), dtype=torch.int32)
-            kernel = KERNELS.sampled_softmax_loss
+            kernel = workload.cpu_kernels.sampled_softmax_loss
             return lambda: functional.sampled_softmax_loss(
                 rows, positives, items, drawn, targets, ids, None, 0.05, kernel
             ), vectors
-        pool_kernel = KERNELS.pool_softmax_loss
+        pool_kernel = workload.cpu_kernels.pool_softmax_loss
         return lambda: functional.pool_softmax_loss(
             rows, positives, items, targets, ids, None, 0.05, pool_kernel
         ), vectors

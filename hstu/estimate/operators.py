@@ -63,7 +63,7 @@ def _equal_layers(workload: Workload, part: LayerPart) -> Iterator[Operator]:
         (norm, dense.add_layer_norm(own, hidden, c, workload.residual_size)),
         (whole, dense.linear("W_uvqk", tokens, hidden, 4 * inner, c)),
         (silu, dense.silu(tokens, 4 * inner, c, fused)),
-        (whole, dense.gate(tokens, heads, width, c, network.hidden_dropout, tp)),
+        (whole, dense.gate(workload, tokens, heads, width)),
         (0, dense.linear("W_o", tokens, inner, hidden, c)),
     )
     for again, op in repeated:
@@ -93,7 +93,7 @@ def _task(workload: Workload, batch: Batch) -> Iterator[Operator]:
         yield dense.linear("item tower", rows_of_tower, inputs, outputs, FLOAT32)
     for rows in (tokens, batch.items):  # queries and positives are selected and normalised
         yield dense.labelled_rows("queries", labels, width, width, rows)
-    yield dense.softmax(labels, workload.pool(batch, workload.dp_size), workload.draws_per_label, width)
+    yield dense.softmax(workload, labels, workload.pool(batch, workload.dp_size), width)
 
 
 def _task_heads(

@@ -19,8 +19,8 @@ from hstu.estimate.plan import LengthDraws
 from hstu.estimate.traffic import transfers
 from hstu.estimate.workload import Batch, Workload
 
-STEPS = 100
-"""Steps that are simulated."""
+MOST_STEPS, MOST_SEQUENCES = 100, 1 << 22
+"""Limits of what is simulated. With many ranks fewer steps show how long the slowest one takes."""
 COMPUTING, MAKING, WAITING = "computing", "making batches", "waiting for the slowest rank"
 SAVING, LOST = "saving checkpoints", "failures"
 _OF_ALL = ("exchange for tables", "exchange for data parallelism")
@@ -93,12 +93,15 @@ class Steps:
 
 
 def simulate_steps(
-    workload: Workload, draws: LengthDraws, times: BatchTimes, steps: int = STEPS, seed: int = 0
+    workload: Workload, draws: LengthDraws, times: BatchTimes, steps: int | None = None, seed: int = 0
 ) -> Steps:
     """Each step begins when all ranks have ended the one before.
 
     It takes the time of the tp_cp group with the most to do, then the exchanges of all ranks, for the busiest of them.
+    ``steps``: None for as many as the limits above allow.
     """
+    sequences = workload.config.trainer.sequences_per_iteration * workload.world_size
+    steps = steps or min(MOST_STEPS, max(1, MOST_SEQUENCES // sequences))
     own = [part for part in times.lines if part not in _OF_ALL]
     shared = [part for part in times.lines if part in _OF_ALL]
     seconds, parts, tokens, flops = [], dict.fromkeys([*times.lines, WAITING], 0.0), 0.0, 0.0
@@ -158,8 +161,13 @@ class Simulated:
         return max(losses.items(), key=lambda each: each[1])
 
 
-def simulate(workload: Workload, draws: LengthDraws, machine: Machine, steps: int = STEPS, seed: int = 0) -> Simulated:
-    """Simulate ``steps`` steps, then the failures of a run of such steps that saves at the best interval."""
+def simulate(
+    workload: Workload, draws: LengthDraws, machine: Machine, steps: int | None = None, seed: int = 0
+) -> Simulated:
+    """Simulate steps, then the failures of a run of such steps that saves at the best interval.
+
+    ``steps``: see ``simulate_steps``.
+    """
     plan = plan_for(machine, workload)
     times = batch_times(workload, machine, plan)
     simulated = simulate_steps(workload, draws, times, steps, seed)

@@ -41,7 +41,9 @@ def replicated_table(workload: Workload, spec: TableSpec, ids: int) -> Operator:
     def prepare(_: Mesh) -> Timed:
         table = nn.Parameter(torch.randn(spec.rows, spec.dim))
         group = {"params": [table], "lr": 1e-9, "optimizer": training.optimizer}
-        optimizer = RowOptimizer([group], (args.adam_beta1, args.adam_beta2), args.adam_eps)
+        optimizer = RowOptimizer(
+            [group], (args.adam_beta1, args.adam_beta2), args.adam_eps, workload.cpu_kernels.update_rows
+        )
         indices = torch.randint(spec.rows, (ids,))
 
         def step() -> None:

@@ -20,9 +20,11 @@ from hstu.data.sampler import Loads
 from hstu.model.embedding import TableSpec
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import LogCounts
-from hstu.model.stack import HSTULayer, SequenceEncoder
+from hstu.model.stack import HSTULayer, SequenceEncoder, kernel_shapes
 from hstu.ops.costs import FLOAT32
+from hstu.ops.kernels import Kernels
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.select import select_kernels
 from hstu.parallel.tensor import SPLIT_DIMS
 from hstu.train.builder import TaskModel, task_module
 from hstu.train.flops import FlopCounter, truncated_items
@@ -137,6 +139,13 @@ class Workload:
         with torch.device("meta"):
             log_counts = LogCounts(torch.empty(self.corpus_size)) if has_log_counts else None
             return task_module(self.config, self.features, REFERENCE_KERNELS, log_counts=log_counts)
+
+    @cached_property
+    def cpu_kernels(self) -> Kernels:
+        """The kernels of the run on this CPU, for operators that are timed."""
+        network = self.config.network
+        shapes = kernel_shapes(network, self.tp_size)
+        return select_kernels(network.kernel_backend, network.strict_kernel_backend, torch.device("cpu"), shapes)
 
     @cached_property
     def dense_parameters(self) -> dict[str, int]:

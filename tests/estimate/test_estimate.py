@@ -186,6 +186,25 @@ def test_a_cpu_is_measured_operator_by_operator(task: str) -> None:
     assert found.step["exchange for tables"] > 0
 
 
+def test_operators_are_timed_with_the_kernels_of_the_run() -> None:
+    workload = plan_workload(run_config(), 1, 1, "cpu")
+    kernels, calls = workload.cpu_kernels, []
+    attention, gate = kernels.attention, kernels.norm_mul_dropout
+
+    def counted(kernel: Any) -> Any:
+        return lambda *args, **options: (calls.append(kernel), kernel(*args, **options))[1]
+
+    workload.__dict__["cpu_kernels"] = dataclasses.replace(  # as if another backend served them
+        kernels,
+        attention=dataclasses.replace(attention, forward=counted(attention.forward)),
+        norm_mul_dropout=dataclasses.replace(gate, forward=counted(gate.forward)),
+    )
+    for op in operators(workload, workload.typical, ()):
+        if op.name in (ATTENTION, "norm, gate, dropout"):
+            op.prepare(None).run()  # type: ignore[arg-type]
+    assert {attention.forward, gate.forward} == set(calls)
+
+
 def test_numbers_of_a_machine_can_be_set() -> None:
     assert machine.with_settings(H100, {"network_gb_s": "25"}).network_gb_s == 25
     for settings, message in (({"network_gb": "25"}, "did you mean 'network_gb_s'"), ({"launch_us": "-1"}, "above 0")):

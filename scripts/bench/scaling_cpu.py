@@ -79,7 +79,7 @@ def variants_of(case: str, ranks: int, tp_size: int) -> dict[str, Variant]:
 
     if ranks == 1:
         return {ALONE: variant(sequences, False), TOGETHER: variant(sequences, False)}
-    sizes = {"weak": sequences, "strong": sequences // 2}
+    sizes = {"weak": sequences, "strong": sequences // ranks}
     if tp_size > 1:
         return {f"{name}, tp 2": variant(size, False) for name, size in sizes.items()}
     return {f"{name}{end}": variant(size, bool(end)) for name, size in sizes.items() for end in ("", ", balanced")}
@@ -239,7 +239,8 @@ class World:
 class Measured:
     """Some steps of one rank.
 
-    Begun, ended: seconds on CLOCK_MONOTONIC; data_s: time to get batches, without ``times``.
+    Begun, ended: seconds on CLOCK_MONOTONIC; data_s: time to get batches, without ``times``; working_s: processor time
+    of the main thread, which a blocked thread does not use, for each step.
     """
 
     begun: float
@@ -248,6 +249,7 @@ class Measured:
     sequences: int
     tokens: int
     times: Times = field(default_factory=Times)
+    working_s: list[float] = field(default_factory=list)
 
 
 def serve(pipe: Connection, world: World, rank: int, port: int) -> None:
@@ -298,7 +300,9 @@ def serve(pipe: Connection, world: World, rank: int, port: int) -> None:
         batches.seconds = 0.0
         measured = Measured(time.monotonic(), 0.0, 0.0, 0, 0)
         for _ in range(steps):
+            worked = time.thread_time()
             batch = pipeline.progress(batches).batch
+            measured.working_s.append(time.thread_time() - worked)
             measured.sequences += batch.real_batch_size
             measured.tokens += flops.count(batch)[0]
         measured.ended, measured.data_s, measured.times = time.monotonic(), batches.seconds, clock.restart()

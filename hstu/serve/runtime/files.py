@@ -68,11 +68,19 @@ def _sha256(path: Path) -> str:
 
 
 class Safetensors:
-    """The tensors of a safetensors file, memory mapped: 8 bytes of length, a JSON header, then the tensors' bytes."""
+    """The tensors of a safetensors file: 8 bytes of length, a JSON header, then the tensors' bytes.
 
-    def __init__(self, path: Path) -> None:
+    in_memory: read the file instead of mapping it. A mapped file that is cut off ends the process.
+    """
+
+    def __init__(self, path: Path, in_memory: bool = False) -> None:
+        self._bytes: mmap.mmap | bytearray
         with path.open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch warns of read-only memory
+            if in_memory:
+                self._bytes = bytearray(path.stat().st_size)
+                file.readinto(self._bytes)
+            else:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch warns of read-only memory
         length = int.from_bytes(self._bytes[:8], "little")
         self._entries: dict[str, Any] = json.loads(self._bytes[8 : 8 + length])
         self._entries.pop("__metadata__", None)
@@ -122,9 +130,9 @@ class Table:
         return found.masked_fill((index < 0)[:, None], 0)
 
 
-def read_tables(path: Path) -> dict[str, Table]:
+def read_tables(path: Path, in_memory: bool = False) -> dict[str, Table]:
     """The tables of a file. That of int8 has its factors under ``<name>.scale``."""
-    stored = Safetensors(path)
+    stored = Safetensors(path, in_memory)
     return {
         name: Table(stored.tensor(name), stored.tensor(f"{name}.scale") if f"{name}.scale" in stored else None)
         for name in stored.names()

@@ -32,31 +32,34 @@ class Recommendation:
     """Titles of the items; empty where the data has none."""
 
 
-def load(directory: str | Path, *, verify: bool = True, compiled: bool = False) -> Model:
+def load(directory: str | Path, *, verify: bool = True, compiled: bool = False, in_memory: bool = False) -> Model:
     """Load the folder ``serving`` of an export.
 
     Args:
         directory: the folder, which may have been moved.
         verify: compare the checksum of every file with the manifest. Sizes are always compared.
         compiled: run the program that ``--aot`` has compiled for this kind of machine instead of the graph.
+        in_memory: read tables and vocabulary at once instead of mapping their files, which then may change.
 
     Raises:
         ServingError: a file is missing, incomplete or damaged, or the folder is of another version.
     """
-    return Model(Path(directory), verify, compiled)
+    return Model(Path(directory), verify, compiled, in_memory)
 
 
 class Model:
     """An exported model in host memory; :func:`load` creates it. Several threads may call it at once.
 
     ``facts`` is what serving.json holds: features, tasks and limits of the model. ``encoder`` looks up what it reads.
+    ``titles`` are those of the items in the order of ``encoder.items``; empty where the data has none.
     """
 
-    def __init__(self, directory: Path, verify: bool, compiled: bool) -> None:
+    def __init__(self, directory: Path, verify: bool, compiled: bool, in_memory: bool) -> None:
         self.facts, files = read_directory(directory, verify)
-        tables, stored = read_tables(directory / TABLES), Safetensors(directory / VOCABULARY)
+        tables = read_tables(directory / TABLES, in_memory)
+        stored = Safetensors(directory / VOCABULARY, in_memory)
         self.encoder = Encoder(self.facts, tables, stored)
-        self._titles = stored.texts("titles") if "titles.utf8" in stored else []
+        self.titles = stored.texts("titles") if "titles.utf8" in stored else []
         self._items: Tensor | None = None
         if self.facts["task"] == "retrieval":
             items, places = self.encoder.items, torch.arange(self.encoder.items.size)
@@ -100,23 +103,30 @@ class Model:
             ServingError: a history lacks something that the model reads, is empty or has an event after ``at``; the
                 model does not read ``at``; or it is a ranking model.
         """
-        items, queries = self._item_vectors("recommend"), self.embed_batch(histories, at)
-        found = []
+        seen = [history.items if filter_seen else () for history in histories]
+        self._item_vectors("recommend")
+        return self.nearest(self.embed_batch(histories, at), k, seen)
+
+    def nearest(self, queries: Tensor, k: int, seen: Sequence[Sequence[Any]]) -> list[Recommendation]:
+        """The ``k`` items whose vectors have the largest cosines with each of ``queries``, float32 [n, E].
+
+        seen: for each query, items to leave out.
+        """
+        items, found = self._item_vectors("recommend"), []
         step = max(1, _SCORES_AT_ONCE // max(1, len(items)))
-        for first in range(0, len(histories), step):
+        for first in range(0, len(queries), step):
             scores = queries[first : first + step] @ items.t()
             scores[:, self._is_missing] = -torch.inf
-            if filter_seen:
-                for own, history in zip(scores, histories[first : first + step], strict=True):
-                    seen = self.encoder.items.places(history.items)
-                    own[seen[seen >= 0]] = -torch.inf
+            for own, left_out in zip(scores, seen[first : first + step], strict=True):
+                places = self.encoder.items.places(left_out)
+                own[places[places >= 0]] = -torch.inf
             best, places = scores.topk(min(k, len(items)), dim=1)
             found += [self._named(*pair) for pair in zip(best, places, strict=True)]
         return found
 
     def _named(self, scores: Tensor, places: Tensor) -> Recommendation:
         chosen: list[int] = places[scores > -torch.inf].tolist()
-        titles = [self._titles[place] for place in chosen] if self._titles else []
+        titles = [self.titles[place] for place in chosen] if self.titles else []
         return Recommendation(
             [self.encoder.items.value_at(place) for place in chosen], scores[: len(chosen)].tolist(), titles
         )
@@ -128,10 +138,20 @@ class Model:
     def embed_batch(self, histories: Sequence[History], at: int | None = None) -> Tensor:
         """Vectors of users, float32 [len(histories), E], of length 1. Arguments and errors: :meth:`recommend_batch`."""
         width = self._item_vectors("embed").shape[1]
-        encoded: list[Sequence_] = [
-            (self.encoder.history(history, at, self.facts["max_items"]), None) for history in histories
-        ]
-        return torch.cat([torch.empty(0, width), *run(self._program, self.facts, encoded)])
+        encoded = [self.encode(history, at) for history in histories]
+        return torch.cat([torch.empty(0, width), *self.run(encoded)])
+
+    def encode(self, history: History, at: int | None = None) -> Sequence_:
+        """What :meth:`run` reads of a user to embed. A server encodes requests of several times and runs them together.
+
+        Arguments and errors: :meth:`recommend_batch`.
+        """
+        self._item_vectors("embed")
+        return self.encoder.history(history, at, self.facts["max_items"]), None
+
+    def run(self, encoded: Sequence[Sequence_]) -> list[Tensor]:
+        """What the program predicts for each: the vector [1, E] of a user, or logits [candidates, outputs]."""
+        return run(self._program, self.facts, encoded)
 
     def item_vectors(self, items: Sequence[Any]) -> Tensor:
         """Vectors of items, float32 [len(items), E], of length 1; zeros for items that the model does not have."""
@@ -153,17 +173,18 @@ class Model:
         of probabilities, an ordinal one the probabilities of "more than i", others a number. Retrieval has "cosine".
         Arguments and errors: :meth:`recommend_batch`.
         """
-        results = []
-        for outputs in self.predict_batch(histories, candidates, at):
-            values, first = {}, 0
-            for task in self.facts["tasks"]:
-                own = outputs[:, first : first + task["width"]]
-                first += task["width"]
-                if task["kind"] != "number":
-                    own = own.softmax(1) if task["kind"] == "class" else own.sigmoid()
-                values[task["name"]] = (own if task["kind"] in ("class", "ordinal") else own[:, 0]).tolist()
-            results.append(values)
-        return results
+        return [self.predictions(outputs) for outputs in self.predict_batch(histories, candidates, at)]
+
+    def predictions(self, outputs: Tensor) -> dict[str, list[Any]]:
+        """Name of a prediction → its values, of what the model computes for candidates, float32 [n, outputs]."""
+        values, first = {}, 0
+        for task in self.facts["tasks"]:
+            own = outputs[:, first : first + task["width"]]
+            first += task["width"]
+            if task["kind"] != "number":
+                own = own.softmax(1) if task["kind"] == "class" else own.sigmoid()
+            values[task["name"]] = (own if task["kind"] in ("class", "ordinal") else own[:, 0]).tolist()
+        return values
 
     def predict_batch(
         self, histories: Sequence[History], candidates: Sequence[Candidates | Sequence[Any]], at: int | None = None
@@ -178,12 +199,12 @@ class Model:
                 (self.item_vectors(each.items) @ query)[:, None] for each, query in zip(shown, queries, strict=True)
             ]
         pairs = list(zip(histories, shown, strict=True))
-        parts = [self._parts(history, each, at) for history, each in pairs]
-        found = iter(run(self._program, self.facts, [part for own in parts for part in own]))
+        parts = [self.encode_candidates(history, each, at) for history, each in pairs]
+        found = iter(self.run([part for own in parts for part in own]))
         width = sum(task["width"] for task in self.facts["tasks"])
         return [torch.cat([torch.empty(0, width), *(next(found) for _ in own)]) for own in parts]
 
-    def _parts(self, history: History, candidates: Candidates, at: int | None) -> list[Sequence_]:
+    def encode_candidates(self, history: History, candidates: Candidates, at: int | None = None) -> list[Sequence_]:
         """The sequences in which the candidates are scored: equal parts of them, each after the history that fits.
 
         A model that was trained with candidates has no more events than it had there beside the largest part.

@@ -40,6 +40,8 @@ SCIPY = "scipy>=1.17,<2"
 FAISS = "faiss-cpu>=1.10,<2"
 # Needed only for scripts/quality/ranking_peers.py.
 QUALITY = [SCIPY, "lightgbm>=4.5,<5"]
+# Needed only for scripts/serve.py.
+SERVE = ["fastapi>=0.165,<1", "uvicorn>=0.54,<1", "prometheus-client>=0.26,<1"]
 
 REQUIRED = [
     TORCH,
@@ -68,6 +70,7 @@ DEVELOPMENT = [
     "hypothesis>=6.150",
     "scikit-learn>=1.7",
     SCIPY,
+    *SERVE,
     "ruff>=0.15",
     "mypy>=2",
     "pandas-stubs>=3",
@@ -85,6 +88,7 @@ COMMANDS = {
     "hstu-embed": "hstu_scripts.embed:main",
     "hstu-inspect-checkpoint": "hstu_scripts.inspect_checkpoint:main",
     "hstu-export": "hstu_scripts.export:main",
+    "hstu-serve": "hstu_scripts.serve:main",
     "hstu-dynamic-table": "hstu_scripts.dynamic_table:main",
     "hstu-estimate": "hstu_scripts.estimate:main",
     "hstu-factorize": "hstu_scripts.factorize:main",
@@ -121,6 +125,7 @@ setup(
     package_data={
         "hstu": ["py.typed"],
         "hstu.ops.cpu": ["csrc/*"],  # compiled on first use, for the processor of the machine
+        "hstu.serve.server": ["*.html"],
     },
     install_requires=REQUIRED,
     extras_require={
@@ -130,6 +135,7 @@ setup(
         "factorize": [SCIPY],
         "index": [FAISS],
         "quality": QUALITY,
+        "serve": SERVE,
         "dev": DEVELOPMENT,
     },
 )

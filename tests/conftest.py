@@ -26,7 +26,7 @@ settings.load_profile("repeatable")
 REPOSITORY = Path(__file__).resolve().parents[1]
 RAW_DATA = REPOSITORY.parent / "shared" / "data"
 STARTS_RANKS = re.compile(r"tests\.(distributed|reliability)\b|torch\.distributed\.run\b")
-KERNELS = "tests/ops/"
+KERNELS, EXPORTS = "tests/ops/", "tests/serve/"
 GPU_TESTS = pytest.StashKey[list[str]]()
 """Node ids of the collected tests that need a GPU."""
 
@@ -34,13 +34,13 @@ GPU_TESTS = pytest.StashKey[list[str]]()
 @functools.cache
 def unit_of(path: str) -> str:
     """What goes to one worker of scripts/test.sh: all files that start ranks, so that no two launches run at a time; a
-    folder of kernels, which share what is compiled; any other file, for its fixtures.
+    folder whose files share what is compiled or exported; any other file, for its fixtures.
 
     ``path``: of a test file, in the repository.
     """
     if STARTS_RANKS.search((REPOSITORY / path).read_text(encoding="utf-8")):
         return "ranks"
-    return path.rpartition("/")[0] if path.startswith(KERNELS) else path
+    return path.rpartition("/")[0] if path.startswith((KERNELS, EXPORTS)) else path
 
 
 @pytest.hookimpl(optionalhook=True)

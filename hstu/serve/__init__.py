@@ -8,4 +8,5 @@ A ``Session`` (session.py) keeps what is computed once per user, so that a reque
 
 export.py writes a directory that a service loads with the package of runtime/, which imports nothing but torch and the
 standard library: program.py is the traced dense part, contents.py collects what lies beside it, check.py compares.
+server/ answers over HTTP with such a directory, and imports nothing of the trainer.
 """

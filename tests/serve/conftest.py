@@ -13,6 +13,7 @@ from hstu.parallel import mesh as meshes
 from hstu.parallel.mesh import Mesh
 from hstu.serve.loaded import LoadedModel
 from tests.conftest import write_small_store
+from tests.serve.served import BIAS, EVERY_FEATURE, Served, feature_store, random_model, serve
 from tests.train.conftest import undisturbed  # noqa: F401
 from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, FinishedRun, run, skip_measuring_the_peak, tiny_config, walks
 
@@ -80,3 +81,29 @@ def here(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A directory to write to, and scripts run on the rank of this process."""
     monkeypatch.setattr("hstu.serve.loaded.mesh_of_this_process", lambda: mesh)
     return tmp_path
+
+
+@pytest.fixture(scope="package")
+def features(tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
+    return feature_store(tmp_path_factory.mktemp("features") / "store")
+
+
+@pytest.fixture(scope="package")
+def retrieval(mesh: Mesh, features: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """Item tokens with their actions added, an item tower, a relative bias, and rows that are projected."""
+    output = tmp_path_factory.mktemp("retrieval")
+    network = {**BIAS, "interleave_actions": False, "item_embedding_dim": 12, "num_layers": 1}
+    dataset = {"side_feature_names": ["colour", "tags", "price", "time_gap"]}
+    task_args = {"item_tower": True}
+    trained = random_model("retrieval", features, mesh, output, network=network, dataset=dataset, task_args=task_args)
+    return serve(trained, output / "serving")
+
+
+@pytest.fixture(scope="package")
+def ranking(mesh: Mesh, features: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """Action tokens, candidates, three tasks, and every kind of feature."""
+    output = tmp_path_factory.mktemp("ranking")
+    dataset = {**EVERY_FEATURE, "max_num_candidates": 3}
+    network = {**BIAS, "num_layers": 1}
+    trained = random_model("ranking", features, mesh, output, network=network, dataset=dataset, task_args=OF_THE_ACTION)
+    return serve(trained, output / "serving")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hstu import api
 from hstu.api import TrainedModel
 from hstu.config.args import EmbeddingArgs
 from hstu.data.sampler import SamplerPosition
@@ -18,6 +19,7 @@ from hstu.parallel.tables import dynamic_tables
 from hstu.serve import runtime
 from hstu.serve.export import ServingOptions, for_export, write_serving
 from hstu.serve.model_card import CardFacts
+from hstu.serve.runtime import History
 from hstu.train.builder import build_model, build_state
 from hstu.train.inference import InferenceSource, zero_spare_rows
 from tests.conftest import write_small_store
@@ -99,3 +101,13 @@ def difference(served: Served) -> float:
     """What serving.json says was measured."""
     measured: float = served.model.facts["measured"]["difference"]
     return measured
+
+
+def histories(store: SequenceStore, count: int = 6) -> list[History]:
+    """Those of the first users of the data, who have done something that the vocabulary does not have."""
+    found = []
+    for each in api.histories(store, range(count)):
+        assert each.actions is not None and each.timestamps is not None
+        items, times = [*each.items.tolist(), -5], [*each.timestamps.tolist(), int(each.timestamps[-1]) + 9]  # type: ignore[union-attr]
+        found.append(History(items, [*each.actions.tolist(), 1], times, each.context, user=each.user))  # type: ignore[union-attr]
+    return found

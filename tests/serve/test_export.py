@@ -19,44 +19,7 @@ from hstu.serve import runtime
 from hstu.serve.check import TOLERANCE, check
 from hstu.serve.contents import check_can_be_served
 from hstu.serve.runtime import Candidates, History, ServingError, layout
-from tests.serve.served import BIAS, EVERY_FEATURE, Served, difference, feature_store, random_model, serve
-from tests.train.tiny import OF_THE_ACTION
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
-    return feature_store(tmp_path_factory.mktemp("features") / "store")
-
-
-@pytest.fixture(scope="module")
-def retrieval(mesh: Mesh, features: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """Item tokens with their actions added, an item tower, a relative bias, and rows that are projected."""
-    output = tmp_path_factory.mktemp("retrieval")
-    network = {**BIAS, "interleave_actions": False, "item_embedding_dim": 12, "num_layers": 1}
-    dataset = {"side_feature_names": ["colour", "tags", "price", "time_gap"]}
-    task_args = {"item_tower": True}
-    trained = random_model("retrieval", features, mesh, output, network=network, dataset=dataset, task_args=task_args)
-    return serve(trained, output / "serving")
-
-
-@pytest.fixture(scope="module")
-def ranking(mesh: Mesh, features: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """Action tokens, candidates, three tasks, and every kind of feature."""
-    output = tmp_path_factory.mktemp("ranking")
-    dataset = {**EVERY_FEATURE, "max_num_candidates": 3}
-    network = {**BIAS, "num_layers": 1}
-    trained = random_model("ranking", features, mesh, output, network=network, dataset=dataset, task_args=OF_THE_ACTION)
-    return serve(trained, output / "serving")
-
-
-def histories(store: SequenceStore, count: int = 6) -> list[History]:
-    """Those of the first users of the data, who have done something that the vocabulary does not have."""
-    found = []
-    for each in api.histories(store, range(count)):
-        assert each.actions is not None and each.timestamps is not None
-        items, times = [*each.items.tolist(), -5], [*each.timestamps.tolist(), int(each.timestamps[-1]) + 9]  # type: ignore[union-attr]
-        found.append(History(items, [*each.actions.tolist(), 1], times, each.context, user=each.user))  # type: ignore[union-attr]
-    return found
+from tests.serve.served import Served, difference, histories, random_model
 
 
 def test_recommendations_are_those_of_the_model(features: SequenceStore, retrieval: Served) -> None:

@@ -1,0 +1,95 @@
+"""Start the server and end it in order."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import socket
+from pathlib import Path
+
+import uvicorn
+
+from hstu.config.errors import ConfigError
+from hstu.config.printable import PrintableFormatter
+
+from .app import create_app
+from .metrics import Metrics
+from .settings import Settings
+from .swap import LiveModel, loader
+
+_BACKLOG = 256
+_log = logging.getLogger(__name__)
+
+
+def serve(root: Path, host: str, port: int, settings: Settings) -> None:
+    """Serve the newest export of ``root`` until SIGTERM or Ctrl-C; requests that have begun are answered then.
+
+    Args:
+        root: an export, or a folder with several (swap.find_exports).
+        host: address to listen at.
+        port: 0 takes a free one.
+        settings: limits.
+
+    Raises:
+        ConfigError: the address cannot be used.
+        DataError: no export can be served.
+    """
+    _set_up_logging()
+    with _bound(host, port) as listener:
+        metrics = Metrics()
+        gc.freeze()  # what is imported stays; without it, collecting an earlier model stops all threads for longer
+        live = LiveModel(root, loader(settings.cache_bytes, metrics), metrics)
+        listener.listen(_BACKLOG)
+        shown = f"[{host}]" if ":" in host else host
+        # uvicorn handles both and raises them again when it has ended in order.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _log.info("listening url=http://%s:%d", shown, listener.getsockname()[1])
+        uvicorn.Server(server_config(live, settings, metrics)).run(sockets=[listener])
+    _log.info("stopped")
+
+
+def server_config(live: LiveModel, settings: Settings, metrics: Metrics) -> uvicorn.Config:
+    """How uvicorn runs the application."""
+    return uvicorn.Config(
+        create_app(live, settings, metrics),
+        http="h11",
+        loop="asyncio",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=settings.shutdown_s,
+        limit_concurrency=4 * settings.max_waiting + 64,
+    )
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket with the address. It is taken before the model is loaded, which may take long."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"--host {host} is no address of this machine: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen at {host}, port {port}: {error.strerror}. Choose another with --port; 0 takes a free one"
+        ) from None
+    return listener
+
+
+def _set_up_logging() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for name in ("hstu", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO if name == "hstu" else logging.WARNING)

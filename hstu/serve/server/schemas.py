@@ -1,0 +1,163 @@
+"""What requests and answers look like in JSON. Requests with unknown fields, wrong types or too much are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
+
+from hstu.serve.runtime import Candidates, History
+
+from .model import Query
+
+MAX_EVENTS, MAX_CANDIDATES, MAX_RECOMMENDED = 10_000, 1_000, 1_000
+_MAX_TEXT = 1_000
+
+Text = Annotated[StrictStr, Field(max_length=_MAX_TEXT)]
+Id = StrictInt | Text
+Seconds = Annotated[StrictInt, Field(ge=-(2**53), le=2**53)]
+Value = StrictInt | StrictFloat | Text | None | list[StrictInt | StrictFloat | Text]
+Name = Annotated[str, Field(max_length=_MAX_TEXT)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class User(_Strict):
+    """A user: events in the ids of the raw data, oldest first. GET /model says what the model reads of them."""
+
+    items: list[Id] = Field(max_length=MAX_EVENTS, description="Ids of the items, one per event; ranking needs none")
+    actions: list[Id] | None = Field(None, max_length=MAX_EVENTS, description="One per event, if the model reads them")
+    timestamps: list[Seconds] | None = Field(
+        None, max_length=MAX_EVENTS, description="Seconds since 1970, one per event, if the model reads times"
+    )
+    context: dict[Name, Id | None] = Field({}, description="Contextual feature → value of the user")
+    features: dict[Name, list[Value]] = Field({}, description="Feature of items or events → one value per event")
+    user: Id | None = Field(None, description="Id of the user, for models that read it")
+    at: Seconds | None = Field(
+        None, description="When the user asks, in seconds since 1970, if the model reads it. Default: the newest event"
+    )
+
+    def history(self) -> History:
+        """The events as the model takes them."""
+        return History(self.items, self.actions, self.timestamps, self.context, self.features, self.user)
+
+    def query(self) -> Query:
+        """What to compute."""
+        return Query(self.history(), self.at)
+
+
+class RecommendRequest(User):
+    """Recommend items to a user."""
+
+    k: StrictInt = Field(10, ge=1, le=MAX_RECOMMENDED, description="Number of items")
+    filter_seen: bool = Field(True, description="Leave out the items of the user")
+
+    def query(self) -> Query:
+        """What to compute."""
+        return Query(self.history(), self.at, self.k, self.filter_seen)
+
+
+class ScoreRequest(User):
+    """Score candidates for a user."""
+
+    candidates: list[Id] = Field(min_length=1, max_length=MAX_CANDIDATES, description="Ids of the items to score")
+    candidate_features: dict[Name, list[Value]] = Field({}, description="Feature → one value per candidate")
+
+    def query(self) -> Query:
+        """What to compute."""
+        return Query(self.history(), self.at, candidates=Candidates(self.candidates, self.candidate_features))
+
+
+class Answered(BaseModel):
+    """Part of every answer."""
+
+    model: str = Field(description="Version of the model that has answered")
+    unknown_items: list[int | str] = Field(description="Items of the request that the model does not have")
+
+
+class Item(BaseModel):
+    """A recommended item."""
+
+    item: int | str
+    score: float = Field(description="Cosine of the vectors of user and item")
+    title: str = Field(description="Empty where the data has none")
+
+
+class Recommendations(Answered):
+    """The best items, best first."""
+
+    items: list[Item]
+
+
+class Scores(Answered):
+    """Prediction → its value for each candidate, in the order of the request."""
+
+    scores: dict[str, list[Any]]
+
+
+class Vector(Answered):
+    """The vector of the user, of length 1."""
+
+    vector: list[float]
+
+
+class Problem(BaseModel):
+    """What is wrong with a part of a request."""
+
+    where: str
+    problem: str
+
+
+class Failure(BaseModel):
+    """Why there is no answer."""
+
+    error: str
+    problems: list[Problem] = []
+
+
+class Health(BaseModel):
+    """State of the server."""
+
+    status: str
+    model: str
+    task: str
+    since: float = Field(description="When the model came into use, in seconds since 1970")
+    refused: dict[str, str] = Field(description="Exports that cannot be loaded → why")
+
+
+class Reads(BaseModel):
+    """What the model reads of a user."""
+
+    actions: str | None = Field(description="Name of the actions; null: they are not read")
+    action_values: list[int | str] = Field(description="All actions, if they are few")
+    timestamps: bool
+    request_time: bool = Field(description="Whether answers depend on 'at'")
+    context: list[str]
+    features: dict[str, bool] = Field(description="Feature → whether each event must have it in the request")
+
+
+class ModelFacts(BaseModel):
+    """The model in use."""
+
+    model: str
+    task: str
+    items: int = Field(description="Number of items")
+    max_events: int = Field(description="Of more events, the newest are read")
+    reads: Reads
+    predictions: list[dict[str, Any]] = Field(description="What /score gives, with the kind and number of values")
+
+
+class FoundItem(BaseModel):
+    """An item that was searched for."""
+
+    item: int | str
+    title: str
+
+
+class FoundItems(BaseModel):
+    """Items whose title has the text, or whose id it is."""
+
+    model: str
+    items: list[FoundItem]

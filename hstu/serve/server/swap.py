@@ -1,0 +1,180 @@
+"""Which export is served, and how a newer one takes its place."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hstu.config.errors import DataError
+from hstu.config.printable import printable
+from hstu.serve import runtime
+from hstu.serve.runtime.files import FACTS, MANIFEST
+
+from .metrics import Metrics
+from .model import ServedModel
+
+LATEST, SERVING = "latest", "serving"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A folder with an export, as it is now."""
+
+    folder: Path
+    state: tuple[tuple[str, int, int], ...]
+    """Name, size and time of change of each file. A folder that is being copied changes with every look."""
+    written_ns: int
+    """Time of change of the manifest."""
+
+
+def find_exports(root: Path) -> list[Found]:
+    """The exports that ``root`` means, newest first.
+
+    ``root`` is an export or its folder "serving"; or it has a link "latest" to one; or it has several. One without a
+    manifest is not there yet. Paths are resolved, so a link that leads elsewhere gives another folder.
+    """
+    link = root / LATEST
+    folder = serving_folder(link if os.path.lexists(link) else root)
+    if folder is not None or os.path.lexists(link):
+        folders = [folder] if folder is not None else []
+    else:
+        children = sorted(root.iterdir()) if root.is_dir() else []
+        folders = [folder for child in children if (folder := serving_folder(child)) is not None]
+    found = [each for folder in folders if (each := _look(folder.resolve())) is not None]
+    return sorted(found, key=lambda each: (each.written_ns, each.folder), reverse=True)
+
+
+def serving_folder(path: Path) -> Path | None:
+    """The folder with the program: ``path``, or "serving" in it; None if there is none."""
+    return next((each for each in (path, path / SERVING) if (each / FACTS).is_file()), None)
+
+
+def _look(folder: Path) -> Found | None:
+    try:
+        entries = [(path, path.stat()) for path in sorted(folder.iterdir())]
+    except OSError:  # removed meanwhile
+        return None
+    written = [stat.st_mtime_ns for path, stat in entries if path.name == MANIFEST]
+    state = tuple((path.name, stat.st_size, stat.st_mtime_ns) for path, stat in entries)
+    return Found(folder, state, written[0]) if written else None
+
+
+def version_of(folder: Path) -> str:
+    """Name of an export in answers: that of its folder, and the beginning of its manifest's checksum."""
+    name = folder.parent.name if folder.name == SERVING else folder.name
+    return f"{printable(name, '')}@{hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:12]}"
+
+
+Load = Callable[[Path, str], ServedModel]
+"""From a folder and its version to the model. Raises for one that cannot be served."""
+
+
+def loader(cache_bytes: int, metrics: Metrics) -> Load:
+    """Loads and verifies a folder, and lets the model answer once."""
+
+    def load(folder: Path, version: str) -> ServedModel:
+        model = ServedModel(runtime.load(folder, in_memory=True), version, cache_bytes, metrics)
+        model.check()
+        return model
+
+    return load
+
+
+class LiveModel:
+    """The model in use.
+
+    Args:
+        root: see ``find_exports``.
+        load: loads an export.
+        metrics: counts swaps and refused exports.
+
+    Raises:
+        DataError: no export can be served.
+    """
+
+    def __init__(self, root: Path, load: Load, metrics: Metrics) -> None:
+        self._root, self._load, self._metrics = root, load, metrics
+        self._loaded: Found | None = None
+        self._current: ServedModel | None = None
+        self._bad: dict[Path, tuple[Found, str]] = {}  # replaced, and not changed: other threads read it
+        self.since = 0.0
+        """When the model came into use, in seconds since 1970."""
+        if not self.refresh():
+            raise DataError("\n".join([f"{root} has no export that can be served", *self._reasons()]))
+
+    @property
+    def current(self) -> ServedModel:
+        """The model that answers now."""
+        assert self._current is not None
+        return self._current
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Exports that are there and cannot be loaded: folder → reason."""
+        return {str(folder): reason for folder, (_, reason) in sorted(self._bad.items())}
+
+    def refresh(self) -> bool:
+        """Load the newest export that can be, unless it is in use. Returns whether another model is in use now.
+
+        Takes seconds; the model in use goes on answering. One thread may call it at a time.
+        """
+        found = find_exports(self._root)
+        self._bad = {each.folder: self._bad[each.folder] for each in found if each.folder in self._bad}
+        is_swapped = any(self._try(each) for each in self._newer(found))
+        self._metrics.refused.set(len(self._bad))
+        return is_swapped
+
+    def _newer(self, found: list[Found]) -> Iterator[Found]:
+        """Exports that are newer than the one in use and not known to be bad, newest first; all once that is removed.
+
+        Where its folder has changed, the model in use is still better than older ones.
+        """
+        for each in found:
+            if each == self._loaded:
+                return
+            if each.folder not in self._bad or self._bad[each.folder][0] != each:
+                yield each
+            if self._loaded is not None and each.folder == self._loaded.folder:
+                return
+
+    def _try(self, found: Found) -> bool:
+        begun = time.monotonic()
+        try:
+            version = version_of(found.folder)
+            model = self._load(found.folder, version)
+            if self._current is not None and model.task != self._current.task:
+                raise runtime.ServingError(f"it is a {model.task} model, and a {self._current.task} model is in use")
+        except Exception as error:  # whatever is wrong with it, the model in use goes on
+            is_expected = isinstance(error, (runtime.ServingError, OSError))
+            reason = printable(str(error) if is_expected else f"{type(error).__name__}: {error}".split("\n")[0])
+            may_pass = isinstance(error, (OSError, MemoryError))  # it is tried again, though it has not changed
+            self._bad = {**self._bad, found.folder: (replace(found, state=()) if may_pass else found, reason)}
+            _log.warning("refused export=%s reason=%s", found.folder, reason, exc_info=not is_expected)
+            return False
+        if self._current is not None:
+            self._metrics.swaps.inc()
+        self._current, self._loaded = model, found
+        self._bad = {folder: why for folder, why in self._bad.items() if folder != found.folder}
+        self.since = time.time()
+        _log.info("serving model=%s task=%s load=%.1fs", version, model.task, time.monotonic() - begun)
+        self._metrics.model.clear()
+        self._metrics.model.labels(version, model.task).set(1)
+        return True
+
+    def _reasons(self) -> list[str]:
+        if self._bad:
+            return [f"{folder}: {reason}" for folder, reason in self.refused.items()]
+        if not self._root.exists():
+            return ["it does not exist"]
+        if os.path.lexists(self._root / LATEST) and serving_folder(self._root / LATEST) is None:
+            return [f"its link {LATEST} leads to none"]
+        incomplete = [path for path in self._root.glob("**/" + FACTS) if not (path.parent / MANIFEST).is_file()]
+        if incomplete:
+            return [f"{path.parent} has no {MANIFEST}: it was copied in part; copy it again" for path in incomplete]
+        return ["give the folder that hstu-export --program has written, or one with several of them"]

@@ -1,0 +1,81 @@
+"""Serve an exported model over HTTP.
+
+python scripts/export.py --ckpt runs/quickstart/checkpoints --output exports/first --program
+python scripts/serve.py --export exports
+
+--export is what export.py has written, or a folder with several of them. Of several, the newest that is complete is
+served, or the one that the link "latest" in it leads to; a newer one replaces it while the server runs. Open
+http://127.0.0.1:8000 in a browser to try the model, and http://127.0.0.1:8000/docs for the interface (docs/serve.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
+
+from hstu.config.errors import EXIT_DONE, ConfigError
+from hstu.config.tool import tool
+from hstu.observe.environment import let_idle_threads_sleep, missing_packages
+
+
+@tool
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--export", type=Path, required=True, help="an export with a program, or a folder with several")
+    add("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
+    add("--port", type=int, default=8000, help="port to listen at; 0 takes a free one (%(default)s)")
+    add("--max_batch", type=int, default=32, help="requests that are computed together at most (%(default)s)")
+    add("--max_wait_ms", type=float, default=2.0, help="how long a request waits for others (%(default)s)")
+    add("--max_waiting", type=int, default=256, help="requests that wait at most; more get 429 (%(default)s)")
+    add("--cache_mb", type=int, default=64, help="memory for the vectors of users; 0: none (%(default)s)")
+    add("--max_body_kb", type=int, default=1024, help="largest request (%(default)s)")
+    add("--poll_s", type=float, default=5.0, help="seconds between two looks for a newer export (%(default)s)")
+    options = parser.parse_args(arguments)
+    _check(parser, options)
+    if missing := missing_packages(("fastapi", "uvicorn", "prometheus_client")):
+        raise ConfigError(f"missing packages: {', '.join(missing)}. To install them: pip install 'hstu[serve]'")
+    let_idle_threads_sleep()
+    from hstu.serve.server.run import serve  # after what torch reads once, and after mistakes in the options
+    from hstu.serve.server.settings import Settings
+
+    serve(
+        options.export,
+        options.host,
+        options.port,
+        Settings(
+            max_batch=options.max_batch,
+            max_wait_s=options.max_wait_ms / 1000,
+            max_waiting=options.max_waiting,
+            cache_bytes=options.cache_mb << 20,
+            max_body_bytes=options.max_body_kb << 10,
+            poll_s=options.poll_s,
+        ),
+    )
+    return EXIT_DONE
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    for name in ("max_batch", "max_waiting", "max_body_kb"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if options.cache_mb < 0 or not 0 <= options.max_wait_ms <= 1000:
+        parser.error("--cache_mb must not be negative, and --max_wait_ms must be from 0 to 1000")
+    if not 0.1 <= options.poll_s <= 86_400:
+        parser.error("--poll_s must be from 0.1 to 86400")
+    if not 0 <= options.port <= 65_535:
+        parser.error("--port must be from 0 to 65535")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""A server in a thread of the test, and a client."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from hstu.serve.runtime import Recommendation, ServingError
+from hstu.serve.server.metrics import Metrics
+from hstu.serve.server.model import Answer, Query
+from hstu.serve.server.run import server_config
+from hstu.serve.server.settings import Settings
+from hstu.serve.server.swap import LiveModel, Load
+
+UNWATCHED = Settings(poll_s=3600)
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    text: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+@dataclass
+class Client:
+    """A client with one connection, which it opens again where the server has closed it."""
+
+    port: int
+    timeout_s: float = 60
+
+    def __post_init__(self) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.timeout_s)
+
+    def get(self, path: str) -> Reply:
+        return self._ask("GET", path, None)
+
+    def post(self, path: str, content: Any) -> Reply:
+        return self._ask("POST", path, content if isinstance(content, bytes) else json.dumps(content).encode())
+
+    def _ask(self, method: str, path: str, body: bytes | None) -> Reply:
+        self._connection.request(method, path, body, {"content-type": "application/json"})
+        answer = self._connection.getresponse()
+        return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read().decode())
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+@contextmanager
+def running(root: Path, load: Load, settings: Settings = UNWATCHED, metrics: Metrics | None = None) -> Iterator[Client]:
+    """A server of the exports in ``root`` on a free port of this machine, until the end of the block."""
+    metrics = metrics or Metrics()
+    server = uvicorn.Server(server_config(LiveModel(root, load, metrics), settings, metrics))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        client = Client(listener.getsockname()[1])
+        try:
+            until(lambda: server.started)
+            yield client
+        finally:
+            client.close()
+            server.should_exit = True
+            thread.join(60)
+    assert not thread.is_alive()
+
+
+def until(is_true: Any, limit_s: float = 30) -> None:
+    """Wait until a condition holds."""
+    end = time.monotonic() + limit_s
+    while not is_true():
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.005)
+
+
+def write_folder(folder: Path, content: str = "") -> Path:
+    """A folder that looks like an export."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "serving.json").write_text(content or folder.name)
+    (folder / "manifest.json").write_text(folder.name)
+    return folder
+
+
+@dataclass
+class StubModel:
+    """A model whose k best items are 0 … k - 1. It computes while ``gate`` is set."""
+
+    version: str
+    task: str = "retrieval"
+    gate: threading.Event = field(default_factory=threading.Event)
+    batches: list[list[Query]] = field(default_factory=list)
+
+    def answer(self, queries: Sequence[Query]) -> list[Answer | Exception]:
+        self.batches.append(list(queries))
+        assert self.gate.wait(30)
+        return [self._answer(query) for query in queries]
+
+    def _answer(self, query: Query) -> Answer | Exception:
+        if query.history.items[0] == "defect":
+            return RuntimeError("a secret")
+        if query.history.items[0] == "unfit":
+            return ServingError("a history has no actions")
+        if query.k is None:
+            return Answer(self.version, [float(item) for item in query.history.items], [])
+        return Answer(self.version, Recommendation(list(range(query.k)), [1.0] * query.k, []), [])
+
+
+@dataclass
+class StubLoader:
+    """Loads folders of ``write_folder``; one that is "bad" is refused, "busy" until it is ready."""
+
+    models: list[StubModel] = field(default_factory=list)
+    is_open: bool = True
+    is_ready: bool = False
+
+    def __call__(self, folder: Path, version: str) -> Any:
+        content = (folder / "serving.json").read_text()
+        if content.startswith("bad"):
+            raise ServingError(content)
+        if content.startswith("busy") and not self.is_ready:
+            raise OSError("no memory for a map")
+        if content.startswith("broken"):
+            raise KeyError(content)
+        model = StubModel(version, "ranking" if content.startswith("ranking") else "retrieval")
+        if self.is_open:
+            model.gate.set()
+        self.models.append(model)
+        return model

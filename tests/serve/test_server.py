@@ -1,0 +1,350 @@
+"""The server over HTTP, on 127.0.0.1."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hstu import api
+from hstu.config.errors import EXIT_BAD_CONFIG, EXIT_BAD_DATA
+from hstu.data.store import SequenceStore
+from hstu.serve.check import TOLERANCE
+from hstu.serve.runtime import Candidates, History
+from hstu.serve.runtime.files import checksum_of
+from hstu.serve.server.metrics import Metrics
+from hstu.serve.server.model import ServedModel
+from hstu.serve.server.settings import Settings
+from hstu.serve.server.swap import LiveModel, loader
+from scripts import serve
+from tests.serve.http_server import Client, StubLoader, running, until, write_folder
+from tests.serve.served import Served, histories
+from tests.test_architecture import IMPORTS
+
+EVENTS = {"items": [3, 4]}
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A server of a stub; tests leave it as it is."""
+    with running(write_folder(tmp_path_factory.mktemp("stub") / "first"), StubLoader()) as client:
+        yield client
+
+
+def metric(client: Client, name: str) -> float:
+    return next(float(line.split()[-1]) for line in client.get("/metrics").text.splitlines() if line.startswith(name))
+
+
+def test_answers_name_the_model_and_health_and_metrics_tell_its_state(stub: Client) -> None:
+    before = metric(stub, "hstu_batch_size_count")
+    reply = stub.post("/recommend", {**EVENTS, "k": 2})
+    assert reply.status == 200 and reply.headers["content-type"] == "application/json"
+    version = reply.json["model"]
+    assert version.startswith("first@")
+    assert reply.json["items"] == [{"item": item, "score": 1.0, "title": ""} for item in range(2)]
+    assert stub.post("/embed", EVENTS).json == {"model": version, "vector": [3.0, 4.0], "unknown_items": []}
+    health = stub.get("/health").json
+    assert (health["status"], health["model"], health["refused"]) == ("ok", version, {})
+    assert metric(stub, "hstu_batch_size_count") == before + 2
+    assert metric(stub, f'hstu_model{{task="retrieval",version="{version}"}}') == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "where", "problem"),
+    [
+        ({}, "items", "Field required"),
+        ({"items": [[1]]}, "items[0].int", "valid integer"),
+        ({"items": [True]}, "items[0].int", "valid integer"),
+        ({"items": ["x" * 1001]}, "items[0].constrained-str", "at most 1000 characters"),
+        ({**EVENTS, "k": 0}, "k", "greater than or equal to 1"),
+        ({**EVENTS, "k": 1001}, "k", "less than or equal to 1000"),
+        ({**EVENTS, "timestamps": [1.5]}, "timestamps[0]", "valid integer"),
+        ({**EVENTS, "at": 2**60}, "at", "less than or equal to"),
+        ({"items": [1] * 10_001}, "items", "at most 10000 items"),
+        (b'{"items": [', "character 11", "JSON"),
+        (b"7", "the request", "valid dictionary"),
+    ],
+)
+def test_mistakes_in_a_request_are_named_in_json(stub: Client, request_: object, where: str, problem: str) -> None:
+    reply = stub.post("/recommend", request_)
+    assert reply.status == 422, reply.text
+    shown = {each["where"]: each["problem"] for each in reply.json["problems"]}
+    assert problem in shown[where]
+
+
+@pytest.mark.parametrize(
+    "body", [b"\xff", b"[" * 100_000, b'{"items": [' + b"9" * 5000 + b"]}", b'{"\\ud800": "\\udfff"}']
+)
+def test_what_is_no_json_is_refused_in_json(stub: Client, body: bytes) -> None:
+    reply = stub.post("/recommend", body)
+    assert reply.status in (400, 422) and reply.json["error"]
+
+
+def test_many_mistakes_are_not_all_listed_and_a_large_request_is_not_read(stub: Client) -> None:
+    reply = stub.post("/embed", {"items": [None] * 500})
+    assert reply.status == 422 and "1000 problems" in reply.json["error"] and len(reply.json["problems"]) == 10
+    assert len(reply.text) < 2000
+    reply = stub.post("/embed", b" " * (1 << 20) + b"{}")
+    assert reply.status == 413 and "larger than 1048576 bytes" in reply.json["error"]
+    assert stub.post("/embed", EVENTS).status == 200
+
+
+def test_a_request_that_does_not_fit_and_a_defect_are_told_apart_and_show_nothing_inside(
+    stub: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    reply = stub.post("/embed", {"items": ["unfit"]})
+    assert (reply.status, reply.json) == (422, {"error": "a history has no actions"})
+    reply = stub.post("/embed", {"items": ["defect"]})
+    assert reply.status == 500 and "log" in reply.json["error"] and "secret" not in reply.text
+    assert "a secret" in caplog.text  # the log has it
+    for path in ("/nothing", "/embed"):
+        reply = stub.get(path)
+        assert reply.status in (404, 405) and list(reply.json) == ["error"]
+    assert metric(stub, 'hstu_requests_total{path="/embed",status="500"}') == 1
+
+
+def test_the_pages_need_nothing_from_elsewhere(stub: Client) -> None:
+    for path in ("/", "/docs"):
+        reply = stub.get(path)
+        assert reply.status == 200 and reply.headers["content-type"].startswith("text/html")
+        assert "://" not in reply.text and "default-src 'self'" in reply.headers["content-security-policy"]
+    paths = stub.get("/openapi.json").json["paths"]
+    assert {"/recommend", "/score", "/embed", "/health", "/metrics", "/model", "/items"} == paths.keys()
+
+
+def closed_gate(tmp_path: Path) -> tuple[Path, StubLoader]:
+    return write_folder(tmp_path / "first"), StubLoader(is_open=False)
+
+
+def test_overload_is_refused_with_a_time_to_retry_and_clients_that_hang_up_make_room(tmp_path: Path) -> None:
+    root, load = closed_gate(tmp_path)
+    with running(root, load, Settings(max_batch=1, max_waiting=2, poll_s=60)) as client:
+        model = load.models[0]
+        gone = [raw_request(client.port, {"items": [0]})]
+        until(lambda: model.batches)  # it is being computed
+        gone += [raw_request(client.port, {"items": [number]}) for number in (1, 2)]
+        until(lambda: metric(client, "hstu_waiting_requests") == 2)
+        reply = client.post("/embed", EVENTS)
+        assert reply.status == 429 and int(reply.headers["retry-after"]) >= 1 and "try again" in reply.json["error"]
+        for connection in gone[1:]:
+            connection.close()
+        until(lambda: metric(client, "hstu_waiting_requests") == 0)
+        with ThreadPoolExecutor(1) as pool:
+            later = pool.submit(Client(client.port).post, "/embed", EVENTS)
+            until(lambda: metric(client, "hstu_waiting_requests") == 1)
+            assert client.get("/health").status == 200  # is answered beside
+            model.gate.set()
+            assert later.result().json["vector"] == [3.0, 4.0]
+        assert json.loads(gone[0].recv(10_000).split(b"\r\n\r\n")[1])["vector"] == [0.0]
+        gone[0].close()
+        assert [query.history.items for batch in model.batches for query in batch] == [[0], [3, 4]]
+        assert metric(client, 'hstu_requests_total{path="/embed",status="499"}') == 2
+
+
+def raw_request(port: int, content: object) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port))
+    body = json.dumps(content).encode()
+    head = f"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def test_a_server_that_ends_answers_what_has_begun(tmp_path: Path) -> None:
+    root, load = closed_gate(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        with running(root, load) as client:
+            reply = pool.submit(Client(client.port).post, "/embed", EVENTS)
+            until(lambda: load.models[0].batches)
+            threading.Timer(0.2, load.models[0].gate.set).start()
+        assert reply.result().json["vector"] == [3.0, 4.0]
+    with pytest.raises(OSError):
+        Client(client.port).get("/health")
+
+
+def test_a_newer_export_answers_once_it_is_loaded_and_a_bad_one_is_shown(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a")
+    with running(tmp_path, StubLoader(), Settings(poll_s=0.02)) as client:
+        assert client.post("/embed", EVENTS).json["model"].startswith("a@")
+        write_folder(tmp_path / "b")
+        until(lambda: client.post("/embed", EVENTS).json["model"].startswith("b@"))
+        assert metric(client, "hstu_model_swaps_total") == 1
+        write_folder(tmp_path / "c", "bad: cut off")
+        os.utime(tmp_path / "c/manifest.json")
+        until(lambda: client.get("/health").json["refused"])
+        assert client.get("/health").json["refused"] == {str(tmp_path / "c"): "bad: cut off"}
+        assert client.post("/embed", EVENTS).json["model"].startswith("b@")
+        assert metric(client, "hstu_refused_exports") == 1
+
+
+@pytest.fixture(scope="module")
+def retrieval_server(retrieval: Served) -> Iterator[Client]:
+    with serving(retrieval, Settings(max_wait_s=0.05, poll_s=3600)) as client:
+        yield client
+
+
+@contextmanager
+def serving(served: Served, settings: Settings) -> Iterator[Client]:
+    """A server of an export that is loaded already, which takes a second."""
+    metrics = Metrics()
+    with running(
+        served.folder, lambda _, name: ServedModel(served.model, name, 1 << 20, metrics), settings, metrics
+    ) as client:
+        yield client
+
+
+def as_json(history: History) -> dict[str, Any]:
+    """The fields of a request, of values that JSON has."""
+    return json.loads(json.dumps(vars(history), default=lambda value: value.item() if value.ndim == 0 else list(value)))
+
+
+def test_answers_are_those_of_the_runtime_and_of_the_interface_for_notebooks(
+    retrieval_server: Client, features: SequenceStore, retrieval: Served
+) -> None:
+    given = histories(features)
+    for at in (None, 3_000_000):
+        expected, _ = retrieval.trained.recommend_for([api.History(**vars(each)) for each in given], top=4, at=at)
+        vectors = retrieval.model.embed_batch(given, at)
+        cosines = retrieval.model.score_batch(given, [[1003, -5]] * len(given), at)
+        requests = [{**as_json(each), "at": at} for each in given]
+        everything = [("/recommend", {**each, "k": k}) for each in requests for k in (4, 1)]
+        everything += [("/embed", each) for each in requests]
+        everything += [("/score", {**each, "candidates": [1003, -5]}) for each in requests]
+        with ThreadPoolExecutor(len(everything)) as pool:  # all at once, so that they share batches
+            replies = [*pool.map(lambda each: Client(retrieval_server.port).post(*each), everything)]
+        assert {reply.status for reply in replies} == {200}
+        found = [reply.json for reply in replies]
+        for place, answer in enumerate(found[0 : 2 * len(given) : 2]):
+            assert [item["item"] for item in answer["items"]] == expected[place].items
+            np.testing.assert_allclose(
+                [item["score"] for item in answer["items"]], expected[place].scores, atol=TOLERANCE
+            )
+            assert found[2 * place + 1]["items"] == answer["items"][:1]
+            assert answer["unknown_items"] == [-5]
+        for place in range(len(given)):
+            embedded, scored = found[2 * len(given) + place], found[3 * len(given) + place]
+            np.testing.assert_allclose(embedded["vector"], vectors[place], atol=TOLERANCE)
+            np.testing.assert_allclose(scored["scores"]["cosine"], cosines[place]["cosine"], atol=TOLERANCE)
+    # Each user was computed once for each time, whatever was asked.
+    assert metric(retrieval_server, "hstu_cache_misses_total") == 2 * len(given)
+    assert metric(retrieval_server, "hstu_cache_bytes") > 0
+    assert metric(retrieval_server, "hstu_batch_size_sum") == 2 * len(everything)
+    assert metric(retrieval_server, "hstu_batch_size_count") < len(everything)
+
+
+def test_the_server_says_what_the_model_reads_and_finds_items(
+    retrieval_server: Client, retrieval: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = retrieval_server.get("/model").json
+    assert facts["task"] == "retrieval" and facts["reads"]["timestamps"] and facts["reads"]["request_time"]
+    assert facts["reads"]["features"] == {"colour": False, "tags": False, "price": False}
+    assert retrieval_server.get("/items?q=1003").json["items"] == [{"item": 1003, "title": ""}]
+    titles = [f"Film {number}" for number in range(retrieval.model.encoder.items.size)]
+    monkeypatch.setattr(retrieval.model, "titles", titles)
+    named = ServedModel(retrieval.model, "named", 0, Metrics())
+    assert named.search("FILM 1", 3) == [(1001, "Film 1"), (1010, "Film 10")]
+    assert named.search("1003", 3) == [(1003, "Film 3")]
+    assert retrieval_server.get("/items?q=").status == 422
+    mistaken = retrieval_server.post("/embed", {"items": [1003]})
+    assert (mistaken.status == 422 and "no timestamps" in mistaken.json["error"]) or "no actions" in mistaken.json[
+        "error"
+    ]
+
+
+def test_a_ranking_model_scores_candidates(ranking: Served) -> None:
+    own = {"device": ["value 000"], "watched": [None], "spent": [1.5]}
+    user = {"items": [1000], "actions": [1], "timestamps": [0], "features": own}
+    shown = {"candidates": [1000, 1001], "candidate_features": {"device": [None, "value 001"]}}
+    with serving(ranking, Settings(poll_s=3600)) as client:
+        scores = client.post("/score", {**user, **shown}).json["scores"]
+        assert len(client.post("/score", {"items": [], "at": 9, **shown}).json["scores"]["odd"]) == 2
+        assert "no items" in client.post("/score", {"items": [], **shown}).json["error"]
+        assert client.get("/model").json["reads"]["features"]["device"] is True
+        for path in ("/recommend", "/embed"):
+            reply = client.post(path, user)
+            assert reply.status == 422 and "use /score" in reply.json["error"]
+        assert (
+            "for 2 candidates"
+            in client.post(
+                "/score", {**user, **shown, "candidates": [1, 2]} | {"candidate_features": {"device": [None]}}
+            ).json["error"]
+        )
+    history = History([1000], [1], [0], features=own)
+    expected = ranking.model.score(history, Candidates([1000, 1001], shown["candidate_features"]))  # type: ignore[arg-type]
+    assert scores.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(scores[name], values, atol=TOLERANCE)
+
+
+def test_damaged_exports_never_replace_a_good_one(retrieval: Served, tmp_path: Path) -> None:
+    good = shutil.copytree(retrieval.folder, tmp_path / "good")
+    metrics = Metrics()
+    live = LiveModel(tmp_path, loader(0, metrics), metrics)
+    flipped = shutil.copytree(retrieval.folder, tmp_path / "flipped")
+    content = bytearray((flipped / "program.pt2").read_bytes())
+    content[len(content) // 2] ^= 1
+    (flipped / "program.pt2").write_bytes(content)
+    half = shutil.copytree(retrieval.folder, tmp_path / "half")
+    (half / "tables.safetensors").unlink()
+    old = shutil.copytree(retrieval.folder, tmp_path / "old")
+    rewrite(old, "serving.json", (old / "serving.json").read_bytes().replace(b'"version": 1', b'"version": 0'))
+    diverged = shutil.copytree(retrieval.folder, tmp_path / "diverged")
+    tables = (diverged / "tables.safetensors").read_bytes()
+    start = 8 + int.from_bytes(tables[:8], "little")
+    rewrite(diverged, "tables.safetensors", tables[:start] + b"\xff" * (len(tables) - start))  # all numbers are NaN
+    for folder in tmp_path.iterdir():
+        if folder != good:
+            os.utime(folder / "manifest.json")
+    assert not live.refresh()
+    reasons = {Path(folder).name: reason for folder, reason in live.refused.items()}
+    assert "program.pt2 is damaged" in reasons["flipped"] and "copied in part" in reasons["half"]
+    assert "hstu-serving 0" in reasons["old"] and "no finite number" in reasons["diverged"] and len(reasons) == 4
+    for path in good.rglob("*.safetensors"):
+        path.write_bytes(b"")  # of a mapped file this would end the process
+    assert not live.refresh() and "good" in str(live.refused)
+    live.current.check()
+
+
+def rewrite(folder: Path, name: str, content: bytes) -> None:
+    """Replace a file as an exporter would have written it."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = manifest["files"]
+    files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps({"sha256": checksum_of(files), "files": files}))
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.main(["--export", str(tmp_path / "none"), "--port", "0"]) == EXIT_BAD_DATA
+    assert "does not exist" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert serve.main(["--export", str(tmp_path), "--port", port]) == EXIT_BAD_CONFIG
+    assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
+    for options in (["--port", "70000"], ["--max_batch", "0"], ["--poll_s", "0"], ["--max_wait_ms", "-1"]):
+        with pytest.raises(SystemExit) as ended:
+            serve.main(["--export", str(tmp_path), *options])
+        assert ended.value.code == 2
+
+
+def test_the_server_imports_no_trainer() -> None:
+    reached, new = set[str](), {module for module in IMPORTS if module.startswith("hstu.serve.server")}
+    while new:
+        reached |= new
+        new = {other for module in new for other in IMPORTS[module]} - reached
+    own = ("hstu.serve.server", "hstu.serve.runtime")
+    assert {module for module in reached if not module.startswith(own)} <= {
+        "hstu.serve",
+        "hstu.config.errors",
+        "hstu.config.printable",
+    }

@@ -1,0 +1,244 @@
+"""Batching, the cache of vectors, and which export is served; without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from hstu.config.errors import DataError
+from hstu.serve.server.batching import Batcher, Overloaded
+from hstu.serve.server.cache import ENTRY_BYTES, VectorCache
+from hstu.serve.server.metrics import Metrics
+from hstu.serve.server.settings import Settings
+from hstu.serve.server.swap import LiveModel, find_exports
+from tests.serve.http_server import StubLoader, write_folder
+
+
+class Doubler:
+    """Computes twice the number, once its gate is open."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.gate, self.has_begun = threading.Event(), threading.Event()
+
+    def __call__(self, queries: Sequence[int]) -> list[int | Exception]:
+        self.batches.append(list(queries))
+        self.has_begun.set()
+        assert self.gate.wait(30)
+        if 13 in queries:
+            raise RuntimeError("unlucky")
+        return [ValueError("negative") if query < 0 else 2 * query for query in queries]
+
+    async def begun(self) -> None:
+        await asyncio.to_thread(self.has_begun.wait, 30)
+
+
+def started(compute: Doubler, **settings: float) -> Batcher:
+    batcher = Batcher(compute, Settings(**{"max_wait_s": 0.0, **settings}), Metrics())  # type: ignore[arg-type]
+    batcher.start()
+    return batcher
+
+
+def test_queries_that_come_while_a_batch_is_computed_are_computed_together() -> None:
+    async def ask() -> list[int]:
+        first = asyncio.create_task(batcher.ask(0))
+        await compute.begun()
+        others = [asyncio.create_task(batcher.ask(number)) for number in range(1, 8)]
+        await asyncio.sleep(0)
+        compute.gate.set()
+        answers = await asyncio.gather(first, *others)
+        await batcher.close()
+        return answers
+
+    compute = Doubler()
+
+    async def main() -> list[int]:
+        nonlocal batcher
+        batcher = started(compute, max_batch=4)
+        return await ask()
+
+    batcher: Batcher
+    assert asyncio.run(main()) == [2 * number for number in range(8)]
+    assert compute.batches == [[0], [1, 2, 3, 4], [5, 6, 7]]
+
+
+def test_a_query_waits_for_others_until_the_batch_is_full() -> None:
+    async def main() -> list[int]:
+        batcher = started(compute, max_batch=3, max_wait_s=30)
+        answers = await asyncio.gather(*(batcher.ask(number) for number in range(3)))
+        await batcher.close()
+        return answers
+
+    compute = Doubler()
+    compute.gate.set()
+    assert asyncio.run(main()) == [0, 2, 4] and compute.batches == [[0, 1, 2]]
+
+
+def test_too_many_waiting_queries_are_refused_and_cancelled_ones_make_room_and_cost_nothing() -> None:
+    async def main() -> None:
+        batcher = started(compute, max_waiting=2, max_batch=1)
+        first = asyncio.create_task(batcher.ask(1))
+        await compute.begun()
+        second, third = (asyncio.create_task(batcher.ask(number)) for number in (2, 3))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="try again in 1 s") as refused:
+            await batcher.ask(4)
+        assert refused.value.retry_after_s == 1
+        second.cancel()
+        await asyncio.sleep(0)
+        fifth = asyncio.create_task(batcher.ask(5))
+        first.cancel()  # is being computed; the others must get their own answers all the same
+        await asyncio.sleep(0)
+        compute.gate.set()
+        assert await asyncio.gather(third, fifth) == [6, 10]
+        await batcher.close()
+
+    compute = Doubler()
+    asyncio.run(main())
+    assert compute.batches == [[1], [3], [5]]
+
+
+def test_a_mistake_costs_its_query_and_a_defect_its_batch() -> None:
+    async def main() -> None:
+        batcher = started(compute, max_batch=2, max_wait_s=30)
+        negative, fine = await asyncio.gather(batcher.ask(-1), batcher.ask(1), return_exceptions=True)
+        assert isinstance(negative, ValueError) and fine == 2
+        unlucky = await asyncio.gather(batcher.ask(13), batcher.ask(1), return_exceptions=True)
+        assert [type(error) for error in unlucky] == [RuntimeError, RuntimeError]
+        assert await asyncio.gather(batcher.ask(3), batcher.ask(4)) == [6, 8]
+        waiting = asyncio.create_task(batcher.ask(5))
+        await asyncio.sleep(0)
+        await batcher.close()
+        assert await waiting == 10  # closing answers what waits
+
+    compute = Doubler()
+    compute.gate.set()
+    asyncio.run(main())
+
+
+def test_the_cache_keeps_the_most_recently_used_within_its_bytes() -> None:
+    entry = ENTRY_BYTES + 4 * 8
+    cache = VectorCache(3 * entry + 1)
+    batch = torch.arange(40.0).view(5, 8)
+    for number in range(3):
+        cache.put(b"%d" % number, batch[number])
+    assert torch.equal(cache.get(b"0"), batch[0])  # type: ignore[arg-type]
+    cache.put(b"3", batch[3])
+    assert [cache.get(b"%d" % number) is not None for number in range(4)] == [True, False, True, True]
+    assert cache.used_bytes == 3 * entry and len(cache) == 3
+    found = cache.get(b"3")
+    assert found is not None and found.untyped_storage().nbytes() == 32  # not the batch
+    cache.put(b"large", torch.zeros(4 * entry))
+    assert cache.get(b"large") is None and len(cache) == 3
+    empty = VectorCache(0)
+    empty.put(b"0", batch[0])
+    assert len(empty) == 0
+
+
+def live_model(root: Path) -> tuple[LiveModel, StubLoader]:
+    load = StubLoader()
+    return LiveModel(root, load, Metrics()), load
+
+
+def written(folder: Path, content: str, at: int) -> Path:
+    """As ``write_folder``, with a manifest of a given time."""
+    write_folder(folder, content)
+    os.utime(folder / "manifest.json", ns=(at, at))
+    return folder
+
+
+def name_of(live: LiveModel) -> str:
+    return live.current.version.split("@")[0]
+
+
+def test_an_export_a_folder_of_exports_and_a_link_are_found(tmp_path: Path) -> None:
+    old, new = written(tmp_path / "all/old/serving", "", 1), written(tmp_path / "all/new", "", 2)
+    assert [each.folder for each in find_exports(tmp_path / "all")] == [new, old]
+    assert [each.folder for each in find_exports(tmp_path / "all/old")] == [old]
+    assert [each.folder for each in find_exports(old)] == [old]
+    (tmp_path / "all/latest").symlink_to("old")
+    assert [each.folder for each in find_exports(tmp_path / "all")] == [old]
+    (tmp_path / "all/latest").unlink()
+    (tmp_path / "all/latest").symlink_to("nowhere")
+    assert find_exports(tmp_path / "all") == []
+
+
+def test_a_newer_export_replaces_the_model_and_a_bad_one_does_not(tmp_path: Path) -> None:
+    written(tmp_path / "a", "", 1)
+    live, load = live_model(tmp_path)
+    assert name_of(live) == "a" and not live.refresh()
+    written(tmp_path / "b", "", 2)
+    assert live.refresh() and name_of(live) == "b"
+    for number, content in enumerate(("bad: a byte has changed", "broken", "ranking")):
+        written(tmp_path / content[:3], content, 3 + number)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/serving.json").write_text("no manifest yet")
+    assert not live.refresh() and name_of(live) == "b"
+    assert live.refused == {
+        str(tmp_path / "bad"): "bad: a byte has changed",
+        str(tmp_path / "bro"): "KeyError: 'broken'",
+        str(tmp_path / "ran"): "it is a ranking model, and a retrieval model is in use",
+    }
+    loaded = len(load.models)
+    assert not live.refresh() and len(load.models) == loaded  # a bad one is not loaded again and again
+    written(tmp_path / "bad", "repaired", 9)
+    shutil.rmtree(tmp_path / "ran")
+    assert live.refresh() and name_of(live) == "bad" and [*live.refused] == [str(tmp_path / "bro")]
+
+
+def test_a_model_whose_folder_is_damaged_goes_on_and_one_that_is_removed_gives_way_to_an_older(tmp_path: Path) -> None:
+    written(tmp_path / "a", "", 1)
+    newer = written(tmp_path / "b", "", 2)
+    live, _ = live_model(tmp_path)
+    written(newer, "bad: copied over", 2)
+    assert not live.refresh() and name_of(live) == "b" and list(live.refused) == [str(newer)]
+    shutil.rmtree(newer)
+    assert live.refresh() and name_of(live) == "a" and not live.refused
+    shutil.rmtree(tmp_path / "a")
+    assert not live.refresh() and name_of(live) == "a"
+
+
+def test_what_may_pass_is_tried_again(tmp_path: Path) -> None:
+    written(tmp_path / "a", "", 1)
+    live, load = live_model(tmp_path)
+    busy = written(tmp_path / "b", "busy", 2)
+    assert not live.refresh() and live.refused == {str(busy): "no memory for a map"}
+    load.is_ready = True
+    assert live.refresh() and name_of(live) == "b" and not live.refused
+
+
+def test_a_link_chooses_the_export_also_an_older_one(tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        written(tmp_path / name / "serving", "", number)
+    link = tmp_path / "latest"
+    link.symlink_to("b")
+    live, _ = live_model(tmp_path)
+    assert name_of(live) == "b"
+    (tmp_path / "other").symlink_to("a")
+    (tmp_path / "other").rename(link)
+    assert live.refresh() and name_of(live) == "a"
+
+
+def test_a_place_without_a_good_export_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        live_model(tmp_path / "none")
+    with pytest.raises(DataError, match="hstu-export --program"):
+        live_model(tmp_path)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/serving.json").write_text("{}")
+    with pytest.raises(DataError, match=r"half has no manifest\.json: it was copied in part"):
+        live_model(tmp_path)
+    write_folder(tmp_path / "worse", "bad: old format")
+    with pytest.raises(DataError, match="worse: bad: old format"):
+        live_model(tmp_path)
+    write_folder(tmp_path / "fine")
+    os.utime(tmp_path / "fine/manifest.json", ns=(1, 1))
+    live, _ = live_model(tmp_path)
+    assert name_of(live) == "fine" and len(live.refused) == 1  # the newest is bad, the one before serves

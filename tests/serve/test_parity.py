@@ -1,0 +1,159 @@
+"""One model, applied in each way there is, has one set of metrics: trained, exported, from a cache, and served."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hstu import api
+from hstu.data.store import SequenceStore
+from hstu.parallel.mesh import Mesh
+from hstu.serve import runtime
+from hstu.serve.evaluation import Evaluation, evaluate_split
+from hstu.serve.loaded import LoadedModel
+from hstu.serve.server.metrics import Metrics
+from hstu.serve.server.swap import loader
+from scripts import export
+from tests.serve.http_server import UNWATCHED, running
+from tests.train.tiny import FinishedRun
+
+TOLERANCE = 1e-4
+MEGABYTE = 1 << 20
+Predict = Callable[[api.History, list[Any], int], Any]
+"""History, candidates, time of the request → what the model predicts for each: a cosine, or logits of the classes."""
+
+
+@pytest.fixture(scope="module", params=["retrieval", "ranking"])
+def name(request: Any) -> str:
+    chosen: str = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def exported(name: str, finished: Any, mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The newest checkpoint of a run, exported by the command."""
+    run: FinishedRun = finished(name)
+    output = tmp_path_factory.mktemp("exported") / name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hstu.serve.loaded.mesh_of_this_process", lambda: mesh)
+        patch.setattr(export, "mesh_of_this_process", lambda: mesh)
+        assert export.main(["--ckpt", str(run.path.parent / "checkpoints"), "--output", str(output), "--program"]) == 0
+    return output
+
+
+def of_program(exported: Path) -> Iterator[Predict]:
+    model = runtime.load(exported / "serving")
+
+    def predict(history: api.History, candidates: list[Any], at: int) -> Any:
+        asked = at if model.reads_request_time else None
+        return model.predict_batch([as_request(history)], [candidates], asked)[0].numpy()
+
+    yield predict
+
+
+def of_cache(exported: Path, mesh: Mesh) -> Iterator[Predict]:
+    """The first half of a history is encoded, and the rest is appended."""
+    model = api.load(exported, mesh=mesh)
+    session = model.session(MEGABYTE)
+
+    def predict(history: api.History, candidates: list[Any], at: int) -> Any:
+        half = (len(history.items) + 1) // 2
+        session.encode([part(history, half)])
+        if half < len(history.items):
+            session.append([part(history, len(history.items), first=half)])
+        return session.score(history.user, candidates, at=at if model.reads_request_time else None).numpy()
+
+    yield predict
+
+
+def of_server(exported: Path) -> Iterator[Predict]:
+    metrics = Metrics()
+    with running(exported / "serving", loader(MEGABYTE, metrics), UNWATCHED, metrics) as client:
+        facts = client.get("/model").json
+
+        def predict(history: api.History, candidates: list[Any], at: int) -> Any:
+            request = {key: value for key, value in vars(as_request(history)).items() if value}
+            asked = {"at": at} if facts["reads"]["request_time"] else {}
+            reply = client.post("/score", {**request, **asked, "candidates": candidates})
+            assert reply.status == 200, reply.text
+            (scores,) = reply.json["scores"].values()
+            return np.array(scores) if facts["task"] == "retrieval" else np.log(scores)
+
+        yield predict
+
+
+def as_request(history: api.History) -> runtime.History:
+    """The history in Python's own types, as JSON has them."""
+    values = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(history).items()}
+    context = {key: np.asarray(value).item() for key, value in history.context.items()}
+    return runtime.History(**{**values, "context": context, "user": np.asarray(history.user).item()})
+
+
+def part(history: api.History, stop: int, first: int = 0) -> api.History:
+    """Some events of a history."""
+    assert history.actions is not None and history.timestamps is not None
+    cut = slice(first, stop)
+    return replace(history, items=history.items[cut], actions=history.actions[cut], timestamps=history.timestamps[cut])
+
+
+def predicted_again(evaluation: Evaluation, predict: Predict, store: SequenceStore) -> np.ndarray:
+    """The results of an evaluation, computed in another way; nan where the model had no event before the item."""
+    found, seen = evaluation.observations, dict[int, int]()
+    users = list(api.histories(store))
+    everything = store.raw_ids(store.item_feature).tolist()
+    results = np.full(found.results.shape, np.nan)
+    for row, (user, before) in enumerate(zip(found.users, found.history, strict=True)):
+        whole = users[user]
+        assert whole.timestamps is not None
+        if found.results.ndim == 1:
+            place = len(whole.items) - 1
+        else:
+            place = max(0, len(whole.items) - 8) + seen.get(user, 0)
+            seen[user] = seen.get(user, 0) + 1
+        if before == 0:
+            continue
+        history, at = part(whole, place, first=place - before), int(whole.timestamps[place])
+        target = whole.items.tolist()[place]  # type: ignore[union-attr]
+        if found.results.ndim == 1:
+            unseen = [item for item in everything if item not in whole.items[:place] or item == target]
+            scores = predict(history, unseen, at).reshape(-1)
+            own = scores[unseen.index(target)]
+            results[row] = 1 + (scores > own).sum()
+        else:
+            results[row] = predict(history, [target], at)[0]
+    return results
+
+
+WAYS: dict[str, Any] = {
+    "program": lambda exported, mesh: of_program(exported),
+    "cache": of_cache,
+    "server": lambda exported, mesh: of_server(exported),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_metrics_are_those_of_the_checkpoint(
+    way: str, name: str, exported: Path, loaded: Callable[[str], LoadedModel], store: SequenceStore, mesh: Mesh
+) -> None:
+    model = loaded(name)
+    split = model.with_data().final_splits[-1]
+    trained, of_weights = evaluate_split(model, split), evaluate_split(LoadedModel.load(exported, mesh=mesh), split)
+    assert of_weights.metrics() == trained.metrics()
+    predict = next(ways := WAYS[way](exported, mesh))
+    results = predicted_again(trained, predict, store)
+    ways.close()
+    has_history = ~np.isnan(results.reshape(len(results), -1)).any(axis=1)
+    assert has_history.sum() > len(results) / 2
+    checked = trained.observations.select(has_history)
+    expected = trained.evaluator.metrics(checked)
+    again = trained.evaluator.metrics(replace(checked, results=results[has_history].astype(checked.results.dtype)))
+    assert again == pytest.approx(expected, abs=TOLERANCE)
+    if name == "ranking":
+        probabilities = [
+            torch.as_tensor(values).double().softmax(1) for values in (results[has_history], checked.results)
+        ]
+        torch.testing.assert_close(*probabilities, atol=TOLERANCE, rtol=0)

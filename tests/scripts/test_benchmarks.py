@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -268,6 +269,19 @@ def test_scoring_with_a_cached_history_is_compared_with_whole_forwards(
         },
         rel=1e-3,
     )
+
+
+def test_answers_that_are_not_those_of_the_model_that_they_name_are_counted() -> None:
+    script = import_module("serve_cpu")
+    server = SimpleNamespace(sources={"first@1": 0, "second@1": 1})
+    right = [[[0.5, 0.25]], [[0.75, 0.5]]]
+
+    def answer(model: str, *scores: float, status: int = 200) -> tuple[int, int, float, bytes]:
+        return 0, status, 0.1, json.dumps({"model": model, "items": [{"score": score} for score in scores]}).encode()
+
+    fine = [answer("first@1", 0.5, 0.25), answer("second@1", 0.75, 0.50001), answer("first@1", status=429)]
+    wrong = [answer("first@1", 0.75, 0.5), answer("second@1", 0.75)]
+    assert script.wrong_answers(server, fine, right) == 0 and script.wrong_answers(server, fine + wrong, right) == 2
 
 
 @pytest.mark.slow

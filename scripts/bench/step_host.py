@@ -322,7 +322,7 @@ def measure(trainer: Any, batches: HandedOver, clock: Clock, steps: int) -> tupl
         timed(HSTUBatch, to="copies to the device")
         timed(model, look_up="look-up in the tables")
         timed(model.dense, forward="forward beside the layers")
-        timed(encoder.inputs, _layout="layout and order of tokens")
+        timed(encoder.inputs, layout="layout and order of tokens")
         timed(inputs, token_order="layout and order of tokens")
         timed(layer.HSTULayerFunction, apply="layers, forward")
         timed(layer._Computation, backward="layers, backward")

@@ -268,7 +268,7 @@ def test_a_checkpoint_of_one_rank_is_trained_on_by_any_number(runs: Any, task: s
 def test_evaluation_counts_each_of_seven_users_once(launches: Any, size: int) -> None:
     by_rank = [results["seven retrieval"] for results in launches[size]]
     assert sorted(user for rank in by_rank for user in rank["users"]) == list(range(7))
-    assert all(rank["counts"] == [7] for rank in by_rank)
+    assert all({*rank["counts"]} == {7} for rank in by_rank)
     assert all(rank["metrics"] == launches[1][0]["seven retrieval"]["metrics"] for rank in by_rank)
 
 

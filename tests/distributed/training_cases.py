@@ -106,7 +106,7 @@ def train(mesh: Mesh, task: str, store: str, output: str, **options: Unpack[Tiny
 
 
 def users_evaluated(mesh: Mesh, task: str, store: str, output: str, **options: Unpack[TinyOptions]) -> dict[str, Any]:
-    """How many predictions an untrained model is judged by, the users of this rank, and the metrics."""
+    """How many predictions an untrained model is judged by (of each kind of numbers), own users, and the metrics."""
     trainer = build(_config(mesh, task, store, output, options), mesh)
     evaluator, source = trainer.evaluator, trainer.source
     gather, counts = evaluator._gather, []

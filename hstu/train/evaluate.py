@@ -32,6 +32,8 @@ CHUNK_ITEMS = 16384
 """Items of the corpus that are embedded and scored in one chunk."""
 BLOCK_QUERIES = 512
 """Queries that are scored in one block. A block of scores takes CHUNK_ITEMS × BLOCK_QUERIES × 4 bytes = 32 MiB."""
+_GROUP = 64
+"""Columns of scores whose maximum is compared before they are."""
 
 EmbedItems = Callable[[Tensor], Tensor]
 """Item ids, int64 [n] → vectors of the items, [n, E], not normalised. May be a collective."""
@@ -321,14 +323,32 @@ def recommend(queries: Queries, corpus: Corpus, k: int) -> tuple[np.ndarray, np.
     best_scores = torch.full((len(queries), k), -torch.inf, device=device)
     best_items = torch.full((len(queries), k), -1, device=device)
     for first, items in corpus.chunks():
-        positions = torch.arange(first, first + len(items), device=device)
         for block in scorer.blocks():
-            scores = torch.cat([best_scores[block], scorer.unseen_scores(block, first, items)], dim=1)
-            candidates = torch.cat([best_items[block], positions.expand(len(scores), -1)], dim=1)
-            best_scores[block], places = scores.topk(k, dim=1)
-            best_items[block] = candidates.gather(1, places)
+            found, places = _above(scorer.unseen_scores(block, first, items), best_scores[block, -1:], k)
+            scores = torch.cat([best_scores[block], found], dim=1)
+            candidates = torch.cat([best_items[block], places + first], dim=1)
+            best_scores[block], chosen = scores.topk(k, dim=1)
+            best_items[block] = candidates.gather(1, chosen)
     best_items[best_scores == -torch.inf] = -1
     return _host(best_items), _host(best_scores)
+
+
+def _above(scores: Tensor, threshold: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """A part of ``scores`` [b, n] that has the k best of each row which are above its threshold [b, 1], and their places.
+
+    They lie in the k groups of columns with the largest maxima, and in those alone whose maxima are above the
+    threshold. After some chunks of a corpus, few are, and a maximum costs less than a selection.
+    """
+    rows, columns = scores.shape
+    if columns % _GROUP:
+        scores = nn.functional.pad(scores, (0, -columns % _GROUP), value=-torch.inf)
+    groups = scores.view(rows, -1, _GROUP)
+    maxima = groups.amax(dim=2)
+    count = min(k, int((maxima > threshold).sum(dim=1).max()))
+    chosen = maxima.topk(count, dim=1).indices
+    places = (chosen[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)
+    found = groups.gather(1, chosen[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
+    return found, places
 
 
 class _Scorer:
@@ -346,6 +366,8 @@ class _Scorer:
         rows, items = np.repeat(row_of_query, queries.seen_lengths), corpus.positions(queries.seen_items)
         by_block_and_item = np.lexsort((items, rows // BLOCK_QUERIES))
         self._seen_rows, self._seen_items = rows[by_block_and_item], items[by_block_and_item]
+        self._checked, self._absent = vectors, torch.empty(0, dtype=torch.int64)
+        """The items that were scored last, and which of them are no candidates."""
         block_starts = np.arange(0, len(self._vectors) + 1, BLOCK_QUERIES)
         self._seen_bounds = np.searchsorted(self._seen_rows // BLOCK_QUERIES, block_starts // BLOCK_QUERIES)
 
@@ -359,7 +381,9 @@ class _Scorer:
     def scores(self, block: slice, items: Tensor) -> Tensor:
         """Scores float32 [queries of the block, n]; −inf at items that are no candidates."""
         scores = self._vectors[block.start : block.start + BLOCK_QUERIES] @ items.t()
-        scores.masked_fill_(~items.any(dim=1), -torch.inf)
+        if items is not self._checked:
+            self._checked, self._absent = items, (~items.any(dim=1)).nonzero()[:, 0]
+        scores[:, self._absent] = -torch.inf
         return scores[: block.stop - block.start]
 
     def unseen_scores(self, block: slice, first: int, items: Tensor) -> Tensor:

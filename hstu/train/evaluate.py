@@ -334,7 +334,7 @@ def recommend(queries: Queries, corpus: Corpus, k: int) -> tuple[np.ndarray, np.
 
 
 def _above(scores: Tensor, threshold: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """A part of ``scores`` [b, n] that has the k best of each row which are above its threshold [b, 1], and their places.
+    """A part of ``scores`` [b, n] with the k best of each row that are above its threshold [b, 1], and their places.
 
     They lie in the k groups of columns with the largest maxima, and in those alone whose maxima are above the
     threshold. After some chunks of a corpus, few are, and a maximum costs less than a selection.
@@ -345,7 +345,7 @@ def _above(scores: Tensor, threshold: Tensor, k: int) -> tuple[Tensor, Tensor]:
     groups = scores.view(rows, -1, _GROUP)
     maxima = groups.amax(dim=2)
     count = min(k, int((maxima > threshold).sum(dim=1).max()))
-    chosen = maxima.topk(count, dim=1).indices
+    chosen = maxima.topk(count, dim=1, sorted=False).indices
     places = (chosen[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)
     found = groups.gather(1, chosen[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
     return found, places

@@ -324,31 +324,31 @@ def recommend(queries: Queries, corpus: Corpus, k: int) -> tuple[np.ndarray, np.
     best_items = torch.full((len(queries), k), -1, device=device)
     for first, items in corpus.chunks():
         for block in scorer.blocks():
-            found, places = _above(scorer.unseen_scores(block, first, items), best_scores[block, -1:], k)
-            scores = torch.cat([best_scores[block], found], dim=1)
-            candidates = torch.cat([best_items[block], places + first], dim=1)
-            best_scores[block], chosen = scores.topk(k, dim=1)
-            best_items[block] = candidates.gather(1, chosen)
+            found, groups = _above(scorer.unseen_scores(block, first, items), best_scores[block, -1:], k)
+            best_scores[block], chosen = torch.cat([best_scores[block], found], dim=1).topk(k, dim=1)
+            place = (chosen - k).clamp_(min=0)  # among the found ones
+            new = first + groups.gather(1, place // _GROUP) * _GROUP + place % _GROUP
+            best_items[block] = torch.where(chosen < k, best_items[block].gather(1, chosen.clamp(max=k - 1)), new)
     best_items[best_scores == -torch.inf] = -1
     return _host(best_items), _host(best_scores)
 
 
 def _above(scores: Tensor, threshold: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """A part of ``scores`` [b, n] with the k best of each row that are above its threshold [b, 1], and their places.
+    """Some groups of columns of ``scores`` [b, n] that have the k best of each row that are above its threshold [b, 1].
 
-    They lie in the k groups of columns with the largest maxima, and in those alone whose maxima are above the
-    threshold. After some chunks of a corpus, few are, and a maximum costs less than a selection.
+    These lie in the k groups with the largest maxima, and in those alone whose maxima are above the threshold. After
+    some chunks of a corpus, few are, and a maximum costs less than a selection.
+
+    Returns the scores [b, c · _GROUP] and the number of each group, int64 [b, c], c of at least 1.
     """
     rows, columns = scores.shape
     if columns % _GROUP:
         scores = nn.functional.pad(scores, (0, -columns % _GROUP), value=-torch.inf)
-    groups = scores.view(rows, -1, _GROUP)
-    maxima = groups.amax(dim=2)
-    count = min(k, int((maxima > threshold).sum(dim=1).max()))
-    chosen = maxima.topk(count, dim=1, sorted=False).indices
-    places = (chosen[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)
-    found = groups.gather(1, chosen[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
-    return found, places
+    grouped = scores.view(rows, -1, _GROUP)
+    maxima = grouped.amax(dim=2)
+    above = int((maxima > threshold).sum(dim=1).max())
+    groups = maxima.topk(min(max(1, above), k, maxima.shape[1]), dim=1, sorted=False).indices
+    return grouped.gather(1, groups[:, :, None].expand(-1, -1, _GROUP)).flatten(1), groups
 
 
 class _Scorer:

@@ -278,6 +278,13 @@ def temporary_path(final: Path) -> Path:
     return final.with_name(f"{_WRITING}{final.name}")
 
 
+def put_in_place(written: Path, final: Path) -> None:
+    """Give a file that was written under another path its own, complete and on disk when this returns."""
+    sync_to_disk(written)
+    os.replace(written, final)
+    sync_to_disk(final.parent)
+
+
 def make(directory: Path) -> bool:
     """Create the directory of a run's checkpoints, on disk when this returns. Returns False if it exists."""
     if directory.is_dir():

@@ -138,7 +138,7 @@ def expected_answers(trained: LoadedModel, model: runtime.Model, requests: Reque
 def _item_vectors(trained: LoadedModel, model: runtime.Model) -> Tensor:
     """Vectors of all items in the order of the directory; zeros for those that are no candidates."""
     corpus = trained.retrieval_evaluator().corpus()
-    vectors = torch.cat([chunk.cpu() for _, chunk in corpus.chunks()])[: corpus.size]
+    vectors = corpus.vectors()
     names = trained.vocabularies[trained.source.roles.item]
     places = model.encoder.items.places(names.decode(corpus.ids.cpu().numpy()))
     found = torch.zeros(model.encoder.items.size, vectors.shape[1])

@@ -304,7 +304,7 @@ class _Items:
         """Vectors of length 1, float32 [items, E]; zeros for items that are not in the data."""
         of_data = self._ids[self._places] if self._source.item_ids() is not None else None
         corpus = trained.retrieval_evaluator().corpus(of_data)
-        vectors = torch.cat([chunk.cpu() for _, chunk in corpus.chunks()])[: corpus.size]
+        vectors = corpus.vectors()
         found = torch.zeros(len(self._ids), vectors.shape[1])
         found[torch.from_numpy(self._places)] = vectors
         return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hstu.checkpoint.directory import sync_to_disk
+from hstu.checkpoint.directory import put_in_place, temporary_path
 from hstu.config.errors import ConfigError
 
 LINKS = 32
@@ -50,10 +49,9 @@ def build_index(vectors: np.ndarray, path: Path, ef_search: int) -> Any:
     index = faiss.IndexIDMap(graph)
     rows = np.flatnonzero(vectors.any(axis=1))
     index.add_with_ids(np.ascontiguousarray(vectors[rows]), rows)
-    aside = path.with_name(f".writing_{path.name}")
+    aside = temporary_path(path)
     faiss.write_index(index, str(aside))
-    sync_to_disk(aside)
-    os.replace(aside, path)
+    put_in_place(aside, path)
     return index
 
 

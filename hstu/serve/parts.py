@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hstu.checkpoint.directory import sync_to_disk
+from hstu.checkpoint.directory import put_in_place, temporary_path
 from hstu.config.errors import DataError
 
 SETTINGS_FILE = "_settings.json"
@@ -70,11 +69,9 @@ class Parts:
         self._put(self.path(number), lambda aside: pq.write_table(table, aside))
 
     def _put(self, path: Path, write: Any) -> None:
-        aside = path.with_name(f".writing_{path.name}")
+        aside = temporary_path(path)
         try:
             write(aside)
-            sync_to_disk(aside)
-            os.replace(aside, path)
-            sync_to_disk(self.directory)
+            put_in_place(aside, path)
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error.strerror or error}") from error

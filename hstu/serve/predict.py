@@ -24,7 +24,7 @@ from hstu.parallel.collectives import gather_objects
 from hstu.serve.id_files import Candidates
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.score_columns import score_columns
-from hstu.serve.vectors import own_user_vectors
+from hstu.serve.vectors import own_user_vectors, places_of
 from hstu.train.builder import build_evaluator
 from hstu.train.evaluate import Corpus, Queries, recommend
 
@@ -113,9 +113,9 @@ class RetrievalPredictor(Predictor):
             else:
                 found = self._best_candidates(own, vectors, self.candidates.of_users(users))
         of_user, items, scores = self._joined(*found)
-        order = np.argsort(_places(users, of_user), kind="stable")
+        order = np.argsort(places_of(users, of_user), kind="stable")
         of_user, items, scores = of_user[order], items[order], scores[order]
-        ranks = np.arange(len(of_user)) - _first_of_run(_places(users, of_user)) + 1
+        ranks = np.arange(len(of_user)) - _first_of_run(places_of(users, of_user)) + 1
         return self._table(of_user, self._vocabulary.decode(items), {"rank": ranks.astype(np.int32), "score": scores})
 
     def _best(self, users: np.ndarray, vectors: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -142,7 +142,7 @@ class RetrievalPredictor(Predictor):
         """The same among the candidates of each user. ``candidates``: of the users of all ranks."""
         corpus = self._evaluator.corpus(np.intersect1d(self.loaded.model_ids(candidates.items), self._ids))
         own = candidates.of_users(users)
-        row, items = np.repeat(_places(users, own.users), own.counts), self.loaded.model_ids(own.items)
+        row, items = np.repeat(places_of(users, own.users), own.counts), self.loaded.model_ids(own.items)
         scores = self._pair_scores(vectors, row, corpus.positions(items), corpus)
         left = scores > -np.inf
         if not self.choice.keep_seen:
@@ -219,12 +219,6 @@ class RankingPredictor(Predictor):
         output = output[np.argsort(place)]
         items = self._raw_ids["item"][given.items]
         return self._table(np.repeat(given.users, given.counts), items, self._columns.of(output))
-
-
-def _places(users: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Indices in ``users``, which are distinct, of ``wanted`` ones."""
-    order = np.argsort(users)
-    return order[np.searchsorted(users, wanted, sorter=order)]
 
 
 def _first_of_run(keys: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from hstu.checkpoint.directory import sync_to_disk
+from hstu.checkpoint.directory import put_in_place, temporary_path
 from hstu.data.batch import HSTUBatch
 from hstu.parallel.collectives import gather_objects
 from hstu.serve.loaded import LoadedModel
@@ -59,7 +58,13 @@ def user_vectors(loaded: LoadedModel, users: np.ndarray, at: int | None = None) 
         own, vectors = own_user_vectors(loaded, part, at)
         of_ranks = gather_objects((own, vectors.float().cpu().numpy()), loaded.mesh.world_group)
         computed, joined = (np.concatenate(arrays) for arrays in zip(*of_ranks, strict=True))
-        yield joined[np.argsort(computed)[np.searchsorted(np.sort(computed), part)]]
+        yield joined[places_of(computed, part)]
+
+
+def places_of(users: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Indices in ``users``, which are distinct, of ``wanted`` ones."""
+    order = np.argsort(users)
+    return order[np.searchsorted(users, wanted, sorter=order)]
 
 
 class VectorSink(Protocol):
@@ -74,7 +79,7 @@ def open_parquet(path: Path, name: str, ids: np.ndarray, width: int) -> Iterator
     """A Parquet file with the columns ``name`` and vector, a list of float32; complete once it has its name."""
     kind = pa.string() if ids.dtype == object else pa.int64()
     schema = pa.schema([(name, kind), ("vector", pa.list_(pa.float32(), width))])
-    aside = path.with_name(f".writing_{path.name}")
+    aside = temporary_path(path)
 
     class Sink:
         """Writes one row group per part."""
@@ -86,13 +91,13 @@ def open_parquet(path: Path, name: str, ids: np.ndarray, width: int) -> Iterator
 
     with pq.ParquetWriter(aside, schema) as writer:
         yield Sink()
-    _commit(aside, path)
+    put_in_place(aside, path)
 
 
 @contextmanager
 def open_npy(path: Path, ids: np.ndarray, width: int) -> Iterator[VectorSink]:
     """An array float32 [len(ids), width] in ``path``, and the raw ids of its rows in <stem>.ids.npy."""
-    aside = path.with_name(f".writing_{path.name}")
+    aside = temporary_path(path)
     array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=(len(ids), width))
     np.save(path.with_name(f"{path.stem}.ids.npy"), ids.astype(str) if ids.dtype == object else ids)
 
@@ -108,9 +113,4 @@ def open_npy(path: Path, ids: np.ndarray, width: int) -> Iterator[VectorSink]:
 
     yield Sink()
     array.flush()
-    _commit(aside, path)
-
-
-def _commit(aside: Path, path: Path) -> None:
-    sync_to_disk(aside)
-    os.replace(aside, path)
+    put_in_place(aside, path)

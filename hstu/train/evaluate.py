@@ -266,6 +266,10 @@ class Corpus:
             positions = torch.arange(first, first + length, device=self.ids.device).clamp_(max=self.size - 1)
             yield first, REFERENCE_KERNELS.l2_normalize(self.embed_items(self.ids[positions]), self.l2_norm_eps)
 
+    def vectors(self) -> Tensor:
+        """All vectors, float32 [size, E], on the host. Collective as ``chunks``."""
+        return torch.cat([items.cpu() for _, items in self.chunks()])[: self.size]
+
     def positions(self, ids: np.ndarray) -> np.ndarray:
         """Positions of ids, int64 [n]; -1 for ids that are not among the items."""
         if not self.size:
@@ -366,8 +370,6 @@ class _Scorer:
         rows, items = np.repeat(row_of_query, queries.seen_lengths), corpus.positions(queries.seen_items)
         by_block_and_item = np.lexsort((items, rows // BLOCK_QUERIES))
         self._seen_rows, self._seen_items = rows[by_block_and_item], items[by_block_and_item]
-        self._checked, self._absent = vectors, torch.empty(0, dtype=torch.int64)
-        """The items that were scored last, and which of them are no candidates."""
         block_starts = np.arange(0, len(self._vectors) + 1, BLOCK_QUERIES)
         self._seen_bounds = np.searchsorted(self._seen_rows // BLOCK_QUERIES, block_starts // BLOCK_QUERIES)
 
@@ -381,9 +383,7 @@ class _Scorer:
     def scores(self, block: slice, items: Tensor) -> Tensor:
         """Scores float32 [queries of the block, n]; −inf at items that are no candidates."""
         scores = self._vectors[block.start : block.start + BLOCK_QUERIES] @ items.t()
-        if items is not self._checked:
-            self._checked, self._absent = items, (~items.any(dim=1)).nonzero()[:, 0]
-        scores[:, self._absent] = -torch.inf
+        scores[:, (~items.any(dim=1)).nonzero()[:, 0]] = -torch.inf  # a mask would write all scores again
         return scores[: block.stop - block.start]
 
     def unseen_scores(self, block: slice, first: int, items: Tensor) -> Tensor:

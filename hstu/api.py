@@ -34,7 +34,7 @@ from hstu.serve.evaluation import evaluate_split
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.session import Session
 from hstu.serve.vectors import item_vectors
-from hstu.train.evaluate import Corpus, Queries, recommend
+from hstu.train.corpus import Corpus, Queries, recommend
 from hstu.train.given_histories import History, HistoryEncoder, Vocabulary
 from hstu.train.inference import StoredSource
 

@@ -26,7 +26,7 @@ from hstu.serve.loaded import LoadedModel
 from hstu.serve.score_columns import score_columns
 from hstu.serve.vectors import own_user_vectors, places_of
 from hstu.train.builder import build_evaluator
-from hstu.train.evaluate import Corpus, Queries, recommend
+from hstu.train.corpus import Corpus, Queries, recommend
 
 
 class Predictor(ABC):

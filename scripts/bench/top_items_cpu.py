@@ -2,7 +2,7 @@
 
     python scripts/bench/top_items_cpu.py [--items 1000000] [--output docs/benchmarks/top_items/cpu.json]
 
-``hstu.train.evaluate.recommend`` gathers and normalises the items of a corpus chunk by chunk, scores all users, leaves
+``hstu.train.corpus.recommend`` gathers and normalises the items of a corpus chunk by chunk, scores all users, leaves
 out what they have seen, and keeps the best. Its peers are the product alone, and the product with a selection of the
 best from each chunk's scores (topk). All take their turn in every round.
 """
@@ -19,7 +19,7 @@ import torch
 from harness import begin, command_line, finish
 from torch import Tensor
 
-from hstu.train.evaluate import BLOCK_QUERIES, Corpus, Queries, recommend
+from hstu.train.corpus import BLOCK_QUERIES, Corpus, Queries, recommend
 
 
 def ways_of(options: argparse.Namespace) -> dict[str, Callable[[], tuple[np.ndarray, np.ndarray] | Tensor]]:

@@ -1,0 +1,156 @@
+"""The ranks and the best of all items against a loop over users, whatever the chunks, blocks and ties."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hstu.train.corpus as corpus_module
+from hstu.train.corpus import Corpus, Queries, recommend, target_ranks
+from hstu.train.metrics import retrieval_metrics
+
+EPS = 1e-6
+
+
+def make_queries(vectors, targets, seen) -> Queries:
+    return Queries(
+        vectors=F.normalize(torch.as_tensor(vectors, dtype=torch.float32), dim=1),
+        user_ids=np.arange(len(targets)),
+        targets=np.array(targets, dtype=np.int64),
+        seen_items=np.array([item for row in seen for item in row], dtype=np.int64),
+        seen_lengths=np.array([len(row) for row in seen], dtype=np.int64),
+    )
+
+
+def make_corpus(table, chunk_items=10**6) -> Corpus:
+    return Corpus(lambda ids: table[ids], torch.arange(len(table)), EPS, chunk_items)
+
+
+def ranks_by_loop(queries: Queries, table: torch.Tensor) -> np.ndarray:
+    """Exact only where scores are sums of small integers, as those of ``grid_case``."""
+    scores = (queries.vectors @ F.normalize(table, dim=1).t()).double().numpy()
+    offsets = np.concatenate([[0], np.cumsum(queries.seen_lengths)])
+    ranks = []
+    for user, target in enumerate(queries.targets):
+        seen = set(queries.seen_items[offsets[user] : offsets[user + 1]].tolist())
+        rivals = [scores[user, item] for item in range(len(table)) if item not in seen and item != target]
+        own = scores[user, target]
+        ranks.append(1 + sum(s > own for s in rivals) + sum(s == own for s in rivals) / 2)
+    return np.array(ranks)
+
+
+def grid_case(num_users, num_items, seed):
+    """Vectors of four entries ±1/2 have norm 1, and every score is exact: −1, −1/2, 0, 1/2 or 1, with many ties."""
+    rng = np.random.default_rng(seed)
+    table = torch.from_numpy(rng.choice([-0.5, 0.5], (num_items, 4))).float()
+    vectors = rng.choice([-0.5, 0.5], (num_users, 4))
+    targets = rng.integers(0, num_items, num_users)
+    seen = [rng.integers(0, num_items, rng.integers(0, 2 * num_items)).tolist() for _ in range(num_users)]
+    return make_queries(vectors, targets, seen), table
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    num_users=st.integers(1, 9),
+    num_items=st.integers(1, 12),
+    chunk_items=st.integers(1, 15),
+    block_queries=st.integers(1, 10),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_ranks_equal_a_loop_over_users(num_users, num_items, chunk_items, block_queries, seed):
+    """Ties, repeated seen items, seen targets, chunks and blocks that do not divide their totals."""
+    queries, table = grid_case(num_users, num_items, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_module, "BLOCK_QUERIES", block_queries)
+        actual = target_ranks(queries, make_corpus(table, chunk_items))
+    np.testing.assert_array_equal(actual, ranks_by_loop(queries, table))
+
+
+@pytest.mark.parametrize("chunk_items", [977, 250, 10**6])
+def test_equal_items_tie_exactly_wherever_they_stand(chunk_items):
+    """Every item stands three times in the corpus, so each target ties with two others: ranks are 2, 5, 8 …"""
+    generator = torch.Generator().manual_seed(0)
+    distinct = torch.randn((333, 50), generator=generator)
+    table = distinct.repeat(3, 1)[torch.randperm(999, generator=generator)]
+    queries = make_queries(torch.randn((700, 50), generator=generator), np.arange(700), [[]] * 700)
+    ranks = target_ranks(queries, make_corpus(table, chunk_items))
+    assert len(set(ranks)) > 100
+    np.testing.assert_array_equal(ranks % 3, 2)
+
+
+def test_ranks_are_the_places_in_sorted_order():
+    generator = torch.Generator().manual_seed(1)
+    table, vectors = torch.randn((2000, 16), generator=generator), torch.randn((40, 16), generator=generator)
+    queries = make_queries(vectors, np.arange(40) * 7, [[]] * 40)
+    by_score = (queries.vectors.double() @ F.normalize(table, dim=1).double().t()).argsort(dim=1, descending=True)
+    expected = [(row == target).nonzero().item() + 1 for row, target in zip(by_score, queries.targets, strict=True)]
+    np.testing.assert_array_equal(target_ranks(queries, make_corpus(table, 300)), expected)
+
+
+def test_a_model_that_gives_nan_ranks_last_not_first():
+    queries, table = grid_case(3, 8, seed=0)
+    diverged = Queries(
+        queries.vectors * math.nan, queries.user_ids, queries.targets, np.zeros(0, int), np.zeros(3, int)
+    )
+    assert (target_ranks(diverged, make_corpus(table, 3)) >= 8).all()
+
+
+def test_recommend_gives_the_best_unseen_items_in_order():
+    generator = torch.Generator().manual_seed(2)
+    table = torch.randn((30, 8), generator=generator)
+    queries = make_queries(torch.randn((5, 8), generator=generator), [0] * 5, [[1, 2], [], [3] * 9, [29, 0], [5]])
+    codes, scores = recommend(queries, make_corpus(table, 7), k=4)
+    expected = queries.vectors @ F.normalize(table, dim=1).t()
+    for user, seen in enumerate([[1, 2], [], [3], [29, 0], [5]]):
+        expected[user, seen] = -math.inf
+    expected_scores, expected_codes = expected.topk(4, dim=1)
+    np.testing.assert_array_equal(codes, expected_codes)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
+
+
+def test_recommend_more_items_than_there_are():
+    queries, table = grid_case(1, 6, seed=0)
+    queries = make_queries(queries.vectors, [0], [[2, 4, 4]])
+    codes, scores = recommend(queries, make_corpus(table, 4), k=100)
+    assert codes.shape == (1, 6)
+    assert set(codes[0, :4]) == {0, 1, 3, 5} and codes[0, 4:].tolist() == [-1, -1]
+    assert np.isinf(scores[0, 4:]).all() and not np.isinf(scores[0, :4]).any()
+
+
+def test_only_the_ids_of_a_corpus_are_ranked_and_other_targets_are_misses():
+    """Ids are any int64. A corpus of some ids ranks as the table of those rows does."""
+    queries, table = grid_case(6, 9, seed=4)
+    ids = np.sort(np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 9))
+    row_of = {id_: row for row, id_ in enumerate(ids.tolist())}
+
+    def embed(wanted):
+        return table[[row_of[id_] for id_ in wanted.tolist()]]
+
+    by_id = Queries(
+        queries.vectors, queries.user_ids, ids[queries.targets], ids[queries.seen_items], queries.seen_lengths
+    )
+    ranks = target_ranks(by_id, Corpus(embed, torch.from_numpy(ids), EPS, 4))
+    np.testing.assert_array_equal(ranks, ranks_by_loop(queries, table))
+    positions, _ = recommend(by_id, Corpus(embed, torch.from_numpy(ids), EPS, 4), k=3)
+    np.testing.assert_array_equal(positions, recommend(queries, make_corpus(table, 4), k=3)[0])
+
+    without = ids[ids != by_id.targets[0]]
+    fewer = target_ranks(by_id, Corpus(embed, torch.from_numpy(without), EPS, 4))
+    assert np.isinf(fewer[by_id.targets == by_id.targets[0]]).all()
+    assert np.isfinite(fewer[by_id.targets != by_id.targets[0]]).all()
+    nothing = target_ranks(by_id, Corpus(embed, torch.zeros(0, dtype=torch.int64), EPS, 4))
+    assert retrieval_metrics(["HR@500", "NDCG@500", "MRR"], nothing) == {"HR@500": 0, "NDCG@500": 0, "MRR": 0}
+
+
+def test_items_whose_rows_are_zeros_are_no_candidates():
+    queries, table = grid_case(3, 8, seed=1)
+    table[[2, 5]] = 0
+    queries = make_queries(queries.vectors, [2, 0, 5], [[]] * 3)
+    ranks = target_ranks(queries, make_corpus(table, 3))
+    assert np.isinf(ranks[[0, 2]]).all() and 1 <= ranks[1] <= 6
+    positions, _ = recommend(queries, make_corpus(table, 3), k=8)
+    assert not {2, 5} & set(positions.flatten().tolist()) and (positions == -1).sum() == 6

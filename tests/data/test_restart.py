@@ -105,7 +105,10 @@ def test_killed_twice_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert one == other
 
 
-@pytest.mark.parametrize(("number", "stages"), [(signal.SIGINT, ("log_0", "users")), (signal.SIGTERM, ("log_2",))])
+@pytest.mark.parametrize(
+    ("number", "stages"),
+    [(signal.SIGINT, ("log_0", "users")), pytest.param(signal.SIGTERM, ("log_2",), marks=pytest.mark.slow)],
+)
 def test_a_stop_signal_keeps_the_finished_stages(
     number: signal.Signals, stages: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -157,7 +160,7 @@ def test_other_raw_files_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytes
     assert json.loads((store / "meta.json").read_text())["num_events"] == 499
 
 
-@pytest.mark.parametrize("limit", ["300MB", "4GB"])
+@pytest.mark.parametrize("limit", ["300MB", pytest.param("4GB", marks=pytest.mark.slow)])
 def test_no_byte_depends_on_the_memory_limit(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = generate(tmp_path / "raw", 2_000, "pure")
     one = contents(preprocess("kuairand-pure", raw_path=raw, output=tmp_path / "one"))

@@ -108,6 +108,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     check(run_all(tmp_path, 1, "ranking", AHEAD), AHEAD)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_which_one_is_told_to_stop_do_too(tmp_path: Path) -> None:
     check(run_all(tmp_path, 2, "retrieval", ("native",)), ("native",))
 

@@ -13,6 +13,8 @@ from tests.conftest import REPOSITORY
 
 pytest.importorskip("cutlass")
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "NetworkArgs.num_layers = 2",
     "NetworkArgs.hidden_size = 64",

@@ -168,6 +168,7 @@ def test_attention_with_a_relative_bias_and_all_its_gradients_equal_the_referenc
     compare_with_the_reference(head_dim=32, heads=1, bias=bias_of(200))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_attention_of_given_queries_keys_and_values_equals_the_reference() -> None:
     """The kernels without SiLU, which benchmarks of attention alone run."""

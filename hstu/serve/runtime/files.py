@@ -200,7 +200,7 @@ class Vocabulary:
 
 def _as_int64(value: Any) -> int | None:
     try:
-        number = int(str(value))
+        number = value if type(value) is int else int(str(value))  # most are, and a history has many
     except ValueError:
         return None
     return number if number in _INT64 else None

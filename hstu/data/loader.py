@@ -12,6 +12,7 @@ through /proc. Its pages are kept, because allocating fresh ones costs more than
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import pickle
@@ -82,9 +83,16 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
 
     torch would raise the death of a worker from a signal handler, in whatever line the main thread executes. Without
     the handler it is raised where the next batch is awaited, at most 5 s later.
+
+    A forked worker has what this process has, but not its threads. Were it to collect, say, the process group of an
+    earlier run, it would wait for that group's threads for ever. So it never collects what it was born with.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
+    gc.freeze()
+    try:
+        batches = iter(loader)
+    finally:
+        gc.unfreeze()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
     workers = getattr(batches, "_workers", ())

@@ -6,11 +6,13 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -109,6 +111,31 @@ def test_a_dead_worker_is_a_clear_error(collator: Collator) -> None:
     with pytest.raises(DataError, match=r"a data worker died .*data_workers \(now 1\)"):
         list(islice(build_loader(_Dies(collator), plans(), workers=1), 12))
     gc.collect()  # as long as DataLoader's iterator is there, any child that ends makes it tell of the dead worker
+
+
+class _Collects:
+    """Builds batches after a garbage collection."""
+
+    def __init__(self, collator: Collator) -> None:
+        self._collator = collator
+
+    def __call__(self, plan: BatchPlan) -> HSTUBatch:
+        gc.collect()
+        return self._collator(plan)
+
+
+def test_a_worker_leaves_the_garbage_of_the_training_process_alone(collator: Collator) -> None:
+    """A process group that it collected would wait in it for threads that only the training process has."""
+    gc.disable()
+    try:
+        store = dist.TCPStore("127.0.0.1", 0, 1, True)
+        garbage: list[object] = [dist.ProcessGroupGloo(store, 0, 1, timedelta(seconds=60))]
+        garbage.append(garbage)
+        del garbage, store
+        batches = build_loader(_Collects(collator), plans(), workers=1, start_method="fork")
+        assert len(list(islice(batches, 2))) == 2
+    finally:
+        gc.enable()
 
 
 class _Breaks:

@@ -1,8 +1,9 @@
-"""The fastest way to train a run within the memory of its ranks: what is split, sharded and recomputed.
+"""The fastest way to train a run within the memory of its ranks: what is split, sharded, recomputed and offloaded.
 
 All plans train the same global batches, so they give the losses of the file (but for rounding and dropout). A plan says
 how many ranks share the heads (tensor parallelism) and the tokens (context parallelism), which dense states are
-sharded, what backward recomputes, and into how many micro-batches a rank divides its sequences.
+sharded, what backward recomputes, what waits for it in the memory of the host, and into how many micro-batches a rank
+divides its sequences. How much memory the host has is not known.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ USED = 0.9
 """Share of the memory that a plan may use: the rest is for CUDA's context, NCCL's buffers and fragmentation."""
 SHARDING = ("none", "optimizer", "weights")
 NORM, SILU, LAYER = "recompute_input_layernorm", "recompute_input_silu", "recompute_layer"
-NUM_LAYERS = "recompute_num_layers"
-KEPT: Mapping[str, Any] = {NORM: False, SILU: False, LAYER: False, NUM_LAYERS: None}
-"""Nothing is recomputed."""
+NUM_LAYERS, OFFLOAD = "recompute_num_layers", "offload_num_layers"
+KEPT: Mapping[str, Any] = {NORM: False, SILU: False, LAYER: False, NUM_LAYERS: None, OFFLOAD: 0}
+"""Nothing is recomputed, and nothing moved to the host."""
 SEARCHED = (
     ("tensor_parallel", "tensor_model_parallel_size"),
     ("context_parallel", "context_parallel_size"),
@@ -76,8 +77,8 @@ def search(
     for tp, cp in _groups(config, world_size, ranks_per_host):
         progress(f"tensor parallel {tp}, context parallel {cp}")
         planned: Workload | None = None
-        for by_tokens, sharding, recomputed in product((False, True), SHARDING, _recomputed(config)):
-            changed = _changed(config, tp, cp, by_tokens, sharding, recomputed)
+        for by_tokens, sharding, saving in product((False, True), SHARDING, _saving(config)):
+            changed = _changed(config, tp, cp, by_tokens, sharding, saving)
             if (by_tokens and tp == 1) or not _is_valid(changed, world_size):
                 continue
             # Lengths and tables depend on the size of the groups alone.
@@ -96,21 +97,25 @@ def _groups(config: RunConfig, world_size: int, ranks_per_host: int) -> Iterator
             yield tp, cp
 
 
-def _recomputed(config: RunConfig) -> Iterator[dict[str, Any]]:
-    """What backward may recompute: parts of all layers, half of the layers, or all of them."""
+def _saving(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """What backward recomputes, parts of all layers or whole layers, and of how many layers the host keeps the rest."""
     layers = config.network.num_layers
     yield from ({}, {NORM: True}, {SILU: True}, {NORM: True, SILU: True})
     if layers > 1:
         yield {SILU: True, LAYER: True, NUM_LAYERS: layers // 2}
+        yield {OFFLOAD: layers // 2}
+    if layers > 2:
+        yield {SILU: True, OFFLOAD: layers - 1}
+        yield {LAYER: True, OFFLOAD: layers - 1}
     yield {LAYER: True}
 
 
 def _changed(
-    config: RunConfig, tp: int, cp: int, by_tokens: bool, sharding: str, recomputed: Mapping[str, Any]
+    config: RunConfig, tp: int, cp: int, by_tokens: bool, sharding: str, saving: Mapping[str, Any]
 ) -> RunConfig:
     return replace(
         config,
-        network=replace(config.network, sequence_parallel=by_tokens, **{**KEPT, **recomputed}),
+        network=replace(config.network, sequence_parallel=by_tokens, **{**KEPT, **saving}),
         tensor_parallel=replace(config.tensor_parallel, tensor_model_parallel_size=tp),
         context_parallel=replace(config.context_parallel, context_parallel_size=cp),
         data_parallel=replace(config.data_parallel, sharding=sharding),

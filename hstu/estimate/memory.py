@@ -222,29 +222,45 @@ def _gradients_beyond_activations(workload: Workload, saved: int, at_the_end: in
 
 
 def saved_by_layers(workload: Workload, batch: Batch) -> int:
-    """Bytes that all layers save in forward."""
-    return sum(len(part.spans) * layer_bytes(workload, part)[0] for part in workload.layer_parts(batch))
+    """Bytes on the device that all layers save in forward."""
+    staying = (part for part in workload.layer_parts(batch) if not part.is_offloaded)
+    return sum(len(part.spans) * layer_bytes(workload, part)[0] for part in staying)
 
 
 def working_of_layers(workload: Workload, batch: Batch) -> int:
-    """Bytes beyond ``saved_by_layers`` at the peak of backward, which frees what the later layers have saved."""
+    """Bytes beyond ``saved_by_layers`` at the peak of backward, which frees what the later layers have saved.
+
+    While a layer computes, what the one before it has saved comes back to the device if that is offloaded.
+    """
+    parts = list(workload.layer_parts(batch))
     most, freed = 0, 0
-    for part in reversed(list(workload.layer_parts(batch))):
-        saved, alive = layer_bytes(workload, part)
-        most = max(most, alive - saved + backward_bytes(workload, part) - freed)
-        freed += len(part.spans) * saved
+    for index, part in reversed(list(enumerate(parts))):
+        (saved, alive), layers = layer_bytes(workload, part), len(part.spans)
+        before = parts[index - 1] if index > 0 else None
+        coming = layer_bytes(workload, before)[0] if before is not None and before.is_offloaded else 0
+        during = alive + backward_bytes(workload, part) - freed
+        if part.is_offloaded:
+            most = max(most, during + (saved if layers > 1 else 0), during + coming)
+        else:
+            most = max(most, during - saved, during - layers * saved + coming)
+            freed += layers * saved
     return most
 
 
 def layer_bytes(workload: Workload, part: LayerPart) -> tuple[int, int]:
     """(saved in forward, alive during backward) of one layer. They differ only under recompute_layer."""
-    network, tokens = part.network, workload.share(workload.tokens(part.batch))
-    shape = tokens, workload.tp_size, workload.element_size, workload.residual_size
+    network, shape = part.network, layer_shape(workload, part)
     saved = saved_bytes(network, *shape)
     if not network.recompute_layer:
         return saved, saved
     network = replace(network, recompute_layer=False, recompute_input_layernorm=False, recompute_input_silu=False)
     return saved, saved_bytes(network, *shape)
+
+
+def layer_shape(workload: Workload, part: LayerPart) -> tuple[int, int, int, int]:
+    """The arguments of ``saved_tensors`` after the network."""
+    tokens = workload.share(workload.tokens(part.batch))
+    return tokens, workload.tp_size, workload.element_size, workload.residual_size
 
 
 def backward_bytes(workload: Workload, part: LayerPart) -> int:

@@ -252,9 +252,11 @@ def memory_is_enough(run: RunDraft, opened: Opened) -> Iterator[Problem]:
     if needed > has:
         text = (
             f"a rank needs about {size(needed)}, and {owner} has {size(has)}; scripts/estimate.py shows what "
-            "needs the memory, also on another --device. Lower the batch, shard the tables over more ranks "
-            "(model_parallel), or recompute layers"
+            "needs the memory, also on another --device, and with --fit what fits. Lower the batch, shard the tables "
+            "over more ranks (model_parallel), or recompute layers (NetworkArgs.recompute_layer)"
         )
+        if device == "cuda" and workload.config.network.offload_num_layers < workload.config.network.num_layers - 1:
+            text += " or offload them (NetworkArgs.offload_num_layers)"
         yield run.problem(run.trainer, "train_batch_size", text)
 
 

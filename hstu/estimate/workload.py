@@ -66,6 +66,8 @@ class LayerPart:
     spans: tuple[int | None, ...]
     """max_attention_span of each of the layers."""
     batch: Batch
+    is_offloaded: bool
+    """Whether what they save waits for backward on the host."""
 
 
 @dataclass(frozen=True)
@@ -218,10 +220,11 @@ class Workload:
     def layer_parts(self, batch: Batch) -> Iterator[LayerPart]:
         """Layers that compute on the same tokens and keep the same of them; all layers in order."""
         network, stages = self.config.network, self.stages(batch)
-        bounds = {0, network.whole_layers, network.recomputed_layers, network.num_layers}
+        offloaded = network.offload_num_layers if self.device_type == "cuda" else 0  # a CPU has the memory of its host
+        bounds = {0, network.whole_layers, network.recomputed_layers, offloaded, network.num_layers}
         for first, end in pairwise(sorted(bounds)):
-            spans = network.attention_spans[first:end]
-            yield LayerPart(network.of_layer(first), spans, stages[0 if first < network.whole_layers else -1])
+            spans, stage = network.attention_spans[first:end], stages[0 if first < network.whole_layers else -1]
+            yield LayerPart(network.of_layer(first), spans, stage, first < offloaded)
 
     def stages(self, batch: Batch) -> list[Batch]:
         """What the layers compute on: the batch, then its truncated sequences (NetworkArgs.truncate_to_items)."""

@@ -15,6 +15,7 @@ from torchrec import JaggedTensor
 from hstu.config.args import NetworkArgs
 from hstu.data.batch import HSTUBatch
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
+from hstu.model.offload import ActivationOffload
 from hstu.model.precision import DTYPES, mixed_precision
 from hstu.model.truncation import Truncation
 from hstu.ops.comm import LayerComm
@@ -159,13 +160,16 @@ class SequenceEncoder(nn.Module):
             x, layout = self.inputs(embeddings, batch, self.comm)
             if self.network.bfloat16_residual:
                 x = x.bfloat16()
+            offload = ActivationOffload(self.network.offload_num_layers, x.device)
             for layers, part, cut in self._stages(layout):
                 uncut, own = (None, x) if cut is None else (x, cut.shorten(x))
                 del x  # where the layers pad or split the tokens, the whole ones are not needed beside them
                 own, split = self.comm.split_tokens(own, part)
                 update: Tensor | None = None
                 for layer in layers:
-                    own, update = layer(own, split, update)
+                    with offload.next_layer():
+                        own, update = layer(own, split, update)
+                    offload.follow(update)
                 assert update is not None  # there is a layer
                 x = self.comm.join_tokens(own + update, part.num_tokens)
                 if cut is not None and uncut is not None:

@@ -101,7 +101,14 @@ class SavedActivations:
 
 
 def saved_bytes(network: NetworkArgs, tokens: int, tp_size: int, element_size: int, residual_size: int) -> int:
-    """Bytes that one layer saves for backward on one rank: its input and the fields of :class:`SavedActivations`.
+    """Bytes that one layer saves for backward on one rank: the sum of ``saved_tensors``."""
+    return sum(saved_tensors(network, tokens, tp_size, element_size, residual_size).values())
+
+
+def saved_tensors(
+    network: NetworkArgs, tokens: int, tp_size: int, element_size: int, residual_size: int
+) -> dict[str, int]:
+    """Bytes of what one layer saves for backward on one rank: its input and the fields of :class:`SavedActivations`.
 
     Exact for the PyTorch and C++ kernels. Triton's save a seed of 8 bytes instead of the dropout mask.
 
@@ -113,10 +120,10 @@ def saved_bytes(network: NetworkArgs, tokens: int, tp_size: int, element_size: i
     """
     width, inner = network.hidden_size, network.num_attention_heads * network.kv_channels // tp_size
     own_tokens = -(-tokens // tp_size) if network.sequence_parallel else tokens
-    layer_input = own_tokens * residual_size * width
+    layer_input = {"input": own_tokens * residual_size * width}
     if network.recompute_layer:
         return layer_input
-    saved = {
+    return layer_input | {
         "input_statistics": 2 * FLOAT32 * own_tokens,
         "normalized": 0 if network.recompute_input_layernorm else own_tokens * element_size * width,
         "projected": tokens * element_size * 4 * inner,
@@ -126,7 +133,6 @@ def saved_bytes(network: NetworkArgs, tokens: int, tp_size: int, element_size: i
         "output_statistics": 2 * FLOAT32 * tokens,
         "dropout_mask": tokens * inner if network.hidden_dropout > 0 else 0,
     }
-    return layer_input + sum(saved.values())
 
 
 def split_gate(uvqk: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

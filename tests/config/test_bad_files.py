@@ -190,6 +190,8 @@ TOGETHER = [
         told=("must be at most NetworkArgs.num_layers = 2",)),
     bad("recomputed layers without recomputation", "ranking", "NetworkArgs.recompute_num_layers = 1" + HERE,
         told=("no effect with NetworkArgs.recompute_layer = False",)),
+    bad("no layer that stays on the device", "ranking", "NetworkArgs.offload_num_layers = 2" + HERE,
+        "NetworkArgs.num_layers = 2", told=("must be below NetworkArgs.num_layers = 2",)),
     bad("heads and groups of both kinds", "ranking", "NetworkArgs.num_attention_heads = 2" + HERE,
         "TensorModelParallelArgs.tensor_model_parallel_size = 2", "ContextParallelArgs.context_parallel_size = 2",
         told=("num_attention_heads = 2: must be a multiple of", "tensor_model_parallel_size = 2", " times ",

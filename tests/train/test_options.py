@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hstu.data.store import SequenceStore
+from hstu.model import offload
 from tests.train.tiny import FinishedRun, tables_of, walks
 
 TASKS = ("ranking", "retrieval")
@@ -102,6 +103,16 @@ def test_bfloat16_learns_what_float32_learns(train: Callable[..., FinishedRun], 
 def test_recomputing_changes_nothing(train: Callable[..., FinishedRun], task: str, recomputed: dict[str, Any]) -> None:
     dropout = {"hidden_dropout": 0.3}
     assert train(task, network={**recomputed, **dropout}).losses == train(task, network=dropout).losses
+
+
+def test_offloading_changes_nothing(train: Callable[..., FinishedRun], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    options = {"pipeline_type": "native", "gradient_accumulation_steps": 2, "train_batch_size": 4}
+    plain, moved = (
+        train("retrieval", network={"hidden_dropout": 0.3, "offload_num_layers": count}, trainer=options)
+        for count in (0, 1)
+    )
+    assert moved.losses == plain.losses
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adagrad", "rowwise_adagrad"])

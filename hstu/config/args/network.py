@@ -83,6 +83,12 @@ class NetworkArgs(Args):
     recompute_num_layers: Optional[int] = option(None, minimum=1, maximum=100_000)
     """recompute_layer: how many layers it recomputes, the first ones. Backward comes to them last, when what the others
     have stored is free. recompute_input_layernorm and recompute_input_silu are for the others. None: all layers."""
+    offload_num_layers: int = option(0, minimum=0, maximum=100_000)
+    """Save memory of a GPU by keeping what so many layers store for backward in pinned memory of the host, the first
+    layers: theirs waits the longest. It is copied out while the next layer computes, and back while that one's backward
+    does. With recompute_layer that is the input of a layer. It must be fewer layers than num_layers, because the
+    backward of the last one comes at once. The result does not change. On a CPU the copies lie in the same memory and
+    save nothing. 0: all stays on the device."""
     item_embedding_dim: int = option(-1, minimum=-1, maximum=100_000)
     """Width of the item and action tables if above 0; their rows are then projected to hidden_size. Otherwise
     hidden_size."""

@@ -309,6 +309,13 @@ def layers_are_recomputed(run: RunConfig) -> Iterator[Problem]:
             yield run.problem(network, name, text + remedy, is_warning=True)
 
 
+def layers_stay_on_the_device(run: RunConfig) -> Iterator[Problem]:
+    network = run.network
+    if network.offload_num_layers >= network.num_layers and is_given(network, "offload_num_layers"):
+        text = f"must be below {run.cite(network, 'num_layers')}: the backward of the last layer comes at once; "
+        yield run.problem(network, "offload_num_layers", text + "offload fewer layers or remove it")
+
+
 def masks_hide_the_labels(run: RunConfig) -> Iterator[Problem]:
     yield from label_leak(run, has_context=bool(run.dataset.contextual_feature_names))  # None: known with the data
 
@@ -356,5 +363,6 @@ RULES = (
     item_towers_have_features, query_time_is_seen, next_items_are_not_candidates, next_items_are_not_evaluated,
     position_encodings_combine, position_buckets_have_a_table,
     spans_fit_the_layers, full_attention_exceeds_a_span, truncation_leaves_layers, layers_are_recomputed,
+    layers_stay_on_the_device,
     masks_hide_the_labels,
 )  # fmt: skip

@@ -1,0 +1,47 @@
+"""What a run keeps in pinned memory of the host instead of on the device, and the time of its copies.
+
+On a CPU a rank has one memory: nothing is moved, and the copies of a run that asks for it all the same are not timed.
+"""
+
+from __future__ import annotations
+
+from hstu.estimate.dense_operators import ATTENTION
+from hstu.estimate.machine import Machine
+from hstu.estimate.memory import layer_shape
+from hstu.estimate.workload import Batch, Workload
+from hstu.ops.layer import saved_bytes, saved_tensors
+
+_OF_LAYERS = ("residual and norm", "W_uvqk", "SiLU", ATTENTION, "norm, gate, dropout", "W_o")
+"""Operators of the HSTU layers."""
+
+
+def host_memory(workload: Workload) -> dict[str, int]:
+    """Kind of memory → pinned bytes on the host of a rank, for the largest batch."""
+    return {kind: count for kind, count in {"activations": _pinned_activations(workload)}.items() if count}
+
+
+def _pinned_activations(workload: Workload) -> int:
+    """Those of a micro-batch, whose memory the next one uses again. It is allocated in powers of two."""
+    pinned = 0
+    for part in workload.layer_parts(workload.micro_batch(workload.largest)):
+        if part.is_offloaded:
+            saved = saved_tensors(part.network, *layer_shape(workload, part))
+            saved["u"] = saved.pop("u", 0) + saved.pop("vqk", 0)  # views of one tensor
+            pinned += len(part.spans) * sum(1 << (size - 1).bit_length() for size in saved.values() if size)
+    return pinned
+
+
+def copied_bytes(workload: Workload, batch: Batch) -> int:
+    """Bytes that the layers of a step copy to the host, and back again."""
+    parts = (part for part in workload.layer_parts(batch) if part.is_offloaded)
+    return sum(len(part.spans) * saved_bytes(part.network, *layer_shape(workload, part)) for part in parts)
+
+
+def copy_seconds(workload: Workload, machine: Machine, batch: Batch, computing: dict[str, float]) -> float:
+    """Seconds of a step by which copies of activations are slower than the layers that compute meanwhile."""
+    copied = copied_bytes(workload, batch)
+    one_way = copied / (machine.host_link_gb_s * 1e9 * machine.link_efficiency)
+    network = workload.config.network
+    beside = sum(computing.get(name, 0.0) for name in _OF_LAYERS) * network.offload_num_layers / network.num_layers
+    forward, backward = beside / 3, beside * 2 / 3  # what backward computes again makes it longer still
+    return max(0.0, one_way - forward) + max(0.0, one_way - backward)

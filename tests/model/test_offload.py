@@ -1,0 +1,226 @@
+"""Activations in host memory: what is copied and when, and that no number changes by it."""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hstu.model import offload
+from hstu.model.offload import HostCopies
+from hstu.model.stack import SequenceEncoder
+from hstu.ops import layer as layer_file
+from hstu.ops.layer import saved_bytes
+from tests.model.examples import Tables, gradients, make_batch, make_features, make_network, random_samples
+
+LAYERS = 4
+Forward = Callable[[], Tensor]
+
+
+class NotedCopies(HostCopies):
+    """Numbers the copies, and notes when they start and when the device waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.notes: list[str] = []
+        self.started: list[tuple[str, int]] = []
+        """Direction and bytes of each copy."""
+        self.in_use: dict[int, Tensor] = {}
+        """Memory of the host, by address."""
+
+    def take(self, size: int) -> Tensor:
+        memory = super().take(size)
+        self.in_use[memory.data_ptr()] = memory
+        return memory
+
+    def give_back(self, memory: Tensor) -> None:
+        super().give_back(self.in_use.pop(memory.data_ptr()))
+
+    def start(self, target: Tensor, source: Tensor) -> Any:
+        super().start(target, source)
+        direction = "out" if target.data_ptr() in self.in_use else "back"
+        self.notes.append(direction)
+        self.started.append((direction, source.nbytes))
+        return len(self.started)
+
+    def wait(self, event: Any) -> None:
+        if event is not None:
+            self.notes.append(f"wait for {self.started[event - 1][0]}")
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> NotedCopies:
+    copies = NotedCopies()
+    monkeypatch.setattr(offload, "copies_of", lambda device: copies)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    return copies
+
+
+def model_of(
+    offloaded: int, device: str = "cpu", lengths: tuple[int, ...] = (9, 4, 13), **changes: Any
+) -> tuple[SequenceEncoder, Forward]:
+    """An encoder, and its forward on a batch. Weights and dropout depend on the seed alone."""
+    torch.manual_seed(0)
+    features = make_features(1, max_items=max(lengths))
+    network = make_network(**{"num_layers": LAYERS, "hidden_dropout": 0.3, "offload_num_layers": offloaded, **changes})
+    encoder, tables = SequenceEncoder(network, features).to(device), Tables(features, *[network.hidden_size] * 2)
+    batch = make_batch(random_samples([*lengths], contextuals=1), features)
+    with torch.no_grad():
+        rows = {name: row.to(torch.device(device)) for name, row in tables(batch).items()}
+    batch = batch.to(torch.device(device))
+    return encoder, lambda: encoder(rows, batch)[0]
+
+
+def trained(encoder: nn.Module, forward: Forward) -> list[Tensor]:
+    """The tokens of two micro-batches, and the sum of their gradients."""
+    outputs = []
+    for _ in range(2):
+        out = forward()
+        (out * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum().backward()
+        outputs.append(out.detach())
+    return [*outputs, *gradients(encoder).values()]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bfloat16": {"dtype_str": "bfloat16", "bfloat16_residual": True, "recompute_input_silu": True},
+    "some layers recomputed": {"recompute_layer": True, "recompute_num_layers": 2},
+    "truncated": {"truncate_after_layer": 2, "truncate_to_items": 3},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_and_gradients_have_the_bits_of_a_run_without_it(variant: str, copies: NotedCopies) -> None:
+    plain = trained(*model_of(0, **VARIANTS[variant]))
+    assert not copies.started
+    for offloaded in (1, LAYERS - 1):
+        ours = trained(*model_of(offloaded, **VARIANTS[variant]))
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    out, back = (sorted(size for kind, size in copies.started if kind == way) for way in ("out", "back"))
+    assert out and out == back
+
+
+def test_what_layers_save_is_copied_once_and_without_weights(copies: NotedCopies) -> None:
+    encoder, forward = model_of(3, recompute_layer=True, recompute_num_layers=1)
+    tokens = len(forward())
+    kept = [saved_bytes(encoder.network.of_layer(index), tokens, 1, 4, 4) for index in range(3)]
+    assert sum(size for _, size in copies.started) == sum(kept)
+    assert kept[0] < kept[1] / 4
+
+
+def test_a_layer_leaves_while_the_next_computes_and_comes_back_while_that_computes_backward(
+    copies: NotedCopies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, forward = model_of(2)
+    backward = layer_file._Computation.backward
+    for layer in encoder.layers:
+        layer.register_forward_pre_hook(lambda *_: copies.notes.append("forward"))
+
+    def noted_backward(*args: Any) -> Any:
+        copies.notes.append("backward")
+        return backward(*args)
+
+    monkeypatch.setattr(layer_file._Computation, "backward", noted_backward)
+    out = forward()
+    assert in_short(copies.notes) == [
+        "forward", "out",  # layer 0
+        "forward", "out", "wait for out",  # layer 1; the memory of layer 0 is free
+        "forward", "wait for out", "forward",
+    ]  # fmt: skip
+    copies.notes.clear()
+    out.sum().backward()
+    assert in_short(copies.notes) == [
+        "backward",  # layer 3
+        "back", "backward",  # layer 2, while that of layer 1 comes
+        "back", "wait for back", "backward",  # layer 1, while that of layer 0 comes
+        "wait for back", "backward",
+    ]  # fmt: skip
+
+
+def in_short(notes: list[str]) -> list[str]:
+    """Without repetitions."""
+    return [note for index, note in enumerate(notes) if index == 0 or notes[index - 1] != note]
+
+
+def bytes_kept(forward: Forward) -> tuple[Tensor, int]:
+    """The tokens, and the bytes that their graph keeps."""
+    forward()  # plans of the attention stay in the layout
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        out = forward()
+    return out, sum(event.self_cpu_memory_usage for event in profile.key_averages())
+
+
+def test_the_memory_on_the_device_is_freed_after_the_copy(copies: NotedCopies) -> None:
+    (_, plain), (tokens, moved) = (bytes_kept(model_of(count)[1]) for count in (0, 3))
+    of_layer = saved_bytes(model_of(3)[0].network, len(tokens), 1, 4, 4)
+    assert plain - moved == 3 * of_layer, "the memory of the host is that of the forward before"
+
+
+@pytest.mark.parametrize("end", ["dropped", "after backward", "failed in backward"])
+def test_memory_of_the_host_is_given_back_and_used_again(end: str, copies: NotedCopies) -> None:
+    encoder, forward = model_of(3)
+    out = forward()
+    used = sorted(copies.in_use)
+    assert len(used) > 3
+    if end == "after backward":
+        out.sum().backward()
+        assert not copies.in_use, "while the output lives"
+    elif end == "failed in backward":
+        hook = encoder.layers[1].uvqk.weight.register_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            out.sum().backward()
+        hook.remove()
+    del out
+    if end == "failed in backward":
+        torch.ones(1, requires_grad=True).sum().backward()  # torch keeps nodes that it did not reach until then
+        gc.collect()  # the frames of the error
+    assert not copies.in_use
+    again = forward()
+    assert again.requires_grad and sorted(copies.in_use) == used
+
+
+def test_an_evaluation_copies_nothing(copies: NotedCopies) -> None:
+    with torch.no_grad():
+        model_of(3)[1]()
+    assert not copies.started
+
+
+def test_small_tensors_stay(monkeypatch: pytest.MonkeyPatch, copies: NotedCopies) -> None:
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1000)
+    model_of(3, recompute_layer=True)[1]()
+    assert min(size for _, size in copies.started) >= 1000
+    monkeypatch.setattr(offload, "LEAST_BYTES", 10**6)
+    copies.started.clear()
+    model_of(3)[1]()
+    assert not copies.started
+
+
+ON_A_GPU: dict[str, Any] = {"lengths": (4000, 2500, 1500), "hidden_size": 256, "kv_channels": 128, "num_layers": 8}
+
+
+def measured(offloaded: int) -> tuple[list[Tensor], int]:
+    """The numbers of two micro-batches, and the peak of memory, without any wait of the host in the second run."""
+    encoder, forward = model_of(offloaded, "cuda", **ON_A_GPU)
+    trained(encoder, forward)  # the pinned memory and the streams are made
+    encoder.zero_grad()
+    torch.manual_seed(1)
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        numbers = trained(encoder, forward)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return numbers, torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams, pinned memory and its own memory")
+def test_on_a_gpu_it_saves_memory_without_waits_and_changes_no_bit() -> None:
+    (plain, most), (ours, least) = measured(0), measured(7)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    encoder, _ = model_of(0, **ON_A_GPU)
+    layer = saved_bytes(encoder.network, len(plain[0]), 1, 4, 4)
+    assert most - least > 4 * layer, "of 8 layers at most two and their working memory are on the device"

@@ -8,7 +8,7 @@ from typing import Any
 
 from hstu.estimate.machine import Machine
 from hstu.estimate.memory import TableShards, beside_tables, memory, plan_tables
-from hstu.estimate.offload import copy_seconds, host_memory
+from hstu.estimate.offload import copy_seconds, host_memory, update_seconds
 from hstu.estimate.operators import operators
 from hstu.estimate.traffic import Transfer, transfers
 from hstu.estimate.workload import Batch, Workload
@@ -22,7 +22,7 @@ class Estimate:
     memory: dict[str, int]
     """Kind → bytes on a rank, for the largest batch."""
     host_memory: dict[str, int]
-    """Kind → pinned bytes on the host of a rank, for the largest batch; empty if nothing is offloaded."""
+    """Kind → bytes on the host of a rank, for the largest batch; empty if nothing is offloaded."""
     transfers: tuple[Transfer, ...]
     """The collectives of a step on a typical batch."""
     computing: dict[str, float]
@@ -97,6 +97,8 @@ def computing_seconds(
         computing[op.name] = computing.get(op.name, 0.0) + machine.seconds(op)
     if waiting := copy_seconds(workload, machine, batch, computing):
         computing["waiting for copies to the host and back"] = waiting
+    if on_host := update_seconds(workload, machine):
+        computing["dense optimizer on the host"] = on_host
     return computing
 
 
@@ -196,7 +198,7 @@ def _lines(found: Estimate, workload: Workload, machine: Machine) -> Iterator[st
     yield from (_row(kind, size(number)) for kind, number in found.memory.items() if number)
     yield _row("total", f"{size(found.memory_total)} of {size(found.memory_limit)}")
     if found.host_memory:
-        yield "\npinned memory of the host per rank"
+        yield "\nmemory of the host per rank"
         yield from (_row(kind, size(number)) for kind, number in found.host_memory.items())
     yield "\nexchanged per rank and step" + ("" if found.transfers else ": nothing")
     for t in found.transfers:

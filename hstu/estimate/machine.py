@@ -87,6 +87,8 @@ class Machine:
     """Bandwidth from the memory of a rank to that of its host, for a checkpoint in the background."""
     host_link_gb_s: float
     """Bandwidth between the memory of a rank and pinned memory of its host, one way."""
+    host_memory_gb_s: float = 75.0
+    """Share of a rank in the memory bandwidth of its host: of two sockets with 8 channels DDR5-4800 among 8 ranks."""
     overlaps: bool = True
     """Whether communication and copies run beside computation."""
 

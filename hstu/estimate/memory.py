@@ -138,7 +138,19 @@ def dense_state_bytes(workload: Workload) -> int:
         for spec in workload.specs
         if spec.replicated
     )
-    return FLOAT32 * (tables + sum(_state_numbers(args, *each) for each in trained_densely(workload)))
+    return FLOAT32 * tables + trained_state_bytes(workload)
+
+
+def trained_state_bytes(workload: Workload) -> int:
+    """Those of the dense optimizers alone, and the moving average of what they train."""
+    args = workload.config.optimizer
+    return FLOAT32 * sum(_state_numbers(args, *each) for each in trained_densely(workload))
+
+
+def host_copy_bytes(workload: Workload) -> int:
+    """Copies of weights and gradients with OptimizerArgs.offload_dense_states."""
+    of_rank = sum(elements for _, elements in trained_densely(workload))
+    return 2 * FLOAT32 * of_rank if workload.config.optimizer.offload_dense_states else 0
 
 
 def _state_numbers(args: OptimizerArgs, optimizer: str, elements: int) -> int:
@@ -171,6 +183,7 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
     working = max(working_of_task, working_of_layers(workload, micro))
     of_layers = saved_by_layers(workload, micro)
     activations = of_layers + input_bytes(workload, micro) + saved_by_task
+    moved = trained_state_bytes(workload) if workload.updates_on_host else 0
     gathered, whole_gradients = _gathered(workload)
     of_dense = held + whole_gradients if gathered else dense
     gradients = (of_dense + replicated_gradients(workload, batch)) * FLOAT32
@@ -182,7 +195,8 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
         "gathered weights": gathered * FLOAT32,
         "replicated tables": replicated * FLOAT32,
         "gradients of both": gradients,
-        "optimizer states of both": dense_state_bytes(workload),
+        "optimizer states of both": dense_state_bytes(workload) - moved,
+        "weights and gradients for their update": 0 if workload.updates_on_host else host_copy_bytes(workload),
         "sharded tables": rows,
         "optimizer states of sharded tables": states,
         "activations": activations,

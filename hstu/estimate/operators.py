@@ -21,7 +21,8 @@ from hstu.ops.kernels import Backend
 def operators(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> list[Operator]:
     """The operators of one rank of the group that trains on ``batch``."""
     inputs = _inputs(workload, batch, plan)
-    return [*inputs, *_layers(workload, batch), *_task(workload, batch), *_updates(workload)]
+    of_weights = [] if workload.updates_on_host else updates(workload)
+    return [*inputs, *_layers(workload, batch), *_task(workload, batch), *of_weights]
 
 
 def _inputs(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> Iterator[Operator]:
@@ -109,7 +110,8 @@ def _task_heads(
     yield dense.labelled_rows("loss", labels, sum(widths), hidden, workload.share(workload.tokens(batch)))
 
 
-def _updates(workload: Workload) -> Iterator[Operator]:
+def updates(workload: Workload) -> Iterator[Operator]:
+    """The dense optimizers, wherever they compute."""
     by_optimizer: dict[str, list[int]] = {}
     for optimizer, elements in trained_densely(workload):
         if elements > 0:

@@ -217,6 +217,11 @@ class Workload:
         """Tokens of a batch."""
         return int(self.loads(batch.item_lengths, batch.num_candidates).tokens.sum())
 
+    @property
+    def updates_on_host(self) -> bool:
+        """Whether the dense weights of a GPU are updated on its host. A CPU has the memory of its host."""
+        return self.config.optimizer.offload_dense_states and self.device_type == "cuda"
+
     def layer_parts(self, batch: Batch) -> Iterator[LayerPart]:
         """Layers that compute on the same tokens and keep the same of them; all layers in order."""
         network, stages = self.config.network, self.stages(batch)

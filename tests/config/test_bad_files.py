@@ -192,6 +192,8 @@ TOGETHER = [
         told=("no effect with NetworkArgs.recompute_layer = False",)),
     bad("no layer that stays on the device", "ranking", "NetworkArgs.offload_num_layers = 2" + HERE,
         "NetworkArgs.num_layers = 2", told=("must be below NetworkArgs.num_layers = 2",)),
+    bad("no states to offload", "ranking", "OptimizerArgs.offload_dense_states = True" + HERE,
+        'OptimizerArgs.optimizer_str = "sgd"', told=("saves nothing", "OptimizerArgs.optimizer_str = 'sgd'")),
     bad("heads and groups of both kinds", "ranking", "NetworkArgs.num_attention_heads = 2" + HERE,
         "TensorModelParallelArgs.tensor_model_parallel_size = 2", "ContextParallelArgs.context_parallel_size = 2",
         told=("num_attention_heads = 2: must be a multiple of", "tensor_model_parallel_size = 2", " times ",

@@ -115,6 +115,16 @@ def test_offloading_changes_nothing(train: Callable[..., FinishedRun], monkeypat
     assert moved.losses == plain.losses
 
 
+def test_updating_on_the_host_changes_nothing(train: Callable[..., FinishedRun]) -> None:
+    common = {"optimizer_str": "adamw", "weight_decay": 0.1, "ema_decay": 0.9}
+    trainer = {"eval_at_end": True, "max_grad_norm": 0.5}
+    plain, moved = (
+        train("ranking", optimizer={**common, "offload_dense_states": wanted}, trainer=trainer)
+        for wanted in (False, True)
+    )
+    assert (moved.losses, moved.metrics) == (plain.losses, plain.metrics)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adagrad", "rowwise_adagrad"])
 def test_every_optimizer_learns(train: Callable[..., FinishedRun], optimizer: str) -> None:
     rate = 0.3 if optimizer == "sgd" else 0.03

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -196,6 +197,39 @@ def test_small_tensors_stay(monkeypatch: pytest.MonkeyPatch, copies: NotedCopies
     copies.started.clear()
     model_of(3)[1]()
     assert not copies.started
+
+
+class FakeStream:
+    """Notes what a stream of a GPU would be given, in one list for all streams."""
+
+    def __init__(self, name: str, notes: list[str]) -> None:
+        self.name, self.notes = name, notes
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.notes.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        return f"the end of the copy on {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.notes.append(f"{self.name} waits for {event}")
+
+
+def test_streams_of_a_gpu_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    main, side = FakeStream("main", notes), FakeStream("side", notes)
+    entered: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered.append(stream) or nullcontext())
+    copies = HostCopies(torch.device("cuda", 0))
+    target = torch.zeros(3)
+    event = copies.start(target, torch.arange(3.0))
+    assert notes == ["side waits for main"] and entered == [side] and target.tolist() == [0, 1, 2]
+    copies.wait(event)
+    assert notes[1:] == ["main waits for the end of the copy on side"]
+    copies.wait(None)
+    assert len(notes) == 2
 
 
 ON_A_GPU: dict[str, Any] = {"lengths": (4000, 2500, 1500), "hidden_size": 256, "kv_channels": 128, "num_layers": 8}

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 CHUNK_ITEMS = 16384
-"""Items of the corpus that are embedded and scored in one chunk."""
+"""Items of the corpus that are embedded at once. On a GPU they are scored at once, too: 32 MiB for BLOCK_QUERIES."""
+CPU_PRODUCT_ITEMS = 2048
+"""Items that are scored at once on a CPU. Scores of 4 MiB stay in its caches, and their memory is used again."""
 BLOCK_QUERIES = 512
-"""Queries that are scored in one block. A block of scores takes CHUNK_ITEMS × BLOCK_QUERIES × 4 bytes = 32 MiB."""
-_GROUP = 64
-"""Columns of scores whose maximum is compared before they are."""
+"""Queries that are scored at once."""
+_GROUP = 16
+"""Scores of a user whose maximum is compared before they are."""
 
 EmbedItems = Callable[[Tensor], Tensor]
 """Item ids, int64 [n] → vectors of the items, [n, E], not normalised. May be a collective."""
@@ -66,12 +68,16 @@ class Corpus:
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """(position of the first item, float32 [n, E]) in ascending order. Collective if embed_items is.
 
-        The last chunk repeats the last item, so that all chunks have the same n.
+        A chunk is what is scored at once. All have the same n: where the corpus ends, the last item is repeated.
         """
-        length = max(1, min(self.chunk_items, self.size))
-        for first in range(0, self.size, length):
-            positions = torch.arange(first, first + length, device=self.ids.device).clamp_(max=self.size - 1)
-            yield first, REFERENCE_KERNELS.l2_normalize(self.embed_items(self.ids[positions]), self.l2_norm_eps)
+        embedded = max(1, min(self.chunk_items, self.size))
+        parts = -(-embedded // CPU_PRODUCT_ITEMS) if self.ids.device.type == "cpu" else 1
+        length = -(-embedded // parts)
+        for start in range(0, self.size, parts * length):
+            positions = torch.arange(start, start + parts * length, device=self.ids.device).clamp_(max=self.size - 1)
+            items = REFERENCE_KERNELS.l2_normalize(self.embed_items(self.ids[positions]), self.l2_norm_eps)
+            for first in range(start, min(start + parts * length, self.size), length):
+                yield first, items[first - start : first - start + length]
 
     def vectors(self) -> Tensor:
         """All vectors, float32 [size, E], on the host. Collective as ``chunks``."""
@@ -124,43 +130,84 @@ def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
 
 
 def recommend(queries: Queries, corpus: Corpus, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best items that each user has not seen, best first.
+    """The k best items that each user has not seen, best first, and equal ones in the order of the corpus.
 
     Returns (positions in the corpus int64, scores float32), both [U, min(k, corpus size)]. −1 and −inf fill the rows of
-    users with fewer than k unseen items. Collective if the corpus is.
+    users with fewer than k unseen items. A score of nan is never chosen. Collective if the corpus is.
     """
     k = min(k, corpus.size)
     scorer = _Scorer(queries, np.arange(len(queries)), corpus)
     device = corpus.ids.device
-    best_scores = torch.full((len(queries), k), -torch.inf, device=device)
-    best_items = torch.full((len(queries), k), -1, device=device)
-    for first, items in corpus.chunks():
-        for block in scorer.blocks():
-            found, groups = _above(scorer.unseen_scores(block, first, items), best_scores[block, -1:], k)
-            best_scores[block], chosen = torch.cat([best_scores[block], found], dim=1).topk(k, dim=1)
-            place = (chosen - k).clamp_(min=0)  # among the found ones
-            new = first + groups.gather(1, place // _GROUP) * _GROUP + place % _GROUP
-            best_items[block] = torch.where(chosen < k, best_items[block].gather(1, chosen.clamp(max=k - 1)), new)
-    best_items[best_scores == -torch.inf] = -1
-    return best_items.cpu().numpy(), best_scores.cpu().numpy()
+    scores = torch.full((len(queries), k), -torch.inf, device=device)
+    items = torch.full((len(queries), k), -1, device=device)
+    best = [_Best(scores[block], items[block]) for block in scorer.blocks()]
+    for first, vectors in corpus.chunks():
+        for block, of_block in zip(scorer.blocks(), best, strict=True):
+            of_block.add(scorer.unseen_scores(block, first, vectors), first)
+    for of_block in best:
+        of_block.choose()
+    return items.cpu().numpy(), scores.cpu().numpy()
 
 
-def _above(scores: Tensor, threshold: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Some groups of columns of ``scores`` [b, n] that have the k best of each row that are above its threshold [b, 1].
+class _Best:
+    """The best items of b users: ``scores`` float32 [b, k] and ``items`` int64 [b, k], which are updated in place.
 
-    These lie in the k groups with the largest maxima, and in those alone whose maxima are above the threshold. After
-    some chunks of a corpus, few are, and a maximum costs less than a selection.
-
-    Returns the scores [b, c · _GROUP] and the number of each group, int64 [b, c], c of at least 1.
+    A score above a user's k-th best waits until there are enough for a sort. After the first items of a corpus few are,
+    so most of the work is to find them.
     """
-    rows, columns = scores.shape
-    if columns % _GROUP:
-        scores = nn.functional.pad(scores, (0, -columns % _GROUP), value=-torch.inf)
-    grouped = scores.view(rows, -1, _GROUP)
-    maxima = grouped.amax(dim=2)
-    above = int((maxima > threshold).sum(dim=1).max())
-    groups = maxima.topk(min(max(1, above), k, maxima.shape[1]), dim=1, sorted=False).indices
-    return grouped.gather(1, groups[:, :, None].expand(-1, -1, _GROUP)).flatten(1), groups
+
+    def __init__(self, scores: Tensor, items: Tensor) -> None:
+        self.scores, self.items = scores, items
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # users and items, int64 [n], and their scores
+        self._counts = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)  # how many wait, per user
+        self._enough = max(64, scores.shape[1])  # of one user
+
+    def add(self, scores: Tensor, first: int) -> None:
+        """Scores [b, n] of the items from position ``first`` on. All items before them have been added."""
+        threshold = self.scores[:, -1:]
+        if first == 0:  # without a choice so far, all scores would wait
+            kth = scores.topk(min(self.scores.shape[1], scores.shape[1]), dim=1).values[:, -1:]
+            threshold = kth.nextafter(threshold).fmax(threshold)  # fmax, because kth may be nan
+        users, columns, above = _above(scores, threshold)
+        self._waiting.append((users, first + columns, above))
+        self._counts += users.bincount(minlength=len(self._counts))
+        if first == 0 or self._counts.max() >= self._enough:
+            self.choose()
+
+    def choose(self) -> None:
+        """Choose the best of the former choice and of what waits."""
+        if not self._waiting:
+            return
+        users, items, scores = (torch.cat(each) for each in zip(*self._waiting, strict=True))
+        order = items.argsort()
+        order = order[users[order].argsort(stable=True)]
+        users, items, scores = users[order], items[order], scores[order]
+        places = torch.arange(len(users), device=users.device) - (self._counts.cumsum(0) - self._counts)[users]
+        shape = len(self._counts), int(self._counts.max())
+        padded_scores, padded_items = self.scores.new_full(shape, -torch.inf), self.items.new_full(shape, -1)
+        padded_scores[users, places], padded_items[users, places] = scores, items
+
+        k = self.scores.shape[1]
+        ordered, chosen = torch.cat([self.scores, padded_scores], dim=1).sort(dim=1, descending=True, stable=True)
+        self.scores.copy_(ordered[:, :k])
+        self.items.copy_(torch.cat([self.items, padded_items], dim=1).gather(1, chosen[:, :k]))
+        self._waiting.clear()
+        self._counts.zero_()
+
+
+def _above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, column, score) of all scores [b, n] that are above the threshold [b, 1] of their row.
+
+    First the maxima of groups of columns are compared, of which few are above. A group is every (n / _GROUP)-th column,
+    because maxima of neighbours would take longer.
+    """
+    if scores.shape[1] % _GROUP:
+        scores = nn.functional.pad(scores, (0, -scores.shape[1] % _GROUP), value=-torch.inf)
+    grouped = scores.view(len(scores), _GROUP, -1)
+    rows, groups = (~(grouped.amax(dim=1) <= threshold)).nonzero(as_tuple=True)  # nan hides the rest of its group
+    members = grouped[rows, :, groups]
+    found, member = (members > threshold[rows]).nonzero(as_tuple=True)
+    return rows[found], member * grouped.shape[2] + groups[found], members[found, member]
 
 
 class _Scorer:
@@ -191,7 +238,8 @@ class _Scorer:
     def scores(self, block: slice, items: Tensor) -> Tensor:
         """Scores float32 [queries of the block, n]; −inf at items that are no candidates."""
         scores = self._vectors[block.start : block.start + BLOCK_QUERIES] @ items.t()
-        scores[:, (~items.any(dim=1)).nonzero()[:, 0]] = -torch.inf  # a mask would write all scores again
+        first_zero = (items[:, 0] == 0).nonzero()[:, 0]
+        scores[:, first_zero[~items[first_zero].any(dim=1)]] = -torch.inf  # a mask would write all scores again
         return scores[: block.stop - block.start]
 
     def unseen_scores(self, block: slice, first: int, items: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
 
 ``hstu.train.corpus.recommend`` gathers and normalises the items of a corpus chunk by chunk, scores all users, leaves
 out what they have seen, and keeps the best. Its peers are the product alone, and the product with a selection of the
-best from each chunk's scores (topk). All take their turn in every round.
+best from each chunk's scores (topk), where chunks are as large as those that are embedded, or as those that are scored
+at once and stay in the caches. All take their turn in every round.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -19,7 +21,7 @@ import torch
 from harness import begin, command_line, finish
 from torch import Tensor
 
-from hstu.train.corpus import BLOCK_QUERIES, Corpus, Queries, recommend
+from hstu.train.corpus import BLOCK_QUERIES, CHUNK_ITEMS, CPU_PRODUCT_ITEMS, Corpus, Queries, recommend
 
 
 def ways_of(options: argparse.Namespace) -> dict[str, Callable[[], tuple[np.ndarray, np.ndarray] | Tensor]]:
@@ -31,10 +33,10 @@ def ways_of(options: argparse.Namespace) -> dict[str, Callable[[], tuple[np.ndar
     queries = Queries(vectors, users, np.zeros_like(users), seen, np.full_like(users, options.seen))
     corpus = Corpus(lambda ids: table[ids], torch.arange(options.items), 1e-6)
 
-    def product(chosen: bool) -> Tensor:
+    def product(chunk: int, chosen: bool) -> Tensor:
         last = vectors
-        for first in range(0, options.items, corpus.chunk_items):
-            items = table[first : first + corpus.chunk_items].t()
+        for first in range(0, options.items, chunk):
+            items = table[first : first + chunk].t()
             for block in range(0, options.users, BLOCK_QUERIES):
                 last = vectors[block : block + BLOCK_QUERIES] @ items
                 if chosen:
@@ -42,10 +44,10 @@ def ways_of(options: argparse.Namespace) -> dict[str, Callable[[], tuple[np.ndar
         return last
 
     return {
-        "product": lambda: product(chosen=False),
-        "product and topk": lambda: product(chosen=True),
-        "recommend": lambda: recommend(queries, corpus, options.top),
-    }
+        f"product{' and topk' * chosen}, {chunk} items at once": partial(product, chunk, chosen)
+        for chosen in (False, True)
+        for chunk in (CHUNK_ITEMS, CPU_PRODUCT_ITEMS)
+    } | {"recommend": lambda: recommend(queries, corpus, options.top)}
 
 
 def main() -> None:
@@ -68,10 +70,10 @@ def main() -> None:
             way()
             if number:  # the first round warms up
                 times[name].append(time.process_time() - begun)
-    of_product = median(times["product"])
+    of_chunks, of_cached, *_ = (median(own) for own in times.values())
     rows = [
         {"way": name, "median_s": round(median(own), 3), "fastest_s": round(min(own), 3),
-         "of_product": round(median(own) / of_product, 2)}
+         "of_product": round(median(own) / of_chunks, 2), "of_cached_product": round(median(own) / of_cached, 2)}
         for name, own in times.items()
     ]  # fmt: skip
     shape = {name: getattr(options, name) for name in ("items", "users", "seen", "dim", "top")}

@@ -53,26 +53,56 @@ def grid_case(num_users, num_items, seed):
     return make_queries(vectors, targets, seen), table
 
 
+def best_by_loop(queries: Queries, table: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exact only where ``ranks_by_loop`` is."""
+    scores = (queries.vectors @ F.normalize(table, dim=1).t()).numpy()
+    seen = np.split(queries.seen_items, np.cumsum(queries.seen_lengths)[:-1])
+    for user, items in enumerate(seen):
+        scores[user, items] = -np.inf
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    best_scores = np.take_along_axis(scores, best, axis=1)
+    return np.where(best_scores == -np.inf, -1, best), best_scores
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     num_users=st.integers(1, 9),
-    num_items=st.integers(1, 12),
-    chunk_items=st.integers(1, 15),
+    num_items=st.integers(1, 40),
+    chunk_items=st.integers(1, 50),
+    product_items=st.integers(1, 20),
     block_queries=st.integers(1, 10),
+    k=st.integers(1, 12),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_ranks_equal_a_loop_over_users(num_users, num_items, chunk_items, block_queries, seed):
-    """Ties, repeated seen items, seen targets, chunks and blocks that do not divide their totals."""
+def test_ranks_and_best_items_equal_a_loop_over_users(
+    num_users, num_items, chunk_items, product_items, block_queries, k, seed
+):
+    """Ties, repeated seen items, seen targets, and chunks, products and blocks that do not divide their totals."""
     queries, table = grid_case(num_users, num_items, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus_module, "BLOCK_QUERIES", block_queries)
-        actual = target_ranks(queries, make_corpus(table, chunk_items))
-    np.testing.assert_array_equal(actual, ranks_by_loop(queries, table))
+        patch.setattr(corpus_module, "CPU_PRODUCT_ITEMS", product_items)
+        ranks = target_ranks(queries, make_corpus(table, chunk_items))
+        best = recommend(queries, make_corpus(table, chunk_items), k)
+    np.testing.assert_array_equal(ranks, ranks_by_loop(queries, table))
+    for found, expected in zip(best, best_by_loop(queries, table, k), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_items_that_become_better_and_better_do_not_pile_up(monkeypatch):
+    """Each is better than all before it, so all wait, and are chosen from often. Every score stands three times."""
+    monkeypatch.setattr(corpus_module, "CPU_PRODUCT_ITEMS", 20)
+    angles = torch.linspace(1.5, 0, 600).repeat_interleave(3)
+    queries = make_queries([[1, 0], [-1, 0]], [0, 0], [[], []])
+    items, scores = recommend(queries, make_corpus(torch.stack([angles.cos(), angles.sin()], dim=1)), k=9)
+    assert items.tolist() == [[1797, 1798, 1799, 1794, 1795, 1796, 1791, 1792, 1793], [0, 1, 2, 3, 4, 5, 6, 7, 8]]
+    np.testing.assert_allclose(scores[0], angles.cos().flip(0)[:9], rtol=1e-6)
 
 
 @pytest.mark.parametrize("chunk_items", [977, 250, 10**6])
-def test_equal_items_tie_exactly_wherever_they_stand(chunk_items):
+def test_equal_items_tie_exactly_wherever_they_stand(chunk_items, monkeypatch):
     """Every item stands three times in the corpus, so each target ties with two others: ranks are 2, 5, 8 …"""
+    monkeypatch.setattr(corpus_module, "CPU_PRODUCT_ITEMS", 300)
     generator = torch.Generator().manual_seed(0)
     distinct = torch.randn((333, 50), generator=generator)
     table = distinct.repeat(3, 1)[torch.randperm(999, generator=generator)]
@@ -91,12 +121,17 @@ def test_ranks_are_the_places_in_sorted_order():
     np.testing.assert_array_equal(target_ranks(queries, make_corpus(table, 300)), expected)
 
 
-def test_a_model_that_gives_nan_ranks_last_not_first():
+def test_what_is_nan_ranks_last_not_first_and_is_never_recommended():
     queries, table = grid_case(3, 8, seed=0)
     diverged = Queries(
         queries.vectors * math.nan, queries.user_ids, queries.targets, np.zeros(0, int), np.zeros(3, int)
     )
     assert (target_ranks(diverged, make_corpus(table, 3)) >= 8).all()
+    assert (recommend(diverged, make_corpus(table, 3), k=2)[0] == -1).all()
+    table[[0, 1, 4]] = math.nan
+    queries = make_queries(queries.vectors, queries.targets, [[]] * 3)
+    assert np.sort(recommend(queries, make_corpus(table, 3), k=8)[0]).tolist() == [[-1, -1, -1, 2, 3, 5, 6, 7]] * 3
+    assert (recommend(queries, make_corpus(table, 3), k=1)[0] >= 2).all()
 
 
 def test_recommend_gives_the_best_unseen_items_in_order():
@@ -149,8 +184,9 @@ def test_only_the_ids_of_a_corpus_are_ranked_and_other_targets_are_misses():
 def test_items_whose_rows_are_zeros_are_no_candidates():
     queries, table = grid_case(3, 8, seed=1)
     table[[2, 5]] = 0
+    table[3, 0] = 0
     queries = make_queries(queries.vectors, [2, 0, 5], [[]] * 3)
     ranks = target_ranks(queries, make_corpus(table, 3))
     assert np.isinf(ranks[[0, 2]]).all() and 1 <= ranks[1] <= 6
     positions, _ = recommend(queries, make_corpus(table, 3), k=8)
-    assert not {2, 5} & set(positions.flatten().tolist()) and (positions == -1).sum() == 6
+    assert np.sort(positions).tolist() == [[-1, -1, 0, 1, 3, 4, 6, 7]] * 3

@@ -23,7 +23,7 @@ from hstu.serve.contents import Contents, check_can_be_served, collect, task_of
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.model_card import CardFacts, Measured, TableError, model_card
 from hstu.serve.program import ServingProgram, trace
-from hstu.serve.runtime.files import COMPILED, FACTS, MANIFEST, PROGRAM, TABLES, VOCABULARY, checksum_of
+from hstu.serve.runtime.files import COMPILED, FACTS, MANIFEST, PROGRAM, TABLES, VOCABULARY, WEIGHTS, checksum_of
 
 TABLE_DTYPES = ("float32", "bfloat16", "int8")
 CARD, PACKAGE = "MODEL_CARD.md", "hstu_serving"
@@ -84,7 +84,7 @@ def write_serving(trained: LoadedModel, folder: Path, options: ServingOptions, c
         program = ServingProgram(task_of(trained))
         exported = trace(program)
         contents = collect(trained, program)
-        _write(folder, contents, exported)
+        _write(folder, contents, exported, program.state_dict())
         model = runtime.load(folder)
         measured = Measured(check(trained, model), options.table_dtype)
     if options.table_dtype != "float32":
@@ -101,9 +101,10 @@ def write_serving(trained: LoadedModel, folder: Path, options: ServingOptions, c
     return measured.lines()
 
 
-def _write(folder: Path, contents: Contents, exported: ExportedProgram) -> None:
+def _write(folder: Path, contents: Contents, exported: ExportedProgram, weights: Mapping[str, Tensor]) -> None:
     """A complete folder with tables in float32."""
     torch.export.save(exported, folder / PROGRAM)
+    _write_tensors(folder / WEIGHTS, weights)
     _write_tables(folder / TABLES, contents.tables, "float32")
     _write_tensors(folder / VOCABULARY, contents.vocabulary)
     (folder / FACTS).write_text(json.dumps(contents.facts), encoding="utf-8")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.func import functional_call
 
 from hstu.model.heads import MultiTaskHead
 from hstu.model.ranking import RankingModel
@@ -201,8 +202,24 @@ class ServingProgram(nn.Module):
         )
 
 
+class _OfInputsAndWeights(nn.Module):
+    """The program as a function of its weights, too: models of one configuration then have equal graphs."""
+
+    def __init__(self, program: ServingProgram) -> None:
+        super().__init__()
+        self._program = (program,)  # in a tuple, its parameters are none of this module
+
+    def forward(self, inputs: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+        outputs: Tensor = functional_call(self._program[0], weights, (inputs,))
+        return outputs
+
+
 def trace(program: ServingProgram) -> ExportedProgram:
-    """The program as a graph of PyTorch's own operators, for any number of sequences, items and tokens."""
+    """The program as a graph of PyTorch's own operators, for any number of sequences, items and tokens.
+
+    Its arguments are the inputs, in the order of ``input_names``, and the weights, in the order of their names. The
+    order matters to a compiled program: AOTInductor (torch 2.13) reads the values of a dictionary, whatever its keys.
+    """
     sizes = {
         "item_width": program.network.item_width,
         "contextual_width": program.network.contextual_width,
@@ -217,8 +234,13 @@ def trace(program: ServingProgram) -> ExportedProgram:
         size = [sizes[axis] if given is None else given for axis, given in _SIZES[name]]
         example[name] = torch.zeros(size, dtype=torch.float32 if is_float else torch.int64)
         shapes[name] = {place: dims[axis] for place, (axis, given) in enumerate(_SIZES[name]) if given is not None}
+    # The file of a program holds its example, too. Without the weights in it, equal graphs are equal files.
+    weights = {name: torch.zeros_like(weight) for name, weight in sorted(program.state_dict().items())}
+    arguments = (example, weights)
     with torch.no_grad():
-        return torch.export.export(program, (example,), dynamic_shapes=(shapes,))
+        return torch.export.export(
+            _OfInputsAndWeights(program), arguments, dynamic_shapes=(shapes, dict.fromkeys(weights))
+        )
 
 
 def _frozen(module: M) -> M:

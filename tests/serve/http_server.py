@@ -128,7 +128,7 @@ class StubLoader:
     is_open: bool = True
     is_ready: bool = False
 
-    def __call__(self, folder: Path, version: str) -> Any:
+    def __call__(self, folder: Path, version: str, current: Any) -> Any:
         content = (folder / "serving.json").read_text()
         if content.startswith("bad"):
             raise ServingError(content)

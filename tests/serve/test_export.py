@@ -81,7 +81,9 @@ def test_the_check_notices_a_model_that_differs(ranking: Served) -> None:
     assert check(ranking.trained, ranking.model) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["program.pt2", "tables.safetensors", "manifest.json", "serving.json"])
+@pytest.mark.parametrize(
+    "name", ["program.pt2", "weights.safetensors", "tables.safetensors", "manifest.json", "serving.json"]
+)
 def test_a_flipped_byte_is_an_error(retrieval: Served, tmp_path: Path, name: str) -> None:
     folder = shutil.copytree(retrieval.folder, tmp_path / "copy")
     content = bytearray((folder / name).read_bytes())
@@ -110,8 +112,8 @@ def test_another_version_and_a_missing_compiled_program_are_errors(
 ) -> None:
     with pytest.raises(ServingError, match="has no compiled program; export with --aot"):
         runtime.load(retrieval.folder, compiled=True)
-    monkeypatch.setattr("hstu.serve.runtime.files.VERSION", 2)
-    with pytest.raises(ServingError, match="has the format hstu-serving 1, and this program reads hstu-serving 2"):
+    monkeypatch.setattr("hstu.serve.runtime.files.VERSION", 3)
+    with pytest.raises(ServingError, match="has the format hstu-serving 2, and this program reads hstu-serving 3"):
         runtime.load(retrieval.folder)
 
 
@@ -169,4 +171,5 @@ def test_the_directory_has_the_package_and_a_card(retrieval: Served) -> None:
     card = (retrieval.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "| valid | 7 | HR@10 | 0.5000 |" in card and "NetworkArgs.item_embedding_dim = 12" in card
     files = json.loads((retrieval.folder / "manifest.json").read_text())["files"]
-    assert {"program.pt2", "tables.safetensors", "vocabulary.safetensors", "MODEL_CARD.md"} <= files.keys()
+    tensors = {f"{name}.safetensors" for name in ("weights", "tables", "vocabulary")}
+    assert {"program.pt2", *tensors, "MODEL_CARD.md"} <= files.keys()

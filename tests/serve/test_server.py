@@ -20,6 +20,7 @@ import pytest
 from hstu import api
 from hstu.config.errors import EXIT_BAD_CONFIG, EXIT_BAD_DATA
 from hstu.data.store import SequenceStore
+from hstu.serve import runtime
 from hstu.serve.check import TOLERANCE
 from hstu.serve.runtime import Candidates, History
 from hstu.serve.runtime.files import checksum_of
@@ -198,7 +199,7 @@ def serving(served: Served, settings: Settings) -> Iterator[Client]:
     """A server of an export that is loaded already, which takes a second."""
     metrics = Metrics()
     with running(
-        served.folder, lambda _, name: ServedModel(served.model, name, 1 << 20, metrics), settings, metrics
+        served.folder, lambda _, name, __: ServedModel(served.model, name, 1 << 20, metrics), settings, metrics
     ) as client:
         yield client
 
@@ -297,7 +298,7 @@ def test_damaged_exports_never_replace_a_good_one(retrieval: Served, tmp_path: P
     half = shutil.copytree(retrieval.folder, tmp_path / "half")
     (half / "tables.safetensors").unlink()
     old = shutil.copytree(retrieval.folder, tmp_path / "old")
-    rewrite(old, "serving.json", (old / "serving.json").read_bytes().replace(b'"version": 1', b'"version": 0'))
+    rewrite(old, "serving.json", (old / "serving.json").read_bytes().replace(b'"version": 2', b'"version": 0'))
     diverged = shutil.copytree(retrieval.folder, tmp_path / "diverged")
     tables = (diverged / "tables.safetensors").read_bytes()
     start = 8 + int.from_bytes(tables[:8], "little")
@@ -313,6 +314,24 @@ def test_damaged_exports_never_replace_a_good_one(retrieval: Served, tmp_path: P
         path.write_bytes(b"")  # of a mapped file this would end the process
     assert not live.refresh() and "good" in str(live.refused)
     live.current.check()
+
+
+def test_an_export_of_the_same_configuration_shares_the_program_and_not_the_weights(
+    retrieval: Served, tmp_path: Path
+) -> None:
+    shutil.copytree(retrieval.folder, tmp_path / "first")
+    metrics = Metrics()
+    live = LiveModel(tmp_path, loader(0, metrics), metrics)
+    first = live.current.model
+    other = shutil.copytree(retrieval.folder, tmp_path / "other")
+    content = (other / "weights.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    rewrite(other, "weights.safetensors", content[:start] + (np.frombuffer(content[start:], "<f4") * 2).tobytes())
+    assert live.refresh()
+    second, history = live.current.model, History([1000, 1001], [1, 2], [60, 120])
+    assert second._program is first._program
+    expected = runtime.load(other).embed(history)
+    assert second.embed(history).equal(expected) and not first.embed(history).allclose(expected, atol=1e-3)
 
 
 def rewrite(folder: Path, name: str, content: bytes) -> None:

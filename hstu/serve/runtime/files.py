@@ -16,17 +16,17 @@ from torch import Tensor
 
 from .requests import ServingError
 
-FORMAT, VERSION = "hstu-serving", 1
+FORMAT, VERSION = "hstu-serving", 2
 MANIFEST, FACTS, TABLES, VOCABULARY = "manifest.json", "serving.json", "tables.safetensors", "vocabulary.safetensors"
-PROGRAM, COMPILED = "program.pt2", "program_aot.pt2"
+PROGRAM, COMPILED, WEIGHTS = "program.pt2", "program_aot.pt2", "weights.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "I64": torch.int64, "U8": torch.uint8}
 _INT64 = range(-(2**63), 2**63)
 
 
-def read_directory(directory: Path, verify: bool) -> tuple[dict[str, Any], set[str]]:
-    """(what serving.json holds, the names of the files) of a directory whose files are there and, verified, intact.
+def read_directory(directory: Path, verify: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a directory whose files are there and, verified, intact.
 
-    Raises ServingError.
+    Returns (what serving.json holds, name of each file → its sha256). Raises ServingError.
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def read_directory(directory: Path, verify: bool) -> tuple[dict[str, Any], set[s
             f"{directory} has the format {facts.get('format')} {facts.get('version')}, and this program reads {FORMAT} "
             f"{VERSION}. Use the package hstu_serving of the folder itself, or export the checkpoint again"
         )
-    return facts, set(files)
+    return facts, {path.name: sha256 for path, _, sha256 in described}
 
 
 def checksum_of(files: Mapping[str, Any]) -> str:

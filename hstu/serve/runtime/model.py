@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .encode import Encoder
-from .files import COMPILED, PROGRAM, TABLES, VOCABULARY, Safetensors, read_directory, read_tables
-from .layout import Program, Sequence_, run
+from .files import COMPILED, PROGRAM, TABLES, VOCABULARY, WEIGHTS, Safetensors, read_directory, read_tables
+from .layout import Sequence_, run
 from .requests import Candidates, History, ServingError
 
 ITEM_VECTORS = "item_vectors"
@@ -32,19 +32,28 @@ class Recommendation:
     """Titles of the items; empty where the data has none."""
 
 
-def load(directory: str | Path, *, verify: bool = True, compiled: bool = False, in_memory: bool = False) -> Model:
+def load(
+    directory: str | Path,
+    *,
+    verify: bool = True,
+    compiled: bool = False,
+    in_memory: bool = False,
+    like: Model | None = None,
+) -> Model:
     """Load the folder ``serving`` of an export.
 
     Args:
         directory: the folder, which may have been moved.
         verify: compare the checksum of every file with the manifest. Sizes are always compared.
         compiled: run the program that ``--aot`` has compiled for this kind of machine instead of the graph.
-        in_memory: read tables and vocabulary at once instead of mapping their files, which then may change.
+        in_memory: read tables, vocabulary and weights at once instead of mapping their files, which then may change.
+        like: a model that this one may share the program with. Reading a program takes seconds, and exports of one
+            configuration have equal ones.
 
     Raises:
         ServingError: a file is missing, incomplete or damaged, or the folder is of another version.
     """
-    return Model(Path(directory), verify, compiled, in_memory)
+    return Model(Path(directory), verify, compiled, in_memory, like)
 
 
 class Model:
@@ -54,8 +63,8 @@ class Model:
     ``titles`` are those of the items in the order of ``encoder.items``; empty where the data has none.
     """
 
-    def __init__(self, directory: Path, verify: bool, compiled: bool, in_memory: bool) -> None:
-        self.facts, files = read_directory(directory, verify)
+    def __init__(self, directory: Path, verify: bool, compiled: bool, in_memory: bool, like: Model | None) -> None:
+        self.facts, checksums = read_directory(directory, verify)
         tables = read_tables(directory / TABLES, in_memory)
         stored = Safetensors(directory / VOCABULARY, in_memory)
         self.encoder = Encoder(self.facts, tables, stored)
@@ -69,10 +78,15 @@ class Model:
                 vectors = tables[self.facts["features"][self.facts["item"]]["table"]].rows(items.rows_of(places))
             self._items = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=self.facts["l2_norm_eps"])
             self._is_missing = ~self._items.any(dim=1)
-        if compiled and COMPILED not in files:
+        if compiled and COMPILED not in checksums:
             raise ServingError(f"{directory} has no compiled program; export with --aot, or load it without")
-        self._program: Program
-        if compiled:
+        weights = Safetensors(directory / WEIGHTS, in_memory)
+        self._weights = {name: weights.tensor(name) for name in sorted(weights.names())}
+        self._checksum = checksums[COMPILED if compiled else PROGRAM]
+        self._program: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
+        if like is not None and like._checksum == self._checksum:
+            self._program = like._program
+        elif compiled:
             self._program = torch._inductor.aoti_load_package(str(directory / COMPILED))
         else:
             self._program = torch.export.load(directory / PROGRAM).module()
@@ -151,7 +165,7 @@ class Model:
 
     def run(self, encoded: Sequence[Sequence_]) -> list[Tensor]:
         """What the program predicts for each: the vector [1, E] of a user, or logits [candidates, outputs]."""
-        return run(self._program, self.facts, encoded)
+        return run(lambda inputs: self._program(inputs, self._weights), self.facts, encoded)
 
     def item_vectors(self, items: Sequence[Any]) -> Tensor:
         """Vectors of items, float32 [len(items), E], of length 1; zeros for items that the model does not have."""

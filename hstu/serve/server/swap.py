@@ -71,17 +71,21 @@ def version_of(folder: Path) -> str:
     return f"{printable(name, '')}@{hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:12]}"
 
 
-Load = Callable[[Path, str], ServedModel]
-"""From a folder and its version to the model. Raises for one that cannot be served."""
+Load = Callable[[Path, str, ServedModel | None], ServedModel]
+"""From a folder, its version and the model in use to the model. Raises for one that cannot be served."""
 
 
 def loader(cache_bytes: int, metrics: Metrics) -> Load:
-    """Loads and verifies a folder, and lets the model answer once."""
+    """Loads and verifies a folder, and lets the model answer once.
 
-    def load(folder: Path, version: str) -> ServedModel:
-        model = ServedModel(runtime.load(folder, in_memory=True), version, cache_bytes, metrics)
-        model.check()
-        return model
+    If its program equals that of the model in use, they share it.
+    """
+
+    def load(folder: Path, version: str, current: ServedModel | None) -> ServedModel:
+        model = runtime.load(folder, in_memory=True, like=None if current is None else current.model)
+        served = ServedModel(model, version, cache_bytes, metrics)
+        served.check()
+        return served
 
     return load
 
@@ -147,7 +151,7 @@ class LiveModel:
         begun = time.monotonic()
         try:
             version = version_of(found.folder)
-            model = self._load(found.folder, version)
+            model = self._load(found.folder, version, self._current)
             if self._current is not None and model.task != self._current.task:
                 raise runtime.ServingError(f"it is a {model.task} model, and a {self._current.task} model is in use")
         except Exception as error:  # whatever is wrong with it, the model in use goes on

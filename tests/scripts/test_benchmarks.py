@@ -1,10 +1,10 @@
 """The operator benchmarks: what is measured side by side is the same mathematics, and the reports are complete."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -271,17 +271,54 @@ def test_scoring_with_a_cached_history_is_compared_with_whole_forwards(
     )
 
 
-def test_answers_that_are_not_those_of_the_model_that_they_name_are_counted() -> None:
+def test_lost_and_wrong_answers_of_the_server_are_counted() -> None:
     script = import_module("serve_cpu")
-    server = SimpleNamespace(sources={"first@1": 0, "second@1": 1})
-    right = [[[0.5, 0.25]], [[0.75, 0.5]]]
+    right = {
+        "first@1": [script.Right([0.5, 0.25], {"a": 0.5, "b": 0.25, "c": 0.24999})],
+        "second@1": [script.Right([0.75, 0.5], {"b": 0.75, "a": 0.5})],
+    }
 
-    def answer(model: str, *scores: float, status: int = 200) -> tuple[int, int, float, bytes]:
-        return 0, status, 0.1, json.dumps({"model": model, "items": [{"score": score} for score in scores]}).encode()
+    def answer(model: str, status: int = 200, at: float = 0.0, **scores: float) -> tuple[int, int, float, float, bytes]:
+        items = [{"item": item, "score": score} for item, score in scores.items()]
+        return 0, status, at, at + 1, json.dumps({"model": model, "items": items}).encode()
 
-    fine = [answer("first@1", 0.5, 0.25), answer("second@1", 0.75, 0.50001), answer("first@1", status=429)]
-    wrong = [answer("first@1", 0.75, 0.5), answer("second@1", 0.75)]
-    assert script.wrong_answers(server, fine, right) == 0 and script.wrong_answers(server, fine + wrong, right) == 2
+    fine = [answer("first@1", a=0.5, c=0.24999), answer("second@1", at=5.5, b=0.75, a=0.50001)]
+    others = [answer("", status=429), answer("", status=500), answer("", status=0)]
+    wrong = [answer("first@1", b=0.75, a=0.5), answer("second@1", b=0.75), answer("first@1", b=0.5, a=0.25)]
+    counts = {"refused": 1, "failed": 1, "lost": 1, "wrong": 0, "models_that_answered": 2}
+    assert script.outcomes([*fine, *others], 5, right) == counts
+    assert script.outcomes([*fine, *wrong], 9, right) == {**counts, "refused": 0, "failed": 0, "lost": 4, "wrong": 3}
+    assert script.while_loading([*fine, *others], {"second@1": 3.0}) == fine[1:]
+    assert script.times_ms([0.001 * each for each in range(101)])["p99_ms"] == 99.0
+
+
+def test_the_clients_of_the_server_note_each_answer_and_each_lost_request() -> None:
+    clients, waiting = import_module("serve_clients"), []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            body = await reader.readexactly(int(head.rsplit(b" ", 1)[1]))
+            waiting.append(body)
+            if len(waiting) == 5:
+                break
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+            await writer.drain()
+            writer.write(body)
+        writer.close()
+
+    async def send() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        await clients.send_all(server.sockets[0].getsockname()[1], 3, load)
+        server.close()
+
+    bodies = [b"one", b"two two"]
+    load = clients.Load(bodies, 20)
+    asyncio.run(send())
+    assert sorted(waiting) == sorted(bodies[each[0]] for each in load.answers) and len(waiting) == 20
+    assert sorted(each[1] for each in load.answers) == [0, *[200] * 19]
+    assert all(each[4] == bodies[each[0]] for each in load.answers if each[1]) and all(
+        a[2] <= a[3] for a in load.answers
+    )
 
 
 @pytest.mark.slow

@@ -6,97 +6,34 @@ import json
 import random
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import psutil
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from hstu.serve.check import TOLERANCE
 from hstu.serve.runtime import History
 from hstu.serve.server.metrics import Metrics
 from hstu.serve.server.settings import Settings
 from hstu.serve.server.swap import loader
+from scripts.fuzz_server import Fuzzer
 from tests.serve.http_server import UNWATCHED, Client, running, until
 from tests.serve.served import BIAS, Served, random_model, serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CLIENTS, SWAPS = 8, 10
-# What fits, what almost fits, and anything else.
-IDS = st.one_of(st.integers(1000, 1020), st.integers(), st.text(max_size=8), st.none(), st.booleans(), st.floats())
-NUMBERS = st.one_of(st.integers(0, 2**40), st.integers(), st.floats(), st.none())
-JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
-)
-FIELDS: dict[str, st.SearchStrategy[Any]] = {
-    "items": st.lists(st.integers(1000, 1020) | IDS, max_size=6) | JSON,
-    "actions": st.lists(st.integers(0, 4) | IDS, max_size=6) | JSON,
-    "timestamps": st.lists(NUMBERS, max_size=6) | JSON,
-    "features": st.dictionaries(
-        st.sampled_from(["colour", "tags", "price", "time_gap", "x"]), st.lists(JSON, max_size=6), max_size=3
-    ),
-    "context": JSON,
-    "user": JSON,
-    "at": NUMBERS | JSON,
-    "k": st.integers(-1, 1001) | JSON,
-    "filter_seen": JSON,
-    "candidates": st.lists(IDS, max_size=6) | JSON,
-    "candidate_features": JSON,
-    "other": JSON,
-}
-# Requests of models that read nothing else: events of equal number, then whatever comes on top.
-FITTING = st.integers(1, 5).flatmap(
-    lambda count: st.fixed_dictionaries(
-        {
-            "items": st.lists(st.integers(1000, 1020) | IDS, min_size=count, max_size=count),
-            "actions": st.lists(st.integers(0, 4), min_size=count, max_size=count),
-            "timestamps": st.lists(st.integers(0, 10**9), min_size=count, max_size=count),
-        },
-        optional={
-            name: strategy for name, strategy in FIELDS.items() if name not in ("items", "actions", "timestamps")
-        },
-    )
-)
-ANYTHING = st.fixed_dictionaries({}, optional=FIELDS)
-BYTES = st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass"))
 
 
-@pytest.fixture(scope="module")
-def client(retrieval: Served) -> Iterator[Client]:
-    metrics = Metrics()
-    with running(retrieval.folder, loader(1 << 16, metrics), UNWATCHED, metrics) as found:
-        yield found
-
-
-@given(path=st.sampled_from(["/recommend", "/score", "/embed"]), body=FITTING | ANYTHING | JSON | BYTES)
-@settings(
-    max_examples=600, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_every_request_gets_an_answer_in_json_and_never_a_defect(client: Client, path: str, body: Any) -> None:
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    reply = client.post(path, content)
-    assert reply.status in (200, 400, 422), reply.text
-    answer = json.loads(reply.text, parse_constant=pytest.fail)  # no NaN
-    assert ("error" in answer) == (reply.status != 200) and "Traceback" not in reply.text
-
-
-@given(path=st.text(max_size=30), method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD"]))
-@settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_no_path_is_a_defect(client: Client, path: str, method: str) -> None:
-    client._connection.request(method, "/" + quote(path, errors="surrogatepass"))
-    answer = client._connection.getresponse()
-    answer.read()
-    assert answer.status in (200, 404, 405, 422)
+@pytest.mark.parametrize("name", ["retrieval", "ranking"])
+def test_random_requests_get_an_answer_and_never_a_defect(name: str, request: pytest.FixtureRequest) -> None:
+    served, metrics = request.getfixturevalue(name), Metrics()
+    with running(served.folder, loader(1 << 16, metrics), UNWATCHED, metrics) as client:
+        fuzzer = Fuzzer(client.port, served.model)
+        for number in range(600):
+            fuzzer.run_case(number)
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hstu.checkpoint.directory import put_in_place, temporary_path
 from hstu.config.args import DatasetArgs, RankingArgs
 from hstu.config.errors import EXIT_DONE, ConfigError, UserError
 from hstu.config.gin_io import read_and_check
@@ -226,10 +227,10 @@ def write(path: Path, ids: np.ndarray, vectors: np.ndarray) -> None:
     """Write the file as a whole or not at all."""
     flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).reshape(-1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing_{path.name}")
+    temporary = temporary_path(path)
     table = pa.table({ID: pa.array(ids), VECTOR: pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])})
     pq.write_table(table, temporary)
-    temporary.replace(path)
+    put_in_place(temporary, path)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ from hstu.checkpoint.directory import (
     describe_files,
     file_problems,
     listed_files,
+    put_in_place,
     read_manifest,
+    temporary_path,
     write_manifest,
 )
 from hstu.checkpoint.dynamic import (
@@ -69,11 +71,11 @@ def export_table(checkpoint: Path, table: str, path: Path, since_step: int | Non
     raw_ids = _raw_ids(checkpoint, table)
     arrow = pa.concat_tables([_to_arrow(part, raw_ids) for part in parts])
     metadata = {"table": table, "step": step, "since_step": since_step, "times": times}
-    temporary = path.with_name(f".writing_{path.name}")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(arrow.replace_schema_metadata({METADATA: json.dumps(metadata)}), temporary)
-        temporary.replace(path)
+        put_in_place(temporary, path)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
     return int(arrow.num_rows), step
@@ -133,7 +135,7 @@ def import_table(checkpoint: Path, table: str, files: Sequence[Path], output: Pa
     parts, raw_ids = read_table(checkpoint, table), _raw_ids(checkpoint, table)
     stored = replace(parts[0], times=last_of_all([part.times for part in parts]))
     content = _combine([_read_file(path, table, stored, raw_ids) for path in files])
-    temporary = output / f".writing_{checkpoint.name}"
+    temporary = temporary_path(copy)
     shutil.rmtree(temporary, ignore_errors=True)
     for name in [*read_manifest(checkpoint), MANIFEST]:
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from hstu.serve.loaded import LoadedModel
 from hstu.serve.score_columns import score_columns
 from hstu.serve.vectors import own_user_vectors, places_of
 from hstu.train.builder import build_evaluator
-from hstu.train.corpus import Corpus, Queries, recommend
+from hstu.train.corpus import Queries, pair_scores, recommend
 
 
 class Predictor(ABC):
@@ -143,7 +143,7 @@ class RetrievalPredictor(Predictor):
         corpus = self._evaluator.corpus(np.intersect1d(self.loaded.model_ids(candidates.items), self._ids))
         own = candidates.of_users(users)
         row, items = np.repeat(places_of(users, own.users), own.counts), self.loaded.model_ids(own.items)
-        scores = self._pair_scores(vectors, row, corpus.positions(items), corpus)
+        scores = pair_scores(vectors, row, corpus.positions(items), corpus).cpu().numpy()
         left = scores > -np.inf
         if not self.choice.keep_seen:
             left &= ~self._is_seen(users, row, items)
@@ -152,18 +152,6 @@ class RetrievalPredictor(Predictor):
         rank = np.arange(len(order)) - _first_of_run(row[order])
         order = order[rank < (len(order) if self.top is None else self.top)]
         return users[row[order]], items[order], scores[order]
-
-    def _pair_scores(self, vectors: torch.Tensor, row: np.ndarray, position: np.ndarray, corpus: Corpus) -> np.ndarray:
-        """Cosines of users, given by rows of ``vectors``, and items of the corpus, float32 [n]; −inf without item."""
-        scores = np.full(len(row), -np.inf, dtype=np.float32)
-        for first, items in corpus.chunks():
-            here = np.flatnonzero((position >= first) & (position < first + len(items)))
-            device = items.device
-            of_items = items[torch.from_numpy(position[here] - first).to(device)]
-            products = (vectors[torch.from_numpy(row[here]).to(device)].float() * of_items).sum(dim=1)
-            products.masked_fill_(~of_items.any(dim=1), -torch.inf)
-            scores[here] = products.cpu().numpy()
-        return scores
 
     def _is_seen(self, users: np.ndarray, row: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Whether the user has events of an item, bool [n]. ``row``: indices in ``users``."""

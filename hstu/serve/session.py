@@ -24,6 +24,7 @@ from hstu.model.stack import SequenceEncoder
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.pages import CacheStatistics, Prefix, PrefixCache
 from hstu.serve.prefix import IncrementalEncoder
+from hstu.train.corpus import pair_scores
 from hstu.train.given_histories import History, HistoryEncoder
 
 log = logging.getLogger(__name__)
@@ -313,15 +314,10 @@ class Session:
         """Scores of a retrieval model, float32 [m]."""
         vector = self.user_embeddings([user], at)[0]
         ids = self._histories.encode(self._loaded.source.roles.item, items)
-        known = np.flatnonzero(ids != self._loaded.vocabularies[self._loaded.source.roles.item].unknown)
-        scores = torch.full((len(ids),), -torch.inf, device=vector.device)
-        corpus = self._loaded.retrieval_evaluator().corpus(ids[known])
+        known = ids != self._loaded.vocabularies[self._loaded.source.roles.item].unknown
+        corpus = self._loaded.retrieval_evaluator().corpus(np.unique(ids[known]))
         with self._loaded.inference():
-            for first, vectors in corpus.chunks():
-                found = (vectors @ vector).masked_fill(~vectors.any(dim=1), -torch.inf)
-                places = torch.from_numpy(known[first : first + len(found)]).to(scores.device)
-                scores[places] = found[: len(places)]
-        return scores
+            return pair_scores(vector[None], np.zeros_like(ids), corpus.positions(ids), corpus)
 
 
 def _task_of(dense: nn.Module) -> RankingModel | RetrievalDense:

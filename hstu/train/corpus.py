@@ -129,6 +129,22 @@ def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
     return ranks
 
 
+def pair_scores(vectors: Tensor, rows: np.ndarray, positions: np.ndarray, corpus: Corpus) -> Tensor:
+    """Scores of pairs of a user and an item, float32 [n]; −inf where the item is no candidate.
+
+    ``vectors``: of the users, normalised, [U, E]. ``rows``: of each pair in it, int64 [n]. ``positions``: of its item
+    in the corpus, int64 [n]; −1 for none. Collective if the corpus is.
+    """
+    device = corpus.ids.device
+    scores = torch.full((len(rows),), -torch.inf, device=device)
+    for first, items in corpus.chunks():
+        here = np.flatnonzero((positions >= first) & (positions < first + len(items)))
+        of_items = items[torch.from_numpy(positions[here] - first).to(device)]
+        products = (vectors[torch.from_numpy(rows[here]).to(device)].float() * of_items).sum(dim=1)
+        scores[torch.from_numpy(here).to(device)] = products.masked_fill_(~of_items.any(dim=1), -torch.inf)
+    return scores
+
+
 def recommend(queries: Queries, corpus: Corpus, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best items that each user has not seen, best first, and equal ones in the order of the corpus.
 

@@ -95,7 +95,7 @@ def build_optimizers(
     """Build the optimizers of a model with sharded tables; its dense part may be tensor-parallel, and wrapped by DDP or
     fully sharded.
 
-    ``shard_states``: shard those of the dense part over the data-parallel ranks. Those of sharded weights always are.
+    ``shard_states``: shard those of the dense part over ``mesh.shard_group``. Those of sharded weights always are.
     Raises ConfigError if OptimizerArgs.part_optimizers do not fit its weights. ``cite`` formats the problems.
     """
     dense = unwrap_dense(model)
@@ -109,7 +109,7 @@ def build_optimizers(
     if sharded is not None:
         shares = FsdpWeights(trained, sharded)
     elif shard_states and mesh.dp_cp_size > 1:
-        shares = FlatWeights(trained, mesh.dp_cp_group)
+        shares = FlatWeights(trained, mesh.shard_group)
     if args.offload_dense_states:
         shares = HostWeights(shares or WholeWeights(trained))
     optimizer = DenseOptimizer(dense, args, match_part_optimizers(weights, args, cite), shares)

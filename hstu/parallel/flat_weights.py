@@ -1,4 +1,4 @@
-"""Weights in one buffer, of which each data-parallel rank updates an equal share (ZeRO stage 1).
+"""Weights in one buffer, of which each rank of a shard group updates an equal share (ZeRO stage 1).
 
 The buffer is cut into as many equal ranges as there are ranks, wherever a weight begins or ends. A rank has optimizer
 states for its range only, updates it, and gathers the ranges of the others: one all-gather in place per step.

@@ -1,9 +1,11 @@
-"""Dense weights of which each data-parallel rank holds a part: torch's FSDP2 (ZeRO stage 3).
+"""Dense weights of which each rank of a shard group holds a part: torch's FSDP2 (ZeRO stage 3).
 
 A layer's weights are gathered for its forward and freed, gathered again for its backward, and their gradients are
 reduce-scattered. They may stay gathered in between. All other dense weights are one more unit, which stays gathered
-from forward to backward. The rows of a weight are cut into as many equal parts as there are ranks. HSTULayerFunction
-saves the gathered weights for backward; FSDP frees their memory and fills it again, so they take none in between.
+from forward to backward. The rows of a weight are cut into as many equal parts as the group has ranks.
+HSTULayerFunction saves the gathered weights for backward; FSDP frees their memory and fills it again, so they take none
+in between. Where there are several shard groups, each holds all weights, and ranks with equal parts add up their
+gradients (hybrid sharding, HSDP).
 
 Source: Zhao et al., PyTorch FSDP, VLDB 2023.
 """
@@ -33,13 +35,15 @@ class FullySharded:
     def __init__(self, dense: DenseModel, mesh: Mesh, sent_as: torch.dtype, reshard_after_forward: bool) -> None:
         """Shard the weights of ``dense`` in place; those of its replicated tables stay whole."""
         self.group = mesh.dp_cp_group
+        """All ranks with equal dense weights."""
+        self._replicas = mesh.replica_group
         self.sent_as = sent_as
         """Dtype in which gradients are exchanged. They are float32 before and after."""
         self.own_units_finite: list[Tensor] = []
         """One bool scalar on the device per unit whose gradients were averaged in this step."""
         self.tables = list(dense.replicated.parameters())
         attributes = {name: vars(weight) for name, weight in dense.named_parameters()}
-        ranks = DeviceMesh.from_group(self.group, mesh.device.type)
+        ranks = DeviceMesh.from_group(mesh.shard_group, mesh.device.type)
         layers = [module for module in dense.modules() if isinstance(module, HSTULayer)]
         self.units: list[FSDPModule] = [
             fully_shard(layer, mesh=ranks, reshard_after_forward=reshard_after_forward) for layer in layers
@@ -51,7 +55,16 @@ class FullySharded:
         for unit in self.units:
             unit.set_custom_reduce_scatter(_AveragingReduceScatter(self))  # type: ignore[arg-type]
             unit.set_reduce_scatter_unused_params(True)  # for ranks whose batch has no labels
+            if self._replicas is not None:
+                # FSDP's own exchange over a mesh of two dimensions averages, which gloo cannot, and sends float32.
+                unit.set_all_reduce_hook(self._add_replicas)
         dense.fills_gradients = False  # a layer's weights are gone after its forward
+
+    def _add_replicas(self, gradients: Tensor) -> None:
+        """Add up the gradients of a unit over the ranks that have the same part of it, in place."""
+        sent = gradients.to(self.sent_as)
+        dist.all_reduce(sent, group=self._replicas)
+        gradients.copy_(sent)
 
     def average_table_gradients(self) -> None:
         """After backward: average the dense gradients of replicated tables. On a CPU theirs are sparse."""
@@ -79,10 +92,12 @@ class _AveragingReduceScatter:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: object, async_op: bool = False
     ) -> None:
-        """Average ``input_tensor`` over the ranks, each of which gets its part."""
+        """Sum ``input_tensor`` over the ranks of a shard group, each of which gets its part of the sum, divided by the
+        number of all ranks with equal weights.
+        """
         sent = input_tensor.to(self._sharded.sent_as)
         self._sharded.own_units_finite.append(all_finite([sent]))
-        sent.mul_(1.0 / dist.get_world_size(group))
+        sent.mul_(1.0 / dist.get_world_size(self._sharded.group))
         received = output_tensor.to(self._sharded.sent_as)
         dist.reduce_scatter_tensor(received, sent, group=group)
         output_tensor.copy_(received)
@@ -91,7 +106,7 @@ class _AveragingReduceScatter:
 def shard_dense(
     model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32, reshard_after_forward: bool = True
 ) -> GRModel:
-    """Shard the weights of ``model.dense`` over the ranks with equal ones, if there are several.
+    """Shard the weights of ``model.dense`` over ``mesh.shard_group``, if there are several ranks with equal ones.
 
     ``sent_as``: see FullySharded. ``reshard_after_forward``: see DataParallelArgs.
     """

@@ -107,6 +107,10 @@ class Mesh:
     tp_cp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
     """Ranks with equal dense weights."""
+    shard_group: dist.ProcessGroup
+    """Those of them that share sharded dense weights or optimizer states: all, or neighbours in ``dp_cp_group``."""
+    replica_group: dist.ProcessGroup | None
+    """Those of them that hold the same shards as this rank; None if ``shard_group`` is all of ``dp_cp_group``."""
     seed: int
     store: dist.Store | None = None
     """The key-value store of the launch; None for a mesh that was never started."""
@@ -137,6 +141,7 @@ class Mesh:
 def start(
     tensor_parallel_size: int = 1,
     context_parallel_size: int = 1,
+    shard_group_size: int | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     seed: int = 1234,
     deterministic: bool = False,
@@ -149,6 +154,8 @@ def start(
     once the model is built.
 
     Args:
+        shard_group_size: ranks of a ``Mesh.shard_group``, a divisor of the number of those with equal dense weights.
+            None: all of them.
         timeout_s: a collective that waits for longer fails, ten seconds later. See ``without_timeout``.
         deterministic: use only bitwise repeatable kernels; torch raises where an operation has none.
         allow_tf32: allow TF32 in float32 matrix products on a GPU.
@@ -178,6 +185,8 @@ def start(
         distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=False,
     )
+    dp_cp_group = groups.get_data_parallel_group(with_context_parallel=True)
+    shard_group, replica_group = _split(dp_cp_group, tensor_parallel_size, shard_group_size, timeout)
     mesh = Mesh(
         device=device,
         rank=dist.get_rank(),
@@ -195,7 +204,9 @@ def start(
         tp_group=groups.get_tensor_model_parallel_group(),
         cp_group=groups.get_context_parallel_group(),
         tp_cp_group=groups.get_tensor_and_context_parallel_group(),
-        dp_cp_group=groups.get_data_parallel_group(with_context_parallel=True),
+        dp_cp_group=dp_cp_group,
+        shard_group=shard_group,
+        replica_group=replica_group,
         seed=seed,
         store=store,
     )
@@ -209,7 +220,9 @@ def without_timeout(mesh: Mesh) -> None:
 
     Their own timeout counts the time in which all ranks are suspended.
     """
-    groups = mesh.dp_group, mesh.tp_group, mesh.cp_group, mesh.tp_cp_group, mesh.dp_cp_group
+    groups = [mesh.dp_group, mesh.tp_group, mesh.cp_group, mesh.tp_cp_group, mesh.dp_cp_group]
+    if mesh.replica_group is not None:
+        groups += [mesh.shard_group, mesh.replica_group]
     for group in (mesh.world_group, *groups):
         dist.distributed_c10d._set_pg_timeout(_NO_TIMEOUT, group)
 
@@ -284,6 +297,24 @@ def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
     groups = dist.PrefixStore("groups", store)
     dist.init_process_group(backend, timeout=timeout, store=groups, rank=rank, world_size=world_size)
     return store
+
+
+def _split(
+    dp_cp_group: dist.ProcessGroup, tp_size: int, shard_group_size: int | None, timeout: timedelta
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
+    """``shard_group`` and ``replica_group`` of a Mesh. Collective over the world.
+
+    Megatron-core 0.16.1 makes such groups for the replicas of its distributed optimizer, but needs einops for them.
+    """
+    if shard_group_size is None or shard_group_size == dist.get_world_size(dp_cp_group):
+        return dp_cp_group, None
+    ranks = np.arange(dist.get_world_size()).reshape(-1, shard_group_size, tp_size)  # [replica, shard, tensor]
+    shards = ranks.transpose(0, 2, 1).reshape(-1, ranks.shape[1]).tolist()
+    replicas = ranks.transpose(1, 2, 0).reshape(-1, ranks.shape[0]).tolist()
+    shard_group, replica_group = (
+        dist.new_subgroups_by_enumeration(subgroups, timeout=timeout)[0] for subgroups in (shards, replicas)
+    )
+    return shard_group, replica_group
 
 
 def _parallel_state():  # type: ignore[no-untyped-def]  # a module

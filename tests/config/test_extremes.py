@@ -74,6 +74,7 @@ UNLIMITED = {
     "LRScheduleArgs": "warmup_iters decay_iters milestones",
     "PrecisionArgs": "growth_interval",
     "TensorModelParallelArgs": "tensor_model_parallel_size",
+    "DataParallelArgs": "shard_group_size",
     "ContextParallelArgs": "context_parallel_size",
     "RankingArgs": "num_tasks",
 }

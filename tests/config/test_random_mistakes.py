@@ -23,7 +23,8 @@ def parameters(case: Bad) -> set[str]:
 
 def names(case: Bad) -> set[str]:
     """The parameters that the mistake of a case depends on, as far as its message names them."""
-    return parameters(case) | set(re.findall(r"[a-z]+(?:_[a-z]+)+", " ".join(case.told)))
+    told = " ".join(case.told).replace("has the feature", "feature_names")  # which depends on those of all tables
+    return parameters(case) | set(re.findall(r"[a-z]+(?:_[a-z]+)+", told))
 
 
 def classes(case: Bad) -> set[str]:

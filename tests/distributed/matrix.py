@@ -43,6 +43,8 @@ nothing but rounding Adam and Adagrad make a step, learning_rate / adam_eps time
 
 
 Row = TypeVar("Row", bound=tuple[Any, ...])
+Sizes = tuple[int, int, int | None]
+"""Ranks of a tensor-parallel, a context-parallel and a shard group."""
 
 
 class Case(NamedTuple):
@@ -73,6 +75,11 @@ class Case(NamedTuple):
         """DataParallelArgs.sharding: each kind meets most other levels, though it is no factor of its own."""
         kinds = ("none", "optimizer", "weights")
         return kinds[(self.balanced + 2 * (self.pipeline == "prefetch") + (self.task == "retrieval")) % 3]
+
+    @property
+    def shard_group_size(self) -> int | None:
+        """DataParallelArgs.shard_group_size: with some levels, on the ranks that can be two groups of two."""
+        return 2 if self.world == 4 and self.tp == 1 and (self.clips or self.balanced) else None
 
     @property
     def is_refused(self) -> bool:
@@ -157,6 +164,7 @@ def options(case: Case, clips: bool) -> RunOptions:
             f"NetworkArgs.sequence_parallel = {case.by_tokens}",
             f"TrainerArgs.enable_balanced_shuffler = {case.balanced}",
             f"DataParallelArgs.sharding = {case.dense_sharding!r}",
+            *([f"DataParallelArgs.shard_group_size = {case.shard_group_size}"] * (case.dense_sharding != "none")),
             f"TrainerArgs.max_grad_norm = {0.5 if clips else 0.0}",
             # Of the two encodings one is added to tokens, the other to what heads compute.
             f"NetworkArgs.position_encoding = {'absolute' if case.task == 'ranking' else 'relative_bias'!r}",
@@ -174,11 +182,11 @@ def run(cases: Sequence[Case], store: str) -> dict[Case, list[str]]:
     expected: dict[str, Any] = {}
     for world in sorted({1, *(case.world for case in cases)}):
         here = [case for case in cases if case.world == world]
-        groups: dict[tuple[int, int], dict[str, RunOptions]] = {}
+        groups: dict[Sizes, dict[str, RunOptions]] = {}
         if world == 1:
-            groups[1, 1] = {_reference(case): options(alone(case), case.clips) for case in cases}
+            groups[1, 1, None] = {_reference(case): options(alone(case), case.clips) for case in cases}
         for case in here:
-            groups.setdefault((case.tp, case.cp), {})[str(case)] = options(case, case.clips)
+            groups.setdefault((case.tp, case.cp, case.shard_group_size), {})[str(case)] = options(case, case.clips)
         try:
             ranks = _launch(store, world, groups)
         except RankFailure as failure:
@@ -209,7 +217,7 @@ def _reference(case: Case) -> str:
     return f"reference: {alone(case)}{', clipped' if case.clips else ''}"
 
 
-def _launch(store: str, world: int, by_sizes: dict[tuple[int, int], dict[str, RunOptions]]) -> list[Any]:
+def _launch(store: str, world: int, by_sizes: dict[Sizes, dict[str, RunOptions]]) -> list[Any]:
     groups = [Group(*sizes, free_port(), cases) for sizes, cases in by_sizes.items()]
     timeout_s = 120.0 + 10 * sum(len(cases) for cases in by_sizes.values())
     return run_ranks(Launch(world, timeout_s), run_groups, store, groups)
@@ -221,6 +229,8 @@ class Group:
 
     tp: int
     cp: int
+    shards: int | None
+    """Size of the shard groups."""
     port: int
     runs: dict[str, RunOptions]
 
@@ -230,7 +240,7 @@ def run_groups(store: str, groups: Sequence[Group]) -> dict[str, Any]:
     results = {}
     for group in groups:
         os.environ["MASTER_PORT"] = str(group.port)
-        with started_mesh(group.tp, group.cp) as mesh:
+        with started_mesh(group.tp, group.cp, group.shards) as mesh:
             results |= {name: _train(mesh, store, run) for name, run in group.runs.items()}
     return results
 

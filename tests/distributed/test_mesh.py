@@ -16,10 +16,18 @@ from hstu.parallel.mesh import Mesh
 from tests.distributed.launch import REPOSITORY, Launch, RankFailure, run_cases, run_ranks
 
 
-def describe(tensor_parallel_size: int = 1, context_parallel_size: int = 1) -> dict[str, Any]:
+def describe(
+    tensor_parallel_size: int = 1, context_parallel_size: int = 1, shard_group_size: int | None = None
+) -> dict[str, Any]:
     """Ranks, threads and the first random numbers before and after seeding dropout."""
     mesh = mesh_module.start(
-        tensor_parallel_size, context_parallel_size, timeout_s=60, seed=5, deterministic=True, allow_tf32=True
+        tensor_parallel_size,
+        context_parallel_size,
+        shard_group_size,
+        timeout_s=60,
+        seed=5,
+        deterministic=True,
+        allow_tf32=True,
     )
     weights = torch.rand(2).tolist()
     mesh_module.seed_dropout(mesh)
@@ -28,7 +36,8 @@ def describe(tensor_parallel_size: int = 1, context_parallel_size: int = 1) -> d
         "context": [mesh.cp_rank, mesh.cp_size],
         "groups": {
             name: dist.get_process_group_ranks(getattr(mesh, f"{name}_group"))
-            for name in ("tp", "cp", "tp_cp", "dp", "dp_cp")
+            for name in ("tp", "cp", "tp_cp", "dp", "dp_cp", "shard", "replica")
+            if getattr(mesh, f"{name}_group") is not None
         },
         "hosts": [mesh.local_rank, mesh.local_world_size],
         "device": mesh.device.type,
@@ -106,9 +115,25 @@ def test_groups_of_neighbours_share_a_dense_model() -> None:
     ranks = run_ranks(4, describe, tensor_parallel_size=2, context_parallel_size=2)
     assert [result["ranks"] for result in ranks] == [[rank, 4, 0, 1, rank % 2, 2] for rank in range(4)]
     assert [result["context"] for result in ranks] == [[0, 2], [0, 2], [1, 2], [1, 2]]
-    assert ranks[2]["groups"] == {"tp": [2, 3], "cp": [0, 2], "tp_cp": [0, 1, 2, 3], "dp": [2], "dp_cp": [0, 2]}
+    assert ranks[2]["groups"] == {
+        "tp": [2, 3],
+        "cp": [0, 2],
+        "tp_cp": [0, 1, 2, 3],
+        "dp": [2],
+        "dp_cp": [0, 2],
+        "shard": [0, 2],
+    }
     assert all(result["weights"] == ranks[0]["weights"] for result in ranks)
     assert all(result["dropout"] == ranks[0]["dropout"] for result in ranks)
+
+
+@pytest.mark.slow
+def test_neighbours_with_equal_weights_share_them() -> None:
+    ranks = run_ranks(8, describe, tensor_parallel_size=2, context_parallel_size=2, shard_group_size=2)
+    groups = [(result["groups"]["shard"], result["groups"]["replica"]) for result in ranks]
+    assert groups[5] == ([5, 7], [1, 5]) and ranks[5]["groups"]["dp_cp"] == [1, 3, 5, 7]
+    assert {tuple(shards) for shards, _ in groups} == {(0, 2), (1, 3), (4, 6), (5, 7)}
+    assert {tuple(replicas) for _, replicas in groups} == {(0, 4), (1, 5), (2, 6), (3, 7)}
 
 
 def test_collectives_and_their_gradients() -> None:

@@ -1,5 +1,6 @@
 """A checkpoint that goes from one number of ranks, size of groups and sharding to the next stays what it was."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -23,9 +24,10 @@ from tests.distributed.tensor_cases import (
     write_store,
 )
 
-HOPS = [(1, 1), (2, 1), (4, 2), (3, 1), (1, 1)]
-"""(ranks, ranks of a tensor-parallel group)."""
-DENSE = ("none", "optimizer", "weights", "none", "none")
+HOPS = [
+    Launch(1), Launch(2), Launch(4, tp=2), Launch(4, shards=2), Launch(4, shards=2), Launch(3), Launch(1),
+]  # fmt: skip
+DENSE = ("none", "optimizer", "weights", "weights", "optimizer", "none", "none")
 """DataParallelArgs.sharding at each hop."""
 BATCH = 12  # a multiple of all numbers of ranks
 SAMPLES = {"ranking": 23, "retrieval": 33}
@@ -38,12 +40,15 @@ MOVES = [
     {"sharding": "row_wise", "replicated": ["action"]},
     {"sharding": "table_wise", "replicated": []},
     {"sharding": "column_wise", "replicated": ["age"]},
+    {"sharding": "table_wise", "replicated": ["item_id"]},
+    {"sharding": "column_wise", "replicated": []},
     {"replicated": ALL},
     {"sharding": "row_wise", "replicated": ["action"]},
 ]
 """How the tables lie after each hop."""
 ROWWISE_MOVES = [
-    {"sharding": kind, "replicated": []} for kind in ("row_wise", "table_wise", "auto", "table_wise", "row_wise")
+    {"sharding": kind, "replicated": []}
+    for kind in ("row_wise", "table_wise", "auto", "row_wise", "auto", "table_wise", "row_wise")
 ]
 CASES: dict[str, Any] = {
     **{f"{name}, rows": {"optimizer": name} for name in ("rowwise_adagrad", "adagrad", "adam", "sgd")},
@@ -57,10 +62,10 @@ CASES: dict[str, Any] = {
 
 def options_at(hop: int, case: dict[str, Any]) -> dict[str, Any]:
     """The options of a case at a hop."""
-    per_rank = f"TrainerArgs.train_batch_size = {BATCH // HOPS[hop][0]}"
+    per_rank = f"TrainerArgs.train_batch_size = {BATCH // HOPS[hop].ranks}"
     kept = {name: value for name, value in case.items() if name != "moves"}
-    dense = f"DataParallelArgs.sharding = {DENSE[hop]!r}"
-    bindings, moves = [*PADDED, *case.get("bindings", []), per_rank, dense], case.get("moves", [ROWS] * len(HOPS))
+    dense = [f"DataParallelArgs.sharding = {DENSE[hop]!r}", f"DataParallelArgs.shard_group_size = {HOPS[hop].shards}"]
+    bindings, moves = [*PADDED, *case.get("bindings", []), per_rank, *dense], case.get("moves", [ROWS] * len(HOPS))
     return {**kept, "before": BEFORE[case.get("task", "ranking")], "bindings": bindings, **moves[hop]}
 
 
@@ -101,7 +106,7 @@ def hops(tmp_path_factory: Any) -> list[dict[str, Any]]:
     write_store(directory / "store")
     results: list[dict[str, Any]] = []
     path = None
-    for hop, (ranks, tp) in enumerate(HOPS):
+    for hop, launch in enumerate(HOPS):
         target = directory / str(hop)
         cases = {
             name: partial(
@@ -113,7 +118,7 @@ def hops(tmp_path_factory: Any) -> list[dict[str, Any]]:
             )
             for name, case in CASES.items()
         }
-        results.append(run_cases(Launch(ranks, 300, tp), cases)[0])
+        results.append(run_cases(replace(launch, timeout_s=300), cases)[0])
         path = target
     return results
 

@@ -52,6 +52,10 @@ NEEDS: Iterable[tuple[str, str, tuple[Any, ...], str]] = (
         "network.sequence_parallel", "tensor_parallel.tensor_model_parallel_size", _Not([1]),
         "it splits tokens over the ranks of a tensor-parallel group",
     ),
+    (
+        "data_parallel.shard_group_size", "data_parallel.sharding", ("optimizer", "weights"),
+        "every rank holds the whole dense part",
+    ),
     ("data_parallel.reshard_after_forward", "data_parallel.sharding", ("weights",), "only these are gathered"),
     ("precision.loss_scale", "network.dtype_str", ("float16",), "only float16 gradients vanish without it"),
     ("precision.growth_interval", "network.dtype_str", ("float16",), "only float16 has a loss scale"),

@@ -150,6 +150,18 @@ def sharding_has_ranks(run: RunDraft) -> Iterator[Problem]:
         yield run.problem(run.data_parallel, "sharding", text, is_warning=True)
 
 
+def shard_groups_divide(run: RunDraft) -> Iterator[Problem]:
+    tensor, size = run.tensor_parallel.tensor_model_parallel_size, run.data_parallel.shard_group_size
+    ranks = run.world_size // tensor
+    if size is None or ranks % size == 0 or run.world_size % run.ranks_per_group:
+        return
+    fitting = [str(count) for count in range(2, ranks + 1) if ranks % count == 0]
+    remedy = f"set it to one of {', '.join(fitting)}, or remove it" if fitting else "remove it"
+    divided = f" ({run.world_size} / {run.cite(run.tensor_parallel, 'tensor_model_parallel_size')})" * (tensor > 1)
+    text = f"must divide the number of ranks with equal dense weights, which is {ranks}{divided}; {remedy}"
+    yield run.problem(run.data_parallel, "shard_group_size", text)
+
+
 # --- optimizers and schedule ---------------------------------------------------------------------------------------
 
 
@@ -241,7 +253,7 @@ RULES = (
     profiled_iterations_are_a_range, save_interval_is_not_zero,
     evaluations_take_place, best_metric_is_measured, best_metric_has_an_effect, best_metric_mode_fits_the_metric,
     token_limit_admits_the_longest_sequence, token_limit_can_be_reached, balanced_lengths_differ,
-    heads_divide, ranks_divide, sharding_has_ranks,
+    heads_divide, ranks_divide, sharding_has_ranks, shard_groups_divide,
     momentum_has_sgd, offloaded_states_exist, adam_options_have_adam, part_regexes_compile,
     milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run, warmup_start_has_a_warmup,
     by_epoch_has_an_effect, by_epoch_trains_in_the_first_epoch,

@@ -27,6 +27,7 @@ def _object(each: Simulated, first: Simulated) -> dict[str, Any]:
         "tensor_parallel": workload.tp_size,
         "context_parallel": workload.cp_size,
         "sharding": workload.dense_sharding,
+        "shard_group_size": workload.shard_group_size,
         "memory": each.memory,
         "sequences": workload.config.trainer.sequences_per_iteration * workload.world_size,
         "step_s": steps.mean_s,
@@ -58,9 +59,11 @@ def _lines(clusters: Sequence[Simulated], machine: Machine) -> Iterator[str]:
     workload = clusters[0].workload
     config = workload.config
     files = ", ".join(config.source_files) or "bindings"
+    in_groups, sharding = config.data_parallel.shard_group_size, config.data_parallel.sharding
+    sharding += f" over groups of {in_groups}" if in_groups else ""
     yield (
         f"{config.task}, {files}: {machine.name}, {workload.ranks_per_host} GPUs per host, tensor parallel "
-        f"{workload.tp_size}, context parallel {workload.cp_size}, dense sharding {config.data_parallel.sharding}, "
+        f"{workload.tp_size}, context parallel {workload.cp_size}, dense sharding {sharding}, "
         f"{config.trainer.sequences_per_iteration} sequences per GPU\n"
     )
     rows = [_HEAD, *(_row(each, clusters[0]) for each in clusters)]

@@ -108,7 +108,7 @@ def exchange_seconds(
     """What ranks exchange for → seconds that the operators of ``computing`` do not hide."""
     shared = "tensor parallelism" if workload.cp_size == 1 else "context parallelism"
     parts = {"world": "tables", "tensor": "tensor parallelism", "context": "context parallelism"}
-    parts |= {"samples": shared, "data": "data parallelism"}
+    parts |= {"samples": shared} | dict.fromkeys(("data", "shards", "replicas"), "data parallelism")
     exposed = dict.fromkeys(parts.values(), 0.0)
     for transfer in exchanged:
         seconds = machine.transfer_seconds(transfer, workload.ranks_on_host(transfer.group, transfer.ranks))

@@ -23,7 +23,6 @@ from hstu.estimate.workload import Workload
 
 USED = 0.9
 """Share of the memory that a plan may use: the rest is for CUDA's context, NCCL's buffers and fragmentation."""
-SHARDING = ("none", "optimizer", "weights")
 NORM, SILU, LAYER = "recompute_input_layernorm", "recompute_input_silu", "recompute_layer"
 NUM_LAYERS, OFFLOAD = "recompute_num_layers", "offload_num_layers"
 KEPT: Mapping[str, Any] = {NORM: False, SILU: False, LAYER: False, NUM_LAYERS: None, OFFLOAD: 0}
@@ -33,6 +32,7 @@ SEARCHED = (
     ("context_parallel", "context_parallel_size"),
     ("network", "sequence_parallel"),
     ("data_parallel", "sharding"),
+    ("data_parallel", "shard_group_size"),
     *(("network", name) for name in KEPT),
     ("trainer", "train_batch_size"),
     ("trainer", "gradient_accumulation_steps"),
@@ -77,8 +77,9 @@ def search(
     for tp, cp in _groups(config, world_size, ranks_per_host):
         progress(f"tensor parallel {tp}, context parallel {cp}")
         planned: Workload | None = None
-        for by_tokens, sharding, saving in product((False, True), SHARDING, _saving(config)):
-            changed = _changed(config, tp, cp, by_tokens, sharding, saving)
+        sharding = list(_sharding(world_size // tp, ranks_per_host // tp))
+        for by_tokens, shared, saving in product((False, True), sharding, _saving(config)):
+            changed = _changed(config, tp, cp, by_tokens, shared, saving)
             if (by_tokens and tp == 1) or not _is_valid(changed, world_size):
                 continue
             # Lengths and tables depend on the size of the groups alone.
@@ -97,6 +98,15 @@ def _groups(config: RunConfig, world_size: int, ranks_per_host: int) -> Iterator
             yield tp, cp
 
 
+def _sharding(ranks: int, on_host: int) -> Iterator[dict[str, Any]]:
+    """What ``ranks`` with equal dense weights may share, all of them or those of a host."""
+    yield {"sharding": "none", "shard_group_size": None}
+    for kind in ("optimizer", "weights"):
+        yield {"sharding": kind, "shard_group_size": None}
+        if 1 < on_host < ranks:
+            yield {"sharding": kind, "shard_group_size": on_host}
+
+
 def _saving(config: RunConfig) -> Iterator[dict[str, Any]]:
     """What backward recomputes, parts of all layers or whole layers, and of how many layers the host keeps the rest."""
     layers = config.network.num_layers
@@ -111,14 +121,14 @@ def _saving(config: RunConfig) -> Iterator[dict[str, Any]]:
 
 
 def _changed(
-    config: RunConfig, tp: int, cp: int, by_tokens: bool, sharding: str, saving: Mapping[str, Any]
+    config: RunConfig, tp: int, cp: int, by_tokens: bool, shared: Mapping[str, Any], saving: Mapping[str, Any]
 ) -> RunConfig:
     return replace(
         config,
         network=replace(config.network, sequence_parallel=by_tokens, **{**KEPT, **saving}),
         tensor_parallel=replace(config.tensor_parallel, tensor_model_parallel_size=tp),
         context_parallel=replace(config.context_parallel, context_parallel_size=cp),
-        data_parallel=replace(config.data_parallel, sharding=sharding),
+        data_parallel=replace(config.data_parallel, **shared),
     )
 
 

@@ -103,7 +103,7 @@ def table_bytes_by_rank(workload: Workload, plan: tuple[TableShards, ...]) -> np
 
 def held_weights(workload: Workload) -> dict[str, int]:
     """Elements of each parameter of the dense part that a rank holds from step to step, padding included."""
-    counts, rows, ranks = workload.dense_parameters, workload.dense_rows, workload.dp_cp_size
+    counts, rows, ranks = workload.dense_parameters, workload.dense_rows, workload.shard_group_size
     match workload.dense_sharding:
         case "weights":
             return {name: -(-rows[name] // ranks) * (count // rows[name]) for name, count in counts.items()}
@@ -122,7 +122,8 @@ def trained_densely(workload: Workload) -> list[tuple[str, int]]:
     settings = match_part_optimizers(dict.fromkeys(counts, True), args)
     shares = [counts]
     if workload.dense_sharding == "optimizer":
-        by_rank = map(FlatLayout.of(counts, workload.dp_cp_size).owned, range(workload.dp_cp_size))
+        ranks = workload.shard_group_size
+        by_rank = map(FlatLayout.of(counts, ranks).owned, range(ranks))
         shares = [{name: len(elements) for name, elements in owned.items()} for owned in by_rank]
     elif workload.dense_sharding == "weights":
         shares = [held_weights(workload)]  # the first rank's, without padding

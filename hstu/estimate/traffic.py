@@ -25,8 +25,8 @@ class Transfer:
 
     name: str
     kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
-    group: Literal["world", "data", "tensor", "context", "samples"]
-    """Of the last one the ranks share their samples: a tp_cp group."""
+    group: Literal["world", "data", "shards", "replicas", "tensor", "context", "samples"]
+    """shards: Mesh.shard_group. replicas: Mesh.replica_group. samples: the ranks of a tp_cp group."""
     ranks: int
     """Size of the group."""
     calls: int
@@ -196,8 +196,9 @@ def _gradients(workload: Workload, batch: Batch) -> Iterator[Transfer]:
         yield from _sharded_weights(workload, size)
         elements -= sum(workload.dense_parameters.values())
     if workload.dense_sharding == "optimizer":
-        part = sum(held_weights(workload).values()) // workload.dp_cp_size
-        yield data("updated dense weights", "all_gather", calls=1, payload=part * FLOAT32)
+        ranks = workload.shard_group_size
+        part = sum(held_weights(workload).values()) // ranks
+        yield Transfer("updated dense weights", "all_gather", "shards", ranks, calls=1, payload=part * FLOAT32)
     if elements > 0:
         buckets = 1 + elements * FLOAT32 // DDP_BUCKET_BYTES
         payload = elements * size
@@ -210,12 +211,14 @@ def _sharded_weights(workload: Workload, gradient_size: int) -> Iterator[Transfe
     layers, passes = workload.config.network.num_layers, workload.config.trainer.gradient_accumulation_steps
     held = held_weights(workload)
     part, of_layer = sum(held.values()), sum(count for name, count in held.items() if name.startswith(FIRST_LAYER))
-    data = partial(Transfer, group="data", ranks=workload.dp_cp_size)
+    ranks = workload.shard_group_size
+    shards = partial(Transfer, group="shards", ranks=ranks)
     payload = passes * part * FLOAT32
-    yield data("dense weights in forward", "all_gather", calls=passes * (layers + 1), payload=payload)
+    yield shards("dense weights in forward", "all_gather", calls=passes * (layers + 1), payload=payload)
     if workload.config.data_parallel.reshard_after_forward:
         payload = passes * layers * of_layer * FLOAT32
-        yield data("dense weights in backward", "all_gather", calls=passes * layers, payload=payload)
-    payload = workload.dp_cp_size * part * gradient_size
-    name = "gradients of the dense part"
-    yield data(name, "reduce_scatter", calls=layers + 1, payload=payload, behind="backward")
+        yield shards("dense weights in backward", "all_gather", calls=passes * layers, payload=payload)
+    gradients, payload = partial(Transfer, calls=layers + 1, behind="backward"), part * gradient_size
+    yield gradients("gradients of the dense part", "reduce_scatter", "shards", ranks, payload=ranks * payload)
+    replicas = workload.dp_cp_size // ranks
+    yield gradients("their parts, between groups", "all_reduce", "replicas", replicas, payload=payload)

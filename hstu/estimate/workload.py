@@ -121,8 +121,9 @@ class Workload:
 
     def ranks_on_host(self, group: str, ranks: int) -> int:
         """How many of the ``ranks`` of a group of a Transfer a host has."""
-        stride = {"context": self.tp_size, "data": self.world_size // ranks}.get(group, 1)
-        return min(ranks, max(1, self.ranks_per_host // stride))
+        strides = {"context": self.tp_size, "data": self.world_size // ranks, "shards": self.tp_size}
+        strides["replicas"] = self.tp_size * self.shard_group_size
+        return min(ranks, max(1, self.ranks_per_host // strides.get(group, 1)))
 
     @property
     def element_size(self) -> int:
@@ -171,6 +172,13 @@ class Workload:
     def dense_sharding(self) -> str:
         """DataParallelArgs.sharding as in force: "none" with one data-parallel rank."""
         return self.config.data_parallel.sharding if self.dp_cp_size > 1 else "none"
+
+    @property
+    def shard_group_size(self) -> int:
+        """Ranks that share what ``dense_sharding`` shards; 1 if it is "none"."""
+        if self.dense_sharding == "none":
+            return 1
+        return self.config.data_parallel.shard_group_size or self.dp_cp_size
 
     @property
     def encoder(self) -> SequenceEncoder:

@@ -28,7 +28,16 @@ from hstu.parallel.tables import sharded_weights
 from hstu.train.builder import build_model, build_pipeline
 from hstu.train.sources import open_source
 from tests.distributed.launch import Launch, run_cases
-from tests.estimate.runs import CASES, ONE, TWO_BY_CONTEXT, TWO_BY_TENSOR, Sizes, held_bytes, run_config
+from tests.estimate.runs import (
+    CASES,
+    IN_GROUPS_OF_TWO,
+    ONE,
+    TWO_BY_CONTEXT,
+    TWO_BY_TENSOR,
+    Sizes,
+    held_bytes,
+    run_config,
+)
 
 BYTES = {"float": 4, "long int": 8, "int": 4, "c10::BFloat16": 2, "unsigned char": 1, "double": 8}
 LAUNCHED = [
@@ -48,7 +57,7 @@ def counted(launch: Sizes) -> list[dict[str, Any]]:
         for name, case in CASES.items()
         if launch in case["launches"]
     }
-    return run_cases(Launch(ranks, 200, tp, cp), cases)
+    return run_cases(Launch(ranks, 200, tp, cp, shards=2 if launch == IN_GROUPS_OF_TWO else None), cases)
 
 
 def case(name: str, launch: Sizes) -> tuple[Workload, list[dict[str, Any]]]:

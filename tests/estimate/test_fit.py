@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from tests.estimate.runs import run_config
 RUN = ["--gin-config-file", "configs/ml_1m_retrieval.gin", "--world-size", "2", "--device", "h100"]
 
 
+@cache
 def plans_of(memory_gb: str) -> tuple[RunConfig, list[Plan]]:
-
     config = run_config(bindings=["NetworkArgs.dtype_str = 'bfloat16'", "TrainerArgs.train_batch_size = 2"])
     machine = with_settings(gpu("h100", torch.bfloat16), {"memory_gb": memory_gb})
     return config, search(config, world_size=4, ranks_per_host=2, machine=machine)
@@ -32,9 +33,12 @@ def test_the_first_plan_is_the_fastest_that_fits_and_others_are_smaller() -> Non
     assert all(plan.fits for plan in plans)
     assert plans[0].found.step_s == min(plan.found.step_s for plan in plans)
     tried = {
-        (plan.config.tensor_parallel.tensor_model_parallel_size, plan.config.data_parallel.sharding) for plan in plans
+        (config.tensor_parallel.tensor_model_parallel_size, shared.sharding, shared.shard_group_size)
+        for config in (plan.config for plan in plans)
+        for shared in (config.data_parallel,)
     }
-    assert tried >= {(1, "none"), (1, "weights"), (2, "optimizer")}
+    assert tried >= {(1, "none", None), (1, "weights", None), (1, "weights", 2), (2, "optimizer", None)}
+    assert all(size is None or tp == 1 for tp, _, size in tried), "with tp 2 a host has one rank with equal weights"
     assert {plan.config.context_parallel.context_parallel_size for plan in plans} == {1, 2}, "a host has two ranks"
     table = as_text(plans, config).split("\n\n")[1].splitlines()[1:]
     rows = [line.split() for line in table]

@@ -275,10 +275,10 @@ def test_operators_are_timed_with_the_kernels_of_the_run() -> None:
 
 
 def test_numbers_of_a_machine_can_be_set() -> None:
-    assert machine.machine.with_settings(H100, {"network_gb_s": "25"}).network_gb_s == 25
+    assert machine.with_settings(H100, {"network_gb_s": "25"}).network_gb_s == 25
     for settings, message in (({"network_gb": "25"}, "did you mean 'network_gb_s'"), ({"launch_us": "-1"}, "above 0")):
         with pytest.raises(ConfigError, match=message):
-            machine.machine.with_settings(H100, settings)
+            machine.with_settings(H100, settings)
 
 
 def test_sizes_are_decimal() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -79,19 +80,11 @@ class IncrementalEncoder:
         runs = [slice(*pair) for pair in pairwise(offsets)]
 
         def attend_and_keep(layer: int) -> AttentionForward:
-            def attend(
-                q: Tensor,
-                k: Tensor,
-                v: Tensor,
-                layout: JaggedLayout,
-                config: AttentionConfig,
-                bias: RelativeBias | None,
-            ) -> Tensor:
+            def write(k: Tensor, v: Tensor) -> None:
                 for prefix, run in zip(prefixes, runs, strict=True):
                     self.cache.write(prefix, layer, 0, k[run], v[run])
-                return self.encoder.inputs.kernels.attention.forward(q, k, v, layout, config, bias)
 
-            return attend
+            return _writing(self.encoder.inputs.kernels.attention.forward, write)
 
         with self._forgotten_after_an_error(keys):
             for key in keys:
@@ -203,26 +196,16 @@ class IncrementalEncoder:
         """Encoded tokens, float32 [n, D], of the contents ``x`` [n, D]. ``keep``: they become part of the prefix."""
 
         def attend_to_prefix(layer: int) -> AttentionForward:
-            def attend(
-                q: Tensor,
-                k: Tensor,
-                v: Tensor,
-                layout: JaggedLayout,
-                config: AttentionConfig,
-                bias: RelativeBias | None,
-            ) -> Tensor:
-                cached = CachedPrefix(
-                    pages=self.cache.pages(prefix, layer),
-                    num_tokens=prefix.num_tokens,
-                    num_contextuals=len(self.encoder.features.contextual),
-                    times=prefix.times,
-                    history_end=history_end,
-                )
-                if keep:
-                    self.cache.write(prefix, layer, prefix.num_tokens, k, v)
-                return prefix_attention(q, k, v, layout, config, bias, cached)
-
-            return attend
+            cached = CachedPrefix(
+                pages=self.cache.pages(prefix, layer),
+                num_tokens=prefix.num_tokens,
+                num_contextuals=len(self.encoder.features.contextual),
+                times=prefix.times,
+                history_end=history_end,
+            )
+            attention = partial(prefix_attention, prefix=cached)
+            write = partial(self.cache.write, prefix, layer, prefix.num_tokens)
+            return _writing(attention, write) if keep else attention
 
         tokens = self._run_layers(x, layout, attend_to_prefix)
         if keep:
@@ -260,6 +243,18 @@ class IncrementalEncoder:
             for key in keys:
                 self.cache.drop(key)
             raise
+
+
+def _writing(attention: AttentionForward, write: Callable[[Tensor, Tensor], None]) -> AttentionForward:
+    """The same attention, which first writes its keys and values."""
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
+    ) -> Tensor:
+        write(k, v)
+        return attention(q, k, v, layout, config, bias)
+
+    return attend
 
 
 def why_append_reencodes(encoder: SequenceEncoder) -> str | None:

@@ -50,8 +50,9 @@ def forward(
     queries, keys, values = (_pad(rows, layout.padded_tokens) for rows in (q, k, v))
     scores = (queries * config.alpha) @ keys.transpose(2, 3)
     if bias is not None:
-        scores = scores + _bias(pairs, bias)[:, None]
-    out = (F.silu(scores) * pairs.visible[:, None] @ values).transpose(1, 2).flatten(0, 1)  # [B · N, H, d]
+        scores += _bias(pairs, bias)[:, None]
+    weights = F.silu(scores, inplace=True).mul_(pairs.visible[:, None])  # in place: scores are what takes memory
+    out = (weights @ values).transpose(1, 2).flatten(0, 1)  # [B · N, H, d]
     return out.index_select(0, layout.places).div(config.scaling_seqlen).to(v.dtype)
 
 
@@ -83,7 +84,7 @@ def _bias(pairs: _Pairs, bias: RelativeBias) -> Tensor:
     """[B, N, N] what is added to the scores."""
     assert pairs.distances is not None and pairs.buckets is not None
     of_distances = bias.position_weight.index_select(0, pairs.distances)  # several times as fast as weight[index]
-    return (of_distances + bias.time_weight.index_select(0, pairs.buckets)).view_as(pairs.visible)
+    return of_distances.add_(bias.time_weight.index_select(0, pairs.buckets)).view_as(pairs.visible)
 
 
 def _pad(rows: Tensor, padded_tokens: Tensor) -> Tensor:

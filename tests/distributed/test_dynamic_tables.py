@@ -382,7 +382,7 @@ def test_ranks_groups_and_pipelines_train_what_one_process_trains(tmp_path: Path
             f"{name}/{tp}": {"optimizer": optimizer, "learning_rate": rate, **common}
             for name, (optimizer, rate) in runs.items()
         }
-        return Group(tp, 1, free_port(), cases)
+        return Group(tp, 1, None, free_port(), cases)
 
     store = str(tmp_path / "store")
     alone = run_ranks(1, run_groups, store, [group(1, "none")])[0]

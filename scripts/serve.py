@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
     add("--port", type=int, default=8000, help="port to listen at; 0 takes a free one (%(default)s)")
     add("--max_batch", type=int, default=32, help="requests that are computed together at most (%(default)s)")
+    add("--threads", type=int, default=1, help="cores that compute a batch; answering takes one more (%(default)s)")
     add("--max_wait_ms", type=float, default=2.0, help="how long a request waits for others (%(default)s)")
     add("--max_waiting", type=int, default=256, help="requests that wait at most; more get 429 (%(default)s)")
     add("--cache_mb", type=int, default=64, help="memory for the vectors of users; 0: none (%(default)s)")
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.port,
         Settings(
             max_batch=options.max_batch,
+            threads=options.threads,
             max_wait_s=options.max_wait_ms / 1000,
             max_waiting=options.max_waiting,
             cache_bytes=options.cache_mb << 20,
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    for name in ("max_batch", "max_waiting", "max_body_kb"):
+    for name in ("max_batch", "threads", "max_waiting", "max_body_kb"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if options.cache_mb < 0 or not 0 <= options.max_wait_ms <= 1000:

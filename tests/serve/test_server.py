@@ -350,7 +350,13 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
         port = str(taken.getsockname()[1])
         assert serve.main(["--export", str(tmp_path), "--port", port]) == EXIT_BAD_CONFIG
     assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
-    for options in (["--port", "70000"], ["--max_batch", "0"], ["--poll_s", "0"], ["--max_wait_ms", "-1"]):
+    for options in (
+        ["--port", "70000"],
+        ["--max_batch", "0"],
+        ["--threads", "0"],
+        ["--poll_s", "0"],
+        ["--max_wait_ms", "-1"],
+    ):
         with pytest.raises(SystemExit) as ended:
             serve.main(["--export", str(tmp_path), *options])
         assert ended.value.code == 2

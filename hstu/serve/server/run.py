@@ -9,6 +9,7 @@ import socket
 import sys
 from pathlib import Path
 
+import torch
 import uvicorn
 
 from hstu.config.errors import ConfigError
@@ -42,6 +43,7 @@ def serve(root: Path, host: str, port: int, settings: Settings) -> None:
     """
     _set_up_logging()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    torch.set_num_threads(settings.threads)
     with _bound(host, port) as listener:
         metrics = Metrics()
         gc.freeze()  # what is imported stays; without it, collecting an earlier model stops all threads for longer

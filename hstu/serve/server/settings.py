@@ -11,6 +11,8 @@ class Settings:
 
     max_batch: int = 32
     """Requests that are computed together at most."""
+    threads: int = 1
+    """Threads that compute a batch. More slow a small model down: they wait for each other in every operator."""
     max_wait_s: float = 0.002
     """A request waits this long for others at most, unless a batch is being computed."""
     max_waiting: int = 256

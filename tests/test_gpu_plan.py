@@ -29,17 +29,16 @@ def kernels_of_self_check(shapes: KernelShapes) -> tuple[int, int]:
     """The kernels of attention and others that the self check compiles on an H100, in all their configurations."""
     pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
     from hstu.ops.triton.compile_ahead import specialized_kernel
-    from hstu.ops.triton.launch import recorded_launches
+    from hstu.ops.triton.launch import Launch, recorded_launches
     from hstu.ops.triton.self_check import checks
     from tests.ops.triton.test_self_check import is_run
 
     kernels = set()
-    for name, measure in checks(torch.device("cpu"), shapes):
-        if is_run(name, shapes) and not name.startswith("slots"):  # of which the host reads what a kernel writes
+    for check in checks(torch.device("cpu"), shapes):
+        launches: list[Launch] = []
+        if is_run(check.case, shapes):
             with recorded_launches((9, 0)) as launches:
-                measure()
-        else:
-            launches = []
+                check.measure()
         kernels |= {specialized_kernel(launch, config, 90) for launch in launches for config in launch.configs}
     of_attention = sum(kernel.startswith("attention") for kernel in kernels)
     return of_attention, len(kernels) - of_attention

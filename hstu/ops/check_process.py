@@ -1,10 +1,11 @@
 """Checks the kernels of a GPU backend in a process of their own, so that no fault in them can end or stop a run.
 
 An illegal access makes CUDA unusable for its process, a fault in a compiler or driver may kill the process, and a wrong
-kernel may never end. Each of these means: the backend is refused, and the message says why.
+kernel may never end. Each of these refuses the operator at fault with a reason. A new process checks the operators
+that are left.
 
-The result is remembered on disk for these kernels, versions, GPU, driver and shapes. The processes of a host check one
-after the other, so that the first one checks for all.
+The result of each operator is remembered on disk for these kernels, versions, GPU, driver and shapes. The processes of
+a host check one after the other, so that the first one checks for all.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hstu.ops.kernels import KernelShapes
-from hstu.ops.self_check import cache_directory, locked
+from hstu.ops.self_check import cache_directory, describe, is_usable, locked
 
 log = logging.getLogger(__name__)
 
@@ -60,32 +63,34 @@ class Checked:
     """Folder of the kernels."""
 
 
-def refusal(kernels: Checked, device: torch.device, shapes: KernelShapes | None) -> str | None:
-    """Why these kernels cannot be used on a GPU; None: they agree with PyTorch.
+def refusals(
+    kernels: Checked, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
+) -> dict[str, str]:
+    """Operator → why its kernel cannot be used on a GPU. The kernels of the other operators agree with PyTorch.
 
     Args:
         kernels: The backend.
         device: The GPU.
-        shapes: The shapes of the run; None: only what does not depend on them.
+        shapes: The shapes of the run; None: of what does not depend on them.
+        operators: Those to check.
     """
     try:
         version = importlib.metadata.version(kernels.package)
     except importlib.metadata.PackageNotFoundError:
-        return f"{kernels.package} is not installed"
+        return dict.fromkeys(operators, f"{kernels.package} is not installed")
     try:
         folder = cache_directory()
         folder.mkdir(parents=True, exist_ok=True)
         record = folder / f"{kernels.name.lower()}_kernels_{_key(kernels, version, device, shapes)}.json"
         with locked(record.with_suffix(".lock")):
             known = _remembered(record)
-            if known is None:
-                known = {"refusal": _check(kernels, device, shapes)}
+            if unknown := [operator for operator in operators if operator not in known]:
+                known |= _check(kernels, device, shapes, unknown)
                 _remember(record, known)
     except OSError as error:
         log.info("the check of the %s kernels cannot be remembered (%s)", kernels.name, error)
-        return _check(kernels, device, shapes)
-    reason: str | None = known["refusal"]
-    return reason
+        known = _check(kernels, device, shapes, operators)
+    return {operator: reason for operator in operators if (reason := known[operator]) is not None}
 
 
 def _key(kernels: Checked, version: str, device: torch.device, shapes: KernelShapes | None) -> str:
@@ -99,44 +104,59 @@ def _key(kernels: Checked, version: str, device: torch.device, shapes: KernelSha
     return digest.hexdigest()[:16]
 
 
-def _remembered(record: Path) -> Mapping[str, Any] | None:
-    """The result of an earlier check; None if there is none, it is unreadable, or a failure that is too old."""
+def _remembered(record: Path) -> dict[str, str | None]:
+    """The results of earlier checks by operator, without failures that are too old; none if they are unreadable."""
     try:
-        known = json.loads(record.read_text(encoding="utf-8"))
-        if known["refusal"] is None or time.time() - record.stat().st_mtime < FAILURE_S:
-            return dict(known)
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        pass
-    return None
+        known = dict(json.loads(record.read_text(encoding="utf-8")))
+        is_recent = time.time() - record.stat().st_mtime < FAILURE_S
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+    return {operator: reason for operator, reason in known.items() if reason is None or is_recent}
 
 
-def _remember(record: Path, result: Mapping[str, Any]) -> None:
+def _remember(record: Path, known: Mapping[str, str | None]) -> None:
     written = record.with_suffix(".new")
-    written.write_text(json.dumps(result), encoding="utf-8")
+    written.write_text(json.dumps(known), encoding="utf-8")
     os.replace(written, record)
 
 
-def _check(kernels: Checked, device: torch.device, shapes: KernelShapes | None) -> str | None:
-    """The result of a process that checks the kernels now."""
-    log.info("checking the %s kernels on this GPU (once per machine and shape)", kernels.name)
+def _check(
+    kernels: Checked, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
+) -> dict[str, str | None]:
+    """Operator → why it is refused, None: it is right; by processes that check it now."""
+    decided: dict[str, str | None] = {}
+    while waiting := [operator for operator in operators if operator not in decided]:
+        decided |= _check_some(kernels, device, shapes, waiting)
+    return decided
+
+
+def _check_some(
+    kernels: Checked, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
+) -> dict[str, str | None]:
+    """As :func:`_check` by one process, which may end early, but decides one operator at least."""
+    log.info("kernel check of %s, once per machine and shapes: %s", kernels.name, ", ".join(operators))
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report, output = Path(folder) / "report", Path(folder) / "output"
         report.touch()
         command = [sys.executable, "-m", "hstu.ops.check_process", kernels.module, str(device), _to_json(shapes)]
         try:
-            code = _exit_code([*command, str(report)], report, output)
+            code = _exit_code([*command, ",".join(operators), str(report)], report, output)
         except OSError as error:
-            return f"its self check cannot be started: {error}"
+            return dict.fromkeys(operators, f"its self check cannot be started: {error}")
         records = list(_records(report.read_text(encoding="utf-8", errors="replace")))
-        reason = _reason(kernels.name, code, records, output.read_text(encoding="utf-8", errors="replace"))
-    if reason is None:
-        worst = max((error / limit for error, limit in _errors(records).values() if limit), default=0.0)
-        seconds = time.monotonic() - begun
-        log.info(
-            "%s kernels agree with PyTorch to %.0f %% of the tolerance (%.0f s)", kernels.name, 100 * worst, seconds
-        )
-    return reason
+        decided = _decided(operators, code, records, output.read_text(encoding="utf-8", errors="replace"))
+    passed = [operator for operator, reason in decided.items() if reason is None]
+    errors = [each for record in records if record["operator"] in passed for each in record.get("errors", {}).values()]
+    log.info(
+        "kernel check of %s: passed=%d refused=%d worst_error=%.0f%% of tolerance time=%.0fs",
+        kernels.name,
+        len(passed),
+        len(decided) - len(passed),
+        100 * max((error / tolerance for error, tolerance in errors if tolerance), default=0.0),
+        time.monotonic() - begun,
+    )
+    return decided
 
 
 def _exit_code(command: list[str], report: Path, output: Path) -> int | None:
@@ -168,37 +188,45 @@ def _exit_code(command: list[str], report: Path, output: Path) -> int | None:
                 process.wait(KILL_S)
 
 
-def _reason(name: str, code: int | None, records: list[Mapping[str, Any]], output: str) -> str | None:
-    """Why the check refuses the kernels; None: all of them agree with PyTorch."""
-    for operator, (error, tolerance) in _errors(records).items():
-        if not error <= tolerance:
-            return (
-                f"the {name} kernel of {operator} differs from PyTorch by {error:.2g}, more than {tolerance} (relative "
-                f"error); please report this with the versions of {name} and of the driver"
-            )
-    if records and "done" in records[-1]:
-        return None
-    current = next((record["case"] for record in reversed(records) if "case" in record), "its start")
-    last_line = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no output")
-    if code is None:
-        what = f"did not go on for {TIME_LIMIT_S:.0f} s"
-    elif records and "error" in records[-1]:
-        what = f"raised {records[-1]['error']}"
-    elif code < 0:
-        what = f"was killed by {signal.Signals(-code).name}"
-    else:
-        what = f"ended with exit code {code} ({last_line})"
-    return f"the self check of the {name} kernels {what}, in {current}"
+def _decided(
+    operators: Sequence[str], code: int | None, records: Sequence[Mapping[str, Any]], output: str
+) -> dict[str, str | None]:
+    """What a process has found: operator → why it is refused, None: it is right.
+
+    An operator that ended the process is refused; all are, if none was begun.
+    """
+    decided: dict[str, str | None] = {}
+    current, case = None, "its start"
+    for record in records:
+        current, case = record["operator"], record.get("case", case)
+        if "error" in record:
+            decided[current] = f"the self check raised {record['error']}, in {case}"
+        for name, (error, tolerance) in record.get("errors", {}).items():
+            if not error <= tolerance:
+                decided.setdefault(
+                    current,
+                    f"{name} differs from PyTorch by {error:.2g}, more than {tolerance} (relative error): please "
+                    "report this with the versions of the compiler and of the driver",
+                )
+        if "complete" in record:
+            decided.setdefault(current, None)
+    if current not in decided:
+        if code is None:
+            what = f"did not go on for {TIME_LIMIT_S:.0f} s"
+        elif code < 0:
+            what = f"was killed by {signal.Signals(-code).name}"
+        else:
+            last_line = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no output")
+            what = f"ended with exit code {code} ({last_line})"
+        ended = operators if current is None else [current]
+        decided |= dict.fromkeys(ended, f"the self check {what}, in {case}")
+    return decided
 
 
 def _records(text: str) -> Iterator[Mapping[str, Any]]:
     for line in text.splitlines():
         with suppress(ValueError):  # the process was killed while it wrote
             yield json.loads(line)
-
-
-def _errors(records: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    return {name: (error, limit) for each in records for name, (error, limit) in each.get("errors", {}).items()}
 
 
 def _to_json(shapes: KernelShapes | None) -> str:
@@ -212,25 +240,31 @@ def _from_json(text: str) -> KernelShapes | None:
     return fields and KernelShapes(**fields | {"dtype": getattr(torch, fields["dtype"])})
 
 
-def main(module: str, device: str, shapes: str, report: str) -> None:
-    """The process: run the checks of a module and write each result to ``report`` as a line of JSON."""
+def main(module: str, device: str, shapes: str, operators: str, report: str) -> None:
+    """The process: check some operators of a module and write each result to ``report`` as a line of JSON."""
     faulthandler.enable()
     # With deterministic algorithms, torch fills new tensors with nan: what a kernel fails to write is found.
     torch.use_deterministic_algorithms(True, warn_only=True)
+    on, wanted = torch.device(device), operators.split(",")
+    checks = [
+        check for check in importlib.import_module(module).checks(on, _from_json(shapes)) if check.operator in wanted
+    ]
     with open(report, "a", encoding="utf-8", buffering=1) as file:
 
-        def write(**record: object) -> None:
-            file.write(json.dumps(record) + "\n")
+        def write(operator: str, **record: object) -> None:
+            file.write(json.dumps({"operator": operator} | record) + "\n")
 
-        try:
-            for case, measure in importlib.import_module(module).checks(torch.device(device), _from_json(shapes)):
-                write(case=case)
-                write(errors=measure())
-        except Exception as error:
-            first_line = next(iter(str(error).strip().splitlines()), "")
-            write(error=f"{type(error).__name__}: {first_line}"[:500])
-        else:
-            write(done=True)
+        for operator, cases in groupby(checks, attrgetter("operator")):
+            try:
+                for check in cases:
+                    write(operator, case=check.case)
+                    write(operator, errors=check.measure())
+            except Exception as error:
+                write(operator, error=describe(error))
+                if not is_usable(on):  # a new process goes on
+                    return
+            else:
+                write(operator, complete=True)
 
 
 if __name__ == "__main__":

@@ -270,6 +270,8 @@ class ServedBy:
     backend: Backend
     reason: str | None = None
     """Why it is another backend than the requested one; None: it is the requested one."""
+    is_refused: bool = False
+    """Whether a better kernel exists for these shapes but cannot run on this machine or is wrong on it."""
 
     def __str__(self) -> str:
         return self.backend.value if self.reason is None else f"{self.backend.value} ({self.reason})"
@@ -300,8 +302,7 @@ NEVER_SEEN = 2**31 - 1
 class Kernels:
     """The kernels of a model, one per operator; build it with :func:`hstu.ops.select.select_kernels`.
 
-    The operators below the first four are differentiable functions, ``update_rows`` apart. Printed, it lists the
-    backend of each operator.
+    The operators below the first four are differentiable functions, ``update_rows`` apart.
     """
 
     attention: AttentionKernels
@@ -323,11 +324,8 @@ class Kernels:
     served_by: Mapping[str, ServedBy]
     """Operator → its backend."""
 
-    def __str__(self) -> str:
-        if set(self.served_by.values()) == {ServedBy(Backend.PYTORCH)}:
-            return f"all operators: {Backend.PYTORCH.value}"
-        return ", ".join(f"{operator}: {served}" for operator, served in self.served_by.items())
-
 
 OPERATORS = tuple(name for name in Kernels.__dataclass_fields__ if name != "served_by")
 """Names of the operators, in the order in which they are logged."""
+SLOTS = "slots"
+"""Name of the kernels that look up the ids of dynamic tables, in self checks and log lines."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 
 from hstu.config.errors import ConfigError
-from hstu.ops.check_process import Checked, refusal
-from hstu.ops.kernels import OPERATORS, Backend, Kernels, KernelShapes, ServedBy
+from hstu.ops.check_process import Checked, refusals
+from hstu.ops.kernels import OPERATORS, SLOTS, Backend, Kernels, KernelShapes, ServedBy
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 logger = logging.getLogger(__name__)
@@ -28,106 +29,96 @@ FALLBACKS = {
     Backend.CUTLASS: (Backend.CUTLASS, Backend.TRITON),
 }
 """Backends that serve an operator, in order of preference; PyTorch is the last resort of all."""
+PACKAGES = {Backend.TRITON: "triton", Backend.CUTLASS: "nvidia-cutlass-dsl"}
 
 
 def select_kernels(requested: str, strict: bool, device: torch.device, shapes: KernelShapes) -> Kernels:
     """The kernels for a model on ``device`` where NetworkArgs.kernel_backend = ``requested``.
 
-    Compares kernels with PyTorch at their first use on a machine. Logs one line where another backend is chosen.
+    Compares kernels with PyTorch at their first use on a machine.
 
     Raises:
-        ConfigError: ``strict`` and the requested backend cannot run.
+        ConfigError: ``strict`` and the requested backend cannot run, or its kernel of some operator is refused.
     """
-    return resolve_kernels(select_backend(requested, strict, device, shapes), shapes)
-
-
-def resolve_kernels(backend: Backend, shapes: KernelShapes) -> Kernels:
-    """The kernels of ``backend``, and for each operator that it lacks the next best."""
-    resolved: dict[str, Any] = {}
-    served_by = {}
-    for operator in OPERATORS:
-        resolved[operator], served_by[operator] = _resolve(operator, backend, shapes)
-    return Kernels(**resolved, served_by=served_by)
-
-
-def _resolve(operator: str, backend: Backend, shapes: KernelShapes) -> tuple[Any, ServedBy]:
-    reasons: list[str] = []
-    for candidate in FALLBACKS[backend]:
-        module = _backend_module(candidate)
-        if operator not in module.OPERATORS:
-            if candidate is not Backend.CUTLASS:  # which is for attention alone
-                reasons.append("no kernel")
-            continue
-        reason = module.unsupported_reason(operator, shapes)
-        if reason is None:
-            return module.OPERATORS[operator], ServedBy(candidate, "; ".join(reasons) or None)
-        reasons.append(f"no {candidate.value}: {reason}" if candidate is Backend.CUTLASS else reason)
-    return getattr(REFERENCE_KERNELS, operator), ServedBy(Backend.PYTORCH, "; ".join(reversed(reasons)) or None)
-
-
-def _backend_module(backend: Backend) -> ModuleType:
-    return importlib.import_module(f"hstu.ops.{backend.value}.operators")
-
-
-def select_backend(requested: str, strict: bool, device: torch.device, shapes: KernelShapes) -> Backend:
-    """The backend that can run ``shapes`` on ``device`` where ``requested`` (cutlass, triton, pytorch) was asked for.
-
-    If it is not the requested one, one line is logged; with ``strict`` a ConfigError is raised instead.
-    """
-    if requested == Backend.PYTORCH:
-        return Backend.PYTORCH
-    on_cpu = device.type == "cpu"
-    no_triton = f"device {device.type}" if device.type != "cuda" else triton_unsupported_reason(device, shapes)
-    unsupported = no_triton or (cutlass_unsupported_reason(device, shapes) if requested == Backend.CUTLASS else None)
-    if unsupported is None:
-        return Backend(requested)
-    if on_cpu:
-        reason = f"kernel_backend {requested!r} runs on GPUs"
-    else:
-        reason = f"kernel_backend {requested!r} cannot run here: {unsupported}"
-    if strict:
-        others = "'pytorch'" if no_triton else "'triton' or 'pytorch'"
+    backend = Backend(requested)
+    if device.type == "cpu" and backend is not Backend.PYTORCH:
+        backend = Backend.CPU
+        if strict:
+            raise ConfigError(
+                f"NetworkArgs.kernel_backend {requested!r} runs on GPUs, and strict_kernel_backend = True forbids "
+                "another: use 'pytorch', or set strict_kernel_backend = False"
+            )
+        logger.info("kernel_backend %r runs on GPUs; this CPU uses C++ kernels", requested)
+    kernels = resolve_kernels(backend, shapes, partial(_refusals, device))
+    refused = {operator: served for operator, served in kernels.served_by.items() if served.is_refused}
+    if strict and refused:
         raise ConfigError(
-            f"NetworkArgs.{reason}, and strict_kernel_backend = True forbids another: "
-            f"use {others}, or set strict_kernel_backend = False"
+            [
+                f"NetworkArgs.kernel_backend {requested!r} cannot serve the operators below here, and "
+                "strict_kernel_backend = True forbids others: use 'pytorch', or set strict_kernel_backend = False",
+                *(f"  kernel {operator}: {served}" for operator, served in refused.items()),
+            ]
         )
-    if no_triton is None:
-        logger.warning("%s; %s is used", reason, Backend.TRITON.value)
-        return Backend.TRITON
-    return _cpu_or_pytorch(reason) if on_cpu else _pytorch(reason)
+    return kernels
 
 
-def triton_unsupported_reason(device: torch.device, shapes: KernelShapes | None) -> str | None:
-    """Why the Triton kernels cannot run on this GPU; None: they can. Checks them at their first use on a machine.
+def resolve_kernels(
+    backend: Backend,
+    shapes: KernelShapes,
+    check: Callable[[Backend, KernelShapes, Sequence[str]], Mapping[str, str]] = lambda *_: {},
+) -> Kernels:
+    """The kernels of ``backend``, and for each operator that it lacks or that is refused the next best.
 
-    ``shapes``: of the model; None: only the kernels of dynamic tables are wanted.
+    ``check``: returns which of the operators are refused, and why.
     """
-    return _gpu_unsupported_reason("triton", "Triton", "triton", device, shapes)
+    kernels = {operator: getattr(REFERENCE_KERNELS, operator) for operator in OPERATORS}
+    backends = dict.fromkeys(OPERATORS, Backend.PYTORCH)
+    reasons: dict[str, list[str]] = {operator: [] for operator in OPERATORS}
+    refused: set[str] = set()
+    waiting = list(OPERATORS)
+    for candidate in FALLBACKS[backend]:
+        # Without the kernels themselves, which cannot be imported everywhere.
+        support = _module(candidate, "operators" if candidate is Backend.CPU else "support")
+        missing = {operator: support.unsupported_reason(operator, shapes) for operator in waiting}
+        failed = check(candidate, shapes, [operator for operator in waiting if missing[operator] is None])
+        refused.update(failed)
+        for operator in waiting:
+            if reason := missing[operator] or failed.get(operator):
+                reasons[operator].append(f"{candidate.value}: {reason}")
+            else:
+                kernels[operator] = _module(candidate, "operators").OPERATORS[operator]
+                backends[operator] = candidate
+        waiting = [operator for operator in waiting if backends[operator] is Backend.PYTORCH]
+    served_by = {
+        operator: ServedBy(backends[operator], "; ".join(reasons[operator]) or None, operator in refused)
+        for operator in OPERATORS
+    }
+    return Kernels(**kernels, served_by=served_by)
 
 
 def select_slot_kernels(device: torch.device) -> tuple[ModuleType | None, str | None]:
-    """The kernels of dynamic tables, hstu.ops.triton.slots; else (None, why Triton cannot run on this GPU)."""
-    unsupported_reason = triton_unsupported_reason(device, None)
-    if unsupported_reason is not None:
-        return None, unsupported_reason
-    return importlib.import_module("hstu.ops.triton.slots"), None
+    """The kernels of dynamic tables, hstu.ops.triton.slots; else (None, why they cannot be used on this GPU)."""
+    reason = _refusals(device, Backend.TRITON, None, [SLOTS]).get(SLOTS)
+    return (None, reason) if reason else (importlib.import_module("hstu.ops.triton.slots"), None)
 
 
-def cutlass_unsupported_reason(device: torch.device, shapes: KernelShapes) -> str | None:
-    """Why the CUTLASS kernels cannot run on this GPU; None: they can. Checks them at their first use on a machine."""
-    return _gpu_unsupported_reason("cutlass", "CUTLASS", "nvidia-cutlass-dsl", device, shapes)
+def _refusals(
+    device: torch.device, backend: Backend, shapes: KernelShapes | None, operators: Sequence[str]
+) -> Mapping[str, str]:
+    """Operator → why its kernel cannot be used on the device. Checks kernels at their first use on a machine."""
+    if not operators:
+        return {}
+    if backend is Backend.CPU:
+        return dict.fromkeys(operators, reason) if (reason := _cpu_refusal()) else {}
+    reason = _module(backend, "support").device_unsupported_reason(torch.cuda.get_device_capability(device))
+    if reason is not None:
+        return dict.fromkeys(operators, reason)
+    module = f"hstu.ops.{backend.value}.self_check"
+    checked = Checked(backend.value, PACKAGES[backend], module, Path(__file__).parent / backend.value)
+    return refusals(checked, device, shapes, operators)
 
 
-def _gpu_unsupported_reason(
-    backend: str, name: str, package: str, device: torch.device, shapes: KernelShapes | None
-) -> str | None:
-    support = importlib.import_module(f"hstu.ops.{backend}.support")
-    reason: str | None = support.device_unsupported_reason(torch.cuda.get_device_capability(device))
-    checked = Checked(name, package, f"hstu.ops.{backend}.self_check", Path(__file__).parent / backend)
-    return reason or refusal(checked, device, shapes)
-
-
-def _cpu_or_pytorch(reason: str) -> Backend:
+def _cpu_refusal() -> str | None:
     from hstu.ops.cpu.build import KernelsUnavailable, keep_freed_memory
     from hstu.ops.cpu.self_check import check_kernels
 
@@ -135,11 +126,9 @@ def _cpu_or_pytorch(reason: str) -> Backend:
         check_kernels()
         keep_freed_memory()
     except KernelsUnavailable as problem:
-        return _pytorch(f"{reason}, and there are no C++ kernels for this CPU: {problem}")
-    logger.info("%s; on this CPU the C++ kernels are used", reason)
-    return Backend.CPU
+        return f"there are no C++ kernels for this CPU: {problem}"
+    return None
 
 
-def _pytorch(reason: str) -> Backend:
-    logger.warning("%s; %s is used", reason, Backend.PYTORCH.value)
-    return Backend.PYTORCH
+def _module(backend: Backend, name: str) -> ModuleType:
+    return importlib.import_module(f"hstu.ops.{backend.value}.{name}")

@@ -13,7 +13,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +28,18 @@ log = logging.getLogger(__name__)
 
 Errors = dict[str, tuple[float, float]]
 """Name of a comparison → relative error, and the largest error that rounding explains."""
-Checks = Iterator[tuple[str, Callable[[], Errors]]]
-"""Name of a case, and the function that runs it."""
+
+
+class Check(NamedTuple):
+    """A case of the self check. The cases of one operator follow one another."""
+
+    operator: str
+    """A name of hstu.ops.kernels.OPERATORS, or SLOTS."""
+    case: str
+    measure: Callable[[], Errors]
+
+
+Checks = Iterator[Check]
 
 
 def cache_directory() -> Path:
@@ -59,36 +71,67 @@ def record_passed(passed: Path) -> None:
         log.info("%s cannot be written (%s): the kernels will be checked again", passed, error.strerror)
 
 
-def main(checks: Callable[[torch.device, KernelShapes], Checks], all_shapes: Iterable[KernelShapes]) -> None:
+def describe(error: Exception) -> str:
+    """The type and the first line of an exception."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:500]
+
+
+def is_usable(device: torch.device) -> bool:
+    """Whether this process can go on with the device after an exception: CUDA ends with an illegal access."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception:
+        return False
+    return True
+
+
+def main(
+    checks: Callable[[torch.device, KernelShapes | None], Checks], all_shapes: Iterable[KernelShapes | None]
+) -> None:
     """The command of a backend: run its checks now, whatever has been recorded, and print one line per error.
 
-    Exits with 1 if an error is too large.
+    It goes on after an exception. Prints the failures last, and exits with 1 if there are any.
     """
     parser = argparse.ArgumentParser(description="Compare the kernels of a backend with PyTorch.")
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--head-dim", type=int, nargs="+", help="only these")
-    parser.add_argument("--dtype", help="only this one, such as bfloat16")
+    parser.add_argument("--device", type=torch.device, default="cuda:0")
+    parser.add_argument("--head-dim", type=int, nargs="+", help="of the shapes of models, only these")
+    parser.add_argument("--dtype", help="of the shapes of models, only this one, such as bfloat16")
+    parser.add_argument("--part", type=int, nargs=2, default=(1, 1), help="2 3: of every 3 cases the second")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and run none")
     options = parser.parse_args()
     # With deterministic algorithms, torch fills new tensors with nan: what a kernel fails to write is found.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    wrong = 0
-    for shapes in all_shapes:
-        if options.head_dim and shapes.head_dim not in options.head_dim:
+
+    def is_chosen(shapes: KernelShapes | None) -> bool:
+        if shapes is None:
+            return True
+        right_dtype = options.dtype is None or shapes.dtype == getattr(torch, options.dtype)
+        return right_dtype and (options.head_dim is None or shapes.head_dim in options.head_dim)
+
+    cases = (check for shapes in filter(is_chosen, all_shapes) for check in checks(options.device, shapes))
+    first, step = options.part
+    failures = []
+    for check in islice(cases, first - 1, None, step):
+        if options.list:
+            print(check.case)
             continue
-        if options.dtype and shapes.dtype != getattr(torch, options.dtype):
+        try:
+            errors = check.measure()
+        except Exception as error:
+            failures.append(f"{check.case}: {describe(error)}")
+            print(f"FAILED {failures[-1]}", flush=True)
+            if not is_usable(options.device):
+                failures.append("the device cannot be used after this error: later cases were not run")
+                break
             continue
-        for case, measure in checks(torch.device(options.device), shapes):
-            if options.list:
-                print(case)
-                continue
-            for name, (error, tolerance) in measure().items():
-                wrong += not error <= tolerance
-                print(
-                    f"{'ok   ' if error <= tolerance else 'WRONG'} {error:.1e} of {tolerance:.0e}  {name}", flush=True
-                )
-    print(f"{wrong} wrong")
-    sys.exit(1 if wrong else 0)
+        for name, (difference, tolerance) in errors.items():
+            is_right = difference <= tolerance
+            line = f"{difference:.1e} of {tolerance:.0e}  {name}"
+            failures += [] if is_right else [line]
+            print(f"{'ok   ' if is_right else 'WRONG'} {line}", flush=True)
+    print(f"{len(failures)} failures", *failures, sep="\n")
+    sys.exit(1 if failures else 0)
 
 
 def same_bits(results: Sequence[Tensor], repeated: Sequence[Tensor]) -> bool:

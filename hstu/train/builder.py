@@ -240,7 +240,8 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
     network, roles = config.network, source.roles
     shapes = kernel_shapes(network, mesh.tp_size)
     kernels = select_kernels(network.kernel_backend, network.strict_kernel_backend, mesh.device, shapes)
-    log.info("kernels: %s", kernels)
+    for operator, served in kernels.served_by.items():
+        log.log(logging.WARNING if served.is_refused else logging.INFO, "kernel %s: %s", operator, served)
     for leak in label_leak(config, has_context=bool(roles.contextual)):
         log.warning("%s", leak)
     task = task_module(

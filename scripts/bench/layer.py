@@ -54,7 +54,7 @@ from hstu.ops.costs import ATTENTION_PASSES, PROJECTION_PASSES, attention_flops,
 from hstu.ops.kernels import Backend
 from hstu.ops.layer import saved_bytes
 from hstu.ops.layout import JaggedLayout
-from hstu.ops.select import resolve_kernels, select_backend
+from hstu.ops.select import resolve_kernels, select_kernels
 
 NETWORK = NetworkArgs(
     num_layers=4, hidden_size=256, num_attention_heads=4, kv_channels=64, position_encoding=("relative_bias",)
@@ -244,9 +244,8 @@ def measure_memory(backend: Backend, dtype: str, rounds: int) -> dict[str, dict[
 
 def memory_report(rounds: int) -> Row:
     """The report of ``--memory``."""
-    backends = dict.fromkeys(
-        [select_backend("cutlass", False, torch.device("cpu"), kernel_shapes(NETWORK)), Backend.PYTORCH]
-    )
+    kernels = select_kernels("cutlass", False, torch.device("cpu"), kernel_shapes(NETWORK))
+    backends = dict.fromkeys([kernels.served_by["attention"].backend, Backend.PYTORCH])
     return {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

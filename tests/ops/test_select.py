@@ -1,19 +1,23 @@
-"""Falling back is said in one line, or refused; on a CPU the C++ kernels stand in for those of GPUs."""
+"""Each operator falls back by itself, and says why, or is an error; on a CPU the C++ kernels stand in for a GPU's."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from hstu.config.errors import ConfigError
+from hstu.ops.check_process import Checked
 from hstu.ops.cpu import build, self_check
-from hstu.ops.kernels import Backend, KernelShapes
+from hstu.ops.kernels import OPERATORS, Backend, Kernels, KernelShapes
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.select import resolve_kernels, select_backend, select_kernels
+from hstu.ops.select import resolve_kernels, select_kernels, select_slot_kernels
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
 SHAPES = KernelShapes(64, 1, 64, 64, torch.float32)
+BFLOAT16 = KernelShapes(64, 1, 64, 64, torch.bfloat16)
 FAST = pytest.mark.parametrize("requested", ["cutlass", "triton"])
 
 
@@ -25,44 +29,40 @@ def compiler() -> None:
         pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
 
 
-def choose(requested: str, caplog: pytest.LogCaptureFixture) -> tuple[Backend, str]:
-    with caplog.at_level(logging.INFO, logger="hstu.ops.select"):
-        backend = select_backend(requested, strict=False, device=CPU, shapes=SHAPES)
-    (record,) = (record for record in caplog.records if record.name == "hstu.ops.select")
-    return backend, record.message
+def on_cpu(requested: str) -> dict[str, str]:
+    """Operator → what serves it."""
+    return said(select_kernels(requested, strict=False, device=CPU, shapes=SHAPES))
 
 
-def test_what_was_asked_for_is_used_in_silence(caplog: pytest.LogCaptureFixture) -> None:
-    assert select_backend("pytorch", strict=True, device=CPU, shapes=SHAPES) is Backend.PYTORCH
-    assert not caplog.records
+def said(kernels: Kernels) -> dict[str, str]:
+    return {operator: str(served) for operator, served in kernels.served_by.items()}
 
 
 @FAST
 def test_on_a_cpu_the_cpp_kernels_are_used(requested: str, caplog: pytest.LogCaptureFixture, compiler: None) -> None:
-    backend, line = choose(requested, caplog)
-    assert backend is Backend.CPU
-    assert requested in line and "C++ kernels are used" in line
+    with caplog.at_level(logging.INFO, logger="hstu.ops.select"):
+        served = on_cpu(requested)
+    assert served["attention"] == "cpu" and served["jagged_concat"] == "pytorch (cpu: no kernel)"
+    assert caplog.messages[-1] == f"kernel_backend '{requested}' runs on GPUs; this CPU uses C++ kernels"
 
 
 @FAST
-def test_without_a_compiler_pytorch_is_used_and_the_line_says_what_to_install(
-    requested: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_without_a_compiler_pytorch_is_used_and_the_reason_says_what_to_install(
+    requested: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    backend, line = choose(requested, caplog)
-    assert backend is Backend.PYTORCH
-    assert "pytorch is used" in line and "apt-get install g++" in line
+    line = on_cpu(requested)["attention"]
+    assert line.startswith("pytorch (cpu: ") and "apt-get install g++" in line
 
 
-def test_a_kernel_that_is_wrong_is_not_used_and_the_line_has_the_numbers(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: None
+def test_a_kernel_that_is_wrong_is_not_used_and_the_reason_has_the_numbers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: None
 ) -> None:
     twice = ("attention", lambda x: 2 * x, lambda x: x, [torch.randn(3, requires_grad=True)])
     monkeypatch.setattr(self_check, "library_file", lambda: tmp_path / "kernels.so")
     monkeypatch.setattr(self_check, "_cases", lambda: iter([twice]))
-    backend, line = choose("cutlass", caplog)
-    assert backend is Backend.PYTORCH
-    assert "attention differs from PyTorch by" in line
+    line = on_cpu("cutlass")["attention"]
+    assert line.startswith("pytorch (cpu: ") and "attention differs from PyTorch by" in line
 
 
 def test_kernels_are_checked_once_per_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -76,47 +76,125 @@ def test_kernels_are_checked_once_per_machine(monkeypatch: pytest.MonkeyPatch, t
         next(cases)
 
 
+class Machine:
+    """A GPU whose self checks are not run."""
+
+    def __init__(self) -> None:
+        self.faults: dict[tuple[str, str], str] = {}
+        """(Backend, operator) → why the self check refuses it."""
+        self.checked: list[tuple[str, str]] = []
+
+    def refusals(
+        self, kernels: Checked, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
+    ) -> Mapping[str, str]:
+        self.checked += [(kernels.name, operator) for operator in operators]
+        return {operator: fault for operator in operators if (fault := self.faults.get((kernels.name, operator)))}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine with an H100."""
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    pytest.importorskip("cutlass", reason="NEEDS CUTLASS: pip install nvidia-cutlass-dsl")
+    machine = Machine()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("hstu.ops.select.refusals", machine.refusals)
+    return machine
+
+
+def on_gpu(requested: str) -> dict[str, str]:
+    """Operator → what serves it."""
+    return said(select_kernels(requested, strict=False, device=GPU, shapes=BFLOAT16))
+
+
+def test_right_kernels_are_used_and_only_those_that_are_used_are_checked(machine: Machine) -> None:
+    select_kernels("cutlass", strict=True, device=GPU, shapes=BFLOAT16)
+    served = on_gpu("cutlass")
+    assert served["attention"] == "cutlass" and served["add_layer_norm"] == "triton (cutlass: no kernel)"
+    assert ("cutlass", "attention") in machine.checked and ("triton", "add_layer_norm") in machine.checked
+    assert not {("triton", "attention"), ("triton", "slots")} & set(machine.checked)
+
+
+@pytest.mark.parametrize("operator", ["add_layer_norm", "pool_softmax_loss"])
+def test_a_refused_operator_falls_back_alone(machine: Machine, operator: str) -> None:
+    right = on_gpu("cutlass")
+    machine.faults["triton", operator] = "it raised CompilationError"
+    assert right["attention"] == "cutlass"
+    assert on_gpu("cutlass") == right | {operator: "pytorch (cutlass: no kernel; triton: it raised CompilationError)"}
+
+
+def test_attention_falls_back_from_cutlass_to_triton_to_pytorch(machine: Machine) -> None:
+    right = on_gpu("cutlass")
+    machine.faults["cutlass", "attention"] = "dK differs"
+    assert on_gpu("cutlass") == right | {"attention": "triton (cutlass: dK differs)"}
+    machine.faults["triton", "attention"] = "it hangs"
+    assert on_gpu("cutlass") == right | {"attention": "pytorch (cutlass: dK differs; triton: it hangs)"}
+    assert on_gpu("triton")["attention"] == "pytorch (triton: it hangs)"
+
+
+def test_refused_operators_are_told_from_those_that_have_no_kernel(machine: Machine) -> None:
+    machine.faults["cutlass", "attention"] = "dK differs"
+    served = select_kernels("cutlass", strict=False, device=GPU, shapes=BFLOAT16).served_by
+    assert [operator for operator in OPERATORS if served[operator].is_refused] == ["attention"]
+
+
+def test_where_strict_one_error_names_all_refused_operators(machine: Machine) -> None:
+    machine.faults = {
+        ("cutlass", "attention"): "dK differs",
+        ("triton", "add_layer_norm"): "it hangs",
+        ("triton", "attention"): "not asked for",
+    }
+    with pytest.raises(ConfigError) as raised:
+        select_kernels("cutlass", strict=True, device=GPU, shapes=BFLOAT16)
+    first, *lines = str(raised.value).splitlines()
+    assert "kernel_backend 'cutlass'" in first and "strict_kernel_backend = False" in first
+    assert lines == [
+        "  kernel attention: pytorch (cutlass: dK differs; triton: not asked for)",
+        "  kernel add_layer_norm: pytorch (cutlass: no kernel; triton: it hangs)",
+    ]
+
+
+def test_dynamic_tables_need_their_own_kernels_alone(machine: Machine) -> None:
+    machine.faults["triton", "attention"] = "it hangs"
+    kernels, reason = select_slot_kernels(GPU)
+    assert kernels is not None and reason is None and machine.checked == [("triton", "slots")]
+    machine.faults["triton", "slots"] = "wrong"
+    assert select_slot_kernels(GPU) == (None, "wrong")
+
+
+NOT_FOR_CUTLASS = "CUTLASS kernels are for 8.0 and 9.0"
+
+
 @pytest.mark.parametrize(
-    ("capability", "requested", "chosen", "said"),
+    ("capability", "requested", "attention"),
     [
-        ((8, 0), "cutlass", Backend.CUTLASS, None),
-        ((9, 0), "cutlass", Backend.CUTLASS, None),
-        ((8, 6), "cutlass", Backend.TRITON, "8.6: CUTLASS kernels are for 8.0 and 9.0; triton is used"),
-        ((8, 9), "cutlass", Backend.TRITON, "8.9: CUTLASS kernels are for 8.0 and 9.0; triton is used"),
-        ((10, 0), "cutlass", Backend.TRITON, "10.0: CUTLASS kernels are for 8.0 and 9.0; triton is used"),
-        ((12, 0), "cutlass", Backend.TRITON, "12.0: CUTLASS kernels are for 8.0 and 9.0; triton is used"),
-        ((12, 0), "triton", Backend.TRITON, None),
-        ((7, 5), "cutlass", Backend.PYTORCH, "compute capability 7.5 < 8.0; pytorch is used"),
+        ((8, 0), "cutlass", "cutlass"),
+        ((9, 0), "cutlass", "cutlass"),
+        ((8, 6), "cutlass", f"triton (cutlass: compute capability 8.6: {NOT_FOR_CUTLASS})"),
+        ((12, 0), "cutlass", f"triton (cutlass: compute capability 12.0: {NOT_FOR_CUTLASS})"),
+        ((12, 0), "triton", "triton"),
+        ((7, 5), "triton", "pytorch (triton: compute capability 7.5 < 8.0)"),
     ],
 )
 def test_triton_serves_gpus_without_cutlass_kernels(
-    capability: tuple[int, int],
-    requested: str,
-    chosen: Backend,
-    said: str | None,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int], requested: str, attention: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the kernels turn out right, the choice depends on the compute capability alone."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("hstu.ops.select.refusal", lambda *_: None)
-    with caplog.at_level(logging.INFO, logger="hstu.ops.select"):
-        assert select_backend(requested, strict=False, device=torch.device("cuda", 0), shapes=SHAPES) is chosen
-    lines = [record.getMessage() for record in caplog.records]
-    assert (len(lines) == 1 and said in lines[0]) if said else not lines
+    assert on_gpu(requested)["attention"] == attention
 
 
 @FAST
-def test_another_backend_is_an_error_where_strict(requested: str) -> None:
+def test_where_strict_a_cpu_is_an_error(requested: str) -> None:
     with pytest.raises(ConfigError, match="strict_kernel_backend"):
-        select_backend(requested, strict=True, device=CPU, shapes=SHAPES)
+        select_kernels(requested, strict=True, device=CPU, shapes=SHAPES)
 
 
-def test_the_printed_kernels_name_what_pytorch_serves_and_why() -> None:
+def test_shapes_that_the_cpp_kernels_cannot_serve_are_named() -> None:
     kernels = resolve_kernels(Backend.CPU, KernelShapes(512, 1, 64, 64, torch.bfloat16))
-    assert "attention: pytorch (heads of 512 > 256 channels)" in str(kernels)
-    assert "norm_mul_dropout: cpu, " in str(kernels)
-    assert "sampled_softmax_loss: cpu" in str(kernels) and "pool_softmax_loss: cpu" in str(kernels)
+    served = said(kernels)
+    assert served["attention"] == "pytorch (cpu: heads of 512 > 256 channels)"
+    assert {served[name] for name in ("norm_mul_dropout", "sampled_softmax_loss", "pool_softmax_loss")} == {"cpu"}
     assert kernels.attention is REFERENCE_KERNELS.attention
     assert kernels.norm_mul_dropout is not REFERENCE_KERNELS.norm_mul_dropout
 
@@ -124,4 +202,3 @@ def test_the_printed_kernels_name_what_pytorch_serves_and_why() -> None:
 def test_the_reference_kernels_serve_every_dtype() -> None:
     kernels = select_kernels("pytorch", True, CPU, KernelShapes(512, 1, 64, 64, torch.float64))
     assert kernels == REFERENCE_KERNELS
-    assert str(kernels) == "all operators: pytorch"

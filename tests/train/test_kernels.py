@@ -1,11 +1,13 @@
 """Whole runs on the kernels that a CPU has where GPU kernels are asked for, which is the default."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
+from hstu.ops.kernels import OPERATORS
 from tests.train.tiny import FinishedRun
 
 
@@ -33,8 +35,10 @@ def test_they_train_as_pytorch_does_and_repeat_their_bits(train: Callable[..., F
 
 def test_the_log_names_the_kernels(train: Callable[..., FinishedRun]) -> None:
     text = (train("retrieval", network=network("cutlass", "retrieval")).path / "log.txt").read_text()
-    assert "kernel_backend 'cutlass' runs on GPUs; on this CPU the C++ kernels are used" in text
-    assert "attention: cpu" in text and "jagged_concat: pytorch (no kernel)" in text
+    assert "kernel_backend 'cutlass' runs on GPUs; this CPU uses C++ kernels" in text
+    lines = dict(re.findall(r"kernel (\w+): (.*)", text))
+    assert tuple(lines) == OPERATORS
+    assert lines["attention"] == "cpu" and lines["jagged_concat"] == "pytorch (cpu: no kernel)"
 
 
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(train: Callable[..., FinishedRun]) -> None:

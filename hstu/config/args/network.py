@@ -53,10 +53,11 @@ class NetworkArgs(Args):
     truncate_to_items: Optional[int] = option(None, minimum=1, maximum=10_000_000)
     """With truncate_after_layer: items of the history, with their actions, on which the later layers compute."""
     kernel_backend: str = option("cutlass", choices=KERNEL_BACKENDS)
-    """Kernels of the model. On a CPU, "cutlass" and "triton" both mean the C++ kernels. If a backend cannot run, the
-    log states which one is used instead and why."""
+    """Kernels of the model. On a CPU, "cutlass" and "triton" both mean the C++ kernels. The log has one line per
+    operator: `kernel <operator>: <what runs it> (<why not a better one>)`."""
     strict_kernel_backend: bool = option(False)
-    """True: a kernel_backend that cannot run is an error."""
+    """True: an operator whose kernel cannot run on this machine, or is wrong on it, is an error. An operator or a shape
+    without a kernel in kernel_backend is no error."""
     target_group_size: int = option(1, minimum=1)
     """Candidates per group. A candidate attends to the history and to the candidates of its own group."""
     num_position_buckets: int = option(8192, minimum=1, maximum=10_000_000)

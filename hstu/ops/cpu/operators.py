@@ -23,7 +23,9 @@ OPERATORS: dict[str, Any] = {
 
 
 def unsupported_reason(operator: str, shapes: KernelShapes) -> str | None:
-    """Why the C++ kernel of ``operator`` cannot serve these shapes; None: it can."""
+    """Why no C++ kernel can serve ``operator`` at these shapes; None: one can."""
+    if operator not in OPERATORS:
+        return "no kernel"
     if operator == "attention" and shapes.head_dim > WIDEST_ROW:
         return f"heads of {shapes.head_dim} > {WIDEST_ROW} channels"
     if operator == "sampled_softmax_loss" and shapes.item_dim > WIDEST_ROW:

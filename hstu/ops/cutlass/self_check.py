@@ -18,7 +18,7 @@ from hstu.ops.functional import projected_attention
 from hstu.ops.kernels import AttentionConfig, AttentionKernels, KernelShapes, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.self_check import Checks, Errors, main, same_bits, small_layout
+from hstu.ops.self_check import Check, Checks, Errors, main, same_bits, small_layout
 
 TOLERANCE = 1e-2
 """Largest norm of the error relative to the norm of the reference: above the rounding of 16-bit types, far below a
@@ -39,7 +39,7 @@ def checks(device: torch.device, shapes: KernelShapes | None) -> Checks:
         mask = f"{'causal' if is_causal else 'bidirectional'}, {'' if contextual_mask else 'no '}contextual mask"
         kind = f"{str(dtype).removeprefix('torch.')}{', relative bias' if has_bias else ''}"
         case = f"{head_dim} channels, {kind}, {mask}"
-        yield f"attention ({case})", partial(_errors, case, device, shapes, config)
+        yield Check("attention", f"attention ({case})", partial(_errors, case, device, shapes, config))
 
 
 def _errors(case: str, device: torch.device, shapes: KernelShapes, config: AttentionConfig) -> Errors:
@@ -90,9 +90,9 @@ def _layout(device: torch.device) -> JaggedLayout:
 
 
 def all_shapes() -> Iterator[KernelShapes]:
-    """Every head dim and dtype that has kernels, without and with a relative bias."""
+    """Every head dim and dtype that has kernels, without and with a relative bias; first those of the benchmark."""
     for has_bias, dtype in itertools.product((False, True), DTYPES):
-        for head_dim in BIAS_HEAD_DIMS if has_bias else HEAD_DIMS:
+        for head_dim in reversed(BIAS_HEAD_DIMS if has_bias else HEAD_DIMS):
             yield KernelShapes(head_dim, 2, 2 * head_dim, head_dim, dtype, has_bias)
 
 

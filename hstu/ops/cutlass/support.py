@@ -24,7 +24,9 @@ def device_unsupported_reason(capability: tuple[int, int]) -> str | None:
 
 
 def unsupported_reason(operator: str, shapes: KernelShapes) -> str | None:
-    """Why the CUTLASS kernel of ``operator`` (attention is the only one) cannot serve these shapes; None: it can."""
+    """Why no CUTLASS kernel can serve ``operator`` at these shapes; None: one can."""
+    if operator != "attention":
+        return "no kernel"
     if shapes.has_window:
         return "NetworkArgs.max_attention_span"
     return head_unsupported_reason(shapes.head_dim, shapes.dtype, shapes.has_bias)

@@ -8,9 +8,6 @@ from hstu.ops.kernels import AddLayerNormKernels, AttentionKernels, GateKernels,
 from hstu.ops.triton import add_layer_norm, attention, linear, norm
 from hstu.ops.triton.rows import add_positions, jagged_concat
 from hstu.ops.triton.softmax_loss import PoolSoftmaxLoss, SampledSoftmaxLoss
-from hstu.ops.triton.support import unsupported_reason
-
-__all__ = ["OPERATORS", "unsupported_reason"]
 
 OPERATORS: dict[str, Any] = {
     "attention": AttentionKernels(attention.forward, attention.backward),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hstu.data.hashing import splitmix64
 from hstu.ops.functional import add_layer_norm, project_uvqk, projected_attention, projected_gate
 from hstu.ops.kernels import (
+    SLOTS,
     AddLayerNormKernels,
     AttentionConfig,
     AttentionKernels,
@@ -29,10 +30,11 @@ from hstu.ops.kernels import (
 )
 from hstu.ops.layout import NUM_TIME_BUCKETS, TokenOrder
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.self_check import Checks, Errors, largest_error, main, same_bits, small_layout
+from hstu.ops.self_check import Check, Checks, Errors, largest_error, main, same_bits, small_layout
 from hstu.ops.triton.launch import each_configuration
-from hstu.ops.triton.operators import OPERATORS, unsupported_reason
+from hstu.ops.triton.operators import OPERATORS
 from hstu.ops.triton.slots import DeviceSlots
+from hstu.ops.triton.support import unsupported_reason
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest difference relative to the largest number: above the rounding of the type, far below a defect."""
@@ -56,14 +58,14 @@ class Case:
 def checks(device: torch.device, shapes: KernelShapes | None) -> Checks:
     """All kernels that serve these shapes, in every configuration that measurements may choose.
 
-    ``shapes``: None: only the kernels of dynamic tables.
+    ``shapes``: None: the kernels of dynamic tables.
     """
-    yield "slots of dynamic tables", partial(_slots_errors, device)
     if shapes is None:
+        yield Check(SLOTS, "slots of dynamic tables", partial(_slots_errors, device))
         return
     for operator, case in _cases(device, shapes):
         if unsupported_reason(operator, shapes) is None:
-            yield case.name, partial(_errors, case, device)
+            yield Check(operator, case.name, partial(_errors, case, device))
 
 
 def _errors(case: Case, device: torch.device) -> Errors:
@@ -261,12 +263,16 @@ def _assign_one_by_one(held: dict[int, list[int]], batch: list[int], step: int, 
         del held[id_]
 
 
-def all_shapes() -> Iterator[KernelShapes]:
-    """Shapes of models that between them use every width of tiles, every dtype and a relative bias."""
+def all_shapes() -> Iterator[KernelShapes | None]:
+    """Shapes of models that between them use every width of tiles, every dtype and a relative bias.
+
+    Those of the benchmark (bfloat16, 256 channels) come first.
+    """
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for head_dim in (16, 50, 64, 128, 256):
+        for head_dim in (256, 128, 64, 50, 16):
             for has_bias in (False, True):
                 yield KernelShapes(head_dim, 2, 2 * head_dim, head_dim, dtype, has_bias, has_window=True)
+    yield None
 
 
 if __name__ == "__main__":

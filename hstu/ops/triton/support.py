@@ -22,7 +22,9 @@ def device_unsupported_reason(capability: tuple[int, int]) -> str | None:
 
 
 def unsupported_reason(operator: str, shapes: KernelShapes) -> str | None:
-    """Why the Triton kernel of ``operator`` cannot serve these shapes; None: it can."""
+    """Why no Triton kernel can serve ``operator`` at these shapes; None: one can."""
+    if operator in ("l2_normalize", "update_rows"):
+        return "no kernel"
     if operator in ("pool_softmax_loss", "sampled_softmax_loss"):
         too_wide = shapes.item_dim > WIDEST_VECTOR
         return f"vectors of {shapes.item_dim} > {WIDEST_VECTOR} numbers" if too_wide else None

@@ -46,14 +46,16 @@ def create_slots(table: str, args: DynamicEmbeddingArgs, capacity: int, device: 
     if device.type == "cpu":
         try:
             check_cpu_slots()
+            log.info("kernel slots of table %s: cpu", table)
             return CpuSlots(capacity, policy, threshold)
         except KernelsUnavailable as reason:
-            log.warning("table %s: PyTorch looks up its ids, there are no C++ kernels: %s", table, reason)
+            log.warning("kernel slots of table %s: pytorch (cpu: %s)", table, reason)
     elif device.type == "cuda":
         kernels, unsupported_reason = select_slot_kernels(device)
         if kernels is not None:
+            log.info("kernel slots of table %s: triton", table)
             return GpuSlots(capacity, policy, threshold, device, kernels)
-        log.warning("table %s: PyTorch looks up its ids, Triton cannot: %s", table, unsupported_reason)
+        log.warning("kernel slots of table %s: pytorch (triton: %s)", table, unsupported_reason)
     return TorchSlots(capacity, policy, threshold, str(device))
 
 

@@ -165,8 +165,10 @@ def test_a_gpu_uses_the_kernels_of_triton_and_where_that_cannot_run_pytorch_with
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(slot_tables, "TorchSlots", lambda *arguments: arguments)
     monkeypatch.setattr(slot_tables, "GpuSlots", lambda *arguments: arguments)
-    monkeypatch.setattr(select, "triton_unsupported_reason", lambda device, shapes: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    refused: dict[str, str] = {}
+    monkeypatch.setattr(select, "refusals", lambda kernels, device, shapes, operators: refused)
     assert create_slots("item", args, 9, gpu) == (9, "lfu", 0, gpu, kernels) and not caplog.records
-    monkeypatch.setattr(select, "triton_unsupported_reason", lambda device, shapes: "the driver is too old")
+    refused["slots"] = "the driver is too old"
     assert create_slots("item", args, 9, gpu) == (9, "lfu", 0, "cuda:0")
-    assert "table item: PyTorch looks up its ids, Triton cannot: the driver is too old" in caplog.text
+    assert "kernel slots of table item: pytorch (triton: the driver is too old)" in caplog.text

@@ -235,7 +235,8 @@ def _to_json(shapes: KernelShapes | None) -> str:
     return json.dumps(dataclasses.asdict(shapes) | {"dtype": str(shapes.dtype).removeprefix("torch.")})
 
 
-def _from_json(text: str) -> KernelShapes | None:
+def from_json(text: str) -> KernelShapes | None:
+    """Shapes from an argument of a process."""
     fields = json.loads(text)
     return fields and KernelShapes(**fields | {"dtype": getattr(torch, fields["dtype"])})
 
@@ -247,7 +248,7 @@ def main(module: str, device: str, shapes: str, operators: str, report: str) -> 
     torch.use_deterministic_algorithms(True, warn_only=True)
     on, wanted = torch.device(device), operators.split(",")
     checks = [
-        check for check in importlib.import_module(module).checks(on, _from_json(shapes)) if check.operator in wanted
+        check for check in importlib.import_module(module).checks(on, from_json(shapes)) if check.operator in wanted
     ]
     with open(report, "a", encoding="utf-8", buffering=1) as file:
 

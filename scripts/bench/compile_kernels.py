@@ -104,8 +104,8 @@ def as_markdown(rows: Iterable[Row]) -> list[str]:
             default = [row for row in some if row["is_default"]]
             cells += [_span(row["registers"] for row in default), _span(row["shared_bytes"] // 1024 for row in default)]
             spills = max((row["spill_instructions"] for row in default), default=0)
-            tuned = max((row["spill_instructions"] for row in some), default=0)
-            cells.append(f"{spills}" if tuned == spills else f"{spills} ({tuned})")
+            others = max((row["spill_instructions"] for row in some), default=0)
+            cells.append(f"{spills}" if others == spills else f"{spills} ({others})")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -121,8 +121,8 @@ HEADING = """# Compiled kernels
 variant and configuration: [triton.json](triton.json), [cutlass.json](cutlass.json). **None of these kernels has run on
 a GPU yet.** Columns, for the default configuration of each kernel: registers per thread (the CUTLASS kernels of sm_90
 then give 232 to each thread that computes up to head dim 64, else 240), KiB of shared memory per program, and spill
-instructions (loads and stores of registers that did not fit). In brackets: the most spills in any configuration that
-tuning may choose, on sm_80 and sm_90. For sm_89 and sm_100 only the default configurations are compiled.
+instructions (loads and stores of registers that did not fit). In brackets: the most spills in any other configuration,
+on sm_80 and sm_90; training runs the default. For sm_89 and sm_100 only the default configurations are compiled.
 """
 
 

@@ -27,7 +27,7 @@ from hstu.data.figure import COLOURS, GREY, STYLE  # noqa: E402
 Row = dict[str, Any]
 """One record of a report."""
 WARM_UP = 2
-"""Rounds that are not timed, in which kernels are compiled and tuned."""
+"""Rounds that are not timed, in which kernels are compiled."""
 LAUNCHES = {"cpu": 1, "cuda": 8}
 """Calls that are timed together. A launch costs the host 40 to 80 µs, as much as a small kernel takes."""
 _FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache

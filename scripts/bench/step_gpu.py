@@ -29,7 +29,7 @@ from hstu.parallel import mesh as meshes
 from hstu.train.flops import FlopCounter
 
 WARM_UP_STEPS = 4
-"""Steps before the first timed one: kernels are compiled and tuned, memory is allocated."""
+"""Steps before the first timed one: kernels are compiled, memory is allocated."""
 LONGEST = 24
 """Kernels that are listed by name."""
 WAITS = ("Synchronize", "cudaMemcpy", "cudaFree", "aten::item", "aten::_local_scalar_dense")

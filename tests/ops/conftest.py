@@ -9,11 +9,10 @@ from tests.ops.backends import ON_A_GPU
 
 
 @pytest.fixture(autouse=True)
-def first_configuration(request: pytest.FixtureRequest) -> Iterator[None]:
-    """On a GPU, compile the first configuration of each Triton kernel only. The self checks run them all.
+def nan_in_new_tensors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a GPU, run with deterministic algorithms: torch then fills new tensors with nan.
 
-    With deterministic algorithms, nothing is measured, and torch fills new tensors with nan: what a kernel fails to
-    write is found.
+    What a kernel fails to write is found.
     """
     if not ON_A_GPU or request.node.get_closest_marker("gpu") is None:
         yield

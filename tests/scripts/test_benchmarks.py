@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -331,3 +331,21 @@ def test_a_context_parallel_rank_needs_its_share_of_the_memory(monkeypatch: pyte
     assert alone["kept_bytes"] > 10**8
     assert four["kept_over_share"] < 1.02 and four["peak_over_share"] < 1.1
     assert four["loss_off"] < 1e-6 and four["weight_gradient_off"] < 1e-5
+
+
+def test_the_fastest_configuration_of_each_kernel_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    calls, file = iter(range(100)), tmp_path / "tiles.json"
+
+    def clock(run: Callable[[], object]) -> float:
+        if (call := next(calls)) == 1:
+            raise RuntimeError("out of shared memory")
+        return 100.0 - call
+
+    shapes = ["--lengths", "70", "9", "--heads", "1", "--head-dim", "64", "--hidden-size", "64"]
+    import_module("configurations").main([*shapes, "--bias", "--output", str(file)], "cpu", clock)
+    kernels = json.loads(file.read_text())["kernels"]
+    assert {row["operator"] for row in kernels} == {"attention", "project_uvqk", "pool_softmax_loss"}
+    for row in kernels:
+        assert len(row["ms"]) > 1 and row["fastest"] == list(row["ms"])[-1]
+    assert list(kernels[0]["ms"].values()) == [100.0, "RuntimeError: out of shared memory", 98.0]

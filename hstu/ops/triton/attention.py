@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, to_device
 from hstu.ops.relative_bias import bucket_thresholds, fixed_point_scale
 from hstu.ops.triton import attention_kernels as kernels
 from hstu.ops.triton.attention_tiles import Batch, Bias, Mode
-from hstu.ops.triton.launch import bucket, capability_of, launcher, precision_for
+from hstu.ops.triton.launch import capability_of, launcher, precision_for
 from hstu.ops.triton.primitives import Heads, heads, matrix
 
 TIME_SLOTS = 64
@@ -56,7 +56,7 @@ def backward(
     sums_k, sums_v = call.partial_sums(_KEYS, 2)
     (sums_q,) = call.partial_sums(_QUERIES, 1)
     if layout.num_tokens:
-        call.launcher(_KEYS, zeroed=("sums_k", "sums_v"))(
+        call.launcher(_KEYS)(
             grad=heads(grad),
             grad_k=grad_k,
             grad_v=grad_v,
@@ -65,9 +65,7 @@ def backward(
             sums_k=sums_k,
             sums_v=sums_v,
         )
-        call.launcher(_QUERIES, zeroed=("sums_q",))(
-            grad=heads(grad), grad_q=grad_q, before_q=_values(before_q), sums_q=sums_q
-        )
+        call.launcher(_QUERIES)(grad=heads(grad), grad_q=grad_q, before_q=_values(before_q), sums_q=sums_q)
     for before, sums in ((before_q, sums_q), (before_k, sums_k), (before_v, sums_v)):
         if before is not None:
             torch.sum(sums, 0, out=before.grad_shift)
@@ -107,15 +105,13 @@ class _Call:
     silu: bool = False
     """Whether q, k and v are differentiated by what they are the SiLU of."""
 
-    def launcher(self, kernel: _Kernel, zeroed: Sequence[str] = ()) -> Callable[..., object]:
-        """Launcher of a kernel; ``zeroed``: see :func:`hstu.ops.triton.launch.launcher`."""
+    def launcher(self, kernel: _Kernel) -> Callable[..., object]:
+        """Launcher of a kernel."""
         longest = int(self.layout.seqlens.max())
         launch = launcher(
             kernel.function,
             lambda meta: (triton.cdiv(longest, meta[kernel.tile]), self.q.shape[1], self.layout.batch_size),
             self._configs(kernel),
-            (self._block_d, self.q.dtype, self.bias is not None, self.silu, self._mask, bucket(longest)),
-            zeroed if self.silu else (),
         )
         shared = self._shared(kernel.function, exact=self._block_d > 128)
         return functools.partial(launch, **shared, inverse_n=1.0 / self.config.scaling_seqlen)
@@ -162,11 +158,6 @@ class _Call:
         )
         factor = 1 / (scale.double() * self.config.scaling_seqlen)
         return RelativeBias((position_totals * factor).to(position.dtype), (time_totals.sum(0) * factor).to(time.dtype))
-
-    @property
-    def _mask(self) -> tuple[bool, int]:
-        """What decides how many tiles are masked or skipped: is it causal, and the span, 0 without one."""
-        return self.config.is_causal, bucket(self.config.max_span or 0)
 
     @property
     def _block_d(self) -> int:
@@ -226,9 +217,9 @@ def _bucket_thresholds(device: torch.device) -> Tensor:
 
 
 Tiles = dict[int, tuple[tuple[int, int, int, int], ...]]
-"""By the widest tile (block_d) that they serve: (BLOCK_M, BLOCK_N, num_warps, num_stages) to choose from.
+"""By the widest tile (block_d) that they serve: (BLOCK_M, BLOCK_N, num_warps, num_stages).
 
-The first choice runs where nothing may be measured. None spills registers up to head dim 128
+The first that fits the device runs. None spills registers up to head dim 128
 (tests/ops/triton/test_compile_ahead.py), but "keys" at 128 with a bias and a window, by 11 instructions. With a bias,
 a tile also holds times, buckets and gathered weights.
 """
@@ -302,7 +293,7 @@ TILES_FLOAT32: dict[tuple[str, bool], Tiles] = {
 def attention_configs(
     kernel: str, block_d: int, itemsize: int, has_bias: bool, capability: tuple[int, int]
 ) -> list[triton.Config]:
-    """Configurations of the kernel ("forward", "keys", "queries") to choose from."""
+    """Configurations of the kernel ("forward", "keys", "queries"); the first that fits runs."""
     key = (kernel, has_bias)
     by_width = TILES_FLOAT32[key] if itemsize > 2 else TILES_16_BIT[key][capability >= (9, 0)]
     tiles = next(by_width[width] for width in sorted(by_width) if block_d <= width)

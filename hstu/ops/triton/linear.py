@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hstu.ops.triton.launch import bucket, capability_of, launcher, precision_for
+from hstu.ops.triton.launch import capability_of, launcher, precision_for
 from hstu.ops.triton.primitives import dot, matrix, sigmoid
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)
+# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages); the first that fits the device runs
 TILES_90 = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 128, 64, 4, 4))
 TILES_80 = ((128, 128, 32, 8, 4), (128, 64, 32, 4, 4), (64, 64, 32, 4, 4))
 TILES_FLOAT32 = ((64, 64, 32, 8, 2), (32, 64, 32, 4, 2))
@@ -34,7 +34,6 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
             )
             for m, n, k, warps, stages in tiles
         ],
-        (bucket(len(x)), tuple(weight.shape), x.dtype),
     )(
         x=matrix(x),
         weight=matrix(weight),

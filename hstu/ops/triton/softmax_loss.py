@@ -15,13 +15,13 @@ from torch import Tensor
 from hstu.ops.kernels import SeenItems
 from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, add_positive_part, target_losses
 from hstu.ops.triton import softmax_loss_kernels as kernels
-from hstu.ops.triton.launch import bucket, launcher, precision_for
+from hstu.ops.triton.launch import launcher, precision_for
 from hstu.ops.triton.primitives import matrix
 from hstu.ops.triton.rows import sums_by_key
 from hstu.ops.triton.support import WIDEST_VECTOR
 
 Tiles = tuple[tuple[int, int, int, int], ...]
-"""Configurations: BLOCK_M, BLOCK_N, CHUNK, num_warps. The first is the default."""
+"""Configurations: BLOCK_M, BLOCK_N, CHUNK, num_warps. The first that fits the device runs."""
 LOG_TOTAL_TILES: Tiles = ((64, 64, 32, 4), (128, 64, 32, 8))
 GRADIENT_TILES: tuple[Tiles, Tiles] = (((64, 32, 32, 4), (64, 16, 64, 8)), ((64, 16, 32, 8), (32, 16, 64, 8)))
 """Of vectors of at most 128 numbers, and of wider ones: the largest tiles that spill no registers."""
@@ -180,7 +180,6 @@ def _launch_pairs(
                 )
                 for m, n, chunk, warps in tiles
             ],
-            (bucket(num_rows), bucket(len(other[0])), width),
         )(
             own=matrix(own[0]),
             other=matrix(other[0]),

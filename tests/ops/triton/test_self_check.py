@@ -53,29 +53,6 @@ def test_a_wrong_gradient_and_a_kernel_that_does_not_repeat_are_found(
     assert errors["add_positions, repeated"] == (1.0, 0.0)
 
 
-def test_every_configuration_that_may_be_chosen_is_run() -> None:
-    launch = pytest.importorskip("hstu.ops.triton.launch", reason="NEEDS TRITON: pip install -e '.[cpu]'")
-    import triton
-    from triton.runtime.errors import OutOfResources
-
-    ran: list[tuple[str, int]] = []
-
-    def kernel(name: str, too_large: int) -> object:
-        def run(*, SIZE: int, **_: object) -> None:
-            if too_large == SIZE:
-                raise OutOfResources(2, 1, "shared memory")
-            ran.append((name, SIZE))
-
-        return {(): run}
-
-    configs = [triton.Config({"SIZE": size}, num_warps=4, num_stages=1) for size in (1, 2, 3)]
-    for _ in launch.each_configuration():
-        launch.launcher(kernel("few", 0), (), configs[:2])()
-        launch.launcher(kernel("many", 2), (), configs)()
-    assert ran == [("few", 1), ("many", 1), ("few", 2), ("many", 3), ("few", 2), ("many", 3)]
-    assert launch.may_measure()
-
-
 def test_only_what_the_run_uses_is_checked() -> None:
     checks = pytest.importorskip("hstu.ops.triton.self_check", reason="NEEDS TRITON: pip install -e '.[cpu]'").checks
     cpu = torch.device("cpu")

@@ -10,6 +10,7 @@ from hstu.estimate.machine import Machine
 from hstu.estimate.memory import host_copy_bytes, layer_shape, trained_state_bytes
 from hstu.estimate.operators import updates
 from hstu.estimate.workload import Batch, Workload
+from hstu.model.offload import Pieces
 from hstu.ops.layer import saved_bytes, saved_tensors
 
 _OF_LAYERS = ("residual and norm", "W_uvqk", "SiLU", ATTENTION, "norm, gate, dropout", "W_o")
@@ -26,13 +27,14 @@ def host_memory(workload: Workload) -> dict[str, int]:
 
 
 def _pinned_activations(workload: Workload) -> int:
-    """Those of a micro-batch, whose memory the next one uses again. It is allocated in powers of two."""
+    """Those of a micro-batch, whose memory the next one uses again."""
     pinned = 0
     for part in workload.layer_parts(workload.micro_batch(workload.largest)):
         if part.is_offloaded:
             saved = saved_tensors(part.network, *layer_shape(workload, part))
             saved["u"] = saved.pop("u", 0) + saved.pop("vqk", 0)  # views of one tensor
-            pinned += len(part.spans) * sum(1 << (size - 1).bit_length() for size in saved.values() if size)
+            number, size = Pieces.of(saved.values())
+            pinned += len(part.spans) * number * size
     return pinned
 
 

@@ -17,6 +17,7 @@ from hstu.ops.triton.attention_tiles import (
     masked_rows_at,
     num_masked_keys,
     num_masked_rows,
+    product,
     rows_of_keys,
     scores,
     sequence_at,
@@ -24,8 +25,9 @@ from hstu.ops.triton.attention_tiles import (
     tiles_on_diagonal,
     time_buckets,
     visible,
+    zeros,
 )
-from hstu.ops.triton.primitives import dot, load_rows, rows_of_head, sigmoid, silu_derivative, store_rows
+from hstu.ops.triton.primitives import load_rows, rows_of_head, sigmoid, silu_derivative, store_rows
 
 
 @triton.jit
@@ -65,7 +67,7 @@ def _add_tile(
     if MASKED:
         weights = tl.where(visible(i, j, span, mode), weights, 0.0)
     v_tile = load_rows(v, keys, span.length, mode.width, mode.block_d, MASKED)
-    return dot(weights.to(v_tile.dtype), v_tile, accumulator, mode.precision)
+    return product(weights.to(v_tile.dtype), v_tile, accumulator, mode)
 
 
 @triton.jit
@@ -83,12 +85,13 @@ def attention_forward(
     tile = tl.cdiv(span.length, BLOCK_M) - 1 - tl.program_id(0)
     if tile < 0:
         return
-    bias = bias_at(bias, start, mode)
+    if mode.bias:
+        bias = bias_at(bias, start)
     k_head, v_head = rows_of_head(k, start, head), rows_of_head(v, start, head)
     first_row = tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     q_tile = load_rows(rows_of_head(q, start, head), rows, span.length, mode.width, mode.block_d, True)
-    total = tl.zeros((BLOCK_M, mode.block_d), tl.float32)
+    total = zeros(BLOCK_M, mode.block_d)
     tiles = keys_of_rows(first_row, span, mode, BLOCK_M, BLOCK_N)
     for first_key in tl.range(tiles.first_full, tiles.full, BLOCK_N):
         total = _add_tile(total, q_tile, k_head, v_head, rows, first_key, alpha, span, bias, mode, BLOCK_N, False)
@@ -120,10 +123,10 @@ def _add_rows(
         weights = tl.where(sees, weights, 0.0)
         slope = tl.where(sees, slope, 0.0)
     grad_tile = load_rows(grad, rows, stop, mode.width, mode.block_d, True)
-    grad_v = dot(weights.to(grad_tile.dtype), grad_tile, grad_v, mode.precision)
+    grad_v = product(weights.to(grad_tile.dtype), grad_tile, grad_v, mode)
     zero = tl.zeros((k.shape[0], BLOCK_M), tl.float32)
-    grad_scores = dot(v, grad_tile.T, zero, mode.precision) * slope
-    grad_k = dot(grad_scores.to(q_tile.dtype), q_tile, grad_k, mode.precision)
+    grad_scores = product(v, grad_tile.T, zero, mode) * slope
+    grad_k = product(grad_scores.to(q_tile.dtype), q_tile, grad_k, mode)
     return grad_k, grad_v
 
 
@@ -142,13 +145,14 @@ def attention_backward_keys(
     first_key = tl.program_id(0) * BLOCK_N
     if first_key >= span.length:
         return
-    bias = bias_at(bias, start, mode)
+    if mode.bias:
+        bias = bias_at(bias, start)
     q_head, grad_head = rows_of_head(q, start, head), rows_of_head(grad, start, head)
     keys = first_key + tl.arange(0, BLOCK_N)
     k_tile = load_rows(rows_of_head(k, start, head), keys, span.length, mode.width, mode.block_d, True)
     v_tile = load_rows(rows_of_head(v, start, head), keys, span.length, mode.width, mode.block_d, True)
-    sum_k = tl.zeros((BLOCK_N, mode.block_d), tl.float32)
-    sum_v = tl.zeros((BLOCK_N, mode.block_d), tl.float32)
+    sum_k = zeros(BLOCK_N, mode.block_d)
+    sum_v = zeros(BLOCK_N, mode.block_d)
     tiles = rows_of_keys(first_key, span, mode, BLOCK_M, BLOCK_N)
     for index in tl.range(0, num_masked_rows(tiles)):
         first_row, stop_row = masked_rows_at(index, tiles, span, mode, BLOCK_M)
@@ -183,8 +187,8 @@ def _add_keys(
         slope = tl.where(visible(i, j, span, mode), slope, 0.0)
     v_tile = load_rows(v, keys, span.length, mode.width, mode.block_d, MASKED)
     zero = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
-    grad_scores = dot(grad, v_tile.T, zero, mode.precision) * slope
-    return dot(grad_scores.to(k_tile.dtype), k_tile, grad_q, mode.precision)
+    grad_scores = product(grad, v_tile.T, zero, mode) * slope
+    return product(grad_scores.to(k_tile.dtype), k_tile, grad_q, mode)
 
 
 @triton.jit
@@ -199,13 +203,14 @@ def attention_backward_queries(
     tile = tl.cdiv(span.length, BLOCK_M) - 1 - tl.program_id(0)
     if tile < 0:
         return
-    bias = bias_at(bias, start, mode)
+    if mode.bias:
+        bias = bias_at(bias, start)
     k_head, v_head = rows_of_head(k, start, head), rows_of_head(v, start, head)
     first_row = tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     q_tile = load_rows(rows_of_head(q, start, head), rows, span.length, mode.width, mode.block_d, True)
     grad_tile = load_rows(rows_of_head(grad, start, head), rows, span.length, mode.width, mode.block_d, True)
-    total = tl.zeros((BLOCK_M, mode.block_d), tl.float32)
+    total = zeros(BLOCK_M, mode.block_d)
     tiles = keys_of_rows(first_row, span, mode, BLOCK_M, BLOCK_N)
     for first_key in tl.range(tiles.first_full, tiles.full, BLOCK_N):
         total = _add_keys(
@@ -263,7 +268,7 @@ def attention_backward_bias(
     along_diagonal = tl.zeros((BLOCK, BLOCK), tl.float32)
     for sequence in tl.range(tl.program_id(1), num_sequences, tl.num_programs(1)):
         start, span = sequence_at(batch, sequence, mode)
-        own_bias = bias_at(bias, start, mode)
+        own_bias = bias_at(bias, start)
         first, count, late, late_count = tiles_on_diagonal(diagonal, span, mode, BLOCK)
         for index in tl.range(0, count + late_count):
             tile = first + index
@@ -283,7 +288,7 @@ def attention_backward_bias(
                 grad_tile = load_rows(grad_head, rows, span.length, mode.width, mode.block_d, True)
                 v_tile = load_rows(v_head, keys, span.length, mode.width, mode.block_d, True)
                 zero = tl.zeros((BLOCK, BLOCK), tl.float32)
-                per_pair += dot(grad_tile, v_tile.T, zero, mode.precision) * slope
+                per_pair += product(grad_tile, v_tile.T, zero, mode) * slope
             per_pair = tl.where(sees, per_pair, 0.0)
             _add_to_buckets(slot_totals, per_pair, rows, keys, span, own_bias, factor, BLOCK)
             if mode.candidates:

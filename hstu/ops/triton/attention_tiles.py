@@ -147,14 +147,10 @@ def slot_of(sequence, start, first_row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def bias_at(bias, start, mode: tl.constexpr):
+def bias_at(bias, start):
     """The bias with its times from token ``start`` on."""
-    if mode.bias:
-        query_times, token_times, thresholds, position_weight, time_weight, farthest = bias
-        own = Bias(query_times + start, token_times + start, thresholds, position_weight, time_weight, farthest)
-    else:
-        own = bias
-    return own
+    query_times, token_times, thresholds, position_weight, time_weight, farthest = bias
+    return Bias(query_times + start, token_times + start, thresholds, position_weight, time_weight, farthest)
 
 
 @triton.jit
@@ -359,11 +355,28 @@ def distance_index(i, j, end, farthest):
     return tl.minimum(tl.maximum(distance, -farthest), farthest) + farthest
 
 
+# The next two functions turn attributes of a Mode into constants of the compiler. To Triton 3.6 an attribute of a
+# constant is an ordinary Python object, which it accepts neither in a shape nor, unless it is a number, as an argument.
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of float32 sums before the first addition."""
+    return tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
+def product(a, b, accumulator, mode: tl.constexpr):
+    """accumulator + a @ b in float32."""
+    precision: tl.constexpr = mode.precision
+    return dot(a, b, accumulator, precision)
+
+
 @triton.jit
 def scores(a, b, i, j, alpha, span, bias, mode: tl.constexpr):
     """α a @ b + bias in float32, where a @ b is q @ kᵀ or its transpose."""
     zero = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
-    result = dot(a, b, zero, mode.precision) * alpha
+    result = product(a, b, zero, mode) * alpha
     if mode.bias:
         query_time = tl.load(bias.query_times + i, mask=i < span.length, other=0)
         token_time = tl.load(bias.token_times + j, mask=j < span.length, other=0)

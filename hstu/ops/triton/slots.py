@@ -54,6 +54,8 @@ __all__ = ["Assigned", "DeviceSlots", "start_rows"]
 
 # One warp per program, so that no warp waits for the longest search of another.
 _BY_POSITION = [triton.Config({"BLOCK": 64}, num_warps=1, num_stages=1)]
+# Triton 3.6 does not compile place_new with more than one position per lane: "operand #0 does not dominate this use".
+_ONE_PER_LANE = [triton.Config({"BLOCK": 64}, num_warps=2, num_stages=1)]
 _BLOCK = 512
 _BY_SPAN = [triton.Config({"BLOCK": _BLOCK}, num_warps=4, num_stages=1)]
 _LEAST_BITS = 4
@@ -261,6 +263,7 @@ class DeviceSlots:
         _by_position(
             place_new,
             number,
+            _ONE_PER_LANE,
             **claims,
             ranks=memory.ranks,
             victims=memory.victims,
@@ -331,10 +334,10 @@ class DeviceSlots:
         return self.numbers[which.value : which.value + 1]
 
 
-def _by_position(kernel: Any, number: int, **arguments: Any) -> None:
+def _by_position(kernel: Any, number: int, configs: list[triton.Config] = _BY_POSITION, /, **arguments: Any) -> None:
     if number:
         grid = lambda meta: (triton.cdiv(number, meta["BLOCK"]),)  # noqa: E731
-        launcher(kernel, grid, _BY_POSITION)(**arguments)
+        launcher(kernel, grid, configs)(**arguments)
 
 
 def _by_span(kernel: Any, programs: int, **arguments: Any) -> None:

@@ -18,21 +18,39 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.pipeline_context import PrefetchTrainPipelineContext
+from torchrec.distributed.train_pipeline.runtime_forwards import PrefetchPipelinedForward
+from torchrec.distributed.train_pipeline.utils import _prefetch_embeddings
 
 from hstu.data.train_batch import TrainBatch
 from hstu.pipeline.native import NativePipeline, NativeStages
-from hstu.pipeline.step import StepResult
+from hstu.pipeline.step import StepResult, TrainStep
 
 
-class PrefetchStages(NativeStages, PrefetchTrainPipelineSparseDist[TrainBatch, StepResult]):
-    """TorchRec's stages around our step, also for CPUs and for models without a sharded table.
+class PrefetchStages(NativeStages):
+    """TorchRec's stages of "native", and between them the prefetch.
 
-    Three more defects of torchrec 1.8.0 (tests/pipeline/test_defects.py fails once they are fixed): without a CUDA
-    stream ``prefetch_embeddings`` returns at once and does not pass the ids on to the look-up; only its loop over the
-    sharded tables makes the prefetch stream, and with it the step, wait for the copy of the batch; and the stream that
-    it takes for that of forward is one of its own in which nothing ever runs.
+    TorchRec's own class, PrefetchTrainPipelineSparseDist, cannot serve: torchrec 1.6.1 keeps the prefetched ids of one
+    batch only, and torchrec 1.8.0 passes none on without a CUDA stream, and records as the stream of forward one in
+    which nothing runs. What it is made of is the same in all releases.
     """
+
+    _pipelined_forward_type = PrefetchPipelinedForward
+
+    def __init__(self, step: TrainStep) -> None:
+        super().__init__(step)
+        self._context_type = PrefetchTrainPipelineContext
+        on_gpu = self._device.type == "cuda"
+        self._prefetch_stream = torch.get_device_module(self._device).Stream() if on_gpu else None
+
+    def fill_pipeline(self, batches: Iterator[TrainBatch]) -> None:
+        """Take the first two batches: rows of the first enter the caches, and sizes of the second are exchanged."""
+        is_first = not self.batches
+        super().fill_pipeline(batches)
+        if is_first and self.batches:
+            self._prefetch(self.contexts[0])
+        if is_first and len(self.batches) >= 2:
+            self.start_sparse_data_dist(self.batches[1], self.contexts[1])
 
     def progress(self, batches: Iterator[TrainBatch]) -> StepResult:
         """See NativeStages.progress."""
@@ -66,18 +84,26 @@ class PrefetchStages(NativeStages, PrefetchTrainPipelineSparseDist[TrainBatch, S
             self._prefetch(self.contexts[1])
 
     def _prefetch(self, context: Any) -> None:
-        if self._prefetch_stream is not None:
-            self._default_stream = torch.get_device_module(self._device).current_stream()
-            super()._prefetch(context)
-            self._prefetch_stream.wait_stream(self._data_dist_stream)
-            return
-        for name in [module.forward.name for module in self._pipelined_modules]:
-            context.module_input_post_prefetch[name] = context.input_dist_tensors_requests.pop(name).wait()
+        forward = None if self._prefetch_stream is None else torch.get_device_module(self._device).current_stream()
+        with self._stream_context(self._prefetch_stream):
+            ids_of_tables = _prefetch_embeddings(
+                None,  # the batch: unused
+                context,
+                self._pipelined_modules,
+                self._device,
+                self._stream_context,
+                self._data_dist_stream,
+                forward,
+            )
+        for name, ids in ids_of_tables.items():
+            context.module_input_post_prefetch[name] = ids
             context.module_contexts_post_prefetch[name] = context.module_contexts.pop(name)
+        if self._prefetch_stream is not None:  # with it the step waits for the copy of the batch, also without tables
+            self._prefetch_stream.wait_stream(self._data_dist_stream)
 
 
 class PrefetchPipeline(NativePipeline):
-    """Overlaps by TorchRec's PrefetchTrainPipelineSparseDist."""
+    """Overlaps as native does, and by TorchRec's prefetch."""
 
     name = "prefetch"
     stages = PrefetchStages

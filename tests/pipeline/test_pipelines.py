@@ -1,16 +1,21 @@
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import nn
 
 from hstu.data.batch import HSTUBatch
 from hstu.data.sampler import SamplerPosition
 from hstu.parallel.mesh import Mesh, seed_initial_weights
+from hstu.pipeline import prefetch
 from hstu.pipeline.none import TrainPipeline
 from hstu.train.builder import build_trainer
 from tests.distributed.launch import Launch, run_cases
@@ -157,6 +162,21 @@ def test_a_run_stopped_in_mid_epoch_goes_on_as_if_it_had_not_been(store: str, tm
         assert runs[f"{kind}, resumed"] == runs["straight on"]
         log = (tmp_path / kind / "run" / "log.txt").read_text()
         assert log.count(f"pipeline_type '{kind}' on a CPU: ") == 2, "once a run"
+
+
+def test_prefetched_ids_stay_in_memory_until_the_stream_of_the_steps_has_read_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = SimpleNamespace(Stream=lambda *_, **__: Mock(), current_stream=Mock(), stream=lambda _: nullcontext())
+    monkeypatch.setattr(torch, "get_device_module", lambda *_: cuda)
+    prefetched = Mock(return_value={})
+    monkeypatch.setattr(prefetch, "_prefetch_embeddings", prefetched)
+    step: Any = SimpleNamespace(model=nn.Linear(1, 1), mesh=SimpleNamespace(device=torch.device("cuda")))
+    stages = prefetch.PrefetchStages(step)
+    stages._pipelined_modules = []
+    stages._prefetch(Mock())
+    assert prefetched.call_args.args[-1] is cuda.current_stream()
+    assert stages._prefetch_stream.wait_stream.call_args.args == (stages._data_dist_stream,)  # type: ignore[union-attr]
 
 
 def streams(mesh: Mesh, store: str, kind: str) -> dict[str, Any]:

@@ -39,8 +39,8 @@ class DenseModel(nn.Module):
         dims = {feature: spec.dim for spec in specs for feature in spec.features}
         dims_of_pool = {POOL: dims[roles.item]} | {of_pool(name): dims[name] for name in roles.tower}
         self._dim_of_feature = dims | dims_of_pool
-        self.fills_gradients = True
-        """Whether a batch without labels gives every weight a gradient of zeros."""
+        self.filled = [name for name, _ in task.named_parameters()]
+        """Names of the task's weights that a batch without labels gives a gradient of zeros."""
 
     def forward(self, looked_up: Sequence[Mapping[str, JaggedTensor]], batch: HSTUBatch) -> ModelOutput:
         """Compute loss and predictions. ``looked_up``: rows of the sharded tables, one mapping per collection."""
@@ -62,7 +62,7 @@ class DenseModel(nn.Module):
             # All ranks take part in the collectives of backward, so every parameter and every looked-up row needs a
             # gradient even where this rank has nothing to learn from. Replicated tables get theirs through the rows.
             rows = [jagged.values() for jagged in embeddings.values()]
-            weights = self.task.parameters() if self.fills_gradients else ()
+            weights = map(self.task.get_parameter, self.filled)
             output.loss_sum = output.loss_sum + _zero_that_depends_on([*rows, *weights])
         return output
 

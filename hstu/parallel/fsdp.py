@@ -45,6 +45,8 @@ class FullySharded:
         attributes = {name: vars(weight) for name, weight in dense.named_parameters()}
         ranks = DeviceMesh.from_group(mesh.shard_group, mesh.device.type)
         layers = [module for module in dense.modules() if isinstance(module, HSTULayer)]
+        of_layers = {weight for layer in layers for weight in layer.parameters()}  # gone after its forward
+        dense.filled = [name for name, weight in dense.task.named_parameters() if weight not in of_layers]
         self.units: list[FSDPModule] = [
             fully_shard(layer, mesh=ranks, reshard_after_forward=reshard_after_forward) for layer in layers
         ]
@@ -54,11 +56,9 @@ class FullySharded:
             vars(weight).update(attributes[name])  # those that mark tensor-parallel weights
         for unit in self.units:
             unit.set_custom_reduce_scatter(_AveragingReduceScatter(self))  # type: ignore[arg-type]
-            unit.set_reduce_scatter_unused_params(True)  # for ranks whose batch has no labels
             if self._replicas is not None:
                 # FSDP's own exchange over a mesh of two dimensions averages, which gloo cannot, and sends float32.
                 unit.set_all_reduce_hook(self._add_replicas)
-        dense.fills_gradients = False  # a layer's weights are gone after its forward
 
     def _add_replicas(self, gradients: Tensor) -> None:
         """Add up the gradients of a unit over the ranks that have the same part of it, in place."""

@@ -13,15 +13,19 @@ import torch.distributed as dist
 
 from hstu.parallel.ddp import ReplicatedDense
 
-_COLLECTIVES = (  # all methods of ProcessGroup that torch.distributed 2.13 calls
+_COLLECTIVES = (  # all methods of ProcessGroup that torch.distributed calls, some in 2.13, some before
+    "_allgather_base",
+    "_reduce_scatter_base",
     "all_gather_single",
     "all_gather_single_coalesced",
     "all_to_all_single",
     "allgather",
     "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
     "allreduce",
     "allreduce_coalesced",
     "alltoall",
+    "alltoall_base",
     "barrier",
     "broadcast",
     "gather",
@@ -29,6 +33,7 @@ _COLLECTIVES = (  # all methods of ProcessGroup that torch.distributed 2.13 call
     "reduce_scatter",
     "reduce_scatter_single",
     "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced",
     "scatter",
 )
 Key = tuple[str, int]
@@ -61,7 +66,7 @@ class CollectiveClock:
         self.times = Times()
         self._counts: dict[str, int] = defaultdict(int)
         self._open: dict[int, tuple[Any, Key]] = {}  # holding the handle keeps its id unique
-        for name in _COLLECTIVES:
+        for name in set(_COLLECTIVES) & set(dir(dist.ProcessGroup)):
             self._stamp_begin(name)
         self._stamp_wait()
 

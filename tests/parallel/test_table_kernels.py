@@ -190,7 +190,7 @@ def test_the_probe_itself_works(found: dict[str, str]) -> None:
     [
         ("fused Adam", "not supported in CPU mode"),
         ("the dense kernel without pooling", "Error: "),
-        ("planning the dense kernel", "PlannerError"),
+        ("planning the dense kernel", "Error: "),  # torchrec 1.6.1 plans it, and it pools; later planners refuse it
     ],
 )
 def test_defect_is_still_there(found: dict[str, str], probe: str, symptom: str) -> None:

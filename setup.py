@@ -1,13 +1,14 @@
 """Package metadata, and the versions of all dependencies that work.
 
 The tests run with the newest versions that were there at the last ``scripts/lock.sh`` (requirements/cpu.txt, what
-``scripts/install.sh`` installs) and with the oldest (requirements/oldest.txt).
+``scripts/install.sh`` installs) and with the oldest (requirements/oldest.txt, ``scripts/install.sh oldest``).
 
 ``pip install .`` installs everything except TorchRec and FBGEMM, which come in a CPU and a CUDA build:
 
-- CUDA: ``pip install ".[cuda]"``.
-- CPU: ``pip install ".[cpu]"``, then TorchRec of the version below with ``--no-deps``. TorchRec's metadata requires the
-  CUDA build of FBGEMM, so pip cannot resolve it beside the CPU build.
+- CUDA: ``pip install ".[cuda]"``. Beside an older torch, name what belongs to it: ``"torchrec==1.6.*"
+  "fbgemm-gpu==1.6.*"`` for torch 2.11.
+- CPU: ``pip install ".[cpu]"``, then TorchRec of the same release as FBGEMM with ``--no-deps``. TorchRec's metadata
+  requires the CUDA build of FBGEMM, so pip cannot resolve it beside the CPU build.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "hstu" / "__init__.py").read_text(encoding="utf-8"))
 README = ROOT / "README.md"
 
-# torch, torchrec and fbgemm are released together: 2.13 with 1.8. Change them together.
-TORCH = "torch>=2.13,<2.14"
-TORCHREC = "torchrec>=1.8,<1.9"
-FBGEMM_CPU = "fbgemm-gpu-cpu>=1.8,<1.9"
-FBGEMM_CUDA = "fbgemm-gpu>=1.8,<1.9"
+# torch, torchrec and fbgemm are released together. hstu/observe/releases.py has which belong to which.
+TORCH = "torch>=2.11,<2.14"
+TORCHREC = "torchrec>=1.6,<1.9"
+FBGEMM_CPU = "fbgemm-gpu-cpu>=1.6,<1.9"
+FBGEMM_CUDA = "fbgemm-gpu>=1.6,<1.9"
 # CUDA builds of torch depend on Triton, CPU builds do not. The tests interpret and compile the kernels without a GPU.
-TRITON_CPU = "triton>=3.9,<3.10"
+TRITON_CPU = "triton>=3.6,<3.10"
 # Compiles the CUTLASS kernels. Works without a GPU. Its interfaces change from release to release.
 CUTLASS_DSL = "nvidia-cutlass-dsl>=4.8,<4.9"
 # The CUDA build of torch is for CUDA 13. Without the extra, only the libraries for CUDA 12 come with the DSL.
@@ -113,6 +114,7 @@ setup(
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

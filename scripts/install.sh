@@ -3,13 +3,21 @@
 # CPU set, in the versions of requirements/. Safe to run again (does nothing when up to date), to interrupt, and to
 # run twice at once.
 #
+#   scripts/install.sh          # the newest versions
+#   scripts/install.sh oldest   # the oldest (requirements/oldest.txt: torch 2.11), in .venv-oldest
+#
 # On a CPU machine PyPI's torch brings gigabytes of CUDA libraries that are never used. To spare them:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu scripts/install.sh
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
-venv=$root/.venv
+set=${1:-newest}
+case $set in
+    newest) venv=$root/.venv ;;
+    oldest) venv=$root/.venv-oldest ;;
+    *) echo "usage: scripts/install.sh [oldest]" >&2 && exit 2 ;;
+esac
 python=$venv/bin/python
 stamp=$venv/.installed
 log=$venv/install.log
@@ -57,9 +65,9 @@ make_venv() {
     local base message
     base=$(find_python) || fail "no Python 3.11 or newer found (tried python3.12, python3.11, python3)." \
         "Install one, for example: apt-get install python3.11 python3.11-venv"
-    say "creating .venv with $("$base" --version 2>&1) ($base)"
+    say "creating ${venv##*/} with $("$base" --version 2>&1) ($base)"
     if ! message=$("$base" -m venv --clear "$venv" 2>&1); then
-        fail "could not create .venv:" "$(tail -n 5 <<<"$message")" \
+        fail "could not create ${venv##*/}:" "$(tail -n 5 <<<"$message")" \
             "On Debian and Ubuntu, install the package python3-venv of that Python and run this again."
     fi
 }
@@ -73,7 +81,7 @@ explain_pip_failure() {
         fail "What to do: the package index cannot be reached, or has not this package. Check the network, or name a mirror:" \
             "PIP_INDEX_URL=https://your.mirror/simple scripts/install.sh"
     fi
-    fail "What to do: read the lines above and run this again. If it stays, remove .venv first: rm -rf $venv"
+    fail "What to do: read the lines above and run this again. If it stays, remove ${venv##*/} first: rm -rf $venv"
 }
 
 run_pip() {
@@ -85,17 +93,23 @@ run_pip() {
 files_are_known() { [ "$("$python" -c 'import sys; print(sys.version_info[:2] == (3, 11))') $(uname -m)" = "True x86_64" ]; }
 
 install_packages() {
-    local locked=requirements/$kind.txt
+    local locked=requirements/$kind.txt versions=$venv/versions.txt torch
+    torch=$(<requirements/torch.txt)
     : >"$log"
-    say "installing the $kind set (some minutes; details in .venv/install.log)"
-    if files_are_known; then
+    say "installing the $kind set (some minutes; details in ${venv##*/}/install.log)"
+    if [ "$set" = oldest ]; then
+        cp requirements/oldest.txt "$versions"
+        if [ "$kind" = cuda ]; then sed -i 's/^fbgemm-gpu-cpu/fbgemm-gpu/; s/-libs-cu12/-libs-cu13/' "$versions"; fi
+        torch=$(grep '^torch==' "$versions")
+        run_pip --no-deps -r "$versions"
+    elif files_are_known; then
         run_pip --no-deps --require-hashes -r "$locked"
     else
         say "the files of the packages are not verified: $locked has the hashes for Python 3.11 on x86_64 only"
-        sed '/--hash/d; s/ *\\$//' "$locked" >"$venv/versions.txt"
-        run_pip --no-deps -r "$venv/versions.txt"
+        sed '/--hash/d; s/ *\\$//' "$locked" >"$versions"
+        run_pip --no-deps -r "$versions"
     fi
-    run_pip -r requirements/torch.txt
+    run_pip "$torch" # and the libraries that it needs
     run_pip --no-deps -e .
 }
 

@@ -37,7 +37,6 @@ from hstu.estimate.plan import plan_workload
 from hstu.estimate.workload import Workload
 from hstu.model.stack import kernel_shapes
 from hstu.observe.logging import quiet_libraries
-from hstu.observe.releases import installed_releases, pipeline_unsupported_reason
 from hstu.ops.costs import FLOAT32
 from hstu.ops.select import select_kernels
 from hstu.optim.dense import decayed_parameters, match_part_optimizers
@@ -181,12 +180,6 @@ def part_optimizers_have_an_effect(run: RunDraft, opened: Opened) -> Iterator[Pr
         )
 
 
-def releases_have_the_pipeline(run: RunDraft, opened: Opened) -> Iterator[Problem]:
-    """The installed TorchRec can run the pipeline."""
-    if reason := pipeline_unsupported_reason(run.trainer.pipeline_type, installed_releases()):
-        yield run.problem(run.trainer, "pipeline_type", reason)
-
-
 def kernels_run_here(run: RunDraft, opened: Opened) -> Iterator[Problem]:
     """The kernels that strict_kernel_backend demands can run on this machine."""
     network, tp = run.network, run.tensor_parallel.tensor_model_parallel_size
@@ -327,7 +320,7 @@ CHECKS = (
     data_can_be_opened, features_are_in_the_data, tables_fit_the_data, specs_can_be_made, initial_rows_can_be_read,
     samples_can_be_made,
     masks_hide_the_labels, head_fits_the_labels, part_optimizers_have_an_effect,
-    releases_have_the_pipeline, kernels_run_here, kernels_of_tables_run_here,
+    kernels_run_here, kernels_of_tables_run_here,
     checkpoint_can_be_read, checkpoint_fits_the_model,
     memory_is_enough, directories_can_be_written, disk_has_room_for_checkpoints,
 )  # fmt: skip

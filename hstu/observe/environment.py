@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
-from importlib import metadata, util
+from importlib import util
 
 from hstu.config.errors import UserError
+from hstu.observe.releases import installed_releases, stack_of_torch
 
 # Import name → distribution, in the order of the error message.
 PACKAGES = {
@@ -46,10 +46,12 @@ def check_packages(modules: Sequence[str] = tuple(PACKAGES)) -> None:
     names = ", ".join(PACKAGES.get(module, module) for module in missing)
     lines = [f"Missing packages: {names}. To install all that is needed into .venv: scripts/install.sh"]
     if set(missing) <= {"torchrec", "fbgemm_gpu"}:
-        torchrec, cpu_build = _requirement("torchrec"), _requirement("fbgemm-gpu-cpu")
+        stack = stack_of_torch(installed_releases().get("torch", ""))
+        torchrec, fbgemm = f"torchrec=={stack['torchrec']}.*", f"=={stack['fbgemm-gpu']}.*"
         lines.append(
-            "Or, into the Python in use: with an NVIDIA GPU  pip install -e '.[cuda]'\n"
-            f"on a CPU machine  pip install '{cpu_build}' && pip install --no-deps '{torchrec}'"
+            "Or, into the Python in use: with an NVIDIA GPU  "
+            f"pip install -e '.[cuda]' '{torchrec}' 'fbgemm-gpu{fbgemm}'\n"
+            f"on a CPU machine  pip install 'fbgemm-gpu-cpu{fbgemm}' && pip install --no-deps '{torchrec}'"
         )
     raise UserError("\n".join(lines))
 
@@ -62,13 +64,3 @@ def let_idle_threads_sleep() -> None:
     """
     if "GOMP_SPINCOUNT" not in os.environ:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
-def _requirement(distribution: str) -> str:
-    """Name and versions as the package metadata has them, or the bare name if this package is not installed."""
-    try:
-        requirements = metadata.requires("hstu") or []
-    except metadata.PackageNotFoundError:
-        return distribution
-    found = (requirement.split(";")[0].strip() for requirement in requirements)
-    return next((each for each in found if re.split("[<>=!~ ]", each)[0] == distribution), distribution)

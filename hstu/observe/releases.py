@@ -6,14 +6,18 @@ import re
 from collections.abc import Mapping
 from importlib import metadata
 
-RELEASES = {"torch": "2.13", "torchrec": "1.8", "fbgemm-gpu": "1.8"}
-"""The releases that belong together, and that the tests run with."""
+STACKS = (
+    {"torch": "2.13", "torchrec": "1.8", "fbgemm-gpu": "1.8"},
+    {"torch": "2.12", "torchrec": "1.7", "fbgemm-gpu": "1.7"},
+    {"torch": "2.11", "torchrec": "1.6", "fbgemm-gpu": "1.6"},
+)
+"""The releases that belong together, and that the tests run with, newest first."""
 
 
 def installed_releases() -> dict[str, str]:
-    """The version of each package of RELEASES that is installed. FBGEMM's CPU build counts as FBGEMM."""
+    """The version of each package of STACKS that is installed. FBGEMM's CPU build counts as FBGEMM."""
     versions: dict[str, str] = {}
-    for package in RELEASES:
+    for package in STACKS[0]:
         for distribution in (package, f"{package}-cpu"):
             try:
                 versions.setdefault(package, metadata.version(distribution))
@@ -23,24 +27,18 @@ def installed_releases() -> dict[str, str]:
 
 
 def release_warning(versions: Mapping[str, str]) -> str | None:
-    """One line if a package of RELEASES is of another release; None if all are as tested."""
-    if all(_release(version) == _release(RELEASES[package]) for package, version in versions.items()):
+    """One line if the packages are not those of one of STACKS; None if they are."""
+    if any(all(_release(versions[name]) == _release(stack[name]) for name in versions) for stack in STACKS):
         return None
+    tested = ", or ".join(_listed(stack) for stack in STACKS)
     return (
-        f"{_listed(versions)} are installed; this trainer is tested with {_listed(RELEASES)}, which scripts/install.sh "
-        "installs"
+        f"{_listed(versions)} are installed; this trainer is tested with {tested}. To install them: scripts/install.sh"
     )
 
 
-def pipeline_unsupported_reason(pipeline_type: str, versions: Mapping[str, str]) -> str | None:
-    """Why the installed TorchRec cannot run TrainerArgs.pipeline_type; None: it can.
-
-    TorchRec 1.6.1 keeps the batches of its prefetching pipeline in other attributes than TorchRec 1.8.
-    """
-    version, least = versions.get("torchrec"), RELEASES["torchrec"]
-    if pipeline_type != "prefetch" or version is None or _release(version) >= _release(least):
-        return None
-    return f'needs torchrec {least} or newer, and torchrec {version} is installed; use "native", or scripts/install.sh'
+def stack_of_torch(version: str) -> Mapping[str, str]:
+    """The releases that go with a version of torch: of STACKS, or the newest if it is in none."""
+    return next((stack for stack in STACKS if _release(stack["torch"]) == _release(version)), STACKS[0])
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hstu.config.errors import EXIT_DONE, ConfigError, UserError, report, report_once
+from hstu.config.errors import EXIT_DONE, UserError, report, report_once
 from hstu.config.run_config import RunConfig
 from hstu.data.processes import end_with_parent
 from hstu.observe.environment import check_packages
-from hstu.observe.releases import installed_releases, pipeline_unsupported_reason, release_warning
+from hstu.observe.releases import installed_releases, release_warning
 
 if TYPE_CHECKING:
     from hstu.parallel.mesh import Mesh
@@ -34,7 +34,7 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
         end_with_parent()
     try:
         check_packages()
-        check_releases(config)
+        check_releases()
     except UserError as error:
         return _report(error)
 
@@ -86,13 +86,10 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
     return EXIT_DONE
 
 
-def check_releases(config: RunConfig) -> None:
-    """Warn of untested releases of torch, TorchRec and FBGEMM. Raise ConfigError where they lack the pipeline."""
-    versions = installed_releases()
-    if (warning := release_warning(versions)) and os.environ.get("RANK", "0") == "0":
+def check_releases() -> None:
+    """Warn of releases of torch, TorchRec and FBGEMM that are not tested together."""
+    if (warning := release_warning(installed_releases())) and os.environ.get("RANK", "0") == "0":
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    if reason := pipeline_unsupported_reason(config.trainer.pipeline_type, versions):
-        raise ConfigError(config.located(config.trainer, "pipeline_type", reason))
 
 
 def memory_ran_out(error: Exception) -> bool:

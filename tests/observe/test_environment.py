@@ -22,17 +22,18 @@ def test_a_missing_package_names_the_command_to_run() -> None:
         check_packages(["torch", "no_such_package"])
 
 
-def test_missing_torchrec_tells_the_cpu_and_the_cuda_way_with_the_versions(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("torch", "release"), [("2.11.0+cu130", "1.6"), ("2.12.1", "1.7"), ("2.13.0+cpu", "1.8")])
+def test_missing_torchrec_tells_the_cpu_and_the_cuda_way_with_the_releases_for_the_torch_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, torch: str, release: str
 ) -> None:
     monkeypatch.setattr(environment.util, "find_spec", lambda name: None if name in ("torchrec", "fbgemm_gpu") else 1)
-    requires = ["torch<2.14,>=2.13", 'fbgemm-gpu-cpu<1.9,>=1.8; extra == "cpu"', 'torchrec<1.9,>=1.8 ; extra == "cuda"']
-    monkeypatch.setattr(environment.metadata, "requires", lambda name: requires)
+    monkeypatch.setattr(environment, "installed_releases", lambda: {"torch": torch})
     with pytest.raises(UserError) as error:
         check_packages()
     assert "Missing packages: fbgemm-gpu, torchrec." in str(error.value)
-    assert "pip install -e '.[cuda]'" in str(error.value)
-    assert "pip install 'fbgemm-gpu-cpu<1.9,>=1.8' && pip install --no-deps 'torchrec<1.9,>=1.8'" in str(error.value)
+    assert f"pip install -e '.[cuda]' 'torchrec=={release}.*' 'fbgemm-gpu=={release}.*'" in str(error.value)
+    cpu = f"pip install 'fbgemm-gpu-cpu=={release}.*' && pip install --no-deps 'torchrec=={release}.*'"
+    assert cpu in str(error.value)
 
 
 def test_checking_imports_nothing_heavy() -> None:

@@ -59,9 +59,9 @@ class Machine:
     def free_disk(self, gigabytes: int) -> None:
         self.command("df", f"#!/bin/bash\necho head\necho disk 0 0 {gigabytes * 1024 * 1024} 0% /\n")
 
-    def begin(self) -> subprocess.Popen[str]:
+    def begin(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            ["bash", "scripts/install.sh"],
+            ["bash", "scripts/install.sh", *arguments],
             cwd=self.root,
             env={"PATH": f"{self.bin}:{os.defpath}:/usr/bin:/bin", "HOME": str(self.here)},
             stdout=subprocess.PIPE,
@@ -70,8 +70,8 @@ class Machine:
             start_new_session=True,
         )
 
-    def install(self) -> tuple[int, str]:
-        process = self.begin()
+    def install(self, *arguments: str) -> tuple[int, str]:
+        process = self.begin(*arguments)
         output = process.communicate(timeout=60)[0]
         return process.returncode, output
 
@@ -95,7 +95,7 @@ def test_a_cpu_machine_gets_the_cpu_set_with_every_file_verified(machine: Machin
     made, locked, torch, project = machine.calls()
     assert made == "venv"
     assert locked.endswith("--no-deps --require-hashes -r requirements/cpu.txt")
-    assert torch.endswith("-r requirements/torch.txt")
+    assert torch.endswith((REPOSITORY / "requirements" / "torch.txt").read_text().strip())
     assert project.endswith("--no-deps -e .")
 
 
@@ -117,9 +117,26 @@ def test_a_gpu_machine_gets_the_cuda_set(machine: Machine) -> None:
     assert [call.split()[-1] for call in machine.calls()] == [
         "venv",
         "requirements/cuda.txt",
-        "requirements/torch.txt",
+        (REPOSITORY / "requirements" / "torch.txt").read_text().strip(),
         ".",
     ]
+
+
+@pytest.mark.parametrize(("says", "fbgemm"), [("", "fbgemm-gpu-cpu"), ("echo 'GPU 0: NVIDIA H100'", "fbgemm-gpu")])
+def test_the_oldest_set_lies_beside_the_newest(machine: Machine, says: str, fbgemm: str) -> None:
+    machine.command("nvidia-smi", f"#!/bin/bash\n{says}\n")
+    code, output = machine.install("oldest")
+    assert code == 0, output
+    _, packages, torch, project = machine.calls()
+    assert packages.endswith("--no-deps -r " + str(machine.root / ".venv-oldest" / "versions.txt"))
+    versions = (machine.root / ".venv-oldest" / "versions.txt").read_text().splitlines()
+    assert {f"{fbgemm}==1.6.0", "torchrec==1.6.1", "triton==3.6.0"} < set(versions)
+    assert torch.split()[-1] == "torch==2.11.0" and project.endswith("-e .")
+    assert not (machine.root / ".venv").exists()
+
+
+def test_an_unknown_set_is_refused(machine: Machine) -> None:
+    assert machine.install("older") == (2, "usage: scripts/install.sh [oldest]\n")
 
 
 def test_again_does_nothing_until_a_pin_changes(machine: Machine) -> None:

@@ -1,6 +1,6 @@
 """Table kernels that FBGEMM lacks, inside TorchRec's sharding: Adam on the CPU, and clamped gradients of rows.
 
-Adam on the CPU needs kernels of its own because of two defects of fbgemm-gpu 1.8.0 and torchrec 1.8.0. The fused CPU
+Adam on the CPU needs kernels of its own because of two defects of FBGEMM and TorchRec 1.6 to 1.8. The fused CPU
 tables implement only SGD, Adagrad and row-wise Adagrad ("not supported in CPU mode"). The DENSE compute kernel's
 DenseTableBatchedEmbeddingBags ignores PoolingMode.NONE on the CPU and pools. tests/parallel/test_table_kernels.py fails
 when one of them is fixed. Input and output exchange, sharding and state dicts stay TorchRec's.

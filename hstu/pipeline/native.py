@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 class NativeStages(TrainPipelineSparseDist[TrainBatch, StepResult]):
     """TorchRec's stages around our step, also for models without a sharded table.
 
-    torchrec 1.8.0 traces through such models to the last operator (it stops only at modules *beside* a sharded one),
-    and fails in any dense model. tests/pipeline/test_defects.py fails once that is fixed.
+    TorchRec 1.6 to 1.8 traces through such models to the last operator (it stops only at modules *beside* a sharded
+    one), and fails in any dense model. tests/pipeline/test_defects.py fails once that is fixed.
     """
 
     def __init__(self, step: TrainStep) -> None:
@@ -84,7 +84,7 @@ class NativePipeline(TrainPipeline):
         """See TrainPipeline.progress. Raises ValueError for other ``batches`` while some of the former wait."""
         if batches is not self._batches:
             if self._stages.batches:
-                # TorchRec 1.8.0 would train on those, then fail for want of the new one's ids.
+                # TorchRec would train on those, then fail for want of the new one's ids.
                 raise ValueError(
                     f"{len(self._stages.batches)} batches of another iterator are in the pipeline: go on with that one "
                     "until it raises StopIteration"
@@ -99,6 +99,6 @@ class NativePipeline(TrainPipeline):
         try:
             yield
         finally:
-            # Without sparse_dist=False, TorchRec 1.8.0 sends the ids of the waiting batch a second time and loses the
-            # sizes of the first exchange, which the look-up then lacks (tests/pipeline/test_defects.py).
+            # Without sparse_dist=False, TorchRec sends the ids of the waiting batch a second time and loses the sizes
+            # of the first exchange, which the look-up then lacks (tests/pipeline/test_defects.py).
             self._stages.attach(sparse_dist=False)

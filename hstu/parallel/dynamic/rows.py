@@ -1,6 +1,6 @@
 """The rows of one rank's shard of a dynamic table and their optimizer states, by slot, in whichever memory they are.
 
-This file relies on how fbgemm-gpu 1.8.0 caches host memory in GPU memory (FUSED_UVM_CACHING). It caches weights, never
+This file relies on how FBGEMM 1.6 to 1.8 caches host memory in GPU memory (FUSED_UVM_CACHING). It caches weights, never
 optimizer states. A cached row is valid in its cache line; its copy in host memory is stale until the
 line is evicted or flushed. A lookup gives its batch a time stamp, stamps the lines that it hits, loads missing rows
 into lines with older stamps only, and remembers for its backward where each row was. FBGEMM itself looks up in several

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from importlib import util
@@ -38,8 +39,10 @@ def check_packages(modules: Sequence[str] = tuple(PACKAGES)) -> None:
     """Raise UserError with the command to run if a needed package is missing.
 
     Call it before anything imports torch. TorchRec and FBGEMM are missing most often, because ``pip install -e .``
-    cannot choose between their CPU and CUDA builds.
+    cannot choose between their CPU and CUDA builds. hstu/observe/releases.py compares releases; FBGEMM's own check is
+    silenced, because FBGEMM 1.6.0 warns 50 times that it is not in its own table.
     """
+    logging.getLogger().addFilter(_not_of_fbgemms_table)
     missing = missing_packages(modules)
     if not missing:
         return
@@ -54,6 +57,10 @@ def check_packages(modules: Sequence[str] = tuple(PACKAGES)) -> None:
             f"on a CPU machine  pip install 'fbgemm-gpu-cpu{fbgemm}' && pip install --no-deps '{torchrec}'"
         )
     raise UserError("\n".join(lines))
+
+
+def _not_of_fbgemms_table(record: logging.LogRecord) -> bool:
+    return "_fbgemm_torch_compat_table" not in str(record.msg)
 
 
 def let_idle_threads_sleep() -> None:

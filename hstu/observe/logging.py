@@ -62,16 +62,19 @@ def set_up_logging(rank: int = 0, log_file: Optional[Path] = None) -> logging.Lo
 
 
 def quiet_libraries() -> None:
-    """Silence warnings of TorchRec 1.8 and torch 2.13 that occur in every run and that a user cannot act on.
+    """Silence warnings of TorchRec 1.6 to 1.8 and torch 2.11 to 2.13 that a user cannot act on.
 
     These are the planner's advice on topologies and reservations, a warning of torch.fx about one of its functions,
     deprecations of ShardedTensor, which TorchRec itself returns, and FSDP's advice not to change its units' outputs in
-    place where they are views, as the first layer's are.
+    place where they are views, as the first layer's are. TorchRec 1.6 calls a deprecated function of torch, and torch
+    2.11 warns where checks of sparse tensors are turned off.
     """
     for name in ("torchrec", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torchrec\.distributed\.types")
 
 
 def tear_down_logging() -> None:

@@ -39,7 +39,7 @@ from hstu.ops.self_check import cache_directory, describe, is_usable, locked
 log = logging.getLogger(__name__)
 
 TIME_LIMIT_S = 240.0
-"""Longest time for one case, whose kernels are compiled first, and for the imports before the first case."""
+"""Longest time for one kernel to compile, for one case, and for the imports before the first one."""
 POLL_S = 0.5
 KILL_S = 10.0
 """Wait for a killed process, which may be stuck in the driver."""
@@ -61,6 +61,8 @@ class Checked:
     """Module with ``checks(device, shapes)``: see :data:`hstu.ops.self_check.Checks`. Only the process imports it."""
     sources: Path
     """Folder of the kernels."""
+    compiler: str | None = None
+    """Module with ``jobs``: see :mod:`hstu.ops.compile_ahead`. None: cases compile their kernels."""
 
 
 def refusals(
@@ -124,10 +126,32 @@ def _check(
     kernels: Checked, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
 ) -> dict[str, str | None]:
     """Operator → why it is refused, None: it is right; by processes that check it now."""
+    if kernels.compiler is not None:
+        _compile(kernels.name, kernels.compiler, device, shapes, operators)
     decided: dict[str, str | None] = {}
     while waiting := [operator for operator in operators if operator not in decided]:
         decided |= _check_some(kernels, device, shapes, waiting)
     return decided
+
+
+def _compile(
+    name: str, compiler: str, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
+) -> None:
+    """Compile on all cores what the check launches. A kernel that does not compile fails in the check, too."""
+    begun = time.monotonic()
+    capability = "".join(map(str, torch.cuda.get_device_capability(device)))
+    with tempfile.TemporaryDirectory() as folder:
+        report, output = Path(folder) / "report", Path(folder) / "output"
+        report.touch()
+        command = [sys.executable, "-m", "hstu.ops.compile_ahead", compiler, capability, to_json(shapes)]
+        with suppress(OSError):
+            _exit_code([*command, ",".join(operators), str(report)], report, output)
+        errors = [record["error"] for record in _records(report.read_text(encoding="utf-8"))]
+    failed = len(errors) - errors.count(None)
+    log.info(
+        "kernel compilation for %s: compiled=%d failed=%d time=%.0fs",
+        name, errors.count(None), failed, time.monotonic() - begun,
+    )  # fmt: skip
 
 
 def _check_some(
@@ -139,7 +163,7 @@ def _check_some(
     with tempfile.TemporaryDirectory() as folder:
         report, output = Path(folder) / "report", Path(folder) / "output"
         report.touch()
-        command = [sys.executable, "-m", "hstu.ops.check_process", kernels.module, str(device), _to_json(shapes)]
+        command = [sys.executable, "-m", "hstu.ops.check_process", kernels.module, str(device), to_json(shapes)]
         try:
             code = _exit_code([*command, ",".join(operators), str(report)], report, output)
         except OSError as error:
@@ -229,7 +253,8 @@ def _records(text: str) -> Iterator[Mapping[str, Any]]:
             yield json.loads(line)
 
 
-def _to_json(shapes: KernelShapes | None) -> str:
+def to_json(shapes: KernelShapes | None) -> str:
+    """Shapes as an argument of a process."""
     if shapes is None:
         return "null"
     return json.dumps(dataclasses.asdict(shapes) | {"dtype": str(shapes.dtype).removeprefix("torch.")})

@@ -113,8 +113,14 @@ def _refusals(
     reason = _module(backend, "support").device_unsupported_reason(torch.cuda.get_device_capability(device))
     if reason is not None:
         return dict.fromkeys(operators, reason)
-    module = f"hstu.ops.{backend.value}.self_check"
-    checked = Checked(backend.value, PACKAGES[backend], module, Path(__file__).parent / backend.value)
+    package = f"hstu.ops.{backend.value}"
+    checked = Checked(
+        backend.value,
+        PACKAGES[backend],
+        f"{package}.self_check",
+        Path(__file__).parent / backend.value,
+        f"{package}.compile_ahead",
+    )
     return refusals(checked, device, shapes, operators)
 
 

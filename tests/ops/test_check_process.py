@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,37 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_check(machine: Path, m
     answer = {"attention": "raised OutOfResources"}
     monkeypatch.setattr(check_process, "_check", lambda *_: answer)
     assert refusals(stub(machine, "uncached", "pass"), GPU, SHAPES, ["attention"]) == answer
+
+
+COMPILER = """import os
+from hstu.ops.compile_ahead import Job
+
+def jobs(shapes, capability, operators):
+    assert capability == 90 and shapes.head_dim == 64 and operators == ["attention", "add_layer_norm", "add_positions"]
+    return [Job("good", compiles), Job("bad", fails)]
+
+def compiles():
+    open(os.environ["STUB_RUNS"], "a").write("compiled ")
+
+def fails():
+    raise ValueError("no such instruction")
+"""
+
+
+def test_kernels_are_compiled_before_the_check_and_a_failure_is_left_to_it(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (machine / "stub_compiler.py").write_text(COMPILER)
+    monkeypatch.setenv("STUB_RUNS", str(machine / "compiled_runs"))
+    monkeypatch.syspath_prepend(str(machine))
+    caplog.set_level("INFO")
+    real = check_process._exit_code
+
+    def here_or_there(command: list[str], report: Path, output: Path) -> int | None:
+        return (run_here if "hstu.ops.check_process" in command else real)(command, report, output)
+
+    monkeypatch.setattr(check_process, "_exit_code", here_or_there)
+    kernels = replace(stub(machine, "compiled first", "pass"), compiler="stub_compiler")
+    assert refusals(kernels, GPU, SHAPES, OPERATORS) == {}
+    assert (machine / "compiled_runs").read_text().startswith("compiled processes ")
+    assert "kernel compilation for Stub: compiled=1 failed=1" in caplog.text

@@ -19,6 +19,7 @@ from cutlass.base_dsl.compiler import DumpDir, GPUArch, KeepCUBIN, KeepPTX
 from cutlass.cute.runtime import make_ptr
 from torch import Tensor
 
+from hstu.ops.cutlass import objects
 from hstu.ops.cutlass.bias_arguments import BiasArguments, BiasSums, cells
 from hstu.ops.cutlass.common import ROWS_OF_WARP, Shape
 from hstu.ops.cutlass.launch import LaunchArguments
@@ -260,8 +261,8 @@ def variants(
 
 @functools.cache
 def compiled(variant: Variant) -> tuple[Callable[..., None], LaunchArguments]:
-    """The host function of a variant, and its arguments. Compiles for seconds at the first call."""
-    return _compile(variant), launch_arguments(variant)
+    """The host function of a variant, and its arguments. Compiles for seconds, unless it was compiled ahead."""
+    return objects.load(variant) or _compile(variant), launch_arguments(variant)
 
 
 def launch_arguments(variant: Variant) -> LaunchArguments:
@@ -275,6 +276,12 @@ def launch_arguments(variant: Variant) -> LaunchArguments:
         + (f"{len(_bias_types(variant))}Qi4xf4x" if variant.has_bias else ""),
         *("i4x", "Q"),
     )
+
+
+def save_compiled(variant: Variant) -> None:
+    """Compile a variant for later processes, unless that was done before; no GPU is needed."""
+    if objects.load(variant) is None:
+        objects.save(_compile(variant, *objects.PORTABLE), variant)
 
 
 def compile_ahead(variant: Variant) -> tuple[str, bytes]:

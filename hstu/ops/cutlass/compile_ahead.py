@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from hstu.ops.cutlass.attention import Kernel, Variant, compile_ahead
+from collections.abc import Sequence
+from functools import partial
+
+from hstu.ops.compile_ahead import Job
+from hstu.ops.cutlass.attention import Kernel, Variant, compile_ahead, save_compiled, variants
 from hstu.ops.cutlass.bias import table_bytes
+from hstu.ops.cutlass.support import unsupported_reason
+from hstu.ops.kernels import KernelShapes
 from hstu.ops.triton.compile_ahead import Compiled, read_cubin
 
 LARGEST_SHARED_BYTES = {80: 166912, 90: 232448}
 """Most shared memory of a CTA on an A100 and on an H100."""
 BARRIER_BYTES = 1024
 """Space of the mbarriers: the buffers behind them are aligned to 1024 bytes."""
+
+
+def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str]) -> list[Job]:
+    """The kernels that serve these shapes; none if Triton serves them."""
+    if "attention" not in operators or shapes is None or unsupported_reason("attention", shapes) is not None:
+        return []
+    needed = (shapes.has_bias, capability)
+    return [
+        Job(f"{kernel_name(variant)} ({variant.head_dim} channels)", partial(save_compiled, variant))
+        for variant in variants((shapes.dtype,), (shapes.head_dim,))
+        if (variant.has_bias, variant.capability) == needed
+    ]
 
 
 def kernel_name(variant: Variant) -> str:

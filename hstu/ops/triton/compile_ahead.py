@@ -1,8 +1,9 @@
 """Compile every kernel without a GPU, exactly as its host function would launch it.
 
 :func:`variants` lists the operators in the variants that training uses. :func:`record` runs the host functions of a
-variant and records their launches. :func:`compile_launch` compiles a recorded launch and reads registers, spills and
-instructions from the machine code.
+variant and records their launches. :func:`compile_kernel` compiles a recorded launch as Triton does at a launch, into
+Triton's cache. :func:`compile_launch` also reads registers, spills and instructions from the machine code.
+:func:`jobs` lists what the self check of a run launches.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +23,19 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import make_backend
+from triton.runtime import driver
 from triton.runtime.jit import create_function_from_signature
 
 from hstu.ops.comm import LayerComm
+from hstu.ops.compile_ahead import Job
 from hstu.ops.functional import add_layer_norm, project_uvqk, projected_attention, projected_gate
-from hstu.ops.kernels import AttentionConfig, GateConfig, RelativeBias, SeenItems
+from hstu.ops.kernels import AttentionConfig, GateConfig, KernelShapes, RelativeBias, SeenItems
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, build_layout, token_order
 from hstu.ops.triton.launch import Launch, recorded_launches
 from hstu.ops.triton.new_rows import start_rows
 from hstu.ops.triton.operators import OPERATORS
+from hstu.ops.triton.self_check import checks
 from hstu.ops.triton.slots import DeviceSlots
 
 WARP_SIZE = 32
@@ -227,19 +233,84 @@ class Compiled:
     """Instructions that wait for products of warp groups."""
 
 
+class _Driver:
+    """Stands in for the driver of a GPU, so that Triton compiles for it as at a launch there."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        """What to compile for."""
+        return GPUTarget("cuda", self._capability, WARP_SIZE)
+
+    def get_current_device(self) -> str:
+        """Not the number of a device: Triton remembers the kernels of a device by it."""
+        return f"sm_{self._capability}"
+
+    def get_current_stream(self, device: str) -> int:
+        """Nothing is launched."""
+        return 0
+
+
+@contextmanager
+def _driver_of(capability: int) -> Iterator[None]:
+    driver.set_active(_Driver(capability))
+    try:
+        yield
+    finally:
+        driver.set_active(None)  # Triton finds that of this machine when it needs one
+
+
+def compile_kernel(launch: Launch, config: triton.Config, capability: int) -> Any:
+    """Compile one configuration of a recorded launch for sm_{capability}, unless Triton's cache has it.
+
+    The key in the cache is that of a launch: Triton itself makes it of the arguments, as at a launch.
+
+    Returns Triton's compiled kernel. Raises triton.CompilationError if the kernel does not compile.
+    """
+    with _driver_of(capability):
+        return launch.kernel.warmup(grid=(1,), **launch.arguments, **config.all_kwargs(), enable_fp_fusion=True)
+
+
+def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str]) -> list[Job]:
+    """The kernels of the self check of these operators, in all configurations; shapes None: of dynamic tables."""
+    with recorded_launches(divmod(capability, 10)) as launches:
+        if shapes is None:
+            for policy in ("lru", "lfu"):  # not the self check, whose host part reads what the kernels write
+                _run_slots(policy)
+        else:
+            for check in checks(torch.device("cpu"), shapes):
+                if check.operator in operators:
+                    check.measure()
+    return jobs_of(launches, capability)
+
+
+def jobs_of(launches: Iterable[Launch], capability: int) -> list[Job]:
+    """Each kernel of the launches once, in all configurations."""
+    different = {
+        specialized_kernel(launch, config, capability): (launch, config)
+        for launch in launches
+        for config in launch.configs
+    }
+    return [
+        Job(
+            f"{launch.kernel.fn.__name__} ({_description_of(config)})",
+            partial(compile_kernel, launch, config, capability),
+        )
+        for launch, config in different.values()
+    ]
+
+
 def compile_launch(launch: Launch, config: triton.Config, capability: int) -> Compiled:
-    """Compile one configuration of a recorded launch for sm_{capability}.
+    """Compile one configuration of a recorded launch for sm_{capability} and read its machine code.
 
     Raises:
         RuntimeError: the tools that read machine code fail.
         triton.CompilationError: the kernel does not compile.
     """
-    target, kernel = GPUTarget("cuda", capability, WARP_SIZE), launch.kernel
-    backend, bound, specialization, options = _bind(launch, config, target)
-    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-    built = triton.compile(ASTSource(kernel, signature, constants, attributes), target, parsed.__dict__)
+    built = compile_kernel(launch, config, capability)
     return Compiled(
-        kernel=kernel.fn.__name__,
+        kernel=launch.kernel.fn.__name__,
         capability=capability,
         config=_description_of(config),
         shared_bytes=built.metadata.shared,
@@ -249,15 +320,10 @@ def compile_launch(launch: Launch, config: triton.Config, capability: int) -> Co
 
 def specialized_kernel(launch: Launch, config: triton.Config, capability: int) -> str:
     """What tells the machine code of a launch from others: equal launches are compiled once in a process."""
-    _, _, specialization, options = _bind(launch, config, GPUTarget("cuda", capability, WARP_SIZE))
-    return f"{launch.kernel.fn.__name__} {specialization} {options}"
-
-
-def _bind(launch: Launch, config: triton.Config, target: GPUTarget) -> tuple[Any, Any, Any, Any]:
-    """As JITFunction.run: (the backend, the arguments, what their values are specialized to, options)."""
-    backend, kernel = make_backend(target), launch.kernel
+    backend, kernel = make_backend(GPUTarget("cuda", capability, WARP_SIZE)), launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    return backend, *bind(**launch.arguments, **config.all_kwargs(), enable_fp_fusion=True)
+    _, specialization, options = bind(**launch.arguments, **config.all_kwargs(), enable_fp_fusion=True)
+    return f"{kernel.fn.__name__} {specialization} {options}"
 
 
 def _description_of(config: triton.Config) -> str:

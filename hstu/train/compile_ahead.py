@@ -1,0 +1,152 @@
+"""Compile the kernels of a run ahead of it, on all cores. No GPU is needed.
+
+    python -m hstu.train.compile_ahead ranking --gin-config-file configs/benchmark_ranking.gin --capability 90 \
+        --cache caches
+
+compiles what one step launches and what the self check launches, for one rank. ``caches`` may be copied to a machine
+with the same Python packages. A run finds it there with ``XDG_CACHE_HOME=caches TRITON_CACHE_DIR=caches/triton``.
+Without ``--cache`` the user's own caches are filled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torchrec import JaggedTensor
+
+from hstu.config.args import BenchmarkDatasetArgs, DynamicEmbeddingArgs
+from hstu.config.gin_io import load
+from hstu.config.run_config import RunConfig
+from hstu.data.batch import HSTUBatch
+from hstu.data.sampler import SamplerPosition
+from hstu.model.embedding import table_specs
+from hstu.model.inputs import SequenceFeatures
+from hstu.model.retrieval import LogCounts
+from hstu.model.stack import kernel_shapes
+from hstu.observe.logging import quiet_libraries
+from hstu.ops.compile_ahead import Job, adopt_triton_cache, compile_all, num_cores, strip_triton_cache
+from hstu.ops.kernels import OPERATORS, Backend
+from hstu.ops.select import resolve_kernels
+from hstu.train.builder import task_module
+from hstu.train.sources import open_source
+
+SEQUENCES, ITEMS = 2, 32
+"""Sequences of the step that is recorded, and the items of their histories: no kernel depends on them."""
+
+
+def jobs_of_run(config: RunConfig, capability: int) -> list[Job]:
+    """The kernels of a step, and of the self checks of the backends that the run may use."""
+    from hstu.ops.triton.compile_ahead import jobs_of
+    from hstu.ops.triton.launch import recorded_launches
+
+    with recorded_launches(divmod(capability, 10)) as launches:
+        _run_step(config)
+    jobs = jobs_of(launches, capability)
+    shapes = kernel_shapes(config.network, config.tensor_parallel.tensor_model_parallel_size)
+    has_slots = any(isinstance(table, DynamicEmbeddingArgs) for table in config.embeddings)
+    for backend in dict.fromkeys([config.network.kernel_backend, Backend.TRITON.value]):
+        module = importlib.import_module(f"hstu.ops.{backend}.compile_ahead")
+        for checked in [shapes, None] if has_slots else [shapes]:
+            jobs += module.jobs(checked, capability, OPERATORS)
+    return jobs
+
+
+def _run_step(config: RunConfig) -> None:
+    """Forward and backward in training, and forward in evaluation, of the dense part by the Triton kernels."""
+    source = open_source(_shortened(config))
+    batch = next(iter(source.train_batches(SamplerPosition())))
+    has_negatives = config.retrieval is not None and config.retrieval.negatives != "in_batch"
+    specs = table_specs(source.tables, config.network, source.roles, has_negatives, 1, config.located)
+    widths = {feature: spec.dim for spec in specs for feature in spec.features}
+    log_counts = source.expected_log_counts()
+    task = task_module(
+        config,
+        SequenceFeatures.of(source.roles, _max_items(config, source.roles.item)),
+        resolve_kernels(Backend.TRITON, kernel_shapes(config.network)),
+        log_counts=None if log_counts is None else LogCounts(torch.from_numpy(log_counts)),
+    )
+    task(_rows(batch, widths), batch).loss_sum.backward()
+    with torch.no_grad():
+        task.eval()(_rows(batch, widths), batch)
+
+
+def _rows(batch: HSTUBatch, widths: dict[str, int]) -> dict[str, JaggedTensor]:
+    """Zeros in place of the table rows of a batch."""
+    return {
+        name: JaggedTensor(
+            torch.zeros(len(ids.values()), widths[name], requires_grad=True),
+            lengths=ids.lengths(),
+            offsets=ids.offsets(),
+        )
+        for name, ids in batch.features.to_dict().items()
+    }
+
+
+def _shortened(config: RunConfig) -> RunConfig:
+    """The same run with few and short sequences."""
+    dataset, longest = config.dataset, ITEMS + config.dataset.max_num_candidates
+    if isinstance(dataset, BenchmarkDatasetArgs):
+        groups = [
+            replace(group, max_sequence_length=min(group.max_sequence_length, longest))
+            for group in dataset.feature_args
+        ]
+        dataset = replace(dataset, feature_args=groups)
+    else:
+        dataset = replace(dataset, max_sequence_length=min(dataset.max_sequence_length, longest))
+    return replace(config, dataset=dataset, trainer=replace(config.trainer, train_batch_size=SEQUENCES))
+
+
+def _max_items(config: RunConfig, item: str) -> int:
+    if not isinstance(config.dataset, BenchmarkDatasetArgs):
+        return config.dataset.max_sequence_length
+    return next(group.max_sequence_length for group in config.dataset.feature_args if item in group.feature_names)
+
+
+def main() -> int:
+    """Compile, and print the failures, the time and the size; returns 1 if a kernel does not compile."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("ranking", "retrieval"))
+    parser.add_argument("--gin-config-file", action="extend", nargs="+", required=True)
+    parser.add_argument("--gin-bindings", action="extend", nargs="+", default=[])
+    parser.add_argument("--capability", type=int, required=True, help="of the GPU: 90 for 9.0")
+    parser.add_argument("--processes", type=int, default=num_cores(), help="(default: one per core)")
+    parser.add_argument("--cache", type=Path, help="directory to fill in place of the user's caches")
+    options = parser.parse_args()
+    quiet_libraries()
+    if options.cache is not None:
+        triton_cache = options.cache.absolute() / "triton"
+        os.environ |= {"XDG_CACHE_HOME": str(options.cache.absolute()), "TRITON_CACHE_DIR": str(triton_cache)}
+        adopt_triton_cache(triton_cache)
+    begun = time.monotonic()
+    jobs = jobs_of_run(load(options.gin_config_file, options.gin_bindings, options.task), options.capability)
+    recorded_s = time.monotonic() - begun
+    results = []
+    for result in compile_all(jobs, options.processes):
+        results.append(result)
+        if result.error is not None:
+            print(f"FAILED {result.name}: {result.error}", file=sys.stderr)
+    failed = sum(result.error is not None for result in results)
+    print(
+        f"kernels={len(results)} failed={failed} record={recorded_s:.1f}s wall={time.monotonic() - begun:.1f}s "
+        f"processes={options.processes} cpu={sum(result.cpu_s for result in results):.0f}s"
+    )
+    if options.cache is not None:
+        strip_triton_cache(triton_cache)
+        print(f"{options.cache}: {sum(file.stat().st_size for file in _files(options.cache)) / 2**20:.1f} MiB")
+    return 1 if failed else 0
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in folder.rglob("*") if file.is_file())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

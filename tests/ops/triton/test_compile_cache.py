@@ -1,0 +1,105 @@
+"""Kernels that were compiled ahead are found by a launch on another machine, which compiles nothing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ops.backends import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+
+import hstu
+from hstu.ops.compile_ahead import Job, compile_all, strip_triton_cache
+from hstu.ops.triton.compile_ahead import jobs_of, record, variants
+
+VARIANTS = (
+    "hstu_attention 16 causal, bfloat16",
+    "add_positions 0 [T, 1024], float32",
+    "activate 256 2 × 4 × 256, bfloat16",
+)
+LAUNCHES = """
+import sys
+from types import SimpleNamespace
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from hstu.ops.triton.compile_ahead import variants
+from hstu.ops.triton.launch import each_configuration
+
+launched = []
+class Driver:
+    utils = SimpleNamespace(
+        load_binary=lambda name, code, shared, device: ("module", code[:4], 32, 0, 1024),
+        unload_module=lambda module: None,
+        get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
+    )
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_benchmarker(self): return lambda call, quantiles: [call() or 1.0] * 3
+    def launcher_cls(self, source, metadata):
+        return lambda x, y, z, stream, function, *_: launched.append((source.name, function))
+
+def compile_now(source, *_): raise AssertionError(f"{source.name} is not in the cache")
+
+triton.runtime.driver.set_active(Driver())
+triton.compiler.ASTSource.make_ir = compile_now
+for variant in variants():
+    if f"{variant.op} {variant.head_dim} {variant.description}" in sys.argv[1:]:
+        variant.run()  # measures each configuration, as training does
+        for _ in each_configuration():
+            variant.run()
+assert all(function == b"\\x7fELF" for _, function in launched)
+print(*sorted({name for name, _ in launched}))
+"""
+"""Launches through Triton's own launch path with the driver of a GPU that does nothing."""
+
+
+def launch_elsewhere(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Launch the variants in a new process that finds the project and the cache in ``folder``."""
+    environment = os.environ | {
+        "PYTHONPATH": str(folder), "TRITON_CACHE_DIR": str(folder / "triton"), "PYTHONHASHSEED": "7"
+    }  # fmt: skip
+    command = [sys.executable, "-c", LAUNCHES, *VARIANTS]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+
+
+def test_a_launch_finds_a_copied_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(here))
+    jobs = [
+        job
+        for variant in variants()
+        if f"{variant.op} {variant.head_dim} {variant.description}" in VARIANTS
+        for job in jobs_of(record(variant, 90), 90)
+    ]
+    results = list(compile_all(jobs, processes=2))
+    assert len(results) == len(jobs) and not any(result.error for result in results)
+    strip_triton_cache(here)
+    assert {file.suffix for file in here.glob("*/*")} == {".cubin", ".json"}
+
+    shutil.copytree(hstu.__path__[0], there / "hstu", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.move(here, there / "triton")
+    missing = launch_elsewhere(there)
+    assert "is not in the cache" in missing.stderr, "paths are adopted first"
+    strip_triton_cache(there / "triton")
+    done = launch_elsewhere(there)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        "add_table_rows", "attention_backward_keys", "attention_backward_queries", "attention_forward", "silu_kernel",
+        "sum_runs",
+    ]  # fmt: skip
+
+
+def test_a_kernel_that_does_not_compile_is_named_and_the_others_are_compiled() -> None:
+    def fail() -> None:
+        raise ValueError("no such instruction\nin line 7")
+
+    results = {each.name: each.error for each in compile_all([Job("bad", fail), Job("good", lambda: None)], 2)}
+    assert results == {"bad": "ValueError: no such instruction", "good": None}
+    assert list(compile_all([], 2)) == []

@@ -34,7 +34,7 @@ from hstu.model.stack import kernel_shapes
 from hstu.observe.logging import quiet_libraries
 from hstu.ops.compile_ahead import Job, adopt_triton_cache, compile_all, num_cores, strip_triton_cache
 from hstu.ops.kernels import OPERATORS, Backend
-from hstu.ops.select import resolve_kernels
+from hstu.ops.select import FALLBACKS, resolve_kernels
 from hstu.train.builder import task_module
 from hstu.train.sources import open_source
 
@@ -43,7 +43,10 @@ SEQUENCES, ITEMS = 2, 32
 
 
 def jobs_of_run(config: RunConfig, capability: int) -> list[Job]:
-    """The kernels of a step, and of the self checks of the backends that the run may use."""
+    """The kernels of a step, and of the self checks of the backends that serve the run."""
+    backends = FALLBACKS[Backend(config.network.kernel_backend)]
+    if not backends:
+        return []
     from hstu.ops.triton.compile_ahead import jobs_of
     from hstu.ops.triton.launch import recorded_launches
 
@@ -52,8 +55,8 @@ def jobs_of_run(config: RunConfig, capability: int) -> list[Job]:
     jobs = jobs_of(launches, capability)
     shapes = kernel_shapes(config.network, config.tensor_parallel.tensor_model_parallel_size)
     has_slots = any(isinstance(table, DynamicEmbeddingArgs) for table in config.embeddings)
-    for backend in dict.fromkeys([config.network.kernel_backend, Backend.TRITON.value]):
-        module = importlib.import_module(f"hstu.ops.{backend}.compile_ahead")
+    for backend in backends:
+        module = importlib.import_module(f"hstu.ops.{backend.value}.compile_ahead")
         for checked in [shapes, None] if has_slots else [shapes]:
             jobs += module.jobs(checked, capability, OPERATORS)
     return jobs

@@ -112,7 +112,7 @@ def _store_row(tensor, row, columns, values, WIDTH: tl.constexpr):
     tl.store(_pointers(tensor, row, columns), values.to(tensor.data.dtype.element_ty), mask=columns < WIDTH)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["mean", "rstd"])
 def add_layer_norm_forward(
     x, update, weight, bias, total, normalized, mean, rstd, num_rows, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_UPDATE: tl.constexpr,
@@ -140,7 +140,7 @@ def add_layer_norm_forward(
         _store_row(normalized, row, columns, centered * inverse * scale + shift, WIDTH)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["mean", "rstd"])
 def add_layer_norm_backward(
     total, weight, mean, rstd, grad, grad_total, grad_x, grad_update, weight_sums, bias_sums, num_rows,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUNDED: tl.constexpr,

@@ -77,7 +77,7 @@ def gate_backward(
                 weight_sums=sums[0],
                 bias_sums=sums[1],
                 gate_sums=None if before_silu is None else sums[2],
-                row_sums=matrix(row_sums),
+                row_sums=row_sums,
                 PASS=which,
                 SILU=before_silu is not None,
             )
@@ -162,7 +162,7 @@ def _store_row(tensor, row, columns, values, WIDTH: tl.constexpr, HEAD: tl.const
     tl.store(pointers, values.to(tensor.data.dtype.element_ty), mask=columns < WIDTH)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["mean", "variance"])
 def row_statistics(
     x, mean, variance, num_rows, WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -176,7 +176,7 @@ def row_statistics(
         tl.store(variance + row, tl.sum(centered * centered, axis=0) / WIDTH)
 
 
-@triton.jit(do_not_specialize=["num_rows", "seed"])
+@triton.jit(do_not_specialize=["num_rows", "seed"], do_not_specialize_on_alignment=["mean", "rstd"])
 def norm_mul_dropout_forward(
     x, u, weight, bias, out, mean, rstd, num_rows, eps, dropout, seed,
     WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
@@ -208,7 +208,7 @@ def norm_mul_dropout_forward(
         tl.store(out.data + row * out.stride_row + columns, result.to(out.data.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "seed"])
+@triton.jit(do_not_specialize=["num_rows", "seed"], do_not_specialize_on_alignment=["mean", "rstd"])
 def norm_mul_dropout_backward(
     x, u, weight, bias, mean, rstd, grad, grad_x, grad_u, gated, weight_sums, bias_sums, gate_sums, row_sums,
     num_rows, dropout, seed,
@@ -260,14 +260,14 @@ def norm_mul_dropout_backward(
         bias_sum += upstream
         scaled = upstream * scale
         if PASS == "rows":
-            mean_scaled = tl.load(row_sums.data + row)
-            mean_product = tl.load(row_sums.data + row_sums.stride_row + row)
+            mean_scaled = tl.load(row_sums + row)
+            mean_product = tl.load(row_sums + num_rows + row)
         else:
             mean_scaled = tl.sum(scaled, axis=0) / WIDTH
             mean_product = tl.sum(scaled * normalized, axis=0) / WIDTH
         if PASS == "sums":
-            tl.store(row_sums.data + row, mean_scaled)
-            tl.store(row_sums.data + row_sums.stride_row + row, mean_product)
+            tl.store(row_sums + row, mean_scaled)
+            tl.store(row_sums + num_rows + row, mean_product)
         else:
             of_x = (scaled - mean_scaled - normalized * mean_product) * inverse
             _store_row(grad_x, row, columns, of_x, WIDTH, HEAD)

@@ -1,7 +1,8 @@
 """Building blocks of the kernels: tensors with their strides, matrix products and the sigmoid.
 
 A kernel takes a tensor and its strides as one named tuple, and constants that belong together as one frozen dataclass.
-Counts that change from batch to batch are marked ``do_not_specialize``, or Triton would compile again for them.
+Counts that change from batch to batch are marked ``do_not_specialize``, and vectors that begin anywhere in another one
+``do_not_specialize_on_alignment``, or Triton would compile again for them.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def _config(width: int) -> list[triton.Config]:
     return [triton.Config({"BLOCK": block, "ROWS": ROWS}, num_warps=4, num_stages=2)]
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["index"])
 def permute_rows(
     source, target, index, num_rows,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SCATTER: tl.constexpr, ROWS: tl.constexpr,

@@ -70,7 +70,7 @@ def _is_unseen(seen, queries, num_queries, entries, pool_size):
     return first > place
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns"])
+@triton.jit(do_not_specialize=["num_rows", "num_columns"], do_not_specialize_on_alignment=["own_ids", "other_ids"])
 def pool_log_totals(
     own, other, own_ids, other_ids, log_weights, seen, log_totals, num_rows, num_columns, inverse_temperature,
     WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, precision: tl.constexpr,
@@ -98,7 +98,7 @@ def pool_log_totals(
     tl.store(log_totals + rows, peak + tl.log(total), mask=rows < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns"])
+@triton.jit(do_not_specialize=["num_rows", "num_columns"], do_not_specialize_on_alignment=["own_ids", "other_ids"])
 def pool_gradients(
     own, other, own_ids, other_ids, log_weights, seen, log_norms, grad, num_rows, num_columns, inverse_temperature,
     WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, OF_POOL: tl.constexpr, precision: tl.constexpr,
@@ -157,7 +157,7 @@ def _draws_of(draws, row, index):
     return draws.data + row * draws.stride_row + index * draws.stride_column
 
 
-@triton.jit(do_not_specialize=["pool_size"])
+@triton.jit(do_not_specialize=["pool_size"], do_not_specialize_on_alignment=["target_ids", "pool_ids"])
 def draw_logits(
     queries, pool, draws, target_ids, pool_ids, log_weights, seen, logits, log_totals, pool_size, num_draws,
     inverse_temperature,

@@ -1,0 +1,70 @@
+"""What a run compiles ahead are the kernels that its steps launch, whatever the batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hstu.data.store import SequenceStore
+from tests.ops.backends import INTERPRETED
+from tests.train.tiny import tables_with_dynamic, tiny_config
+
+if INTERPRETED:
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+
+from hstu.ops.triton.compile_ahead import specialized_kernel
+from hstu.ops.triton.launch import recorded_launches
+from hstu.train import compile_ahead
+
+Config = Callable[..., Any]
+
+
+@pytest.fixture
+def config(store: SequenceStore, tmp_path: Path) -> Config:
+    """A tiny run by Triton kernels."""
+
+    def of(task: str, **options: Any) -> Any:
+        network = {"kernel_backend": "triton", "hidden_dropout": 0.2, **options.pop("network", {})}
+        return tiny_config(task, store, tmp_path, network=network, **options)
+
+    return of
+
+
+def kernels_of_step(config: Any, sequences: int, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    monkeypatch.setattr(compile_ahead, "SEQUENCES", sequences)
+    with recorded_launches((9, 0)) as launches:
+        compile_ahead._run_step(config)
+    return {specialized_kernel(launch, each, 90) for launch in launches for each in launch.configs}
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("ranking", {"network": {"dtype_str": "bfloat16"}, "dataset": {"max_num_candidates": 2}}),
+        ("retrieval", {"task_args": {"negatives": "uniform", "num_negatives": 7, "mask_seen": True}}),
+        ("retrieval", {"task_args": {"negatives": "in_batch"}}),
+        ("retrieval", {"task_args": {"negatives": "mixed", "num_negatives": 7}, "network": {"item_embedding_dim": 8}}),
+    ],
+)
+def test_the_kernels_of_a_step_do_not_depend_on_its_batch(
+    config: Config, task: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, *more = (kernels_of_step(config(task, **options), number, monkeypatch) for number in (2, 3, 5, 6))
+    for other in more:
+        assert {kernel.partition(" ")[0] for kernel in few ^ other} == set()
+    names = {kernel.partition(" ")[0] for kernel in few}
+    assert {"attention_forward", "attention_backward_keys", "linear_silu", "permute_rows"} <= names
+
+
+def test_a_run_compiles_what_its_backends_check(config: Config, store: SequenceStore) -> None:
+    pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed")
+    network = {"kv_channels": 32, "dtype_str": "bfloat16"}
+    plain = [job.name for job in compile_ahead.jobs_of_run(config("ranking", network=network), 90)]
+    assert any(name.startswith("attention_forward") for name in plain) and "place_new" not in str(plain)
+    options = {"network": network | {"kernel_backend": "cutlass"}, "tables": tables_with_dynamic(store, rows=9)}
+    names = [job.name for job in compile_ahead.jobs_of_run(config("ranking", **options), 90)]
+    assert {"forward_sm90 (32 channels)", "keys_sm90 (32 channels)", "queries_sm90 (32 channels)"} <= {*names}
+    assert "place_new" in str(names) and {*plain} <= {*names}
+    assert compile_ahead.jobs_of_run(config("ranking", network={"kernel_backend": "pytorch"}), 90) == []

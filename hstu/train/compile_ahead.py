@@ -35,6 +35,8 @@ from hstu.observe.logging import quiet_libraries
 from hstu.ops.compile_ahead import Job, adopt_triton_cache, compile_all, num_cores, strip_triton_cache
 from hstu.ops.kernels import OPERATORS, Backend
 from hstu.ops.select import FALLBACKS, resolve_kernels
+from hstu.ops.triton.compile_ahead import jobs_of
+from hstu.ops.triton.launch import recorded_launches
 from hstu.train.builder import task_module
 from hstu.train.sources import open_source
 
@@ -47,9 +49,6 @@ def jobs_of_run(config: RunConfig, capability: int) -> list[Job]:
     backends = FALLBACKS[Backend(config.network.kernel_backend)]
     if not backends:
         return []
-    from hstu.ops.triton.compile_ahead import jobs_of
-    from hstu.ops.triton.launch import recorded_launches
-
     with recorded_launches(divmod(capability, 10)) as launches:
         _run_step(config)
     jobs = jobs_of(launches, capability)

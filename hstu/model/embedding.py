@@ -7,7 +7,9 @@ that hstu.parallel.tables shards; data_parallel tables are plain nn.Embeddings i
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -125,15 +127,26 @@ def initial_row_blocks(spec: TableSpec, seed: int, start: int, stop: int) -> Ite
     """Initial rows [start, stop) of a table as (first row, float32 [n, dim]) blocks of bounded size.
 
     A block's numbers, N(0, init_std²), depend on the seed, the table's name and the block's place alone, so they are
-    the same however, and over however many ranks, the table is cut.
+    the same however, and over however many ranks, the table is cut. One thread draws a block: as many blocks are drawn
+    at a time as PyTorch has threads.
     """
-    for block in range(start // _INIT_BLOCK_ROWS, -(-stop // _INIT_BLOCK_ROWS)):
-        first = block * _INIT_BLOCK_ROWS
+
+    def draw(block: int) -> Tensor:
         digest = hashlib.blake2b(f"{seed}/{spec.name}/{block}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        rows = torch.randn((_INIT_BLOCK_ROWS, spec.dim), generator=generator).mul_(spec.init_std)
-        low, high = max(start, first), min(stop, first + _INIT_BLOCK_ROWS)
-        yield low, rows[low - first : high - first]
+        return torch.randn((_INIT_BLOCK_ROWS, spec.dim), generator=generator)
+
+    blocks = range(start // _INIT_BLOCK_ROWS, -(-stop // _INIT_BLOCK_ROWS))
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        drawn = deque(pool.submit(draw, block) for block in blocks[:threads])
+        for block in blocks:
+            rows = drawn.popleft().result().mul_(spec.init_std)
+            if block + threads in blocks:
+                drawn.append(pool.submit(draw, block + threads))
+            first = block * _INIT_BLOCK_ROWS
+            low, high = max(start, first), min(stop, first + _INIT_BLOCK_ROWS)
+            yield low, rows[low - first : high - first]
 
 
 class DynamicEmbeddingCollection(EmbeddingCollection):

@@ -1,3 +1,6 @@
+import threading
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +34,20 @@ def initial_rows(table: TableSpec, start: int, stop: int, seed: int = 1) -> torc
 def test_a_shard_starts_with_its_part_of_the_whole_table(bounds: list[int]) -> None:
     start, stop = bounds
     assert torch.equal(initial_rows(spec(), start, stop), initial_rows(spec(), 0, ROWS)[start:stop])
+
+
+def test_as_many_blocks_are_drawn_at_a_time_as_pytorch_has_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, threads = torch.randn, 3
+    together = threading.Barrier(threads, timeout=30)
+
+    def meet(*args: Any, **kwargs: Any) -> torch.Tensor:
+        together.wait()
+        return draw(*args, **kwargs)
+
+    expected = initial_rows(spec(rows=3 * 4096), 0, 3 * 4096)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "randn", meet)
+    assert torch.equal(initial_rows(spec(rows=3 * 4096), 0, 3 * 4096), expected)
 
 
 def test_initial_rows_are_normal_and_differ_by_table_and_seed() -> None:

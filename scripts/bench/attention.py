@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from harness import (
     Panel,
     Pass,
     Row,
+    attempt,
     begin,
     ceiling,
     compiled,
@@ -35,6 +37,8 @@ from harness import (
     name_of,
     operator_command_line,
     rates,
+    relative_error,
+    runnable,
     time_passes,
 )
 from padded_baseline import padded_attention
@@ -175,15 +179,33 @@ def passes_of(
 def measure(
     shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int, with_compiled: Callable[..., Tensor] | None
 ) -> list[Row]:
-    """One row per variant."""
-    passes = passes_of(shape, dtype, device, with_compiled)
-    rows = []
+    """One row per variant. The rows of ours also have their errors."""
+    passes, rows = runnable(passes_of(shape, dtype, device, with_compiled))
     for name, times in time_passes(passes, device, rounds).items():
         row = rates({"variant": name, "dtype": name_of(dtype), **times}, shape.flops, 2.5 * shape.flops, "gflops")
         if name.startswith("ours"):
             row["kernels_ms"] = longest_kernels(kernel_times(passes[name], device), KERNELS)
+            row["errors"] = errors_of(passes[name], shape, device)
         rows.append(row)
     return rows
+
+
+def errors_of(ours: Pass, shape: Shape, device: torch.device) -> Row:
+    """Norms of the errors of O, dQ, dK and dV relative to float64, of the last head of the last sequence.
+
+    The kernels run on the whole batch, so that its last tokens have the largest offsets.
+    """
+    length = int(shape.lengths[-1])
+    out = ours.forward()
+    grad = torch.randn_like(out)
+    results = [out, *torch.autograd.grad(out, ours.leaves, grad)]
+    exact = [x[-length:, -1:].detach().double().requires_grad_() for x in ours.leaves]
+    layout = Shape(shape.lengths[-1:], 1, shape.head_dim).layout(device)
+    config = AttentionConfig(shape.head_dim**-0.5, int(shape.lengths.max()))
+    reference = hstu_attention(*exact, layout, config, None, kernels_of(Backend.PYTORCH, shape.head_dim).attention)
+    references = [reference, *torch.autograd.grad(reference, exact, grad[-length:, -1:].double())]
+    pairs = zip(("O", "dQ", "dK", "dV"), results, references, strict=True)
+    return {name: relative_error(x[-length:, -1:], of) for name, x, of in pairs}
 
 
 def movielens(device: torch.device, rounds: int) -> list[Row]:
@@ -253,19 +275,24 @@ def main() -> None:
     device, report = begin(options)
     dtype = getattr(torch, options.dtype)
     with_compiled = compiled(padded_attention) if options.compile else None
-    report |= {"heads": options.heads, "head_dim": options.head_dim, "lengths": [], "distributions": []}
+    report |= {"heads": options.heads, "head_dim": options.head_dim}
+    add = partial(attempt, report, output=options.output)
+
+    def timed(shape: Shape, function: Callable[..., Tensor] | None = None) -> list[Row]:
+        return measure(shape, dtype, device, options.rounds, function)
+
     for shape in shapes_of(options):
         batch = {"length": int(shape.lengths[0]), "sequences": len(shape.lengths)}
-        report["lengths"] += [batch | row for row in measure(shape, dtype, device, options.rounds, with_compiled)]
+        add("lengths", batch, partial(timed, shape, with_compiled))
     longest = sorted(options.length)[len(options.length) // 2] * 2
     for name, lengths in distributions(longest, np.random.default_rng(0)).items():
         shape = Shape(lengths, options.heads, options.head_dim)
         drawn: Row = {"lengths": name, "sequences": len(lengths), "sum_n2": shape.pairs, "b_n2": shape.padded_pairs}
-        report["distributions"] += [drawn | row for row in measure(shape, dtype, device, options.rounds, None)]
+        add("distributions", drawn, partial(timed, shape))
     if device.type == "cpu":
-        report["ml_1m"] = movielens(device, options.rounds)
+        add("ml_1m", {}, lambda: movielens(device, options.rounds))
     finish(report, options)
-    if options.output:
+    if options.output and device.type == "cpu":
         plot(report, options.dtype, options.output.with_suffix(".png"))
 
 

@@ -23,7 +23,7 @@ from dynamic_cpu import LEARNING_RATE, SCATTER, sharded_table, zipf
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
-from harness import WARM_UP, Row, begin, finish, operator_command_line, time_in_turn
+from harness import WARM_UP, Row, attempt, begin, finish, operator_command_line, time_in_turn
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
@@ -67,15 +67,17 @@ def fill(slots: SlotTable, device: torch.device) -> None:
     slots.restore(ids, score(slots.policy, torch.ones_like(ids), 1))
 
 
-def rows_of(steps: Mapping[str, Step], stream: str, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+def rows_of(steps: Mapping[str, Step], options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """One record per step function: median and fastest milliseconds, and the rate."""
     for name, times in time_in_turn(steps, device, options.rounds).items():
         row = {"ms": round(statistics.median(times), 3), "fastest_ms": round(min(times), 3)}
-        yield {"stream": stream, "variant": name, **row, "mega_ids_s": round(options.lookups / row["ms"] / 1e3, 2)}
+        yield {"variant": name, **row, "mega_ids_s": round(options.lookups / row["ms"] / 1e3, 2)}
 
 
-def slot_kinds(options: argparse.Namespace, device: torch.device) -> dict[str, Callable[[Policy], SlotTable]]:
-    """The implementations for the device. Raises RuntimeError on a GPU where Triton cannot run."""
+def slot_kinds(
+    report: Row, options: argparse.Namespace, device: torch.device
+) -> dict[str, Callable[[Policy], SlotTable]]:
+    """The implementations for the device. Where Triton cannot run, the report gets the reason."""
     kinds: dict[str, Callable[[Policy], SlotTable]] = {
         "PyTorch": lambda policy: TorchSlots(options.rows, policy, device=str(device))
     }
@@ -83,7 +85,8 @@ def slot_kinds(options: argparse.Namespace, device: torch.device) -> dict[str, C
         return {"C++": lambda policy: CpuSlots(options.rows, policy), **kinds}
     kernels, unsupported_reason = select_slot_kernels(device)
     if kernels is None:
-        raise RuntimeError(f"Triton cannot run here: {unsupported_reason}")
+        report["no_triton"] = unsupported_reason
+        return kinds
     return {"Triton": lambda policy: GpuSlots(options.rows, policy, 0, device, kernels), **kinds}
 
 
@@ -97,19 +100,26 @@ def assign(table: SlotTable, stream: Stream, first_step: int, number: int) -> No
     table.assign(stream.ids[number], first_step + number)
 
 
-def slots_report(streams: Mapping[str, Stream], options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+def slots_report(streams: Mapping[str, Stream], report: Row, options: argparse.Namespace, device: torch.device) -> None:
     """Map ids to slots without touching rows: lookups alone, and training on both streams."""
-    kinds = slot_kinds(options, device)
+    kinds = slot_kinds(report, options, device)
     tables = {f"{kind} {policy}": make(policy) for kind, make in kinds.items() for policy in POLICIES}
     for table in tables.values():
         fill(table, device)
     looked_up = {name: partial(look_up, table, streams["fits"]) for name, table in tables.items()}
-    yield from rows_of(looked_up, "fits, lookup only", options, device)
+    add_rows(report, "slots", looked_up, "fits, lookup only", options, device)
     first_step = 2
     for name, stream in streams.items():
         assigned = {kind: partial(assign, table, stream, first_step) for kind, table in tables.items()}
-        yield from rows_of(assigned, name, options, device)
+        add_rows(report, "slots", assigned, name, options, device)
         first_step += len(stream.ids)
+
+
+def add_rows(
+    report: Row, section: str, steps: Mapping[str, Step], stream: str, options: argparse.Namespace, device: torch.device
+) -> None:
+    """Time all steps on a stream, unless the report has them."""
+    attempt(report, section, {"stream": stream}, lambda: list(rows_of(steps, options, device)), options.output)
 
 
 class StaticTable:
@@ -158,22 +168,35 @@ class ShardedTable:
         self.optimizer.step()
 
 
-def train_report(streams: Mapping[str, Stream], options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+def train_report(streams: Mapping[str, Stream], report: Row, options: argparse.Namespace, device: torch.device) -> None:
     """Training steps of whole tables, and their time relative to FBGEMM's table with all rows in GPU memory."""
     mesh = meshes.start()
     part = {"evict_strategy": "lru", "item_vocab_gpu_capacity_ratio": options.cached}
-    tables: dict[str, StaticTable | ShardedTable] = {
-        BASELINE: StaticTable(options, device, cached=False),
-        "static TBE, cached": StaticTable(options, device, cached=True),
-        "static, sharded": ShardedTable(options, mesh),
-        **{f"dynamic {policy}": ShardedTable(options, mesh, evict_strategy=policy) for policy in POLICIES},
-        "dynamic lru, cached": ShardedTable(options, mesh, **part, caching=True),
-        "dynamic lru, split": ShardedTable(options, mesh, **part, caching=False),
+    kinds: dict[str, Callable[[], StaticTable | ShardedTable]] = {
+        BASELINE: lambda: StaticTable(options, device, cached=False),
+        "static TBE, cached": lambda: StaticTable(options, device, cached=True),
+        "static, sharded": lambda: ShardedTable(options, mesh),
+        **{f"dynamic {policy}": partial(ShardedTable, options, mesh, evict_strategy=policy) for policy in POLICIES},
+        "dynamic lru, cached": lambda: ShardedTable(options, mesh, **part, caching=True),
+        "dynamic lru, split": lambda: ShardedTable(options, mesh, **part, caching=False),
     }
     grad = torch.randn(options.lookups, options.dim, device=device) * 1e-3
-    for stream_name, stream in streams.items():
-        steps = {name: partial(table.train, stream, grad) for name, table in tables.items()}
-        for row in (rows := list(rows_of(steps, stream_name, options, device))):
+    tables: dict[str, StaticTable | ShardedTable] = {}
+
+    def try_out(name: str) -> list[Row]:
+        table = kinds[name]()
+        table.train(streams["fits"], grad, 0)
+        tables[name] = table
+        return [{}]
+
+    for name in kinds:
+        attempt(report, "tables", {"variant": name}, partial(try_out, name), options.output)
+
+    def timed(stream: Stream) -> list[Row]:
+        rows = list(
+            rows_of({name: partial(each.train, stream, grad) for name, each in tables.items()}, options, device)
+        )
+        for row in rows:
             row["times_baseline"] = round(row["ms"] / rows[0]["ms"], 3)
             table = tables[row["variant"]]
             for dynamic in table.dynamic() if isinstance(table, ShardedTable) else ():
@@ -181,7 +204,10 @@ def train_report(streams: Mapping[str, Stream], options: argparse.Namespace, dev
                 row["hit_rate"] = round(counters.hits / counters.lookups, 4)
                 row["evictions_a_batch"] = counters.evictions // len(stream.ids)
                 dynamic.pop_figures()
-        yield from rows
+        return rows
+
+    for stream_name, stream in streams.items():
+        attempt(report, "train", {"stream": stream_name}, partial(timed, stream), options.output)
     meshes.finish()
 
 
@@ -212,9 +238,10 @@ def main() -> None:
         "fits": Stream(options.rows, options, device),
         "evicts": Stream(options.rows * options.pressure, options, device),
     }
-    sizes = {name: getattr(options, name) for name in ("rows", "lookups", "dim", "alpha", "pressure", "cached")}
-    slots = list(slots_report(streams, options, device))
-    finish(report | sizes | {"slots": slots, "train": list(train_report(streams, options, device))}, options)
+    report |= {name: getattr(options, name) for name in ("rows", "lookups", "dim", "alpha", "pressure", "cached")}
+    slots_report(streams, report, options, device)
+    train_report(streams, report, options, device)
+    finish(report, options)
 
 
 if __name__ == "__main__":

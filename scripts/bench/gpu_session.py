@@ -1,20 +1,22 @@
-"""Measure on a GPU that is lent for minutes: one stage after the other, the most valuable item first.
+"""Measure everything on a GPU that is at hand for minutes: five parts, the most important item of each first.
 
-    python scripts/bench/gpu_session.py --stage 1 --budget-s 540 --out results
-    python scripts/bench/gpu_session.py --stage 1 --budget-s 540 --out results --dry-run    rehearse it on a CPU
+    python scripts/bench/gpu_session.py --part 1 2 --budget-s 560 --out results        measure
+    python scripts/bench/gpu_session.py --part 1 2 --budget-s 560 --out results --dry-run      rehearse on a CPU
+    python scripts/bench/gpu_session.py --report results               write docs/benchmarks/gpu/README.md from results
 
-Every item is a process with its own time limit. Whatever it does, its record is written before the next item begins:
-exit code, seconds, the end of its output, and its report in OUT/stage-N.json. An item that has ended well is skipped by
-a later call; one that failed, or that the budget left no time for, is tried again. A budget counts seconds from the
-start of the call. The machine, its versions and the ceilings of the device are in every report.
+Each item is a process with its own time limit. OUT/part-N.json is complete on the disk after every result, also within
+an item, so that a kill loses only what was in progress. Items that end well are skipped by a later call with the same
+--out, or with --continue-from and a copy of its files; of the others the results that exist are kept. Where an item
+loses its process, another process measures what it had not begun. A budget counts seconds from the start of the call.
 
-With --dry-run, all items run on a CPU at tiny sizes, so that a mistake costs no time on the GPU. What cannot run there
-lists what it would do, or is left out. Records of a rehearsal lie in OUT/dry-run.
+With --dry-run all items run on a CPU at tiny sizes: a mistake then costs no time on the GPU. Kernels for GPUs are
+compiled and not launched. Records of a rehearsal lie in OUT/dry-run.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -23,170 +25,50 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCH = "scripts/bench"
-REPORT = "REPORT"
-"""In a command: the file to which it writes JSON."""
-SCRATCH = "SCRATCH"
-"""In a command: an empty directory that is deleted after it."""
-TAIL, TAIL_WITH_REPORT = 3000, 300
+sys.path.insert(0, str(ROOT))
+from gpu_parts import DATA, LIMITS_S, OUT, PARTS, REPORT, SCRATCH, Item  # noqa: E402
+
+TAIL, TAIL_WITH_REPORT = 6000, 600
 """Characters of an item's output that are kept, without and with a report."""
-LARGEST = 400_000
+LARGEST = 1_000_000
 """Bytes of an item's report beyond which it is left out."""
+POLL_S = 0.5
 KILL_S = 10.0
 START_S = 15.0
 """Least time for which an item is begun."""
-BENCHMARK = "configs/benchmark_ranking.gin"
-SMALL_RUN = (
-    *("NetworkArgs.num_layers = 1", "NetworkArgs.hidden_size = 32", "NetworkArgs.kv_channels = 16"),
-    *("items/FeatureArgs.max_sequence_length = 8", "TrainerArgs.train_batch_size = 2"),
-    *("item/EmbeddingArgs.item_vocab_size_or_capacity = 100", "user/EmbeddingArgs.item_vocab_size_or_capacity = 100"),
+PACKAGES = (
+    "torch",
+    "triton",
+    "fbgemm_gpu",
+    "torchrec",
+    "megatron.core",
+    "gin",
+    "cutlass",
+    "duckdb",
+    "pyarrow",
+    "pytest",
 )
-"""Bindings that make the benchmark's model tiny."""
-STRICT = "NetworkArgs.strict_kernel_backend = True"
-"""No other kernels than those that the item names."""
-ML_1M = "configs/ml_1m_retrieval.gin"
-
-
-@dataclass(frozen=True)
-class Item:
-    """A command to run."""
-
-    name: str
-    limit_s: float
-    """Seconds after which it is killed."""
-    command: Sequence[str]
-    """Arguments of Python, or a program and its arguments if ``is_program``."""
-    rehearsal: Sequence[str] | None
-    """The same on a CPU at a tiny size; None: it cannot be rehearsed."""
-    is_program: bool = False
-
-
-def bench(script: str, *options: str) -> list[str]:
-    """A benchmark that writes its report."""
-    return [f"{BENCH}/{script}.py", *options, "--output", REPORT]
-
-
-def measured(script: str, limit_s: float, gpu: Sequence[str] = (), tiny: Sequence[str] = (), name: str = "") -> Item:
-    """An operator benchmark on both devices."""
-    always = ("--no-compile",)
-    return Item(
-        name or script,
-        limit_s,
-        bench(script, "--device", "cuda", "--rounds", "10", *always, *gpu),
-        bench(script, "--device", "cpu", "--rounds", "1", "--threads", "1", *always, *tiny),
-    )
-
-
-def step(name: str, limit_s: float, *bindings: str, options: Sequence[str] = ("--steps", "40")) -> Item:
-    """Steps of the benchmark's model."""
-    small = ("--steps", "2") if "--compare" not in options else options
-    return Item(
-        name,
-        limit_s,
-        bench("step_gpu", *options, "--bindings", STRICT, *bindings),
-        bench("step_gpu", *small, "--bindings", *SMALL_RUN, *bindings),
-    )
-
-
-def self_check(backend: str, limit_s: float) -> Item:
-    """All kernels of a backend against PyTorch, with outputs that are filled with nan, each of them twice."""
-    module = ["-m", f"hstu.ops.{backend}.self_check"]
-    return Item(f"{backend} against PyTorch", limit_s, module, [*module, "--list", "--device", "cpu"])
-
-
-def sanitizer(tool: str, backend: str) -> Item:
-    """The smallest kernels under compute-sanitizer."""
-    module = ["-m", f"hstu.ops.{backend}.self_check", "--head-dim", "64", "--dtype", "bfloat16"]
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, *module]
-    return Item(f"{tool}, {backend}", 240, command, [*module, "--list", "--device", "cpu"], is_program=True)
-
-
-WIDTH_128 = ("NetworkArgs.item_embedding_dim = 128", "NetworkArgs.contextual_embedding_dim = 128")
-"""The widths of NVIDIA's benchmark. MLPs take them to the hidden size."""
-ML_1M_STEPS = (
-    *("pretrain_gr_retrieval.py", "--gin-config-file", ML_1M, "--gin-bindings"),
-    *(
-        "TrainerArgs.num_train_epochs = None",
-        "TrainerArgs.max_train_iters = 100",
-        "TrainerArgs.eval_at_end = False",
-        "TrainerArgs.ckpt_save_interval = -1",
-        f"TrainerArgs.output_dir = '{SCRATCH}'",
-    ),
-)
-COMPARE = ("--compare", "none", "native", "prefetch", "--steps", "3")
-UVM = "item/EmbeddingArgs.compute_kernel = 'fused_uvm'"
-CACHED = "item/EmbeddingArgs.compute_kernel = 'fused_uvm_caching'"
-STAGES: dict[int, tuple[Item, ...]] = {
-    1: (  # is it right?
-        self_check("cutlass", 300),
-        self_check("triton", 420),
-        measured("layer_operators", 120, name="machine and ceilings"),
-        sanitizer("memcheck", "cutlass"),
-        sanitizer("racecheck", "cutlass"),
-        sanitizer("memcheck", "triton"),
-        sanitizer("racecheck", "triton"),
-    ),
-    2: (  # the kernels
-        measured("attention", 300, ("--length", "4096", "512", "1024"), ("--length", "32"), "attention to 4096"),
-        measured("layer", 240, (), ("--length", "32")),
-        measured("attention", 300, ("--length", "2048", "8192", "16384"), ("--length", "32"), "attention to 16384"),
-        measured("negatives", 120, (), ("--queries", "32", "--pool", "16", "--draws", "4", "--dim", "8")),
-        measured("jagged", 90, (), ("--sequences", "4", "--width", "8")),
-    ),
-    3: (  # the step
-        step("step, cutlass", 240),
-        Item(
-            "host time by module",
-            180,
-            bench("step_profile", "ranking", BENCHMARK),
-            bench("step_profile", "ranking", BENCHMARK, "--steps", "1", "--bindings", *SMALL_RUN),
-        ),
-        step("step, triton", 240, "NetworkArgs.kernel_backend = 'triton'"),
-        step("step, width 128", 240, *WIDTH_128),
-        step("equal losses", 300, options=COMPARE),
-    ),
-    4: (  # dynamic tables, real data, tests
-        Item(
-            "dynamic tables",
-            300,
-            bench("dynamic_gpu", "--device", "cuda", "--rounds", "10"),
-            bench("dynamic_gpu", "--rounds", "1", "--rows", "300", "--lookups", "256"),
-        ),
-        Item("ml-1m, 100 steps", 240, ML_1M_STEPS, [*ML_1M_STEPS[:6], "--validate-only", "--quick"]),
-        Item(
-            "pytest -m gpu",
-            580,
-            ["-m", "pytest", "-m", "gpu", "--durations=20"],
-            ["-m", "pytest", "-m", "gpu", "--durations=20", "tests/ops/cutlass/test_self_check.py"],
-        ),
-    ),
-    5: (  # tables in host memory
-        step("step, uvm caching", 240, CACHED, options=("--steps", "20")),
-        step("step, uvm caching, prefetch", 240, CACHED, "TrainerArgs.pipeline_type = 'prefetch'"),
-        step("step, uvm", 240, UVM, options=("--steps", "20")),
-        step("equal losses, uvm caching", 300, CACHED, options=COMPARE),
-    ),
-}
 
 
 class Records:
-    """The file of a stage: one record per item, complete on the disk after each change."""
+    """The file of a part: one record per item, complete on the disk after each change."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, earlier: Path | None = None) -> None:
         self.file = file
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.items: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        source = file if file.exists() or earlier is None else earlier
+        self.items: dict[str, Any] = json.loads(source.read_text(encoding="utf-8")) if source.exists() else {}
 
     def done(self, name: str) -> bool:
         """Whether the item has ended well before."""
-        return bool(self.items.get(name, {}).get("exit_code") == 0)
+        record = self.items.get(name, {})
+        return record.get("exit_code") == 0 and not failures(record)
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Replace the record of an item."""
@@ -200,57 +82,122 @@ class Records:
         os.replace(written, self.file)
 
 
-def run(item: Item, limit_s: float, rehearse: bool) -> dict[str, Any]:
-    """Run an item to its end or its limit; returns its record."""
-    command = list(item.rehearsal or ()) if rehearse else list(item.command)
-    with tempfile.TemporaryDirectory() as folder:
-        report, output = Path(folder) / "report.json", Path(folder) / "output"
-        places = {REPORT: str(report), SCRATCH: str(Path(folder) / "scratch")}
-        for name, place in places.items():
-            command = [part.replace(name, place) for part in command]
-        if rehearse or not item.is_program:
-            command = [sys.executable, *command]
-        paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        if rehearse:
-            environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        begun = time.monotonic()
-        code = _exit_code(command, limit_s, environment, output)
-        record: dict[str, Any] = {
-            "exit_code": code,
-            "seconds": round(time.monotonic() - begun, 1),
-            "tail": output.read_text(encoding="utf-8", errors="replace")[-TAIL:],
-        }
-        if code is None:
-            record["killed_after_s"] = limit_s
-        if report.exists() and report.stat().st_size <= LARGEST:
-            record["report"] = _json_or_text(report.read_text(encoding="utf-8"))
-            record["tail"] = record["tail"][-TAIL_WITH_REPORT:]
-    return record
+def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The results of an item that reports several."""
+    report = record.get("report")
+    lists = [value for value in report.values() if isinstance(value, list)] if isinstance(report, dict) else []
+    return [row for rows in lists for row in rows if isinstance(row, dict)]
 
 
-def _exit_code(command: list[str], limit_s: float, environment: Mapping[str, str], output: Path) -> int | str | None:
-    """The exit code; None if the limit ended it; why, if it cannot be started."""
-    with output.open("wb") as sink:
+def failures(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The results that are errors. A refusal is none: it says what this machine or configuration cannot do."""
+    return [row for row in rows_of(record) if "error" in row]
+
+
+def without_failures(report: Any) -> Any:
+    """The report that a new process continues."""
+    if not isinstance(report, dict):
+        return None
+    return {
+        key: [row for row in value if not (isinstance(row, dict) and "error" in row)]
+        if isinstance(value, list)
+        else value
+        for key, value in report.items()
+    }
+
+
+class Runner:
+    """Runs items one after the other and records them."""
+
+    def __init__(self, records: Records, options: argparse.Namespace) -> None:
+        self.records, self.options = records, options
+
+    def run(self, item: Item, limit_s: float) -> dict[str, Any]:
+        """Run an item to its end or its limit; returns its record, which is also in the file."""
+        ends = time.monotonic() + limit_s
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.json"
+            kept = without_failures(self.records.items.get(item.name, {}).get("report"))
+            if kept:
+                report.write_text(json.dumps(kept), encoding="utf-8")
+            while True:
+                before = len(rows_of({"report": _read(report)}))
+                record = self._run_once(item, max(1.0, ends - time.monotonic()), Path(folder), report)
+                more = len(rows_of(record)) > before
+                if not (record["exit_code"] and item.resumes and more and ends - time.monotonic() > START_S):
+                    return record
+
+    def _run_once(self, item: Item, limit_s: float, folder: Path, report: Path) -> dict[str, Any]:
+        output, begun = folder / "output", time.monotonic()
+        earlier_s = self.records.items.get(item.name, {}).get("seconds", 0.0) if report.exists() else 0.0
+
+        def record(code: int | str | None, **more: Any) -> dict[str, Any]:
+            found = _read(report)
+            text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
+            tail = text[-(TAIL if found is None else TAIL_WITH_REPORT) :]
+            spent = round(time.monotonic() - begun, 1)
+            record = {"exit_code": code, "seconds": spent, **more, "tail": tail}
+            if earlier_s:
+                record["seconds_before"] = earlier_s
+            return record if found is None else record | {"report": found}
+
+        self.records.write(item.name, record("it was running when the session ended"))
+        with output.open("wb") as sink:
+            try:
+                process = subprocess.Popen(
+                    self._command(item, folder, report),
+                    cwd=ROOT,
+                    env=self._environment(),
+                    stdout=sink,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                found = record(str(error))
+                self.records.write(item.name, found)
+                return found
         try:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        except OSError as error:
-            return str(error)
-    try:
-        return process.wait(limit_s)
-    except BaseException as stop:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # stuck in the driver
-            process.wait(KILL_S)
-        if isinstance(stop, subprocess.TimeoutExpired):
-            return None
-        raise
+            changed = 0.0
+            while time.monotonic() - begun < limit_s:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_S)
+                    break
+                if report.exists() and report.stat().st_mtime != changed:
+                    changed = report.stat().st_mtime
+                    self.records.write(item.name, record("it was running when the session ended"))
+        finally:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                with suppress(subprocess.TimeoutExpired):  # stuck in the driver
+                    process.wait(KILL_S)
+                found = record(None, killed_after_s=round(limit_s, 1))
+            else:
+                found = record(process.returncode)
+            self.records.write(item.name, found)
+        return found
+
+    def _command(self, item: Item, folder: Path, report: Path) -> list[str]:
+        rehearse = self.options.dry_run
+        command = list((item.rehearsal or ()) if rehearse else item.command)
+        places = {REPORT: report, SCRATCH: folder / "scratch", OUT: self.records.file.parent, DATA: self.options.data}
+        for name, place in places.items():
+            command = [part.replace(name, str(place)) for part in command]
+        return command if item.is_program and not rehearse else [sys.executable, *command]
+
+    def _environment(self) -> dict[str, str]:
+        paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        if self.options.dry_run:
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        return environment
 
 
-def _json_or_text(text: str) -> Any:
+def _read(report: Path) -> Any:
+    """An item's report; None if it has none yet."""
+    if not report.exists() or report.stat().st_size > LARGEST:
+        return None
+    text = report.read_text(encoding="utf-8")
     try:
         return json.loads(text)
     except ValueError:
@@ -267,28 +214,82 @@ def machine() -> dict[str, Any]:
     return {"fields": fields, "gpu": done.stdout.strip() or done.stderr.strip()}
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, choices=tuple(STAGES), required=True)
-    parser.add_argument("--budget-s", type=float, required=True, help="seconds for this call")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the records")
-    parser.add_argument("--only", nargs="+", help="items whose names contain one of these")
-    parser.add_argument("--dry-run", action="store_true", help="rehearse on a CPU at tiny sizes")
-    return parser.parse_args(argv)
+def imports(output: Path) -> None:
+    """Import every package, each with its version and time, and multiply matrices on the GPU."""
+    from harness import attempt
+
+    def load(name: str) -> list[dict[str, Any]]:
+        begun = time.perf_counter()
+        module = importlib.import_module(name)
+        version = getattr(module, "__version__", "")
+        return [{"version": str(version), "seconds": round(time.perf_counter() - begun, 1)}]
+
+    def multiply() -> list[dict[str, Any]]:
+        import torch
+
+        if not torch.cuda.is_available():
+            return [{"refused": f"PyTorch {torch.__version__} sees no GPU"}]
+        a = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+        capability = torch.cuda.get_device_capability()
+        return [{"device": torch.cuda.get_device_name(), "capability": capability, "sum": float((a @ a).sum())}]
+
+    report: dict[str, Any] = {}
+    for name in PACKAGES:
+        attempt(report, "imports", {"variant": name}, lambda name=name: load(name), output)
+    attempt(report, "imports", {"variant": "a product on the GPU"}, multiply, output)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the items of a stage; returns 1 if one of them has failed or was not run."""
-    options = parse(argv)
-    ends = time.monotonic() + options.budget_s
+def state_of(record: Mapping[str, Any]) -> str:
+    """How an item ended."""
+    code, rows, failed = record["exit_code"], len(rows_of(record)), len(failures(record))
+    ended = "ok" if code == 0 else f"killed after {record['killed_after_s']} s" if code is None else f"failed ({code})"
+    if failed:
+        ended = f"{failed} of {rows} failed" if code == 0 else f"{ended}, {failed} of {rows} failed"
+    return f"{ended}, {record['seconds']:.0f} s"
+
+
+def lines_of(record: Mapping[str, Any]) -> list[str]:
+    """The results of an item in short lines; the output of one that failed without results."""
+    lines = []
+    for row in rows_of(record):
+        named = ("operator", "case", "stream", "length", "lengths", "variant")
+        name = " ".join(str(row[key]) for key in named if key in row)
+        if message := row.get("error") or row.get("refused"):
+            lines.append(f"{'ERROR' if 'error' in row else 'refused'} {name}: {message[:300]}")
+            continue
+        units = ("step_ms", "mfu_percent", "tflops", "peak_memory_gb", "busy_ms", "idle_ms", "overlap_ms", "difference")
+        units += (
+            "forward_gflops",
+            "backward_gflops",
+            "gflops",
+            "gb_s",
+            "ms",
+            "version",
+            "errors",
+            "passed",
+            "losses_equal",
+        )
+        found = [f"{unit}={row[unit]}" for unit in units if row.get(unit) is not None]
+        if found:
+            lines.append(f"{name}: {' '.join(found)}")
+        lines += [f"  {message[:300]}" for message in row.get("messages", ()) if "kernel" in message.lower()]
+    if not lines and record["exit_code"] != 0:
+        lines = record["tail"].splitlines()[-8:]
+    return lines
+
+
+def run_part(part: int, options: argparse.Namespace, ends: float) -> bool:
+    """Run the items of a part and print its table; returns whether all ended well."""
     folder = options.out / "dry-run" if options.dry_run else options.out
-    records = Records(folder / f"stage-{options.stage}.json")
+    name = f"part-{part}.json"
+    earlier = options.continue_from / name if options.continue_from else None
+    records = Records(folder / name, earlier)
     records.write("machine", machine() | {"python": sys.version, "at": time.strftime("%Y-%m-%d %H:%M:%S")})
-    rows = []
-    for item in STAGES[options.stage]:
+    ends = min(ends, time.monotonic() + LIMITS_S[part])
+    runner, rows = Runner(records, options), []
+    for item in PARTS[part]:
         left = ends - time.monotonic()
-        if options.only and not any(part in item.name for part in options.only):
+        if options.only and not any(text in item.name for text in options.only):
             continue
         if records.done(item.name):
             state = "done before"
@@ -298,17 +299,51 @@ def main(argv: list[str] | None = None) -> int:
             state = "no time left"
         else:
             print(f"{item.name} …", flush=True)
-            record = run(item, min(item.limit_s, left), options.dry_run)
-            records.write(item.name, record)
-            code = record["exit_code"]
-            state = "ok" if code == 0 else "killed at its limit" if code is None else f"failed ({code})"
-            state += f" after {record['seconds']} s"
-            if code != 0:
-                print(record["tail"][-600:], flush=True)
+            state = state_of(runner.run(item, min(item.limit_s, left)))
         rows.append((item.name, state))
-    print(*(f"{name:32} {state}" for name, state in rows), sep="\n")
-    print(f"records: {records.file}")
-    return 0 if all(state.startswith(("ok", "done", "not on")) for _, state in rows) else 1
+    print(f"\npart {part}")
+    for item_name, state in rows:
+        print(f"{item_name:34} {state}")
+        if item_name in records.items:
+            print(*(f"    {line}" for line in lines_of(records.items[item_name])), sep="\n")
+    print(f"records: {records.file}", flush=True)
+    return all(state.startswith(("ok", "done", "not on")) for _, state in rows)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--part", type=int, nargs="+", choices=tuple(PARTS), help="in this order")
+    what.add_argument("--report", type=Path, metavar="DIR", help="write the report of the records in this directory")
+    what.add_argument("--imports", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--budget-s", type=float, default=540.0, help="seconds for this call (540)")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="directory of the records")
+    parser.add_argument(
+        "--continue-from", type=Path, metavar="DIR", help="records of an earlier call, which are not changed"
+    )
+    parser.add_argument("--data", type=Path, default=Path("tmp_data/ml-1m"), help="preprocessed MovieLens-1M")
+    parser.add_argument("--only", nargs="+", help="items whose names contain one of these")
+    parser.add_argument("--dry-run", action="store_true", help="rehearse on a CPU at tiny sizes")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/benchmarks/gpu/README.md", help="file of the report")
+    options = parser.parse_args(argv)
+    options.out, options.data = options.out.absolute(), options.data.absolute()
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the parts; returns 1 if an item has failed or was not run."""
+    options = parse(argv)
+    if options.imports:
+        imports(options.imports)
+        return 0
+    if options.report:
+        from gpu_report import write_page
+
+        write_page(options.report, options.page)
+        return 0
+    ends = time.monotonic() + options.budget_s
+    return 0 if all([run_part(part, options, ends) for part in options.part]) else 1
 
 
 if __name__ == "__main__":

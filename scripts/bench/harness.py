@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -47,6 +48,54 @@ class Pass:
         """A gradient of ones for each output."""
         out = self.forward()
         return [torch.ones_like(each.detach()) for each in ((out,) if isinstance(out, Tensor) else out)]
+
+
+def runnable(passes: Mapping[str, Pass]) -> tuple[dict[str, Pass], list[Row]]:
+    """The passes whose forward and backward run here, and a row with the error of each other one."""
+    run, failed = {}, []
+    for name, each in passes.items():
+        try:
+            torch.autograd.grad(each.forward(), each.leaves, each.slopes(), allow_unused=True)
+            run[name] = each
+        except Exception as error:
+            failed.append({"variant": name, "error": describe(error)})
+            stop_if_lost()
+    return run, failed
+
+
+def describe(error: BaseException) -> str:
+    """The kind of an error and the beginning of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]
+
+
+def stop_if_lost() -> None:
+    """End the process if an error has made CUDA unusable for it: another process measures what is left."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise SystemExit(f"the GPU is lost for this process: {describe(error)}") from error
+
+
+def attempt(report: Row, section: str, case: Row, measure: Callable[[], Sequence[Row]], output: Path | None) -> None:
+    """Add a case's rows to a section of the report, and write the report. A case that it has already is skipped.
+
+    Each row begins with the entries of ``case``. An error becomes a row, too. While the case is measured, its row says
+    so: that is what stays if the process ends.
+    """
+    rows = report.setdefault(section, [])
+    if any(case.items() <= row.items() for row in rows):
+        return
+    rows.append(case | {"error": "the process ended while it was measured"})
+    write(report, output)
+    try:
+        found = measure()
+    except Exception as error:
+        found = [{"error": describe(error)}]
+    rows[-1:] = [case | row for row in found]
+    write(report, output)
+    if any("error" in row for row in found):
+        stop_if_lost()
 
 
 def time_passes(
@@ -201,6 +250,12 @@ def ceiling(report: Row, name: str) -> float:
     return float(max(report["ceilings"][name], report["ceilings_after"][name]))
 
 
+def relative_error(computed: Tensor, exact: Tensor) -> float:
+    """Norm of the error relative to the norm of ``exact``."""
+    exact = exact.double()
+    return float(f"{float((computed.double() - exact).norm() / exact.norm()):.2e}")
+
+
 def _best(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     times = []
     for _ in range(repeats + WARM_UP):
@@ -232,7 +287,8 @@ def command_line(
     if threads is not None:
         result.add_argument("--threads", type=int, default=threads, help="on a CPU; 0: all that this process may use")
     if output:
-        result.add_argument("--output", type=Path, help="also write the results here")
+        result.add_argument("--output", type=Path, help="also write the results here, each as soon as it exists")
+        result.add_argument("--resume", action="store_true", help="keep the results that --output has")
     return result
 
 
@@ -256,7 +312,7 @@ def begin(options: argparse.Namespace) -> tuple[torch.device, Row]:
     where = (
         {"device": torch.cuda.get_device_name()} if on_gpu else {"device": "cpu", "threads": torch.get_num_threads()}
     )
-    return device, {**where, "torch": torch.__version__, "ceilings": ceilings(device)}
+    return device, {**where, "torch": torch.__version__, "ceilings": ceilings(device)} | earlier(options)
 
 
 def finish(report: Row, options: argparse.Namespace) -> None:
@@ -285,11 +341,23 @@ def _line(value: Any) -> str:
 
 def publish(report: Any, output: Path | None = None) -> None:
     """Print the report and, where ``output`` names a file, write it there."""
-    text = to_json(report)
-    print(text, end="")
+    print(to_json(report), end="")
+    write(report, output)
+
+
+def write(report: Any, output: Path | None) -> None:
+    """Replace the file as a whole, so that a reader, or a kill, finds the old report or the new one."""
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        written = output.with_suffix(".new")
+        written.write_text(to_json(report), encoding="utf-8")
+        os.replace(written, output)
+
+
+def earlier(options: argparse.Namespace) -> Row:
+    """With --resume, what an earlier process has written to --output."""
+    found: Row = json.loads(options.output.read_text()) if options.resume and options.output.exists() else {}
+    return found
 
 
 @dataclass(frozen=True)

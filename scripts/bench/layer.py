@@ -7,7 +7,7 @@ Time: bfloat16 by autocast, and on a CPU also float32. The padded layer runs as 
 of ML-1M retrieval (128 sequences of 107 items on average, one head of 50, relative bias), and wider ones (4 heads of
 64) over sequences of equal length. On a GPU: hidden size 1024, 4 heads of 256, 32 sequences. Operations are counted as
 NVIDIA recsys-examples counts them (hstu/ops/costs.py), without those that padding adds. "parts" are the kernels in
-which our layer spends the most time, by the profiler. With --output FILE.json it also draws FILE.png.
+which our layer spends the most time, by the profiler. With --output FILE.json it also draws FILE.png on a CPU.
 
 Memory, on a CPU, for each recomputation option of NetworkArgs, compute type and backend: bytes per token and layer that
 stay allocated after the forward pass, beside the formula hstu.ops.layer.saved_bytes; the peak of a step in bytes per
@@ -20,6 +20,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from harness import (
     Panel,
     Pass,
     Row,
+    attempt,
     begin,
     ceiling,
     compiled,
@@ -41,6 +43,7 @@ from harness import (
     operator_command_line,
     publish,
     rates,
+    runnable,
     time_in_turn,
     time_passes,
 )
@@ -147,6 +150,18 @@ def passes_of(case: Case, dtype: torch.dtype, device: torch.device, with_compile
             quick = compiled(plain)
             passes["padded, compiled"] = Pass(lambda: run_layer(quick, rows, dtype, spread, mask), leaves)  # type: ignore[arg-type]
     return passes
+
+
+def measure(case: Case, dtype: torch.dtype, device: torch.device, options: argparse.Namespace, parts: Row) -> list[Row]:
+    """One row per variant. Adds the kernels of our first one to ``parts``."""
+    passes, rows = runnable(passes_of(case, dtype, device, options.compile))
+    forward, backward = case.flops()
+    for name, times in time_passes(passes, device, options.rounds).items():
+        rows.append(rates({"variant": name, **times}, forward, backward, "gflops"))
+    if passes:
+        spent = kernel_times(next(iter(passes.values())), device)
+        parts[f"{case.name}, {name_of(dtype)}"] = longest_kernels(spent, PARTS)
+    return rows
 
 
 def plot(report: Row, image: Path) -> None:
@@ -274,18 +289,13 @@ def main() -> None:
         publish(memory_report(options.rounds), options.output)
         return
     device, report = begin(options)
-    report |= {"layers": [], "parts": {}}
+    report.setdefault("parts", {})
     for case in cases_of(options):
-        forward, backward = case.flops()
         for dtype in DTYPES[device.type]:
-            passes = passes_of(case, dtype, device, options.compile)
-            for name, times in time_passes(passes, device, options.rounds).items():
-                row = {"case": case.name, "variant": name, "dtype": name_of(dtype), **times}
-                report["layers"].append(rates(row, forward, backward, "gflops"))
-            parts = kernel_times(next(iter(passes.values())), device)
-            report["parts"][f"{case.name}, {name_of(dtype)}"] = longest_kernels(parts, PARTS)
+            timed = partial(measure, case, dtype, device, options, report["parts"])
+            attempt(report, "layers", {"case": case.name, "dtype": name_of(dtype)}, timed, options.output)
     finish(report, options)
-    if options.output:
+    if options.output and device.type == "cpu":
         plot(report, options.output.with_suffix(".png"))
 
 

@@ -1,24 +1,39 @@
-"""Time the operators of a layer besides attention: W_uvqk with SiLU beside cuBLAS and SiLU, norm and gate in GB/s.
+"""Time the operators of a layer besides attention beside PyTorch, and compare them with float64 at the same shapes.
 
     python scripts/bench/layer_operators.py [--device cuda] [--output operators.json]
 
 bfloat16 with a float32 residual stream, as in training. GB/s count the bytes that must be read and written at least,
-so that "copy_gb_s" of the ceilings is the limit. GFLOPS count matrix products.
+so that "copy_gb_s" of the ceilings is the limit. GFLOPS count matrix products. "errors" are the norms of the errors of
+the outputs and gradients relative to the norms of those in float64.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from attention import BACKENDS
-from harness import Pass, Row, begin, finish, operator_command_line, rates, time_passes
+from harness import (
+    Pass,
+    Row,
+    attempt,
+    begin,
+    finish,
+    operator_command_line,
+    rates,
+    relative_error,
+    runnable,
+    time_passes,
+)
 from torch import Tensor
 
 from hstu.ops.functional import add_layer_norm, norm_mul_dropout, project_uvqk
-from hstu.ops.kernels import GateConfig, KernelShapes
+from hstu.ops.kernels import GateConfig, Kernels, KernelShapes
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.select import resolve_kernels
 
 SIZES = {"cpu": (512, 64, 2, 32), "cuda": (32 * 4096, 1024, 4, 256)}
@@ -26,58 +41,92 @@ SIZES = {"cpu": (512, 64, 2, 32), "cuda": (32 * 4096, 1024, 4, 256)}
 DTYPE = torch.bfloat16
 
 
-def rows_of(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """One record per operator and variant."""
+@dataclass(frozen=True)
+class Operator:
+    """An operator and the sizes of its inputs."""
+
+    name: str
+    run: Callable[..., tuple[Tensor, ...]]
+    """Takes kernels and the leaves."""
+    plain: Callable[..., tuple[Tensor, ...]] | None
+    """The same of PyTorch's own operators; takes the leaves."""
+    leaves: Callable[[], list[Tensor]]
+    amounts: tuple[float, float]
+    """Operations or bytes of forward and of backward."""
+    unit: str
+
+
+def operators(options: argparse.Namespace, device: torch.device) -> Iterator[Operator]:
+    """The operators at the sizes of the command line."""
     tokens, hidden, inner = options.tokens, options.hidden, options.heads * options.head_dim
-    shapes = KernelShapes(options.head_dim, options.heads, hidden, hidden, DTYPE)
-    kernels = resolve_kernels(BACKENDS[device.type][-1] if device.type == "cuda" else BACKENDS["cpu"][0], shapes)
 
     def of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype).requires_grad_()
 
-    normalized, weight, bias = of(tokens, hidden, dtype=DTYPE), of(4 * inner, hidden, dtype=DTYPE), of(4 * inner)
-    shift = bias.detach().to(DTYPE).requires_grad_()
-    projections = {
-        "ours": Pass(
-            lambda: project_uvqk(normalized, weight, shift, kernels.project_uvqk), [normalized, weight, shift]
-        ),
-        "PyTorch": Pass(lambda: F.silu(F.linear(normalized, weight, shift)), [normalized, weight, shift]),
-    }
     flops = 2.0 * tokens * hidden * 4 * inner
-    yield from _timed("W_uvqk and SiLU", projections, (flops, 2 * flops), "gflops", device, options.rounds)
+    yield Operator(
+        "W_uvqk and SiLU",
+        lambda kernels, x, weight, bias: (project_uvqk(x, weight, bias, kernels.project_uvqk),),
+        lambda x, weight, bias: (F.silu(F.linear(x, weight, bias)),),
+        lambda: [of(tokens, hidden, dtype=DTYPE), of(4 * inner, hidden, dtype=DTYPE), of(4 * inner, dtype=DTYPE)],
+        (flops, 2 * flops),
+        "gflops",
+    )
 
-    x, update, scale, offset = of(tokens, hidden), of(tokens, hidden, dtype=DTYPE), of(hidden), of(hidden)
+    def norm(kernels: Kernels, x: Tensor, update: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+        return add_layer_norm(x, update, scale, offset, 1e-6, update.dtype, kernels.add_layer_norm)
 
-    def ours() -> tuple[Tensor, ...]:
-        return add_layer_norm(x, update, scale, offset, 1e-6, DTYPE, kernels.add_layer_norm)
+    def plain_norm(x: Tensor, update: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+        return (total := x + update), F.layer_norm(total, (hidden,), scale, offset, 1e-6).to(update.dtype)
 
-    def plain() -> tuple[Tensor, ...]:
-        total = x + update
-        return total, F.layer_norm(total, (hidden,), scale, offset, 1e-6).to(DTYPE)
-
-    leaves, size = [x, update, scale, offset], tokens * hidden
-    norms = {"ours": Pass(ours, leaves), "PyTorch": Pass(plain, leaves)}
-    yield from _timed("residual and norm", norms, (12.0 * size, 16.0 * size), "gb_s", device, options.rounds)
-
-    attended, u = (of(tokens, options.heads, options.head_dim, dtype=DTYPE) for _ in range(2))
-    gamma, beta = of(inner), of(inner)
-    gate = GateConfig(1e-6, 0.2)
-    gates = {
-        "ours": Pass(
-            lambda: norm_mul_dropout(attended, u, gamma, beta, gate, kernels.norm_mul_dropout),
-            [attended, u, gamma, beta],
-        )
-    }
+    size = tokens * hidden
+    yield Operator(
+        "residual and norm",
+        norm,
+        plain_norm,
+        lambda: [of(tokens, hidden), of(tokens, hidden, dtype=DTYPE), of(hidden), of(hidden)],
+        (12.0 * size, 16.0 * size),
+        "gb_s",
+    )
     size = tokens * inner
-    yield from _timed("norm, gate, dropout", gates, (6.0 * size, 10.0 * size), "gb_s", device, options.rounds)
+    for dropout in (0.0, 0.2):  # without dropout it can be compared
+        gate = GateConfig(1e-6, dropout)
+        yield Operator(
+            f"norm, gate, dropout {dropout}",
+            lambda kernels, *leaves, gate=gate: (norm_mul_dropout(*leaves, gate, kernels.norm_mul_dropout),),
+            None,
+            lambda: [
+                *(of(tokens, options.heads, options.head_dim, dtype=DTYPE) for _ in range(2)),
+                of(inner),
+                of(inner),
+            ],
+            (6.0 * size, 10.0 * size),
+            "gb_s",
+        )
 
 
-def _timed(
-    operator: str, passes: dict[str, Pass], amounts: tuple[float, float], unit: str, device: torch.device, rounds: int
-) -> Iterator[Row]:
-    """``amounts``: operations or bytes of forward and of backward."""
+def measure(operator: Operator, kernels: Kernels, device: torch.device, rounds: int) -> list[Row]:
+    """A row for ours and one for PyTorch."""
+    leaves = operator.leaves()
+    variants = {"ours": partial(operator.run, kernels), "PyTorch": operator.plain}
+    passes = {name: Pass(partial(run, *leaves), leaves) for name, run in variants.items() if run}
+    passes, rows = runnable(passes)
     for name, times in time_passes(passes, device, rounds).items():
-        yield rates({"operator": operator, "variant": name, **times}, *amounts, unit)
+        rows.append(rates({"variant": name, **times}, *operator.amounts, operator.unit))
+        if name == "ours" and "0.2" not in operator.name:
+            rows[-1]["errors"] = errors_of(operator, passes[name], leaves)
+    return rows
+
+
+def errors_of(operator: Operator, ours: Pass, leaves: list[Tensor]) -> list[float]:
+    """Of the outputs, and of the gradients of a random slope."""
+    out = ours.forward()
+    slopes = [torch.randn_like(x) for x in out]
+    computed = [*out, *torch.autograd.grad(out, leaves, slopes)]
+    doubled = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact = operator.run(REFERENCE_KERNELS, *doubled)
+    of_exact = torch.autograd.grad(exact, doubled, [x.double() for x in slopes])
+    return [relative_error(x, of) for x, of in zip(computed, [*exact, *of_exact], strict=True)]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -96,8 +145,13 @@ def main() -> None:
     """Measure and print."""
     options = parse()
     device, report = begin(options)
-    sizes = {name: getattr(options, name) for name in ("tokens", "hidden", "heads", "head_dim")}
-    finish(report | sizes | {"operators": list(rows_of(options, device))}, options)
+    report |= {name: getattr(options, name) for name in ("tokens", "hidden", "heads", "head_dim")}
+    shapes = KernelShapes(options.head_dim, options.heads, options.hidden, options.hidden, DTYPE)
+    kernels = resolve_kernels(BACKENDS[device.type][-1] if device.type == "cuda" else BACKENDS["cpu"][0], shapes)
+    for operator in operators(options, device):
+        timed = partial(measure, operator, kernels, device, options.rounds)
+        attempt(report, "operators", {"operator": operator.name}, timed, options.output)
+    finish(report, options)
 
 
 if __name__ == "__main__":

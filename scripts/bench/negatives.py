@@ -19,7 +19,7 @@ import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
 import torch
 import torch.nn.functional as F
 from attention import BACKENDS, LABELS, kernels_of
-from harness import Pass, begin, compiled, finish, operator_command_line, rate, time_passes
+from harness import Pass, begin, compiled, finish, operator_command_line, rate, runnable, time_passes
 from padded_baseline import gathered_loss
 from torch import Tensor
 
@@ -125,9 +125,8 @@ def main() -> None:
     device, report = begin(options)
     # FBGEMM implements the gradient of its gather below autograd, so torch warns. A test checks the gradient.
     warnings.filterwarnings("ignore", message="fbgemm::index_select_dim0")
-    passes = passes_of(options, device)
+    passes, rows = runnable(passes_of(options, device))
     losses = {name: float(each.forward().detach()) for name, each in passes.items()}
-    rows = []
     for name, times in time_passes(passes, device, options.rounds).items():
         scored = options.pool if name == "ours, whole pool" else options.draws
         operations = sampled_softmax(options.queries, scored, options.dim).flops

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from harness import command_line, publish
-from pipeline_cpu import prepare as prepare_training
+from training import prepare as prepare_training
 
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import BackgroundWriter, CheckpointStore

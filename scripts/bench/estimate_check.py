@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from harness import ROOT, command_line, publish
-from pipeline_cpu import prepare
+from training import prepare
 
 from hstu.config.gin_io import load
 from hstu.config.run_config import RunConfig

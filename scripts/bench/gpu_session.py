@@ -269,13 +269,11 @@ def lines_of(record: Mapping[str, Any]) -> list[str]:
             "passed",
             "losses_equal",
         )
-        found = [f"{unit}={row[unit]}" for unit in units if row.get(unit) is not None]
-        if found:
-            lines.append(f"{name}: {' '.join(found)}")
+        found = [f"{unit}={row[unit]}" for unit in units if row.get(unit)]
+        found += [f"{category}: {ms} ms" for category, ms in row.get("categories", {}).items()]
+        lines += [f"{name}: {' '.join(found)}"] if found else []
         lines += [f"  {message[:300]}" for message in row.get("messages", ()) if "kernel" in message.lower()]
-    if not lines and record["exit_code"] != 0:
-        lines = record["tail"].splitlines()[-8:]
-    return lines
+    return lines or [line[:300] for line in record["tail"].splitlines()[-1 if record["exit_code"] == 0 else -8 :]]
 
 
 def run_part(part: int, options: argparse.Namespace, ends: float) -> bool:
@@ -305,7 +303,7 @@ def run_part(part: int, options: argparse.Namespace, ends: float) -> bool:
     for item_name, state in rows:
         print(f"{item_name:34} {state}")
         if item_name in records.items:
-            print(*(f"    {line}" for line in lines_of(records.items[item_name])), sep="\n")
+            print("".join(f"    {line}\n" for line in lines_of(records.items[item_name])), end="")
     print(f"records: {records.file}", flush=True)
     return all(state.startswith(("ok", "done", "not on")) for _, state in rows)
 

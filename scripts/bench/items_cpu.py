@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from harness import Row, command_line, publish
-from pipeline_cpu import prepare
+from training import prepare
 
 from hstu.data.batch import NEGATIVES
 from hstu.observe.logging import quiet_libraries

@@ -257,7 +257,7 @@ def serve(pipe: Connection, world: World, rank: int, port: int) -> None:
     os.environ.update(_launcher_environment(world, rank, port))
     # Imported here, after the environment is set and the process has one core, so that libraries start one thread.
     import torch
-    from pipeline_cpu import prepare
+    from training import prepare
 
     from hstu.data.batch import HSTUBatch
     from hstu.observe.logging import quiet_libraries

@@ -34,8 +34,8 @@ import torch
 from attention import Shape, movielens_times
 from harness import Panel, command_line, draw, products, publish, time_in_turn
 from padded_baseline import PaddedBatch, PaddedModel, pad_batch
-from pipeline_cpu import prepare as prepare_training
 from torch.profiler import ProfilerActivity, profile, record_function
+from training import prepare as prepare_training
 
 from hstu.config.args import NetworkArgs, RetrievalArgs
 from hstu.config.gin_io import load

@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 from harness import Row, attempt, command_line, describe, earlier, publish
-from pipeline_cpu import Training, prepare
 from torch.profiler import DeviceType, ProfilerActivity, profile
+from training import Training, prepare
 
 from hstu.config.errors import UserError
 from hstu.model.precision import DTYPES

@@ -29,9 +29,9 @@ from unittest.mock import patch
 import torch
 import torch._meta_registrations as python_shapes
 from harness import Row, command_line, publish
-from pipeline_cpu import prepare
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
+from training import prepare
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import compute_cache_key, create_function_from_signature

@@ -144,7 +144,7 @@ def test_attention_with_a_span_reports_and_draws(monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "attention_window.png").stat().st_size > 10_000
 
 
-def test_the_layer_and_the_jagged_operators_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_layer_and_its_operators_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     layer, lengths = import_module("layer"), np.array([30, 30])
     shape = import_module("attention").Shape(lengths, 1, 8)
     monkeypatch.setattr(layer, "cases_of", lambda options: [layer.Case("30", shape, 16, relative_bias=True)])
@@ -152,8 +152,10 @@ def test_the_layer_and_the_jagged_operators_report(monkeypatch: pytest.MonkeyPat
     assert variants(written["layers"]) == {"ours, C++", "ours, PyTorch", "padded"}
     assert {row["dtype"] for row in written["layers"]} == {"float32", "bfloat16"}
     assert all("everything else" in parts for parts in written["parts"].values())  # type: ignore[attr-defined]
-    written = report(monkeypatch, tmp_path, "jagged", "--sequences", "4", "--width", "8")
-    assert len(variants(written["tokens"])) == 3
+    written = report(monkeypatch, tmp_path, "layer_operators", "--tokens", "64")
+    assert len(written["operators"]) == 6
+    worst = [max(row["errors"]) for row in written["operators"] if "errors" in row]
+    assert len(worst) == 3 and max(worst) < 0.01
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the whole step runs where the GPU is")

@@ -269,10 +269,11 @@ def lines_of(record: Mapping[str, Any]) -> list[str]:
             "passed",
             "losses_equal",
         )
-        found = [f"{unit}={row[unit]}" for unit in units if row.get(unit)]
+        found = [f"{unit}={row[unit]}" for unit in units if row.get(unit) or (unit == "difference" and unit in row)]
         found += [f"{category}: {ms} ms" for category, ms in row.get("categories", {}).items()]
         lines += [f"{name}: {' '.join(found)}"] if found else []
-        lines += [f"  {message[:300]}" for message in row.get("messages", ()) if "kernel" in message.lower()]
+        messages = (f"  {message[:300]}" for message in row.get("messages", ()) if "kernel" in message.lower())
+        lines += [message for message in messages if message not in lines]
     return lines or [line[:300] for line in record["tail"].splitlines()[-1 if record["exit_code"] == 0 else -8 :]]
 
 

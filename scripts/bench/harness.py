@@ -252,8 +252,8 @@ def ceiling(report: Row, name: str) -> float:
 
 def relative_error(computed: Tensor, exact: Tensor) -> float:
     """Norm of the error relative to the norm of ``exact``."""
-    exact = exact.double()
-    return float(f"{float((computed.double() - exact).norm() / exact.norm()):.2e}")
+    exact = exact.detach().double()
+    return float(f"{float((computed.detach().double() - exact).norm() / exact.norm()):.2e}")
 
 
 def _best(run: Callable[[], object], device: torch.device, repeats: int) -> float:

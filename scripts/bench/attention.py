@@ -199,10 +199,10 @@ def errors_of(ours: Pass, shape: Shape, device: torch.device) -> Row:
     out = ours.forward()
     grad = torch.randn_like(out)
     results = [out, *torch.autograd.grad(out, ours.leaves, grad)]
-    exact = [x[-length:, -1:].detach().double().requires_grad_() for x in ours.leaves]
+    q, k, v = exact = [x[-length:, -1:].detach().double().requires_grad_() for x in ours.leaves]
     layout = Shape(shape.lengths[-1:], 1, shape.head_dim).layout(device)
     config = AttentionConfig(shape.head_dim**-0.5, int(shape.lengths.max()))
-    reference = hstu_attention(*exact, layout, config, None, kernels_of(Backend.PYTORCH, shape.head_dim).attention)
+    reference = hstu_attention(q, k, v, layout, config, None, kernels_of(Backend.PYTORCH, shape.head_dim).attention)
     references = [reference, *torch.autograd.grad(reference, exact, grad[-length:, -1:].double())]
     pairs = zip(("O", "dQ", "dK", "dV"), results, references, strict=True)
     return {name: relative_error(x[-length:, -1:], of) for name, x, of in pairs}

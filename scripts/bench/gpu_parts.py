@@ -136,15 +136,15 @@ PARTS: dict[int, tuple[Item, ...]] = {
     1: (  # does it run, and are the losses right?
         Item(
             "imports",
-            20,
-            60,
+            25,
+            90,
             ["scripts/bench/gpu_session.py", "--imports", REPORT],
             ["scripts/bench/gpu_session.py", "--imports", REPORT],
         ),
         Item(
             "kernel backends on ML-1M",
             60,
-            110,
+            120,
             bench("step_gpu", *LOSSES, "--steps", "12", "--bindings", *ON_ML_1M, *KERNELS),
             bench("step_gpu", *LOSSES, "--steps", "4", "--bindings", *ON_ML_1M, *FEW, *KERNELS),
             resumes=True,

@@ -93,7 +93,9 @@ def operators(options: argparse.Namespace, device: torch.device) -> Iterator[Ope
         gate = GateConfig(1e-6, dropout)
         yield Operator(
             f"norm, gate, dropout {dropout}",
-            lambda kernels, *leaves, gate=gate: (norm_mul_dropout(*leaves, gate, kernels.norm_mul_dropout),),
+            lambda kernels, x, u, gamma, beta, gate=gate: (
+                norm_mul_dropout(x, u, gamma, beta, gate, kernels.norm_mul_dropout),
+            ),
             None,
             lambda: [
                 *(of(tokens, options.heads, options.head_dim, dtype=DTYPE) for _ in range(2)),

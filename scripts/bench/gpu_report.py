@@ -192,11 +192,8 @@ def ceiling_lines(record: Row) -> list[str]:
     found = record.get("report", {}).get("ceilings")
     if not found:
         return []
-    return [
-        f"Ceilings of this run: bfloat16 products {found['bfloat16_gflops'] / 1e3:.3g} TFLOPS, float32 products "
-        f"{found['float32_gflops'] / 1e3:.3g} TFLOPS, copy {found['copy_gb_s']:,.0f} GB/s.",
-        "",
-    ]
+    products = (f"{name} products {found[f'{name}_gflops'] / 1e3:.3g} TFLOPS" for name in ("bfloat16", "float32"))
+    return [f"Ceilings of this run: {', '.join(products)}, copy {found['copy_gb_s']:,.0f} GB/s.", ""]
 
 
 def layer_lines(record: Row, estimates: Estimates) -> list[str]:

@@ -194,7 +194,10 @@ def measure(run: Training, steps: int, device: torch.device, trace: Path | None)
 
 
 def variant_row(options: argparse.Namespace, bindings: Sequence[str], mesh: meshes.Mesh, report: Row) -> list[Row]:
-    """The row of a variant, whose model is gone when it returns."""
+    """The row of a variant."""
+    gc.collect()  # the model of the variant before, which an error may have kept until now
+    if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()
     messages = Messages()
     logging.getLogger("hstu").addHandler(messages)
     begun = time.perf_counter()
@@ -206,10 +209,6 @@ def variant_row(options: argparse.Namespace, bindings: Sequence[str], mesh: mesh
         row = {"refused": describe(refusal)}
     finally:
         logging.getLogger("hstu").removeHandler(messages)
-        run = None  # type: ignore[assignment]
-        gc.collect()
-        if mesh.device.type == "cuda":
-            torch.cuda.empty_cache()
     first = next((each["losses"] for each in report["steps"] if "losses" in each), None)
     if first and "losses" in row:
         losses, expected = torch.tensor(row["losses"]), torch.tensor(first)

@@ -19,6 +19,8 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -243,6 +245,9 @@ def main() -> None:
         row = partial(variant_row, options, bindings, mesh, report)
         attempt(report, "steps", {"variant": variant}, row, options.output)
     publish(report, options.output)
+    if any("error" in row for row in report["steps"]):  # the threads and requests that it leaves may never end
+        sys.stdout.flush()
+        os._exit(0)
     meshes.finish()
 
 

@@ -28,7 +28,7 @@ IsChosen = Callable[[Row], bool]
 ATTENTION = "hstu_attention"
 TRITON_CONFIGURATIONS: dict[int, int | None] = {80: None, 89: 1, 90: None, 100: 1}
 """Configurations of each kernel to compile, by compute capability: all, or the default alone to save time."""
-CUTLASS_OUTPUTS = {"forward": "O", "queries": "dQ", "keys": "dK and dV (256: dK)", "values": "dV"}
+CUTLASS_OUTPUTS = {"forward": "O", "queries": "dQ", "keys": "dK and dV (256 on sm_80: dK)", "values": "dV"}
 WIDE = 128
 """Head dim above which the table counts a kernel separately: only those may spill registers."""
 

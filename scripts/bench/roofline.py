@@ -3,10 +3,10 @@
     python scripts/bench/roofline.py [--output docs/benchmarks/kernels/roofline.json]
 
 Attention: the tiles of the compiled CUTLASS kernels (docs/benchmarks/kernels/cutlass.json), in the order of the kernels
-and on their CTAs. A tile is matrix products on tensor cores and elementwise work on the other units. In the upper
-estimate the two overlap; in the lower one, one follows the other. Each block of rows adds a prologue and an epilogue.
-A kernel takes at least as long as its launch takes the host. Layer and step: hstu/estimate with attention at the lower
-and at the upper estimate. Prints Markdown, with the deviation from NVIDIA's measurements.
+and on their CTAs. A tile is matrix products, limited by tensor cores, shared memory or L2, and elementwise work on the
+other units. In the upper estimate the two overlap; in the lower one, one follows the other. Each block of rows adds a
+prologue and an epilogue. A kernel takes at least as long as its launch takes the host. Layer and step: hstu/estimate
+with attention at the lower and at the upper estimate. Prints Markdown, with the deviation from NVIDIA's measurements.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hstu.estimate.estimate import Estimate, estimate
 from hstu.estimate.machine import gpu
 from hstu.estimate.plan import plan_workload
 from hstu.observe.logging import quiet_libraries
-from hstu.ops.cutlass.schedule import Rows, leading_rows, list_blocks, num_tiles, tile_ranges
+from hstu.ops.cutlass.schedule import Rows, list_blocks, most_work, num_ctas, work_of
 from hstu.ops.kernels import AttentionConfig
 
 HEADS, WIDTH, SEQUENCES = 4, 256, 32
@@ -33,19 +33,21 @@ PROCESSORS, CLOCK_HZ = 132, 1.83e9
 """Of an H100 SXM. Its 989 TFLOPS are 4,096 operations per processor and clock."""
 SPECIAL, LANES = 16, 128
 """Hyperbolic tangents, and other float32 instructions, per processor and clock."""
+SHARED_BYTES, L2_BYTES = 128, 28
+"""Bytes per processor and clock: of shared memory, and (an assumption: 6.8 TB/s in all) that L2 sends."""
 PROLOGUE_S, EPILOGUE_S = 1.0e-6, 1.5e-6
 """Of a block: until its first product starts, and from its last product until its rows are stored. Assumptions."""
 LAUNCH_S = (40e-6, 80e-6)
 """Host time of a launch, in the upper and in the lower estimate. Assumptions."""
 KERNELS = {
-    "forward_sm90": ("forward", Rows.QUERIES, 2, 4),
-    "queries_sm90": ("backward", Rows.QUERIES, 3, 8),
-    "keys_sm90": ("backward", Rows.KEYS, 3, 8),
-    "values_sm90": ("backward", Rows.KEYS, 2, 4),
+    "forward_sm90": ("forward", Rows.QUERIES, (1, 1), 4, 0),
+    "queries_sm90": ("backward", Rows.QUERIES, (2, 1), 8, 0),
+    "keys_sm90": ("backward", Rows.KEYS, (2, 2), 9, 4),
 }
-"""Kernel → its pass, the rows of its blocks, products per tile, and float32 instructions per pair besides one tanh.
+"""Kernel → its pass, the rows of its blocks, products per tile (both operands in shared memory, one in registers),
+float32 instructions per pair besides one tanh, and bytes per pair that warpgroups pass through shared memory.
 
-Products and instructions are counted in the source.
+All are counted in the source.
 """
 PASSES = {"forward": 1.0, "backward": 2.5}
 """Counted operations of each pass, as a multiple of 2 · H · T² · d."""
@@ -78,23 +80,24 @@ def block_tiles(length: int, rows: Rows, block: int, tile: int) -> np.ndarray:
     layout = Shape(np.full(SEQUENCES, length), HEADS, WIDTH).layout(torch.device("cpu"))
     config = AttentionConfig(1.0, length)
     blocks = list_blocks(layout, config, rows, block)
-    first, lengths, end = blocks[:, 1:].T
-    _, tiles = num_tiles(tile_ranges(first, lengths, end, leading_rows(layout, config), 1, rows, block, tile))
-    return np.repeat(tiles, HEADS)
+    return np.repeat(work_of(blocks, layout, config, rows, block, tile) - 1, HEADS)
 
 
 def slowest_cta(seconds: np.ndarray) -> float:
-    """Seconds of the CTA with the most work. One CTA per processor takes blocks in turns of alternating direction."""
-    turns = np.pad(seconds, (0, -len(seconds) % PROCESSORS)).reshape(-1, PROCESSORS)
-    turns[1::2] = turns[1::2, ::-1]
-    return float(turns.sum(axis=0).max())
+    """Seconds of the CTA with the most work."""
+    return float(most_work(seconds, num_ctas(seconds, PROCESSORS)))
 
 
 def tile_seconds(kernel: str, block: int, tile: int) -> tuple[float, float]:
     """Seconds of a tile on one processor if both kinds of work overlap, and if one follows the other."""
-    _, _, products, instructions = KERNELS[kernel]
+    _, _, (scores, sums), instructions, passed = KERNELS[kernel]
     peak = gpu("h100", torch.bfloat16).peak_tflops * 1e12 / PROCESSORS
-    matrices = block * tile * products * 2 * WIDTH / peak
+    tensor_cores = block * tile * (scores + sums) * 2 * WIDTH / peak
+    # Each warpgroup of 64 rows reads the whole tile for each product, and TMA writes two tiles.
+    row_bytes, loaded = 2 * WIDTH, 2 * tile * 2 * WIDTH
+    read = (scores * block + (scores + sums) * block // 64 * tile) * row_bytes
+    shared = (read + loaded + passed * block * tile) / SHARED_BYTES / CLOCK_HZ
+    matrices = max(tensor_cores, shared, loaded / L2_BYTES / CLOCK_HZ)
     others = block * tile * (1 / SPECIAL + instructions / LANES) / CLOCK_HZ
     return max(matrices, others), matrices + others
 
@@ -103,7 +106,7 @@ def attention_seconds(length: int) -> dict[str, tuple[float, float]]:
     """Pass → seconds of a batch on the device: the lower and the higher estimate."""
     found = dict.fromkeys(PASSES, (0.0, 0.0))
     for kernel, (block, tile) in tiles().items():
-        way, rows, _, _ = KERNELS[kernel]
+        way, rows, *_ = KERNELS[kernel]
         counts = block_tiles(length, rows, block, tile)
         best, worst = (
             slowest_cta(PROLOGUE_S + counts * seconds + EPILOGUE_S) for seconds in tile_seconds(kernel, block, tile)

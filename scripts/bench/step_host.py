@@ -331,7 +331,7 @@ def measure(trainer: Any, batches: HandedOver, clock: Clock, steps: int) -> tupl
         timed(UncopiedCheck, __call__="finite check", mask="finite check")
         timed(torch.autograd, backward="backward into the tables and their update")
         timed(step.optimizers, zero_grad="optimizers", step="optimizers", set_lr_multiplier="optimizers")
-        timed(attention, _blocks_on="attention's blocks")
+        timed(attention, _work_on="attention's blocks")
         for number in range(WARM_UP + steps):
             batches.build_next()
             gc.collect()  # the trainer does so after many steps only

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
+import numpy as np
 import torch
 from cutlass import Float32, Float64, Int32, Int64, cute
 from cutlass.base_dsl.compiler import DumpDir, GPUArch, KeepCUBIN, KeepPTX
@@ -23,9 +24,10 @@ from hstu.ops.cutlass import objects
 from hstu.ops.cutlass.bias_arguments import BiasArguments, BiasSums, cells
 from hstu.ops.cutlass.common import ROWS_OF_WARP, Shape
 from hstu.ops.cutlass.launch import LaunchArguments
-from hstu.ops.cutlass.schedule import Rows, leading_rows, list_blocks
+from hstu.ops.cutlass.schedule import Rows, leading_rows, list_blocks, num_ctas, work_of
 from hstu.ops.cutlass.sm80 import BackwardSm80, ForwardSm80
 from hstu.ops.cutlass.sm90 import BackwardSm90, ForwardSm90
+from hstu.ops.cutlass.sm90_split import SplitBackwardSm90
 from hstu.ops.cutlass.support import CAPABILITIES, HEAD_DIMS, head_unsupported_reason
 from hstu.ops.kernels import AttentionConfig, Preactivation, RelativeBias
 from hstu.ops.layout import JaggedLayout, to_device
@@ -66,7 +68,7 @@ def backward(
     grad, q, k, v = _loadable(grad), _loadable(q), _loadable(k), _loadable(v)
     of_q, of_k, of_v = (Gradient(*both) for both in zip(grads, before_silu or (None,) * 3, strict=True))
     arguments = None if bias is None else BiasArguments.of(bias, layout)
-    if q.shape[2] <= WIDEST_KEYS_AND_VALUES:
+    if Variant(Kernel.KEYS, q.dtype, q.shape[2], _capability(q.device)).num_outputs == 2:
         _launch(Kernel.KEYS, [k, v, q, grad], [of_k, of_v], layout, config, arguments)
     else:
         _launch(Kernel.KEYS, [k, v, q, grad], [of_k], layout, config)
@@ -104,9 +106,9 @@ def _launch(
             each.grad_shift.zero_()
         return
     device = inputs[0].device
-    capability = CAPABILITIES[torch.cuda.get_device_capability(device)]
-    variant = Variant(kernel, inputs[0].dtype, head_dim, capability, bias is not None, bool(before))
-    items = _blocks_on(device, variant.shape, layout, config)
+    variant = Variant(kernel, inputs[0].dtype, head_dim, _capability(device), bias is not None, bool(before))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    items, ctas = _work_on(device, variant.shape, layout, config, heads, processors)
     blocks = len(items)
     totals = [torch.empty(variant.num_totals(blocks), heads, head_dim, device=device) for _ in before]
     tensors = [*inputs, *(out.target for out in outs), *(_loadable(each.value) for each in before), *totals]
@@ -120,7 +122,7 @@ def _launch(
             *(config.alpha, 1.0 / config.scaling_seqlen),
             *([] if bias is None else [tensor.data_ptr() for tensor in bias_tensors(variant, bias, sums)]),
             *([] if bias is None else [bias.center, 1.0 / config.alpha]),
-            min(blocks * heads, torch.cuda.get_device_properties(device).multi_processor_count),
+            ctas,
             torch.cuda.current_stream(device).cuda_stream,
         )
         function(*arguments.values)
@@ -128,11 +130,19 @@ def _launch(
         torch.sum(total, 0, out=each.grad_shift)
 
 
-def _blocks_on(device: torch.device, shape: Shape, layout: JaggedLayout, config: AttentionConfig) -> Tensor:
-    """:func:`hstu.ops.cutlass.schedule.list_blocks` on the device, created once per layout."""
-    key = ("cutlass", config, shape.rows, shape.block)
+def _capability(device: torch.device) -> int:
+    return CAPABILITIES[torch.cuda.get_device_capability(device)]
+
+
+def _work_on(
+    device: torch.device, shape: Shape, layout: JaggedLayout, config: AttentionConfig, heads: int, processors: int
+) -> tuple[Tensor, int]:
+    """:func:`hstu.ops.cutlass.schedule.list_blocks` on the device and the number of CTAs, found once per layout."""
+    key = ("cutlass", config, shape.rows, shape.block, shape.tile, heads, processors)
     if key not in layout.cache:
-        layout.cache[key] = to_device(list_blocks(layout, config, shape.rows, shape.block), device)
+        blocks = list_blocks(layout, config, shape.rows, shape.block)
+        work = np.repeat(work_of(blocks, layout, config, shape.rows, shape.block, shape.tile), heads)
+        layout.cache[key] = to_device(blocks, device), num_ctas(work, processors)
     return layout.cache[key]
 
 
@@ -154,21 +164,20 @@ class Kernel(StrEnum):
     QUERIES = "queries"
     """dQ."""
     KEYS = "keys"
-    """dK, and up to head dim WIDEST_KEYS_AND_VALUES also dV."""
+    """dK, and also dV where there is no kernel for it."""
     VALUES = "values"
-    """dV, for wider heads."""
+    """dV, where the registers do not hold dK and dV of a block at the same time."""
 
 
 WIDEST_KEYS_AND_VALUES = 128
-"""Head dim up to which the registers hold dK and dV of a block at the same time."""
+"""Head dim up to which the registers of one thread hold rows of dK and of dV."""
 
 # Columns streamed at a time, by head dim: as many as fit into registers and shared memory with two stages.
 _TILES: dict[int, dict[Kernel, dict[int, int]]] = {
     90: {
         Kernel.FORWARD: {32: 128, 64: 128, 128: 128, 256: 80},
         Kernel.QUERIES: {32: 128, 64: 128, 128: 96, 256: 48},
-        Kernel.KEYS: {32: 96, 64: 80, 128: 48, 256: 48},
-        Kernel.VALUES: {256: 80},
+        Kernel.KEYS: {32: 96, 64: 80, 128: 48, 256: 64},
     },
     80: {
         Kernel.FORWARD: {32: 64, 64: 64, 128: 64, 256: 32},
@@ -217,7 +226,13 @@ class Variant:
     def shape(self) -> Shape:
         """Its tile sizes."""
         tile = (_BIAS_TILES if self.has_bias else _TILES)[self.capability][self.kernel][self.head_dim]
-        return Shape(ELEMENTS[self.dtype], self.head_dim, self.rows, tile, stages=2, has_bias=self.has_bias)
+        block = 64 if self.is_split else 128
+        return Shape(ELEMENTS[self.dtype], self.head_dim, self.rows, tile, 2, block, self.has_bias)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether one warpgroup computes dV and the other one dK: :mod:`hstu.ops.cutlass.sm90_split`."""
+        return self.kernel is Kernel.KEYS and self.num_outputs == 2 and self.head_dim > WIDEST_KEYS_AND_VALUES
 
     @property
     def num_inputs(self) -> int:
@@ -227,7 +242,8 @@ class Variant:
     @property
     def num_outputs(self) -> int:
         """Number of tensors that it writes."""
-        return 2 if self.kernel is Kernel.KEYS and self.head_dim <= WIDEST_KEYS_AND_VALUES else 1
+        has_values_kernel = self.head_dim in _TILES[self.capability].get(Kernel.VALUES, ())
+        return 2 if self.kernel is Kernel.KEYS and not has_values_kernel else 1
 
     @property
     def elements(self) -> list[Any]:
@@ -244,6 +260,8 @@ class Variant:
         if self.num_inputs == 3:
             one_resident = ForwardSm90 if self.capability == 90 else ForwardSm80
             return one_resident(self.shape, through_silu=self.through_silu)
+        if self.is_split:
+            return SplitBackwardSm90(self.shape, self.num_outputs, self.through_silu)
         two_resident = BackwardSm90 if self.capability == 90 else BackwardSm80
         return two_resident(self.shape, self.num_outputs, self.through_silu)
 

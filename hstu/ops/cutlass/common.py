@@ -1,5 +1,6 @@
 """Parts of all kernels: tensors from arguments, the order of work of a CTA, masks, SiLU and the output."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +54,13 @@ class PairwiseKernel:
     """
 
     num_resident: int
+    is_wide = False
+    """Whether outputs are written, and what they are gradients through is read, 16 bytes at a time: see store_rows."""
 
     def __init__(self, shape: Shape, num_outputs: int = 1, through_silu: bool = False) -> None:
         """``through_silu``: the outputs become gradients of what their rows are the SiLU of: see :meth:`store`."""
         self.shape, self.num_outputs, self.through_silu = shape, num_outputs, through_silu
+        self.outputs: Sequence[int] = range(num_outputs)  # those whose sums its threads hold
         self.sums_bias = shape.has_bias and self.num_resident == 2 and shape.rows is Rows.QUERIES
 
     def registers(self, scores_mma: Any, sums_mma: Any) -> tuple:
@@ -106,13 +110,15 @@ class PairwiseKernel:
         and one float32 [8 · blocks, d, H] per output for its sums over the 16 rows of each warp.
         """
         scales = self.scales(factors)
-        for i in cutlass.range_constexpr(self.num_outputs):
+        for i in cutlass.range_constexpr(len(self.outputs)):
+            output = self.outputs[i]
             if const_expr(self.through_silu):
-                multiply_slopes(sums[i], outs[self.num_outputs + i], item, head, row, column, self.shape.dtype)
-            store_rows(sums[i], outs[i], item, head, row, column, scales[i], self.shape.dtype)
+                before = outs[self.num_outputs + output]
+                multiply_slopes(sums[i], before, item, head, row, column, self.shape.dtype, self.is_wide)
+            store_rows(sums[i], outs[output], item, head, row, column, scales[output], self.shape.dtype, self.is_wide)
             if const_expr(self.through_silu):
                 warp = index * (self.shape.block // ROWS_OF_WARP) + (row - item[1]) // ROWS_OF_WARP
-                store_totals(sums[i], outs[2 * self.num_outputs + i], warp, head, column, scales[i])
+                store_totals(sums[i], outs[2 * self.num_outputs + output], warp, head, column, scales[output])
 
 
 @cute.jit
@@ -215,25 +221,27 @@ def silu(scores: cute.Tensor, masking: tuple, masked: cutlass.Constexpr) -> None
 
 
 @cute.jit
-def silu_derivative(
-    scores: cute.Tensor,
-    weights: cute.Tensor,
-    masking: tuple,
-    masked: cutlass.Constexpr,
-    with_weights: cutlass.Constexpr,
-    dtype: cutlass.Constexpr,
-) -> None:
-    """Replace each product by SiLU'(α product), as :func:`silu` does; ``with_weights``: pack SiLU into ``weights``."""
+def silu_and_slope(score: Float32, e: cutlass.Constexpr, masking: tuple, masked: cutlass.Constexpr) -> tuple:
+    """SiLU and SiLU' of α times the ``e``-th product, as :func:`silu` does."""
     alpha, column, bounds, _ = masking
+    half, tanh = half_and_tanh(score, alpha)
+    weight, rising = half * tanh + half, tanh * 0.5 + 0.5
+    slope = rising + weight * (1.0 - rising)
+    if const_expr(masked):
+        counts = is_visible(column + e // 4 * 8 + e % 2, bounds[e // 2 % 2])
+        weight, slope = _or_zero(counts, weight), _or_zero(counts, slope)
+    return weight, slope
+
+
+@cute.jit
+def silu_derivative(
+    scores: cute.Tensor, weights: cute.Tensor, masking: tuple, masked: cutlass.Constexpr,
+    with_weights: cutlass.Constexpr, dtype: cutlass.Constexpr,
+) -> None:  # fmt: skip
+    """Replace each product by SiLU'(α product), as :func:`silu` does; ``with_weights``: pack SiLU into ``weights``."""
     values = cute.make_rmem_tensor(cute.size(scores), Float32)
     for e in cutlass.range_constexpr(cute.size(scores)):
-        half, tanh = half_and_tanh(scores[e], alpha)
-        weight, rising = half * tanh + half, tanh * 0.5 + 0.5
-        slope = rising + weight * (1.0 - rising)
-        if const_expr(masked):
-            counts = is_visible(column + e // 4 * 8 + e % 2, bounds[e // 2 % 2])
-            weight, slope = _or_zero(counts, weight), _or_zero(counts, slope)
-        values[e], scores[e] = weight, slope
+        values[e], scores[e] = silu_and_slope(scores[e], e, masking, masked)
     if const_expr(with_weights):
         pack(values, weights, dtype)
 
@@ -284,19 +292,53 @@ def store_rows(
     column: Int32,
     scale: Float32,
     dtype: cutlass.Constexpr,
+    wide: cutlass.Constexpr,
 ) -> None:
     """Write ``scale · sums`` as ``dtype`` to the rows of the block that exist in the sequence.
 
     sums: float32 accumulators of m64nXk16 or m16n8k16: element ``c + 2 r + 4 n`` belongs to row ``row + 8 r`` of the
-    sequence and to column ``column + 8 n + c``. out: [T, d, H].
+    sequence and to column ``column + 8 n + c``. out: [T, d, H]. ``wide``: the four lanes of a row exchange their
+    columns, so that each writes eight neighbours; else each writes two.
     """
     for r in cutlass.range_constexpr(2):
-        if row + 8 * r < item[2]:
-            where = cute.domain_offset((item[0] + row + 8 * r, column, head), out)
-            pairs = cute.recast_ptr(where.iterator, dtype=Int32)
-            for n in cutlass.range_constexpr(cute.size(sums) // 4):
-                e = 2 * r + 4 * n
-                (pairs + 4 * n).store(_pair(sums[e] * scale, sums[e + 1] * scale, dtype))
+        places = _pairs_at(out, item[0] + row + 8 * r, head, column, sums, wide)
+        for group in cutlass.range_constexpr(cute.size(places, mode=[1])):
+            pairs = cute.make_rmem_tensor(cute.size(places, mode=[0]), Int32)
+            for n in cutlass.range_constexpr(cute.size(pairs)):
+                e = 2 * r + 4 * (cute.size(pairs) * group + n)
+                pairs[n] = _pair(sums[e] * scale, sums[e + 1] * scale, dtype)
+            if const_expr(wide):
+                _transpose_quad(pairs)
+            if row + 8 * r < item[2]:
+                cute.autovec_copy(pairs, places[None, group])
+
+
+@cute.jit
+def _pairs_at(
+    tensor: cute.Tensor, token: Int32, head: Int32, column: Int32, sums: cute.Tensor, wide: cutlass.Constexpr
+) -> cute.Tensor:
+    """A thread's pairs of numbers in a row of ``tensor``: [pairs of a group, groups]. Arguments as in store_rows."""
+    first = cute.assume(column * 4, divby=8) if const_expr(wide) else cute.assume(column, divby=2)
+    pairs = cute.recast_ptr(cute.domain_offset((token, first, head), tensor).iterator, dtype=Int32)
+    count = cute.size(sums) // 4
+    shape, stride = ((4, count // 4), (1, 16)) if const_expr(wide) else ((count, 1), (4, 0))
+    return cute.make_tensor(pairs, cute.make_layout(shape, stride=stride))
+
+
+@cute.jit
+def _transpose_quad(pairs: cute.Tensor) -> None:
+    """Exchange element j of lane i for element i of lane j, of four elements and four lanes."""
+    lane = cute.arch.lane_idx()
+    for stage in cutlass.range_constexpr(2):
+        other = 1 << stage
+        is_upper = (lane & other) != 0
+        for i in cutlass.range_constexpr(2):
+            low = 2 * i if stage == 0 else i
+            kept_low, kept_high = pairs[low], pairs[low + other]
+            given = Int32(select_(is_upper, kept_low, kept_high))
+            taken = cute.arch.shuffle_sync_bfly(given, offset=other)
+            pairs[low] = Int32(select_(is_upper, taken, kept_low))
+            pairs[low + other] = Int32(select_(is_upper, kept_high, taken))
 
 
 @cute.jit
@@ -308,21 +350,24 @@ def multiply_slopes(
     row: Int32,
     column: Int32,
     dtype: cutlass.Constexpr,
+    wide: cutlass.Constexpr,
 ) -> None:
     """Multiply the sums by SiLU' of ``before`` [T, d, H]; 0 for rows beyond the end. Arguments as in store_rows."""
-    pairs = cute.make_rmem_tensor(cute.size(sums) // 4, Int32)
     for r in cutlass.range_constexpr(2):
         exists = row + 8 * r < item[2]
         token = item[0] + cutlass.min(row + 8 * r, item[2] - 1)
-        source = cute.recast_ptr(cute.domain_offset((token, column, head), before).iterator, dtype=Int32)
-        for n in cutlass.range_constexpr(cute.size(pairs)):
-            pairs[n] = (source + 4 * n).load()
-        values = cute.recast_tensor(pairs, dtype)
-        for i in cutlass.range_constexpr(cute.size(values)):
-            e = i // 2 * 4 + 2 * r + i % 2
-            half, tanh = half_and_tanh(values[i].to(Float32), Float32(1.0))
-            rising = tanh * 0.5 + 0.5
-            sums[e] = _or_zero(exists, sums[e] * (rising + (half * tanh + half) * (1.0 - rising)))
+        places = _pairs_at(before, token, head, column, sums, wide)
+        for group in cutlass.range_constexpr(cute.size(places, mode=[1])):
+            pairs = cute.make_rmem_tensor(cute.size(places, mode=[0]), Int32)
+            cute.autovec_copy(places[None, group], pairs)
+            if const_expr(wide):
+                _transpose_quad(pairs)
+            values = cute.recast_tensor(pairs, dtype)
+            for i in cutlass.range_constexpr(cute.size(values)):
+                e = (cute.size(pairs) * group + i // 2) * 4 + 2 * r + i % 2
+                half, tanh = half_and_tanh(values[i].to(Float32), Float32(1.0))
+                rising = tanh * 0.5 + 0.5
+                sums[e] = _or_zero(exists, sums[e] * (rising + (half * tanh + half) * (1.0 - rising)))
 
 
 @cute.jit

@@ -46,12 +46,16 @@ def compile_variant(variant: Variant) -> Compiled:
     shape = variant.shape
     stationary = 1 if variant.num_inputs == 3 else 2
     numbers = (stationary * shape.block + 2 * shape.stages * shape.tile) * shape.head_dim
+    of_slopes = shape.stages * shape.block * shape.tile * 2 if variant.is_split else 0
     of_bias = table_bytes(shape.tile, variant.kernel is Kernel.QUERIES) if variant.has_bias else 0
     compiled = Compiled(
         kernel=kernel_name(variant),
         capability=variant.capability,
         config=f"{shape.block} × {shape.tile}",
-        shared_bytes=numbers * variant.dtype.itemsize + of_bias + (BARRIER_BYTES if variant.capability == 90 else 0),
+        shared_bytes=numbers * variant.dtype.itemsize
+        + of_slopes
+        + of_bias
+        + (BARRIER_BYTES if variant.capability == 90 else 0),
         **read_cubin(cubin),
     )
     if compiled.shared_bytes > LARGEST_SHARED_BYTES[variant.capability]:

@@ -15,6 +15,8 @@ from cutlass.utils import LayoutEnum, hopper_helpers
 from hstu.ops.cutlass.common import Shape
 
 WARPGROUP = 128
+WARPS_OF_WARPGROUP = 4
+ROWS_OF_WARPGROUP = 64
 CONSUMERS = 2
 THREADS = (1 + CONSUMERS) * WARPGROUP
 WIDEST_LIGHT_HEAD = 64
@@ -47,21 +49,22 @@ def view(buffer: Any, layout: cute.ComposedLayout) -> cute.Tensor:
 
 
 def scores_mma(shape: Shape) -> cute.TiledMma:
-    """[128, d] · [tile, d]ᵀ, both in shared memory: 64 rows per warpgroup."""
+    """[block, d] · [tile, d]ᵀ, both in shared memory: 64 rows per warpgroup."""
+    warpgroups = (shape.block // ROWS_OF_WARPGROUP, 1, 1)
     return hopper_helpers.make_trivial_tiled_mma(
-        shape.dtype, shape.dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, (CONSUMERS, 1, 1), (64, shape.tile)
+        shape.dtype, shape.dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, warpgroups, (64, shape.tile)
     )
 
 
 def sums_mma(shape: Shape) -> cute.TiledMma:
-    """[128, tile] · [tile, d], the left operand in registers: 64 rows per warpgroup."""
+    """[block, tile] · [tile, d], the left operand in registers: 64 rows per warpgroup."""
     return hopper_helpers.make_trivial_tiled_mma(
         shape.dtype,
         shape.dtype,
         OperandMajorMode.K,
         OperandMajorMode.MN,
         Float32,
-        (CONSUMERS, 1, 1),
+        (shape.block // ROWS_OF_WARPGROUP, 1, 1),
         (64, shape.head_dim),
         warpgroup.OperandSource.RMEM,
     )
@@ -104,7 +107,7 @@ def init(ring: Ring) -> None:
     """Initialize the mbarriers, in a single thread, before any other use."""
     for stage in range(ring.stages):
         cute.arch.mbarrier_init(ring.barriers + stage, 1)
-        cute.arch.mbarrier_init(ring.barriers + ring.stages + stage, CONSUMERS * 4)
+        cute.arch.mbarrier_init(ring.barriers + ring.stages + stage, CONSUMERS * WARPS_OF_WARPGROUP)
 
 
 def acquire(ring: Ring, count: Int32) -> tuple[Int32, cute.Pointer]:

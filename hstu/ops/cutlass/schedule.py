@@ -22,6 +22,8 @@ SEES_ALL = 2**30
 """A number of rows that exceeds the length of every sequence."""
 ITEM_FIELDS = 4
 """int32 numbers that describe a block of rows: see :func:`list_blocks`."""
+SPARE_CTAS = 5
+"""Numbers of CTAs that :func:`num_ctas` compares."""
 Where = Callable[[Any, Any, Any], Any]
 """``np.where`` for the type of the other arguments."""
 
@@ -151,6 +153,35 @@ def masked_tile_at(index: Any, ranges: tuple, where: Where = np.where) -> Any:
     tile = first + index
     tile = tile + where(tile < second, 0, third - second)
     return tile + where(tile < fourth, 0, fifth - fourth)
+
+
+def work_of(
+    blocks: np.ndarray, layout: JaggedLayout, config: AttentionConfig, rows: Rows, block: int, tile: int
+) -> np.ndarray:
+    """The work of each of these :func:`list_blocks`, in tiles. Beginning and ending a block takes as long as one."""
+    ranges = tile_ranges(
+        *blocks.T[1:], leading_rows(layout, config), max(layout.candidate_group_tokens, 1), rows, block, tile
+    )
+    return 1 + num_tiles(ranges)[1]
+
+
+def most_work(work: np.ndarray, ctas: int) -> Any:
+    """The work of the slowest of ``ctas`` CTAs, which take turns as in :func:`hstu.ops.cutlass.common.work_index`.
+
+    work: of each pair of a block and a head, in the order of the kernels.
+    """
+    turns = np.pad(work, (0, -len(work) % ctas)).reshape(-1, ctas)
+    return (turns[::2].sum(0) + turns[1::2].sum(0)[::-1]).max()
+
+
+def num_ctas(work: np.ndarray, processors: int) -> int:
+    """The number of CTAs, one per processor, whose slowest has the least work.
+
+    Where the pairs of a sequence are nearly two turns, the same CTAs would get the long blocks of every sequence: with
+    65 blocks, four heads and 132 CTAs, the slowest has 1.5 times the mean. 130 CTAs all get the same.
+    """
+    most = min(processors, len(work))
+    return min(range(most, max(most - SPARE_CTAS, 0), -1), key=lambda ctas: most_work(work, ctas))
 
 
 def _group_start(row: Any, end: Any, group: Any) -> Any:

@@ -19,6 +19,9 @@ from hstu.ops.cutlass.hopper import Ring, acquire, multiply, release, wait
 class Sm90Kernel(PairwiseKernel):
     """The loops of the warp that loads and of the warps that compute; subclasses compute one tile."""
 
+    is_wide = True
+    num_slopes = 0
+    """int32 numbers of a tile that :mod:`hstu.ops.cutlass.sm90_split` passes from one warpgroup to the other."""
     step: Callable[..., None]
     """Computes the scores of a tile: ``step(count, operands, registers, rings, masking, masked, first)``."""
     finish: Callable[..., None]
@@ -44,9 +47,10 @@ class Sm90Kernel(PairwiseKernel):
 
         @cute.struct
         class Storage:
-            barriers: cute.struct.MemRange[Int64, 2 * self.num_resident + 4 * shape.stages]
+            barriers: cute.struct.MemRange[Int64, 2 * self.num_resident + 5 * shape.stages]
             resident: cute.struct.Align[cute.struct.MemRange[element, resident_size], alignment]
             streamed: cute.struct.Align[cute.struct.MemRange[element, streamed_size], alignment]
+            slopes: cute.struct.Align[cute.struct.MemRange[Int32, shape.stages * self.num_slopes], alignment]
 
         self.storage = Storage
         if const_expr(shape.has_bias):
@@ -66,11 +70,14 @@ class Sm90Kernel(PairwiseKernel):
         of_tiles = barriers + 2 * num_resident
         rings = [Ring(barriers + 2 * i, 1, shape.block * row_bytes) for i in range(num_resident)]
         rings += [Ring(of_tiles + 2 * shape.stages * i, shape.stages, shape.tile * row_bytes) for i in range(2)]
+        of_slopes = of_tiles + 4 * shape.stages
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if thread == 0:
             for ring in rings:
                 hopper.init(ring)
+            for stage in range(shape.stages):
+                cute.arch.mbarrier_init(of_slopes + stage, hopper.WARPS_OF_WARPGROUP)
         cute.arch.mbarrier_init_fence()
         tables: tuple = ()
         if const_expr(shape.has_bias):
@@ -88,8 +95,10 @@ class Sm90Kernel(PairwiseKernel):
         else:
             cute.arch.setmaxregister_increase(to_compute)
             transposed = hopper.view(smem.streamed, hopper.transposed_layout(shape, shape.tile, 2 * shape.stages))
-            buffers = (resident, streamed, transposed)
-            self.consume(buffers, tuple(rings), outs, batch, tables, thread - hopper.WARPGROUP)
+            buffers: tuple = (resident, streamed, transposed)
+            if const_expr(self.num_slopes > 0):
+                buffers = (*buffers, smem.slopes.data_ptr(), of_slopes)
+            self.compute(buffers, tuple(rings), outs, batch, tables, thread - hopper.WARPGROUP)
 
     @cute.jit
     def produce(self, loads: tuple, resident: cute.Tensor, streamed: cute.Tensor, rings: tuple, batch: tuple) -> None:
@@ -117,8 +126,13 @@ class Sm90Kernel(PairwiseKernel):
             work = common.work_index(turn)
 
     @cute.jit
-    def consume(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, tables: tuple, thread: Int32) -> None:
+    def compute(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, tables: tuple, thread: Int32) -> None:
         """In a thread of the two warpgroups that compute; ``thread`` counts from the first of them."""
+        self.consume(buffers, rings, outs, batch, tables, thread)
+
+    @cute.jit
+    def consume(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, tables: tuple, thread: Int32) -> None:
+        """In the threads that compute the rows of a block; ``thread`` counts from the first of them."""
         shape, num_resident = self.shape, self.num_resident
         items, sizes, factors, _ = batch
         heads, total = sizes[1], sizes[1] * sizes[2]
@@ -130,6 +144,7 @@ class Sm90Kernel(PairwiseKernel):
             of_scores.make_fragment_A(of_scores.partition_A(buffers[0])),
             of_scores.make_fragment_B(of_scores.partition_B(buffers[1])),
             of_sums.make_fragment_B(of_sums.partition_B(buffers[2])),
+            *buffers[3:],
         )
         registers, state = self.registers(of_scores, of_sums), self.bias_sums(batch)
         sums, of_columns = registers[0], rings[num_resident:]
@@ -142,7 +157,7 @@ class Sm90Kernel(PairwiseKernel):
             ranges = common.ranges_of(item, sizes, shape)
             num_masked, num_tiles = common.counts_of(ranges)
             pairs = self.begin_pairs(batch, tables, item, row, state)
-            for i in cutlass.range_constexpr(self.num_outputs):
+            for i in cutlass.range_constexpr(len(self.outputs)):
                 sums[i].fill(0.0)
             for i in cutlass.range_constexpr(num_resident):
                 wait(rings[i], turn)
@@ -170,9 +185,11 @@ class Sm90Kernel(PairwiseKernel):
 
 
 class ForwardSm90(Sm90Kernel):
-    """Σ SiLU(α x yᵀ) ⊙ mask · z / N. O with x, y, z = Q, K, V; dV with x, y, z = K, Q, dO. Two products per tile."""
+    """Σ SiLU(α x yᵀ) ⊙ mask · z / N. This is O with x, y, z = Q, K, V. Two products per tile."""
 
     num_resident = 1
+    index = 0
+    """Of x among the resident blocks and of y among the streamed tiles; z is the other tile."""
 
     @cute.jit
     def step(
@@ -189,48 +206,54 @@ class ForwardSm90(Sm90Kernel):
 
         ``first``: there is no previous tile.
         """
-        shape = self.shape
+        shape, of_y, of_z = self.shape, self.index, 1 - self.index
         (sums,), scores, weights = registers
-        x, y, z_rows = operands
-        y_ring, z_ring = rings
+        resident, streamed, rows, *slopes = operands
+        y_ring, z_ring = rings[of_y], rings[of_z]
         stage = wait(y_ring, count)
         if const_expr(not first):
-            z_stage = shape.stages + wait(z_ring, count - 1)
+            z_stage = of_z * shape.stages + wait(z_ring, count - 1)
+        x, y = resident[None, None, None, of_y], streamed[None, None, None, of_y * shape.stages + stage]
         warpgroup.fence()
-        multiply(hopper.scores_mma(shape), scores, x[None, None, None, 0], y[None, None, None, stage], adds=False)
+        multiply(hopper.scores_mma(shape), scores, x, y, adds=False)
         if const_expr(not first):
             left = common.left_operand(weights, shape.dtype)
-            multiply(hopper.sums_mma(shape), sums, left, z_rows[None, None, None, z_stage], adds=True)
+            multiply(hopper.sums_mma(shape), sums, left, rows[None, None, None, z_stage], adds=True)
             warpgroup.wait_group(1)
         else:
             warpgroup.wait_group(0)
         release(y_ring, count)
-        if const_expr(shape.has_bias):
-            bias.add(scores, masking[1], masking[3], shape.rows, False)
-        common.silu(scores, masking, masked)
+        self.weigh(count, scores, slopes, masking, masked)
         if const_expr(not first):
             warpgroup.wait_group(0)
             release(z_ring, count - 1)
         common.pack(scores, weights, shape.dtype)
 
     @cute.jit
+    def weigh(self, count: Int32, scores: cute.Tensor, slopes: list, masking: tuple, masked: cutlass.Constexpr) -> None:
+        """Replace the scores of tile ``count`` by its weights."""
+        if const_expr(self.shape.has_bias):
+            bias.add(scores, masking[1], masking[3], self.shape.rows, False)
+        common.silu(scores, masking, masked)
+
+    @cute.jit
     def finish(self, count: Int32, operands: tuple, registers: tuple, rings: tuple) -> None:
         """Add the last tile, ``count``, to the sums."""
-        shape = self.shape
+        shape, of_z = self.shape, 1 - self.index
         (sums,), _, weights = registers
-        z_stage = shape.stages + wait(rings[1], count)
+        z_stage = of_z * shape.stages + wait(rings[of_z], count)
         warpgroup.fence()
         left = common.left_operand(weights, shape.dtype)
         multiply(hopper.sums_mma(shape), sums, left, operands[2][None, None, None, z_stage], adds=True)
         warpgroup.wait_group(0)
-        release(rings[1], count)
+        release(rings[of_z], count)
 
 
 class BackwardSm90(Sm90Kernel):
     """Σ SiLU'(α x yᵀ) ⊙ (w zᵀ) ⊙ mask · y α / N. dQ with x, w, y, z = Q, dO, K, V; dK with x, w, y, z = K, V, Q, dO.
 
     Three products per tile. With two outputs the second is Σ SiLU(α x yᵀ) ⊙ mask · z / N, which is dV for the kernel of
-    dK. Head dims whose sums leave no registers for it compute dV by another run of the forward kernel.
+    dK. Head dims whose sums leave no registers for it use :mod:`hstu.ops.cutlass.sm90_split`.
     """
 
     num_resident = 2

@@ -15,10 +15,13 @@ from hstu.ops.cutlass.schedule import (
     leading_rows,
     list_blocks,
     masked_tile_at,
+    most_work,
+    num_ctas,
     num_tiles,
     tile_at,
     tile_ranges,
     visible_columns,
+    work_of,
 )
 from hstu.ops.kernels import AttentionConfig
 from hstu.ops.layout import JaggedLayout, build_layout, pad_tokens
@@ -136,6 +139,25 @@ def test_the_longest_sequence_and_its_fullest_block_come_first(rows: Rows) -> No
 def test_a_sequence_of_padding_has_blocks_as_any_other() -> None:
     layout = pad_tokens(layout_of([User(5, 2)], 1, 1, 1), 3)
     assert list_blocks(layout, AttentionConfig(1.0, 1), Rows.KEYS, BLOCK)[-1].tolist() == [8, 0, 3, 3]
+
+
+@pytest.mark.parametrize(("length", "block"), [(4099, 64), (4099, 128), (3000, 64), (6000, 128), (512, 64)])
+def test_all_ctas_get_nearly_the_same_work(length: int, block: int) -> None:
+    """Also where the blocks of a sequence are nearly two turns: 65 blocks of four heads on 132 processors."""
+    layout, config = layout_of([User(length - 3, 0)] * 32, 3, 1, 1), AttentionConfig(1.0, 1)
+    blocks = list_blocks(layout, config, Rows.KEYS, block)
+    work = np.repeat(work_of(blocks, layout, config, Rows.KEYS, block, 64), 4)
+    ctas = num_ctas(work, 132)
+    loads = np.zeros(ctas)
+    for turn, first in enumerate(range(0, len(work), ctas)):
+        taken = work[first : first + ctas]
+        order = np.arange(ctas)[:: -1 if turn % 2 else 1]
+        np.add.at(loads, order[: len(taken)], taken)
+    assert loads.max() == most_work(work, ctas) and loads.max() < 1.05 * work.sum() / 132
+
+
+def test_few_blocks_get_one_cta_each() -> None:
+    assert num_ctas(np.array([5, 1]), 132) == 2
 
 
 def test_long_sequences_cost_the_host_no_more_than_their_blocks() -> None:

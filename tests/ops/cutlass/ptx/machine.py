@@ -162,9 +162,10 @@ class Warp:
     def _st(self, instruction: Instruction, mask: np.ndarray) -> None:
         memory, source = instruction.operands
         size = WIDTH[instruction.parts[-1]]
-        value = self.values.read(source, f"u{8 * size}")
-        for lane, data in self._places(instruction, memory, 0, size, mask):
-            data.view(value.dtype)[0] = value[lane]
+        for i, register in enumerate(source if isinstance(source, list) else [source]):
+            value = self.values.read(register, f"u{8 * size}")
+            for lane, data in self._places(instruction, memory, i * size, size, mask):
+                data.view(value.dtype)[0] = value[lane]
 
     def _places(
         self, instruction: Instruction, memory: tuple, offset: int, size: int, mask: np.ndarray

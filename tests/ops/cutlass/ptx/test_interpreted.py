@@ -24,6 +24,8 @@ from tests.ops.cutlass.compiled import ptx_of
 from tests.ops.cutlass.ptx.run import run_kernel
 
 HEADS = 2
+CAPABILITY = 90
+"""Of the GPU whose launches are interpreted."""
 BFLOAT16_TOLERANCE = 4e-3
 """Relative to the norm: the rounding of weights and outputs to eight bits."""
 
@@ -52,7 +54,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         _, _, head_dim = inputs[0].shape
         before = [out.before_silu for out in outs if out.before_silu is not None]
         has_bias = any(isinstance(other, BiasArguments) for other in others)
-        variant = Variant(kernel, inputs[0].dtype, head_dim, 90, has_bias, bool(before))
+        variant = Variant(kernel, inputs[0].dtype, head_dim, CAPABILITY, has_bias, bool(before))
         values = [each.value for each in before]
         computed = run_kernel(variant, ptx_of(variant), inputs, *others, before_silu=values)
         targets = [*(out.target for out in outs), *(each.grad_shift for each in before)]
@@ -60,6 +62,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
             target.copy_(result)
 
     monkeypatch.setattr("hstu.ops.cutlass.attention._launch", launch)
+    monkeypatch.setattr("hstu.ops.cutlass.attention._capability", lambda device: CAPABILITY)
 
 
 def slices(layout: JaggedLayout, head_dim: int, dtype: torch.dtype, heads: int = HEADS) -> tuple[Tensor, ...]:

@@ -1,0 +1,105 @@
+"""dK and dV of wide heads on compute capability 9.0: one warpgroup sums dV and the other one dK, of the same 64 keys.
+
+The registers of a warpgroup hold 64 rows of one sum. Each computes one of the two products of a tile, S = K Qᵀ and
+dP = V dOᵀ: four products per tile, where a kernel per gradient needs five. The first passes SiLU'(α S) through shared
+memory, in float16. A thread of the other one needs the pairs of its counterpart, so no data moves between threads.
+"""
+
+from typing import Any
+
+import cutlass
+from cutlass import Float16, Float32, Int32, cute
+
+from hstu.ops.cutlass import common
+from hstu.ops.cutlass.common import Shape
+from hstu.ops.cutlass.hopper import WARPGROUP
+from hstu.ops.cutlass.sm90 import ForwardSm90, Sm90Kernel
+
+VECTOR = 4
+"""int32 numbers that a thread writes to or reads from shared memory at a time."""
+
+
+class SplitBackwardSm90(Sm90Kernel):
+    """dK and dV: the outputs of :class:`hstu.ops.cutlass.sm90.BackwardSm90` with x, w, y, z = K, V, Q, dO."""
+
+    num_resident = 2
+
+    def __init__(self, shape: Shape, num_outputs: int, through_silu: bool) -> None:
+        super().__init__(shape, num_outputs, through_silu)
+        self.num_slopes = shape.block * shape.tile // 2
+        self.of_values = _Values(shape, through_silu)
+        self.of_keys = _Keys(shape, through_silu)
+
+    @cute.jit
+    def compute(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, tables: tuple, thread: Int32) -> None:
+        """In a thread of the two warpgroups that compute; ``thread`` counts from the first of them."""
+        if cute.arch.make_warp_uniform(thread // WARPGROUP) == 0:
+            self.of_values.consume(buffers, rings, outs, batch, tables, thread)
+        else:
+            self.of_keys.consume(buffers, rings, outs, batch, tables, thread - WARPGROUP)
+
+
+class _Half(ForwardSm90):
+    """The loop of one warpgroup. Its ``slopes`` are their address, and the address of an mbarrier per stage."""
+
+    num_resident = 2
+    output: int
+
+    def __init__(self, shape: Shape, through_silu: bool) -> None:
+        super().__init__(shape, 2, through_silu)
+        self.outputs = (self.output,)
+
+    def registers(self, scores_mma: Any, sums_mma: Any) -> tuple:
+        """The sums, the scores of a tile, and these packed to 16 bits."""
+        scores, packed, sums = self._accumulators(scores_mma, sums_mma)
+        return (sums,), scores, packed
+
+    @cute.jit
+    def place(self, count: Int32, slopes: list) -> cute.Tensor:
+        """Where the slopes of this thread's pairs in tile ``count`` are: int32 [VECTOR, vectors]."""
+        vectors = self.shape.tile // 4 // VECTOR
+        first = count % self.shape.stages * vectors * WARPGROUP + cute.arch.thread_idx()[0] % WARPGROUP
+        return cute.make_tensor(
+            slopes[0] + first * VECTOR, cute.make_layout((VECTOR, vectors), stride=(1, VECTOR * WARPGROUP))
+        )
+
+
+class _Values(_Half):
+    """dV: x, y, z = K, Q, dO."""
+
+    index, output = 0, 1
+
+    @cute.jit
+    def weigh(self, count: Int32, scores: cute.Tensor, slopes: list, masking: tuple, masked: cutlass.Constexpr) -> None:
+        """Replace the scores by SiLU(α S), and pass SiLU'(α S) on.
+
+        The place is free: tile ``count`` was loaded when both warpgroups were done with the last one of its stage.
+        """
+        values = cute.make_rmem_tensor(cute.size(scores), Float32)
+        for e in cutlass.range_constexpr(cute.size(scores)):
+            scores[e], values[e] = common.silu_and_slope(scores[e], e, masking, masked)
+        place = self.place(count, slopes)
+        packed = cute.make_rmem_tensor(place.layout.shape, Int32)
+        common.pack(values, packed, Float16)
+        cute.autovec_copy(packed, place)
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(slopes[1] + count % self.shape.stages)
+
+
+class _Keys(_Half):
+    """dK: x, y, z = V, dO, Q, so that the scores are dP."""
+
+    index, output = 1, 0
+
+    @cute.jit
+    def weigh(self, count: Int32, scores: cute.Tensor, slopes: list, masking: tuple, masked: cutlass.Constexpr) -> None:
+        """Multiply dP by SiLU'(α S), which is 0 where the mask is."""
+        stages = self.shape.stages
+        cute.arch.mbarrier_wait(slopes[1] + count % stages, count // stages % 2)
+        place = self.place(count, slopes)
+        packed = cute.make_rmem_tensor(place.layout.shape, Int32)
+        cute.autovec_copy(place, packed)
+        values = cute.recast_tensor(packed, Float16)
+        for e in cutlass.range_constexpr(cute.size(scores)):
+            scores[e] = scores[e] * values[e].to(Float32)

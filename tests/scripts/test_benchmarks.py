@@ -237,7 +237,7 @@ def test_the_roofline_adds_prologue_and_epilogue_per_block_and_waits_for_the_las
     )
     assert roofline.SEQUENCES * roofline.HEADS <= roofline.PROCESSORS, "one turn"
     assert best == pytest.approx(1.0e-6 + tile + 1.5e-6) and worst == pytest.approx(1.0e-6 + slow_tile + 1.5e-6)
-    assert roofline.launched_seconds(1)["backward"] == pytest.approx((3 * 40e-6, 3 * 80e-6))
+    assert roofline.launched_seconds(1)["backward"] == pytest.approx((2 * 40e-6, 2 * 80e-6))
 
 
 def test_the_roofline_expects_less_of_short_sequences_and_states_the_deviation() -> None:

@@ -68,7 +68,8 @@ def backward(
     grad, q, k, v = _loadable(grad), _loadable(q), _loadable(k), _loadable(v)
     of_q, of_k, of_v = (Gradient(*both) for both in zip(grads, before_silu or (None,) * 3, strict=True))
     arguments = None if bias is None else BiasArguments.of(bias, layout)
-    if Variant(Kernel.KEYS, q.dtype, q.shape[2], _capability(q.device)).num_outputs == 2:
+    is_narrow = q.shape[2] <= WIDEST_KEYS_AND_VALUES
+    if is_narrow or Variant(Kernel.KEYS, q.dtype, q.shape[2], _capability(q.device)).num_outputs == 2:
         _launch(Kernel.KEYS, [k, v, q, grad], [of_k, of_v], layout, config, arguments)
     else:
         _launch(Kernel.KEYS, [k, v, q, grad], [of_k], layout, config)

@@ -159,10 +159,9 @@ def work_of(
     blocks: np.ndarray, layout: JaggedLayout, config: AttentionConfig, rows: Rows, block: int, tile: int
 ) -> np.ndarray:
     """The work of each of these :func:`list_blocks`, in tiles. Beginning and ending a block takes as long as one."""
-    ranges = tile_ranges(
-        *blocks.T[1:], leading_rows(layout, config), max(layout.candidate_group_tokens, 1), rows, block, tile
-    )
-    return 1 + num_tiles(ranges)[1]
+    _, first, lengths, ends = blocks.T
+    lead, group = leading_rows(layout, config), max(layout.candidate_group_tokens, 1)
+    return 1 + num_tiles(tile_ranges(first, lengths, ends, lead, group, rows, block, tile))[1]
 
 
 def most_work(work: np.ndarray, ctas: int) -> Any:

@@ -33,6 +33,8 @@ _TYPES = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if module == "pathlib._local":  # Python 3.13 writes it; other versions have no such module
+            module = "pathlib"
         if name not in _TYPES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an index of tensors")
         return super().find_class(module, name)

@@ -157,6 +157,14 @@ def test_the_index_of_tensors_cannot_refer_to_other_files(checkpoint: Path, outp
         export(checkpoint, output / "exported")
 
 
+def test_an_index_that_python_3_13_wrote_is_read_by_every_python(checkpoint: Path, output: Path) -> None:
+    index = pickle.loads((checkpoint / "tensors" / ".metadata").read_bytes())
+    written = pickle.dumps(index, protocol=2).replace(b"cpathlib\n", b"cpathlib._local\n")
+    assert b"cpathlib._local\n" in written
+    replace(checkpoint, "tensors/.metadata", written)
+    export(checkpoint, output / "exported")
+
+
 def test_files_that_the_manifest_does_not_list_are_ignored(
     checkpoint: Path,
     output: Path,

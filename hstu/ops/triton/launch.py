@@ -10,6 +10,8 @@ or times: all ranks run the same one, runs repeat bit for bit, and no step waits
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,11 +91,26 @@ def launcher(kernel: Any, grid: Grid, configs: Sequence[triton.Config]) -> Calla
 
     It runs the first of ``configs`` that fits the device; in the interpreter, the first one.
     """
+    if is_interpreted(kernel) and _recorder is None:
+        return partial(kernel[grid], **configs[0].kwargs)
+    _hash_functions(kernel.__module__)
     if _recorder is not None:
         return partial(_record, kernel, grid, configs)
-    if is_interpreted(kernel):
-        return partial(kernel[grid], **configs[0].kwargs)
     return partial(_launch_first, kernel, grid, configs)
+
+
+@functools.cache
+def _hash_functions(module: str) -> None:
+    """Compute the hashes of a module's functions in the order of their definition, after those of what it imports.
+
+    A hash is a part of the key in Triton's cache. Triton 3.6 leaves the constants of a called function out of it if
+    that function has no hash yet. In another order, other kernels than those in the cache would be looked for.
+    """
+    for function in list(vars(sys.modules[module]).values()):
+        if isinstance(function, triton.JITFunction):
+            if function.__module__ != module:
+                _hash_functions(function.__module__)
+            _ = function.cache_key
 
 
 def _record(kernel: Any, grid: Grid, configs: Sequence[triton.Config], /, **arguments: Any) -> None:

@@ -295,9 +295,9 @@ def attention_backward_bias(
                 # All candidates share a position, so the distance is not i − j: these pairs are added at once.
                 shared = (i > span.end) | (j > span.end)
                 if (tile + 1) * BLOCK > span.end:
-                    index = distance_index(i, j, span.end, own_bias.farthest)
+                    weight = distance_index(i, j, span.end, own_bias.farthest)
                     fixed = (per_pair * factor).to(tl.int64)
-                    tl.atomic_add(position_totals + index, fixed, mask=shared & sees, sem="relaxed")
+                    tl.atomic_add(position_totals + weight, fixed, mask=shared & sees, sem="relaxed")
                 per_pair = tl.where(shared, 0.0, per_pair)
             along_diagonal += per_pair
     distance = diagonal * BLOCK + index_in_tile[:, None] - index_in_tile[None, :]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.ops.backends import INTERPRETED
 
@@ -16,7 +17,8 @@ pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
 
 import hstu
 from hstu.ops.compile_ahead import Job, compile_all, strip_triton_cache
-from hstu.ops.triton.compile_ahead import jobs_of, record, variants
+from hstu.ops.kernels import KernelShapes
+from hstu.ops.triton.compile_ahead import jobs, jobs_of, record, variants
 
 VARIANTS = (
     "hstu_attention 16 causal, bfloat16",
@@ -68,14 +70,14 @@ def launch_elsewhere(folder: Path) -> subprocess.CompletedProcess[str]:
 def test_a_launch_finds_a_copied_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(here))
-    jobs = [
+    of_variants = [
         job
         for variant in variants()
         if f"{variant.op} {variant.head_dim} {variant.description}" in VARIANTS
         for job in jobs_of(record(variant, 90), 90)
     ]
-    results = list(compile_all(jobs, processes=2))
-    assert len(results) == len(jobs) and not any(result.error for result in results)
+    results = list(compile_all(of_variants, processes=2))
+    assert len(results) == len(of_variants) and not any(result.error for result in results)
     strip_triton_cache(here)
     assert {file.suffix for file in here.glob("*/*")} == {".cubin", ".json"}
 
@@ -90,6 +92,13 @@ def test_a_launch_finds_a_copied_cache(tmp_path: Path, monkeypatch: pytest.Monke
         "add_table_rows", "attention_backward_keys", "attention_backward_queries", "attention_forward", "silu_kernel",
         "sum_runs",
     ]  # fmt: skip
+
+
+def test_the_gradient_of_a_bias_compiles_for_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    shapes = KernelShapes(16, 2, 32, 16, torch.bfloat16, has_bias=True)
+    of_bias = [job for job in jobs(shapes, 90, ["attention"]) if job.name.startswith("attention_backward_bias")]
+    assert of_bias and not any(result.error for result in compile_all(of_bias, processes=2))
 
 
 def test_a_kernel_that_does_not_compile_is_named_and_the_others_are_compiled() -> None:

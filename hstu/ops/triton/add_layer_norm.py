@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hstu.ops.triton.launch import launcher
-from hstu.ops.triton.primitives import Matrix, matrix
+from hstu.ops.triton.primitives import Matrix, elements, matrix
 
 FORWARD_PROGRAMS = 8 * 132
 BACKWARD_PROGRAMS = 4 * 132
@@ -98,18 +98,13 @@ def _over_rows(kernel: Any, x: Tensor, programs: int) -> Callable[..., object]:
 
 
 @triton.jit
-def _pointers(tensor, row, columns):
-    return tensor.data + row * tensor.stride_row + columns * tensor.stride_column
-
-
-@triton.jit
 def _load_row(tensor, row, columns, WIDTH: tl.constexpr):
-    return tl.load(_pointers(tensor, row, columns), mask=columns < WIDTH, other=0.0).to(tl.float32)
+    return tl.load(elements(tensor, row, columns), mask=columns < WIDTH, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store_row(tensor, row, columns, values, WIDTH: tl.constexpr):
-    tl.store(_pointers(tensor, row, columns), values.to(tensor.data.dtype.element_ty), mask=columns < WIDTH)
+    tl.store(elements(tensor, row, columns), values.to(tensor.data.dtype.element_ty), mask=columns < WIDTH)
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["mean", "rstd"])

@@ -32,22 +32,25 @@ from hstu.ops.triton.primitives import load_rows, rows_of_head, sigmoid, silu_de
 
 @triton.jit
 def _store_gradient(
-    target, values, before, sums, start, head, rows, length, slot, mode: tl.constexpr
+    target, values, before, sums, start, head, first_row, length, slot, mode: tl.constexpr
 ):  # fmt: skip
-    """Write the gradient of a tile of rows of q, k or v.
+    """Write the gradient of the tile of q, k or v that begins with ``first_row``.
 
     If ``mode.silu``, multiply it by SiLU' of ``before``, of which the input is the SiLU, and write its sum over the
     rows to ``sums`` [slots, H, d]. Each tile has a slot of its own, so that no sum needs an atomic.
     """
+    # Rows count from the tile on: offsets that the loads before the loop share would stay in registers in the loop.
+    rows, left = tl.arange(0, values.shape[0]), length - first_row
+    start = start + first_row
     rounded = values.to(target.data.dtype.element_ty)  # half the registers, or the tiles of SiLU would spill
     if mode.silu:
-        value = load_rows(rows_of_head(before, start, head), rows, length, mode.width, mode.block_d, True)
+        value = load_rows(rows_of_head(before, start, head), rows, left, mode.width, mode.block_d, True)
         value = value.to(tl.float32)
         slope = silu_derivative(value, sigmoid(value, mode.precision.fast_sigmoid))
         rounded = (rounded.to(tl.float32) * slope).to(target.data.dtype.element_ty)
-    store_rows(rows_of_head(target, start, head), rows, length, rounded, mode.width, mode.block_d)
+    store_rows(rows_of_head(target, start, head), rows, left, rounded, mode.width, mode.block_d)
     if mode.silu:
-        total = tl.sum(tl.where(rows[:, None] < length, rounded.to(tl.float32), 0.0), axis=0)
+        total = tl.sum(tl.where(rows[:, None] < left, rounded.to(tl.float32), 0.0), axis=0)
         columns = tl.arange(0, mode.block_d)
         own = sums + (slot * tl.num_programs(1) + head) * mode.width
         tl.store(own + columns, total, mask=columns < mode.width)
@@ -114,6 +117,7 @@ def _add_rows(
     rows = first_row + tl.arange(0, BLOCK_M)
     i, j = rows[None, :], keys[:, None]
     q_tile = load_rows(q, rows, stop, mode.width, mode.block_d, True)
+    grad_tile = load_rows(grad, rows, stop, mode.width, mode.block_d, True)
     s = scores(k, q_tile.T, i, j, alpha, span, bias, mode)
     gate = sigmoid(s, mode.precision.fast_sigmoid)
     weights = s * gate
@@ -122,7 +126,6 @@ def _add_rows(
         sees = visible(i, j, span, mode)
         weights = tl.where(sees, weights, 0.0)
         slope = tl.where(sees, slope, 0.0)
-    grad_tile = load_rows(grad, rows, stop, mode.width, mode.block_d, True)
     grad_v = product(weights.to(grad_tile.dtype), grad_tile, grad_v, mode)
     zero = tl.zeros((k.shape[0], BLOCK_M), tl.float32)
     grad_scores = product(v, grad_tile.T, zero, mode) * slope
@@ -168,8 +171,8 @@ def attention_backward_keys(
     slot = slot_of(sequence, start, first_key, BLOCK_N)
     sum_k = (sum_k * (alpha * inverse_n)).to(grad_k.data.dtype.element_ty)
     sum_v = (sum_v * inverse_n).to(grad_v.data.dtype.element_ty)
-    _store_gradient(grad_k, sum_k, before_k, sums_k, start, head, keys, span.length, slot, mode)
-    _store_gradient(grad_v, sum_v, before_v, sums_v, start, head, keys, span.length, slot, mode)
+    _store_gradient(grad_k, sum_k, before_k, sums_k, start, head, first_key, span.length, slot, mode)
+    _store_gradient(grad_v, sum_v, before_v, sums_v, start, head, first_key, span.length, slot, mode)
 
 
 @triton.jit
@@ -222,7 +225,9 @@ def attention_backward_queries(
             total, q_tile, grad_tile, k_head, v_head, rows, first_key, alpha, span, bias, mode, BLOCK_N, True
         )
     slot = slot_of(sequence, start, first_row, BLOCK_M)
-    _store_gradient(grad_q, total * (alpha * inverse_n), before_q, sums_q, start, head, rows, span.length, slot, mode)
+    _store_gradient(
+        grad_q, total * (alpha * inverse_n), before_q, sums_q, start, head, first_row, span.length, slot, mode
+    )
 
 
 @triton.jit
@@ -263,7 +268,7 @@ def attention_backward_bias(
     diagonal = first_diagonal + tl.program_id(0)
     index_in_tile = tl.arange(0, BLOCK)
     factor = tl.load(scale)
-    slot = (tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)) % num_slots
+    slot = (tl.program_id(0) + tl.program_id(1).to(tl.int64) * tl.num_programs(0)) % num_slots
     slot_totals = time_totals.data + slot * time_totals.stride_row
     along_diagonal = tl.zeros((BLOCK, BLOCK), tl.float32)
     for sequence in tl.range(tl.program_id(1), num_sequences, tl.num_programs(1)):

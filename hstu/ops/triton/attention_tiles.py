@@ -269,8 +269,8 @@ def rows_of_keys(first_key, span, mode: tl.constexpr, BLOCK_M: tl.constexpr, BLO
         stop = tl.where((stop_key + span.max_span > span.end) | is_context, stop, stop_key + span.max_span)
     if mode.candidates:  # noqa: SIM102
         if first_key >= span.end:
-            last_group = (stop_key - 1 - span.end) // span.group_tokens
-            stop = tl.minimum(span.length, span.end + (last_group + 1) * span.group_tokens)
+            last = stop_key - 1
+            stop = tl.minimum(span.length, last - (last - span.end) % span.group_tokens + span.group_tokens)
             masked_stop = stop
     masked_tiles = tl.cdiv(tl.maximum(masked_stop - first, 0), BLOCK_M)
     full = first + masked_tiles * BLOCK_M

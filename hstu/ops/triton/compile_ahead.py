@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
+from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import create_function_from_signature
 
@@ -316,12 +316,25 @@ def compile_launch(launch: Launch, config: triton.Config, capability: int) -> Co
     )
 
 
+def source_of(launch: Launch, config: triton.Config, capability: int) -> tuple[ASTSource, Any]:
+    """What Triton compiles for one configuration of a recorded launch: the source, and the options of the backend."""
+    kernel = launch.kernel
+    backend, bound, specialization, options = _bind(launch, config, capability)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    return ASTSource(kernel, signature, constants, attributes), parsed
+
+
 def specialized_kernel(launch: Launch, config: triton.Config, capability: int) -> str:
     """What tells the machine code of a launch from others: equal launches are compiled once in a process."""
+    _, _, specialization, options = _bind(launch, config, capability)
+    return f"{launch.kernel.fn.__name__} {specialization} {options}"
+
+
+def _bind(launch: Launch, config: triton.Config, capability: int) -> tuple[Any, Any, Any, Any]:
+    """As JITFunction.run: (the backend, the arguments, what their values are specialized to, options)."""
     backend, kernel = make_backend(GPUTarget("cuda", capability, WARP_SIZE)), launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    _, specialization, options = bind(**launch.arguments, **config.all_kwargs(), enable_fp_fusion=True)
-    return f"{kernel.fn.__name__} {specialization} {options}"
+    return backend, *bind(**launch.arguments, **config.all_kwargs(), enable_fp_fusion=True)
 
 
 def _description_of(config: triton.Config) -> str:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hstu.ops.triton.launch import capability_of, launcher, precision_for
-from hstu.ops.triton.primitives import dot, matrix, sigmoid
+from hstu.ops.triton.primitives import dot, elements, matrix, sigmoid
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages); the first that fits the device runs
 TILES_90 = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 128, 64, 4, 4))
@@ -80,10 +80,8 @@ def linear_silu(
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     # Rows and columns beyond the end wrap around, so that loads need no mask. They are not stored.
-    of_x = (rows % num_rows)[:, None].to(tl.int64) * x.stride_row
-    x_pointers = x.data + of_x + depth[None, :] * x.stride_column
-    of_weight = (columns % WIDTH_OUT)[:, None] * weight.stride_row
-    w_pointers = weight.data + of_weight + depth[None, :] * weight.stride_column
+    x_pointers = elements(x, (rows % num_rows)[:, None], depth[None, :])
+    w_pointers = elements(weight, (columns % WIDTH_OUT)[:, None], depth[None, :])
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in tl.range(0, WIDTH_IN, BLOCK_K):
         if WIDTH_IN % BLOCK_K == 0:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hstu.ops.kernels import GateConfig, Preactivation
 from hstu.ops.triton.launch import launcher
-from hstu.ops.triton.primitives import heads, matrix, sigmoid, silu_derivative
+from hstu.ops.triton.primitives import elements, heads, matrix, sigmoid, silu_derivative
 
 PROGRAMS = 1024
 """Largest number of programs. Each writes one row of partial sums of the affine gradients."""
@@ -147,8 +147,9 @@ def _keeps(seed, row, dropout, BLOCK: tl.constexpr):
 
 @triton.jit
 def _pointers(tensor, row, columns, HEAD: tl.constexpr):
+    columns = columns.to(tl.int64)
     of_column = (columns // HEAD) * tensor.stride_head + (columns % HEAD) * tensor.stride_channel
-    return tensor.data + row * tensor.stride_token + of_column
+    return tensor.data + tl.cast(row, tl.int64) * tensor.stride_token + of_column
 
 
 @triton.jit
@@ -232,8 +233,7 @@ def norm_mul_dropout_backward(
     gate_sum = tl.zeros((BLOCK,), tl.float32)
     for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
         values = _load_row(x, row, columns, WIDTH, HEAD)
-        grad_pointers = grad.data + row * grad.stride_row + columns * grad.stride_column
-        upstream = tl.load(grad_pointers, mask=inside, other=0.0).to(tl.float32)
+        upstream = tl.load(elements(grad, row, columns), mask=inside, other=0.0).to(tl.float32)
         inverse = tl.load(rstd + row)
         normalized = tl.where(inside, (values - tl.load(mean + row)) * inverse, 0.0)
         if DROPPED:

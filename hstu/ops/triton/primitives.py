@@ -57,9 +57,19 @@ def heads(tensor: Tensor | None) -> Heads:
 
 
 @triton.jit
+def elements(matrix, rows, columns):
+    """Pointers to elements of a matrix, in the shape to which ``rows`` and ``columns`` broadcast.
+
+    Offsets are int64, because a product of a row and a stride may exceed 2³¹. Triton makes small arguments int32.
+    """
+    of_row = tl.cast(rows, tl.int64) * matrix.stride_row
+    return matrix.data + of_row + tl.cast(columns, tl.int64) * matrix.stride_column
+
+
+@triton.jit
 def rows_of_head(tensor, start, head):
     """One head of [T, H, d] from token ``start`` on, as a matrix [T, d]."""
-    data = tensor.data + start * tensor.stride_token + head * tensor.stride_head
+    data = tensor.data + start.to(tl.int64) * tensor.stride_token + tl.cast(head, tl.int64) * tensor.stride_head
     return Matrix(data, tensor.stride_token, tensor.stride_channel)
 
 
@@ -67,7 +77,7 @@ def rows_of_head(tensor, start, head):
 def load_rows(source, rows, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BOUNDED: tl.constexpr):
     """[rows, BLOCK] of a matrix WIDTH wide; zeros beyond the width and, if BOUNDED, from row ``limit`` on."""
     columns = tl.arange(0, BLOCK)
-    pointers = source.data + rows[:, None] * source.stride_row + columns[None, :] * source.stride_column
+    pointers = elements(source, rows[:, None], columns[None, :])
     if BOUNDED:
         inside = rows[:, None] < limit
         if WIDTH != BLOCK:
@@ -82,7 +92,7 @@ def load_rows(source, rows, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BOU
 def store_rows(target, rows, limit, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Write ``values`` [rows, BLOCK] to those elements of a matrix that exist."""
     columns = tl.arange(0, BLOCK)
-    pointers = target.data + rows[:, None] * target.stride_row + columns[None, :] * target.stride_column
+    pointers = elements(target, rows[:, None], columns[None, :])
     inside = rows[:, None] < limit
     if WIDTH != BLOCK:
         inside = inside & (columns[None, :] < WIDTH)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from hstu.ops.layout import TokenOrder
 from hstu.ops.triton.launch import launcher
-from hstu.ops.triton.primitives import matrix
+from hstu.ops.triton.primitives import elements, matrix
 
 ROWS = 8
 """Rows of a tile."""
@@ -135,14 +135,11 @@ def permute_rows(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_row = rows < num_rows
-    elsewhere = tl.load(index + rows, mask=is_row, other=0)[:, None].to(tl.int64)
-    here = rows[:, None].to(tl.int64)
+    here, elsewhere = rows.to(tl.int64), tl.load(index + rows, mask=is_row, other=0).to(tl.int64)
     inside = is_row[:, None] & (columns < WIDTH)[None, :]
     read, written = (here, elsewhere) if SCATTER else (elsewhere, here)
-    pointers = source.data + read * source.stride_row + columns[None, :] * source.stride_column
-    values = tl.load(pointers, mask=inside)
-    pointers = target.data + written * target.stride_row + columns[None, :] * target.stride_column
-    tl.store(pointers, values, mask=inside)
+    values = tl.load(elements(source, read[:, None], columns[None, :]), mask=inside)
+    tl.store(elements(target, written[:, None], columns[None, :]), values, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -154,13 +151,11 @@ def add_table_rows(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_row = rows < num_rows
     position = tl.minimum(tl.load(positions + rows, mask=is_row, other=0), last)[:, None]
-    rows = rows[:, None].to(tl.int64)
-    inside = is_row[:, None] & (columns < WIDTH)[None, :]
-    x_pointers = x.data + rows * x.stride_row + columns[None, :] * x.stride_column
-    table_pointers = table.data + position * table.stride_row + columns[None, :] * table.stride_column
-    values = tl.load(x_pointers, mask=inside).to(tl.float32)
-    values += tl.load(table_pointers, mask=inside).to(tl.float32)
-    tl.store(out.data + rows * out.stride_row + columns[None, :], values.to(out.data.dtype.element_ty), mask=inside)
+    rows, columns = rows[:, None], columns[None, :]
+    inside = is_row[:, None] & (columns < WIDTH)
+    values = tl.load(elements(x, rows, columns), mask=inside).to(tl.float32)
+    values += tl.load(elements(table, position, columns), mask=inside).to(tl.float32)
+    tl.store(elements(out, rows, columns), values.to(out.data.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -184,8 +179,7 @@ def sum_runs(
         entries = tl.load(sources + index, mask=is_entry, other=0)
         rows = entries // entries_per_source
         inside = is_entry[:, None] & (columns < WIDTH)[None, :]
-        pointers = values.data + rows[:, None] * values.stride_row + columns[None, :] * values.stride_column
-        block = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        block = tl.load(elements(values, rows[:, None], columns[None, :]), mask=inside, other=0.0).to(tl.float32)
         if WEIGHTED:
             block *= tl.load(weights + entries, mask=is_entry, other=0.0)[:, None]
         total += tl.sum(block, axis=0)

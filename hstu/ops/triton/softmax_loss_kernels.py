@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hstu.ops.triton.primitives import LOG2_E, Matrix, dot, load_rows, store_rows
+from hstu.ops.triton.primitives import LOG2_E, Matrix, dot, elements, load_rows, store_rows
 
 NO_LOGIT = tl.constexpr(float("-inf"))
 """Logit of an entry that is not a negative of the query."""
@@ -22,11 +22,10 @@ def _load_chunk(source, rows, limit, first, WIDTH: tl.constexpr, CHUNK: tl.const
     """[rows, CHUNK] of a matrix WIDTH wide, from column ``first`` on; zeros beyond the width and from row ``limit``."""
     part = _chunk_of(source, first)
     columns = tl.arange(0, CHUNK)
-    pointers = part.data + rows.to(tl.int64)[:, None] * part.stride_row + columns[None, :] * part.stride_column
     inside = rows[:, None] < limit
     if WIDTH % CHUNK != 0:
         inside = inside & (first + columns[None, :] < WIDTH)
-    return tl.load(pointers, mask=inside, other=0.0)
+    return tl.load(elements(part, rows[:, None], columns[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -149,12 +148,7 @@ def _add_products(
 def _store_chunk(target, rows, limit, values, FIRST: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     rest: tl.constexpr = WIDTH - FIRST
     part = _chunk_of(target, FIRST)
-    store_rows(part, rows.to(tl.int64), limit, values, rest if rest < CHUNK else CHUNK, CHUNK)
-
-
-@triton.jit
-def _draws_of(draws, row, index):
-    return draws.data + row * draws.stride_row + index * draws.stride_column
+    store_rows(part, rows, limit, values, rest if rest < CHUNK else CHUNK, CHUNK)
 
 
 @triton.jit(do_not_specialize=["pool_size"], do_not_specialize_on_alignment=["target_ids", "pool_ids"])
@@ -169,9 +163,7 @@ def draw_logits(
     """
     row = tl.program_id(0).to(tl.int64)
     width = tl.arange(0, BLOCK_D)
-    query = tl.load(
-        queries.data + row * queries.stride_row + width * queries.stride_column, mask=width < WIDTH, other=0.0
-    )
+    query = tl.load(elements(queries, row, width), mask=width < WIDTH, other=0.0)
     if MASKED:
         place = tl.load(seen.places + row)
         first_places = seen.first + tl.load(seen.sequences + row).to(tl.int64) * pool_size
@@ -181,7 +173,7 @@ def draw_logits(
     total = 0.0
     for first in tl.range(0, num_draws, BLOCK):
         index = first + tl.arange(0, BLOCK)
-        drawn = tl.load(_draws_of(draws, row, index), mask=index < num_draws, other=0).to(tl.int64)
+        drawn = tl.load(elements(draws, row, index), mask=index < num_draws, other=0).to(tl.int64)
         p = load_rows(pool, drawn, 0, WIDTH, BLOCK_D, False)
         scores = tl.sum(p * query[None, :], axis=1) * inverse_temperature
         if WEIGHTED:
@@ -213,7 +205,7 @@ def draw_gradients(
     for first in tl.range(0, num_draws, BLOCK):
         index = first + tl.arange(0, BLOCK)
         inside = index < num_draws
-        drawn = tl.load(_draws_of(draws, row, index), mask=inside, other=0).to(tl.int64)
+        drawn = tl.load(elements(draws, row, index), mask=inside, other=0).to(tl.int64)
         p = load_rows(pool, drawn, 0, WIDTH, BLOCK_D, False)
         scores = tl.load(logits + row * num_draws + index, mask=inside, other=NO_LOGIT)
         weight = tl.exp2((scores - log_norm) * LOG2_E) * inverse_temperature

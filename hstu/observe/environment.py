@@ -19,7 +19,6 @@ PACKAGES = {
     "gin": "gin-config",
     "numpy": "numpy",
     "pandas": "pandas",
-    "duckdb": "duckdb",
     "pyarrow": "pyarrow",
     "tensordict": "tensordict",
     "torchmetrics": "torchmetrics",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 CONTAINER_MAGIC = 0xBA55ED50
@@ -24,6 +25,8 @@ ELF_COUNTS = slice(56, 64)
 BREAKPOINT = b"\xcc"
 """An x86 instruction that ends the process with SIGTRAP: blanked code that is executed after all is noticed at once."""
 PAGE = 4096
+BLOCK = 1 << 16
+"""Bytes of a hole in a file."""
 
 
 class Image(NamedTuple):
@@ -47,6 +50,17 @@ class Container(NamedTuple):
     begin: int
     header_bytes: int
     images: list[Image]
+
+
+def write(library: bytes | bytearray, path: Path) -> None:
+    """Write a new file whose blank blocks take no space on the disk."""
+    blank = bytes(BLOCK)
+    with path.open("wb") as file:
+        for begin in range(0, len(library), BLOCK):
+            if (block := library[begin : begin + BLOCK]) != blank:
+                file.seek(begin)
+                file.write(block)
+        file.truncate(len(library))
 
 
 def section(library: bytes | bytearray, name: bytes) -> tuple[int, int] | None:

@@ -4,18 +4,18 @@
     source .bundle/activate.sh          on the GPU machine, in the root of the repository
 
 Run it in an environment with the Python, PyTorch and Triton of the GPU machine (NEEDED) and all that the trainer needs.
-It needs no GPU, but pip with a package index, gcc, GNU tar and about 10 minutes. The GPU machine has an H100 or H200, and
-the packages that PyTorch, Triton, pandas, pyarrow, matplotlib, tensorboard, scikit-learn and pytest bring. What else
-training needs is CARRIED:
+It needs no GPU, but pip with a package index, gcc, GNU tar and about 10 minutes. The GPU machine has an H100 or H200,
+and PyTorch, Triton, pandas, pyarrow, matplotlib, tensorboard, scikit-learn, pytest and what these depend on. What else
+training needs is CARRIED. Two packages are made small:
 
-- FBGEMM keeps the device code of sm_90 alone, and of the lookups that training calls (KEPT_KERNELS); 2.4 GiB become
-  20 MiB. Not even the kernels and the dense layers run without it: TorchRec imports it, and all batches are TorchRec's.
-- The CUTLASS compiler keeps the pages of machine code that compiling our kernels executes (see touched_pages); 184 MiB
-  become about 20. A kernel that needs other pages ends its process with SIGTRAP: make the bundle again after changing
-  kernels. The library that launches kernels is linked from the archive that the DSL brings for this, with PyTorch's
-  libcudart: 42 MiB become 0.1.
-- Stores that scripts/preprocess_dataset.py wrote, and compiled kernels: CACHES holds ``triton`` (TRITON_CACHE_DIR) and
-  ``hstu`` (in XDG_CACHE_HOME) as they were written by the same versions.
+- FBGEMM keeps device code for sm_90, and of the lookups that training calls (KEPT_KERNELS). A launch of another kernel
+  fails with "no kernel image is available". Attention, layers and dense steps need FBGEMM, too: TorchRec imports it.
+- The CUTLASS compiler keeps the pages of machine code that compiling our kernels executes (see touched_pages). One that
+  needs others ends its process with SIGTRAP: make the bundle again after changing kernels. The library that launches
+  kernels is linked from the archive that the DSL brings for this, with PyTorch's libcudart.
+
+--data names stores that scripts/preprocess_dataset.py has written. --caches names compiled kernels of these versions:
+a directory with ``triton`` (as TRITON_CACHE_DIR) and ``hstu`` (in XDG_CACHE_HOME).
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ CARRIED = (
 )
 """Packages, in the versions of requirements/cuda.txt where none is given. TorchRec and FBGEMM go with PyTorch."""
 IMPORTS = (
+    "torch",
     "torchrec",
     "fbgemm_gpu",
     "megatron.core",
@@ -86,7 +87,13 @@ KEPT_KERNELS = re.compile(
     r"(?:codegen_forward|backward_codegen_(?:sgd|adagrad|rowwise_adagrad|adam|dense))_unweighted_"
 )
 """Those of tables without pooling, with our optimizers, for all dtypes and widths, in GPU or host memory."""
-COMPRESSION = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 26}]
+NEVER_CALLED = (
+    "fbgemm_gpu_tbe_inference",
+    "fbgemm_gpu_tbe_training_backward_gwd",
+    "fbgemm_gpu_tbe_training_backward_vbe",
+)
+"""Libraries that FBGEMM loads at its import: quantized tables, global weight decay, batches of several sizes."""
+COMPRESSION = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 26}]
 
 
 def download(directory: Path) -> list[Path]:
@@ -138,25 +145,32 @@ def is_needed(functions: Iterable[str]) -> bool:
     return not of_lookups or any(KEPT_KERNELS.search(name) for name in of_lookups)
 
 
+def link(library: Path, *arguments: str) -> None:
+    """Replace a shared library by one that is linked from these objects; without any, it is empty."""
+    library.unlink()
+    command = ["gcc", "-shared", "-s", "-o", str(library), f"-Wl,-soname,{library.name}", *arguments]
+    subprocess.run(command, check=True)
+
+
 def slim_fbgemm(site: Path) -> None:
-    """Keep the device code that training calls."""
+    """Keep the device code that training calls, and nothing of libraries that it does not call."""
+    for name in NEVER_CALLED:
+        link(site / "fbgemm_gpu" / f"{name}.so")
     for path in sorted((site / "fbgemm_gpu").glob("*.so")):
         library = bytearray(path.read_bytes())
         if libraries.section(library, b".nv_fatbin"):
             kept = [is_needed(functions) for functions in entry_functions(path)]
             libraries.keep_device_code(library, ARCHITECTURE, kept)
-            path.write_bytes(library)
+            path.unlink()
+            libraries.write(library, path)
             print(f"{path.name}: device code of {sum(kept)} of {len(kept)} source files", flush=True)
 
 
 def slim_cutlass(site: Path) -> None:
     """Link the small library that launches kernels; keep the pages of the compiler that our kernels need."""
-    (site / LAUNCHER).unlink()
     cudart = metadata.distribution("nvidia-cuda-runtime").locate_file("nvidia/cu13/lib/libcudart.so.13")
     archive = site / LAUNCHER_ARCHIVE
-    command = ["gcc", "-shared", "-s", "-o", str(site / LAUNCHER), f"-Wl,-soname,{Path(LAUNCHER).name}"]
-    command += ["-Wl,--whole-archive", str(archive), "-Wl,--no-whole-archive", str(cudart)]
-    subprocess.run(command, check=True)
+    link(site / LAUNCHER, "-Wl,--whole-archive", str(archive), "-Wl,--no-whole-archive", str(cudart))
     archive.unlink()
     with tempfile.NamedTemporaryFile() as report:
         command = [sys.executable, "-m", "scripts.gpu_bundle.touched_pages", report.name]
@@ -172,16 +186,8 @@ def slim_cutlass(site: Path) -> None:
 def pack(root: Path, paths: Iterable[Path], archive: Path) -> None:
     """Write a compressed archive. Files keep their holes, so that unpacking writes none of them."""
     names = sorted(str(path.relative_to(root)) for path in paths)
-    options = [
-        "--sparse",
-        "--hole-detection=raw",
-        "--format=posix",
-        "--sort=name",
-        "--owner=0",
-        "--group=0",
-        "--mtime=@0",
-    ]
-    options.append("--pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime")
+    options = ["--sparse", "--format=posix", "--sort=name", "--owner=0", "--group=0", "--mtime=@0"]
+    options.append("--pax-option=delete=atime,delete=ctime")
     tar = subprocess.Popen(["tar", "-C", str(root), *options, "-c", *names], stdout=subprocess.PIPE)
     assert tar.stdout is not None
     with lzma.open(archive, "wb", filters=COMPRESSION) as compressed:

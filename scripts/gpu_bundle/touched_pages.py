@@ -42,8 +42,8 @@ class Code:
     def forget(self) -> None:
         """Unmap all pages, so that only those that are touched from now on are mapped.
 
-        Linux maps the neighbours of a touched page too, but only in the same memory area. Different advice for every other
-        page makes each page an area of its own. Linux allows 65,530 areas; this code has about 40,000 pages.
+        Linux maps the neighbours of a touched page too, but only in the same memory area. Different advice for every
+        other page makes each page an area of its own. Linux allows 65,530 areas; this code has about 40,000 pages.
         """
         for page in range(self.begin, self.end, 2 * PAGE):
             self._advise(page, PAGE, mmap.MADV_RANDOM)
@@ -77,12 +77,13 @@ def compile_kernels() -> None:
     for dtype, head_dims in ((torch.bfloat16, (128, 256)), (torch.float16, (64,))):
         for variant in variants((dtype,), head_dims):
             if variant.capability == CAPABILITY:
-                print(compile_variant(variant), flush=True)
                 function: Any = compiled(variant)[0]
                 with tempfile.NamedTemporaryFile(suffix=".o") as file:
                     file.write(function.dump_to_object("kernel"))
                     file.flush()
                     load_module(file.name)["kernel"]
+
+    print(compile_variant(variant), flush=True)
 
     @cute.kernel
     def wrong(count: cutlass.Int32) -> None:

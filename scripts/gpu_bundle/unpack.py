@@ -95,11 +95,12 @@ def environment(directory: Path) -> dict[str, str]:
 
 
 CHECK = """
-import importlib, sys, torch
+import importlib, sys
 for name in sys.argv[1:]:
     module = importlib.import_module(name)
     print(name, getattr(module, "__version__", ""), getattr(module, "__path__", [module.__file__])[0])
-print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")
+if torch := sys.modules.get("torch"):
+    print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")
 """
 
 

@@ -29,7 +29,9 @@ def elf(sections: dict[bytes, bytes]) -> bytearray:
     names = b"\0" + b"".join(name + b"\0" for name in [*sections, b".shstrtab"])
     library, rows = bytearray(64), [bytes(64)]
     for name, contents in [*sections.items(), (b".shstrtab", names)]:
-        rows.append(struct.pack("<IIQQQQIIQQ", names.index(name + b"\0"), 1, 0, 0, len(library), len(contents), 0, 0, 8, 0))
+        rows.append(
+            struct.pack("<IIQQQQIIQQ", names.index(name + b"\0"), 1, 0, 0, len(library), len(contents), 0, 0, 8, 0)
+        )
         library += contents
     struct.pack_into("<Q", library, 40, len(library))
     struct.pack_into("<HH", library, 60, len(rows), len(rows) - 1)
@@ -50,7 +52,10 @@ def test_only_the_code_of_one_architecture_is_left_and_nothing_moves() -> None:
     library = bytearray(original)
     libraries.keep_device_code(library, 90, [True, False])
     assert len(library) == len(original)
-    (before, dropped_before), (kept, dropped) = list(libraries.containers(original)), list(libraries.containers(library))
+    (before, dropped_before), (kept, dropped) = (
+        list(libraries.containers(original)),
+        list(libraries.containers(library)),
+    )
     assert [kept.begin, dropped.begin] == [before.begin, dropped_before.begin]
     (of_90,) = kept.images
     assert of_90.architecture == 90 and library[of_90.begin : of_90.end] == image(90, CODE[90])
@@ -106,15 +111,14 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for file, contents in {"site/carried.py": "__version__ = '7'\n", "data/toy/numbers": "1"}.items():
         (root / file).parent.mkdir(parents=True)
         (root / file).write_text(contents)
-    with (root / "site" / "library.so").open("wb") as library:
-        library.write(b"\0" * 50_000_000 + b"code")
+    libraries.write(bytes(50_000_000) + b"code", root / "site" / "library.so")
     folder.mkdir()
     for name in ("site", "data"):
         make.pack(root, [root / name], folder / f"{name}.tar.xz")
     for script in ("unpack.py", "activate.sh"):
         (folder / script).write_bytes((REPOSITORY / "scripts" / "gpu_bundle" / script).read_bytes())
     monkeypatch.setattr(make, "IMPORTS", ("carried",))
-    monkeypatch.setattr(make, "NEEDED", {"python": "3.", "torch": metadata.version("torch").partition("+")[0]} | {"python": "3"})
+    monkeypatch.setattr(make, "NEEDED", {"python": "3", "torch": metadata.version("torch").partition("+")[0]})
     make.write_manifest(folder)
     return folder
 
@@ -132,7 +136,8 @@ def activate(bundle: Path, directory: Path, command: str) -> "subprocess.Complet
 
 
 def test_it_is_unpacked_once_and_found_by_programs(bundle: Path, tmp_path: Path) -> None:
-    read = "cat tmp_data/toy/numbers && $PYTHON -c 'import carried, os; print(carried.__file__, os.environ[\"TRITON_CACHE_DIR\"])'"
+    code = "import carried, os; print(carried.__file__, os.environ['TRITON_CACHE_DIR'])"
+    read = f'cat tmp_data/toy/numbers && $PYTHON -c "{code}"'
     first = activate(bundle, tmp_path / "unpacked", read)
     assert first.returncode == 0, first.stderr
     assert "carried 7" in first.stdout

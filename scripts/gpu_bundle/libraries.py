@@ -22,6 +22,9 @@ ELF_TABLES = slice(32, 48)
 """Where an ELF header holds the offsets of its program and section headers."""
 ELF_COUNTS = slice(56, 64)
 """Where an ELF header holds the number of its program and section headers."""
+DYNAMIC = struct.Struct("<QQ")
+"""An entry of the section that the loader reads: tag and value."""
+DT_INIT_ARRAY, DT_FINI_ARRAY, DT_INIT_ARRAYSZ = 25, 26, 27
 BREAKPOINT = b"\xcc"
 """An x86 instruction that ends the process with SIGTRAP: blanked code that is executed after all is noticed at once."""
 PAGE = 4096
@@ -73,6 +76,22 @@ def section(library: bytes | bytearray, name: bytes) -> tuple[int, int] | None:
         if library[begin : begin + len(name) + 1] == name + b"\0":
             return row[4], row[5]
     return None
+
+
+def remove_constructors(library: bytearray) -> tuple[int, int, int]:
+    """Make the loader skip the constructors of a library.
+
+    Returns:
+        Address of their list, their number, and the address of the list of destructors.
+    """
+    offset, size = section(library, b".dynamic") or (0, 0)
+    tags = {}
+    for at in range(offset, offset + size, DYNAMIC.size):
+        tag, value = DYNAMIC.unpack_from(library, at)
+        tags[tag] = value
+        if tag == DT_INIT_ARRAYSZ:
+            DYNAMIC.pack_into(library, at, tag, 0)
+    return tags[DT_INIT_ARRAY], tags[DT_INIT_ARRAYSZ] // 8, tags[DT_FINI_ARRAY]
 
 
 def containers(library: bytes | bytearray) -> Iterator[Container]:

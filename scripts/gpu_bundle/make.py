@@ -87,12 +87,8 @@ KEPT_KERNELS = re.compile(
     r"(?:codegen_forward|backward_codegen_(?:sgd|adagrad|rowwise_adagrad|adam|dense))_unweighted_"
 )
 """Those of tables without pooling, with our optimizers, for all dtypes and widths, in GPU or host memory."""
-NEVER_CALLED = (
-    "fbgemm_gpu_tbe_inference",
-    "fbgemm_gpu_tbe_training_backward_gwd",
-    "fbgemm_gpu_tbe_training_backward_vbe",
-)
-"""Libraries that FBGEMM loads at its import: quantized tables, global weight decay, batches of several sizes."""
+NEVER_CALLED = ("fbgemm_gpu_tbe_training_backward_gwd", "fbgemm_gpu_tbe_training_backward_vbe")
+"""Libraries that FBGEMM loads at its import: for global weight decay, and for batches of several sizes."""
 COMPRESSION = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 26}]
 
 
@@ -172,15 +168,9 @@ def slim_cutlass(site: Path) -> None:
     archive = site / LAUNCHER_ARCHIVE
     link(site / LAUNCHER, "-Wl,--whole-archive", str(archive), "-Wl,--no-whole-archive", str(cudart))
     archive.unlink()
-    with tempfile.NamedTemporaryFile() as report:
-        command = [sys.executable, "-m", "scripts.gpu_bundle.touched_pages", report.name]
-        paths = ":".join([str(site / path) for path in unpack.PATHS] + [str(ROOT)])
-        subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONPATH": paths})
-        touched = Path(report.name).read_bytes()
-    library = bytearray((site / COMPILER).read_bytes())
-    blanked = libraries.keep_pages(library, int.from_bytes(touched[:8], "little"), lambda page: bool(touched[8 + page]))
-    (site / COMPILER).write_bytes(library)
-    print(f"{Path(COMPILER).name}: {blanked} of {len(touched) - 8} pages blanked", flush=True)
+    command = [sys.executable, "-m", "scripts.gpu_bundle.touched_pages", str(site / COMPILER)]
+    paths = ":".join([str(site / path) for path in unpack.PATHS] + [str(ROOT)])
+    subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONPATH": paths})
 
 
 def pack(root: Path, paths: Iterable[Path], archive: Path) -> None:

@@ -1,9 +1,9 @@
-"""Compile CUTLASS kernels and write which pages of the compiler's machine code were executed.
+"""Compile CUTLASS kernels and find which pages of the compiler's machine code that executes.
 
-    python -m scripts.gpu_bundle.touched_pages OUTPUT
+    python -m scripts.gpu_bundle.touched_pages COMPILER
 
-OUTPUT: the offset of the code in the file as 8 bytes, then one byte per page, 1 if it was touched. Further head
-dims and dtypes touch no further pages.
+COMPILER: the library of the CUTLASS DSL in the package that is imported. It is overwritten: code that is not executed
+while it is loaded, used and unloaded is blanked. Further head dims and dtypes touch no further pages.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from __future__ import annotations
 import array
 import ctypes
 import mmap
+import os
+import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import cutlass
-
+from scripts.gpu_bundle import libraries
 from scripts.gpu_bundle.libraries import PAGE
 
-COMPILER = "_cutlass_ir.cu13."
 CAPABILITY = 90
+HOSTS = ("x86-64", "skylake-avx512", "icelake-server", "sapphirerapids", "emeraldrapids", "znver3", "znver4")
+"""CPUs of GPU machines: the compiler writes the function that launches a kernel for the CPU that it runs on."""
+CPUID, NEAR = b"\x0f\xa2", range(-4, 5)
+"""The instruction that identifies the CPU; the pages around it are kept, for what the compiler does on other CPUs."""
 IS_PRESENT = 1 << 63
 """The bit of an entry of /proc/self/pagemap that says that the page is mapped."""
 
@@ -30,12 +33,12 @@ class Code:
     """The mapped machine code of a library.
 
     Args:
-        name: part of the library's file name.
+        library: its file, which this process has loaded.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, library: Path) -> None:
         lines = [line.split() for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
-        (found,) = [line for line in lines if len(line) > 5 and name in line[5] and "x" in line[1]]
+        (found,) = [line for line in lines if line[-1] == str(library) and "x" in line[1]]
         self.begin, self.end = (int(address, 16) for address in found[0].split("-"))
         self.offset = int(found[2], 16)
 
@@ -64,43 +67,57 @@ class Code:
 
 
 def compile_kernels() -> None:
-    """Compile kernels, write each as an object file and load that, as training does; then provoke an error."""
+    """Compile kernels, write each as an object file and load that, as training does; then one of them for HOSTS."""
     import torch
-    from cutlass import cute
+    from cutlass.base_dsl.compiler import HostTarget
     from cutlass.cute.runtime import find_runtime_libraries, load_module
 
-    from hstu.ops.cutlass.attention import compiled, variants
+    from hstu.ops.cutlass.attention import _compile, variants
     from hstu.ops.cutlass.compile_ahead import compile_variant
 
     for library in find_runtime_libraries(enable_tvm_ffi=False):  # writing an object resolves their symbols
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
-    for dtype, head_dims in ((torch.bfloat16, (128, 256)), (torch.float16, (64,))):
-        for variant in variants((dtype,), head_dims):
-            if variant.capability == CAPABILITY:
-                function: Any = compiled(variant)[0]
-                with tempfile.NamedTemporaryFile(suffix=".o") as file:
-                    file.write(function.dump_to_object("kernel"))
-                    file.flush()
-                    load_module(file.name)["kernel"]
+    chosen = [
+        variant
+        for dtype, head_dims in ((torch.bfloat16, (128, 256)), (torch.float16, (64,)))
+        for variant in variants((dtype,), head_dims)
+        if variant.capability == CAPABILITY
+    ]
+    print(compile_variant(chosen[0]), flush=True)
+    for variant in chosen:
+        with tempfile.NamedTemporaryFile(suffix=".o") as file:
+            file.write(_compile(variant).dump_to_object("kernel"))
+            file.flush()
+            load_module(file.name)["kernel"]
+    for host in HOSTS:
+        _compile(chosen[0], HostTarget(f"llvm -mtriple=x86_64-unknown-linux-gnu -mcpu={host}")).dump_to_object("kernel")
 
-    print(compile_variant(variant), flush=True)
 
-    @cute.kernel
-    def wrong(count: cutlass.Int32) -> None:
-        cute.make_tensor(count, cute.make_layout(4))
-
-    @cute.jit
-    def launch(count: cutlass.Int32) -> None:
-        wrong(count).launch(grid=(1, 1, 1), block=(32, 1, 1))
-
-    try:
-        cute.compile(launch, cutlass.Int32(1))
-    except Exception as error:
-        print(f"as intended: {type(error).__name__}")
+def main(library: Path) -> None:
+    """Blank the code that is not executed."""
+    original = library.read_bytes()
+    patched = bytearray(original)
+    constructors, count, destructors = libraries.remove_constructors(patched)
+    library.unlink()
+    library.write_bytes(patched)
+    ctypes.CDLL(str(library))  # the later import finds it loaded
+    code = Code(library)
+    code.forget()
+    base = code.begin - code.offset
+    for function in (ctypes.c_void_p * count).from_address(base + constructors):
+        ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(function)(0, None, None)
+    compile_kernels()
+    ctypes.CFUNCTYPE(None)(ctypes.c_void_p.from_address(base + destructors).value)()
+    touched, blank = code.touched(), bytearray(original)
+    detecting = {(match.start() - code.offset) // PAGE for match in re.finditer(CPUID, original)}
+    detecting = {page for page in detecting if 0 <= page < len(touched) and touched[page]}
+    kept = {page + near for page in detecting for near in NEAR}
+    blanked = libraries.keep_pages(blank, code.offset, lambda page: bool(touched[page]) or page in kept)
+    library.unlink()
+    libraries.write(blank, library)
+    print(f"{library.name}: {blanked} of {len(touched)} pages blanked", flush=True)
+    os._exit(0)  # the destructors must not run twice
 
 
 if __name__ == "__main__":
-    compiler = Code(COMPILER)
-    compiler.forget()
-    compile_kernels()
-    Path(sys.argv[1]).write_bytes(compiler.offset.to_bytes(8, "little") + compiler.touched())
+    main(Path(sys.argv[1]).resolve())

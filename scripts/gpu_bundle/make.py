@@ -71,7 +71,7 @@ PARTS = {"fbgemm": ["fbgemm_gpu"], "cutlass": ["nvidia_cutlass_dsl"]}
 """Archive → directories of packages that it holds. All others are in ``packages``."""
 LEFT_OUT = (
     *("**/__pycache__", "**/tests", "megatron/core/datasets/helpers_cpp*.so", "fbgemm_gpu/experimental"),
-    *("nvidia_cutlass_dsl/cu13/lib/stubs", "nvidia_cutlass_dsl/dsl_packages/iket/profiler/*.so"),
+    *("nvidia_cutlass_dsl/cu13/lib/stubs", "nvidia_cutlass_dsl/dsl_packages/iket"),
 )
 """What training does not read."""
 CUTLASS = "nvidia_cutlass_dsl"

@@ -16,12 +16,15 @@ CONTAINER_HEADER = struct.Struct("<IHHQ")
 IMAGE_HEADER = struct.Struct("<HHIQIIII")
 """Begins an image: kind, version, header bytes, bytes behind it, compressed bytes, two unknown words, architecture."""
 ALIGNMENT = 8
-STUB_BYTES = 64
-"""What is left of an image for another architecture: the header of its ELF file."""
-ELF_TABLES = slice(32, 48)
-"""Where an ELF header holds the offsets of its program and section headers."""
-ELF_COUNTS = slice(56, 64)
-"""Where an ELF header holds the number of its program and section headers."""
+IS_COMPRESSED = 0xF000
+"""Flags of an image, at byte 40 of its header; byte 56 has the size before compression."""
+STUB = (
+    struct.pack("<4s5B7xHHI16xQIHHHHHH", b"\x7fELF", 2, 1, 1, 0x41, 8, 2, 190, 1, 64, 0x4005004, 64, 56, 0, 64, 2, 1)
+    + bytes(64)
+    + struct.pack("<IIQQQQIIQQ", 1, 3, 0, 0, 192, 16, 0, 0, 1, 0)
+    + b"\0.shstrtab".ljust(16, b"\0")
+)
+"""What is left of an image for another architecture: an ELF file of its section names alone."""
 DYNAMIC = struct.Struct("<QQ")
 """An entry of the section that the loader reads: tag and value."""
 DT_INIT_ARRAY, DT_FINI_ARRAY, DT_INIT_ARRAYSZ = 25, 26, 27
@@ -148,12 +151,11 @@ def keep_device_code(library: bytearray, architecture: int, is_kept: Sequence[bo
 
 def _stub(library: bytearray, image: Image) -> bytes:
     """An image that says its architecture and has no code."""
-    begin = image.begin + image.header_bytes
-    header = bytearray(library[image.begin : begin])
-    struct.pack_into("<QI", header, 8, STUB_BYTES, 0)
-    elf = bytearray(library[begin : begin + STUB_BYTES])
-    elf[ELF_TABLES], elf[ELF_COUNTS] = bytes(16), bytes(8)
-    return bytes(header + elf)
+    header = bytearray(library[image.begin : image.begin + image.header_bytes])
+    struct.pack_into("<QI", header, 8, len(STUB), 0)
+    (flags,) = struct.unpack_from("<Q", header, 40)
+    struct.pack_into("<Q8xQ", header, 40, flags & ~IS_COMPRESSED, 0)
+    return bytes(header) + STUB
 
 
 def keep_pages(library: bytearray, begin: int, is_kept: Callable[[int], bool]) -> int:

@@ -168,9 +168,19 @@ def slim_cutlass(site: Path) -> None:
     archive = site / LAUNCHER_ARCHIVE
     link(site / LAUNCHER, "-Wl,--whole-archive", str(archive), "-Wl,--no-whole-archive", str(cudart))
     archive.unlink()
-    command = [sys.executable, "-m", "scripts.gpu_bundle.touched_pages", str(site / COMPILER)]
-    paths = ":".join([str(site / path) for path in unpack.PATHS] + [str(ROOT)])
-    subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONPATH": paths})
+    environment = {"PYTHONPATH": ":".join([*(str(site.parent / path) for path in unpack.PATHS), str(ROOT)])}
+    trace = ["-m", "scripts.gpu_bundle.touched_pages", str(site / COMPILER)]
+    compile_again = [
+        "scripts/bench/compile_kernels.py",
+        "--backend",
+        "cutlass",
+        "--capability",
+        "90",
+        "--head-dim",
+        "64",
+    ]
+    for arguments in (trace, compile_again):
+        subprocess.run([sys.executable, *arguments], check=True, cwd=ROOT, env=environment)
 
 
 def pack(root: Path, paths: Iterable[Path], archive: Path) -> None:

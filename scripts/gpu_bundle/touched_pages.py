@@ -25,6 +25,7 @@ HOSTS = ("x86-64", "skylake-avx512", "icelake-server", "sapphirerapids", "emeral
 """CPUs of GPU machines: the compiler writes the function that launches a kernel for the CPU that it runs on."""
 CPUID, NEAR = b"\x0f\xa2", range(-4, 5)
 """The instruction that identifies the CPU; the pages around it are kept, for what the compiler does on other CPUs."""
+MLOCK_ONFAULT = 1
 IS_PRESENT = 1 << 63
 """The bit of an entry of /proc/self/pagemap that says that the page is mapped."""
 
@@ -41,16 +42,22 @@ class Code:
         (found,) = [line for line in lines if line[-1] == str(library) and "x" in line[1]]
         self.begin, self.end = (int(address, 16) for address in found[0].split("-"))
         self.offset = int(found[2], 16)
+        self._libc = ctypes.CDLL(None, use_errno=True)
 
     def forget(self) -> None:
         """Unmap all pages, so that only those that are touched from now on are mapped.
 
         Linux maps the neighbours of a touched page too, but only in the same memory area. Different advice for every
         other page makes each page an area of its own. Linux allows 65,530 areas; this code has about 40,000 pages.
+        Touched pages are locked, because Linux unmaps pages where memory runs short.
         """
         for page in range(self.begin, self.end, 2 * PAGE):
             self._advise(page, PAGE, mmap.MADV_RANDOM)
         self._advise(self.begin, self.end - self.begin, mmap.MADV_DONTNEED)
+        if self._libc.mlock2(ctypes.c_void_p(self.begin), ctypes.c_size_t(self.end - self.begin), MLOCK_ONFAULT):
+            raise OSError(
+                ctypes.get_errno(), "cannot lock the compiler's code in memory; allow it with ulimit -l unlimited"
+            )
 
     def touched(self) -> bytes:
         """One byte per page, 1 if it was touched."""
@@ -61,8 +68,7 @@ class Code:
         return bytes(bool(entry & IS_PRESENT) for entry in entries)
 
     def _advise(self, address: int, size: int, advice: int) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice):
+        if self._libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice):
             raise OSError(ctypes.get_errno(), "madvise")
 
 
@@ -105,9 +111,9 @@ def main(library: Path) -> None:
     code.forget()
     base = code.begin - code.offset
     for function in (ctypes.c_void_p * count).from_address(base + constructors):
-        ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(function)(0, None, None)
+        ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(function or 0)(0, None, None)
     compile_kernels()
-    ctypes.CFUNCTYPE(None)(ctypes.c_void_p.from_address(base + destructors).value)()
+    ctypes.CFUNCTYPE(None)(ctypes.c_void_p.from_address(base + destructors).value or 0)()
     touched, blank = code.touched(), bytearray(original)
     detecting = {(match.start() - code.offset) // PAGE for match in re.finditer(CPUID, original)}
     detecting = {page for page in detecting if 0 <= page < len(touched) and touched[page]}

@@ -82,10 +82,9 @@ def checked(backend: str, expected_s: float, head_dim: str = "256") -> Item:
 
 
 def compiled(backend: str) -> list[str]:
-    """Some kernels of a backend, compiled and not launched."""
-    operator = ["--operator", "norm_mul_dropout"] if backend == "triton" else []
-    sizes = ["--capability", "90", "--head-dim", "64", *operator]
-    return ["scripts/bench/compile_kernels.py", "--backend", backend, *sizes, "--output", SCRATCH]
+    """The kernels of the step and of its self check, compiled and not launched."""
+    run = ["ranking", "--gin-config-file", "configs/benchmark_ranking.gin", "--capability", "90", "--cache", SCRATCH]
+    return ["-m", "hstu.train.compile_ahead", *run, "--gin-bindings", *BACKENDS[backend]]
 
 
 def sanitized(tool: str, backend: str) -> Item:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
@@ -244,8 +245,8 @@ class _Driver:
         return GPUTarget("cuda", self._capability, WARP_SIZE)
 
     def get_current_device(self) -> str:
-        """Not the number of a device: Triton remembers the kernels of a device by it."""
-        return f"sm_{self._capability}"
+        """Not the number of a device: by it Triton remembers in a process which kernels the cache has."""
+        return f"sm_{self._capability} in {knobs.cache.dir}"
 
     def get_current_stream(self, device: str) -> int:
         """Nothing is launched."""

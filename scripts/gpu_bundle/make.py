@@ -168,7 +168,8 @@ def slim_cutlass(site: Path) -> None:
     archive = site / LAUNCHER_ARCHIVE
     link(site / LAUNCHER, "-Wl,--whole-archive", str(archive), "-Wl,--no-whole-archive", str(cudart))
     archive.unlink()
-    environment = {"PYTHONPATH": ":".join([*(str(site.parent / path) for path in unpack.PATHS), str(ROOT)])}
+    paths = ":".join([*(str(site.parent / path) for path in unpack.PATHS), str(ROOT)])
+    environment = {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
     trace = ["-m", "scripts.gpu_bundle.touched_pages", str(site / COMPILER)]
     compile_again = [
         "scripts/bench/compile_kernels.py",

@@ -53,7 +53,6 @@ PACKAGES = (
     "megatron.core",
     "gin",
     "cutlass",
-    "duckdb",
     "pyarrow",
     "pytest",
 )

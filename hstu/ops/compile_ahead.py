@@ -18,7 +18,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -58,15 +59,31 @@ def compile_all(jobs: Sequence[Job], processes: int) -> Iterator[Result]:
     """Compile all jobs and yield each result when it is there.
 
     The processes are forks, because launches hold functions and tensors that cannot be sent to another process. A
-    process that has initialized CUDA must not call this.
-
-    Raises BrokenProcessPool if a compiler kills its process.
+    process that has initialized CUDA must not call this. A compiler that kills its process has failed; the jobs that
+    its pool had not done are run again, each in a process of its own.
     """
     global _jobs
     _jobs = jobs
+    left = set(range(len(jobs)))
     with ProcessPoolExecutor(min(processes, len(jobs)) or 1, mp_context=get_context("fork")) as pool:
-        for done in as_completed([pool.submit(_compile, number) for number in range(len(jobs))]):
-            yield done.result()
+        try:
+            numbers = {pool.submit(_compile, number): number for number in range(len(jobs))}
+            for done in as_completed(numbers):
+                result = done.result()
+                left.remove(numbers[done])
+                yield result
+        except BrokenProcessPool:
+            pass
+    with ThreadPoolExecutor(processes) as threads:
+        yield from threads.map(_compile_alone, sorted(left))
+
+
+def _compile_alone(number: int) -> Result:
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        try:
+            return pool.submit(_compile, number).result()
+        except BrokenProcessPool:
+            return Result(_jobs[number].name, 0.0, "the compiler killed its process")
 
 
 def _compile(number: int) -> Result:

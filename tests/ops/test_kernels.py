@@ -118,7 +118,7 @@ def attention_inputs(
     return [*parts, *to([torch.randn(2 * 150 - 1), torch.randn(NUM_TIME_BUCKETS)], fused.device, dtype)]
 
 
-def compare_attention(batch: Batch, backend: Backend, leaves: list[Tensor], grad_out: Tensor, **config: object) -> None:
+def compare_attention(batch: Batch, backend: Backend, leaves: list[Tensor], grad_out: Tensor, **config: Any) -> None:
     def attend_by(backend: Backend) -> Callable[..., Tensor]:
         layout = batch.layout(device=device_of(backend))
         return lambda q, k, v, *tables: hstu_attention(
@@ -129,8 +129,13 @@ def compare_attention(batch: Batch, backend: Backend, leaves: list[Tensor], grad
     got = differentiate(attend_by(backend), leaves, grad_out.to(leaves[0].device))
     assert all(ours.dtype == given.dtype for ours, given in zip(got[1:], leaves, strict=True))
     exact = to(leaves, "cpu", torch.float64)
-    expected = differentiate(attend_by(Backend.PYTORCH), exact, grad_out.to(dtype).double())
-    assert_near(got, expected, TOLERANCE[backend][dtype])
+    grad_out = grad_out.to(dtype).double()
+    expected = differentiate(attend_by(Backend.PYTORCH), exact, grad_out)
+    # Summands of a bias gradient can cancel. Their rounding in float32 follows their size: of a pair of tokens, the
+    # product of gradient and value times SiLU's slope, at most 1.1.
+    products = torch.einsum("ihd,jhd->hij", grad_out, exact[2]) * 1.1 / config["scaling_seqlen"]
+    of_bias = 8 * torch.finfo(torch.float32).eps * float(products.norm())
+    assert_near(got, expected, TOLERANCE[backend][dtype], {4: of_bias, 5: of_bias})
 
 
 @pytest.mark.parametrize("backend", WITHOUT_A_GPU)
@@ -471,7 +476,9 @@ def test_the_sampled_loss_equals_float64(
     of_query = 2 * of_positives.norm(dim=1).max() if queries else 0.0  # the target's share and the negatives'
     of_row = of_copies.unflatten(0, (-1, pool_size)).abs().sum(0).max()
     unit = torch.finfo(torch.float32).eps * inexact
-    rounding = {1: unit * (draws + 1) ** 0.5 * float(of_query), 3: unit * (queries * draws) ** 0.5 * float(of_row)}
+    # Equal summands, draws of one row by one query, are rounded alike: their error follows n.
+    summands = max((queries * draws) ** 0.5, draws / max(pool_size, 1))
+    rounding = {1: unit * (draws + 1) ** 0.5 * float(of_query), 3: unit * summands * float(of_row)}
     assert_near(got, expected, TOLERANCE[backend][torch.float32] * inexact, rounding)
 
 

@@ -219,6 +219,12 @@ def list_undecided(
 
 
 @triton.jit
+def inverted(bits):
+    """~bits of uint64, which the interpreter of Triton 3.6 has for signed numbers only."""
+    return (~bits.to(tl.int64, bitcast=True)).to(tl.uint64, bitcast=True)
+
+
+@triton.jit
 def listed_at(place, number, listed, seen, ids, claim_ids, claim_counts, capacity, step, LFU: tl.constexpr):
     """(entry, score, hash, whether it is one) of listed candidates; score and hash as uint64."""
     valid = place < number
@@ -289,7 +295,7 @@ def find_threshold(
         hash_digits |= tl.where(of_score, 0, digit)
         hash_mask |= tl.where(of_score, 0, mask)
         digit_number += 1
-    highest_score, highest_hash = score_digits | ~score_mask, hash_digits | ~hash_mask
+    highest_score, highest_hash = score_digits | inverted(score_mask), hash_digits | inverted(hash_mask)
     tl.store(threshold, highest_score.to(tl.int64, bitcast=True))
     tl.store(threshold + 1, highest_hash.to(tl.int64, bitcast=True))
     for offset in range(0, number, BLOCK):

@@ -110,3 +110,9 @@ def test_a_kernel_that_does_not_compile_is_named_and_the_others_are_compiled() -
     results = {each.name: each.error for each in compile_all([Job("bad", fail), Job("good", lambda: None)], 2)}
     assert results == {"bad": "ValueError: no such instruction", "good": None}
     assert list(compile_all([], 2)) == []
+
+
+def test_a_compiler_that_kills_its_process_is_named_and_the_others_are_compiled() -> None:
+    compilers = [Job("killed", lambda: os._exit(3)), *[Job(f"good {number}", lambda: None) for number in range(20)]]
+    results = {each.name: each.error for each in compile_all(compilers, 2)}
+    assert results == {job.name: None for job in compilers} | {"killed": "the compiler killed its process"}

@@ -73,7 +73,7 @@ def unpack(bundle: Path, directory: Path) -> None:
     """Unpack the archives of a verified bundle, replacing what the directory holds."""
     if directory.exists():
         shutil.rmtree(directory)
-    directory.mkdir(parents=True)
+    (directory / PATHS[0]).mkdir(parents=True)  # tarfile fails where two threads make one directory at once
 
     def extract(archive: Path) -> None:
         with lzma.open(archive) as stream, tarfile.open(fileobj=stream) as tar:

@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
@@ -60,7 +60,7 @@ def compile_all(jobs: Sequence[Job], processes: int) -> Iterator[Result]:
 
     The processes are forks, because launches hold functions and tensors that cannot be sent to another process. A
     process that has initialized CUDA must not call this. A compiler that kills its process has failed; the jobs that
-    its pool had not done are run again, each in a process of its own.
+    its pool had not done are run again, one after the other, each in a process of its own.
     """
     global _jobs
     _jobs = jobs
@@ -74,8 +74,7 @@ def compile_all(jobs: Sequence[Job], processes: int) -> Iterator[Result]:
                 yield result
         except BrokenProcessPool:
             pass
-    with ThreadPoolExecutor(processes) as threads:
-        yield from threads.map(_compile_alone, sorted(left))
+    yield from map(_compile_alone, sorted(left))
 
 
 def _compile_alone(number: int) -> Result:

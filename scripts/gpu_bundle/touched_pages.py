@@ -3,7 +3,8 @@
     python -m scripts.gpu_bundle.touched_pages COMPILER
 
 COMPILER: the library of the CUTLASS DSL in the package that is imported. It is overwritten: code that is not executed
-while it is loaded, used and unloaded is blanked. Further head dims and dtypes touch no further pages.
+while it is loaded, used and unloaded is blanked. Further head dims and dtypes touch no further pages. Some code depends
+on addresses, which differ from process to process; therefore TRACES processes compile the same.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import ctypes
 import mmap
 import os
 import re
+import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from scripts.gpu_bundle import libraries
@@ -23,6 +26,7 @@ from scripts.gpu_bundle.libraries import PAGE
 CAPABILITY = 90
 HOSTS = ("x86-64", "skylake-avx512", "icelake-server", "sapphirerapids", "emeraldrapids", "znver3", "znver4")
 """CPUs of GPU machines: the compiler writes the function that launches a kernel for the CPU that it runs on."""
+TRACES = 6
 CPUID, NEAR = b"\x0f\xa2", range(-4, 5)
 """The instruction that identifies the CPU; the pages around it are kept, for what the compiler does on other CPUs."""
 MLOCK_ONFAULT = 1
@@ -99,13 +103,13 @@ def compile_kernels() -> None:
         _compile(chosen[0], HostTarget(f"llvm -mtriple=x86_64-unknown-linux-gnu -mcpu={host}")).dump_to_object("kernel")
 
 
-def main(library: Path) -> None:
-    """Blank the code that is not executed."""
-    original = library.read_bytes()
-    patched = bytearray(original)
-    constructors, count, destructors = libraries.remove_constructors(patched)
-    library.unlink()
-    library.write_bytes(patched)
+def trace(library: Path, constructors: int, count: int, destructors: int) -> bytes:
+    """Which pages of the file are executed, one byte per page. The loader must not see the library's constructors.
+
+    Args:
+        library: the file.
+        constructors, count, destructors: of ``libraries.remove_constructors``.
+    """
     ctypes.CDLL(str(library))  # the later import finds it loaded
     code = Code(library)
     code.forget()
@@ -114,16 +118,34 @@ def main(library: Path) -> None:
         ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(function or 0)(0, None, None)
     compile_kernels()
     ctypes.CFUNCTYPE(None)(ctypes.c_void_p.from_address(base + destructors).value or 0)()
-    touched, blank = code.touched(), bytearray(original)
-    detecting = {(match.start() - code.offset) // PAGE for match in re.finditer(CPUID, original)}
-    detecting = {page for page in detecting if 0 <= page < len(touched) and touched[page]}
-    kept = {page + near for page in detecting for near in NEAR}
-    blanked = libraries.keep_pages(blank, code.offset, lambda page: bool(touched[page]) or page in kept)
+    return bytes(code.offset // PAGE) + code.touched()
+
+
+def main(library: Path) -> None:
+    """Blank the code that no trace executes."""
+    original = library.read_bytes()
+    patched = bytearray(original)
+    numbers = libraries.remove_constructors(patched)
+    library.unlink()
+    library.write_bytes(patched)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        traces = [Path(folder) / str(number) for number in range(TRACES)]
+        command = [sys.executable, "-m", "scripts.gpu_bundle.touched_pages", str(library), *map(str, numbers)]
+        for _ in pool.map(lambda trace: subprocess.run([*command, str(trace)], check=True), traces):
+            pass
+        touched = [any(pages) for pages in zip(*(trace.read_bytes() for trace in traces), strict=True)]
+    detecting = {match.start() // PAGE for match in re.finditer(CPUID, original)}
+    kept = {page + near for page in detecting if page < len(touched) and touched[page] for near in NEAR}
+    blank = bytearray(original)
+    blanked = libraries.keep_pages(blank, 0, lambda page: touched[page] or page in kept)
     library.unlink()
     libraries.write(blank, library)
     print(f"{library.name}: {blanked} of {len(touched)} pages blanked", flush=True)
-    os._exit(0)  # the destructors must not run twice
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    if len(sys.argv) == 2:
+        main(Path(sys.argv[1]).resolve())
+    else:
+        Path(sys.argv[5]).write_bytes(trace(Path(sys.argv[1]), *map(int, sys.argv[2:5])))
+        os._exit(0)  # the destructors must not run twice

@@ -46,7 +46,7 @@ find_python() {
 has_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
 
 # What the installed set depends on (console scripts hold the path); a change of any of it installs again.
-wanted_stamp() { printf "%s %s %s\n" "$kind" "$(cat setup.py scripts/install.sh requirements/*.txt | sha256sum | cut -d" " -f1)" "$root"; }
+wanted_stamp() { printf "%s %s %s\n" "$kind" "$(cat pyproject.toml setup.py scripts/install.sh requirements/*.txt | sha256sum | cut -d" " -f1)" "$root"; }
 
 up_to_date() {
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted_stamp)" ] && "$python" -c '' >/dev/null 2>&1

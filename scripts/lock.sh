@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes requirements/cpu.txt and requirements/cuda.txt: the newest versions that setup.py allows, each file by its hash;
+# Writes requirements/cpu.txt and requirements/cuda.txt: the newest versions that pyproject.toml allows, each file by its hash;
 # and requirements/oldest.txt: the oldest. The oldest Python decides, so that all get the same versions. Needs uv. Run
 # .ci/run afterwards, which tests both ends.
 #
@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 lock() {
-    uv pip compile setup.py --python-version 3.11 --no-emit-package torch --no-header --no-annotate \
+    uv pip compile pyproject.toml --python-version 3.11 --no-emit-package torch --no-header --no-annotate \
         --no-emit-index-url --no-emit-find-links --index-strategy unsafe-best-match "$@"
 }
 newest() { lock --generate-hashes --constraint requirements/torch.txt --extra dev "$@" >/dev/null; }
@@ -21,7 +21,7 @@ newest --extra cuda --output-file requirements/cuda.txt "$@"
 newest --extra cpu --output-file requirements/cpu.txt "$@"
 # pip cannot resolve TorchRec beside the CPU build of FBGEMM, because it asks for the CUDA build.
 sed -n '/^torchrec==/,/[^\\]$/p' requirements/cuda.txt >>requirements/cpu.txt
-torch=$(sed -n 's/^TORCH = "torch>=\([0-9.]*\),.*/torch==\1.0/p' setup.py)
+torch=$(sed -n 's/^    "torch>=\([0-9.]*\),.*/torch==\1.0/p' pyproject.toml)
 oldest --extra cpu "$@" | grep -vP '^(nvidia-(?!cutlass)|cuda-toolkit)' >requirements/oldest.txt # torch brings these
 oldest --extra cuda "$@" | grep '^torchrec==' >>requirements/oldest.txt
 echo "$torch" >>requirements/oldest.txt

@@ -143,6 +143,6 @@ check_kernels()
 
 
 def test_the_sources_are_part_of_the_package() -> None:
-    """setup.py names them; a wheel without them could compile nothing."""
-    assert '"csrc/*"' in (REPOSITORY / "setup.py").read_text(encoding="utf-8")
+    """pyproject.toml names them; a wheel without them could compile nothing."""
+    assert '"csrc/*"' in (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     assert {path.suffix for path in build.SOURCES.iterdir()} == {".cpp", ".h"}

@@ -41,6 +41,7 @@ class Machine:
         self.bin = root / "bin"
         self.bin.mkdir()
         (self.root / "scripts").mkdir(parents=True)
+        shutil.copy(REPOSITORY / "pyproject.toml", self.root)
         shutil.copy(REPOSITORY / "setup.py", self.root)
         shutil.copytree(REPOSITORY / "requirements", self.root / "requirements")
         shutil.copy(REPOSITORY / "scripts" / "install.sh", self.root / "scripts")

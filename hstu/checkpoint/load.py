@@ -81,10 +81,10 @@ def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions =
     if options.optimizer:
         _restore_metadata(root, state, mesh)
         _report_changes(root, differences)
-    of_network = [entry for entry in differences if entry.is_of_network]
+    of_model = [entry for entry in differences if entry.changes == "model"]
     report = _new_rows(root, state, options)
-    if match.problems(options.zero_new_rows) or of_network or dynamic:
-        report += [*match.report(of_network), *dynamic]
+    if match.problems(options.zero_new_rows) or of_model or dynamic:
+        report += [*match.report(of_model), *dynamic]
         log.warning("%s was loaded in part:\n%s", root, "\n".join(f"  {line}" for line in report))
     return report
 
@@ -108,19 +108,19 @@ def match_checkpoint(root: Path, shape: ModelShape, options: LoadOptions) -> tup
     match = match_tensors(shape.sizes, tensors.sizes, options, remaps, (own_dynamic, stored_tables))
     stored_gin = verified_file(root, "operative.gin").read_text(encoding="utf-8")
     differences = config_differences(stored_gin, shape.operative_gin) if shape.operative_gin else []
-    of_network = [entry for entry in differences if entry.is_of_network]
+    of_model = [entry for entry in differences if entry.changes == "model"]
     if match.mistakes:
         raise DataError(_message(root, list(match.mistakes), [], "Correct the file."))
     problems = match.problems(options.zero_new_rows)
-    if options.strict and (problems or of_network):
-        shown = [entry for entry in differences if entry.shapes_tensors]
+    if options.strict and (problems or of_model):
+        shown = [entry for entry in differences if entry.changes in ("model", "tensors")]
         raise DataError(_message(root, problems, shown, _remedy(problems)))
     return match, differences
 
 
 def _report_changes(root: Path, differences: list[ConfigDifference]) -> None:
     """Log how the configuration of a resumed run differs from that of the checkpoint, the network apart."""
-    if changes := [f"  {entry}" for entry in differences if entry.changes_the_run and not entry.is_of_network]:
+    if changes := [f"  {entry}" for entry in differences if entry.changes not in ("reports", "model")]:
         log.warning("the configuration has changed since %s was saved:\n%s", root, "\n".join(changes))
 
 

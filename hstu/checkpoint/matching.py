@@ -6,10 +6,10 @@ Names may differ (TrainerArgs.ckpt_param_map), and so may sizes, vocabularies an
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Size
 
@@ -18,7 +18,7 @@ from hstu.checkpoint.tensors import AVERAGE, DYNAMIC, IDS, TABLES, WEIGHTS, join
 from hstu.config.args import CLASSES, TrainerArgs
 from hstu.config.errors import DataError
 from hstu.config.gin_scan import Binding, scan_stored
-from hstu.config.option import Mismatch, annotation_of, coerce, default_of, is_required, options_of
+from hstu.config.option import Changes, Mismatch, annotation_of, coerce, default_of, is_required, options_of
 
 
 @dataclass(frozen=True)
@@ -220,24 +220,6 @@ def _stored_name(name: str, stored: Collection[str], param_map: ParamMap) -> str
     return weight if state == AVERAGE and stored_name not in stored else stored_name
 
 
-# Parameters of NetworkArgs that do not change what the weights mean, and those of RankingArgs and its tasks that do.
-_SAME_WEIGHTS = re.compile(
-    r"(hidden|input)_dropout|dtype_str|(strict_)?kernel_backend|compile|recompute_\w+|sequence_parallel"
-    r"|allow_label_leak"
-)
-_HEAD = re.compile(
-    r"RankingArgs\.(prediction_head_(arch|act_type|bias)|num_tasks|tasks|task_sharing|num_experts)"
-    r"|RankingTaskArgs\.(kind|num_classes|scale)"
-)
-# Parameters that say only where a run reads, writes and reports.
-_PLACES = re.compile(r"TrainerArgs\.(output_dir|ckpt_save_dir|ckpt_load_dir|progress_bar|tensorboard|wandb_project)")
-# Other parameters that decide which tensors there are, and of which sizes.
-_SHAPES = re.compile(
-    r"(Dynamic)?EmbeddingArgs\.\w+|DatasetArgs\.(dataset_(name|path)|max_sequence_length)|FeatureArgs\.max_sequence_length"
-    r"|(Part)?OptimizerArgs\.((sparse_)?optimizer_str|momentum|part_optimizers|regex)"
-)
-
-
 @dataclass(frozen=True)
 class ConfigDifference:
     """A gin parameter whose value differs between two configurations. None: the parameter is absent."""
@@ -256,26 +238,10 @@ class ConfigDifference:
         return self.stored or "nothing", self.own or "nothing"
 
     @property
-    def is_of_network(self) -> bool:
-        """Whether the same weights compute something else with the other value, even if all sizes are equal."""
-        owner, _, parameter = self._unscoped.partition(".")
-        if owner == "NetworkArgs":
-            return not _SAME_WEIGHTS.fullmatch(parameter)
-        return bool(_HEAD.fullmatch(self._unscoped))
-
-    @property
-    def shapes_tensors(self) -> bool:
-        """Whether the other value may mean other tensors, so that the difference explains a mismatch."""
-        return self.is_of_network or bool(_SHAPES.fullmatch(self._unscoped))
-
-    @property
-    def changes_the_run(self) -> bool:
-        """Whether the parameter says more than where the run reads, writes and reports."""
-        return not _PLACES.fullmatch(self._unscoped)
-
-    @property
-    def _unscoped(self) -> str:
-        return self.name.rpartition("/")[2]
+    def changes(self) -> Changes | None:
+        """What another value changes; None for parameters that this program does not have."""
+        field = _field(self.name)
+        return None if field is None else field.metadata["changes"]
 
 
 def config_differences(stored: str, own: str) -> list[ConfigDifference]:
@@ -296,16 +262,21 @@ def config_differences(stored: str, own: str) -> list[ConfigDifference]:
 
 def _shown(binding: Binding) -> str:
     """Return the value of a parameter as text, the same for two ways to write one value, such as "a" and ("a",)."""
-    cls = CLASSES.get(binding.selector)
-    field = next((each for each in options_of(cls) if each.name == binding.parameter), None) if cls else None
-    if cls is not None and field is not None:
+    field = _field(binding.name)
+    if field is not None:
         with contextlib.suppress(Mismatch):  # references to other objects stay as they are
-            return repr(coerce(annotation_of(cls, field), binding.value))
+            return repr(coerce(annotation_of(CLASSES[binding.selector], field), binding.value))
     return repr(binding.value)
 
 
 def _default(name: str) -> str | None:
     """Return the default of a gin parameter as text; None if it has none."""
+    field = _field(name)
+    return None if field is None or is_required(field) else repr(default_of(field))
+
+
+def _field(name: str) -> Field[Any] | None:
+    """Return the field of a gin parameter with its scope; None if this program does not have it."""
     owner, _, parameter = name.rpartition("/")[2].partition(".")
     options = options_of(CLASSES[owner]) if owner in CLASSES else ()
-    return next((repr(default_of(each)) for each in options if each.name == parameter and not is_required(each)), None)
+    return next((each for each in options if each.name == parameter), None)

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 from hstu.config.errors import ConfigError
 from hstu.config.problems import did_you_mean, literal, nearest, show
@@ -49,9 +49,20 @@ class Limits:
     """Other names of the field in gin files → the field of the class that is added to a value given by that name."""
 
 
-def option(default: Any = MISSING, **limits: Any) -> Any:
-    """A dataclass field with ``Limits``. Without a default it is required."""
-    metadata = vars(Limits(**limits))
+Changes = Literal["reports", "speed", "training", "model", "tensors"]
+"""What another value of an option changes, for a run that goes on from a checkpoint of the first value:
+
+- reports: where a run reads and writes, and what it measures and reports
+- speed: how fast and in which memory it computes the same result
+- training: what the weights learn from now on
+- model: what the same weights compute, so that a checkpoint with another value is refused
+- tensors: which tensors there are, and of which sizes
+"""
+
+
+def option(default: Any = MISSING, *, changes: Changes, **limits: Any) -> Any:
+    """A dataclass field with what it ``changes`` and its ``Limits``. Without a default it is required."""
+    metadata = {**vars(Limits(**limits)), "changes": changes}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

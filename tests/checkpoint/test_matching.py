@@ -92,15 +92,15 @@ def test_config_differences_are_classified() -> None:
     other = GIN.replace("= 2", "= 3").replace("0.2", "0.1").replace("'adam'", "'sgd'").replace("seed = 1", "seed = 4")
     found = config_differences(GIN, other)
     assert str(found[0]) == "NetworkArgs.num_layers = 2 in the checkpoint, 3 in this run"
-    assert [entry.name for entry in found if entry.is_of_network] == ["NetworkArgs.num_layers"]
-    assert [entry.name for entry in found if entry.shapes_tensors] == [
+    assert [entry.name for entry in found if entry.changes == "model"] == ["NetworkArgs.num_layers"]
+    assert [entry.name for entry in found if entry.changes in ("model", "tensors")] == [
         "NetworkArgs.num_layers",
         "OptimizerArgs.optimizer_str",
     ]
     assert len(found) == 4
     (added,) = config_differences(GIN.replace("item/EmbeddingArgs.feature_names = ['item']\n", ""), GIN)
     assert str(added) == "item/EmbeddingArgs.feature_names = nothing in the checkpoint, ['item'] in this run"
-    assert added.shapes_tensors and not added.is_of_network
+    assert added.changes == "tensors"
 
 
 def test_remapped_rows_may_have_another_number_of_rows() -> None:
@@ -149,7 +149,7 @@ def test_a_parameter_that_an_older_program_did_not_write_has_its_default() -> No
     (changed,) = config_differences(older, GIN)
     assert str(changed) == "TrainerArgs.seed = 1234 in the checkpoint, 1 in this run"
     leaking = GIN + "NetworkArgs.allow_label_leak = True\n"
-    assert [(entry.name, entry.is_of_network) for entry in config_differences(GIN, leaking)] == [
+    assert [(entry.name, entry.changes == "model") for entry in config_differences(GIN, leaking)] == [
         ("NetworkArgs.allow_label_leak", False)
     ]
 
@@ -157,14 +157,14 @@ def test_a_parameter_that_an_older_program_did_not_write_has_its_default() -> No
 def test_another_kind_of_task_is_another_model_and_another_loss_is_not() -> None:
     stored = "click/RankingTaskArgs.kind = 'binary'\nclick/RankingTaskArgs.loss = 'bce'\n"
     own = stored.replace("binary", "ordinal").replace("bce", "focal")
-    assert [(entry.name, entry.is_of_network) for entry in config_differences(stored, own)] == [
+    assert [(entry.name, entry.changes == "model") for entry in config_differences(stored, own)] == [
         ("click/RankingTaskArgs.kind", True),
         ("click/RankingTaskArgs.loss", False),
     ]
     (older,) = config_differences(
         "RankingArgs.num_tasks = 1\n", "RankingArgs.num_tasks = 1\nRankingArgs.num_experts = 2\n"
     )
-    assert older.is_of_network
+    assert older.changes == "model"
 
 
 def test_two_ways_to_write_a_value_are_no_difference() -> None:
@@ -172,4 +172,4 @@ def test_two_ways_to_write_a_value_are_no_difference() -> None:
     own = "NetworkArgs.position_encoding = ('absolute',)\nOptimizerArgs.learning_rate = 1.0\n"
     assert config_differences(stored, own) == []
     (difference,) = config_differences(stored, own.replace("('absolute',)", "('absolute', 'relative_bias')"))
-    assert difference.is_of_network
+    assert difference.changes == "model"

@@ -1,5 +1,7 @@
 """A run that begins with what another one has learnt."""
 
+import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ from hstu.checkpoint.dynamic import read_table
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
 from hstu.checkpoint.tensors import open_tensors
-from hstu.config.errors import DataError
+from hstu.config.errors import ConfigError, DataError
+from hstu.config.option import options_of
+from hstu.config.rules import validate
 from hstu.config.run_config import RunConfig
 from hstu.data.store import SequenceStore
+from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
 from hstu.parallel.tables import dynamic_tables
@@ -104,10 +109,58 @@ def test_positions_of_other_lengths_are_refused_with_both_lengths(train: Train, 
     assert "DatasetArgs.max_sequence_length = 8 in the checkpoint, 10 in this run" in str(refused.value)
 
 
-def test_what_only_computes_otherwise_may_change(train: Train, tmp_path: Path) -> None:
-    train("ranking", trainer=SAVING, output="first")
-    trainer = {"ckpt_load_dir": str(tmp_path / "first" / "checkpoints"), "max_train_iters": 5}
-    assert len(train("ranking", trainer=trainer, network={"recompute_layer": True, "hidden_dropout": 0.1}).losses) == 1
+def another_value(field: dataclasses.Field[Any], value: Any) -> Any:
+    """A value that the option allows and that is not ``value``; the same one for texts and lists without choices."""
+    if field.metadata["choices"]:
+        return next(choice for choice in field.metadata["choices"] if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return int(field.metadata["minimum"]) if value is None and field.metadata["minimum"] is not None else value
+
+
+def weights(finished: FinishedRun) -> list[torch.Tensor]:
+    """Of the dense part."""
+    return [weight.detach() for weight in unwrap_dense(finished.trainer.state.model).parameters()]
+
+
+def test_a_run_resumes_with_every_option_that_does_not_change_the_result(
+    store: SequenceStore, mesh: Mesh, tmp_path: Path
+) -> None:
+    checkpoint = {"ckpt_save_interval": 4, "eval_interval": 2, "best_metric": "AUC"}
+    whole = run(tiny_config("ranking", store, tmp_path / "whole", trainer=checkpoint | {"max_train_iters": 6}), mesh)
+    first = tiny_config("ranking", store, tmp_path / "first", trainer=checkpoint)
+    run(first, mesh)
+    trainer = {"ckpt_load_dir": str(tmp_path / "first" / "checkpoints"), "max_train_iters": 6}
+    left = [
+        (part, field)
+        for part in ("trainer", "network", "optimizer", "dataset", "data_parallel", "tensor_parallel", "task_args")
+        for field in options_of(type(getattr(first, part)))
+        if field.metadata["changes"] in ("reports", "speed") and field.name != "strict_kernel_backend"  # needs a GPU
+    ]
+    while left:  # some exclude each other
+        config = tiny_config("ranking", store, tmp_path / f"resumed{len(left)}", trainer=trainer)
+        tried = []
+        for part, field in left:
+            own = getattr(config, part)
+            value = another_value(field, getattr(own, field.name))
+            changes = dataclasses.replace(config, **{part: dataclasses.replace(own, **{field.name: value})})
+            with contextlib.suppress(ConfigError):
+                warnings = validate(changes, world_size=1)
+                if value != getattr(own, field.name) and not warnings:
+                    config, tried = changes, [*tried, (part, field)]
+        if not tried:
+            break
+        print(f"resumed with another {', '.join(field.name for _, field in tried)}")
+        for own, other in zip(weights(run(config, mesh)), weights(whole), strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+        left = [each for each in left if each not in tried]
+    assert {field.name for _, field in left} == {
+        *("ckpt_load_dir", "ckpt_save_dir", "ckpt_param_map", "output_dir", "eval_dataset_path", "wandb_project"),
+        *("best_metric", "best_metric_mode", "eval_metrics", "ckpt_save_interval"),  # names, or useless alone
+        *("tensor_model_parallel_size", "sequence_parallel", "sharding", "shard_group_size", "reshard_after_forward"),
+    }, "texts, and what needs several ranks: see tests/distributed"
 
 
 def test_the_body_of_one_task_begins_another(train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

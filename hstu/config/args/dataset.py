@@ -16,72 +16,74 @@ SPLITS = {"retrieval": ("leave_one_out",), "ranking": ("user_holdout", "time")}
 class DatasetArgs(Args):
     """The dataset, its split, and how the history of a user becomes samples."""
 
-    dataset_name: str = option(not_empty=True)
+    dataset_name: str = option(changes="tensors", not_empty=True)
     """A built-in dataset such as ml-1m or kuairand-1k, whose tables are predefined (docs/datasets.md lists them), or
     any other name for your own data in the sequence format, with its EmbeddingArgs in the gin file."""
-    max_sequence_length: int = option(minimum=1, aliases={"max_history_seqlen": "max_num_candidates"})
+    max_sequence_length: int = option(
+        changes="tensors", minimum=1, aliases={"max_history_seqlen": "max_num_candidates"}
+    )
     """Number of newest items kept of a user, candidates included. Gin files may give max_history_seqlen in its place,
     which counts the history without candidates: max_sequence_length = max_history_seqlen + max_num_candidates."""
-    dataset_path: Optional[str] = option(None)
+    dataset_path: Optional[str] = option(None, changes="tensors")
     """Directory of the preprocessed data. None: tmp_data/<dataset_name>."""
-    dynamic_tables: bool = option(False)
+    dynamic_tables: bool = option(False, changes="tensors")
     """Built-in datasets: make the predefined tables of items and users dynamic (DynamicEmbeddingArgs), with a row for
     every id."""
-    candidates: str = option("tail", choices=("tail", "requests"))
+    candidates: str = option("tail", changes="training", choices=("tail", "requests"))
     """Ranking: what is scored without attending to each other. tail: the newest items of a user, max_num_candidates of
     them. requests: what was shown to a user in each request of data preprocessed with --requests, after the newest
     items before the request that fit."""
-    max_num_candidates: int = option(0, minimum=0)
+    max_num_candidates: int = option(0, changes="training", minimum=0)
     """Ranking: number of candidates of a sample. tail: 0 means no candidates; every item is scored. requests: a request
     with more candidates is divided evenly into several samples with the same history; 0 means no limit."""
-    window_stride: Optional[int] = option(None, minimum=1)
+    window_stride: Optional[int] = option(None, changes="training", minimum=1)
     """Training: cut a history longer than max_sequence_length into windows of that length, down to its first item.
     Each window ends this many items before the next newer one. A window is labelled on its newest window_stride items
     (or max_num_candidates), so that no label occurs twice; the oldest window is labelled on all its items. None: use
     only the newest items."""
-    random_windows: bool = option(False)
+    random_windows: bool = option(False, changes="training")
     """Training: of a history longer than max_sequence_length, take one window of that length in each epoch, at random,
     instead of the newest items. It begins at any item with equal probability, or is the newest window if too few items
     follow. All its items are labelled, as those of a short history are, or the newest max_num_candidates."""
-    stochastic_length_alpha: Optional[float] = option(None, above=0, maximum=2)
+    stochastic_length_alpha: Optional[float] = option(None, changes="training", above=0, maximum=2)
     """Training: stochastic length (arXiv 2402.17152). With s = max_sequence_length ^ (alpha / 2), a sample of n > s
     items is cut to its newest s items with probability 1 - (s / n)^2, drawn again in each epoch. It saves computation
     and drops some older labels. 2: no cut. None: off."""
-    query_time: str = option("request", choices=("request", "last_event"))
+    query_time: str = option("request", changes="training", choices=("request", "last_event"))
     """What finds the next item, with a relative bias: from which time it looks back on the events, in training and
     evaluation. request: from the time of the event to find, as the published model does. A service knows that time: it
     is now (recommend.py --at now). last_event: from the time of the last event before it. It has no influence on
     actions, which are predicted at the time of their own event."""
-    shuffle: bool = option(False)
+    shuffle: bool = option(False, changes="training")
     """Shuffle the users again in each epoch."""
-    split: str = option("auto", choices=("auto", *SPLITS["retrieval"], *SPLITS["ranking"]))
+    split: str = option("auto", changes="training", choices=("auto", *SPLITS["retrieval"], *SPLITS["ranking"]))
     """How training and evaluation data are separated. auto: the split column of your own data, if it was preprocessed
     with --split; else leave_one_out for retrieval and user_holdout for ranking."""
-    valid_items: int = option(1, choices=(0, 1))
+    valid_items: int = option(1, changes="training", choices=(0, 1))
     """leave_one_out: items before the last one that are held out for validation. 0: the published protocol, which
     trains on all items but the last and evaluates on the last."""
-    train_fraction: float = option(0.7, above=0, below=1)
+    train_fraction: float = option(0.7, changes="training", above=0, below=1)
     """user_holdout: fraction of users to train on. time: fraction of events before the cut."""
-    valid_fraction: float = option(0.0, minimum=0, below=1)
+    valid_fraction: float = option(0.0, changes="training", minimum=0, below=1)
     """user_holdout: fraction of users to evaluate on during training and to choose the best model by (valid). The users
     beside these and train_fraction are evaluated on after the last iteration alone (test). 0: all users that are not
     trained on are valid, and there is no test."""
-    eval_dataset_path: Optional[str] = option(None)
+    eval_dataset_path: Optional[str] = option(None, changes="reports")
     """Ranking: a second preprocessed directory, all of which is used for evaluation."""
-    item_feature_name: Optional[str] = option(None)
+    item_feature_name: Optional[str] = option(None, changes="tensors")
     """Own data: the item feature. None: the item feature of the store."""
-    action_feature_name: Optional[str] = option(None)
+    action_feature_name: Optional[str] = option(None, changes="tensors")
     """The action feature. None: the action of the store, if it has one. "": no action, sequences of items only
     (retrieval)."""
-    contextual_feature_names: Optional[list[str]] = option(None)
+    contextual_feature_names: Optional[list[str]] = option(None, changes="tensors")
     """The contextual features to use, in this order. None: all contextual features of the store."""
-    side_feature_names: list[str] = option([])
+    side_feature_names: list[str] = option([], changes="tensors")
     """The features of items (genres, author) and of events (device, hour) that are part of the item's token, beside its
     id. Of a feature with several values per item, the mean is taken. Numbers and vectors have no table: see
     NumericFeatureArgs. Data with times also has hour_of_day (24 values) and day_of_week (7), both UTC, and by powers of
     two time_gap (41: the time since the event before) and item_age (40: the time since the item's first event of any
     user)."""
-    known_after: list[str] = option([])
+    known_after: list[str] = option([], changes="tensors")
     """Those of side_feature_names that are known only after the event, such as the time watched. They are part of the
     action's token and, like the action, are never shown to what predicts it."""
 
@@ -100,9 +102,9 @@ class NumericFeatureArgs(Args):
     and a second input says that it is missing.
     """
 
-    feature_names: list[str] = option(not_empty=True)
+    feature_names: list[str] = option(changes="tensors", not_empty=True)
     """Numbers or vectors of the data, as preprocessed with --numbers and --vectors."""
-    transform: str = option("standardize", choices=("standardize", "log1p", "quantile", "none"))
+    transform: str = option("standardize", changes="model", choices=("standardize", "log1p", "quantile", "none"))
     """standardize: subtract the mean and divide by the standard deviation, of each component of a vector. log1p: the
     same with sign(x) log(1 + |x|), for amounts that spread over orders of magnitude. quantile: the share of values
     below x, from -1 (the least) to 1 (the largest), by 65 quantiles. none: as it is. Vectors: standardize or none."""
@@ -115,20 +117,20 @@ class NumericFeatureArgs(Args):
 class RandomDistribution(Args):
     """Random benchmark data: a distribution of lengths or ids. Draws are clipped to [low, high)."""
 
-    dist_type: str = option("uniform", choices=("uniform", "normal", "zipf", "lognormal"))
+    dist_type: str = option("uniform", changes="training", choices=("uniform", "normal", "zipf", "lognormal"))
     """Kind of distribution."""
-    low: int = option(0, minimum=0)
+    low: int = option(0, changes="training", minimum=0)
     """Smallest value."""
-    high: Optional[int] = option(None, minimum=1)
+    high: Optional[int] = option(None, changes="training", minimum=1)
     """Largest value plus one. None: the limit of the feature, which is the rows of its table or its longest
     sequence."""
-    mean: Optional[float] = option(None)
+    mean: Optional[float] = option(None, changes="training")
     """Mean of a normal or lognormal distribution, for lognormal that of the value itself. None: the middle of the
     range."""
-    std: Optional[float] = option(None, above=0)
+    std: Optional[float] = option(None, changes="training", above=0)
     """Standard deviation of a normal distribution (None: a quarter of the range), or of the logarithm of a lognormal
     one (None: 1)."""
-    alpha: float = option(1.2, above=0)
+    alpha: float = option(1.2, changes="training", above=0)
     """Exponent of a zipf distribution: the probability of low + k is proportional to 1 / (k + 1)^alpha."""
 
 
@@ -136,15 +138,15 @@ class RandomDistribution(Args):
 class FeatureArgs(Args):
     """Random benchmark data: a group of features with equal lengths."""
 
-    feature_names: list[str] = option(not_empty=True)
+    feature_names: list[str] = option(changes="tensors", not_empty=True)
     """Names of the features."""
-    max_sequence_length: int = option(minimum=1, maximum=10_000_000)
+    max_sequence_length: int = option(changes="tensors", minimum=1, maximum=10_000_000)
     """Length of the longest sequence; 1 for contextual features."""
-    is_jagged: bool = option(False)
+    is_jagged: bool = option(False, changes="training")
     """True: lengths vary, see seqlen_dist. False: every sequence has max_sequence_length."""
-    seqlen_dist: Optional[RandomDistribution] = option(None)
+    seqlen_dist: Optional[RandomDistribution] = option(None, changes="training")
     """Distribution of the lengths if is_jagged. None: uniform on [1, max_sequence_length]."""
-    value_dists: Optional[list[RandomDistribution] | dict[str, RandomDistribution]] = option(None)
+    value_dists: Optional[list[RandomDistribution] | dict[str, RandomDistribution]] = option(None, changes="training")
     """Distributions of the ids: a dict from feature to distribution, or a list with one per feature in the order of
     feature_names. A feature without one, and None: uniform over the rows of the table."""
 
@@ -158,22 +160,22 @@ class FeatureArgs(Args):
 class BenchmarkDatasetArgs(Args):
     """Random data generated in memory, to measure speed; replaces DatasetArgs."""
 
-    feature_args: list[FeatureArgs] = option(not_empty=True)
+    feature_args: list[FeatureArgs] = option(changes="tensors", not_empty=True)
     """The groups of features."""
-    embedding_args: list[EmbeddingArgs] = option(not_empty=True)
+    embedding_args: list[EmbeddingArgs] = option(changes="tensors", not_empty=True)
     """The tables."""
-    item_feature_name: str = option(not_empty=True)
+    item_feature_name: str = option(changes="tensors", not_empty=True)
     """The item feature."""
-    contextual_feature_names: list[str] = option()
+    contextual_feature_names: list[str] = option(changes="tensors")
     """The features that are context tokens, in this order; may be empty."""
-    action_feature_name: Optional[str] = option(None, not_empty=True)
+    action_feature_name: Optional[str] = option(None, changes="tensors", not_empty=True)
     """The action feature. None: there is none."""
-    side_feature_names: list[str] = option([])
+    side_feature_names: list[str] = option([], changes="tensors")
     """The features that are part of the item's token, beside its id: one value per item of the sequence, as long as the
     item feature."""
-    max_num_candidates: int = option(0, minimum=0)
+    max_num_candidates: int = option(0, changes="training", minimum=0)
     """As DatasetArgs.max_num_candidates."""
-    num_generated_batches: int = option(100, minimum=1, maximum=1_000_000)
+    num_generated_batches: int = option(100, changes="training", minimum=1, maximum=1_000_000)
     """Number of different batches; they are generated once and then repeated."""
 
     @property

@@ -13,33 +13,35 @@ from hstu.config.option import Args, option
 class EmbeddingArgs(Args):
     """One embedding table and the features that look it up."""
 
-    feature_names: list[str] = option(not_empty=True)
+    feature_names: list[str] = option(changes="tensors", not_empty=True)
     """Features that share this table."""
-    table_name: str = option(not_empty=True)
+    table_name: str = option(changes="tensors", not_empty=True)
     """Name of the table, unique in a run."""
-    item_vocab_size_or_capacity: int = option(minimum=1)
+    item_vocab_size_or_capacity: int = option(changes="tensors", minimum=1)
     """Rows of the table: the largest id plus one."""
-    sharding_type: str = option("None", choices=("data_parallel", "model_parallel"))
+    sharding_type: str = option("None", changes="tensors", choices=("data_parallel", "model_parallel"))
     """data_parallel: every rank holds a replica. model_parallel: TorchRec shards the table over all ranks. Either way a
     step trains the rows that the batch looks up, and no others. The default "None" is not a valid choice, so this must
     be given."""
-    sharding: str = option("auto", choices=("auto", "row_wise", "table_wise", "column_wise"))
+    sharding: str = option("auto", changes="speed", choices=("auto", "row_wise", "table_wise", "column_wise"))
     """How a model_parallel table is sharded. auto: TorchRec's planner decides. column_wise excludes the optimizer
     rowwise_adagrad."""
-    compute_kernel: Optional[str] = option(None, choices=("dense", "fused", "fused_uvm", "fused_uvm_caching"))
+    compute_kernel: Optional[str] = option(
+        None, changes="speed", choices=("dense", "fused", "fused_uvm", "fused_uvm_caching")
+    )
     """Kernel of a model_parallel table. fused: FBGEMM updates the rows in backward. fused_uvm: the rows are in host
     memory. fused_uvm_caching: as fused_uvm, with a cache for a fifth of the rows in GPU memory. dense (CPU only): the
     gradients of the rows go to our own Adam. None: fused, or dense for Adam on a CPU. A CPU always uses these defaults
     and warns if another kernel is given. Not for dynamic tables, whose options for GPU memory decide."""
-    optimizer_str: Optional[str] = option(None, choices=TABLE_OPTIMIZERS)
+    optimizer_str: Optional[str] = option(None, changes="tensors", choices=TABLE_OPTIMIZERS)
     """Optimizer of this table. None: OptimizerArgs.sparse_optimizer_str, or OptimizerArgs.optimizer_str if the table
     is data_parallel. rowwise_adagrad: model_parallel tables only."""
-    learning_rate: Optional[float] = option(None, above=0, maximum=1e6)
+    learning_rate: Optional[float] = option(None, changes="training", above=0, maximum=1e6)
     """Peak learning rate of this table. None: OptimizerArgs.sparse_learning_rate, or OptimizerArgs.learning_rate if
     the table is data_parallel."""
-    init_std: float = option(0.02, above=0, maximum=1e6)
+    init_std: float = option(0.02, changes="training", above=0, maximum=1e6)
     """Standard deviation of the normal distribution of initial rows."""
-    initial_rows: Optional[str] = option(None, not_empty=True)
+    initial_rows: Optional[str] = option(None, changes="training", not_empty=True)
     """Parquet file with vectors that rows start with, such as those of scripts/factorize.py. Its column id has raw ids
     of the data (int64 or string), its column vector lists of float32 of one length, at most the width of the table. Ids
     that the file lacks, and the columns beyond its vectors, start at random. The model multiplies rows by
@@ -51,27 +53,27 @@ class EmbeddingArgs(Args):
 class DynamicEmbeddingArgs(EmbeddingArgs):
     """A table for any int64 ids, without a vocabulary: an id gets a row when training first sees it."""
 
-    item_vocab_size_or_capacity: int = option(minimum=1)
+    item_vocab_size_or_capacity: int = option(changes="tensors", minimum=1)
     """Rows of the table over all ranks. When the rows of a rank are all in use, evict_strategy chooses which id loses
     its row to a new one."""
-    sharding_type: str = option("model_parallel", choices=("model_parallel",))
+    sharding_type: str = option("model_parallel", changes="tensors", choices=("model_parallel",))
     """Always model_parallel."""
-    sharding: str = option("auto", choices=("auto", "row_wise"))
+    sharding: str = option("auto", changes="speed", choices=("auto", "row_wise"))
     """Always row_wise."""
-    global_hbm_for_values: Optional[int] = option(None, minimum=0)
+    global_hbm_for_values: Optional[int] = option(None, changes="speed", minimum=0)
     """GPU memory for the rows, in bytes over all ranks. It takes precedence over the two capacities below."""
-    item_vocab_gpu_capacity: Optional[float] = option(None, minimum=0)
+    item_vocab_gpu_capacity: Optional[float] = option(None, changes="speed", minimum=0)
     """Number of rows in GPU memory. 0: all rows are in host memory. It takes precedence over the ratio."""
-    item_vocab_gpu_capacity_ratio: Optional[float] = option(None, minimum=0, maximum=1)
+    item_vocab_gpu_capacity_ratio: Optional[float] = option(None, changes="speed", minimum=0, maximum=1)
     """Fraction of item_vocab_size_or_capacity in GPU memory. 0: all rows are in host memory."""
-    evict_strategy: str = option("lru", choices=("lru", "lfu"))
+    evict_strategy: str = option("lru", changes="training", choices=("lru", "lfu"))
     """Which id loses its row when none is free. lru: the least recently trained. lfu: the least frequently trained."""
-    caching: bool = option(False)
+    caching: bool = option(False, changes="speed")
     """Use of the GPU memory. False: it holds that many rows of the table, and host memory holds the others. True: it
     is a cache of the table, which is in host memory."""
-    dist_type: str = option("roundrobin", choices=("continuous", "roundrobin", "hash_roundrobin"))
+    dist_type: str = option("roundrobin", changes="speed", choices=("continuous", "roundrobin", "hash_roundrobin"))
     """Rank that owns an id. roundrobin: id modulo ranks. continuous: equal ranges of [0, capacity); larger ids modulo
     ranks. hash_roundrobin: a hash of the id modulo ranks."""
-    admission_threshold: int = option(0, minimum=0)
+    admission_threshold: int = option(0, changes="training", minimum=0)
     """Number of times that training must see an id before it gets a row; until then its embedding is zero. 0 and 1:
     at first sight."""

@@ -15,104 +15,106 @@ KERNEL_BACKENDS = ("cutlass", "triton", "pytorch")
 class NetworkArgs(Args):
     """The HSTU stack."""
 
-    num_layers: int = option(minimum=1, maximum=10_000)
+    num_layers: int = option(changes="model", minimum=1, maximum=10_000)
     """Number of HSTU layers."""
-    hidden_size: int = option(minimum=1, maximum=100_000)
+    hidden_size: int = option(changes="model", minimum=1, maximum=100_000)
     """Width of a token."""
-    num_attention_heads: int = option(minimum=1, maximum=10_000)
+    num_attention_heads: int = option(changes="model", minimum=1, maximum=10_000)
     """Number of attention heads."""
-    kv_channels: int = option(minimum=1, maximum=10_000)
+    kv_channels: int = option(changes="model", minimum=1, maximum=10_000)
     """Width of the query, key, value and gate of one head."""
-    hidden_dropout: float = option(0.2, minimum=0, below=1)
+    hidden_dropout: float = option(0.2, changes="training", minimum=0, below=1)
     """Dropout probability before the output projection of a layer."""
-    input_dropout: Optional[float] = option(None, minimum=0, below=1)
+    input_dropout: Optional[float] = option(None, changes="training", minimum=0, below=1)
     """Dropout probability on the input tokens. None: hidden_dropout."""
-    norm_epsilon: float = option(1e-5, above=0)
+    norm_epsilon: float = option(1e-5, changes="model", above=0)
     """Epsilon of the layer norms."""
-    is_causal: bool = option(True)
+    is_causal: bool = option(True, changes="model")
     """True: a history token attends to itself and to earlier tokens. False: it attends to the whole history, including
     later tokens."""
-    dtype_str: str = option("bfloat16", choices=DTYPES)
+    dtype_str: str = option("bfloat16", changes="training", choices=DTYPES)
     """Data type in which the dense model computes; parameters are always float32. float16 is meant for GPUs (CPUs are
     very slow in it) and scales the loss, see PrecisionArgs."""
-    bfloat16_residual: bool = option(False)
+    bfloat16_residual: bool = option(False, changes="training")
     """True: keep the residual stream between the layers, and its gradient, in bfloat16 instead of float32. It needs
     dtype_str = "bfloat16" and saves memory and, on GPUs, traffic; docs/benchmarks/layer compares the quality."""
-    max_attention_span: Optional[int | tuple[Optional[int], ...]] = option(None, minimum=1, maximum=10_000_000)
+    max_attention_span: Optional[int | tuple[Optional[int], ...]] = option(
+        None, changes="model", minimum=1, maximum=10_000_000
+    )
     """How many tokens of the history a token sees before itself (with is_causal = False, after itself, too), so that
     the cost of attention grows linearly with the length. An interleaved action is a token of its own. Context tokens
     stay visible; candidates see the newest tokens of the history. One number for all layers, or one per layer, such as
     (256, 256, None). None: the whole history. docs/attention_mask.md defines the mask."""
-    min_full_attention_tokens: int = option(0, minimum=0, maximum=10_000_000)
+    min_full_attention_tokens: int = option(0, changes="model", minimum=0, maximum=10_000_000)
     """With max_attention_span: the newest tokens of context and history, before the candidates, that see the whole
     history all the same. Above 0, candidates see it, too."""
-    truncate_after_layer: Optional[int] = option(None, minimum=1, maximum=100_000)
+    truncate_after_layer: Optional[int] = option(None, changes="model", minimum=1, maximum=100_000)
     """This many layers compute on whole sequences. Those after them compute on the context, the newest
     truncate_to_items items of the history, and the candidates. Older items stay what the first layers made of them,
     from which their labels, if they have any, are predicted. None: all layers compute on whole sequences."""
-    truncate_to_items: Optional[int] = option(None, minimum=1, maximum=10_000_000)
+    truncate_to_items: Optional[int] = option(None, changes="model", minimum=1, maximum=10_000_000)
     """With truncate_after_layer: items of the history, with their actions, on which the later layers compute."""
-    kernel_backend: str = option("cutlass", choices=KERNEL_BACKENDS)
+    kernel_backend: str = option("cutlass", changes="speed", choices=KERNEL_BACKENDS)
     """Kernels of the model. On a CPU, "cutlass" and "triton" both mean the C++ kernels. The log has one line per
     operator: `kernel <operator>: <what runs it> (<why not a better one>)`."""
-    strict_kernel_backend: bool = option(False)
+    strict_kernel_backend: bool = option(False, changes="speed")
     """True: an operator whose kernel cannot run on this machine, or is wrong on it, is an error. An operator or a shape
     without a kernel in kernel_backend is no error."""
-    target_group_size: int = option(1, minimum=1)
+    target_group_size: int = option(1, changes="model", minimum=1)
     """Candidates per group. A candidate attends to the history and to the candidates of its own group."""
-    num_position_buckets: int = option(8192, minimum=1, maximum=10_000_000)
+    num_position_buckets: int = option(8192, changes="model", minimum=1, maximum=10_000_000)
     """Rows of the absolute position table. All later positions share the last row."""
     position_encoding: tuple[str, ...] = option(
-        ("absolute",), choices=("absolute", "relative_bias", "none"), not_empty=True
+        ("absolute",), changes="model", choices=("absolute", "relative_bias", "none"), not_empty=True
     )
     """One or both of: absolute, one learned vector per position; relative_bias, learned attention biases by distance
     and by the logarithm of the time difference. none: no position information."""
-    attention_scale: Optional[float] = option(None, above=0, maximum=1e6)
+    attention_scale: Optional[float] = option(None, changes="model", above=0, maximum=1e6)
     """Factor of the products of queries and keys. None: 1 / √kv_channels."""
-    interleave_actions: bool = option(True)
+    interleave_actions: bool = option(True, changes="model")
     """True: an action is a separate token after its item. False: its embedding is added to the token of its item."""
-    action_item_product: bool = option(False)
+    action_item_product: bool = option(False, changes="model")
     """Add to each action the product, number by number, of its item's token and a gate: a linear map of the action's
     row, 0 at the start. Attention then sums what items are, weighted by how the user has rated them. A candidate's
     action stays hidden."""
-    recompute_input_layernorm: bool = option(False)
+    recompute_input_layernorm: bool = option(False, changes="speed")
     """Save memory by recomputing the output of the input layer norm in backward."""
-    recompute_input_silu: bool = option(False)
+    recompute_input_silu: bool = option(False, changes="speed")
     """Save memory by recomputing the SiLU of the uvqk projection in backward."""
-    recompute_layer: bool = option(False)
+    recompute_layer: bool = option(False, changes="speed")
     """Save memory by storing only the input of each layer and recomputing the layer in backward."""
-    recompute_num_layers: Optional[int] = option(None, minimum=1, maximum=100_000)
+    recompute_num_layers: Optional[int] = option(None, changes="speed", minimum=1, maximum=100_000)
     """recompute_layer: how many layers it recomputes, the first ones. Backward comes to them last, when what the others
     have stored is free. recompute_input_layernorm and recompute_input_silu are for the others. None: all layers."""
-    offload_num_layers: int = option(0, minimum=0, maximum=100_000)
+    offload_num_layers: int = option(0, changes="speed", minimum=0, maximum=100_000)
     """Save memory of a GPU by keeping what so many layers store for backward in pinned memory of the host, the first
     layers: theirs waits the longest. It is copied out while the next layer computes, and back while that one's backward
     does. With recompute_layer that is the input of a layer. It must be fewer layers than num_layers, because the
     backward of the last one comes at once. The result does not change. On a CPU the copies lie in the same memory and
     save nothing. 0: all stays on the device."""
-    item_embedding_dim: int = option(-1, minimum=-1, maximum=100_000)
+    item_embedding_dim: int = option(-1, changes="model", minimum=-1, maximum=100_000)
     """Width of the item and action tables if above 0; their rows are then projected to hidden_size. Otherwise
     hidden_size."""
-    contextual_embedding_dim: int = option(-1, minimum=-1, maximum=100_000)
+    contextual_embedding_dim: int = option(-1, changes="model", minimum=-1, maximum=100_000)
     """Width of the contextual tables if above 0; their rows are then projected to hidden_size. Otherwise
     hidden_size."""
-    side_embedding_dim: int = option(16, minimum=1, maximum=100_000)
+    side_embedding_dim: int = option(16, changes="model", minimum=1, maximum=100_000)
     """Width of the tables of DatasetArgs.side_feature_names. Their rows are joined and projected to hidden_size."""
-    scaling_seqlen: int = option(-1, minimum=-1)
+    scaling_seqlen: int = option(-1, changes="model", minimum=-1)
     """Number by which attention weights are divided. -1: the longest possible sequence in tokens."""
-    disable_contextual_mask: Optional[bool] = option(None)
+    disable_contextual_mask: Optional[bool] = option(None, changes="model")
     """True: contextual tokens are causal like all others. False: they attend to the whole history. None: False where
     DatasetArgs.max_num_candidates > 0, else True, because contextual tokens would then pass later actions and items on
     to the items that are to predict them."""
-    allow_label_leak: bool = option(False)
+    allow_label_leak: bool = option(False, changes="reports")
     """True: a mask that shows the model what it is to predict is a warning instead of an error. Losses and metrics of
     such a run look better than they are."""
-    compile: bool = option(False)
+    compile: bool = option(False, changes="speed")
     """Use torch.compile for the parts outside our kernels: the prediction head, the projections between widths and the
     ranking loss. The first step takes about 6 s longer. Without a C++ compiler the run continues uncompiled. On a CPU
     the gain is small: head and loss of configs/ml_1m_ranking.gin on 4,100 labels take 4.4 ms instead of 9.0 ms in
     bfloat16 and 4.3 ms instead of 4.7 ms in float32, in steps of 250 ms and 390 ms."""
-    sequence_parallel: bool = option(False)
+    sequence_parallel: bool = option(False, changes="speed")
     """With tensor parallelism, also split the tokens between the projections of the layers over the ranks of a group.
     It saves memory and does not change the result."""
 
@@ -178,7 +180,7 @@ class NetworkArgs(Args):
 class TensorModelParallelArgs(Args):
     """Tensor parallelism of the dense part."""
 
-    tensor_model_parallel_size: int = option(1, minimum=1)
+    tensor_model_parallel_size: int = option(1, changes="speed", minimum=1)
     """Ranks that share one dense model. The data-parallel size is the number of ranks divided by this."""
 
 
@@ -186,18 +188,18 @@ class TensorModelParallelArgs(Args):
 class DataParallelArgs(Args):
     """Data parallelism of the dense part."""
 
-    sharding: str = option("none", choices=("none", "optimizer", "weights"))
+    sharding: str = option("none", changes="speed", choices=("none", "optimizer", "weights"))
     """What each data-parallel rank holds only a part of. none: nothing, every rank has the whole dense part.
     optimizer: the states of its optimizers and the moving average of its weights (OptimizerArgs.ema_decay). Each rank
     updates an equal part of the weights, and the ranks gather the parts after every step (ZeRO stage 1). weights: also
     the weights and their gradients. Each layer is gathered when it computes, in forward and again in backward (FSDP).
     All train the same weights, and checkpoints do not depend on it: a run can go on with another one."""
-    shard_group_size: Optional[int] = option(None, minimum=2)
+    shard_group_size: Optional[int] = option(None, changes="speed", minimum=2)
     """optimizer, weights: how many neighbouring ranks share the dense part. It must divide the number of ranks with
     equal dense weights, which is that of all ranks divided by tensor_model_parallel_size. Each such group holds the
     whole dense part, so only gradients are exchanged between groups (hybrid sharding, HSDP). Choose the GPUs of a host
     divided by tensor_model_parallel_size. None: all ranks with equal dense weights share it."""
-    reshard_after_forward: bool = option(True)
+    reshard_after_forward: bool = option(True, changes="speed")
     """weights: free the gathered weights of a layer after its forward. False: they stay for backward, which saves the
     second of the three exchanges of a step and takes the memory of all weights."""
 
@@ -206,6 +208,6 @@ class DataParallelArgs(Args):
 class ContextParallelArgs(Args):
     """Context parallelism: long sequences are spread over several ranks."""
 
-    context_parallel_size: int = option(1, minimum=1)
+    context_parallel_size: int = option(1, changes="speed", minimum=1)
     """Ranks that share the tokens of the HSTU layers, of all sequences alike. Each computes attention for some heads.
     The data-parallel size is the number of ranks divided by this and the tensor-parallel size."""

@@ -15,15 +15,15 @@ TABLE_OPTIMIZERS = (*DENSE_OPTIMIZERS, "rowwise_adagrad")
 class PartOptimizerArgs(Args):
     """Optimizer, learning rate or weight decay of a part of the dense weights, for OptimizerArgs.part_optimizers."""
 
-    regex: str = option(not_empty=True)
+    regex: str = option(changes="tensors", not_empty=True)
     """Python regular expression that is searched anywhere in the name of a dense weight. The names are those of a
     checkpoint without "model.", such as task.encoder.stack.layers.0.uvqk.weight. For tables, use
     EmbeddingArgs.optimizer_str."""
-    optimizer_str: Optional[str] = option(None, choices=DENSE_OPTIMIZERS)
+    optimizer_str: Optional[str] = option(None, changes="tensors", choices=DENSE_OPTIMIZERS)
     """Optimizer. None: OptimizerArgs.optimizer_str. Betas, epsilon and momentum are those of OptimizerArgs."""
-    learning_rate: Optional[float] = option(None, above=0, maximum=1e6)
+    learning_rate: Optional[float] = option(None, changes="training", above=0, maximum=1e6)
     """Peak learning rate. None: OptimizerArgs.learning_rate."""
-    weight_decay: Optional[float] = option(None, minimum=0)
+    weight_decay: Optional[float] = option(None, changes="training", minimum=0)
     """Decoupled weight decay; norms and biases never decay. None: OptimizerArgs.weight_decay."""
 
 
@@ -31,37 +31,37 @@ class PartOptimizerArgs(Args):
 class OptimizerArgs(Args):
     """The optimizers of the dense part and of the tables."""
 
-    optimizer_str: str = option(choices=TABLE_OPTIMIZERS)
+    optimizer_str: str = option(changes="tensors", choices=TABLE_OPTIMIZERS)
     """Optimizer. rowwise_adagrad is for tables; the dense part then uses adagrad."""
-    learning_rate: float = option(above=0, maximum=1e6)
+    learning_rate: float = option(changes="training", above=0, maximum=1e6)
     """Peak learning rate."""
-    adam_beta1: float = option(0.9, minimum=0, below=1)
+    adam_beta1: float = option(0.9, changes="training", minimum=0, below=1)
     """Decay of the first moment of adam and adamw."""
-    adam_beta2: float = option(0.999, minimum=0, below=1)
+    adam_beta2: float = option(0.999, changes="training", minimum=0, below=1)
     """Decay of the second moment of adam and adamw."""
-    adam_eps: float = option(1e-8, above=0)
+    adam_eps: float = option(1e-8, changes="training", above=0)
     """Epsilon of adam, adamw, adagrad and rowwise_adagrad."""
-    weight_decay: float = option(0.0, minimum=0)
+    weight_decay: float = option(0.0, changes="training", minimum=0)
     """Decoupled weight decay of dense weights. Tables, norms and biases never decay."""
-    momentum: float = option(0.0, minimum=0, below=1)
+    momentum: float = option(0.0, changes="tensors", minimum=0, below=1)
     """Momentum of sgd in the dense part. Tables have none."""
-    sparse_optimizer_str: Optional[str] = option(None, choices=TABLE_OPTIMIZERS)
+    sparse_optimizer_str: Optional[str] = option(None, changes="tensors", choices=TABLE_OPTIMIZERS)
     """Optimizer of the model_parallel tables that set no optimizer_str. None: optimizer_str."""
-    sparse_learning_rate: Optional[float] = option(None, above=0, maximum=1e6)
+    sparse_learning_rate: Optional[float] = option(None, changes="training", above=0, maximum=1e6)
     """Peak learning rate of the model_parallel tables that set no learning_rate. None: learning_rate."""
-    sparse_max_gradient: Optional[float] = option(None, above=0)
+    sparse_max_gradient: Optional[float] = option(None, changes="training", above=0)
     """Limit of each element of the gradient of a table row. The gradient is that of the mean loss over the global
     batch, summed over all look-ups of the row; it is clamped to [-limit, limit] before the optimizer of the table, and
     for data_parallel tables after TrainerArgs.max_grad_norm. None: no limit."""
-    part_optimizers: list[PartOptimizerArgs] = option([])
+    part_optimizers: list[PartOptimizerArgs] = option([], changes="tensors")
     """Parts of the dense weights with their own optimizer, learning rate or weight decay. A weight belongs to the first
     part whose regex is found in its name. LRScheduleArgs, max_grad_norm and ema_decay apply to all parts."""
-    offload_dense_states: bool = option(False)
+    offload_dense_states: bool = option(False, changes="speed")
     """Save memory of a GPU by updating the dense weights on the host: the states of their optimizers and their moving
     average (ema_decay) are in its memory. A step waits until the gradients and the weights are copied there, the
     processor has updated the weights, and they are copied back. It is for adam, adamw, adagrad, momentum and averages,
     and for DataParallelArgs.sharding of any kind. Checkpoints do not depend on it. On a CPU it saves nothing."""
-    ema_decay: float = option(0.0, minimum=0, below=1)
+    ema_decay: float = option(0.0, changes="tensors", minimum=0, below=1)
     """If above 0, keep an exponential moving average of the dense weights and the data_parallel tables:
     average ← decay · average + (1 - decay) · weight after each iteration. So that the average does not stay near the
     initial weights, the decay of iteration t is min(ema_decay, t / (t + 9)), which is 0.9 at t = 81, 0.98 at 441, 0.995
@@ -74,27 +74,29 @@ class LRScheduleArgs(Args):
     """The learning-rate schedule: one multiplier over time for all learning rates, dense and tables alike."""
 
     schedule: str = option(
-        "constant", choices=("constant", "linear", "cosine", "cosine_restarts", "exponential", "step")
+        "constant",
+        changes="training",
+        choices=("constant", "linear", "cosine", "cosine_restarts", "exponential", "step"),
     )
     """Shape of the decay after the warm-up."""
-    warmup_iters: Optional[int] = option(None, minimum=0)
+    warmup_iters: Optional[int] = option(None, changes="training", minimum=0)
     """Iterations of linear warm-up. Exclusive with warmup_ratio."""
-    warmup_ratio: Optional[float] = option(None, minimum=0, below=1)
+    warmup_ratio: Optional[float] = option(None, changes="training", minimum=0, below=1)
     """Warm-up as a fraction of all iterations."""
-    warmup_start: float = option(0.0, minimum=0, maximum=1)
+    warmup_start: float = option(0.0, changes="training", minimum=0, maximum=1)
     """Multiplier at the first iteration of the warm-up."""
-    decay_iters: Optional[int] = option(None, minimum=1)
+    decay_iters: Optional[int] = option(None, changes="training", minimum=1)
     """Iterations of decay, or of one cycle of cosine_restarts. None: all iterations after the warm-up. Exclusive with
     decay_ratio."""
-    decay_ratio: Optional[float] = option(None, above=0, maximum=1)
+    decay_ratio: Optional[float] = option(None, changes="training", above=0, maximum=1)
     """Decay as a fraction of all iterations."""
-    min_ratio: float = option(0.0, minimum=0, maximum=1)
+    min_ratio: float = option(0.0, changes="training", minimum=0, maximum=1)
     """Lower limit of the multiplier during the decay."""
-    decay_factor: float = option(0.1, above=0, maximum=1)
+    decay_factor: float = option(0.1, changes="training", above=0, maximum=1)
     """exponential: multiplier at the end of the decay. step: factor at each milestone."""
-    milestones: list[int] = option([], minimum=1)
+    milestones: list[int] = option([], changes="training", minimum=1)
     """step: iterations, or epochs if by_epoch, at which decay_factor applies."""
-    by_epoch: bool = option(False)
+    by_epoch: bool = option(False, changes="training")
     """True: the multiplier changes only between epochs, also during the warm-up, and milestones are epochs. All steps
     of an epoch have the multiplier of its first one. With TrainerArgs.tokens_per_rank, where epochs differ by a few
     steps, the multiplier is computed as if all were as long as the first."""
@@ -104,17 +106,17 @@ class LRScheduleArgs(Args):
 class PrecisionArgs(Args):
     """Loss scaling and reduced precision; the compute type itself is NetworkArgs.dtype_str."""
 
-    loss_scale: Optional[float | str] = option(None, above=0, maximum=1e9, words=("dynamic",))
+    loss_scale: Optional[float | str] = option(None, changes="training", above=0, maximum=1e9, words=("dynamic",))
     """float16 only: factor on the loss before backward, so that small gradients do not underflow; gradients are divided
     by it in float32. "dynamic": starts at 65536; a step whose gradients overflow is skipped on all ranks and halves it
     (an overflow at 1 ends the run), and growth_interval steps without overflow double it. A number: a constant scale;
     an overflow ends the run. None: "dynamic" with float16, no scaling with other types."""
-    growth_interval: int = option(2000, minimum=1)
+    growth_interval: int = option(2000, changes="training", minimum=1)
     """loss_scale = "dynamic": consecutive steps without overflow after which the scale doubles."""
-    allow_tf32: bool = option(False)
+    allow_tf32: bool = option(False, changes="training")
     """GPUs: allow PyTorch to multiply float32 matrices in TF32, which has 10 bits of mantissa. Our own kernels keep
     float32 precision in any case."""
-    fp32_master_grads: bool = option(True)
+    fp32_master_grads: bool = option(True, changes="training")
     """True: gradients of the dense weights are averaged over data-parallel ranks in float32. False: they are rounded to
     NetworkArgs.dtype_str and sent in half the bytes. In both cases micro-batches are summed in float32 and the
     gradients of tables are sent in float32."""

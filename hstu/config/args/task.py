@@ -45,41 +45,44 @@ DEFAULT_METRIC = {"binary": "AUC", "class": "ACC", "ordinal": "MAE", "regression
 class RankingTaskArgs(Args):
     """One of RankingArgs.tasks: what is predicted of an item, how it is learnt, and what is measured."""
 
-    label: str = option(not_empty=True)
+    label: str = option(changes="training", not_empty=True)
     """The feature of the data that holds the labels: the action, or a feature of the events. Texts that are numbers
     count as these numbers; "unknown" is a missing label, which adds nothing to the loss and to the metrics."""
-    name: Optional[str] = option(None, pattern=r"[a-z_][a-z0-9_]*", examples=("click", "watch_time"))
+    name: Optional[str] = option(None, changes="reports", pattern=r"[a-z_][a-z0-9_]*", examples=("click", "watch_time"))
     """Name of the task in metrics, such as click in "AUC/click". None: the label, in lower case."""
-    kind: str = option("binary", choices=tuple(LOSSES))
+    kind: str = option("binary", changes="model", choices=tuple(LOSSES))
     """binary: positive or negative. class: one of num_classes. ordinal: one of num_classes in an order, such as stars.
     regression: a number. censored: a number that may be cut off at a bound, such as a watch time."""
-    loss: Optional[str] = option(None, choices=tuple(loss for losses in LOSSES.values() for loss in losses))
+    loss: Optional[str] = option(
+        None, changes="training", choices=tuple(loss for losses in LOSSES.values() for loss in losses)
+    )
     """binary: bce, focal (arXiv 1708.02002, gamma = 2) or pairwise (RankNet: the logistic loss of each positive and
     negative candidate of a request). class: cross_entropy. ordinal: cumulative_logit (arXiv 1901.07884). regression:
     mse or huber. censored: tobit (Tobin, Econometrica 1958). None: the first of the kind."""
-    weight: float = option(1.0, above=0, maximum=1e6)
+    weight: float = option(1.0, changes="training", above=0, maximum=1e6)
     """Factor of the loss. The loss of a run is the sum over the tasks of weight times the mean over the labelled items,
     in which items without a label count as 0."""
-    positive_from: Optional[float] = option(None, minimum=-1e12, maximum=1e12)
+    positive_from: Optional[float] = option(None, changes="training", minimum=-1e12, maximum=1e12)
     """binary: labels of at least this are positive. None: labels are 0 and 1, or one of the next two options is set."""
-    positive_values: Optional[list[str]] = option(None, not_empty=True)
+    positive_values: Optional[list[str]] = option(None, changes="training", not_empty=True)
     """binary: labels that are one of these texts are positive, such as ["cart", "purchase"]."""
-    bit_mask: Optional[int] = option(None, minimum=1, maximum=2**24 - 1)
+    bit_mask: Optional[int] = option(None, changes="training", minimum=1, maximum=2**24 - 1)
     """binary: labels that have one of these bits are positive, for actions that are sets of bits."""
-    num_classes: Optional[int] = option(None, minimum=2, maximum=1_000_000)
+    num_classes: Optional[int] = option(None, changes="model", minimum=2, maximum=1_000_000)
     """class, ordinal: number of classes. Labels are 0 to num_classes - 1; or 1 to num_classes, if num_classes occurs
     and 0 does not. Of class, labels may be texts, which are numbered in alphabetical order."""
-    scale: float = option(1.0, above=0, maximum=1e12)
+    scale: float = option(1.0, changes="model", above=0, maximum=1e12)
     """regression, censored: the loss is that of label / scale; predictions and metrics are in units of the label.
     Choose about the usual size of a label. huber is linear beyond an error of scale, which is the standard deviation
     of tobit."""
-    censored_by: Optional[str] = option(None, not_empty=True)
+    censored_by: Optional[str] = option(None, changes="training", not_empty=True)
     """censored: the feature of the events that holds the bound, such as the length of the video. Of a label that
     reaches it is known only that it is at least as large."""
-    sample_weight: Optional[str] = option(None, not_empty=True)
+    sample_weight: Optional[str] = option(None, changes="training", not_empty=True)
     """A feature of the events with the weight of each item in this loss, at least 0. Items without one do not count."""
     metrics: Optional[tuple[str, ...]] = option(
         None,
+        changes="reports",
         pattern=r"AUC|GAUC|ACC|LOGLOSS|NE|AUC>=\d+|RMSE|MAE|XAUC|NDCG|NDCG@[1-9]\d*",
         examples=("AUC", "AUC>=K", "GAUC", "ACC", "LOGLOSS", "NE", "RMSE", "MAE", "XAUC", "NDCG", "NDCG@K"),
         not_empty=True,
@@ -118,30 +121,31 @@ class RankingTaskArgs(Args):
 class RankingArgs(Args):
     """The ranking task."""
 
-    tasks: Optional[list[RankingTaskArgs]] = option(None, not_empty=True)
+    tasks: Optional[list[RankingTaskArgs]] = option(None, changes="model", not_empty=True)
     """What is predicted, such as [@click/RankingTaskArgs(), @stars/RankingTaskArgs()]. None: the action, see
     num_tasks."""
-    task_sharing: str = option("shared", choices=("shared", "mmoe", "ple"))
+    task_sharing: str = option("shared", changes="model", choices=("shared", "mmoe", "ple"))
     """tasks: what they share of the head. shared: all hidden layers. mmoe: experts, weighted by a gate per task (Ma et
     al., KDD 2018). ple: shared experts and some of each task's own (Tang et al., RecSys 2020)."""
-    num_experts: int = option(4, minimum=1, maximum=1024)
+    num_experts: int = option(4, changes="model", minimum=1, maximum=1024)
     """mmoe: number of experts. ple: number of shared experts, and of each task's own."""
-    prediction_head_arch: list[int] = option(not_empty=True, minimum=1, maximum=1_000_000)
+    prediction_head_arch: list[int] = option(changes="model", not_empty=True, minimum=1, maximum=1_000_000)
     """Widths of the layers of the prediction head. The last one is num_tasks, or the number of classes if there is one
     task. With tasks: widths of the hidden layers, which a layer with the outputs of each task follows."""
-    prediction_head_act_type: str = option("relu", choices=("relu", "gelu"))
+    prediction_head_act_type: str = option("relu", changes="model", choices=("relu", "gelu"))
     """Activation between the layers of the prediction head."""
-    prediction_head_bias: bool = option(True)
+    prediction_head_bias: bool = option(True, changes="model")
     """Whether the layers of the prediction head have a bias."""
-    num_tasks: int = option(1, minimum=1)
+    num_tasks: int = option(1, changes="model", minimum=1)
     """Number of tasks. If the last width is num_tasks, each task has one sigmoid and its label is one bit of the
     action. Otherwise there is one multi-class task."""
-    next_item_weight: float = option(0.0, minimum=0, maximum=1e6)
+    next_item_weight: float = option(0.0, changes="tensors", minimum=0, maximum=1e6)
     """Weight of the loss of the next item. Above 0, the token before each labelled item also learns to find that item,
     by the softmax that RetrievalArgs describes; its options for evaluation have no effect. 0: only actions are
     predicted."""
     eval_metrics: tuple[str, ...] = option(
         ("AUC",),
+        changes="reports",
         pattern=r"AUC|GAUC|ACC|LOGLOSS|NE|AUC>=\d+",
         examples=("AUC", "AUC>=K", "GAUC", "ACC", "LOGLOSS", "NE"),
         not_empty=True,
@@ -154,46 +158,49 @@ class RankingArgs(Args):
 class RetrievalArgs(Args):
     """The retrieval task."""
 
-    num_negatives: int = option(-1, minimum=-1, maximum=10_000_000)
+    num_negatives: int = option(-1, changes="training", minimum=-1, maximum=10_000_000)
     """Negatives per position, for mixed those beside the items of the batch. -1 or 0: all distinct items of the batch
     (in_batch) or the whole corpus (full)."""
-    temperature: float = option(0.05, minimum=1e-6, maximum=1e6)
+    temperature: float = option(0.05, changes="training", minimum=1e-6, maximum=1e6)
     """Temperature of the softmax."""
-    l2_norm_eps: float = option(1e-6, above=0, maximum=1e6)
+    l2_norm_eps: float = option(1e-6, changes="training", above=0, maximum=1e6)
     """Lower bound of the norms by which queries and items are divided."""
-    negatives: str = option("in_batch", choices=("in_batch", "uniform", "popularity", "mixed", "full"))
+    negatives: str = option(
+        "in_batch", changes="training", choices=("in_batch", "uniform", "popularity", "mixed", "full")
+    )
     """in_batch: the distinct items of the batch over all data-parallel ranks. uniform: random draws from the corpus.
     popularity: draws from the corpus by how often the training samples have an item; one that they lack is never drawn.
     Use it with logq_correction; on MovieLens it did not gain over uniform, nor did mixed.
     mixed: the items of the batch and num_negatives draws from the corpus that all positions share (Yang et al., WWW
     2020). full: a softmax over the whole corpus."""
-    shared_negatives: bool = option(False)
+    shared_negatives: bool = option(False, changes="training")
     """uniform, popularity: draw one set of negatives for the whole global batch instead of one set per position."""
-    hard_negatives: int = option(0, minimum=0, maximum=10_000_000)
+    hard_negatives: int = option(0, changes="training", minimum=0, maximum=10_000_000)
     """uniform, popularity: how many of the num_negatives of a position are at most items that the user's last request
     before the target showed and that the user did not take; data preprocessed with --requests has them."""
-    popularity_exponent: float | None = option(None, above=0, maximum=10)
+    popularity_exponent: float | None = option(None, changes="training", above=0, maximum=10)
     """popularity, mixed: draw items in proportion to their number in the training samples to this power. None: 0.75 for
     popularity; mixed draws uniformly."""
-    logq_correction: bool = option(False)
+    logq_correction: bool = option(False, changes="training")
     """Subtract log Q from the logit of each negative, where Q is how often the item is expected among the negatives:
     the sampled softmax then estimates that of the whole corpus. The target is always there, so its logit stays (Bengio
     and Senécal, 2003). On MovieLens popularity needs it, and the other kinds did not gain from it."""
-    mask_seen: bool = option(False)
+    mask_seen: bool = option(False, changes="training")
     """Training: no negatives of a position are items that the user has seen up to it, those before the sequence begins
     included, of whatever kind the negatives are; filter_seen excludes the same items from evaluation. A step needs 8
     bytes of memory for each sequence and each item of the pool of negatives."""
-    item_tower: bool = option(False)
+    item_tower: bool = option(False, changes="tensors")
     """Make the vector of an item from its id and its features, those of DatasetArgs.side_feature_names that belong to
     items: the row of the id plus an MLP of the rows of the features. An item that is new, or was never trained on, gets
     its vector from its features alone. False: the vector is the row of the id."""
-    item_id_dropout: float = option(0.0, minimum=0, below=1)
+    item_id_dropout: float = option(0.0, changes="training", minimum=0, below=1)
     """item_tower, training: the probability that an item's vector is made without its id, so that features learn to
     stand alone (DropoutNet, Volkovs et al., NeurIPS 2017). Items that are only known by features need it."""
-    filter_seen: bool = option(True)
+    filter_seen: bool = option(True, changes="reports")
     """Evaluation: exclude the items that the user has seen."""
     eval_metrics: tuple[str, ...] = option(
         ("HR@10", "NDCG@10"),
+        changes="reports",
         pattern=r"(HR|NDCG|MRR)@[1-9]\d*|MRR",
         examples=("HR@K", "NDCG@K", "MRR@K", "MRR"),
         not_empty=True,

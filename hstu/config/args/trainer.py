@@ -12,114 +12,114 @@ from hstu.config.option import Args, option
 class TrainerArgs(Args):
     """The training loop: batch sizes, run length, evaluation, checkpoints, data loading and the run directory."""
 
-    train_batch_size: int = option(minimum=1, maximum=10_000_000)
+    train_batch_size: int = option(changes="training", minimum=1, maximum=10_000_000)
     """Sequences per rank in a training step. The ranks that share a dense model or its tokens train on this number
     times the size of their group. With
     tokens_per_rank, this is the upper limit of sequences per rank."""
-    eval_batch_size: int = option(minimum=1, maximum=10_000_000)
+    eval_batch_size: int = option(changes="speed", minimum=1, maximum=10_000_000)
     """Sequences per rank in an evaluation step."""
-    eval_interval: int = option(100, minimum=0)
+    eval_interval: int = option(100, changes="reports", minimum=0)
     """Iterations (optimizer steps) between two evaluations. 0: never during training, see eval_at_end."""
-    log_interval: int = option(100, minimum=1)
+    log_interval: int = option(100, changes="reports", minimum=1)
     """Iterations between two log lines."""
-    max_train_iters: Optional[int] = option(None, minimum=1)
+    max_train_iters: Optional[int] = option(None, changes="training", minimum=1)
     """Iterations to train. None: one pass over the data. A number above one pass continues with reshuffled epochs."""
-    num_train_epochs: Optional[float] = option(None, above=0)
+    num_train_epochs: Optional[float] = option(None, changes="training", above=0)
     """Passes over the data to train; may be fractional. Exclusive with max_train_iters."""
-    max_eval_iters: Optional[int] = option(None, minimum=1)
+    max_eval_iters: Optional[int] = option(None, changes="reports", minimum=1)
     """Maximum number of batches per rank in an evaluation. None: the whole evaluation set."""
-    seed: int = option(1234, minimum=0, maximum=2**32 - 1)
+    seed: int = option(1234, changes="training", minimum=0, maximum=2**32 - 1)
     """Random seed of initial weights, data order, dropout and negatives."""
-    profile: bool = option(False)
+    profile: bool = option(False, changes="reports")
     """Write a torch.profiler trace of the iterations [profile_step_start, profile_step_end)."""
-    profile_step_start: int = option(100, minimum=0)
+    profile_step_start: int = option(100, changes="reports", minimum=0)
     """First profiled iteration."""
-    profile_step_end: int = option(200, minimum=1)
+    profile_step_end: int = option(200, changes="reports", minimum=1)
     """First iteration after the profiled ones."""
-    ckpt_save_interval: Optional[int] = option(None, minimum=-1)
+    ckpt_save_interval: Optional[int] = option(None, changes="reports", minimum=-1)
     """Iterations between two checkpoints. The last state (save_at_end) and the best one (best_metric) are saved as
     well. None: only these. -1: save none."""
-    ckpt_save_dir: Optional[str] = option(None, not_empty=True)
+    ckpt_save_dir: Optional[str] = option(None, changes="reports", not_empty=True)
     """Directory of the checkpoints, one subdirectory per saved iteration. Two runs must not share it. None:
     ./checkpoints/<name of the run's directory>. With ckpt_load_dir = "auto" and no output_dir, it is ./checkpoints/<gin
     file name>, so that the next start finds the checkpoints."""
-    ckpt_load_dir: str = option("")
+    ckpt_load_dir: str = option("", changes="reports")
     """Checkpoint to start from: a checkpoint directory, a directory of checkpoints or the directory of a run, of which
     the latest is loaded. "auto" loads the latest one in ckpt_save_dir if there is any, or the one before if the latest
     is damaged."""
-    ckpt_load_strict: bool = option(True)
+    ckpt_load_strict: bool = option(True, changes="reports")
     """True: any mismatch between checkpoint and model is an error. False: load the tensors that match, initialise the
     others, and report which are missing, unexpected or of another size. A table that has grown keeps the saved
     rows."""
-    ckpt_load_optimizer: bool = option(True)
+    ckpt_load_optimizer: bool = option(True, changes="training")
     """True: continue the saved run. False (fine-tuning): load only the weights, from a checkpoint or an export, and
     start at iteration 0 with new optimizer states, schedule and data order."""
-    ckpt_param_map: Optional[str] = option(None)
+    ckpt_param_map: Optional[str] = option(None, changes="reports")
     """Text file that renames tensors of the checkpoint. Each line is "new old": the tensor "new" of this run, or every
     tensor whose name starts with "new.", is named "old" in the checkpoint. scripts/inspect_checkpoint.py prints the
     names (model.…). Optimizer states are renamed with their weights."""
-    save_at_end: bool = option(True)
+    save_at_end: bool = option(True, changes="reports")
     """Save a checkpoint after the last iteration, unless ckpt_save_interval = -1."""
-    ckpt_keep_last: Optional[int] = option(None, minimum=1)
+    ckpt_keep_last: Optional[int] = option(None, changes="reports", minimum=1)
     """Number of newest checkpoints to keep in ckpt_save_dir; older ones are deleted after each save. The best
     checkpoint is always kept. None: keep all."""
-    ckpt_async: bool = option(False)
+    ckpt_async: bool = option(False, changes="speed")
     """Write checkpoints in the background: training waits only for the copy to host memory."""
-    pipeline_type: str = option("native", choices=("none", "native", "prefetch"))
+    pipeline_type: str = option("native", changes="speed", choices=("none", "native", "prefetch"))
     """Overlap between a step and the following batches. none: no overlap. native: overlaps their copy to the device
     and the exchange of their ids. prefetch: also overlaps the filling of the tables' caches. All three compute the
     same losses."""
-    enable_balanced_shuffler: bool = option(False)
+    enable_balanced_shuffler: bool = option(False, changes="speed")
     """Distribute the sequences of each global batch so that all data-parallel ranks have about the same attention cost
     in FLOPs. The global batch, the sequences per rank and the loss do not change."""
-    tokens_per_rank: Optional[int] = option(None, minimum=1)
+    tokens_per_rank: Optional[int] = option(None, changes="training", minimum=1)
     """Dynamic batching: each rank takes sequences until the next one would exceed this number of tokens (context,
     items and actions), or until it has train_batch_size sequences. Set train_batch_size to the most sequences that a
     rank may take. The number of steps per epoch then depends on the lengths; the loss remains the mean over the labels
     of the global batch. enable_balanced_shuffler then balances the cost within this limit. None: train_batch_size
     sequences per rank."""
-    eval_at_start: bool = option(False)
+    eval_at_start: bool = option(False, changes="reports")
     """Evaluate before the first iteration."""
-    eval_at_end: bool = option(True)
+    eval_at_end: bool = option(True, changes="reports")
     """Evaluate after the last iteration; for retrieval, on the test split."""
-    best_metric: Optional[str] = option(None, capitals=True)
+    best_metric: Optional[str] = option(None, changes="reports", capitals=True)
     """One of the task's eval_metrics, such as "NDCG@10", "AUC/task1" or "AUC/click". Unless ckpt_save_interval = -1,
     the checkpoint with its best value on the first evaluated split ("valid" if there is one) is kept under the name
     "best"; it is saved at once if that iteration has none."""
-    best_metric_mode: str = option("max", choices=("max", "min"))
+    best_metric_mode: str = option("max", changes="reports", choices=("max", "min"))
     """Whether a larger or a smaller best_metric is better. LOGLOSS, NE, RMSE and MAE need "min"."""
-    early_stop_patience: Optional[int] = option(None, minimum=1)
+    early_stop_patience: Optional[int] = option(None, changes="training", minimum=1)
     """Stop after this many consecutive evaluations in which best_metric does not improve. None: never."""
-    max_grad_norm: float = option(0.0, minimum=0)
+    max_grad_norm: float = option(0.0, changes="training", minimum=0)
     """Maximum global L2 norm of the dense gradients; larger gradients are scaled down to it. 0: no clipping."""
-    gradient_accumulation_steps: int = option(1, minimum=1, maximum=1_000_000)
+    gradient_accumulation_steps: int = option(1, changes="training", minimum=1, maximum=1_000_000)
     """Micro-batches per iteration, each of train_batch_size sequences per rank. The update, including tables and
     negatives, equals that of one batch of the combined size; the memory for activations is that of a micro-batch.
     Table rows are looked up once for all micro-batches."""
-    deterministic: bool = option(False)
+    deterministic: bool = option(False, changes="speed")
     """Use only deterministic algorithms, so that a repeated run is bitwise equal. An operation that has no
     deterministic algorithm is an error. On a GPU, CUBLAS_WORKSPACE_CONFIG is set to :4096:8 unless it is set."""
-    collective_timeout_s: float = option(600.0, above=0, maximum=10_000_000)
+    collective_timeout_s: float = option(600.0, changes="reports", above=0, maximum=10_000_000)
     """Seconds without progress (a step, or a batch of an evaluation) after which a rank ends the run as stuck."""
-    data_workers: int = option(0, minimum=0, maximum=1000)
+    data_workers: int = option(0, changes="speed", minimum=0, maximum=1000)
     """Processes per rank that read and collate batches. 0: the training process does it."""
-    data_prefetch: int = option(2, minimum=1, maximum=10_000)
+    data_prefetch: int = option(2, changes="speed", minimum=1, maximum=10_000)
     """Batches that each data worker prepares in advance."""
-    bad_row_policy: str = option("raise", choices=("raise", "skip"))
+    bad_row_policy: str = option("raise", changes="training", choices=("raise", "skip"))
     """What happens to a sample with damaged data. raise: the run ends with an error. skip: the sample is left out and
     counted, with a warning."""
-    max_bad_rows: int = option(100, minimum=1)
+    max_bad_rows: int = option(100, changes="training", minimum=1)
     """Maximum number of samples that a rank may skip with bad_row_policy = "skip"; one more ends the run."""
-    output_dir: Optional[str] = option(None)
+    output_dir: Optional[str] = option(None, changes="reports")
     """Directory of the run. None: runs/<gin file name>-<time>."""
-    tensorboard: bool = option(True)
+    tensorboard: bool = option(True, changes="reports")
     """Write TensorBoard event files to <output_dir>/tensorboard."""
-    wandb_project: Optional[str] = option(None, not_empty=True)
+    wandb_project: Optional[str] = option(None, changes="reports", not_empty=True)
     """Weights & Biases project that receives the metrics and the configuration (needs pip install 'hstu[wandb]' and
     wandb login). With WANDB_MODE=offline the data is written to <output_dir>/wandb. None: off."""
-    progress_bar: str = option("auto", choices=("auto", "on", "off"))
+    progress_bar: str = option("auto", changes="reports", choices=("auto", "on", "off"))
     """Show a progress bar. auto: if standard error is a terminal."""
-    gc_interval: int = option(0, minimum=0)
+    gc_interval: int = option(0, changes="speed", minimum=0)
     """If above 0, turn automatic garbage collection off and collect every this many iterations, at the same iteration
     on all ranks."""
 

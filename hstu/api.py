@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.base.errors import DataError
+from hstu.base.printable import printable
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.tensors import TABLES, open_tensors
-from hstu.config.errors import DataError
-from hstu.config.printable import printable
-from hstu.data.batch import HSTUBatch
-from hstu.data.jagged import ranges
-from hstu.data.samples import Split
-from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.jagged import ranges
+from hstu.data.sampling.samples import Split
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.parallel.dynamic.content import merged
 from hstu.parallel.mesh import Mesh
 from hstu.serve.evaluation import evaluate_split

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 import numpy as np
 
-from hstu.config.errors import EXIT_DONE, DataError
+from hstu.base.errors import EXIT_DONE, DataError
 from hstu.config.tool import tool
-from hstu.data.store import USER_FEATURE
+from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel.collectives import on_all_ranks
 from hstu.serve.command import add_model_arguments, load_model, note, parse_time, require_model

@@ -24,8 +24,8 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from hstu.config.errors import EXIT_DONE, ConfigError
-from hstu.config.printable import printable
+from hstu.base.errors import EXIT_DONE, ConfigError
+from hstu.base.printable import printable
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.serve.bootstrap import Interval, Resampling

@@ -28,19 +28,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hstu.base.errors import EXIT_DONE, ConfigError, UserError
 from hstu.checkpoint.directory import put_in_place, temporary_path
 from hstu.config.args import DatasetArgs, RankingArgs
-from hstu.config.errors import EXIT_DONE, ConfigError, UserError
 from hstu.config.gin_io import read_and_check
 from hstu.config.rules import RULES
 from hstu.config.run_config import RunConfig, Task
 from hstu.config.tool import tool
-from hstu.data.initial_rows import ID, VECTOR
-from hstu.data.roles import resolve_roles
+from hstu.data.features.initial_rows import ID, VECTOR
+from hstu.data.features.roles import resolve_roles
+from hstu.data.features.training_statistics import trained_events
 from hstu.data.rules import DATA_RULES
-from hstu.data.samples import build_samples, check_requests, check_split
-from hstu.data.store import SequenceStore
-from hstu.data.training_statistics import trained_events
+from hstu.data.sampling.samples import build_samples, check_requests, check_split
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.train.store_source import open_store
 
 try:

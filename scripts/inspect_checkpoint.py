@@ -20,10 +20,10 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
+from hstu.base.errors import EXIT_DONE, EXIT_FAILURE
 from hstu.checkpoint.describe import describe, diff
 from hstu.checkpoint.directory import check_files
 from hstu.checkpoint.find import locate
-from hstu.config.errors import EXIT_DONE, EXIT_FAILURE
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
 

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 import numpy as np
 import pyarrow.parquet as pq
 
+from hstu.base.errors import EXIT_DONE, ConfigError, DataError
 from hstu.checkpoint.directory import MANIFEST
-from hstu.config.errors import EXIT_DONE, ConfigError, DataError
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel.collectives import gather_objects, on_all_ranks, require_equal

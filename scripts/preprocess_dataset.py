@@ -28,8 +28,8 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hstu.config.errors import EXIT_DONE, ConfigError, UserError
-from hstu.config.printable import PrintableFormatter, printable
+from hstu.base.errors import EXIT_DONE, ConfigError, UserError
+from hstu.base.printable import PrintableFormatter, printable
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.own_features import lists_of
 from hstu.data.datasets.own_files import matching_files
@@ -38,8 +38,8 @@ from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_inte
 from hstu.data.preprocess.engine import disk_errors
 from hstu.data.preprocess.report import REPORT, check_report_folder, format_report, write_report
 from hstu.data.preprocess.starter import write_starters
-from hstu.data.store import SequenceStore
-from hstu.data.store_layout import META_FILE
+from hstu.data.store.layout import META_FILE
+from hstu.data.store.sequence_store import SequenceStore
 
 _EXIT_SIGNAL = 128
 """Plus the number of the signal, as shells count."""

@@ -36,7 +36,7 @@ begin 1 "set-up"
 scripts/install.sh
 
 begin 2 "data" "MovieLens-100K"
-if ! "$python" -c "from hstu.data.store import SequenceStore; SequenceStore.open('$data')" >/dev/null 2>&1; then
+if ! "$python" -c "from hstu.data.store.sequence_store import SequenceStore; SequenceStore.open('$data')" >/dev/null 2>&1; then
     # Replaces what is there, if anything: it did not open.
     "$python" scripts/preprocess_dataset.py --dataset_name ml-100k --force
 fi

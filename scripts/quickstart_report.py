@@ -18,10 +18,10 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hstu import api
+from hstu.base.errors import EXIT_DONE, ConfigError, DataError
 from hstu.config.args import DatasetArgs, RetrievalArgs
-from hstu.config.errors import EXIT_DONE, ConfigError, DataError
 from hstu.config.tool import tool
-from hstu.data.samples import build_samples
+from hstu.data.sampling.samples import build_samples
 from hstu.observe.logging import quiet_libraries
 from hstu.train.baselines import popularity_baseline
 

@@ -25,9 +25,9 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from hstu import api
-from hstu.config.errors import EXIT_DONE, DataError
+from hstu.base.errors import EXIT_DONE, DataError
 from hstu.config.tool import tool
-from hstu.data.store import USER_FEATURE
+from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.observe.logging import quiet_libraries
 from hstu.serve.command import (
     add_model_arguments,

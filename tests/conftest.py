@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from hstu.data.store import SequenceStore
-from hstu.data.store_writer import StoreWriter
+from hstu.data.store.sequence_store import SequenceStore
+from hstu.data.store.writer import StoreWriter
 from tests import gpu_plan
 
 # The same examples each time, and no verdict on speed: a run fails for what the code does, on any machine.

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged
 
 
 def _flat(lists: Sequence[Sequence[int]]) -> np.ndarray:

@@ -9,11 +9,11 @@ import torch
 
 from hstu import api
 from hstu.api import Recommendation, TrainedModel
+from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
-from hstu.config.errors import ConfigError, DataError
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from hstu.train.builder import build_model

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from hstu.config.gin_io import load
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.logging import tear_down_logging
 from hstu.observe.records import read_metrics
 from hstu.train.main import run

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hstu.config.errors import DataError, UserError
+from hstu.base.errors import DataError, UserError
 from hstu.parallel.collectives import on_all_ranks
 from hstu.parallel.mesh import Mesh
 

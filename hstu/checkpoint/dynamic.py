@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Size, Tensor
 
+from hstu.base.errors import DataError
 from hstu.checkpoint.directory import DamagedCheckpoint, listed_files, torch_load, torch_save
 from hstu.checkpoint.raw_ids import RowRemap
 from hstu.checkpoint.tensors import CONSOLIDATED, DYNAMIC, is_export, load_safetensors
-from hstu.config.errors import DataError
 from hstu.parallel.dynamic.content import Sightings, TableContent
 from hstu.parallel.dynamic.slots import score
 from hstu.parallel.dynamic.table import DynamicTable

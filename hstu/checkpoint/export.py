@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.base.errors import DataError
 from hstu.checkpoint.directory import check_files, describe_files, temporary_path, write_manifest
 from hstu.checkpoint.dynamic import export_sizes, fill_export, read_tables
 from hstu.checkpoint.progress import EXPORT_VERSION
 from hstu.checkpoint.tensors import AVERAGE, CONSOLIDATED, join_name, open_tensors, read_metadata, split_name
-from hstu.config.errors import DataError
 from hstu.parallel.dynamic.content import TableContent
 from hstu.parallel.shards import ShardedView
 

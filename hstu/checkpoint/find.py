@@ -12,9 +12,9 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hstu.base.errors import DataError
 from hstu.checkpoint import directory as folder
 from hstu.checkpoint.directory import MANIFEST
-from hstu.config.errors import DataError
 from hstu.config.gin_scan import scan_stored
 
 AUTO = "auto"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.base.errors import DataError
 from hstu.checkpoint.directory import (
     DamagedCheckpoint,
     collective_io,
@@ -25,8 +26,7 @@ from hstu.checkpoint.progress import sizes_of_ranks
 from hstu.checkpoint.raw_ids import RawIds, RowRemap, remap_rows
 from hstu.checkpoint.state import TrainState, set_random_state
 from hstu.checkpoint.tensors import STATES, TABLES, StoredTensors, is_export, open_tensors, read_metadata, split_name
-from hstu.config.errors import DataError
-from hstu.data.batch import is_of_negatives
+from hstu.data.batches.batch import is_of_negatives
 from hstu.model.embedding import TableSpec
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh

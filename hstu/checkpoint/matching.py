@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Size
 
+from hstu.base.errors import DataError
 from hstu.checkpoint.raw_ids import RowRemap
 from hstu.checkpoint.tensors import AVERAGE, DYNAMIC, IDS, TABLES, WEIGHTS, join_name, split_name
 from hstu.config.args import CLASSES, TrainerArgs
-from hstu.config.errors import DataError
 from hstu.config.gin_scan import Binding, scan_stored
 from hstu.config.option import Changes, Mismatch, annotation_of, coerce, default_of, is_required, options_of
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from hstu.base.errors import DataError
 from hstu.checkpoint.directory import (
     MANIFEST,
     check_files,
@@ -44,7 +45,6 @@ from hstu.checkpoint.dynamic import (
 )
 from hstu.checkpoint.raw_ids import raw_ids_by_code
 from hstu.checkpoint.tensors import is_export, open_tensors, read_metadata
-from hstu.config.errors import DataError
 from hstu.parallel.dynamic.content import TableContent, merged
 from hstu.parallel.dynamic.slots import MAX_STEP, counts_of, score, steps_of
 from hstu.parallel.dynamic.times import last_of_all, newest_before

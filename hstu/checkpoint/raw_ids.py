@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hstu.checkpoint.tensors import IDS, StoredTensors
-from hstu.data.store import SequenceStore, decode_strings
+from hstu.data.store.sequence_store import SequenceStore, decode_strings
 
 IdTensors = tuple[Tensor, ...]
 """Raw ids of a feature in the order of their codes: (int64 [ids],), or (offsets [ids + 1], UTF-8 bytes) of strings."""

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 
 import hstu
 from hstu.checkpoint.raw_ids import RawIds
-from hstu.data.batch import is_of_negatives
-from hstu.data.sampler import SamplerPosition
+from hstu.data.batches.batch import is_of_negatives
+from hstu.data.sampling.sampler import SamplerPosition
 from hstu.model.embedding import TableSpec
 from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers

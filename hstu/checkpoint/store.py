@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from hstu.base.errors import ConfigError, DataError
+from hstu.base.lock import DirectoryLock
 from hstu.checkpoint import directory as folder
 from hstu.checkpoint.directory import BEST, LATEST, DamagedCheckpoint, collective_io
 from hstu.checkpoint.find import AUTO, belongs, candidates
@@ -26,8 +28,6 @@ from hstu.checkpoint.load import load
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.save import HostCopies, Snapshot, write
 from hstu.checkpoint.state import TrainState
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.lock import DirectoryLock
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Heartbeat, Mesh
 

@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, cre
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 
+from hstu.base.errors import DataError
 from hstu.checkpoint.directory import listed_files, verified_file
 from hstu.checkpoint.progress import EXPORT, PROGRESS, read_checked
 from hstu.checkpoint.tensor_index import INDEX, IndexReader
-from hstu.config.errors import DataError
 from hstu.parallel.shards import ShardedView
 
 TENSORS = "tensors"

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from hstu.base.errors import ConfigError, UserError, report_once
 from hstu.config.args import Task
-from hstu.config.errors import ConfigError, UserError, report_once
 from hstu.config.gin_io import read_and_check
 from hstu.config.reference import explain
 from hstu.config.rules import RULES, Rule

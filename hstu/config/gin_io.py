@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import Task
-from hstu.config.errors import ConfigError, DataError
 from hstu.config.gin_builder import ConfigBuilder
 from hstu.config.gin_scan import scan, scan_stored
 from hstu.config.rules import RULES, Rule, check

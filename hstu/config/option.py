@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, Optional
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 from hstu.config.problems import did_you_mean, literal, nearest, show
 
 _SCIENTIFIC = 1_000_000

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import CLASSES, REGISTRY, Args
-from hstu.config.errors import ConfigError
 from hstu.config.option import default_of, describe_limits, is_required, options_of
 from hstu.config.problems import did_you_mean, literal
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import (
     REGISTRY,
     SEVERAL,
@@ -28,7 +29,6 @@ from hstu.config.args import (
     TensorModelParallelArgs,
     TrainerArgs,
 )
-from hstu.config.errors import ConfigError
 from hstu.config.option import options_of, referred_class
 from hstu.config.problems import Origin, Problem, literal, show
 

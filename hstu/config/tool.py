@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from hstu.config.errors import EXIT_BAD_DATA, UserError, report_once
-from hstu.config.printable import printable
+from hstu.base.errors import EXIT_BAD_DATA, UserError, report_once
+from hstu.base.printable import printable
 
 _EXIT_SIGNAL = 128
 """Shells add the number of the signal to this."""

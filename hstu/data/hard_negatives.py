@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hstu.data.jagged import ranges, run_indices
-from hstu.data.store import SequenceStore
+from hstu.data.batches.jagged import ranges, run_indices
+from hstu.data.store.sequence_store import SequenceStore
 
 
 def shown_not_taken(store: SequenceStore, events: np.ndarray, stops: np.ndarray, num: int) -> np.ndarray:

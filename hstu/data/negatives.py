@@ -11,13 +11,13 @@ from typing import Literal
 
 import numpy as np
 
+from hstu.base.hashing import random_below, random_bits
 from hstu.config.args import RetrievalArgs
-from hstu.data.hashing import random_below, random_bits
-from hstu.data.jagged import ranges, run_indices, run_offsets
-from hstu.data.random_windows import coverage
-from hstu.data.samples import SampleTable
-from hstu.data.stochastic_length import StochasticLength
-from hstu.data.store import SequenceStore
+from hstu.data.batches.jagged import ranges, run_indices, run_offsets
+from hstu.data.sampling.random_windows import coverage
+from hstu.data.sampling.samples import SampleTable
+from hstu.data.sampling.stochastic_length import StochasticLength
+from hstu.data.store.sequence_store import SequenceStore
 
 # Above this many corpus items per draw, sorting the draws is cheaper than a table of the corpus.
 _DENSE_ITEMS_PER_DRAW = 32

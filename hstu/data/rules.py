@@ -13,7 +13,7 @@ from hstu.config.option import is_given
 from hstu.config.problems import Problem, did_you_mean
 from hstu.config.run_config import RunConfig
 from hstu.data.datasets import DATASETS, resolve_name
-from hstu.data.store_layout import TIME_FEATURES
+from hstu.data.store.layout import TIME_FEATURES
 
 
 def dataset_is_built_in_or_described(run: RunConfig) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hstu.data.jagged import sequence_tokens
+from hstu.data.batches.jagged import sequence_tokens
 from hstu.estimate.timing import MOST_FLOPS, Forward, Operator, Timed, timed_operator
 from hstu.estimate.workload import Batch, Workload
 from hstu.ops import costs, functional

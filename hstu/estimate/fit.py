@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 from hstu.config.rules import validate
 from hstu.config.run_config import RunConfig
 from hstu.estimate.estimate import Estimate, estimate

@@ -20,10 +20,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import BenchmarkDatasetArgs
-from hstu.config.errors import ConfigError
 from hstu.config.problems import did_you_mean
-from hstu.data.sampler import SamplerPosition
+from hstu.data.sampling.sampler import SamplerPosition
 from hstu.estimate.dense_operators import ATTENTION
 from hstu.estimate.timing import Operator
 from hstu.estimate.traffic import Transfer

@@ -11,16 +11,16 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
+from hstu.base.errors import UserError
 from hstu.checkpoint.find import find_checkpoint
 from hstu.checkpoint.tensors import AVERAGE, TABLES, WEIGHTS
 from hstu.config.args import DatasetArgs, EmbeddingArgs, OptimizerArgs
-from hstu.config.errors import UserError
 from hstu.config.incomplete import Unknown
 from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunDraft
 from hstu.data.datasets import DATASETS, resolve_name
-from hstu.data.roles import FeatureRoles, benchmark_roles, resolve_roles
-from hstu.data.store import SequenceStore
+from hstu.data.features.roles import FeatureRoles, benchmark_roles, resolve_roles
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.estimate.plan import roles_without_data
 from hstu.model.embedding import TableSpec, table_specs
 from hstu.model.inputs import SequenceFeatures

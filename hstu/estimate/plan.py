@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs, NumericFeatureArgs, RankingTaskArgs
-from hstu.config.errors import ConfigError, DataError
 from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunConfig
+from hstu.data.batches.jagged import run_offsets
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.spec import USER_FEATURE, DatasetSpec, Schema
-from hstu.data.jagged import run_offsets
-from hstu.data.labels import label_columns
-from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import SamplerPosition, TrainSampler
-from hstu.data.store_layout import TIME_FEATURES
+from hstu.data.features.labels import label_columns
+from hstu.data.features.roles import FeatureRoles
+from hstu.data.sampling.sampler import SamplerPosition, TrainSampler
+from hstu.data.store.layout import TIME_FEATURES
 from hstu.estimate.workload import Batch, Workload
 from hstu.model.embedding import table_specs
 from hstu.train.batch_source import BatchSource, SampleLengths, choose_partition

@@ -16,20 +16,20 @@ from tempfile import TemporaryFile
 import psutil
 import torch
 
+from hstu.base.errors import ConfigError, UserError
 from hstu.checkpoint.directory import file_problems, read_manifest
 from hstu.checkpoint.find import AUTO
 from hstu.checkpoint.load import ModelShape, match_checkpoint
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.config.args import Args, DatasetArgs, DynamicEmbeddingArgs, RankingArgs
-from hstu.config.errors import ConfigError, UserError
 from hstu.config.incomplete import apply
 from hstu.config.problems import Problem, did_you_mean
 from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunDraft
-from hstu.data.initial_rows import find_initial_rows
-from hstu.data.roles import FeatureRoles
-from hstu.data.store import SequenceStore
+from hstu.data.features.initial_rows import find_initial_rows
+from hstu.data.features.roles import FeatureRoles
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.estimate.estimate import size
 from hstu.estimate.memory import TableShards, beside_tables, memory, plan_tables
 from hstu.estimate.opened import Attempt, Labels, Opened

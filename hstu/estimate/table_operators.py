@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hstu.config.args import OptimizerArgs
-from hstu.data.batch import keyed_jagged
-from hstu.data.roles import FeatureRoles
+from hstu.data.batches.batch import keyed_jagged
+from hstu.data.features.roles import FeatureRoles
 from hstu.estimate.memory import TableShards
 from hstu.estimate.timing import Operator, Timed, rows_to_time
 from hstu.estimate.workload import Workload

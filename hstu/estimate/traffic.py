@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from hstu.config.args import RankingArgs
-from hstu.data.batch import is_of_negatives
+from hstu.data.batches.batch import is_of_negatives
 from hstu.estimate.memory import FIRST_LAYER, INT64, TableShards, held_weights
 from hstu.estimate.workload import Batch, Workload
 from hstu.ops.costs import FLOAT32

@@ -13,10 +13,10 @@ import torch
 
 from hstu.config.args import NetworkArgs
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import NEGATIVES, of_negatives
+from hstu.data.batches.batch import NEGATIVES, of_negatives
+from hstu.data.features.roles import FeatureRoles
 from hstu.data.negatives import Negatives
-from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import Loads
+from hstu.data.sampling.sampler import Loads
 from hstu.model.embedding import TableSpec
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import LogCounts

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
-from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite
-from hstu.data.batch import NEGATIVES, of_negatives
-from hstu.data.roles import FeatureRoles
+from hstu.data.batches.batch import NEGATIVES, of_negatives
+from hstu.data.features.roles import FeatureRoles
 
 _INIT_BLOCK_ROWS = 4096
 _MOST_SLOTS = 2**31 - 1  # an id's row is an int32 in the index of a dynamic table

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
-from hstu.data.batch import POOL, HSTUBatch, ItemFeatures, is_of_pool, of_pool
-from hstu.data.roles import FeatureRoles
+from hstu.data.batches.batch import POOL, HSTUBatch, ItemFeatures, is_of_pool, of_pool
+from hstu.data.features.roles import FeatureRoles
 from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections, narrow_to_dim
 from hstu.model.item_tower import ItemTower, join_rows
 from hstu.model.outputs import ModelOutput

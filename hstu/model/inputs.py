@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torchrec import JaggedTensor
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import NetworkArgs, NumericFeatureArgs
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.batch import HSTUBatch
-from hstu.data.jagged import sequence_tokens
-from hstu.data.roles import FeatureRoles
-from hstu.data.store_layout import NumberStatistics
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.jagged import sequence_tokens
+from hstu.data.features.roles import FeatureRoles
+from hstu.data.store.layout import NumberStatistics
 from hstu.model.heads import MLP
 from hstu.model.item_tower import join_rows
 from hstu.model.numbers import NumberInputs

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config.args import NetworkArgs
-from hstu.data.batch import HSTUBatch
-from hstu.data.roles import FeatureRoles
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.features.roles import FeatureRoles
 from hstu.model.heads import MLP
 from hstu.ops.dropout import draw
 

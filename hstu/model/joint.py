@@ -7,7 +7,7 @@ import dataclasses
 from torch import Tensor, nn
 from torchrec import JaggedTensor
 
-from hstu.data.batch import HSTUBatch, labels_with_history
+from hstu.data.batches.batch import HSTUBatch, labels_with_history
 from hstu.model.outputs import ModelOutput
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense, newest_elements

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hstu.data.batch import HSTUBatch
+from hstu.data.batches.batch import HSTUBatch
 from hstu.ops.comm import LayerComm
 from hstu.ops.layout import JaggedLayout, TokenRuns
 

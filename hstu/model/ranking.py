@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import RankingArgs
-from hstu.data.batch import HSTUBatch
+from hstu.data.batches.batch import HSTUBatch
 from hstu.model.heads import PredictionHead
 from hstu.model.labelled import labelled_rows
 from hstu.model.outputs import ModelOutput

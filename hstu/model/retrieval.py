@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import RetrievalArgs
-from hstu.data.batch import NEGATIVES, PADDING_ID, POOL, HSTUBatch, of_negatives, of_pool
+from hstu.data.batches.batch import NEGATIVES, PADDING_ID, POOL, HSTUBatch, of_negatives, of_pool
 from hstu.model.item_tower import ItemTower
 from hstu.model.labelled import labelled_rows, own_rows
 from hstu.model.outputs import ModelOutput

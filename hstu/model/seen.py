@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hstu.data.batch import HSTUBatch
+from hstu.data.batches.batch import HSTUBatch
 from hstu.ops.kernels import NEVER_SEEN, SeenItems
 from hstu.ops.pytorch.softmax_loss import first_places
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import NetworkArgs
-from hstu.data.batch import HSTUBatch
+from hstu.data.batches.batch import HSTUBatch
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
 from hstu.model.offload import ActivationOffload
 from hstu.model.precision import DTYPES, mixed_precision

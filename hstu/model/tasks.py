@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config.args import RankingArgs, RankingTaskArgs
-from hstu.data.batch import HSTUBatch
-from hstu.data.labels import PLAIN, LabelCodes
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.features.labels import PLAIN, LabelCodes
 from hstu.model import task_losses
 from hstu.model.heads import MultiTaskHead
 from hstu.model.outputs import ModelOutput

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from importlib import util
 
-from hstu.config.errors import UserError
+from hstu.base.errors import UserError
 from hstu.observe.releases import installed_releases, stack_of_torch
 
 # Import name → distribution, in the order of the error message.

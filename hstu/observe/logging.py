@@ -12,7 +12,7 @@ from typing import Any, Optional, Self
 
 from tqdm import tqdm
 
-from hstu.config.printable import PrintableFormatter
+from hstu.base.printable import PrintableFormatter
 from hstu.observe.records import EvalRecord, TrainRecord
 
 ROOT_LOGGER = "hstu"

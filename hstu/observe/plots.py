@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
-from hstu.data.figure import COLOURS, GREY, open_figure
+from hstu.base.figure import COLOURS, GREY, open_figure
 from hstu.observe.records import read_metrics
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Optional, Self, TextIO
 
-from hstu.config.errors import ConfigError, UserError
-from hstu.data.lock import DirectoryLock
+from hstu.base.errors import ConfigError, UserError
+from hstu.base.lock import DirectoryLock
 from hstu.observe.plots import draw_curves
 from hstu.observe.records import EvalRecord, TrainRecord, to_line
 from hstu.observe.trackers import TensorBoard, Tracker, WeightsAndBiases

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

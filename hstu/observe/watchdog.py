@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 import torchrec
 
-from hstu.config.errors import EXIT_FAILURE
+from hstu.base.errors import EXIT_FAILURE
 from hstu.parallel.mesh import Heartbeat, Mesh, without_timeout
 
 log = logging.getLogger(__name__)

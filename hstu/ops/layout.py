@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.data.jagged import run_offsets, run_starts, sequence_tokens
+from hstu.data.batches.jagged import run_offsets, run_starts, sequence_tokens
 
 TIME_BUCKET_WIDTH = 0.301
 """Width of a time bucket in natural log seconds: ⌊ln(max(1, |Δt|)) / 0.301⌋."""

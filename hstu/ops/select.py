@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 from hstu.ops.check_process import Checked, refusals
 from hstu.ops.kernels import OPERATORS, SLOTS, Backend, Kernels, KernelShapes, ServedBy
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
-from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.model.embedding import ReplicatedTables
 from hstu.parallel.shards import ShardedView

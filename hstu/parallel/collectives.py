@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from hstu.config.errors import UserError
-from hstu.data.batch import PADDING_ID
+from hstu.base.errors import UserError
+from hstu.data.batches.batch import PADDING_ID
 
 T = TypeVar("T")
 Collective = Callable[[Tensor, dist.ProcessGroup], Tensor]

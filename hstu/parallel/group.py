@@ -16,16 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from hstu.data.batch import HSTUBatch
-from hstu.data.loader import pack, unpack
-from hstu.data.roles import FeatureRoles
-from hstu.data.train_batch import (
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.loader import pack, unpack
+from hstu.data.batches.train_batch import (
     GroupLayout,
     TrainBatch,
     merge_ranks,
     pool_feature_positions,
     split_micro_batches,
 )
+from hstu.data.features.roles import FeatureRoles
 from hstu.model.gr_model import GRModel, as_jagged
 from hstu.model.outputs import ModelOutput
 from hstu.parallel.collectives import all_gather, gather_objects

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import fbgemm_gpu  # noqa: F401  # registers torch.ops.fbgemm
 import torch
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 
 _NO_DEVICE, _STUB_LIBRARY = 100, 34
 """Results of cuInit on machines without an NVIDIA GPU (cuda.h)."""

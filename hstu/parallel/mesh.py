@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 from hstu.parallel.collectives import require_equal
 from hstu.parallel.machine_checks import (
     make_cublas_deterministic,

@@ -18,8 +18,8 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from torchrec.distributed.types import CacheParams, ShardingPlan
 from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs
-from hstu.config.errors import ConfigError
 from hstu.model.embedding import TableSpec
 from hstu.parallel.collectives import gather_objects, on_all_ranks
 from hstu.parallel.dynamic.memory import MemoryPlan, bytes_per_row, physical_names

@@ -15,10 +15,10 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import OptimizerArgs
-from hstu.config.errors import ConfigError, DataError
 from hstu.config.run_config import RunConfig
-from hstu.data.initial_rows import InitialRows
+from hstu.data.features.initial_rows import InitialRows
 from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
 from hstu.ops.costs import FLOAT32

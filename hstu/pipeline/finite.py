@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hstu.config.errors import UserError
-from hstu.data.batch import HSTUBatch
+from hstu.base.errors import UserError
+from hstu.data.batches.batch import HSTUBatch
 from hstu.optim.loss_scale import LossScale
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh

@@ -21,8 +21,8 @@ import torch
 from torchrec.distributed.model_parallel import ShardedModule
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from hstu.data.batch import HSTUBatch
-from hstu.data.train_batch import TrainBatch
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.train_batch import TrainBatch
 from hstu.pipeline.none import TrainPipeline
 from hstu.pipeline.step import StepResult, TrainStep
 

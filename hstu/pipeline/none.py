@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
-from hstu.data.batch import HSTUBatch
-from hstu.data.train_batch import TrainBatch
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.train_batch import TrainBatch
 from hstu.parallel.group import to_train_batch
 from hstu.pipeline.step import StepResult, TrainStep
 

@@ -22,7 +22,7 @@ from torchrec.distributed.train_pipeline.pipeline_context import PrefetchTrainPi
 from torchrec.distributed.train_pipeline.runtime_forwards import PrefetchPipelinedForward
 from torchrec.distributed.train_pipeline.utils import _prefetch_embeddings
 
-from hstu.data.train_batch import TrainBatch
+from hstu.data.batches.train_batch import TrainBatch
 from hstu.pipeline.native import NativePipeline, NativeStages
 from hstu.pipeline.step import StepResult, TrainStep
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hstu.data.batch import POOL, HSTUBatch, is_of_negatives, is_of_pool, of_pool
-from hstu.data.train_batch import TrainBatch
+from hstu.data.batches.batch import POOL, HSTUBatch, is_of_negatives, is_of_pool, of_pool
+from hstu.data.batches.train_batch import TrainBatch
 from hstu.model.gr_model import GRModel, as_jagged
 from hstu.optim.loss_scale import LossScale
 from hstu.optim.optimizers import Optimizers

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hstu.data.jagged import ranges, run_indices
+from hstu.data.batches.jagged import ranges, run_indices
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh
 from hstu.train.metrics import undefined_without_warning

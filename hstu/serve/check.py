@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.config.errors import DataError
-from hstu.data.batch import HSTUBatch
+from hstu.base.errors import DataError
+from hstu.data.batches.batch import HSTUBatch
 from hstu.serve import runtime
 from hstu.serve.loaded import LoadedModel
 from hstu.train.given_histories import History, HistoryEncoder

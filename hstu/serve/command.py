@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.serve.loaded import LoadedModel
 
 M = TypeVar("M", bound=LoadedModel)

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.batch import is_of_negatives
+from hstu.data.batches.batch import is_of_negatives
 from hstu.data.datasets.spec import UNKNOWN
-from hstu.data.store import SequenceStore
-from hstu.data.store_layout import TIME_FEATURES
+from hstu.data.store.layout import TIME_FEATURES
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.embedding import TableSpec
 from hstu.model.joint import JointDense
 from hstu.model.ranking import RankingDense, RankingModel

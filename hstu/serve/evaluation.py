@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import RankingArgs
 from hstu.config.args.task import METRICS_OF_KIND, fits_kind
-from hstu.config.errors import ConfigError, DataError
 from hstu.config.problems import did_you_mean, in_reading_order
 from hstu.config.rules.task import metrics_fit_the_head
 from hstu.config.run_config import RunConfig
-from hstu.data.samples import Split
-from hstu.data.store import USER_FEATURE
+from hstu.data.sampling.samples import Split
+from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.serve.bootstrap import ByUser, Interval, Resampling
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.segments import segmentation

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from hstu.base.errors import ConfigError
 from hstu.checkpoint.directory import describe_files
 from hstu.checkpoint.export import create_safetensors
 from hstu.config.args import ContextParallelArgs, DataParallelArgs, DatasetArgs, TensorModelParallelArgs
-from hstu.config.errors import ConfigError
 from hstu.config.run_config import RunConfig
 from hstu.serve import runtime
 from hstu.serve.check import check, compare

@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.config.problems import did_you_mean
+from hstu.data.batches.jagged import ranges, run_starts
 from hstu.data.datasets.spec import UNKNOWN
-from hstu.data.jagged import ranges, run_starts
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve.command import note_unknown, read_ids
 from hstu.serve.loaded import LoadedModel
 from hstu.train.given_histories import Vocabulary

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.directory import verified_file
 from hstu.checkpoint.find import GIN, check_belongs, is_run, locate
 from hstu.checkpoint.load import load as load_checkpoint
 from hstu.checkpoint.matching import LoadOptions
 from hstu.config.args import DatasetArgs, RetrievalArgs
-from hstu.config.errors import ConfigError, DataError
 from hstu.config.gin_io import load_stored
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import HSTUBatch
-from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.model.gr_model import GRModel
 from hstu.model.outputs import ModelOutput
 from hstu.optim.optimizers import Optimizers

@@ -12,7 +12,7 @@ from torch import Tensor
 from hstu.checkpoint.find import Run
 from hstu.checkpoint.tensors import read_metadata
 from hstu.config.args import DatasetArgs
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.records import EvalRecord, read_metrics
 from hstu.serve.check import TOLERANCE, Change
 from hstu.serve.contents import Contents

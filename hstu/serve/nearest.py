@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from hstu.base.errors import ConfigError
 from hstu.checkpoint.directory import put_in_place, temporary_path
-from hstu.config.errors import ConfigError
 
 LINKS = 32
 """Neighbours that a vector of the graph is linked to."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import NetworkArgs
-from hstu.config.errors import ConfigError
 from hstu.model.precision import DTYPES
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hstu.base.errors import DataError
 from hstu.checkpoint.directory import put_in_place, temporary_path
-from hstu.config.errors import DataError
 
 SETTINGS_FILE = "_settings.json"
 """Readers of Parquet directories leave out names that begin with an underscore."""

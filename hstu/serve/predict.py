@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.given_requests import GivenRequests
-from hstu.data.jagged import ranges, run_starts
-from hstu.data.store import USER_FEATURE
+from hstu.base.errors import ConfigError, DataError
+from hstu.data.batches.given_requests import GivenRequests
+from hstu.data.batches.jagged import ranges, run_starts
+from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.parallel.collectives import gather_objects
 from hstu.serve.id_files import Candidates
 from hstu.serve.loaded import LoadedModel

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torchrec import JaggedTensor
 
-from hstu.config.errors import ConfigError
-from hstu.data.batch import HSTUBatch
-from hstu.data.jagged import run_offsets
+from hstu.base.errors import ConfigError
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.jagged import run_offsets
 from hstu.model.precision import mixed_precision
 from hstu.model.stack import SequenceEncoder
 from hstu.ops.kernels import AttentionConfig, AttentionForward, RelativeBias

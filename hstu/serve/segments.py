@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hstu.config.errors import ConfigError, DataError
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.problems import did_you_mean
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve.loaded import LoadedModel
 from hstu.train.given_histories import Vocabulary
 from hstu.train.inference import InferenceSource

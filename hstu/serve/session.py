@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torchrec import JaggedTensor
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.batch import HSTUBatch
-from hstu.data.store_layout import TIME_FEATURES
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.store.layout import TIME_FEATURES
 from hstu.model.gr_model import as_jagged
 from hstu.model.joint import JointDense
 from hstu.model.ranking import RankingModel

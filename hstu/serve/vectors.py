@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from hstu.checkpoint.directory import put_in_place, temporary_path
-from hstu.data.batch import HSTUBatch
+from hstu.data.batches.batch import HSTUBatch
 from hstu.parallel.collectives import gather_objects
 from hstu.serve.loaded import LoadedModel
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hstu.data.jagged import ranges, run_indices
-from hstu.data.samples import SampleTable
-from hstu.data.store import SequenceStore
+from hstu.data.batches.jagged import ranges, run_indices
+from hstu.data.sampling.samples import SampleTable
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.train.metrics import auc, retrieval_metrics
 
 

@@ -10,18 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import EmbeddingArgs, RetrievalArgs
-from hstu.config.errors import ConfigError
 from hstu.config.problems import in_reading_order
 from hstu.config.rules.training import token_limit_admits
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import HSTUBatch, ItemFeatures
-from hstu.data.labels import LabelFacts
+from hstu.data.batches.batch import HSTUBatch, ItemFeatures
+from hstu.data.features.labels import LabelFacts
+from hstu.data.features.roles import FeatureRoles
 from hstu.data.negatives import ItemDistribution, Negatives, expected_log_counts
-from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import BatchPartition, SamplerPosition, TrainSampler
-from hstu.data.samples import Split
-from hstu.data.store_layout import NumberStatistics
+from hstu.data.sampling.sampler import BatchPartition, SamplerPosition, TrainSampler
+from hstu.data.sampling.samples import Split
+from hstu.data.store.layout import NumberStatistics
 from hstu.model.inputs import SequenceFeatures
 from hstu.parallel.mesh import Mesh
 from hstu.train.flops import FlopCounter

@@ -11,21 +11,21 @@ from typing import Any, cast
 
 import torch
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.find import Run
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import BackgroundWriter, CheckpointStore
 from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs, TrainerArgs
-from hstu.config.errors import ConfigError, DataError
 from hstu.config.problems import in_reading_order
 from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import NEGATIVES, of_negatives
+from hstu.data.batches.batch import NEGATIVES, of_negatives
 from hstu.data.datasets import DATASETS
-from hstu.data.initial_rows import find_initial_rows
-from hstu.data.labels import PLAIN, LabelCodes, label_columns
-from hstu.data.roles import FeatureRoles
+from hstu.data.features.initial_rows import find_initial_rows
+from hstu.data.features.labels import PLAIN, LabelCodes, label_columns
+from hstu.data.features.roles import FeatureRoles
 from hstu.model.compiled import compile_parts, why_not
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel

@@ -25,8 +25,8 @@ from torchrec import JaggedTensor
 from hstu.config.args import BenchmarkDatasetArgs, DynamicEmbeddingArgs
 from hstu.config.gin_io import load
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import HSTUBatch
-from hstu.data.sampler import SamplerPosition
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.sampling.sampler import SamplerPosition
 from hstu.model.embedding import table_specs
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import LogCounts

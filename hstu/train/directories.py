@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hstu.base.errors import ConfigError
 from hstu.checkpoint.directory import complete_checkpoints
 from hstu.checkpoint.find import AUTO, Run, belongs, candidates
 from hstu.config.args import TrainerArgs
-from hstu.config.errors import ConfigError
 from hstu.config.run_config import RunConfig
 from hstu.observe.run_directory import default_path, run_name, unused
 from hstu.parallel.collectives import gather_objects, on_all_ranks

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config.args import RankingArgs, RetrievalArgs
-from hstu.data.batch import HSTUBatch
+from hstu.data.batches.batch import HSTUBatch
 from hstu.model.gr_model import GRModel
 from hstu.model.outputs import ModelOutput
 from hstu.parallel.collectives import gather_objects

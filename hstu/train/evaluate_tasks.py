@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hstu.config.args import RankingTaskArgs
-from hstu.data.batch import HSTUBatch
+from hstu.data.batches.batch import HSTUBatch
 from hstu.model.gr_model import GRModel
 from hstu.model.tasks import RankingTask
 from hstu.parallel.mesh import Mesh

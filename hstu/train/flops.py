@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from hstu.config.args import NetworkArgs
-from hstu.data.batch import HSTUBatch
-from hstu.data.jagged import sequence_tokens
-from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import Loads
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.jagged import sequence_tokens
+from hstu.data.features.roles import FeatureRoles
+from hstu.data.sampling.sampler import Loads
 from hstu.ops.costs import Window, sequence_flops
 
 

@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hstu.base.errors import DataError
 from hstu.checkpoint.raw_ids import RawIds
-from hstu.config.errors import DataError
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import PADDING_ID, HSTUBatch
-from hstu.data.collate import Assembler
+from hstu.data.batches.batch import PADDING_ID, HSTUBatch
+from hstu.data.batches.collate import Assembler
+from hstu.data.batches.jagged import ranges, run_offsets
+from hstu.data.batches.rows import Rows
 from hstu.data.datasets.spec import UNKNOWN
-from hstu.data.jagged import ranges, run_offsets
-from hstu.data.rows import Rows
-from hstu.data.sampler import START, BatchPlan
-from hstu.data.store import USER_FEATURE, SequenceStore
-from hstu.data.store_layout import TIME_FEATURES
-from hstu.data.time_features import gap_codes, time_codes
+from hstu.data.features.time_features import gap_codes, time_codes
+from hstu.data.sampling.sampler import START, BatchPlan
+from hstu.data.store.layout import TIME_FEATURES
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.train.batch_source import BatchSource
 from hstu.train.store_source import StoreSource
 

@@ -12,18 +12,18 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from hstu.base.errors import DataError
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.tensors import AVERAGE, TABLES, join_name, open_tensors, read_metadata
 from hstu.config.args import DatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs
-from hstu.config.errors import DataError
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import HSTUBatch, ItemFeatures, is_of_negatives
-from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import SamplerPosition, TrainSampler
-from hstu.data.samples import Split
-from hstu.data.store_layout import NumberStatistics
+from hstu.data.batches.batch import HSTUBatch, ItemFeatures, is_of_negatives
+from hstu.data.features.roles import FeatureRoles
+from hstu.data.sampling.sampler import SamplerPosition, TrainSampler
+from hstu.data.sampling.samples import Split
+from hstu.data.store.layout import NumberStatistics
 from hstu.model.embedding import TableSpec
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView

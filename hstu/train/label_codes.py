@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import RankingArgs
-from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite
 from hstu.config.run_config import RunConfig
-from hstu.data.labels import LabelCodes, LabelFacts
-from hstu.data.roles import FeatureRoles
+from hstu.data.features.labels import LabelCodes, LabelFacts
+from hstu.data.features.roles import FeatureRoles
 from hstu.train.batch_source import BatchSource
 
 

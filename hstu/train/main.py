@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hstu.config.errors import EXIT_DONE, UserError, report, report_once
+from hstu.base.errors import EXIT_DONE, UserError, report, report_once
+from hstu.base.processes import end_with_parent
 from hstu.config.run_config import RunConfig
-from hstu.data.processes import end_with_parent
 from hstu.observe.environment import check_packages
 from hstu.observe.releases import installed_releases, release_warning
 

@@ -8,8 +8,8 @@ from typing import Self
 
 import numpy as np
 
-from hstu.data.batch import HSTUBatch
-from hstu.data.jagged import ranges, run_indices
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.jagged import ranges, run_indices
 from hstu.train.metrics import Gather
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import BenchmarkDatasetArgs
-from hstu.config.errors import ConfigError
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import HSTUBatch
-from hstu.data.loader import build_loader
-from hstu.data.roles import benchmark_roles
-from hstu.data.sampler import SamplerPosition, TrainSampler
-from hstu.data.samples import Split
-from hstu.data.synthetic import SyntheticDataset
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.loader import build_loader
+from hstu.data.batches.synthetic import SyntheticDataset
+from hstu.data.features.roles import benchmark_roles
+from hstu.data.sampling.sampler import SamplerPosition, TrainSampler
+from hstu.data.sampling.samples import Split
 from hstu.parallel.mesh import Mesh
 from hstu.train.batch_source import BatchSource, SampleLengths, choose_partition
 from hstu.train.store_source import StoreSource

@@ -12,24 +12,24 @@ import numpy as np
 from hstu.config.args import DatasetArgs, EmbeddingArgs
 from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import HSTUBatch, ItemFeatures
-from hstu.data.collate import Assembler, Collator, SkippedSamples
+from hstu.data.batches.batch import HSTUBatch, ItemFeatures
+from hstu.data.batches.collate import Assembler, Collator, SkippedSamples
+from hstu.data.batches.given_requests import GivenRequests, NoLabels
+from hstu.data.batches.jagged import ranges
+from hstu.data.batches.loader import build_loader
 from hstu.data.datasets import resolve_name
-from hstu.data.given_requests import GivenRequests, NoLabels
-from hstu.data.jagged import ranges
-from hstu.data.labels import LabelColumn, check_labels
-from hstu.data.loader import build_loader
+from hstu.data.features.labels import LabelColumn, check_labels
+from hstu.data.features.recoding import recoding_of
+from hstu.data.features.roles import check_numbers, resolve_roles
+from hstu.data.features.training_statistics import training_statistics
 from hstu.data.negatives import count_items
-from hstu.data.random_windows import RandomWindows
-from hstu.data.recoding import recoding_of
-from hstu.data.roles import check_numbers, resolve_roles
-from hstu.data.sampler import EvalSampler, SamplerPosition, TrainSampler
-from hstu.data.samples import SampleTable, Split, build_samples, check_requests, check_split, require_requests
-from hstu.data.stochastic_length import StochasticLength
-from hstu.data.store import SequenceStore
-from hstu.data.store_layout import NumberStatistics
-from hstu.data.store_reader import StoreReader
-from hstu.data.training_statistics import training_statistics
+from hstu.data.sampling.random_windows import RandomWindows
+from hstu.data.sampling.sampler import EvalSampler, SamplerPosition, TrainSampler
+from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_requests, check_split, require_requests
+from hstu.data.sampling.stochastic_length import StochasticLength
+from hstu.data.store.layout import NumberStatistics
+from hstu.data.store.reader import StoreReader
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.train.batch_source import BatchSource, SampleLengths, choose_partition
 from hstu.train.tables import check_rows, choose_tables, predefined_tables

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import DatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
-from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.data.datasets import resolve_name
 from hstu.data.datasets.embeddings import predefined_embeddings
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 
 
 def predefined_tables(args: DatasetArgs, store: SequenceStore, network: NetworkArgs) -> tuple[EmbeddingArgs, ...]:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from hstu.base.errors import ConfigError
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import TrainerArgs
-from hstu.config.errors import ConfigError
-from hstu.data.batch import HSTUBatch
-from hstu.data.sampler import SamplerPosition
-from hstu.data.samples import Split
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.sampling.sampler import SamplerPosition
+from hstu.data.sampling.samples import Split
 from hstu.observe.logging import ProgressBar, format_eval, format_train
 from hstu.observe.profiler import Profiler
 from hstu.observe.records import EvalRecord, TrainRecord

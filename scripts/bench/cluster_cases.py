@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import estimate as script
 
-from hstu.data.figure import open_figure
+from hstu.base.figure import open_figure
 from hstu.estimate.simulate import COMPUTING, WAITING
 
 SIZES, FEW = ("64", "256", "1024", "4096"), ("64", "1024")

@@ -29,7 +29,7 @@ from torch import Tensor
 from torchrec import JaggedTensor
 
 from hstu.config.args import NetworkArgs, RankingArgs
-from hstu.data.batch import HSTUBatch, keyed_jagged
+from hstu.data.batches.batch import HSTUBatch, keyed_jagged
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.ranking import RankingDense
 from hstu.model.stack import HSTULayer, SequenceEncoder

@@ -26,10 +26,10 @@ from torch import nn
 from torchrec import JaggedTensor
 from torchrec.modules.mc_modules import LFU_EvictionPolicy, LRU_EvictionPolicy, MCHManagedCollisionModule
 
+from hstu.base.hashing import hash_ids
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs
-from hstu.data.batch import keyed_jagged
-from hstu.data.hashing import hash_ids
-from hstu.data.roles import FeatureRoles
+from hstu.data.batches.batch import keyed_jagged
+from hstu.data.features.roles import FeatureRoles
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
 from hstu.observe.logging import quiet_libraries

@@ -27,8 +27,8 @@ from harness import WARM_UP, Row, attempt, begin, finish, operator_command_line,
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
-from hstu.data.batch import keyed_jagged
-from hstu.data.hashing import hash_ids
+from hstu.base.hashing import hash_ids
+from hstu.data.batches.batch import keyed_jagged
 from hstu.observe.logging import quiet_libraries
 from hstu.ops.select import select_slot_kernels
 from hstu.parallel import mesh as meshes

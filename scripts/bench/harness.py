@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from hstu.data.figure import COLOURS, GREY, STYLE  # noqa: E402
+from hstu.base.figure import COLOURS, GREY, STYLE  # noqa: E402
 
 Row = dict[str, Any]
 """One record of a report."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchrec import JaggedTensor
 
 from hstu.config.args import NetworkArgs
-from hstu.data.batch import HSTUBatch, keyed_jagged
+from hstu.data.batches.batch import HSTUBatch, keyed_jagged
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.stack import SequenceEncoder, kernel_shapes
 from hstu.ops.select import select_kernels

@@ -23,7 +23,7 @@ import torch
 from harness import Row, command_line, publish
 from training import prepare
 
-from hstu.data.batch import NEGATIVES
+from hstu.data.batches.batch import NEGATIVES
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
 

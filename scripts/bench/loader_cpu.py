@@ -30,18 +30,18 @@ import torch
 from harness import ROOT, command_line, publish
 
 from hstu.config.args import DatasetArgs
-from hstu.data.collate import Assembler, Collator
-from hstu.data.loader import build_loader
+from hstu.data.batches.collate import Assembler, Collator
+from hstu.data.batches.loader import build_loader
+from hstu.data.features.roles import resolve_roles
 from hstu.data.negatives import Negatives
-from hstu.data.roles import resolve_roles
-from hstu.data.sampler import TrainSampler
-from hstu.data.samples import build_samples
-from hstu.data.store import SequenceStore
-from hstu.data.store_files import sha256
-from hstu.data.store_layout import META_FILE
-from hstu.data.store_meta import FORMAT, VERSION, sealed
-from hstu.data.store_reader import StoreReader
-from hstu.data.store_writer import array_header
+from hstu.data.sampling.sampler import TrainSampler
+from hstu.data.sampling.samples import build_samples
+from hstu.data.store.files import sha256
+from hstu.data.store.layout import META_FILE
+from hstu.data.store.meta import FORMAT, VERSION, sealed
+from hstu.data.store.reader import StoreReader
+from hstu.data.store.sequence_store import SequenceStore
+from hstu.data.store.writer import array_header
 from hstu.observe.throughput import ThroughputMeter
 
 Batches = Iterator[int]
@@ -198,7 +198,7 @@ def sparse_store(path: Path, users: int, events: int, items: int) -> SequenceSto
 
 OPEN = """
 import json, psutil, sys, time
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 before = psutil.Process().memory_info().rss
 begun = time.perf_counter()
 store = SequenceStore.open(sys.argv[1])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu.config.args import NetworkArgs
-from hstu.data.batch import NEGATIVES, HSTUBatch
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch
 from hstu.model.gr_model import GRModel
 from hstu.model.stack import SequenceEncoder
 

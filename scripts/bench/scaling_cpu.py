@@ -259,7 +259,7 @@ def serve(pipe: Connection, world: World, rank: int, port: int) -> None:
     import torch
     from training import prepare
 
-    from hstu.data.batch import HSTUBatch
+    from hstu.data.batches.batch import HSTUBatch
     from hstu.observe.logging import quiet_libraries
     from hstu.parallel import mesh as meshes
     from hstu.parallel.ddp import ReplicatedDense

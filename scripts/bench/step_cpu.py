@@ -40,8 +40,8 @@ from training import prepare as prepare_training
 from hstu.config.args import NetworkArgs, RetrievalArgs
 from hstu.config.gin_io import load
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import HSTUBatch
-from hstu.data.sampler import SamplerPosition
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.sampling.sampler import SamplerPosition
 from hstu.model.gr_model import GRModel
 from hstu.observe.logging import quiet_libraries
 from hstu.ops.cpu.operators import OPERATORS

@@ -34,7 +34,7 @@ from harness import Row, attempt, command_line, describe, earlier, publish
 from torch.profiler import DeviceType, ProfilerActivity, profile
 from training import Training, prepare
 
-from hstu.config.errors import UserError
+from hstu.base.errors import UserError
 from hstu.model.precision import DTYPES
 from hstu.observe.throughput import peak_tflops
 from hstu.parallel import mesh as meshes

@@ -38,9 +38,9 @@ from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
 from hstu.config.gin_io import load
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import NEGATIVES, HSTUBatch
-from hstu.data.loader import pack, unpack
-from hstu.data.sampler import SamplerPosition
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch
+from hstu.data.batches.loader import pack, unpack
+from hstu.data.sampling.sampler import SamplerPosition
 from hstu.model import inputs
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel

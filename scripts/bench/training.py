@@ -10,8 +10,8 @@ import harness  # noqa: F401  (puts the checkout on Python's path)
 
 from hstu.config.gin_io import load
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import HSTUBatch
-from hstu.data.sampler import SamplerPosition
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.sampling.sampler import SamplerPosition
 from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel import mesh as meshes

@@ -29,11 +29,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hstu.config.errors import EXIT_DONE
+from hstu.base.errors import EXIT_DONE
 from hstu.config.tool import tool
-from hstu.data.jagged import ranges, run_starts
+from hstu.data.batches.jagged import ranges, run_starts
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from scripts.quality import factor_model, neighbours
 from scripts.quality.ratings import Ratings, sums_before
 

@@ -12,11 +12,11 @@ from functools import cached_property
 
 import numpy as np
 
+from hstu.base.errors import DataError
 from hstu.config.args import DatasetArgs
-from hstu.config.errors import DataError
-from hstu.data.jagged import ranges, run_indices, run_offsets
-from hstu.data.samples import SampleTable, build_samples
-from hstu.data.store import SequenceStore
+from hstu.data.batches.jagged import ranges, run_indices, run_offsets
+from hstu.data.sampling.samples import SampleTable, build_samples
+from hstu.data.store.sequence_store import SequenceStore
 
 METRICS = ("HR@10", "NDCG@10", "HR@50", "MRR")
 _BLOCK_USERS = 512

@@ -32,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
+from hstu.base.errors import EXIT_DONE, ConfigError
 from hstu.config.args import DatasetArgs
-from hstu.config.errors import EXIT_DONE, ConfigError
 from hstu.config.tool import tool
-from hstu.data.jagged import ranges
-from hstu.data.samples import SampleTable, build_samples
-from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.data.batches.jagged import ranges
+from hstu.data.sampling.samples import SampleTable, build_samples
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.train.metrics import auc
 from scripts.quality.causal_features import Columns, causal_features
 from scripts.quality.means import mean_and_error

@@ -16,12 +16,12 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from hstu.base.errors import DataError
+from hstu.base.hashing import random_bits
 from hstu.config.args import DatasetArgs
-from hstu.config.errors import DataError
-from hstu.data.hashing import random_bits
-from hstu.data.jagged import ranges, run_indices
-from hstu.data.samples import build_samples
-from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.data.batches.jagged import ranges, run_indices
+from hstu.data.sampling.samples import build_samples
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 PARTS = {"1-20": (0, 20), "21-50": (20, 50), "51-100": (50, 100), "101+": (100, sys.maxsize)}
 """Parts of a sample, by the number of its earlier ratings."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hstu.data.figure import COLOURS, GREY, open_figure
+from hstu.base.figure import COLOURS, GREY, open_figure
 from scripts.quality.means import mean_and_error, number, paired_difference
 from scripts.quality.runs import Result, Run
 from scripts.quality.tables import Table

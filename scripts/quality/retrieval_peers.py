@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from hstu.config.errors import EXIT_DONE, DataError
+from hstu.base.errors import EXIT_DONE, DataError
 from hstu.config.tool import tool
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.train.metrics import retrieval_metrics
 from scripts.quality.item_peers import ease, item_knn, popularity
 from scripts.quality.leave_one_out import METRICS, HeldOut, Histories, Score, Splits, read_splits, target_ranks

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hstu.config.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, DataError
+from hstu.base.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, DataError
 from hstu.config.tool import tool
 from scripts.quality.report import write_report
 from scripts.quality.runs import ROOT, Places, Run, data_facts

@@ -11,15 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hstu.base.errors import ConfigError, UserError
 from hstu.config.args import DatasetArgs
-from hstu.config.errors import ConfigError, UserError
 from hstu.config.gin_io import read_and_check
 from hstu.config.gin_scan import scan
 from hstu.config.rules import RULES
 from hstu.config.run_config import RunConfig
 from hstu.data.rules import DATA_RULES
-from hstu.data.samples import build_samples
-from hstu.data.store import SequenceStore
+from hstu.data.sampling.samples import build_samples
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.records import read_metrics
 from scripts.quality.tables import Row, Table
 

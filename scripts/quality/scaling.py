@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 from known_signal import ACTIONS, FEATURES, preprocess, write_tables
 
-from hstu.config.errors import EXIT_DONE, EXIT_FAILURE
+from hstu.base.errors import EXIT_DONE, EXIT_FAILURE
+from hstu.base.figure import COLOURS, GREY, open_figure
 from hstu.config.tool import tool
-from hstu.data.figure import COLOURS, GREY, open_figure
 from scripts.quality.means import number
 from scripts.quality.run import OUTPUT, preprocess_table, stop_as_ctrl_c
 from scripts.quality.runs import ROOT, Places, Run, read_result_file

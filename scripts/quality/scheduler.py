@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hstu.config.errors import UserError
-from hstu.data.processes import end_with_parent
+from hstu.base.errors import UserError
+from hstu.base.processes import end_with_parent
 from scripts.quality.runs import ROOT, Run
 
 _POLL_S = 0.1

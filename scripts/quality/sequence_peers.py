@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hstu.data.jagged import ranges, run_indices, run_offsets
+from hstu.data.batches.jagged import ranges, run_indices, run_offsets
 from scripts.quality.leave_one_out import Histories, Score
 
 _ROWS = 512

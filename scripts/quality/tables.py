@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import Task
 from hstu.config.args.task import LOWER_IS_BETTER
-from hstu.config.errors import ConfigError
 from hstu.config.problems import did_you_mean
 from scripts.quality.ratings import PARTS
 

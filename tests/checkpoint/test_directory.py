@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hstu.base.errors import DataError
 from hstu.checkpoint import directory as folder
 from hstu.checkpoint.directory import (
     BEST,
@@ -26,7 +27,6 @@ from hstu.checkpoint.directory import (
     writing_errors,
 )
 from hstu.checkpoint.find import find_checkpoint
-from hstu.config.errors import DataError
 
 
 def make_checkpoint(path: Path) -> Path:

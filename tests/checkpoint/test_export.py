@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hstu.base.errors import DataError
 from hstu.checkpoint.export import create_safetensors
 from hstu.checkpoint.tensors import load_safetensors
-from hstu.config.errors import DataError
 
 TENSORS = {
     "flag": torch.tensor([True, False, True]),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from hstu.base.errors import DataError
 from hstu.checkpoint.directory import LATEST, checkpoint_path, describe_files, set_link, write_manifest
 from hstu.checkpoint.find import RUN_FILE, Run, belongs, check_belongs, locate
-from hstu.config.errors import DataError
 
 
 def make_run(path: Path, checkpoints: Path | None, gin: str = "A.b = 1\n") -> Run:

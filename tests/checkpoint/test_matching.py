@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Size
 
+from hstu.base.errors import DataError
 from hstu.checkpoint.matching import LoadOptions, ParamMap, config_differences, match_tensors
 from hstu.checkpoint.raw_ids import RowRemap, remap_rows
 from hstu.checkpoint.tensors import join_name, split_name
-from hstu.config.errors import DataError
 
 WEIGHTS_ALONE = LoadOptions(optimizer=False)
 

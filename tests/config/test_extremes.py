@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import CLASSES, REGISTRY
-from hstu.config.errors import ConfigError
 from hstu.config.gin_io import read_and_check
 from hstu.config.option import Args, annotation_of, field_problems, options_of
 from hstu.config.run_config import RunConfig

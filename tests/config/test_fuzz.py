@@ -8,8 +8,8 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import REGISTRY
-from hstu.config.errors import ConfigError
 from hstu.config.gin_io import read_and_check
 from tests.config.gin_files import ALL_RULES, BASES, changed, task_of, write
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import (
     BenchmarkDatasetArgs,
     DatasetArgs,
@@ -18,7 +19,6 @@ from hstu.config.args import (
     RetrievalArgs,
     TrainerArgs,
 )
-from hstu.config.errors import ConfigError
 from hstu.config.gin_io import load, read_and_check
 from hstu.config.rules import validate
 from hstu.config.run_config import RunConfig, Task

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import RankingArgs, RetrievalArgs
-from hstu.config.errors import ConfigError
 from hstu.config.gin_io import load, read_and_check
 from tests.config.gin_files import ALL_RULES, BASES, write
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.config.tool import tool
 from tests.conftest import REPOSITORY
 

@@ -6,15 +6,15 @@ import numpy as np
 import torch
 
 from hstu.config.args import DatasetArgs, Task
-from hstu.data.batch import HSTUBatch
-from hstu.data.collate import Assembler, Collator
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.collate import Assembler, Collator
+from hstu.data.features.roles import resolve_roles
 from hstu.data.negatives import ItemDistribution, Negatives, count_items
-from hstu.data.roles import resolve_roles
-from hstu.data.sampler import EvalSampler
-from hstu.data.samples import SampleTable, build_samples
-from hstu.data.stochastic_length import StochasticLength
-from hstu.data.store import SequenceStore
-from hstu.data.store_reader import StoreReader
+from hstu.data.sampling.sampler import EvalSampler
+from hstu.data.sampling.samples import SampleTable, build_samples
+from hstu.data.sampling.stochastic_length import StochasticLength
+from hstu.data.store.reader import StoreReader
+from hstu.data.store.sequence_store import SequenceStore
 from tests.data.test_batch import tensors_of
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu.config.errors import ConfigError, DataError
+from hstu.base.errors import ConfigError, DataError
 from hstu.data.preprocess import InteractionColumns, import_interactions, preprocess
 from hstu.data.preprocess.report import format_report, write_report
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.conftest import REPOSITORY
 from tests.data.test_interactions import histories

@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.journal import Journal
+from hstu.base.errors import ConfigError, DataError
+from hstu.base.journal import Journal
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.data.test_interactions import histories
 from tests.data.test_restart import contents

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
-from hstu.data.sampler import SamplerPosition
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged
+from hstu.data.sampling.sampler import SamplerPosition
 from tests.helpers import make_batch
 
 

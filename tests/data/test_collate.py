@@ -9,18 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.batch import NEGATIVES, HSTUBatch
-from hstu.data.collate import Assembler, Collator, SkippedSamples
-from hstu.data.loader import build_loader
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch
+from hstu.data.batches.collate import Assembler, Collator, SkippedSamples
+from hstu.data.batches.loader import build_loader
+from hstu.data.features.roles import FeatureRoles
 from hstu.data.negatives import Negatives
-from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import EvalSampler, TrainSampler
-from hstu.data.samples import build_samples
-from hstu.data.stochastic_length import StochasticLength
-from hstu.data.store import SequenceStore
-from hstu.data.store_reader import StoreReader
+from hstu.data.sampling.sampler import EvalSampler, TrainSampler
+from hstu.data.sampling.samples import build_samples
+from hstu.data.sampling.stochastic_length import StochasticLength
+from hstu.data.store.reader import StoreReader
+from hstu.data.store.sequence_store import SequenceStore
 from tests.data.collators import assert_same, batches_of, collator_of
 from tests.data.test_hashing import chi_square_z
 from tests.data.toy_store import ToyStore, store_of

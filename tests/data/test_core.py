@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hstu.config.errors import ConfigError, DataError
+from hstu.base.errors import ConfigError, DataError
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.data.test_interactions import histories
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import hstu.data.store as store_module
-from hstu.config.errors import DataError
-from hstu.data.store import SequenceStore
-from hstu.data.store_files import sha256
-from hstu.data.store_meta import STATISTICS, sealed
-from hstu.data.store_writer import StoreWriter
+import hstu.data.store.sequence_store as store_module
+from hstu.base.errors import DataError
+from hstu.data.store.files import sha256
+from hstu.data.store.meta import STATISTICS, sealed
+from hstu.data.store.sequence_store import SequenceStore
+from hstu.data.store.writer import StoreWriter
 
 MakeStore = Callable[..., SequenceStore]
 

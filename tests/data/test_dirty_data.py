@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hstu.config.errors import DataError
-from hstu.data.journal import Journal
+from hstu.base.errors import DataError
+from hstu.base.journal import Journal
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from tests.conftest import REPOSITORY
 from tests.data.dirty_inputs import ALL, DIRT, GOOD, named, zipped, zstd
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.datasets import DATASETS
 from hstu.data.datasets.movielens import read_100k
 from hstu.data.datasets.spec import Archive, DatasetSpec

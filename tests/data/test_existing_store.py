@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.preprocess import InteractionColumns, import_interactions, preprocess
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 
 TABLE = pd.DataFrame({"u": [1, 1, 2], "i": [7, 8, 7], "j": [1, 2, 3], "a": [0, 1, 2], "t": [3, 2, 1]})
 USERS = pd.DataFrame({"u": [1, 2], "town": ["Ulm", "Rom"]})

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.config.args import DatasetArgs, Task
-from hstu.data.batch import HSTUBatch
+from hstu.data.batches.batch import HSTUBatch
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.sampler import BatchPlan, SamplerPosition
-from hstu.data.samples import Split, build_samples
-from hstu.data.store import SequenceStore
+from hstu.data.sampling.sampler import BatchPlan, SamplerPosition
+from hstu.data.sampling.samples import Split, build_samples
+from hstu.data.store.sequence_store import SequenceStore
 from tests.data.collators import build_collator
 
 SEED, BATCH_SIZE = 7, 3
@@ -33,7 +33,7 @@ Sample = dict[str, Any]
 @pytest.fixture(autouse=True, scope="module")
 def _without_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hstu.data.store_writer._fsync", lambda *_: None)
+        patched.setattr("hstu.data.store.writer._fsync", lambda *_: None)
         yield
 
 

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu.config.errors import ConfigError, DataError
+from hstu.base.errors import ConfigError, DataError
 from hstu.data.datasets.raw import table_with_header
 from hstu.data.datasets.spec import UNKNOWN, RawTables, Schema
 from hstu.data.preprocess import InteractionColumns, import_interactions, write
 from hstu.data.preprocess.build import build_store
 from hstu.data.preprocess.report import format_report, write_report
 from hstu.data.preprocess.state import BuildOptions
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.data.test_restart import contents, stopped_after_each_stage
 

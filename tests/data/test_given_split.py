@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs
-from hstu.config.errors import ConfigError, DataError
 from hstu.data.datasets.spec import SPLIT_NAMES
 from hstu.data.preprocess.report import format_report, write_report
-from hstu.data.samples import SampleTable, build_samples, check_split
-from hstu.data.store import SequenceStore
+from hstu.data.sampling.samples import SampleTable, build_samples, check_split
+from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.data.test_own_files import make, write
 from tests.data.toy_store import ToyStore

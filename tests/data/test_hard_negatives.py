@@ -8,14 +8,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hstu.config.args import DatasetArgs
-from hstu.data.collate import Assembler, Collator
+from hstu.data.batches.collate import Assembler, Collator
+from hstu.data.features.roles import FeatureRoles
 from hstu.data.hard_negatives import shown_not_taken
 from hstu.data.negatives import Negatives
-from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import START, BatchPlan
-from hstu.data.samples import build_samples
-from hstu.data.store import SequenceStore
-from hstu.data.store_reader import StoreReader
+from hstu.data.sampling.sampler import START, BatchPlan
+from hstu.data.sampling.samples import build_samples
+from hstu.data.store.reader import StoreReader
+from hstu.data.store.sequence_store import SequenceStore
 from tests.conftest import write_small_store
 
 ITEMS = 9

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hstu.data.hashing import hash_ids, hash_strings, random_below, random_bits, splitmix64
+from hstu.base.hashing import hash_ids, hash_strings, random_below, random_bits, splitmix64
 
 
 def chi_square_z(counts: np.ndarray) -> float:

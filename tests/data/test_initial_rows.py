@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import EmbeddingArgs
-from hstu.config.errors import ConfigError
-from hstu.data import initial_rows
-from hstu.data.initial_rows import InitialRows, find_initial_rows
+from hstu.data.features import initial_rows
+from hstu.data.features.initial_rows import InitialRows, find_initial_rows
 from tests.conftest import write_small_store
 
 NUMBERS = np.array([1000, 1003, 1007, 1010])

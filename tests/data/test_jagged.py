@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hstu.config.args import NetworkArgs
-from hstu.data.jagged import ranges, run_indices, run_offsets, run_starts, sequence_tokens
+from hstu.data.batches.jagged import ranges, run_indices, run_offsets, run_starts, sequence_tokens
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [2, 0, 3], [0, 0, 1, 4]])

@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from hstu.base.errors import DataError
 from hstu.config.args import DatasetArgs
-from hstu.config.errors import DataError
-from hstu.data.batch import HSTUBatch
-from hstu.data.collate import Collator
-from hstu.data.loader import Outbox, Sent, _read_ahead, build_loader, pack, unpack
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.collate import Collator
+from hstu.data.batches.loader import Outbox, Sent, _read_ahead, build_loader, pack, unpack
 from hstu.data.negatives import Negatives
-from hstu.data.sampler import START, BatchPlan, EvalSampler, SamplerPosition, TrainSampler
-from hstu.data.samples import build_samples
-from hstu.data.store import SequenceStore
+from hstu.data.sampling.sampler import START, BatchPlan, EvalSampler, SamplerPosition, TrainSampler
+from hstu.data.sampling.samples import build_samples
+from hstu.data.store.sequence_store import SequenceStore
 from tests.data.collators import assert_same, build_collator
 from tests.data.toy_store import ToyStore
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hstu.base.hashing import random_bits
 from hstu.config.args import DatasetArgs, RetrievalArgs
 from hstu.data import negatives as module
-from hstu.data.hashing import random_bits
 from hstu.data.negatives import ItemDistribution, Negatives, count_items, expected_log_counts
-from hstu.data.samples import build_samples
-from hstu.data.stochastic_length import StochasticLength
+from hstu.data.sampling.samples import build_samples
+from hstu.data.sampling.stochastic_length import StochasticLength
 from tests.conftest import write_small_store
 from tests.data.toy_store import ToyStore
 

@@ -13,17 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs, Task
-from hstu.config.errors import ConfigError, DataError
-from hstu.data import number_statistics
 from hstu.data.datasets.own_features import number_value, vector_value
-from hstu.data.number_statistics import signed_log, statistics_of_numbers
+from hstu.data.features import number_statistics
+from hstu.data.features.number_statistics import signed_log, statistics_of_numbers
+from hstu.data.features.training_statistics import training_statistics
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess.report import format_report, write_report
-from hstu.data.samples import build_samples
-from hstu.data.store import SequenceStore
-from hstu.data.store_meta import sealed
-from hstu.data.training_statistics import training_statistics
+from hstu.data.sampling.samples import build_samples
+from hstu.data.store.meta import sealed
+from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.conftest import write_small_store
 from tests.data.test_features import make

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.preprocess.report import write_report
 from hstu.data.preprocess.write import binned
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.data.test_own_files import make, write
 

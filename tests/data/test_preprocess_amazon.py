@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.preprocess import preprocess
 from hstu.data.preprocess.report import format_report
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 
 
 @pytest.fixture

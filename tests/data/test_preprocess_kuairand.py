@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs
-from hstu.config.errors import ConfigError, DataError
 from hstu.data.datasets.kuairand import ACTION_BITS
+from hstu.data.features.roles import resolve_roles
 from hstu.data.preprocess import preprocess
-from hstu.data.roles import resolve_roles
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 
 LOG_COLUMNS = [
     *("user_id", "video_id", "date", "hourmin", "time_ms", "is_click", "is_like", "is_follow", "is_comment"),

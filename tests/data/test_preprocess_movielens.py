@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hstu.config.errors import ConfigError, DataError
+from hstu.base.errors import ConfigError, DataError
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.preprocess import preprocess
 from hstu.data.preprocess.report import format_report
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from tests.conftest import REPOSITORY
 
 COLUMNS = ["user", "item", "rating", "time"]

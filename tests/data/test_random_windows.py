@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from hstu.config.args import DatasetArgs
-from hstu.data.batch import HSTUBatch
-from hstu.data.collate import Assembler, Collator
-from hstu.data.loader import build_loader
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.collate import Assembler, Collator
+from hstu.data.batches.loader import build_loader
+from hstu.data.features.roles import FeatureRoles
 from hstu.data.negatives import count_items
-from hstu.data.random_windows import RandomWindows, coverage
-from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import TrainSampler
-from hstu.data.samples import SampleTable, build_samples
-from hstu.data.stochastic_length import StochasticLength
-from hstu.data.store_reader import StoreReader
+from hstu.data.sampling.random_windows import RandomWindows, coverage
+from hstu.data.sampling.sampler import TrainSampler
+from hstu.data.sampling.samples import SampleTable, build_samples
+from hstu.data.sampling.stochastic_length import StochasticLength
+from hstu.data.store.reader import StoreReader
 from tests.data.toy_store import ToyStore
 
 LENGTH = 8

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 
 EVENTS = "member,sku,when\n5,7,10\n-9,7,11\n5,-3,12\n-9,9223372036854775807,13\n"

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.preprocess.document import Heading, Paragraph, Table, to_html, to_markdown
 from hstu.data.preprocess.report import write_report
 from hstu.data.preprocess.statistics import equal_times, repeated_events, statistics_of
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from tests.conftest import REPOSITORY
 
 MakeStore = Callable[..., SequenceStore]

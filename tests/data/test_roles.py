@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import DatasetArgs
-from hstu.config.errors import ConfigError
-from hstu.data.roles import resolve_roles
-from hstu.data.store import SequenceStore
+from hstu.data.features.roles import resolve_roles
+from hstu.data.store.sequence_store import SequenceStore
 
 
 def test_roles_follow_the_users_choice_and_order(make_store: Callable[..., SequenceStore]) -> None:

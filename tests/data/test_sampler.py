@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hstu.base.errors import DataError
 from hstu.config.args import RandomDistribution
-from hstu.config.errors import DataError
-from hstu.data.sampler import (
+from hstu.data.batches.synthetic import Distribution
+from hstu.data.sampling.sampler import (
     START,
     BatchPartition,
     BatchPlan,
@@ -19,7 +20,6 @@ from hstu.data.sampler import (
     budget_bounds,
     epoch_order,
 )
-from hstu.data.synthetic import Distribution
 
 
 def epoch_of(

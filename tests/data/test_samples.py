@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs, Task
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.samples import SampleTable, build_samples, check_split
-from hstu.data.store import SequenceStore
+from hstu.data.sampling.samples import SampleTable, build_samples, check_split
+from hstu.data.store.sequence_store import SequenceStore
 from tests.data.toy_store import ToyStore, store_of
 
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from hstu.config.args import DatasetArgs
-from hstu.data.collate import Assembler, Collator
-from hstu.data.loader import build_loader
-from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import TrainSampler
-from hstu.data.samples import build_samples
-from hstu.data.stochastic_length import StochasticLength
-from hstu.data.store_reader import StoreReader
+from hstu.data.batches.collate import Assembler, Collator
+from hstu.data.batches.loader import build_loader
+from hstu.data.features.roles import FeatureRoles
+from hstu.data.sampling.sampler import TrainSampler
+from hstu.data.sampling.samples import build_samples
+from hstu.data.sampling.stochastic_length import StochasticLength
+from hstu.data.store.reader import StoreReader
 from tests.data.toy_store import store_of
 
 

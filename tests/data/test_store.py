@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hstu.config.errors import DataError
-from hstu.data.store import SequenceStore
-from hstu.data.store_files import sha256
-from hstu.data.store_meta import sealed
-from hstu.data.store_writer import StoreWriter
+from hstu.base.errors import DataError
+from hstu.data.store.files import sha256
+from hstu.data.store.meta import sealed
+from hstu.data.store.sequence_store import SequenceStore
+from hstu.data.store.writer import StoreWriter
 from tests.conftest import REPOSITORY
 
 MakeStore = Callable[..., SequenceStore]
@@ -362,7 +362,7 @@ def test_events_out_of_time_order_are_refused(make_store: MakeStore) -> None:
 HANGING_WRITER = """
 import sys, time
 import numpy as np
-from hstu.data.store_writer import StoreWriter
+from hstu.data.store.writer import StoreWriter
 with StoreWriter(sys.argv[1], name="toy", command=None) as writer:
     writer.write_offsets(np.array([0, 1000]))
     writer.create_sequence("item", "item", cardinality=9, length=1000)[:500] = 1

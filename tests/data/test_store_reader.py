@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu.config.errors import DataError
-from hstu.data.store import SequenceStore
+from hstu.base.errors import DataError
+from hstu.data.store.sequence_store import SequenceStore
 from tests.conftest import write_small_store
 from tests.data.collators import assert_same, batches_of, collator_of
 from tests.data.toy_store import ToyStore

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 
+from hstu.base.errors import ConfigError
+from hstu.base.hashing import random_bits
 from hstu.config.args import BenchmarkDatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs, FeatureArgs, RandomDistribution
-from hstu.config.errors import ConfigError
-from hstu.data.batch import HSTUBatch
-from hstu.data.hashing import random_bits
-from hstu.data.loader import build_loader
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.loader import build_loader
+from hstu.data.batches.synthetic import Distribution, SyntheticDataset
 from hstu.data.negatives import Negatives
-from hstu.data.sampler import SamplerPosition
-from hstu.data.synthetic import Distribution, SyntheticDataset
+from hstu.data.sampling.sampler import SamplerPosition
 from tests.data.test_batch import tensors_of
 
 
@@ -97,7 +97,7 @@ def test_zipf_ranks_beyond_the_stored_ones_are_those_of_the_whole_sum(alpha: flo
     uniforms = (np.arange(50_000) + 0.5) / 50_000
     whole = np.cumsum(np.arange(1, 300_001, dtype=np.float64) ** -alpha)
     expected = np.searchsorted(whole, uniforms * whole[-1], side="right")
-    monkeypatch.setattr("hstu.data.synthetic._ZIPF_HEAD", 20_000)
+    monkeypatch.setattr("hstu.data.batches.synthetic._ZIPF_HEAD", 20_000)
     args = RandomDistribution(dist_type="zipf", alpha=alpha, low=7)
     assert np.array_equal(Distribution(args, 300_007).values(uniforms), 7 + expected)
 

@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu.data.store_layout import TIME_FEATURES
-from hstu.data.time_features import time_codes
+from hstu.data.features.time_features import time_codes
+from hstu.data.store.layout import TIME_FEATURES
 from tests.conftest import write_small_store
 from tests.data.toy_store import ToyStore
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from hstu.data.batch import NEGATIVES, HSTUBatch
-from hstu.data.roles import FeatureRoles
-from hstu.data.train_batch import GroupLayout, TrainBatch, merge_ranks, split_micro_batches
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch
+from hstu.data.batches.train_batch import GroupLayout, TrainBatch, merge_ranks, split_micro_batches
+from hstu.data.features.roles import FeatureRoles
 from tests.helpers import make_batch
 
 ITEMS = [[3, 1, 3], [2], [4, 3], [7, 7, 1, 2]]

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.config.args import DatasetArgs, Task
+from hstu.data.features.roles import FeatureRoles
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import BatchPlan, SamplerPosition
-from hstu.data.samples import SampleTable, Split, build_samples
-from hstu.data.store import SequenceStore
-from hstu.data.store_reader import StoreReader
+from hstu.data.sampling.sampler import BatchPlan, SamplerPosition
+from hstu.data.sampling.samples import SampleTable, Split, build_samples
+from hstu.data.store.reader import StoreReader
+from hstu.data.store.sequence_store import SequenceStore
 
 SEED = 7
 DIRT = ["", "-1", "x", "9e99"]

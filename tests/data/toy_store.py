@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from hstu.data.store import USER_FEATURE, SequenceStore
-from hstu.data.store_layout import FeatureMeta
+from hstu.data.store.layout import FeatureMeta
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 
 class ToyStore(SequenceStore):

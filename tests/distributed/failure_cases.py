@@ -18,11 +18,11 @@ from typing import Any, Unpack
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
+from hstu.base.errors import DataError
 from hstu.checkpoint import save as saving
-from hstu.config.errors import DataError
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import HSTUBatch
-from hstu.data.store import SequenceStore
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.outputs import ModelOutput
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.ddp import unwrap_dense

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from hstu.base.errors import ConfigError
 from hstu.checkpoint.state import TrainState
-from hstu.config.errors import ConfigError
 from hstu.config.rules import validate
-from hstu.data.sampler import even_bounds
+from hstu.data.sampling.sampler import even_bounds
 from hstu.parallel.mesh import Mesh
 from tests.config.gin_files import ALL_RULES
 from tests.distributed.launch import Launch, RankFailure, free_port, run_ranks, started_mesh

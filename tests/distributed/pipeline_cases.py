@@ -11,7 +11,7 @@ from typing import Any, Unpack
 
 from hstu.checkpoint.state import TrainState
 from hstu.config.run_config import RunConfig
-from hstu.data.sampler import SamplerPosition
+from hstu.data.sampling.sampler import SamplerPosition
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.parallel.shards import ShardedView

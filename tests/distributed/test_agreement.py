@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 from hstu.parallel.collectives import require_equal
 from hstu.parallel.mesh import Mesh
 from hstu.train import main

@@ -9,9 +9,9 @@ from typing import Any, Unpack
 import numpy as np
 import pytest
 
-from hstu.data.batch import HSTUBatch
-from hstu.data.loader import build_loader
-from hstu.data.sampler import BatchPlan, SamplerPosition, TrainSampler, epoch_order
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.loader import build_loader
+from hstu.data.sampling.sampler import BatchPlan, SamplerPosition, TrainSampler, epoch_order
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.pipeline.none import SequentialPipeline
 from hstu.pipeline.step import TrainStep

@@ -16,7 +16,7 @@ from hstu.checkpoint.load import load
 from hstu.checkpoint.save import save
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.tensors import load_safetensors
-from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged
 from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.collectives import gather_objects

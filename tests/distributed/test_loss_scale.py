@@ -11,8 +11,8 @@ from typing import Any, Unpack
 
 import pytest
 
-from hstu.data.batch import HSTUBatch
-from hstu.data.store import SequenceStore
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.outputs import ModelOutput
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.ddp import unwrap_dense

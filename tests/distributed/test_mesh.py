@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hstu.config.errors import ConfigError
-from hstu.data.batch import PADDING_ID
+from hstu.base.errors import ConfigError
+from hstu.data.batches.batch import PADDING_ID
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import all_gather, gather_objects, gather_rows, max_over_ranks, sum_over_ranks
 from hstu.parallel.mesh import Mesh

@@ -7,10 +7,10 @@ from typing import Any, Unpack
 import numpy as np
 import pytest
 
+from hstu.base.errors import DataError
 from hstu.checkpoint.load import load
 from hstu.checkpoint.matching import LoadOptions, ParamMap
 from hstu.checkpoint.save import save
-from hstu.config.errors import DataError
 from hstu.parallel.mesh import Mesh
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.tensor_cases import consolidated

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from hstu.config.args import DataParallelArgs
-from hstu.data.sampler import SamplerPosition
+from hstu.data.sampling.sampler import SamplerPosition
 from hstu.model.outputs import ModelOutput
 from hstu.parallel.ddp import ReplicatedDense, own_gradients_finite
 from hstu.parallel.fsdp import fully_sharded

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from hstu.base.errors import DataError
 from hstu.checkpoint.directory import MANIFEST, CheckpointFailure
 from hstu.checkpoint.load import load
 from hstu.checkpoint.save import save
-from hstu.config.errors import DataError
 from hstu.parallel.mesh import Mesh
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.toy import ToyOptions, full_tables, new_state, train_state

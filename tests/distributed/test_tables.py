@@ -13,9 +13,9 @@ from torchrec import JaggedTensor, KeyedJaggedTensor
 from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from torchrec.distributed.train_pipeline.utils import _rewrite_model
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.config.problems import cite
-from hstu.data.initial_rows import InitialRows
+from hstu.data.features.initial_rows import InitialRows
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.parallel.tables import write_given_rows

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.pipeline_cases import PIPELINES, STEPS, assemble, make_config, train, write_store

@@ -11,9 +11,9 @@ from torchrec import JaggedTensor
 
 from hstu.checkpoint.state import TrainState
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs, PartOptimizerArgs
-from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged
-from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import SamplerPosition
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged
+from hstu.data.features.roles import FeatureRoles
+from hstu.data.sampling.sampler import SamplerPosition
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
 from hstu.model.outputs import ModelOutput

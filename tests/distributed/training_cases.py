@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import HSTUBatch
-from hstu.data.samples import Split
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.sampling.samples import Split
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh

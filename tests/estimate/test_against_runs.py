@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hstu.config.run_config import RunConfig
-from hstu.data.sampler import SamplerPosition
-from hstu.data.train_batch import TrainBatch
+from hstu.data.batches.train_batch import TrainBatch
+from hstu.data.sampling.sampler import SamplerPosition
 from hstu.estimate import memory, traffic
 from hstu.estimate.plan import plan_workload
 from hstu.estimate.workload import Workload

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import DynamicEmbeddingArgs
-from hstu.config.errors import ConfigError
 from hstu.config.gin_io import load
 from hstu.estimate import machine
 from hstu.estimate.dense_operators import ATTENTION

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from hstu.base.errors import ConfigError
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
-from hstu.config.errors import ConfigError
 from hstu.config.gin_io import read_and_check
 from hstu.config.run_config import RunDraft
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.estimate import preflight
 from hstu.estimate.memory import beside_tables_of_run, memory
 from hstu.estimate.opened import Opened

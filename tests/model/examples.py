@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import NetworkArgs
-from hstu.data.batch import HSTUBatch, keyed_jagged
+from hstu.data.batches.batch import HSTUBatch, keyed_jagged
 from hstu.model.inputs import SequenceFeatures
 
 ROWS = 40

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchrec import EmbeddingCollection, EmbeddingConfig
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
-from hstu.config.errors import ConfigError
-from hstu.data.batch import NEGATIVES, keyed_jagged
-from hstu.data.roles import FeatureRoles
+from hstu.data.batches.batch import NEGATIVES, keyed_jagged
+from hstu.data.features.roles import FeatureRoles
 from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections, initial_row_blocks, table_specs
 
 ROWS = 10_000

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hstu.config.errors import ConfigError, DataError
+from hstu.base.errors import ConfigError, DataError
 from hstu.model.inputs import SequenceInputs
 from tests.model.examples import Sample, Tables, make_batch, make_features, make_network, random_samples
 

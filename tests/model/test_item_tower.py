@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import EmbeddingArgs, RetrievalArgs
-from hstu.data.batch import NEGATIVES, HSTUBatch, keyed_jagged, of_negatives
-from hstu.data.roles import FeatureRoles
-from hstu.data.train_batch import split_micro_batches
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged, of_negatives
+from hstu.data.batches.train_batch import split_micro_batches
+from hstu.data.features.roles import FeatureRoles
 from hstu.model.embedding import ReplicatedTables, table_specs
 from hstu.model.gr_model import DenseModel
 from hstu.model.item_tower import ItemTower

@@ -9,13 +9,13 @@ from torch import Tensor
 from torchrec import JaggedTensor
 
 from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs
-from hstu.data.batch import NEGATIVES, HSTUBatch
-from hstu.data.collate import Assembler, Collator
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch
+from hstu.data.batches.collate import Assembler, Collator
+from hstu.data.features.roles import FeatureRoles
 from hstu.data.negatives import Negatives
-from hstu.data.roles import FeatureRoles
-from hstu.data.sampler import BatchPlan, SamplerPosition
-from hstu.data.samples import build_samples
-from hstu.data.store_reader import StoreReader
+from hstu.data.sampling.sampler import BatchPlan, SamplerPosition
+from hstu.data.sampling.samples import build_samples
+from hstu.data.store.reader import StoreReader
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.joint import JointDense, next_items
 from hstu.model.ranking import RankingDense

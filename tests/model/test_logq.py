@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.data.batch import PADDING_ID
-from hstu.data.hashing import random_bits
+from hstu.base.hashing import random_bits
+from hstu.data.batches.batch import PADDING_ID
 from hstu.data.negatives import ItemDistribution, Negatives, expected_log_counts
 from hstu.model.retrieval import LogCounts, choose_from_pool
 from tests.helpers import make_batch

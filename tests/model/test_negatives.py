@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hstu.data.batch import PADDING_ID
+from hstu.data.batches.batch import PADDING_ID
 from hstu.model.retrieval import choose_from_pool, first_occurrences, sorted_distinct
 from hstu.ops.pytorch.softmax_loss import l2_normalize
 

@@ -7,7 +7,7 @@ from torch import nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import RetrievalArgs
-from hstu.data.batch import NEGATIVES, PADDING_ID
+from hstu.data.batches.batch import NEGATIVES, PADDING_ID
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.stack import SequenceEncoder

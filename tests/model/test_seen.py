@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu.data.batch import PADDING_ID
+from hstu.data.batches.batch import PADDING_ID
 from hstu.model.seen import find_seen
 from hstu.ops.kernels import NEVER_SEEN, Backend
 from tests.helpers import make_batch

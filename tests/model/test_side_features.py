@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchrec import JaggedTensor
 
-from hstu.data.batch import HSTUBatch, keyed_jagged
-from hstu.data.number_statistics import statistics_of_numbers
+from hstu.data.batches.batch import HSTUBatch, keyed_jagged
+from hstu.data.features.number_statistics import statistics_of_numbers
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
 from hstu.model.numbers import NumberInputs, rank_among
 from tests.model.examples import make_network

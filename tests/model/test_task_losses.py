@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from hstu.config.args import RankingTaskArgs
-from hstu.data.labels import PLAIN, LabelCodes
+from hstu.data.features.labels import PLAIN, LabelCodes
 from hstu.model import task_losses
 from hstu.model.tasks import RankingTask
 

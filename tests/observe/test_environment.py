@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hstu.config.errors import UserError
+from hstu.base.errors import UserError
 from hstu.observe import environment
 from hstu.observe.environment import PACKAGES, check_packages, let_idle_threads_sleep, missing_packages
 

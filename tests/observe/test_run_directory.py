@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 from hstu.observe.records import EvalRecord, TrainRecord, read_metrics
 from hstu.observe.run_directory import RunDirectory, default_path
 

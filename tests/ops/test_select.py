@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 from hstu.ops.check_process import Checked
 from hstu.ops.cpu import build, self_check
 from hstu.ops.kernels import OPERATORS, Backend, Kernels, KernelShapes

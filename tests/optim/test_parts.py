@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
-from hstu.config.errors import ConfigError
 from hstu.optim.dense import DenseOptimizer, OptimizerSettings, match_part_optimizers
 
 WEIGHTS = {

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 from hstu.parallel import machine_checks, mesh
 from hstu.parallel.machine_checks import Driver, read_driver, unknown_to_gloo, unknown_to_nccl, why_gpus_are_unused
 

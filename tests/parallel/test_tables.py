@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from torch import nn
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs
-from hstu.config.errors import ConfigError
 from hstu.model.embedding import TableSpec, build_collections
 from hstu.parallel.table_plan import TableRanks, plan_shards
 from hstu.parallel.tables import check_kernels, prepare_tables, table_sharders, table_training

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from hstu.data.sampler import SamplerPosition
+from hstu.data.sampling.sampler import SamplerPosition
 from hstu.parallel.mesh import Mesh
 from tests.distributed.launch import RankFailure, run_cases
 from tests.distributed.pipeline_cases import assemble, make_config, write_store

@@ -29,9 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hstu
 from hstu.config.args import RankingTaskArgs
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import NEGATIVES, HSTUBatch
-from hstu.data.sampler import SamplerPosition
-from hstu.data.store import SequenceStore
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch
+from hstu.data.sampling.sampler import SamplerPosition
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import DenseModel, GRModel
 from hstu.model.ranking import RankingDense

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from hstu.data.batch import HSTUBatch
-from hstu.data.sampler import SamplerPosition
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.sampling.sampler import SamplerPosition
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.pipeline import prefetch
 from hstu.pipeline.none import TrainPipeline

@@ -3,8 +3,8 @@
 import torch
 from torch.nn import functional
 
-from hstu.data.batch import POOL
-from hstu.data.train_batch import split_micro_batches
+from hstu.data.batches.batch import POOL
+from hstu.data.batches.train_batch import split_micro_batches
 from hstu.model.gr_model import as_jagged
 from hstu.pipeline.step import collect_row_gradients, detach_rows
 from tests.data.test_train_batch import ROLES, SAMPLES, batch_of

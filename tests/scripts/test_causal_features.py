@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from scripts.quality import factor_model
 from scripts.quality.causal_features import Columns, causal_features, main
 from scripts.quality.ratings import Ratings

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from hstu.data.initial_rows import find_initial_rows
-from hstu.data.store import SequenceStore
+from hstu.data.features.initial_rows import find_initial_rows
+from hstu.data.store.sequence_store import SequenceStore
 from tests.conftest import write_small_store
 from tests.train.tiny import tables_of, tiny_config
 

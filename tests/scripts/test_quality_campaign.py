@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from scripts.quality import report, scaling
 from scripts.quality import run as command
 from scripts.quality.means import mean_and_error, number, paired_difference

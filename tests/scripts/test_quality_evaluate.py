@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import mannwhitneyu
 
 from hstu import api
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.evaluation import evaluate_split
 from scripts.quality import evaluate, ratings

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import DatasetArgs
-from hstu.config.errors import ConfigError
-from hstu.data.samples import build_samples
-from hstu.data.store import SequenceStore
+from hstu.data.sampling.samples import build_samples
+from hstu.data.store.sequence_store import SequenceStore
 from scripts.quality import ranking_peers
 from scripts.quality.ranking_peers import Labels, main, measure, peers
 from scripts.quality.ratings import Ratings

@@ -16,7 +16,7 @@ import pytest
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.command import parse_time
 from tests.distributed.launch import run_cases, run_ranks

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hstu.base.errors import DataError
 from hstu.config.args import DatasetArgs
-from hstu.config.errors import DataError
-from hstu.data.samples import build_samples
+from hstu.data.sampling.samples import build_samples
 from hstu.train.baselines import popularity_baseline
 from hstu.train.metrics import retrieval_metrics
 from scripts.quality import retrieval_peers

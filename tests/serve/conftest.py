@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
 from hstu.parallel.mesh import Mesh

@@ -12,8 +12,8 @@ import torch
 from hstu import api
 from hstu.api import TrainedModel
 from hstu.config.args import EmbeddingArgs
-from hstu.data.sampler import SamplerPosition
-from hstu.data.store import SequenceStore
+from hstu.data.sampling.sampler import SamplerPosition
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from hstu.serve import runtime

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.bootstrap import Resampling
 from hstu.serve.evaluation import choose_split, compare, evaluate_split, with_metrics

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from hstu import api
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.store import SequenceStore
+from hstu.base.errors import ConfigError, DataError
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve import runtime
 from hstu.serve.check import TOLERANCE, check

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.check import TOLERANCE
 from hstu.serve.export import ServingOptions

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hstu import api
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve import runtime
 from hstu.serve.evaluation import Evaluation, evaluate_split

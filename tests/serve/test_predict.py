@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from hstu import api
-from hstu.config.errors import DataError
-from hstu.data.given_requests import GivenRequests
-from hstu.data.store import SequenceStore
+from hstu.base.errors import DataError
+from hstu.data.batches.given_requests import GivenRequests
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.evaluation import evaluate_split
 from hstu.serve.loaded import LoadedModel

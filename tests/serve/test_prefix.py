@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.stack import SequenceEncoder
 from hstu.serve.pages import PrefixCache

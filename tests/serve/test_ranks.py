@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu.data.samples import Split
+from hstu.data.sampling.samples import Split
 from hstu.parallel.mesh import Mesh
 from hstu.serve.bootstrap import Resampling
 from hstu.serve.evaluation import evaluate_split

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from hstu import api
-from hstu.config.errors import EXIT_BAD_CONFIG, EXIT_BAD_DATA
-from hstu.data.store import SequenceStore
+from hstu.base.errors import EXIT_BAD_CONFIG, EXIT_BAD_DATA
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve import runtime
 from hstu.serve.check import TOLERANCE
 from hstu.serve.runtime import Candidates, History
@@ -370,6 +370,6 @@ def test_the_server_imports_no_trainer() -> None:
     own = ("hstu.serve.server", "hstu.serve.runtime")
     assert {module for module in reached if not module.startswith(own)} <= {
         "hstu.serve",
-        "hstu.config.errors",
-        "hstu.config.printable",
+        "hstu.base.errors",
+        "hstu.base.printable",
     }

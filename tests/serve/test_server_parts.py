@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.serve.server.batching import Batcher, Overloaded
 from hstu.serve.server.cache import ENTRY_BYTES, VectorCache
 from hstu.serve.server.metrics import Metrics

@@ -10,8 +10,8 @@ import torch
 
 from hstu import api
 from hstu.api import History, TrainedModel
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.store import SequenceStore
+from hstu.base.errors import ConfigError, DataError
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.session import Session
 from hstu.train.builder import build_model

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.logging import quiet_libraries, tear_down_logging
 from hstu.observe.throughput import PeakTflops
 from hstu.parallel import mesh as meshes

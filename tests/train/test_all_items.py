@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hstu.data.batch import NEGATIVES
+from hstu.data.batches.batch import NEGATIVES
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.sampler import START
-from hstu.data.store import SequenceStore
+from hstu.data.sampling.sampler import START
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.train.evaluate import RetrievalEvaluator
 from hstu.train.sources import open_source

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hstu.config.args import DatasetArgs
-from hstu.data.samples import build_samples
+from hstu.data.sampling.samples import build_samples
 from hstu.train.baselines import _popularity_ranks, popularity_baseline, running_mean_baseline
 from hstu.train.metrics import auc
 

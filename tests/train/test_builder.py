@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import TrainerArgs
-from hstu.config.errors import ConfigError, DataError
 from hstu.config.gin_io import load
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.collectives import on_all_ranks
 from hstu.parallel.mesh import Mesh
 from hstu.train.builder import total_iters

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.training_cases import train as train_on_rank
 from tests.train.tiny import FinishedRun

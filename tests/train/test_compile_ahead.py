@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from tests.ops.backends import INTERPRETED
 from tests.train.tiny import tables_with_dynamic, tiny_config
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.find import locate
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.records import read_metrics
 from hstu.parallel.mesh import Mesh
 from tests.train.tiny import FinishedRun, run, tiny_config

@@ -20,7 +20,7 @@ from hstu.checkpoint.dynamic import read_table
 from hstu.checkpoint.export import export
 from hstu.checkpoint.parquet import METADATA
 from hstu.checkpoint.tensors import load_safetensors, read_metadata
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.throughput import PeakTflops
 from hstu.parallel.dynamic.content import merged
 from hstu.parallel.mesh import Mesh

@@ -10,7 +10,7 @@ import torch
 
 from hstu.checkpoint.describe import describe
 from hstu.checkpoint.dynamic import read_table
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.dynamic.slots import steps_of
 from hstu.parallel.tables import dynamic_tables
 from scripts.dynamic_table import main

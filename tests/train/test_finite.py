@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.outputs import ModelOutput
 from hstu.observe.records import read_metrics
 from hstu.parallel.ddp import unwrap_dense

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hstu.config.args import NetworkArgs
-from hstu.data.roles import FeatureRoles
+from hstu.data.features.roles import FeatureRoles
 from hstu.ops.costs import sequence_flops
 from hstu.train.flops import FlopCounter
 from tests.helpers import make_batch

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import Task
-from hstu.config.errors import ConfigError
 from hstu.config.gin_io import read_and_check
 from hstu.config.rules import RULES
 from hstu.config.run_config import RunConfig
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess.starter import write_starters
 from hstu.data.rules import DATA_RULES
-from hstu.data.sampler import START
-from hstu.data.store import SequenceStore
+from hstu.data.sampling.sampler import START
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.train.sources import open_source
 from tests.train.tiny import run, walks

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 from hstu.config.run_config import RunDraft
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.estimate.opened import Opened
 from hstu.estimate.preflight import initial_rows_can_be_read
 from hstu.parallel.mesh import Mesh

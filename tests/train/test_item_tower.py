@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from hstu import api
+from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
 from hstu.config.args import DynamicEmbeddingArgs
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store
 from tests.train.tiny import FinishedRun, build, run, tables_of, tiny_config

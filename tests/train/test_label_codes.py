@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import RankingArgs
-from hstu.config.errors import ConfigError
 from hstu.train.label_codes import label_offset
 
 

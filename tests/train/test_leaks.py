@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 from hstu.config.rules import validate
 from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunConfig
-from hstu.data.sampler import SamplerPosition
-from hstu.data.store import SequenceStore
+from hstu.data.sampling.sampler import SamplerPosition
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.config.gin_files import ALL_RULES
 from tests.train.tiny import ACTIONS, build, tiny_config

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu.config.errors import DataError
-from hstu.data.sampler import SamplerPosition
-from hstu.data.store import SequenceStore
+from hstu.base.errors import DataError
+from hstu.data.sampling.sampler import SamplerPosition
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.train.store_source import StoreSource
 from tests.train.tiny import FinishedRun
 
@@ -99,7 +99,7 @@ def test_a_damaged_sample_ends_the_run_or_is_left_out(
     make_store: Callable[..., SequenceStore], source: Callable[..., StoreSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damaged = make_store([[0, 1, 2, 3, 4, 5]] * 6, actions=[[1, 0, 1, 0, 1, 1]] * 6, num_items=11, num_actions=4)
-    monkeypatch.setattr("hstu.data.store._HASHED_ON_OPENING", 0)  # as in a large store, whose values are not read
+    monkeypatch.setattr("hstu.data.store.sequence_store._HASHED_ON_OPENING", 0)  # as in a large store
     file = damaged.path / "sequence.item_id.npy"
     values = np.lib.format.open_memmap(file, mode="r+")
     values[14] = 99

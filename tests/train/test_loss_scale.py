@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.outputs import ModelOutput
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from hstu import api
+from hstu.base.errors import DataError
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
-from hstu.config.errors import DataError
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.train.tiny import ITEMS, FinishedRun, run, tables_of, tiny_config, walks
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.model import offload
 from tests.train.tiny import FinishedRun, tables_of, walks
 

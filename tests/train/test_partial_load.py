@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.dynamic import read_table
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
 from hstu.checkpoint.tensors import open_tensors
-from hstu.config.errors import ConfigError, DataError
 from hstu.config.option import options_of
 from hstu.config.rules import validate
 from hstu.config.run_config import RunConfig
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hstu import api
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import (
     BenchmarkDatasetArgs,
     DatasetArgs,
@@ -20,10 +21,9 @@ from hstu.config.args import (
     RetrievalArgs,
     TrainerArgs,
 )
-from hstu.config.errors import ConfigError, DataError
 from hstu.config.run_config import RunConfig
-from hstu.data.sampler import SamplerPosition
-from hstu.data.store import SequenceStore
+from hstu.data.sampling.sampler import SamplerPosition
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.dynamic.slots import Policy
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables

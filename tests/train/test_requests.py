@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import RankingTaskArgs
-from hstu.config.errors import ConfigError
 from hstu.config.rules import validate
-from hstu.data.sampler import START
-from hstu.data.store import SequenceStore
+from hstu.data.sampling.sampler import START
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.config.gin_files import ALL_RULES
 from tests.conftest import write_small_store

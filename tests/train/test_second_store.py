@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.store import SequenceStore
-from hstu.data.store_writer import StoreWriter
+from hstu.base.errors import ConfigError, DataError
+from hstu.data.store.sequence_store import SequenceStore
+from hstu.data.store.writer import StoreWriter
 from hstu.parallel.mesh import Mesh
 from hstu.train.sources import open_source
 from hstu.train.store_source import StoreSource

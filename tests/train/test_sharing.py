@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import BenchmarkDatasetArgs, EmbeddingArgs, FeatureArgs, RandomDistribution
-from hstu.config.errors import ConfigError
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import HSTUBatch
-from hstu.data.sampler import SamplerPosition
-from hstu.data.store import SequenceStore
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.sampling.sampler import SamplerPosition
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.train.flops import FlopCounter
 from hstu.train.sources import open_source

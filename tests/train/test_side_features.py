@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from hstu import api
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import EmbeddingArgs, NumericFeatureArgs
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store
 from tests.train.tiny import build, run, tables_of, tiny_config

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import (
     BenchmarkDatasetArgs,
     EmbeddingArgs,
@@ -17,9 +18,8 @@ from hstu.config.args import (
     RetrievalArgs,
     TrainerArgs,
 )
-from hstu.config.errors import ConfigError
 from hstu.config.run_config import RunConfig
-from hstu.data.sampler import SamplerPosition
+from hstu.data.sampling.sampler import SamplerPosition
 from hstu.parallel.mesh import Mesh
 from hstu.train.label_codes import label_offset
 from hstu.train.sources import RandomSource, open_source

@@ -15,7 +15,7 @@ from hstu.config.run_config import RunConfig
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess.starter import rows_with_headroom, write_starters
 from hstu.data.rules import DATA_RULES
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store
 from tests.train.tiny import run, walks

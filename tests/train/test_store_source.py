@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import EmbeddingArgs
-from hstu.config.errors import ConfigError, DataError
 from hstu.config.gin_io import load
-from hstu.data.batch import NEGATIVES
-from hstu.data.sampler import SamplerPosition
-from hstu.data.store import SequenceStore
+from hstu.data.batches.batch import NEGATIVES
+from hstu.data.sampling.sampler import SamplerPosition
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.train.sources import open_source
 from hstu.train.store_source import StoreSource

@@ -13,10 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
-from hstu.config.errors import ConfigError
-from hstu.data.sampler import SamplerPosition
-from hstu.data.store import SequenceStore
+from hstu.data.sampling.sampler import SamplerPosition
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.train.tables import check_rows, choose_tables
 from tests.conftest import write_small_store

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from hstu.config.errors import DataError, UserError
+from hstu.base.errors import DataError, UserError
 from hstu.config.gin_io import load
-from hstu.data.sampler import SamplerPosition
-from hstu.data.store import SequenceStore
+from hstu.data.sampling.sampler import SamplerPosition
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.none import SequentialPipeline
 from hstu.train.builder import build_trainer

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hstu import api
+from hstu.base.errors import DataError
 from hstu.checkpoint.describe import describe
 from hstu.checkpoint.directory import (
     MANIFEST,
@@ -25,8 +26,7 @@ from hstu.checkpoint.directory import (
 )
 from hstu.checkpoint.export import export
 from hstu.checkpoint.load import load
-from hstu.config.errors import DataError
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.train.tiny import build, run, tables_with_dynamic, tiny_config
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from hstu.config.args import RankingTaskArgs
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import HSTUBatch
-from hstu.data.sampler import START
-from hstu.data.store import SequenceStore
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.sampling.sampler import START
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.gr_model import GRModel
 from hstu.ops.layout import JaggedLayout
 from hstu.parallel.ddp import unwrap_dense
@@ -181,7 +181,7 @@ def store_with(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreWith]:
         return write_store(folder / f"{kind}{event}", kind, event)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hstu.data.store_writer._fsync", lambda *_: None)
+        patched.setattr("hstu.data.store.writer._fsync", lambda *_: None)
         yield store_with
 
 

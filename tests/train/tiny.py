@@ -22,8 +22,8 @@ from hstu.config.args import (
     TrainerArgs,
 )
 from hstu.config.run_config import RunConfig
-from hstu.data.batch import HSTUBatch
-from hstu.data.store import SequenceStore
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.records import read_metrics
 from hstu.observe.throughput import PeakTflops
 from hstu.parallel.mesh import Mesh, seed_initial_weights

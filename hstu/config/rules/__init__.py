@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 from hstu.config.incomplete import apply
 from hstu.config.problems import Problem, in_reading_order
 from hstu.config.rules import data, options, ranking_tasks, task, training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
 from hstu.data.datasets.spec import USER_FEATURE
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 
 _REPLICATED_TABLE_BYTES = 4 << 20
 """A larger predefined table (float32) is sharded: replicas cost an all-reduce of the whole table per step."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.datasets.raw import RawFile, rating_and_time, table_with_header
 from hstu.data.datasets.spec import (
     UNKNOWN,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 from hstu.data.datasets.own_features import problems_of_lists, problems_of_numbers, text_of_lists
 from hstu.data.datasets.own_files import all_files
 from hstu.data.datasets.own_types import TIME_UNITS

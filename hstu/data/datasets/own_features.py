@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from hstu.config.errors import ConfigError, DataError
+from hstu.base.errors import ConfigError, DataError
 from hstu.data.datasets.raw import identifier, literal
 
 SEPARATORS = {"comma": ",", "tab": "\t", "space": " "}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import duckdb
 
-from hstu.config.errors import ConfigError, DataError
+from hstu.base.errors import ConfigError, DataError
 from hstu.data.datasets.raw import (
     COMPRESSIONS,
     RawFile,

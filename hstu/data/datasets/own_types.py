@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from duckdb import DuckDBPyConnection
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.datasets.raw import identifier, literal
 from hstu.data.datasets.spec import LATEST_SECOND, SPLIT_NAMES
 

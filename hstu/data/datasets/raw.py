@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 
 MAX_REJECTED_LINES = 10_000
 """DuckDB stores at most this many unreadable lines per file."""

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.datasets.own_columns import InteractionColumns
 from hstu.data.preprocess.existing import option_that_differs, options_of, options_that_differ
 from hstu.data.preprocess.state import BuildOptions, source_names
-from hstu.data.store import USER_FEATURE, SequenceStore
-from hstu.data.store_files import sha256
-from hstu.data.store_writer import discarded_beside, is_taken
+from hstu.data.store.files import sha256
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
+from hstu.data.store.writer import discarded_beside, is_taken
 
 _log = logging.getLogger(__name__)
 _TABLES = ("--context", "--titles", "--items", "--requests")

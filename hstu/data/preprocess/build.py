@@ -23,13 +23,13 @@ from typing import Unpack
 import duckdb
 import numpy as np
 
-from hstu.config.errors import ConfigError, DataError
+from hstu.base.errors import ConfigError, DataError
+from hstu.data.batches.jagged import run_offsets
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.own import interactions
 from hstu.data.datasets.own_columns import InteractionColumns
 from hstu.data.datasets.raw import check_readable
 from hstu.data.datasets.spec import USER_FEATURE, RawTables, Schema
-from hstu.data.jagged import run_offsets
 from hstu.data.preprocess.append import Contents, log_what_was_added, with_earlier_files
 from hstu.data.preprocess.core import check_filters, keep_core
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
@@ -49,9 +49,9 @@ from hstu.data.preprocess.write import (
     write_events,
     write_vocabularies,
 )
-from hstu.data.store import SequenceStore
-from hstu.data.store_meta import VERSION
-from hstu.data.store_writer import StoreWriter
+from hstu.data.store.meta import VERSION
+from hstu.data.store.sequence_store import SequenceStore
+from hstu.data.store.writer import StoreWriter
 
 _log = logging.getLogger(__name__)
 _SCRIPT = ("python", "scripts/preprocess_dataset.py")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from hstu.config.errors import ConfigError, DataError
+from hstu.base.errors import ConfigError, DataError
 from hstu.data.datasets.raw import parquet_rows
 from hstu.data.preprocess.engine import one, write_parquet
 from hstu.data.preprocess.state import BuildOptions, BuildState

@@ -20,7 +20,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.datasets.spec import Archive, DatasetSpec, RawFormat, WheelFiles
 
 _log = logging.getLogger(__name__)

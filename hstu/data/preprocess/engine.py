@@ -15,7 +15,7 @@ import duckdb
 import numpy as np
 import pyarrow
 
-from hstu.config.errors import ConfigError, DataError
+from hstu.base.errors import ConfigError, DataError
 from hstu.data.datasets.raw import COMPRESSIONS, RawFile, literal, one_file, open_bytes
 
 _ENGINE_FRACTION = 0.55

@@ -7,11 +7,11 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.preprocess.state import BuildOptions, source_names
-from hstu.data.store import SequenceStore
-from hstu.data.store_files import sha256
-from hstu.data.store_writer import check_replaceable, is_taken
+from hstu.data.store.files import sha256
+from hstu.data.store.sequence_store import SequenceStore
+from hstu.data.store.writer import check_replaceable, is_taken
 
 _log = logging.getLogger(__name__)
 _PLACES = {"--raw_path", "--interactions", "--requests", "--context", "--titles", "--items", "--output"}

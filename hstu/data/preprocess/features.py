@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.datasets.raw import literal
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.preprocess.engine import column, one, utf8_column, write_parquet

@@ -13,7 +13,7 @@ from typing import Any
 import duckdb
 import pandas as pd
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier, write_with_uniform_lines
 from hstu.data.datasets.spec import ColumnDescription
 from hstu.data.preprocess.engine import Connection, one, write_parquet

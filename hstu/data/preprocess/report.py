@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
+from hstu.base.figure import COLOURS, open_figure
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.spec import UNKNOWN
-from hstu.data.figure import COLOURS, open_figure
 from hstu.data.preprocess.document import Heading, Image, Paragraph, Part, Table, to_html, to_markdown
 from hstu.data.preprocess.statistics import chunks, differences, equal_times, event_counts, repeated_events
-from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 REPORT = "report.md"
 _HTML = "report.html"

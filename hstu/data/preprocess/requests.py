@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.datasets.raw import parquet_rows
 from hstu.data.preprocess.engine import one, write_parquet
 from hstu.data.preprocess.state import BuildState

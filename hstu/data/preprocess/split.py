@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.datasets.spec import SPLIT_NAMES
 from hstu.data.preprocess.state import BuildState
 

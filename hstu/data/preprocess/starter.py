@@ -15,8 +15,8 @@ import numpy as np
 from hstu.config.args import EmbeddingArgs, NetworkArgs, Task
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.embeddings import predefined_embeddings
-from hstu.data.store import USER_FEATURE, SequenceStore
-from hstu.data.store_layout import META_FILE
+from hstu.data.store.layout import META_FILE
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 Settings = Mapping[str, object]
 """Option → value: a paragraph of a gin file."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 
 _CHUNK = 1 << 22
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.datasets.raw import literal
 from hstu.data.datasets.spec import UNKNOWN, USER_FEATURE
 from hstu.data.preprocess.engine import column, memory_bytes, one, write_parquet

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.data.jagged import run_offsets
+from hstu.data.batches.jagged import run_offsets
 from hstu.ops.cpu.build import (
     Arguments,
     fields,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hstu.data.jagged import run_indices, run_starts
+from hstu.data.batches.jagged import run_indices, run_starts
 from hstu.ops.kernels import AttentionConfig
 from hstu.ops.layout import JaggedLayout
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.data.jagged import run_starts
+from hstu.data.batches.jagged import run_starts
 from hstu.ops.kernels import AttentionConfig, Preactivation, RelativeBias
 from hstu.ops.layout import JaggedLayout, distance_index, time_buckets, to_device
 from hstu.ops.pytorch.silu import write_gradient

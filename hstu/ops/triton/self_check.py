@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hstu.data.hashing import splitmix64
+from hstu.base.hashing import splitmix64
 from hstu.ops.functional import add_layer_norm, project_uvqk, projected_attention, projected_gate
 from hstu.ops.kernels import (
     SLOTS,

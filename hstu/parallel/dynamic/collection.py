@@ -26,7 +26,7 @@ from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddi
 from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
 from torchrec.distributed.types import QuantizedCommCodecs, ShardingEnv
 
-from hstu.data.batch import is_of_negatives
+from hstu.data.batches.batch import is_of_negatives
 from hstu.model.embedding import DynamicEmbeddingCollection, TableSpec
 from hstu.parallel.dynamic.hashing import mix, unmix
 from hstu.parallel.dynamic.memory import SplitLookup, logical_name

@@ -23,7 +23,7 @@ _QUANTILES = 1 << 16
 
 
 def mix(ids: Tensor) -> Tensor:
-    """A bijective hash of int64 ids: the bits of hstu.data.hashing.splitmix64 (torch has no uint64 arithmetic)."""
+    """A bijective hash of int64 ids: the bits of hstu.base.hashing.splitmix64 (torch has no uint64 arithmetic)."""
     bits = ids + _signed(_GAMMA)
     bits = (bits ^ _shift_right(bits, _SHIFTS[0])) * _signed(_FACTORS[0])
     bits = (bits ^ _shift_right(bits, _SHIFTS[1])) * _signed(_FACTORS[1])

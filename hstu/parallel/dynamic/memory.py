@@ -18,7 +18,7 @@ from torch.nn import functional
 from torchrec import EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 from hstu.model.embedding import DynamicEmbeddingCollection, TableSpec
 from hstu.parallel.table_optimizer import STATES, is_rowwise
 

@@ -15,7 +15,7 @@ the batch. Under lfu an id that occurs once does not evict an id that was seen t
 Which of these slots gets which of the new ids is left to the implementation, and depends only on the batches. The CPU
 and the reference hand out the slot of the lowest score first, the GPU that of the lowest number.
 
-Scores are int64. Equal scores are ordered by the hash of their ids (hstu.data.hashing.splitmix64); the lower one goes.
+Scores are int64. Equal scores are ordered by the hash of their ids (hstu.base.hashing.splitmix64); the lower one goes.
 
     lru    last step · 2^31 + count       evicts the least recently seen id, of several the least often seen
     lfu    count · 2^32 + last step       evicts the least often seen id, of several the least recently seen

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from hstu.config.errors import ConfigError
-from hstu.config.printable import PrintableFormatter
+from hstu.base.errors import ConfigError
+from hstu.base.printable import PrintableFormatter
 
 from .app import create_app
 from .metrics import Metrics

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hstu.config.errors import DataError
-from hstu.config.printable import printable
+from hstu.base.errors import DataError
+from hstu.base.printable import printable
 from hstu.serve import runtime
 from hstu.serve.runtime.files import FACTS, MANIFEST
 

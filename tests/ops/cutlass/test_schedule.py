@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu.data.jagged import run_starts
+from hstu.data.batches.jagged import run_starts
 from hstu.ops.cutlass.schedule import (
     Rows,
     leading_rows,

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 
-from hstu.data.hashing import splitmix64
+from hstu.base.hashing import splitmix64
 
 
 @cache

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hstu.data.hashing import splitmix64
+from hstu.base.hashing import splitmix64
 from hstu.parallel.dynamic.hashing import initial_rows, mix, table_key, unmix
 
 KEY = table_key(1234, "item")

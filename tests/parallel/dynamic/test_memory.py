@@ -9,9 +9,9 @@ from torch import nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import DynamicEmbeddingArgs, NetworkArgs, OptimizerArgs
-from hstu.config.errors import ConfigError
-from hstu.data.roles import FeatureRoles
+from hstu.data.features.roles import FeatureRoles
 from hstu.model.embedding import TableSpec, build_collections, table_specs
 from hstu.parallel.dynamic.memory import MemoryPlan, SplitLookup, bytes_per_row, plan_memory, split_tables
 from hstu.parallel.table_plan import TableRanks, plan_shards

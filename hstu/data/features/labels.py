@@ -9,11 +9,11 @@ from math import inf
 
 import numpy as np
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import RankingTaskArgs
-from hstu.config.errors import ConfigError, DataError
 from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.data.datasets.spec import UNKNOWN
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 
 _EXACT = 2**24
 """Whole numbers up to here are exact in float32."""

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from hstu.config.errors import DataError
-from hstu.data.store_meta import MALFORMED, remedy
+from hstu.base.errors import DataError
+from hstu.data.store.meta import MALFORMED, remedy
 
 _OFFSET_SAMPLES = 1024
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, NetworkArgs, NumericFeatureArgs, RankingTaskArgs
-from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite, did_you_mean
-from hstu.data.labels import label_columns
-from hstu.data.store import SequenceStore
+from hstu.data.features.labels import label_columns
+from hstu.data.store.sequence_store import SequenceStore
 
 
 @dataclass(frozen=True)

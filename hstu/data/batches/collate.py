@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import Task
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.batch import NEGATIVES, HSTUBatch, ItemFeatures, keyed_jagged, labels_with_history, of_negatives
-from hstu.data.jagged import ranges, run_indices, run_offsets
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch, ItemFeatures, keyed_jagged, labels_with_history, of_negatives
+from hstu.data.batches.jagged import ranges, run_indices, run_offsets
+from hstu.data.batches.rows import RowReader, Rows
+from hstu.data.features.roles import FeatureRoles
 from hstu.data.negatives import ItemDistribution, LabelKeys, Negatives, draw_31_bits, draw_each, draw_shared
-from hstu.data.roles import FeatureRoles
-from hstu.data.rows import RowReader, Rows
-from hstu.data.sampler import BatchPlan
+from hstu.data.sampling.sampler import BatchPlan
 
 _log = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from hstu.data.batch import NEGATIVES, HSTUBatch, is_of_negatives, keyed_jagged, labels_with_history
-from hstu.data.jagged import ranges, run_offsets
-from hstu.data.roles import FeatureRoles
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch, is_of_negatives, keyed_jagged, labels_with_history
+from hstu.data.batches.jagged import ranges, run_offsets
+from hstu.data.features.roles import FeatureRoles
 
 
 @dataclass(frozen=True)

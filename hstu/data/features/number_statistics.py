@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from hstu.data.store_layout import NumberStatistics
+from hstu.data.store.layout import NumberStatistics
 
 _CHUNK = 1 << 20
 NUM_QUANTILES = 65

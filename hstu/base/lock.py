@@ -11,7 +11,7 @@ import socket
 import time
 from pathlib import Path
 
-from hstu.config.errors import ConfigError
+from hstu.base.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.roles import FeatureRoles
-from hstu.data.store import SequenceStore
+from hstu.base.errors import ConfigError, DataError
+from hstu.data.features.roles import FeatureRoles
+from hstu.data.store.sequence_store import SequenceStore
 
 
 def recoding_of(theirs: SequenceStore, ours: SequenceStore, roles: FeatureRoles) -> dict[str, np.ndarray]:

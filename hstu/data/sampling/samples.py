@@ -11,15 +11,15 @@ from typing import Literal
 
 import numpy as np
 
+from hstu.base.errors import ConfigError, DataError
+from hstu.base.hashing import hash_strings, random_bits
 from hstu.config.args import Args, DatasetArgs, Task
-from hstu.config.errors import ConfigError, DataError
 from hstu.config.option import is_given
 from hstu.config.problems import Cite, cite
-from hstu.data.hashing import hash_strings, random_bits
-from hstu.data.jagged import run_indices
-from hstu.data.store import USER_FEATURE, SequenceStore
-from hstu.data.store_layout import HeldOut
-from hstu.data.store_requests import Requests, has_wrong_bounds
+from hstu.data.batches.jagged import run_indices
+from hstu.data.store.layout import HeldOut
+from hstu.data.store.requests import Requests, has_wrong_bounds
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 Split = Literal["train", "valid", "test", "all"]
 

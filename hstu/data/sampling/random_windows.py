@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hstu.base.hashing import random_uniform
 from hstu.config.args import DatasetArgs
-from hstu.data.hashing import random_uniform
 
 _STREAM = 0x5749_4E44
 """Separates these draws from those of negatives and of stochastic length, which have the same seed."""

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from hstu.config.printable import printable
+from hstu.base.printable import printable
 
 EXIT_DONE = 0
 EXIT_FAILURE = 1

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hstu.data.sampler import BatchPlan
+from hstu.data.sampling.sampler import BatchPlan
 
 
 @dataclass(frozen=True)

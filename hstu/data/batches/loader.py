@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hstu.config.errors import DataError, UserError
-from hstu.data.batch import HSTUBatch
-from hstu.data.processes import end_with_parent
-from hstu.data.sampler import BatchPlan
+from hstu.base.errors import DataError, UserError
+from hstu.base.processes import end_with_parent
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.sampling.sampler import BatchPlan
 
 _ALIGNMENT = 64
 _DEAD_WORKER = re.compile("DataLoader worker.*(exited unexpectedly|is killed)", re.DOTALL)

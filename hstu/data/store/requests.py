@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hstu.data.store_layout import REQUEST_FILES
+from hstu.data.store.layout import REQUEST_FILES
 
 
 @dataclass(frozen=True)

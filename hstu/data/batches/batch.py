@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from hstu.data.sampler import SamplerPosition
+from hstu.data.sampling.sampler import SamplerPosition
 
 NEGATIVES = "__negatives__"
 """Key of the extra item ids (negatives from the corpus) that are looked up in the item table."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hstu.data.store_layout import TIME_FEATURES
+from hstu.data.store.layout import TIME_FEATURES
 
 _DAY_S, _HOUR_S = 86_400, 3_600
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hstu.data.jagged import ranges
-from hstu.data.samples import SampleTable
-from hstu.data.store import USER_FEATURE, SequenceStore
-from hstu.data.time_features import age_codes, calendar_codes, gap_codes
+from hstu.data.batches.jagged import ranges
+from hstu.data.features.time_features import age_codes, calendar_codes, gap_codes
+from hstu.data.sampling.samples import SampleTable
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hstu.base.errors import ConfigError
+from hstu.base.hashing import hash_ids, random_bits
 from hstu.config.args import BenchmarkDatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs, RandomDistribution, Task
-from hstu.config.errors import ConfigError
-from hstu.data.batch import HSTUBatch
-from hstu.data.collate import Assembler, Collator
-from hstu.data.hashing import hash_ids, random_bits
-from hstu.data.jagged import run_indices, run_starts
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.collate import Assembler, Collator
+from hstu.data.batches.jagged import run_indices, run_starts
+from hstu.data.batches.rows import Rows
+from hstu.data.features.roles import benchmark_roles
 from hstu.data.negatives import Negatives
-from hstu.data.roles import benchmark_roles
-from hstu.data.rows import Rows
-from hstu.data.sampler import START, BatchPartition, BatchPlan, EvalSampler, SamplerPosition, TrainSampler
+from hstu.data.sampling.sampler import START, BatchPartition, BatchPlan, EvalSampler, SamplerPosition, TrainSampler
 
 _FIRST_TIME_S = 1_000_000_000
 _MEAN_GAP_S = 3600.0

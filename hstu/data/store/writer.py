@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from hstu.config.errors import DataError
-from hstu.data.jagged import run_offsets
-from hstu.data.journal import Journal
-from hstu.data.number_statistics import statistics_of_numbers
-from hstu.data.store import SequenceStore
-from hstu.data.store_files import sha256
-from hstu.data.store_layout import (
+from hstu.base.errors import DataError
+from hstu.base.journal import Journal
+from hstu.data.batches.jagged import run_offsets
+from hstu.data.features.number_statistics import statistics_of_numbers
+from hstu.data.store.files import sha256
+from hstu.data.store.layout import (
     DTYPES,
     META_FILE,
     NUMBER_ROLES,
@@ -37,7 +36,8 @@ from hstu.data.store_layout import (
     strings_files,
     vocabulary_stem,
 )
-from hstu.data.store_meta import FORMAT, OPTIONAL, PLAIN, VERSION, WITH_FEATURES, WITH_SPLIT, read_meta, sealed
+from hstu.data.store.meta import FORMAT, OPTIONAL, PLAIN, VERSION, WITH_FEATURES, WITH_SPLIT, read_meta, sealed
+from hstu.data.store.sequence_store import SequenceStore
 
 
 class StoreWriter:

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import EmbeddingArgs
-from hstu.config.errors import ConfigError
 from hstu.config.problems import Cite, cite
 from hstu.data.datasets.spec import USER_FEATURE
-from hstu.data.store import SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 
 ID, VECTOR = "id", "vector"
 """Columns of the file: raw ids, and lists of numbers of one length."""

@@ -19,8 +19,8 @@ from itertools import islice
 
 import numpy as np
 
-from hstu.config.errors import DataError
-from hstu.data.jagged import run_offsets
+from hstu.base.errors import DataError
+from hstu.data.batches.jagged import run_offsets
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hstu.config.errors import DataError
-from hstu.config.printable import printable
+from hstu.base.errors import DataError
+from hstu.base.printable import printable
 from hstu.data.datasets import resolve_name
 from hstu.data.datasets.spec import USER_FEATURE
-from hstu.data.store_layout import (
+from hstu.data.store.layout import (
     DTYPES,
     META_FILE,
     NUMBER_ROLES,

@@ -26,10 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from hstu.config.errors import DataError
+from hstu.base.errors import DataError
 from hstu.data.datasets.spec import USER_FEATURE
-from hstu.data.store_files import StoreFiles
-from hstu.data.store_layout import (
+from hstu.data.features.time_features import time_codes
+from hstu.data.store.files import StoreFiles
+from hstu.data.store.layout import (
     META_FILE,
     NUMBER_ROLES,
     OF_CANDIDATES,
@@ -46,9 +47,8 @@ from hstu.data.store_layout import (
     strings_files,
     vocabulary_stem,
 )
-from hstu.data.store_meta import MALFORMED, description_problems, length_problems, read_meta, remedy
-from hstu.data.store_requests import Requests, request_problems
-from hstu.data.time_features import time_codes
+from hstu.data.store.meta import MALFORMED, description_problems, length_problems, read_meta, remedy
+from hstu.data.store.requests import Requests, request_problems
 
 _CHUNK = 1 << 22
 _HASHED_ON_OPENING = 8 << 20

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hstu.data.number_statistics import statistics_of_numbers
-from hstu.data.samples import SampleTable
-from hstu.data.store import SequenceStore
-from hstu.data.store_layout import NumberStatistics
+from hstu.data.features.number_statistics import statistics_of_numbers
+from hstu.data.sampling.samples import SampleTable
+from hstu.data.store.layout import NumberStatistics
+from hstu.data.store.sequence_store import SequenceStore
 
 
 def training_statistics(

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hstu.base.errors import DataError
 from hstu.config.args import DatasetArgs
-from hstu.config.errors import DataError
-from hstu.data.jagged import run_indices, run_offsets
-from hstu.data.labels import LabelColumn
-from hstu.data.samples import SampleTable
-from hstu.data.store import SequenceStore
-from hstu.data.store_meta import read_meta
-from hstu.data.store_requests import Requests
+from hstu.data.batches.jagged import run_indices, run_offsets
+from hstu.data.features.labels import LabelColumn
+from hstu.data.sampling.samples import SampleTable
+from hstu.data.store.meta import read_meta
+from hstu.data.store.requests import Requests
+from hstu.data.store.sequence_store import SequenceStore
 
 
 class GivenRequests(SequenceStore):

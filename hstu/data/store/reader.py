@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hstu.config.errors import ConfigError, DataError
-from hstu.data.batch import ItemFeatures, labels_with_history
+from hstu.base.errors import ConfigError, DataError
+from hstu.data.batches.batch import ItemFeatures, labels_with_history
+from hstu.data.batches.jagged import ranges
+from hstu.data.batches.rows import Rows
+from hstu.data.features.labels import LabelColumn
+from hstu.data.features.roles import FeatureRoles
+from hstu.data.features.sample_items import SampleItems
 from hstu.data.hard_negatives import shown_not_taken
-from hstu.data.jagged import ranges
-from hstu.data.labels import LabelColumn
-from hstu.data.random_windows import RandomWindows
-from hstu.data.roles import FeatureRoles
-from hstu.data.rows import Rows
-from hstu.data.sample_items import SampleItems
-from hstu.data.sampler import BatchPlan
-from hstu.data.samples import SampleTable
-from hstu.data.stochastic_length import StochasticLength
-from hstu.data.store import USER_FEATURE, SequenceStore
+from hstu.data.sampling.random_windows import RandomWindows
+from hstu.data.sampling.sampler import BatchPlan
+from hstu.data.sampling.samples import SampleTable
+from hstu.data.sampling.stochastic_length import StochasticLength
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 
 @dataclass(eq=False)

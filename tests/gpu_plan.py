@@ -90,7 +90,7 @@ COSTS = {
     f"{SLOTS}test_counts_stop_at_the_most_there_may_be": Cost(),
     "tests/parallel/dynamic/test_host_reads.py::test_no_batch_waits_for_a_gpu": Cost(kernels=1, other_s=2),
     # beside the kernels
-    "tests/data/test_batch.py::test_a_pinned_batch_is_copied_on_a_side_stream": Cost(),
+    "tests/data/batches/test_batch.py::test_a_pinned_batch_is_copied_on_a_side_stream": Cost(),
     "tests/observe/test_profiler.py::test_on_a_gpu_kernels_are_traced_too": Cost(other_s=5),
     "tests/observe/test_throughput.py::test_a_gpu_reaches_a_good_part_of_its_peak_and_no_more": Cost(other_s=3),
 }

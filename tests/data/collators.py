@@ -15,7 +15,7 @@ from hstu.data.sampling.samples import SampleTable, build_samples
 from hstu.data.sampling.stochastic_length import StochasticLength
 from hstu.data.store.reader import StoreReader
 from hstu.data.store.sequence_store import SequenceStore
-from tests.data.test_batch import tensors_of
+from tests.data.batches.test_batch import tensors_of
 
 
 def build_collator(

@@ -177,7 +177,7 @@ def test_balancing_hands_other_samples_to_the_ranks_and_evens_their_costs(runs: 
         assert [len(share) for share in plain] == [len(share) for share in balanced]
     assert users["plain"] != users["balanced"]
     ratios = {kind: (cost.max(axis=1) / cost.mean(axis=1)).mean() for kind, cost in costs.items()}
-    # Five sequences a rank are few to choose from; tests/data/test_sampler.py has the bound for many.
+    # Five sequences a rank are few to choose from; tests/data/sampling/test_sampler.py has the bound for many.
     assert ratios["balanced"] - 1 < 0.6 * (ratios["plain"] - 1)
 
 

@@ -7,7 +7,7 @@ from hstu.data.batches.batch import POOL
 from hstu.data.batches.train_batch import split_micro_batches
 from hstu.model.gr_model import as_jagged
 from hstu.pipeline.step import collect_row_gradients, detach_rows
-from tests.data.test_train_batch import ROLES, SAMPLES, batch_of
+from tests.data.batches.test_train_batch import ROLES, SAMPLES, batch_of
 
 
 def test_rows_of_a_micro_batch_are_those_of_its_ids() -> None:

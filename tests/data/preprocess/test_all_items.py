@@ -12,7 +12,7 @@ from hstu.data.preprocess.report import format_report, write_report
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.conftest import REPOSITORY
-from tests.data.test_interactions import histories
+from tests.data.preprocess.test_interactions import histories
 
 ML_1M = REPOSITORY.parent / "shared" / "data" / "ml-1m"
 EVENTS, TITLES = "u,i\n1,20\n1,10\n2,10\n", "i,name\n30,thirty\n10,ten\n15,fifteen\n30,again\n"

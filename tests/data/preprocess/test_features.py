@@ -21,7 +21,7 @@ from hstu.data.preprocess.report import format_report, write_report
 from hstu.data.preprocess.state import BuildOptions
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
-from tests.data.test_restart import contents, stopped_after_each_stage
+from tests.data.preprocess.test_restart import contents, stopped_after_each_stage
 
 EVENTS = """u,i,t,device,price,colour
 b,x1,20,phone,9.5,

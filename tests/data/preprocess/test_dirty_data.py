@@ -20,7 +20,7 @@ from hstu.base.journal import Journal
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from tests.conftest import REPOSITORY
-from tests.data.dirty_inputs import ALL, DIRT, GOOD, named, zipped, zstd
+from tests.data.preprocess.dirty_inputs import ALL, DIRT, GOOD, named, zipped, zstd
 
 SCRIPT = REPOSITORY / "scripts" / "preprocess_dataset.py"
 

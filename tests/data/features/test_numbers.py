@@ -26,8 +26,8 @@ from hstu.data.store.meta import sealed
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.conftest import write_small_store
-from tests.data.test_features import make
-from tests.data.test_restart import contents
+from tests.data.preprocess.test_features import make
+from tests.data.preprocess.test_restart import contents
 
 EVENTS = "u,i,t,watched\nb,x1,20,9.5\nb,x2,10,3\na,x1,5,nan\na,x3,7,\na,x1,9,-8e2\n"
 ITEMS = "i,price,vector\nx1,1.5,1;2;-3\nx3,,\nx9,7,1;1;1\nx2, 4 ,.5;0;1e3\n"

@@ -28,7 +28,7 @@ from hstu.data.store.requests import Requests, request_problems
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from scripts.preprocess_dataset import main
 from tests.data.collators import build_collator
-from tests.data.test_restart import contents, stopped_after_each_stage
+from tests.data.preprocess.test_restart import contents, stopped_after_each_stage
 
 EVENTS = """u,i,a,t,device
 b,x1,1,20,phone

@@ -13,7 +13,7 @@ from hstu.data.batches.loader import build_loader
 from hstu.data.batches.synthetic import Distribution, SyntheticDataset
 from hstu.data.negatives import Negatives
 from hstu.data.sampling.sampler import SamplerPosition
-from tests.data.test_batch import tensors_of
+from tests.data.batches.test_batch import tensors_of
 
 
 def table(features: list[str], rows: int) -> EmbeddingArgs:

@@ -16,7 +16,7 @@ from hstu.data.preprocess.report import format_report, write_report
 from hstu.data.sampling.samples import SampleTable, build_samples, check_split
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
-from tests.data.test_own_files import make, write
+from tests.data.datasets.test_own_files import make, write
 from tests.data.toy_store import ToyStore
 
 EVENTS = "u,i,a,t,fold\n1,7,1,10,train\n1,8,2,20,Train\n1,9,3,30,VALID\n1,10,1,40,test\n2,7,2,5,test\n3,8,1,5,train\n"

@@ -12,7 +12,7 @@ from hstu.data.preprocess.report import write_report
 from hstu.data.preprocess.write import binned
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
-from tests.data.test_own_files import make, write
+from tests.data.datasets.test_own_files import make, write
 
 SHOP = "u,i,a,t,town\n1,7,view,30,Rom\n1,8,buy,10,\n1,9,view,20,Ulm\n2,7,cart,5,Bonn\n3,7,view,5,\n"
 

@@ -13,8 +13,8 @@ from hstu.base.journal import Journal
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
-from tests.data.test_interactions import histories
-from tests.data.test_restart import contents
+from tests.data.preprocess.test_interactions import histories
+from tests.data.preprocess.test_restart import contents
 
 MAY = "u,i,a,t,part\nb,x3,view,10,train\nb,x1,buy,20,train\nd,x3,view,5,test\n"
 JUNE = "part,i,u,t,a\ntrain,x2,b,15,view\ntest,x9,b,30,buy\ntrain,x0,a,7,buy\ntest,x3,e,8,view\n"

@@ -12,7 +12,7 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
-from tests.data.test_interactions import histories
+from tests.data.preprocess.test_interactions import histories
 
 
 def make(folder: Path, table: pd.DataFrame, **limits: Any) -> SequenceStore:

@@ -14,7 +14,7 @@ from hstu.data.datasets.own_files import matching_files
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
-from tests.data.test_interactions import histories
+from tests.data.preprocess.test_interactions import histories
 
 RATINGS = "7::A::3::10\n7::B::4::11\n8::A::5::9\n"
 

@@ -21,8 +21,8 @@ from hstu.data.sampling.samples import build_samples
 from hstu.data.sampling.stochastic_length import StochasticLength
 from hstu.data.store.reader import StoreReader
 from hstu.data.store.sequence_store import SequenceStore
+from tests.base.test_hashing import chi_square_z
 from tests.data.collators import assert_same, batches_of, collator_of
-from tests.data.test_hashing import chi_square_z
 from tests.data.toy_store import ToyStore, store_of
 from tests.helpers import make_batch
 

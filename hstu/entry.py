@@ -1,0 +1,50 @@
+"""The entry scripts and their console commands: parse → validate → build → train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hstu.config.args import Task
+from hstu.config.cli import parse_command_line
+from hstu.config.rules import RULES, Rule
+from hstu.config.run_config import RunConfig
+from hstu.data.rules import DATA_RULES
+from hstu.observe.environment import check_packages, let_idle_threads_sleep
+
+if TYPE_CHECKING:
+    from hstu.parallel.mesh import Mesh
+
+
+def train(task: Task) -> int:
+    """Train as the command line says; returns the exit code."""
+    config = parse_command_line(task, rules=(*RULES, *DATA_RULES), preflight=preflight)
+    let_idle_threads_sleep()
+    from hstu.train.main import run  # after the configuration is checked, because it imports torch
+
+    return run(config, beside_tables)
+
+
+def train_ranking() -> int:
+    """hstu-train-ranking."""
+    return train("ranking")
+
+
+def train_retrieval() -> int:
+    """hstu-train-retrieval."""
+    return train("retrieval")
+
+
+def preflight() -> Sequence[Rule]:
+    """The checks of --validate-only, which need all packages."""
+    check_packages()
+    from hstu.estimate.preflight import PREFLIGHT_RULES
+
+    return PREFLIGHT_RULES
+
+
+def beside_tables(config: RunConfig, mesh: Mesh) -> int:
+    """The estimated bytes of a step beside the tables, which are planned for the rest of a GPU's memory."""
+    from hstu.estimate.memory import beside_tables_of_run
+
+    return beside_tables_of_run(config, mesh)

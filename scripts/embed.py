@@ -1,7 +1,7 @@
-"""Write the vectors of users and items of a retrieval model, and an approximate index of the items.
+"""Write the vectors of users and items of a retrieval model.
 
 python scripts/embed.py --run_dir runs/quickstart --output vectors
-python scripts/embed.py --run_dir runs/quickstart --output vectors --format npy --index
+python scripts/embed.py --run_dir runs/quickstart --output vectors --format npy
 torchrun --nproc_per_node 2 scripts/embed.py --checkpoint exports/quickstart --only users --output users
 
 Vectors have length 1: the product of those of a user and an item is the score by which items are recommended.
@@ -31,10 +31,7 @@ from hstu.parallel.collectives import on_all_ranks
 from hstu.serve.command import add_model_arguments, load_model, note, parse_time, require_model
 from hstu.serve.id_files import users_of_file
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.nearest import build_index, measure_recall, require_faiss
 from hstu.serve.vectors import VectorSink, item_vectors, open_npy, open_parquet, user_vectors
-
-_RECALL_USERS = 1000
 
 
 @tool
@@ -43,13 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     require_model(parser, options)
-    if options.index and options.only == "users":
-        parser.error("--index is of items; leave out --only users")
-    if options.neighbours < 1 or options.ef_search < 1:
-        parser.error("--neighbours and --ef_search must be at least 1")
     quiet_libraries()
-    if options.index:
-        require_faiss()
     loaded = load_model(LoadedModel, options)
     loaded.require_retrieval()
     at = None if options.at is None else parse_time(options.at)
@@ -62,8 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only != "items":
         raw = loaded.store.raw_ids(USER_FEATURE)[users]
         _write("users", raw, user_vectors(loaded, users, at), loaded, options)
-    if options.index:
-        _index(loaded, users, at, options)
     return EXIT_DONE
 
 
@@ -79,9 +68,6 @@ def _parser() -> argparse.ArgumentParser:
         help=".csv or .parquet file with a column user, or a file with one raw user id per line; default: all users",
     )
     add("--at", help="when the users ask, if the model reads it: now, seconds since 1970, or a date")
-    add("--index", action="store_true", help="also write items.faiss, an approximate index, and report its recall")
-    add("--neighbours", type=int, default=10, help="k of the recall (default 10)")
-    add("--ef_search", type=int, default=128, help="candidates that a search of the index keeps (default 128)")
     return parser
 
 
@@ -113,22 +99,6 @@ def _sink(path: Path, name: str, ids: np.ndarray, width: int) -> AbstractContext
     if path.suffix == ".npy":
         return open_npy(path, ids, width)
     return open_parquet(path, name.removesuffix("s"), ids, width)
-
-
-def _index(loaded: LoadedModel, users: np.ndarray, at: int | None, options: argparse.Namespace) -> None:
-    """Write items.faiss and report its recall for some of the users. Collective."""
-    items = np.concatenate([part.float().cpu().numpy() for part in item_vectors(loaded)])
-    sample = np.sort(np.random.default_rng(0).permutation(users)[:_RECALL_USERS])
-    queries = np.concatenate(list(user_vectors(loaded, sample, at)))
-    if not loaded.mesh.is_main:
-        return
-    path = options.output / "items.faiss"
-    index = build_index(items, path, options.ef_search)
-    found = measure_recall(index, items, queries, options.neighbours)
-    print(
-        f"{path}: {index.ntotal:,} items; recall@{options.neighbours} {found.recall:.4f} against exact search for "
-        f"{len(sample):,} users; {found.approximate_ms:.3f} ms per query, exact {found.exact_ms:.3f} ms"
-    )
 
 
 if __name__ == "__main__":

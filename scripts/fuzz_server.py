@@ -41,7 +41,6 @@ _ANSWER_S, _TOLERANCE = 30.0, 1e-4
 _PATHS = ("/recommend", "/score", "/embed")
 _PAGES = (
     "/",
-    "/docs",
     "/openapi.json",
     "/health",
     "/metrics",

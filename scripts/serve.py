@@ -5,7 +5,7 @@ python scripts/serve.py --export exports
 
 --export is what export.py has written, or a folder with several of them. Of several, the newest that is complete is
 served, or the one that the link "latest" in it leads to; a newer one replaces it while the server runs. Open
-http://127.0.0.1:8000 in a browser to try the model, and http://127.0.0.1:8000/docs for the interface (docs/serve.md).
+http://127.0.0.1:8000 in a browser to try the model. /openapi.json describes the interface (docs/serve.md).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--poll_s", type=float, default=5.0, help="seconds between two looks for a newer export (%(default)s)")
     options = parser.parse_args(arguments)
     _check(parser, options)
-    if missing := missing_packages(("fastapi", "uvicorn", "prometheus_client")):
+    if missing := missing_packages(("fastapi", "uvicorn", "prometheus_client", "cachetools")):
         raise ConfigError(f"missing packages: {', '.join(missing)}. To install them: pip install 'hstu[serve]'")
     let_idle_threads_sleep()
     from hstu.serve.server.run import serve  # after what torch reads once, and after mistakes in the options

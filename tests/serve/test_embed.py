@@ -1,4 +1,4 @@
-"""Vectors in files: those of the interface for notebooks, and an index that finds what an exact search finds."""
+"""Vectors in files: those of the interface for notebooks."""
 
 import sys
 from collections.abc import Callable
@@ -12,7 +12,6 @@ import pytest
 from hstu import api
 from hstu.parallel.mesh import Mesh
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.nearest import build_index, measure_recall
 from tests.train.tiny import ITEMS, FinishedRun
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -24,7 +23,7 @@ Loaded = Callable[[str], LoadedModel]
 
 @pytest.fixture
 def call(here: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """``call("retrieval", "--index")``: the exit code of the script, with the model of that run."""
+    """``call("retrieval", "--only", "items")``: the exit code of the script, with the model of that run."""
 
     def run(name: str, *options: Any) -> int:
         monkeypatch.setattr(embed, "load_model", lambda cls, options: loaded(name))
@@ -62,41 +61,6 @@ def test_vectors_are_those_of_the_interface_for_notebooks(
 
 def test_mistakes_are_told(call: Callable[..., int], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("ranking") == 3 and "need a retrieval run" in capsys.readouterr().err
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "faiss", None)
-        assert call("retrieval", "--index") == 2
-    assert "--index needs faiss, which is not installed: pip install faiss-cpu" in capsys.readouterr().err
     (here / "out").mkdir()
     (here / "out" / "mine").touch()
     assert call("retrieval", "--only", "items") == 3 and "out exists; give another name" in capsys.readouterr().err
-
-
-class ExactIndex:
-    """Finds the nearest rows, except the first ``missed`` of each."""
-
-    def __init__(self, vectors: np.ndarray, missed: int) -> None:
-        self.vectors, self.missed, self.ntotal = vectors, missed, len(vectors)
-
-    def search(self, queries: np.ndarray, k: int) -> tuple[None, np.ndarray]:
-        nearest = np.argsort(-(queries @ self.vectors.T), axis=1)
-        return None, nearest[:, self.missed : self.missed + k]
-
-
-def test_recall_is_the_share_of_the_nearest_that_is_found() -> None:
-    rng = np.random.default_rng(0)
-    vectors, queries = rng.normal(size=(50, 8)).astype(np.float32), rng.normal(size=(300, 8)).astype(np.float32)
-    for missed, recall in ((0, 1.0), (1, 0.75), (4, 0.0)):
-        assert measure_recall(ExactIndex(vectors, missed), vectors, queries, 4).recall == recall
-
-
-def test_an_index_finds_nearest_items_and_none_without_a_vector(tmp_path: Path) -> None:
-    faiss = pytest.importorskip("faiss", reason="needs faiss-cpu (the extra index)")
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(500, 8)).astype(np.float32)
-    vectors[::7] = 0
-    build_index(vectors, tmp_path / "items.faiss", ef_search=64)
-    index = faiss.read_index(str(tmp_path / "items.faiss"))
-    queries = rng.normal(size=(40, 8)).astype(np.float32)
-    assert measure_recall(index, vectors, queries, 10).recall > 0.95
-    found = index.search(queries, 10)[1]
-    assert found.min() >= 0 and (found % 7).min() > 0

@@ -1,4 +1,4 @@
-"""Batching, the cache of vectors, and which export is served; without HTTP."""
+"""Batching, and which export is served; without HTTP."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from hstu.base.errors import DataError
 from hstu.serve.server.batching import Batcher, Overloaded
-from hstu.serve.server.cache import ENTRY_BYTES, VectorCache
 from hstu.serve.server.metrics import Metrics
 from hstu.serve.server.settings import Settings
 from hstu.serve.server.swap import LiveModel, find_exports
@@ -121,25 +119,6 @@ def test_a_mistake_costs_its_query_and_a_defect_its_batch() -> None:
     compute = Doubler()
     compute.gate.set()
     asyncio.run(main())
-
-
-def test_the_cache_keeps_the_most_recently_used_within_its_bytes() -> None:
-    entry = ENTRY_BYTES + 4 * 8
-    cache = VectorCache(3 * entry + 1)
-    batch = torch.arange(40.0).view(5, 8)
-    for number in range(3):
-        cache.put(b"%d" % number, batch[number])
-    assert torch.equal(cache.get(b"0"), batch[0])  # type: ignore[arg-type]
-    cache.put(b"3", batch[3])
-    assert [cache.get(b"%d" % number) is not None for number in range(4)] == [True, False, True, True]
-    assert cache.used_bytes == 3 * entry and len(cache) == 3
-    found = cache.get(b"3")
-    assert found is not None and found.untyped_storage().nbytes() == 32  # not the batch
-    cache.put(b"large", torch.zeros(4 * entry))
-    assert cache.get(b"large") is None and len(cache) == 3
-    empty = VectorCache(0)
-    empty.put(b"0", batch[0])
-    assert len(empty) == 0
 
 
 def live_model(root: Path) -> tuple[LiveModel, StubLoader]:

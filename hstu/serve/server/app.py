@@ -61,7 +61,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
         description="Recommendations of an exported model.",
         version=hstu.__version__,
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's page loads its scripts from elsewhere; docs.html does not
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere, which the server's headers forbid
         redoc_url=None,
     )
     add_handlers(app)
@@ -127,17 +127,15 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
         found = [schemas.FoundItem(item=item, title=title) for item, title in current.search(q, count)]
         return schemas.FoundItems(model=current.version, items=found)
 
-    for path, file in {"/": "page.html", "/docs": "docs.html"}.items():
-        _add_page(app, path, Path(__file__).with_name(file).read_text(encoding="utf-8"))
+    text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(text)
+
     paths = {getattr(route, "path", "") for route in app.routes}
     app.add_middleware(Guard, metrics=metrics, max_body_bytes=settings.max_body_bytes, paths=paths)
     return app
-
-
-def _add_page(app: FastAPI, path: str, text: str) -> None:
-    @app.get(path, include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(text)
 
 
 def _said(answer: Answer, **content: Any) -> Response:

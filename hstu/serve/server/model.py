@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from hstu.serve.runtime import Candidates, History, Model, Recommendation, ServingError
 
-from .cache import VectorCache
 from .metrics import Metrics
+
+ENTRY_BYTES = 1024
+"""What a cached vector takes beside its numbers: the key, the tensor object and the entry of the dictionary."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,15 @@ class ServedModel:
     Args:
         model: what to serve.
         version: names the model in answers.
-        cache_bytes: see VectorCache. Only retrieval has vectors of users; a ranking model caches nothing.
+        cache_bytes: all cached vectors of users together take at most so many bytes. A ranking model has none.
         metrics: counts hits and misses.
     """
 
     def __init__(self, model: Model, version: str, cache_bytes: int, metrics: Metrics) -> None:
         self.model, self.version = model, version
         self.task: str = model.facts["task"]
-        self._cache, self._metrics = VectorCache(cache_bytes), metrics
+        self._cache: LRUCache[bytes, Tensor] = LRUCache(cache_bytes, lambda vector: vector.nbytes + ENTRY_BYTES)
+        self._metrics = metrics
         self._titles = [title.casefold() for title in model.titles]
 
     def answer(self, queries: Sequence[Query]) -> list[Answer | Exception]:
@@ -153,8 +158,9 @@ class ServedModel:
             for key, vector in zip(encoded, self.model.run([*encoded.values()]), strict=True):
                 known[key] = _finite(vector[0])
                 if isinstance(known[key], Tensor):
-                    self._cache.put(key, known[key])
-        self._metrics.cache_bytes.set(self._cache.used_bytes)
+                    with suppress(ValueError):  # it is larger than the whole cache
+                        self._cache[key] = known[key].clone()  # a row would keep the whole batch in memory
+        self._metrics.cache_bytes.set(self._cache.currsize)
         return [known[query.user_key] for query in queries]
 
     def _of_pairs(self, queries: Sequence[Query]) -> list[Any]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from hstu.estimate.machine import Machine
 from hstu.estimate.memory import TableShards, beside_tables, memory, plan_tables
-from hstu.estimate.offload import copy_seconds, host_memory, update_seconds
 from hstu.estimate.operators import operators
 from hstu.estimate.traffic import Transfer, transfers
 from hstu.estimate.workload import Batch, Workload
@@ -21,8 +20,6 @@ class Estimate:
 
     memory: dict[str, int]
     """Kind → bytes on a rank, for the largest batch."""
-    host_memory: dict[str, int]
-    """Kind → bytes on the host of a rank, for the largest batch; empty if nothing is offloaded."""
     transfers: tuple[Transfer, ...]
     """The collectives of a step on a typical batch."""
     computing: dict[str, float]
@@ -70,7 +67,6 @@ def estimate(workload: Workload, machine: Machine, batch_s: float = 0.0) -> Esti
     exposed = exchange_seconds(workload, machine, exchanged, computing)
     return Estimate(
         memory=memory(workload, plan),
-        host_memory=host_memory(workload),
         transfers=exchanged,
         computing=computing,
         step={
@@ -95,10 +91,6 @@ def computing_seconds(
     computing: dict[str, float] = {}
     for op in operators(workload, batch, plan):
         computing[op.name] = computing.get(op.name, 0.0) + machine.seconds(op)
-    if waiting := copy_seconds(workload, machine, batch, computing):
-        computing["waiting for copies to the host and back"] = waiting
-    if on_host := update_seconds(workload, machine):
-        computing["dense optimizer on the host"] = on_host
     return computing
 
 
@@ -158,7 +150,6 @@ def as_json(found: Estimate, workload: Workload) -> dict[str, Any]:
         "context_parallel": workload.cp_size,
         "memory": found.memory,
         "memory_total": found.memory_total,
-        "host_memory": found.host_memory,
         "transfers": [
             {
                 "name": t.name,
@@ -197,9 +188,6 @@ def _lines(found: Estimate, workload: Workload, machine: Machine) -> Iterator[st
     yield "\nmemory per rank" + ("" if ranks == 1 else " (of the rank that needs the most)")
     yield from (_row(kind, size(number)) for kind, number in found.memory.items() if number)
     yield _row("total", f"{size(found.memory_total)} of {size(found.memory_limit)}")
-    if found.host_memory:
-        yield "\nmemory of the host per rank"
-        yield from (_row(kind, size(number)) for kind, number in found.host_memory.items())
     yield "\nexchanged per rank and step" + ("" if found.transfers else ": nothing")
     for t in found.transfers:
         yield _row(f"{t.name}, {t.kind} over {t.ranks}", f"{size(t.payload)} in {t.calls}")

@@ -1,9 +1,8 @@
-"""The fastest way to train a run within the memory of its ranks: what is split, sharded, recomputed and offloaded.
+"""The fastest way to train a run within the memory of its ranks: what is split, sharded and recomputed.
 
 All plans train the same global batches, so they give the losses of the file (but for rounding and dropout). A plan says
 how many ranks share the heads (tensor parallelism) and the tokens (context parallelism), which dense states are
-sharded, what backward recomputes, what waits for it in the memory of the host, and into how many micro-batches a rank
-divides its sequences. How much memory the host has is not known.
+sharded, what backward recomputes, and into how many micro-batches a rank divides its sequences.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from hstu.estimate.workload import Workload
 USED = 0.9
 """Share of the memory that a plan may use: the rest is for CUDA's context, NCCL's buffers and fragmentation."""
 NORM, SILU, LAYER = "recompute_input_layernorm", "recompute_input_silu", "recompute_layer"
-NUM_LAYERS, OFFLOAD = "recompute_num_layers", "offload_num_layers"
-KEPT: Mapping[str, Any] = {NORM: False, SILU: False, LAYER: False, NUM_LAYERS: None, OFFLOAD: 0}
-"""Nothing is recomputed, and nothing moved to the host."""
+KEPT: Mapping[str, Any] = {NORM: False, SILU: False, LAYER: False}
+"""Nothing is recomputed."""
+RECOMPUTED: tuple[Mapping[str, Any], ...] = ({}, {NORM: True}, {SILU: True}, {NORM: True, SILU: True}, {LAYER: True})
+"""What backward may recompute: nothing, parts of the layers, or whole layers."""
 SEARCHED = (
     ("tensor_parallel", "tensor_model_parallel_size"),
     ("context_parallel", "context_parallel_size"),
@@ -78,7 +78,7 @@ def search(
         progress(f"tensor parallel {tp}, context parallel {cp}")
         planned: Workload | None = None
         sharding = list(_sharding(world_size // tp, ranks_per_host // tp))
-        for by_tokens, shared, saving in product((False, True), sharding, _saving(config)):
+        for by_tokens, shared, saving in product((False, True), sharding, RECOMPUTED):
             changed = _changed(config, tp, cp, by_tokens, shared, saving)
             if (by_tokens and tp == 1) or not _is_valid(changed, world_size):
                 continue
@@ -105,19 +105,6 @@ def _sharding(ranks: int, on_host: int) -> Iterator[dict[str, Any]]:
         yield {"sharding": kind, "shard_group_size": None}
         if 1 < on_host < ranks:
             yield {"sharding": kind, "shard_group_size": on_host}
-
-
-def _saving(config: RunConfig) -> Iterator[dict[str, Any]]:
-    """What backward recomputes, parts of all layers or whole layers, and of how many layers the host keeps the rest."""
-    layers = config.network.num_layers
-    yield from ({}, {NORM: True}, {SILU: True}, {NORM: True, SILU: True})
-    if layers > 1:
-        yield {SILU: True, LAYER: True, NUM_LAYERS: layers // 2}
-        yield {OFFLOAD: layers // 2}
-    if layers > 2:
-        yield {SILU: True, OFFLOAD: layers - 1}
-        yield {LAYER: True, OFFLOAD: layers - 1}
-    yield {LAYER: True}
 
 
 def _changed(

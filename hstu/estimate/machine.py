@@ -85,10 +85,6 @@ class Machine:
     """Time of a save beside its bytes: ranks agree on who writes what, sync and commit."""
     host_copy_gb_s: float = 10.0
     """Bandwidth from the memory of a rank to that of its host, for a checkpoint in the background."""
-    host_link_gb_s: float
-    """Bandwidth between the memory of a rank and pinned memory of its host, one way."""
-    host_memory_gb_s: float = 75.0
-    """Share of a rank in the memory bandwidth of its host: of two sockets with 8 channels DDR5-4800 among 8 ranks."""
     overlaps: bool = True
     """Whether communication and copies run beside computation."""
 
@@ -124,23 +120,22 @@ class Machine:
         return self.network_latency_us + messages
 
 
-# Name → (name in torch, memory GB, memory GB/s, NVLink or PCIe GB/s one way, network GB/s per GPU, PCIe GB/s to the
-# host one way), by the makers' data sheets. The network is that of the makers' own systems: NDR 400 Gb/s per GPU, HDR
-# 200 Gb/s with A100, else 100 Gb/s. PCIe x16 is half of the data sheets' sum of both ways: 128 GB/s for Gen5 and 64
-# GB/s for Gen4.
+# Name → (name in torch, memory GB, memory GB/s, NVLink or PCIe GB/s one way, network GB/s per GPU), by the makers' data
+# sheets. The network is that of the makers' own systems: NDR 400 Gb/s per GPU, HDR 200 Gb/s with A100, else 100 Gb/s.
+# PCIe x16 is half of the data sheets' sum of both ways: 64 GB/s for Gen4.
 _GPUS = {
-    "b200": ("B200", 180, 8000, 900, 50, 64),
-    "h200": ("H200", 141, 4800, 450, 50, 64),
-    "h100": ("H100 80GB HBM3", 80, 3350, 450, 50, 64),
-    "a100": ("A100-SXM4-80GB", 80, 2039, 300, 25, 32),
-    "l40s": ("L40S", 48, 864, 32, 12.5, 32),
-    "a10": ("A10", 24, 600, 32, 12.5, 32),
+    "b200": ("B200", 180, 8000, 900, 50),
+    "h200": ("H200", 141, 4800, 450, 50),
+    "h100": ("H100 80GB HBM3", 80, 3350, 450, 50),
+    "a100": ("A100-SXM4-80GB", 80, 2039, 300, 25),
+    "l40s": ("L40S", 48, 864, 32, 12.5),
+    "a10": ("A10", 24, 600, 32, 12.5),
 }
 
 
 def gpu(name: str, dtype: torch.dtype) -> Machine:
     """The GPU called ``name`` in this table, computing in ``dtype``. Raises ConfigError if its peak is not known."""
-    torch_name, memory, bandwidth, link, network, host_link = _GPUS[name]
+    torch_name, memory, bandwidth, link, network = _GPUS[name]
     peak = data_sheet_tflops(torch_name, dtype)
     if peak is None:
         compute = str(dtype).removeprefix("torch.")
@@ -156,7 +151,6 @@ def gpu(name: str, dtype: torch.dtype) -> Machine:
         memory_gb_s=bandwidth,
         link_gb_s=link,
         network_gb_s=network,
-        host_link_gb_s=host_link,
     )
 
 
@@ -217,10 +211,9 @@ def this_cpu(workload: Workload, clock: Clock = time.perf_counter) -> Iterator[T
                 name="this CPU",
                 memory_gb=psutil.virtual_memory().total / 1e9 / workload.ranks_per_host,
                 peak_tflops=peak_tflops(torch.device("cpu"), dtype).value,
-                memory_gb_s=(copy_rate := _copy_rate()) / 1e9,
+                memory_gb_s=_copy_rate() / 1e9,
                 link_gb_s=rate / 1e9,
                 network_gb_s=rate / 1e9,
-                host_link_gb_s=copy_rate / 2e9,
                 link_latency_us=latency_s * 1e6,
                 network_latency_us=latency_s * 1e6,
                 link_efficiency=1.0,

@@ -139,19 +139,7 @@ def dense_state_bytes(workload: Workload) -> int:
         for spec in workload.specs
         if spec.replicated
     )
-    return FLOAT32 * tables + trained_state_bytes(workload)
-
-
-def trained_state_bytes(workload: Workload) -> int:
-    """Those of the dense optimizers alone, and the moving average of what they train."""
-    args = workload.config.optimizer
-    return FLOAT32 * sum(_state_numbers(args, *each) for each in trained_densely(workload))
-
-
-def host_copy_bytes(workload: Workload) -> int:
-    """Copies of weights and gradients with OptimizerArgs.offload_dense_states."""
-    of_rank = sum(elements for _, elements in trained_densely(workload))
-    return 2 * FLOAT32 * of_rank if workload.config.optimizer.offload_dense_states else 0
+    return FLOAT32 * (tables + sum(_state_numbers(args, *each) for each in trained_densely(workload)))
 
 
 def _state_numbers(args: OptimizerArgs, optimizer: str, elements: int) -> int:
@@ -184,7 +172,6 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
     working = max(working_of_task, working_of_layers(workload, micro))
     of_layers = saved_by_layers(workload, micro)
     activations = of_layers + input_bytes(workload, micro) + saved_by_task
-    moved = trained_state_bytes(workload) if workload.updates_on_host else 0
     gathered, whole_gradients = _gathered(workload)
     of_dense = held + whole_gradients if gathered else dense
     gradients = (of_dense + replicated_gradients(workload, batch)) * FLOAT32
@@ -196,8 +183,7 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
         "gathered weights": gathered * FLOAT32,
         "replicated tables": replicated * FLOAT32,
         "gradients of both": gradients,
-        "optimizer states of both": dense_state_bytes(workload) - moved,
-        "weights and gradients for their update": 0 if workload.updates_on_host else host_copy_bytes(workload),
+        "optimizer states of both": dense_state_bytes(workload),
         "sharded tables": rows,
         "optimizer states of sharded tables": states,
         "activations": activations,
@@ -237,45 +223,29 @@ def _gradients_beyond_activations(workload: Workload, saved: int, at_the_end: in
 
 
 def saved_by_layers(workload: Workload, batch: Batch) -> int:
-    """Bytes on the device that all layers save in forward."""
-    staying = (part for part in workload.layer_parts(batch) if not part.is_offloaded)
-    return sum(len(part.spans) * layer_bytes(workload, part)[0] for part in staying)
+    """Bytes that all layers save in forward."""
+    return sum(len(part.spans) * layer_bytes(workload, part)[0] for part in workload.layer_parts(batch))
 
 
 def working_of_layers(workload: Workload, batch: Batch) -> int:
-    """Bytes beyond ``saved_by_layers`` at the peak of backward, which frees what the later layers have saved.
-
-    While a layer computes, what the one before it has saved comes back to the device if that is offloaded.
-    """
-    parts = list(workload.layer_parts(batch))
+    """Bytes beyond ``saved_by_layers`` at the peak of backward, which frees what the later layers have saved."""
     most, freed = 0, 0
-    for index, part in reversed(list(enumerate(parts))):
-        (saved, alive), layers = layer_bytes(workload, part), len(part.spans)
-        before = parts[index - 1] if index > 0 else None
-        coming = layer_bytes(workload, before)[0] if before is not None and before.is_offloaded else 0
-        during = alive + backward_bytes(workload, part) - freed
-        if part.is_offloaded:
-            most = max(most, during + (saved if layers > 1 else 0), during + coming)
-        else:
-            most = max(most, during - saved, during - layers * saved + coming)
-            freed += layers * saved
+    for part in reversed(list(workload.layer_parts(batch))):
+        saved, alive = layer_bytes(workload, part)
+        most = max(most, alive + backward_bytes(workload, part) - freed - saved)
+        freed += len(part.spans) * saved
     return most
 
 
 def layer_bytes(workload: Workload, part: LayerPart) -> tuple[int, int]:
     """(saved in forward, alive during backward) of one layer. They differ only under recompute_layer."""
-    network, shape = part.network, layer_shape(workload, part)
+    network, tokens = workload.config.network, workload.share(workload.tokens(part.batch))
+    shape = tokens, workload.tp_size, workload.element_size, workload.residual_size
     saved = saved_bytes(network, *shape)
     if not network.recompute_layer:
         return saved, saved
     network = replace(network, recompute_layer=False, recompute_input_layernorm=False, recompute_input_silu=False)
     return saved, saved_bytes(network, *shape)
-
-
-def layer_shape(workload: Workload, part: LayerPart) -> tuple[int, int, int, int]:
-    """The arguments of ``saved_tensors`` after the network."""
-    tokens = workload.share(workload.tokens(part.batch))
-    return tokens, workload.tp_size, workload.element_size, workload.residual_size
 
 
 def backward_bytes(workload: Workload, part: LayerPart) -> int:
@@ -286,7 +256,8 @@ def backward_bytes(workload: Workload, part: LayerPart) -> int:
     projection, if it is recomputed. The attention's output and the dropout mask are already freed. With context
     parallelism the gradients of q, k and v are there by heads, too, and u is freed.
     """
-    network, c, tokens = part.network, workload.element_size, workload.share(workload.tokens(part.batch))
+    network, tokens = workload.config.network, workload.share(workload.tokens(part.batch))
+    c = workload.element_size
     residual = workload.residual_size + (c if c != workload.residual_size else 0)
     inner = network.num_attention_heads * network.kv_channels // workload.tp_size
     recomputed = 4 * c * inner if network.recompute_input_silu and not network.recompute_layer else 0

@@ -21,8 +21,7 @@ from hstu.ops.kernels import Backend
 def operators(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> list[Operator]:
     """The operators of one rank of the group that trains on ``batch``."""
     inputs = _inputs(workload, batch, plan)
-    of_weights = [] if workload.updates_on_host else updates(workload)
-    return [*inputs, *_layers(workload, batch), *_task(workload, batch), *of_weights]
+    return [*inputs, *_layers(workload, batch), *_task(workload, batch), *_updates(workload)]
 
 
 def _inputs(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> Iterator[Operator]:
@@ -51,7 +50,7 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Operator]:
 
 
 def _equal_layers(workload: Workload, part: LayerPart) -> Iterator[Operator]:
-    network, spans, batch = part.network, part.spans, part.batch
+    network, spans, batch = workload.config.network, part.spans, part.batch
     tp, c = workload.tp_size, workload.element_size
     hidden, heads, width = network.hidden_size, network.num_attention_heads // tp, network.kv_channels
     inner, tokens = heads * width, workload.share(workload.tokens(batch))
@@ -110,7 +109,7 @@ def _task_heads(
     yield dense.labelled_rows("loss", labels, sum(widths), hidden, workload.share(workload.tokens(batch)))
 
 
-def updates(workload: Workload) -> Iterator[Operator]:
+def _updates(workload: Workload) -> Iterator[Operator]:
     """The dense optimizers, wherever they compute."""
     by_optimizer: dict[str, list[int]] = {}
     for optimizer, elements in trained_densely(workload):

@@ -248,10 +248,6 @@ def memory_is_enough(run: RunDraft, opened: Opened) -> Iterator[Problem]:
             "needs the memory, also on another --device, and with --fit what fits. Lower the batch, shard the tables "
             "over more ranks (model_parallel), or recompute layers (NetworkArgs.recompute_layer)"
         )
-        if device == "cuda" and workload.config.network.offload_num_layers < workload.config.network.num_layers - 1:
-            text += " or offload them (NetworkArgs.offload_num_layers)"
-        if device == "cuda" and not workload.config.optimizer.offload_dense_states:
-            text += ", or update the dense weights on the host (OptimizerArgs.offload_dense_states)"
         yield run.problem(run.trainer, "train_batch_size", text)
 
 

@@ -118,9 +118,9 @@ def _gathered_rows(workload: Workload, batch: Batch) -> Iterator[Transfer]:
 def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
     """Tensor, sequence and context parallelism within the layers (parallel/layer_comm.py)."""
     network, tp, c = workload.config.network, workload.tp_size, workload.element_size
-    layers, (tokens, recomputed) = network.num_layers, workload.tokens_of_layers(batch)
-    # Backward repeats what leads to the input of W_o in the layers that it recomputes.
-    passes, passed = layers + network.recomputed_layers, tokens + recomputed
+    layers, tokens = network.num_layers, workload.tokens_of_layers(batch)
+    forwards = 2 if network.recompute_layer else 1  # backward repeats what leads to the input of W_o
+    passes, passed = forwards * layers, forwards * tokens
     tensor = partial(Transfer, group="tensor", ranks=tp)
     norms = 2 * (tokens + passed) * FLOAT32
     yield tensor("statistics of the output norm", "all_gather", calls=layers + passes, payload=norms)
@@ -136,9 +136,8 @@ def _layers(workload: Workload, batch: Batch) -> Iterator[Transfer]:
     heads, passed_heads = tokens * channels, passed * channels
     context = partial(Transfer, kind="all_to_all", group="context", ranks=workload.cp_size)
     yield context("q, k, v by heads", calls=passes, payload=3 * passed_heads)
-    if network.recompute_input_silu and layers > network.recomputed_layers:
-        once = 2 * layers - passes  # in layers that are not recomputed as a whole
-        yield context("q, k, v by heads, again", calls=once, payload=3 * (2 * heads - passed_heads), behind="weights")
+    if network.recompute_input_silu and not network.recompute_layer:
+        yield context("q, k, v by heads, again", calls=layers, payload=3 * heads, behind="weights")
     yield context("what attention gives, by tokens", calls=passes, payload=passed_heads)
     yield context("gradients of both", calls=2 * layers, payload=4 * heads)
     whole, part, passed_part = width * c, -(-width // tp) * c, -(-passed * network.hidden_size // tp) * c

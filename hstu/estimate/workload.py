@@ -6,12 +6,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import torch
 
-from hstu.config.args import NetworkArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import NEGATIVES, of_negatives
 from hstu.data.features.roles import FeatureRoles
@@ -59,15 +57,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class LayerPart:
-    """Layers that compute on the same tokens and keep the same of them."""
+    """Layers that compute on the same tokens."""
 
-    network: NetworkArgs
-    """As it is in these layers, see NetworkArgs.of_layer."""
     spans: tuple[int | None, ...]
     """max_attention_span of each of the layers."""
     batch: Batch
-    is_offloaded: bool
-    """Whether what they save waits for backward on the host."""
 
 
 @dataclass(frozen=True)
@@ -225,19 +219,11 @@ class Workload:
         """Tokens of a batch."""
         return int(self.loads(batch.item_lengths, batch.num_candidates).tokens.sum())
 
-    @property
-    def updates_on_host(self) -> bool:
-        """Whether the dense weights of a GPU are updated on its host. A CPU has the memory of its host."""
-        return self.config.optimizer.offload_dense_states and self.device_type == "cuda"
-
     def layer_parts(self, batch: Batch) -> Iterator[LayerPart]:
-        """Layers that compute on the same tokens and keep the same of them; all layers in order."""
-        network, stages = self.config.network, self.stages(batch)
-        offloaded = network.offload_num_layers if self.device_type == "cuda" else 0  # a CPU has the memory of its host
-        bounds = {0, network.whole_layers, network.recomputed_layers, offloaded, network.num_layers}
-        for first, end in pairwise(sorted(bounds)):
-            spans, stage = network.attention_spans[first:end], stages[0 if first < network.whole_layers else -1]
-            yield LayerPart(network.of_layer(first), spans, stage, first < offloaded)
+        """Layers that compute on the same tokens; all layers in order."""
+        spans, whole = self.config.network.attention_spans, self.config.network.whole_layers
+        for of_part, stage in zip((spans[:whole], spans[whole:]), self.stages(batch), strict=False):
+            yield LayerPart(of_part, stage)
 
     def stages(self, batch: Batch) -> list[Batch]:
         """What the layers compute on: the batch, then its truncated sequences (NetworkArgs.truncate_to_items)."""
@@ -251,12 +237,9 @@ class Workload:
         """What a context-parallel rank has of so many tokens, or of so many things that belong to a token each."""
         return -(-count // self.cp_size)
 
-    def tokens_of_layers(self, batch: Batch) -> tuple[int, int]:
-        """Tokens that a context-parallel rank has in all layers together, and in those that backward recomputes."""
-        parts = list(self.layer_parts(batch))
-        tokens = [len(part.spans) * self.share(self.tokens(part.batch)) for part in parts]
-        again = (count for count, part in zip(tokens, parts, strict=True) if part.network.recompute_layer)
-        return sum(tokens), sum(again)
+    def tokens_of_layers(self, batch: Batch) -> int:
+        """Tokens that a context-parallel rank has in all layers together."""
+        return sum(len(part.spans) * self.share(self.tokens(part.batch)) for part in self.layer_parts(batch))
 
     def flops(self, batch: Batch) -> float:
         """Reported operations of training on a batch, all ranks of the group together."""

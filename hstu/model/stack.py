@@ -15,7 +15,6 @@ from torchrec import JaggedTensor
 from hstu.config.args import NetworkArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
-from hstu.model.offload import ActivationOffload
 from hstu.model.precision import DTYPES, mixed_precision
 from hstu.model.truncation import Truncation
 from hstu.ops.comm import LayerComm
@@ -147,9 +146,7 @@ class SequenceEncoder(nn.Module):
         self.features = features
         self.inputs = SequenceInputs(network, features, kernels)
         max_tokens = features.max_tokens(network)
-        layers = nn.ModuleList(
-            HSTULayer(network.of_layer(index), max_tokens, kernels, index) for index in range(network.num_layers)
-        )
+        layers = nn.ModuleList(HSTULayer(network, max_tokens, kernels, index) for index in range(network.num_layers))
         self.stack = nn.ModuleDict({"layers": layers})  # the name of the layers in checkpoints
         self.comm = LayerComm()
         """Communication with the ranks that share the tokens between the layers."""
@@ -160,16 +157,13 @@ class SequenceEncoder(nn.Module):
             x, layout = self.inputs(embeddings, batch, self.comm)
             if self.network.bfloat16_residual:
                 x = x.bfloat16()
-            offload = ActivationOffload(self.network.offload_num_layers, x.device)
             for layers, part, cut in self._stages(layout):
                 uncut, own = (None, x) if cut is None else (x, cut.shorten(x))
                 del x  # where the layers pad or split the tokens, the whole ones are not needed beside them
                 own, split = self.comm.split_tokens(own, part)
                 update: Tensor | None = None
                 for layer in layers:
-                    with offload.next_layer():
-                        own, update = layer(own, split, update)
-                    offload.follow(update)
+                    own, update = layer(own, split, update)
                 assert update is not None  # there is a layer
                 x = self.comm.join_tokens(own + update, part.num_tokens)
                 if cut is not None and uncut is not None:

@@ -15,7 +15,6 @@ from hstu.optim.dense import DenseOptimizer, decayed_parameters, match_part_opti
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.flat_weights import FlatWeights
 from hstu.parallel.fsdp import FsdpWeights, fully_sharded
-from hstu.parallel.host_weights import HostWeights, WholeWeights
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import clip_grad_norm
 from hstu.parallel.table_optimizer import TableOptimizer
@@ -110,7 +109,5 @@ def build_optimizers(
         shares = FsdpWeights(trained, sharded)
     elif shard_states and mesh.dp_cp_size > 1:
         shares = FlatWeights(trained, mesh.shard_group)
-    if args.offload_dense_states:
-        shares = HostWeights(shares or WholeWeights(trained))
     optimizer = DenseOptimizer(dense, args, match_part_optimizers(weights, args, cite), shares)
     return Optimizers(optimizer, tables, mesh.tp_group if mesh.tp_size > 1 else None)

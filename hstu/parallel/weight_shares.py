@@ -18,7 +18,7 @@ class WeightShares(ABC):
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], own: Mapping[str, Tensor]) -> None:
-        """``own``: the elements of each weight that this rank updates, perhaps none: its memory, or copies of them."""
+        """``own``: the elements of each weight that this rank updates, perhaps none."""
         self.weights = dict(weights)
         self.own = {name: nn.Parameter(elements.detach()) for name, elements in own.items()}
         """Weight → the elements that this rank updates, with a gradient of their own."""

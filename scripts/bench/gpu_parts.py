@@ -182,12 +182,11 @@ PARTS: dict[int, tuple[Item, ...]] = {
             1e-3,
         ),
         steps(
-            "FSDP and offload",
+            "FSDP",
             70,
             {
                 "whole": (),
                 "FSDP": ("DataParallelArgs.sharding = 'weights'",),
-                "offload of 4 layers": ("NetworkArgs.offload_num_layers = 4",),
             },
             1e-3,
         ),

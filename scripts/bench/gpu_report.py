@@ -110,7 +110,7 @@ def page(parts: Mapping[int, Row]) -> str:
     for name, title, write in sections:
         if name in items:
             lines += [f"## {title}", "", *write(items[name], estimates)]
-    for name in ("kernel backends on ML-1M", "pipelines", "tables in host memory", "FSDP and offload"):
+    for name in ("kernel backends on ML-1M", "pipelines", "tables in host memory", "FSDP"):
         if name in items:
             lines += [f"## {name[0].upper()}{name[1:]}", "", *variant_lines(items[name])]
     if "dynamic tables" in items:

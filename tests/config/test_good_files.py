@@ -328,16 +328,6 @@ def test_balancing_without_effect_is_warned_of(lines: list[str], warned: str | N
             ["NetworkArgs.recompute_layer = True", "NetworkArgs.recompute_input_silu = True"],
             "that recomputes the whole layer",
         ),
-        (
-            RANKING,
-            [
-                "NetworkArgs.num_layers = 2",
-                "NetworkArgs.recompute_layer = True",
-                "NetworkArgs.recompute_num_layers = 1",
-                "NetworkArgs.recompute_input_silu = True",
-            ],
-            None,
-        ),
         (RANKING, ['OptimizerArgs.optimizer_str = "sgd"', "OptimizerArgs.adam_beta1 = 0.5"], "no effect with Optim"),
         (RANKING, ['OptimizerArgs.optimizer_str = "adagrad"', "OptimizerArgs.adam_eps = 0.5"], None),
         (

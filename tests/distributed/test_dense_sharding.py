@@ -74,8 +74,6 @@ CASES: dict[str, RunOptions] = {
     "tasks": {"optimizer": "sgd", "bindings": [*USER_TASKS, ELEVEN]},
     "next items": {"bindings": ["RankingArgs.next_item_weight = 0.5", ELEVEN, AVERAGED]},
 }
-ON_THE_HOST = CASES["momentum"], CASES["adagrad"], CASES["next items"]
-"""Sharded, these update the dense weights on the host."""
 KEPT_GATHERED = CASES["momentum"], CASES["next items"]
 """Fully sharded, these do not free their layers after forward."""
 RESUMED = (
@@ -106,9 +104,6 @@ def config_of(store: str, launch: Launch, case: RunOptions, kind: str) -> RunCon
     ]
     if kind != "none":
         own.append(f"DataParallelArgs.shard_group_size = {launch.shards}")
-        own.append("NetworkArgs.offload_num_layers = 1")  # changes no bit of what each kind is compared with
-    if kind != "none" and case in ON_THE_HOST:
-        own.append("OptimizerArgs.offload_dense_states = True")
     if kind == "weights" and case in KEPT_GATHERED:
         own.append("DataParallelArgs.reshard_after_forward = False")
     return make_config(store, launch.ranks, **{**case, "bindings": [*own, *case.get("bindings", ())]})

@@ -27,7 +27,6 @@ from tests.distributed.tensor_cases import (
 )
 
 BY_TOKENS = "NetworkArgs.sequence_parallel = True"
-OFFLOADED = "NetworkArgs.offload_num_layers = 1"
 RELATIVE = "NetworkArgs.position_encoding = 'relative_bias'"
 CLIP = "TrainerArgs.max_grad_norm = 0.05"
 PRODUCT = "NetworkArgs.action_item_product = True"
@@ -39,7 +38,7 @@ LIMIT = "OptimizerArgs.sparse_max_gradient = 0.001"
 CASES: dict[str, Any] = {
     "ranking": {},
     "ranking, by tokens": {
-        "bindings": [BY_TOKENS, RELATIVE, CLIP, OFFLOADED],
+        "bindings": [BY_TOKENS, RELATIVE, CLIP],
         "sharding": "table_wise",
     },
     "ranking, adam": {"optimizer": "adam", "bindings": [RELATIVE, CLIP, "NetworkArgs.recompute_layer = True", *WINDOW]},

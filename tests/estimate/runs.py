@@ -88,13 +88,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no dropout": _case([ONE], "NetworkArgs.hidden_dropout = 0.0"),
     "norm recomputed": _case([ONE, TWO_BY_TENSOR], "NetworkArgs.recompute_input_layernorm = True"),
     "SiLU recomputed": _case([ONE, TWO_BY_TENSOR, TWO_BY_CONTEXT], "NetworkArgs.recompute_input_silu = True"),
-    "layer recomputed": _case([ONE, TWO_BY_CONTEXT], "NetworkArgs.recompute_layer = True"),
-    "one layer recomputed": _case(
-        [ONE, TWO_BY_TENSOR, TWO_BY_CONTEXT],
-        "NetworkArgs.recompute_layer = True",
-        "NetworkArgs.recompute_num_layers = 1",
-        "NetworkArgs.recompute_input_silu = True",
-    ),
+    "layer recomputed": _case([ONE, TWO_BY_TENSOR, TWO_BY_CONTEXT], "NetworkArgs.recompute_layer = True"),
     "bfloat16": _case([ONE, TWO_BY_TENSOR], "NetworkArgs.dtype_str = 'bfloat16'"),
     "candidates": _case([ONE], "BenchmarkDatasetArgs.max_num_candidates = 5", "NetworkArgs.interleave_actions = False"),
     "other widths": _case(

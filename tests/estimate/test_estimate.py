@@ -12,11 +12,10 @@ from hstu.config.gin_io import load
 from hstu.estimate import machine
 from hstu.estimate.dense_operators import ATTENTION
 from hstu.estimate.estimate import as_text, estimate, size
-from hstu.estimate.memory import beside_tables, held_weights, memory, plan_tables, saved_by_layers
+from hstu.estimate.memory import beside_tables, held_weights, plan_tables
 from hstu.estimate.operators import operators
 from hstu.estimate.plan import plan_workload
 from hstu.estimate.traffic import Transfer, transfers
-from hstu.estimate.workload import Workload
 from hstu.parallel.table_plan import TableRoom, TablesDoNotFit
 from tests.estimate.runs import run_config
 
@@ -107,49 +106,6 @@ def test_recomputation_trades_memory_for_time() -> None:
     assert again.memory["activations"] < plain.memory["activations"] / 3
     assert again.memory["working memory"] > plain.memory["working memory"]
     assert again.step_s > plain.step_s
-
-
-def test_offloading_trades_memory_of_the_device_for_that_of_the_host() -> None:
-    def workload(device: str, *bindings: str) -> Workload:
-        long = "items/FeatureArgs.max_sequence_length = 400", "NetworkArgs.num_layers = 4"
-        return plan_workload(run_config(bindings=[*long, *bindings]), 1, 1, device)
-
-    count = "NetworkArgs.offload_num_layers = {}".format
-    plain, one, three = (estimate(workload("cuda", count(layers)), H100) for layers in (0, 1, 3))
-    of_layers = saved_by_layers(workload("cuda"), workload("cuda").largest)
-    for found, moved in ((one, 1), (three, 3)):
-        assert plain.memory["activations"] - found.memory["activations"] == moved * of_layers // 4
-        assert moved * of_layers / 4 <= found.host_memory["activations"] < 2 * moved * of_layers / 4
-    assert plain.memory["working memory"] < three.memory["working memory"], "another layer comes back meanwhile"
-    assert not plain.host_memory and "memory of the host" in as_text(three, workload("cuda"), H100)
-    slow = machine.with_settings(H100, {"host_link_gb_s": "0.001"})
-    copied = 3 / 4 * saved_by_layers(workload("cuda"), workload("cuda").typical)
-    assert estimate(workload("cuda", count(3)), slow).step_s == pytest.approx(
-        plain.step_s + 2 * copied / (1e6 * H100.link_efficiency), rel=0.01
-    )
-    assert (
-        estimate(workload("cuda", count(3)), machine.with_settings(H100, {"host_link_gb_s": "1e6"})).step_s
-        == plain.step_s
-    )
-    on_cpu = workload("cpu", count(3))
-    assert saved_by_layers(on_cpu, on_cpu.largest) == of_layers, "a CPU has one memory"
-
-
-def test_weights_that_are_updated_on_the_host_have_no_states_on_the_device() -> None:
-    common = ["NetworkArgs.hidden_size = 1024", "OptimizerArgs.ema_decay = 0.9"]
-    here, there = (
-        plan_workload(run_config(bindings=[*common, f"OptimizerArgs.offload_dense_states = {wanted}"]), 1, 1, "cuda")
-        for wanted in (False, True)
-    )
-    plain, moved = estimate(here, H100), estimate(there, H100)
-    dense = sum(here.dense_parameters.values())
-    states = 4 * (3 * dense + len(here.dense_parameters))
-    assert plain.memory["optimizer states of both"] - moved.memory["optimizer states of both"] == states
-    assert moved.host_memory == {"dense weights and gradients": 8 * dense, "optimizer states": states}
-    assert "dense optimizer" not in moved.computing and moved.step_s > plain.step_s
-    assert moved.computing["dense optimizer on the host"] > plain.computing["dense optimizer"]
-    on_cpu = memory(dataclasses.replace(there, device_type="cpu"), ())
-    assert on_cpu["weights and gradients for their update"] == 8 * dense
 
 
 def test_each_layer_costs_what_its_span_costs() -> None:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.model import offload
 from tests.train.tiny import FinishedRun, tables_of, walks
 
 TASKS = ("ranking", "retrieval")
@@ -96,33 +95,12 @@ def test_bfloat16_learns_what_float32_learns(train: Callable[..., FinishedRun], 
         {"recompute_input_layernorm": True},
         {"recompute_input_silu": True},
         {"recompute_layer": True},
-        {"recompute_layer": True, "recompute_num_layers": 1, "recompute_input_silu": True},
     ],
     ids=lambda recomputed: " ".join(recomputed),
 )
 def test_recomputing_changes_nothing(train: Callable[..., FinishedRun], task: str, recomputed: dict[str, Any]) -> None:
     dropout = {"hidden_dropout": 0.3}
     assert train(task, network={**recomputed, **dropout}).losses == train(task, network=dropout).losses
-
-
-def test_offloading_changes_nothing(train: Callable[..., FinishedRun], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
-    options = {"pipeline_type": "native", "gradient_accumulation_steps": 2, "train_batch_size": 4}
-    plain, moved = (
-        train("retrieval", network={"hidden_dropout": 0.3, "offload_num_layers": count}, trainer=options)
-        for count in (0, 1)
-    )
-    assert moved.losses == plain.losses
-
-
-def test_updating_on_the_host_changes_nothing(train: Callable[..., FinishedRun]) -> None:
-    common = {"optimizer_str": "adamw", "weight_decay": 0.1, "ema_decay": 0.9}
-    trainer = {"eval_at_end": True, "max_grad_norm": 0.5}
-    plain, moved = (
-        train("ranking", optimizer={**common, "offload_dense_states": wanted}, trainer=trainer)
-        for wanted in (False, True)
-    )
-    assert (moved.losses, moved.metrics) == (plain.losses, plain.metrics)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adagrad", "rowwise_adagrad"])

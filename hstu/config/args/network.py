@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Optional
 
 from hstu.config.option import Args, option
@@ -83,15 +83,6 @@ class NetworkArgs(Args):
     """Save memory by recomputing the SiLU of the uvqk projection in backward."""
     recompute_layer: bool = option(False, changes="speed")
     """Save memory by storing only the input of each layer and recomputing the layer in backward."""
-    recompute_num_layers: Optional[int] = option(None, changes="speed", minimum=1, maximum=100_000)
-    """recompute_layer: how many layers it recomputes, the first ones. Backward comes to them last, when what the others
-    have stored is free. recompute_input_layernorm and recompute_input_silu are for the others. None: all layers."""
-    offload_num_layers: int = option(0, changes="speed", minimum=0, maximum=100_000)
-    """Save memory of a GPU by keeping what so many layers store for backward in pinned memory of the host, the first
-    layers: theirs waits the longest. It is copied out while the next layer computes, and back while that one's backward
-    does. With recompute_layer that is the input of a layer. It must be fewer layers than num_layers, because the
-    backward of the last one comes at once. The result does not change. On a CPU the copies lie in the same memory and
-    save nothing. 0: all stays on the device."""
     item_embedding_dim: int = option(-1, changes="model", minimum=-1, maximum=100_000)
     """Width of the item and action tables if above 0; their rows are then projected to hidden_size. Otherwise
     hidden_size."""
@@ -149,17 +140,6 @@ class NetworkArgs(Args):
     def whole_layers(self) -> int:
         """Layers that compute on whole sequences, the first ones."""
         return self.num_layers if self.truncate_after_layer is None else self.truncate_after_layer
-
-    @property
-    def recomputed_layers(self) -> int:
-        """Layers that backward recomputes as a whole, the first ones."""
-        if not self.recompute_layer:
-            return 0
-        return self.num_layers if self.recompute_num_layers is None else self.recompute_num_layers
-
-    def of_layer(self, index: int) -> NetworkArgs:
-        """The options with recompute_layer as it is in the layer of this index, from 0."""
-        return replace(self, recompute_layer=index < self.recomputed_layers, recompute_num_layers=None)
 
     @property
     def item_width(self) -> int:

@@ -56,11 +56,6 @@ class OptimizerArgs(Args):
     part_optimizers: list[PartOptimizerArgs] = option([], changes="tensors")
     """Parts of the dense weights with their own optimizer, learning rate or weight decay. A weight belongs to the first
     part whose regex is found in its name. LRScheduleArgs, max_grad_norm and ema_decay apply to all parts."""
-    offload_dense_states: bool = option(False, changes="speed")
-    """Save memory of a GPU by updating the dense weights on the host: the states of their optimizers and their moving
-    average (ema_decay) are in its memory. A step waits until the gradients and the weights are copied there, the
-    processor has updated the weights, and they are copied back. It is for adam, adamw, adagrad, momentum and averages,
-    and for DataParallelArgs.sharding of any kind. Checkpoints do not depend on it. On a CPU it saves nothing."""
     ema_decay: float = option(0.0, changes="tensors", minimum=0, below=1)
     """If above 0, keep an exponential moving average of the dense weights and the data_parallel tables:
     average ← decay · average + (1 - decay) · weight after each iteration. So that the average does not stay near the

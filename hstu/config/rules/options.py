@@ -47,7 +47,6 @@ NEEDS: Iterable[tuple[str, str, tuple[Any, ...], str]] = (
     ("trainer.data_prefetch", "trainer.data_workers", _Not([0]), "only data workers prepare batches in advance"),
     ("trainer.max_bad_rows", "trainer.bad_row_policy", ("skip",), "no sample is skipped"),
     ("network.bfloat16_residual", "network.dtype_str", ("bfloat16",), "layers compute in another type"),
-    ("network.recompute_num_layers", "network.recompute_layer", (True,), "it counts the layers of that"),
     (
         "network.sequence_parallel", "tensor_parallel.tensor_model_parallel_size", _Not([1]),
         "it splits tokens over the ranks of a tensor-parallel group",

@@ -298,22 +298,11 @@ def truncation_leaves_layers(run: RunConfig) -> Iterator[Problem]:
 
 
 def layers_are_recomputed(run: RunConfig) -> Iterator[Problem]:
-    network, layers = run.network, run.network.recomputed_layers
-    if layers > network.num_layers:
-        text = f"must be at most {run.cite(network, 'num_layers')}; change it, or remove it to recompute all layers"
-        yield run.problem(network, "recompute_num_layers", text)
-    for name in ("recompute_input_layernorm", "recompute_input_silu"):
-        if is_given(network, name) and layers >= network.num_layers:
-            text = f"has no effect with {run.cite(network, 'recompute_layer')}, because that recomputes the whole layer"
-            remedy = "; remove it, or set recompute_layer to False, or recompute_num_layers to fewer layers"
-            yield run.problem(network, name, text + remedy, is_warning=True)
-
-
-def layers_stay_on_the_device(run: RunConfig) -> Iterator[Problem]:
     network = run.network
-    if network.offload_num_layers >= network.num_layers and is_given(network, "offload_num_layers"):
-        text = f"must be below {run.cite(network, 'num_layers')}: the backward of the last layer comes at once; "
-        yield run.problem(network, "offload_num_layers", text + "offload fewer layers or remove it")
+    for name in ("recompute_input_layernorm", "recompute_input_silu"):
+        if is_given(network, name) and network.recompute_layer:
+            text = f"has no effect with {run.cite(network, 'recompute_layer')}, because that recomputes the whole layer"
+            yield run.problem(network, name, f"{text}; remove it, or set recompute_layer to False", is_warning=True)
 
 
 def masks_hide_the_labels(run: RunConfig) -> Iterator[Problem]:
@@ -363,6 +352,5 @@ RULES = (
     item_towers_have_features, query_time_is_seen, next_items_are_not_candidates, next_items_are_not_evaluated,
     position_encodings_combine, position_buckets_have_a_table,
     spans_fit_the_layers, full_attention_exceeds_a_span, truncation_leaves_layers, layers_are_recomputed,
-    layers_stay_on_the_device,
     masks_hide_the_labels,
 )  # fmt: skip

@@ -174,14 +174,6 @@ def momentum_has_sgd(run: RunConfig) -> Iterator[Problem]:
             yield run.problem(optimizer, "momentum", text)
 
 
-def offloaded_states_exist(run: RunConfig) -> Iterator[Problem]:
-    optimizer = run.optimizer
-    kinds = {optimizer.optimizer_str, *(part.optimizer_str for part in optimizer.part_optimizers)} - {None}
-    if optimizer.offload_dense_states and kinds == {"sgd"} and not (optimizer.momentum or optimizer.ema_decay):
-        text = f"saves nothing: {run.cite(optimizer, 'optimizer_str')} has no states without momentum; remove it"
-        yield run.problem(optimizer, "offload_dense_states", text)
-
-
 def adam_options_have_adam(run: RunConfig) -> Iterator[Problem]:
     optimizer = run.optimizer
     kinds = {optimizer.optimizer_str, optimizer.sparse_optimizer_str}
@@ -254,7 +246,7 @@ RULES = (
     evaluations_take_place, best_metric_is_measured, best_metric_has_an_effect, best_metric_mode_fits_the_metric,
     token_limit_admits_the_longest_sequence, token_limit_can_be_reached, balanced_lengths_differ,
     heads_divide, ranks_divide, sharding_has_ranks, shard_groups_divide,
-    momentum_has_sgd, offloaded_states_exist, adam_options_have_adam, part_regexes_compile,
+    momentum_has_sgd, adam_options_have_adam, part_regexes_compile,
     milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run, warmup_start_has_a_warmup,
     by_epoch_has_an_effect, by_epoch_trains_in_the_first_epoch,
 )  # fmt: skip

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu.base.errors import EXIT_DONE, ConfigError, UserError
-from hstu.checkpoint.directory import put_in_place, temporary_path
+from hstu.base.files import written_aside
 from hstu.config.args import DatasetArgs, RankingArgs
 from hstu.config.gin_io import read_and_check
 from hstu.config.rules import RULES
@@ -227,10 +227,9 @@ def write(path: Path, ids: np.ndarray, vectors: np.ndarray) -> None:
     """Write the file as a whole or not at all."""
     flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).reshape(-1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
     table = pa.table({ID: pa.array(ids), VECTOR: pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])})
-    pq.write_table(table, temporary)
-    put_in_place(temporary, path)
+    with written_aside(path) as aside:
+        pq.write_table(table, aside)
 
 
 if __name__ == "__main__":

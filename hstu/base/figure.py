@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hstu.base.files import written_aside
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -42,6 +44,5 @@ def open_figure(image: Path, size: tuple[float, float], dpi: int) -> Iterator[Fi
         figure = Figure(figsize=size, dpi=dpi, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
-        temporary = image.with_name(f"{image.name}.new")
-        figure.savefig(temporary, format="png")
-    temporary.replace(image)
+        with written_aside(image) as aside:
+            figure.savefig(aside, format="png")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from hstu.base.files import replace_text
 
 
 class Journal:
@@ -40,9 +41,4 @@ class Journal:
     def commit(self, stage: str, result: Any = None) -> None:
         """Records a stage as done. ``result`` must be JSON; files of the stage must already be on the disk."""
         self.stages[stage] = result
-        aside = self.file.with_suffix(".new")
-        with aside.open("w", encoding="utf-8") as stream:
-            json.dump({"key": self.key, "stages": self.stages}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, self.file)
+        replace_text(self.file, json.dumps({"key": self.key, "stages": self.stages}))

@@ -25,6 +25,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hstu.base.errors import DataError, UserError
+from hstu.base.files import WRITING, aside_path, put_in_place, sync_to_disk
 from hstu.parallel.collectives import on_all_ranks
 from hstu.parallel.mesh import Mesh
 
@@ -37,7 +38,7 @@ FORMAT_VERSION = 2
 _VERSION_WITHOUT_CHECKSUM = 1  # the same format, except that the manifest has no checksum of itself
 LATEST, BEST = "latest", "best"
 _NAME = re.compile(r"iteration_(\d+)")
-_WRITING, _DELETING, _SET_ASIDE = ".writing_", ".deleting_", "set_aside_"
+_DELETING, _SET_ASIDE = ".deleting_", "set_aside_"
 # These files differ between two saves of one state: .metadata names the save, the others the run and its start.
 _NOT_PART_OF_STATE = ("tensors/.metadata", "operative.gin", "run.json")
 
@@ -221,15 +222,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_to_disk(path: Path) -> None:
-    """Call fsync on a file or a directory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def checkpoint_path(directory: Path, iteration: int) -> Path:
     """Return the path of the checkpoint of an iteration."""
     return directory / f"iteration_{iteration:08d}"
@@ -266,23 +258,11 @@ def link_target(directory: Path, name: str) -> Path | None:
 
 def set_link(directory: Path, name: str, target: Path) -> None:
     """Point ``latest`` or ``best`` to a checkpoint. The link is on disk when this returns."""
-    replacement = directory / f"{_WRITING}{name}"
+    replacement = directory / f"{WRITING}{name}"
     replacement.unlink(missing_ok=True)
     replacement.symlink_to(target.name)
     replacement.replace(directory / name)
     sync_to_disk(directory)
-
-
-def temporary_path(final: Path) -> Path:
-    """Return the path under which ``final`` is written until it is complete."""
-    return final.with_name(f"{_WRITING}{final.name}")
-
-
-def put_in_place(written: Path, final: Path) -> None:
-    """Give a file that was written under another path its own, complete and on disk when this returns."""
-    sync_to_disk(written)
-    os.replace(written, final)
-    sync_to_disk(final.parent)
 
 
 def make(directory: Path) -> bool:
@@ -296,9 +276,9 @@ def make(directory: Path) -> bool:
 
 def obstacles(directory: Path) -> list[str]:
     """Return the names of files and directories, not written by a run, where links and temporary files must be."""
-    links = [f"{prefix}{name}" for prefix in ("", _WRITING) for name in (LATEST, BEST)]
+    links = [f"{prefix}{name}" for prefix in ("", WRITING) for name in (LATEST, BEST)]
     wrong = [name for name in links if os.path.lexists(directory / name) and not (directory / name).is_symlink()]
-    for prefix in (_WRITING, _DELETING):
+    for prefix in (WRITING, _DELETING):
         found = (path for path in directory.glob(f"{prefix}*") if path.name not in links)
         wrong += [path.name for path in found if not (path.is_symlink() or path.is_dir())]
     return sorted(wrong)
@@ -308,7 +288,7 @@ def begin(final: Path) -> Path:
     """Create the empty temporary directory in which the checkpoint ``final`` is written, and return it."""
     make(final.parent)
     remove_leftovers(final.parent)
-    temporary = temporary_path(final)
+    temporary = aside_path(final)
     temporary.mkdir()
     return temporary
 
@@ -318,7 +298,7 @@ def commit(final: Path) -> None:
 
     If ``final`` exists and holds the same state, it stays as it is. If it differs, it is kept under another name.
     """
-    temporary = temporary_path(final)
+    temporary = aside_path(final)
     if final.exists():
         difference = _difference(final, temporary)
         if difference is None:  # a resumed run saves an iteration for the second time
@@ -327,8 +307,7 @@ def commit(final: Path) -> None:
         names = (f"{_SET_ASIDE}{final.name}_{number}" for number in itertools.count(1))
         aside = next(path for path in map(final.with_name, names) if not path.exists())
         log.warning("%s exists already, but %s; it is kept as %s", final, difference, final.rename(aside).name)
-    temporary.rename(final)
-    sync_to_disk(final.parent)
+    put_in_place(temporary, final)
 
 
 def _difference(old: Path, new: Path) -> str | None:
@@ -364,7 +343,7 @@ def delete_older(directory: Path, iteration: int, keep: int) -> None:
 
 def remove_leftovers(directory: Path) -> None:
     """Remove what an interrupted save or deletion has left behind."""
-    for prefix in (_WRITING, _DELETING):
+    for prefix in (WRITING, _DELETING):
         for path in directory.glob(f"{prefix}*"):
             if path.is_symlink():
                 path.unlink()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hstu.base.errors import DataError
-from hstu.checkpoint.directory import check_files, describe_files, temporary_path, write_manifest
+from hstu.base.files import written_aside
+from hstu.checkpoint.directory import check_files, describe_files, write_manifest
 from hstu.checkpoint.dynamic import export_sizes, fill_export, read_tables
 from hstu.checkpoint.progress import EXPORT_VERSION
 from hstu.checkpoint.tensors import AVERAGE, CONSOLIDATED, join_name, open_tensors, read_metadata, split_name
@@ -49,18 +50,13 @@ def export(checkpoint: Path, output: Path, write_more: Callable[[Path], None] | 
     if output.exists():
         raise DataError(f"{output} exists; give the name of a directory that does not exist")
     check_files(checkpoint, f"cannot export {checkpoint}")
-    temporary = temporary_path(output)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(output) as temporary:
+        temporary.mkdir()
         _write(checkpoint, temporary)
         if write_more is not None:
             write_more(temporary)
         write_manifest(temporary, describe_files(temporary, (path for path in temporary.rglob("*") if path.is_file())))
-        temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return output
 
 

@@ -23,15 +23,14 @@ import torch
 from torch import Tensor
 
 from hstu.base.errors import DataError
+from hstu.base.files import written_aside
 from hstu.checkpoint.directory import (
     MANIFEST,
     check_files,
     describe_files,
     file_problems,
     listed_files,
-    put_in_place,
     read_manifest,
-    temporary_path,
     write_manifest,
 )
 from hstu.checkpoint.dynamic import (
@@ -71,11 +70,10 @@ def export_table(checkpoint: Path, table: str, path: Path, since_step: int | Non
     raw_ids = _raw_ids(checkpoint, table)
     arrow = pa.concat_tables([_to_arrow(part, raw_ids) for part in parts])
     metadata = {"table": table, "step": step, "since_step": since_step, "times": times}
-    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(arrow.replace_schema_metadata({METADATA: json.dumps(metadata)}), temporary)
-        put_in_place(temporary, path)
+        with written_aside(path) as aside:
+            pq.write_table(arrow.replace_schema_metadata({METADATA: json.dumps(metadata)}), aside)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
     return int(arrow.num_rows), step
@@ -135,22 +133,22 @@ def import_table(checkpoint: Path, table: str, files: Sequence[Path], output: Pa
     parts, raw_ids = read_table(checkpoint, table), _raw_ids(checkpoint, table)
     stored = replace(parts[0], times=last_of_all([part.times for part in parts]))
     content = _combine([_read_file(path, table, stored, raw_ids) for path in files])
-    temporary = temporary_path(copy)
-    shutil.rmtree(temporary, ignore_errors=True)
-    for name in [*read_manifest(checkpoint), MANIFEST]:
-        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint / name, temporary / name)
-    changed: list[Path] = []
-    for path in sorted(listed_files(temporary, DYNAMIC_FILES)):
-        tables = {name: fields for name, fields in read_table_dicts(path).items() if name != table}
-        path.unlink()
-        times_file(path).unlink(missing_ok=True)
-        if not changed:
-            tables[table] = content_as_dict(content)
-        changed += write_dynamic_tables(temporary, tables, rank_of(path))
-    kept = {name: entry for name, entry in read_manifest(temporary).items() if not name.startswith("dynamic_")}
-    write_manifest(temporary, kept | describe_files(temporary, changed))
-    return temporary.rename(copy)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(copy) as temporary:
+        for name in [*read_manifest(checkpoint), MANIFEST]:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint / name, temporary / name)
+        changed: list[Path] = []
+        for path in sorted(listed_files(temporary, DYNAMIC_FILES)):
+            tables = {name: fields for name, fields in read_table_dicts(path).items() if name != table}
+            path.unlink()
+            times_file(path).unlink(missing_ok=True)
+            if not changed:
+                tables[table] = content_as_dict(content)
+            changed += write_dynamic_tables(temporary, tables, rank_of(path))
+        kept = {name: entry for name, entry in read_manifest(temporary).items() if not name.startswith("dynamic_")}
+        write_manifest(temporary, kept | describe_files(temporary, changed))
+    return copy
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from hstu.base.files import aside_path, sync_to_disk
 from hstu.checkpoint import directory as folder
 from hstu.checkpoint.directory import (
     CheckpointFailure,
@@ -133,7 +134,7 @@ def write(directory: Path, snapshot: Snapshot, mesh: Mesh) -> Path:
     If any rank fails, all ranks raise and nothing is committed. Raises CheckpointFailure if the file system refuses.
     """
     final = folder.checkpoint_path(directory, snapshot.iteration)
-    temporary = folder.temporary_path(final)
+    temporary = aside_path(final)
     try:
         collective_io(lambda: folder.begin(final) if mesh.is_main else None, mesh)
         collective_io(lambda: _write_tensors(temporary, snapshot, mesh), mesh)
@@ -175,7 +176,7 @@ def _write_own_files(root: Path, snapshot: Snapshot, mesh: Mesh) -> Files:
 
 
 def _commit(final: Path, files: Files) -> None:
-    temporary = folder.temporary_path(final)
-    folder.sync_to_disk(temporary / TENSORS)
+    temporary = aside_path(final)
+    sync_to_disk(temporary / TENSORS)
     folder.write_manifest(temporary, files)
     folder.commit(final)

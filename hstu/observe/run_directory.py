@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, Optional, Self, TextIO
 
 from hstu.base.errors import ConfigError, UserError
+from hstu.base.files import replace_text
 from hstu.base.lock import DirectoryLock
 from hstu.observe.plots import draw_curves
 from hstu.observe.records import EvalRecord, TrainRecord, to_line
@@ -133,7 +134,7 @@ class RunDirectory:
         # The round trip through strict JSON turns nan into null, as in metrics.jsonl.
         text = json.dumps(json.loads(to_line({"status": status, **entries})), indent=2) + "\n"
         try:
-            _replace(self.path / "summary.json", text)
+            replace_text(self.path / "summary.json", text)
         except OSError as error:
             raise _failure(self.path / "summary.json", error) from error
 
@@ -178,12 +179,12 @@ class RunDirectory:
         if not continues:
             self._set_aside()
         if self.identity:
-            _replace(self.path / "run.json", self.identity)
+            replace_text(self.path / "run.json", self.identity)
         operative = self.path / "operative.gin"
         changed = operative.exists() and operative.read_text(encoding="utf-8") != config_text
         if changed:
             os.replace(operative, unused(self.path, "operative-{}.gin"))
-        _replace(operative, config_text)
+        replace_text(operative, config_text)
         # Readers would take the summary of an earlier attempt for that of this one.
         (self.path / "summary.json").unlink(missing_ok=True)
         resumed = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
@@ -216,13 +217,6 @@ class RunDirectory:
             self._metrics.flush()
         except OSError as error:
             raise _failure(self.metrics_file, error) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replace a file atomically: a reader, or a kill, finds either the whole old or the whole new file."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _failure(path: Path, error: OSError) -> RunDirectoryFailure:

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from hstu.base.files import replace_text
 from hstu.ops.kernels import KernelShapes
 from hstu.ops.self_check import cache_directory, describe, is_usable, locked
 
@@ -117,9 +118,7 @@ def _remembered(record: Path) -> dict[str, str | None]:
 
 
 def _remember(record: Path, known: Mapping[str, str | None]) -> None:
-    written = record.with_suffix(".new")
-    written.write_text(json.dumps(known), encoding="utf-8")
-    os.replace(written, record)
+    replace_text(record, json.dumps(known))
 
 
 def _check(

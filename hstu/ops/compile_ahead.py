@@ -24,6 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+from hstu.base.files import replace_text
 from hstu.ops.check_process import from_json
 
 READ_BY_LAUNCHES = (".cubin", ".json")
@@ -105,9 +106,7 @@ def adopt_triton_cache(folder: Path) -> None:
         paths = json.loads(group.read_text(encoding="utf-8"))["child_paths"]
         here = {name: str(group.with_name(name)) for name in paths if group.with_name(name).exists()}
         if here != paths:
-            written = group.with_suffix(f".{os.getpid()}")
-            written.write_text(json.dumps({"child_paths": here}), encoding="utf-8")
-            os.replace(written, group)
+            replace_text(group, json.dumps({"child_paths": here}), shared=True)
 
 
 def strip_triton_cache(folder: Path) -> None:

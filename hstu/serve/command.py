@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hstu.base.errors import DataError
+from hstu.base.files import replace_text
 from hstu.serve.loaded import LoadedModel
 
 M = TypeVar("M", bound=LoadedModel)
@@ -119,6 +120,6 @@ def check_new(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file. Raises DataError."""
     try:
-        path.write_text(text, encoding="utf-8")
+        replace_text(path, text)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error

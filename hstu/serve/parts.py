@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu.base.errors import DataError
-from hstu.checkpoint.directory import put_in_place, temporary_path
+from hstu.base.files import written_aside
 
 SETTINGS_FILE = "_settings.json"
 """Readers of Parquet directories leave out names that begin with an underscore."""
@@ -69,9 +69,8 @@ class Parts:
         self._put(self.path(number), lambda aside: pq.write_table(table, aside))
 
     def _put(self, path: Path, write: Any) -> None:
-        aside = temporary_path(path)
         try:
-            write(aside)
-            put_in_place(aside, path)
+            with written_aside(path) as aside:
+                write(aside)
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from hstu.checkpoint.directory import put_in_place, temporary_path
+from hstu.base.files import written_aside
 from hstu.data.batches.batch import HSTUBatch
 from hstu.parallel.collectives import gather_objects
 from hstu.serve.loaded import LoadedModel
@@ -79,7 +79,6 @@ def open_parquet(path: Path, name: str, ids: np.ndarray, width: int) -> Iterator
     """A Parquet file with the columns ``name`` and vector, a list of float32; complete once it has its name."""
     kind = pa.string() if ids.dtype == object else pa.int64()
     schema = pa.schema([(name, kind), ("vector", pa.list_(pa.float32(), width))])
-    aside = temporary_path(path)
 
     class Sink:
         """Writes one row group per part."""
@@ -89,16 +88,13 @@ def open_parquet(path: Path, name: str, ids: np.ndarray, width: int) -> Iterator
             lists = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors).reshape(-1)), width)
             writer.write_table(pa.table([pa.array(ids, kind), lists], schema=schema))
 
-    with pq.ParquetWriter(aside, schema) as writer:
+    with written_aside(path) as aside, pq.ParquetWriter(aside, schema) as writer:
         yield Sink()
-    put_in_place(aside, path)
 
 
 @contextmanager
 def open_npy(path: Path, ids: np.ndarray, width: int) -> Iterator[VectorSink]:
     """An array float32 [len(ids), width] in ``path``, and the raw ids of its rows in <stem>.ids.npy."""
-    aside = temporary_path(path)
-    array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=(len(ids), width))
     np.save(path.with_name(f"{path.stem}.ids.npy"), ids.astype(str) if ids.dtype == object else ids)
 
     class Sink:
@@ -111,6 +107,7 @@ def open_npy(path: Path, ids: np.ndarray, width: int) -> Iterator[VectorSink]:
             array[self.filled : self.filled + len(ids)] = vectors
             self.filled += len(ids)
 
-    yield Sink()
-    array.flush()
-    put_in_place(aside, path)
+    with written_aside(path) as aside:
+        array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=(len(ids), width))
+        yield Sink()
+        array.flush()

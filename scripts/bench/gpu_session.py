@@ -31,6 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hstu.base.files import replace_text
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from gpu_parts import DATA, LIMITS_S, OUT, PARTS, REPORT, SCRATCH, Item  # noqa: E402
@@ -83,13 +85,8 @@ class Records:
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Replace the record of an item."""
         self.items[name] = record
-        written = self.file.with_suffix(".new")
         lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in self.items.items())
-        with written.open("w", encoding="utf-8") as file:
-            file.write("{\n" + ",\n".join(lines) + "\n}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(written, self.file)
+        replace_text(self.file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from hstu.base.figure import COLOURS, GREY, STYLE  # noqa: E402
+from hstu.base.files import replace_text  # noqa: E402
 
 Row = dict[str, Any]
 """One record of a report."""
@@ -349,9 +349,7 @@ def write(report: Any, output: Path | None) -> None:
     """Replace the file as a whole, so that a reader, or a kill, finds the old report or the new one."""
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        written = output.with_suffix(".new")
-        written.write_text(to_json(report), encoding="utf-8")
-        os.replace(written, output)
+        replace_text(output, to_json(report))
 
 
 def earlier(options: argparse.Namespace) -> Row:

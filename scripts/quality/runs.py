@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu.base.errors import ConfigError, UserError
+from hstu.base.files import replace_text
 from hstu.config.args import DatasetArgs
 from hstu.config.gin_io import read_and_check
 from hstu.config.gin_scan import scan
@@ -194,9 +195,7 @@ class Run:
         records = [] if self.row.peer else read_metrics(self.folder / METRICS)
         lines = [json.dumps(each) for each in (header, *records, {"kind": "result", **vars(result)})]
         self.result_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.result_file.with_suffix(".new")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        temporary.replace(self.result_file)
+        replace_text(self.result_file, "\n".join(lines) + "\n")
 
     def _peer_result(self) -> Result:
         written = json.loads(self._peer_file.read_text(encoding="utf-8"))

@@ -181,7 +181,7 @@ def store_with(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreWith]:
         return write_store(folder / f"{kind}{event}", kind, event)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hstu.data.store.writer._fsync", lambda *_: None)
+        patched.setattr("hstu.base.files.sync_to_disk", lambda *_: None)
         yield store_with
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import IO
 from tqdm import tqdm
 
 from hstu.base.errors import DataError
+from hstu.base.files import put_in_place, written_aside
 from hstu.data.datasets.spec import Archive, DatasetSpec, RawFormat, WheelFiles
 
 _log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def download(archive: Archive, directory: Path) -> Path:
         part = directory / f"{archive.file}.part"
         _download_rest(archive.url, part)
         _check_archive(part, archive)
-        os.replace(part, target)
+        put_in_place(part, target)
     else:
         _check_archive(target, archive)
     return target
@@ -123,7 +123,7 @@ def fetch_wheel_files(wheel: WheelFiles, directory: Path) -> None:
                     _write_file(source, Path(folder) / name)
                 _check(Path(folder) / name, sha256, "sha256")
         for name in wheel.sha256:
-            os.replace(Path(folder) / name, directory / name)
+            put_in_place(Path(folder) / name, directory / name)
 
 
 def _fetch_archive(spec: DatasetSpec, published: Archive, directory: Path) -> None:
@@ -133,8 +133,8 @@ def _fetch_archive(spec: DatasetSpec, published: Archive, directory: Path) -> No
     for member, source in _members(archive):
         name = PurePosixPath(member).name
         if name in wanted:
-            _write_file(source, directory / f"{name}.part")
-            os.replace(directory / f"{name}.part", directory / name)
+            with written_aside(directory / name) as aside:
+                _write_file(source, aside)
     archive.unlink()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow
 
 from hstu.base.errors import ConfigError, DataError
+from hstu.base.files import written_aside
 from hstu.data.datasets.raw import COMPRESSIONS, RawFile, literal, one_file, open_bytes
 
 _ENGINE_FRACTION = 0.55
@@ -114,9 +115,8 @@ def utf8_column(engine: Connection, query: str) -> tuple[np.ndarray, np.ndarray]
 
 def write_parquet(engine: Connection, select: str, target: Path) -> int:
     """Writes the rows of a query to a file, which appears whole; returns their number."""
-    part = target.with_suffix(".part")
-    (rows,) = one(engine, f"COPY ({select}) TO {literal(str(part))} (FORMAT parquet, COMPRESSION lz4_raw)")
-    os.replace(part, target)
+    with written_aside(target) as aside:
+        (rows,) = one(engine, f"COPY ({select}) TO {literal(str(aside))} (FORMAT parquet, COMPRESSION lz4_raw)")
     return int(rows)
 
 

@@ -5,13 +5,13 @@ The sizes suit two CPU cores. A file that exists is never replaced, because its 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from hstu.base.files import replace_text
 from hstu.config.args import EmbeddingArgs, NetworkArgs, Task
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.embeddings import predefined_embeddings
@@ -63,14 +63,12 @@ def rows_with_headroom(ids: int) -> int:
 def _write(file: Path, text: str, store: SequenceStore) -> str:
     """Writes the file unless there is one. Returns what to add to the message."""
     if not file.exists():
-        part = file.with_name(f".{file.name}.{os.getpid()}")  # so that another process never reads half a file
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
+        replace_text(file, text, shared=True)
     elif file.read_text(encoding="utf-8", errors="replace") != text:
         if file.stat().st_mtime >= (store.path / META_FILE).stat().st_mtime:
             return " (edited, kept)"
         new = file.with_name(f"{file.name}.new")
-        new.write_text(text, encoding="utf-8")
+        replace_text(new, text, shared=True)
         return f" (from an earlier store, kept; for this one: {new})"
     return ""
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from hstu.base.errors import DataError
+from hstu.base.files import put_in_place, sync_tree
 from hstu.base.journal import Journal
 from hstu.data.batches.jagged import run_offsets
 from hstu.data.features.number_statistics import statistics_of_numbers
@@ -258,17 +259,14 @@ class StoreWriter:
         (self.partial / META_FILE).write_text(sealed(self._meta()), encoding="utf-8")
         shutil.rmtree(self.scratch)
         SequenceStore.open(self.partial).verify_values()
-        for file in self.partial.iterdir():
-            _fsync(file)
-        _fsync(self.partial)
+        sync_tree(self.partial)
         discarded = discarded_beside(self.target)
         check_replaceable(discarded)
         _empty(discarded, last=META_FILE)
         self._check_target()
         if self.target.exists():
             self.target.rename(discarded)
-        self.partial.rename(self.target)
-        _fsync(self.target.parent)
+        put_in_place(self.partial, self.target)
         _empty(discarded, last=META_FILE)
         if discarded.is_dir():
             discarded.rmdir()
@@ -362,11 +360,3 @@ def _empty(directory: Path, last: str) -> None:
     paths = directory.iterdir() if directory.is_dir() else ()
     for path in sorted(paths, key=lambda path: path.name == last):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hstu.base.files import put_in_place
 from hstu.ops.self_check import cache_directory, locked
 
 log = logging.getLogger(__name__)
@@ -185,12 +185,10 @@ def _is_intact(library: Path) -> bool:
 
 
 def _seal(library: Path) -> None:
-    """Append the hash, which the loader ignores, and write the file to the disk."""
+    """Append the hash, which the loader ignores."""
     digest = hashlib.sha256(library.read_bytes()).digest()
     with library.open("ab") as file:
         file.write(digest)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _compile(compiler: str, library: Path) -> None:
@@ -206,7 +204,7 @@ def _compile(compiler: str, library: Path) -> None:
             first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[-300:])
             raise KernelsUnavailable(f"{compiler} cannot compile the CPU kernels: {first.strip()}")
         _seal(made)
-        os.replace(made, library)
+        put_in_place(made, library)
     log.info("compiled the CPU kernels in %.0f s: %s", time.monotonic() - begun, library)
 
 

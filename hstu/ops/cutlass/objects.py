@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from cutlass.base_dsl.common import DSLRuntimeError
 from cutlass.base_dsl.compiler import HostTarget
 from cutlass.cute.runtime import find_runtime_libraries, load_module
 
+from hstu.base.files import written_aside
 from hstu.ops.self_check import cache_directory
 
 SYMBOL = "hstu_kernel"
@@ -48,9 +48,8 @@ def save(function: Any, variant: object) -> None:
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
     file = object_file(variant)
     file.parent.mkdir(parents=True, exist_ok=True)
-    written = file.with_suffix(f".{os.getpid()}")
-    written.write_bytes(function.dump_to_object(SYMBOL))
-    os.replace(written, file)
+    with written_aside(file, shared=True) as aside:
+        aside.write_bytes(function.dump_to_object(SYMBOL))
 
 
 def load(variant: object) -> Any | None:

@@ -33,7 +33,7 @@ Sample = dict[str, Any]
 @pytest.fixture(autouse=True, scope="module")
 def _without_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hstu.data.store.writer._fsync", lambda *_: None)
+        patched.setattr("hstu.base.files.sync_to_disk", lambda *_: None)
         yield
 
 

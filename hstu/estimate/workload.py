@@ -18,7 +18,7 @@ from hstu.data.sampling.sampler import Loads
 from hstu.model.embedding import TableSpec
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import LogCounts
-from hstu.model.stack import HSTULayer, SequenceEncoder, kernel_shapes
+from hstu.model.stack import FusedHSTULayer, SequenceEncoder, kernel_shapes
 from hstu.ops.costs import FLOAT32
 from hstu.ops.kernels import Kernels
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
@@ -182,9 +182,9 @@ class Workload:
         return encoder
 
     @property
-    def layer(self) -> HSTULayer:
+    def layer(self) -> FusedHSTULayer:
         """The first layer of ``task``; all layers are alike."""
-        return next(module for module in self.task.modules() if isinstance(module, HSTULayer))
+        return next(module for module in self.task.modules() if isinstance(module, FusedHSTULayer))
 
     @cached_property
     def projected_widths(self) -> dict[str, int]:

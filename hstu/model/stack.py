@@ -1,26 +1,23 @@
-"""The HSTU layer, and the encoder of such layers that ranking and retrieval share.
-
-Source: HSTU, arXiv 2402.17152, sec. 3.
-"""
+"""The encoder that ranking and retrieval share: the inputs, and HSTU layers on kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import NetworkArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
+from hstu.model.layer import HSTULayer
 from hstu.model.precision import DTYPES, mixed_precision
 from hstu.model.truncation import Truncation
 from hstu.ops.comm import LayerComm
-from hstu.ops.kernels import AttentionConfig, AttentionForward, Kernels, KernelShapes
+from hstu.ops.kernels import AttentionForward, Kernels, KernelShapes
 from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights
-from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
+from hstu.ops.layout import JaggedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 
@@ -37,58 +34,21 @@ def kernel_shapes(network: NetworkArgs, tp_size: int = 1) -> KernelShapes:
     )
 
 
-class RelativeAttentionBias(nn.Module):
-    """Learned bias of a layer by distance and by time, shared by its heads. Initial values: N(0, 0.02²)."""
-
-    def __init__(self, max_tokens: int) -> None:
-        super().__init__()
-        self.position_weight = nn.Parameter(torch.randn(2 * max_tokens - 1) * 0.02)
-        self.time_weight = nn.Parameter(torch.randn(NUM_TIME_BUCKETS) * 0.02)
-
-
-class HSTULayer(nn.Module):
-    """The update W_o · Dropout(LayerNorm(attention) ⊙ U) of x, with U, V, Q, K = SiLU(W_uvqk · LayerNorm(x) + b).
-
-    The rows of W_uvqk lie as [head, (u v q k), channel], so that a tensor-parallel shard (cut by hstu.parallel.tensor)
-    holds whole heads. Initial values: W_uvqk N(0, 0.02²), its bias 0, W_o
-    Xavier uniform, norms 1 and 0.
+class FusedHSTULayer(HSTULayer):
+    """An HSTU layer as one autograd function over kernels, on one rank or with its heads or tokens split over several.
 
     Args:
-        network: widths, dropout, mask, and what backward recomputes.
-        max_tokens: tokens of the longest possible sequence, the divisor N unless ``scaling_seqlen`` is given.
+        network, max_tokens, index: as in :class:`HSTULayer`; ``network`` also says what backward recomputes.
         kernels: from :func:`hstu.ops.select.select_kernels`.
-        index: of the layer, from 0.
     """
 
     def __init__(
         self, network: NetworkArgs, max_tokens: int, kernels: Kernels = REFERENCE_KERNELS, index: int = 0
     ) -> None:
-        super().__init__()
-        self.network = network
+        super().__init__(network, max_tokens, index)
         self.kernels = kernels
-        self.attention_config = AttentionConfig(
-            alpha=network.score_factor,
-            scaling_seqlen=network.scaling_seqlen if network.scaling_seqlen > 0 else max_tokens,
-            is_causal=network.is_causal,
-            contextual_mask=not network.disable_contextual_mask,
-            max_span=network.attention_spans[index],
-            full_tokens=network.min_full_attention_tokens,
-        )
-        inner = network.num_attention_heads * network.kv_channels
-
-        self.input_norm = nn.LayerNorm(network.hidden_size, eps=network.norm_epsilon)
-        self.uvqk = nn.Linear(network.hidden_size, 4 * inner)
-        self.output_norm = nn.LayerNorm(inner, eps=network.norm_epsilon)
-        self.out = nn.Linear(inner, network.hidden_size, bias=False)
         self.comm = LayerComm()
         """Communication with the ranks that hold the other heads of uvqk, output_norm and out."""
-        self.bias: RelativeAttentionBias | None = None
-        if network.has_relative_bias:
-            self.bias = RelativeAttentionBias(max_tokens)
-
-        nn.init.normal_(self.uvqk.weight, std=0.02)
-        nn.init.zeros_(self.uvqk.bias)
-        nn.init.xavier_uniform_(self.out.weight)
 
     def forward(
         self,
@@ -97,10 +57,10 @@ class HSTULayer(nn.Module):
         update: Tensor | None = None,
         attend: AttentionForward | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x and the update of the layer before (None: this is the first) → x + update, and the layer's own update.
+        """See :class:`HSTULayer`.
 
-        All are [T, D]. What follows the last layer adds its update to x. ``attend``: the attention of a forward without
-        backward, instead of the kernel's, for tokens that also attend to what ``layout`` does not have.
+        ``attend``: the attention of a forward without backward, instead of the kernel's, for tokens that also attend to
+        what ``layout`` does not have.
         """
         network, bias, kernels = self.network, self.bias, self.kernels
         if attend is not None:
@@ -146,7 +106,9 @@ class SequenceEncoder(nn.Module):
         self.features = features
         self.inputs = SequenceInputs(network, features, kernels)
         max_tokens = features.max_tokens(network)
-        layers = nn.ModuleList(HSTULayer(network, max_tokens, kernels, index) for index in range(network.num_layers))
+        layers = nn.ModuleList(
+            FusedHSTULayer(network, max_tokens, kernels, index) for index in range(network.num_layers)
+        )
         self.stack = nn.ModuleDict({"layers": layers})  # the name of the layers in checkpoints
         self.comm = LayerComm()
         """Communication with the ranks that share the tokens between the layers."""

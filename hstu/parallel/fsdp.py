@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hstu.model.gr_model import DenseModel, GRModel
-from hstu.model.stack import HSTULayer
+from hstu.model.stack import FusedHSTULayer
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView, all_finite, local_part, view_of
 from hstu.parallel.weight_shares import WeightShares
@@ -44,7 +44,7 @@ class FullySharded:
         self.tables = list(dense.replicated.parameters())
         attributes = {name: vars(weight) for name, weight in dense.named_parameters()}
         ranks = DeviceMesh.from_group(mesh.shard_group, mesh.device.type)
-        layers = [module for module in dense.modules() if isinstance(module, HSTULayer)]
+        layers = [module for module in dense.modules() if isinstance(module, FusedHSTULayer)]
         of_layers = {weight for layer in layers for weight in layer.parameters()}  # gone after its forward
         dense.filled = [name for name, weight in dense.task.named_parameters() if weight not in of_layers]
         self.units: list[FSDPModule] = [

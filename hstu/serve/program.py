@@ -20,7 +20,7 @@ from torch.func import functional_call
 from hstu.model.heads import MultiTaskHead
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense
-from hstu.model.stack import HSTULayer, SequenceEncoder
+from hstu.model.stack import FusedHSTULayer, SequenceEncoder
 from hstu.model.tasks import MultiTaskDense, RankingTask
 from hstu.ops.kernels import AttentionKernels
 from hstu.ops.layout import JaggedLayout
@@ -83,7 +83,7 @@ class ServingProgram(nn.Module):
         self.inputs = _frozen(encoder.inputs)
         self.layers = _frozen(encoder.layers)
         for layer in self.layers:
-            cast(HSTULayer, layer).kernels = _KERNELS
+            cast(FusedHSTULayer, layer).kernels = _KERNELS
         self.head: nn.Module | None = None
         self.tasks: nn.ModuleList | None = None
         if isinstance(task, RetrievalDense):

@@ -32,7 +32,7 @@ from hstu.config.args import NetworkArgs, RankingArgs
 from hstu.data.batches.batch import HSTUBatch, keyed_jagged
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.ranking import RankingDense
-from hstu.model.stack import HSTULayer, SequenceEncoder
+from hstu.model.stack import FusedHSTULayer, SequenceEncoder
 from hstu.observe.logging import quiet_libraries
 from hstu.ops.comm import Pending
 from hstu.ops.kernels import KernelShapes
@@ -128,7 +128,7 @@ def run_model(mesh: Mesh, options: argparse.Namespace) -> Row:
     cpu_s = time.process_time() - begun
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     layer = model.encoder.layers[0]
-    assert isinstance(layer, HSTULayer)
+    assert isinstance(layer, FusedHSTULayer)
     return {
         "cpu_s": round(cpu_s, 2),
         "kept_bytes": sum(size for address, size in kept.items() if address not in weights),

@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from hstu.config.args import NetworkArgs
-from hstu.model.stack import HSTULayer, kernel_shapes
+from hstu.model.stack import FusedHSTULayer, kernel_shapes
 from hstu.ops.costs import ATTENTION_PASSES, PROJECTION_PASSES, attention_flops, projection_flops
 from hstu.ops.kernels import Backend
 from hstu.ops.layer import saved_bytes
@@ -135,7 +135,7 @@ def passes_of(case: Case, dtype: torch.dtype, device: torch.device, with_compile
     x = torch.randn(int(lengths.sum()), case.hidden, device=device, requires_grad=True)
     passes = {}
     for backend in BACKENDS[device.type]:
-        layer = HSTULayer(network, longest, resolve_kernels(backend, kernel_shapes(network))).to(device)
+        layer = FusedHSTULayer(network, longest, resolve_kernels(backend, kernel_shapes(network))).to(device)
         passes[LABELS.get(backend, f"ours, {backend.value}")] = Pass(
             lambda layer=layer: run_layer(layer, x, dtype, layout), [x, *layer.parameters()]  # type: ignore[misc]
         )  # fmt: skip
@@ -182,7 +182,7 @@ class MemoryCase:
     """Layers with one of the OPTIONS, and their input."""
 
     network: NetworkArgs
-    layers: Sequence[HSTULayer]
+    layers: Sequence[FusedHSTULayer]
     dtype: str
     layout: JaggedLayout
     x: Tensor
@@ -236,7 +236,7 @@ def memory_cases(backend: Backend, dtype: str) -> dict[str, MemoryCase]:
         network = replace(NETWORK, dtype_str=dtype, **options)
         kernels = resolve_kernels(backend, kernel_shapes(network))
         x = torch.randn(layout.num_tokens, network.hidden_size, requires_grad=True)
-        layers = [HSTULayer(network, LONGEST, kernels) for _ in range(network.num_layers)]
+        layers = [FusedHSTULayer(network, LONGEST, kernels) for _ in range(network.num_layers)]
         cases[name] = MemoryCase(network, layers, dtype, layout, x)
     return cases
 

@@ -21,7 +21,7 @@ from hstu.config.run_config import RunConfig
 from hstu.estimate import memory, traffic
 from hstu.estimate.plan import plan_workload
 from hstu.model.outputs import ModelOutput
-from hstu.model.stack import HSTULayer
+from hstu.model.stack import FusedHSTULayer
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.finite import NonFiniteStep
 from hstu.train.builder import build_evaluator, build_loss_scale, build_pipeline
@@ -287,7 +287,7 @@ def freed_and_refused(mesh: Mesh, store: str, case: str) -> dict[str, Any]:
     """Bytes of gathered weights of layers that are left for backward; the error of a step with nan on rank 1."""
     run = Run(mesh, store, CASES[case], "weights")
     dense, kept = run.state.model.dense, []
-    layers = [module for module in dense.modules() if isinstance(module, HSTULayer)]
+    layers = [module for module in dense.modules() if isinstance(module, FusedHSTULayer)]
     for layer in layers:
         layer.register_forward_pre_hook(lambda layer, _: kept.append(layer.uvqk.weight))
     told: dict[str, Any] = {}

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hstu.model.stack import HSTULayer
+from hstu.model.layer import HSTULayer
+from hstu.model.stack import FusedHSTULayer
 from tests.model.examples import gradients, make_network
 from tests.ops import oracle
 from tests.ops.oracle import User
@@ -28,15 +29,15 @@ BATCH = Batch(
 MAX_TOKENS = 16
 
 
-def make_layer(seed: int = 0, **changes: Any) -> HSTULayer:
+def make_layer(seed: int = 0, **changes: Any) -> FusedHSTULayer:
     torch.manual_seed(seed)
-    layer = HSTULayer(make_network(**changes), MAX_TOKENS)
+    layer = FusedHSTULayer(make_network(**changes), MAX_TOKENS)
     for parameter in layer.parameters():  # far from the initial values, so that each term counts
         nn.init.normal_(parameter, std=0.5)
     return layer
 
 
-def formula(layer: HSTULayer, x: Tensor) -> Tensor:
+def formula(layer: FusedHSTULayer, x: Tensor) -> Tensor:
     """The layer written down from the model's definition, with plain float64 operators."""
     network, heads, width = layer.network, 2, 4
     y = F.layer_norm(x, (8,), layer.input_norm.weight, layer.input_norm.bias, network.norm_epsilon)
@@ -60,22 +61,21 @@ def formula(layer: HSTULayer, x: Tensor) -> Tensor:
     return x + gated @ layer.out.weight.T  # type: ignore[union-attr, operator]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"is_causal": False},
-        {"disable_contextual_mask": True},
-        {"position_encoding": "relative_bias"},
-        {"position_encoding": ("absolute", "relative_bias")},
-        {"attention_scale": 1.5},
-        {"scaling_seqlen": 5},
-        {"norm_epsilon": 0.1},
-        {"max_attention_span": 3},
-        {"max_attention_span": (2, None), "min_full_attention_tokens": 4, "position_encoding": "relative_bias"},
-    ],
-    ids=str,
-)
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"is_causal": False},
+    {"disable_contextual_mask": True},
+    {"position_encoding": "relative_bias"},
+    {"position_encoding": ("absolute", "relative_bias")},
+    {"attention_scale": 1.5},
+    {"scaling_seqlen": 5},
+    {"norm_epsilon": 0.1},
+    {"max_attention_span": 3},
+    {"max_attention_span": (2, None), "min_full_attention_tokens": 4, "position_encoding": "relative_bias"},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_equals_its_formula_forward_and_backward(changes: dict[str, Any]) -> None:
     layer = make_layer(**changes).double()
     reference = copy.deepcopy(layer)
@@ -90,6 +90,16 @@ def test_equals_its_formula_forward_and_backward(changes: dict[str, Any]) -> Non
         torch.testing.assert_close(
             gradients(layer)[name], gradient, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("changes", [*CHANGES, {"hidden_dropout": 0.3}], ids=str)
+def test_the_plain_layer_equals_the_fused_one(changes: dict[str, Any]) -> None:
+    fused = make_layer(**changes).double()
+    plain = HSTULayer(fused.network, MAX_TOKENS).double()
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(BATCH.layout().num_tokens, 8, dtype=torch.float64)
+    for ours, expected in zip(step(fused, x), step(plain, x), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
 def step(layer: HSTULayer, x: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:

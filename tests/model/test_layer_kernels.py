@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hstu.model.stack import HSTULayer
+from hstu.model.stack import FusedHSTULayer
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.kernels import Backend
 from tests.model.examples import gradients, make_network
@@ -29,9 +29,9 @@ def compiler() -> None:
         pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
 
 
-def make_layer(backend: Backend, **changes: Any) -> HSTULayer:
+def make_layer(backend: Backend, **changes: Any) -> FusedHSTULayer:
     torch.manual_seed(0)
-    layer = HSTULayer(make_network(**changes), MAX_TOKENS, kernels_of(backend, has_bias=True))
+    layer = FusedHSTULayer(make_network(**changes), MAX_TOKENS, kernels_of(backend, has_bias=True))
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
     return layer

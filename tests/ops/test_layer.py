@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hstu.config.args import NetworkArgs
-from hstu.model.stack import HSTULayer
+from hstu.model.stack import FusedHSTULayer
 from hstu.ops.comm import LayerComm
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.kernels import AttentionConfig, Backend
@@ -139,7 +139,7 @@ def network_of(dropout: float, **changes: Any) -> NetworkArgs:
     return make_network(hidden_size=32, kv_channels=16, hidden_dropout=dropout, **changes)
 
 
-def saved(layer: HSTULayer, inputs: tuple[Any, ...], dtype: torch.dtype | None) -> int:
+def saved(layer: FusedHSTULayer, inputs: tuple[Any, ...], dtype: torch.dtype | None) -> int:
     """Bytes of the storages that autograd is given to keep, apart from parameters'."""
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, Tensor] = {}
@@ -156,7 +156,7 @@ def saved(layer: HSTULayer, inputs: tuple[Any, ...], dtype: torch.dtype | None) 
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
 
 
-def stays(layer: HSTULayer, inputs: tuple[Any, ...], dtype: torch.dtype | None) -> int:
+def stays(layer: FusedHSTULayer, inputs: tuple[Any, ...], dtype: torch.dtype | None) -> int:
     """Bytes that are alive after the forward and were not before, by the allocator's own count, but for the update."""
     with (
         torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
@@ -176,7 +176,7 @@ def test_what_is_kept_is_the_formula_to_the_byte(
 ) -> None:
     """The first layer keeps its input, a later one the sum of its input and the update, which it allocates."""
     network = network_of(dropout, **changes)
-    layer = HSTULayer(network, 256, kernels_of(backend, dtype=dtype or torch.float32))
+    layer = FusedHSTULayer(network, 256, kernels_of(backend, dtype=dtype or torch.float32))
     layout = Batch((User(20, 0), User(18, 0)), 0, 1, 1).layout()
     tokens = layout.num_tokens
     x = torch.randn(tokens, 32, requires_grad=True)
@@ -195,7 +195,7 @@ def test_what_is_kept_is_the_formula_to_the_byte(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_gradients_nothing_is_kept(backend: Backend) -> None:
-    layer, layout = HSTULayer(network_of(0.2), 256, kernels_of(backend)), Batch((User(20, 0),), 0, 1, 1).layout()
+    layer, layout = FusedHSTULayer(network_of(0.2), 256, kernels_of(backend)), Batch((User(20, 0),), 0, 1, 1).layout()
     x = torch.randn(layout.num_tokens, 32)
     layer(x, layout)  # makes the attention's plan, which stays in the layout
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_without_gradients_nothing_is_kept(backend: Backend) -> None:
 
 
 def test_backward_runs_twice_where_the_graph_is_retained_and_lets_go_where_it_is_not() -> None:
-    layer, layout = HSTULayer(network_of(0.2), 256), Batch((User(20, 0), User(9, 0)), 0, 1, 1).layout()
+    layer, layout = FusedHSTULayer(network_of(0.2), 256), Batch((User(20, 0), User(9, 0)), 0, 1, 1).layout()
     x = torch.randn(layout.num_tokens, 32, requires_grad=True)
     out = torch.add(*layer(x, layout))
     first, again = (torch.autograd.grad(out.sum(), [x, *layer.parameters()], retain_graph=True) for _ in range(2))
@@ -221,7 +221,7 @@ def test_a_layer_adds_the_update_of_the_layer_before_with_the_bits_of_a_plain_su
     backend: Backend, residual: torch.dtype
 ) -> None:
     dtype, layout = torch.bfloat16, Batch((User(20, 0), User(9, 0)), 0, 1, 1).layout()
-    layer = HSTULayer(network_of(0.0), 256, kernels_of(backend, dtype=dtype))
+    layer = FusedHSTULayer(network_of(0.0), 256, kernels_of(backend, dtype=dtype))
     x = torch.randn(layout.num_tokens, 32).to(residual).requires_grad_()
     update = torch.randn(layout.num_tokens, 32, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hstu.config.args import NetworkArgs
-from hstu.model.stack import HSTULayer
+from hstu.model.stack import FusedHSTULayer
 from hstu.ops import products
 from hstu.ops.self_check import small_layout
 
@@ -48,7 +48,7 @@ def test_a_layer_multiplies_in_float32_where_the_cpu_lacks_bfloat16(
 ) -> None:
     monkeypatch.setattr(products, "cpu_multiplies_bfloat16", lambda: has_instructions)
     network = NetworkArgs(num_layers=1, hidden_size=16, num_attention_heads=2, kv_channels=8, dtype_str="bfloat16")
-    layer = HSTULayer(network, max_tokens=20)
+    layer = FusedHSTULayer(network, max_tokens=20)
     layout = small_layout(torch.device("cpu"))
     x = torch.randn(layout.num_tokens, 16, requires_grad=True)
     with Factors() as recorded, torch.autocast("cpu", dtype=torch.bfloat16):

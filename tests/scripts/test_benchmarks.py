@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hstu.config.args import NetworkArgs
-from hstu.model.stack import HSTULayer
+from hstu.model.stack import FusedHSTULayer
 from hstu.ops.cutlass.schedule import Rows
 from hstu.ops.triton.compile_ahead import Compiled
 from tests.conftest import REPOSITORY
@@ -96,7 +96,7 @@ def test_the_padded_layer_is_ours(position_encoding: tuple[str, ...]) -> None:
         hidden_dropout=0.0,
         position_encoding=position_encoding,
     )
-    ours, theirs = HSTULayer(network, 9), import_module("padded_baseline").PaddedLayer(network, 9)
+    ours, theirs = FusedHSTULayer(network, 9), import_module("padded_baseline").PaddedLayer(network, 9)
     theirs.load_state_dict({name.removeprefix("bias."): weight for name, weight in ours.state_dict().items()})
     times = torch.cat([torch.arange(9), torch.arange(9)]) ** 3 * 1000
     layout = import_module("attention").Shape(np.array([9, 9]), 2, 4).layout(CPU, times)

@@ -1,0 +1,74 @@
+"""One HSTU layer in plain PyTorch. Read this first: it is all that a layer computes, in the order of the paper.
+
+Models run :class:`hstu.model.stack.FusedHSTULayer`, a subclass that computes the same with kernels. The layer with its
+heads split over tensor-parallel ranks is in hstu/parallel/tensor.py. Source: HSTU, arXiv 2402.17152, sec. 3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hstu.config.args import NetworkArgs
+from hstu.ops.dropout import dropout
+from hstu.ops.functional import hstu_attention
+from hstu.ops.kernels import AttentionConfig, RelativeBias
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+
+
+class RelativeAttentionBias(nn.Module):
+    """Learned bias of a layer by distance and by time, shared by its heads. Initial values: N(0, 0.02²)."""
+
+    def __init__(self, max_tokens: int) -> None:
+        super().__init__()
+        self.position_weight = nn.Parameter(torch.randn(2 * max_tokens - 1) * 0.02)
+        self.time_weight = nn.Parameter(torch.randn(NUM_TIME_BUCKETS) * 0.02)
+
+
+class HSTULayer(nn.Module):
+    """The update W_o · Dropout(LayerNorm(attention) ⊙ U) of x, with U, V, Q, K = SiLU(W_uvqk · LayerNorm(x) + b).
+
+    The rows of W_uvqk lie as [head, (u v q k), channel], so that a tensor-parallel shard holds whole heads. Initial
+    values: W_uvqk N(0, 0.02²), its bias 0, W_o Xavier uniform, norms 1 and 0.
+
+    Args:
+        network: widths, dropout and mask.
+        max_tokens: tokens of the longest possible sequence, the divisor N unless ``scaling_seqlen`` is given.
+        index: of the layer, from 0.
+    """
+
+    def __init__(self, network: NetworkArgs, max_tokens: int, index: int = 0) -> None:
+        super().__init__()
+        self.network = network
+        inner = network.num_attention_heads * network.kv_channels
+        self.input_norm = nn.LayerNorm(network.hidden_size, eps=network.norm_epsilon)
+        self.uvqk = nn.Linear(network.hidden_size, 4 * inner)
+        self.output_norm = nn.LayerNorm(inner, eps=network.norm_epsilon)
+        self.out = nn.Linear(inner, network.hidden_size, bias=False)
+        self.bias = RelativeAttentionBias(max_tokens) if network.has_relative_bias else None
+        self.attention_config = AttentionConfig(
+            alpha=network.score_factor,
+            scaling_seqlen=network.scaling_seqlen if network.scaling_seqlen > 0 else max_tokens,
+            is_causal=network.is_causal,
+            contextual_mask=not network.disable_contextual_mask,
+            max_span=network.attention_spans[index],
+            full_tokens=network.min_full_attention_tokens,
+        )
+        nn.init.normal_(self.uvqk.weight, std=0.02)
+        nn.init.zeros_(self.uvqk.bias)
+        nn.init.xavier_uniform_(self.out.weight)
+
+    def forward(self, x: Tensor, layout: JaggedLayout, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x and the update of the layer before (None: this is the first) → x + update, and the layer's own update.
+
+        All are [T, D]. What follows the last layer adds its update to x.
+        """
+        x = x if update is None else x + update
+        projected = F.silu(self.uvqk(self.input_norm(x)))
+        u, v, q, k = projected.unflatten(1, (-1, 4, self.network.kv_channels)).unbind(2)  # [T, H, d] each
+        bias = None if self.bias is None else RelativeBias(self.bias.position_weight, self.bias.time_weight)
+        attended = hstu_attention(q, k, v, layout, self.attention_config, bias, REFERENCE_KERNELS.attention)
+        gated = self.output_norm(attended.flatten(1)) * u.flatten(1)
+        return x, self.out(dropout(gated, self.network.hidden_dropout, self.training))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged
+from hstu.data.batches.batch import NEGATIVES, BatchNegatives, HSTUBatch, ItemColumns, SeenIds, keyed_jagged
 
 
 def _flat(lists: Sequence[Sequence[int]]) -> np.ndarray:
@@ -76,15 +76,20 @@ def make_batch(
         num_labels=torch.tensor(num_labels, dtype=torch.int64),
         labels=torch.tensor(labels, dtype=torch.int64),
         user_ids=torch.from_numpy(user_ids),
-        timestamps=None if timestamp_lists is None else torch.from_numpy(_flat(timestamp_lists)),
-        draws=_tensor(draws, torch.int32),
-        pool_positions=None if pool is None else torch.from_numpy(pool),
-        seen_values=None if seen_lists is None else torch.from_numpy(_flat(seen_lists)),
-        seen_offsets=None if seen_lists is None else _tensor([0, *np.cumsum([len(s) for s in seen_lists]).tolist()]),
+        items=ItemColumns(timestamps=None if timestamp_lists is None else torch.from_numpy(_flat(timestamp_lists))),
+        negatives=BatchNegatives(
+            draws=_tensor(draws, torch.int32), pool_positions=None if pool is None else torch.from_numpy(pool)
+        ),
+        seen=None
+        if seen_lists is None
+        else SeenIds(
+            values=torch.from_numpy(_flat(seen_lists)),
+            offsets=torch.tensor([0, *np.cumsum([len(row) for row in seen_lists]).tolist()]),
+        ),
         real_batch_size=int((lengths > 0).sum()),
         item_lengths=lengths,
         num_candidates_host=candidates,
-        num_labels_total=int(sum(num_labels)),
+        num_labels_host=np.array(num_labels, dtype=np.int64),
     )
 
 

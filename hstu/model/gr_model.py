@@ -51,10 +51,10 @@ class DenseModel(nn.Module):
         embeddings: dict[str, JaggedTensor] = self.replicated(batch.features)
         for collection in looked_up:
             embeddings.update(narrow_to_dim(collection, self._dim_of_feature))
-        if batch.pool_ids is not None and POOL not in embeddings:
-            embeddings[POOL] = _as_one_sequence(self.replicated.rows(self._item_feature, batch.pool_ids))
-        if batch.pool_features is not None:
-            for name, ids in batch.pool_features.to_dict().items():
+        if batch.negatives.pool_ids is not None and POOL not in embeddings:
+            embeddings[POOL] = _as_one_sequence(self.replicated.rows(self._item_feature, batch.negatives.pool_ids))
+        if batch.negatives.pool_features is not None:
+            for name, ids in batch.negatives.pool_features.to_dict().items():
                 if of_pool(name) not in embeddings:
                     embeddings[of_pool(name)] = _as_one_sequence(self.replicated.rows(name, ids.values()))
         output: ModelOutput = self.task(embeddings, batch)

@@ -142,7 +142,7 @@ class SequenceInputs(nn.Module):
 
     def layout(self, batch: HSTUBatch) -> JaggedLayout:
         """Where the tokens of a batch lie. Raises ConfigError where the model needs times and the batch has none."""
-        if self.needs_times and batch.timestamps is None:
+        if self.needs_times and batch.items.timestamps is None:
             raise ConfigError(
                 'NetworkArgs.position_encoding = "relative_bias" needs the time of every event, and this data '
                 'has none; use "absolute" or "none"'
@@ -155,7 +155,7 @@ class SequenceInputs(nn.Module):
             tokens_per_item=self.tokens_per_item,
             target_group_size=self.target_group_size,
             device=batch.num_candidates.device,
-            item_times=batch.timestamps if self.needs_times else None,
+            item_times=batch.items.timestamps if self.needs_times else None,
             asks_for_next=self.features.asks_for_next,
             request_times=batch.request_times if self.needs_times else None,
         )
@@ -212,13 +212,13 @@ class SequenceInputs(nn.Module):
         names, rows = self.side[role], []
         if names:
             lists, lengths = self.features.lists, {}
-            if batch.list_lengths is not None:
-                lengths = dict(zip(lists, batch.list_lengths, strict=True))
+            if batch.items.list_lengths is not None:
+                lengths = dict(zip(lists, batch.items.list_lengths, strict=True))
             joined = join_rows(names, {name: embeddings[name].values() for name in names}, lengths)
             rows.append(_rows(joined, own) * self.scale)
         if role in self.numbers:
-            assert batch.numbers is not None
-            numbers = self.numbers[role](_rows(batch.numbers, own))
+            assert batch.items.numbers is not None
+            numbers = self.numbers[role](_rows(batch.items.numbers, own))
             rows.append(numbers.to(rows[0].dtype) if rows else numbers)
         projected: Tensor = self.projections[role](torch.cat(rows, dim=1))
         return projected

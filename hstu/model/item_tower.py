@@ -55,16 +55,16 @@ class ItemTower(nn.Module):
 
     def lengths_in_batch(self, batch: HSTUBatch) -> dict[str, Tensor]:
         """List → its values for each item of a batch."""
-        if batch.list_lengths is None:
+        if batch.items.list_lengths is None:
             return {}
-        return {name: batch.list_lengths[self._all_lists.index(name)] for name in self.lists}
+        return {name: batch.items.list_lengths[self._all_lists.index(name)] for name in self.lists}
 
     def lengths_of_negatives(self, batch: HSTUBatch) -> dict[str, Tensor]:
         """List → its values for each of the NEGATIVES of a batch."""
-        lengths = batch.negative_list_lengths
+        lengths = batch.negatives.list_lengths
         return {} if lengths is None else dict(zip(self.lists, lengths, strict=True))
 
     def lengths_of_pool(self, batch: HSTUBatch) -> dict[str, Tensor]:
         """List → its values for each of the ``pool_ids`` of a batch."""
-        assert batch.pool_features is not None
-        return {name: batch.pool_features[name].lengths() for name in self.lists}
+        assert batch.negatives.pool_features is not None
+        return {name: batch.negatives.pool_features[name].lengths() for name in self.lists}

@@ -57,12 +57,9 @@ class JointDense(nn.Module):
 
 def next_items(batch: HSTUBatch, item_feature: str) -> HSTUBatch:
     """The batch with the items themselves as labels, where there is an item before them."""
-    assert batch.num_labels_host is not None
     counts = labels_with_history(batch.num_labels_host, batch.item_lengths)
     total = int(counts.sum())
     num_labels = to_device(counts, batch.num_labels.device)
     items = batch.features[item_feature]
     labels: Tensor = items.values()[newest_elements(items.offsets()[1:], num_labels, total)]
-    return dataclasses.replace(
-        batch, num_labels=num_labels, labels=labels, num_labels_total=total, num_labels_host=counts
-    )
+    return dataclasses.replace(batch, num_labels=num_labels, labels=labels, num_labels_host=counts)

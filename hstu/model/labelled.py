@@ -39,6 +39,5 @@ def labelled_rows(
     places = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total) + shift
     if comm.cp_size == 1:
         return tokens.index_select(0, places), OwnRows(slice(None), [batch.num_labels_total], 0)
-    assert batch.num_labels_host is not None  # the batch of a group
     labels = own_rows(layout.newest_item_runs(batch.num_labels_host, shift), layout, comm)
     return tokens.index_select(0, places[labels.own] - labels.first_token), labels

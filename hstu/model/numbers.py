@@ -14,7 +14,7 @@ _LEAST_STD = 1e-30
 
 
 class NumberInputs(nn.Module):
-    """Numbers as in HSTUBatch.numbers → float32 [n, W + N]: transformed, then 1 for each one that is missing, else 0.
+    """Numbers as in ItemColumns.numbers → float32 [n, W + N]: transformed, then 1 for each one that is missing, else 0.
 
     Each of the N numbers and vectors has the transform that NumericFeatureArgs gives. A missing one is 0. The
     statistics are buffers, so a checkpoint has those of the training data. Until ``load_statistics`` or a checkpoint

@@ -150,7 +150,7 @@ class RetrievalDense(nn.Module):
         labelled_items = newest_elements(item_ends, batch.num_labels, batch.num_labels_total)[labels.own]
         items = self._items(embeddings, batch)
         positives = self.kernels.l2_normalize(items.index_select(0, labelled_items), self.l2_norm_eps)
-        drawn = None if batch.draws is None else batch.draws[labels.own]
+        drawn = None if batch.negatives.draws is None else batch.negatives.draws[labels.own]
         pool, pool_ids, repeats, draws = self._pool(items, embeddings, batch, drawn)
         ids = batch.labels[labels.own], pool_ids, self._log_weights(pool_ids, repeats, batch)
         seen = find_seen(pool_ids, labelled_items, batch, self.item_feature) if self.mask_seen else None
@@ -193,7 +193,7 @@ class RetrievalDense(nn.Module):
         log_weights = None
         if self.log_counts is not None:
             log_weights = -self.log_counts(ids)
-            if batch.draws is not None and _has_batch_pool(batch):
+            if batch.negatives.draws is not None and _has_batch_pool(batch):
                 log_weights = log_weights + first_occurrences(ids).sum().log()
         if repeats is None:
             return log_weights
@@ -202,13 +202,13 @@ class RetrievalDense(nn.Module):
 
     def _own_pool(self, items: Tensor, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, Tensor]:
         """Normalised vectors and ids of the distinct items of this rank's batch, of which ``batch`` may be a part."""
-        if batch.pool_ids is not None:
+        if batch.negatives.pool_ids is not None:
             lengths = {} if self.tower is None else self.tower.lengths_of_pool(batch)
             pool = self._vectors(embeddings, POOL, of_pool, lengths)
-            return self.kernels.l2_normalize(pool, self.l2_norm_eps), batch.pool_ids
-        assert batch.pool_positions is not None
-        ids = batch.features[self.item_feature].values()[batch.pool_positions]
-        return self.kernels.l2_normalize(items.index_select(0, batch.pool_positions), self.l2_norm_eps), ids
+            return self.kernels.l2_normalize(pool, self.l2_norm_eps), batch.negatives.pool_ids
+        assert batch.negatives.pool_positions is not None
+        ids = batch.features[self.item_feature].values()[batch.negatives.pool_positions]
+        return self.kernels.l2_normalize(items.index_select(0, batch.negatives.pool_positions), self.l2_norm_eps), ids
 
     def _items(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> Tensor:
         """Vectors of all items of the batch, not normalised."""
@@ -232,7 +232,7 @@ class RetrievalDense(nn.Module):
 
 
 def _has_batch_pool(batch: HSTUBatch) -> bool:
-    return batch.pool_positions is not None or batch.pool_ids is not None
+    return batch.negatives.pool_positions is not None or batch.negatives.pool_ids is not None
 
 
 def newest_elements(ends: Tensor, count: Tensor, total: int) -> Tensor:

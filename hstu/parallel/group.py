@@ -45,7 +45,7 @@ def to_train_batch(batch: HSTUBatch, roles: FeatureRoles, mesh: Mesh, num_micro_
             own=batch,
             parts=split_micro_batches(computed, num_micro_batches, roles),
             group=group,
-            pool_positions=computed.pool_positions,
+            pool_positions=computed.negatives.pool_positions,
             pool_feature_positions=pool_feature_positions(computed, roles),
         )
     return train_batch.pin_memory() if batch.labels.is_pinned() else train_batch
@@ -59,7 +59,7 @@ def evaluate_batch(model: GRModel, batch: HSTUBatch, mesh: Mesh) -> ModelOutput:
     if mesh.tp_cp_size == 1:
         output: ModelOutput = model(batch.to(mesh.device))
         return output
-    needed = dataclasses.replace(batch, seen_values=None, seen_offsets=None)  # evaluators read those of their own
+    needed = dataclasses.replace(batch, seen=None)  # evaluators read those of their own
     merged, group = _merge_group(needed, model.roles.item, mesh)
     rows = gather_embeddings(model.look_up(batch.to(mesh.device)), group, mesh.tp_cp_group)
     merged = merged.to(mesh.device)

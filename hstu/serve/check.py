@@ -175,7 +175,6 @@ def _labelled(trained: LoadedModel, model: runtime.Model, batch: HSTUBatch, coun
         num_candidates_host=shown,
         num_labels=torch.from_numpy(labels),
         num_labels_host=labels,
-        num_labels_total=total,
         labels=torch.full((total,), model.facts["tasks"][0]["first"]),
         label_values=torch.full((len(names), total), torch.nan) if names else None,
     )

@@ -62,7 +62,7 @@ class ServingProgram(nn.Module):
 
     items, actions: float32 [I, E], rows of the item and the action table, sequence after sequence.
     side, known_after: float32 [I, .], rows of the side features side by side; the mean of a list.
-    numbers: float32 [I, W], as HSTUBatch.numbers.
+    numbers: float32 [I, W], as ItemColumns.numbers.
     is_history: float32 [I], 0 for candidates, whose action is hidden.
     context: float32 [C · S, .], the rows of the first contextual feature of all sequences, then those of the second, ….
     order: int64 [T], row of each token among those of context, items and actions, one after another.

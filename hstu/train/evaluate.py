@@ -177,7 +177,7 @@ def observe_retrieval(
 ) -> Observations:
     """The ranks of the held-out items among all items of ``corpus``; the same on every rank.
 
-    Items in ``seen_values`` of a batch are removed from the corpus of that user, but never the held-out item itself.
+    Items in ``seen`` of a batch are removed from the corpus of that user, but never the held-out item itself.
     Memory is bounded by the queries of this rank and one block of scores.
     """
     with evaluation_mode(model):
@@ -199,11 +199,11 @@ def collect_queries(forward: Forward, batches: Iterable[HSTUBatch], device: torc
         users.append(_host(batch.user_ids)[real])
         targets.append(_host(batch.labels)[real])
         history.append(batch.item_lengths[real])
-        if batch.seen_values is None or batch.seen_offsets is None:
+        if batch.seen is None:
             seen_lengths.append(np.zeros(len(real), dtype=np.int64))
         else:  # padding rows have no seen items
-            seen.append(_host(batch.seen_values))
-            seen_lengths.append(np.diff(_host(batch.seen_offsets))[real])
+            seen.append(_host(batch.seen.values))
+            seen_lengths.append(np.diff(_host(batch.seen.offsets))[real])
     arrays = (np.concatenate(parts) for parts in (users, targets, seen, seen_lengths))
     return Queries(torch.cat(vectors[1:] or vectors), *arrays), np.concatenate(history)
 

@@ -121,8 +121,8 @@ def asked_at(batches: Iterable[HSTUBatch], at: int) -> Iterator[HSTUBatch]:
     Raises DataError where a history has a later event. The model must have a relative bias.
     """
     for batch in batches:
-        assert batch.timestamps is not None
-        newest = int(batch.timestamps.max()) if len(batch.timestamps) else at
+        assert batch.items.timestamps is not None
+        newest = int(batch.items.timestamps.max()) if len(batch.items.timestamps) else at
         if newest > at:
             raise DataError(
                 f"recommendations are asked for at {_as_date(at)}, and a history has an event at {_as_date(newest)}, "

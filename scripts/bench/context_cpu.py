@@ -85,7 +85,6 @@ def batch_of(lengths: np.ndarray) -> HSTUBatch:
         real_batch_size=len(lengths),
         item_lengths=lengths,
         num_candidates_host=np.zeros_like(lengths),
-        num_labels_total=total,
         num_labels_host=lengths,
     )
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchrec import JaggedTensor
 
 from hstu.config.args import NetworkArgs
-from hstu.data.batches.batch import HSTUBatch, keyed_jagged
+from hstu.data.batches.batch import HSTUBatch, ItemColumns, keyed_jagged
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.stack import SequenceEncoder, kernel_shapes
 from hstu.ops.select import select_kernels
@@ -88,11 +88,11 @@ class Benchmark:
             num_labels=torch.from_numpy(shown),
             labels=torch.zeros(candidates, dtype=torch.int64),
             user_ids=torch.zeros(1, dtype=torch.int64),
-            timestamps=torch.from_numpy(self.times[chosen]),
+            items=ItemColumns(timestamps=torch.from_numpy(self.times[chosen])),
             real_batch_size=1,
             item_lengths=lengths,
             num_candidates_host=shown,
-            num_labels_total=candidates,
+            num_labels_host=shown,
         )
 
     def encoded(self, key: str) -> Prefix:

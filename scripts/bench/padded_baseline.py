@@ -39,7 +39,7 @@ class PaddedBatch:
 
 def pad_batch(batch: HSTUBatch, item_feature: str) -> PaddedBatch:
     """Pad one of our batches. It must have drawn negatives, and a label for each item that another follows."""
-    assert batch.timestamps is not None and batch.draws is not None
+    assert batch.items.timestamps is not None and batch.negatives.draws is not None
     lengths = torch.from_numpy(batch.item_lengths)
     shape = (len(lengths), int(lengths.max()))
     valid = torch.arange(shape[1]) < lengths[:, None]
@@ -48,8 +48,8 @@ def pad_batch(batch: HSTUBatch, item_feature: str) -> PaddedBatch:
     assert int(labelled.sum()) == batch.num_labels_total
     ids, times = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     ids[valid] = batch.features[item_feature].values()
-    times[valid] = batch.timestamps
-    negatives = batch.features[NEGATIVES].values()[batch.draws.long()]
+    times[valid] = batch.items.timestamps
+    negatives = batch.features[NEGATIVES].values()[batch.negatives.draws.long()]
     return PaddedBatch(ids, times, valid, labelled, batch.labels, negatives)
 
 

@@ -329,7 +329,7 @@ def flops_of_parts(batches: Sequence[HSTUBatch], network: NetworkArgs) -> dict[s
     """Floating-point operations of an average step; masked pairs are not counted."""
     tokens = np.mean([batch.item_lengths.sum() for batch in batches])
     pairs = np.mean([(batch.item_lengths * (batch.item_lengths + 1) // 2).sum() for batch in batches])
-    scores = np.mean([batch.draws.numel() for batch in batches if batch.draws is not None])
+    scores = np.mean([batch.negatives.draws.numel() for batch in batches if batch.negatives.draws is not None])
     layers, inner = network.num_layers, network.num_attention_heads * network.kv_channels
     return {
         "attention, forward": layers * 4 * inner * float(pairs),

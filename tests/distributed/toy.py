@@ -87,7 +87,7 @@ def to_batch(
         real_batch_size=int((item_lengths > 0).sum()),
         item_lengths=item_lengths,
         num_candidates_host=np.zeros(len(sequences), np.int64),
-        num_labels_total=int(item_lengths.sum()),
+        num_labels_host=item_lengths,
     )
 
 

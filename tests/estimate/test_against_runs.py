@@ -132,7 +132,7 @@ def kept_for_backward(model: GRModel, batch: TrainBatch, mesh: Mesh) -> int:
     """Bytes of the storages that autograd keeps, beyond parameters and the batch itself."""
     not_counted = {local_part(p.detach()).untyped_storage().data_ptr() for p in model.parameters()}
     for one in (batch.own, *batch.parts):
-        tensors = [one.features.values(), one.features.lengths(), one.labels, one.num_labels, one.draws]
+        tensors = [one.features.values(), one.features.lengths(), one.labels, one.num_labels, one.negatives.draws]
         not_counted |= {t.untyped_storage().data_ptr() for t in tensors if t is not None}
     kept: dict[int, Tensor] = {}
 

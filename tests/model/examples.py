@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import NetworkArgs
-from hstu.data.batches.batch import HSTUBatch, keyed_jagged
+from hstu.data.batches.batch import HSTUBatch, ItemColumns, keyed_jagged
 from hstu.model.inputs import SequenceFeatures
 
 ROWS = 40
@@ -67,11 +67,11 @@ def make_batch(samples: list[Sample], features: SequenceFeatures, padding: int =
         num_labels=torch.from_numpy(num_labels),
         labels=torch.tensor(labels, dtype=torch.int64),
         user_ids=torch.arange(len(lengths)),
-        timestamps=torch.tensor([t for s in samples for t in s.times], dtype=torch.int64),
+        items=ItemColumns(timestamps=torch.tensor([t for s in samples for t in s.times], dtype=torch.int64)),
         real_batch_size=len(samples),
         item_lengths=lengths,
         num_candidates_host=candidates,
-        num_labels_total=len(labels),
+        num_labels_host=num_labels,
     )
 
 

@@ -158,7 +158,7 @@ def test_relative_bias_without_times_is_an_error_that_says_what_to_do() -> None:
     features = make_features(contextuals=0)
     inputs = SequenceInputs(make_network(position_encoding="relative_bias"), features)
     batch, tables = make_batch(random_samples([2], contextuals=0), features), Tables(features, 8, 8)
-    batch.timestamps = None
+    batch.items.timestamps = None
     with pytest.raises(ConfigError, match=r"relative_bias.*needs the time"):
         inputs(tables(batch), batch)
 

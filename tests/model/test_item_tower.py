@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from hstu.config.args import EmbeddingArgs, RetrievalArgs
-from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged, of_negatives
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch, ItemColumns, keyed_jagged, of_negatives
 from hstu.data.batches.train_batch import split_micro_batches
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.embedding import ReplicatedTables, table_specs
@@ -60,8 +60,8 @@ def with_features(batch: HSTUBatch) -> HSTUBatch:
     return dataclasses.replace(
         batch,
         features=keyed_jagged(values, lengths),
-        list_lengths=torch.tensor([[len(TAGS[item]) for row in rows for item in row]]),
-        negative_list_lengths=scored,
+        items=ItemColumns(list_lengths=torch.tensor([[len(TAGS[item]) for row in rows for item in row]])),
+        negatives=dataclasses.replace(batch.negatives, list_lengths=scored),
     )
 
 

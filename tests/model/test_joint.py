@@ -107,7 +107,7 @@ def test_an_evaluation_predicts_actions_and_draws_nothing(kind: str) -> None:
     model, tables = make_model(args)
     model.eval()
     batch = read_batch("ranking", args, [5, 1, 2], training=False)
-    assert batch.draws is None and batch.pool_positions is None
+    assert batch.negatives.draws is None and batch.negatives.pool_positions is None
     keys = batch.features.keys()
     assert keys == ["item", "action", *([NEGATIVES] if "negatives" in KINDS[kind] else [])]
     assert NEGATIVES not in keys or not len(batch.features[NEGATIVES].values())

@@ -157,7 +157,7 @@ def test_a_rank_without_labels_gives_zero_gradients_to_everything(histories, poo
     }[pool]
     batch = make_batch(histories, task="retrieval", **options)
     if pool != "in_batch":
-        batch.draws = torch.zeros((0, 3), dtype=torch.int32)
+        batch.negatives.draws = torch.zeros((0, 3), dtype=torch.int32)
     model, table = make_model(hidden_size=10)
     output = run(model, table, batch)
     output.loss_sum.backward()

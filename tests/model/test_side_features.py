@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchrec import JaggedTensor
 
-from hstu.data.batches.batch import HSTUBatch, keyed_jagged
+from hstu.data.batches.batch import HSTUBatch, ItemColumns, keyed_jagged
 from hstu.data.features.number_statistics import statistics_of_numbers
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
 from hstu.model.numbers import NumberInputs, rank_among
@@ -66,10 +66,12 @@ def make_batch(users: Events, features: SequenceFeatures, candidates: int) -> HS
                 for name in features.names
             },
         ),
-        list_lengths=torch.tensor(
-            [[len(event[name]) for event in events] for name in features.lists], dtype=torch.int64
+        items=ItemColumns(
+            list_lengths=torch.tensor(
+                [[len(event[name]) for event in events] for name in features.lists], dtype=torch.int64
+            ),
+            numbers=torch.tensor([[x for name in NUMBERS for x in event[name]] for event in events]).reshape(-1, 5),
         ),
-        numbers=torch.tensor([[x for name in NUMBERS for x in event[name]] for event in events]).reshape(-1, 5),
         num_candidates=torch.from_numpy(own),
         num_labels=torch.zeros(len(lengths), dtype=torch.int64),
         labels=torch.empty(0, dtype=torch.int64),
@@ -77,7 +79,7 @@ def make_batch(users: Events, features: SequenceFeatures, candidates: int) -> HS
         real_batch_size=len(users),
         item_lengths=lengths,
         num_candidates_host=own,
-        num_labels_total=0,
+        num_labels_host=np.zeros_like(lengths),
     )
 
 

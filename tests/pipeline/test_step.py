@@ -25,7 +25,7 @@ def test_gradients_of_all_micro_batches_come_back_as_one() -> None:
     batch = batch_of(SAMPLES, 2, task="retrieval", in_batch_pool=True)
     table = torch.randn(10, 4, requires_grad=True)
     items = functional.embedding(batch.features["item"].values(), table)
-    rows = {"item": items, POOL: items[batch.pool_positions]}
+    rows = {"item": items, POOL: items[batch.negatives.pool_positions]}
 
     def loss(own: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         return (own @ pool.T).square().sum()

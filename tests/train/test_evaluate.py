@@ -62,7 +62,7 @@ def test_retrieval_evaluation_ignores_padding_and_leaves_the_model_as_it_was():
 def test_without_seen_items_nothing_is_filtered():
     model, batches, ranks = retrieval_batches()
     for batch in batches:
-        batch.seen_values = batch.seen_offsets = None
+        batch.seen = None
     unfiltered = evaluate_batches(model, batches)
     assert unfiltered["MRR"] < retrieval_metrics(["MRR"], ranks)["MRR"]  # the last item itself ranks first
 

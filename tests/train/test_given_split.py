@@ -85,7 +85,7 @@ def training_batches(store: Path, task: Task, mesh: Mesh, *bindings: str) -> lis
             "values": batch.features.values(),
             "lengths": batch.features.lengths(),
             "labels": batch.labels,
-            "times": batch.timestamps,
+            "times": batch.items.timestamps,
         }
         for batch in batches
     ]

@@ -103,9 +103,9 @@ def test_retrieval_without_validation_items_evaluates_on_the_last_ones(
 def test_seen_items_come_with_evaluation_batches_only_where_they_are_filtered(
     source: Callable[..., StoreSource],
 ) -> None:
-    assert next(source("retrieval").eval_batches("valid")).seen_values is not None
-    assert next(source("retrieval", task_args={"filter_seen": False}).eval_batches("valid")).seen_values is None
-    assert next(source("retrieval").train_batches(FIRST)).seen_values is None
+    assert next(source("retrieval").eval_batches("valid")).seen is not None
+    assert next(source("retrieval", task_args={"filter_seen": False}).eval_batches("valid")).seen is None
+    assert next(source("retrieval").train_batches(FIRST)).seen is None
 
 
 def test_training_batches_have_what_users_had_before_where_it_is_masked(source: Callable[..., StoreSource]) -> None:
@@ -114,16 +114,16 @@ def test_training_batches_have_what_users_had_before_where_it_is_masked(source: 
     offsets, items = np.asarray(opened.store.offsets()), opened.store.sequence("item_id")
     for row, user in enumerate(real_users(batch)):
         begin, stop = offsets[user], offsets[user + 1] - 2  # the last two are held out
-        seen = batch.seen_values[batch.seen_offsets[row] : batch.seen_offsets[row + 1]]
+        seen = batch.seen.values[batch.seen.offsets[row] : batch.seen.offsets[row + 1]]
         assert seen.tolist() == items[begin : max(begin, stop - 3)].tolist()
-    assert len(batch.seen_values) > 0
+    assert len(batch.seen.values) > 0
 
 
 def test_times_are_read_for_relative_bias_only(source: Callable[..., StoreSource]) -> None:
-    assert next(source("ranking").train_batches(FIRST)).timestamps is None
+    assert next(source("ranking").train_batches(FIRST)).items.timestamps is None
     relative = source("ranking", network={"position_encoding": "relative_bias"})
-    assert next(relative.train_batches(FIRST)).timestamps is not None
-    assert next(relative.eval_batches("valid")).timestamps is not None
+    assert next(relative.train_batches(FIRST)).items.timestamps is not None
+    assert next(relative.eval_batches("valid")).items.timestamps is not None
 
 
 def test_a_request_is_made_at_the_time_of_the_held_out_event(source: Callable[..., StoreSource]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -54,8 +54,81 @@ class ItemFeatures:
     """List → int64 [n], values of each item."""
 
 
+class TensorGroup(Pipelineable):
+    """Base of dataclasses that move between devices: it maps tensors, jagged tensors and other groups in the fields."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+        """With all tensors on ``device``. Host arrays are shared, not copied."""
+        return self._map(lambda part: part.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """In pinned host memory."""
+        return self._map(lambda part: part.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory of all tensors allocated until the work that is now queued on ``stream`` is done."""
+        for part in self._parts().values():
+            part.record_stream(stream)
+
+    def _parts(self) -> dict[str, Any]:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: v for name, v in fields.items() if isinstance(v, (Tensor, KeyedJaggedTensor, TensorGroup))}
+
+    def _map(self, function: Callable[[Any], Any]) -> Self:
+        parts = {name: function(part) for name, part in self._parts().items()}
+        return dataclasses.replace(self, **parts)
+
+
 @dataclass(kw_only=True)
-class HSTUBatch(Pipelineable):
+class ItemColumns(TensorGroup):
+    """What a batch has of each item beside ids, items of one sequence after another; T = sum of item_lengths."""
+
+    timestamps: Tensor | None = None
+    """int64 [T], in seconds: times of the items, if the model has a relative bias."""
+    numbers: Tensor | None = None
+    """float32 [T, W]: the numbers and vectors of each item, in the order of FeatureRoles.numbers; NaN where one is
+    missing. None if there are none."""
+    list_lengths: Tensor | None = None
+    """int64 [L, T]: the number of values that each item has of each of the L side features that are lists. None if
+    L = 0."""
+
+
+@dataclass(kw_only=True)
+class BatchNegatives(TensorGroup):
+    """What the labels of a batch are compared with, beside the NEGATIVES among its features. Empty in evaluation."""
+
+    draws: Tensor | None = None
+    """int32 [n, R] for the n labelled items that have an item before them (``labels_with_history``). From the corpus:
+    indices into the NEGATIVES values. In-batch: random numbers in [0, 2^31)."""
+    pool_positions: Tensor | None = None
+    """int64 [S]. In-batch and mixed negatives: index into the item values of the first occurrence of each distinct
+    item, in ascending order of the item ids."""
+    pool_ids: Tensor | None = None
+    """int64 [S]. Micro-batches have these instead of pool_positions: the distinct items of the whole batch,
+    ascending."""
+    pool_features: KeyedJaggedTensor | None = None
+    """With an item tower, the values of its features that the items of pool_ids have: S runs for each feature."""
+    list_lengths: Tensor | None = None
+    """int64 [L, N]: the number of values that each of the N NEGATIVES has of each of the L features of an item tower
+    that are lists. None if L = 0."""
+
+
+@dataclass(kw_only=True)
+class SeenIds(TensorGroup):
+    """Items that the users of a batch have seen.
+
+    Retrieval evaluation with filter_seen: the store's codes of all items of the users' histories. Training with
+    mask_seen: ids of the items that the users had before the sequences begin.
+    """
+
+    values: Tensor
+    """int64 [.], possibly repeated."""
+    offsets: Tensor
+    """int64 [B + 1]: each sequence's range in ``values``."""
+
+
+@dataclass(kw_only=True)
+class HSTUBatch(TensorGroup):
     """B sequences with M labelled items in total.
 
     A batch always has the configured number of sequences. Missing ones are *empty* sequences: every feature,
@@ -74,51 +147,28 @@ class HSTUBatch(Pipelineable):
     labels: Tensor
     """int64 [M]. Ranking: actions of the labelled items. Retrieval: ids of the labelled items, which are the targets.
     Retrieval evaluation: the store's codes of the held-out items, int64 [B], -1 for padding."""
-    user_ids: Tensor
-    """int64 [B]: rows of the users in the store, -1 for padding."""
     label_values: Tensor | None = None
     """float32 [L, M]: what RankingArgs.tasks read of the labelled items, a row for each of FeatureRoles.labels; NaN
     where a value is missing. None if L = 0."""
-    list_lengths: Tensor | None = None
-    """int64 [L, sum of item_lengths]: the number of values that each item has of each of the L side features that are
-    lists. None if L = 0."""
-    numbers: Tensor | None = None
-    """float32 [sum of item_lengths, W]: the numbers and vectors of each item, in the order of FeatureRoles.numbers; NaN
-    where one is missing. None if there are none."""
-    timestamps: Tensor | None = None
-    """int64 [sum of item_lengths], in seconds: times of the items, if the model has a relative bias."""
+    user_ids: Tensor
+    """int64 [B]: rows of the users in the store, -1 for padding."""
     request_times: Tensor | None = None
     """int64 [B], in seconds: when the recommendations are asked for, if DatasetArgs.query_time = "request"; 0 for
     padding. Only in retrieval evaluation of a model with a relative bias."""
-    draws: Tensor | None = None
-    """int32 [n, R] for the n labelled items that have an item before them (``labels_with_history``). From the corpus:
-    indices into the NEGATIVES values. In-batch: random numbers in [0, 2^31)."""
-    pool_positions: Tensor | None = None
-    """int64 [S]. In-batch and mixed negatives: index into the item values of the first occurrence of each distinct
-    item, in ascending order of the item ids."""
-    pool_ids: Tensor | None = None
-    """int64 [S]. Micro-batches have these instead of pool_positions: the distinct items of the whole batch,
-    ascending."""
-    pool_features: KeyedJaggedTensor | None = None
-    """With an item tower, the values of its features that the items of pool_ids have: S runs for each feature."""
-    negative_list_lengths: Tensor | None = None
-    """int64 [L, N]: the number of values that each of the N NEGATIVES has of each of the L features of an item tower
-    that are lists. None if L = 0."""
-    seen_values: Tensor | None = None
-    """int64 [.], possibly repeated. Retrieval evaluation with filter_seen: the store's codes of all items of the users'
-    histories. Training with mask_seen: ids of the items that the users had before the sequences begin."""
-    seen_offsets: Tensor | None = None
-    """int64 [B + 1]: each sequence's range in seen_values."""
+    items: ItemColumns = field(default_factory=ItemColumns)
+    """Times, numbers and lists of the items."""
+    negatives: BatchNegatives = field(default_factory=BatchNegatives)
+    """Of the retrieval loss."""
+    seen: SeenIds | None = None
+    """None where nothing is removed from the corpus or from the negatives."""
     real_batch_size: int
     """Number of sequences that are not padding. They come first."""
     item_lengths: np.ndarray
     """int64 [B], on the host: items of each sequence, candidates included."""
     num_candidates_host: np.ndarray
     """int64 [B], on the host: the values of num_candidates."""
-    num_labels_total: int
-    """M, on the host."""
-    num_labels_host: np.ndarray | None = None
-    """int64 [B], on the host: the values of num_labels. None for a batch made by hand."""
+    num_labels_host: np.ndarray
+    """int64 [B], on the host: the values of num_labels."""
     position: SamplerPosition | None = None
     """Sampler position after this batch has been trained on. None for a batch made by hand."""
 
@@ -127,25 +177,10 @@ class HSTUBatch(Pipelineable):
         """B, padding included."""
         return len(self.item_lengths)
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> HSTUBatch:
-        """This batch with all tensors on ``device``. The host arrays are shared, not copied."""
-        return self._map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> HSTUBatch:
-        """This batch in pinned host memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Keep the memory of all tensors allocated until the work that is now queued on ``stream`` is done."""
-        for tensor in self._tensors().values():
-            tensor.record_stream(stream)
-
-    def _tensors(self) -> dict[str, Any]:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if isinstance(value, (Tensor, KeyedJaggedTensor))}
-
-    def _map(self, function: Callable[[Any], Any]) -> HSTUBatch:
-        return dataclasses.replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+    @property
+    def num_labels_total(self) -> int:
+        """M, from the host."""
+        return int(self.num_labels_host.sum())
 
 
 def labels_with_history(num_labels: np.ndarray, item_lengths: np.ndarray) -> np.ndarray:

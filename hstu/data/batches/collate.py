@@ -18,7 +18,17 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import Task
-from hstu.data.batches.batch import NEGATIVES, HSTUBatch, ItemFeatures, keyed_jagged, labels_with_history, of_negatives
+from hstu.data.batches.batch import (
+    NEGATIVES,
+    BatchNegatives,
+    HSTUBatch,
+    ItemColumns,
+    ItemFeatures,
+    SeenIds,
+    keyed_jagged,
+    labels_with_history,
+    of_negatives,
+)
 from hstu.data.batches.jagged import ranges, run_indices, run_offsets
 from hstu.data.batches.rows import RowReader, Rows
 from hstu.data.features.roles import FeatureRoles
@@ -58,10 +68,9 @@ class Assembler:
         """The batch of ``rows``, padded with empty sequences."""
         labelled = ranges(np.cumsum(rows.lengths) - rows.num_labels, rows.num_labels)
         negatives, draws, pool_positions = self._negatives(rows, plan)
-        looked_up, negative_list_lengths = self._look_ups(negatives)
+        looked_up, list_lengths = self._look_ups(negatives)
         num_candidates, num_labels = self._padded(rows.num_candidates), self._padded(rows.num_labels)
         lists, label_values = self.roles.lists, list(rows.label_values.values())
-        seen_offsets = None if rows.seen_lengths is None else run_offsets(self._padded(rows.seen_lengths))
         return HSTUBatch(
             features=self._features(rows, looked_up),
             num_candidates=torch.from_numpy(num_candidates),
@@ -69,22 +78,28 @@ class Assembler:
             labels=torch.from_numpy(self._labels(rows, labelled)),
             user_ids=torch.from_numpy(self._padded(rows.user_ids, -1)),
             label_values=_tensor(np.stack(label_values) if label_values else None),
-            list_lengths=_tensor(np.stack([rows.list_lengths[name] for name in lists]) if lists else None),
-            numbers=_tensor(rows.numbers),
-            timestamps=_tensor(rows.timestamps),
             request_times=None if rows.request_times is None else torch.from_numpy(self._padded(rows.request_times)),
-            draws=_tensor(draws),
-            pool_positions=_tensor(pool_positions),
-            negative_list_lengths=_tensor(negative_list_lengths),
-            seen_values=_tensor(rows.seen),
-            seen_offsets=_tensor(seen_offsets),
+            items=ItemColumns(
+                timestamps=_tensor(rows.timestamps),
+                numbers=_tensor(rows.numbers),
+                list_lengths=_tensor(np.stack([rows.list_lengths[name] for name in lists]) if lists else None),
+            ),
+            negatives=BatchNegatives(
+                draws=_tensor(draws), pool_positions=_tensor(pool_positions), list_lengths=_tensor(list_lengths)
+            ),
+            seen=self._seen(rows),
             real_batch_size=len(rows.lengths),
             item_lengths=self._padded(rows.lengths),
             num_candidates_host=num_candidates,
-            num_labels_total=len(labelled),
             num_labels_host=num_labels,
             position=plan.position,
         )
+
+    def _seen(self, rows: Rows) -> SeenIds | None:
+        if rows.seen is None or rows.seen_lengths is None:
+            return None
+        offsets = run_offsets(self._padded(rows.seen_lengths))
+        return SeenIds(values=torch.from_numpy(rows.seen), offsets=torch.from_numpy(offsets))
 
     def _features(self, rows: Rows, negatives: Mapping[str, np.ndarray]) -> KeyedJaggedTensor:
         lengths = self._padded(rows.lengths)
@@ -104,7 +119,7 @@ class Assembler:
         return keyed_jagged(values, jagged_lengths)
 
     def _look_ups(self, negatives: np.ndarray | None) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-        """For the codes of negatives: what is looked up, by key of the batch, and ``negative_list_lengths``."""
+        """For the codes of negatives: what is looked up, by key of the batch, and ``BatchNegatives.list_lengths``."""
         if negatives is None:
             return {}, None
         values = {NEGATIVES: negatives if self.item_ids is None else self.item_ids(negatives)}

@@ -38,7 +38,7 @@ class Rows:
     label_values: Mapping[str, np.ndarray] = field(default_factory=dict)
     """The features of FeatureRoles.labels in their order → float32 [Σ num_labels], NaN where missing."""
     numbers: np.ndarray | None = None
-    """float32 [Σ lengths, W], see HSTUBatch.numbers."""
+    """float32 [Σ lengths, W], see ItemColumns.numbers."""
     hard_negatives: np.ndarray | None = None
     """Codes of items, [labels that follow another item, Negatives.hard], see draw_each."""
     held_out: np.ndarray | None = None
@@ -46,7 +46,7 @@ class Rows:
     request_times: np.ndarray | None = None
     """Retrieval evaluation: the times of the target events, [b], in seconds."""
     seen: np.ndarray | None = None
-    """See HSTUBatch.seen_values, [Σ seen_lengths]."""
+    """See SeenIds.values, [Σ seen_lengths]."""
     seen_lengths: np.ndarray | None = None
     """[b]"""
 

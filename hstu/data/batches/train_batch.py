@@ -15,15 +15,24 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-from torchrec.streamable import Pipelineable
 
-from hstu.data.batches.batch import NEGATIVES, HSTUBatch, is_of_negatives, keyed_jagged, labels_with_history
+from hstu.data.batches.batch import (
+    NEGATIVES,
+    BatchNegatives,
+    HSTUBatch,
+    ItemColumns,
+    SeenIds,
+    TensorGroup,
+    is_of_negatives,
+    keyed_jagged,
+    labels_with_history,
+)
 from hstu.data.batches.jagged import ranges, run_offsets
 from hstu.data.features.roles import FeatureRoles
 
@@ -42,7 +51,7 @@ class GroupLayout:
 
 
 @dataclass(kw_only=True)
-class TrainBatch(Pipelineable):
+class TrainBatch(TensorGroup):
     """One training step of one rank."""
 
     own: HSTUBatch
@@ -52,7 +61,7 @@ class TrainBatch(Pipelineable):
     group: GroupLayout | None = None
     """How the looked-up rows of the group's ranks are merged. None for a rank by itself."""
     pool_positions: Tensor | None = None
-    """int64 [S]. In-batch negatives in micro-batches: see HSTUBatch.pool_positions, for the undivided batch."""
+    """int64 [S]. In-batch negatives in micro-batches: see BatchNegatives.pool_positions, for the undivided batch."""
     pool_feature_positions: KeyedJaggedTensor | None = None
     """With an item tower: feature → positions of the values of the pool's S items among the values of the batch."""
 
@@ -61,31 +70,16 @@ class TrainBatch(Pipelineable):
         """The ids that TorchRec's pipelines exchange ahead of the step."""
         return self.own.features
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
-        """This batch with all tensors on ``device``."""
-        return self._map(lambda part: part.to(device=device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> TrainBatch:
-        """This batch in pinned host memory."""
-        return self._map(lambda part: part.pin_memory())
-
     def record_stream(self, stream: torch.Stream) -> None:
-        """See HSTUBatch.record_stream."""
-        for part in (self.own, *self.parts, self.pool_positions, self.pool_feature_positions):
-            if part is not None:
-                part.record_stream(stream)
+        """See TensorGroup."""
+        super().record_stream(stream)
+        for part in self.parts:
+            part.record_stream(stream)
 
-    def _map(self, function: Callable[[Any], Any]) -> TrainBatch:
-        own = function(self.own)
-        return dataclasses.replace(
-            self,
-            own=own,
-            parts=tuple(own if part is self.own else function(part) for part in self.parts),
-            pool_positions=None if self.pool_positions is None else function(self.pool_positions),
-            pool_feature_positions=None
-            if self.pool_feature_positions is None
-            else function(self.pool_feature_positions),
-        )
+    def _map(self, function: Callable[[Any], Any]) -> Self:
+        mapped = super()._map(function)
+        parts = tuple(mapped.own if part is self.own else function(part) for part in self.parts)
+        return dataclasses.replace(mapped, parts=parts)
 
 
 def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> tuple[HSTUBatch, GroupLayout]:
@@ -96,7 +90,7 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
     """
     features = [batch.features.to_dict() for batch in batches]
     by_rank = {key: [keyed[key].values().numpy() for keyed in features] for key in features[0]}
-    shared = {key for key in by_rank if is_of_negatives(key) and batches[0].draws is None}
+    shared = {key for key in by_rank if is_of_negatives(key) and batches[0].negatives.draws is None}
     values, lengths = {}, {}
     for key, arrays in by_rank.items():
         values[key] = arrays[0] if key in shared else np.concatenate(arrays)
@@ -107,7 +101,7 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
     is_per_label = all(len(batch.labels) == batch.num_labels_total for batch in batches)
     num_candidates = _stack(batches, [batch.num_candidates_host for batch in batches])
     num_labels = _stack(batches, [batch.num_labels.numpy() for batch in batches])
-    has_pool = batches[0].pool_positions is not None
+    has_pool = batches[0].negatives.pool_positions is not None
     merged = HSTUBatch(
         features=keyed_jagged(values, lengths),
         num_candidates=torch.from_numpy(num_candidates),
@@ -115,21 +109,25 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
         labels=torch.from_numpy(np.concatenate(labels) if is_per_label else _stack(batches, labels)),
         user_ids=torch.from_numpy(_stack(batches, [batch.user_ids.numpy() for batch in batches])),
         label_values=_concatenate([batch.label_values for batch in batches], dim=1),
-        list_lengths=_concatenate([batch.list_lengths for batch in batches], dim=1),
-        numbers=_concatenate([batch.numbers for batch in batches]),
-        timestamps=_concatenate([batch.timestamps for batch in batches]),
         request_times=_stack_tensors(batches, [batch.request_times for batch in batches]),
-        draws=_merge_draws(batches, by_rank.get(NEGATIVES)),
-        pool_positions=torch.from_numpy(np.unique(values[item_feature], return_index=True)[1]) if has_pool else None,
-        seen_values=_concatenate([batch.seen_values for batch in batches]),
-        seen_offsets=_merge_offsets(batches),
-        negative_list_lengths=_concatenate(
-            [batch.negative_list_lengths for batch in (batches[:1] if shared else batches)], dim=1
+        items=ItemColumns(
+            timestamps=_concatenate([batch.items.timestamps for batch in batches]),
+            numbers=_concatenate([batch.items.numbers for batch in batches]),
+            list_lengths=_concatenate([batch.items.list_lengths for batch in batches], dim=1),
         ),
+        negatives=BatchNegatives(
+            draws=_merge_draws(batches, by_rank.get(NEGATIVES)),
+            pool_positions=torch.from_numpy(np.unique(values[item_feature], return_index=True)[1])
+            if has_pool
+            else None,
+            list_lengths=_concatenate(
+                [batch.negatives.list_lengths for batch in (batches[:1] if shared else batches)], dim=1
+            ),
+        ),
+        seen=_merge_seen(batches),
         real_batch_size=sum(batch.real_batch_size for batch in batches),
         item_lengths=_stack(batches, [batch.item_lengths for batch in batches]),
         num_candidates_host=num_candidates,
-        num_labels_total=sum(batch.num_labels_total for batch in batches),
         num_labels_host=num_labels,
     )
     layout = GroupLayout(
@@ -163,14 +161,17 @@ def _merge_draws(batches: Sequence[HSTUBatch], negatives: Sequence[np.ndarray] |
     """Shift indices into the NEGATIVES by the number of those of the ranks before. Raw random numbers stay."""
     shift, draws = 0, []
     for rank, batch in enumerate(batches):
-        draws.append(None if batch.draws is None else batch.draws + shift)
+        draws.append(None if batch.negatives.draws is None else batch.negatives.draws + shift)
         shift += 0 if negatives is None else len(negatives[rank])
     return _concatenate(draws)
 
 
-def _merge_offsets(batches: Sequence[HSTUBatch]) -> Tensor | None:
-    lengths = [batch.seen_offsets.diff() for batch in batches if batch.seen_offsets is not None]
-    return torch.from_numpy(run_offsets(_stack(batches, [each.numpy() for each in lengths]))) if lengths else None
+def _merge_seen(batches: Sequence[HSTUBatch]) -> SeenIds | None:
+    seen = [batch.seen for batch in batches if batch.seen is not None]
+    if not seen:
+        return None
+    offsets = run_offsets(_stack(batches, [each.offsets.diff().numpy() for each in seen]))
+    return SeenIds(values=torch.cat([each.values for each in seen]), offsets=torch.from_numpy(offsets))
 
 
 def _range_of_rank(counts: Sequence[int], rank: int) -> slice:
@@ -180,14 +181,14 @@ def _range_of_rank(counts: Sequence[int], rank: int) -> slice:
 
 def pool_feature_positions(batch: HSTUBatch, roles: FeatureRoles) -> KeyedJaggedTensor | None:
     """See TrainBatch.pool_feature_positions. None without an item tower, or without a pool."""
-    if batch.pool_positions is None or not roles.tower:
+    if batch.negatives.pool_positions is None or not roles.tower:
         return None
-    items, positions, lengths = batch.pool_positions.numpy(), {}, {}
+    items, positions, lengths = batch.negatives.pool_positions.numpy(), {}, {}
     for name in roles.tower:
         positions[name], lengths[name] = items, np.ones_like(items)
         if name in roles.lists:
-            assert batch.list_lengths is not None
-            of_items = batch.list_lengths[roles.lists.index(name)].numpy()
+            assert batch.items.list_lengths is not None
+            of_items = batch.items.list_lengths[roles.lists.index(name)].numpy()
             lengths[name] = of_items[items]
             positions[name] = ranges(run_offsets(of_items)[items], lengths[name])
     return keyed_jagged(positions, lengths)
@@ -207,8 +208,8 @@ def split_micro_batches(batch: HSTUBatch, count: int, roles: FeatureRoles) -> tu
     label_offsets = _offsets(num_labels)
     draw_offsets = _offsets(labels_with_history(num_labels, batch.item_lengths))
     pool_ids, pool_features = None, None
-    if batch.pool_positions is not None:
-        pool_ids = torch.from_numpy(values[item_feature][batch.pool_positions.numpy()])
+    if batch.negatives.pool_positions is not None:
+        pool_ids = torch.from_numpy(values[item_feature][batch.negatives.pool_positions.numpy()])
     if (positions := pool_feature_positions(batch, roles)) is not None:
         of_pool = positions.to_dict()
         pool_features = keyed_jagged(
@@ -222,10 +223,10 @@ def split_micro_batches(batch: HSTUBatch, count: int, roles: FeatureRoles) -> tu
         for key in (key for key in values if key not in offsets):
             part_values[key], part_lengths[key] = values[key], _all_in_first(stop - start, len(values[key]))
         items = slice(offsets[item_feature][start], offsets[item_feature][stop])
-        seen_values, seen_offsets = batch.seen_values, batch.seen_offsets
-        if seen_values is not None and seen_offsets is not None:
-            seen_values = seen_values[seen_offsets[start] : seen_offsets[stop]]
-            seen_offsets = seen_offsets[start : stop + 1] - seen_offsets[start]
+        columns, negatives, seen = batch.items, batch.negatives, batch.seen
+        if seen is not None:
+            first, end = seen.offsets[start], seen.offsets[stop]
+            seen = SeenIds(values=seen.values[first:end], offsets=seen.offsets[start : stop + 1] - first)
         labels = slice(label_offsets[start], label_offsets[stop])
         return HSTUBatch(
             features=keyed_jagged(part_values, part_lengths),
@@ -234,19 +235,21 @@ def split_micro_batches(batch: HSTUBatch, count: int, roles: FeatureRoles) -> tu
             labels=batch.labels[labels],
             user_ids=batch.user_ids[start:stop],
             label_values=None if batch.label_values is None else batch.label_values[:, labels],
-            list_lengths=None if batch.list_lengths is None else batch.list_lengths[:, items],
-            numbers=None if batch.numbers is None else batch.numbers[items],
-            timestamps=None if batch.timestamps is None else batch.timestamps[items],
-            draws=None if batch.draws is None else batch.draws[draw_offsets[start] : draw_offsets[stop]],
-            pool_ids=pool_ids,
-            pool_features=pool_features,
-            seen_values=seen_values,
-            seen_offsets=seen_offsets,
-            negative_list_lengths=batch.negative_list_lengths,
+            items=ItemColumns(
+                timestamps=None if columns.timestamps is None else columns.timestamps[items],
+                numbers=None if columns.numbers is None else columns.numbers[items],
+                list_lengths=None if columns.list_lengths is None else columns.list_lengths[:, items],
+            ),
+            negatives=BatchNegatives(
+                draws=None if negatives.draws is None else negatives.draws[draw_offsets[start] : draw_offsets[stop]],
+                pool_ids=pool_ids,
+                pool_features=pool_features,
+                list_lengths=negatives.list_lengths,
+            ),
+            seen=seen,
             real_batch_size=min(max(batch.real_batch_size - start, 0), stop - start),
             item_lengths=batch.item_lengths[start:stop],
             num_candidates_host=batch.num_candidates_host[start:stop],
-            num_labels_total=labels.stop - labels.start,
             num_labels_host=num_labels[start:stop],
         )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch, TensorGroup, keyed_jagged
 from hstu.data.sampling.sampler import SamplerPosition
 from tests.helpers import make_batch
 
@@ -27,10 +27,18 @@ def full_batch() -> HSTUBatch:
     return dataclasses.replace(batch, position=SamplerPosition(1, 2))
 
 
-def tensors_of(batch: HSTUBatch) -> dict[str, torch.Tensor]:
-    parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    flat = {name: part for name, part in parts.items() if isinstance(part, torch.Tensor)}
-    return flat | {"values": batch.features.values(), "lengths": batch.features.lengths()}
+def tensors_of(batch: TensorGroup) -> dict[str, torch.Tensor]:
+    """Name of a field → its tensor, those of groups as "seen.values"."""
+    found: dict[str, torch.Tensor] = {}
+    for field in dataclasses.fields(batch):  # type: ignore[arg-type]
+        part = getattr(batch, field.name)
+        if isinstance(part, torch.Tensor):
+            found[field.name] = part
+        elif isinstance(part, KeyedJaggedTensor):
+            found |= {f"{field.name}.values": part.values(), f"{field.name}.lengths": part.lengths()}
+        elif isinstance(part, TensorGroup):
+            found |= {f"{field.name}.{name}": tensor for name, tensor in tensors_of(part).items()}
+    return found
 
 
 def test_features_keep_their_order_and_padding_is_empty_everywhere() -> None:

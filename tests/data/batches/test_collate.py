@@ -72,8 +72,8 @@ def test_a_retrieval_batch_predicts_each_next_item() -> None:
     expected = make_batch([[8, 9], [5, 5], [], []], [[2, 3], [6, 7], [], []], task="retrieval", in_batch_pool=True)
     assert_same(batch, expected)
     assert batch.labels.tolist() == [9, 5]
-    assert batch.features["item"].values()[batch.pool_positions].tolist() == [5, 8, 9]
-    assert batch.pool_positions.tolist() == [2, 0, 1]
+    assert batch.features["item"].values()[batch.negatives.pool_positions].tolist() == [5, 8, 9]
+    assert batch.negatives.pool_positions.tolist() == [2, 0, 1]
 
 
 def test_a_retrieval_evaluation_holds_out_the_last_item_and_knows_the_whole_history() -> None:
@@ -83,7 +83,7 @@ def test_a_retrieval_evaluation_holds_out_the_last_item_and_knows_the_whole_hist
         test, make_batch([[8, 9], [5], []], task="retrieval_eval", labels=[1, 3, -1], seen_lists=[[7, 8, 9], [5], []])
     )
     (valid,) = batches_of(collator_of(store, split="valid", length=2, batch_size=3))
-    assert valid.labels.tolist() == [9, -1, -1] and valid.seen_values is None
+    assert valid.labels.tolist() == [9, -1, -1] and valid.seen is None
     assert [row.tolist() for row in valid.features["item"].to_dense()] == [[7, 8], [], []]
 
 
@@ -105,9 +105,9 @@ def test_a_training_batch_has_the_items_before_its_sequences_where_seen_items_ar
     padding: list[tuple[list[int], list[int]]] = [([], [])] * (4 - len(expected))
     sequences, earlier = zip(*expected, *padding, strict=True)
     assert [row.tolist() for row in batch.features["item"].to_dense()] == [*sequences]
-    assert batch.seen_values is not None and batch.seen_offsets is not None
-    assert [row.tolist() for row in batch.seen_values.tensor_split(batch.seen_offsets[1:-1])] == [*earlier]
-    assert batches_of(collator_of(store, **options))[0].seen_values is None
+    assert batch.seen is not None
+    assert [row.tolist() for row in batch.seen.values.tensor_split(batch.seen.offsets[1:-1])] == [*earlier]
+    assert batches_of(collator_of(store, **options))[0].seen is None
 
 
 def test_time_split_evaluation_labels_later_events_only() -> None:
@@ -127,7 +127,7 @@ def test_an_empty_plan_gives_an_empty_batch_of_full_size() -> None:
     plans = [next(iter(EvalSampler(1, 2, rank, world_size=2))) for rank in range(2)]
     (empty,) = [collator(plan) for plan in plans if not len(plan.indices)]
     assert empty.batch_size == 2 and empty.real_batch_size == empty.item_lengths.sum() == empty.num_labels_total == 0
-    assert empty.features.values().tolist() == [] and empty.draws.shape == (0, 3)
+    assert empty.features.values().tolist() == [] and empty.negatives.draws.shape == (0, 3)
 
 
 def test_every_batch_says_where_the_run_stands() -> None:
@@ -154,7 +154,7 @@ def long_store(num_items: int = 60) -> ToyStore:
 
 
 def drawn_items(batch: HSTUBatch) -> np.ndarray:
-    return batch.features[NEGATIVES].values().numpy()[batch.draws.numpy()]
+    return batch.features[NEGATIVES].values().numpy()[batch.negatives.draws.numpy()]
 
 
 @pytest.mark.parametrize("num_items", [60, 5_000, 10_000_000], ids=["whole corpus", "dense", "sorted"])
@@ -168,7 +168,7 @@ def test_uniform_draws_are_uniform_and_independent_of_the_position(num_items: in
     assert len(np.unique(looked_up)) == len(looked_up)
     assert (num_items == 60) == (len(looked_up) == 60)
     items = drawn_items(batch)
-    assert batch.draws.dtype == torch.int32 and items.shape == (batch.num_labels_total, 64)
+    assert batch.negatives.draws.dtype == torch.int32 and items.shape == (batch.num_labels_total, 64)
     cells = items * 60 // num_items
     assert abs(chi_square_z(np.bincount(cells.ravel(), minlength=60))) < 4
     neighbours = cells[:, :-1] * 60 + cells[:, 1:]
@@ -186,7 +186,7 @@ def draws_by_user(collator: Collator, world_size: int, batch_size: int, seed: in
             if plan.epoch == 2:
                 break
             batch = collator(plan)
-            values = drawn_items(batch) if NEGATIVES in batch.features.keys() else batch.draws.numpy()  # noqa: SIM118
+            values = drawn_items(batch) if NEGATIVES in batch.features.keys() else batch.negatives.draws.numpy()  # noqa: SIM118
             per_sample = np.split(values, np.cumsum(batch.num_labels.numpy())[:-1])
             for user, draws in zip(batch.user_ids.tolist(), per_sample, strict=True):
                 if user >= 0:
@@ -210,7 +210,7 @@ def test_a_samples_draws_do_not_depend_on_the_world_size(negatives: Negatives) -
 
 def test_in_batch_draws_are_31_random_bits() -> None:
     (batch,) = batches_of(collator_of(long_store(), batch_size=40, negatives=Negatives("in_batch", 33)))
-    draws = batch.draws.numpy()
+    draws = batch.negatives.draws.numpy()
     assert draws.dtype == np.int32 and draws.min() >= 0 and NEGATIVES not in batch.features.keys()  # noqa: SIM118
     assert abs(chi_square_z(np.bincount((draws >> 25).ravel(), minlength=64))) < 4
     assert abs(chi_square_z(np.bincount((draws & 63).ravel(), minlength=64))) < 4
@@ -222,7 +222,7 @@ def test_shared_negatives_are_the_same_on_all_ranks_and_new_for_each_batch() -> 
     shared = [[batch.features[NEGATIVES].values() for batch in batches] for batches in ranks]
     assert all(torch.equal(one, other) for one, other in zip(*shared, strict=True))
     assert not torch.equal(shared[0][0], shared[0][1])
-    assert shared[0][0].shape == (2000,) and ranks[0][0].draws is None
+    assert shared[0][0].shape == (2000,) and ranks[0][0].negatives.draws is None
     assert abs(chi_square_z(np.bincount(torch.cat(shared[0]).numpy(), minlength=60))) < 4
 
 
@@ -242,13 +242,13 @@ def test_mixed_negatives_are_the_items_of_the_batch_and_draws_that_all_ranks_sha
     assert torch.equal(*(batch.features[NEGATIVES].values() for batch in ranks))
     for batch in ranks:
         items = batch.features["item"].values()
-        assert batch.draws is None and batch.features[NEGATIVES].values().shape == (50,)
-        assert items[batch.pool_positions].tolist() == sorted(set(items.tolist()))
+        assert batch.negatives.draws is None and batch.features[NEGATIVES].values().shape == (50,)
+        assert items[batch.negatives.pool_positions].tolist() == sorted(set(items.tolist()))
 
 
 def test_full_negatives_are_the_corpus() -> None:
     batch = batches_of(collator_of(long_store(), negatives=Negatives("full")))[0]
-    assert batch.features[NEGATIVES].values().tolist() == list(range(60)) and batch.draws is None
+    assert batch.features[NEGATIVES].values().tolist() == list(range(60)) and batch.negatives.draws is None
     assert batch.features[NEGATIVES].lengths().tolist() == [60, 0, 0, 0]
 
 
@@ -260,7 +260,7 @@ def test_an_evaluation_has_the_keys_of_training_but_no_negatives(kind: str) -> N
     )
     assert test.features.keys() == train.features.keys()
     assert test.features.length_per_key()[1:] == [0] * (kind != "in_batch")
-    assert test.draws is None and test.pool_positions is None
+    assert test.negatives.draws is None and test.negatives.pool_positions is None
 
 
 def test_a_collator_reopens_its_store_where_it_is_unpickled(make_store: Callable[..., SequenceStore]) -> None:

@@ -178,12 +178,16 @@ def in_raw_values(schema: Mapping[str, Any], store: SequenceStore, batch: HSTUBa
 
     jagged = {name: [row.numpy() for row in values.to_dense()] for name, values in batch.features.to_dict().items()}
     lists = {}
-    if batch.list_lengths is not None:
-        of_events = np.split(batch.list_lengths.numpy(), np.cumsum(batch.item_lengths)[:-1], axis=1)
+    if batch.items.list_lengths is not None:
+        of_events = np.split(batch.items.list_lengths.numpy(), np.cumsum(batch.item_lengths)[:-1], axis=1)
         lists = {name: [row[place] for row in of_events] for place, name in enumerate(schema["lists"])}
     splits = np.cumsum(batch.num_labels.numpy())[:-1]
     labels = np.split(batch.labels.numpy(), splits) if len(batch.labels) == batch.num_labels_total else []
-    times = None if batch.timestamps is None else np.split(batch.timestamps.numpy(), np.cumsum(batch.item_lengths)[:-1])
+    times = (
+        None
+        if batch.items.timestamps is None
+        else np.split(batch.items.timestamps.numpy(), np.cumsum(batch.item_lengths)[:-1])
+    )
     for row in range(batch.batch_size):
         if row >= batch.real_batch_size:
             assert all(len(values[row]) == 0 for values in jagged.values()), "missing sequences are empty"
@@ -192,15 +196,15 @@ def in_raw_values(schema: Mapping[str, Any], store: SequenceStore, batch: HSTUBa
         for name, lengths in lists.items():
             parts = np.split(np.array(of_row[name], dtype=object), np.cumsum(lengths[row])[:-1])
             of_row[name] = [part.tolist() for part in parts]
-        if batch.numbers is not None:
+        if batch.items.numbers is not None:
             ends = np.cumsum(batch.item_lengths)
-            numbers = batch.numbers[ends[row] - batch.item_lengths[row] : ends[row]].T.tolist()
+            numbers = batch.items.numbers[ends[row] - batch.item_lengths[row] : ends[row]].T.tolist()
             for name, values in zip(schema["numbers"], numbers, strict=True):
                 of_row[name] = [None if np.isnan(value) else value for value in values]
-        is_evaluation = batch.seen_values is not None
+        is_evaluation = batch.seen is not None
         seen = None
-        if batch.seen_values is not None and batch.seen_offsets is not None:
-            seen = set(raw("item", batch.seen_values[batch.seen_offsets[row] : batch.seen_offsets[row + 1]].numpy()))
+        if batch.seen is not None:
+            seen = set(raw("item", batch.seen.values[batch.seen.offsets[row] : batch.seen.offsets[row + 1]].numpy()))
         label = "item" if schema["task"] == "retrieval" else "action"
         yield {
             "user": store.raw_ids("user_id")[batch.user_ids[row]],

@@ -217,13 +217,14 @@ def read_all(store: SequenceStore, args: DatasetArgs, split: Any) -> list[tuple[
 
 
 def rows_of(store: SequenceStore, batch: HSTUBatch) -> list[tuple[Any, ...]]:
-    assert (batch.num_candidates == batch.num_labels).all() and batch.timestamps is not None
+    assert (batch.num_candidates == batch.num_labels).all() and batch.items.timestamps is not None
     users = store.raw_ids(USER_FEATURE)[batch.user_ids[: batch.real_batch_size].numpy()].tolist()
     values = {name: jagged.values().numpy() for name, jagged in batch.features.to_dict().items()}
     raw = [store.raw_ids("i")[values["i"]], values["a"], store.raw_ids("device")[values["device"]]]
     ends = np.cumsum(batch.item_lengths)[: batch.real_batch_size - 1]
     columns = [
-        np.split(column, ends) for column in [*raw, batch.timestamps.numpy(), values["time_gap"], values["item_age"]]
+        np.split(column, ends)
+        for column in [*raw, batch.items.timestamps.numpy(), values["time_gap"], values["item_age"]]
     ]
     label_ends = np.cumsum(batch.num_labels.numpy())[: batch.real_batch_size - 1]
     of_each = [*columns, np.split(batch.labels.numpy(), label_ends)]

@@ -199,18 +199,18 @@ def test_retrieval_has_targets_negatives_times_and_held_out_items() -> None:
     assert batch.num_labels.tolist() == (batch.item_lengths - 1).tolist() and batch.num_candidates_host.sum() == 0
     items = batch.features["item"].to_dense()
     assert torch.equal(batch.labels, torch.cat([row[1:] for row in items]))
-    assert batch.draws.shape == (batch.num_labels_total, 6) and batch.seen_values is None
+    assert batch.negatives.draws.shape == (batch.num_labels_total, 6) and batch.seen is None
 
-    for times in torch.split(batch.timestamps, batch.item_lengths.tolist()):
+    for times in torch.split(batch.items.timestamps, batch.item_lengths.tolist()):
         assert (times.diff() > 0).all() and times[0] == 1_000_000_000
-    gaps = torch.cat([times.diff() for times in torch.split(batch.timestamps, batch.item_lengths.tolist())])
+    gaps = torch.cat([times.diff() for times in torch.split(batch.items.timestamps, batch.item_lengths.tolist())])
     assert abs(gaps.double().mean() / 3600 - 1) < 0.25
 
     evaluation = dataset("retrieval", split="eval", wants_seen=True)
     held_out = next(build_loader(evaluation, evaluation.eval_sampler()))
     assert held_out.labels.shape == (16,) and 0 <= held_out.labels.min() <= held_out.labels.max() < 500
-    assert torch.equal(held_out.seen_values, held_out.features["item"].values())
-    assert torch.equal(held_out.seen_offsets.diff(), held_out.features["item"].lengths())
+    assert torch.equal(held_out.seen.values, held_out.features["item"].values())
+    assert torch.equal(held_out.seen.offsets.diff(), held_out.features["item"].lengths())
 
 
 def test_ids_beyond_their_table_are_hashed_into_it() -> None:

@@ -15,6 +15,7 @@ import torch
 from hstu.data.batches.batch import NEGATIVES, HSTUBatch
 from hstu.data.batches.train_batch import GroupLayout, TrainBatch, merge_ranks, split_micro_batches
 from hstu.data.features.roles import FeatureRoles
+from tests.data.batches.test_batch import tensors_of
 from tests.helpers import make_batch
 
 ITEMS = [[3, 1, 3], [2], [4, 3], [7, 7, 1, 2]]
@@ -44,11 +45,10 @@ def assert_same(batch: HSTUBatch, expected: HSTUBatch) -> None:
     assert batch.features.keys() == expected.features.keys()
     assert batch.features.values().tolist() == expected.features.values().tolist()
     assert batch.features.lengths().tolist() == expected.features.lengths().tolist()
-    seen = "seen_values", "seen_offsets"
-    for name in ("num_candidates", "num_labels", "labels", "timestamps", "draws", "pool_positions", *seen):
-        mine, theirs = getattr(batch, name), getattr(expected, name)
-        assert (mine is None) == (theirs is None), name
-        assert mine is None or (mine.dtype == theirs.dtype and mine.tolist() == theirs.tolist()), name
+    mine, theirs = ({n: t for n, t in tensors_of(b).items() if n != "user_ids"} for b in (batch, expected))
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert mine[name].dtype == theirs[name].dtype and mine[name].tolist() == theirs[name].tolist(), name
     assert batch.real_batch_size == expected.real_batch_size
     assert batch.num_labels_total == expected.num_labels_total
     np.testing.assert_array_equal(batch.item_lengths, expected.item_lengths)
@@ -110,7 +110,7 @@ def test_negatives_that_all_ranks_share_occur_once() -> None:
 def test_raw_draws_of_in_batch_negatives_stay() -> None:
     first = batch_of([1, 2], 0, task="retrieval", in_batch_pool=True, draws=[[2**31 - 1]])
     second = batch_of([0], 0, task="retrieval", in_batch_pool=True, draws=[[7], [8]])
-    assert merged(first, second)[0].draws.tolist() == [[2**31 - 1], [7], [8]]  # type: ignore[union-attr]
+    assert merged(first, second)[0].negatives.draws.tolist() == [[2**31 - 1], [7], [8]]  # type: ignore[union-attr]
 
 
 def test_held_out_items_are_merged_by_sequence() -> None:
@@ -144,10 +144,14 @@ def test_a_micro_batch_has_what_its_own_users_had_before() -> None:
 
 def test_every_micro_batch_has_the_pool_of_the_whole_batch() -> None:
     batch = batch_of(SAMPLES, 0, task="retrieval", in_batch_pool=True)
-    whole = batch.features["item"].values()[batch.pool_positions].tolist()
+    whole = batch.features["item"].values()[batch.negatives.pool_positions].tolist()
     assert whole == sorted(set(whole)) and len(whole) == 5
     for part in split_micro_batches(batch, 2, ROLES):
-        assert part.pool_positions is None and part.pool_ids is not None and part.pool_ids.tolist() == whole
+        assert (
+            part.negatives.pool_positions is None
+            and part.negatives.pool_ids is not None
+            and part.negatives.pool_ids.tolist() == whole
+        )
 
 
 def test_every_micro_batch_has_all_negatives_and_the_draws_of_its_own_labels() -> None:
@@ -159,7 +163,7 @@ def test_every_micro_batch_has_all_negatives_and_the_draws_of_its_own_labels() -
         keyed = part.features[NEGATIVES]
         assert keyed.values().tolist() == [9, 8, 7, 6, 5] and keyed.lengths().tolist() == [5, 0]
     assert [part.labels.tolist() for part in parts] == [[1, 3], [3, 7, 1, 2]]
-    assert torch.cat([part.draws for part in parts]).tolist() == draws.tolist()
+    assert torch.cat([part.negatives.draws for part in parts]).tolist() == draws.tolist()
 
 
 # --- both ----------------------------------------------------------------------------------------------------------
@@ -169,7 +173,7 @@ def test_a_train_batch_moves_as_a_whole() -> None:
     own = batch_of([0], 1, task="retrieval", in_batch_pool=True)
     whole, layout = merged(own, batch_of([2], 1, task="retrieval", in_batch_pool=True))
     parts = split_micro_batches(whole, 2, ROLES)
-    batch = TrainBatch(own=own, parts=parts, group=layout, pool_positions=whole.pool_positions)
+    batch = TrainBatch(own=own, parts=parts, group=layout, pool_positions=whole.negatives.pool_positions)
     moved = batch.to(torch.device("meta"))
     assert moved.features is moved.own.features and moved.group is layout
     assert moved.pool_positions is not None and moved.pool_positions.is_meta

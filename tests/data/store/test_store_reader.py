@@ -77,4 +77,4 @@ def test_side_features_are_those_of_each_event_and_of_its_item(lengths: list[int
             for name, rows in expected.items():
                 assert [part.tolist() for part in features[name].to_dense()] == rows, name
             counts = [len(genres[item]) for user in users for item in chosen[user]]
-            assert batch.list_lengths is not None and batch.list_lengths.tolist() == [counts]
+            assert batch.items.list_lengths is not None and batch.items.list_lengths.tolist() == [counts]

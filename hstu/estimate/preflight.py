@@ -22,12 +22,11 @@ from hstu.checkpoint.find import AUTO
 from hstu.checkpoint.load import ModelShape, match_checkpoint
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.raw_ids import RawIds
-from hstu.config.args import Args, DatasetArgs, DynamicEmbeddingArgs, RankingArgs
+from hstu.config.args import Args, DatasetArgs, RankingArgs
 from hstu.config.incomplete import apply
 from hstu.config.problems import Problem, did_you_mean
 from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunDraft
-from hstu.data.features.initial_rows import find_initial_rows
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.estimate.estimate import size
@@ -109,20 +108,6 @@ def tables_fit_the_data(run: RunDraft, opened: Opened) -> Iterator[Problem]:
 def specs_can_be_made(run: RunDraft, opened: Opened) -> Iterator[Problem]:
     """The tables have possible names, widths and sizes."""
     yield from reported(run, run.dataset, "dataset_name", opened.specs.error)
-
-
-def initial_rows_can_be_read(run: RunDraft, opened: Opened) -> Iterator[Problem]:
-    """The files of EmbeddingArgs.initial_rows fit their tables. A run that resumes does not read them."""
-    if not isinstance(run.dataset, DatasetArgs):
-        return
-    if run.trainer.ckpt_load_dir == AUTO and opened.checkpoint.value is not None:
-        return
-    dims = {spec.name: spec.dim for spec in opened.specs.value}
-    tables = [table for table in opened.tables.value if not isinstance(table, DynamicEmbeddingArgs)]
-    found = Attempt(lambda: find_initial_rows(opened.store.value, tables, dims, run.located))
-    yield from reported(run, run.dataset, "dataset_name", found.error)
-    for rows in found.value.values():
-        yield from reported(run, rows.table, "initial_rows", Attempt(rows.check).error)
 
 
 def samples_can_be_made(run: RunDraft, opened: Opened) -> Iterator[Problem]:
@@ -313,8 +298,7 @@ def _existing_ancestor(path: Path) -> Path:
 
 
 CHECKS = (
-    data_can_be_opened, features_are_in_the_data, tables_fit_the_data, specs_can_be_made, initial_rows_can_be_read,
-    samples_can_be_made,
+    data_can_be_opened, features_are_in_the_data, tables_fit_the_data, specs_can_be_made, samples_can_be_made,
     masks_hide_the_labels, head_fits_the_labels, part_optimizers_have_an_effect,
     kernels_run_here, kernels_of_tables_run_here,
     checkpoint_can_be_read, checkpoint_fits_the_model,

@@ -15,16 +15,14 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
-from hstu.base.errors import ConfigError, DataError
+from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs
 from hstu.config.run_config import RunConfig
-from hstu.data.features.initial_rows import InitialRows
 from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
 from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.row_update import UpdateRows
-from hstu.parallel.collectives import on_all_ranks, require_equal
 from hstu.parallel.dynamic.collection import DynamicSharder, RowSparseDynamicCollection, ShardedDynamicCollection
 from hstu.parallel.dynamic.memory import MemoryPlan, physical_names, plan_memory, split_tables
 from hstu.parallel.dynamic.table import DynamicTable
@@ -248,34 +246,3 @@ def write_initial_rows(model: GRModel, seed: int, heartbeat: Heartbeat) -> None:
                 heartbeat.beat()
                 own = block[:, first_col : first_col + cols]
                 local.tensor[row - first_row : row - first_row + len(own), : own.shape[1]].copy_(own)
-
-
-@torch.no_grad()
-def write_given_rows(model: GRModel, given: Mapping[str, InitialRows], mesh: Mesh) -> None:
-    """Write the vectors that ``given`` has by table over the initial rows. Collective.
-
-    Each rank reads the files in blocks and writes what belongs to its shards. Raises ConfigError on all ranks for a
-    file that does not fit, and DataError if the ranks have read different ones.
-    """
-    on_all_ranks(lambda: _write_given_rows(model, given, mesh.heartbeat), mesh.world_group)
-    checksums = {f"checksum of the initial_rows of table {name!r}": str(rows.checksum) for name, rows in given.items()}
-    require_equal(checksums, mesh.world_group, DataError)
-    for name, rows in given.items():
-        log.info("table %s: %s", name, rows)
-
-
-def _write_given_rows(model: GRModel, given: Mapping[str, InitialRows], heartbeat: Heartbeat) -> None:
-    replicated, sharded = model.replicated_tables.weights(), sharded_weights(model)
-    for name, rows in given.items():
-        pieces: list[tuple[torch.Tensor, int, int]] = [(replicated[name].data, 0, 0)] if name in replicated else []
-        if name in sharded:
-            for local in sharded[name].local_shards():
-                first_row, first_col = local.metadata.shard_offsets
-                pieces.append((local.tensor, first_row, first_col))
-        for codes, vectors in rows.blocks():
-            heartbeat.beat()
-            for piece, first_row, first_col in pieces:
-                is_own = (codes >= first_row) & (codes < first_row + len(piece))
-                own = torch.from_numpy(vectors[is_own, first_col : first_col + piece.shape[1]]).to(piece.device)
-                places = torch.from_numpy(codes[is_own] - first_row).to(piece.device)
-                piece[places, : own.shape[1]] = own

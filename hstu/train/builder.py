@@ -23,7 +23,6 @@ from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import NEGATIVES, of_negatives
 from hstu.data.datasets import DATASETS
-from hstu.data.features.initial_rows import find_initial_rows
 from hstu.data.features.labels import PLAIN, LabelCodes, label_columns
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.compiled import compile_parts, why_not
@@ -50,7 +49,7 @@ from hstu.parallel.collectives import gather_objects, gather_rows, on_all_ranks,
 from hstu.parallel.ddp import replicate_dense, unwrap_dense
 from hstu.parallel.fsdp import shard_dense
 from hstu.parallel.mesh import Mesh, seed_dropout
-from hstu.parallel.tables import check_memory, shard, write_given_rows
+from hstu.parallel.tables import check_memory, shard
 from hstu.parallel.tensor import split_encoder
 from hstu.pipeline.native import NativePipeline
 from hstu.pipeline.none import SequentialPipeline, TrainPipeline
@@ -119,9 +118,7 @@ def _build(
     require_equal(source.description, mesh.world_group, DataError)
     check_masks(config, source.roles)
     mesh.heartbeat.mark("building the model")
-    resumes = on_all_ranks(lambda: mesh.is_main and checkpoints.continues(run_directory.path), mesh.world_group)
-    resumes = gather_objects(resumes, mesh.world_group)[0]
-    model, optimizers = build_model(config, source, mesh, beside_tables, reads_initial_rows=not resumes)
+    model, optimizers = build_model(config, source, mesh, beside_tables)
     state = build_state(config, source, model, optimizers, run_directory.identity)
     if source.roles.tower:
         log.info("item tower: the vector of an item is made of its id and %s", ", ".join(source.roles.tower))
@@ -190,12 +187,8 @@ def build_model(
     source: BatchSource,
     mesh: Mesh,
     beside_tables: BesideTables = nothing_beside_tables,
-    reads_initial_rows: bool = False,
 ) -> tuple[GRModel, Optimizers]:
-    """The model and its optimizers, with tables sharded and the dense part replicated over ``mesh``. Collective.
-
-    reads_initial_rows: whether rows start with what EmbeddingArgs.initial_rows names. A checkpoint has later ones.
-    """
+    """The model and its optimizers, with tables sharded and the dense part replicated over ``mesh``. Collective."""
     if config.network.dtype_str == "float16" and mesh.device.type == "cpu":
         log.warning("float16 on a CPU: its products take hundreds of times as long as those of other types")
     if config.network.dtype_str == "bfloat16" and mesh.device.type == "cpu" and not cpu_multiplies_bfloat16():
@@ -218,9 +211,6 @@ def build_model(
     model.dense.to(mesh.device)  # the sharded tables are created on their devices
     update_rows = encoder.inputs.kernels.update_rows
     model, table_optimizer = shard(model, config, mesh, update_rows, lambda: beside_tables(config, mesh))
-    if reads_initial_rows and isinstance(source, StoreSource):
-        dims = {spec.name: spec.dim for spec in specs}
-        write_given_rows(model, find_initial_rows(source.store, source.tables, dims, config.located), mesh)
     precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
     sharding, sent_as = config.data_parallel, DTYPES[precision]
     if sharding.sharding == "weights":

@@ -32,7 +32,7 @@ class Row:
     bindings: tuple[str, ...] = ()
     """Changes of the gin file; they win over those of the table."""
     prepare: tuple[tuple[str, ...], ...] = ()
-    """Commands before the training, such as one that writes initial rows: a script and its arguments. (): those of the
+    """Commands before the training, such as one that writes features: a script and its arguments. (): those of the
     row that ``epochs_of`` names, or those of the table if the row has the table's gin file."""
     epochs_of: str | None = None
     """Train as this row of the table does, on its validation part, too, for as many epochs as it needed to its best
@@ -206,40 +206,13 @@ def _numbers(train_fraction: float) -> tuple[tuple[str, ...], ...]:
     )  # fmt: skip
 
 
-def _first_rows(config: str, bindings: Sequence[str]) -> tuple[str, ...]:
-    """What factorizes the ratings that a row trains on."""
-    run = (_EVENTS_ALONE, "TrainerArgs.seed = $seed", *_RANKING_VALIDATION, *bindings)
-    return (
-        "scripts/factorize.py",
-        "--gin-config-file",
-        config,
-        "--gin-bindings",
-        *run,
-        "--output",
-        "$folder/items.parquet",
-    )
-
-
-def _ranking(title: str, dataset: str, items: int, epochs: int, undone: Mapping[str, Sequence[str]]) -> Table:
-    """``items``: rows of the table. ``epochs``: of the rows without numbers."""
+def _ranking(title: str, dataset: str, epochs: int, undone: Mapping[str, Sequence[str]]) -> Table:
+    """``epochs``: of the rows without numbers."""
     name = dataset.replace("-", "_")
     plain, recipe = f"configs/{name}_ranking.gin", (*_NO_NUMBERS, f"TrainerArgs.num_train_epochs = {epochs}.0")
 
-    first_rows = (
-        'item/EmbeddingArgs.feature_names = ["movie_id"]',
-        'item/EmbeddingArgs.table_name = "movie_id"',
-        f"item/EmbeddingArgs.item_vocab_size_or_capacity = {items}",
-        'item/EmbeddingArgs.sharding_type = "model_parallel"',
-        "item/EmbeddingArgs.initial_rows = '$folder/items.parquet'",
-        "TrainerArgs.num_train_epochs = 6.0",
-        "OptimizerArgs.learning_rate = 3e-3",
-        "OptimizerArgs.sparse_learning_rate = 1e-5",
-    )
-    """Rows that stay what they are made of."""
-    factors = (_first_rows(plain, recipe),)
-
-    def without_numbers(name: str, *more: str, prepare: tuple[tuple[str, ...], ...] = ()) -> Row:
-        return Row(name=name, config=plain, bindings=(_EVENTS_ALONE, *recipe, *more), prepare=prepare)
+    def without_numbers(name: str, *more: str) -> Row:
+        return Row(name=name, config=plain, bindings=(_EVENTS_ALONE, *recipe, *more))
 
     return Table(
         title=title, task="ranking", dataset=dataset, config=f"configs/{name}_ranking_numbers.gin", reference="all",
@@ -250,8 +223,6 @@ def _ranking(title: str, dataset: str, items: int, epochs: int, undone: Mapping[
             without_numbers("no numbers"),
             without_numbers("no numbers, with item × action", _PRODUCT),
             without_numbers("no numbers, with the loss of the next item", *_NEXT_ITEM),
-            without_numbers("no numbers, with first rows", *first_rows, prepare=factors),
-            without_numbers("no numbers, with first rows and item × action", *first_rows, _PRODUCT, prepare=factors),
         ),
         metrics=("AUC>=4", "LOGLOSS", *(f"AUC>=4, {part}" for part in PARTS)),
         bindings=(
@@ -287,7 +258,7 @@ TABLES: Mapping[str, Table] = {
         ), epochs=24,
     ),
     "ml_1m_ranking": _ranking(
-        "Ratings, MovieLens-1M", "ml-1m", items=3706, epochs=3,
+        "Ratings, MovieLens-1M", "ml-1m", epochs=3,
         undone={
             "numbers of factors and neighbours": _NO_FACTORS,
             "windows": ("DatasetArgs.window_stride = None",),
@@ -295,7 +266,7 @@ TABLES: Mapping[str, Table] = {
         },
     ),
     "ml_100k_ranking": _ranking(
-        "Ratings, MovieLens-100K", "ml-100k", items=1682, epochs=3,
+        "Ratings, MovieLens-100K", "ml-100k", epochs=3,
         undone={
             "numbers of factors and neighbours": _NO_FACTORS,
             "a slow item table": ("OptimizerArgs.sparse_learning_rate = 3e-3",),

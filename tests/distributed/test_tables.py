@@ -1,24 +1,16 @@
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Unpack
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torchrec import JaggedTensor, KeyedJaggedTensor
 from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from torchrec.distributed.train_pipeline.utils import _rewrite_model
 
-from hstu.base.errors import DataError
-from hstu.config.problems import cite
-from hstu.data.features.initial_rows import InitialRows
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh, seed_initial_weights
-from hstu.parallel.tables import write_given_rows
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.toy import (
     FEATURES,
@@ -84,11 +76,6 @@ LOOK_UPS: dict[str, Any] = {
     "adam": {"optimizer": "adam", "sharding": "row_wise"},
     "replicated": {"replicated": ["item"]},
 }
-GIVEN: dict[str, Any] = {
-    **{sharding: {"sharding": sharding} for sharding in SHARDINGS},
-    "width no multiple of 4": {"dim": 6, "optimizer": "adam", "sharding": "column_wise"},
-    "replicated": {"replicated": ["user", "item", "action"]},
-}
 TRACED: dict[str, Any] = {"one width": {}, "two widths": {"user_dim": 4}, "adam": {"optimizer": "adam"}}
 
 
@@ -113,8 +100,6 @@ def on_two_ranks() -> list[dict[str, Any]]:
     cases: dict[str, Any] = {
         **{f"look up/{name}": partial(look_up_items, counts=[0, 9], **args) for name, args in LOOK_UPS.items()},
         **{f"trace/{name}": partial(pipelined_modules, **args) for name, args in TRACED.items()},
-        **{f"given/{name}": partial(given_rows, **args) for name, args in GIVEN.items()},
-        "given/other files": other_files,
         "two steps": partial(train, optimizer="adam", sharding="row_wise", steps=2),
     }
     return run_cases(Launch(2, timeout_s=100), cases)
@@ -143,37 +128,6 @@ def train(mesh: Mesh, steps: int = 3, empty_from: int | None = None, **options: 
     ]
     dense = {name: weight.tolist() for name, weight in unwrap_dense(model).task.named_parameters()}
     return {"initial": initial, "tables": full_tables(model, mesh), "dense": dense, "losses": losses}
-
-
-def write_vectors(path: Path, config: Any, width: int, scale: float = 1.0) -> dict[str, InitialRows]:
-    """Vectors for every other item, and for one that the data lacks, as write_given_rows reads them."""
-    vectors = scale * np.arange((ITEMS + 1) * width, dtype=np.float32).reshape(-1, width)
-    ids = np.arange(0, ITEMS + 1, 2)[::-1]
-    pq.write_table(pa.table({"id": ids, "vector": vectors[ids].tolist()}), path)
-    table = replace(config.embeddings[1], initial_rows=str(path))
-    return {table.table_name: InitialRows(table, None, ITEMS - 1, config.network.hidden_size, cite)}
-
-
-def given_rows(mesh: Mesh, **options: Unpack[ToyOptions]) -> tuple[Any, Any]:
-    """The tables before and after vectors of five columns are written for every other item."""
-    config = make_config(**options)
-    model, _ = build(config, mesh)
-    before = full_tables(model, mesh)
-    with TemporaryDirectory() as directory:
-        write_given_rows(model, write_vectors(Path(directory) / "rows.parquet", config, width=5), mesh)
-    return before, full_tables(model, mesh)
-
-
-def other_files(mesh: Mesh) -> str:
-    """What is said where the ranks read different vectors."""
-    model, _ = build(make_config(), mesh)
-    with TemporaryDirectory() as directory:
-        rows = write_vectors(Path(directory) / "rows.parquet", make_config(), width=5, scale=1.0 + mesh.rank)
-        try:
-            write_given_rows(model, rows, mesh)
-        except DataError as error:
-            return str(error)
-    return "nothing"
 
 
 def look_up_items(mesh: Mesh, counts: list[int], **options: Unpack[ToyOptions]) -> dict[str, Any]:
@@ -463,18 +417,3 @@ def update_rows(
         total = state.setdefault("sum", torch.zeros_like(table[:, : squares.shape[1]]))
         total[rows] += squares
         table[rows] -= rate * gradient / (total[rows].sqrt() + EPS)
-
-
-@pytest.mark.parametrize("case", GIVEN)
-def test_given_rows_are_written_to_the_ranks_that_have_them(case: str, on_two_ranks: list[dict[str, Any]]) -> None:
-    before, after = on_two_ranks[0][f"given/{case}"]
-    expected = np.array(before["item_table"])
-    rows = np.arange(0, ITEMS - 1, 2)  # the data has one item less than the table
-    expected[rows, :5] = (np.arange((ITEMS + 1) * 5).reshape(-1, 5))[rows]
-    assert before["item_table"] != after["item_table"] == expected.tolist()
-    assert {**before, "item_table": None} == {**after, "item_table": None}
-
-
-def test_ranks_that_read_different_vectors_do_not_train(on_two_ranks: list[dict[str, Any]]) -> None:
-    for rank in on_two_ranks:
-        assert "checksum of the initial_rows of table 'item_table' = " in rank["given/other files"]

@@ -41,12 +41,6 @@ class EmbeddingArgs(Args):
     the table is data_parallel."""
     init_std: float = option(0.02, changes="training", above=0, maximum=1e6)
     """Standard deviation of the normal distribution of initial rows."""
-    initial_rows: Optional[str] = option(None, changes="training", not_empty=True)
-    """Parquet file with vectors that rows start with, such as those of scripts/factorize.py. Its column id has raw ids
-    of the data (int64 or string), its column vector lists of float32 of one length, at most the width of the table. Ids
-    that the file lacks, and the columns beyond its vectors, start at random. The model multiplies rows by
-    sqrt(hidden_size). A checkpoint replaces these rows, and a run that resumes does not read the file. Not for dynamic
-    tables and random data. None: all rows start at random."""
 
 
 @dataclass(frozen=True, kw_only=True)

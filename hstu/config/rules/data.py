@@ -87,20 +87,6 @@ def dynamic_tables_choose_their_kernel(run: RunConfig, table: EmbeddingArgs) -> 
         yield run.problem(table, "compute_kernel", text)
 
 
-def initial_rows_are_for_ids_of_a_vocabulary(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
-    if table.initial_rows is None:
-        return
-    if isinstance(table, DynamicEmbeddingArgs):
-        text = (
-            "is not for dynamic tables, whose ids get rows when training first sees them; make the table an "
-            "EmbeddingArgs, or remove this"
-        )
-        yield run.problem(table, "initial_rows", text)
-    elif isinstance(run.dataset, BenchmarkDatasetArgs):
-        text = "has no effect on the random data of BenchmarkDatasetArgs, which has no raw ids; remove it"
-        yield run.problem(table, "initial_rows", text)
-
-
 def one_option_gives_the_gpu_memory(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
     if isinstance(table, DynamicEmbeddingArgs):
         given = [name for name in _GPU_MEMORY if getattr(table, name) is not None]
@@ -140,7 +126,6 @@ RULES_OF_A_TABLE = (
     rowwise_adagrad_forbids_column_wise, rowwise_adagrad_is_for_sharded_tables, kernels_are_for_sharded_tables,
     sharding_is_for_sharded_tables,
     dynamic_tables_choose_their_kernel, one_option_gives_the_gpu_memory, dense_kernel_has_adam,
-    initial_rows_are_for_ids_of_a_vocabulary,
 )  # fmt: skip
 
 

@@ -43,22 +43,6 @@ def linear(name: str, rows: int, inputs: int, outputs: int, c: int) -> Operator:
     return timed_operator(name, costs.linear(rows, inputs, outputs, c), rows, build)
 
 
-def action_item_product(rows: int, width: int, c: int) -> Operator:
-    """Adds the product of items and a projection of actions to the actions, [rows, width] each."""
-
-    def build(count: int) -> Forward:
-        items, actions = (torch.randn(count, width, dtype=_dtype(c), requires_grad=True) for _ in range(2))
-        gate = nn.Linear(width, width)
-
-        def forward() -> Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=c != FLOAT32):
-                return actions + items * gate(actions)
-
-        return forward, [items, actions, *gate.parameters()]
-
-    return timed_operator("products of actions", costs.action_item_product(rows, width, c), rows, build)
-
-
 def add_layer_norm(rows: int, width: int, c: int, residual_size: int) -> Operator:
     """One step of the residual stream, [rows, width], and its norm; ``residual_size``: bytes of a number of it."""
 

@@ -274,8 +274,6 @@ def input_bytes(workload: Workload, batch: Batch) -> int:
     saved = 2 * INT64 * tokens  # the permutation and its inverse
     for role, width in workload.projected_widths.items():
         saved += rows[role] * workload.element_size * (width + 2 * network.hidden_size)
-    if network.action_item_product:  # actions, items and gates
-        saved += 3 * rows["action"] * workload.element_size * network.hidden_size
     positions = workload.encoder.inputs.position_table
     if positions is not None and positions.requires_grad:
         saved += INT64 * tokens

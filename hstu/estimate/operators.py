@@ -36,8 +36,6 @@ def _inputs(workload: Workload, batch: Batch, plan: tuple[TableShards, ...]) -> 
     for role, width in workload.projected_widths.items():
         for inputs in (width, hidden):
             yield dense.linear("projections", rows[role], inputs, hidden, workload.element_size)
-    if network.action_item_product:
-        yield dense.action_item_product(rows["action"], hidden, workload.element_size)
     dropped = network.hidden_dropout if network.input_dropout is None else network.input_dropout
     positions = workload.encoder.inputs.position_table
     tokens = workload.share(workload.tokens(batch))

@@ -74,8 +74,7 @@ class SequenceInputs(nn.Module):
     added (``interleave_actions = False``; not for candidates, whose action is what is to be predicted). The side
     features of an item, rows and numbers, are joined, projected and added to the item's token; those that only the
     event makes known, to its action's. Of a list the mean is taken.
-    With ``action_item_product``, the action a of an item with token x gets x ⊙ (W a + b) in addition.
-    Initial values: position rows N(0, 1/D), projections as :class:`hstu.model.heads.MLP`; W and b zero.
+    Initial values: position rows N(0, 1/D), projections as :class:`hstu.model.heads.MLP`.
     """
 
     def __init__(self, network: NetworkArgs, features: SequenceFeatures, kernels: Kernels = REFERENCE_KERNELS) -> None:
@@ -111,15 +110,6 @@ class SequenceInputs(nn.Module):
             width += numbers[role].out_width if role in numbers else 0
             if width:
                 self.projections[role] = MLP(width, (hidden, hidden), "silu")
-        self.action_gate: MLP | None = None
-        if network.action_item_product:
-            if features.action is None:
-                raise ConfigError(
-                    "NetworkArgs.action_item_product multiplies actions with their items, and this data has no "
-                    "actions; set it to False, or name the feature that holds the actions"
-                )
-            self.action_gate = MLP(hidden, (hidden,), activation="silu")
-            nn.init.zeros_(self.action_gate[0].weight)  # type: ignore[arg-type]
         self.position_table: nn.Parameter | None = None
         if network.has_absolute_positions:
             self.position_table = nn.Parameter(torch.randn(network.num_position_buckets, hidden) / self.scale)
@@ -184,8 +174,6 @@ class SequenceInputs(nn.Module):
                 items = items + self._embed_side("known_after", embeddings, batch, own)
             return [*parts, items]
         actions = self._embed("action", self.features.action, embeddings, num_items, own)
-        if self.action_gate is not None:
-            actions = actions + items * self.action_gate(actions)
         if "known_after" in self.projections:
             actions = actions + self._embed_side("known_after", embeddings, batch, own)
         if self.tokens_per_item == 2:

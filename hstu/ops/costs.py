@@ -151,16 +151,6 @@ def linear(rows: int, inputs: int, outputs: int, element_size: int) -> Cost:
     return Cost(6.0 * rows * inputs * outputs, moved)
 
 
-def action_item_product(rows: int, width: int, element_size: int) -> Cost:
-    """Actions + items ⊙ linear(actions), [rows, width] each.
-
-    Forward moves 6 such matrices for the product and the sum. Backward moves 5 for the product, and 3 for the sum of
-    the two gradients of the actions.
-    """
-    gate = linear(rows, width, width, element_size)
-    return Cost(gate.flops, gate.bytes + 14.0 * element_size * rows * width, launches=10)
-
-
 def add_layer_norm(rows: int, width: int, element_size: int, residual_size: int) -> Cost:
     """Residual stream [rows, width] plus the update of a layer, and LayerNorm of the sum: one kernel each way.
 

@@ -146,8 +146,6 @@ class ServingProgram(nn.Module):
             items = items + self._side("side", inputs)
         if "actions" in inputs:
             actions = self._projected("action", inputs["actions"])
-            if module.action_gate is not None:
-                actions = actions + items * module.action_gate(actions)
             if "known_after" in module.projections:
                 actions = actions + self._side("known_after", inputs)
             if "is_history" in inputs:

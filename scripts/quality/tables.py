@@ -179,7 +179,6 @@ _NO_FACTORS = (
 )
 _EVENTS_ALONE = "DatasetArgs.dataset_path = '$store'"
 _RANKING_VALIDATION = ("DatasetArgs.train_fraction = 0.6", "DatasetArgs.valid_fraction = 0.1")
-_PRODUCT = "NetworkArgs.action_item_product = True"
 _NEXT_ITEM = "RankingArgs.next_item_weight = 0.1", 'RetrievalArgs.negatives = "full"'
 
 
@@ -221,7 +220,6 @@ def _ranking(title: str, dataset: str, epochs: int, undone: Mapping[str, Sequenc
             Row(name="all, trained on validation users, too", epochs_of="all", prepare=_numbers(0.7)),
             Row(name="no numbers, usual settings", config=plain, bindings=(_EVENTS_ALONE,)),
             without_numbers("no numbers"),
-            without_numbers("no numbers, with item × action", _PRODUCT),
             without_numbers("no numbers, with the loss of the next item", *_NEXT_ITEM),
         ),
         metrics=("AUC>=4", "LOGLOSS", *(f"AUC>=4, {part}" for part in PARTS)),

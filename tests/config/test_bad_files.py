@@ -310,8 +310,6 @@ TOGETHER = [
         "OptimizerArgs.sparse_learning_rate = 0.1" + HERE, told=("is for model_parallel tables", "has none")),
     bad("actions added to nothing", "retrieval", "NetworkArgs.interleave_actions = False" + HERE,
         'DatasetArgs.action_feature_name = ""', told=("there are no actions",)),
-    bad("products with nothing", "retrieval", "NetworkArgs.action_item_product = True" + HERE,
-        'DatasetArgs.action_feature_name = ""', told=("there are no actions",)),
     bad("table twice", "own", 'action/EmbeddingArgs.table_name = "item"' + HERE,
         told=("'item' is given twice", "item/EmbeddingArgs.table_name")),
     bad("moments of cut rows", "own", 'item/EmbeddingArgs.sharding = "column_wise"' + HERE,

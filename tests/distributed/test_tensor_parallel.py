@@ -29,7 +29,6 @@ from tests.distributed.tensor_cases import (
 BY_TOKENS = "NetworkArgs.sequence_parallel = True"
 RELATIVE = "NetworkArgs.position_encoding = 'relative_bias'"
 CLIP = "TrainerArgs.max_grad_norm = 0.05"
-PRODUCT = "NetworkArgs.action_item_product = True"
 WINDOW = "NetworkArgs.max_attention_span = (3, 8)", "NetworkArgs.min_full_attention_tokens = 2"
 TRUNCATED = "NetworkArgs.truncate_after_layer = 1", "NetworkArgs.truncate_to_items = 3"
 TOWER = "RetrievalArgs.item_tower = True"
@@ -56,9 +55,9 @@ CASES: dict[str, Any] = {
     "ranking, mixed": {"optimizer": "adam", "bindings": [*MIXED, CLIP, "OptimizerArgs.ema_decay = 0.9"]},
     "ranking, two widths": {
         "replicated": [],
-        "bindings": ["NetworkArgs.item_embedding_dim = 8", "NetworkArgs.contextual_embedding_dim = 4", PRODUCT],
+        "bindings": ["NetworkArgs.item_embedding_dim = 8", "NetworkArgs.contextual_embedding_dim = 4"],
     },
-    "ranking, tasks, by tokens": {"bindings": [BY_TOKENS, PRODUCT, *USER_TASKS]},
+    "ranking, tasks, by tokens": {"bindings": [BY_TOKENS, *USER_TASKS]},
     "retrieval": {"task": "retrieval", "sharding": "column_wise"},
     "retrieval, draws, adam, by tokens": {
         "task": "retrieval",
@@ -101,7 +100,6 @@ CASES: dict[str, Any] = {
             "RetrievalArgs.negatives = 'full'",
             SEEN,
             BY_TOKENS,
-            PRODUCT,
             "NetworkArgs.interleave_actions = False",
             LIMIT,
         ],

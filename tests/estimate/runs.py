@@ -95,7 +95,6 @@ CASES: dict[str, dict[str, Any]] = {
         [ONE, TWO, FOUR],
         "NetworkArgs.item_embedding_dim = 20",
         "NetworkArgs.contextual_embedding_dim = 26",
-        "NetworkArgs.action_item_product = True",
     ),
     "relative bias": _case([ONE, TWO_BY_TENSOR, TWO_BY_CONTEXT], "NetworkArgs.position_encoding = 'relative_bias'"),
     "tokens split": _case([TWO_BY_TENSOR, FOUR, FOUR_BY_BOTH], "NetworkArgs.sequence_parallel = True"),

@@ -17,20 +17,13 @@ def token_by_token(inputs: SequenceInputs, tables: Tables, samples: list[Sample]
     """What the inputs must give, for a network without projections."""
     scale, rows = math.sqrt(8), []
 
-    def with_product(action: Tensor, item: Tensor) -> Tensor:
-        if inputs.action_gate is None:
-            return action
-        weight, bias = inputs.action_gate.parameters()
-        gate = [(line * action * scale).sum() + each for line, each in zip(weight, bias, strict=True)]
-        return action + torch.stack([x * g for x, g in zip(item, gate, strict=True)])
-
     for sample in samples:
         own: list[Tensor] = [tables.weights[f"c{i}"][value] for i, value in enumerate(sample.context)]
         history = len(sample.items) - sample.candidates
         positions = list(range(len(own)))
         for index, (item, action) in enumerate(zip(sample.items, sample.actions, strict=True)):
             token = tables.weights["item"][item]
-            shown = with_product(tables.weights["action"][action], token) if inputs.features.action else token
+            shown = tables.weights["action"][action] if inputs.features.action else token
             if inputs.features.action is None:
                 own.append(token)
             elif inputs.tokens_per_item == 2:
@@ -55,7 +48,6 @@ def token_by_token(inputs: SequenceInputs, tables: Tables, samples: list[Sample]
     candidates=st.integers(0, 3),
     action=st.booleans(),
     interleave=st.booleans(),
-    product=st.booleans(),
     encoding=st.sampled_from(["absolute", "none"]),
     buckets=st.sampled_from([1, 5, 64]),
 )
@@ -66,14 +58,12 @@ def test_tokens_and_their_gradients_are_those_written_down_one_by_one(
     candidates: int,
     action: bool,
     interleave: bool,
-    product: bool,
     encoding: str,
     buckets: int,
 ) -> None:
     features = make_features(contextuals, action)
     network = make_network(
         interleave_actions=interleave,
-        action_item_product=action and product,
         position_encoding=encoding,
         num_position_buckets=buckets,
     )
@@ -86,11 +76,6 @@ def test_tokens_and_their_gradients_are_those_written_down_one_by_one(
     inputs.double()
     tables.weights = {name: nn.Parameter(weight.double()) for name, weight in tables.weights.items()}
     parameters = [*tables.weights.values(), *inputs.parameters()]
-    if inputs.action_gate is not None:
-        assert not any(parameter.any() for parameter in inputs.action_gate.parameters()), "it starts without products"
-        for parameter in inputs.action_gate.parameters():
-            nn.init.normal_(parameter)
-
     tokens, layout = inputs(tables(batch), batch)
     expected = token_by_token(inputs, tables, samples)
     assert tokens.shape == (layout.num_tokens, 8)
@@ -147,11 +132,6 @@ def test_input_dropout_is_hidden_dropout_unless_given_and_off_in_evaluation() ->
         assert abs(float((tokens == 0).float().mean()) - expected) < 0.03
         tokens, _ = inputs.eval()(tables(batch), batch)
         assert (tokens != 0).all()
-
-
-def test_products_without_actions_are_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(ConfigError, match=r"action_item_product.*no actions; set it to False"):
-        SequenceInputs(make_network(action_item_product=True), make_features(contextuals=0, action=False))
 
 
 def test_relative_bias_without_times_is_an_error_that_says_what_to_do() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec import JaggedTensor
 
 from hstu.data.batches.batch import HSTUBatch, ItemColumns, keyed_jagged
@@ -122,8 +122,6 @@ def token_by_token(inputs: SequenceInputs, tables: dict[str, Tensor], users: Eve
                 tokens.append(item + after)
                 continue
             action = tables["action"][event["action"][0]] * scale
-            if inputs.action_gate is not None:
-                action = action + item * inputs.action_gate(action)
             action = action + after
             if inputs.tokens_per_item == 2:
                 tokens += [item, action]
@@ -145,13 +143,10 @@ def test_tokens_and_their_gradients_are_those_written_down_one_by_one(
     features = FEATURES[kind]
     network = make_network(
         interleave_actions=interleave,
-        action_item_product=features.action is not None and len(lengths) % 2 == 0,
         position_encoding="none",
         side_embedding_dim=SIDE_WIDTH,
     )
     inputs = SequenceInputs(network, features)
-    if inputs.action_gate is not None:
-        nn.init.normal_(inputs.action_gate[0].weight)
     inputs.load_statistics(STATISTICS)
     inputs.double()
     users = random_events(lengths, features)

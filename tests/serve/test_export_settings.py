@@ -24,7 +24,7 @@ from tests.train.tiny import ITEMS, OF_THE_ACTION, FinishedRun
 pytestmark = pytest.mark.slow
 
 WINDOW = {"max_attention_span": 3, "min_full_attention_tokens": 2, "truncate_after_layer": 1, "truncate_to_items": 3}
-ADDED = {"interleave_actions": False, "action_item_product": True, "contextual_embedding_dim": 6}
+ADDED = {"interleave_actions": False, "contextual_embedding_dim": 6}
 SEES_ALL = {"is_causal": False, "disable_contextual_mask": False}
 CANDIDATES = {"max_num_candidates": 3}
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {

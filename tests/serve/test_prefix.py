@@ -119,7 +119,7 @@ NETWORKS = [
     {"position_encoding": BOTH, "max_attention_span": (5, None, 3), "num_layers": 3},
     {"position_encoding": BOTH, "max_attention_span": 4, "min_full_attention_tokens": 3},
     {"position_encoding": "relative_bias", "scaling_seqlen": 7, "attention_scale": 1.0, "item_embedding_dim": 8},
-    {"position_encoding": "none", "action_item_product": True},
+    {"position_encoding": "none"},
 ]
 
 

@@ -26,7 +26,6 @@ def test_compiled_parts_train_what_the_others_do_on_two_ranks(store: SequenceSto
                 "compile": compiled,
                 "item_embedding_dim": 8,
                 "contextual_embedding_dim": 8,
-                "action_item_product": True,
                 "max_attention_span": 5,
             },
             trainer={
@@ -47,7 +46,7 @@ def test_compiled_parts_train_what_the_others_do_on_two_ranks(store: SequenceSto
             np.testing.assert_allclose(compiled[part][name], values, rtol=1e-4, atol=1e-5, err_msg=name)
     log = (tmp_path / "True" / "run" / "log.txt").read_text()
     parts = [f"encoder.inputs.projections.{role}" for role in ("item", "action", "contextual")]
-    parts += ["encoder.inputs.action_gate", "head", "loss"]
+    parts += ["head", "loss"]
     assert f"compiled at first use: {', '.join(parts)}" in log
 
 

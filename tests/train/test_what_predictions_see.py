@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hstu.config.args import RankingTaskArgs
 from hstu.config.run_config import RunConfig
@@ -98,7 +98,6 @@ class Layout:
 RELATIVE = {"position_encoding": ("relative_bias", "absolute")}
 ONE_TOKEN = {"interleave_actions": False}
 TRUNCATED = {"truncate_after_layer": 1, "truncate_to_items": 2}
-PRODUCT = {"action_item_product": True}
 TASKS = {
     "prediction_head_arch": [8],
     "eval_metrics": ("AUC",),
@@ -112,14 +111,14 @@ LAYOUTS = {
     "ranking, two tokens": Layout("ranking"),
     "ranking, two tokens, relative bias": Layout("ranking", {**RELATIVE, "kernel_backend": "cutlass"}),
     "ranking, candidates": Layout("ranking", {"is_causal": False}, candidates=3),
-    "ranking, candidates, one token": Layout("ranking", {**RELATIVE, **ONE_TOKEN, **PRODUCT}, candidates=3),
-    "ranking, groups": Layout("ranking", PRODUCT, candidates=4, group=2),
+    "ranking, candidates, one token": Layout("ranking", {**RELATIVE, **ONE_TOKEN}, candidates=3),
+    "ranking, groups": Layout("ranking", candidates=4, group=2),
     "ranking, groups, one token": Layout("ranking", {**ONE_TOKEN, "kernel_backend": "cutlass"}, candidates=5, group=2),
-    "ranking, tasks and next items": Layout("ranking", PRODUCT, task_args=TASKS | {"next_item_weight": 1.0}),
+    "ranking, tasks and next items": Layout("ranking", task_args=TASKS | {"next_item_weight": 1.0}),
     "ranking, tasks, candidates": Layout("ranking", candidates=3, task_args=TASKS),
     "ranking, truncated": Layout("ranking", RELATIVE | TRUNCATED),
     "retrieval, truncated": Layout("retrieval", RELATIVE | TRUNCATED),
-    "retrieval, two tokens, relative bias": Layout("retrieval", RELATIVE | PRODUCT),
+    "retrieval, two tokens, relative bias": Layout("retrieval", RELATIVE),
     "retrieval, one token, relative bias": Layout("retrieval", {**RELATIVE, **ONE_TOKEN}),
     "retrieval, no actions, last event": Layout("retrieval", RELATIVE, has_actions=False, query_time="last_event"),
 }
@@ -225,8 +224,6 @@ def test_a_prediction_sees_what_comes_before_it_and_nothing_else(
     with torch.no_grad():
         for parameter in model.dense.parameters():
             parameter.mul_(3)  # so that what one token does to another is not lost in rounding
-        if layout.network.get("action_item_product"):
-            nn.init.normal_(unwrap_dense(model).task.encoder.inputs.action_gate[0].weight)
         plain = predictions(model, layout.config(store_with(), tmp_path), mesh)
         first = LENGTH - plain.shape[1]
         for kind in layout.kinds:

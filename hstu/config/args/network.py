@@ -73,10 +73,6 @@ class NetworkArgs(Args):
     """Factor of the products of queries and keys. None: 1 / √kv_channels."""
     interleave_actions: bool = option(True, changes="model")
     """True: an action is a separate token after its item. False: its embedding is added to the token of its item."""
-    action_item_product: bool = option(False, changes="model")
-    """Add to each action the product, number by number, of its item's token and a gate: a linear map of the action's
-    row, 0 at the start. Attention then sums what items are, weighted by how the user has rated them. A candidate's
-    action stays hidden."""
     recompute_input_layernorm: bool = option(False, changes="speed")
     """Save memory by recomputing the output of the input layer norm in backward."""
     recompute_input_silu: bool = option(False, changes="speed")

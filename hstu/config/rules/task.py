@@ -160,11 +160,9 @@ def added_actions_exist(run: RunConfig) -> Iterator[Problem]:
     missing = None if isinstance(run.dataset, BenchmarkDatasetArgs) else ""
     if run.task != "retrieval" or run.dataset.action_feature_name != missing:
         return
-    text = f"has no effect with {run.cite(run.dataset, 'action_feature_name')}: there are no actions; remove it"
     if not run.network.interleave_actions:
+        text = f"has no effect with {run.cite(run.dataset, 'action_feature_name')}: there are no actions; remove it"
         yield run.problem(run.network, "interleave_actions", text)
-    if run.network.action_item_product:
-        yield run.problem(run.network, "action_item_product", text)
 
 
 def retrieval_has_a_next_item(run: RunConfig) -> Iterator[Problem]:

@@ -18,7 +18,6 @@ from hstu.config.args import (
     BenchmarkDatasetArgs,
     EmbeddingArgs,
     NumericFeatureArgs,
-    RetrievalArgs,
     Task,
 )
 from hstu.config.gin_bindings import (
@@ -80,8 +79,6 @@ class ConfigBuilder:
         for cls, place in REGISTRY.items():
             if place not in ("", *SEVERAL, "dataset", "task_args") or cls in (dataset, TASK_ARGS[self.task]):
                 known[place] = self.object(("", cls))
-        learns_next_item = self.task == "ranking" and getattr(known["task_args"], "next_item_weight", 0.0) > 0
-        known["next_item"] = self.object(("", RetrievalArgs)) if learns_next_item else None
         if dataset is BenchmarkDatasetArgs:
             tables = getattr(known["dataset"], "embedding_args", None)
         else:
@@ -359,8 +356,7 @@ class ConfigBuilder:
         scope, cls = owner
         place = REGISTRY[cls]
         if place == "task_args" and cls is not TASK_ARGS[self.task]:
-            other = ", or set RankingArgs.next_item_weight above 0" if self.task == "ranking" else ""
-            return f"this is a {self.task} run, which reads {TASK_ARGS[self.task].__name__}; remove it{other}"
+            return f"this is a {self.task} run, which reads {TASK_ARGS[self.task].__name__}; remove it"
         if place not in ("", *SEVERAL):
             return f"{cls.__name__} is read without a scope; drop {scope}/" if scope else None
         if not self.complete:  # a file that cannot be read may refer to it

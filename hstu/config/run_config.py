@@ -54,8 +54,6 @@ class RunConfig:
     data_parallel: DataParallelArgs = field(default_factory=DataParallelArgs)
     context_parallel: ContextParallelArgs = field(default_factory=ContextParallelArgs)
     task_args: RankingArgs | RetrievalArgs
-    next_item: RetrievalArgs | None = None
-    """The softmax of a ranking run that also learns the next item (RankingArgs.next_item_weight). None: it does not."""
     source_files: tuple[str, ...] = field(default=(), compare=False)
     """The gin files as given on the command line."""
     origins: Mapping[str, Mapping[str, Origin]] = field(default_factory=dict, compare=False, repr=False)
@@ -66,11 +64,6 @@ class RunConfig:
         expected = TASK_ARGS[self.task]
         if not isinstance(self.task_args, expected):
             raise ConfigError(f"task_args of a {self.task} run must be {expected.__name__}")
-        has_next_item = isinstance(self.task_args, RankingArgs) and self.task_args.next_item_weight > 0
-        if has_next_item and self.next_item is None:
-            object.__setattr__(self, "next_item", RetrievalArgs())
-        if self.next_item is not None and not has_next_item:
-            raise ConfigError("next_item is for ranking runs with RankingArgs.next_item_weight above 0")
         if isinstance(self.dataset, BenchmarkDatasetArgs):
             tables = tuple(self.dataset.embedding_args)
             if self.embeddings not in ((), tables):
@@ -82,8 +75,8 @@ class RunConfig:
 
     @property
     def retrieval(self) -> RetrievalArgs | None:
-        """How the next item is learnt: by a retrieval run, or by a ranking run beside the actions."""
-        return self.task_args if isinstance(self.task_args, RetrievalArgs) else self.next_item
+        """The options of a retrieval run; None for a ranking run."""
+        return self.task_args if isinstance(self.task_args, RetrievalArgs) else None
 
     @property
     def has_item_tower(self) -> bool:

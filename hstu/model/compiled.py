@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from hstu.model.heads import MLP
-from hstu.model.joint import JointDense
 from hstu.model.ranking import RankingDense
 
 
@@ -32,8 +31,7 @@ def compile_parts(task: nn.Module) -> list[str]:
     for module in found.values():
         module.compile(dynamic=True)
     names = [*found]
-    ranking = task.ranking if isinstance(task, JointDense) else task
-    if isinstance(ranking, RankingDense):
-        ranking.loss_sum = torch.compile(ranking.loss_sum, dynamic=True)  # type: ignore[method-assign]
+    if isinstance(task, RankingDense):
+        task.loss_sum = torch.compile(task.loss_sum, dynamic=True)  # type: ignore[method-assign]
         names.append("loss")
     return names

@@ -16,7 +16,6 @@ from hstu.model.labelled import labelled_rows
 from hstu.model.outputs import ModelOutput
 from hstu.model.precision import mixed_precision
 from hstu.model.stack import SequenceEncoder
-from hstu.ops.layout import JaggedLayout
 
 
 class RankingModel(nn.Module, ABC):
@@ -25,21 +24,17 @@ class RankingModel(nn.Module, ABC):
     encoder: SequenceEncoder
     head: nn.Module
 
+    @abstractmethod
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
         """Loss and predictions of the batch's labelled items. ``embeddings``: rows of each feature of the encoder."""
-        tokens, layout = self.encoder(embeddings, batch)
-        return self.predict(tokens, layout, batch)
-
-    @abstractmethod
-    def predict(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> ModelOutput:
-        """The same, from the tokens of the encoder."""
 
     @abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:
         """What ``ModelOutput.logits`` has for items, from their tokens [M, D] alone."""
 
-    def head_outputs(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> Tensor:
-        """What the head gives for all labelled items, float32 [M, .]. tokens: this rank's, for which it computes it."""
+    def head_outputs(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> Tensor:
+        """What the head gives for all labelled items, float32 [M, .]. Each rank computes it for its own tokens."""
+        tokens, layout = self.encoder(embeddings, batch)
         rows, labels = labelled_rows(tokens, layout, batch, self.encoder.comm)
         return self.encoder.comm.gather_rows(self.of_head(rows), labels.counts)
 
@@ -73,9 +68,9 @@ class RankingDense(RankingModel):
         self.is_multi_task = args.prediction_head_arch[-1] == args.num_tasks
         self.label_offset = label_offset
 
-    def predict(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> ModelOutput:
+    def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
         """See RankingModel. Predictions are logits."""
-        logits = self.head_outputs(tokens, layout, batch)
+        logits = self.head_outputs(embeddings, batch)
         return ModelOutput(
             loss_sum=self.loss_sum(logits, batch.labels), num_labels=batch.num_labels.sum(), logits=logits
         )

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torchrec import JaggedTensor
 
 from hstu.config.args import RankingArgs, RankingTaskArgs
 from hstu.data.batches.batch import HSTUBatch
@@ -17,7 +18,6 @@ from hstu.model.heads import MultiTaskHead
 from hstu.model.outputs import ModelOutput
 from hstu.model.ranking import RankingModel
 from hstu.model.stack import SequenceEncoder
-from hstu.ops.layout import JaggedLayout
 
 _LOSSES = {
     "bce": task_losses.bce,
@@ -143,9 +143,9 @@ class MultiTaskDense(RankingModel):
         """``tasks``, typed."""
         return [cast(RankingTask, task) for task in self.tasks]
 
-    def predict(self, tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch) -> ModelOutput:
+    def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
         """See RankingModel. The predictions of one task stand beside those of the task before."""
-        outputs = self.head_outputs(tokens, layout, batch)
+        outputs = self.head_outputs(embeddings, batch)
         losses = [
             task.loss_sum(output, batch) for task, output in zip(self.each_task, self._split(outputs), strict=True)
         ]

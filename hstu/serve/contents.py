@@ -17,7 +17,6 @@ from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.store.layout import TIME_FEATURES
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.embedding import TableSpec
-from hstu.model.joint import JointDense
 from hstu.model.ranking import RankingDense, RankingModel
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.tasks import MultiTaskDense
@@ -73,9 +72,8 @@ def check_can_be_served(trained: LoadedModel) -> None:
 
 
 def task_of(trained: LoadedModel) -> RetrievalDense | RankingModel:
-    """The dense part of what is served; of a model of both tasks, ranking."""
+    """The dense part of what is served."""
     task = unwrap_dense(trained.model).task
-    task = task.ranking if isinstance(task, JointDense) else task
     assert isinstance(task, (RetrievalDense, RankingModel))
     return task
 

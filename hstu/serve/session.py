@@ -17,7 +17,6 @@ from hstu.config.args import DatasetArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.store.layout import TIME_FEATURES
 from hstu.model.gr_model import as_jagged
-from hstu.model.joint import JointDense
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.stack import SequenceEncoder
@@ -321,10 +320,8 @@ class Session:
 
 
 def _task_of(dense: nn.Module) -> RankingModel | RetrievalDense:
-    """The dense part of the task, also where it is wrapped; of a joint one that of ranking."""
+    """The dense part of the task, also where it is wrapped."""
     for module in dense.modules():
-        if isinstance(module, JointDense):
-            return module.ranking
         if isinstance(module, (RankingModel, RetrievalDense)):
             return module
     raise AssertionError("a model has a task")

@@ -30,7 +30,6 @@ from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.item_tower import ItemTower
-from hstu.model.joint import JointDense
 from hstu.model.precision import DTYPES
 from hstu.model.ranking import RankingDense
 from hstu.model.retrieval import GatherPool, LogCounts, RetrievalDense, own_pool
@@ -74,7 +73,7 @@ PIPELINES: dict[str, type[TrainPipeline]] = {
     "prefetch": PrefetchPipeline,
 }
 
-TaskModel = RankingDense | MultiTaskDense | RetrievalDense | JointDense
+TaskModel = RankingDense | MultiTaskDense | RetrievalDense
 """The dense part of a model, replicated tables apart."""
 BesideTables = Callable[[RunConfig, Mesh], int]
 """Bytes of memory that a step needs on a rank beside the sharded tables."""
@@ -271,29 +270,23 @@ def task_module(
     network = config.network
     inputs = dataclasses.replace(features.with_transforms(config.numbers), asks_for_next=config.asks_for_next)
     encoder = SequenceEncoder(network, inputs, kernels)
-    args, retrieval = config.task_args, None
-    if config.retrieval is not None:
-        retrieval = RetrievalDense(
+    args = config.task_args
+    if isinstance(args, RetrievalArgs):
+        return RetrievalDense(
             encoder,
             item_feature=features.item,
             hidden_size=network.hidden_size,
             item_dim=network.item_width,
-            args=config.retrieval,
-            tower=ItemTower(network, features, config.retrieval.item_id_dropout) if features.tower else None,
+            args=args,
+            tower=ItemTower(network, features, args.item_id_dropout) if features.tower else None,
             gather_pool=gather_pool,
             log_counts=log_counts,
             kernels=kernels,
         )
-    if isinstance(args, RetrievalArgs):
-        assert retrieval is not None
-        return retrieval
     codes = codes or [PLAIN] * len(args.tasks or [args])
-    ranking: RankingDense | MultiTaskDense
     if args.tasks is not None:
-        ranking = MultiTaskDense(encoder, args, label_columns(args.tasks), codes)
-    else:
-        ranking = RankingDense(encoder, args, label_offset=codes[0].first)
-    return ranking if retrieval is None else JointDense(ranking, retrieval, args.next_item_weight)
+        return MultiTaskDense(encoder, args, label_columns(args.tasks), codes)
+    return RankingDense(encoder, args, label_offset=codes[0].first)
 
 
 def compile_on_all_ranks(task: TaskModel, mesh: Mesh) -> None:
@@ -338,7 +331,6 @@ def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh
     """The evaluator of the task."""
     if isinstance(config.task_args, RankingArgs):
         task = unwrap_dense(model).task
-        task = task.ranking if isinstance(task, JointDense) else task
         if isinstance(task, MultiTaskDense):
             return MultiTaskEvaluator(
                 model, task.each_task, config.task_args.tasks or [], mesh, config.trainer.max_eval_iters

@@ -179,7 +179,6 @@ _NO_FACTORS = (
 )
 _EVENTS_ALONE = "DatasetArgs.dataset_path = '$store'"
 _RANKING_VALIDATION = ("DatasetArgs.train_fraction = 0.6", "DatasetArgs.valid_fraction = 0.1")
-_NEXT_ITEM = "RankingArgs.next_item_weight = 0.1", 'RetrievalArgs.negatives = "full"'
 
 
 def _retrieval(title: str, dataset: str, config: str, rows: tuple[Row, ...], epochs: int) -> Table:
@@ -210,17 +209,13 @@ def _ranking(title: str, dataset: str, epochs: int, undone: Mapping[str, Sequenc
     name = dataset.replace("-", "_")
     plain, recipe = f"configs/{name}_ranking.gin", (*_NO_NUMBERS, f"TrainerArgs.num_train_epochs = {epochs}.0")
 
-    def without_numbers(name: str, *more: str) -> Row:
-        return Row(name=name, config=plain, bindings=(_EVENTS_ALONE, *recipe, *more))
-
     return Table(
         title=title, task="ranking", dataset=dataset, config=f"configs/{name}_ranking_numbers.gin", reference="all",
         rows=(
             *without_each(undone),
             Row(name="all, trained on validation users, too", epochs_of="all", prepare=_numbers(0.7)),
             Row(name="no numbers, usual settings", config=plain, bindings=(_EVENTS_ALONE,)),
-            without_numbers("no numbers"),
-            without_numbers("no numbers, with the loss of the next item", *_NEXT_ITEM),
+            Row(name="no numbers", config=plain, bindings=(_EVENTS_ALONE, *recipe)),
         ),
         metrics=("AUC>=4", "LOGLOSS", *(f"AUC>=4, {part}" for part in PARTS)),
         bindings=(

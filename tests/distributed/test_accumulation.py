@@ -57,14 +57,6 @@ CASES: dict[str, Any] = {
         "dataset": {"max_sequence_length": 4},
         "task_args": {"negatives": "mixed", "num_negatives": 5, "logq_correction": True, "mask_seen": True},
     },
-    "actions and next items": {
-        "task": "ranking",
-        "sharded": ALL_SHARDED,
-        "optimizer": ADAM,
-        "network": {"item_embedding_dim": 8},
-        "task_args": {"next_item_weight": 2.0},
-        "next_item": {"num_negatives": 5},
-    },
     "full": {
         "task": "retrieval",
         "optimizer": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.01, "adam_eps": 1e-4, **LIMITED},

@@ -72,9 +72,8 @@ CASES: dict[str, RunOptions] = {
         "bindings": ["RetrievalArgs.item_tower = True", "NetworkArgs.recompute_layer = True", AVERAGED],
     },
     "tasks": {"optimizer": "sgd", "bindings": [*USER_TASKS, ELEVEN]},
-    "next items": {"bindings": ["RankingArgs.next_item_weight = 0.5", ELEVEN, AVERAGED]},
 }
-KEPT_GATHERED = CASES["momentum"], CASES["next items"]
+KEPT_GATHERED = CASES["momentum"], CASES["tasks"]
 """Fully sharded, these do not free their layers after forward."""
 RESUMED = (
     "none, then optimizer", "optimizer, then none", "optimizer, then weights", "weights, then none",

@@ -118,7 +118,6 @@ CASES: dict[str, dict[str, Any]] = {
     "whole corpus": _case(
         [ONE], "RetrievalArgs.negatives = 'full'", "NetworkArgs.item_embedding_dim = 20", task="retrieval"
     ),
-    "actions and next items": _case([ONE], "RankingArgs.next_item_weight = 0.5", *UNIFORM),
     "table_wise": _case([TWO_BY_TENSOR, FOUR], sharding="table_wise"),
     "column_wise": _case([TWO_BY_TENSOR], "OptimizerArgs.sparse_optimizer_str = 'adagrad'", sharding="column_wise"),
     "planned by TorchRec": _case([TWO_BY_TENSOR], "OptimizerArgs.optimizer_str = 'adagrad'", sharding="auto"),

@@ -59,7 +59,6 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "every event, window": ("ranking", {"network": {**BIAS, "max_attention_span": 3}}),
     "every event, window and truncation": ("ranking", {"network": {**BIAS, **WINDOW}}),
     "bit tasks": ("ranking", {"task_args": {"prediction_head_arch": [8, 2], "num_tasks": 2}}),
-    "both tasks": ("ranking", {"task_args": {"next_item_weight": 0.5}}),
     "candidates": ("ranking", {"network": {**BIAS, **SEES_ALL}, "dataset": CANDIDATES}),
     "candidates, added actions": (
         "ranking",

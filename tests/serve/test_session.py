@@ -22,7 +22,6 @@ from tests.train.test_side_features import tables_for
 from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, tiny_config, walks
 
 MEGABYTE = 1 << 20
-JOINT: dict[str, Any] = {"task_args": {"next_item_weight": 1.0}, "next_item": {"negatives": "full"}}
 RELATIVE = {"position_encoding": ("absolute", "relative_bias")}
 
 
@@ -196,8 +195,8 @@ def test_many_users_share_a_cache_that_holds_few(retrieval: TrainedModel) -> Non
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"task_args": OF_THE_ACTION}, JOINT],
-    ids=["action", "tasks", "joint"],
+    [{}, {"task_args": OF_THE_ACTION}],
+    ids=["action", "tasks"],
 )
 def test_a_model_whose_context_sees_everything_is_encoded_again(
     mesh: Mesh, store: SequenceStore, tmp_path: Path, options: dict[str, Any]

@@ -114,7 +114,7 @@ LAYOUTS = {
     "ranking, candidates, one token": Layout("ranking", {**RELATIVE, **ONE_TOKEN}, candidates=3),
     "ranking, groups": Layout("ranking", candidates=4, group=2),
     "ranking, groups, one token": Layout("ranking", {**ONE_TOKEN, "kernel_backend": "cutlass"}, candidates=5, group=2),
-    "ranking, tasks and next items": Layout("ranking", task_args=TASKS | {"next_item_weight": 1.0}),
+    "ranking, tasks": Layout("ranking", task_args=TASKS),
     "ranking, tasks, candidates": Layout("ranking", candidates=3, task_args=TASKS),
     "ranking, truncated": Layout("ranking", RELATIVE | TRUNCATED),
     "retrieval, truncated": Layout("retrieval", RELATIVE | TRUNCATED),

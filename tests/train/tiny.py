@@ -149,7 +149,6 @@ class TinyOptions(TypedDict, total=False):
     schedule: Mapping[str, Any]
     precision: Mapping[str, Any]
     task_args: Mapping[str, Any]
-    next_item: Mapping[str, Any]
 
 
 def tiny_config(task: str, store: SequenceStore | str, output: Path | str, **options: Unpack[TinyOptions]) -> RunConfig:
@@ -175,7 +174,6 @@ def tiny_config(task: str, store: SequenceStore | str, output: Path | str, **opt
         schedule=LRScheduleArgs(**options.get("schedule", {})),
         precision=PrecisionArgs(**options.get("precision", {})),
         task_args=make_task(**{**defaults, **options.get("task_args", {})}),
-        next_item=RetrievalArgs(**options["next_item"]) if "next_item" in options else None,
     )
 
 

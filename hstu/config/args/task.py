@@ -139,10 +139,6 @@ class RankingArgs(Args):
     num_tasks: int = option(1, changes="model", minimum=1)
     """Number of tasks. If the last width is num_tasks, each task has one sigmoid and its label is one bit of the
     action. Otherwise there is one multi-class task."""
-    next_item_weight: float = option(0.0, changes="tensors", minimum=0, maximum=1e6)
-    """Weight of the loss of the next item. Above 0, the token before each labelled item also learns to find that item,
-    by the softmax that RetrievalArgs describes; its options for evaluation have no effect. 0: only actions are
-    predicted."""
     eval_metrics: tuple[str, ...] = option(
         ("AUC",),
         changes="reports",

@@ -230,24 +230,9 @@ def query_time_is_seen(run: RunConfig) -> Iterator[Problem]:
         if not run.network.has_relative_bias:
             because = f"only a relative bias sees times, and {run.cite(run.network, 'position_encoding')}"
         elif run.retrieval is None:
-            because = "only what finds the next item has a choice, and this ranking run predicts actions alone"
+            because = "only what finds the next item has a choice, and a ranking run predicts actions"
         if because is not None:
             yield run.problem(run.dataset, "query_time", f"has no effect: {because}; remove it")
-
-
-def next_items_are_not_candidates(run: RunConfig) -> Iterator[Problem]:
-    if run.next_item is not None and run.dataset.has_candidates:
-        parameter = "max_num_candidates" if run.dataset.max_num_candidates > 0 else "candidates"
-        hides = f"{run.cite(run.dataset, parameter)} hides candidates from each other"
-        text = f"needs the items before an item, and {hides}; train one of the two"
-        yield run.problem(run.task_args, "next_item_weight", text)
-
-
-def next_items_are_not_evaluated(run: RunConfig) -> Iterator[Problem]:
-    for name in ("filter_seen", "eval_metrics"):
-        if run.next_item is not None and is_given(run.next_item, name):
-            text = "has no effect: a ranking run does not evaluate how it finds next items; remove it"
-            yield run.problem(run.next_item, name, text, is_warning=True)
 
 
 # --- positions -----------------------------------------------------------------------------------------------------
@@ -347,7 +332,7 @@ RULES = (
     head_fits_the_tasks, activation_is_between_layers, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
     added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, hard_negatives_are_draws,
     counted_items_are_stored,
-    item_towers_have_features, query_time_is_seen, next_items_are_not_candidates, next_items_are_not_evaluated,
+    item_towers_have_features, query_time_is_seen,
     position_encodings_combine, position_buckets_have_a_table,
     spans_fit_the_layers, full_attention_exceeds_a_span, truncation_leaves_layers, layers_are_recomputed,
     masks_hide_the_labels,

@@ -6,15 +6,12 @@ items return float32 [M]. The host reads nothing.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FOCAL_GAMMA = 2.0
 """Exponent of the focal loss (Lin et al., ICCV 2017)."""
-_LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
 
 
 def bce(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -50,18 +47,6 @@ def mse(outputs: Tensor, labels: Tensor) -> Tensor:
 def huber(outputs: Tensor, labels: Tensor) -> Tensor:
     """Half the squared error, linear beyond an error of 1 (Huber, 1964)."""
     return F.huber_loss(outputs[:, 0], labels, reduction="none")
-
-
-def tobit(outputs: Tensor, labels: Tensor, bounds: Tensor) -> Tensor:
-    """Negative log-likelihood of a normal distribution with deviation 1 (Tobin, Econometrica 1958).
-
-    A label that reaches its bound (NaN: there is none) counts as "at least the bound".
-    """
-    predicted = outputs[:, 0]
-    is_censored = labels >= bounds
-    at_least = torch.special.log_ndtr(predicted - torch.where(is_censored, bounds, 0.0))
-    exactly = -0.5 * (predicted - labels).square() - _LOG_SQRT_2_PI
-    return -torch.where(is_censored, at_least, exactly)
 
 
 def pairwise_sum(outputs: Tensor, labels: Tensor, weights: Tensor, num_labels: Tensor, longest: int) -> Tensor:

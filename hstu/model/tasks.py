@@ -45,7 +45,7 @@ class RankingTask(nn.Module):
         self.args = args
         self.first_class = codes.first
         self.register_buffer("positive", torch.tensor(codes.positive, dtype=torch.float32), persistent=False)
-        self._rows = {name: columns.index(name) for name in args.columns}
+        self._row = columns.index(args.label)
         self.thresholds: nn.Parameter | None = None
         if args.kind == "ordinal":
             # At first all classes are equally likely where the head gives 0.
@@ -69,7 +69,7 @@ class RankingTask(nn.Module):
 
     def labels(self, label_values: Tensor) -> Tensor:
         """float32 [M]: 1 for positive and 0 for negative, or the label as it is; NaN where missing."""
-        labels = label_values[self._rows[self.args.label]]
+        labels = label_values[self._row]
         if self.args.kind != "binary":
             return labels
         if self.args.bit_mask is not None:
@@ -80,16 +80,9 @@ class RankingTask(nn.Module):
             is_positive = labels >= (1.0 if self.args.positive_from is None else self.args.positive_from)
         return torch.where(labels.isnan(), labels, is_positive.float())
 
-    def bounds(self, label_values: Tensor) -> Tensor | None:
-        """float32 [M]: from where on the label is only known to be at least this; NaN where it is not censored."""
-        return None if self.args.censored_by is None else label_values[self._rows[self.args.censored_by]]
-
     def weights(self, label_values: Tensor) -> Tensor:
-        """The weight of each item, float32 [M]; 0 where the label or the weight is missing."""
-        is_present = ~label_values[self._rows[self.args.label]].isnan()
-        if self.args.sample_weight is None:
-            return is_present.float()
-        return label_values[self._rows[self.args.sample_weight]].nan_to_num() * is_present
+        """1 for each item with a label, 0 where it is missing; float32 [M]."""
+        return (~label_values[self._row].isnan()).float()
 
     def loss_sum(self, outputs: Tensor, batch: HSTUBatch) -> Tensor:
         """RankingTaskArgs.weight times the sum over the items, a float32 scalar. outputs: [M, output_width]."""
@@ -100,12 +93,8 @@ class RankingTask(nn.Module):
         if args.loss_in_force == "pairwise":
             longest = max(1, int(batch.num_candidates_host.max(initial=0)))
             return args.weight * task_losses.pairwise_sum(outputs, labels, weights, batch.num_labels, longest)
-        bounds = self.bounds(batch.label_values)
-        if bounds is not None:
-            losses = task_losses.tobit(outputs, labels, bounds / args.scale)
-        else:
-            predicted = outputs if self.thresholds is None else outputs + self.thresholds
-            losses = _LOSSES[args.loss_in_force](predicted, labels)
+        predicted = outputs if self.thresholds is None else outputs + self.thresholds
+        losses = _LOSSES[args.loss_in_force](predicted, labels)
         return args.weight * (losses * weights).sum()
 
 

@@ -39,7 +39,7 @@ def score_columns(evaluator: Evaluator, config: RunConfig, source: StoreSource) 
     - One binary task: ``score``, the probability of a positive action; of several, ``score_<name>`` each.
     - Classes: ``p_<action>``, the probability of each, and ``score``, the expected action, unless actions are texts.
     - RankingArgs.tasks: binary ``score_<task>``, a probability; class ``p_<task>_<label>``; ordinal ``score_<task>``,
-      the expected label; regression and censored ``score_<task>``, the value.
+      the expected label; regression ``score_<task>``, the value.
     """
     if isinstance(evaluator, MultiTaskEvaluator):
         tasks = evaluator.tasks

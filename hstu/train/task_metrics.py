@@ -29,16 +29,15 @@ class TaskMetrics(CollectedMetrics):
 
     What is predicted, and the score that the metrics of values use:
 
-    =========== ======================================== ======================================== ====================
-    kind        predictions                              labels                                   score
-    =========== ======================================== ======================================== ====================
-    binary      logit [M]                                0 or 1                                   logit
-    class       logits [M, C]                            label_offset + class                     –
-    ordinal     logits of "level > k", k < C − 1         label_offset + level, level < C          expected label
+    =========== ======================================== ========================= ====================
+    kind        predictions                              labels                    score
+    =========== ======================================== ========================= ====================
+    binary      logit [M]                                0 or 1                    logit
+    class       logits [M, C]                            label_offset + class      –
+    ordinal     logits of "level > k", k < C − 1         label_offset + level < C  expected label
                 [M, C − 1]
-    regression  value [M]                                value                                    value
-    censored    value [M]                                value; from its bound on, at least this  value
-    =========== ======================================== ======================================== ====================
+    regression  value [M]                                value                     value
+    =========== ======================================== ========================= ====================
 
     AUC, GAUC, LOGLOSS, NE, ACC: see :class:`~hstu.train.metrics.RankingMetrics`. For an ordinal task, the first four
     are the means over its binary questions "level > k"; ACC compares the level with the number of questions whose
@@ -46,10 +45,10 @@ class TaskMetrics(CollectedMetrics):
 
     AUC>=K is the AUC of the predicted P(label >= K), or of the score.
 
-    RMSE, MAE: of the score. Where a label is only a lower bound, a prediction above it has no error.
+    RMSE, MAE: of the score.
 
     XAUC is the share of pairs of different labels that the scores order correctly; equal scores count one half (Zhan
-    et al., KDD 2022). Pairs whose order censoring hides are left out (Harrell et al., 1982: the concordance index).
+    et al., KDD 2022).
 
     NDCG and NDCG@K order the candidates of a request by score and average over the requests with different labels. The
     gain is the label, not 2^label − 1, because watch times would overflow; for ordinal tasks it is the level. Equal
@@ -68,14 +67,7 @@ class TaskMetrics(CollectedMetrics):
         self.kind = kind
         self.label_offset = label_offset
 
-    def update(
-        self,
-        predictions: np.ndarray,
-        labels: np.ndarray,
-        users: np.ndarray,
-        requests: np.ndarray,
-        bounds: np.ndarray | None = None,
-    ) -> None:
+    def update(self, predictions: np.ndarray, labels: np.ndarray, users: np.ndarray, requests: np.ndarray) -> None:
         """Add M predictions.
 
         Args:
@@ -83,26 +75,22 @@ class TaskMetrics(CollectedMetrics):
             labels: float [M]; nan: this label is missing, and the prediction is not evaluated.
             users: int [M], any id per user, equal on all ranks.
             requests: int [M], any id per request, different from those of other ranks.
-            bounds: float [M] for a censored task: a label at or above its bound means "at least this". None or nan:
-                not censored.
         """
         known = ~np.isnan(labels)
-        censored = np.zeros(len(labels), dtype=bool) if bounds is None else labels >= bounds
         self.collect(
             predictions[known],
             labels[known].astype(np.float64),
             users[known].astype(np.int64),
             requests[known].astype(np.int64),
-            censored[known],
         )
 
     def _compute(self, predictions: np.ndarray, *others: np.ndarray) -> dict[str, float]:
-        labels, users, requests, censored = others
+        labels, users, requests = others
         answers = self._answers(predictions, labels)
-        return {name: self._compute_one(name, answers, users, requests, censored) for name in self.names}
+        return {name: self._compute_one(name, answers, users, requests) for name in self.names}
 
     def _answers(self, predictions: np.ndarray, labels: np.ndarray) -> _Answers:
-        if self.kind in ("regression", "censored"):
+        if self.kind == "regression":
             return _Answers(labels, predictions.reshape(len(labels)))
         levels = labels.astype(np.int64) - self.label_offset
         if (levels + self.label_offset != labels).any():
@@ -122,24 +110,21 @@ class TaskMetrics(CollectedMetrics):
         classified = replace(classified, accuracy=float(right.mean()))
         return _Answers(labels, expected, classified, np.concatenate([always, questions], axis=1))
 
-    def _compute_one(
-        self, name: str, answers: _Answers, users: np.ndarray, requests: np.ndarray, censored: np.ndarray
-    ) -> float:
+    def _compute_one(self, name: str, answers: _Answers, users: np.ndarray, requests: np.ndarray) -> float:
         if name in CLASSIFICATION_METRICS:
             return self.mean_of_defined(name, CLASSIFICATION_METRICS[name](cast(Classified, answers.classified), users))
         if name.startswith("AUC>="):
             threshold = int(name.removeprefix("AUC>="))
-            decided = ~censored | (answers.labels >= threshold)
             scores, positive = self._at_least(threshold, answers), answers.labels >= threshold
-            return self.mean_of_defined(name, auc_by_group(scores[decided], positive[decided]))
+            return self.mean_of_defined(name, auc_by_group(scores, positive))
         scores = cast(np.ndarray, answers.scores)
         if name.startswith("NDCG"):
             return self._ndcg(name, scores, answers.labels, requests)
         if name == "XAUC":
-            share = np.array([ordered_pairs(scores, answers.labels, censored)])
-            return self.mean_of_defined(name, share, "no two labels of the evaluation set have a known order")
+            share = np.array([ordered_pairs(scores, answers.labels)])
+            return self.mean_of_defined(name, share, "all labels of the evaluation set are equal")
         # Sorted, so that the sum does not depend on the assignment of samples to ranks.
-        errors = np.sort(np.where(censored, np.maximum(answers.labels - scores, 0), np.abs(answers.labels - scores)))
+        errors = np.sort(np.abs(answers.labels - scores))
         return float(np.sqrt(np.square(errors).mean()) if name == "RMSE" else errors.mean())
 
     def _at_least(self, threshold: int, answers: _Answers) -> np.ndarray:
@@ -172,28 +157,22 @@ class _Answers:
     """float64 [M, number of classes]: scores of "the label is at least label_offset + column"."""
 
 
-def ordered_pairs(scores: np.ndarray, labels: np.ndarray, censored: np.ndarray | None = None) -> float:
+def ordered_pairs(scores: np.ndarray, labels: np.ndarray) -> float:
     """Share of the pairs with different labels that ``scores`` order as ``labels`` do; equal scores count one half.
 
-    All arguments are [N]; O(N log N). ``censored``: bool, the true label is this or more. The order of two labels is
-    known if the smaller one is not censored, or if they are equal and one of them is censored. nan without such pairs.
+    Both arguments are [N]; O(N log N). nan without such pairs.
     """
-    censored = np.zeros(len(labels), dtype=bool) if censored is None else censored
     if not len(labels):
         return float("nan")
     # Rows in the order of the labels: the later row of a pair has the larger label. Ties are broken by score.
-    order = np.lexsort((scores, censored, labels))
-    scores, labels, censored = scores[order], labels[order], censored[order]
-    counts = (~censored).astype(np.int64)
-    behind = len(labels) - _run_ends(labels, censored)
-    known = int((counts * behind).sum())
+    order = np.lexsort((scores, labels))
+    scores, labels = scores[order], labels[order]
+    pairs = int((len(labels) - _run_ends(labels)).sum())
     by_score = np.argsort(scores, kind="stable")
-    same_score = _run_ends(scores[by_score]) - _run_ends(scores[by_score], labels[by_score], censored[by_score])
-    ties = int((counts[by_score] * same_score).sum())
+    ties = int((_run_ends(scores[by_score]) - _run_ends(scores[by_score], labels[by_score])).sum())
     places = np.empty_like(by_score)
     places[by_score] = np.arange(len(scores))
-    wrong = _weighted_inversions(places, counts)
-    return (known - wrong - ties / 2) / known if known else float("nan")
+    return (pairs - _inversions(places) - ties / 2) / pairs if pairs else float("nan")
 
 
 def _run_ends(*keys: np.ndarray) -> np.ndarray:
@@ -203,8 +182,8 @@ def _run_ends(*keys: np.ndarray) -> np.ndarray:
     return np.repeat(ends, ends - starts)
 
 
-def _weighted_inversions(places: np.ndarray, weights: np.ndarray) -> int:
-    """Sum of weights[i] over all i < j with places[i] > places[j]. ``places``: a permutation of 0 … N − 1.
+def _inversions(places: np.ndarray) -> int:
+    """Number of pairs i < j with places[i] > places[j]. ``places``: a permutation of 0 … N − 1.
 
     The elements are distributed by one bit of their place after another, from the highest on, as in a radix sort that
     keeps the order within each group. Two elements are an inversion at the one bit where their groups part.
@@ -213,16 +192,13 @@ def _weighted_inversions(places: np.ndarray, weights: np.ndarray) -> int:
     for bit in reversed(range(len(places).bit_length())):
         is_upper = (places >> bit & 1).astype(bool)
         group_starts = places >> (bit + 1) << (bit + 1)
-        upper_before, weight_before = (
-            np.concatenate([[0], np.cumsum(values)]) for values in (is_upper, np.where(is_upper, weights, 0))
-        )
-        total += int((weight_before[:-1] - weight_before[group_starts])[~is_upper].sum())
+        upper_before = np.concatenate([[0], np.cumsum(is_upper)])
         uppers = upper_before[:-1] - upper_before[group_starts]
+        total += int(uppers[~is_upper].sum())
         lowers = np.arange(len(places)) - group_starts - uppers
-        targets = group_starts + np.where(is_upper, (1 << bit) + uppers, lowers)
-        moved, moved_weights = np.empty_like(places), np.empty_like(weights)
-        moved[targets], moved_weights[targets] = places, weights
-        places, weights = moved, moved_weights
+        moved = np.empty_like(places)
+        moved[group_starts + np.where(is_upper, (1 << bit) + uppers, lowers)] = places
+        places = moved
     return total
 
 

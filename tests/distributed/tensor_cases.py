@@ -66,7 +66,6 @@ USER_TASKS = [
     'high/RankingTaskArgs.label = "action"',
     "high/RankingTaskArgs.positive_from = 2",
     'high/RankingTaskArgs.loss = "pairwise"',
-    'high/RankingTaskArgs.sample_weight = "stayed"',
     'high/RankingTaskArgs.metrics = ("LOGLOSS",)',
     "RankingArgs.prediction_head_arch = [6]",
     "RankingArgs.eval_metrics = ('AUC',)",

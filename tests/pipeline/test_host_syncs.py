@@ -67,7 +67,6 @@ CASES: dict[str, dict[str, Any]] = {
             "tasks": [
                 RankingTaskArgs(name="kind", label="action", kind="class", num_classes=4),
                 RankingTaskArgs(name="height", label="action", kind="regression", loss="huber"),
-                RankingTaskArgs(name="least", label="action", kind="censored", censored_by="action"),
             ],
         },
     },

@@ -57,15 +57,9 @@ def gauc(scores, positive, users):
     return total / impressions if impressions else NAN
 
 
-def xauc(scores, labels, censored):
-    rows = list(zip(scores, labels, censored, strict=True))
-    return pair_share(
-        [
-            (b, a)
-            for (a, x, cut), (b, y, cut2) in itertools.product(rows, rows)
-            if not cut and (x < y or (x == y and cut2))
-        ]
-    )
+def xauc(scores, labels):
+    rows = list(zip(scores, labels, strict=True))
+    return pair_share([(b, a) for (a, x), (b, y) in itertools.product(rows, rows) if x < y])
 
 
 def ndcg(scores, gains, requests, cutoff):
@@ -102,10 +96,10 @@ def questions_reference(name, logits, positive, users):
 
 
 def reference(name, kind, rows):
-    """A metric of rows (prediction, label, user, request, is censored) without missing labels."""
+    """A metric of rows (prediction, label, user, request) without missing labels."""
     if not rows:
         return NAN
-    predictions, labels, users, requests, censored = (list(column) for column in zip(*rows, strict=True))
+    predictions, labels, users, requests = (list(column) for column in zip(*rows, strict=True))
     if kind == "class":
         return class_reference(name, predictions, labels, users)
     if kind == "ordinal":
@@ -126,14 +120,10 @@ def reference(name, kind, rows):
     if name.startswith("NDCG"):
         return ndcg(predictions, labels, requests, 2 if name == "NDCG@2" else math.inf)
     if name == "XAUC":
-        return xauc(predictions, labels, censored)
+        return xauc(predictions, labels)
     if name == "AUC>=2":
-        known = [i for i in range(len(rows)) if labels[i] >= 2 or not censored[i]]
-        return auc([predictions[i] for i in known], [labels[i] >= 2 for i in known])
-    errors = [
-        max(label - x, 0) if cut else abs(label - x)
-        for x, label, cut in zip(predictions, labels, censored, strict=True)
-    ]
+        return auc(predictions, [label >= 2 for label in labels])
+    errors = [abs(label - x) for x, label in zip(predictions, labels, strict=True)]
     return math.sqrt(mean([error**2 for error in errors])) if name == "RMSE" else mean(errors)
 
 
@@ -164,7 +154,7 @@ FEW_LOGITS = np.random.default_rng(0).normal(size=(8, CLASSES)).astype(np.float3
 
 
 def rows_of(kind):
-    """Lists of (prediction, label or nan, user, request, bound)."""
+    """Lists of (prediction, label or nan, user, request)."""
     width = {"class": CLASSES, "ordinal": CLASSES - 1}.get(kind)
     prediction = QUARTERS if width is None else st.sampled_from(FEW_LOGITS).map(lambda logits: logits[:width])
     label = {
@@ -172,9 +162,8 @@ def rows_of(kind):
         "class": st.integers(0, CLASSES - 1),
         "ordinal": st.integers(0, CLASSES - 1),
     }.get(kind, st.integers(0, 8).map(lambda number: number / 2))
-    bound = st.just(NAN) if kind != "censored" else st.integers(0, 5).map(float) | st.just(NAN)
     ids = st.integers(0, 3)
-    return st.lists(st.tuples(prediction, label | st.just(NAN), ids, ids, bound), max_size=14)
+    return st.lists(st.tuples(prediction, label | st.just(NAN), ids, ids), max_size=14)
 
 
 def collected(kind, rows, names=None, **options):
@@ -182,13 +171,12 @@ def collected(kind, rows, names=None, **options):
     task = TaskMetrics(names or names_of(kind), kind, **options)
     width = {"class": (CLASSES,), "ordinal": (CLASSES - 1,)}.get(kind, ())
     for part in (rows[::2], rows[1::2]):
-        predictions, labels, users, requests, bounds = zip(*part, strict=True) if part else [()] * 5
+        predictions, labels, users, requests = zip(*part, strict=True) if part else [()] * 4
         task.update(
             np.array(predictions, dtype=np.float32).reshape(len(part), *width),
             np.array(labels, dtype=np.float32),
             np.array(users, dtype=np.int64),
             np.array(requests, dtype=np.int64),
-            np.array(bounds, dtype=np.float32),
         )
     return task
 
@@ -198,7 +186,7 @@ def test_every_metric_equals_loops_over_pairs_and_requests(kind):
     @settings(max_examples=60, deadline=None)
     @given(rows_of(kind))
     def check(rows):
-        known = [(p, y, u, r, y >= bound) for p, y, u, r, bound in rows if not math.isnan(y)]
+        known = [row for row in rows if not math.isnan(row[1])]
         expected = {name: reference(name, kind, known) for name in names_of(kind)}
         assert collected(kind, rows).compute() == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
 
@@ -212,10 +200,8 @@ def test_metrics_do_not_depend_on_the_order_of_the_samples(kind):
     logits = rng.integers(-6, 7, (120, width or 1)) / 4
     labels = np.where(rng.random(120) < 0.2, NAN, rng.integers(0, 2 if kind == "binary" else CLASSES, 120))
     rows = [
-        (logit if width else logit[0], label, *ids, bound)
-        for logit, label, ids, bound in zip(
-            logits, labels, rng.integers(0, 9, (120, 2)), rng.integers(1, 9, 120), strict=True
-        )
+        (logit if width else logit[0], label, *ids)
+        for logit, label, ids in zip(logits, labels, rng.integers(0, 9, (120, 2)), strict=True)
     ]
     whole = collected(kind, rows).compute()
     assert not any(math.isnan(value) for value in whole.values())
@@ -269,13 +255,6 @@ def test_ndcg_on_many_requests_equals_scikit_learn():
         assert values.mean() == pytest.approx(sklearn_metrics.ndcg_score(gains, scores, k=cutoff), abs=1e-12)
 
 
-def test_a_prediction_above_a_lower_bound_is_no_error():
-    task = TaskMetrics(("MAE", "RMSE"), "censored")
-    ids = np.arange(3)
-    task.update(np.array([15.0, 8.0, 7.0]), np.array([10.0, 10.0, 5.0]), ids, ids, np.array([10.0, 10.0, 10.0]))
-    assert task.compute() == pytest.approx({"MAE": (0 + 2 + 2) / 3, "RMSE": math.sqrt(8 / 3)})
-
-
 # --- what is undefined or wrong ------------------------------------------------------------------------------------
 
 
@@ -287,7 +266,7 @@ def test_a_prediction_above_a_lower_bound_is_no_error():
     ],
 )
 def test_a_metric_that_labels_do_not_define_is_nan_and_names_the_task_and_the_reason(kind, labels, undefined, caplog):
-    rows = [(0.5 * i, label, 0, 0, NAN) for i, label in enumerate(labels)]
+    rows = [(0.5 * i, label, 0, 0) for i, label in enumerate(labels)]
     result = collected(kind, rows, task="click").compute()
     assert {name for name, value in result.items() if math.isnan(value)} == undefined
     for name in undefined:
@@ -298,20 +277,20 @@ def test_a_metric_that_labels_do_not_define_is_nan_and_names_the_task_and_the_re
 @pytest.mark.parametrize("rows", [[], [None]])
 def test_without_a_known_label_all_metrics_are_nan(kind, rows, caplog):
     prediction = {"class": [0.0] * CLASSES, "ordinal": [0.0] * (CLASSES - 1)}.get(kind, NAN)
-    result = collected(kind, [(prediction, NAN, 0, 0, NAN) for _ in rows], task="click").compute()
+    result = collected(kind, [(prediction, NAN, 0, 0) for _ in rows], task="click").compute()
     assert list(result) == list(names_of(kind))
     assert all(math.isnan(value) for value in result.values())
     assert "metrics of task 'click' are undefined (nan): the evaluation set has no labelled items" in caplog.text
 
 
 def test_a_task_that_diverged_has_no_metrics(caplog):
-    result = collected("regression", [(0.5, 1.0, 0, 0, NAN), (math.inf, 2.0, 0, 0, NAN)]).compute()
+    result = collected("regression", [(0.5, 1.0, 0, 0), (math.inf, 2.0, 0, 0)]).compute()
     assert all(math.isnan(value) for value in result.values())
     assert "not finite" in caplog.text
 
 
 def test_negative_labels_have_no_ndcg(caplog):
-    rows = [(0.5, -1.0, 0, 0, NAN), (1.5, 2.0, 0, 0, NAN)]
+    rows = [(0.5, -1.0, 0, 0), (1.5, 2.0, 0, 0)]
     result = collected("regression", rows, ("NDCG", "MAE")).compute()
     assert math.isnan(result["NDCG"]) and result["MAE"] == 1.0
     assert "a gain must not be negative, but a label is -1" in caplog.text
@@ -329,7 +308,7 @@ def test_negative_labels_have_no_ndcg(caplog):
 def test_labels_outside_the_classes_are_refused(kind, label, text):
     prediction = {"class": [0.0] * CLASSES, "ordinal": [0.0] * (CLASSES - 1)}.get(kind, 0.0)
     with pytest.raises(ValueError, match=text):
-        collected(kind, [(prediction, label, 0, 0, NAN)], task="stars").compute()
+        collected(kind, [(prediction, label, 0, 0)], task="stars").compute()
 
 
 def test_metrics_of_another_kind_are_refused():

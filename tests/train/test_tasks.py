@@ -24,7 +24,7 @@ TASKS = (
     {"label": "click", "metrics": ("AUC", "LOGLOSS", "NDCG")},
     {"label": "stars", "kind": "ordinal", "num_classes": 3, "metrics": ("ACC", "MAE")},
     {"name": "topic", "label": "topic", "kind": "class", "num_classes": 3, "metrics": ("ACC",)},
-    {"label": "watched", "kind": "censored", "censored_by": "length", "scale": 10.0, "metrics": ("XAUC", "RMSE")},
+    {"label": "watched", "kind": "regression", "scale": 10.0, "metrics": ("XAUC", "RMSE")},
     {"name": "often", "label": "action", "bit_mask": 2, "loss": "focal", "metrics": ("AUC",)},
     {"name": "long", "label": "watched", "kind": "regression", "loss": "huber", "scale": 10.0},
 )
@@ -34,7 +34,6 @@ TEXTS = {
     "stars": ["1", "2", "3", MISSING],
     "topic": ["art", "law", "war"],
     "watched": ["10", "20", "30", "5"],
-    "length": ["20", "30", MISSING],
 }
 
 
@@ -51,7 +50,6 @@ def learnable_store(path: Path, last: dict[str, int] | None = None) -> SequenceS
         "stars": items % 3,
         "topic": items // 4,
         "watched": (items + 1) % 4,
-        "length": items % 2,
         "action": items % ACTIONS,
     }
     dwell = items * 1.5
@@ -61,7 +59,7 @@ def learnable_store(path: Path, last: dict[str, int] | None = None) -> SequenceS
             dwell[:, -1] += shift
             continue
         codes[name][:, -1] = (codes[name][:, -1] + shift) % (ACTIONS if name == "action" else len(TEXTS[name]))
-    codes["click"][:, 0], codes["stars"][:, 1], codes["length"][:, 2] = 2, 3, 2  # missing
+    codes["click"][:, 0], codes["stars"][:, 1] = 2, 3  # missing
     actions = codes.pop("action").tolist()
     return write_small_store(
         path,
@@ -114,7 +112,7 @@ def test_a_run_learns_all_kinds_of_tasks(mesh: Mesh, tmp_path: Path, sharing: st
 def test_the_labels_of_an_item_do_not_change_its_predictions(mesh: Mesh, tmp_path: Path, shape: dict[str, Any]) -> None:
     shown = ["click", "watched", "dwell"]
     side = {"side_feature_names": shown, "known_after": shown}
-    labels = [{}, {"click": 1, "watched": 1, "action": 1, "stars": 1, "topic": 1, "length": 1, "dwell": 1}]
+    labels = [{}, {"click": 1, "watched": 1, "action": 1, "stars": 1, "topic": 1, "dwell": 1}]
     plain, changed = (
         last_of_all_users(mesh, tmp_path / str(number), learnable_store(tmp_path / f"store{number}", last), shape, side)
         for number, last in enumerate(labels)
@@ -196,7 +194,6 @@ BAD_LABELS = {
         r"label = 'clicks': 'clicks' is neither the action nor .*allowed: action, click.*mean 'click'",
     ),
     "of an item": ({"label": "item_id"}, r"label.*'item_id' is neither the action nor a feature of the events"),
-    "no bound": ({**TASKS[3], "censored_by": "lenght"}, r"censored_by = 'lenght'.*did you mean 'length'"),
     "texts": ({"label": "topic"}, r"label = 'topic': its values are texts such as .art.; set positive_values"),
     "a text that does not occur": (
         {"label": "topic", "positive_values": ["war", "arts"]},
@@ -219,7 +216,6 @@ BAD_LABELS = {
         {**TASKS[1], "num_classes": 2},
         r"num_classes = 2: .* integers from 1 to 3: they must be 0 to 1, or 1 to",
     ),
-    "weights": ({"label": "click", "sample_weight": "topic"}, r"sample_weight.*texts such as 'art', not numbers"),
 }
 
 

@@ -19,7 +19,6 @@ METRICS_OF_KIND = {
     "class": (*_CLASSIFICATION, "AUC>=K"),
     "ordinal": (*_CLASSIFICATION, *_VALUES),
     "regression": _VALUES,
-    "censored": _VALUES,
 }
 """Kind of a ranking task → the metrics that it has. K stands for any number."""
 
@@ -34,10 +33,9 @@ LOSSES = {
     "class": ("cross_entropy",),
     "ordinal": ("cumulative_logit",),
     "regression": ("mse", "huber"),
-    "censored": ("tobit",),
 }
 """Kind of a ranking task → the losses that it allows, the first of which is its default."""
-DEFAULT_METRIC = {"binary": "AUC", "class": "ACC", "ordinal": "MAE", "regression": "RMSE", "censored": "RMSE"}
+DEFAULT_METRIC = {"binary": "AUC", "class": "ACC", "ordinal": "MAE", "regression": "RMSE"}
 """Kind of a ranking task → what is measured unless metrics are given."""
 
 
@@ -52,13 +50,13 @@ class RankingTaskArgs(Args):
     """Name of the task in metrics, such as click in "AUC/click". None: the label, in lower case."""
     kind: str = option("binary", changes="model", choices=tuple(LOSSES))
     """binary: positive or negative. class: one of num_classes. ordinal: one of num_classes in an order, such as stars.
-    regression: a number. censored: a number that may be cut off at a bound, such as a watch time."""
+    regression: a number."""
     loss: Optional[str] = option(
         None, changes="training", choices=tuple(loss for losses in LOSSES.values() for loss in losses)
     )
     """binary: bce, focal (arXiv 1708.02002, gamma = 2) or pairwise (RankNet: the logistic loss of each positive and
     negative candidate of a request). class: cross_entropy. ordinal: cumulative_logit (arXiv 1901.07884). regression:
-    mse or huber. censored: tobit (Tobin, Econometrica 1958). None: the first of the kind."""
+    mse or huber. None: the first of the kind."""
     weight: float = option(1.0, changes="training", above=0, maximum=1e6)
     """Factor of the loss. The loss of a run is the sum over the tasks of weight times the mean over the labelled items,
     in which items without a label count as 0."""
@@ -72,14 +70,8 @@ class RankingTaskArgs(Args):
     """class, ordinal: number of classes. Labels are 0 to num_classes - 1; or 1 to num_classes, if num_classes occurs
     and 0 does not. Of class, labels may be texts, which are numbered in alphabetical order."""
     scale: float = option(1.0, changes="model", above=0, maximum=1e12)
-    """regression, censored: the loss is that of label / scale; predictions and metrics are in units of the label.
-    Choose about the usual size of a label. huber is linear beyond an error of scale, which is the standard deviation
-    of tobit."""
-    censored_by: Optional[str] = option(None, changes="training", not_empty=True)
-    """censored: the feature of the events that holds the bound, such as the length of the video. Of a label that
-    reaches it is known only that it is at least as large."""
-    sample_weight: Optional[str] = option(None, changes="training", not_empty=True)
-    """A feature of the events with the weight of each item in this loss, at least 0. Items without one do not count."""
+    """regression: the loss is that of label / scale; predictions and metrics are in units of the label. Choose about
+    the usual size of a label. huber is linear beyond an error of scale."""
     metrics: Optional[tuple[str, ...]] = option(
         None,
         changes="reports",
@@ -89,7 +81,7 @@ class RankingTaskArgs(Args):
         capitals=True,
     )
     """Metrics, reported as "AUC/click". NDCG is that of the candidates of a request. None: AUC of binary, ACC of class,
-    MAE of ordinal, RMSE of the others."""
+    MAE of ordinal, RMSE of regression."""
 
     @property
     def task_name(self) -> str:
@@ -105,11 +97,6 @@ class RankingTaskArgs(Args):
     def metrics_in_force(self) -> tuple[str, ...]:
         """The metrics, also where they are the default."""
         return self.metrics or (DEFAULT_METRIC[self.kind],)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The features that are read: the label, and what its loss needs beside it."""
-        return tuple(dict.fromkeys(filter(None, (self.label, self.censored_by, self.sample_weight))))
 
     @property
     def output_width(self) -> int:

@@ -17,14 +17,11 @@ _OF_KINDS = {
     "positive_values": ("binary",),
     "bit_mask": ("binary",),
     "num_classes": ("class", "ordinal"),
-    "scale": ("regression", "censored"),
-    "censored_by": ("censored",),
+    "scale": ("regression",),
 }
 """Option of a task → the kinds in which it has an effect."""
 _POSITIVE = ("positive_from", "positive_values", "bit_mask")
 """The options that say which labels of a binary task are positive."""
-_NEEDED = {"class": "num_classes", "ordinal": "num_classes", "censored": "censored_by"}
-"""Kind → the option that it needs."""
 
 
 def tasks_of(run: RunConfig) -> list[RankingTaskArgs]:
@@ -42,9 +39,8 @@ def options_fit_the_kind(run: RunConfig, task: RankingTaskArgs) -> Iterator[Prob
         if is_given(task, parameter) and task.kind not in kinds:
             text = f"has no effect with {run.cite(task, 'kind')}; remove it, or set kind to {_any_of(kinds)}"
             yield run.problem(task, parameter, text)
-    needed = _NEEDED.get(task.kind)
-    if needed is not None and getattr(task, needed) is None:
-        yield run.problem(task, "kind", f"needs RankingTaskArgs.{needed}; bind it under the scope of this task")
+    if task.kind in _OF_KINDS["num_classes"] and task.num_classes is None:
+        yield run.problem(task, "kind", "needs RankingTaskArgs.num_classes; bind it under the scope of this task")
 
 
 def positives_have_one_definition(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:

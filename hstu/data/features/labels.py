@@ -21,8 +21,8 @@ _CHUNK = 1 << 22
 
 
 def label_columns(tasks: Sequence[RankingTaskArgs] | None) -> tuple[str, ...]:
-    """The features that the tasks read: labels, bounds and weights, each once."""
-    return tuple(dict.fromkeys(name for task in tasks or () for name in task.columns))
+    """The labels of the tasks, each once."""
+    return tuple(dict.fromkeys(task.label for task in tasks or ()))
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _facts_of(stored: np.ndarray) -> LabelFacts:
 
 
 def check_labels(tasks: Sequence[RankingTaskArgs], facts: Mapping[str, LabelFacts], cite: Cite = cite) -> None:
-    """Raise ConfigError, worded by ``cite``, for labels, bounds and weights that do not fit the tasks."""
+    """Raise ConfigError, worded by ``cite``, for labels that do not fit the tasks."""
     problems = [cite(task, parameter, text) for task in tasks for parameter, text in _problems_of(task, facts)]
     if problems:
         raise ConfigError(problems)
@@ -183,12 +183,6 @@ def _problems_of(task: RankingTaskArgs, facts: Mapping[str, LabelFacts]) -> Iter
             )
     elif task.kind == "binary":
         yield from _problems_of_positives(task, label)
-    for parameter in ("censored_by", "sample_weight"):
-        beside = facts.get(getattr(task, parameter))
-        if beside is not None and beside.texts:
-            yield parameter, f"its values are texts such as {beside.texts[0]!r}, not numbers"
-        elif beside is not None and parameter == "sample_weight" and beside.least < 0:
-            yield parameter, f"its values are {beside}, and weights are 0 or more"
 
 
 def _problems_of_texts(positive: Sequence[str], label: LabelFacts) -> Iterator[tuple[str, str]]:

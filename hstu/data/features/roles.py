@@ -129,16 +129,14 @@ def resolve_roles(
 
 
 def _absent(store: SequenceStore, action: str | None, task: RankingTaskArgs, cite: Cite) -> Iterator[str]:
-    """What is wrong with the features that a ranking task reads and that the store lacks."""
+    """What is wrong with the label of a ranking task that the store lacks."""
     allowed = (*([action] if action else []), *store.event_features, *store.event_number_features)
-    for parameter in ("label", "censored_by", "sample_weight"):
-        name = getattr(task, parameter)
-        if name is not None and name not in allowed:
-            text = (
-                f"{name!r} is neither the action nor a feature of the events of {store.path}; allowed: "
-                f"{', '.join(allowed)}"
-            )
-            yield cite(task, parameter, text + did_you_mean(name, allowed))
+    if task.label not in allowed:
+        text = (
+            f"{task.label!r} is neither the action nor a feature of the events of {store.path}; allowed: "
+            f"{', '.join(allowed)}"
+        )
+        yield cite(task, "label", text + did_you_mean(task.label, allowed))
 
 
 def check_numbers(roles: FeatureRoles, args: Iterable[NumericFeatureArgs], cite: Cite = cite) -> None:

@@ -16,7 +16,6 @@ from hstu.config.args import RetrievalArgs
 from hstu.data.batches.jagged import ranges, run_indices, run_offsets
 from hstu.data.sampling.random_windows import coverage
 from hstu.data.sampling.samples import SampleTable
-from hstu.data.sampling.stochastic_length import StochasticLength
 from hstu.data.store.sequence_store import SequenceStore
 
 # Above this many corpus items per draw, sorting the draws is cheaper than a table of the corpus.
@@ -120,18 +119,15 @@ def count_items(
     store: SequenceStore,
     feature: str,
     samples: SampleTable,
-    shortened: StochasticLength | None = None,
     *,
     random_windows: bool = False,
 ) -> np.ndarray:
-    """How often each item occurs in ``samples``, int64 [cardinality]. ``shortened``: count those of one epoch.
+    """How often each item occurs in ``samples``, int64 [cardinality].
 
     ``random_windows``: how often it is expected in an epoch, float64.
     """
-    lengths = kept = samples.stop - samples.start
-    if shortened is not None:
-        kept, _ = shortened.shorten(lengths, samples.num_labels, 0, np.arange(len(lengths)))
-    counted = samples.stop - samples.history_begin if random_windows else kept
+    lengths = samples.stop - samples.start
+    counted = samples.stop - samples.history_begin if random_windows else lengths
     codes, size = store.sequence(feature), store.cardinality(feature)
     counts = np.zeros(size, dtype=np.float64 if random_windows else np.int64)
     blocks = np.searchsorted(run_offsets(counted), np.arange(_EVENTS_PER_BLOCK, counted.sum(), _EVENTS_PER_BLOCK))
@@ -142,7 +138,7 @@ def count_items(
         if random_windows:
             run, place = run_indices(counted[rows])
             of_event = rows[run]
-            weights = coverage(place, counted[of_event], lengths[of_event], kept[of_event])[known]
+            weights = coverage(place, counted[of_event], lengths[of_event])[known]
         counts += np.bincount(found[known], weights, minlength=size)
     return counts
 

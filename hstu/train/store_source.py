@@ -26,7 +26,6 @@ from hstu.data.negatives import count_items
 from hstu.data.sampling.random_windows import RandomWindows
 from hstu.data.sampling.sampler import EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_requests, check_split, require_requests
-from hstu.data.sampling.stochastic_length import StochasticLength
 from hstu.data.store.layout import NumberStatistics
 from hstu.data.store.reader import StoreReader
 from hstu.data.store.sequence_store import SequenceStore
@@ -74,8 +73,7 @@ class StoreSource(BatchSource):
         self.eval_splits, self.final_splits = self._splits()
         self._train_samples = self._samples("train")
         self._eval_samples: dict[Split, SampleTable] = {}
-        trainer, no_label = config.trainer, int(config.task == "retrieval")
-        self._stochastic_length = StochasticLength.of(args, trainer.seed, no_label)
+        trainer = config.trainer
         self._random_windows = RandomWindows.of(args, trainer.seed)
         self._skipped = SkippedSamples(trainer.max_bad_rows) if trainer.bad_row_policy == "skip" else None
         samples = self._train_samples
@@ -110,11 +108,8 @@ class StoreSource(BatchSource):
     @cached_property
     def item_counts(self) -> np.ndarray:
         """See BatchSource. Reads the items of all training samples once."""
-        return self._count_items(self._stochastic_length)
-
-    def _count_items(self, shortened: StochasticLength | None) -> np.ndarray:
         is_random = self._args.random_windows
-        return count_items(self.store, self.roles.item, self._train_samples, shortened, random_windows=is_random)
+        return count_items(self.store, self.roles.item, self._train_samples, random_windows=is_random)
 
     def item_ids(self) -> np.ndarray | None:
         """See BatchSource."""
@@ -253,7 +248,6 @@ class StoreSource(BatchSource):
             recoding=self._recoding if store is self.eval_store else None,
             labels=labels,
             random_windows=self._random_windows if training else None,
-            stochastic_length=self._stochastic_length if training else None,
             hard_negatives=self.negatives.hard if training and self.negatives is not None else 0,
         )
         corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed

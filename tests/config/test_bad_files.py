@@ -249,8 +249,6 @@ TOGETHER = [
         told=("leaves out items between the windows", "max_sequence_length = 20")),
     bad("windows of two kinds", "ranking", "DatasetArgs.window_stride = 9", "DatasetArgs.random_windows = True" + HERE,
         told=("either at every stride or at random", "DatasetArgs.window_stride = 9")),
-    bad("tokens of unknown lengths", "ranking", "DatasetArgs.stochastic_length_alpha = 1.6" + HERE,
-        "TrainerArgs.tokens_per_rank = 400", told=("batches are planned by", "TrainerArgs.tokens_per_rank = 400")),
     bad("no tokens", "ranking", "TrainerArgs.tokens_per_rank = 0" + HERE, told=("expected None or int, at least 1",)),
     bad("momentum of adam", "ranking", "OptimizerArgs.momentum = 0.9" + HERE, told=("no effect", "'adam'")),
     bad("scale of bfloat16", "ranking", 'PrecisionArgs.loss_scale = "dynamic"' + HERE,

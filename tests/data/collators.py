@@ -12,7 +12,6 @@ from hstu.data.features.roles import resolve_roles
 from hstu.data.negatives import ItemDistribution, Negatives, count_items
 from hstu.data.sampling.sampler import EvalSampler
 from hstu.data.sampling.samples import SampleTable, build_samples
-from hstu.data.sampling.stochastic_length import StochasticLength
 from hstu.data.store.reader import StoreReader
 from hstu.data.store.sequence_store import SequenceStore
 from tests.data.batches.test_batch import tensors_of
@@ -30,7 +29,6 @@ def build_collator(
     wants_timestamps: bool = False,
     wants_seen: bool = False,
     wants_earlier: bool = False,
-    stochastic_length: StochasticLength | None = None,
     recoding: Mapping[str, np.ndarray] | None = None,
 ) -> Collator:
     """The collator of one split of a store. ``recoding``: see StoreReader."""
@@ -48,7 +46,6 @@ def build_collator(
             wants_seen=wants_seen,
             wants_earlier=wants_earlier,
             recoding=recoding,
-            stochastic_length=stochastic_length,
         ),
         Assembler(batch_size, task, roles, store.cardinality(roles.item), seed, negatives, corpus=corpus),
     )

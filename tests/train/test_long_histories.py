@@ -1,4 +1,4 @@
-"""Windows, stochastic length and damaged samples, from the options to a training run."""
+"""Windows and damaged samples, from the options to a training run."""
 
 from collections.abc import Callable
 from itertools import islice
@@ -45,9 +45,8 @@ def test_windows_train_on_whole_histories(source: Callable[..., StoreSource], st
 
 @pytest.mark.parametrize("windows", [{"window_stride": 4}, {"random_windows": True}])
 def test_evaluation_knows_nothing_of_windows(source: Callable[..., StoreSource], windows: dict[str, Any]) -> None:
-    options = {"stochastic_length_alpha": 1.0, **windows}
     for task in ("retrieval", "ranking"):
-        plain, changed = source(task), source(task, dataset=options)
+        plain, changed = source(task), source(task, dataset=windows)
         pairs = zip(plain.eval_batches("valid"), changed.eval_batches("valid"), strict=True)
         assert all((one.features.values() == other.features.values()).all() for one, other in pairs)
 
@@ -72,22 +71,13 @@ def test_random_windows_have_other_items_in_each_epoch_and_as_many_labels(source
             assert windows.item_counts.sum() == pytest.approx(newest.item_counts.sum())
 
 
-def test_stochastic_length_shortens_training_samples_anew_each_epoch(source: Callable[..., StoreSource]) -> None:
-    whole = lengths(source("ranking", dataset={"shuffle": False}))
-    drawn = lengths(source("ranking", dataset={"shuffle": False, "stochastic_length_alpha": 1.0}), epochs=4)  # s = 2
-    epochs = [drawn[start : start + len(whole)] for start in range(0, len(drawn), len(whole))]
-    assert {length for length in drawn if length != LONGEST} >= {2}
-    assert all(short in (2, long) for epoch in epochs for short, long in zip(epoch, whole, strict=True))
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-
-
 @pytest.mark.parametrize(
     ("task", "windows"), [("ranking", {"window_stride": 3}), ("retrieval", {"random_windows": True})]
 )
-def test_a_run_resumed_with_both_options_is_the_run_that_went_through(
+def test_a_run_resumed_with_windows_is_the_run_that_went_through(
     task: str, windows: dict[str, Any], train: Callable[..., FinishedRun]
 ) -> None:
-    options = {"dataset": {"max_sequence_length": LONGEST, "stochastic_length_alpha": 1.2, **windows}}
+    options = {"dataset": {"max_sequence_length": LONGEST, **windows}}
     through = train(task, trainer={"max_train_iters": 8, "log_interval": 1}, **options)
     saving = {"ckpt_save_interval": 4, "log_interval": 1}
     train(task, trainer={"max_train_iters": 4, **saving}, output="parts", **options)

@@ -45,10 +45,6 @@ class DatasetArgs(Args):
     """Training: of a history longer than max_sequence_length, take one window of that length in each epoch, at random,
     instead of the newest items. It begins at any item with equal probability, or is the newest window if too few items
     follow. All its items are labelled, as those of a short history are, or the newest max_num_candidates."""
-    stochastic_length_alpha: Optional[float] = option(None, changes="training", above=0, maximum=2)
-    """Training: stochastic length (arXiv 2402.17152). With s = max_sequence_length ^ (alpha / 2), a sample of n > s
-    items is cut to its newest s items with probability 1 - (s / n)^2, drawn again in each epoch. It saves computation
-    and drops some older labels. 2: no cut. None: off."""
     query_time: str = option("request", changes="training", choices=("request", "last_event"))
     """What finds the next item, with a relative bias: from which time it looks back on the events, in training and
     evaluation. request: from the time of the event to find, as the published model does. A service knows that time: it

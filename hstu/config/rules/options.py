@@ -14,8 +14,6 @@ from hstu.config.run_config import RunConfig
 EXCLUSIVE = (
     ("trainer.max_train_iters", "trainer.num_train_epochs", ""),
     ("trainer.tokens_per_rank", "trainer.gradient_accumulation_steps", "micro-batches have equal counts of sequences"),
-    ("trainer.tokens_per_rank", "dataset.stochastic_length_alpha", "batches are planned by the lengths before the cut"),
-    ("trainer.enable_balanced_shuffler", "dataset.stochastic_length_alpha", "it balances the lengths before the cut"),
     ("dataset.window_stride", "dataset.random_windows", "windows lie either at every stride or at random"),
     ("dataset.random_windows", "dataset.candidates", "a request has one history, which ends where the request is"),
     ("dataset.valid_fraction", "dataset.eval_dataset_path", "all users of that data are evaluated on"),

@@ -10,7 +10,7 @@ from hstu.base.hashing import random_uniform
 from hstu.config.args import DatasetArgs
 
 _STREAM = 0x5749_4E44
-"""Separates these draws from those of negatives and of stochastic length, which have the same seed."""
+"""Separates these draws from those of negatives, which have the same seed."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class RandomWindows:
         return np.minimum(begin + (uniform * (stop - begin)).astype(np.int64), newest)
 
 
-def coverage(place: np.ndarray, history: np.ndarray, window: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Probability that an event is one of the newest ``kept`` events of a random window; float64 [n].
+def coverage(place: np.ndarray, history: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """Probability that an event is in a random window; float64 [n].
 
     place: of the event in its history, from 0. history, window: numbers of events. All int64 [n].
     """
-    first, last = np.maximum(place + 1 - window, 0), place - (window - kept)
-    older = np.minimum(last + 1, history - window) - first  # windows before the newest that have the event
-    probability: np.ndarray = (np.maximum(older, 0) + window * (place >= history - kept)) / history
+    first = np.maximum(place + 1 - window, 0)
+    older = np.minimum(place + 1, history - window) - first  # windows before the newest that have the event
+    probability: np.ndarray = (np.maximum(older, 0) + window * (place >= history - window)) / history
     return probability

@@ -18,7 +18,6 @@ from hstu.data.hard_negatives import shown_not_taken
 from hstu.data.sampling.random_windows import RandomWindows
 from hstu.data.sampling.sampler import BatchPlan
 from hstu.data.sampling.samples import SampleTable
-from hstu.data.sampling.stochastic_length import StochasticLength
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 
@@ -43,8 +42,6 @@ class StoreReader:
     """The columns of FeatureRoles.labels."""
     random_windows: RandomWindows | None = field(default=None, kw_only=True)
     """Moves the windows of training samples at random."""
-    stochastic_length: StochasticLength | None = field(default=None, kw_only=True)
-    """Shortens training samples at random."""
     hard_negatives: int = field(default=0, kw_only=True)
     """Items to read for each label of what its user was shown and did not take."""
 
@@ -63,12 +60,6 @@ class StoreReader:
         if self.random_windows is not None:
             begin, stop = samples.history_begin[chosen], samples.stop[chosen]
             start = self.random_windows.starts(begin, start, stop, plan.epoch, plan.ordinals)
-        if self.stochastic_length is not None:
-            whole = lengths
-            lengths, num_labels = self.stochastic_length.shorten(
-                whole, num_labels, plan.epoch, plan.ordinals, samples.num_candidates[chosen]
-            )
-            start = start + whole - lengths
         items = SampleItems.of(self.store, samples, chosen, start, lengths)
         times = self.store.timestamp_feature if self.wants_timestamps else None
         held_out = request_times = seen = seen_lengths = None

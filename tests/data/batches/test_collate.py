@@ -18,7 +18,6 @@ from hstu.data.features.roles import FeatureRoles
 from hstu.data.negatives import Negatives
 from hstu.data.sampling.sampler import EvalSampler, TrainSampler
 from hstu.data.sampling.samples import build_samples
-from hstu.data.sampling.stochastic_length import StochasticLength
 from hstu.data.store.reader import StoreReader
 from hstu.data.store.sequence_store import SequenceStore
 from tests.base.test_hashing import chi_square_z
@@ -88,19 +87,18 @@ def test_a_retrieval_evaluation_holds_out_the_last_item_and_knows_the_whole_hist
 
 
 @pytest.mark.parametrize(
-    ("args", "shortened", "expected"),
+    ("args", "expected"),
     [
-        ({}, None, [([8, 9, 1], [7, 6]), ([5, 3], [])]),
-        ({"window_stride": 1}, None, [([8, 9, 1], [7, 6]), ([6, 8, 9], [7]), ([7, 6, 8], []), ([5, 3], [])]),
-        ({}, StochasticLength(kept=2, seed=1, unlabelled=1), [([9, 1], [7, 6, 8]), ([5, 3], [])]),
+        ({}, [([8, 9, 1], [7, 6]), ([5, 3], [])]),
+        ({"window_stride": 1}, [([8, 9, 1], [7, 6]), ([6, 8, 9], [7]), ([7, 6, 8], []), ([5, 3], [])]),
     ],
-    ids=["newest", "windows", "stochastic_length"],
+    ids=["newest", "windows"],
 )
 def test_a_training_batch_has_the_items_before_its_sequences_where_seen_items_are_masked(
-    args: dict[str, object], shortened: StochasticLength | None, expected: list[tuple[list[int], list[int]]]
+    args: dict[str, object], expected: list[tuple[list[int], list[int]]]
 ) -> None:
     store = ToyStore([[7, 6, 8, 9, 1, 2], [5, 3, 4]])
-    options = {"length": 3, "args": {"valid_items": 0, **args}, "stochastic_length": shortened}
+    options = {"length": 3, "args": {"valid_items": 0, **args}}
     (batch,) = batches_of(collator_of(store, wants_earlier=True, **options))
     padding: list[tuple[list[int], list[int]]] = [([], [])] * (4 - len(expected))
     sequences, earlier = zip(*expected, *padding, strict=True)

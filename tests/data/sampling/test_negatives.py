@@ -13,9 +13,7 @@ from hstu.config.args import DatasetArgs, RetrievalArgs
 from hstu.data import negatives as module
 from hstu.data.negatives import ItemDistribution, Negatives, count_items, expected_log_counts
 from hstu.data.sampling.samples import build_samples
-from hstu.data.sampling.stochastic_length import StochasticLength
 from tests.conftest import write_small_store
-from tests.data.toy_store import ToyStore
 
 DRAWS = 200_000
 
@@ -79,16 +77,6 @@ def test_items_are_counted_once_for_each_training_sample_that_has_them(
             np.add.at(expected, codes[start:stop], 1)
         assert count_items(store, "item_id", samples).tolist() == expected.tolist()
         assert expected.sum() == samples.report["events"]
-
-
-def test_shortened_samples_are_counted_without_what_is_cut() -> None:
-    store = ToyStore([list(range(20))] * 300, num_items=20)
-    args = DatasetArgs(dataset_name="toy", max_sequence_length=16, stochastic_length_alpha=1.0)
-    samples = build_samples(store, args, "retrieval", "train", 0)
-    counts = count_items(store, "item", samples, StochasticLength.of(args, 0, 1))
-    newest = counts[samples.stop[0] - 4 : samples.stop[0]]
-    assert newest.tolist() == [300] * 4
-    assert 0 < counts[samples.start[0]] < 60  # a sample is kept whole with probability 1 / 16
 
 
 def test_the_chance_to_be_in_a_batch_is_that_of_shuffled_samples() -> None:

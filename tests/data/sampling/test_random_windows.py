@@ -14,7 +14,6 @@ from hstu.data.negatives import count_items
 from hstu.data.sampling.random_windows import RandomWindows, coverage
 from hstu.data.sampling.sampler import TrainSampler
 from hstu.data.sampling.samples import SampleTable, build_samples
-from hstu.data.sampling.stochastic_length import StochasticLength
 from hstu.data.store.reader import StoreReader
 from tests.data.toy_store import ToyStore
 
@@ -49,16 +48,14 @@ def test_a_window_begins_anywhere_and_is_the_newest_where_too_few_events_follow(
         assert shares[newest] == pytest.approx(LENGTH / size, abs=0.02) and not shares[newest + 1 :].any()
 
 
-@pytest.mark.parametrize("kept", [LENGTH, 5, 1])
-def test_the_coverage_of_an_event_is_the_share_of_windows_that_have_it(kept: int) -> None:
+def test_the_coverage_of_an_event_is_the_share_of_windows_that_have_it() -> None:
     for size in (1, 7, 8, 9, 15, 16, 17, 40):
         window, places = min(size, LENGTH), np.arange(size)
-        kept = min(kept, window)
         expected = np.zeros(size)
         for begin in range(size):  # each is as probable
             stop = min(begin, size - window) + window
-            expected[stop - kept : stop] += 1 / size
-        found = coverage(places, np.full(size, size), np.full(size, window), np.full(size, kept))
+            expected[stop - window : stop] += 1 / size
+        found = coverage(places, np.full(size, size), np.full(size, window))
         assert found == pytest.approx(expected)
 
 
@@ -70,9 +67,6 @@ def test_items_are_counted_as_often_as_windows_have_them() -> None:
             expected[start : start + length] += 1 / 3000
     found = count_items(STORE, "item", samples, random_windows=True)
     assert found == pytest.approx(expected, abs=0.05) and found.sum() == pytest.approx(samples.lengths.sum())
-    stochastic = StochasticLength.of(replace(ARGS, stochastic_length_alpha=1.0), 0, 1)  # s = 3
-    shorter = count_items(STORE, "item", samples, stochastic, random_windows=True)
-    assert (shorter <= found + 1e-9).all() and shorter.sum() < found.sum()
 
 
 def batches(world_size: int = 1, workers: int = 0, **options: object) -> list[list[list[int]]]:
@@ -80,8 +74,7 @@ def batches(world_size: int = 1, workers: int = 0, **options: object) -> list[li
     args, samples = replace(ARGS, **options), samples_of(**options)  # type: ignore[arg-type]
     task = "ranking" if args.max_num_candidates else "retrieval"
     roles = FeatureRoles("item", "action", ())
-    stochastic = StochasticLength.of(args, 1, int(task == "retrieval"))
-    reader = StoreReader(STORE, samples, roles, random_windows=RandomWindows.of(args, 1), stochastic_length=stochastic)
+    reader = StoreReader(STORE, samples, roles, random_windows=RandomWindows.of(args, 1))
     merged: list[list[list[int]]] = [[] for _ in range(4 * (len(samples) // 2))]
     for rank in range(world_size):
         collator = Collator(reader, Assembler(2 // world_size, task, roles, 50, 1))  # type: ignore[arg-type]
@@ -97,14 +90,13 @@ def sequences(batch: HSTUBatch) -> list[list[int]]:
     return [row.tolist() for row in batch.features["item"].to_dense()]
 
 
-@pytest.mark.parametrize("options", [{}, {"stochastic_length_alpha": 1.4}])
-def test_windows_are_the_same_at_any_world_size_and_with_workers(options: dict[str, object]) -> None:
-    alone = batches(**options)
+def test_windows_are_the_same_at_any_world_size_and_with_workers() -> None:
+    alone = batches()
     drawn = [row for step in alone for row in step]
     assert len({tuple(row) for row in drawn}) > 6
     assert all(row == list(range(row[0], row[0] + len(row))) for row in drawn), "without gaps"
-    assert batches(2, **options) == alone
-    assert batches(1, 1, **options) == alone
+    assert batches(2) == alone
+    assert batches(1, 1) == alone
 
 
 def test_the_newest_items_of_a_window_are_its_candidates() -> None:

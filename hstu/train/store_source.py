@@ -73,9 +73,8 @@ class StoreSource(BatchSource):
         self.eval_splits, self.final_splits = self._splits()
         self._train_samples = self._samples("train")
         self._eval_samples: dict[Split, SampleTable] = {}
-        trainer = config.trainer
-        self._random_windows = RandomWindows.of(args, trainer.seed)
-        self._skipped = SkippedSamples(trainer.max_bad_rows) if trainer.bad_row_policy == "skip" else None
+        self._random_windows = RandomWindows.of(args, config.trainer.seed)
+        self._skipped = SkippedSamples() if config.trainer.bad_row_policy == "skip" else None
         samples = self._train_samples
         self.train_lengths = SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels)
         self._partition = choose_partition(config, self.roles, self.max_items, self.train_lengths)

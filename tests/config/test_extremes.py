@@ -60,7 +60,7 @@ FILES = {
 
 UNLIMITED = {
     "TrainerArgs": "eval_interval log_interval max_train_iters num_train_epochs max_eval_iters profile_step_start "
-    "profile_step_end ckpt_save_interval ckpt_keep_last tokens_per_rank early_stop_patience max_grad_norm max_bad_rows "
+    "profile_step_end ckpt_save_interval ckpt_keep_last tokens_per_rank early_stop_patience max_grad_norm "
     "gc_interval",
     "EmbeddingArgs": "item_vocab_size_or_capacity",  # the memory of the machine is the limit
     "DynamicEmbeddingArgs": "item_vocab_size_or_capacity global_hbm_for_values item_vocab_gpu_capacity "

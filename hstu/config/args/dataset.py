@@ -166,9 +166,6 @@ class BenchmarkDatasetArgs(Args):
     """The features that are context tokens, in this order; may be empty."""
     action_feature_name: Optional[str] = option(None, changes="tensors", not_empty=True)
     """The action feature. None: there is none."""
-    side_feature_names: list[str] = option([], changes="tensors")
-    """The features that are part of the item's token, beside its id: one value per item of the sequence, as long as the
-    item feature."""
     max_num_candidates: int = option(0, changes="training", minimum=0)
     """As DatasetArgs.max_num_candidates."""
     num_generated_batches: int = option(100, changes="training", minimum=1, maximum=1_000_000)

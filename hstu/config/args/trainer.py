@@ -107,9 +107,7 @@ class TrainerArgs(Args):
     """Batches that each data worker prepares in advance."""
     bad_row_policy: str = option("raise", changes="training", choices=("raise", "skip"))
     """What happens to a sample with damaged data. raise: the run ends with an error. skip: the sample is left out and
-    counted, with a warning."""
-    max_bad_rows: int = option(100, changes="training", minimum=1)
-    """Maximum number of samples that a rank may skip with bad_row_policy = "skip"; one more ends the run."""
+    counted, with a warning; a rank that has skipped 100 ends the run at the next one."""
     output_dir: Optional[str] = option(None, changes="reports")
     """Directory of the run. None: runs/<gin file name>-<time>."""
     tensorboard: bool = option(True, changes="reports")

@@ -156,7 +156,7 @@ def features_are_described_once(run: RunConfig, dataset: BenchmarkDatasetArgs) -
 
 def roles_are_features(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
     known = _groups(dataset)
-    for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names", "side_feature_names"):
+    for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names"):
         value = getattr(dataset, parameter, None)
         for name in value if isinstance(value, list) else [value]:
             if name is not None and name not in known:
@@ -165,14 +165,13 @@ def roles_are_features(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterato
 
 
 def features_have_roles(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
-    several = (*dataset.contextual_feature_names, *dataset.side_feature_names)
-    roles = {dataset.item_feature_name, dataset.action_feature_name, *several}
+    roles = {dataset.item_feature_name, dataset.action_feature_name, *dataset.contextual_feature_names}
     groups = _groups(dataset)
     if any(role is not None and role not in groups for role in roles):
         return  # that role is reported, and may be a misspelling of this feature
     for name, group in groups.items():
         if name not in roles:
-            text = f"{name!r} is not used; make it the item, the action, a contextual or a side feature, or remove it"
+            text = f"{name!r} is not used; make it the item, the action or a contextual feature, or remove it"
             yield run.problem(group, "feature_names", text)
 
 
@@ -199,21 +198,17 @@ def context_has_one_id(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterato
             yield run.problem(group, parameter, text)
 
 
-def what_belongs_to_items_is_as_long(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
+def actions_are_as_long_as_items(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
     groups = _groups(dataset)
-    item = groups.get(dataset.item_feature_name)
-    named = [("action_feature_name", dataset.action_feature_name or "")]
-    for parameter, name in named + [("side_feature_names", name) for name in dataset.side_feature_names]:
-        other = groups.get(name)
-        if item is None or other is None or item is other:
-            continue
-        if item.is_jagged or other.is_jagged or item.max_sequence_length != other.max_sequence_length:
-            which = f"{name!r} " if parameter == "side_feature_names" else ""
-            text = (
-                f"{which}must have the lengths of {dataset.item_feature_name!r}; put both into one FeatureArgs, or "
-                "give both one max_sequence_length and is_jagged = False"
-            )
-            yield run.problem(dataset, parameter, text)
+    item, action = groups.get(dataset.item_feature_name), groups.get(dataset.action_feature_name or "")
+    if item is None or action is None or item is action:
+        return
+    if item.is_jagged or action.is_jagged or item.max_sequence_length != action.max_sequence_length:
+        text = (
+            f"must have the lengths of {dataset.item_feature_name!r}; put both into one FeatureArgs, or give both one "
+            "max_sequence_length and is_jagged = False"
+        )
+        yield run.problem(dataset, "action_feature_name", text)
 
 
 def groups_are_consistent(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
@@ -297,6 +292,6 @@ RULES_OF_A_GROUP = (
 )  # fmt: skip
 RULES_OF_THE_DATA = (
     features_are_described_once, roles_are_features, features_have_roles, features_have_tables,
-    context_has_one_id, what_belongs_to_items_is_as_long, groups_are_consistent,
+    context_has_one_id, actions_are_as_long_as_items, groups_are_consistent,
 )  # fmt: skip
 RULES = (names_of_tables_and_features_are_unique, tables_are_consistent, benchmark_is_consistent)

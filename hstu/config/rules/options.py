@@ -43,7 +43,6 @@ NEEDS: Iterable[tuple[str, str, tuple[Any, ...], str]] = (
     ("trainer.profile_step_start", "trainer.profile", (True,), ""),
     ("trainer.profile_step_end", "trainer.profile", (True,), ""),
     ("trainer.data_prefetch", "trainer.data_workers", _Not([0]), "only data workers prepare batches in advance"),
-    ("trainer.max_bad_rows", "trainer.bad_row_policy", ("skip",), "no sample is skipped"),
     ("network.bfloat16_residual", "network.dtype_str", ("bfloat16",), "layers compute in another type"),
     (
         "network.sequence_parallel", "tensor_parallel.tensor_model_parallel_size", _Not([1]),

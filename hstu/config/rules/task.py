@@ -42,13 +42,14 @@ def what_is_known_after_is_a_side_feature(run: RunConfig) -> Iterator[Problem]:
 def numbers_are_side_features(run: RunConfig) -> Iterator[Problem]:
     named = ((numbers, getattr(numbers, "feature_names", [])) for numbers in run.numbers)
     yield from each_once(run, named, "feature_names")
-    known = run.dataset.side_feature_names
     for numbers in run.numbers:
+        if isinstance(run.dataset, BenchmarkDatasetArgs):
+            text = "has no effect on random data, which has no numbers; remove it"
+            yield run.problem(numbers, "feature_names", text)
+            continue
+        known = run.dataset.side_feature_names
         for name in numbers.feature_names:
-            if isinstance(run.dataset, BenchmarkDatasetArgs):
-                text = "has no effect on random data, which has no numbers; remove it"
-                yield run.problem(numbers, "feature_names", text)
-            elif name not in known:
+            if name not in known:
                 text = f"{name!r} is not one of {run.cite(run.dataset, 'side_feature_names')}; add it there, too"
                 yield run.problem(numbers, "feature_names", text + did_you_mean(name, known))
 

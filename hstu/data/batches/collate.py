@@ -194,14 +194,18 @@ class Collator:
         return self.assembler.assemble(rows, plan)
 
 
+MAX_SKIPPED = 100
+"""Damaged samples that a rank may leave out."""
+
+
 class SkippedSamples:
     """TrainerArgs.bad_row_policy = "skip": leaves damaged samples out of batches, and counts them.
 
-    The count covers all data workers of a rank and must be passed to them when they start. More than ``limit`` skipped
-    samples are a DataError.
+    The count covers all data workers of a rank and must be passed to them when they start. More than ``limit``
+    skipped samples are a DataError.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int = MAX_SKIPPED) -> None:
         self.limit = limit
         self._count = multiprocessing.Value("q", 0)
 
@@ -227,9 +231,8 @@ class SkippedSamples:
                 self._count.value += 1
                 count = int(self._count.value)
             if count > self.limit:
-                raise DataError(
-                    f"{error}. It is damaged sample {count}, TrainerArgs.max_bad_rows = {self.limit}"
-                ) from error
+                text = f"It is damaged sample {count}, and a rank may skip {self.limit}; preprocess the data again"
+                raise DataError(f"{error}. {text}") from error
             _log.warning("skipped damaged sample %d of at most %d: %s", count, self.limit, error)
             return False
         return True

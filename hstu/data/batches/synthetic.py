@@ -175,7 +175,6 @@ class SyntheticReader:
             actions=None if self.roles.action is None else self._ids(self.roles.action, _VALUES, *tokens),
             timestamps=self._times(lengths, *tokens) if self.wants_timestamps else None,
             context={name: self._ids(name, _VALUES, ordinals, 0) for name in self.roles.contextual},
-            side={name: self._ids(name, _VALUES, *tokens) for name in self.roles.side},
             held_out=self._ids(self.roles.item, _HELD_OUT, ordinals, 0) if is_retrieval_eval else None,
             seen=items if wants_seen else None,
             seen_lengths=lengths if wants_seen else None,

@@ -62,7 +62,6 @@ def benchmark_roles(args: BenchmarkDatasetArgs) -> FeatureRoles:
         args.item_feature_name,
         args.action_feature_name,
         tuple(args.contextual_feature_names),
-        tuple(args.side_feature_names),
     )
 
 

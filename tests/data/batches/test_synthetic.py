@@ -137,21 +137,6 @@ def test_features_of_a_group_are_drawn_independently() -> None:
     assert abs(same - 1 / 8) < 0.08
 
 
-def test_side_features_have_a_value_per_item_and_change_no_other_feature() -> None:
-    features = {
-        "feature_args": [sequence_group(feature_names=["item", "action", "genre"]), *benchmark_args().feature_args[1:]],
-        "embedding_args": [*benchmark_args().embedding_args, table(["genre"], 30)],
-    }
-    with_side = train_batches(dataset(args=benchmark_args(**features, side_feature_names=["genre"])), 1)[0]
-    without = train_batches(dataset(), 1)[0]
-    assert with_side.features.keys() == [*without.features.keys(), "genre"]
-    genres = with_side.features["genre"]
-    assert torch.equal(genres.lengths(), without.features["item"].lengths())
-    assert 0 <= genres.values().min() < genres.values().max() < 30
-    for name in ("sex", "age", "item", "action"):
-        assert torch.equal(with_side.features[name].values(), without.features[name].values()), name
-
-
 def test_lengths_follow_their_distribution_and_fixed_ones_are_the_longest() -> None:
     short = RandomDistribution(dist_type="normal", mean=10, std=2)
     args = benchmark_args(feature_args=[sequence_group(seqlen_dist=short), *benchmark_args().feature_args[1:]])

@@ -74,6 +74,15 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
     return gpu_plan.describe(tests) if config.option.markexpr == "gpu" and tests else None
 
 
+def write_item_feature(
+    writer: StoreWriter, feature: str, codes: np.ndarray, cardinality: int, offsets: np.ndarray | None = None
+) -> None:
+    """Write one code per item, or lists of codes with ``offsets`` [items + 1]."""
+    writer.create_sequence(feature, "item_feature", cardinality=cardinality, length=len(codes))[:] = codes
+    if offsets is not None:
+        writer.create_list_offsets(feature, items=len(offsets) - 1)[:] = offsets
+
+
 def write_small_store(
     path: Path,
     items: Sequence[Sequence[int]],
@@ -137,7 +146,7 @@ def write_small_store(
             offsets = np.concatenate([[0], np.cumsum([len(row) for row in lists])])
             is_list = any(isinstance(value, Sequence) for value in of_items)
             codes, cardinality = flat(lists), int(flat(lists).max()) + 1
-            writer.write_item_feature(feature, codes, cardinality=cardinality, offsets=offsets if is_list else None)
+            write_item_feature(writer, feature, codes, cardinality, offsets if is_list else None)
             writer.write_vocabulary(feature, [f"value {code:03}" for code in range(cardinality)])
         for feature, numbers in (item_numbers or {}).items():
             array = writer.create_item_numbers(feature, width=numbers.shape[1], items=num_items)

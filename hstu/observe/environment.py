@@ -1,72 +1,78 @@
-"""What comes before the import of any needed package: a missing one gives one readable line, and idle threads sleep."""
+"""What comes before the import of torch: whether its packages belong together, and how idle threads wait."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from importlib import util
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata, util
 
 from hstu.base.errors import UserError
-from hstu.observe.releases import installed_releases, stack_of_torch
 
-# Import name → distribution, in the order of the error message.
-PACKAGES = {
-    "torch": "torch",
-    "fbgemm_gpu": "fbgemm-gpu",
-    "torchrec": "torchrec",
-    "megatron": "megatron-core",
-    "gin": "gin-config",
-    "numpy": "numpy",
-    "pandas": "pandas",
-    "pyarrow": "pyarrow",
-    "tensordict": "tensordict",
-    "torchmetrics": "torchmetrics",
-    "tqdm": "tqdm",
-    "psutil": "psutil",
-    "iopath": "iopath",
-    "pyre_extensions": "pyre-extensions",
-}
+STACKS: Sequence[Mapping[str, str]] = (
+    {"torch": "2.13", "torchrec": "1.8", "fbgemm-gpu": "1.8"},
+    {"torch": "2.12", "torchrec": "1.7", "fbgemm-gpu": "1.7"},
+    {"torch": "2.11", "torchrec": "1.6", "fbgemm-gpu": "1.6"},
+)
+"""The releases that belong together, and that the tests run with, newest first."""
 
 
-def missing_packages(modules: Sequence[str] = tuple(PACKAGES)) -> list[str]:
-    """The ``modules`` that cannot be found. Imports none of them, so it takes milliseconds."""
+def missing_packages(modules: Sequence[str]) -> list[str]:
+    """The ``modules`` that cannot be found. Imports none of them."""
     return [module for module in modules if util.find_spec(module) is None]
 
 
-def check_packages(modules: Sequence[str] = tuple(PACKAGES)) -> None:
-    """Raise UserError with the command to run if a needed package is missing.
+def check_packages() -> None:
+    """Raise UserError if torch, TorchRec or FBGEMM is missing; warn once per run if their releases are untested.
 
-    Call it before anything imports torch. TorchRec and FBGEMM are missing most often, because ``pip install -e .``
-    cannot choose between their CPU and CUDA builds. hstu/observe/releases.py compares releases; FBGEMM's own check is
-    silenced, because FBGEMM 1.6.0 warns 50 times that it is not in its own table.
+    ``pip install -e .`` cannot choose between the CPU and CUDA builds of TorchRec and FBGEMM, so they are missing most
+    often. Imports none of them. FBGEMM's own check is silenced, because FBGEMM 1.6.0 warns 50 times that it is not in
+    its own table.
     """
     logging.getLogger().addFilter(_not_of_fbgemms_table)
-    missing = missing_packages(modules)
-    if not missing:
-        return
-    names = ", ".join(PACKAGES.get(module, module) for module in missing)
-    lines = [f"Missing packages: {names}. To install all that is needed into .venv: scripts/install.sh"]
-    if set(missing) <= {"torchrec", "fbgemm_gpu"}:
-        stack = stack_of_torch(installed_releases().get("torch", ""))
-        torchrec, fbgemm = f"torchrec=={stack['torchrec']}.*", f"=={stack['fbgemm-gpu']}.*"
-        lines.append(
-            "Or, into the Python in use: with an NVIDIA GPU  "
-            f"pip install -e '.[cuda]' '{torchrec}' 'fbgemm-gpu{fbgemm}'\n"
-            f"on a CPU machine  pip install 'fbgemm-gpu-cpu{fbgemm}' && pip install --no-deps '{torchrec}'"
-        )
-    raise UserError("\n".join(lines))
+    versions = installed_releases()
+    tested = ", or ".join(_listed(stack) for stack in STACKS)
+    remedy = f"scripts/install.sh installs releases that belong together: {tested}"
+    if missing := [package for package in STACKS[0] if package not in versions]:
+        raise UserError(f"missing packages: {', '.join(missing)}. {remedy}")
+    is_tested = any(all(_release(versions[name]) == _release(stack[name]) for name in stack) for stack in STACKS)
+    if not is_tested and os.environ.get("RANK", "0") == "0":
+        print(f"warning: untested releases: {_listed(versions)}. {remedy}", file=sys.stderr, flush=True)
 
 
-def _not_of_fbgemms_table(record: logging.LogRecord) -> bool:
-    return "_fbgemm_torch_compat_table" not in str(record.msg)
+def installed_releases() -> dict[str, str]:
+    """The version of each package of STACKS that is installed. FBGEMM's CPU build counts as FBGEMM."""
+    versions: dict[str, str] = {}
+    for package in STACKS[0]:
+        for distribution in (package, f"{package}-cpu"):
+            try:
+                versions.setdefault(package, metadata.version(distribution))
+            except metadata.PackageNotFoundError:
+                continue
+    return versions
 
 
 def let_idle_threads_sleep() -> None:
-    """Threads that wait for another one sleep instead of spinning, unless the user has said how OpenMP shall wait.
+    """Let threads that wait for another one sleep instead of spinning, unless the user has set how OpenMP waits.
 
     Call it before anything imports torch: OpenMP reads its environment once. A thread that spins takes the core from
     the thread that it waits for, if other work runs on the machine (docs/benchmarks/items_cpu/README.md).
     """
     if "GOMP_SPINCOUNT" not in os.environ:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def _not_of_fbgemms_table(record: logging.LogRecord) -> bool:
+    return "_fbgemm_torch_compat_table" not in str(record.msg)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(major, minor) of a version."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def _listed(versions: Mapping[str, str]) -> str:
+    *most, last = (f"{package} {version}" for package, version in versions.items())
+    return f"{', '.join(most)} and {last}" if most else last

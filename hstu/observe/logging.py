@@ -6,7 +6,6 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional, Self
 
@@ -136,11 +135,6 @@ def format_eval(record: EvalRecord, seconds: float = math.nan) -> str:
             lines.append("   ")
         lines[-1] += f"  {part}"
     return "\n".join(lines)
-
-
-def format_metrics(metrics: Mapping[str, float]) -> str:
-    """``HR@10 0.1234  NDCG@10 0.0567``; an undefined metric shows as n/a."""
-    return "  ".join(f"{name} {_metric(value)}" for name, value in metrics.items())
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,7 +1,4 @@
-"""Baselines without a model: ranking by popularity, and rating by item means with running user offsets.
-
-They put the metrics of a run into proportion and show whether a model uses the sequence at all.
-"""
+"""A baseline without a model: ranking by popularity. It puts the metrics of a run into proportion."""
 
 from __future__ import annotations
 
@@ -9,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hstu.data.batches.jagged import ranges, run_indices
+from hstu.data.batches.jagged import ranges
 from hstu.data.sampling.samples import SampleTable
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.train.metrics import auc, retrieval_metrics
+from hstu.train.metrics import retrieval_metrics
 
 
 def popularity_baseline(
@@ -50,36 +47,3 @@ def _popularity_ranks(counts: np.ndarray, items: np.ndarray, test: SampleTable) 
     higher = higher - np.bincount(seen_rows[seen_counts > own[seen_rows]], minlength=len(test))
     equal = equal - np.bincount(seen_rows[seen_counts == own[seen_rows]], minlength=len(test))
     return np.asarray(1 + higher + equal / 2)
-
-
-def running_mean_baseline(
-    store: SequenceStore, train: SampleTable, test: SampleTable, threshold: int
-) -> dict[str, float]:
-    """``AUC>=threshold`` of scoring ratings by item mean + running user offset, on the test samples' labels.
-
-    score = m(i) + Σ (r(j) − m(j)) / (n + 1). m is the mean rating of an item in the training samples, or the mean of
-    all ratings for an item without any. The sum runs over the n earlier events of the test sample. It measures how much
-    higher the user rates than others do; the 1 in the divisor shrinks it towards 0.
-    """
-    if store.action_feature is None:
-        raise ValueError(f"{store.path} has no ratings")
-    items, actions = store.sequence(store.item_feature), store.sequence(store.action_feature)
-    means = _item_means(
-        items, actions, ranges(train.start, train.stop - train.start), store.cardinality(store.item_feature)
-    )
-
-    lengths = test.stop - test.start
-    events, place = ranges(test.start, lengths), run_indices(lengths)[1]
-    expected, ratings = means[items[events]], actions[events]
-    sums = np.concatenate([[0.0], np.cumsum(ratings - expected)])
-    first = np.arange(len(events)) - place
-    offsets = (sums[:-1] - sums[first]) / (place + 1)
-    labelled = place >= np.repeat(lengths - test.num_labels, lengths)
-    return {f"AUC>={threshold}": auc((expected + offsets)[labelled], ratings[labelled] >= threshold)}
-
-
-def _item_means(items: np.ndarray, ratings: np.ndarray, events: np.ndarray, corpus_size: int) -> np.ndarray:
-    """Mean rating of each item, float64 [corpus_size]."""
-    counts = np.bincount(items[events], minlength=corpus_size)
-    sums = np.bincount(items[events], weights=ratings[events], minlength=corpus_size)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), ratings[events].mean())

@@ -13,11 +13,6 @@ from hstu.config.args.task import LOWER_IS_BETTER
 from hstu.observe.records import EvalRecord, to_line
 
 
-def is_better(name: str, value: float, than: float) -> bool:
-    """Whether ``value`` of the metric ``name`` (which may have a suffix, as in ``NE/task0``) beats ``than``."""
-    return _beats(value, than, _lower_is_better(name))
-
-
 def _lower_is_better(name: str) -> bool:
     return name.split("/")[0] in LOWER_IS_BETTER
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ from hstu.base.errors import EXIT_DONE, UserError, report, report_once
 from hstu.base.processes import end_with_parent
 from hstu.config.run_config import RunConfig
 from hstu.observe.environment import check_packages
-from hstu.observe.releases import installed_releases, release_warning
 
 if TYPE_CHECKING:
     from hstu.parallel.mesh import Mesh
@@ -34,7 +32,6 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
         end_with_parent()
     try:
         check_packages()
-        check_releases()
     except UserError as error:
         return _report(error)
 
@@ -84,12 +81,6 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
     watchdog.leave()
     meshes.finish()
     return EXIT_DONE
-
-
-def check_releases() -> None:
-    """Warn of releases of torch, TorchRec and FBGEMM that are not tested together."""
-    if (warning := release_warning(installed_releases())) and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def memory_ran_out(error: Exception) -> bool:

@@ -1,39 +1,61 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from hstu.base.errors import UserError
 from hstu.observe import environment
-from hstu.observe.environment import PACKAGES, check_packages, let_idle_threads_sleep, missing_packages
+from hstu.observe.environment import (
+    STACKS,
+    check_packages,
+    installed_releases,
+    let_idle_threads_sleep,
+    missing_packages,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def test_here_everything_is_installed() -> None:
-    assert missing_packages() == []
-    check_packages()
-
-
-def test_a_missing_package_names_the_command_to_run() -> None:
-    with pytest.raises(UserError, match=r"Missing packages: no_such_package\. .*scripts/install\.sh"):
-        check_packages(["torch", "no_such_package"])
-
-
-@pytest.mark.parametrize(("torch", "release"), [("2.11.0+cu130", "1.6"), ("2.12.1", "1.7"), ("2.13.0+cpu", "1.8")])
-def test_missing_torchrec_tells_the_cpu_and_the_cuda_way_with_the_releases_for_the_torch_that_is_there(
-    monkeypatch: pytest.MonkeyPatch, torch: str, release: str
+@pytest.mark.parametrize("stack", STACKS, ids=lambda stack: f"torch {stack['torch']}")
+def test_each_tested_stack_is_in_the_ranges_of_the_package_and_in_the_readme(
+    stack: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(environment.util, "find_spec", lambda name: None if name in ("torchrec", "fbgemm_gpu") else 1)
-    monkeypatch.setattr(environment, "installed_releases", lambda: {"torch": torch})
-    with pytest.raises(UserError) as error:
+    monkeypatch.setattr(environment, "installed_releases", lambda: {**stack, "torch": f"{stack['torch']}.1+cpu"})
+    check_packages()
+    assert capsys.readouterr().err == ""
+    required = {each.name: each.specifier for each in map(Requirement, requires("hstu") or [])}
+    for package, release in stack.items():
+        assert f"{release}.0" in required[package]
+    assert f"| {' | '.join(stack.values())} |" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_tests_run_with_one_of_the_stacks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert installed_releases().keys() == STACKS[0].keys()
+    check_packages()
+    assert capsys.readouterr().err == ""
+
+
+def test_untested_releases_are_a_warning_of_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = {"torch": "2.11.0+cu130", "torchrec": "1.8.0", "fbgemm-gpu": "1.6.0"}
+    for versions in (mixed, {**STACKS[0], "torch": "2.14.0"}):
+        monkeypatch.setattr(environment, "installed_releases", lambda found=versions: found)
         check_packages()
-    assert "Missing packages: fbgemm-gpu, torchrec." in str(error.value)
-    assert f"pip install -e '.[cuda]' 'torchrec=={release}.*' 'fbgemm-gpu=={release}.*'" in str(error.value)
-    cpu = f"pip install 'fbgemm-gpu-cpu=={release}.*' && pip install --no-deps 'torchrec=={release}.*'"
-    assert cpu in str(error.value)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"warning: untested releases: torch {versions['torch']}, ")
+        assert "scripts/install.sh installs releases that belong together: torch 2.13, torchrec 1.8 and" in line
+
+
+def test_missing_packages_are_an_error_with_the_command_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "installed_releases", lambda: {"torch": "2.13.0"})
+    with pytest.raises(UserError, match=r"missing packages: torchrec, fbgemm-gpu\. scripts/install\.sh installs"):
+        check_packages()
+    assert missing_packages(["torch", "no_such_package"]) == ["no_such_package"]
 
 
 def test_checking_imports_nothing_heavy() -> None:
@@ -41,7 +63,7 @@ def test_checking_imports_nothing_heavy() -> None:
         "import sys\n"
         "from hstu.observe.environment import check_packages\n"
         "check_packages()\n"
-        f"print([name for name in {list(PACKAGES)} if name in sys.modules])"
+        "print([name for name in ('torch', 'torchrec', 'fbgemm_gpu', 'pandas') if name in sys.modules])"
     )
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True

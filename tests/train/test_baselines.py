@@ -5,8 +5,7 @@ import pytest
 
 from hstu.config.args import DatasetArgs
 from hstu.data.sampling.samples import build_samples
-from hstu.train.baselines import _popularity_ranks, popularity_baseline, running_mean_baseline
-from hstu.train.metrics import auc
+from hstu.train.baselines import _popularity_ranks, popularity_baseline
 
 
 def args(**options) -> DatasetArgs:
@@ -36,36 +35,7 @@ def test_popularity_counts_training_events_only_and_all_of_them(make_store):
     assert popularity_baseline(store, train, test, ["MRR"])["MRR"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
 
 
-def test_running_means_equal_a_loop_over_events(make_store):
-    rng = np.random.default_rng(1)
-    items = [rng.integers(0, 9, rng.integers(4, 15)).tolist() for _ in range(30)]
-    ratings = [rng.integers(1, 6, len(row)).tolist() for row in items]
-    store = make_store(items, actions=ratings, num_items=10)
-    data = args(max_sequence_length=8)
-    train, test = (build_samples(store, data, "ranking", split, seed=0) for split in ("train", "test"))
-
-    known = [pair for user in train.user for pair in zip(items[user][-8:], ratings[user][-8:], strict=True)]
-    overall = np.mean([rating for _, rating in known])
-    mean = {item: np.mean([r for i, r in known if i == item] or [overall]) for item in range(10)}
-    scores, good = [], []
-    for user in test.user:
-        residuals = []
-        for item, rating in zip(items[user][-8:], ratings[user][-8:], strict=True):
-            scores.append(mean[item] + sum(residuals) / (len(residuals) + 1))
-            good.append(rating >= 4)
-            residuals.append(rating - mean[item])
-    assert running_mean_baseline(store, train, test, 4) == {
-        "AUC>=4": pytest.approx(auc(np.array(scores), np.array(good)))
-    }
-
-
 def test_popularity_on_movielens_100k(ml_100k_store):
     train, test = (build_samples(ml_100k_store, args(), "retrieval", split, seed=0) for split in ("train", "test"))
     result = popularity_baseline(ml_100k_store, train, test, ["HR@10", "NDCG@10"])
     assert result == {"HR@10": pytest.approx(0.086, abs=5e-4), "NDCG@10": pytest.approx(0.044, abs=5e-4)}
-
-
-def test_running_means_on_movielens_100k(ml_100k_store):
-    train, test = (build_samples(ml_100k_store, args(), "ranking", split, seed=1234) for split in ("train", "test"))
-    # Over 20 seeds of the split: 0.763 ± 0.0075, from 0.753 to 0.775.
-    assert running_mean_baseline(ml_100k_store, train, test, 4) == {"AUC>=4": pytest.approx(0.765, abs=5e-4)}

@@ -153,14 +153,6 @@ class StoreWriter:
         """Stores the [U] codes of a contextual feature as int32. Features keep the order of these calls."""
         self.create_sequence(feature, "context", cardinality=cardinality, length=len(codes))[:] = codes
 
-    def write_item_feature(
-        self, feature: str, codes: np.ndarray, *, cardinality: int, offsets: np.ndarray | None = None
-    ) -> None:
-        """Stores the codes of an item feature as int32: one per item, or lists with ``offsets`` [I + 1], none empty."""
-        self.create_sequence(feature, "item_feature", cardinality=cardinality, length=len(codes))[:] = codes
-        if offsets is not None:
-            self.create_list_offsets(feature, items=len(offsets) - 1)[:] = offsets
-
     def create_list_offsets(self, feature: str, *, items: int) -> np.memmap:
         """int64 [items + 1] to be filled: item i has the values [offsets[i], offsets[i + 1]), one at least."""
         self._lists.add(feature)

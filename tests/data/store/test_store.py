@@ -16,7 +16,7 @@ from hstu.data.store.files import sha256
 from hstu.data.store.meta import sealed
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, write_item_feature
 
 MakeStore = Callable[..., SequenceStore]
 ITEMS = [[3, 1], [0, 2, 2], [1]]
@@ -221,27 +221,27 @@ def test_a_failing_writer_leaves_nothing_and_the_old_store_as_it_was(tmp_path: P
 
 BAD_FEATURES: dict[str, tuple[Callable[[StoreWriter], object], str]] = {
     "an empty list": (
-        lambda writer: writer.write_item_feature("f", np.array([0, 1]), cardinality=2, offsets=np.array([0, 2, 2])),
+        lambda writer: write_item_feature(writer, "f", np.array([0, 1]), 2, np.array([0, 2, 2])),
         r"item\.f\.offsets\.npy is damaged: its values are not ascending",
     ),
     "offsets that end early": (
-        lambda writer: writer.write_item_feature("f", np.array([0, 1, 1]), cardinality=2, offsets=np.array([0, 1, 2])),
+        lambda writer: write_item_feature(writer, "f", np.array([0, 1, 1]), 2, np.array([0, 1, 2])),
         "does not run from 0 to 3",
     ),
     "offsets of other items": (
-        lambda writer: writer.write_item_feature("f", np.array([0, 1]), cardinality=2, offsets=np.array([0, 2])),
+        lambda writer: write_item_feature(writer, "f", np.array([0, 1]), 2, np.array([0, 2])),
         r"does not describe item\.f\.offsets\.npy with 3 values",
     ),
     "values of other items": (
-        lambda writer: writer.write_item_feature("f", np.array([0, 1, 1]), cardinality=2),
+        lambda writer: write_item_feature(writer, "f", np.array([0, 1, 1]), 2),
         r"does not describe item\.f\.npy with 2 values",
     ),
     "an item's code beyond the cardinality": (
-        lambda writer: writer.write_item_feature("f", np.array([0, 2]), cardinality=2),
+        lambda writer: write_item_feature(writer, "f", np.array([0, 2]), 2),
         r"item\.f\.npy is damaged: values outside \[0, 2\)",
     ),
     "a list's code beyond the cardinality": (
-        lambda writer: writer.write_item_feature("f", np.array([0, 1, 2]), cardinality=2, offsets=np.array([0, 1, 3])),
+        lambda writer: write_item_feature(writer, "f", np.array([0, 1, 2]), 2, np.array([0, 1, 3])),
         r"item\.f\.npy is damaged: values outside \[0, 2\)",
     ),
     "an event's code below 0": (

@@ -64,13 +64,11 @@ class MultiTaskEvaluator(Evaluator):
                 continue
             metrics = TaskMetrics(args.metrics_in_force, args.kind, task=args.task_name, label_offset=task.first_class)
             if len(observations):
-                bounds = task.bounds(labels)
                 metrics.update(
                     predictions.squeeze(1) if task.num_predictions == 1 else predictions,
                     task.labels(labels).numpy(),
                     observations.users,
                     observations.requests,
-                    None if bounds is None else bounds.numpy(),
                 )
             results |= {f"{name}/{args.task_name}": value for name, value in metrics.compute().items()}
         return results

@@ -88,7 +88,7 @@ def _cold(counts: np.ndarray) -> Segmentation:
 def _training_counts(loaded: LoadedModel, source: InferenceSource) -> np.ndarray:
     """int64 [items] by the codes of ``source``: the events of the samples that the model was trained on."""
     if loaded.trained_on is None:
-        return source.training_item_counts().astype(np.int64)
+        return source.item_counts.astype(np.int64)
     try:
         trained = InferenceSource(loaded.config, loaded.trained_on, loaded.mesh)
     except DataError as error:
@@ -96,6 +96,6 @@ def _training_counts(loaded: LoadedModel, source: InferenceSource) -> np.ndarray
             f"the popularity of items is that in the data which the model was trained on. {error}"
         ) from error
     store, item = trained.store, trained.roles.item
-    counts = np.append(trained.training_item_counts(), 0).astype(np.int64)  # an unknown item has no events
+    counts = np.append(trained.item_counts, 0).astype(np.int64)  # an unknown item has no events
     theirs = Vocabulary(store.cardinality(item), store.raw_ids(item), keeps_raw=False)
     return counts[theirs.encode(source.store.raw_ids(source.roles.item).tolist())]

@@ -126,13 +126,9 @@ class StoreSource(BatchSource):
         """The codes of items of the data, given by what the model gets for them; int64."""
         return np.searchsorted(self._raw_item_ids, ids) if self.roles.item in self.raw_features else ids
 
-    def training_item_counts(self) -> np.ndarray:
-        """[items] by code: how often each item is in the training samples, before they are shortened at random."""
-        return self._count_items(None)
-
     def trained_items(self) -> np.ndarray:
         """bool [items]: whether an item, given by its code, is in any training sample. Reads the items of all."""
-        return self.training_item_counts() > 0
+        return self.item_counts > 0
 
     @cached_property
     def _raw_item_ids(self) -> np.ndarray:

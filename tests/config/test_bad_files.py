@@ -414,7 +414,7 @@ TOGETHER = [
     bad("query time without times", "retrieval", 'DatasetArgs.query_time = "last_event"' + HERE,
         told=("has no effect", "NetworkArgs.position_encoding = ('absolute',)")),
     bad("query time of actions", "ranking", 'DatasetArgs.query_time = "last_event"' + HERE,
-        'NetworkArgs.position_encoding = "relative_bias"', told=("has no effect", "predicts actions alone")),
+        'NetworkArgs.position_encoding = "relative_bias"', told=("has no effect", "predicts actions")),
     bad("an option of earlier versions", "retrieval", 'RetrievalArgs.request_time = "target"' + HERE,
         told=("was replaced by DatasetArgs.query_time", 'remove it for "target"')),
     bad("no positions and a bias", "retrieval", 'NetworkArgs.position_encoding = ("none", "relative_bias")' + HERE,

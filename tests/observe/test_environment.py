@@ -87,16 +87,17 @@ def test_a_number_of_spins_that_the_user_gives_is_left_alone(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("task", ["ranking", "retrieval"])
-def test_a_training_script_says_so_before_openmp_is_loaded(task: str) -> None:
+def test_a_training_command_says_so_before_openmp_is_loaded(task: str) -> None:
     code = f"""
-import sys, pretrain_gr_{task} as script
-def seen(*_, **__):
+import sys
+from hstu import entry
+def seen():
     assert "torch" not in sys.modules
     print("before torch")
-script.parse_command_line, script.let_idle_threads_sleep = lambda *_, **__: None, seen
+entry.parse_command_line, entry.let_idle_threads_sleep = lambda *_, **__: None, seen
 sys.modules["hstu.train.main"] = type(sys)("main")
-sys.modules["hstu.train.main"].run = lambda config: 0
-script.main()
+sys.modules["hstu.train.main"].run = lambda *_: 0
+entry.train({task!r})
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert result.stdout == "before torch\n", result.stderr

@@ -55,7 +55,7 @@ class DenseOptimizer:
     tables are among the parameters, but hstu.parallel trains them.
 
     ``settings``: by name, for parameters that are not trained as ``args`` says. ``shares``: what each rank updates of
-    the parameters where ranks share that, or where; None: this rank updates all on the device.
+    the parameters; None: this rank updates all of them.
     """
 
     def __init__(
@@ -99,9 +99,9 @@ class DenseOptimizer:
     def step(self, found_inf: Tensor | None = None) -> None:
         """Apply weight decay, then the updates, then the moving average, to all parameters.
 
-        Collective where ranks share parameters; the host waits for the gradients where it updates them.
-        ``found_inf``: float32 scalar on the device, as in torch.amp. Where it is not 0, no weight, moment, average or
-        step count of a moment changes, whatever the gradients are. ``steps`` counts the step all the same.
+        Collective where ranks share parameters. ``found_inf``: float32 scalar on the device, as in torch.amp. Where it
+        is not 0, no weight, moment, average or step count of a moment changes, whatever the gradients are. ``steps``
+        counts the step all the same.
         """
         if self._shares is not None:
             self._shares.take_gradients()
@@ -116,14 +116,15 @@ class DenseOptimizer:
         # A constant decay of 0.995 would leave 22 % of the initial weights in the average after 300 steps. This
         # warm-up is that of TensorFlow's ExponentialMovingAverage(num_updates).
         change = 1.0 - min(self.ema_decay, (1 + self.steps) / (10 + self.steps))
-        for device in {average.device for average in self._averages.values()}:  # the host's, and those of the tables
-            names = [name for name, average in self._averages.items() if average.device == device]
-            averages, weights = ([each[name] for name in names] for each in (self._averages, self._averaged))
-            if found_inf is None:
-                torch._foreach_lerp_(averages, weights, change)
-            else:
-                changes = [torch.where(found_inf.to(device) > 0, 0.0, change)] * len(names)
-                torch._foreach_lerp_(averages, weights, changes)
+        averages: list[Tensor] = list(self._averages.values())
+        weights: list[Tensor] = list(self._averaged.values())
+        if not averages:
+            return
+        if found_inf is None:
+            torch._foreach_lerp_(averages, weights, change)
+        else:
+            changes = [torch.where(found_inf > 0, 0.0, change)] * len(averages)
+            torch._foreach_lerp_(averages, weights, changes)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -192,8 +193,6 @@ class _ParameterGroup:
             group["lr"] = self.settings.learning_rate * multiplier
 
     def step(self, found_inf: Tensor | None) -> None:
-        if found_inf is not None:
-            found_inf = found_inf.to(self.optimizer.param_groups[0]["params"][0].device)  # perhaps the host
         if self.decayed:
             factor = 1.0 - self.optimizer.param_groups[0]["lr"] * self.settings.weight_decay
             torch._foreach_mul_(self.decayed, factor if found_inf is None else torch.where(found_inf > 0, 1.0, factor))

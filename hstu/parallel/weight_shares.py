@@ -18,13 +18,13 @@ class WeightShares(ABC):
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], own: Mapping[str, Tensor]) -> None:
-        """``own``: the elements of each weight that this rank updates, perhaps none."""
+        """``own``: the elements of each weight that this rank updates, perhaps none, in the memory of the weight."""
         self.weights = dict(weights)
         self.own = {name: nn.Parameter(elements.detach()) for name, elements in own.items()}
         """Weight → the elements that this rank updates, with a gradient of their own."""
 
     def take_gradients(self) -> None:
-        """After backward: give each of ``own`` its part of the gradient of the weight."""
+        """After backward: give each of ``own`` its part of the gradient of the weight, in the same memory."""
         for name, own in self.own.items():
             gradient = self.weights[name].grad
             own.grad = None if gradient is None else self._own_part(name, local_part(gradient))
@@ -47,7 +47,7 @@ class WeightShares(ABC):
         """
 
     @abstractmethod
-    def view(self, name: str, owned: Tensor) -> Tensor | ShardedView:
+    def view(self, name: str, owned: Tensor) -> ShardedView:
         """A tensor of the size of a weight, of which this rank has ``owned``, a number for each of its ``own``."""
 
     @abstractmethod

@@ -11,8 +11,7 @@ from hstu.config.args import DatasetArgs
 from hstu.config.run_config import RunConfig
 from hstu.model.tasks import RankingTask
 from hstu.train.builder import task_names
-from hstu.train.evaluate import Evaluator, RankingEvaluator
-from hstu.train.evaluate_tasks import MultiTaskEvaluator
+from hstu.train.evaluate import Evaluator, MultiTaskEvaluator, RankingEvaluator
 from hstu.train.store_source import StoreSource
 from hstu.train.task_metrics import sigmoid
 

@@ -56,8 +56,7 @@ from hstu.pipeline.prefetch import PrefetchPipeline
 from hstu.pipeline.step import TrainStep
 from hstu.train.batch_source import BatchSource
 from hstu.train.directories import choose_directories, describe_saving
-from hstu.train.evaluate import Evaluator, RankingEvaluator, RetrievalEvaluator
-from hstu.train.evaluate_tasks import MultiTaskEvaluator
+from hstu.train.evaluate import Evaluator, MultiTaskEvaluator, RankingEvaluator, RetrievalEvaluator
 from hstu.train.flops import FlopCounter
 from hstu.train.inference import StoredSource, describe_features, zero_untrained_items
 from hstu.train.label_codes import label_codes

@@ -6,7 +6,7 @@ Every rank calls these functions together, with equally many batches (some may h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
@@ -14,18 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hstu.config.args import RankingArgs, RetrievalArgs
+from hstu.config.args import RankingArgs, RankingTaskArgs, RetrievalArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.model.gr_model import GRModel
 from hstu.model.outputs import ModelOutput
+from hstu.model.tasks import RankingTask
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.group import evaluate_batch
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from hstu.train.batch_source import BatchSource
 from hstu.train.corpus import Corpus, Queries, target_ranks
-from hstu.train.metrics import Gather, RankingMetrics, only_rank, retrieval_metrics
+from hstu.train.metrics import Gather, only_rank, retrieval_metrics
 from hstu.train.observations import Observations, of_ranking
+from hstu.train.task_metrics import RankingMetrics, TaskMetrics
 
 Forward = Callable[[HSTUBatch], ModelOutput]
 """A batch on the host → logits or queries of its sequences. May be a collective."""
@@ -70,7 +72,16 @@ class Evaluator(ABC):
         return np.concatenate(gather_objects(array, self.mesh.world_group))
 
 
-class RankingEvaluator(Evaluator):
+class LabelledItemEvaluator(Evaluator):
+    """Evaluators of what is predicted for labelled items."""
+
+    def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
+        """See Evaluator."""
+        item, rank = self.model.roles.item, (self.mesh.rank, self.mesh.world_size)
+        return observe_ranking(self.model, self._limited(batches), item, self.forward, self._gather, rank)
+
+
+class RankingEvaluator(LabelledItemEvaluator):
     """Metrics of the predicted actions."""
 
     def __init__(
@@ -81,16 +92,51 @@ class RankingEvaluator(Evaluator):
         self.num_tasks = args.num_tasks if args.prediction_head_arch[-1] == args.num_tasks else None
         self.label_offset = label_offset
 
-    def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
-        """See Evaluator."""
-        item = self.model.roles.item
-        return observe_ranking(self.model, self._limited(batches), item, self.forward, self._gather)
-
     def metrics(self, observations: Observations) -> dict[str, float]:
         """See Evaluator."""
         metrics = RankingMetrics(self.names, num_tasks=self.num_tasks, label_offset=self.label_offset)
         metrics.update(observations.results, observations.labels, observations.users)
         return metrics.compute()
+
+
+class MultiTaskEvaluator(LabelledItemEvaluator):
+    """Metrics of each task of RankingArgs.tasks over its labelled items, as "AUC/click".
+
+    Items without a label count for the other tasks alone. ``args``: what is measured. Other tasks are not.
+    """
+
+    def __init__(
+        self,
+        model: GRModel,
+        tasks: Iterable[RankingTask],
+        args: Sequence[RankingTaskArgs],
+        mesh: Mesh,
+        max_iters: int | None = None,
+    ) -> None:
+        super().__init__(model, mesh, max_iters)
+        self.tasks: Sequence[RankingTask] = list(tasks)
+        self.args = {each.task_name: each for each in args}
+
+    def metrics(self, observations: Observations) -> dict[str, float]:
+        """See Evaluator."""
+        results: dict[str, float] = {}
+        labels = torch.from_numpy(observations.labels.T)
+        ends = np.cumsum([task.num_predictions for task in self.tasks])[:-1]
+        of_tasks = np.split(observations.results, ends, axis=1)
+        for task, predictions in zip(self.tasks, of_tasks, strict=True):
+            args = self.args.get(task.args.task_name)
+            if args is None:
+                continue
+            metrics = TaskMetrics(args.metrics_in_force, args.kind, task=args.task_name, label_offset=task.first_class)
+            if len(observations):
+                metrics.update(
+                    predictions.squeeze(1) if task.num_predictions == 1 else predictions,
+                    task.labels(labels).numpy(),
+                    observations.users,
+                    observations.requests,
+                )
+            results |= {f"{name}/{args.task_name}": value for name, value in metrics.compute().items()}
+        return results
 
 
 class RetrievalEvaluator(Evaluator):
@@ -156,15 +202,22 @@ def observe_ranking(
     item_feature: str,
     forward: Forward,
     gather: Gather = only_rank,
+    rank: tuple[int, int] = (0, 1),
 ) -> Observations:
-    """Predictions for all labelled items in the ``batches`` of all ranks; the same on every rank."""
+    """Predictions for all labelled items in the ``batches`` of all ranks; the same on every rank.
+
+    rank: of this process, and the number of ranks: no two of them have a request of the same number.
+    """
     found = [Observations.none(np.zeros((0, 1), dtype=np.float32), np.zeros(0, dtype=np.int64))]
+    requests_before, (own, ranks) = 0, rank
     with evaluation_mode(model):
         for batch in batches:
             logits = forward(batch).logits
             assert logits is not None, "the model has no ranking head"
-            requests = np.arange(batch.batch_size)  # no metric of the actions reads them
-            found.append(of_ranking(batch, item_feature, _host(logits), _host(batch.labels), requests))
+            requests = (requests_before + np.arange(batch.batch_size)) * ranks + own
+            requests_before += batch.batch_size
+            labels = batch.labels if batch.label_values is None else batch.label_values.T.contiguous()
+            found.append(of_ranking(batch, item_feature, _host(logits), _host(labels), requests))
     return Observations.joined(found[1:] or found).gathered(gather)
 
 

@@ -1,22 +1,19 @@
-"""Exact metrics of ranking and retrieval, computed in float64 from all predictions of the evaluation set.
+"""The arithmetic of the metrics, exact and in float64: areas under curves, binary questions and classes, and ranks.
 
 Ties get midranks: in an AUC two equal scores count one half, and in retrieval a target ranks in the middle of the items
 with the same score. A metric that the data does not define (one class only, nothing evaluated) is nan, and a warning
-gives the reason.
+gives the reason. task_metrics.py collects predictions and computes the metrics of a ranking task by these functions.
 """
 
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import nan
 
 import numpy as np
-
-from hstu.config.args.task import METRICS_PER_TASK
 
 logger = logging.getLogger(__name__)
 
@@ -80,106 +77,6 @@ def grouped_auc(scores: np.ndarray, positive: np.ndarray, users: np.ndarray) -> 
     impressions = np.unique(users, return_counts=True)[1]
     defined = ~np.isnan(areas)
     return float(np.average(areas[defined], weights=impressions[defined])) if defined.any() else nan
-
-
-class CollectedMetrics(ABC):
-    """Metrics that are computed over all predictions at once, after they have been collected batch by batch.
-
-    ``subject``: what the metrics are about, for warnings (" of task 'click'").
-    """
-
-    def __init__(self, names: Sequence[str], subject: str = "") -> None:
-        self.names = tuple(names)
-        self.subject = subject
-        self._chunks: list[tuple[np.ndarray, ...]] = []
-
-    def collect(self, predictions: np.ndarray, *others: np.ndarray) -> None:
-        """Add M predictions, [M] or [M, width], and arrays [M] that belong to them."""
-        self._chunks.append((predictions.astype(np.float32), *others))
-
-    def compute(self) -> dict[str, float]:
-        """All metrics over the predictions."""
-        if not any(len(chunk[0]) for chunk in self._chunks):
-            return self._all_undefined("the evaluation set has no labelled items")
-        predictions, *others = (np.concatenate(parts) for parts in zip(*self._chunks, strict=True))
-        if not np.isfinite(predictions).all():
-            return self._all_undefined("the model predicts values that are not finite")
-        return self._compute(predictions.astype(np.float64), *others)
-
-    @abstractmethod
-    def _compute(self, predictions: np.ndarray, *others: np.ndarray) -> dict[str, float]:
-        """The metrics of at least one finite prediction, float64, and what was collected with it."""
-
-    def _all_undefined(self, reason: str) -> dict[str, float]:
-        logger.warning("metrics%s are undefined (nan): %s", self.subject, reason)
-        return dict.fromkeys(self.names, nan)
-
-    def mean_of_defined(
-        self, name: str, values: np.ndarray, reason: str = "the labels of the evaluation set are all of one class"
-    ) -> float:
-        """Mean of the values that are not nan; without any, nan and a warning with the ``reason``."""
-        defined = values[~np.isnan(values)]
-        if not len(defined):
-            logger.warning("%s%s is undefined (nan): %s", name, self.subject, reason)
-            return nan
-        return float(defined.mean())
-
-
-class RankingMetrics(CollectedMetrics):
-    """Collects predictions and computes AUC, AUC>=K, GAUC, LOGLOSS, NE and ACC over all of them.
-
-    There are two kinds of labels, as in the ranking loss (last = width of the logits):
-
-    tasks (``num_tasks`` = last): bit t of an action is the label of task t. AUC and GAUC are also given per task,
-    as ``AUC/task0`` …; every metric is the mean over the tasks.
-
-    classes (``num_tasks`` = None): class = action − ``label_offset``. AUC and GAUC are one-vs-rest, the mean over
-    the classes that have both positives and negatives. ``AUC>=K`` is the AUC of P(action >= K), for star ratings.
-
-    LOGLOSS is the mean cross entropy in nats. NE is LOGLOSS divided by the LOGLOSS of a model that always predicts the
-    base rate (He et al., ADKDD 2014). ACC is the share of correct predictions (tasks: P > 1/2). GAUC: Zhou et al.,
-    KDD 2018.
-    """
-
-    def __init__(self, names: Sequence[str], *, num_tasks: int | None, label_offset: int = 0) -> None:
-        super().__init__(names)
-        self.num_tasks = num_tasks
-        self.label_offset = label_offset
-
-    def update(self, logits: np.ndarray, actions: np.ndarray, users: np.ndarray) -> None:
-        """Add M predictions: logits float [M, last], actions int [M], users int [M] (any id per user)."""
-        self.collect(logits, actions.astype(np.int64), users.astype(np.int64))
-
-    def _compute(self, predictions: np.ndarray, *others: np.ndarray) -> dict[str, float]:
-        actions, users = others
-        if self.num_tasks is None:
-            classified = classes(predictions, actions - self.label_offset)
-        else:
-            classified = binary(predictions, (actions[:, None] >> np.arange(predictions.shape[1]) & 1).astype(bool))
-        results: dict[str, float] = {}
-        for name in self.names:
-            results |= self._compute_one(name, classified, actions, users)
-        return results
-
-    def _compute_one(
-        self, name: str, classified: Classified, actions: np.ndarray, users: np.ndarray
-    ) -> dict[str, float]:
-        if name.startswith("AUC>="):
-            values = self._threshold_auc(int(name.removeprefix("AUC>=")), classified, actions)
-        elif name in CLASSIFICATION_METRICS:
-            values = CLASSIFICATION_METRICS[name](classified, users)
-        else:
-            raise ValueError(f"{name!r} is not a ranking metric; allowed: AUC, GAUC, ACC, LOGLOSS, NE, AUC>=K")
-        result = {name: self.mean_of_defined(name, values)}
-        if name in METRICS_PER_TASK and self.num_tasks is not None and self.num_tasks > 1:
-            result |= {f"{name}/task{task}": float(value) for task, value in enumerate(values)}
-        return result
-
-    def _threshold_auc(self, threshold: int, classified: Classified, actions: np.ndarray) -> np.ndarray:
-        if self.num_tasks is not None:
-            raise ValueError(f"AUC>={threshold} needs one task of several classes, not {self.num_tasks} binary tasks")
-        first = max(threshold - self.label_offset, 0)
-        return auc_by_group(classified.scores[:, first:].sum(axis=1), actions >= threshold)
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,34 @@
-"""Exact metrics of one ranking task that a user has defined: of binary labels, classes, levels or values.
+"""Exact metrics of ranking tasks over all predictions of the evaluation set: of classes, levels and values.
 
-They are computed in float64 from all predictions of the evaluation set, as those of ``hstu.train.metrics``.
+TaskMetrics is one task. RankingMetrics are the tasks of the action, for runs without RankingArgs.tasks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
 
-from hstu.config.args.task import METRICS_OF_KIND, fits_kind
+from hstu.config.args.task import METRICS_OF_KIND, METRICS_PER_TASK, fits_kind
 from hstu.train.metrics import (
     CLASSIFICATION_METRICS,
     Classified,
-    CollectedMetrics,
     auc_by_group,
     binary,
     check_classes,
     classes,
+    logger,
     run_starts,
+    undefined_without_warning,
 )
 
+ONE_CLASS = "the labels of the evaluation set are all of one class"
 
-class TaskMetrics(CollectedMetrics):
+
+class TaskMetrics:
     """Collects predictions of one task and computes its metrics over all of them. ``METRICS_OF_KIND`` has the names.
 
     What is predicted, and the score that the metrics of values use:
@@ -39,9 +43,11 @@ class TaskMetrics(CollectedMetrics):
     regression  value [M]                                value                     value
     =========== ======================================== ========================= ====================
 
-    AUC, GAUC, LOGLOSS, NE, ACC: see :class:`~hstu.train.metrics.RankingMetrics`. For an ordinal task, the first four
-    are the means over its binary questions "level > k"; ACC compares the level with the number of questions whose
-    P > 1/2.
+    AUC and GAUC (Zhou et al., KDD 2018) of classes are one-vs-rest, the mean over the classes that have both positives
+    and negatives. LOGLOSS is the mean cross entropy in nats. NE is LOGLOSS divided by the LOGLOSS of a model that
+    always predicts the base rate (He et al., ADKDD 2014). ACC is the share of correct predictions. For an ordinal task,
+    the first four are the means over its binary questions "level > k"; ACC compares the level with the number of
+    questions whose P > 1/2.
 
     AUC>=K is the AUC of the predicted P(label >= K), or of the score.
 
@@ -59,13 +65,15 @@ class TaskMetrics(CollectedMetrics):
     """
 
     def __init__(self, names: Sequence[str], kind: str, *, task: str = "", label_offset: int = 0) -> None:
-        super().__init__(names, f" of task {task!r}" if task else "")
+        self.names = tuple(names)
+        self.subject = f" of task {task!r}" if task else ""
         for name in names:
             if not fits_kind(name, kind):
                 allowed = ", ".join(METRICS_OF_KIND[kind])
                 raise ValueError(f"{name!r} is not a metric of {kind} tasks; allowed: {allowed}")
         self.kind = kind
         self.label_offset = label_offset
+        self._chunks: list[tuple[np.ndarray, ...]] = []
 
     def update(self, predictions: np.ndarray, labels: np.ndarray, users: np.ndarray, requests: np.ndarray) -> None:
         """Add M predictions.
@@ -77,17 +85,25 @@ class TaskMetrics(CollectedMetrics):
             requests: int [M], any id per request, different from those of other ranks.
         """
         known = ~np.isnan(labels)
-        self.collect(
-            predictions[known],
-            labels[known].astype(np.float64),
-            users[known].astype(np.int64),
-            requests[known].astype(np.int64),
-        )
+        others = labels.astype(np.float64), users.astype(np.int64), requests.astype(np.int64)
+        self._chunks.append((predictions.astype(np.float32)[known], *(values[known] for values in others)))
 
-    def _compute(self, predictions: np.ndarray, *others: np.ndarray) -> dict[str, float]:
-        labels, users, requests = others
-        answers = self._answers(predictions, labels)
+    def compute(self) -> dict[str, float]:
+        """All metrics over the predictions."""
+        if reason := self.undefined_reason():
+            logger.warning("metrics%s are undefined (nan): %s", self.subject, reason)
+            return dict.fromkeys(self.names, math.nan)
+        predictions, labels, users, requests = (np.concatenate(parts) for parts in zip(*self._chunks, strict=True))
+        answers = self._answers(predictions.astype(np.float64), labels)
         return {name: self._compute_one(name, answers, users, requests) for name in self.names}
+
+    def undefined_reason(self) -> str | None:
+        """Why no metric is defined; None if some may be."""
+        if not any(len(chunk[0]) for chunk in self._chunks):
+            return "the evaluation set has no labelled items"
+        if not all(np.isfinite(chunk[0]).all() for chunk in self._chunks):
+            return "the model predicts values that are not finite"
+        return None
 
     def _answers(self, predictions: np.ndarray, labels: np.ndarray) -> _Answers:
         if self.kind == "regression":
@@ -112,20 +128,23 @@ class TaskMetrics(CollectedMetrics):
 
     def _compute_one(self, name: str, answers: _Answers, users: np.ndarray, requests: np.ndarray) -> float:
         if name in CLASSIFICATION_METRICS:
-            return self.mean_of_defined(name, CLASSIFICATION_METRICS[name](cast(Classified, answers.classified), users))
+            return self._mean(name, CLASSIFICATION_METRICS[name](cast(Classified, answers.classified), users))
         if name.startswith("AUC>="):
             threshold = int(name.removeprefix("AUC>="))
             scores, positive = self._at_least(threshold, answers), answers.labels >= threshold
-            return self.mean_of_defined(name, auc_by_group(scores, positive))
+            return self._mean(name, auc_by_group(scores, positive))
         scores = cast(np.ndarray, answers.scores)
         if name.startswith("NDCG"):
             return self._ndcg(name, scores, answers.labels, requests)
         if name == "XAUC":
             share = np.array([ordered_pairs(scores, answers.labels)])
-            return self.mean_of_defined(name, share, "all labels of the evaluation set are equal")
+            return self._mean(name, share, "all labels of the evaluation set are equal")
         # Sorted, so that the sum does not depend on the assignment of samples to ranks.
         errors = np.sort(np.abs(answers.labels - scores))
         return float(np.sqrt(np.square(errors).mean()) if name == "RMSE" else errors.mean())
+
+    def _mean(self, name: str, values: np.ndarray, reason: str = ONE_CLASS) -> float:
+        return mean_of_defined(name + self.subject, values, reason)
 
     def _at_least(self, threshold: int, answers: _Answers) -> np.ndarray:
         """Scores of "the label is at least ``threshold``", float64 [M]."""
@@ -137,10 +156,57 @@ class TaskMetrics(CollectedMetrics):
         gains = labels - self.label_offset
         if (gains < 0).any():
             reason = f"a gain must not be negative, but a label is {labels.min():g}"
-            return self.mean_of_defined(name, np.zeros(0), reason)
+            return self._mean(name, np.zeros(0), reason)
         cutoff = int(name.removeprefix("NDCG@")) if "@" in name else None
         values = ndcg_by_group(scores, gains, requests, cutoff)
-        return self.mean_of_defined(name, values, "no request has candidates with different labels")
+        return self._mean(name, values, "no request has candidates with different labels")
+
+
+class RankingMetrics:
+    """The same for predictions of the action.
+
+    There are two kinds of labels, as in the ranking loss (last = width of the logits):
+
+    tasks (``num_tasks`` = last): bit t of an action is the label of task t. AUC and GAUC are also given per task,
+    as ``AUC/task0`` …; every metric is the mean over the tasks.
+
+    classes (``num_tasks`` = None): class = action − ``label_offset``.
+    """
+
+    def __init__(self, names: Sequence[str], *, num_tasks: int | None, label_offset: int = 0) -> None:
+        kind = "class" if num_tasks is None else "binary"
+        self._tasks = [TaskMetrics(names, kind, label_offset=label_offset) for _ in range(num_tasks or 1)]
+        self._is_binary = num_tasks is not None
+
+    def update(self, logits: np.ndarray, actions: np.ndarray, users: np.ndarray) -> None:
+        """Add M predictions: logits float [M, last], actions int [M], users int [M] (any id per user)."""
+        for bit, task in enumerate(self._tasks):
+            labels = actions.astype(np.int64) >> bit & 1 if self._is_binary else actions
+            task.update(logits[:, bit] if self._is_binary else logits, labels, users, users)
+
+    def compute(self) -> dict[str, float]:
+        """All metrics over the predictions."""
+        first, *others = self._tasks
+        if not others or first.undefined_reason():
+            return first.compute()
+        with undefined_without_warning():
+            each = [task.compute() for task in self._tasks]
+        results: dict[str, float] = {}
+        for name in first.names:
+            values = np.array([found[name] for found in each])
+            results[name] = mean_of_defined(name, values)
+            if name in METRICS_PER_TASK:
+                results |= {f"{name}/task{task}": float(value) for task, value in enumerate(values)}
+        return results
+
+
+def mean_of_defined(name: str, values: np.ndarray, reason: str = ONE_CLASS) -> float:
+    """Mean of the values that are not nan; without any, nan and a warning with the ``reason``."""
+    defined = values[~np.isnan(values)]
+    if not len(defined):
+        logger.warning("%s is undefined (nan): %s", name, reason)
+        return math.nan
+    return float(defined.mean())
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import pytest
 
 from hstu.parallel.mesh import Mesh
 from hstu.serve.bootstrap import ByUser, Resampling
-from hstu.train.metrics import RankingMetrics, retrieval_metrics
+from hstu.train.metrics import retrieval_metrics
 from hstu.train.observations import Observations
-from hstu.train.task_metrics import TaskMetrics
+from hstu.train.task_metrics import RankingMetrics, TaskMetrics
 
 
 def observed(users: np.ndarray, results: np.ndarray, labels: np.ndarray) -> Observations:

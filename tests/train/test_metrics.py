@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
-from hstu.train.metrics import RankingMetrics, auc, auc_by_group, grouped_auc, retrieval_metrics
+from hstu.train.metrics import auc, auc_by_group, grouped_auc, retrieval_metrics
+from hstu.train.task_metrics import RankingMetrics
 
 ALL = ("AUC", "GAUC", "ACC", "LOGLOSS", "NE")
 

@@ -11,8 +11,7 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from hstu.config.args.task import METRICS_OF_KIND, fits_kind
-from hstu.train.metrics import RankingMetrics
-from hstu.train.task_metrics import TaskMetrics, ndcg_by_group, ordered_pairs
+from hstu.train.task_metrics import RankingMetrics, TaskMetrics, ndcg_by_group, ordered_pairs
 
 CLASSES = 4
 NAN = math.nan

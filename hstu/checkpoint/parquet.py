@@ -44,9 +44,8 @@ from hstu.checkpoint.dynamic import (
 )
 from hstu.checkpoint.raw_ids import raw_ids_by_code
 from hstu.checkpoint.tensors import is_export, open_tensors, read_metadata
-from hstu.parallel.dynamic.content import TableContent, merged
+from hstu.parallel.dynamic.content import TableContent, last_of_all, merged, newest_before
 from hstu.parallel.dynamic.slots import MAX_STEP, counts_of, score, steps_of
-from hstu.parallel.dynamic.times import last_of_all, newest_before
 
 STATE = "state."
 METADATA = b"dynamic_table"

@@ -27,8 +27,7 @@ from hstu.model.inputs import SequenceFeatures
 from hstu.observe.run_directory import default_path
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.optim.dense import match_part_optimizers
-from hstu.parallel.row_optimizer import STATES
-from hstu.parallel.table_optimizer import TableTraining, is_rowwise
+from hstu.parallel.table_optimizer import STATES, TableTraining, is_rowwise
 from hstu.train.batch_source import BatchSource
 from hstu.train.builder import TaskModel, task_module
 from hstu.train.directories import directory_of_checkpoints

@@ -20,8 +20,7 @@ from hstu.model.gr_model import GRModel
 from hstu.ops.costs import FLOAT32, Cost
 from hstu.optim.dense import DenseOptimizer
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.row_optimizer import STATES, RowOptimizer
-from hstu.parallel.table_optimizer import TableTraining, is_rowwise
+from hstu.parallel.table_optimizer import STATES, RowOptimizer, TableTraining, is_rowwise
 from hstu.parallel.tables import shard
 
 _MOST_ROWS = 100_000

@@ -15,8 +15,7 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
 from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.model.embedding import ReplicatedTables
-from hstu.parallel.shards import ShardedView
-from hstu.parallel.weight_shares import WeightShares
+from hstu.parallel.shards import ShardedView, WeightShares
 
 log = logging.getLogger(__name__)
 

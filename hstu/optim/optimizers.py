@@ -16,9 +16,8 @@ from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.flat_weights import FlatWeights
 from hstu.parallel.fsdp import FsdpWeights, fully_sharded
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.shards import clip_grad_norm
+from hstu.parallel.shards import WeightShares, clip_grad_norm
 from hstu.parallel.table_optimizer import TableOptimizer
-from hstu.parallel.weight_shares import WeightShares
 
 
 class Optimizers:

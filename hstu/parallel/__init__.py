@@ -4,6 +4,6 @@ mesh.py chooses device and process groups. tables.py shards embedding tables wit
 table_optimizer.py train them, dynamic/ holds tables for ids without a vocabulary. tensor.py shards HSTU layers over the
 heads, layer_comm.py has what the ranks of a layer send, group.py brings together the samples of the ranks that share a
 model or its tokens. ddp.py averages gradients over data-parallel ranks, which can share optimizer states
-(flat_weights.py) or weights (fsdp.py); weight_shares.py is what optim sees of both. collectives.py and shards.py (views
-of distributed tensors for checkpoints) serve the other rooms, too.
+(flat_weights.py) or weights (fsdp.py). shards.py has views of distributed tensors, and what optim sees of weights that
+ranks share. collectives.py serves the other rooms, too.
 """

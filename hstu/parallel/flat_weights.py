@@ -21,8 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hstu.parallel.shards import ShardedView
-from hstu.parallel.weight_shares import WeightShares
+from hstu.parallel.shards import ShardedView, WeightShares
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offset, shape) of a part of a tensor."""

@@ -25,8 +25,7 @@ from torch.distributed.tensor import DTensor
 from hstu.model.gr_model import DenseModel, GRModel
 from hstu.model.stack import FusedHSTULayer
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.shards import ShardedView, all_finite, local_part, view_of
-from hstu.parallel.weight_shares import WeightShares
+from hstu.parallel.shards import ShardedView, WeightShares, all_finite, local_part, view_of
 
 
 class FullySharded:

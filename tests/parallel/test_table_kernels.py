@@ -17,8 +17,8 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingEnv
 
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.row_optimizer import RowOptimizer
 from hstu.parallel.table_kernels import clamp_row_sums
+from hstu.parallel.table_optimizer import RowOptimizer
 from tests.distributed.launch import run_cases
 from tests.helpers import Allocations
 

@@ -30,7 +30,7 @@ from tests.train.tiny import FinishedRun, run, tables_with_dynamic, tiny_config
 
 Train = Callable[..., FinishedRun]
 ROWS, TABLE = 10, "movies"
-TIMES = "hstu.parallel.dynamic.times"
+TIMES = "hstu.parallel.dynamic.content"
 
 
 @pytest.fixture(scope="module")

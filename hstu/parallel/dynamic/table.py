@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from hstu.model.embedding import TableSpec
-from hstu.parallel.dynamic.content import Sightings, TableContent, last_evicted, merged, owners
+from hstu.parallel.dynamic.content import Sightings, StepTimes, TableContent, last_evicted, merged, owners
 from hstu.parallel.dynamic.hashing import initial_rows, table_key
 from hstu.parallel.dynamic.rows import InitialRows, Rows
 from hstu.parallel.dynamic.slot_tables import GpuSlots, create_slots
 from hstu.parallel.dynamic.slots import NO_SLOT, Counters
-from hstu.parallel.dynamic.times import StepTimes
 
 TableReport = dict[str, float]
 """``rows`` and ``capacity`` over all ranks; ``hit_rate``, the share of lookups whose id had a row before its batch; the

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hstu.parallel.dynamic.times import Entries, StepTimes, last_of_all, newest_before
+from hstu.parallel.dynamic.content import Entries, StepTimes, last_of_all, newest_before
 
 
 def noted(moments: list[float], saving: Callable[[int], bool] = lambda _: False, before: Entries = ()) -> Entries:
@@ -43,7 +43,7 @@ def test_a_time_stands_for_the_newest_batch_that_was_done_by_then() -> None:
 def test_whatever_the_clock_does_no_time_stands_for_a_batch_that_was_done_later(pauses: list[float]) -> None:
     moments = list(accumulate(pauses, initial=1e9))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hstu.parallel.dynamic.times.MAX_ENTRIES", 8)
+        patch.setattr("hstu.parallel.dynamic.content.MAX_ENTRIES", 8)
         entries = noted(moments)
     assert len(entries) <= 8 and entries[0][1] == 1
     assert all(one[0] <= other[0] and one[1] < other[1] for one, other in pairwise(entries))
@@ -52,7 +52,7 @@ def test_whatever_the_clock_does_no_time_stands_for_a_batch_that_was_done_later(
 
 
 def test_a_log_of_two_years_is_short_and_tells_old_times_roughly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hstu.parallel.dynamic.times.MAX_ENTRIES", 128)
+    monkeypatch.setattr("hstu.parallel.dynamic.content.MAX_ENTRIES", 128)
     day, pause = 86400.0, 4000.0
     moments = [pause * step for step in range(int(2 * 366 * day / pause))]
     entries = noted(moments)

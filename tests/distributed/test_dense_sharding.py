@@ -72,8 +72,9 @@ CASES: dict[str, RunOptions] = {
         "bindings": ["RetrievalArgs.item_tower = True", "NetworkArgs.recompute_layer = True", AVERAGED],
     },
     "tasks": {"optimizer": "sgd", "bindings": [*USER_TASKS, ELEVEN]},
+    "kept gathered": {"bindings": [ELEVEN, AVERAGED]},
 }
-KEPT_GATHERED = CASES["momentum"], CASES["tasks"]
+KEPT_GATHERED = CASES["momentum"], CASES["kept gathered"]
 """Fully sharded, these do not free their layers after forward."""
 RESUMED = (
     "none, then optimizer", "optimizer, then none", "optimizer, then weights", "weights, then none",
@@ -312,7 +313,7 @@ def _spoil(output: ModelOutput) -> None:
 
 
 def test_weights_of_layers_are_freed_until_backward_and_a_rank_with_nan_is_named(store: str) -> None:
-    cases = {name: partial(freed_and_refused, store=store, case=name) for name in ("tasks", "next items")}
+    cases = {name: partial(freed_and_refused, store=store, case=name) for name in ("tasks", "kept gathered")}
     for rank, name in product(run_cases(Launch(2, 100), cases), cases):
         told = rank[name]
         assert told["seen"] == ["Parameter"] * 2 and all(told["left"]) == (CASES[name] in KEPT_GATHERED)

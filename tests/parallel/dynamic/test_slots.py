@@ -168,6 +168,7 @@ def test_a_gpu_uses_the_kernels_of_triton_and_where_that_cannot_run_pytorch_with
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     refused: dict[str, str] = {}
     monkeypatch.setattr(select, "refusals", lambda kernels, device, shapes, operators: refused)
+    caplog.set_level("WARNING")
     assert create_slots("item", args, 9, gpu) == (9, "lfu", 0, gpu, kernels) and not caplog.records
     refused["slots"] = "the driver is too old"
     assert create_slots("item", args, 9, gpu) == (9, "lfu", 0, "cuda:0")

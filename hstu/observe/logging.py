@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Optional, Self
+from typing import Any, Optional
 
 from tqdm import tqdm
 
@@ -149,43 +149,24 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-class ProgressBar:
-    """A bar over the iterations on standard error; log lines appear above it.
+def progress_bar(total: int, mode: str = "auto", *, visible: bool = True, initial: int = 0) -> tqdm[Any]:
+    """A bar over ``total`` iterations on standard error; log lines appear above it.
 
     Args:
-        total: iterations of the run.
         mode: "on", "off", or "auto" for on if standard error is a terminal.
         visible: False on all ranks but one.
         initial: iterations that a resumed run has already done.
     """
-
-    def __init__(self, total: int, mode: str = "auto", *, visible: bool = True, initial: int = 0) -> None:
-        shown = visible and (mode == "on" or (mode == "auto" and sys.stderr.isatty()))
-        self._bar: Optional[tqdm[Any]] = None
-        if shown:
-            self._bar = tqdm(total=total, initial=initial, desc="train", dynamic_ncols=True, leave=False, smoothing=0.1)
-
-    def update(self, steps: int = 1) -> None:
-        """Advance by ``steps`` iterations."""
-        if self._bar is not None:
-            self._bar.update(steps)
-
-    def show(self, **values: float) -> None:
-        """Show host numbers beside the bar, for example ``show(loss=4.2)``."""
-        if self._bar is not None:
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-
-    def close(self) -> None:
-        """Remove the bar from the terminal."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    shown = visible and (mode == "on" or (mode == "auto" and sys.stderr.isatty()))
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc="train",
+        dynamic_ncols=True,
+        leave=False,
+        smoothing=0.1,
+        disable=not shown,
+    )
 
 
 def _short(number: float) -> str:

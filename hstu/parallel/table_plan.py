@@ -151,7 +151,12 @@ def plan_shards(
     try:
         return planner.plan(model, sharders)
     except PlannerError as error:
-        raise TablesDoNotFit(_why_not(_table_needs(specs, training, memory, on_gpu), ranks)) from error
+        needs = [
+            _TableNeed.of(spec, training[spec.name].optimizer, memory.get(spec.name), on_gpu)
+            for spec in specs
+            if not spec.replicated
+        ]
+        raise TablesDoNotFit(_why_not(needs, ranks)) from error
 
 
 def plan_on_first_rank(plan: Callable[[], ShardingPlan], group: dist.ProcessGroup) -> ShardingPlan:
@@ -205,7 +210,7 @@ def _column_shard_width(dim: int, world_size: int) -> int:
 class _TableNeed:
     """What one table takes, over all ranks."""
 
-    name: str
+    spec: TableSpec
     optimizer: str
     rows: int
     """Bytes of the rows."""
@@ -215,48 +220,38 @@ class _TableNeed:
     """All of them, some, or a cache of them."""
     in_host_memory: bool
     """All of them, or some."""
-    is_dynamic: bool
 
-    @property
-    def total(self) -> int:
-        """Bytes of rows and states."""
-        return self.rows + self.states
-
-
-def _table_needs(
-    specs: Sequence[TableSpec], training: Mapping[str, TableTraining], memory: Mapping[str, MemoryPlan], on_gpu: bool
-) -> list[_TableNeed]:
-    """What the sharded tables take, the largest first."""
-    needs = []
-    for spec in (spec for spec in specs if not spec.replicated):
-        optimizer = training[spec.name].optimizer
+    @classmethod
+    def of(cls, spec: TableSpec, optimizer: str, memory: MemoryPlan | None, on_gpu: bool) -> _TableNeed:
+        kernels = {kernel for kernel, _ in _gpu_kernels(spec, memory, False).values()}
         rows = spec.rows * bytes_per_row(spec.stored_dim, "sgd")  # which has no states
-        total = spec.rows * bytes_per_row(spec.stored_dim, optimizer)
-        kernels = {kernel for kernel, _ in _gpu_kernels(spec, memory.get(spec.name), False).values()}
-        in_gpu_memory = on_gpu and kernels != {EmbeddingComputeKernel.FUSED_UVM}
-        in_host_memory = not on_gpu or bool(kernels & _HOST_KERNELS)
-        is_dynamic = spec.dynamic is not None
-        needs.append(_TableNeed(spec.name, optimizer, rows, total - rows, in_gpu_memory, in_host_memory, is_dynamic))
-    return sorted(needs, key=lambda need: -need.total)
+        return cls(
+            spec,
+            optimizer,
+            rows,
+            spec.rows * bytes_per_row(spec.stored_dim, optimizer) - rows,
+            in_gpu_memory=on_gpu and kernels != {EmbeddingComputeKernel.FUSED_UVM},
+            in_host_memory=not on_gpu or bool(kernels & _HOST_KERNELS),
+        )
+
+    def __str__(self) -> str:
+        parts = f" ({_gb(self.rows)} of rows, {_gb(self.states)} of {self.optimizer} states)" if self.states else ""
+        return f"{self.spec.name} needs {_gb(self.rows + self.states)}{parts}"
 
 
 def _why_not(needs: Sequence[_TableNeed], ranks: TableRanks) -> str:
-    """The error of tables that do not fit, with what each takes and what to do."""
-    room = ranks.room
-    tables = "; ".join(
-        f"{need.name} needs {_gb(need.total)}"
-        + (f" ({_gb(need.rows)} of rows, {_gb(need.states)} of {need.optimizer} states)" if need.states else "")
-        for need in needs[:_MOST_NAMED]
-    )
-    where = []
+    """The error of tables that do not fit, with what each takes, the largest first, and what to do."""
+    room, where = ranks.room, []
     if any(need.in_gpu_memory for need in needs):
         beside = f" beside the {_gb(room.beside_tables)} of a training step" if room.beside_tables else ""
         where.append(f"{_gb(room.gpu)} of GPU memory{beside}")
     if any(need.in_host_memory for need in needs):
         where.append(f"{_gb(room.host)} of host memory")
+    largest = sorted(needs, key=lambda need: -need.rows - need.states)[:_MOST_NAMED]
     return (
-        f"the model_parallel tables do not fit on {ranks.count} rank{'s'[: ranks.count > 1]}: {tables}. A rank has "
-        f"{' and '.join(where)} for them. What helps: {'; '.join(_what_helps(needs))}"
+        f"the model_parallel tables do not fit on {ranks.count} rank{'s'[: ranks.count > 1]}: "
+        f"{'; '.join(map(str, largest))}. A rank has {' and '.join(where)} for them. What helps: "
+        f"{'; '.join(_what_helps(needs))}"
     )
 
 
@@ -265,9 +260,9 @@ def _what_helps(needs: Sequence[_TableNeed]) -> Iterator[str]:
     if any(need.states > need.rows / 2 for need in needs):
         yield 'OptimizerArgs.sparse_optimizer_str = "rowwise_adagrad" (one number per row)'
     on_gpu = [need for need in needs if need.in_gpu_memory]
-    if any(not need.is_dynamic and not need.in_host_memory for need in on_gpu):
+    if any(need.spec.dynamic is None and not need.in_host_memory for need in on_gpu):
         yield 'EmbeddingArgs.compute_kernel = "fused_uvm_caching" (rows in host memory)'
-    if any(need.is_dynamic for need in on_gpu):
+    if any(need.spec.dynamic is not None for need in on_gpu):
         yield "a smaller DynamicEmbeddingArgs.item_vocab_gpu_capacity (the other rows in host memory)"
     if on_gpu:
         yield "a smaller TrainerArgs.train_batch_size"

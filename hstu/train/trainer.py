@@ -7,8 +7,10 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from hstu.base.errors import ConfigError
 from hstu.checkpoint.state import TrainState
@@ -17,7 +19,7 @@ from hstu.config.args import TrainerArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.sampling.samples import Split
-from hstu.observe.logging import ProgressBar, format_eval, format_train
+from hstu.observe.logging import format_eval, format_train, progress_bar
 from hstu.observe.profiler import Profiler
 from hstu.observe.records import EvalRecord, TrainRecord
 from hstu.observe.run_directory import RunDirectory
@@ -129,7 +131,7 @@ class Trainer:
         profiler = Profiler(
             path, args.profile_step_start, args.profile_step_end, rank=self.mesh.rank, enabled=args.profile
         )
-        bar = ProgressBar(self.total_iters, args.progress_bar, visible=self.mesh.is_main, initial=self.state.iteration)
+        bar = progress_bar(self.total_iters, args.progress_bar, visible=self.mesh.is_main, initial=self.state.iteration)
         with profiler, bar:
             while self.state.iteration < self.total_iters and not self._selection.is_exhausted:
                 profiler.step(self.state.iteration)
@@ -160,7 +162,7 @@ class Trainer:
         tokens, flops = self.flop_counter.count(result.batch)
         self.meter.add(samples=result.batch.real_batch_size, tokens=tokens, flops=flops)
 
-    def _after_step(self, bar: ProgressBar) -> None:
+    def _after_step(self, bar: tqdm[Any]) -> None:
         """Log, evaluate, save and collect garbage where an interval ends."""
         iteration, args = self.state.iteration, self.args
         last = iteration == self.total_iters
@@ -181,7 +183,7 @@ class Trainer:
         if args.gc_interval and iteration % args.gc_interval == 0:
             gc.collect()
 
-    def _log(self, bar: ProgressBar) -> None:
+    def _log(self, bar: tqdm[Any]) -> None:
         self.pipeline.resolve()
         loss = self._running_loss.pop()
         rates = self.meter.take(self._sum_over_ranks, self.mesh.world_size)
@@ -208,7 +210,7 @@ class Trainer:
         log.info(format_train(record, self.total_iters, eta_s))
         for table, report in record.tables.items():
             log.info(describe_report(table, report))
-        bar.show(loss=loss)
+        bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
 
     def evaluate(self, splits: tuple[Split, ...]) -> None:
         """Evaluate on each of ``splits`` and record the metrics. The training state stays as it is.

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from hstu.observe.logging import (
-    ProgressBar,
     format_eval,
     format_seconds,
     format_train,
+    progress_bar,
     set_up_logging,
     tear_down_logging,
 )
@@ -112,9 +112,9 @@ def test_durations_read_like_speech(seconds: float, text: str) -> None:
 
 def test_a_log_line_does_not_break_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logging(0)
-    with ProgressBar(10, "on", initial=4) as bar:
+    with progress_bar(10, "on", initial=4) as bar:
         bar.update()
-        bar.show(loss=4.25)
+        bar.set_postfix(loss="4.25", refresh=False)
         logging.getLogger("hstu").info("beside")
     shown = capsys.readouterr()
     assert re.fullmatch(r"\d\d:\d\d:\d\d beside\n", shown.out)
@@ -125,7 +125,7 @@ def test_a_log_line_does_not_break_the_progress_bar(capsys: pytest.CaptureFixtur
 def test_no_bar_where_it_is_off_or_not_a_terminal_or_another_rank(
     mode: str, visible: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with ProgressBar(10, mode, visible=visible) as bar:
+    with progress_bar(10, mode, visible=visible) as bar:
         bar.update()
-        bar.show(loss=1.0)
+        bar.set_postfix(loss="1", refresh=False)
     assert capsys.readouterr().err == ""

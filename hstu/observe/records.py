@@ -68,13 +68,8 @@ class EvalRecord:
 
     def as_json(self) -> dict[str, Any]:
         """The object written to metrics.jsonl."""
-        return {
-            "kind": "eval",
-            "iter": self.iteration,
-            "epoch": self.epoch,
-            "split": self.split,
-            "metrics": dict(self.metrics),
-        }
+        fields = dict(vars(self))
+        return {"kind": "eval", "iter": fields.pop("iteration"), **fields}
 
     def scalars(self) -> dict[str, float]:
         """Numbers to plot over iterations, by name."""

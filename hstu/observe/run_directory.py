@@ -116,15 +116,11 @@ class RunDirectory:
         """metrics.jsonl; records.py reads it."""
         return self.path / "metrics.jsonl"
 
-    def write_train(self, record: TrainRecord) -> None:
-        """Append a record of training. The line is in the file when this returns."""
+    def write(self, record: TrainRecord | EvalRecord) -> None:
+        """Append a record of training or of an evaluation. The line is in the file when this returns."""
         self._append(record.as_json())
-        self._track(record.scalars(), record.iteration)
-
-    def write_eval(self, record: EvalRecord) -> None:
-        """Append the metrics of an evaluation. The line is in the file when this returns."""
-        self._append(record.as_json())
-        self._track(record.scalars(), record.iteration)
+        for tracker in self._trackers:
+            tracker.write(record.scalars(), record.iteration)
 
     def write_summary(self, *, status: str, **entries: Any) -> None:
         """Write summary.json atomically. ``entries``: anything that JSON can hold."""
@@ -204,10 +200,6 @@ class RunDirectory:
             self.earlier.mkdir()
             for path in files:
                 path.rename(self.earlier / path.name)
-
-    def _track(self, values: Mapping[str, float], iteration: int) -> None:
-        for tracker in self._trackers:
-            tracker.write(values, iteration)
 
     def _append(self, record: Mapping[str, Any]) -> None:
         if self._metrics is None:

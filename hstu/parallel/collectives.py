@@ -26,7 +26,8 @@ from hstu.base.errors import UserError
 from hstu.data.batches.batch import PADDING_ID
 
 T = TypeVar("T")
-Collective = Callable[[Tensor, dist.ProcessGroup], Tensor]
+Collective = Callable[[Tensor, Any], Tensor]
+"""(tensor, process group) → tensor."""
 
 
 def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -49,20 +50,7 @@ def join_rows(own: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> T
 
 def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
     """The tensor itself. Backward: multiplies the gradient by ``factor``."""
-    return tensor if factor == 1 else _Scaled.apply(tensor, factor)
-
-
-class _Scaled(torch.autograd.Function):
-    """Multiplies the gradient of a tensor by a number."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, tensor: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor  # type: ignore[attr-defined]
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.factor, None  # type: ignore[attr-defined]
+    return tensor if factor == 1 else _apply(tensor, _same, lambda gradient, _: gradient * factor, None)
 
 
 class _WithBackward(torch.autograd.Function):
@@ -70,7 +58,7 @@ class _WithBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, tensor: Tensor, forward: Collective, backward: Collective, group: dist.ProcessGroup
+        ctx: FunctionCtx, tensor: Tensor, forward: Collective, backward: Collective, group: dist.ProcessGroup | None
     ) -> Tensor:
         ctx.apply_backward, ctx.group = backward, group  # type: ignore[attr-defined]
         return forward(tensor, group)
@@ -80,9 +68,13 @@ class _WithBackward(torch.autograd.Function):
         return ctx.apply_backward(gradients[0], ctx.group), None, None, None  # type: ignore[attr-defined]
 
 
-def _apply(tensor: Tensor, forward: Collective, backward: Collective, group: dist.ProcessGroup) -> Tensor:
+def _apply(tensor: Tensor, forward: Collective, backward: Collective, group: dist.ProcessGroup | None) -> Tensor:
     result: Tensor = _WithBackward.apply(tensor, forward, backward, group)
     return result
+
+
+def _same(tensor: Tensor, _: None) -> Tensor:
+    return tensor.view_as(tensor)
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -205,7 +205,7 @@ class Trainer:
             skipped_steps=None if scale is None else scale.pop_skipped_steps(),
             tables=pop_reports(dynamic_tables(self.state.model), self._sum_over_ranks),
         )
-        self.run_directory.write_train(record)
+        self.run_directory.write(record)
         eta_s = (self.total_iters - self.state.iteration) * rates.step_s
         log.info(format_train(record, self.total_iters, eta_s))
         for table, report in record.tables.items():
@@ -228,7 +228,7 @@ class Trainer:
             record = EvalRecord(iteration=self.state.iteration, epoch=self._epoch(), split=split, metrics=metrics)
             is_new = not self._history.has(split, self.state.iteration)
             self._history.add(record)
-            self.run_directory.write_eval(record)
+            self.run_directory.write(record)
             log.info(format_eval(record, time.monotonic() - begun))
             if is_new and split == self._selection.split and self._selection.follow(self._history):
                 self._keep_best()

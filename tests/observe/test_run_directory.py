@@ -37,8 +37,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_a_run_leaves_its_configuration_its_metrics_its_curves_and_a_summary(tmp_path: Path) -> None:
     with RunDirectory(tmp_path / "deep" / "run", "A.b = 1\n") as run:
         assert run.path.joinpath("operative.gin").read_text() == "A.b = 1\n"
-        run.write_train(train(10))
-        run.write_eval(evaluation(10, **{"HR@10": 0.25}))
+        run.write(train(10))
+        run.write(evaluation(10, **{"HR@10": 0.25}))
         run.write_summary(
             status="done", iterations=10, best_metrics={"HR@10": 0.25}, last_metrics={"MRR": math.nan},
             throughput={"samples_per_s": 100.0}, seconds=3.5, note="extra",
@@ -55,8 +55,8 @@ def test_a_run_leaves_its_configuration_its_metrics_its_curves_and_a_summary(tmp
 
 def test_the_lines_have_the_documented_keys(tmp_path: Path) -> None:
     with RunDirectory(tmp_path, "") as run:
-        run.write_train(train(10))
-        run.write_eval(evaluation(10, AUC=0.7))
+        run.write(train(10))
+        run.write(evaluation(10, AUC=0.7))
     first, second = lines(run.metrics_file)
     assert list(first) == [
         "kind", "iter", "epoch", "loss", "lr", "samples_per_s", "tokens_per_s", "tflops", "mfu", "data_wait",
@@ -68,15 +68,15 @@ def test_the_lines_have_the_documented_keys(tmp_path: Path) -> None:
 def test_a_line_is_in_the_file_at_once_with_every_digit_of_the_loss(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, "")
     loss = 4.123456789012345
-    run.write_train(train(1, loss=loss))
+    run.write(train(1, loss=loss))
     assert lines(run.metrics_file)[0]["loss"] == loss  # not closed yet
     run.close()
 
 
 def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:
     with RunDirectory(tmp_path, "") as run:
-        run.write_train(train(1, loss=math.nan, mfu=math.inf, lr=np.float32(0.5), memory_bytes=np.int64(7)))
-        run.write_eval(evaluation(1, AUC=np.float64("nan")))
+        run.write(train(1, loss=math.nan, mfu=math.inf, lr=np.float32(0.5), memory_bytes=np.int64(7)))
+        run.write(evaluation(1, AUC=np.float64("nan")))
     first, second = lines(run.metrics_file)
     assert (first["loss"], first["mfu"], first["lr"], first["memory_bytes"]) == (None, None, 0.5, 7)
     assert second["metrics"] == {"AUC": None}
@@ -84,9 +84,9 @@ def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:
 
 def test_a_directory_that_holds_a_run_is_continued_and_loses_nothing(tmp_path: Path) -> None:
     with RunDirectory(tmp_path, "A.b = 1\n") as run:
-        run.write_train(train(10))
+        run.write(train(10))
     with RunDirectory(tmp_path, "A.b = 2\n", continues=True) as run:
-        run.write_train(train(20))
+        run.write(train(20))
     first, marker, second = lines(run.metrics_file)
     assert (first["iter"], second["iter"]) == (10, 20)
     assert (marker["kind"], marker["configuration_changed"]) == ("resumed", True)
@@ -100,11 +100,11 @@ def test_a_directory_that_holds_a_run_is_continued_and_loses_nothing(tmp_path: P
 
 def test_a_run_that_does_not_resume_leaves_the_files_of_the_earlier_one_alone(tmp_path: Path) -> None:
     with RunDirectory(tmp_path, "A.b = 1\n", identity="first") as run:
-        run.write_train(train(10))
+        run.write(train(10))
         run.write_summary(status="done", iterations=10)
     (tmp_path / "checkpoints").mkdir()
     with RunDirectory(tmp_path, "A.b = 1\n", identity="second") as run:
-        run.write_train(train(5))
+        run.write(train(5))
     assert run.earlier == tmp_path / "previous-1"
     assert [record["iter"] for record in lines(run.metrics_file)] == [5]
     assert [record["iter"] for record in lines(run.earlier / "metrics.jsonl")] == [10]
@@ -117,7 +117,7 @@ def test_a_run_that_does_not_resume_leaves_the_files_of_the_earlier_one_alone(tm
 
 def test_a_directory_in_which_a_run_is_writing_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     with RunDirectory(tmp_path, "A.b = 1\n", identity="first") as run:
-        run.write_train(train(10))
+        run.write(train(10))
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         for continues in (False, True):
             with pytest.raises(ConfigError, match=rf"output_dir: .* in use by a run .*process {os.getpid()}"):
@@ -129,11 +129,11 @@ def test_a_directory_in_which_a_run_is_writing_is_refused_and_left_as_it_is(tmp_
 def test_reading_drops_what_a_killed_attempt_did_in_vain(tmp_path: Path) -> None:
     with RunDirectory(tmp_path, "") as run:
         for iteration in (10, 20, 30):
-            run.write_train(train(iteration, loss=float(iteration)))
+            run.write(train(iteration, loss=float(iteration)))
     with run.metrics_file.open("a") as file:
         file.write('{"kind": "train", "iter": 40, "lo')  # killed while writing
     with RunDirectory(tmp_path, "", continues=True) as run:  # its checkpoint was of iteration 10
-        run.write_train(train(20, loss=-20.0))
+        run.write(train(20, loss=-20.0))
     assert [(record["iter"], record["loss"]) for record in read_metrics(run.metrics_file)] == [(10, 10.0), (20, -20.0)]
 
 
@@ -149,8 +149,8 @@ def test_reading_drops_what_a_killed_attempt_did_in_vain(tmp_path: Path) -> None
 )  # fmt: skip
 def test_lines_that_are_no_records_are_skipped_and_the_curves_are_drawn(tmp_path: Path, line: str) -> None:
     with RunDirectory(tmp_path, "") as run:
-        run.write_train(train(1))
-        run.write_eval(evaluation(1, AUC=0.5))
+        run.write(train(1))
+        run.write(evaluation(1, AUC=0.5))
     with run.metrics_file.open("ab") as file:
         file.write(line.encode() + b"\xff\n" if line.startswith("\ufffd") else line.encode() + b"\n")
     assert [record["kind"] for record in read_metrics(run.metrics_file)] == ["train", "eval"]
@@ -159,8 +159,8 @@ def test_lines_that_are_no_records_are_skipped_and_the_curves_are_drawn(tmp_path
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run", "A.b = 1\n", is_main=False, tensorboard=True)
-    run.write_train(train(1))
-    run.write_eval(evaluation(1, AUC=0.5))
+    run.write(train(1))
+    run.write(evaluation(1, AUC=0.5))
     run.write_summary(status="done", iterations=1, best_metrics={}, last_metrics={}, throughput={}, seconds=1.0)
     assert run.draw_curves() is None
     assert run.log_file is None
@@ -189,8 +189,8 @@ def test_the_default_directory_is_named_after_the_gin_file_and_never_taken_twice
 
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     with RunDirectory(tmp_path, "", tensorboard=True) as run:
-        run.write_train(train(10, loss=2.5))
-        run.write_eval(evaluation(10, **{"HR@10": 0.25}))
+        run.write(train(10, loss=2.5))
+        run.write(evaluation(10, **{"HR@10": 0.25}))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -212,8 +212,8 @@ def test_weights_and_biases_gets_the_same_numbers_and_a_continued_run_is_the_sam
     config = {"NetworkArgs": {"hidden_size": 64}}
     for iteration in (10, 20):
         with RunDirectory(tmp_path, "", wandb_project="mine", config=config) as run:
-            run.write_train(train(iteration, loss=iteration / 4))
-            run.write_eval(evaluation(iteration, **{"HR@10": 0.25}))
+            run.write(train(iteration, loss=iteration / 4))
+            run.write(evaluation(iteration, **{"HR@10": 0.25}))
     logged = [found for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")) for found in wandb_records(path)]
     rows = [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row} for row in logged]
     assert [(row["iter"], row["train/loss"]) for row in rows if "train/loss" in row] == [(10, 2.5), (20, 5.0)]

@@ -21,6 +21,7 @@ from hstu.config.args import DynamicEmbeddingArgs
 from hstu.ops.cpu.build import KernelsUnavailable, address, int32, int64, library, library_file, pointer
 from hstu.ops.select import select_slot_kernels
 from hstu.ops.self_check import record_passed
+from hstu.parallel.dynamic.content import last_evicted
 from hstu.parallel.dynamic.slots import (
     MAX_STEP,
     NO_SLOT,
@@ -35,8 +36,6 @@ from hstu.parallel.dynamic.slots import (
 )
 
 log = logging.getLogger(__name__)
-
-_HIGHEST = torch.iinfo(torch.int64).max
 
 
 def create_slots(table: str, args: DynamicEmbeddingArgs, capacity: int, device: torch.device) -> SlotTable:
@@ -93,20 +92,8 @@ class ScoredSlots(SlotTable):
         self._rebuild()
 
 
-class _Placement(NamedTuple):
-    """The outcome for n distinct ids that had no slot."""
-
-    slots: Tensor
-    """[n]: their slots now, or NO_SLOT."""
-    placed: Tensor
-    """[k]: indices of the ids that got a slot."""
-    new_slots: Tensor
-    """[k]: the slots that these got."""
-    evicted_ids: Tensor
-
-
 class TorchSlots(ScoredSlots):
-    """See SlotTable. On any device; keeps the ids sorted, and sorts them again after every change."""
+    """See SlotTable. The reference, on any device: it sorts all ids after every change."""
 
     def __init__(self, capacity: int, policy: Policy, admission_threshold: int = 0, device: str = "cpu") -> None:
         super().__init__(capacity, policy, admission_threshold, device)
@@ -127,89 +114,75 @@ class TorchSlots(ScoredSlots):
 
     def assign(self, ids: Tensor, step: int) -> Assignment:
         """See SlotTable."""
-        slots = self._count(ids, None, step)
-        absent = (slots == NO_SLOT).nonzero()[:, 0]
-        counters = Counters(lookups=len(ids), hits=len(ids) - len(absent))
-        if not len(absent):
-            return Assignment(slots, absent, absent, absent, self._counts(counters))
-        new, counts, which = _distinct(ids[absent])
-        placement = self._place_admitted(new, counts, step, counters)
-        slots[absent] = placement.slots[which]
-        counters.insertions, counters.evictions = len(placement.placed), len(placement.evicted_ids)
-        new_ids = new[placement.placed]
-        return Assignment(slots, placement.new_slots, new_ids, placement.evicted_ids, self._counts(counters))
+        distinct, counts, which = _distinct(ids)
+        added = self._add(distinct, counts, step)
+        occurrences = (int(counts[each].sum()) for each in (added.new, added.admitted, added.placed))
+        new, admitted, placed = occurrences
+        counters = Counters(
+            lookups=len(ids),
+            hits=len(ids) - new,
+            waiting=new - admitted,
+            rejections=admitted - placed,
+            insertions=len(added.placed),
+            evictions=len(added.evicted_ids),
+        )
+        return Assignment(
+            added.slots[which],
+            added.slots[added.placed],
+            distinct[added.placed],
+            added.evicted_ids,
+            torch.tensor(astuple(counters), device=ids.device),
+        )
 
-    def _counts(self, counters: Counters) -> Tensor:
-        return torch.tensor(astuple(counters), device=self.ids.device)
-
-    def _count(self, ids: Tensor, counts: Tensor | None, step: int) -> Tensor:
-        """Look up ``ids``, which occur ``counts`` times each (None: once), and update the scores of those found."""
+    def _add(self, ids: Tensor, counts: Tensor, step: int) -> _Added:
+        """Count distinct ids that occur ``counts`` times each, and give slots to new ones, as far as slots go."""
         slots = self.lookup(ids)
         known = slots != NO_SLOT
-        held, which = slots[known].unique(return_inverse=True)
-        occurrences = torch.ones_like(which) if counts is None else counts[known]
-        seen = counts_of(self.policy, self.scores[held]).index_add_(0, which, occurrences)
-        self.scores[held] = score(self.policy, seen, step)
-        return slots
-
-    def _place_admitted(self, ids: Tensor, counts: Tensor, step: int, counters: Counters) -> _Placement:
-        """Slots for the distinct new ids that are admitted; updates the counters of the others."""
-        if self.sightings is None:
-            placement, admitted = self._place(ids, counts, step), counts
-        else:
+        held, new = slots[known], (~known).nonzero()[:, 0]
+        self.scores[held] = score(self.policy, counts_of(self.policy, self.scores[held]) + counts[known], step)
+        admitted = new
+        if self.sightings is not None:
             assert isinstance(self.sightings, TorchSlots)
-            passed = (self.sightings._sight(ids, counts, step) >= self.admission_threshold).nonzero()[:, 0]
-            admitted = counts[passed]
-            of_passed = self._place(ids[passed], admitted, step)
-            slots = torch.full_like(ids, NO_SLOT).index_copy_(0, passed, of_passed.slots)
-            placement = of_passed._replace(slots=slots, placed=passed[of_passed.placed])
-        if len(admitted) < len(ids):
-            counters.waiting = int(counts.sum() - admitted.sum())
-        if len(placement.placed) < len(admitted):
-            counters.rejections = int(admitted.sum() - counts[placement.placed].sum())
-        return placement
+            admitted = new[self.sightings._sight(ids[new], counts[new], step) >= self.admission_threshold]
+        scores = score(self.policy, counts[admitted], step)
+        evicted = self._beaten(scores, step)
+        unused = self.capacity - self._size
+        index = last_evicted(ids[admitted], counts[admitted], unused + len(evicted))
+        placed, evicted_ids = admitted[index], self.ids[evicted]
+        first, self._size = self._size, self._size + min(unused, len(placed))
+        new_slots = torch.cat([torch.arange(first, self._size, device=ids.device), evicted])
+        self.ids[new_slots], self.scores[new_slots] = ids[placed], scores[index]
+        slots[placed] = new_slots
+        if len(placed):
+            self._rebuild()
+        return _Added(slots, new, admitted, placed, evicted_ids)
 
     def _sight(self, ids: Tensor, counts: Tensor, step: int) -> Tensor:
         """Add ``counts`` sightings of distinct ids; returns how often each was sighted, int64 [n]."""
-        slots = self._count(ids, counts, step)
-        absent = (slots == NO_SLOT).nonzero()[:, 0]
-        slots[absent] = self._place(ids[absent], counts[absent], step).slots
+        slots = self._add(ids, counts, step).slots
         return torch.where(slots != NO_SLOT, counts_of(self.policy, self.scores[slots]), counts)
-
-    def _place(self, ids: Tensor, counts: Tensor, step: int) -> _Placement:
-        """Give slots to distinct ids without one that occur ``counts`` times, as far as slots go."""
-        evicted = self._beaten(score(self.policy, counts, step), step)
-        placed = self._most_seen(ids, counts, self.capacity - self._size + len(evicted))
-        size = min(self.capacity, self._size + len(placed))
-        new_slots = torch.cat([torch.arange(self._size, size, device=ids.device), evicted])
-        new_ids, evicted_ids, self._size = ids[placed], self.ids[evicted], size
-        self.ids[new_slots], self.scores[new_slots] = new_ids, score(self.policy, counts[placed], step)
-        if len(placed):
-            self._rebuild()
-        slots = torch.full_like(ids, NO_SLOT).index_copy_(0, placed, new_slots)
-        return _Placement(slots, placed, new_slots, evicted_ids)
 
     def _beaten(self, new: Tensor, step: int) -> Tensor:
         """Slots whose ids are evicted by new ids of these scores, the lowest score first."""
-        unused = self.capacity - self._size
-        number = min(len(new) - unused, self._size)
-        if number <= 0:
-            return torch.empty(0, dtype=torch.int64, device=new.device)
-        contenders = new.sort(descending=True).values[unused : unused + number]
+        contenders = new.sort(descending=True).values[self.capacity - self._size :]
         scores = self.scores[: self._size]
-        is_other = steps_of(self.policy, scores) != step
-        # Selection takes a few passes over the table; only the slots up to the bound are sorted.
-        bound = torch.where(is_other, scores, _HIGHEST).topk(number, largest=False, sorted=False).values.max()
-        candidates = (is_other & (scores <= bound) & (scores < contenders[0])).nonzero()[:, 0]
-        lowest = candidates[eviction_order(scores[candidates], self.ids[candidates])[:number]]
-        # One side falls and the other rises, so the beaten ones come first.
-        return lowest[: int((scores[lowest] < contenders[: len(lowest)]).sum())]
+        others = (steps_of(self.policy, scores) != step).nonzero()[:, 0]  # than those of this batch
+        lowest = others[eviction_order(scores[others], self.ids[others])][: len(contenders)]
+        return lowest[scores[lowest] < contenders[: len(lowest)]]
 
-    def _most_seen(self, ids: Tensor, counts: Tensor, number: int) -> Tensor:
-        """Indices of the ``number`` ids seen most often, ascending."""
-        if number >= len(ids):
-            return torch.arange(len(ids), device=ids.device)
-        return eviction_order(counts, ids)[len(ids) - number :].sort().values
+
+class _Added(NamedTuple):
+    """What became of n distinct ids."""
+
+    slots: Tensor
+    """[n]: their slots now, or NO_SLOT."""
+    new: Tensor
+    """Indices of the ids that had no slot."""
+    admitted: Tensor
+    """Those of them that admission_threshold lets in."""
+    placed: Tensor
+    """Those of them that got a slot, ascending."""
+    evicted_ids: Tensor
 
 
 def _distinct(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,13 +29,12 @@ from hstu.parallel.collectives import sum_over_ranks
 from hstu.parallel.dynamic.table import describe_report, pop_reports
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
-from hstu.pipeline.finite import NonFiniteStep
+from hstu.pipeline.finite import NonFiniteStep, Stopped, StopSignal
 from hstu.pipeline.none import TrainPipeline
 from hstu.train.batch_source import BatchSource
 from hstu.train.evaluate import Evaluator
 from hstu.train.flops import FlopCounter
 from hstu.train.history import MetricsHistory, RunningLoss, Selection
-from hstu.train.stop import Stopped, StopSignal
 
 log = logging.getLogger(__name__)
 

@@ -104,21 +104,19 @@ def check(told: dict[str, Any], pipelines: tuple[str, ...]) -> None:
                 assert second[what] == whole[what], (where, what)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    check(run_all(tmp_path, 1, "ranking", AHEAD), AHEAD)
-
-
-@pytest.mark.slow
-def test_two_ranks_of_which_one_is_told_to_stop_do_too(tmp_path: Path) -> None:
-    check(run_all(tmp_path, 2, "retrieval", ("native",)), ("native",))
-
-
-@pytest.mark.slow
-def test_four_ranks_do_too_though_their_sums_depend_on_the_order_of_the_terms(tmp_path: Path) -> None:
-    check(run_all(tmp_path, 4, "ranking", ("native",)), ("native",))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "task"), [(1, "retrieval"), (2, "ranking"), (2, "retrieval"), (3, "retrieval")])
-def test_so_does_every_other_combination(tmp_path: Path, size: int, task: str) -> None:
-    check(run_all(tmp_path, size, task, PIPELINES), PIPELINES)
+@pytest.mark.parametrize(
+    ("size", "task", "pipelines"),
+    [
+        (1, "ranking", AHEAD),
+        *(
+            pytest.param(size, task, PIPELINES, marks=pytest.mark.slow)
+            for size, task in ((1, "retrieval"), (2, "ranking"), (2, "retrieval"), (3, "retrieval"))
+        ),
+        # The sums of four ranks depend on the order of their terms.
+        pytest.param(4, "ranking", ("native",), marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, size: int, task: str, pipelines: tuple[str, ...]
+) -> None:
+    check(run_all(tmp_path, size, task, pipelines), pipelines)

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 
 from hstu.parallel.mesh import Mesh
-from hstu.pipeline.finite import FiniteCheck
-from hstu.train.stop import Stopped, StopSignal
+from hstu.pipeline.finite import FiniteCheck, Stopped, StopSignal
 from tests.distributed.launch import Launch, run_cases
 
 

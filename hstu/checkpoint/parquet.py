@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hstu.base.errors import DataError
 from hstu.base.files import written_aside
+from hstu.base.ids import codes_of
 from hstu.checkpoint.directory import (
     MANIFEST,
     check_files,
@@ -242,8 +243,8 @@ class _Columns:
             kind = "strings" if are_strings else "whole numbers"
             raise DataError(f"{self.path}: the checkpoint's ids are {kind}, those of the column raw_id are {raw.type}")
         wanted = np.array(raw.cast(pa.large_string() if are_strings else pa.int64()))
-        codes = np.minimum(np.searchsorted(raw_ids, wanted), len(raw_ids) - 1).astype(np.int64)
-        unknown = wanted[raw_ids[codes] != wanted]
+        codes = codes_of(wanted, raw_ids)
+        unknown = wanted[codes < 0]
         if len(unknown):
             shown = ", ".join(map(repr, unknown[:5].tolist())) + (", …" if len(unknown) > 5 else "")
             raise DataError(f"{self.path}: {len(unknown)} raw id(s) are not in the checkpoint: {shown}")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.base.ids import codes_of
 from hstu.checkpoint.tensors import IDS, StoredTensors
 from hstu.data.store.sequence_store import SequenceStore, decode_strings
 
@@ -118,9 +119,7 @@ def remap_rows(rows: int, own: Sequence[IdTensors | None], stored: Sequence[IdTe
     ids, stored_ids = (_decode(side) for side in known[0])
     if len(own) > 1 or len(ids) > rows or ids.dtype != stored_ids.dtype or not len(stored_ids):
         return RowRemap(None)  # several features share the rows, or ids are hashed into them
-    source = np.minimum(np.searchsorted(stored_ids, ids), len(stored_ids) - 1)
-    source = np.where(stored_ids[source] == ids, source, -1)
-    return RowRemap(np.concatenate([source, np.full(rows - len(ids), -1)]).astype(np.int64), len(ids))
+    return RowRemap(np.concatenate([codes_of(ids, stored_ids), np.full(rows - len(ids), -1)]), len(ids))
 
 
 def _same(left: IdTensors, right: IdTensors) -> bool:

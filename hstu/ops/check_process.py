@@ -32,10 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from hstu.base.files import replace_text
 from hstu.ops.kernels import KernelShapes
-from hstu.ops.self_check import cache_directory, describe, is_usable, locked
+from hstu.ops.self_check import cache_directory, describe, is_usable
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def refusals(
         folder = cache_directory()
         folder.mkdir(parents=True, exist_ok=True)
         record = folder / f"{kernels.name.lower()}_kernels_{_key(kernels, version, device, shapes)}.json"
-        with locked(record.with_suffix(".lock")):
+        with FileLock(record.with_suffix(".lock")):
             known = _remembered(record)
             if unknown := [operator for operator in operators if operator not in known]:
                 known |= _check(kernels, device, shapes, unknown)

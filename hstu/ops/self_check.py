@@ -7,12 +7,10 @@ GPU are checked in a process of their own: :mod:`hstu.ops.check_process`.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -52,14 +50,6 @@ def cache_directory() -> Path:
     except RuntimeError as error:
         raise OSError("the user has no home directory; set HOME or XDG_CACHE_HOME") from error
     return Path(root) / "hstu"
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Exclude all other processes of this host; the lock ends with the process, however that ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def record_passed(passed: Path) -> None:

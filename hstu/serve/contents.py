@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hstu.base.errors import ConfigError, DataError
+from hstu.base.ids import codes_of
 from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs
 from hstu.data.batches.batch import is_of_negatives
 from hstu.data.datasets.spec import UNKNOWN
@@ -190,10 +191,7 @@ class _Features:
         known = self._dynamic_ids.get(self._spec_of[feature].name)
         if known is None:
             return np.where((ids >= 0) & (ids < self._source.cardinalities[feature]), ids, -1)
-        if not len(known):
-            return np.full_like(ids, -1)
-        places = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-        return np.where(known[places] == ids, places, -1)
+        return codes_of(ids, known)
 
     def missing(self, feature: str) -> int:
         """The row that stands for missing values."""
@@ -260,7 +258,7 @@ class _Items:
         self._ids = item_ids(source, features)
         own = source.item_ids()
         codes = np.arange(source.cardinalities[source.roles.item], dtype=np.int64)
-        self._places = np.searchsorted(self._ids, codes if own is None else own)
+        self._places = codes_of(codes if own is None else own, self._ids)
         """Place of each item of the data."""
         for name in source.roles.side:
             if name in self._store.item_side_features:

@@ -14,6 +14,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from hstu.base.errors import DataError
+from hstu.base.ids import codes_of
 from hstu.config.problems import did_you_mean
 from hstu.data.batches.jagged import ranges, run_starts
 from hstu.data.datasets.spec import UNKNOWN
@@ -51,9 +52,8 @@ class Candidates:
     def of_users(self, users: np.ndarray) -> Candidates:
         """The candidates of some users, in the order of these; users without any are left out."""
         order = np.argsort(self.users)
-        places = np.minimum(np.searchsorted(self.users, users, sorter=order), max(0, len(order) - 1))
-        found = order[places] if len(order) else places[:0]
-        chosen = found[self.users[found] == users] if len(order) else found
+        places = codes_of(users, self.users[order])
+        chosen = order[places[places >= 0]]
         rows = ranges(run_starts(self.counts)[chosen], self.counts[chosen])
         return Candidates(
             self.users[chosen],

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from hstu.base.files import written_aside
+from hstu.base.ids import codes_of
 from hstu.data.batches.batch import HSTUBatch
 from hstu.parallel.collectives import gather_objects
 from hstu.serve.loaded import LoadedModel
@@ -64,7 +65,7 @@ def user_vectors(loaded: LoadedModel, users: np.ndarray, at: int | None = None) 
 def places_of(users: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Indices in ``users``, which are distinct, of ``wanted`` ones."""
     order = np.argsort(users)
-    return order[np.searchsorted(users, wanted, sorter=order)]
+    return order[codes_of(wanted, users[order])]
 
 
 class VectorSink(Protocol):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hstu.base.ids import codes_of
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 CHUNK_ITEMS = 16384
@@ -85,11 +86,7 @@ class Corpus:
 
     def positions(self, ids: np.ndarray) -> np.ndarray:
         """Positions of ids, int64 [n]; -1 for ids that are not among the items."""
-        if not self.size:
-            return np.full_like(ids, -1)
-        own = self.ids.cpu().numpy()
-        found = np.minimum(np.searchsorted(own, ids), self.size - 1)
-        return np.where(own[found] == ids, found, -1)
+        return codes_of(ids, self.ids.cpu().numpy())
 
 
 def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hstu.base.errors import DataError
+from hstu.base.ids import codes_of
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import PADDING_ID, HSTUBatch
@@ -73,8 +74,8 @@ class Vocabulary:
         if self.raw_ids is None:
             codes, known = wanted, is_number & (wanted >= 0) & (wanted < self.num_ids)
         else:
-            codes = np.minimum(np.searchsorted(self.raw_ids, wanted), len(self.raw_ids) - 1)
-            known = is_number & (self.raw_ids[codes] == wanted)
+            codes = codes_of(wanted, self.raw_ids)
+            known = is_number & (codes >= 0)
         return np.where(known, codes, self.unknown).astype(np.int64)
 
     def decode(self, ids: np.ndarray) -> list[Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hstu.base.ids import codes_of
 from hstu.config.args import DatasetArgs, EmbeddingArgs
 from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunConfig
@@ -124,7 +125,7 @@ class StoreSource(BatchSource):
 
     def item_codes(self, ids: np.ndarray) -> np.ndarray:
         """The codes of items of the data, given by what the model gets for them; int64."""
-        return np.searchsorted(self._raw_item_ids, ids) if self.roles.item in self.raw_features else ids
+        return codes_of(ids, self._raw_item_ids) if self.roles.item in self.raw_features else ids
 
     def trained_items(self) -> np.ndarray:
         """bool [items]: whether an item, given by its code, is in any training sample. Reads the items of all."""

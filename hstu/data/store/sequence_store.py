@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from hstu.base.errors import DataError
+from hstu.base.ids import codes_of
 from hstu.data.datasets.spec import USER_FEATURE
 from hstu.data.features.time_features import time_codes
 from hstu.data.store.files import StoreFiles
@@ -261,8 +262,8 @@ class SequenceStore:
         wanted = np.array([str(value) for value in raw], dtype=object) if known.dtype == object else np.asarray(raw)
         if known.dtype != object and not (wanted.dtype == np.int64 or len(wanted) == 0):
             raise DataError(f"{self.path}: raw ids of {feature!r} are int64, got {list(raw[:5])!r}")
-        codes = np.minimum(np.searchsorted(known, wanted), len(known) - 1).astype(np.int64)
-        unknown = wanted[known[codes] != wanted]
+        codes = codes_of(wanted, known)
+        unknown = wanted[codes < 0]
         if len(unknown):
             shown = ", ".join(repr(value) for value in unknown[:5].tolist()) + (", …" if len(unknown) > 5 else "")
             raise DataError(f"{self.path}: {len(unknown)} raw id(s) not in the vocabulary of {feature!r}: {shown}")

@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from hstu.base.files import put_in_place
-from hstu.ops.self_check import cache_directory, locked
+from hstu.ops.self_check import cache_directory
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def library_file(directory: Path | None = None) -> Path:
         if _is_intact(path):
             return path
         directory.mkdir(parents=True, exist_ok=True)
-        with locked(directory / "lock"):
+        with FileLock(directory / "lock"):
             if not _is_intact(path):
                 if path.exists():
                     log.warning("%s is damaged and is compiled again", path)

@@ -1,6 +1,6 @@
 """Measure other methods that predict ratings, on the users and labels of a ranking run.
 
-    python scripts/quality/ranking_peers.py --store tmp_data/ml-1m --seeds 1 2 3 --output runs/ml_1m_peers
+    python scripts/quality/ranking_peers.py --store tmp_data/ml-1m --seeds 1 2 3 --output peers.md
 
 The users of a run with split = "user_holdout" and the same seed are trained on. The labels are the newest ratings of
 the others, as many as DatasetArgs.max_sequence_length. All methods use the numbers of causal_features.py: what was
@@ -8,25 +8,18 @@ known before each rating. Means, neighbours and factors are such numbers themsel
 it is an optional dependency (pip install ".[quality]").
 
 AUC>=4 is that of "four stars or more", over all labels and by the number of earlier ratings in the sample. LOGLOSS is
-that of the stars as classes, of methods that give probabilities. OUTPUT/metrics.jsonl has a line per method and seed;
-the same command continues where an earlier one was stopped. The printed table is also in OUTPUT/table.md.
+that of the stars as classes, of methods that give probabilities. OUTPUT is the printed table.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -40,7 +33,7 @@ from hstu.data.sampling.samples import SampleTable, build_samples
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.train.metrics import auc
 from scripts.quality.causal_features import Columns, causal_features
-from scripts.quality.means import mean_and_error
+from scripts.quality.means import mean_and_error, number
 from scripts.quality.ratings import Ratings, in_parts
 
 SCORES = {
@@ -133,23 +126,15 @@ def peers(
     return found
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
+def table(found: Sequence[dict[str, Metrics]]) -> str:
     """Markdown: a row per method with the mean of each metric over the seeds, and its standard error."""
-    methods = dict.fromkeys(record["method"] for record in records)
-    names = dict.fromkeys(name for record in records for name in record["metrics"])
+    names = dict.fromkeys(name for methods in found for metrics in methods.values() for name in metrics)
     lines = [f"| method | {' | '.join(names)} | seeds |", "|---" * (len(names) + 2) + "|"]
-    for method in methods:
-        of_method = [record["metrics"] for record in records if record["method"] == method]
-        cells = [_mean([metrics[name] for metrics in of_method if name in metrics]) for name in names]
-        lines.append(f"| {method} | {' | '.join(cells)} | {len(of_method)} |")
+    for method in found[0]:
+        values = {name: [methods[method][name] for methods in found if name in methods[method]] for name in names}
+        cells = (number(*mean_and_error(each)) for each in values.values())
+        lines.append(f"| {method} | {' | '.join(cells)} | {len(found)} |")
     return "\n".join(lines) + "\n"
-
-
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean, error = mean_and_error(values)
-    return f"{mean:.4f}" if np.isnan(error) else f"{mean:.4f} ± {error:.4f}"
 
 
 @tool
@@ -157,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, required=True, help="a sequence store with ratings and times")
-    parser.add_argument("--output", type=Path, required=True, help="directory for the results")
+    parser.add_argument("--output", type=Path, help="file for the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="TrainerArgs.seed of the runs")
     parser.add_argument("--train_fraction", type=float, default=0.7, help="DatasetArgs.train_fraction of the runs")
     parser.add_argument("--labels", type=int, default=200, help="DatasetArgs.max_sequence_length of the runs")
@@ -172,25 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rounds = 0 if options.no_trees else options.tree_rounds
     if rounds:
         require_lightgbm()
-    settings = {
-        "store": store.path.name, "train_fraction": options.train_fraction, "labels": options.labels,
-        "threshold": options.threshold, "tree_rounds": rounds,
-    }  # fmt: skip
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / "metrics.jsonl"
-    earlier = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    records = [record for record in earlier if record["settings"] == settings and record["seed"] in options.seeds]
-    for seed in options.seeds:
-        if any(record["seed"] == seed for record in records):
-            continue
-        found = peers(store, seed, args=args, threshold=options.threshold, tree_rounds=rounds)
-        new = [
-            {"method": name, "seed": seed, "settings": settings, "metrics": metrics} for name, metrics in found.items()
-        ]
-        with file.open("a") as lines:
-            lines.write("".join(f"{json.dumps(record)}\n" for record in new))
-        records += new
-    (options.output / "table.md").write_text(text := table(records))
+    found = [peers(store, seed, args=args, threshold=options.threshold, tree_rounds=rounds) for seed in options.seeds]
+    text = table(found)
+    if options.output:
+        options.output.write_text(text)
     print(text, end="")
     return EXIT_DONE
 

@@ -18,19 +18,12 @@ def write_report(name: str, table: Table, runs: Sequence[Run], output: Path) -> 
     """Write <output>/<name>/README.md and its plots from the results that there are. Returns the path."""
     folder = output / name
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {row.name: [run for run in runs if run.row.name == row.name] for row in table.rows}
-    results = {
-        row: {run.seed: result for run in of_row if (result := run.stored()) is not None}
-        for row, of_row in rows.items()
-    }
-    images = [
-        image
-        for image in (
-            draw_metrics(table, results, folder / "metrics.png"),
-            draw_curves(table, rows, folder / "curves.png"),
-        )
-        if image
-    ]
+    results: dict[str, dict[int, Result]] = {row.name: {} for row in table.rows}
+    for run in runs:
+        if (result := run.stored()) is not None:
+            results[run.row.name][run.seed] = result
+    drawn = draw_metrics(table, results, folder / "metrics.png"), draw_curves(table, results, folder / "curves.png")
+    images = [image for image in drawn if image]
     text = "\n".join([*_head(name, table, runs), *_lines(table, results), "", *_notes(table), ""])
     text += "".join(f"\n![{image.stem} of {name}]({image.name})\n" for image in images)
     page = folder / "README.md"
@@ -49,7 +42,7 @@ def _head(name: str, table: Table, runs: Sequence[Run]) -> list[str]:
 def _lines(table: Table, results: dict[str, dict[int, Result]]) -> list[str]:
     """The table itself."""
     compared = f"{table.metric} − {table.reference!r}"
-    columns = ["row", *table.metrics, compared, "seeds", "epochs", "minutes", "million tokens"]
+    columns = ["row", *table.metrics, compared, "seeds", "epochs", "minutes"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     reference = _values(results.get(table.reference, {}), table.metric)
     for row, of_row in results.items():
@@ -59,12 +52,7 @@ def _lines(table: Table, results: dict[str, dict[int, Result]]) -> list[str]:
         cells = [row, *(number(*mean_and_error([*_values(of_row, metric).values()])) for metric in table.metrics)]
         own = _values(of_row, table.metric)
         cells.append("" if row == table.reference else number(*paired_difference(own, reference), sign=True))
-        cells += [
-            str(len(of_row)),
-            _mean(of_row, "epoch", 1),
-            _mean(of_row, "seconds", 60),
-            _mean(of_row, "tokens", 1e6),
-        ]
+        cells += [str(len(of_row)), _mean(of_row, "epoch", 1), _mean(of_row, "seconds", 60)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -126,9 +114,9 @@ def draw_metrics(table: Table, results: dict[str, dict[int, Result]], image: Pat
     return image
 
 
-def draw_curves(table: Table, rows: dict[str, list[Run]], image: Path) -> Path | None:
+def draw_curves(table: Table, results: dict[str, dict[int, Result]], image: Path) -> Path | None:
     """The first metric on validation over epochs: the mean over the seeds of a row, and its standard error."""
-    curves = {row: [curve for run in of_row if run.stored() and (curve := run.curve())] for row, of_row in rows.items()}
+    curves = {row: [each.curve for each in of_row.values() if each.curve] for row, of_row in results.items()}
     curves = {row: of_row for row, of_row in curves.items() if of_row}
     if not curves:
         return None

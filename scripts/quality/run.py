@@ -1,4 +1,4 @@
-"""Train all rows of a table with several seeds, and write the table, its plots and the raw metrics.
+"""Train all rows of a table with several seeds, and write the table, its plots and the results.
 
     python scripts/quality/run.py --table ml_1m_retrieval --seeds 3
         [--rows all "published settings"] [--jobs 2 --threads 1] [--output DIR] [--dry-run]
@@ -18,7 +18,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -26,15 +29,97 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hstu.base.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, DataError
+from hstu.base.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, DataError, UserError
+from hstu.base.processes import end_with_parent
 from hstu.config.tool import tool
 from scripts.quality.report import write_report
 from scripts.quality.runs import ROOT, Places, Run, data_facts
-from scripts.quality.scheduler import execute
 from scripts.quality.tables import TABLES, Table, find
 
 OUTPUT = ROOT / "docs" / "benchmarks" / "quality"
 _EXIT_SIGTERM = 128 + signal.SIGTERM
+_STOP_S = 60.0
+"""A run that was told to stop writes its checkpoint within this time, or is killed."""
+_LAST_LINES = 8
+
+
+class Runner:
+    """Does runs in child processes, several at a time."""
+
+    def __init__(self) -> None:
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._is_stopped = False
+
+    def execute(self, runs: Sequence[Run], jobs: int) -> list[Run]:
+        """Do what is not done of ``runs``, ``jobs`` at a time. Returns those that have failed.
+
+        Raises KeyboardInterrupt after the runs have saved their checkpoints.
+        """
+        failed = []
+        for needs_others in (False, True):
+            now = [run for run in runs if (run.row.epochs_of is not None) == needs_others]
+            with ThreadPoolExecutor(jobs) as pool:
+                try:
+                    failed += [run for run, is_done in zip(now, pool.map(self._do, now), strict=True) if not is_done]
+                except KeyboardInterrupt:
+                    self._stop()
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        return failed
+
+    def _do(self, run: Run) -> bool:
+        """Do a run unless it is done. Returns whether it is done now."""
+        vars(run).pop("settings", None)  # they are unknown as long as the runs that it waits for are not finished
+        if run.stored() is not None:
+            return True
+        if run.settings is None:
+            print(f"{run}: not run, because {run.row.epochs_of!r} has not finished with all seeds", flush=True)
+            return False
+        state = ", because its settings or its data have changed" if run.is_outdated() else ""
+        print(f"{run}: started in {run.folder}{state}", flush=True)
+        begun, log = time.monotonic(), run.folder / "output.txt"
+        try:
+            for command in run.commands():
+                self._run(command, log, run.threads)
+        except UserError as error:
+            if not self._is_stopped:
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+                last = "".join(f"    {line}\n" for line in lines[-_LAST_LINES:])
+                print(f"{run}: failed: {error}. The end of {log}:\n{last}", end="", flush=True)
+            return False
+        result = run.stored()
+        assert result is not None
+        shown = " ".join(f"{name}={result.metrics[name]:.4f}" for name in run.table.metrics if name in result.metrics)
+        print(f"{run}: held out: {shown}, {time.monotonic() - begun:.0f} s", flush=True)
+        return True
+
+    def _run(self, command: Sequence[str], log: Path, threads: int) -> None:
+        """Run a command. Raises UserError if it fails or must not be started any more."""
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        with log.open("ab") as output:
+            # A session of its own: Ctrl-C reaches this program alone, which then stops the runs in order.
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=output, start_new_session=True, preexec_fn=end_with_parent,
+            )  # fmt: skip
+        self._processes.add(process)
+        if self._is_stopped:
+            process.terminate()
+        if code := process.wait():
+            raise UserError(f"a command ended with exit code {code}")
+        self._processes.remove(process)
+
+    def _stop(self) -> None:
+        """End the processes; trainings save a checkpoint first. A second Ctrl-C kills them at once."""
+        self._is_stopped = True
+        deadline = time.monotonic() + _STOP_S
+        for process in self._processes:
+            process.terminate()
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            for process in self._processes:
+                process.wait(timeout=max(0.1, deadline - time.monotonic()))
+        for process in self._processes:
+            process.kill()
 
 
 def runs_of(
@@ -96,7 +181,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=ROOT / "tmp_data", help="directory of the preprocessed data")
     add("--raw", type=Path, help="directory with a directory of raw files for each dataset; else they are downloaded")
     add("--work", type=Path, default=ROOT / "runs" / "quality", help="directory for runs and checkpoints")
-    add("--output", type=Path, default=OUTPUT, help="directory for tables, plots and raw metrics")
+    add("--output", type=Path, default=OUTPUT, help="directory for tables, plots and results")
     add("--gin-bindings", nargs="+", action="extend", default=[], help="for all rows, to try something; needs --output")
     add("--dry-run", action="store_true", help="check the settings and list what would be done")
     options = parser.parse_args(arguments)
@@ -130,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     preprocess_table(table, places, options.raw)
     signal.signal(signal.SIGTERM, stop_as_ctrl_c)
     try:
-        failed = execute(runs, options.jobs)
+        failed = Runner().execute(runs, options.jobs)
     except KeyboardInterrupt as stop:
         print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
         return int(stop.args[0]) if stop.args else 128 + signal.SIGINT

@@ -1,10 +1,11 @@
-"""One run of the campaign, a row of a table with a seed: its commands, and its result in one file of JSON lines."""
+"""One run of the campaign, a row of a table with a seed: its commands, and its line in the results of the table."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +14,11 @@ from typing import Any
 
 from hstu.base.errors import ConfigError, UserError
 from hstu.base.files import replace_text
-from hstu.config.args import DatasetArgs
 from hstu.config.gin_io import read_and_check
 from hstu.config.gin_scan import scan
 from hstu.config.rules import RULES
 from hstu.config.run_config import RunConfig
 from hstu.data.rules import DATA_RULES
-from hstu.data.sampling.samples import build_samples
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.records import read_metrics
 from scripts.quality.tables import Row, Table
@@ -28,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 METRICS = "metrics.jsonl"
 _SAVE_INTERVAL = 200
 """Iterations between two checkpoints: what a kill may cost."""
+_WRITING = threading.Lock()
 
 
 class RunFailed(UserError):
@@ -43,7 +43,7 @@ class Places:
     work: Path
     """Runs and their checkpoints."""
     output: Path
-    """Tables, plots and raw metrics."""
+    """Tables, plots and results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,8 @@ class Result:
     """That were trained."""
     seconds: float | None = None
     """Wall time of the training, with evaluations on the validation part."""
-    tokens: float | None = None
-    """Trained on, repeated ones counted again."""
-    flops: float | None = None
-    """Of forward and backward for these tokens."""
+    curve: Sequence[tuple[float, float]] = ()
+    """(epoch, value of the first metric) of the evaluations on the validation part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,56 +144,39 @@ class Run:
             tested = self.folder / "checkpoints" / ("best" if self.table.chooses(self.row) else "")
             yield ["scripts/quality/evaluate.py", "--checkpoint", str(tested), "--output", str(self._test_file)]
 
-    def progress(self) -> float:
-        """The share of the training that is done, in [0, 1]."""
-        file = self.folder / METRICS
-        if self.row.peer or not file.exists():
-            return 0.0
-        last = next((record["epoch"] for record in reversed(read_metrics(file)) if record["kind"] == "train"), 0.0)
-        return min(1.0, float(last) / self._epochs)
-
     # --- result ---
 
     @property
-    def result_file(self) -> Path:
-        """The raw metrics and the result."""
-        return self.places.output / self.table_name / "raw" / f"{slug(self.row.name)}-seed{self.seed}.jsonl"
+    def results(self) -> Path:
+        """The file with a line per run of the table."""
+        return self.places.output / self.table_name / "results.jsonl"
 
     def stored(self) -> Result | None:
         """The result, if there is one of these settings and this data."""
-        header, records = read_result_file(self.result_file)
-        if self.settings is None or header.get("settings") != list(self.settings):
+        line = read_results(self.results).get((self.row.name, self.seed), {})
+        if self.settings is None or line.get("settings") != list(self.settings):
             return None
         facts = self.data_facts()
-        if facts is not None and header.get("data") != facts:
-            return None
-        return Result(**records[-1])
+        return None if facts is not None and line["data"] != facts else Result(**line["result"])
 
     def is_outdated(self) -> bool:
         """Whether there is a result of other settings or of other data."""
-        return self.result_file.exists() and self.stored() is None
+        return (self.row.name, self.seed) in read_results(self.results) and self.stored() is None
 
     def data_facts(self) -> dict[str, Any] | None:
         """What the data of the table is. None: it is not preprocessed."""
         return data_facts(self.places.data / self.table.dataset)
 
-    def curve(self) -> list[tuple[float, float]]:
-        """(epoch, value of the first metric) of the evaluations on the validation part."""
-        _, records = read_result_file(self.result_file)
-        found = [record for record in records[:-1] if record.get("kind") == "eval" and record["split"] == "valid"]
-        values = [(record["epoch"], record["metrics"].get(self.table.metric)) for record in found]
-        return [(epoch, value) for epoch, value in values if value is not None]
-
     def _write_result(self) -> None:
-        header = {
-            "kind": "run", "table": self.table_name, "row": self.row.name, "seed": self.seed,
-            "settings": self.settings, "data": self.data_facts(), "threads": self.threads,
-        }  # fmt: skip
         result = self._peer_result() if self.row.peer else self._trained_result()
-        records = [] if self.row.peer else read_metrics(self.folder / METRICS)
-        lines = [json.dumps(each) for each in (header, *records, {"kind": "result", **vars(result)})]
-        self.result_file.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self.result_file, "\n".join(lines) + "\n")
+        line = {
+            "row": self.row.name, "seed": self.seed, "settings": self.settings, "data": self.data_facts(),
+            "threads": self.threads, "result": vars(result),
+        }  # fmt: skip
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        with _WRITING:
+            lines = read_results(self.results) | {(self.row.name, self.seed): line}
+            replace_text(self.results, "".join(json.dumps(each) + "\n" for each in lines.values()))
 
     def _peer_result(self) -> Result:
         written = json.loads(self._peer_file.read_text(encoding="utf-8"))
@@ -210,26 +191,13 @@ class Run:
             chosen = next(e for e in evaluations if (e["split"], e["iter"]) == (best["split"], best["iter"]))
             validation = chosen["metrics"]
         metrics = json.loads(self._test_file.read_text(encoding="utf-8"))["metrics"]
-        tokens, flops = self._work(records)
+        valid = [(each["epoch"], each["metrics"]) for each in evaluations if each["split"] == "valid"]
         lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
         return Result(
             metrics=metrics, validation=validation, iteration=chosen["iter"], epoch=chosen["epoch"],
-            epochs=records[-1]["epoch"], seconds=seconds_of(lines), tokens=tokens, flops=flops,
+            epochs=records[-1]["epoch"], seconds=seconds_of(lines),
+            curve=[(epoch, found[self.table.metric]) for epoch, found in valid if self.table.metric in found],
         )  # fmt: skip
-
-    def _work(self, records: Sequence[dict[str, Any]]) -> tuple[float, float]:
-        """Tokens and FLOPs: those per sample between two records, times the samples of that share of an epoch."""
-        dataset = self.config.dataset
-        assert isinstance(dataset, DatasetArgs) and dataset.dataset_path is not None
-        store = SequenceStore.open(dataset.dataset_path)
-        samples = len(build_samples(store, dataset, self.table.task, "train", self.seed))
-        tokens, flops, before = 0.0, 0.0, 0.0
-        for record in (record for record in records if record["kind"] == "train"):
-            seconds = (record["epoch"] - before) * samples / record["samples_per_s"]
-            tokens += record["tokens_per_s"] * seconds
-            flops += 1e12 * record["tflops"] * seconds
-            before = record["epoch"]
-        return round(tokens), round(flops)
 
     # --- bindings ---
 
@@ -244,13 +212,6 @@ class Run:
     @property
     def _peer_file(self) -> Path:
         return self.folder / "peer.json"
-
-    @property
-    def _epochs(self) -> float:
-        trainer = self.config.trainer
-        if trainer.max_train_iters is not None:
-            raise ConfigError(f"row {self.row.name!r}: set TrainerArgs.num_train_epochs instead of max_train_iters")
-        return trainer.num_train_epochs or 1.0
 
     def _bindings(self) -> tuple[str, ...]:
         return (*self.table.bindings_of(self.row), *self.bindings)
@@ -321,13 +282,10 @@ def data_facts(store: Path) -> dict[str, Any] | None:
     }
 
 
-def read_result_file(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The header of a result file and its other lines, the last of which is the result. ({}, []): there is no file."""
-    if not file.exists():
-        return {}, []
-    header, *records = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    records[-1].pop("kind")
-    return header, records
+def read_results(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """(row, seed) → the line of a run in a file of results; {} if there is no file."""
+    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines()) if file.exists() else ()
+    return {(line["row"], line["seed"]): line for line in lines}
 
 
 def seconds_of(lines: Sequence[str]) -> float:

@@ -142,11 +142,10 @@ _RETRIEVAL_PEERS = tuple(
     Row(
         name=name,
         peer=(
-            "scripts/quality/retrieval_peers.py", "--store", "$store", "--output", "$folder", "--seeds", "$seed",
-            "--peers", name,
+            "scripts/quality/retrieval_peers.py", "--store", "$store", "--output", "$folder/peer.json", "--peers", name,
         ),
     )
-    for name in ("popularity", "item_knn_recent", "ease_recent", "gru4rec", "sasrec_published", "sasrec_unseen")
+    for name in ("popularity", "item_knn", "item_knn_recent", "ease", "ease_recent")
 )  # fmt: skip
 _NO_NUMBERS = (
     "TrainerArgs.train_batch_size = 8",

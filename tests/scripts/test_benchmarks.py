@@ -248,31 +248,6 @@ def test_the_roofline_expects_less_of_short_sequences_and_states_the_deviation()
     assert roofline.deviation({"low": 50.0, "high": 150.0, "published": 100}) == "-50 to +50 %"
 
 
-def test_scoring_with_a_cached_history_is_compared_with_whole_forwards(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = import_module("incremental_cpu")
-    for name, value in {"HEADS": 2, "HEAD_DIM": 4, "HIDDEN": 8, "IDS": 50}.items():
-        monkeypatch.setattr(script, name, value)
-    sizes = ["--events", "12", "--candidates", "5", "--layers", "2", "--micro-batches", "2", "--rounds", "1"]
-    monkeypatch.setattr("sys.argv", ["incremental_cpu", *sizes, "--threads", "0", "--cache-bytes", "1000000"])
-    script.main()
-    written = json.loads(capsys.readouterr().out)
-    assert max(written["deviation"].values()) < 1e-6
-    gflop = {row["way"]: row["gflop"] for row in written["scoring"]}
-    history, a_token, a_pair = 24, 2 * 2 * 8 * 5 * 8 / 1e9, 2 * 4 * 8 / 1e9
-    whole = history * a_token + history * (history + 1) / 2 * a_pair
-    assert gflop == pytest.approx(
-        {
-            "cache": 5 * a_token + 5 * (history + 1) * a_pair,
-            "one forward with all 5": whole + 10 * a_token + 5 * (2 * history + 3) * a_pair,
-            "3 forwards with 2": 3 * whole + 10 * a_token + 5 * (2 * history + 3) * a_pair,
-            "cache, history encoded first": whole + 5 * a_token + 5 * (history + 1) * a_pair,
-        },
-        rel=1e-3,
-    )
-
-
 def test_lost_and_wrong_answers_of_the_server_are_counted() -> None:
     script = import_module("serve_cpu")
     right = {
@@ -321,18 +296,6 @@ def test_the_clients_of_the_server_note_each_answer_and_each_lost_request() -> N
     assert all(each[4] == bodies[each[0]] for each in load.answers if each[1]) and all(
         a[2] <= a[3] for a in load.answers
     )
-
-
-@pytest.mark.slow
-def test_a_context_parallel_rank_needs_its_share_of_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    file = tmp_path / "context.json"
-    options = ["--longest", "2000", "--layers", "8", "--span", "64", "--ranks", "1", "4", "--output"]
-    monkeypatch.setattr("sys.argv", ["context_cpu", *options, str(file)])
-    import_module("context_cpu").main()
-    alone, four = json.loads(file.read_text())["rows"]
-    assert alone["kept_bytes"] > 10**8
-    assert four["kept_over_share"] < 1.02 and four["peak_over_share"] < 1.1
-    assert four["loss_off"] < 1e-6 and four["weight_gradient_off"] < 1e-5
 
 
 def test_the_fastest_configuration_of_each_kernel_is_named(tmp_path: Path) -> None:

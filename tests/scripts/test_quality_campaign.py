@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from hstu.data.store.sequence_store import SequenceStore
-from scripts.quality import report, scaling
+from scripts.quality import report
 from scripts.quality import run as command
 from scripts.quality.means import mean_and_error, number, paired_difference
-from scripts.quality.runs import Places, Run, read_result_file, seconds_of
+from scripts.quality.runs import Places, Run, read_results, seconds_of
 from scripts.quality.tables import TABLES, Row, Table, without_each
 from tests.conftest import write_small_store
 
@@ -106,11 +106,10 @@ def test_what_is_done_is_kept_and_the_table_has_means_errors_and_pairs(
     assert run(place, "--seeds", "3", "--rows", "ease") == 0 and calls(place) == 3
     assert run(place, "--seeds", "3", "--jobs", "2") == 0 and calls(place) == 6
     lines = (place / "output" / "toy" / "README.md").read_text().splitlines()
-    assert "| ease | .2700 ± .0058 | .5000 ± .0000 |  |  | +.0500 ± .0000 | 3 |  | 0.1 |  |" in lines
-    assert "ETA" in capsys.readouterr().out
+    assert "| ease | .2700 ± .0058 | .5000 ± .0000 |  |  | +.0500 ± .0000 | 3 |  | 0.1 |" in lines
 
-    header, _ = read_result_file(place / "output" / "toy" / "raw" / "ease-seed1.jsonl")
-    assert header["data"] == {"users": 2, "items": 4, "events": 7}
+    line = read_results(place / "output" / "toy" / "results.jsonl")["ease", 1]
+    assert line["data"] == {"users": 2, "items": 4, "events": 7}
     monkeypatch.setitem(TABLES, "toy", table(place, sasrec=0.2, ease=0.3))
     assert run(place, "--seeds", "1", "--dry-run") == 0
     shown = capsys.readouterr().out
@@ -132,13 +131,7 @@ def test_a_stop_signal_ends_what_runs_and_keeps_what_is_done(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(TABLES, "toy", table(place, ease=0.25, endless=8.5))
-    write = command.execute
-
-    def stopped_soon(runs: Sequence[Run], jobs: int) -> list[Run]:
-        threading.Thread(target=stop_when, args=(lambda: calls(place) == 2,)).start()
-        return write(runs, jobs)
-
-    monkeypatch.setattr(command, "execute", stopped_soon)
+    threading.Thread(target=stop_when, args=(lambda: calls(place) == 2,)).start()
     begun = time.monotonic()
     assert run(place, "--seeds", "1") == 128 + signal.SIGTERM and time.monotonic() - begun < 40
     assert "the same command goes on" in capsys.readouterr().err
@@ -168,28 +161,26 @@ def test_a_stopped_training_goes_on_and_validation_says_which_weights_are_tested
         arguments = ["--table", "tiny", "--seeds", "1", "--threads", "1", *places, *more]
         return command.main([*arguments, "--output", str(tmp_path / folder)])
 
-    def results(folder: str, row: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        records = read_result_file(tmp_path / folder / "tiny" / "raw" / f"{row}-seed1.jsonl")[1]
-        return [record for record in records[:-1] if record["kind"] == "eval"], records[-1]
+    def result_of(folder: str, row: str) -> dict[str, Any]:
+        result: dict[str, Any] = read_results(tmp_path / folder / "tiny" / "results.jsonl")[row, 1]["result"]
+        return result
 
     assert start("at once") == 0
-    evaluations, result = results("at once", "short")
-    valid = [each for each in evaluations if each["split"] == "valid"]
-    best = max(valid, key=lambda each: each["metrics"]["NDCG@10"])
-    assert len(valid) > 3 and (result["iteration"], result["validation"]) == (best["iter"], best["metrics"])
-    assert result["tokens"] > 0
+    result = result_of("at once", "short")
+    best = max(result["curve"], key=lambda each: each[1])
+    assert len(result["curve"]) > 3 and [result["epoch"], result["validation"]["NDCG@10"]] == best
     assert {file.name for file in (tmp_path / "at once" / "tiny").glob("*.png")} == {"curves.png", "metrics.png"}
-    evaluations, whole = results("at once", "whole")
-    assert len(evaluations) == 1 and whole["epochs"] == max(1, round(result["epoch"]))
+    whole = result_of("at once", "whole")
+    assert not whole["curve"] and whole["epochs"] == max(1, round(result["epoch"]))
 
     def has_begun() -> bool:
         return any("eval" in file.read_text() for file in tmp_path.glob("stopped/work/*/*/*/metrics.jsonl"))
 
     threading.Thread(target=stop_when, args=(has_begun,)).start()
     assert start("stopped", "--rows", "short") == 128 + signal.SIGTERM
-    assert not (tmp_path / "stopped" / "tiny" / "raw").exists()
+    assert not (tmp_path / "stopped" / "tiny" / "results.jsonl").exists()
     assert start("stopped", "--rows", "short") == 0
-    resumed = results("stopped", "short")[1]
+    resumed = result_of("stopped", "short")
     assert [resumed[name] for name in ("metrics", "iteration")] == [result[name] for name in ("metrics", "iteration")]
 
 
@@ -204,31 +195,6 @@ def test_names_that_do_not_exist_are_refused(place: Path, capsys: pytest.Capture
     assert command.main(["--table", "ml_1m_retrieval", *arguments]) == 2
     error = capsys.readouterr().err
     assert "row 'all'" in error and "did you mean 'num_layers'" in error
-
-
-def test_a_power_law_is_found_with_its_uncertainty() -> None:
-    flops = np.geomspace(1e9, 1e12, 12)
-    exact = 2.0 + 0.5 * (flops / np.exp(np.log(flops).mean())) ** -0.3
-    fit = scaling.fit_power_law(flops.tolist(), exact.tolist())
-    assert fit is not None and (fit.a, fit.b, fit.c) == pytest.approx((2.0, 0.5, 0.3), rel=1e-3)
-    assert fit.at(flops) == pytest.approx(exact)
-    noise = np.random.default_rng(0).normal(0, 0.02, (20, 12))
-    fits = [scaling.fit_power_law(flops.tolist(), (exact + row).tolist()) for row in noise]
-    off = np.array([(found.c - 0.3) / found.errors[2] for found in fits if found is not None])
-    assert len(off) > 15 and 0.4 < np.std(off) < 2.5  # the error that is told is the one that is made
-    assert scaling.fit_power_law([1e9, 1e10, 1e11], [3.0, 2.0, 1.5]) is None
-
-
-def test_sizes_change_one_thing_at_a_time(tmp_path: Path) -> None:
-    assert scaling.sizes({"width": 8, "depth": 2}, {"width": (4, 8), "depth": (2, 4)}) == [
-        {"width": 8, "depth": 2}, {"width": 4, "depth": 2}, {"width": 8, "depth": 4}
-    ]  # fmt: skip
-    study = scaling.films()
-    for run in scaling.runs_of(study, Places(data=tmp_path, work=tmp_path, output=tmp_path), threads=1):
-        run.check()
-    points = [scaling.Point(size, 1e9 * 2**place, 5 - place / 8, 0.1) for place, size in enumerate(study.sizes)]
-    page = scaling.describe(study, points, None)
-    assert "| 16 | 2 | 32 | 1.00e+09 | 5.0000 | .1000 |" in page and "do not determine" in page
 
 
 def test_time_is_that_of_all_attempts() -> None:

@@ -31,11 +31,12 @@ from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.parallel.dynamic.content import merged
 from hstu.parallel.mesh import Mesh
 from hstu.serve.evaluation import evaluate_split
+from hstu.serve.histories import histories, stored_vocabulary
 from hstu.serve.loaded import LoadedModel
+from hstu.serve.runtime.requests import History
 from hstu.serve.session import Session
 from hstu.serve.vectors import item_vectors
 from hstu.train.corpus import Corpus, Queries, recommend
-from hstu.train.given_histories import History, HistoryEncoder, Vocabulary
 from hstu.train.inference import StoredSource
 
 __all__ = [
@@ -77,22 +78,6 @@ class Table:
 def open_store(path: str | Path) -> SequenceStore:
     """Open preprocessed data, for example ``tmp_data/ml-100k``. Raises DataError."""
     return SequenceStore.open(path)
-
-
-def histories(store: SequenceStore, rows: Iterable[int] | None = None) -> Iterator[History]:
-    """Iterate over the users of a store, or over those in ``rows``. Only what is yielded is read from disk."""
-    offsets, raw = store.offsets(), {name: store.raw_ids(name) for name in _with_vocabulary(store)}
-    for row in range(store.num_users) if rows is None else rows:
-        events = slice(int(offsets[row]), int(offsets[row + 1]))
-        action, timestamp = store.action_feature, store.timestamp_feature
-        codes = {name: int(store.context(name)[row]) for name in store.contextual_features}
-        yield History(
-            user=raw[USER_FEATURE][row],
-            items=raw[store.item_feature][store.sequence(store.item_feature)[events]],
-            actions=None if action is None else store.sequence(action)[events],
-            timestamps=None if timestamp is None else store.sequence(timestamp)[events],
-            context={name: raw[name][code] if name in raw else code for name, code in codes.items()},
-        )
 
 
 def load(
@@ -166,9 +151,9 @@ class TrainedModel(LoadedModel):
     def known_users(self, users: Iterable[Any]) -> tuple[list[Any], list[Any]]:
         """Divide raw user ids into those that the data has and those that it does not have, each in order."""
         named = list(users)
-        is_known = self.users.encode(named) != self.users.unknown
+        places = self.users.places(named).tolist()
         known, unknown = (
-            [user for user, each in zip(named, is_known, strict=True) if each == b] for b in (True, False)
+            [user for user, place in zip(named, places, strict=True) if (place >= 0) == b] for b in (True, False)
         )
         return known, unknown
 
@@ -186,23 +171,25 @@ class TrainedModel(LoadedModel):
                 or one with events after ``at``.
             ConfigError: as :meth:`user_embeddings`, which says what ``at`` is.
         """
-        corpus, item = self.retrieval_evaluator().corpus(), self.source.roles.item
-        encoder = HistoryEncoder(self.config, self.source, self.vocabularies)
-        vectors = self.user_vectors(encoder.batches(given), at)
+        corpus, item_feature = self.retrieval_evaluator().corpus(), self.source.roles.item
+        vectors = self.user_vectors(self.encoder.batches(given), at)
         lengths = np.array([len(history.items) for history in given], dtype=np.int64)
         items = [item for history in given for item in history.items]
-        seen = encoder.encode(item, items)
-        encoder.unknown[item] |= {items[place] for place in np.flatnonzero(corpus.positions(seen) < 0)}
+        seen = self.vocabularies[item_feature].rows(items).numpy()
         best = self._best([history.user for history in given], vectors, corpus, seen, lengths, top)
-        return best, {name: sorted(values, key=str) for name, values in encoder.unknown.items() if values}
+        unknown = self.encoder.unknown(given)
+        if absent := {items[place] for place in np.flatnonzero(corpus.positions(seen) < 0)}:
+            unknown[item_feature] = sorted(absent, key=str)
+        return best, unknown
 
     def histories(self, users: Sequence[Any]) -> Iterator[History]:
-        """The histories of users of the data, with the context that the model reads; not with features of events.
+        """The histories of users of the data, with the context and the features of events that the model reads.
 
         Raises DataError that names unknown users.
         """
-        names = self.source.roles.contextual
-        for history in histories(self.store, encode_users(self.store, users)):
+        names, of_events = self.source.roles.contextual, (*self.store.event_features, *self.store.event_number_features)
+        features = [name for name in self.source.roles.side if name in of_events]
+        for history in histories(self.store, encode_users(self.store, users), features):
             yield replace(history, context={name: history.context[name] for name in names})
 
     def session(self, cache_bytes: int, **options: Any) -> Session:
@@ -234,13 +221,12 @@ class TrainedModel(LoadedModel):
 
     def _describe_items(self, ids: np.ndarray) -> tuple[list[Any], list[str]]:
         """Raw ids and titles of items, given by what the model gets for them."""
-        items = self.vocabularies[self.source.roles.item].decode(ids)
+        items = self.vocabularies[self.source.roles.item].values_at(torch.from_numpy(ids))
         titles = None if isinstance(self.source, StoredSource) else self.store.titles()
         if titles is None:
             return items, [str(item) for item in items]
-        vocabulary = Vocabulary(len(titles), self.store.raw_ids(self.source.roles.item), keeps_raw=False)
-        codes = vocabulary.encode(items)  # some may be of data that is not in this store
-        named = [str(titles[code]) if code != vocabulary.unknown else "" for code in codes]
+        codes = stored_vocabulary(self.store, self.source.roles.item).places(items).tolist()
+        named = [str(titles[code]) if code >= 0 else "" for code in codes]  # -1: of data that is not in this store
         return items, [title or str(item) for title, item in zip(named, items, strict=True)]
 
     def _user_vectors(self, rows: np.ndarray, at: int | None = None) -> Tensor:
@@ -268,7 +254,3 @@ def encode_users(store: SequenceStore, users: Sequence[Any]) -> np.ndarray:
     except ValueError as error:
         raise DataError(f"{store.path}: user ids are whole numbers, got {list(users)!r}") from error
     return store.encode(USER_FEATURE, numbers)
-
-
-def _with_vocabulary(store: SequenceStore) -> list[str]:
-    return [USER_FEATURE, *(name for name, feature in store.features.items() if feature.has_vocab)]

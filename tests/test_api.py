@@ -1,6 +1,7 @@
 """The Python interface: what a notebook does with a trained run."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,7 @@ def test_asked_at_the_time_of_the_held_out_event_a_model_gives_what_is_evaluated
     (whole,) = api.histories(store, [int(batch.user_ids[row])])
     assert whole.timestamps is not None and whole.actions is not None
     times = np.asarray(whole.timestamps)
-    history = api.History(whole.user, whole.items[:-1], whole.actions[:-1], times[:-1], whole.context)
+    history = replace(whole, items=whole.items[:-1], actions=whole.actions[:-1], timestamps=times[:-1])
     expected = model.forward(batch).queries
     assert expected is not None
     scores = [

@@ -14,9 +14,8 @@ from torch import Tensor
 from hstu.base.errors import DataError
 from hstu.data.batches.batch import HSTUBatch
 from hstu.serve import runtime
+from hstu.serve.histories import BatchEncoder
 from hstu.serve.loaded import LoadedModel
-from hstu.train.given_histories import History, HistoryEncoder
-from hstu.train.inference import asked_at
 
 TOLERANCE = 1e-4
 """Largest difference of a score or a number of a vector, relative to 1 + its absolute value."""
@@ -52,16 +51,14 @@ def random_requests(model: runtime.Model, seed: int = 0, count: int = 10) -> lis
     lengths = [1, 2, longest + 3, *(draw.randint(1, longest) for _ in range(count - 3))]
     histories = [_history(model, user, length, draw) for user, length in enumerate(lengths)]
     rule = model.facts["candidates"]
-    most = 1 if _reads(model, "time_gap") else 3  # for the model, that of a candidate depends on the one before it
-    if rule["trained"] and rule["most"]:
-        most = min(most, rule["most"])
+    most = min(3, rule["most"] or 3) if rule["trained"] else 3
     shown = [_candidates(model, history, draw.randint(1, most), draw) for history in histories]
     found = [Requests(histories, shown, None)]
     if model.reads_request_time:
         newest = max(int(time) for history in histories for time in history.timestamps or ())
         found.append(Requests(histories, shown, newest + draw.randrange(1, _DAY_S)))
         if model.facts["task"] == "ranking":  # a user who has done nothing yet
-            empty = runtime.History([], context=histories[0].context, user=histories[0].user)
+            empty = runtime.History(items=[], context=histories[0].context, user=histories[0].user)
             found[-1] = replace(found[-1], histories=[empty, *histories], candidates=[shown[0], *shown])
     return found
 
@@ -122,44 +119,38 @@ def answers(model: runtime.Model, requests: Requests) -> Tensor:
 
 def expected_answers(trained: LoadedModel, model: runtime.Model, requests: Requests) -> Tensor:
     """The same, computed by the model as in evaluation."""
-    encoder = HistoryEncoder(trained.config, trained.source, trained.vocabularies)
     if model.facts["task"] == "ranking":
-        return torch.cat(list(_logits(trained, encoder, model, requests)))
-    batches = encoder.batches([_as_given(history) for history in requests.histories])
-    if requests.at is not None:
-        batches = asked_at(batches, requests.at)
-    found = []
-    for batch in batches:
-        queries = trained.model(batch.to(trained.mesh.device)).queries
-        found.append(queries[: batch.real_batch_size].cpu())
-    return torch.cat([*found, _item_vectors(trained, model)])
+        return torch.cat(list(_logits(trained, model, requests)))
+    queries = trained.user_vectors(trained.encoder.batches(requests.histories), requests.at)
+    return torch.cat([queries.cpu(), _item_vectors(trained, model)])
 
 
 def _item_vectors(trained: LoadedModel, model: runtime.Model) -> Tensor:
     """Vectors of all items in the order of the directory; zeros for those that are no candidates."""
     corpus = trained.retrieval_evaluator().corpus()
     vectors = corpus.vectors()
-    names = trained.vocabularies[trained.source.roles.item]
-    places = model.encoder.items.places(names.decode(corpus.ids.cpu().numpy()))
+    items = trained.vocabularies[trained.source.roles.item].values_at(corpus.ids.cpu())
     found = torch.zeros(model.encoder.items.size, vectors.shape[1])
-    found[places] = vectors
+    found[model.encoder.items.places(items)] = vectors
     return found
 
 
-def _logits(
-    trained: LoadedModel, encoder: HistoryEncoder, model: runtime.Model, requests: Requests
-) -> Iterator[Tensor]:
+def _logits(trained: LoadedModel, model: runtime.Model, requests: Requests) -> Iterator[Tensor]:
     """Logits of the candidates: together, as in training with candidates; else each as the newest event."""
-    rule, whole, counts = model.facts["candidates"], [], []
+    encoder = BatchEncoder(trained.config, trained.source, trained.vocabularies, model.facts)
+    is_trained, sequences = model.facts["candidates"]["trained"], []
     for history, shown in zip(requests.histories, requests.candidates, strict=True):
-        for places in [range(len(shown.items))] if rule["trained"] else [[place] for place in range(len(shown.items))]:
-            whole.append(_followed_by(model, history, shown, list(places), requests.at))
-            counts.append(len(places))
+        count = len(shown.items)
+        events = encoder.history(history, requests.at, model.facts["max_items"] - (count if is_trained else 1))
+        parts = encoder.candidates(shown, history, requests.at, 1 if is_trained else count)
+        sequences += [(events, part) for part in parts]
     first = 0
-    for batch in encoder.batches(whole):
-        own = counts[first : first + batch.real_batch_size]
+    for batch in encoder.batches_of(sequences):
+        counts = [0 if shown is None else shown.length for _, shown in sequences[first : first + batch.real_batch_size]]
         first += batch.real_batch_size
-        yield trained.model(_labelled(trained, model, batch, own).to(trained.mesh.device)).logits.cpu()
+        logits = trained.forward(_labelled(trained, model, batch, counts)).logits
+        assert logits is not None, "a ranking model has logits"
+        yield logits.cpu()
 
 
 def _labelled(trained: LoadedModel, model: runtime.Model, batch: HSTUBatch, counts: Sequence[int]) -> HSTUBatch:
@@ -180,41 +171,6 @@ def _labelled(trained: LoadedModel, model: runtime.Model, batch: HSTUBatch, coun
     )
 
 
-def _followed_by(
-    model: runtime.Model, history: runtime.History, shown: runtime.Candidates, places: list[int], at: int | None
-) -> History:
-    """The history with some candidates as its newest events. What is unknown of them must have no influence."""
-    given, count = _as_given(history), len(places)
-    last = {name: list(values) + [values[-1]] * count for name, values in given.features.items()}
-    for name, values in shown.features.items():
-        last[name] = [*last.get(name, ())][: len(history.items)] + [values[place] for place in places]
-    if not history.items:
-        last |= {name: [None] * count for name in [*model.facts["known_after"], *_numbers_known_after(model)]}
-    times = None
-    if model.facts["reads_times"]:
-        earlier = list(history.timestamps or ())
-        times = earlier + [earlier[-1] if at is None else at] * count
-    return replace(
-        given,
-        items=[*history.items, *(shown.items[place] for place in places)],
-        actions=[*(history.actions or ()), *[1] * count],
-        timestamps=times,
-        features=last,
-    )
-
-
-def _numbers_known_after(model: runtime.Model) -> list[str]:
-    return [entry["name"] for entry in model.facts["numbers"] if entry["known_after"]]
-
-
-def _as_given(history: runtime.History) -> History:
-    return History(**vars(history))
-
-
-def _reads(model: runtime.Model, feature: str) -> bool:
-    return feature in (*model.facts["side"], *model.facts["known_after"])
-
-
 def _history(model: runtime.Model, user: int, length: int, draw: random.Random) -> runtime.History:
     facts, times, now = model.facts, [], 1_000_000_000 + draw.randrange(_DAY_S)
     for _ in range(length):
@@ -226,29 +182,19 @@ def _history(model: runtime.Model, user: int, length: int, draw: random.Random) 
         actions=_values(model, facts["action"], length, draw, unknown=False) if facts["action"] else None,
         timestamps=times if facts["reads_times"] else None,
         context={name: _values(model, name, 1, draw)[0] for name in chosen},
-        features={name: _of_events(model, name, length, draw) for name in _given(model, draw)},
+        features={
+            name: _of_events(model, name, length, draw)
+            for name, must in model.encoder.given_features.items()
+            if must or draw.random() < 0.3
+        },
         user=user,
     )
 
 
 def _candidates(model: runtime.Model, history: runtime.History, count: int, draw: random.Random) -> runtime.Candidates:
-    facts = model.facts
-    before = [*facts["side"], *(entry["name"] for entry in facts["numbers"] if not entry["known_after"])]
-    names = [name for name in before if name in history.features]
-    items = _values(model, facts["item"], count, draw)
+    names = [name for name in model.encoder.known_before if name in history.features]
+    items = _values(model, model.facts["item"], count, draw)
     return runtime.Candidates(items, {name: _of_events(model, name, count, draw) for name in names})
-
-
-def _given(model: runtime.Model, draw: random.Random) -> list[str]:
-    """The features that a history gives: those of events and, sometimes, of items."""
-    facts = model.facts
-    names = [*facts["side"], *facts["known_after"], *(entry["name"] for entry in facts["numbers"])]
-    return [
-        name
-        for name in names
-        if facts["features"].get(name, {}).get("kind") != "time"
-        and (not model.encoder.knows_of_items(name) or draw.random() < 0.3)
-    ]
 
 
 def _of_events(model: runtime.Model, name: str, count: int, draw: random.Random) -> list[Any]:

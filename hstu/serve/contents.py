@@ -14,21 +14,18 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.base.ids import codes_of
 from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs
 from hstu.data.batches.batch import is_of_negatives
-from hstu.data.datasets.spec import UNKNOWN
-from hstu.data.store.layout import TIME_FEATURES
-from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.embedding import TableSpec
 from hstu.model.ranking import RankingDense, RankingModel
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.tasks import MultiTaskDense
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.tables import dynamic_tables
+from hstu.serve.histories import ItemsOfData, request_facts
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.program import ServingProgram
 from hstu.serve.runtime.files import FORMAT, VERSION
 from hstu.serve.runtime.model import ITEM_VECTORS
-from hstu.train.given_histories import Vocabulary
-from hstu.train.inference import InferenceSource, StoredSource
+from hstu.train.inference import StoredSource
 
 MOST_CANDIDATES = 256
 """Candidates that are scored in one sequence, where training does not limit them."""
@@ -91,39 +88,24 @@ def collect(trained: LoadedModel, program: ServingProgram) -> Contents:
 
 
 def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
-    config, roles, inputs = trained.config, trained.source.roles, program.inputs
+    config, inputs = trained.config, program.inputs
     dataset, network, args = config.dataset, config.network, config.task_args
     assert isinstance(dataset, DatasetArgs)
-    times = [name for name in roles.side if name in TIME_FEATURES]
-    is_retrieval = isinstance(args, RetrievalArgs)
-    reads_bias = network.has_relative_bias
     has_candidates = dataset.has_candidates
     # As the newest event, a candidate counts among the newest tokens of a window and of a truncated history.
     alone = not has_candidates and (
         network.truncate_to_items is not None or (network.has_window and network.min_full_attention_tokens > 0)
     )
-    widths = zip(roles.numbers, roles.number_widths, strict=True)
     return {
+        **request_facts(config, trained.source, trained.vocabularies),
         "format": FORMAT,
         "version": VERSION,
-        "task": "retrieval" if is_retrieval else "ranking",
-        "item": roles.item,
-        "action": roles.action,
-        "contextual": list(roles.contextual),
-        "side": inputs.side["side"],
-        "known_after": inputs.side["known_after"],
-        "numbers": [{"name": name, "width": width, "known_after": name in roles.known_after} for name, width in widths],
         "inputs": list(program.input_names),
-        "max_items": trained.source.max_items,
         "tokens_per_item": inputs.tokens_per_item,
         "heads": network.num_attention_heads,
         "truncate_to_items": network.truncate_to_items,
-        "reads_times": reads_bias or any(name in TIME_FEATURES for name in roles.side),
-        "reads_request_time": (reads_bias and config.asks_for_next)
-        if is_retrieval
-        else reads_bias or any(name not in roles.known_after for name in times),
         "asks_for_next": config.asks_for_next,
-        "request_follows": is_retrieval or not has_candidates,
+        "request_follows": isinstance(args, RetrievalArgs) or not has_candidates,
         "candidates": {
             "trained": has_candidates,
             "apart": not alone,
@@ -164,7 +146,7 @@ class _Features:
     def __init__(self, trained: LoadedModel) -> None:
         self._model, self._source = trained.model, trained.source
         self._device = trained.mesh.device
-        self.vocabularies = trained.vocabularies
+        self._vocabularies = trained.vocabularies
         self.specs: dict[str, TableSpec] = {spec.name: spec for spec in trained.model.specs}
         self._spec_of = {name: spec for spec in trained.model.specs for name in spec.features}
         self._dynamic_ids = {
@@ -195,48 +177,42 @@ class _Features:
 
     def missing(self, feature: str) -> int:
         """The row that stands for missing values."""
-        return int(self.table_rows(feature, self.vocabularies[feature].encode([UNKNOWN]))[0])
-
-    def in_table(self, feature: str) -> np.ndarray:
-        """Of a feature with raw ids, those that have a row, ascending."""
-        return self._dynamic_ids[self._spec_of[feature].name]
+        return int(self.table_rows(feature, np.array([self._vocabularies[feature].missing]))[0])
 
     def _describe(self, feature: str) -> dict[str, Any]:
-        vocabulary, roles = self.vocabularies[feature], self._source.roles
-        facts = {
-            "table": self._spec_of[feature].name,
-            "is_list": feature in roles.lists,
-            "missing": self.missing(feature) if feature in roles.side else -1,
-        }
-        if feature == roles.item:
-            return facts | self.list_ids(feature, item_ids(self._source, self), vocabulary)
-        ids = self.in_table(feature) if vocabulary.keeps_raw else np.arange(vocabulary.num_ids, dtype=np.int64)
-        is_time = feature in TIME_FEATURES and vocabulary.raw_ids is None
-        return facts | self.list_ids(feature, ids, vocabulary) | ({"kind": "time"} if is_time else {})
-
-    def list_ids(self, feature: str, ids: np.ndarray, vocabulary: Vocabulary) -> dict[str, Any]:
-        """Store the raw ids of what the model gets, and their rows. Returns the kind of ids and their number."""
+        """Store the values of a feature, and their rows. Returns its facts."""
+        vocabulary, roles = self._vocabularies[feature], self._source.roles
+        kind = vocabulary.kind
+        ids = np.arange(vocabulary.size, dtype=np.int64)
+        if kind == "raw":
+            kind, ids = "numbers", self.item_ids() if feature == roles.item else self._in_table(feature)
+            self.tensors[f"ids.{feature}"] = torch.from_numpy(ids)
+        elif kind == "numbers":
+            self.tensors[f"ids.{feature}"] = vocabulary.numbers.clone()
+        elif kind == "texts":
+            self.tensors |= as_texts(f"ids.{feature}", vocabulary.texts)
         rows = self.table_rows(feature, ids)
         if not np.array_equal(rows, np.arange(len(rows))):
             self.tensors[f"rows.{feature}"] = torch.from_numpy(rows)
-        if vocabulary.raw_ids is None and not vocabulary.keeps_raw:
-            return {"kind": "range", "size": len(ids)}
-        raw = ids if vocabulary.keeps_raw else vocabulary.raw_ids[ids]  # type: ignore[index]
-        if raw.dtype == object:
-            self.tensors |= as_texts(f"ids.{feature}", raw)
-            return {"kind": "texts", "size": len(ids)}
-        self.tensors[f"ids.{feature}"] = torch.from_numpy(np.array(raw))
-        return {"kind": "numbers", "size": len(ids)}
+        return {
+            "table": self._spec_of[feature].name,
+            "is_list": feature in roles.lists,
+            "missing": self.missing(feature) if feature in roles.side else -1,
+            "kind": kind,
+            "size": len(ids),
+        }
 
+    def item_ids(self) -> np.ndarray:
+        """What the model gets for the items that it or the data has, ascending: the order of all of _Items."""
+        item = self._source.roles.item
+        if self._vocabularies[item].kind != "raw":
+            return np.arange(self._vocabularies[item].size, dtype=np.int64)
+        of_data = self._source.item_ids()
+        return self._in_table(item) if of_data is None else np.union1d(self._in_table(item), of_data)
 
-def item_ids(source: InferenceSource | StoredSource, features: _Features) -> np.ndarray:
-    """What the model gets for the items that are known to it or to the data, ascending: the order of all of _Items."""
-    vocabulary = features.vocabularies[source.roles.item]
-    if not vocabulary.keeps_raw:
-        return np.arange(vocabulary.num_ids, dtype=np.int64)
-    of_data = source.item_ids()
-    in_table = features.in_table(source.roles.item)
-    return in_table if of_data is None else np.union1d(in_table, of_data)
+    def _in_table(self, feature: str) -> np.ndarray:
+        """Of a feature with raw ids, those that have a row, ascending."""
+        return self._dynamic_ids[self._spec_of[feature].name]
 
 
 class _Items:
@@ -253,21 +229,23 @@ class _Items:
         source = trained.source
         if isinstance(source, StoredSource):
             return
-        self._store: SequenceStore = source.store
-        self._features, self._source = features, source
-        self._ids = item_ids(source, features)
+        self._source, self._ids = source, features.item_ids()
         own = source.item_ids()
         codes = np.arange(source.cardinalities[source.roles.item], dtype=np.int64)
         self._places = codes_of(codes if own is None else own, self._ids)
         """Place of each item of the data."""
+        known = ItemsOfData(source.store)
         for name in source.roles.side:
-            if name in self._store.item_side_features:
-                self._add_side(name)
-            elif name in self._store.item_number_features:
-                self._add("item." + name, self._store.item_numbers(name).astype(np.float32), np.nan)
+            key = f"item.{name}"
+            if key in known and name in source.roles.numbers:
+                self._add(key, known.tensor(key).numpy(), np.nan)
+            elif key in known:
+                offsets = known.tensor(f"{key}.offsets").numpy() if name in source.roles.lists else None
+                rows = features.table_rows(name, known.tensor(key).numpy())
+                self._add_side(key, rows, offsets, features.missing(name))
         if "item_age" in source.roles.side:
-            self._add("item_first_times", self._store.first_times().astype(np.int64), np.iinfo(np.int64).max)
-        titles = self._store.titles()
+            self._add("item_first_times", known.tensor("item_first_times").numpy(), np.iinfo(np.int64).max)
+        titles = source.store.titles()
         if titles is not None:
             named = np.full(len(self._ids), "", dtype=object)
             named[self._places] = titles
@@ -281,20 +259,18 @@ class _Items:
         values[self._places] = of_data
         self.tensors[name] = torch.from_numpy(values)
 
-    def _add_side(self, name: str) -> None:
-        codes, offsets = self._store.item_values(name)
-        rows = self._features.table_rows(name, self._store.model_ids(name, np.asarray(codes)))
-        missing = self._features.missing(name)
+    def _add_side(self, name: str, rows: np.ndarray, offsets: np.ndarray | None, missing: int) -> None:
+        """Rows of the values of the items of the data, and ``missing`` for others. ``offsets``: of a list."""
         if offsets is None:
-            return self._add(f"item.{name}", rows, missing)
+            return self._add(name, rows, missing)
         lengths = np.ones(len(self._ids), dtype=np.int64)
         lengths[self._places] = np.diff(offsets)
         bounds = np.concatenate([[0], lengths.cumsum()])
         values = np.full(bounds[-1], missing, dtype=np.int64)
         of_value = np.repeat(self._places, np.diff(offsets))
         values[bounds[of_value] + np.arange(len(rows)) - np.repeat(offsets[:-1], np.diff(offsets))] = rows
-        self.tensors[f"item.{name}"] = torch.from_numpy(values)
-        self.tensors[f"item.{name}.offsets"] = torch.from_numpy(bounds)
+        self.tensors[name] = torch.from_numpy(values)
+        self.tensors[f"{name}.offsets"] = torch.from_numpy(bounds)
 
     def _tower_vectors(self, trained: LoadedModel) -> Tensor:
         """Vectors of length 1, float32 [items, E]; zeros for items that are not in the data."""

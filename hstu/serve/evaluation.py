@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import RankingArgs
@@ -185,5 +186,5 @@ def _common(this: Evaluation, other: Evaluation) -> tuple[Observations, Observat
 def _raw(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
     """Raw ids of the user and of the item of each prediction."""
     source, observations = evaluation.loaded.with_data(), evaluation.observations
-    items = evaluation.loaded.vocabularies[source.roles.item].decode(observations.items)
+    items = evaluation.loaded.vocabularies[source.roles.item].values_at(torch.from_numpy(observations.items))
     return source.eval_store.raw_ids(USER_FEATURE)[observations.users], np.array(items)

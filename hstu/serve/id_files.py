@@ -20,8 +20,9 @@ from hstu.data.batches.jagged import ranges, run_starts
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve.command import note_unknown, read_ids
+from hstu.serve.histories import stored_vocabulary
 from hstu.serve.loaded import LoadedModel
-from hstu.train.given_histories import Vocabulary
+from hstu.serve.runtime.files import Vocabulary
 
 _READERS = (".csv", ".parquet")
 
@@ -65,8 +66,7 @@ class Candidates:
 
 def item_codes(store: SequenceStore) -> Vocabulary:
     """Raw items → codes of the store."""
-    item = store.item_feature
-    return Vocabulary(store.cardinality(item), store.raw_ids(item), keeps_raw=False)
+    return stored_vocabulary(store, store.item_feature)
 
 
 def read_codes(file: str, column: str, vocabulary: Vocabulary) -> Encoded:
@@ -78,7 +78,7 @@ def read_codes(file: str, column: str, vocabulary: Vocabulary) -> Encoded:
         found = _encode(_read_table(file, (column,)).column(column), vocabulary)
     else:
         found = _encode(pa.chunked_array([pa.array(read_ids(file), pa.string())]), vocabulary)
-    known = found.codes != vocabulary.unknown
+    known = found.codes >= 0
     if not known.any():
         raise DataError(f"{file}: the data knows no {column} of this file: {', '.join(map(repr, found.unknown[:5]))}")
     return replace(found, codes=found.codes[known])
@@ -106,7 +106,7 @@ def read_candidates(
         raise DataError(f"{file}: candidates come from a .csv or .parquet file with the columns user and item")
     table = _read_table(file, ("user", "item", *features))
     encoded = {"user": _encode(table.column("user"), users), "item": _encode(table.column("item"), item_codes(store))}
-    known = (encoded["user"].codes != users.unknown) & (encoded["item"].codes != store.cardinality(store.item_feature))
+    known = (encoded["user"].codes >= 0) & (encoded["item"].codes >= 0)
     if not known.any():
         raise DataError(f"{file}: the data knows no pair of user and item of this file")
     rows = encoded["user"].codes[known]
@@ -150,11 +150,11 @@ def _read_table(file: str, columns: Iterable[str]) -> pa.Table:
 
 
 def _encode(column: pa.ChunkedArray, vocabulary: Vocabulary) -> Encoded:
-    """Codes of raw ids, ``vocabulary.unknown`` for those that are not known; each distinct id is looked up once."""
+    """Codes of raw ids, -1 for those that are not known; each distinct id is looked up once."""
     ids = pc.dictionary_encode(column.combine_chunks())
     distinct = ids.dictionary.to_pylist()
-    codes = vocabulary.encode(distinct)
-    unknown = [value for value, code in zip(distinct, codes, strict=True) if code == vocabulary.unknown]
+    codes = vocabulary.places(distinct).numpy()
+    unknown = [value for value, code in zip(distinct, codes, strict=True) if code < 0]
     return Encoded(codes[ids.indices.to_numpy(zero_copy_only=False)], unknown)
 
 
@@ -167,11 +167,10 @@ def _event_values(file: str, store: SequenceStore, name: str, column: pa.Chunked
         except pa.ArrowException as error:
             raise DataError(f"{file}: column {name!r} must have numbers: {error}") from error
         return np.asarray(numbers, dtype=np.float32)
-    raw = store.raw_ids(name) if meta.has_vocab else None
-    vocabulary = Vocabulary(store.cardinality(name), raw, keeps_raw=False)
+    vocabulary = stored_vocabulary(store, name)
     found = _encode(pc.fill_null(column.cast(pa.string()), UNKNOWN), vocabulary)
-    missing = int(vocabulary.encode([UNKNOWN])[0])
-    if found.unknown and missing == vocabulary.unknown:
+    missing = int(vocabulary.places([UNKNOWN])[0])
+    if found.unknown and missing < 0:
         shown = ", ".join(map(repr, found.unknown[:5]))
         raise DataError(f"{file}: column {name!r} has values that the data does not know: {shown}")
-    return np.where(found.codes == vocabulary.unknown, missing, found.codes).astype(np.int32)
+    return np.where(found.codes < 0, missing, found.codes).astype(np.int32)

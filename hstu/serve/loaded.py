@@ -29,9 +29,10 @@ from hstu.model.outputs import ModelOutput
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel import mesh as meshes
 from hstu.parallel.mesh import Mesh
+from hstu.serve.histories import BatchEncoder, stored_vocabulary, vocabularies_of
+from hstu.serve.runtime.files import Vocabulary
 from hstu.train.builder import build_model, build_state, raw_ids
 from hstu.train.evaluate import RetrievalEvaluator, evaluation_mode
-from hstu.train.given_histories import Vocabulary, vocabularies_of
 from hstu.train.inference import InferenceSource, StoredSource, asked_at, zero_spare_rows
 from hstu.train.store_source import store_path
 
@@ -133,7 +134,12 @@ class LoadedModel:
     @cached_property
     def users(self) -> Vocabulary:
         """The users of the data."""
-        return Vocabulary(self.store.num_users, self.store.raw_ids(USER_FEATURE), keeps_raw=False)
+        return stored_vocabulary(self.store, USER_FEATURE)
+
+    @cached_property
+    def encoder(self) -> BatchEncoder:
+        """Turns histories given by hand into batches."""
+        return BatchEncoder(self.config, self.source, self.vocabularies)
 
     @contextmanager
     def inference(self) -> Iterator[None]:

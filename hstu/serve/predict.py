@@ -116,7 +116,11 @@ class RetrievalPredictor(Predictor):
         order = np.argsort(places_of(users, of_user), kind="stable")
         of_user, items, scores = of_user[order], items[order], scores[order]
         ranks = np.arange(len(of_user)) - _first_of_run(places_of(users, of_user)) + 1
-        return self._table(of_user, self._vocabulary.decode(items), {"rank": ranks.astype(np.int32), "score": scores})
+        return self._table(
+            of_user,
+            self._vocabulary.values_at(torch.from_numpy(items)),
+            {"rank": ranks.astype(np.int32), "score": scores},
+        )
 
     def _best(self, users: np.ndarray, vectors: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(user, item as the model gets it, score) of the best items of the corpus, best first within each user."""

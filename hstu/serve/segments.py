@@ -9,8 +9,8 @@ import numpy as np
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.problems import did_you_mean
 from hstu.data.store.sequence_store import SequenceStore
+from hstu.serve.histories import stored_vocabulary
 from hstu.serve.loaded import LoadedModel
-from hstu.train.given_histories import Vocabulary
 from hstu.train.inference import InferenceSource
 from hstu.train.observations import Observations
 
@@ -97,5 +97,4 @@ def _training_counts(loaded: LoadedModel, source: InferenceSource) -> np.ndarray
         ) from error
     store, item = trained.store, trained.roles.item
     counts = np.append(trained.item_counts, 0).astype(np.int64)  # an unknown item has no events
-    theirs = Vocabulary(store.cardinality(item), store.raw_ids(item), keeps_raw=False)
-    return counts[theirs.encode(source.store.raw_ids(source.roles.item).tolist())]
+    return counts[stored_vocabulary(store, item).places(source.store.raw_ids(source.roles.item).tolist()).numpy()]

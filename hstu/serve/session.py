@@ -15,7 +15,6 @@ from torchrec import JaggedTensor
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs
 from hstu.data.batches.batch import HSTUBatch
-from hstu.data.store.layout import TIME_FEATURES
 from hstu.model.gr_model import as_jagged
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense
@@ -23,8 +22,8 @@ from hstu.model.stack import SequenceEncoder
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.pages import CacheStatistics, Prefix, PrefixCache
 from hstu.serve.prefix import IncrementalEncoder
+from hstu.serve.runtime.requests import Candidates, History
 from hstu.train.corpus import pair_scores
-from hstu.train.given_histories import History, HistoryEncoder
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +89,6 @@ class Session:
             )
         self._trim_events = trim_events
         encoder, network = cast(SequenceEncoder, self._task.encoder), loaded.config.network
-        self._reads_times = network.has_relative_bias or not {*loaded.source.roles.side}.isdisjoint(TIME_FEATURES)
         features = encoder.features
         self._context, self._per_item = len(features.contextual), features.tokens_per_item(network)
         self._cache = PrefixCache(
@@ -105,8 +103,9 @@ class Session:
             log.warning(
                 "session: each appended event encodes its history again: %s", self._incremental.reencodes_because
             )
-        self._histories = HistoryEncoder(loaded.config, loaded.source, loaded.vocabularies)
+        self._requests = loaded.encoder
         self._users: dict[Any, _Known] = {}
+        self._unknown: dict[str, set[Any]] = {}
 
     @property
     def statistics(self) -> CacheStatistics:
@@ -121,8 +120,7 @@ class Session:
     @property
     def unknown(self) -> dict[str, list[Any]]:
         """Feature → raw values that the model does not have, of all that the session was given."""
-        found = {name: values - {None} for name, values in self._histories.unknown.items()}  # None: actions to come
-        return {name: sorted(values, key=str) for name, values in found.items() if values}
+        return {name: sorted(values, key=str) for name, values in self._unknown.items()}
 
     # -- what users did ------------------------------------------------------------------------------------------
 
@@ -134,6 +132,7 @@ class Session:
         waiting: dict[Any, _Known] = {}
         for history in histories:
             known = _newest(_as_lists(history), self.max_items)
+            self._note_unknown(known.history)
             lengths = [self._tokens_of(each.num_items) for each in (*waiting.values(), known)]
             if len(waiting) == self._loaded.config.trainer.eval_batch_size or not self._cache.fits(lengths):
                 self._encode(waiting)
@@ -191,9 +190,13 @@ class Session:
         known = self._known(user)
         if isinstance(self._task, RetrievalDense):
             return self._cosines(user, items, at)
-        shown = self._shown(known.history, items, at, actions, features or {})
-        together = _joined(_slice(known.history, 1), shown, "the candidates for")
-        (batch,) = self._histories.batches([together], max_items=[len(items) + 1], num_candidates=len(items))
+        if at is not None and not self._requests.facts["reads_times"]:
+            raise ConfigError("the model does not read the time of a request; leave the time out")
+        newest = _slice(known.history, 1)
+        shown = Candidates(items, features or {}, actions)
+        self._note_unknown(History(items=items, actions=actions, features=shown.features))
+        (events,) = self._requests.candidates(shown, newest, at)
+        (batch,) = self._requests.batches_of([(self._requests.history(newest, at, 1), events)])
         prefix = self._prefix(user, known)
         with self._loaded.inference():
             return self._task.logits(self._incremental.score(prefix, batch.to(self._loaded.mesh.device)))
@@ -210,7 +213,7 @@ class Session:
         for user in users:
             known = self._known(user)
             if self.reencodes_because is not None:
-                batches = self._histories.batches([known.history], max_items=[known.num_items])
+                batches = self._requests.batches([known.history], [known.num_items])
                 vectors.append(self._loaded.user_vectors(batches, at))
                 continue
             (batch,) = self._loaded.asked_at([self._tail(known, 1)], at)
@@ -226,6 +229,7 @@ class Session:
         known, count = self._known(new.user), len(new.items)
         if not count:
             return
+        self._note_unknown(new)
         both = _joined(known.history, _as_lists(new), "the events to append to")
         if known.num_items + count > self.max_items:
             updated = _newest(both, self.max_items - self._trim_events + 1)
@@ -252,7 +256,7 @@ class Session:
         """Encode users together, who are at most as many as an evaluation batch has."""
         histories = [each.history for each in known.values()]
         lengths = [each.num_items for each in known.values()]
-        for batch in self._histories.batches(histories, max_items=lengths):
+        for batch in self._requests.batches(histories, lengths):
             with self._loaded.inference():
                 self._incremental.encode([*known], batch.to(self._loaded.mesh.device))
         self._users.update(known)
@@ -274,46 +278,29 @@ class Session:
             raise DataError(f"the session has no history of {user!r}; give it to encode() first, under the same id")
         return self._users[user]
 
+    def _note_unknown(self, history: History) -> None:
+        for name, values in self._requests.unknown([history]).items():
+            self._unknown.setdefault(name, set()).update(values)
+
     def _tokens_of(self, items: int) -> int:
         return self._context + items * self._per_item
 
     def _tail(self, known: _Known, count: int) -> HSTUBatch:
         """A batch that ends with the newest ``count`` items; one before them says how long ago it was."""
-        (batch,) = self._histories.batches([_slice(known.history, count + 1)], max_items=[count + 1])
+        (batch,) = self._requests.batches([_slice(known.history, count + 1)], [count + 1])
         return batch
 
     def _embeddings_of(self, batch: HSTUBatch) -> dict[str, JaggedTensor]:
         model = self._loaded.model
         return model.replicated_tables(batch.features) | as_jagged(model.look_up(batch), batch)
 
-    def _shown(
-        self,
-        history: History,
-        items: Sequence[Any],
-        at: int | None,
-        actions: Sequence[Any] | None,
-        features: Mapping[str, Sequence[Any]],
-    ) -> History:
-        """Candidates as events of their own."""
-        times, nothing = history.timestamps, [None] * len(items)
-        if at is not None and not self._reads_times:
-            raise ConfigError("the model does not read the time of a request; leave the time out")
-        if at is not None and times is not None and at < times[-1]:
-            raise DataError(f"candidates are shown at {at} to {history.user!r}, whose newest event is at {times[-1]}")
-        after = {name: nothing for name in self._loaded.source.roles.known_after if name in history.features}
-        return replace(
-            history,
-            items=[*items],
-            actions=nothing if actions is None and history.actions is not None else actions,
-            timestamps=None if times is None else [times[-1] if at is None else at] * len(items),
-            features=after | {name: [*values] for name, values in features.items()},
-        )
-
     def _cosines(self, user: Any, items: Sequence[Any], at: int | None) -> Tensor:
         """Scores of a retrieval model, float32 [m]."""
         vector = self.user_embeddings([user], at)[0]
-        ids = self._histories.encode(self._loaded.source.roles.item, items)
-        known = ids != self._loaded.vocabularies[self._loaded.source.roles.item].unknown
+        self._note_unknown(History(items=items))
+        vocabulary = self._loaded.vocabularies[self._loaded.source.roles.item]
+        ids = vocabulary.rows(items).numpy()
+        known = ids != vocabulary.unknown
         corpus = self._loaded.retrieval_evaluator().corpus(np.unique(ids[known]))
         with self._loaded.inference():
             return pair_scores(vector[None], np.zeros_like(ids), corpus.positions(ids), corpus)

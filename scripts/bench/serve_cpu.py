@@ -79,7 +79,10 @@ def _plain(value: Any) -> Any:
 def right_answers(folder: Path, requests: Sequence[dict[str, Any]]) -> list[Right]:
     """What the model of an export answers to each request, without a server."""
     model, found = runtime.load(folder), list[Right]()
-    histories = [runtime.History(each["items"], each.get("actions"), each.get("timestamps")) for each in requests]
+    histories = [
+        runtime.History(items=each["items"], actions=each.get("actions"), timestamps=each.get("timestamps"))
+        for each in requests
+    ]
     for first in range(0, len(histories), _AT_ONCE):
         for best in model.recommend_batch(histories[first : first + _AT_ONCE], k=2 * _K):
             found.append(Right(best.scores[:_K], dict(zip(best.items, best.scores, strict=True))))

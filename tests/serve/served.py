@@ -103,11 +103,16 @@ def difference(served: Served) -> float:
     return measured
 
 
+def request(items: Sequence[Any], actions: Sequence[Any], times: Sequence[int], **fields: Any) -> History:
+    return History(items=items, actions=actions, timestamps=times, **fields)
+
+
 def histories(store: SequenceStore, count: int = 6) -> list[History]:
     """Those of the first users of the data, who have done something that the vocabulary does not have."""
     found = []
     for each in api.histories(store, range(count)):
         assert each.actions is not None and each.timestamps is not None
         items, times = [*each.items.tolist(), -5], [*each.timestamps.tolist(), int(each.timestamps[-1]) + 9]  # type: ignore[union-attr]
-        found.append(History(items, [*each.actions.tolist(), 1], times, each.context, user=each.user))  # type: ignore[union-attr]
+        actions = [*each.actions.tolist(), 1]  # type: ignore[union-attr]
+        found.append(History(each.user, items=items, actions=actions, timestamps=times, context=each.context))
     return found

@@ -19,7 +19,7 @@ from hstu.serve import runtime
 from hstu.serve.check import TOLERANCE, check
 from hstu.serve.contents import check_can_be_served
 from hstu.serve.runtime import Candidates, History, ServingError, layout
-from tests.serve.served import Served, difference, histories, random_model
+from tests.serve.served import Served, difference, histories, random_model, request
 
 
 def test_recommendations_are_those_of_the_model(features: SequenceStore, retrieval: Served) -> None:
@@ -47,7 +47,7 @@ def test_requests_of_a_batch_do_not_change_each_other(
     for found in (alone, retrieval.model.embed_batch(given)):
         torch.testing.assert_close(found, together, rtol=0, atol=1e-6)
     events = {name: ["value 001"] * 5 for name in ("device", "watched")} | {"spent": [None] * 5}
-    whole = [History([1000, 1001, 1002, 1003, 1004], [0, 1, 2, 3, 0], range(5), {}, events)] * 2
+    whole = [request([1000, 1001, 1002, 1003, 1004], [0, 1, 2, 3, 0], range(5), features=events)] * 2
     own = {"device": ["value 001", None, "value 002"]}
     shown = [Candidates([1005, 1000, 1010], own), Candidates([1005], {"device": ["value 001"]})]
     three, one = ranking.model.predict_batch(whole, shown, at=9)
@@ -58,13 +58,13 @@ def test_requests_of_a_batch_do_not_change_each_other(
 
 def test_scores_are_predictions_of_the_tasks(ranking: Served) -> None:
     assert difference(ranking) <= TOLERANCE
-    history = History([1000], [1], [0], features={"device": ["value 000"], "watched": [None], "spent": [1.5]})
+    history = request([1000], [1], [0], features={"device": ["value 000"], "watched": [None], "spent": [1.5]})
     shown = Candidates([1000, 1001], {"device": [None, None]})
     scores = ranking.model.score(history, shown)
     assert list(scores) == ["level", "odd", "high"] and {len(values) for values in scores.values()} == {2}
     with pytest.raises(ServingError, match="has no items; give the time of the request"):
-        ranking.model.score(History([]), shown)
-    assert len(ranking.model.score(History([]), shown, at=9)["odd"]) == 2
+        ranking.model.score(History(items=[]), shown)
+    assert len(ranking.model.score(History(items=[]), shown, at=9)["odd"]) == 2
     (logits,) = ranking.model.predict_batch([history], [shown])
     assert scores["odd"] == pytest.approx(logits[:, 3].sigmoid().tolist())
     assert scores["level"] == [pytest.approx(row) for row in logits[:, :3].sigmoid().tolist()]
@@ -140,7 +140,7 @@ def test_a_request_that_the_model_cannot_read_is_an_error(
 
 def test_a_ranking_model_has_no_vectors(ranking: Served) -> None:
     with pytest.raises(ServingError, match="cannot recommend: a ranking model has no vectors"):
-        ranking.model.recommend(History([1000], [1], [5]))
+        ranking.model.recommend(request([1000], [1], [5]))
 
 
 def test_models_whose_requests_would_lack_something_are_refused(

@@ -17,6 +17,7 @@ from hstu.serve.check import TOLERANCE
 from hstu.serve.export import ServingOptions
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.runtime import History, Recommendation, load
+from hstu.serve.runtime.files import read_tables
 from scripts.export import main as export_command
 from tests.serve.served import BIAS, EVERY_FEATURE, difference, feature_store, random_model, serve
 from tests.train.tiny import ITEMS, OF_THE_ACTION, FinishedRun
@@ -94,7 +95,8 @@ def test_tables_of_fewer_bits_have_the_error_that_is_reported(
     served = serve(trained, tmp_path / "serving", ServingOptions(dtype))
     error = served.model.facts["measured"]["tables"]["item_id_table"]
     rows = trained.model.rows_of({"item_id": torch.arange(ITEMS)})["item_id"].detach()
-    found = served.model.encoder._rows("item_id", range(1000, 1000 + ITEMS))
+    places = served.model.encoder.items.rows(range(1000, 1000 + ITEMS))
+    found = read_tables(served.folder / "tables.safetensors")["item_id_table"].rows(places)
     assert float((found - rows).abs().max()) == pytest.approx(error["largest"])
     assert 0 < error["relative"] < error["largest"] / float(rows.square().mean().sqrt()) <= 4 * largest
     assert 0 < served.model.facts["measured"]["change"]["largest"] < 0.05
@@ -108,7 +110,7 @@ def test_a_compiled_program_computes_the_same(mesh: Mesh, stores: dict[bool, Seq
     )
     compiled = load(served.folder, compiled=True)
     for items in ([1000], [1000, 1001, 1005]):
-        history = History(items, [1] * len(items))
+        history = History(items=items, actions=[1] * len(items))
         torch.testing.assert_close(compiled.embed(history), served.model.embed(history), rtol=1e-5, atol=1e-5)
 
 

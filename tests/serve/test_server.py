@@ -30,7 +30,7 @@ from hstu.serve.server.settings import Settings
 from hstu.serve.server.swap import LiveModel, loader
 from scripts import serve
 from tests.serve.http_server import Client, StubLoader, running, until, write_folder
-from tests.serve.served import Served, histories
+from tests.serve.served import Served, histories, request
 from tests.test_architecture import IMPORTS
 
 EVENTS = {"items": [3, 4]}
@@ -279,7 +279,7 @@ def test_a_ranking_model_scores_candidates(ranking: Served) -> None:
                 "/score", {**user, **shown, "candidates": [1, 2]} | {"candidate_features": {"device": [None]}}
             ).json["error"]
         )
-    history = History([1000], [1], [0], features=own)
+    history = request([1000], [1], [0], features=own)
     expected = ranking.model.score(history, Candidates([1000, 1001], shown["candidate_features"]))  # type: ignore[arg-type]
     assert scores.keys() == expected.keys()
     for name, values in expected.items():
@@ -327,7 +327,7 @@ def test_an_export_of_the_same_configuration_shares_the_program_and_not_the_weig
     start = 8 + int.from_bytes(content[:8], "little")
     rewrite(other, "weights.safetensors", content[:start] + (np.frombuffer(content[start:], "<f4") * 2).tobytes())
     assert live.refresh()
-    second, history = live.current.model, History([1000, 1001], [1, 2], [60, 120])
+    second, history = live.current.model, request([1000, 1001], [1, 2], [60, 120])
     assert second._program is first._program
     expected = runtime.load(other).embed(history)
     assert second.embed(history).equal(expected) and not first.embed(history).allclose(expected, atol=1e-3)

@@ -14,13 +14,12 @@ import pytest
 import torch
 
 from hstu.serve.check import TOLERANCE
-from hstu.serve.runtime import History
 from hstu.serve.server.metrics import Metrics
 from hstu.serve.server.settings import Settings
 from hstu.serve.server.swap import loader
 from scripts.fuzz_server import Fuzzer
 from tests.serve.http_server import UNWATCHED, Client, running, until
-from tests.serve.served import BIAS, Served, random_model, serve
+from tests.serve.served import BIAS, Served, random_model, request, serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -50,7 +49,7 @@ def two(mesh: Any, features: Any, tmp_path_factory: pytest.TempPathFactory) -> l
 def test_models_are_swapped_under_load_without_a_lost_or_wrong_answer(two: list[Served], tmp_path: Path) -> None:
     draw = random.Random(0)
     requests = [draw.choices(range(1000, 1020), k=draw.randint(1, 12)) for _ in range(60)]
-    users = [History(items, [item % 4 for item in items], [60 * n for n in range(len(items))]) for items in requests]
+    users = [request(items, [i % 4 for i in items], [60 * n for n in range(len(items))]) for items in requests]
     expected = [each.model.embed_batch(users) for each in two]
     sources: dict[str, int] = {}
     shutil.copytree(two[0].folder, tmp_path / "copy-0")

@@ -1,6 +1,7 @@
 """Sessions of trained models: answers equal those of whole forwards over the same events."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,13 @@ def part(history: History, start: int, stop: int) -> History:
         return None if values is None else values[start:stop]
 
     features = {name: cut(values) for name, values in history.features.items()}
-    events = cut(history.items), cut(history.actions), cut(history.timestamps)
-    return History(history.user, *events, context=history.context, features=features)
+    return replace(
+        history,
+        items=cut(history.items),
+        actions=cut(history.actions),
+        timestamps=cut(history.timestamps),
+        features=features,
+    )
 
 
 def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -113,8 +119,13 @@ def raw_values(codes: list[int]) -> list[str]:
 
 def raw_history(log: dict[str, Any], user: int, events: int) -> History:
     features = {name: raw_values(values[user][:events]) for name, values in log["event_features"].items()}
-    items = [1000 + item for item in log["items"][user][:events]]
-    return History(100 + user, items, log["actions"][user][:events], log["timestamps"][user][:events], {}, features)
+    return History(
+        100 + user,
+        items=[1000 + item for item in log["items"][user][:events]],
+        actions=log["actions"][user][:events],
+        timestamps=log["timestamps"][user][:events],
+        features=features,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +149,7 @@ def long(retrieval: TrainedModel) -> History:
 
 def vectors_of(model: TrainedModel, history: History, at: int | None = None) -> torch.Tensor:
     """By the whole forward."""
-    encoder = model.session(MEGABYTE)._histories
-    return model.user_vectors(encoder.batches([history]), at)
+    return model.user_vectors(model.encoder.batches([history]), at)
 
 
 def test_vectors_follow_the_events_also_where_histories_outgrow_the_model(
@@ -238,9 +248,15 @@ def session(retrieval: TrainedModel, long: History) -> Iterator[Session]:
     ("mistake", "message"),
     [
         (lambda s, h: s.append([part(h, 0, 1)]), "begin at 1000000, before its newest at 1000240; give them in order"),
-        (lambda s, h: s.append([History(h.user, [1000], [1])]), "do not have timestamps, and the history has them"),
-        (lambda s, h: s.append([History("zoe", [1000])]), "the session has no history of 'zoe'; give it to encode"),
-        (lambda s, h: s.encode([History("zoe", [])]), "the history of 'zoe' has no items"),
+        (
+            lambda s, h: s.append([History(h.user, items=[1000], actions=[1])]),
+            "do not have timestamps, and the history has them",
+        ),
+        (
+            lambda s, h: s.append([History("zoe", items=[1000])]),
+            "the session has no history of 'zoe'; give it to encode",
+        ),
+        (lambda s, h: s.encode([History("zoe", items=[])]), "the history of 'zoe' has no items"),
         (lambda s, h: s.user_embeddings([h.user], at=5), "a history has an event at"),
     ],
 )

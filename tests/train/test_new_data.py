@@ -202,15 +202,15 @@ def test_a_history_given_by_hand_gets_what_the_same_user_of_the_data_gets(
 def test_what_a_history_lacks_or_what_is_unknown_in_it_is_told(old: FinishedRun, mesh: Mesh) -> None:
     trained = load_on(old, mesh, more=False)
     items = [item_name(1), "no item", item_name(2)]
-    (answer,), unknown = trained.recommend_for([api.History("zoe", items, [1, 2, 3])], top=3)
+    (answer,), unknown = trained.recommend_for([api.History("zoe", items=items, actions=[1, 2, 3])], top=3)
     assert unknown == {"what": ["no item"], "user_id": ["zoe"]}
     assert len(answer.items) == 3 and not set(items) & set(answer.items)
     for history, told in (
-        (api.History("zoe", items), "has no actions, but the model reads 'did'"),
-        (api.History("zoe", [], []), "has no items"),
-        (api.History("zoe", items, [1]), "has 1 actions for 3 items"),
+        (api.History("zoe", items=items), "has no actions, but the model reads 'did'"),
+        (api.History("zoe", items=[], actions=[]), "has no items"),
+        (api.History("zoe", items=items, actions=[1]), "has 1 actions for 3 items"),
         (
-            api.History("zoe", items, [1, 2, 3], context={"city": "Ulm"}),
+            api.History("zoe", items=items, actions=[1, 2, 3], context={"city": "Ulm"}),
             "no contextual feature 'city'; it has town, user_id",
         ),
     ):

@@ -108,7 +108,9 @@ def test_a_history_given_by_hand_with_features_gets_what_its_user_gets(mesh: Mes
     vector = store.item_numbers("vector")[rows].tolist()
     shutil.move(store.path, tmp_path / "elsewhere")
     alone = api.load(finished.path, mesh=mesh)
-    with pytest.raises(DataError, match=r"no features 'genres', but the model reads it, and there is no data"):
+    with pytest.raises(
+        DataError, match=r"no feature 'genres', which the model reads and which is not known of the items"
+    ):
         alone.recommend_for([history])
     found.append(
         alone.recommend_for(
@@ -175,21 +177,8 @@ def test_the_ages_of_items_given_by_hand_come_from_the_data(mesh: Mesh, tmp_path
 
 
 def given_histories(store: SequenceStore, count: int) -> list[api.History]:
-    """The first users' own histories, in raw values, without the features of items."""
-    names = {name: store.raw_ids(name)[store.sequence(name)] for name in store.event_features}
-    for name in store.event_number_features:
-        names[name] = np.array([None if value != value else value for value in store.sequence(name)], dtype=object)
-    bounds = [slice(*store.offsets()[user : user + 2]) for user in range(count)]
-    return [
-        api.History(
-            user,
-            store.raw_ids("item_id")[store.sequence("item_id")[bound]],
-            store.sequence("action")[bound],
-            store.sequence("timestamp")[bound],
-            features={name: values[bound].tolist() for name, values in names.items()},
-        )
-        for user, bound in enumerate(bounds)
-    ]
+    """The first users' own histories, with the features of events and without those of items."""
+    return list(api.histories(store, range(count), (*store.event_features, *store.event_number_features)))
 
 
 def test_what_a_history_given_by_hand_lacks_of_its_features_is_told(mesh: Mesh, tmp_path: Path) -> None:
@@ -203,7 +192,7 @@ def test_what_a_history_given_by_hand_lacks_of_its_features_is_told(mesh: Mesh, 
     for features, told in (
         (
             {**numbers, "device": device},
-            "no features 'watched', but the model reads this feature of events: give one per item",
+            "no feature 'watched', which the model reads .*: give one value per item",
         ),
         (
             {**numbers, "device": device[1:], "watched": watched},

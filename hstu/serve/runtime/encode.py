@@ -1,199 +1,311 @@
-"""From requests in raw ids to the rows that the program reads."""
+"""From requests in raw ids to the ids that a model reads: for an exported model, rows of its tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .files import Safetensors, Table, Vocabulary, rows_at
+from .files import Vocabulary, rows_at
 from .requests import Candidates, History, ServingError
 
 _NO_EVENT = -(2**63)
 """Time of the newest event of a user who has done nothing yet."""
-Rows = dict[str, Tensor]
-"""Inputs of the program that have a row per event, and "times" int64 [n]; "context" [C, .] and "at" of the user."""
+
+
+@dataclass(frozen=True)
+class Events:
+    """Events of one user, oldest first, or candidates that are shown to the user."""
+
+    ids: dict[str, Tensor]
+    """Feature → row of its table for each event, int64 [n]; of a list, for its values, one event after another."""
+    counts: dict[str, Tensor]
+    """List → number of its values at each event, int64 [n]."""
+    numbers: Tensor | None
+    """float32 [n, W]: numbers and vectors side by side, NaN where one is missing. None: the model reads none."""
+    times: Tensor | None
+    """int64 [n], in seconds. None: the model reads no times."""
+    context: dict[str, Tensor] = field(default_factory=dict)
+    """Contextual feature → row of its table, int64 [1]. Empty for candidates."""
+    at: Tensor | None = None
+    """When the user asks: int64, a scalar. None: for candidates, and if the model reads no times."""
+    length: int = 0
+    """Number of events."""
+
+
+class Known(Protocol):
+    """What is known of items, by name: ``item.<feature>``, with ``.offsets`` of lists, and ``item_first_times``."""
+
+    def __contains__(self, name: str, /) -> bool:
+        """Whether there is a tensor of this name."""
+
+    def tensor(self, name: str, /) -> Tensor:
+        """A tensor with a value per item, or of lists a value per entry."""
 
 
 class Encoder:
-    """Looks up what the program reads of histories and candidates.
+    """Looks up the ids of what a model reads of histories and candidates.
 
     Args:
-        facts: of serving.json.
-        tables: by name.
-        vocabulary: ids, and what is known of items.
+        facts: those of serving.json that describe requests.
+        vocabularies: by feature.
+        items: the items of which something is known.
+        known: what is known of them.
     """
 
-    def __init__(self, facts: Mapping[str, Any], tables: Mapping[str, Table], vocabulary: Safetensors) -> None:
-        self.facts, self._tables, self._stored = facts, tables, vocabulary
-        self.vocabularies = {name: Vocabulary(vocabulary, name, each) for name, each in facts["features"].items()}
-
-    def knows_of_items(self, feature: str) -> bool:
-        """Whether the value that each item has of a feature is known, so that requests need not give it."""
-        return f"item.{feature}" in self._stored
+    def __init__(
+        self, facts: Mapping[str, Any], vocabularies: Mapping[str, Vocabulary], items: Vocabulary, known: Known
+    ) -> None:
+        self.facts, self.vocabularies = facts, vocabularies
+        self._known_items, self._known = items, known
 
     @property
     def items(self) -> Vocabulary:
         """The items."""
         return self.vocabularies[self.facts["item"]]
 
-    def history(self, history: History, at: int | None, room: int) -> Rows:
+    @property
+    def given_features(self) -> dict[str, bool]:
+        """Features that do not follow from times → whether each event must have them in a request."""
+        return {name: f"item.{name}" not in self._known for name in self._given(self._features())}
+
+    @property
+    def known_before(self) -> list[str]:
+        """Features that candidates may have in a request."""
+        return self._given(self._features(known_after=False))
+
+    def history(self, history: History, at: int | None, room: int) -> Events:
         """The newest ``room`` events and the user. Raises ServingError for a history that the model cannot read."""
         self._check(history, at)
-        facts = self.facts
-        names = [*facts["side"], *facts["known_after"]]
-        if not history.items:  # of a user who has done nothing yet
-            nothing = dict.fromkeys(self._given([*names, *(entry["name"] for entry in facts["numbers"])]), ())
-            history = replace(history, actions=(), timestamps=(), features=nothing)
-        rows = self._features(history, names, facts["numbers"], "a history has")
-        if facts["action"]:
-            rows["actions"] = self._rows(facts["action"], history.actions or ())
-        rows["items"] = self._rows(facts["item"], history.items)
+        facts, count = self.facts, len(history.items)
+        newest = slice(max(0, count - room), None)
+        features = dict(history.features)
+        if not count:  # the features of no event need not be given
+            features = dict.fromkeys(self.given_features, ())
+        times = before = torch.empty(0, dtype=torch.int64)
         if facts["reads_times"]:
-            rows["times"] = _times(history.timestamps or ())
-        rows = {name: values[max(0, len(values) - room) :] for name, values in rows.items()}
-        if facts["contextual"]:
-            given = {"user_id": history.user, **history.context}
-            rows["context"] = torch.cat([self._of_user(name, given.get(name)) for name in facts["contextual"]])
+            times = _times(history.timestamps if count and history.timestamps is not None else ())
+            before = torch.cat([times.new_full((1,), _NO_EVENT), times[:-1]])[: len(times)]
+        actions = history.actions if count and history.actions is not None else ()
+        events = self._events(
+            Candidates(
+                history.items[newest], {name: values[newest] for name, values in features.items()}, actions[newest]
+            ),
+            times[newest],
+            before[newest],
+            f"{name_of(history)} has",
+            are_events=True,
+        )
+        given = {"user_id": history.user, **history.context}
+        context = {name: self._of_user(name, given.get(name)) for name in facts["contextual"]}
+        asked = None
         if facts["reads_times"]:
-            rows["at"] = rows["times"][-1] if at is None else torch.tensor(at)
-        return rows
+            asked = times[-1] if at is None else torch.tensor(at)
+        return replace(events, context=context, at=asked)
 
-    def candidates(self, candidates: Candidates, history: History, at: int | None) -> Rows:
-        """Candidates that are shown to the user of ``history`` at ``at``; their actions are zeros."""
-        count, facts = len(candidates.items), self.facts
-        newest = int(list(history.timestamps)[-1]) if history.timestamps else _NO_EVENT
-        times = [max(newest, 0) if at is None else at] * count
-        shown = History(candidates.items, timestamps=times, features=candidates.features)
-        known = [*facts["side"], *(entry["name"] for entry in facts["numbers"] if not entry["known_after"])]
-        self._check_names("feature that is known before an event,", candidates.features, self._given(known))
-        for name, values in candidates.features.items():
-            if len(values) != count:
-                raise ServingError(f"{len(values)} {name} for {count} candidates; give one per candidate")
-        rows = self._features(shown, facts["side"], facts["numbers"], "the candidates have", newest)
-        rows["items"] = self._rows(facts["item"], shown.items)
-        rows["actions"] = torch.zeros(count, self._table(facts["action"]).dim)
-        if facts["known_after"]:
-            rows["known_after"] = torch.zeros(count, sum(self._table(name).dim for name in facts["known_after"]))
-        if facts["reads_times"]:
-            rows["times"] = _times(times)
-        return rows
+    def candidates(self, candidates: Candidates, history: History, at: int | None, parts: int = 1) -> list[Events]:
+        """Candidates that are shown to the user of ``history`` at ``at``, divided evenly into ``parts``."""
+        count, is_timed = len(candidates.items), self.facts["reads_times"]
+        newest = _NO_EVENT
+        if is_timed and history.timestamps is not None and len(history.timestamps):
+            newest = int(history.timestamps[-1])
+        after = candidates.actions is not None
+        known = self._given(self._features()) if after else self.known_before
+        self._check_names("feature that is known before an event,", candidates.features, known)
+        for what, values in _lengths(candidates.features, actions=candidates.actions):
+            if values != count:
+                raise ServingError(f"{values} {what} for {count} candidates; give one per candidate")
+        found = []
+        for part in range(parts):
+            own = slice(count * part // parts, count * (part + 1) // parts)
+            shown = Candidates(
+                candidates.items[own],
+                {name: values[own] for name, values in candidates.features.items()},
+                None if candidates.actions is None else candidates.actions[own],
+            )
+            asked = torch.full((len(shown.items),), max(newest, 0) if at is None else at)
+            found.append(self._events(shown, asked, torch.full_like(asked, newest), "the candidates have", False))
+        return found
+
+    def sequences(
+        self, history: History, candidates: Candidates, at: int | None = None
+    ) -> list[tuple[Events, Events | None]]:
+        """The sequences in which candidates are scored: equal parts of them, each after the history that fits.
+
+        A model that was trained with candidates has no more events than it had there beside the largest part.
+        """
+        count, longest, rule = len(candidates.items), self.facts["max_items"], self.facts["candidates"]
+        number = -(-count // (rule["most"] or min(count, longest - 1) or 1))
+        room = longest - (-(-count // number) if rule["trained"] and number else 1)
+        events = self.history(history, at, room)
+        return [(events, part) for part in self.candidates(candidates, history, at, number)]
+
+    def unknown(self, histories: Iterable[History]) -> dict[str, list[Any]]:
+        """Feature → values that are given and that the model does not have, each once, in the order of their texts."""
+        found: dict[str, set[Any]] = {}
+        facts = self.facts
+        for history in histories:
+            given = {facts["item"]: history.items, facts["action"]: history.actions}
+            given |= {name: [value] for name, value in {"user_id": history.user, **history.context}.items()}
+            given |= history.features
+            for name, values in given.items():
+                if name not in self.vocabularies or values is None:
+                    continue
+                single = [each for value in values for each in (value if isinstance(value, (list, tuple)) else [value])]
+                rows = self.vocabularies[name].rows(single).tolist()
+                unknown = self.vocabularies[name].unknown
+                own = {value for value, row in zip(single, rows, strict=True) if row == unknown and value is not None}
+                found.setdefault(name, set()).update(own)
+        return {name: sorted(values, key=str) for name, values in found.items() if values}
 
     def _check(self, history: History, at: int | None) -> None:
-        count, facts = len(history.items), self.facts
+        count, facts, who = len(history.items), self.facts, name_of(history)
         if not count and (facts["task"] == "retrieval" or (at is None and facts["reads_times"])):
             needed = "give at least one" if facts["task"] == "retrieval" else "give the time of the request"
-            raise ServingError(f"a history has no items; {needed}")
+            raise ServingError(f"{who} has no items; {needed}")
         if count and facts["action"] and history.actions is None:
-            raise ServingError(f"a history has no actions, but the model reads {facts['action']!r}: give one per item")
+            raise ServingError(f"{who} has no actions, but the model reads {facts['action']!r}: give one per item")
         if count and facts["reads_times"] and history.timestamps is None:
-            raise ServingError("a history has no timestamps, but the model reads times: give one per item")
-        for what, values in {"actions": history.actions, "timestamps": history.timestamps, **history.features}.items():
-            if values is not None and len(values) != count:
-                raise ServingError(f"a history has {len(values)} {what} for {count} items; give one per item")
-        names = [*facts["side"], *facts["known_after"], *(entry["name"] for entry in facts["numbers"])]
+            raise ServingError(f"{who} has no timestamps, but the model reads times: give one per item")
+        for what, values in _lengths(history.features, actions=history.actions, timestamps=history.timestamps):
+            if values != count:
+                raise ServingError(f"{who} has {values} {what} for {count} items; give one per item")
         self._check_names("contextual feature", history.context, facts["contextual"])
-        self._check_names("feature of items or events", history.features, self._given(names))
+        self._check_names("feature of items or events", history.features, self._given(self._features()))
         if at is None:
             return
         if not facts["reads_request_time"]:
             raise ServingError("the model does not read the time of a request; leave it out")
-        newest = max(map(int, history.timestamps or [at]))
+        newest = max(map(int, history.timestamps if count and history.timestamps is not None else ()), default=at)
         if newest > at:
-            raise ServingError(f"a history has an event at {newest}, which is later than the request at {at}")
-
-    def _given(self, names: Sequence[str]) -> list[str]:
-        """Those features that do not follow from times."""
-        return [name for name in names if self.facts["features"].get(name, {}).get("kind") != "time"]
+            raise ServingError(f"{who} has an event at {newest}, which is later than the request at {at}")
 
     def _check_names(self, what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
         for name in given:
             if name not in known:
                 raise ServingError(f"the model has no {what} {name!r}; it has {', '.join(known) or 'none'}")
 
-    def _features(
-        self, events: History, names: Sequence[str], numbers: Sequence[Any], who: str, before: int | None = None
-    ) -> Rows:
-        """The inputs side, known_after and numbers. ``before``: of candidates, the time of the user's newest event."""
-        places = self.items.places(events.items)
-        found: dict[str, list[Tensor]] = {}
-        for name in names:
-            role = "known_after" if name in self.facts["known_after"] else "side"
-            found.setdefault(role, []).append(self._side(name, events, places, who, before))
-        for entry in numbers:
-            name, width = entry["name"], entry["width"]
-            if name in events.features:
-                values = _as_numbers(name, events.features[name], width)
-            elif self.knows_of_items(name):
-                values = rows_at(self._stored.tensor(f"item.{name}"), places)
-                values = values.masked_fill((places < 0)[:, None], math.nan)
-            elif before is not None and entry["known_after"]:
-                values = torch.full((len(places), width), math.nan)
+    def _features(self, known_after: bool = True) -> list[str]:
+        """All features of items and events, or those that are known before an event."""
+        facts = self.facts
+        numbers = [entry["name"] for entry in facts["numbers"] if known_after or not entry["known_after"]]
+        return [*facts["side"], *(facts["known_after"] if known_after else ()), *numbers]
+
+    def _given(self, names: Sequence[str]) -> list[str]:
+        """Those features that do not follow from times."""
+        return [name for name in names if self.facts["features"].get(name, {}).get("kind") != "time"]
+
+    def _events(self, shown: Candidates, times: Tensor, before: Tensor, who: str, are_events: bool) -> Events:
+        """``before``: the time of the user's newest event before each, int64 [n].
+
+        ``are_events``: False for candidates, of which nothing needs to be known that only the event makes known.
+        """
+        facts, places = self.facts, self._known_items.places(shown.items)
+        ids, counts = {facts["item"]: self.items.rows(shown.items)}, {}
+        nothing = torch.full_like(places, -1)
+        if facts["action"]:
+            actions = self.vocabularies[facts["action"]]
+            ids[facts["action"]] = actions.rows_of(nothing) if shown.actions is None else actions.rows(shown.actions)
+        for name in (*facts["side"], *facts["known_after"]):
+            vocabulary = self.vocabularies[name]
+            of_each = torch.ones_like(places)
+            if not are_events and name in facts["known_after"] and name not in shown.features:
+                ids[name] = vocabulary.rows_of(nothing)
+            elif facts["features"][name]["kind"] == "time":
+                ids[name] = vocabulary.rows_of(self._time_codes(name, times, before, places))
             else:
-                raise _lacks(who, name)
-            found.setdefault("numbers", []).append(values)
-        return {role: torch.cat(values, dim=1) for role, values in found.items()}
+                ids[name], of_each = self._side(name, shown.features, places, who)
+            if facts["features"][name]["is_list"]:
+                counts[name] = of_each
+        numbers = [self._numbers(entry, shown, places, who, are_events) for entry in facts["numbers"]]
+        return Events(
+            ids,
+            counts,
+            torch.cat(numbers, dim=1) if numbers else None,
+            times if facts["reads_times"] else None,
+            length=len(places),
+        )
 
-    def _side(self, name: str, events: History, places: Tensor, who: str, before: int | None) -> Tensor:
-        """Rows [n, width] of one feature; of a list their mean."""
-        facts, vocabulary, table = self.facts["features"][name], self.vocabularies[name], self._table(name)
-        if facts["kind"] == "time":
-            return table.rows(vocabulary.rows_of(self._time_codes(name, events, places, before)))
-        if name in events.features:
-            given = events.features[name]
-            if not facts["is_list"]:
-                return table.rows(vocabulary.rows_or_missing(given))
-            lists = [each if isinstance(each, (list, tuple)) and each else [None] for each in given]
-            rows = vocabulary.rows_or_missing([value for each in lists for value in each])
-            return _means(table.rows(rows), torch.tensor([len(each) for each in lists], dtype=torch.int64))
-        if not self.knows_of_items(name):
-            raise _lacks(who, name)
-        rows = self._stored.tensor(f"item.{name}")
-        if not facts["is_list"]:
-            return table.rows(rows_at(rows, places).masked_fill(places < 0, vocabulary.missing))
-        offsets, known = self._stored.tensor(f"item.{name}.offsets"), places.clamp(min=0)
-        lengths = (rows_at(offsets[1:], known) - rows_at(offsets, known)).masked_fill(places < 0, 1)
-        event = torch.repeat_interleave(lengths)
-        inside = torch.arange(len(event)) - (lengths.cumsum(0) - lengths)[event]
+    def _side(
+        self, name: str, features: Mapping[str, Sequence[Any]], places: Tensor, who: str
+    ) -> tuple[Tensor, Tensor]:
+        """(rows of the values of one feature, one event after another; how many each event has)."""
+        vocabulary, is_list = self.vocabularies[name], self.facts["features"][name]["is_list"]
+        counts = torch.ones_like(places)
+        if name in features:
+            if not is_list:
+                return vocabulary.rows(features[name]), counts
+            lists = [each if isinstance(each, (list, tuple)) and each else [None] for each in features[name]]
+            rows = vocabulary.rows([value for each in lists for value in each])
+            return rows, torch.tensor([len(each) for each in lists], dtype=torch.int64)
+        rows = self._of_items(name, who)
+        if not is_list:
+            return rows_at(rows, places).masked_fill(places < 0, vocabulary.missing), counts
+        offsets, known = self._known.tensor(f"item.{name}.offsets"), places.clamp(min=0)
+        counts = (rows_at(offsets[1:], known) - rows_at(offsets, known)).masked_fill(places < 0, 1)
+        event = torch.repeat_interleave(counts)
+        inside = torch.arange(len(event)) - (counts.cumsum(0) - counts)[event]
         chosen = rows_at(rows, rows_at(offsets, known)[event] + inside)
-        return _means(table.rows(chosen.masked_fill(places[event] < 0, vocabulary.missing)), lengths)
+        return chosen.masked_fill(places[event] < 0, vocabulary.missing), counts
 
-    def _time_codes(self, name: str, events: History, places: Tensor, before: int | None) -> Tensor:
+    def _numbers(
+        self, entry: Mapping[str, Any], shown: Candidates, places: Tensor, who: str, are_events: bool
+    ) -> Tensor:
+        """float32 [n, width] of a number or a vector."""
+        name, width = entry["name"], entry["width"]
+        if name in shown.features:
+            return _as_numbers(name, shown.features[name], width)
+        if entry["known_after"] and not are_events:
+            return torch.full((len(places), width), math.nan)
+        return rows_at(self._of_items(name, who), places).masked_fill((places < 0)[:, None], math.nan)
+
+    def _of_items(self, name: str, who: str) -> Tensor:
+        if f"item.{name}" not in self._known:
+            raise ServingError(
+                f"{who} no feature {name!r}, which the model reads and which is not known of the items: give one value "
+                "per item"
+            )
+        return self._known.tensor(f"item.{name}")
+
+    def _time_codes(self, name: str, times: Tensor, before: Tensor, places: Tensor) -> Tensor:
         """int64 [n], as preprocessing makes hour_of_day, day_of_week (both UTC), time_gap and item_age."""
-        times = _times(events.timestamps or ())
         if name == "hour_of_day":
             return times // 3600 % 24
         if name == "day_of_week":
             return (times // 86400 + 3) % 7  # 1970 began on a Thursday
-        if name == "item_age":
-            first = rows_at(self._stored.tensor("item_first_times"), places)
-            ages = (times - torch.where(places < 0, times, first)).clamp(min=0)
-            return (_bit_lengths(1 + ages) - 1).clamp(max=39)
-        if before == _NO_EVENT:
-            return torch.zeros_like(times)
-        if before is not None:
-            return _bit_lengths(1 + (times - before)).clamp(max=40)
-        codes = _bit_lengths(1 + times.diff(prepend=times[:1])).clamp(max=40)
-        codes[:1] = 0
-        return codes
+        if name == "time_gap":
+            is_first = before == _NO_EVENT
+            gaps = _bit_lengths(1 + (times - before).masked_fill(is_first, 0)).clamp(max=40)
+            return gaps.masked_fill(is_first, 0)
+        if "item_first_times" not in self._known:
+            raise ServingError(
+                "the model reads 'item_age', the time since an item's first event, and there is no data to take it "
+                "from; put the data of the run back"
+            )
+        first = rows_at(self._known.tensor("item_first_times"), places)
+        ages = (times - torch.where(places < 0, times, first)).clamp(min=0)
+        return (_bit_lengths(1 + ages) - 1).clamp(max=39)
 
     def _of_user(self, feature: str, value: Any) -> Tensor:
-        """float32 [1, width]; zeros for a value that is unknown or not given."""
-        return self._table(feature).rows(torch.tensor([-1])) if value is None else self._rows(feature, [value])
-
-    def _rows(self, feature: str, values: Sequence[Any]) -> Tensor:
-        return self._table(feature).rows(self.vocabularies[feature].rows(values))
-
-    def _table(self, feature: str) -> Table:
-        return self._tables[self.facts["features"][feature]["table"]]
+        """int64 [1]; unknown for a value that is not given."""
+        vocabulary = self.vocabularies[feature]
+        return vocabulary.rows_of(torch.tensor([-1])) if value is None else vocabulary.rows([value])
 
 
-def _lacks(who: str, name: str) -> ServingError:
-    return ServingError(f"{who} no feature {name!r}, which the model reads: give one value per item")
+def _lengths(features: Mapping[str, Sequence[Any]], **others: Sequence[Any] | None) -> Iterator[tuple[str, int]]:
+    """What is given, as an error names it, and how much of it."""
+    for name, values in {**others, **{f"features {name!r}": own for name, own in features.items()}}.items():
+        if values is not None:
+            yield name, len(values)
+
+
+def name_of(history: History) -> str:
+    """How an error names a history."""
+    return "a history" if history.user is None else f"the history of {history.user!r}"
 
 
 def _times(timestamps: Sequence[int]) -> Tensor:
@@ -203,12 +315,6 @@ def _times(timestamps: Sequence[int]) -> Tensor:
 def _bit_lengths(numbers: Tensor) -> Tensor:
     """1 plus the base-2 logarithm, rounded down, of int64 [n] numbers of at least 1."""
     return torch.tensor([number.bit_length() for number in numbers.tolist()], dtype=torch.int64)
-
-
-def _means(rows: Tensor, lengths: Tensor) -> Tensor:
-    """Means of runs of rows [sum of lengths, width], one run for each of the lengths int64 [n]: [n, width]."""
-    run = torch.repeat_interleave(lengths)
-    return rows.new_zeros(len(lengths), rows.shape[1]).index_add_(0, run, rows) / lengths[:, None]
 
 
 def _as_numbers(name: str, values: Sequence[Any], width: int) -> Tensor:

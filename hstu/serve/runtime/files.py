@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -148,54 +149,84 @@ def rows_at(values: Tensor, index: Tensor) -> Tensor:
 
 
 class Vocabulary:
-    """The values of one feature and the rows of its table.
+    """The values of one feature, and the row of a table that a model reads for each.
 
-    kind: "texts" and "numbers" are listed in ascending order; the numbers 0 … size - 1 of a "range" are not; the codes
-    of a "time" feature follow from times. missing: row of the table that stands for missing values, -1 for zeros.
+    Args:
+        kind: "texts" and "numbers" are listed in ascending order; the numbers 0 … size - 1 of a "range" are not; the
+            codes of a "time" feature follow from times; "raw" values are any int64, which the model gets as they are.
+        size: number of values.
+        values: the texts, or the numbers, int64 [size].
+        rows: row of each value, int64 [size]. None: its place.
+        missing: row that stands for a missing value.
+        unknown: row that stands for a value that is not there; -1 gives zeros.
     """
 
-    def __init__(self, stored: Safetensors, name: str, facts: Mapping[str, Any]) -> None:
-        self.size, self.missing, self._kind = int(facts["size"]), int(facts["missing"]), facts["kind"]
-        self._table_rows = stored.tensor(f"rows.{name}") if f"rows.{name}" in stored else None
-        self._texts = stored.texts(f"ids.{name}") if self._kind == "texts" else []
-        self._places = {text: place for place, text in enumerate(self._texts)}
-        self._numbers = stored.tensor(f"ids.{name}") if self._kind == "numbers" else torch.empty(0, dtype=torch.int64)
+    def __init__(
+        self,
+        kind: str,
+        size: int,
+        values: list[str] | Tensor | None = None,
+        rows: Tensor | None = None,
+        missing: int = -1,
+        unknown: int = -1,
+    ) -> None:
+        self.kind, self.size, self.missing, self.unknown = kind, size, missing, unknown
+        self._rows = rows
+        self.texts = values if isinstance(values, list) else []
+        self.numbers = values if isinstance(values, Tensor) else torch.empty(0, dtype=torch.int64)
+
+    @classmethod
+    def read(cls, stored: Safetensors, name: str, facts: Mapping[str, Any]) -> Vocabulary:
+        """That of a feature in an exported directory. ``facts``: of this feature, in serving.json."""
+        kind, values = facts["kind"], None
+        if kind in ("texts", "numbers"):
+            values = stored.texts(f"ids.{name}") if kind == "texts" else stored.tensor(f"ids.{name}")
+        rows = stored.tensor(f"rows.{name}") if f"rows.{name}" in stored else None
+        return cls(kind, int(facts["size"]), values, rows, int(facts["missing"]))
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {text: place for place, text in enumerate(self.texts)}
 
     def places(self, values: Sequence[Any]) -> Tensor:
-        """Place of each value among all, int64 [n]; -1 for an unknown one."""
-        if self._kind == "texts":
+        """Place of each value among all, int64 [n]; -1 for an unknown one. Numbers may be given as texts."""
+        if self.kind == "texts":
             return torch.tensor([self._places.get(str(value), -1) for value in values], dtype=torch.int64)
         numbers = [_as_int64(value) for value in values]
-        if self._kind in ("range", "time"):
+        if self.kind in ("range", "time"):
             known = range(self.size)
             return torch.tensor([-1 if n is None or n not in known else n for n in numbers], dtype=torch.int64)
         wanted = torch.tensor([number or 0 for number in numbers], dtype=torch.int64)
-        if not self.size:
+        if not len(self.numbers):
             return torch.full_like(wanted, -1)
-        found = torch.searchsorted(self._numbers, wanted).clamp(max=self.size - 1)
+        found = torch.searchsorted(self.numbers, wanted).clamp(max=len(self.numbers) - 1)
         is_number = torch.tensor([number is not None for number in numbers], dtype=torch.bool)
-        return torch.where(is_number & (self._numbers[found] == wanted), found, -1)
+        return torch.where(is_number & (self.numbers[found] == wanted), found, -1)
 
     def rows(self, values: Sequence[Any]) -> Tensor:
-        """Row of the table for each value, int64 [n]; -1 for an unknown one."""
-        return self.rows_of(self.places(values))
-
-    def rows_or_missing(self, values: Sequence[Any]) -> Tensor:
-        """The same, with the row for missing values in place of None."""
-        missing = torch.tensor([value is None for value in values], dtype=torch.bool)
-        return self.rows(values).masked_fill(missing, self.missing)
+        """Row for each value, int64 [n]; ``missing`` for None."""
+        if self.kind == "raw":
+            numbers = [_as_int64(value) for value in values]
+            found = torch.tensor([self.unknown if n is None else n for n in numbers], dtype=torch.int64)
+        else:
+            found = self.rows_of(self.places(values))
+        return found.masked_fill(torch.tensor([value is None for value in values], dtype=torch.bool), self.missing)
 
     def rows_of(self, places: Tensor) -> Tensor:
-        """Row of the table for each place, int64 [n]; -1 where there is none."""
-        if self._table_rows is None:
-            return places
-        return rows_at(self._table_rows, places).masked_fill(places < 0, -1)
+        """Row for each place, int64 [n]; ``unknown`` where there is none."""
+        found = places if self._rows is None else rows_at(self._rows, places)
+        return found.masked_fill(places < 0, self.unknown)
+
+    def values_at(self, places: Tensor) -> list[Any]:
+        """The values at places, int64 [n]; of a "raw" feature the numbers themselves."""
+        if self.kind == "texts":
+            return [self.texts[place] for place in places.tolist()]
+        found: list[Any] = (self.numbers[places] if self.kind == "numbers" else places).tolist()
+        return found
 
     def value_at(self, place: int) -> Any:
-        """The value at a place."""
-        if self._kind == "texts":
-            return self._texts[place]
-        return int(self._numbers[place]) if self._kind == "numbers" else place
+        """The value at one place."""
+        return self.values_at(torch.tensor([place]))[0]
 
 
 def _as_int64(value: Any) -> int | None:

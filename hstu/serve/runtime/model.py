@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .encode import Encoder
-from .files import COMPILED, PROGRAM, TABLES, VOCABULARY, WEIGHTS, Safetensors, read_directory, read_tables
+from .files import COMPILED, PROGRAM, TABLES, VOCABULARY, WEIGHTS, Safetensors, Vocabulary, read_directory, read_tables
 from .layout import Sequence_, run
 from .requests import Candidates, History, ServingError
 
@@ -65,9 +65,10 @@ class Model:
 
     def __init__(self, directory: Path, verify: bool, compiled: bool, in_memory: bool, like: Model | None) -> None:
         self.facts, checksums = read_directory(directory, verify)
-        tables = read_tables(directory / TABLES, in_memory)
+        self._tables = tables = read_tables(directory / TABLES, in_memory)
         stored = Safetensors(directory / VOCABULARY, in_memory)
-        self.encoder = Encoder(self.facts, tables, stored)
+        vocabularies = {name: Vocabulary.read(stored, name, each) for name, each in self.facts["features"].items()}
+        self.encoder = Encoder(self.facts, vocabularies, vocabularies[self.facts["item"]], stored)
         self.titles = stored.texts("titles") if "titles.utf8" in stored else []
         self._items: Tensor | None = None
         if self.facts["task"] == "retrieval":
@@ -139,11 +140,9 @@ class Model:
         return found
 
     def _named(self, scores: Tensor, places: Tensor) -> Recommendation:
-        chosen: list[int] = places[scores > -torch.inf].tolist()
-        titles = [self.titles[place] for place in chosen] if self.titles else []
-        return Recommendation(
-            [self.encoder.items.value_at(place) for place in chosen], scores[: len(chosen)].tolist(), titles
-        )
+        chosen = places[scores > -torch.inf]
+        titles = [self.titles[place] for place in chosen.tolist()] if self.titles else []
+        return Recommendation(self.encoder.items.values_at(chosen), scores[: len(chosen)].tolist(), titles)
 
     def embed(self, history: History, at: int | None = None) -> Tensor:
         """:meth:`embed_batch` for one history: float32 [E]."""
@@ -165,7 +164,7 @@ class Model:
 
     def run(self, encoded: Sequence[Sequence_]) -> list[Tensor]:
         """What the program predicts for each: the vector [1, E] of a user, or logits [candidates, outputs]."""
-        return run(lambda inputs: self._program(inputs, self._weights), self.facts, encoded)
+        return run(lambda inputs: self._program(inputs, self._weights), self.facts, self._tables, encoded)
 
     def item_vectors(self, items: Sequence[Any]) -> Tensor:
         """Vectors of items, float32 [len(items), E], of length 1; zeros for items that the model does not have."""
@@ -213,22 +212,10 @@ class Model:
                 (self.item_vectors(each.items) @ query)[:, None] for each, query in zip(shown, queries, strict=True)
             ]
         pairs = list(zip(histories, shown, strict=True))
-        parts = [self.encode_candidates(history, each, at) for history, each in pairs]
+        parts = [self.encoder.sequences(history, each, at) for history, each in pairs]
         found = iter(self.run([part for own in parts for part in own]))
         width = sum(task["width"] for task in self.facts["tasks"])
         return [torch.cat([torch.empty(0, width), *(next(found) for _ in own)]) for own in parts]
-
-    def encode_candidates(self, history: History, candidates: Candidates, at: int | None = None) -> list[Sequence_]:
-        """The sequences in which the candidates are scored: equal parts of them, each after the history that fits.
-
-        A model that was trained with candidates has no more events than it had there beside the largest part.
-        """
-        count, longest, rule = len(candidates.items), self.facts["max_items"], self.facts["candidates"]
-        number = -(-count // (rule["most"] or min(count, longest - 1) or 1))
-        room = longest - (-(-count // number) if rule["trained"] and number else 1)
-        events, rows = self.encoder.history(history, at, room), self.encoder.candidates(candidates, history, at)
-        bounds = [(count * part // number, count * (part + 1) // number) for part in range(number)]
-        return [(events, {name: values[start:stop] for name, values in rows.items()}) for start, stop in bounds]
 
     def _item_vectors(self, purpose: str) -> Tensor:
         if self._items is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 
@@ -13,8 +13,11 @@ class ServingError(ValueError):
 
 @dataclass(frozen=True)
 class History:
-    """The events of one user, oldest first. All values are those of the raw data."""
+    """The events of one user, oldest first. All values are those of the raw data, in lists or arrays."""
 
+    user: Any = None
+    """Id of the user, which models with the contextual feature user_id read, and errors name."""
+    _: KW_ONLY
     items: Sequence[Any]
     """Ids of the items, one per event."""
     actions: Sequence[Any] | None = None
@@ -25,9 +28,7 @@ class History:
     """Contextual feature → value of this user. One that is left out is unknown."""
     features: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Feature of items or events → its value at each event, None where it is missing; a list of values where an item
-    has several, and for a vector. Features of items that are left out are those of the exported data."""
-    user: Any = None
-    """Id of the user, for models with the contextual feature user_id."""
+    has several, and for a vector. Features of items that are left out are those of the data."""
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,6 @@ class Candidates:
     items: Sequence[Any]
     features: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """As History.features, for features that are known before the event."""
+    actions: Sequence[Any] | None = None
+    """What the user did with each, where that is known: a model trained with NetworkArgs.target_group_size reads it for
+    later candidates of a group. ``features`` may then also have what is known after the event."""

@@ -162,8 +162,6 @@ async def _watch(live: LiveModel, every_s: float) -> None:
 
 def _facts(served: ServedModel) -> schemas.ModelFacts:
     facts, encoder = served.model.facts, served.model.encoder
-    names = [*facts["side"], *facts["known_after"], *(entry["name"] for entry in facts["numbers"])]
-    given = [name for name in names if facts["features"].get(name, {}).get("kind") != "time"]
     actions = encoder.vocabularies[facts["action"]] if facts["action"] else None
     shown = range(actions.size if actions is not None and actions.size <= _SHOWN_ACTIONS else 0)
     return schemas.ModelFacts(
@@ -177,7 +175,7 @@ def _facts(served: ServedModel) -> schemas.ModelFacts:
             timestamps=facts["reads_times"],
             request_time=facts["reads_request_time"],
             context=facts["contextual"],
-            features={name: not encoder.knows_of_items(name) for name in given},
+            features=encoder.given_features,
         ),
         predictions=[{name: task[name] for name in ("name", "kind", "width", "first")} for task in facts["tasks"]],
     )

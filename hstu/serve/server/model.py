@@ -97,23 +97,16 @@ class ServedModel:
         facts, encoder = self.model.facts, self.model.encoder
         if not encoder.items.size:
             raise ServingError("the model has no items")
-        item = encoder.items.value_at(0)
-        names = [*facts["side"], *facts["known_after"], *(entry["name"] for entry in facts["numbers"])]
-        given = [
-            name
-            for name in names
-            if facts["features"].get(name, {}).get("kind") != "time" and not encoder.knows_of_items(name)
-        ]
-        before = [name for name in given if name not in facts["known_after"]]
-        before = [n for n in before if not any(e["name"] == n and e["known_after"] for e in facts["numbers"])]
+        item, given = encoder.items.value_at(0), [name for name, must in encoder.given_features.items() if must]
         actions = encoder.vocabularies[facts["action"]] if facts["action"] else None
         history = History(
-            [item],
+            items=[item],
             actions=None if actions is None else [actions.value_at(0) if actions.size else 0],
             timestamps=[0] if facts["reads_times"] else None,
             features={name: [None] for name in given},
         )
-        for answer in self.answer([Query(history, candidates=Candidates([item], {name: [None] for name in before}))]):
+        shown = Candidates([item], {name: [None] for name in given if name in encoder.known_before})
+        for answer in self.answer([Query(history, candidates=shown)]):
             if isinstance(answer, Exception):
                 raise ServingError(f"the model cannot answer: {answer}") from answer
 
@@ -171,7 +164,7 @@ class ServedModel:
             try:
                 if query.candidates is None:
                     raise ServingError("a ranking model has no vectors of users and items; use /score")
-                own = self.model.encode_candidates(query.history, query.candidates, query.at)
+                own = self.model.encoder.sequences(query.history, query.candidates, query.at)
                 contents.append(range(len(sequences), len(sequences) + len(own)))
                 sequences += own
             except ServingError as error:

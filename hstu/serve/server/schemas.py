@@ -41,7 +41,14 @@ class User(_Strict):
 
     def history(self) -> History:
         """The events as the model takes them."""
-        return History(self.items, self.actions, self.timestamps, self.context, self.features, self.user)
+        return History(
+            self.user,
+            items=self.items,
+            actions=self.actions,
+            timestamps=self.timestamps,
+            context=self.context,
+            features=self.features,
+        )
 
     def query(self) -> Query:
         """What to compute."""

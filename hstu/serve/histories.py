@@ -1,0 +1,241 @@
+"""Histories of users, given by hand or read from the data, in the ids of the raw data; and as batches of a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu.base.errors import DataError
+from hstu.checkpoint.raw_ids import RawIds
+from hstu.config.run_config import RunConfig
+from hstu.data.batches.batch import PADDING_ID, HSTUBatch
+from hstu.data.batches.collate import Assembler
+from hstu.data.batches.rows import Rows
+from hstu.data.datasets.spec import UNKNOWN
+from hstu.data.sampling.sampler import START, BatchPlan
+from hstu.data.store.layout import TIME_FEATURES
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
+from hstu.serve.runtime.encode import Encoder, Events, name_of
+from hstu.serve.runtime.files import Vocabulary
+from hstu.serve.runtime.requests import Candidates, History, ServingError
+from hstu.train.batch_source import BatchSource
+from hstu.train.store_source import StoreSource
+
+
+def vocabulary_of(raw: np.ndarray, **options: Any) -> Vocabulary:
+    """A vocabulary of raw ids in ascending order, int64 or str objects. ``options``: further arguments of it."""
+    if raw.dtype == object:
+        return Vocabulary("texts", len(raw), raw.tolist(), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that memory maps are read-only
+        return Vocabulary("numbers", len(raw), torch.from_numpy(raw), **options)
+
+
+def stored_vocabulary(store: SequenceStore, feature: str) -> Vocabulary:
+    """The values of a feature of the data, by their codes."""
+    if feature != USER_FEATURE and not store.feature(feature).has_vocab:
+        return Vocabulary("range", store.cardinality(feature))
+    return vocabulary_of(store.raw_ids(feature))
+
+
+def vocabularies_of(source: BatchSource, raw_ids: RawIds) -> dict[str, Vocabulary]:
+    """The ids of each feature, and what a batch has for them. Unknown ids have a row of zeros."""
+    found = {}
+    for name in source.roles.names:
+        size, raw = source.cardinalities[name], raw_ids.decoded(name)
+        if name in source.raw_features:
+            found[name] = Vocabulary("raw", size, missing=PADDING_ID, unknown=PADDING_ID)
+        elif raw is None:
+            is_time = name in TIME_FEATURES and name in source.roles.side
+            found[name] = Vocabulary("time" if is_time else "range", size, missing=size, unknown=size)
+        else:
+            found[name] = vocabulary_of(raw, missing=size, unknown=size)
+        if name in source.roles.side:
+            found[name].missing = int(found[name].rows([UNKNOWN])[0])
+    return found
+
+
+def request_facts(config: RunConfig, source: BatchSource, vocabularies: Mapping[str, Vocabulary]) -> dict[str, Any]:
+    """What ``Encoder`` reads of serving.json."""
+    roles, network, is_retrieval = source.roles, config.network, config.task == "retrieval"
+    times = [name for name, vocabulary in vocabularies.items() if vocabulary.kind == "time"]
+    widths = zip(roles.numbers, roles.number_widths, strict=True)
+    return {
+        "task": config.task,
+        "item": roles.item,
+        "action": roles.action,
+        "contextual": list(roles.contextual),
+        "side": [name for name in roles.categories if name not in roles.known_after],
+        "known_after": [name for name in roles.categories if name in roles.known_after],
+        "numbers": [{"name": name, "width": width, "known_after": name in roles.known_after} for name, width in widths],
+        "max_items": source.max_items,
+        "reads_times": network.has_relative_bias or bool(times),
+        "reads_request_time": (network.has_relative_bias and config.asks_for_next)
+        if is_retrieval
+        else network.has_relative_bias or any(name not in roles.known_after for name in times),
+        "features": {
+            name: {"kind": vocabulary.kind, "is_list": name in roles.lists} for name, vocabulary in vocabularies.items()
+        },
+    }
+
+
+class ItemsOfData:
+    """What the data knows of its items, by code, under the names of vocabulary.safetensors; ids as in a batch.
+
+    ``store``: None: there is no data, and nothing is known.
+    """
+
+    def __init__(self, store: SequenceStore | None) -> None:
+        self._store = store
+        self._tensors: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """See runtime.encode.Known."""
+        if self._store is None:
+            return False
+        features = (*self._store.item_side_features, *self._store.item_number_features)
+        return name in ("item_first_times", *(f"item.{feature}" for feature in features))
+
+    def tensor(self, name: str) -> Tensor:
+        """See runtime.encode.Known."""
+        if name not in self._tensors:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns that memory maps are read-only
+                self._tensors[name] = torch.from_numpy(np.asarray(self._read(name)))
+        return self._tensors[name]
+
+    def _read(self, name: str) -> np.ndarray:
+        assert self._store is not None, "it contains nothing"
+        if name == "item_first_times":
+            return self._store.first_times()
+        feature = name.removeprefix("item.").removesuffix(".offsets")
+        if feature in self._store.item_number_features:
+            return self._store.item_numbers(feature)
+        codes, offsets = self._store.item_values(feature)
+        if offsets is not None and name.endswith(".offsets"):
+            return offsets
+        return self._store.model_ids(feature, np.asarray(codes))
+
+
+@contextmanager
+def _as_data_errors() -> Iterator[None]:
+    """Raise DataError in place of ServingError."""
+    try:
+        yield
+    except ServingError as error:
+        raise DataError(str(error)) from error
+
+
+class BatchEncoder(Encoder):
+    """Turns requests into batches of a trained model. Raises DataError for what the model cannot read.
+
+    ``facts``: those of an export, which say how candidates are scored. None: what is known without one.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        source: BatchSource,
+        vocabularies: Mapping[str, Vocabulary],
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._config, self._source = config, source
+        store = source.store if isinstance(source, StoreSource) else None
+        item = source.roles.item
+        super().__init__(
+            facts or request_facts(config, source, vocabularies),
+            vocabularies,
+            vocabularies[item] if store is None else stored_vocabulary(store, item),
+            ItemsOfData(store),
+        )
+
+    def history(self, history: History, at: int | None, room: int) -> Events:
+        """See Encoder."""
+        with _as_data_errors():
+            return super().history(history, at, room)
+
+    def candidates(self, candidates: Candidates, history: History, at: int | None, parts: int = 1) -> list[Events]:
+        """See Encoder."""
+        with _as_data_errors():
+            return super().candidates(candidates, history, at, parts)
+
+    def batches(self, histories: Sequence[History], rooms: Sequence[int] | None = None) -> Iterator[HSTUBatch]:
+        """The histories in order, each cut to its newest items. Raises DataError for one that lacks something.
+
+        ``rooms``: items that are kept of each history. None: as many as the model was trained on.
+        """
+        for history in histories:
+            if not len(history.items):
+                raise DataError(f"{name_of(history)} has no items; give at least one")
+        kept = [self._source.max_items] * len(histories) if rooms is None else rooms
+        sequences = ((self.history(*each), None) for each in zip(histories, [None] * len(kept), kept, strict=True))
+        return self.batches_of(sequences)
+
+    def batches_of(self, sequences: Iterable[tuple[Events, Events | None]]) -> Iterator[HSTUBatch]:
+        """Batches of histories, each with its candidates, if there are any, which have no labels."""
+        # Evaluation batches, so that no negatives are drawn; their held-out items mean nothing.
+        size, roles = self._config.trainer.eval_batch_size, self._source.roles
+        assembler = Assembler(size, "retrieval", roles, 1, seed=0, negatives=self._source.negatives)
+        remaining = iter(sequences)
+        while chunk := [*islice(remaining, size)]:
+            count = np.arange(len(chunk))
+            yield assembler.assemble(self._rows(chunk), BatchPlan(count, count, 0, 0, START))
+
+    def _rows(self, sequences: Sequence[tuple[Events, Events | None]]) -> Rows:
+        roles, nothing = self._source.roles, np.zeros(len(sequences), dtype=np.int64)
+        parts = [part for sequence in sequences for part in sequence if part is not None]
+        shown = np.array([0 if candidates is None else candidates.length for _, candidates in sequences])
+
+        def joined(tensors: Iterable[Tensor | None]) -> np.ndarray:
+            return torch.cat([tensor for tensor in tensors if tensor is not None]).numpy()
+
+        ids = {name: joined(part.ids[name] for part in parts) for name in parts[0].ids}
+        return Rows(
+            user_ids=np.arange(len(sequences)),
+            lengths=np.array([events.length for events, _ in sequences]) + shown,
+            num_candidates=shown,
+            num_labels=nothing,
+            items=ids[roles.item],
+            actions=ids[roles.action] if roles.action else None,
+            timestamps=joined(part.times for part in parts) if self._config.network.has_relative_bias else None,
+            context={name: joined(events.context[name] for events, _ in sequences) for name in roles.contextual},
+            side={name: ids[name] for name in roles.categories},
+            list_lengths={name: joined(part.counts[name] for part in parts) for name in roles.lists},
+            numbers=joined(part.numbers for part in parts) if roles.numbers else None,
+            held_out=nothing,
+        )
+
+
+def histories(
+    store: SequenceStore, rows: Iterable[int] | None = None, features: Sequence[str] = ()
+) -> Iterator[History]:
+    """Iterate over the users of a store, or over those in ``rows``. Only what is yielded is read from disk.
+
+    ``features``: the features of events that histories have.
+    """
+    raw = {name: store.raw_ids(name) for name, feature in store.features.items() if feature.has_vocab}
+    offsets, users = store.offsets(), store.raw_ids(USER_FEATURE)
+    action, timestamp = store.action_feature, store.timestamp_feature
+    for row in range(store.num_users) if rows is None else rows:
+        events = slice(int(offsets[row]), int(offsets[row + 1]))
+
+        def of_events(name: str, events: slice = events) -> Any:
+            values = store.sequence(name)[events]
+            return raw[name][values] if name in raw else values
+
+        codes = {name: int(store.context(name)[row]) for name in store.contextual_features}
+        yield History(
+            users[row],
+            items=of_events(store.item_feature),
+            actions=None if action is None else of_events(action),
+            timestamps=None if timestamp is None else of_events(timestamp),
+            context={name: raw[name][code] if name in raw else code for name, code in codes.items()},
+            features={name: of_events(name) for name in features},
+        )

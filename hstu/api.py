@@ -11,7 +11,7 @@ docs/python_api.md shows each function with its output. Importing this module im
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -187,10 +187,7 @@ class TrainedModel(LoadedModel):
 
         Raises DataError that names unknown users.
         """
-        names, of_events = self.source.roles.contextual, (*self.store.event_features, *self.store.event_number_features)
-        features = [name for name in self.source.roles.side if name in of_events]
-        for history in histories(self.store, encode_users(self.store, users), features):
-            yield replace(history, context={name: history.context[name] for name in names})
+        return self.histories_of(encode_users(self.store, users))
 
     def session(self, cache_bytes: int, **options: Any) -> Session:
         """Keep the histories of users encoded, so that appending events and scoring candidates cost what is new.

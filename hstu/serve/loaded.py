@@ -29,8 +29,9 @@ from hstu.model.outputs import ModelOutput
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel import mesh as meshes
 from hstu.parallel.mesh import Mesh
-from hstu.serve.histories import BatchEncoder, stored_vocabulary, vocabularies_of
+from hstu.serve.histories import BatchEncoder, histories, stored_vocabulary, vocabularies_of
 from hstu.serve.runtime.files import Vocabulary
+from hstu.serve.runtime.requests import History
 from hstu.train.builder import build_model, build_state, raw_ids
 from hstu.train.evaluate import RetrievalEvaluator, evaluation_mode
 from hstu.train.inference import InferenceSource, StoredSource, asked_at, zero_spare_rows
@@ -199,6 +200,13 @@ class LoadedModel:
     def retrieval_evaluator(self) -> RetrievalEvaluator:
         """Embeds items and scores them. Raises DataError for a ranking run."""
         return RetrievalEvaluator(self.model, self.require_retrieval(), self.source, self.mesh)
+
+    def histories_of(self, users: np.ndarray) -> Iterator[History]:
+        """Whole histories of users (rows of the store), with the context and event features that the model reads."""
+        store, roles = self.store, self.source.roles
+        of_events = [name for name in roles.side if name in (*store.event_features, *store.event_number_features)]
+        for history in histories(store, users, of_events):
+            yield replace(history, context={name: history.context[name] for name in roles.contextual})
 
     def model_ids(self, codes: np.ndarray) -> np.ndarray:
         """What the model gets for item codes of the data, int64 [n]."""

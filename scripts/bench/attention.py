@@ -7,7 +7,8 @@ lengths all equal, uniform, and one long sequence among short ones, which shows 
 counted as NVIDIA recsys-examples counts them, for softmax as well: 2 · H · n² · d per sequence forward (half of two
 products) and 2.5 times that backward, without those that padding adds. "kernels_ms" lists the kernels of a forward and
 backward one by one, by the profiler. All variants run in turn in one process. The limits of the device are measured
-before and after. With --output FILE.json it also draws FILE.png.
+before and after. --span and --full-tokens hide pairs as NetworkArgs.max_attention_span does: then only ours are timed,
+and hidden pairs are not counted. With --output FILE.json it also draws FILE.png.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from harness import (
 from padded_baseline import padded_attention
 from torch import Tensor
 
-from hstu.ops.costs import attention_flops
+from hstu.ops.costs import NO_WINDOW, Window, attention_flops
 from hstu.ops.functional import hstu_attention
 from hstu.ops.kernels import AttentionConfig, Backend, Kernels, KernelShapes, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, build_layout
@@ -77,6 +78,7 @@ class Shape:
     lengths: np.ndarray
     heads: int
     head_dim: int
+    window: Window = NO_WINDOW
 
     @property
     def pairs(self) -> int:
@@ -91,7 +93,13 @@ class Shape:
     @property
     def flops(self) -> int:
         """Floating-point operations of forward."""
-        return int(attention_flops(self.lengths, np.zeros_like(self.lengths), self.heads, self.head_dim).sum())
+        none = np.zeros_like(self.lengths)
+        return int(attention_flops(self.lengths, none, self.heads, self.head_dim, window=self.window).sum())
+
+    def config(self, alpha: float) -> AttentionConfig:
+        """The attention of these sequences."""
+        longest, window = int(self.lengths.max()), self.window
+        return AttentionConfig(alpha, longest, max_span=window.max_span, full_tokens=window.full_tokens)
 
     def layout(self, device: torch.device, item_times: Tensor | None = None) -> JaggedLayout:
         """The layout of a batch of items without context and candidates."""
@@ -154,10 +162,12 @@ def passes_of(
     _, v, q, k = (part.requires_grad_() for part in projected.unbind(2))  # views of a projection, as the layer makes
 
     def ours(backend: Backend) -> Pass:
-        config, kernels = AttentionConfig(alpha, longest), kernels_of(backend, shape.head_dim, dtype).attention
+        config, kernels = shape.config(alpha), kernels_of(backend, shape.head_dim, dtype).attention
         return Pass(lambda: hstu_attention(q, k, v, layout, config, None, kernels), [q, k, v])
 
     passes = {LABELS.get(backend, f"ours, {backend.value}"): ours(backend) for backend in BACKENDS[device.type]}
+    if shape.window.max_span is not None:
+        return passes
     size = (len(shape.lengths), longest, shape.heads, shape.head_dim)
     padded = [torch.randn(size, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
     if shape.padded_pairs * shape.heads <= MOST_SCORES[device.type]:
@@ -201,7 +211,7 @@ def errors_of(ours: Pass, shape: Shape, device: torch.device) -> Row:
     results = [out, *torch.autograd.grad(out, ours.leaves, grad)]
     q, k, v = exact = [x[-length:, -1:].detach().double().requires_grad_() for x in ours.leaves]
     layout = Shape(shape.lengths[-1:], 1, shape.head_dim).layout(device)
-    config = AttentionConfig(shape.head_dim**-0.5, int(shape.lengths.max()))
+    config = shape.config(shape.head_dim**-0.5)
     reference = hstu_attention(q, k, v, layout, config, None, kernels_of(Backend.PYTORCH, shape.head_dim).attention)
     references = [reference, *torch.autograd.grad(reference, exact, grad[-length:, -1:].double())]
     pairs = zip(("O", "dQ", "dK", "dV"), results, references, strict=True)
@@ -253,6 +263,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=int, help="of a batch (default on a GPU: 32 sequences)")
     add("--heads", type=int)
     add("--head-dim", type=int)
+    add("--span", type=int, help="NetworkArgs.max_attention_span")
+    add("--full-tokens", type=int, default=0, help="newest tokens that see the whole history")
     options = commands.parse_args(argv)
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     for name, value in SHAPES[options.device].items():
@@ -263,10 +275,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def shapes_of(options: argparse.Namespace) -> list[Shape]:
     """Batches of equally long sequences."""
-    return [
-        Shape(np.full(max(1, options.tokens // n) if options.tokens else SEQUENCES, n), options.heads, options.head_dim)
-        for n in options.length
-    ]
+    window = Window(options.span, options.full_tokens, 0)
+    counts = [max(1, options.tokens // n) if options.tokens else SEQUENCES for n in options.length]
+    lengths = [np.full(count, n) for count, n in zip(counts, options.length, strict=True)]
+    return [Shape(each, options.heads, options.head_dim, window) for each in lengths]
 
 
 def main() -> None:
@@ -286,7 +298,7 @@ def main() -> None:
         add("lengths", batch, partial(timed, shape, with_compiled))
     longest = sorted(options.length)[len(options.length) // 2] * 2
     for name, lengths in distributions(longest, np.random.default_rng(0)).items():
-        shape = Shape(lengths, options.heads, options.head_dim)
+        shape = Shape(lengths, options.heads, options.head_dim, Window(options.span, options.full_tokens, 0))
         drawn: Row = {"lengths": name, "sequences": len(lengths), "sum_n2": shape.pairs, "b_n2": shape.padded_pairs}
         add("distributions", drawn, partial(timed, shape))
     if device.type == "cpu":

@@ -161,15 +161,14 @@ PARTS: dict[int, tuple[Item, ...]] = {
             ("--length", "4096", "512", "1024", "2048", "16384", "8192"),
             ("--length", "32"),
         ),
-        measured("operators of a layer", 50, "layer_operators"),
+        measured("operators", 90, "operators"),
         measured("layer", 60, "layer", ("--length", "4096", "1024", "2048", "8192"), ("--length", "32")),
         checked("cutlass", 40),
         checked("triton", 70),
-        measured("negatives", 40, "negatives", (), ("--queries", "32", "--pool", "16", "--draws", "4", "--dim", "8")),
     ),
     4: (  # pipelines, tables, sharding
         steps("pipelines", 80, PIPELINES, 0.0, "--trace", f"{OUT}/pipeline.json.gz"),
-        measured("dynamic tables", 90, "dynamic_gpu", (), ("--rows", "300", "--lookups", "256")),
+        measured("dynamic tables", 90, "dynamic", (), ("--rows", "300", "--lookups", "256")),
         steps(
             "tables in host memory",
             110,

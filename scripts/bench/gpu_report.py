@@ -105,7 +105,7 @@ def page(parts: Mapping[int, Row]) -> str:
         ("the step", "The step: 8 layers, width 1024, 4 heads of 256, 32 sequences of 4,099 tokens", step_lines),
         ("attention", "Attention, TFLOPS", attention_lines),
         ("layer", "A layer, TFLOPS", layer_lines),
-        ("operators of a layer", "Operators of a layer", operator_lines),
+        ("operators", "Operators", operator_lines),
     )
     for name, title, write in sections:
         if name in items:

@@ -17,7 +17,7 @@ from hstu.serve.check import TOLERANCE
 from hstu.serve.server.metrics import Metrics
 from hstu.serve.server.settings import Settings
 from hstu.serve.server.swap import loader
-from scripts.fuzz_server import Fuzzer
+from tests.serve.fuzz import Fuzzer
 from tests.serve.http_server import UNWATCHED, Client, running, until
 from tests.serve.served import BIAS, Served, random_model, request, serve
 

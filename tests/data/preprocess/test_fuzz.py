@@ -1,4 +1,4 @@
-"""A short run of scripts/fuzz_data.py; give it hours with --seconds."""
+"""A short run of fuzz.py; give it hours with --seconds."""
 
 import subprocess
 import sys
@@ -7,12 +7,10 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-SCRIPT = REPOSITORY / "scripts" / "fuzz_data.py"
-
 
 def fuzz(seconds: int, seed: int) -> str:
-    command = [sys.executable, str(SCRIPT), "--seconds", str(seconds), "--seed", str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 120, check=False)
+    command = [sys.executable, "-m", "tests.data.preprocess.fuzz", "--seconds", str(seconds), "--seed", str(seed)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=seconds + 120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,6 +1,6 @@
-"""Time the operators of a layer besides attention beside PyTorch, and compare them with float64 at the same shapes.
+"""Time sampled softmax and a layer's operators besides attention beside PyTorch, and compare them with float64.
 
-    python scripts/bench/layer_operators.py [--device cuda] [--output operators.json]
+    python scripts/bench/operators.py [--device cuda] [--output operators.json]
 
 bfloat16 with a float32 residual stream, as in training. GB/s count the bytes that must be read and written at least,
 so that "copy_gb_s" of the ceilings is the limit. GFLOPS count matrix products. "errors" are the norms of the errors of
@@ -29,16 +29,22 @@ from harness import (
     runnable,
     time_passes,
 )
+from padded_baseline import gathered_loss
 from torch import Tensor
 
-from hstu.ops.functional import add_layer_norm, norm_mul_dropout, project_uvqk
+from hstu.ops import costs
+from hstu.ops.functional import add_layer_norm, norm_mul_dropout, project_uvqk, sampled_softmax_loss
 from hstu.ops.kernels import GateConfig, Kernels, KernelShapes
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.select import resolve_kernels
 
-SIZES = {"cpu": (512, 64, 2, 32), "cuda": (32 * 4096, 1024, 4, 256)}
-"""Default tokens, hidden size, heads and head dim for each device."""
+SIZES: dict[str, dict[str, int]] = {
+    "cpu": dict(tokens=512, hidden=64, heads=2, head_dim=32, positions=512, pool=200, draws=16, item_dim=50),
+    "cuda": dict(tokens=131072, hidden=1024, heads=4, head_dim=256, positions=13600, pool=3700, draws=128, item_dim=50),
+}
+"""Default sizes for each device. The sampled softmax has ``draws`` of ``pool`` items at each of ``positions``."""
 DTYPE = torch.bfloat16
+TEMPERATURE, EPS = 0.05, 1e-6
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,31 @@ def operators(options: argparse.Namespace, device: torch.device) -> Iterator[Ope
         )
 
 
+def sampled_softmax(options: argparse.Namespace, device: torch.device) -> Operator:
+    """From vectors that are not yet normalised to the loss; our forward already computes the gradients."""
+    ids = torch.arange(options.pool, device=device)
+    targets = torch.randint(options.pool, (options.positions,), device=device)
+    draws = torch.randint(options.pool, (options.positions, options.draws), device=device)
+    short_draws = draws.int()
+
+    def ours(kernels: Kernels, *vectors: Tensor) -> tuple[Tensor]:
+        queries, positives, items = (kernels.l2_normalize(x, EPS) for x in vectors)
+        kernel = kernels.sampled_softmax_loss
+        loss = sampled_softmax_loss(queries, positives, items, short_draws, targets, ids, None, TEMPERATURE, kernel)
+        return (loss / options.positions,)
+
+    def gathered(queries: Tensor, positives: Tensor, items: Tensor) -> tuple[Tensor]:
+        hit = draws == targets[:, None]
+        return (gathered_loss(queries, positives, F.embedding(draws, items), hit, TEMPERATURE, EPS),)
+
+    def vectors() -> list[Tensor]:
+        rows = options.positions, options.positions, options.pool
+        return [torch.randn(each, options.item_dim, device=device).requires_grad_() for each in rows]
+
+    operations = costs.sampled_softmax(options.positions, options.draws, options.item_dim).flops
+    return Operator("sampled softmax", ours, gathered, vectors, (operations / 3, operations * 2 / 3), "gflops")
+
+
 def measure(operator: Operator, kernels: Kernels, device: torch.device, rounds: int) -> list[Row]:
     """A row for ours and one for PyTorch."""
     leaves = operator.leaves()
@@ -134,10 +165,10 @@ def errors_of(operator: Operator, ours: Pass, leaves: list[Tensor]) -> list[floa
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, completed by the default shape of the device."""
     add = (commands := operator_command_line(__doc__)).add_argument
-    for name in ("tokens", "hidden", "heads", "head-dim"):
-        add(f"--{name}", type=int)
+    for name in SIZES["cpu"]:
+        add(f"--{name.replace('_', '-')}", type=int)
     options = commands.parse_args(argv)
-    for name, size in zip(("tokens", "hidden", "heads", "head_dim"), SIZES[options.device], strict=True):
+    for name, size in SIZES[options.device].items():
         if getattr(options, name) is None:
             setattr(options, name, size)
     return options
@@ -147,10 +178,10 @@ def main() -> None:
     """Measure and print."""
     options = parse()
     device, report = begin(options)
-    report |= {name: getattr(options, name) for name in ("tokens", "hidden", "heads", "head_dim")}
-    shapes = KernelShapes(options.head_dim, options.heads, options.hidden, options.hidden, DTYPE)
+    report |= {name: getattr(options, name) for name in SIZES["cpu"]}
+    shapes = KernelShapes(options.head_dim, options.heads, options.hidden, options.item_dim, DTYPE)
     kernels = resolve_kernels(BACKENDS[device.type][-1] if device.type == "cuda" else BACKENDS["cpu"][0], shapes)
-    for operator in operators(options, device):
+    for operator in (*operators(options, device), sampled_softmax(options, device)):
         timed = partial(measure, operator, kernels, device, options.rounds)
         attempt(report, "operators", {"operator": operator.name}, timed, options.output)
     finish(report, options)

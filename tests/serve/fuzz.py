@@ -1,41 +1,24 @@
-"""Sends random requests to a server of its own; each must be answered, and never with a defect.
-
-python scripts/fuzz_server.py --export exports/first --seconds 600 [--seed 1]
-python scripts/fuzz_server.py --export exports/first --case 1000017          # one case alone, shown
+"""Random requests to a server; each must be answered, and never with a defect.
 
 Requests are those that fit the model, whose answers must be those of the plain runtime; the same with fields that have
 been changed; any JSON; bodies and whole HTTP requests with changed bytes; and other paths and methods. Failures are a
-status above 499, text in place of JSON, no answer within 30 s, a connection that ends, and a traceback in the log.
+status above 499, text in place of JSON, no answer within 30 s, and a connection that ends.
 """
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import random
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import psutil
-
 from hstu.serve import runtime
 from hstu.serve.check import random_requests
-from hstu.serve.server.swap import serving_folder
-from scripts.fuzz_data import mutated, mutated_json
-from scripts.server_process import start_server
+from tests.data.preprocess.fuzz import mutated, mutated_json
 
 _ANSWER_S, _TOLERANCE = 30.0, 1e-4
 _PATHS = ("/recommend", "/score", "/embed")
@@ -68,10 +51,10 @@ class Fuzzer:
                 self.users += [(history, shown, requests.at) for history, shown in pairs]
         self._connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_ANSWER_S)
 
-    def run_case(self, number: int, is_shown: bool = False) -> str:
+    def run_case(self, number: int) -> str:
         """Runs a case and returns its kind and the status of the answer. Raises AssertionError for a failure."""
         chance = random.Random(number)
-        kinds: tuple[Callable[[random.Random, bool], int], ...]
+        kinds: tuple[Callable[[random.Random], int], ...]
         kinds = (
             self.fitting,
             self.changed,
@@ -83,12 +66,12 @@ class Fuzzer:
             self.raw,
         )
         kind = chance.choice(kinds)
-        return f"{kind.__name__} {kind(chance, is_shown)}"
+        return f"{kind.__name__} {kind(chance)}"
 
-    def fitting(self, chance: random.Random, is_shown: bool) -> int:
+    def fitting(self, chance: random.Random) -> int:
         """A request that fits the model: the answer must be right."""
         path, body, history, shown, at = self._request(chance)
-        status, text = self._ask("POST", path, json.dumps(body).encode(), is_shown)
+        status, text = self._ask("POST", path, json.dumps(body).encode())
         if path != "/score" and self.model.facts["task"] != "retrieval":
             assert status == 422, (status, text)
             return status
@@ -103,15 +86,15 @@ class Fuzzer:
             _assert_close([item["score"] for item in answer["items"]], right.scores)
         return status
 
-    def changed(self, chance: random.Random, is_shown: bool) -> int:
+    def changed(self, chance: random.Random) -> int:
         """The same with one to three changes, or fields that it does not have."""
         path, body, *_ = self._request(chance)
         changed: Any = body
         for _ in range(chance.randint(1, 3)):
             changed = mutated_json(changed, chance)
-        return self._checked(path, json.dumps(changed).encode(), is_shown)
+        return self._checked(path, json.dumps(changed).encode())
 
-    def any_json(self, chance: random.Random, is_shown: bool) -> int:
+    def any_json(self, chance: random.Random) -> int:
         """What is JSON, and seldom a request; also deep, and large."""
         content: bytes
         match chance.randrange(5):
@@ -131,24 +114,24 @@ class Fuzzer:
                     + b"9" * chance.choice((20, 400, 4301, 50_000))
                     + b'], "k": 1e%d}' % chance.randrange(999)
                 )
-        return self._checked(chance.choice(_PATHS), content, is_shown)
+        return self._checked(chance.choice(_PATHS), content)
 
-    def damaged(self, chance: random.Random, is_shown: bool) -> int:
+    def damaged(self, chance: random.Random) -> int:
         """The text of a request with changed bytes."""
         path, body, *_ = self._request(chance)
-        return self._checked(path, mutated(json.dumps(body).encode(), chance), is_shown)
+        return self._checked(path, mutated(json.dumps(body).encode(), chance))
 
-    def path(self, chance: random.Random, is_shown: bool) -> int:
+    def path(self, chance: random.Random) -> int:
         """Another method, path or query."""
         path = chance.choice(_PAGES + _PATHS)
         if chance.random() < 0.7:
             path = "/" + quote(
                 mutated(path.encode(), chance).lstrip(b"/"), safe="/?&=%" if chance.random() < 0.5 else "/?&="
             )
-        status, _ = self._ask(chance.choice(_METHODS), path, b"", is_shown)
+        status, _ = self._ask(chance.choice(_METHODS), path, b"")
         return status
 
-    def raw(self, chance: random.Random, is_shown: bool) -> int:
+    def raw(self, chance: random.Random) -> int:
         """A whole HTTP request with changed bytes on a connection of its own; it may stay without an answer."""
         path, body, *_ = self._request(chance)
         text = json.dumps(body).encode()
@@ -156,8 +139,6 @@ class Fuzzer:
             f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(text)}"
         )
         message = mutated(f"{head}\r\nconnection: close\r\n\r\n".encode(), chance) + text
-        if is_shown:
-            print(message)
         received = b""
         with socket.create_connection(("127.0.0.1", self.port), timeout=_ANSWER_S) as connection:
             try:
@@ -167,8 +148,6 @@ class Fuzzer:
                     received += part
             except (ConnectionResetError, BrokenPipeError):  # the server has refused it before all was sent
                 pass
-        if is_shown:
-            print(received)
         if not received:
             return 0
         assert received.startswith(b"HTTP/1.1 "), received
@@ -176,16 +155,14 @@ class Fuzzer:
         assert status < 500, received
         return status
 
-    def _checked(self, path: str, content: bytes, is_shown: bool) -> int:
-        status, text = self._ask("POST", path, content, is_shown)
+    def _checked(self, path: str, content: bytes) -> int:
+        status, text = self._ask("POST", path, content)
         assert status in (200, 400, 413, 422), (status, text)
         answer = json.loads(text, parse_constant=_refuse)
         assert ("error" in answer) == (status != 200), text
         return status
 
-    def _ask(self, method: str, path: str, body: bytes, is_shown: bool) -> tuple[int, str]:
-        if is_shown:
-            print(method, path, body)
+    def _ask(self, method: str, path: str, body: bytes) -> tuple[int, str]:
         try:
             self._connection.request(method, path, body, _HEADERS)
             answer = self._connection.getresponse()
@@ -195,8 +172,6 @@ class Fuzzer:
             if isinstance(error, (BrokenPipeError, ConnectionResetError)) and len(body) > 1 << 20:
                 return 413, '{"error": "refused before all was sent"}'
             raise AssertionError(f"no answer: {error!r}") from error
-        if is_shown:
-            print(status, text)
         assert status < 500 and "Traceback" not in text, (status, text)
         return status, text
 
@@ -231,54 +206,3 @@ def _assert_close(found: Any, right: Any) -> None:
             _assert_close(*pair)
     else:
         assert abs(found - right) <= _TOLERANCE * (1 + abs(right)), (found, right)
-
-
-def run_cases(fuzzer: Fuzzer, options: argparse.Namespace, process: subprocess.Popen[bytes]) -> int:
-    """Runs one case or as many as the time allows; returns the number of failures."""
-    if options.case is not None:
-        print(fuzzer.run_case(options.case, is_shown=True))
-        return 0
-    begun, number, outcomes, failures = time.monotonic(), options.seed * 1_000_000, Counter[str](), 0
-    memory = [psutil.Process(process.pid).memory_info().rss >> 20]
-    while time.monotonic() - begun < options.seconds and process.poll() is None:
-        try:
-            outcomes[fuzzer.run_case(number)] += 1
-        except AssertionError as error:
-            failures += 1
-            print(f"case {number}: {str(error)[:2000]}", flush=True)
-        number += 1
-        if number % 100 == 0:
-            memory.append(psutil.Process(process.pid).memory_info().rss >> 20)
-    print(f"{outcomes.total() + failures:,} requests in {time.monotonic() - begun:.0f} s, {failures} failures")
-    print(f"memory of the server, MiB: first {memory[0]}, last {memory[-1]}, largest {max(memory)}")
-    print(*(f"{kind}: {count:,}" for kind, count in sorted(outcomes.items())), sep="\n")
-    return failures
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the cases; returns 0 if none failed and the server ended in order."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--export", type=Path, required=True, help="an export with a program")
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--seed", type=int, default=1, help="the first case is seed × 1,000,000")
-    parser.add_argument("--case", type=int)
-    options = parser.parse_args(argv)
-    if (folder := serving_folder(options.export)) is None:
-        parser.error(f"--export: {options.export} has no program; write it with scripts/export.py --program")
-    with tempfile.TemporaryDirectory(prefix="fuzz") as work:
-        log = Path(work) / "log.txt"
-        process, port = start_server(folder, log)
-        try:
-            failures = run_cases(Fuzzer(port, runtime.load(folder)), options, process)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            code = process.wait(60)
-        said = log.read_text()
-    if code or "Traceback" in said or "defect" in said:
-        print(f"the server ended with {code}; its log:\n{said[-5000:]}")
-        return 1
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Feeds mutated raw files and stores to the readers; each must be used, or refused with a message.
 
-python scripts/fuzz_data.py --seconds 300 [--seed 1] [--kind sealed]
-python scripts/fuzz_data.py --case 4711          # one case alone, in this process
+python -m tests.data.preprocess.fuzz --seconds 300 [--seed 1] [--kind sealed]
+python -m tests.data.preprocess.fuzz --case 4711          # one case alone, in this process
 
 A mutated raw file must give a store that verifies, or a UserError. A mutated store must be refused on opening or by
 verify_contents. One whose checksums are made right again ("sealed") must be refused, or all that reads it must work.
@@ -28,8 +28,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import duckdb
 import numpy as np

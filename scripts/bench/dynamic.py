@@ -1,6 +1,6 @@
 """Time dynamic tables beside FBGEMM's static tables on one device: mapping ids to slots, and whole training steps.
 
-    python scripts/bench/dynamic_gpu.py [--device cuda] [--output docs/benchmarks/dynamic/gpu.json]
+    python scripts/bench/dynamic.py [--device cuda] [--output docs/benchmarks/dynamic/gpu.json]
 
 Ids are Zipf-distributed. In the stream "fits" every id has a row from the start; in "evicts" there are several ids per
 row. Static tables have as many rows, into which ids are hashed. A training step exchanges ids (with one rank), maps
@@ -15,34 +15,49 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from dynamic_cpu import LEARNING_RATE, SCATTER, sharded_table, zipf
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 from harness import WARM_UP, Row, attempt, begin, finish, operator_command_line, time_in_turn
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
 from hstu.base.hashing import hash_ids
+from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs
 from hstu.data.batches.batch import keyed_jagged
+from hstu.data.features.roles import FeatureRoles
+from hstu.model.embedding import table_specs
+from hstu.model.gr_model import GRModel
 from hstu.observe.logging import quiet_libraries
 from hstu.ops.select import select_slot_kernels
 from hstu.parallel import mesh as meshes
 from hstu.parallel.dynamic.slot_tables import CpuSlots, GpuSlots, TorchSlots
 from hstu.parallel.dynamic.slots import Policy, SlotTable, score
 from hstu.parallel.dynamic.table import DynamicTable
-from hstu.parallel.tables import dynamic_tables
+from hstu.parallel.table_optimizer import TableOptimizer
+from hstu.parallel.tables import dynamic_tables, shard
 
+LEARNING_RATE = 0.01
+SCATTER = 0x9E3779B97F4A7C15
+"""Factor that spreads popularity ranks over all of int64."""
 POLICIES: tuple[Policy, ...] = ("lru", "lfu")
 BASELINE = "static TBE"
 SIZES = {"cpu": (4096, 4096, 8), "cuda": (10_000_000, 1 << 20, 128)}
 """Default rows, lookups and columns for each device."""
 Step = Callable[[int], object]
 """Takes the number of the batch."""
+
+
+def zipf(rng: np.random.Generator, count: int, options: argparse.Namespace) -> np.ndarray:
+    """Ids int64 [count] of a bounded Zipf distribution, by inversion of its continuous distribution function."""
+    power = 1 - options.alpha
+    ranks = ((options.distinct**power - 1) * rng.random(count) + 1) ** (1 / power)
+    return (ranks.astype(np.uint64) * np.uint64(SCATTER)).view(np.int64)
 
 
 class Stream:
@@ -120,6 +135,21 @@ def add_rows(
 ) -> None:
     """Time all steps on a stream, unless the report has them."""
     attempt(report, section, {"stream": stream}, lambda: list(rows_of(steps, options, device)), options.output)
+
+
+def sharded_table(
+    mesh: meshes.Mesh, rows: int, dim: int, optimizer: str, **dynamic: Any
+) -> tuple[GRModel, TableOptimizer]:
+    """A table of the feature "item", as in training; dynamic, if options of DynamicEmbeddingArgs are given."""
+    common: dict[str, Any] = {"feature_names": ["item"], "table_name": "item", "item_vocab_size_or_capacity": rows}
+    args: EmbeddingArgs = EmbeddingArgs(**common, sharding_type="model_parallel", sharding="row_wise")
+    if dynamic:
+        args = DynamicEmbeddingArgs(**common, **dynamic)
+    network = NetworkArgs(num_layers=1, hidden_size=dim, num_attention_heads=1, kv_channels=4)
+    specs = table_specs([args], network, FeatureRoles("item", None, ()), world_size=mesh.world_size)
+    optimizer_args = OptimizerArgs(optimizer_str=optimizer, learning_rate=LEARNING_RATE)
+    config: Any = SimpleNamespace(optimizer=optimizer_args, trainer=SimpleNamespace(seed=1, pipeline_type="none"))
+    return shard(GRModel(specs, nn.Identity(), ["item"], FeatureRoles("item", None, ()), seed=1), config, mesh)
 
 
 class StaticTable:

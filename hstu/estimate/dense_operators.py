@@ -16,7 +16,7 @@ from hstu.ops import costs, functional
 from hstu.ops.comm import LayerComm
 from hstu.ops.costs import FLOAT32, Cost
 from hstu.ops.dropout import dropout
-from hstu.ops.kernels import GateConfig, RelativeBias
+from hstu.ops.kernels import AddLayerNormInputs, AttentionInputs, GateConfig, GateInputs, Negatives, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, build_layout, token_order
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS as KERNELS
 from hstu.parallel.mesh import Mesh
@@ -51,7 +51,9 @@ def add_layer_norm(rows: int, width: int, c: int, residual_size: int) -> Operato
         update = torch.randn(count, width).to(_dtype(c)).requires_grad_()
         norm, kernels = nn.LayerNorm(width), KERNELS.add_layer_norm
         return (
-            lambda: functional.add_layer_norm(x, update, norm.weight, norm.bias, norm.eps, _dtype(c), kernels),
+            lambda: functional.add_layer_norm(
+                AddLayerNormInputs(x, update, norm.weight, norm.bias, norm.eps, _dtype(c)), kernels
+            ),
             [x, update, *norm.parameters()],
         )
 
@@ -89,7 +91,7 @@ def gate(workload: Workload, rows: int, heads: int, width: int) -> Operator:
         norm = nn.LayerNorm(heads * width)
         config = GateConfig(norm.eps, dropped, _CopyingComm(workload.tp_size))
         kernels = workload.cpu_kernels.norm_mul_dropout
-        return lambda: functional.norm_mul_dropout(x, u, norm.weight, norm.bias, config, kernels), [
+        return lambda: functional.norm_mul_dropout(GateInputs(x, u, norm.weight, norm.bias, config), kernels), [
             x,
             u,
             *norm.parameters(),
@@ -135,7 +137,9 @@ def attention(workload: Workload, batch: Batch, heads: int, max_span: int | None
         grad = torch.randn_like(q)
 
         def both() -> None:
-            out = functional.hstu_attention(q, k, v, layout, config, bias, workload.cpu_kernels.attention)
+            out = functional.hstu_attention(
+                AttentionInputs(q, k, v, layout, config, bias), workload.cpu_kernels.attention
+            )
             torch.autograd.grad(out, leaves, grad)
 
         def first() -> None:
@@ -202,14 +206,10 @@ def softmax(workload: Workload, queries: int, pool: int, width: int) -> Operator
         targets, ids = torch.randint(pool, (count,)), torch.arange(pool)
         if draws:
             drawn = torch.randint(pool, (count, draws), dtype=torch.int32)
-            kernel = workload.cpu_kernels.sampled_softmax_loss
-            return lambda: functional.sampled_softmax_loss(
-                rows, positives, items, drawn, targets, ids, None, 0.05, kernel
-            ), vectors
-        pool_kernel = workload.cpu_kernels.pool_softmax_loss
-        return lambda: functional.pool_softmax_loss(
-            rows, positives, items, targets, ids, None, 0.05, pool_kernel
-        ), vectors
+            negatives, kernel = Negatives(targets, ids, 0.05, draws=drawn), workload.cpu_kernels.sampled_softmax_loss
+        else:
+            negatives, kernel = Negatives(targets, ids, 0.05), workload.cpu_kernels.pool_softmax_loss
+        return lambda: functional.softmax_loss(rows, positives, items, negatives, kernel), vectors
 
     cost = costs.sampled_softmax(queries, draws, width) if draws else costs.pool_softmax(queries, pool, width)
     return timed_operator("loss", cost, queries, build)

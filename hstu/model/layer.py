@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hstu.config.args import NetworkArgs
 from hstu.ops.dropout import dropout
 from hstu.ops.functional import hstu_attention
-from hstu.ops.kernels import AttentionConfig, RelativeBias
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
@@ -69,6 +69,8 @@ class HSTULayer(nn.Module):
         projected = F.silu(self.uvqk(self.input_norm(x)))
         u, v, q, k = projected.unflatten(1, (-1, 4, self.network.kv_channels)).unbind(2)  # [T, H, d] each
         bias = None if self.bias is None else RelativeBias(self.bias.position_weight, self.bias.time_weight)
-        attended = hstu_attention(q, k, v, layout, self.attention_config, bias, REFERENCE_KERNELS.attention)
+        attended = hstu_attention(
+            AttentionInputs(q, k, v, layout, self.attention_config, bias), REFERENCE_KERNELS.attention
+        )
         gated = self.output_norm(attended.flatten(1)) * u.flatten(1)
         return x, self.out(dropout(gated, self.network.hidden_dropout, self.training))

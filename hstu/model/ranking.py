@@ -24,19 +24,22 @@ class RankingModel(nn.Module, ABC):
     encoder: SequenceEncoder
     head: nn.Module
 
-    @abstractmethod
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
-        """Loss and predictions of the batch's labelled items. ``embeddings``: rows of each feature of the encoder."""
+        """Loss and predictions of the batch's labelled items. ``embeddings``: rows of each feature of the encoder.
+
+        Each rank computes the head for its own tokens.
+        """
+        tokens, layout = self.encoder(embeddings, batch)
+        rows, labels = labelled_rows(tokens, layout, batch, self.encoder.comm)
+        return self.output(self.encoder.comm.gather_rows(self.of_head(rows), labels.counts), batch)
+
+    @abstractmethod
+    def output(self, outputs: Tensor, batch: HSTUBatch) -> ModelOutput:
+        """Loss and predictions, from what the head gives for the labelled items, float32 [M, .]."""
 
     @abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:
         """What ``ModelOutput.logits`` has for items, from their tokens [M, D] alone."""
-
-    def head_outputs(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> Tensor:
-        """What the head gives for all labelled items, float32 [M, .]. Each rank computes it for its own tokens."""
-        tokens, layout = self.encoder(embeddings, batch)
-        rows, labels = labelled_rows(tokens, layout, batch, self.encoder.comm)
-        return self.encoder.comm.gather_rows(self.of_head(rows), labels.counts)
 
     def of_head(self, tokens: Tensor) -> Tensor:
         """What the head gives for tokens [M, D], computed in the network's compute dtype: float32 [M, .]."""
@@ -68,12 +71,10 @@ class RankingDense(RankingModel):
         self.is_multi_task = args.prediction_head_arch[-1] == args.num_tasks
         self.label_offset = label_offset
 
-    def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
+    def output(self, outputs: Tensor, batch: HSTUBatch) -> ModelOutput:
         """See RankingModel. Predictions are logits."""
-        logits = self.head_outputs(embeddings, batch)
-        return ModelOutput(
-            loss_sum=self.loss_sum(logits, batch.labels), num_labels=batch.num_labels.sum(), logits=logits
-        )
+        loss = self.loss_sum(outputs, batch.labels)
+        return ModelOutput(loss_sum=loss, num_labels=batch.num_labels.sum(), logits=outputs)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """See RankingModel."""

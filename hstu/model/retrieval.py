@@ -22,8 +22,8 @@ from hstu.model.outputs import ModelOutput
 from hstu.model.seen import find_seen
 from hstu.model.stack import SequenceEncoder
 from hstu.ops.comm import LayerComm
-from hstu.ops.functional import pool_softmax_loss, sampled_softmax_loss
-from hstu.ops.kernels import Kernels
+from hstu.ops.functional import softmax_loss
+from hstu.ops.kernels import Kernels, Negatives
 from hstu.ops.layout import JaggedLayout, TokenRuns, to_device
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
@@ -152,14 +152,16 @@ class RetrievalDense(nn.Module):
         positives = self.kernels.l2_normalize(items.index_select(0, labelled_items), self.l2_norm_eps)
         drawn = None if batch.negatives.draws is None else batch.negatives.draws[labels.own]
         pool, pool_ids, repeats, draws = self._pool(items, embeddings, batch, drawn)
-        ids = batch.labels[labels.own], pool_ids, self._log_weights(pool_ids, repeats, batch)
-        seen = find_seen(pool_ids, labelled_items, batch, self.item_feature) if self.mask_seen else None
-        if draws is None:
-            of_pool = self.kernels.pool_softmax_loss
-            loss = pool_softmax_loss(queries, positives, pool, *ids, self.temperature, of_pool, seen)
-        else:
-            sampled = self.kernels.sampled_softmax_loss
-            loss = sampled_softmax_loss(queries, positives, pool, draws, *ids, self.temperature, sampled, seen)
+        negatives = Negatives(
+            target_ids=batch.labels[labels.own],
+            pool_ids=pool_ids,
+            temperature=self.temperature,
+            log_weights=self._log_weights(pool_ids, repeats, batch),
+            seen=find_seen(pool_ids, labelled_items, batch, self.item_feature) if self.mask_seen else None,
+            draws=draws,
+        )
+        kernel = self.kernels.pool_softmax_loss if draws is None else self.kernels.sampled_softmax_loss
+        loss = softmax_loss(queries, positives, pool, negatives, kernel)
         return self.comm.sum_over_tokens(loss)
 
     def _pool(

@@ -8,7 +8,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torchrec import JaggedTensor
 
 from hstu.config.args import RankingArgs, RankingTaskArgs
 from hstu.data.batches.batch import HSTUBatch
@@ -132,9 +131,8 @@ class MultiTaskDense(RankingModel):
         """``tasks``, typed."""
         return [cast(RankingTask, task) for task in self.tasks]
 
-    def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
+    def output(self, outputs: Tensor, batch: HSTUBatch) -> ModelOutput:
         """See RankingModel. The predictions of one task stand beside those of the task before."""
-        outputs = self.head_outputs(embeddings, batch)
         losses = [
             task.loss_sum(output, batch) for task, output in zip(self.each_task, self._split(outputs), strict=True)
         ]

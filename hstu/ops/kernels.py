@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,22 @@ class Preactivation(NamedTuple):
     """[T, H, d], any strides, dense channels."""
     grad_shift: Tensor
     """[H, d] of float32 at least. Backward writes the gradient of b to it: the sum of that of ``value`` over tokens."""
+
+
+class Gradient(NamedTuple):
+    """Where a backward writes the gradient of u, v, q or k."""
+
+    target: Tensor
+    """[T, H, d], any strides, dense channels."""
+    before_silu: Preactivation | None = None
+    """If given, the gradient written is that of its value, of which the differentiated input is the SiLU."""
+
+    def write(self, grad: Tensor) -> None:
+        """Write the gradient [T, H, d] of the input, of float32 at least, by PyTorch."""
+        if self.before_silu is not None:
+            grad = torch.ops.aten.silu_backward(grad, self.before_silu.value.to(grad.dtype))
+            self.before_silu.grad_shift.copy_(grad.sum(0))
+        self.target.copy_(grad)
 
 
 @dataclass(frozen=True)
@@ -87,106 +103,132 @@ class GateConfig:
         return torch.stack([mean, torch.rsqrt((variances + (means - mean).square()).mean(0) + self.eps)])
 
 
-class AttentionForward(Protocol):
-    """Attention of each token to its sequence of ``layout``; ``bias`` needs the times of the layout."""
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention reads, forward and backward: each token attends to its sequence of ``layout``.
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
-    ) -> Tensor:
-        """q, k, v: [T, H, d] of one dtype, any strides. Returns [T, H, d] of that dtype, contiguous.
+    Raises:
+        ValueError: a bias, but a layout without times.
+    """
 
-        Scores are computed in float32 at least.
-        """
+    q: Tensor
+    """[T, H, d], any strides."""
+    k: Tensor
+    """[T, H, d] of the dtype of q, any strides."""
+    v: Tensor
+    """[T, H, d] of the dtype of q, any strides."""
+    layout: JaggedLayout
+    config: AttentionConfig
+    bias: RelativeBias | None = None
 
-
-class AttentionBackward(Protocol):
-    """Gradients of attention; arguments as in :class:`AttentionForward`."""
-
-    def __call__(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: JaggedLayout,
-        config: AttentionConfig,
-        bias: RelativeBias | None,
-        grads: tuple[Tensor, Tensor, Tensor],
-        before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
-    ) -> RelativeBias | None:
-        """Write the gradients of q, k and v to ``grads`` (any strides, dense channels); return that of the bias.
-
-        With ``before_silu``, of which q, k and v are the SiLU, the gradients written are those of its values.
-        """
+    def __post_init__(self) -> None:
+        if self.bias is not None and self.layout.token_times is None:
+            raise ValueError("a relative bias needs the times of the layout; build it with item_times")
 
 
-class AddLayerNormForward(Protocol):
+AttentionForward = Callable[[AttentionInputs], Tensor]
+"""Returns [T, H, d] of the dtype of v, contiguous. Scores are computed in float32 at least."""
+AttentionBackward = Callable[[Tensor, AttentionInputs, tuple[Gradient, Gradient, Gradient]], RelativeBias | None]
+"""(gradient of the output [T, H, d], inputs, where to write the gradients of q, k and v) → the gradient of the bias."""
+
+
+@dataclass(frozen=True)
+class AddLayerNormInputs:
     """One step of the residual stream: x + update, and the LayerNorm of the sum, over the last dimension."""
 
-    def __call__(
-        self, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x, update: [T, D]; weight, bias: [D]. Without an update the sum is x.
-
-        Returns the sum, rounded to the dtype of x; the norm of the rounded sum in ``dtype``; its mean and rstd [2, T].
-        Computed in float32 at least.
-        """
-
-
-class AddLayerNormBackward(Protocol):
-    """Gradients of the sum and its LayerNorm."""
-
-    def __call__(
-        self,
-        grad: Tensor,
-        grad_total: Tensor,
-        total: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        statistics: Tensor,
-        update_dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """grad, grad_total: [T, D], gradients of the norm and of the sum; they are not changed.
-
-        total, statistics: the sum, and its mean and rstd, from forward. update_dtype: dtype of the update, None: there
-        was none. Returns the gradients of x, of the update, of weight and of bias. The first two are the same numbers,
-        and one tensor where the dtypes are equal.
-        """
+    x: Tensor
+    """[T, D]."""
+    update: Tensor | None
+    """[T, D]; None: the sum is x."""
+    weight: Tensor
+    """[D]."""
+    bias: Tensor
+    """[D]."""
+    eps: float
+    dtype: torch.dtype
+    """Of the norm."""
 
 
-class GateForward(Protocol):
-    """``Dropout(LayerNorm(x over all heads) ⊙ u)``. Source: HSTU, arXiv 2402.17152, eq. 3."""
+AddLayerNormForward = Callable[[AddLayerNormInputs], tuple[Tensor, Tensor, Tensor]]
+"""Returns the sum, rounded to the dtype of x; the norm of the rounded sum in ``dtype``; its mean and rstd [2, T].
 
-    def __call__(
-        self, x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x, u: [T, H, d] of one dtype; weight, bias: [H · d].
+Computed in float32 at least."""
+AddLayerNormBackward = Callable[
+    [Tensor, Tensor, AddLayerNormInputs, Tensor, torch.dtype | None], tuple[Tensor, Tensor | None, Tensor, Tensor]
+]
+"""(gradient of the norm [T, D], gradient of the sum [T, D], inputs with the sum as x and without an update, mean and
+rstd, dtype of the update: None where there was none) → the gradients of x, of the update, of weight and of bias.
 
-        Returns gated [T, H · d] of x's dtype, mean and rstd [2, T], and the dropout mask or the seed that repeats it
-        (None where nothing is dropped). The norm is computed in float32 at least.
-        """
+The first two results are the same numbers, and one tensor where the dtypes are equal. Arguments are not changed."""
 
 
-class GateBackward(Protocol):
-    """Gradients of the gated norm; arguments as in :class:`GateForward`."""
+@dataclass(frozen=True)
+class GateInputs:
+    """What the gated norm reads: ``Dropout(LayerNorm(x over all heads) ⊙ u)``. Source: arXiv 2402.17152, eq. 3."""
 
-    def __call__(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        u: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        config: GateConfig,
-        statistics: Tensor,
-        dropout_mask: Tensor | None,
-        grad_u: Tensor,
-        before_silu: Preactivation | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns gated, recomputed, and the gradients of x, weight and bias; writes that of u to ``grad_u``.
+    x: Tensor
+    """[T, H, d]."""
+    u: Tensor
+    """[T, H, d] of the dtype of x."""
+    weight: Tensor
+    """[H · d]."""
+    bias: Tensor
+    """[H · d]."""
+    config: GateConfig
 
-        With ``before_silu``, of which u is the SiLU, the gradient written is that of its value.
-        """
+
+GateForward = Callable[[GateInputs], tuple[Tensor, Tensor, Tensor | None]]
+"""Returns gated [T, H · d] of x's dtype, mean and rstd [2, T], and the dropout mask or the seed that repeats it (None
+where nothing is dropped). The norm is computed in float32 at least."""
+GateBackward = Callable[[Tensor, GateInputs, Tensor, Tensor | None, Gradient], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""(gradient of gated [T, H · d], inputs, mean and rstd, dropout mask, where to write the gradient of u) → gated,
+recomputed, and the gradients of x, weight and bias."""
+
+
+@dataclass(frozen=True)
+class SeenItems:
+    """Which entries of a pool are no negatives of a query: the items that its user has up to the target.
+
+    Entry s is hidden from query m if ``first[sequences[m], s] <= places[m]``. This hides the target itself, too,
+    because it is an item of the sequence.
+    """
+
+    first: Tensor
+    """int32 [B, S], contiguous: the first place in a sequence at which it has the item of an entry; below 0 for items
+    before the sequence, NEVER_SEEN for others."""
+    sequences: Tensor
+    """int32 [M]: the sequence of each query."""
+    places: Tensor
+    """int32 [M]: the place of each query's target in its sequence."""
+
+
+NEVER_SEEN = 2**31 - 1
+"""In SeenItems.first: the sequence does not have the item."""
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """What the queries of a softmax over items are compared with besides their targets, apart from the pool's vectors.
+
+    M queries with a target each, and a pool of S entries that all queries share.
+    """
+
+    target_ids: Tensor
+    """integer [M]. Pool entries with the id of a query's target are not its negatives."""
+    pool_ids: Tensor
+    """integer [S]. An id that occurs k times in the pool counts k times."""
+    temperature: float
+    """τ > 0."""
+    log_weights: Tensor | None = None
+    """float [S], log w of each entry, −∞ for entries that no query uses; None: all w are 1."""
+    seen: SeenItems | None = None
+    """Hides the items that the users have, the targets among them; ids are not compared. None: only the targets."""
+    draws: Tensor | None = None
+    """integer [M, R], rows of the pool in [0, S): each query's negatives. None: the whole pool."""
+
+
+SoftmaxLoss = Callable[[Tensor, Tensor, Tensor, Negatives], Tensor]
+"""See :func:`hstu.ops.functional.softmax_loss`; checked arguments, vectors float32 or float64."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +238,7 @@ class AttentionKernels:
     forward: AttentionForward
     backward: AttentionBackward
     differentiates_silu: bool = True
-    """Whether backward takes ``before_silu``. Otherwise the layer differentiates SiLU in a pass of its own."""
+    """Whether backward serves a ``Gradient.before_silu``. Otherwise the layer differentiates SiLU in a further pass."""
 
 
 @dataclass(frozen=True)
@@ -278,27 +320,6 @@ class ServedBy:
 
 
 @dataclass(frozen=True)
-class SeenItems:
-    """Which entries of a pool are no negatives of a query: the items that its user has up to the target.
-
-    Entry s is hidden from query m if ``first[sequences[m], s] <= places[m]``. This hides the target itself, too,
-    because it is an item of the sequence.
-    """
-
-    first: Tensor
-    """int32 [B, S], contiguous: the first place in a sequence at which it has the item of an entry; below 0 for items
-    before the sequence, NEVER_SEEN for others."""
-    sequences: Tensor
-    """int32 [M]: the sequence of each query."""
-    places: Tensor
-    """int32 [M]: the place of each query's target in its sequence."""
-
-
-NEVER_SEEN = 2**31 - 1
-"""In SeenItems.first: the sequence does not have the item."""
-
-
-@dataclass(frozen=True)
 class Kernels:
     """The kernels of a model, one per operator; build it with :func:`hstu.ops.select.select_kernels`.
 
@@ -309,12 +330,12 @@ class Kernels:
     add_layer_norm: AddLayerNormKernels
     project_uvqk: ProjectionKernels
     norm_mul_dropout: GateKernels
-    sampled_softmax_loss: Callable[..., Tensor]
-    """See :func:`hstu.ops.functional.sampled_softmax_loss`; checked arguments, vectors float32 or float64."""
+    sampled_softmax_loss: SoftmaxLoss
+    """Against ``Negatives.draws``."""
     l2_normalize: Callable[[Tensor, float], Tensor]
     """Vectors [n, E] in float32 (float64 stays), each divided by the larger of its L2 norm and epsilon."""
-    pool_softmax_loss: Callable[..., Tensor]
-    """See :func:`hstu.ops.functional.pool_softmax_loss`; checked arguments, vectors float32 or float64."""
+    pool_softmax_loss: SoftmaxLoss
+    """Against the whole pool."""
     jagged_concat: Callable[[Sequence[Tensor], TokenOrder], Tensor]
     """Rows of the parts (each [·, D], T rows together) as tokens [T, D] in the given order."""
     add_positions: Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +24,17 @@ from torch.autograd.function import once_differentiable
 from hstu.config.args import NetworkArgs
 from hstu.ops.comm import LayerComm, Pending
 from hstu.ops.costs import FLOAT32
-from hstu.ops.functional import relative_bias
-from hstu.ops.kernels import AttentionConfig, GateConfig, Kernels, Preactivation
+from hstu.ops.kernels import (
+    AddLayerNormInputs,
+    AttentionConfig,
+    AttentionInputs,
+    GateConfig,
+    GateInputs,
+    Gradient,
+    Kernels,
+    Preactivation,
+    RelativeBias,
+)
 from hstu.ops.layout import JaggedLayout
 from hstu.ops.products import matmul
 
@@ -141,13 +149,10 @@ def split_gate(uvqk: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     return by_head[:, :, 0], by_head[:, :, 1:]
 
 
-def _before_silu(
-    projected: Tensor, grad_shift: Tensor, head_dim: int
-) -> tuple[Preactivation, tuple[Preactivation, Preactivation, Preactivation]]:
-    """What u, and what q, k and v are the SiLU of. projected: [T, H · 4 · d]; grad_shift: [H · 4 · d]."""
-    (u, vqk), (u_shift, vqk_shift) = (split_gate(rows, head_dim) for rows in (projected, grad_shift.unsqueeze(0)))
-    v, q, k = map(Preactivation, vqk.unbind(2), vqk_shift[0].unbind(1))
-    return Preactivation(u, u_shift[0]), (q, k, v)
+def _preactivations(projected: Tensor, grad_shift: Tensor, head_dim: int) -> list[Preactivation]:
+    """The pre-activations of u, v, q and k. projected: [T, H · 4 · d]; grad_shift: [H · 4 · d]."""
+    by_head, shifts = projected.unflatten(1, (-1, 4, head_dim)), grad_shift.unflatten(0, (-1, 4, head_dim))
+    return [Preactivation(*of_part) for of_part in zip(by_head.unbind(2), shifts.unbind(1), strict=True)]
 
 
 class HSTULayerFunction(torch.autograd.Function):
@@ -216,32 +221,33 @@ class _Computation:
         self, weights: Sequence[Any], layout: JaggedLayout, config: HSTULayerConfig, dtype: torch.dtype
     ) -> None:
         self.weights, self.layout, self.config, self.dtype = LayerWeights(*weights), layout, config, dtype
-        self.bias = relative_bias(self.weights.position_weight, self.weights.time_weight, layout)
-        self.gate = GateConfig(config.eps, config.dropout, config.comm)
-        self.normalize = partial(
-            config.kernels.add_layer_norm.forward,
-            weight=self.weights.input_norm_weight,
-            bias=self.weights.input_norm_bias,
-            eps=config.eps,
-            dtype=dtype,
-        )
+        position, time = self.weights.position_weight, self.weights.time_weight
+        self.bias = None if position is None or time is None else RelativeBias(position, time)
+
+    def _norm_of(self, x: Tensor, update: Tensor | None = None) -> AddLayerNormInputs:
+        weights, eps = self.weights, self.config.eps
+        return AddLayerNormInputs(x, update, weights.input_norm_weight, weights.input_norm_bias, eps, self.dtype)
+
+    def _attention_of(self, vqk: Tensor) -> AttentionInputs:
+        v, q, k = vqk.unbind(2)
+        return AttentionInputs(q, k, v, self.layout, self.config.attention, self.bias)
+
+    def _gate_of(self, attended: Tensor, u: Tensor) -> GateInputs:
+        gate = GateConfig(self.config.eps, self.config.dropout, self.config.comm)
+        return GateInputs(attended, u, self.weights.output_norm_weight, self.weights.output_norm_bias, gate)
 
     def forward_to_gate(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, SavedActivations, Tensor]:
         """x + update, all activations, and the input [T, H · d] of W_o."""
         weights, config, kernels = self.weights, self.config, self.config.kernels
-        x, normalized, input_statistics = self.normalize(x, update)
+        x, normalized, input_statistics = kernels.add_layer_norm.forward(self._norm_of(x, update))
         all_tokens = config.comm.all_gather_tokens(normalized)()
         uvqk, shift = weights.uvqk_weight.to(self.dtype), weights.uvqk_bias.to(self.dtype)
         projected, activated = kernels.project_uvqk.forward(all_tokens, uvqk, shift)
         u, exchanged_vqk = self._exchange(activated)
         vqk = exchanged_vqk()
         del activated, exchanged_vqk  # with context parallelism nothing else keeps their memory
-        v, q, k = vqk.unbind(2)
-        attended = kernels.attention.forward(q, k, v, self.layout, config.attention, self.bias)
-        attended = config.comm.heads_to_tokens(attended)()
-        gated, output_statistics, dropout_mask = kernels.norm_mul_dropout.forward(
-            attended, u, weights.output_norm_weight, weights.output_norm_bias, self.gate
-        )
+        attended = config.comm.heads_to_tokens(kernels.attention.forward(self._attention_of(vqk)))()
+        gated, output_statistics, dropout_mask = kernels.norm_mul_dropout.forward(self._gate_of(attended, u))
         saved = SavedActivations(
             input_statistics, normalized, projected, u, vqk, attended, output_statistics, dropout_mask
         )
@@ -260,22 +266,16 @@ class _Computation:
 
         grad, grad_update: [T, D], gradients of x + update and of the update of this layer. x: x + update.
         """
-        weights, comm = self.weights, self.config.comm
+        weights, comm, norm = self.weights, self.config.comm, self.config.kernels.add_layer_norm
         grads: dict[str, Any] = dict.fromkeys(LayerWeights._fields)
         grad_projected = self._backward_to_projection(grad_update, saved, grads)
         del saved.projected
-        normalized = self.normalize(x, None)[1] if saved.normalized is None else saved.normalized
+        normalized = norm.forward(self._norm_of(x))[1] if saved.normalized is None else saved.normalized
         all_tokens = comm.all_gather_tokens(normalized)
         grad_normalized = comm.reduce_tokens(matmul(grad_projected, weights.uvqk_weight.to(self.dtype)))
         grads["uvqk_weight"] = matmul(grad_projected.t(), all_tokens()).to(weights.uvqk_weight.dtype)
-        grad_x, grad_of_update, *grad_norm = self.config.kernels.add_layer_norm.backward(
-            grad_normalized(),
-            grad,
-            x,
-            weights.input_norm_weight,
-            weights.input_norm_bias,
-            saved.input_statistics,
-            update_dtype,
+        grad_x, grad_of_update, *grad_norm = norm.backward(
+            grad_normalized(), grad, self._norm_of(x), saved.input_statistics, update_dtype
         )
         grads["input_norm_weight"], grads["input_norm_bias"] = map(comm.all_reduce_over_tokens, grad_norm)
         return grad_x, grad_of_update, LayerWeights(**grads)
@@ -297,22 +297,21 @@ class _Computation:
         differentiates_silu = (
             kernels.attention.differentiates_silu
             and kernels.norm_mul_dropout.differentiates_silu
-            and comm.cp_size == 1  # else attention has not what its inputs are the SiLU of
+            and comm.cp_size == 1  # else attention has other rows than the pre-activations
         )
-        u_before = qkv_before = None
+        before: list[Preactivation | None] = [None] * 4
         if differentiates_silu:
-            u_before, qkv_before = _before_silu(saved.projected, grad_shift, config.head_dim)
-        grad_attended = comm.tokens_to_heads(self._backward_through_gate(grad, saved, u, grad_u, u_before, grads))()
+            before = [*_preactivations(saved.projected, grad_shift, config.head_dim)]
+        grad_attended = self._backward_through_gate(grad, saved, u, Gradient(grad_u, before[0]), grads)
+        grad_attended = comm.tokens_to_heads(grad_attended)()
         if exchanged_vqk is not None:
             vqk = exchanged_vqk()
         assert vqk is not None
-        del u, exchanged_vqk  # with context parallelism nothing else keeps their memory, nor that of v, q and k below
+        del u, exchanged_vqk  # with context parallelism nothing else keeps their memory, nor that of vqk below
         grad_vqk = torch.empty_like(vqk) if comm.cp_size > 1 else grad_own_vqk
-        (v, q, k), (grad_v, grad_q, grad_k) = vqk.unbind(2), grad_vqk.unbind(2)
-        grad_bias = kernels.attention.backward(
-            grad_attended, q, k, v, self.layout, config.attention, self.bias, (grad_q, grad_k, grad_v), qkv_before
-        )
-        del v, q, k, vqk, grad_attended
+        of_v, of_q, of_k = map(Gradient, grad_vqk.unbind(2), before[1:])
+        grad_bias = kernels.attention.backward(grad_attended, self._attention_of(vqk), (of_q, of_k, of_v))
+        del vqk, grad_attended
         if comm.cp_size > 1:
             comm.heads_to_tokens(grad_vqk, out=grad_own_vqk)()
         if grad_bias is not None:
@@ -325,29 +324,19 @@ class _Computation:
         return gradient
 
     def _backward_through_gate(
-        self,
-        grad: Tensor,
-        saved: SavedActivations,
-        u: Tensor,
-        grad_u: Tensor,
-        u_before: Preactivation | None,
-        grads: dict[str, Any],
+        self, grad: Tensor, saved: SavedActivations, u: Tensor, grad_u: Gradient, grads: dict[str, Any]
     ) -> Tensor:
-        """Gradient of the output of attention; writes that of u, or of what it is the SiLU of, to ``grad_u``."""
-        weights, norm = self.weights, (self.weights.output_norm_weight, self.weights.output_norm_bias)
+        """Gradient of the output of attention; writes that of u, or of its pre-activation, to ``grad_u``."""
+        out_weight = self.weights.out_weight
         grad = self.config.comm.all_gather_tokens(grad)()
         gated, grad_attended, *grad_norm = self.config.kernels.norm_mul_dropout.backward(
-            matmul(grad, weights.out_weight.to(self.dtype)),
-            saved.attended,
-            u,
-            *norm,
-            self.gate,
+            matmul(grad, out_weight.to(self.dtype)),
+            self._gate_of(saved.attended, u),
             saved.output_statistics,
             saved.dropout_mask,
             grad_u,
-            u_before,
         )
         del saved.attended, saved.dropout_mask
         grads["output_norm_weight"], grads["output_norm_bias"] = grad_norm
-        grads["out_weight"] = matmul(grad.t(), gated).to(weights.out_weight.dtype)
+        grads["out_weight"] = matmul(grad.t(), gated).to(out_weight.dtype)
         return grad_attended

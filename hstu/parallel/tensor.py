@@ -23,7 +23,7 @@ from hstu.model.layer import HSTULayer
 from hstu.model.stack import FusedHSTULayer, SequenceEncoder
 from hstu.ops.dropout import dropout
 from hstu.ops.functional import hstu_attention
-from hstu.ops.kernels import RelativeBias
+from hstu.ops.kernels import AttentionInputs, RelativeBias
 from hstu.ops.layout import JaggedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.parallel.layer_comm import ProcessGroupComm
@@ -102,7 +102,9 @@ class MegatronHSTULayer(HSTULayer):
         bias = None
         if self.bias is not None:  # each rank uses it on its heads alone, so the gradients are summed
             bias = RelativeBias(self._copied(self.bias.position_weight), self._copied(self.bias.time_weight))
-        attended = hstu_attention(q, k, v, layout, self.attention_config, bias, REFERENCE_KERNELS.attention)
+        attended = hstu_attention(
+            AttentionInputs(q, k, v, layout, self.attention_config, bias), REFERENCE_KERNELS.attention
+        )
         gated = self._norm_over_all_heads(attended.flatten(1)) * u.flatten(1)
         stream = self.mesh.tp_rank if self.mesh.tp_size > 1 else None
         update, _ = self.out(dropout(gated, self.network.hidden_dropout, self.training, stream))

@@ -22,7 +22,7 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import run_offsets
 from hstu.model.precision import mixed_precision
 from hstu.model.stack import SequenceEncoder
-from hstu.ops.kernels import AttentionConfig, AttentionForward, RelativeBias
+from hstu.ops.kernels import AttentionForward, AttentionInputs
 from hstu.ops.layout import JaggedLayout, token_order
 from hstu.ops.pytorch.prefix_attention import CachedPrefix, prefix_attention
 from hstu.serve.pages import Prefix, PrefixCache
@@ -248,11 +248,9 @@ class IncrementalEncoder:
 def _writing(attention: AttentionForward, write: Callable[[Tensor, Tensor], None]) -> AttentionForward:
     """The same attention, which first writes its keys and values."""
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
-    ) -> Tensor:
-        write(k, v)
-        return attention(q, k, v, layout, config, bias)
+    def attend(inputs: AttentionInputs) -> Tensor:
+        write(inputs.k, inputs.v)
+        return attention(inputs)
 
     return attend
 

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from hstu.ops.costs import NO_WINDOW, Window, attention_flops
 from hstu.ops.functional import hstu_attention
-from hstu.ops.kernels import AttentionConfig, Backend, Kernels, KernelShapes, RelativeBias
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, Backend, Kernels, KernelShapes, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, build_layout
 from hstu.ops.select import resolve_kernels
 
@@ -163,7 +163,7 @@ def passes_of(
 
     def ours(backend: Backend) -> Pass:
         config, kernels = shape.config(alpha), kernels_of(backend, shape.head_dim, dtype).attention
-        return Pass(lambda: hstu_attention(q, k, v, layout, config, None, kernels), [q, k, v])
+        return Pass(lambda: hstu_attention(AttentionInputs(q, k, v, layout, config), kernels), [q, k, v])
 
     passes = {LABELS.get(backend, f"ours, {backend.value}"): ours(backend) for backend in BACKENDS[device.type]}
     if shape.window.max_span is not None:
@@ -212,7 +212,8 @@ def errors_of(ours: Pass, shape: Shape, device: torch.device) -> Row:
     q, k, v = exact = [x[-length:, -1:].detach().double().requires_grad_() for x in ours.leaves]
     layout = Shape(shape.lengths[-1:], 1, shape.head_dim).layout(device)
     config = shape.config(shape.head_dim**-0.5)
-    reference = hstu_attention(q, k, v, layout, config, None, kernels_of(Backend.PYTORCH, shape.head_dim).attention)
+    kernels = kernels_of(Backend.PYTORCH, shape.head_dim).attention
+    reference = hstu_attention(AttentionInputs(q, k, v, layout, config), kernels)
     references = [reference, *torch.autograd.grad(reference, exact, grad[-length:, -1:].double())]
     pairs = zip(("O", "dQ", "dK", "dV"), results, references, strict=True)
     return {name: relative_error(x[-length:, -1:], of) for name, x, of in pairs}
@@ -228,7 +229,7 @@ def movielens(device: torch.device, rounds: int) -> list[Row]:
 
     def attend(backend: Backend, bias: RelativeBias | None) -> Tensor:
         kernels = kernels_of(backend, 50, has_bias=bias is not None).attention
-        return hstu_attention(q, k, v, layout, AttentionConfig(0.14, 200), bias, kernels)
+        return hstu_attention(AttentionInputs(q, k, v, layout, AttentionConfig(0.14, 200), bias), kernels)
 
     passes = {}
     for backend in BACKENDS[device.type]:

@@ -20,7 +20,7 @@ from harness import Row, command_line, publish
 from torch import Tensor
 
 from hstu.ops.functional import project_uvqk, projected_attention
-from hstu.ops.kernels import AttentionConfig, RelativeBias
+from hstu.ops.kernels import AttentionConfig, Negatives, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS
 from hstu.ops.self_check import small_layout
 from hstu.ops.triton.launch import Launch, capability_of, recorded_launches
@@ -55,7 +55,7 @@ def operators(
     def loss() -> None:
         vectors = [F.normalize(drawn(8192, 128, dtype=torch.float32)) for _ in range(3)]
         ids = torch.arange(8192, device=device)
-        OPERATORS["pool_softmax_loss"](*vectors, ids, ids, None, 0.05, None)
+        OPERATORS["pool_softmax_loss"](*vectors, Negatives(ids, ids, 0.05))
 
     yield from {"attention": attention, "project_uvqk": projection, "pool_softmax_loss": loss}.items()
 

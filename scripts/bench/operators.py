@@ -33,8 +33,8 @@ from padded_baseline import gathered_loss
 from torch import Tensor
 
 from hstu.ops import costs
-from hstu.ops.functional import add_layer_norm, norm_mul_dropout, project_uvqk, sampled_softmax_loss
-from hstu.ops.kernels import GateConfig, Kernels, KernelShapes
+from hstu.ops.functional import add_layer_norm, norm_mul_dropout, project_uvqk, softmax_loss
+from hstu.ops.kernels import AddLayerNormInputs, GateConfig, GateInputs, Kernels, KernelShapes, Negatives
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.select import resolve_kernels
 
@@ -80,7 +80,7 @@ def operators(options: argparse.Namespace, device: torch.device) -> Iterator[Ope
     )
 
     def norm(kernels: Kernels, x: Tensor, update: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
-        return add_layer_norm(x, update, scale, offset, 1e-6, update.dtype, kernels.add_layer_norm)
+        return add_layer_norm(AddLayerNormInputs(x, update, scale, offset, 1e-6, update.dtype), kernels.add_layer_norm)
 
     def plain_norm(x: Tensor, update: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
         return (total := x + update), F.layer_norm(total, (hidden,), scale, offset, 1e-6).to(update.dtype)
@@ -100,7 +100,7 @@ def operators(options: argparse.Namespace, device: torch.device) -> Iterator[Ope
         yield Operator(
             f"norm, gate, dropout {dropout}",
             lambda kernels, x, u, gamma, beta, gate=gate: (
-                norm_mul_dropout(x, u, gamma, beta, gate, kernels.norm_mul_dropout),
+                norm_mul_dropout(GateInputs(x, u, gamma, beta, gate), kernels.norm_mul_dropout),
             ),
             None,
             lambda: [
@@ -123,7 +123,7 @@ def sampled_softmax(options: argparse.Namespace, device: torch.device) -> Operat
     def ours(kernels: Kernels, *vectors: Tensor) -> tuple[Tensor]:
         queries, positives, items = (kernels.l2_normalize(x, EPS) for x in vectors)
         kernel = kernels.sampled_softmax_loss
-        loss = sampled_softmax_loss(queries, positives, items, short_draws, targets, ids, None, TEMPERATURE, kernel)
+        loss = softmax_loss(queries, positives, items, Negatives(targets, ids, TEMPERATURE, draws=short_draws), kernel)
         return (loss / options.positions,)
 
     def gathered(queries: Tensor, positives: Tensor, items: Tensor) -> tuple[Tensor]:

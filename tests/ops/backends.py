@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from hstu.ops import functional
-from hstu.ops.kernels import AttentionConfig, Backend, GateConfig, Kernels, KernelShapes, RelativeBias, SeenItems
+from hstu.ops.kernels import (
+    AttentionConfig,
+    AttentionInputs,
+    Backend,
+    GateConfig,
+    GateInputs,
+    Kernels,
+    KernelShapes,
+    Negatives,
+    RelativeBias,
+    SeenItems,
+)
 from hstu.ops.layout import JaggedLayout
 from hstu.ops.select import resolve_kernels
 
@@ -71,7 +82,7 @@ def hstu_attention(
 ) -> Tensor:
     """Attention by a backend; ``config``: fields of AttentionConfig."""
     kernels = kernels_of(backend, q.shape[2], q.dtype, has_bias=bias is not None).attention
-    return functional.hstu_attention(q, k, v, layout, AttentionConfig(**config), bias, kernels)
+    return functional.hstu_attention(AttentionInputs(q, k, v, layout, AttentionConfig(**config), bias), kernels)
 
 
 def projected_attention(
@@ -92,7 +103,8 @@ def norm_mul_dropout(
     x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig, backend: Backend = Backend.PYTORCH
 ) -> Tensor:
     """The gated norm by a backend."""
-    return functional.norm_mul_dropout(x, u, weight, bias, config, kernels_of(backend, 1, x.dtype).norm_mul_dropout)
+    inputs = GateInputs(x, u, weight, bias, config)
+    return functional.norm_mul_dropout(inputs, kernels_of(backend, 1, x.dtype).norm_mul_dropout)
 
 
 def projected_gate(
@@ -122,9 +134,8 @@ def pool_softmax_loss(
 ) -> Tensor:
     """The loss by a backend."""
     kernel = kernels_of(backend, queries.shape[-1]).pool_softmax_loss
-    return functional.pool_softmax_loss(
-        queries, positives, pool, target_ids, pool_ids, log_weights, temperature, kernel, seen
-    )
+    negatives = Negatives(target_ids, pool_ids, temperature, log_weights, seen)
+    return functional.softmax_loss(queries, positives, pool, negatives, kernel)
 
 
 def sampled_softmax_loss(
@@ -141,7 +152,5 @@ def sampled_softmax_loss(
 ) -> Tensor:
     """The loss by a backend."""
     kernel = kernels_of(backend, queries.shape[-1]).sampled_softmax_loss
-    ids = target_ids, pool_ids
-    return functional.sampled_softmax_loss(
-        queries, positives, pool, draws, *ids, log_weights, temperature, kernel, seen
-    )
+    negatives = Negatives(target_ids, pool_ids, temperature, log_weights, seen, draws)
+    return functional.softmax_loss(queries, positives, pool, negatives, kernel)

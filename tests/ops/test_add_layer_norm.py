@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hstu.ops.functional import add_layer_norm
-from hstu.ops.kernels import Backend
+from hstu.ops.kernels import AddLayerNormInputs, Backend
 from tests.ops.backends import INTERPRETED, TRITON, device_of, kernels_of
 
 BACKENDS = [TRITON] if INTERPRETED else [Backend.PYTORCH, TRITON]
@@ -27,7 +27,8 @@ def inputs(backend: Backend, rows: int, width: int, residual: torch.dtype, updat
 def outputs(backend: Backend, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor, *update: Tensor) -> list:  # type: ignore[type-arg]
     """The sum and its norm."""
     added = update[0] if update else None
-    return list(add_layer_norm(x, added, weight, bias, EPS, dtype, kernels_of(backend, len(weight)).add_layer_norm))
+    given = AddLayerNormInputs(x, added, weight, bias, EPS, dtype)
+    return list(add_layer_norm(given, kernels_of(backend, len(weight)).add_layer_norm))
 
 
 @pytest.mark.parametrize("width", [1, 50, 1000])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hstu.ops.kernels import AttentionConfig, RelativeBias
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, RelativeBias
 from hstu.ops.layout import build_layout
 from hstu.ops.pytorch import attention, padded_attention
 from hstu.ops.pytorch.padded_attention import PaddedLayout
@@ -45,6 +45,6 @@ def test_padded_attention_equals_jagged_attention(mask: dict[str, int], has_bias
     bias = RelativeBias(torch.randn(21, generator=generator), torch.randn(128, generator=generator))
     config = AttentionConfig(alpha=0.5, scaling_seqlen=10, **mask)  # type: ignore[arg-type]
     given = bias if has_bias else None
-    expected = attention.forward(q, k, v, layout, config, given)
-    found = padded_attention.forward(q, k, v, of_padded, config, given)
+    expected = attention.forward(AttentionInputs(q, k, v, layout, config, given))
+    found = padded_attention.forward(AttentionInputs(q, k, v, of_padded, config, given))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

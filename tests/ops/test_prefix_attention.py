@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hstu.ops.kernels import AttentionConfig, RelativeBias
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from hstu.ops.pytorch.attention import forward as whole_attention
 from hstu.ops.pytorch.prefix_attention import CachedPrefix, prefix_attention
@@ -53,12 +53,16 @@ def test_new_rows_equal_those_of_the_whole_sequence(
     ]
     assert layout.token_times is not None
     prefix = CachedPrefix(pages, start, CONTEXT, layout.token_times[:start], CONTEXT + HISTORY)
-    new = prefix_attention(q[start:], k[start:], v[start:], part_of(layout, start), config, bias, prefix)
-    torch.testing.assert_close(new, whole_attention(q, k, v, layout, config, bias)[start:], rtol=1e-12, atol=1e-14)
+    new = prefix_attention(
+        AttentionInputs(q[start:], k[start:], v[start:], part_of(layout, start), config, bias), prefix
+    )
+    torch.testing.assert_close(
+        new, whole_attention(AttentionInputs(q, k, v, layout, config, bias))[start:], rtol=1e-12, atol=1e-14
+    )
 
 
 def test_history_without_a_causal_mask_is_refused() -> None:
     layout, x = layout_of(0, 1), torch.zeros(CONTEXT + HISTORY, 1, 8)
     prefix = CachedPrefix([], 0, CONTEXT, None, CONTEXT + HISTORY)
     with pytest.raises(ValueError, match="is_causal = False: earlier tokens see appended ones"):
-        prefix_attention(x, x, x, layout, AttentionConfig(1.0, 30, is_causal=False), None, prefix)
+        prefix_attention(AttentionInputs(x, x, x, layout, AttentionConfig(1.0, 30, is_causal=False)), prefix)

@@ -27,7 +27,7 @@ from hstu.ops.cpu.build import (
     strides,
     with_contiguous_rows,
 )
-from hstu.ops.kernels import AttentionConfig, Preactivation, RelativeBias
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 
 MOST_BUCKET_BYTES = 2**26
@@ -65,32 +65,20 @@ class _Plan:
     bucket_offsets: np.ndarray | None = None
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
-) -> Tensor:
-    """See :class:`hstu.ops.kernels.AttentionForward`. float32 or bfloat16, heads of at most WIDEST_ROW channels."""
-    arguments = _prepare(q, k, v, layout, config, bias)
-    out = torch.empty(v.shape, dtype=v.dtype)
+def forward(inputs: AttentionInputs) -> Tensor:
+    """See :data:`hstu.ops.kernels.AttentionForward`. float32 or bfloat16, heads of at most WIDEST_ROW channels."""
+    arguments = _prepare(inputs)
+    out = torch.empty(inputs.v.shape, dtype=inputs.v.dtype)
     arguments.set(out=out)
     library().hstu_attention(ctypes.byref(arguments), 0)
     return out
 
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: JaggedLayout,
-    config: AttentionConfig,
-    bias: RelativeBias | None,
-    grads: tuple[Tensor, Tensor, Tensor],
-    before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
-) -> RelativeBias | None:
-    """See :class:`hstu.ops.kernels.AttentionBackward`; without ``before_silu``."""
-    assert before_silu is None
-    arguments = _prepare(q, k, v, layout, config, bias)
-    arguments.set(grad_out=with_contiguous_rows(grad), grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
+def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradient, Gradient]) -> RelativeBias | None:
+    """See :data:`hstu.ops.kernels.AttentionBackward`; without ``before_silu``."""
+    arguments, bias = _prepare(inputs), inputs.bias
+    grad_q, grad_k, grad_v = (each.target for each in grads)
+    arguments.set(grad_out=with_contiguous_rows(grad), grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
     if bias is None:
         library().hstu_attention(ctypes.byref(arguments), 1)
         return None
@@ -101,10 +89,9 @@ def backward(
     return RelativeBias(position.sum(0).to(bias.position_weight.dtype), time.sum(0).to(bias.time_weight.dtype))
 
 
-def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
-) -> _Arguments:
+def _prepare(inputs: AttentionInputs) -> _Arguments:
     """The arguments that forward and backward share. Computes the time buckets at the first call for a layout."""
+    q, k, v, bias, layout, config = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.layout, inputs.config
     plan = _plan(layout, config)
     arguments = _Arguments(
         offsets=plan.offsets.ctypes.data,

@@ -22,7 +22,7 @@ from hstu.ops.cpu.build import (
     with_contiguous_rows,
 )
 from hstu.ops.dropout import draw, scale_of
-from hstu.ops.kernels import GateConfig, Preactivation
+from hstu.ops.kernels import GateInputs, Gradient
 
 TOKENS_PER_BIN = 256
 MOST_BINS = 64
@@ -55,14 +55,12 @@ class _Arguments(Arguments):
     )
 
 
-def forward(
-    x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`hstu.ops.kernels.GateForward`. float32 or bfloat16; the dropout mask is bool [T, H · d]."""
+def forward(inputs: GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :data:`hstu.ops.kernels.GateForward`. float32 or bfloat16; the dropout mask is bool [T, H · d]."""
+    x, config = inputs.x, inputs.config
     kept = draw(x.flatten(1).shape, config.dropout, _CPU, config.comm.dropout_stream) if config.dropout > 0 else None
-    u = _joined(u)
-    statistics, out = torch.empty(2, len(x)), torch.empty(len(x), len(weight), dtype=x.dtype)
-    arguments = _prepare(x, u, weight, bias, config, statistics, kept)
+    statistics, out = torch.empty(2, len(x)), torch.empty(len(x), len(inputs.weight), dtype=x.dtype)
+    arguments = _prepare(inputs, _joined(inputs.u), statistics, kept)
     arguments.set(out=out)
     run = library().hstu_gate
     if config.comm.tp_size == 1:
@@ -75,22 +73,13 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    config: GateConfig,
-    statistics: Tensor,
-    dropout_mask: Tensor | None,
-    grad_u: Tensor,
-    before_silu: Preactivation | None = None,
+    grad: Tensor, inputs: GateInputs, statistics: Tensor, dropout_mask: Tensor | None, grad_u: Gradient
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.kernels.GateBackward`; without ``before_silu``."""
-    assert before_silu is None
-    u = _joined(u)
-    joined_grad_u = grad_u if grad_u.shape == u.shape else torch.empty_like(u)
-    arguments = _prepare(x, u, weight, bias, config, statistics, dropout_mask)
+    """See :data:`hstu.ops.kernels.GateBackward`; without ``before_silu``."""
+    x, u, weight, bias, config = inputs.x, _joined(inputs.u), inputs.weight, inputs.bias, inputs.config
+    target = grad_u.target
+    joined_grad_u = target if target.shape == u.shape else torch.empty_like(u)
+    arguments = _prepare(inputs, u, statistics, dropout_mask)
     out, grad_x = torch.empty(len(x), len(weight), dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
     sums, along = torch.zeros(2, arguments.bins, len(weight)), torch.empty(2, len(x))
     arguments.set(grad_out=grad.contiguous(), out=out, grad_x=grad_x, grad_u=joined_grad_u)
@@ -102,8 +91,8 @@ def backward(
         run(ctypes.byref(arguments), _Pass.SUMS)
         along.copy_(config.comm.all_gather(along).mean(0))
         run(ctypes.byref(arguments), _Pass.ROWS)
-    if joined_grad_u is not grad_u:
-        grad_u.copy_(joined_grad_u.view(grad_u.shape))
+    if joined_grad_u is not target:
+        target.copy_(joined_grad_u.view(target.shape))
     grad_weight, grad_bias = sums.sum(1, dtype=torch.float64)
     return out, grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
@@ -113,10 +102,9 @@ def _joined(u: Tensor) -> Tensor:
     return u.reshape(len(u), 1, u.shape[1] * u.shape[2]) if u.shape[2] < WIDEST_VECTOR else u
 
 
-def _prepare(
-    x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig, statistics: Tensor, kept: Tensor | None
-) -> _Arguments:
-    """The arguments that forward and backward share."""
+def _prepare(inputs: GateInputs, u: Tensor, statistics: Tensor, kept: Tensor | None) -> _Arguments:
+    """The arguments that forward and backward share. u: that of ``inputs``, joined."""
+    x, weight, bias, config = inputs.x, inputs.weight, inputs.bias, inputs.config
     arguments = _Arguments(
         tokens=len(x),
         heads=u.shape[1],

@@ -14,7 +14,15 @@ from torch import Tensor
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.cpu.operators import OPERATORS
 from hstu.ops.functional import hstu_attention, norm_mul_dropout
-from hstu.ops.kernels import AttentionConfig, GateConfig, RelativeBias, SeenItems
+from hstu.ops.kernels import (
+    AttentionConfig,
+    AttentionInputs,
+    GateConfig,
+    GateInputs,
+    Negatives,
+    RelativeBias,
+    SeenItems,
+)
 from hstu.ops.layout import NUM_TIME_BUCKETS
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.row_update import RowUpdate, UpdateRows
@@ -74,7 +82,7 @@ def _cases() -> Iterator[Case]:
             yield _case(
                 "attention",
                 lambda kernels, q, k, v, p, t, config=config: hstu_attention(
-                    q, k, v, layout, config, RelativeBias(p, t), kernels
+                    AttentionInputs(q, k, v, layout, config, RelativeBias(p, t)), kernels
                 ),
                 [*heads, *tables],
             )
@@ -82,7 +90,7 @@ def _cases() -> Iterator[Case]:
     affine = [torch.randn(51, requires_grad=True) for _ in range(2)]
     yield _case(
         "norm_mul_dropout",
-        lambda kernels, x, u, w, b: norm_mul_dropout(x, u, w, b, GateConfig(1e-5, 0.0), kernels),
+        lambda kernels, x, u, w, b: norm_mul_dropout(GateInputs(x, u, w, b, GateConfig(1e-5, 0.0)), kernels),
         [x, u, *affine],
     )
     yield _case("l2_normalize", lambda kernel, rows: kernel(rows, 1e-6), [torch.randn(30, 50, requires_grad=True)])
@@ -91,16 +99,9 @@ def _cases() -> Iterator[Case]:
     places = torch.arange(30, dtype=torch.int32)
     seen = SeenItems(torch.randint(-1, 60, (2, 20), dtype=torch.int32), places % 2, places)
     for log_weights, hidden in ((None, None), (torch.randn(20), None), (torch.randn(20), seen)):
-        yield _case(
-            "sampled_softmax_loss",
-            lambda kernel, *tensors, given=(log_weights, 0.1, hidden): kernel(*tensors, draws, targets, ids, *given),
-            vectors,
-        )
-        yield _case(
-            "pool_softmax_loss",
-            lambda kernel, *tensors, given=(log_weights, 0.1, hidden): kernel(*tensors, targets, ids, *given),
-            vectors,
-        )
+        for name, drawn in (("sampled_softmax_loss", draws), ("pool_softmax_loss", None)):
+            negatives = Negatives(targets, ids, 0.1, log_weights, hidden, drawn)
+            yield _case(name, lambda kernel, *tensors, negatives=negatives: kernel(*tensors, negatives), vectors)
     yield _case("update_rows", _train_rows, [torch.randn(40, 21, requires_grad=True)])
 
 

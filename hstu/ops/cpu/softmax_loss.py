@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, num_threads, pointer
-from hstu.ops.kernels import SeenItems
+from hstu.ops.kernels import Negatives
 from hstu.ops.pytorch import softmax_loss
 from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, first_places, in_blocks
 
@@ -43,19 +43,10 @@ class SampledSoftmaxLoss(SoftmaxLoss):
     """Softmax against R negatives per query; vectors float32 of at most 256 numbers."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        positives: Tensor,
-        pool: Tensor,
-        draws: Tensor,
-        target_ids: Tensor,
-        pool_ids: Tensor,
-        pool_log_weights: Tensor | None,
-        temperature: float,
-        seen: SeenItems | None = None,
-    ) -> Tensor:
-        """See :func:`hstu.ops.functional.sampled_softmax_loss`."""
+    def forward(ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
+        """See :func:`hstu.ops.functional.softmax_loss`."""
+        draws, log_weights, seen = negatives.draws, negatives.log_weights, negatives.seen
+        assert draws is not None
         num_queries, num_draws = draws.shape
         width = queries.shape[1]
         queries, positives, pool = (_at_least(LEAST_WIDTH, vectors) for vectors in (queries, positives, pool))
@@ -66,7 +57,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
             pool_size=len(pool),
             width=queries.shape[1],
             padded=padded,
-            temperature=temperature,
+            temperature=negatives.temperature,
             threads=num_threads(),
         )
         arguments.set(
@@ -74,11 +65,11 @@ class SampledSoftmaxLoss(SoftmaxLoss):
             positives=positives,
             pool=pool,
             draws=draws.int().contiguous(),
-            target_ids=target_ids.long().contiguous(),
-            pool_ids=pool_ids.long().contiguous(),
+            target_ids=negatives.target_ids.long().contiguous(),
+            pool_ids=negatives.pool_ids.long().contiguous(),
         )
-        if pool_log_weights is not None:
-            arguments.set(log_weights=pool_log_weights.contiguous())
+        if log_weights is not None:
+            arguments.set(log_weights=log_weights.contiguous())
         if seen is not None:
             arguments.set(first=seen.first, sequences=seen.sequences, places=seen.places)
         losses = torch.empty(num_queries)
@@ -113,23 +104,13 @@ class PoolSoftmaxLoss(SoftmaxLoss):
     """Softmax against the whole pool: products by PyTorch, the rest by C++. In float64 PyTorch computes all of it."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        positives: Tensor,
-        pool: Tensor,
-        target_ids: Tensor,
-        pool_ids: Tensor,
-        pool_log_weights: Tensor | None,
-        temperature: float,
-        seen: SeenItems | None = None,
-    ) -> Tensor:
-        """See :func:`hstu.ops.functional.pool_softmax_loss`."""
+    def forward(ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
+        """See :func:`hstu.ops.functional.softmax_loss`."""
         if queries.dtype == torch.float64:
-            others = target_ids, pool_ids, pool_log_weights, temperature, seen
-            return softmax_loss.PoolSoftmaxLoss.forward(ctx, queries, positives, pool, *others)
+            return softmax_loss.PoolSoftmaxLoss.forward(ctx, queries, positives, pool, negatives)
+        log_weights, seen = negatives.log_weights, negatives.seen
         if seen is None:
-            keys, marks = _as_int32(pool_ids, target_ids)
+            keys, marks = _as_int32(negatives.pool_ids, negatives.target_ids)
             key_rows = None
         else:
             keys, marks, key_rows = seen.first, seen.places, seen.sequences
@@ -145,12 +126,12 @@ class PoolSoftmaxLoss(SoftmaxLoss):
             arguments.set(scores=scores, keys=keys[..., columns], marks=marks[rows], peaks=peaks, totals=totals)
             if key_rows is not None:
                 arguments.set(key_rows=key_rows[rows])
-            if pool_log_weights is not None:
-                arguments.set(log_weights=pool_log_weights[columns])
+            if log_weights is not None:
+                arguments.set(log_weights=log_weights[columns])
             library().hstu_pool_softmax(ctypes.byref(arguments))
 
         blocks = softmax_loss.block_shape(len(queries), len(pool), POOL_BLOCK_ELEMENTS, POOL_BLOCK_ROWS)
-        return in_blocks(ctx, queries, positives, pool, temperature, exponentials, blocks)
+        return in_blocks(ctx, queries, positives, pool, negatives.temperature, exponentials, blocks)
 
 
 def _as_int32(pool_ids: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -29,7 +29,7 @@ from hstu.ops.cutlass.sm80 import BackwardSm80, ForwardSm80
 from hstu.ops.cutlass.sm90 import BackwardSm90, ForwardSm90
 from hstu.ops.cutlass.sm90_split import SplitBackwardSm90
 from hstu.ops.cutlass.support import CAPABILITIES, HEAD_DIMS, head_unsupported_reason
-from hstu.ops.kernels import AttentionConfig, Preactivation, RelativeBias
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, RelativeBias
 from hstu.ops.layout import JaggedLayout, to_device
 
 ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
@@ -38,10 +38,9 @@ ALIGNMENT = 16
 """Bytes by which every address and stride that the kernels load from is divisible."""
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None = None
-) -> Tensor:
-    """See :class:`hstu.ops.kernels.AttentionForward`."""
+def forward(inputs: AttentionInputs) -> Tensor:
+    """See :data:`hstu.ops.kernels.AttentionForward`."""
+    q, k, v, bias, layout = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.layout
     reason = head_unsupported_reason(q.shape[2], q.dtype, bias is not None)
     if reason is not None:
         raise ValueError(f"no CUTLASS kernel: {reason}")
@@ -49,24 +48,16 @@ def forward(
         raise ValueError("q, k and v must agree in shape and dtype")
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     arguments = None if bias is None else BiasArguments.of(bias, layout)
-    _launch(Kernel.FORWARD, [_loadable(q), _loadable(k), _loadable(v)], [Gradient(out)], layout, config, arguments)
+    tensors = [_loadable(q), _loadable(k), _loadable(v)]
+    _launch(Kernel.FORWARD, tensors, [Gradient(out)], layout, inputs.config, arguments)
     return out
 
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: JaggedLayout,
-    config: AttentionConfig,
-    bias: RelativeBias | None,
-    grads: tuple[Tensor, Tensor, Tensor],
-    before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
-) -> RelativeBias | None:
-    """See :class:`hstu.ops.kernels.AttentionBackward`. The gradients have the same bits in every run."""
-    grad, q, k, v = _loadable(grad), _loadable(q), _loadable(k), _loadable(v)
-    of_q, of_k, of_v = (Gradient(*both) for both in zip(grads, before_silu or (None,) * 3, strict=True))
+def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradient, Gradient]) -> RelativeBias | None:
+    """See :data:`hstu.ops.kernels.AttentionBackward`. The gradients have the same bits in every run."""
+    grad, q, k, v = map(_loadable, (grad, inputs.q, inputs.k, inputs.v))
+    layout, config, bias = inputs.layout, inputs.config, inputs.bias
+    of_q, of_k, of_v = grads
     arguments = None if bias is None else BiasArguments.of(bias, layout)
     is_narrow = q.shape[2] <= WIDEST_KEYS_AND_VALUES
     if is_narrow or Variant(Kernel.KEYS, q.dtype, q.shape[2], _capability(q.device)).num_outputs == 2:
@@ -82,19 +73,10 @@ def backward(
     return sums.gradients(bias, config)
 
 
-class Gradient(NamedTuple):
-    """An output of a kernel."""
-
-    target: Tensor
-    """[T, H, d]."""
-    before_silu: Preactivation | None = None
-    """What the differentiated input is the SiLU of."""
-
-
 def _launch(
     kernel: Kernel,
     inputs: list[Tensor],
-    outs: list[Gradient],
+    outs: list[Gradient],  # of the output of forward, too
     layout: JaggedLayout,
     config: AttentionConfig,
     bias: BiasArguments | None = None,

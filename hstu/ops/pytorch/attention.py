@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hstu.data.batches.jagged import run_starts
-from hstu.ops.kernels import AttentionConfig, Preactivation, RelativeBias
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, RelativeBias
 from hstu.ops.layout import JaggedLayout, distance_index, time_buckets, to_device
-from hstu.ops.pytorch.silu import write_gradient
 
 MASKED = -1e30
 SCORES_PER_BLOCK = {"cpu": 2**17, "cuda": 2**26}  # CPU: the score matrices of a block stay in its cache
@@ -92,41 +91,30 @@ class Plan:
     remembers: bool
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
-) -> Tensor:
-    """See :class:`hstu.ops.kernels.AttentionForward`."""
-    weights = _in_compute_type(bias)
-    q_rows, k_rows, v_rows = _with_zero_row(q), _with_zero_row(k), _with_zero_row(v)
+def forward(inputs: AttentionInputs) -> Tensor:
+    """See :data:`hstu.ops.kernels.AttentionForward`."""
+    config, weights = inputs.config, _in_compute_type(inputs.bias)
+    q_rows, k_rows, v_rows = map(_with_zero_row, (inputs.q, inputs.k, inputs.v))
     out = torch.zeros_like(v_rows)
-    for group, blocks in _walk(layout, config, weights, heads=q.shape[1], dtype=out.dtype):
+    for group, blocks in _walk(inputs.layout, config, weights, heads=q_rows.shape[1], dtype=out.dtype):
         q_pad, k_pad, v_pad = (_pad(rows, group) for rows in (q_rows, k_rows, v_rows))
         out_pad = torch.zeros_like(v_pad)
         for block, terms in blocks:
             scores = _scores(q_pad[:, block.rows], k_pad[:, block.keys], terms, weights, config.alpha)
             out_pad[:, block.rows] += F.silu(scores, inplace=True) @ v_pad[:, block.keys]
         _unpad(out_pad, group, out)
-    return out[:-1].div(config.scaling_seqlen).to(v.dtype)
+    return out[:-1].div(config.scaling_seqlen).to(inputs.v.dtype)
 
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: JaggedLayout,
-    config: AttentionConfig,
-    bias: RelativeBias | None,
-    grads: tuple[Tensor, Tensor, Tensor],
-    before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
-) -> RelativeBias | None:
-    """See :class:`hstu.ops.kernels.AttentionBackward`."""
+def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradient, Gradient]) -> RelativeBias | None:
+    """See :data:`hstu.ops.kernels.AttentionBackward`."""
+    config, bias, heads = inputs.config, inputs.bias, inputs.q.shape[1]
     weights = _in_compute_type(bias)
     grad_weights = None if weights is None else tuple(torch.zeros_like(weight) for weight in weights)
-    q_rows, k_rows, v_rows = _with_zero_row(q), _with_zero_row(k), _with_zero_row(v)
+    q_rows, k_rows, v_rows = map(_with_zero_row, (inputs.q, inputs.k, inputs.v))
     grad_rows = _with_zero_row(grad).div_(config.scaling_seqlen)
     grad_q, grad_k, grad_v = (torch.zeros_like(rows) for rows in (q_rows, k_rows, v_rows))
-    for group, blocks in _walk(layout, config, weights, heads=q.shape[1], dtype=grad_rows.dtype):
+    for group, blocks in _walk(inputs.layout, config, weights, heads, dtype=grad_rows.dtype):
         q_pad, k_pad, v_pad, grad_pad = (_pad(rows, group) for rows in (q_rows, k_rows, v_rows, grad_rows))
         grad_q_pad, grad_k_pad, grad_v_pad = map(torch.zeros_like, (q_pad, k_pad, v_pad))
         for block, terms in blocks:
@@ -140,13 +128,13 @@ def backward(
             grad_k_pad[:, keys] += grad_scores.transpose(1, 2) @ q_pad[:, rows]
             grad_q_pad[:, rows] += grad_scores @ k_pad[:, keys]
             if grad_weights is not None:
-                _add_weight_gradients(grad_scores, terms, grad_weights, heads=q.shape[1])
+                _add_weight_gradients(grad_scores, terms, grad_weights, heads)
         _unpad(grad_q_pad, group, grad_q)
         _unpad(grad_k_pad, group, grad_k)
         _unpad(grad_v_pad, group, grad_v)
     scaled = grad_q[:-1].mul_(config.alpha), grad_k[:-1].mul_(config.alpha), grad_v[:-1]
-    for gradient, target, before in zip(scaled, grads, before_silu or (None,) * 3, strict=True):
-        write_gradient(gradient, target, before)
+    for gradient, written in zip(scaled, grads, strict=True):
+        written.write(gradient)
     if bias is None or grad_weights is None:
         return None
     position, time = grad_weights

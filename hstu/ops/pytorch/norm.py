@@ -10,30 +10,23 @@ from torch import Tensor
 
 from hstu.ops.comm import LayerComm
 from hstu.ops.dropout import draw, scale_of
-from hstu.ops.kernels import GateConfig, Preactivation
-from hstu.ops.pytorch.silu import write_gradient
+from hstu.ops.kernels import AddLayerNormInputs, GateConfig, GateInputs, Gradient
 
 
-def add_layer_norm_forward(
-    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.kernels.AddLayerNormForward`."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    total = x if update is None else (x + update).to(x.dtype)
-    y, mean, rstd = torch.native_layer_norm(total.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
-    return total, y.to(dtype), torch.stack([mean, rstd]).squeeze(2)
+def add_layer_norm_forward(inputs: AddLayerNormInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """See :data:`hstu.ops.kernels.AddLayerNormForward`."""
+    x, wide = inputs.x, torch.promote_types(inputs.x.dtype, torch.float32)
+    total = x if inputs.update is None else (x + inputs.update).to(x.dtype)
+    weight, bias = inputs.weight.to(wide), inputs.bias.to(wide)
+    y, mean, rstd = torch.native_layer_norm(total.to(wide), weight.shape, weight, bias, inputs.eps)
+    return total, y.to(inputs.dtype), torch.stack([mean, rstd]).squeeze(2)
 
 
 def add_layer_norm_backward(
-    grad: Tensor,
-    grad_total: Tensor,
-    total: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    statistics: Tensor,
-    update_dtype: torch.dtype | None,
+    grad: Tensor, grad_total: Tensor, inputs: AddLayerNormInputs, statistics: Tensor, update_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """See :class:`hstu.ops.kernels.AddLayerNormBackward`."""
+    """See :data:`hstu.ops.kernels.AddLayerNormBackward`."""
+    total, weight, bias = inputs.x, inputs.weight, inputs.bias
     wide = torch.promote_types(total.dtype, torch.float32)
     mean, rstd = statistics.unsqueeze(2)
     through_norm, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
@@ -44,34 +37,25 @@ def add_layer_norm_backward(
     return grad_x, grad_update, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
-def gate_forward(
-    x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`hstu.ops.kernels.GateForward`; the dropout mask is bool [T, H · d]."""
-    rows, weight, bias = _wide(x, weight, bias)
+def gate_forward(inputs: GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :data:`hstu.ops.kernels.GateForward`; the dropout mask is bool [T, H · d]."""
+    x, config = inputs.x, inputs.config
+    rows, weight, bias = _wide(x, inputs.weight, inputs.bias)
     normalised, statistics = _normalise(rows, weight, bias, config)
     kept = draw(rows.shape, config.dropout, x.device, config.comm.dropout_stream) if config.dropout > 0 else None
-    return _gated(normalised, u, x.dtype, kept, config), statistics, kept
+    return _gated(normalised, inputs.u, x.dtype, kept, config), statistics, kept
 
 
 def gate_backward(
-    grad: Tensor,
-    x: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    config: GateConfig,
-    statistics: Tensor,
-    dropout_mask: Tensor | None,
-    grad_u: Tensor,
-    before_silu: Preactivation | None = None,
+    grad: Tensor, inputs: GateInputs, statistics: Tensor, dropout_mask: Tensor | None, grad_u: Gradient
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.kernels.GateBackward`."""
+    """See :data:`hstu.ops.kernels.GateBackward`."""
+    x, u, weight, bias, config = inputs.x, inputs.u, inputs.weight, inputs.bias, inputs.config
     rows, wide_weight, wide_bias = _wide(x, weight, bias)
     normalised = torch.addcmul(wide_bias, _centred(rows, statistics), wide_weight)
     gated = _gated(normalised, u, x.dtype, dropout_mask, config)
     grad = _dropped(grad, dropout_mask, config).view(u.shape)
-    write_gradient(normalised.view(u.shape).mul_(grad), grad_u, before_silu)
+    grad_u.write(normalised.view(u.shape).mul_(grad))
     grad = (grad.to(rows.dtype) * u).flatten(1)
     if config.comm.tp_size == 1:
         mean, rstd = statistics.unsqueeze(2)

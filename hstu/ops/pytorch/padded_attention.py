@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.kernels import AttentionConfig, RelativeBias
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, RelativeBias
 from hstu.ops.layout import JaggedLayout, distance_index, time_buckets
 from hstu.ops.pytorch.attention import is_visible
 
@@ -41,19 +41,18 @@ class _Pairs:
     """int64 [B · N · N]: row of the time weight."""
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
-) -> Tensor:
-    """See :class:`hstu.ops.kernels.AttentionForward`. ``layout``: a PaddedLayout."""
+def forward(inputs: AttentionInputs) -> Tensor:
+    """See :data:`hstu.ops.kernels.AttentionForward`. Its layout is a PaddedLayout."""
+    layout, config, bias = inputs.layout, inputs.config, inputs.bias
     assert isinstance(layout, PaddedLayout)
     pairs = _pairs(layout, config, 0 if bias is None else len(bias.position_weight))
-    queries, keys, values = (_pad(rows, layout.padded_tokens) for rows in (q, k, v))
+    queries, keys, values = (_pad(rows, layout.padded_tokens) for rows in (inputs.q, inputs.k, inputs.v))
     scores = (queries * config.alpha) @ keys.transpose(2, 3)
     if bias is not None:
         scores += _bias(pairs, bias)[:, None]
     weights = F.silu(scores, inplace=True).mul_(pairs.visible[:, None])  # in place: scores are what takes memory
     out = (weights @ values).transpose(1, 2).flatten(0, 1)  # [B · N, H, d]
-    return out.index_select(0, layout.places).div(config.scaling_seqlen).to(v.dtype)
+    return out.index_select(0, layout.places).div(config.scaling_seqlen).to(inputs.v.dtype)
 
 
 def _pairs(layout: PaddedLayout, config: AttentionConfig, num_weights: int) -> _Pairs:

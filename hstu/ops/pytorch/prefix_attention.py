@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.kernels import AttentionConfig, RelativeBias
+from hstu.ops.kernels import AttentionConfig, AttentionInputs
 from hstu.ops.layout import JaggedLayout, distance_index, time_buckets
 from hstu.ops.pytorch.attention import MASKED
 
@@ -34,19 +34,11 @@ class CachedPrefix:
     """Tokens of context and history together with all that are being appended: where candidates stand."""
 
 
-def prefix_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: JaggedLayout,
-    config: AttentionConfig,
-    bias: RelativeBias | None,
-    prefix: CachedPrefix,
-) -> Tensor:
-    """:class:`hstu.ops.kernels.AttentionForward` for new tokens of the sequence that begins with ``prefix``.
+def prefix_attention(inputs: AttentionInputs, prefix: CachedPrefix) -> Tensor:
+    """:data:`hstu.ops.kernels.AttentionForward` for new tokens of the sequence that begins with ``prefix``.
 
-    q, k, v: [n, H, d], any strides. layout: of the new tokens alone, with the positions that they have in the whole
-    sequence; they are all candidates, or all history that follows the prefix at once. Returns [n, H, d], contiguous.
+    The layout is that of the n new tokens alone, with the positions that they have in the whole sequence; they are all
+    candidates, or all history that follows the prefix at once.
 
     Computed in float32, or float64 where q has it. Memory: n scores per head and token of a page, and, with a bias, n
     numbers per token of the prefix (1 instead of n where all new tokens have one position and one time).
@@ -54,11 +46,12 @@ def prefix_attention(
     Raises:
         ValueError: history without a causal mask, whose earlier tokens would see the new ones.
     """
+    q, layout, config, bias = inputs.q, inputs.layout, inputs.config, inputs.bias
     are_candidates = layout.num_candidate_tokens is not None
     if not (are_candidates or config.is_causal):
         raise ValueError("is_causal = False: earlier tokens see appended ones, so their keys and values change")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    queries, keys, values = (x.transpose(0, 1).to(dtype) for x in (q, k, v))
+    queries, keys, values = (x.transpose(0, 1).to(dtype) for x in (q, inputs.k, inputs.v))
     weights = None if bias is None else (bias.position_weight.to(dtype), bias.time_weight.to(dtype))
     out = _own_groups if are_candidates else _own_history
     attended = out(queries, keys, values, layout, config, weights, prefix)
@@ -71,7 +64,7 @@ def prefix_attention(
             scores = torch.baddbmm(terms, queries, page_keys.to(dtype).transpose(1, 2), alpha=config.alpha)
             attended.baddbmm_(F.silu(scores, inplace=True), page_values.to(dtype))
         start = stop
-    return attended.div_(config.scaling_seqlen).transpose(0, 1).to(v.dtype).contiguous()
+    return attended.div_(config.scaling_seqlen).transpose(0, 1).to(inputs.v.dtype).contiguous()
 
 
 def _prefix_terms(

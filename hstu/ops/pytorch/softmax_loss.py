@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from hstu.ops.kernels import SeenItems
+from hstu.ops.kernels import Negatives
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Elements of the largest temporary block: what stays in a CPU's cache; what keeps a GPU busy (256 MiB)."""
@@ -54,24 +54,15 @@ class PoolSoftmaxLoss(SoftmaxLoss):
     """Softmax against the whole pool, block by block."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        positives: Tensor,
-        pool: Tensor,
-        target_ids: Tensor,
-        pool_ids: Tensor,
-        pool_log_weights: Tensor | None,
-        temperature: float,
-        seen: SeenItems | None = None,
-    ) -> Tensor:
-        """See hstu.ops.functional.pool_softmax_loss."""
+    def forward(ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
+        """See :func:`hstu.ops.functional.softmax_loss`."""
+        seen = negatives.seen
 
         def exponentials(scores: Tensor, rows: slice, columns: slice, peaks: Tensor, totals: Tensor) -> None:
-            if pool_log_weights is not None:
-                scores += pool_log_weights[columns]
+            if negatives.log_weights is not None:
+                scores += negatives.log_weights[columns]
             if seen is None:
-                hidden = target_ids[rows, None] == pool_ids[columns]
+                hidden = negatives.target_ids[rows, None] == negatives.pool_ids[columns]
             else:
                 hidden = seen.first[:, columns].index_select(0, seen.sequences[rows]) <= seen.places[rows, None]
             old_peaks = peaks.clone()
@@ -81,7 +72,7 @@ class PoolSoftmaxLoss(SoftmaxLoss):
 
         elements = BLOCK_ELEMENTS.get(queries.device.type, BLOCK_ELEMENTS["cuda"])
         blocks = block_shape(len(queries), len(pool), elements)
-        return in_blocks(ctx, queries, positives, pool, temperature, exponentials, blocks)
+        return in_blocks(ctx, queries, positives, pool, negatives.temperature, exponentials, blocks)
 
 
 def in_blocks(
@@ -126,25 +117,16 @@ class SampledSoftmaxLoss(SoftmaxLoss):
     """Softmax against R negatives a query. The largest temporaries are [M, R]."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        positives: Tensor,
-        pool: Tensor,
-        draws: Tensor,
-        target_ids: Tensor,
-        pool_ids: Tensor,
-        pool_log_weights: Tensor | None,
-        temperature: float,
-        seen: SeenItems | None = None,
-    ) -> Tensor:
-        """See hstu.ops.functional.sampled_softmax_loss."""
+    def forward(ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
+        """See :func:`hstu.ops.functional.softmax_loss`."""
+        draws, seen, temperature = negatives.draws, negatives.seen, negatives.temperature
+        assert draws is not None
         positive_logits = (queries * positives).sum(dim=1) / temperature
         logits = _draw_scores(queries, pool, draws).div_(temperature)
-        if pool_log_weights is not None:
-            logits += pool_log_weights[draws]
+        if negatives.log_weights is not None:
+            logits += negatives.log_weights[draws]
         if seen is None:
-            hidden = pool_ids[draws] == target_ids[:, None]
+            hidden = negatives.pool_ids[draws] == negatives.target_ids[:, None]
         else:
             hidden = seen.first[seen.sequences[:, None], draws] <= seen.places[:, None]
         logits.masked_fill_(hidden, -math.inf)

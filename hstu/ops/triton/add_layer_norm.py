@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hstu.ops.kernels import AddLayerNormInputs
 from hstu.ops.triton.launch import launcher
 from hstu.ops.triton.primitives import Matrix, elements, matrix
 
@@ -26,39 +27,33 @@ Each program of backward writes one row of partial sums of the affine gradients.
 """
 
 
-def forward(
-    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.kernels.AddLayerNormForward`; x and update have any strides."""
+def forward(inputs: AddLayerNormInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """See :data:`hstu.ops.kernels.AddLayerNormForward`; x and update have any strides."""
+    x, update = inputs.x, inputs.update
     total = x if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    normalized = torch.empty(x.shape, dtype=dtype, device=x.device)
+    normalized = torch.empty(x.shape, dtype=inputs.dtype, device=x.device)
     statistics = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
     if len(x):
         _over_rows(add_layer_norm_forward, x, FORWARD_PROGRAMS)(
             x=matrix(x),
             update=_matrix_or_none(update),
-            weight=weight,
-            bias=bias,
+            weight=inputs.weight,
+            bias=inputs.bias,
             total=matrix(total),
             normalized=matrix(normalized),
             mean=statistics[0],
             rstd=statistics[1],
-            eps=float(eps),
+            eps=float(inputs.eps),
             HAS_UPDATE=update is not None,
         )
     return total, normalized, statistics
 
 
 def backward(
-    grad: Tensor,
-    grad_total: Tensor,
-    total: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    statistics: Tensor,
-    update_dtype: torch.dtype | None,
+    grad: Tensor, grad_total: Tensor, inputs: AddLayerNormInputs, statistics: Tensor, update_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """See :class:`hstu.ops.kernels.AddLayerNormBackward`; the gradients and the sum have any strides."""
+    """See :data:`hstu.ops.kernels.AddLayerNormBackward`; the gradients and the sum have any strides."""
+    total, weight, bias = inputs.x, inputs.weight, inputs.bias
     grad_x = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     rounded = update_dtype not in (None, total.dtype)
     grad_update = torch.empty(total.shape, dtype=update_dtype, device=total.device) if rounded else None

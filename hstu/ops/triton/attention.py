@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hstu.ops.kernels import AttentionConfig, Preactivation, RelativeBias
+from hstu.ops.kernels import AttentionInputs, Gradient, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, to_device
 from hstu.ops.relative_bias import bucket_thresholds, fixed_point_scale
 from hstu.ops.triton import attention_kernels as kernels
@@ -26,54 +26,40 @@ BIAS_GROUPS = 64
 """Groups that the sequences are split into for the gradient of the bias."""
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
-) -> Tensor:
-    """See :class:`hstu.ops.kernels.AttentionForward`."""
+def forward(inputs: AttentionInputs) -> Tensor:
+    """See :data:`hstu.ops.kernels.AttentionForward`."""
     # Not empty_like: v is a view with gaps between its heads, and the consumer of the output wants it contiguous.
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    if layout.num_tokens:
-        call = _Call(q, k, v, layout, config, bias)
-        call.launcher(_FORWARD)(out=heads(out))
+    out = torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=inputs.v.device)
+    if inputs.layout.num_tokens:
+        _Call(inputs).launcher(_FORWARD)(out=heads(out))
     return out
 
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: JaggedLayout,
-    config: AttentionConfig,
-    bias: RelativeBias | None,
-    grads: tuple[Tensor, Tensor, Tensor],
-    before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
-) -> RelativeBias | None:
-    """See :class:`hstu.ops.kernels.AttentionBackward`. The gradients have the same bits in every run."""
-    call = _Call(q, k, v, layout, config, bias, silu=before_silu is not None)
-    before_q, before_k, before_v = before_silu or (None,) * 3
-    grad_q, grad_k, grad_v = map(heads, grads)
+def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradient, Gradient]) -> RelativeBias | None:
+    """See :data:`hstu.ops.kernels.AttentionBackward`. The gradients have the same bits in every run."""
+    call = _Call(inputs, silu=grads[0].before_silu is not None)
+    of_q, of_k, of_v = grads
     sums_k, sums_v = call.partial_sums(_KEYS, 2)
     (sums_q,) = call.partial_sums(_QUERIES, 1)
-    if layout.num_tokens:
+    if inputs.layout.num_tokens:
         call.launcher(_KEYS)(
             grad=heads(grad),
-            grad_k=grad_k,
-            grad_v=grad_v,
-            before_k=_values(before_k),
-            before_v=_values(before_v),
+            grad_k=heads(of_k.target),
+            grad_v=heads(of_v.target),
+            before_k=_values(of_k),
+            before_v=_values(of_v),
             sums_k=sums_k,
             sums_v=sums_v,
         )
-        call.launcher(_QUERIES)(grad=heads(grad), grad_q=grad_q, before_q=_values(before_q), sums_q=sums_q)
-    for before, sums in ((before_q, sums_q), (before_k, sums_k), (before_v, sums_v)):
-        if before is not None:
-            torch.sum(sums, 0, out=before.grad_shift)
-    return None if bias is None else call.bias_gradients(grad, bias)
+        call.launcher(_QUERIES)(grad=heads(grad), grad_q=heads(of_q.target), before_q=_values(of_q), sums_q=sums_q)
+    for gradient, sums in ((of_q, sums_q), (of_k, sums_k), (of_v, sums_v)):
+        if gradient.before_silu is not None:
+            torch.sum(sums, 0, out=gradient.before_silu.grad_shift)
+    return None if inputs.bias is None else call.bias_gradients(grad, inputs.bias)
 
 
-def _values(before_silu: Preactivation | None) -> Heads:
-    return heads(None if before_silu is None else before_silu.value)
+def _values(gradient: Gradient) -> Heads:
+    return heads(None if gradient.before_silu is None else gradient.before_silu.value)
 
 
 class _Kernel(NamedTuple):
@@ -95,51 +81,53 @@ _QUERIES = _Kernel("queries", kernels.attention_backward_queries, "BLOCK_M")
 class _Call:
     """The arguments that all kernels of one call share."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    layout: JaggedLayout
-    config: AttentionConfig
-    bias: RelativeBias | None
-
+    inputs: AttentionInputs
     silu: bool = False
-    """Whether q, k and v are differentiated by what they are the SiLU of."""
+    """Whether the gradients are those of the pre-activations of q, k and v."""
 
     def launcher(self, kernel: _Kernel) -> Callable[..., object]:
         """Launcher of a kernel."""
-        longest = int(self.layout.seqlens.max())
+        longest = int(self.inputs.layout.seqlens.max())
         launch = launcher(
             kernel.function,
-            lambda meta: (triton.cdiv(longest, meta[kernel.tile]), self.q.shape[1], self.layout.batch_size),
+            lambda meta: (
+                triton.cdiv(longest, meta[kernel.tile]),
+                self.inputs.q.shape[1],
+                self.inputs.layout.batch_size,
+            ),
             self._configs(kernel),
         )
         shared = self._shared(kernel.function, exact=self._block_d > 128)
-        return functools.partial(launch, **shared, inverse_n=1.0 / self.config.scaling_seqlen)
+        return functools.partial(launch, **shared, inverse_n=1.0 / self.inputs.config.scaling_seqlen)
 
     def partial_sums(self, kernel: _Kernel, count: int) -> Iterable[Any]:
         """Memory for ``count`` gradients of a kernel, each summed over tiles: [tiles, H, d]. None without SiLU."""
         if not self.silu:
             return (None,) * count
         smallest = min(config.kwargs[kernel.tile] for config in self._configs(kernel))
-        slots = self.layout.num_tokens // smallest + self.layout.batch_size  # see slot_of
-        return torch.zeros(count, slots, *self.q.shape[1:], dtype=torch.float32, device=self.q.device)
+        slots = self.inputs.layout.num_tokens // smallest + self.inputs.layout.batch_size  # see slot_of
+        return torch.zeros(count, slots, *self.inputs.q.shape[1:], dtype=torch.float32, device=self.inputs.q.device)
 
     def _configs(self, kernel: _Kernel) -> list[triton.Config]:
-        capability = capability_of(self.q.device)
-        return attention_configs(kernel.name, self._block_d, self.q.element_size(), self.bias is not None, capability)
+        capability = capability_of(self.inputs.q.device)
+        return attention_configs(
+            kernel.name, self._block_d, self.inputs.q.element_size(), self.inputs.bias is not None, capability
+        )
 
     def bias_gradients(self, grad: Tensor, bias: RelativeBias) -> RelativeBias:
         """Gradients of the position and the time weights, in the dtypes of the weights."""
-        device, layout, num_heads = grad.device, self.layout, self.q.shape[1]
+        device, layout, num_heads = grad.device, self.inputs.layout, self.inputs.q.shape[1]
         position, time = bias.position_weight, bias.time_weight
         position_totals = torch.zeros(len(position), dtype=torch.int64, device=device)
         time_totals = torch.zeros(TIME_SLOTS, NUM_TIME_BUCKETS, dtype=torch.int64, device=device)
         if not layout.num_tokens:
             return RelativeBias(position_totals.to(position.dtype), time_totals[0].to(time.dtype))
-        scale = fixed_point_scale(grad, self.v, pairs=num_heads * int((layout.seqlens**2).sum()))
-        config = bias_config(self._block_d, self.q.element_size(), capability_of(grad.device))
+        scale = fixed_point_scale(grad, self.inputs.v, pairs=num_heads * int((layout.seqlens**2).sum()))
+        config = bias_config(self._block_d, self.inputs.q.element_size(), capability_of(grad.device))
         tiles = triton.cdiv(int(layout.seqlens.max()), config.kwargs["BLOCK"])
-        sees_later_keys = not self.config.is_causal or (self.config.contextual_mask and layout.num_contextuals > 0)
+        sees_later_keys = not self.inputs.config.is_causal or (
+            self.inputs.config.contextual_mask and layout.num_contextuals > 0
+        )
         diagonals_above = tiles - 1 if sees_later_keys else 0
         launcher(
             kernels.attention_backward_bias,
@@ -156,21 +144,21 @@ class _Call:
             num_heads=num_heads,
             first_diagonal=-diagonals_above,
         )
-        factor = 1 / (scale.double() * self.config.scaling_seqlen)
+        factor = 1 / (scale.double() * self.inputs.config.scaling_seqlen)
         return RelativeBias((position_totals * factor).to(position.dtype), (time_totals.sum(0) * factor).to(time.dtype))
 
     @property
     def _block_d(self) -> int:
-        return max(16, triton.next_power_of_2(self.q.shape[2]))
+        return max(16, triton.next_power_of_2(self.inputs.q.shape[2]))
 
     def _shared(self, kernel: Any, exact: bool) -> dict[str, Any]:
-        layout, config, bias = self.layout, self.config, self.bias
+        layout, config, bias = self.inputs.layout, self.inputs.config, self.inputs.bias
         window = config.max_span is not None
         no_bias = Bias(None, None, None, None, None, 0)
         return dict(
-            q=heads(self.q),
-            k=heads(self.k),
-            v=heads(self.v),
+            q=heads(self.inputs.q),
+            k=heads(self.inputs.k),
+            v=heads(self.inputs.v),
             batch=Batch(
                 layout.seqlen_offsets,
                 layout.num_candidate_tokens,
@@ -183,14 +171,14 @@ class _Call:
             bias=no_bias if bias is None else _bias_argument(bias, layout),
             alpha=float(config.alpha),
             mode=Mode(
-                width=self.q.shape[2],
+                width=self.inputs.q.shape[2],
                 block_d=self._block_d,
                 causal=config.is_causal,
                 contextual=(config.is_causal or window) and config.contextual_mask and layout.num_contextuals > 0,
                 candidates=layout.num_candidate_tokens is not None,
                 window=window,
                 bias=bias is not None,
-                precision=precision_for(kernel, self.q.dtype, exact=exact),
+                precision=precision_for(kernel, self.inputs.q.dtype, exact=exact),
                 silu=self.silu and kernel is not kernels.attention_backward_bias,
             ),
         )

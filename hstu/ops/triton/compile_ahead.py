@@ -31,7 +31,15 @@ from triton.runtime.jit import create_function_from_signature
 from hstu.ops.comm import LayerComm
 from hstu.ops.compile_ahead import Job
 from hstu.ops.functional import add_layer_norm, project_uvqk, projected_attention, projected_gate
-from hstu.ops.kernels import AttentionConfig, GateConfig, KernelShapes, RelativeBias, SeenItems
+from hstu.ops.kernels import (
+    AddLayerNormInputs,
+    AttentionConfig,
+    GateConfig,
+    KernelShapes,
+    Negatives,
+    RelativeBias,
+    SeenItems,
+)
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, build_layout, token_order
 from hstu.ops.triton.launch import Launch, recorded_launches
 from hstu.ops.triton.new_rows import start_rows
@@ -142,9 +150,8 @@ def _add_layer_norm(residual: torch.dtype) -> Variant:
 def _run_add_layer_norm(residual: torch.dtype) -> None:
     x, update = _zeros(64, HIDDEN, dtype=residual), _zeros(64, HIDDEN, dtype=torch.bfloat16)
     for added in (None, update):  # the first layer has nothing to add
-        both = add_layer_norm(
-            x, added, _zeros(HIDDEN), _zeros(HIDDEN), 1e-5, torch.bfloat16, OPERATORS["add_layer_norm"]
-        )
+        inputs = AddLayerNormInputs(x, added, _zeros(HIDDEN), _zeros(HIDDEN), 1e-5, torch.bfloat16)
+        both = add_layer_norm(inputs, OPERATORS["add_layer_norm"])
         torch.cat(both).sum().backward()
 
 
@@ -175,8 +182,8 @@ def _run_softmax(op: str, width: int, masks: bool) -> None:
     targets, ids = torch.zeros(64, dtype=torch.int64), torch.zeros(48, dtype=torch.int64)
     of_queries = torch.zeros(64, dtype=torch.int32)
     seen = SeenItems(torch.zeros(2, 48, dtype=torch.int32), of_queries, of_queries) if masks else None
-    draws = () if op == "pool_softmax_loss" else (torch.zeros(64, 128, dtype=torch.int64),)
-    OPERATORS[op](*vectors, *draws, targets, ids, _zeros(48), 0.05, seen)
+    draws = None if op == "pool_softmax_loss" else torch.zeros(64, 128, dtype=torch.int64)
+    OPERATORS[op](*vectors, Negatives(targets, ids, 0.05, _zeros(48), seen, draws))
 
 
 def _run_slots(policy: str) -> None:

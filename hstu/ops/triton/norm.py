@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hstu.ops.kernels import GateConfig, Preactivation
+from hstu.ops.kernels import GateConfig, GateInputs, Gradient
 from hstu.ops.triton.launch import launcher
 from hstu.ops.triton.primitives import elements, heads, matrix, sigmoid, silu_derivative
 
@@ -25,42 +25,33 @@ PROGRAMS = 1024
 _SEEDS = 1 << 31
 
 
-def gate_forward(
-    x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`hstu.ops.kernels.GateForward`; the dropout mask is a seed, int64 [] on the host.
+def gate_forward(inputs: GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :data:`hstu.ops.kernels.GateForward`; the dropout mask is a seed, int64 [] on the host.
 
     The seed is drawn from the CPU generator of torch: restoring its state repeats the mask, without device access.
     """
+    x, config = inputs.x, inputs.config
     seed = torch.randint(_SEEDS, (), device="cpu") if config.dropout > 0 else None
     if seed is not None:  # the ranks have equal generators but need different masks
         seed = (seed + config.comm.rank * 0x9E3779B1) % _SEEDS
-    gated = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+    gated = torch.empty(len(x), len(inputs.weight), dtype=x.dtype, device=x.device)
     statistics = _statistics(x, config)
     if len(x):
-        shared = _shared(u, weight, bias, statistics, config.dropout, 0 if seed is None else int(seed))
+        shared = _shared(inputs, inputs.u, statistics, 0 if seed is None else int(seed))
         run = _over_rows(norm_mul_dropout_forward, x)
         run(**shared, out=matrix(gated), eps=float(config.eps), GIVEN=config.comm.tp_size > 1)
     return gated, statistics, seed
 
 
 def gate_backward(
-    grad: Tensor,
-    x: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    config: GateConfig,
-    statistics: Tensor,
-    dropout_mask: Tensor | None,
-    grad_u: Tensor,
-    before_silu: Preactivation | None = None,
+    grad: Tensor, inputs: GateInputs, statistics: Tensor, dropout_mask: Tensor | None, grad_u: Gradient
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`hstu.ops.kernels.GateBackward`. With ``before_silu``, u is computed again instead of read."""
+    """See :data:`hstu.ops.kernels.GateBackward`. With ``before_silu``, u is computed again instead of read."""
+    x, weight, bias, config, before_silu = inputs.x, inputs.weight, inputs.bias, inputs.config, grad_u.before_silu
     seed = 0 if dropout_mask is None else int(dropout_mask)
     gated = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    u = u if before_silu is None else before_silu.value
+    u = inputs.u if before_silu is None else before_silu.value
     sums = torch.zeros(
         2 if before_silu is None else 3, _num_programs(x), len(weight), dtype=torch.float32, device=x.device
     )
@@ -69,10 +60,10 @@ def gate_backward(
     def run(which: str) -> None:
         if len(x):
             _over_rows(norm_mul_dropout_backward, x)(
-                **_shared(u, weight, bias, statistics, config.dropout, seed),
+                **_shared(inputs, u, statistics, seed),
                 grad=matrix(grad),
                 grad_x=heads(grad_x),
-                grad_u=heads(grad_u),
+                grad_u=heads(grad_u.target),
                 gated=gated,
                 weight_sums=sums[0],
                 bias_sums=sums[1],
@@ -94,12 +85,13 @@ def gate_backward(
     return gated, grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
-def _shared(u: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, dropout: float, seed: int) -> dict[str, Any]:
-    """The arguments that forward and backward share."""
+def _shared(inputs: GateInputs, u: Tensor, statistics: Tensor, seed: int) -> dict[str, Any]:
+    """The arguments that forward and backward share. u: that of ``inputs``, or its pre-activation."""
+    dropout = inputs.config.dropout
     return dict(
         u=heads(u),
-        weight=weight,
-        bias=bias,
+        weight=inputs.weight,
+        bias=inputs.bias,
         mean=statistics[0],
         rstd=statistics[1],
         num_rows=statistics.shape[1],

@@ -19,12 +19,14 @@ from hstu.base.hashing import splitmix64
 from hstu.ops.functional import add_layer_norm, project_uvqk, projected_attention, projected_gate
 from hstu.ops.kernels import (
     SLOTS,
+    AddLayerNormInputs,
     AddLayerNormKernels,
     AttentionConfig,
     AttentionKernels,
     GateConfig,
     GateKernels,
     KernelShapes,
+    Negatives,
     RelativeBias,
     SeenItems,
 )
@@ -147,7 +149,7 @@ def _row_cases(device: torch.device, shapes: KernelShapes) -> Iterator[tuple[str
 
     def add_norm(kernels: AddLayerNormKernels) -> Function:
         def function(x: Tensor, weight: Tensor, bias: Tensor, update: Tensor | None = None) -> Tensor:
-            return torch.cat(add_layer_norm(x, update, weight, bias, 1e-5, torch.float32, kernels))
+            return torch.cat(add_layer_norm(AddLayerNormInputs(x, update, weight, bias, 1e-5, torch.float32), kernels))
 
         return function
 
@@ -202,22 +204,20 @@ def _loss_cases(shapes: KernelShapes) -> Iterator[tuple[str, Case]]:
     places = torch.arange(90, dtype=torch.int32)
     first = torch.randint(-1, 180, (2, 70), dtype=torch.int32)
 
-    def applied(function: Function, *rest: Tensor, masks: bool) -> Function:
+    def applied(function: Function, of_draws: bool, masks: bool) -> Function:
         def run(*tensors: Tensor) -> Tensor:
-            device, count = tensors[0].device, len(tensors[0])
-            seen = SeenItems(*(x.to(device) for x in (first, places[:count] % 2, places[:count]))) if masks else None
-            return function(*tensors, *(x.to(device) for x in rest), 0.1, seen)
+            count, to = len(tensors[0]), partial(torch.Tensor.to, device=tensors[0].device)
+            seen = SeenItems(*map(to, (first, places[:count] % 2, places[:count]))) if masks else None
+            drawn = to(draws[:count]) if of_draws else None
+            return function(*tensors, Negatives(to(targets[:count]), to(ids), 0.1, to(log_weights), seen, drawn))
 
         return run
 
     few = [vectors[0][:20], vectors[1][:20], vectors[2]]  # one program per query: more queries show no more
-    for name, leaves, rest in (
-        ("pool_softmax_loss", vectors, (targets, ids, log_weights)),
-        ("sampled_softmax_loss", few, (draws[:20], targets[:20], ids, log_weights)),
-    ):
+    for name, leaves in (("pool_softmax_loss", vectors), ("sampled_softmax_loss", few)):
         for masks in (False, True):
             kernel, reference = (
-                applied(function, *rest, masks=masks)
+                applied(function, leaves is few, masks)
                 for function in (OPERATORS[name], getattr(REFERENCE_KERNELS, name))
             )
             yield name, Case(f"{name}{', seen items masked' if masks else ''}", kernel, reference, leaves)

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hstu.ops.kernels import SeenItems
+from hstu.ops.kernels import Negatives, SeenItems
 from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, add_positive_part, target_losses
 from hstu.ops.triton import softmax_loss_kernels as kernels
 from hstu.ops.triton.launch import launcher, precision_for
@@ -34,27 +34,15 @@ class PoolSoftmaxLoss(SoftmaxLoss):
     """Softmax against the whole pool, block by block. Vectors are float32 of at most WIDEST_VECTOR numbers."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        positives: Tensor,
-        pool: Tensor,
-        target_ids: Tensor,
-        pool_ids: Tensor,
-        pool_log_weights: Tensor | None,
-        temperature: float,
-        seen: SeenItems | None = None,
-    ) -> Tensor:
-        """See hstu.ops.functional.pool_softmax_loss."""
+    def forward(ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
+        """See :func:`hstu.ops.functional.softmax_loss`."""
         _require_supported(queries)
-        of_queries, of_pool = (queries, target_ids.contiguous()), (pool, pool_ids.contiguous())
+        temperature, seen = negatives.temperature, negatives.seen
+        of_queries, of_pool = (queries, negatives.target_ids.contiguous()), (pool, negatives.pool_ids.contiguous())
         shared = dict(
-            log_weights=pool_log_weights,
-            seen=_seen(seen),
+            **_weights(negatives),
             inverse_temperature=1.0 / temperature,
             WIDTH=queries.shape[1],
-            WEIGHTED=pool_log_weights is not None,
-            MASKED=seen is not None,
             precision=precision_for(kernels.pool_gradients, queries.dtype),
         )
         positive_logits = (queries * positives).sum(dim=1) / temperature
@@ -81,21 +69,12 @@ class SampledSoftmaxLoss(SoftmaxLoss):
     """Softmax against R negatives per query. Vectors are float32 of at most WIDEST_VECTOR numbers."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        positives: Tensor,
-        pool: Tensor,
-        draws: Tensor,
-        target_ids: Tensor,
-        pool_ids: Tensor,
-        pool_log_weights: Tensor | None,
-        temperature: float,
-        seen: SeenItems | None = None,
-    ) -> Tensor:
-        """See hstu.ops.functional.sampled_softmax_loss."""
+    def forward(ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
+        """See :func:`hstu.ops.functional.softmax_loss`."""
+        draws, temperature = negatives.draws, negatives.temperature
+        assert draws is not None
         num_queries, num_draws = draws.shape
-        shared = _shared(queries, pool, target_ids, pool_ids, temperature)
+        shared = _shared(queries, pool, negatives)
         shared |= dict(draws=matrix(draws), num_draws=num_draws)
         configs = _draw_configs(shared["BLOCK_D"])
         positive_logits = (queries * positives).sum(dim=1) / temperature
@@ -104,13 +83,10 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         if num_queries:
             each_query = lambda meta: (num_queries,)  # noqa: E731
             launcher(kernels.draw_logits, each_query, configs)(
-                log_weights=pool_log_weights,
-                seen=_seen(seen),
                 logits=logits,
                 log_totals=log_totals,
                 pool_size=len(pool),
-                WEIGHTED=pool_log_weights is not None,
-                MASKED=seen is not None,
+                **_weights(negatives),
                 **shared,
             )
         losses = target_losses(positive_logits, log_totals)
@@ -144,16 +120,22 @@ def _seen(items: SeenItems | None) -> Seen:
     return Seen(None, None, None) if items is None else Seen(items.first, items.sequences, items.places)
 
 
-def _shared(queries: Tensor, pool: Tensor, target_ids: Tensor, pool_ids: Tensor, temperature: float) -> dict[str, Any]:
+def _weights(negatives: Negatives) -> dict[str, Any]:
+    """The arguments of the kernels that compute logits: which entries count, and how much."""
+    log_weights, seen = negatives.log_weights, negatives.seen
+    return dict(log_weights=log_weights, seen=_seen(seen), WEIGHTED=log_weights is not None, MASKED=seen is not None)
+
+
+def _shared(queries: Tensor, pool: Tensor, negatives: Negatives) -> dict[str, Any]:
     """The arguments that the kernels of sampled negatives share."""
     _require_supported(queries)
     width = queries.shape[1]
     return dict(
         queries=matrix(queries),
         pool=matrix(pool),
-        target_ids=target_ids.contiguous(),
-        pool_ids=pool_ids.contiguous(),
-        inverse_temperature=1.0 / temperature,
+        target_ids=negatives.target_ids.contiguous(),
+        pool_ids=negatives.pool_ids.contiguous(),
+        inverse_temperature=1.0 / negatives.temperature,
         WIDTH=width,
         BLOCK_D=_padded(width),
     )

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
 from hstu.ops.comm import LayerComm
-from hstu.ops.kernels import AttentionConfig, GateConfig
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, GateConfig, GateInputs, Gradient
 from hstu.ops.layout import build_layout
 from hstu.ops.triton import attention, linear, norm
 from hstu.ops.triton.compile_ahead import WARP_SIZE, record, source_of, specialized_kernel, variants
@@ -127,21 +127,24 @@ class TestStridesBeyond32Bits:
             [*inputs, *map(torch.empty_like, inputs[1:])],
             spread(memory, [*inputs, *map(torch.zeros_like, inputs[1:])], dim),
         ):
-            out = attention.forward(q, k, v, layout, config, None)
-            attention.backward(grad, q, k, v, layout, config, None, tuple(grads))  # type: ignore[arg-type]
+            given = AttentionInputs(q, k, v, layout, config)
+            out = attention.forward(given)
+            of_q, of_k, of_v = map(Gradient, grads)
+            attention.backward(grad, given, (of_q, of_k, of_v))
             results.append([out, *grads])
         for near, far in zip(*results, strict=True):
             assert torch.equal(near, far) and near.abs().max() > 0.1
 
     def test_the_gate(self, memory: Tensor) -> None:
         torch.manual_seed(0)
-        x, u = near = [torch.randn(3, 3, 16, dtype=torch.float16) for _ in range(2)]
+        near = [torch.randn(3, 3, 16, dtype=torch.float16) for _ in range(2)]
         weight, bias, config = torch.rand(48), torch.rand(48), GateConfig(1e-5, 0.0, LayerComm())
         for dim in (0, 1):
             far = spread(memory, near, dim)
-            assert torch.equal(
-                norm.gate_forward(*far, weight, bias, config)[0], norm.gate_forward(x, u, weight, bias, config)[0]
+            of_far, of_near = (
+                norm.gate_forward(GateInputs(*tensors, weight, bias, config))[0] for tensors in (far, near)
             )
+            assert torch.equal(of_far, of_near)
 
     def test_the_projection(self, memory: Tensor) -> None:
         torch.manual_seed(0)

@@ -12,7 +12,7 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from hstu.ops.functional import project_uvqk, projected_attention
-from hstu.ops.kernels import AttentionConfig
+from hstu.ops.kernels import AttentionConfig, Negatives
 from hstu.ops.self_check import small_layout
 from hstu.ops.triton import launch
 from hstu.ops.triton.operators import OPERATORS
@@ -67,7 +67,7 @@ def projection(lengths: list[int]) -> None:
 def loss(lengths: list[int]) -> None:
     vectors: list[Tensor] = [torch.zeros(sum(lengths), 64, requires_grad=True) for _ in range(3)]
     ids = torch.zeros(sum(lengths), dtype=torch.int64)
-    OPERATORS["pool_softmax_loss"](*vectors, ids, ids, None, 0.1, None)
+    OPERATORS["pool_softmax_loss"](*vectors, Negatives(ids, ids, 0.1))
 
 
 @pytest.mark.parametrize("operator", [attention, projection, loss])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hstu.ops.functional import hstu_attention, projected_attention
-from hstu.ops.kernels import AttentionConfig, AttentionKernels, RelativeBias
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, AttentionKernels, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.self_check import small_layout as layout_with_times
@@ -111,7 +111,7 @@ def exact_results(
     if bias is not None:
         bias = RelativeBias(*(table.detach().double().requires_grad_() for table in vars(bias).values()))
         leaves += vars(bias).values()
-    out = hstu_attention(*leaves[:3], layout, config, bias, REFERENCE_KERNELS.attention)
+    out = hstu_attention(AttentionInputs(*leaves[:3], layout, config, bias), REFERENCE_KERNELS.attention)
     (*grads,) = torch.autograd.grad(out, leaves, grad.double())
     before = [each.double().requires_grad_() for each in projected]
     of_projected = torch.autograd.grad([F.silu(each) for each in before], before, grads[:3])
@@ -180,7 +180,7 @@ def test_attention_of_given_queries_keys_and_values_equals_the_reference() -> No
 
     def results(kernels: AttentionKernels, dtype: torch.dtype) -> list[Tensor]:
         leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
-        out = hstu_attention(*leaves, layout, config, None, kernels)
+        out = hstu_attention(AttentionInputs(*leaves, layout, config), kernels)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
     ours, exact = results(OPERATORS["attention"], torch.bfloat16), results(REFERENCE_KERNELS.attention, torch.float64)

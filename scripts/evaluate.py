@@ -28,9 +28,8 @@ from hstu.base.errors import EXIT_DONE, ConfigError
 from hstu.base.printable import printable
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
-from hstu.serve.bootstrap import Interval, Resampling
 from hstu.serve.command import add_model_arguments, check_new, load_model, note, require_model, write_text
-from hstu.serve.evaluation import Evaluation, Scores, choose_split, compare, evaluate_split
+from hstu.serve.evaluation import Evaluation, Interval, Resampling, Scores, choose_split, compare, evaluate_split
 from hstu.serve.loaded import LoadedModel
 
 _SHOWN_SEGMENTS = 30

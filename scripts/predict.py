@@ -36,8 +36,7 @@ from hstu.parallel.collectives import gather_objects, on_all_ranks, require_equa
 from hstu.serve.command import add_model_arguments, load_model, note, note_unknown, parse_time, require_model
 from hstu.serve.id_files import Candidates, item_codes, read_candidates, read_codes, users_of_file
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.parts import Parts
-from hstu.serve.predict import ItemChoice, Predictor, RankingPredictor, RetrievalPredictor
+from hstu.serve.predict import ItemChoice, Parts, Predictor, RankingPredictor, RetrievalPredictor
 
 _TOP = 10
 

@@ -1,8 +1,13 @@
-"""Metrics of a trained model on a split: of all predictions, by segment, with intervals, and beside another model."""
+"""Metrics of a trained model on a split: of all predictions, by segment, with intervals, and beside another model.
+
+Intervals are by the bootstrap over users: how a metric varies if other users had been evaluated. Users are drawn with
+replacement, each with all predictions for that user, because those are not independent. Intervals are percentiles of
+the resampled metrics (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,16 +20,25 @@ from hstu.config.args.task import METRICS_OF_KIND, fits_kind
 from hstu.config.problems import did_you_mean, in_reading_order
 from hstu.config.rules.task import metrics_fit_the_head
 from hstu.config.run_config import RunConfig
+from hstu.data.batches.jagged import ranges, run_indices
 from hstu.data.sampling.samples import Split
-from hstu.data.store.sequence_store import USER_FEATURE
-from hstu.serve.bootstrap import ByUser, Interval, Resampling
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
+from hstu.parallel.collectives import gather_objects
+from hstu.parallel.mesh import Mesh
+from hstu.serve.histories import stored_vocabulary
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.segments import segmentation
 from hstu.train.builder import build_evaluator
 from hstu.train.evaluate import Evaluator
 from hstu.train.inference import InferenceSource
 from hstu.train.metrics import undefined_without_warning
 from hstu.train.observations import Observations
+
+HISTORY_BOUNDS = (0, 10, 20, 50, 100, 200, 500, 1000)
+"""Where the segments of the length of the history begin."""
+_DECILES = 10
+Interval = tuple[float, float]
+Statistic = Callable[[np.ndarray], dict[str, float]]
+"""Places of drawn users, int64 [U], which may repeat → metrics of these users."""
 
 
 @dataclass(frozen=True)
@@ -188,3 +202,146 @@ def _raw(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
     source, observations = evaluation.loaded.with_data(), evaluation.observations
     items = evaluation.loaded.vocabularies[source.roles.item].values_at(torch.from_numpy(observations.items))
     return source.eval_store.raw_ids(USER_FEATURE)[observations.users], np.array(items)
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """N predictions, each in one segment."""
+
+    names: list[str]
+    """In the order in which they are shown."""
+    of_row: np.ndarray
+    """int64 [N]: index into ``names``."""
+
+
+def segmentation(by: str, loaded: LoadedModel, observations: Observations) -> Segmentation:
+    """Divide predictions by a property of their user or item.
+
+    history: events before the item that the model has read, at most max_sequence_length. popularity: ten segments of
+    equally many items, by the events that an item has in the training samples; items without any are a segment of
+    their own. cold: whether the item is in any training sample. Else a contextual feature of the data: its value.
+
+    Raises ConfigError for another name, DataError if the data that the model was trained on is needed and not there.
+    """
+    source = loaded.with_data()
+    if by == "history":
+        return _of_history(observations.history)
+    if by in ("popularity", "cold"):
+        counts = np.append(_training_counts(loaded, source), 0)  # for items of eval_dataset_path alone
+        found = _deciles(counts) if by == "popularity" else _cold(counts)
+        codes = np.minimum(source.item_codes(observations.items), len(counts) - 2)
+        is_known = loaded.model_ids(codes) == observations.items
+        return Segmentation(found.names, found.of_row[np.where(is_known, codes, len(counts) - 1)])
+    features = source.eval_store.contextual_features
+    if by not in features:
+        allowed = ("history", "popularity", "cold", *features)
+        raise ConfigError(
+            f"segments: {by!r} is no segment of {source.eval_store.path}; allowed: {', '.join(allowed)}"
+            f"{did_you_mean(by, allowed)}"
+        )
+    return _of_feature(source.eval_store, by, observations.users)
+
+
+def _of_history(lengths: np.ndarray) -> Segmentation:
+    ends = [f"{end - 1}" for end in HISTORY_BOUNDS[1:]]
+    names = [f"{first}-{last}" for first, last in zip(HISTORY_BOUNDS, ends, strict=False)]
+    return Segmentation([*names, f"{HISTORY_BOUNDS[-1]}+"], np.searchsorted(HISTORY_BOUNDS, lengths, side="right") - 1)
+
+
+def _of_feature(store: SequenceStore, name: str, users: np.ndarray) -> Segmentation:
+    raw = store.raw_ids(name) if store.feature(name).has_vocab else np.arange(store.cardinality(name))
+    return Segmentation([str(value) for value in raw], np.asarray(store.context(name)[users], dtype=np.int64))
+
+
+def _deciles(counts: np.ndarray) -> Segmentation:
+    """Of items, by their numbers of training events."""
+    trained = np.flatnonzero(counts)
+    order = trained[np.argsort(counts[trained], kind="stable")]
+    of_item = np.zeros(len(counts), dtype=np.int64)
+    of_item[order] = 1 + np.arange(len(order)) * _DECILES // max(1, len(order))
+    names = ["no events"]
+    for decile in range(1, _DECILES + 1):
+        own = counts[of_item == decile]
+        names.append(f"{decile}: {own.min():,}-{own.max():,} events" if len(own) else f"{decile}: no items")
+    return Segmentation(names, of_item)
+
+
+def _cold(counts: np.ndarray) -> Segmentation:
+    return Segmentation(["trained", "cold"], (counts == 0).astype(np.int64))
+
+
+def _training_counts(loaded: LoadedModel, source: InferenceSource) -> np.ndarray:
+    """int64 [items] by the codes of ``source``: the events of the samples that the model was trained on."""
+    if loaded.trained_on is None:
+        return source.item_counts.astype(np.int64)
+    try:
+        trained = InferenceSource(loaded.config, loaded.trained_on, loaded.mesh)
+    except DataError as error:
+        raise DataError(
+            f"the popularity of items is that in the data which the model was trained on. {error}"
+        ) from error
+    store, item = trained.store, trained.roles.item
+    counts = np.append(trained.item_counts, 0).astype(np.int64)  # an unknown item has no events
+    return counts[stored_vocabulary(store, item).places(source.store.raw_ids(source.roles.item).tolist()).numpy()]
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How often users are drawn, and by which ranks. The draws depend on the seed alone."""
+
+    mesh: Mesh
+    resamples: int = 200
+    """0: no intervals."""
+    confidence: float = 0.95
+    seed: int = 0
+
+    def draw(self, statistic: Statistic, num_users: int) -> dict[str, np.ndarray]:
+        """The statistic of each resample, float64 [resamples]; nan where it is undefined. Collective.
+
+        Each rank computes some of the resamples. Empty without resamples, and for fewer than two users, of whom nothing
+        can be learnt about others.
+        """
+        if not self.resamples or num_users < 2:
+            return {}
+        own = []
+        with undefined_without_warning():
+            for number in range(self.mesh.rank, self.resamples, self.mesh.world_size):
+                self.mesh.heartbeat.beat()
+                drawn = np.random.default_rng([self.seed, number]).integers(0, num_users, num_users)
+                own.append(statistic(drawn))
+        of_ranks = gather_objects(own, self.mesh.world_group)
+        found = [of_ranks[number % len(of_ranks)][number // len(of_ranks)] for number in range(self.resamples)]
+        return {name: np.array([each[name] for each in found]) for name in found[0]}
+
+    def intervals(self, statistic: Statistic, num_users: int) -> dict[str, Interval]:
+        """The confidence interval of each metric; nan if no resample defines it. Collective."""
+        return {name: self.interval(values) for name, values in self.draw(statistic, num_users).items()}
+
+    def interval(self, values: np.ndarray) -> Interval:
+        """The middle ``confidence`` of resampled values that are not nan."""
+        defined = values[~np.isnan(values)]
+        if not len(defined):
+            return float("nan"), float("nan")
+        tail = (1 - self.confidence) / 2
+        low, high = np.quantile(defined, [tail, 1 - tail])
+        return float(low), float(high)
+
+
+class ByUser:
+    """Observations that are drawn user by user."""
+
+    def __init__(self, observations: Observations) -> None:
+        self.users, counts = np.unique(observations.users, return_counts=True)
+        """int64 [U], ascending."""
+        self._sorted = observations.select(np.argsort(observations.users, kind="stable"))
+        self._starts, self._counts = np.cumsum(counts) - counts, counts
+        self._next_request = int(observations.requests.max(initial=-1)) + 1
+
+    def draw(self, drawn: np.ndarray) -> Observations:
+        """The observations of drawn users, given by their places in ``users``; one who is drawn twice is two users."""
+        counts = self._counts[drawn]
+        found = self._sorted.select(ranges(self._starts[drawn], counts))
+        draw, _ = run_indices(counts)
+        # GAUC weights users by their predictions, so two copies under one number count as two users. Requests must be
+        # told apart: the candidates of two copies would be ordered together.
+        return replace(found, requests=found.requests + draw * self._next_request)

@@ -6,27 +6,40 @@ rows of a part depend on its users alone.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from hstu.base.errors import ConfigError, DataError
+from hstu.base.files import written_aside
+from hstu.config.args import DatasetArgs
+from hstu.config.run_config import RunConfig
 from hstu.data.batches.given_requests import GivenRequests
 from hstu.data.batches.jagged import ranges, run_starts
 from hstu.data.store.sequence_store import USER_FEATURE
+from hstu.model.tasks import RankingTask
 from hstu.parallel.collectives import gather_objects
 from hstu.serve.id_files import Candidates
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.score_columns import score_columns
 from hstu.serve.vectors import own_user_vectors, places_of
-from hstu.train.builder import build_evaluator
+from hstu.train.builder import build_evaluator, task_names
 from hstu.train.corpus import Queries, pair_scores, recommend
+from hstu.train.evaluate import Evaluator, MultiTaskEvaluator, RankingEvaluator
+from hstu.train.store_source import StoreSource
+from hstu.train.task_metrics import sigmoid
+
+SETTINGS_FILE = "_settings.json"
+"""Readers of Parquet directories leave out names that begin with an underscore."""
+Columns = dict[str, np.ndarray]
 
 
 class Predictor(ABC):
@@ -217,3 +230,137 @@ def _first_of_run(keys: np.ndarray) -> np.ndarray:
     """For each element of sorted keys, the index of the first equal one."""
     counts = np.unique(keys, return_counts=True)[1]
     return np.repeat(run_starts(counts), counts)
+
+
+@dataclass(frozen=True)
+class ScoreColumns:
+    """Turns outputs float32 [n, width] into columns float32 [n]."""
+
+    width: int
+    first_action: int
+    """An action that the model has a class for."""
+    convert: Callable[[np.ndarray], Columns]
+
+    def of(self, outputs: np.ndarray) -> Columns:
+        """The columns of these outputs."""
+        return {name: values.astype(np.float32) for name, values in self.convert(outputs.astype(np.float64)).items()}
+
+
+def score_columns(evaluator: Evaluator, config: RunConfig, source: StoreSource) -> ScoreColumns:
+    """The columns of a ranking model.
+
+    - One binary task: ``score``, the probability of a positive action; of several, ``score_<name>`` each.
+    - Classes: ``p_<action>``, the probability of each, and ``score``, the expected action, unless actions are texts.
+    - RankingArgs.tasks: binary ``score_<task>``, a probability; class ``p_<task>_<label>``; ordinal ``score_<task>``,
+      the expected label; regression ``score_<task>``, the value.
+    """
+    if isinstance(evaluator, MultiTaskEvaluator):
+        tasks = evaluator.tasks
+        widths = [task.num_predictions for task in tasks]
+
+        def of_tasks(outputs: np.ndarray) -> Columns:
+            parts = np.split(outputs, np.cumsum(widths)[:-1], axis=1)
+            columns: Columns = {}
+            for task, own in zip(tasks, parts, strict=True):
+                columns |= _task(task, own, source.label_facts[task.args.label].texts)
+            return columns
+
+        return ScoreColumns(sum(widths), 0, of_tasks)
+    assert isinstance(evaluator, RankingEvaluator)
+    if evaluator.num_tasks is not None:
+        names = _names_of_bits(evaluator.num_tasks, config)
+        return ScoreColumns(len(names), 0, lambda outputs: dict(zip(names, sigmoid(outputs).T, strict=True)))
+    first, last = evaluator.label_offset, config.task_args.prediction_head_arch[-1]  # type: ignore[union-attr]
+    action = source.roles.action
+    assert action is not None, "a ranking model has actions"
+    texts = source.store.raw_ids(action).tolist() if source.store.feature(action).has_vocab else []
+    return ScoreColumns(last, first, lambda outputs: _classes(outputs, "p_", first, texts, None if texts else "score"))
+
+
+def _names_of_bits(count: int, config: RunConfig) -> list[str]:
+    if count == 1:
+        return ["score"]
+    assert isinstance(config.dataset, DatasetArgs)
+    named = task_names(config.dataset.dataset_name)
+    return [f"score_{name}" for name in (named if len(named) == count else [f"task{bit}" for bit in range(count)])]
+
+
+def _task(task: RankingTask, outputs: np.ndarray, texts: Sequence[str]) -> Columns:
+    """``texts``: what the labels 0, 1, … stand for; empty if they are numbers."""
+    name, kind = task.args.task_name, task.args.kind
+    if kind == "class":
+        return _classes(outputs, f"p_{name}_", task.first_class, texts)
+    if kind == "binary":
+        return {f"score_{name}": sigmoid(outputs[:, 0])}
+    if kind == "ordinal":
+        return {f"score_{name}": task.first_class + sigmoid(outputs).sum(axis=1)}
+    return {f"score_{name}": outputs[:, 0]}
+
+
+def _classes(
+    outputs: np.ndarray, prefix: str, first: int, texts: Sequence[str] = (), expected: str | None = None
+) -> Columns:
+    """The probability of each class, from the label ``first`` on; the expected label if ``expected`` is its column."""
+    probabilities = np.exp(outputs - np.logaddexp.reduce(outputs, axis=1, keepdims=True))
+    labels = range(first, first + outputs.shape[1])
+    names = [texts[label] if label < len(texts) else label for label in labels]
+    columns = {f"{prefix}{name}": column for name, column in zip(names, probabilities.T, strict=True)}
+    return columns if expected is None else {expected: probabilities @ np.array(labels), **columns}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The files part-00000.parquet, … of a directory. A file is complete once it has its name.
+
+    settings: what the content depends on, by name; JSON. Parts of other settings are not continued.
+    """
+
+    directory: Path
+    count: int
+    settings: Mapping[str, Any]
+
+    def open(self) -> list[int]:
+        """Create the directory, or go on in it. Returns the numbers of the parts that are missing.
+
+        Raises DataError if it is complete, was written with other settings, or holds something else.
+        """
+        file = self.directory / SETTINGS_FILE
+        wanted = {"parts": self.count, **self.settings}
+        if file.is_file():
+            self._check(json.loads(file.read_text(encoding="utf-8")), wanted)
+        elif self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+            raise DataError(f"{self.directory} exists and holds no predictions; give another name, or remove it")
+        else:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._put(file, lambda aside: aside.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8"))
+        missing = [number for number in range(self.count) if not self.path(number).is_file()]
+        if not missing:
+            raise DataError(f"{self.directory} exists and is complete; give another name, or remove it")
+        return missing
+
+    def _check(self, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+        differing = [
+            f"{name} was {stored.get(name)!r} and is {wanted.get(name)!r}"
+            for name in {**stored, **wanted}
+            if stored.get(name) != wanted.get(name)
+        ]
+        if differing:
+            raise DataError(
+                f"{self.directory} has parts of another call, which cannot be continued: {'; '.join(differing)}. Give "
+                "the same arguments, or another name"
+            )
+
+    def path(self, number: int) -> Path:
+        """The file of a part."""
+        return self.directory / f"part-{number:05d}.parquet"
+
+    def write(self, number: int, table: pa.Table) -> None:
+        """Write a part: aside, synced, and then renamed, so that a kill or a crash leaves no half of one."""
+        self._put(self.path(number), lambda aside: pq.write_table(table, aside))
+
+    def _put(self, path: Path, write: Any) -> None:
+        try:
+            with written_aside(path) as aside:
+                write(aside)
+        except OSError as error:
+            raise DataError(f"{path} cannot be written: {error.strerror or error}") from error

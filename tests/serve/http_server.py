@@ -16,10 +16,9 @@ from typing import Any
 import uvicorn
 
 from hstu.serve.runtime import Recommendation, ServingError
-from hstu.serve.server.metrics import Metrics
 from hstu.serve.server.model import Answer, Query
 from hstu.serve.server.run import server_config
-from hstu.serve.server.settings import Settings
+from hstu.serve.server.settings import Metrics, Settings
 from hstu.serve.server.swap import LiveModel, Load
 
 UNWATCHED = Settings(poll_s=3600)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hstu.parallel.mesh import Mesh
-from hstu.serve.bootstrap import ByUser, Resampling
+from hstu.serve.evaluation import ByUser, Resampling
 from hstu.train.metrics import retrieval_metrics
 from hstu.train.observations import Observations
 from hstu.train.task_metrics import RankingMetrics, TaskMetrics

@@ -13,10 +13,8 @@ from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.serve.bootstrap import Resampling
-from hstu.serve.evaluation import choose_split, compare, evaluate_split, with_metrics
+from hstu.serve.evaluation import Resampling, choose_split, compare, evaluate_split, segmentation, with_metrics
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.segments import segmentation
 from tests.conftest import write_small_store
 from tests.train.tiny import ITEM_FEATURES, FinishedRun, walks
 
@@ -43,7 +41,7 @@ def test_the_metrics_are_those_of_the_training_run(name: str, finished: Finished
 def test_segments_divide_the_predictions(
     name: str, by: str, loaded: Loaded, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hstu.serve.segments.HISTORY_BOUNDS", (0, 3, 6))
+    monkeypatch.setattr("hstu.serve.evaluation.HISTORY_BOUNDS", (0, 3, 6))
     split = "test" if name == "retrieval" else "valid"
     evaluation = evaluate_split(loaded(name), split, ALL_METRICS[name])  # type: ignore[arg-type]
     segments = [scores for _, scores in evaluation.by_segment(by, Resampling(mesh, 3))]

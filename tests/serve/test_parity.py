@@ -15,7 +15,7 @@ from hstu.parallel.mesh import Mesh
 from hstu.serve import runtime
 from hstu.serve.evaluation import Evaluation, evaluate_split
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.server.metrics import Metrics
+from hstu.serve.server.settings import Metrics
 from hstu.serve.server.swap import loader
 from scripts import export
 from tests.serve.http_server import UNWATCHED, running

@@ -18,8 +18,7 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.evaluation import evaluate_split
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.parts import Parts
-from hstu.serve.score_columns import score_columns
+from hstu.serve.predict import Parts, score_columns
 from tests.conftest import write_small_store
 from tests.train.tiny import ACTIONS, ITEM_FEATURES, ITEMS, FinishedRun, walks
 

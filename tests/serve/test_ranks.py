@@ -11,8 +11,7 @@ import pytest
 
 from hstu.data.sampling.samples import Split
 from hstu.parallel.mesh import Mesh
-from hstu.serve.bootstrap import Resampling
-from hstu.serve.evaluation import evaluate_split
+from hstu.serve.evaluation import Resampling, evaluate_split
 from hstu.serve.id_files import Candidates
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.predict import ItemChoice, RankingPredictor, RetrievalPredictor

@@ -24,9 +24,8 @@ from hstu.serve import runtime
 from hstu.serve.check import TOLERANCE
 from hstu.serve.runtime import Candidates, History
 from hstu.serve.runtime.files import checksum_of
-from hstu.serve.server.metrics import Metrics
 from hstu.serve.server.model import ServedModel
-from hstu.serve.server.settings import Settings
+from hstu.serve.server.settings import Metrics, Settings
 from hstu.serve.server.swap import LiveModel, loader
 from scripts import serve
 from tests.serve.http_server import Client, StubLoader, running, until, write_folder

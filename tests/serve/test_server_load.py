@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from hstu.serve.check import TOLERANCE
-from hstu.serve.server.metrics import Metrics
-from hstu.serve.server.settings import Settings
+from hstu.serve.server.settings import Metrics, Settings
 from hstu.serve.server.swap import loader
 from tests.serve.fuzz import Fuzzer
 from tests.serve.http_server import UNWATCHED, Client, running, until

@@ -13,8 +13,7 @@ import pytest
 
 from hstu.base.errors import DataError
 from hstu.serve.server.batching import Batcher, Overloaded
-from hstu.serve.server.metrics import Metrics
-from hstu.serve.server.settings import Settings
+from hstu.serve.server.settings import Metrics, Settings
 from hstu.serve.server.swap import LiveModel, find_exports
 from tests.serve.http_server import StubLoader, write_folder
 

@@ -20,9 +20,8 @@ from hstu.serve.runtime import Recommendation
 from . import schemas
 from .batching import Batcher
 from .guard import ClientGone, Guard, add_handlers
-from .metrics import Metrics
 from .model import Answer, ServedModel
-from .settings import Settings
+from .settings import Metrics, Settings
 from .swap import LiveModel
 
 _SHOWN_ACTIONS = 20

@@ -11,8 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from .metrics import Metrics
-from .settings import Settings
+from .settings import Metrics, Settings
 
 Compute = Callable[[Sequence[Any]], Sequence[Any]]
 """From queries to their answers, in order; an exception in place of an answer is raised to the one who asked."""

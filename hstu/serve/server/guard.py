@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hstu.serve.runtime import ServingError
 
 from .batching import Overloaded
-from .metrics import Metrics
+from .settings import Metrics
 
 CLIENT_GONE = 499
 _SHOWN_PROBLEMS = 10

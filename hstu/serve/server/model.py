@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hstu.serve.runtime import Candidates, History, Model, Recommendation, ServingError
 
-from .metrics import Metrics
+from .settings import Metrics
 
 ENTRY_BYTES = 1024
 """What a cached vector takes beside its numbers: the key, the tensor object and the entry of the dictionary."""

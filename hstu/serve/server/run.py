@@ -16,8 +16,7 @@ from hstu.base.errors import ConfigError
 from hstu.base.printable import PrintableFormatter
 
 from .app import create_app
-from .metrics import Metrics
-from .settings import Settings
+from .settings import Metrics, Settings
 from .swap import LiveModel, loader
 
 _BACKLOG = 256

@@ -15,8 +15,8 @@ from hstu.base.printable import printable
 from hstu.serve import runtime
 from hstu.serve.runtime.files import FACTS, MANIFEST
 
-from .metrics import Metrics
 from .model import ServedModel
+from .settings import Metrics
 
 LATEST, SERVING = "latest", "serving"
 _log = logging.getLogger(__name__)

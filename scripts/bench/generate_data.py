@@ -1,13 +1,10 @@
-"""Write random data in the files of KuaiRand or of MovieLens 20M, at any size, to measure preprocessing.
+"""Write random data in the files of KuaiRand, at any size, to measure preprocessing.
 
-    python scripts/bench/generate_data.py kuairand --output DIR --rows 30000000 [--users 27285 --items 32038725]
-        [--videos]
-    python scripts/bench/generate_data.py movielens --output DIR [--rows 20000263 --users 138493 --items 26744]
+    python scripts/bench/generate_data.py --output DIR --rows 30000000 [--users 27285 --items 32038725] [--videos]
 
 Histories have log-normal lengths, items are Zipf-distributed, and some events of a user happen at the same time. Users
 of KuaiRand come in random order with their events in order of time, and some occur in one period only. With
---videos there is a table of all videos. Users of MovieLens come in order, each with at least 20 ratings in any order of
-time. The same arguments give the same bytes.
+--videos there is a table of all videos. The same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -47,13 +44,9 @@ UPLOAD_TYPES = pa.array(["LongImport", "Web", "ShortImport", "Kmovie", "ShareFro
 TAGS = 70
 PERIODS = ((1_649_347_200_000, 14), (1_650_556_800_000, 17))
 """First millisecond and number of days of the two periods of the logs."""
-SIZES = {"kuairand": (None, 27_285, 32_038_725), "movielens": (20_000_263, 138_493, 26_744)}
-"""Default rows, users and items; None: the option must be given."""
 _DAY_MS = 86_400_000
 _ONE_PERIOD_ONLY = 0.03
 _TIED = 0.05
-_LEAST_RATINGS = 20
-_FIRST_RATING_S, _LAST_RATING_S = 790_000_000, 1_427_000_000
 _ROWS_PER_CHUNK = 1 << 20
 
 
@@ -181,46 +174,21 @@ def kuairand_events(random: np.random.Generator, user: np.ndarray, videos: int, 
     return pa.table({name: values[name] for name in COLUMNS})
 
 
-def write_movielens(options: argparse.Namespace, random: np.random.Generator, bar: tqdm[NoReturn]) -> None:
-    """Write ratings.csv."""
-    weights = random.lognormal(0, 1.2, options.users)
-    free = options.rows - _LEAST_RATINGS * options.users
-    counts = _LEAST_RATINGS + np.floor(weights / weights.sum() * free).astype(np.int64)
-    counts[: options.rows - counts.sum()] += 1
-
-    def chunk(index: np.ndarray) -> pa.Table:
-        user, size = 1 + index, len(index)
-        movie = 1 + zipf_ranks(random, size, options.items, 1.1) * 7_919 % (5 * options.items)
-        session = _FIRST_RATING_S + (user * 104_729) % (_LAST_RATING_S - _FIRST_RATING_S)
-        rating = random.integers(1, 11, size) / 2
-        return pa.table([user, movie, rating, session + random.integers(0, 2_000, size)], names)
-
-    names = ["userId", "movieId", "rating", "timestamp"]
-    write_rows(options.output / "ratings.csv", names, counts, chunk, bar)
-
-
 def main() -> None:
     """Write the files."""
     add = (parser := command_line(__doc__)).add_argument
-    add("dataset", choices=tuple(SIZES))
     add("--output", type=Path, required=True, help="directory for the files")
-    add("--rows", type=int, help="events in all files together; needed for kuairand")
-    add("--users", type=int)
-    add("--items", type=int, help="videos or movies")
+    add("--rows", type=int, required=True, help="events in all files together")
+    add("--users", type=int, default=27_285)
+    add("--items", type=int, default=32_038_725, help="videos")
     add("--variant", choices=("pure", "1k", "27k"), default="27k", help="the KuaiRand whose file names are used")
-    add("--videos", action="store_true", help="KuaiRand: write a table of all videos, too")
+    add("--videos", action="store_true", help="write a table of all videos, too")
     add("--user_features", type=Path, help="a user_features file of KuaiRand; its first users are taken")
     add("--seed", type=int, default=1)
     options = parser.parse_args()
-    for name, size in zip(("rows", "users", "items"), SIZES[options.dataset], strict=True):
-        if getattr(options, name) is None:
-            setattr(options, name, size)
-    if options.rows is None:
-        parser.error("kuairand needs --rows")
     options.output.mkdir(parents=True, exist_ok=True)
-    write = write_kuairand if options.dataset == "kuairand" else write_movielens
     with tqdm(total=options.rows, unit=" rows", unit_scale=True, disable=None) as bar:
-        write(options, np.random.default_rng(options.seed), bar)
+        write_kuairand(options, np.random.default_rng(options.seed), bar)
 
 
 if __name__ == "__main__":

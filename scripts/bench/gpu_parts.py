@@ -1,4 +1,4 @@
-"""What ``gpu_session.py`` runs: the items of its five parts, with their expected times and their rehearsals.
+"""What ``gpu_session.py`` runs, and how it ended: the items of five parts, their expected times and their rehearsals.
 
 All parts together are expected to take less than TOTAL_S, the time of one loan of half an hour without the starts of
 the machine. Expected times are estimates: kernels are taken from a compile cache that was made before.
@@ -7,8 +7,9 @@ the machine. Expected times are estimates: kernels are taken from a compile cach
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 REPORT = "{REPORT}"
 """In a command: the file to which it writes JSON."""
@@ -221,3 +222,36 @@ PARTS: dict[int, tuple[Item, ...]] = {
         sanitized("racecheck", "triton"),
     ),
 }
+
+
+def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The results of an item that reports several."""
+    report = record.get("report")
+    lists = [value for value in report.values() if isinstance(value, list)] if isinstance(report, dict) else []
+    return [row for rows in lists for row in rows if isinstance(row, dict)]
+
+
+def failures(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The results that are errors. A refusal is none: it says what this machine or configuration cannot do."""
+    return [row for row in rows_of(record) if "error" in row]
+
+
+def without_failures(report: Any) -> Any:
+    """The report that a new process continues."""
+    if not isinstance(report, dict):
+        return None
+    return {
+        key: [row for row in value if not (isinstance(row, dict) and "error" in row)]
+        if isinstance(value, list)
+        else value
+        for key, value in report.items()
+    }
+
+
+def state_of(record: Mapping[str, Any]) -> str:
+    """How an item ended."""
+    code, rows, failed = record["exit_code"], len(rows_of(record)), len(failures(record))
+    ended = "ok" if code == 0 else f"killed after {record['killed_after_s']} s" if code is None else f"failed ({code})"
+    if failed:
+        ended = f"{failed} of {rows} failed" if code == 0 else f"{ended}, {failed} of {rows} failed"
+    return f"{ended}, {record['seconds']:.0f} s"

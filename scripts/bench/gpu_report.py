@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_parts import LOSS_TOLERANCE, PARTS
-from gpu_session import failures, rows_of, state_of
+import roofline
+from gpu_parts import LOSS_TOLERANCE, PARTS, failures, rows_of, state_of
 
 Row = dict[str, Any]
 ESTIMATED: dict[str, tuple[str, ...]] = {
@@ -26,13 +26,19 @@ ESTIMATED: dict[str, tuple[str, ...]] = {
 }
 """Category of kernels in step_gpu.py → operators of hstu/estimate. Attention is estimated by roofline.py."""
 
+OF_STEPS = ("variant", "step_ms", "busy_ms", "overlap_ms", "peak_memory_gb", "difference")
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "operators": ("operator", "variant", "forward_ms", "backward_ms", "gflops", "gb_s", "errors"),
+    **dict.fromkeys(("kernel backends on ML-1M", "pipelines", "tables in host memory", "FSDP and offload"), OF_STEPS),
+    "dynamic tables": ("stream", "variant", "ms", "times_baseline", "mega_ids_s"),
+}
+"""Item → the entries of its rows that the page shows. "difference" is the largest relative one of the losses."""
+
 
 class Estimates:
     """What is expected of an H100, computed now, and NVIDIA's published numbers."""
 
     def __init__(self) -> None:
-        import roofline
-
         self.rows = {(row["what"], row["length"]): row for row in roofline.expected()}
         step = roofline.whole(roofline.STEP_LENGTH, 1.0, roofline.STEP_LAYERS)
         operators, self.step_flops = step.computing, step.flops
@@ -105,19 +111,13 @@ def page(parts: Mapping[int, Row]) -> str:
         ("the step", "The step: 8 layers, width 1024, 4 heads of 256, 32 sequences of 4,099 tokens", step_lines),
         ("attention", "Attention, TFLOPS", attention_lines),
         ("layer", "A layer, TFLOPS", layer_lines),
-        ("operators", "Operators", operator_lines),
     )
     for name, title, write in sections:
         if name in items:
             lines += [f"## {title}", "", *write(items[name], estimates)]
-    for name in ("kernel backends on ML-1M", "pipelines", "tables in host memory", "FSDP"):
+    for name, keys in COLUMNS.items():
         if name in items:
-            lines += [f"## {name[0].upper()}{name[1:]}", "", *variant_lines(items[name])]
-    if "dynamic tables" in items:
-        rows = [row for row in rows_of(items["dynamic tables"]) if "ms" in row]
-        head = ("stream", "variant", "ms", "times a static table", "million ids/s")
-        keys = ("stream", "variant", "ms", "times_baseline", "mega_ids_s")
-        lines += ["## Dynamic tables", "", *table(head, ([row.get(key) for key in keys] for row in rows))]
+            lines += [f"## {name[0].upper()}{name[1:]}", "", *columns(rows_of(items[name]), keys)]
     lines += ["## What ran", ""]
     planned = ((part, item.name, parts[part].get(item.name)) for part in sorted(parts) for item in PARTS[part])
     lines += table(
@@ -130,17 +130,8 @@ def page(parts: Mapping[int, Row]) -> str:
 def step_lines(record: Row, estimates: Estimates) -> list[str]:
     """The variants of the step, and their GPU time by category."""
     rows = [row for row in rows_of(record) if "step_ms" in row]
-    keys = (
-        "variant",
-        "step_ms",
-        "tokens_per_s",
-        "tflops",
-        "mfu_percent",
-        "peak_memory_gb",
-        "busy_ms",
-        "idle_ms",
-        "host_ms",
-    )
+    rates = ("tokens_per_s", "tflops", "mfu_percent", "peak_memory_gb")
+    keys = ("variant", "step_ms", *rates, "busy_ms", "idle_ms", "host_ms")
     head = ("variant", "ms", "tokens/s", "TFLOPS", "MFU %", "memory GB", "busy ms", "idle ms", "host ms")
     length = estimates.step_length
     others = [
@@ -198,38 +189,23 @@ def ceiling_lines(record: Row) -> list[str]:
 
 def layer_lines(record: Row, estimates: Estimates) -> list[str]:
     """Forward and backward together."""
-    rows = [row for row in rows_of(record) if "gflops" in row]
-    head = ("tokens per sequence", "variant", "forward ms", "backward ms", "TFLOPS", "estimate", "NVIDIA")
-    cells = (
-        [row["case"], row["variant"], row["forward_ms"], row["backward_ms"], f"{row['gflops'] / 1e3:.3g}"]
-        + [of("layer", int(row["case"]) if row["case"].isdigit() else 0) for of in (estimates.of, estimates.published)]
-        for row in rows
-    )
-    return [*table(head, cells), *ceiling_lines(record)]
+    rows = [dict(row) for row in rows_of(record) if "gflops" in row]
+    for row in rows:
+        length = int(row["case"]) if row["case"].isdigit() else 0
+        row |= {"estimate": estimates.of("layer", length), "NVIDIA": estimates.published("layer", length)}
+        row["TFLOPS"] = row["gflops"] / 1e3
+    keys = ("case", "variant", "forward_ms", "backward_ms", "TFLOPS", "estimate", "NVIDIA")
+    return [*columns(rows, keys), *ceiling_lines(record)]
 
 
-def operator_lines(record: Row, estimates: Estimates) -> list[str]:
-    """Rates beside the ceilings, and errors relative to float64."""
-    rows = [row for row in rows_of(record) if "forward_ms" in row]
-    head = ("operator", "variant", "forward ms", "backward ms", "TFLOPS", "GB/s", "largest error")
-    cells = [
-        [
-            *(row[key] for key in ("operator", "variant", "forward_ms", "backward_ms")),
-            f"{row['gflops'] / 1e3:.3g}" if "gflops" in row else "",
-            row.get("gb_s"),
-            f"{max(row['errors']):.1e}" if "errors" in row else "",
-        ]
-        for row in rows
-    ]
-    return [*table(head, cells), *ceiling_lines(record)]
+def columns(rows: Iterable[Row], keys: Sequence[str]) -> list[str]:
+    """A table of the rows that have a time, with these entries."""
+    timed = (row for row in rows if any(key.endswith("ms") and key in row for key in keys))
+    return table(keys, ([_largest(row.get(key)) for key in keys] for row in timed))
 
 
-def variant_lines(record: Row) -> list[str]:
-    """Steps whose losses are compared with those of the first variant."""
-    rows = [row for row in rows_of(record) if "step_ms" in row]
-    keys = ("variant", "step_ms", "busy_ms", "overlap_ms", "peak_memory_gb", "difference")
-    head = ("variant", "ms", "busy ms", "overlap of streams ms", "memory GB", "largest difference of losses")
-    return table(head, ([row.get(key) for key in keys] for row in rows))
+def _largest(value: Any) -> Any:
+    return f"{max(value):.1e}" if isinstance(value, list) else value
 
 
 def problem_lines(items: Mapping[str, Row]) -> list[str]:

@@ -35,7 +35,19 @@ from hstu.base.files import replace_text
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from gpu_parts import DATA, LIMITS_S, OUT, PARTS, REPORT, SCRATCH, Item  # noqa: E402
+from gpu_parts import (  # noqa: E402
+    DATA,
+    LIMITS_S,
+    OUT,
+    PARTS,
+    REPORT,
+    SCRATCH,
+    Item,
+    failures,
+    rows_of,
+    state_of,
+    without_failures,
+)
 
 TAIL, TAIL_WITH_REPORT = 6000, 600
 """Characters of an item's output that are kept, without and with a report."""
@@ -87,30 +99,6 @@ class Records:
         self.items[name] = record
         lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in self.items.items())
         replace_text(self.file, "{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The results of an item that reports several."""
-    report = record.get("report")
-    lists = [value for value in report.values() if isinstance(value, list)] if isinstance(report, dict) else []
-    return [row for rows in lists for row in rows if isinstance(row, dict)]
-
-
-def failures(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The results that are errors. A refusal is none: it says what this machine or configuration cannot do."""
-    return [row for row in rows_of(record) if "error" in row]
-
-
-def without_failures(report: Any) -> Any:
-    """The report that a new process continues."""
-    if not isinstance(report, dict):
-        return None
-    return {
-        key: [row for row in value if not (isinstance(row, dict) and "error" in row)]
-        if isinstance(value, list)
-        else value
-        for key, value in report.items()
-    }
 
 
 class Runner:
@@ -244,15 +232,6 @@ def imports(output: Path) -> None:
     for name in PACKAGES:
         attempt(report, "imports", {"variant": name}, partial(load, name), output)
     attempt(report, "imports", {"variant": "a product on the GPU"}, multiply, output)
-
-
-def state_of(record: Mapping[str, Any]) -> str:
-    """How an item ended."""
-    code, rows, failed = record["exit_code"], len(rows_of(record)), len(failures(record))
-    ended = "ok" if code == 0 else f"killed after {record['killed_after_s']} s" if code is None else f"failed ({code})"
-    if failed:
-        ended = f"{failed} of {rows} failed" if code == 0 else f"{ended}, {failed} of {rows} failed"
-    return f"{ended}, {record['seconds']:.0f} s"
 
 
 def lines_of(record: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,6 @@ printed to standard error.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import platform
@@ -26,7 +25,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from collective_clock import CollectiveClock, Times, split
 from harness import ROOT, command_line, publish
@@ -58,7 +56,7 @@ CASES = {  # gin file, task, sequences of the one rank, bindings
     "ranking": ("configs/ml_1m_ranking.gin", "ranking", 32, ROW_WISE),
     "random": ("configs/benchmark_ranking_balanced.gin", "ranking", 16, SMALL),
 }
-PARTS = {"compute": "#0072B2", "data": "#56B4E9", "communication": "#E69F00", "waiting": "#D55E00"}
+PARTS = ("compute", "data", "communication", "waiting")
 ALONE, TOGETHER = "1 rank", "two alone"
 
 
@@ -191,32 +189,6 @@ def table(result: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: dict[str, dict[str, dict[str, float]]], image: Path) -> None:
-    """Draw the core time per token by what it is spent on: one panel per case, one bar per variant."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * len(results) + 1, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (case, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
-        left = [0.0] * len(result)
-        for part, colour in PARTS.items():
-            ranks = [1 if name == ALONE else 2 for name in result]
-            widths = [
-                1e6 * count / row["tokens_per_s"] * row[f"{part}_share"]
-                for count, row in zip(ranks, result.values(), strict=True)
-            ]
-            axes.barh(list(result), widths, left=left, color=colour, label="batch" if part == "data" else part)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        for place, row in enumerate(result.values()):
-            axes.text(left[place], place, f" × {row['speed_up']:.2f}", va="center")
-        axes.set(title=case, xlabel="µs of a core per token", xlim=(0, 1.15 * max(left)))
-        axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(PARTS), frameon=False)
-    figure.savefig(image)
-
-
 @dataclass(frozen=True)
 class Variant:
     """A way to train: a gin file with bindings."""
@@ -319,20 +291,12 @@ def _launcher_environment(world: World, rank: int, port: int) -> dict[str, str]:
 
 
 def main() -> None:
-    """Measure one case, or draw cases that have been measured."""
+    """Measure one case."""
     parser = command_line(__doc__, rounds=5)
-    parser.add_argument("case", choices=tuple(CASES), nargs="?")
+    parser.add_argument("case", choices=tuple(CASES))
     parser.add_argument("--steps", type=int, default=4, help="timed steps of the single rank per round, an even number")
     parser.add_argument("--cores", type=int, nargs=2, default=(0, 1))
-    parser.add_argument("--draw", type=Path, metavar="PNG", help="draw the files of --of instead of measuring")
-    parser.add_argument("--of", type=Path, nargs="+", help="files with the output of measurements")
     options = parser.parse_args()
-    if options.draw:
-        reports = [json.loads(path.read_text()) for path in options.of]
-        draw({each["case"]: each["medians"] for each in reports}, options.draw)
-        return
-    if options.case is None:
-        parser.error("name a case, or use --draw")
     os.chdir(ROOT)  # preprocessed data is named relative to it
     rounds = measure(options.case, tuple(options.cores), options.steps, options.rounds)
     result = medians(rounds)

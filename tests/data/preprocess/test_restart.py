@@ -24,7 +24,7 @@ SCRIPT = REPOSITORY / "scripts" / "preprocess_dataset.py"
 
 
 def generate(directory: Path, rows: int, variant: str = "27k") -> Path:
-    arguments = ["kuairand", "--output", str(directory), "--rows", str(rows), "--users", "50", "--items", "900"]
+    arguments = ["--output", str(directory), "--rows", str(rows), "--users", "50", "--items", "900"]
     subprocess.run([sys.executable, str(GENERATE), *arguments, "--variant", variant], check=True, timeout=60)
     return directory
 

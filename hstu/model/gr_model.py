@@ -6,7 +6,7 @@ ahead, so it must stay a plain chain of calls; all control flow is inside ``dens
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,39 +51,37 @@ class DenseModel(nn.Module):
         embeddings: dict[str, JaggedTensor] = self.replicated(batch.features)
         for collection in looked_up:
             embeddings.update(narrow_to_dim(collection, self._dim_of_feature))
-        if batch.negatives.pool_ids is not None and POOL not in embeddings:
-            embeddings[POOL] = _as_one_sequence(self.replicated.rows(self._item_feature, batch.negatives.pool_ids))
-        if batch.negatives.pool_features is not None:
-            for name, ids in batch.negatives.pool_features.to_dict().items():
-                if of_pool(name) not in embeddings:
-                    embeddings[of_pool(name)] = _as_one_sequence(self.replicated.rows(name, ids.values()))
+        embeddings |= as_jagged(self._replicated_pool(batch, known=embeddings.keys()), batch)
         output: ModelOutput = self.task(embeddings, batch)
         if torch.is_grad_enabled() and batch.num_labels_total == 0:
             # All ranks take part in the collectives of backward, so every parameter and every looked-up row needs a
             # gradient even where this rank has nothing to learn from. Replicated tables get theirs through the rows.
             rows = [jagged.values() for jagged in embeddings.values()]
-            weights = map(self.task.get_parameter, self.filled)
-            output.loss_sum = output.loss_sum + _zero_that_depends_on([*rows, *weights])
+            rows += map(self.task.get_parameter, self.filled)
+            zero = torch.stack([tensor.float().sum() for tensor in rows if tensor.requires_grad]).sum() * 0.0
+            output.loss_sum = output.loss_sum + zero
         return output
+
+    def _replicated_pool(self, batch: HSTUBatch, known: Collection[str]) -> dict[str, Tensor]:
+        """Rows of the replicated tables for the pool of a batch, but for the ``known`` keys."""
+        ids: dict[str, tuple[str, Tensor]] = {}
+        if batch.negatives.pool_ids is not None:
+            ids[POOL] = self._item_feature, batch.negatives.pool_ids
+        if batch.negatives.pool_features is not None:
+            found = batch.negatives.pool_features.to_dict()
+            ids |= {of_pool(name): (name, values.values()) for name, values in found.items()}
+        return {key: self.replicated.rows(*of_key) for key, of_key in ids.items() if key not in known}
 
 
 def as_jagged(rows: Mapping[str, Tensor], batch: HSTUBatch) -> dict[str, JaggedTensor]:
     """Rows [n, dim] per feature as JaggedTensors with the lengths that the features have in ``batch``."""
-    features = batch.features.to_dict()
+    features = batch.features.to_dict() if rows else {}
     return {
-        name: _as_one_sequence(values)
+        name: JaggedTensor(values, lengths=torch.full((1,), len(values), device=values.device))
         if is_of_pool(name)
         else JaggedTensor(values, lengths=features[name].lengths(), offsets=features[name].offsets())
         for name, values in rows.items()
     }
-
-
-def _as_one_sequence(rows: Tensor) -> JaggedTensor:
-    return JaggedTensor(rows, lengths=torch.full((1,), len(rows), device=rows.device))
-
-
-def _zero_that_depends_on(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([tensor.float().sum() for tensor in tensors if tensor.requires_grad]).sum() * 0.0
 
 
 class GRModel(nn.Module):

@@ -19,18 +19,20 @@ from hstu.data.batches.batch import NEGATIVES, PADDING_ID, POOL, HSTUBatch, of_n
 from hstu.model.item_tower import ItemTower
 from hstu.model.labelled import labelled_rows, own_rows
 from hstu.model.outputs import ModelOutput
-from hstu.model.seen import find_seen
 from hstu.model.stack import SequenceEncoder
 from hstu.ops.comm import LayerComm
 from hstu.ops.functional import softmax_loss
-from hstu.ops.kernels import Kernels, Negatives
+from hstu.ops.kernels import NEVER_SEEN, Kernels, Negatives, SeenItems
 from hstu.ops.layout import JaggedLayout, TokenRuns, to_device
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.pytorch.softmax_loss import first_places
 
 GatherPool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(rows [S, E], ids [S]) of this rank → the same of all data-parallel ranks, one after another. Differentiable in
 the rows; padding has the id PADDING_ID. Collective."""
 
+_BEFORE_THE_SEQUENCE = -1
+"""First place of items that a user had before the sequence begins."""
 DRAW_BITS = 31
 """Raw draws are random integers in [0, 2^31)."""
 
@@ -245,6 +247,31 @@ def newest_elements(ends: Tensor, count: Tensor, total: int) -> Tensor:
     run = torch.repeat_interleave(count, output_size=total)
     shift = ends - count.cumsum(0)
     return torch.arange(total, device=count.device) + shift[run]
+
+
+def find_seen(pool_ids: Tensor, targets: Tensor, batch: HSTUBatch, item_feature: str) -> SeenItems:
+    """The entries of a pool that each user of a batch has up to each target.
+
+    pool_ids: int64 [S]. targets: int64 [M], indices into the item values of ``batch``.
+    """
+    ordered = pool_ids.sort().values
+    items = batch.features[item_feature]
+    sequences = _rows(items.lengths(), len(items.values()))
+    places = torch.arange(len(sequences), device=ordered.device) - items.offsets()[:-1][sequences]
+    size = len(pool_ids) + 1  # the last column is for items that the pool lacks
+    first = torch.full((batch.batch_size, size), NEVER_SEEN, dtype=torch.int32, device=ordered.device)
+    flat, columns = first.view(-1), first_places(items.values(), ordered)
+    flat.scatter_reduce_(0, sequences * size + columns, places.int(), "amin")
+    if batch.seen is not None:
+        rows = _rows(batch.seen.offsets.diff(), len(batch.seen.values))
+        flat[rows * size + first_places(batch.seen.values, ordered)] = _BEFORE_THE_SEQUENCE
+    of_entries = first.index_select(1, torch.searchsorted(ordered, pool_ids))
+    return SeenItems(of_entries, sequences[targets].int(), places[targets].int())
+
+
+def _rows(lengths: Tensor, total: int) -> Tensor:
+    """The row of each element: int64 [total]. lengths: int64 [B], elements of each row."""
+    return torch.repeat_interleave(lengths, output_size=total)
 
 
 def _check_labels_have_history(batch: HSTUBatch) -> None:

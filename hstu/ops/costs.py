@@ -167,7 +167,7 @@ def silu(rows: int, width: int, element_size: int, *, fused: bool = False) -> Co
     """SiLU of [rows, width]: 2 passes forward, 3 backward.
 
     ``fused``: in the GPU kernels of its neighbours, which move 1.75 passes more for it. The projection writes a second
-    tensor. Backward of attention reads what v, q and k are the SiLU of, and that of the gate the same of u, not u.
+    tensor. Backward of attention also reads the pre-activations of v, q and k; that of the gate reads that of u, not u.
     """
     passes, launches = (1.75, 0) if fused else (5.0, 4)
     return Cost(0.0, passes * element_size * rows * width, launches)

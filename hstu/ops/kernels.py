@@ -48,7 +48,7 @@ class Gradient(NamedTuple):
     target: Tensor
     """[T, H, d], any strides, dense channels."""
     before_silu: Preactivation | None = None
-    """If given, the gradient written is that of its value, of which the differentiated input is the SiLU."""
+    """If given, the gradient of its value is written instead: the differentiated input is the SiLU of that."""
 
     def write(self, grad: Tensor) -> None:
         """Write the gradient [T, H, d] of the input, of float32 at least, by PyTorch."""

@@ -1,7 +1,8 @@
-"""The layout of a jagged batch: offsets, positions, times and order of its tokens."""
+"""The layout of a jagged batch: offsets, positions, times and order of its tokens; distances and buckets of pairs."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -277,6 +278,30 @@ def time_buckets(delta_s: Tensor) -> Tensor:
     # float64 is exact for any real time stamp, so that all devices agree on the bucket.
     log = delta_s.abs().clamp_(min=1).double().log_()
     return log.div_(TIME_BUCKET_WIDTH).clamp_(max=NUM_TIME_BUCKETS - 1).to(torch.uint8)
+
+
+@functools.cache
+def bucket_thresholds() -> Tensor:
+    """int64 [128] on the CPU: the smallest time difference of each bucket, found by bisection of the formula itself."""
+    low = torch.zeros(NUM_TIME_BUCKETS, dtype=torch.int64)  # always below the bucket
+    high = torch.full_like(low, 1 << 62)
+    wanted = torch.arange(NUM_TIME_BUCKETS)
+    for _ in range(63):
+        middle = low + (high - low) // 2
+        reached = time_buckets(middle) >= wanted
+        high, low = torch.where(reached, middle, high), torch.where(reached, low, middle)
+    return high
+
+
+def fixed_point_scale(grad: Tensor, v: Tensor, pairs: int) -> Tensor:
+    """float32 [1]: the factor with which no sum of ``pairs`` score gradients exceeds 62 bits.
+
+    |dL/dscore| ≤ ‖grad‖ ‖v‖ · max |SiLU'| < 1.1 ‖grad‖ ‖v‖, before the division by N. The factor is not finite where
+    the gradient is not, and then nor is the result.
+    """
+    largest = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax() for x in (grad, v)]
+    bound = (largest[0] * largest[1] * 1.1).clamp_min(1e-12) * float(pairs)
+    return (2.0**62 / bound).view(1)
 
 
 def distance_index(position_i: Tensor, position_j: Tensor, num_weights: int) -> Tensor:

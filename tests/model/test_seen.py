@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.data.batches.batch import PADDING_ID
-from hstu.model.seen import find_seen
+from hstu.model.retrieval import find_seen
 from hstu.ops.kernels import NEVER_SEEN, Backend
 from tests.helpers import make_batch
 from tests.model.test_retrieval import (

@@ -198,7 +198,7 @@ class Variant:
     has_bias: bool = False
     """Whether it adds a relative bias to the scores; the kernel of dQ then also sums the gradients of the bias."""
     through_silu: bool = False
-    """Whether its outputs are gradients of what their rows are the SiLU of, summed over the tokens, too."""
+    """Whether its outputs are the gradients of pre-activations, and their sums over the tokens."""
 
     @property
     def rows(self) -> Rows:

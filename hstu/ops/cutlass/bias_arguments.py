@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from hstu.ops.kernels import AttentionConfig, RelativeBias
-from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, time_buckets
-from hstu.ops.relative_bias import bucket_thresholds, fixed_point_scale
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, bucket_thresholds, fixed_point_scale, time_buckets
 
 CELL_BITS = 2
 """Bits of the fraction of a time difference that choose its cell. A cell then has at most one bucket threshold."""

@@ -58,7 +58,7 @@ class PairwiseKernel:
     """Whether outputs are written, and what they are gradients through is read, 16 bytes at a time: see store_rows."""
 
     def __init__(self, shape: Shape, num_outputs: int = 1, through_silu: bool = False) -> None:
-        """``through_silu``: the outputs become gradients of what their rows are the SiLU of: see :meth:`store`."""
+        """``through_silu``: the outputs are the gradients of pre-activations: see :meth:`store`."""
         self.shape, self.num_outputs, self.through_silu = shape, num_outputs, through_silu
         self.outputs: Sequence[int] = range(num_outputs)  # those whose sums its threads hold
         self.sums_bias = shape.has_bias and self.num_resident == 2 and shape.rows is Rows.QUERIES

@@ -13,8 +13,7 @@ import triton
 from torch import Tensor
 
 from hstu.ops.kernels import AttentionInputs, Gradient, RelativeBias
-from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, to_device
-from hstu.ops.relative_bias import bucket_thresholds, fixed_point_scale
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, bucket_thresholds, fixed_point_scale, to_device
 from hstu.ops.triton import attention_kernels as kernels
 from hstu.ops.triton.attention_tiles import Batch, Bias, Mode
 from hstu.ops.triton.launch import capability_of, launcher, precision_for

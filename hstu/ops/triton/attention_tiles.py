@@ -122,7 +122,7 @@ class Mode:
     bias: bool
     precision: Precision
     silu: bool = False
-    """Gradients of q, k and v become those of what q, k and v are the SiLU of."""
+    """Backward writes the gradients of the pre-activations of q, k and v, not those of q, k and v."""
 
 
 @triton.jit

@@ -5,8 +5,7 @@ import torch
 
 from hstu.ops.cutlass.bias_arguments import CELL_BITS, NUM_CELLS, BiasArguments, BiasSums, cells
 from hstu.ops.kernels import AttentionConfig, RelativeBias
-from hstu.ops.layout import NUM_TIME_BUCKETS, time_buckets
-from hstu.ops.relative_bias import bucket_thresholds
+from hstu.ops.layout import NUM_TIME_BUCKETS, bucket_thresholds, time_buckets
 from hstu.ops.self_check import small_layout
 
 CPU = torch.device("cpu")

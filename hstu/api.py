@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.base.errors import DataError
-from hstu.base.printable import printable
+from hstu.base.errors import DataError, printable
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.tensors import TABLES, open_tensors
 from hstu.data.batches.batch import HSTUBatch

@@ -24,8 +24,7 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from hstu.base.errors import EXIT_DONE, ConfigError
-from hstu.base.printable import printable
+from hstu.base.errors import EXIT_DONE, ConfigError, printable
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.serve.command import add_model_arguments, check_new, load_model, note, require_model, write_text

@@ -28,12 +28,10 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hstu.base.errors import EXIT_DONE, ConfigError, UserError
-from hstu.base.printable import PrintableFormatter, printable
+from hstu.base.errors import EXIT_DONE, ConfigError, PrintableFormatter, UserError, printable
 from hstu.data.datasets import DATASETS, resolve_name
-from hstu.data.datasets.own_features import lists_of
-from hstu.data.datasets.own_files import matching_files
-from hstu.data.datasets.own_types import TIME_UNITS
+from hstu.data.datasets.own_columns import matching_files
+from hstu.data.datasets.own_types import TIME_UNITS, lists_of
 from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_interactions, preprocess
 from hstu.data.preprocess.engine import disk_errors
 from hstu.data.preprocess.report import REPORT, check_report_folder, format_report, write_report

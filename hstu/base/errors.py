@@ -1,16 +1,15 @@
-"""The errors that a user can cause, and the exit codes of the programs.
+"""The errors that a user can cause, the exit codes of the programs, and text that a terminal can show safely.
 
 Any other exception is a defect of the program: it shows a traceback and exits with code 1.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
-
-from hstu.base.printable import printable
 
 EXIT_DONE = 0
 EXIT_FAILURE = 1
@@ -63,3 +62,24 @@ def report(text: str) -> None:
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"[rank {rank}] "
     print(f"{prefix}{text}", file=sys.stderr, flush=True)
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Control, escape and other invisible characters as codes such as ``\\x1b``, except those in ``keep``.
+
+    An id cannot then steer a terminal, turn the direction of writing or, without ``keep``, begin a line of its own.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+class PrintableFormatter(logging.Formatter):
+    """A formatter whose messages are printable. Tracebacks stay as they are."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line of a record without its traceback."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.base.lock import DirectoryLock
+from hstu.base.files import DirectoryLock
 from hstu.checkpoint import directory as folder
 from hstu.checkpoint.directory import BEST, LATEST, DamagedCheckpoint, collective_io
 from hstu.checkpoint.find import AUTO, belongs, candidates

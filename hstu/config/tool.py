@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from hstu.base.errors import EXIT_BAD_DATA, UserError, report_once
-from hstu.base.printable import printable
+from hstu.base.errors import EXIT_BAD_DATA, UserError, printable, report_once
 
 _EXIT_SIGNAL = 128
 """Shells add the number of the signal to this."""

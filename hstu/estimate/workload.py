@@ -13,7 +13,7 @@ import torch
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import NEGATIVES, of_negatives
 from hstu.data.features.roles import FeatureRoles
-from hstu.data.negatives import Negatives
+from hstu.data.sampling.negatives import Negatives
 from hstu.data.sampling.sampler import Loads
 from hstu.model.embedding import TableSpec
 from hstu.model.inputs import SequenceFeatures

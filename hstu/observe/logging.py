@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 from tqdm import tqdm
 
-from hstu.base.printable import PrintableFormatter
+from hstu.base.errors import PrintableFormatter
 from hstu.observe.records import EvalRecord, TrainRecord
 
 ROOT_LOGGER = "hstu"

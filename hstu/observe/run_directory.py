@@ -19,8 +19,7 @@ from types import MappingProxyType
 from typing import Any, Optional, Protocol, Self, TextIO
 
 from hstu.base.errors import ConfigError, UserError
-from hstu.base.files import replace_text
-from hstu.base.lock import DirectoryLock
+from hstu.base.files import DirectoryLock, replace_text
 from hstu.observe.plots import draw_curves
 from hstu.observe.records import EvalRecord, TrainRecord, to_line
 

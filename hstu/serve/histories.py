@@ -16,8 +16,7 @@ from hstu.base.errors import DataError
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import PADDING_ID, HSTUBatch
-from hstu.data.batches.collate import Assembler
-from hstu.data.batches.rows import Rows
+from hstu.data.batches.collate import Assembler, Rows
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.sampling.sampler import START, BatchPlan
 from hstu.data.store.layout import TIME_FEATURES

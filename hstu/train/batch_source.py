@@ -18,7 +18,7 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures
 from hstu.data.features.labels import LabelFacts
 from hstu.data.features.roles import FeatureRoles
-from hstu.data.negatives import ItemDistribution, Negatives, expected_log_counts
+from hstu.data.sampling.negatives import ItemDistribution, Negatives, expected_log_counts
 from hstu.data.sampling.sampler import BatchPartition, SamplerPosition, TrainSampler
 from hstu.data.sampling.samples import Split
 from hstu.data.store.layout import NumberStatistics

@@ -20,10 +20,9 @@ from hstu.data.batches.jagged import ranges
 from hstu.data.batches.loader import build_loader
 from hstu.data.datasets import resolve_name
 from hstu.data.features.labels import LabelColumn, check_labels
-from hstu.data.features.recoding import recoding_of
-from hstu.data.features.roles import check_numbers, resolve_roles
-from hstu.data.features.training_statistics import training_statistics
-from hstu.data.negatives import count_items
+from hstu.data.features.roles import check_numbers, recoding_of, resolve_roles
+from hstu.data.features.statistics import training_statistics
+from hstu.data.sampling.negatives import count_items
 from hstu.data.sampling.random_windows import RandomWindows
 from hstu.data.sampling.sampler import EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_requests, check_split, require_requests

@@ -9,7 +9,7 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import DatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
 from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.data.datasets import resolve_name
-from hstu.data.datasets.embeddings import predefined_embeddings
+from hstu.data.features.roles import predefined_embeddings
 from hstu.data.store.sequence_store import SequenceStore
 
 

@@ -23,7 +23,7 @@ from hstu.config.args import DatasetArgs
 from hstu.data.batches.collate import Assembler, Collator
 from hstu.data.batches.loader import build_loader
 from hstu.data.features.roles import resolve_roles
-from hstu.data.negatives import Negatives
+from hstu.data.sampling.negatives import Negatives
 from hstu.data.sampling.sampler import TrainSampler
 from hstu.data.sampling.samples import build_samples
 from hstu.data.store.reader import StoreReader

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from hstu.base.lock import LOCK_FILE, DirectoryInUse, DirectoryLock
+from hstu.base.files import LOCK_FILE, DirectoryInUse, DirectoryLock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from hstu.base.lock import DirectoryLock
+from hstu.base.files import DirectoryLock
 lock = DirectoryLock(Path(sys.argv[1]), "Some.option")
 print("locked", flush=True)
 time.sleep(100)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hstu.base.errors import ConfigError, DataError
-from hstu.base.printable import printable
+from hstu.base.errors import ConfigError, DataError, printable
 from hstu.observe.logging import set_up_logging, tear_down_logging
 
 

@@ -9,7 +9,7 @@ from hstu.config.args import DatasetArgs, Task
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.collate import Assembler, Collator
 from hstu.data.features.roles import resolve_roles
-from hstu.data.negatives import ItemDistribution, Negatives, count_items
+from hstu.data.sampling.negatives import ItemDistribution, Negatives, count_items
 from hstu.data.sampling.sampler import EvalSampler
 from hstu.data.sampling.samples import SampleTable, build_samples
 from hstu.data.store.reader import StoreReader

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hstu.base.hashing import random_bits
 from hstu.data.batches.batch import PADDING_ID
-from hstu.data.negatives import ItemDistribution, Negatives, expected_log_counts
+from hstu.data.sampling.negatives import ItemDistribution, Negatives, expected_log_counts
 from hstu.model.retrieval import LogCounts, choose_from_pool
 from tests.helpers import make_batch
 from tests.model.test_retrieval import (

@@ -1,4 +1,4 @@
-"""From a plan to a batch: rows.py what a reader gives, collate.py and loader.py build HSTUBatch (batch.py) of it.
+"""From a plan to a batch: collate.py and loader.py build HSTUBatch (batch.py) of what a reader gives.
 
 train_batch.py is what a training step computes on; synthetic.py makes random batches for benchmarks.
 """

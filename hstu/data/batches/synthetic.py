@@ -17,11 +17,10 @@ from hstu.base.errors import ConfigError
 from hstu.base.hashing import hash_ids, random_bits
 from hstu.config.args import BenchmarkDatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs, RandomDistribution, Task
 from hstu.data.batches.batch import HSTUBatch
-from hstu.data.batches.collate import Assembler, Collator
+from hstu.data.batches.collate import Assembler, Collator, Rows
 from hstu.data.batches.jagged import run_indices, run_starts
-from hstu.data.batches.rows import Rows
 from hstu.data.features.roles import benchmark_roles
-from hstu.data.negatives import Negatives
+from hstu.data.sampling.negatives import Negatives
 from hstu.data.sampling.sampler import START, BatchPartition, BatchPlan, EvalSampler, SamplerPosition, TrainSampler
 
 _FIRST_TIME_S = 1_000_000_000

@@ -1,7 +1,6 @@
 """Users' own interactions, tables with one row per event, as raw tables.
 
-own_columns.py holds what users say of the columns, own_files.py opens the files, own_types.py decides which type a
-column has.
+own_columns.py holds what users say of the columns and opens the files, own_types.py decides which type a column has.
 """
 
 from __future__ import annotations
@@ -12,18 +11,21 @@ from pathlib import Path
 
 from duckdb import DuckDBPyConnection
 
-from hstu.data.datasets.own_columns import InteractionColumns
-from hstu.data.datasets.own_features import (
+from hstu.data.datasets.own_columns import InteractionColumns, columns_of, open_table
+from hstu.data.datasets.own_types import (
     A_NUMBER,
     A_VECTOR,
+    TIME_UNITS,
+    ColumnTypes,
+    as_integer,
     event_value,
     feature_value,
     number_value,
     numbered,
+    split_number,
+    unit_hint,
     vector_value,
 )
-from hstu.data.datasets.own_files import columns_of, open_table
-from hstu.data.datasets.own_types import TIME_UNITS, ColumnTypes, as_integer, split_number, unit_hint
 from hstu.data.datasets.raw import RawFile, identifier, require_columns, select_list
 from hstu.data.datasets.spec import SPLIT_NAMES, ColumnDescription, RawTables, TypedColumns
 

@@ -1,13 +1,24 @@
-"""Which features of the data a model sees, and as what."""
+"""Which features of the data a model sees, as what, and with which codes and tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from hstu.base.errors import ConfigError
-from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, NetworkArgs, NumericFeatureArgs, RankingTaskArgs
+import numpy as np
+
+from hstu.base.errors import ConfigError, DataError
+from hstu.config.args import (
+    BenchmarkDatasetArgs,
+    DatasetArgs,
+    DynamicEmbeddingArgs,
+    EmbeddingArgs,
+    NetworkArgs,
+    NumericFeatureArgs,
+    RankingTaskArgs,
+)
 from hstu.config.problems import Cite, cite, did_you_mean
+from hstu.data.datasets.spec import USER_FEATURE
 from hstu.data.features.labels import label_columns
 from hstu.data.store.sequence_store import SequenceStore
 
@@ -153,3 +164,69 @@ def check_numbers(roles: FeatureRoles, args: Iterable[NumericFeatureArgs], cite:
                 problems.append(cite(each, "transform", text))
     if problems:
         raise ConfigError(problems)
+
+
+def recoding_of(theirs: SequenceStore, ours: SequenceStore, roles: FeatureRoles) -> dict[str, np.ndarray]:
+    """Codes of the second store → codes of the first. Each store numbers the raw ids that occur in it."""
+    recoding, problems = {}, []
+    for name in roles.names:
+        if name in theirs.features and ours.feature(name).raw != theirs.feature(name).raw:
+            having, lacking = (ours, theirs) if ours.feature(name).raw else (theirs, ours)
+            problems.append(
+                f"DatasetArgs.eval_dataset_path: {having.path} keeps raw ids of {name!r}, {lacking.path} does not; "
+                "preprocess both with the same --raw_ids"
+            )
+        elif ours.feature(name).raw:
+            continue
+        elif ours.feature(name).has_vocab:
+            try:
+                recoding[name] = ours.encode(name, theirs.raw_ids(name))
+            except DataError as error:
+                raise DataError(
+                    f"DatasetArgs.eval_dataset_path: {theirs.path} has ids that the training data lacks. "
+                    f"{error}. Preprocess the training data so that it has them, or leave the feature out"
+                ) from error
+        elif theirs.cardinality(name) > ours.cardinality(name):
+            problems.append(
+                f"DatasetArgs.eval_dataset_path: {name!r} is up to {theirs.cardinality(name) - 1} in {theirs.path} "
+                f"and up to {ours.cardinality(name) - 1} in the training data, {ours.path}"
+            )
+    for name in roles.numbers:
+        width, found = ours.features[name].width, theirs.features.get(name)
+        if found is None or (found.role, found.width) != (ours.features[name].role, width):
+            problems.append(
+                f"DatasetArgs.eval_dataset_path: {theirs.path} has no number or vector {name!r} like that of the "
+                "training data; preprocess both with the same --numbers and --vectors"
+            )
+    if problems:
+        raise ConfigError(problems)
+    return recoding
+
+
+_REPLICATED_TABLE_BYTES = 4 << 20
+"""A larger predefined table (float32) is sharded: replicas cost an all-reduce of the whole table per step."""
+
+
+def predefined_embeddings(
+    store: SequenceStore, network: NetworkArgs, *, dynamic: bool = False
+) -> tuple[EmbeddingArgs, ...]:
+    """One table per feature of the store that is looked up, named after the feature, with a row per code.
+
+    The tables of the items and the users, and any table above 4 MiB, are model_parallel; the others, which are small,
+    are data_parallel. ``dynamic`` makes the tables of the items and the users dynamic; those of raw ids always are.
+    """
+    tables: list[EmbeddingArgs] = []
+    widths = {"context": network.contextual_width, "item": network.item_width, "action": network.item_width}
+    for name, feature in (store.features | store.time_features).items():
+        if feature.cardinality is None:
+            continue
+        width = widths.get(feature.role, network.side_embedding_dim)
+        is_main = feature.role == "item" or name == USER_FEATURE
+        is_large = feature.cardinality * width * 4 > _REPLICATED_TABLE_BYTES
+        names = {"feature_names": [name], "table_name": name, "item_vocab_size_or_capacity": feature.cardinality}
+        if feature.raw or (is_main and dynamic):
+            tables.append(DynamicEmbeddingArgs(**names))
+        else:
+            sharding_type = "model_parallel" if is_main or is_large else "data_parallel"
+            tables.append(EmbeddingArgs(**names, sharding_type=sharding_type))
+    return tuple(tables)

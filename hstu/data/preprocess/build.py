@@ -30,15 +30,12 @@ from hstu.data.datasets.own import interactions
 from hstu.data.datasets.own_columns import InteractionColumns
 from hstu.data.datasets.raw import check_readable
 from hstu.data.datasets.spec import USER_FEATURE, RawTables, Schema
-from hstu.data.preprocess.append import Contents, log_what_was_added, with_earlier_files
-from hstu.data.preprocess.core import check_filters, keep_core
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
 from hstu.data.preprocess.engine import check_free_disk, disk_errors, memory_bytes, open_engine, used_below
-from hstu.data.preprocess.existing import files_that_differ, is_kept
-from hstu.data.preprocess.ingest import check_rows, read_files
-from hstu.data.preprocess.item_features import check_items, write_item_features
+from hstu.data.preprocess.existing import Contents, files_that_differ, is_kept, log_what_was_added, with_earlier_files
+from hstu.data.preprocess.features import check_items, write_item_features
+from hstu.data.preprocess.ingest import check_filters, check_rows, keep_core, read_files
 from hstu.data.preprocess.requests import find_requests, write_requests
-from hstu.data.preprocess.split import write_split
 from hstu.data.preprocess.state import BuildLimits, BuildOptions, BuildState, Progress, source_names
 from hstu.data.preprocess.statistics import statistics_of
 from hstu.data.preprocess.write import (
@@ -47,6 +44,7 @@ from hstu.data.preprocess.write import (
     number_users_and_items,
     write_context,
     write_events,
+    write_split,
     write_vocabularies,
 )
 from hstu.data.store.meta import VERSION

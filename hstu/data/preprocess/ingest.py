@@ -1,10 +1,11 @@
-"""First stages: every raw file becomes a columnar working file of settled types, and its values are checked.
+"""First stages: raw files become columnar working files, their values are checked, and rare users and items left out.
 
-Every unreadable line and every unusable value is reported with its file and line.
+Left out are users and items with few events, again and again, until all that is left has enough (k-core filters).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,11 @@ from typing import Any
 import duckdb
 import pandas as pd
 
-from hstu.base.errors import DataError
-from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier, write_with_uniform_lines
+from hstu.base.errors import ConfigError, DataError
+from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier, parquet_rows, write_with_uniform_lines
 from hstu.data.datasets.spec import ColumnDescription
 from hstu.data.preprocess.engine import Connection, one, write_parquet
-from hstu.data.preprocess.state import READING, BadRows, BuildState
+from hstu.data.preprocess.state import READING, BadRows, BuildOptions, BuildState
 
 _UNQUOTED, _TOO_LONG = "UNQUOTED VALUE", "LINE SIZE OVER MAXIMUM"
 _MIXED_LINE_ENDS = "CSV Parser state machine reached an invalid state"
@@ -238,3 +239,45 @@ def _check_all_items(state: BuildState, bad: BadRows) -> None:
             shown = f"{text!r}, and the ids of the events are integers" if text else "empty"
             label = state.raw.descriptions["item"].label
             bad.add(count, reason, table[0].place(row), f"{label!r} is {shown}")
+
+
+_log = logging.getLogger(__name__)
+_STAGE = "core"
+
+
+def check_filters(options: BuildOptions) -> None:
+    """Raises ConfigError for numbers of events below 1."""
+    for option in ("min_user_events", "min_item_events"):
+        if (least := getattr(options, option)) < 1:
+            raise ConfigError(f"--{option} {least}: at least 1, which leaves out nothing")
+
+
+def keep_core(state: BuildState) -> None:
+    """Leaves out the events of users and items that have too few of them. BuildState.events then lacks these.
+
+    Raises DataError where nothing is left.
+    """
+    options, journal = state.options, state.writer.journal
+    if max(options.min_user_events, options.min_item_events) == 1 or _STAGE in journal:
+        return
+    (before,) = one(state.engine, f"SELECT count(*) FROM {state.usable_events()}")
+    kept = {"user": -1, "item": -1}
+    rounds, changed = 0, True
+    while changed:
+        found = {"user": _keep(state, "user", rounds > 0, options.min_user_events)}
+        found["item"] = _keep(state, "item", True, options.min_item_events)
+        rounds, changed, kept = rounds + 1, found != kept, found
+    journal.commit(_STAGE)  # from here on, state.events() is what is kept
+    (after,) = one(state.engine, f"SELECT count(*) FROM {state.events()}")
+    wanted = f"--min_user_events {options.min_user_events} --min_item_events {options.min_item_events}"
+    if after == 0:
+        raise DataError(f"{wanted} leave no event of {before:,}; ask for fewer events per user and item")
+    _log.info("%s: %d of %d events are left, after %d rounds", wanted, after, before, rounds)
+
+
+def _keep(state: BuildState, name: str, others_known: bool, least: int) -> int:
+    """Writes the ids with ``least`` events among those whose other id was kept before; returns their number."""
+    other = "item" if name == "user" else "user"
+    known = f'WHERE "{other}" IN (SELECT id FROM {parquet_rows(state.core_file(other))})' if others_known else ""
+    query = f'SELECT "{name}" AS id FROM {state.usable_events()} {known} GROUP BY 1 HAVING count(*) >= {least}'
+    return write_parquet(state.engine, query, state.core_file(name))

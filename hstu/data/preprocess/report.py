@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import html
+import re
 import shutil
 import tempfile
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-from hstu.base.errors import DataError
+from hstu.base.errors import DataError, printable
 from hstu.base.figure import COLOURS, open_figure
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.spec import UNKNOWN
-from hstu.data.preprocess.document import Heading, Image, Paragraph, Part, Table, to_html, to_markdown
 from hstu.data.preprocess.statistics import chunks, differences, equal_times, event_counts, repeated_events
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 REPORT = "report.md"
-_HTML = "report.html"
-_FILES = (REPORT, _HTML, "lengths.png", "popularity.png")
+_FILES = (REPORT, "lengths.png", "popularity.png")
 _LAST_LINE = "Made by"
 _TOP = 10
 _TRUNCATED_AT = (50, 200, 1000)
@@ -65,7 +66,7 @@ def format_report(store: SequenceStore) -> str:
 
 
 def write_report(store: SequenceStore, folder: Path) -> Path:
-    """Writes report.md, report.html and plots into ``folder``, which is created or replaced; returns report.md.
+    """Writes report.md and plots into ``folder``, which is created or replaced; returns report.md.
 
     Raises DataError where the folder holds something other than a report.
     Reads every event once. Memory is bounded, except for one counter per item.
@@ -78,16 +79,16 @@ def write_report(store: SequenceStore, folder: Path) -> Path:
         draw_lengths(lengths, aside / "lengths.png")
         draw_popularity(counts, aside / "popularity.png")
         parts = [
-            Heading(store.name, level=1),
+            heading(store.name, level=1),
             *_counts(store),
             *_published(store),
             *_splits(store),
             *_rows(store, lengths),
-            Heading("Histories"),
-            Image("lengths.png", "lengths of histories"),
+            heading("Histories"),
+            "![lengths of histories](lengths.png)\n",
             _quantiles("events per user", lengths),
-            Heading("Items"),
-            Image("popularity.png", "popularity of items"),
+            heading("Items"),
+            "![popularity of items](popularity.png)\n",
             _quantiles("events per item", counts[counts > 0]),
             *_top_items(store, counts),
             *_actions(store),
@@ -98,8 +99,7 @@ def write_report(store: SequenceStore, folder: Path) -> Path:
             *_requests(store),
             *_sources(store),
         ]
-        (aside / REPORT).write_text(to_markdown(parts), encoding="utf-8")
-        (aside / _HTML).write_text(to_html(parts, aside), encoding="utf-8")
+        (aside / REPORT).write_text("\n".join(parts), encoding="utf-8")
         check_report_folder(folder)
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -126,7 +126,7 @@ def check_report_folder(folder: Path) -> None:
         )
 
 
-def _counts(store: SequenceStore) -> list[Part]:
+def _counts(store: SequenceStore) -> list[str]:
     found = store.statistics
     rows = [(name, found[name]) for name in ("users", "items", "events")]
     if unused := _items_without_events(store):
@@ -140,14 +140,14 @@ def _counts(store: SequenceStore) -> list[Part]:
         rows.append(("first event", f"{_date(first)} UTC"))
         rows.append(("last event", f"{_date(last)} UTC"))
         rows.append(("days", (last - first) / 86_400))
-    return [Heading("Counts"), Table(("", store.name), rows)]
+    return [heading("Counts"), table(("", store.name), rows)]
 
 
 def _items_without_events(store: SequenceStore) -> int:
     return store.cardinality(store.item_feature) - int(store.statistics["items"])
 
 
-def _published(store: SequenceStore) -> list[Part]:
+def _published(store: SequenceStore) -> list[str]:
     published = store.statistics["published"]
     if not published:
         return []
@@ -156,11 +156,11 @@ def _published(store: SequenceStore) -> list[Part]:
         (name, value, store.statistics[name], "no" if name in unlike else "yes") for name, value in published.items()
     ]
     verdict = "Not the complete data, or another release of it." if unlike else "All as published."
-    compared = Table(("", "published", "here", "equal"), rows)
-    return [Heading("Against the published statistics"), compared, Paragraph(verdict)]
+    compared = table(("", "published", "here", "equal"), rows)
+    return [heading("Against the published statistics"), compared, paragraph(verdict)]
 
 
-def _splits(store: SequenceStore) -> list[Part]:
+def _splits(store: SequenceStore) -> list[str]:
     if store.split is None:
         return []
     first, (valid, test) = store.offsets()[:-1], (store.held_out("valid")[0], store.held_out("test")[0])
@@ -172,10 +172,10 @@ def _splits(store: SequenceStore) -> list[Part]:
         users, new = int(has_events.sum()), int((has_events & (begin == first)).sum())
         rows.append((split, events, f"{events / store.num_events:.1%}", users, "" if split == "train" else new))
     header = (store.split, "events", "share", "users", "of which without an earlier event")
-    return [Heading("Splits"), Table(header, rows)]
+    return [heading("Splits"), table(header, rows)]
 
 
-def _rows(store: SequenceStore, lengths: np.ndarray) -> list[Part]:
+def _rows(store: SequenceStore, lengths: np.ndarray) -> list[str]:
     skipped = store.statistics.get("skipped_rows", {})
     rows: list[tuple[str, object]] = [(f"skipped: {why}", number) for why, number in sorted(skipped.items())]
     rows.append(("skipped in all", sum(skipped.values())))
@@ -189,28 +189,28 @@ def _rows(store: SequenceStore, lengths: np.ndarray) -> list[Part]:
         share = f"{(cut > 0).mean():.1%} of the users, {cut.sum() / lengths.sum():.1%} of the events"
         rows.append((f"beyond a max_sequence_length of {limit}", share))
     rows.append(("users too short to train retrieval (fewer than 4 events)", int((lengths < 4).sum())))
-    return [Heading("Rows left out, and what training leaves out"), Table(("", "rows"), rows)]
+    return [heading("Rows left out, and what training leaves out"), table(("", "rows"), rows)]
 
 
-def _quantiles(what: str, values: np.ndarray) -> Table:
+def _quantiles(what: str, values: np.ndarray) -> str:
     shares = (0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1)
     names = ("min", "1 %", "10 %", "25 %", "median", "75 %", "90 %", "99 %", "max", "mean")
     found = [*(int(value) for value in np.quantile(values, shares, method="nearest")), float(values.mean())]
-    return Table((what, *names), [("", *found)])
+    return table((what, *names), [("", *found)])
 
 
-def _top_items(store: SequenceStore, counts: np.ndarray) -> list[Part]:
+def _top_items(store: SequenceStore, counts: np.ndarray) -> list[str]:
     top = np.argsort(-counts, kind="stable")[:_TOP]
     raw, titles = store.raw_ids(store.item_feature), store.titles()
     share = 100 * counts / store.num_events
     rows = [
         (raw[code], "" if titles is None else titles[code], int(counts[code]), f"{share[code]:.2f} %") for code in top
     ]
-    most_frequent = Table((store.item_feature, "title", "events", "share"), rows)
-    return [Paragraph(f"The {len(top)} most frequent:"), most_frequent]
+    most_frequent = table((store.item_feature, "title", "events", "share"), rows)
+    return [paragraph(f"The {len(top)} most frequent:"), most_frequent]
 
 
-def _actions(store: SequenceStore) -> list[Part]:
+def _actions(store: SequenceStore) -> list[str]:
     if store.action_feature is None:
         return []
     counts = event_counts(store, store.action_feature)
@@ -224,43 +224,43 @@ def _actions(store: SequenceStore) -> list[Part]:
     else:
         rows = [(str(value), int(counts[value])) for value in values[counts > 0][:50]]
     shares = [(name, number, f"{100 * number / store.num_events:.2f} %") for name, number in rows]
-    return [Heading("Actions"), Table((store.action_feature, "events", "share"), shares)]
+    return [heading("Actions"), table((store.action_feature, "events", "share"), shares)]
 
 
-def _context(store: SequenceStore) -> list[Part]:
+def _context(store: SequenceStore) -> list[str]:
     rows = [
         (name, store.cardinality(name), _most_frequent(store, name, np.bincount(store.context(name))))
         for name in store.contextual_features
         if name != USER_FEATURE
     ]
-    return [Heading("Contextual features"), Table(("", "values", "most frequent, users"), rows)] if rows else []
+    return [heading("Contextual features"), table(("", "values", "most frequent, users"), rows)] if rows else []
 
 
-def _item_features(store: SequenceStore) -> list[Part]:
+def _item_features(store: SequenceStore) -> list[str]:
     rows = [
         (name, _values_of(store, name), _most_frequent(store, name, np.bincount(store.item_values(name)[0])))
         for name in store.item_side_features
     ]
     if not rows:
         return []
-    parts: list[Part] = [Heading("Features of items"), Table(("", "values", "most frequent, items"), rows)]
+    parts: list[str] = [heading("Features of items"), table(("", "values", "most frequent, items"), rows)]
     counted = {
         "items_without_row": f"Items without a row, whose features are {UNKNOWN!r}",
         "items_with_different_rows": "Items of which several rows differ, so that the first counts",
     }
     found = [(text, store.statistics[name]) for name, text in counted.items() if store.statistics.get(name)]
-    return [*parts, Table(("", "items"), found)] if found else parts
+    return [*parts, table(("", "items"), found)] if found else parts
 
 
-def _event_features(store: SequenceStore) -> list[Part]:
+def _event_features(store: SequenceStore) -> list[str]:
     rows = [
         (name, _values_of(store, name), _most_frequent(store, name, event_counts(store, name)))
         for name in store.event_features
     ]
-    return [Heading("Features of events"), Table(("", "values", "most frequent, events"), rows)] if rows else []
+    return [heading("Features of events"), table(("", "values", "most frequent, events"), rows)] if rows else []
 
 
-def _numbers(store: SequenceStore) -> list[Part]:
+def _numbers(store: SequenceStore) -> list[str]:
     """Vectors have the mean of their components' means, and of their deviations."""
     rows = []
     for name in (*store.item_number_features, *store.event_number_features):
@@ -274,7 +274,7 @@ def _numbers(store: SequenceStore) -> list[Part]:
         moments = [f"{float(np.mean(values)):.6g}" for values in (found.mean, found.std)]
         rows.append((name, of, meta.width, found.missing, *shown, *moments))
     header = ("", "of", "width", "missing", "min", "25 %", "median", "75 %", "max", "mean", "deviation")
-    return [Heading("Numbers"), Table(header, rows)] if rows else []
+    return [heading("Numbers"), table(header, rows)] if rows else []
 
 
 def _requests_in_words(store: SequenceStore) -> str:
@@ -287,18 +287,18 @@ def _requests_in_words(store: SequenceStore) -> str:
     )
 
 
-def _requests(store: SequenceStore) -> list[Part]:
+def _requests(store: SequenceStore) -> list[str]:
     if not store.num_requests:
         return []
     requests = store.requests()
-    parts: list[Part] = [Heading("Requests"), Paragraph(f"{_requests_in_words(store)}.")]
+    parts: list[str] = [heading("Requests"), paragraph(f"{_requests_in_words(store)}.")]
     parts.append(_quantiles("candidates per request", requests.sizes))
     parts.append(_quantiles("events before a request", requests.history_ends - store.offsets()[requests.users]))
     if store.action_feature is not None:
         counts = np.bincount(store.candidates(store.action_feature))
         share = 100 / store.num_candidates
         rows = [(str(value), int(counts[value]), f"{counts[value] * share:.2f} %") for value in np.flatnonzero(counts)]
-        parts.append(Table((store.action_feature, "candidates", "share"), rows[:50]))
+        parts.append(table((store.action_feature, "candidates", "share"), rows[:50]))
     return parts
 
 
@@ -320,9 +320,9 @@ def _most_frequent(store: SequenceStore, feature: str, counts: np.ndarray) -> st
     return ", ".join(f"{raw[code]} {counts[code]:,}" for code in np.argsort(-counts, kind="stable")[:5])
 
 
-def _sources(store: SequenceStore) -> list[Part]:
-    files = Table(("file", "SHA-256"), list(store.sources.items()))
-    return [Heading("Raw files"), files, Paragraph(_LAST_LINE, code=store.command or "a program")]
+def _sources(store: SequenceStore) -> list[str]:
+    files = table(("file", "SHA-256"), list(store.sources.items()))
+    return [heading("Raw files"), files, _made_by(store.command or "a program")]
 
 
 def draw_lengths(lengths: np.ndarray, image: Path) -> None:
@@ -361,3 +361,35 @@ def _date(seconds: int) -> str:
         return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
     except (ValueError, OverflowError, OSError):
         return f"second {seconds:,}"
+
+
+def heading(text: str, level: int = 2) -> str:
+    """A heading in Markdown; ``level`` 1 is the title of the document."""
+    return f"{'#' * level} {_as_text(text)}\n"
+
+
+def paragraph(text: str) -> str:
+    """A sentence in Markdown."""
+    return f"{_as_text(text)}\n"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown. Numbers get thousands separators; floats are rounded to two places."""
+    cells = [[_as_text(_cell(value)) for value in row] for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells) + "\n"
+
+
+def _made_by(command: str) -> str:
+    code = printable(command, keep="").replace("`", "'")
+    return f"{_LAST_LINE} `{code}`\n"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _as_text(text: str) -> str:
+    """Raw data as it is, not as markup."""
+    return re.sub(r"[|`*\[\]\\]", r"\\\g<0>", html.escape(printable(text, keep=""), quote=False))

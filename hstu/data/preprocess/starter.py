@@ -14,7 +14,7 @@ import numpy as np
 from hstu.base.files import replace_text
 from hstu.config.args import EmbeddingArgs, NetworkArgs, Task
 from hstu.data.datasets import DATASETS, resolve_name
-from hstu.data.datasets.embeddings import predefined_embeddings
+from hstu.data.features.roles import predefined_embeddings
 from hstu.data.store.layout import META_FILE
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 

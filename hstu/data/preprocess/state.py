@@ -18,7 +18,7 @@ from hstu.base.errors import DataError
 from hstu.data.datasets.raw import parquet_rows
 from hstu.data.datasets.spec import LATEST_SECOND, RawTables, Schema
 from hstu.data.preprocess.engine import Connection
-from hstu.data.store.files import sha256
+from hstu.data.store.meta import sha256
 from hstu.data.store.writer import StoreWriter
 
 _log = logging.getLogger(__name__)

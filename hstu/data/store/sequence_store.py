@@ -7,14 +7,14 @@
     item.<feature>.npy            codes of an item feature: [I], or the lists of all items one after another
     item.<feature>.offsets.npy    int64 [I + 1]: the list of item i is [offsets[i], offsets[i + 1]), for lists
     split.<split>.npy             int64 [U]: first event of "valid" and of "test", where the data says which those are
-    request.<field>.npy           [R] requests: see Requests in store_requests.py
+    request.<field>.npy           [R] requests: see Requests in requests.py
     candidate.<feature>.npy       [C] item codes, actions, or codes of an event feature, request after request
     vocabulary.<feature>.*        code -> raw id: int64 [cardinality], or UTF-8 bytes and their offsets
     titles.*                      item code -> human title, where the data has titles
 
 U users and I items are ordered by raw id. E events are in time order within a user, with ties in the order of the raw
 file. Numbers have float32 in place of codes, NaN where one is missing: item.<feature>.npy has [I * width] of them.
-store_writer.py writes a store, store_meta.py describes it, store_files.py maps its arrays and checks them.
+writer.py writes a store; meta.py describes it, maps its arrays and checks them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from hstu.base.errors import DataError
 from hstu.base.ids import codes_of
 from hstu.data.datasets.spec import USER_FEATURE
 from hstu.data.features.time_features import time_codes
-from hstu.data.store.files import StoreFiles
 from hstu.data.store.layout import (
     META_FILE,
     NUMBER_ROLES,
@@ -48,7 +47,7 @@ from hstu.data.store.layout import (
     strings_files,
     vocabulary_stem,
 )
-from hstu.data.store.meta import MALFORMED, description_problems, length_problems, read_meta, remedy
+from hstu.data.store.meta import MALFORMED, StoreFiles, description_problems, length_problems, read_meta, remedy
 from hstu.data.store.requests import Requests, request_problems
 
 _CHUNK = 1 << 22

@@ -1,4 +1,4 @@
-"""Writes a sequence store (see store.py) so that it exists whole or not at all, and resumes after a kill."""
+"""Writes a sequence store (see sequence_store.py) so that it exists whole or not at all, and resumes after a kill."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from hstu.base.errors import DataError
-from hstu.base.files import put_in_place, sync_tree
-from hstu.base.journal import Journal
+from hstu.base.files import Journal, put_in_place, sync_tree
 from hstu.data.batches.jagged import run_offsets
-from hstu.data.features.number_statistics import statistics_of_numbers
-from hstu.data.store.files import sha256
+from hstu.data.features.statistics import statistics_of_numbers
 from hstu.data.store.layout import (
     DTYPES,
     META_FILE,
@@ -37,7 +35,7 @@ from hstu.data.store.layout import (
     strings_files,
     vocabulary_stem,
 )
-from hstu.data.store.meta import FORMAT, OPTIONAL, PLAIN, VERSION, WITH_FEATURES, WITH_SPLIT, read_meta, sealed
+from hstu.data.store.meta import FORMAT, OPTIONAL, PLAIN, VERSION, WITH_FEATURES, WITH_SPLIT, read_meta, sealed, sha256
 from hstu.data.store.sequence_store import SequenceStore
 
 
@@ -190,7 +188,7 @@ class StoreWriter:
         self._create(split_file("test"), np.dtype(np.int64), len(test))[:] = test
 
     def create_requests(self, requests: int, candidates: int) -> dict[str, np.memmap]:
-        """Arrays to be filled: those of Requests (store_requests.py) by their names."""
+        """Arrays to be filled: those of Requests by their names."""
         self._num_requests, self._num_candidates = requests, candidates
         return {
             field: self._create(file, np.dtype(np.int64), requests + (field == "offsets"))

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from hstu.base.errors import ConfigError
-from hstu.base.printable import PrintableFormatter
+from hstu.base.errors import ConfigError, PrintableFormatter
 
 from .app import create_app
 from .settings import Metrics, Settings

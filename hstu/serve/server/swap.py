@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hstu.base.errors import DataError
-from hstu.base.printable import printable
+from hstu.base.errors import DataError, printable
 from hstu.serve import runtime
 from hstu.serve.runtime.files import FACTS, MANIFEST
 

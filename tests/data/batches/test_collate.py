@@ -15,7 +15,7 @@ from hstu.data.batches.batch import NEGATIVES, HSTUBatch
 from hstu.data.batches.collate import Assembler, Collator, SkippedSamples
 from hstu.data.batches.loader import build_loader
 from hstu.data.features.roles import FeatureRoles
-from hstu.data.negatives import Negatives
+from hstu.data.sampling.negatives import Negatives
 from hstu.data.sampling.sampler import EvalSampler, TrainSampler
 from hstu.data.sampling.samples import build_samples
 from hstu.data.store.reader import StoreReader

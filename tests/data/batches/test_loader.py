@@ -22,7 +22,7 @@ from hstu.config.args import DatasetArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.collate import Collator
 from hstu.data.batches.loader import Outbox, Sent, _read_ahead, build_loader, pack, unpack
-from hstu.data.negatives import Negatives
+from hstu.data.sampling.negatives import Negatives
 from hstu.data.sampling.sampler import START, BatchPlan, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.sampling.samples import build_samples
 from hstu.data.store.sequence_store import SequenceStore

@@ -11,7 +11,7 @@ from hstu.config.args import BenchmarkDatasetArgs, DynamicEmbeddingArgs, Embeddi
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.loader import build_loader
 from hstu.data.batches.synthetic import Distribution, SyntheticDataset
-from hstu.data.negatives import Negatives
+from hstu.data.sampling.negatives import Negatives
 from hstu.data.sampling.sampler import SamplerPosition
 from tests.data.batches.test_batch import tensors_of
 

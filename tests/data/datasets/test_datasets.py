@@ -5,7 +5,7 @@ import pytest
 
 from hstu.config.args import DynamicEmbeddingArgs, NetworkArgs
 from hstu.data.datasets import DATASETS, resolve_name
-from hstu.data.datasets.embeddings import predefined_embeddings
+from hstu.data.features.roles import predefined_embeddings
 from hstu.data.store.sequence_store import SequenceStore
 from tests.conftest import REPOSITORY
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.data.datasets.own_files import matching_files
+from hstu.data.datasets.own_columns import matching_files
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main

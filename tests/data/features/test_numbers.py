@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs, Task
-from hstu.data.datasets.own_features import number_value, vector_value
-from hstu.data.features import number_statistics
-from hstu.data.features.number_statistics import signed_log, statistics_of_numbers
-from hstu.data.features.training_statistics import training_statistics
+from hstu.data.datasets.own_types import number_value, vector_value
+from hstu.data.features import statistics as number_statistics
+from hstu.data.features.statistics import signed_log, statistics_of_numbers, training_statistics
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess.report import format_report, write_report
 from hstu.data.sampling.samples import build_samples
@@ -160,7 +159,7 @@ def test_the_command_line_knows_numbers(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_memory_limit_and_the_size_of_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     expected = contents(make(tmp_path / "a", EVENTS, ITEMS, **BOTH).path)
-    monkeypatch.setattr("hstu.data.preprocess.item_features._ROWS_PER_CHUNK", 3)
+    monkeypatch.setattr("hstu.data.preprocess.features._ROWS_PER_CHUNK", 3)
     monkeypatch.setattr("hstu.data.preprocess.write._SORT_BYTES_PER_ROW", 4 * 10**9 // 2)
     assert contents(make(tmp_path / "a", EVENTS, ITEMS, force=True, **BOTH).path) == expected
 

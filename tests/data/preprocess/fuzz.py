@@ -35,13 +35,12 @@ import numpy as np
 from hstu.base.errors import DataError, UserError
 from hstu.config.args import NetworkArgs
 from hstu.data.datasets import DATASETS
-from hstu.data.datasets.embeddings import predefined_embeddings
 from hstu.data.datasets.kuairand import ACTION_BITS
+from hstu.data.features.roles import predefined_embeddings
 from hstu.data.preprocess import InteractionColumns, import_interactions, preprocess
 from hstu.data.preprocess.report import format_report
-from hstu.data.store.files import sha256
 from hstu.data.store.layout import META_FILE, strings_files
-from hstu.data.store.meta import sealed
+from hstu.data.store.meta import sealed, sha256
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import array_header
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.base.journal import Journal
+from hstu.base.files import Journal
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main

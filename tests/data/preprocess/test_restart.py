@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from hstu.base.journal import Journal
+from hstu.base.files import Journal
 from hstu.data.preprocess import preprocess, write
 from tests.conftest import REPOSITORY
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hstu.config.args import DatasetArgs
 from hstu.data.batches.collate import Assembler, Collator
 from hstu.data.features.roles import FeatureRoles
-from hstu.data.hard_negatives import shown_not_taken
-from hstu.data.negatives import Negatives
+from hstu.data.sampling.negatives import Negatives, shown_not_taken
 from hstu.data.sampling.sampler import START, BatchPlan
 from hstu.data.sampling.samples import build_samples
 from hstu.data.store.reader import StoreReader

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from hstu.base.hashing import random_bits
 from hstu.config.args import DatasetArgs, RetrievalArgs
-from hstu.data import negatives as module
-from hstu.data.negatives import ItemDistribution, Negatives, count_items, expected_log_counts
+from hstu.data.sampling import negatives as module
+from hstu.data.sampling.negatives import ItemDistribution, Negatives, count_items, expected_log_counts
 from hstu.data.sampling.samples import build_samples
 from tests.conftest import write_small_store
 

@@ -12,8 +12,7 @@ import pytest
 
 import hstu.data.store.sequence_store as store_module
 from hstu.base.errors import DataError
-from hstu.data.store.files import sha256
-from hstu.data.store.meta import STATISTICS, sealed
+from hstu.data.store.meta import STATISTICS, sealed, sha256
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter
 

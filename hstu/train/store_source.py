@@ -23,8 +23,7 @@ from hstu.data.features.labels import LabelColumn, check_labels
 from hstu.data.features.roles import check_numbers, recoding_of, resolve_roles
 from hstu.data.features.statistics import training_statistics
 from hstu.data.sampling.negatives import count_items
-from hstu.data.sampling.random_windows import RandomWindows
-from hstu.data.sampling.sampler import EvalSampler, SamplerPosition, TrainSampler
+from hstu.data.sampling.sampler import EvalSampler, RandomWindows, SamplerPosition, TrainSampler
 from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_requests, check_split, require_requests
 from hstu.data.store.layout import NumberStatistics
 from hstu.data.store.reader import StoreReader

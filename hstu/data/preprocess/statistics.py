@@ -50,15 +50,12 @@ def repeated_events(store: SequenceStore) -> int:
 def equal_times(store: SequenceStore) -> tuple[int, int]:
     """(events at the same second as their user's event before, users whose last event is one of them)."""
     assert store.timestamp_feature is not None
-    times, stops = store.sequence(store.timestamp_feature), store.offsets()[1:]
     events = users = 0
     for begin, end in _whole_users(store):
-        tied = np.zeros(end - begin, dtype=bool)
-        tied[1:] = np.diff(times[begin:end]) == 0
-        starts = store.offsets()[slice(*np.searchsorted(store.offsets(), [begin, end]))]
-        tied[starts - begin] = False  # the event before is another user's
-        events += int(tied.sum())
-        users += int(tied[stops[slice(*np.searchsorted(stops, [begin + 1, end + 1]))] - 1 - begin].sum())
+        is_of_same_user = np.diff(_users_of(store, begin, end)) == 0
+        tied = is_of_same_user & (np.diff(store.sequence(store.timestamp_feature)[begin:end]) == 0)
+        is_last = np.append(~is_of_same_user[1:], True)
+        events, users = events + int(tied.sum()), users + int(tied[is_last[: len(tied)]].sum())
     return events, users
 
 
@@ -86,8 +83,12 @@ def _whole_users(store: SequenceStore) -> Iterable[tuple[int, int]]:
 
 
 def _repeated_in(store: SequenceStore, features: Sequence[str], begin: int, end: int) -> int:
-    user = np.searchsorted(store.offsets(), np.arange(begin, end), side="right")
-    keys = [user, *(store.sequence(name)[begin:end] for name in features)]
+    keys = [_users_of(store, begin, end), *(store.sequence(name)[begin:end] for name in features)]
     tied = (np.diff(keys[0]) == 0) & (np.diff(keys[1]) == 0)  # few events, so that the rest is fast
     among = np.append(tied, False) | np.append(False, tied)
     return int(pd.DataFrame({index: key[among] for index, key in enumerate(keys)}).duplicated().sum())
+
+
+def _users_of(store: SequenceStore, begin: int, end: int) -> np.ndarray:
+    """int64 [end - begin]: the user of each of these events, counted from 1."""
+    return np.searchsorted(store.offsets(), np.arange(begin, end), side="right")

@@ -15,7 +15,7 @@ import numpy as np
 from hstu.base.hashing import random_below, random_bits
 from hstu.config.args import RetrievalArgs
 from hstu.data.batches.jagged import ranges, run_indices, run_offsets
-from hstu.data.sampling.random_windows import coverage
+from hstu.data.sampling.sampler import coverage
 from hstu.data.sampling.samples import SampleTable
 from hstu.data.store.sequence_store import SequenceStore
 

@@ -15,8 +15,7 @@ from hstu.data.features.labels import LabelColumn
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.time_features import age_codes, calendar_codes, gap_codes
 from hstu.data.sampling.negatives import shown_not_taken
-from hstu.data.sampling.random_windows import RandomWindows
-from hstu.data.sampling.sampler import BatchPlan
+from hstu.data.sampling.sampler import BatchPlan, RandomWindows
 from hstu.data.sampling.samples import SampleTable
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 

@@ -11,8 +11,7 @@ from hstu.data.batches.collate import Assembler, Collator
 from hstu.data.batches.loader import build_loader
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.sampling.negatives import count_items
-from hstu.data.sampling.random_windows import RandomWindows, coverage
-from hstu.data.sampling.sampler import TrainSampler
+from hstu.data.sampling.sampler import RandomWindows, TrainSampler, coverage
 from hstu.data.sampling.samples import SampleTable, build_samples
 from hstu.data.store.reader import StoreReader
 from tests.data.toy_store import ToyStore

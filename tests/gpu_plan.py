@@ -58,7 +58,6 @@ COSTS = {
         other_s=12
     ),
     "tests/pipeline/test_host_syncs.py::test_on_a_gpu_no_step_of_ours_waits_for_the_device": Cost(other_s=10),
-    "tests/parallel/test_host_weights.py::test_on_a_gpu_states_are_on_the_host_and_weights_are_close": Cost(),
     # shapes and types that occur seldom
     f"{OPS}test_time_buckets_are_those_of_the_definition_at_every_edge": Cost(attention=2),
     f"{OPS}test_the_sampled_loss_equals_float64": Cost(kernels=18),

@@ -4,7 +4,6 @@ import re
 from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from hstu import entry
 from hstu.base.errors import ConfigError
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
+from hstu.config.args import Task
 from hstu.config.gin_io import read_and_check
 from hstu.config.run_config import RunDraft
 from hstu.data.store.sequence_store import SequenceStore
@@ -268,12 +269,12 @@ def test_a_run_plans_its_tables_beside_what_its_step_needs(store: SequenceStore,
 
 
 @pytest.mark.parametrize("task", ["ranking", "retrieval"])
-def test_the_entry_scripts_give_the_estimate_to_the_run(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    script, given = import_module(f"pretrain_gr_{task}"), []
+def test_the_entry_scripts_give_the_estimate_to_the_run(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # which the script sets for its own process
-    monkeypatch.setattr(script, "parse_command_line", lambda *_, **__: "config")
+    monkeypatch.setattr(entry, "parse_command_line", lambda *_, **__: "config")
     monkeypatch.setattr("hstu.train.main.run", lambda *arguments: given.append(arguments) or 0)
-    assert script.main() == 0
+    assert entry.train(task) == 0
     ((config, beside_tables),) = given
     mesh = SimpleNamespace(world_size=2, local_world_size=2, device=torch.device("cuda"))
     assert config == "config" and beside_tables(run_config(task), mesh) > 10_000
